@@ -1,0 +1,145 @@
+"""Noise schedules and the segment edges shared by the consistency sampler and its training.
+
+Noise levels are VE sigmas: x = x0 + sigma * noise, so sigma = sqrt((1 - abar) / abar) for a variance-preserving
+model. Diffusion time u runs from 1 (pure noise) to 0 (clean data); a model counts it in its own timesteps:
+
+    model                  u = 1    u = 0
+    discrete VP (1000)       999       -1     index into the table of trained levels; -1 is one level below the first
+    rectified flow          1000        0     or 1 and 0 where the model's time is not multiplied
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+DISCRETE_START, DISCRETE_CLEAN = 999.0, -1.0
+
+
+class DiscreteSchedule:
+    """The trained noise levels of a variance-preserving model with linear betas.
+
+    Args:
+        beta_start, beta_end: first and last beta; the defaults are those of Open-Sora-Plan v1.2.
+        timesteps: number of trained levels.
+    """
+
+    def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, timesteps: int = 1000) -> None:
+        if timesteps < 2:
+            raise ValueError(f"A schedule needs at least 2 timesteps, got {timesteps}.")
+        betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+        alphas_bar = torch.cumprod(1.0 - betas, dim=0)
+        self.sigmas = ((1.0 - alphas_bar) / alphas_bar).sqrt()  # (timesteps,) float64, ascending
+        self.log_sigmas = self.sigmas.log()
+
+    @property
+    def sigma_min(self) -> float:
+        return float(self.sigmas[0])
+
+    @property
+    def sigma_max(self) -> float:
+        return float(self.sigmas[-1])
+
+    def sigma(self, timestep: Tensor | float) -> Tensor:
+        """VE sigma of a timestep in 0..timesteps-1, fractions allowed, log-linear between levels, clamped outside.
+
+        Returns a float32 tensor of the timestep's shape, on its device.
+        """
+        t = torch.as_tensor(timestep)
+        log_sigmas = self.log_sigmas.to(t.device)
+        t = t.to(torch.float64).clamp(0, len(log_sigmas) - 1)
+        low, high = t.floor().long(), t.ceil().long()
+        return torch.lerp(log_sigmas[low], log_sigmas[high], t.frac()).exp().float()
+
+    def timestep(self, sigma: Tensor | float) -> Tensor:
+        """The fractional timestep of a sigma: the inverse of `sigma`, clamped to 0..timesteps-1.
+
+        Returns a float32 tensor of sigma's shape, on its device.
+        """
+        s = torch.as_tensor(sigma)
+        log_sigmas = self.log_sigmas.to(s.device)
+        log_s = s.to(torch.float64).log().clamp(log_sigmas[0], log_sigmas[-1])
+        high = torch.searchsorted(log_sigmas, log_s).clamp(1, len(log_sigmas) - 1)
+        low = high - 1
+        weight = (log_s - log_sigmas[low]) / (log_sigmas[high] - log_sigmas[low])
+        return (low + weight).float()
+
+
+def segment_edges(
+    segments: int, steps: int | None = None, *, start: float = DISCRETE_START, clean: float = DISCRETE_CLEAN
+) -> Tensor:
+    """The timesteps at which a multi-step consistency model is evaluated, and where it ends.
+
+    Diffusion time is cut into `segments` equal pieces (Multistep Consistency Models, Heek et al. 2024, section 3.1).
+    Each piece is walked in steps // segments equal sub-steps; where that does not divide, the pieces nearest to the
+    clean data get one sub-step more, as they are the hardest to learn. Training and sampling must both take their
+    edges from here: edges rounded in two places differ, and a sampler then starts a jump in the wrong segment.
+
+    Args:
+        segments: number of segments, >= 1.
+        steps: evaluations in all, >= segments; None means one for each segment.
+        start, clean: the model's timesteps of pure noise and of clean data (see the table above).
+
+    Returns:
+        (steps + 1,) float64, descending from `start` to `clean`.
+
+    Raises:
+        ValueError: counts out of range, or more steps than the model has trained noise levels.
+    """
+    steps = segments if steps is None else steps
+    if segments < 1:
+        raise ValueError(f"segments must be at least 1, got {segments}; 1 is a plain consistency model.")
+    if steps < segments:
+        raise ValueError(
+            f"steps must be at least segments, got {steps} steps for {segments} segments: each segment takes at "
+            "least one evaluation; raise steps or lower segments."
+        )
+    if not start > clean:
+        raise ValueError(f"The noisy end must lie above the clean end, got start={start} and clean={clean}.")
+    base, extra = divmod(steps, segments)
+    edges: list[Fraction] = []
+    for piece in range(segments):  # piece 0 is the noisiest
+        parts = base + (piece >= segments - extra)
+        edges += [Fraction(segments - piece, segments) - Fraction(n, parts * segments) for n in range(parts)]
+    low, span = Fraction(clean), Fraction(start) - Fraction(clean)
+    if low + span * edges[-1] < 0:
+        raise ValueError(
+            f"{steps} steps in {segments} segments do not fit into {int(start - clean)} trained noise levels; "
+            "use fewer steps."
+        )
+    return torch.tensor([float(low + span * u) for u in [*edges, Fraction(0)]], dtype=torch.float64)
+
+
+def consistency_sigmas(
+    sigma_of_t: Callable[[Tensor], Tensor],
+    segments: int,
+    steps: int | None = None,
+    *,
+    start: float = DISCRETE_START,
+    clean: float = DISCRETE_CLEAN,
+) -> Tensor:
+    """The sigmas of `segment_edges`, for any model whose schedule is given as a function.
+
+    Args:
+        sigma_of_t: maps a float32 tensor of timesteps (N,) to their sigmas (N,). `DiscreteSchedule().sigma` for
+            Open-Sora-Plan; ComfyUI's `model_sampling.sigma` for any model, with start=multiplier and clean=0 for flow.
+        segments, steps, start, clean: see `segment_edges`.
+
+    Returns:
+        (steps + 1,) float32 on the CPU, strictly descending; the last is exactly 0.
+
+    Raises:
+        ValueError: as `segment_edges`, or a schedule that is not strictly ascending in time.
+    """
+    timesteps = segment_edges(segments, steps, start=start, clean=clean)
+    sigmas = torch.as_tensor(sigma_of_t(timesteps[:-1].float())).detach().float().cpu().flatten()
+    sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+    if len(sigmas) != len(timesteps) or not bool((sigmas[1:] < sigmas[:-1]).all()):
+        raise ValueError(
+            f"The model's schedule gives {sigmas.tolist()} at the segment edges, which does not descend strictly; "
+            "use fewer steps or check the model's sampling settings."
+        )
+    return sigmas
