@@ -1,0 +1,52 @@
+"""Plain dense attention with ComfyUI's calling convention, for running the models outside ComfyUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+OVERRIDE_KEY = "optimized_attention_override"
+
+
+def sdpa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    attn_precision: Any = None,
+    skip_reshape: bool = False,
+    skip_output_reshape: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention of q over k, v; an override in ``transformer_options`` is asked first, as ComfyUI does.
+
+    q, k, v are (B, N, heads * D), or (B, heads, N, D) with ``skip_reshape``. Returns (B, N, heads * D), or
+    (B, heads, N, D) with ``skip_output_reshape``. ``mask`` is additive or boolean and broadcasts to (B, H, Nq, Nk).
+    """
+    shape = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
+    override: Callable[..., Tensor] | None = (kwargs.get("transformer_options") or {}).get(OVERRIDE_KEY)
+    if override is not None:
+        return override(_sdpa, q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
+    return _sdpa(q, k, v, heads, mask=mask, **shape)
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    attn_precision: Any = None,
+    skip_reshape: bool = False,
+    skip_output_reshape: bool = False,
+    **_: Any,
+) -> Tensor:
+    if not skip_reshape:
+        q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")

@@ -1,0 +1,1 @@
+"""The video models that the engine carries itself."""

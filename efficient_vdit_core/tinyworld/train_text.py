@@ -1,0 +1,100 @@
+"""Makes the tiny mT5: a sentencepiece model of the captions, and an encoder that learns what they say.
+
+The encoder is taught to tell every attribute from every one of its output tokens, so that the transformer's
+cross-attention finds the whole caption wherever it looks.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .run import TrainingRun
+from .train_vae import numpy_rng
+from .world import ATTRIBUTES, BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SPEEDS, random_scene
+
+WIDTH = 64
+VOCABULARY: dict[str, list[str]] = {
+    "shape": list(SHAPES),
+    "color": list(COLORS),
+    "direction": list(DIRECTIONS),
+    "speed": list(SPEEDS),
+    "background": list(BACKGROUNDS),
+}
+_EXTRA_TEXT = "the one big small blurry low quality worst video of clip frames shows with and is in at to from static"
+
+
+def train_sentencepiece(seed: int = 0) -> bytes:
+    """A sentencepiece model (pad 0, end 1, unknown 2 as in mT5) that spells unknown words byte by byte."""
+    import sentencepiece
+
+    rng = numpy_rng(torch.Generator().manual_seed(seed))
+    lines = [random_scene(rng).caption(i) for i in range(3000)] + [_EXTRA_TEXT] * 50
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=400, hard_vocab_limit=False, byte_fallback=True,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>",
+        num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def encoder_config(vocab_size: int) -> dict[str, Any]:
+    """The mT5 config of the tiny encoder, in transformers' terms."""
+    return {
+        "model_type": "mt5", "architectures": ["MT5EncoderModel"], "vocab_size": vocab_size, "d_model": WIDTH, "d_kv": 16,
+        "d_ff": 128, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new",
+        "is_gated_act": True, "is_encoder_decoder": False, "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128, "dropout_rate": 0.0, "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False,
+        "pad_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+
+
+class Captions:
+    """Turns captions into padded ids and masks, and remembers which words are attribute values."""
+
+    def __init__(self, spiece: bytes) -> None:
+        import sentencepiece
+
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=spiece)
+
+    def ids(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask, each (B, L), an end token after each caption, 0 as padding."""
+        rows = [[*self.processor.encode(c), 1] for c in captions]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return ids, mask
+
+
+def train_text_encoder(folder: Path, spiece: bytes, *, steps: int = 1500, batch: int = 64, seed: int = 0) -> nn.Module:
+    """Train (or resume) in ``folder``; returns transformers' MT5EncoderModel."""
+    from transformers import MT5Config, MT5EncoderModel
+
+    torch.manual_seed(seed)
+    captions = Captions(spiece)
+    encoder = MT5EncoderModel(MT5Config(**encoder_config(captions.processor.get_piece_size())))
+    heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(values)) for name, values in VOCABULARY.items()})
+    both = nn.ModuleList([encoder, heads])
+    optimizer = torch.optim.AdamW(both.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    run = TrainingRun(both, [optimizer], folder=folder, steps=steps, seed=seed, ema_decay=0.99)
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        rng = numpy_rng(generator)
+        scenes = [random_scene(rng) for _ in range(batch)]
+        ids, mask = captions.ids([s.caption(int(rng.integers(3))) for s in scenes])
+        states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        losses = []
+        for name in ATTRIBUTES:
+            target = torch.tensor([VOCABULARY[name].index(getattr(s, name)) for s in scenes])[:, None].expand_as(ids)
+            loss = F.cross_entropy(heads[name](states).transpose(1, 2), target, reduction="none")
+            losses.append((loss * mask).sum() / mask.sum())
+        return torch.stack(losses).mean()
+
+    both.load_state_dict(run.train(loss_of))
+    return encoder.eval()

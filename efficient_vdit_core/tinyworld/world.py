@@ -1,0 +1,108 @@
+"""Clips of one coloured shape that moves over a plain background and bounces off the walls.
+
+A clip is uint8 (F, H, W, 3), 29 frames of 64 x 64 by default. Positions are in pixels, x to the right and y down;
+speeds in pixels a frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+FRAMES, SIZE = 29, 64
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (60, 110, 250),
+    "yellow": (240, 210, 40),
+    "purple": (170, 60, 210),
+    "cyan": (60, 210, 220),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "black": (12, 12, 12),
+    "white": (245, 245, 245),
+    "gray": (120, 120, 120),
+    "navy": (16, 20, 80),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS: dict[str, tuple[int, int]] = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+SPEEDS: dict[str, float] = {"slowly": 0.5, "fast": 1.5}
+ATTRIBUTES = ("shape", "color", "direction", "speed", "background")
+
+# The start is placed so that no wall is met before this frame: the caption's direction is the one first seen.
+FIRST_BOUNCE = 12
+
+_TEMPLATES = (
+    "a {color} {shape} moving {direction} {speed} on a {background} background",
+    "a {color} {shape} moves {direction} {speed} on a {background} background",
+    "{color} {shape}, moving {speed} {direction}, {background} background",
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that a clip shows. ``start`` is the centre in the first frame, ``radius`` half the shape's width."""
+
+    shape: str
+    color: str
+    direction: str
+    speed: str
+    background: str
+    start: tuple[float, float]
+    radius: float
+
+    def caption(self, template: int = 0) -> str:
+        """The caption, in one of three wordings."""
+        words = {name: getattr(self, name) for name in ATTRIBUTES}
+        return _TEMPLATES[template % len(_TEMPLATES)].format(**words)
+
+    def centers(self, frames: int = FRAMES, size: int = SIZE) -> np.ndarray:
+        """Centre of the shape in each frame, (F, 2) as x, y; it is reflected where its edge meets a wall."""
+        velocity = np.array(DIRECTIONS[self.direction]) * SPEEDS[self.speed]
+        low, high = self.radius, size - self.radius
+        free = np.array(self.start) + np.arange(frames)[:, None] * velocity - low
+        span = high - low
+        return low + span - np.abs(free % (2 * span) - span)
+
+
+def random_scene(rng: np.random.Generator, size: int = SIZE) -> Scene:
+    """A scene with every attribute drawn evenly."""
+    radius = float(rng.uniform(9, 12))
+    low, high = radius, size - radius
+    direction, speed = str(rng.choice(list(DIRECTIONS))), str(rng.choice(list(SPEEDS)))
+    travel = np.array(DIRECTIONS[direction]) * SPEEDS[speed] * FIRST_BOUNCE
+    lows = np.maximum(low, low - travel)
+    highs = np.minimum(high, high - travel)
+    x, y = rng.uniform(lows, highs)
+    return Scene(
+        shape=str(rng.choice(SHAPES)),
+        color=str(rng.choice(list(COLORS))),
+        direction=direction,
+        speed=speed,
+        background=str(rng.choice(list(BACKGROUNDS))),
+        start=(float(x), float(y)),
+        radius=radius,
+    )
+
+
+def render(scene: Scene, frames: int = FRAMES, size: int = SIZE, first: int = 0) -> np.ndarray:
+    """Frames ``first`` to ``first + frames`` as uint8 (F, size, size, 3), edges anti-aliased over one pixel."""
+    y, x = np.mgrid[0:size, 0:size] + 0.5
+    centers = scene.centers(first + frames, size)[first:]
+    dx = x[None] - centers[:, 0, None, None]
+    dy = y[None] - centers[:, 1, None, None]
+    coverage = np.clip(0.5 - _signed_distance(scene.shape, dx, dy, scene.radius), 0.0, 1.0)[..., None]
+    color, background = np.array(COLORS[scene.color]), np.array(BACKGROUNDS[scene.background])
+    return np.round(background + coverage * (color - background)).astype(np.uint8)
+
+
+def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+    if shape == "circle":
+        return np.hypot(dx, dy) - radius
+    if shape == "square":
+        return np.maximum(np.abs(dx), np.abs(dy)) - 0.9 * radius
+    # An upward triangle as wide and as high as the circle: base at +radius, apex at -radius.
+    slope = np.sqrt(5.0)
+    return np.maximum((2 * np.abs(dx) - dy - radius) / slope, dy - radius)
