@@ -1,0 +1,177 @@
+"""Writes a clip as mp4, gif or webp with its metadata inside, and reads that metadata back.
+
+Frames are uint8 (F, H, W, 3), RGB. The metadata is JSON: in mp4 the comment tag, in gif the comment block, in webp the
+EXIF image description.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SUFFIXES = (".mp4", ".gif", ".webp")
+_EXIF_DESCRIPTION = 0x010E
+_NO_WRITER = "Install the engine's extra: pip install 'efficient-vdit[engine]'."
+
+
+def check_writable(path: str | Path) -> Path:
+    """Raises ValueError if no video can be written at `path`; called before the long work, so touches nothing."""
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"Cannot write {str(path)!r}: the ending must be one of {', '.join(SUFFIXES)}, as it picks the format."
+        )
+    if path.is_dir():
+        raise ValueError(f"Cannot write {str(path)!r}: it is a folder; name a file in it.")
+    if not path.parent.is_dir():
+        raise ValueError(f"Cannot write {str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"Cannot write {str(path)!r}: no permission in {str(path.parent)!r}; choose another folder.")
+    _check_writer_installed(path.suffix.lower())
+    return path
+
+
+def write_video(
+    path: str | Path, frames: np.ndarray, *, fps: float = 24.0, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes all of `frames` (F, H, W, 3) uint8 or, on any error or Ctrl-C, nothing.
+
+    Args:
+        path: the ending picks the format. mp4 is H.264 4:2:0, so height and width must be even; gif and webp are
+            written as loops. A gif counts time in 1/100 s, so its rate is rounded (24 fps become 25).
+        fps: frames per second, > 0.
+        metadata: anything that JSON can hold.
+
+    Returns:
+        The path. An existing file is replaced in one move.
+    """
+    path = check_writable(path)
+    frames = np.ascontiguousarray(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise ValueError(f"Frames must be uint8 (F, H, W, 3), got {frames.dtype} {frames.shape}.")
+    if not fps > 0:
+        raise ValueError(f"fps must be above 0, got {fps}.")
+    text = json.dumps(metadata or {})  # ASCII only, so that every container takes it
+    suffix = path.suffix.lower()
+    if suffix == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
+        raise ValueError(f"mp4 needs even sizes, got {frames.shape[2]}x{frames.shape[1]}; write a gif or webp instead.")
+    with _whole_file(path) as part:
+        if suffix == ".mp4":
+            _write_mp4(part, frames, fps, text)
+        else:
+            _write_animation(part, frames, fps, text)
+    return path
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata that `write_video` put into a file; ValueError if there is none."""
+    path = Path(path)
+    try:
+        text = _mp4_comment(path) if path.suffix.lower() == ".mp4" else _image_comment(path)
+        metadata = json.loads(text)
+    except (ValueError, OSError, LookupError) as error:
+        raise ValueError(f"{str(path)!r} holds no metadata of this program ({error}).") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{str(path)!r} holds no metadata of this program (its comment is {text[:40]!r}).")
+    return metadata
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A hidden file beside `path` that takes its place at the end, or is removed if anything interrupts."""
+    handle, name = tempfile.mkstemp(prefix=".evdit-", suffix=path.suffix.lower(), dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        # mkstemp makes files private; a video gets the permissions of any other new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _check_writer_installed(suffix: str) -> None:
+    try:
+        if suffix != ".mp4":
+            import PIL.Image  # noqa: F401 # pyright: ignore[reportUnusedImport]
+            return
+        import imageio_ffmpeg
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except ImportError as error:
+        raise ValueError(f"Writing {suffix} needs the package {error.name!r}, which is missing. {_NO_WRITER}") from error
+    except RuntimeError as error:
+        raise ValueError("Writing .mp4 needs ffmpeg, and none was found; install it, or write a gif or webp.") from error
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: float, text: str) -> None:
+    import imageio_ffmpeg
+
+    count, height, width, _ = frames.shape
+    writer = imageio_ffmpeg.write_frames(
+        str(path), (width, height), fps=fps, codec="libx264", quality=8, macro_block_size=1,
+        ffmpeg_log_level="error", output_params=["-metadata", f"comment={text}", "-movflags", "+faststart"],
+    )
+    writer.send(None)
+    try:
+        for frame in frames:
+            writer.send(frame)
+    finally:
+        writer.close()
+
+
+def _write_animation(path: Path, frames: np.ndarray, fps: float, text: str) -> None:
+    from PIL import Image
+
+    images = [Image.fromarray(frame) for frame in frames]
+    options: dict[str, Any] = {"save_all": True, "append_images": images[1:], "loop": 0}
+    if path.suffix == ".gif":
+        options |= {"duration": max(10, round(100 / fps) * 10), "comment": text.encode()}
+    else:
+        exif = Image.Exif()
+        exif[_EXIF_DESCRIPTION] = text
+        options |= {"duration": round(1000 / fps), "lossless": True, "exif": exif}
+    images[0].save(path, **options)
+
+
+def _image_comment(path: Path) -> str:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        if path.suffix.lower() == ".gif":
+            return image.info["comment"].decode()
+        return image.getexif()[_EXIF_DESCRIPTION]
+
+
+def _mp4_comment(path: Path) -> str:
+    """Walks moov/udta/meta/ilst/(c)cmt/data; a `data` atom starts with a type and a locale of 4 bytes each."""
+    data = path.read_bytes()
+    start, end = 0, len(data)
+    for name in (b"moov", b"udta", b"meta", b"ilst", b"\xa9cmt", b"data"):
+        start, end = _find_atom(data, start, end, name)
+        start += 4 if name == b"meta" else 0  # version and flags come before its children
+    return data[start + 8 : end].decode()
+
+
+def _find_atom(data: bytes, start: int, end: int, name: bytes) -> tuple[int, int]:
+    """Where the content of the atom `name` begins and ends, among the atoms of data[start:end]."""
+    while start + 8 <= end:
+        size, header = int.from_bytes(data[start : start + 4], "big"), 8
+        if size == 1:
+            size, header = int.from_bytes(data[start + 8 : start + 16], "big"), 16
+        if size < header:
+            break
+        if data[start + 4 : start + 8] == name:
+            return start + header, min(start + size, end)
+        start += size
+    raise LookupError(f"no {name.decode('latin-1')} atom")

@@ -1,0 +1,114 @@
+"""Videos are written whole or not at all, and carry their metadata."""
+
+import numpy as np
+import pytest
+
+from efficient_vdit_core import video
+from efficient_vdit_core.video import check_writable, read_metadata, write_video
+
+imageio = pytest.importorskip("imageio.v3")
+pytest.importorskip("imageio_ffmpeg")
+
+METADATA = {
+    "prompt": "ein \"roter\" Kreis; = #1 \\ \n 红色 \U0001f534 it's", "seed": 2**63, "plan": {"k": 2}, "steps": 20,
+    "long": "x" * 5000, "nul": "a\0b",
+}
+
+
+@pytest.fixture
+def frames():
+    """A red square that moves right over a blue ground: 9 frames of 32x48."""
+    out = np.zeros((9, 32, 48, 3), np.uint8)
+    out[..., 2] = 200
+    for i in range(9):
+        out[i, 8:24, 2 + 3 * i : 18 + 3 * i] = (220, 20, 20)
+    return out
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", ".MP4"])
+def test_frames_and_metadata_come_back(tmp_path, frames, suffix):
+    path = write_video(tmp_path / f"clip{suffix}", frames, fps=8, metadata=METADATA)
+    assert read_metadata(path) == METADATA
+    back = np.stack([f[..., :3] for f in imageio.imiter(path, extension=suffix.lower())])
+    assert back.shape == frames.shape
+    tolerance = {".webp": 0.01, ".gif": 6.0}.get(suffix, 12.0)  # mp4 loses colour resolution at edges
+    assert np.abs(back.astype(float) - frames).mean() < tolerance
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
+def test_one_frame_is_a_video_too(tmp_path, frames, suffix):
+    path = write_video(tmp_path / f"clip{suffix}", frames[:1], metadata={"a": 1})
+    assert read_metadata(path) == {"a": 1}
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_rate_is_kept(tmp_path, frames, suffix):
+    path = write_video(tmp_path / f"clip{suffix}", frames, fps=10)
+    meta = imageio.immeta(path)
+    assert meta["fps"] == 10 if suffix == ".mp4" else meta["duration"] == 100
+
+
+@pytest.mark.parametrize("writer", ["_write_mp4", "_write_animation"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, frames, monkeypatch, writer, error):
+    def stop(path, *args):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(video, writer, stop)
+    path = tmp_path / ("clip.mp4" if writer == "_write_mp4" else "clip.gif")
+    path.write_bytes(b"old")
+    with pytest.raises(error):
+        write_video(path, frames)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_file_permissions_are_those_of_a_new_file(tmp_path, frames):
+    (tmp_path / "plain").touch()
+    path = write_video(tmp_path / "clip.gif", frames)
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("name, words", [
+    ("clip.avi", "must be one of .mp4, .gif, .webp"), ("clip", "must be one of"), ("no/such/clip.mp4", "does not exist"),
+])
+def test_bad_paths_are_refused_before_any_work(tmp_path, name, words):
+    with pytest.raises(ValueError, match=words):
+        check_writable(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_refused(tmp_path):
+    (tmp_path / "clip.mp4").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        check_writable(tmp_path / "clip.mp4")
+
+
+def test_bad_frames_are_refused(tmp_path, frames):
+    with pytest.raises(ValueError, match="uint8"):
+        write_video(tmp_path / "a.gif", frames.astype(np.float32))
+    with pytest.raises(ValueError, match="uint8"):
+        write_video(tmp_path / "a.gif", frames[:0])
+    with pytest.raises(ValueError, match="even sizes"):
+        write_video(tmp_path / "a.mp4", frames[:, :31])
+    with pytest.raises(ValueError, match="fps must be above 0"):
+        write_video(tmp_path / "a.gif", frames, fps=0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.mp4", b""), ("a.mp4", b"\0" * 64), ("a.gif", b"GIF89a"), ("a.webp", b"no"), ("b.mp4", None),
+])
+def test_files_without_metadata_say_so(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="holds no metadata"):
+        read_metadata(tmp_path / name)
+
+
+def test_a_missing_writer_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "imageio_ffmpeg", None)
+    with pytest.raises(ValueError, match="efficient-vdit\\[engine\\]"):
+        check_writable(tmp_path / "a.mp4")
