@@ -1,0 +1,87 @@
+"""Where the three parts of a model lie: in the built-in tiny model, a diffusers folder, or a copy of the hub repository.
+
+    tiny                          the model that ships with this package
+    DIR/transformer, DIR/vae, DIR/text_encoder
+    DIR/29x720p, ..., DIR/vae     the hub repository: name the resolution, DIR/29x720p
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TINY = "tiny"
+HUB_FOLDERS = ("29x480p", "29x720p", "93x480p", "93x720p")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Paths of a model's parts; each is a file or a folder that the loaders take."""
+
+    name: str
+    transformer: Path
+    vae: Path
+    text_encoder: Path
+
+
+def find_model(model: str | Path, text_encoder: str | Path | None = None) -> ModelFolder:
+    """Finds the parts of `model`, "tiny" or a folder, without opening them.
+
+    Args:
+        text_encoder: file or folder of the mT5 encoder, where it does not lie in the model's folder.
+
+    Raises:
+        ValueError: a part is missing; the message names it and the place where it was expected.
+    """
+    if str(model) == TINY and not Path(model).is_dir():
+        from . import assets
+
+        found = ModelFolder(TINY, *(Path(assets.tiny_path(p)) for p in ("transformer", "vae", "text_encoder")))
+    else:
+        found = _in_folder(Path(model), text_encoder)
+    if text_encoder is not None:
+        found = ModelFolder(found.name, found.transformer, found.vae, Path(text_encoder))
+    for part in ("transformer", "vae", "text_encoder"):
+        if not getattr(found, part).exists():
+            raise ValueError(
+                f"The model {found.name!r} has no {part.replace('_', ' ')}: {str(getattr(found, part))!r} does not "
+                f"exist. {_ADVICE[part]}"
+            )
+    return found
+
+
+_ADVICE = {
+    "transformer": "Put the transformer's config.json and safetensors there.",
+    "vae": "Copy the 'vae' folder of the hub repository there, next to the transformer's folder.",
+    "text_encoder": "Convert mT5 with 'evdit convert text-encoder' and name the result with --text-encoder.",
+}
+
+
+def _in_folder(folder: Path, text_encoder: str | Path | None) -> ModelFolder:
+    if not folder.is_dir():
+        raise ValueError(
+            f"There is no model at {str(folder)!r}: expected {TINY!r} or a folder with the model's parts; "
+            "check the path."
+        )
+    name = folder.resolve().name
+    if (folder / "transformer").exists():
+        return ModelFolder(name, folder / "transformer", folder / "vae", folder / "text_encoder")
+    if _holds_weights(folder):  # one resolution of the hub repository; the shared parts lie beside it
+        root = folder if (folder / "vae").exists() else folder.resolve().parent
+        return ModelFolder(name, folder, root / "vae", root / "text_encoder")
+    present = [n for n in HUB_FOLDERS if (folder / n).is_dir()]
+    if len(present) == 1:
+        return ModelFolder(present[0], folder / present[0], folder / "vae", folder / "text_encoder")
+    if present:
+        raise ValueError(
+            f"{str(folder)!r} holds {len(present)} models ({', '.join(present)}); name one, "
+            f"for example {str(folder / present[0])!r}."
+        )
+    raise ValueError(
+        f"{str(folder)!r} is no model folder: it has neither 'transformer' nor one of {', '.join(HUB_FOLDERS)} nor "
+        "weights of its own; check the path."
+    )
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))

@@ -1,0 +1,97 @@
+"""What a user may ask of the pipeline, checked before any long work."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, replace
+
+SAMPLERS = ("consistency", "ddim", "euler_ancestral")
+DEFAULT_STEPS = {"consistency": 20, "ddim": 100, "euler_ancestral": 100}
+MAX_STEPS = 1000
+MAX_SEED = 2**64 - 1
+SPACE, TIME = 8, 4  # pixels and frames that one latent stands for
+SIZE_MULTIPLE = 16  # SPACE times the transformer's patch of 2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VideoRequest:
+    """One video. `check` fills in what is None and refuses what cannot be made.
+
+    frames: 4 k + 1, as the VAE turns k + 1 latent frames into 4 k + 1. height, width: pixels, multiples of 16.
+    steps: evaluations of the model (two forwards each with guidance). guidance: classifier-free, 1 is off.
+    segments, gamma: of the consistency sampler; segments None means one for each step.
+    """
+
+    prompt: str
+    negative: str = ""
+    frames: int = 29
+    height: int = 64
+    width: int = 64
+    steps: int | None = None
+    guidance: float = 1.0
+    sampler: str = "consistency"
+    segments: int | None = None
+    gamma: float = 0.0
+    seed: int = 0
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """(T, H, W) of the latent video."""
+        return (self.frames - 1) // TIME + 1, self.height // SPACE, self.width // SPACE
+
+    def check(self) -> VideoRequest:
+        """The complete request; ValueError says what does not fit and what would."""
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
+        complete = replace(self, steps=DEFAULT_STEPS[self.sampler] if self.steps is None else self.steps)
+        _check_prompt(complete)
+        _check_size(complete)
+        return _check_sampling(complete)
+
+
+def _check_prompt(request: VideoRequest) -> None:
+    if not request.prompt.strip():
+        log.warning("The prompt is empty, so nothing tells the model what to show; give one with --prompt.")
+
+
+def _check_size(request: VideoRequest) -> None:
+    below = max(0, request.frames - 1) // TIME * TIME + 1
+    if request.frames < 1 or request.frames != below:
+        choice = f"{below} or {below + TIME}" if request.frames > 1 else "1"
+        raise ValueError(
+            f"frames must be 4k+1 (1, 5, ..., 29, ..., 93), got {request.frames}: the VAE turns one latent frame into "
+            f"four, after the first; use {choice}."
+        )
+    for name in ("height", "width"):
+        size = getattr(request, name)
+        below = size // SIZE_MULTIPLE * SIZE_MULTIPLE
+        if size < SIZE_MULTIPLE or size != below:
+            choice = f"{below} or {below + SIZE_MULTIPLE}" if size > SIZE_MULTIPLE else str(SIZE_MULTIPLE)
+            raise ValueError(
+                f"{name} must be a multiple of {SIZE_MULTIPLE}, got {size}: one token covers "
+                f"{SIZE_MULTIPLE}x{SIZE_MULTIPLE} pixels; use {choice}."
+            )
+
+
+def _check_sampling(request: VideoRequest) -> VideoRequest:
+    steps = request.steps or 0
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps must lie in 1..{MAX_STEPS}, got {steps}: the model knows {MAX_STEPS} noise levels.")
+    if not (math.isfinite(request.guidance) and request.guidance >= 0):
+        raise ValueError(f"guidance must be a number from 0 up, got {request.guidance}; 1 switches it off.")
+    if not 0 <= request.seed <= MAX_SEED:
+        raise ValueError(f"seed must lie in 0..2^64-1, got {request.seed}.")
+    if request.sampler != "consistency":
+        if request.segments is not None or request.gamma != 0.0:
+            log.warning("segments and gamma belong to the consistency sampler; %s ignores them.", request.sampler)
+        return replace(request, segments=None, gamma=0.0)
+    from .sampling import segment_edges
+
+    segments = steps if request.segments is None else request.segments
+    segment_edges(segments, steps)  # refuses counts out of range
+    if not 0.0 <= request.gamma <= 1.0:
+        raise ValueError(f"gamma must lie in 0..1, got {request.gamma}: 0 jumps deterministically, 1 re-noises fully.")
+    return replace(request, segments=segments)
