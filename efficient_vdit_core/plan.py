@@ -1,0 +1,195 @@
+"""A plan: one tile pattern for every layer of a model, with where it came from, as a small JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .tiles import TilePattern
+
+SCHEMA_VERSION = 1
+MAX_LAYERS = 1024
+MAX_REFERENCE_FRAMES = 1024
+ANY_FAMILY = "any"
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Patterns of a model's layers.
+
+    ``patterns`` has one entry a layer; with ``uniform`` set instead the plan fits any depth, and ``dense_layers`` (which
+    may hold negative indices, counted from the end) stay full. ``frames`` and ``heads`` say what it was made for.
+    """
+
+    patterns: tuple[TilePattern, ...] = ()
+    uniform_pattern: TilePattern | None = None
+    dense_layers: tuple[tuple[int, int], ...] = ()
+    family: str = ANY_FAMILY
+    frames: int | None = None
+    heads: int | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if bool(self.patterns) == (self.uniform_pattern is not None):
+            raise ValueError("A plan needs either one pattern a layer or one uniform pattern, and not both.")
+
+    @classmethod
+    def uniform(cls, k: int | None, layers: int | None = None, **about: Any) -> TilePlan:
+        """The same k reference frames in every layer (None = full); for any depth unless ``layers`` is given."""
+        if layers is None:
+            return cls(uniform_pattern=TilePattern(k), **about)
+        return cls(patterns=(TilePattern(k),) * layers, **about)
+
+    def pattern(self, layer: int, layers: int | None = None) -> TilePattern:
+        """The pattern of one layer. ``layers`` is the model's depth, needed where dense layers count from the end."""
+        depth = len(self.patterns) or layers
+        for first, last in self.dense_layers:
+            if first < 0 and depth is None:
+                continue
+            low, high = (i + (depth or 0) if i < 0 else i for i in (first, last))
+            if low <= layer <= high:
+                return TilePattern(None)
+        if self.uniform_pattern is not None:
+            return self.uniform_pattern
+        if not 0 <= layer < len(self.patterns):
+            raise ValueError(
+                f"Layer {layer} was asked for, but the plan has {len(self.patterns)} layers: it was made for another "
+                "model. Choose a plan of the right depth."
+            )
+        return self.patterns[layer]
+
+    def with_dense(self, layers: str) -> TilePlan:
+        """A copy in which the layers named by e.g. ``0-2,-1`` stay full; an empty text changes nothing."""
+        return replace(self, dense_layers=self.dense_layers + parse_layers(layers))
+
+    def check_fits(self, *, family: str | None = None, layers: int | None = None, heads: int | None = None) -> None:
+        """Raise ValueError where the plan was made for another model family, depth or head count."""
+        if family and self.family not in (ANY_FAMILY, family):
+            raise ValueError(
+                f"The plan was made for the model family {self.family!r}, but the model is {family!r}. "
+                "Choose a plan for this model, or a uniform one."
+            )
+        if layers is not None and self.patterns and len(self.patterns) != layers:
+            raise ValueError(
+                f"The plan has {len(self.patterns)} layers, but the model has {layers}. It was made for another model; "
+                "choose a plan of the right depth, or a uniform one."
+            )
+        if heads is not None and self.heads not in (None, heads):
+            raise ValueError(
+                f"The plan was made for {self.heads} attention heads, but the model has {heads}. "
+                "Choose a plan for this model, or a uniform one."
+            )
+
+    def density(self, frames: int, layers: int | None = None) -> float:
+        """Mean share of frame x frame tiles computed over all layers, at ``frames`` latent frames."""
+        depth = len(self.patterns) or layers or 1
+        return sum(self.pattern(i, depth).density(frames) for i in range(depth)) / depth
+
+    def to_json(self) -> str:
+        """The plan as JSON: reference frame counts, null for a full layer."""
+        counts = [p.k for p in self.patterns]
+        values = {
+            "schema_version": SCHEMA_VERSION,
+            "family": self.family,
+            "frames": self.frames,
+            "heads": self.heads,
+            "reference_frames": counts if self.uniform_pattern is None else self.uniform_pattern.k,
+            "dense_layers": [list(r) for r in self.dense_layers],
+            "provenance": self.provenance,
+        }
+        return json.dumps(values, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> TilePlan:
+        """Read ``to_json``'s form. Raises ValueError that names the field where it was edited into nonsense."""
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"The plan is not valid JSON ({error}). Save it again from the node or the CLI.") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"The plan is a JSON {type(values).__name__}, expected an object. It is not a tile plan file.")
+        _check_version(values.get("schema_version"))
+        counts = values.get("reference_frames", [])
+        about: dict[str, Any] = {
+            "family": _typed(values, "family", str, ANY_FAMILY) or ANY_FAMILY,
+            "frames": _count(values.get("frames"), "frames"),
+            "heads": _count(values.get("heads"), "heads"),
+            "dense_layers": _ranges(values.get("dense_layers", [])),
+            "provenance": _typed(values, "provenance", dict, {}) or {},
+        }
+        if not isinstance(counts, list):
+            return cls(uniform_pattern=TilePattern(_count(counts, "reference_frames")), **about)
+        if not 1 <= len(counts) <= MAX_LAYERS:
+            raise ValueError(
+                f"The plan's reference_frames has {len(counts)} layers, expected 1 to {MAX_LAYERS}. "
+                "No model has that depth; save the plan again."
+            )
+        patterns = tuple(TilePattern(_count(c, f"reference_frames[{i}]")) for i, c in enumerate(counts))
+        return cls(patterns=patterns, **about)
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON file; a file of that name is replaced only once the new one is whole."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(self.to_json(), encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TilePlan:
+        """Read a plan file. Raises ValueError naming the file where it is not one."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{Path(path).name} cannot be used as a plan: {error}") from error
+
+
+def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
+    """Read ``0-2,5,-1`` as inclusive ranges; negative indices count from the end and stand alone."""
+    ranges = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        match = re.fullmatch(r"(-?\d{1,4})|(\d{1,4})\s*-\s*(\d{1,4})", part)
+        first, last = (int(match[1] or match[2]), int(match[1] or match[3])) if match else (1, 0)
+        if last < first:
+            raise ValueError(
+                f"The layers {text!r} cannot be read at {part!r}, expected a list such as '0-2,-1'. Correct dense_blocks."
+            )
+        ranges.append((first, last))
+    return tuple(ranges)
+
+
+def _check_version(version: Any) -> None:
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"The plan's schema_version is {version!r}, expected {SCHEMA_VERSION}. It is not a tile plan file.")
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"The plan has schema_version {version}, this version reads up to {SCHEMA_VERSION}. Update the node pack."
+        )
+
+
+def _typed(values: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+    value = values.get(name, default)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"The plan's {name} is {value!r}, expected a {kind.__name__}. Correct the file or save it again.")
+    return value
+
+
+def _count(value: Any, name: str) -> int | None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or (whole and 0 <= value <= MAX_REFERENCE_FRAMES):
+        return value
+    raise ValueError(
+        f"The plan's {name} is {value!r}, expected null or a whole number from 0 to {MAX_REFERENCE_FRAMES}. "
+        "Correct the file or save it again."
+    )
+
+
+def _ranges(value: Any) -> tuple[tuple[int, int], ...]:
+    pairs = value if isinstance(value, list) else [None]
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(i) is int and abs(i) <= MAX_LAYERS for i in pair)):
+            raise ValueError(f"The plan's dense_layers is {value!r}, expected pairs such as [[0, 2], [-1, -1]]. Correct the file.")
+    return tuple((a, b) for a, b in pairs)

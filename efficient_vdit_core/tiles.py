@@ -1,0 +1,109 @@
+"""The paper's idea: the attention map of a video falls into frame x frame tiles, and few of them matter.
+
+The arrow mask ``k:T-k`` keeps the diagonal tiles (a frame attends to itself) and the rows and columns of k reference
+frames (they attend to every frame, every frame attends to them). Efficient-vDiT, arXiv 2502.06155, section 3 and Table 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Video tokens: ``t`` latent frames of ``h`` x ``w`` tokens, in that order, row-major."""
+
+    t: int
+    h: int
+    w: int
+
+    def __post_init__(self) -> None:
+        if min(self.t, self.h, self.w) < 1:
+            raise ValueError(
+                f"The token grid is {self.t} x {self.h} x {self.w}, expected at least 1 on each axis. "
+                "The latent is smaller than one patch; choose a larger size."
+            )
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.h * self.w
+
+    @property
+    def tokens(self) -> int:
+        return self.t * self.tokens_per_frame
+
+
+@dataclass(frozen=True)
+class TilePattern:
+    """Which tiles a layer computes: ``k`` reference frames, or all tiles where ``k`` is None."""
+
+    k: int | None
+
+    def __post_init__(self) -> None:
+        if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0):
+            raise ValueError(
+                f"A pattern has k={self.k!r} reference frames, expected a whole number from 0, or None for full attention."
+            )
+
+    def is_full(self, frames: int) -> bool:
+        """True where nothing is left out of ``frames`` frames; one non-reference frame leaves nothing out either."""
+        return self.k is None or frames - self.k <= 1
+
+    def reference_frames(self, frames: int) -> tuple[int, ...]:
+        """Indices of the k reference frames: 0, s, 2s, ... with s = ceil(frames / k). All frames when full.
+
+        This placement reproduces the sparsities of the paper's Table 1 to two decimals. Where that stride meets fewer
+        than k frames (k above half of the frames, mostly), they are spread evenly instead, so that k is what you get.
+        """
+        if self.is_full(frames):
+            return tuple(range(frames))
+        if not self.k:
+            return ()
+        strided = range(0, frames, -(-frames // self.k))
+        return tuple(strided) if len(strided) == self.k else tuple(i * frames // self.k for i in range(self.k))
+
+    def name(self, frames: int) -> str:
+        """The paper's name, such as ``2:6`` for 8 frames; ``full`` where nothing is left out."""
+        return "full" if self.is_full(frames) else f"{self.k}:{frames - (self.k or 0)}"
+
+    @classmethod
+    def parse(cls, text: str) -> TilePattern:
+        """Read ``full``, ``k:T-k`` or a bare ``k``."""
+        cleaned = text.strip().lower()
+        if cleaned == "full":
+            return cls(None)
+        match = re.fullmatch(r"(\d{1,4})(?::\d{1,4})?", cleaned)
+        if match is None:
+            raise ValueError(f"The pattern {text!r} cannot be read, expected 'full' or 'k:T-k' such as '2:6'. Correct the plan.")
+        return cls(int(match[1]))
+
+    def density(self, frames: int) -> float:
+        """Share of the frame x frame tiles that is computed, 0 to 1."""
+        rest = frames - len(self.reference_frames(frames))
+        return 1.0 - rest * max(rest - 1, 0) / frames**2
+
+    def flop_density(self, grid: TokenGrid, extra: int = 0) -> float:
+        """Share of the attention FLOPs that is computed, with ``extra`` text or other tokens that attend to all."""
+        total = grid.tokens + extra
+        return 1.0 - (1.0 - self.density(grid.t)) * (grid.tokens / total) ** 2
+
+    def block_sparsity(self, grid: TokenGrid, block: int = 128) -> float:
+        """Share of ``block`` x ``block`` token blocks with no live element: the paper's "sparsity", 0 to 1.
+
+        Counted from block edges alone, never from an N x N mask.
+        """
+        if self.is_full(grid.t):
+            return 0.0
+        size, count = grid.tokens_per_frame, -(-grid.tokens // block)
+        references = set(self.reference_frames(grid.t))
+        spans = [(i * block // size, (min((i + 1) * block, grid.tokens) - 1) // size) for i in range(count)]
+        plain = [not references.intersection(range(first, last + 1)) for first, last in spans]
+        plain_before = [0, *itertools.accumulate(plain)]
+        live = count**2 - sum(plain) ** 2
+        for (first, last), is_plain in zip(spans, plain, strict=True):
+            if is_plain:
+                low, high = first * size // block, -(-min((last + 1) * size, grid.tokens) // block)
+                live += plain_before[high] - plain_before[low]
+        return 1.0 - live / count**2
