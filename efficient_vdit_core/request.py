@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass, replace
 
@@ -12,9 +11,6 @@ MAX_STEPS = 1000
 MAX_SEED = 2**64 - 1
 SPACE, TIME = 8, 4  # pixels and frames that one latent stands for
 SIZE_MULTIPLE = 16  # SPACE times the transformer's patch of 2
-
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class VideoRequest:
@@ -42,19 +38,22 @@ class VideoRequest:
         """(T, H, W) of the latent video."""
         return (self.frames - 1) // TIME + 1, self.height // SPACE, self.width // SPACE
 
+    def remarks(self) -> list[str]:
+        """What is allowed but probably not meant."""
+        found = []
+        if not self.prompt.strip():
+            found.append("The prompt is empty, so nothing tells the model what to show; give it a text.")
+        if self.sampler != "consistency" and (self.segments is not None or self.gamma != 0.0):
+            found.append(f"segments and gamma belong to the consistency sampler; {self.sampler} ignores them.")
+        return found
+
     def check(self) -> VideoRequest:
         """The complete request; ValueError says what does not fit and what would."""
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
         complete = replace(self, steps=DEFAULT_STEPS[self.sampler] if self.steps is None else self.steps)
-        _check_prompt(complete)
         _check_size(complete)
         return _check_sampling(complete)
-
-
-def _check_prompt(request: VideoRequest) -> None:
-    if not request.prompt.strip():
-        log.warning("The prompt is empty, so nothing tells the model what to show; give one with --prompt.")
 
 
 def _check_size(request: VideoRequest) -> None:
@@ -85,8 +84,6 @@ def _check_sampling(request: VideoRequest) -> VideoRequest:
     if not 0 <= request.seed <= MAX_SEED:
         raise ValueError(f"seed must lie in 0..2^64-1, got {request.seed}.")
     if request.sampler != "consistency":
-        if request.segments is not None or request.gamma != 0.0:
-            log.warning("segments and gamma belong to the consistency sampler; %s ignores them.", request.sampler)
         return replace(request, segments=None, gamma=0.0)
     from .sampling import segment_edges
 

@@ -49,8 +49,8 @@ class DiscreteSchedule:
         Returns a float32 tensor of the timestep's shape, on its device.
         """
         t = torch.as_tensor(timestep)
-        log_sigmas = self.log_sigmas.to(t.device)
-        t = t.to(torch.float64).clamp(0, len(log_sigmas) - 1)
+        log_sigmas = self._table(t.device)
+        t = t.to(log_sigmas).clamp(0, len(log_sigmas) - 1)
         low, high = t.floor().long(), t.ceil().long()
         return torch.lerp(log_sigmas[low], log_sigmas[high], t.frac()).exp().float()
 
@@ -60,12 +60,16 @@ class DiscreteSchedule:
         Returns a float32 tensor of sigma's shape, on its device.
         """
         s = torch.as_tensor(sigma)
-        log_sigmas = self.log_sigmas.to(s.device)
-        log_s = s.to(torch.float64).log().clamp(log_sigmas[0], log_sigmas[-1])
+        log_sigmas = self._table(s.device)
+        log_s = s.to(log_sigmas).log().clamp(log_sigmas[0], log_sigmas[-1])
         high = torch.searchsorted(log_sigmas, log_s).clamp(1, len(log_sigmas) - 1)
         low = high - 1
         weight = (log_s - log_sigmas[low]) / (log_sigmas[high] - log_sigmas[low])
         return (low + weight).float()
+
+    def _table(self, device: torch.device) -> Tensor:
+        """log_sigmas on a device, in float64 where it has that."""
+        return self.log_sigmas.to(device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
 
 
 def segment_edges(

@@ -1,0 +1,86 @@
+"""The `evdit` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from . import __version__
+
+# name -> its help; each is a module of `commands` with add_arguments(parser) and run(args) -> exit status
+COMMANDS = {
+    "generate": "make a video for a prompt",
+    "demo": "make a short video with the built-in model, in under a minute on a CPU",
+    "doctor": "show versions, devices, attention backends and packages",
+    "convert": "turn upstream weights into safetensors",
+}
+TINYWORLD = "tinyworld"
+INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0, 2 for a mistake of the user, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        args = build_parser(argv).parse_args(argv)
+        _quiet_logs()
+        return int(args.run(args) or 0)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", INTERRUPTED)
+    except ValueError as error:
+        if debug:
+            raise
+        return _fail(f"error: {error}", 2)
+    except OSError as error:
+        if debug:
+            raise
+        return _fail(f"error: {error.strerror or error} ({error.filename or 'no file named'})", 1)
+    except RuntimeError as error:
+        if debug or "out of memory" not in str(error).lower():
+            raise
+        return _fail("error: the device ran out of memory; use a smaller size, fewer frames or --dtype bfloat16", 1)
+
+
+def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of all commands; `argv` tells which one needs its own, slower, description."""
+    parser = argparse.ArgumentParser(prog="evdit", description="Efficient-vDiT: fast video diffusion transformers.")
+    parser.add_argument("--version", action="version", version=f"evdit {__version__}")
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = importlib.import_module(f".commands.{name}", __package__)
+        sub = subparsers.add_parser(name, help=text, description=command.__doc__, parents=[debug])
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    _add_tinyworld(subparsers, argv)
+    return parser
+
+
+def _add_tinyworld(subparsers: Any, argv: Sequence[str]) -> None:
+    """Its training code imports torch, so it is read only when asked for."""
+    if TINYWORLD not in argv[:1]:
+        subparsers.add_parser(TINYWORLD, help="train, evaluate and render the tiny world")
+        return
+    importlib.import_module(".tinyworld.cli", __package__).add_arguments(subparsers)
+
+
+def _fail(text: str, status: int) -> int:
+    print(f"evdit: {text}", file=sys.stderr)
+    return status
+
+
+def _quiet_logs() -> None:
+    """Warnings as one line each, whether they come from logging or from the warnings module."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"WARNING: {message}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

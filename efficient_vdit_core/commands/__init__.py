@@ -1,0 +1,14 @@
+"""The commands of `evdit`, one file each: `add_arguments` describes it, `run` does it and returns the exit status.
+
+No command imports torch before it runs, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def say(text: str = "") -> None:
+    """A line for the user, on standard output."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,128 @@
+"""evdit generate: one video for a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..request import SAMPLERS
+from . import say
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline, Video
+    from ..plan import TilePlan
+
+MAX_ZOOM = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the command's options."""
+    add = parser.add_argument
+    add("--model", default="tiny", help="'tiny' (built in) or a folder with transformer, vae, text_encoder")
+    add("--text-encoder", metavar="PATH", help="file or folder of the mT5 encoder, if it lies elsewhere")
+    add("--prompt", required=True, help="what the video shows")
+    add("--negative", help="what it must not show (default: the reference model's text; empty for tiny)")
+    add("--template", choices=("a", "b", "c"), help="put the prompt into one of the reference model's templates")
+    add("--frames", type=int, help="number of frames, 4k+1 (default: as the model was trained)")
+    add("--height", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
+    add("--width", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
+    add("--steps", type=int, help="evaluations of the model, 1..1000 (default: 20, or 100 for ddim, euler_ancestral)")
+    add("--guidance", type=float, help="classifier-free guidance, 1 is off (default: 3 for tiny, else 7.5)")
+    add("--sampler", choices=SAMPLERS, default="consistency", help="default: %(default)s")
+    add("--segments", type=int, help="consistency: segments of diffusion time, 1..steps (default: steps)")
+    add("--gamma", type=float, help="consistency: share of fresh noise, 0 deterministic .. 1 as LCM (default: 0)")
+    add("--plan", metavar="K:T-K|FILE", help="sparse attention: 1:7 is 1 reference frame of 8, or a plan file "
+        "(default: dense)")
+    add("--seed", type=int, help="0..2^64-1 (default: 0)")
+    add("--out", required=True, metavar="FILE", help="the ending picks the format: .mp4, .gif, .webp")
+    add("--zoom", type=int, default=1, help="enlarge the written video 1..16 times, pixel by pixel (default: 1)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
+
+
+CHOICES = ("negative", "frames", "height", "width", "steps", "guidance", "sampler", "segments", "gamma", "seed")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Makes and writes the video. Whatever can be refused is refused before the weights are read."""
+    from ..request import VideoRequest
+    from ..video import check_writable
+
+    start = time.perf_counter()
+    out = check_writable(args.out)
+    if not 1 <= args.zoom <= MAX_ZOOM:
+        raise ValueError(f"--zoom must lie in 1..{MAX_ZOOM}, got {args.zoom}.")
+    choices = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
+    VideoRequest(args.prompt, **choices).check()
+    load_plan(args.plan, frames=None)
+
+    from ..pipeline import Pipeline
+
+    pipeline = Pipeline.from_model(
+        args.model, text_encoder=args.text_encoder, device=args.device, dtype=args.dtype
+    )
+    video = make_video(pipeline, args.prompt, choices, plan_text=args.plan, template=args.template)
+    write(video, out, args.zoom, start)
+    return 0
+
+
+def make_video(
+    pipeline: Pipeline, prompt: str, choices: dict[str, Any], *, plan_text: str | None, template: str | None = None
+) -> Video:
+    """Samples behind a progress bar."""
+    request = pipeline.request(prompt, **choices)
+    plan = load_plan(plan_text, frames=request.latent_size[0])
+    with _bar(request.steps or 0) as progress:
+        return pipeline.generate(request, plan=plan, template=template, progress=progress)
+
+
+def write(video: Video, out: Path, zoom: int, start: float) -> None:
+    """Writes the file and tells what it holds, how sparse the attention was and how long all took."""
+    from ..video import write_video
+
+    frames = video.frames.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    write_video(out, frames, fps=video.metadata["fps"], metadata={**video.metadata, "zoom": zoom})
+    count, height, width, _ = frames.shape
+    say(f"wrote {out}: {count} frames of {width}x{height} at {video.metadata['fps']} fps, {out.stat().st_size / 1024:.0f} KiB")
+    say(f"attention: {video.metadata['attention']}")
+    say(f"took {time.perf_counter() - start:.1f} s, {video.metadata['steps']} steps of {video.metadata['sampler']}")
+
+
+def load_plan(text: str | None, frames: int | None) -> TilePlan | None:
+    """A plan from "k:T-k", "full" or a file; None stays None.
+
+    Args:
+        frames: latent frames of the video, which k:T-k must name; None skips that check.
+    """
+    if text is None:
+        return None
+    from ..plan import TilePlan
+    from ..tiles import TilePattern
+
+    if not re.fullmatch(r"\d+:\d+|full", text):
+        if not Path(text).is_file():
+            raise ValueError(f"--plan {text!r} is neither a pattern such as 1:7 nor a plan file; check the path.")
+        return TilePlan.load(text)
+    pattern = TilePattern.parse(text)
+    if ":" in text and frames is not None:
+        k, others = map(int, text.split(":"))
+        if k + others != frames:
+            fitting = f"{min(k, frames)}:{max(frames - k, 0)}"
+            raise ValueError(
+                f"--plan {text} is a pattern for {k + others} latent frames, but this video has {frames}; "
+                f"use {fitting}."
+            )
+    return TilePlan.uniform(pattern.k)
+
+
+@contextmanager
+def _bar(steps: int) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    with tqdm(total=steps, desc="sampling", unit="step") as bar:
+        yield lambda done, total: bar.update(done - bar.n)

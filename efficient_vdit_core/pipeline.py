@@ -1,0 +1,283 @@
+"""Text to video without ComfyUI: encode the prompt, sample latents, decode them.
+
+Shapes: latents z (1, 4, T, H/8, W/8) float32, variance-preserving; with guidance the batch is [negative, positive].
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .attention.layout import TokenLayout
+from .attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
+from .attention.sdpa import OVERRIDE_KEY
+from .model_folder import TINY, find_model
+from .plan import TilePlan
+from .request import SPACE, TIME, VideoRequest
+from .sampling import Denoiser, DiscreteSchedule, consistency_sigmas, sample_consistency
+from .sampling.reference import sample_reference
+from .tiles import TokenGrid
+
+FAMILY = "opensora_plan"
+LATENT_SCALE = 0.18215
+FPS = 24
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Video:
+    """frames: uint8 (F, H, W, 3). metadata: what made them, JSON-able. report: the attention's counts."""
+
+    frames: np.ndarray
+    metadata: dict[str, Any]
+    report: AttentionReport = field(default_factory=AttentionReport)
+
+
+class Pipeline:
+    """The three parts of a model on one device.
+
+    Args:
+        transformer: OpenSoraT2V. vae: CausalVAE. text_encoder: has encode(list of prompts) -> (context, mask).
+        offload: keep each part on the CPU while another one works.
+    """
+
+    def __init__(
+        self, transformer: Any, vae: Any, text_encoder: Any, *, name: str = "model", device: str = "cpu",
+        offload: bool = False,
+    ) -> None:
+        self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
+        self.name, self.device, self.offload = name, torch.device(device), offload
+
+    @classmethod
+    def from_model(
+        cls, model: str | Path = TINY, *, text_encoder: str | Path | None = None, device: str = "auto",
+        dtype: str = "auto", offload: bool | None = None,
+    ) -> Pipeline:
+        """Loads "tiny" or the parts found in a folder (see `model_folder`).
+
+        Args:
+            device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
+            dtype: "auto" (float32 for tiny and on the CPU, else bfloat16), "float32", "bfloat16", "float16".
+            offload: None decides by the device's free memory.
+
+        Raises:
+            ValueError: a part is missing or no such model, no such device or dtype.
+        """
+        from .models.opensora_plan.checkpoint import load_transformer, load_vae
+        from .models.opensora_plan.text import TextEncoder
+
+        folder = find_model(model, text_encoder)
+        target = pick_device(device)
+        kind = _pick_dtype(dtype, target, folder.name)
+        transformer = load_transformer(folder.transformer, dtype=kind)
+        vae = load_vae(folder.vae, dtype=kind)
+        encoder = TextEncoder.from_folder(folder.text_encoder, dtype=kind)
+        self = cls(transformer, vae, encoder, name=folder.name, device=target, offload=False)
+        self.offload = self._must_offload() if offload is None else offload
+        return self
+
+    def request(self, prompt: str, **choices: Any) -> VideoRequest:
+        """A checked request; what is not chosen is what this model was trained for. See `VideoRequest`."""
+        config = self.transformer.config
+        trained = {
+            "frames": (config.sample_size_t - 1) * TIME + 1, "height": config.sample_size[0] * SPACE,
+            "width": config.sample_size[1] * SPACE,
+        }
+        defaults = {**trained, "guidance": 3.0 if self.name == TINY else 7.5, "negative": self._default_negative()}
+        chosen = {k: v for k, v in choices.items() if v is not None}
+        asked = VideoRequest(prompt, **{**defaults, **chosen})
+        request = asked.check()
+        for remark in asked.remarks():
+            log.warning(remark)
+        if any(getattr(request, k) != v for k, v in trained.items()):
+            log.warning(
+                "%dx%d with %d frames is not what this model was trained for (%dx%d with %d), so expect less.",
+                request.width, request.height, request.frames, trained["width"], trained["height"], trained["frames"],
+            )
+        return request
+
+    def check_plan(self, plan: TilePlan) -> None:
+        """ValueError if the plan was made for another model."""
+        config = self.transformer.config
+        plan.check_fits(family=FAMILY, layers=config.num_layers, heads=config.num_attention_heads)
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: str | VideoRequest, *, plan: TilePlan | None = None, template: str | None = None,
+        progress: Progress | None = None, **choices: Any,
+    ) -> Video:
+        """Makes one video.
+
+        Args:
+            prompt: the text, with the fields of `VideoRequest` as keywords; or a request from `request`.
+            plan: tile patterns for self-attention; None is dense.
+            template: a name of `text.TEMPLATES` that the prompt is put into; None is the bare prompt.
+            progress: progress(steps done, steps in all).
+
+        Raises:
+            ValueError: what was asked for cannot be made; raised before sampling starts.
+        """
+        request = prompt if isinstance(prompt, VideoRequest) else self.request(prompt, **choices)
+        if plan is not None:
+            self.check_plan(plan)
+        report = AttentionReport()
+        context, mask = self._encode(request, template)
+        with self._working(self.transformer):
+            network = self._guided_network(request, context, mask, self._attention_options(request, plan, report))
+            z = self._sample(request, network, progress)
+        if not bool(z.isfinite().all()):
+            raise ValueError(f"The model's result is not finite in {_dtype_name(self.transformer)}; use --dtype float32.")
+        frames = self._decode(z)[: request.frames, : request.height, : request.width]
+        return Video(frames, self._metadata(request, plan, template, report), report)
+
+    def _encode(self, request: VideoRequest, template: str | None) -> tuple[Tensor, Tensor]:
+        """Text states (B, L, C) and mask (B, L) of [negative, positive], or of [positive] where guidance is off."""
+        from .models.opensora_plan.text import TEMPLATES, clean_caption
+
+        if template is not None and template not in TEMPLATES:
+            raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}.")
+        positive = TEMPLATES[template].format(request.prompt) if template else request.prompt
+        texts = [positive] if request.guidance == 1.0 else [request.negative, positive]
+        # The reference cleans twice: the second pass removes what the first one uncovers.
+        cleaned = [clean_caption(clean_caption(text)) for text in texts]
+        with self._working(self.text_encoder):
+            context, mask = self.text_encoder.encode(cleaned)
+        return context.to(self.device), mask.to(self.device)
+
+    def _attention_options(
+        self, request: VideoRequest, plan: TilePlan | None, report: AttentionReport
+    ) -> Callable[[], dict[str, Any]]:
+        """Makes the transformer_options of one forward pass."""
+        t, h, w = request.latent_size
+        p = self.transformer.config.patch_size
+        layout = TokenLayout(TokenGrid(t, -(-h // p), -(-w // p)))
+        if plan is None:
+            return dict
+        override = make_attention_override(plan, report)
+        return lambda: {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(layout)}
+
+    def _guided_network(
+        self, request: VideoRequest, context: Tensor, mask: Tensor, options: Callable[[], dict[str, Any]]
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """network(z (1, ...), timestep (1,)) -> the raw prediction after classifier-free guidance, float32."""
+
+        def network(z: Tensor, timestep: Tensor) -> Tensor:
+            n = len(context)
+            inputs = z.to(self.transformer.dtype).expand(n, -1, -1, -1, -1)
+            out = self.transformer(inputs, timestep.float().expand(n), context, mask, options()).float()
+            if n == 1:
+                return out
+            negative, positive = out.chunk(2)
+            return negative + request.guidance * (positive - negative)
+
+        return network
+
+    def _sample(self, request: VideoRequest, network: Callable[..., Tensor], progress: Progress | None) -> Tensor:
+        """Latents of the request's size. All noise is drawn on the CPU, so a seed means the same on every device."""
+        generator = torch.Generator().manual_seed(request.seed)
+        noise = torch.randn(1, self.transformer.config.in_channels, *request.latent_size, generator=generator)
+        noise = noise.to(self.device)
+        kind, steps = self.transformer.config.prediction_type, request.steps or 0
+        report = progress or (lambda done, total: None)
+        if request.sampler != "consistency":
+            return sample_reference(
+                network, noise, request.sampler, steps, kind, generator=generator,
+                callback=lambda done: report(done, steps),
+            )
+        schedule = DiscreteSchedule()
+        sigmas = consistency_sigmas(schedule.sigma, request.segments or steps, steps).to(self.device)
+        x = noise * (1.0 + sigmas[0] ** 2).sqrt()  # unit variance in the model's own coordinates
+        return sample_consistency(
+            Denoiser(network, schedule, kind), x, sigmas, gamma=request.gamma, noise_seed=request.seed,
+            callback=lambda state: report(state["i"] + 1, steps),
+        )
+
+    def _decode(self, z: Tensor) -> np.ndarray:
+        """Latents (1, 4, T, h, w) to uint8 frames (4 (T - 1) + 1, 8 h, 8 w, 3)."""
+        from .models.opensora_plan.vae_tiling import tiled_decode
+
+        with self._working(self.vae):
+            weights = next(self.vae.parameters())
+            pixels = tiled_decode(self.vae, (z / LATENT_SCALE).to(weights.dtype))[0].float()
+        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+
+    def _metadata(
+        self, request: VideoRequest, plan: TilePlan | None, template: str | None, report: AttentionReport
+    ) -> dict[str, Any]:
+        import json
+
+        return {
+            **asdict(request), "model": self.name, "template": template, "fps": FPS,
+            "plan": None if plan is None else json.loads(plan.to_json()),
+            "attention": report.summary() if plan is not None else "dense",
+            "device": self.device.type, "dtype": _dtype_name(self.transformer),
+            "versions": {"efficient-vdit": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+
+    def _default_negative(self) -> str:
+        from .models.opensora_plan.text import NEGATIVE_PROMPT
+
+        return "" if self.name == TINY else NEGATIVE_PROMPT
+
+    def _must_offload(self) -> bool:
+        """Whether all three parts together leave less than a third of the GPU's free memory for the work."""
+        if self.device.type != "cuda":
+            return False
+        parts = [m for m in map(_module, (self.transformer, self.vae, self.text_encoder)) if m is not None]
+        size = sum(p.numel() * p.element_size() for m in parts for p in m.parameters())
+        return size > torch.cuda.mem_get_info(self.device)[0] * 2 / 3
+
+    @contextmanager
+    def _working(self, part: Any) -> Iterator[None]:
+        """Has a part on the device while it works."""
+        module = _module(part)
+        if module is not None:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            if self.offload and module is not None:
+                module.to("cpu")
+
+
+def pick_device(device: str) -> str:
+    """A device name that works here; ValueError if it does not."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"The device {device!r} cannot be used ({reason}); 'evdit doctor' lists what can.") from error
+    return device
+
+
+def _pick_dtype(dtype: str, device: str, name: str) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if name == TINY or device == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}.")
+    return DTYPES[dtype]
+
+
+def _module(part: Any) -> nn.Module | None:
+    """The torch module of a part: itself, or its `model`."""
+    found = part if isinstance(part, nn.Module) else getattr(part, "model", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _dtype_name(module: Any) -> str:
+    return str(module.dtype).removeprefix("torch.")
