@@ -1,0 +1,90 @@
+import json
+
+import pytest
+
+from efficient_vdit_core.plan import TilePlan, parse_layers
+from efficient_vdit_core.tiles import TilePattern
+
+
+def layered() -> TilePlan:
+    return TilePlan(patterns=tuple(TilePattern(k) for k in (None, 2, 1)), family="OpenSoraT2V", frames=8, heads=24, provenance={"r": 0.1})
+
+
+@pytest.mark.parametrize("plan", [layered(), TilePlan.uniform(1), TilePlan.uniform(2, 4).with_dense("0,2-3"), TilePlan.uniform(None)])
+def test_json_round_trip(plan, tmp_path):
+    assert TilePlan.from_json(plan.to_json()) == plan
+    plan.save(tmp_path / "p.json")
+    assert TilePlan.load(tmp_path / "p.json") == plan
+    assert [p.name for p in tmp_path.iterdir()] == ["p.json"]
+
+
+def test_dense_layers_count_from_both_ends():
+    plan = TilePlan.uniform(1).with_dense("0-1,-1")
+    assert [plan.pattern(i, 5).k for i in range(5)] == [None, None, 1, 1, None]
+    assert TilePlan.uniform(1).with_dense(" ") == TilePlan.uniform(1)
+
+
+def test_density_is_the_mean_over_layers():
+    assert layered().density(8) == pytest.approx((1 + TilePattern(2).density(8) + TilePattern(1).density(8)) / 3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [({"family": "WanModel"}, "family"), ({"layers": 32}, "3 layers"), ({"heads": 12}, "24 attention heads")],
+)
+def test_a_plan_for_another_model_is_refused(asked, message):
+    layered().check_fits(family="OpenSoraT2V", layers=3, heads=24)
+    TilePlan.uniform(1).check_fits(**asked)
+    with pytest.raises(ValueError, match=message):
+        layered().check_fits(**asked)
+
+
+def test_a_layer_beyond_the_plan_is_refused():
+    with pytest.raises(ValueError, match="Layer 3"):
+        layered().pattern(3)
+
+
+def edited(**changes) -> str:
+    return json.dumps({**json.loads(layered().to_json()), **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1]", "expected an object"),
+        ("{}", "schema_version"),
+        (edited(schema_version="1"), "schema_version"),
+        (edited(schema_version=2), "Update the node pack"),
+        (edited(reference_frames=[]), "0 layers"),
+        (edited(reference_frames=[1] * 10_000), "10000 layers"),
+        (edited(reference_frames=[1, -2]), r"reference_frames\[1\]"),
+        (edited(reference_frames=[1, "full"]), r"reference_frames\[1\]"),
+        (edited(reference_frames=[True]), r"reference_frames\[0\]"),
+        (edited(reference_frames=1.5), "reference_frames"),
+        (edited(family=3), "family"),
+        (edited(frames="8"), "frames"),
+        (edited(heads=-1), "heads"),
+        (edited(provenance=[]), "provenance"),
+        (edited(dense_layers=[[1]]), "dense_layers"),
+        (edited(dense_layers="0-2"), "dense_layers"),
+    ],
+)
+def test_nonsense_is_refused_by_name(text, message):
+    with pytest.raises(ValueError, match=message):
+        TilePlan.from_json(text)
+
+
+def test_load_names_the_file(tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    for name in ("bad.json", "absent.json"):
+        with pytest.raises(ValueError, match=name):
+            TilePlan.load(tmp_path / name)
+
+
+def test_layer_lists():
+    assert parse_layers("0-2, 5,-1") == ((0, 2), (5, 5), (-1, -1))
+    for text in ("a", "3-1", "1--2", "--1", "-3--1", "1-"):
+        with pytest.raises(ValueError, match="dense_blocks"):
+            parse_layers(text)

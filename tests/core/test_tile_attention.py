@@ -1,0 +1,111 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from efficient_vdit_core.attention import TokenLayout, available_backends, tile_attention
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def qkv(layout, dim=64, batch=2, heads=2, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, heads, layout.tokens, dim, generator=generator).to(dtype) for _ in range(3)]
+
+
+def expected(oracle, tensors, layout, k):
+    grid = layout.grid
+    return oracle(*tensors, grid.t, grid.tokens_per_frame, TilePattern(k).reference_frames(grid.t), layout.prefix, layout.suffix)
+
+
+@pytest.mark.parametrize("grid", [(5, 2, 3), (7, 1, 37), (8, 3, 2), (3, 5, 1), (1, 2, 3), (2, 2, 2)])
+@pytest.mark.parametrize(("prefix", "suffix"), [(0, 0), (5, 0), (0, 3), (4, 7)])
+def test_equals_the_masked_oracle(oracle, grid, prefix, suffix):
+    layout = TokenLayout(TokenGrid(*grid), prefix, suffix)
+    tensors = qkv(layout)
+    for k in (0, 1, 2, 3, grid[0], None):
+        out = tile_attention(*tensors, layout, TilePattern(k))
+        torch.testing.assert_close(out, expected(oracle, tensors, layout, k).float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dim", "dtype"), list(itertools.product((64, 96, 128), TOLERANCE)))
+def test_head_sizes_and_dtypes(oracle, dim, dtype):
+    layout = TokenLayout(TokenGrid(5, 3, 3), 2, 3)
+    tensors = qkv(layout, dim, dtype=dtype)
+    out = tile_attention(*tensors, layout, TilePattern(2))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected(oracle, tensors, layout, 2), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_all_frames_equal_dense_exactly():
+    layout = TokenLayout(TokenGrid(6, 2, 3), 1, 2)
+    tensors = qkv(layout)
+    assert torch.equal(tile_attention(*tensors, layout, TilePattern(6)), F.scaled_dot_product_attention(*tensors))
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_gradients(oracle, k):
+    layout = TokenLayout(TokenGrid(5, 2, 3), 2, 3)
+    tensors = [x.double().requires_grad_() for x in qkv(layout, 8)]
+    weight = torch.randn_like(tensors[0])
+    ours = torch.autograd.grad((tile_attention(*tensors, layout, TilePattern(k)) * weight).sum(), tensors)
+    theirs = torch.autograd.grad((expected(oracle, tensors, layout, k) * weight).sum(), tensors)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_any_strides(oracle):
+    layout = TokenLayout(TokenGrid(5, 2, 2), 1, 1)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(layout)]
+    expanded = [x[:, :1].expand(-1, 2, -1, -1) for x in qkv(layout)]
+    for tensors in (strided, expanded):
+        out = tile_attention(*tensors, layout, TilePattern(2))
+        torch.testing.assert_close(out, expected(oracle, tensors, layout, 2).float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_copies_stay_under_the_bound(oracle, k):
+    layout = TokenLayout(TokenGrid(9, 2, 4), 3, 0)
+    tensors = qkv(layout)
+    shared = 3 + k * 8
+    one_frame = 2 * 2 * 2 * (8 + shared) * 64 * 4
+    for bound in (1, one_frame, 3 * one_frame + 5, 10**9):
+        seen = []
+
+        def dense(q, k, v, seen=seen):
+            if q.shape[0] != 2 or q.shape[2] == 8:
+                seen.append(k.numel() * 4 + v.numel() * 4)
+            return F.scaled_dot_product_attention(q, k, v)
+
+        out = tile_attention(*tensors, layout, TilePattern(k), dense=dense, max_extra_bytes=bound)
+        assert max(seen) <= max(bound, one_frame)
+        torch.testing.assert_close(out, expected(oracle, tensors, layout, k).float(), atol=1e-5, rtol=1e-5)
+
+
+def test_nan_stays_within_what_the_mask_connects():
+    layout = TokenLayout(TokenGrid(6, 2, 2))
+    q, k, v = qkv(layout)
+    k[:, :, 4:8] = float("nan")  # frame 1, not a reference of k = 2: frames 0 and 3 are
+    rows = tile_attention(q, k, v, layout, TilePattern(2)).isnan().any(-1)[0, 0].view(6, 4).any(-1)
+    assert rows.tolist() == [True, True, False, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_the_argument_that_does_not_fit_is_named(name):
+    layout = TokenLayout(TokenGrid(3, 2, 2))
+    tensors = dict(zip("qkv", qkv(layout), strict=True))
+    for wrong in (tensors[name][:, :, :5], tensors[name][0], tensors[name][:, :0]):
+        with pytest.raises(ValueError, match=f"^({name}|k) has shape"):
+            tile_attention(**{**tensors, name: wrong}, layout=layout, pattern=TilePattern(1))
+
+
+def test_mixed_dtypes_and_unknown_backends_are_refused():
+    layout = TokenLayout(TokenGrid(3, 2, 2))
+    q, k, v = qkv(layout)
+    with pytest.raises(ValueError, match="v is torch.float16"):
+        tile_attention(q, k, v.half(), layout, TilePattern(1))
+    with pytest.raises(ValueError, match="backend is 'warp', expected auto or one of frames"):
+        tile_attention(q, k, v, layout, TilePattern(1), backend="warp")
+    assert [b.name for b in available_backends() if b.available] == ["frames"]

@@ -1,0 +1,64 @@
+import pytest
+
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
+
+TABLE_1 = [(8, 4, 17.60), (8, 3, 29.88), (8, 2, 45.47), (8, 1, 64.38), (24, 12, 21.51), (24, 8, 40.30), (24, 6, 51.88), (24, 4, 64.98), (24, 3, 72.05)]
+
+
+@pytest.mark.parametrize(("frames", "k", "sparsity"), TABLE_1)
+def test_block_sparsity_is_the_papers(frames, k, sparsity):
+    assert round(100 * TilePattern(k).block_sparsity(TokenGrid(frames, 45, 80)), 2) == sparsity
+
+
+@pytest.mark.parametrize(("frames", "k", "expected"), [(8, 2, (0, 4)), (8, 3, (0, 3, 6)), (24, 6, (0, 4, 8, 12, 16, 20)), (21, 4, (0, 6, 12, 18)), (8, 0, ())])
+def test_reference_frames_follow_the_stride(frames, k, expected):
+    assert TilePattern(k).reference_frames(frames) == expected
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 8, 13, 21, 24])
+def test_k_reference_frames_are_k(frames):
+    for k in range(frames + 3):
+        found = TilePattern(k).reference_frames(frames)
+        assert len(set(found)) == len(found) == (frames if TilePattern(k).is_full(frames) else k)
+        assert all(0 <= f < frames for f in found)
+
+
+@pytest.mark.parametrize(("frames", "h", "w", "block"), [(5, 3, 7, 4), (8, 1, 37, 16), (6, 2, 2, 5), (4, 3, 3, 1), (7, 5, 5, 64)])
+def test_sparsities_equal_a_count_over_the_whole_mask(frames, h, w, block):
+    grid = TokenGrid(frames, h, w)
+    for k in range(frames + 1):
+        pattern = TilePattern(k)
+        references = pattern.reference_frames(frames)
+        frame = [i // (h * w) for i in range(grid.tokens)]
+        live = {(i, j) for i in range(grid.tokens) for j in range(grid.tokens) if frame[i] == frame[j] or frame[i] in references or frame[j] in references}
+        count = -(-grid.tokens // block)
+        blocks = {(i // block, j // block) for i, j in live}
+        assert pattern.block_sparsity(grid, block) == pytest.approx(1 - len(blocks) / count**2)
+        assert pattern.density(frames) == pytest.approx(len(live) / grid.tokens**2)
+        extra = 9
+        with_extra = len(live) + 2 * extra * grid.tokens + extra**2
+        assert pattern.flop_density(grid, extra) == pytest.approx(with_extra / (grid.tokens + extra) ** 2)
+
+
+def test_names_and_parsing():
+    assert TilePattern(2).name(8) == "2:6"
+    assert TilePattern(None).name(8) == TilePattern(8).name(8) == TilePattern(9).name(8) == "full"
+    assert TilePattern.parse("2:6") == TilePattern(2) == TilePattern.parse(" 2 ")
+    assert TilePattern.parse("Full") == TilePattern(None)
+
+
+@pytest.mark.parametrize("text", ["", "a:b", "-1:3", "1:2:3", "99999", "1.5"])
+def test_unreadable_patterns_are_refused(text):
+    with pytest.raises(ValueError, match="cannot be read"):
+        TilePattern.parse(text)
+
+
+@pytest.mark.parametrize("k", [-1, 1.5, True, "2"])
+def test_impossible_counts_are_refused(k):
+    with pytest.raises(ValueError, match="reference frames"):
+        TilePattern(k)
+
+
+def test_an_empty_grid_is_refused():
+    with pytest.raises(ValueError, match="token grid"):
+        TokenGrid(8, 0, 4)
