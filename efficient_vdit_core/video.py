@@ -119,7 +119,8 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, text: str) -> None:
 
     count, height, width, _ = frames.shape
     writer = imageio_ffmpeg.write_frames(
-        str(path), (width, height), fps=fps, codec="libx264", quality=8, macro_block_size=1,
+        str(path), (width, height), codec="libx264", quality=8, macro_block_size=1,
+        fps=fps,  # pyright: ignore[reportArgumentType] # fractions are fine: it goes to ffmpeg as text
         ffmpeg_log_level="error", output_params=["-metadata", f"comment={text}", "-movflags", "+faststart"],
     )
     writer.send(None)
