@@ -1,0 +1,185 @@
+"""The evdit command as its users meet it: in its own process."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from efficient_vdit_core import cli
+from efficient_vdit_core.commands import generate
+from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.video import read_metadata
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+TINY = ["generate", "--model", "tiny", "--prompt", "a red circle moving right fast on a white background"]
+
+
+def evdit(*args, cwd=None, timeout=300):
+    return subprocess.run(
+        [sys.executable, "-m", "efficient_vdit_core.cli", *args], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True,
+        timeout=timeout,
+    )
+
+
+def test_help_is_quick_because_it_imports_no_torch():
+    code = "import sys; from efficient_vdit_core.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" \
+        "print([m for m in ('torch', 'numpy', 'diffusers', 'transformers', 'imageio', 'PIL') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+    for command in ("generate", "demo", "doctor", "convert", "tinyworld"):
+        assert command in out
+
+
+def test_generate_writes_a_video_that_tells_how_it_was_made(tmp_path):
+    out = tmp_path / "x.webp"
+    done = evdit(*TINY, "--steps", "2", "--plan", "1:7", "--gamma", "0.5", "--seed", "3", "--zoom", "2", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    meta = read_metadata(out)
+    assert (meta["model"], meta["seed"], meta["steps"], meta["gamma"], meta["zoom"]) == ("tiny", 3, 2, 0.5, 2)
+    assert meta["plan"]["reference_frames"] == 1
+    assert f"wrote {out}: 29 frames of 128x128 at 24 fps" in done.stdout
+    assert "12 attention calls sparse" in done.stdout and "took" in done.stdout  # 6 layers, 2 steps
+    assert [p.name for p in tmp_path.iterdir()] == ["x.webp"]
+
+
+def test_demo_makes_a_clip_with_all_switched_on(tmp_path):
+    done = evdit("demo", "--out", "clip.mp4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    meta = read_metadata(tmp_path / "clip.mp4")
+    assert meta["sampler"] == "consistency" and "sparse at mean density" in meta["attention"]
+    assert "seen in its pixels" in done.stdout
+
+
+def test_doctor_tells_the_same_to_people_and_machines(tmp_path):
+    text, machine = evdit("doctor"), evdit("doctor", "--json")
+    assert machine.returncode == text.returncode == 0, text.stdout
+    findings = json.loads(machine.stdout)
+    assert findings["problems"] == []
+    assert findings["devices"][0]["name"] == "cpu"
+    assert [b["name"] for b in findings["attention_backends"] if b["available"]]
+    assert all(b["reason"] for b in findings["attention_backends"])
+    for name in (*findings["packages"], *findings["versions"], "frames"):
+        assert name in text.stdout
+
+
+def test_doctor_survives_a_broken_installation(monkeypatch):
+    from efficient_vdit_core import doctor
+
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    monkeypatch.setattr(doctor, "_devices", lambda: 1 / 0)
+    findings = doctor.examine()
+    assert any("'torch' is missing" in p for p in findings["problems"])
+    assert any("ZeroDivisionError" in p for p in findings["problems"])
+    assert "problems" in doctor.format_findings(findings)
+
+
+BAD = [
+    (["--out", "x.avi"], "must be one of .mp4, .gif, .webp"),
+    (["--out", "no/x.mp4"], "does not exist"),
+    (["--frames", "30"], "frames must be 4k+1"),
+    (["--height", "100"], "height must be a multiple of 16"),
+    (["--steps", "0"], "steps must lie in 1..1000"),
+    (["--segments", "30", "--steps", "20"], "steps must be at least segments"),
+    (["--gamma", "2"], "gamma must lie in 0..1"),
+    (["--seed", "-1"], "seed must lie in"),
+    (["--zoom", "0"], "--zoom must lie in 1..16"),
+    (["--plan", "1:23"], "has 8; use 1:7"),
+    (["--plan", "nothing.json"], "neither a pattern such as 1:7 nor a plan file"),
+    (["--model", "no-such-folder"], "There is no model at 'no-such-folder'"),
+    (["--model", "."], "is no model folder"),
+    (["--device", "cuda:99"], "cannot be used"),
+    (["--text-encoder", "gone"], "'gone' does not exist"),
+]
+
+
+@pytest.mark.parametrize("args, words", BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_a_mistake_gives_one_sentence_and_no_file(tmp_path, monkeypatch, capsys, args, words):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*TINY, "--out", "x.gif", *args]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("evdit: error: ") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_for_another_model_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    TilePlan.uniform(1, layers=32, family="opensora_plan").save("plan.json")
+    Path("broken.json").write_text("{")
+    for name, words in (("plan.json", "32 layers"), ("broken.json", "not valid JSON")):
+        assert cli.main([*TINY, "--out", "x.gif", "--plan", name]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path, capsys):
+    from efficient_vdit_core import assets
+
+    for part in ("transformer", "vae", "text_encoder"):
+        source = Path(assets.tiny_path(part))
+        (tmp_path / part).mkdir()
+        for file in source.iterdir() if source.is_dir() else [source]:
+            (tmp_path / part / file.name).write_bytes(file.read_bytes())
+    weights = next((tmp_path / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    out = tmp_path / "x.gif"
+    assert cli.main([*TINY, "--model", str(tmp_path), "--steps", "1", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("evdit: error: ") and "Traceback" not in error
+    assert not out.exists()
+
+
+def test_errors_show_their_traceback_on_request():
+    with pytest.raises(ValueError, match="4k\\+1"):
+        cli.main([*TINY, "--out", "x.gif", "--frames", "30", "--debug"])
+
+
+def test_other_failures_of_the_machine_are_one_line_too(monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(generate, "run", fail)
+    for error, words in (
+        (OSError(28, "No space left on device", "x.gif"), "No space left on device (x.gif)"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "ran out of memory"),
+    ):
+        assert cli.main([*TINY, "--out", "x.gif"]) == 1
+        assert words in capsys.readouterr().err
+    error = RuntimeError("a defect of ours")
+    with pytest.raises(RuntimeError):
+        cli.main([*TINY, "--out", "x.gif"])
+
+
+@pytest.mark.parametrize("prompt", ["", "word " * 1000])
+def test_prompts_of_0_and_5000_characters_are_made_with_a_warning(tmp_path, prompt):
+    out = tmp_path / "x.gif"
+    done = evdit("generate", "--prompt", prompt, "--steps", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert out.exists() and "WARNING: " in done.stderr and "Traceback" not in done.stderr
+    assert read_metadata(out)["prompt"] == prompt
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_stops_at_once_and_leaves_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "efficient_vdit_core.cli", *TINY, "--steps", "1000", "--out", str(tmp_path / "x.mp4")],
+        env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )
+    assert process.stderr is not None
+    seen = ""
+    while not re.search(r"\b[1-9]\d*/1000", seen):
+        piece = process.stderr.read(1)
+        assert piece, f"it ended before sampling: {seen}"
+        seen += piece
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; nothing was written" in rest and "Traceback" not in rest
+    assert time.monotonic() - start < 30
+    assert not list(tmp_path.iterdir())
