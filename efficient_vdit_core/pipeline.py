@@ -84,7 +84,9 @@ class Pipeline:
         kind = _pick_dtype(dtype, target, folder.name)
         transformer = load_transformer(folder.transformer, dtype=kind)
         vae = load_vae(folder.vae, dtype=kind)
-        encoder = TextEncoder.from_folder(folder.text_encoder, dtype=kind)
+        # mT5 is twice the size of the transformer, so it keeps the file's dtype unless another one is asked for.
+        text_dtype = None if dtype == "auto" and folder.name != TINY else kind
+        encoder = TextEncoder.from_folder(folder.text_encoder, dtype=text_dtype)
         self = cls(transformer, vae, encoder, name=folder.name, device=target, offload=False)
         self.offload = self._must_offload() if offload is None else offload
         return self
@@ -124,7 +126,7 @@ class Pipeline:
         Args:
             prompt: the text, with the fields of `VideoRequest` as keywords; or a request from `request`.
             plan: tile patterns for self-attention; None is dense.
-            template: a name of `text.TEMPLATES` that the prompt is put into; None is the bare prompt.
+            template: a name of `captions.TEMPLATES` that the prompt is put into; None is the bare prompt.
             progress: progress(steps done, steps in all).
 
         Raises:
@@ -145,7 +147,7 @@ class Pipeline:
 
     def _encode(self, request: VideoRequest, template: str | None) -> tuple[Tensor, Tensor]:
         """Text states (B, L, C) and mask (B, L) of [negative, positive], or of [positive] where guidance is off."""
-        from .models.opensora_plan.text import TEMPLATES, clean_caption
+        from .models.opensora_plan.captions import TEMPLATES, clean_caption
 
         if template is not None and template not in TEMPLATES:
             raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}.")
@@ -228,7 +230,7 @@ class Pipeline:
         }
 
     def _default_negative(self) -> str:
-        from .models.opensora_plan.text import NEGATIVE_PROMPT
+        from .models.opensora_plan.captions import NEGATIVE_PROMPT
 
         return "" if self.name == TINY else NEGATIVE_PROMPT
 
