@@ -188,8 +188,8 @@ def _count(value: Any, name: str) -> int | None:
 
 
 def _ranges(value: Any) -> tuple[tuple[int, int], ...]:
-    pairs = value if isinstance(value, list) else [None]
-    for pair in pairs:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(type(i) is int and abs(i) <= MAX_LAYERS for i in pair)):
-            raise ValueError(f"The plan's dense_layers is {value!r}, expected pairs such as [[0, 2], [-1, -1]]. Correct the file.")
-    return tuple((a, b) for a, b in pairs)
+    pairs = value if isinstance(value, list) else [value]
+    ranges = [tuple(p) for p in pairs if isinstance(p, list) and len(p) == 2 and all(type(i) is int and abs(i) <= MAX_LAYERS for i in p)]
+    if len(ranges) != len(pairs):
+        raise ValueError(f"The plan's dense_layers is {value!r}, expected pairs such as [[0, 2], [-1, -1]]. Correct the file.")
+    return tuple((first, last) for first, last in ranges)

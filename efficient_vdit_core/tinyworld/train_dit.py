@@ -91,10 +91,11 @@ def train_dit(folder: Path, clips: CachedClips, encoder: nn.Module, spiece: byte
 
 
 def _initialise(model: OpenSoraT2V) -> None:
-    """adaLN-zero, as the reference trainer starts: blocks begin as the identity, the output at zero."""
-    for layer in (model.proj_out, *(b.attn2.to_out[0] for b in model.transformer_blocks)):  # pyright: ignore
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    """Start without influence of the text and with a zero output, as PixArt does."""
+    zeroed = ("proj_out.", "attn2.to_out.0.")
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in zeroed):
+            nn.init.zeros_(parameter)
 
 
 def _optimizers(model: OpenSoraT2V) -> list[torch.optim.Optimizer]:

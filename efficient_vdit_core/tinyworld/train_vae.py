@@ -1,4 +1,4 @@
-"""Trains the tiny causal VAE on random crops: crops show as much as whole clips and cost a thirteenth."""
+"""Trains the tiny causal VAE: on crops and stills first, on whole frames in the end."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .world import FRAMES, random_scene, render
 
 TINY_VAE = VAEConfig(hidden_size=8, hidden_size_mult=(1, 2, 4, 8), num_res_blocks=1, norm_num_groups=2)
 
-CROP = 32
-# The first part of the run sees single frames: colour and shape are learned there at a ninth of the cost.
-STILL_PART, STILL_BATCH, CLIP_FRAMES = 0.5, 16, 9
+# (share of the steps, crop in pixels, frames, batch). Small crops and stills teach colour and shape cheaply; whole frames
+# must follow, because GroupNorm averages over the picture and a shape fills far more of a crop.
+PHASES = ((0.25, 32, 1, 16), (0.25, 32, 9, 4), (0.25, 64, 1, 8), (0.25, 64, 9, 2))
 KL_WEIGHT = 1e-6
 
 
@@ -38,7 +38,7 @@ def to_pixels(video: Tensor) -> np.ndarray:
     return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
-def train_vae(folder: Path, *, steps: int = 5000, batch: int = 4, seed: int = 0, tensorboard: bool = False) -> CausalVAE:
+def train_vae(folder: Path, *, steps: int = 9000, seed: int = 0, tensorboard: bool = False) -> CausalVAE:
     """Train (or resume) in ``folder`` and return the VAE with averaged weights."""
     torch.manual_seed(seed)
     vae = CausalVAE(TINY_VAE)
@@ -46,9 +46,7 @@ def train_vae(folder: Path, *, steps: int = 5000, batch: int = 4, seed: int = 0,
     run = TrainingRun(vae, [optimizer], folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        still = run.step < STILL_PART * steps
-        rng = numpy_rng(generator)
-        x = to_model_range(_crops(rng, STILL_BATCH, 1) if still else _crops(rng, batch, CLIP_FRAMES))
+        x = to_model_range(_crops(numpy_rng(generator), *_phase(run.step / steps)))
         mean, logvar = vae.moments(x)
         noise = torch.randn(mean.shape, generator=generator)
         out = vae.decode(mean + noise * (0.5 * logvar).exp())
@@ -64,16 +62,25 @@ def train_vae(folder: Path, *, steps: int = 5000, batch: int = 4, seed: int = 0,
     return vae.eval()
 
 
-def _crops(rng: np.random.Generator, count: int, frames: int) -> np.ndarray:
-    """Crops (count, frames, 32, 32, 3) around random points of the shape's track, so that few show bare background."""
+def _phase(progress: float) -> tuple[int, int, int]:
+    """(batch, frames, crop) at ``progress``, 0 to 1, through the run."""
+    for share, crop, frames, batch in PHASES:
+        if progress < share:
+            return batch, frames, crop
+        progress -= share
+    return batch, frames, crop
+
+
+def _crops(rng: np.random.Generator, count: int, frames: int, crop: int) -> np.ndarray:
+    """Crops (count, frames, crop, crop, 3) around random points of the shape's track, so that few show bare background."""
     crops = []
     for _ in range(count):
         scene = random_scene(rng)
         start = int(rng.integers(0, FRAMES - frames + 1))
         clip = render(scene, first=start, frames=frames)
         center = scene.centers()[start + frames // 2] + rng.uniform(-14, 14, size=2)
-        x, y = np.clip(np.round(center - CROP / 2), 0, clip.shape[1] - CROP).astype(int)
-        crops.append(clip[:, y : y + CROP, x : x + CROP])
+        x, y = np.clip(np.round(center - crop / 2), 0, clip.shape[1] - crop).astype(int)
+        crops.append(clip[:, y : y + crop, x : x + crop])
     return np.stack(crops)
 
 

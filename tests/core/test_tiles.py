@@ -2,7 +2,8 @@ import pytest
 
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
-TABLE_1 = [(8, 4, 17.60), (8, 3, 29.88), (8, 2, 45.47), (8, 1, 64.38), (24, 12, 21.51), (24, 8, 40.30), (24, 6, 51.88), (24, 4, 64.98), (24, 3, 72.05)]
+TABLE_1 = [(8, 4, 17.60), (8, 3, 29.88), (8, 2, 45.47), (8, 1, 64.38)]
+TABLE_1 += [(24, 12, 21.51), (24, 8, 40.30), (24, 6, 51.88), (24, 4, 64.98), (24, 3, 72.05)]
 
 
 @pytest.mark.parametrize(("frames", "k", "sparsity"), TABLE_1)
@@ -10,7 +11,10 @@ def test_block_sparsity_is_the_papers(frames, k, sparsity):
     assert round(100 * TilePattern(k).block_sparsity(TokenGrid(frames, 45, 80)), 2) == sparsity
 
 
-@pytest.mark.parametrize(("frames", "k", "expected"), [(8, 2, (0, 4)), (8, 3, (0, 3, 6)), (24, 6, (0, 4, 8, 12, 16, 20)), (21, 4, (0, 6, 12, 18)), (8, 0, ())])
+@pytest.mark.parametrize(
+    ("frames", "k", "expected"),
+    [(8, 2, (0, 4)), (8, 3, (0, 3, 6)), (24, 6, (0, 4, 8, 12, 16, 20)), (21, 4, (0, 6, 12, 18)), (8, 0, ())],
+)
 def test_reference_frames_follow_the_stride(frames, k, expected):
     assert TilePattern(k).reference_frames(frames) == expected
 
@@ -30,7 +34,8 @@ def test_sparsities_equal_a_count_over_the_whole_mask(frames, h, w, block):
         pattern = TilePattern(k)
         references = pattern.reference_frames(frames)
         frame = [i // (h * w) for i in range(grid.tokens)]
-        live = {(i, j) for i in range(grid.tokens) for j in range(grid.tokens) if frame[i] == frame[j] or frame[i] in references or frame[j] in references}
+        pairs = ((i, j) for i in range(grid.tokens) for j in range(grid.tokens))
+        live = {(i, j) for i, j in pairs if frame[i] == frame[j] or {frame[i], frame[j]} & set(references)}
         count = -(-grid.tokens // block)
         blocks = {(i // block, j // block) for i, j in live}
         assert pattern.block_sparsity(grid, block) == pytest.approx(1 - len(blocks) / count**2)

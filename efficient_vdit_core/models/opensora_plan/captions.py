@@ -1,0 +1,118 @@
+"""Cleans captions as Open-Sora-Plan v1.2 does before they reach mT5, and holds its prompt templates.
+
+The rules are those of the caption cleaner that DeepFloyd IF and PixArt use; unlike those, Chinese is kept.
+ftfy (broken encodings) and beautifulsoup4 (HTML) are used where installed; without them only the plain rules apply.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+from urllib.parse import unquote_plus
+
+log = logging.getLogger("efficient_vdit")
+
+TEMPLATES = {
+    "a": "(masterpiece), (best quality), (ultra-detailed), {}.",
+    "b": (
+        "(masterpiece), (best quality), (ultra-detailed), (unwatermarked), {}. emotional, harmonious, vignette, 4k epic detailed, "
+        "shot on kodak, 35mm photo, sharp focus, high budget, cinemascope, moody, epic, gorgeous"
+    ),
+    "c": "(masterpiece), (best quality), (ultra-detailed), (unwatermarked), {}",
+}
+NEGATIVE_PROMPT = (
+    "nsfw, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
+    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+)
+
+_URLS = (
+    r"\b((?:https?:(?:\/{1,3}|[a-zA-Z0-9%])|[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)))",
+    r"\b((?:www:(?:\/{1,3}|[a-zA-Z0-9%])|[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)))",
+)
+# CJK symbols and extensions, but not the unified ideographs 4e00-9fff.
+_CJK_SYMBOLS = r"[\u31c0-\u31ef]+|[\u31f0-\u31ff]+|[\u3200-\u32ff]+|[\u3300-\u33ff]+|[\u3400-\u4dbf]+|[\u4dc0-\u4dff]+"
+_DASHES = r"[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+"
+_PUNCTUATION = re.compile(r"[" + re.escape("#®•©™&@·º½¾¿¡§~") + r"\)\(\]\[\}\{\|\\\/\*]{1,}")
+
+# In this order: each takes what the ones before have left.
+_RULES: tuple[tuple[str, str], ...] = (
+    (r"@[\w\d]+\b", ""),
+    (_CJK_SYMBOLS, ""),
+    (_DASHES, "-"),
+    (r"[`´«»“”¨]", '"'),
+    (r"[‘’]", "'"),
+    (r"&quot;?", ""),
+    (r"&amp", ""),
+    (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),
+    (r"\d:\d\d\s+$", ""),
+    (r"\\n", " "),
+    (r"#\d{1,3}\b", ""),
+    (r"#\d{5,}\b", ""),
+    (r"\b\d{6,}\b", ""),
+    (r"[\S]+\.(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)", ""),
+    (r"[\"\']{2,}", '"'),
+    (r"[\.]{2,}", " "),
+    (_PUNCTUATION.pattern, " "),
+    (r"\s+\.\s+", " "),
+)
+_LATE_RULES: tuple[tuple[str, str], ...] = (
+    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),
+    (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
+    (r"\b\d+[a-zA-Z]+\d+\b", ""),
+    (r"(worldwide\s+)?(free\s+)?shipping", ""),
+    (r"(free\s)?download(\sfree)?", ""),
+    (r"\bclick\b\s(?:for|on)\s\w+", ""),
+    (r"\b(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)(\simage[s]?)?", ""),
+    (r"\bpage\s+\d+\b", ""),
+    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
+    (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),
+    (r"\b\s+\:\s+", r": "),
+    (r"(\D[,\./])\b", r"\1 "),
+    (r"\s+", " "),
+)
+_warned: set[str] = set()
+
+
+def clean_caption(text: str) -> str:
+    """One pass of the cleaner over ``text``. The reference runs it twice over prompt and negative prompt."""
+    text = unquote_plus(str(text)).strip().lower().replace("<person>", "person")
+    for pattern in _URLS:
+        text = re.sub(pattern, "", text)
+    text = _without_html(text)
+    for pattern, replacement in _RULES:
+        text = re.sub(pattern, replacement, text)
+    if len(re.findall(r"(?:\-|\_)", text)) > 3:
+        text = re.sub(r"(?:\-|\_)", " ", text)
+    text = html.unescape(html.unescape(_with_mended_encoding(text))).strip()
+    for pattern, replacement in _LATE_RULES:
+        text = re.sub(pattern, replacement, text)
+    text = text.strip()
+    text = re.sub(r"^[\"\']([\w\W]+)[\"\']$", r"\1", text)
+    text = re.sub(r"^[\'\_,\-\:;]", r"", text)
+    text = re.sub(r"[\'\_,\-\:\-\+]$", r"", text)
+    return re.sub(r"^\.\S+$", "", text).strip()
+
+
+def _without_html(text: str) -> str:
+    try:
+        from bs4 import BeautifulSoup
+    except ImportError:
+        _warn_once("beautifulsoup4", "HTML tags in prompts are kept")
+        return text
+    return BeautifulSoup(text, features="html.parser").text if "<" in text or "&" in text else text
+
+
+def _with_mended_encoding(text: str) -> str:
+    try:
+        import ftfy
+    except ImportError:
+        _warn_once("ftfy", "wrongly decoded characters in prompts are kept")
+        return text
+    return ftfy.fix_text(text)
+
+
+def _warn_once(package: str, effect: str) -> None:
+    if package not in _warned:
+        _warned.add(package)
+        log.info("%s is not installed: %s. Plain prompts are not affected.", package, effect)

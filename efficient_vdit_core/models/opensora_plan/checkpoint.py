@@ -1,0 +1,196 @@
+"""Reads Open-Sora-Plan v1.2 weights: safetensors (one file or shards) and the VAE's checkpoint.ckpt.
+
+The configuration comes from the safetensors metadata entry ``config``, else from config.json beside the file, else it is
+that of the published checkpoints. Loading is strict: a file either is the model, or is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import OSP_29X720P, OSP_VAE, DiTConfig, VAEConfig
+from .detect import check_transformer_config, check_transformer_keys, check_vae_keys, unify_names
+from .transformer import OpenSoraT2V
+from .vae import CausalVAE
+
+WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "checkpoint.ckpt")
+
+
+def load_transformer(path: str | Path, dtype: torch.dtype | None = None, device: Any = "cpu", **build: Any) -> OpenSoraT2V:
+    """The transformer of a file or folder, in ``dtype`` (the file's own where None), ready for inference."""
+    state_dict, config = read_transformer(path)
+    return _filled(OpenSoraT2V, config, state_dict, dtype, device, build)
+
+
+def load_vae(path: str | Path, dtype: torch.dtype | None = None, device: Any = "cpu", **build: Any) -> CausalVAE:
+    """The VAE of a file or folder, in ``dtype`` (the file's own where None), ready for inference."""
+    state_dict, config = read_vae(path)
+    return _filled(CausalVAE, config, state_dict, dtype, device, build)
+
+
+def read_transformer(path: str | Path) -> tuple[dict[str, Tensor], DiTConfig]:
+    """State dict under the reference names, and the configuration. Raises ValueError for any other model's file."""
+    state_dict, metadata = read_state_dict(path)
+    state_dict = unify_names(state_dict)
+    values = _config_values(path, metadata)
+    check_transformer_config(values)
+    check_transformer_keys(state_dict)
+    config = DiTConfig.from_dict(values) if values else OSP_29X720P
+    _check_manifest(state_dict, OpenSoraT2V, config, "transformer", path)
+    return state_dict, config
+
+
+def read_vae(path: str | Path) -> tuple[dict[str, Tensor], VAEConfig]:
+    """State dict under the reference names, and the configuration. Raises ValueError for any other VAE's file."""
+    state_dict, metadata = read_state_dict(path)
+    check_vae_keys(state_dict)
+    values = _config_values(path, metadata)
+    config = VAEConfig.from_dict(values) if values else OSP_VAE
+    state_dict = {name: value for name, value in state_dict.items() if "loss" not in name}
+    _check_manifest(state_dict, CausalVAE, config, "VAE", path)
+    return state_dict, config
+
+
+def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file, an index of shards, a .ckpt, or a folder that holds one of these.
+
+    A .ckpt is read by ``torch.load(weights_only=True)``; of its content the averaged weights are taken where there are any.
+    """
+    file = _weights_file(Path(path))
+    if file.name.endswith(".safetensors.index.json"):
+        return _read_shards(file)
+    if file.suffix in (".safetensors", ".sft"):
+        return _read_safetensors(file)
+    if file.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        return _pick_weights(read_torch_file(file)), {}
+    raise ValueError(f"{file.name} is not a weights file: expected .safetensors, .safetensors.index.json or .ckpt. Choose another file.")
+
+
+def save_safetensors(path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; a file of that name is replaced only once the new one is whole."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, temporary, metadata=dict(metadata or {}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_torch_file(file: Path) -> Any:
+    """What a PyTorch file holds, memory-mapped; tensors and plain containers only, never code."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{file.name} cannot be read safely: {reason[:200]}. It is damaged, or holds more than tensors, which this project never "
+            "unpickles. Ask its publisher for safetensors, or download it again and run 'evdit convert'."
+        ) from error
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_dir():
+        names = [*WEIGHT_NAMES, *(f"{n}.index.json" for n in WEIGHT_NAMES[:2])]
+        found = [path / n for n in names if (path / n).is_file()]
+        found = found or sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+        if not found:
+            raise ValueError(f"The folder {path.name!r} holds no weights: expected {WEIGHT_NAMES[0]} or checkpoint.ckpt. Choose another.")
+        return found[0]
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} does not exist. Check the path.")
+    return path
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{file.name} cannot be read as safetensors: {error}. The file is cut short or damaged; download it again."
+        ) from error
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(names.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index.name} is not an index of shards ({error!r}). Download it again.") from error
+    missing = [s for s in shards if Path(s).name != s or not (index.parent / s).is_file()]
+    if missing:
+        raise ValueError(f"{index.name} names {len(shards)} shards, but {', '.join(missing)} is not beside it. Download what is missing.")
+    state_dict: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for shard in shards:
+        tensors, found = _read_safetensors(index.parent / shard)
+        state_dict.update(tensors)
+        metadata.update(found)
+    absent = sorted(set(names) - set(state_dict))
+    if absent:
+        raise ValueError(f"The shards of {index.name} lack {len(absent)} tensors, such as {absent[0]}. Download them again.")
+    return state_dict, metadata
+
+
+def _pick_weights(content: Any) -> dict[str, Tensor]:
+    """The state dict inside a training checkpoint: averaged weights first, then ``state_dict`` or its ``gen_model``."""
+    if isinstance(content, dict) and content.get("ema_state_dict"):
+        content = content["ema_state_dict"]
+    elif isinstance(content, dict) and "state_dict" in content:
+        content = content["state_dict"]
+        content = content.get("gen_model", content)
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError("The checkpoint holds no state dict: expected ema_state_dict or state_dict. It is not a model's weights.")
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+def _config_values(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    path = Path(path)
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    text, where = (metadata["config"], "metadata") if "config" in metadata else (None, beside.name)
+    if text is None and beside.is_file():
+        text = beside.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ValueError(f"The configuration of {path.name} ({where}) is not valid JSON: {error}. Download it again.") from error
+    # A folder that collects many models' files may hold a config.json of something else.
+    return values if isinstance(values, dict) and (path.is_dir() or where == "metadata" or "_class_name" in values) else {}
+
+
+def _check_manifest(state_dict: Mapping[str, Tensor], kind: Any, config: Any, part: str, path: str | Path) -> None:
+    with torch.device("meta"):
+        wanted = {name: tuple(value.shape) for name, value in kind(config).state_dict().items()}
+    got = {name: tuple(value.shape) for name, value in state_dict.items()}
+    missing, unknown = sorted(wanted.keys() - got.keys()), sorted(got.keys() - wanted.keys())
+    differ = [f"{n} is {got[n]}, expected {s}" for n, s in wanted.items() if n in got and got[n] != s]
+    if missing or unknown or differ:
+        faults = [f"{len(missing)} tensors are missing ({missing[0]})"] if missing else []
+        faults += [f"{len(unknown)} are unknown ({unknown[0]})"] if unknown else []
+        faults += [f"{len(differ)} have another shape ({differ[0]})"] if differ else []
+        raise ValueError(
+            f"{Path(path).name} is not the {part} that its configuration describes: {', '.join(faults)}. "
+            "Keep the config.json of the checkpoint beside it, or download the file again."
+        )
+
+
+def _filled(kind: Any, config: Any, state_dict: dict[str, Tensor], dtype: torch.dtype | None, device: Any, build: dict[str, Any]) -> Any:
+    dtype = dtype or next(iter(state_dict.values())).dtype
+    with torch.device("meta"):
+        model: nn.Module = kind(config, dtype=dtype, **build)
+    # Tensors are taken over as they are: a second copy of the model never exists.
+    model.load_state_dict({name: value.to(device=device, dtype=dtype) for name, value in state_dict.items()}, assign=True)
+    return model.eval().requires_grad_(False)

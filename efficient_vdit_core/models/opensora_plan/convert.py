@@ -1,0 +1,54 @@
+"""Turns upstream pickles into safetensors, once: the VAE's checkpoint.ckpt and mT5's pytorch_model.bin."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from .checkpoint import read_vae, save_safetensors
+from .text import MT5_XXL, SPIECE_KEY, read_text_encoder
+
+
+def convert_vae(source: str | Path, target: str | Path) -> None:
+    """Write the VAE of a .ckpt (averaged weights where it has them) as one safetensors file with its configuration."""
+    state_dict, config = read_vae(source)
+    save_safetensors(_checked_target(target), state_dict, {"config": json.dumps(config.to_dict()), "format": "pt"})
+
+
+def convert_text_encoder(source: str | Path, target: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the encoder half of mT5, with its tokenizer inside, as one safetensors file.
+
+    ``source`` is a folder with the weights (.bin or safetensors), spiece.model and config.json, or the weights file in it.
+    """
+    source, target = Path(source), _checked_target(target)
+    if source.is_dir() and not any(source.glob("*.safetensors*")):
+        source = _torch_file(source)
+    folder = source if source.is_dir() else source.parent
+    weights, config, spiece = read_text_encoder(source)
+    if (folder / "config.json").is_file():
+        config = {**MT5_XXL, **json.loads((folder / "config.json").read_text(encoding="utf-8"))}
+    for name in list(weights):
+        # One tensor at a time: the memory-mapped original and its copy never stand side by side.
+        weights[name] = weights[name].to(dtype)
+    save_safetensors(target, {**weights, SPIECE_KEY: spiece}, {"config": json.dumps(config), "format": "pt"})
+
+
+def _torch_file(folder: Path) -> Path:
+    found = sorted(folder.glob("pytorch_model*.bin"))
+    if len(found) != 1:
+        raise ValueError(
+            f"The folder {folder.name!r} holds {len(found)} files pytorch_model*.bin, expected one. "
+            "Download google/mt5-xxl as a whole, or name the file."
+        )
+    return found[0]
+
+
+def _checked_target(target: str | Path) -> Path:
+    target = Path(target)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"The target {target.name!r} does not end in .safetensors. Choose such a name.")
+    return target
+
+

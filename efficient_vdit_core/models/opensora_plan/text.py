@@ -1,0 +1,127 @@
+"""The mT5 text encoder of Open-Sora-Plan v1.2, by transformers, with its sentencepiece tokenizer.
+
+A text encoder is a safetensors file (or a folder with one) under Hugging Face's T5 names. The tokenizer is the uint8
+tensor ``spiece_model`` inside the file, or spiece.model beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .captions import NEGATIVE_PROMPT, TEMPLATES, clean_caption
+from .checkpoint import read_state_dict
+
+__all__ = ["NEGATIVE_PROMPT", "TEMPLATES", "TextEncoder", "clean_caption", "read_text_encoder"]
+
+log = logging.getLogger("efficient_vdit")
+
+MAX_TOKENS = 512
+SPIECE_KEY = "spiece_model"
+MT5_XXL: dict[str, Any] = {
+    "model_type": "mt5", "vocab_size": 250112, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True, "is_encoder_decoder": False,
+    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6, "dropout_rate": 0.0,
+    "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+
+def read_text_encoder(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+    """Encoder weights, mT5 configuration and sentencepiece model (uint8) of a file or folder.
+
+    Raises ValueError where it is no mT5 encoder, or where the tokenizer is missing.
+    """
+    path = Path(path)
+    state_dict, metadata = read_state_dict(path)
+    folder = path if path.is_dir() else path.parent
+    config = MT5_XXL
+    if "config" in metadata:
+        config = {**MT5_XXL, **json.loads(metadata["config"])}
+    elif (folder / "config.json").is_file() and path.is_dir():
+        config = {**MT5_XXL, **json.loads((folder / "config.json").read_text(encoding="utf-8"))}
+    spiece = state_dict.pop(SPIECE_KEY, None)
+    if spiece is None:
+        beside = folder / "spiece.model"
+        if not beside.is_file():
+            raise ValueError(
+                f"{path.name} has no tokenizer: expected a tensor {SPIECE_KEY} inside, or spiece.model beside it. "
+                "Copy spiece.model of google/mt5-xxl there, or convert with 'evdit convert text-encoder'."
+            )
+        spiece = torch.frombuffer(bytearray(beside.read_bytes()), dtype=torch.uint8)
+    weights = {name: value for name, value in state_dict.items() if not name.startswith(("decoder.", "lm_head."))}
+    _check(weights, config, path.name)
+    return weights, config, spiece
+
+
+class TextEncoder:
+    """Prompts in, text states out. ``model`` is transformers' MT5EncoderModel."""
+
+    def __init__(self, model: nn.Module, spiece: Tensor) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.model = model
+        self.processor = SentencePieceProcessor(model_proto=bytes(spiece.tolist()))
+        self._warned = False
+
+    @classmethod
+    def from_folder(cls, path: str | Path, dtype: torch.dtype | None = None, device: Any = "cpu") -> TextEncoder:
+        """Load a folder or file; ``dtype`` None keeps the file's."""
+        from transformers import MT5Config, MT5EncoderModel
+
+        weights, config, spiece = read_text_encoder(path)
+        dtype = dtype or weights["shared.weight"].dtype
+        with torch.device("meta"):
+            model = MT5EncoderModel(MT5Config(**{k: v for k, v in config.items() if k != "architectures"}))
+        cast = {name: value.to(device=device, dtype=dtype) for name, value in weights.items()}
+        # transformers lists the shared embedding twice.
+        cast["encoder.embed_tokens.weight"] = cast["shared.weight"]
+        model.load_state_dict(cast, assign=True)
+        return cls(model.eval().requires_grad_(False), spiece)
+
+    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask (B, L): each prompt ends with the end token 1, is padded with 0, and has at most 512 tokens."""
+        rows = []
+        for prompt in prompts:
+            ids = self.processor.encode(prompt)
+            if len(ids) >= MAX_TOKENS:
+                self._warn_about_length(len(ids) + 1)
+            rows.append([*ids[: MAX_TOKENS - 1], 1])
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return ids, mask
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Text states (B, L, C) and their mask (B, L), L the longest prompt's tokens. Padding is to be masked, not read."""
+        if not prompts:
+            raise ValueError("There are no prompts to encode, expected at least one (it may be empty).")
+        device = next(self.model.parameters()).device
+        ids, mask = (x.to(device) for x in self.tokenize(prompts))
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+
+    def _warn_about_length(self, tokens: int) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("The prompt has %d tokens, the model reads %d: the end of it is cut off.", tokens, MAX_TOKENS)
+
+
+def _check(weights: dict[str, Tensor], config: dict[str, Any], name: str) -> None:
+    weights.pop("encoder.embed_tokens.weight", None)
+    embedding = weights.get("shared.weight")
+    if embedding is None or "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" not in weights:
+        raise ValueError(
+            f"{name} is not an mT5 encoder: it has no shared.weight or no gated feed-forward layers. "
+            "Choose google/mt5-xxl, converted with 'evdit convert text-encoder'."
+        )
+    wanted = (config["vocab_size"], config["d_model"])
+    if tuple(embedding.shape) != wanted:
+        raise ValueError(
+            f"{name} has an embedding of {tuple(embedding.shape)}, expected {wanted} as its configuration says. "
+            "It is another text encoder than mT5-xxl; keep its config.json beside it, or choose the right file."
+        )
