@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug:
             raise
-        return _fail(f"error: {error.strerror or error} ({error.filename or 'no file named'})", 1)
+        reason = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return _fail(f"error: {reason}" + (f" ({error.filename})" if error.filename else ""), 1)
     except RuntimeError as error:
         if debug or "out of memory" not in str(error).lower():
             raise

@@ -65,6 +65,33 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, frames, monkeypatch,
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_an_interrupt_between_two_frames_stops_ffmpeg_and_leaves_nothing(tmp_path, frames, monkeypatch):
+    import imageio_ffmpeg
+
+    write_frames = imageio_ffmpeg.write_frames
+
+    class StopsAfterThree:
+        def __init__(self, *args, **options):
+            self.writer, self.sent, self.closed = write_frames(*args, **options), 0, False
+            writers.append(self)
+
+        def send(self, frame):
+            self.sent += frame is not None
+            if self.sent > 3:
+                raise KeyboardInterrupt
+            return self.writer.send(frame)
+
+        def close(self):
+            self.writer.close()
+            self.closed = True
+
+    writers: list[StopsAfterThree] = []
+    monkeypatch.setattr(imageio_ffmpeg, "write_frames", StopsAfterThree)
+    with pytest.raises(KeyboardInterrupt):
+        write_video(tmp_path / "clip.mp4", frames)
+    assert writers[0].closed and not list(tmp_path.iterdir())
+
+
 def test_file_permissions_are_those_of_a_new_file(tmp_path, frames):
     (tmp_path / "plain").touch()
     path = write_video(tmp_path / "clip.gif", frames)
