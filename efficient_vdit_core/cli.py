@@ -60,16 +60,17 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=text, description=command.__doc__, parents=[debug])
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
-    _add_tinyworld(subparsers, argv)
+    _add_tinyworld(subparsers, argv, debug)
     return parser
 
 
-def _add_tinyworld(subparsers: Any, argv: Sequence[str]) -> None:
-    """Its training code imports torch, so it is read only when asked for."""
-    if TINYWORLD not in argv[:1]:
-        subparsers.add_parser(TINYWORLD, help="train, evaluate and render the tiny world")
-        return
-    importlib.import_module(".tinyworld.cli", __package__).add_arguments(subparsers)
+def _add_tinyworld(subparsers: Any, argv: Sequence[str], debug: argparse.ArgumentParser) -> None:
+    """Its commands train, eval and render; their code imports torch, so it is read only when asked for."""
+    text = "train, evaluate and render the tiny world that the built-in model knows"
+    parser = subparsers.add_parser(TINYWORLD, help=text, description=text, parents=[debug])
+    if TINYWORLD in argv[:1]:
+        commands = parser.add_subparsers(dest="tinyworld_command", required=True, metavar="COMMAND")
+        importlib.import_module(".tinyworld.cli", __package__).add_arguments(commands)
 
 
 def _fail(text: str, status: int) -> int:

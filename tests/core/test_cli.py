@@ -180,3 +180,29 @@ def test_ctrl_c_stops_at_once_and_leaves_nothing(tmp_path):
     assert "interrupted; nothing was written" in rest and "Traceback" not in rest
     assert time.monotonic() - start < 30
     assert not list(tmp_path.iterdir())
+
+
+def test_convert_turns_a_vae_checkpoint_into_safetensors(tmp_path, capsys):
+    import torch
+
+    from efficient_vdit_core.models.opensora_plan.checkpoint import load_vae
+    from efficient_vdit_core.models.opensora_plan.config import VAEConfig
+    from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
+
+    config = VAEConfig(hidden_size=4, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1, norm_num_groups=2)
+    vae = CausalVAE(config)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    torch.save({"epoch": 3, "state_dict": vae.state_dict()}, tmp_path / "checkpoint.ckpt")
+    target = tmp_path / "vae.safetensors"
+    assert cli.main(["convert", "vae", str(tmp_path / "checkpoint.ckpt"), str(target)]) == 0
+    assert str(target) in capsys.readouterr().out
+    weights = load_vae(target).state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in vae.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["vae", "text-encoder"])
+def test_convert_refuses_what_it_cannot_read(tmp_path, capsys, part):
+    (tmp_path / "checkpoint.ckpt").write_bytes(b"not a checkpoint")
+    assert cli.main(["convert", part, str(tmp_path / "checkpoint.ckpt"), str(tmp_path / "x.safetensors")]) == 2
+    assert capsys.readouterr().err.startswith("evdit: error: ")
+    assert not (tmp_path / "x.safetensors").exists()
