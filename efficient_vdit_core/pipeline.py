@@ -23,7 +23,7 @@ from .attention.override import FORWARD_KEY, AttentionReport, ForwardState, make
 from .attention.sdpa import OVERRIDE_KEY
 from .model_folder import TINY, find_model
 from .plan import TilePlan
-from .request import SPACE, TIME, VideoRequest
+from .request import GUIDANCE, SPACE, TIME, TINY_GUIDANCE, VideoRequest
 from .sampling import Denoiser, DiscreteSchedule, consistency_sigmas, sample_consistency
 from .sampling.reference import sample_reference
 from .tiles import TokenGrid
@@ -98,7 +98,7 @@ class Pipeline:
             "frames": (config.sample_size_t - 1) * TIME + 1, "height": config.sample_size[0] * SPACE,
             "width": config.sample_size[1] * SPACE,
         }
-        defaults = {**trained, "guidance": 3.0 if self.name == TINY else 7.5, "negative": self._default_negative()}
+        defaults = {**trained, "guidance": TINY_GUIDANCE if self.name == TINY else GUIDANCE, "negative": self._default_negative()}
         chosen = {k: v for k, v in choices.items() if v is not None}
         asked = VideoRequest(prompt, **{**defaults, **chosen})
         request = asked.check()

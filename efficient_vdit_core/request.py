@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 SAMPLERS = ("consistency", "ddim", "euler_ancestral")
 DEFAULT_STEPS = {"consistency": 20, "ddim": 100, "euler_ancestral": 100}
+TINY_GUIDANCE, GUIDANCE = 3.0, 7.5  # of the built-in model, and as the reference model recommends
 MAX_STEPS = 1000
 MAX_SEED = 2**64 - 1
 SPACE, TIME = 8, 4  # pixels and frames that one latent stands for

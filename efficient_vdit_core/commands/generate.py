@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..request import SAMPLERS
+from ..request import GUIDANCE, SAMPLERS, TINY_GUIDANCE
 from . import say
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
     add("--width", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
     add("--steps", type=int, help="evaluations of the model, 1..1000 (default: 20, or 100 for ddim, euler_ancestral)")
-    add("--guidance", type=float, help="classifier-free guidance, 1 is off (default: 3 for tiny, else 7.5)")
+    add("--guidance", type=float, help=f"classifier-free guidance, 1 is off (default: {TINY_GUIDANCE:g} for tiny, else {GUIDANCE:g})")
     add("--sampler", choices=SAMPLERS, default="consistency", help="default: %(default)s")
     add("--segments", type=int, help="consistency: segments of diffusion time, 1..steps (default: steps)")
     add("--gamma", type=float, help="consistency: share of fresh noise, 0 deterministic .. 1 as LCM (default: 0)")
