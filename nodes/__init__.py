@@ -1,0 +1,27 @@
+"""What the user sees: one file for each family of nodes, a schema and a short `execute` each."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .loaders import EVDiTModelLoader, EVDiTTextEncoderLoader, EVDiTVAELoader
+from .sampling import EVDiTConsistencySampler, EVDiTConsistencySigmas
+from .sparse_attention import EVDiTSparseAttention
+from .tile_plan import EVDiTTilePlan
+
+NODES: list[type[io.ComfyNode]] = [
+    EVDiTModelLoader,
+    EVDiTTextEncoderLoader,
+    EVDiTVAELoader,
+    EVDiTTilePlan,
+    EVDiTSparseAttention,
+    EVDiTConsistencySigmas,
+    EVDiTConsistencySampler,
+]
+
+
+class EfficientVDiTExtension(ComfyExtension):
+    """Gives ComfyUI the nodes of this pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

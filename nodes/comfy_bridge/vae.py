@@ -1,0 +1,147 @@
+"""The causal video VAE as a native ComfyUI VAE.
+
+Shapes: pixels (B, 3, F, H, W) in [-1, 1] inside, (F, H, W, 3) or (B, F, H, W, 3) in [0, 1] outside; latents (B, 4, t, h, w).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...efficient_vdit_core.models.opensora_plan import checkpoint, vae_tiling
+from ...efficient_vdit_core.models.opensora_plan.config import VAEConfig
+from ...efficient_vdit_core.models.opensora_plan.vae import CausalVAE
+from .paths import resolve
+
+log = logging.getLogger("efficient_vdit")
+
+TIME, SPACE = 4, 8
+
+
+def load_vae(name: str) -> comfy.sd.VAE:
+    """A VAE from a list entry. Raises ValueError where the file is not the v1.2 VAE."""
+    state_dict, config = checkpoint.read_vae(resolve("vae", name, "vae"))
+    return OpenSoraPlanVAE(state_dict, config)
+
+
+class FirstStage(CausalVAE):
+    """The network as ComfyUI calls it: surplus frames are left out instead of disturbing the whole clip."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        frames = (x.shape[2] - 1) // TIME * TIME + 1
+        if frames != x.shape[2]:
+            log.warning(
+                "The VAE codes 4k + 1 frames; of %d the last %d are left out. Give 5, 9, ..., 29, ... frames to keep all.",
+                x.shape[2],
+                x.shape[2] - frames,
+            )
+        return super().encode(x[:, :, :frames])
+
+    def decode(self, z: Tensor) -> Tensor:
+        if z.ndim != 5 or z.shape[1] != self.config.embed_dim:
+            raise ValueError(
+                f"The latent has shape {tuple(z.shape)}, expected (batch, {self.config.embed_dim}, frames, height, width): it "
+                "belongs to another VAE. Decode it with the VAE of the model that made it."
+            )
+        return super().decode(z)
+
+
+class OpenSoraPlanVAE(comfy.sd.VAE):
+    """ComfyUI's VAE with Open-Sora-Plan's network and tiling.
+
+    The stock constructor knows a fixed list of networks and offers no way in, so it is not called; this one sets the
+    same attributes.
+    """
+
+    def __init__(self, state_dict: dict[str, Tensor], config: VAEConfig) -> None:
+        self.first_stage_model = FirstStage(config, operations=comfy.ops.disable_weight_init).eval()
+        self.first_stage_model.load_state_dict(state_dict)
+        self.told: set[tuple[int, int]] = set()
+        self._describe(config)
+        self._place()
+
+    def _describe(self, config: VAEConfig) -> None:
+        """Sizes, value ranges and memory needs."""
+        self.latent_channels = config.embed_dim
+        self.latent_dim = 3
+        self.output_channels = 3
+        self.upscale_ratio = (lambda t: max(0, t * TIME - (TIME - 1)), SPACE, SPACE)
+        self.upscale_index_formula = (TIME, SPACE, SPACE)
+        self.downscale_ratio = (lambda f: max(0, math.floor((f + TIME - 1) / TIME)), SPACE, SPACE)
+        self.downscale_index_formula = (TIME, SPACE, SPACE)
+        # The peak is some six tensors of the full resolution's width.
+        channels = 6 * config.hidden_size
+        self.memory_used_encode = lambda shape, dtype: channels * math.prod(shape[-3:]) * mm.dtype_size(dtype)
+        self.memory_used_decode = lambda shape, dtype: channels * TIME * SPACE**2 * math.prod(shape[-3:]) * mm.dtype_size(dtype)
+        self.process_input = lambda image: image * 2.0 - 1.0
+        self.process_output = lambda image: torch.clamp((image + 1.0) / 2.0, min=0.0, max=1.0)
+        self.working_dtypes = [torch.bfloat16, torch.float32]
+        self.disable_offload = False
+        self.not_video = False
+        self.crop_input = True
+        self.extra_1d_channel = None
+        self.pad_channel_value = None
+
+    def _place(self) -> None:
+        """Devices and dtype, as the stock constructor chooses them."""
+        self.device = mm.vae_device()
+        self.output_device = mm.intermediate_device()
+        self.vae_dtype = mm.vae_dtype(self.device, self.working_dtypes)
+        self.first_stage_model.to(self.vae_dtype)
+        patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+        self.patcher = patcher(self.first_stage_model, load_device=self.device, offload_device=mm.vae_offload_device())
+        self.size = mm.module_size(self.first_stage_model)
+
+    def decode_tiled_3d(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, samples: Tensor, tile_t: int = 999, tile_x: int = 32, tile_y: int = 32, overlap: tuple[int, int, int] = (1, 4, 4)
+    ) -> Tensor:
+        """Latents (B, 4, t, h, w) to pixels (B, 3, F, H, W) in [0, 1]; tile sizes and overlap in latent units."""
+        self._tell_overlap(tile_x, overlap)
+        tiles = len(vae_tiling.latent_chunks(samples.shape[2], tile_t)) * _tiles_in_frame(samples, tile_x)
+        network = SimpleNamespace(decode=self._on_tiles(self.first_stage_model.decode, tiles))
+        pixels = vae_tiling.tiled_decode(network, samples, latent_size=tile_x, latent_frames=tile_t)  # pyright: ignore[reportArgumentType]
+        return self.process_output(pixels)
+
+    def encode_tiled_3d(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, samples: Tensor, tile_t: int = 9999, tile_x: int = 512, tile_y: int = 512, overlap: tuple[int, int, int] = (1, 64, 64)
+    ) -> Tensor:
+        """Pixels (B, 3, F, H, W) in [0, 1] to latents (B, 4, t, h, w); tile sizes and overlap in frames and pixels."""
+        self._tell_overlap(tile_x, overlap)
+        frames = (tile_t + TIME - 1) // TIME
+        tiles = len(vae_tiling.pixel_chunks(samples.shape[2], frames)) * _tiles_in_frame(samples, tile_x)
+        network = SimpleNamespace(encode=self._on_tiles(self.first_stage_model.encode, tiles))
+        pixels = self.process_input(samples)
+        return vae_tiling.tiled_encode(network, pixels, latent_size=tile_x // SPACE, latent_frames=frames)  # pyright: ignore[reportArgumentType]
+
+    def _on_tiles(self, code: Callable[[Tensor], Tensor], tiles: int) -> Callable[[Tensor], Tensor]:
+        """`code` for one tile on the VAE's device, with progress; stops between tiles when the user cancels."""
+        progress = comfy.utils.ProgressBar(tiles)
+
+        def run(tile: Tensor) -> Tensor:
+            mm.throw_exception_if_processing_interrupted()
+            result = code(tile.to(device=self.device, dtype=self.vae_dtype)).to(self.output_device).float()
+            progress.update(1)
+            return result
+
+        return run
+
+    def _tell_overlap(self, tile: int, overlap: tuple[int, int, int]) -> None:
+        asked = (overlap[0], overlap[-1])
+        if asked != (1, int(tile * vae_tiling.OVERLAP)) and asked not in self.told:
+            self.told.add(asked)
+            log.info("This VAE tiles by Open-Sora-Plan's rule: overlaps of an eighth of the tile, and one latent frame in time.")
+
+
+def _tiles_in_frame(x: Tensor, tile: int) -> int:
+    step = max(1, int(tile * (1 - vae_tiling.OVERLAP)))
+    return math.prod(1 if size <= tile else -(-size // step) for size in x.shape[-2:])

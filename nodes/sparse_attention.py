@@ -1,0 +1,89 @@
+"""Makes the self-attention of a video model sparse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..efficient_vdit_core.plan import TilePlan
+from .comfy_bridge.patch import patch_attention
+from .inputs import CATEGORY, Plan
+
+
+class EVDiTSparseAttention(io.ComfyNode):
+    """MODEL and plan in, patched MODEL out; the incoming MODEL stays as it is."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EVDiTSparseAttention",
+            display_name="Sparse Attention (Efficient-vDiT)",
+            category=CATEGORY,
+            description=(
+                "Applies a tile plan to the self-attention of a video model (Open-Sora-Plan v1.2, Wan 2.1 and 2.2 "
+                "text-to-video). Uses the attention backend that ComfyUI runs with. The log tells after each run how "
+                "many calls became sparse, and why others did not."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The video model to speed up. It is not changed; the output is a patched copy."),
+                Plan.Input("plan", tooltip="From Tile Plan: which latent frames each layer attends to. Decides speed and quality."),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Where in the denoising the sparse attention begins, as a fraction 0 to 1 of the noise schedule. "
+                        "0 = from the first step. 0.1 to 0.2 keeps the first steps, which set layout and motion, dense: "
+                        "better quality, less speed."
+                    ),
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Where the sparse attention ends, as a fraction 0 to 1 of the noise schedule. 1 = to the last step. "
+                        "Lower leaves the last steps dense: slower, a little more detail."
+                    ),
+                ),
+                io.String.Input(
+                    "dense_blocks",
+                    default="",
+                    tooltip=(
+                        'Layers that keep full attention, counted from 0, negative from the end: "0-2,-1" is the first three and '
+                        "the last. Empty = none. Each dense layer costs its full time and protects quality."
+                    ),
+                ),
+                io.Int.Input(
+                    "min_tokens",
+                    default=0,
+                    min=0,
+                    max=10_000_000,
+                    step=128,
+                    tooltip=(
+                        "Calls with fewer video tokens than this stay dense, 0 to 10,000,000. A token is a 2x2 patch of a "
+                        "latent frame. 0 = always sparse; a few thousand spares small runs the overhead where dense is as fast."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "patched_model",
+                    display_name="model",
+                    tooltip="A copy of the model with sparse attention. Works with every sampler, LoRA and guider node.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, plan: TilePlan, start_percent: float, end_percent: float, dense_blocks: str, min_tokens: int
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            patch_attention(model, plan.with_dense(dense_blocks), window=(start_percent, end_percent), min_tokens=min_tokens)
+        )
