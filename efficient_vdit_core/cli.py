@@ -7,7 +7,8 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from . import __version__
@@ -29,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     try:
         args = build_parser(argv).parse_args(argv)
-        _quiet_logs()
-        return int(args.run(args) or 0)
+        with _plain_warnings():
+            return int(args.run(args) or 0)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", INTERRUPTED)
     except ValueError as error:
@@ -78,10 +79,16 @@ def _fail(text: str, status: int) -> int:
     return status
 
 
-def _quiet_logs() -> None:
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
     """Warnings as one line each, whether they come from logging or from the warnings module."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    usual = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"WARNING: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 if __name__ == "__main__":
