@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import read_vae, save_safetensors
-from .text import MT5_XXL, SPIECE_KEY, read_text_encoder
+from .text import SPIECE_KEY, read_text_encoder
 
 
 def convert_vae(source: str | Path, target: str | Path) -> None:
@@ -25,10 +25,7 @@ def convert_text_encoder(source: str | Path, target: str | Path, *, dtype: torch
     source, target = Path(source), _checked_target(target)
     if source.is_dir() and not any(source.glob("*.safetensors*")):
         source = _torch_file(source)
-    folder = source if source.is_dir() else source.parent
     weights, config, spiece = read_text_encoder(source)
-    if (folder / "config.json").is_file():
-        config = {**MT5_XXL, **json.loads((folder / "config.json").read_text(encoding="utf-8"))}
     for name in list(weights):
         # One tensor at a time: the memory-mapped original and its copy never stand side by side.
         weights[name] = weights[name].to(dtype)

@@ -12,13 +12,11 @@ _ADVICE = "Choose the transformer of LanguageBind/Open-Sora-Plan-v1.2.0 (29x720p
 
 # MindSpeed-MM exports the same weights under other names.
 _RENAMES = (
-    ("videodit_blocks.", "transformer_blocks."),
-    (".self_atten.", ".attn1."),
-    (".cross_atten.", ".attn2."),
-    (".proj_q.", ".to_q."),
-    (".proj_k.", ".to_k."),
-    (".proj_v.", ".to_v."),
-    (".proj_out.", ".to_out.0."),
+    (r"^videodit_blocks\.", "transformer_blocks."),
+    (r"\.self_atten\.", ".attn1."),
+    (r"\.cross_atten\.", ".attn2."),
+    (r"(attn[12])\.proj_([qkv])\.", r"\1.to_\2."),
+    (r"(attn[12])\.proj_out\.", r"\1.to_out.0."),
 )
 
 # What the keys of other transformers start with.
@@ -39,7 +37,7 @@ def unify_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {name: re.sub(r"^(module\.|model\.diffusion_model\.|diffusion_model\.)", "", name) for name in state_dict}
     if any(name.startswith("videodit_blocks.") for name in names.values()):
         for old, new in _RENAMES:
-            names = {name: f".{short}".replace(f".{old.lstrip('.')}", f".{new.lstrip('.')}")[1:] for name, short in names.items()}
+            names = {name: re.sub(old, new, short) for name, short in names.items()}
     return {names[name]: value for name, value in state_dict.items()}
 
 

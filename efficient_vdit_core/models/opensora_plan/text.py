@@ -39,11 +39,7 @@ def read_text_encoder(path: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     path = Path(path)
     state_dict, metadata = read_state_dict(path)
     folder = path if path.is_dir() else path.parent
-    config = MT5_XXL
-    if "config" in metadata:
-        config = {**MT5_XXL, **json.loads(metadata["config"])}
-    elif (folder / "config.json").is_file() and path.is_dir():
-        config = {**MT5_XXL, **json.loads((folder / "config.json").read_text(encoding="utf-8"))}
+    config = {**MT5_XXL, **_config_values(metadata, folder / "config.json")}
     spiece = state_dict.pop(SPIECE_KEY, None)
     if spiece is None:
         beside = folder / "spiece.model"
@@ -109,6 +105,16 @@ class TextEncoder:
         if not self._warned:
             self._warned = True
             log.warning("The prompt has %d tokens, the model reads %d: the end of it is cut off.", tokens, MAX_TOKENS)
+
+
+def _config_values(metadata: dict[str, str], beside: Path) -> dict[str, Any]:
+    text = metadata.get("config") or (beside.read_text(encoding="utf-8") if beside.is_file() else "{}")
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"The configuration of the text encoder is not valid JSON: {error}. Download it again.") from error
+    # A folder that collects many models' files may hold a config.json of something else.
+    return values if isinstance(values, dict) and values.get("model_type") in ("mt5", "t5") else {}
 
 
 def _check(weights: dict[str, Tensor], config: dict[str, Any], name: str) -> None:

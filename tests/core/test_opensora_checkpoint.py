@@ -1,0 +1,175 @@
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from efficient_vdit_core.models.opensora_plan import checkpoint, convert
+from efficient_vdit_core.models.opensora_plan.config import DiTConfig, VAEConfig
+from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
+from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
+
+DIT = DiTConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, caption_channels=8, interpolation_scale_h=1.25)
+VAE = VAEConfig(hidden_size=4, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1, norm_num_groups=2)
+NAME = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def weights():
+    torch.manual_seed(0)
+    return OpenSoraT2V(DIT).state_dict()
+
+
+@pytest.fixture
+def folder(tmp_path, weights):
+    save_file(weights, tmp_path / NAME)
+    (tmp_path / "config.json").write_text(json.dumps(DIT.to_dict()))
+    return tmp_path
+
+
+def same(model, state_dict):
+    return all(torch.equal(v, state_dict[k]) for k, v in model.state_dict().items())
+
+
+def test_a_folder_a_file_and_metadata(folder, weights, tmp_path):
+    for path in (folder, folder / NAME):
+        model = checkpoint.load_transformer(path)
+        assert model.config == DIT and same(model, weights) and not model.training
+    checkpoint.save_safetensors(tmp_path / "alone" / "x.safetensors", weights, {"config": json.dumps(DIT.to_dict())})
+    assert checkpoint.load_transformer(tmp_path / "alone" / "x.safetensors").config == DIT
+    assert [f.name for f in (tmp_path / "alone").iterdir()] == ["x.safetensors"]
+    assert checkpoint.load_transformer(folder, dtype=torch.bfloat16).proj_out.weight.dtype == torch.bfloat16
+
+
+def test_shards_and_a_missing_shard(tmp_path, weights):
+    names = sorted(weights)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, part in halves.items():
+        save_file({n: weights[n] for n in part}, tmp_path / shard)
+    index = {"weight_map": {n: shard for shard, part in halves.items() for n in part}}
+    (tmp_path / f"{NAME}.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(json.dumps(DIT.to_dict()))
+    assert same(checkpoint.load_transformer(tmp_path), weights)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match="b.safetensors is not beside it"):
+        checkpoint.load_transformer(tmp_path)
+
+
+def test_exported_names_are_understood(folder, weights):
+    def renamed(name):
+        for new, old in (("videodit_blocks.", "transformer_blocks."), (".self_atten.", ".attn1."), (".cross_atten.", ".attn2.")):
+            name = name.replace(old, new)
+        return name.replace(".to_out.0.", ".proj_out.").replace(".to_", ".proj_")
+
+    save_file({renamed(k): v for k, v in weights.items()}, folder / NAME)
+    assert same(checkpoint.load_transformer(folder), weights)
+
+
+def test_a_truncated_file_says_so(folder):
+    size = (folder / NAME).stat().st_size
+    for keep in (0, 5, 200, size - 10):
+        os.truncate(folder / NAME, min(keep, (folder / NAME).stat().st_size)) if keep < 6 else None
+        with open(folder / NAME, "r+b") as file:
+            file.truncate(keep)
+        with pytest.raises(ValueError, match="cut short or damaged"):
+            checkpoint.load_transformer(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda sd: sd | {"temporal_transformer_blocks.0.x": torch.zeros(1)}, "v1.0 or v1.1"),
+        (lambda sd: sd | {"pos_embed.proj.weight": torch.zeros(24, 12, 2, 2)}, "image-to-video"),
+        (lambda sd: sd | {"transformer_blocks.0.attn1.norm_q.weight": torch.zeros(1)}, "v1.3"),
+        (lambda sd: {"blocks.0.self_attn.q.weight": torch.zeros(1)}, "is Wan"),
+        (lambda sd: {"something": torch.zeros(1)}, "no pos_embed.proj.weight"),
+        (lambda sd: {k: v for k, v in sd.items() if "blocks.1.ff" not in k}, "4 tensors are missing"),
+        (lambda sd: sd | {"extra": torch.zeros(1)}, "1 are unknown .extra"),
+        (lambda sd: sd | {"proj_out.bias": torch.zeros(3)}, "another shape .proj_out.bias"),
+    ],
+)
+def test_other_weights_are_named(folder, weights, edit, message):
+    save_file(edit(dict(weights)), folder / NAME)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_transformer(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "AllegroTransformer3DModel"}, "Allegro"),
+        ({"interpolation_scale_t": 2.2, "interpolation_scale_h": 2.0, "interpolation_scale_w": 2.0}, "Allegro"),
+        ({"_class_name": "OpenSoraInpaint"}, "image-to-video"),
+        ({"_class_name": "LatteT2V"}, "another version"),
+        ({"_class_name": "WanTransformer3DModel"}, "WanTransformer3DModel"),
+        ({"num_layers": 3}, "missing"),
+        ({"prediction_type": "flow"}, "prediction_type"),
+    ],
+)
+def test_other_configurations_are_named(folder, change, message):
+    (folder / "config.json").write_text(json.dumps({**DIT.to_dict(), **change}))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_transformer(folder)
+
+
+def test_files_that_are_no_weights(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    for path, message in (
+        (tmp_path, "holds no weights"),
+        (tmp_path / "absent.safetensors", "does not exist"),
+        (tmp_path / "notes.txt", "not a weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load_vae(path)
+
+
+@pytest.fixture
+def training_checkpoint(tmp_path):
+    torch.manual_seed(1)
+    averaged, raw = CausalVAE(VAE).state_dict(), CausalVAE(VAE).state_dict()
+    content = {
+        "epoch": 3,
+        "optimizer_state": {},
+        "state_dict": {"gen_model": raw},
+        "ema_state_dict": {f"module.{k}": v for k, v in averaged.items()} | {"module.perceptual_loss.x": torch.zeros(1)},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(VAE.to_dict()))
+    torch.save(content, tmp_path / "checkpoint.ckpt")
+    return tmp_path, averaged, raw, content
+
+
+def test_a_training_checkpoint_gives_its_averaged_weights(training_checkpoint):
+    folder, averaged, raw, content = training_checkpoint
+    assert same(checkpoint.load_vae(folder), averaged)
+    torch.save({**content, "ema_state_dict": {}}, folder / "checkpoint.ckpt")
+    assert same(checkpoint.load_vae(folder), raw)
+
+
+def test_converting_a_training_checkpoint(training_checkpoint, tmp_path):
+    folder, averaged, _, _ = training_checkpoint
+    target = tmp_path / "out" / "vae.safetensors"
+    convert.convert_vae(folder / "checkpoint.ckpt", target)
+    loaded = checkpoint.load_vae(target)
+    assert loaded.config == VAE and same(loaded, averaged)
+    with pytest.raises(ValueError, match="does not end in .safetensors"):
+        convert.convert_vae(folder, tmp_path / "vae.bin")
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.system, ("touch should_not_exist",))
+
+
+def test_code_in_a_checkpoint_never_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Malicious()}, tmp_path / "checkpoint.ckpt")
+    with pytest.raises(ValueError, match="evdit convert"):
+        checkpoint.load_vae(tmp_path)
+    assert not (tmp_path / "should_not_exist").exists()
+
+
+def test_another_vae_is_named(tmp_path):
+    save_file({"encoder.conv_in.conv.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="v1.0 and v1.1"):
+        checkpoint.load_vae(tmp_path / "a.safetensors")

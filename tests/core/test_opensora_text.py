@@ -1,0 +1,116 @@
+import io
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from efficient_vdit_core.models.opensora_plan import captions, convert
+from efficient_vdit_core.models.opensora_plan.text import NEGATIVE_PROMPT, TEMPLATES, TextEncoder, clean_caption, read_text_encoder
+
+GOLDEN = [
+    (TEMPLATES["a"].format("A cat walks on the grass"), "masterpiece , best quality , ultra-detailed , a cat walks on the grass."),
+    (
+        TEMPLATES["a"].format("A cat walks on the grass, realistic style."),
+        "masterpiece , best quality , ultra-detailed , a cat walks on the grass, realistic style",
+    ),
+    (
+        NEGATIVE_PROMPT,
+        "nsfw, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
+        "low quality, normal quality, artifacts, signature, watermark, username, blurry.",
+    ),
+    ("一只猫 在草地上 https://a.com/x #123 hello.jpg 640x480", "一只猫 在草地上"),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "cleaned"), GOLDEN)
+def test_cleaning(text, cleaned):
+    assert clean_caption(clean_caption(text)) == cleaned
+
+
+@pytest.mark.parametrize(("text", "cleaned"), GOLDEN)
+def test_plain_captions_need_no_extra_packages(text, cleaned, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bs4", None)
+    monkeypatch.setitem(__import__("sys").modules, "ftfy", None)
+    assert captions.clean_caption(captions.clean_caption(text)) == cleaned
+
+
+@pytest.fixture(scope="module")
+def spiece():
+    import sentencepiece
+
+    model = io.BytesIO()
+    lines = ["a red circle moves right", "the blue square", "one two three four"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=300, hard_vocab_limit=False, byte_fallback=True, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, spiece):
+    from sentencepiece import SentencePieceProcessor
+    from transformers import MT5Config, MT5EncoderModel
+
+    folder = tmp_path_factory.mktemp("mt5")
+    size = SentencePieceProcessor(model_proto=spiece).get_piece_size()
+    config = MT5Config(vocab_size=size, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, is_encoder_decoder=False)
+    torch.manual_seed(0)
+    model = MT5EncoderModel(config)
+    weights = {k: v.clone() for k, v in model.state_dict().items() if k != "encoder.embed_tokens.weight"}
+    torch.save({**weights, "decoder.final_layer_norm.weight": torch.ones(16)}, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    (folder / "spiece.model").write_bytes(spiece)
+    convert.convert_text_encoder(folder, folder / "model.safetensors", dtype=torch.float32)
+    return folder
+
+
+def test_tokens_end_padding_and_length(folder):
+    encoder = TextEncoder.from_folder(folder)
+    ids, mask = encoder.tokenize(["", "a red circle moves right", "word " * 5000])
+    assert ids.shape == (3, 512) and ids[0, 0] == 1 and mask[0].sum() == 1 and ids[0, 1:].eq(0).all()
+    length = int(mask[1].sum())
+    assert ids[1, length - 1] == 1 and ids[1, length:].eq(0).all()
+    assert mask[2].all() and ids[2, 511] == 1
+
+
+def test_padding_does_not_change_a_prompt(folder):
+    encoder = TextEncoder.from_folder(folder)
+    both, mask = encoder.encode(["a red circle", "the blue square moves right one two three"])
+    alone, _ = encoder.encode(["a red circle"])
+    torch.testing.assert_close(both[:1, : int(mask[0].sum())], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_folder_equals_the_one_file_made_from_it(folder, tmp_path):
+    (tmp_path / "one.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    prompts = ["a red circle"]
+    assert torch.equal(
+        TextEncoder.from_folder(tmp_path / "one.safetensors").encode(prompts)[0], TextEncoder.from_folder(folder).encode(prompts)[0]
+    )
+    weights, config, _ = read_text_encoder(tmp_path / "one.safetensors")
+    assert config["d_model"] == 16 and not any(k.startswith("decoder.") for k in weights)
+
+
+def test_conversion_to_bf16_halves_the_file(folder, tmp_path):
+    convert.convert_text_encoder(folder, tmp_path / "b.safetensors")
+    assert TextEncoder.from_folder(tmp_path / "b.safetensors").model.shared.weight.dtype == torch.bfloat16
+
+
+def test_missing_tokenizer_and_other_encoders(folder, tmp_path):
+    weights, _, _ = read_text_encoder(folder)
+    save_file(weights, tmp_path / "no_tokenizer.safetensors")
+    with pytest.raises(ValueError, match="spiece.model"):
+        read_text_encoder(tmp_path / "no_tokenizer.safetensors")
+    (tmp_path / "spiece.model").write_bytes((folder / "spiece.model").read_bytes())
+    with pytest.raises(ValueError, match=r"\(250112, 4096\)"):
+        read_text_encoder(tmp_path / "no_tokenizer.safetensors")
+    save_file({"text_model.x": torch.zeros(1)}, tmp_path / "clip.safetensors")
+    with pytest.raises(ValueError, match="not an mT5 encoder"):
+        read_text_encoder(tmp_path / "clip.safetensors")
+
+
+def test_no_prompts_are_refused(folder):
+    with pytest.raises(ValueError, match="no prompts"):
+        TextEncoder.from_folder(folder).encode([])
