@@ -137,8 +137,8 @@ def _model_class(config: dict[str, Any]) -> type[sd1_clip.SD1ClipModel]:
                 model_options=model_options or {},
             )
 
-    class Model(sd1_clip.SD1ClipModel):
+    class OpenSoraPlanTextEncoder(sd1_clip.SD1ClipModel):
         def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None) -> None:
             super().__init__(device=device, dtype=dtype, model_options=model_options or {}, name=NAME, clip_model=MT5)  # pyright: ignore[reportArgumentType]
 
-    return Model
+    return OpenSoraPlanTextEncoder
