@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.opensora_plan.config import DiTConfig
+from ..models.opensora_plan.text import TextEncoder
 from ..models.opensora_plan.transformer import OpenSoraT2V
 from ..models.opensora_plan.vae import CausalVAE
 from .run import TrainingRun
-from .train_text import WIDTH, Captions
+from .train_text import WIDTH
 from .train_vae import numpy_rng, to_model_range
 from .world import ATTRIBUTES, Scene, random_scene, render
 
@@ -62,13 +63,12 @@ def is_held_out(scene: Scene) -> bool:
     return sum(ord(c) for name in ATTRIBUTES for c in getattr(scene, name)) % 8 == 0
 
 
-def train_dit(folder: Path, clips: CachedClips, encoder: nn.Module, spiece: bytes, *, steps: int = 12000, batch: int = 32, seed: int = 0,
+def train_dit(folder: Path, clips: CachedClips, text: TextEncoder, *, steps: int = 12000, batch: int = 32, seed: int = 0,
               tensorboard: bool = False, evaluate: Callable[[dict[str, Tensor]], str] | None = None) -> OpenSoraT2V:
     """Train (or resume) in ``folder``; returns the transformer with averaged weights."""
     torch.manual_seed(seed)
     model = OpenSoraT2V(TINY_DIT)
     _initialise(model)
-    captions = Captions(spiece)
     run = TrainingRun(model, _optimizers(model), folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard)
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
 
@@ -77,9 +77,7 @@ def train_dit(folder: Path, clips: CachedClips, encoder: nn.Module, spiece: byte
         chosen = rng.integers(len(clips.scenes), size=batch)
         x0 = clips.latents[torch.from_numpy(chosen)]
         words = [clips.scenes[i].caption(int(rng.integers(3))) if rng.random() > NULL_TEXT_SHARE else "" for i in chosen]
-        ids, mask = captions.ids(words)
-        with torch.no_grad():
-            context = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        context, mask = text.encode(words)
         # Stratified timesteps: every batch sees the whole range, which halves the noise of the loss.
         t = ((torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1 * 1000).long()
         a, s = alpha_bar[t].sqrt().view(-1, 1, 1, 1, 1), (1 - alpha_bar[t]).sqrt().view(-1, 1, 1, 1, 1)

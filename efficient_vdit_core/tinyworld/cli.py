@@ -1,0 +1,82 @@
+"""evdit tinyworld: train the tiny models, judge them, draw true clips of the world."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(subparsers: Any) -> None:
+    """Add the commands train, eval and render."""
+    train = subparsers.add_parser("train", help="train the tiny models; run it again to go on where it stopped")
+    train.add_argument("--run", dest="run_folder", type=Path, default=Path("runs/tiny"), help="folder of the run's state, default: %(default)s")
+    train.add_argument("--out", type=Path, default=Path("runs/tiny/model"), help="folder for the model, default: %(default)s")
+    parts = ("text_encoder", "vae", "transformer")
+    train.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    train.add_argument("--vae-steps", type=int, default=9000, help="default: %(default)s")
+    train.add_argument("--dit-steps", type=int, default=12000, help="default: %(default)s")
+    train.add_argument("--clips", type=int, default=4096, help="clips to learn from, default: %(default)s")
+    train.add_argument("--batch", type=int, default=32, help="default: %(default)s")
+    train.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    train.add_argument("--tensorboard", action="store_true", help="write the loss for TensorBoard into the run's folder")
+    train.set_defaults(run=_train)
+
+    judge = subparsers.add_parser("eval", help="share of caption attributes that generated clips show, judged from pixels")
+    judge.add_argument("--model", default="tiny", help="tiny or a folder, default: %(default)s")
+    judge.add_argument("--captions", type=int, default=200, help="held-out captions, default: %(default)s")
+    judge.add_argument("--steps", type=int, default=100, help="default: %(default)s")
+    judge.add_argument("--guidance", type=float, default=3.0, help="default: %(default)s")
+    judge.add_argument("--sampler", choices=("ddim", "euler_ancestral", "consistency"), default="ddim", help="default: %(default)s")
+    judge.add_argument("--plan", help="k:T-k for a uniform plan, or a plan file; dense without it")
+    judge.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    judge.set_defaults(run=_evaluate)
+
+    draw = subparsers.add_parser("render", help="draw a true clip of the world with its caption")
+    draw.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    draw.add_argument("--out", default="tinyworld.gif", metavar="FILE", help="default: %(default)s")
+    draw.set_defaults(run=_render)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .recipe import train
+
+    parts = tuple(args.parts)
+    train(args.run_folder, args.out, parts=parts, vae_steps=args.vae_steps, dit_steps=args.dit_steps, clips=args.clips, batch=args.batch,
+          seed=args.seed, tensorboard=args.tensorboard)  # fmt: skip
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from ..commands import say
+    from ..commands.generate import load_plan
+    from ..pipeline import Pipeline
+    from .evaluate import evaluate
+
+    pipeline = Pipeline.from_model(args.model)
+    plan = load_plan(args.plan, None)
+    with tqdm(total=args.captions, desc="captions") as bar:
+        figures = evaluate(pipeline, captions=args.captions, steps=args.steps, guidance=args.guidance, sampler=args.sampler, plan=plan,
+                           progress=lambda done, _: bar.update(done - bar.n))  # fmt: skip
+    text = json.dumps({"command": f"evdit tinyworld eval --captions {args.captions} --steps {args.steps}", **figures}, indent=2)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(text + "\n", encoding="utf-8")
+    say(text)
+    return 0
+
+
+def _render(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from ..commands import say
+    from ..video import check_writable, write_video
+    from .world import random_scene, render
+
+    scene = random_scene(np.random.default_rng(args.seed))
+    write_video(check_writable(args.out), render(scene), fps=24, metadata={"prompt": scene.caption(), "seed": args.seed})
+    say(f"{args.out}: {scene.caption()}")
+    return 0

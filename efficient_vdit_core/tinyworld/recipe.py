@@ -1,0 +1,49 @@
+"""The whole recipe of the tiny models: text encoder, VAE, cached latents, transformer, export.
+
+Every part keeps its state in a folder of the run and goes on from there, so a stopped run is started again with the
+same command.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..models.opensora_plan.checkpoint import load_transformer, load_vae
+from ..models.opensora_plan.text import TextEncoder
+from ..models.opensora_plan.vae import CausalVAE
+from .export import export_text_encoder, export_transformer, export_vae, standardise_latents
+from .train_dit import LATENT_SCALE, cache_clips, train_dit
+from .train_text import train_sentencepiece, train_text_encoder
+from .train_vae import to_model_range, train_vae
+from .world import random_scene, render
+
+PARTS = ("text_encoder", "vae", "transformer")
+
+
+def train(run: Path, out: Path, *, parts: tuple[str, ...] = PARTS, vae_steps: int = 9000, dit_steps: int = 12000, clips: int = 4096,
+          batch: int = 32, seed: int = 0, tensorboard: bool = False) -> None:
+    """Train ``parts`` in ``run`` and write them to ``out``; parts that are left out are taken from ``out``."""
+    run.mkdir(parents=True, exist_ok=True)
+    if "text_encoder" in parts:
+        spiece = train_sentencepiece(seed)
+        export_text_encoder(train_text_encoder(run / "text_encoder", spiece, seed=seed), spiece, out / "text_encoder")
+    if "vae" in parts:
+        vae = train_vae(run / "vae", steps=vae_steps, seed=seed, tensorboard=tensorboard)
+        standardise_latents(vae, _sample_latents(vae), LATENT_SCALE)
+        export_vae(vae, out / "vae")
+    if "transformer" in parts:
+        # Read back what was written: the transformer learns the latents of the very file that ships.
+        vae, text = load_vae(out / "vae", dtype=torch.float32), TextEncoder.from_folder(out / "text_encoder", dtype=torch.float32)
+        cached = cache_clips(vae, clips, run / "latents.pt", seed=seed + 1)
+        model = train_dit(run / "transformer", cached, text, steps=dit_steps, batch=batch, seed=seed, tensorboard=tensorboard)
+        export_transformer(model, out / "transformer")
+        load_transformer(out / "transformer")
+
+
+@torch.no_grad()
+def _sample_latents(vae: CausalVAE, count: int = 64) -> torch.Tensor:
+    rng = np.random.default_rng(5)
+    return torch.cat([vae.encode(to_model_range(render(random_scene(rng))[None])) for _ in range(count)])
