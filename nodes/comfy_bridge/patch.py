@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -55,8 +56,9 @@ def patch_attention(model: Any, plan: TilePlan, *, window: Window = (0.0, 1.0), 
     # A second plan takes the place of the first: two of them cannot both decide about one call.
     previous = options.get(OVERRIDE)
     previous = getattr(previous, "replaces", previous)
-    override = make_attention_override(plan, report, min_tokens=min_tokens, previous=previous)
-    override.replaces = previous  # pyright: ignore[reportFunctionMemberAccess]
+    # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
+    override: Any = torch.compiler.disable(make_attention_override(plan, report, min_tokens=min_tokens, previous=previous))
+    override.replaces = previous
     options[OVERRIDE] = override
     for kind, wrapper in (
         (WrappersMP.APPLY_MODEL, _publish_layout(family, depth, window)),
