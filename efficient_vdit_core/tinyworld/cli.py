@@ -11,8 +11,9 @@ from typing import Any
 def add_arguments(subparsers: Any) -> None:
     """Add the commands train, eval and render."""
     train = subparsers.add_parser("train", help="train the tiny models; run it again to go on where it stopped")
-    train.add_argument("--run", dest="run_folder", type=Path, default=Path("runs/tiny"), help="folder of the run's state, default: %(default)s")
+    train.add_argument("--run", dest="run_folder", type=Path, default=Path("runs/tiny"), help="the run's state, default: %(default)s")
     train.add_argument("--out", type=Path, default=Path("runs/tiny/model"), help="folder for the model, default: %(default)s")
+    parts = ("text_encoder", "vae", "transformer")
     parts = ("text_encoder", "vae", "transformer")
     train.add_argument("--parts", nargs="+", default=parts, choices=parts)
     train.add_argument("--vae-steps", type=int, default=9000, help="default: %(default)s")
@@ -59,8 +60,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     pipeline = Pipeline.from_model(args.model)
     plan = load_plan(args.plan, None)
     with tqdm(total=args.captions, desc="captions") as bar:
+
+        def progress(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+
         figures = evaluate(pipeline, captions=args.captions, steps=args.steps, guidance=args.guidance, sampler=args.sampler, plan=plan,
-                           progress=lambda done, _: bar.update(done - bar.n))  # fmt: skip
+                           progress=progress)  # fmt: skip
     text = json.dumps({"command": f"evdit tinyworld eval --captions {args.captions} --steps {args.steps}", **figures}, indent=2)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

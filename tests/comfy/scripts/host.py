@@ -1,0 +1,40 @@
+"""Loads ComfyUI (CPU) and the pack in this process, as ComfyUI itself does, for the other scripts here."""
+
+import asyncio
+import os
+import sys
+
+sys.argv = [sys.argv[0], "--cpu"]
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import torch  # noqa: E402
+
+import nodes  # noqa: E402
+
+PACK = os.environ["EVDIT_PACK"]
+torch.manual_seed(0)
+
+
+def load_pack() -> dict:
+    """The pack's node classes by id."""
+    assert asyncio.run(nodes.load_custom_node(PACK, module_parent="custom_nodes")), "the pack did not load"
+    return {name: kind for name, kind in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("EVDiT")}
+
+
+def call(kind, **inputs):
+    """A V3 node's result: the tuple of its outputs."""
+    return kind.execute(**inputs).args
+
+
+def sample(model, sampler, sigmas, noise, text, mask=None, seed=0):
+    """Sample without guidance through ComfyUI's own guider; returns latents."""
+    import comfy.samplers
+
+    guider = comfy.samplers.CFGGuider(model)
+    extra = {} if mask is None else {"attention_mask": mask}
+    guider.set_conds([[text, extra]], [[text, extra]])
+    guider.set_cfg(1.0)
+    with torch.inference_mode():
+        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=seed, disable_pbar=True)

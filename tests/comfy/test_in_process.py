@@ -1,0 +1,43 @@
+"""Exact facts, taken inside ComfyUI's own process."""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def facts(in_process):
+    return in_process("sparse_and_sampler")
+
+
+@pytest.mark.parametrize("name", ["all frames equal dense", "all layers dense equal dense", "min_tokens keeps dense", "source after all"])
+def test_dense_stays_dense_to_the_bit(facts, name):
+    assert facts[name] == 0
+
+
+@pytest.mark.parametrize("name", ["one frame differs", "some layers dense differ", "half the steps differ", "gamma 0.5 differs"])
+def test_sparsity_shows(facts, name):
+    assert facts[name] > 1e-4 * facts["shifts across 4 steps"]
+
+
+def test_the_source_model_is_untouched(facts):
+    assert facts["source weights same"] and facts["source options same"]
+
+
+def test_another_override_is_chained(facts):
+    assert facts["chained equals alone"] == 0
+    assert facts["chained calls"] == 4 * 6 * 3  # steps x layers x (reference rows, other frames, cross-attention)
+
+
+def test_gamma_0_is_stock_euler(facts):
+    assert facts["gamma 0 against euler"] <= 1e-6 * facts["shifts across 4 steps"]
+
+
+def test_gamma_1_is_stock_lcm(facts):
+    assert facts["gamma 1 against lcm"] <= 1e-6 * facts["shifts across 4 steps"]
+
+
+@pytest.mark.parametrize("size", ["even", "odd"])
+def test_a_tiny_wan_equals_the_masked_oracle(in_process, size, _cache={}):  # noqa: B006
+    if not _cache:
+        _cache.update(in_process("tiny_wan"))
+    assert _cache[size]["error"] < 1e-4
+    assert _cache[size]["sparsity_effect"] > 1e-3

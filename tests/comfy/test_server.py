@@ -1,0 +1,121 @@
+"""The pack as a user meets it: ComfyUI's server, over HTTP."""
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import imageio.v3 as imageio
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NODES = {
+    "EVDiTModelLoader",
+    "EVDiTTextEncoderLoader",
+    "EVDiTVAELoader",
+    "EVDiTTilePlan",
+    "EVDiTSparseAttention",
+    "EVDiTConsistencySigmas",
+    "EVDiTConsistencySampler",
+}
+
+
+def find(prompt: dict, kind: str) -> dict:
+    """The inputs of the one node of this class."""
+    (node,) = [n for n in prompt.values() if n["class_type"] == kind]
+    return node["inputs"]
+
+
+def test_the_pack_loads_without_a_complaint(server):
+    server.get("/object_info/EVDiTModelLoader")
+    log = server.text()
+    assert "IMPORT FAILED" not in log
+    ours = [line for line in log.splitlines() if re.search("efficient|evdit", line, re.I) and re.search("warn|error|traceback", line, re.I)]
+    assert not ours, ours
+
+
+def test_every_node_is_there_with_tooltips(server):
+    info = server.get("/object_info")
+    assert {name for name in info if name.startswith("EVDiT")} == NODES
+    for name in NODES:
+        for section in info[name]["input"].values():
+            for field, spec in section.items():
+                assert spec[1].get("tooltip"), f"{name}.{field}"
+        assert all(info[name]["output_tooltips"]), name
+
+
+def test_the_template_and_help_pages_are_served(server):
+    assert server.get("/workflow_templates") == {"efficient-vdit": ["tiny_text_to_video"]}
+    assert "EVDiTTilePlan" in json.dumps(server.get("/i18n"))
+
+
+def test_the_shipped_workflow_saves_a_video(server, tiny_prompt):
+    prompt = tiny_prompt()
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    (saved,) = (server.base / "output" / "video").glob("*.mp4")
+    frames = imageio.imread(saved, plugin="FFMPEG")
+    assert frames.shape == (29, 64, 64, 3)
+    line = next(line for line in server.text().splitlines() if "Efficient-vDiT:" in line)
+    steps = find(prompt, "EVDiTConsistencySigmas")["steps"]
+    assert int(re.search(r"(\d+) attention calls sparse", line)[1]) >= 6 * steps
+
+
+def failing(server, prompt, kind, **changes) -> str:
+    find(prompt, kind).update(changes)
+    return server.error(prompt)
+
+
+def test_a_latent_of_another_kind_is_refused(server, tiny_prompt):
+    prompt = tiny_prompt()
+    latent = next(n for n in prompt.values() if n["class_type"] == "EmptyHunyuanLatentVideo")
+    latent.update(class_type="EmptyLatentImage", inputs={"width": 64, "height": 64, "batch_size": 1})
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] in ("success", "error")
+
+
+def test_layers_that_do_not_exist_are_refused(server, tiny_prompt):
+    assert "names layer 9" in failing(server, tiny_prompt(), "EVDiTSparseAttention", dense_blocks="9")
+    assert "cannot be read" in failing(server, tiny_prompt(), "EVDiTSparseAttention", dense_blocks="first")
+
+
+def test_fewer_steps_than_segments_are_refused(server, tiny_prompt):
+    message = failing(server, tiny_prompt(), "EVDiTConsistencySigmas", segments=8, steps=4)
+    assert "8" in message and "4" in message
+
+
+@pytest.mark.parametrize("text", ["", "a red circle " * 400])
+def test_empty_and_endless_prompts_run(server, tiny_prompt, text):
+    prompt = tiny_prompt()
+    find(prompt, "EVDiTConsistencySigmas").update(segments=2, steps=2)
+    for node in prompt.values():
+        if node["class_type"] == "CLIPTextEncode":
+            node["inputs"]["text"] = text
+    assert server.run(prompt)["status"]["status_str"] == "success"
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign"])
+def test_wrong_files_are_named(server, tiny_prompt, kind):
+    folder = server.base / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = (ROOT / "efficient_vdit_core/assets/tiny/transformer/diffusion_pytorch_model.safetensors").read_bytes()
+    header = json.dumps({"blocks.0.self_attn.q.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    content = {"truncated": whole[:-1000], "foreign": struct.pack("<Q", len(header)) + header + bytes(4)}[kind]
+    (folder / f"{kind}.safetensors").write_bytes(content)
+    message = failing(server, tiny_prompt(), "EVDiTModelLoader", model_name=f"{kind}.safetensors")
+    assert {"truncated": "cut short or damaged", "foreign": "This file is Wan"}[kind] in message
+
+
+def test_stopping_a_run_leaves_the_server_well(server, tiny_prompt):
+    prompt = tiny_prompt()
+    find(prompt, "EVDiTConsistencySigmas").update(segments=1000, steps=1000)
+    status, answer = server.post("/prompt", {"prompt": prompt, "client_id": "stop"})
+    assert status == 200
+    while not server.get("/queue")["queue_running"]:
+        pass
+    for _ in range(200):
+        server.post("/interrupt", {})
+        if server.get(f"/history/{answer['prompt_id']}"):
+            break
+    messages = server.get(f"/history/{answer['prompt_id']}")[answer["prompt_id"]]["status"]["messages"]
+    assert "execution_interrupted" in [kind for kind, _ in messages]
