@@ -158,5 +158,3 @@ def tiny_prompt(server):
         return to_api(workflow, server.get("/object_info"))
 
     return make
-
-

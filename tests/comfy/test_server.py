@@ -1,6 +1,7 @@
 """The pack as a user meets it: ComfyUI's server, over HTTP."""
 
 import json
+import os
 import re
 import struct
 from pathlib import Path
@@ -42,6 +43,31 @@ def test_every_node_is_there_with_tooltips(server):
             for field, spec in section.items():
                 assert spec[1].get("tooltip"), f"{name}.{field}"
         assert all(info[name]["output_tooltips"]), name
+
+
+def schemas(info: dict) -> dict:
+    """What a saved workflow relies on: ids, input order, types, defaults and ranges, outputs."""
+    found = {}
+    for name in sorted(NODES):
+        inputs = {}
+        for section in ("required", "optional"):
+            for field, (kind, *options) in info[name]["input"].get(section, {}).items():
+                kept = {k: v for k, v in (options[0] if options else {}).items() if k in ("default", "min", "max", "step")}
+                kind = "COMBO" if isinstance(kind, list) else kind
+                inputs[field] = {"type": kind, "required": section == "required", **kept}
+        outputs = zip(info[name]["output"], info[name]["output_name"], strict=True)
+        found[name] = {"inputs": inputs, "outputs": [list(pair) for pair in outputs]}
+    return found
+
+
+def test_the_nodes_keep_what_they_promise(server):
+    """To record a change that only appends: EVDIT_RECORD=1 pytest tests/comfy, then read the diff."""
+    path = ROOT / "tests" / "contracts" / "schemas.json"
+    got = schemas(server.get("/object_info"))
+    if os.environ.get("EVDIT_RECORD"):
+        path.write_text(json.dumps(got, indent=1) + "\n", encoding="utf-8")
+    # As text: a dictionary would forgive another order, and saved workflows hold widget values by position.
+    assert json.dumps(got, indent=1) == path.read_text(encoding="utf-8").strip()
 
 
 def test_the_template_and_help_pages_are_served(server):

@@ -1,0 +1,49 @@
+"""Nodes, help pages, locales and workflows move together. schemas.json is what the nodes promise; tests/comfy compares it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCHEMAS = json.loads((Path(__file__).parent / "schemas.json").read_text(encoding="utf-8"))
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+
+
+@pytest.mark.parametrize("node", SCHEMAS)
+def test_every_node_has_a_help_page_that_names_its_inputs(node):
+    page = (ROOT / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
+    assert [name for name in SCHEMAS[node]["inputs"] if name not in page] == []
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("node", SCHEMAS)
+def test_every_node_input_and_output_is_named_in_each_language(node, language):
+    entry = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))[node]
+    assert entry["display_name"] and entry["description"]
+    assert set(entry.get("inputs", {})) == set(SCHEMAS[node]["inputs"])
+    assert all(text["name"] and text["tooltip"] for text in entry.get("inputs", {}).values())
+    assert set(entry["outputs"]) == {str(i) for i in range(len(SCHEMAS[node]["outputs"]))}
+    assert all(text["name"] and text["tooltip"] for text in entry["outputs"].values())
+
+
+def test_no_text_speaks_of_a_node_that_is_gone():
+    for language in ("en", "zh"):
+        assert set(json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))) == set(SCHEMAS)
+    assert {page.stem for page in (ROOT / "web" / "docs").glob("*.md")} == set(SCHEMAS)
+
+
+def test_there_are_workflows():
+    assert WORKFLOWS
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_a_workflow_can_be_shown_and_resolved(path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    assert path.with_suffix(".jpg").stat().st_size > 1000
+    types = [node["type"] for node in workflow["nodes"]]
+    assert "MarkdownNote" in types
+    for node in workflow["nodes"]:
+        if node["type"].startswith("EVDiT"):
+            assert node["type"] in SCHEMAS
+            assert node["properties"]["cnr_id"] == "efficient-vdit" and node["properties"]["ver"]
