@@ -46,11 +46,6 @@ class TrainingRun:
             try:
                 while self.step < self.steps:
                     loss = self._one_step(loss_of)
-                    if not math.isfinite(loss):
-                        raise ValueError(
-                            f"The loss became {loss} at step {self.step}. The last good state is {self.checkpoint}; "
-                            "resume from it with a lower learning rate."
-                        )
                     mean_loss = loss if math.isnan(mean_loss) else 0.98 * mean_loss + 0.02 * loss
                     bar.update()
                     bar.set_postfix_str(f"loss {mean_loss:.4f}", refresh=False)
@@ -70,6 +65,12 @@ class TrainingRun:
             for group, base in zip(optimizer.param_groups, bases, strict=True):
                 group["lr"] = base * rate
         loss = loss_of(self.generator)
+        if not loss.isfinite():
+            # Before the weights are touched, so that what is saved next is the last good state.
+            raise ValueError(
+                f"The loss became {loss.item()} at step {self.step + 1}. {self.checkpoint} keeps the last good state; "
+                "resume from it with a lower learning rate."
+            )
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:

@@ -19,6 +19,9 @@ _RENAMES = (
     (r"(attn[12])\.proj_out\.", r"\1.to_out.0."),
 )
 
+# Marks that ComfyUI's save nodes add beside a model's own tensors.
+_SAVE_MARKS = ("v_pred", "ztsnr")
+
 # What the keys of other transformers start with.
 _OTHERS = (
     ("temporal_transformer_blocks.", "Open-Sora-Plan v1.0 or v1.1 (LatteT2V: separate space and time attention)"),
@@ -33,12 +36,13 @@ _OTHERS = (
 
 
 def unify_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict under the reference names, prefixes of trainers and of ComfyUI removed."""
-    names = {name: re.sub(r"^(module\.|model\.diffusion_model\.|diffusion_model\.)", "", name) for name in state_dict}
+    """The state dict under the reference names, without the prefixes and marks of trainers and of ComfyUI."""
+    prefix = r"^(module\.|model\.diffusion_model\.|diffusion_model\.)"
+    names = {name: re.sub(prefix, "", name) for name in state_dict if name not in _SAVE_MARKS}
     if any(name.startswith("videodit_blocks.") for name in names.values()):
         for old, new in _RENAMES:
             names = {name: re.sub(old, new, short) for name, short in names.items()}
-    return {names[name]: value for name, value in state_dict.items()}
+    return {short: state_dict[name] for name, short in names.items()}
 
 
 def check_transformer_config(values: Mapping[str, Any]) -> None:

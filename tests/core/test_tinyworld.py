@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+import torch
+
+from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
+from efficient_vdit_core.tinyworld.export import standardise_latents
+from efficient_vdit_core.tinyworld.reader import read_clip
+from efficient_vdit_core.tinyworld.run import TrainingRun
+from efficient_vdit_core.tinyworld.train_dit import is_held_out
+from efficient_vdit_core.tinyworld.train_text import VOCABULARY, Captions, train_sentencepiece
+from efficient_vdit_core.tinyworld.train_vae import TINY_VAE
+from efficient_vdit_core.tinyworld.world import ATTRIBUTES, DIRECTIONS, FIRST_BOUNCE, SIZE, SPEEDS, Scene, random_scene, render
+
+
+def scenes(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [random_scene(rng) for _ in range(count)]
+
+
+def test_the_reader_reads_every_true_clip():
+    for scene in scenes(200):
+        agreement = read_clip(render(scene)).agreement(scene)
+        assert all(agreement.values()), (scene, agreement)
+
+
+def test_the_reader_sees_what_is_missing_or_too_much():
+    first, second = (render(Scene("square", "red", "right", "fast", "black", (14.0, y), 10.0)) for y in (14.0, 48.0))
+    assert read_clip(np.maximum(first, second)).count == 2
+    empty = read_clip(np.full((5, 64, 64, 3), 12, np.uint8))
+    assert empty.count == 0 and empty.shape is None and empty.background == "black"
+    assert not any(empty.agreement(scenes(1)[0])[name] for name in ("shape", "color", "count"))
+    with pytest.raises(ValueError, match="expected .frames >= 2"):
+        read_clip(first[0])
+
+
+def test_shapes_move_as_captioned_and_stay_inside():
+    for scene in scenes(100, seed=1):
+        centers = scene.centers()
+        assert (centers >= scene.radius - 1e-9).all() and (centers <= SIZE - scene.radius + 1e-9).all()
+        step = np.array(DIRECTIONS[scene.direction]) * SPEEDS[scene.speed]
+        np.testing.assert_allclose(np.diff(centers[: FIRST_BOUNCE + 1], axis=0), np.tile(step, (FIRST_BOUNCE, 1)), atol=1e-9)
+        assert np.allclose(np.abs(np.diff(centers, axis=0)).max(axis=1), SPEEDS[scene.speed], atol=SPEEDS[scene.speed])
+
+
+def test_a_fast_shape_bounces():
+    centers = Scene("circle", "red", "right", "fast", "black", (30.0, 32.0), 10.0).centers()
+    assert centers[:, 0].max() <= 54 and centers[-1, 0] < centers[:, 0].max() - 5
+
+
+def test_a_part_of_a_clip_is_that_part():
+    scene = scenes(1, seed=4)[0]
+    np.testing.assert_array_equal(render(scene)[7:12], render(scene, first=7, frames=5))
+
+
+def test_an_eighth_of_the_combinations_is_held_out():
+    share = np.mean([is_held_out(s) for s in scenes(4000, seed=2)])
+    assert 0.05 < share < 0.25
+
+
+def test_captions_name_every_attribute_and_tokenise_without_unknowns():
+    captions = Captions(train_sentencepiece())
+    for i, scene in enumerate(scenes(30, seed=3)):
+        text = scene.caption(i)
+        assert all(getattr(scene, name) in text for name in ATTRIBUTES)
+        ids, mask = captions.ids([text, "", "snowy peaks"])
+        assert not (ids == 2).any()
+        assert ids[1].tolist()[0] == 1 and mask[1].sum() == 1
+    assert set(VOCABULARY) == set(ATTRIBUTES)
+
+
+def make_run(folder, steps):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    run = TrainingRun(model, [torch.optim.AdamW(model.parameters(), lr=0.1)], folder=folder, steps=steps, seed=7, warmup=3)
+    losses = []
+
+    def loss_of(generator):
+        x = torch.randn(8, 4, generator=generator)
+        loss = (model(x) - x.flip(1)).square().mean()
+        losses.append(float(loss.detach()))
+        return loss
+
+    return run, loss_of, losses
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path):
+    run, loss_of, whole = make_run(tmp_path / "whole", 20)
+    averaged = run.train(loss_of)
+    run, loss_of, first = make_run(tmp_path / "cut", 20)
+
+    def stops(generator):
+        if len(first) == 9:
+            raise KeyboardInterrupt
+        return loss_of(generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        run.train(stops)
+    resumed, loss_of, second = make_run(tmp_path / "cut", 20)
+    assert resumed.step == 9
+    again = resumed.train(loss_of)
+    assert first + second == whole
+    assert all(torch.equal(again[k], averaged[k]) for k in averaged)
+    assert [f.name for f in (tmp_path / "cut").iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    run, loss_of, _ = make_run(tmp_path, 20)
+    with pytest.raises(ValueError, match="loss became nan at step 1"):
+        run.train(lambda generator: loss_of(generator) * float("nan"))
+    kept = torch.load(run.checkpoint, weights_only=True)
+    assert kept["step"] == 0 and all(v.isfinite().all() for v in kept["model"].values())
+
+
+def test_standardised_latents_decode_to_the_same_pixels():
+    torch.manual_seed(0)
+    vae = CausalVAE(TINY_VAE).eval().requires_grad_(False)
+    x = torch.randn(2, 3, 5, 32, 32)
+    before, latents = vae.decode(vae.encode(x)), vae.encode(x)
+    standardise_latents(vae, latents, 0.18215)
+    scaled = vae.encode(x) * 0.18215
+    torch.testing.assert_close(scaled.mean(dim=(0, 2, 3, 4)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(scaled.std(dim=(0, 2, 3, 4)), torch.ones(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(vae.decode(vae.encode(x)), before, atol=1e-4, rtol=1e-4)
