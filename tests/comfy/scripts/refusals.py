@@ -1,0 +1,51 @@
+"""What the nodes say to input that cannot work, and whether the model ran before they said it. Prints JSON."""
+
+import json
+
+from host import PACK, call, load_pack, sample, torch  # isort: skip
+import sys  # isort: skip
+
+import comfy.samplers  # isort: skip
+
+pack = load_pack()
+(TilePlan,) = (m.TilePlan for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
+(model,) = call(pack["EVDiTModelLoader"], model_name="tiny (built in)", weight_dtype="default")
+(sigmas,) = call(pack["EVDiTConsistencySigmas"], model=model, segments=2, steps=2)
+noise, text = torch.randn(1, 4, 8, 8, 8), torch.randn(1, 9, 64)
+evaluations = []
+model.model.diffusion_model.register_forward_pre_hook(lambda *_: evaluations.append(1))
+
+
+def refusal(act) -> dict:
+    """The message of the ValueError that ``act`` raises, and how often the model had run by then."""
+    evaluations.clear()
+    try:
+        act()
+    except ValueError as error:
+        return {"message": str(error), "evaluations": len(evaluations)}
+    return {"message": "", "evaluations": len(evaluations)}
+
+
+def patch(plan, **changes):
+    choices = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0, **changes}
+    return call(pack["EVDiTSparseAttention"], model=model, plan=plan, **choices)
+
+
+def run(x, context):
+    return sample(model, comfy.samplers.sampler_object("euler"), sigmas, x, context)
+
+
+fits = TilePlan.uniform(1)
+facts = {
+    "plan of another family": refusal(lambda: patch(TilePlan.uniform(1, family="wan"))),
+    "plan of another depth": refusal(lambda: patch(TilePlan.uniform(1, layers=30))),
+    "plan of other heads": refusal(lambda: patch(TilePlan.uniform(1, heads=24))),
+    "window that is empty": refusal(lambda: patch(fits, start_percent=0.6, end_percent=0.4)),
+    "layer beyond the last": refusal(lambda: patch(fits, dense_blocks="0-6")),
+    "latent of 16 channels": refusal(lambda: run(torch.randn(1, 16, 8, 8, 8), text)),
+    "text of another encoder": refusal(lambda: run(noise, torch.randn(1, 9, 4096))),
+    "more segments than steps": refusal(lambda: call(pack["EVDiTConsistencySigmas"], model=model, segments=9, steps=3)),
+}
+control = refusal(lambda: run(noise, text))
+assert control == {"message": "", "evaluations": 2}, (control, PACK)
+print(json.dumps(facts))
