@@ -19,6 +19,14 @@ LOADERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def server(server, tmp_path_factory):
+    """A second ComfyUI: these tests fill its log with refusals, and others read theirs for complaints."""
+    own = type(server)(tmp_path_factory.mktemp("wrong_input"))
+    yield own
+    own.stop()
+
+
 def assert_helpful(message: str):
     """At least two whole sentences, no traceback, short enough to be read in a dialog."""
     text = message.strip()
@@ -51,6 +59,13 @@ def test_a_request_that_does_not_fit_is_refused_before_the_model_runs(refusals, 
     assert found["evaluations"] == 0
     assert [w for w in words if w not in found["message"]] == [], found["message"]
     assert_helpful(found["message"])
+
+
+def test_an_unknown_model_stays_dense_and_the_log_says_so(refusals):
+    found = refusals["unknown model"]
+    assert not found["hooked"]
+    (line,) = found["lines"]
+    assert "Linear stays dense" in line
 
 
 def _garbage() -> bytes:

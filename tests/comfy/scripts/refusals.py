@@ -3,6 +3,7 @@
 import json
 
 from host import PACK, call, load_pack, sample, torch  # isort: skip
+import logging  # isort: skip
 import sys  # isort: skip
 
 import comfy.samplers  # isort: skip
@@ -46,6 +47,16 @@ facts = {
     "text of another encoder": refusal(lambda: run(noise, torch.randn(1, 9, 4096))),
     "more segments than steps": refusal(lambda: call(pack["EVDiTConsistencySigmas"], model=model, segments=9, steps=3)),
 }
+
+# A model whose token layout is not known: one line in the log, and no hook.
+unknown, lines = model.clone(), []
+unknown.add_object_patch("diffusion_model", torch.nn.Linear(1, 1))
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("efficient_vdit").addHandler(handler)
+settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
+(left,) = call(pack["EVDiTSparseAttention"], model=unknown, plan=fits, **settings)
+facts["unknown model"] = {"lines": lines, "hooked": "optimized_attention_override" in left.model_options["transformer_options"]}
 control = refusal(lambda: run(noise, text))
 assert control == {"message": "", "evaluations": 2}, (control, PACK)
 print(json.dumps(facts))
