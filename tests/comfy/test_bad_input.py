@@ -19,7 +19,7 @@ LOADERS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(server, tmp_path_factory):
     """A second ComfyUI: these tests fill its log with refusals, and others read theirs for complaints."""
     own = type(server)(tmp_path_factory.mktemp("wrong_input"))
