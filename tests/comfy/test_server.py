@@ -92,14 +92,6 @@ def failing(server, prompt, kind, **changes) -> str:
     return server.error(prompt)
 
 
-def test_a_latent_of_another_kind_is_refused(server, tiny_prompt):
-    prompt = tiny_prompt()
-    latent = next(n for n in prompt.values() if n["class_type"] == "EmptyHunyuanLatentVideo")
-    latent.update(class_type="EmptyLatentImage", inputs={"width": 64, "height": 64, "batch_size": 1})
-    entry = server.run(prompt)
-    assert entry["status"]["status_str"] in ("success", "error")
-
-
 def test_layers_that_do_not_exist_are_refused(server, tiny_prompt):
     assert "names layer 9" in failing(server, tiny_prompt(), "EVDiTSparseAttention", dense_blocks="9")
     assert "cannot be read" in failing(server, tiny_prompt(), "EVDiTSparseAttention", dense_blocks="first")
