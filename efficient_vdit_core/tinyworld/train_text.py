@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.opensora_plan.text import pad_rows
 from .run import TrainingRun
 from .train_vae import numpy_rng
 from .world import ATTRIBUTES, BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SPEEDS, random_scene
@@ -56,7 +57,7 @@ def encoder_config(vocab_size: int) -> dict[str, Any]:
 
 
 class Captions:
-    """Turns captions into padded ids and masks, and remembers which words are attribute values."""
+    """Turns captions into padded ids and masks."""
 
     def __init__(self, spiece: bytes) -> None:
         import sentencepiece
@@ -65,11 +66,7 @@ class Captions:
 
     def ids(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask, each (B, L), an end token after each caption, 0 as padding."""
-        rows = [[*self.processor.encode(c), 1] for c in captions]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        return ids, mask
+        return pad_rows([[*self.processor.encode(c), 1] for c in captions])
 
 
 def train_text_encoder(folder: Path, spiece: bytes, *, steps: int = 1500, batch: int = 64, seed: int = 0) -> nn.Module:

@@ -54,6 +54,14 @@ def read_text_encoder(path: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     return weights, config, spiece
 
 
+def pad_rows(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token rows as ids and mask, each (B, L): padded with 0 to the longest row."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return ids, mask
+
+
 class TextEncoder:
     """Prompts in, text states out. ``model`` is transformers' MT5EncoderModel."""
 
@@ -87,10 +95,7 @@ class TextEncoder:
             if len(ids) >= MAX_TOKENS:
                 self._warn_about_length(len(ids) + 1)
             rows.append([*ids[: MAX_TOKENS - 1], 1])
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        return ids, mask
+        return pad_rows(rows)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
