@@ -16,7 +16,7 @@ def add_arguments(subparsers: Any) -> None:
     parts = ("text_encoder", "vae", "transformer")
     parts = ("text_encoder", "vae", "transformer")
     train.add_argument("--parts", nargs="+", default=parts, choices=parts)
-    train.add_argument("--vae-steps", type=int, default=9000, help="default: %(default)s")
+    train.add_argument("--vae-steps", type=int, default=5000, help="default: %(default)s")
     train.add_argument("--dit-steps", type=int, default=12000, help="default: %(default)s")
     train.add_argument("--clips", type=int, default=4096, help="clips to learn from, default: %(default)s")
     train.add_argument("--batch", type=int, default=32, help="default: %(default)s")

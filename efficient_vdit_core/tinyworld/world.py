@@ -13,12 +13,12 @@ import numpy as np
 FRAMES, SIZE = 29, 64
 
 COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 40, 40),
-    "green": (40, 180, 60),
-    "blue": (60, 110, 250),
-    "yellow": (240, 210, 40),
-    "purple": (170, 60, 210),
-    "cyan": (60, 210, 220),
+    "red": (225, 30, 30),
+    "green": (30, 165, 60),
+    "blue": (50, 90, 250),
+    "yellow": (245, 230, 40),
+    "purple": (185, 50, 215),
+    "cyan": (50, 220, 225),
 }
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (12, 12, 12),
@@ -69,7 +69,7 @@ class Scene:
 
 def random_scene(rng: np.random.Generator, size: int = SIZE) -> Scene:
     """A scene with every attribute drawn evenly."""
-    radius = float(rng.uniform(9, 12))
+    radius = float(rng.uniform(11, 14))
     low, high = radius, size - radius
     direction, speed = str(rng.choice(list(DIRECTIONS))), str(rng.choice(list(SPEEDS)))
     travel = np.array(DIRECTIONS[direction]) * SPEEDS[speed] * FIRST_BOUNCE
