@@ -87,8 +87,8 @@ def _of_head(tensor, strides, head, heads):
 
 @triton.jit
 def _addresses(tensor, strides, start, FIRST: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr):
-    tokens = tl.arange(0, TOKENS).to(tl.int64)[:, None] * strides[2]
-    channels = (FIRST + tl.arange(0, WIDTH)).to(tl.int64)[None, :] * strides[3]
+    tokens = tl.arange(0, TOKENS)[:, None] * strides[2]
+    channels = (FIRST + tl.arange(0, WIDTH))[None, :] * strides[3]
     return tensor + tl.cast(start, tl.int64) * strides[2] + (tokens + channels)
 
 
