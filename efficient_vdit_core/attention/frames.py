@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..tiles import TilePattern
-from .layout import TokenLayout
+from .layout import TokenLayout, global_spans
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,7 +29,7 @@ def attend_frames(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern:
     """
     references = pattern.reference_frames(layout.grid.t)
     others = [f for f in range(layout.grid.t) if f not in set(references)]
-    spans = _global_spans(layout, references)
+    spans = global_spans(layout, references)
     out = torch.empty_like(q)
     if spans:
         rows = dense(_gather(q, spans), k, v)
@@ -62,21 +62,6 @@ def _attend_own_and_shared(q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor, sh
 
     rows = dense(fold(q), own_and(shared_k, k), own_and(shared_v, v))
     out[:, :, start:stop] = rearrange(rows, "(b f) h s d -> b h (f s) d", f=frames)
-
-
-def _global_spans(layout: TokenLayout, references: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Token ranges that attend to all and are attended by all, neighbours joined, in order."""
-    size = layout.grid.tokens_per_frame
-    ranges = [(0, layout.prefix)]
-    ranges += [(layout.prefix + f * size, layout.prefix + (f + 1) * size) for f in references]
-    ranges += [(layout.tokens - layout.suffix, layout.tokens)]
-    joined: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        elif stop > start:
-            joined.append((start, stop))
-    return [(start, stop) for start, stop in joined if stop > start]
 
 
 def _gather(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
