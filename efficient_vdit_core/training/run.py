@@ -208,9 +208,10 @@ class TrainingRun:
     def _load(self) -> None:
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         own = self.generator.get_state()
-        if state["generator"].numel() != own.numel() * self.processes:
+        processes = state["generator"].numel() // own.numel()
+        if processes != self.processes:
             raise ValueError(
-                f"{self.checkpoint} was written by {state['generator'].numel() // own.numel()} processes, but this run has {self.processes}. "
+                f"{self.checkpoint} was written by {processes} processes, but this run has {self.processes}. "
                 "Resume with as many, or start a new run."
             )
         if state["model"].keys() != self.ema.keys():
