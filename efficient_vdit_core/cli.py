@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "show versions, devices, attention backends and packages",
     "bench": "time attention, a step, the overheads; draw the chart",
     "convert": "turn upstream weights into safetensors",
+    "distill": "train a few-step model, or a sparse one, from a model",
 }
 TINYWORLD = "tinyworld"
 INTERRUPTED = 130  # the shell's convention: 128 + SIGINT

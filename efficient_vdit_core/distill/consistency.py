@@ -41,6 +41,7 @@ class Teacher(Protocol):
 class ConsistencyConfig:
     """What is distilled. Segments are what the student is made for; the sampler may take more steps than that.
 
+    steps: the sampler's steps, 0 for one in each segment; goes into the metadata and the sample videos.
     teacher_steps: sub-steps of the teacher over all segments; 48 to 64 for short trainings, finer for long ones.
     guidance: None, one scale, or a pair (low, high) drawn evenly for each example. The student needs none afterwards.
     loss: "norm" is the paper's un-squared norm as pseudo-Huber, "squared" its square, "huber" is taken element by element (as
@@ -53,6 +54,7 @@ class ConsistencyConfig:
     """
 
     segments: int = 8
+    steps: int = 0
     teacher_steps: int = 64
     guidance: float | tuple[float, float] | None = None
     loss: str = "norm"

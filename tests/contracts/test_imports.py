@@ -23,7 +23,8 @@ ALLOWED = {
     "search": {"tiles", "plan", "attention"},
     "parallel": {"tiles", "plan", "attention"},
     "training": {"files"},
-    "distill": {"tiles", "plan", "files", "attention", "sampling", "models", "search", "training"},
+    "distill": {"tiles", "plan", "files", "attention", "sampling", "models", "search", "training", "tinyworld", "video",
+                "pipeline", "request", "model_folder"},
 }
 BACKENDS = {"frames", "triton", "flex"}
 # Triton's kernels are functions of a module: that file imports it, and is itself imported inside functions only.
