@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, help="classifier-free guidance, 1 is off (default: as for generate)")
     add("--probes", type=int, default=3, help=f"noise levels at which the model is run, 1..{MAX_PROBES} (default: %(default)s)")
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--threshold", type=float, metavar="R", help="largest relative error of a layer; the sparsest pattern below it is taken")
+    target.add_argument("--threshold", type=float, metavar="R", help="largest relative error of a layer; takes the sparsest pattern below")
     target.add_argument("--speedup", type=float, metavar="X", help="how many times less attention; the plan with the least error is taken")
     add("--candidates", default="1,2,4", help="numbers of reference frames to try (default: %(default)s)")
     add("--error", choices=("attention", "block"), default="attention", help="where it is measured: in the attention's output or, several "
@@ -111,7 +111,11 @@ def _measure(pipeline: Pipeline, requests: list[Any], record: ProbeRecord, with_
     blocks = list(pipeline.transformer.transformer_blocks)
     total = len(requests) * (requests[0].steps or 0) * len(blocks)
     with tqdm(total=total, desc="probing", unit="layer") as bar, ExitStack() as stack:
-        override = make_probe_override(record, progress=lambda layer: bar.update(1) and None)
+
+        def progress(layer: int) -> None:
+            bar.update(1)
+
+        override = make_probe_override(record, progress=progress)
         if with_blocks:
             stack.enter_context(replay_blocks(blocks, record))
         for request in requests:

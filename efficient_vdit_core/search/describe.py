@@ -13,8 +13,8 @@ def describe_plan(plan: TilePlan) -> str:
     errors = {int(k): values for k, values in about["errors"].items()}
     lines = [
         f"Plan: {plan.to_text()}",
-        f"Attention FLOPs: {about['attention_flop_density']:.0%} of dense; predicted speed-up of the attention: {about['attention_speedup']:.2f}x "
-        f"(by {about['costs']})",
+        f"Attention FLOPs: {about['attention_flop_density']:.0%} of dense; "
+        f"predicted speed-up of the attention: {about['attention_speedup']:.2f}x (by {about['costs']})",
         f"Error: {about['error']}",
     ]
     for name, meaning in (("not_finite_layers", "not finite"), ("not_measured_layers", "not measured")):

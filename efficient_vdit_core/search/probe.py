@@ -27,8 +27,9 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention import TokenLayout, tile_attention
-from ..attention.override import FORWARD_KEY, ForwardState, Override, _layer, _why_dense
+from ..attention.override import FORWARD_KEY, ForwardState, Override
 from ..tiles import TilePattern
+from .calls import layer_of_call, why_not_measured
 
 ATTENTION, BLOCK = "attention", "block"
 MEASURES = (ATTENTION, BLOCK)
@@ -93,16 +94,19 @@ def make_probe_override(
 
         options = kwargs.get("transformer_options") or {}
         state: ForwardState | None = options.get(FORWARD_KEY)
-        reason = _why_dense(state, q, k, mask, skip_reshape, 0)
+        replaying, layer = record.replaying, None
+        if replaying is None:
+            layer, reason = layer_of_call(state, q, k, mask, skip_reshape, options)
+        else:
+            reason = why_not_measured(state, q, k, mask, skip_reshape)
         if state is None or reason:
-            if record.replaying is None:
-                record.add_dense(reason or "no token grid")
+            if replaying is None:
+                record.add_dense(reason)
             return dense(q, k, v, mask, skip_reshape, skip_output_reshape)
         qh, kh, vh = (q, k, v) if skip_reshape else (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-        if record.replaying is not None:
-            out = tile_attention(qh, kh, vh, state.layout, TilePattern(record.replaying), dense=dense)
+        if layer is None:
+            out = tile_attention(qh, kh, vh, state.layout, TilePattern(replaying), dense=dense)
             return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
-        layer = _layer(state, options)
         record.layout = record.layout or state.layout
         out = _timed(record, layer, DENSE, q, lambda: dense(q, k, v, mask, skip_reshape, skip_output_reshape))
         exact = out if skip_output_reshape else rearrange(out, "b n (h d) -> b h n d", h=heads)
