@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "make a short video with the built-in model, in under a minute on a CPU",
     "search": "find out which layers can take a sparse pattern, and write the plan",
     "doctor": "show versions, devices, attention backends and packages",
+    "bench": "time attention, a step, the overheads; draw the chart",
     "convert": "turn upstream weights into safetensors",
 }
 TINYWORLD = "tinyworld"
