@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "make a video for a prompt",
     "demo": "make a short video with the built-in model, in under a minute on a CPU",
     "doctor": "show versions, devices, attention backends and packages",
+    "bench": "time attention, a step, the overheads; draw the chart",
     "convert": "turn upstream weights into safetensors",
 }
 TINYWORLD = "tinyworld"
