@@ -5,8 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .loaders import EVDiTModelLoader, EVDiTTextEncoderLoader, EVDiTVAELoader
+from .plan_files import EVDiTLoadTilePlan, EVDiTSaveTilePlan
+from .report import EVDiTReport
 from .sampling import EVDiTConsistencySampler, EVDiTConsistencySigmas
+from .search import EVDiTSearchTilePlan
 from .sparse_attention import EVDiTSparseAttention
+from .tile_map import EVDiTAttentionTileMap
 from .tile_plan import EVDiTTilePlan
 
 NODES: list[type[io.ComfyNode]] = [
@@ -17,6 +21,11 @@ NODES: list[type[io.ComfyNode]] = [
     EVDiTSparseAttention,
     EVDiTConsistencySigmas,
     EVDiTConsistencySampler,
+    EVDiTSearchTilePlan,
+    EVDiTSaveTilePlan,
+    EVDiTLoadTilePlan,
+    EVDiTAttentionTileMap,
+    EVDiTReport,
 ]
 
 

@@ -6,9 +6,7 @@ models there and the engine's own pipeline. All state of one forward pass lives 
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,66 +14,76 @@ from einops import rearrange
 from torch import Tensor
 
 from ..plan import TilePlan
+from ..tiles import TilePattern
 from .dispatch import tile_attention
 from .layout import TokenLayout
+from .report import AttentionReport
 
 FORWARD_KEY = "evdit"
 
 Override = Callable[..., Tensor]
 
+# Below this many latent frames, or above this share of dense FLOPs, two attention calls take as long as one.
+FEWEST_FRAMES = 4
+HIGHEST_DENSITY = 0.9
+
 
 @dataclass
 class ForwardState:
-    """One forward pass: where its video tokens stand, whether sparsity is on, and how many self-attentions passed.
+    """One forward pass: where its video tokens stand, whether sparsity is on, and how its layers are counted.
 
-    ``reason`` says why it is off where ``active`` is False.
+    Attributes:
+        layout: None where it is not known; ``reason`` then says why.
+        reason: why it is off, where ``active`` is False.
+        others: lengths of the sequences beside the video (text, audio) that have attention of their own.
+        depth: the number of layers, None where the model says it itself.
+        offsets: the first layer of each ``block_type``, where a model restarts ``block_index``.
+        order: the layer of each self-attention call in turn, for models that give no ``block_index``; () = one a layer.
+        step: sampling step, 0 = first; moves rotating reference frames.
+        calls: self-attentions over the video so far.
     """
 
-    layout: TokenLayout
+    layout: TokenLayout | None
     active: bool = True
     reason: str = "outside the step window"
+    others: frozenset[int] = frozenset()
+    depth: int | None = None
+    offsets: Mapping[str, int] = field(default_factory=dict)
+    order: tuple[int, ...] = ()
+    step: int = 0
     calls: int = 0
 
-
-@dataclass
-class AttentionReport:
-    """Counts of a run, safe to fill from several threads."""
-
-    sparse: int = 0
-    density_sum: float = 0.0
-    dense: Counter[str] = field(default_factory=Counter)
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add_sparse(self, density: float) -> None:
-        with self.lock:
-            self.sparse += 1
-            self.density_sum += density
-
-    def add_dense(self, reason: str) -> None:
-        with self.lock:
-            self.dense[reason] += 1
-
-    def reset(self) -> None:
-        with self.lock:
-            self.sparse, self.density_sum = 0, 0.0
-            self.dense.clear()
-
-    def summary(self) -> str:
-        """One line: how many calls became sparse, at what mean density, and why the others stayed dense."""
-        with self.lock:
-            kept = f" at mean density {self.density_sum / self.sparse:.2f}" if self.sparse else ""
-            why = ", ".join(f"{count} {reason}" for reason, count in self.dense.most_common())
-            return f"{self.sparse} attention calls sparse{kept}; dense: {why or 'none'}"
+    def next_layer(self, options: Mapping[str, Any]) -> int | None:
+        """The layer of this self-attention: given by the model, else counted. None beyond the last layer."""
+        counted = self.calls
+        self.calls += 1
+        if "block_index" in options:
+            return options["block_index"] + self.offsets.get(options.get("block_type", ""), 0)
+        if self.order:
+            return self.order[counted] if counted < len(self.order) else None
+        return counted if self.depth is None or counted < self.depth else None
 
 
 def make_attention_override(
-    plan: TilePlan, report: AttentionReport, *, min_tokens: int = 0, previous: Override | None = None
+    plan: TilePlan,
+    report: AttentionReport,
+    *,
+    min_tokens: int = 0,
+    previous: Override | None = None,
+    placement: str = "strided",
+    decline_slow: bool = False,
 ) -> Override:
     """An override for ``transformer_options["optimized_attention_override"]``.
 
     Self-attention over the published token layout runs under the plan's pattern; everything else goes to ``previous``
-    (another node's override) or to the backend untouched. ``min_tokens``: shorter sequences stay dense.
+    (another node's override) or to the backend untouched.
+
+    Args:
+        min_tokens: shorter sequences stay dense.
+        placement: where the reference frames stand, one of ``tiles.PLACEMENTS``.
+        decline_slow: patterns that would not be faster than dense stay dense.
     """
+    TilePattern(None).placed(placement)  # refuses an unknown one now, and not in the middle of a run
 
     # A plain closure: ComfyUI deep-copies model options, and functions survive that as they are.
     def override(func: Override, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
@@ -88,44 +96,81 @@ def make_attention_override(
 
         options = kwargs.get("transformer_options") or {}
         state: ForwardState | None = options.get(FORWARD_KEY)
-        reason = _why_dense(state, q, k, mask, skip_reshape, min_tokens)
-        if state is None or reason:
-            report.add_dense(reason or "no token grid")
+        layout = state.layout if state else None
+        reason = _why_not_the_video(state, q, k, skip_reshape, report)
+        pattern = TilePattern(None)
+        if state and layout and not reason:
+            pattern = _pattern(plan, state, layout, options, report).placed(placement, state.step)
+            reason = _why_dense(state, layout, pattern, mask, min_tokens, decline_slow)
+        if layout is None or reason:
+            report.add_dense(reason)
             return dense(q, k, v, mask, not skip_reshape, not skip_output_reshape)
-        frames = state.layout.grid.t
-        pattern = plan.pattern(_layer(state, options), options.get("total_blocks"))
-        if pattern.is_full(frames):
-            report.add_dense("full in the plan")
-            return dense(q, k, v, mask, not skip_reshape, not skip_output_reshape)
-        report.add_sparse(pattern.density(frames))
+        report.add_sparse(pattern.flop_density(layout.grid, layout.prefix + layout.suffix))
         if not skip_reshape:
             q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-        out = tile_attention(q, k, v, state.layout, pattern, dense=lambda q, k, v: dense(q, k, v, None, False, False))
+        out = tile_attention(q, k, v, layout, pattern, dense=lambda q, k, v: dense(q, k, v, None, False, False))
         return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
 
     return override
 
 
-def _why_dense(state: ForwardState | None, q: Tensor, k: Tensor, mask: Tensor | None, skip_reshape: bool, min_tokens: int) -> str:
-    """The reason why this call stays dense, or an empty text where it may become sparse."""
+def _why_not_the_video(state: ForwardState | None, q: Tensor, k: Tensor, skip_reshape: bool, report: AttentionReport) -> str:
+    """The reason why this is no self-attention over the video; an empty text where it is."""
     tokens = q.shape[2] if skip_reshape else q.shape[1]
     if state is None:
         return "no token grid"
     if k.shape != q.shape:
         return "cross-attention"
-    if tokens != state.layout.tokens:
-        return "another sequence length"
-    if state.layout.grid.t == 1:
+    if state.layout is None:
+        return state.reason
+    if tokens == state.layout.tokens:
+        return ""
+    if tokens in state.others:
+        return "text or audio alone"
+    report.warn(
+        "another sequence length",
+        f"attention over {tokens} tokens stays dense: the video and the tokens beside it should be {state.layout.tokens} "
+        f"({state.layout.prefix} + {state.layout.grid.t} frames of {state.layout.grid.tokens_per_frame} + "
+        f"{state.layout.suffix}). Another node may add or drop tokens.",
+    )
+    return "another sequence length"
+
+
+def _pattern(plan: TilePlan, state: ForwardState, layout: TokenLayout, options: Mapping[str, Any], report: AttentionReport) -> TilePattern:
+    """The pattern of the layer that calls, for as many frames as the run has."""
+    layer, frames = state.next_layer(options), layout.grid.t
+    if layer is None:
+        report.warn("more calls than layers", "the model attends more often than it has layers: the rest stays dense.")
+        return TilePattern(None)
+    planned = plan.pattern(layer, state.depth or options.get("total_blocks"))
+    pattern = planned.scaled(plan.frames, frames)
+    if planned.k is not None and pattern.k != planned.k:
+        report.warn(
+            "scaled",
+            f"the plan was made for {plan.frames} latent frames and the run has {frames}: the distance between reference "
+            f"frames is kept, so that there are fewer of them (layer {layer}: {pattern.k} instead of {planned.k}).",
+        )
+    elif planned.k is not None and planned.k > frames > 1:
+        report.warn("k above the frames", f"the plan has {planned.k} reference frames and the run {frames} latent frames: full attention.")
+    return pattern
+
+
+def _why_dense(
+    state: ForwardState, layout: TokenLayout, pattern: TilePattern, mask: Tensor | None, min_tokens: int, decline_slow: bool
+) -> str:
+    """The reason why a self-attention over the video stays dense; an empty text where it becomes sparse."""
+    if layout.grid.t == 1:
         return "a single frame"
     if mask is not None:
         return "masked"
     if not state.active:
         return state.reason
-    return "below min_tokens" if tokens < min_tokens else ""
-
-
-def _layer(state: ForwardState, options: dict[str, Any]) -> int:
-    """The layer's index: given by the model, else counted over this forward pass's self-attentions."""
-    counted = state.calls
-    state.calls += 1
-    return options.get("block_index", counted)
+    if layout.tokens < min_tokens:
+        return "below min_tokens"
+    if pattern.is_full(layout.grid.t):
+        return "full in the plan"
+    if decline_slow and layout.grid.t < FEWEST_FRAMES:
+        return "too few frames to pay"
+    if decline_slow and pattern.flop_density(layout.grid, layout.prefix + layout.suffix) > HIGHEST_DENSITY:
+        return "too dense to pay"
+    return ""
