@@ -12,6 +12,8 @@ from typing import Any
 
 from . import say
 
+INTERRUPTED = 130  # as the shell counts Ctrl-C
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the command's options."""
@@ -32,13 +34,18 @@ def run(args: argparse.Namespace) -> int:
     if values.setdefault("method", args.method) != args.method:
         raise ValueError(f"{args.config.name} is for method {values['method']!r}, but {args.method!r} was asked for.")
     for text in args.overrides:
-        _override(values, text)
-    result = distill(DistillConfig.from_dict(values), args.out)
+        override(values, text)
+    try:
+        result = distill(DistillConfig.from_dict(values), args.out)
+    except KeyboardInterrupt:
+        say(f"interrupted; the same command goes on from {args.out}")
+        return INTERRUPTED
     say(f"wrote {result}")
     return 0
 
 
-def _override(values: dict[str, Any], text: str) -> None:
+def override(values: dict[str, Any], text: str) -> None:
+    """Puts ``section.key=value`` into settings."""
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and name):

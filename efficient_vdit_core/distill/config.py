@@ -43,7 +43,8 @@ class ModelConfig:
 class DataConfig:
     """source: tinyworld, videos (a folder with captions), or teacher (none: the teacher's own samples for ``captions``, a text file).
 
-    negative: the text of the unconditional half of guidance. Sizes 0 are what the model was trained for.
+    negative: the text of the unconditional half of guidance; negative_share of the clips, 0 to 1, learn it instead of their own
+    caption, for students that are sampled with guidance. Sizes 0 are what the model was trained for.
     """
 
     source: str = "tinyworld"
@@ -53,6 +54,7 @@ class DataConfig:
     clips: int = 4096
     seed: int = 1
     negative: str = ""
+    negative_share: float = 0.0
     frames: int = 0
     height: int = 0
     width: int = 0

@@ -51,6 +51,7 @@ class ConsistencyConfig:
     space: "x", or "z" for the error at the segment's end (phased consistency models), which takes no weight.
     addim: correct the teacher's step for the variance that DDIM loses, as the paper does from 4 segments on (its Eq. 12).
     data_side: how many times more often the hardest segment, next to the data, is drawn.
+    plan: a tile plan (``k:T-k`` or a file) under which both networks run, where knowledge distillation came first.
     """
 
     segments: int = 8
@@ -64,6 +65,7 @@ class ConsistencyConfig:
     space: str = "x"
     addim: bool = False
     data_side: float = 1.0
+    plan: str = ""
 
     def __post_init__(self) -> None:
         for name, choices in (("loss", LOSSES), ("weight", WEIGHTS), ("space", SPACES)):

@@ -42,7 +42,7 @@ class DistillMetadata:
             known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
             return cls(**{**known, "segments": segments, "steps": steps})
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"The checkpoint's distillation metadata cannot be read ({error}). Distil again, or set steps by hand.") from error
+            raise ValueError(f"The checkpoint's distillation metadata is damaged ({error}). Distil again, or set steps by hand.") from error
 
 
 def read_metadata(path: str | Path) -> DistillMetadata | None:

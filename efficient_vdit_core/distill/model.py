@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..attention.override import AttentionReport, Override, make_attention_override
 from ..plan import TilePlan
 from ..sampling.path import NoisePath
+from ..tiles import TilePattern
 from .config import ModelConfig
 from .knowledge import FeatureTap
 from .texts import Encode
@@ -34,14 +36,27 @@ class FamilyModel(Protocol):
     @property
     def saved_dtype(self) -> torch.dtype: ...
 
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
     def load(self, weights: str = "") -> nn.Module:
         """The transformer in training mode with gradients on, from ``weights`` or the model's own."""
         ...
 
     def predict(self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None) -> Tensor: ...
 
-    def sparse_options(self, plan: TilePlan) -> Options:
-        """Makes the options of one forward pass under a plan from its z. Raises ValueError where the plan does not fit."""
+    def check_plan(self, plan: TilePlan) -> None:
+        """Raises ValueError where the plan was made for another model."""
+        ...
+
+    def options_with(self, override: Override) -> Options:
+        """Makes the options of one forward pass from its z, in which ``override`` sees the attention."""
         ...
 
     def tap(self, module: nn.Module) -> FeatureTap: ...
@@ -69,6 +84,21 @@ class FamilyModel(Protocol):
     def config_entry(self) -> dict[str, Any]:
         """The transformer's config.json."""
         ...
+
+
+def sparse_options(model: FamilyModel, plan: TilePlan) -> Options:
+    """The options of a forward pass under a plan. Raises ValueError where the plan does not fit the model."""
+    model.check_plan(plan)
+    return model.options_with(make_attention_override(plan, AttentionReport()))
+
+
+def read_plan(text: str) -> TilePlan:
+    """A plan file, or a uniform plan from ``k:T-k``."""
+    if Path(text).is_file():
+        return TilePlan.load(text)
+    if not text or text.endswith(".json"):
+        raise ValueError(f"The plan is {text!r}, expected a plan file or a pattern such as 2:6. Search a plan, or name one.")
+    return TilePlan.uniform(TilePattern.parse(text).k)
 
 
 def open_model(config: ModelConfig) -> FamilyModel:

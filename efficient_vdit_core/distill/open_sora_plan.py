@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.layout import TokenLayout
-from ..attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
+from ..attention.override import FORWARD_KEY, ForwardState, Override
 from ..attention.sdpa import OVERRIDE_KEY
 from ..model_folder import TINY, find_model
 from ..models.opensora_plan.checkpoint import load_transformer, load_vae, read_transformer
@@ -43,6 +43,7 @@ class OpenSoraPlanModel:
         state_dict, self.config = read_transformer(self.transformer_file)
         self.saved_dtype = next(iter(state_dict.values())).dtype
         self.path, self.prediction = VPPath(), self.config.prediction_type
+        self.layers, self.heads = self.config.num_layers, self.config.num_attention_heads
         self._vae: CausalVAE | None = None
 
     def load(self, weights: str = "") -> OpenSoraT2V:
@@ -55,9 +56,11 @@ class OpenSoraPlanModel:
         context, mask = condition
         return module(z.to(self.dtype), time, context, mask, options)
 
-    def sparse_options(self, plan: TilePlan) -> Options:
-        plan.check_fits(family=FAMILY, layers=self.config.num_layers, heads=self.config.num_attention_heads)
-        override, p = make_attention_override(plan, AttentionReport()), self.config.patch_size
+    def check_plan(self, plan: TilePlan) -> None:
+        plan.check_fits(family=FAMILY, layers=self.layers, heads=self.heads)
+
+    def options_with(self, override: Override) -> Options:
+        p = self.config.patch_size
 
         def options(z: Tensor) -> dict[str, Any]:
             t, h, w = z.shape[-3:]

@@ -10,7 +10,7 @@ from torch import nn
 
 from .config import DistillConfig
 from .metadata import DistillMetadata
-from .model import FamilyModel
+from .model import FamilyModel, read_plan, sparse_options
 from .rollout import guided, roll_down
 
 if TYPE_CHECKING:
@@ -26,11 +26,7 @@ def write_samples(config: DistillConfig, model: FamilyModel, module: nn.Module, 
     folder.mkdir(parents=True, exist_ok=True)
     texts = list(config.training.samples) or [c[0] for c in data.clips.captions[:4]]
     shape = tuple(data.clips.latents[0].shape)
-    options = None
-    if about.plan is not None:
-        from .trainer import read_plan
-
-        options = model.sparse_options(read_plan(config.objective.plan))
+    options = sparse_options(model, read_plan(config.objective.plan)) if about.plan is not None else None
     decode = model.video_decoder()
     for number, text in enumerate(texts):
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(number)).to(data.device)

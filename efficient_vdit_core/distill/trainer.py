@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..plan import TilePlan
 from ..training import StepLoss, TrainingRun
 from .config import DistillConfig
 from .consistency import ConsistencyLoss
@@ -27,7 +26,7 @@ from .export import export
 from .knowledge import KnowledgeLoss
 from .lora import add_lora, lora_off
 from .metadata import DistillMetadata, read_metadata
-from .model import FamilyModel, open_model
+from .model import FamilyModel, open_model, read_plan, sparse_options
 from .optimizers import make_optimizers
 from .prepare import PreparedData, prepare_data
 from .samples import write_samples
@@ -56,6 +55,9 @@ def distill(config: DistillConfig, folder: Path) -> Path:
 
     def loss_of(generator: torch.Generator) -> StepLoss:
         x, texts = data.clips.batch(t.batch, generator)
+        if config.data.negative_share:
+            without = torch.rand(t.batch, generator=generator) < config.data.negative_share
+            texts = [config.data.negative if w else text for w, text in zip(without.tolist(), texts, strict=True)]
         return objective(x.to(accelerator.device), data.bank.batch(texts, accelerator.device), generator)
 
     def evaluate(ema: dict[str, Tensor]) -> str:
@@ -115,7 +117,7 @@ def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
             f"{model.transformer_file.name} does not say for how many segments it was distilled. Set objective.segments; for a model "
             "that is not distilled it is the number of sampling steps."
         )
-    plan = read_plan(objective.plan) if config.method == "knowledge" else None
+    plan = read_plan(objective.plan) if objective.plan or config.method == "knowledge" else None
     guidance = objective.guidance if config.method == "consistency" else (inherited.guidance if inherited else None)
     return DistillMetadata(
         method=config.method, segments=segments, steps=objective.steps or segments, schedule=model.path.describe(),
@@ -123,34 +125,23 @@ def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
     )  # fmt: skip
 
 
-def read_plan(text: str) -> TilePlan:
-    """A plan file, or a uniform plan from ``k:T-k``."""
-    from ..tiles import TilePattern
-
-    if Path(text).is_file():
-        return TilePlan.load(text)
-    if not text or text.endswith(".json"):
-        raise ValueError(f"objective.plan is {text!r}, expected a plan file or a pattern such as 2:6. Search a plan, or name one.")
-    return TilePlan.uniform(TilePattern.parse(text).k)
-
-
 def make_objective(config: DistillConfig, model: FamilyModel, student: nn.Module, bare: nn.Module, teacher: nn.Module | None,
                    about: DistillMetadata, data: PreparedData) -> Any:
     """The loss of one batch: ``objective(x, condition, generator)``. ``student`` is ``bare`` as accelerate prepared it."""
 
-    def teach(z: Tensor, time: Tensor, condition: Any) -> Tensor:
-        if teacher is not None:
-            return model.predict(teacher, z, time, condition)
-        with lora_off(bare):
-            return model.predict(student, z, time, condition)
+    plan = config.objective.plan
+    sparse = sparse_options(model, read_plan(plan)) if about.plan is not None else None
+    dense_teacher = config.method == "knowledge"
 
-    if config.method == "knowledge":
-        options = model.sparse_options(read_plan(config.objective.plan))
-        return KnowledgeLoss(
-            config.objective, model.path, segments=about.segments, teacher=teach,
-            student=lambda z, time, condition: model.predict(student, z, time, condition, options(z)),
-            student_tap=model.tap(bare), teacher_tap=model.tap(bare if teacher is None else teacher),
-        )  # fmt: skip
+    def learn(z: Tensor, time: Tensor, condition: Any) -> Tensor:
+        return model.predict(student, z, time, condition, sparse(z) if sparse else None)
+
+    def teach(z: Tensor, time: Tensor, condition: Any) -> Tensor:
+        options = sparse(z) if sparse and not dense_teacher else None
+        if teacher is not None:
+            return model.predict(teacher, z, time, condition, options)
+        with lora_off(bare):
+            return model.predict(student, z, time, condition, options)
 
     def guided(z: Tensor, time: Tensor, condition: Any, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
         plain = teach(z, time, condition).float()
@@ -159,8 +150,10 @@ def make_objective(config: DistillConfig, model: FamilyModel, student: nn.Module
         without = teach(z, time, data.negative(len(z))).float()
         return without + guidance.view(-1, *[1] * (z.ndim - 1)) * (plain - without), plain
 
-    return ConsistencyLoss(config.objective, model.path, model.prediction, teacher=guided,
-                           student=lambda z, time, condition: model.predict(student, z, time, condition))
+    if config.method == "consistency":
+        return ConsistencyLoss(config.objective, model.path, model.prediction, teacher=guided, student=learn)
+    taps = {"student_tap": model.tap(bare), "teacher_tap": model.tap(bare if teacher is None else teacher)}
+    return KnowledgeLoss(config.objective, model.path, segments=about.segments, teacher=teach, student=learn, **taps)
 
 
 @contextmanager
