@@ -24,6 +24,7 @@ from .prepare import prepare_data
 from .search_stage import SearchConfig, search_plans
 from .trainer import distill
 
+BASE_NEGATIVE_SHARE = 0.1
 ORDERS = ("consistency-first", "knowledge-first", "merge")
 
 
@@ -77,20 +78,28 @@ class ThreeStages:
         dense = self.consistency("consistency")
         return {name: self.merge(f"merged-{name}", dense, weights) for name, weights in tuned.items()}
 
-    def consistency(self, name: str, teacher: str | Path = "", plan: str | Path | None = None, init: str | Path = "", **changes: Any) -> Path:
+    def consistency(self, name: str, teacher: str | Path = "", plan: str | Path = "", *, init: str | Path = "", **changes: Any) -> Path:
         """Stage 1 in the subfolder ``name``; the student starts from ``init`` or the teacher. ``changes`` are of the objective."""
         c = self.config
-        stage = self._stage("consistency", replace(c.consistency, plan=str(plan or ""), **changes), c.consistency_training, teacher)
+        stage = self._stage("consistency", replace(c.consistency, plan=str(plan), **changes), c.consistency_training, teacher)
         if init:
             stage = replace(stage, model=replace(stage.model, init=str(self.full(init))))
         return distill(stage, self.folder / name)
 
     def knowledge(self, name: str, teacher: str | Path, plan: str | Path, **changes: Any) -> Path:
-        """Stage 3 in the subfolder ``name``, under a plan file or pattern. A base teacher is trained at stage 1's times."""
+        """Stage 3 in the subfolder ``name``, under a plan file or pattern.
+
+        A base teacher is to be distilled later: it learns at all of stage 1's times, and without captions for the guidance.
+        """
         c = self.config
-        changes = changes if teacher else {"segments": c.consistency.segments, "steps": c.consistency.steps, **changes}
         objective = replace(c.knowledge, plan=str(plan), **changes)
-        return distill(self._stage("knowledge", objective, c.knowledge_training, teacher), self.folder / name)
+        if teacher:
+            return distill(self._stage("knowledge", objective, c.knowledge_training, teacher), self.folder / name)
+        segments = objective.segments or c.consistency.segments
+        objective = replace(objective, segments=segments, steps=segments * max(1, round(c.consistency.teacher_steps / segments)))
+        stage = self._stage("knowledge", objective, c.knowledge_training, "")
+        share = c.data.negative_share or (BASE_NEGATIVE_SHARE if c.consistency.guidance is not None else 0.0)
+        return distill(replace(stage, data=replace(stage.data, negative_share=share)), self.folder / name)
 
     def plans(self, name: str, weights: str | Path, segments: int = 0) -> dict[str, Path]:
         """Stage 2 of a model's weights in the subfolder ``name``; the plan files."""
@@ -102,7 +111,9 @@ class ThreeStages:
         segments = segments or c.consistency.segments
         steps = max(c.consistency.steps, segments)
         module = model.load().eval().to(device)
-        return search_plans(c.search, model, module, data.clips, data.bank, self.folder / name, segments=segments, steps=steps, device=device)
+        return search_plans(
+            c.search, model, module, data.clips, data.bank, self.folder / name, segments=segments, steps=steps, device=device
+        )
 
     def merge(self, name: str, *tuned: str | Path) -> Path:
         """The changes of several stages added to the base, with the last one's metadata."""

@@ -63,4 +63,5 @@ def _color(name: str) -> str:
 
 
 def _text(x: float, y: float, text: str, *, size: int = 13, weight: int = 400, fill: str = INK, anchor: str = "start") -> str:
-    return f'<text x="{x:.0f}" y="{y:.0f}" font-size="{size}" font-weight="{weight}" fill="{fill}" text-anchor="{anchor}">{escape(text)}</text>'
+    font = f'font-size="{size}" font-weight="{weight}" fill="{fill}" text-anchor="{anchor}"'
+    return f'<text x="{x:.0f}" y="{y:.0f}" {font}>{escape(text)}</text>'

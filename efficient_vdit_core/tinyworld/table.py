@@ -79,11 +79,11 @@ class TinyTable:
         yield Row(f"searched {t.headline_plan} + KD", t.headline, lambda: self.tuned(t.headline_plan, plan()), plan=plan, headline=True)
         for pattern in t.uniform:
             yield Row(f"uniform {pattern}", t.headline, dense, plan=lambda p=pattern: p)
-        others = [f"r-{r:g}" for r in self.recipe.search.thresholds]
-        for name in others:
-            yield Row(f"searched {name}", t.headline, dense, plan=lambda n=name: self.plans()[n])
-        for name in others:
-            yield Row(f"searched {name} + KD", t.headline, lambda n=name: self.tuned(n, self.plans()[n]), plan=lambda n=name: self.plans()[n])
+        others = {f"r-{r:g}": lambda n=f"r-{r:g}": self.plans()[n] for r in self.recipe.search.thresholds}
+        for name, found in others.items():
+            yield Row(f"searched {name}", t.headline, dense, plan=found)
+        for name, found in others.items():
+            yield Row(f"searched {name} + KD", t.headline, lambda n=name, p=found: self.tuned(n, p()), plan=found)
         for pattern in t.uniform[:2]:
             yield Row(f"uniform {pattern} + KD", t.headline, lambda p=pattern: self.tuned(p.replace(":", "-"), p), plan=lambda p=pattern: p)
         yield Row(f"KD before consistency, {t.headline_plan}", t.headline, lambda: self.knowledge_first(plan()), plan=plan)
