@@ -53,9 +53,11 @@ def small_data(monkeypatch):
 def config(base, method="consistency", *, steps=4, objective=None, model=None, training=None):
     default = {"segments": 2, "teacher_steps": 8, "guidance": 2.0} if method == "consistency" else {"segments": 2, "plan": "1:3"}
     values = {
-        "method": method, "objective": {**default, **(objective or {})}, "model": {"transformer": str(base), "device": "cpu", **(model or {})},
+        "method": method,
+        "objective": {**default, **(objective or {})},
+        "model": {"transformer": str(base), "device": "cpu", **(model or {})},
         "training": {"steps": steps, "batch": 4, "warmup": 2, "learning_rate": 0.01, **(training or {})},
-    }  # fmt: skip
+    }
     return DistillConfig.from_dict(values)
 
 
