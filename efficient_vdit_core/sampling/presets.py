@@ -27,7 +27,7 @@ class Preset:
 def shifted(steps: int, shift: float) -> tuple[float, ...]:
     """Equal pieces of unshifted flow time, shifted: s u / (1 + (s - 1) u), from 1 down to 0."""
     if steps < 1 or not shift > 0:
-        raise ValueError(f"There are {steps} steps and shift {shift}, expected at least 1 step and a shift above 0; shift 1 changes nothing.")
+        raise ValueError(f"There are {steps} steps and shift {shift}, expected at least 1 step and a shift above 0.")
     times = [(steps - i) / steps for i in range(steps + 1)]
     return tuple(shift * u / (1.0 + (shift - 1.0) * u) for u in times)
 
