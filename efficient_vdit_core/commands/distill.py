@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the command's options."""
     add = parser.add_argument
     add("method", choices=("consistency", "knowledge"), help="consistency: fewer steps; knowledge: restore what a tile plan cost")
-    add("--config", type=Path, metavar="FILE", help="settings in TOML: [model], [data], [objective], [training]; see the docs")
+    add("--config", type=Path, metavar="FILE", help="settings in TOML: [model], [data], [objective], [training]")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
         help="one setting, over the file's; VALUE as in TOML, quotes may be left out; may be repeated")  # fmt: skip
     add("--out", type=Path, required=True, metavar="FOLDER", help="the run's folder: state, cache and result")

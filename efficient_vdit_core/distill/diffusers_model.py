@@ -42,7 +42,7 @@ class DiffusersModel:
         self.config = _json(self.folder / "transformer" / "config.json")
         self.kind = self.config.get("_class_name", "")
         if self.kind not in FAMILIES:
-            raise ValueError(f"{self.folder.name} holds a {self.kind or 'nameless model'}, expected {" or ".join(FAMILIES)}.")
+            raise ValueError(f"{self.folder.name} holds a {self.kind or 'nameless model'}, expected {' or '.join(FAMILIES)}.")
         if config.dtype not in DTYPES:
             raise ValueError(f"model.dtype is {config.dtype!r}, expected one of {', '.join(DTYPES)}. Correct the configuration.")
         self.family, self.dtype = FAMILIES[self.kind], DTYPES[config.dtype]

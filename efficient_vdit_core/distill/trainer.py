@@ -177,4 +177,10 @@ def _accelerator(config: DistillConfig) -> Any:
         raise ValueError(f"training.precision is {config.training.precision!r}, expected float32 or bf16. Correct the configuration.")
     if config.model.device not in ("auto", "cpu"):
         raise ValueError(f"model.device is {config.model.device!r}, expected auto or cpu; accelerate launch chooses among GPUs.")
-    return Accelerator(mixed_precision=precisions[config.training.precision], cpu=config.model.device == "cpu")
+    accelerator = Accelerator(mixed_precision=precisions[config.training.precision], cpu=config.model.device == "cpu")
+    if "FSDP" in str(accelerator.distributed_type) or "DEEPSPEED" in str(accelerator.distributed_type):
+        raise ValueError(
+            f"accelerate was started with {accelerator.distributed_type}, expected plain data parallelism: the checkpoints do not gather "
+            "sharded weights. Start `accelerate launch --multi_gpu`; a LoRA needs no sharding."
+        )
+    return accelerator

@@ -135,7 +135,8 @@ def remarks(guider: Any, sigmas: Tensor, gamma: float) -> list[str]:
     if cfg != 1.0 and about.guidance is not None:
         found.append(f"cfg is {cfg:g}, but guidance is already inside this distilled model: set cfg to 1.")
     # A run that ends above 0, or starts below the top, is one expert's part of the steps.
-    if steps < about.segments and float(sigmas[-1]) == 0.0 and float(sigmas[0]) >= 0.99 * float(guider.inner_model.model_sampling.sigma_max):
+    top = float(guider.inner_model.model_sampling.sigma_max)
+    if steps < about.segments and float(sigmas[-1]) == 0.0 and float(sigmas[0]) >= 0.99 * top:
         found.append(f"{steps} steps were asked of a model that was distilled for {about.segments}: it cannot jump that far; use more.")
     if gamma == 1.0:
         found.append("gamma is 1, but this model was distilled for deterministic jumps: set gamma to 0 for its best quality.")
