@@ -17,10 +17,15 @@ from .model import FamilyModel
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+def result_file(folder: Path, *, lora: bool) -> Path:
+    """Where the result of a run in ``folder`` lies once it is finished."""
+    return folder / "lora.safetensors" if lora else folder / "transformer" / WEIGHTS
+
+
 def export(model: FamilyModel, module: nn.Module, ema: dict[str, Tensor], folder: Path, about: DistillMetadata, *, lora: bool,
            rank: int = 0) -> Path:
     """Write the result in the precision of the teacher's file and return its path; only process 0 writes."""
-    file = folder / "lora.safetensors" if lora else folder / "transformer" / WEIGHTS
+    file = result_file(folder, lora=lora)
     if rank:
         return file
     entries = {**about.to_entry(), "format": "pt"}

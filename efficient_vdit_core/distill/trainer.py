@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..training import StepLoss, TrainingRun
 from .config import DistillConfig
 from .consistency import ConsistencyLoss
-from .export import export
+from .export import export, result_file
 from .knowledge import KnowledgeLoss
 from .lora import add_lora, lora_off
 from .metadata import DistillMetadata, read_metadata
@@ -40,6 +40,9 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     Raises ValueError where the configuration cannot be met, or differs from the one that the folder was started with.
     """
     claim_folder(config, folder)
+    result = result_file(folder, lora=config.model.train == "lora")
+    if result.is_file():  # it is written at the end, whole
+        return result
     torch.manual_seed(config.training.seed)
     accelerator = _accelerator(config)
     model = open_model(config.model)

@@ -95,6 +95,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_finished_run_is_not_run_again(base, tmp_path, monkeypatch):
+    file = trainer.distill(config(base, steps=2), tmp_path / "run")
+    monkeypatch.setattr(trainer, "make_objective", None)
+    assert trainer.distill(config(base, steps=2), tmp_path / "run") == file
+
+
 def test_a_resume_with_another_configuration_is_refused(base, tmp_path):
     trainer.claim_folder(config(base), tmp_path / "run")
     trainer.claim_folder(config(base, training={"save_every": 7}), tmp_path / "run")  # only how often something is written
@@ -122,7 +128,7 @@ def test_a_loss_that_is_no_number_names_step_and_segment(base, tmp_path, monkeyp
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(base, tmp_path, monkeypatch):
-    trainer.distill(config(base, steps=2), tmp_path / "run")
+    trainer.distill(config(base, steps=2), tmp_path / "run").unlink()  # as if it had been stopped before the export
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
 
     def full(state, file):
