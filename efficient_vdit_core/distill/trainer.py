@@ -39,15 +39,17 @@ def distill(config: DistillConfig, folder: Path) -> Path:
 
     Raises ValueError where the configuration cannot be met, or differs from the one that the folder was started with.
     """
-    claim_folder(config, folder)
+    accelerator = _accelerator(config)
+    with accelerator.main_process_first():
+        claim_folder(config, folder)
     result = result_file(folder, lora=config.model.train == "lora")
     if result.is_file():  # it is written at the end, whole
         return result
     torch.manual_seed(config.training.seed)
-    accelerator = _accelerator(config)
     model = open_model(config.model)
     about = describe(config, model)
-    data = prepare_data(config, model, folder / "cache", accelerator.device)
+    with accelerator.main_process_first():  # the others read its cache
+        data = prepare_data(config, model, folder / "cache", accelerator.device)
     student, teacher = make_pair(config, model, accelerator.device)
     t = config.training
     run = TrainingRun(
@@ -68,7 +70,9 @@ def distill(config: DistillConfig, folder: Path) -> Path:
             return write_samples(config, model, student, data, about, folder / "samples" / f"step-{run.step:06d}")
 
     run.train(loss_of, save_every=t.save_every, evaluate=evaluate if t.samples_every else None, evaluate_every=t.samples_every or t.steps)
-    return export(model, student, run.ema, folder, about, lora=teacher is None, rank=run.rank)
+    export(model, student, run.ema, folder, about, lora=teacher is None, rank=run.rank)
+    accelerator.wait_for_everyone()
+    return result
 
 
 def make_pair(config: DistillConfig, model: FamilyModel, device: torch.device) -> tuple[nn.Module, nn.Module | None]:

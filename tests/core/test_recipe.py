@@ -74,9 +74,9 @@ def test_settings_on_the_command_line_win(monkeypatch, tmp_path):
     monkeypatch.setattr("efficient_vdit_core.distill.trainer.distill", lambda config, folder: seen.append(config) or folder)
     file = tmp_path / "c.toml"
     file.write_text('method = "consistency"\n[training]\nsteps = 5\nbatch = 2\n')
-    arguments = ["--config", str(file), "--out", str(tmp_path / "run"), "--set", "training.steps=7", "--set", "objective.guidance=[1.0, 4.0]",
-                 "--set", "model.path=some folder"]  # fmt: skip
-    assert cli.main(["distill", "consistency", *arguments]) == 0
+    changes = ["training.steps=7", "objective.guidance=[1.0, 4.0]", "model.path=some folder"]
+    overrides = [word for change in changes for word in ("--set", change)]
+    assert cli.main(["distill", "consistency", "--config", str(file), "--out", str(tmp_path / "run"), *overrides]) == 0
     config = seen[0]
     assert (config.training.steps, config.training.batch, config.objective.guidance) == (7, 2, (1.0, 4.0))
     assert config.model.path == "some folder"
