@@ -39,15 +39,16 @@ def distill(config: DistillConfig, folder: Path) -> Path:
 
     Raises ValueError where the configuration cannot be met, or differs from the one that the folder was started with.
     """
-    accelerator = _accelerator(config)
+    # All that can be refused is refused before the folder is claimed.
+    check_training(config)
+    accelerator, model = _accelerator(config), open_model(config.model)
+    about = describe(config, model)
     with accelerator.main_process_first():
         claim_folder(config, folder)
     result = result_file(folder, lora=config.model.train == "lora")
     if result.is_file():  # it is written at the end, whole
         return result
     torch.manual_seed(config.training.seed)
-    model = open_model(config.model)
-    about = describe(config, model)
     with accelerator.main_process_first():  # the others read its cache
         data = prepare_data(config, model, folder / "cache", accelerator.device)
     student, teacher = make_pair(config, model, accelerator.device)
@@ -75,8 +76,8 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     return result
 
 
-def make_pair(config: DistillConfig, model: FamilyModel, device: torch.device) -> tuple[nn.Module, nn.Module | None]:
-    """Student and teacher; None is the student itself with its LoRA off, which saves a copy of the model."""
+def check_training(config: DistillConfig) -> None:
+    """Raises ValueError where the model's settings cannot be trained."""
     wanted = config.model
     if wanted.train not in ("full", "lora"):
         raise ValueError(f"model.train is {wanted.train!r}, expected full or lora. Correct the configuration.")
@@ -87,6 +88,11 @@ def make_pair(config: DistillConfig, model: FamilyModel, device: torch.device) -
         )
     if wanted.train == "lora" and wanted.init:
         raise ValueError("model.init is set, but a LoRA starts from its teacher. Leave it empty, or train the full weights.")
+
+
+def make_pair(config: DistillConfig, model: FamilyModel, device: torch.device) -> tuple[nn.Module, nn.Module | None]:
+    """Student and teacher; None is the student itself with its LoRA off, which saves a copy of the model."""
+    wanted = config.model
     student = model.load(wanted.init)
     teacher = None
     if wanted.train == "lora":
