@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..distill.open_sora_plan import OpenSoraPlanModel
 from ..distill.rollout import guided, roll_down
 from ..distill.texts import TextBank
 from .evaluate import held_out_scenes
-from .physics import frechet_distance, read_physics, start_spread
+from .physics import frechet_distance, read_physics, read_state, start_spread
 from .reader import read_clip
 from .train_vae import to_pixels
 from .world import ATTRIBUTES, Scene, random_scene, render
@@ -43,7 +44,7 @@ class Judge:
         draw = [torch.Generator().manual_seed(1_000_003 * (seed + 1) + i) for i in range(len(texts))]
         self.noise = torch.stack([torch.randn(shape, generator=g) for g in draw])
         rng = np.random.default_rng(REAL_SEED)
-        states = [read_physics(render(random_scene(rng))).state for _ in range(REAL_STATES)]
+        states = [read_state(render(random_scene(rng)))[0] for _ in range(REAL_STATES)]
         self.real = np.stack([s for s in states if s is not None])
 
     @torch.no_grad()
@@ -116,10 +117,10 @@ class Judge:
 
 def _restarted(scene: Scene, rng: np.random.Generator) -> Scene:
     """A scene of the same caption with another start and size."""
-    while True:
+    while True:  # shape and colours do not touch the start, so only direction and speed have to be met
         other = random_scene(rng)
-        if all(getattr(other, name) == getattr(scene, name) for name in ATTRIBUTES):
-            return other
+        if (other.direction, other.speed) == (scene.direction, scene.speed):
+            return replace(other, **{name: getattr(scene, name) for name in ATTRIBUTES})
 
 
 def attention_speeds(file: Path, counts: tuple[int, ...] = (1, 2, 4), repeats: int = 2) -> dict[int, float]:

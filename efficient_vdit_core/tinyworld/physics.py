@@ -9,6 +9,7 @@ import numpy as np
 from .reader import foreground
 from .world import FIRST_BOUNCE
 
+SMALLEST = 9  # pixels; below it no shape is seen
 STATE = ("x", "y", "velocity x", "velocity y", "size", "red", "green", "blue")
 
 
@@ -26,21 +27,27 @@ class ClipPhysics:
 
 def read_physics(clip: np.ndarray) -> ClipPhysics:
     """Read a uint8 clip (F, H, W, 3)."""
-    pixels = clip.astype(np.float32)
     _, masks = foreground(clip)
-    change = np.abs(np.diff(pixels, axis=0)).mean(axis=-1)
-    still = ~(_grown(masks[1:]) | _grown(masks[:-1]))
-    flicker = float(change[still].mean()) if still.any() else float(change.mean())
+    state, motion = read_state(clip, masks)
+    change = np.abs(np.diff(clip.astype(np.float32), axis=0)).mean(axis=-1)
+    wide = _grown(masks)
+    still = ~(wide[1:] | wide[:-1])
+    return ClipPhysics(state, motion, float(change[still].mean()) if still.any() else float(change.mean()))
+
+
+def read_state(clip: np.ndarray, masks: np.ndarray | None = None) -> tuple[np.ndarray | None, float]:
+    """State and motion of a clip, as in `ClipPhysics`; ``masks`` (F, H, W) of its shape, where they are known."""
+    masks = foreground(clip)[1] if masks is None else masks
     areas = masks.sum(axis=(1, 2))
-    if (areas < 9).any():
-        return ClipPhysics(None, 0.0, flicker)
-    y, x = np.mgrid[0 : clip.shape[1], 0 : clip.shape[2]]
-    track = np.stack([(masks * x).sum((1, 2)) / areas, (masks * y).sum((1, 2)) / areas], axis=1)
+    if (areas < SMALLEST).any():
+        return None, 0.0
+    rows, columns = masks.sum(axis=2), masks.sum(axis=1)
+    x, y = columns @ np.arange(clip.shape[2]) / areas, rows @ np.arange(clip.shape[1]) / areas
+    track = np.stack([x, y], axis=1)
     steps = np.diff(track, axis=0)
-    color = np.median(pixels[masks], axis=0)
-    velocity = steps[: FIRST_BOUNCE - 1].mean(axis=0)
-    state = np.array([*track[0], *velocity, np.sqrt(np.median(areas)), *color])
-    return ClipPhysics(state, float(np.linalg.norm(steps, axis=1).mean()), flicker)
+    color = np.median(clip[masks], axis=0)
+    state = np.array([*track[0], *steps[: FIRST_BOUNCE - 1].mean(axis=0), np.sqrt(np.median(areas)), *color])
+    return state, float(np.linalg.norm(steps, axis=1).mean())
 
 
 def frechet_distance(states: np.ndarray, real: np.ndarray) -> float:
