@@ -24,7 +24,7 @@ from .world import ATTRIBUTES, Scene, random_scene, render
 
 AT_ONCE = 32
 LATENT_SCALE = 0.18215
-REAL_STATES, REAL_SEED = 600, 55_000
+REAL_STATES, REAL_SEED = 400, 55_000
 
 
 class Judge:
