@@ -358,3 +358,16 @@ def test_damaged_metadata_is_refused(text):
 
 def test_no_metadata_is_none(tmp_path):
     assert DistillMetadata.from_entries({}) is None and read_metadata(Path(tmp_path)) is None
+
+
+def test_the_pipeline_samples_a_distilled_model_as_it_was_made(base, tmp_path):
+    from efficient_vdit_core.pipeline import Pipeline
+
+    file = trainer.distill(config(base, steps=1, objective={"segments": 2, "steps": 4}), tmp_path / "run")
+    pipeline = Pipeline(load_transformer(file), None, None)
+    assert (pipeline.request("a", sampler="consistency").steps, pipeline.request("a").guidance) == (20, 7.5)
+    pipeline.distilled = read_metadata(file)
+    request = pipeline.request("a")
+    assert (request.segments, request.steps, request.guidance) == (2, 4, 1.0)
+    assert pipeline.request("a", guidance=3.0).guidance == 3.0
+    assert pipeline.request("a", sampler="ddim").steps == 100
