@@ -33,10 +33,12 @@ def test_context_windows_are_clips_of_their_own(facts):
 
 
 @pytest.mark.parametrize("order", ["before", "behind"])
-def test_torch_compile_on_either_side(facts, order):
-    compiled = facts[f"compiled {order}"]
-    assert compiled["same"] < ROUNDING and facts["compiled dense"] < ROUNDING and facts["graphs"] > 0
-    assert compiled["lines"] == ["Efficient-vDiT: 6 attention calls sparse at mean density 0.31; dense: 6 cross-attention"]
+def test_torch_compile_on_either_side(in_process, order, _cache={}):  # noqa: B006
+    if not _cache:
+        _cache.update(in_process("compiled"))
+    assert _cache["dense"] < ROUNDING and _cache["graphs"] > 0 and _cache["effect"] > 100 * ROUNDING
+    assert _cache[order]["same"] < ROUNDING
+    assert _cache[order]["lines"] == ["Efficient-vDiT: 6 attention calls sparse at mean density 0.31; dense: 6 cross-attention"]
 
 
 @pytest.mark.parametrize("order", ["before", "behind"])

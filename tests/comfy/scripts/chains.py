@@ -10,7 +10,6 @@ from host import call, load_pack, torch  # isort: skip
 import comfy.model_patcher  # isort: skip
 import comfy.samplers  # isort: skip
 import comfy.sd  # isort: skip
-from comfy_api.torch_helpers import set_torch_compile_wrapper  # isort: skip
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode  # isort: skip
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode  # isort: skip
 from tiny_models import CASES, build, noise  # isort: skip
@@ -110,15 +109,6 @@ facts["window frames"] = sorted({shape[2] for shape in forwards})
 facts["window lines"] = list(lines)
 facts["windows"] = distance(got, run(judged(windows, first_frame)))
 facts["windows behind"] = distance(run(ContextWindowsManualNode.execute(sparse(model), **settings).args[0]), got)
-
-# torch.compile around the whole diffusion model, before and behind the node; no C compiler is needed for this backend.
-inner, outer = model.clone(), sparse(model)
-set_torch_compile_wrapper(inner, backend="eager")
-set_torch_compile_wrapper(outer, backend="eager")
-for name, compiled in (("before", sparse(inner)), ("behind", outer)):
-    facts[f"compiled {name}"] = {"same": distance(run(compiled), alone), "lines": list(lines)}
-facts["compiled dense"] = distance(run(inner), dense)
-facts["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 # EasyCache and LazyCache skip whole evaluations; those that remain are sparse. A huge threshold skips all that may be.
 for name, node in (("EasyCache", EasyCacheNode), ("LazyCache", LazyCacheNode)):
