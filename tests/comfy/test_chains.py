@@ -80,3 +80,17 @@ def test_a_plan_for_a_longer_clip_keeps_its_stride_and_says_so_once(facts):
 
 def test_a_bypass_after_all_that_leaves_nothing(facts):
     assert facts["bypassed"] == 0
+
+
+@pytest.mark.parametrize("name", ["never declined", "frames"])
+def test_long_sequences_are_sparse_where_nothing_may_decline(facts, name):
+    assert facts[name]["sparse"] < ROUNDING < facts[name]["dense"]
+    assert facts[name]["lines"][-1] == "Efficient-vDiT: 6 attention calls sparse at mean density 0.31; dense: 6 cross-attention"
+
+
+def test_long_sequences_are_measured_and_what_is_declined_is_counted(facts):
+    summary = facts["measured"]["lines"][-1]
+    if "6 measured faster" in summary:
+        assert "0 attention calls sparse" in summary and facts["measured"]["dense"] < ROUNDING
+    else:
+        assert "6 attention calls sparse" in summary and facts["measured"]["sparse"] < ROUNDING

@@ -181,4 +181,11 @@ long = plans.TilePlan.uniform(4, frames=36)  # every ninth frame
 (scaled,) = call(pack["EVDiTSparseAttention"], model=model, plan=long, start_percent=0.0, end_percent=1.0, dense_blocks="", min_tokens=0)
 facts["scaled"] = {"same": distance(run(scaled), alone), "lines": list(lines)}
 facts["bypassed"] = distance(run(model), dense)
+
+# Long enough to be measured: whichever backend is chosen, dense or the arrow mask comes out.
+x, SIZE = noise(1, 16, 9, 32, 32), 256
+dense, want = run(model, cfg=1.0), run(judged(model, first_frame), cfg=1.0)
+for name, changes in (("measured", {}), ("never declined", {"decline_slow": False}), ("frames", {"backend": "frames"})):
+    got = run(sparse(model, **changes), cfg=1.0)
+    facts[name] = {"sparse": distance(got, want), "dense": distance(got, dense), "lines": list(lines)}
 print(json.dumps(facts))
