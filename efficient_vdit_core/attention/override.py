@@ -6,7 +6,7 @@ models there and the engine's own pipeline. All state of one forward pass lives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,21 +142,30 @@ def make_attention_override(
             report.add_dense(reason)
             return dense.call(q, k, v, heads, mask, **form)
         shaped = (q, k, v) if skip_reshape else tuple(rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-        chosen, layout = backend, state.without_padding(layout, mask)
-        real_q, real_k, real_v = (x[:, :, : layout.tokens] for x in shaped)
-        if backend == "auto":
-            chosen = choose_backend(real_q, real_k, real_v, layout, pattern, dense=dense, dense_name=dense.name)
-        if chosen == "dense" and decline_slow:
+        real = state.without_padding(layout, mask)
+        out = _sparse(shaped, real, pattern, dense, backend, decline_slow)
+        if out is None:
             report.add_dense("measured faster")
             return dense.call(q, k, v, heads, mask, **form)
-        report.add_sparse(pattern.flop_density(layout.grid, layout.prefix + layout.suffix))
-        chosen = "frames" if chosen == "dense" else chosen
-        out = tile_attention(real_q, real_k, real_v, layout, pattern, dense=dense, backend=chosen, dense_name=dense.name)
-        # Nothing reads what padding attends to.
-        out = pad(out, (0, 0, 0, shaped[0].shape[2] - layout.tokens)) if layout.tokens < shaped[0].shape[2] else out
+        report.add_sparse(pattern.flop_density(real.grid, real.prefix + real.suffix))
         return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
 
     return override
+
+
+def _sparse(qkv: Sequence[Tensor], layout: TokenLayout, pattern: TilePattern, dense: _Dense, backend: str,
+            decline_slow: bool) -> Tensor | None:
+    """Attention (B, H, N, D) under the pattern, zero for tokens behind the layout's; None where dense measures faster."""
+    q, k, v = (x[:, :, : layout.tokens] for x in qkv)
+    if backend == "auto":
+        backend = choose_backend(q, k, v, layout, pattern, dense=dense, dense_name=dense.name)
+    if backend == "dense":
+        if decline_slow:
+            return None
+        backend = "frames"
+    out = tile_attention(q, k, v, layout, pattern, dense=dense, backend=backend, dense_name=dense.name)
+    behind = qkv[0].shape[2] - layout.tokens
+    return pad(out, (0, 0, 0, behind)) if behind else out
 
 
 def _why_not_the_video(state: ForwardState | None, q: Tensor, k: Tensor, skip_reshape: bool, report: AttentionReport) -> str:
