@@ -18,7 +18,7 @@ import numpy as np
 
 SUFFIXES = (".mp4", ".gif", ".webp")
 _EXIF_DESCRIPTION = 0x010E
-_NO_WRITER = "Install the engine's extra: pip install 'efficient-vdit[engine]'."
+INSTALL_ENGINE = "Install the engine's extra: pip install 'efficient-vdit[engine]'."
 
 
 def check_writable(path: str | Path) -> Path:
@@ -109,7 +109,7 @@ def _check_writer_installed(suffix: str) -> None:
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except ImportError as error:
-        raise ValueError(f"Writing {suffix} needs the package {error.name!r}, which is missing. {_NO_WRITER}") from error
+        raise ValueError(f"Writing {suffix} needs the package {error.name!r}, which is missing. {INSTALL_ENGINE}") from error
     except RuntimeError as error:
         raise ValueError("Writing .mp4 needs ffmpeg, and none was found; install it, or write a gif or webp.") from error
 
