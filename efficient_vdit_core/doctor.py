@@ -48,6 +48,7 @@ def examine() -> dict[str, Any]:
         },
         "devices": _guarded(_devices, problems, "devices"),
         "attention_backends": _guarded(_backends, problems, "attention backends"),
+        "backend_choices": _guarded(_choices, problems, "the choices of backends"),
         "packages": packages,
         "tiny_model": _guarded(_tiny_model, problems, "the built-in model"),
         "problems": problems,
@@ -63,6 +64,9 @@ def format_findings(findings: dict[str, Any]) -> str:
     lines += ["attention backends"]
     for backend in findings["attention_backends"] or []:
         lines.append(f"  {backend['name']:<16} {'yes' if backend['available'] else 'no'}: {backend['reason']}")
+    for shapes, choice in (findings["backend_choices"] or {}).items():
+        times = ", ".join(f"{name} {ms:.2f}" for name, ms in choice["milliseconds"].items())
+        lines.append(f"  auto took {choice['backend']} for {shapes} (ms of a trial: {times})")
     lines += ["packages"]
     for name, found in findings["packages"].items():
         lines.append(f"  {name:<16} {found['version'] or 'not installed':<16} {found['for']}")
@@ -107,6 +111,14 @@ def _backends() -> list[dict[str, Any]]:
     from .attention import available_backends
 
     return [{"name": b.name, "available": b.available, "reason": b.reason} for b in available_backends()]
+
+
+def _choices() -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from .attention.choose import default_book
+
+    return {shapes: asdict(choice) for shapes, choice in default_book().choices.items()}
 
 
 def _tiny_model() -> dict[str, Any]:

@@ -138,7 +138,7 @@ class Pipeline:
         report = AttentionReport()
         context, mask = self._encode(request, template)
         with self._working(self.transformer):
-            network = self._guided_network(request, context, mask, self._attention_options(request, plan, report))
+            network = self._guided_network(request, context, mask, self._attention_options(request, mask, plan, report))
             z = self._sample(request, network, progress)
         if not bool(z.isfinite().all()):
             raise ValueError(f"The model's result is not finite in {_dtype_name(self.transformer)}; use --dtype float32.")
@@ -160,7 +160,7 @@ class Pipeline:
         return context.to(self.device), mask.to(self.device)
 
     def _attention_options(
-        self, request: VideoRequest, plan: TilePlan | None, report: AttentionReport
+        self, request: VideoRequest, mask: Tensor, plan: TilePlan | None, report: AttentionReport
     ) -> Callable[[], dict[str, Any]]:
         """Makes the transformer_options of one forward pass."""
         t, h, w = request.latent_size
@@ -169,7 +169,10 @@ class Pipeline:
         if plan is None:
             return dict
         override = make_attention_override(plan, report)
-        return lambda: {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(layout)}
+        # Cross-attention is told from self-attention by its length; where the lengths are the same, nothing tells them apart.
+        longest = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1
+        told_apart = longest != layout.tokens
+        return lambda: {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(layout, told_apart, "text as long as the video")}
 
     def _guided_network(
         self, request: VideoRequest, context: Tensor, mask: Tensor, options: Callable[[], dict[str, Any]]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .files import write_text
 from .tiles import TilePattern
 
 SCHEMA_VERSION = 1
@@ -133,10 +133,7 @@ class TilePlan:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file; a file of that name is replaced only once the new one is whole."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> TilePlan:

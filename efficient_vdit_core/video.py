@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from .files import check_writable_file
+
 SUFFIXES = (".mp4", ".gif", ".webp")
 _EXIF_DESCRIPTION = 0x010E
 INSTALL_ENGINE = "Install the engine's extra: pip install 'efficient-vdit[engine]'."
@@ -28,12 +30,7 @@ def check_writable(path: str | Path) -> Path:
         raise ValueError(
             f"Cannot write {str(path)!r}: the ending must be one of {', '.join(SUFFIXES)}, as it picks the format."
         )
-    if path.is_dir():
-        raise ValueError(f"Cannot write {str(path)!r}: it is a folder; name a file in it.")
-    if not path.parent.is_dir():
-        raise ValueError(f"Cannot write {str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"Cannot write {str(path)!r}: no permission in {str(path.parent)!r}; choose another folder.")
+    check_writable_file(path)
     _check_writer_installed(path.suffix.lower())
     return path
 

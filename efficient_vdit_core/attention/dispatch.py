@@ -1,20 +1,26 @@
-"""The one entry to attention under a tile pattern."""
+"""The one entry to attention under a tile pattern, and the choice of the backend that computes it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..tiles import TilePattern
+from .choose import Attend, default_book
 from .frames import attend_frames
 from .layout import TokenLayout
+from .triton import DTYPES, HEAD_DIMS, attend_triton, triton_status
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-DEFAULT_MAX_EXTRA_BYTES = 256 * 2**20
+BACKENDS = ("frames", "triton")
+# Attention over fewer tokens takes a millisecond or two either way: the plan is followed as it is, unmeasured.
+FEWEST_MEASURED_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,16 @@ class BackendStatus:
     reason: str
 
 
-def available_backends() -> list[BackendStatus]:
-    """The backends of ``tile_attention``, for `evdit doctor`."""
-    return [BackendStatus("frames", True, "dense calls only; runs wherever PyTorch does")]
+def available_backends(device: torch.device | str | None = None) -> list[BackendStatus]:
+    """The backends of ``tile_attention`` on ``device`` (default: the GPU where there is one), for `evdit doctor`."""
+    chosen = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    frames = BackendStatus("frames", True, "dense calls only; runs wherever PyTorch does")
+    return [frames, BackendStatus("triton", *triton_status(chosen))]
+
+
+@lru_cache
+def _statuses(device_type: str) -> dict[str, BackendStatus]:
+    return {status.name: status for status in available_backends(device_type)}
 
 
 def tile_attention(
@@ -40,22 +53,70 @@ def tile_attention(
     *,
     dense: Dense | None = None,
     backend: str = "auto",
-    max_extra_bytes: int = DEFAULT_MAX_EXTRA_BYTES,
+    max_extra_bytes: int | None = None,
+    dense_name: str = "sdpa",
 ) -> Tensor:
     """Attention of q over k, v under the arrow mask of ``pattern`` (Efficient-vDiT section 3). Exact and differentiable.
 
-    q, k, v and the result are (B, H, N, D) with N = ``layout.tokens``, any float dtype and strides; scores are scaled by
-    1 / sqrt(D). ``dense`` computes plain attention of (B, H, Nq, D) over (B, H, Nk, D), default PyTorch's SDPA.
-    ``max_extra_bytes`` bounds the copies of keys and values. Raises ValueError naming the argument that does not fit.
+    Args:
+        q, k, v: (B, H, N, D) with N = ``layout.tokens``, any float dtype and strides; scores are scaled by 1 / sqrt(D).
+        dense: plain attention of (B, H, Nq, D) over (B, H, Nk, D), default PyTorch's SDPA; ``dense_name`` tells it from others.
+        backend: ``frames``, ``triton``; ``dense`` ignores the pattern; ``auto`` is what ``choose_backend`` says.
+        max_extra_bytes: bounds the copies of keys and values in ``frames``, default: by the device.
+
+    Returns:
+        (B, H, N, D).
+
+    Raises:
+        ValueError: an argument does not fit, or the backend cannot run here; the text names it and says why.
     """
     _check(q, k, v, layout)
-    names = [status.name for status in available_backends() if status.available]
-    if backend not in ("auto", *names):
-        raise ValueError(f"backend is {backend!r}, expected auto or one of {', '.join(names)}, which run on this machine.")
-    dense = dense or F.scaled_dot_product_attention
+    attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes)
+    if backend == "auto":
+        backend = choose_backend(q, k, v, layout, pattern, dense=dense, dense_name=dense_name)
+    elif backend != "dense":
+        _check_backend(backend, q)
+    return attend["dense" if pattern.is_full(layout.grid.t) else backend](q, k, v, layout, pattern)
+
+
+def choose_backend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern, *, dense: Dense | None = None,
+                   dense_name: str = "sdpa") -> str:
+    """The backend that ``auto`` means for these tensors: the fastest of a trial, ``dense`` where nothing beats it.
+
+    Not measured, and ``frames``, for fewer than ``FEWEST_MEASURED_TOKENS`` tokens and while torch.compile traces. A
+    full pattern is ``dense``.
+    """
     if pattern.is_full(layout.grid.t):
-        return dense(q, k, v)
-    return attend_frames(q, k, v, layout, pattern, dense, max_extra_bytes)
+        return "dense"
+    if layout.tokens < FEWEST_MEASURED_TOKENS or torch.compiler.is_compiling():
+        return "frames"
+    usable = {"dense", *(name for name, status in _statuses(q.device.type).items() if status.available and fits(name, q))}
+    every = _candidates(dense or F.scaled_dot_product_attention, None)
+    candidates = {name: attend for name, attend in every.items() if name in usable}
+    return default_book().choose(candidates, q, k, v, layout, pattern, dense_name).backend
+
+
+def fits(backend: str, q: Tensor) -> bool:
+    """Whether a backend that runs on this machine takes tensors like q."""
+    if backend == "frames":
+        return True
+    return q.shape[-1] in HEAD_DIMS and q.dtype in DTYPES
+
+
+def _candidates(dense: Dense, max_extra_bytes: int | None) -> dict[str, Attend]:
+    return {
+        "dense": lambda q, k, v, layout, pattern: dense(q, k, v),
+        "frames": lambda q, k, v, layout, pattern: attend_frames(q, k, v, layout, pattern, dense, max_extra_bytes),
+        "triton": attend_triton,
+    }
+
+
+def _check_backend(backend: str, q: Tensor) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected auto, dense, {' or '.join(BACKENDS)}.")
+    status = _statuses(q.device.type)[backend]
+    if not status.available:
+        raise ValueError(f"backend is {backend!r}, which cannot run here: {status.reason}. Choose auto or frames.")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:

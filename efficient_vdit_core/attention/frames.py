@@ -16,67 +16,85 @@ from einops import rearrange
 from torch import Tensor
 
 from ..tiles import TilePattern
-from .layout import TokenLayout
+from .layout import TokenLayout, global_spans
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+# What fits a CPU core's share of the last-level cache: chunks beyond it wait for memory, and fresh pages cost more than
+# the attention of a small frame.
+_CPU_BYTES = 4 * 2**20
+_GPU_MOST, _GPU_LEAST = 2**30, 64 * 2**20
 
-def attend_frames(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern, dense: Dense, max_extra_bytes: int) -> Tensor:
+
+def default_extra_bytes(device: torch.device) -> int:
+    """The bound on key and value copies (bytes) where the caller gives none: from the cache, or from free GPU memory."""
+    if device.type == "cpu":
+        return _CPU_BYTES
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return _GPU_LEAST
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(_GPU_LEAST, min(free // 8, _GPU_MOST))
+
+
+def attend_frames(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern, dense: Dense,
+                  max_extra_bytes: int | None = None) -> Tensor:
     """Attention of q over k, v (B, H, N, D) under ``pattern``.
 
-    Extra memory is the key and value copies of one chunk of frames, 2 B H f (s + g) D elements: at most
-    ``max_extra_bytes``, or one frame's worth where that is more.
+    Extra memory is the rows of the shared queries and, for one chunk of frames of one batch entry, the keys and values
+    2 H f (s + g) D: at most ``max_extra_bytes`` (None: ``default_extra_bytes``), or one frame's worth where that is more.
+    Where gradients are wanted, autograd keeps every chunk's copies.
     """
     references = pattern.reference_frames(layout.grid.t)
     others = [f for f in range(layout.grid.t) if f not in set(references)]
-    spans = _global_spans(layout, references)
+    spans = global_spans(layout, references)
     out = torch.empty_like(q)
     if spans:
         rows = dense(_gather(q, spans), k, v)
         for (start, stop), part in zip(spans, rows.split([stop - start for start, stop in spans], dim=2), strict=True):
             out[:, :, start:stop] = part
     shared_k, shared_v = _gather(k, spans), _gather(v, spans)
-    frame_bytes = 2 * q.shape[0] * q.shape[1] * (layout.grid.tokens_per_frame + shared_k.shape[2]) * q.shape[3] * q.element_size()
-    for first, last in _chunks(others, max(1, max_extra_bytes // frame_bytes)):
-        _attend_own_and_shared(q, k, v, shared_k, shared_v, out, layout, first, last, dense)
+    limit = default_extra_bytes(q.device) if max_extra_bytes is None else max_extra_bytes
+    frame_bytes = 2 * q.shape[1] * (layout.grid.tokens_per_frame + shared_k.shape[2]) * q.shape[3] * q.element_size()
+    chunks = list(_chunks(others, max(1, limit // frame_bytes)))
+    reuse = not (torch.is_grad_enabled() and any(x.requires_grad for x in (k, v)))
+    for b in range(q.shape[0]):
+        keys, values = (_OwnAndShared(x[b], shared[b], layout, chunks, reuse) for x, shared in ((k, shared_k), (v, shared_v)))
+        for first, last in chunks:
+            rows = dense(_frames(q[b], layout, first, last), keys.of(first, last), values.of(first, last))
+            _frames(out[b], layout, first, last).copy_(rows)
     return out
 
 
-def _attend_own_and_shared(q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor, shared_v: Tensor, out: Tensor, layout: TokenLayout,
-                           first: int, last: int, dense: Dense) -> None:
-    """Write the rows of frames ``first`` to ``last`` (exclusive), none of which is a reference frame."""
-    size, frames = layout.grid.tokens_per_frame, last - first
-    start, stop = layout.prefix + first * size, layout.prefix + last * size
+class _OwnAndShared:
+    """For each frame of a chunk its own keys (or values) followed by the shared ones: (f, H, s + g, D).
 
-    def fold(x: Tensor) -> Tensor:
-        return rearrange(x[:, :, start:stop], "b h (f s) d -> (b f) h s d", f=frames)
+    With ``reuse`` all chunks share one buffer, and the shared keys are written into it once.
+    """
 
-    def own_and(shared: Tensor, x: Tensor) -> Tensor:
-        if not shared.shape[2]:
-            return fold(x)
-        # Written once into its place: a repeat followed by a cat would copy the shared keys twice.
-        keys = x.new_empty(x.shape[0], frames, x.shape[1], size + shared.shape[2], x.shape[3])
-        keys[:, :, :, :size] = rearrange(x[:, :, start:stop], "b h (f s) d -> b f h s d", f=frames)
-        keys[:, :, :, size:] = shared[:, None]
-        return keys.flatten(0, 1)
+    def __init__(self, x: Tensor, shared: Tensor, layout: TokenLayout, chunks: list[tuple[int, int]], reuse: bool) -> None:
+        self.x, self.shared, self.layout = x, shared, layout
+        self.buffer = self._allocate(max([last - first for first, last in chunks])) if reuse else None
 
-    rows = dense(fold(q), own_and(shared_k, k), own_and(shared_v, v))
-    out[:, :, start:stop] = rearrange(rows, "(b f) h s d -> b h (f s) d", f=frames)
+    def _allocate(self, frames: int) -> Tensor:
+        own, heads = self.layout.grid.tokens_per_frame, self.x.shape[0]
+        buffer = self.x.new_empty(frames, heads, own + self.shared.shape[1], self.x.shape[2])
+        buffer[:, :, own:] = self.shared
+        return buffer
+
+    def of(self, first: int, last: int) -> Tensor:
+        own = _frames(self.x, self.layout, first, last)
+        if not self.shared.shape[1]:
+            return own
+        buffer = self._allocate(last - first) if self.buffer is None else self.buffer[: last - first]
+        buffer[:, :, : own.shape[2]] = own
+        return buffer
 
 
-def _global_spans(layout: TokenLayout, references: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Token ranges that attend to all and are attended by all, neighbours joined, in order."""
+def _frames(x: Tensor, layout: TokenLayout, first: int, last: int) -> Tensor:
+    """Frames ``first`` to ``last`` (exclusive) of x (H, N, D) as a view (f, H, s, D)."""
     size = layout.grid.tokens_per_frame
-    ranges = [(0, layout.prefix)]
-    ranges += [(layout.prefix + f * size, layout.prefix + (f + 1) * size) for f in references]
-    ranges += [(layout.tokens - layout.suffix, layout.tokens)]
-    joined: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        elif stop > start:
-            joined.append((start, stop))
-    return [(start, stop) for start, stop in joined if stop > start]
+    start = layout.prefix + first * size
+    return rearrange(x[:, start : start + (last - first) * size], "h (f s) d -> f h s d", s=size)
 
 
 def _gather(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:

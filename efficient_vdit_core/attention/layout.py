@@ -21,3 +21,21 @@ class TokenLayout:
     @property
     def tokens(self) -> int:
         return self.prefix + self.grid.tokens + self.suffix
+
+
+def global_spans(layout: TokenLayout, references: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Token ranges [start, stop) that attend to all and are attended by all, neighbours joined, in order.
+
+    These are the prefix, the frames named by ``references`` (ascending) and the suffix; empty ranges are left out.
+    """
+    size = layout.grid.tokens_per_frame
+    ranges = [(0, layout.prefix)]
+    ranges += [(layout.prefix + f * size, layout.prefix + (f + 1) * size) for f in references]
+    ranges += [(layout.tokens - layout.suffix, layout.tokens)]
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        elif stop > start:
+            joined.append((start, stop))
+    return [(start, stop) for start, stop in joined if stop > start]

@@ -54,9 +54,13 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from ..commands import say
     from ..commands.generate import load_plan
+    from ..files import check_writable_file, write_text
     from ..pipeline import Pipeline
     from .evaluate import evaluate
 
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        check_writable_file(args.json)
     pipeline = Pipeline.from_model(args.model)
     plan = load_plan(args.plan, None)
     with tqdm(total=args.captions, desc="captions") as bar:
@@ -68,8 +72,7 @@ def _evaluate(args: argparse.Namespace) -> int:
                            progress=progress)  # fmt: skip
     text = json.dumps({"command": f"evdit tinyworld eval --captions {args.captions} --steps {args.steps}", **figures}, indent=2)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        write_text(args.json, text + "\n")
     say(text)
     return 0
 

@@ -12,10 +12,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+import websocket
 
 ROOT = Path(__file__).parents[2]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
 PYTHON = Path(os.environ.get("COMFYUI_PYTHON", COMFYUI / ".venv" / "bin" / "python"))
+ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
 START_TIMEOUT, RUN_TIMEOUT = 180.0, 400.0
 
 
@@ -73,18 +75,35 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read() or "{}")
 
-    def run(self, prompt: dict) -> dict:
-        """Queue an API-format prompt and wait; returns its history entry, success or not."""
-        status, answer = self.post("/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})
-        assert status == 200, json.dumps(answer, indent=1)
-        end = time.monotonic() + RUN_TIMEOUT
-        while time.monotonic() < end:
-            history = self.get(f"/history/{answer['prompt_id']}")
+    def run(self, prompt: dict, events: list | None = None) -> dict:
+        """Queue an API-format prompt and wait; returns its history entry, success or not.
+
+        ``events`` receives every (type, data) that the page would hear over its websocket.
+        """
+        client = uuid.uuid4().hex
+        socket = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=RUN_TIMEOUT)
+        try:
+            status, answer = self.post("/prompt", {"prompt": prompt, "client_id": client})
+            assert status == 200, json.dumps(answer, indent=1)
+            for kind, data in _messages(socket):
+                if events is not None:
+                    events.append((kind, data))
+                if kind in ENDINGS and data.get("prompt_id") == answer["prompt_id"]:
+                    break
+        except (websocket.WebSocketException, ConnectionError) as error:
+            raise AssertionError(f"the prompt did not end: {error!r}\n{self.text()[-3000:]}") from None
+        finally:
+            socket.close()
+        return self._history(answer["prompt_id"])
+
+    def _history(self, prompt_id: str) -> dict:
+        # The last event is sent a moment before the history is written.
+        for _ in range(100):
+            history = self.get(f"/history/{prompt_id}")
             if history:
-                return history[answer["prompt_id"]]
-            assert self.process.poll() is None, self.text()[-3000:]
-            time.sleep(0.3)
-        raise AssertionError(f"the prompt took over {RUN_TIMEOUT} s:\n{self.text()[-3000:]}")
+                return history[prompt_id]
+            time.sleep(0.1)
+        raise AssertionError(f"no history for the prompt that ended:\n{self.text()[-3000:]}")
 
     def error(self, prompt: dict) -> str:
         """Queue a prompt that must fail while it runs; returns the message that the user sees."""
@@ -99,6 +118,15 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def _messages(socket):
+    """(type, data) of the text messages; binary ones are preview pictures."""
+    while True:
+        message = socket.recv()
+        if isinstance(message, str):
+            parsed = json.loads(message)
+            yield parsed["type"], parsed["data"]
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,16 @@ def test_every_node_is_there_with_tooltips(server):
         assert all(info[name]["output_tooltips"]), name
 
 
+def test_the_page_hears_of_the_progress(server, tiny_prompt):
+    """Over the websocket: the sampler's steps one by one, to the last, then the end."""
+    events = []
+    server.run(tiny_prompt(), events)
+    (sampler,) = [key for key, node in tiny_prompt().items() if node["class_type"] == "SamplerCustomAdvanced"]
+    steps = [(d["value"], d["max"]) for kind, d in events if kind == "progress" and d.get("node") == sampler]
+    assert steps and steps[-1][0] == steps[-1][1] and [s[0] for s in steps] == sorted(s[0] for s in steps)
+    assert len({s[0] for s in steps}) >= steps[-1][1] and events[-1][0] == "execution_success"
+
+
 def schemas(info: dict) -> dict:
     """What a saved workflow relies on: ids, input order, types, defaults and ranges, outputs."""
     found = {}

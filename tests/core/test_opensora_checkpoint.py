@@ -96,7 +96,7 @@ def test_a_truncated_file_says_so(folder):
 )
 def test_other_weights_are_named(folder, weights, edit, message):
     save_file(edit(dict(weights)), folder / NAME)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^{folder.name} .*{message}"):
         checkpoint.load_transformer(folder)
 
 

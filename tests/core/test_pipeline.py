@@ -165,6 +165,15 @@ def test_full_plan_equals_dense_and_a_sparse_one_differs(pipeline):
     assert full.report.sparse == 0
 
 
+def test_text_as_long_as_the_video_is_not_taken_for_video(pipeline):
+    make = lambda prompt, plan: pipeline.generate(prompt, steps=1, frames=9, guidance=1.0, plan=plan)  # noqa: E731
+    as_long = "x" * 17  # and the end token: 18, as many as 3 frames of 2 x 3 tokens
+    sparse = make(as_long, TilePlan.uniform(1))
+    assert np.array_equal(sparse.frames, make(as_long, None).frames)
+    assert sparse.report.sparse == 0 and sparse.report.dense["text as long as the video"] == 2 * 2, "both kinds of attention in two layers"
+    assert make(as_long + "x", TilePlan.uniform(1)).report.sparse == 2
+
+
 def test_metadata_tells_all_that_made_the_video(pipeline):
     plan = TilePlan.uniform(1)
     video = pipeline.generate("dog", steps=3, segments=2, gamma=0.5, seed=9, plan=plan, guidance=2.0)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ def read_transformer(path: str | Path) -> tuple[dict[str, Tensor], DiTConfig]:
     state_dict, metadata = read_state_dict(path)
     state_dict = unify_names(state_dict)
     values = _config_values(path, metadata)
-    check_transformer_config(values)
-    check_transformer_keys(state_dict)
-    config = DiTConfig.from_dict(values) if values else OSP_29X720P
+    with _naming(path):
+        check_transformer_config(values)
+        check_transformer_keys(state_dict)
+        config = DiTConfig.from_dict(values) if values else OSP_29X720P
     _check_manifest(state_dict, OpenSoraT2V, config, "transformer", path)
     return state_dict, config
 
@@ -50,9 +52,10 @@ def read_transformer(path: str | Path) -> tuple[dict[str, Tensor], DiTConfig]:
 def read_vae(path: str | Path) -> tuple[dict[str, Tensor], VAEConfig]:
     """State dict under the reference names, and the configuration. Raises ValueError for any other VAE's file."""
     state_dict, metadata = read_state_dict(path)
-    check_vae_keys(state_dict)
     values = _config_values(path, metadata)
-    config = VAEConfig.from_dict(values) if values else OSP_VAE
+    with _naming(path):
+        check_vae_keys(state_dict)
+        config = VAEConfig.from_dict(values) if values else OSP_VAE
     state_dict = {name: value for name, value in state_dict.items() if "loss" not in name}
     _check_manifest(state_dict, CausalVAE, config, "VAE", path)
     return state_dict, config
@@ -97,6 +100,15 @@ def read_torch_file(file: Path) -> Any:
             f"{file.name} cannot be read safely: {reason[:200]}. It is damaged, or holds more than tensors, which this project never "
             "unpickles. Ask its publisher for safetensors, or download it again and run 'evdit convert'."
         ) from error
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Puts the file's name before what is wrong with its content."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{Path(path).name} cannot be used: {error}") from error
 
 
 def _weights_file(path: Path) -> Path:

@@ -1,0 +1,314 @@
+"""Triton kernels of the arrow mask: flash attention whose key loop visits only what the mask keeps.
+
+Imported only where Triton is installed. The sequence is cut into units: the prefix, the suffix and each frame. A block
+of rows belongs to one unit, and two small tables (``triton.py`` builds them) say what a unit sees:
+
+    units     (2 + T, 4) int32: first token, end token, first segment, end segment; prefix, suffix, then the reference
+              frames (their blocks run longest, so they start first), then the other frames
+    segments  (any, 2) int32: first token, end token, end exclusive; neighbours joined
+
+The arrow mask is symmetric, so the same tables say which rows see a block of keys: the dK/dV kernel walks them too.
+Whole blocks of a segment run without a mask; only its last, broken one is masked. Online softmax and recomputation in
+the backward follow FlashAttention-2 (arXiv 2307.08691), in base 2: the scale is folded into one multiply-add.
+
+head_dim is D0 + D1, two tiles whose widths are powers of two (96 = 64 + 32), so nothing is padded; D1 = 0 where one is
+enough, and every second tile then stands for nothing. Strides are (batch, head, token, channel) in elements; addresses
+are 64-bit. Scores and sums are float32.
+"""
+
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Below every score that can occur, yet finite: a row whose first scores are all -inf must not become NaN.
+LOWEST = tl.constexpr(-1e38)
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+INTERPRETED = tl.constexpr(type(_probe).__name__ == "InterpretedFunction")
+
+
+def _tuned(*shapes: tuple[int, int, int, int]):
+    """Autotune over (rows, columns, warps, stages), measured once for each frame size class, head_dim and dtype.
+
+    Under the interpreter there is nothing to tune: the caller passes the block sizes.
+    """
+    if INTERPRETED:
+        return lambda kernel: kernel
+    configs = [triton.Config({"ROWS": r, "COLS": c}, num_warps=w, num_stages=s) for r, c, w, s in shapes]
+    return triton.autotune(configs, key=["size_class", "D0", "D1"], prune_configs_by={"early_config_prune": _fitting})
+
+
+def _fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
+    """float32 has no tensor cores at full precision and twice the bytes: only the smallest tiles are worth compiling."""
+    if arguments["q"].element_size() < 4:
+        return configs
+    return sorted(configs, key=lambda c: (c.kwargs["ROWS"] * c.kwargs["COLS"], c.num_stages))[:1]
+
+
+@triton.jit
+def _locate(program, units, frames, frame_tokens, prefix, suffix, BLOCK: tl.constexpr):
+    """Head index of this program, and of its block: first token, tokens left in the unit, first and end segment."""
+    prefix_blocks = tl.cdiv(prefix, BLOCK)
+    outer_blocks = prefix_blocks + tl.cdiv(suffix, BLOCK)
+    frame_blocks = tl.cdiv(frame_tokens, BLOCK)
+    blocks = outer_blocks + frames * frame_blocks
+    head = program // blocks
+    block = program % blocks
+    unit = 0
+    first_block = 0
+    if block >= outer_blocks:
+        unit = 2 + (block - outer_blocks) // frame_blocks
+        first_block = outer_blocks + (unit - 2) * frame_blocks
+    elif block >= prefix_blocks:
+        unit = 1
+        first_block = prefix_blocks
+    row = units + 4 * unit
+    start = tl.load(row) + (block - first_block) * BLOCK
+    return head, start, tl.load(row + 1) - start, tl.load(row + 2), tl.load(row + 3)
+
+
+@triton.jit
+def _of_head(tensor, strides, head, heads):
+    """Pointer to the first token of one (batch, head)."""
+    return tensor + tl.cast(head // heads, tl.int64) * strides[0] + tl.cast(head % heads, tl.int64) * strides[1]
+
+
+@triton.jit
+def _addresses(tensor, strides, start, FIRST: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr):
+    tokens = tl.arange(0, TOKENS)[:, None] * strides[2]
+    channels = (FIRST + tl.arange(0, WIDTH))[None, :] * strides[3]
+    return tensor + tl.cast(start, tl.int64) * strides[2] + (tokens + channels)
+
+
+@triton.jit
+def _load(tensor, strides, start, left, D0: tl.constexpr, D1: tl.constexpr, TOKENS: tl.constexpr, EDGE: tl.constexpr):
+    """Two tiles (TOKENS, D0) and (TOKENS, D1); where EDGE, zeros stand for tokens from ``left`` on."""
+    inside = tl.arange(0, TOKENS)[:, None] < left
+    at0 = _addresses(tensor, strides, start, 0, D0, TOKENS)
+    if EDGE:
+        x0 = tl.load(at0, mask=inside, other=0.0)
+    else:
+        x0 = tl.load(at0)
+    x1 = x0
+    if D1 > 0:
+        at1 = _addresses(tensor, strides, start, D0, D1, TOKENS)
+        if EDGE:
+            x1 = tl.load(at1, mask=inside, other=0.0)
+        else:
+            x1 = tl.load(at1)
+    return x0, x1
+
+
+@triton.jit
+def _store(tensor, strides, start, left, x0, x1, D0: tl.constexpr, D1: tl.constexpr, TOKENS: tl.constexpr):
+    inside = tl.arange(0, TOKENS)[:, None] < left
+    kind = tensor.dtype.element_ty
+    tl.store(_addresses(tensor, strides, start, 0, D0, TOKENS), x0.to(kind), mask=inside)
+    if D1 > 0:
+        tl.store(_addresses(tensor, strides, start, D0, D1, TOKENS), x1.to(kind), mask=inside)
+
+
+@triton.jit
+def _load_rows(tensor, start, left, TOKENS: tl.constexpr, EDGE: tl.constexpr):
+    """TOKENS float32 values, one a token; where EDGE, zeros from ``left`` on."""
+    at = tensor + start + tl.arange(0, TOKENS)
+    if EDGE:
+        return tl.load(at, mask=tl.arange(0, TOKENS) < left, other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def _zeros(D0: tl.constexpr, D1: tl.constexpr, TOKENS: tl.constexpr):
+    x0 = tl.zeros([TOKENS, D0], tl.float32)
+    x1 = x0
+    if D1 > 0:
+        x1 = tl.zeros([TOKENS, D1], tl.float32)
+    return x0, x1
+
+
+@triton.jit
+def _dot(a, b, sum_):
+    if INTERPRETED:  # the interpreter keeps bf16 as raw 16-bit integers and would multiply those
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sum_, input_precision="ieee")
+
+
+@triton.jit
+def _scores(a0, a1, b0, b1, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """a b^T over the whole head_dim: (ROWS, COLS)."""
+    result = _dot(a0, tl.trans(b0), tl.zeros([ROWS, COLS], tl.float32))
+    if D1 > 0:
+        result = _dot(a1, tl.trans(b1), result)
+    return result
+
+
+@triton.jit
+def _accumulate(sum0, sum1, weights, x0, x1, D1: tl.constexpr):
+    """sum + weights x, for both tiles."""
+    weights = weights.to(x0.dtype)
+    sum0 = _dot(weights, x0, sum0)
+    if D1 > 0:
+        sum1 = _dot(weights, x1, sum1)
+    return sum0, sum1
+
+
+@triton.jit
+def _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, start, left, scale,
+            D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr):
+    """One step of the online softmax: out, running maximum (base 2) and sum after the COLS keys from ``start``."""
+    k0, k1 = _load(k, k_strides, start, left, D0, D1, COLS, EDGE)
+    scores = _scores(q0, q1, k0, k1, D1, ROWS, COLS)
+    if EDGE:
+        scores = tl.where(tl.arange(0, COLS)[None, :] < left, scores, float("-inf"))
+    highest = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.math.exp2(scores * scale - highest[:, None])
+    shrink = tl.math.exp2(top - highest)
+    total = total * shrink + tl.sum(weights, 1)
+    out0 = out0 * shrink[:, None]
+    if D1 > 0:
+        out1 = out1 * shrink[:, None]
+    v0, v1 = _load(v, v_strides, start, left, D0, D1, COLS, EDGE)
+    out0, out1 = _accumulate(out0, out1, weights, v0, v1, D1)
+    return out0, out1, highest, total
+
+
+@_tuned((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 4, 4), (64, 64, 4, 3), (64, 32, 4, 3))
+@triton.jit
+def forward_kernel(q, k, v, out, lse, units, segments, q_strides, k_strides, v_strides, out_strides,
+                   heads, tokens, frames, frame_tokens, prefix, suffix, size_class, scale,
+                   D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows of ``out`` (B, H, N, D) and ``lse`` (B, H, N) float32, natural log. ``scale`` multiplies q k^T, times log2 e."""
+    head, start, left, segment, last = _locate(tl.program_id(0), units, frames, frame_tokens, prefix, suffix, ROWS)
+    k = _of_head(k, k_strides, head, heads)
+    v = _of_head(v, v_strides, head, heads)
+    q0, q1 = _load(_of_head(q, q_strides, head, heads), q_strides, start, left, D0, D1, ROWS, True)
+    out0, out1 = _zeros(D0, D1, ROWS)
+    top = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for index in range(segment, last):
+        first = tl.load(segments + 2 * index)
+        end = tl.load(segments + 2 * index + 1)
+        whole = first + (end - first) // COLS * COLS
+        for at in range(first, whole, COLS):
+            out0, out1, top, total = _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, at, COLS, scale,
+                                             D0, D1, ROWS, COLS, False)
+        if whole < end:
+            out0, out1, top, total = _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, whole, end - whole,
+                                             scale, D0, D1, ROWS, COLS, True)
+    out0 = out0 / total[:, None]
+    if D1 > 0:
+        out1 = out1 / total[:, None]
+    _store(_of_head(out, out_strides, head, heads), out_strides, start, left, out0, out1, D0, D1, ROWS)
+    logs = (top + tl.math.log2(total)) * LN_2
+    offset = tl.arange(0, ROWS)
+    tl.store(lse + tl.cast(head, tl.int64) * tokens + start + offset, logs, mask=offset < left)
+
+
+@triton.jit
+def _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, lse, delta, k, v, k_strides, v_strides, start, left, scale,
+                D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr):
+    k0, k1 = _load(k, k_strides, start, left, D0, D1, COLS, EDGE)
+    v0, v1 = _load(v, v_strides, start, left, D0, D1, COLS, EDGE)
+    weights = tl.math.exp2(_scores(q0, q1, k0, k1, D1, ROWS, COLS) * scale - lse[:, None])
+    if EDGE:
+        weights = tl.where(tl.arange(0, COLS)[None, :] < left, weights, 0.0)
+    slopes = weights * (_scores(dout0, dout1, v0, v1, D1, ROWS, COLS) - delta[:, None])
+    return _accumulate(dq0, dq1, slopes, k0, k1, D1)
+
+
+@_tuned((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 4, 2), (128, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3))
+@triton.jit
+def query_gradient_kernel(q, k, v, out, lse, dout, dlse, dq, delta, units, segments,
+                          q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides,
+                          heads, tokens, frames, frame_tokens, prefix, suffix, size_class, scale,
+                          WITH_DLSE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """dQ, and ``delta`` (B, H, N) float32 = rowsum(out * dout) - dlse, which the dK/dV kernel reads afterwards."""
+    head, start, left, segment, last = _locate(tl.program_id(0), units, frames, frame_tokens, prefix, suffix, ROWS)
+    row = tl.cast(head, tl.int64) * tokens
+    k = _of_head(k, k_strides, head, heads)
+    v = _of_head(v, v_strides, head, heads)
+    q0, q1 = _load(_of_head(q, q_strides, head, heads), q_strides, start, left, D0, D1, ROWS, True)
+    out0, out1 = _load(_of_head(out, out_strides, head, heads), out_strides, start, left, D0, D1, ROWS, True)
+    dout0, dout1 = _load(_of_head(dout, dout_strides, head, heads), dout_strides, start, left, D0, D1, ROWS, True)
+    slope = tl.sum(out0.to(tl.float32) * dout0.to(tl.float32), 1)
+    if D1 > 0:
+        slope += tl.sum(out1.to(tl.float32) * dout1.to(tl.float32), 1)
+    if WITH_DLSE:
+        slope -= _load_rows(dlse + row, start, left, ROWS, True)
+    offset = tl.arange(0, ROWS)
+    tl.store(delta + row + start + offset, slope, mask=offset < left)
+    logs = _load_rows(lse + row, start, left, ROWS, True) * LOG2_E
+    dq0, dq1 = _zeros(D0, D1, ROWS)
+    for index in range(segment, last):
+        first = tl.load(segments + 2 * index)
+        end = tl.load(segments + 2 * index + 1)
+        whole = first + (end - first) // COLS * COLS
+        for at in range(first, whole, COLS):
+            dq0, dq1 = _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, logs, slope, k, v, k_strides, v_strides, at, COLS, scale,
+                                   D0, D1, ROWS, COLS, False)
+        if whole < end:
+            dq0, dq1 = _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, logs, slope, k, v, k_strides, v_strides, whole, end - whole,
+                                   scale, D0, D1, ROWS, COLS, True)
+    dq0 = dq0 * (scale * LN_2)
+    dq1 = dq1 * (scale * LN_2)
+    _store(_of_head(dq, dq_strides, head, heads), dq_strides, start, left, dq0, dq1, D0, D1, ROWS)
+
+
+@triton.jit
+def _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta, q_strides, dout_strides, start, left, scale,
+                 D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr):
+    """Here ROWS are keys, which stay, and COLS are queries, which pass. Missing queries are zero and add nothing."""
+    q0, q1 = _load(q, q_strides, start, left, D0, D1, COLS, EDGE)
+    logs = _load_rows(lse, start, left, COLS, EDGE) * LOG2_E
+    weights = tl.math.exp2(_scores(k0, k1, q0, q1, D1, ROWS, COLS) * scale - logs[None, :])
+    dout0, dout1 = _load(dout, dout_strides, start, left, D0, D1, COLS, EDGE)
+    dv0, dv1 = _accumulate(dv0, dv1, weights, dout0, dout1, D1)
+    delta_of_rows = _load_rows(delta, start, left, COLS, EDGE)
+    slopes = weights * (_scores(v0, v1, dout0, dout1, D1, ROWS, COLS) - delta_of_rows[None, :])
+    dk0, dk1 = _accumulate(dk0, dk1, slopes, q0, q1, D1)
+    return dk0, dk1, dv0, dv1
+
+
+@_tuned((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3))
+@triton.jit
+def key_value_gradient_kernel(q, k, v, lse, dout, delta, dk, dv, units, segments,
+                              q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
+                              heads, tokens, frames, frame_tokens, prefix, suffix, size_class, scale,
+                              D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """dK and dV of a block of keys, over all rows that see it."""
+    head, start, left, segment, last = _locate(tl.program_id(0), units, frames, frame_tokens, prefix, suffix, ROWS)
+    row = tl.cast(head, tl.int64) * tokens
+    q = _of_head(q, q_strides, head, heads)
+    dout = _of_head(dout, dout_strides, head, heads)
+    k0, k1 = _load(_of_head(k, k_strides, head, heads), k_strides, start, left, D0, D1, ROWS, True)
+    v0, v1 = _load(_of_head(v, v_strides, head, heads), v_strides, start, left, D0, D1, ROWS, True)
+    dk0, dk1 = _zeros(D0, D1, ROWS)
+    dv0, dv1 = _zeros(D0, D1, ROWS)
+    for index in range(segment, last):
+        first = tl.load(segments + 2 * index)
+        end = tl.load(segments + 2 * index + 1)
+        whole = first + (end - first) // COLS * COLS
+        for at in range(first, whole, COLS):
+            dk0, dk1, dv0, dv1 = _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse + row, delta + row, q_strides,
+                                              dout_strides, at, COLS, scale, D0, D1, ROWS, COLS, False)
+        if whole < end:
+            dk0, dk1, dv0, dv1 = _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse + row, delta + row, q_strides,
+                                              dout_strides, whole, end - whole, scale, D0, D1, ROWS, COLS, True)
+    dk0 = dk0 * (scale * LN_2)
+    dk1 = dk1 * (scale * LN_2)
+    _store(_of_head(dk, dk_strides, head, heads), dk_strides, start, left, dk0, dk1, D0, D1, ROWS)
+    _store(_of_head(dv, dv_strides, head, heads), dv_strides, start, left, dv0, dv1, D0, D1, ROWS)

@@ -1,0 +1,181 @@
+"""Which backend is fastest here: measured once for each device, dtype and class of shapes, and kept on disk.
+
+The choice is a property of the machine, so the file is thrown away when torch, triton, the driver or the pack change.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..files import write_text
+from ..tiles import TilePattern, TokenGrid
+from .layout import TokenLayout
+
+Attend = Callable[[Tensor, Tensor, Tensor, TokenLayout, TilePattern], Tensor]
+
+log = logging.getLogger("efficient_vdit")
+
+# FLOPs of one dense trial: about a tenth of a second on two cores, ten milliseconds on a large GPU.
+_TRIAL_FLOPS = {"cpu": 2e10, "cuda": 5e12}
+_SHORTEST_FRAME = 128
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest backend of a shape class and the median milliseconds of every candidate in the trial."""
+
+    backend: str
+    milliseconds: dict[str, float]
+
+
+class ChoiceBook:
+    """Choices by shape class, in memory and in ``file``; safe for several threads."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.lock = file, threading.Lock()
+        self.choices = _read(file)
+
+    def choose(self, candidates: Mapping[str, Attend], q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern,
+               dense_name: str) -> Choice:
+        """The kept choice of this shape class, or a new trial of ``candidates`` on a part of q, k, v (B, H, N, D)."""
+        key = shape_class(q, layout, pattern, dense_name, candidates)
+        with self.lock:
+            if key not in self.choices:
+                self.choices[key] = _trial(candidates, q, k, v, layout, pattern)
+                _write(self.file, self.choices)
+                log.info("Efficient-vDiT: %s is fastest for %s", self.choices[key].backend, key)
+            return self.choices[key]
+
+
+def default_book() -> ChoiceBook:
+    """The book of this machine: ``$EVDIT_CACHE_DIR`` or the user's cache folder."""
+    return _book(_cache_folder() / "attention.json")
+
+
+@lru_cache
+def _book(file: Path) -> ChoiceBook:
+    return ChoiceBook(file)
+
+
+def shape_class(q: Tensor, layout: TokenLayout, pattern: TilePattern, dense_name: str, candidates: Mapping[str, Attend]) -> str:
+    """A readable key; sizes within a factor of sqrt(2) share it."""
+    b, h, _, d = q.shape
+    size, extra = layout.grid.tokens_per_frame, layout.prefix + layout.suffix
+    device = torch.cuda.get_device_name(q.device) if q.device.type == "cuda" else q.device.type
+    return (
+        f"{device}, {str(q.dtype).removeprefix('torch.')}, {'/'.join(candidates)} with {dense_name}, heads {_bucket(b * h)} x {d}, "
+        f"frames {pattern.name(layout.grid.t)} x {_bucket(size)}, extra {_bucket(extra)}"
+    )
+
+
+def _bucket(count: int) -> int:
+    return round(2 ** (round(2 * math.log2(count)) / 2)) if count else 0
+
+
+def _trial(candidates: Mapping[str, Attend], q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> Choice:
+    heads, layout = trial_size(q, layout)
+    q, k, v = (x[:, :heads, : layout.tokens].detach() for x in (q, k, v))
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    with torch.no_grad():
+        for attend in candidates.values():
+            attend(q, k, v, layout, pattern)
+        for _ in range(_REPEATS):
+            for name, attend in candidates.items():
+                times[name].append(seconds(lambda attend=attend: attend(q, k, v, layout, pattern), q.device))
+    medians = {name: 1000 * statistics.median(values) for name, values in times.items()}
+    return Choice(min(medians, key=lambda name: medians[name]), medians)
+
+
+def trial_size(q: Tensor, layout: TokenLayout) -> tuple[int, TokenLayout]:
+    """How many heads and which layout a trial uses: fewer heads first, then shorter frames, until it is quick enough."""
+    b, h, n, d = q.shape
+    budget = _TRIAL_FLOPS.get(q.device.type, _TRIAL_FLOPS["cpu"])
+    per_head = 4.0 * b * n * n * d
+    heads = max(1, min(h, int(budget / per_head)))
+    if per_head <= budget:
+        return heads, layout
+    shrink = math.sqrt(budget / per_head)
+    size = max(_SHORTEST_FRAME, int(layout.grid.tokens_per_frame * shrink))
+    if size >= layout.grid.tokens_per_frame:
+        return heads, layout
+    grid = TokenGrid(layout.grid.t, 1, size)
+    return heads, TokenLayout(grid, int(layout.prefix * shrink), int(layout.suffix * shrink))
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Wall-clock seconds of ``run()``, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _driver_version() -> int:
+    # The one number that tells an update of the driver; PyTorch shows it nowhere else.
+    return getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
+
+
+def _versions() -> dict[str, str]:
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    driver = "none"
+    if torch.cuda.is_available():
+        driver = f"{torch.version.cuda or torch.version.hip}, {_driver_version()}"
+    return {"pack": __version__, "torch": torch.__version__, "triton": triton, "driver": driver, "threads": str(torch.get_num_threads())}
+
+
+def _cache_folder() -> Path:
+    if "EVDIT_CACHE_DIR" in os.environ:
+        return Path(os.environ["EVDIT_CACHE_DIR"])
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "efficient-vdit"
+
+
+def _read(file: Path) -> dict[str, Choice]:
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["versions"] != _versions():
+            return {}
+        return {str(key): Choice(str(c["backend"]), dict(c["milliseconds"])) for key, c in kept["choices"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("Efficient-vDiT: %s cannot be read (%s); backends are measured anew.", file, error)
+        return {}
+
+
+def _write(file: Path, choices: dict[str, Choice]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"versions": _versions(), "choices": {key: asdict(c) for key, c in choices.items()}}, indent=1)
+        write_text(file, text + "\n")
+    except OSError as error:
+        log.warning("Efficient-vDiT: the choice of backend could not be kept in %s (%s); it is measured again next time.", file, error)

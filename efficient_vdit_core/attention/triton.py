@@ -1,0 +1,161 @@
+"""The arrow mask in one fused Triton kernel, forward and backward: no copies, no padding, frames of any length.
+
+Shapes: B batch, H heads, N tokens, D head_dim, T frames, S tokens a frame.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..tiles import TilePattern
+from .layout import TokenLayout, global_spans
+
+# Each head_dim as two tiles, powers of two: nothing is padded.
+HEAD_DIMS = {32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OLDEST_GPU = (8, 0)
+# Block sizes under the interpreter: small, so that small tests meet whole and broken blocks.
+INTERPRETER_BLOCKS = {"ROWS": 16, "COLS": 32}
+
+
+def triton_status(device: torch.device | str | None = None) -> tuple[bool, str]:
+    """Whether ``attend_triton`` runs on ``device`` (default: this machine's GPU), and the reason, in plain words.
+
+    With TRITON_INTERPRET=1 set before the first use it runs on any device through Triton's interpreter, for tests.
+    """
+    if sys.platform == "win32":
+        return False, "Triton's official builds do not cover Windows"
+    if importlib.util.find_spec("triton") is None:
+        return False, "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True, "Triton's interpreter (TRITON_INTERPRET=1): exact but very slow, for tests"
+    if not torch.cuda.is_available():
+        return False, "no CUDA GPU was found"
+    where = torch.device("cuda" if device is None else device)
+    if where.type != "cuda":
+        return False, f"Triton kernels need a CUDA GPU, the tensors are on {where.type}"
+    capability = torch.cuda.get_device_capability(where)
+    if torch.version.hip is None and capability < OLDEST_GPU:
+        return False, f"the GPU has compute capability {capability[0]}.{capability[1]}, expected 8.0 (Ampere) or later"
+    return True, f"one fused kernel on {torch.cuda.get_device_name(where)}"
+
+
+def attend_triton(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:
+    """Attention of q over k, v (B, H, N, D) under ``pattern``, scaled by 1 / sqrt(D). Exact and differentiable.
+
+    Any strides, bf16, fp16 or fp32, head_dim 32, 48, 64, 80, 96 or 128. Raises ValueError naming the argument that does
+    not fit, or the reason why the kernel does not run here.
+    """
+    return attend_triton_lse(q, k, v, layout, pattern)[0]
+
+
+def attend_triton_lse(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> tuple[Tensor, Tensor]:
+    """As ``attend_triton``, with the logarithm of each row's softmax sum: (B, H, N) float32, natural log, differentiable.
+
+    Partial results over disjoint keys merge by it (sequence parallelism).
+    """
+    _check(q, k, v, layout)
+    return _ArrowAttention.apply(q, k, v, layout, pattern)
+
+
+class _ArrowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> tuple[Tensor, Tensor]:
+        from .arrow_kernels import forward_kernel
+
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        tables = _tables(layout, pattern, q.device)
+        strides = [x.stride() for x in (q, k, v, out)]
+        _launch(forward_kernel, (q, k, v, out, lse, *tables, *strides), q, layout)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout, ctx.tables = layout, tables
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        from .arrow_kernels import key_value_gradient_kernel, query_gradient_kernel
+
+        q, k, v, out, lse = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return None, None, None, None, None
+        dout = torch.zeros_like(out) if dout is None else dout
+        dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+        slope_of_lse = delta if dlse is None else dlse.contiguous()  # not read where WITH_DLSE is False
+        strides = [x.stride() for x in (q, k, v, out, dout, dq)]
+        _launch(query_gradient_kernel, (q, k, v, out, lse, dout, slope_of_lse, dq, delta, *ctx.tables, *strides), q, ctx.layout,
+                WITH_DLSE=dlse is not None)
+        strides = [x.stride() for x in (q, k, v, dout, dk, dv)]
+        _launch(key_value_gradient_kernel, (q, k, v, lse, dout, delta, dk, dv, *ctx.tables, *strides), q, ctx.layout)
+        return dq, dk, dv, None, None
+
+
+def _launch(kernel: Any, tensors: tuple[Any, ...], q: Tensor, layout: TokenLayout, **flags: bool) -> None:
+    """Run ``kernel`` with one program for each block of each head, on q's device."""
+    from .arrow_kernels import INTERPRETED
+
+    batch, heads, tokens, dim = q.shape
+    grid, first, second = layout.grid, *HEAD_DIMS[dim]
+
+    def programs(chosen: dict[str, int]) -> tuple[int]:
+        blocks = [-(-length // chosen["ROWS"]) for length in (layout.prefix, layout.suffix, grid.tokens_per_frame)]
+        return (batch * heads * (blocks[0] + blocks[1] + grid.t * blocks[2]),)
+
+    sizes = (heads, tokens, grid.t, grid.tokens_per_frame, layout.prefix, layout.suffix, grid.tokens_per_frame.bit_length())
+    scale = math.log2(math.e) / math.sqrt(dim)
+    blocks = INTERPRETER_BLOCKS if INTERPRETED else {}
+    # Triton launches on the current GPU, which need not be the tensors'.
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        kernel[programs](*tensors, *sizes, scale, **flags, D0=first, D1=second, **blocks)
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(layout: TokenLayout, pattern: TilePattern, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``units`` and ``segments`` as ``arrow_kernels`` describes them; cached, so that a layer costs no upload."""
+    frames, size = layout.grid.t, layout.grid.tokens_per_frame
+    references = pattern.reference_frames(frames)
+    segments = [(0, layout.tokens)]  # the first one, all tokens, is what prefix, suffix and reference frames see
+    units = [(0, layout.prefix, 0, 1), (layout.tokens - layout.suffix, layout.tokens, 0, 1)]
+    units += [(layout.prefix + f * size, layout.prefix + (f + 1) * size, 0, 1) for f in references]
+    for f in sorted(set(range(frames)) - set(references)):
+        # The global spans and the frame itself, joined where they touch.
+        seen = global_spans(layout, tuple(sorted((*references, f))))
+        units.append((layout.prefix + f * size, layout.prefix + (f + 1) * size, len(segments), len(segments) + len(seen)))
+        segments += seen
+    with torch.inference_mode(False):  # a table made in inference mode could not serve a training step later
+        return torch.tensor(units, dtype=torch.int32, device=device), torch.tensor(segments, dtype=torch.int32, device=device)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
+    if q.ndim != 4 or q.shape[2] != layout.tokens or q.numel() == 0:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}, expected (batch, heads, {layout.tokens}, head_dim), none empty, for {layout}. "
+            "The token layout does not describe this sequence."
+        )
+    for name, x in (("k", k), ("v", v)):
+        if (x.shape, x.dtype, x.device) != (q.shape, q.dtype, q.device):
+            raise ValueError(
+                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}, expected {tuple(q.shape)} {q.dtype} on {q.device} as q is."
+            )
+    if q.shape[3] not in HEAD_DIMS:
+        raise ValueError(
+            f"q has head_dim {q.shape[3]}, expected one of {', '.join(map(str, HEAD_DIMS))} for the triton backend. "
+            "Choose the frames backend, which takes any."
+        )
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q is {q.dtype}, expected bfloat16, float16 or float32 for the triton backend. Choose the frames backend.")
+    available, reason = triton_status(q.device)
+    if not available:
+        raise ValueError(f"The triton backend does not run here: {reason}. Choose the frames backend.")

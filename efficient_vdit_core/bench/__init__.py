@@ -1,0 +1,1 @@
+"""What `evdit bench` measures. Every result names hardware, versions, shapes, seed and command."""

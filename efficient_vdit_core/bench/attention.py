@@ -1,0 +1,163 @@
+"""Times attention under tile patterns against dense attention: paired runs, medians, error against float32 rows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention import TokenLayout, available_backends, tile_attention
+from ..attention.choose import seconds
+from ..attention.dispatch import fits
+from ..tiles import TilePattern, TokenGrid
+from . import paper
+from .machine import peak_extra_bytes
+
+SAMPLED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One sequence and the patterns tried on it: ``frames`` latent frames of ``tokens`` each, ``heads`` x ``head_dim``."""
+
+    frames: int
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: str
+    references: tuple[int, ...]
+
+    @property
+    def layout(self) -> TokenLayout:
+        return TokenLayout(TokenGrid(self.frames, 1, self.tokens))
+
+
+def presets() -> dict[str, list[Shape]]:
+    """The shapes behind the names that `evdit bench attention --preset` takes."""
+    paper_rows = [Shape(8, 3600, 24, 96, "bfloat16", (4, 3, 2, 1)), Shape(24, 3600, 24, 96, "bfloat16", (12, 8, 6, 4, 3))]
+    wan = [Shape(21, size, 40, 128, "bfloat16", (1, 2, 3, 4)) for size in (1560, 3600)]
+    # Open-Sora-Plan's and Wan's head sizes; fewer heads where the sequence is long, since heads are independent.
+    cpu = [
+        Shape(frames, size, heads, dim, dtype, (1, 2, 3, 4))
+        for dtype in ("float32", "bfloat16")
+        for size, heads, dim in ((400, 24, 96), (400, 12, 128), (1560, 1, 96), (1560, 1, 128))
+        for frames in (8, 21, 24)
+    ]
+    return {"paper": paper_rows, "wan": wan, "cpu": cpu}
+
+
+def measure(shape: Shape, device: torch.device, *, repeats: int, seed: int, backends: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """One row for dense attention and one for each pattern and backend that runs on ``device``.
+
+    Every backend takes its turn in each repeat, so that a slow moment of the machine meets all of them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, shape.dtype)
+    q, k, v = (torch.randn(1, shape.heads, shape.layout.tokens, shape.head_dim, generator=generator).to(device, dtype) for _ in range(3))
+    named = backends or tuple(b.name for b in available_backends(device) if b.available and fits(b.name, q))
+    dense = _fastest_dense(q, k, v)
+    runs: dict[tuple[int | None, str], Callable[[], Tensor]] = {(None, dense[0]): lambda: dense[1](q, k, v)}
+    for count in shape.references:
+        for name in named:
+            runs[count, name] = _call(q, k, v, shape.layout, count, name)
+    with torch.no_grad():
+        # The warm-up run tells memory and error.
+        first = {key: _memory_and_error(run, q, k, v, shape, key[0], generator) for key, run in runs.items()}
+        times: dict[Any, list[float]] = {key: [] for key in runs}
+        for _ in range(repeats):
+            for key, run in runs.items():
+                times[key].append(seconds(run, device))
+    base = statistics.median(times[None, dense[0]])
+    return [_row(shape, key, statistics.median(times[key]), base, *first[key]) for key in runs]
+
+
+def _memory_and_error(run: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, shape: Shape, count: int | None,
+                      generator: torch.Generator) -> tuple[int | None, float]:
+    kept: list[Tensor] = []
+    extra = peak_extra_bytes(lambda: kept.append(run()), q.device)
+    return extra, _error(kept[0], q, k, v, shape, count, generator)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, count: int, name: str) -> Callable[[], Tensor]:
+    return lambda: tile_attention(q, k, v, layout, TilePattern(count), backend=name)
+
+
+def _fastest_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, Callable[..., Tensor]]:
+    """PyTorch's SDPA, under the fastest of its kernels on a GPU: the baseline must not be a straw man."""
+    if q.device.type != "cuda":
+        return "sdpa", F.scaled_dot_product_attention
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def under(kernel: SDPBackend) -> Callable[..., Tensor]:
+        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(kernel):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return dense
+
+    timed = []
+    for kernel in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        run = under(kernel)
+        try:
+            run(q, k, v)
+        except RuntimeError:  # this kernel does not take these tensors
+            continue
+        timed.append((min(seconds(lambda run=run: run(q, k, v), q.device) for _ in range(3)), kernel.name.lower(), run))
+    if not timed:
+        return "sdpa", F.scaled_dot_product_attention
+    _, name, run = min(timed, key=lambda entry: entry[0])
+    return name, run
+
+
+def _row(shape: Shape, key: tuple[int | None, str], time: float, base: float, extra: int | None, error: float) -> dict[str, Any]:
+    count, backend = key
+    pattern, grid = TilePattern(count), shape.layout.grid
+    flops = 4.0 * shape.heads * shape.head_dim * grid.tokens**2 * pattern.density(shape.frames)
+    ideal = 1 / pattern.density(shape.frames)
+    return {
+        "frames": shape.frames,
+        "tokens_per_frame": shape.tokens,
+        "heads": shape.heads,
+        "head_dim": shape.head_dim,
+        "dtype": shape.dtype,
+        "pattern": pattern.name(shape.frames),
+        "backend": backend,
+        "milliseconds": 1000 * time,
+        "tflops_per_second": flops / time / 1e12,
+        "speedup": base / time,
+        "ideal_speedup": ideal,
+        "efficiency": base / time / ideal,
+        "block_sparsity": pattern.block_sparsity(grid),
+        "peak_extra_bytes": extra,
+        "max_relative_error": error,
+        "paper_speedup": paper.speedup(shape.frames, count) if shape.tokens == 3600 and shape.head_dim == 96 else None,
+    }
+
+
+def _error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, shape: Shape, count: int | None, generator: torch.Generator) -> float:
+    """Largest error of some random rows against their definition in float32, relative to the largest value there."""
+    owner = torch.arange(shape.layout.tokens) // shape.tokens
+    references = torch.tensor(TilePattern(count).reference_frames(shape.frames), dtype=torch.long)
+    rows = torch.randint(shape.layout.tokens, (SAMPLED_ROWS,), generator=generator)
+    live = (owner[rows, None] == owner[None]) | torch.isin(owner, references)[None] | torch.isin(owner[rows], references)[:, None]
+    q32, k32, v32 = q[:, :, rows.to(q.device)].float(), k.float(), v.float()
+    scores = (q32 @ k32.mT / math.sqrt(shape.head_dim)).masked_fill(~live.to(q.device), float("-inf"))
+    want = scores.softmax(-1) @ v32
+    return float((out[:, :, rows.to(q.device)].float() - want).abs().max() / want.abs().max())
+
+
+def geometric_mean(values: list[float]) -> float:
+    """The mean that treats twice as fast and twice as slow alike."""
+    return math.exp(statistics.fmean(math.log(value) for value in values))
+
+
+def with_heads(shapes: list[Shape], heads: int | None) -> Iterator[Shape]:
+    """The shapes, with another head count where one is given: for machines too small for the whole."""
+    for shape in shapes:
+        yield replace(shape, heads=heads) if heads else shape

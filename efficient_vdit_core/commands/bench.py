@@ -1,0 +1,129 @@
+"""evdit bench: time the attention, one transformer step, or the pack's overheads; draw a chart of the results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..files import check_writable_file, write_text
+from . import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the commands attention, step, overhead and plot."""
+    commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
+    attention = commands.add_parser("attention", help="dense attention against every backend, in pairs")
+    attention.add_argument("--preset", choices=("paper", "cpu", "wan"), default="cpu", help="shapes to time, default: %(default)s")
+    attention.add_argument("--frames", type=int, nargs="+", help="only the preset's shapes with these latent frame counts")
+    attention.add_argument("--tokens", type=int, nargs="+", help="only the preset's shapes with these tokens a frame")
+    attention.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="only the preset's shapes of this dtype")
+    attention.add_argument("--heads", type=int, help="fewer heads than the preset has, for a small machine")
+    attention.add_argument("--backends", nargs="+", default=(), help="default: all that run here")
+    step = commands.add_parser("step", help="one forward of Open-Sora-Plan v1.2 with random weights")
+    step.add_argument("--size", default="29x720p", choices=("29x240p", "29x480p", "29x720p", "93x240p", "93x720p"),
+                      help="default: %(default)s")  # fmt: skip
+    step.add_argument("--depth", type=int, default=32, help="blocks, 1..32; the real model has 32, the default")
+    step.add_argument("--references", type=int, nargs="+", default=(4, 2, 1), help="k of the uniform plans, default: 4 2 1")
+    step.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
+    overhead = commands.add_parser("overhead", help="what import, patch and index work cost")
+    for command in (attention, step, overhead):
+        command.add_argument("--repeats", type=int, default=5, help="runs whose median counts, default: %(default)s")
+        command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        command.add_argument("--device", default="auto", help="auto, cpu or cuda, default: %(default)s")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    plot = commands.add_parser("plot", help="draw a results file of `evdit bench attention` as SVG")
+    plot.add_argument("file", type=Path)
+    plot.add_argument("--out", type=Path, help="default: the results file's name with .svg")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Times what was asked for and prints a table; ``--json`` keeps the figures with hardware, versions and command."""
+    if args.bench_command == "plot":
+        return _plot(args)
+    if args.repeats < 1:
+        raise ValueError(f"--repeats is {args.repeats}, expected at least 1.")
+    if args.json:
+        check_writable_file(args.json)
+    device, rows = {"attention": _attention, "step": _step, "overhead": _overhead}[args.bench_command](args)
+    if args.json:
+        from ..bench.machine import describe_machine
+
+        command = "evdit " + shlex.join(sys.argv[1:])
+        results = {"command": command, "seed": args.seed, "repeats": args.repeats, "machine": describe_machine(device), "rows": rows}
+        write_text(args.json, json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def _attention(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    from ..bench.attention import geometric_mean, measure, presets, with_heads
+
+    device = _device(args.device)
+    shapes = [
+        s for s in with_heads(presets()[args.preset], args.heads)
+        if (not args.frames or s.frames in args.frames) and (not args.tokens or s.tokens in args.tokens)
+        and args.dtype in (None, s.dtype)
+    ]  # fmt: skip
+    if not shapes:
+        raise ValueError(f"No shape of the preset {args.preset!r} is left by --frames, --tokens and --dtype. Leave one of them out.")
+    rows: list[dict[str, Any]] = []
+    say("frames x tokens  heads      dtype     pattern  backend          ms   speed-up  ideal  efficiency  TFLOP/s  extra MiB    error")
+    for shape in shapes:
+        new = measure(shape, device, repeats=args.repeats, seed=args.seed, backends=tuple(args.backends))
+        rows += new
+        for r in new:
+            extra = "-" if r["peak_extra_bytes"] is None else f"{r['peak_extra_bytes'] / 2**20:.0f}"
+            say(f"{r['frames']:>6} x {r['tokens_per_frame']:<6}  {r['heads']:>2} x {r['head_dim']:<4}  {r['dtype']:<9} {r['pattern']:<8} "
+                f"{r['backend']:<12} {r['milliseconds']:>7.1f}  {r['speedup']:>8.2f}x {r['ideal_speedup']:>6.2f} {r['efficiency']:>11.2f} "
+                f"{r['tflops_per_second']:>8.3f} {extra:>10} {r['max_relative_error']:>8.1e}")  # fmt: skip
+    sparse = [r["efficiency"] for r in rows if r["pattern"] != "full"]
+    say(f"efficiency against the ideal, geometric mean of {len(sparse)} rows: {geometric_mean(sparse):.3f}")
+    return device, rows
+
+
+def _step(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    from ..bench.step import StepShape, measure
+
+    if not 1 <= args.depth <= 32:
+        raise ValueError(f"--depth is {args.depth}, expected 1 to 32 blocks.")
+    device = _device(args.device)
+    shape = StepShape(args.size, args.depth, tuple(args.references), args.dtype)
+    rows = measure(shape, device, repeats=args.repeats, seed=args.seed)
+    first = rows[0]
+    say(f"{args.size}, {args.depth} of 32 blocks, {first['tokens']} tokens; attention is {first['attention_share']:.0%} of the dense step")
+    for r in rows:
+        say(f"{r['pattern']:<7} {r['seconds']:>9.3f} s  {r['speedup']:>6.2f}x of dense, Amdahl's bound {r['amdahl_bound']:.2f}x")
+    return device, rows
+
+
+def _overhead(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    from ..bench.overhead import measure
+
+    rows = measure(args.repeats)
+    for r in rows:
+        say(f"{r['what']:<50} {r['milliseconds']:>8.2f} ms, limit {r['limit']:g} ms")
+    return _device("cpu"), rows
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from ..bench.plot import draw
+
+    try:
+        chart = draw(json.loads(args.file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{args.file} is no results file of `evdit bench attention` ({error!r}). Make one with --json.") from None
+    out = args.out or args.file.with_suffix(".svg")
+    write_text(out, chart)
+    say(f"{out}")
+    return 0
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    from ..pipeline import pick_device
+
+    return torch.device(pick_device(name))

@@ -1,0 +1,29 @@
+"""Writes files so that nothing is lost: refused early where it cannot work, and whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def check_writable_file(path: str | Path) -> Path:
+    """Raises ValueError if no file can be written at `path`; called before the long work, so touches nothing."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"Cannot write {str(path)!r}: it is a folder; name a file in it.")
+    if not path.parent.is_dir():
+        raise ValueError(f"Cannot write {str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"Cannot write {str(path)!r}: no permission in {str(path.parent)!r}; choose another folder.")
+    return path
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` as UTF-8; a file of that name is replaced only once the new one is whole."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,116 @@
+import json
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from efficient_vdit_core.attention import TokenLayout, choose_backend, dispatch, tile_attention
+from efficient_vdit_core.attention.choose import Choice, ChoiceBook, shape_class, trial_size
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
+
+LAYOUT = TokenLayout(TokenGrid(4, 5, 7), prefix=3)
+
+
+def qkv(layout=LAYOUT, heads=2, dim=8):
+    return [torch.randn(1, heads, layout.tokens, dim) for _ in range(3)]
+
+
+def candidates(calls, slow):
+    """Three backends that note each call; those in ``slow`` sleep."""
+
+    def backend(name):
+        def attend(q, k, v, layout, pattern):
+            calls.append((name, tuple(q.shape)))
+            time.sleep(0.01 if name in slow else 0)
+            return q
+
+        return attend
+
+    return {name: backend(name) for name in ("dense", "frames", "triton")}
+
+
+def test_the_fastest_is_chosen_and_measured_only_once(tmp_path):
+    calls = []
+    book = ChoiceBook(tmp_path / "sub" / "attention.json")
+    first = book.choose(candidates(calls, {"dense", "triton"}), *qkv(), LAYOUT, TilePattern(1), "sdpa")
+    assert first.backend == "frames" and set(first.milliseconds) == {"dense", "frames", "triton"}
+    assert first.milliseconds["dense"] >= 10 > first.milliseconds["frames"]
+    seen = len(calls)
+    assert book.choose(candidates(calls, {"frames"}), *qkv(), LAYOUT, TilePattern(1), "sdpa") == first and len(calls) == seen
+    again = ChoiceBook(book.file).choose(candidates(calls, {"frames"}), *qkv(), LAYOUT, TilePattern(1), "sdpa")
+    assert again == first and len(calls) == seen
+
+
+def test_another_shape_dense_function_or_version_is_measured_anew(tmp_path):
+    book, calls = ChoiceBook(tmp_path / "attention.json"), []
+    run = candidates(calls, set())
+    keys = {
+        shape_class(qkv()[0], LAYOUT, TilePattern(1), "sdpa", run),
+        shape_class(qkv()[0], LAYOUT, TilePattern(2), "sdpa", run),
+        shape_class(qkv()[0], LAYOUT, TilePattern(1), "sage", run),
+        shape_class(qkv()[0].double(), LAYOUT, TilePattern(1), "sdpa", run),
+        shape_class(qkv(dim=16)[0], LAYOUT, TilePattern(1), "sdpa", run),
+        shape_class(qkv(heads=8)[0], LAYOUT, TilePattern(1), "sdpa", run),
+    }
+    assert len(keys) == 6
+    book.choose(run, *qkv(), LAYOUT, TilePattern(1), "sdpa")
+    kept = json.loads(book.file.read_text())
+    kept["versions"]["torch"] = "0.0"
+    book.file.write_text(json.dumps(kept))
+    assert not ChoiceBook(book.file).choices
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
+def test_a_broken_file_is_named_and_replaced(tmp_path, caplog, text):
+    file = tmp_path / "attention.json"
+    file.write_text(text)
+    book = ChoiceBook(file)
+    assert "attention.json cannot be read" in caplog.text
+    book.choose(candidates([], set()), *qkv(), LAYOUT, TilePattern(1), "sdpa")
+    assert len(json.loads(file.read_text())["choices"]) == 1
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_memory(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    book = ChoiceBook(tmp_path / "file" / "attention.json")
+    assert book.choose(candidates([], {"dense"}), *qkv(), LAYOUT, TilePattern(1), "sdpa").backend != "dense"
+    assert "could not be kept" in caplog.text
+
+
+def test_trials_are_small_whatever_the_shape():
+    for layout in (TokenLayout(TokenGrid(24, 45, 80)), TokenLayout(TokenGrid(21, 30, 52), 512), TokenLayout(TokenGrid(5, 2, 2))):
+        q = torch.empty(1, 24, layout.tokens, 96, device="meta")
+        heads, part = trial_size(q.to("meta"), layout)
+        flops = 4 * heads * part.tokens**2 * 96
+        assert 1 <= heads <= 24 and part.grid.t == layout.grid.t and part.tokens <= layout.tokens
+        assert flops <= 2.1e10
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    kept = ChoiceBook(tmp_path / "attention.json")
+    monkeypatch.setattr(dispatch, "default_book", lambda: kept)
+    return kept
+
+
+def test_auto_follows_the_choice(book, monkeypatch):
+    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+    tensors = qkv()
+    sparse = tile_attention(*tensors, LAYOUT, TilePattern(1), backend="frames")
+    for backend, want in (("dense", F.scaled_dot_product_attention(*tensors)), ("frames", sparse)):
+        monkeypatch.setattr(book, "choose", lambda *_, backend=backend: Choice(backend, {}))
+        assert torch.equal(tile_attention(*tensors, LAYOUT, TilePattern(1)), want)
+        assert choose_backend(*tensors, LAYOUT, TilePattern(1)) == backend
+    assert choose_backend(*tensors, LAYOUT, TilePattern(None)) == "dense"
+
+
+def test_short_sequences_follow_the_plan_unmeasured(book):
+    assert choose_backend(*qkv(), LAYOUT, TilePattern(1)) == "frames" and not book.choices
+
+
+def test_a_real_trial_prefers_the_arrow_mask_where_it_saves_most(book):
+    layout = TokenLayout(TokenGrid(24, 10, 20))
+    assert choose_backend(*qkv(layout, dim=64), layout, TilePattern(1)) == "frames"
+    (choice,) = book.choices.values()
+    assert choice.milliseconds["frames"] < choice.milliseconds["dense"]

@@ -1,0 +1,99 @@
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+
+from efficient_vdit_core.bench import attention, overhead, paper, step
+from efficient_vdit_core.bench.machine import describe_machine, peak_extra_bytes
+from efficient_vdit_core.bench.plot import draw
+from efficient_vdit_core.cli import main
+
+SHAPE = attention.Shape(5, 37, 2, 64, "float32", (1, 2))
+CPU = torch.device("cpu")
+
+
+def test_rows_say_what_was_run_and_how_exact_it_is():
+    rows = attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("frames",))
+    assert [(r["pattern"], r["backend"]) for r in rows] == [("full", "sdpa"), ("1:4", "frames"), ("2:3", "frames")]
+    assert rows[0]["speedup"] == 1.0 and rows[0]["ideal_speedup"] == 1.0
+    assert rows[1]["ideal_speedup"] == pytest.approx(25 / 13)
+    for row in rows:
+        assert row["max_relative_error"] < 1e-5 and row["milliseconds"] > 0
+        assert row["efficiency"] == pytest.approx(row["speedup"] / row["ideal_speedup"])
+
+
+def test_a_wrong_result_shows_in_the_error(monkeypatch):
+    monkeypatch.setattr(attention, "tile_attention", lambda q, k, v, *_, **__: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    rows = attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("frames",))
+    assert rows[0]["max_relative_error"] < 1e-5 and min(r["max_relative_error"] for r in rows[1:]) > 0.05
+
+
+def test_the_paper_preset_is_table_1():
+    shapes = attention.presets()["paper"]
+    rows = {(s.frames, k) for s in shapes for k in (None, *s.references)}
+    assert rows == set(paper.MILLISECONDS) and len(rows) == 11
+    assert paper.speedup(24, 3) == pytest.approx(3.67, abs=0.005)
+    assert paper.speedup(21, 3) is None
+
+
+def test_the_cpu_grid_is_complete():
+    grid = attention.presets()["cpu"]
+    assert {s.frames for s in grid} == {8, 21, 24} and min(s.tokens for s in grid) >= 400
+    assert {s.dtype for s in grid} == {"float32", "bfloat16"} and {s.references for s in grid} == {(1, 2, 3, 4)}
+
+
+def test_one_step_of_a_shallow_model(monkeypatch):
+    monkeypatch.setitem(step.SIZES, "tiny", (5, 4, 6))
+    rows = step.measure(step.StepShape("tiny", 1, (1,), "float32"), CPU, repeats=1, seed=0)
+    assert [r["pattern"] for r in rows] == ["full", "1:4"] and rows[0]["tokens"] == 30
+    assert 0 < rows[0]["attention_share"] < 1 <= rows[1]["amdahl_bound"] <= rows[1]["ideal_attention_speedup"]
+
+
+def test_peak_memory_sees_what_was_held_for_a_moment():
+    extra = peak_extra_bytes(lambda: torch.ones(64 * 2**20, dtype=torch.uint8).numel(), CPU)
+    assert extra is None or 60 * 2**20 <= extra <= 70 * 2**20
+
+
+def test_overheads_are_named():
+    rows = overhead.measure(2)
+    assert [r["limit"] for r in rows] == [100.0, 5.0, 5.0] and all(r["milliseconds"] > 0 for r in rows)
+
+
+def test_the_chart_is_valid_and_drawn_to_scale():
+    rows = attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("frames",))
+    rows[1].update(speedup=2.0, ideal_speedup=4.0, paper_speedup=1.0)
+    svg = ET.fromstring(draw({"machine": describe_machine(CPU), "rows": rows[:2]}))
+    widths = [float(r.get("width")) for r in svg.iter("{http://www.w3.org/2000/svg}rect") if r.get("height") in ("12", "6")]
+    assert widths == pytest.approx([300, 150, 600], abs=0.1)
+
+
+def test_the_commands_write_results_and_chart(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(attention, "presets", lambda: {"cpu": [SHAPE]})
+    results = tmp_path / "r.json"
+    assert main(["bench", "attention", "--repeats", "1", "--device", "cpu", "--json", str(results)]) == 0
+    kept = json.loads(results.read_text())
+    assert kept["machine"]["versions"]["torch"] == torch.__version__ and kept["seed"] == 0 and kept["command"].startswith("evdit ")
+    assert "geometric mean of" in capsys.readouterr().out
+    assert main(["bench", "plot", str(results)]) == 0 and results.with_suffix(".svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["attention", "--frames", "7"], "No shape of the preset"),
+        (["attention", "--repeats", "0"], "--repeats is 0"),
+        (["attention", "--json", "/nowhere/x.json"], "does not exist"),
+        (["step", "--depth", "99"], "--depth is 99"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_timed(arguments, says, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path, capsys):
+    for text in ("{", "{}", '{"rows": []}'):
+        (tmp_path / "x.json").write_text(text)
+        assert main(["bench", "plot", str(tmp_path / "x.json")]) == 2
+    assert "x.json is no results file" in capsys.readouterr().err
