@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..files import check_writable_file, write_bytes, write_text
 from . import say
 
 
@@ -38,16 +39,24 @@ def run(args: argparse.Namespace) -> int:
     say(metrics_table(comparison))
     if args.json:
         values = {"a": args.a, "b": args.b, **comparison.to_dict()}
-        Path(args.json).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(values, indent=2, allow_nan=False) + "\n")
         say(f"wrote {args.json}")
     if args.picture:
-        from PIL import Image
-
         names = Path(args.a).stem, Path(args.b).stem
         picture = comparison_picture(a, b, comparison, names=names if names[0] != names[1] else ("a", "b"))
-        Image.fromarray((picture * 255).round().byte().numpy()).save(args.picture)
+        _write_png(args.picture, (picture * 255).round().byte().numpy())
         say(f"wrote {args.picture}")
     return 0
+
+
+def _write_png(path: str, pixels: Any) -> None:
+    import io
+
+    from PIL import Image
+
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "png")
+    write_bytes(path, png.getvalue())
 
 
 def _check_target(option: str, path: str | None, suffix: str) -> None:
@@ -56,8 +65,7 @@ def _check_target(option: str, path: str | None, suffix: str) -> None:
         return
     if Path(path).suffix.lower() != suffix:
         raise ValueError(f"{option} is {path!r}, expected a name that ends in {suffix}.")
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"{option} is {path!r}, but the folder {str(Path(path).parent)!r} does not exist; create it first.")
+    check_writable_file(path)
 
 
 def _warn_of_other_settings(a: str, b: str) -> None:

@@ -6,6 +6,7 @@ Frames are (F, H, W, 3), RGB; 1.0 is white. Everything runs frame by frame, so m
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,12 +55,13 @@ class ClipComparison:
         return {**values, "identical": math.isinf(self.psnr)}
 
 
-def compare_clips(a: Tensor, b: Tensor, *, lpips: bool = True) -> ClipComparison:
+def compare_clips(a: Tensor, b: Tensor, *, lpips: bool = True, progress: Callable[[int, int], None] | None = None) -> ClipComparison:
     """Compares b with a.
 
     Args:
         a, b: (F, H, W, 3) each, uint8, or float with 0..1 from black to white; values beyond are clipped as a screen does.
         lpips: measure it too where the package ``lpips`` and its weights are on this machine.
+        progress: called with (frames done, all frames) after each; what it raises ends the comparison.
 
     Raises:
         ValueError: the clips are no videos, differ in size or length, hold NaN, or are smaller than 11 pixels.
@@ -79,6 +81,8 @@ def compare_clips(a: Tensor, b: Tensor, *, lpips: bool = True) -> ClipComparison
         if perceptual.distance is not None:
             distances.append(perceptual.distance(*now))
         before = now
+        if progress is not None:
+            progress(index + 1, len(a))
     motion_a, motion_b = map(_mean, zip(*motions, strict=True)) if motions else (None, None)
     return ClipComparison(
         frames=len(a), height=a.shape[1], width=a.shape[2], psnr=_psnr(_mean(errors)), ssim=_mean(similar),

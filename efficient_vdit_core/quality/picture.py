@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from .metrics import ClipComparison
-from .table import decibels, metrics_rows
+from .table import clip_size, decibels, metrics_rows
 
 MAX_FRAMES = 12
 _SCALE = 2
 _BACKGROUND, _PANEL, _GRID = (22, 24, 29), (31, 34, 41), (58, 63, 74)
 _TEXT, _FAINT, _LINE = (232, 234, 238), (148, 155, 168), (98, 176, 255)
 _MARGIN, _GAP, _LABELS, _PANEL_HEIGHT = 24, 6, 104, 250
-_LEAST_WIDTH = 860
+_LEAST_WIDTH, _TABLE_WIDTH, _READING = 980, 440, 228  # the whole; the table's least; where its explanations begin
 # From no difference to full range: dark and light are told apart in black and white too.
 _HEAT = torch.tensor([[0, 0, 0], [70, 20, 110], [200, 50, 70], [250, 160, 40], [255, 255, 220]]) / 255
 
@@ -41,12 +41,13 @@ def comparison_picture(
         raise ValueError(f"frames is {frames}, expected 1 to {MAX_FRAMES}: more do not fit beside each other.")
     count = min(frames, comparison.frames)
     shown = [round(i * (comparison.frames - 1) / max(count - 1, 1)) for i in range(count)]
-    width = max(_LEAST_WIDTH, 2 * _MARGIN + _LABELS + count * (_thumbnail_size(comparison, count)[0] + _GAP) - _GAP)
-    rows_height = 3 * (_thumbnail_size(comparison, count)[1] + _GAP) + 20
-    canvas = _Canvas(width, _MARGIN + rows_height + 20 + _PANEL_HEIGHT + _MARGIN)
-    _draw_rows(canvas, a, b, comparison, shown, names, amplify)
-    top = _MARGIN + rows_height + 20
-    middle = _MARGIN + (width - 2 * _MARGIN) * 0.47
+    size = _thumbnail_size(comparison, count)
+    strip = _LABELS + count * (size[0] + _GAP) - _GAP
+    width = max(_LEAST_WIDTH, 2 * _MARGIN + strip)
+    top = _MARGIN + 3 * (size[1] + _GAP) + 40
+    canvas = _Canvas(width, top + _PANEL_HEIGHT + _MARGIN)
+    _draw_rows(canvas, (width - strip) / 2, size, (a, b), shown, names, amplify)
+    middle = _MARGIN + max(_TABLE_WIDTH, (width - 2 * _MARGIN) * 0.4)
     _draw_table(canvas, (_MARGIN, top, middle - 8, top + _PANEL_HEIGHT), comparison, names)
     _draw_curve(canvas, (middle + 8, top, width - _MARGIN, top + _PANEL_HEIGHT), comparison.psnr_frames)
     return canvas.finish()
@@ -61,10 +62,16 @@ class _Canvas:
         self.image = Image.new("RGB", (round(width * _SCALE), round(height * _SCALE)), _BACKGROUND)
         self.draw = ImageDraw.Draw(self.image)
 
-    def text(self, x: float, y: float, text: str, *, size: float = 13, color: Any = _TEXT, anchor: str = "lm") -> None:
+    def text(self, x: float, y: float, text: str, *, size: float = 13, color: Any = _TEXT, anchor: str = "lm",
+             room: float = math.inf) -> None:  # fmt: skip
+        """One line; its end gives way to "..." where it is wider than ``room``."""
         from PIL import ImageFont
 
-        self.draw.text((x * _SCALE, y * _SCALE), text, fill=color, font=ImageFont.load_default(size * _SCALE), anchor=anchor)
+        font, shown, kept = ImageFont.load_default(size * _SCALE), text, len(text)
+        while self.draw.textlength(shown, font=font) > room * _SCALE and kept:
+            kept -= 1
+            shown = text[:kept].rstrip() + "..."
+        self.draw.text((x * _SCALE, y * _SCALE), shown, fill=color, font=font, anchor=anchor)
 
     def lines(self, points: Sequence[tuple[float, float]], *, color: Any, width: float = 1) -> None:
         self.draw.line([(x * _SCALE, y * _SCALE) for x, y in points], fill=color, width=round(width * _SCALE), joint="curve")
@@ -96,38 +103,36 @@ def _thumbnail_size(comparison: ClipComparison, count: int) -> tuple[int, int]:
     return max(16, round(width * shrink)), max(16, round(height * shrink))
 
 
-def _draw_rows(canvas: _Canvas, a: Tensor, b: Tensor, comparison: ClipComparison, shown: list[int], names: tuple[str, str],
-               amplify: float) -> None:
-    width, height = _thumbnail_size(comparison, len(shown))
+def _draw_rows(canvas: _Canvas, left: float, size: tuple[int, int], clips: tuple[Tensor, Tensor], shown: list[int],
+               names: tuple[str, str], amplify: float) -> None:  # fmt: skip
+    width, height = size
     for row, name in enumerate((*names, "difference")):
-        y = _MARGIN + row * (height + _GAP)
-        canvas.text(_MARGIN, y + height / 2 - (8 if row == 2 else 0), _shorten(name, 12), size=15)
+        y = _MARGIN + row * (height + _GAP) + height / 2
+        canvas.text(left, y - (8 if row == 2 else 0), name, size=15, room=_LABELS - 12)
         if row == 2:
-            canvas.text(_MARGIN, y + height / 2 + 10, f"x {amplify:g}", color=_FAINT)
+            canvas.text(left, y + 10, f"x {amplify:g}", color=_FAINT)
     for column, index in enumerate(shown):
-        x = _MARGIN + _LABELS + column * (width + _GAP)
-        first, second = (_unit(clip[index]) for clip in (a, b))
+        x = left + _LABELS + column * (width + _GAP)
+        first, second = (_unit(clip[index]) for clip in clips)
         for row, frame in enumerate((first, second, _heat((first - second).abs().mean(-1) * amplify))):
-            canvas.paste(frame, x, _MARGIN + row * (height + _GAP), (width, height))
-        label = f"frame {index}" if column == 0 or width > 100 else str(index)
+            canvas.paste(frame, x, _MARGIN + row * (height + _GAP), size)
+        label = f"frame {index}" if width >= 60 else str(index)
         canvas.text(x + width / 2, _MARGIN + 3 * (height + _GAP) + 8, label, color=_FAINT, anchor="mm", size=12)
 
 
 def _draw_table(canvas: _Canvas, box: tuple[float, float, float, float], comparison: ClipComparison, names: tuple[str, str]) -> None:
     canvas.panel(box)
     left, top, right, bottom = box
-    a, b = (_shorten(name, 12) for name in names)
-    title = f"{b} against {a}"
-    canvas.text(left + 16, top + 22, title, size=15)
-    canvas.text(right - 16, top + 22, f"{comparison.frames} frames, {comparison.width}x{comparison.height}", color=_FAINT, anchor="rm")
-    rows = metrics_rows(comparison, a, b)
+    canvas.text(left + 16, top + 22, f"{names[1]} against {names[0]}", size=15, room=right - left - 190)
+    canvas.text(right - 16, top + 22, clip_size(comparison), color=_FAINT, anchor="rm")
+    rows = metrics_rows(comparison, *names)
     step = (bottom - top - 52) / len(rows)
     for i, (name, value, reading) in enumerate(rows):
         y = top + 44 + step * (i + 0.5)
         canvas.lines([(left + 16, y - step / 2), (right - 16, y - step / 2)], color=_GRID, width=0.5)
-        canvas.text(left + 16, y, name)
+        canvas.text(left + 16, y, name, room=128)
         canvas.text(left + 214, y, value, anchor="rm")
-        canvas.text(left + 228, y, _shorten(reading.split(":")[0], 36), color=_FAINT, size=11)
+        canvas.text(left + _READING, y, reading, color=_FAINT, size=11, room=right - 16 - left - _READING)
 
 
 def _draw_curve(canvas: _Canvas, box: tuple[float, float, float, float], values: Sequence[float]) -> None:
@@ -154,7 +159,8 @@ def _draw_curve(canvas: _Canvas, box: tuple[float, float, float, float], values:
         if math.isfinite(values[i]) and math.isfinite(values[i + 1]):
             canvas.lines(points[i : i + 2], color=_LINE, width=2)
     for i, point in enumerate(points):
-        if len(points) <= 64 or math.isinf(values[i]):
+        alone = all(math.isinf(v) for v in (*values[max(i - 1, 0) : i], *values[i + 1 : i + 2]))  # no line leads to it
+        if len(points) <= 64 or math.isinf(values[i]) or alone:
             canvas.dot(*point, 2.5, _LINE)
     if not finite:
         canvas.text((left + right) / 2, (top + bottom) / 2, decibels(math.inf), color=_FAINT, anchor="mm")
@@ -179,7 +185,3 @@ def _heat(x: Tensor) -> Tensor:
     low = place.long().clamp(max=len(_HEAT) - 2)
     stops = _HEAT.to(x.device)
     return torch.lerp(stops[low], stops[low + 1], (place - low)[..., None])
-
-
-def _shorten(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."

@@ -11,7 +11,7 @@ def metrics_rows(comparison: ClipComparison, a: str = "a", b: str = "b") -> list
     """(metric, value, how to read it), in the order of a table; ``a`` and ``b`` are the clips' names."""
     c = comparison
     lpips = f"{c.lpips:.4f}" if c.lpips is not None else "-"
-    rows = [
+    return [
         ("PSNR", decibels(c.psnr), "higher is closer"),
         ("SSIM", f"{c.ssim:.4f}", "1 is identical"),
         ("temporal PSNR", decibels(c.temporal_psnr), "of the changes from frame to frame"),
@@ -20,16 +20,20 @@ def metrics_rows(comparison: ClipComparison, a: str = "a", b: str = "b") -> list
         ("motion ratio", "-" if c.motion_ratio is None else f"{c.motion_ratio:.2f}", f"{b} over {a}; 1 moves as much"),
         ("LPIPS", lpips, "0 is identical" if c.lpips is not None else c.lpips_note),
     ]
-    return rows
 
 
 def metrics_table(comparison: ClipComparison, a: str = "a", b: str = "b") -> str:
     """The rows in columns, under a line that says what was compared."""
     rows = metrics_rows(comparison, a, b)
     name_width, value_width = (max(len(row[i]) for row in rows) for i in (0, 1))
-    lines = [f"{b} against {a}: {comparison.frames} frames of {comparison.width}x{comparison.height}"]
+    lines = [f"{b} against {a}: {clip_size(comparison)}"]
     lines += [f"{name:<{name_width}}  {value:>{value_width}}  {reading}".rstrip() for name, value, reading in rows]
     return "\n".join(lines)
+
+
+def clip_size(comparison: ClipComparison) -> str:
+    """How many frames, of how many pixels."""
+    return f"{comparison.frames} frame{'s' * (comparison.frames != 1)}, {comparison.width}x{comparison.height}"
 
 
 def decibels(value: float | None) -> str:
