@@ -26,10 +26,10 @@ def find_lpips(device: torch.device) -> Perceptual:
     try:
         import lpips  # pyright: ignore[reportMissingImports]
     except ImportError:
-        return Perceptual(None, "not available: the package lpips is not installed")
+        return Perceptual(None, "not measured: lpips is not installed")
     weights = Path(torch.hub.get_dir()) / "checkpoints" / _ALEXNET
     if not weights.is_file():
-        return Perceptual(None, f"not available: its weights {_ALEXNET} are not in torch's hub folder, and are never downloaded")
+        return Perceptual(None, f"not measured: {_ALEXNET} is not in the hub folder of torch, and is never downloaded")
     model = lpips.LPIPS(net="alex", verbose=False).eval().to(device)
 
     @torch.no_grad()

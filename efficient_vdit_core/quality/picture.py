@@ -37,6 +37,8 @@ def comparison_picture(
         names: what the rows are called. frames: how many are shown, evenly spread, 1 to 12.
         amplify: the mean absolute difference of the colours times this is shown, black for 0 to white for full range.
     """
+    if not amplify > 0:
+        raise ValueError(f"amplify is {amplify}, expected a number above 0: the difference is multiplied by it.")
     if not 1 <= frames <= MAX_FRAMES:
         raise ValueError(f"frames is {frames}, expected 1 to {MAX_FRAMES}: more do not fit beside each other.")
     count = min(frames, comparison.frames)
