@@ -92,7 +92,7 @@ def as_vbench_reads(videos: Path, prompt_file: Path | None) -> dict[str, str]:
 
 def test_vbench_reads_what_is_laid_out(tmp_path, clip, capsys):
     clips = [clip("1.mp4", prompt="a cat"), clip("2.gif", prompt="a cat")]
-    clips += [clip("3.webp", prompt="half/whole: 红色?", seed=4), clip("4.mp4")]
+    clips += [clip("3.webp", prompt="half/whole: 红色?", seed=4, fps=8), clip("4.mp4")]
     out, prompts = tmp_path / "vbench", tmp_path / "p.json"
     prompts.write_text(json.dumps({"4.mp4": "A Cat"}))
     assert main(["eval", "vbench-layout", *map(str, clips), "--out", str(out), "--prompts", str(prompts)]) == 0
@@ -151,7 +151,7 @@ def test_an_interrupted_layout_leaves_nothing(tmp_path, clip, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(vbench, "write_video", stop)
-    clips = [str(clip("a.mp4", prompt="x")), str(clip("b.webp", prompt="y"))]
+    clips = [str(clip("a.mp4", prompt="x")), str(clip("b.webp", prompt="y", fps=8))]
     before = sorted(tmp_path.rglob("*"))
     assert main(["eval", "vbench-layout", *clips, "--out", str(tmp_path / "out")]) == 130
     assert sorted(tmp_path.rglob("*")) == before
