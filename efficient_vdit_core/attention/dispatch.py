@@ -13,7 +13,7 @@ from torch import Tensor
 from ..tiles import TilePattern
 from .choose import Attend, default_book
 from .frames import attend_frames
-from .layout import TokenLayout
+from .layout import TokenLayout, check_tensors
 from .triton import DTYPES, HEAD_DIMS, attend_triton, triton_status
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -70,7 +70,7 @@ def tile_attention(
     Raises:
         ValueError: an argument does not fit, or the backend cannot run here; the text names it and says why.
     """
-    _check(q, k, v, layout)
+    check_tensors(q, k, v, layout)
     attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes)
     if backend == "auto":
         backend = choose_backend(q, k, v, layout, pattern, dense=dense, dense_name=dense_name)
@@ -97,10 +97,11 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern
 
 
 def fits(backend: str, q: Tensor) -> bool:
-    """Whether a backend that runs on this machine takes tensors like q."""
+    """Whether it is worth trying a backend that runs on this machine on tensors like q."""
     if backend == "frames":
         return True
-    return q.shape[-1] in HEAD_DIMS and q.dtype in DTYPES
+    # Triton's interpreter runs on a CPU too, but only to test the kernel.
+    return q.is_cuda and q.shape[-1] in HEAD_DIMS and q.dtype in DTYPES
 
 
 def _candidates(dense: Dense, max_extra_bytes: int | None) -> dict[str, Attend]:
@@ -117,18 +118,3 @@ def _check_backend(backend: str, q: Tensor) -> None:
     status = _statuses(q.device.type)[backend]
     if not status.available:
         raise ValueError(f"backend is {backend!r}, which cannot run here: {status.reason}. Choose auto or frames.")
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
-    if q.ndim != 4 or q.shape[2] != layout.tokens:
-        raise ValueError(
-            f"q has shape {tuple(q.shape)}, expected (batch, heads, {layout.tokens}, head_dim) for {layout}. "
-            "The token layout does not describe this sequence."
-        )
-    if q.numel() == 0:
-        raise ValueError(f"q has shape {tuple(q.shape)}, expected no empty dimension.")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(q.shape)} as q has: this is self-attention.")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, expected {q.dtype} on {q.device} as q is.")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..tiles import TilePattern
-from .layout import TokenLayout, global_spans
+from .layout import TokenLayout, check_tensors, global_spans
 
 # Each head_dim as two tiles, powers of two: nothing is padded.
 HEAD_DIMS = {32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
@@ -139,16 +139,7 @@ def _tables(layout: TokenLayout, pattern: TilePattern, device: torch.device) -> 
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
-    if q.ndim != 4 or q.shape[2] != layout.tokens or q.numel() == 0:
-        raise ValueError(
-            f"q has shape {tuple(q.shape)}, expected (batch, heads, {layout.tokens}, head_dim), none empty, for {layout}. "
-            "The token layout does not describe this sequence."
-        )
-    for name, x in (("k", k), ("v", v)):
-        if (x.shape, x.dtype, x.device) != (q.shape, q.dtype, q.device):
-            raise ValueError(
-                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}, expected {tuple(q.shape)} {q.dtype} on {q.device} as q is."
-            )
+    check_tensors(q, k, v, layout)
     if q.shape[3] not in HEAD_DIMS:
         raise ValueError(
             f"q has head_dim {q.shape[3]}, expected one of {', '.join(map(str, HEAD_DIMS))} for the triton backend. "
