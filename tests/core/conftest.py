@@ -1,7 +1,6 @@
 """Shared by the core tests: few threads, Triton's interpreter where there is no GPU, and the slow masked oracle."""
 
 import importlib.util
-import os
 
 import pytest
 import torch
