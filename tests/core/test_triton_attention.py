@@ -69,21 +69,21 @@ def test_head_sizes_and_dtypes(score_oracle, triton_device, dim, dtype):
 
 
 def test_any_strides(score_oracle, triton_device):
-    layout = TokenLayout(TokenGrid(2, 1, 5), 1, 2)
+    layout = TokenLayout(TokenGrid(2, 1, 5))
     plain = qkv(layout, 48, triton_device, batch=2, heads=2)
     tokens_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
     channels_apart = [torch.stack((x, x), -1)[..., 0] for x in plain]
     expanded = [x[:1, :1].expand(2, 2, -1, -1) for x in plain]
-    for tensors in (tokens_first, channels_apart, expanded, [plain[0], tokens_first[1], expanded[2]]):
+    for tensors in (tokens_first, [expanded[0], channels_apart[1], plain[2]], [channels_apart[0], plain[1], expanded[2]]):
         assert_equals_oracle(score_oracle, tensors, layout, 0)
 
 
 @pytest.mark.parametrize(
     ("grid", "prefix", "suffix", "k", "dim", "dtype"),
     [
-        ((3, 1, 19), 2, 0, 1, 96, torch.float32),
-        ((2, 1, 33), 0, 3, 0, 64, torch.float32),
-        ((4, 1, 1), 0, 0, 1, 80, torch.float32),
+        ((2, 1, 19), 2, 0, 0, 96, torch.float32),
+        ((2, 1, 33), 0, 0, 0, 64, torch.float32),
+        ((3, 1, 1), 0, 0, 1, 80, torch.float32),
         ((3, 1, 7), 1, 1, 2, 128, torch.bfloat16),
         ((3, 1, 7), 0, 0, 1, 48, torch.float16),
     ],
@@ -138,7 +138,7 @@ def test_more_than_two_to_the_31_elements(score_oracle, triton_device, tmp_path,
     inside the file and read zeros. Outputs are dense: their offsets are formed by the same helper, which this cannot reach.
     """
     monkeypatch.setattr(backend, "INTERPRETER_BLOCKS", {"ROWS": 64, "COLS": 128})
-    layout, token_stride, head_stride, base = TokenLayout(TokenGrid(3, 1, 100)), 2**23 - 8, 2**31 + 2**20, 2**32
+    layout, token_stride, head_stride, base = TokenLayout(TokenGrid(3, 1, 100)), 2**23 - 8, 2**31 + 2**20, 2**31
     plain = qkv(layout, 32, torch.device("cpu"), heads=2, dtype=torch.float16)
     storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=base + head_stride + 2**32, dtype=torch.float16)
     tensors = []
