@@ -65,7 +65,12 @@ def attend_triton_lse(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, patt
     Partial results over disjoint keys merge by it (sequence parallelism).
     """
     _check(q, k, v, layout)
-    return _ArrowAttention.apply(q, k, v, layout, pattern)
+    return _ArrowAttention.apply(_addressable(q), _addressable(k), _addressable(v), layout, pattern)
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """x, copied where a block of 128 tokens spans 2^31 elements: inside a block the kernels count in 32 bits."""
+    return x.contiguous() if 256 * max(x.stride()[2:]) >= 2**31 else x
 
 
 class _ArrowAttention(torch.autograd.Function):
@@ -91,7 +96,7 @@ class _ArrowAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         if dout is None and dlse is None:
             return None, None, None, None, None
-        dout = torch.zeros_like(out) if dout is None else dout
+        dout = torch.zeros_like(out) if dout is None else _addressable(dout)
         dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
         slope_of_lse = delta if dlse is None else dlse.contiguous()  # not read where WITH_DLSE is False
         strides = [x.stride() for x in (q, k, v, out, dout, dq)]
