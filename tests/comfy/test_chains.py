@@ -44,11 +44,10 @@ def test_torch_compile_on_either_side(in_process, order, _cache={}):  # noqa: B0
 @pytest.mark.parametrize("order", ["before", "behind"])
 @pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
 def test_what_a_cache_skips_is_skipped_and_the_rest_is_sparse(facts, cache, order):
-    forwards, lines = facts[f"{cache} {order}"]["forwards"], facts[f"{cache} {order}"]["lines"]
-    assert 0 < forwards < 8
-    assert lines == [
-        f"Efficient-vDiT: {3 * forwards} attention calls sparse at mean density 0.31; dense: {3 * forwards} cross-attention"
-    ]
+    (line,) = facts[f"{cache} {order}"]
+    calls = int(line.split()[1])
+    assert line == f"Efficient-vDiT: {calls} attention calls sparse at mean density 0.31; dense: {calls} cross-attention"
+    assert 0 < calls < 8 * 3 and calls % 3 == 0  # some of 8 steps, all 3 layers in each
 
 
 def test_a_lora_acts_on_either_side(facts):
