@@ -41,5 +41,10 @@ def written_whole(path: str | Path) -> Iterator[IO[bytes]]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes `text` as UTF-8; a file of that name is replaced only once the new one is whole."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes `data`; a file of that name is replaced only once the new one is whole."""
     with written_whole(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(data)

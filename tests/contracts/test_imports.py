@@ -25,6 +25,7 @@ ALLOWED = {
     "training": {"files"},
     "distill": {"tiles", "plan", "files", "attention", "sampling", "models", "search", "training", "tinyworld", "video",
                 "pipeline", "request", "model_folder"},
+    "quality": {"files", "video", "read_video"},
 }
 BACKENDS = {"frames", "triton", "flex"}
 # Triton's kernels are functions of a module: that file imports it, and is itself imported inside functions only.
