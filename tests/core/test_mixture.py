@@ -17,6 +17,8 @@ def test_the_exact_denoiser_is_the_posterior_mean():
         torch.testing.assert_close(got, expected, atol=0.02, rtol=0)
 
 
-def test_four_segments_beat_four_steps_of_the_teacher():
-    found = run(MixtureShape(segments=4, teacher_steps=16, width=64, pretraining=250, steps=350, batch=256, rate=3e-3, exact_steps=100))
-    assert found["distilled"]["endpoint_error"] < 0.75 * found["undistilled"]["endpoint_error"]
+def test_two_segments_beat_two_steps_of_the_teacher():
+    """The long form reaches a third of the teacher's error; so short a training is only asked for the direction."""
+    shape = MixtureShape(segments=2, teacher_steps=12, width=64, pretraining=150, steps=250, batch=192, rate=3e-3, exact_steps=50)
+    found = run(shape)
+    assert found["distilled"]["endpoint_error"] < 0.8 * found["undistilled"]["endpoint_error"]
