@@ -22,7 +22,7 @@ def test_physics_of_a_true_clip_are_those_of_its_scene(seed):
     x, y, vx, vy, size, *color = found.state
     expected = np.array(DIRECTIONS[scene.direction]) * SPEEDS[scene.speed]
     np.testing.assert_allclose((vx, vy), expected, atol=0.06)
-    np.testing.assert_allclose((x, y), np.array(scene.start) - 0.5, atol=3.0)  # a triangle's centre of mass lies below its middle
+    np.testing.assert_allclose((x, y), np.array(scene.start) - 0.5, atol=5.0)  # a triangle weighs a third of its radius lower
     assert scene.radius < size < 2 * scene.radius
     np.testing.assert_allclose(color, COLORS[scene.color], atol=1)
     assert 0.5 * SPEEDS[scene.speed] < found.motion <= SPEEDS[scene.speed] + 0.05
