@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..plan import TilePlan
+from ..tiles import TilePattern
 from .dispatch import tile_attention
 from .layout import TokenLayout
 
@@ -28,13 +29,22 @@ Override = Callable[..., Tensor]
 class ForwardState:
     """One forward pass: where its video tokens stand, whether sparsity is on, and how many self-attentions passed.
 
-    ``reason`` says why it is off where ``active`` is False.
+    ``reason`` says why it is off where ``active`` is False. ``plan`` and ``min_tokens`` are what the override follows, for
+    those who must know a layer's pattern before its attention is called.
     """
 
     layout: TokenLayout
     active: bool = True
     reason: str = "outside the step window"
     calls: int = 0
+    plan: TilePlan | None = None
+    min_tokens: int = 0
+
+    def pattern(self, layer: int, layers: int) -> TilePattern:
+        """The pattern of layer ``layer`` of ``layers`` in this forward pass."""
+        if self.plan is None or not self.active or self.layout.tokens < self.min_tokens:
+            return TilePattern(None)
+        return self.plan.pattern(layer, layers)
 
 
 @dataclass

@@ -61,7 +61,7 @@ def patch_attention(model: Any, plan: TilePlan, *, window: Window = (0.0, 1.0), 
     override.replaces = previous
     options[OVERRIDE] = override
     for kind, wrapper in (
-        (WrappersMP.APPLY_MODEL, _publish_layout(family, depth, window)),
+        (WrappersMP.APPLY_MODEL, _publish_layout(family, depth, window, plan, min_tokens)),
         (WrappersMP.OUTER_SAMPLE, _log_report(report)),
     ):
         patched.remove_wrappers_with_key(kind, WRAPPER_KEY)
@@ -78,7 +78,7 @@ def _check_dense_layers(plan: TilePlan, depth: int) -> None:
             )
 
 
-def _publish_layout(family: Family, depth: int, window: Window) -> Callable[..., Any]:
+def _publish_layout(family: Family, depth: int, window: Window, plan: TilePlan, min_tokens: int) -> Callable[..., Any]:
     """An APPLY_MODEL wrapper: tells the override where the video tokens of this forward stand, and whether it acts."""
 
     def wrapper(
@@ -93,7 +93,9 @@ def _publish_layout(family: Family, depth: int, window: Window) -> Callable[...,
     ) -> Any:
         options = dict(transformer_options or {})
         options["total_blocks"] = depth  # not every ComfyUI version says it, and "-1" needs it
-        options[FORWARD_KEY] = _forward_state(family, executor.class_obj, window, x, t, c_crossattn, conds)
+        options[FORWARD_KEY] = state = _forward_state(family, executor.class_obj, window, x, t, c_crossattn, conds)
+        if state is not None:
+            state.plan, state.min_tokens = plan, min_tokens
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     return wrapper

@@ -1,16 +1,22 @@
 """What the gloo ranks of the tests compute. Each function takes (rank, ranks) and returns JSON-able facts."""
 
 import itertools
+from dataclasses import replace
 
 import torch
 from parallel_ranks import neighbour
 
 from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
+from efficient_vdit_core.models.opensora_plan.config import OSP_29X720P
+from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.parallel.attend import sharded_attention
+from efficient_vdit_core.parallel.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
 from efficient_vdit_core.parallel.layout import by_frames, by_references, by_tokens, choose_shard
 from efficient_vdit_core.parallel.reference_broadcast import reference_broadcast_attention
 from efficient_vdit_core.parallel.spans import take
 from efficient_vdit_core.parallel.wire import Wire
+from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 BATCH, HEADS, DIM, GRID = 2, 5, 8, (1, 5)
@@ -122,8 +128,32 @@ def order(rank, ranks):
     return events
 
 
+def model_errors(rank, ranks):
+    """A small Open-Sora-Plan with text as long as a rank's tokens: sharded by the block hooks against the whole forward."""
+    layers, found = 3, {}
+    config = replace(OSP_29X720P, num_layers=layers, num_attention_heads=3, attention_head_dim=12, caption_channels=16)
+    torch.manual_seed(0)
+    model = OpenSoraT2V(config).eval()
+    layout = TokenLayout(TokenGrid(6, 2, 3))
+    x, text = torch.randn(2, 4, 6, 4, 6), torch.randn(2, layout.tokens // ranks, 16)
+    plans = {"sparse": TilePlan.uniform(1), "mixed": TilePlan.uniform(1).with_dense("1"), "dense": TilePlan.uniform(None)}
+    for (name, plan), scheme in itertools.product(plans.items(), ("auto", "ulysses")):
+        patterns = [plan.pattern(i, layers) for i in range(layers)]
+        sparse = make_attention_override(plan, AttentionReport())
+        whole = {"optimized_attention_override": sparse, FORWARD_KEY: ForwardState(layout)}
+        state = ShardedForward(layout, patterns, Wire(), scheme)
+        sharded = {
+            "optimized_attention_override": make_sharded_override(),
+            SHARDED_KEY: state,
+            "patches_replace": {"dit": {("double_block", i): block_hook(i, layers) for i in range(layers)}},
+        }
+        want, got = (model(x, torch.tensor([3.0, 700.0]), text, transformer_options=o) for o in (whole, sharded))
+        found[f"{name} {scheme}"] = {"error": worst(got, want), "scale": float(want.abs().max()), "schemes": dict(state.schemes)}
+    return found
+
+
 def everything(rank, ranks):
-    return {case.__name__: case(rank, ranks) for case in (attention_errors, half_errors, bytes_sent, order)}
+    return {case.__name__: case(rank, ranks) for case in (attention_errors, half_errors, bytes_sent, order, model_errors)}
 
 
 def worst(got, want) -> float:

@@ -71,6 +71,17 @@ def test_exchanges_are_under_way_while_the_rank_works(facts):
         assert "attend" in events[rows : events.index("wait rb partial rows")], events
 
 
+def test_a_whole_model_runs_on_sharded_tokens(facts):
+    """Every rank gets the whole result; text as long as a rank's tokens is not taken for the video."""
+    ranks, results = facts
+    for r in results:
+        assert len(r["model_errors"]) == 6
+        for name, found in r["model_errors"].items():
+            assert found["error"] <= 1e-5 * max(1.0, found["scale"]), (name, found)
+            assert sum(found["schemes"].values()) == 3
+        assert r["model_errors"]["mixed auto"]["schemes"] == {"rb": 2, "ulysses": 1}
+
+
 def build(kind: str, layout: TokenLayout, ranks: int, pattern: TilePattern) -> Shard:
     return by_frames(layout, ranks) if kind == "L1" else {"L2": by_references, "L3": by_tokens}[kind](layout, ranks, pattern)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,9 +172,12 @@ class OpenSoraT2V(nn.Module):
         rope = self._rope(grid, tokens)
         options = dict(transformer_options or {})
         options.update(block_type="double", total_blocks=len(self.transformer_blocks), grid_sizes=grid)
+        hooks = options.get("patches_replace", {}).get("dit", {})
         for index, block in enumerate(self.transformer_blocks):
             options["block_index"] = index
-            tokens = block(tokens, context, modulation, rope, mask, options)
+            args = {"img": tokens, "txt": context, "vec": modulation, "pe": rope, "attention_mask": mask, "transformer_options": options}
+            hook = hooks.get(("double_block", index))
+            tokens = (_run_block(block, args) if hook is None else hook(args, {"original_block": partial(_run_block, block)}))["img"]
         shift, scale = (self.scale_shift_table.to(tokens)[None] + embedding[:, None]).unsqueeze(2).unbind(1)
         out = self.proj_out(_modulated(tokens, shift, scale, self.config.norm_eps))
         t, h, w = grid
@@ -186,6 +190,12 @@ class OpenSoraT2V(nn.Module):
         # The reference rounds angles to the run's dtype; bf16 checkpoints were trained with that.
         angles = self.rope_angle_dtype or (torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32)
         return rope_table(grid, scales, c.attention_head_dim, device=tokens.device, angle_dtype=angles)
+
+
+def _run_block(block: nn.Module, args: dict[str, Any]) -> dict[str, Tensor]:
+    """One block in the form in which ComfyUI's ``patches_replace["dit"]`` hooks call it."""
+    img = block(args["img"], args["txt"], args["vec"], args["pe"], args["attention_mask"], args["transformer_options"])
+    return {"img": img}
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
