@@ -21,7 +21,7 @@ ALLOWED = {
     "sampling": set(),
     "models": {"tiles", "plan", "attention"},
     "search": {"tiles", "plan", "attention"},
-    "parallel": {"tiles", "plan", "attention"},
+    "parallel": {"tiles", "plan", "attention", "files"},
     "distill": {"tiles", "plan", "attention"},
 }
 BACKENDS = {"frames", "triton", "flex"}
