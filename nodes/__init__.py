@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .loaders import EVDiTModelLoader, EVDiTTextEncoderLoader, EVDiTVAELoader
 from .sampling import EVDiTConsistencySampler, EVDiTConsistencySigmas
+from .sequence_parallel import EVDiTSequenceParallel
 from .sparse_attention import EVDiTSparseAttention
 from .tile_plan import EVDiTTilePlan
 
@@ -17,6 +18,7 @@ NODES: list[type[io.ComfyNode]] = [
     EVDiTSparseAttention,
     EVDiTConsistencySigmas,
     EVDiTConsistencySampler,
+    EVDiTSequenceParallel,
 ]
 
 

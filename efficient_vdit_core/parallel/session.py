@@ -19,6 +19,8 @@ from .pool_file import PoolAddress, default_pool_file, read_pool_file, remove_po
 log = logging.getLogger("efficient_vdit")
 
 SELF_TEST_SECONDS = 10.0
+# Models that the workers hold at once; a workflow rarely has more than a high-noise and a low-noise one.
+MODELS_KEPT = 4
 # What is tried in turn where GPUs cannot talk: direct copies between GPUs are broken on some machines.
 _GPU_ATTEMPTS = (("nccl", True), ("nccl", False), ("gloo", True))
 
@@ -42,7 +44,7 @@ class Session:
         self.pool: Pool | None = None
         self.workers: Any = None
         self.devices: tuple[str, ...] = ()
-        self.opened: set[str] = set()
+        self.opened: list[str] = []
         self.tests: list[Message] = []
 
     def ready(self, launch: Launch, poll: Poll | None = None) -> Pool:
@@ -53,8 +55,9 @@ class Session:
                 self._find_or_start(launch, poll)
             assert self.pool is not None
             if launch.key not in self.opened:
-                self._ask({"do": "open", "key": launch.key, **launch.opening}, None, launch.start_timeout, poll)
-                self.opened.add(launch.key)
+                wanted = [*self.opened[-MODELS_KEPT + 1 :], launch.key]
+                self._ask({"do": "open", "key": launch.key, "keep": wanted, **launch.opening}, None, launch.start_timeout, poll)
+                self.opened = wanted
             return self.pool
 
     def step(self, launch: Launch, message: Message, tensors: Tensors, poll: Poll | None = None) -> Answers:
@@ -76,7 +79,7 @@ class Session:
                 self.pool.close()
             if self.workers is not None:
                 self.workers.stop()
-            self.pool, self.workers, self.opened, self.tests = None, None, set(), []
+            self.pool, self.workers, self.opened, self.tests = None, None, [], []
 
     def _ask(self, message: Message, tensors: Tensors | None, timeout: float, poll: Poll | None) -> Answers:
         assert self.pool is not None
@@ -101,6 +104,8 @@ class Session:
 
     def _find_or_start(self, launch: Launch, poll: Poll | None) -> None:
         self.pool = running_pool(launch.devices)
+        if self.pool is None and launch.devices[0].startswith("rank"):
+            raise RuntimeError("The pool of workers that spanned machines is gone. Start it again, or name devices of this machine.")
         if self.pool is None:
             start = self._start_on_gpus if launch.devices[0].startswith("cuda") else self._start
             start(launch, poll)
@@ -138,7 +143,7 @@ class Session:
 def running_pool(devices: tuple[str, ...]) -> Pool | None:
     """The pool that `evdit workers` or torchrun runs, if it has these devices; a file left by one that is gone is removed."""
     address = read_pool_file(default_pool_file())
-    if address is None or not _suits(address, devices):
+    if address is None or _names(address) != devices:
         return None
     try:
         return Pool(address)
@@ -147,9 +152,9 @@ def running_pool(devices: tuple[str, ...]) -> Pool | None:
         return None
 
 
-def _suits(address: PoolAddress, devices: tuple[str, ...]) -> bool:
+def _names(address: PoolAddress) -> tuple[str, ...]:
     # A pool that spans machines does not list its devices.
-    return not address.devices or address.devices == devices
+    return address.devices or tuple(f"rank {rank}" for rank in range(address.ranks))
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
@@ -159,7 +164,7 @@ def parse_devices(text: str) -> tuple[str, ...]:
     if text == "auto":
         address = read_pool_file(default_pool_file())
         if address is not None:
-            return address.devices or tuple(f"rank {rank}" for rank in range(address.ranks))
+            return _names(address)
         return tuple(f"cuda:{i}" for i in range(count)) or ("cpu",)
     parts = [part.strip() for part in text.split(",")]
     if parts and all(part == "cpu" for part in parts):

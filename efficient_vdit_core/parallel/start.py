@@ -39,7 +39,9 @@ class Workers:
         atexit.register(self.stop)
         for rank, device in enumerate(devices):
             with open(self.logs[rank], "wb") as log:
-                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, creationflags=_NO_WINDOW)
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, creationflags=_NO_WINDOW
+                )
             self.processes.append(process)
             assert process.stdin is not None
             settings = Settings(rank, len(devices), device, backend, str(self.folder / "store"), secret, str(self.address_file),

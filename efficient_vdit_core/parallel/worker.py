@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -131,15 +132,20 @@ class Worker:
 
 
 def load_host(where: dict[str, str]) -> Any:
-    """The class ``where["name"]`` of the module ``where["module"]`` in the package that lies at the folder ``where["package"]``."""
-    folder = Path(where["package"])
-    name = "evdit_host"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return getattr(importlib.import_module(where["module"], name), where["name"])
+    """The class ``where["name"]`` of the module ``where["module"]``, a path below the folder ``where["package"]`` with dots.
+
+    The packages above the module are entered without running them: those of a node pack would import ComfyUI, which is not
+    there before the host has set it up.
+    """
+    folder, package = Path(where["package"]), "evdit_host"
+    for part in ["", *where["module"].split(".")[:-1]]:
+        folder, package = (folder / part, f"{package}.{part}") if part else (folder, package)
+        if package not in sys.modules:
+            bare = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(package, None, is_package=True))
+            bare.__path__ = [str(folder)]
+            sys.modules[package] = bare
+    module = where["module"].rsplit(".", 1)[-1]
+    return getattr(importlib.import_module(f"{package}.{module}"), where["name"])
 
 
 def _end_with_starter() -> None:

@@ -16,7 +16,7 @@ from efficient_vdit_core.parallel.pool_file import PoolAddress, default_pool_fil
 from efficient_vdit_core.parallel.session import Launch, Session, parse_devices
 
 HERE = Path(__file__).parent
-HOST = {"package": str(HERE / "fault_host"), "module": "evdit_host.host", "name": "Host"}
+HOST = {"package": str(HERE / "fault_host"), "module": "host", "name": "Host"}
 X = torch.arange(6.0)
 # Patience with a busy machine; the faults themselves have their own limits.
 START = 300.0
