@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "make a short video with the built-in model, in under a minute on a CPU",
     "doctor": "show versions, devices, attention backends and packages",
     "bench": "time attention, a step, the overheads; draw the chart",
+    "workers": "run a pool of workers that ComfyUI shares a video out to",
     "convert": "turn upstream weights into safetensors",
 }
 TINYWORLD = "tinyworld"

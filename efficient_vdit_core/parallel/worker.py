@@ -134,9 +134,11 @@ class Worker:
 def load_host(where: dict[str, str]) -> Any:
     """The class ``where["name"]`` of the module ``where["module"]``, a path below the folder ``where["package"]`` with dots.
 
-    The packages above the module are entered without running them: those of a node pack would import ComfyUI, which is not
-    there before the host has set it up.
+    No folder means this package. Else the packages above the module are entered without running them: those of a node pack
+    would import ComfyUI, which is not there before the host has set it up.
     """
+    if not where["package"]:
+        return getattr(importlib.import_module(f"..{where['module']}", __package__), where["name"])
     folder, package = Path(where["package"]), "evdit_host"
     for part in ["", *where["module"].split(".")[:-1]]:
         folder, package = (folder / part, f"{package}.{part}") if part else (folder, package)

@@ -99,7 +99,8 @@ def tiny_wan(server):
     folder = server.base / "models" / "diffusion_models"
     folder.mkdir(parents=True, exist_ok=True)
     script = ROOT / "tests" / "comfy" / "scripts" / "save_tiny_wan.py"
-    subprocess.run([str(PYTHON), str(script), str(folder / "tiny_wan.safetensors")], cwd=COMFYUI, check=True, env={"PYTHONPATH": str(COMFYUI)})
+    command = [str(PYTHON), str(script), str(folder / "tiny_wan.safetensors")]
+    subprocess.run(command, cwd=COMFYUI, check=True, env={"PYTHONPATH": str(COMFYUI)})
     return {"class_type": "UNETLoader", "inputs": {"unet_name": "tiny_wan.safetensors", "weight_dtype": "default"}}
 
 
