@@ -17,7 +17,7 @@ Poll = Callable[[], None]
 Answers = tuple[list[Message], Tensors]
 
 _POLL_SECONDS = 0.1
-_WHERE_SECONDS = 3.0
+_WHERE_SECONDS = 5.0
 
 
 class PoolFault(RuntimeError):
@@ -55,7 +55,8 @@ class Pool:
         number = next(self.ids)
         try:
             self.connection.send({**message, "id": number}, tensors)
-            answer, result = self._await(number, timeout, poll)
+            setting = "step_timeout" if message["do"] == "step" else "start_timeout"
+            answer, result = self._await(number, timeout, setting, poll)
         except ConnectionEnded:
             raise self._lost([]) from None
         if answer.get("fatal"):
@@ -69,7 +70,7 @@ class Pool:
             raise kind(f"{said['error']} (rank {rank} of {self.ranks}){detail}")
         return ranks, result
 
-    def _await(self, number: int, timeout: float, poll: Poll | None) -> tuple[Message, Tensors]:
+    def _await(self, number: int, timeout: float, setting: str, poll: Poll | None) -> tuple[Message, Tensors]:
         end = time.monotonic() + timeout
         while True:
             if select.select([self.connection.sock], [], [], _POLL_SECONDS)[0]:
@@ -80,9 +81,9 @@ class Pool:
             if poll is not None:
                 poll()
             if time.monotonic() > end:
-                raise self._hangs(timeout)
+                raise self._hangs(timeout, setting)
 
-    def _hangs(self, timeout: float) -> PoolFault:
+    def _hangs(self, timeout: float, setting: str) -> PoolFault:
         """After a timeout: which rank does not answer, or what all of them are doing."""
         self.usable = False
         self.connection.send({"do": "where", "id": -1})
@@ -98,7 +99,7 @@ class Pool:
         who = f"rank {silent[0]} does not answer" if silent else "all ranks answer but none has finished"
         stacks = "\n".join(f"rank {rank} is at\n{place}" for rank, place in sorted(places.items()))
         self.end()
-        return PoolFault(f"The workers did not finish in {timeout:.0f} s: {who}. Raise step_timeout if the step is that long.\n{stacks}")
+        return PoolFault(f"The workers did not finish in {timeout:.0f} s: {who}. Raise {setting} if it takes that long.\n{stacks}")
 
     def _lost(self, faults: list[Message]) -> PoolFault:
         self.usable = False
