@@ -18,6 +18,8 @@ COMMANDS = {
     "generate": "make a video for a prompt",
     "demo": "make a short video with the built-in model, in under a minute on a CPU",
     "doctor": "show versions, devices, attention backends and packages",
+    "compare": "measure how near two clips of the same seed are to each other",
+    "eval": "lay clips out for VBench, a benchmark of video models",
     "bench": "time attention, a step, the overheads; draw the chart",
     "workers": "run a pool of workers that ComfyUI shares a video out to",
     "convert": "turn upstream weights into safetensors",

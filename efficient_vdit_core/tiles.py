@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+PLACEMENTS = ("strided", "first", "last", "rotating")
 
 
 @dataclass(frozen=True)
@@ -37,32 +39,58 @@ class TokenGrid:
 
 @dataclass(frozen=True)
 class TilePattern:
-    """Which tiles a layer computes: ``k`` reference frames, or all tiles where ``k`` is None."""
+    """Which tiles a layer computes: ``k`` reference frames, or all tiles where ``k`` is None.
+
+    ``placement`` says where the reference frames stand: ``strided`` over the clip (the paper's), the ``first`` or the
+    ``last`` k, or ``rotating``: strided and moved on by ``shift`` frames, around the end of the clip.
+    """
 
     k: int | None
+    placement: str = "strided"
+    shift: int = 0
 
     def __post_init__(self) -> None:
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0):
             raise ValueError(
                 f"A pattern has k={self.k!r} reference frames, expected a whole number from 0, or None for full attention."
             )
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement is {self.placement!r}, expected one of {', '.join(PLACEMENTS)}. Choose one of these.")
 
     def is_full(self, frames: int) -> bool:
         """True where nothing is left out of ``frames`` frames; one non-reference frame leaves nothing out either."""
         return self.k is None or frames - self.k <= 1
 
     def reference_frames(self, frames: int) -> tuple[int, ...]:
-        """Indices of the k reference frames: 0, s, 2s, ... with s = ceil(frames / k). All frames when full.
+        """Indices of the k reference frames, ascending. Strided: 0, s, 2s, ... with s = ceil(frames / k). All when full.
 
-        This placement reproduces the sparsities of the paper's Table 1 to two decimals. Where that stride meets fewer
-        than k frames (k above half of the frames, mostly), they are spread evenly instead, so that k is what you get.
+        That stride reproduces the sparsities of the paper's Table 1 to two decimals. Where it meets fewer than k frames
+        (k above half of the frames, mostly), they are spread evenly instead, so that k is what you get.
         """
         if self.is_full(frames):
             return tuple(range(frames))
         if not self.k:
             return ()
+        if self.placement in ("first", "last"):
+            start = 0 if self.placement == "first" else frames - self.k
+            return tuple(range(start, start + self.k))
         strided = range(0, frames, -(-frames // self.k))
-        return tuple(strided) if len(strided) == self.k else tuple(i * frames // self.k for i in range(self.k))
+        found = strided if len(strided) == self.k else [i * frames // self.k for i in range(self.k)]
+        shift = self.shift if self.placement == "rotating" else 0
+        return tuple(sorted((f + shift) % frames for f in found))
+
+    def placed(self, placement: str, shift: int = 0) -> TilePattern:
+        """The same k, standing elsewhere. Raises ValueError for an unknown placement."""
+        return replace(self, placement=placement, shift=shift)
+
+    def scaled(self, made_for: int | None, frames: int) -> TilePattern:
+        """The pattern for a clip of ``frames``, where it was made for a longer one of ``made_for``: the stride stays."""
+        if not self.k or made_for is None or frames >= made_for:
+            return self
+        if self.is_full(made_for):
+            return replace(self, k=None)
+        stride = -(-made_for // self.k)
+        return replace(self, k=-(-frames // stride))
 
     def name(self, frames: int) -> str:
         """The paper's name, such as ``2:6`` for 8 frames; ``full`` where nothing is left out."""

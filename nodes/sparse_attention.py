@@ -6,7 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..efficient_vdit_core.attention import BACKENDS
 from ..efficient_vdit_core.plan import TilePlan
+from ..efficient_vdit_core.tiles import PLACEMENTS
 from .comfy_bridge.patch import patch_attention
 from .inputs import CATEGORY, Plan
 
@@ -21,9 +23,10 @@ class EVDiTSparseAttention(io.ComfyNode):
             display_name="Sparse Attention (Efficient-vDiT)",
             category=CATEGORY,
             description=(
-                "Applies a tile plan to the self-attention of a video model (Open-Sora-Plan v1.2, Wan 2.1 and 2.2 "
-                "text-to-video). Uses the attention backend that ComfyUI runs with. The log tells after each run how "
-                "many calls became sparse, and why others did not."
+                "Applies a tile plan to the self-attention of a video model: Open-Sora-Plan v1.2, Wan 2.1 and 2.2 with their "
+                "variants, HunyuanVideo and 1.5, LTX-Video and LTX-2, Mochi, Cosmos, Cosmos Predict2, Kandinsky 5. Uses the "
+                "attention backend that ComfyUI runs with. The log tells after each run how many calls became sparse, and "
+                "why others did not."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The video model to speed up. It is not changed; the output is a patched copy."),
@@ -70,6 +73,39 @@ class EVDiTSparseAttention(io.ComfyNode):
                         "latent frame. 0 = always sparse; a few thousand spares small runs the overhead where dense is as fast."
                     ),
                 ),
+                io.Combo.Input(
+                    "placement",
+                    options=list(PLACEMENTS),
+                    default=PLACEMENTS[0],
+                    optional=True,
+                    tooltip=(
+                        "Where the k reference frames stand (latent frames). strided = evenly over the clip, as in the paper; "
+                        "first or last = the clip's first or last k; rotating = strided, moved on by one frame each step, so "
+                        "that every frame gets its turn. Same speed; it changes which motion holds together."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "decline_slow",
+                    default=True,
+                    optional=True,
+                    tooltip=(
+                        "On: a call stays dense where sparse would not be faster: fewer than 4 latent frames, more than 90 % "
+                        "of the dense work left, or dense measured faster. The log counts them. Off: always sparse, for "
+                        "comparing quality."
+                    ),
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=["auto", *BACKENDS],
+                    default="auto",
+                    optional=True,
+                    tooltip=(
+                        "What computes the sparse attention; the result is the same to rounding. auto = the fastest of a short "
+                        "trial, measured once for each kind of shape and kept. frames = ComfyUI's own attention backend, on any "
+                        "device. triton = one fused kernel, on NVIDIA GPUs from Ampere on. flex = PyTorch's FlexAttention, compiled. One "
+                        "that cannot run here is refused."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -82,8 +118,25 @@ class EVDiTSparseAttention(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, plan: TilePlan, start_percent: float, end_percent: float, dense_blocks: str, min_tokens: int
+        cls,
+        model: Any,
+        plan: TilePlan,
+        start_percent: float,
+        end_percent: float,
+        dense_blocks: str,
+        min_tokens: int,
+        placement: str = PLACEMENTS[0],
+        decline_slow: bool = True,
+        backend: str = "auto",
     ) -> io.NodeOutput:
         return io.NodeOutput(
-            patch_attention(model, plan.with_dense(dense_blocks), window=(start_percent, end_percent), min_tokens=min_tokens)
+            patch_attention(
+                model,
+                plan.with_dense(dense_blocks),
+                window=(start_percent, end_percent),
+                min_tokens=min_tokens,
+                placement=placement,
+                decline_slow=decline_slow,
+                backend=backend,
+            )
         )

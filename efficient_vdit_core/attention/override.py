@@ -6,136 +6,237 @@ models there and the engine's own pipeline. All state of one forward pass lives 
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..plan import TilePlan
 from ..tiles import TilePattern
-from .dispatch import tile_attention
+from .dispatch import choose_backend, tile_attention
 from .layout import TokenLayout
+from .report import AttentionReport
 
 FORWARD_KEY = "evdit"
 
 Override = Callable[..., Tensor]
 
+# Below this many latent frames, or above this share of dense FLOPs, two attention calls take as long as one.
+FEWEST_FRAMES = 4
+HIGHEST_DENSITY = 0.9
+
 
 @dataclass
 class ForwardState:
-    """One forward pass: where its video tokens stand, whether sparsity is on, and how many self-attentions passed.
+    """One forward pass: where its video tokens stand, whether sparsity is on, and how its layers are counted.
 
-    ``reason`` says why it is off where ``active`` is False. ``plan`` and ``min_tokens`` are what the override follows, for
-    those who must know a layer's pattern before its attention is called.
+    Attributes:
+        layout: None where it is not known; ``reason`` then says why.
+        reason: why it is off, where ``active`` is False.
+        others: lengths of the sequences beside the video (text, audio) that have attention of their own.
+        depth: the number of layers, None where the model says it itself.
+        offsets: the first layer of each ``block_type``, where a model restarts ``block_index``.
+        order: the layer of each self-attention call in turn, for models that give no ``block_index``; () = one a layer.
+        padding: how many tokens at the end of the suffix are padding, and masked; 0 where nothing is.
+        step: sampling step, 0 = first; moves rotating reference frames.
+        calls: self-attentions over the video so far.
+        pattern_of: the pattern of a layer in this forward, for those who must know it before the layer's attention is called.
     """
 
-    layout: TokenLayout
+    layout: TokenLayout | None
     active: bool = True
     reason: str = "outside the step window"
+    others: frozenset[int] = frozenset()
+    depth: int | None = None
+    offsets: Mapping[str, int] = field(default_factory=dict)
+    order: tuple[int, ...] = ()
+    padding: int = 0
+    step: int = 0
     calls: int = 0
-    plan: TilePlan | None = None
-    min_tokens: int = 0
+    pattern_of: Callable[[int], TilePattern] | None = None
 
-    def pattern(self, layer: int, layers: int) -> TilePattern:
-        """The pattern of layer ``layer`` of ``layers`` in this forward pass."""
-        if self.plan is None or not self.active or self.layout.tokens < self.min_tokens:
-            return TilePattern(None)
-        return self.plan.pattern(layer, layers)
+    def next_layer(self, options: Mapping[str, Any]) -> int | None:
+        """The layer of this self-attention: given by the model, else counted. None beyond the last layer."""
+        counted = self.calls
+        self.calls += 1
+        if "block_index" in options:
+            return options["block_index"] + self.offsets.get(options.get("block_type", ""), 0)
+        if self.order:
+            return self.order[counted] if counted < len(self.order) else None
+        return counted if self.depth is None or counted < self.depth else None
+
+    def masks_padding_alone(self, layout: TokenLayout, mask: Tensor) -> bool:
+        """Whether this is the mask of the text's padding: one row of keys for all queries."""
+        return self.padding > 0 and mask.numel() == mask.shape[-1] == layout.tokens
+
+    def without_padding(self, layout: TokenLayout, mask: Tensor | None) -> TokenLayout:
+        """The layout of the tokens that are attended to; all of them where nothing is masked."""
+        return layout if mask is None else TokenLayout(layout.grid, layout.prefix, layout.suffix - self.padding)
 
 
-@dataclass
-class AttentionReport:
-    """Counts of a run, safe to fill from several threads."""
+@dataclass(frozen=True)
+class _Dense:
+    """The attention that a call asked for: another node's override, or the backend that ComfyUI runs with."""
 
-    sparse: int = 0
-    density_sum: float = 0.0
-    dense: Counter[str] = field(default_factory=Counter)
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    func: Override
+    previous: Override | None
+    precision: Any
+    kwargs: dict[str, Any]
 
-    def add_sparse(self, density: float) -> None:
-        with self.lock:
-            self.sparse += 1
-            self.density_sum += density
+    @property
+    def name(self) -> str:
+        """Tells one dense attention from another where backends are measured against it."""
+        parts = (self.previous, self.func) if self.previous else (self.func,)
+        return " over ".join(getattr(part, "__name__", type(part).__name__) for part in parts)
 
-    def add_dense(self, reason: str) -> None:
-        with self.lock:
-            self.dense[reason] += 1
+    def call(self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, **form: bool) -> Tensor:
+        """As asked for; ``form`` is skip_reshape and skip_output_reshape."""
+        options = {"mask": mask, "attn_precision": self.precision, **form, **self.kwargs}
+        return self.func(q, k, v, heads, **options) if self.previous is None else self.previous(self.func, q, k, v, heads, **options)
 
-    def reset(self) -> None:
-        with self.lock:
-            self.sparse, self.density_sum = 0, 0.0
-            self.dense.clear()
-
-    def summary(self) -> str:
-        """One line: how many calls became sparse, at what mean density, and why the others stayed dense."""
-        with self.lock:
-            kept = f" at mean density {self.density_sum / self.sparse:.2f}" if self.sparse else ""
-            why = ", ".join(f"{count} {reason}" for reason, count in self.dense.most_common())
-            return f"{self.sparse} attention calls sparse{kept}; dense: {why or 'none'}"
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, H, Nq, D) over (B, H, Nk, D), as the backends ask for it."""
+        return self.call(q, k, v, q.shape[1], None, skip_reshape=True, skip_output_reshape=True)
 
 
 def make_attention_override(
-    plan: TilePlan, report: AttentionReport, *, min_tokens: int = 0, previous: Override | None = None
+    plan: TilePlan,
+    report: AttentionReport,
+    *,
+    min_tokens: int = 0,
+    previous: Override | None = None,
+    placement: str = "strided",
+    decline_slow: bool = False,
+    backend: str = "auto",
 ) -> Override:
     """An override for ``transformer_options["optimized_attention_override"]``.
 
     Self-attention over the published token layout runs under the plan's pattern; everything else goes to ``previous``
-    (another node's override) or to the backend untouched. ``min_tokens``: shorter sequences stay dense.
+    (another node's override) or to the backend untouched.
+
+    Args:
+        min_tokens: shorter sequences stay dense.
+        placement: where the reference frames stand, one of ``tiles.PLACEMENTS``.
+        decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
+        backend: as of ``tile_attention``.
     """
+    TilePattern(None).placed(placement)  # refuses an unknown one now, and not in the middle of a run
 
     # A plain closure: ComfyUI deep-copies model options, and functions survive that as they are.
     def override(func: Override, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
                  attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any) -> Tensor:
-        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, flat: bool, flat_out: bool) -> Tensor:
-            shape = {"skip_reshape": not flat, "skip_output_reshape": not flat_out}
-            if previous is not None:
-                return previous(func, q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
-            return func(q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
-
+        dense = _Dense(func, previous, attn_precision, kwargs)
+        form = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
         options = kwargs.get("transformer_options") or {}
         state: ForwardState | None = options.get(FORWARD_KEY)
-        reason = _why_dense(state, q, k, mask, skip_reshape, min_tokens)
-        if state is None or reason:
-            report.add_dense(reason or "no token grid")
-            return dense(q, k, v, mask, not skip_reshape, not skip_output_reshape)
-        frames = state.layout.grid.t
-        pattern = plan.pattern(_layer(state, options), options.get("total_blocks"))
-        if pattern.is_full(frames):
-            report.add_dense("full in the plan")
-            return dense(q, k, v, mask, not skip_reshape, not skip_output_reshape)
-        report.add_sparse(pattern.density(frames))
-        if not skip_reshape:
-            q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-        out = tile_attention(q, k, v, state.layout, pattern, dense=lambda q, k, v: dense(q, k, v, None, False, False))
+        layout = state.layout if state else None
+        reason = _why_not_the_video(state, q, k, skip_reshape, report)
+        if state is None or layout is None or reason:
+            report.add_dense(reason)
+            return dense.call(q, k, v, heads, mask, **form)
+        layer = state.next_layer(options)
+        pattern = _pattern(plan, layer, state, layout, options, report).placed(placement, state.step)
+        reason = _why_dense(state, layer, layout, pattern, mask, min_tokens, decline_slow)
+        if reason:
+            report.add_dense(reason)
+            return dense.call(q, k, v, heads, mask, **form)
+        shaped = (q, k, v) if skip_reshape else tuple(rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+        real = state.without_padding(layout, mask)
+        out = _sparse(shaped, real, pattern, dense, backend, decline_slow)
+        if out is None:
+            report.add_dense("measured faster")
+            return dense.call(q, k, v, heads, mask, **form)
+        report.add_sparse(pattern.flop_density(real.grid, real.prefix + real.suffix))
         return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
 
+    def pattern_of(state: ForwardState, layer: int) -> TilePattern:
+        if state.layout is None:
+            return TilePattern(None)
+        pattern = _pattern(plan, layer, state, state.layout, {}, report).placed(placement, state.step)
+        reason = _why_dense(state, layer, state.layout, pattern, None, min_tokens, decline_slow)
+        return TilePattern(None) if reason else pattern
+
+    override.pattern_of = pattern_of  # pyright: ignore[reportFunctionMemberAccess]
     return override
 
 
-def _why_dense(state: ForwardState | None, q: Tensor, k: Tensor, mask: Tensor | None, skip_reshape: bool, min_tokens: int) -> str:
-    """The reason why this call stays dense, or an empty text where it may become sparse."""
+def _sparse(qkv: Sequence[Tensor], layout: TokenLayout, pattern: TilePattern, dense: _Dense, backend: str,
+            decline_slow: bool) -> Tensor | None:
+    """Attention (B, H, N, D) under the pattern, zero for tokens behind the layout's; None where dense measures faster."""
+    q, k, v = (x[:, :, : layout.tokens] for x in qkv)
+    if backend == "auto":
+        backend = choose_backend(q, k, v, layout, pattern, dense=dense, dense_name=dense.name)
+    if backend == "dense":
+        if decline_slow:
+            return None
+        backend = "frames"
+    out = tile_attention(q, k, v, layout, pattern, dense=dense, backend=backend, dense_name=dense.name)
+    behind = qkv[0].shape[2] - layout.tokens
+    return pad(out, (0, 0, 0, behind)) if behind else out
+
+
+def _why_not_the_video(state: ForwardState | None, q: Tensor, k: Tensor, skip_reshape: bool, report: AttentionReport) -> str:
+    """The reason why this is no self-attention over the video; an empty text where it is."""
     tokens = q.shape[2] if skip_reshape else q.shape[1]
     if state is None:
         return "no token grid"
     if k.shape != q.shape:
         return "cross-attention"
-    if tokens != state.layout.tokens:
-        return "another sequence length"
-    if state.layout.grid.t == 1:
+    if state.layout is None:
+        return state.reason
+    if tokens == state.layout.tokens:
+        return ""
+    if tokens in state.others:
+        return "text or audio alone"
+    report.warn(
+        "another sequence length",
+        f"attention over {tokens} tokens stays dense: the video and the tokens beside it should be {state.layout.tokens} "
+        f"({state.layout.prefix} + {state.layout.grid.t} frames of {state.layout.grid.tokens_per_frame} + "
+        f"{state.layout.suffix}). Another node may add or drop tokens.",
+    )
+    return "another sequence length"
+
+
+def _pattern(plan: TilePlan, layer: int | None, state: ForwardState, layout: TokenLayout, options: Mapping[str, Any],
+             report: AttentionReport) -> TilePattern:
+    """The pattern of the layer that calls, for as many frames as the run has."""
+    frames = layout.grid.t
+    if layer is None:
+        report.warn("more calls than layers", "the model attends more often than it has layers: the rest stays dense.")
+        return TilePattern(None)
+    planned = plan.pattern(layer, state.depth or options.get("total_blocks"))
+    pattern = planned.scaled(plan.frames, frames)
+    if planned.k is not None and pattern.k != planned.k:
+        report.warn(
+            "scaled",
+            f"the plan was made for {plan.frames} latent frames and the run has {frames}: the distance between reference "
+            f"frames is kept, so that there are fewer of them (layer {layer}: {pattern.k} instead of {planned.k}).",
+        )
+    elif planned.k is not None and planned.k > frames > 1:
+        report.warn("k above the frames", f"the plan has {planned.k} reference frames and the run {frames} latent frames: full attention.")
+    return pattern
+
+
+def _why_dense(state: ForwardState, layer: int | None, layout: TokenLayout, pattern: TilePattern, mask: Tensor | None,
+               min_tokens: int, decline_slow: bool) -> str:
+    """The reason why a self-attention over the video stays dense; an empty text where it becomes sparse."""
+    if layout.grid.t == 1:
         return "a single frame"
-    if mask is not None:
+    if mask is not None and not state.masks_padding_alone(layout, mask):
         return "masked"
     if not state.active:
         return state.reason
-    return "below min_tokens" if tokens < min_tokens else ""
-
-
-def _layer(state: ForwardState, options: dict[str, Any]) -> int:
-    """The layer's index: given by the model, else counted over this forward pass's self-attentions."""
-    counted = state.calls
-    state.calls += 1
-    return options.get("block_index", counted)
+    if layer is None:
+        return "more calls than layers"
+    if layout.tokens < min_tokens:
+        return "below min_tokens"
+    if pattern.is_full(layout.grid.t):
+        return "full in the plan"
+    if decline_slow and layout.grid.t < FEWEST_FRAMES:
+        return "too few frames to pay"
+    if decline_slow and pattern.flop_density(layout.grid, layout.prefix + layout.suffix) > HIGHEST_DENSITY:
+        return "too dense to pay"
+    return ""

@@ -123,15 +123,15 @@ def choose_shard(layout: TokenLayout, ranks: int, patterns: Iterable[TilePattern
     layer there is no halo, and tokens are simply split evenly.
     """
     frames = layout.grid.t
-    sparse = Counter(p.k for p in patterns if p.k is not None and not p.is_full(frames))
+    sparse = Counter(p for p in patterns if not p.is_full(frames))
     if frames % _checked(ranks) == 0:
         return by_frames(layout, ranks)
     if not sparse:
         return by_tokens(layout, ranks, TilePattern(None))
     most = max(sparse.values())
-    k = min(k for k, count in sparse.items() if count == most)
-    build = by_references if (frames - k) % ranks == 0 else by_tokens
-    return build(layout, ranks, TilePattern(k))
+    pattern = min((p for p, count in sparse.items() if count == most), key=lambda p: len(p.reference_frames(frames)))
+    build = by_references if (frames - len(pattern.reference_frames(frames))) % ranks == 0 else by_tokens
+    return build(layout, ranks, pattern)
 
 
 def even_shares(count: int, ranks: int) -> list[Span]:

@@ -1,35 +1,64 @@
-"""The video models whose self-attention the pack understands: a row for each, one layout rule for each.
-
-Shapes: latents x (B, C, T, H, W). Video tokens stand in the order t, h, w in every family here.
-"""
+"""The video models whose self-attention the pack understands: one row for each class of ComfyUI's."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ...efficient_vdit_core.attention import TokenLayout
-from ...efficient_vdit_core.tiles import TokenGrid
+from . import layouts
+from .layouts import Conds, LayoutRule
 
-# (latents, diffusion model, the other conditionings by name) -> where the video tokens stand
-LayoutRule = Callable[[Tensor, nn.Module, Mapping[str, Any]], TokenLayout]
+# (diffusion model, conditionings by name) -> the layer of each self-attention call in turn; () = one call a layer
+OrderRule = Callable[[Any, Conds], tuple[int, ...]]
+SINGLE: Mapping[str, str] = {"double": "blocks"}
+
+
+def _one_a_layer(model: Any, conds: Conds) -> tuple[int, ...]:
+    return ()
+
+
+def _vace_order(model: Any, conds: Conds) -> tuple[int, ...]:
+    """Behind a mapped layer, its second stream attends once for each control video."""
+    context = conds.get("vace_context")
+    streams = 1 if context is None else context.shape[1]
+    return tuple(i for i in range(len(model.blocks)) for _ in range(1 + (streams if i in model.vace_layers_mapping else 0)))
 
 
 @dataclass(frozen=True)
 class Family:
-    """name: as in plan files. blocks, heads: where the diffusion model keeps its layers and its head count."""
+    """How one class of diffusion models keeps its layers and orders its tokens.
+
+    Attributes:
+        name: as in plan files.
+        layout: where the video tokens stand.
+        heads: path of the head count from the model.
+        blocks: where the model keeps its layers, by ComfyUI's ``block_type``, in the order in which they run.
+        order: the layer of each self-attention call, for versions of ComfyUI that give no ``block_index``.
+        hook_since: the first ComfyUI version in which the class passes the attention override on; "" = all supported.
+    """
 
     name: str
-    blocks: str
-    heads: str
     layout: LayoutRule
+    heads: str = "num_heads"
+    blocks: Mapping[str, str] = field(default_factory=lambda: SINGLE)
+    order: OrderRule = _one_a_layer
+    hook_since: str = ""
 
     def depth(self, diffusion_model: nn.Module) -> int:
         """The number of layers."""
-        return len(getattr(diffusion_model, self.blocks))
+        return sum(len(getattr(diffusion_model, name)) for name in self.blocks.values())
+
+    def offsets(self, diffusion_model: nn.Module) -> dict[str, int]:
+        """The first layer of each block type: ``block_index`` restarts with it."""
+        found, start = {}, 0
+        for kind, name in self.blocks.items():
+            found[kind] = start
+            start += len(getattr(diffusion_model, name))
+        return found
 
     def head_count(self, diffusion_model: nn.Module) -> int:
         """The number of attention heads in a layer."""
@@ -37,6 +66,23 @@ class Family:
         for name in self.heads.split("."):
             value = getattr(value, name)
         return int(value)
+
+    def why_no_hook(self) -> str:
+        """Why this ComfyUI cannot override the attention of the family; an empty text where it can."""
+        if not self.hook_since or _version(comfyui_version()) >= _version(self.hook_since):
+            return ""
+        return f"ComfyUI {comfyui_version()} gives it no attention hook, {self.hook_since} and later do"
+
+
+def comfyui_version() -> str:
+    """The version of the ComfyUI that runs, such as 0.3.64."""
+    import comfyui_version
+
+    return comfyui_version.__version__
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 
 def find_family(diffusion_model: nn.Module) -> Family | None:
@@ -49,26 +95,29 @@ def uncompiled(diffusion_model: nn.Module) -> nn.Module:
     return getattr(diffusion_model, "_orig_mod", diffusion_model)
 
 
-def patch_grid(x: Tensor, patch: tuple[int, int, int]) -> TokenGrid:
-    """The token grid of latents x (B, C, T, H, W); incomplete patches are padded by the models, so they count."""
-    t, h, w = (-(-size // p) for size, p in zip(x.shape[-3:], patch, strict=True))
-    return TokenGrid(t, h, w)
-
-
-def _open_sora_plan(x: Tensor, model: Any, conds: Mapping[str, Any]) -> TokenLayout:
-    return TokenLayout(patch_grid(x, model.patch_size))
-
-
-def _wan(x: Tensor, model: Any, conds: Mapping[str, Any]) -> TokenLayout:
-    grid = patch_grid(x, model.patch_size)
-    appended = conds.get("time_dim_concat")  # whole frames behind the clip
-    if appended is not None:
-        grid = TokenGrid(grid.t + patch_grid(appended, model.patch_size).t, grid.h, grid.w)
-    has_reference = conds.get("reference_latent") is not None and getattr(model, "ref_conv", None) is not None
-    return TokenLayout(grid, prefix=grid.tokens_per_frame if has_reference else 0)
-
-
 FAMILIES: dict[str, Family] = {
-    "OpenSoraT2V": Family("opensora_plan", "transformer_blocks", "config.num_attention_heads", _open_sora_plan),
-    "WanModel": Family("wan", "blocks", "num_heads", _wan),
+    "OpenSoraT2V": Family(
+        "opensora_plan", layouts.open_sora_plan, "config.num_attention_heads", {"double": "transformer_blocks"}
+    ),
+    # T2V, I2V, Fun (ref_conv), Phantom, ATI, TI2V 5B; the 14B of Wan 2.2 are two of these.
+    "WanModel": Family("wan", layouts.wan),
+    "VaceWanModel": Family("wan", layouts.wan, order=_vace_order),
+    "CameraWanModel": Family("wan", layouts.wan),
+    # Its face attention goes over 5 keys a frame and by no hook: left as it is.
+    "AnimateWanModel": Family("wan", layouts.wan),
+    "HumoWanModel": Family("wan", layouts.wan_reference),
+    "WanModel_S2V": Family("wan", layouts.wan_reference, hook_since="0.5.0"),
+    # HunyuanVideo, its I2V, SkyReels, and 1.5 with its super-resolution model.
+    "HunyuanVideo": Family("hunyuan_video", layouts.hunyuan_video, blocks={"double": "double_blocks", "single": "single_blocks"}),
+    "LTXVModel": Family("ltx_video", layouts.ltx_video, "transformer_blocks.0.attn1.heads", {"double": "transformer_blocks"}),
+    "LTXAVModel": Family("ltx_av", layouts.ltx_audio_video, "num_attention_heads", {"double": "transformer_blocks"}),
+    "AsymmDiTJoint": Family("mochi", layouts.mochi),
+    "GeneralDIT": Family("cosmos", layouts.cosmos),
+    "MiniTrainDIT": Family("cosmos_predict2", layouts.cosmos),
+    "Kandinsky5": Family(
+        "kandinsky5",
+        layouts.kandinsky5,
+        "visual_transformer_blocks.0.self_attention.num_heads",
+        {"double": "visual_transformer_blocks"},
+    ),
 }

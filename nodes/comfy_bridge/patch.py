@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...efficient_vdit_core.attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
+from ...efficient_vdit_core.attention import check_backend
+from ...efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, make_attention_override
+from ...efficient_vdit_core.attention.report import AttentionReport
 from ...efficient_vdit_core.plan import TilePlan
 from .families import FAMILIES, Family, find_family, uncompiled
+from .layouts import UnknownLayout
 
 log = logging.getLogger("efficient_vdit")
 
@@ -23,30 +27,41 @@ Window = tuple[float, float]
 _ROUNDING = 1 + 1e-4
 
 
-def patch_attention(model: Any, plan: TilePlan, *, window: Window = (0.0, 1.0), min_tokens: int = 0) -> Any:
+def patch_attention(
+    model: Any,
+    plan: TilePlan,
+    *,
+    window: Window = (0.0, 1.0),
+    min_tokens: int = 0,
+    placement: str = "strided",
+    decline_slow: bool = True,
+    backend: str = "auto",
+) -> Any:
     """A clone of MODEL whose self-attention follows the plan.
 
     Args:
         window: start and end as fractions 0..1 of the noise schedule; outside it the attention is dense.
         min_tokens: calls with fewer tokens stay dense.
+        placement: where the reference frames stand, one of ``tiles.PLACEMENTS``; rotating moves by a frame a step.
+        decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
+        backend: what computes the sparse attention, ``auto`` or one of ``attention.BACKENDS``.
 
     Raises:
-        ValueError: the window is empty, or the plan is for another model.
+        ValueError: the window is empty, the plan is for another model, or the backend cannot run here.
     """
     if window[0] >= window[1]:
         raise ValueError(
             f"start_percent is {window[0]} and end_percent {window[1]}, expected start below end: no step would be sparse. "
             "Lower start_percent, raise end_percent, or bypass the node."
         )
+    if backend != "auto":
+        check_backend(backend, model.load_device)
     patched = model.clone()
     diffusion_model = uncompiled(patched.get_model_object("diffusion_model"))
     family = find_family(diffusion_model)
-    if family is None:
-        log.warning(
-            "%s stays dense: where its video tokens stand is not known. Known are %s.",
-            type(diffusion_model).__name__,
-            ", ".join(FAMILIES),
-        )
+    why = f"where its video tokens stand is not known. Known are {', '.join(FAMILIES)}" if family is None else family.why_no_hook()
+    if family is None or why:
+        log.warning("Efficient-vDiT: %s stays dense: %s.", type(diffusion_model).__name__, why)
         return patched
     depth = family.depth(diffusion_model)
     plan.check_fits(family=family.name, layers=depth, heads=family.head_count(diffusion_model))
@@ -57,11 +72,14 @@ def patch_attention(model: Any, plan: TilePlan, *, window: Window = (0.0, 1.0), 
     previous = options.get(OVERRIDE)
     previous = getattr(previous, "replaces", previous)
     # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
-    override: Any = torch.compiler.disable(make_attention_override(plan, report, min_tokens=min_tokens, previous=previous))
+    sparse: Any = make_attention_override(
+        plan, report, min_tokens=min_tokens, previous=previous, placement=placement, decline_slow=decline_slow, backend=backend
+    )
+    override: Any = torch.compiler.disable(sparse)
     override.replaces = previous
     options[OVERRIDE] = override
     for kind, wrapper in (
-        (WrappersMP.APPLY_MODEL, _publish_layout(family, depth, window, plan, min_tokens)),
+        (WrappersMP.APPLY_MODEL, _publish_layout(family, window, report, sparse.pattern_of, count_steps=placement == "rotating")),
         (WrappersMP.OUTER_SAMPLE, _log_report(report)),
     ):
         patched.remove_wrappers_with_key(kind, WRAPPER_KEY)
@@ -78,7 +96,8 @@ def _check_dense_layers(plan: TilePlan, depth: int) -> None:
             )
 
 
-def _publish_layout(family: Family, depth: int, window: Window, plan: TilePlan, min_tokens: int) -> Callable[..., Any]:
+def _publish_layout(family: Family, window: Window, report: AttentionReport, pattern_of: Callable[..., Any], *,
+                    count_steps: bool) -> Callable[..., Any]:
     """An APPLY_MODEL wrapper: tells the override where the video tokens of this forward stand, and whether it acts."""
 
     def wrapper(
@@ -92,30 +111,52 @@ def _publish_layout(family: Family, depth: int, window: Window, plan: TilePlan, 
         **conds: Any,
     ) -> Any:
         options = dict(transformer_options or {})
-        options["total_blocks"] = depth  # not every ComfyUI version says it, and "-1" needs it
-        options[FORWARD_KEY] = state = _forward_state(family, executor.class_obj, window, x, t, c_crossattn, conds)
-        if state is not None:
-            state.plan, state.min_tokens = plan, min_tokens
+        base_model = executor.class_obj
+        state = forward_state(family, uncompiled(base_model.diffusion_model), x, c_crossattn, conds)
+        if state.layout is None:
+            report.warn("unknown layout", f"the attention stays dense: {state.reason}.")
+        elif not _in_window(base_model.model_sampling, window, t):
+            state.active, state.reason = False, "outside the step window"
+        if count_steps:
+            state.step = _step(options, t)
+        state.pattern_of = partial(pattern_of, state)
+        options[FORWARD_KEY] = state
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     return wrapper
 
 
-def _forward_state(
-    family: Family, base_model: Any, window: Window, x: Tensor, t: Tensor, text: Tensor | None, conds: dict[str, Any]
-) -> ForwardState | None:
-    if x.ndim != 5:
-        return None
-    layout = family.layout(x, uncompiled(base_model.diffusion_model), conds)
-    if text is not None and text.shape[1] >= layout.tokens and _text_length(text, conds) == layout.tokens:
+def forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, conds: dict[str, Any]) -> ForwardState:
+    """Where the video tokens of a forward on latents ``x`` stand; a state without a layout, with the reason, where unknown."""
+    # Video with audio comes packed into one tensor, and the shapes beside it.
+    size = conds["latent_shapes"][0] if "latent_shapes" in conds else x.shape
+    try:
+        if len(size) != 5:
+            raise UnknownLayout(f"its latents have the shape {tuple(size)}, expected (batch, channels, frames, height, width)")
+        found = family.layout(size, model, text, conds)
+    except UnknownLayout as error:
+        return ForwardState(None, active=False, reason=str(error))
+    state = ForwardState(
+        found.layout,
+        others=frozenset(found.others),
+        depth=family.depth(model),
+        offsets=family.offsets(model),
+        order=family.order(model, conds),
+        padding=found.padding,
+    )
+    if found.layout.tokens in state.others:
         # Cross-attention is told from self-attention by its length; here the lengths are the same.
-        return ForwardState(layout, active=False, reason="text as long as the video")
-    return ForwardState(layout, active=_in_window(base_model.model_sampling, window, t))
+        state.active, state.reason = False, "text or audio as long as the video"
+    return state
 
 
-def _text_length(text: Tensor, conds: dict[str, Any]) -> int:
-    mask = conds.get("attention_mask")
-    return text.shape[1] if mask is None else int(mask.any(0).nonzero().max()) + 1
+def _step(options: dict[str, Any], t: Tensor) -> int:
+    """The step of the schedule that noise level ``t`` belongs to, 0 = first; 0 where there is no schedule."""
+    schedule = options.get("sample_sigmas")
+    if schedule is None:
+        return 0
+    reached = schedule.float() * _ROUNDING >= float(t.flatten()[0])
+    return max(0, int(reached.sum()) - 1)
 
 
 def _in_window(model_sampling: Any, window: Window, t: Tensor) -> bool:
@@ -128,13 +169,26 @@ def _in_window(model_sampling: Any, window: Window, t: Tensor) -> bool:
 
 
 def _log_report(report: AttentionReport) -> Callable[..., Any]:
-    """An OUTER_SAMPLE wrapper: one line in the log after each run."""
+    """An OUTER_SAMPLE wrapper: one line in the log after each run, a warning where nothing became sparse."""
 
     def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         report.reset()
         try:
             return executor(*args, **kwargs)
         finally:
-            log.info("Efficient-vDiT: %s", report.summary())
+            why_none = "" if report.sparse or report.warned else _why_none(report)
+            if why_none:
+                report.warn("nothing sparse", why_none)
+            else:
+                log.info("Efficient-vDiT: %s", report.summary())
 
     return wrapper
+
+
+def _why_none(report: AttentionReport) -> str:
+    if report.dense:
+        return report.summary()
+    return (
+        "no attention call came by: another node replaces the attention of this model (patch it before this node, "
+        "or leave it out), or this ComfyUI passes no attention hook to it."
+    )

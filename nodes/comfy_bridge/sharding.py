@@ -12,21 +12,25 @@ from ...efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState
 from ...efficient_vdit_core.parallel.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
 from ...efficient_vdit_core.parallel.wire import Wire
 from ...efficient_vdit_core.tiles import TilePattern
-from .families import FAMILIES, Family, find_family, uncompiled
+from .families import Family, find_family, uncompiled
+from .patch import forward_state
 
 WRAPPER_KEY = "efficient_vdit_sharding"
 SCHEME_KEY = "evdit_scheme"
 OVERRIDE = "optimized_attention_override"
+# Models whose blocks take the video tokens alone, one after another, with nothing done to them in between.
+SHARDABLE = ("OpenSoraT2V", "WanModel", "CameraWanModel")
 
 
 def find_shardable(model: Any) -> Family:
     """The family of a MODEL that can be sharded. Raises ValueError with the reason where it cannot."""
     diffusion_model = uncompiled(model.get_model_object("diffusion_model"))
     family = find_family(diffusion_model)
-    if family is None:
+    name = type(diffusion_model).__name__
+    if family is None or name not in SHARDABLE:
         raise ValueError(
-            f"{type(diffusion_model).__name__} cannot be sharded: where its video tokens stand in its blocks is not known. "
-            f"Known are {', '.join(FAMILIES)}; bypass EVDiTSequenceParallel for this model."
+            f"{name} cannot be sharded: its blocks are not known to take the video tokens alone. "
+            f"These do: {', '.join(SHARDABLE)}. Bypass EVDiTSequenceParallel for this model."
         )
     return family
 
@@ -56,13 +60,14 @@ def _publish(family: Family, depth: int, wire: Wire) -> Any:
 
     def wrapper(executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
                 transformer_options: dict[str, Any] | None = None, **conds: Any) -> Any:
-        if x.ndim != 5:
-            raise ValueError(f"The latents have shape {tuple(x.shape)}, expected (batch, channels, frames, height, width): no video.")
         options = dict(transformer_options or {})
         state: ForwardState | None = options.get(FORWARD_KEY)
-        layout = family.layout(x, uncompiled(executor.class_obj.diffusion_model), conds) if state is None else state.layout
-        patterns = [TilePattern(None) if state is None else state.pattern(layer, depth) for layer in range(depth)]
-        options[SHARDED_KEY] = ShardedForward(layout, patterns, wire, options.get(SCHEME_KEY, "auto"))
+        if state is None:
+            state = forward_state(family, uncompiled(executor.class_obj.diffusion_model), x, c_crossattn, conds)
+        if state.layout is None:
+            raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
+        patterns = [TilePattern(None) if state.pattern_of is None else state.pattern_of(layer) for layer in range(depth)]
+        options[SHARDED_KEY] = ShardedForward(state.layout, patterns, wire, options.get(SCHEME_KEY, "auto"))
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     return wrapper

@@ -7,7 +7,8 @@ import torch
 from parallel_ranks import neighbour
 
 from efficient_vdit_core.attention import TokenLayout
-from efficient_vdit_core.attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
+from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, make_attention_override
+from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.models.opensora_plan.config import OSP_29X720P
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.parallel.attend import sharded_attention

@@ -24,6 +24,10 @@ def prompt(loader):
     }
 
 
+def wan(file):
+    return {"class_type": "UNETLoader", "inputs": {"unet_name": file, "weight_dtype": "default"}}
+
+
 def load_core():
     folder = Path(PACK) / "efficient_vdit_core"
     spec = importlib.util.spec_from_file_location("efficient_vdit_core", folder / "__init__.py", submodule_search_locations=[str(folder)])
@@ -82,12 +86,13 @@ def rank_main(rank, folder):
 
     torch.manual_seed(1)
     with torch.inference_mode():
-        opened("osp", prompt({"class_type": "EVDiTModelLoader", "inputs": {"model_name": "tiny (built in)", "weight_dtype": "default"}}), ["3", 0])
+        tiny = {"class_type": "EVDiTModelLoader", "inputs": {"model_name": "tiny (built in)", "weight_dtype": "default"}}
+        opened("osp", prompt(tiny), ["3", 0])
         compare("osp", torch.randn(2, 4, 5, 6, 8), torch.randn(2, 9, 64), [torch.tensor([3.0, 3.0])])
         if rank == 0:
             save_wan(f"{folder}/wan.safetensors")
         dist.barrier()
-        opened("wan", prompt({"class_type": "UNETLoader", "inputs": {"unet_name": "wan.safetensors", "weight_dtype": "default"}}), ["3", 0])
+        opened("wan", prompt(wan("wan.safetensors")), ["3", 0])
         x = torch.randn(1, 16, 5, 6, 8)
         compare("wan", x, torch.randn(1, 7, 64), [torch.tensor([0.7])])
         # A noise level for each latent frame, as Wan 2.2 5B has: the modulation differs by token.
@@ -95,7 +100,8 @@ def rank_main(rank, folder):
         model.process_timestep = lambda t, **_: t[:, None] * torch.linspace(0.5, 1.0, 5)
         host.models["wan by frame"] = host.models["wan"]
         compare("wan by frame", x, torch.randn(1, 7, 64), [torch.tensor([0.7])])
-        for name, graph in (("missing", prompt({"class_type": "NoSuchNode", "inputs": {}})), ("invalid", prompt({"class_type": "UNETLoader", "inputs": {"unet_name": "gone.safetensors", "weight_dtype": "default"}}))):  # fmt: skip  # noqa: E501
+        wrong = {"missing": prompt({"class_type": "NoSuchNode", "inputs": {}}), "invalid": prompt(wan("gone.safetensors"))}
+        for name, graph in wrong.items():
             try:
                 opened(name, graph, ["3", 0])
             except ValueError as error:

@@ -1,0 +1,51 @@
+"""What a run made sparse, what it left dense, and why."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+
+log = logging.getLogger("efficient_vdit")
+
+
+@dataclass
+class AttentionReport:
+    """Counts of a run, safe to fill from several threads."""
+
+    sparse: int = 0
+    density_sum: float = 0.0
+    dense: Counter[str] = field(default_factory=Counter)
+    warned: set[str] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add_sparse(self, density: float) -> None:
+        with self.lock:
+            self.sparse += 1
+            self.density_sum += density
+
+    def add_dense(self, reason: str) -> None:
+        with self.lock:
+            self.dense[reason] += 1
+
+    def warn(self, about: str, text: str) -> None:
+        """Log ``text``, once a run for each ``about``."""
+        with self.lock:
+            if about in self.warned:
+                return
+            self.warned.add(about)
+        log.warning("Efficient-vDiT: %s", text)
+
+    def reset(self) -> None:
+        with self.lock:
+            self.sparse, self.density_sum = 0, 0.0
+            self.dense.clear()
+            self.warned.clear()
+
+    def summary(self) -> str:
+        """One line: how many calls became sparse, at what mean density, and why the others stayed dense."""
+        with self.lock:
+            kept = f" at mean density {self.density_sum / self.sparse:.2f}" if self.sparse else ""
+            why = ", ".join(f"{count} {reason}" for reason, count in self.dense.most_common())
+            return f"{self.sparse} attention calls sparse{kept}; dense: {why or 'none'}"

@@ -1,0 +1,152 @@
+"""Where the video tokens of each model family stand in the sequence that its layers attend over.
+
+Shapes: latents (B, C, T, H, W), given by their size. Video tokens stand in the order t, h, w in every family here.
+Frames and tokens that condition the video (reference images, guides, text) become prefix or suffix: they attend to
+everything and everything attends to them, whatever the plan says. As ordinary frames they would reach no other frame.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...efficient_vdit_core.attention import TokenLayout
+from ...efficient_vdit_core.tiles import TokenGrid
+
+Conds = Mapping[str, Any]
+
+
+class UnknownLayout(ValueError):
+    """The inputs of a forward do not say where the video tokens stand; the text says why."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One forward: the layout, and the lengths of the ``others`` (text, audio) that have attention of their own.
+
+    ``padding`` tokens at the end are masked text.
+    """
+
+    layout: TokenLayout
+    others: tuple[int, ...] = ()
+    padding: int = 0
+
+
+# (size of the latents, diffusion model, text (B, L, C), the other conditionings by name) -> Tokens
+LayoutRule = Callable[[Sequence[int], Any, Tensor | None, Conds], Tokens]
+
+
+def patch_grid(size: Sequence[int], patch: Sequence[int]) -> TokenGrid:
+    """The token grid of latents (..., T, H, W); incomplete patches are padded by the models, so they count."""
+    t, h, w = (math.ceil(side / p) for side, p in zip(size[-3:], patch, strict=True))
+    return TokenGrid(t, h, w)
+
+
+def _length(tokens: Tensor | None) -> int:
+    """L of (B, L, C), 0 for None."""
+    return 0 if tokens is None else tokens.shape[-2]
+
+
+def open_sora_plan(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """The text is cut behind its last real token."""
+    mask = conds.get("attention_mask")
+    length = _length(text) if mask is None else int(mask.any(0).nonzero().max()) + 1
+    return Tokens(TokenLayout(patch_grid(size, model.patch_size)), (length,))
+
+
+def wan(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """[reference image of ref_conv | video | frames of time_dim_concat (Phantom)]; CLIP tokens and text are crossed with."""
+    reference, prefix = conds.get("reference_latent"), 0
+    if reference is not None and getattr(model, "ref_conv", None) is not None:
+        prefix = math.prod(side // p for side, p in zip(reference.shape[-2:], model.patch_size[1:], strict=True))
+    appended = conds.get("time_dim_concat")
+    suffix = 0 if appended is None else patch_grid(appended.shape, model.patch_size).tokens
+    image = _length(conds.get("clip_fea"))
+    return Tokens(TokenLayout(patch_grid(size, model.patch_size), prefix, suffix), (_length(text), image, _length(text) + image))
+
+
+def wan_reference(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """[video | reference frames] (HuMo), and behind them the packed motion frames of S2V."""
+    found, suffix = wan(size, model, text, conds), 0
+    reference, motion = conds.get("reference_latent"), conds.get("reference_motion")
+    if reference is not None:
+        suffix += math.prod(side // p for side, p in zip(reference.shape[-3:], model.patch_size, strict=True))
+    if motion is not None:
+        packer = model.frame_packer
+        parts = zip(packer.zip_frame_buckets, (packer.proj, packer.proj_2x, packer.proj_4x), strict=True)
+        for frames, projection in parts:
+            sides = zip((frames, *motion.shape[-2:]), projection.kernel_size, strict=True)
+            suffix += math.prod(side // p for side, p in sides)
+    layout = found.layout
+    return Tokens(TokenLayout(layout.grid, 0, layout.suffix + suffix), found.others)
+
+
+def hunyuan_video(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """[reference image | video | text, ByT5 and vision tokens]; the token refiner attends over the text alone."""
+    if len(model.patch_size) != 3:
+        raise UnknownLayout("the model makes images")
+    reference = conds.get("ref_latent")
+    prefix = 0 if reference is None else patch_grid(reference.shape, model.patch_size).tokens
+    suffix = _length(text)
+    for name, module in (("txt_byt5", "byt5_in"), ("clip_fea", "vision_in")):
+        suffix += _length(conds.get(name)) if getattr(model, module, None) is not None else 0
+    padding = _padding(conds.get("attention_mask"), _length(text)) if suffix == _length(text) else 0
+    return Tokens(TokenLayout(patch_grid(size, model.patch_size), prefix, suffix), (_length(text),), padding)
+
+
+def _padding(mask: Tensor | None, length: int) -> int:
+    """How many tokens at the end of the text a mask (B, length) of 1 and 0 leaves out; 0 where it says anything else."""
+    if mask is None or mask.is_floating_point() or mask.shape[-1] != length:
+        return 0
+    real = int(mask.flatten()[:length].sum())
+    expected = torch.arange(length, device=mask.device) < real
+    return length - real if bool((mask.bool() == expected).all()) else 0
+
+
+def ltx_video(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """[video | guide frames]; versions that split the forward into steps drop the guide tokens that the mask marks."""
+    grid, keyframes = patch_grid(size, (1, 1, 1)), conds.get("keyframe_idxs")
+    if keyframes is None:
+        return Tokens(TokenLayout(grid), (_length(text),))
+    per_frame = grid.tokens_per_frame
+    video_frames = grid.t - math.ceil(keyframes.shape[2] / per_frame)
+    if video_frames < 1:
+        raise UnknownLayout(f"its {keyframes.shape[2]} guide tokens leave no frame of the video")
+    suffix = grid.tokens - video_frames * per_frame
+    mask = conds.get("denoise_mask")
+    if mask is not None and hasattr(model, "_process_input"):
+        dropped = (mask[0] < 0).any(0).flatten()
+        before, behind = (int(part.sum()) for part in dropped.tensor_split([video_frames * per_frame]))
+        if before:
+            raise UnknownLayout(f"{before} tokens of the video itself are dropped")
+        suffix -= behind
+    return Tokens(TokenLayout(TokenGrid(video_frames, grid.h, grid.w), 0, suffix), (_length(text),))
+
+
+def ltx_audio_video(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """As ltx_video; the audio, latents (B, C, L, F), has its own stream of L tokens."""
+    video = ltx_video(size, model, text, conds)
+    audio = tuple(shape[2] for shape in conds.get("latent_shapes", ())[1:])
+    return Tokens(video.layout, video.others + audio)
+
+
+def mochi(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """[video | real text tokens]."""
+    suffix = min(int(conds.get("num_tokens", 256)), _length(text))
+    return Tokens(TokenLayout(patch_grid(size, (1, model.patch_size, model.patch_size)), 0, suffix))
+
+
+def cosmos(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """The video alone; the text is crossed with."""
+    patch = (model.patch_temporal, model.patch_spatial, model.patch_spatial)
+    return Tokens(TokenLayout(patch_grid(size, patch)), (_length(text),))
+
+
+def kandinsky5(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """The video alone; the text blocks before it attend over the text."""
+    return Tokens(TokenLayout(patch_grid(size, model.patch_size)), (_length(text),))
