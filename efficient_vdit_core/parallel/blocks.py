@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -126,7 +126,7 @@ def block_hook(layer: int, layers: int, previous: Hook | None = None) -> Hook:
     """The hook of block ``layer`` of ``layers`` for ``patches_replace["dit"]``; ``previous`` is another node's hook there."""
 
     def hook(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-        run = extra["original_block"] if previous is None else lambda given: previous(given, extra)
+        run = extra["original_block"] if previous is None else partial(_call, previous, extra)
         state: ShardedForward | None = args["transformer_options"].get(SHARDED_KEY)
         if state is None:
             return run(args)
@@ -136,6 +136,10 @@ def block_hook(layer: int, layers: int, previous: Hook | None = None) -> Hook:
         return {**out, "img": state.leave(out["img"])} if layer == layers - 1 else out
 
     return hook
+
+
+def _call(hook: Hook, extra: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    return hook(args, extra)
 
 
 def make_sharded_override(previous: Override | None = None) -> Override:

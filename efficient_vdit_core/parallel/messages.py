@@ -52,7 +52,7 @@ class Connection:
             with self.lock:
                 self.sock.sendall(_HEADER.pack(MAGIC, len(text), size) + text)
                 for x in tensors.values():
-                    self.sock.sendall(memoryview(x.flatten().view(torch.uint8).numpy()))
+                    self.sock.sendall(x.flatten().view(torch.uint8).numpy().data)
         except OSError as error:
             raise ConnectionEnded(str(error)) from None
 
