@@ -97,6 +97,15 @@ class EVDiTSequenceParallel(io.ComfyNode):
     def execute(
         cls, model: Any, devices: str, scheme: str, start_timeout: int, step_timeout: int, after_run: str, strict: bool
     ) -> io.NodeOutput:
-        choices = {"devices": devices, "scheme": scheme, "after_run": after_run, "strict": strict}
-        times = {"start_timeout": float(start_timeout), "step_timeout": float(step_timeout)}
-        return io.NodeOutput(*parallelize(model, **choices, **times, prompt=cls.hidden.prompt, node_id=cls.hidden.unique_id))
+        result = parallelize(
+            model,
+            devices=devices,
+            scheme=scheme,
+            start_timeout=start_timeout,
+            step_timeout=step_timeout,
+            after_run=after_run,
+            strict=strict,
+            prompt=cls.hidden.prompt,
+            node_id=cls.hidden.unique_id,
+        )
+        return io.NodeOutput(*result)

@@ -10,7 +10,7 @@ from typing import Any
 
 import folder_paths
 
-import nodes
+from nodes import LOADED_MODULE_DIRS, NODE_CLASS_MAPPINGS  # pyright: ignore[reportAttributeAccessIssue]
 
 PACK = Path(__file__).resolve().parents[2]
 
@@ -51,15 +51,15 @@ def upstream(prompt: dict[str, Any], node_id: str) -> dict[str, Any]:
 
 def pack_of(kind: str) -> str | None:
     """The folder or file that the node class ``kind`` was loaded from; None for ComfyUI's own nodes."""
-    module = getattr(nodes.NODE_CLASS_MAPPINGS.get(kind), "RELATIVE_PYTHON_MODULE", "nodes")
+    module = getattr(NODE_CLASS_MAPPINGS.get(kind), "RELATIVE_PYTHON_MODULE", "nodes")
     parent, _, name = module.partition(".")
     if parent != "custom_nodes":
         return None
-    folder = nodes.LOADED_MODULE_DIRS.get(name)
+    folder = LOADED_MODULE_DIRS.get(name)
     if folder is not None:
         return folder
     # A pack of one file is kept under its path without the ending.
-    for known in nodes.LOADED_MODULE_DIRS:
+    for known in LOADED_MODULE_DIRS:
         if Path(known).name == name and Path(f"{known}.py").is_file():
             return f"{known}.py"
     raise ValueError(f"Where the node {kind} was loaded from is not known, so the workers cannot load it. Bypass EVDiTSequenceParallel.")
@@ -67,5 +67,5 @@ def pack_of(kind: str) -> str | None:
 
 def _about() -> dict[str, Any]:
     folders = {name: [list(where), sorted(endings)] for name, (where, endings, *_) in folder_paths.folder_names_and_paths.items()}
-    root = str(Path(nodes.__file__).resolve().parent)
+    root = str(Path(folder_paths.__file__).resolve().parent)
     return {"root": root, "argv": sys.argv[1:], "folders": folders, "input": folder_paths.get_input_directory()}
