@@ -17,7 +17,7 @@ Poll = Callable[[], None]
 Answers = tuple[list[Message], Tensors]
 
 _POLL_SECONDS = 0.1
-_WHERE_SECONDS = 5.0
+_WHERE_SECONDS = 6.0
 
 
 class PoolFault(RuntimeError):

@@ -21,7 +21,7 @@ Message = dict[str, Any]
 
 # How long other ranks' words are awaited after the first fault: one that lost its peer may speak before the loss is seen.
 GATHER_FAULTS_SECONDS = 0.5
-WHERE_SECONDS = 1.0
+WHERE_SECONDS = 3.0
 FATAL_EXIT = 3
 
 
