@@ -46,6 +46,11 @@ def run(args: argparse.Namespace) -> int:
                 say(f"rank {rank} ended ({how}); its last lines:\n{workers.last_lines(rank)}")
             workers.stop()
             say("starting the workers anew")
+    except KeyboardInterrupt:
+        say("the workers have ended")
+        return 0
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
     finally:
         if workers is not None:
             workers.stop()

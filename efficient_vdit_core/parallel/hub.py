@@ -153,7 +153,7 @@ class Hub:
                     connection.send({"id": message["id"], "where": self._ask_where()})
                 else:
                     self.backlog.put((message, tensors))
-        except ConnectionEnded:
+        finally:
             with self.lock:
                 self.main = None
 

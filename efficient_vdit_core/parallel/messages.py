@@ -43,9 +43,12 @@ class Connection:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, message: dict[str, Any], tensors: Tensors | None = None) -> None:
-        """Raises ConnectionEnded where nobody listens any more."""
+        """Raises ConnectionEnded where nobody listens any more, ValueError for a tensor of a dtype that cannot travel."""
         tensors = {name: x.detach().to("cpu").contiguous() for name, x in (tensors or {}).items()}
         forms = {name: [str(x.dtype).removeprefix("torch."), list(x.shape)] for name, x in tensors.items()}
+        strange = [kind for kind, _ in forms.values() if kind not in _DTYPES]
+        if strange:
+            raise ValueError(f"A tensor of {strange[0]} cannot be sent to the workers, expected one of {', '.join(_DTYPES)}. Convert it.")
         text = json.dumps({**message, "_tensors": forms}).encode()
         size = sum(x.numel() * x.element_size() for x in tensors.values())
         try:
