@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _start(devices: tuple[str, ...], seconds: float) -> Any:
     from ..parallel.pool_file import default_pool_file, read_pool_file, remove_pool_file
-    from ..parallel.start import Workers
+    from ..parallel.start_workers import Workers
 
     old = read_pool_file(default_pool_file())
     if old is not None:

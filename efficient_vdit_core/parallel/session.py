@@ -127,7 +127,7 @@ class Session:
 
     def _start(self, launch: Launch, poll: Poll | None, backend: str = "gloo", peer_to_peer: bool = True) -> None:
         try:
-            starter = importlib.import_module(".start", __package__)
+            starter = importlib.import_module(".start_workers", __package__)
         except ImportError:
             raise RuntimeError(
                 "No pool of workers is running, and this build of the pack starts none itself. Start one with `evdit workers`."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import Any
 
 import folder_paths
 
-from nodes import LOADED_MODULE_DIRS, NODE_CLASS_MAPPINGS  # pyright: ignore[reportAttributeAccessIssue]
-
+COMFY_NODES: Any = importlib.import_module("nodes")  # ComfyUI's, whose name this pack's folder shares
 PACK = Path(__file__).resolve().parents[2]
 
 
@@ -51,15 +51,15 @@ def upstream(prompt: dict[str, Any], node_id: str) -> dict[str, Any]:
 
 def pack_of(kind: str) -> str | None:
     """The folder or file that the node class ``kind`` was loaded from; None for ComfyUI's own nodes."""
-    module = getattr(NODE_CLASS_MAPPINGS.get(kind), "RELATIVE_PYTHON_MODULE", "nodes")
+    module = getattr(COMFY_NODES.NODE_CLASS_MAPPINGS.get(kind), "RELATIVE_PYTHON_MODULE", "nodes")
     parent, _, name = module.partition(".")
     if parent != "custom_nodes":
         return None
-    folder = LOADED_MODULE_DIRS.get(name)
+    folder = COMFY_NODES.LOADED_MODULE_DIRS.get(name)
     if folder is not None:
         return folder
     # A pack of one file is kept under its path without the ending.
-    for known in LOADED_MODULE_DIRS:
+    for known in COMFY_NODES.LOADED_MODULE_DIRS:
         if Path(known).name == name and Path(f"{known}.py").is_file():
             return f"{known}.py"
     raise ValueError(f"Where the node {kind} was loaded from is not known, so the workers cannot load it. Bypass EVDiTSequenceParallel.")

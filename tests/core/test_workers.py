@@ -150,7 +150,7 @@ def test_out_of_memory_names_device_and_size(session):
 def test_the_workers_go_with_a_killed_starter(tmp_path):
     code = f"""
 import sys, time; sys.path.insert(0, {str(HERE.parents[1])!r})
-from efficient_vdit_core.parallel.start import Workers
+from efficient_vdit_core.parallel.start_workers import Workers
 w = Workers(["cpu", "cpu"], "gloo"); w.wait({START})
 print(*[p.pid for p in w.processes], w.folder, flush=True); time.sleep(600)
 """
