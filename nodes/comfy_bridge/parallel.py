@@ -137,8 +137,14 @@ class _Nothing(nn.Module):
 def _memory_watch() -> Any:
     """A patcher that is loaded and unloaded with the clone: when ComfyUI frees its memory, the workers free theirs."""
     watch = comfy.model_patcher.ModelPatcher(_Nothing(), load_device=mm.get_torch_device(), offload_device=torch.device("cpu"))
-    watch.add_callback_with_key(CallbacksMP.ON_DETACH, WRAPPER_KEY, lambda *_: _offload())
+    watch.add_callback_with_key(CallbacksMP.ON_DETACH, WRAPPER_KEY, _on_detach)
     return watch
+
+
+def _on_detach(patcher: Any, unpatch_all: bool) -> None:
+    # Without unpatching, one clone only makes way for the next.
+    if unpatch_all:
+        _offload()
 
 
 def _offload() -> None:

@@ -75,6 +75,8 @@ class ComfyHost:
         """Import ComfyUI with the options and folders of the one that asked; returns its executor."""
         sys.path.insert(0, about["root"])
         sys.argv = ["main.py", *about["argv"]]
+        # ComfyUI's nodes put comfy/ on the path, whose utils.py would then hide the package of that name.
+        importlib.import_module("utils")
         options = importlib.import_module("comfy.options")
         options.enable_args_parsing()
         args = importlib.import_module("comfy.cli_args").args
