@@ -44,7 +44,7 @@ def save_wan(path):
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    model = WanModel(dim=256, num_heads=2, num_layers=2, ffn_dim=256, freq_dim=256, in_dim=16, out_dim=16, text_dim=64,
+    model = WanModel(dim=256, num_heads=2, num_layers=2, ffn_dim=256, freq_dim=256, in_dim=16, out_dim=16, text_dim=4096,
                      cross_attn_norm=True, model_type="t2v", operations=disable_weight_init, dtype=torch.float32)  # fmt: skip
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
@@ -94,12 +94,12 @@ def rank_main(rank, folder):
         dist.barrier()
         opened("wan", prompt(wan("wan.safetensors")), ["3", 0])
         x = torch.randn(1, 16, 5, 6, 8)
-        compare("wan", x, torch.randn(1, 7, 64), [torch.tensor([0.7])])
+        compare("wan", x, torch.randn(1, 7, 4096), [torch.tensor([0.7])])
         # A noise level for each latent frame, as Wan 2.2 5B has: the modulation differs by token.
         model = host.models["wan"].model
         model.process_timestep = lambda t, **_: t[:, None] * torch.linspace(0.5, 1.0, 5)
         host.models["wan by frame"] = host.models["wan"]
-        compare("wan by frame", x, torch.randn(1, 7, 64), [torch.tensor([0.7])])
+        compare("wan by frame", x, torch.randn(1, 7, 4096), [torch.tensor([0.7])])
         wrong = {"missing": prompt({"class_type": "NoSuchNode", "inputs": {}}), "invalid": prompt(wan("gone.safetensors"))}
         for name, graph in wrong.items():
             try:
