@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from ..plan import TilePlan
 from ..tiles import TilePattern
+from .clock import DENSE, SPARSE
 from .dispatch import choose_backend, tile_attention
 from .layout import TokenLayout
 from .report import AttentionReport
@@ -140,7 +141,8 @@ def make_attention_override(
         reason = _why_dense(state, layer, layout, pattern, mask, min_tokens, decline_slow)
         if reason:
             report.add_dense(reason)
-            return dense.call(q, k, v, heads, mask, **form)
+            with report.clock.taking(DENSE, q):
+                return dense.call(q, k, v, heads, mask, **form)
         shaped = (q, k, v) if skip_reshape else tuple(rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
         chosen, layout = backend, state.without_padding(layout, mask)
         real_q, real_k, real_v = (x[:, :, : layout.tokens] for x in shaped)
@@ -148,10 +150,13 @@ def make_attention_override(
             chosen = choose_backend(real_q, real_k, real_v, layout, pattern, dense=dense, dense_name=dense.name)
         if chosen == "dense" and decline_slow:
             report.add_dense("measured faster")
-            return dense.call(q, k, v, heads, mask, **form)
-        report.add_sparse(pattern.flop_density(layout.grid, layout.prefix + layout.suffix))
+            with report.clock.taking(DENSE, q):
+                return dense.call(q, k, v, heads, mask, **form)
+        density = pattern.flop_density(layout.grid, layout.prefix + layout.suffix)
+        report.add_sparse(density)
         chosen = "frames" if chosen == "dense" else chosen
-        out = tile_attention(real_q, real_k, real_v, layout, pattern, dense=dense, backend=chosen, dense_name=dense.name)
+        with report.clock.taking(SPARSE, q, density):
+            out = tile_attention(real_q, real_k, real_v, layout, pattern, dense=dense, backend=chosen, dense_name=dense.name)
         # Nothing reads what padding attends to.
         out = pad(out, (0, 0, 0, shaped[0].shape[2] - layout.tokens)) if layout.tokens < shaped[0].shape[2] else out
         return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
