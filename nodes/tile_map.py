@@ -65,7 +65,7 @@ class EVDiTAttentionTileMap(io.ComfyNode):
                         "exact and slower."
                     ),
                 ),
-                Plan.Input("plan", optional=True, tooltip="Hatches the tiles that this plan leaves out; gives the share of those it keeps."),
+                Plan.Input("plan", optional=True, tooltip="Hatches the tiles that the plan leaves out; gives the share of those it keeps."),
                 io.Conditioning.Input(
                     "second_prompt",
                     optional=True,
