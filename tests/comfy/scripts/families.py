@@ -1,11 +1,12 @@
 """Every native video family, sampled for two steps with the sparse node, against dense and a masked oracle. Prints JSON.
 
-Names of cases as arguments run only these.
+Names of cases in $EVDIT_CASES, with commas between, run only these.
 """
 
 import copy
 import json
 import logging
+import os
 import sys
 import traceback
 
@@ -121,7 +122,8 @@ def facts(case: Case) -> dict:
 
 
 found = {}
-for name in sys.argv[2:] or CASES:
+chosen = os.environ.get("EVDIT_CASES")
+for name in chosen.split(",") if chosen else CASES:
     case = CASES[name]
     try:
         found[name] = facts(case)

@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 
-sys.argv = [sys.argv[0], "--cpu", *sys.argv[1:]]
+sys.argv = [sys.argv[0], "--cpu"]
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()

@@ -37,7 +37,8 @@ MOCHI = {
     "image_model": "mochi_preview", "depth": 3, "patch_size": 2, "num_heads": HEADS, "hidden_size_x": WIDTH, "hidden_size_y": 24,
     "mlp_ratio_x": 256, "mlp_ratio_y": 256, "learn_sigma": False, "in_channels": 12, "qk_norm": True, "qkv_bias": False,
     "out_bias": True, "attn_drop": 0.0, "patch_embed_bias": True, "posenc_preserve_area": True, "timestep_mlp_bias": True,
-    "attend_to_padding": False, "timestep_scale": 1000.0, "use_t5": True, "t5_feat_dim": TEXT, "t5_token_length": 256, "rope_theta": 10000.0,
+    "attend_to_padding": False, "timestep_scale": 1000.0, "use_t5": True, "t5_feat_dim": TEXT, "t5_token_length": 256,
+    "rope_theta": 10000.0,
 }  # fmt: skip
 COSMOS = {
     "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1,
