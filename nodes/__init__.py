@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import EVDiTCompareVideos
 from .loaders import EVDiTModelLoader, EVDiTTextEncoderLoader, EVDiTVAELoader
 from .plan_files import EVDiTLoadTilePlan, EVDiTSaveTilePlan
 from .report import EVDiTReport
@@ -21,6 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     EVDiTSparseAttention,
     EVDiTConsistencySigmas,
     EVDiTConsistencySampler,
+    EVDiTCompareVideos,
     EVDiTSearchTilePlan,
     EVDiTSaveTilePlan,
     EVDiTLoadTilePlan,
