@@ -34,7 +34,7 @@ class EVDiTAttentionTileMap(io.ComfyNode):
                 io.String.Input(
                     "layers",
                     default="0,-1",
-                    tooltip=f'Layers to draw, counted from 0, negative from the end: "0-2,-1". At most {MAX_MAPS}, a picture each.',
+                    tooltip=f'Layers to draw, counted from 0, negative from the end: "0-2,-1". At most {MAX_MAPS}, a panel each.',
                 ),
                 io.Float.Input(
                     "percent",

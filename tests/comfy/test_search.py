@@ -47,7 +47,7 @@ def searching(model: str = "tiny (built in)", **changes) -> dict:
     """A search whose plan is saved."""
     prompt = graph(model)
     inputs = {"model": ["model", 0], "positive": ["positive", 0], "latent": ["latent", 0], "seed": 3, "probes": 2}
-    choice = {"threshold": 0.05, "target_speedup": 0.0, "candidates": "1,2"}
+    choice = {"threshold": 0.01, "target_speedup": 0.0, "candidates": "1,2"}
     prompt["search"] = {"class_type": "EVDiTSearchTilePlan", "inputs": {**inputs, **choice, **changes}}
     prompt["save"] = {"class_type": "EVDiTSaveTilePlan", "inputs": {"plan": ["search", 0], "filename_prefix": "searched"}}
     return prompt
