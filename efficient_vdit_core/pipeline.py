@@ -145,6 +145,25 @@ class Pipeline:
         frames = self._decode(z)[: request.frames, : request.height, : request.width]
         return Video(frames, self._metadata(request, plan, template, report), report)
 
+    @torch.inference_mode()
+    def observe(self, request: VideoRequest, override: Callable[..., Tensor]) -> None:
+        """Samples latents as `generate` does, with this attention override looking on, and throws them away."""
+        context, mask = self._encode(request, None)
+        layout = self._layout(request)
+        with self._working(self.transformer):
+            options = lambda: {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(layout)}  # noqa: E731
+            self._sample(request, self._guided_network(request, context, mask, options), None)
+
+    def noise_levels(self, request: VideoRequest) -> list[float]:
+        """The sigmas at which the consistency sampler evaluates the model."""
+        sigmas = consistency_sigmas(DiscreteSchedule().sigma, request.segments or request.steps or 0, request.steps or 0)
+        return sigmas[:-1].tolist()
+
+    def _layout(self, request: VideoRequest) -> TokenLayout:
+        t, h, w = request.latent_size
+        p = self.transformer.config.patch_size
+        return TokenLayout(TokenGrid(t, -(-h // p), -(-w // p)))
+
     def _encode(self, request: VideoRequest, template: str | None) -> tuple[Tensor, Tensor]:
         """Text states (B, L, C) and mask (B, L) of [negative, positive], or of [positive] where guidance is off."""
         from .models.opensora_plan.captions import TEMPLATES, clean_caption
@@ -163,11 +182,9 @@ class Pipeline:
         self, request: VideoRequest, mask: Tensor, plan: TilePlan | None, report: AttentionReport
     ) -> Callable[[], dict[str, Any]]:
         """Makes the transformer_options of one forward pass."""
-        t, h, w = request.latent_size
-        p = self.transformer.config.patch_size
-        layout = TokenLayout(TokenGrid(t, -(-h // p), -(-w // p)))
         if plan is None:
             return dict
+        layout = self._layout(request)
         override = make_attention_override(plan, report)
         # Cross-attention is told from self-attention by its length; where the lengths are the same, nothing tells them apart.
         longest = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1

@@ -76,7 +76,7 @@ def patch_attention(
             plan, report, min_tokens=min_tokens, previous=previous, placement=placement, decline_slow=decline_slow, backend=backend
         )
     )
-    override.replaces = previous
+    override.replaces, override.report = previous, report
     options[OVERRIDE] = override
     for kind, wrapper in (
         (WrappersMP.APPLY_MODEL, _publish_layout(family, window, report, count_steps=placement == "rotating")),
