@@ -23,6 +23,8 @@ COMMANDS = {
     "eval": "lay clips out for VBench, a benchmark of video models",
     "bench": "time attention, a step, the overheads; draw the chart",
     "convert": "turn upstream weights into safetensors",
+    "distill": "train a few-step model, or a sparse one, from a model",
+    "recipe": "run all three stages, or the tiny world's whole table",
 }
 TINYWORLD = "tinyworld"
 INTERRUPTED = 130  # the shell's convention: 128 + SIGINT

@@ -24,3 +24,8 @@ def preset_path(family: str) -> Path:
     if family not in preset_names():
         raise ValueError(f"There is no preset plan {family!r}, expected one of {', '.join(preset_names())}.")
     return Path(__file__).parent / "plans" / f"{family}.json"
+
+
+def recipe_path(name: str) -> Path:
+    """A distillation recipe in TOML: tiny or three_stage."""
+    return Path(__file__).parent / "recipes" / f"{name}.toml"

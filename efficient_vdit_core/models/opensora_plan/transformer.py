@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ...attention.sdpa import sdpa_attention
 from .config import DiTConfig
@@ -145,6 +146,7 @@ class OpenSoraT2V(nn.Module):
         self.dtype = dtype or torch.get_default_dtype()
         self.patch_size = (1, config.patch_size, config.patch_size)
         self.rope_angle_dtype: torch.dtype | None = None
+        self.gradient_checkpointing = False
         self.pos_embed = PatchEmbed(config, **build)
         self.adaln_single = AdaLayerNormSingle(dim, **build)
         self.caption_projection = TextProjection(config.caption_channels, dim, **build)
@@ -173,7 +175,11 @@ class OpenSoraT2V(nn.Module):
         options.update(block_type="double", total_blocks=len(self.transformer_blocks), grid_sizes=grid)
         for index, block in enumerate(self.transformer_blocks):
             options["block_index"] = index
-            tokens = block(tokens, context, modulation, rope, mask, options)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                # Its own copy of the options: the block runs again in the backward pass, when the index has moved on.
+                tokens = checkpoint(block, tokens, context, modulation, rope, mask, dict(options), use_reentrant=False)
+            else:
+                tokens = block(tokens, context, modulation, rope, mask, options)
         shift, scale = (self.scale_shift_table.to(tokens)[None] + embedding[:, None]).unsqueeze(2).unbind(1)
         out = self.proj_out(_modulated(tokens, shift, scale, self.config.norm_eps))
         t, h, w = grid
