@@ -71,7 +71,7 @@ class ChoiceBook:
 
 def default_book() -> ChoiceBook:
     """The book of this machine: ``$EVDIT_CACHE_DIR`` or the user's cache folder."""
-    return _book(_cache_folder() / "attention.json")
+    return _book(cache_folder() / "attention.json")
 
 
 @lru_cache
@@ -157,7 +157,8 @@ def _versions() -> dict[str, str]:
     return {"pack": __version__, "torch": torch.__version__, "triton": triton, "driver": driver, "threads": str(torch.get_num_threads())}
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where the pack keeps what it found out about this machine: ``$EVDIT_CACHE_DIR`` or the user's cache folder."""
     if "EVDIT_CACHE_DIR" in os.environ:
         return Path(os.environ["EVDIT_CACHE_DIR"])
     if sys.platform == "win32":

@@ -44,6 +44,7 @@ class ForwardState:
         padding: how many tokens at the end of the suffix are padding, and masked; 0 where nothing is.
         step: sampling step, 0 = first; moves rotating reference frames.
         calls: self-attentions over the video so far.
+        pattern_of: the pattern of a layer in this forward, for those who must know it before the layer's attention is called.
     """
 
     layout: TokenLayout | None
@@ -56,6 +57,7 @@ class ForwardState:
     padding: int = 0
     step: int = 0
     calls: int = 0
+    pattern_of: Callable[[int], TilePattern] | None = None
 
     def next_layer(self, options: Mapping[str, Any]) -> int | None:
         """The layer of this self-attention: given by the model, else counted. None beyond the last layer."""
@@ -159,6 +161,14 @@ def make_attention_override(
         out = pad(out, (0, 0, 0, behind)) if behind else out  # nothing reads what padding attends to
         return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
 
+    def pattern_of(state: ForwardState, layer: int) -> TilePattern:
+        if state.layout is None:
+            return TilePattern(None)
+        pattern = _pattern(plan, layer, state, state.layout, {}, report).placed(placement, state.step)
+        reason = _why_dense(state, layer, state.layout, pattern, None, min_tokens, decline_slow)
+        return TilePattern(None) if reason else pattern
+
+    override.pattern_of = pattern_of  # pyright: ignore[reportFunctionMemberAccess]
     return override
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,15 +72,14 @@ def patch_attention(
     previous = options.get(OVERRIDE)
     previous = getattr(previous, "replaces", previous)
     # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
-    override: Any = torch.compiler.disable(
-        make_attention_override(
-            plan, report, min_tokens=min_tokens, previous=previous, placement=placement, decline_slow=decline_slow, backend=backend
-        )
+    sparse: Any = make_attention_override(
+        plan, report, min_tokens=min_tokens, previous=previous, placement=placement, decline_slow=decline_slow, backend=backend
     )
+    override: Any = torch.compiler.disable(sparse)
     override.replaces, override.report = previous, report
     options[OVERRIDE] = override
     for kind, wrapper in (
-        (WrappersMP.APPLY_MODEL, _publish_layout(family, window, report, count_steps=placement == "rotating")),
+        (WrappersMP.APPLY_MODEL, _publish_layout(family, window, report, sparse.pattern_of, count_steps=placement == "rotating")),
         (WrappersMP.OUTER_SAMPLE, _log_report(report)),
     ):
         patched.remove_wrappers_with_key(kind, WRAPPER_KEY)
@@ -96,7 +96,8 @@ def _check_dense_layers(plan: TilePlan, depth: int) -> None:
             )
 
 
-def _publish_layout(family: Family, window: Window, report: AttentionReport, *, count_steps: bool) -> Callable[..., Any]:
+def _publish_layout(family: Family, window: Window, report: AttentionReport, pattern_of: Callable[..., Any], *,
+                    count_steps: bool) -> Callable[..., Any]:
     """An APPLY_MODEL wrapper: tells the override where the video tokens of this forward stand, and whether it acts."""
 
     def wrapper(
@@ -111,20 +112,22 @@ def _publish_layout(family: Family, window: Window, report: AttentionReport, *, 
     ) -> Any:
         options = dict(transformer_options or {})
         base_model = executor.class_obj
-        state = _forward_state(family, uncompiled(base_model.diffusion_model), x, c_crossattn, conds)
+        state = forward_state(family, uncompiled(base_model.diffusion_model), x, c_crossattn, conds)
         if state.layout is None:
             report.warn("unknown layout", f"the attention stays dense: {state.reason}.")
         elif not _in_window(base_model.model_sampling, window, t):
             state.active, state.reason = False, "outside the step window"
         if count_steps:
             state.step = _step(options, t)
+        state.pattern_of = partial(pattern_of, state)
         options[FORWARD_KEY] = state
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     return wrapper
 
 
-def _forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, conds: dict[str, Any]) -> ForwardState:
+def forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, conds: dict[str, Any]) -> ForwardState:
+    """Where the video tokens of a forward on latents ``x`` stand; a state without a layout, with the reason, where unknown."""
     # Video with audio comes packed into one tensor, and the shapes beside it.
     size = conds["latent_shapes"][0] if "latent_shapes" in conds else x.shape
     try:

@@ -18,6 +18,7 @@ NODES = {
     "EVDiTSparseAttention",
     "EVDiTConsistencySigmas",
     "EVDiTConsistencySampler",
+    "EVDiTSequenceParallel",
 }
 
 
