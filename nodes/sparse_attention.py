@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..efficient_vdit_core.plan import TilePlan
 from ..efficient_vdit_core.tiles import PLACEMENTS
+from .comfy_bridge.announce import announce_to_page
 from .comfy_bridge.patch import patch_attention
 from .inputs import CATEGORY, Plan
 
@@ -100,6 +101,7 @@ class EVDiTSparseAttention(io.ComfyNode):
                     tooltip="A copy of the model with sparse attention. Works with every sampler, LoRA and guider node.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -122,5 +124,6 @@ class EVDiTSparseAttention(io.ComfyNode):
                 min_tokens=min_tokens,
                 placement=placement,
                 decline_slow=decline_slow,
+                after_run=announce_to_page(cls.hidden.unique_id, plan.to_text()),
             )
         )
