@@ -22,7 +22,7 @@ SETTINGS = {
     "Comfy.VueNodes.Enabled": False,
     # A canvas drawn in software takes its time from everything else.
     "Comfy.Minimap.Visible": False,
-    "LiteGraph.Canvas.MaximumFps": 10,
+    "LiteGraph.Canvas.MaximumFps": 5,
 }
 
 
@@ -101,7 +101,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield running
         running.close()
 
@@ -109,7 +109,7 @@ def browser():
 @pytest.fixture(scope="session")
 def only_page(browser, server):
     """One page for all tests: loading ComfyUI's page anew takes longer than they do."""
-    context = browser.new_context(viewport={"width": 1600, "height": 1000})
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.set_default_timeout(PATIENCE)
     yield ComfyPage(context.new_page(), server)
     context.close()

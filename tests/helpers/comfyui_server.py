@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 
 import websocket
+from archive import install
 
 ROOT = Path(__file__).parents[2]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
@@ -27,12 +28,12 @@ def why_no_comfyui() -> str:
 
 
 class Server:
-    """ComfyUI on a free port, with this pack alone in a base directory of its own."""
+    """ComfyUI on a free port, with this pack alone, as the registry ships it, in a base directory of its own."""
 
     def __init__(self, base: Path):
         self.base, self.log = base, base / "server.log"
         (base / "custom_nodes").mkdir(parents=True)
-        (base / "custom_nodes" / "efficient-vdit").symlink_to(ROOT)
+        install(base / "custom_nodes" / "efficient-vdit")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
