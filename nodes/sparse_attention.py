@@ -124,6 +124,7 @@ class EVDiTSparseAttention(io.ComfyNode):
                 min_tokens=min_tokens,
                 placement=placement,
                 decline_slow=decline_slow,
-                after_run=announce_to_page(cls.hidden.unique_id, plan.to_text()),
+                # Outside a prompt, as in a script, there is no id and nobody to tell.
+                after_run=announce_to_page(cls.hidden.unique_id, plan.to_text()) if cls.hidden else None,
             )
         )

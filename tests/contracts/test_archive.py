@@ -50,12 +50,12 @@ def forbidden(source: str) -> list[str]:
 def test_it_holds_what_a_user_needs(files):
     names = {f.as_posix() for f in files}
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"} <= names
-    for folder in ("nodes", "efficient_vdit_core/assets", "web/docs", "web/js", "locales/en", "locales/zh", "workflows"):
+    for folder in ("nodes", "efficient_vdit_core/assets", "web/docs", "web/js", "locales/en", "locales/zh", "workflows", "prompts"):
         assert any(name.startswith(folder + "/") for name in names), folder
 
 
 def test_it_holds_nothing_else(files):
-    assert {f.parts[0] for f in files if len(f.parts) > 1} <= {"nodes", "efficient_vdit_core", "web", "locales", "workflows"}
+    assert {f.parts[0] for f in files if len(f.parts) > 1} <= {"nodes", "efficient_vdit_core", "web", "locales", "workflows", "prompts"}
     assert not [f for f in files if f.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pyc", ".log")]
 
 

@@ -41,7 +41,7 @@ class NodeChart {
     const widget = node.addDOMWidget("tile_plan_chart", "tile_plan_chart", this.chart.element, options);
     widget.serialize = false;
     for (const source of node.widgets) if (source !== widget) chain(source, "callback", () => this.changed(source));
-    chain(node, "onConnectionsChange", () => this.draw());
+    for (const event of ["onConfigure", "onConnectionsChange"]) chain(node, event, () => this.draw());
     this.draw();
   }
 
@@ -145,7 +145,7 @@ function chartsOf(report) {
   const node = findNode(report.node);
   const slot = node?.inputs?.findIndex((input) => input.type === PLAN) ?? -1;
   const chart = slot < 0 ? undefined : charts.get(node.getInputNode(slot));
-  return chart ? [chart] : [...allCharts()].filter((other) => other.source() === report.plan);
+  return chart ? [chart] : [...allCharts()].filter((other) => other.state.plan && formatPlan(other.state.plan) === report.plan);
 }
 
 app.registerExtension({
@@ -162,8 +162,5 @@ app.registerExtension({
   nodeCreated(node) {
     const gives = node.outputs?.some((output) => output.type === PLAN);
     if (gives && !charts.has(node)) charts.set(node, new NodeChart(node));
-  },
-  loadedGraphNode(node) {
-    charts.get(node)?.draw();
   },
 });

@@ -6,7 +6,8 @@ import { STYLE } from "./plan_style.js";
 const SVG = "http://www.w3.org/2000/svg";
 const COLORS = 6; // of --pattern-N in the style
 const KEYS = { ArrowLeft: -1, ArrowRight: 1, ArrowDown: -1, ArrowUp: 1, PageUp: 5, PageDown: -5, Home: -1e9, End: 1e9 };
-const USUAL_HEIGHT = 280; // px, until it is on the page; then `height` is what the content takes at the node's width
+const USUAL_HEIGHT = 240; // px, until it is on the page; then `height` is what the content takes at the node's width
+const LEAST_WIDTH = 150;
 const percent = (share) => `${Math.round(100 * share)} %`;
 
 /** Make an HTML or SVG element with attributes and children. */
@@ -45,7 +46,9 @@ export class PlanChart {
     this.panel = panel;
     root.append(make("style", {}, STYLE), panel);
     this.height = USUAL_HEIGHT;
-    new ResizeObserver(() => (this.height = panel.offsetHeight || this.height)).observe(panel);
+    // Before it has its width, everything wraps and it would ask for far too much.
+    const measure = () => panel.offsetWidth >= LEAST_WIDTH && (this.height = panel.offsetHeight);
+    new ResizeObserver(measure).observe(panel);
     this.bars.addEventListener("keydown", (event) => this.onKey(event));
     this.bars.addEventListener("pointerleave", () => this.hover(null));
     // A click edits; it must not start to drag the node.
