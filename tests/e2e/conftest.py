@@ -20,6 +20,7 @@ SETTINGS = {
     "Comfy.Locale": "en",
     "Comfy.ColorPalette": "dark",
     "Comfy.VueNodes.Enabled": False,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
     # A canvas drawn in software takes its time from everything else.
     "Comfy.Minimap.Visible": False,
     "LiteGraph.Canvas.MaximumFps": 5,
@@ -57,16 +58,17 @@ class ComfyPage:
     def open(self, **settings) -> "ComfyPage":
         """An empty workflow on a page with these settings beside the usual ones."""
         wanted = {**SETTINGS, **{key.replace("_", "."): value for key, value in settings.items()}}
-        if wanted == self.settings:
-            self.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
-            self.page.wait_for_function("app.graph.nodes.length === 0")
-            return self
-        status, _ = self.server.post("/settings", wanted)
-        assert status == 200
-        self.settings = wanted
-        self.page.goto(f"http://127.0.0.1:{self.server.port}")
-        self.page.wait_for_function("window.app?.extensionManager && window.app.graph && !document.querySelector('#splash-loader')")
-        self.page.wait_for_function("!!window.LiteGraph?.registered_node_types?.EVDiTTilePlan")
+        if wanted != self.settings:
+            status, _ = self.server.post("/settings", wanted)
+            assert status == 200
+            self.settings = wanted
+            self.page.goto(f"http://127.0.0.1:{self.server.port}")
+            self.page.wait_for_function("window.app?.extensionManager && window.app.graph && !document.querySelector('#splash-loader')")
+            self.page.wait_for_function("!!window.LiteGraph?.registered_node_types?.EVDiTTilePlan")
+        # The page opens with what it showed last.
+        self.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+        self.page.wait_for_function("app.graph.nodes.length === 0")
+        self.page.evaluate("app.canvas.ds.reset()")
         return self
 
     def template(self, name: str):

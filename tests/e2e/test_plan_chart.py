@@ -21,7 +21,7 @@ def plan_node(comfy, text: str = "", width: int = 320):
         }""",
         [text, width],
     )
-    chart = comfy.page.locator(".evdit-plan-chart")
+    chart = comfy.page.locator(".evdit-plan-chart:visible")
     chart.first.wait_for()
     return chart.first
 
@@ -71,7 +71,9 @@ def test_it_fits_a_narrow_node(comfy, palette, modern):
             return [...panel.querySelectorAll('.body *:not(g *)')].every(e => e.getBoundingClientRect().right <= edge.right + 1);
         }"""
     )
-    assert inside and page.evaluate(f"{TITLE}.size[0]") <= 221
+    assert inside
+    # Nodes 2.0 have a least width of their own, a little above.
+    assert page.evaluate(f"{TITLE}.size[0]") <= (250 if modern else 221)
 
 
 def test_it_draws_inside_a_subgraph(comfy):
@@ -83,7 +85,7 @@ def test_it_draws_inside_a_subgraph(comfy):
             app.canvas.openSubgraph(node.subgraph, node);
         }}"""
     )
-    chart = page.locator(".evdit-plan-chart").first
+    chart = page.locator(".evdit-plan-chart:visible").first
     chart.get_by_role("option", name="Layer 2:").click()
     text = page.evaluate("app.canvas.graph.nodes.find(n => n.type === 'EVDiTTilePlan').widgets.find(w => w.name === 'text').value")
     assert text == "0-1:2:6 2:1:7 3-5:2:6"

@@ -1,7 +1,11 @@
-"""The shipped workflow as a new user meets it: template browser, Run, help panel, another language."""
+"""The shipped workflows as a new user meets them: template browser, Run, help panel, another language."""
 
-from comfyui_server import ENDINGS
+import re
 
+import pytest
+from comfyui_server import ENDINGS, ROOT
+
+NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 TINY = "tiny_text_to_video"
 
 
@@ -10,18 +14,32 @@ def select(page, kind: str):
     page.evaluate("kind => app.canvas.selectNode(app.graph.nodes.find(n => n.type === kind))", kind)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_template_opens_with_its_chart(comfy, name):
+    page = comfy.open().page
+    comfy.template(name)
+    strangers = page.evaluate("app.graph.nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)")
+    assert strangers == []
+    chart = page.locator(".evdit-plan-chart:visible").first
+    chart.get_by_role("option").first.wait_for(state="attached")
+    assert chart.get_by_text("full ×").count() == (0 if name == TINY else 1)
+
+
 def test_the_template_opens_and_runs(comfy):
     page = comfy.open().page
     comfy.template(TINY)
-    assert page.evaluate("app.graph.nodes.every(n => !n.has_errors && window.LiteGraph.registered_node_types[n.type])")
     page.evaluate("app.graph.nodes.forEach(n => { if (n.type === 'EVDiTConsistencySigmas') n.widgets.forEach(w => { w.value = 4 }) })")
     page.evaluate(
         "endings => { window.ended = []; endings.forEach(e => app.api.addEventListener(e, () => window.ended.push(e))) }", list(ENDINGS)
     )
     page.get_by_role("button", name="Run", exact=True).first.click()
-    page.wait_for_function("window.ended.length > 0", timeout=90_000)
-    comfy.picture("after the run")
+    page.wait_for_function("window.ended.length > 0")
     assert page.evaluate("window.ended") == ["execution_success"]
+    chart = page.locator(".evdit-plan-chart:visible").first
+    # 6 layers, 4 steps; with and without the prompt at once, or one after the other.
+    chart.get_by_text(re.compile("Last run: (24|48) sparse calls, 53 %")).wait_for()
+    assert chart.get_by_role("option").count() == 6
+    comfy.picture("after the run")
     assert list((comfy.server.base / "output" / "video").glob("*.mp4"))
 
 

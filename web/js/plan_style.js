@@ -19,6 +19,7 @@ export const STYLE = `
 .summary { font-weight: 600; }
 .summary.note { font-weight: 400; opacity: .85; }
 .bars { display: block; width: 100%; height: 60px; border-radius: 3px; outline-offset: 2px; }
+.bars:focus { outline: none; }
 .bars:focus-visible { outline: 2px solid var(--pattern-0); }
 .bars .hit { fill: transparent; }
 .bars.editable .column { cursor: pointer; }
