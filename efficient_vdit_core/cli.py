@@ -19,6 +19,8 @@ COMMANDS = {
     "demo": "make a short video with the built-in model, in under a minute on a CPU",
     "search": "find out which layers can take a sparse pattern, and write the plan",
     "doctor": "show versions, devices, attention backends and packages",
+    "compare": "measure how near two clips of the same seed are to each other",
+    "eval": "lay clips out for VBench, a benchmark of video models",
     "bench": "time attention, a step, the overheads; draw the chart",
     "convert": "turn upstream weights into safetensors",
 }

@@ -20,10 +20,15 @@ def check_writable_file(path: str | Path) -> Path:
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes `text` as UTF-8; a file of that name is replaced only once the new one is whole."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes `data`; a file of that name is replaced only once the new one is whole."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

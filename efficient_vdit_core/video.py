@@ -19,8 +19,9 @@ import numpy as np
 from .files import check_writable_file
 
 SUFFIXES = (".mp4", ".gif", ".webp")
+MIN_FPS, MAX_FPS = 0.01, 1000.0
 _EXIF_DESCRIPTION = 0x010E
-_NO_WRITER = "Install the engine's extra: pip install 'efficient-vdit[engine]'."
+INSTALL_ENGINE = "Install the engine's extra: pip install 'efficient-vdit[engine]'."
 
 
 def check_writable(path: str | Path) -> Path:
@@ -43,7 +44,7 @@ def write_video(
     Args:
         path: the ending picks the format. mp4 is H.264 4:2:0, so height and width must be even; gif and webp are
             written as loops. A gif counts time in 1/100 s, so its rate is rounded (24 fps become 25).
-        fps: frames per second, > 0.
+        fps: frames per second, 0.01 to 1000; a gif holds at most 100.
         metadata: anything that JSON can hold.
 
     Returns:
@@ -53,8 +54,8 @@ def write_video(
     frames = np.ascontiguousarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise ValueError(f"Frames must be uint8 (F, H, W, 3), got {frames.dtype} {frames.shape}.")
-    if not fps > 0:
-        raise ValueError(f"fps must be above 0, got {fps}.")
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise ValueError(f"fps must lie in {MIN_FPS:g}..{MAX_FPS:g}, got {fps}: no container times frames beyond that.")
     text = json.dumps(metadata or {})  # ASCII only, so that every container takes it
     suffix = path.suffix.lower()
     if suffix == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
@@ -106,7 +107,7 @@ def _check_writer_installed(suffix: str) -> None:
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except ImportError as error:
-        raise ValueError(f"Writing {suffix} needs the package {error.name!r}, which is missing. {_NO_WRITER}") from error
+        raise ValueError(f"Writing {suffix} needs the package {error.name!r}, which is missing. {INSTALL_ENGINE}") from error
     except RuntimeError as error:
         raise ValueError("Writing .mp4 needs ffmpeg, and none was found; install it, or write a gif or webp.") from error
 
@@ -126,6 +127,10 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, text: str) -> None:
             writer.send(frame)
     finally:
         writer.close()
+    try:
+        _mp4_comment(path)  # ffmpeg writes it last, and nobody hears of it when that fails
+    except LookupError:
+        raise OSError("ffmpeg could not finish the video; is the disk full?") from None
 
 
 def _write_animation(path: Path, frames: np.ndarray, fps: float, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import EVDiTCompareVideos
 from .loaders import EVDiTModelLoader, EVDiTTextEncoderLoader, EVDiTVAELoader
 from .sampling import EVDiTConsistencySampler, EVDiTConsistencySigmas
 from .sparse_attention import EVDiTSparseAttention
@@ -17,6 +18,7 @@ NODES: list[type[io.ComfyNode]] = [
     EVDiTSparseAttention,
     EVDiTConsistencySigmas,
     EVDiTConsistencySampler,
+    EVDiTCompareVideos,
 ]
 
 

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tiles import TilePattern
+from . import flex, triton
 from .choose import Attend, default_book
 from .frames import attend_frames
-from .layout import TokenLayout
-from .triton import DTYPES, HEAD_DIMS, attend_triton, triton_status
+from .layout import TokenLayout, check_tensors
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-BACKENDS = ("frames", "triton")
+BACKENDS = ("frames", "triton", "flex")
 # Attention over fewer tokens takes a millisecond or two either way: the plan is followed as it is, unmeasured.
 FEWEST_MEASURED_TOKENS = 2048
 
@@ -36,7 +36,7 @@ def available_backends(device: torch.device | str | None = None) -> list[Backend
     """The backends of ``tile_attention`` on ``device`` (default: the GPU where there is one), for `evdit doctor`."""
     chosen = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     frames = BackendStatus("frames", True, "dense calls only; runs wherever PyTorch does")
-    return [frames, BackendStatus("triton", *triton_status(chosen))]
+    return [frames, BackendStatus("triton", *triton.triton_status(chosen)), BackendStatus("flex", *flex.flex_status(chosen))]
 
 
 @lru_cache
@@ -61,22 +61,26 @@ def tile_attention(
     Args:
         q, k, v: (B, H, N, D) with N = ``layout.tokens``, any float dtype and strides; scores are scaled by 1 / sqrt(D).
         dense: plain attention of (B, H, Nq, D) over (B, H, Nk, D), default PyTorch's SDPA; ``dense_name`` tells it from others.
-        backend: ``frames``, ``triton``; ``dense`` ignores the pattern; ``auto`` is what ``choose_backend`` says.
+        backend: ``frames``, ``triton``, ``flex``; ``dense`` ignores the pattern; ``auto`` is what ``choose_backend`` says.
         max_extra_bytes: bounds the copies of keys and values in ``frames``, default: by the device.
 
     Returns:
         (B, H, N, D).
 
     Raises:
-        ValueError: an argument does not fit, or the backend cannot run here; the text names it and says why.
+        ValueError: an argument does not fit, the backend cannot run here, or an argument requires a gradient and the backend or
+            ``dense`` gives none; the text names it and says why.
     """
-    _check(q, k, v, layout)
+    check_tensors(q, k, v, layout)
     attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes)
     if backend == "auto":
         backend = choose_backend(q, k, v, layout, pattern, dense=dense, dense_name=dense_name)
     elif backend != "dense":
         _check_backend(backend, q)
-    return attend["dense" if pattern.is_full(layout.grid.t) else backend](q, k, v, layout, pattern)
+    backend = "dense" if pattern.is_full(layout.grid.t) else backend
+    out = attend[backend](q, k, v, layout, pattern)
+    _check_gradient(out, {"q": q, "k": k, "v": v}, backend, dense_name)
+    return out
 
 
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern, *, dense: Dense | None = None,
@@ -97,38 +101,38 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern
 
 
 def fits(backend: str, q: Tensor) -> bool:
-    """Whether a backend that runs on this machine takes tensors like q."""
+    """Whether it is worth trying a backend that runs on this machine on tensors like q."""
     if backend == "frames":
         return True
-    return q.shape[-1] in HEAD_DIMS and q.dtype in DTYPES
+    # Triton's interpreter runs on a CPU too, but only to test the kernel.
+    if backend == "triton":
+        return q.is_cuda and q.shape[-1] in triton.HEAD_DIMS and q.dtype in triton.DTYPES
+    return q.is_cuda and q.dtype in flex.DTYPES
 
 
 def _candidates(dense: Dense, max_extra_bytes: int | None) -> dict[str, Attend]:
     return {
         "dense": lambda q, k, v, layout, pattern: dense(q, k, v),
         "frames": lambda q, k, v, layout, pattern: attend_frames(q, k, v, layout, pattern, dense, max_extra_bytes),
-        "triton": attend_triton,
+        "triton": triton.attend_triton,
+        "flex": flex.attend_flex,
     }
 
 
 def _check_backend(backend: str, q: Tensor) -> None:
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected auto, dense, {' or '.join(BACKENDS)}.")
+        raise ValueError(f"backend is {backend!r}, expected auto, dense, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}.")
     status = _statuses(q.device.type)[backend]
     if not status.available:
         raise ValueError(f"backend is {backend!r}, which cannot run here: {status.reason}. Choose auto or frames.")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
-    if q.ndim != 4 or q.shape[2] != layout.tokens:
+def _check_gradient(out: Tensor, tensors: dict[str, Tensor], backend: str, dense_name: str) -> None:
+    """A dense function without a backward would end the graph here, and training would go on without these gradients."""
+    wanting = [name for name, x in tensors.items() if x.requires_grad]
+    if wanting and torch.is_grad_enabled() and not out.requires_grad:
+        used = f"{backend} with {dense_name}" if backend in ("dense", "frames") else backend
         raise ValueError(
-            f"q has shape {tuple(q.shape)}, expected (batch, heads, {layout.tokens}, head_dim) for {layout}. "
-            "The token layout does not describe this sequence."
+            f"{wanting[0]} requires a gradient, and the backend {used} gives none. "
+            "Hand in a dense function with a backward, or call it under torch.no_grad()."
         )
-    if q.numel() == 0:
-        raise ValueError(f"q has shape {tuple(q.shape)}, expected no empty dimension.")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(q.shape)} as q has: this is self-attention.")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, expected {q.dtype} on {q.device} as q is.")

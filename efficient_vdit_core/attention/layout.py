@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..tiles import TokenGrid
 
 
@@ -39,3 +41,19 @@ def global_spans(layout: TokenLayout, references: tuple[int, ...]) -> list[tuple
         elif stop > start:
             joined.append((start, stop))
     return [(start, stop) for start, stop in joined if stop > start]
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
+    """Raise ValueError, naming the argument, unless q, k, v are alike and (batch, heads, ``layout.tokens``, head_dim), none empty."""
+    if q.ndim != 4 or q.shape[2] != layout.tokens:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}, expected (batch, heads, {layout.tokens}, head_dim) for {layout}. "
+            "The token layout does not describe this sequence."
+        )
+    if q.numel() == 0:
+        raise ValueError(f"q has shape {tuple(q.shape)}, expected no empty dimension.")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(q.shape)} as q has: this is self-attention.")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, expected {q.dtype} on {q.device} as q is.")

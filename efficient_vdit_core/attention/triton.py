@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..tiles import TilePattern
-from .layout import TokenLayout, global_spans
+from .layout import TokenLayout, check_tensors, global_spans
 
 # Each head_dim as two tiles, powers of two: nothing is padded.
 HEAD_DIMS = {32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
@@ -65,7 +65,12 @@ def attend_triton_lse(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, patt
     Partial results over disjoint keys merge by it (sequence parallelism).
     """
     _check(q, k, v, layout)
-    return _ArrowAttention.apply(q, k, v, layout, pattern)
+    return _ArrowAttention.apply(_addressable(q), _addressable(k), _addressable(v), layout, pattern)
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """x, copied where a block of 128 tokens spans 2^31 elements: inside a block the kernels count in 32 bits."""
+    return x.contiguous() if 256 * max(x.stride()[2:]) >= 2**31 else x
 
 
 class _ArrowAttention(torch.autograd.Function):
@@ -91,7 +96,7 @@ class _ArrowAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         if dout is None and dlse is None:
             return None, None, None, None, None
-        dout = torch.zeros_like(out) if dout is None else dout
+        dout = torch.zeros_like(out) if dout is None else _addressable(dout)
         dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
         slope_of_lse = delta if dlse is None else dlse.contiguous()  # not read where WITH_DLSE is False
         strides = [x.stride() for x in (q, k, v, out, dout, dq)]
@@ -139,16 +144,7 @@ def _tables(layout: TokenLayout, pattern: TilePattern, device: torch.device) -> 
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
-    if q.ndim != 4 or q.shape[2] != layout.tokens or q.numel() == 0:
-        raise ValueError(
-            f"q has shape {tuple(q.shape)}, expected (batch, heads, {layout.tokens}, head_dim), none empty, for {layout}. "
-            "The token layout does not describe this sequence."
-        )
-    for name, x in (("k", k), ("v", v)):
-        if (x.shape, x.dtype, x.device) != (q.shape, q.dtype, q.device):
-            raise ValueError(
-                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}, expected {tuple(q.shape)} {q.dtype} on {q.device} as q is."
-            )
+    check_tensors(q, k, v, layout)
     if q.shape[3] not in HEAD_DIMS:
         raise ValueError(
             f"q has head_dim {q.shape[3]}, expected one of {', '.join(map(str, HEAD_DIMS))} for the triton backend. "

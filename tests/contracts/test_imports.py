@@ -23,6 +23,7 @@ ALLOWED = {
     "search": {"tiles", "plan", "attention"},
     "parallel": {"tiles", "plan", "attention"},
     "distill": {"tiles", "plan", "attention"},
+    "quality": {"files", "video", "read_video"},
 }
 BACKENDS = {"frames", "triton", "flex"}
 # Triton's kernels are functions of a module: that file imports it, and is itself imported inside functions only.

@@ -1,7 +1,18 @@
-"""Shared by the core tests: one thread (the machine has few cores) and the slow masked oracle."""
+"""Shared by the core tests: few threads, Triton's interpreter where there is no GPU, and the slow masked oracle."""
+
+import importlib.util
 
 import pytest
 import torch
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# Triton decides at its first import whether its own functions are interpreted, and other libraries import it: so it is
+# imported here, before them. The variable itself must not outlive that, or every backend status and subprocess sees it.
+if TRITON_INSTALLED and not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton  # noqa: F401
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -9,8 +20,28 @@ def _few_threads():
     torch.set_num_threads(2)
 
 
-def masked_attention(q, k, v, frames, tokens_per_frame, references, prefix=0, suffix=0):
-    """Attention under the arrow mask from its definition: an explicit N x N mask and a softmax, all in float64.
+@pytest.fixture(scope="module")
+def triton_device():
+    """Where Triton kernels run during a module: the GPU, else the CPU through the interpreter."""
+    if not TRITON_INSTALLED:
+        pytest.skip("SKIPPED THE TRITON KERNELS: the package triton is not installed (pip install triton, on Linux)")
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    from efficient_vdit_core.attention import dispatch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        from efficient_vdit_core.attention import arrow_kernels
+
+        assert arrow_kernels.INTERPRETED.value, "something imported arrow_kernels before, compiled"
+        dispatch._statuses.cache_clear()
+        yield torch.device("cpu")
+    dispatch._statuses.cache_clear()
+
+
+def masked_scores(q, k, frames, tokens_per_frame, references, prefix=0, suffix=0):
+    """Scores under the arrow mask from its definition: an explicit N x N mask, -inf where it hides, all in float64.
 
     Written apart from the engine; ``references`` is the list of reference frames.
     """
@@ -22,9 +53,19 @@ def masked_attention(q, k, v, frames, tokens_per_frame, references, prefix=0, su
         for j in range(count):
             live[i, j] = owner[i] == owner[j] or sees_all[i] or sees_all[j]
     scores = q.double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5
-    return scores.masked_fill(~live, float("-inf")).softmax(-1) @ v.double()
+    return scores.masked_fill(~live.to(q.device), float("-inf"))
+
+
+def masked_attention(q, k, v, *layout):
+    """Attention under the arrow mask: a softmax of ``masked_scores``, in float64; ``layout`` is as there."""
+    return masked_scores(q, k, *layout).softmax(-1) @ v.double()
 
 
 @pytest.fixture
 def oracle():
     return masked_attention
+
+
+@pytest.fixture
+def score_oracle():
+    return masked_scores

@@ -42,6 +42,18 @@ def test_the_fastest_is_chosen_and_measured_only_once(tmp_path):
     assert again == first and len(calls) == seen
 
 
+def test_a_backend_that_does_not_compile_is_left_out_and_named(tmp_path, caplog):
+    def broken(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    book = ChoiceBook(tmp_path / "attention.json")
+    choice = book.choose({**candidates([], {"dense"}), "flex": broken}, *qkv(), LAYOUT, TilePattern(1), "sdpa")
+    assert set(choice.milliseconds) == {"dense", "frames", "triton"}
+    assert "the backend flex fails here and is left out: RuntimeError: Failed to find C compiler" in caplog.text
+    with pytest.raises(RuntimeError, match="C compiler"):  # nothing stands in for the dense function itself
+        book.choose({**candidates([], set()), "dense": broken}, *qkv(dim=16), LAYOUT, TilePattern(1), "sdpa")
+
+
 def test_another_shape_dense_function_or_version_is_measured_anew(tmp_path):
     book, calls = ChoiceBook(tmp_path / "attention.json"), []
     run = candidates(calls, set())

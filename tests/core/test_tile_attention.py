@@ -106,7 +106,7 @@ def test_mixed_dtypes_and_unknown_backends_are_refused():
     q, k, v = qkv(layout)
     with pytest.raises(ValueError, match="v is torch.float16"):
         tile_attention(q, k, v.half(), layout, TilePattern(1))
-    with pytest.raises(ValueError, match="backend is 'warp', expected auto, dense, frames or triton"):
+    with pytest.raises(ValueError, match="backend is 'warp', expected auto, dense, frames, triton or flex"):
         tile_attention(q, k, v, layout, TilePattern(1), backend="warp")
     assert "frames" in [b.name for b in available_backends() if b.available]
 
@@ -129,3 +129,32 @@ def test_nothing_is_copied_where_there_is_nothing_to_share():
         return F.scaled_dot_product_attention(q, k, v)
 
     tile_attention(q, k, v, layout, TilePattern(0), dense=dense)
+
+
+class Forgetful(torch.autograd.Function):
+    """Attention with no way back, as quantised kernels have none."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = F.scaled_dot_product_attention(q, k, v)
+        ctx.mark_non_differentiable(out)
+        return out
+
+
+@pytest.mark.parametrize("backend", ["frames", "dense"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_gradient_that_would_be_lost_is_refused(backend, name):
+    layout = TokenLayout(TokenGrid(3, 2, 2))
+    tensors = dict(zip("qkv", qkv(layout), strict=True))
+    tensors[name].requires_grad_()
+
+    def attend(dense, k=1):
+        pattern = TilePattern(k)
+        return tile_attention(**tensors, layout=layout, pattern=pattern, dense=dense, backend=backend, dense_name="sage")
+
+    for k, used in ((1, backend), (None, "dense")):
+        with pytest.raises(ValueError, match=f"^{name} requires a gradient, and the backend {used} with sage gives none"):
+            attend(Forgetful.apply, k)
+    with torch.no_grad():
+        assert not attend(Forgetful.apply).requires_grad
+    assert attend(F.scaled_dot_product_attention).requires_grad

@@ -92,6 +92,20 @@ def test_an_interrupt_between_two_frames_stops_ffmpeg_and_leaves_nothing(tmp_pat
     assert writers[0].closed and not list(tmp_path.iterdir())
 
 
+def test_a_failure_of_ffmpeg_is_no_video(tmp_path, frames, monkeypatch):
+    monkeypatch.setattr(video, "MAX_FPS", 1e13)
+    (tmp_path / "clip.mp4").write_bytes(b"old")
+    with pytest.raises(OSError, match="could not finish|rate"):
+        write_video(tmp_path / "clip.mp4", frames, fps=1e12)
+    assert (tmp_path / "clip.mp4").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
+@pytest.mark.parametrize("fps", [0.01, 1000])
+def test_the_slowest_and_the_fastest_rate_can_be_written(tmp_path, frames, suffix, fps):
+    assert read_metadata(write_video(tmp_path / f"clip{suffix}", frames, fps=fps, metadata={"a": 1})) == {"a": 1}
+
+
 def test_file_permissions_are_those_of_a_new_file(tmp_path, frames):
     (tmp_path / "plain").touch()
     path = write_video(tmp_path / "clip.gif", frames)
@@ -120,8 +134,9 @@ def test_bad_frames_are_refused(tmp_path, frames):
         write_video(tmp_path / "a.gif", frames[:0])
     with pytest.raises(ValueError, match="even sizes"):
         write_video(tmp_path / "a.mp4", frames[:, :31])
-    with pytest.raises(ValueError, match="fps must be above 0"):
-        write_video(tmp_path / "a.gif", frames, fps=0)
+    for fps in (0, -1, float("nan"), float("inf"), 1e-9, 1e12):
+        with pytest.raises(ValueError, match="fps must lie in"):
+            write_video(tmp_path / "a.gif", frames, fps=fps)
     assert not list(tmp_path.iterdir())
 
 

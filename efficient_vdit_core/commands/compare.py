@@ -1,0 +1,90 @@
+"""evdit compare: how near two clips of the same seed are to each other, such as sparse attention and dense.
+
+mp4 adds the losses of H.264 to what is measured; webp as `evdit generate` writes it is lossless.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..files import check_writable_file, write_bytes, write_text
+from . import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the command's options."""
+    parser.add_argument("a", metavar="A", help="the clip to compare with: dense (.mp4, .gif, .webp, or what ffmpeg reads)")
+    parser.add_argument("b", metavar="B", help="the clip that is compared: sparse, of the same size, length and seed")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics, also those of each frame")
+    parser.add_argument("--picture", metavar="FILE", help="write frames, their difference and a curve of the PSNR (.png)")
+    parser.add_argument("--no-lpips", action="store_true", help="leave LPIPS out even where its package is installed")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compares and prints."""
+    _check_target("--json", args.json, ".json")
+    _check_target("--picture", args.picture, ".png")
+    import torch
+
+    from ..quality import compare_clips, comparison_picture, metrics_table
+    from ..read_video import read_video
+
+    _warn_of_other_settings(args.a, args.b)
+    a, b = (torch.from_numpy(read_video(path)) for path in (args.a, args.b))
+    comparison = compare_clips(a, b, lpips=not args.no_lpips)
+    say(f"a: {args.a}\nb: {args.b}")
+    say(metrics_table(comparison))
+    if args.json:
+        values = {"a": args.a, "b": args.b, **comparison.to_dict()}
+        write_text(args.json, json.dumps(values, indent=2, allow_nan=False) + "\n")
+        say(f"wrote {args.json}")
+    if args.picture:
+        names = Path(args.a).stem, Path(args.b).stem
+        picture = comparison_picture(a, b, comparison, names=names if names[0] != names[1] else ("a", "b"))
+        _write_png(args.picture, (picture * 255).round().byte().numpy())
+        say(f"wrote {args.picture}")
+    return 0
+
+
+def _write_png(path: str, pixels: Any) -> None:
+    import io
+
+    from PIL import Image
+
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "png")
+    write_bytes(path, png.getvalue())
+
+
+def _check_target(option: str, path: str | None, suffix: str) -> None:
+    """ValueError before the work where the file cannot be written."""
+    if path is None:
+        return
+    if Path(path).suffix.lower() != suffix:
+        raise ValueError(f"{option} is {path!r}, expected a name that ends in {suffix}.")
+    check_writable_file(path)
+
+
+def _warn_of_other_settings(a: str, b: str) -> None:
+    """Paired metrics of clips with another seed or prompt compare two videos, not two methods."""
+    import logging
+
+    first, second = _metadata(a), _metadata(b)
+    for name in ("seed", "prompt", "model"):
+        if name in first and name in second and first[name] != second[name]:
+            logging.getLogger(__name__).warning(
+                "The clips were made with %s %r and %r, so the numbers compare two videos and not two methods.",
+                name, first[name], second[name],
+            )
+
+
+def _metadata(path: str) -> dict[str, Any]:
+    from ..video import read_metadata
+
+    try:
+        return read_metadata(path)
+    except ValueError:
+        return {}  # a clip of another program says nothing about its making

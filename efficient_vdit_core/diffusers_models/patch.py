@@ -1,0 +1,108 @@
+"""Applies a tile plan to a diffusers transformer through attention processors and a forward pre-hook, nothing else.
+
+No processor's body is copied. The processor in place still does projections, norms and rotary embeddings; only the
+``scaled_dot_product_attention`` that it ends in is answered by ``tile_attention``, through a ``TorchFunctionMode`` that is
+on while this one processor runs. Dense pieces go to the attention backend that was chosen in diffusers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.override import AttentionReport
+from ..plan import TilePlan
+from .families import DiffusersFamily, SequenceLayout, find_family
+from .processor import TiledProcessor, tiled
+
+# Timesteps reach the transformers on the scale of their training, 1000 for noise alone and 0 for none.
+_TRAIN_STEPS = 1000
+# A step may lie on the window's edge; schedule and window round it in their own ways.
+_ROUNDING = 1 + 1e-4
+
+
+class DiffusersPatch:
+    """What ``apply_to_diffusers`` put into a transformer. ``report`` counts its attention calls; ``remove`` takes it out.
+
+    As a context manager it is removed at the end of the block. With gradient checkpointing, a backward pass must follow
+    its own forward pass: what the layers recompute then is read from the latest one.
+    """
+
+    def __init__(self, transformer: nn.Module, family: DiffusersFamily, plan: TilePlan, window: tuple[float, float],
+                 min_tokens: int, backend: str) -> None:
+        self.report = AttentionReport()
+        self.min_tokens, self.backend = min_tokens, backend
+        self.layout: SequenceLayout | None = None
+        self.active = True
+        self._family, self._window, self._config = family, window, transformer.config
+        self._forward = inspect.signature(type(transformer).forward)
+        self._replaced: list[tuple[Any, TiledProcessor]] = []
+        modules = family.modules(transformer)
+        for layer, attention in enumerate(modules):
+            processor = tiled(attention.get_processor(), self, plan.pattern(layer, len(modules)))
+            attention.set_processor(processor)
+            self._replaced.append((attention, processor))
+        # Kept out of torch.compile: it reads timesteps, and each new value would compile the model anew.
+        hook: Any = torch.compiler.disable(self._read_forward)
+        self._hook = transformer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Puts the processors back that were there before. One that was replaced by someone else meanwhile stays."""
+        self._hook.remove()
+        for attention, processor in self._replaced:
+            if attention.get_processor() is processor:
+                attention.set_processor(processor.original)
+        self._replaced.clear()
+
+    def __enter__(self) -> DiffusersPatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _read_forward(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook: where the video tokens of this forward stand, and whether it lies in the window."""
+        arguments = self._forward.bind(transformer, *args, **kwargs).arguments
+        self.layout = self._family.layout(arguments, self._config)
+        self.active = self._in_window(arguments["timestep"])
+
+    def _in_window(self, timestep: Tensor | float) -> bool:
+        """Reads the noise level from the device, so only where a window was asked for, and once a forward."""
+        start, end = self._window
+        if (start, end) == (0.0, 1.0):
+            return True
+        # With a timestep for each token, conditioning frames have 0; the noisy ones count.
+        level = float(torch.as_tensor(timestep).max()) / _TRAIN_STEPS
+        return (end == 1.0 or level > (1 - end) * _ROUNDING) and level <= (1 - start) * _ROUNDING
+
+
+def apply_to_diffusers(transformer: Any, plan: TilePlan, *, start: float = 0.0, end: float = 1.0, min_tokens: int = 0,
+                       backend: str = "auto") -> DiffusersPatch:
+    """Makes the self-attention of a diffusers video transformer follow ``plan``, in place, until the handle is removed.
+
+    Args:
+        transformer: ``pipe.transformer`` of CogVideoX, Wan, HunyuanVideo, LTX-Video or Allegro. Its weights stay as they are.
+        plan: one pattern a layer, or a uniform one. HunyuanVideo's layers are its double blocks, then its single blocks.
+        start, end: part of the noise schedule that becomes sparse, 0 (pure noise) to 1, as 1 - timestep / 1000.
+        min_tokens: shorter sequences stay dense.
+        backend: of ``tile_attention``. The dense pieces run on the backend set in diffusers.
+
+    Returns:
+        A handle with ``report`` and ``remove()``, also a context manager.
+
+    Raises:
+        ValueError: the class is not known, the plan was made for another model, the window is empty, or the transformer
+            has a plan already.
+    """
+    transformer = getattr(transformer, "_orig_mod", transformer)  # what torch.compile wrapped
+    family = find_family(transformer)
+    if not 0.0 <= start < end <= 1.0:
+        raise ValueError(f"start is {start} and end {end}, expected 0 <= start < end <= 1; no step would be sparse. Correct them.")
+    modules = family.modules(transformer)
+    if any(isinstance(module.get_processor(), TiledProcessor) for module in modules):
+        raise ValueError("The transformer has a tile plan already; call remove() of that handle before applying another one.")
+    plan.check_fits(family=family.name, layers=len(modules), heads=transformer.config.num_attention_heads)
+    return DiffusersPatch(transformer, family, plan, (start, end), min_tokens, backend)

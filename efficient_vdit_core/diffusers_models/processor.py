@@ -1,0 +1,148 @@
+"""The attention processor that runs another one and makes its attention sparse.
+
+Shapes: q, k, v (B, H, N, D), as in scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..attention import TokenLayout, tile_attention
+from ..tiles import TilePattern
+
+if TYPE_CHECKING:
+    from .families import SequenceLayout
+    from .patch import DiffusersPatch
+
+Dense = Callable[..., Tensor]
+
+
+class TiledProcessor:
+    """Stands in the place of ``original``; made by ``tiled``, which gives it the original's call signature."""
+
+    def __init__(self, original: Any, patch: DiffusersPatch, pattern: TilePattern) -> None:
+        self.original, self.patch, self.pattern = original, patch, pattern
+
+    @property
+    def _attention_backend(self) -> Any:
+        """Read and set by diffusers where the processor has one: the backend that was chosen for it."""
+        return self.original._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.original._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        """Likewise: set where diffusers shards the sequence over devices."""
+        return self.original._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.original._parallel_config = config
+
+    def attend(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's result, its attention sparse where nothing speaks against it."""
+        report, layout = self.patch.report, self.patch.layout
+        reason = self._why_dense(layout)
+        if reason or layout is None:
+            report.add_dense(reason)
+            return self.original(*args, **kwargs)
+        mode = _AnswerAttention(functools.partial(self._answer, layout))
+        with mode:
+            out = self._on_torch()(*args, **kwargs)
+        if not mode.asked:
+            report.add_dense("no call of scaled_dot_product_attention")
+        return out
+
+    def _why_dense(self, layout: SequenceLayout | None) -> str:
+        """The reason why this call stays dense, or an empty text where it may become sparse."""
+        if layout is None:
+            return "no token grid"
+        if not self.patch.active:
+            return "outside the step window"
+        if layout.grid.t == 1:
+            return "a single frame"
+        if self.pattern.is_full(layout.grid.t):
+            return "full in the plan"
+        if getattr(self.original, "_parallel_config", None) is not None:
+            return "sharded by diffusers"
+        return "below min_tokens" if layout.tokens < self.patch.min_tokens else ""
+
+    def _on_torch(self) -> Any:
+        """The original, asking PyTorch for its attention whatever backend was chosen: there it can be answered."""
+        if not hasattr(self.original, "_attention_backend"):
+            return self.original
+        from diffusers.models.attention_dispatch import AttentionBackendName
+
+        asking = copy.copy(self.original)
+        asking._attention_backend = AttentionBackendName.NATIVE
+        return asking
+
+    def _answer(self, layout: SequenceLayout, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+                dropout_p: float = 0.0, is_causal: bool = False, **options: Any) -> Tensor:
+        """Stands for ``scaled_dot_product_attention``, with its arguments and their names."""
+        q, k, v = query, key, value
+        dense = functools.partial(self._dense, dropout_p=dropout_p, is_causal=is_causal, **options)
+        reason = ""
+        if q.shape != k.shape or q.shape[2] != layout.tokens or len(layout.entries) not in (1, q.shape[0]):
+            reason = "another sequence length"
+        elif is_causal or (attn_mask is not None and not layout.masked):
+            reason = "masked"
+        if reason:
+            self.patch.report.add_dense(reason)
+            return dense(q, k, v, attn_mask=attn_mask)
+        self.patch.report.add_sparse(self.pattern.density(layout.grid.t))
+        if len(layout.entries) == 1:
+            return self._sparse(q, k, v, layout.entries[0], dense)
+        rows = zip(layout.entries, q.split(1), k.split(1), v.split(1), strict=True)
+        return torch.cat([self._sparse(q, k, v, entry, dense) for entry, q, k, v in rows])
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, entry: TokenLayout, dense: Dense) -> Tensor:
+        """Attention of all but the padding behind ``entry``. The rows of padding, which no token ever reads, are zero."""
+        padding = q.shape[2] - entry.tokens
+        q, k, v = (x[:, :, : entry.tokens] for x in (q, k, v))
+        return F.pad(tile_attention(q, k, v, entry, self.pattern, dense=dense, backend=self.patch.backend), (0, 0, 0, padding))
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Plain attention on the backend that was chosen in diffusers."""
+        if not hasattr(self.original, "_attention_backend"):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # diffusers has (B, N, H, D)
+        return dispatch_attention_fn(q, k, v, backend=self.original._attention_backend, **options).transpose(1, 2)
+
+
+def tiled(original: Any, patch: DiffusersPatch, pattern: TilePattern) -> TiledProcessor:
+    """A processor for the place of ``original``. diffusers reads which arguments a processor takes from its signature."""
+    return _tiled_class(type(original))(original, patch, pattern)
+
+
+@functools.cache
+def _tiled_class(kind: type) -> type[TiledProcessor]:
+    # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
+    attend = torch.compiler.disable(TiledProcessor.attend)
+    return type(f"Tiled{kind.__name__}", (TiledProcessor,), {"__call__": functools.wraps(kind.__call__)(attend)})
+
+
+class _AnswerAttention(TorchFunctionMode):
+    """While on, answers ``scaled_dot_product_attention`` with ``answer``; PyTorch switches it off inside the answer."""
+
+    def __init__(self, answer: Dense) -> None:
+        super().__init__()
+        self.answer, self.asked = answer, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.asked = True
+        return self.answer(*args, **(kwargs or {}))

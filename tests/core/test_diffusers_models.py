@@ -1,0 +1,349 @@
+"""Tile plans in diffusers' own transformers, each built tiny with random weights, against an explicit mask."""
+
+import copy
+import gc
+import inspect
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from efficient_vdit_core.diffusers_models import apply_to_diffusers
+from efficient_vdit_core.diffusers_models.families import FAMILIES
+from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.tiles import TilePattern
+
+diffusers = pytest.importorskip("diffusers")
+
+TEXT = 7
+FRAMES, HEIGHT, WIDTH = 5, 3, 2  # of the token grid, none of them alike
+TOKENS = FRAMES * HEIGHT * WIDTH
+HEADS = 2
+
+
+def rand(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cogvideox(batch, **config):
+    model = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=HEADS, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=12, num_layers=3,
+        sample_width=WIDTH * 2, sample_height=HEIGHT * 2, sample_frames=FRAMES * 4 - 3, patch_size=2, max_text_seq_length=TEXT,
+        use_rotary_positional_embeddings=True, **config,
+    )
+    frames = FRAMES * (config.get("patch_size_t") or 1)
+    angles = rand(TOKENS, 16, seed=5)
+    return model, {
+        "hidden_states": rand(batch, frames, 4, HEIGHT * 2, WIDTH * 2, seed=1), "encoder_hidden_states": rand(batch, TEXT, 12, seed=2),
+        "timestep": torch.full((batch,), 500), "image_rotary_emb": (angles.cos(), angles.sin()),
+    }
+
+
+def wan(batch):
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=HEADS, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=32, num_layers=3
+    )
+    return model, {
+        "hidden_states": rand(batch, 4, FRAMES, HEIGHT * 2, WIDTH * 2, seed=1), "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
+        "timestep": torch.full((batch,), 500),
+    }
+
+
+def hunyuan_video(batch, lengths=(4, 6)):
+    model = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=HEADS, attention_head_dim=12, num_layers=2, num_single_layers=1,
+        num_refiner_layers=1, text_embed_dim=8, pooled_projection_dim=8, rope_axes_dim=(2, 4, 6), guidance_embeds=False,
+    )
+    return model, {
+        "hidden_states": rand(batch, 4, FRAMES, HEIGHT * 2, WIDTH * 2, seed=1), "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
+        "encoder_attention_mask": torch.tensor([[i < n for i in range(TEXT)] for n in lengths[:batch]]).long(),
+        "pooled_projections": rand(batch, 8, seed=3), "timestep": torch.full((batch,), 500),
+    }
+
+
+def ltx(batch):
+    model = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=HEADS, attention_head_dim=12, cross_attention_dim=24, num_layers=3,
+        caption_channels=8,
+    )
+    return model, {
+        "hidden_states": rand(batch, TOKENS, 4, seed=1), "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
+        "encoder_attention_mask": torch.ones(batch, TEXT), "timestep": torch.full((batch,), 500),
+        "num_frames": FRAMES, "height": HEIGHT, "width": WIDTH,
+    }
+
+
+def allegro(batch):
+    model = diffusers.AllegroTransformer3DModel(
+        num_attention_heads=HEADS, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=3, cross_attention_dim=24,
+        sample_height=HEIGHT * 2, sample_width=WIDTH * 2, sample_frames=FRAMES, caption_channels=8,
+    )
+    sizes = (FRAMES, HEIGHT, WIDTH)
+    grid = torch.cartesian_prod(*map(torch.arange, sizes)).T[:, None]
+    angles = [rand(size, 4, seed=5) for size in sizes]
+    rope = [(angle.cos(), angle.sin()) for angle in angles]
+    return model, {
+        "hidden_states": rand(batch, 4, FRAMES, HEIGHT * 2, WIDTH * 2, seed=1), "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
+        "timestep": torch.full((batch,), 500), "image_rotary_emb": (rope, grid),
+    }
+
+
+BUILD = {"cogvideox": cogvideox, "wan": wan, "hunyuan_video": hunyuan_video, "ltx": ltx, "allegro": allegro}
+PREFIX = {"cogvideox": TEXT}
+SUFFIX = {"hunyuan_video": TEXT}
+
+
+def build(family, batch=2, **config):
+    torch.manual_seed(0)
+    model, inputs = BUILD[family](batch, **config)
+    return model.eval(), inputs
+
+
+def run(model, inputs):
+    return model(**inputs, return_dict=False)[0]
+
+
+@pytest.fixture
+def masked(monkeypatch):
+    """masked(family, model, inputs, references): the same model with an N x N mask on the scores of its video attention, in float64."""
+
+    def masked_run(family, model, inputs, references):
+        owner = [-1] * PREFIX.get(family, 0) + [f for f in range(FRAMES) for _ in range(HEIGHT * WIDTH)] + [-1] * SUFFIX.get(family, 0)
+        frame, sees_all = torch.tensor(owner), torch.tensor([o in (-1, *references) for o in owner])
+        live = (frame[:, None] == frame) | sees_all[:, None] | sees_all
+        plain, seen = F.scaled_dot_product_attention, []
+
+        def attention(query, key, value, attn_mask=None, **options):
+            if not query.shape[2] == key.shape[2] == len(owner):
+                return plain(query, key, value, attn_mask=attn_mask, **options)
+            seen.append(query.shape)
+            scores = query.double() @ key.double().mT / query.shape[-1] ** 0.5
+            scores = scores.masked_fill(~(live & attn_mask if attn_mask is not None else live), float("-inf"))
+            return (scores.softmax(-1) @ value.double()).to(query.dtype)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", attention)
+            out = run(model, inputs)
+        assert len(seen) == 3
+        return out
+
+    return masked_run
+
+
+@pytest.mark.parametrize("k, references, batch", [(1, [0], 2), (2, [0, 3], 1), (0, [], 2)])
+@pytest.mark.parametrize("family", BUILD)
+def test_the_plan_is_the_explicit_mask(family, k, references, batch, masked):
+    model, inputs = build(family, batch)
+    with torch.no_grad():
+        want = masked(family, model, inputs, references)
+        with apply_to_diffusers(model, TilePlan.uniform(k)) as handle:
+            torch.testing.assert_close(run(model, inputs), want, atol=2e-5, rtol=2e-5)
+        assert handle.report.sparse == 3 and not handle.report.dense
+        assert (run(model, inputs) - want).abs().max() > 1e-4  # the plan makes a difference that the comparison would see
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_all_frames_as_reference_frames_is_dense(family):
+    model, inputs = build(family)
+    with torch.no_grad():
+        want = run(model, inputs)
+        with apply_to_diffusers(model, TilePlan.uniform(FRAMES)) as handle:
+            torch.testing.assert_close(run(model, inputs), want, atol=1e-5, rtol=1e-5)
+    assert dict(handle.report.dense) == {"full in the plan": 3}
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_what_is_removed_leaves_no_trace(family):
+    model, inputs = build(family)
+    modules = FAMILIES[type(model).__name__].modules(model)
+    weights, before = copy.deepcopy(model.state_dict()), [m.get_processor() for m in model.modules() if hasattr(m, "get_processor")]
+    with torch.no_grad():
+        want = run(model, inputs)
+        handle = apply_to_diffusers(model, TilePlan.uniform(1))
+        assert all(a is not b for a, b in zip(before, [m.get_processor() for m in modules], strict=False))
+        assert not torch.equal(run(model, inputs), want)
+        handle.remove()
+        handle.remove()
+        assert torch.equal(run(model, inputs), want)
+    after = [m.get_processor() for m in model.modules() if hasattr(m, "get_processor")]
+    assert all(a is b for a, b in zip(before, after, strict=True)) and not model._forward_pre_hooks
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    gone = weakref.ref(handle)
+    del handle
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_each_layer_follows_its_own_pattern(family, monkeypatch):
+    model, inputs = build(family)
+    plan = TilePlan(patterns=(TilePattern(None), TilePattern(1), TilePattern(2)))
+    order = []
+    with torch.no_grad(), apply_to_diffusers(model, plan) as handle:
+        for module in FAMILIES[type(model).__name__].modules(model):
+            processor = module.get_processor()
+            monkeypatch.setattr(processor, "_sparse", lambda *a, p=processor, s=processor._sparse: (order.append(p.pattern.k), s(*a))[1])
+        run(model, inputs)
+    assert (handle.report.sparse, dict(handle.report.dense)) == (2, {"full in the plan": 1})
+    assert sorted(set(order)) == [1, 2] and order == sorted(order)
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_gradients_are_those_of_the_mask_with_and_without_checkpointing(family, masked):
+    model, inputs = build(family)
+
+    def gradient(out):
+        model.zero_grad()
+        out.square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    want = gradient(masked(family, model, inputs, [0]))
+    assert want.abs().max() > 0
+    for checkpointing in (False, True):
+        (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
+        with apply_to_diffusers(model, TilePlan.uniform(1)) as handle:
+            torch.testing.assert_close(gradient(run(model, inputs)), want, atol=1e-4, rtol=1e-3)
+        assert handle.report.sparse == (6 if checkpointing else 3)  # checkpointing computes each layer again
+
+
+def test_padding_of_the_text_is_never_attended_to():
+    model, inputs = build("hunyuan_video")
+    other = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].clone()}
+    other["encoder_hidden_states"][0, 4:] = 50.0
+    with torch.no_grad(), apply_to_diffusers(model, TilePlan.uniform(1)):
+        torch.testing.assert_close(run(model, inputs), run(model, other), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "reason"),
+    [
+        ("ltx", {"num_frames": None, "video_coords": torch.rand(2, 3, TOKENS)}, "no token grid"),
+        ("wan", {"hidden_states": rand(2, 4, 1, 6, 4, seed=1)}, "a single frame"),
+        ("allegro", {"attention_mask": torch.ones(2, FRAMES, HEIGHT * 2, WIDTH * 2)}, "masked"),
+        ("ltx", {"num_frames": FRAMES - 1, "video_coords": torch.rand(2, 3, TOKENS)}, "another sequence length"),
+    ],
+)
+def test_what_is_not_understood_stays_dense_and_is_counted(family, change, reason):
+    model, inputs = build(family)
+    inputs |= change
+    with torch.no_grad():
+        want = run(model, inputs)
+        with apply_to_diffusers(model, TilePlan.uniform(1)) as handle:
+            assert torch.equal(run(model, inputs), want)
+    assert dict(handle.report.dense) == {reason: 3} and not handle.report.sparse
+
+
+@pytest.mark.parametrize(
+    ("window", "timestep", "sparse"),
+    [
+        ((0.0, 1.0), 1000, 3), ((0.0, 1.0), 0, 3), ((0.0, 0.5), 1000, 3), ((0.0, 0.5), 501, 3), ((0.0, 0.5), 499, 0),
+        ((0.5, 1.0), 500, 3), ((0.5, 1.0), 501, 0), ((0.5, 1.0), 0, 3), ((0.2, 0.4), 700, 3), ((0.2, 0.4), 900, 0), ((0.2, 0.4), 300, 0),
+    ],
+)
+def test_only_steps_in_the_window_are_sparse(window, timestep, sparse):
+    model, inputs = build("wan")
+    inputs["timestep"] = torch.full((2,), timestep)
+    with torch.no_grad(), apply_to_diffusers(model, TilePlan.uniform(1), start=window[0], end=window[1]) as handle:
+        run(model, inputs)
+    assert handle.report.sparse == sparse
+    assert sparse or dict(handle.report.dense) == {"outside the step window": 3}
+
+
+def test_short_sequences_stay_dense_on_request():
+    for least, sparse in ((TOKENS, 3), (TOKENS + 1, 0)):
+        model, inputs = build("wan", 1)
+        with torch.no_grad(), apply_to_diffusers(model, TilePlan.uniform(1), min_tokens=least) as handle:
+            run(model, inputs)
+        assert handle.report.sparse == sparse
+
+
+@torch.no_grad()
+def test_the_patch_in_time_of_cogvideox_1_5_counts(masked):
+    model, inputs = build("cogvideox", patch_size_t=2, patch_bias=False)
+    want = masked("cogvideox", model, inputs, [0])
+    with apply_to_diffusers(model, TilePlan.uniform(1)):
+        torch.testing.assert_close(run(model, inputs), want, atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+def test_fused_projections_stay_fused(family, masked):
+    model, inputs = build(family)
+    model.fuse_qkv_projections()
+    want = masked(family, model, inputs, [0])
+    with apply_to_diffusers(model, TilePlan.uniform(1)) as handle:
+        torch.testing.assert_close(run(model, inputs), want, atol=2e-5, rtol=2e-5)
+    assert handle.report.sparse == 3
+
+
+def test_the_backend_chosen_in_diffusers_computes_the_dense_pieces(monkeypatch):
+    from diffusers.models import attention_dispatch as dispatch
+
+    registry = dispatch._AttentionBackendRegistry
+    usual, active, shapes = registry._backends[dispatch.AttentionBackendName._NATIVE_MATH], registry._active_backend, []
+
+    def spy(query, key, value, **options):
+        shapes.append((query.shape[1], key.shape[1]))
+        return usual(query, key, value, **options)
+
+    monkeypatch.setitem(registry._backends, dispatch.AttentionBackendName._NATIVE_MATH, spy)
+    model, inputs = build("wan", 1)
+    with torch.no_grad():
+        try:
+            with apply_to_diffusers(model, TilePlan.uniform(1)):
+                model.set_attention_backend("_native_math")
+                run(model, inputs)
+        finally:
+            registry.set_active_backend(active)
+    size = HEIGHT * WIDTH
+    assert shapes.count((size, TOKENS)) == 3 and shapes.count((size, 2 * size)) == 3
+    assert all(m.get_processor()._attention_backend == "_native_math" for m in FAMILIES[type(model).__name__].modules(model))
+
+
+def test_a_processor_says_what_arguments_it_takes():
+    model, _ = build("cogvideox", 1)
+    module = model.transformer_blocks[0].attn1
+    before = list(inspect.signature(module.processor.__call__).parameters)
+    with apply_to_diffusers(model, TilePlan.uniform(1)):
+        assert list(inspect.signature(module.processor.__call__).parameters) == before
+
+
+def test_compiled_models_see_the_plan_and_the_window():
+    model, inputs = build("cogvideox", 1)
+    model.transformer_blocks = model.transformer_blocks[:1]
+    early, late = ({**inputs, "timestep": torch.full((1,), t)} for t in (900, 100))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        dense = run(model, late)
+        with apply_to_diffusers(compiled, TilePlan.uniform(1), end=0.5) as handle:
+            want = run(model, early)
+            assert handle.report.sparse == 1
+            for _ in range(2):
+                torch.testing.assert_close(run(compiled, early), want, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(run(compiled, late), dense, atol=1e-5, rtol=1e-5)
+    assert handle.report.sparse == 3 and handle.report.dense["outside the step window"] == 2
+    torch._dynamo.reset()
+
+
+def test_mistakes_are_refused_with_what_to_do():
+    model, _ = build("wan", 1)
+    with pytest.raises(ValueError, match="Linear.*not known.*CogVideoXTransformer3DModel.*pass pipe.transformer"):
+        apply_to_diffusers(torch.nn.Linear(1, 1), TilePlan.uniform(1))
+    with pytest.raises(ValueError, match="not known"):
+        apply_to_diffusers(SimpleNamespace(), TilePlan.uniform(1))
+    with pytest.raises(ValueError, match="32 layers, but the model has 3"):
+        apply_to_diffusers(model, TilePlan.uniform(1, layers=32))
+    with pytest.raises(ValueError, match="'opensora_plan', but the model is 'wan'"):
+        apply_to_diffusers(model, TilePlan.uniform(1, family="opensora_plan"))
+    with pytest.raises(ValueError, match="made for 5 attention heads, but the model has 2"):
+        apply_to_diffusers(model, TilePlan.uniform(1, heads=5))
+    for start, end in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)):
+        with pytest.raises(ValueError, match="expected 0 <= start < end <= 1"):
+            apply_to_diffusers(model, TilePlan.uniform(1), start=start, end=end)
+    with apply_to_diffusers(model, TilePlan.uniform(1)):
+        with pytest.raises(ValueError, match="has a tile plan already"):
+            apply_to_diffusers(model, TilePlan.uniform(2))
+    apply_to_diffusers(model, TilePlan.uniform(2)).remove()

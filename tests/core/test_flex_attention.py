@@ -1,0 +1,145 @@
+"""The computed block mask against a mask written out, and FlexAttention under it against the oracle.
+
+FlexAttention needs a GPU to be worth compiling; without one its eager form, which applies the same block mask, stands in.
+"""
+
+import time
+
+import pytest
+import torch
+
+from efficient_vdit_core.attention import TokenLayout, available_backends, flex, tile_attention
+from efficient_vdit_core.attention.flex import attend_flex, block_mask, flex_status, live_and_full_tiles, token_owners
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
+
+CPU = torch.device("cpu")
+# Frames longer, shorter and as long as a block of 8, one-token frames, prefix and suffix, N a multiple of 8 or not.
+SHAPES = [
+    ((5, 1, 11), 3, 0), ((7, 1, 3), 0, 5), ((4, 2, 4), 0, 0), ((4, 2, 4), 8, 8), ((9, 1, 1), 2, 1), ((3, 4, 5), 0, 0), ((1, 1, 5), 4, 0),
+]  # fmt: skip
+
+
+def arrow_mask(layout, k):
+    """The N x N mask, token by token."""
+    size, references = layout.grid.tokens_per_frame, TilePattern(k).reference_frames(layout.grid.t)
+
+    def frame(token):
+        inside = 0 <= token - layout.prefix < layout.grid.tokens
+        return (token - layout.prefix) // size if inside else None
+
+    def shared(token):
+        return frame(token) is None or frame(token) in references
+
+    n = range(layout.tokens)
+    return torch.tensor([[shared(i) or shared(j) or frame(i) == frame(j) for j in n] for i in n])
+
+
+@pytest.mark.parametrize(("grid", "prefix", "suffix"), SHAPES)
+@pytest.mark.parametrize("k", [0, 1, 2, None])
+def test_the_block_mask_is_what_sampling_every_pair_finds(grid, prefix, suffix, k):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    layout = TokenLayout(TokenGrid(*grid), prefix, suffix)
+    mask, count, n = arrow_mask(layout, k), -(-layout.tokens // 8), layout.tokens
+    ours = block_mask(layout, TilePattern(k), CPU, 8)
+    sampled = create_block_mask(lambda b, h, i, j: mask[i, j], None, None, n, n, device="cpu", BLOCK_SIZE=8)
+    assert ours.seq_lengths == sampled.seq_lengths == (n, n) and torch.equal(ours.to_dense(), sampled.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name).flatten(), getattr(sampled, name).flatten()), name
+    for side in ("kv", "full_kv", "q", "full_q"):
+        number, index = getattr(ours, f"{side}_num_blocks"), getattr(ours, f"{side}_indices")
+        theirs = getattr(sampled, f"{side}_indices")
+        for row in range(count):
+            assert torch.equal(index[0, 0, row, : number[0, 0, row]], theirs[0, 0, row, : number[0, 0, row]]), side
+    token = torch.arange(n)
+    assert torch.equal(ours.mask_mod(0, 0, token[:, None], token), mask)
+
+
+def test_tiles_are_told_apart_by_counting_their_pairs():
+    layout = TokenLayout(TokenGrid(6, 1, 13), 5, 9)
+    live, full = live_and_full_tiles(token_owners(layout, TilePattern(2)), 8)
+    padded = torch.zeros(96, 96, dtype=torch.int64)
+    padded[: layout.tokens, : layout.tokens] = arrow_mask(layout, 2)
+    pairs = padded.view(12, 8, 12, 8).sum((1, 3))
+    assert torch.equal(live, pairs > 0) and torch.equal(full, pairs == 64)
+    assert 0 < full.sum() < live.sum() < live.numel()
+
+
+def test_a_720p_mask_is_built_in_milliseconds_and_only_once():
+    layout, pattern = TokenLayout(TokenGrid(24, 45, 80)), TilePattern(2)
+    start = time.perf_counter()
+    mask = block_mask(layout, pattern, CPU)
+    assert time.perf_counter() - start < 5, "evaluating 7e9 pairs would take far longer"
+    assert mask is block_mask(layout, pattern, CPU) and mask.kv_indices.shape[-1] == 675
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The GPU where there is one. On a CPU, flex in its eager form, with the status that would refuse it set aside."""
+    if flex_status()[0]:
+        return torch.device("cuda")
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(flex, "flex_status", lambda device: (True, "eager, for the test"))
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    return CPU
+
+
+def qkv(layout, device, dtype=torch.float32, dim=64):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 2, layout.tokens, dim, generator=generator).to(device, dtype) for _ in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("grid", "prefix", "suffix"), [*SHAPES, ((3, 1, 130), 0, 7)])
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_equals_the_masked_oracle(oracle, device, grid, prefix, suffix, k):
+    layout = TokenLayout(TokenGrid(*grid), prefix, suffix)
+    tensors = qkv(layout, device)
+    want = oracle(*tensors, grid[0], layout.grid.tokens_per_frame, TilePattern(k).reference_frames(grid[0]), prefix, suffix)
+    torch.testing.assert_close(attend_flex(*tensors, layout, TilePattern(k)).double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_any_strides(oracle, device):
+    layout = TokenLayout(TokenGrid(3, 1, 50), 5, 2)
+    tensors = awkward(*qkv(layout, device))
+    want = oracle(*tensors, 3, 50, (0,), 5, 2)
+    torch.testing.assert_close(attend_flex(*tensors, layout, TilePattern(1)).double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not flex_status()[0], reason=f"NO GRADIENTS TESTED: FlexAttention has them on a GPU only ({flex_status()[1]})")
+def test_gradients(oracle):
+    layout = TokenLayout(TokenGrid(3, 1, 50), 5, 2)
+    q, k, v = (x.requires_grad_() for x in qkv(layout, torch.device("cuda")))
+    tensors = awkward(q, k, v)
+    ours = torch.autograd.grad(attend_flex(*tensors, layout, TilePattern(1)).square().sum(), (q, k, v))
+    theirs = torch.autograd.grad(oracle(*tensors, 3, 50, (0,), 5, 2).square().sum(), (q, k, v))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def awkward(q, k, v):
+    """Tokens before heads, one head expanded to all, channels two apart."""
+    return q.transpose(1, 2).contiguous().transpose(1, 2), k[:, :1].expand(-1, 2, -1, -1), torch.stack((v, v), -1)[..., 0]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_the_argument_that_does_not_fit_is_named(device, name):
+    layout = TokenLayout(TokenGrid(3, 1, 5))
+    tensors = dict(zip("qkv", qkv(layout, device), strict=True))
+    for wrong in (tensors[name][:, :, :4], tensors[name][0], tensors[name][:, :0]):
+        with pytest.raises(ValueError, match=f"^({name}|k) has shape"):
+            attend_flex(**{**tensors, name: wrong}, layout=layout, pattern=TilePattern(1))
+    with pytest.raises(ValueError, match="q is torch.float64"):
+        attend_flex(*qkv(layout, device, torch.float64), layout, TilePattern(1))
+
+
+def test_a_cpu_is_refused_with_the_reason():
+    layout = TokenLayout(TokenGrid(3, 1, 5))
+    tensors = qkv(layout, CPU)
+    for attend in (attend_flex, lambda *a: tile_attention(*a, backend="flex")):
+        with pytest.raises(ValueError, match="no backward, compiles for a minute and is no faster than frames. Choose"):
+            attend(*tensors, layout, TilePattern(1))
+    assert [(b.name, b.available) for b in available_backends("cpu")][-1] == ("flex", False)
