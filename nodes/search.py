@@ -1,4 +1,4 @@
-"""Finds a plan for the user's own model, and shows where its attention goes."""
+"""Finds a plan for the user's own model."""
 
 from __future__ import annotations
 
@@ -27,10 +27,18 @@ class EVDiTSearchTilePlan(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The video model to search. It is not changed; sparse attention on it is ignored."),
-                io.Conditioning.Input("positive", tooltip="A prompt such as you will use. Patterns hardly depend on it."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip=(
+                        "A prompt such as you will use. To measure several, join them with Conditioning (Combine): errors are averaged, "
+                        "the time grows with each."
+                    ),
+                ),
                 io.Latent.Input(
                     "latent",
-                    tooltip="Gives the size only: width, height and frames, best as you will use them. Its content is not used.",
+                    tooltip=(
+                        "Gives the size: width, height and frames, best as you will use them. Its content is used with sigmas only."
+                    ),
                 ),
                 io.Int.Input(
                     "seed",
@@ -105,6 +113,24 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                         "from run to run and drops patterns that are slower than dense."
                     ),
                 ),
+                io.Combo.Input(
+                    "error",
+                    options=["attention", "block"],
+                    default="attention",
+                    optional=True,
+                    tooltip=(
+                        "Where the relative error is measured: in the attention's output, or in what the whole block returns, several "
+                        "times slower since each block runs again for each candidate. Block errors are smaller: lower the threshold."
+                    ),
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip=(
+                        "Noise levels at which to measure, in place of probes; a step each but for the last. For Wan 2.2's low-noise "
+                        "model: the low part of Split Sigmas, and as latent a video or the high-noise result, noised to the first level."
+                    ),
+                ),
             ],
             outputs=[
                 Plan.Output(
@@ -123,10 +149,11 @@ class EVDiTSearchTilePlan(io.ComfyNode):
     @classmethod
     def execute(
         cls, model: Any, positive: Any, latent: dict[str, Any], seed: int, probes: int, threshold: float, target_speedup: float,
-        candidates: str, negative: Any = None, cfg: float = 5.0, costs: str = "flops",
-    ) -> io.NodeOutput:
+        candidates: str, negative: Any = None, cfg: float = 5.0, costs: str = "flops", error: str = "attention",
+        sigmas: Any = None,
+    ) -> io.NodeOutput:  # fmt: skip
         plan = search_plan(
             model, positive, negative, latent, seed=seed, probes=probes, threshold=threshold, speedup=target_speedup,
-            candidates=candidates, cfg=cfg, costs=costs,
-        )
+            candidates=candidates, cfg=cfg, costs=costs, error=error, sigmas=sigmas,
+        )  # fmt: skip
         return io.NodeOutput(plan, describe_plan(plan))

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..efficient_vdit_core.attention import BACKENDS
 from ..efficient_vdit_core.plan import TilePlan
 from ..efficient_vdit_core.tiles import PLACEMENTS
 from .comfy_bridge.announce import announce_to_page
@@ -89,8 +90,20 @@ class EVDiTSparseAttention(io.ComfyNode):
                     default=True,
                     optional=True,
                     tooltip=(
-                        "On: a call stays dense where sparse would not be faster: fewer than 4 latent frames, or more than 90 % "
-                        "of the dense work left. The log counts them. Off: always sparse, for comparing quality."
+                        "On: a call stays dense where sparse would not be faster: fewer than 4 latent frames, more than 90 % "
+                        "of the dense work left, or dense measured faster. The log counts them. Off: always sparse, for "
+                        "comparing quality."
+                    ),
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=["auto", *BACKENDS],
+                    default="auto",
+                    optional=True,
+                    tooltip=(
+                        "What computes the sparse attention; the result is the same to rounding. auto = the fastest of a short "
+                        "trial, measured once for each kind of shape and kept. frames = ComfyUI's own attention backend, on any "
+                        "device. triton = one fused kernel, on NVIDIA GPUs from Ampere on. One that cannot run here is refused."
                     ),
                 ),
             ],
@@ -115,6 +128,7 @@ class EVDiTSparseAttention(io.ComfyNode):
         min_tokens: int,
         placement: str = PLACEMENTS[0],
         decline_slow: bool = True,
+        backend: str = "auto",
     ) -> io.NodeOutput:
         return io.NodeOutput(
             patch_attention(
@@ -124,6 +138,7 @@ class EVDiTSparseAttention(io.ComfyNode):
                 min_tokens=min_tokens,
                 placement=placement,
                 decline_slow=decline_slow,
+                backend=backend,
                 # Outside a prompt, as in a script, there is no id and nobody to tell.
                 after_run=announce_to_page(cls.hidden.unique_id, plan.to_text()) if cls.hidden else None,
             )

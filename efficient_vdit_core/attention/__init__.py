@@ -1,6 +1,6 @@
 """Attention under a tile pattern: ``tile_attention`` checks and dispatches, each backend is a file of its own."""
 
-from .dispatch import BACKENDS, BackendStatus, available_backends, choose_backend, tile_attention
+from .dispatch import BACKENDS, BackendStatus, available_backends, check_backend, choose_backend, tile_attention
 from .layout import TokenLayout
 
-__all__ = ["BACKENDS", "BackendStatus", "TokenLayout", "available_backends", "choose_backend", "tile_attention"]
+__all__ = ["BACKENDS", "BackendStatus", "TokenLayout", "available_backends", "check_backend", "choose_backend", "tile_attention"]

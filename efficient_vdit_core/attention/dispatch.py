@@ -76,7 +76,7 @@ def tile_attention(
     if backend == "auto":
         backend = choose_backend(q, k, v, layout, pattern, dense=dense, dense_name=dense_name)
     elif backend != "dense":
-        _check_backend(backend, q)
+        check_backend(backend, q.device)
     backend = "dense" if pattern.is_full(layout.grid.t) else backend
     out = attend[backend](q, k, v, layout, pattern)
     _check_gradient(out, {"q": q, "k": k, "v": v}, backend, dense_name)
@@ -119,10 +119,11 @@ def _candidates(dense: Dense, max_extra_bytes: int | None) -> dict[str, Attend]:
     }
 
 
-def _check_backend(backend: str, q: Tensor) -> None:
+def check_backend(backend: str, device: torch.device | str) -> None:
+    """Raise ValueError where the named backend is unknown, or cannot run on ``device``: the text says why."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected auto, dense, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}.")
-    status = _statuses(q.device.type)[backend]
+    status = _statuses(torch.device(device).type)[backend]
     if not status.available:
         raise ValueError(f"backend is {backend!r}, which cannot run here: {status.reason}. Choose auto or frames.")
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..plan import TilePlan
 from ..tiles import TilePattern
-from .dispatch import tile_attention
+from .clock import DENSE, SPARSE
+from .dispatch import choose_backend, tile_attention
 from .layout import TokenLayout
 from .report import AttentionReport
 
@@ -39,6 +41,7 @@ class ForwardState:
         depth: the number of layers, None where the model says it itself.
         offsets: the first layer of each ``block_type``, where a model restarts ``block_index``.
         order: the layer of each self-attention call in turn, for models that give no ``block_index``; () = one a layer.
+        padding: how many tokens at the end of the suffix are padding, and masked; 0 where nothing is.
         step: sampling step, 0 = first; moves rotating reference frames.
         calls: self-attentions over the video so far.
     """
@@ -50,6 +53,7 @@ class ForwardState:
     depth: int | None = None
     offsets: Mapping[str, int] = field(default_factory=dict)
     order: tuple[int, ...] = ()
+    padding: int = 0
     step: int = 0
     calls: int = 0
 
@@ -63,6 +67,39 @@ class ForwardState:
             return self.order[counted] if counted < len(self.order) else None
         return counted if self.depth is None or counted < self.depth else None
 
+    def masks_padding_alone(self, layout: TokenLayout, mask: Tensor) -> bool:
+        """Whether this is the mask of the text's padding: one row of keys for all queries."""
+        return self.padding > 0 and mask.numel() == mask.shape[-1] == layout.tokens
+
+    def without_padding(self, layout: TokenLayout, mask: Tensor | None) -> TokenLayout:
+        """The layout of the tokens that are attended to; all of them where nothing is masked."""
+        return layout if mask is None else TokenLayout(layout.grid, layout.prefix, layout.suffix - self.padding)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """The attention that a call asked for: another node's override, or the backend that ComfyUI runs with."""
+
+    func: Override
+    previous: Override | None
+    precision: Any
+    kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Tells one dense attention from another where backends are measured against it."""
+        parts = (self.previous, self.func) if self.previous else (self.func,)
+        return " over ".join(getattr(part, "__name__", type(part).__name__) for part in parts)
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, **form: bool) -> Tensor:
+        """As asked for; ``form`` is skip_reshape and skip_output_reshape."""
+        options = {"mask": mask, "attn_precision": self.precision, **form, **self.kwargs}
+        return self.func(q, k, v, heads, **options) if self.previous is None else self.previous(self.func, q, k, v, heads, **options)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, H, Nq, D) over (B, H, Nk, D), as the backends ask for it."""
+        return self.call(q, k, v, q.shape[1], None, skip_reshape=True, skip_output_reshape=True)
+
 
 def make_attention_override(
     plan: TilePlan,
@@ -72,6 +109,7 @@ def make_attention_override(
     previous: Override | None = None,
     placement: str = "strided",
     decline_slow: bool = False,
+    backend: str = "auto",
 ) -> Override:
     """An override for ``transformer_options["optimized_attention_override"]``.
 
@@ -81,34 +119,46 @@ def make_attention_override(
     Args:
         min_tokens: shorter sequences stay dense.
         placement: where the reference frames stand, one of ``tiles.PLACEMENTS``.
-        decline_slow: patterns that would not be faster than dense stay dense.
+        decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
+        backend: as of ``tile_attention``.
     """
     TilePattern(None).placed(placement)  # refuses an unknown one now, and not in the middle of a run
 
     # A plain closure: ComfyUI deep-copies model options, and functions survive that as they are.
     def override(func: Override, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
                  attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any) -> Tensor:
-        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, flat: bool, flat_out: bool) -> Tensor:
-            shape = {"skip_reshape": not flat, "skip_output_reshape": not flat_out}
-            if previous is not None:
-                return previous(func, q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
-            return func(q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
-
+        dense = _Dense(func, previous, attn_precision, kwargs)
+        form = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
         options = kwargs.get("transformer_options") or {}
         state: ForwardState | None = options.get(FORWARD_KEY)
         layout = state.layout if state else None
         reason = _why_not_the_video(state, q, k, skip_reshape, report)
-        pattern = TilePattern(None)
-        if state and layout and not reason:
-            pattern = _pattern(plan, state, layout, options, report).placed(placement, state.step)
-            reason = _why_dense(state, layout, pattern, mask, min_tokens, decline_slow)
-        if layout is None or reason:
+        if state is None or layout is None or reason:
             report.add_dense(reason)
-            return dense(q, k, v, mask, not skip_reshape, not skip_output_reshape)
-        report.add_sparse(pattern.flop_density(layout.grid, layout.prefix + layout.suffix))
-        if not skip_reshape:
-            q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-        out = tile_attention(q, k, v, layout, pattern, dense=lambda q, k, v: dense(q, k, v, None, False, False))
+            return dense.call(q, k, v, heads, mask, **form)
+        layer = state.next_layer(options)
+        pattern = _pattern(plan, layer, state, layout, options, report).placed(placement, state.step)
+        reason = _why_dense(state, layer, layout, pattern, mask, min_tokens, decline_slow)
+        if reason:
+            report.add_dense(reason)
+            with report.clock.taking(DENSE, q):
+                return dense.call(q, k, v, heads, mask, **form)
+        shaped = (q, k, v) if skip_reshape else tuple(rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+        chosen, layout = backend, state.without_padding(layout, mask)
+        real_q, real_k, real_v = (x[:, :, : layout.tokens] for x in shaped)
+        if backend == "auto":
+            chosen = choose_backend(real_q, real_k, real_v, layout, pattern, dense=dense, dense_name=dense.name)
+        if chosen == "dense" and decline_slow:
+            report.add_dense("measured faster")
+            with report.clock.taking(DENSE, q):
+                return dense.call(q, k, v, heads, mask, **form)
+        density = pattern.flop_density(layout.grid, layout.prefix + layout.suffix)
+        report.add_sparse(density)
+        chosen = "frames" if chosen == "dense" else chosen
+        with report.clock.taking(SPARSE, q, density):
+            out = tile_attention(real_q, real_k, real_v, layout, pattern, dense=dense, backend=chosen, dense_name=dense.name)
+        # Nothing reads what padding attends to.
+        out = pad(out, (0, 0, 0, shaped[0].shape[2] - layout.tokens)) if layout.tokens < shaped[0].shape[2] else out
         return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
 
     return override
@@ -136,9 +186,10 @@ def _why_not_the_video(state: ForwardState | None, q: Tensor, k: Tensor, skip_re
     return "another sequence length"
 
 
-def _pattern(plan: TilePlan, state: ForwardState, layout: TokenLayout, options: Mapping[str, Any], report: AttentionReport) -> TilePattern:
+def _pattern(plan: TilePlan, layer: int | None, state: ForwardState, layout: TokenLayout, options: Mapping[str, Any],
+             report: AttentionReport) -> TilePattern:
     """The pattern of the layer that calls, for as many frames as the run has."""
-    layer, frames = state.next_layer(options), layout.grid.t
+    frames = layout.grid.t
     if layer is None:
         report.warn("more calls than layers", "the model attends more often than it has layers: the rest stays dense.")
         return TilePattern(None)
@@ -155,16 +206,17 @@ def _pattern(plan: TilePlan, state: ForwardState, layout: TokenLayout, options: 
     return pattern
 
 
-def _why_dense(
-    state: ForwardState, layout: TokenLayout, pattern: TilePattern, mask: Tensor | None, min_tokens: int, decline_slow: bool
-) -> str:
+def _why_dense(state: ForwardState, layer: int | None, layout: TokenLayout, pattern: TilePattern, mask: Tensor | None,
+               min_tokens: int, decline_slow: bool) -> str:
     """The reason why a self-attention over the video stays dense; an empty text where it becomes sparse."""
     if layout.grid.t == 1:
         return "a single frame"
-    if mask is not None:
+    if mask is not None and not state.masks_padding_alone(layout, mask):
         return "masked"
     if not state.active:
         return state.reason
+    if layer is None:
+        return "more calls than layers"
     if layout.tokens < min_tokens:
         return "below min_tokens"
     if pattern.is_full(layout.grid.t):

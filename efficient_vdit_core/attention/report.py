@@ -7,6 +7,8 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field
 
+from .clock import AttentionClock
+
 log = logging.getLogger("efficient_vdit")
 
 
@@ -19,6 +21,7 @@ class AttentionReport:
     dense: Counter[str] = field(default_factory=Counter)
     warned: set[str] = field(default_factory=set)
     frames: int = 0  # latent frames of the last forward, 0 before the first
+    clock: AttentionClock = field(default_factory=AttentionClock)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add_sparse(self, density: float) -> None:
@@ -43,6 +46,7 @@ class AttentionReport:
             self.sparse, self.density_sum, self.frames = 0, 0.0, 0
             self.dense.clear()
             self.warned.clear()
+        self.clock.reset()
 
     def summary(self) -> str:
         """One line: how many calls became sparse, at what mean density, and why the others stayed dense."""

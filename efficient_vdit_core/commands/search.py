@@ -78,12 +78,14 @@ def _check_target(args: argparse.Namespace) -> None:
 
 def _search(pipeline: Pipeline, args: argparse.Namespace, candidates: tuple[int, ...], choices: dict[str, Any]) -> Any:
     from ..pipeline import FAMILY
-    from ..search import ProbeRecord, plan_from_record
+    from ..search import ProbeRecord, check_target, plan_from_record
     from ..search.candidates import sparse_candidates
     from ..search.describe import describe_plan
 
     requests = [pipeline.request(prompt, **choices) for prompt in args.prompt]
-    record = ProbeRecord(sparse_candidates(candidates, requests[0].latent_size[0]), timed=args.costs == "measured")
+    frames = requests[0].latent_size[0]
+    record = ProbeRecord(sparse_candidates(candidates, frames), timed=args.costs == "measured")
+    check_target(args.threshold or 0.0, args.speedup or 0.0, record.candidates, frames)
     _measure(pipeline, requests, record, with_blocks=args.error == "block")
     config = pipeline.transformer.config
     about = {

@@ -3,10 +3,11 @@
 from .blocks import replay_blocks
 from .candidates import parse_candidates
 from .probe import ProbeRecord, make_probe_override
-from .select import choose_for_speedup, choose_under_threshold, plan_from_record
+from .select import check_target, choose_for_speedup, choose_under_threshold, plan_from_record
 
 __all__ = [
     "ProbeRecord",
+    "check_target",
     "choose_for_speedup",
     "choose_under_threshold",
     "make_probe_override",

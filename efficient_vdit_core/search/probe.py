@@ -25,15 +25,19 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..attention import TokenLayout, tile_attention
+from ..attention import TokenLayout, choose_backend, tile_attention
 from ..attention.override import FORWARD_KEY, ForwardState, Override
 from ..tiles import TilePattern
-from .calls import layer_of_call, why_not_measured
+from .calls import as_heads, layer_of_call, layout_of_call
 
 ATTENTION, BLOCK = "attention", "block"
 MEASURES = (ATTENTION, BLOCK)
 DENSE = None  # the key of dense attention's seconds
+# Errors are those of the pattern, so its tiles are computed even where dense attention would be faster, and always by
+# the same backend: the same run gives the same plan.
+EXACT = "frames"
 
 
 @dataclass
@@ -94,24 +98,24 @@ def make_probe_override(
 
         options = kwargs.get("transformer_options") or {}
         state: ForwardState | None = options.get(FORWARD_KEY)
+        layout, reason = layout_of_call(state, q, k, mask, skip_reshape)
         replaying, layer = record.replaying, None
-        if replaying is None:
-            layer, reason = layer_of_call(state, q, k, mask, skip_reshape, options)
-        else:
-            reason = why_not_measured(state, q, k, mask, skip_reshape)
-        if state is None or reason:
+        if layout is not None and replaying is None:
+            layer, reason = layer_of_call(state, options)
+        if layout is None or reason:
             if replaying is None:
                 record.add_dense(reason)
             return dense(q, k, v, mask, skip_reshape, skip_output_reshape)
-        qh, kh, vh = (q, k, v) if skip_reshape else (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+        qh, kh, vh = (as_heads(x, heads, skip_reshape, layout) for x in (q, k, v))
         if layer is None:
-            out = tile_attention(qh, kh, vh, state.layout, TilePattern(replaying), dense=dense)
+            out = tile_attention(qh, kh, vh, layout, TilePattern(replaying), dense=dense, backend=EXACT)
+            out = pad(out, (0, 0, 0, q.shape[2 if skip_reshape else 1] - layout.tokens))
             return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
-        record.layout = record.layout or state.layout
+        record.layout = record.layout or layout
         out = _timed(record, layer, DENSE, q, lambda: dense(q, k, v, mask, skip_reshape, skip_output_reshape))
-        exact = out if skip_output_reshape else rearrange(out, "b n (h d) -> b h n d", h=heads)
+        exact = as_heads(out, heads, skip_output_reshape, layout)
         for count in record.candidates:
-            record.add(ATTENTION, layer, count, _candidate_error(record, layer, count, (qh, kh, vh), exact, state.layout, dense))
+            record.add(ATTENTION, layer, count, _candidate_error(record, layer, count, (qh, kh, vh), exact, layout, dense))
         if progress is not None:
             progress(layer)
         return out
@@ -137,8 +141,22 @@ def _candidate_error(record: ProbeRecord, layer: int, count: int, qkv: Sequence[
     if pattern.is_full(layout.grid.t):
         return 0.0
     q, k, v = qkv
-    approximate = _timed(record, layer, count, q, lambda: tile_attention(q, k, v, layout, pattern, dense=dense))
+    approximate = tile_attention(q, k, v, layout, pattern, dense=dense, backend=EXACT)
+    if record.timed:
+        _time_candidate(record, layer, count, qkv, layout, dense)
     return relative_error(approximate, exact)
+
+
+def _time_candidate(record: ProbeRecord, layer: int, count: int, qkv: Sequence[Tensor], layout: TokenLayout,
+                    dense: Callable[..., Tensor]) -> None:
+    """Takes the time of the backend that a run would choose; where that is dense attention, dense attention's time."""
+    q, k, v = qkv
+    pattern = TilePattern(count)
+    backend = choose_backend(q, k, v, layout, pattern, dense=dense)
+    if backend == "dense":
+        record.add_seconds(layer, count, record.seconds[layer, DENSE][-1])
+    else:
+        _timed(record, layer, count, q, lambda: tile_attention(q, k, v, layout, pattern, dense=dense, backend=backend))
 
 
 def _timed(record: ProbeRecord, layer: int, k: int | None, like: Tensor, run: Callable[[], Tensor]) -> Tensor:

@@ -24,6 +24,18 @@ COSTS = (FLOPS, MEASURED)
 MAX_PARTIAL_PLANS, COST_STEPS = 50_000, 4096
 
 
+def check_target(threshold: float, speedup: float, candidates: Sequence[int], frames: int) -> None:
+    """Raise ValueError for a target that means nothing or is out of reach whatever the errors, before a model runs.
+
+    ``speedup`` 0 stands for the ``threshold``; ``frames`` are latent ones. Extra tokens only make a pattern dearer.
+    """
+    if not speedup:
+        choose_under_threshold([], [], threshold)
+        return
+    costs = {k: TilePattern(k).density(frames) for k in candidates}
+    choose_for_speedup([dict.fromkeys(costs, 0.0)], [costs], speedup)
+
+
 def choose_under_threshold(errors: Table, costs: Table, threshold: float) -> list[Choice]:
     """For each layer the cheapest candidate whose error is below ``threshold``, or full attention."""
     if not (math.isfinite(threshold) and threshold >= 0):

@@ -6,19 +6,19 @@ Shapes: B batch, H heads, N tokens of which T frames of s are video, D head_dim,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 
 from ..attention import TokenLayout
 from ..attention.override import FORWARD_KEY, ForwardState, Override
 from ..plan import parse_layers
 from ..tiles import TilePattern
-from .calls import layer_of_call
+from .calls import as_heads, layer_of_call, layout_of_call
 
 LEVELS = (0.90, 0.95, 0.99)
 MAX_BYTES = 256 * 2**20
@@ -74,19 +74,28 @@ class MassRecord:
     reasons: set[str] = field(default_factory=set)
 
 
-def make_mass_override(record: MassRecord, *, previous: Override | None = None) -> Override:
-    """An override that measures the chosen layers' tile mass into ``record`` and leaves the attention as it is."""
+def make_mass_override(
+    record: MassRecord, *, progress: Callable[[int], None] | None = None, previous: Override | None = None
+) -> Override:
+    """An override that measures the chosen layers' tile mass into ``record`` and leaves the attention as it is.
+
+    ``progress`` is told the layer of each self-attention over the video; what it raises ends the run.
+    """
 
     def override(func: Override, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
                  attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any) -> Tensor:
         options = kwargs.get("transformer_options") or {}
         state: ForwardState | None = options.get(FORWARD_KEY)
-        layer, reason = layer_of_call(state, q, k, mask, skip_reshape, options)
-        if state is None or layer is None:
+        layout, reason = layout_of_call(state, q, k, mask, skip_reshape)
+        layer, reason = layer_of_call(state, options) if layout is not None else (None, reason)
+        if layout is None or layer is None:
             record.reasons.add(reason)
-        elif record.active and layer in record.layers:
-            qh, kh = (q, k) if skip_reshape else (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k))
-            record.found[layer] = tile_mass(qh, kh, state.layout, record.rows)
+        else:
+            if record.active and layer in record.layers:
+                qh, kh = (as_heads(x, heads, skip_reshape, layout) for x in (q, k))
+                record.found[layer] = tile_mass(qh, kh, layout, record.rows)
+            if progress is not None:
+                progress(layer)
         shape = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
         if previous is not None:
             return previous(func, q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...efficient_vdit_core.attention import TokenLayout
@@ -26,10 +27,14 @@ class UnknownLayout(ValueError):
 
 @dataclass(frozen=True)
 class Tokens:
-    """One forward: the layout, and the lengths of the ``others`` (text, audio) that have attention of their own."""
+    """One forward: the layout, and the lengths of the ``others`` (text, audio) that have attention of their own.
+
+    ``padding`` tokens at the end are masked text.
+    """
 
     layout: TokenLayout
     others: tuple[int, ...] = ()
+    padding: int = 0
 
 
 # (size of the latents, diffusion model, text (B, L, C), the other conditionings by name) -> Tokens
@@ -90,7 +95,17 @@ def hunyuan_video(size: Sequence[int], model: Any, text: Tensor | None, conds: C
     suffix = _length(text)
     for name, module in (("txt_byt5", "byt5_in"), ("clip_fea", "vision_in")):
         suffix += _length(conds.get(name)) if getattr(model, module, None) is not None else 0
-    return Tokens(TokenLayout(patch_grid(size, model.patch_size), prefix, suffix), (_length(text),))
+    padding = _padding(conds.get("attention_mask"), _length(text)) if suffix == _length(text) else 0
+    return Tokens(TokenLayout(patch_grid(size, model.patch_size), prefix, suffix), (_length(text),), padding)
+
+
+def _padding(mask: Tensor | None, length: int) -> int:
+    """How many tokens at the end of the text a mask (B, length) of 1 and 0 leaves out; 0 where it says anything else."""
+    if mask is None or mask.is_floating_point() or mask.shape[-1] != length:
+        return 0
+    real = int(mask.flatten()[:length].sum())
+    expected = torch.arange(length, device=mask.device) < real
+    return length - real if bool((mask.bool() == expected).all()) else 0
 
 
 def ltx_video(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:

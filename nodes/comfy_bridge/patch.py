@@ -11,6 +11,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...efficient_vdit_core.attention import check_backend
 from ...efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, make_attention_override
 from ...efficient_vdit_core.attention.report import AttentionReport
 from ...efficient_vdit_core.plan import TilePlan
@@ -34,6 +35,7 @@ def patch_attention(
     min_tokens: int = 0,
     placement: str = "strided",
     decline_slow: bool = True,
+    backend: str = "auto",
     after_run: Callable[[AttentionReport, int, float], None] | None = None,
 ) -> Any:
     """A clone of MODEL whose self-attention follows the plan.
@@ -42,17 +44,20 @@ def patch_attention(
         window: start and end as fractions 0..1 of the noise schedule; outside it the attention is dense.
         min_tokens: calls with fewer tokens stay dense.
         placement: where the reference frames stand, one of ``tiles.PLACEMENTS``; rotating moves by a frame a step.
-        decline_slow: patterns that would not be faster than dense stay dense.
+        decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
+        backend: what computes the sparse attention, ``auto`` or one of ``attention.BACKENDS``.
         after_run: called after each sampling with its counts, the number of layers, and the seconds it took.
 
     Raises:
-        ValueError: the window is empty, or the plan is for another model.
+        ValueError: the window is empty, the plan is for another model, or the backend cannot run here.
     """
     if window[0] >= window[1]:
         raise ValueError(
             f"start_percent is {window[0]} and end_percent {window[1]}, expected start below end: no step would be sparse. "
             "Lower start_percent, raise end_percent, or bypass the node."
         )
+    if backend != "auto":
+        check_backend(backend, model.load_device)
     patched = model.clone()
     diffusion_model = uncompiled(patched.get_model_object("diffusion_model"))
     family = find_family(diffusion_model)
@@ -71,10 +76,10 @@ def patch_attention(
     # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
     override: Any = torch.compiler.disable(
         make_attention_override(
-            plan, report, min_tokens=min_tokens, previous=previous, placement=placement, decline_slow=decline_slow
+            plan, report, min_tokens=min_tokens, previous=previous, placement=placement, decline_slow=decline_slow, backend=backend
         )
     )
-    override.replaces = previous
+    override.replaces, override.report = previous, report
     options[OVERRIDE] = override
     for kind, wrapper in (
         (WrappersMP.APPLY_MODEL, _publish_layout(family, window, report, count_steps=placement == "rotating")),
@@ -139,6 +144,7 @@ def _forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, c
         depth=family.depth(model),
         offsets=family.offsets(model),
         order=family.order(model, conds),
+        padding=found.padding,
     )
     if found.layout.tokens in state.others:
         # Cross-attention is told from self-attention by its length; here the lengths are the same.

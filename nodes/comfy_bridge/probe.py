@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import comfy.model_management as mm
@@ -15,8 +16,16 @@ from torch import Tensor
 
 from ...efficient_vdit_core.attention.override import Override
 from ...efficient_vdit_core.plan import TilePlan
-from ...efficient_vdit_core.search import ProbeRecord, make_probe_override, parse_candidates, plan_from_record
+from ...efficient_vdit_core.search import (
+    ProbeRecord,
+    check_target,
+    make_probe_override,
+    parse_candidates,
+    plan_from_record,
+    replay_blocks,
+)
 from ...efficient_vdit_core.search.candidates import sparse_candidates
+from ...efficient_vdit_core.search.probe import BLOCK
 from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, choose_layers, make_mass_override
 from .families import FAMILIES, Family, find_family, uncompiled
 from .patch import OVERRIDE, WRAPPER_KEY, patch_attention
@@ -27,34 +36,31 @@ WALK_STEPS = 10  # of the schedule on which the tile map walks to its noise leve
 
 def search_plan(
     model: Any, positive: Any, negative: Any, latent: dict[str, Any], *, seed: int, probes: int, threshold: float,
-    speedup: float, candidates: str, cfg: float, costs: str,
+    speedup: float, candidates: str, cfg: float, costs: str, error: str, sigmas: Tensor | None,
 ) -> TilePlan:
-    """A plan for MODEL from one dense sampling of ``probes`` Euler steps, each of which is measured in every layer.
+    """A plan for MODEL from one dense sampling with Euler steps, each of which is measured in every layer.
 
-    ``negative`` None samples without guidance. Raises ValueError where the model is unknown or nothing fits.
+    ``sigmas`` (default: ``probes`` steps of the model's own schedule) are the noise levels, and ``latent`` is noised to
+    the first of them; ``negative`` None samples without guidance. Raises ValueError where the model is unknown or
+    nothing fits.
     """
     family, network = _known_family(model)
     counts, depth = parse_candidates(candidates), family.depth(network)
-    empty = _empty_latent(model, latent)
-    record = ProbeRecord(sparse_candidates(counts, empty.shape[2]), timed=costs == "measured")
-    bar, done = comfy.utils.ProgressBar(probes * depth), [0, 0]
-
-    def progress(layer: int) -> None:
-        mm.throw_exception_if_processing_interrupted()
-        # With guidance a layer may be called once for both prompts or once for each.
-        done[1] = max(done[1], layer + 1)
-        bar.update_absolute(done[0] * depth + done[1], probes * depth)
-
-    def stepped(step: int, *_: Any) -> None:
-        done[:] = [step + 1, 0]
-
-    probing = _observed(model, lambda previous: make_probe_override(record, progress=progress, previous=previous))
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", probes)
-    _walk(probing, positive, negative, empty, sigmas, seed, cfg, stepped)
-    about = {"sigmas": [round(float(s), 6) for s in sigmas[:-1]], "seed": seed, "guidance": 1.0 if negative is None else cfg}
+    start = _latent(model, latent, empty=sigmas is None)
+    frames = _video(start).shape[2]
+    record = ProbeRecord(sparse_candidates(counts, frames), timed=costs == "measured")
+    check_target(threshold, speedup, record.candidates, frames)
+    levels = _schedule(model, probes) if sigmas is None else sigmas
+    if len(levels) < 2:
+        raise ValueError(f"sigmas has {len(levels)} noise levels, expected at least 2: the model is run at all but the last.")
+    progress = _Progress(len(levels) - 1, depth)
+    probing = _observed(model, lambda previous: make_probe_override(record, progress=progress.layer, previous=previous))
+    with replay_blocks(_blocks(model, family), record) if error == BLOCK else nullcontext():
+        _walk(probing, positive, negative, start, levels, seed, cfg, progress.step)
+    about = {"sigmas": [round(float(s), 6) for s in levels[:-1]], "seed": seed, "guidance": 1.0 if negative is None else cfg}
     return plan_from_record(
         record, layers=depth, family=family.name, heads=family.head_count(network), threshold=threshold, speedup=speedup,
-        costs=costs, about=about,
+        measure=error, costs=costs, about=about,
     )
 
 
@@ -66,21 +72,19 @@ def measure_tiles(
     Walks there from pure noise with Euler steps, so that the layers see what they see in a run.
     """
     family, network = _known_family(model)
-    chosen = choose_layers(layers, family.depth(network), MAX_MAPS)
-    sampling = model.get_model_object("model_sampling")
-    schedule = comfy.samplers.calculate_sigmas(sampling, "simple", WALK_STEPS)
-    target = sampling.percent_to_sigma(percent)
+    depth = family.depth(network)
+    chosen = choose_layers(layers, depth, MAX_MAPS)
+    schedule, target = _schedule(model, WALK_STEPS), model.get_model_object("model_sampling").percent_to_sigma(percent)
     last = int((schedule[:-1] - target).abs().argmin())
     record = MassRecord(chosen, rows=rows, active=last == 0)
-    bar = comfy.utils.ProgressBar(last + 1)
+    progress = _Progress(last + 1, depth)
 
     def stepped(step: int, *_: Any) -> None:
-        mm.throw_exception_if_processing_interrupted()
-        bar.update_absolute(step + 1, last + 1)
+        progress.step(step)
         record.active = step + 1 >= last
 
-    observed = _observed(model, lambda previous: make_mass_override(record, previous=previous))
-    _walk(observed, conditioning, None, _empty_latent(model, latent), schedule[: last + 2], seed, 1.0, stepped)
+    observed = _observed(model, lambda previous: make_mass_override(record, progress=progress.layer, previous=previous))
+    _walk(observed, conditioning, None, _latent(model, latent, empty=True), schedule[: last + 2], seed, 1.0, stepped)
     missing = [i for i in chosen if i not in record.found]
     if missing:
         raise ValueError(
@@ -88,6 +92,34 @@ def measure_tiles(
             "Use a latent of several frames and a model whose attention is not masked."
         )
     return record.found
+
+
+def model_depth(model: Any) -> int:
+    """The number of layers of a MODEL. Raises ValueError where its family is unknown."""
+    family, network = _known_family(model)
+    return family.depth(network)
+
+
+class _Progress:
+    """The node's progress bar over steps x layers; each layer is also where a user's Cancel takes effect."""
+
+    def __init__(self, steps: int, depth: int) -> None:
+        self.bar, self.total, self.depth = comfy.utils.ProgressBar(steps * depth), steps * depth, depth
+        self.steps = self.layers = 0
+
+    def layer(self, layer: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        # With guidance a layer may be called once for both prompts or once for each.
+        self.layers = max(self.layers, layer + 1)
+        self.bar.update_absolute(min(self.steps * self.depth + self.layers, self.total), self.total)
+
+    def step(self, step: int, *_: Any) -> None:
+        self.steps, self.layers = step + 1, 0
+        self.bar.update_absolute(self.steps * self.depth, self.total)
+
+
+def _schedule(model: Any, steps: int) -> Tensor:
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
 
 
 def _known_family(model: Any) -> tuple[Family, Any]:
@@ -98,6 +130,16 @@ def _known_family(model: Any) -> tuple[Family, Any]:
             f"{type(network).__name__} cannot be measured: where its video tokens stand is not known. Known are {', '.join(FAMILIES)}."
         )
     return family, network
+
+
+def _blocks(model: Any, family: Family) -> list[torch.nn.Module]:
+    network = model.get_model_object("diffusion_model")
+    if uncompiled(network) is not network:
+        raise ValueError(
+            "The model is compiled, so its blocks cannot be run again under each candidate. Search before the node that compiles "
+            "it, or set error to attention."
+        )
+    return [block for name in family.blocks.values() for block in getattr(network, name)]
 
 
 def _observed(model: Any, make: Callable[[Override | None], Override]) -> Any:
@@ -111,19 +153,27 @@ def _observed(model: Any, make: Callable[[Override | None], Override]) -> Any:
     return clone
 
 
-def _empty_latent(model: Any, latent: dict[str, Any]) -> Tensor:
-    """Zeros (1, C, T, H, W) of the latent's size, with the model's channels."""
-    samples = latent["samples"][:1]
-    empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples))
-    if empty.ndim != 5:
+def _latent(model: Any, latent: dict[str, Any], *, empty: bool) -> Any:
+    """The first entry of the latents' batch (1, C, T, H, W) with the model's channels; zeros of its size where ``empty``.
+
+    Video with audio comes as a nested tensor, and stays one.
+    """
+    samples = latent["samples"]
+    if samples.is_nested:
+        start = type(samples)([torch.zeros_like(x[:1]) if empty else x[:1] for x in samples.unbind()])
+    else:
+        start = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1]) if empty else samples[:1])
+    if _video(start).ndim != 5:
         raise ValueError(f"The latent has shape {tuple(samples.shape)}, expected a video's: (batch, channels, frames, height, width).")
-    return empty
+    return start
 
 
-def _walk(model: Any, positive: Any, negative: Any, empty: Tensor, sigmas: Tensor, seed: int, cfg: float, callback: Any) -> None:
-    noise = comfy.sample.prepare_noise(empty, seed)
+def _video(latent: Any) -> Tensor:
+    return latent.unbind()[0] if latent.is_nested else latent
+
+
+def _walk(model: Any, positive: Any, negative: Any, start: Any, sigmas: Tensor, seed: int, cfg: float, callback: Any) -> None:
+    noise = comfy.sample.prepare_noise(start, seed)
     other, scale = (positive, 1.0) if negative is None else (negative, cfg)
     euler = comfy.samplers.sampler_object("euler")
-    comfy.sample.sample_custom(
-        model, noise, scale, euler, sigmas, positive, other, empty, callback=callback, disable_pbar=True, seed=seed
-    )
+    comfy.sample.sample_custom(model, noise, scale, euler, sigmas, positive, other, start, callback=callback, disable_pbar=True, seed=seed)

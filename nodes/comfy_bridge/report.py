@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...efficient_vdit_core.attention.override import AttentionReport
+from ...efficient_vdit_core.attention.report import AttentionReport
 from .patch import OVERRIDE
 
 

@@ -31,10 +31,12 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="session")
 def in_process(tmp_path_factory):
     """Runs a script of scripts/ with ComfyUI's python inside the checkout; returns the JSON of its last line."""
+    cache = tmp_path_factory.mktemp("measured")
 
     def run(name: str) -> dict:
         script = Path(__file__).parent / "scripts" / f"{name}.py"
-        environment = {**os.environ, "PYTHONPATH": str(COMFYUI), "EVDIT_PACK": str(ROOT), "OMP_NUM_THREADS": "2"}
+        own = {"PYTHONPATH": str(COMFYUI), "EVDIT_PACK": str(ROOT), "OMP_NUM_THREADS": "2", "EVDIT_CACHE_DIR": str(cache)}
+        environment = {**os.environ, **own}
         done = subprocess.run([str(PYTHON), str(script)], cwd=COMFYUI, env=environment, capture_output=True, text=True, timeout=RUN_TIMEOUT)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return json.loads(done.stdout.strip().splitlines()[-1])

@@ -48,6 +48,8 @@ def refusals(in_process):
         ("plan of other heads", ["24", "4"]),
         ("window that is empty", ["0.6", "0.4", "start_percent"]),
         ("layer beyond the last", ["dense_blocks", "6"]),
+        ("backend that cannot run", ["triton", "frames"]),
+        ("backend that is none", ["cuda", "frames"]),
         ("latent of 16 channels", ["16", "4"]),
         ("text of another encoder", ["4096", "64"]),
         ("more segments than steps", ["9", "3"]),

@@ -5,6 +5,7 @@ import torch
 from einops import rearrange
 
 from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.attention import override as override_file
 from efficient_vdit_core.attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.plan import TilePlan
@@ -48,13 +49,23 @@ def test_sparse_in_every_tensor_form(oracle, skip_reshape, skip_output_reshape):
         ("outside the step window", {"state": ForwardState(LAYOUT, active=False)}),
         ("below min_tokens", {"min_tokens": 31}),
         ("full in the plan", {"plan": TilePlan.uniform(4)}),
+        ("text or audio alone", {"tokens": 12, "state": ForwardState(LAYOUT, others=frozenset({12}))}),
+        ("unexplained", {"state": ForwardState(None, active=False, reason="unexplained")}),
+        ("too dense to pay", {"plan": TilePlan.uniform(3), "slow": True}),
+        ("too few frames to pay", {"state": ForwardState(TokenLayout(TokenGrid(3, 2, 5))), "slow": True}),
+        ("measured faster", {"slow": True, "fastest": "dense"}),
+        ("more calls than layers", {"state": ForwardState(LAYOUT, depth=0)}),
     ],
 )
-def test_whatever_is_not_ours_stays_dense_and_is_counted(reason, change):
+def test_whatever_is_not_ours_stays_dense_and_is_counted(reason, change, monkeypatch):
+    if "fastest" in change:
+        monkeypatch.setattr(override_file, "choose_backend", lambda *_, **__: change["fastest"])
     report = AttentionReport()
     q, k, v = flat(change.get("tokens", 30))
     k, v = k[:, : change.get("keys", 30)], v[:, : change.get("keys", 30)]
-    override = make_attention_override(change.get("plan", TilePlan.uniform(1)), report, min_tokens=change.get("min_tokens", 0))
+    override = make_attention_override(
+        change.get("plan", TilePlan.uniform(1)), report, min_tokens=change.get("min_tokens", 0), decline_slow=change.get("slow", False)
+    )
     out = call(override, (q, k, v), change.get("state", ForwardState(LAYOUT)), mask=change.get("mask"))
     assert torch.equal(out, sdpa_attention(q, k, v, HEADS, mask=change.get("mask")))
     assert dict(report.dense) == {reason: 1} and report.sparse == 0
@@ -86,7 +97,7 @@ def test_a_previous_override_is_asked_for_every_dense_piece():
     override = make_attention_override(TilePlan.uniform(1), report, previous=previous)
     plain = make_attention_override(TilePlan.uniform(1), AttentionReport())
     assert torch.equal(call(override, flat(), ForwardState(LAYOUT), mark=7), call(plain, flat(), ForwardState(LAYOUT)))
-    assert len(seen) == 2 and report.sparse == 1
+    assert len(seen) == 1 + 2 and report.sparse == 1  # the reference rows, and the other frames of each batch entry
 
 
 def test_deep_copies_share_the_report():
@@ -97,3 +108,93 @@ def test_deep_copies_share_the_report():
     assert report.summary() == "1 attention calls sparse at mean density 0.52; dense: none"
     report.reset()
     assert report.summary() == "0 attention calls sparse; dense: none"
+
+
+@pytest.mark.parametrize(("backend", "fastest"), [("auto", "frames"), ("auto", "dense"), ("frames", "never asked")])
+def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend, fastest):
+    measured, used = [], []
+
+    def choose(q, k, v, layout, pattern, *, dense, dense_name):
+        measured.append(dense_name)
+        assert dense(q[:, :1], k[:, :1], v[:, :1]).shape == q[:, :1].shape  # a trial takes fewer heads
+        return fastest
+
+    monkeypatch.setattr(override_file, "choose_backend", choose)
+    original = override_file.tile_attention
+    monkeypatch.setattr(override_file, "tile_attention", lambda *a, **kw: used.append(kw["backend"]) or original(*a, **kw))
+    report = AttentionReport()
+    call(make_attention_override(TilePlan.uniform(1), report, backend=backend), flat(), ForwardState(LAYOUT))
+    assert used == ["frames"] and report.sparse == 1
+    assert measured == (["_sdpa"] if backend == "auto" else [])
+
+
+def test_measurements_over_another_override_are_kept_apart(monkeypatch):
+    names = []
+    monkeypatch.setattr(override_file, "choose_backend", lambda *_, dense_name, **__: names.append(dense_name) or "frames")
+
+    def sage(func, *args, **kwargs):
+        return func(*args, **kwargs)
+
+    call(make_attention_override(TilePlan.uniform(1), AttentionReport(), previous=sage), flat(), ForwardState(LAYOUT))
+    assert names == ["sage over _sdpa"]
+
+
+@pytest.mark.parametrize("skip_output_reshape", [False, True])
+def test_masked_padding_at_the_end_is_left_out(oracle, skip_output_reshape):
+    layout, report = TokenLayout(TokenGrid(5, 2, 2), 2, 8), AttentionReport()
+    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=HEADS) for x in flat())
+    mask = torch.zeros(1, 1, 30)
+    mask[..., 27:] = torch.finfo(torch.float32).min
+    options = {OVERRIDE_KEY: make_attention_override(TilePlan.uniform(1), report), FORWARD_KEY: ForwardState(layout, padding=3)}
+    out = sdpa_attention(q, k, v, HEADS, mask=mask, skip_reshape=True, skip_output_reshape=skip_output_reshape, transformer_options=options)
+    assert out.shape == (q.shape if skip_output_reshape else (2, 30, HEADS * 16)) and report.sparse == 1
+    out = out if skip_output_reshape else rearrange(out, "b n (h d) -> b h n d", h=HEADS)
+    want = oracle(*(x[:, :, :27] for x in (q, k, v)), 5, 4, [0], prefix=2, suffix=5).float()
+    torch.testing.assert_close(out[:, :, :27], want, atol=1e-5, rtol=1e-5)
+    assert not out[:, :, 27:].any()
+
+
+def test_a_mask_for_each_query_is_no_padding():
+    layout, report = TokenLayout(TokenGrid(5, 2, 2), 2, 8), AttentionReport()
+    override = make_attention_override(TilePlan.uniform(1), report)
+    call(override, flat(), ForwardState(layout, padding=3), mask=torch.zeros(1, 1, 30, 30))
+    assert dict(report.dense) == {"masked": 1}
+
+
+def test_rotating_reference_frames_follow_the_step(oracle):
+    override = make_attention_override(TilePlan.uniform(1), AttentionReport(), placement="rotating")
+    heads = [rearrange(x, "b n (h d) -> b h n d", h=HEADS) for x in flat()]
+    for step in (0, 3, 6):
+        want = rearrange(oracle(*heads, 5, 6, [step % 5]).float(), "b h n d -> b n (h d)")
+        torch.testing.assert_close(call(override, flat(), ForwardState(LAYOUT, step=step)), want, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_follow_block_types_and_orders():
+    plan = TilePlan(patterns=tuple(TilePattern(None if i % 2 else 1) for i in range(5)))
+    report = AttentionReport()
+    override = make_attention_override(plan, report)
+    state = ForwardState(LAYOUT, offsets={"double": 0, "single": 2}, depth=5)
+    for kind, index in (("double", 0), ("double", 1), ("single", 0), ("single", 1), ("single", 2)):
+        call(override, flat(), state, block_type=kind, block_index=index)
+    assert report.sparse == 3 and report.dense["full in the plan"] == 2
+    report.reset()
+    state = ForwardState(LAYOUT, order=(0, 0, 1, 1, 1), depth=5)  # a second stream attends once or twice a layer
+    for _ in range(6):
+        call(override, flat(), state)
+    assert report.sparse == 2 and report.dense["full in the plan"] == 3 and report.dense["more calls than layers"] == 1
+
+
+def test_more_reference_frames_than_frames_are_said_once(caplog):
+    override = make_attention_override(TilePlan.uniform(9), report := AttentionReport())
+    for _ in range(3):
+        call(override, flat(), ForwardState(LAYOUT))
+    assert [r.getMessage() for r in caplog.records] == [
+        "Efficient-vDiT: the plan has 9 reference frames and the run 5 latent frames: full attention."
+    ]
+    assert report.dense["full in the plan"] == 3
+    caplog.clear()
+    override = make_attention_override(TilePlan.uniform(9, frames=45), AttentionReport())
+    for _ in range(3):
+        call(override, flat(), ForwardState(LAYOUT))
+    (record,) = caplog.records
+    assert "made for 45 latent frames and the run has 5" in record.getMessage() and "1 instead of 9" in record.getMessage()

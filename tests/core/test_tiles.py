@@ -1,6 +1,6 @@
 import pytest
 
-from efficient_vdit_core.tiles import TilePattern, TokenGrid
+from efficient_vdit_core.tiles import PLACEMENTS, TilePattern, TokenGrid
 
 TABLE_1 = [(8, 4, 17.60), (8, 3, 29.88), (8, 2, 45.47), (8, 1, 64.38)]
 TABLE_1 += [(24, 12, 21.51), (24, 8, 40.30), (24, 6, 51.88), (24, 4, 64.98), (24, 3, 72.05)]
@@ -67,3 +67,37 @@ def test_impossible_counts_are_refused(k):
 def test_an_empty_grid_is_refused():
     with pytest.raises(ValueError, match="token grid"):
         TokenGrid(8, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("placement", "shift", "expected"),
+    [("strided", 3, (0, 4)), ("first", 3, (0, 1)), ("last", 3, (6, 7)), ("rotating", 0, (0, 4)), ("rotating", 3, (3, 7)),
+     ("rotating", 5, (1, 5))],
+)  # fmt: skip
+def test_reference_frames_stand_where_the_placement_says(placement, shift, expected):
+    assert TilePattern(2).placed(placement, shift).reference_frames(8) == expected
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("frames", [1, 2, 5, 8, 13])
+def test_every_placement_keeps_k_and_every_frame_gets_its_turn(placement, frames):
+    for k in range(frames + 2):
+        found = [TilePattern(k).placed(placement, shift).reference_frames(frames) for shift in range(frames)]
+        assert all(len(set(f)) == len(f) == (frames if TilePattern(k).is_full(frames) else k) and f == tuple(sorted(f)) for f in found)
+        assert all(0 <= i < frames for f in found for i in f)
+        if placement == "rotating" and k:
+            assert {i for f in found for i in f} == set(range(frames))
+
+
+def test_an_unknown_placement_is_refused():
+    with pytest.raises(ValueError, match="placement is 'random'"):
+        TilePattern(2).placed("random")
+
+
+@pytest.mark.parametrize(
+    ("k", "made_for", "frames", "expected"),
+    [(4, 36, 9, 1), (4, 24, 13, 3), (4, 24, 24, 4), (4, 24, 40, 4), (4, None, 9, 4), (12, 24, 5, 3), (24, 24, 9, None), (0, 24, 9, 0),
+     (None, 24, 9, None), (4, 24, 1, 1)],
+)  # fmt: skip
+def test_a_plan_for_a_longer_clip_keeps_the_distance_between_reference_frames(k, made_for, frames, expected):
+    assert TilePattern(k).scaled(made_for, frames).k == expected

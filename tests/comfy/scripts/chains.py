@@ -1,0 +1,191 @@
+"""The sparse node in the company of ComfyUI's other ways to change a MODEL or a run, on a tiny Wan. Prints JSON."""
+
+import inspect
+import json
+import logging
+import sys
+import threading
+
+from host import call, load_pack, torch  # isort: skip
+import comfy.model_patcher  # isort: skip
+import comfy.samplers  # isort: skip
+import comfy.sd  # isort: skip
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode  # isort: skip
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode  # isort: skip
+from tiny_models import CASES, build, noise  # isort: skip
+
+OVERRIDE = "optimized_attention_override"
+pack = load_pack()
+(plans,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
+lines: list[str] = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("efficient_vdit").addHandler(handler)
+logging.getLogger("efficient_vdit").setLevel(logging.INFO)
+
+model = build(CASES["wan"])
+base = model.model
+forwards: list[tuple] = []
+base.diffusion_model.register_forward_pre_hook(lambda _, inputs: forwards.append(tuple(inputs[0].shape)))
+x, text = noise(1, 16, 9, 4, 6), noise(1, 7, 32)
+SIZE = 6
+
+
+def sparse(source, k=1, **changes):
+    settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0, **changes}
+    return call(pack["EVDiTSparseAttention"], model=source, plan=plans.TilePlan.uniform(k), **settings)[0]
+
+
+def run(chosen, steps=2, negative=text * 0.5, cfg=2.0):
+    forwards.clear()
+    lines.clear()
+    guider = comfy.samplers.CFGGuider(chosen)
+    guider.set_conds([[text, {}]], [[negative, {}]])
+    guider.set_cfg(cfg)
+    sigmas = comfy.samplers.calculate_sigmas(chosen.get_model_object("model_sampling"), "simple", steps)
+    with torch.inference_mode():
+        return guider.sample(x, torch.zeros_like(x), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
+
+
+def distance(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def oracle(references):
+    """An override with the whole N x N mask; ``references`` gives the reference frames from the noise level."""
+
+    def override(func, q, k, v, heads, *args, **kwargs):
+        if q.shape != k.shape:
+            return func(q, k, v, heads, *args, **kwargs)
+        frame = torch.arange(q.shape[1]) // SIZE
+        refers = torch.isin(frame, torch.tensor(references(frame[-1].item() + 1, kwargs["transformer_options"])))
+        live = (frame[:, None] == frame) | refers[:, None] | refers
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2).double() for t in (q, k, v))
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        return (scores.masked_fill(~live, float("-inf")).softmax(-1) @ v).float().transpose(1, 2).flatten(-2)
+
+    return override
+
+
+def judged(source, references):
+    judge = source.clone()
+    judge.model_options["transformer_options"][OVERRIDE] = oracle(references)
+    return judge
+
+
+def first_frame(frames, options):
+    return [0]
+
+
+def moving(frames, options):
+    schedule = options["sample_sigmas"]
+    return [int((schedule >= options["sigmas"][0] * 0.999).sum()) - 1]
+
+
+dense, alone, facts = run(model), run(sparse(model)), {}
+facts["effect"] = distance(alone, dense)
+facts["alone"] = distance(alone, run(judged(model, first_frame)))
+for place, frames in (("first", [0, 1]), ("last", [7, 8]), ("strided", [0, 5])):
+    facts[f"placement {place}"] = distance(run(sparse(model, 2, placement=place)), run(judged(model, lambda *_, frames=frames: frames)))
+rotating = run(sparse(model, placement="rotating"), steps=3)
+facts["placement rotating"] = distance(rotating, run(judged(model, moving), steps=3))
+facts["rotating differs"] = distance(rotating, run(sparse(model), steps=3))
+
+# Guidance in two forwards a step, as texts of different lengths need it.
+longer = noise(1, 11, 32)
+split = run(sparse(model), negative=longer)
+facts["split forwards"] = len(forwards)
+facts["split lines"] = list(lines)
+facts["split"] = distance(split, run(judged(model, first_frame), negative=longer))
+
+# Context windows: 5 of the 9 frames at a time.
+settings = {"context_length": 5, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1,
+            "closed_loop": False, "fuse_method": "pyramid", "dim": 2}  # fmt: skip
+if "freenoise" in inspect.signature(ContextWindowsManualNode.execute).parameters:
+    settings["freenoise"] = False
+windows = ContextWindowsManualNode.execute(model, **settings).args[0]
+got = run(sparse(windows))
+facts["window frames"] = sorted({shape[2] for shape in forwards})
+facts["window lines"] = list(lines)
+facts["windows"] = distance(got, run(judged(windows, first_frame)))
+facts["windows behind"] = distance(run(ContextWindowsManualNode.execute(sparse(model), **settings).args[0]), got)
+
+# EasyCache and LazyCache skip whole evaluations; those that remain are sparse. A huge threshold skips all that may be.
+for name, node in (("EasyCache", EasyCacheNode), ("LazyCache", LazyCacheNode)):
+    for order in ("before", "behind"):
+        choices = {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
+        chained = sparse(node.execute(model, **choices).args[0]) if order == "before" else node.execute(sparse(model), **choices).args[0]
+        run(chained, steps=8, cfg=1.0)
+        facts[f"{name} {order}"] = {"forwards": len(forwards), "lines": list(lines)}
+
+# LoRA on either side.
+rows, columns = base.diffusion_model.blocks[0].self_attn.q.weight.shape
+key = "diffusion_model.blocks.0.self_attn.q"
+lora = {f"{key}.lora_A.weight": noise(2, columns), f"{key}.lora_B.weight": noise(rows, 2)}
+
+
+def with_lora(source):
+    return comfy.sd.load_lora_for_models(source, None, lora, 1.0, 0.0)[0]
+
+
+one = run(sparse(with_lora(model)))
+facts["lora"] = {"either side": distance(run(with_lora(sparse(model))), one), "acts": distance(one, alone)}
+
+
+# Another node's attention override, as SageAttention nodes install theirs: under ours it computes, over ours it takes the place.
+def other(func, q, k, v, heads, *args, **kwargs):
+    seen.append(q.shape)
+    return func(q, k, v, heads, *args, **kwargs)
+
+
+seen: list = []
+under = model.clone()
+under.model_options["transformer_options"][OVERRIDE] = other
+facts["override under"] = {"same": distance(run(sparse(under)), alone), "calls": len(seen)}
+over = sparse(model)
+over.model_options["transformer_options"][OVERRIDE] = other
+facts["override over"] = {"dense": distance(run(over), dense), "lines": list(lines)}
+facts["the second node counts"] = distance(run(sparse(sparse(model, 3))), alone)
+
+# Clones in threads of one model: each forward keeps its state to itself.
+clones = [sparse(model, k) for k in (1, 3)] * 2
+
+
+def evaluate(patcher):
+    options = comfy.model_patcher.create_model_options_clone(patcher.model_options)["transformer_options"]
+    options = {**options, "wrappers": {kind: {key: list(f) for key, f in keyed.items()} for kind, keyed in patcher.wrappers.items()}}
+    options.update(callbacks={}, sigmas=torch.tensor([0.7]))
+    with torch.inference_mode():
+        return base.apply_model(x, torch.tensor([0.7]), c_crossattn=text, transformer_options=options)
+
+
+serial, parallel = [evaluate(clone) for clone in clones], [None] * len(clones)
+barrier = threading.Barrier(len(clones))
+
+
+def work(i):
+    barrier.wait()
+    parallel[i] = evaluate(clones[i])
+
+
+threads = [threading.Thread(target=work, args=(i,)) for i in range(len(clones))]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+facts["threads"] = max(distance(a, b) for a, b in zip(parallel, serial, strict=True))
+facts["threads differ"] = distance(serial[0], serial[1])
+
+# A plan for a longer clip.
+long = plans.TilePlan.uniform(4, frames=36)  # every ninth frame
+(scaled,) = call(pack["EVDiTSparseAttention"], model=model, plan=long, start_percent=0.0, end_percent=1.0, dense_blocks="", min_tokens=0)
+facts["scaled"] = {"same": distance(run(scaled), alone), "lines": list(lines)}
+facts["bypassed"] = distance(run(model), dense)
+
+# Long enough to be measured: whichever backend is chosen, dense or the arrow mask comes out.
+x, SIZE = noise(1, 16, 9, 32, 32), 256
+dense, want = run(model, cfg=1.0), run(judged(model, first_frame), cfg=1.0)
+for name, changes in (("measured", {}), ("never declined", {"decline_slow": False}), ("frames", {"backend": "frames"})):
+    got = run(sparse(model, **changes), cfg=1.0)
+    facts[name] = {"sparse": distance(got, want), "dense": distance(got, dense), "lines": list(lines)}
+print(json.dumps(facts))

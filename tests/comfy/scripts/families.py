@@ -1,0 +1,132 @@
+"""Every native video family, sampled for two steps with the sparse node, against dense and a masked oracle. Prints JSON.
+
+Names of cases in $EVDIT_CASES, with commas between, run only these.
+"""
+
+import copy
+import json
+import logging
+import os
+import sys
+import traceback
+
+from host import call, load_pack, torch  # isort: skip
+import comfy.samplers  # isort: skip
+import comfy.supported_models  # isort: skip
+from tiny_models import CASES, Case, build, inputs  # isort: skip
+
+OVERRIDE = "optimized_attention_override"
+pack = load_pack()
+(plans,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
+(families,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.families"))
+lines: list[str] = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("efficient_vdit").addHandler(handler)
+logging.getLogger("efficient_vdit").setLevel(logging.INFO)
+
+
+class Spy(plans.TilePlan):
+    """A plan that notes which layers it is asked about."""
+
+    asked: list[int] = []
+
+    def pattern(self, layer, layers=None):
+        self.asked.append(layer)
+        return super().pattern(layer, layers)
+
+
+def patched(model, k: int):
+    settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
+    return call(pack["EVDiTSparseAttention"], model=model, plan=Spy.uniform(k), **settings)[0]
+
+
+def run(model, case: Case):
+    """Two steps with guidance through ComfyUI's own guider, flat."""
+    x, cond, noise_mask = inputs(case)
+    negative = [[cond[0][0] * 0.5, cond[0][1]]]
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(cond, negative)
+    guider.set_cfg(1.0 if case.single else 2.0)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
+    zeros = x - x if hasattr(x, "unbind") and x.is_nested else torch.zeros_like(x)
+    with torch.inference_mode():
+        out = guider.sample(x, zeros, comfy.samplers.sampler_object("euler"), sigmas, noise_mask, disable_pbar=True, seed=0)
+    return torch.cat([part.flatten() for part in out.unbind()]) if out.is_nested else out.flatten()
+
+
+def live_tiles(case: Case):
+    """(N, N): which token sees which with frame 0 as the reference frame; masked text is seen by none."""
+    prefix, frames, size, suffix = case.layout
+    owner = torch.tensor([0] * prefix + [f for f in range(frames) for _ in range(size)] + [0] * suffix)
+    live = (owner[:, None] == owner) | (owner[:, None] == 0) | (owner == 0)
+    live[:, len(owner) - case.padding :] = False
+    return live
+
+
+def masked_oracle(case: Case, calls: list):
+    """An override that builds the whole mask and takes a float64 softmax."""
+    live = live_tiles(case)
+
+    def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
+        tokens = q.shape[2] if skip_reshape else q.shape[1]
+        form = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
+        if q.shape != k.shape or tokens != len(live):
+            return func(q, k, v, heads, mask=mask, **form, **kwargs)
+        calls.append(tokens)
+        q, k, v = (x.double() if skip_reshape else x.unflatten(-1, (heads, -1)).transpose(1, 2).double() for x in (q, k, v))
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        out = (scores.masked_fill(~live, float("-inf")).softmax(-1) @ v).float()
+        return out if skip_output_reshape else out.transpose(1, 2).flatten(-2)
+
+    return override
+
+
+def facts(case: Case) -> dict:
+    if not hasattr(comfy.supported_models, case.config):
+        return {"skipped": f"this ComfyUI has no {case.config}"}
+    model = build(case)
+    diffusion_model = model.model.diffusion_model
+    why = families.find_family(diffusion_model).why_no_hook()
+    forwards: list[int] = []
+    diffusion_model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    weights = {name: value.clone() for name, value in diffusion_model.state_dict().items()}
+    options = copy.deepcopy(model.model_options)
+    dense = run(model, case)
+    scale = float(dense.abs().max())
+    same = float((run(patched(model, case.layout[1]), case) - dense).abs().max())
+    Spy.asked, before = [], len(forwards)
+    lines.clear()
+    sparse = run(patched(model, 1), case)
+    ran = len(forwards) - before
+    if why:
+        return {"skipped": why, "lines": list(lines), "changed": float((sparse - dense).abs().max())}
+    calls: list[int] = []
+    judge = model.clone()
+    judge.model_options["transformer_options"][OVERRIDE] = masked_oracle(case, calls)
+    want = run(judge, case)
+    return {
+        "finite": bool(torch.isfinite(want).all()),
+        "layers": Spy.asked == list(case.layers) * ran,
+        "depth": families.find_family(diffusion_model).depth(diffusion_model),
+        "calls": len(calls) == len(case.layers) * ran,
+        "lines": list(lines),
+        "sparse calls": len(case.layers) * ran,
+        "all frames": same / scale,
+        "error": float((sparse - want).abs().max()) / scale,
+        "effect": float((dense - want).abs().max()) / scale,
+        "bypassed": float((run(model, case) - dense).abs().max()),
+        "weights same": all(torch.equal(value, weights[name]) for name, value in diffusion_model.state_dict().items()),
+        "options same": repr(model.model_options) == repr(options),
+    }
+
+
+found = {}
+chosen = os.environ.get("EVDIT_CASES")
+for name in chosen.split(",") if chosen else CASES:
+    case = CASES[name]
+    try:
+        found[name] = facts(case)
+    except Exception:
+        found[name] = {"failed": traceback.format_exc()[-1500:]}
+print(json.dumps(found))

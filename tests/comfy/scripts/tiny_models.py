@@ -1,0 +1,205 @@
+"""One tiny random-weight model for each native video family, built from ComfyUI's own classes, and what its layers attend over.
+
+The numbers of tokens are written down here by hand, apart from the pack's own rules.
+"""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from host import torch  # isort: skip
+import comfy.model_management as mm  # isort: skip
+import comfy.model_patcher  # isort: skip
+import comfy.supported_models  # isort: skip
+
+WIDTH, HEADS, TEXT = 48, 2, 32
+WAN = {
+    "image_model": "wan2.1", "model_type": "t2v", "dim": WIDTH, "num_heads": HEADS, "num_layers": 3, "ffn_dim": 96,
+    "patch_size": (1, 2, 2), "freq_dim": 32, "in_dim": 16, "out_dim": 16, "text_dim": TEXT, "window_size": (-1, -1),
+    "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
+}  # fmt: skip
+HUNYUAN = {
+    "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "vec_in_dim": 24,
+    "axes_dim": [8, 8, 8], "context_in_dim": TEXT, "hidden_size": WIDTH, "mlp_ratio": 2.0, "num_heads": HEADS, "depth": 2,
+    "depth_single_blocks": 3, "theta": 256, "qkv_bias": True, "guidance_embed": True, "byt5": False, "meanflow": False,
+}  # fmt: skip
+NEWER_HUNYUAN = {"use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False}
+HUNYUAN_15 = {
+    **HUNYUAN, **NEWER_HUNYUAN, "in_channels": 65, "out_channels": 32, "patch_size": [1, 1, 1], "vec_in_dim": None, "byt5": True,
+    "guidance_embed": False, "use_cond_type_embedding": True, "vision_in_dim": 1152, "meanflow_sum": True,
+}  # fmt: skip
+LTX = {
+    "image_model": "ltxv", "num_layers": 3, "num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS,
+    "cross_attention_dim": WIDTH, "caption_channels": TEXT, "in_channels": 128,
+}  # fmt: skip
+LTX_AUDIO = {**LTX, "image_model": "ltxav", "audio_num_attention_heads": 2, "audio_attention_head_dim": 12, "audio_cross_attention_dim": 24}
+MOCHI = {
+    "image_model": "mochi_preview", "depth": 3, "patch_size": 2, "num_heads": HEADS, "hidden_size_x": WIDTH, "hidden_size_y": 24,
+    "mlp_ratio_x": 256, "mlp_ratio_y": 256, "learn_sigma": False, "in_channels": 12, "qk_norm": True, "qkv_bias": False,
+    "out_bias": True, "attn_drop": 0.0, "patch_embed_bias": True, "posenc_preserve_area": True, "timestep_mlp_bias": True,
+    "attend_to_padding": False, "timestep_scale": 1000.0, "use_t5": True, "t5_feat_dim": TEXT, "t5_token_length": 256,
+    "rope_theta": 10000.0,
+}  # fmt: skip
+COSMOS = {
+    "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1,
+    "model_channels": WIDTH, "concat_padding_mask": True, "crossattn_emb_channels": TEXT, "pos_emb_cls": "rope3d",
+    "pos_emb_interpolation": "crop", "use_adaln_lora": True, "adaln_lora_dim": 16, "num_blocks": 3, "num_heads": HEADS, "mlp_ratio": 2.0,
+}  # fmt: skip
+COSMOS_1 = {**COSMOS, "image_model": "cosmos", "block_config": "FA-CA-MLP", "block_x_format": "THWBD", "affline_emb_norm": True,
+            "extra_per_block_abs_pos_emb": True, "extra_per_block_abs_pos_emb_type": "learnable"}  # fmt: skip
+KANDINSKY = {
+    "image_model": "kandinsky5", "model_dim": WIDTH, "ff_dim": 96, "time_dim": 32, "in_text_dim": TEXT, "in_text_dim2": 24,
+    "visual_embed_dim": 132, "num_text_blocks": 2, "num_visual_blocks": 3, "axes_dims": (8, 8, 8), "patch_size": (1, 2, 2),
+}  # fmt: skip
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def vision(tokens: int, width: int) -> SimpleNamespace:
+    """What a CLIP vision encoder gives."""
+    return SimpleNamespace(penultimate_hidden_states=noise(1, tokens, width), last_hidden_state=noise(1, tokens, width))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a run of it.
+
+    Attributes:
+        config: class of comfy.supported_models; a version that has not got it skips the case.
+        latent: (C, T, H, W); ``audio`` is the (C, L, F) that is packed with it.
+        text: (tokens, width) of the prompt's encoding.
+        layout: tokens before the video, frames, tokens of a frame, tokens behind the video.
+        layers: the layer of each self-attention over the video, in the order of the calls.
+        conds: entries of the conditioning.
+        padding: masked tokens at the end of ``layout``.
+        single: one video and no guidance, where ComfyUI itself takes no more.
+        newer: settings that only versions from 0.8 on know.
+    """
+
+    config: str
+    settings: dict[str, Any]
+    latent: tuple[int, ...]
+    layout: tuple[int, int, int, int]
+    layers: tuple[int, ...] = (0, 1, 2)
+    text: tuple[int, int] = (7, TEXT)
+    conds: dict[str, Any] = field(default_factory=dict)
+    audio: tuple[int, ...] = ()
+    padding: int = 0
+    batch: int = 2
+    single: bool = False
+    newer: dict[str, Any] = field(default_factory=dict)
+
+
+def comfyui_version() -> tuple[int, int]:
+    from comfyui_version import __version__
+
+    major, minor = __version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def mask(real: int, padded: int = 0) -> torch.Tensor:
+    return torch.tensor([[1] * real + [0] * padded])
+
+
+def guides(frames: int, h: int, w: int, dropped: int = 0):
+    """LTX guide frames as its nodes give them: their coordinates, and the mask in which negative tokens are left out."""
+    from comfy.ldm.lightricks.model import latent_to_pixel_coords
+    from comfy_extras.nodes_lt import LTXVAddGuide
+
+    patchifier = getattr(LTXVAddGuide, "PATCHIFIER", None) or LTXVAddGuide()._patchifier
+    _, coords = patchifier.patchify(noise(1, 128, frames, h, w))
+    values = torch.ones(1, 1, 5 + frames, h, w)
+    values[:, :, 5:] = 0.0
+    values[:, :, 5:].view(-1)[:dropped] = -1.0
+    return latent_to_pixel_coords(coords, (8, 32, 32), causal_fix=True), values
+
+
+def _cases() -> dict[str, Case]:
+    pooled = {"pooled_output": noise(1, 24)}
+    masked = {"attention_mask": mask(7)}
+    odd, even = (16, 5, 5, 7), (16, 5, 4, 6)  # 3 x 4 and 2 x 3 tokens a frame
+    wan = {
+        "wan": Case("WAN21_T2V", WAN, odd, (0, 5, 12, 0)),
+        "wan with a text as long as a frame": Case("WAN21_T2V", WAN, even, (0, 5, 6, 0), text=(6, TEXT)),
+        "wan i2v": Case("WAN21_I2V", {**WAN, "model_type": "i2v", "in_dim": 36}, odd, (0, 5, 12, 0),
+                        conds={"clip_vision_output": vision(9, 1280)}),
+        "wan fun with a reference": Case("WAN21_FunControl2V", {**WAN, "model_type": "i2v", "in_dim": 48, "in_dim_ref_conv": 16}, even,
+                                         (6, 5, 6, 0), conds={"reference_latents": [noise(1, 16, 1, 4, 6)]}),
+        "wan with a reference it ignores": Case("WAN21_T2V", WAN, even, (0, 5, 6, 0),
+                                                conds={"reference_latents": [noise(1, 16, 1, 4, 6)]}),
+        "wan phantom": Case("WAN21_T2V", WAN, odd, (0, 5, 12, 24), conds={"time_dim_concat": noise(1, 16, 2, 5, 7)}),
+        "wan 2.2 5B": Case("WAN22_T2V", {**WAN, "in_dim": 48, "out_dim": 48}, (48, 5, 5, 7), (0, 5, 12, 0)),
+        "wan vace": Case("WAN21_Vace", {**WAN, "model_type": "vace", "num_layers": 4, "vace_layers": 2, "vace_in_dim": 96}, even,
+                         (0, 5, 6, 0), (0, 0, 1, 2, 2, 3)),
+        "wan vace twice": Case("WAN21_Vace", {**WAN, "model_type": "vace", "num_layers": 4, "vace_layers": 2, "vace_in_dim": 96}, even,
+                               (0, 5, 6, 0), (0, 0, 0, 1, 2, 2, 2, 3), batch=1,
+                               conds={"vace_frames": [noise(1, 32, 5, 4, 6)] * 2, "vace_mask": [noise(1, 64, 5, 4, 6)] * 2,
+                                      "vace_strength": [1.0, 0.5]}),
+        "wan camera": Case("WAN21_Camera", {**WAN, "model_type": "camera", "in_dim": 32}, even, (0, 5, 6, 0),
+                           conds={"clip_vision_output": vision(9, 1280)}),
+        "wan humo": Case("WAN21_HuMo", {**WAN, "model_type": "humo"}, odd, (0, 5, 12, 24), conds={
+            "reference_latents": [noise(1, 16, 2, 6, 8)], "audio_embed": noise(1, 5, 8, 5, 1280)}),
+        "wan s2v": Case("WAN22_S2V", {**WAN, "model_type": "s2v", "audio_inject_layers": [0, 2], "audio_dim": 16, "num_audio_token": 4},
+                        (16, 5, 8, 8), (0, 5, 16, 16 + 16 + 4 + 4), conds={
+            "reference_latents": [noise(1, 16, 1, 8, 8)], "reference_motion": noise(1, 16, 19, 8, 8)}),
+        "wan animate": Case("WAN22_Animate", {**WAN, "model_type": "animate", "in_dim": 36, "num_layers": 5}, even, (0, 5, 6, 0),
+                            tuple(range(5)), conds={"pose_video_latent": noise(1, 16, 4, 4, 6)}, batch=1),
+    }  # fmt: skip
+    hunyuan = {
+        "hunyuan": Case("HunyuanVideo", HUNYUAN, even, (0, 5, 6, 7), tuple(range(5)), conds=pooled, newer=NEWER_HUNYUAN),
+        "hunyuan with a reference": Case("HunyuanVideo", HUNYUAN, even, (6, 5, 6, 7), tuple(range(5)), newer=NEWER_HUNYUAN, single=True,
+                                         conds={**pooled, "ref_latent": noise(1, 16, 1, 4, 6), "guiding_frame_index": 0}),
+        "hunyuan with padded text": Case("HunyuanVideo", HUNYUAN, even, (0, 5, 6, 7), tuple(range(5)), padding=3, single=True,
+                                         newer=NEWER_HUNYUAN, conds={**pooled, "attention_mask": mask(4, 3)}),
+        "hunyuan 1.5": Case("HunyuanVideo15", HUNYUAN_15, (32, 5, 3, 5), (0, 5, 15, 9 + 4 + 7), tuple(range(5)), conds={
+            **pooled, "clip_vision_output": vision(9, 1152), "conditioning_byt5small": noise(1, 4, 1472)}),
+    }  # fmt: skip
+    dropped = 5 if comfyui_version() >= (0, 8) else 0  # earlier versions keep all guide tokens
+    ltx = {
+        "ltx": Case("LTXV", LTX, (128, 5, 3, 5), (0, 5, 15, 0), conds=masked),
+        "ltx with guides": Case("LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24), conds={**masked, "guides": (2, 0)}),
+        "ltx with dropped guides": Case("LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24 - dropped), conds={**masked, "guides": (2, 5)}),
+        "ltx audio": Case("LTXAV", LTX_AUDIO, (128, 5, 3, 5), (0, 5, 15, 0), text=(7, 2 * TEXT), audio=(8, 11, 16), conds=masked, batch=1),
+    }
+    others = {
+        "mochi": Case("GenmoMochi", MOCHI, (12, 5, 4, 6), (0, 5, 6, 5), text=(9, TEXT), conds={"attention_mask": mask(5, 4)}),
+        "cosmos": Case("CosmosT2V", COSMOS_1, even, (0, 5, 6, 0), conds=masked),
+        "cosmos predict2": Case("CosmosI2VPredict2", {**COSMOS, "image_model": "cosmos_predict2", "in_channels": 17}, even, (0, 5, 6, 0)),
+        "kandinsky 5": Case("Kandinsky5", KANDINSKY, even, (0, 5, 6, 0), conds=pooled),
+    }
+    return {**wan, **hunyuan, **ltx, **others}
+
+
+CASES = _cases()
+
+
+def build(case: Case) -> comfy.model_patcher.ModelPatcher:
+    """The case's MODEL: random weights that let attention matter, on the CPU in float32."""
+    settings = dict(case.settings)
+    if case.newer and comfyui_version() >= (0, 8):
+        settings.update(case.newer)
+    config = getattr(comfy.supported_models, case.config)(settings)
+    config.set_inference_dtype(torch.float32, None)
+    torch.manual_seed(0)
+    base = config.get_model({}, "", device="cpu")
+    for name, parameter in base.diffusion_model.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=max(parameter[0].numel(), 1) ** -0.5)
+        else:
+            torch.nn.init.normal_(parameter, mean=float(name.endswith(("weight", "scale"))), std=0.1)
+    return comfy.model_patcher.ModelPatcher(base, load_device=mm.get_torch_device(), offload_device=torch.device("cpu"))
+
+
+def inputs(case: Case) -> tuple[Any, list, Any]:
+    """Noise (nested where audio goes with it), the conditioning and the noise mask."""
+    x, extra, noise_mask = noise(1 if case.single else case.batch, *case.latent), dict(case.conds), None
+    if case.audio:
+        from comfy.nested_tensor import NestedTensor  # only in versions with such a model
+
+        x = NestedTensor([x, noise(case.batch, *case.audio)])
+    if "guides" in extra:
+        frames, dropped = extra.pop("guides")
+        extra["keyframe_idxs"], noise_mask = guides(frames, *case.latent[-2:], dropped)
+    return x, [[noise(1, *case.text), extra]], noise_mask

@@ -1,0 +1,68 @@
+"""A tiny model of every native video family, sampled in ComfyUI's own process: sparse against dense and a masked oracle."""
+
+import re
+
+import pytest
+
+WAN = ["wan", "wan with a text as long as a frame", "wan i2v", "wan fun with a reference", "wan with a reference it ignores", "wan phantom",
+       "wan 2.2 5B", "wan vace", "wan vace twice", "wan camera", "wan humo", "wan s2v", "wan animate"]  # fmt: skip
+HUNYUAN = ["hunyuan", "hunyuan with a reference", "hunyuan with padded text", "hunyuan 1.5"]
+LTX = ["ltx", "ltx with guides", "ltx with dropped guides", "ltx audio"]
+FAMILIES = [*WAN, *HUNYUAN, *LTX, "mochi", "cosmos", "cosmos predict2", "kandinsky 5"]
+# Token sequences beside the video that attend over themselves.
+WITH_OTHERS = ["hunyuan", "hunyuan with a reference", "hunyuan with padded text", "hunyuan 1.5", "ltx audio", "kandinsky 5"]
+
+
+@pytest.fixture(scope="module")
+def found(in_process):
+    return in_process("families")
+
+
+@pytest.fixture
+def facts(found, name):
+    facts = found[name]
+    assert "failed" not in facts, facts["failed"]
+    if "skipped" in facts:
+        assert not facts.get("changed"), "left as it was"
+        pytest.skip(facts["skipped"])
+    return facts
+
+
+def test_every_case_is_looked_at(found):
+    assert list(found) == FAMILIES
+
+
+def test_a_family_without_a_hook_says_so(found):
+    facts = found["wan s2v"]
+    if "skipped" in facts:
+        assert facts["lines"] == [f"Efficient-vDiT: WanModel_S2V stays dense: {facts['skipped']}."] and facts["changed"] == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_self_attention_is_met_once_and_with_its_layer(facts, name):
+    assert facts["layers"] and facts["calls"] and facts["sparse calls"] > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_report_is_complete_and_warns_of_nothing(facts, name):
+    (line,) = facts["lines"]
+    assert re.search(rf"^Efficient-vDiT: {facts['sparse calls']} attention calls sparse at mean density 0\.\d\d; dense: ", line)
+    reasons = set(re.findall(r"\d+ ([a-z-][a-z -]*)", line.split("dense: ")[1]))
+    assert reasons <= {"cross-attention", "text or audio alone"}
+    assert ("text or audio alone" in reasons) == (name in WITH_OTHERS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_frames_are_dense(facts, name):
+    assert facts["all frames"] == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_frame_is_the_masked_oracle(facts, name):
+    assert facts["finite"]
+    assert facts["error"] < 2e-5 and facts["effect"] > 100 * facts["error"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_source_model_is_untouched_and_a_bypass_leaves_nothing(facts, name):
+    assert facts["weights same"] and facts["options same"] and facts["bypassed"] == 0
