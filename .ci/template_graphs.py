@@ -29,6 +29,7 @@ class Node:
     links: dict[str, tuple[str, int]] = field(default_factory=dict)
     title: str = ""
     models: list[dict[str, str]] = field(default_factory=list)
+    preview: tuple[int, int] | None = None  # of a Tile Plan: the model's latent frames and layers
 
 
 @dataclass
@@ -49,10 +50,10 @@ def loader(kind: str, widget: str, file: dict[str, str], **values: Any) -> Node:
     return Node(kind, 0, {widget: file["name"], **values}, models=[file])
 
 
-def sparse(source: str, plan: str, **values: Any) -> dict[str, Node]:
+def sparse(source: str, plan: str, preview: tuple[int, int], **values: Any) -> dict[str, Node]:
     """Tile Plan and Sparse Attention on one model."""
     return {
-        "plan": Node("EVDiTTilePlan", 1, {"text": plan}),
+        "plan": Node("EVDiTTilePlan", 1, {"text": plan}, preview=preview),
         "sparse": Node("EVDiTSparseAttention", 1, values, {"model": (source, 0), "plan": ("plan", 0)}),
     }
 
@@ -107,7 +108,7 @@ def tiny() -> Graph:
         "model": Node("EVDiTModelLoader", 0, {"model_name": TINY}),
         "clip": Node("EVDiTTextEncoderLoader", 0, {"text_encoder_name": TINY}),
         "vae": Node("EVDiTVAELoader", 0, {"vae_name": TINY}),
-        "plan": Node("EVDiTTilePlan", 1, {"reference_frames": 2}),
+        "plan": Node("EVDiTTilePlan", 1, {"reference_frames": 2}, preview=(8, 6)),
         "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("model", 0), "plan": ("plan", 0)}),
         **prompts("clip", "a red circle moving right fast on a white background", ""),
         "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 64, "height": 64, "length": 29}),
@@ -139,7 +140,7 @@ def opensora(frames: int) -> Graph:
         "clip": Node("EVDiTTextEncoderLoader", 0, {"text_encoder_name": "mt5-xxl-encoder.safetensors", "template": "a"}),
         "plain": Node("EVDiTTextEncoderLoader", 0, {"text_encoder_name": "mt5-xxl-encoder.safetensors"}, title="For the negative prompt"),
         "vae": Node("EVDiTVAELoader", 0, {"vae_name": "open_sora_plan_v1.2/checkpoint.ckpt"}),
-        **sparse("model", plan),
+        **sparse("model", plan, (latent, 32)),
         **prompts("clip", FOX),
         "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 1280, "height": 720, "length": frames}),
         "sampler": Node(
@@ -178,7 +179,7 @@ def wan21() -> Graph:
         ),
         "clip": loader("CLIPLoader", "clip_name", clip, type="wan"),
         "vae": loader("VAELoader", "vae_name", vae),
-        **sparse("lora", plan),
+        **sparse("lora", plan, (21, 40)),
         **prompts("clip", FOX),
         "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 832, "height": 480, "length": 81}),
         "shift": Node("ModelSamplingSD3", 3, {"shift": 5.0}, {"model": ("sparse", 0)}),
@@ -202,7 +203,7 @@ def wan22() -> Graph:
     plan, split = "all:6 0-1:full -1:full", f"{WAN22}/resolve/main/split_files"
     clip = model("text_encoders", f"{WAN21}/resolve/main/split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors")
     vae = model("vae", f"{split}/vae/wan_2.1_vae.safetensors")
-    nodes: dict[str, Node] = {"plan": Node("EVDiTTilePlan", 1, {"text": plan})}
+    nodes: dict[str, Node] = {"plan": Node("EVDiTTilePlan", 1, {"text": plan}, preview=(21, 40))}
     files = []
     for noise in ("high", "low"):
         unet = model("diffusion_models", f"{split}/diffusion_models/wan2.2_t2v_{noise}_noise_14B_fp8_scaled.safetensors")
@@ -253,7 +254,7 @@ def hunyuan() -> Graph:
         "model": loader("UNETLoader", "unet_name", unet, weight_dtype="default"),
         "clip": Node("DualCLIPLoader", 0, both, models=[clip_l, llava]),
         "vae": loader("VAELoader", "vae_name", vae),
-        **sparse("model", plan, start_percent=0.1),
+        **sparse("model", plan, (19, 60), start_percent=0.1),
         "positive": Node("CLIPTextEncode", 2, {"text": FOX}, {"clip": ("clip", 0)}, "Prompt"),
         "guidance": Node("FluxGuidance", 2, {"guidance": 6.0}, {"conditioning": ("positive", 0)}),
         "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 848, "height": 480, "length": 73}),
@@ -289,7 +290,7 @@ def ltx() -> Graph:
     nodes = {
         "model": loader("CheckpointLoaderSimple", "ckpt_name", whole),
         "clip": loader("CLIPLoader", "clip_name", t5, type="ltxv"),
-        **sparse("model", plan),
+        **sparse("model", plan, (13, 28)),
         **prompts("clip", FOX),
         "rate": Node("LTXVConditioning", 2, {"frame_rate": 25.0}, {"positive": ("positive", 0), "negative": ("negative", 0)}),
         "latent": Node("EmptyLTXVLatentVideo", 2, {"width": 768, "height": 512, "length": 97}),

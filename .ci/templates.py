@@ -90,6 +90,8 @@ def ui_workflow(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
         ours = node.kind.startswith("EVDiT")
         properties: dict[str, Any] = {"cnr_id": PACK, "ver": version()} if ours else {"cnr_id": "comfy-core", "ver": CORE_VERSION}
         properties |= {"Node name for S&R": node.kind} | ({"models": node.models} if node.models else {})
+        if node.preview:
+            properties["evdit_preview"] = dict(zip(("frames", "depth"), node.preview, strict=True))
         outputs = zip(info[node.kind]["output_name"], info[node.kind]["output"], strict=True)
         nodes[key] = {
             "id": numbers[key], "type": node.kind, "pos": [node.column * (COLUMN + GAP), where[node.column]], "size": [COLUMN, height],

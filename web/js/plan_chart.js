@@ -27,7 +27,7 @@ export class PlanChart {
   constructor(say, actions) {
     this.say = say;
     this.actions = actions;
-    this.selected = 0;
+    this.chosen = null; // the layer that the user chose
     this.hovered = null;
     this.element = make("div", { class: "evdit-plan-chart" });
     const root = this.element.attachShadow({ mode: "open" });
@@ -67,8 +67,9 @@ export class PlanChart {
     this.summary.textContent = state.note ?? "";
     this.summary.classList.toggle("note", !state.plan);
     if (!state.plan) return;
-    this.selected = Math.min(this.selected, state.depth - 1);
     this.patterns = [...Array(state.depth).keys()].map((i) => layerPattern(state.plan, i, state.depth));
+    const telling = this.patterns.findIndex((k) => !isFull(k, state.frames));
+    this.selected = Math.min(this.chosen ?? Math.max(telling, 0), state.depth - 1);
     this.drawSummary();
     this.drawBars();
     this.drawLegend();
@@ -202,7 +203,7 @@ export class PlanChart {
   }
 
   cycle(layer, backwards) {
-    this.selected = layer;
+    this.selected = this.chosen = layer;
     if (!this.state.editable) return this.drawLayer();
     this.actions.cycle(layer, backwards);
     this.live.textContent = this.layerText(layer);
@@ -212,7 +213,7 @@ export class PlanChart {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key in KEYS) {
       this.hovered = null;
-      this.selected = Math.min(this.state.depth - 1, Math.max(0, this.selected + KEYS[event.key]));
+      this.selected = this.chosen = Math.min(this.state.depth - 1, Math.max(0, this.selected + KEYS[event.key]));
       this.drawLayer();
       this.live.textContent = this.layerText(this.selected);
     } else if (event.key === "Enter" || event.key === " ") {
