@@ -110,7 +110,7 @@ def ui_workflow(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{graph.name}")), "revision": 0,
         "last_node_id": len(nodes) + 1, "last_link_id": len(links),
         "nodes": [*nodes.values(), note_node(graph, len(nodes) + 1)], "links": links, "groups": [], "config": {},
-        "extra": {"ds": {"scale": 0.6, "offset": [520, 60]}}, "version": 0.4,
+        "extra": {"ds": {"scale": 0.6, "offset": [560, 190]}}, "version": 0.4,
     }  # fmt: skip
 
 

@@ -10,8 +10,15 @@ TINY = "tiny_text_to_video"
 
 
 def select(page, kind: str):
-    """Select the one node of this class, as a click on it does."""
-    page.evaluate("kind => app.canvas.selectNode(app.graph.nodes.find(n => n.type === kind))", kind)
+    """Bring the one node of this class to the middle and select it, as a click on it does."""
+    page.evaluate(
+        """kind => {
+            const node = app.graph.nodes.find(n => n.type === kind);
+            app.canvas.centerOnNode(node);
+            app.canvas.selectNode(node);
+        }""",
+        kind,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
