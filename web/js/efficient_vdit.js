@@ -71,6 +71,9 @@ class NodeChart {
   draw() {
     const { frames, depth } = { ...USUAL, ...this.node.properties?.evdit_preview };
     const text = this.source();
+    // The text takes the place of reference_frames; let it be seen.
+    const uniform = this.widget("reference_frames");
+    if (uniform) uniform.disabled = text !== `all:${uniform.value}`;
     this.state = { frames, depth, editable: false, measured: this.measured };
     if (text === null) this.state.note = say("afterRun");
     else {
