@@ -58,14 +58,15 @@ def test_the_english_texts_are_the_nodes_own(server):
 
 def test_the_page_hears_of_the_progress(server, tiny_prompt):
     """Over the websocket: the sampler's steps one by one, to the last, then the end."""
-    events = []
-    server.run(tiny_prompt(), events)
-    (sampler,) = [key for key, node in tiny_prompt().items() if node["class_type"] == "SamplerCustomAdvanced"]
+    events, prompt = [], tiny_prompt()
+    find(prompt, "EVDiTConsistencySigmas").update(segments=3, steps=3)
+    server.run(prompt, events)
+    (sampler,) = [key for key, node in prompt.items() if node["class_type"] == "SamplerCustomAdvanced"]
     steps = [(d["value"], d["max"]) for kind, d in events if kind == "progress" and d.get("node") == sampler]
     assert steps and steps[-1][0] == steps[-1][1] and [s[0] for s in steps] == sorted(s[0] for s in steps)
     assert len({s[0] for s in steps}) >= steps[-1][1] and events[-1][0] == "execution_success"
     (report,) = [data for kind, data in events if kind == "efficient_vdit.report"]
-    (sparse,) = [key for key, node in tiny_prompt().items() if node["class_type"] == "EVDiTSparseAttention"]
+    (sparse,) = [key for key, node in prompt.items() if node["class_type"] == "EVDiTSparseAttention"]
     assert (report["node"], report["plan"], report["frames"]) == (sparse, "all:2", 8)
     assert report["sparse"] >= 6 * steps[-1][1] and 0.5 < report["density"] < 0.55 and report["seconds"] > 0
     assert report["layers"] * steps[-1][1] <= report["sparse"]
