@@ -17,12 +17,15 @@ from . import __version__
 COMMANDS = {
     "generate": "make a video for a prompt",
     "demo": "make a short video with the built-in model, in under a minute on a CPU",
+    "search": "find out which layers can take a sparse pattern, and write the plan",
     "doctor": "show versions, devices, attention backends and packages",
     "compare": "measure how near two clips of the same seed are to each other",
     "eval": "lay clips out for VBench, a benchmark of video models",
     "bench": "time attention, a step, the overheads; draw the chart",
     "workers": "run a pool of workers that ComfyUI shares a video out to",
     "convert": "turn upstream weights into safetensors",
+    "distill": "train a few-step model, or a sparse one, from a model",
+    "recipe": "run all three stages, or the tiny world's whole table",
 }
 TINYWORLD = "tinyworld"
 INTERRUPTED = 130  # the shell's convention: 128 + SIGINT

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def check_writable_file(path: str | Path) -> Path:
@@ -18,6 +21,24 @@ def check_writable_file(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[IO[bytes]]:
+    """A binary file to write; it takes the place of ``path`` at the end, once it is on the disk.
+
+    Where writing fails (a full disk, Ctrl-C) a file of that name stays as it was, and nothing else is left behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes `text` as UTF-8; a file of that name is replaced only once the new one is whole."""
     write_bytes(path, text.encode())
@@ -25,10 +46,5 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Writes `data`; a file of that name is replaced only once the new one is whole."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as file:
+        file.write(data)

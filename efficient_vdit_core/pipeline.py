@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from .request import GUIDANCE, SPACE, TIME, TINY_GUIDANCE, VideoRequest
 from .sampling import Denoiser, DiscreteSchedule, consistency_sigmas, sample_consistency
 from .sampling.reference import sample_reference
 from .tiles import TokenGrid
+
+if TYPE_CHECKING:
+    from .distill.metadata import DistillMetadata
 
 FAMILY = "opensora_plan"
 LATENT_SCALE = 0.18215
@@ -60,15 +63,17 @@ class Pipeline:
     ) -> None:
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.name, self.device, self.offload = name, torch.device(device), offload
+        self.distilled: DistillMetadata | None = None
 
     @classmethod
     def from_model(
         cls, model: str | Path = TINY, *, text_encoder: str | Path | None = None, device: str = "auto",
-        dtype: str = "auto", offload: bool | None = None,
+        dtype: str = "auto", offload: bool | None = None, transformer: str | Path | None = None,
     ) -> Pipeline:
         """Loads "tiny" or the parts found in a folder (see `model_folder`).
 
         Args:
+            transformer: other weights than the model's, such as a distilled one.
             device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
             dtype: "auto" (float32 for tiny and on the CPU, else bfloat16), "float32", "bfloat16", "float16".
             offload: None decides by the device's free memory.
@@ -76,19 +81,22 @@ class Pipeline:
         Raises:
             ValueError: a part is missing or no such model, no such device or dtype.
         """
+        from .distill.metadata import read_metadata
         from .models.opensora_plan.checkpoint import load_transformer, load_vae
         from .models.opensora_plan.text import TextEncoder
 
         folder = find_model(model, text_encoder)
         target = pick_device(device)
         kind = _pick_dtype(dtype, target, folder.name)
-        transformer = load_transformer(folder.transformer, dtype=kind)
+        source = Path(transformer) if transformer else folder.transformer
+        weights = load_transformer(source, dtype=kind)
         vae = load_vae(folder.vae, dtype=kind)
         # mT5 is twice the size of the transformer, so it keeps the file's dtype unless another one is asked for.
         text_dtype = None if dtype == "auto" and folder.name != TINY else kind
         encoder = TextEncoder.from_folder(folder.text_encoder, dtype=text_dtype)
-        self = cls(transformer, vae, encoder, name=folder.name, device=target, offload=False)
+        self = cls(weights, vae, encoder, name=folder.name, device=target, offload=False)
         self.offload = self._must_offload() if offload is None else offload
+        self.distilled = read_metadata(source)
         return self
 
     def request(self, prompt: str, **choices: Any) -> VideoRequest:
@@ -100,6 +108,10 @@ class Pipeline:
         }
         defaults = {**trained, "guidance": TINY_GUIDANCE if self.name == TINY else GUIDANCE, "negative": self._default_negative()}
         chosen = {k: v for k, v in choices.items() if v is not None}
+        if self.distilled and chosen.get("sampler", VideoRequest.sampler) == "consistency":
+            about = self.distilled
+            defaults.update(segments=about.segments, steps=max(about.steps, about.segments))
+            defaults.update({} if about.guidance is None else {"guidance": 1.0})
         asked = VideoRequest(prompt, **{**defaults, **chosen})
         request = asked.check()
         for remark in asked.remarks():
@@ -145,6 +157,25 @@ class Pipeline:
         frames = self._decode(z)[: request.frames, : request.height, : request.width]
         return Video(frames, self._metadata(request, plan, template, report), report)
 
+    @torch.inference_mode()
+    def observe(self, request: VideoRequest, override: Callable[..., Tensor]) -> None:
+        """Samples latents as `generate` does, with this attention override looking on, and throws them away."""
+        context, mask = self._encode(request, None)
+        layout = self._layout(request)
+        with self._working(self.transformer):
+            options = lambda: {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(layout)}  # noqa: E731
+            self._sample(request, self._guided_network(request, context, mask, options), None)
+
+    def noise_levels(self, request: VideoRequest) -> list[float]:
+        """The sigmas at which the consistency sampler evaluates the model."""
+        sigmas = consistency_sigmas(DiscreteSchedule().sigma, request.segments or request.steps or 0, request.steps or 0)
+        return sigmas[:-1].tolist()
+
+    def _layout(self, request: VideoRequest) -> TokenLayout:
+        t, h, w = request.latent_size
+        p = self.transformer.config.patch_size
+        return TokenLayout(TokenGrid(t, -(-h // p), -(-w // p)))
+
     def _encode(self, request: VideoRequest, template: str | None) -> tuple[Tensor, Tensor]:
         """Text states (B, L, C) and mask (B, L) of [negative, positive], or of [positive] where guidance is off."""
         from .models.opensora_plan.captions import TEMPLATES, clean_caption
@@ -163,11 +194,9 @@ class Pipeline:
         self, request: VideoRequest, mask: Tensor, plan: TilePlan | None, report: AttentionReport
     ) -> Callable[[], dict[str, Any]]:
         """Makes the transformer_options of one forward pass."""
-        t, h, w = request.latent_size
-        p = self.transformer.config.patch_size
-        layout = TokenLayout(TokenGrid(t, -(-h // p), -(-w // p)))
         if plan is None:
             return dict
+        layout = self._layout(request)
         override = make_attention_override(plan, report)
         # Cross-attention is told from self-attention by its length; where the lengths are the same, nothing tells them apart.
         longest = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1

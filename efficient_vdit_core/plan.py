@@ -15,6 +15,7 @@ SCHEMA_VERSION = 1
 MAX_LAYERS = 1024
 MAX_REFERENCE_FRAMES = 1024
 ANY_FAMILY = "any"
+ALL = "all"  # in a plan's text: every layer
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,31 @@ class TilePlan:
         patterns = tuple(TilePattern(_count(c, f"reference_frames[{i}]")) for i, c in enumerate(counts))
         return cls(patterns=patterns, **about)
 
+    def to_text(self) -> str:
+        """One line to share, such as ``0:full 1-4:2:6 5-31:1:7``; ``all:2 -1:full`` where the plan fits any depth.
+
+        Holds the patterns and, in ``k:T-k``, the frames they were made for; not the family, the heads or the provenance.
+        """
+        frames = self.frames
+
+        def name(pattern: TilePattern) -> str:
+            return pattern.name(frames) if frames else "full" if pattern.k is None else str(pattern.k)
+
+        if self.uniform_pattern is not None:
+            dense = [f"{first}:full" if first == last else f"{first}-{last}:full" for first, last in self.dense_layers]
+            return " ".join([f"{ALL}:{name(self.uniform_pattern)}", *dense])
+        names, parts, start = [name(self.pattern(i)) for i in range(len(self.patterns))], [], 0
+        for i in range(1, len(names) + 1):
+            if i == len(names) or names[i] != names[start]:
+                parts.append(f"{start}:{names[start]}" if i - start == 1 else f"{start}-{i - 1}:{names[start]}")
+                start = i
+        return " ".join(parts)
+
+    @classmethod
+    def from_text(cls, text: str) -> TilePlan:
+        """Read ``to_text``'s form. Raises ValueError that names the part that cannot be read, is missing or is said twice."""
+        return _from_parts([_read_part(part) for part in _words(text)])
+
     def save(self, path: str | Path) -> None:
         """Write the JSON file; a file of that name is replaced only once the new one is whole."""
         write_text(path, self.to_json())
@@ -156,6 +182,56 @@ def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
             )
         ranges.append((first, last))
     return tuple(ranges)
+
+
+Part = tuple[str, int, int, TilePattern, "int | None"]  # as written, first and last layer, pattern, latent frames
+
+
+def _words(text: str) -> list[str]:
+    words = text.split()
+    if not 1 <= len(words) <= MAX_LAYERS:
+        raise ValueError(f"The plan text has {len(words)} parts, expected 1 to {MAX_LAYERS} such as '0:full 1-4:2:6'.")
+    return words
+
+
+def _read_part(part: str) -> Part:
+    """``0:full``, ``1-4:2:6``, ``5:2``, ``-1:full`` or ``all:2``; all layers are -MAX_LAYERS to MAX_LAYERS."""
+    match = re.fullmatch(r"(all|-?\d{1,4}|\d{1,4}-\d{1,4}):(full|\d{1,4}(?::\d{1,4})?)", part.lower())
+    if match is None:
+        shown = part if len(part) <= 40 else part[:40] + "..."
+        raise ValueError(f"The plan text cannot be read at {shown!r}, expected parts such as '0:full', '1-4:2:6' or 'all:2'.")
+    layers, pattern = match[1], TilePattern.parse(match[2])
+    frames = sum(map(int, match[2].split(":"))) if ":" in match[2] else None
+    if layers == ALL:
+        return part, -MAX_LAYERS, MAX_LAYERS, pattern, frames
+    first, last = (int(layers), int(layers)) if layers.lstrip("-").isdigit() else map(int, layers.split("-"))
+    if last < first or max(abs(first), abs(last)) >= MAX_LAYERS:
+        raise ValueError(f"The plan text names the layers {layers!r}, expected ascending ones from 0 to {MAX_LAYERS - 1}.")
+    return part, first, last, pattern, frames
+
+
+def _from_parts(parts: list[Part]) -> TilePlan:
+    lengths = {frames for *_, frames in parts if frames}
+    if len(lengths) > 1:
+        found = " and of ".join(map(str, sorted(lengths)))
+        raise ValueError(f"The plan text speaks of {found} latent frames, expected the same number in all parts.")
+    frames = lengths.pop() if lengths else None
+    if any(first == -MAX_LAYERS for _, first, *_ in parts):
+        (_, _, _, uniform, _), *rest = parts
+        if parts[0][1] != -MAX_LAYERS or any(first == -MAX_LAYERS or pattern.k is not None for _, first, _, pattern, _ in rest):
+            raise ValueError("In a plan text, 'all:...' must stand first and once, and only parts such as '-1:full' may follow.")
+        return TilePlan(uniform_pattern=uniform, dense_layers=tuple((first, last) for _, first, last, *_ in rest), frames=frames)
+    layers: dict[int, TilePattern] = {}
+    for part, first, last, pattern, _ in parts:
+        for layer in range(first, last + 1):
+            if layer in layers or layer < 0:
+                reason = "counts from the end, which only follows 'all:...'" if layer < 0 else "is named twice"
+                raise ValueError(f"In the plan text, layer {layer} of {part!r} {reason}.")
+            layers[layer] = pattern
+    missing = next((i for i in range(max(layers) + 1) if i not in layers), None)
+    if missing is not None:
+        raise ValueError(f"The plan text leaves out layer {missing}, expected every layer from 0 to {max(layers)}.")
+    return TilePlan(patterns=tuple(layers[i] for i in sorted(layers)), frames=frames)
 
 
 def _check_version(version: Any) -> None:

@@ -6,9 +6,13 @@ from comfy_api.latest import ComfyExtension, io
 
 from .compare import EVDiTCompareVideos
 from .loaders import EVDiTModelLoader, EVDiTTextEncoderLoader, EVDiTVAELoader
+from .plan_files import EVDiTLoadTilePlan, EVDiTSaveTilePlan
+from .report import EVDiTReport
 from .sampling import EVDiTConsistencySampler, EVDiTConsistencySigmas
+from .search import EVDiTSearchTilePlan
 from .sequence_parallel import EVDiTSequenceParallel
 from .sparse_attention import EVDiTSparseAttention
+from .tile_map import EVDiTAttentionTileMap
 from .tile_plan import EVDiTTilePlan
 
 NODES: list[type[io.ComfyNode]] = [
@@ -20,6 +24,11 @@ NODES: list[type[io.ComfyNode]] = [
     EVDiTConsistencySigmas,
     EVDiTConsistencySampler,
     EVDiTCompareVideos,
+    EVDiTSearchTilePlan,
+    EVDiTSaveTilePlan,
+    EVDiTLoadTilePlan,
+    EVDiTAttentionTileMap,
+    EVDiTReport,
     EVDiTSequenceParallel,
 ]
 

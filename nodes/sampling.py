@@ -6,8 +6,69 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .comfy_bridge.sampling import consistency_sampler, model_consistency_sigmas
+from .comfy_bridge.sampling import LOADED_MODEL, PRESET_NAMES, SEGMENTS, checkpoint_names, consistency_sampler, cut_sigmas, preset_sigmas
 from .inputs import CATEGORY
+
+MAX_STEP = 1000
+
+
+def _preset_inputs() -> list[Any]:
+    """The inputs beside segments and steps; all may be left as they are."""
+    return [
+        io.Combo.Input(
+            "preset",
+            options=PRESET_NAMES,
+            default=SEGMENTS,
+            optional=True,
+            tooltip=(
+                "Where the levels come from: segments and steps above; 'from checkpoint', what a file of this pack's trainer says; "
+                "'manual', the list below; or what a published few-step flow model was distilled for, which ignores segments and steps."
+            ),
+        ),
+        io.Combo.Input(
+            "checkpoint",
+            options=checkpoint_names(),
+            default=LOADED_MODEL,
+            optional=True,
+            tooltip="For 'from checkpoint': the distilled model or LoRA whose metadata is read. Unused otherwise.",
+        ),
+        io.Float.Input(
+            "shift",
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.01,
+            optional=True,
+            tooltip=(
+                "For 'segments' on flow models: shift of time, 0 to 100. 0 keeps the model's own; higher spends more of the levels "
+                "near pure noise. Must be what the model was distilled for."
+            ),
+        ),
+        io.String.Input(
+            "sigmas",
+            default="",
+            optional=True,
+            tooltip="For 'manual': descending noise levels with commas, such as 1, 0.9375, 0.8333, 0.625, 0. Unused otherwise.",
+        ),
+        io.Int.Input(
+            "start_step",
+            default=0,
+            min=0,
+            max=MAX_STEP,
+            step=1,
+            optional=True,
+            tooltip="First step of this part, counted from 0. For models with two experts: the second starts where the first ends.",
+        ),
+        io.Int.Input(
+            "end_step",
+            default=MAX_STEP,
+            min=1,
+            max=MAX_STEP,
+            step=1,
+            optional=True,
+            tooltip="Step before which this part ends, 1 to 1000; 1000 goes to the end. With 2 of 4, the first expert takes 2 steps.",
+        ),
+    ]
 
 
 class EVDiTConsistencySigmas(io.ComfyNode):
@@ -47,6 +108,7 @@ class EVDiTConsistencySigmas(io.ComfyNode):
                         "segment, the fastest; more splits each segment and gains quality. 20 to 50 for models not distilled."
                     ),
                 ),
+                *_preset_inputs(),
             ],
             outputs=[
                 io.Sigmas.Output(
@@ -58,8 +120,20 @@ class EVDiTConsistencySigmas(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, segments: int, steps: int) -> io.NodeOutput:
-        return io.NodeOutput(model_consistency_sigmas(model, segments, steps))
+    def execute(
+        cls,
+        model: Any,
+        segments: int,
+        steps: int,
+        preset: str = SEGMENTS,
+        checkpoint: str = LOADED_MODEL,
+        shift: float = 0.0,
+        sigmas: str = "",
+        start_step: int = 0,
+        end_step: int = MAX_STEP,
+    ) -> io.NodeOutput:
+        levels = preset_sigmas(model, preset, segments, steps, shift=shift, sigmas=sigmas, checkpoint=checkpoint)
+        return io.NodeOutput(cut_sigmas(levels, start_step, end_step))
 
 
 class EVDiTConsistencySampler(io.ComfyNode):

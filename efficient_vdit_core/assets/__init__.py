@@ -1,4 +1,4 @@
-"""The weights that ship with the package."""
+"""The weights and plans that ship with the package."""
 
 from __future__ import annotations
 
@@ -12,3 +12,20 @@ def tiny_path(part: str) -> Path:
     if part not in TINY_PARTS:
         raise ValueError(f"The tiny model has no part {part!r}, expected one of {', '.join(TINY_PARTS)}.")
     return Path(__file__).parent / "tiny" / part
+
+
+def preset_names() -> list[str]:
+    """The model families for which a plan ships: chosen by hand to be careful, not searched."""
+    return sorted(path.stem for path in (Path(__file__).parent / "plans").glob("*.json"))
+
+
+def preset_path(family: str) -> Path:
+    """A shipped plan file. Raises ValueError for a family without one."""
+    if family not in preset_names():
+        raise ValueError(f"There is no preset plan {family!r}, expected one of {', '.join(preset_names())}.")
+    return Path(__file__).parent / "plans" / f"{family}.json"
+
+
+def recipe_path(name: str) -> Path:
+    """A distillation recipe in TOML: tiny or three_stage."""
+    return Path(__file__).parent / "recipes" / f"{name}.toml"

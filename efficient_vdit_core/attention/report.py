@@ -7,6 +7,8 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field
 
+from .clock import AttentionClock
+
 log = logging.getLogger("efficient_vdit")
 
 
@@ -18,6 +20,8 @@ class AttentionReport:
     density_sum: float = 0.0
     dense: Counter[str] = field(default_factory=Counter)
     warned: set[str] = field(default_factory=set)
+    frames: int = 0  # latent frames of the last forward, 0 before the first
+    clock: AttentionClock = field(default_factory=AttentionClock)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add_sparse(self, density: float) -> None:
@@ -39,9 +43,10 @@ class AttentionReport:
 
     def reset(self) -> None:
         with self.lock:
-            self.sparse, self.density_sum = 0, 0.0
+            self.sparse, self.density_sum, self.frames = 0, 0.0, 0
             self.dense.clear()
             self.warned.clear()
+        self.clock.reset()
 
     def summary(self) -> str:
         """One line: how many calls became sparse, at what mean density, and why the others stayed dense."""

@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parallel.add_argument("--heads", type=int, default=24, help="heads of 96 channels, default: %(default)s")
     parallel.add_argument("--references", type=int, nargs="+", default=(1, 2), help="k of the sparse patterns, default: 1 2")
     overhead = commands.add_parser("overhead", help="what import, patch and index work cost")
-    for command in (attention, step, parallel, overhead):
+    mixture = commands.add_parser("mixture", help="consistency distillation of a 2-D mixture against the exact solution")
+    mixture.add_argument("--segments", type=int, nargs="+", default=(1, 2, 4, 8, 16), help="default: 1 2 4 8 16")
+    mixture.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    for command in (attention, step, parallel, overhead, mixture):
         command.add_argument("--repeats", type=int, default=5, help="runs whose median counts, default: %(default)s")
         command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda, default: %(default)s")
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--repeats is {args.repeats}, expected at least 1.")
     if args.json:
         check_writable_file(args.json)
-    benches = {"attention": _attention, "step": _step, "parallel": _parallel, "overhead": _overhead}
+    benches = {"attention": _attention, "step": _step, "parallel": _parallel, "overhead": _overhead, "mixture": _mixture}
     device, rows = benches[args.bench_command](args)
     if args.json:
         from ..bench.machine import describe_machine
@@ -141,6 +144,23 @@ def _overhead(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     rows = measure(args.repeats)
     for r in rows:
         say(f"{r['what']:<50} {r['milliseconds']:>8.2f} ms, limit {r['limit']:g} ms")
+    return _device("cpu"), rows
+
+
+def _mixture(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    from ..bench.mixture import MixtureShape, run
+
+    rows = []
+    say("path  segments  loss    seed   distilled: error  off %   undistilled: error  off %")
+    for path in ("flow", "vp"):
+        for segments in args.segments:
+            for space in ("x", "z"):
+                for seed in range(args.seed, args.seed + args.seeds):
+                    row = run(MixtureShape(path=path, segments=segments, space=space), seed)
+                    rows.append(row)
+                    one, other = row["distilled"], row["undistilled"]
+                    say(f"{path:<5} {segments:>8}  {space:<6} {seed:>5}   {one['endpoint_error']:>16.3f} {one['off_percent']:>6.1f}   "
+                        f"{other['endpoint_error']:>18.3f} {other['off_percent']:>6.1f}")  # fmt: skip
     return _device("cpu"), rows
 
 

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="tiny", help="'tiny' (built in) or a folder with transformer, vae, text_encoder")
     add("--text-encoder", metavar="PATH", help="file or folder of the mT5 encoder, if it lies elsewhere")
+    add("--transformer", metavar="PATH", help="other weights for it, such as evdit distill's, which set steps and guidance")
     add("--prompt", required=True, help="what the video shows")
     add("--negative", help="what it must not show (default: the reference model's text; empty for tiny)")
     add("--template", choices=("a", "b", "c"), help="put the prompt into one of the reference model's templates")
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from ..pipeline import Pipeline
 
     pipeline = Pipeline.from_model(
-        args.model, text_encoder=args.text_encoder, device=args.device, dtype=args.dtype
+        args.model, text_encoder=args.text_encoder, transformer=args.transformer, device=args.device, dtype=args.dtype
     )
     video = make_video(pipeline, args.prompt, choices, plan_text=args.plan, template=args.template)
     write(video, out, args.zoom, start)

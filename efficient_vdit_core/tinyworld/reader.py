@@ -41,15 +41,21 @@ def read_clip(clip: np.ndarray) -> Reading:
             "The reader follows a shape over time; pass a whole clip."
         )
     pixels = clip.astype(np.float32)
-    corners = np.concatenate([pixels[:, :4, :4], pixels[:, :4, -4:], pixels[:, -4:, :4], pixels[:, -4:, -4:]], axis=1)
-    background = np.median(corners.reshape(-1, 3), axis=0)
-    masks = np.linalg.norm(pixels - background, axis=-1) > _FOREGROUND
+    background, masks = foreground(clip)
     name = _nearest(background, BACKGROUNDS)
     if (masks.sum(axis=(1, 2)) < _SMALLEST).any():
         return Reading(None, None, None, None, name, 0)
     count = int(np.median([_count_components(m) for m in masks[:: max(1, len(masks) // 5)]]))
     track = np.stack([_centroid(m) for m in masks])
     return Reading(_shape(masks), _color(pixels, masks), _direction(track), _speed(track), name, count)
+
+
+def foreground(clip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Background colour (3,), the median of the corners, and masks (F, H, W) of the pixels that differ from it."""
+    pixels = clip.astype(np.float32)
+    corners = np.concatenate([pixels[:, :4, :4], pixels[:, :4, -4:], pixels[:, -4:, :4], pixels[:, -4:, -4:]], axis=1)
+    background = np.median(corners.reshape(-1, 3), axis=0)
+    return background, np.linalg.norm(pixels - background, axis=-1) > _FOREGROUND
 
 
 def _nearest(value: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:

@@ -19,7 +19,7 @@ from ..models.opensora_plan.config import DiTConfig
 from ..models.opensora_plan.text import TextEncoder
 from ..models.opensora_plan.transformer import OpenSoraT2V
 from ..models.opensora_plan.vae import CausalVAE
-from .run import TrainingRun
+from ..training import TrainingRun
 from .train_text import WIDTH
 from .train_vae import numpy_rng, to_model_range
 from .world import ATTRIBUTES, Scene, random_scene, render

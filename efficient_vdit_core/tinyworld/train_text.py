@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.opensora_plan.text import pad_rows
-from .run import TrainingRun
+from ..training import TrainingRun
 from .train_vae import numpy_rng
 from .world import ATTRIBUTES, BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SPEEDS, random_scene
 

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 
 from ..models.opensora_plan.config import VAEConfig
 from ..models.opensora_plan.vae import CausalVAE
+from ..training import TrainingRun
 from .reader import read_clip
-from .run import TrainingRun
 from .world import FRAMES, random_scene, render
 
 TINY_VAE = VAEConfig(hidden_size=8, hidden_size_mult=(1, 2, 4, 8), num_res_blocks=1, norm_num_groups=1)

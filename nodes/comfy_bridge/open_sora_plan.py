@@ -21,10 +21,12 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
+from ...efficient_vdit_core.distill.metadata import read_metadata
 from ...efficient_vdit_core.models.opensora_plan import checkpoint, transformer
 from ...efficient_vdit_core.models.opensora_plan.config import DiTConfig
 from .model_sampling import SAMPLING_SETTINGS, EpsilonSampling, VelocitySampling
 from .paths import resolve
+from .sampling import DISTILLED
 
 log = logging.getLogger("efficient_vdit")
 
@@ -129,7 +131,8 @@ class OpenSoraPlanConfig(comfy.supported_models_base.BASE):
 
 def load_model(name: str, weight_dtype: str) -> Any:
     """A MODEL (ModelPatcher) from a list entry. Raises ValueError where the file is not an Open-Sora-Plan v1.2 transformer."""
-    state_dict, config = checkpoint.read_transformer(resolve("diffusion_models", name, "transformer"))
+    path = resolve("diffusion_models", name, "transformer")
+    state_dict, config = checkpoint.read_transformer(path)
     model_config = OpenSoraPlanConfig({"image_model": "opensora_plan_v12", "config": config})
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     supported = model_config.supported_inference_dtypes
@@ -141,7 +144,11 @@ def load_model(name: str, weight_dtype: str) -> Any:
     model = model_config.get_model(state_dict, device=offload_device)
     model.load_model_weights(state_dict, "")
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    return patcher(model, load_device=load_device, offload_device=offload_device)
+    loaded = patcher(model, load_device=load_device, offload_device=offload_device)
+    distilled = read_metadata(path)
+    if distilled is not None:
+        loaded.set_attachments(DISTILLED, distilled)
+    return loaded
 
 
 def padded_text(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,21 @@
-"""Names in the loaders' lists, and the files they stand for."""
+"""Names in the nodes' lists, and the files they stand for."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import folder_paths
 
 from ...efficient_vdit_core import assets
+from ...efficient_vdit_core.plan import TilePlan
 
 BUILT_IN = "tiny (built in)"
+PLANS = "evdit_plans"  # the model folder of plan files
+PRESET = " (preset)"
+MAX_NUMBER = 99_999
+
+folder_paths.add_model_folder_path(PLANS, str(Path(folder_paths.models_dir) / PLANS))
 
 
 def file_names(folder: str) -> list[str]:
@@ -21,3 +28,42 @@ def resolve(folder: str, name: str, part: str) -> Path:
     if name == BUILT_IN:
         return Path(assets.tiny_path(part))
     return Path(folder_paths.get_full_path_or_raise(folder, name))
+
+
+def plan_names() -> list[str]:
+    """The plan files in models/evdit_plans, then the presets that come with the pack."""
+    files = [name for name in folder_paths.get_filename_list(PLANS) if name.endswith(".json")]
+    return [*files, *(name + PRESET for name in assets.preset_names())]
+
+
+def plan_path(name: str) -> Path:
+    """The file behind a name of `plan_names`. Raises ValueError where there is none."""
+    if name.endswith(PRESET) and name.removesuffix(PRESET) in assets.preset_names():
+        return Path(assets.preset_path(name.removesuffix(PRESET)))
+    found = folder_paths.get_full_path(PLANS, name) if name in plan_names() else None
+    if found is None:
+        raise ValueError(f"The plan {name!r} was not found in models/{PLANS}. Choose one from the list, or save one with Save Tile Plan.")
+    return Path(found)
+
+
+def save_plan(plan: TilePlan, prefix: str) -> str:
+    """Write PREFIX_00001.json, or the next free number, into models/evdit_plans and return its name. Overwrites nothing.
+
+    Raises ValueError where ``prefix`` is more than a plain file name.
+    """
+    if not re.fullmatch(r"\w[\w .-]{0,99}", prefix):
+        raise ValueError(
+            f"filename_prefix is {prefix!r}, expected a plain name of up to 100 letters, digits, spaces, dots, dashes or underscores "
+            "that begins with a letter or digit: plans are saved in one folder."
+        )
+    folder = Path(folder_paths.get_folder_paths(PLANS)[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(1, MAX_NUMBER + 1):
+        path = folder / f"{prefix}_{number:05}.json"
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(plan.to_json())
+            return path.name
+        except FileExistsError:
+            continue
+    raise ValueError(f"All {MAX_NUMBER} names {prefix}_00001.json and so on are taken. Choose another filename_prefix.")

@@ -2,20 +2,76 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import folder_paths
 import torch
 from comfy.k_diffusion.sampling import trange
 from comfy.model_sampling import CONST, EPS, ModelSamplingDiscrete, ModelSamplingDiscreteFlow, ModelSamplingFlux
 from comfy.samplers import KSAMPLER
 from torch import Tensor
 
+from ...efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
 from ...efficient_vdit_core.sampling import consistency_sigmas, sample_consistency
+from ...efficient_vdit_core.sampling.presets import PRESETS, cut, parse_sigmas
+
+log = logging.getLogger("efficient_vdit")
+
+DISTILLED = "evdit_distilled"  # the attachment that a distilled model carries
+SEGMENTS, FROM_CHECKPOINT, MANUAL = "segments", "from checkpoint", "manual"
+PRESET_NAMES = [SEGMENTS, FROM_CHECKPOINT, MANUAL, *PRESETS]
+LOADED_MODEL = "the loaded model"
+FOLDERS = ("diffusion_models", "loras")
 
 
-def model_consistency_sigmas(model: Any, segments: int, steps: int) -> Tensor:
-    """The (steps + 1,) noise levels of a MODEL at equal segments of its diffusion time, in its own units."""
+def checkpoint_names() -> list[str]:
+    """The loaded model, then the files that may say what they were distilled for."""
+    return [LOADED_MODEL, *(f"{folder}/{name}" for folder in FOLDERS for name in folder_paths.get_filename_list(folder))]
+
+
+def checkpoint_metadata(model: Any, name: str) -> DistillMetadata:
+    """What the loaded MODEL, or a file of `checkpoint_names`, was distilled for. Raises ValueError where it does not say."""
+    folder, _, file = name.partition("/")
+    if name == LOADED_MODEL:
+        found = model.get_attachment(DISTILLED)
+    elif folder in FOLDERS:
+        found = read_metadata(folder_paths.get_full_path_or_raise(folder, file))
+    else:
+        found = None
+    if found is None:
+        raise ValueError(
+            f"{name!r} does not say for how many segments it was distilled: it is no checkpoint of this pack's trainer. "
+            "Choose the distilled file, or the preset 'segments' and its number."
+        )
+    return found
+
+
+def preset_sigmas(model: Any, preset: str, segments: int, steps: int, *, shift: float, sigmas: str, checkpoint: str) -> Tensor:
+    """The noise levels of a choice in the node, all steps."""
+    if preset == MANUAL:
+        return parse_sigmas(sigmas)
+    if preset in PRESETS:
+        if not isinstance(model.get_model_object("model_sampling"), CONST):
+            raise ValueError(f"The preset {preset!r} is for flow models, but this model is none. Choose 'segments' or 'from checkpoint'.")
+        return torch.tensor(PRESETS[preset].sigmas, dtype=torch.float32)
+    if preset == FROM_CHECKPOINT:
+        about = checkpoint_metadata(model, checkpoint)
+        own = float(about.schedule.get("shift", 0.0) or 0.0)
+        return model_consistency_sigmas(model, about.segments, about.steps, own or shift)
+    return model_consistency_sigmas(model, segments, steps, shift)
+
+
+def model_consistency_sigmas(model: Any, segments: int, steps: int, shift: float = 0.0) -> Tensor:
+    """The (steps + 1,) noise levels of a MODEL at equal segments of its diffusion time, in its own units.
+
+    ``shift``: of a flow model's time, in place of the model's own; 0 keeps that.
+    """
     sampling = model.get_model_object("model_sampling")
+    if shift:
+        if not isinstance(sampling, CONST):
+            raise ValueError(f"shift is {shift:g}, but the model is no flow model, so its time cannot be shifted. Set shift to 0.")
+        return consistency_sigmas(lambda t: shift * t / (1.0 + (shift - 1.0) * t), segments, steps, start=1.0, clean=0.0)
     if isinstance(sampling, ModelSamplingDiscrete):
         start, clean = float(sampling.timestep(sampling.sigma_max)), -1.0
     elif isinstance(sampling, ModelSamplingDiscreteFlow):
@@ -28,6 +84,11 @@ def model_consistency_sigmas(model: Any, segments: int, steps: int) -> Tensor:
             "diffusion time are not defined for others. Use a BasicScheduler node for this model."
         )
     return consistency_sigmas(sampling.sigma, segments, steps, start=start, clean=clean)
+
+
+def cut_sigmas(sigmas: Tensor, start_step: int, end_step: int) -> Tensor:
+    """The steps from ``start_step`` up to ``end_step``."""
+    return cut(sigmas, start_step, end_step)
 
 
 def consistency_sampler(gamma: float, noise_seed: int) -> KSAMPLER:
@@ -52,6 +113,8 @@ def _sample(
             f"The model's noise schedule is {_kinds(sampling)}, expected an epsilon, v or flow model: fresh noise cannot be "
             "added to others. Set gamma to 0."
         )
+    for remark in remarks(model.inner_model, sigmas, gamma):
+        log.warning(remark)
 
     def renoise(sigma: Tensor, noise: Tensor, x0: Tensor) -> Tensor:
         return sampling.noise_scaling(sigma, noise, x0)
@@ -60,6 +123,24 @@ def _sample(
         return sample_consistency(
             model, x, sigmas, extra_args, callback, disable, gamma=gamma, noise_seed=noise_seed, renoise=renoise, trange=trange
         )
+
+
+def remarks(guider: Any, sigmas: Tensor, gamma: float) -> list[str]:
+    """What is allowed but works against the way the guider's model was distilled."""
+    patcher = getattr(guider, "model_patcher", None)
+    about: DistillMetadata | None = patcher.get_attachment(DISTILLED) if patcher is not None else None
+    if about is None:
+        return []
+    found, cfg, steps = [], float(getattr(guider, "cfg", 1.0)), len(sigmas) - 1
+    if cfg != 1.0 and about.guidance is not None:
+        found.append(f"cfg is {cfg:g}, but guidance is already inside this distilled model: set cfg to 1.")
+    # A run that ends above 0, or starts below the top, is one expert's part of the steps.
+    top = float(guider.inner_model.model_sampling.sigma_max)
+    if steps < about.segments and float(sigmas[-1]) == 0.0 and float(sigmas[0]) >= 0.99 * top:
+        found.append(f"{steps} steps were asked of a model that was distilled for {about.segments}: it cannot jump that far; use more.")
+    if gamma == 1.0:
+        found.append("gamma is 1, but this model was distilled for deterministic jumps: set gamma to 0 for its best quality.")
+    return found
 
 
 def _kinds(sampling: Any) -> str:

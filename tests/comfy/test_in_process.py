@@ -35,6 +35,34 @@ def test_gamma_1_is_stock_lcm(facts):
     assert facts["gamma 1 against lcm"] <= 1e-6 * facts["shifts across 4 steps"]
 
 
+@pytest.fixture(scope="module")
+def few_steps(in_process):
+    return in_process("few_steps")
+
+
+def test_presets_give_the_published_levels(few_steps):
+    assert few_steps["LightX2V 4 steps"] == pytest.approx([1, 0.9375, 0.83333, 0.625, 0], abs=1e-4)
+    assert few_steps["shift 5"] == pytest.approx(few_steps["LightX2V 4 steps"], abs=1e-6)
+    assert few_steps["second expert"] == pytest.approx([0.83333, 0.625, 0], abs=1e-4)
+    assert few_steps["manual"] == [2.0, 1.0, 0.0]
+
+
+def test_a_checkpoint_tells_its_levels(few_steps):
+    assert few_steps["from the loaded model"] == few_steps["4 segments, 8 steps"]
+
+
+@pytest.mark.parametrize("name", ["flow preset on a v model", "shift on a v model", "no metadata", "empty part"])
+def test_levels_that_do_not_fit_are_refused(few_steps, name):
+    assert few_steps["refused"][name]
+
+
+def test_the_sampler_warns_only_where_something_works_against_the_model(few_steps):
+    warnings = few_steps["warnings"]
+    assert warnings["as made"] == [] and warnings["plain model"] == []
+    assert "cfg is 3" in warnings["cfg 3"][0] and "2 steps" in warnings["2 steps"][0] and "gamma is 1" in warnings["gamma 1"][0]
+    assert warnings["half of it"] == []
+
+
 @pytest.mark.parametrize("size", ["even", "odd"])
 def test_a_tiny_wan_equals_the_masked_oracle(in_process, size, _cache={}):  # noqa: B006
     if not _cache:

@@ -22,7 +22,9 @@ ALLOWED = {
     "models": {"tiles", "plan", "attention"},
     "search": {"tiles", "plan", "attention"},
     "parallel": {"tiles", "plan", "attention", "files"},
-    "distill": {"tiles", "plan", "attention"},
+    "training": {"files"},
+    "distill": {"tiles", "plan", "files", "attention", "sampling", "models", "search", "training", "tinyworld", "video",
+                "pipeline", "request", "model_folder"},
     "quality": {"files", "video", "read_video"},
 }
 BACKENDS = {"frames", "triton", "flex"}

@@ -88,3 +88,54 @@ def test_layer_lists():
     for text in ("a", "3-1", "1--2", "--1", "-3--1", "1-"):
         with pytest.raises(ValueError, match="dense_blocks"):
             parse_layers(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "ks"),
+    [
+        ("0:full 1-2:2:6 3:1:7", [None, 2, 2, 1]),
+        ("1:3 0:FULL", [None, 3]),
+        ("0-1:0", [0, 0]),
+    ],
+)
+def test_text_gives_a_pattern_to_every_layer(text, ks):
+    plan = TilePlan.from_text(text)
+    assert [p.k for p in plan.patterns] == ks and plan.frames == (8 if "6" in text else None)
+    assert TilePlan.from_text(plan.to_text()) == plan
+
+
+def test_text_of_plans_for_any_depth():
+    plan = TilePlan.from_text("all:2:6 0-1:full -1:full")
+    assert [plan.pattern(i, 5).k for i in range(5)] == [None, None, 2, 2, None] and plan.frames == 8
+    assert plan.to_text() == "all:2:6 0-1:full -1:full" and TilePlan.from_text(plan.to_text()) == plan
+    assert TilePlan.uniform(None).to_text() == "all:full"
+
+
+def test_text_says_dense_layers_of_a_layered_plan():
+    assert layered().with_dense("1").to_text() == "0-1:full 2:1:7"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "0 parts"),
+        (" ".join(f"{i}:1" for i in range(10_000)), "10000 parts"),
+        ("0-9999:1", "ascending"),
+        ("3-1:1", "ascending"),
+        ("0:half", "'0:half'"),
+        ("0=1", "'0=1'"),
+        ("0:1 " + "x" * 10_000, "xxx[.]{3}"),
+        ("0:2:6 1:2:7", "8 and of 9 latent frames"),
+        ("0:1 2:1", "leaves out layer 1"),
+        ("0-2:1 1:2", "layer 1 of '1:2' is named twice"),
+        ("0:1 -1:full", "counts from the end"),
+        ("all:1 0:2", "must stand first"),
+        ("-1:full all:1", "must stand first"),
+        ("all:1 all:2", "must stand first"),
+        ("--1:1", "'--1:1'"),
+    ],
+)
+def test_nonsense_text_is_refused(text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        TilePlan.from_text(text)
+    assert len(str(error.value)) < 400

@@ -5,11 +5,11 @@ import torch
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
 from efficient_vdit_core.tinyworld.export import standardise_latents
 from efficient_vdit_core.tinyworld.reader import read_clip
-from efficient_vdit_core.tinyworld.run import TrainingRun
 from efficient_vdit_core.tinyworld.train_dit import is_held_out
 from efficient_vdit_core.tinyworld.train_text import VOCABULARY, Captions, train_sentencepiece
 from efficient_vdit_core.tinyworld.train_vae import TINY_VAE
 from efficient_vdit_core.tinyworld.world import ATTRIBUTES, DIRECTIONS, FIRST_BOUNCE, SIZE, SPEEDS, Scene, random_scene, render
+from efficient_vdit_core.training import TrainingRun
 
 
 def scenes(count, seed=0):

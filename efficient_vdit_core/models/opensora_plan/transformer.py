@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ...attention.sdpa import sdpa_attention
 from .config import DiTConfig
@@ -146,6 +147,7 @@ class OpenSoraT2V(nn.Module):
         self.dtype = dtype or torch.get_default_dtype()
         self.patch_size = (1, config.patch_size, config.patch_size)
         self.rope_angle_dtype: torch.dtype | None = None
+        self.gradient_checkpointing = False
         self.pos_embed = PatchEmbed(config, **build)
         self.adaln_single = AdaLayerNormSingle(dim, **build)
         self.caption_projection = TextProjection(config.caption_channels, dim, **build)
@@ -177,7 +179,13 @@ class OpenSoraT2V(nn.Module):
             options["block_index"] = index
             args = {"img": tokens, "txt": context, "vec": modulation, "pe": rope, "attention_mask": mask, "transformer_options": options}
             hook = hooks.get(("double_block", index))
-            tokens = (_run_block(block, args) if hook is None else hook(args, {"original_block": partial(_run_block, block)}))["img"]
+            if hook is not None:
+                tokens = hook(args, {"original_block": partial(_run_block, block)})["img"]
+            elif self.gradient_checkpointing and torch.is_grad_enabled():
+                # Its own copy of the options: the block runs again in the backward pass, when the index has moved on.
+                tokens = checkpoint(block, tokens, context, modulation, rope, mask, dict(options), use_reentrant=False)
+            else:
+                tokens = block(tokens, context, modulation, rope, mask, options)
         shift, scale = (self.scale_shift_table.to(tokens)[None] + embedding[:, None]).unsqueeze(2).unbind(1)
         out = self.proj_out(_modulated(tokens, shift, scale, self.config.norm_eps))
         t, h, w = grid

@@ -1,0 +1,68 @@
+"""evdit distill: stage 1 (consistency: few steps) or stage 3 (knowledge: few tiles) of Efficient-vDiT.
+
+Run it again to go on where it stopped. SIGTERM and Ctrl-C save first. For several GPUs or machines, start it with
+`accelerate launch -m efficient_vdit_core.cli distill ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from . import say
+
+INTERRUPTED = 130  # as the shell counts Ctrl-C
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the command's options."""
+    add = parser.add_argument
+    add("method", choices=("consistency", "knowledge"), help="consistency: fewer steps; knowledge: restore what a tile plan cost")
+    add("--config", type=Path, metavar="FILE", help="settings in TOML: [model], [data], [objective], [training]")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+        help="one setting, over the file's; VALUE as in TOML, quotes may be left out; may be repeated")  # fmt: skip
+    add("--out", type=Path, required=True, metavar="FOLDER", help="the run's folder: state, cache and result")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reads the settings, trains, exports."""
+    from ..distill.config import DistillConfig, read_toml
+    from ..distill.trainer import distill
+
+    values = read_toml(args.config) if args.config else {}
+    if values.setdefault("method", args.method) != args.method:
+        raise ValueError(f"{args.config.name} is for method {values['method']!r}, but {args.method!r} was asked for.")
+    for text in args.overrides:
+        override(values, text)
+    try:
+        result = distill(DistillConfig.from_dict(values), args.out)
+    except KeyboardInterrupt:
+        say(f"interrupted; the same command goes on from {args.out}")
+        return INTERRUPTED
+    say(f"wrote {result}")
+    return 0
+
+
+def override(values: dict[str, Any], text: str) -> None:
+    """Puts ``section.key=value`` into settings."""
+    key, equals, value = text.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and name):
+        raise ValueError(f"--set {text!r} cannot be read, expected SECTION.KEY=VALUE such as training.steps=500.")
+    values.setdefault(section, {})[name] = _value(value.strip())
+
+
+def _value(text: str) -> Any:
+    """A TOML value; what is none is taken as a string."""
+    import tempfile
+
+    from ..distill.config import read_toml
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "value.toml"
+        file.write_text(f"value = {text}\n", encoding="utf-8")
+        try:
+            return read_toml(file)["value"]
+        except (ValueError, KeyError):
+            return text

@@ -1,0 +1,81 @@
+"""evdit recipe: the three stages of Efficient-vDiT in one resumable run, or the tiny world's whole table."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import say
+from .distill import INTERRUPTED, override
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the commands three-stage and tiny-table."""
+    commands = parser.add_subparsers(dest="recipe_command", required=True, metavar="COMMAND")
+    stages = commands.add_parser("three-stage", help="consistency, search, knowledge; run it again to go on where it stopped")
+    stages.add_argument("--config", type=Path, required=True, metavar="FILE", help="the recipe in TOML")
+    table = commands.add_parser("tiny-table", help="train and judge every row on the tiny world; run it again to go on")
+    table.add_argument("--config", type=Path, metavar="FILE", help="default: the recipe that comes with the package")
+    table.add_argument("--json", type=Path, default=Path("tiny-table.json"), metavar="FILE", help="results, default: %(default)s")
+    table.add_argument("--chart", type=Path, metavar="FILE", help="also draw them, as .svg")
+    for command in (stages, table):
+        command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the runs' folder")
+        command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+                             help="one setting, over the file's; may be repeated")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the recipe; Ctrl-C saves and leaves."""
+    try:
+        return {"three-stage": _three_stages, "tiny-table": _tiny_table}[args.recipe_command](args)
+    except KeyboardInterrupt:
+        say(f"interrupted; the same command goes on from {args.out}")
+        return INTERRUPTED
+
+
+def _three_stages(args: argparse.Namespace) -> int:
+    from ..distill.recipe import RecipeConfig, ThreeStages
+
+    for name, file in ThreeStages(RecipeConfig.from_dict(_values(args, args.config)), args.out).run().items():
+        say(f"{name}: {file}")
+    return 0
+
+
+def _tiny_table(args: argparse.Namespace) -> int:
+    from .. import assets
+    from ..distill.config import read_section
+    from ..distill.recipe import RecipeConfig
+    from ..files import check_writable_file, write_text
+    from ..tinyworld.chart import draw
+    from ..tinyworld.table import TableConfig, run_table
+
+    check_writable_file(args.json)
+    values = _values(args, args.config or assets.recipe_path("tiny"))
+    table = read_section(TableConfig, values.pop("table", {}), "table")
+    say(f"{'row':<36} {'agree':>6} {'frechet':>8} {'endpoint':>8} {'motion':>7} {'flicker':>7} {'divers.':>7} {'sparse':>6}")
+    results = run_table(table, RecipeConfig.from_dict(values), args.out, args.json, "evdit " + shlex.join(sys.argv[1:]), _say_row)
+    if args.chart:
+        write_text(args.chart, draw(results))
+    return 0
+
+
+def _say_row(row: dict[str, Any]) -> None:
+    def figure(name: str, form: str) -> str:
+        value = row.get(name)
+        return format("-" if value is None else value, form if value is not None else ">" + form.lstrip(">").split(".")[0])
+
+    name = row["row"] + (f" (seed {row['seed']})" if row["seed"] else "")
+    say(f"{name:<36} {figure('agreement', '>6.3f')} {figure('frechet', '>8.3f')} {figure('endpoint_error', '>8.3f')} "
+        f"{figure('motion', '>7.3f')} {figure('flicker', '>7.2f')} {figure('diversity', '>7.2f')} {figure('sparsity', '>6.2f')}")
+
+
+def _values(args: argparse.Namespace, file: Path) -> dict[str, Any]:
+    from ..distill.config import read_toml
+
+    values = read_toml(file)
+    for text in args.overrides:
+        override(values, text)
+    return values

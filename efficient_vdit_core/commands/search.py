@@ -1,0 +1,124 @@
+"""evdit search: which tile pattern each layer can take, as a plan file."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import say
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+    from ..search import ProbeRecord
+
+MAX_PROBES = 100
+CHOICES = ("negative", "frames", "height", "width", "guidance", "seed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the command's options."""
+    add = parser.add_argument
+    add("--model", default="tiny", help="'tiny' (built in) or a folder with transformer, vae, text_encoder")
+    add("--text-encoder", metavar="PATH", help="file or folder of the mT5 encoder, if it lies elsewhere")
+    add("--prompt", required=True, action="append", help="what a video shows; repeat it to average over several")
+    add("--negative", help="as for generate")
+    add("--frames", type=int, help="number of frames, 4k+1 (default: as the model was trained)")
+    add("--height", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
+    add("--width", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
+    add("--guidance", type=float, help="classifier-free guidance, 1 is off (default: as for generate)")
+    add("--probes", type=int, default=3, help=f"noise levels at which the model is run, 1..{MAX_PROBES} (default: %(default)s)")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--threshold", type=float, metavar="R", help="largest relative error of a layer; takes the sparsest pattern below")
+    target.add_argument("--speedup", type=float, metavar="X", help="how many times less attention; the plan with the least error is taken")
+    add("--candidates", default="1,2,4", help="numbers of reference frames to try (default: %(default)s)")
+    add("--error", choices=("attention", "block"), default="attention", help="where it is measured: in the attention's output or, several "
+        "times slower, in the whole block's (default: %(default)s)")  # fmt: skip
+    add("--costs", choices=("flops", "measured"), default="flops", help="what a pattern costs; measured times differ from run to run "
+        "(default: %(default)s)")  # fmt: skip
+    add("--seed", type=int, help="0..2^64-1 (default: 0)")
+    add("--out", required=True, metavar="FILE", help="the plan file, .json; must not exist yet")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, chooses and writes. Whatever can be refused is refused before the weights are read."""
+    from ..request import VideoRequest
+    from ..search import parse_candidates
+
+    out = Path(args.out)
+    if out.exists() or not out.parent.is_dir() or out.suffix != ".json":
+        raise ValueError(f"--out {args.out!r} must end in .json, lie in an existing folder and not exist yet.")
+    candidates = parse_candidates(args.candidates)
+    if not 1 <= args.probes <= MAX_PROBES:
+        raise ValueError(f"--probes must lie in 1..{MAX_PROBES}, got {args.probes}.")
+    _check_target(args)
+    choices = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
+    for prompt in args.prompt:
+        VideoRequest(prompt, steps=args.probes, **choices).check()
+
+    from ..pipeline import Pipeline
+
+    pipeline = Pipeline.from_model(args.model, text_encoder=args.text_encoder, device=args.device, dtype=args.dtype)
+    _search(pipeline, args, candidates, {**choices, "steps": args.probes}).save(out)
+    say(f"wrote {out}")
+    return 0
+
+
+def _check_target(args: argparse.Namespace) -> None:
+    from ..search import choose_for_speedup, choose_under_threshold
+
+    if args.speedup is not None:
+        choose_for_speedup([{0: 0.0}], [{0: 0.0}], args.speedup)
+    else:
+        choose_under_threshold([], [], args.threshold)
+
+
+def _search(pipeline: Pipeline, args: argparse.Namespace, candidates: tuple[int, ...], choices: dict[str, Any]) -> Any:
+    from ..pipeline import FAMILY
+    from ..search import ProbeRecord, check_target, plan_from_record
+    from ..search.candidates import sparse_candidates
+    from ..search.describe import describe_plan
+
+    requests = [pipeline.request(prompt, **choices) for prompt in args.prompt]
+    frames = requests[0].latent_size[0]
+    record = ProbeRecord(sparse_candidates(candidates, frames), timed=args.costs == "measured")
+    check_target(args.threshold or 0.0, args.speedup or 0.0, record.candidates, frames)
+    _measure(pipeline, requests, record, with_blocks=args.error == "block")
+    config = pipeline.transformer.config
+    about = {
+        "model": pipeline.name,
+        "prompts": args.prompt,
+        "negative": requests[0].negative,
+        "guidance": requests[0].guidance,
+        "seed": requests[0].seed,
+        "sigmas": [round(s, 6) for s in pipeline.noise_levels(requests[0])],
+    }
+    plan = plan_from_record(
+        record, layers=config.num_layers, family=FAMILY, heads=config.num_attention_heads, threshold=args.threshold or 0.0,
+        speedup=args.speedup or 0.0, measure=args.error, costs=args.costs, about=about,
+    )  # fmt: skip
+    say(describe_plan(plan))
+    return plan
+
+
+def _measure(pipeline: Pipeline, requests: list[Any], record: ProbeRecord, with_blocks: bool) -> None:
+    """One dense sampling of ``probes`` steps for each prompt, behind a progress bar."""
+    from tqdm import tqdm
+
+    from ..search import make_probe_override, replay_blocks
+
+    blocks = list(pipeline.transformer.transformer_blocks)
+    total = len(requests) * (requests[0].steps or 0) * len(blocks)
+    with tqdm(total=total, desc="probing", unit="layer") as bar, ExitStack() as stack:
+
+        def progress(layer: int) -> None:
+            bar.update(1)
+
+        override = make_probe_override(record, progress=progress)
+        if with_blocks:
+            stack.enter_context(replay_blocks(blocks, record))
+        for request in requests:
+            pipeline.observe(request, override)

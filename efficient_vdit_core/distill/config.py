@@ -1,0 +1,192 @@
+"""A distillation's settings: a TOML file in sections, checked when read, saved with the run, compared on resume."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..files import write_text
+from .consistency import ConsistencyConfig
+from .knowledge import KnowledgeConfig
+
+OBJECTIVES: dict[str, type] = {"consistency": ConsistencyConfig, "knowledge": KnowledgeConfig}
+# What a resumed run may change: how often things are written, never what is learnt.
+FREE = {"training.save_every", "training.tensorboard", "training.samples_every", "model.device"}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """``path``: tiny, or a folder of Open-Sora-Plan or diffusers parts; ``transformer``: other weights than that folder's.
+
+    ``transformer`` is the teacher; the student starts from ``init``, or from the teacher. train: full weights or a LoRA.
+    """
+
+    path: str = "tiny"
+    family: str = "opensora_plan"
+    transformer: str = ""
+    text_encoder: str = ""
+    init: str = ""
+    train: str = "full"
+    lora_rank: int = 16
+    lora_alpha: float = 0.0
+    gradient_checkpointing: bool = False
+    device: str = "auto"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """source: tinyworld, videos (a folder with captions), or teacher (none: the teacher's own samples for ``captions``, a text file).
+
+    negative: the text of the unconditional half of guidance; negative_share of the clips, 0 to 1, learn it instead of their own
+    caption, for students that are sampled with guidance. Sizes 0 are what the model was trained for.
+    """
+
+    source: str = "tinyworld"
+    folder: str = ""
+    captions: str = ""
+    cache: str = ""
+    clips: int = 4096
+    seed: int = 1
+    negative: str = ""
+    negative_share: float = 0.0
+    frames: int = 0
+    height: int = 0
+    width: int = 0
+    teacher_steps: int = 50
+    guidance: float = 3.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The optimisation. precision: float32, or bf16 for bf16 autocast over float32 weights."""
+
+    steps: int = 1000
+    batch: int = 32
+    learning_rate: float = 1e-4
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    warmup: int = 20
+    final_rate: float = 0.05
+    ema: float = 0.99
+    clip: float = 1.0
+    accumulate: int = 1
+    precision: str = "float32"
+    seed: int = 0
+    save_every: int = 200
+    tensorboard: bool = False
+    samples_every: int = 0
+    samples: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} is {getattr(self, name)}, expected at least 1. Correct the configuration.")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """One run: ``method`` is consistency or knowledge, and says what ``objective`` holds."""
+
+    method: str
+    objective: Any
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], method: str | None = None) -> DistillConfig:
+        """Raises ValueError that names the section and key of what is unknown, mistyped or out of range."""
+        method = values.get("method", method)
+        if method not in OBJECTIVES:
+            raise ValueError(f"method is {method!r}, expected {' or '.join(OBJECTIVES)}. Correct the configuration.")
+        sections = {"objective": OBJECTIVES[method], "model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
+        unknown = sorted(values.keys() - sections.keys() - {"method"})
+        if unknown:
+            raise ValueError(f"The configuration has {unknown[0]!r}, expected only method and [{'], ['.join(sections)}].")
+        return cls(method, **{name: read_section(kind, values.get(name, {}), name) for name, kind in sections.items()})
+
+    @classmethod
+    def load(cls, path: str | Path, method: str | None = None) -> DistillConfig:
+        return cls.from_dict(read_toml(path), method)
+
+    def to_dict(self) -> dict[str, Any]:
+        sections = {name: asdict(getattr(self, name)) for name in ("model", "data", "objective", "training")}
+        return {"method": self.method, **sections}
+
+    def save(self, path: str | Path) -> None:
+        write_text(path, to_toml(self.to_dict()))
+
+    def differences(self, other: DistillConfig) -> list[str]:
+        """``section.key: this -> other`` of all that differs and matters for what is learnt."""
+        mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        keys = sorted((mine.keys() | theirs.keys()) - FREE)
+        return [f"{k}: {mine.get(k)!r} -> {theirs.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k)]
+
+
+def read_section(kind: type[T], values: Any, section: str) -> T:
+    """A dataclass from a TOML table."""
+    if not isinstance(values, dict):
+        raise ValueError(f"[{section}] is {values!r}, expected a table of settings. Correct the configuration.")
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise ValueError(f"[{section}] has {unknown[0]!r}, which is not a setting; expected {', '.join(sorted(known))}.")
+    return kind(**{name: _typed(value, hints[name], f"{section}.{name}") for name, value in values.items()})
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+            inner, count = typing.get_args(option)[0], len(typing.get_args(option))
+            if typing.get_args(option)[-1] is Ellipsis or len(value) == count:
+                return tuple(_typed(v, inner, name) for v in value)
+        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(option, type) and type(value) is option:
+            return value
+    expected = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    raise ValueError(f"{name} is {value!r}, expected {expected}. Correct the configuration.")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A TOML file's content. Raises ValueError naming the file and line where it cannot be read."""
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        try:
+            import tomli as tomllib  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ValueError("Python 3.10 reads TOML only with the package 'tomli'; install it, or use Python 3.11.") from error
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{Path(path).name} is not valid TOML: {error}. Correct the file.") from error
+
+
+def to_toml(values: dict[str, Any]) -> str:
+    """Scalars first, then one table for each dictionary; what is None is left out."""
+    lines = [f"{k} = {_toml(v)}" for k, v in values.items() if not isinstance(v, dict) and v is not None]
+    for name, table in values.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{name}]", *(f"{k} = {_toml(v)}" for k, v in table.items() if v is not None)]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    import json
+
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False) if not isinstance(value, float) else repr(value)
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{s}.{k}": v for s, t in values.items() if isinstance(t, dict) for k, v in t.items()} | {"method": values["method"]}

@@ -1,0 +1,177 @@
+"""What a distillation learns from: clean latents with captions, encoded once and kept in the run's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
+
+log = logging.getLogger("efficient_vdit")
+
+
+class LatentFiles(Sequence[Tensor]):
+    """Latents (C, T, h, w) that stay on the disk, one file each."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return read_state_dict(self.files[index])[0]["latents"]
+
+
+@dataclass
+class ClipSet:
+    """Latents (each (C, T, h, w) float32, of one size) and for each the captions that say the same, any of which may be drawn."""
+
+    latents: Sequence[Tensor] | Tensor
+    captions: list[tuple[str, ...]]
+
+    def texts(self) -> list[str]:
+        return sorted({text for texts in self.captions for text in texts})
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+        """(B, C, T, h, w) latents and their captions, drawn with replacement."""
+        chosen = torch.randint(len(self.captions), (size,), generator=generator).tolist()
+        words = torch.randint(2**30, (size,), generator=generator).tolist()
+        texts = [self.captions[i][w % len(self.captions[i])] for i, w in zip(chosen, words, strict=True)]
+        return torch.stack([self.latents[i].float() for i in chosen]), texts
+
+
+def video_captions(folder: Path) -> dict[Path, str]:
+    """The videos of a folder with their captions: ``name.txt`` beside each, or a ``metadata.jsonl`` of file_name and text.
+
+    Raises ValueError where there are no videos, or where some have no caption; it names them.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {str(folder)!r} with videos. Check data.folder.")
+    videos = sorted(f for f in folder.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
+    if not videos:
+        raise ValueError(f"The folder {folder.name!r} holds no videos, expected files ending in {', '.join(VIDEO_SUFFIXES)}.")
+    listed = _listed(folder / "metadata.jsonl")
+    found = {v: listed.get(v.relative_to(folder).as_posix()) or _beside(v) for v in videos}
+    missing = [v.name for v, text in found.items() if not text]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(videos)} videos have no caption ({', '.join(missing[:5])}{', ...' if missing[5:] else ''}). "
+            "Put a .txt file with the caption beside each, or list them in metadata.jsonl."
+        )
+    return {v: text for v, text in found.items() if text}
+
+
+def encode_videos(folder: Path, cache: Path, size: tuple[int, int, int], encoder: Callable[[], Callable[[np.ndarray], Tensor]]) -> ClipSet:
+    """Latents of a folder's videos, cut to ``size`` (frames, height, width); a video that cannot be read is named, skipped and counted."""
+    from tqdm import tqdm
+
+    captions = video_captions(folder)
+    encode: Callable[[np.ndarray], Tensor] | None = None
+    files, texts, broken = [], [], []
+    for video, text in tqdm(captions.items(), desc="latents", mininterval=5):
+        stamp = f"{video.resolve()} {video.stat().st_mtime_ns} {size}"
+        target = cache / f"{video.stem}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.safetensors"
+        if not target.is_file():
+            try:
+                frames = read_frames(video, size)
+            except ValueError as error:
+                log.warning("%s is left out: %s", video.name, error)
+                broken.append(video.name)
+                continue
+            encode = encode or encoder()
+            save_safetensors(target, {"latents": encode(frames)}, {"video": video.name})
+        files.append(target)
+        texts.append((text,))
+    if broken:
+        log.warning("%d of %d videos were left out because they cannot be read.", len(broken), len(captions))
+    if not files:
+        raise ValueError(f"None of the {len(captions)} videos in {folder.name!r} can be read. See the warnings above.")
+    return ClipSet(LatentFiles(files), texts)
+
+
+def read_frames(video: Path, size: tuple[int, int, int]) -> np.ndarray:
+    """The first frames of a video as uint8 (F, H, W, 3), scaled to cover height and width and cropped in the middle."""
+    import imageio.v3 as iio
+    from PIL import Image
+
+    frames, height, width = size
+    found = []
+    try:
+        for frame in iio.imiter(video):
+            found.append(_cover(Image.fromarray(np.asarray(frame)[..., :3]), height, width))
+            if len(found) == frames:
+                break
+    except Exception as error:  # each of imageio's plugins has its own errors
+        raise ValueError(f"it cannot be decoded ({str(error).strip().splitlines()[-1] if str(error).strip() else error!r})") from error
+    if len(found) < frames:
+        raise ValueError(f"it has {len(found)} frames, expected at least {frames}")
+    return np.stack(found)
+
+
+def teacher_clips(captions: list[str], count: int, cache: Path, generate: Callable[[list[str], int], Tensor], at_once: int = 16) -> ClipSet:
+    """Latents that the teacher itself draws for the captions: no data needed. Goes on where it stopped.
+
+    ``generate(texts, seed)`` returns (B, C, T, h, w).
+    """
+    from tqdm import tqdm
+
+    files, texts = [], []
+    for start in tqdm(range(0, count, at_once), desc="teacher's samples", mininterval=5):
+        numbers = range(start, min(start + at_once, count))
+        words = [captions[i % len(captions)] for i in numbers]
+        stamp = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]
+        targets = [cache / f"sample-{i:06d}-{stamp}.safetensors" for i in numbers]
+        if not all(t.is_file() for t in targets):
+            for target, latents in zip(targets, generate(words, start), strict=True):
+                save_safetensors(target, {"latents": latents})
+        files += targets
+        texts += [(w,) for w in words]
+    return ClipSet(LatentFiles(files), texts)
+
+
+def read_captions(path: str | Path) -> list[str]:
+    """One caption a line; empty lines are skipped. Raises ValueError where there are none."""
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file of captions {str(path)!r}, one a line. Check data.captions.")
+    found = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"{Path(path).name} holds no captions, expected one a line.")
+    return found
+
+
+def _listed(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        return {}
+    found = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(line) if line.strip() else None
+            if entry:
+                found[str(entry["file_name"])] = str(entry["text"]).strip()
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file.name} line {number} is no object with file_name and text ({error!r}). Correct it.") from error
+    return found
+
+
+def _beside(video: Path) -> str:
+    file = video.with_suffix(".txt")
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+
+
+def _cover(image: Any, height: int, width: int) -> np.ndarray:
+    scale = max(height / image.height, width / image.width)
+    resized = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), 1)
+    left, top = (resized.width - width) // 2, (resized.height - height) // 2
+    return np.asarray(resized.crop((left, top, left + width, top + height)).convert("RGB"), dtype=np.uint8)

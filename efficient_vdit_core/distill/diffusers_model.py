@@ -1,0 +1,219 @@
+"""diffusers' video transformers, Wan and CogVideoX, as distillation sees them.
+
+A folder in diffusers' layout: transformer, scheduler, vae, text_encoder, tokenizer. Attention is reached through PyTorch's own
+interception of ``scaled_dot_product_attention`` (a TorchFunctionMode), so that no code of diffusers is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..attention.layout import TokenLayout
+from ..attention.override import FORWARD_KEY, ForwardState, Override
+from ..plan import TilePlan
+from ..sampling.path import FLOW, PREDICTIONS, FlowPath, NoisePath, VPPath
+from ..tiles import TokenGrid
+from .config import ModelConfig
+from .knowledge import FeatureTap
+from .model import Options
+from .texts import Encode
+
+WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
+FAMILIES = {WAN: "wan", COGVIDEOX: "cogvideox"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OVERRIDE = "override"
+
+
+class DiffusersModel:
+    """See `model.FamilyModel`. Raises ValueError where the folder holds another architecture."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.folder = Path(config.path)
+        self.transformer_file = Path(config.transformer) if config.transformer else self.folder / "transformer"
+        self.config = _json(self.folder / "transformer" / "config.json")
+        self.kind = self.config.get("_class_name", "")
+        if self.kind not in FAMILIES:
+            raise ValueError(f"{self.folder.name} holds a {self.kind or 'nameless model'}, expected {' or '.join(FAMILIES)}.")
+        if config.dtype not in DTYPES:
+            raise ValueError(f"model.dtype is {config.dtype!r}, expected one of {', '.join(DTYPES)}. Correct the configuration.")
+        self.family, self.dtype = FAMILIES[self.kind], DTYPES[config.dtype]
+        self.saved_dtype = self.dtype
+        self.layers, self.heads = int(self.config["num_layers"]), int(self.config["num_attention_heads"])
+        self.path, self.prediction = _schedule(_json(self.folder / "scheduler" / "scheduler_config.json"))
+        self._pipe: Any = None
+
+    def load(self, weights: str = "") -> nn.Module:
+        import diffusers
+
+        from ..models.opensora_plan.checkpoint import read_state_dict
+
+        kind = getattr(diffusers, self.kind)
+        source = Path(weights) if weights else self.transformer_file
+        if source.is_dir():
+            module = kind.from_pretrained(str(source), torch_dtype=self.dtype)
+        else:
+            module = kind.from_config(self.config).to(self.dtype)
+            module.load_state_dict(read_state_dict(source)[0])
+        return module.train().requires_grad_(True)
+
+    def predict(self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None) -> Tensor:
+        context, _ = condition
+        inputs: dict[str, Any] = {"encoder_hidden_states": context.to(self.dtype), "timestep": time, "return_dict": False}
+        x = z.to(self.dtype)
+        with _Intercepted(options):
+            if self.kind == WAN:
+                return module(hidden_states=x, **inputs)[0]
+            rotary = self._rotary(z) if self.config.get("use_rotary_positional_embeddings") else None
+            out = module(hidden_states=x.transpose(1, 2), image_rotary_emb=rotary, **inputs)[0]
+            return out.transpose(1, 2)
+
+    def _rotary(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+        p = self.config["patch_size"]
+        if self.config.get("patch_size_t"):
+            raise ValueError("This CogVideoX packs frames in time (version 1.5), which is not supported here. Use version 1.0.")
+        size = (z.shape[-2] // p, z.shape[-1] // p)
+        base = (self.config["sample_height"] // p, self.config["sample_width"] // p)
+        # As CogVideoXPipeline crops the trained grid to the video's shape, centred.
+        scale = min(base[0] / size[0], base[1] / size[1])
+        inner = (round(size[0] * scale), round(size[1] * scale))
+        low = (round((base[0] - inner[0]) / 2), round((base[1] - inner[1]) / 2))
+        crops = (low, (low[0] + inner[0], low[1] + inner[1]))
+        return get_3d_rotary_pos_embed(  # pyright: ignore[reportReturnType]
+            embed_dim=self.config["attention_head_dim"], crops_coords=crops, grid_size=size, temporal_size=z.shape[2], device=z.device
+        )
+
+    def check_plan(self, plan: TilePlan) -> None:
+        plan.check_fits(family=self.family, layers=self.layers, heads=self.heads)
+
+    def options_with(self, override: Override) -> Options:
+        p = self.config["patch_size"]
+        pt, ph, pw = p if isinstance(p, list | tuple) else (1, p, p)
+
+        def options(z: Tensor) -> dict[str, Any]:
+            t, h, w = z.shape[-3:]
+            prefix = int(self.config.get("max_text_seq_length", 0)) if self.kind == COGVIDEOX else 0
+            layout = TokenLayout(TokenGrid(t // pt, h // ph, w // pw), prefix=prefix)
+            return {FORWARD_KEY: ForwardState(layout), OVERRIDE: override, "total_blocks": self.layers}
+
+        return options
+
+    def tap(self, module: nn.Module) -> FeatureTap:
+        blocks: Any = module.blocks if self.kind == WAN else module.transformer_blocks
+        return FeatureTap({"attention": [b.attn1 for b in blocks], "mlp": [b.ffn if self.kind == WAN else b.ff for b in blocks]})
+
+    def checkpoint_blocks(self, module: nn.Module) -> None:
+        module.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+
+    def text_encoder(self) -> Encode:
+        pipe = self._pipeline()
+
+        @torch.no_grad()
+        def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
+            context = pipe.encode_prompt(texts, do_classifier_free_guidance=False)[0]
+            return context, torch.ones(context.shape[:2], dtype=torch.long)
+
+        return encode
+
+    def video_encoder(self) -> Callable[[np.ndarray], Tensor]:
+        vae = self._pipeline().vae
+
+        @torch.no_grad()
+        def encode(frames: np.ndarray) -> Tensor:
+            x = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(vae.dtype) / 127.5 - 1
+            latents = vae.encode(x).latent_dist.mode().float()
+            mean, deviation = _latent_statistics(vae)
+            return ((latents - mean) / deviation)[0]
+
+        return encode
+
+    def video_decoder(self) -> Callable[[Tensor], np.ndarray]:
+        vae = self._pipeline().vae
+
+        @torch.no_grad()
+        def decode(latents: Tensor) -> np.ndarray:
+            mean, deviation = _latent_statistics(vae)
+            pixels = vae.decode((latents[None].cpu() * deviation + mean).to(vae.dtype)).sample[0].float()
+            return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+
+        return decode
+
+    def _pipeline(self) -> Any:
+        """diffusers' pipeline without the transformer: text encoder and VAE."""
+        if self._pipe is None:
+            from diffusers import DiffusionPipeline
+
+            self._pipe = DiffusionPipeline.from_pretrained(str(self.folder), transformer=None, torch_dtype=torch.float32)
+        return self._pipe
+
+    def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        trained = (49, 480, 720) if self.kind == COGVIDEOX else (81, 480, 832)
+        return frames or trained[0], height or trained[1], width or trained[2]
+
+    def latent_shape(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        frames, height, width = size
+        return int(self.config["in_channels"]), (frames - 1) // 4 + 1, height // 8, width // 8
+
+    def config_entry(self) -> dict[str, Any]:
+        return self.config
+
+
+class _Intercepted(TorchFunctionMode):
+    """Hands each attention call inside it to the options' override; without options it changes nothing."""
+
+    def __init__(self, options: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.options = options
+
+    def __torch_function__(self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self.options is None or func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        q, k, v = args[:3] if len(args) >= 3 else (kwargs[name] for name in ("query", "key", "value"))
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+
+        def dense(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **_: Any) -> Tensor:
+            return func(q, k, v, attn_mask=mask)
+
+        shape = {"skip_reshape": True, "skip_output_reshape": True}
+        return self.options[OVERRIDE](dense, q, k, v, q.shape[1], mask=mask, transformer_options=self.options, **shape)
+
+
+def _schedule(values: dict[str, Any]) -> tuple[NoisePath, str]:
+    """Noise path and prediction type of a scheduler's configuration."""
+    if "flow" in str(values.get("prediction_type", "")) or "FlowMatch" in values.get("_class_name", ""):
+        return FlowPath(float(values.get("flow_shift") or values.get("shift") or 1.0)), FLOW
+    from diffusers import CogVideoXDDIMScheduler, DDIMScheduler
+
+    prediction = values.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"The scheduler's prediction_type is {prediction!r}, expected one of {', '.join(PREDICTIONS)}.")
+    kind = CogVideoXDDIMScheduler if "CogVideoX" in values.get("_class_name", "") else DDIMScheduler
+    return VPPath.from_alphas_bar(kind.from_config(values).alphas_cumprod), prediction
+
+
+def _latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (1, C, 1, 1, 1) by which latents are normalised, or 0 and 1 / scaling_factor."""
+    mean, deviation = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+    if mean and deviation:
+        return torch.tensor(mean).view(1, -1, 1, 1, 1), torch.tensor(deviation).view(1, -1, 1, 1, 1)
+    return torch.zeros(1), torch.tensor(1.0 / vae.config.scaling_factor)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"{str(file)!r} does not exist, expected a model folder in diffusers' layout. Check model.path.")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.name} in {file.parent.name} is not valid JSON ({error}). Download it again.") from error

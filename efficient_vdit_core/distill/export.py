@@ -1,0 +1,43 @@
+"""Writes the averaged weights as ComfyUI loads them: the whole transformer, or a LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..files import write_text
+from ..models.opensora_plan.checkpoint import save_safetensors
+from .lora import comfy_lora
+from .metadata import DistillMetadata
+from .model import FamilyModel
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def result_file(folder: Path, *, lora: bool) -> Path:
+    """Where the result of a run in ``folder`` lies once it is finished."""
+    return folder / "lora.safetensors" if lora else folder / "transformer" / WEIGHTS
+
+
+def export(model: FamilyModel, module: nn.Module, ema: dict[str, Tensor], folder: Path, about: DistillMetadata, *, lora: bool,
+           rank: int = 0) -> Path:
+    """Write the result in the precision of the teacher's file and return its path; only process 0 writes."""
+    file = result_file(folder, lora=lora)
+    if rank:
+        return file
+    entries = {**about.to_entry(), "format": "pt"}
+    if lora:
+        save_safetensors(file, _cast(comfy_lora(module, ema), model.saved_dtype), entries)
+        return file
+    state = {**module.state_dict(), **ema}
+    config = model.config_entry()
+    save_safetensors(file, _cast(state, model.saved_dtype), {**entries, "config": json.dumps(config)})
+    write_text(file.parent / "config.json", json.dumps(config, indent=2) + "\n")
+    return file
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}

@@ -1,0 +1,133 @@
+"""Stage 3: knowledge distillation from the dense consistency model to the same model under a tile plan (Efficient-vDiT, section 4).
+
+The student, which starts as the teacher's copy, is held to the teacher's attention outputs, MLP outputs and final
+prediction. Hidden states differ in size from layer to layer, so each difference counts relative to the teacher's own:
+
+    loss = attention mean_l |A_l - A'_l|^2 / |A'_l|^2 + mlp mean_l |M_l - M'_l|^2 / |M'_l|^2 + prediction |v - v'|^2 / |v'|^2
+
+It is trained at the times at which the sampler will ask: the edges of the segments, and the sub-steps where there are more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sampling.path import NoisePath
+from ..sampling.schedule import segment_edges
+from ..training import StepLoss
+
+Features = dict[str, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class KnowledgeConfig:
+    """plan: ``k:T-k`` or a plan file. segments: what the teacher was distilled for, 0 = as its metadata says; steps: the
+    sampler's, 0 = segments. attention, mlp, prediction: the weights of the three losses; 0 leaves one out.
+    """
+
+    plan: str = ""
+    segments: int = 0
+    steps: int = 0
+    attention: float = 1.0
+    mlp: float = 1.0
+    prediction: float = 1.0
+
+    def __post_init__(self) -> None:
+        weights = (self.attention, self.mlp, self.prediction)
+        if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+            raise ValueError(f"The losses' weights are {weights}, expected numbers from 0 up and one above. Correct the configuration.")
+
+
+class FeatureTap:
+    """Keeps what chosen modules return, in order, while it is open."""
+
+    def __init__(self, modules: dict[str, Sequence[nn.Module]]) -> None:
+        self.modules = modules
+
+    @contextmanager
+    def open(self) -> Iterator[Features]:
+        found: Features = {name: [] for name in self.modules}
+        handles = []
+        try:
+            for name, modules in self.modules.items():
+                handles += [m.register_forward_hook(_keeper(found[name])) for m in modules]
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _keeper(kept: list[Tensor]) -> Callable[..., None]:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        kept.append(output if isinstance(output, Tensor) else output[0])
+
+    return keep
+
+
+class KnowledgeLoss:
+    """The loss of one batch, drawn from a generator: ``loss(x, condition, generator)``.
+
+    Args:
+        student, teacher: (z, network time (B,), condition) -> raw output.
+        student_tap, teacher_tap: their attention and MLP modules, under the names ``attention`` and ``mlp``.
+    """
+
+    def __init__(self, config: KnowledgeConfig, path: NoisePath, *, segments: int, student: Callable[..., Tensor],
+                 teacher: Callable[..., Tensor], student_tap: FeatureTap, teacher_tap: FeatureTap) -> None:
+        self.config, self.path, self.student, self.teacher = config, path, student, teacher
+        self.student_tap, self.teacher_tap = student_tap, teacher_tap
+        self.times = segment_edges(segments, config.steps or segments, start=path.start, clean=path.clean)[:-1]
+        self.a, self.s = path.coefficients(self.times)
+
+    def __call__(self, x: Tensor, condition: Any, generator: torch.Generator) -> StepLoss:
+        """``x`` (B, ...) float32 clean latents."""
+        count = len(self.times)
+        # Stratified, so that each batch holds every time equally often.
+        u = (torch.rand(1, generator=generator) + torch.arange(len(x)) / len(x)) % 1
+        index = (u * count).long().clamp(max=count - 1)
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        shape = (-1, *[1] * (x.ndim - 1))
+        z = self.a[index].to(x).view(shape) * x + self.s[index].to(x).view(shape) * noise
+        time = self.path.network_time(self.times[index]).to(x.device)
+        with torch.no_grad(), self.teacher_tap.open() as wanted:
+            expected = self.teacher(z, time, condition).float()
+        with self.student_tap.open() as got:
+            out = self.student(z, time, condition).float()
+        return self.compare(got, out, wanted, expected)
+
+    def compare(self, got: Features, out: Tensor, wanted: Features, expected: Tensor) -> StepLoss:
+        """The weighted sum and its parts, each before its weight."""
+        parts = {name: torch.stack([relative_square(g, w) for g, w in zip(got[name], wanted[name], strict=True)]).mean() for name in got}
+        parts["prediction"] = relative_square(out, expected)
+        weights = {"attention": self.config.attention, "mlp": self.config.mlp, "prediction": self.config.prediction}
+        total = torch.stack([weights[name] * parts[name] for name in weights if weights[name]]).sum()
+        return StepLoss(total, parts)
+
+
+def relative_square(value: Tensor, wanted: Tensor) -> Tensor:
+    """|value - wanted|^2 / |wanted|^2 over all elements, in float32."""
+    wanted = wanted.float()
+    return (value.float() - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12)
+
+
+def merge_deltas(base: dict[str, Tensor], *tuned: dict[str, Tensor]) -> dict[str, Tensor]:
+    """base + sum of (tuned - base): stages that were trained apart, put together without training.
+
+    Raises ValueError where the weights belong to different models.
+    """
+    for weights in tuned:
+        if weights.keys() != base.keys():
+            odd = sorted(weights.keys() ^ base.keys())
+            raise ValueError(f"The weights to merge belong to different models ({len(odd)} names differ, such as {odd[0]}).")
+    merged = {}
+    for name, value in base.items():
+        change = sum((w[name].float() - value.float() for w in tuned), start=torch.zeros_like(value, dtype=torch.float32))
+        merged[name] = (value.float() + change).to(value.dtype) if value.is_floating_point() else value
+    return merged

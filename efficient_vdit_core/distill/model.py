@@ -1,0 +1,114 @@
+"""What distillation needs of a model family, whatever its code looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..attention.override import AttentionReport, Override, make_attention_override
+from ..plan import TilePlan
+from ..sampling.path import NoisePath
+from ..tiles import TilePattern
+from .config import ModelConfig
+from .knowledge import FeatureTap
+from .texts import Encode
+
+Options = Callable[[Tensor], dict[str, Any]]
+
+
+class FamilyModel(Protocol):
+    """One family's way to load, call and save. Latents are (B, C, T, h, w), scaled as the network wants them."""
+
+    @property
+    def path(self) -> NoisePath: ...
+
+    @property
+    def prediction(self) -> str: ...
+
+    @property
+    def transformer_file(self) -> Path: ...
+
+    @property
+    def saved_dtype(self) -> torch.dtype: ...
+
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    def load(self, weights: str = "") -> nn.Module:
+        """The transformer in training mode with gradients on, from ``weights`` or the model's own."""
+        ...
+
+    def predict(self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None) -> Tensor: ...
+
+    def check_plan(self, plan: TilePlan) -> None:
+        """Raises ValueError where the plan was made for another model."""
+        ...
+
+    def options_with(self, override: Override) -> Options:
+        """Makes the options of one forward pass from its z, in which ``override`` sees the attention."""
+        ...
+
+    def tap(self, module: nn.Module) -> FeatureTap: ...
+
+    def checkpoint_blocks(self, module: nn.Module) -> None:
+        """Recompute blocks in the backward pass instead of keeping them."""
+        ...
+
+    def text_encoder(self) -> Encode: ...
+
+    def video_encoder(self) -> Callable[[np.ndarray], Tensor]:
+        """frames uint8 (F, H, W, 3) to latents (C, T, h, w)."""
+        ...
+
+    def video_decoder(self) -> Callable[[Tensor], np.ndarray]:
+        """latents (C, T, h, w) to frames uint8 (F, H, W, 3)."""
+        ...
+
+    def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Frames, height and width, each what the model was trained for where it is 0."""
+        ...
+
+    def latent_shape(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]: ...
+
+    def config_entry(self) -> dict[str, Any]:
+        """The transformer's config.json."""
+        ...
+
+
+def sparse_options(model: FamilyModel, plan: TilePlan) -> Options:
+    """The options of a forward pass under a plan. Raises ValueError where the plan does not fit the model."""
+    model.check_plan(plan)
+    return model.options_with(make_attention_override(plan, AttentionReport()))
+
+
+def read_plan(text: str) -> TilePlan:
+    """A plan file, or a uniform plan from ``k:T-k``."""
+    if Path(text).is_file():
+        return TilePlan.load(text)
+    if not text or text.endswith(".json"):
+        raise ValueError(f"The plan is {text!r}, expected a plan file or a pattern such as 2:6. Search a plan, or name one.")
+    return TilePlan.uniform(TilePattern.parse(text).k)
+
+
+def open_model(config: ModelConfig) -> FamilyModel:
+    """The family's adapter; nothing large is read yet."""
+    if config.family == "opensora_plan":
+        from .open_sora_plan import OpenSoraPlanModel
+
+        return OpenSoraPlanModel(config)
+    if config.family == "diffusers":
+        from .diffusers_model import DiffusersModel
+
+        return DiffusersModel(config)
+    raise ValueError(f"model.family is {config.family!r}, expected opensora_plan or diffusers. Correct the configuration.")

@@ -1,0 +1,120 @@
+"""Open-Sora-Plan v1.2, the tiny one and the real one, as distillation sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..attention.layout import TokenLayout
+from ..attention.override import FORWARD_KEY, ForwardState, Override
+from ..attention.sdpa import OVERRIDE_KEY
+from ..model_folder import TINY, find_model
+from ..models.opensora_plan.checkpoint import load_transformer, load_vae, read_transformer
+from ..models.opensora_plan.text import TextEncoder
+from ..models.opensora_plan.transformer import OpenSoraT2V
+from ..models.opensora_plan.vae import CausalVAE
+from ..pipeline import DTYPES, FAMILY, LATENT_SCALE
+from ..plan import TilePlan
+from ..request import SPACE, TIME
+from ..sampling.path import VPPath
+from ..tiles import TokenGrid
+from .config import ModelConfig
+from .knowledge import FeatureTap
+from .model import Options
+from .texts import Encode
+
+
+class OpenSoraPlanModel:
+    """See `model.FamilyModel`."""
+
+    family = FAMILY
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.folder = find_model(config.path, config.text_encoder or None)
+        self.transformer_file = Path(config.transformer) if config.transformer else self.folder.transformer
+        if config.dtype not in DTYPES:
+            raise ValueError(f"model.dtype is {config.dtype!r}, expected one of {', '.join(DTYPES)}. Correct the configuration.")
+        self.dtype = DTYPES[config.dtype]
+        state_dict, self.config = read_transformer(self.transformer_file)
+        self.saved_dtype = next(iter(state_dict.values())).dtype
+        self.path, self.prediction = VPPath(), self.config.prediction_type
+        self.layers, self.heads = self.config.num_layers, self.config.num_attention_heads
+        self._vae: CausalVAE | None = None
+
+    def load(self, weights: str = "") -> OpenSoraT2V:
+        module = load_transformer(weights or self.transformer_file, dtype=self.dtype)
+        if module.config != self.config:
+            raise ValueError(f"{weights} is another model than {self.transformer_file.name}: their configurations differ. Choose another.")
+        return module.train().requires_grad_(True)
+
+    def predict(self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None) -> Tensor:
+        context, mask = condition
+        return module(z.to(self.dtype), time, context, mask, options)
+
+    def check_plan(self, plan: TilePlan) -> None:
+        plan.check_fits(family=FAMILY, layers=self.layers, heads=self.heads)
+
+    def options_with(self, override: Override) -> Options:
+        p = self.config.patch_size
+
+        def options(z: Tensor) -> dict[str, Any]:
+            t, h, w = z.shape[-3:]
+            layout = TokenLayout(TokenGrid(t, -(-h // p), -(-w // p)))
+            return {FORWARD_KEY: ForwardState(layout), OVERRIDE_KEY: override}
+
+        return options
+
+    def tap(self, module: nn.Module) -> FeatureTap:
+        blocks: Any = module.transformer_blocks
+        return FeatureTap({"attention": [b.attn1 for b in blocks], "mlp": [b.ff for b in blocks]})
+
+    def checkpoint_blocks(self, module: nn.Module) -> None:
+        module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
+
+    def text_encoder(self) -> Encode:
+        from ..models.opensora_plan.captions import clean_caption
+
+        encoder = TextEncoder.from_folder(self.folder.text_encoder, dtype=torch.float32 if self.folder.name == TINY else None)
+        # The reference cleans twice: the second pass removes what the first one uncovers.
+        return lambda texts: encoder.encode([clean_caption(clean_caption(t)) for t in texts])
+
+    def video_encoder(self) -> Callable[[np.ndarray], Tensor]:
+        vae = self.vae()
+
+        @torch.no_grad()
+        def encode(frames: np.ndarray) -> Tensor:
+            x = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+            return vae.encode(x)[0] * LATENT_SCALE
+
+        return encode
+
+    def video_decoder(self) -> Callable[[Tensor], np.ndarray]:
+        vae = self.vae()
+
+        @torch.no_grad()
+        def decode(latents: Tensor) -> np.ndarray:
+            pixels = vae.decode(latents[None].float().cpu() / LATENT_SCALE)[0]
+            return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+
+        return decode
+
+    def vae(self) -> CausalVAE:
+        if self._vae is None:
+            self._vae = load_vae(self.folder.vae, dtype=torch.float32)
+        return self._vae
+
+    def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        h, w = self.config.sample_size
+        return frames or (self.config.sample_size_t - 1) * TIME + 1, height or h * SPACE, width or w * SPACE
+
+    def latent_shape(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        frames, height, width = size
+        return self.config.in_channels, (frames - 1) // TIME + 1, height // SPACE, width // SPACE
+
+    def config_entry(self) -> dict[str, Any]:
+        return self.config.to_dict()

@@ -1,0 +1,77 @@
+"""The data of a run: clips and text states, made once and kept in the run's cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import DistillConfig
+from .data import ClipSet, encode_videos, read_captions, teacher_clips
+from .model import FamilyModel
+from .rollout import guided, roll_down
+from .texts import TextBank
+
+SOURCES = ("tinyworld", "videos", "teacher")
+
+
+@dataclass
+class PreparedData:
+    """``negative_text``: what guidance is measured against."""
+
+    clips: ClipSet
+    bank: TextBank
+    negative_text: str
+    device: torch.device
+
+    def negative(self, batch: int) -> Any:
+        """The unconditional half's text states and mask, repeated."""
+        context, mask = self.bank.batch([self.negative_text], self.device)
+        return context.expand(batch, -1, -1), mask.expand(batch, -1)
+
+
+def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> PreparedData:
+    """Build or read back what ``config.data`` names."""
+    data = config.data
+    cache = Path(data.cache) if data.cache else cache
+    cache.mkdir(parents=True, exist_ok=True)
+    if data.source == "tinyworld":
+        clips = _tinyworld(config, model, cache)
+    elif data.source == "videos":
+        clips = encode_videos(Path(data.folder), cache, model.size(data.frames, data.height, data.width), model.video_encoder)
+    elif data.source == "teacher":
+        clips = _from_teacher(config, model, cache, device)
+    else:
+        raise ValueError(f"data.source is {data.source!r}, expected one of {', '.join(SOURCES)}. Correct the configuration.")
+    texts = [*clips.texts(), data.negative, *config.training.samples]
+    return PreparedData(clips, TextBank.build(texts, model.text_encoder, cache / "texts.safetensors"), data.negative, device)
+
+
+def _tinyworld(config: DistillConfig, model: FamilyModel, cache: Path) -> ClipSet:
+    from ..tinyworld.train_dit import cache_clips
+    from .open_sora_plan import OpenSoraPlanModel
+
+    if not isinstance(model, OpenSoraPlanModel):
+        raise ValueError("data.source tinyworld is made for the tiny model of family opensora_plan. Choose videos or teacher.")
+    cached = cache_clips(model.vae(), config.data.clips, cache / "latents.pt", seed=config.data.seed)
+    return ClipSet(cached.latents, [tuple(s.caption(i) for i in range(3)) for s in cached.scenes])
+
+
+def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> ClipSet:
+    data = config.data
+    captions = read_captions(data.captions)
+    bank = TextBank.build([*captions, data.negative], model.text_encoder, cache / "texts.safetensors")
+    shape = model.latent_shape(model.size(data.frames, data.height, data.width))
+    teacher = model.load().eval().requires_grad_(False).to(device)
+    source = PreparedData(ClipSet([], []), bank, data.negative, device)
+
+    def generate(texts: list[str], seed: int) -> Tensor:
+        noise = torch.randn(len(texts), *shape, generator=torch.Generator().manual_seed(data.seed * 2**32 + seed)).to(device)
+        condition, negative = bank.batch(texts, device), source.negative(len(texts))
+        network = guided(lambda z, t, c: model.predict(teacher, z, t, c), condition, negative, data.guidance)
+        return roll_down(network, model.path, model.prediction, noise, segments=data.teacher_steps).cpu()
+
+    return teacher_clips(captions, data.clips, cache, generate, at_once=config.training.batch)

@@ -1,0 +1,148 @@
+"""The paper's three stages as one resumable run: few steps, a plan for each threshold, quality won back under each plan.
+
+    consistency-first   consistency -> search -> knowledge (the paper's order)
+    knowledge-first     search on the base -> knowledge -> consistency under the plan
+    merge               consistency and knowledge apart, both from the base, their changes added
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from .config import DataConfig, DistillConfig, ModelConfig, TrainingConfig, read_section
+from .consistency import ConsistencyConfig
+from .knowledge import KnowledgeConfig, merge_deltas
+from .lora import merged
+from .model import FamilyModel, open_model
+from .prepare import prepare_data
+from .search_stage import SearchConfig, search_plans
+from .trainer import distill
+
+BASE_NEGATIVE_SHARE = 0.1
+ORDERS = ("consistency-first", "knowledge-first", "merge")
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """The sections of a recipe's TOML file; ``order`` stands above them."""
+
+    order: str = "consistency-first"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    consistency_training: TrainingConfig = field(default_factory=TrainingConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
+    knowledge_training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RecipeConfig:
+        """Raises ValueError that names the section and key of what is unknown or out of range."""
+        sections = {
+            "model": ModelConfig, "data": DataConfig, "consistency": ConsistencyConfig, "consistency_training": TrainingConfig,
+            "search": SearchConfig, "knowledge": KnowledgeConfig, "knowledge_training": TrainingConfig,
+        }  # fmt: skip
+        unknown = sorted(values.keys() - sections.keys() - {"order"})
+        if unknown:
+            raise ValueError(f"The recipe has {unknown[0]!r}, expected order and the sections {', '.join(sections)}.")
+        order = values.get("order", cls.order)
+        if order not in ORDERS:
+            raise ValueError(f"order is {order!r}, expected one of {', '.join(ORDERS)}. Correct the recipe.")
+        return cls(order=order, **{name: read_section(kind, values.get(name, {}), name) for name, kind in sections.items()})
+
+
+class ThreeStages:
+    """The stages of one recipe in ``folder``; each is skipped where it is finished, and resumed where it was stopped."""
+
+    def __init__(self, config: RecipeConfig, folder: Path) -> None:
+        data = config.data if config.data.cache else replace(config.data, cache=str(folder / "cache"))
+        self.config, self.folder = replace(config, data=data), folder
+
+    def run(self) -> dict[str, Path]:
+        """Results by the plan's name: full weights, or a LoRA."""
+        c = self.config
+        if c.order == "consistency-first":
+            dense = self.consistency("consistency")
+            plans = self.plans("plans", dense)
+            return {name: self.knowledge(f"knowledge-{name}", dense, plan) for name, plan in plans.items()}
+        plans = self.plans("plans", "")
+        tuned = {name: self.knowledge(f"knowledge-{name}", "", plan) for name, plan in plans.items()}
+        if c.order == "knowledge-first":
+            return {name: self.consistency(f"consistency-{name}", weights, plans[name]) for name, weights in tuned.items()}
+        dense = self.consistency("consistency")
+        return {name: self.merge(f"merged-{name}", dense, weights) for name, weights in tuned.items()}
+
+    def consistency(self, name: str, teacher: str | Path = "", plan: str | Path = "", *, init: str | Path = "", **changes: Any) -> Path:
+        """Stage 1 in the subfolder ``name``; the student starts from ``init`` or the teacher. ``changes`` are of the objective."""
+        c = self.config
+        stage = self._stage("consistency", replace(c.consistency, plan=str(plan), **changes), c.consistency_training, teacher)
+        if init:
+            stage = replace(stage, model=replace(stage.model, init=str(self.full(init))))
+        return distill(stage, self.folder / name)
+
+    def knowledge(self, name: str, teacher: str | Path, plan: str | Path, **changes: Any) -> Path:
+        """Stage 3 in the subfolder ``name``, under a plan file or pattern.
+
+        A base teacher is to be distilled later: it learns at all of stage 1's times, and without captions for the guidance.
+        """
+        c = self.config
+        objective = replace(c.knowledge, plan=str(plan), **changes)
+        if teacher:
+            return distill(self._stage("knowledge", objective, c.knowledge_training, teacher), self.folder / name)
+        segments = objective.segments or c.consistency.segments
+        objective = replace(objective, segments=segments, steps=segments * max(1, round(c.consistency.teacher_steps / segments)))
+        stage = self._stage("knowledge", objective, c.knowledge_training, "")
+        share = c.data.negative_share or (BASE_NEGATIVE_SHARE if c.consistency.guidance is not None else 0.0)
+        return distill(replace(stage, data=replace(stage.data, negative_share=share)), self.folder / name)
+
+    def plans(self, name: str, weights: str | Path, segments: int = 0) -> dict[str, Path]:
+        """Stage 2 of a model's weights in the subfolder ``name``; the plan files."""
+        c = self.config
+        model = open_model(replace(c.model, transformer=str(self.full(weights)) if weights else c.model.transformer))
+        device = torch.device("cuda" if torch.cuda.is_available() and c.model.device != "cpu" else "cpu")
+        config = self._stage("consistency", c.consistency, c.consistency_training, "")
+        data = prepare_data(config, model, Path(c.data.cache), device)
+        segments = segments or c.consistency.segments
+        steps = max(c.consistency.steps, segments)
+        module = model.load().eval().to(device)
+        return search_plans(
+            c.search, model, module, data.clips, data.bank, self.folder / name, segments=segments, steps=steps, device=device
+        )
+
+    def merge(self, name: str, *tuned: str | Path) -> Path:
+        """The changes of several stages added to the base, with the last one's metadata."""
+        target = self.folder / name / "transformer" / "diffusion_pytorch_model.safetensors"
+        model = open_model(self.config.model)
+        base, _ = read_state_dict(model.transformer_file)
+        states = [read_state_dict(self.full(t)) for t in tuned]
+        save_safetensors(target, merge_deltas(base, *(weights for weights, _ in states)), {**states[-1][1], **_config_of(model)})
+        return target
+
+    def full(self, weights: str | Path) -> Path:
+        """Full weights of a stage's result: itself, or the base with its LoRA merged."""
+        file = Path(weights)
+        if file.name != "lora.safetensors":
+            return file
+        target = file.parent / "transformer" / "diffusion_pytorch_model.safetensors"
+        if not target.is_file():
+            model = open_model(self.config.model)
+            base, _ = read_state_dict(model.transformer_file)
+            lora, about = read_state_dict(file)
+            save_safetensors(target, merged(base, lora), {**about, **_config_of(model)})
+        return target
+
+    def _stage(self, method: str, objective: Any, training: TrainingConfig, teacher: str | Path) -> DistillConfig:
+        model = self.config.model
+        if teacher:
+            model = replace(model, transformer=str(self.full(teacher)), init="")
+        return DistillConfig(method, objective, model, self.config.data, training)
+
+
+def _config_of(model: FamilyModel) -> dict[str, str]:
+    return {"config": json.dumps(model.config_entry()), "format": "pt"}

@@ -1,0 +1,37 @@
+"""Sample videos during training: the same noise and captions every time, at the steps that the student is made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .config import DistillConfig
+from .metadata import DistillMetadata
+from .model import FamilyModel, read_plan, sparse_options
+from .rollout import guided, roll_down
+
+if TYPE_CHECKING:
+    from .prepare import PreparedData
+
+
+@torch.no_grad()
+def write_samples(config: DistillConfig, model: FamilyModel, module: nn.Module, data: PreparedData, about: DistillMetadata,
+                  folder: Path) -> str:
+    """Write one gif for each of ``training.samples`` (or the first four captions) and say where."""
+    from ..video import write_video
+
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = list(config.training.samples) or [c[0] for c in data.clips.captions[:4]]
+    shape = tuple(data.clips.latents[0].shape)
+    options = sparse_options(model, read_plan(config.objective.plan)) if about.plan is not None else None
+    decode = model.video_decoder()
+    for number, text in enumerate(texts):
+        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(number)).to(data.device)
+        condition = data.bank.batch([text], data.device)
+        network = guided(lambda z, t, c: model.predict(module, z, t, c, options(z) if options else None), condition, None, 1.0)
+        z = roll_down(network, model.path, model.prediction, noise, segments=about.segments, steps=about.steps)
+        write_video(folder / f"{number:02d}.gif", decode(z[0]), fps=24, metadata={"prompt": text, "seed": number, "steps": about.steps})
+    return f"samples in {folder}"

@@ -1,0 +1,60 @@
+"""Stage 2 inside the recipe: one probing run of the few-step model on its own samples, then a plan for each target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..plan import TilePlan
+from ..search import ProbeRecord, make_probe_override, parse_candidates, plan_from_record
+from ..search.candidates import sparse_candidates
+from .data import ClipSet
+from .model import FamilyModel
+from .rollout import guided, roll_down
+from .texts import TextBank
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """thresholds: largest relative error of a layer's attention, a plan for each; speedups: of the attention, a plan for each.
+
+    candidates: numbers of reference frames. captions: samples that the errors are averaged over.
+    """
+
+    thresholds: tuple[float, ...] = (0.1,)
+    speedups: tuple[float, ...] = ()
+    candidates: str = "1,2,4"
+    captions: int = 8
+    seed: int = 0
+
+
+def search_plans(config: SearchConfig, model: FamilyModel, module: nn.Module, clips: ClipSet, bank: TextBank, folder: Path, *,
+                 segments: int, steps: int, device: torch.device) -> dict[str, Path]:
+    """Plan files by name, such as ``r-0.1`` and ``x-2.5``; those that exist are kept."""
+    names = {f"r-{r:g}": {"threshold": r} for r in config.thresholds} | {f"x-{x:g}": {"speedup": x} for x in config.speedups}
+    files = {name: folder / f"{name}.json" for name in names}
+    if all(f.is_file() for f in files.values()):
+        return files
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
+    record = probe(config, model, module, bank, texts, tuple(clips.latents[0].shape), segments=segments, steps=steps, device=device)
+    about = {"segments": segments, "steps": steps, "captions": texts, "guidance": 1.0, "seed": config.seed}
+    for name, target in names.items():
+        plan: TilePlan = plan_from_record(record, layers=model.layers, family=model.family, heads=model.heads, about=about, **target)
+        plan.save(files[name])
+    return files
+
+
+@torch.no_grad()
+def probe(config: SearchConfig, model: FamilyModel, module: nn.Module, bank: TextBank, texts: list[str], shape: tuple[int, ...], *,
+          segments: int, steps: int, device: torch.device) -> ProbeRecord:
+    """Sample latents of ``shape`` for ``texts`` densely and measure every candidate in every layer on the way."""
+    record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), shape[1]))
+    options = model.options_with(make_probe_override(record))
+    noise = torch.randn(len(texts), *shape, generator=torch.Generator().manual_seed(config.seed)).to(device)
+    network = guided(lambda z, t, c: model.predict(module, z, t, c, options(z)), bank.batch(texts, device), None, 1.0)
+    roll_down(network, model.path, model.prediction, noise, segments=segments, steps=steps)
+    return record

@@ -1,0 +1,199 @@
+"""One distillation run in one folder: model, data, objective and optimiser from a configuration, then checkpoint and export.
+
+    folder/config.toml        the configuration that the run was started with
+    folder/checkpoint.pt      everything a resumed run needs
+    folder/cache/             latents and text states
+    folder/transformer/       the result as full weights, or folder/lora.safetensors
+
+More GPUs or machines: the same command under `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..training import StepLoss, TrainingRun
+from .config import DistillConfig
+from .consistency import ConsistencyLoss
+from .export import export, result_file
+from .knowledge import KnowledgeLoss
+from .lora import add_lora, lora_off
+from .metadata import DistillMetadata, read_metadata
+from .model import FamilyModel, open_model, read_plan, sparse_options
+from .optimizers import make_optimizers
+from .prepare import PreparedData, prepare_data
+from .samples import write_samples
+
+CONFIG = "config.toml"
+
+
+def distill(config: DistillConfig, folder: Path) -> Path:
+    """Run, or go on with, the distillation in ``folder``; returns the exported file.
+
+    Raises ValueError where the configuration cannot be met, or differs from the one that the folder was started with.
+    """
+    # All that can be refused is refused before the folder is claimed.
+    check_training(config)
+    accelerator, model = _accelerator(config), open_model(config.model)
+    about = describe(config, model)
+    with accelerator.main_process_first():
+        claim_folder(config, folder)
+    result = result_file(folder, lora=config.model.train == "lora")
+    if result.is_file():  # it is written at the end, whole
+        return result
+    torch.manual_seed(config.training.seed)
+    with accelerator.main_process_first():  # the others read its cache
+        data = prepare_data(config, model, folder / "cache", accelerator.device)
+    student, teacher = make_pair(config, model, accelerator.device)
+    t = config.training
+    run = TrainingRun(
+        student, make_optimizers(student, t), folder=folder, steps=t.steps, seed=t.seed, ema_decay=t.ema, warmup=t.warmup,
+        final_rate=t.final_rate, accumulate=t.accumulate, clip=t.clip, tensorboard=t.tensorboard, accelerator=accelerator,
+    )  # fmt: skip
+    objective = make_objective(config, model, run.model, student, teacher, about, data)
+
+    def loss_of(generator: torch.Generator) -> StepLoss:
+        x, texts = data.clips.batch(t.batch, generator)
+        if config.data.negative_share:
+            without = torch.rand(t.batch, generator=generator) < config.data.negative_share
+            texts = [config.data.negative if w else text for w, text in zip(without.tolist(), texts, strict=True)]
+        return objective(x.to(accelerator.device), data.bank.batch(texts, accelerator.device), generator)
+
+    def evaluate(ema: dict[str, Tensor]) -> str:
+        with holding(student, ema):
+            return write_samples(config, model, student, data, about, folder / "samples" / f"step-{run.step:06d}")
+
+    run.train(loss_of, save_every=t.save_every, evaluate=evaluate if t.samples_every else None, evaluate_every=t.samples_every or t.steps)
+    export(model, student, run.ema, folder, about, lora=teacher is None, rank=run.rank)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def check_training(config: DistillConfig) -> None:
+    """Raises ValueError where the model's settings cannot be trained."""
+    wanted = config.model
+    if wanted.train not in ("full", "lora"):
+        raise ValueError(f"model.train is {wanted.train!r}, expected full or lora. Correct the configuration.")
+    if wanted.train == "full" and wanted.dtype != "float32":
+        raise ValueError(
+            f"model.dtype is {wanted.dtype}, expected float32 for full training: small steps vanish in lower precision. Set it to float32 "
+            "with training.precision bf16, or train a LoRA."
+        )
+    if wanted.train == "lora" and wanted.init:
+        raise ValueError("model.init is set, but a LoRA starts from its teacher. Leave it empty, or train the full weights.")
+
+
+def make_pair(config: DistillConfig, model: FamilyModel, device: torch.device) -> tuple[nn.Module, nn.Module | None]:
+    """Student and teacher; None is the student itself with its LoRA off, which saves a copy of the model."""
+    wanted = config.model
+    student = model.load(wanted.init)
+    teacher = None
+    if wanted.train == "lora":
+        add_lora(student, wanted.lora_rank, wanted.lora_alpha or None)
+    else:
+        teacher = model.load().eval().requires_grad_(False).to(device)
+    if wanted.gradient_checkpointing:
+        model.checkpoint_blocks(student)
+    return student, teacher
+
+
+def claim_folder(config: DistillConfig, folder: Path) -> None:
+    """Save the configuration in a new folder; refuse one that was started with another."""
+    file = folder / CONFIG
+    if file.is_file():
+        differences = DistillConfig.load(file).differences(config)
+        if differences:
+            raise ValueError(
+                f"{folder.name} was started with another configuration ({'; '.join(differences)}). Resume with the same one, "
+                "or choose a new folder."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save(file)
+
+
+def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
+    """The metadata of the result. A knowledge run inherits segments and guidance from its teacher's."""
+    from .. import __version__
+
+    objective, inherited = config.objective, read_metadata(model.transformer_file)
+    segments = objective.segments or (inherited.segments if inherited else 0)
+    if not segments:
+        raise ValueError(
+            f"{model.transformer_file.name} does not say for how many segments it was distilled. Set objective.segments; for a model "
+            "that is not distilled it is the number of sampling steps."
+        )
+    plan = read_plan(objective.plan) if objective.plan or config.method == "knowledge" else None
+    guidance = objective.guidance if config.method == "consistency" else (inherited.guidance if inherited else None)
+    return DistillMetadata(
+        method=config.method, segments=segments, steps=objective.steps or segments, schedule=model.path.describe(),
+        prediction=model.prediction, guidance=guidance, plan=json.loads(plan.to_json()) if plan else None, version=__version__,
+    )  # fmt: skip
+
+
+def make_objective(config: DistillConfig, model: FamilyModel, student: nn.Module, bare: nn.Module, teacher: nn.Module | None,
+                   about: DistillMetadata, data: PreparedData) -> Any:
+    """The loss of one batch: ``objective(x, condition, generator)``. ``student`` is ``bare`` as accelerate prepared it."""
+
+    plan = config.objective.plan
+    sparse = sparse_options(model, read_plan(plan)) if about.plan is not None else None
+    dense_teacher = config.method == "knowledge"
+
+    def learn(z: Tensor, time: Tensor, condition: Any) -> Tensor:
+        return model.predict(student, z, time, condition, sparse(z) if sparse else None)
+
+    def teach(z: Tensor, time: Tensor, condition: Any) -> Tensor:
+        options = sparse(z) if sparse and not dense_teacher else None
+        if teacher is not None:
+            return model.predict(teacher, z, time, condition, options)
+        with lora_off(bare):
+            return model.predict(student, z, time, condition, options)
+
+    def guided(z: Tensor, time: Tensor, condition: Any, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
+        plain = teach(z, time, condition).float()
+        if guidance is None:
+            return plain, plain
+        without = teach(z, time, data.negative(len(z))).float()
+        return without + guidance.view(-1, *[1] * (z.ndim - 1)) * (plain - without), plain
+
+    if config.method == "consistency":
+        return ConsistencyLoss(config.objective, model.path, model.prediction, teacher=guided, student=learn)
+    taps = {"student_tap": model.tap(bare), "teacher_tap": model.tap(bare if teacher is None else teacher)}
+    return KnowledgeLoss(config.objective, model.path, segments=about.segments, teacher=teach, student=learn, **taps)
+
+
+@contextmanager
+def holding(module: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
+    """Within it the module holds ``state``; its own weights come back afterwards."""
+    own = {name: value.detach().clone() for name, value in module.state_dict().items() if name in state}
+    module.load_state_dict(state, strict=False)
+    try:
+        yield
+    finally:
+        module.load_state_dict(own, strict=False)
+
+
+def _accelerator(config: DistillConfig) -> Any:
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ValueError("Distillation needs the package 'accelerate', which is missing. Install efficient-vdit[engine,train].") from error
+    precisions = {"float32": "no", "bf16": "bf16"}
+    if config.training.precision not in precisions:
+        raise ValueError(f"training.precision is {config.training.precision!r}, expected float32 or bf16. Correct the configuration.")
+    if config.model.device not in ("auto", "cpu"):
+        raise ValueError(f"model.device is {config.model.device!r}, expected auto or cpu; accelerate launch chooses among GPUs.")
+    accelerator = Accelerator(mixed_precision=precisions[config.training.precision], cpu=config.model.device == "cpu")
+    if "FSDP" in str(accelerator.distributed_type) or "DEEPSPEED" in str(accelerator.distributed_type):
+        raise ValueError(
+            f"accelerate was started with {accelerator.distributed_type}, expected plain data parallelism: the checkpoints do not gather "
+            "sharded weights. Start `accelerate launch --multi_gpu`; a LoRA needs no sharding."
+        )
+    return accelerator

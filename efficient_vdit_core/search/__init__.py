@@ -1,0 +1,17 @@
+"""Layer-wise search (Efficient-vDiT, stage 2): what each candidate pattern costs each layer, and the plan that follows."""
+
+from .blocks import replay_blocks
+from .candidates import parse_candidates
+from .probe import ProbeRecord, make_probe_override
+from .select import check_target, choose_for_speedup, choose_under_threshold, plan_from_record
+
+__all__ = [
+    "ProbeRecord",
+    "check_target",
+    "choose_for_speedup",
+    "choose_under_threshold",
+    "make_probe_override",
+    "parse_candidates",
+    "plan_from_record",
+    "replay_blocks",
+]

@@ -1,0 +1,76 @@
+"""Runs a model's blocks again under each candidate, to see the error in the block's output.
+
+A block with its feed-forward costs far more than its attention, so this makes a search several times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .probe import BLOCK, ProbeRecord, relative_error
+
+
+@contextmanager
+def replay_blocks(blocks: Sequence[nn.Module], record: ProbeRecord) -> Iterator[None]:
+    """Within it, each forward of ``blocks`` (layer 0, 1, ...) adds its block errors to ``record``.
+
+    The model must run with ``make_probe_override(record)``. The hooks go away at the end, after an exception as well.
+    Memory: two copies of a block's inputs and one output beside the dense run.
+    """
+    handles = []
+    try:
+        for layer, block in enumerate(blocks):
+            before, after = _hooks(layer, record)
+            handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(block.register_forward_hook(after, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hooks(layer: int, record: ProbeRecord) -> tuple[Callable[..., None], Callable[..., None]]:
+    inputs: list[Any] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        # Some blocks add to their input in place, so what they got has to be kept.
+        inputs[:] = [_copied(args, kwargs)]
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        (kept,) = inputs
+        inputs.clear()
+        exact = _flat(output)
+        for count in record.candidates:
+            positional, named = _copied(*kept)
+            record.replaying = count
+            try:
+                approximate = module.forward(*positional, **named)
+            finally:
+                record.replaying = None
+            record.add(BLOCK, layer, count, relative_error(_flat(approximate), exact))
+
+    return before, after
+
+
+def _copied(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(_copy(a) for a in args), {name: _copy(a) for name, a in kwargs.items()}
+
+
+def _copy(value: Any) -> Any:
+    """A copy of the tensors, also of those in tuples and lists. Of dictionaries, the options, only the keys are copied."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) in (tuple, list):
+        return type(value)(_copy(v) for v in value)
+    return dict(value) if type(value) is dict else value
+
+
+def _flat(output: Any) -> Tensor:
+    """A block's tensors as one of shape (1, 1, n)."""
+    tensors = [output] if isinstance(output, Tensor) else [t for t in output if isinstance(t, Tensor)]
+    return torch.cat([t.flatten() for t in tensors])[None, None]

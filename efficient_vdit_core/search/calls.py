@@ -1,0 +1,48 @@
+"""Which attention calls of a forward pass a search looks at, and to which layer they belong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+
+from ..attention import TokenLayout
+from ..attention.override import ForwardState
+
+
+def layer_of_call(state: ForwardState | None, options: dict[str, Any]) -> tuple[int | None, str]:
+    """The layer of a self-attention over the video, counted on by one, or None and the reason why it is none."""
+    layer = state.next_layer(options) if state else None
+    return layer, "" if layer is not None else "beyond the last layer"
+
+
+def layout_of_call(
+    state: ForwardState | None, q: Tensor, k: Tensor, mask: Tensor | None, skip_reshape: bool
+) -> tuple[TokenLayout | None, str]:
+    """Where the video stands in a plain self-attention over several frames, or None and the reason why it is no such call.
+
+    Masked padding is left out of the layout.
+
+    q and k are (B, H, N, D) with ``skip_reshape``, else (B, N, H * D).
+    """
+    if state is None:
+        return None, "no token grid"
+    if k.shape != q.shape:
+        return None, "cross-attention"
+    if state.layout is None:
+        return None, state.reason
+    tokens = q.shape[2 if skip_reshape else 1]
+    if tokens != state.layout.tokens:
+        return None, "text or audio alone" if tokens in state.others else "another sequence length"
+    if state.layout.grid.t == 1:
+        return None, "a single frame"
+    if mask is not None and not state.masks_padding_alone(state.layout, mask):
+        return None, "masked"
+    return (state.without_padding(state.layout, mask), "") if state.active else (None, state.reason)
+
+
+def as_heads(x: Tensor, heads: int, skip_reshape: bool, layout: TokenLayout) -> Tensor:
+    """(B, H, N, D) without the padding behind the tokens of ``layout``."""
+    shaped = x if skip_reshape else rearrange(x, "b n (h d) -> b h n d", h=heads)
+    return shaped[:, :, : layout.tokens]

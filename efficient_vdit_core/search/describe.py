@@ -1,0 +1,28 @@
+"""A searched plan in words: what was chosen, what it should gain, and the errors it rests on."""
+
+from __future__ import annotations
+
+import math
+
+from ..plan import TilePlan
+
+
+def describe_plan(plan: TilePlan) -> str:
+    """A few lines and a table, one row a layer: the pattern, and each candidate's relative error."""
+    about = plan.provenance
+    errors = {int(k): values for k, values in about["errors"].items()}
+    lines = [
+        f"Plan: {plan.to_text()}",
+        f"Attention FLOPs: {about['attention_flop_density']:.0%} of dense; "
+        f"predicted speed-up of the attention: {about['attention_speedup']:.2f}x (by {about['costs']})",
+        f"Error: {about['error']}",
+    ]
+    for name, meaning in (("not_finite_layers", "not finite"), ("not_measured_layers", "not measured")):
+        if about[name]:
+            lines.append(f"Full because {meaning}: layer {', '.join(map(str, about[name]))}")
+    frames = plan.frames or 1
+    lines += ["", "layer  pattern  " + "  ".join(f"k={k:<6}" for k in errors)]
+    for i, pattern in enumerate(plan.patterns):
+        row = "  ".join(f"{math.nan if values[i] is None else values[i]:<8.4f}" for values in errors.values())
+        lines.append(f"{i:>5}  {pattern.name(frames):<7}  {row}".rstrip())
+    return "\n".join(lines)

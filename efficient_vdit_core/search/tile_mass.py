@@ -1,0 +1,171 @@
+"""Where attention goes: the share of its mass in every frame x frame tile (Efficient-vDiT, Figure 1), on live q and k.
+
+Query rows are taken in chunks, evenly from every frame, so no N x N matrix is ever held.
+Shapes: B batch, H heads, N tokens of which T frames of s are video, D head_dim, c query rows in a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from ..attention import TokenLayout
+from ..attention.override import FORWARD_KEY, ForwardState, Override
+from ..plan import parse_layers
+from ..tiles import TilePattern
+from .calls import as_heads, layer_of_call, layout_of_call
+
+LEVELS = (0.90, 0.95, 0.99)
+MAX_BYTES = 256 * 2**20
+MAX_POSITIONS = 32 * 2**20  # of important positions remembered for one layer, a byte each
+
+
+@dataclass
+class TileMass:
+    """One layer's attention.
+
+    share: (T, T), row i the mean share of the queries of frame i in each key frame. extra: (T,), their share in text
+    and other tokens; each row of both sums to 1. rows: query rows measured in each frame.
+    important: (R, H, T s) uint8, for a few query rows the smallest of LEVELS whose positions hold a key, len(LEVELS) for none.
+    """
+
+    share: Tensor
+    extra: Tensor
+    rows: int
+    important: Tensor
+
+    @property
+    def diagonal(self) -> float:
+        """Mean share of a frame's own tile."""
+        return float(self.share.diagonal().mean())
+
+    @property
+    def off_diagonal(self) -> float:
+        """Mean share of one tile of another frame."""
+        frames = len(self.share)
+        return float(self.share.sum() - self.share.diagonal().sum()) / (frames * (frames - 1)) if frames > 1 else 0.0
+
+    def kept(self, pattern: TilePattern) -> float:
+        """Share of the mass in the tiles that ``pattern`` computes, text included, 0 to 1."""
+        return float((self.share * kept_tiles(pattern, len(self.share))).sum(1).mean() + self.extra.mean())
+
+    def overlap(self, other: TileMass) -> tuple[float, ...]:
+        """For each of LEVELS, 2 |A and B| / (|A| + |B|) of the key positions that hold that share of a query's video mass."""
+        found = []
+        for level in range(len(LEVELS)):
+            a, b = self.important <= level, other.important <= level
+            found.append(2.0 * float((a & b).sum()) / float(a.sum() + b.sum()))
+        return tuple(found)
+
+
+@dataclass
+class MassRecord:
+    """Layers to measure, and what was found. Nothing is measured while ``active`` is False."""
+
+    layers: tuple[int, ...]
+    rows: int = 64
+    active: bool = True
+    found: dict[int, TileMass] = field(default_factory=dict)
+    reasons: set[str] = field(default_factory=set)
+
+
+def make_mass_override(
+    record: MassRecord, *, progress: Callable[[int], None] | None = None, previous: Override | None = None
+) -> Override:
+    """An override that measures the chosen layers' tile mass into ``record`` and leaves the attention as it is.
+
+    ``progress`` is told the layer of each self-attention over the video; what it raises ends the run.
+    """
+
+    def override(func: Override, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
+                 attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any) -> Tensor:
+        options = kwargs.get("transformer_options") or {}
+        state: ForwardState | None = options.get(FORWARD_KEY)
+        layout, reason = layout_of_call(state, q, k, mask, skip_reshape)
+        layer, reason = layer_of_call(state, options) if layout is not None else (None, reason)
+        if layout is None or layer is None:
+            record.reasons.add(reason)
+        else:
+            if record.active and layer in record.layers:
+                qh, kh = (as_heads(x, heads, skip_reshape, layout) for x in (q, k))
+                record.found[layer] = tile_mass(qh, kh, layout, record.rows)
+            if progress is not None:
+                progress(layer)
+        shape = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
+        if previous is not None:
+            return previous(func, q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
+        return func(q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
+
+    return override
+
+
+def tile_mass(q: Tensor, k: Tensor, layout: TokenLayout, rows: int = 64, max_bytes: int = MAX_BYTES) -> TileMass:
+    """Measure q, k (B, H, N, D), N = ``layout.tokens``, over ``rows`` evenly spaced query rows of each frame.
+
+    The mean goes over batch, heads and rows; important positions are those of the first batch entry.
+    """
+    grid, start = layout.grid, layout.prefix
+    rows = min(rows, grid.tokens_per_frame)
+    inside = torch.arange(rows, device=q.device) * grid.tokens_per_frame // rows
+    chunk = max(1, max_bytes // (3 * 4 * q.shape[0] * q.shape[1] * q.shape[2]))
+    remembered = _remembered_rows(rows, grid.t, q.shape[1] * grid.tokens)
+    share, extra, important = [], [], []
+    for frame in range(grid.t):
+        at = start + frame * grid.tokens_per_frame + inside
+        sums = torch.zeros(grid.t + 1, device=q.device)
+        for begin in range(0, rows, chunk):
+            weights = _softmax_rows(q[:, :, at[begin : begin + chunk]], k)
+            video = weights[..., start : start + grid.tokens]
+            sums[:-1] += reduce(video, "b h c (t s) -> t", "sum", t=grid.t)
+            sums[-1] += weights.sum() - video.sum()
+            wanted = [r - begin for r in remembered if begin <= r < begin + chunk]
+            important += [_levels(video[0, :, r]) for r in wanted]
+        sums /= rows * q.shape[0] * q.shape[1]
+        share.append(sums[:-1].cpu())
+        extra.append(sums[-1].cpu())
+    return TileMass(torch.stack(share), torch.stack(extra), rows, torch.stack(important))
+
+
+def kept_tiles(pattern: TilePattern, frames: int) -> Tensor:
+    """(T, T) bool: the tiles that ``pattern`` computes."""
+    kept = torch.eye(frames, dtype=torch.bool)
+    references = list(pattern.reference_frames(frames))
+    kept[references, :] = True
+    kept[:, references] = True
+    return kept
+
+
+def choose_layers(text: str, depth: int, most: int) -> tuple[int, ...]:
+    """Read ``0,5,-1`` or ``0-3`` for a model of ``depth`` layers. Raises ValueError for others, none, or over ``most``."""
+    try:
+        ranges = parse_layers(text)
+    except ValueError:
+        raise ValueError(f"The layers {text!r} cannot be read, expected a list such as '0,5,-1' or '0-3'.") from None
+    chosen = [i for first, last in ranges for i in ((first + depth,) if first < 0 else range(first, min(last, depth) + 1))]
+    if not chosen or not all(0 <= i < depth for i in chosen) or len(set(chosen)) > most:
+        raise ValueError(f"The layers are {text!r}, expected 1 to {most} of the model's {depth}: 0 to {depth - 1}, or -1 for the last.")
+    return tuple(sorted(set(chosen)))
+
+
+def _softmax_rows(q: Tensor, k: Tensor) -> Tensor:
+    """(B, H, c, N) float32 attention weights."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float().softmax(-1)
+
+
+def _remembered_rows(rows: int, frames: int, positions: int) -> Iterable[int]:
+    """Evenly spaced rows of each frame whose important positions are kept, at least one."""
+    count = min(rows, max(1, MAX_POSITIONS // (frames * positions)), 8)
+    return [i * rows // count for i in range(count)]
+
+
+def _levels(weights: Tensor) -> Tensor:
+    """(H, N) weights to uint8: 0 where a key is among those that hold LEVELS[0] of the mass, and so on."""
+    ordered, index = weights.sort(-1, descending=True)
+    before = (ordered.cumsum(-1) - ordered) / ordered.sum(-1, keepdim=True)
+    codes = sum((before >= level).to(torch.uint8) for level in LEVELS)
+    return torch.empty_like(index, dtype=torch.uint8).scatter_(-1, index, codes).cpu()  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,234 @@
+"""One training run in one folder: optimiser steps, checkpoints that survive, exact resume, clean stops, progress.
+
+With an ``accelerator`` (Hugging Face accelerate, started by `accelerate launch`) the same run spreads over processes and
+GPUs, weights staying in float32 under bf16 autocast; without one it is a plain loop on the model's own device.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..files import written_whole
+from .average import WeightAverage
+from .stop import StopWish, stop_wish
+
+
+@dataclass
+class StepLoss:
+    """The loss that is descended, and named ``parts`` of it for the log; a part that this batch lacks is left out."""
+
+    total: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+LossOf = Callable[[torch.Generator], Tensor | StepLoss]
+
+
+class TrainingRun:
+    """Trains ``model`` for ``steps`` steps of ``loss_of(generator)`` and keeps its state in ``folder``.
+
+    ``loss_of`` draws everything random from the generator it is given, so that a resumed run repeats the
+    uninterrupted one bit for bit. An exponential moving average of the trained weights (``ema``) is what gets exported;
+    frozen parameters are neither averaged nor saved.
+
+    Args:
+        steps: optimiser steps in all; the rate warms up over ``warmup`` of them, then falls as a cosine to ``final_rate`` of it.
+        accumulate: calls of ``loss_of`` whose gradients make one step.
+        clip: largest norm of the gradient.
+        accelerator: accelerate's Accelerator; ``run.model`` is then the prepared model.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], *, folder: Path, steps: int, seed: int,
+                 ema_decay: float = 0.999, warmup: int = 100, final_rate: float = 0.02, accumulate: int = 1, clip: float = 1.0,
+                 tensorboard: bool = False, accelerator: Any = None) -> None:
+        self.bare, self.steps, self.warmup, self.final_rate = model, steps, warmup, final_rate
+        self.folder, self.accumulate, self.clip, self.accelerator = folder, accumulate, clip, accelerator
+        self.rank, self.processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        prepared = accelerator.prepare(model, *optimizers) if accelerator else (model, *optimizers)
+        self.model: nn.Module = prepared[0]
+        self.optimizers: list[Any] = list(prepared[1:])
+        self.average = WeightAverage(self._trained(), ema_decay)
+        self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+        self.generator = torch.Generator().manual_seed(seed + self.rank)
+        self.step = 0
+        self.means: dict[str, float] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.writer = _tensorboard(folder) if tensorboard and self.rank == 0 else None
+        if self.checkpoint.exists():
+            self._load()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def ema(self) -> dict[str, Tensor]:
+        """The averaged weights, under the model's names."""
+        return self.average.state
+
+    def train(self, loss_of: LossOf, *, save_every: int = 500, evaluate: Callable[[dict[str, Tensor]], str] | None = None,
+              evaluate_every: int = 1000) -> dict[str, Tensor]:
+        """Run to the end (or on from the last checkpoint) and return the averaged weights.
+
+        SIGTERM and Ctrl-C end the step, save and leave (SystemExit, KeyboardInterrupt). A loss or gradient that is no
+        number raises ValueError before it reaches the weights; whatever ends the run, the last whole step is saved.
+        """
+        from tqdm import tqdm
+
+        with stop_wish() as wish, tqdm(total=self.steps, initial=self.step, desc=self.folder.name, mininterval=5.0,
+                                       disable=self.rank > 0) as bar:
+            while self.step < self.steps:
+                self._step_or_keep(loss_of)
+                bar.update()
+                bar.set_postfix_str(f"loss {self.means['loss']:.4f}", refresh=False)
+                self._log()
+                if self._anywhere(wish.signal is not None):
+                    self._leave(wish)
+                if self.step % save_every == 0:
+                    self.save()
+                if evaluate and self.step % evaluate_every == 0 and self.rank == 0:
+                    bar.write(f"step {self.step}: {self.describe()} {evaluate(self.ema)}")
+        self.save()
+        return self.ema
+
+    def describe(self) -> str:
+        """The running means of the loss and of its parts."""
+        return ", ".join(f"{name} {value:.4f}" for name, value in sorted(self.means.items()))
+
+    def _step_or_keep(self, loss_of: LossOf) -> None:
+        """One step; where it fails, what is saved is the state before it, its random numbers included."""
+        before = self.generator.get_state()
+        try:
+            self._one_step(loss_of)
+        except BaseException:
+            self.generator.set_state(before)
+            if self.processes == 1:  # the others may be in another place, and saving needs them all
+                self.save()
+            raise
+
+    def _one_step(self, loss_of: LossOf) -> None:
+        self._set_rates()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        seen: dict[str, list[float]] = {}
+        for _ in range(self.accumulate):
+            result = loss_of(self.generator)
+            loss = result if isinstance(result, StepLoss) else StepLoss(result)
+            values = {"loss": loss.total, **loss.parts}
+            numbers = dict(zip(values, torch.stack([v.detach().float() for v in values.values()]).tolist(), strict=True))
+            self._refuse_no_number(numbers)
+            (loss.total / self.accumulate).backward()
+            for name, number in numbers.items():
+                seen.setdefault(name, []).append(number)
+        norm = float(nn.utils.clip_grad_norm_(self.bare.parameters(), self.clip))
+        self._refuse_no_number({"gradient's norm": norm})
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        self.average.update(self._trained(), self.step)
+        for name, numbers in {**seen, "gradient": [norm]}.items():
+            value = sum(numbers) / len(numbers)
+            self.means[name] = 0.98 * self.means[name] + 0.02 * value if name in self.means else value
+
+    def _set_rates(self) -> None:
+        cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        rate = min(1.0, (self.step + 1) / self.warmup) * (self.final_rate + (1 - self.final_rate) * cosine)
+        for optimizer, bases in zip(self.optimizers, self.base_rates, strict=True):
+            for group, base in zip(optimizer.param_groups, bases, strict=True):
+                group["lr"] = base * rate
+
+    def _refuse_no_number(self, values: dict[str, float]) -> None:
+        # Before the weights are touched, so that what is saved next is the last good state.
+        wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if not self._anywhere(bool(wrong)):
+            return
+        first = next(iter(wrong), "loss")
+        parts = ", ".join(name for name in wrong if name != first)
+        raise ValueError(
+            f"The {first} became {wrong.get(first, 'infinite or nan in another process')} at step {self.step + 1}"
+            + (f" ({parts})" if parts else "")
+            + f". {self.checkpoint} keeps the last good state; resume from it with a lower learning rate."
+        )
+
+    def _leave(self, wish: StopWish) -> None:
+        self.save()
+        if wish.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _log(self) -> None:
+        if self.writer and self.step % 20 == 0:
+            for name, value in self.means.items():
+                self.writer.add_scalar(name, value, self.step)
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether the flag is set in any process: all of them must turn the same way, or the rest waits for ever."""
+        if self.processes == 1:
+            return flag
+        flags = self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device, dtype=torch.int32))
+        return bool(flags.any())
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The state dict without frozen parameters."""
+        frozen = {name for name, p in self.bare.named_parameters() if not p.requires_grad}
+        return {name: value for name, value in self.bare.state_dict().items() if name not in frozen}
+
+    def save(self) -> None:
+        """Write the whole state to a temporary file, then move it over the previous one. Called by every process."""
+        random = self.generator.get_state()
+        if self.processes > 1:
+            random = self.accelerator.gather(random.to(self.accelerator.device)).cpu()
+        if self.rank:
+            return
+        state = {
+            "model": self._trained(),
+            "ema": self.ema,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "generator": random,  # of all processes, one after the other
+            "step": self.step,
+        }
+        try:
+            with written_whole(self.checkpoint) as file:
+                torch.save(state, file)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            kept = "the previous one is kept" if self.checkpoint.exists() else "there is none before it"
+            raise ValueError(
+                f"The checkpoint of step {self.step} could not be written to {self.folder} ({error}); {kept}. "
+                "Make room there and start the same command again."
+            ) from error
+
+    def _load(self) -> None:
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        own = self.generator.get_state()
+        processes = state["generator"].numel() // own.numel()
+        if processes != self.processes:
+            raise ValueError(
+                f"{self.checkpoint} was written by {processes} processes, but this run has {self.processes}. "
+                "Resume with as many, or start a new run."
+            )
+        if state["model"].keys() != self.ema.keys():
+            odd = sorted(state["model"].keys() ^ self.ema.keys())
+            raise ValueError(
+                f"{self.checkpoint} trains other weights than this run ({len(odd)} differ, such as {odd[0]}). Choose another folder."
+            )
+        self.bare.load_state_dict(state["model"], strict=False)
+        for name, value in state["ema"].items():
+            self.ema[name].copy_(value)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.generator.set_state(state["generator"].view(self.processes, -1)[self.rank])
+        self.step = state["step"]
+
+
+def _tensorboard(folder: Path) -> Any:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    return SummaryWriter(str(folder))

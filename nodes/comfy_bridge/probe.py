@@ -1,0 +1,179 @@
+"""Looks at a dense model while ComfyUI samples with it: the layer-wise search and the tile map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...efficient_vdit_core.attention.override import Override
+from ...efficient_vdit_core.plan import TilePlan
+from ...efficient_vdit_core.search import (
+    ProbeRecord,
+    check_target,
+    make_probe_override,
+    parse_candidates,
+    plan_from_record,
+    replay_blocks,
+)
+from ...efficient_vdit_core.search.candidates import sparse_candidates
+from ...efficient_vdit_core.search.probe import BLOCK
+from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, choose_layers, make_mass_override
+from .families import FAMILIES, Family, find_family, uncompiled
+from .patch import OVERRIDE, WRAPPER_KEY, patch_attention
+
+MAX_MAPS = 12
+WALK_STEPS = 10  # of the schedule on which the tile map walks to its noise level
+
+
+def search_plan(
+    model: Any, positive: Any, negative: Any, latent: dict[str, Any], *, seed: int, probes: int, threshold: float,
+    speedup: float, candidates: str, cfg: float, costs: str, error: str, sigmas: Tensor | None,
+) -> TilePlan:
+    """A plan for MODEL from one dense sampling with Euler steps, each of which is measured in every layer.
+
+    ``sigmas`` (default: ``probes`` steps of the model's own schedule) are the noise levels, and ``latent`` is noised to
+    the first of them; ``negative`` None samples without guidance. Raises ValueError where the model is unknown or
+    nothing fits.
+    """
+    family, network = _known_family(model)
+    counts, depth = parse_candidates(candidates), family.depth(network)
+    start = _latent(model, latent, empty=sigmas is None)
+    frames = _video(start).shape[2]
+    record = ProbeRecord(sparse_candidates(counts, frames), timed=costs == "measured")
+    check_target(threshold, speedup, record.candidates, frames)
+    levels = _schedule(model, probes) if sigmas is None else sigmas
+    if len(levels) < 2:
+        raise ValueError(f"sigmas has {len(levels)} noise levels, expected at least 2: the model is run at all but the last.")
+    progress = _Progress(len(levels) - 1, depth)
+    probing = _observed(model, lambda previous: make_probe_override(record, progress=progress.layer, previous=previous))
+    with replay_blocks(_blocks(model, family), record) if error == BLOCK else nullcontext():
+        _walk(probing, positive, negative, start, levels, seed, cfg, progress.step)
+    about = {"sigmas": [round(float(s), 6) for s in levels[:-1]], "seed": seed, "guidance": 1.0 if negative is None else cfg}
+    return plan_from_record(
+        record, layers=depth, family=family.name, heads=family.head_count(network), threshold=threshold, speedup=speedup,
+        measure=error, costs=costs, about=about,
+    )
+
+
+def measure_tiles(
+    model: Any, conditioning: Any, latent: dict[str, Any], *, layers: str, percent: float, seed: int, rows: int
+) -> dict[int, TileMass]:
+    """The tile mass of the chosen layers, dense and without guidance, at ``percent`` of the noise schedule.
+
+    Walks there from pure noise with Euler steps, so that the layers see what they see in a run.
+    """
+    family, network = _known_family(model)
+    depth = family.depth(network)
+    chosen = choose_layers(layers, depth, MAX_MAPS)
+    schedule, target = _schedule(model, WALK_STEPS), model.get_model_object("model_sampling").percent_to_sigma(percent)
+    last = int((schedule[:-1] - target).abs().argmin())
+    record = MassRecord(chosen, rows=rows, active=last == 0)
+    progress = _Progress(last + 1, depth)
+
+    def stepped(step: int, *_: Any) -> None:
+        progress.step(step)
+        record.active = step + 1 >= last
+
+    observed = _observed(model, lambda previous: make_mass_override(record, progress=progress.layer, previous=previous))
+    _walk(observed, conditioning, None, _latent(model, latent, empty=True), schedule[: last + 2], seed, 1.0, stepped)
+    missing = [i for i in chosen if i not in record.found]
+    if missing:
+        raise ValueError(
+            f"The layers {missing} were not seen attending over a video ({', '.join(sorted(record.reasons)) or 'never called'}). "
+            "Use a latent of several frames and a model whose attention is not masked."
+        )
+    return record.found
+
+
+def model_depth(model: Any) -> int:
+    """The number of layers of a MODEL. Raises ValueError where its family is unknown."""
+    family, network = _known_family(model)
+    return family.depth(network)
+
+
+class _Progress:
+    """The node's progress bar over steps x layers; each layer is also where a user's Cancel takes effect."""
+
+    def __init__(self, steps: int, depth: int) -> None:
+        self.bar, self.total, self.depth = comfy.utils.ProgressBar(steps * depth), steps * depth, depth
+        self.steps = self.layers = 0
+
+    def layer(self, layer: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        # With guidance a layer may be called once for both prompts or once for each.
+        self.layers = max(self.layers, layer + 1)
+        self.bar.update_absolute(min(self.steps * self.depth + self.layers, self.total), self.total)
+
+    def step(self, step: int, *_: Any) -> None:
+        self.steps, self.layers = step + 1, 0
+        self.bar.update_absolute(self.steps * self.depth, self.total)
+
+
+def _schedule(model: Any, steps: int) -> Tensor:
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+
+
+def _known_family(model: Any) -> tuple[Family, Any]:
+    network = uncompiled(model.get_model_object("diffusion_model"))
+    family = find_family(network)
+    if family is None:
+        raise ValueError(
+            f"{type(network).__name__} cannot be measured: where its video tokens stand is not known. Known are {', '.join(FAMILIES)}."
+        )
+    return family, network
+
+
+def _blocks(model: Any, family: Family) -> list[torch.nn.Module]:
+    network = model.get_model_object("diffusion_model")
+    if uncompiled(network) is not network:
+        raise ValueError(
+            "The model is compiled, so its blocks cannot be run again under each candidate. Search before the node that compiles "
+            "it, or set error to attention."
+        )
+    return [block for name in family.blocks.values() for block in getattr(network, name)]
+
+
+def _observed(model: Any, make: Callable[[Override | None], Override]) -> Any:
+    """A clone that publishes its token layout as a sparse one does, with ``make``'s override in place of the sparse one."""
+    clone = patch_attention(model, TilePlan.uniform(None))
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY)
+    options = clone.model_options["transformer_options"]
+    if not hasattr(options.get(OVERRIDE), "replaces"):
+        raise ValueError("This ComfyUI gives the model no attention hook, so its attention cannot be measured. Update ComfyUI.")
+    options[OVERRIDE] = torch.compiler.disable(make(options[OVERRIDE].replaces))
+    return clone
+
+
+def _latent(model: Any, latent: dict[str, Any], *, empty: bool) -> Any:
+    """The first entry of the latents' batch (1, C, T, H, W) with the model's channels; zeros of its size where ``empty``.
+
+    Video with audio comes as a nested tensor, and stays one.
+    """
+    samples = latent["samples"]
+    if samples.is_nested:
+        start = type(samples)([torch.zeros_like(x[:1]) if empty else x[:1] for x in samples.unbind()])
+    else:
+        start = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1]) if empty else samples[:1])
+    if _video(start).ndim != 5:
+        raise ValueError(f"The latent has shape {tuple(samples.shape)}, expected a video's: (batch, channels, frames, height, width).")
+    return start
+
+
+def _video(latent: Any) -> Tensor:
+    return latent.unbind()[0] if latent.is_nested else latent
+
+
+def _walk(model: Any, positive: Any, negative: Any, start: Any, sigmas: Tensor, seed: int, cfg: float, callback: Any) -> None:
+    noise = comfy.sample.prepare_noise(start, seed)
+    other, scale = (positive, 1.0) if negative is None else (negative, cfg)
+    euler = comfy.samplers.sampler_object("euler")
+    comfy.sample.sample_custom(model, noise, scale, euler, sigmas, positive, other, start, callback=callback, disable_pbar=True, seed=seed)

@@ -1,0 +1,104 @@
+"""Plans as files in models/evdit_plans, and as a line of text."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..efficient_vdit_core.plan import TilePlan
+from .comfy_bridge.paths import plan_names, plan_path, save_plan
+from .inputs import CATEGORY, Plan, plan_ui
+
+
+class EVDiTSaveTilePlan(io.ComfyNode):
+    """Writes a plan as JSON."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EVDiTSaveTilePlan",
+            display_name="Save Tile Plan (Efficient-vDiT)",
+            category=CATEGORY,
+            description="Saves a plan in models/evdit_plans, with where it came from. Never overwrites: names are numbered.",
+            inputs=[
+                Plan.Input("plan", tooltip="The plan to save, most useful from Search Tile Plan."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="plan",
+                    tooltip=(
+                        "Begin of the file's name, up to 100 letters, digits, spaces, dots, dashes and underscores; no folders. "
+                        '"wan_480p" becomes wan_480p_00001.json, then wan_480p_00002.json.'
+                    ),
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    "filename",
+                    display_name="filename",
+                    tooltip="The name of the saved file in models/evdit_plans, as Load Tile Plan lists it.",
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, plan: TilePlan, filename_prefix: str) -> io.NodeOutput:
+        name = save_plan(plan, filename_prefix)
+        return io.NodeOutput(name, ui=ui.PreviewText(f"{name}\n{plan.to_text()}"))
+
+
+class EVDiTLoadTilePlan(io.ComfyNode):
+    """Reads a saved plan, a preset, or a line of text."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EVDiTLoadTilePlan",
+            display_name="Load Tile Plan (Efficient-vDiT)",
+            category=CATEGORY,
+            description=(
+                "Loads a plan from models/evdit_plans, a preset for a model family (careful values chosen by hand, not "
+                "searched), or a line of text. Sparse Attention checks that it fits the model."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "plan_name",
+                    options=plan_names(),
+                    tooltip=(
+                        'A file of models/evdit_plans, or a "(preset)": a few reference frames in all layers but the first two and '
+                        "the last, about half of the attention at the model's usual length. Press R to see new files."
+                    ),
+                ),
+                io.String.Input(
+                    "text",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip=(
+                        'A plan as text, used in place of the file: "0:full 1-4:2:6 5-31:1:7" gives layer 0 full attention, layers 1 '
+                        'to 4 two reference frames of 8; "all:2 -1:full" fits any depth. Empty = the file.'
+                    ),
+                ),
+            ],
+            outputs=[
+                Plan.Output(
+                    "plan",
+                    display_name="plan",
+                    tooltip="The plan, a pattern k:T-k (in latent frames) for each layer. Connect it to Sparse Attention.",
+                ),
+                io.String.Output(
+                    "text_form",
+                    display_name="text",
+                    tooltip="The plan as one line to share. It holds the patterns, not the model family.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, plan_name: str, text: str = "") -> tuple[str, float]:
+        """Runs again after the file has changed."""
+        return text, 0.0 if text.strip() else plan_path(plan_name).stat().st_mtime
+
+    @classmethod
+    def execute(cls, plan_name: str, text: str = "") -> io.NodeOutput:
+        plan = TilePlan.from_text(text) if text.strip() else TilePlan.load(plan_path(plan_name))
+        return io.NodeOutput(plan, plan.to_text(), ui=plan_ui(plan))

@@ -1,0 +1,54 @@
+"""Tells what sparse attention did in the last run."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..efficient_vdit_core.attention.summary import summarize_run
+from .comfy_bridge.report import report_of
+from .inputs import CATEGORY
+
+log = logging.getLogger("efficient_vdit")
+
+
+class EVDiTReport(io.ComfyNode):
+    """The counts of the last run, as text."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EVDiTReport",
+            display_name="Sparse Attention Report (Efficient-vDiT)",
+            category=CATEGORY,
+            description=(
+                "Shows how many attention calls of the last run became sparse, why others did not, and FLOPs and time against dense. "
+                "Connect the sampler's result to `after`, so that it runs behind the sampler."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL as it comes out of Sparse Attention; the sampler must use the same one."),
+                io.AnyType.Input(
+                    "after",
+                    optional=True,
+                    tooltip="The sampler's LATENT, or anything made from it: orders this node behind that run. Passed on unchanged.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Counts of attention calls, mean density (0 to 1), FLOPs and seconds against dense, and reasons, as text.",
+                ),
+                io.AnyType.Output("passed", display_name="after", tooltip="What came in at after, unchanged."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: Any, after: Any = None) -> io.NodeOutput:
+        text, became_sparse = summarize_run(report_of(model))
+        if not became_sparse:
+            log.warning("Efficient-vDiT: %s", text.splitlines()[0].removeprefix("WARNING: "))
+        return io.NodeOutput(text, after, ui=ui.PreviewText(text))

@@ -1,0 +1,159 @@
+"""Finds a plan for the user's own model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..efficient_vdit_core.search.describe import describe_plan
+from .comfy_bridge.probe import search_plan
+from .inputs import CATEGORY, Plan, plan_ui
+
+
+class EVDiTSearchTilePlan(io.ComfyNode):
+    """The layer-wise search (the paper's Algorithm 1) on a MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EVDiTSearchTilePlan",
+            display_name="Search Tile Plan (Efficient-vDiT)",
+            category=CATEGORY,
+            description=(
+                "Runs the dense model at a few noise levels and measures, in every layer, how far each candidate pattern k:T-k "
+                "changes the attention's output. Takes the sparsest pattern under a threshold, or the plan with the least "
+                "error at a target speed-up. Connect the plan to Sparse Attention and save it with Save Tile Plan."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The video model to search. It is not changed; sparse attention on it is ignored."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip=(
+                        "A prompt such as you will use. To measure several, join them with Conditioning (Combine): errors are averaged, "
+                        "the time grows with each."
+                    ),
+                ),
+                io.Latent.Input(
+                    "latent",
+                    tooltip=(
+                        "Gives the size: width, height and frames, best as you will use them. Its content is used with sigmas only."
+                    ),
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Seed of the starting noise, 0 to 2^64 - 1. The same seed gives the same plan (except with measured costs).",
+                ),
+                io.Int.Input(
+                    "probes",
+                    default=3,
+                    min=1,
+                    max=100,
+                    tooltip=(
+                        "Noise levels at which the model is run and measured, 1 to 100: Euler steps from pure noise. The time of "
+                        "that many dense steps, plus the candidates' attention. Errors are averaged over them."
+                    ),
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.2,
+                    min=0.0,
+                    max=10.0,
+                    step=0.005,
+                    round=0.0001,
+                    tooltip=(
+                        "Largest relative error (0 to 10) of a layer's attention output, the paper's r: 0.2 = 20 %. Each layer gets "
+                        "the sparsest candidate below it. Higher is faster and changes the video more; 0 keeps all full."
+                    ),
+                ),
+                io.Float.Input(
+                    "target_speedup",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.1,
+                    tooltip=(
+                        "How many times less self-attention the plan should cost, 1 to 1000; the plan with the least summed error "
+                        "is chosen and the threshold ignored. 0 = use the threshold."
+                    ),
+                ),
+                io.String.Input(
+                    "candidates",
+                    default="1,2,4",
+                    tooltip=(
+                        "Numbers of reference frames to try in each layer, in latent frames, at most 16: \"1,2,4\". Full attention "
+                        "is always a choice. Each adds its attention's time to every layer."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The negative prompt, if you sample with one: both are measured, at twice the time. Empty = without guidance.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=5.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Guidance strength of the probing steps, 0 to 100, as you sample with. No effect without negative.",
+                ),
+                io.Combo.Input(
+                    "costs",
+                    options=["flops", "measured"],
+                    default="flops",
+                    optional=True,
+                    tooltip=(
+                        "What a pattern costs: its share of the dense FLOPs, or its time as measured here, which differs a little "
+                        "from run to run and drops patterns that are slower than dense."
+                    ),
+                ),
+                io.Combo.Input(
+                    "error",
+                    options=["attention", "block"],
+                    default="attention",
+                    optional=True,
+                    tooltip=(
+                        "Where the relative error is measured: in the attention's output, or in what the whole block returns, several "
+                        "times slower since each block runs again for each candidate. Block errors are smaller: lower the threshold."
+                    ),
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip=(
+                        "Noise levels at which to measure, in place of probes; a step each but for the last. For Wan 2.2's low-noise "
+                        "model: the low part of Split Sigmas, and as latent a video or the high-noise result, noised to the first level."
+                    ),
+                ),
+            ],
+            outputs=[
+                Plan.Output(
+                    "plan",
+                    display_name="plan",
+                    tooltip="A pattern k:T-k for each layer, k and T in latent frames, for this model. Connect it to Sparse Attention.",
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="The plan as text to share, its predicted FLOPs and speed-up, and every layer's errors as fractions of 1.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, positive: Any, latent: dict[str, Any], seed: int, probes: int, threshold: float, target_speedup: float,
+        candidates: str, negative: Any = None, cfg: float = 5.0, costs: str = "flops", error: str = "attention",
+        sigmas: Any = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        plan = search_plan(
+            model, positive, negative, latent, seed=seed, probes=probes, threshold=threshold, speedup=target_speedup,
+            candidates=candidates, cfg=cfg, costs=costs, error=error, sigmas=sigmas,
+        )  # fmt: skip
+        return io.NodeOutput(plan, describe_plan(plan), ui=plan_ui(plan))

@@ -1,0 +1,91 @@
+"""The adapter for diffusers' transformers, on tiny random ones."""
+
+import json
+
+import pytest
+import torch
+
+from efficient_vdit_core.distill.config import ModelConfig
+from efficient_vdit_core.distill.model import open_model, sparse_options
+from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.tiles import TilePattern
+
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.fixture
+def wan(tmp_path):
+    torch.manual_seed(0)
+    module = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=32, num_layers=2,
+        rope_max_seq_len=32,
+    )  # fmt: skip
+    module.save_pretrained(tmp_path / "transformer")
+    (tmp_path / "scheduler").mkdir()
+    scheduler = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 5.0}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return open_model(ModelConfig(path=str(tmp_path), family="diffusers"))
+
+
+def inputs():
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(2, 4, 4, 6, 8, generator=g), torch.tensor([800.0, 300.0]), (torch.randn(2, 5, 8, generator=g), None)
+
+
+def test_wan_is_called_as_diffusers_calls_it(wan):
+    assert (wan.family, wan.prediction, wan.path.shift, wan.layers, wan.heads) == ("wan", "flow", 5.0, 2, 2)
+    module = wan.load()
+    z, time, condition = inputs()
+    expected = module(hidden_states=z, timestep=time, encoder_hidden_states=condition[0], return_dict=False)[0]
+    assert torch.equal(wan.predict(module, z, time, condition), expected)
+
+
+def test_plans_reach_wans_self_attention_alone(wan):
+    module = wan.load().eval()
+    z, time, condition = inputs()
+    dense = wan.predict(module, z, time, condition)
+    same = wan.predict(module, z, time, condition, sparse_options(wan, TilePlan.uniform(None))(z))
+    torch.testing.assert_close(same, dense)
+    seen = []
+
+    def watching(func, q, k, v, heads, **kwargs):
+        seen.append((tuple(q.shape), tuple(k.shape)))
+        return func(q, k, v, heads, **{name: kwargs[name] for name in ("mask",)})
+
+    torch.testing.assert_close(wan.predict(module, z, time, condition, wan.options_with(watching)(z)), dense)
+    assert seen == [((2, 2, 48, 12), (2, 2, 48, 12)), ((2, 2, 48, 12), (2, 2, 5, 12))] * 2
+    plan = TilePlan(patterns=(TilePattern(1), TilePattern(None)), family="wan")
+    sparse = wan.predict(module, z, time, condition, sparse_options(wan, plan)(z))
+    assert not torch.allclose(sparse, dense, atol=1e-4)
+    other = wan.predict(module, z, time, condition, sparse_options(wan, TilePlan.uniform(1))(z))
+    assert not torch.allclose(other, sparse, atol=1e-4), "the second layer's pattern counts too"
+    with pytest.raises(ValueError, match="layers"):
+        sparse_options(wan, TilePlan.uniform(1, layers=3))
+
+
+def test_cogvideox_has_its_schedule_and_layout(tmp_path):
+    module = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=8, num_layers=1,
+        sample_width=8, sample_height=6, sample_frames=13, max_text_seq_length=5, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    module.save_pretrained(tmp_path / "transformer")
+    (tmp_path / "scheduler").mkdir()
+    diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True).save_pretrained(tmp_path / "scheduler")
+    model = open_model(ModelConfig(path=str(tmp_path), family="diffusers"))
+    assert (model.family, model.prediction) == ("cogvideox", "v_prediction")
+    assert float(model.path.coefficients(torch.tensor([999.0]))[0]) == pytest.approx(0.0, abs=1e-6)
+    loaded = model.load().eval()
+    z, time, condition = inputs()
+    dense = model.predict(loaded, z, time, condition)
+    assert dense.shape == z.shape and bool(dense.isfinite().all())
+    sparse = model.predict(loaded, z, time, condition, sparse_options(model, TilePlan.uniform(1))(z))
+    assert not torch.allclose(sparse, dense, atol=1e-4)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(ValueError, match="FluxTransformer2DModel"):
+        open_model(ModelConfig(path=str(tmp_path), family="diffusers"))
+    with pytest.raises(ValueError, match="does not exist"):
+        open_model(ModelConfig(path=str(tmp_path / "none"), family="diffusers"))

@@ -1,0 +1,373 @@
+"""Distillation runs as a user starts them, on a transformer of a few thousand weights: resume, refusals, export, LoRA, knowledge."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from efficient_vdit_core.distill import trainer
+from efficient_vdit_core.distill.config import DistillConfig, read_section, to_toml
+from efficient_vdit_core.distill.data import ClipSet, encode_videos, read_captions, video_captions
+from efficient_vdit_core.distill.knowledge import FeatureTap, KnowledgeConfig, KnowledgeLoss, merge_deltas, relative_square
+from efficient_vdit_core.distill.lora import add_lora, comfy_lora, lora_off, merged
+from efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
+from efficient_vdit_core.distill.model import open_model
+from efficient_vdit_core.distill.prepare import PreparedData
+from efficient_vdit_core.distill.texts import TextBank
+from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
+from efficient_vdit_core.models.opensora_plan.config import DiTConfig
+from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
+
+SMALL = DiTConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, caption_channels=8, sample_size=(4, 4), sample_size_t=4,
+                  prediction_type="v_prediction")  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A small transformer's file, of random weights."""
+    torch.manual_seed(0)
+    model = OpenSoraT2V(SMALL)
+    file = tmp_path / "base" / "diffusion_pytorch_model.safetensors"
+    save_safetensors(file, model.state_dict(), {"config": json.dumps(SMALL.to_dict())})
+    return file
+
+
+@pytest.fixture(autouse=True)
+def small_data(monkeypatch):
+    """Random latents and text states in place of the tiny world's."""
+
+    def prepare(config, model, cache, device):
+        g = torch.Generator().manual_seed(1)
+        texts = ["a", "b c", ""]
+        bank = TextBank({t: torch.randn(len(t) + 1, 8, generator=g) for t in texts})
+        clips = ClipSet(torch.randn(6, 4, 4, 4, 4, generator=g), [("a",), ("b c", "a")] * 3)
+        return PreparedData(clips, bank, "", torch.device("cpu"))
+
+    monkeypatch.setattr(trainer, "prepare_data", prepare)
+
+
+def config(base, method="consistency", *, steps=4, objective=None, model=None, training=None):
+    default = {"segments": 2, "teacher_steps": 8, "guidance": 2.0} if method == "consistency" else {"segments": 2, "plan": "1:3"}
+    values = {
+        "method": method,
+        "objective": {**default, **(objective or {})},
+        "model": {"transformer": str(base), "device": "cpu", **(model or {})},
+        "training": {"steps": steps, "batch": 4, "warmup": 2, "learning_rate": 0.01, **(training or {})},
+    }
+    return DistillConfig.from_dict(values)
+
+
+def test_the_result_loads_and_says_what_it_is(base, tmp_path):
+    file = trainer.distill(config(base, objective={"segments": 2, "steps": 4}), tmp_path / "run")
+    about = read_metadata(file)
+    assert about == read_metadata(file.parent)
+    assert (about.method, about.segments, about.steps, about.prediction, about.guidance) == ("consistency", 2, 4, "v_prediction", 2.0)
+    assert about.schedule["kind"] == "vp" and about.plan is None
+    student, teacher = load_transformer(file), load_transformer(base)
+    assert student.config == SMALL
+    assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
+    assert read_metadata(base) is None
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
+    whole = trainer.distill(config(base), tmp_path / "whole")
+    seen = []
+    compare = trainer.ConsistencyLoss.compare
+
+    def stop_after_two(self, *args):
+        seen.append(compare(self, *args))
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return seen[-1]
+
+    monkeypatch.setattr(trainer.ConsistencyLoss, "compare", stop_after_two)
+    with pytest.raises(SystemExit) as left:
+        trainer.distill(config(base), tmp_path / "cut")
+    assert left.value.code == 128 + signal.SIGTERM and len(seen) == 2
+    assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 2
+    cut = trainer.distill(config(base), tmp_path / "cut")
+    assert len(seen) == 4
+    a, b = read_state_dict(whole)[0], read_state_dict(cut)[0]
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_finished_run_is_not_run_again(base, tmp_path, monkeypatch):
+    file = trainer.distill(config(base, steps=2), tmp_path / "run")
+    monkeypatch.setattr(trainer, "make_objective", None)
+    assert trainer.distill(config(base, steps=2), tmp_path / "run") == file
+
+
+def test_a_resume_with_another_configuration_is_refused(base, tmp_path):
+    trainer.claim_folder(config(base), tmp_path / "run")
+    trainer.claim_folder(config(base, training={"save_every": 7}), tmp_path / "run")  # only how often something is written
+    with pytest.raises(ValueError, match=r"objective\.segments: 2 -> 3; training\.learning_rate: 0\.01 -> 0\.5"):
+        trainer.claim_folder(config(base, objective={"segments": 3}, training={"learning_rate": 0.5}), tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number_names_step_and_segment(base, tmp_path, monkeypatch):
+    run = config(base, objective={"segments": 4, "teacher_steps": 4, "guidance": None})
+    grid_losses = trainer.ConsistencyLoss.compare
+
+    def spoiled(self, x, target, draw):
+        if len(calls) == 2:
+            x = x.clone()
+            x[draw.segment == 2] = float("nan")
+        calls.append(1)
+        return grid_losses(self, x, target, draw)
+
+    calls = []
+    monkeypatch.setattr(trainer.ConsistencyLoss, "compare", spoiled)
+    with pytest.raises(ValueError, match=r"loss became nan at step 3 \(segment 2\)"):
+        trainer.distill(run, tmp_path / "run")
+    kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert kept["step"] == 2 and all(v.isfinite().all() for v in kept["model"].values())
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(base, tmp_path, monkeypatch):
+    trainer.distill(config(base, steps=2), tmp_path / "run").unlink()  # as if it had been stopped before the export
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match="No space left on device.*previous one is kept"):
+        trainer.distill(config(base, steps=2), tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_lora_keeps_the_base_and_exports_comfyuis_names(base, tmp_path):
+    file = trainer.distill(config(base, model={"train": "lora", "lora_rank": 2, "lora_alpha": 4.0}), tmp_path / "run")
+    lora, entries = read_state_dict(file)
+    assert file.name == "lora.safetensors" and "evdit" in entries
+    stem = "diffusion_model.transformer_blocks.1.attn1.to_out.0"
+    assert lora[f"{stem}.lora_down.weight"].shape == (2, 24) and lora[f"{stem}.lora_up.weight"].shape == (24, 2)
+    assert float(lora[f"{stem}.alpha"]) == 4.0
+    weights = read_state_dict(base)[0]
+    names = {k.removeprefix("diffusion_model.").removesuffix(".alpha") for k in lora if k.endswith(".alpha")}
+    assert all(f"{n}.weight" in weights for n in names) and len(names) == 2 * (4 + 4 + 2)
+    full = merged(weights, lora)
+    name = "transformer_blocks.1.attn1.to_out.0.weight"
+    expected = weights[name] + 2.0 * lora[f"{stem}.lora_up.weight"] @ lora[f"{stem}.lora_down.weight"]
+    torch.testing.assert_close(full[name], expected)
+    assert torch.equal(full["proj_out.weight"], weights["proj_out.weight"])
+
+
+def test_lora_off_is_the_base_and_merged_is_lora_on(base):
+    torch.manual_seed(0)
+    plain, module = load_transformer(base), load_transformer(base)
+    names = add_lora(module, 3)
+    for p in (p for p in module.parameters() if p.requires_grad):
+        torch.nn.init.normal_(p, std=0.1)
+    inputs = (torch.randn(1, 4, 4, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 8))
+    with lora_off(module):
+        assert torch.equal(module(*inputs), plain(*inputs))
+    out = module(*inputs)
+    assert not torch.allclose(out, plain(*inputs)) and len(names) == 20
+    plain.load_state_dict(merged(plain.state_dict(), comfy_lora(module, module.state_dict())))
+    torch.testing.assert_close(plain(*inputs), out, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointed_blocks_give_the_same_gradients(base):
+    model = open_model(config(base).model)
+    grads = []
+    for checkpointed in (False, True):
+        module = model.load()
+        if checkpointed:
+            model.checkpoint_blocks(module)
+        z, text = torch.randn(1, 4, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(1, 2, 8)
+        model.predict(module, z, torch.tensor([3.0]), (text, None)).square().sum().backward()
+        grads.append([p.grad for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_knowledge_inherits_segments_and_changes_the_student_alone(base, tmp_path):
+    dense = trainer.distill(config(base, steps=2), tmp_path / "dense")
+    before = dense.read_bytes()
+    file = trainer.distill(config(dense, "knowledge", objective={"segments": 0}), tmp_path / "sparse")
+    about = read_metadata(file)
+    assert (about.method, about.segments, about.guidance) == ("knowledge", 2, 2.0)
+    assert about.plan["reference_frames"] == 1 and dense.read_bytes() == before
+    with pytest.raises(ValueError, match="does not say for how many segments"):
+        trainer.distill(config(base, "knowledge", objective={"segments": 0}), tmp_path / "other")
+
+
+def test_knowledge_distillation_brings_the_sparse_model_nearer(base, tmp_path):
+    run = config(base, "knowledge", steps=15, training={"learning_rate": 0.005})
+    model = open_model(run.model)
+    data = trainer.prepare_data(None, None, None, None)
+    about = trainer.describe(run, model)
+    losses = []
+    for weights in ("", str(trainer.distill(run, tmp_path / "run"))):
+        student, teacher = model.load(weights), model.load()
+        loss = trainer.make_objective(run, model, student, student, teacher, about, data)
+        x, texts = data.clips.batch(16, torch.Generator().manual_seed(5))
+        losses.append(loss(x, data.bank.batch(texts), torch.Generator().manual_seed(6)))
+    assert float(losses[1].total) < 0.9 * float(losses[0].total)
+    assert set(losses[0].parts) == {"attention", "mlp", "prediction"}
+
+
+def test_knowledge_loss_is_zero_for_equals_and_weighs_its_parts():
+    layer = torch.nn.Linear(3, 3)
+    net = lambda z, time, condition: layer(z)  # noqa: E731
+    tap = FeatureTap({"attention": [layer], "mlp": [layer]})
+    open_sora = open_path()
+    loss = KnowledgeLoss(KnowledgeConfig(), open_sora, segments=2, student=net, teacher=net, student_tap=tap, teacher_tap=tap)
+    result = loss(torch.randn(4, 3), None, torch.Generator().manual_seed(0))
+    assert float(result.total) == 0 and set(result.parts) == {"attention", "mlp", "prediction"}
+    assert not layer._forward_hooks
+    a, b = torch.randn(2, 4, 3).unbind(0)
+    weighted = dataclasses.replace(loss.config, attention=2.0, mlp=0.0, prediction=3.0)
+    loss.config = weighted
+    got = loss.compare({"attention": [a], "mlp": [a]}, a, {"attention": [b], "mlp": [b]}, b)
+    torch.testing.assert_close(got.total, 5 * relative_square(a, b))
+    with pytest.raises(ValueError, match="weights"):
+        KnowledgeConfig(attention=0, mlp=0, prediction=0)
+
+
+def open_path():
+    from efficient_vdit_core.sampling.path import VPPath
+
+    return VPPath()
+
+
+def test_merged_deltas_add_up():
+    base = {"w": torch.tensor([1.0, 2.0])}
+    out = merge_deltas(base, {"w": torch.tensor([2.0, 2.0])}, {"w": torch.tensor([1.0, 5.0])})
+    assert out["w"].tolist() == [2.0, 5.0]
+    with pytest.raises(ValueError, match="different models"):
+        merge_deltas(base, {"v": base["w"]})
+
+
+def test_configuration_survives_toml(base):
+    import tomllib
+
+    written = config(base, objective={"guidance": [1.0, 5.0]}, training={"samples": ['say "hi"', "b\\c"]})
+    assert DistillConfig.from_dict(tomllib.loads(to_toml(written.to_dict()))) == written
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "magic"}, "method is 'magic'"),
+        ({"method": "consistency", "modle": {}}, "'modle'"),
+        ({"method": "consistency", "training": {"step": 3}}, r"\[training\] has 'step'"),
+        ({"method": "consistency", "training": {"steps": "3"}}, r"training.steps is '3', expected int"),
+        ({"method": "consistency", "training": {"steps": 0}}, r"training.steps is 0"),
+        ({"method": "consistency", "objective": {"guidance": [1.0]}}, "objective.guidance"),
+    ],
+)
+def test_wrong_settings_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        DistillConfig.from_dict(values)
+
+
+def test_numbers_may_be_written_without_a_point():
+    assert read_section(KnowledgeConfig, {"mlp": 2}, "objective").mlp == 2.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": "half"}, "train"),
+        ({"dtype": "bfloat16"}, "float32"),
+        ({"train": "lora", "init": "x"}, "init"),
+        ({"device": "tpu"}, "device"),
+    ],
+)
+def test_impossible_models_are_refused(base, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        trainer.distill(config(base, model=change), tmp_path / "run")
+
+
+def videos(folder, names):
+    from efficient_vdit_core.video import write_video
+
+    torch.manual_seed(0)
+    for name in names:
+        write_video(folder / name, torch.randint(0, 255, (5, 20, 32, 3), dtype=torch.uint8).numpy(), fps=8)
+
+
+def test_a_corrupt_video_is_named_skipped_and_counted(tmp_path, caplog):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    videos(folder, ["good.gif", "short.gif"])
+    (folder / "broken.mp4").write_bytes(b"no video")
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "good.gif", "text": "good one"}\n{"file_name": "short.gif", "text": "s"}\n{"file_name": "broken.mp4", "text": "b"}\n'
+    )
+    seen = []
+
+    def encoder():
+        return lambda frames: seen.append(frames.shape) or torch.ones(4, 2, 2, 2)
+
+    clips = encode_videos(folder, tmp_path / "cache", (5, 16, 16), encoder)
+    assert clips.captions == [("good one",), ("s",)] and seen == [(5, 16, 16, 3)] * 2
+    assert "broken.mp4 is left out" in caplog.text and "1 of 3 videos" in caplog.text
+    x, texts = clips.batch(3, torch.Generator().manual_seed(0))
+    assert x.shape == (3, 4, 2, 2, 2) and set(texts) <= {"good one", "s"}
+    encode_videos(folder, tmp_path / "cache", (5, 16, 16), encoder)
+    assert len(seen) == 2, "what is cached is not encoded again"
+    with pytest.raises(ValueError, match="None of the 3"):
+        encode_videos(folder, tmp_path / "cache", (9, 16, 16), encoder)
+
+
+def test_missing_captions_are_listed(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "b.mp4").write_bytes(b"")
+    (tmp_path / "b.txt").write_text("has one")
+    with pytest.raises(ValueError, match=r"1 of 2 videos have no caption \(a\.mp4\)"):
+        video_captions(tmp_path)
+    with pytest.raises(ValueError, match="no folder"):
+        video_captions(tmp_path / "none")
+    with pytest.raises(ValueError, match="no file of captions"):
+        read_captions(tmp_path / "none.txt")
+
+
+def test_text_states_are_kept_and_padded(tmp_path):
+    asked = []
+
+    def encoder():
+        def encode(texts):
+            asked.append(texts)
+            lengths = [len(t) + 1 for t in texts]
+            context = torch.ones(len(texts), max(lengths), 3)
+            return context, torch.tensor([[1] * n + [0] * (max(lengths) - n) for n in lengths])
+
+        return encode
+
+    file = tmp_path / "texts.safetensors"
+    TextBank.build(["ab", "", "ab"], encoder, file)
+    bank = TextBank.build(["ab", "c"], encoder, file)
+    assert asked == [["ab", ""], ["c"]]
+    context, mask = bank.batch(["c", "ab"])
+    assert mask.tolist() == [[1, 1, 0], [1, 1, 1]] and float(context[0, 2].abs().sum()) == 0
+
+
+@pytest.mark.parametrize("text", ["{", '{"segments": 4}', '{"method": "x", "segments": 8, "steps": 4}'])
+def test_damaged_metadata_is_refused(text):
+    with pytest.raises(ValueError, match="metadata is damaged"):
+        DistillMetadata.from_entries({"evdit": text})
+
+
+def test_no_metadata_is_none(tmp_path):
+    assert DistillMetadata.from_entries({}) is None and read_metadata(Path(tmp_path)) is None
+
+
+def test_the_pipeline_samples_a_distilled_model_as_it_was_made(base, tmp_path):
+    from efficient_vdit_core.pipeline import Pipeline
+
+    file = trainer.distill(config(base, steps=1, objective={"segments": 2, "steps": 4}), tmp_path / "run")
+    pipeline = Pipeline(load_transformer(file), None, None)
+    assert (pipeline.request("a", sampler="consistency").steps, pipeline.request("a").guidance) == (20, 7.5)
+    pipeline.distilled = read_metadata(file)
+    request = pipeline.request("a")
+    assert (request.segments, request.steps, request.guidance) == (2, 4, 1.0)
+    assert pipeline.request("a", guidance=3.0).guidance == 3.0
+    assert pipeline.request("a", sampler="ddim").steps == 100

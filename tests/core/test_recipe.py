@@ -1,0 +1,91 @@
+"""The order in which a recipe runs its stages, and what each hands on to the next."""
+
+import json
+
+import pytest
+import torch
+
+from efficient_vdit_core import cli
+from efficient_vdit_core.distill import recipe
+from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Every stage leaves its name in a file instead of training."""
+    found = []
+
+    def distill(config, folder):
+        found.append((folder.name, config))
+        file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        save_safetensors(file, {"w": torch.ones(2) * len(found)}, {"evdit": json.dumps(folder.name)})
+        return file
+
+    monkeypatch.setattr(recipe, "distill", distill)
+    monkeypatch.setattr(ThreeStages, "plans", lambda self, name, weights, segments=0: found.append((name, weights)) or {"r-0.1": "p.json"})
+    return found
+
+
+def make(tmp_path, **values):
+    return ThreeStages(RecipeConfig.from_dict({"consistency": {"segments": 4, "teacher_steps": 12, "guidance": 3.0}, **values}), tmp_path)
+
+
+def test_the_papers_order(calls, tmp_path):
+    result = make(tmp_path).run()
+    assert [name for name, _ in calls] == ["consistency", "plans", "knowledge-r-0.1"]
+    dense = tmp_path / "consistency" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert calls[1][1] == dense and calls[2][1].model.transformer == str(dense)
+    assert calls[2][1].objective.plan == "p.json" and calls[2][1].method == "knowledge"
+    assert list(result) == ["r-0.1"] and calls[0][1].data.cache == calls[2][1].data.cache == str(tmp_path / "cache")
+
+
+def test_knowledge_first_trains_the_sparse_base_for_guidance(calls, tmp_path):
+    make(tmp_path, order="knowledge-first").run()
+    assert [name for name, _ in calls] == ["plans", "knowledge-r-0.1", "consistency-r-0.1"]
+    knowledge, consistency = calls[1][1], calls[2][1]
+    assert (knowledge.objective.segments, knowledge.objective.steps, knowledge.data.negative_share) == (4, 12, 0.1)
+    assert knowledge.model.transformer == "" and "knowledge-r-0.1" in consistency.model.transformer
+    assert consistency.objective.plan == "p.json" and consistency.data.negative_share == 0.0
+
+
+def test_merging_adds_the_changes_of_both(calls, tmp_path, monkeypatch):
+    base = tmp_path / "base.safetensors"
+    save_safetensors(base, {"w": torch.ones(2) * 10})
+    model = type("M", (), {"transformer_file": base, "config_entry": lambda self: {"a": 1}})()
+    monkeypatch.setattr(recipe, "open_model", lambda config: model)
+    (file,) = make(tmp_path, order="merge").run().values()
+    assert [name for name, _ in calls] == ["plans", "knowledge-r-0.1", "consistency"]
+    weights, metadata = read_state_dict(file)
+    assert weights["w"].tolist() == [10 + (2 - 10) + (3 - 10)] * 2  # the knowledge run came second, the consistency run third
+    assert json.loads(metadata["config"]) == {"a": 1} and json.loads(metadata["evdit"]) == "knowledge-r-0.1"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [({"order": "backwards"}, "order is 'backwards'"), ({"table": {}}, "'table'"), ({"search": {"k": 1}}, "'k'")]
+)
+def test_wrong_recipes_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        RecipeConfig.from_dict(values)
+
+
+def test_settings_on_the_command_line_win(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("efficient_vdit_core.distill.trainer.distill", lambda config, folder: seen.append(config) or folder)
+    file = tmp_path / "c.toml"
+    file.write_text('method = "consistency"\n[training]\nsteps = 5\nbatch = 2\n')
+    changes = ["training.steps=7", "objective.guidance=[1.0, 4.0]", "model.path=some folder"]
+    overrides = [word for change in changes for word in ("--set", change)]
+    assert cli.main(["distill", "consistency", "--config", str(file), "--out", str(tmp_path / "run"), *overrides]) == 0
+    config = seen[0]
+    assert (config.training.steps, config.training.batch, config.objective.guidance) == (7, 2, (1.0, 4.0))
+    assert config.model.path == "some folder"
+
+
+def test_mistakes_on_the_command_line_are_told(capsys, tmp_path):
+    out = ["--out", str(tmp_path / "run")]
+    assert cli.main(["distill", "consistency", *out, "--set", "steps"]) == 2
+    assert "SECTION.KEY=VALUE" in capsys.readouterr().err
+    assert cli.main(["distill", "knowledge", *out, "--set", "training.step=3"]) == 2
+    assert "'step'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

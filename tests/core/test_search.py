@@ -1,0 +1,248 @@
+"""The search finds which layers need full attention; its choices are those of brute force."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, make_attention_override
+from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
+from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.search import (
+    ProbeRecord,
+    choose_for_speedup,
+    choose_under_threshold,
+    make_probe_override,
+    parse_candidates,
+    plan_from_record,
+    replay_blocks,
+)
+from efficient_vdit_core.search.probe import BLOCK
+from efficient_vdit_core.tiles import TokenGrid
+
+FRAMES, SIZE, HEADS, DIM = 6, 3, 2, 8
+LAYOUT = TokenLayout(TokenGrid(FRAMES, 1, SIZE), suffix=2)
+
+
+class Layer(nn.Module):
+    """Every token looks ``shift`` frames ahead: at its own frame for 0, at what no sparse pattern keeps for 1.
+
+    "first" looks at frame 0, which one reference frame keeps. Adds to its input in place, as some video models do.
+    """
+
+    def __init__(self, looks):
+        super().__init__()
+        frame = torch.arange(FRAMES).repeat_interleave(SIZE)
+        at = torch.zeros_like(frame) if looks == "first" else (frame + looks) % FRAMES
+        text = torch.full((LAYOUT.suffix,), DIM - 1)  # attends to itself
+        frame, at = torch.cat([frame, text]), torch.cat([at, text])
+        self.where = nn.functional.one_hot(frame, DIM).float().repeat(1, HEADS)
+        self.wanted = 40 * nn.functional.one_hot(at, DIM).float().repeat(1, HEADS)
+
+    def forward(self, x, options):
+        b = len(x)
+        x += sdpa_attention(self.wanted.expand(b, -1, -1), self.where.expand(b, -1, -1), x, HEADS, transformer_options=options)
+        text = x[:, :4]
+        return x + sdpa_attention(x, text, text, HEADS, transformer_options=options)
+
+
+class Model(nn.Module):
+    def __init__(self, looks=(0, 1, 0, 1, "first")):
+        super().__init__()
+        self.blocks = nn.ModuleList(map(Layer, looks))
+
+    def forward(self, x, override, layout=LAYOUT):
+        options = {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(layout)}
+        for block in self.blocks:
+            x = block(x.clone(), options)
+        return x
+
+
+def clip(seed=0):
+    return torch.randn(2, LAYOUT.tokens, HEADS * DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def probed(model=None, candidates=(0, 1, 2), blocks=False, **changes):
+    model, record = model or Model(), ProbeRecord(candidates, **changes)
+    override = make_probe_override(record)
+    with replay_blocks(model.blocks if blocks else [], record):
+        for seed in range(2):
+            model(clip(seed), override)
+    return record
+
+
+def plan(record, layers=5, **choice):
+    return plan_from_record(record, layers=layers, family="any", **choice)
+
+
+def test_exactly_the_layers_that_look_at_other_frames_stay_full():
+    chosen = plan(probed(), threshold=0.05)
+    assert [p.k for p in chosen.patterns] == [0, None, 0, None, 1]
+    assert chosen.frames == FRAMES and chosen.provenance["threshold"] == 0.05
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_the_run_goes_on_undisturbed(blocks):
+    model, record = Model(), ProbeRecord((0, 1))
+    dense = model(clip(), lambda func, *a, **k: func(*a, **k))
+    with replay_blocks(model.blocks if blocks else [], record):
+        assert torch.equal(model(clip(), make_probe_override(record)), dense)
+    assert record.dense == {"cross-attention": 5}
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_errors_are_those_of_the_masked_oracle(oracle, k):
+    record, seen = ProbeRecord((k,)), []
+
+    def previous(func, q, keys, v, heads, **kwargs):
+        if len(seen) < 1:
+            seen.extend(x.clone().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, keys, v))
+        return func(q, keys, v, heads, **kwargs)
+
+    Model((1,))(clip(), make_probe_override(record, previous=previous))
+    references = {0: [], 1: [0], 2: [0, 3]}[k]
+    want = oracle(*seen, FRAMES, SIZE, references, suffix=2)
+    dense = oracle(*seen, FRAMES, SIZE, range(FRAMES), suffix=2)
+    assert record.error(0, k) == pytest.approx(float((want - dense).norm() / dense.norm()), rel=1e-4)
+
+
+def test_block_errors_are_those_of_a_run_with_that_block_sparse():
+    model, record = Model(), probed(blocks=True)
+    for layer in range(5):
+        x = clip(0)
+        for block in model.blocks[:layer]:
+            x = block(x.clone(), {})
+        sparse = make_attention_override(TilePlan.uniform(1), AttentionReport())
+        want = model.blocks[layer](x.clone(), {OVERRIDE_KEY: sparse, FORWARD_KEY: ForwardState(LAYOUT)})
+        dense = model.blocks[layer](x.clone(), {})
+        assert record.errors[BLOCK][layer, 1][0] == pytest.approx(float((want - dense).norm() / dense.norm()), rel=1e-4, abs=1e-6)
+    assert [p.k for p in plan(record, layers=2, threshold=0.05, measure=BLOCK).patterns] == [0, None]
+
+
+def test_cancelling_leaves_nothing_behind():
+    model, record = Model(), ProbeRecord((0, 1))
+
+    def stop(layer):
+        if layer == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), replay_blocks(model.blocks, record):
+        model(clip(), make_probe_override(record, progress=stop))
+    assert record.replaying is None
+    assert not any(b._forward_hooks or b._forward_pre_hooks for b in model.blocks)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_layer_that_is_not_finite_stays_full_and_is_named(value):
+    record = probed(Model((0, 0)))
+    broken = clip()
+    broken[0, 5] = value
+    Model((0,))(broken, make_probe_override(record))
+    chosen = plan(record, layers=2, threshold=0.05)
+    assert [p.k for p in chosen.patterns] == [None, 0]
+    assert chosen.provenance["not_finite_layers"] == [0]
+    assert "Infinity" not in chosen.to_json() and "NaN" not in chosen.to_json()
+    with pytest.raises(ValueError, match="at most"):
+        plan(record, layers=2, speedup=20)
+
+
+def test_a_layer_that_was_never_seen_stays_full_and_is_named():
+    chosen = plan(probed(), layers=7, threshold=0.05)
+    assert chosen.provenance["not_measured_layers"] == [5, 6] and chosen.patterns[6].k is None
+
+
+def test_the_same_run_gives_the_same_bytes():
+    assert plan(probed(), speedup=1.5).to_json() == plan(probed(), speedup=1.5).to_json()
+
+
+def test_measured_costs_decide_where_they_are_asked_for():
+    record = probed(timed=True)
+    assert set(record.seconds) == {(i, k) for i in range(5) for k in (None, 0, 1, 2)}
+    for i in range(5):
+        record.seconds[i, None], record.seconds[i, 0], record.seconds[i, 1] = [1.0], [2.0], [0.9]
+    chosen = plan(record, threshold=0.05, costs="measured")
+    assert chosen.patterns[0].k != 0  # sparser, yet slower than dense here
+    assert chosen.provenance["measured_costs"]["0"] == [2.0] * 5
+
+
+def test_nothing_to_search_says_why():
+    record = ProbeRecord((1,))
+    Model()(clip(), make_probe_override(record), TokenLayout(TokenGrid(1, 4, 5)))
+    with pytest.raises(ValueError, match="5 a single frame"):
+        plan(record, threshold=0.1)
+
+
+def table(layers, seed, candidates=(1, 2, 4)):
+    generator = torch.Generator().manual_seed(seed)
+    errors = torch.rand(layers, len(candidates), generator=generator).tolist()
+    costs = (torch.randint(1, 11, (layers, len(candidates)), generator=generator) / 10).tolist()
+    return [[dict(zip(candidates, row, strict=True)) for row in rows] for rows in (errors, costs)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("speedup", [1.0, 1.3, 2.0, 3.0])
+def test_the_knapsack_is_as_good_as_brute_force(seed, speedup):
+    errors, costs = table(5, seed)
+    budget = 5 / speedup + 1e-9
+    options = [[(1.0, 0.0), *((c[k], e[k]) for k in e if c[k] < 1)] for e, c in zip(errors, costs, strict=True)]
+    fitting = [sum(o[1] for o in combo) for combo in itertools.product(*options) if sum(o[0] for o in combo) <= budget]
+    if not fitting:
+        with pytest.raises(ValueError, match="at most"):
+            choose_for_speedup(errors, costs, speedup)
+        return
+    chosen = choose_for_speedup(errors, costs, speedup)
+    assert sum(errors[i][k] for i, k in enumerate(chosen) if k is not None) == pytest.approx(min(fitting))
+    assert sum(1.0 if k is None else costs[i][k] for i, k in enumerate(chosen)) <= budget
+
+
+def test_a_deep_model_is_planned_quickly_and_within_its_budget(monkeypatch):
+    errors, costs = table(60, 1, (1, 2, 3, 4, 6))
+    costs = [{k: v * (0.9 + 0.1 * errors[i][k]) for k, v in layer.items()} for i, layer in enumerate(costs)]
+    exact = choose_for_speedup(errors[:14], costs[:14], 2.5)
+    monkeypatch.setattr("efficient_vdit_core.search.select.MAX_PARTIAL_PLANS", 500)
+
+    def total(table, chosen, full):
+        return sum(full if k is None else table[i][k] for i, k in enumerate(chosen))
+
+    rounded = choose_for_speedup(errors[:14], costs[:14], 2.5)
+    assert total(errors, exact, 0.0) <= total(errors, rounded, 0.0) <= total(errors, exact, 0.0) * 1.05
+    assert total(costs, choose_for_speedup(errors, costs, 2.5), 1.0) <= 60 / 2.5 + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.9])
+def test_the_threshold_takes_the_cheapest_that_passes(seed, threshold):
+    errors, costs = table(6, seed)
+    for i, k in enumerate(choose_under_threshold(errors, costs, threshold)):
+        passing = [c for c in errors[i] if errors[i][c] < threshold and costs[i][c] < 1]
+        assert (k is None and not passing) or (k in passing and costs[i][k] == min(costs[i][c] for c in passing))
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, math.inf])
+def test_targets_that_mean_nothing_are_refused(value):
+    errors, costs = table(2, 0)
+    with pytest.raises(ValueError, match="threshold"):
+        choose_under_threshold(errors, costs, value)
+    with pytest.raises(ValueError, match="speed-up"):
+        choose_for_speedup(errors, costs, value)
+
+
+def test_candidates_are_read():
+    assert parse_candidates(" 4,1, 2,1") == (1, 2, 4)
+    for text in ("", "1,", "a", "-1", "1.5", "1;2", ",".join(map(str, range(17)))):
+        with pytest.raises(ValueError, match="candidates"):
+            parse_candidates(text)
+
+
+def test_the_provenance_predicts_what_the_plan_does():
+    chosen = plan(probed(), speedup=1.5)
+    extra, video = LAYOUT.suffix, LAYOUT.grid.tokens
+    densities = [p.flop_density(LAYOUT.grid, extra) for p in chosen.patterns]
+    assert chosen.provenance["attention_flop_density"] == pytest.approx(sum(densities) / 5, abs=1e-6)
+    assert chosen.provenance["attention_speedup"] >= 1.5
+    assert json.loads(chosen.to_json())["provenance"]["extra_tokens"] == extra and video == 18
