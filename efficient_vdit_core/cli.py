@@ -22,6 +22,7 @@ COMMANDS = {
     "compare": "measure how near two clips of the same seed are to each other",
     "eval": "lay clips out for VBench, a benchmark of video models",
     "bench": "time attention, a step, the overheads; draw the chart",
+    "workers": "run a pool of workers that ComfyUI shares a video out to",
     "convert": "turn upstream weights into safetensors",
     "distill": "train a few-step model, or a sparse one, from a model",
     "recipe": "run all three stages, or the tiny world's whole table",

@@ -10,6 +10,7 @@ from .plan_files import EVDiTLoadTilePlan, EVDiTSaveTilePlan
 from .report import EVDiTReport
 from .sampling import EVDiTConsistencySampler, EVDiTConsistencySigmas
 from .search import EVDiTSearchTilePlan
+from .sequence_parallel import EVDiTSequenceParallel
 from .sparse_attention import EVDiTSparseAttention
 from .tile_map import EVDiTAttentionTileMap
 from .tile_plan import EVDiTTilePlan
@@ -22,12 +23,13 @@ NODES: list[type[io.ComfyNode]] = [
     EVDiTSparseAttention,
     EVDiTConsistencySigmas,
     EVDiTConsistencySampler,
+    EVDiTCompareVideos,
     EVDiTSearchTilePlan,
     EVDiTSaveTilePlan,
     EVDiTLoadTilePlan,
     EVDiTAttentionTileMap,
     EVDiTReport,
-    EVDiTCompareVideos,
+    EVDiTSequenceParallel,
 ]
 
 

@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..efficient_vdit_core.plan import TilePlan
 from .comfy_bridge.paths import plan_names, plan_path, save_plan
-from .inputs import CATEGORY, Plan
+from .inputs import CATEGORY, Plan, plan_ui
 
 
 class EVDiTSaveTilePlan(io.ComfyNode):
@@ -101,4 +101,4 @@ class EVDiTLoadTilePlan(io.ComfyNode):
     @classmethod
     def execute(cls, plan_name: str, text: str = "") -> io.NodeOutput:
         plan = TilePlan.from_text(text) if text.strip() else TilePlan.load(plan_path(plan_name))
-        return io.NodeOutput(plan, plan.to_text())
+        return io.NodeOutput(plan, plan.to_text(), ui=plan_ui(plan))

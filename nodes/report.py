@@ -24,7 +24,7 @@ class EVDiTReport(io.ComfyNode):
             display_name="Sparse Attention Report (Efficient-vDiT)",
             category=CATEGORY,
             description=(
-                "Shows how many attention calls of the last run became sparse, why others did not, and the FLOPs against dense. "
+                "Shows how many attention calls of the last run became sparse, why others did not, and FLOPs and time against dense. "
                 "Connect the sampler's result to `after`, so that it runs behind the sampler."
             ),
             inputs=[
@@ -39,7 +39,7 @@ class EVDiTReport(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Counts of attention calls, their mean density (0 to 1), the FLOPs against dense, and reasons, as text.",
+                    tooltip="Counts of attention calls, mean density (0 to 1), FLOPs and seconds against dense, and reasons, as text.",
                 ),
                 io.AnyType.Output("passed", display_name="after", tooltip="What came in at after, unchanged."),
             ],

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..efficient_vdit_core.search.describe import describe_plan
 from .comfy_bridge.probe import search_plan
-from .inputs import CATEGORY, Plan
+from .inputs import CATEGORY, Plan, plan_ui
 
 
 class EVDiTSearchTilePlan(io.ComfyNode):
@@ -156,4 +156,4 @@ class EVDiTSearchTilePlan(io.ComfyNode):
             model, positive, negative, latent, seed=seed, probes=probes, threshold=threshold, speedup=target_speedup,
             candidates=candidates, cfg=cfg, costs=costs, error=error, sigmas=sigmas,
         )  # fmt: skip
-        return io.NodeOutput(plan, describe_plan(plan))
+        return io.NodeOutput(plan, describe_plan(plan), ui=plan_ui(plan))

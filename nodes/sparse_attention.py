@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..efficient_vdit_core.attention import BACKENDS
 from ..efficient_vdit_core.plan import TilePlan
 from ..efficient_vdit_core.tiles import PLACEMENTS
+from .comfy_bridge.announce import announce_to_page
 from .comfy_bridge.patch import patch_attention
 from .inputs import CATEGORY, Plan
 
@@ -114,6 +115,7 @@ class EVDiTSparseAttention(io.ComfyNode):
                     tooltip="A copy of the model with sparse attention. Works with every sampler, LoRA and guider node.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -138,5 +140,7 @@ class EVDiTSparseAttention(io.ComfyNode):
                 placement=placement,
                 decline_slow=decline_slow,
                 backend=backend,
+                # Outside a prompt, as in a script, there is no id and nobody to tell.
+                after_run=announce_to_page(cls.hidden.unique_id, plan.to_text()) if cls.hidden else None,
             )
         )

@@ -25,7 +25,7 @@ class EVDiTAttentionTileMap(io.ComfyNode):
             description=(
                 "Measures which share of its attention each latent frame gives to each other one, in chosen layers of the dense "
                 "model, and draws it: a strong diagonal means that frames attend mostly to themselves. With a plan, the tiles it "
-                "keeps are outlined and their share is given."
+                "leaves out are hatched, and the share of those it keeps is given."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The video model to look at. It is not changed; sparse attention on it is ignored."),
@@ -34,7 +34,7 @@ class EVDiTAttentionTileMap(io.ComfyNode):
                 io.String.Input(
                     "layers",
                     default="0,-1",
-                    tooltip=f'Layers to draw, counted from 0, negative from the end: "0-2,-1". At most {MAX_MAPS}, a picture each.',
+                    tooltip=f'Layers to draw, counted from 0, negative from the end: "0-2,-1". At most {MAX_MAPS}, a panel each.',
                 ),
                 io.Float.Input(
                     "percent",
@@ -65,7 +65,7 @@ class EVDiTAttentionTileMap(io.ComfyNode):
                         "exact and slower."
                     ),
                 ),
-                Plan.Input("plan", optional=True, tooltip="Outlines the tiles that this plan keeps, and gives their share of attention."),
+                Plan.Input("plan", optional=True, tooltip="Hatches the tiles that the plan leaves out; gives the share of those it keeps."),
                 io.Conditioning.Input(
                     "second_prompt",
                     optional=True,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..efficient_vdit_core.plan import TilePlan
-from .inputs import CATEGORY, Plan
+from .inputs import CATEGORY, Plan, plan_ui
 
 
 class EVDiTTilePlan(io.ComfyNode):
-    """A plan with the same number of reference frames in every layer."""
+    """A plan with the same number of reference frames in every layer, or one written as text."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -19,7 +19,8 @@ class EVDiTTilePlan(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Makes a sparse-attention plan k:T-k for all layers: each latent frame attends to itself and to k "
-                "reference frames, and the reference frames attend to everything. Fits any model and length."
+                "reference frames, and the reference frames attend to everything. Fits any model and length. Click a layer "
+                "of the chart to give it another pattern."
             ),
             inputs=[
                 io.Int.Input(
@@ -34,13 +35,23 @@ class EVDiTTilePlan(io.ComfyNode):
                         "attention; 0 lets every frame see only itself. Usual: a quarter of the latent frames."
                     ),
                 ),
+                io.String.Input(
+                    "text",
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        'A plan as text, used in place of reference_frames; the chart writes it. "all:2 0-1:full" = 2 reference frames '
+                        'in all layers but the first two, for any depth; "0:full 1-4:2:6 5-31:1:7" = every layer of 32, at 8 latent '
+                        "frames. Sparser layers are faster and change the video more. Empty = reference_frames everywhere."
+                    ),
+                ),
             ],
             outputs=[
                 Plan.Output(
                     "plan",
                     display_name="plan",
                     tooltip=(
-                        "The plan, one pattern k:T-k for all layers (k and T in latent frames). "
+                        "The plan, a pattern k:T-k for each layer (k and T in latent frames). "
                         "Connect it to Sparse Attention; by itself it changes nothing."
                     ),
                 ),
@@ -48,5 +59,6 @@ class EVDiTTilePlan(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, reference_frames: int) -> io.NodeOutput:
-        return io.NodeOutput(TilePlan.uniform(reference_frames, layers=None))
+    def execute(cls, reference_frames: int, text: str = "") -> io.NodeOutput:
+        plan = TilePlan.from_text(text) if text.strip() else TilePlan.uniform(reference_frames, layers=None)
+        return io.NodeOutput(plan, ui=plan_ui(plan))

@@ -45,6 +45,10 @@ class Choice:
     backend: str
     milliseconds: dict[str, float]
 
+    def sparse(self) -> str:
+        """The fastest of those that follow the pattern."""
+        return min((name for name in self.milliseconds if name != "dense"), key=lambda name: self.milliseconds[name])
+
 
 class ChoiceBook:
     """Choices by shape class, in memory and in ``file``; safe for several threads."""
@@ -67,7 +71,7 @@ class ChoiceBook:
 
 def default_book() -> ChoiceBook:
     """The book of this machine: ``$EVDIT_CACHE_DIR`` or the user's cache folder."""
-    return _book(_cache_folder() / "attention.json")
+    return _book(cache_folder() / "attention.json")
 
 
 @lru_cache
@@ -153,7 +157,8 @@ def _versions() -> dict[str, str]:
     return {"pack": __version__, "torch": torch.__version__, "triton": triton, "driver": driver, "threads": str(torch.get_num_threads())}
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where the pack keeps what it found out about this machine: ``$EVDIT_CACHE_DIR`` or the user's cache folder."""
     if "EVDIT_CACHE_DIR" in os.environ:
         return Path(os.environ["EVDIT_CACHE_DIR"])
     if sys.platform == "win32":

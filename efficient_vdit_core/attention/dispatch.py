@@ -84,8 +84,10 @@ def tile_attention(
 
 
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern, *, dense: Dense | None = None,
-                   dense_name: str = "sdpa") -> str:
+                   dense_name: str = "sdpa", or_dense: bool = True) -> str:
     """The backend that ``auto`` means for these tensors: the fastest of a trial, ``dense`` where nothing beats it.
+
+    Without ``or_dense`` it is the fastest that follows the pattern.
 
     Not measured, and ``frames``, for fewer than ``FEWEST_MEASURED_TOKENS`` tokens and while torch.compile traces. A
     full pattern is ``dense``.
@@ -97,7 +99,8 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern
     usable = {"dense", *(name for name, status in _statuses(q.device.type).items() if status.available and fits(name, q))}
     every = _candidates(dense or F.scaled_dot_product_attention, None)
     candidates = {name: attend for name, attend in every.items() if name in usable}
-    return default_book().choose(candidates, q, k, v, layout, pattern, dense_name).backend
+    choice = default_book().choose(candidates, q, k, v, layout, pattern, dense_name)
+    return choice.backend if or_dense else choice.sparse()
 
 
 def fits(backend: str, q: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from ..plan import TilePlan
 from ..tiles import TilePattern
+from .clock import DENSE, SPARSE
 from .dispatch import choose_backend, tile_attention
 from .layout import TokenLayout
 from .report import AttentionReport
@@ -43,6 +44,7 @@ class ForwardState:
         padding: how many tokens at the end of the suffix are padding, and masked; 0 where nothing is.
         step: sampling step, 0 = first; moves rotating reference frames.
         calls: self-attentions over the video so far.
+        pattern_of: the pattern of a layer in this forward, for those who must know it before the layer's attention is called.
     """
 
     layout: TokenLayout | None
@@ -55,6 +57,7 @@ class ForwardState:
     padding: int = 0
     step: int = 0
     calls: int = 0
+    pattern_of: Callable[[int], TilePattern] | None = None
 
     def next_layer(self, options: Mapping[str, Any]) -> int | None:
         """The layer of this self-attention: given by the model, else counted. None beyond the last layer."""
@@ -140,32 +143,40 @@ def make_attention_override(
         reason = _why_dense(state, layer, layout, pattern, mask, min_tokens, decline_slow)
         if reason:
             report.add_dense(reason)
-            return dense.call(q, k, v, heads, mask, **form)
+            with report.clock.taking(DENSE, q):
+                return dense.call(q, k, v, heads, mask, **form)
         shaped = (q, k, v) if skip_reshape else tuple(rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
         real = state.without_padding(layout, mask)
-        out = _sparse(shaped, real, pattern, dense, backend, decline_slow)
-        if out is None:
+        kept = tuple(x[:, :, : real.tokens] for x in shaped)
+        chosen = _backend(kept, real, pattern, dense, backend, decline_slow)
+        if chosen == "dense":
             report.add_dense("measured faster")
-            return dense.call(q, k, v, heads, mask, **form)
-        report.add_sparse(pattern.flop_density(real.grid, real.prefix + real.suffix))
+            with report.clock.taking(DENSE, q):
+                return dense.call(q, k, v, heads, mask, **form)
+        density = pattern.flop_density(real.grid, real.prefix + real.suffix)
+        report.add_sparse(density)
+        with report.clock.taking(SPARSE, q, density):
+            out = tile_attention(*kept, real, pattern, dense=dense, backend=chosen, dense_name=dense.name)
+        behind = layout.tokens - real.tokens
+        out = pad(out, (0, 0, 0, behind)) if behind else out  # nothing reads what padding attends to
         return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
 
+    def pattern_of(state: ForwardState, layer: int) -> TilePattern:
+        if state.layout is None:
+            return TilePattern(None)
+        pattern = _pattern(plan, layer, state, state.layout, {}, report).placed(placement, state.step)
+        reason = _why_dense(state, layer, state.layout, pattern, None, min_tokens, decline_slow)
+        return TilePattern(None) if reason else pattern
+
+    override.pattern_of = pattern_of  # pyright: ignore[reportFunctionMemberAccess]
     return override
 
 
-def _sparse(qkv: Sequence[Tensor], layout: TokenLayout, pattern: TilePattern, dense: _Dense, backend: str,
-            decline_slow: bool) -> Tensor | None:
-    """Attention (B, H, N, D) under the pattern, zero for tokens behind the layout's; None where dense measures faster."""
-    q, k, v = (x[:, :, : layout.tokens] for x in qkv)
-    if backend == "auto":
-        backend = choose_backend(q, k, v, layout, pattern, dense=dense, dense_name=dense.name)
-    if backend == "dense":
-        if decline_slow:
-            return None
-        backend = "frames"
-    out = tile_attention(q, k, v, layout, pattern, dense=dense, backend=backend, dense_name=dense.name)
-    behind = qkv[0].shape[2] - layout.tokens
-    return pad(out, (0, 0, 0, behind)) if behind else out
+def _backend(qkv: Sequence[Tensor], layout: TokenLayout, pattern: TilePattern, dense: _Dense, backend: str, decline_slow: bool) -> str:
+    """The backend for this call: the one asked for, or the fastest; ``dense`` only where slow patterns are declined."""
+    if backend != "auto":
+        return backend
+    return choose_backend(*qkv, layout, pattern, dense=dense, dense_name=dense.name, or_dense=decline_slow)
 
 
 def _why_not_the_video(state: ForwardState | None, q: Tensor, k: Tensor, skip_reshape: bool, report: AttentionReport) -> str:

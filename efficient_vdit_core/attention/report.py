@@ -20,6 +20,7 @@ class AttentionReport:
     density_sum: float = 0.0
     dense: Counter[str] = field(default_factory=Counter)
     warned: set[str] = field(default_factory=set)
+    frames: int = 0  # latent frames of the last forward, 0 before the first
     clock: AttentionClock = field(default_factory=AttentionClock)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -42,7 +43,7 @@ class AttentionReport:
 
     def reset(self) -> None:
         with self.lock:
-            self.sparse, self.density_sum = 0, 0.0
+            self.sparse, self.density_sum, self.frames = 0, 0.0, 0
             self.dense.clear()
             self.warned.clear()
         self.clock.reset()

@@ -23,3 +23,6 @@ def speedup(frames: int, k: int | None) -> float | None:
     if (frames, k) not in MILLISECONDS:
         return None
     return MILLISECONDS[frames, None] / MILLISECONDS[frames, k]
+
+# Table 3: (video frames, GPUs) -> speed-up of one step by sequence parallelism over one GPU
+PARALLEL_SPEEDUP: dict[tuple[int, int], float] = {(29, 2): 1.87, (29, 4): 3.68, (93, 2): 1.95, (93, 4): 3.91}

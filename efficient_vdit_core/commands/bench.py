@@ -1,4 +1,4 @@
-"""evdit bench: time the attention, one transformer step, or the pack's overheads; draw a chart of the results."""
+"""evdit bench: time the attention, one transformer step, several ranks, or the pack's overheads; draw a chart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describes the commands attention, step, overhead and plot."""
+    """Describes the commands attention, step, parallel, overhead and plot."""
     commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
     attention = commands.add_parser("attention", help="dense attention against every backend, in pairs")
     attention.add_argument("--preset", choices=("paper", "cpu", "wan"), default="cpu", help="shapes to time, default: %(default)s")
@@ -29,11 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--depth", type=int, default=32, help="blocks, 1..32; the real model has 32, the default")
     step.add_argument("--references", type=int, nargs="+", default=(4, 2, 1), help="k of the uniform plans, default: 4 2 1")
     step.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
+    parallel = commands.add_parser("parallel", help="a forward on several ranks against one, and a model for GPUs")
+    parallel.add_argument("--ranks", default="1,2", help="ranks to time; 1 is always the yardstick, default: %(default)s")
+    parallel.add_argument("--grid", type=int, nargs=3, default=(24, 8, 16), metavar=("T", "H", "W"), help="tokens, default: 24 8 16")
+    parallel.add_argument("--depth", type=int, default=2, help="blocks; real models have 32, default: %(default)s")
+    parallel.add_argument("--heads", type=int, default=24, help="heads of 96 channels, default: %(default)s")
+    parallel.add_argument("--references", type=int, nargs="+", default=(1, 2), help="k of the sparse patterns, default: 1 2")
     overhead = commands.add_parser("overhead", help="what import, patch and index work cost")
     mixture = commands.add_parser("mixture", help="consistency distillation of a 2-D mixture against the exact solution")
     mixture.add_argument("--segments", type=int, nargs="+", default=(1, 2, 4, 8, 16), help="default: 1 2 4 8 16")
     mixture.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    for command in (attention, step, overhead, mixture):
+    for command in (attention, step, parallel, overhead, mixture):
         command.add_argument("--repeats", type=int, default=5, help="runs whose median counts, default: %(default)s")
         command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda, default: %(default)s")
@@ -51,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--repeats is {args.repeats}, expected at least 1.")
     if args.json:
         check_writable_file(args.json)
-    device, rows = {"attention": _attention, "step": _step, "overhead": _overhead, "mixture": _mixture}[args.bench_command](args)
+    benches = {"attention": _attention, "step": _step, "parallel": _parallel, "overhead": _overhead, "mixture": _mixture}
+    device, rows = benches[args.bench_command](args)
     if args.json:
         from ..bench.machine import describe_machine
 
@@ -100,6 +107,35 @@ def _step(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     for r in rows:
         say(f"{r['pattern']:<7} {r['seconds']:>9.3f} s  {r['speedup']:>6.2f}x of dense, Amdahl's bound {r['amdahl_bound']:.2f}x")
     return device, rows
+
+
+def _parallel(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    from ..bench.parallel import ParallelShape, measure, model_rows
+    from ..tiles import TokenGrid
+
+    try:
+        counts = sorted({int(part) for part in args.ranks.split(",")} - {1})
+    except ValueError:
+        raise ValueError(f"--ranks is {args.ranks!r}, expected numbers such as 1,2.") from None
+    if not counts or counts[0] < 1:
+        raise ValueError(f"--ranks is {args.ranks!r}, expected at least one number above 1: one rank alone is timed anyway.")
+    device = _device(args.device)
+    shape = ParallelShape(TokenGrid(*args.grid), args.depth, (None, *args.references), args.heads)
+    rows: list[dict[str, Any]] = []
+    for ranks in counts:
+        devices = tuple(f"cuda:{i}" for i in range(ranks)) if device.type == "cuda" else ("cpu",) * ranks
+        new = measure(shape, ranks, devices, repeats=args.repeats, seed=args.seed)
+        rows += new
+        for r in new:
+            say(f"{r['ranks']} ranks  {r['pattern']:<6} {r['scheme']:<8} {r['seconds']:>8.3f} s  {r['speedup']:>5.2f}x  "
+                f"{r['bytes_per_layer'] / 2**20:>8.2f} MiB a layer and rank")  # fmt: skip
+    modelled = model_rows(rows)
+    say("a model, not a measurement: speed-up on GPUs from stated rates, no overlap, overhead factor of the runs above")
+    for r in modelled:
+        paper = f", the paper's {r['paper_speedup']:.2f}x" if r["paper_speedup"] else ""
+        say(f"{r['video_frames']} frames  {r['pattern']:<5} {r['scheme']:<8} {r['ranks']} GPUs  {r['rates']:<55} "
+            f"{r['speedup']:>5.2f}x{paper}")  # fmt: skip
+    return device, rows + modelled
 
 
 def _overhead(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor
 
 from ..attention import TokenLayout
@@ -21,6 +22,8 @@ def layout_of_call(
 ) -> tuple[TokenLayout | None, str]:
     """Where the video stands in a plain self-attention over several frames, or None and the reason why it is no such call.
 
+    Masked padding is left out of the layout.
+
     q and k are (B, H, N, D) with ``skip_reshape``, else (B, N, H * D).
     """
     if state is None:
@@ -34,6 +37,12 @@ def layout_of_call(
         return None, "text or audio alone" if tokens in state.others else "another sequence length"
     if state.layout.grid.t == 1:
         return None, "a single frame"
-    if mask is not None:
+    if mask is not None and not state.masks_padding_alone(state.layout, mask):
         return None, "masked"
-    return (state.layout, "") if state.active else (None, state.reason)
+    return (state.without_padding(state.layout, mask), "") if state.active else (None, state.reason)
+
+
+def as_heads(x: Tensor, heads: int, skip_reshape: bool, layout: TokenLayout) -> Tensor:
+    """(B, H, N, D) without the padding behind the tokens of ``layout``."""
+    shaped = x if skip_reshape else rearrange(x, "b n (h d) -> b h n d", h=heads)
+    return shaped[:, :, : layout.tokens]

@@ -1,4 +1,4 @@
-"""Heat maps of the tile mass, as a picture: a panel for each layer."""
+"""Heat maps of the tile mass, as a picture: a title with the legend, and a panel for each layer."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 PANEL_WIDTH, MAP = 512, 360  # pixels: a panel, and the heat map in it
-LEFT, TOP, LINE, MARGIN = 74, 62, 22, 16
-MOST_COLUMNS = 3
-INK, FAINT, PAPER, EDGE = (28, 32, 40), (110, 117, 128), (255, 255, 255), (214, 69, 65)
+LEFT, TOP, LINE, MARGIN, HEADER = 78, 54, 24, 22, 92
+MOST_COLUMNS, NARROWEST = 4, 640
+HATCH = 9  # pixels from line to line
+INK, FAINT, PAPER, EDGE = (28, 32, 40), (110, 117, 128), (255, 255, 255), (226, 110, 38)
 # Light to dark, evenly falling lightness, readable in grey and by the colour-blind.
 COLORS = np.array([(247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107), (3, 19, 43)], dtype=np.float64)
 
 
 @dataclass
 class Panel:
-    """One layer: ``share`` (T, T) of attention mass, rows are queries; ``kept`` (T, T) bool outlines a plan's tiles."""
+    """One layer: ``share`` (T, T) of attention mass, rows are queries; a plan's ``kept`` tiles (T, T) bool; ``notes`` below it."""
 
     title: str
     share: Tensor
@@ -28,70 +29,110 @@ class Panel:
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-def draw_panels(panels: Sequence[Panel]) -> np.ndarray:
+def draw_panels(panels: Sequence[Panel], title: str, subtitle: str) -> np.ndarray:
     """The picture (H, W, 3) float32 in 0..1. Colours are the square root of the share, on one scale for all panels."""
     top = max(float(p.share.max()) for p in panels) or 1.0
-    columns = min(len(panels), MOST_COLUMNS)
-    lines = max(len(p.notes) for p in panels)
-    height = TOP + MAP + 52 + lines * LINE + MARGIN
-    image = Image.new("RGB", (columns * PANEL_WIDTH, -(-len(panels) // columns) * height), PAPER)
+    columns = _columns(len(panels))
+    height = TOP + MAP + 58 + max(len(p.notes) for p in panels) * LINE + MARGIN
+    width = max(columns * PANEL_WIDTH, NARROWEST)
+    image = Image.new("RGB", (width, HEADER + -(-len(panels) // columns) * height), PAPER)
+    draw = ImageDraw.Draw(image)
+    _header(draw, image, title, subtitle, any(p.kept is not None and not bool(p.kept.all()) for p in panels))
     for i, panel in enumerate(panels):
-        _draw_panel(ImageDraw.Draw(image), image, panel, (i % columns) * PANEL_WIDTH, i // columns * height, top)
+        _draw_panel(draw, image, panel, (i % columns) * PANEL_WIDTH, HEADER + i // columns * height, top)
     return np.asarray(image, dtype=np.float32) / 255.0
 
 
+def _columns(count: int) -> int:
+    """As many as fit, and as few as leave the fewest places empty."""
+    rows = -(-count // MOST_COLUMNS)
+    return -(-count // rows)
+
+
+def _header(draw: ImageDraw.ImageDraw, image: Image.Image, title: str, subtitle: str, hatched: bool) -> None:
+    draw.text((MARGIN, 14), title, font=_font(25), fill=INK)
+    draw.text((MARGIN, 50), subtitle, font=_font(16), fill=FAINT)
+    if hatched:
+        right, size = image.width - MARGIN, 18
+        text = "left out by the plan"
+        left = right - int(draw.textlength(text, font=_font(16))) - size - 8
+        swatch = np.full((size, size, 3), COLORS[1], dtype=np.uint8)
+        swatch[_hatching(np.ones((size, size), dtype=bool))] = EDGE
+        image.paste(Image.fromarray(swatch), (left, 20))
+        draw.rectangle((left - 1, 19, left + size, 20 + size), outline=EDGE)
+        draw.text((right, 29), text, font=_font(16), fill=INK, anchor="rm")
+
+
 def _draw_panel(draw: ImageDraw.ImageDraw, image: Image.Image, panel: Panel, x: int, y: int, top: float) -> None:
-    draw.text((x + LEFT, y + MARGIN), panel.title, font=_font(22), fill=INK)
     left, upper = x + LEFT, y + TOP
-    image.paste(_heat_map(panel.share, top), (left, upper))
+    draw.text((left, upper - 12), panel.title, font=_font(21), fill=INK, anchor="ls")
+    image.paste(_heat_map(panel.share, panel.kept, top), (left, upper))
     if panel.kept is not None:
         _outline(draw, panel.kept, left, upper)
     draw.rectangle((left - 1, upper - 1, left + MAP, upper + MAP), outline=FAINT)
     _axes(draw, image, len(panel.share), left, upper)
     _color_bar(draw, image, left + MAP + 16, upper, top)
     for line, note in enumerate(panel.notes):
-        draw.text((x + MARGIN, upper + MAP + 50 + line * LINE), note, font=_font(16), fill=INK)
+        draw.text((left, upper + MAP + 58 + line * LINE), note, font=_font(16), fill=INK)
 
 
-def _heat_map(share: Tensor, top: float) -> Image.Image:
-    frames = len(share)
-    edges = np.arange(MAP) * frames // MAP
-    cells = _colors(np.sqrt(share.double().numpy() / top))
-    return Image.fromarray(cells[edges][:, edges])
+def _heat_map(share: Tensor, kept: Tensor | None, top: float) -> Image.Image:
+    at = np.arange(MAP) * len(share) // MAP
+    pixels = _colors(np.sqrt(share.double().numpy() / top))[at][:, at]
+    if kept is not None:
+        pixels[_hatching(~kept.numpy()[at][:, at])] = EDGE
+    return Image.fromarray(pixels)
+
+
+def _hatching(where: np.ndarray) -> np.ndarray:
+    """The pixels of slanted lines within ``where`` (H, W) bool."""
+    rows, columns = np.indices(where.shape)
+    return where & ((rows + columns) % HATCH == 0)
 
 
 def _outline(draw: ImageDraw.ImageDraw, kept: Tensor, left: int, upper: int) -> None:
-    """A line wherever a kept tile meets a skipped one."""
+    """A line wherever a kept tile meets one that is left out."""
     frames = len(kept)
     at = [-(-i * MAP // frames) for i in range(frames + 1)]
     for i in range(frames):
         for j in range(frames):
             if i + 1 < frames and bool(kept[i, j] != kept[i + 1, j]):
-                draw.line((left + at[j], upper + at[i + 1], left + at[j + 1], upper + at[i + 1]), fill=EDGE, width=2)
+                draw.line((left + at[j], upper + at[i + 1], left + at[j + 1], upper + at[i + 1]), fill=EDGE)
             if j + 1 < frames and bool(kept[i, j] != kept[i, j + 1]):
-                draw.line((left + at[j + 1], upper + at[i], left + at[j + 1], upper + at[i + 1]), fill=EDGE, width=2)
+                draw.line((left + at[j + 1], upper + at[i], left + at[j + 1], upper + at[i + 1]), fill=EDGE)
 
 
 def _axes(draw: ImageDraw.ImageDraw, image: Image.Image, frames: int, left: int, upper: int) -> None:
     step = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100, frames) if frames / s <= 12)
     for frame in range(0, frames, step):
         middle = int((frame + 0.5) * MAP / frames)
-        draw.text((left + middle, upper + MAP + 5), str(frame), font=_font(15), fill=FAINT, anchor="ma")
-        draw.text((left - 6, upper + middle), str(frame), font=_font(15), fill=FAINT, anchor="rm")
-    draw.text((left + MAP // 2, upper + MAP + 23), "key frame", font=_font(15), fill=INK, anchor="ma")
-    words = Image.new("RGB", (120, 22), PAPER)
-    ImageDraw.Draw(words).text((60, 11), "query frame", font=_font(15), fill=INK, anchor="mm")
-    image.paste(words.rotate(90, expand=True), (left - 58, upper + MAP // 2 - 60))
+        draw.text((left + middle, upper + MAP + 6), str(frame), font=_font(15), fill=FAINT, anchor="ma")
+        draw.text((left - 7, upper + middle), str(frame), font=_font(15), fill=FAINT, anchor="rm")
+    draw.text((left + MAP // 2, upper + MAP + 26), "key: latent frame", font=_font(15), fill=INK, anchor="ma")
+    words = Image.new("RGB", (150, 22), PAPER)
+    ImageDraw.Draw(words).text((75, 11), "query: latent frame", font=_font(15), fill=INK, anchor="mm")
+    image.paste(words.rotate(90, expand=True), (left - 62, upper + MAP // 2 - 75))
 
 
 def _color_bar(draw: ImageDraw.ImageDraw, image: Image.Image, left: int, upper: int, top: float) -> None:
     bar = _colors(np.linspace(1.0, 0.0, MAP))[:, None].repeat(14, axis=1)
     image.paste(Image.fromarray(bar), (left, upper))
     draw.rectangle((left - 1, upper - 1, left + 14, upper + MAP), outline=FAINT)
-    for part in (0.0, 0.1, 0.25, 0.5, 1.0):
-        y = upper + (1.0 - math.sqrt(part)) * (MAP - 1)
-        draw.text((left + 19, y), f"{100 * top * part:.3g}", font=_font(13), fill=FAINT, anchor="lm")
-    draw.text((left + 7, upper - 18), "%", font=_font(13), fill=FAINT, anchor="ma")
+    for value in _round_shares(top):
+        y = upper + (1.0 - math.sqrt(value / top)) * (MAP - 1)
+        draw.line((left + 14, y, left + 17, y), fill=FAINT)
+        draw.text((left + 20, y), f"{100 * value:g} %", font=_font(13), fill=FAINT, anchor="lm")
+
+
+def _round_shares(top: float) -> list[float]:
+    """Round numbers up to ``top``, far enough apart on the square-root scale."""
+    decade = 10.0 ** math.floor(math.log10(top))
+    candidates = [digit * decade / scale for scale in (1, 10, 100) for digit in (8, 6, 4, 2, 1)]
+    found: list[float] = []
+    for value in (c for c in candidates if c <= top):
+        if not found or math.sqrt(found[-1] / top) - math.sqrt(value / top) > 0.07:
+            found.append(value)
+    return [*(v for v in found if math.sqrt(v / top) > 0.07), 0.0]
 
 
 def _colors(values: np.ndarray) -> np.ndarray:

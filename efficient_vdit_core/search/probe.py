@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..attention import TokenLayout, choose_backend, tile_attention
 from ..attention.override import FORWARD_KEY, ForwardState, Override
 from ..tiles import TilePattern
-from .calls import layer_of_call, layout_of_call
+from .calls import as_heads, layer_of_call, layout_of_call
 
 ATTENTION, BLOCK = "attention", "block"
 MEASURES = (ATTENTION, BLOCK)
@@ -105,13 +106,14 @@ def make_probe_override(
             if replaying is None:
                 record.add_dense(reason)
             return dense(q, k, v, mask, skip_reshape, skip_output_reshape)
-        qh, kh, vh = (q, k, v) if skip_reshape else (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+        qh, kh, vh = (as_heads(x, heads, skip_reshape, layout) for x in (q, k, v))
         if layer is None:
             out = tile_attention(qh, kh, vh, layout, TilePattern(replaying), dense=dense, backend=EXACT)
+            out = pad(out, (0, 0, 0, q.shape[2 if skip_reshape else 1] - layout.tokens))
             return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
         record.layout = record.layout or layout
         out = _timed(record, layer, DENSE, q, lambda: dense(q, k, v, mask, skip_reshape, skip_output_reshape))
-        exact = out if skip_output_reshape else rearrange(out, "b n (h d) -> b h n d", h=heads)
+        exact = as_heads(out, heads, skip_output_reshape, layout)
         for count in record.candidates:
             record.add(ATTENTION, layer, count, _candidate_error(record, layer, count, (qh, kh, vh), exact, layout, dense))
         if progress is not None:

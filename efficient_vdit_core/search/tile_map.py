@@ -20,16 +20,18 @@ def tile_map(
     """
     panels, lines = [], []
     first = next(iter(measured.values()))
-    lines.append(f"Measured on {first.rows} query rows of each of {len(first.share)} latent frames, all heads.")
+    frames = len(first.share)
+    lines.append(f"Measured on {first.rows} query rows of each of {frames} latent frames, all heads.")
     if other:
         rows = len(first.important)
         lines.append(f"Overlap of two prompts: 2|A and B| / (|A| + |B|) of the key positions, mean of {rows} query rows, all heads.")
     for layer, mass in sorted(measured.items()):
         notes = _notes(layer, mass, depth, plan, other[layer] if other else None)
-        pattern = plan.pattern(layer, depth) if plan else None
-        panels.append(Panel(f"Layer {layer}", mass.share, kept_tiles(pattern, len(mass.share)) if pattern else None, notes))
+        pattern = plan.pattern(layer, depth).scaled(plan.frames, frames) if plan else None
+        panels.append(Panel(f"Layer {layer}", mass.share, kept_tiles(pattern, frames) if pattern else None, notes))
         lines += ["", f"Layer {layer}", *(f"  {note}" for note in notes)]
-    return draw_panels(panels), "\n".join(lines)
+    subtitle = "Share of each query frame's attention, in percent; colour grows with its square root."
+    return draw_panels(panels, "Attention between frames", subtitle), "\n".join(lines)
 
 
 def _notes(layer: int, mass: TileMass, depth: int, plan: TilePlan | None, other: TileMass | None) -> list[str]:
@@ -39,9 +41,9 @@ def _notes(layer: int, mass: TileMass, depth: int, plan: TilePlan | None, other:
     if float(mass.extra.mean()) > 0:
         notes.append(f"text and other tokens {float(mass.extra.mean()):.1%}")
     if plan is not None:
-        pattern = plan.pattern(layer, depth)
+        pattern = plan.pattern(layer, depth).scaled(plan.frames, frames)
         notes.append(f"plan {pattern.name(frames)} keeps {mass.kept(pattern):.1%} in {pattern.density(frames):.0%} of the tiles")
     if other is not None:
         levels = "/".join(f"{level:.0%}"[:-1] for level in LEVELS)
-        notes.append(f"overlap of the {levels} % positions: " + " / ".join(f"{o:.0%}" for o in mass.overlap(other)))
+        notes.append(f"overlap at {levels} %: " + " / ".join(f"{o:.0%}" for o in mass.overlap(other)))
     return notes

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 
 from ..attention import TokenLayout
 from ..attention.override import FORWARD_KEY, ForwardState, Override
 from ..plan import parse_layers
 from ..tiles import TilePattern
-from .calls import layer_of_call, layout_of_call
+from .calls import as_heads, layer_of_call, layout_of_call
 
 LEVELS = (0.90, 0.95, 0.99)
 MAX_BYTES = 256 * 2**20
@@ -92,7 +92,7 @@ def make_mass_override(
             record.reasons.add(reason)
         else:
             if record.active and layer in record.layers:
-                qh, kh = (q, k) if skip_reshape else (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k))
+                qh, kh = (as_heads(x, heads, skip_reshape, layout) for x in (q, k))
                 record.found[layer] = tile_mass(qh, kh, layout, record.rows)
             if progress is not None:
                 progress(layer)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ def patch_attention(
     placement: str = "strided",
     decline_slow: bool = True,
     backend: str = "auto",
+    after_run: Callable[[AttentionReport, int, float], None] | None = None,
 ) -> Any:
     """A clone of MODEL whose self-attention follows the plan.
 
@@ -44,6 +47,7 @@ def patch_attention(
         placement: where the reference frames stand, one of ``tiles.PLACEMENTS``; rotating moves by a frame a step.
         decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
         backend: what computes the sparse attention, ``auto`` or one of ``attention.BACKENDS``.
+        after_run: called after each sampling with its counts, the number of layers, and the seconds it took.
 
     Raises:
         ValueError: the window is empty, the plan is for another model, or the backend cannot run here.
@@ -71,16 +75,15 @@ def patch_attention(
     previous = options.get(OVERRIDE)
     previous = getattr(previous, "replaces", previous)
     # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
-    override: Any = torch.compiler.disable(
-        make_attention_override(
-            plan, report, min_tokens=min_tokens, previous=previous, placement=placement, decline_slow=decline_slow, backend=backend
-        )
+    sparse: Any = make_attention_override(
+        plan, report, min_tokens=min_tokens, previous=previous, placement=placement, decline_slow=decline_slow, backend=backend
     )
-    override.replaces = previous
+    override: Any = torch.compiler.disable(sparse)
+    override.replaces, override.report = previous, report
     options[OVERRIDE] = override
     for kind, wrapper in (
-        (WrappersMP.APPLY_MODEL, _publish_layout(family, window, report, count_steps=placement == "rotating")),
-        (WrappersMP.OUTER_SAMPLE, _log_report(report)),
+        (WrappersMP.APPLY_MODEL, _publish_layout(family, window, report, sparse.pattern_of, count_steps=placement == "rotating")),
+        (WrappersMP.OUTER_SAMPLE, _log_report(report, depth, after_run)),
     ):
         patched.remove_wrappers_with_key(kind, WRAPPER_KEY)
         patched.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
@@ -96,7 +99,8 @@ def _check_dense_layers(plan: TilePlan, depth: int) -> None:
             )
 
 
-def _publish_layout(family: Family, window: Window, report: AttentionReport, *, count_steps: bool) -> Callable[..., Any]:
+def _publish_layout(family: Family, window: Window, report: AttentionReport, pattern_of: Callable[..., Any], *,
+                    count_steps: bool) -> Callable[..., Any]:
     """An APPLY_MODEL wrapper: tells the override where the video tokens of this forward stand, and whether it acts."""
 
     def wrapper(
@@ -111,20 +115,24 @@ def _publish_layout(family: Family, window: Window, report: AttentionReport, *, 
     ) -> Any:
         options = dict(transformer_options or {})
         base_model = executor.class_obj
-        state = _forward_state(family, uncompiled(base_model.diffusion_model), x, c_crossattn, conds)
+        state = forward_state(family, uncompiled(base_model.diffusion_model), x, c_crossattn, conds)
+        if state.layout is not None:
+            report.frames = state.layout.grid.t
         if state.layout is None:
             report.warn("unknown layout", f"the attention stays dense: {state.reason}.")
         elif not _in_window(base_model.model_sampling, window, t):
             state.active, state.reason = False, "outside the step window"
         if count_steps:
             state.step = _step(options, t)
+        state.pattern_of = partial(pattern_of, state)
         options[FORWARD_KEY] = state
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     return wrapper
 
 
-def _forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, conds: dict[str, Any]) -> ForwardState:
+def forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, conds: dict[str, Any]) -> ForwardState:
+    """Where the video tokens of a forward on latents ``x`` stand; a state without a layout, with the reason, where unknown."""
     # Video with audio comes packed into one tensor, and the shapes beside it.
     size = conds["latent_shapes"][0] if "latent_shapes" in conds else x.shape
     try:
@@ -165,14 +173,19 @@ def _in_window(model_sampling: Any, window: Window, t: Tensor) -> bool:
     return low * _ROUNDING < level <= high * _ROUNDING
 
 
-def _log_report(report: AttentionReport) -> Callable[..., Any]:
+def _log_report(
+    report: AttentionReport, depth: int, after_run: Callable[[AttentionReport, int, float], None] | None
+) -> Callable[..., Any]:
     """An OUTER_SAMPLE wrapper: one line in the log after each run, a warning where nothing became sparse."""
 
     def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         report.reset()
+        start = time.perf_counter()
         try:
             return executor(*args, **kwargs)
         finally:
+            if after_run is not None:
+                after_run(report, depth, time.perf_counter() - start)
             why_none = "" if report.sparse or report.warned else _why_none(report)
             if why_none:
                 report.warn("nothing sparse", why_none)

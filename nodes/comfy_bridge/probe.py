@@ -50,13 +50,14 @@ def search_plan(
     frames = _video(start).shape[2]
     record = ProbeRecord(sparse_candidates(counts, frames), timed=costs == "measured")
     check_target(threshold, speedup, record.candidates, frames)
-    if sigmas is None:
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", probes)
-    progress = _Progress(len(sigmas) - 1, depth)
+    levels = _schedule(model, probes) if sigmas is None else sigmas
+    if len(levels) < 2:
+        raise ValueError(f"sigmas has {len(levels)} noise levels, expected at least 2: the model is run at all but the last.")
+    progress = _Progress(len(levels) - 1, depth)
     probing = _observed(model, lambda previous: make_probe_override(record, progress=progress.layer, previous=previous))
     with replay_blocks(_blocks(model, family), record) if error == BLOCK else nullcontext():
-        _walk(probing, positive, negative, start, sigmas, seed, cfg, progress.step)
-    about = {"sigmas": [round(float(s), 6) for s in sigmas[:-1]], "seed": seed, "guidance": 1.0 if negative is None else cfg}
+        _walk(probing, positive, negative, start, levels, seed, cfg, progress.step)
+    about = {"sigmas": [round(float(s), 6) for s in levels[:-1]], "seed": seed, "guidance": 1.0 if negative is None else cfg}
     return plan_from_record(
         record, layers=depth, family=family.name, heads=family.head_count(network), threshold=threshold, speedup=speedup,
         measure=error, costs=costs, about=about,
@@ -73,9 +74,8 @@ def measure_tiles(
     family, network = _known_family(model)
     depth = family.depth(network)
     chosen = choose_layers(layers, depth, MAX_MAPS)
-    sampling = model.get_model_object("model_sampling")
-    schedule = comfy.samplers.calculate_sigmas(sampling, "simple", WALK_STEPS)
-    last = int((schedule[:-1] - sampling.percent_to_sigma(percent)).abs().argmin())
+    schedule, target = _schedule(model, WALK_STEPS), model.get_model_object("model_sampling").percent_to_sigma(percent)
+    last = int((schedule[:-1] - target).abs().argmin())
     record = MassRecord(chosen, rows=rows, active=last == 0)
     progress = _Progress(last + 1, depth)
 
@@ -116,6 +116,10 @@ class _Progress:
     def step(self, step: int, *_: Any) -> None:
         self.steps, self.layers = step + 1, 0
         self.bar.update_absolute(self.steps * self.depth, self.total)
+
+
+def _schedule(model: Any, steps: int) -> Tensor:
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
 
 
 def _known_family(model: Any) -> tuple[Family, Any]:

@@ -1,132 +1,24 @@
-"""A real ComfyUI for the tests: $COMFYUI_PATH or ~/comfy/ComfyUI, run by $COMFYUI_PYTHON or that checkout's own .venv."""
+"""One ComfyUI server for all tests of this folder, and scripts run by ComfyUI's own python."""
 
 import json
 import os
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
-import uuid
 import warnings
 from pathlib import Path
 
 import pytest
-import websocket
-
-ROOT = Path(__file__).parents[2]
-COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
-PYTHON = Path(os.environ.get("COMFYUI_PYTHON", COMFYUI / ".venv" / "bin" / "python"))
-ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
-START_TIMEOUT, RUN_TIMEOUT = 180.0, 400.0
+from comfyui_server import COMFYUI, PYTHON, ROOT, RUN_TIMEOUT, Server, to_api, why_no_comfyui
 
 
 def pytest_collection_modifyitems(items):
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in here:
         item.add_marker(pytest.mark.comfy)
-    if here and not ((COMFYUI / "main.py").is_file() and PYTHON.is_file()):
-        reason = f"NO COMFYUI at {COMFYUI} with {PYTHON}: the ComfyUI tests did not run (set COMFYUI_PATH and COMFYUI_PYTHON)"
+    reason = why_no_comfyui()
+    if here and reason:
         warnings.warn(reason, stacklevel=1)
         for item in here:
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-class Server:
-    """ComfyUI on a free port, with this pack alone in a base directory of its own."""
-
-    def __init__(self, base: Path):
-        self.base, self.log = base, base / "server.log"
-        (base / "custom_nodes").mkdir(parents=True)
-        (base / "custom_nodes" / "efficient-vdit").symlink_to(ROOT)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [str(PYTHON), "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base), "--disable-api-nodes"]
-        command += ["--database-url", f"sqlite:///{base}/comfy.db"]
-        self.process = subprocess.Popen(command, cwd=COMFYUI, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
-        self._wait()
-
-    def _wait(self):
-        end = time.monotonic() + START_TIMEOUT
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                self.get("/system_stats")
-                return
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.5)
-        self.stop()
-        raise RuntimeError(f"ComfyUI did not start:\n{self.text()[-3000:]}")
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def get(self, path: str):
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
-            return json.load(answer)
-
-    def post(self, path: str, body: dict):
-        """The status and the JSON answer."""
-        data = json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return answer.status, json.loads(answer.read() or "{}")
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read() or "{}")
-
-    def run(self, prompt: dict, events: list | None = None) -> dict:
-        """Queue an API-format prompt and wait; returns its history entry, success or not.
-
-        ``events`` receives every (type, data) that the page would hear over its websocket.
-        """
-        client = uuid.uuid4().hex
-        socket = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=RUN_TIMEOUT)
-        try:
-            status, answer = self.post("/prompt", {"prompt": prompt, "client_id": client})
-            assert status == 200, json.dumps(answer, indent=1)
-            for kind, data in _messages(socket):
-                if events is not None:
-                    events.append((kind, data))
-                if kind in ENDINGS and data.get("prompt_id") == answer["prompt_id"]:
-                    break
-        except (websocket.WebSocketException, ConnectionError) as error:
-            raise AssertionError(f"the prompt did not end: {error!r}\n{self.text()[-3000:]}") from None
-        finally:
-            socket.close()
-        return self._history(answer["prompt_id"])
-
-    def _history(self, prompt_id: str) -> dict:
-        # The last event is sent a moment before the history is written.
-        for _ in range(100):
-            history = self.get(f"/history/{prompt_id}")
-            if history:
-                return history[prompt_id]
-            time.sleep(0.1)
-        raise AssertionError(f"no history for the prompt that ended:\n{self.text()[-3000:]}")
-
-    def error(self, prompt: dict) -> str:
-        """Queue a prompt that must fail while it runs; returns the message that the user sees."""
-        entry = self.run(prompt)
-        assert entry["status"]["status_str"] == "error", entry["status"]
-        return next(data["exception_message"] for kind, data in entry["status"]["messages"] if kind == "execution_error")
-
-    def stop(self):
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-def _messages(socket):
-    """(type, data) of the text messages; binary ones are preview pictures."""
-    while True:
-        message = socket.recv()
-        if isinstance(message, str):
-            parsed = json.loads(message)
-            yield parsed["type"], parsed["data"]
 
 
 @pytest.fixture(scope="session")
@@ -150,33 +42,6 @@ def in_process(tmp_path_factory):
         return json.loads(done.stdout.strip().splitlines()[-1])
 
     return run
-
-
-def to_api(workflow: dict, object_info: dict) -> dict:
-    """A UI-format workflow as the server takes it: links resolved, notes dropped, widget values under their names."""
-    sources = {link[0]: (str(link[1]), link[2]) for link in workflow["links"]}
-    prompt = {}
-    for node in workflow["nodes"]:
-        if node["type"] in ("Note", "MarkdownNote"):
-            continue
-        assert node["mode"] == 0, f"{node['type']} is muted or bypassed"
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": _inputs(node, object_info[node["type"]]["input"], sources)}
-    return prompt
-
-
-def _inputs(node: dict, declared: dict, sources: dict) -> dict:
-    linked = {i["name"]: list(sources[i["link"]]) for i in node.get("inputs", []) if i.get("link") is not None}
-    values, inputs = list(node.get("widgets_values", [])), {}
-    for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
-        kind, options = spec[0], spec[1] if len(spec) > 1 else {}
-        if (kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") or isinstance(kind, list)) and not options.get("forceInput"):
-            inputs[name] = values.pop(0)
-            if options.get("control_after_generate") or name in ("seed", "noise_seed"):
-                values.pop(0)
-        if name in linked:
-            inputs[name] = linked[name]
-    assert not values, f"{node['type']} has {len(values)} widget values too many: {values}"
-    return inputs
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ NODES = {
     "EVDiTSparseAttention",
     "EVDiTConsistencySigmas",
     "EVDiTConsistencySampler",
+    "EVDiTSequenceParallel",
 }
 
 
@@ -45,14 +46,33 @@ def test_every_node_is_there_with_tooltips(server):
         assert all(info[name]["output_tooltips"]), name
 
 
+def test_the_english_texts_are_the_nodes_own(server):
+    """locales/en repeats what the schemas say, so that a translator sees what to translate."""
+    info, texts = server.get("/object_info"), json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8"))
+    for name in NODES:
+        assert (texts[name]["display_name"], texts[name]["description"]) == (info[name]["display_name"], info[name]["description"])
+        declared = {**info[name]["input"].get("required", {}), **info[name]["input"].get("optional", {})}
+        fields = {field: spec[1].get("tooltip") for field, spec in declared.items()}
+        assert {field: text["tooltip"] for field, text in texts[name].get("inputs", {}).items()} == fields, name
+        assert [texts[name]["outputs"][str(i)]["tooltip"] for i in range(len(info[name]["output"]))] == info[name]["output_tooltips"], name
+
+
 def test_the_page_hears_of_the_progress(server, tiny_prompt):
     """Over the websocket: the sampler's steps one by one, to the last, then the end."""
-    events = []
-    server.run(tiny_prompt(), events)
-    (sampler,) = [key for key, node in tiny_prompt().items() if node["class_type"] == "SamplerCustomAdvanced"]
+    events, prompt = [], tiny_prompt()
+    find(prompt, "EVDiTConsistencySigmas").update(segments=3, steps=3)
+    server.run(prompt, events)
+    (sampler,) = [key for key, node in prompt.items() if node["class_type"] == "SamplerCustomAdvanced"]
     steps = [(d["value"], d["max"]) for kind, d in events if kind == "progress" and d.get("node") == sampler]
     assert steps and steps[-1][0] == steps[-1][1] and [s[0] for s in steps] == sorted(s[0] for s in steps)
     assert len({s[0] for s in steps}) >= steps[-1][1] and events[-1][0] == "execution_success"
+    (report,) = [data for kind, data in events if kind == "efficient_vdit.report"]
+    (sparse,) = [key for key, node in prompt.items() if node["class_type"] == "EVDiTSparseAttention"]
+    assert (report["node"], report["plan"], report["frames"]) == (sparse, "all:2", 8)
+    assert report["sparse"] >= 6 * steps[-1][1] and 0.5 < report["density"] < 0.55 and report["seconds"] > 0
+    assert report["layers"] * steps[-1][1] <= report["sparse"]
+    (made,) = [data["output"] for kind, data in events if kind == "executed" and "evdit_plan" in (data.get("output") or {})]
+    assert made["evdit_plan"] == ["all:2"]
 
 
 def schemas(info: dict) -> dict:
@@ -81,7 +101,8 @@ def test_the_nodes_keep_what_they_promise(server):
 
 
 def test_the_template_and_help_pages_are_served(server):
-    assert server.get("/workflow_templates") == {"efficient-vdit": ["tiny_text_to_video"]}
+    shipped = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+    assert {pack: sorted(names) for pack, names in server.get("/workflow_templates").items()} == {"efficient-vdit": shipped}
     assert "EVDiTTilePlan" in json.dumps(server.get("/i18n"))
 
 

@@ -1,27 +1,19 @@
-"""What the registry's archive holds: all tracked files less .comfyignore."""
+"""What the registry's archive holds, as its scanners read it."""
 
 import ast
-import subprocess
-from fnmatch import fnmatch
+import json
+import re
 from pathlib import Path
 
 import pytest
+from archive import archive, install
 
 ROOT = Path(__file__).parents[2]
+# The one file that may start worker processes; no widget's value reaches it.
+START_UP = {"efficient_vdit_core/parallel/launch.py"}
+FORBIDDEN = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "requests", "urllib", "http", "aiohttp", "httpx", "huggingface_hub"}
 PROCESS = {"subprocess", "multiprocessing", "pty"}
 PROCESS_CALLS = {"system", "popen", "spawnl", "spawnv", "execv", "execvp", "fork"}
-
-
-def ignored(path: str, patterns: list[str]) -> bool:
-    """The part of gitignore's syntax that .comfyignore uses: folders with a slash at the end, and file patterns."""
-    return any(path.startswith(p) or f"/{p}" in f"/{path}" if p.endswith("/") else fnmatch(Path(path).name, p) for p in patterns)
-
-
-def archive() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
-    patterns = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return [Path(name) for name in listed if name and not ignored(name, patterns)]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +35,22 @@ def process_starts(source: str) -> list[str]:
     return found
 
 
+def forbidden(source: str) -> list[str]:
+    """Imports of network and pickle modules, and calls of eval, exec and __import__."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        found += [name for name in names if name.split(".")[0] in FORBIDDEN and name not in ("urllib.parse", "http.HTTPStatus")]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__"):
+            found.append(node.func.id)
+    return found
+
+
 def test_it_holds_what_a_user_needs(files):
     names = {f.as_posix() for f in files}
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"} <= names
-    for folder in ("nodes", "efficient_vdit_core/assets", "web/docs", "locales/en", "locales/zh", "workflows"):
+    for folder in ("nodes", "efficient_vdit_core/assets", "web/docs", "web/js", "locales/en", "locales/zh", "workflows", "web/prompts"):
         assert any(name.startswith(folder + "/") for name in names), folder
 
 
@@ -60,10 +64,39 @@ def test_it_is_small(files):
 
 
 def test_no_process_is_started(files):
-    found = {str(f): process_starts((ROOT / f).read_text(encoding="utf-8")) for f in files if f.suffix == ".py"}
+    sources = [f for f in files if f.suffix == ".py" and f.as_posix() not in START_UP]
+    found = {str(f): process_starts((ROOT / f).read_text(encoding="utf-8")) for f in sources}
     assert not {name: starts for name, starts in found.items() if starts}
 
 
 def test_the_check_sees_a_start():
     for source in ("import subprocess", "from multiprocessing import spawn", "import os\nos.system('x')", "import os\nos.fork()"):
         assert process_starts(source)
+
+
+def test_nothing_reaches_for_the_network_or_runs_text(files):
+    found = {str(f): forbidden((ROOT / f).read_text(encoding="utf-8")) for f in files if f.suffix == ".py"}
+    assert not {name: hits for name, hits in found.items() if hits}
+
+
+def test_that_check_sees_a_fault():
+    for source in ("import pickle", "from urllib.request import urlopen", "eval('1')", "def f():\n    import requests", "__import__('os')"):
+        assert forbidden(source)
+    assert not forbidden("from urllib.parse import quote\nfrom .http import x")
+
+
+def test_no_developers_file_is_in_it(files):
+    assert not [f for f in files if f.name.startswith((".", "Makefile", "conftest", "test_")) or f.suffix in (".sh", ".yml")]
+
+
+def test_every_file_of_the_pack_reads_as_what_it_is(files):
+    for file in files:
+        if file.suffix == ".json":
+            json.loads((ROOT / file).read_text(encoding="utf-8"))
+        if file.suffix == ".js":
+            assert re.match(r"/\*\*|//", (ROOT / file).read_text(encoding="utf-8")), file
+
+
+def test_installing_writes_the_archive_alone(files, tmp_path):
+    install(tmp_path / "pack")
+    assert {p.relative_to(tmp_path / "pack") for p in (tmp_path / "pack").rglob("*") if p.is_file()} == set(files)

@@ -21,7 +21,7 @@ ALLOWED = {
     "sampling": set(),
     "models": {"tiles", "plan", "attention"},
     "search": {"tiles", "plan", "attention"},
-    "parallel": {"tiles", "plan", "attention"},
+    "parallel": {"tiles", "plan", "attention", "files"},
     "training": {"files"},
     "distill": {"tiles", "plan", "files", "attention", "sampling", "models", "search", "training", "tinyworld", "video",
                 "pipeline", "request", "model_folder"},

@@ -114,6 +114,9 @@ def test_auto_follows_the_choice(book, monkeypatch):
         monkeypatch.setattr(book, "choose", lambda *_, backend=backend: Choice(backend, {}))
         assert torch.equal(tile_attention(*tensors, LAYOUT, TilePattern(1)), want)
         assert choose_backend(*tensors, LAYOUT, TilePattern(1)) == backend
+    times = {"dense": 1.0, "frames": 3.0, "triton": 2.0}
+    monkeypatch.setattr(book, "choose", lambda *_: Choice("dense", times))
+    assert choose_backend(*tensors, LAYOUT, TilePattern(1), or_dense=False) == "triton"
     assert choose_backend(*tensors, LAYOUT, TilePattern(None)) == "dense"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,9 +174,14 @@ class OpenSoraT2V(nn.Module):
         rope = self._rope(grid, tokens)
         options = dict(transformer_options or {})
         options.update(block_type="double", total_blocks=len(self.transformer_blocks), grid_sizes=grid)
+        hooks = options.get("patches_replace", {}).get("dit", {})
         for index, block in enumerate(self.transformer_blocks):
             options["block_index"] = index
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            args = {"img": tokens, "txt": context, "vec": modulation, "pe": rope, "attention_mask": mask, "transformer_options": options}
+            hook = hooks.get(("double_block", index))
+            if hook is not None:
+                tokens = hook(args, {"original_block": partial(_run_block, block)})["img"]
+            elif self.gradient_checkpointing and torch.is_grad_enabled():
                 # Its own copy of the options: the block runs again in the backward pass, when the index has moved on.
                 tokens = checkpoint(block, tokens, context, modulation, rope, mask, dict(options), use_reentrant=False)
             else:
@@ -192,6 +198,12 @@ class OpenSoraT2V(nn.Module):
         # The reference rounds angles to the run's dtype; bf16 checkpoints were trained with that.
         angles = self.rope_angle_dtype or (torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32)
         return rope_table(grid, scales, c.attention_head_dim, device=tokens.device, angle_dtype=angles)
+
+
+def _run_block(block: nn.Module, args: dict[str, Any]) -> dict[str, Tensor]:
+    """One block in the form in which ComfyUI's ``patches_replace["dit"]`` hooks call it."""
+    img = block(args["img"], args["txt"], args["vec"], args["pe"], args["attention_mask"], args["transformer_options"])
+    return {"img": img}
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,320 @@
+"""The templates that ship, as nodes and links; .ci/templates.py lays them out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from efficient_vdit_core.plan import TilePlan  # noqa: E402
+
+HUB = "https://huggingface.co"
+WAN21, WAN22 = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged", f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
+FLUX_TEXT, OSP = f"{HUB}/comfyanonymous/flux_text_encoders", f"{HUB}/LanguageBind/Open-Sora-Plan-v1.2.0"
+BAD = "low quality, worst quality, blurry, distorted, static, subtitles, watermark"
+FOX = "a fox running through a snowy forest at sunrise, tracking camera, cinematic light"
+TINY = "tiny (built in)"
+
+
+@dataclass
+class Node:
+    """One node: its class, the column it stands in, values of its widgets, links as input -> (node, output)."""
+
+    kind: str
+    column: int
+    values: dict[str, Any] = field(default_factory=dict)
+    links: dict[str, tuple[str, int]] = field(default_factory=dict)
+    title: str = ""
+    models: list[dict[str, str]] = field(default_factory=list)
+    preview: tuple[int, int] | None = None  # of a Tile Plan: the model's latent frames and layers
+
+
+@dataclass
+class Graph:
+    """A template: file name, the note beside it, and its nodes by a name of their own."""
+
+    name: str
+    note: str
+    nodes: dict[str, Node]
+
+
+def model(directory: str, url: str, name: str = "") -> dict[str, str]:
+    return {"name": name or url.rsplit("/", 1)[1], "url": url, "directory": directory}
+
+
+def loader(kind: str, widget: str, file: dict[str, str], **values: Any) -> Node:
+    """A loader of one file that can be downloaded."""
+    return Node(kind, 0, {widget: file["name"], **values}, models=[file])
+
+
+def sparse(source: str, plan: str, preview: tuple[int, int], **values: Any) -> dict[str, Node]:
+    """Tile Plan and Sparse Attention on one model."""
+    return {
+        "plan": Node("EVDiTTilePlan", 1, {"text": plan}, preview=preview),
+        "sparse": Node("EVDiTSparseAttention", 1, values, {"model": (source, 0), "plan": ("plan", 0)}),
+    }
+
+
+def prompts(clip: str, positive: str, negative: str = BAD) -> dict[str, Node]:
+    return {
+        "positive": Node("CLIPTextEncode", 2, {"text": positive}, {"clip": (clip, 0)}, "Prompt"),
+        "negative": Node("CLIPTextEncode", 2, {"text": negative}, {"clip": (clip, 0)}, "Negative prompt"),
+    }
+
+
+def video(samples: tuple[str, int], vae: tuple[str, int], fps: float, tiled: bool = False) -> dict[str, Node]:
+    """Decode and save."""
+    return {
+        "decode": Node("VAEDecodeTiled" if tiled else "VAEDecode", 4, {}, {"samples": samples, "vae": vae}),
+        "create": Node("CreateVideo", 4, {"fps": fps}, {"images": ("decode", 0)}),
+        "save": Node("SaveVideo", 4, {"filename_prefix": "video/EfficientvDiT", "format": "mp4"}, {"video": ("create", 0)}),
+    }
+
+
+def share(plan: str, frames: int, layers: int) -> str:
+    """What a plan computes of the self-attention, for a note."""
+    return f"{TilePlan.from_text(plan).density(frames, layers):.0%} of the self-attention"
+
+
+def note(title: str, what: str, files: str, cost: str, tip: str) -> str:
+    return (
+        f"## {title}\n\n{what}\n\n**Files**\n\n{files}\n\n**Memory and time.** {cost}\n\n**Expect.** {tip}\n\n"
+        "Click a layer in *Tile Plan* to change it; bypass *Sparse Attention* (Ctrl+B) to compare with full attention. "
+        "After the run the chart and the log tell how many calls became sparse. Needs ComfyUI 0.3.60 or newer."
+    )
+
+
+TINY_NOTE = """## Tiny text to video
+
+Makes 29 frames of 64x64 coloured shapes from a sentence, with sparse attention, on a CPU. All weights ship with the pack; nothing is \
+downloaded. Needs ComfyUI 0.3.60 or newer.
+
+**Prompt**: a shape (circle, square, triangle ...), a colour, a direction, a speed and a background, such as
+*a red circle moving right fast on a white background*.
+
+**Tile Plan**: `reference_frames` k. Each of the 8 latent frames attends to itself and to k reference frames. The chart shows which share \
+each layer computes: click a layer to change it. Bypass *Sparse Attention* (Ctrl+B) to compare with full attention. After the run the \
+chart and the log tell how many attention calls became sparse.
+
+**Consistency Sigmas**: the tiny model is not distilled, so `segments` equals `steps`. A model distilled for 4 segments takes 4 and 4, \
+and cfg 1."""
+
+
+def tiny() -> Graph:
+    nodes = {
+        "model": Node("EVDiTModelLoader", 0, {"model_name": TINY}),
+        "clip": Node("EVDiTTextEncoderLoader", 0, {"text_encoder_name": TINY}),
+        "vae": Node("EVDiTVAELoader", 0, {"vae_name": TINY}),
+        "plan": Node("EVDiTTilePlan", 1, {"reference_frames": 2}, preview=(8, 6)),
+        "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("model", 0), "plan": ("plan", 0)}),
+        **prompts("clip", "a red circle moving right fast on a white background", ""),
+        "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 64, "height": 64, "length": 29}),
+        "noise": Node("RandomNoise", 2, {"noise_seed": 0}),
+        "guider": Node(
+            "CFGGuider", 3, {"cfg": 3.0}, {"model": ("sparse", 0), "positive": ("positive", 0), "negative": ("negative", 0)}
+        ),
+        "sigmas": Node("EVDiTConsistencySigmas", 3, {"segments": 50, "steps": 50}, {"model": ("sparse", 0)}),
+        "consistency": Node("EVDiTConsistencySampler", 3),
+        "sampler": Node(
+            "SamplerCustomAdvanced", 3, {},
+            {
+                "noise": ("noise", 0), "guider": ("guider", 0), "sampler": ("consistency", 0), "sigmas": ("sigmas", 0),
+                "latent_image": ("latent", 0),
+            },
+        ),
+        **video(("sampler", 0), ("vae", 0), 12),
+    }  # fmt: skip
+    return Graph("tiny_text_to_video", TINY_NOTE, nodes)
+
+
+def opensora(frames: int) -> Graph:
+    latent, plan = (frames + 3) // 4, {29: "0-1:full 2-31:2:6", 93: "0-1:full 2-31:4:20"}[frames]
+    folder, url = f"open_sora_plan_v1.2_{frames}x720p", f"{OSP}/resolve/main/{frames}x720p/diffusion_pytorch_model.safetensors"
+    seconds = {29: 420, 93: 3400}[frames]
+    file = model("diffusion_models", url, f"{folder}/diffusion_pytorch_model.safetensors")
+    nodes = {
+        "model": loader("EVDiTModelLoader", "model_name", file, weight_dtype="default"),
+        "clip": Node("EVDiTTextEncoderLoader", 0, {"text_encoder_name": "mt5-xxl-encoder.safetensors", "template": "a"}),
+        "plain": Node("EVDiTTextEncoderLoader", 0, {"text_encoder_name": "mt5-xxl-encoder.safetensors"}, title="For the negative prompt"),
+        "vae": Node("EVDiTVAELoader", 0, {"vae_name": "open_sora_plan_v1.2/checkpoint.ckpt"}),
+        **sparse("model", plan, (latent, 32)),
+        **prompts("clip", FOX),
+        "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 1280, "height": 720, "length": frames}),
+        "sampler": Node(
+            "KSampler", 3, {"seed": 0, "steps": 100, "cfg": 7.5, "sampler_name": "euler_ancestral", "scheduler": "normal"},
+            {"model": ("sparse", 0), "positive": ("positive", 0), "negative": ("negative", 0), "latent_image": ("latent", 0)},
+        ),
+        **video(("sampler", 0), ("vae", 0), 24, tiled=True),
+    }  # fmt: skip
+    nodes["negative"].links = {"clip": ("plain", 0)}
+    text = note(
+        f"Open-Sora-Plan v1.2, {frames} frames of 1280x720",
+        f"The model of the Efficient-vDiT paper, as its authors recommend it (euler ancestral, 100 steps, cfg 7.5), with a plan by hand "
+        f"that computes {share(plan, latent, 32)}: two full layers, the others with {plan.split(':')[-2]} reference frames of {latent}.",
+        f"- `models/diffusion_models/{folder}/`: [diffusion_pytorch_model.safetensors]({url}) and its "
+        f"[config.json]({OSP}/resolve/main/{frames}x720p/config.json)\n"
+        f"- `models/vae/open_sora_plan_v1.2/`: [checkpoint.ckpt]({OSP}/resolve/main/vae/checkpoint.ckpt)\n"
+        f"- `models/text_encoders/mt5-xxl-encoder.safetensors`: made from [google/mt5-xxl]({HUB}/google/mt5-xxl) with "
+        "`evdit convert text-encoder` (11 GB)",
+        "5.5 GB of weights in bf16, the text encoder 11 GB more while it encodes. "
+        f"Upstream reports {seconds} s on one H100 with full attention.",
+        "A model that was not distilled for its plan loses some quality; keep more layers full where motion falls apart.",
+    )
+    return Graph(f"opensora_plan_{frames}x720p", text, nodes)
+
+
+def wan21() -> Graph:
+    plan = "all:6 0-1:full -1:full"
+    unet = model("diffusion_models", f"{WAN21}/resolve/main/split_files/diffusion_models/wan2.1_t2v_14B_fp8_scaled.safetensors")
+    clip = model("text_encoders", f"{WAN21}/resolve/main/split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    vae = model("vae", f"{WAN21}/resolve/main/split_files/vae/wan_2.1_vae.safetensors")
+    lora = model("loras", f"{HUB}/Kijai/WanVideo_comfy/resolve/main/Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors")
+    nodes = {
+        "model": loader("UNETLoader", "unet_name", unet, weight_dtype="default"),
+        "lora": Node(
+            "LoraLoaderModelOnly", 0, {"lora_name": lora["name"], "strength_model": 1.0}, {"model": ("model", 0)}, "Few-step LoRA", [lora]
+        ),
+        "clip": loader("CLIPLoader", "clip_name", clip, type="wan"),
+        "vae": loader("VAELoader", "vae_name", vae),
+        **sparse("lora", plan, (21, 40)),
+        **prompts("clip", FOX),
+        "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 832, "height": 480, "length": 81}),
+        "shift": Node("ModelSamplingSD3", 3, {"shift": 5.0}, {"model": ("sparse", 0)}),
+        "sampler": Node(
+            "KSampler", 3, {"seed": 0, "steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple"},
+            {"model": ("shift", 0), "positive": ("positive", 0), "negative": ("negative", 0), "latent_image": ("latent", 0)},
+        ),
+        **video(("sampler", 0), ("vae", 0), 16),
+    }  # fmt: skip
+    text = note(
+        "Wan 2.1 14B: sparse attention and 4 steps",
+        f"81 frames of 832x480 in 4 steps without guidance, by a step-distilled LoRA, with {share(plan, 21, 40)} computed.",
+        "\n".join(f"- `models/{f['directory']}`: [{f['name']}]({f['url']})" for f in (unet, lora, clip, vae)),
+        "About 14 GB for the model and 7 GB for the text encoder; ComfyUI moves what does not fit.",
+        "The look of full attention with small changes of motion. The LoRA sets the quality of 4 steps; it was not trained for a plan.",
+    )
+    return Graph("wan21_sparse_4_steps", text, nodes)
+
+
+def wan22() -> Graph:
+    plan, split = "all:6 0-1:full -1:full", f"{WAN22}/resolve/main/split_files"
+    clip = model("text_encoders", f"{WAN21}/resolve/main/split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    vae = model("vae", f"{split}/vae/wan_2.1_vae.safetensors")
+    nodes: dict[str, Node] = {"plan": Node("EVDiTTilePlan", 1, {"text": plan}, preview=(21, 40))}
+    files = []
+    for noise in ("high", "low"):
+        unet = model("diffusion_models", f"{split}/diffusion_models/wan2.2_t2v_{noise}_noise_14B_fp8_scaled.safetensors")
+        lora = model("loras", f"{split}/loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_{noise}_noise.safetensors")
+        files += [unet, lora]
+        title = f"{noise} noise"
+        nodes[f"{noise}_model"] = loader("UNETLoader", "unet_name", unet, weight_dtype="default")
+        lora_link = {"model": (f"{noise}_model", 0)}
+        nodes[f"{noise}_lora"] = Node("LoraLoaderModelOnly", 0, {"lora_name": lora["name"]}, lora_link, f"Few-step LoRA, {title}", [lora])
+        sparse_links = {"model": (f"{noise}_lora", 0), "plan": ("plan", 0)}
+        nodes[f"{noise}_sparse"] = Node("EVDiTSparseAttention", 1, {}, sparse_links, f"Sparse Attention, {title}")
+        nodes[f"{noise}_shift"] = Node("ModelSamplingSD3", 3, {"shift": 5.0}, {"model": (f"{noise}_sparse", 0)})
+    common = {"steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    first = {"add_noise": "enable", "noise_seed": 0, "start_at_step": 0, "end_at_step": 2, "return_with_leftover_noise": "enable"}
+    second = {"add_noise": "disable", "noise_seed": 0, "start_at_step": 2, "end_at_step": 4, "return_with_leftover_noise": "disable"}
+    texts = {"positive": ("positive", 0), "negative": ("negative", 0)}
+    nodes |= {
+        "clip": loader("CLIPLoader", "clip_name", clip, type="wan"),
+        "vae": loader("VAELoader", "vae_name", vae),
+        **prompts("clip", FOX),
+        "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 832, "height": 480, "length": 81}),
+        "first": Node(
+            "KSamplerAdvanced", 3, {**common, **first}, {"model": ("high_shift", 0), **texts, "latent_image": ("latent", 0)}, "Steps 1-2"
+        ),
+        "second": Node(
+            "KSamplerAdvanced", 3, {**common, **second}, {"model": ("low_shift", 0), **texts, "latent_image": ("first", 0)}, "Steps 3-4"
+        ),
+        **video(("second", 0), ("vae", 0), 16),
+    }
+    text = note(
+        "Wan 2.2 14B: sparse attention and 4 steps",
+        f"81 frames of 832x480 in 4 steps without guidance. Wan 2.2 is two models: both get the plan, {share(plan, 21, 40)} is computed.",
+        "\n".join(f"- `models/{f['directory']}`: [{f['name']}]({f['url']})" for f in (*files, clip, vae)),
+        "About 14 GB for each of the two models, one after the other, and 7 GB for the text encoder.",
+        "The high-noise model sets layout and motion: bypass its *Sparse Attention* first where motion falls apart.",
+    )
+    return Graph("wan22_sparse_4_steps", text, nodes)
+
+
+def hunyuan() -> Graph:
+    plan, repo = "all:5 0-1:full -1:full", f"{HUB}/Comfy-Org/HunyuanVideo_repackaged/resolve/main/split_files"
+    unet = model("diffusion_models", f"{repo}/diffusion_models/hunyuan_video_t2v_720p_bf16.safetensors")
+    llava = model("text_encoders", f"{repo}/text_encoders/llava_llama3_fp8_scaled.safetensors")
+    clip_l = model("text_encoders", f"{FLUX_TEXT}/resolve/main/clip_l.safetensors")
+    vae = model("vae", f"{repo}/vae/hunyuan_video_vae_bf16.safetensors")
+    both = {"clip_name1": clip_l["name"], "clip_name2": llava["name"], "type": "hunyuan_video"}
+    nodes = {
+        "model": loader("UNETLoader", "unet_name", unet, weight_dtype="default"),
+        "clip": Node("DualCLIPLoader", 0, both, models=[clip_l, llava]),
+        "vae": loader("VAELoader", "vae_name", vae),
+        **sparse("model", plan, (19, 60), start_percent=0.1),
+        "positive": Node("CLIPTextEncode", 2, {"text": FOX}, {"clip": ("clip", 0)}, "Prompt"),
+        "guidance": Node("FluxGuidance", 2, {"guidance": 6.0}, {"conditioning": ("positive", 0)}),
+        "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 848, "height": 480, "length": 73}),
+        "noise": Node("RandomNoise", 2, {"noise_seed": 0}),
+        "shift": Node("ModelSamplingSD3", 3, {"shift": 7.0}, {"model": ("sparse", 0)}),
+        "guider": Node("BasicGuider", 3, {}, {"model": ("shift", 0), "conditioning": ("guidance", 0)}),
+        "sigmas": Node("BasicScheduler", 3, {"scheduler": "simple", "steps": 20, "denoise": 1.0}, {"model": ("shift", 0)}),
+        "euler": Node("KSamplerSelect", 3, {"sampler_name": "euler"}),
+        "sampler": Node(
+            "SamplerCustomAdvanced", 3, {},
+            {
+                "noise": ("noise", 0), "guider": ("guider", 0), "sampler": ("euler", 0), "sigmas": ("sigmas", 0),
+                "latent_image": ("latent", 0),
+            },
+        ),
+        **video(("sampler", 0), ("vae", 0), 24, tiled=True),
+    }  # fmt: skip
+    text = note(
+        "HunyuanVideo with sparse attention",
+        f"73 frames of 848x480 in 20 steps; {share(plan, 19, 60)} is computed after the first tenth of the schedule. Its 20 double and 40 "
+        "single blocks count as layers 0 to 59; text tokens attend to all and are seen by all.",
+        "\n".join(f"- `models/{f['directory']}`: [{f['name']}]({f['url']})" for f in (unet, clip_l, llava, vae)),
+        "About 26 GB for the model in bf16 (choose fp8_e4m3fn for half) and 9 GB for the text encoder.",
+        "The same scene as with full attention; fine motion differs. More reference frames hold it closer.",
+    )
+    return Graph("hunyuan_video_sparse", text, nodes)
+
+
+def ltx() -> Graph:
+    plan = "all:4 0-1:full -1:full"
+    whole = model("checkpoints", f"{HUB}/Lightricks/LTX-Video/resolve/main/ltx-video-2b-v0.9.safetensors")
+    t5 = model("text_encoders", f"{FLUX_TEXT}/resolve/main/t5xxl_fp16.safetensors")
+    nodes = {
+        "model": loader("CheckpointLoaderSimple", "ckpt_name", whole),
+        "clip": loader("CLIPLoader", "clip_name", t5, type="ltxv"),
+        **sparse("model", plan, (13, 28)),
+        **prompts("clip", FOX),
+        "rate": Node("LTXVConditioning", 2, {"frame_rate": 25.0}, {"positive": ("positive", 0), "negative": ("negative", 0)}),
+        "latent": Node("EmptyLTXVLatentVideo", 2, {"width": 768, "height": 512, "length": 97}),
+        "sigmas": Node("LTXVScheduler", 3, {"steps": 30}, {"latent": ("latent", 0)}),
+        "euler": Node("KSamplerSelect", 3, {"sampler_name": "euler"}),
+        "sampler": Node(
+            "SamplerCustom", 3, {"add_noise": True, "noise_seed": 0, "cfg": 3.0},
+            {
+                "model": ("sparse", 0), "positive": ("rate", 0), "negative": ("rate", 1), "sampler": ("euler", 0), "sigmas": ("sigmas", 0),
+                "latent_image": ("latent", 0),
+            },
+        ),
+        **video(("sampler", 0), ("model", 2), 25),
+    }  # fmt: skip
+    text = note(
+        "LTX-Video 2B with sparse attention",
+        f"97 frames of 768x512 in 30 steps with {share(plan, 13, 28)} computed. A latent frame of LTX is 8 video frames and few tokens, so "
+        "the gain is small at this size: it is here to start from for longer and larger videos.",
+        "\n".join(f"- `models/{f['directory']}`: [{f['name']}]({f['url']})" for f in (whole, t5)),
+        "About 9 GB for the checkpoint and 10 GB for the text encoder.",
+        "A look as with full attention; where it flickers between latent frames, raise the reference frames.",
+    )
+    return Graph("ltx_video_sparse", text, nodes)
+
+
+def all_graphs() -> Iterator[Graph]:
+    yield from (tiny(), opensora(29), opensora(93), wan21(), wan22(), hunyuan(), ltx())

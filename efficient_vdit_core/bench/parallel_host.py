@@ -1,0 +1,73 @@
+"""What runs in the workers of `evdit bench parallel`: Open-Sora-Plan's blocks with random weights, sharded or on rank 0 alone."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..attention import TokenLayout
+from ..attention.override import FORWARD_KEY, ForwardState, make_attention_override
+from ..attention.report import AttentionReport
+from ..attention.sdpa import OVERRIDE_KEY
+from ..models.opensora_plan.config import OSP_29X720P, DiTConfig
+from ..models.opensora_plan.transformer import OpenSoraT2V
+from ..parallel.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
+from ..plan import TilePlan
+from ..tiles import TokenGrid
+
+TEXT_TOKENS = 100
+
+
+class BenchHost:
+    """One thread a rank, float32 on a CPU; bfloat16 on GPUs."""
+
+    def __init__(self, settings: Any, wire: Any) -> None:
+        self.wire, self.device = wire, torch.device(settings.device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def open(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Build ``depth`` blocks of the form ``config`` for ``grid`` tokens; the same numbers on each rank."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+        torch.manual_seed(message["seed"])
+        config = DiTConfig(**{**vars(OSP_29X720P), **message["config"]})
+        self.model = OpenSoraT2V(config, dtype=self.dtype, device=self.device).eval()
+        t, h, w = message["grid"]
+        self.layout, self.depth = TokenLayout(TokenGrid(t, h, w)), config.num_layers
+        self.x = torch.randn(1, 4, t, 2 * h, 2 * w, dtype=self.dtype, device=self.device)
+        self.text = torch.randn(1, TEXT_TOKENS, config.caption_channels, dtype=self.dtype, device=self.device)
+        return {}
+
+    def offload(self) -> None:
+        """Nothing to free: the pool ends with the benchmark."""
+
+    def step(self, message: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """One forward; seconds from the moment all ranks are ready, bytes that this rank sent in its layers."""
+        before = self.wire.sent.copy()
+        dist.barrier()
+        start = time.perf_counter()
+        out = None
+        if message["scheme"] != "alone" or self.wire.rank == 0:
+            plan = TilePlan.uniform(message["k"])
+            options, timestep = self._options(message, plan), torch.full((1,), 500.0, device=self.device)
+            out = self.model(self.x, timestep, self.text, transformer_options=options)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        sent = self.wire.sent - before
+        layers = sum(count for name, count in sent.items() if name.startswith(("rb", "ulysses")))
+        return {"seconds": seconds, "bytes": layers, "all_bytes": sum(sent.values())}, {} if out is None else {"out": out}
+
+    def _options(self, message: dict[str, Any], plan: TilePlan) -> dict[str, Any]:
+        if message["scheme"] == "alone":
+            return {OVERRIDE_KEY: make_attention_override(plan, AttentionReport()), FORWARD_KEY: ForwardState(self.layout)}
+        patterns = [plan.pattern(i, self.depth) for i in range(self.depth)]
+        return {
+            OVERRIDE_KEY: make_sharded_override(),
+            SHARDED_KEY: ShardedForward(self.layout, patterns, self.wire, message["scheme"]),
+            "patches_replace": {"dit": {("double_block", i): block_hook(i, self.depth) for i in range(self.depth)}},
+        }

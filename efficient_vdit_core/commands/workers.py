@@ -1,0 +1,68 @@
+"""evdit workers: start a pool of workers on this machine, which ComfyUI's EVDiTSequenceParallel then finds; Ctrl-C ends it.
+
+Over several machines run the same worker under torchrun on each of them:
+torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT PACK/efficient_vdit_core/parallel/boot.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from . import say
+
+_CHECK_SECONDS = 0.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the command's options."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--devices", default="auto", help='"auto" for all GPUs, or numbers such as 0,1; cpu,cpu for two CPU ranks')
+    parser.add_argument("--start-timeout", type=float, default=120.0, metavar="SECONDS", help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Keeps a pool running until Ctrl-C; one whose rank ends is started anew. Raises ValueError where there is one already."""
+    from ..parallel.pool_file import default_pool_file
+    from ..parallel.session import parse_devices, running_pool
+
+    devices = parse_devices(args.devices)
+    if len(devices) < 2:
+        raise ValueError(f"--devices means {', '.join(devices)}, expected two or more devices: one alone needs no workers.")
+    found = running_pool(devices)
+    if found is not None:
+        found.close()
+        raise ValueError("A pool on these devices runs already. End it with Ctrl-C where it was started, or use it.")
+    workers: Any = None
+    try:
+        while True:
+            workers = _start(devices, args.start_timeout)
+            say(f"{len(devices)} workers are ready on {', '.join(devices)}; ComfyUI finds them by {default_pool_file()}. Ctrl-C ends them.")
+            while not workers.ended():
+                time.sleep(_CHECK_SECONDS)
+            time.sleep(_CHECK_SECONDS)
+            for rank, how in workers.ended().items():
+                say(f"rank {rank} ended ({how}); its last lines:\n{workers.last_lines(rank)}")
+            workers.stop()
+            say("starting the workers anew")
+    except KeyboardInterrupt:
+        say("the workers have ended")
+        return 0
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    finally:
+        if workers is not None:
+            workers.stop()
+
+
+def _start(devices: tuple[str, ...], seconds: float) -> Any:
+    from ..parallel.pool_file import default_pool_file, read_pool_file, remove_pool_file
+    from ..parallel.start_workers import Workers
+
+    old = read_pool_file(default_pool_file())
+    if old is not None:
+        remove_pool_file(default_pool_file(), old.pid)
+    workers = Workers(devices, "nccl" if devices[0].startswith("cuda") else "gloo", address_file=default_pool_file())
+    workers.wait(seconds)
+    return workers

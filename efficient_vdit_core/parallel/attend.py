@@ -1,0 +1,54 @@
+"""Attention over a sequence whose tokens are sharded over ranks: the entry, and the choice of the scheme."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..attention import tile_attention
+from ..tiles import TilePattern
+from .layout import Shard
+from .reference_broadcast import reference_broadcast_attention
+from .traffic import choose_scheme
+from .ulysses import Inner, ulysses_attention
+from .wire import Wire
+
+SCHEMES = ("auto", "rb", "ulysses")
+
+
+def sharded_attention(q: Tensor, k: Tensor, v: Tensor, shard: Shard, pattern: TilePattern, wire: Wire, *, scheme: str = "auto",
+                      inner: Inner | None = None) -> Tensor:
+    """Attention under ``pattern`` of this rank's tokens; every rank calls it for the same layer. Forward only.
+
+    Args:
+        q, k, v: (B, H, n, D) with n = ``shard.tokens[wire.rank]``.
+        scheme: ``auto`` sends the fewest bytes; ``rb`` or ``ulysses`` for all sparse layers. Full layers take Ulysses.
+        inner: what Ulysses calls on whole sequences (B, h, N, D), default ``tile_attention`` under the pattern.
+
+    Returns:
+        (B, H, n, D).
+
+    Raises:
+        ValueError: a tensor has another length than the shard says, the scheme is unknown, or gradients are wanted.
+    """
+    _check(q, k, v, shard, wire, scheme)
+    if scheme == "auto" or pattern.is_full(shard.layout.grid.t):
+        scheme = choose_scheme(shard, pattern, q.shape[1], q.shape[3], q.element_size())
+    if scheme == "rb":
+        return reference_broadcast_attention(q, k, v, shard, pattern, wire)
+    return ulysses_attention(q, k, v, shard, wire, inner or (lambda q, k, v: tile_attention(q, k, v, shard.layout, pattern)))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire, scheme: str) -> None:
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme is {scheme!r}, expected one of {', '.join(SCHEMES)}.")
+    if shard.ranks != wire.size:
+        raise ValueError(f"The shard has {shard.ranks} parts, expected {wire.size}: one for each rank of the group.")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or x.shape[2] != shard.tokens[wire.rank] or x.shape != q.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, expected (batch, heads, {shard.tokens[wire.rank]}, head_dim) on rank {wire.rank}. "
+                "Slice the hidden state with the same shard."
+            )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("q, k or v wants gradients, but sharded attention is forward only. Call it under torch.no_grad().")

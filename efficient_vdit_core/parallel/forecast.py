@@ -1,0 +1,73 @@
+"""A model of the speed-up on hardware that is not here: arithmetic and bytes, each at a stated rate, no overlap assumed.
+
+A layer's time on P devices is its FLOPs / (P * rate) plus the bytes that a rank sends / link rate. The FLOPs follow
+Open-Sora-Plan's block; what the runs on this machine took beyond that is the factor ``overhead``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..attention import TokenLayout
+from ..tiles import TilePattern, TokenGrid
+from .layout import choose_shard
+from .traffic import choose_scheme, rb_bytes, ulysses_bytes
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOPs a second of one device, and bytes a second that a device sends."""
+
+    name: str
+    flops: float
+    link: float
+
+
+# Stated, not measured here: dense bf16 rates that transformers reach, and link rates as collectives see them.
+GPU_RATES = (
+    Rates("NVLink, 400 TFLOP/s and 300 GB/s", 400e12, 300e9),
+    Rates("PCIe 4 with peer access, 130 TFLOP/s and 20 GB/s", 130e12, 20e9),
+    Rates("PCIe 4 without peer access, 130 TFLOP/s and 8 GB/s", 130e12, 8e9),
+)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A block of Open-Sora-Plan's form: ``width`` = heads x head_dim, batch 1."""
+
+    grid: TokenGrid
+    heads: int
+    head_dim: int
+    itemsize: int = 2
+    text: int = 300
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    def flops(self, pattern: TilePattern) -> float:
+        """Self-attention, cross-attention and feed-forward of one block: 28 N D^2 in matrices, 4 N^2 D density in attention."""
+        tokens = self.grid.tokens
+        matrices = 28.0 * tokens * self.width**2 + 4.0 * self.text * self.width**2
+        return matrices + 4.0 * tokens * self.width * (tokens * pattern.density(self.grid.t) + self.text)
+
+
+def bytes_sent(shape: LayerShape, pattern: TilePattern, ranks: int, scheme: str) -> tuple[str, int]:
+    """The scheme that ``scheme`` means here, and the most bytes that a rank sends in one layer by it."""
+    shard = choose_shard(TokenLayout(shape.grid), ranks, [pattern])
+    about = (shape.heads, shape.head_dim, shape.itemsize)
+    if scheme == "auto" or pattern.is_full(shape.grid.t):
+        scheme = choose_scheme(shard, pattern, *about)
+    sent = rb_bytes(shard, pattern, *about) if scheme == "rb" else ulysses_bytes(shard, *about)
+    return scheme, max(sent)
+
+
+def speedup(shape: LayerShape, pattern: TilePattern, ranks: int, scheme: str, rates: Rates, overhead: float = 1.0) -> float:
+    """Time on one device over time on ``ranks``; ``overhead`` multiplies the latter's arithmetic (imbalance, slicing, merging)."""
+    alone = shape.flops(pattern) / rates.flops
+    return alone / (overhead * alone / ranks + bytes_sent(shape, pattern, ranks, scheme)[1] / rates.link)
+
+
+def overhead(seconds: float, alone: float, ranks: int, sent: int, link: float) -> float:
+    """The factor that makes the model give the measured ``seconds`` on ``ranks`` where one took ``alone``; at least 1."""
+    return max(1.0, (seconds - sent / link) * ranks / alone)

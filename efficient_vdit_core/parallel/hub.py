@@ -1,0 +1,184 @@
+"""Rank 0's switchboard: passes ComfyUI's requests to all ranks, gathers their answers, and notices at once when a rank is gone.
+
+Its threads stay awake while the rank's main thread computes, so that a rank that hangs or dies is named, not waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .messages import Connection, ConnectionEnded, Tensors, admit
+from .pool_file import remove_pool_file
+
+Message = dict[str, Any]
+
+# How long other ranks' words are awaited after the first fault: one that lost its peer may speak before the loss is seen.
+GATHER_FAULTS_SECONDS = 0.5
+WHERE_SECONDS = 3.0
+FATAL_EXIT = 3
+
+
+class Hub:
+    """``run_here`` hands a request to this rank's own main thread; ``where`` tells what that thread is doing."""
+
+    def __init__(self, listener: socket.socket, secret: str, ranks: int, run_here: Callable[[Message, Tensors], None],
+                 where: Callable[[], str], address_file: str) -> None:
+        self.listener, self.secret, self.ranks = listener, secret, ranks
+        self.run_here, self.where, self.address_file = run_here, where, address_file
+        self.lock = threading.Condition()
+        self.peers: dict[int, Connection] = {}
+        self.main: Connection | None = None
+        self.request: Message = {}
+        self.answers: dict[int, Message] = {}
+        self.tensors: Tensors = {}
+        self.places: dict[int, str] = {}
+        self.faults: list[tuple[int, Message]] = []
+        self.backlog: queue.Queue[tuple[Message, Tensors]] = queue.Queue()
+        for loop in (self._accept, self._pass_on):
+            threading.Thread(target=loop, daemon=True).start()
+
+    def wait_for_ranks(self, seconds: float) -> None:
+        """Returns once every other rank is connected. Raises TimeoutError naming the ones that are not."""
+        with self.lock:
+            if not self.lock.wait_for(lambda: len(self.peers) == self.ranks - 1, seconds):
+                missing = sorted(set(range(1, self.ranks)) - set(self.peers))
+                raise TimeoutError(f"Ranks {missing} did not reach rank 0 in {seconds:.0f} s. Look at their logs.")
+
+    def answer(self, rank: int, message: Message, tensors: Tensors | None = None) -> None:
+        """Rank ``rank``'s answer to the request; the last one sends them all to ComfyUI, with rank 0's tensors."""
+        with self.lock:
+            if rank == 0:
+                self.tensors = tensors or {}
+            self.answers[rank] = message
+            if "error" in message and self.request.get("do") == "step":
+                self._fault(rank, message)
+            elif len(self.answers) == self.ranks:
+                every = [self.answers[r] for r in range(self.ranks)]
+                self._tell_main({"id": self.request["id"], "ranks": every}, self.tensors)
+                self.lock.notify_all()
+
+    def _fault(self, rank: int, message: Message) -> None:
+        self.faults.append((rank, message))
+        if len(self.faults) == 1:
+            threading.Timer(GATHER_FAULTS_SECONDS, self._give_up).start()
+
+    def _give_up(self) -> None:
+        """Ranks that wait for a lost one would wait for ever: say who failed, and end them all."""
+        with self.lock:
+            # Where a rank was lost, what the others say is only that they miss it.
+            faults = [fault for fault in self.faults if fault[1].get("lost")] or self.faults
+            self._tell_main({"id": self.request.get("id"), "fatal": True, "faults": [{**m, "rank": r} for r, m in faults]}, {})
+        self.end(FATAL_EXIT)
+
+    def end(self, status: int) -> None:
+        """End every rank, this one last."""
+        for peer in list(self.peers.values()):
+            try:
+                peer.send({"do": "exit"})
+            except ConnectionEnded:
+                continue
+        if self.address_file:
+            remove_pool_file(Path(self.address_file), os.getpid())
+        os._exit(status)
+
+    def _tell_main(self, message: Message, tensors: Tensors) -> None:
+        if self.main is not None:
+            try:
+                self.main.send(message, tensors)
+            except ConnectionEnded:
+                self.main = None
+
+    def _accept(self) -> None:
+        while True:
+            sock, _ = self.listener.accept()
+            threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
+
+    def _greet(self, sock: socket.socket) -> None:
+        connection = admit(sock, self.secret)
+        if connection is None:
+            return
+        try:
+            hello, _ = connection.receive()
+            if hello.get("role") == "rank":
+                self._serve_rank(int(hello["rank"]), connection)
+            elif self._welcome(hello, connection):
+                self._serve_main(connection)
+        except (ConnectionEnded, ValueError, KeyError):
+            connection.close()
+
+    def _serve_rank(self, rank: int, connection: Connection) -> None:
+        with self.lock:
+            self.peers[rank] = connection
+            self.lock.notify_all()
+        try:
+            while True:
+                message, tensors = connection.receive()
+                if "where" in message:
+                    with self.lock:
+                        self.places[rank] = message["where"]
+                        self.lock.notify_all()
+                else:
+                    self.answer(rank, message, tensors)
+        except ConnectionEnded:
+            with self.lock:
+                self._fault(rank, {"error": f"rank {rank} ended without a word", "lost": True})
+
+    def _welcome(self, hello: Message, connection: Connection) -> bool:
+        """Whether this ComfyUI may use the pool; it is told why not."""
+        refusal = ""
+        if hello.get("version") != __version__:
+            refusal = f"the workers are version {__version__} of Efficient-vDiT, ComfyUI has {hello.get('version')}: start them anew"
+        with self.lock:
+            if self.main is not None:
+                refusal = "another ComfyUI uses these workers"
+            if not refusal:
+                self.main = connection
+        connection.send({"refused": refusal} if refusal else {"welcome": True})
+        return not refusal
+
+    def _serve_main(self, connection: Connection) -> None:
+        try:
+            while True:
+                message, tensors = connection.receive()
+                if message["do"] == "exit":
+                    self.end(0)
+                elif message["do"] == "where":
+                    connection.send({"id": message["id"], "where": self._ask_where()})
+                else:
+                    self.backlog.put((message, tensors))
+        finally:
+            with self.lock:
+                self.main = None
+
+    def _pass_on(self) -> None:
+        """Hands ComfyUI's requests to all ranks, one after another."""
+        while True:
+            message, tensors = self.backlog.get()
+            with self.lock:
+                # A cancelled step is still being computed; its answers must not mix with the next one's.
+                self.lock.wait_for(lambda: not self.request or len(self.answers) == self.ranks)
+                self.request, self.answers, self.tensors = message, {}, {}
+            for rank, peer in self.peers.items():
+                try:
+                    peer.send(message, tensors)
+                except ConnectionEnded:
+                    with self.lock:
+                        self._fault(rank, {"error": f"rank {rank} ended without a word", "lost": True})
+            self.run_here(message, tensors)
+
+    def _ask_where(self) -> dict[str, str]:
+        """What each rank's main thread is doing; a rank that does not answer is left out."""
+        with self.lock:
+            self.places = {0: self.where()}
+        for peer in self.peers.values():
+            peer.send({"do": "where"})
+        with self.lock:
+            self.lock.wait_for(lambda: len(self.places) == self.ranks, WHERE_SECONDS)
+            return {str(rank): place for rank, place in self.places.items()}

@@ -1,0 +1,51 @@
+"""The start-up self-test: one exchange between all ranks, its rate, and who can reach whose memory."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from .wire import Wire, form
+
+MEGABYTES = 8
+
+
+def self_test(wire: Wire, device: torch.device) -> dict[str, Any]:
+    """Sends 8 MiB to every rank and checks what came; gigabytes a second sent by this rank, and its device.
+
+    Raises RuntimeError where the data that arrived is not what was sent.
+    """
+    payload = torch.full((MEGABYTES * 2**20 // 4,), float(wire.rank), device=device)
+    others = [rank for rank in range(wire.size) if rank != wire.rank]
+    best = float("inf")
+    for _ in range(2):  # the first one also opens the connections
+        start = time.perf_counter()
+        sends = [[payload] if rank in others else [] for rank in range(wire.size)]
+        receives = [[form(payload, 0, payload.numel())] if rank in others else [] for rank in range(wire.size)]
+        received = wire.start("self-test", sends, receives, device).wait()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    for rank in others:
+        if not bool((received[rank][0] == float(rank)).all()):
+            raise RuntimeError(f"What rank {rank} sent did not arrive unchanged at rank {wire.rank}.")
+    return {
+        "gigabytes_per_second": len(others) * payload.numel() * 4 / best / 1e9,
+        "device": _name(device),
+        "free_mib": torch.cuda.mem_get_info(device)[0] >> 20 if device.type == "cuda" else None,
+        "peer_access": _peer_access(device),
+    }
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _peer_access(device: torch.device) -> bool | None:
+    """Whether this GPU reads the memory of all others of this machine directly; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    others = [i for i in range(torch.cuda.device_count()) if i != device.index]
+    return all(torch.cuda.can_device_access_peer(device, other) for other in others)

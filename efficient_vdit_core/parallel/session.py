@@ -1,0 +1,177 @@
+"""One pool as ComfyUI uses it from prompt to prompt: found or started, tested, given its model, started anew after a fault."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .client import Answers, Message, Poll, Pool, PoolFault
+from .messages import Tensors
+from .pool_file import PoolAddress, default_pool_file, read_pool_file, remove_pool_file
+
+log = logging.getLogger("efficient_vdit")
+
+SELF_TEST_SECONDS = 10.0
+# Models that the workers hold at once; a workflow rarely has more than a high-noise and a low-noise one.
+MODELS_KEPT = 4
+# What is tried in turn where GPUs cannot talk: direct copies between GPUs are broken on some machines.
+_GPU_ATTEMPTS = (("nccl", True), ("nccl", False), ("gloo", True))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a node asks for. ``opening`` describes the model to the workers; ``key`` names it; times are in seconds."""
+
+    devices: tuple[str, ...]
+    key: str
+    opening: Message = field(repr=False)
+    start_timeout: float = 120.0
+    step_timeout: float = 600.0
+
+
+class Session:
+    """Safe for several threads; one request at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.pool: Pool | None = None
+        self.workers: Any = None
+        self.devices: tuple[str, ...] = ()
+        self.opened: list[str] = []
+        self.tests: list[Message] = []
+
+    def ready(self, launch: Launch, poll: Poll | None = None) -> Pool:
+        """A pool on the launch's devices with the launch's model built. Raises ValueError, RuntimeError or TimeoutError saying why not."""
+        with self.lock:
+            if self.pool is None or not self.pool.usable or self.devices != launch.devices:
+                self.stop()
+                self._find_or_start(launch, poll)
+            assert self.pool is not None
+            if launch.key not in self.opened:
+                wanted = [*self.opened[-MODELS_KEPT + 1 :], launch.key]
+                self._ask({"do": "open", "key": launch.key, "keep": wanted, **launch.opening}, None, launch.start_timeout, poll)
+                self.opened = wanted
+            return self.pool
+
+    def step(self, launch: Launch, message: Message, tensors: Tensors, poll: Poll | None = None) -> Answers:
+        """One forward pass on the pool: every rank's answer, and rank 0's tensors."""
+        with self.lock:
+            self.ready(launch, poll)
+            return self._ask({**message, "do": "step", "key": launch.key}, tensors, launch.step_timeout, poll)
+
+    def offload(self, timeout: float = 60.0) -> None:
+        """Have the workers free their devices; the models stay in main memory."""
+        with self.lock:
+            if self.pool is not None and self.pool.usable:
+                self._ask({"do": "offload"}, None, timeout, None)
+
+    def stop(self) -> None:
+        """End workers that were started here; leave a pool that others started."""
+        with self.lock:
+            if self.pool is not None:
+                self.pool.close()
+            if self.workers is not None:
+                self.workers.stop()
+            self.pool, self.workers, self.opened, self.tests = None, None, [], []
+
+    def _ask(self, message: Message, tensors: Tensors | None, timeout: float, poll: Poll | None) -> Answers:
+        assert self.pool is not None
+        try:
+            return self.pool.ask(message, tensors, timeout=timeout, poll=poll)
+        except PoolFault as fault:
+            text = self._with_last_lines(fault)
+            self.stop()
+            raise PoolFault(text, fault.lost) from None
+
+    def _with_last_lines(self, fault: PoolFault) -> str:
+        """The fault, with how the lost ranks' processes ended and the end of their logs, where these are on this machine."""
+        lines = [str(fault)]
+        if self.workers is not None and fault.lost:
+            end = time.monotonic() + 1.0
+            while not set(fault.lost) & set(self.workers.ended()) and time.monotonic() < end:
+                time.sleep(0.02)
+            for rank in fault.lost:
+                how = self.workers.ended().get(rank, "still running")
+                lines.append(f"rank {rank}: {how}; its last lines:\n{self.workers.last_lines(rank)}")
+        return "\n".join([*lines, "The workers are started anew with the next run."])
+
+    def _find_or_start(self, launch: Launch, poll: Poll | None) -> None:
+        self.pool = running_pool(launch.devices)
+        if self.pool is None and launch.devices[0].startswith("rank"):
+            raise RuntimeError("The pool of workers that spanned machines is gone. Start it again, or name devices of this machine.")
+        if self.pool is None:
+            start = self._start_on_gpus if launch.devices[0].startswith("cuda") else self._start
+            start(launch, poll)
+        else:
+            self._test()
+        self.devices = launch.devices
+
+    def _start_on_gpus(self, launch: Launch, poll: Poll | None) -> None:
+        for backend, peer_to_peer in _GPU_ATTEMPTS:
+            if backend == "nccl" and not torch.distributed.is_nccl_available():
+                continue
+            try:
+                return self._start(launch, poll, backend, peer_to_peer)
+            except (RuntimeError, TimeoutError) as error:
+                how = backend if peer_to_peer else f"{backend} without peer access"
+                log.warning("Efficient-vDiT: the GPUs could not talk over %s: %s", how, error)
+                self.stop()
+        raise RuntimeError("The GPUs could not exchange data by NCCL or gloo; the log says why. Run on one device, or mend the driver.")
+
+    def _start(self, launch: Launch, poll: Poll | None, backend: str = "gloo", peer_to_peer: bool = True) -> None:
+        try:
+            starter = importlib.import_module(".start_workers", __package__)
+        except ImportError:
+            raise RuntimeError(
+                "No pool of workers is running, and this build of the pack starts none itself. Start one with `evdit workers`."
+            ) from None
+        self.workers = starter.Workers(launch.devices, backend, peer_to_peer=peer_to_peer)
+        self.pool = Pool(self.workers.wait(launch.start_timeout, poll))
+        self._test()
+
+    def _test(self) -> None:
+        self.tests, _ = self._ask({"do": "self-test"}, None, SELF_TEST_SECONDS, None)
+
+
+def running_pool(devices: tuple[str, ...]) -> Pool | None:
+    """The pool that `evdit workers` or torchrun runs, if it has these devices; a file left by one that is gone is removed."""
+    address = read_pool_file(default_pool_file())
+    if address is None or _names(address) != devices:
+        return None
+    try:
+        return Pool(address)
+    except OSError:
+        remove_pool_file(default_pool_file(), address.pid)
+        return None
+
+
+def _names(address: PoolAddress) -> tuple[str, ...]:
+    # A pool that spans machines does not list its devices.
+    return address.devices or tuple(f"rank {rank}" for rank in range(address.ranks))
+
+
+def parse_devices(text: str) -> tuple[str, ...]:
+    """``auto``, ``0,1`` or ``cpu,cpu`` as names: those of a running pool, else all GPUs of this machine, else one CPU."""
+    text = text.strip().lower()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text == "auto":
+        address = read_pool_file(default_pool_file())
+        if address is not None:
+            return _names(address)
+        return tuple(f"cuda:{i}" for i in range(count)) or ("cpu",)
+    parts = [part.strip() for part in text.split(",")]
+    if parts and all(part == "cpu" for part in parts):
+        return tuple(parts)
+    if not all(re.fullmatch(r"\d{1,3}", part) for part in parts) or len(set(parts)) != len(parts):
+        raise ValueError(f'devices is {text!r}, expected "auto" or GPU numbers such as "0,1", each once. Correct the text.')
+    missing = [part for part in parts if int(part) >= count]
+    if missing:
+        raise ValueError(f"devices names GPU {missing[0]}, but this machine shows {count}. Name those from 0 to {count - 1}, or auto.")
+    return tuple(f"cuda:{int(part)}" for part in parts)

@@ -1,0 +1,42 @@
+"""How many bytes each scheme sends in a layer, and which scheme sends fewer."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..tiles import TilePattern
+from .layout import Shard, even_shares
+from .roles import roles
+
+LSE_BYTES = 4
+
+
+@lru_cache(maxsize=256)
+def rb_bytes(shard: Shard, pattern: TilePattern, heads: int, head_dim: int, itemsize: int, batch: int = 1) -> tuple[int, ...]:
+    """Bytes that each rank sends in one layer by RB: shared q, k, v to all, partial rows and their lse, the halo of cut frames."""
+    every = roles(shard, pattern)
+    row, total = heads * head_dim * itemsize, sum(r.shared_tokens for r in every)
+    sent = []
+    for role in every:
+        halo = sum(piece.tokens * len(peers) for piece, peers in zip(role.cut, role.cut_peers, strict=True))
+        shared, rows = 3 * role.shared_tokens * (shard.ranks - 1), total - role.shared_tokens
+        sent.append(batch * (row * (shared + rows + 2 * halo) + LSE_BYTES * heads * rows))
+    return tuple(sent)
+
+
+@lru_cache(maxsize=256)
+def ulysses_bytes(shard: Shard, heads: int, head_dim: int, itemsize: int, batch: int = 1) -> tuple[int, ...]:
+    """Bytes that each rank sends in one layer by Ulysses: q, k, v of the others' heads, the result of the others' tokens."""
+    sent = []
+    for tokens, (start, stop) in zip(shard.tokens, even_shares(heads, shard.ranks), strict=True):
+        own = stop - start
+        sent.append(batch * head_dim * itemsize * (3 * tokens * (heads - own) + own * (shard.layout.tokens - tokens)))
+    return tuple(sent)
+
+
+def choose_scheme(shard: Shard, pattern: TilePattern, heads: int, head_dim: int, itemsize: int) -> str:
+    """``rb`` where it sends fewer bytes in all (k P < T on even shares), else ``ulysses``; full layers are always ``ulysses``."""
+    if pattern.is_full(shard.layout.grid.t):
+        return "ulysses"
+    rb, ulysses = rb_bytes(shard, pattern, heads, head_dim, itemsize), ulysses_bytes(shard, heads, head_dim, itemsize)
+    return "rb" if sum(rb) < sum(ulysses) else "ulysses"

@@ -1,0 +1,82 @@
+"""Ulysses: each rank swaps its tokens of all heads for all tokens of its heads, attends, and swaps back.
+
+Works for every pattern, full ones too; heads need not be divisible by the ranks. The heads go in two groups, so that one
+travels while the other is computed.
+
+Shapes: B batch, H heads, h a rank's heads of a group, n this rank's tokens, N all tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .layout import Shard, Span, even_shares
+from .spans import put, take
+from .wire import Pending, Wire
+
+TO_HEADS, TO_TOKENS = "ulysses to heads", "ulysses to tokens"
+GROUPS = 2
+
+Inner = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def head_groups(heads: int, ranks: int) -> list[list[Span]]:
+    """For each group the range of heads of every rank; uneven shares differ by one head, a rank may get none."""
+    shares = even_shares(heads, ranks)
+    halves = [[(start + a, start + b) for a, b in even_shares(stop - start, GROUPS)] for start, stop in shares]
+    return [[halves[rank][group] for rank in range(ranks)] for group in range(GROUPS)]
+
+
+def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire, inner: Inner) -> Tensor:
+    """Attention of this rank's q, k, v (B, H, n, D); ``inner`` attends over whole sequences (B, h, N, D). Returns (B, H, n, D)."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    groups = head_groups(q.shape[1], wire.size)
+    forward = [_to_heads(q, k, v, shard, group, wire) for group in groups]
+    back = []
+    for group, pending in zip(groups, forward, strict=True):
+        start, stop = group[wire.rank]
+        whole = _assemble(q, k, v, shard, group, pending.wait(), wire)
+        done = inner(*whole) if stop > start else whole[0]
+        back.append(_to_tokens(done, shard, group, wire))
+        out[:, start:stop] = take(done, shard.spans[wire.rank], 2)
+    for group, pending in zip(groups, back, strict=True):
+        for (start, stop), tensors in zip(group, pending.wait(), strict=True):
+            if tensors:
+                out[:, start:stop] = tensors[0]
+    return out
+
+
+def _to_heads(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: list[Span], wire: Wire) -> Pending:
+    b, _, _, d = q.shape
+    own = group[wire.rank][1] - group[wire.rank][0]
+    sends, receives = [], []
+    for rank, (start, stop) in enumerate(group):
+        elsewhere = rank != wire.rank
+        sends.append([x[:, start:stop] for x in (q, k, v)] if elsewhere else [])
+        receives.append([((b, own, shard.tokens[rank], d), q.dtype)] * 3 if elsewhere else [])
+    return wire.start(TO_HEADS, sends, receives, q.device)
+
+
+def _assemble(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: list[Span], received: list[list[Tensor]], wire: Wire) -> list[Tensor]:
+    """q, k, v (B, h, N, D) of this rank's heads in the order of the sequence."""
+    b, _, _, d = q.shape
+    start, stop = group[wire.rank]
+    received[wire.rank] = [x[:, start:stop] for x in (q, k, v)]
+    whole = [q.new_empty(b, stop - start, shard.layout.tokens, d) for _ in range(3)]
+    for rank, tensors in enumerate(received):
+        for full, part in zip(whole, tensors, strict=True):
+            put(full, shard.spans[rank], part, 2)
+    return whole
+
+
+def _to_tokens(done: Tensor, shard: Shard, group: list[Span], wire: Wire) -> Pending:
+    b, _, _, d = done.shape
+    sends, receives = [], []
+    for rank, (start, stop) in enumerate(group):
+        elsewhere = rank != wire.rank
+        sends.append([take(done, shard.spans[rank], 2)] if elsewhere else [])
+        receives.append([((b, stop - start, shard.tokens[wire.rank], d), done.dtype)] if elsewhere else [])
+    return wire.start(TO_TOKENS, sends, receives, done.device)

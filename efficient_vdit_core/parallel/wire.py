@@ -1,0 +1,80 @@
+"""The one way in which ranks send one another tensors: an uneven all-to-all that runs while the caller works on, and is counted."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Shape = tuple[int, ...]
+Form = tuple[Shape, torch.dtype]
+
+
+class Pending:
+    """An exchange under way; ``wait`` gives what each rank sent, as lists of tensors (empty for the caller's own rank)."""
+
+    def __init__(self, work: Any, sent: Tensor, received: Tensor, forms: Sequence[Sequence[Form]], device: torch.device) -> None:
+        # ``sent`` is only kept alive: the transfer reads from it until it is done.
+        self.work, self.sent, self.received, self.forms, self.device = work, sent, received, forms, device
+
+    def wait(self) -> list[list[Tensor]]:
+        self.work.wait()
+        received, done = self.received.to(self.device), 0
+        result = []
+        for forms in self.forms:
+            tensors = []
+            for shape, dtype in forms:
+                size = math.prod(shape) * dtype.itemsize
+                part = received[done : done + size]
+                if (part.storage_offset() % dtype.itemsize) or not size:
+                    part = part.clone()  # a view of another dtype must begin at a whole element
+                tensors.append(part.view(dtype).view(shape))
+                done += size
+            result.append(tensors)
+        return result
+
+
+class Wire:
+    """A process group (None: the default one) with a count of the bytes that this rank sent to others, by name.
+
+    Every rank must start the same exchanges in the same order.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        # gloo exchanges lie in host memory only.
+        self.through_host = dist.get_backend(group) == "gloo"
+        self.sent: Counter[str] = Counter()
+
+    def start(self, name: str, sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Form]], device: torch.device) -> Pending:
+        """Send ``sends[rank]`` to each rank and await tensors of the forms ``receives[rank]``; both are empty for this rank.
+
+        ``name`` is what the bytes are counted under; ``device`` is where the result shall lie.
+        """
+        where = torch.device("cpu") if self.through_host else device
+        nothing = torch.empty(0, dtype=torch.uint8, device=device)
+        parts = [torch.cat([_bytes(x) for x in tensors]) if tensors else nothing for tensors in sends]
+        sizes = [part.numel() for part in parts]
+        expected = [sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms) for forms in receives]
+        self.sent[name] += sum(sizes)
+        sent = torch.cat(parts).to(where)
+        received = torch.empty(sum(expected), dtype=torch.uint8, device=where)
+        work = dist.all_to_all_single(received, sent, expected, sizes, group=self.group, async_op=True)
+        return Pending(work, sent, received, receives, device)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().flatten().view(torch.uint8)
+
+
+def form(x: Tensor, dim: int, size: int) -> Form:
+    """The form of a tensor like ``x`` with ``size`` entries along ``dim``."""
+    shape = list(x.shape)
+    shape[dim] = size
+    return tuple(shape), x.dtype

@@ -1,0 +1,38 @@
+"""The inputs of a step as JSON and named tensors, and back: what can travel to the workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TENSOR = "_tensor"
+
+
+def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+    """``value`` with each tensor replaced by its name in ``tensors``. Raises ValueError naming what is neither data nor tensor."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {_TENSOR: name}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [pack(part, tensors, f"{name}.{i}") for i, part in enumerate(value)]
+    if isinstance(value, dict):
+        return {str(key): pack(part, tensors, f"{name}.{key}") for key, part in value.items()}
+    raise ValueError(
+        f"The input {name.lstrip('.')} of the model is a {type(value).__name__}, which cannot be sent to the workers. "
+        "Remove the node that adds it, or bypass EVDiTSequenceParallel."
+    )
+
+
+def unpack(value: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
+    """The inverse of ``pack``, tensors on ``device``."""
+    if isinstance(value, list):
+        return [unpack(part, tensors, device) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]].to(device)
+    return {key: unpack(part, tensors, device) for key, part in value.items()}

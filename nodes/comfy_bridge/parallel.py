@@ -1,0 +1,166 @@
+"""ComfyUI's side of sequence parallelism: a MODEL whose every forward pass is computed by the pool of workers.
+
+Sampler, preview, progress and Cancel stay here; this process is never a rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from torch import Tensor, nn
+
+from ...efficient_vdit_core.parallel.session import Launch, Session, parse_devices
+from .packing import pack
+from .recipe import recipe
+from .sharding import find_shardable
+
+log = logging.getLogger("efficient_vdit")
+
+WRAPPER_KEY = "efficient_vdit_parallel"
+NODE = "EVDiTSequenceParallel"
+AFTER_RUN = ["keep", "offload", "stop"]
+# Options of a forward that the workers' own hooks may read; the others are callables of this process.
+_FORWARD_OPTIONS = ("sigmas", "sample_sigmas", "cond_or_uncond")
+SESSION = Session()
+
+
+@dataclass
+class Run:
+    """What one sampling run took, for the log."""
+
+    steps: list[float] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)
+
+    def summary(self, ranks: int) -> str:
+        steady = self.steps[1:] or self.steps
+        if not steady:
+            return "no forward pass"
+        mean, sent = 1000 * sum(steady) / len(steady), max(self.sent) / 2**20
+        return f"{len(self.steps)} forward passes on {ranks} ranks, {mean:.0f} ms and up to {sent:.1f} MiB sent by a rank in each"
+
+
+def parallelize(model: Any, *, devices: str, scheme: str, start_timeout: float, step_timeout: float, after_run: str, strict: bool,
+                prompt: dict[str, Any] | None, node_id: str | None) -> tuple[Any, str]:
+    """A clone of MODEL that the workers compute, and a report; the MODEL itself where it cannot be so and ``strict`` is off."""
+    try:
+        names = parse_devices(devices)
+        find_shardable(model)
+        if len(names) < 2:
+            raise ValueError(f"One device was found ({', '.join(names)}), expected two or more: there is nothing to share out.")
+        key, opening = recipe(prompt, node_id, NODE)
+        launch = Launch(names, key, opening, start_timeout, step_timeout)
+        SESSION.ready(launch, mm.throw_exception_if_processing_interrupted)
+    except (ValueError, RuntimeError, TimeoutError, ConnectionError) as error:
+        if strict:
+            raise
+        log.warning("Efficient-vDiT: the model runs on one device: %s", error)
+        return model, f"The model runs on one device as it was: {error}"
+    return _redirected(model, launch, scheme, after_run), _report(launch, scheme)
+
+
+def _redirected(model: Any, launch: Launch, scheme: str, after_run: str) -> Any:
+    """The clone: its weights rest on the CPU unpatched, for the workers hold patched ones of their own."""
+    patched = model.clone()
+    patched.load_device = torch.device("cpu")
+    patched.patches, patched.patches_uuid = {}, uuid.uuid4()
+    # What acts below the sampler acts in the workers, where the same nodes have run; here it would act twice.
+    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
+        for key in list(patched.wrappers.get(kind, {})):
+            patched.remove_wrappers_with_key(kind, key)
+    run = Run()
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _send_step(launch, scheme, run))
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _after(run, len(launch.devices), after_run))
+    patched.set_additional_models(WRAPPER_KEY, [_memory_watch()])
+    return patched
+
+
+def _send_step(launch: Launch, scheme: str, run: Run) -> Any:
+    """An APPLY_MODEL wrapper that ends the chain: the workers compute, this process waits and listens for Cancel."""
+
+    def wrapper(executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
+                transformer_options: dict[str, Any] | None = None, **conds: Any) -> Tensor:
+        if control is not None:
+            raise ValueError("A ControlNet acts on this run, which the workers cannot apply. Remove it, or bypass EVDiTSequenceParallel.")
+        options = {name: value for name, value in (transformer_options or {}).items() if name in _FORWARD_OPTIONS}
+        tensors: dict[str, Tensor] = {}
+        given = {"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, "options": options, **conds}
+        message = {"inputs": pack(given, tensors), "scheme": scheme}
+        start = time.perf_counter()
+        ranks, result = SESSION.step(launch, message, tensors, mm.throw_exception_if_processing_interrupted)
+        run.steps.append(time.perf_counter() - start)
+        run.sent.append(max(int(said["bytes"]) for said in ranks))
+        return result["out"].to(x.device)
+
+    return wrapper
+
+
+def _after(run: Run, ranks: int, after_run: str) -> Any:
+    """An OUTER_SAMPLE wrapper: refuses what would be lost on the way, and does what ``after_run`` says."""
+
+    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_hooks(executor.class_obj)
+        run.steps, run.sent = [], []
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            log.info("Efficient-vDiT: %s", run.summary(ranks))
+            if after_run == "stop":
+                SESSION.stop()
+            elif after_run == "offload":
+                _offload()
+
+    return wrapper
+
+
+def _refuse_hooks(guider: Any) -> None:
+    for conds in (getattr(guider, "conds", None) or {}).values():
+        if any(isinstance(cond, dict) and cond.get("hooks") is not None for cond in conds):
+            raise ValueError("The conditioning carries hooks (a LoRA or schedule of its own), which the workers cannot apply. Remove them.")
+
+
+class _Nothing(nn.Module):
+    """A module of one number: what ComfyUI's memory management holds in the place of the workers' memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+
+def _memory_watch() -> Any:
+    """A patcher that is loaded and unloaded with the clone: when ComfyUI frees its memory, the workers free theirs."""
+    watch = comfy.model_patcher.ModelPatcher(_Nothing(), load_device=mm.get_torch_device(), offload_device=torch.device("cpu"))
+    watch.add_callback_with_key(CallbacksMP.ON_DETACH, WRAPPER_KEY, _on_detach)
+    return watch
+
+
+def _on_detach(patcher: Any, unpatch_all: bool) -> None:
+    # Without unpatching, one clone only makes way for the next.
+    if unpatch_all:
+        _offload()
+
+
+def _offload() -> None:
+    try:
+        SESSION.offload()
+    except (RuntimeError, ValueError) as error:
+        log.warning("Efficient-vDiT: the workers could not free their memory: %s", error)
+
+
+def _report(launch: Launch, scheme: str) -> str:
+    """Devices, what they measured of one another, and what is shared out."""
+    lines = [f"{len(SESSION.tests)} ranks, scheme {scheme}. The weights are whole on each device, the activations are divided."]
+    for rank, test in enumerate(SESSION.tests):
+        free = "" if test["free_mib"] is None else f", {test['free_mib']} MiB free"
+        peers = {True: ", direct access to all others", False: ", no direct access to some others", None: ""}[test["peer_access"]]
+        lines.append(f"rank {rank}: {test['device']}{free}, sends {test['gigabytes_per_second']:.2f} GB/s{peers}")
+    return "\n".join(lines)
+
+

@@ -1,0 +1,144 @@
+"""What runs in a worker: a headless ComfyUI that builds the MODEL from its part of the prompt, and computes steps.
+
+Nothing of ComfyUI is imported at the top: the folder it lies in and its options come with the first request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import sys
+from typing import Any
+
+from torch import Tensor
+
+from .packing import unpack
+
+CAPTURE = "EVDiTWorkerCapture"
+
+
+class ComfyHost:
+    """Builds and keeps models by key; ``settings`` and ``wire`` are the rank's."""
+
+    def __init__(self, settings: Any, wire: Any) -> None:
+        self.settings, self.wire = settings, wire
+        self.models: dict[str, Any] = {}
+        self.executor: Any = None
+        self.kept: list[Any] = []
+        self.current = ""
+
+    def open(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Build the model of ``message["key"]``, unless it is there. Raises ValueError naming the node that stands in the way."""
+        if self.executor is None:
+            self.executor = self._start_comfyui(message["comfyui"])
+        if message["key"] not in self.models:
+            self._load_packs(message["packs"])
+            from .sharding import shard_model
+
+            self.models[message["key"]] = shard_model(self._build(message["prompt"], message["source"]), self.wire)
+        for key in set(self.models) - set(message["keep"]):
+            del self.models[key]
+        return {"models": len(self.models)}
+
+    def offload(self) -> None:
+        """Free the device; the weights stay in main memory."""
+        mm = importlib.import_module("comfy.model_management")
+        mm.unload_all_models()
+        mm.soft_empty_cache()
+
+    def step(self, message: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """One forward pass; every rank returns the same denoised latents, rank 0's are used."""
+        import comfy.model_management as mm
+        import comfy.model_patcher
+        import comfy.patcher_extension
+
+        from .sharding import SCHEME_KEY
+
+        model = self.models[message["key"]]
+        given = unpack(message["inputs"], tensors, mm.get_torch_device())
+        x = given.pop("x")
+        mm.load_models_gpu([model, *model.get_nested_additional_models()], memory_required=model.memory_required(list(x.shape)))
+        if self.current != message["key"]:
+            model.pre_run()
+            self.current = message["key"]
+        options = comfy.model_patcher.create_model_options_clone(model.model_options)["transformer_options"]
+        for kind, found in (("wrappers", model.wrappers), ("callbacks", model.callbacks)):
+            comfy.patcher_extension.merge_nested_dicts(options.setdefault(kind, {}), found, copy_dict1=False)
+        options.update(given.pop("options"))
+        options[SCHEME_KEY] = message["scheme"]
+        before = sum(self.wire.sent.values())
+        out = model.model.apply_model(x, given.pop("t"), transformer_options=options, **given)
+        return {"bytes": sum(self.wire.sent.values()) - before}, {"out": out}
+
+    def _start_comfyui(self, about: dict[str, Any]) -> Any:
+        """Import ComfyUI with the options and folders of the one that asked; returns its executor."""
+        sys.path.insert(0, about["root"])
+        sys.argv = ["main.py", *about["argv"]]
+        # ComfyUI's nodes put comfy/ on the path, whose utils.py would then hide the package of that name.
+        importlib.import_module("utils")
+        options = importlib.import_module("comfy.options")
+        options.enable_args_parsing()
+        args = importlib.import_module("comfy.cli_args").args
+        args.cpu = self.settings.device == "cpu"
+        folder_paths = importlib.import_module("folder_paths")
+        for name, (folders, endings) in about["folders"].items():
+            folder_paths.folder_names_and_paths[name] = (list(folders), set(endings))
+        folder_paths.set_input_directory(about["input"])
+        execution, nodes, server = (importlib.import_module(name) for name in ("execution", "nodes", "server"))
+        # Packs register routes when they are imported; this server never listens.
+        instance = server.PromptServer(asyncio.new_event_loop())
+        asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+        nodes.NODE_CLASS_MAPPINGS[CAPTURE] = _capture_node(self.kept)
+        extra = {}
+        if "cache_args" in inspect.signature(execution.PromptExecutor.__init__).parameters:
+            extra = {"cache_type": execution.CacheType.CLASSIC, "cache_args": {"lru": 0, "ram": 0.0}}
+        return execution.PromptExecutor(instance, **extra)
+
+    def _load_packs(self, packs: dict[str, str]) -> None:
+        nodes = importlib.import_module("nodes")
+        for kind, path in packs.items():
+            if kind not in nodes.NODE_CLASS_MAPPINGS and not asyncio.run(nodes.load_custom_node(path, module_parent="custom_nodes")):
+                raise ValueError(f"The node {kind} cannot run in the workers: its pack did not load there; their logs say why.")
+
+    def _build(self, prompt: dict[str, Any], source: list[Any]) -> Any:
+        """Run the part of the prompt that makes the model."""
+        nodes, execution = importlib.import_module("nodes"), importlib.import_module("execution")
+        for node in prompt.values():
+            if node["class_type"] not in nodes.NODE_CLASS_MAPPINGS:
+                raise ValueError(f"The node {node['class_type']} is missing in the workers. Install its pack where they run.")
+        prompt = {**prompt, CAPTURE: {"class_type": CAPTURE, "inputs": {"model": source}}}
+        valid, error, outputs, by_node = asyncio.run(execution.validate_prompt(CAPTURE, prompt, None))
+        if not valid:
+            names = ", ".join(found["class_type"] for found in by_node.values())
+            raise ValueError(f"The workers cannot run {names or 'the nodes before EVDiTSequenceParallel'}: {error['message']} {by_node}")
+        self.kept.clear()
+        self.executor.execute(prompt, CAPTURE, {}, outputs)
+        if not self.executor.success:
+            failed = next(data for kind, data in self.executor.status_messages if kind in ("execution_error", "execution_interrupted"))
+            raise ValueError(f"The node {failed['node_type']} failed in the workers: {failed.get('exception_message', 'interrupted')}")
+        return self.kept[-1]
+
+
+def _capture_node(kept: list[Any]) -> type:
+    """A node that keeps the MODEL it is given in ``kept``; it exists in the workers alone."""
+
+    class Capture:
+        RETURN_TYPES = ()
+        FUNCTION = "keep"
+        CATEGORY = "Efficient-vDiT"
+        OUTPUT_NODE = True
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict[str, Any]:
+            return {"required": {"model": ("MODEL",)}}
+
+        @classmethod
+        def IS_CHANGED(cls, **_: Any) -> float:
+            return float("nan")  # never taken from the cache
+
+        def keep(self, model: Any) -> dict[str, Any]:
+            kept.append(model)
+            return {}
+
+    return Capture

@@ -1,0 +1,71 @@
+"""How the workers shall build a MODEL: the part of the prompt before a node, its packs, and where this ComfyUI keeps things."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+COMFY_NODES: Any = importlib.import_module("nodes")  # ComfyUI's, whose name this pack's folder shares
+PACK = Path(__file__).resolve().parents[2]
+
+
+def recipe(prompt: dict[str, Any] | None, node_id: str | None, node_name: str) -> tuple[str, dict[str, Any]]:
+    """A key that names the model, and the message that has the workers build it.
+
+    Raises ValueError where the node is not part of the prompt as it was queued (another node has expanded into it).
+    """
+    if not prompt or node_id not in prompt:
+        raise ValueError(
+            f"{node_name} was made by another node while the prompt ran, expected it in the prompt itself: the workers cannot see "
+            "what stands before it. Place it in the workflow."
+        )
+    source = prompt[node_id]["inputs"]["model"]
+    if not isinstance(source, list) or source[0] not in prompt:
+        raise ValueError(f"The model of {node_name} comes from a node that the queued prompt does not hold. Connect a loader or a patch.")
+    part = upstream(prompt, str(source[0]))
+    key = hashlib.sha256(json.dumps([part, source], sort_keys=True).encode()).hexdigest()
+    kinds = sorted({node["class_type"] for node in part.values()})
+    packs = {kind: path for kind in kinds if (path := pack_of(kind)) is not None}
+    host = {"package": str(PACK), "module": "nodes.comfy_bridge.parallel_host", "name": "ComfyHost"}
+    return key, {"host": host, "comfyui": _about(), "prompt": part, "source": source, "packs": packs}
+
+
+def upstream(prompt: dict[str, Any], node_id: str) -> dict[str, Any]:
+    """The node and all that it takes inputs from, without what only the page needs."""
+    found: dict[str, Any] = {}
+    waiting = [node_id]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name not in prompt:
+            continue
+        found[name] = {"class_type": prompt[name]["class_type"], "inputs": prompt[name]["inputs"]}
+        waiting += [str(value[0]) for value in prompt[name]["inputs"].values() if isinstance(value, list) and len(value) == 2]
+    return found
+
+
+def pack_of(kind: str) -> str | None:
+    """The folder or file that the node class ``kind`` was loaded from; None for ComfyUI's own nodes."""
+    module = getattr(COMFY_NODES.NODE_CLASS_MAPPINGS.get(kind), "RELATIVE_PYTHON_MODULE", "nodes")
+    parent, _, name = module.partition(".")
+    if parent != "custom_nodes":
+        return None
+    folder = COMFY_NODES.LOADED_MODULE_DIRS.get(name)
+    if folder is not None:
+        return folder
+    # A pack of one file is kept under its path without the ending.
+    for known in COMFY_NODES.LOADED_MODULE_DIRS:
+        if Path(known).name == name and Path(f"{known}.py").is_file():
+            return f"{known}.py"
+    raise ValueError(f"Where the node {kind} was loaded from is not known, so the workers cannot load it. Bypass EVDiTSequenceParallel.")
+
+
+def _about() -> dict[str, Any]:
+    folders = {name: [list(where), sorted(endings)] for name, (where, endings, *_) in folder_paths.folder_names_and_paths.items()}
+    root = str(Path(folder_paths.__file__).resolve().parent)
+    return {"root": root, "argv": sys.argv[1:], "folders": folders, "input": folder_paths.get_input_directory()}

@@ -1,0 +1,73 @@
+"""Makes a MODEL compute on the sharded tokens of one rank, through ComfyUI's own hooks. Runs in the workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState
+from ...efficient_vdit_core.parallel.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
+from ...efficient_vdit_core.parallel.wire import Wire
+from ...efficient_vdit_core.tiles import TilePattern
+from .families import Family, find_family, uncompiled
+from .patch import forward_state
+
+WRAPPER_KEY = "efficient_vdit_sharding"
+SCHEME_KEY = "evdit_scheme"
+OVERRIDE = "optimized_attention_override"
+# Models whose blocks take the video tokens alone, one after another, with nothing done to them in between.
+SHARDABLE = ("OpenSoraT2V", "WanModel", "CameraWanModel")
+
+
+def find_shardable(model: Any) -> Family:
+    """The family of a MODEL that can be sharded. Raises ValueError with the reason where it cannot."""
+    diffusion_model = uncompiled(model.get_model_object("diffusion_model"))
+    family = find_family(diffusion_model)
+    name = type(diffusion_model).__name__
+    if family is None or name not in SHARDABLE:
+        raise ValueError(
+            f"{name} cannot be sharded: its blocks are not known to take the video tokens alone. "
+            f"These do: {', '.join(SHARDABLE)}. Bypass EVDiTSequenceParallel for this model."
+        )
+    return family
+
+
+def shard_model(model: Any, wire: Wire) -> Any:
+    """A clone of MODEL whose blocks run on this rank's tokens.
+
+    ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto.
+    """
+    family = find_shardable(model)
+    patched = model.clone()
+    depth = family.depth(uncompiled(patched.get_model_object("diffusion_model")))
+    options = patched.model_options["transformer_options"]
+    hooks = options.get("patches_replace", {}).get("dit", {})
+    for layer in range(depth):
+        patched.set_model_patch_replace(block_hook(layer, depth, hooks.get(("double_block", layer))), "dit", "double_block", layer)
+    options = patched.model_options["transformer_options"]
+    # The sparse override decides by the whole sequence's length, which no rank sees; its plan is asked for beforehand.
+    previous = options.get(OVERRIDE)
+    options[OVERRIDE] = torch.compiler.disable(make_sharded_override(getattr(previous, "replaces", previous)))
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _publish(family, depth, wire))
+    return patched
+
+
+def _publish(family: Family, depth: int, wire: Wire) -> Any:
+    """An APPLY_MODEL wrapper: says for this forward which rank holds which tokens, and every layer's pattern."""
+
+    def wrapper(executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
+                transformer_options: dict[str, Any] | None = None, **conds: Any) -> Any:
+        options = dict(transformer_options or {})
+        state: ForwardState | None = options.get(FORWARD_KEY)
+        if state is None:
+            state = forward_state(family, uncompiled(executor.class_obj.diffusion_model), x, c_crossattn, conds)
+        if state.layout is None:
+            raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
+        patterns = [TilePattern(None) if state.pattern_of is None else state.pattern_of(layer) for layer in range(depth)]
+        options[SHARDED_KEY] = ShardedForward(state.layout, patterns, wire, options.get(SCHEME_KEY, "auto"))
+        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+
+    return wrapper

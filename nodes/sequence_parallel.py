@@ -1,0 +1,111 @@
+"""Shares one video out over several devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..efficient_vdit_core.parallel.attend import SCHEMES
+from .comfy_bridge.parallel import AFTER_RUN, parallelize
+from .inputs import CATEGORY
+
+
+class EVDiTSequenceParallel(io.ComfyNode):
+    """MODEL in, a MODEL that the workers compute out."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EVDiTSequenceParallel",
+            display_name="Sequence Parallel (Efficient-vDiT)",
+            category=CATEGORY,
+            description=(
+                "Computes one video on several GPUs at once: each holds a part of the frames. The sampler, previews and Cancel "
+                "stay in ComfyUI. Place it last before the sampler; the workers run the nodes before it themselves. With one "
+                "device the model passes through."
+            ),
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="Open-Sora-Plan v1.2 or Wan 2.1 and 2.2, with LoRAs and EVDiTSparseAttention before it. It is not changed.",
+                ),
+                io.String.Input(
+                    "devices",
+                    default="auto",
+                    tooltip=(
+                        '"auto" = the pool that runs already, else all GPUs that ComfyUI sees; or their numbers, such as "0,1". '
+                        "Weights are held whole on each, activations are divided. Equal GPUs gain most: the slowest sets the pace."
+                    ),
+                ),
+                io.Combo.Input(
+                    "scheme",
+                    options=list(SCHEMES),
+                    default="auto",
+                    tooltip=(
+                        "How sparse layers exchange data. auto = what sends fewer bytes, layer by layer; rb = only the reference "
+                        "frames travel; ulysses = heads are swapped. No effect on the result; on slow links rb is much faster."
+                    ),
+                ),
+                io.Int.Input(
+                    "start_timeout",
+                    default=300,
+                    min=5,
+                    max=7200,
+                    tooltip="Seconds to wait until the workers have started, and again until they have built the model, 5 to 7200.",
+                ),
+                io.Int.Input(
+                    "step_timeout",
+                    default=600,
+                    min=1,
+                    max=86400,
+                    tooltip=(
+                        "Seconds that one evaluation of the model may take, 1 to 86400; then the error names the rank that hangs and "
+                        "the workers are ended. Must be longer than the slowest step, the first one included."
+                    ),
+                ),
+                io.Combo.Input(
+                    "after_run",
+                    options=AFTER_RUN,
+                    default="keep",
+                    tooltip=(
+                        "What the workers do after each run: keep = stay loaded, the next run starts at once; offload = free the GPUs, "
+                        "for a VAE that needs the memory; stop = end, the next run starts them and loads the model again."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "strict",
+                    default=False,
+                    tooltip=(
+                        "What happens where the model cannot be shared out (one device, another model, workers that do not start): off = "
+                        "it runs on one device and the log says why; on = the run stops with that reason."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "parallel_model",
+                    display_name="model",
+                    tooltip="Computed by the workers. Works with every sampler, guider and CFG; connect it to these directly.",
+                ),
+                io.String.Output("report", tooltip="Devices, free memory, measured rates between them, or why there is one device."),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, devices: str, scheme: str, start_timeout: int, step_timeout: int, after_run: str, strict: bool
+    ) -> io.NodeOutput:
+        result = parallelize(
+            model,
+            devices=devices,
+            scheme=scheme,
+            start_timeout=start_timeout,
+            step_timeout=step_timeout,
+            after_run=after_run,
+            strict=strict,
+            prompt=cls.hidden.prompt,
+            node_id=cls.hidden.unique_id,
+        )
+        return io.NodeOutput(*result)

@@ -1,0 +1,122 @@
+"""The workers' host in real processes, without a pool: two ranks build MODELs from prompts and compute sharded steps.
+
+Run without arguments it starts one copy of itself for each rank; rank 0 prints JSON.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RANKS = 2
+PACK, COMFYUI = os.environ["EVDIT_PACK"], os.getcwd()
+SPARSE = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "1", "min_tokens": 0}
+
+
+def prompt(loader):
+    return {
+        "1": loader,
+        "2": {"class_type": "EVDiTTilePlan", "inputs": {"reference_frames": 1}},
+        "3": {"class_type": "EVDiTSparseAttention", "inputs": {"model": ["1", 0], "plan": ["2", 0], **SPARSE}},
+    }
+
+
+def wan(file):
+    return {"class_type": "UNETLoader", "inputs": {"unet_name": file, "weight_dtype": "default"}}
+
+
+def load_core():
+    folder = Path(PACK) / "efficient_vdit_core"
+    spec = importlib.util.spec_from_file_location("efficient_vdit_core", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert spec and spec.loader
+    sys.modules["efficient_vdit_core"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["efficient_vdit_core"])
+
+
+def save_wan(path):
+    """A tiny random Wan as a file that ComfyUI's own loader recognises."""
+    import torch
+    from comfy.ldm.wan.model import WanModel
+    from comfy.ops import disable_weight_init
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = WanModel(dim=256, num_heads=2, num_layers=2, ffn_dim=256, freq_dim=256, in_dim=16, out_dim=16, text_dim=4096,
+                     cross_attn_norm=True, model_type="t2v", operations=disable_weight_init, dtype=torch.float32)  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    save_file({name: x.contiguous() for name, x in model.state_dict().items()}, path)
+
+
+def rank_main(rank, folder):
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    load_core()
+    from efficient_vdit_core.parallel.settings import Settings
+    from efficient_vdit_core.parallel.wire import Wire
+    from efficient_vdit_core.parallel.worker import load_host
+
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
+    wire = Wire()
+    kind = load_host({"package": PACK, "module": "nodes.comfy_bridge.parallel_host", "name": "ComfyHost"})
+    host = kind(Settings(rank, RANKS, "cpu", "gloo"), wire)
+    about = {"root": COMFYUI, "argv": ["--cpu"], "folders": {"diffusion_models": [[folder], [".safetensors"]]}, "input": folder}
+    packs = dict.fromkeys(("EVDiTModelLoader", "EVDiTTilePlan", "EVDiTSparseAttention"), PACK)
+    facts = {}
+
+    def opened(key, graph, source):
+        host.open({"key": key, "keep": [key], "comfyui": about, "packs": packs, "prompt": graph, "source": source})
+        host.models["plain"] = host.kept[-1]
+
+    def compare(name, x, text, levels, **extra):
+        worst = 0.0
+        for level in levels:
+            tensors = {"x": x, "t": level, "c": text}
+            given = {n: {"_tensor": m} for n, m in (("x", "x"), ("t", "t"), ("c_crossattn", "c"))}
+            inputs = {**given, "options": {}, **extra}
+            plain = host.step({"key": "plain", "inputs": inputs, "scheme": "auto"}, tensors)[1]["out"]
+            said, out = host.step({"key": name, "inputs": inputs, "scheme": "auto"}, tensors)
+            worst = max(worst, float((out["out"] - plain).abs().max() / plain.abs().max()))
+        facts[name] = {"error": worst, "bytes": said["bytes"], "by": dict(wire.sent)}
+
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        tiny = {"class_type": "EVDiTModelLoader", "inputs": {"model_name": "tiny (built in)", "weight_dtype": "default"}}
+        opened("osp", prompt(tiny), ["3", 0])
+        compare("osp", torch.randn(2, 4, 5, 6, 8), torch.randn(2, 9, 64), [torch.tensor([3.0, 3.0])])
+        if rank == 0:
+            save_wan(f"{folder}/wan.safetensors")
+        dist.barrier()
+        torch.manual_seed(2)  # the ranks' inputs must be the same, and one of them has just drawn a model
+        opened("wan", prompt(wan("wan.safetensors")), ["3", 0])
+        x = torch.randn(1, 16, 5, 6, 8)
+        compare("wan", x, torch.randn(1, 7, 4096), [torch.tensor([0.7])])
+        # A noise level for each latent frame, as Wan 2.2 5B has: the modulation differs by token.
+        model = host.models["wan"].model
+        model.process_timestep = lambda t, **_: t[:, None] * torch.linspace(0.5, 1.0, 5)
+        host.models["wan by frame"] = host.models["wan"]
+        compare("wan by frame", x, torch.randn(1, 7, 4096), [torch.tensor([0.7])])
+        wrong = {"missing": prompt({"class_type": "NoSuchNode", "inputs": {}}), "invalid": prompt(wan("gone.safetensors"))}
+        for name, graph in wrong.items():
+            try:
+                opened(name, graph, ["3", 0])
+            except ValueError as error:
+                facts[name] = str(error)
+    dist.barrier()
+    if rank == 0:
+        print(json.dumps(facts))
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        started = [subprocess.Popen([sys.executable, __file__, str(rank), folder]) for rank in range(RANKS)]
+        sys.exit(max(process.wait() for process in started))
+
+
+if __name__ == "__main__":
+    rank_main(int(sys.argv[1]), sys.argv[2]) if len(sys.argv) > 1 else main()

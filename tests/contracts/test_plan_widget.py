@@ -1,0 +1,114 @@
+"""The page's rules for plans are those of the engine: web/js/plan_text.js beside plan.py and tiles.py, run by Node.js."""
+
+import json
+import re
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+
+from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.tiles import TilePattern
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "web" / "js").glob("*.js"))
+NODE = shutil.which("node")
+if NODE is None:
+    warnings.warn("NO NODE.JS: the page's rules for plans were not compared with the engine's", stacklevel=1)
+needs_node = pytest.mark.skipif(NODE is None, reason="NO NODE.JS: the page's rules for plans were not compared with the engine's")
+
+GOOD = ["all:2", "all:full", "all:2:6 0-1:full -1:full", "all:0 -3:full", "0:full", "0:full 1-4:2:6 5-31:1:7", "0-3:0:8"]
+GOOD += [" 1:2  0:FULL ", "0:7:1"]
+BAD = ["", "all:2 1:3", "0:2 all:1", "all:1 all:2", "1:2", "0:2 0:3", "0:2:6 1:2:7", "-1:2", "3-1:2", "0:x", "0", "0:2;1:3"]
+BAD += ["0:99999", "0-1024:2"]
+
+
+def in_node(body: str, data) -> list:
+    """The JSON that a JavaScript function body returns for the data, with the module's functions in scope."""
+    module = (ROOT / "web" / "js" / "plan_text.js").as_uri()
+    names = "parsePlan, formatPlan, layerPattern, referenceFrames, density, patternName, cycleLayer, writeOut, isFull"
+    code = f"import {{ {names} }} from '{module}';\nconst data = {json.dumps(data)};\nconsole.log(JSON.stringify((() => {{ {body} }})()));"
+    done = subprocess.run([NODE or "node", "--input-type=module", "-e", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def patterns(plan: TilePlan, depth: int) -> list[int | None]:
+    return [plan.pattern(i, depth).k for i in range(len(plan.patterns) or depth)]
+
+
+@needs_node
+def test_both_read_and_write_the_same_text():
+    depth = 9
+    body = """return data.map(text => { const plan = parsePlan(text); const n = plan.layers?.length ?? 9;
+        return [[...Array(n).keys()].map(i => layerPattern(plan, i, n)), plan.frames, formatPlan(plan)]; })"""
+    for text, (found, frames, again) in zip(GOOD, in_node(body, GOOD), strict=True):
+        plan = TilePlan.from_text(text)
+        assert (found, frames, again) == (patterns(plan, depth), plan.frames, plan.to_text()), text
+
+
+@needs_node
+def test_both_refuse_the_same_text():
+    body = """return data.map(text => { try { parsePlan(text); return 'read' }
+        catch (error) { return error.part === undefined ? 'crash' : 'refused' } })"""
+    assert in_node(body, BAD) == ["refused"] * len(BAD)
+    for text in BAD:
+        with pytest.raises(ValueError):
+            TilePlan.from_text(text)
+
+
+@needs_node
+def test_both_place_the_same_reference_frames():
+    cases = [(k, frames) for frames in range(1, 30) for k in [None, *range(frames + 2)]]
+    body = "return data.map(([k, t]) => [referenceFrames(k, t), density(k, t), patternName(k, t)])"
+    for (k, frames), (found, share, name) in zip(cases, in_node(body, cases), strict=True):
+        pattern = TilePattern(k)
+        assert found == list(pattern.reference_frames(frames)) and name == pattern.name(frames), (k, frames)
+        assert share == pytest.approx(pattern.density(frames))
+
+
+@needs_node
+def test_cycling_changes_one_layer_and_comes_round():
+    """Around and back: every text on the way is a plan of the engine's that differs in that layer only."""
+    body = """const [text, back] = data, found = []; let plan = parsePlan(text);
+        for (let i = 0; i < 12; i++) { plan = cycleLayer(plan, 2, 5, plan.frames ?? 21, back); found.push(formatPlan(plan)); }
+        return found"""
+    for start in ("0-4:2:19", "0-4:full", "all:2", "all:2 -3:full", "all:3 1-3:full"):
+        before = patterns(TilePlan.from_text(start), 5)
+        for back in (False, True):
+            texts = in_node(body, (start, back))
+            after = [patterns(TilePlan.from_text(text), 5) for text in texts]
+            assert all(a[:2] + a[3:] == before[:2] + before[3:] for a in after), texts
+            assert before[2] in [a[2] for a in after] and len({a[2] for a in after}) > 1, texts
+            assert all(a[2] != b[2] for a, b in zip(after, after[1:], strict=False)), texts
+
+
+@needs_node
+def test_writing_out_keeps_every_layer():
+    text = in_node("return formatPlan(writeOut(parsePlan(data), 6, 8))", "all:2 0-1:full -1:full")
+    assert text == "0-1:full 2-4:2:6 5:full"
+    assert patterns(TilePlan.from_text(str(text)), 6) == patterns(TilePlan.from_text("all:2 0-1:full -1:full"), 6)
+
+
+def test_the_page_uses_official_interfaces_only():
+    source = "\n".join(path.read_text(encoding="utf-8") for path in SCRIPTS)
+    assert source.count("registerExtension") == 1
+    abroad = r"https?://(?!www\.w3\.org/2000/svg)"
+    for forbidden in (r"\.prototype\b", r"scripts/ui", r"\beval\(", r"new Function", r"innerHTML", abroad, r"\bfetch\("):
+        assert not re.search(forbidden, source), forbidden
+    assert set(re.findall(r"scripts/(\w+)\.js", source)) <= {"app", "api"}
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_text_of_the_chart_is_there(language):
+    source = "\n".join(path.read_text(encoding="utf-8") for path in SCRIPTS)
+    texts = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["efficientVDiT"]
+    asked = set(re.findall(r'\bsay\((?:\w+ \? )?"(\w+)"', source)) | set(re.findall(r'\bkey\("(\w+)"', source))
+    asked |= set(re.findall(r'\bsay\(\w+ \? "\w+" : "(\w+)"', source))
+    asked |= {name + part for name in re.findall(r'\bnumber\("(\w+)"', source) for part in ("", "Title")}
+    assert asked == set(texts)
+    english = json.loads((ROOT / "locales" / "en" / "main.json").read_text(encoding="utf-8"))["efficientVDiT"]
+    for key, text in texts.items():
+        assert text and set(re.findall(r"\{\w+\}", text)) == set(re.findall(r"\{\w+\}", english[key])), key

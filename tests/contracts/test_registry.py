@@ -1,0 +1,80 @@
+"""The registry's entry, by the published specification (docs.comfy.org/registry/specifications)."""
+
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+tomllib = pytest.importorskip("tomllib", reason="NO TOMLLIB (Python 3.10): the registry's entry was not checked")
+
+ROOT = Path(__file__).parents[2]
+TREE = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, COMFY = TREE["project"], TREE["tool"]["comfy"]
+SYSTEMS = {"OS Independent", "Microsoft :: Windows", "POSIX :: Linux", "MacOS"}
+DEVICES = {"GPU :: NVIDIA CUDA", "GPU :: AMD ROCm", "GPU :: Intel Arc", "NPU :: Huawei Ascend", "GPU :: Apple Metal"}
+
+
+def test_the_name_is_one_that_lasts():
+    name = PROJECT["name"]
+    assert len(name) < 100 and re.fullmatch(r"[a-z](?:[-_.]?[a-z0-9])*", name) and "comfyui" not in name
+
+
+def test_the_version_is_three_numbers():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", PROJECT["version"])
+
+
+def test_the_license_is_a_table_as_the_registry_reads_it():
+    assert PROJECT["license"] in ({"text": "Apache-2.0"}, {"file": "LICENSE"})
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")[:400]
+
+
+def test_the_rest_of_the_project_is_said():
+    assert PROJECT["description"] and PROJECT["requires-python"].startswith(">=3.")
+    assert re.fullmatch(r"https://github\.com/[\w-]+/[\w.-]+", PROJECT["urls"]["Repository"])
+    assert all(url.startswith("https://") for url in PROJECT["urls"].values())
+
+
+def test_the_classifiers_are_known_ones():
+    kinds = dict(c.split(" :: ", 1) for c in PROJECT["classifiers"])
+    assert kinds["Operating System"] in SYSTEMS and kinds["Environment"] in DEVICES
+
+
+def test_the_publisher_owns_the_repository():
+    owner = PROJECT["urls"]["Repository"].split("/")[3]
+    assert COMFY["PublisherId"] == owner and COMFY["DisplayName"]
+    workflow = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
+    assert f"github.repository == '{owner}/{PROJECT['name']}'" in workflow
+
+
+def test_the_comfyui_range_is_readable():
+    assert re.fullmatch(r"(<=|>=|~=|<>|!=|<|>)\d+\.\d+\.\d+(,(<=|>=|~=|<>|!=|<|>)\d+\.\d+\.\d+)*", COMFY["requires-comfyui"])
+
+
+def size(name: str) -> tuple[int, int]:
+    """Width and height of a PNG."""
+    head = (ROOT / "web" / name).read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:])
+
+
+@pytest.mark.parametrize("key", ["Icon", "Banner"])
+def test_a_picture_is_where_its_link_points(key):
+    assert COMFY[key] == f"{PROJECT['urls']['Repository'].replace('github.com', 'raw.githubusercontent.com')}/main/web/{key.lower()}.png"
+
+
+def test_the_pictures_have_the_registrys_shapes():
+    width, height = size("icon.png")
+    assert width == height <= 400
+    width, height = size("banner.png")
+    assert width * 9 == height * 21
+
+
+def test_the_web_folder_is_the_one_that_comfyui_is_told():
+    source = (ROOT / "__init__.py").read_text(encoding="utf-8")
+    assert f'WEB_DIRECTORY = "./{COMFY["web"]}"' in source and (ROOT / COMFY["web"]).is_dir()
+
+
+def test_only_a_new_version_is_published():
+    workflow = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
+    assert "needs.version.outputs.changed == 'true'" in workflow and "needs: test" in workflow

@@ -1,0 +1,1 @@
+"""A host for the worker tests: no model, but every kind of trouble."""

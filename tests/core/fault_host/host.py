@@ -1,0 +1,47 @@
+"""What the workers of the tests run instead of a model."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+
+class Host:
+    def __init__(self, settings, wire):
+        self.settings, self.wire, self.built = settings, wire, []
+
+    def open(self, message):
+        if message.get("trouble") == "refuse" and self.wire.rank == message["rank"]:
+            raise ValueError("the node NoSuchNode is missing here")
+        self.built.append(message["key"])
+        return {"built": len(self.built)}
+
+    def offload(self):
+        self.built.append("offloaded")
+
+    def step(self, message, tensors):
+        x = tensors["x"]
+        if message.get("rank") == self.wire.rank:
+            self.trouble(message)
+        others = [r for r in range(self.wire.size) if r != self.wire.rank]
+        for _ in range(message.get("rounds", 1)):
+            sends = [[x] if r in others else [] for r in range(self.wire.size)]
+            forms = [[(tuple(x.shape), x.dtype)] if r in others else [] for r in range(self.wire.size)]
+            got = self.wire.start("test", sends, forms, x.device).wait()
+        return {"rank": self.wire.rank, "pid": os.getpid(), "built": self.built}, {"sum": x + sum(got[r][0] for r in others)}
+
+    def trouble(self, message):
+        kind = message["trouble"]
+        print(f"rank {self.wire.rank} was asked for {kind}", file=sys.stderr, flush=True)
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if kind == "sleep":
+            time.sleep(message["seconds"])
+        if kind == "raise":
+            raise KeyError("a layer that is not there")
+        if kind == "memory":
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")

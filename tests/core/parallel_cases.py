@@ -1,0 +1,161 @@
+"""What the gloo ranks of the tests compute. Each function takes (rank, ranks) and returns JSON-able facts."""
+
+import itertools
+from dataclasses import replace
+
+import torch
+from parallel_ranks import neighbour
+
+from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, make_attention_override
+from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.models.opensora_plan.config import OSP_29X720P
+from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
+from efficient_vdit_core.parallel.attend import sharded_attention
+from efficient_vdit_core.parallel.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
+from efficient_vdit_core.parallel.layout import by_frames, by_references, by_tokens, choose_shard
+from efficient_vdit_core.parallel.reference_broadcast import reference_broadcast_attention
+from efficient_vdit_core.parallel.spans import take
+from efficient_vdit_core.parallel.wire import Wire
+from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
+
+BATCH, HEADS, DIM, GRID = 2, 5, 8, (1, 5)
+BUILDS = {
+    "L1": lambda layout, ranks, pattern: by_frames(layout, ranks),
+    "L2": by_references,
+    "L3": by_tokens,
+    "auto": lambda layout, ranks, pattern: choose_shard(layout, ranks, [pattern]),
+}
+
+
+def tensors(layout, heads=HEADS, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(BATCH, heads, layout.tokens, DIM, generator=generator).to(dtype) for _ in range(3)]
+
+
+def wanted(layout, k, qkv, _cache={}):  # noqa: B006
+    """The single-process masked oracle in float64, computed once for each case."""
+    key = (layout, k, qkv[0].dtype, qkv[0].shape)
+    if key not in _cache:
+        oracle = neighbour("conftest").masked_attention
+        references = list(TilePattern(k).reference_frames(layout.grid.t))
+        size = layout.grid.tokens_per_frame
+        _cache[key] = oracle(*qkv, layout.grid.t, size, references, layout.prefix, layout.suffix)
+    return _cache[key]
+
+
+def attention_errors(rank, ranks):
+    """Worst error on this rank's tokens for every (T, k, layout, scheme), with and without prefix and suffix."""
+    wire, found = Wire(), {}
+    for frames, (prefix, suffix) in itertools.product((5, 8, 21, 24), ((0, 0), (3, 2))):
+        if frames > 8 and prefix:
+            continue
+        layout = TokenLayout(TokenGrid(frames, *GRID), prefix, suffix)
+        qkv = tensors(layout)
+        for k in (0, 1, 2, 4, frames):
+            pattern = TilePattern(k)
+            for name, build in BUILDS.items():
+                shard = build(layout, ranks, pattern)
+                mine = [take(x, shard.spans[rank], 2) for x in qkv]
+                want = take(wanted(layout, k, qkv), shard.spans[rank], 2)
+                # Ulysses' exchange knows no pattern, so one sparse and the full one tell all.
+                schemes = ("auto",) if name == "auto" else ("rb", "ulysses") if k in (1, frames) else ("rb",)
+                for scheme in schemes:
+                    if name == "L1" and k > 2:
+                        continue  # who holds the references has been seen
+                    got = sharded_attention(*mine, shard, pattern, wire, scheme=scheme)
+                    found[f"T={frames}+{prefix + suffix} k={k} {name} {scheme}"] = worst(got, want)
+                if k == frames:  # full layers go to Ulysses; RB is exact there too
+                    found[f"T={frames} k={k} {name} plain rb"] = worst(
+                        reference_broadcast_attention(*mine, shard, pattern, wire), want
+                    )
+    return found
+
+
+def half_errors(rank, ranks):
+    """The same in bfloat16, partial rows sent as bfloat16: the worst error of RB beside Ulysses'."""
+    wire, found = Wire(), {}
+    layout = TokenLayout(TokenGrid(21, *GRID))
+    qkv = tensors(layout, dtype=torch.bfloat16)
+    shard = by_tokens(layout, ranks, TilePattern(2))
+    mine, want = [take(x, shard.spans[rank], 2) for x in qkv], take(wanted(layout, 2, qkv), shard.spans[rank], 2)
+    for scheme in ("rb", "ulysses"):
+        found[scheme] = worst(sharded_attention(*mine, shard, TilePattern(2), wire, scheme=scheme), want)
+    return found
+
+
+def bytes_sent(rank, ranks):
+    """Counted bytes of one layer, for shapes where the closed formulas hold."""
+    found = {}
+    for frames, k, name in ((24, 1, "L1"), (24, 2, "L1"), (24, 4, "L2"), (8, 2, "L2"), (24, 1, "L3"), (21, 2, "L3"), (24, 0, "L1")):
+        layout = TokenLayout(TokenGrid(frames, 3, 4))
+        pattern = TilePattern(k)
+        shard = BUILDS[name](layout, ranks, pattern)
+        mine = [take(x, shard.spans[rank], 2) for x in tensors(layout, heads=12, dtype=torch.bfloat16)]
+        for scheme in ("rb", "ulysses"):
+            wire = Wire()
+            sharded_attention(*mine, shard, pattern, wire, scheme=scheme)
+            found[f"{frames} {k} {name} {scheme}"] = dict(wire.sent)
+    return found
+
+
+def order(rank, ranks):
+    """The events of one RB layer with a cut frame: exchanges begin before the local work that hides them."""
+    from efficient_vdit_core.parallel import reference_broadcast as rb
+
+    events, plain = [], rb.attend_lse
+
+    class Watched(Wire):
+        def start(self, name, *rest):
+            events.append(f"start {name}")
+            pending = super().start(name, *rest)
+            wait = pending.wait
+            pending.wait = lambda: events.append(f"wait {name}") or wait()
+            return pending
+
+    def attend(q, k, v):
+        events.append("attend")
+        return plain(q, k, v)
+
+    layout, pattern = TokenLayout(TokenGrid(8, *GRID)), TilePattern(1)
+    shard = by_tokens(layout, ranks, pattern)
+    mine = [take(x, shard.spans[rank], 2) for x in tensors(layout)]
+    rb.attend_lse = attend
+    try:
+        rb.reference_broadcast_attention(*mine, shard, pattern, Watched())
+    finally:
+        rb.attend_lse = plain
+    return events
+
+
+def model_errors(rank, ranks):
+    """A small Open-Sora-Plan with text as long as a rank's tokens: sharded by the block hooks against the whole forward."""
+    layers, found = 3, {}
+    config = replace(OSP_29X720P, num_layers=layers, num_attention_heads=3, attention_head_dim=12, caption_channels=16)
+    torch.manual_seed(0)
+    model = OpenSoraT2V(config).eval()
+    layout = TokenLayout(TokenGrid(6, 2, 3))
+    x, text = torch.randn(2, 4, 6, 4, 6), torch.randn(2, layout.tokens // ranks, 16)
+    plans = {"sparse": TilePlan.uniform(1), "mixed": TilePlan.uniform(1).with_dense("1"), "dense": TilePlan.uniform(None)}
+    for (name, plan), scheme in itertools.product(plans.items(), ("auto", "ulysses")):
+        patterns = [plan.pattern(i, layers) for i in range(layers)]
+        sparse = make_attention_override(plan, AttentionReport())
+        whole = {"optimized_attention_override": sparse, FORWARD_KEY: ForwardState(layout)}
+        state = ShardedForward(layout, patterns, Wire(), scheme)
+        sharded = {
+            "optimized_attention_override": make_sharded_override(),
+            SHARDED_KEY: state,
+            "patches_replace": {"dit": {("double_block", i): block_hook(i, layers) for i in range(layers)}},
+        }
+        want, got = (model(x, torch.tensor([3.0, 700.0]), text, transformer_options=o) for o in (whole, sharded))
+        found[f"{name} {scheme}"] = {"error": worst(got, want), "scale": float(want.abs().max()), "schemes": dict(state.schemes)}
+    return found
+
+
+def everything(rank, ranks):
+    return {case.__name__: case(rank, ranks) for case in (attention_errors, half_errors, bytes_sent, order, model_errors)}
+
+
+def worst(got, want) -> float:
+    return float((got.double() - want.double()).abs().max()) if got.numel() else 0.0

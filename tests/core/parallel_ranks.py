@@ -1,0 +1,52 @@
+"""Gloo ranks on this CPU for the tests: `run_ranks` starts them, and this file is also what each of them runs."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TIMEOUT = 400.0  # a few seconds of work; the rest is patience with a busy machine
+
+
+def run_ranks(case: str, ranks: int) -> list[dict]:
+    """Call the function ``case`` of this file's neighbour parallel_cases.py on each of ``ranks`` ranks; their results in order."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    with tempfile.TemporaryDirectory() as folder:
+        commands = [[sys.executable, __file__, case, str(rank), str(ranks), folder] for rank in range(ranks)]
+        started = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+        try:
+            ended = [process.communicate(timeout=TIMEOUT) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+    assert all(p.returncode == 0 for p in started), "\n".join(err[-2000:] for _, err in ended)
+    return [json.loads(out.strip().splitlines()[-1]) for out, _ in ended]
+
+
+def neighbour(name: str):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(case: str, rank: int, ranks: int, folder: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
+    with torch.no_grad():
+        result = getattr(neighbour("parallel_cases"), case)(rank, ranks)
+    dist.barrier()
+    dist.destroy_process_group()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,0 +1,123 @@
+"""What a search costs and what it must not depend on: memory of a dense run, no trial of backends, padded text."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from efficient_vdit_core.attention import TokenLayout, frames
+from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
+from efficient_vdit_core.search import ProbeRecord, make_probe_override, replay_blocks
+from efficient_vdit_core.search import probe as probe_module
+from efficient_vdit_core.search.tile_mass import MassRecord, make_mass_override
+from efficient_vdit_core.tiles import TokenGrid
+
+HEADS, DIM = 4, 32
+LAYOUT = TokenLayout(TokenGrid(8, 8, 16), suffix=16)
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made within it held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.alive:
+            return
+        self.alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+
+class Block(torch.nn.Module):
+    def forward(self, x, options):
+        return x + sdpa_attention(x * 1.1, x * 0.9, x, HEADS, transformer_options=options)
+
+
+def peak(override, blocks=2) -> int:
+    x = torch.randn(1, LAYOUT.tokens, HEADS * DIM)
+    options = {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(LAYOUT)}
+    with torch.no_grad(), PeakBytes() as bytes_held:
+        for _ in range(blocks):
+            x = Block()(x, options)
+    return bytes_held.peak
+
+
+ATTENTION_OUTPUT = LAYOUT.tokens * HEADS * DIM * 4
+
+
+def dense(func, *args, **kwargs):
+    return func(*args, **kwargs)
+
+
+def test_the_search_holds_one_more_attention_output_whatever_the_candidates(monkeypatch):
+    """Beside it the copies of one candidate: queries and keys of the reference frames, and the float32 copies of a head."""
+    monkeypatch.setattr(frames, "_CPU_BYTES", 2**16)  # the bound on the copies that a sparse run makes as well
+    few = peak(make_probe_override(ProbeRecord((1,))))
+    many = peak(make_probe_override(ProbeRecord((0, 1, 2, 3))))
+    assert few <= peak(dense) + 3 * ATTENTION_OUTPUT
+    assert many <= few + 2 * ATTENTION_OUTPUT
+    score_matrix = HEADS * LAYOUT.tokens**2 * 4
+    assert many < score_matrix / 2
+
+
+def test_the_tile_map_never_holds_all_weights():
+    record = MassRecord((0, 1), rows=16)
+    assert peak(make_mass_override(record)) < peak(dense) + HEADS * LAYOUT.tokens**2 * 4 / 4 and set(record.found) == {0, 1}
+
+
+def test_errors_are_the_pattern_s_even_where_dense_attention_is_faster(monkeypatch):
+    monkeypatch.setattr(probe_module, "choose_backend", lambda *args, **kwargs: "dense")
+    record, timed = ProbeRecord((1,)), ProbeRecord((1,), timed=True)
+    for each in (record, timed):
+        torch.manual_seed(0)
+        peak(make_probe_override(each), blocks=1)
+    assert record.error(0, 1) == timed.error(0, 1) > 0.1
+    assert timed.cost(0, 1) == 1.0  # never chosen: a run would take dense attention
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_padded_text_is_left_out_of_the_comparison(blocks):
+    """Masked tokens at the end change no error: the same as without them."""
+    layout, padding = TokenLayout(TokenGrid(4, 1, 4), suffix=5), 3
+    torch.manual_seed(0)
+    x = torch.randn(1, layout.tokens, 16)
+    mask = torch.zeros(1, 1, 1, layout.tokens)
+    mask[..., -padding:] = float("-inf")
+
+    class Masked(torch.nn.Module):
+        def __init__(self, mask):
+            super().__init__()
+            self.mask = mask
+
+        def forward(self, x, options):
+            real = len(x[0]) - (padding if self.mask is not None else 0)
+            return sdpa_attention(x, x, x, 2, mask=self.mask, transformer_options=options)[:, :real]
+
+    found = []
+    for tokens, m, state in (
+        (x, mask, ForwardState(layout, padding=padding)),
+        (x[:, :-padding], None, ForwardState(TokenLayout(layout.grid, suffix=2))),
+    ):
+        record, block = ProbeRecord((0, 1)), Masked(m)
+        with replay_blocks([block] if blocks else [], record):
+            block(tokens, {OVERRIDE_KEY: make_probe_override(record), FORWARD_KEY: state})
+        found.append([record.error(0, k, "block" if blocks else "attention") for k in (0, 1)])
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and min(found[0]) > 0.05

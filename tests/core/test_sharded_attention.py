@@ -1,0 +1,130 @@
+"""Attention over 2, 3 and 4 gloo ranks against the masked oracle of one process, and its bytes against the formulas."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.parallel.layout import Shard, by_frames, by_references, by_tokens, choose_shard
+from efficient_vdit_core.parallel.roles import roles
+from efficient_vdit_core.parallel.traffic import choose_scheme, rb_bytes, ulysses_bytes
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
+
+sys.path.insert(0, str(Path(__file__).parent))
+from parallel_ranks import run_ranks  # noqa: E402
+
+# bytes_sent's shapes: batch 2, 12 heads x 8 in bfloat16, 12 tokens a frame
+BATCH, HEADS, DIM, ITEM, SIZE = 2, 12, 8, 2, 12
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def facts(request):
+    return request.param, run_ranks("everything", request.param)
+
+
+def test_every_layout_and_scheme_equals_the_oracle(facts):
+    ranks, results = facts
+    errors = {name: max(r["attention_errors"][name] for r in results) for name in results[0]["attention_errors"]}
+    assert len(errors) > 150
+    assert not {name: error for name, error in errors.items() if error > 1e-5}
+
+
+def test_bfloat16_payload_is_stated(facts):
+    """Unit normals in bfloat16 with partial rows sent as bfloat16: within 0.015 of float64, Ulysses within 0.008."""
+    _, results = facts
+    assert max(r["half_errors"]["rb"] for r in results) < 0.015
+    assert max(r["half_errors"]["ulysses"] for r in results) < 0.008
+
+
+def test_the_bytes_are_the_formulas(facts):
+    """k S D e (P-1)/P times 4 plus the lse for RB, 4 N D e (P-1)/P^2 for Ulysses, summed over the ranks."""
+    ranks, results = facts
+    share, row = (ranks - 1) / ranks, HEADS * DIM * ITEM
+    for name in results[0]["bytes_sent"]:
+        frames, k, layout, scheme = name.split()
+        counted = [r["bytes_sent"][name] for r in results]
+        total = sum(sum(c.values()) for c in counted) - sum(c.get("rb halo", 0) for c in counted)
+        shared = int(k) * SIZE
+        rb = ranks * BATCH * share * shared * (4 * row + 4 * HEADS)
+        ulysses = ranks * BATCH * 4 * int(frames) * SIZE * row * share / ranks
+        assert total == (rb if scheme == "rb" else ulysses), (name, counted)
+
+
+def test_the_forecast_is_what_was_counted(facts):
+    ranks, results = facts
+    for name in results[0]["bytes_sent"]:
+        frames, k, kind, scheme = name.split()
+        pattern = TilePattern(int(k))
+        shard = build(kind, TokenLayout(TokenGrid(int(frames), 3, 4)), ranks, pattern)
+        shape = (HEADS, DIM, ITEM, BATCH)
+        forecast = rb_bytes(shard, pattern, *shape) if scheme == "rb" else ulysses_bytes(shard, *shape)
+        assert list(forecast) == [sum(r["bytes_sent"][name].values()) for r in results], name
+
+
+def test_exchanges_are_under_way_while_the_rank_works(facts):
+    _, results = facts
+    for r in results:
+        events = r["order"]
+        first, rows = events.index("start rb shared tokens"), events.index("start rb partial rows")
+        assert "attend" in events[first : events.index("wait rb shared tokens")], events
+        assert "attend" in events[rows : events.index("wait rb partial rows")], events
+
+
+def test_a_whole_model_runs_on_sharded_tokens(facts):
+    """Every rank gets the whole result; text as long as a rank's tokens is not taken for the video."""
+    ranks, results = facts
+    for r in results:
+        assert len(r["model_errors"]) == 6
+        for name, found in r["model_errors"].items():
+            assert found["error"] <= 1e-5 * max(1.0, found["scale"]), (name, found)
+            assert sum(found["schemes"].values()) == 3
+        assert r["model_errors"]["mixed auto"]["schemes"] == {"rb": 2, "ulysses": 1}
+
+
+def build(kind: str, layout: TokenLayout, ranks: int, pattern: TilePattern) -> Shard:
+    return by_frames(layout, ranks) if kind == "L1" else {"L2": by_references, "L3": by_tokens}[kind](layout, ranks, pattern)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("frames", [1, 5, 8, 21, 24])
+@pytest.mark.parametrize("kind", ["L1", "L2", "L3"])
+def test_every_token_has_one_rank_and_shares_are_even(kind, frames, ranks):
+    layout = TokenLayout(TokenGrid(frames, 3, 7), prefix=5, suffix=2)
+    shard = build(kind, layout, ranks, TilePattern(2))
+    held = sorted(token for spans in shard.spans for start, stop in spans for token in range(start, stop))
+    assert held == list(range(layout.tokens)) and sum(shard.tokens) == layout.tokens
+    assert max(shard.tokens) - min(shard.tokens) <= {"L1": 22, "L2": 22, "L3": 1}[kind]
+    for rank, pieces in enumerate(shard.pieces):
+        assert [t for p in pieces for t in range(p.start, p.stop)] == [t for a, b in shard.spans[rank] for t in range(a, b)]
+        assert all(p.frame is None or p.frame == (p.start - 5) // 21 == (p.stop - 6) // 21 for p in pieces)
+
+
+LAYOUTS = [(24, 4, 1, "L1"), (8, 2, 2, "L1"), (21, 4, 1, "L2"), (21, 4, 2, "L3"), (5, 4, 0, "L3")]
+CHOICES = [(24, 4, 1, "rb"), (24, 4, 4, "rb"), (24, 8, 4, "ulysses"), (8, 4, 2, "ulysses"), (8, 4, 1, "rb"), (8, 2, 8, "ulysses")]
+
+
+@pytest.mark.parametrize(("frames", "ranks", "k", "kind"), LAYOUTS)
+def test_the_layout_follows_the_frames(frames, ranks, k, kind):
+    layout, pattern = TokenLayout(TokenGrid(frames, 2, 3)), TilePattern(k)
+    assert choose_shard(layout, ranks, [pattern, TilePattern(None)]) == build(kind, layout, ranks, pattern)
+
+
+@pytest.mark.parametrize(("frames", "ranks", "k", "scheme"), CHOICES)
+def test_auto_is_rb_where_k_times_p_is_below_t(frames, ranks, k, scheme):
+    layout = TokenLayout(TokenGrid(frames, 30, 32))
+    assert choose_scheme(by_frames(layout, ranks), TilePattern(k), 24, 96, 2) == scheme
+
+
+def test_only_cut_frames_have_peers():
+    shard = by_tokens(TokenLayout(TokenGrid(5, 1, 7)), 3, TilePattern(1))
+    every = roles(shard, TilePattern(1))
+    assert any(r.cut for r in every)
+    for rank, role in enumerate(every):
+        for piece, peers in zip(role.cut, role.cut_peers, strict=True):
+            assert peers and all(any(p.frame == piece.frame for p in shard.pieces[other]) for other in peers) and rank not in peers
+
+
+def test_a_shard_with_a_hole_is_refused():
+    with pytest.raises(ValueError, match="cover the 10 tokens once"):
+        Shard(TokenLayout(TokenGrid(2, 1, 5)), (((0, 4),), ((5, 10),)))

@@ -1,0 +1,121 @@
+"""The tile map's numbers against an explicit N x N softmax, and what its picture shows."""
+
+import numpy as np
+import pytest
+import torch
+
+from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
+from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.search.draw import EDGE, HEADER, LEFT, MAP, TOP
+from efficient_vdit_core.search.tile_map import tile_map
+from efficient_vdit_core.search.tile_mass import MassRecord, choose_layers, kept_tiles, make_mass_override, tile_mass
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
+
+T, S, HEADS, DIM = 5, 6, 2, 8
+LAYOUT = TokenLayout(TokenGrid(T, 2, 3), prefix=3, suffix=4)
+FRAME = torch.tensor([-1] * 3 + [f for f in range(T) for _ in range(S)] + [-1] * 4)
+
+
+def qk(seed=0, batch=2):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(2, batch, HEADS, LAYOUT.tokens, DIM, generator=g) * 2
+
+
+def exact(q, k):
+    """(T, T) shares and (T,) of the rest, from all weights at once."""
+    weights = (q.double() @ k.double().transpose(-1, -2) / DIM**0.5).softmax(-1).mean((0, 1))
+    to = torch.stack([weights[:, FRAME == f].sum(1) for f in range(-1, T)])
+    rows = torch.stack([to[:, FRAME == f].mean(1) for f in range(T)])
+    return rows[:, 1:], rows[:, 0]
+
+
+@pytest.mark.parametrize("max_bytes", [1, 3000, 2**28])
+def test_all_rows_give_the_exact_shares_in_chunks_of_any_size(max_bytes):
+    q, k = qk()
+    mass = tile_mass(q, k, LAYOUT, rows=99, max_bytes=max_bytes)
+    share, extra = exact(q, k)
+    assert torch.allclose(mass.share.double(), share, atol=1e-6) and torch.allclose(mass.extra.double(), extra, atol=1e-6)
+    assert mass.rows == S and mass.diagonal == pytest.approx(float(share.diagonal().mean()), abs=1e-6)
+    off = float(share.sum() - share.diagonal().sum()) / (T * (T - 1))
+    assert mass.off_diagonal == pytest.approx(off, abs=1e-6)
+
+
+def test_the_kept_share_is_that_of_the_tiles_and_the_text():
+    q, k = qk()
+    share, extra = exact(q, k)
+    mass, pattern = tile_mass(q, k, LAYOUT, rows=S), TilePattern(1)
+    live = torch.tensor([[i == j or i == 0 or j == 0 for j in range(T)] for i in range(T)])
+    assert torch.equal(kept_tiles(pattern, T), live)
+    assert mass.kept(pattern) == pytest.approx(float((share * live).sum(1).mean() + extra.mean()), abs=1e-6)
+    assert mass.kept(TilePattern(None)) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_overlap_counts_shared_positions():
+    q, k = qk(batch=1)
+    a, b = tile_mass(q, k, LAYOUT, rows=S), tile_mass(*qk(1, 1), LAYOUT, rows=S)
+    assert a.overlap(a) == (1.0, 1.0, 1.0)
+
+    def important(q, k, level):
+        weights = (q.double() @ k.double().transpose(-1, -2) / DIM**0.5).softmax(-1)[0][:, FRAME >= 0][..., FRAME >= 0]
+        rank = weights.argsort(-1, descending=True)
+        held = weights.gather(-1, rank).cumsum(-1) / weights.sum(-1, keepdim=True)
+        count = (held < level).sum(-1) + 1
+        return torch.zeros_like(weights, dtype=torch.bool).scatter(-1, rank, torch.arange(T * S).expand_as(rank) < count[..., None])
+
+    for level, got in zip((0.90, 0.95, 0.99), a.overlap(b), strict=True):
+        x, y = important(q, k, level), important(*qk(1, 1), level)
+        assert got == pytest.approx(2 * float((x & y).sum()) / float(x.sum() + y.sum()), abs=0.01)
+
+
+def test_the_run_is_undisturbed_and_only_the_chosen_layers_are_measured():
+    record, seen = MassRecord((1, 2), rows=3), []
+    override = make_mass_override(record, progress=seen.append)
+    options = {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(LAYOUT)}
+    q, k = (x.transpose(1, 2).flatten(2) for x in qk())
+    plain = sdpa_attention(q, k, k, HEADS)
+    for _ in range(3):
+        assert torch.equal(sdpa_attention(q, k, k, HEADS, transformer_options=options), plain)
+    sdpa_attention(q, k[:, :5], k[:, :5], HEADS, transformer_options=options)
+    assert seen == [0, 1, 2] and set(record.found) == {1, 2} and record.reasons == {"cross-attention"}
+
+
+def test_padding_is_left_out():
+    q, k = qk()
+    state = ForwardState(LAYOUT, padding=2)
+    record = MassRecord((0,), rows=S)
+    mask = torch.zeros(1, 1, 1, LAYOUT.tokens)
+    mask[..., -2:] = float("-inf")
+    options = {OVERRIDE_KEY: make_mass_override(record), FORWARD_KEY: state}
+    sdpa_attention(q, k, k, HEADS, mask=mask, skip_reshape=True, transformer_options=options)
+    want = tile_mass(q[:, :, :-2], k[:, :, :-2], TokenLayout(LAYOUT.grid, 3, 2), rows=S)
+    assert torch.equal(record.found[0].share, want.share)
+
+
+def test_the_picture_shows_what_is_large_and_what_is_left_out():
+    q, k = qk()
+    mass = tile_mass(q, k, LAYOUT, rows=S)
+    mass.share = torch.eye(T) * 0.8 + 0.01
+    plain, _ = tile_map({0: mass}, 6)
+    hatched, text = tile_map({0: mass}, 6, TilePlan.uniform(1))
+    heat = plain[HEADER + TOP : HEADER + TOP + MAP, LEFT : LEFT + MAP].mean(-1)
+    cells = heat.reshape(T, MAP // T, T, MAP // T).mean((1, 3))
+    assert cells.diagonal().max() < cells[~np.eye(T, dtype=bool)].min() - 0.5
+    orange = np.abs(hatched - np.array(EDGE) / 255).max(-1) < 0.01
+    marked = orange[HEADER + TOP : HEADER + TOP + MAP, LEFT : LEFT + MAP].reshape(T, MAP // T, T, MAP // T).mean((1, 3))
+    kept = kept_tiles(TilePattern(1), T).numpy()
+    assert marked[~kept].min() > 0.08 > 0.04 > marked[kept].max()
+    assert "plan 1:4 keeps" in text and plain.dtype == np.float32 and 0 <= plain.min() and plain.max() <= 1
+
+
+def test_a_plan_for_a_longer_clip_is_drawn_as_it_would_run():
+    mass = tile_mass(*qk(), LAYOUT, rows=2)
+    assert "plan 1:4 keeps" in tile_map({0: mass}, 6, TilePlan.uniform(4, 6, frames=20))[1]
+
+
+def test_layers_are_chosen_by_a_list():
+    assert choose_layers("0,-1", 6, 12) == (0, 5) and choose_layers("2-3, 2", 6, 12) == (2, 3)
+    for text in ("", "6", "-7", "a", "0-5"):
+        with pytest.raises(ValueError, match="layers"):
+            choose_layers(text, 6, 4)

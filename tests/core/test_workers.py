@@ -1,0 +1,251 @@
+"""The pool of workers on CPU ranks: what users rely on, and each kind of fault."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from efficient_vdit_core.parallel import session as session_module
+from efficient_vdit_core.parallel.client import Pool, PoolFault
+from efficient_vdit_core.parallel.messages import ConnectionEnded, connect, listen, new_secret
+from efficient_vdit_core.parallel.pool_file import PoolAddress, default_pool_file, read_pool_file, write_pool_file
+from efficient_vdit_core.parallel.session import Launch, Session, parse_devices
+
+HERE = Path(__file__).parent
+HOST = {"package": str(HERE / "fault_host"), "module": "host", "name": "Host"}
+X = torch.arange(6.0)
+# Patience with a busy machine; the faults themselves have their own limits.
+START = 300.0
+
+
+def launch(ranks=2, **changes):
+    return Launch(("cpu",) * ranks, **{"key": "model", "opening": {"host": HOST}, "start_timeout": START, "step_timeout": START, **changes})
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def session():
+    running = Session()
+    yield running
+    running.stop()
+
+
+def pids(session):
+    return [process.pid for process in session.workers.processes]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(every, seconds=5.0) -> bool:
+    end = time.monotonic() + seconds
+    while any(alive(pid) for pid in every):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def step(session, chosen=None, **message):
+    return session.step(chosen or launch(), message, {"x": X})
+
+
+def test_every_rank_takes_part_and_a_second_run_reuses_the_pool(session):
+    ranks, tensors = step(session)
+    assert [r["rank"] for r in ranks] == [0, 1] and torch.equal(tensors["sum"], 2 * X)
+    assert [r["pid"] for r in ranks] == pids(session)
+    again, _ = step(session)
+    assert [r["pid"] for r in again] == [r["pid"] for r in ranks] and again[0]["built"] == ["model"]
+    assert all(t["gigabytes_per_second"] > 0 for t in session.tests)
+
+
+def test_another_model_is_built_beside_the_first(session):
+    step(session)
+    ranks, _ = step(session, launch(key="other"))
+    assert all(r["built"][-1] == "other" for r in ranks)
+
+
+def test_offload_reaches_every_rank(session):
+    step(session)
+    session.offload()
+    assert all(r["built"][-1] == "offloaded" for r in step(session)[0])
+
+
+def test_a_model_that_cannot_be_built_is_refused_and_the_pool_lives(session):
+    step(session)
+    before = pids(session)
+    with pytest.raises(ValueError, match=r"NoSuchNode is missing here \(rank 1 of 2\)"):
+        step(session, launch(key="bad", opening={"host": HOST, "trouble": "refuse", "rank": 1}))
+    step(session)
+    assert pids(session) == before
+
+
+def test_cancel_leaves_the_pool_alive(session):
+    step(session)
+    before = pids(session)
+
+    def cancel():
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        session.step(launch(), {"trouble": "sleep", "rank": 1, "seconds": 2.0}, {"x": X}, cancel)
+    assert time.monotonic() - start < 1.5
+    assert torch.equal(step(session)[1]["sum"], 2 * X) and pids(session) == before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_with_its_last_lines(session, rank):
+    step(session)
+    before = pids(session)
+    start = time.monotonic()
+    with pytest.raises(PoolFault) as caught:
+        step(session, trouble="kill", rank=rank)
+    assert time.monotonic() - start < 5.0
+    text = str(caught.value)
+    assert f"rank {rank} ended without a word" in text and "killed by SIGKILL" in text and f"rank {rank} was asked for kill" in text
+    assert gone(before)
+    assert torch.equal(step(session)[1]["sum"], 2 * X) and not set(pids(session)) & set(before)
+
+
+def test_a_hanging_rank_is_named(session):
+    step(session)
+    before = pids(session)
+    with pytest.raises(PoolFault, match="did not finish in 1 s: rank 1 does not answer"):
+        step(session, launch(step_timeout=1.0), trouble="stop", rank=1)
+    assert gone(before)
+
+
+def test_a_slow_rank_tells_where_it_is(session):
+    step(session)
+    with pytest.raises(PoolFault, match="(?s)all ranks answer but none has finished.*time.sleep"):
+        step(session, launch(step_timeout=1.0), trouble="sleep", rank=1, seconds=60)
+
+
+def test_an_exception_comes_with_its_traceback(session):
+    step(session)
+    with pytest.raises(PoolFault, match=r"(?s)rank 1: KeyError: 'a layer that is not there'.*host\.py.*in trouble"):
+        step(session, trouble="raise", rank=1)
+
+
+def test_out_of_memory_names_device_and_size(session):
+    step(session)
+    with pytest.raises(PoolFault, match=r"rank 1: out of memory on cpu: Tried to allocate 2\.00 GiB"):
+        step(session, trouble="memory", rank=1)
+
+
+def test_the_workers_go_with_a_killed_starter(tmp_path):
+    code = f"""
+import sys, time; sys.path.insert(0, {str(HERE.parents[1])!r})
+from efficient_vdit_core.parallel.start_workers import Workers
+w = Workers(["cpu", "cpu"], "gloo"); w.wait({START})
+print(*[p.pid for p in w.processes], w.folder, flush=True); time.sleep(600)
+"""
+    starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
+    *started, folder = starter.stdout.readline().split()
+    starter.kill()
+    starter.wait()
+    try:
+        assert gone([int(pid) for pid in started])
+    finally:
+        [p.unlink() for p in Path(folder).iterdir()]
+        Path(folder).rmdir()
+
+
+def test_nothing_is_left_when_the_session_ends(session):
+    step(session)
+    before, folder = pids(session), session.workers.folder
+    shared = set(os.listdir("/dev/shm")) if Path("/dev/shm").exists() else set()
+    session.stop()
+    assert gone(before) and not folder.exists()
+    assert not (set(os.listdir("/dev/shm")) if shared else set()) - shared
+
+
+def test_no_secret_and_no_choice_in_the_command_line(session):
+    step(session)
+    for pid in pids(session):
+        words = Path(f"/proc/{pid}/cmdline").read_text().strip("\0").split("\0")
+        assert len(words) == 2 and words[1].endswith("boot.py")
+        assert session.pool.address.secret not in Path(f"/proc/{pid}/environ").read_text()
+
+
+def test_a_stranger_is_not_let_in(session):
+    step(session)
+    address = session.pool.address
+    assert address.host == "127.0.0.1"
+    with pytest.raises((ConnectionEnded, ConnectionError)):
+        connect(address.host, address.port, new_secret())
+    assert torch.equal(step(session)[1]["sum"], 2 * X)
+
+
+def test_a_second_comfyui_is_refused(session):
+    step(session)
+    with pytest.raises(PoolFault, match="another ComfyUI uses these workers"):
+        Pool(session.pool.address)
+
+
+def test_workers_of_another_version_are_refused(session, monkeypatch):
+    step(session)
+    address = session.pool.address
+    session.pool.close()
+    monkeypatch.setattr("efficient_vdit_core.parallel.client.__version__", "99.0")
+    with pytest.raises(PoolFault, match="ComfyUI has 99.0: start them anew"):
+        Pool(address)
+
+
+def test_a_stale_pool_file_is_removed(monkeypatch):
+    free = listen("127.0.0.1")
+    port = free.getsockname()[1]
+    free.close()
+    write_pool_file(default_pool_file(), PoolAddress("127.0.0.1", port, new_secret(), 2, os.getpid(), ("cpu", "cpu")))
+    assert default_pool_file().stat().st_mode & 0o077 == 0
+    assert session_module.running_pool(("cpu", "cpu")) is None and not default_pool_file().exists()
+
+
+def test_a_port_taken_by_a_stranger_is_not_trusted(monkeypatch):
+    """Somebody else listens where the pool was: the proof of the secret fails, and the file goes."""
+    other = listen("127.0.0.1")
+    monkeypatch.setattr("efficient_vdit_core.parallel.messages.HANDSHAKE_SECONDS", 0.5)
+    write_pool_file(default_pool_file(), PoolAddress("127.0.0.1", other.getsockname()[1], new_secret(), 2, os.getpid(), ("cpu", "cpu")))
+    monkeypatch.setattr(session_module, "Pool", lambda address: connect(address.host, address.port, address.secret, timeout=0.5))
+    assert session_module.running_pool(("cpu", "cpu")) is None and not default_pool_file().exists()
+    other.close()
+
+
+def test_a_pool_file_that_others_can_read_is_not_trusted():
+    write_pool_file(default_pool_file(), PoolAddress("127.0.0.1", 1, new_secret(), 2, 1))
+    default_pool_file().chmod(0o644)
+    assert read_pool_file(default_pool_file()) is None
+    default_pool_file().unlink()
+
+
+@pytest.mark.parametrize("text", ["a", "0,0", "0;1", "", "-1", "cuda:0", "999"])
+def test_devices_that_cannot_be_read_are_refused(text):
+    with pytest.raises(ValueError, match="devices"):
+        parse_devices(text)
+
+
+def test_devices():
+    assert parse_devices(" CPU, cpu") == ("cpu", "cpu")
+
+
+def test_a_worker_by_hand_says_how_to_start_one():
+    boot = HERE.parents[1] / "efficient_vdit_core" / "parallel" / "boot.py"
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, str(boot)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, timeout=START)
+    assert done.returncode and "expected `evdit workers`, torchrun, or the node" in done.stderr

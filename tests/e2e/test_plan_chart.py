@@ -1,0 +1,92 @@
+"""The chart inside Tile Plan: it shows the plan, edits its text, follows a run, and fits everywhere a node can be."""
+
+import pytest
+
+TITLE = "app.graph.nodes.find(n => n.type === 'EVDiTTilePlan')"
+TEXT = f"{TITLE}.widgets.find(w => w.name === 'text').value"
+
+
+def plan_node(comfy, text: str = "", width: int = 320):
+    """A workflow with one Tile Plan; returns the chart's locator."""
+    comfy.page.evaluate(
+        """([text, width]) => {
+            const node = LiteGraph.createNode('EVDiTTilePlan');
+            app.graph.add(node);
+            node.pos = [300, 150];
+            node.setSize([width, node.computeSize()[1]]);
+            const widget = node.widgets.find(w => w.name === 'text');
+            widget.value = text;
+            widget.callback?.(text);
+            app.canvas.setDirty(true, true);
+        }""",
+        [text, width],
+    )
+    chart = comfy.page.locator(".evdit-plan-chart:visible")
+    chart.first.wait_for()
+    return chart.first
+
+
+def test_a_click_gives_a_layer_its_next_pattern(comfy):
+    page = comfy.open().page
+    chart = plan_node(comfy)
+    chart.get_by_text("2:19", exact=False).first.wait_for()  # reference_frames' default, at 21 latent frames
+    chart.get_by_role("option", name="Layer 5:").click()
+    assert page.evaluate(TEXT) == "all:2 5:full"
+    chart.get_by_role("button", name="edit each layer").click()
+    assert page.evaluate(TEXT) == "0-4:2:19 5:full 6-31:2:19"
+    chart.get_by_role("option", name="Layer 0:").click()
+    assert page.evaluate(TEXT) == "0:1:20 1-4:2:19 5:full 6-31:2:19"
+    assert page.evaluate("app.graph.serialize().nodes[0].widgets_values") == [2, page.evaluate(TEXT)]
+
+
+def test_the_keyboard_does_the_same(comfy):
+    page = comfy.open().page
+    chart = plan_node(comfy, "0-3:2:6")
+    chart.get_by_role("listbox").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert page.evaluate(TEXT) == "0:2:6 1:1:7 2-3:2:6"
+    assert chart.get_by_role("option", name="Layer 1: 1:7, 34 % of its attention").get_attribute("aria-selected") == "true"
+    assert page.evaluate("app.graph.nodes.length") == 1
+
+
+def test_nonsense_is_named_and_the_node_stays(comfy):
+    comfy.open()
+    chart = plan_node(comfy, "0:2 5-3:2")
+    chart.get_by_text("5-3:2").wait_for()
+
+
+@pytest.mark.parametrize("palette", ["dark", "light"])
+@pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes2"])
+def test_it_fits_a_narrow_node(comfy, palette, modern):
+    """No text runs over the edge of a node 220 px wide, in any look."""
+    page = comfy.open(Comfy_ColorPalette=palette, Comfy_VueNodes_Enabled=modern).page
+    chart = plan_node(comfy, "0:full 1-4:8:16 5-12:4:20 13-20:2:22 21-31:1:23", width=220)
+    chart.get_by_text("1:23 × 11").wait_for()
+    comfy.picture(f"chart {palette} {'nodes2' if modern else 'classic'}")
+    inside = page.evaluate(
+        """() => {
+            const panel = document.querySelector('.evdit-plan-chart').shadowRoot.querySelector('.panel');
+            const edge = panel.getBoundingClientRect();
+            return [...panel.querySelectorAll('.body *:not(g *)')].every(e => e.getBoundingClientRect().right <= edge.right + 1);
+        }"""
+    )
+    assert inside
+    # Nodes 2.0 have a least width of their own.
+    assert modern or page.evaluate(f"{TITLE}.size[0]") <= 221
+
+
+def test_it_draws_inside_a_subgraph(comfy):
+    page = comfy.open().page
+    plan_node(comfy, "0-5:2:6")
+    page.evaluate(
+        f"""() => {{
+            const {{ node }} = app.graph.convertToSubgraph(new Set([{TITLE}]));
+            app.canvas.openSubgraph(node.subgraph, node);
+        }}"""
+    )
+    chart = page.locator(".evdit-plan-chart:visible").first
+    chart.get_by_role("option", name="Layer 2:").click()
+    text = page.evaluate("app.canvas.graph.nodes.find(n => n.type === 'EVDiTTilePlan').widgets.find(w => w.name === 'text').value")
+    assert text == "0-1:2:6 2:1:7 3-5:2:6"
+    comfy.picture("chart in a subgraph")

@@ -1,0 +1,71 @@
+"""The shipped workflows as a new user meets them: template browser, Run, help panel, another language."""
+
+import re
+
+import pytest
+from comfyui_server import ENDINGS, ROOT, RUN_TIMEOUT
+
+NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+TINY = "tiny_text_to_video"
+
+
+def select(page, kind: str):
+    """Bring the one node of this class to the middle and select it, as a click on it does."""
+    page.evaluate(
+        """kind => {
+            const node = app.graph.nodes.find(n => n.type === kind);
+            app.canvas.centerOnNode(node);
+            app.canvas.selectNode(node);
+        }""",
+        kind,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_template_opens_with_its_chart(comfy, name):
+    page = comfy.open().page
+    comfy.template(name)
+    strangers = page.evaluate("app.graph.nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)")
+    assert strangers == []
+    chart = page.locator(".evdit-plan-chart:visible").first
+    chart.get_by_role("option").first.wait_for(state="attached")
+    assert chart.get_by_text("full ×").count() == (0 if name == TINY else 1)
+
+
+def test_the_template_opens_and_runs(comfy):
+    page = comfy.open().page
+    comfy.template(TINY)
+    page.evaluate("app.graph.nodes.forEach(n => { if (n.type === 'EVDiTConsistencySigmas') n.widgets.forEach(w => { w.value = 2 }) })")
+    page.evaluate(
+        "endings => { window.ended = []; endings.forEach(e => app.api.addEventListener(e, () => window.ended.push(e))) }", list(ENDINGS)
+    )
+    page.get_by_role("button", name="Run", exact=True).first.click()
+    page.wait_for_function("window.ended.length > 0", timeout=1000 * RUN_TIMEOUT)
+    assert page.evaluate("window.ended") == ["execution_success"]
+    chart = page.locator(".evdit-plan-chart:visible").first
+    # 6 layers, 2 steps; with and without the prompt at once, or one after the other.
+    chart.get_by_text(re.compile("Last run: (12|24) sparse calls, 53 %")).wait_for()
+    assert chart.get_by_role("option").count() == 6
+    comfy.picture("after the run")
+    assert list((comfy.server.base / "output" / "video").glob("*.mp4"))
+
+
+def test_the_help_panel_shows_the_page(comfy):
+    page = comfy.open().page
+    comfy.template(TINY)
+    select(page, "EVDiTTilePlan")
+    page.get_by_test_id("info-button").click()
+    page.get_by_role("heading", name="Typical values").wait_for()
+    comfy.picture("help panel")
+
+
+def test_the_page_speaks_chinese(comfy):
+    page = comfy.open(Comfy_Locale="zh").page
+    comfy.template(TINY)
+    titles = page.evaluate("app.graph.nodes.filter(n => n.type.startsWith('EVDiT')).map(n => n.title)")
+    labels = page.evaluate("app.graph.nodes.find(n => n.type === 'EVDiTTilePlan').widgets.map(w => w.label ?? w.name)")
+    assert all(any("一" <= c <= "鿿" for c in text) for text in titles + labels[:1]), titles + labels
+    select(page, "EVDiTTilePlan")
+    page.get_by_test_id("info-button").click()
+    page.get_by_role("heading", name="常用值").wait_for()
+    comfy.picture("chinese")
