@@ -45,7 +45,7 @@ def _preset_inputs() -> list[Any]:
             ),
         ),
         io.String.Input(
-            "sigmas",
+            "manual_sigmas",
             default="",
             optional=True,
             tooltip="For 'manual': descending noise levels with commas, such as 1, 0.9375, 0.8333, 0.625, 0. Unused otherwise.",
@@ -128,11 +128,11 @@ class EVDiTConsistencySigmas(io.ComfyNode):
         preset: str = SEGMENTS,
         checkpoint: str = LOADED_MODEL,
         shift: float = 0.0,
-        sigmas: str = "",
+        manual_sigmas: str = "",
         start_step: int = 0,
         end_step: int = MAX_STEP,
     ) -> io.NodeOutput:
-        levels = preset_sigmas(model, preset, segments, steps, shift=shift, sigmas=sigmas, checkpoint=checkpoint)
+        levels = preset_sigmas(model, preset, segments, steps, shift=shift, sigmas=manual_sigmas, checkpoint=checkpoint)
         return io.NodeOutput(cut_sigmas(levels, start_step, end_step))
 
 

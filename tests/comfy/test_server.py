@@ -18,6 +18,12 @@ NODES = {
     "EVDiTSparseAttention",
     "EVDiTConsistencySigmas",
     "EVDiTConsistencySampler",
+    "EVDiTCompareVideos",
+    "EVDiTSearchTilePlan",
+    "EVDiTSaveTilePlan",
+    "EVDiTLoadTilePlan",
+    "EVDiTAttentionTileMap",
+    "EVDiTReport",
     "EVDiTSequenceParallel",
 }
 

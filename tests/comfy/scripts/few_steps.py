@@ -31,7 +31,7 @@ facts = {
     "LightX2V 4 steps": levels(flow, preset="LightX2V 4 steps"),
     "shift 5": levels(flow, shift=5.0),
     "second expert": levels(flow, preset="LightX2V 4 steps", start_step=2),
-    "manual": levels(model, preset="manual", sigmas="2, 1, 0"),
+    "manual": levels(model, preset="manual", manual_sigmas="2, 1, 0"),
     "from the loaded model": levels(distilled, preset="from checkpoint"),
     "4 segments, 8 steps": levels(model, steps=8),
     "refused": {},
