@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -67,5 +68,5 @@ def pack_of(kind: str) -> str | None:
 
 def _about() -> dict[str, Any]:
     folders = {name: [list(where), sorted(endings)] for name, (where, endings, *_) in folder_paths.folder_names_and_paths.items()}
-    root = str(Path(folder_paths.__file__).resolve().parent)
+    root = str(Path(inspect.getfile(folder_paths)).resolve().parent)
     return {"root": root, "argv": sys.argv[1:], "folders": folders, "input": folder_paths.get_input_directory()}
