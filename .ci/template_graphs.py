@@ -1,4 +1,4 @@
-"""The templates that ship, as nodes and links; .ci/templates.py lays them out."""
+"""The templates of models that are downloaded, as nodes and links; .ci/templates.py lays them out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ WAN21, WAN22 = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged", f"{HUB}/Comfy-Org/
 FLUX_TEXT, OSP = f"{HUB}/comfyanonymous/flux_text_encoders", f"{HUB}/LanguageBind/Open-Sora-Plan-v1.2.0"
 BAD = "low quality, worst quality, blurry, distorted, static, subtitles, watermark"
 FOX = "a fox running through a snowy forest at sunrise, tracking camera, cinematic light"
-TINY = "tiny (built in)"
 
 
 @dataclass
@@ -87,49 +86,6 @@ def note(title: str, what: str, files: str, cost: str, tip: str) -> str:
     )
 
 
-TINY_NOTE = """## Tiny text to video
-
-Makes 29 frames of 64x64 coloured shapes from a sentence, with sparse attention, on a CPU. All weights ship with the pack; nothing is \
-downloaded. Needs ComfyUI 0.3.60 or newer.
-
-**Prompt**: a shape (circle, square, triangle ...), a colour, a direction, a speed and a background, such as
-*a red circle moving right fast on a white background*.
-
-**Tile Plan**: `reference_frames` k. Each of the 8 latent frames attends to itself and to k reference frames. The chart shows which share \
-each layer computes: click a layer to change it. Bypass *Sparse Attention* (Ctrl+B) to compare with full attention. After the run the \
-chart and the log tell how many attention calls became sparse.
-
-**Consistency Sigmas**: the tiny model is not distilled, so `segments` equals `steps`. A model distilled for 4 segments takes 4 and 4, \
-and cfg 1."""
-
-
-def tiny() -> Graph:
-    nodes = {
-        "model": Node("EVDiTModelLoader", 0, {"model_name": TINY}),
-        "clip": Node("EVDiTTextEncoderLoader", 0, {"text_encoder_name": TINY}),
-        "vae": Node("EVDiTVAELoader", 0, {"vae_name": TINY}),
-        "plan": Node("EVDiTTilePlan", 1, {"reference_frames": 2}, preview=(8, 6)),
-        "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("model", 0), "plan": ("plan", 0)}),
-        **prompts("clip", "a red circle moving right fast on a white background", ""),
-        "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 64, "height": 64, "length": 29}),
-        "noise": Node("RandomNoise", 2, {"noise_seed": 0}),
-        "guider": Node(
-            "CFGGuider", 3, {"cfg": 3.0}, {"model": ("sparse", 0), "positive": ("positive", 0), "negative": ("negative", 0)}
-        ),
-        "sigmas": Node("EVDiTConsistencySigmas", 3, {"segments": 50, "steps": 50}, {"model": ("sparse", 0)}),
-        "consistency": Node("EVDiTConsistencySampler", 3),
-        "sampler": Node(
-            "SamplerCustomAdvanced", 3, {},
-            {
-                "noise": ("noise", 0), "guider": ("guider", 0), "sampler": ("consistency", 0), "sigmas": ("sigmas", 0),
-                "latent_image": ("latent", 0),
-            },
-        ),
-        **video(("sampler", 0), ("vae", 0), 12),
-    }  # fmt: skip
-    return Graph("tiny_text_to_video", TINY_NOTE, nodes)
-
-
 def opensora(frames: int) -> Graph:
     latent, plan = (frames + 3) // 4, {29: "0-1:full 2-31:2:6", 93: "0-1:full 2-31:4:20"}[frames]
     folder, url = f"open_sora_plan_v1.2_{frames}x720p", f"{OSP}/resolve/main/{frames}x720p/diffusion_pytorch_model.safetensors"
@@ -164,6 +120,25 @@ def opensora(frames: int) -> Graph:
         "A model that was not distilled for its plan loses some quality; keep more layers full where motion falls apart.",
     )
     return Graph(f"opensora_plan_{frames}x720p", text, nodes)
+
+
+def several_gpus() -> Graph:
+    """The 93-frame template, computed by all GPUs: the longer the clip, the more there is to share."""
+    graph = opensora(93)
+    nodes: dict[str, Node] = {}
+    for name, node in graph.nodes.items():
+        if name == "sampler":
+            nodes["parallel"] = Node("EVDiTSequenceParallel", 3, {}, {"model": ("sparse", 0)})
+            nodes["devices"] = Node("PreviewAny", 4, {}, {"source": ("parallel", 1)}, "Devices and rates")
+            node.links["model"] = ("parallel", 0)
+        nodes[name] = node
+    text = graph.note.replace("## Open-Sora-Plan v1.2, 93 frames of 1280x720", "## Open-Sora-Plan v1.2 on several GPUs")
+    extra = (
+        "\n\n**Sequence Parallel** stands last before the sampler and starts a worker for each GPU; each builds the model itself and "
+        "computes a part of the frames. With one GPU the model passes through. Sampler, preview and Cancel stay in ComfyUI. A pack from "
+        "the registry starts no processes: run `evdit workers --devices 0,1` of a clone first."
+    )
+    return Graph("opensora_plan_several_gpus", text + extra, nodes)
 
 
 def wan21() -> Graph:
@@ -316,5 +291,5 @@ def ltx() -> Graph:
     return Graph("ltx_video_sparse", text, nodes)
 
 
-def all_graphs() -> Iterator[Graph]:
-    yield from (tiny(), opensora(29), opensora(93), wan21(), wan22(), hunyuan(), ltx())
+def downloaded_graphs() -> Iterator[Graph]:
+    yield from (opensora(29), opensora(93), several_gpus(), wan21(), wan22(), hunyuan(), ltx())

@@ -13,7 +13,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from template_graphs import Graph, all_graphs
+from template_graphs import Graph, downloaded_graphs
+from tiny_graphs import tiny_graphs
 
 ROOT = Path(__file__).parents[1]
 CORE_VERSION, PACK = "0.3.64", "efficient-vdit"
@@ -137,7 +138,7 @@ def write(folder: str, name: str, value: dict[str, Any]) -> None:
 def main(server: str) -> None:
     with urllib.request.urlopen(f"{server}/object_info", timeout=60) as answer:
         info = json.load(answer)
-    for graph in all_graphs():
+    for graph in (*tiny_graphs(), *downloaded_graphs()):
         write("workflows", graph.name, ui_workflow(graph, info))
         write("web/prompts", graph.name, api_prompt(graph, info))
 

@@ -1,20 +1,28 @@
 #!/usr/bin/env python3
-"""Takes the pictures of the templates that cannot be run without downloads: their plan, as ComfyUI's page draws it.
+"""Takes the templates' pictures: what the tiny ones make, and of those that need downloads their plan as ComfyUI's page draws it.
 
 Usage: python .ci/thumbnails.py http://127.0.0.1:8188 [CHROMIUM], of a running ComfyUI with this pack.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as imageio
+import numpy as np
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
-WORKFLOWS = Path(__file__).parents[1] / "workflows"
+ROOT = Path(__file__).parents[1]
+WORKFLOWS = ROOT / "workflows"
+WIDTH, COLUMNS, ROWS, EDGE = 720, 3, 2, 2  # px, frames of a contact sheet, px
 QUIET = {
     "Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False, "Comfy.Minimap.Visible": False,
     "Comfy.Locale": "en", "Comfy.ColorPalette": "dark", "Comfy.VueNodes.Enabled": False, "Comfy.UseNewMenu": "Top",
@@ -41,9 +49,49 @@ def take(page: Any, path: Path) -> None:
     page.screenshot(path=path.with_suffix(".jpg"), type="jpeg", quality=85, clip=clip)
 
 
+def post(server: str, path: str, value: Any) -> Any:
+    request = urllib.request.Request(f"{server}{path}", json.dumps(value).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read() or "null")
+
+
+def made_by(server: str, prompt: dict[str, Any]) -> bytes:
+    """Run a prompt and fetch the last picture or video it shows."""
+    number = post(server, "/prompt", {"prompt": prompt})["prompt_id"]
+    while True:
+        with urllib.request.urlopen(f"{server}/history/{number}", timeout=60) as answer:
+            history = json.load(answer)
+        if number in history:
+            break
+        time.sleep(1)
+    if history[number]["status"]["status_str"] != "success":
+        raise RuntimeError(f"the prompt failed: {history[number]['status']}")
+    file = [image for output in history[number]["outputs"].values() for image in output.get("images", [])][-1]
+    with urllib.request.urlopen(f"{server}/view?{urllib.parse.urlencode(file)}", timeout=60) as answer:
+        return answer.read()
+
+
+def run(server: str, path: Path) -> None:
+    """Run one template and save its picture, or frames of its video, beside it."""
+    prompt = json.loads((ROOT / "web" / "prompts" / path.name).read_text(encoding="utf-8"))
+    data = made_by(server, prompt)
+    video = data[4:8] == b"ftyp"
+    picture = contact_sheet(imageio.imread(data, extension=".mp4")) if video else Image.open(io.BytesIO(data)).convert("RGB")
+    resample = Image.Resampling.NEAREST if video else Image.Resampling.LANCZOS
+    picture.resize((WIDTH, round(WIDTH * picture.height / picture.width)), resample).save(path.with_suffix(".jpg"), quality=88)
+
+
+def contact_sheet(frames: np.ndarray) -> Image.Image:
+    """Frames (F, H, W, 3), evenly spread, in reading order."""
+    chosen = frames[np.linspace(0, len(frames) - 1, COLUMNS * ROWS).round().astype(int)]
+    framed = np.pad(chosen, ((0, 0), (EDGE, EDGE), (EDGE, EDGE), (0, 0)), constant_values=32)
+    return Image.fromarray(np.concatenate([np.concatenate(list(framed[i : i + COLUMNS]), 1) for i in range(0, len(framed), COLUMNS)], 0))
+
+
 def main(server: str, chromium: str) -> None:
-    body = json.dumps(QUIET).encode()
-    urllib.request.urlopen(urllib.request.Request(f"{server}/settings", body, {"Content-Type": "application/json"}), timeout=60)
+    for path in sorted(WORKFLOWS.glob("tiny*.json")):
+        run(server, path)
+    post(server, "/settings", QUIET)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1000, "height": 860})

@@ -46,7 +46,7 @@ def presets() -> dict[str, list[Shape]]:
     cpu = [
         Shape(frames, size, heads, dim, dtype, (1, 2, 3, 4))
         for dtype in ("float32", "bfloat16")
-        for size, heads, dim in ((400, 24, 96), (400, 12, 128), (1560, 1, 96), (1560, 1, 128))
+        for size, heads, dim in ((400, 24, 96), (400, 12, 128), (1560, 2, 96), (1560, 2, 128))
         for frames in (8, 21, 24)
     ]
     return {"paper": paper_rows, "wan": wan, "cpu": cpu}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,10 @@ def add_arguments(subparsers: Any) -> None:
     train.add_argument("--run", dest="run_folder", type=Path, default=Path("runs/tiny"), help="the run's state, default: %(default)s")
     train.add_argument("--out", type=Path, default=Path("runs/tiny/model"), help="folder for the model, default: %(default)s")
     parts = ("text_encoder", "vae", "transformer")
-    parts = ("text_encoder", "vae", "transformer")
     train.add_argument("--parts", nargs="+", default=parts, choices=parts)
     train.add_argument("--vae-steps", type=int, default=5000, help="default: %(default)s")
-    train.add_argument("--dit-steps", type=int, default=12000, help="default: %(default)s")
-    train.add_argument("--clips", type=int, default=4096, help="clips to learn from, default: %(default)s")
+    train.add_argument("--dit-steps", type=int, default=8000, help="default: %(default)s")
+    train.add_argument("--clips", type=int, default=6144, help="clips to learn from, default: %(default)s")
     train.add_argument("--batch", type=int, default=32, help="default: %(default)s")
     train.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     train.add_argument("--tensorboard", action="store_true", help="write the loss for TensorBoard into the run's folder")
@@ -70,7 +71,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
         figures = evaluate(pipeline, captions=args.captions, steps=args.steps, guidance=args.guidance, sampler=args.sampler, plan=plan,
                            progress=progress)  # fmt: skip
-    text = json.dumps({"command": f"evdit tinyworld eval --captions {args.captions} --steps {args.steps}", **figures}, indent=2)
+    text = json.dumps({"command": "evdit " + shlex.join(sys.argv[1:]), **figures}, indent=2)
     if args.json:
         write_text(args.json, text + "\n")
     say(text)

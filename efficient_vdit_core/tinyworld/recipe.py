@@ -23,7 +23,7 @@ from .world import random_scene, render
 PARTS = ("text_encoder", "vae", "transformer")
 
 
-def train(run: Path, out: Path, *, parts: tuple[str, ...] = PARTS, vae_steps: int = 5000, dit_steps: int = 12000, clips: int = 4096,
+def train(run: Path, out: Path, *, parts: tuple[str, ...] = PARTS, vae_steps: int = 5000, dit_steps: int = 8000, clips: int = 6144,
           batch: int = 32, seed: int = 0, tensorboard: bool = False) -> None:
     """Train ``parts`` in ``run`` and write them to ``out``; parts that are left out are taken from ``out``."""
     run.mkdir(parents=True, exist_ok=True)

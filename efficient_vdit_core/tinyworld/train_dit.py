@@ -63,7 +63,7 @@ def is_held_out(scene: Scene) -> bool:
     return sum(ord(c) for name in ATTRIBUTES for c in getattr(scene, name)) % 8 == 0
 
 
-def train_dit(folder: Path, clips: CachedClips, text: TextEncoder, *, steps: int = 12000, batch: int = 32, seed: int = 0,
+def train_dit(folder: Path, clips: CachedClips, text: TextEncoder, *, steps: int = 8000, batch: int = 32, seed: int = 0,
               tensorboard: bool = False, evaluate: Callable[[dict[str, Tensor]], str] | None = None) -> OpenSoraT2V:
     """Train (or resume) in ``folder``; returns the transformer with averaged weights."""
     torch.manual_seed(seed)

@@ -1,0 +1,151 @@
+"""The templates of the tiny built-in model, as nodes and links: they run anywhere, with no download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from template_graphs import Graph, Node, prompts, video
+
+TINY = "tiny (built in)"
+
+TINY_NOTE = """## Tiny text to video
+
+Makes 29 frames of 64x64 coloured shapes from a sentence, with sparse attention, on a CPU. All weights ship with the pack; nothing is \
+downloaded. Needs ComfyUI 0.3.60 or newer.
+
+**Prompt**: a shape (circle, square, triangle ...), a colour, a direction, a speed and a background, such as
+*a red circle moving right fast on a white background*.
+
+**Tile Plan**: `reference_frames` k. Each of the 8 latent frames attends to itself and to k reference frames. The chart shows which share \
+each layer computes: click a layer to change it. Bypass *Sparse Attention* (Ctrl+B) to compare with full attention. After the run the \
+chart and the log tell how many attention calls became sparse.
+
+**Consistency Sigmas**: the tiny model is not distilled, so `segments` equals `steps`. A model distilled for 4 segments takes 4 and 4, \
+and cfg 1."""
+
+
+COMPARE_NOTE = """## Dense beside sparse, on the tiny model
+
+Samples the same prompt and noise twice, with full attention and with the plan, and compares the two videos frame by frame. All weights \
+ship with the pack; about a minute on a CPU. Needs ComfyUI 0.3.60 or newer.
+
+**Read the picture**: both videos, their difference (brightened), PSNR over time. *What became sparse* tells how many calls followed the \
+plan and why others did not.
+
+**Try**: fewer reference frames in *Tile Plan*, or layers 0 and -1 kept full with the line `all:1 0:full -1:full`."""
+
+SEARCH_NOTE = """## Search a plan and keep it
+
+The layer-wise search of the paper, on the tiny model: it runs with full attention at three noise levels, tries 1, 2 and 4 reference \
+frames in every layer, and takes the sparsest pattern whose error stays under the threshold. All weights ship with the pack; under a \
+minute on a CPU. Needs ComfyUI 0.3.60 or newer.
+
+**The plan** is drawn in the node after the run and saved in `models/evdit_plans` (use *Load Tile Plan* next time). *Errors of each layer* \
+is the table behind the choice; set the threshold between the layers that are to stay full and the others, or give a target speed-up.
+
+**With your own model**: replace the three loaders, and set the size of the latent to what you will sample."""
+
+MAP_NOTE = """## Where the attention goes
+
+The paper's Figure 1, on the tiny model: for each layer the share of its attention that a latent frame gives to each other one. A strong \
+diagonal means that frames attend mostly to themselves, and then few reference frames are enough. Tiles that the plan leaves out are \
+hatched. The second prompt shows how much of the pattern is the model's own. All weights ship with the pack; seconds on a CPU. Needs \
+ComfyUI 0.3.60 or newer.
+
+**With your own model**: replace the two loaders, set the latent's size, and name the layers, such as `0,10,20,-1`."""
+
+
+TINY_SENTENCE = "a red circle moving right fast on a white background"
+
+
+def tiny_parts(plan: dict[str, Node]) -> dict[str, Node]:
+    """Loaders, plan, prompt and size of the built-in model."""
+    return {
+        "model": Node("EVDiTModelLoader", 0, {"model_name": TINY}),
+        "clip": Node("EVDiTTextEncoderLoader", 0, {"text_encoder_name": TINY}),
+        "vae": Node("EVDiTVAELoader", 0, {"vae_name": TINY}),
+        **plan,
+        **prompts("clip", TINY_SENTENCE, ""),
+        "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 64, "height": 64, "length": 29}),
+    }
+
+
+def tiny_sampling(source: str, suffix: str = "", title: str = "") -> dict[str, Node]:
+    """50 steps with guidance; ``suffix`` tells two of them apart, noise, levels and sampler are shared."""
+    shared = {
+        "noise": Node("RandomNoise", 2, {"noise_seed": 0}),
+        "sigmas": Node("EVDiTConsistencySigmas", 3, {"segments": 50, "steps": 50}, {"model": (source, 0)}),
+        "consistency": Node("EVDiTConsistencySampler", 3),
+    }
+    links = {"model": (source, 0), "positive": ("positive", 0), "negative": ("negative", 0)}
+    return ({} if suffix else shared) | {
+        f"guider{suffix}": Node("CFGGuider", 3, {"cfg": 3.0}, links, f"CFGGuider, {title}" if title else ""),
+        f"sampler{suffix}": Node(
+            "SamplerCustomAdvanced", 3, {},
+            {
+                "noise": ("noise", 0), "guider": (f"guider{suffix}", 0), "sampler": ("consistency", 0), "sigmas": ("sigmas", 0),
+                "latent_image": ("latent", 0),
+            },
+            f"Sampler, {title}" if title else "",
+        ),
+    }  # fmt: skip
+
+
+TINY_PLAN = {
+    "plan": Node("EVDiTTilePlan", 1, {"reference_frames": 2}, preview=(8, 6)),
+    "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("model", 0), "plan": ("plan", 0)}),
+}
+
+
+def tiny() -> Graph:
+    nodes = tiny_parts(TINY_PLAN) | tiny_sampling("sparse") | video(("sampler", 0), ("vae", 0), 12)
+    return Graph("tiny_text_to_video", TINY_NOTE, nodes)
+
+
+def tiny_compare() -> Graph:
+    nodes = tiny_parts(TINY_PLAN) | tiny_sampling("sparse", title="sparse") | tiny_sampling("model", "_dense", "dense")
+    nodes |= {
+        "decode": Node("VAEDecode", 4, {}, {"samples": ("sampler", 0), "vae": ("vae", 0)}, "Decode, sparse"),
+        "decode_dense": Node("VAEDecode", 4, {}, {"samples": ("sampler_dense", 0), "vae": ("vae", 0)}, "Decode, dense"),
+        "compare": Node("EVDiTCompareVideos", 4, {}, {"video_a": ("decode_dense", 0), "video_b": ("decode", 0)}),
+        "picture": Node("PreviewImage", 5, {}, {"images": ("compare", 0)}),
+        "table": Node("PreviewAny", 5, {}, {"source": ("compare", 1)}, "Numbers"),
+        "report": Node("EVDiTReport", 4, {}, {"model": ("sparse", 0), "after": ("sampler", 0)}),
+        "calls": Node("PreviewAny", 5, {}, {"source": ("report", 0)}, "What became sparse"),
+    }
+    return Graph("tiny_dense_beside_sparse", COMPARE_NOTE, nodes)
+
+
+def tiny_search() -> Graph:
+    measured = {"model": ("model", 0), "positive": ("positive", 0), "latent": ("latent", 0)}
+    plan = {
+        "search": Node("EVDiTSearchTilePlan", 1, {"threshold": 0.2, "seed": 0}, measured),
+        "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("model", 0), "plan": ("search", 0)}),
+    }
+    nodes = tiny_parts(plan) | tiny_sampling("sparse") | video(("sampler", 0), ("vae", 0), 12)
+    nodes |= {
+        "keep": Node("EVDiTSaveTilePlan", 4, {"filename_prefix": "tiny"}, {"plan": ("search", 0)}),
+        "errors": Node("PreviewAny", 5, {}, {"source": ("search", 1)}, "Errors of each layer"),
+        "map": Node("EVDiTAttentionTileMap", 4, {"layers": "0,2,5", "seed": 0}, {**measured, "plan": ("search", 0)}),
+        "picture": Node("PreviewImage", 5, {}, {"images": ("map", 0)}, "What the plan keeps"),
+    }
+    return Graph("tiny_search_a_plan", SEARCH_NOTE, nodes)
+
+
+def tiny_map() -> Graph:
+    measured = {"model": ("model", 0), "positive": ("positive", 0), "latent": ("latent", 0)}
+    nodes = tiny_parts({"plan": TINY_PLAN["plan"]})
+    del nodes["vae"], nodes["negative"]
+    nodes |= {
+        "second": Node("CLIPTextEncode", 2, {"text": "a blue square moving up slowly on a black background"}, {"clip": ("clip", 0)},
+                       "Second prompt"),
+        "map": Node("EVDiTAttentionTileMap", 3, {"layers": "0-5", "seed": 0},
+                    {**measured, "plan": ("plan", 0), "second_prompt": ("second", 0)}),
+        "picture": Node("PreviewImage", 4, {}, {"images": ("map", 0)}),
+        "numbers": Node("PreviewAny", 4, {}, {"source": ("map", 1)}, "Shares and overlaps"),
+    }  # fmt: skip
+    return Graph("tiny_attention_tile_map", MAP_NOTE, nodes)
+
+
+def tiny_graphs() -> Iterator[Graph]:
+    yield from (tiny(), tiny_compare(), tiny_search(), tiny_map())
