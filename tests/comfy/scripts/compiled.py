@@ -38,12 +38,6 @@ def by_node(source):
     return TorchCompileModel.execute(source, BACKEND).args[0]
 
 
-def whole(source):
-    compiled = source.clone()
-    set_torch_compile_wrapper(compiled, backend=BACKEND)
-    return compiled
-
-
 def by_block(source):
     """Each block alone, as KJNodes' nodes do."""
     compiled = source.clone()
@@ -71,21 +65,22 @@ def graphs() -> int:
 
 want = {"dense": run(model), 1: run(sparse(model)), 3: run(sparse(model, 3))}
 facts = {"effect": min(distance(want[1], want["dense"]), distance(want[1], want[3]))}
-for name, compile_ in (("node", by_node), ("whole", whole), ("blocks", by_block)):
+for name, compile_ in (("node", by_node), ("blocks", by_block)):
     torch._dynamo.reset()
     before = graphs()
     compiled = compile_(model)
-    found = {"first": distance(run(sparse(compiled)), want[1]), "first lines": list(lines)}
+    patched = sparse(compiled)
+    found = {"first": distance(run(patched), want[1]), "first lines": list(lines)}
     found["behind"] = distance(run(compile_(sparse(model))), want[1])
     found["behind lines"] = list(lines)
     # One compiled model with other plans, and with none: whatever was compiled for the last one must not stay.
     found["another plan"] = distance(run(sparse(compiled, 3)), want[3])
     found["another plan lines"] = list(lines)
     found["dense"] = distance(run(compiled), want["dense"])
-    found["again"] = distance(run(sparse(compiled)), want[1])
+    found["again"] = distance(run(patched), want[1])
     found["again lines"] = list(lines)
     found["graphs"] = graphs() - before
-    run(sparse(compiled), steps=5)
+    run(patched, steps=5)
     found["graphs of more steps"] = graphs() - before - found["graphs"]
     facts[name] = found
 
