@@ -8,10 +8,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...efficient_vdit_core.attention import TokenLayout
 from ...efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState
 from ...efficient_vdit_core.parallel.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
+from ...efficient_vdit_core.parallel.forecast import LayerShape, Rates, forward_speedup
 from ...efficient_vdit_core.parallel.wire import Wire
-from ...efficient_vdit_core.tiles import TilePattern
+from ...efficient_vdit_core.tiles import TilePattern, TokenGrid
 from .families import Family, find_family, uncompiled
 from .patch import forward_state
 
@@ -33,6 +35,20 @@ def find_shardable(model: Any) -> Family:
             f"These do: {', '.join(SHARDABLE)}. Bypass EVDiTSequenceParallel for this model."
         )
     return family
+
+
+def clip_speedup(model: Any, grid: TokenGrid, ranks: int, scheme: str, rates: Rates) -> float:
+    """The speed-up that ``rates`` promise for a shardable MODEL and its plan on a video of ``grid`` tokens."""
+    diffusion_model = uncompiled(model.get_model_object("diffusion_model"))
+    family = find_shardable(model)
+    heads, depth = family.head_count(diffusion_model), family.depth(diffusion_model)
+    config = getattr(diffusion_model, "config", None)
+    head_dim = diffusion_model.dim // heads if config is None else config.attention_head_dim  # pyright: ignore[reportOperatorIssue]
+    pattern_of = getattr(model.model_options["transformer_options"].get(OVERRIDE), "pattern_of", None)
+    state = ForwardState(TokenLayout(grid), depth=depth)
+    patterns = [TilePattern(None) if pattern_of is None else pattern_of(state, layer) for layer in range(depth)]
+    shape = LayerShape(grid, heads, head_dim, itemsize=model.model.get_dtype().itemsize)
+    return forward_speedup(shape, patterns, ranks, scheme, rates)
 
 
 def shard_model(model: Any, wire: Wire) -> Any:
