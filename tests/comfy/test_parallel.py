@@ -86,7 +86,7 @@ def server(tmp_path_factory):
 
 def prompt(name, loader, text, *, parallel=True, frames=29, steps=2, cfg=2.0, **changes):
     """Loader, sparse attention, perhaps the workers, KSampler, saved latents."""
-    negative = "10" if "10" in text else "6"
+    other = "10" if "10" in text else "6"
     nodes = {
         "1": loader,
         "2": {"class_type": "EVDiTTilePlan", "inputs": {"reference_frames": 1}},
@@ -97,7 +97,7 @@ def prompt(name, loader, text, *, parallel=True, frames=29, steps=2, cfg=2.0, **
         "8": {
             "class_type": "KSampler",
             "inputs": {
-                "model": ["4" if parallel else "3", 0], "positive": ["6", 0], "negative": [negative, 0], "latent_image": ["7", 0], "seed": 5,
+                "model": ["4" if parallel else "3", 0], "positive": ["6", 0], "negative": [other, 0], "latent_image": ["7", 0], "seed": 5,
                 "steps": steps, "cfg": cfg, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
             },
         },
