@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...efficient_vdit_core.parallel.forecast import Rates
 from ...efficient_vdit_core.parallel.session import Launch, Session, parse_devices
 from ...efficient_vdit_core.tiles import TokenGrid
+from . import patch
 from .packing import pack
 from .recipe import recipe
 from .sharding import clip_speedup, find_shardable
@@ -43,13 +44,15 @@ class Run:
 
     steps: list[float] = field(default_factory=list)
     sent: list[int] = field(default_factory=list)
+    schemes: dict[str, int] = field(default_factory=dict)
 
     def summary(self, ranks: int) -> str:
         steady = self.steps[1:] or self.steps
         if not steady:
             return "no forward pass"
         mean, sent = 1000 * sum(steady) / len(steady), max(self.sent) / 2**20
-        return f"{len(self.steps)} forward passes on {ranks} ranks, {mean:.0f} ms and up to {sent:.1f} MiB sent by a rank in each"
+        layers = ", ".join(f"{count} layers by {scheme}" for scheme, count in sorted(self.schemes.items()))
+        return f"{len(self.steps)} forward passes on {ranks} ranks, {mean:.0f} ms and up to {sent:.1f} MiB sent by a rank in each; {layers}"
 
 
 def parallelize(model: Any, *, devices: str, scheme: str, start_timeout: float, step_timeout: float, after_run: str, strict: bool,
@@ -80,6 +83,8 @@ def _redirected(model: Any, launch: Launch, scheme: str, after_run: str) -> Any:
     for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
         for key in list(patched.wrappers.get(kind, {})):
             patched.remove_wrappers_with_key(kind, key)
+    # No attention call comes by here, which the sparse node's report would take for a fault.
+    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, patch.WRAPPER_KEY)
     run = Run()
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _send_step(launch, scheme, run))
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _after(run, len(launch.devices), after_run))
@@ -102,6 +107,7 @@ def _send_step(launch: Launch, scheme: str, run: Run) -> Any:
         ranks, result = SESSION.step(launch, message, tensors, mm.throw_exception_if_processing_interrupted)
         run.steps.append(time.perf_counter() - start)
         run.sent.append(max(int(said["bytes"]) for said in ranks))
+        run.schemes = ranks[0]["schemes"]
         return result["out"].to(x.device)
 
     return wrapper

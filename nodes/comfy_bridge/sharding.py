@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .patch import forward_state
 
 WRAPPER_KEY = "efficient_vdit_sharding"
 SCHEME_KEY = "evdit_scheme"
+COUNTS_KEY = "evdit_scheme_counts"
 OVERRIDE = "optimized_attention_override"
 # Models whose blocks take the video tokens alone, one after another, with nothing done to them in between.
 SHARDABLE = ("OpenSoraT2V", "WanModel", "CameraWanModel")
@@ -54,7 +56,8 @@ def clip_speedup(model: Any, grid: TokenGrid, ranks: int, scheme: str, rates: Ra
 def shard_model(model: Any, wire: Wire) -> Any:
     """A clone of MODEL whose blocks run on this rank's tokens.
 
-    ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto.
+    ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto; a Counter under COUNTS_KEY receives how
+    many layers took which.
     """
     family = find_shardable(model)
     patched = model.clone()
@@ -83,7 +86,9 @@ def _publish(family: Family, depth: int, wire: Wire) -> Any:
         if state.layout is None:
             raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
         patterns = [TilePattern(None) if state.pattern_of is None else state.pattern_of(layer) for layer in range(depth)]
-        options[SHARDED_KEY] = ShardedForward(state.layout, patterns, wire, options.get(SCHEME_KEY, "auto"))
-        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+        sharded = options[SHARDED_KEY] = ShardedForward(state.layout, patterns, wire, options.get(SCHEME_KEY, "auto"))
+        out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
+        options.get(COUNTS_KEY, Counter()).update(sharded.schemes)
+        return out
 
     return wrapper
