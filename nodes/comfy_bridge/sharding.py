@@ -41,11 +41,11 @@ def find_shardable(model: Any) -> Family:
 
 def clip_speedup(model: Any, grid: TokenGrid, ranks: int, scheme: str, rates: Rates) -> float:
     """The speed-up that ``rates`` promise for a shardable MODEL and its plan on a video of ``grid`` tokens."""
-    diffusion_model = uncompiled(model.get_model_object("diffusion_model"))
+    diffusion_model: Any = uncompiled(model.get_model_object("diffusion_model"))
     family = find_shardable(model)
     heads, depth = family.head_count(diffusion_model), family.depth(diffusion_model)
     config = getattr(diffusion_model, "config", None)
-    head_dim = diffusion_model.dim // heads if config is None else config.attention_head_dim  # pyright: ignore[reportOperatorIssue]
+    head_dim = diffusion_model.dim // heads if config is None else config.attention_head_dim
     pattern_of = getattr(model.model_options["transformer_options"].get(OVERRIDE), "pattern_of", None)
     state = ForwardState(TokenLayout(grid), depth=depth)
     patterns = [TilePattern(None) if pattern_of is None else pattern_of(state, layer) for layer in range(depth)]
