@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -153,8 +154,9 @@ def load_host(where: dict[str, str]) -> Any:
     return getattr(importlib.import_module(f"{package}.{module}"), where["name"])
 
 
-def _end_with_starter() -> None:
+def _end_with_starter(folder: Path) -> None:
     sys.stdin.buffer.read()
+    shutil.rmtree(folder, ignore_errors=True)  # the starter's logs; one that was killed cannot
     os._exit(0)
 
 
@@ -170,7 +172,7 @@ def main() -> None:
     settings = read_settings()
     # Ctrl-C in a terminal reaches the whole group; the starter decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    watch, about = (_end_with_starter, ()) if settings.store else (_end_with_parent, (os.getppid(),))
+    watch, about = (_end_with_starter, (Path(settings.store).parent,)) if settings.store else (_end_with_parent, (os.getppid(),))
     threading.Thread(target=watch, args=about, daemon=True).start()
     if settings.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(settings.device))

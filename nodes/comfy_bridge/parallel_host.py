@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import logging
 import sys
 from collections import Counter
 from typing import Any
@@ -75,6 +76,7 @@ class ComfyHost:
     def _start_comfyui(self, about: dict[str, Any]) -> Any:
         """Import ComfyUI with the options and folders of the one that asked; returns its executor."""
         sys.path.insert(0, about["root"])
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         sys.argv = ["main.py", *about["argv"]]
         # ComfyUI's nodes put comfy/ on the path, whose utils.py would then hide the package of that name.
         importlib.import_module("utils")
