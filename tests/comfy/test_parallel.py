@@ -240,7 +240,7 @@ def test_a_killed_rank_is_named_and_the_next_run_works(server):
     before = worker_pids(server)
     entry, seconds = in_mid_run(server, prompt("kill", OSP, TEXT, steps=2000), lambda: os.kill(max(before), signal.SIGKILL))
     (message,) = [data["exception_message"] for kind, data in entry["status"]["messages"] if kind == "execution_error"]
-    assert "rank 1 ended without a word" in message and "killed by SIGKILL" in message and "got prompt" not in message
+    assert "rank 1 ended without a word" in message and "killed by SIGKILL" in message
     assert "Requested to load" in message  # the rank's last lines
     assert seconds < 15.0  # the pool's own test holds the 5 s; this one runs beside a whole ComfyUI
     assert gone(before)

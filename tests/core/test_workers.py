@@ -229,6 +229,13 @@ def test_a_pool_file_that_others_can_read_is_not_trusted():
     default_pool_file().unlink()
 
 
+def test_a_build_without_the_start_up_file_says_how_to_start_a_pool(monkeypatch):
+    """The registry's archive: it attaches to a running pool, and starts none."""
+    monkeypatch.setitem(sys.modules, "efficient_vdit_core.parallel.start_workers", None)
+    with pytest.raises(RuntimeError, match="starts none itself. Start one with `evdit workers`"):
+        Session().ready(launch())
+
+
 @pytest.mark.parametrize("text", ["a", "0,0", "0;1", "", "-1", "cuda:0", "999"])
 def test_devices_that_cannot_be_read_are_refused(text):
     with pytest.raises(ValueError, match="devices"):
