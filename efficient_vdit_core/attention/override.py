@@ -6,7 +6,7 @@ models there and the engine's own pipeline. All state of one forward pass lives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,10 +145,10 @@ def make_attention_override(
             report.add_dense(reason)
             with report.clock.taking(DENSE, q):
                 return dense.call(q, k, v, heads, mask, **form)
-        shaped = (q, k, v) if skip_reshape else tuple(rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
         real = state.without_padding(layout, mask)
-        kept = tuple(x[:, :, : real.tokens] for x in shaped)
-        chosen = _backend(kept, real, pattern, dense, backend, decline_slow)
+        shaped = (x if skip_reshape else rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+        kept_q, kept_k, kept_v = (x[:, :, : real.tokens] for x in shaped)
+        chosen = _backend((kept_q, kept_k, kept_v), real, pattern, dense, backend, decline_slow)
         if chosen == "dense":
             report.add_dense("measured faster")
             with report.clock.taking(DENSE, q):
@@ -156,7 +156,7 @@ def make_attention_override(
         density = pattern.flop_density(real.grid, real.prefix + real.suffix)
         report.add_sparse(density)
         with report.clock.taking(SPARSE, q, density):
-            out = tile_attention(*kept, real, pattern, dense=dense, backend=chosen, dense_name=dense.name)
+            out = tile_attention(kept_q, kept_k, kept_v, real, pattern, dense=dense, backend=chosen, dense_name=dense.name)
         behind = layout.tokens - real.tokens
         out = pad(out, (0, 0, 0, behind)) if behind else out  # nothing reads what padding attends to
         return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
@@ -172,7 +172,8 @@ def make_attention_override(
     return override
 
 
-def _backend(qkv: Sequence[Tensor], layout: TokenLayout, pattern: TilePattern, dense: _Dense, backend: str, decline_slow: bool) -> str:
+def _backend(qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout, pattern: TilePattern, dense: _Dense, backend: str,
+             decline_slow: bool) -> str:
     """The backend for this call: the one asked for, or the fastest; ``dense`` only where slow patterns are declined."""
     if backend != "auto":
         return backend
@@ -204,13 +205,17 @@ def _why_not_the_video(state: ForwardState | None, q: Tensor, k: Tensor, skip_re
 def _pattern(plan: TilePlan, layer: int | None, state: ForwardState, layout: TokenLayout, options: Mapping[str, Any],
              report: AttentionReport) -> TilePattern:
     """The pattern of the layer that calls, for as many frames as the run has."""
-    frames = layout.grid.t
     if layer is None:
         report.warn("more calls than layers", "the model attends more often than it has layers: the rest stays dense.")
         return TilePattern(None)
-    planned = plan.pattern(layer, state.depth or options.get("total_blocks"))
+    return pattern_for_frames(plan, layer, state.depth or options.get("total_blocks"), layout.grid.t, report)
+
+
+def pattern_for_frames(plan: TilePlan, layer: int, depth: int | None, frames: int, report: AttentionReport) -> TilePattern:
+    """The plan's pattern of a layer for a run of ``frames`` latent frames; says once in a run that it is not the plan's own."""
+    planned = plan.pattern(layer, depth)
     pattern = planned.scaled(plan.frames, frames)
-    if planned.k is not None and pattern.k != planned.k:
+    if pattern.k is not None and pattern.k != planned.k:
         report.warn(
             "scaled",
             f"the plan was made for {plan.frames} latent frames and the run has {frames}: the distance between reference "
