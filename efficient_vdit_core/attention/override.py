@@ -205,13 +205,17 @@ def _why_not_the_video(state: ForwardState | None, q: Tensor, k: Tensor, skip_re
 def _pattern(plan: TilePlan, layer: int | None, state: ForwardState, layout: TokenLayout, options: Mapping[str, Any],
              report: AttentionReport) -> TilePattern:
     """The pattern of the layer that calls, for as many frames as the run has."""
-    frames = layout.grid.t
     if layer is None:
         report.warn("more calls than layers", "the model attends more often than it has layers: the rest stays dense.")
         return TilePattern(None)
-    planned = plan.pattern(layer, state.depth or options.get("total_blocks"))
+    return pattern_for_frames(plan, layer, state.depth or options.get("total_blocks"), layout.grid.t, report)
+
+
+def pattern_for_frames(plan: TilePlan, layer: int, depth: int | None, frames: int, report: AttentionReport) -> TilePattern:
+    """The plan's pattern of a layer for a run of ``frames`` latent frames; says once in a run that it is not the plan's own."""
+    planned = plan.pattern(layer, depth)
     pattern = planned.scaled(plan.frames, frames)
-    if planned.k is not None and pattern.k != planned.k:
+    if pattern.k is not None and pattern.k != planned.k:
         report.warn(
             "scaled",
             f"the plan was made for {plan.frames} latent frames and the run has {frames}: the distance between reference "

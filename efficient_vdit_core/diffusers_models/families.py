@@ -107,6 +107,6 @@ FAMILIES: dict[str, DiffusersFamily] = {
     "HunyuanVideoTransformer3DModel": DiffusersFamily(
         "hunyuan_video", (("transformer_blocks", "attn"), ("single_transformer_blocks", "attn")), _hunyuan_video
     ),
-    "LTXVideoTransformer3DModel": DiffusersFamily("ltx", _ATTN1, _ltx),
+    "LTXVideoTransformer3DModel": DiffusersFamily("ltx_video", _ATTN1, _ltx),
     "AllegroTransformer3DModel": DiffusersFamily("allegro", _ATTN1, _allegro),
 }

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.override import AttentionReport
+from ..attention.override import AttentionReport, pattern_for_frames
 from ..plan import TilePlan
+from ..tiles import TilePattern
 from .families import DiffusersFamily, SequenceLayout, find_family
 from .processor import TiledProcessor, tiled
 
@@ -37,17 +38,22 @@ class DiffusersPatch:
         self.min_tokens, self.backend = min_tokens, backend
         self.layout: SequenceLayout | None = None
         self.active = True
-        self._family, self._window, self._config = family, window, transformer.config
+        self._family, self._plan, self._window, self._config = family, plan, window, transformer.config
         self._forward = inspect.signature(type(transformer).forward)
         self._replaced: list[tuple[Any, TiledProcessor]] = []
         modules = family.modules(transformer)
+        self._depth = len(modules)
         for layer, attention in enumerate(modules):
-            processor = tiled(attention.get_processor(), self, plan.pattern(layer, len(modules)))
+            processor = tiled(attention.get_processor(), self, layer)
             attention.set_processor(processor)
             self._replaced.append((attention, processor))
         # Kept out of torch.compile: it reads timesteps, and each new value would compile the model anew.
         hook: Any = torch.compiler.disable(self._read_forward)
         self._hook = transformer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def pattern(self, layer: int, frames: int) -> TilePattern:
+        """The plan's pattern of a layer, for as many latent frames as this forward has."""
+        return pattern_for_frames(self._plan, layer, self._depth, frames, self.report)
 
     def remove(self) -> None:
         """Puts the processors back that were there before. One that was replaced by someone else meanwhile stays."""

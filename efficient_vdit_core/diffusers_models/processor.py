@@ -28,8 +28,8 @@ Dense = Callable[..., Tensor]
 class TiledProcessor:
     """Stands in the place of ``original``; made by ``tiled``, which gives it the original's call signature."""
 
-    def __init__(self, original: Any, patch: DiffusersPatch, pattern: TilePattern) -> None:
-        self.original, self.patch, self.pattern = original, patch, pattern
+    def __init__(self, original: Any, patch: DiffusersPatch, layer: int) -> None:
+        self.original, self.patch, self.layer = original, patch, layer
 
     @property
     def _attention_backend(self) -> Any:
@@ -71,11 +71,14 @@ class TiledProcessor:
             return "outside the step window"
         if layout.grid.t == 1:
             return "a single frame"
-        if self.pattern.is_full(layout.grid.t):
+        if self._pattern(layout).is_full(layout.grid.t):
             return "full in the plan"
         if getattr(self.original, "_parallel_config", None) is not None:
             return "sharded by diffusers"
         return "below min_tokens" if layout.tokens < self.patch.min_tokens else ""
+
+    def _pattern(self, layout: SequenceLayout) -> TilePattern:
+        return self.patch.pattern(self.layer, layout.grid.t)
 
     def _on_torch(self) -> Any:
         """The original, asking PyTorch for its attention whatever backend was chosen: there it can be answered."""
@@ -100,17 +103,18 @@ class TiledProcessor:
         if reason:
             self.patch.report.add_dense(reason)
             return dense(q, k, v, attn_mask=attn_mask)
-        self.patch.report.add_sparse(self.pattern.density(layout.grid.t))
+        pattern = self._pattern(layout)
+        self.patch.report.add_sparse(pattern.density(layout.grid.t))
         if len(layout.entries) == 1:
-            return self._sparse(q, k, v, layout.entries[0], dense)
+            return self._sparse(q, k, v, layout.entries[0], pattern, dense)
         rows = zip(layout.entries, q.split(1), k.split(1), v.split(1), strict=True)
-        return torch.cat([self._sparse(q, k, v, entry, dense) for entry, q, k, v in rows])
+        return torch.cat([self._sparse(q, k, v, entry, pattern, dense) for entry, q, k, v in rows])
 
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, entry: TokenLayout, dense: Dense) -> Tensor:
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, entry: TokenLayout, pattern: TilePattern, dense: Dense) -> Tensor:
         """Attention of all but the padding behind ``entry``. The rows of padding, which no token ever reads, are zero."""
         padding = q.shape[2] - entry.tokens
         q, k, v = (x[:, :, : entry.tokens] for x in (q, k, v))
-        return F.pad(tile_attention(q, k, v, entry, self.pattern, dense=dense, backend=self.patch.backend), (0, 0, 0, padding))
+        return F.pad(tile_attention(q, k, v, entry, pattern, dense=dense, backend=self.patch.backend), (0, 0, 0, padding))
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Plain attention on the backend that was chosen in diffusers."""
@@ -122,9 +126,9 @@ class TiledProcessor:
         return dispatch_attention_fn(q, k, v, backend=self.original._attention_backend, **options).transpose(1, 2)
 
 
-def tiled(original: Any, patch: DiffusersPatch, pattern: TilePattern) -> TiledProcessor:
+def tiled(original: Any, patch: DiffusersPatch, layer: int) -> TiledProcessor:
     """A processor for the place of ``original``. diffusers reads which arguments a processor takes from its signature."""
-    return _tiled_class(type(original))(original, patch, pattern)
+    return _tiled_class(type(original))(original, patch, layer)
 
 
 @functools.cache

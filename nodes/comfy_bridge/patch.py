@@ -24,6 +24,7 @@ log = logging.getLogger("efficient_vdit")
 WRAPPER_KEY = "efficient_vdit"
 OVERRIDE = "optimized_attention_override"
 Window = tuple[float, float]
+NO_REASONS = {"scaled"}  # warnings that do not say why nothing became sparse
 # A step may lie on the window's edge; schedule and window round it in their own ways.
 _ROUNDING = 1 + 1e-4
 
@@ -180,15 +181,17 @@ def _log_report(
 
     def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         report.reset()
-        start = time.perf_counter()
+        start, complete = time.perf_counter(), False
         try:
-            return executor(*args, **kwargs)
+            result = executor(*args, **kwargs)
+            complete = True
+            return result
         finally:
             if after_run is not None:
                 after_run(report, depth, time.perf_counter() - start)
-            why_none = "" if report.sparse or report.warned else _why_none(report)
-            if why_none:
-                report.warn("nothing sparse", why_none)
+            # A run that was stopped may have ended before the first call, which is nobody's fault.
+            if complete and not report.sparse and not report.warned - NO_REASONS:
+                report.warn("nothing sparse", _why_none(report))
             else:
                 log.info("Efficient-vDiT: %s", report.summary())
 

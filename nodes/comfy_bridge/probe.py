@@ -12,6 +12,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ...efficient_vdit_core.attention.override import Override
@@ -139,12 +140,15 @@ def _blocks(model: Any, family: Family) -> list[torch.nn.Module]:
             "The model is compiled, so its blocks cannot be run again under each candidate. Search before the node that compiles "
             "it, or set error to attention."
         )
-    return [block for name in family.blocks.values() for block in getattr(network, name)]
+    # Cosmos keeps its blocks in a dictionary.
+    return [block for name in family.blocks.values() for block in getattr(network, name).children()]
 
 
 def _observed(model: Any, make: Callable[[Override | None], Override]) -> Any:
     """A clone that publishes its token layout as a sparse one does, with ``make``'s override in place of the sparse one."""
     clone = patch_attention(model, TilePlan.uniform(None))
+    # Uncompiled: the measuring within blocks would be compiled for every candidate anew.
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY)
     options = clone.model_options["transformer_options"]
     if not hasattr(options.get(OVERRIDE), "replaces"):

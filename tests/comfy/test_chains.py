@@ -32,13 +32,31 @@ def test_context_windows_are_clips_of_their_own(facts):
     assert len(facts["window lines"]) == 1 and "sparse at mean density 0.52; dense: " in facts["window lines"][0]
 
 
-@pytest.mark.parametrize("order", ["before", "behind"])
-def test_torch_compile_on_either_side(in_process, order, _cache={}):  # noqa: B006
-    if not _cache:
-        _cache.update(in_process("compiled"))
-    assert _cache["dense"] < ROUNDING and _cache["graphs"] > 0 and _cache["effect"] > 100 * ROUNDING
-    assert _cache[order]["same"] < ROUNDING
-    assert _cache[order]["lines"] == ["Efficient-vDiT: 6 attention calls sparse at mean density 0.31; dense: 6 cross-attention"]
+@pytest.mark.parametrize("error", ["attention", "block"])
+def test_a_search_of_a_compiled_model_finds_the_same(compiled, error):
+    plain, found = compiled["searched"][error]
+    assert found == plain and min(plain) > 0
+
+
+@pytest.fixture(scope="module")
+def compiled(in_process):
+    found = in_process("compiled")
+    assert found["effect"] > 100 * ROUNDING
+    return found
+
+
+@pytest.mark.parametrize("way", ["node", "blocks"])
+@pytest.mark.parametrize(("order", "density"), [("first", 0.31), ("behind", 0.31), ("another plan", 0.63), ("again", 0.31)])
+def test_torch_compile_on_either_side(compiled, way, order, density):
+    found = compiled[way]
+    assert found[order] < ROUNDING
+    assert found[f"{order} lines"] == [f"Efficient-vDiT: 6 attention calls sparse at mean density {density}; dense: 6 cross-attention"]
+
+
+@pytest.mark.parametrize("way", ["node", "blocks"])
+def test_a_compiled_model_is_dense_again_and_compiled_once(compiled, way):
+    found = compiled[way]
+    assert found["dense"] < ROUNDING and found["graphs"] > 0 and found["graphs of more steps"] == 0
 
 
 @pytest.mark.parametrize("order", ["before", "behind"])
@@ -68,6 +86,22 @@ def test_an_override_installed_later_takes_the_place_and_the_log_says_so(facts):
 
 def test_threads_of_one_model_keep_their_plans_apart(facts):
     assert facts["threads differ"] > 100 * ROUNDING
+
+
+def test_two_experts_take_a_plan_each(facts):
+    assert facts["experts"]["same"] < ROUNDING < facts["experts"]["swapped"]
+    start = "Efficient-vDiT: 6 attention calls sparse at mean density"
+    assert facts["experts"]["lines"] == [f"{start} 0.31; dense: 6 cross-attention", f"{start} 0.63; dense: 6 cross-attention"]
+
+
+def test_the_last_line_blames_nobody_for_a_run_that_was_stopped(facts):
+    assert facts["stopped"] == ["Efficient-vDiT: 0 attention calls sparse; dense: none"]
+
+
+def test_a_run_without_any_sparse_call_is_warned_of_whatever_was_said_before(facts):
+    scaled, nothing = facts["scaled but short"]
+    assert "made for 36 latent frames" in scaled
+    assert nothing.startswith("Efficient-vDiT: 0 attention calls sparse; dense: ") and "6 below min_tokens" in nothing
 
 
 def test_a_plan_for_a_longer_clip_keeps_its_stride_and_says_so_once(facts):

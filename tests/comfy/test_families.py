@@ -52,6 +52,14 @@ def test_the_report_is_complete_and_warns_of_nothing(facts, name):
     assert ("text or audio alone" in reasons) == (name in WITH_OTHERS)
 
 
+@pytest.mark.parametrize("error", ["attention", "block"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_search_measures_every_layer(facts, name, error):
+    found = facts["searched"][error]
+    assert len(found) == facts["depth"] and all(value is not None and value > 1e-4 for value in found), found
+    assert facts["mapped"] == [0, facts["depth"] - 1]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_frames_are_dense(facts, name):
     assert facts["all frames"] == 0

@@ -22,6 +22,7 @@ def built(server) -> str:
         name = f"transformer_blocks.{layer}.attn1."
         for part in ("to_q", "to_k"):  # each token attends to all alike
             weights[name + part + ".weight"].zero_()
+            weights[name + part + ".bias"].zero_()
         if layer not in FULL_LAYERS:
             weights[name + "to_v.weight"].zero_()
             weights[name + "to_v.bias"].fill_(0.5)

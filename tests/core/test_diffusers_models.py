@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from efficient_vdit_core.assets import preset_path
 from efficient_vdit_core.diffusers_models import apply_to_diffusers
 from efficient_vdit_core.diffusers_models.families import FAMILIES
 from efficient_vdit_core.plan import TilePlan
@@ -184,7 +185,7 @@ def test_each_layer_follows_its_own_pattern(family, monkeypatch):
     with torch.no_grad(), apply_to_diffusers(model, plan) as handle:
         for module in FAMILIES[type(model).__name__].modules(model):
             processor = module.get_processor()
-            monkeypatch.setattr(processor, "_sparse", lambda *a, p=processor, s=processor._sparse: (order.append(p.pattern.k), s(*a))[1])
+            monkeypatch.setattr(processor, "_sparse", lambda *a, s=processor._sparse: (order.append(a[4].k), s(*a))[1])
         run(model, inputs)
     assert (handle.report.sparse, dict(handle.report.dense)) == (2, {"full in the plan": 1})
     assert sorted(set(order)) == [1, 2] and order == sorted(order)
@@ -249,6 +250,24 @@ def test_only_steps_in_the_window_are_sparse(window, timestep, sparse):
         run(model, inputs)
     assert handle.report.sparse == sparse
     assert sparse or dict(handle.report.dense) == {"outside the step window": 3}
+
+
+@torch.no_grad()
+def test_a_plan_for_a_longer_clip_keeps_its_stride_and_says_so_once(masked, caplog):
+    model, inputs = build("wan")
+    want = masked("wan", model, inputs, [0])
+    with apply_to_diffusers(model, TilePlan.uniform(9, frames=45)) as handle:  # every fifth frame
+        for _ in range(2):
+            torch.testing.assert_close(run(model, inputs), want, atol=2e-5, rtol=2e-5)
+    assert handle.report.sparse == 6
+    (record,) = caplog.records
+    assert "made for 45 latent frames and the run has 5" in record.getMessage() and "1 instead of 9" in record.getMessage()
+
+
+@pytest.mark.parametrize("family", ["wan", "hunyuan_video", "ltx"])
+def test_a_plan_of_the_same_model_in_comfyui_fits(family):
+    model, _ = build(family, 1)
+    apply_to_diffusers(model, TilePlan.load(preset_path({"ltx": "ltx_video"}.get(family, family)))).remove()
 
 
 def test_short_sequences_stay_dense_on_request():

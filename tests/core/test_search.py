@@ -106,8 +106,8 @@ def test_errors_are_those_of_the_masked_oracle(oracle, k):
 
     Model((1,))(clip(), make_probe_override(record, previous=previous))
     references = {0: [], 1: [0], 2: [0, 3]}[k]
-    want = oracle(*seen, FRAMES, SIZE, references, suffix=2)
-    dense = oracle(*seen, FRAMES, SIZE, range(FRAMES), suffix=2)
+    want = oracle(*seen, FRAMES, SIZE, references, 0, 2)
+    dense = oracle(*seen, FRAMES, SIZE, range(FRAMES), 0, 2)
     assert record.error(0, k) == pytest.approx(float((want - dense).norm() / dense.norm()), rel=1e-4)
 
 

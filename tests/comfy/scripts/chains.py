@@ -7,6 +7,7 @@ import sys
 import threading
 
 from host import call, load_pack, torch  # isort: skip
+import comfy.model_management as mm  # isort: skip
 import comfy.model_patcher  # isort: skip
 import comfy.samplers  # isort: skip
 import comfy.sd  # isort: skip
@@ -36,15 +37,17 @@ def sparse(source, k=1, **changes):
     return call(pack["EVDiTSparseAttention"], model=source, plan=plans.TilePlan.uniform(k), **settings)[0]
 
 
-def run(chosen, steps=2, negative=text * 0.5, cfg=2.0):
+def run(chosen, steps=2, negative=text * 0.5, cfg=2.0, part=slice(None), latent=None):
+    """``part`` of the noise levels, on ``latent`` as another sampler left it."""
     forwards.clear()
     lines.clear()
     guider = comfy.samplers.CFGGuider(chosen)
     guider.set_conds([[text, {}]], [[negative, {}]])
     guider.set_cfg(cfg)
-    sigmas = comfy.samplers.calculate_sigmas(chosen.get_model_object("model_sampling"), "simple", steps)
+    sigmas = comfy.samplers.calculate_sigmas(chosen.get_model_object("model_sampling"), "simple", steps)[part]
+    start = (x, torch.zeros_like(x)) if latent is None else (torch.zeros_like(x), latent)
     with torch.inference_mode():
-        return guider.sample(x, torch.zeros_like(x), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
+        return guider.sample(*start, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
 
 
 def distance(a, b):
@@ -146,6 +149,38 @@ over = sparse(model)
 over.model_options["transformer_options"][OVERRIDE] = other
 facts["override over"] = {"dense": distance(run(over), dense), "lines": list(lines)}
 facts["the second node counts"] = distance(run(sparse(sparse(model, 3))), alone)
+
+# Two experts share a run, as in Wan 2.2 14B: the second goes on where the first stopped.
+low = build(CASES["wan"])
+with torch.no_grad():
+    for parameter in low.model.diffusion_model.parameters():
+        parameter.mul_(0.9)
+
+
+def experts(first, second):
+    said = []
+    latent = run(first, 4, part=slice(3))
+    said += lines
+    out = run(second, 4, part=slice(2, None), latent=latent)
+    return out, said + lines
+
+
+two, said = experts(sparse(model, 1), sparse(low, 3))
+want, _ = experts(judged(model, first_frame), judged(low, lambda *_: [0, 3, 6]))
+swapped, _ = experts(sparse(model, 3), sparse(low, 1))
+facts["experts"] = {"same": distance(two, want), "swapped": distance(swapped, want), "lines": said}
+
+# A run that is stopped before its first attention, and one whose plan is scaled and then kept from acting.
+stop = base.diffusion_model.register_forward_pre_hook(lambda *_: mm.throw_exception_if_processing_interrupted())
+mm.interrupt_current_processing()
+try:
+    run(sparse(model))
+except mm.InterruptProcessingException:
+    facts["stopped"] = list(lines)
+stop.remove()
+run(call(pack["EVDiTSparseAttention"], model=model, plan=plans.TilePlan.uniform(4, frames=36), start_percent=0.0, end_percent=1.0,
+         dense_blocks="", min_tokens=10_000)[0])  # fmt: skip
+facts["scaled but short"] = list(lines)
 
 # Clones in threads of one model: each forward keeps its state to itself.
 clones = [sparse(model, k) for k in (1, 3)] * 2

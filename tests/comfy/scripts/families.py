@@ -19,6 +19,7 @@ OVERRIDE = "optimized_attention_override"
 pack = load_pack()
 (plans,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
 (families,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.families"))
+(probe,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.probe"))
 lines: list[str] = []
 handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())
@@ -82,6 +83,22 @@ def masked_oracle(case: Case, calls: list):
     return override
 
 
+def searched(model, case: Case, error: str) -> list:
+    """The errors of k = 1 that a search measures at one noise level, a layer each."""
+    x, cond, _ = inputs(case)
+    plan = probe.search_plan(
+        model, cond, None, {"samples": x}, seed=0, probes=1, threshold=0.0, speedup=0.0, candidates="1", cfg=1.0, costs="flops",
+        error=error, sigmas=None,
+    )  # fmt: skip
+    return plan.provenance["errors"]["1"]
+
+
+def mapped(model, case: Case) -> list[int]:
+    """The layers whose tile map was measured, of the first and the last."""
+    x, cond, _ = inputs(case)
+    return sorted(probe.measure_tiles(model, cond, {"samples": x}, layers="0,-1", percent=0.0, seed=0, rows=2))
+
+
 def facts(case: Case) -> dict:
     if not hasattr(comfy.supported_models, case.config):
         return {"skipped": f"this ComfyUI has no {case.config}"}
@@ -112,6 +129,8 @@ def facts(case: Case) -> dict:
         "calls": len(calls) == len(case.layers) * ran,
         "lines": list(lines),
         "sparse calls": len(case.layers) * ran,
+        "searched": {error: searched(model, case, error) for error in ("attention", "block")},
+        "mapped": mapped(model, case),
         "all frames": same / scale,
         "error": float((sparse - want).abs().max()) / scale,
         "effect": float((dense - want).abs().max()) / scale,

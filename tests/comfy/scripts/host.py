@@ -10,8 +10,9 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 
 import torch  # noqa: E402
+import utils  # noqa: E402, F401  # before the nodes put comfy/ on the path, whose utils.py would hide it
 
-import nodes  # noqa: E402
+import nodes  # noqa: E402  # isort: skip
 
 PACK = os.environ["EVDIT_PACK"]
 torch.manual_seed(0)
