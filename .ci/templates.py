@@ -19,7 +19,10 @@ from tiny_graphs import tiny_graphs
 ROOT = Path(__file__).parents[1]
 CORE_VERSION, PACK = "0.3.64", "efficient-vdit"
 PLAIN = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-COLUMN, GAP, ROW, TITLE, CHART = 390, 60, 24, 34, 330  # px
+COLUMN, GAP, ROW, TITLE = 390, 60, 24, 34  # px
+# px that a node needs beside its slots and widgets: for its text, and for what it shows after a run
+EXTRA = {"CLIPTextEncode": 100, "PreviewImage": 300, "SaveVideo": 330, "PreviewAny": 160}
+CHART, PLAN = 330, "EVDIT_PLAN"  # px of the chart in every node that gives a plan
 Inputs = dict[str, tuple[str, bool, bool]]  # name -> type, is a widget, is followed by "control after generate"
 
 
@@ -66,10 +69,9 @@ def api_prompt(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
     return prompt
 
 
-def height_of(inputs: Inputs, outputs: int, links: int, kind: str, control: int) -> int:
+def height_of(inputs: Inputs, outputs: list[str], links: int, kind: str, control: int) -> int:
     widgets = sum(widget for _, widget, _ in inputs.values()) + control
-    text = 100 if kind == "CLIPTextEncode" else 0
-    return TITLE + ROW * (max(links, outputs) + widgets) + text + (CHART if kind == "EVDiTTilePlan" else 0)
+    return TITLE + ROW * (max(links, len(outputs)) + widgets) + EXTRA.get(kind, 0) + (CHART if PLAN in outputs else 0)
 
 
 def ui_workflow(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def ui_workflow(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
                 values += [prompt[str(numbers[key])]["inputs"][name]] + (["fixed"] if control else [])
             slots.append(slot)
         controls = sum(control for *_, control in inputs.values())
-        height = height_of(inputs, len(info[node.kind]["output"]), len(node.links), node.kind, controls)
+        height = height_of(inputs, info[node.kind]["output"], len(node.links), node.kind, controls)
         ours = node.kind.startswith("EVDiT")
         properties: dict[str, Any] = {"cnr_id": PACK, "ver": version()} if ours else {"cnr_id": "comfy-core", "ver": CORE_VERSION}
         properties |= {"Node name for S&R": node.kind} | ({"models": node.models} if node.models else {})

@@ -55,8 +55,8 @@ def post(server: str, path: str, value: Any) -> Any:
         return json.loads(answer.read() or "null")
 
 
-def made_by(server: str, prompt: dict[str, Any]) -> bytes:
-    """Run a prompt and fetch the last picture or video it shows."""
+def outputs_of(server: str, prompt: dict[str, Any]) -> list[tuple[str, bytes]]:
+    """Run a prompt and fetch every picture and video that it shows, each with its node's id."""
     number = post(server, "/prompt", {"prompt": prompt})["prompt_id"]
     while True:
         with urllib.request.urlopen(f"{server}/history/{number}", timeout=60) as answer:
@@ -66,16 +66,20 @@ def made_by(server: str, prompt: dict[str, Any]) -> bytes:
         time.sleep(1)
     if history[number]["status"]["status_str"] != "success":
         raise RuntimeError(f"the prompt failed: {history[number]['status']}")
-    file = [image for output in history[number]["outputs"].values() for image in output.get("images", [])][-1]
-    with urllib.request.urlopen(f"{server}/view?{urllib.parse.urlencode(file)}", timeout=60) as answer:
-        return answer.read()
+    found = []
+    for node, output in history[number]["outputs"].items():
+        for file in output.get("images", []):
+            with urllib.request.urlopen(f"{server}/view?{urllib.parse.urlencode(file)}", timeout=60) as answer:
+                found.append((node, answer.read()))
+    return found
 
 
 def run(server: str, path: Path) -> None:
     """Run one template and save its picture, or frames of its video, beside it."""
     prompt = json.loads((ROOT / "web" / "prompts" / path.name).read_text(encoding="utf-8"))
-    data = made_by(server, prompt)
-    video = data[4:8] == b"ftyp"
+    shown = {prompt[node]["class_type"]: data for node, data in outputs_of(server, prompt)}
+    video = "PreviewImage" not in shown
+    data = shown["SaveVideo" if video else "PreviewImage"]
     picture = contact_sheet(imageio.imread(data, extension=".mp4")) if video else Image.open(io.BytesIO(data)).convert("RGB")
     resample = Image.Resampling.NEAREST if video else Image.Resampling.LANCZOS
     picture.resize((WIDTH, round(WIDTH * picture.height / picture.width)), resample).save(path.with_suffix(".jpg"), quality=88)

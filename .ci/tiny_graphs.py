@@ -73,7 +73,7 @@ def tiny_parts(plan: dict[str, Node]) -> dict[str, Node]:
 def tiny_sampling(source: str, suffix: str = "", title: str = "") -> dict[str, Node]:
     """50 steps with guidance; ``suffix`` tells two of them apart, noise, levels and sampler are shared."""
     shared = {
-        "noise": Node("RandomNoise", 2, {"noise_seed": 0}),
+        "noise": Node("RandomNoise", 2, {"noise_seed": 1}),
         "sigmas": Node("EVDiTConsistencySigmas", 3, {"segments": 50, "steps": 50}, {"model": (source, 0)}),
         "consistency": Node("EVDiTConsistencySampler", 3),
     }

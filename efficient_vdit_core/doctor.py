@@ -64,9 +64,7 @@ def format_findings(findings: dict[str, Any]) -> str:
     lines += ["attention backends"]
     for backend in findings["attention_backends"] or []:
         lines.append(f"  {backend['name']:<16} {'yes' if backend['available'] else 'no'}: {backend['reason']}")
-    for shapes, choice in (findings["backend_choices"] or {}).items():
-        times = ", ".join(f"{name} {ms:.2f}" for name, ms in choice["milliseconds"].items())
-        lines.append(f"  auto took {choice['backend']} for {shapes} (ms of a trial: {times})")
+    lines += ["what auto chose", *_format_choices(findings["backend_choices"] or {})]
     lines += ["packages"]
     for name, found in findings["packages"].items():
         lines.append(f"  {name:<16} {found['version'] or 'not installed':<16} {found['for']}")
@@ -75,6 +73,18 @@ def format_findings(findings: dict[str, Any]) -> str:
     problems = findings["problems"]
     lines += ["problems", *(f"  {p}" for p in problems)] if problems else ["no problems found"]
     return "\n".join(lines)
+
+
+def _format_choices(choices: dict[str, Any]) -> list[str]:
+    if not choices:
+        return ["  nothing yet: backends are measured at the first long call of each kind of shape"]
+    lines = []
+    for shapes, choice in choices.items():
+        ordered = sorted(choice["milliseconds"].items(), key=lambda entry: entry[1])
+        times = ", ".join(f"{name} {ms:.2f}" for name, ms in ordered)
+        why = "; no sparse backend is faster" if choice["backend"] == "dense" else ""
+        lines += [f"  {choice['backend']:<16} {shapes}", f"  {'':<16} ms of a trial: {times}{why}"]
+    return lines
 
 
 def _version(name: str) -> str | None:

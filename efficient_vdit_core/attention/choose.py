@@ -45,6 +45,11 @@ class Choice:
     backend: str
     milliseconds: dict[str, float]
 
+    def times(self) -> str:
+        """Milliseconds for a person, fastest first."""
+        ordered = sorted(self.milliseconds.items(), key=lambda entry: entry[1])
+        return ", ".join(f"{name} {ms:.2f}" for name, ms in ordered)
+
     def sparse(self) -> str:
         """The fastest of those that follow the pattern."""
         return min((name for name in self.milliseconds if name != "dense"), key=lambda name: self.milliseconds[name])
@@ -63,9 +68,9 @@ class ChoiceBook:
         key = shape_class(q, layout, pattern, dense_name, candidates)
         with self.lock:
             if key not in self.choices:
-                self.choices[key] = _trial(candidates, q, k, v, layout, pattern)
+                found = self.choices[key] = _trial(candidates, q, k, v, layout, pattern)
                 _write(self.file, self.choices)
-                log.info("Efficient-vDiT: %s is fastest for %s", self.choices[key].backend, key)
+                log.info("Efficient-vDiT: %s is fastest for %s (ms of a trial: %s)", found.backend, key, found.times())
             return self.choices[key]
 
 

@@ -75,7 +75,7 @@ def tile_attention(
     attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes)
     if backend == "auto":
         backend = choose_backend(q, k, v, layout, pattern, dense=dense, dense_name=dense_name)
-    elif backend != "dense":
+    elif backend not in ("dense", "frames"):  # these run everywhere
         check_backend(backend, q.device)
     backend = "dense" if pattern.is_full(layout.grid.t) else backend
     out = attend[backend](q, k, v, layout, pattern)

@@ -49,9 +49,9 @@ def flex_status(device: torch.device | str | None = None) -> tuple[bool, str]:
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:
     """Attention of q over k, v (B, H, N, D) under ``pattern``, scaled by 1 / sqrt(D). Exact and differentiable.
 
-    Any N, bf16, fp16 or fp32. FlexAttention multiplies a hidden value by a weight of zero, so a NaN in v reaches all rows
-    of the blocks of 128 tokens that see its block; the other backends keep it to the rows that see its token. Raises
-    ValueError naming the argument that does not fit, or the reason why FlexAttention does not run here.
+    Any N, bf16, fp16 or fp32. NaN and infinity reach the rows that see their token and no others; in the backward pass a NaN
+    in the output's gradient reaches all tokens of the blocks of 128 that see its own. Raises ValueError naming the argument
+    that does not fit, or the reason why FlexAttention does not run here.
     """
     check_tensors(q, k, v, layout)
     if q.dtype not in DTYPES:
@@ -60,7 +60,32 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: T
     if not available:
         raise ValueError(f"The flex backend does not run here: {reason}. Choose the frames backend.")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # its kernels read whole rows
-    return _compiled()(q, k, v, block_mask=block_mask(layout, pattern, q.device))
+    # It multiplies the hidden values of a partial tile by a weight of zero, which leaves NaN as it is.
+    finite = torch.nan_to_num(v, nan=0.0, posinf=0.0, neginf=0.0)
+    out = _compiled()(q, k, finite, block_mask=block_mask(layout, pattern, q.device))
+    return _with_the_rest(out, (v - finite).detach(), layout, pattern)
+
+
+def _with_the_rest(out: Tensor, rest: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:
+    """``out`` plus, in every row, the sum of ``rest`` over the tokens that the row sees: zeros, but for NaN and infinity.
+
+    Slices only: indexing by a list would copy it to the device, and wait.
+    """
+    frames, size, first, last = layout.grid.t, layout.grid.tokens_per_frame, layout.prefix, layout.tokens - layout.suffix
+    of_frame = rest[:, :, first:last].unflatten(2, (frames, size)).sum(3)  # (B, H, T, D)
+    everything = rest.sum(2)
+    shared = rest[:, :, :first].sum(2) + rest[:, :, last:].sum(2)
+    references = pattern.reference_frames(frames)
+    for f in references:
+        shared = shared + of_frame[:, :, f]
+    seen = of_frame + shared[:, :, None]
+    for f in references:
+        seen[:, :, f] = everything
+    out = out.clone() if out.requires_grad else out  # the backward pass reads what FlexAttention returned
+    out[:, :, :first] += everything[:, :, None]
+    out[:, :, last:] += everything[:, :, None]
+    out[:, :, first:last].unflatten(2, (frames, size)).add_(seen[:, :, :, None])
+    return out
 
 
 @functools.lru_cache(maxsize=1)

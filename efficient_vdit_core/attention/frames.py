@@ -40,28 +40,30 @@ def attend_frames(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern:
                   max_extra_bytes: int | None = None) -> Tensor:
     """Attention of q over k, v (B, H, N, D) under ``pattern``.
 
-    Extra memory is the rows of the shared queries and, for one chunk of frames of one batch entry, the keys and values
+    Memory beyond the output and what ``dense`` takes inside, in elements, is the larger of two. (b): the shared queries and
+    their result, 2 B H g D. (a): the shared keys and values, 2 B H g D, one chunk's result, H f s D, and its keys and values,
     2 H f (s + g) D: at most ``max_extra_bytes`` (None: ``default_extra_bytes``), or one frame's worth where that is more.
-    Where gradients are wanted, autograd keeps every chunk's copies.
+    Shared tokens that are neighbours are views. Where gradients are wanted, autograd keeps every chunk's copies.
     """
     references = pattern.reference_frames(layout.grid.t)
     others = [f for f in range(layout.grid.t) if f not in set(references)]
     spans = global_spans(layout, references)
     out = torch.empty_like(q)
     if spans:
-        rows = dense(_gather(q, spans), k, v)
-        for (start, stop), part in zip(spans, rows.split([stop - start for start, stop in spans], dim=2), strict=True):
-            out[:, :, start:stop] = part
+        _scatter(out, dense(_gather(q, spans), k, v), spans)
     shared_k, shared_v = _gather(k, spans), _gather(v, spans)
     limit = default_extra_bytes(q.device) if max_extra_bytes is None else max_extra_bytes
     frame_bytes = 2 * q.shape[1] * (layout.grid.tokens_per_frame + shared_k.shape[2]) * q.shape[3] * q.element_size()
     chunks = list(_chunks(others, max(1, limit // frame_bytes)))
     reuse = not (torch.is_grad_enabled() and any(x.requires_grad for x in (k, v)))
     for b in range(q.shape[0]):
-        keys, values = (_OwnAndShared(x[b], shared[b], layout, chunks, reuse) for x, shared in ((k, shared_k), (v, shared_v)))
+        keys = _OwnAndShared(k[b], shared_k[b], layout, chunks, reuse)
+        values = _OwnAndShared(v[b], shared_v[b], layout, chunks, reuse)
         for first, last in chunks:
-            rows = dense(_frames(q[b], layout, first, last), keys.of(first, last), values.of(first, last))
-            _frames(out[b], layout, first, last).copy_(rows)
+            # No name for the result: it would hold one chunk's memory while the next is computed.
+            own = _frames(out[b], layout, first, last)
+            own.copy_(dense(_frames(q[b], layout, first, last), keys.of(first, last), values.of(first, last)))
+        del keys, values  # likewise
     return out
 
 
@@ -101,6 +103,11 @@ def _gather(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
     if len(spans) == 1:
         return x[:, :, spans[0][0] : spans[0][1]]
     return torch.cat([x[:, :, :0], *(x[:, :, start:stop] for start, stop in spans)], dim=2)
+
+
+def _scatter(out: Tensor, rows: Tensor, spans: list[tuple[int, int]]) -> None:
+    for (start, stop), part in zip(spans, rows.split([stop - start for start, stop in spans], dim=2), strict=True):
+        out[:, :, start:stop] = part
 
 
 def _chunks(frames: list[int], most: int) -> Iterator[tuple[int, int]]:

@@ -50,6 +50,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
             f"q has shape {tuple(q.shape)}, expected (batch, heads, {layout.tokens}, head_dim) for {layout}. "
             "The token layout does not describe this sequence."
         )
+    if not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype}, expected a float dtype. Convert it first.")
     if q.numel() == 0:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected no empty dimension.")
     for name, x in (("k", k), ("v", v)):

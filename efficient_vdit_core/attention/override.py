@@ -6,7 +6,7 @@ models there and the engine's own pipeline. All state of one forward pass lives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,10 +145,10 @@ def make_attention_override(
             report.add_dense(reason)
             with report.clock.taking(DENSE, q):
                 return dense.call(q, k, v, heads, mask, **form)
-        shaped = (q, k, v) if skip_reshape else tuple(rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
         real = state.without_padding(layout, mask)
-        kept = tuple(x[:, :, : real.tokens] for x in shaped)
-        chosen = _backend(kept, real, pattern, dense, backend, decline_slow)
+        shaped = (x if skip_reshape else rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+        kept_q, kept_k, kept_v = (x[:, :, : real.tokens] for x in shaped)
+        chosen = _backend((kept_q, kept_k, kept_v), real, pattern, dense, backend, decline_slow)
         if chosen == "dense":
             report.add_dense("measured faster")
             with report.clock.taking(DENSE, q):
@@ -156,7 +156,7 @@ def make_attention_override(
         density = pattern.flop_density(real.grid, real.prefix + real.suffix)
         report.add_sparse(density)
         with report.clock.taking(SPARSE, q, density):
-            out = tile_attention(*kept, real, pattern, dense=dense, backend=chosen, dense_name=dense.name)
+            out = tile_attention(kept_q, kept_k, kept_v, real, pattern, dense=dense, backend=chosen, dense_name=dense.name)
         behind = layout.tokens - real.tokens
         out = pad(out, (0, 0, 0, behind)) if behind else out  # nothing reads what padding attends to
         return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
@@ -172,7 +172,8 @@ def make_attention_override(
     return override
 
 
-def _backend(qkv: Sequence[Tensor], layout: TokenLayout, pattern: TilePattern, dense: _Dense, backend: str, decline_slow: bool) -> str:
+def _backend(qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout, pattern: TilePattern, dense: _Dense, backend: str,
+             decline_slow: bool) -> str:
     """The backend for this call: the one asked for, or the fastest; ``dense`` only where slow patterns are declined."""
     if backend != "auto":
         return backend

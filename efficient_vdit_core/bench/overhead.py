@@ -33,10 +33,19 @@ def measure(repeats: int) -> list[dict[str, Any]]:
     def one_call() -> None:
         attention.tile_attention(q, k, v, layout, tiles.TilePattern(2), backend="frames", dense=lambda q, k, v: torch.empty_like(q))
 
+    # Both are cached: what is timed here is the making.
+    def tables() -> None:
+        attention.triton._tables.__wrapped__(layout, tiles.TilePattern(2), torch.device("cpu"))
+
+    def mask() -> None:
+        attention.flex.block_mask.__wrapped__(layout, tiles.TilePattern(2), torch.device("cpu"))
+
     return [
         {"what": "import of the engine beyond torch", "milliseconds": imported, "limit": 100.0},
         {"what": "building the override for 32 layers", "milliseconds": _median(install, repeats), "limit": 5.0},
         {"what": "index work of one call, T = 24, S = 3600, k = 2", "milliseconds": _median(one_call, repeats), "limit": 5.0},
+        {"what": "tables of the fused kernel, once a pattern", "milliseconds": _median(tables, repeats), "limit": 5.0},
+        {"what": "block mask of FlexAttention, once a pattern", "milliseconds": _median(mask, repeats), "limit": 5.0},
     ]
 
 

@@ -1,12 +1,14 @@
 """evdit workers: start a pool of workers on this machine, which ComfyUI's EVDiTSequenceParallel then finds; Ctrl-C ends it.
 
-Over several machines run the same worker under torchrun on each of them:
-torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT PACK/efficient_vdit_core/parallel/boot.py
+Over several machines run the same worker under torchrun on each of them, with N = 0 on HOST, 1 on the next, and so on:
+EVDIT_LISTEN=HOST torchrun --nnodes 2 --node-rank N --nproc-per-node 4 --master-addr HOST --master-port 29400 \
+    PACK/efficient_vdit_core/parallel/boot.py
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 from typing import Any
 
@@ -35,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         found.close()
         raise ValueError("A pool on these devices runs already. End it with Ctrl-C where it was started, or use it.")
     workers: Any = None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's way of Ctrl-C
     try:
         while True:
             workers = _start(devices, args.start_timeout)

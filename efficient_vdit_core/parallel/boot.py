@@ -1,6 +1,6 @@
 """What a worker process runs: by path, so that nothing needs to be installed and no folder of the pack lands on sys.path.
 
-Also for torchrun: `torchrun --nnodes 2 --nproc-per-node 4 ... path/to/efficient_vdit_core/parallel/boot.py`.
+Also for torchrun: `torchrun --nnodes 2 --node-rank N --nproc-per-node 4 ... path/to/efficient_vdit_core/parallel/boot.py`.
 """
 
 import importlib

@@ -6,6 +6,8 @@ Open-Sora-Plan's block; what the runs on this machine took beyond that is the fa
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..attention import TokenLayout
@@ -60,6 +62,14 @@ def bytes_sent(shape: LayerShape, pattern: TilePattern, ranks: int, scheme: str)
         scheme = choose_scheme(shard, pattern, *about)
     sent = rb_bytes(shard, pattern, *about) if scheme == "rb" else ulysses_bytes(shard, *about)
     return scheme, max(sent)
+
+
+def forward_speedup(shape: LayerShape, patterns: Iterable[TilePattern], ranks: int, scheme: str, rates: Rates) -> float:
+    """The same for a whole forward whose layers have ``patterns``; embeddings and the gather after the last layer are left out."""
+    counts = Counter(patterns)
+    alone = sum(count * shape.flops(pattern) for pattern, count in counts.items()) / rates.flops
+    sent = sum(count * bytes_sent(shape, pattern, ranks, scheme)[1] for pattern, count in counts.items()) / rates.link
+    return alone / (alone / ranks + sent)
 
 
 def speedup(shape: LayerShape, pattern: TilePattern, ranks: int, scheme: str, rates: Rates, overhead: float = 1.0) -> float:

@@ -66,11 +66,13 @@ class Session:
             self.ready(launch, poll)
             return self._ask({**message, "do": "step", "key": launch.key}, tensors, launch.step_timeout, poll)
 
-    def offload(self, timeout: float = 60.0) -> None:
-        """Have the workers free their devices; the models stay in main memory."""
+    def offload(self, timeout: float = 60.0) -> bool:
+        """Have the workers free their devices; the models stay in main memory. Returns whether there are workers."""
         with self.lock:
-            if self.pool is not None and self.pool.usable:
-                self._ask({"do": "offload"}, None, timeout, None)
+            if self.pool is None or not self.pool.usable or not self.opened:
+                return False
+            self._ask({"do": "offload"}, None, timeout, None)
+            return True
 
     def stop(self) -> None:
         """End workers that were started here; leave a pool that others started."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .messages import new_secret
-from .pool_file import PoolAddress, read_pool_file
+from .pool_file import PoolAddress, read_pool_file, remove_pool_file
 from .settings import Settings
 
 LOG_LINES = 8
@@ -86,6 +86,7 @@ class Workers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        remove_pool_file(self.address_file, self.processes[0].pid)
         shutil.rmtree(self.folder, ignore_errors=True)
         atexit.unregister(self.stop)
 

@@ -12,9 +12,11 @@ import importlib.util
 import json
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch.distributed as dist
 from .hub import Hub, Message
 from .messages import Connection, ConnectionEnded, Tensors, connect, listen, new_secret
 from .pool_file import PoolAddress, write_pool_file
+from .preflight import check_paths
 from .self_test import self_test
 from .settings import Settings, read_settings
 from .wire import Wire
@@ -108,6 +111,7 @@ class Worker:
         if message["do"] == "self-test":
             return self_test(self.wire, torch.device(self.settings.device)), {}
         if message["do"] == "open":
+            check_paths(message.get("paths", {}))
             if self.host is None:
                 self.host = load_host(message["host"])(self.settings, self.wire)
             return self.host.open(message), {}
@@ -150,9 +154,17 @@ def load_host(where: dict[str, str]) -> Any:
     return getattr(importlib.import_module(f"{package}.{module}"), where["name"])
 
 
-def _end_with_starter() -> None:
+def _end_with_starter(folder: Path) -> None:
     sys.stdin.buffer.read()
+    shutil.rmtree(folder, ignore_errors=True)  # the starter's logs; one that was killed cannot
     os._exit(0)
+
+
+def _end_with_parent(parent: int) -> None:
+    # torchrun ends its ranks when it is asked to end; a killed one cannot.
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(LOST_EXIT)
 
 
 def main() -> None:
@@ -160,8 +172,8 @@ def main() -> None:
     settings = read_settings()
     # Ctrl-C in a terminal reaches the whole group; the starter decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if settings.store:
-        threading.Thread(target=_end_with_starter, daemon=True).start()
+    watch, about = (_end_with_starter, (Path(settings.store).parent,)) if settings.store else (_end_with_parent, (os.getppid(),))
+    threading.Thread(target=watch, args=about, daemon=True).start()
     if settings.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(settings.device))
     if settings.store:

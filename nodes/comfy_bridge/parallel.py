@@ -17,10 +17,13 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
+from ...efficient_vdit_core.parallel.forecast import Rates
 from ...efficient_vdit_core.parallel.session import Launch, Session, parse_devices
+from ...efficient_vdit_core.tiles import TokenGrid
+from . import patch
 from .packing import pack
 from .recipe import recipe
-from .sharding import find_shardable
+from .sharding import clip_speedup, find_shardable
 
 log = logging.getLogger("efficient_vdit")
 
@@ -29,6 +32,9 @@ NODE = "EVDiTSequenceParallel"
 AFTER_RUN = ["keep", "offload", "stop"]
 # Options of a forward that the workers' own hooks may read; the others are callables of this process.
 _FORWARD_OPTIONS = ("sigmas", "sample_sigmas", "cond_or_uncond")
+# The sizes that the report forecasts for, in tokens: the supported models patch 4 x 16 x 16 pixels into one.
+CLIPS = {"81 frames of 832x480": TokenGrid(21, 30, 52), "93 frames of 1280x720": TokenGrid(24, 45, 80)}
+WORTH_IT = 1.2
 SESSION = Session()
 
 
@@ -38,13 +44,15 @@ class Run:
 
     steps: list[float] = field(default_factory=list)
     sent: list[int] = field(default_factory=list)
+    schemes: dict[str, int] = field(default_factory=dict)
 
     def summary(self, ranks: int) -> str:
         steady = self.steps[1:] or self.steps
         if not steady:
             return "no forward pass"
         mean, sent = 1000 * sum(steady) / len(steady), max(self.sent) / 2**20
-        return f"{len(self.steps)} forward passes on {ranks} ranks, {mean:.0f} ms and up to {sent:.1f} MiB sent by a rank in each"
+        layers = ", ".join(f"{count} layers by {scheme}" for scheme, count in sorted(self.schemes.items()))
+        return f"{len(self.steps)} forward passes on {ranks} ranks, {mean:.0f} ms and up to {sent:.1f} MiB sent by a rank in each; {layers}"
 
 
 def parallelize(model: Any, *, devices: str, scheme: str, start_timeout: float, step_timeout: float, after_run: str, strict: bool,
@@ -63,7 +71,7 @@ def parallelize(model: Any, *, devices: str, scheme: str, start_timeout: float, 
             raise
         log.warning("Efficient-vDiT: the model runs on one device: %s", error)
         return model, f"The model runs on one device as it was: {error}"
-    return _redirected(model, launch, scheme, after_run), _report(launch, scheme)
+    return _redirected(model, launch, scheme, after_run), _report(model, launch, scheme)
 
 
 def _redirected(model: Any, launch: Launch, scheme: str, after_run: str) -> Any:
@@ -75,6 +83,8 @@ def _redirected(model: Any, launch: Launch, scheme: str, after_run: str) -> Any:
     for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
         for key in list(patched.wrappers.get(kind, {})):
             patched.remove_wrappers_with_key(kind, key)
+    # No attention call comes by here, which the sparse node's report would take for a fault.
+    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, patch.WRAPPER_KEY)
     run = Run()
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _send_step(launch, scheme, run))
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _after(run, len(launch.devices), after_run))
@@ -97,6 +107,7 @@ def _send_step(launch: Launch, scheme: str, run: Run) -> Any:
         ranks, result = SESSION.step(launch, message, tensors, mm.throw_exception_if_processing_interrupted)
         run.steps.append(time.perf_counter() - start)
         run.sent.append(max(int(said["bytes"]) for said in ranks))
+        run.schemes = ranks[0]["schemes"]
         return result["out"].to(x.device)
 
     return wrapper
@@ -149,18 +160,30 @@ def _on_detach(patcher: Any, unpatch_all: bool) -> None:
 
 def _offload() -> None:
     try:
-        SESSION.offload()
+        if SESSION.offload():
+            log.info("Efficient-vDiT: the workers have moved their models to main memory.")
     except (RuntimeError, ValueError) as error:
         log.warning("Efficient-vDiT: the workers could not free their memory: %s", error)
 
 
-def _report(launch: Launch, scheme: str) -> str:
-    """Devices, what they measured of one another, and what is shared out."""
+def _report(model: Any, launch: Launch, scheme: str) -> str:
+    """Devices, what they measured of one another, what is shared out, and the speed-up to expect."""
     lines = [f"{len(SESSION.tests)} ranks, scheme {scheme}. The weights are whole on each device, the activations are divided."]
     for rank, test in enumerate(SESSION.tests):
         free = "" if test["free_mib"] is None else f", {test['free_mib']} MiB free"
         peers = {True: ", direct access to all others", False: ", no direct access to some others", None: ""}[test["peer_access"]]
         lines.append(f"rank {rank}: {test['device']}{free}, sends {test['gigabytes_per_second']:.2f} GB/s{peers}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_forecast(model, scheme)])
 
 
+def _forecast(model: Any, scheme: str) -> list[str]:
+    """Lines that say what speed-up the measured rates promise for two common clips, and where it does not pay."""
+    flops = min(test["flops_per_second"] for test in SESSION.tests)
+    link = min(test["gigabytes_per_second"] for test in SESSION.tests)
+    rates = Rates("measured", flops, link * 1e9)
+    found = {clip: clip_speedup(model, grid, len(SESSION.tests), scheme, rates) for clip, grid in CLIPS.items()}
+    texts = ", ".join(f"{value:.2f}x for {clip}" for clip, value in found.items())
+    lines = [f"Expected speed-up, a model from {flops / 1e12:.2f} TFLOP/s and {link:.2f} GB/s with nothing overlapped: {texts}."]
+    if max(found.values()) < WORTH_IT:
+        lines.append("It hardly pays here: the link is too slow for these layers. A plan with fewer reference frames sends less.")
+    return lines

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import logging
 import sys
+from collections import Counter
 from typing import Any
 
 from torch import Tensor
@@ -53,7 +55,7 @@ class ComfyHost:
         import comfy.model_patcher
         import comfy.patcher_extension
 
-        from .sharding import SCHEME_KEY
+        from .sharding import COUNTS_KEY, SCHEME_KEY
 
         model = self.models[message["key"]]
         given = unpack(message["inputs"], tensors, mm.get_torch_device())
@@ -66,14 +68,15 @@ class ComfyHost:
         for kind, found in (("wrappers", model.wrappers), ("callbacks", model.callbacks)):
             comfy.patcher_extension.merge_nested_dicts(options.setdefault(kind, {}), found, copy_dict1=False)
         options.update(given.pop("options"))
-        options[SCHEME_KEY] = message["scheme"]
+        options[SCHEME_KEY], options[COUNTS_KEY] = message["scheme"], Counter()
         before = sum(self.wire.sent.values())
         out = model.model.apply_model(x, given.pop("t"), transformer_options=options, **given)
-        return {"bytes": sum(self.wire.sent.values()) - before}, {"out": out}
+        return {"bytes": sum(self.wire.sent.values()) - before, "schemes": options[COUNTS_KEY]}, {"out": out}
 
     def _start_comfyui(self, about: dict[str, Any]) -> Any:
         """Import ComfyUI with the options and folders of the one that asked; returns its executor."""
         sys.path.insert(0, about["root"])
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         sys.argv = ["main.py", *about["argv"]]
         # ComfyUI's nodes put comfy/ on the path, whose utils.py would then hide the package of that name.
         importlib.import_module("utils")

@@ -30,11 +30,17 @@ def recipe(prompt: dict[str, Any] | None, node_id: str | None, node_name: str) -
     if not isinstance(source, list) or source[0] not in prompt:
         raise ValueError(f"The model of {node_name} comes from a node that the queued prompt does not hold. Connect a loader or a patch.")
     part = upstream(prompt, str(source[0]))
-    key = hashlib.sha256(json.dumps([part, source], sort_keys=True).encode()).hexdigest()
+    files = model_files(part)
+    # A file that was replaced under its old name makes another model.
+    about_files = {path: [found.st_size, found.st_mtime_ns] for path in files for found in [Path(path).stat()]}
+    key = hashlib.sha256(json.dumps([part, source, about_files], sort_keys=True).encode()).hexdigest()
     kinds = sorted({node["class_type"] for node in part.values()})
     packs = {kind: path for kind in kinds if (path := pack_of(kind)) is not None}
     host = {"package": str(PACK), "module": "nodes.comfy_bridge.parallel_host", "name": "ComfyHost"}
-    return key, {"host": host, "comfyui": _about(), "prompt": part, "source": source, "packs": packs}
+    about = _about()
+    folders = [about["root"], str(PACK), *packs.values()]
+    paths = {**dict.fromkeys(folders), **{path: size for path, (size, _) in about_files.items()}}
+    return key, {"host": host, "comfyui": about, "prompt": part, "source": source, "packs": packs, "paths": paths}
 
 
 def upstream(prompt: dict[str, Any], node_id: str) -> dict[str, Any]:
@@ -48,6 +54,13 @@ def upstream(prompt: dict[str, Any], node_id: str) -> dict[str, Any]:
         found[name] = {"class_type": prompt[name]["class_type"], "inputs": prompt[name]["inputs"]}
         waiting += [str(value[0]) for value in prompt[name]["inputs"].values() if isinstance(value, list) and len(value) == 2]
     return found
+
+
+def model_files(part: dict[str, Any]) -> list[str]:
+    """The files that the nodes' inputs name, as ComfyUI finds them in its model folders."""
+    texts = {value for node in part.values() for value in node["inputs"].values() if isinstance(value, str) and 0 < len(value) < 256}
+    found = {folder_paths.get_full_path(folder, text) for folder in folder_paths.folder_names_and_paths for text in texts if "." in text}
+    return sorted(path for path in found if path)
 
 
 def pack_of(kind: str) -> str | None:

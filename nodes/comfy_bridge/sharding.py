@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...efficient_vdit_core.attention import TokenLayout
 from ...efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState
 from ...efficient_vdit_core.parallel.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
+from ...efficient_vdit_core.parallel.forecast import LayerShape, Rates, forward_speedup
 from ...efficient_vdit_core.parallel.wire import Wire
-from ...efficient_vdit_core.tiles import TilePattern
+from ...efficient_vdit_core.tiles import TilePattern, TokenGrid
 from .families import Family, find_family, uncompiled
 from .patch import forward_state
 
 WRAPPER_KEY = "efficient_vdit_sharding"
 SCHEME_KEY = "evdit_scheme"
+COUNTS_KEY = "evdit_scheme_counts"
 OVERRIDE = "optimized_attention_override"
 # Models whose blocks take the video tokens alone, one after another, with nothing done to them in between.
 SHARDABLE = ("OpenSoraT2V", "WanModel", "CameraWanModel")
@@ -35,10 +39,25 @@ def find_shardable(model: Any) -> Family:
     return family
 
 
+def clip_speedup(model: Any, grid: TokenGrid, ranks: int, scheme: str, rates: Rates) -> float:
+    """The speed-up that ``rates`` promise for a shardable MODEL and its plan on a video of ``grid`` tokens."""
+    diffusion_model: Any = uncompiled(model.get_model_object("diffusion_model"))
+    family = find_shardable(model)
+    heads, depth = family.head_count(diffusion_model), family.depth(diffusion_model)
+    config = getattr(diffusion_model, "config", None)
+    head_dim = diffusion_model.dim // heads if config is None else config.attention_head_dim
+    pattern_of = getattr(model.model_options["transformer_options"].get(OVERRIDE), "pattern_of", None)
+    state = ForwardState(TokenLayout(grid), depth=depth)
+    patterns = [TilePattern(None) if pattern_of is None else pattern_of(state, layer) for layer in range(depth)]
+    shape = LayerShape(grid, heads, head_dim, itemsize=model.model.get_dtype().itemsize)
+    return forward_speedup(shape, patterns, ranks, scheme, rates)
+
+
 def shard_model(model: Any, wire: Wire) -> Any:
     """A clone of MODEL whose blocks run on this rank's tokens.
 
-    ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto.
+    ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto; a Counter under COUNTS_KEY receives how
+    many layers took which.
     """
     family = find_shardable(model)
     patched = model.clone()
@@ -67,7 +86,9 @@ def _publish(family: Family, depth: int, wire: Wire) -> Any:
         if state.layout is None:
             raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
         patterns = [TilePattern(None) if state.pattern_of is None else state.pattern_of(layer) for layer in range(depth)]
-        options[SHARDED_KEY] = ShardedForward(state.layout, patterns, wire, options.get(SCHEME_KEY, "auto"))
-        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+        sharded = options[SHARDED_KEY] = ShardedForward(state.layout, patterns, wire, options.get(SCHEME_KEY, "auto"))
+        out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
+        options.get(COUNTS_KEY, Counter()).update(sharded.schemes)
+        return out
 
     return wrapper

@@ -9,6 +9,8 @@ NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 # Open-Sora-Plan's files are read by loaders of this pack, which say what is missing when they run.
 STOCK_LOADERS = [name for name in NAMES if not name.startswith(("tiny", "opensora"))]
 OWN_LOADERS = [name for name in NAMES if name.startswith("opensora")]
+TINY = [name for name in NAMES if name.startswith("tiny")]
+SHOWS = {"PreviewImage": "images", "SaveVideo": "images", "PreviewAny": "text"}
 
 
 def load(folder: str, name: str) -> dict:
@@ -40,3 +42,16 @@ def test_our_loaders_name_the_file_that_is_missing(server, name):
     files = [value for value in values if value.endswith((".safetensors", ".ckpt"))]
     message = server.error(prompt)
     assert any(file in message for file in files), message
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_tiny_ones_run_to_the_end(server, name):
+    """With two steps of sampling in place of fifty; every node that shows something has something to show."""
+    prompt = load("web/prompts", name)
+    for node in prompt.values():
+        if node["class_type"] == "EVDiTConsistencySigmas":
+            node["inputs"].update(segments=2, steps=2)
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    showing = {key: SHOWS[node["class_type"]] for key, node in prompt.items() if node["class_type"] in SHOWS}
+    assert showing and all(entry["outputs"][key][what] for key, what in showing.items())

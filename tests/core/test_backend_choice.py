@@ -54,7 +54,7 @@ def test_a_backend_that_does_not_compile_is_left_out_and_named(tmp_path, caplog)
         book.choose({**candidates([], set()), "dense": broken}, *qkv(dim=16), LAYOUT, TilePattern(1), "sdpa")
 
 
-def test_another_shape_dense_function_or_version_is_measured_anew(tmp_path):
+def test_another_shape_dense_function_or_version_is_measured_anew(tmp_path, caplog):
     book, calls = ChoiceBook(tmp_path / "attention.json"), []
     run = candidates(calls, set())
     keys = {
@@ -66,7 +66,9 @@ def test_another_shape_dense_function_or_version_is_measured_anew(tmp_path):
         shape_class(qkv(heads=8)[0], LAYOUT, TilePattern(1), "sdpa", run),
     }
     assert len(keys) == 6
-    book.choose(run, *qkv(), LAYOUT, TilePattern(1), "sdpa")
+    with caplog.at_level("INFO"):
+        choice = book.choose(run, *qkv(), LAYOUT, TilePattern(1), "sdpa")
+    assert f"{choice.backend} is fastest for cpu, float32" in caplog.text and f"(ms of a trial: {choice.times()})" in caplog.text
     kept = json.loads(book.file.read_text())
     kept["versions"]["torch"] = "0.0"
     book.file.write_text(json.dumps(kept))

@@ -69,6 +69,25 @@ def test_doctor_tells_the_same_to_people_and_machines(tmp_path):
         assert name in text.stdout
 
 
+def test_doctor_tells_what_auto_chose_and_why(tmp_path, monkeypatch):
+    from efficient_vdit_core import doctor
+    from efficient_vdit_core.attention.choose import Choice, default_book
+
+    monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path))
+    assert "nothing yet: backends are measured" in doctor.format_findings(doctor.examine())
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path / "kept"))
+    default_book().choices["cpu, long"] = Choice("frames", {"dense": 20.0, "frames": 2.5})
+    default_book().choices["cpu, short"] = Choice("dense", {"dense": 1.0, "frames": 1.25})
+    lines = [" ".join(line.split()) for line in doctor.format_findings(doctor.examine()).splitlines()]
+    assert lines[lines.index("what auto chose") + 1 :][:4] == [
+        "frames cpu, long",
+        "ms of a trial: frames 2.50, dense 20.00",
+        "dense cpu, short",
+        "ms of a trial: dense 1.00, frames 1.25; no sparse backend is faster",
+    ]
+
+
 def test_doctor_survives_a_broken_installation(monkeypatch):
     from efficient_vdit_core import doctor
 

@@ -108,6 +108,27 @@ def test_any_strides(oracle, device):
     torch.testing.assert_close(attend_flex(*tensors, layout, TilePattern(1)).double(), want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("poisoned", ["q", "k", "v"])
+@pytest.mark.parametrize("frame", [None, 0, 1])  # a suffix token, the reference frame, an ordinary frame
+def test_nan_stays_within_what_the_mask_connects(device, poisoned, frame, poison):
+    layout = TokenLayout(TokenGrid(4, 1, 19), 3, 6)  # all in one block of 128
+    tensors = dict(zip("qkv", qkv(layout, device), strict=True))
+    token = layout.tokens - 2 if frame is None else 3 + 19 * frame + 4
+    before = attend_flex(**tensors, layout=layout, pattern=TilePattern(1))
+    tensors[poisoned][:, :, token, 5] = poison
+    out = attend_flex(**tensors, layout=layout, pattern=TilePattern(1))
+    reached = arrow_mask(layout, 1)[:, token] if poisoned != "q" else torch.arange(layout.tokens) == token
+    changed = ~out.isfinite()
+    if poisoned == "v":  # one channel alone
+        assert torch.equal(changed.all(1).all(0)[:, 5].cpu(), reached) and changed.sum() == 4 * reached.sum()
+        assert torch.equal(out.isnan(), changed if poison != poison else torch.zeros_like(changed))
+    elif poison != poison:  # an infinite score is NaN or a weight of one or zero
+        assert torch.equal(changed.all(-1)[0, 0].cpu(), reached)
+    assert torch.equal(out[:, :, ~reached], before[:, :, ~reached])
+
+
 @pytest.mark.skipif(not flex_status()[0], reason=f"NO GRADIENTS TESTED: FlexAttention has them on a GPU only ({flex_status()[1]})")
 def test_gradients(oracle):
     layout = TokenLayout(TokenGrid(3, 1, 50), 5, 2)

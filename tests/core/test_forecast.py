@@ -3,7 +3,7 @@
 import pytest
 
 from efficient_vdit_core.bench.parallel import model_rows
-from efficient_vdit_core.parallel.forecast import GPU_RATES, LayerShape, Rates, bytes_sent, overhead, speedup
+from efficient_vdit_core.parallel.forecast import GPU_RATES, LayerShape, Rates, bytes_sent, forward_speedup, overhead, speedup
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 LONG = LayerShape(TokenGrid(24, 45, 80), 24, 96)
@@ -28,6 +28,17 @@ def test_reference_broadcast_wins_on_slow_links():
         rb, ulysses = (speedup(LONG, TilePattern(1), 4, scheme, rates) for scheme in ("rb", "ulysses"))
         assert 1 < ulysses < rb < 4
     assert speedup(LONG, TilePattern(None), 4, "rb", GPU_RATES[0]) == speedup(LONG, TilePattern(None), 4, "ulysses", GPU_RATES[0])
+
+
+def test_a_forward_is_the_sum_of_its_layers():
+    """Two layers of equal patterns are one; of different ones, time adds up: the answer lies between theirs."""
+    rates, sparse, full = GPU_RATES[1], TilePattern(1), TilePattern(None)
+    one, other = (speedup(LONG, pattern, 4, "auto", rates) for pattern in (sparse, full))
+    assert forward_speedup(LONG, [sparse, sparse], 4, "auto", rates) == pytest.approx(one)
+    assert min(one, other) < forward_speedup(LONG, [sparse, full], 4, "auto", rates) < max(one, other)
+    times = [LONG.flops(pattern) / rates.flops for pattern in (sparse, full)]
+    want = sum(times) / (times[0] / one + times[1] / other)
+    assert forward_speedup(LONG, [sparse, full], 4, "auto", rates) == pytest.approx(want)
 
 
 def test_the_overhead_is_what_the_runs_took_beyond_the_model():

@@ -185,6 +185,17 @@ def test_layers_follow_block_types_and_orders():
     assert report.sparse == 2 and report.dense["full in the plan"] == 3 and report.dense["more calls than layers"] == 1
 
 
+def test_torch_compile_around_it(oracle):
+    report, state = AttentionReport(), ForwardState(LAYOUT)
+    override = make_attention_override(TilePlan.uniform(1), report)
+    compiled = torch.compile(lambda *qkv: 2 * call(override, qkv, state), backend="eager")
+    heads = [rearrange(x, "b n (h d) -> b h n d", h=HEADS) for x in flat()]
+    want = rearrange(oracle(*heads, 5, 6, [0]).float(), "b h n d -> b n (h d)")
+    for calls in (1, 2, 3):
+        torch.testing.assert_close(compiled(*flat()), 2 * want, atol=1e-5, rtol=1e-5)
+        assert report.sparse == calls and not report.dense
+
+
 def test_more_reference_frames_than_frames_are_said_once(caplog):
     override = make_attention_override(TilePlan.uniform(9), report := AttentionReport())
     for _ in range(3):

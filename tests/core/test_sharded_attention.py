@@ -79,7 +79,8 @@ def test_a_whole_model_runs_on_sharded_tokens(facts):
         for name, found in r["model_errors"].items():
             assert found["error"] <= 1e-5 * max(1.0, found["scale"]), (name, found)
             assert sum(found["schemes"].values()) == 3
-        assert r["model_errors"]["mixed auto"]["schemes"] == {"rb": 2, "ulysses": 1}
+        # Four ranks cut two of the six frames, and RB with their halo sends more.
+        assert r["model_errors"]["mixed auto"]["schemes"] == ({"rb": 2, "ulysses": 1} if ranks < 4 else {"ulysses": 3})
 
 
 def build(kind: str, layout: TokenLayout, ranks: int, pattern: TilePattern) -> Shard:

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from efficient_vdit_core.attention import TokenLayout, available_backends, tile_attention
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
@@ -84,12 +85,47 @@ def test_copies_stay_under_the_bound(oracle, k):
         torch.testing.assert_close(out, expected(oracle, tensors, layout, k).float(), atol=1e-5, rtol=1e-5)
 
 
-def test_nan_stays_within_what_the_mask_connects():
-    layout = TokenLayout(TokenGrid(6, 2, 2))
-    q, k, v = qkv(layout)
-    k[:, :, 4:8] = float("nan")  # frame 1, not a reference of k = 2: frames 0 and 3 are
-    rows = tile_attention(q, k, v, layout, TilePattern(2)).isnan().any(-1)[0, 0].view(6, 4).any(-1)
-    assert rows.tolist() == [True, True, False, True, False, False]
+@pytest.mark.parametrize(
+    ("poisoned", "reached"), [("q", [False, True] + 4 * [False]), ("k", [True, True, False, True, False, False]), ("v", None)]
+)
+def test_nan_stays_within_what_the_mask_connects(poisoned, reached):
+    layout = TokenLayout(TokenGrid(6, 4, 4))  # over fewer than 16 keys PyTorch's own SDPA makes zeros of a NaN in q
+    tensors = dict(zip("qkv", qkv(layout), strict=True))
+    tensors[poisoned][:, :, 16:32] = float("nan")  # frame 1, not a reference of k = 2: frames 0 and 3 are
+    rows = tile_attention(**tensors, layout=layout, pattern=TilePattern(2)).isnan().any(-1)[0, 0].view(6, 16).any(-1)
+    assert rows.tolist() == (reached or [True, True, False, True, False, False])
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("prefix", "bound"), [(0, 1), (5, 200_000), (5, 10**9)])
+def test_memory_stays_under_the_stated_bound(k, prefix, bound):
+    layout = TokenLayout(TokenGrid(9, 6, 8), prefix, 3)
+    batch, heads, size, dim, frames = 2, 2, 48, 64, 9
+    tensors = qkv(layout, dim, batch, heads)
+    shared, row = prefix + 3 + k * size, heads * dim * 4
+    one_frame = 2 * (size + shared) * row
+    chunk = min(frames, max(1, bound // one_frame))
+    stated = batch * heads * layout.tokens * dim * 4  # the output
+    stated += max(2 * batch * shared * row, 2 * batch * shared * row + chunk * size * row + chunk * one_frame)
+
+    def attend():
+        return tile_attention(*tensors, layout, TilePattern(k), dense=lambda q, k, v: torch.zeros(q.shape), max_extra_bytes=bound)
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        attend()
+    held = peak = 0
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 0.4 * stated < peak <= stated + 4096  # small tensors of indices
+
+
+def test_no_value_of_a_tensor_is_read_on_the_way():
+    layout = TokenLayout(TokenGrid(24, 45, 80), 7)
+    tensors = [torch.empty(2, 24, layout.tokens, 96, device="meta") for _ in range(3)]  # reading one would raise
+    out = tile_attention(*tensors, layout, TilePattern(2), backend="frames", dense=lambda q, k, v: torch.empty_like(q))
+    assert out.shape == tensors[0].shape
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
@@ -99,6 +135,12 @@ def test_the_argument_that_does_not_fit_is_named(name):
     for wrong in (tensors[name][:, :, :5], tensors[name][0], tensors[name][:, :0]):
         with pytest.raises(ValueError, match=f"^({name}|k) has shape"):
             tile_attention(**{**tensors, name: wrong}, layout=layout, pattern=TilePattern(1))
+
+
+def test_whole_numbers_are_refused():
+    layout = TokenLayout(TokenGrid(3, 2, 2))
+    with pytest.raises(ValueError, match="^q is torch.int64, expected a float dtype"):
+        tile_attention(*(x.long() for x in qkv(layout)), layout, TilePattern(1))
 
 
 def test_mixed_dtypes_and_unknown_backends_are_refused():

@@ -159,11 +159,7 @@ print(*[p.pid for p in w.processes], w.folder, flush=True); time.sleep(600)
     *started, folder = starter.stdout.readline().split()
     starter.kill()
     starter.wait()
-    try:
-        assert gone([int(pid) for pid in started])
-    finally:
-        [p.unlink() for p in Path(folder).iterdir()]
-        Path(folder).rmdir()
+    assert gone([int(pid) for pid in started]) and not Path(folder).exists()
 
 
 def test_nothing_is_left_when_the_session_ends(session):
@@ -231,6 +227,13 @@ def test_a_pool_file_that_others_can_read_is_not_trusted():
     default_pool_file().chmod(0o644)
     assert read_pool_file(default_pool_file()) is None
     default_pool_file().unlink()
+
+
+def test_a_build_without_the_start_up_file_says_how_to_start_a_pool(monkeypatch):
+    """The registry's archive: it attaches to a running pool, and starts none."""
+    monkeypatch.setitem(sys.modules, "efficient_vdit_core.parallel.start_workers", None)
+    with pytest.raises(RuntimeError, match="starts none itself. Start one with `evdit workers`"):
+        Session().ready(launch())
 
 
 @pytest.mark.parametrize("text", ["a", "0,0", "0;1", "", "-1", "cuda:0", "999"])

@@ -7,6 +7,7 @@ from comfyui_server import ENDINGS, ROOT, RUN_TIMEOUT
 
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 TINY = "tiny_text_to_video"
+ALL_TINY = [name for name in NAMES if name.startswith("tiny")]
 
 
 def select(page, kind: str):
@@ -28,14 +29,25 @@ def test_every_template_opens_with_its_chart(comfy, name):
     strangers = page.evaluate("app.graph.nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)")
     assert strangers == []
     chart = page.locator(".evdit-plan-chart:visible").first
+    if "search" in name:  # its plan is not known before the run
+        chart.get_by_text("drawn here after a run").wait_for()
+        return
     chart.get_by_role("option").first.wait_for(state="attached")
-    assert chart.get_by_text("full ×").count() == (0 if name == TINY else 1)
+    assert chart.get_by_text("full ×").count() == (0 if name in ALL_TINY else 1)
 
 
-def test_the_template_opens_and_runs(comfy):
+FEW = """app.graph.nodes.filter(n => n.type === 'EVDiTConsistencySigmas')
+    .forEach(n => n.widgets.filter(w => ['segments', 'steps'].includes(w.name)).forEach(w => { w.value = 2 }))"""
+# What the chart tells after the run: 6 layers, 2 steps; with and without the prompt at once, or one after the other.
+SPARSE = "(12|24) sparse calls, 53 %"
+TOLD = {TINY: SPARSE, "tiny_dense_beside_sparse": SPARSE, "tiny_search_a_plan": r"sparse calls, \d+ %"}
+
+
+@pytest.mark.parametrize("name", ALL_TINY)
+def test_the_template_opens_and_runs(comfy, name):
     page = comfy.open().page
-    comfy.template(TINY)
-    page.evaluate("app.graph.nodes.forEach(n => { if (n.type === 'EVDiTConsistencySigmas') n.widgets.forEach(w => { w.value = 2 }) })")
+    comfy.template(name)
+    page.evaluate(FEW)
     page.evaluate(
         "endings => { window.ended = []; endings.forEach(e => app.api.addEventListener(e, () => window.ended.push(e))) }", list(ENDINGS)
     )
@@ -43,11 +55,12 @@ def test_the_template_opens_and_runs(comfy):
     page.wait_for_function("window.ended.length > 0", timeout=1000 * RUN_TIMEOUT)
     assert page.evaluate("window.ended") == ["execution_success"]
     chart = page.locator(".evdit-plan-chart:visible").first
-    # 6 layers, 2 steps; with and without the prompt at once, or one after the other.
-    chart.get_by_text(re.compile("Last run: (12|24) sparse calls, 53 %")).wait_for()
+    if name in TOLD:
+        chart.get_by_text(re.compile(f"Last run: {TOLD[name]}")).wait_for()
     assert chart.get_by_role("option").count() == 6
-    comfy.picture("after the run")
-    assert list((comfy.server.base / "output" / "video").glob("*.mp4"))
+    comfy.picture(f"{name} after the run")
+    if name == TINY:
+        assert list((comfy.server.base / "output" / "video").glob("*.mp4"))
 
 
 def test_the_help_panel_shows_the_page(comfy):
@@ -56,6 +69,8 @@ def test_the_help_panel_shows_the_page(comfy):
     select(page, "EVDiTTilePlan")
     page.get_by_test_id("info-button").click()
     page.get_by_role("heading", name="Typical values").wait_for()
+    # Its picture arrives: the panel resolves names against web/docs/.
+    page.wait_for_function("[...document.images].some(i => i.src.includes('/docs/EVDiTTilePlan/') && i.naturalWidth > 0)")
     comfy.picture("help panel")
 
 

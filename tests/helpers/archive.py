@@ -22,9 +22,9 @@ def archive() -> list[Path]:
     return [Path(name) for name in listed if name and not ignored(name, patterns) and (ROOT / name).is_file()]
 
 
-def install(folder: Path) -> None:
-    """Put the pack into ``folder`` as the Manager does: the archive's files alone. Outside a git checkout, the whole tree."""
-    if not (ROOT / ".git").exists():
+def install(folder: Path, *, whole: bool = False) -> None:
+    """Put the pack into ``folder`` as the Manager does: the archive's files alone. ``whole``, or outside a git checkout: the whole tree."""
+    if whole or not (ROOT / ".git").exists():
         folder.symlink_to(ROOT)
         return
     for name in archive():

@@ -28,18 +28,22 @@ def why_no_comfyui() -> str:
 
 
 class Server:
-    """ComfyUI on a free port, with this pack alone, as the registry ships it, in a base directory of its own."""
+    """ComfyUI on a free port, with this pack alone, as the registry ships it, in a base directory of its own.
 
-    def __init__(self, base: Path):
+    ``whole``: the pack as a clone has it. ``more``: variables of its environment. Files may stand in ``base`` already.
+    """
+
+    def __init__(self, base: Path, *, whole: bool = False, more: dict | None = None):
         self.base, self.log = base, base / "server.log"
-        (base / "custom_nodes").mkdir(parents=True)
-        install(base / "custom_nodes" / "efficient-vdit")
+        (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
+        install(base / "custom_nodes" / "efficient-vdit", whole=whole)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         command = [str(PYTHON), "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base), "--disable-api-nodes"]
         command += ["--database-url", f"sqlite:///{base}/comfy.db"]
-        self.process = subprocess.Popen(command, cwd=COMFYUI, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
+        environment = {**os.environ, **(more or {})}
+        self.process = subprocess.Popen(command, cwd=COMFYUI, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
         self._wait()
 
     def _wait(self):

@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Makes the pictures of the help pages, web/docs/<Node>/*.webp: what the tiny templates' runs show, and the nodes in ComfyUI's page.
+
+Usage: python .ci/help_pictures.py http://127.0.0.1:8188 [CHROMIUM], of a running ComfyUI with this pack.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+from thumbnails import QUIET, ROOT, outputs_of, post
+
+DOCS, WIDTH, EDGE = ROOT / "web" / "docs", 760, 14  # px: widest picture, around a node
+# Node of the page -> template whose Preview Image is shown.
+RESULTS = {
+    "EVDiTAttentionTileMap": "tiny_attention_tile_map",
+    "EVDiTCompareVideos": "tiny_dense_beside_sparse",
+    "EVDiTSearchTilePlan": "tiny_search_a_plan",
+}
+# Node of the page -> template whose page is shown.
+NODES = {
+    "EVDiTModelLoader": "tiny_text_to_video",
+    "EVDiTTextEncoderLoader": "opensora_plan_29x720p",
+    "EVDiTVAELoader": "tiny_text_to_video",
+    "EVDiTTilePlan": "opensora_plan_29x720p",
+    "EVDiTConsistencySigmas": "tiny_text_to_video",
+    "EVDiTConsistencySampler": "tiny_text_to_video",
+    "EVDiTSaveTilePlan": "tiny_search_a_plan",
+    "EVDiTLoadTilePlan": "",
+    "EVDiTReport": "tiny_dense_beside_sparse",
+    "EVDiTSequenceParallel": "opensora_plan_several_gpus",
+}
+SHOW = """async ([kind, workflow]) => {
+    if (workflow) await app.loadGraphData(workflow);
+    else { app.graph.clear(); app.graph.add(LiteGraph.createNode(kind)); }
+    const node = app.graph.nodes.find(n => n.type === kind), ds = app.canvas.ds;
+    const canvas = app.canvas.canvas.getBoundingClientRect();
+    ds.scale = 1.2;
+    ds.offset = [(420 - canvas.left) / ds.scale - node.pos[0], (260 - canvas.top) / ds.scale - node.pos[1]];
+    app.canvas.deselectAll();
+    app.canvas.setDirty(true, true);
+    return [420, 260 - 30 * ds.scale, node.size[0] * ds.scale, (node.size[1] + 30) * ds.scale];
+}"""
+
+
+def save(picture: Image.Image, node: str, name: str) -> None:
+    """web/docs/<node>/<name>.webp, no wider than the help panel needs."""
+    if picture.width > WIDTH:
+        picture = picture.resize((WIDTH, round(WIDTH * picture.height / picture.width)), Image.Resampling.LANCZOS)
+    (DOCS / node).mkdir(exist_ok=True)
+    picture.convert("RGB").save(DOCS / node / f"{name}.webp", quality=82, method=6)
+
+
+def results(server: str) -> None:
+    """Pictures that the tiny templates show in their Preview Image."""
+    for node, template in RESULTS.items():
+        prompt = json.loads((ROOT / "web" / "prompts" / f"{template}.json").read_text(encoding="utf-8"))
+        shown = {key: data for key, data in outputs_of(server, prompt) if prompt[key]["class_type"] == "PreviewImage"}
+        save(Image.open(io.BytesIO(next(iter(shown.values())))), node, "result")
+
+
+def nodes(page: Any) -> None:
+    """Each node as the page draws it, with its values in a template."""
+    for kind, template in NODES.items():
+        workflow = json.loads((ROOT / "workflows" / f"{template}.json").read_text(encoding="utf-8")) if template else None
+        x, y, width, height = page.evaluate(SHOW, [kind, workflow])
+        page.wait_for_timeout(2500)
+        clip = {"x": x - EDGE, "y": y - EDGE, "width": width + 2 * EDGE, "height": height + 2 * EDGE}
+        save(Image.open(io.BytesIO(page.screenshot(clip=clip))), kind, "node")
+
+
+def main(server: str, chromium: str) -> None:
+    results(server)
+    post(server, "/settings", QUIET)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1100})
+        page.set_default_timeout(300_000)
+        page.goto(server)
+        page.wait_for_function("!!window.LiteGraph?.registered_node_types?.EVDiTTilePlan && !!window.app?.graph")
+        nodes(page)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "/usr/bin/chromium")
