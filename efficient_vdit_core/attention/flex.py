@@ -139,9 +139,11 @@ def live_and_full_tiles(owner: Tensor, block: int) -> tuple[Tensor, Tensor]:
     first = torch.where(padded < 0, len(owner), padded).amin(1)
     shared, plain = padded.amin(1) < 0, last >= 0
     # Blocks do not overlap and frames lie in order, so two ranges of frames that meet have a frame in common.
-    live = shared[:, None] | shared | ((first[:, None] <= last) & (first <= last[:, None]))
-    one_frame = (first == last)[:, None] & (first == last) & (first[:, None] == first)
-    full = ~plain[:, None] | ~plain | one_frame
+    begins_before = first[:, None] <= last
+    live = shared[:, None] | shared | (begins_before & begins_before.T)
+    # The frame of blocks that lie in one; the others equal none, not even one another.
+    row_frame, column_frame = (torch.where(first == last, first, nowhere) for nowhere in (-1, -2))
+    full = ~plain[:, None] | ~plain | (row_frame[:, None] == column_frame)
     if len(owner) % block:
         full[-1] = full[:, -1] = False
     return live, full
