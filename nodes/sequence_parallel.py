@@ -89,7 +89,9 @@ class EVDiTSequenceParallel(io.ComfyNode):
                     tooltip="Computed by the workers. Works with every sampler, guider and CFG; connect it to these directly.",
                 ),
                 io.String.Output(
-                    "report", tooltip="Devices, free memory, measured rates, the speed-up these promise, or why there is one device."
+                    "report",
+                    display_name="report",
+                    tooltip="Devices, free memory, measured rates, the speed-up these promise, or why there is one device.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],

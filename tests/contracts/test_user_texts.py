@@ -10,6 +10,8 @@ ROOT = Path(__file__).parents[2]
 SCHEMAS = json.loads((Path(__file__).parent / "schemas.json").read_text(encoding="utf-8"))
 CHINESE = re.compile("[一-鿿]")
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+DOCS = ROOT / "web" / "docs"
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)|<img[^>]*\bsrc=\"([^\"]+)\"")
 
 
 @pytest.mark.parametrize("node", SCHEMAS)
@@ -26,6 +28,32 @@ def test_a_translated_page_says_as_much(page):
     for mark in ("\n## ", "\n| `"):
         assert text.count(mark) == english.count(mark), mark
     assert CHINESE.search(text)
+
+
+def pictures(page: Path) -> list[str]:
+    return [link or source for _, link, source in PICTURE.findall(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("node", SCHEMAS)
+def test_every_help_page_has_a_picture_with_words(node):
+    """The help panel resolves names against web/docs/, in every language; words are for who cannot see it."""
+    for page in (DOCS / f"{node}.md", DOCS / node / "zh.md"):
+        found = pictures(page)
+        assert found and all((DOCS / name).is_file() for name in found), page
+        assert all(words for words, link, _ in PICTURE.findall(page.read_text(encoding="utf-8")) if link), page
+
+
+def test_readme_shows_only_pictures_that_exist():
+    shown = [name for name in pictures(ROOT / "README.md") if not name.startswith("http")]
+    assert [name for name in shown if not (ROOT / name).is_file()] == []
+
+
+def test_pictures_are_small_and_used():
+    shown = {(DOCS / name).resolve() for page in DOCS.rglob("*.md") for name in pictures(page)}
+    files = [*DOCS.rglob("*.webp"), *DOCS.rglob("*.png")]
+    assert [file.name for file in files if file.resolve() not in shown] == []
+    assert max(file.stat().st_size for file in files) < 200_000
+    assert (ROOT / "web" / "dense_beside_sparse.webp").stat().st_size < 1_000_000
 
 
 @pytest.mark.parametrize("node", SCHEMAS)
