@@ -61,6 +61,9 @@ def test_nonsense_is_named_and_the_node_stays(comfy):
 def test_it_fits_a_narrow_node(comfy, palette, modern):
     """No text runs over the edge of a node 220 px wide, in any look."""
     page = comfy.open(Comfy_ColorPalette=palette, Comfy_VueNodes_Enabled=modern).page
+    version = page.evaluate("window.__COMFYUI_FRONTEND_VERSION__")
+    if modern and tuple(map(int, version.split(".")[:2])) < (1, 28):
+        pytest.skip(f"NODES 2.0 OF FRONTEND {version} DRAW NO PACK'S OWN WIDGETS; the node works without its chart")
     chart = plan_node(comfy, "0:full 1-4:8:16 5-12:4:20 13-20:2:22 21-31:1:23", width=220)
     chart.get_by_text("1:23 × 11").wait_for()
     comfy.picture(f"chart {palette} {'nodes2' if modern else 'classic'}")
