@@ -91,7 +91,7 @@ class EVDiTSequenceParallel(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Devices, free memory, measured rates between them, or why there is one device.",
+                    tooltip="Devices, free memory, measured rates, the speed-up these promise, or why there is one device.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],

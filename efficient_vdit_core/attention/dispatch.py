@@ -125,7 +125,7 @@ def _candidates(dense: Dense, max_extra_bytes: int | None) -> dict[str, Attend]:
 def check_backend(backend: str, device: torch.device | str) -> None:
     """Raise ValueError where the named backend is unknown, or cannot run on ``device``: the text says why."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected auto, dense, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}.")
+        raise ValueError(f"backend is {backend!r}, expected auto, dense, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}. Choose auto.")
     status = _statuses(torch.device(device).type)[backend]
     if not status.available:
         raise ValueError(f"backend is {backend!r}, which cannot run here: {status.reason}. Choose auto or frames.")

@@ -98,8 +98,13 @@ def run(shape: MixtureShape, seed: int = 0) -> dict[str, Any]:
                                space=shape.space, max_weight=shape.max_weight)  # fmt: skip
     regression = replace(config, segments=shape.teacher_steps)  # one step a segment: plain learning from the teacher
     generator = torch.Generator().manual_seed(seed)
+
+    def unguided(z: Tensor, time: Tensor, condition: Any, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
+        raw = teacher(z, time)
+        return raw, raw
+
     for objective, steps in ((regression, shape.pretraining), (config, shape.steps)):
-        loss = ConsistencyLoss(objective, path, prediction, student=student, teacher=lambda z, t, c, g: (teacher(z, t),) * 2)
+        loss = ConsistencyLoss(objective, path, prediction, student=student, teacher=unguided)
         _train(student, loss, steps, shape, generator)
     noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(99))
     exact = roll_down(lambda z, t: teacher(z, t), path, prediction, noise, segments=shape.exact_steps)

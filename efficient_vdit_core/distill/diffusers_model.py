@@ -199,7 +199,8 @@ def _schedule(values: dict[str, Any]) -> tuple[NoisePath, str]:
     if prediction not in PREDICTIONS:
         raise ValueError(f"The scheduler's prediction_type is {prediction!r}, expected one of {', '.join(PREDICTIONS)}.")
     kind = CogVideoXDDIMScheduler if "CogVideoX" in values.get("_class_name", "") else DDIMScheduler
-    return VPPath.from_alphas_bar(kind.from_config(values).alphas_cumprod), prediction
+    scheduler: Any = kind.from_config(values)
+    return VPPath.from_alphas_bar(scheduler.alphas_cumprod), prediction
 
 
 def _latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,8 @@ class SearchConfig:
 def search_plans(config: SearchConfig, model: FamilyModel, module: nn.Module, clips: ClipSet, bank: TextBank, folder: Path, *,
                  segments: int, steps: int, device: torch.device) -> dict[str, Path]:
     """Plan files by name, such as ``r-0.1`` and ``x-2.5``; those that exist are kept."""
-    names = {f"r-{r:g}": {"threshold": r} for r in config.thresholds} | {f"x-{x:g}": {"speedup": x} for x in config.speedups}
+    # (threshold, speed-up), of which one is asked for
+    names = {f"r-{r:g}": (r, 0.0) for r in config.thresholds} | {f"x-{x:g}": (0.0, x) for x in config.speedups}
     files = {name: folder / f"{name}.json" for name in names}
     if all(f.is_file() for f in files.values()):
         return files
@@ -42,8 +43,9 @@ def search_plans(config: SearchConfig, model: FamilyModel, module: nn.Module, cl
     texts = [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
     record = probe(config, model, module, bank, texts, tuple(clips.latents[0].shape), segments=segments, steps=steps, device=device)
     about = {"segments": segments, "steps": steps, "captions": texts, "guidance": 1.0, "seed": config.seed}
-    for name, target in names.items():
-        plan: TilePlan = plan_from_record(record, layers=model.layers, family=model.family, heads=model.heads, about=about, **target)
+    for name, (threshold, speedup) in names.items():
+        plan: TilePlan = plan_from_record(record, layers=model.layers, family=model.family, heads=model.heads, threshold=threshold,
+                                          speedup=speedup, about=about)  # fmt: skip
         plan.save(files[name])
     return files
 

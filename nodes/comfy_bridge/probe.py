@@ -42,12 +42,13 @@ def search_plan(
     """A plan for MODEL from one dense sampling with Euler steps, each of which is measured in every layer.
 
     ``sigmas`` (default: ``probes`` steps of the model's own schedule) are the noise levels, and ``latent`` is noised to
-    the first of them; ``negative`` None samples without guidance. Raises ValueError where the model is unknown or
+    the first of them. Where it has a noise mask, as image to video and guide frames do, that is kept to, as in sampling.
+    ``negative`` None samples without guidance. Raises ValueError where the model is unknown or
     nothing fits.
     """
     family, network = _known_family(model)
     counts, depth = parse_candidates(candidates), family.depth(network)
-    start = _latent(model, latent, empty=sigmas is None)
+    start, mask = _latent(model, latent, empty=sigmas is None), latent.get("noise_mask")
     frames = _video(start).shape[2]
     record = ProbeRecord(sparse_candidates(counts, frames), timed=costs == "measured")
     check_target(threshold, speedup, record.candidates, frames)
@@ -57,7 +58,7 @@ def search_plan(
     progress = _Progress(len(levels) - 1, depth)
     probing = _observed(model, lambda previous: make_probe_override(record, progress=progress.layer, previous=previous))
     with replay_blocks(_blocks(model, family), record) if error == BLOCK else nullcontext():
-        _walk(probing, positive, negative, start, levels, seed, cfg, progress.step)
+        _walk(probing, positive, negative, start, mask, levels, seed, cfg, progress.step)
     about = {"sigmas": [round(float(s), 6) for s in levels[:-1]], "seed": seed, "guidance": 1.0 if negative is None else cfg}
     return plan_from_record(
         record, layers=depth, family=family.name, heads=family.head_count(network), threshold=threshold, speedup=speedup,
@@ -85,7 +86,8 @@ def measure_tiles(
         record.active = step + 1 >= last
 
     observed = _observed(model, lambda previous: make_mass_override(record, progress=progress.layer, previous=previous))
-    _walk(observed, conditioning, None, _latent(model, latent, empty=True), schedule[: last + 2], seed, 1.0, stepped)
+    start, mask = _latent(model, latent, empty=True), latent.get("noise_mask")
+    _walk(observed, conditioning, None, start, mask, schedule[: last + 2], seed, 1.0, stepped)
     missing = [i for i in chosen if i not in record.found]
     if missing:
         raise ValueError(
@@ -160,9 +162,9 @@ def _observed(model: Any, make: Callable[[Override | None], Override]) -> Any:
 def _latent(model: Any, latent: dict[str, Any], *, empty: bool) -> Any:
     """The first entry of the latents' batch (1, C, T, H, W) with the model's channels; zeros of its size where ``empty``.
 
-    Video with audio comes as a nested tensor, and stays one.
+    What a noise mask keeps is content, so such latents stay as they are. Video with audio comes as a nested tensor, and stays one.
     """
-    samples = latent["samples"]
+    samples, empty = latent["samples"], empty and "noise_mask" not in latent
     if samples.is_nested:
         start = type(samples)([torch.zeros_like(x[:1]) if empty else x[:1] for x in samples.unbind()])
     else:
@@ -176,8 +178,12 @@ def _video(latent: Any) -> Tensor:
     return latent.unbind()[0] if latent.is_nested else latent
 
 
-def _walk(model: Any, positive: Any, negative: Any, start: Any, sigmas: Tensor, seed: int, cfg: float, callback: Any) -> None:
+def _walk(
+    model: Any, positive: Any, negative: Any, start: Any, mask: Any, sigmas: Tensor, seed: int, cfg: float, callback: Any
+) -> None:
     noise = comfy.sample.prepare_noise(start, seed)
     other, scale = (positive, 1.0) if negative is None else (negative, cfg)
     euler = comfy.samplers.sampler_object("euler")
-    comfy.sample.sample_custom(model, noise, scale, euler, sigmas, positive, other, start, callback=callback, disable_pbar=True, seed=seed)
+    comfy.sample.sample_custom(
+        model, noise, scale, euler, sigmas, positive, other, start, noise_mask=mask, callback=callback, disable_pbar=True, seed=seed
+    )

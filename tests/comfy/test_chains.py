@@ -56,7 +56,7 @@ def test_torch_compile_on_either_side(compiled, way, order, density):
 @pytest.mark.parametrize("way", ["node", "blocks"])
 def test_a_compiled_model_is_dense_again_and_compiled_once(compiled, way):
     found = compiled[way]
-    assert found["dense"] < ROUNDING and found["graphs"] > 0 and found["graphs of more steps"] == 0
+    assert found["dense"] < ROUNDING and found["graphs"] > 0 and found["graphs of a second run"] == 0
 
 
 @pytest.mark.parametrize("order", ["before", "behind"])

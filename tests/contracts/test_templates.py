@@ -52,7 +52,7 @@ def test_every_link_joins_what_it_says(name):
     for number, source, slot, target, position, kind in WORKFLOWS[name]["links"]:
         given, taken = nodes[source]["outputs"][slot], nodes[target]["inputs"][position]
         assert number in given["links"] and taken["link"] == number
-        assert given["type"] == kind and taken["type"] in (kind, "*")  # * takes anything, as Preview Any does
+        assert given["type"] == kind and taken["type"] in (kind, "*")  # PreviewAny takes anything
 
 
 @templates

@@ -83,11 +83,17 @@ def masked_oracle(case: Case, calls: list):
     return override
 
 
+def latent_of(case: Case) -> tuple[dict, list]:
+    """The case as nodes hand it on: a LATENT, and the conditioning."""
+    x, cond, noise_mask = inputs(case)
+    return ({"samples": x} if noise_mask is None else {"samples": x, "noise_mask": noise_mask}), cond
+
+
 def searched(model, case: Case, error: str) -> list:
     """The errors of k = 1 that a search measures at one noise level, a layer each."""
-    x, cond, _ = inputs(case)
+    latent, cond = latent_of(case)
     plan = probe.search_plan(
-        model, cond, None, {"samples": x}, seed=0, probes=1, threshold=0.0, speedup=0.0, candidates="1", cfg=1.0, costs="flops",
+        model, cond, None, latent, seed=0, probes=1, threshold=0.0, speedup=0.0, candidates="1", cfg=1.0, costs="flops",
         error=error, sigmas=None,
     )  # fmt: skip
     return plan.provenance["errors"]["1"]
@@ -95,8 +101,8 @@ def searched(model, case: Case, error: str) -> list:
 
 def mapped(model, case: Case) -> list[int]:
     """The layers whose tile map was measured, of the first and the last."""
-    x, cond, _ = inputs(case)
-    return sorted(probe.measure_tiles(model, cond, {"samples": x}, layers="0,-1", percent=0.0, seed=0, rows=2))
+    latent, cond = latent_of(case)
+    return sorted(probe.measure_tiles(model, cond, latent, layers="0,-1", percent=0.0, seed=0, rows=2))
 
 
 def facts(case: Case) -> dict:
