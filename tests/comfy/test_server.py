@@ -67,6 +67,7 @@ def test_the_page_hears_of_the_progress(server, tiny_prompt):
     """Over the websocket: the sampler's steps one by one, to the last, then the end."""
     events, prompt = [], tiny_prompt()
     find(prompt, "EVDiTConsistencySigmas").update(segments=3, steps=3)
+    find(prompt, "EVDiTTilePlan").update(text="all:2")  # the default, said so that no earlier run's plan is taken from the cache
     server.run(prompt, events)
     (sampler,) = [key for key, node in prompt.items() if node["class_type"] == "SamplerCustomAdvanced"]
     steps = [(d["value"], d["max"]) for kind, d in events if kind == "progress" and d.get("node") == sampler]
