@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from template_graphs import Graph, Node, prompts, video
+from template_graphs import Graph, Node, prompts, share, video
 
-TINY = "tiny (built in)"
+from efficient_vdit_core import assets
+from efficient_vdit_core.distill.metadata import read_metadata
+
+TINY, FEW_STEPS, FEW_STEPS_SPARSE = (f"{name.replace('-', ' ')} (built in)" for name in assets.TINY_MODELS)
 
 TINY_NOTE = """## Tiny text to video
 
@@ -53,6 +56,24 @@ hatched. The second prompt shows how much of the pattern is the model's own. All
 ComfyUI 0.3.60 or newer.
 
 **With your own model**: replace the two loaders, set the latent's size, and name the layers, such as `0,10,20,-1`."""
+
+TOUR_NOTE = """## The three stages, side by side
+
+What Efficient-vDiT does to a model, on the tiny one: the same prompt and noise three times, in one video. All weights ship with the pack; \
+about half a minute on a CPU. Needs ComfyUI 0.3.60 or newer.
+
+1. **Left: the base**, full attention, 50 steps with guidance: 100 evaluations.
+2. **Middle: few steps** (stage 1, consistency distillation): {steps} steps without guidance, {steps} evaluations. *Consistency Sigmas* \
+reads the number from the file.
+3. **Right: few steps and few tiles**: the plan that the layer-wise search found on the middle model (stage 2), and weights restored under \
+it (stage 3, knowledge distillation): {steps} evaluations with {share}.
+
+**Expect** the same scene three times, of much the same quality; sizes and paths may differ a little. README has the table over many \
+clips. At this size attention is a small part of a step, so the fewer steps show in the time and the plan hardly does: on a video of \
+720p it does.
+
+**Try**: bypass *Sparse Attention* (Ctrl+B), or click a layer in *Tile Plan*: weights that were distilled for one plan lose under another. \
+The recipe is `evdit recipe three-stage`."""
 
 
 TINY_SENTENCE = "a red circle moving right fast on a white background"
@@ -132,6 +153,39 @@ def tiny_search() -> Graph:
     return Graph("tiny_search_a_plan", SEARCH_NOTE, nodes)
 
 
+def tiny_tour() -> Graph:
+    """Base, few steps, few steps under the searched plan: one noise, one video."""
+    about = read_metadata(assets.tiny_path("transformer", "tiny-8-steps-sparse"))
+    assert about is not None and about.tile_plan is not None
+    plan = about.tile_plan.to_text()
+    nodes = tiny_parts({
+        "few": Node("EVDiTModelLoader", 0, {"model_name": FEW_STEPS}, title="Few steps"),
+        "tuned": Node("EVDiTModelLoader", 0, {"model_name": FEW_STEPS_SPARSE}, title="Few steps, for the plan"),
+        "plan": Node("EVDiTTilePlan", 1, {"text": plan}, preview=(8, 6)),
+        "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("tuned", 0), "plan": ("plan", 0)}),
+    })  # fmt: skip
+    nodes |= tiny_sampling("model", title="base")
+    nodes["noise"].values["noise_seed"] = 2  # one whose three clips are clean
+    nodes["levels"] = Node("EVDiTConsistencySigmas", 3, {"preset": "from checkpoint"}, {"model": ("few", 0)}, "Sigmas, few steps")
+    for suffix, source, title in (("_few", "few", "few steps"), ("_sparse", "sparse", "few steps, sparse")):
+        nodes |= tiny_sampling(source, suffix, title)
+        nodes[f"guider{suffix}"].values["cfg"] = 1.0
+        nodes[f"sampler{suffix}"].links["sigmas"] = ("levels", 0)
+    for suffix in ("", "_few", "_sparse"):
+        nodes[f"decode{suffix}"] = Node("VAEDecode", 4, {}, {"samples": (f"sampler{suffix}", 0), "vae": ("vae", 0)})
+    gap = {"direction": "right", "match_image_size": True, "spacing_width": 4, "spacing_color": "white"}
+    nodes |= {
+        "two": Node("ImageStitch", 4, gap, {"image1": ("decode", 0), "image2": ("decode_few", 0)}),
+        "three": Node("ImageStitch", 4, gap, {"image1": ("two", 0), "image2": ("decode_sparse", 0)}),
+        "create": Node("CreateVideo", 5, {"fps": 12}, {"images": ("three", 0)}),
+        "save": Node("SaveVideo", 5, {"filename_prefix": "video/EfficientvDiT", "format": "mp4"}, {"video": ("create", 0)}),
+        "report": Node("EVDiTReport", 5, {}, {"model": ("sparse", 0), "after": ("sampler_sparse", 0)}),
+        "calls": Node("PreviewAny", 5, {}, {"source": ("report", 0)}, "What became sparse"),
+    }
+    note = TOUR_NOTE.format(steps=about.steps, share=share(plan, 8, 6))
+    return Graph("tiny_three_stages", note, nodes)
+
+
 def tiny_map() -> Graph:
     measured = {"model": ("model", 0), "positive": ("positive", 0), "latent": ("latent", 0)}
     nodes = tiny_parts({"plan": TINY_PLAN["plan"]})
@@ -148,4 +202,4 @@ def tiny_map() -> Graph:
 
 
 def tiny_graphs() -> Iterator[Graph]:
-    yield from (tiny(), tiny_compare(), tiny_search(), tiny_map())
+    yield from (tiny(), tiny_compare(), tiny_tour(), tiny_search(), tiny_map())

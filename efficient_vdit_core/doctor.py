@@ -132,11 +132,10 @@ def _choices() -> dict[str, Any]:
 
 
 def _tiny_model() -> dict[str, Any]:
-    from pathlib import Path
-
     from . import assets
 
-    files = [f for part in ("transformer", "vae", "text_encoder") for f in _files(Path(assets.tiny_path(part)))]
+    parts = {assets.tiny_path(part, model) for model in assets.TINY_MODELS for part in assets.TINY_PARTS}
+    files = [f for part in sorted(parts) for f in _files(part)]
     if not any(f.suffix == ".safetensors" for f in files):
         raise FileNotFoundError("its weights are not installed; reinstall the package")
     return {"files": [f"{f.parent.name}/{f.name}" for f in files], "megabytes": sum(f.stat().st_size for f in files) / 1e6}

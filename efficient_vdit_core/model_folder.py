@@ -1,6 +1,6 @@
 """Where the three parts of a model lie: in the built-in tiny model, a diffusers folder, or a copy of the hub repository.
 
-    tiny                          the model that ships with this package
+    tiny                          the model that ships with this package, or one of its distilled forms (`assets.TINY_MODELS`)
     DIR/transformer, DIR/vae, DIR/text_encoder
     DIR/29x720p, ..., DIR/vae     the hub repository: name the resolution, DIR/29x720p
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from . import assets
 
 TINY = "tiny"
 HUB_FOLDERS = ("29x480p", "29x720p", "93x480p", "93x720p")
@@ -23,9 +25,18 @@ class ModelFolder:
     vae: Path
     text_encoder: Path
 
+    @property
+    def built_in(self) -> bool:
+        return is_built_in(self.name)
+
+
+def is_built_in(name: str) -> bool:
+    """Whether a model's name stands for the tiny model or one of its distilled forms."""
+    return name in assets.TINY_MODELS
+
 
 def find_model(model: str | Path, text_encoder: str | Path | None = None) -> ModelFolder:
-    """Finds the parts of `model`, "tiny" or a folder, without opening them.
+    """Finds the parts of `model`, a built-in one or a folder, without opening them.
 
     Args:
         text_encoder: file or folder of the mT5 encoder, where it does not lie in the model's folder.
@@ -33,10 +44,8 @@ def find_model(model: str | Path, text_encoder: str | Path | None = None) -> Mod
     Raises:
         ValueError: a part is missing; the message names it and the place where it was expected.
     """
-    if str(model) == TINY and not Path(model).is_dir():
-        from . import assets
-
-        found = ModelFolder(TINY, *(Path(assets.tiny_path(p)) for p in ("transformer", "vae", "text_encoder")))
+    if is_built_in(str(model)) and not Path(model).is_dir():
+        found = ModelFolder(str(model), *(assets.tiny_path(part, str(model)) for part in assets.TINY_PARTS))
     else:
         found = _in_folder(Path(model), text_encoder)
     if text_encoder is not None:
@@ -60,8 +69,8 @@ _ADVICE = {
 def _in_folder(folder: Path, text_encoder: str | Path | None) -> ModelFolder:
     if not folder.is_dir():
         raise ValueError(
-            f"There is no model at {str(folder)!r}: expected {TINY!r} or a folder with the model's parts; "
-            "check the path."
+            f"There is no model at {str(folder)!r}: expected one of {', '.join(assets.TINY_MODELS)} or a folder with the "
+            "model's parts; check the path."
         )
     name = folder.resolve().name
     if (folder / "transformer").exists():

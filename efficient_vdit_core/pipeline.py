@@ -21,7 +21,7 @@ from . import __version__
 from .attention.layout import TokenLayout
 from .attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
 from .attention.sdpa import OVERRIDE_KEY
-from .model_folder import TINY, find_model
+from .model_folder import TINY, find_model, is_built_in
 from .plan import TilePlan
 from .request import GUIDANCE, SPACE, TIME, TINY_GUIDANCE, VideoRequest
 from .sampling import Denoiser, DiscreteSchedule, consistency_sigmas, sample_consistency
@@ -70,7 +70,7 @@ class Pipeline:
         cls, model: str | Path = TINY, *, text_encoder: str | Path | None = None, device: str = "auto",
         dtype: str = "auto", offload: bool | None = None, transformer: str | Path | None = None,
     ) -> Pipeline:
-        """Loads "tiny" or the parts found in a folder (see `model_folder`).
+        """Loads a built-in model or the parts found in a folder (see `model_folder`).
 
         Args:
             transformer: other weights than the model's, such as a distilled one.
@@ -92,7 +92,7 @@ class Pipeline:
         weights = load_transformer(source, dtype=kind)
         vae = load_vae(folder.vae, dtype=kind)
         # mT5 is twice the size of the transformer, so it keeps the file's dtype unless another one is asked for.
-        text_dtype = None if dtype == "auto" and folder.name != TINY else kind
+        text_dtype = None if dtype == "auto" and not folder.built_in else kind
         encoder = TextEncoder.from_folder(folder.text_encoder, dtype=text_dtype)
         self = cls(weights, vae, encoder, name=folder.name, device=target, offload=False)
         self.offload = self._must_offload() if offload is None else offload
@@ -106,7 +106,7 @@ class Pipeline:
             "frames": (config.sample_size_t - 1) * TIME + 1, "height": config.sample_size[0] * SPACE,
             "width": config.sample_size[1] * SPACE,
         }
-        defaults = {**trained, "guidance": TINY_GUIDANCE if self.name == TINY else GUIDANCE, "negative": self._default_negative()}
+        defaults = {**trained, "guidance": TINY_GUIDANCE if is_built_in(self.name) else GUIDANCE, "negative": self._default_negative()}
         chosen = {k: v for k, v in choices.items() if v is not None}
         if self.distilled and chosen.get("sampler", VideoRequest.sampler) == "consistency":
             about = self.distilled
@@ -122,6 +122,11 @@ class Pipeline:
                 request.width, request.height, request.frames, trained["width"], trained["height"], trained["frames"],
             )
         return request
+
+    @property
+    def tuned_plan(self) -> TilePlan | None:
+        """The plan under which the weights were distilled; None where they were not, or for full attention."""
+        return self.distilled.tile_plan if self.distilled else None
 
     def check_plan(self, plan: TilePlan) -> None:
         """ValueError if the plan was made for another model."""
@@ -264,7 +269,7 @@ class Pipeline:
     def _default_negative(self) -> str:
         from .models.opensora_plan.captions import NEGATIVE_PROMPT
 
-        return "" if self.name == TINY else NEGATIVE_PROMPT
+        return "" if is_built_in(self.name) else NEGATIVE_PROMPT
 
     def _must_offload(self) -> bool:
         """Whether all three parts together leave less than a third of the GPU's free memory for the work."""
@@ -301,7 +306,7 @@ def pick_device(device: str) -> str:
 
 def _pick_dtype(dtype: str, device: str, name: str) -> torch.dtype:
     if dtype == "auto":
-        return torch.float32 if name == TINY or device == "cpu" else torch.bfloat16
+        return torch.float32 if is_built_in(name) or device == "cpu" else torch.bfloat16
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}.")
     return DTYPES[dtype]

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 TINY_PARTS = ("transformer", "vae", "text_encoder")
+# The tiny model, and what the three stages made of its transformer: 8 steps without guidance, and those under a searched plan.
+TINY_MODELS = {"tiny": "transformer", "tiny-8-steps": "transformer_8_steps", "tiny-8-steps-sparse": "transformer_8_steps_sparse"}
 
 
-def tiny_path(part: str) -> Path:
-    """Folder of a part of the built-in tiny model. Raises ValueError for an unknown part."""
+def tiny_path(part: str, model: str = "tiny") -> Path:
+    """Folder of a part of a built-in model. Raises ValueError for an unknown part or model."""
     if part not in TINY_PARTS:
         raise ValueError(f"The tiny model has no part {part!r}, expected one of {', '.join(TINY_PARTS)}.")
-    return Path(__file__).parent / "tiny" / part
+    if model not in TINY_MODELS:
+        raise ValueError(f"There is no built-in model {model!r}, expected one of {', '.join(TINY_MODELS)}.")
+    return Path(__file__).parent / "tiny" / (TINY_MODELS[model] if part == "transformer" else part)
 
 
 def preset_names() -> list[str]:

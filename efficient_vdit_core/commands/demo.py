@@ -1,4 +1,4 @@
-"""evdit demo: a short clip from the built-in model, with sparse attention and the few-step sampler on."""
+"""evdit demo: a short clip from the built-in model after all three stages: few steps, and sparse attention by a searched plan."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from . import say
 from .generate import make_video, write
 
 PROMPT = "a red circle moving right fast on a white background"
-PLAN = "2:6"
-SETTINGS = {"sampler": "consistency", "steps": 20, "segments": 20, "gamma": 0.0}
+MODEL = "tiny-8-steps-sparse"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +30,12 @@ def run(args: argparse.Namespace) -> int:
     from ..tinyworld.reader import read_clip
 
     say(f"prompt: {args.prompt}")
-    say(f"sparse attention {PLAN} (2 of 8 latent frames are reference frames), {SETTINGS['steps']} steps")
-    pipeline = Pipeline.from_model("tiny")
-    video = make_video(pipeline, args.prompt, {**SETTINGS, "seed": args.seed}, plan_text=PLAN)
+    pipeline = Pipeline.from_model(MODEL)
+    plan, steps = pipeline.tuned_plan, pipeline.request(args.prompt).steps
+    if plan is None:
+        raise ValueError(f"The built-in model {MODEL} does not name its plan: it is damaged. Install the package again.")
+    say(f"{steps} steps without guidance; sparse attention {plan.to_text()} (layer : reference frames : other frames)")
+    video = make_video(pipeline, args.prompt, {"seed": args.seed}, plan_text=None)
     write(video, out, zoom=4, start=start)
     seen = read_clip(video.frames)
     if seen.shape is None:

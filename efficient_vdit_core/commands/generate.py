@@ -23,7 +23,7 @@ MAX_ZOOM = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the command's options."""
     add = parser.add_argument
-    add("--model", default="tiny", help="'tiny' (built in) or a folder with transformer, vae, text_encoder")
+    add("--model", default="tiny", help="built in: tiny, tiny-8-steps, tiny-8-steps-sparse; or a folder (transformer, vae, text_encoder)")
     add("--text-encoder", metavar="PATH", help="file or folder of the mT5 encoder, if it lies elsewhere")
     add("--transformer", metavar="PATH", help="other weights for it, such as evdit distill's, which set steps and guidance")
     add("--prompt", required=True, help="what the video shows")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--segments", type=int, help="consistency: segments of diffusion time, 1..steps (default: steps)")
     add("--gamma", type=float, help="consistency: share of fresh noise, 0 deterministic .. 1 as LCM (default: 0)")
     add("--plan", metavar="K:T-K|FILE", help="sparse attention: 1:7 is 1 reference frame of 8, or a plan file "
-        "(default: dense)")
+        "; full = dense (default: what the weights were distilled for, else dense)")
     add("--seed", type=int, help="0..2^64-1 (default: 0)")
     add("--out", required=True, metavar="FILE", help="the ending picks the format: .mp4, .gif, .webp")
     add("--zoom", type=int, default=1, help="enlarge the written video 1..16 times, pixel by pixel (default: 1)")
@@ -77,7 +77,7 @@ def make_video(
 ) -> Video:
     """Samples behind a progress bar."""
     request = pipeline.request(prompt, **choices)
-    plan = load_plan(plan_text, frames=request.latent_size[0])
+    plan = load_plan(plan_text, frames=request.latent_size[0]) or pipeline.tuned_plan
     with _bar(request.steps or 0) as progress:
         return pipeline.generate(request, plan=plan, template=template, progress=progress)
 

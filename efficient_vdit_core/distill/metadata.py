@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..plan import TilePlan
+
 KEY = "evdit"
 
 
@@ -25,6 +27,11 @@ class DistillMetadata:
     guidance: float | tuple[float, float] | None = None
     plan: dict[str, Any] | None = None
     version: str = ""
+
+    @property
+    def tile_plan(self) -> TilePlan | None:
+        """The plan that the weights were made for; None for full attention."""
+        return TilePlan.from_json(json.dumps(self.plan)) if self.plan else None
 
     def to_entry(self) -> dict[str, str]:
         return {KEY: json.dumps(asdict(self))}

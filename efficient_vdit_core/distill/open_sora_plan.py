@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..attention.layout import TokenLayout
 from ..attention.override import FORWARD_KEY, ForwardState, Override
 from ..attention.sdpa import OVERRIDE_KEY
-from ..model_folder import TINY, find_model
+from ..model_folder import find_model
 from ..models.opensora_plan.checkpoint import load_transformer, load_vae, read_transformer
 from ..models.opensora_plan.text import TextEncoder
 from ..models.opensora_plan.transformer import OpenSoraT2V
@@ -79,7 +79,7 @@ class OpenSoraPlanModel:
     def text_encoder(self) -> Encode:
         from ..models.opensora_plan.captions import clean_caption
 
-        encoder = TextEncoder.from_folder(self.folder.text_encoder, dtype=torch.float32 if self.folder.name == TINY else None)
+        encoder = TextEncoder.from_folder(self.folder.text_encoder, dtype=torch.float32 if self.folder.built_in else None)
         # The reference cleans twice: the second pass removes what the first one uncovers.
         return lambda texts: encoder.encode([clean_caption(clean_caption(t)) for t in texts])
 

@@ -11,6 +11,7 @@ from ...efficient_vdit_core import assets
 from ...efficient_vdit_core.plan import TilePlan
 
 BUILT_IN = "tiny (built in)"
+BUILT_IN_MODELS = {f"{name.replace('-', ' ')} (built in)": name for name in assets.TINY_MODELS}
 PLANS = "evdit_plans"  # the model folder of plan files
 PRESET = " (preset)"
 MAX_NUMBER = 99_999
@@ -19,14 +20,15 @@ folder_paths.add_model_folder_path(PLANS, str(Path(folder_paths.models_dir) / PL
 
 
 def file_names(folder: str) -> list[str]:
-    """The built-in model, then ComfyUI's files of that kind ("diffusion_models", "text_encoders" or "vae")."""
-    return [BUILT_IN, *folder_paths.get_filename_list(folder)]
+    """The built-in ones, then ComfyUI's files of that kind ("diffusion_models", "text_encoders" or "vae")."""
+    built_in = BUILT_IN_MODELS if folder == "diffusion_models" else [BUILT_IN]
+    return [*built_in, *folder_paths.get_filename_list(folder)]
 
 
 def resolve(folder: str, name: str, part: str) -> Path:
     """The file behind a list entry; `part` is its counterpart in the built-in model ("transformer", ...)."""
-    if name == BUILT_IN:
-        return Path(assets.tiny_path(part))
+    if name in BUILT_IN_MODELS:
+        return assets.tiny_path(part, BUILT_IN_MODELS[name])
     return Path(folder_paths.get_full_path_or_raise(folder, name))
 
 

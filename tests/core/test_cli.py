@@ -227,3 +227,28 @@ def test_convert_refuses_what_it_cannot_read(tmp_path, capsys, part):
     assert cli.main(["convert", part, str(tmp_path / "checkpoint.ckpt"), str(tmp_path / "x.safetensors")]) == 2
     assert capsys.readouterr().err.startswith("evdit: error: ")
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_distilled_model_is_sampled_as_it_was_made(tmp_path):
+    """Steps, guidance and plan come from the file; --plan full and --steps go over them."""
+    from efficient_vdit_core import assets
+    from efficient_vdit_core.distill.metadata import read_metadata as read_distilled
+
+    about = read_distilled(assets.tiny_path("transformer", "tiny-8-steps-sparse"))
+    assert about is not None and about.tile_plan is not None
+    sparsity = 1 - about.tile_plan.density(8, 6)
+    assert (about.segments, about.steps, about.guidance) == (8, 8, 3.0) and sparsity > 0.5
+    size = ["--prompt", "a red circle", "--height", "16", "--width", "16"]
+    metas = []
+    for name, more in (("made", []), ("dense", ["--plan", "full", "--steps", "16"])):
+        out = tmp_path / f"{name}.mp4"
+        assert cli.main(["generate", "--model", "tiny-8-steps-sparse", *size, *more, "--out", str(out)]) == 0
+        metas.append(read_metadata(out))
+    assert (metas[0]["steps"], metas[0]["segments"], metas[0]["guidance"]) == (8, 8, 1.0)
+    assert metas[0]["plan"]["reference_frames"] == about.plan["reference_frames"] and "sparse" in metas[0]["attention"]
+    assert metas[1]["steps"] == 16 and metas[1]["plan"]["reference_frames"] is None
+
+
+def test_built_in_models_are_named_where_one_is_not_known(capsys):
+    assert cli.main([*TINY, "--model", "tiny-9-steps", "--out", "x.gif"]) == 2
+    assert "tiny, tiny-8-steps, tiny-8-steps-sparse" in capsys.readouterr().err
