@@ -51,7 +51,7 @@ def fsdp_plugin(precision: str) -> Any:
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         mixed_precision_policy=policy,
-        auto_wrap_policy=os.environ.get("FSDP_AUTO_WRAP_POLICY") or "TRANSFORMER_BASED_WRAP",
+        auto_wrap_policy=os.environ.get("FSDP_AUTO_WRAP_POLICY") or "transformer_based_wrap",  # pyright: ignore[reportArgumentType]
         # That way of loading takes every entry of the state dict for a weight, and knows transformers' models only.
         cpu_ram_efficient_loading=False,
     )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..training import StepLoss, TrainingRun
-from ..training.sharding import shard_frozen
+from ..training.sharding import is_sharding, shard_frozen
 from .config import DistillConfig
 from .consistency import ConsistencyLoss
 from .export import export, result_file
@@ -55,9 +55,10 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     # Here, so that a LoRA starts alike in every process, whichever made the data.
     torch.manual_seed(config.training.seed)
     student, teacher = make_pair(config, model, accelerator)
-    t, sharded = config.training, bool(getattr(accelerator, "is_fsdp2", False))
+    t = config.training
+    optimizers = make_optimizers(student, t, sharded=is_sharding(accelerator))
     run = TrainingRun(
-        student, make_optimizers(student, t, sharded=sharded), folder=folder, steps=t.steps, seed=t.seed, ema_decay=t.ema, warmup=t.warmup,
+        student, optimizers, folder=folder, steps=t.steps, seed=t.seed, ema_decay=t.ema, warmup=t.warmup,
         final_rate=t.final_rate, accumulate=t.accumulate, clip=t.clip, tensorboard=t.tensorboard, accelerator=accelerator,
     )  # fmt: skip
     objective = make_objective(config, model, run.model, student, teacher, about, data, alone=run.processes == 1)
@@ -106,7 +107,7 @@ def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tu
         add_lora(student, wanted.lora_rank, wanted.lora_alpha or None)
     else:
         teacher = model.load().eval().requires_grad_(False)
-        if getattr(accelerator, "is_fsdp2", False):
+        if is_sharding(accelerator):
             shard_frozen(teacher, accelerator)
         else:
             teacher.to(accelerator.device)

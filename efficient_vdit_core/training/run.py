@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..files import written_whole
 from .average import WeightAverage
-from .sharding import cut, cut_optimizer, gathered, run_in_autocast
+from .sharding import cut, cut_optimizer, gathered, is_sharding, run_in_autocast
 from .stop import StopWish, stop_wish
 
 
@@ -54,7 +54,7 @@ class TrainingRun:
         self.bare, self.steps, self.warmup, self.final_rate = model, steps, warmup, final_rate
         self.folder, self.accumulate, self.clip, self.accelerator = folder, accumulate, clip, accelerator
         self.rank, self.processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-        self.sharded = bool(getattr(accelerator, "is_fsdp2", False))
+        self.sharded = is_sharding(accelerator)
         if self.sharded and accelerator.mixed_precision == "bf16":
             run_in_autocast(model, accelerator.device.type, torch.bfloat16)
         prepared = accelerator.prepare(model, *optimizers) if accelerator else (model, *optimizers)
@@ -245,7 +245,8 @@ class TrainingRun:
             self.ema[name].copy_(value)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.generator.set_state(state["generator"].view(self.processes, -1)[self.rank])
+        # A copy: from a view that begins within its storage, PyTorch would read another state.
+        self.generator.set_state(state["generator"].view(self.processes, -1)[self.rank].clone())
         self.step = state["step"]
 
 

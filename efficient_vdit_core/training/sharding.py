@@ -12,6 +12,11 @@ import torch
 from torch import Tensor, nn
 
 
+def is_sharding(accelerator: Any) -> bool:
+    """Whether accelerate's Accelerator, or None, spreads the weights of what it prepares."""
+    return bool(getattr(accelerator, "is_fsdp2", False))
+
+
 def gathered(state: Any, *, keep: bool) -> Any:
     """``state`` (nested dicts and lists) with whole tensors on the CPU in place of sharded ones.
 
@@ -25,7 +30,7 @@ def gathered(state: Any, *, keep: bool) -> Any:
         return [gathered(value, keep=keep) for value in state]
     if not isinstance(state, DTensor):
         return state
-    whole = state.detach().full_tensor()
+    whole = state.full_tensor().detach()
     return whole.cpu() if keep else None
 
 

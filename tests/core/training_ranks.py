@@ -32,7 +32,7 @@ def train_on_ranks(jobs: list[dict], ranks: int = RANKS) -> list[dict]:
         finally:
             for process in started:
                 process.kill()
-    assert all(p.returncode == 0 for p in started), "\n".join(err[-3000:] for _, err in ended)
+    assert all(p.returncode == 0 for p in started), "\n".join(f"rank {rank}:\n{err[-3000:]}" for rank, (_, err) in enumerate(ended))
     return json.loads(ended[0][0].strip().splitlines()[-1])
 
 
@@ -48,7 +48,7 @@ def main(rank: int, ranks: int, folder: str) -> None:
     accelerate.Accelerator = on_cpu(accelerate.Accelerator)
     told = []
     for job in json.loads((Path(folder) / "jobs.json").read_text()):
-        os.environ.update(ACCELERATE_USE_FSDP=str(job["sharded"]).lower(), FSDP_VERSION="2", **job.get("environment", {}))
+        os.environ.update(ACCELERATE_USE_FSDP=str(job["sharded"]).lower(), FSDP_VERSION="2")
         told.append(train(job, rank))
         AcceleratorState._reset_state(reset_partial_state=True)
         dist.barrier()
@@ -70,18 +70,20 @@ def on_cpu(kind):
 
 def train(job: dict, rank: int) -> dict:
     import torch
+    from torch.distributed.fsdp import FSDPModule
 
     from efficient_vdit_core.distill import trainer
     from efficient_vdit_core.distill.config import DistillConfig
 
-    course, sharded, times = [], [], []
+    course, seen = [], {"weights": 0, "average": 0, "blocks": 0, "teacher": 0, "times": set()}
 
     class Watched(trainer.TrainingRun):
         def _one_step(self, loss_of):
             super()._one_step(loss_of)
             course.append(dict(self.means))
-            sharded.append(sum(p.numel() != p.to_local().numel() for p in self.bare.parameters() if hasattr(p, "to_local")))
-            if job.get("stop") == self.step and rank == 0:
+            seen["weights"], seen["average"] = count_sharded(self.bare.parameters()), count_sharded(self.ema.values())
+            seen["blocks"] = sum(isinstance(block, FSDPModule) for block in self.bare.transformer_blocks)
+            if job["stop"] == self.step and rank == 0:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def prepare(config, model, cache, device):
@@ -91,7 +93,8 @@ def train(job: dict, rank: int) -> dict:
 
     def make_pair(config, model, accelerator):
         student, teacher = make_both(config, model, accelerator)
-        student.register_forward_pre_hook(lambda m, args, kwargs: times.append(str(seen_time(args, kwargs).dtype)), with_kwargs=True)
+        student.register_forward_pre_hook(lambda module, args: seen["times"].add(str(args[1].dtype)))
+        seen["teacher"] = count_sharded(teacher.parameters()) if teacher else 0
         return student, teacher
 
     make_both, plain = trainer.make_pair, trainer.TrainingRun
@@ -104,11 +107,12 @@ def train(job: dict, rank: int) -> dict:
         file, left = None, str(error)
     finally:
         trainer.TrainingRun, trainer.make_pair = plain, make_both
-    return {"file": str(file), "left": left, "course": course, "sharded": sharded, "times": sorted(set(times))}
+    return {**job, **seen, "file": str(file), "left": left, "course": course, "times": sorted(seen["times"])}
 
 
-def seen_time(args, kwargs):
-    return kwargs["timestep"] if "timestep" in kwargs else args[1]
+def count_sharded(tensors) -> int:
+    """How many of them lie on this rank in part only."""
+    return sum(hasattr(t, "to_local") and t.to_local().numel() < t.numel() for t in tensors)
 
 
 def small_data(device):
