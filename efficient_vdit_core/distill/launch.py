@@ -33,8 +33,8 @@ def make_accelerator(config: DistillConfig) -> Any:
     )  # fmt: skip
     if sharding and not accelerator.is_fsdp2:
         raise ValueError(
-            f"`accelerate launch --use_fsdp` shards weights over GPUs only, but this is {accelerator.distributed_type.value} on "
-            f"{accelerator.device.type}. Start it without --use_fsdp."
+            f"`accelerate launch --use_fsdp` shards weights over GPUs only, but this run is on {accelerator.device.type}. "
+            "Start it without --use_fsdp."
         )
     return accelerator
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 400.0  # some seconds of work; the rest is patience with a busy machine
+TIMEOUT = 900.0  # some seconds of work; the rest is patience with a busy machine
 RANKS = 2
 
 
@@ -82,7 +82,7 @@ def train(job: dict, rank: int) -> dict:
             super()._one_step(loss_of)
             course.append(dict(self.means))
             seen["weights"], seen["average"] = count_sharded(self.bare.parameters()), count_sharded(self.ema.values())
-            seen["blocks"] = sum(isinstance(block, FSDPModule) for block in self.bare.transformer_blocks)
+            seen["blocks"] = sum(isinstance(m, FSDPModule) and type(m).__name__.endswith("Block") for m in self.bare.modules())
             if job["stop"] == self.step and rank == 0:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -91,9 +91,12 @@ def train(job: dict, rank: int) -> dict:
             torch.rand(7)  # whoever makes the data draws random numbers that the others do not
         return small_data(device)
 
+    def keep_dtype(module, args, kwargs):
+        seen["times"].add(str((args[1] if len(args) > 1 else kwargs["timestep"]).dtype))
+
     def make_pair(config, model, accelerator):
         student, teacher = make_both(config, model, accelerator)
-        student.register_forward_pre_hook(lambda module, args: seen["times"].add(str(args[1].dtype)))
+        student.register_forward_pre_hook(keep_dtype, with_kwargs=True)
         seen["teacher"] = count_sharded(teacher.parameters()) if teacher else 0
         return student, teacher
 
