@@ -37,7 +37,8 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     tooltip=(
-                        "Gives the size: width, height and frames, best as you will use them. Its content is used with sigmas only."
+                        "Gives the size: width, height and frames, best as you will use them. Its content is used with sigmas, or "
+                        "where it carries a noise mask (LTX image to video)."
                     ),
                 ),
                 io.Int.Input(

@@ -30,7 +30,13 @@ class EVDiTAttentionTileMap(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The video model to look at. It is not changed; sparse attention on it is ignored."),
                 io.Conditioning.Input("positive", tooltip="The prompt under which the model runs, without guidance."),
-                io.Latent.Input("latent", tooltip="Gives the size only: width, height and frames. Its content is not used."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip=(
+                        "Gives the size: width, height and frames. Its content is used only where it carries a noise mask (LTX image to "
+                        "video)."
+                    ),
+                ),
                 io.String.Input(
                     "layers",
                     default="0,-1",

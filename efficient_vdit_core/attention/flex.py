@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..tiles import TilePattern
+from .gpu import too_old
 from .layout import TokenLayout, check_tensors
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK = 128
 OLDEST_TORCH = (2, 6)  # the first whose sequences may end inside a block
-OLDEST_GPU = (8, 0)
 
 
 def flex_status(device: torch.device | str | None = None) -> tuple[bool, str]:
@@ -40,9 +40,8 @@ def flex_status(device: torch.device | str | None = None) -> tuple[bool, str]:
         return False, "no CUDA GPU was found" if where.type == "cuda" else f"FlexAttention does not run on {where.type}"
     if importlib.util.find_spec("triton") is None:
         return False, "torch.compile needs the package triton, which is not installed"
-    capability = torch.cuda.get_device_capability(where)
-    if torch.version.hip is None and capability < OLDEST_GPU:
-        return False, f"the GPU has compute capability {capability[0]}.{capability[1]}, expected 8.0 (Ampere) or later"
+    if reason := too_old(where):
+        return False, reason
     return True, f"FlexAttention, compiled at its first call, on {torch.cuda.get_device_name(where)}"
 
 

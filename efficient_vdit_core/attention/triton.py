@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..tiles import TilePattern
+from .gpu import too_old
 from .layout import TokenLayout, check_tensors, global_spans
 
 # Each head_dim as two tiles, powers of two: nothing is padded.
 HEAD_DIMS = {32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-OLDEST_GPU = (8, 0)
 # Block sizes under the interpreter: small, so that small tests meet whole and broken blocks.
 INTERPRETER_BLOCKS = {"ROWS": 16, "COLS": 32}
 
@@ -44,9 +44,8 @@ def triton_status(device: torch.device | str | None = None) -> tuple[bool, str]:
     where = torch.device("cuda" if device is None else device)
     if where.type != "cuda":
         return False, f"Triton kernels need a CUDA GPU, the tensors are on {where.type}"
-    capability = torch.cuda.get_device_capability(where)
-    if torch.version.hip is None and capability < OLDEST_GPU:
-        return False, f"the GPU has compute capability {capability[0]}.{capability[1]}, expected 8.0 (Ampere) or later"
+    if reason := too_old(where):
+        return False, reason
     return True, f"one fused kernel on {torch.cuda.get_device_name(where)}"
 
 

@@ -28,7 +28,7 @@ class TableConfig:
     sparse. captions x noises clips judge a row. guidance: the base's. headline_plan: the name of a searched plan.
     """
 
-    students: tuple[int, ...] = (20, 8, 4)
+    students: tuple[int, ...] = (8, 20, 4)
     headline: int = 8
     headline_plan: str = "x-2.3"
     uniform: tuple[str, ...] = ("1:7", "2:6", "4:4")
@@ -36,8 +36,8 @@ class TableConfig:
     base_steps: tuple[int, ...] = (100, 20, 8, 4)
     reference_steps: int = 200
     captions: int = 32
-    noises: int = 4
-    seeds: int = 1
+    noises: int = 3
+    seeds: int = 3
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,14 @@ import signal
 import subprocess
 import threading
 import time
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from comfyui_server import Server
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +82,8 @@ def server(tmp_path_factory):
     (base / "custom_nodes" / "random_text.py").write_text(RANDOM_TEXT, encoding="utf-8")
     save_file(tiny_wan(), base / "models" / "diffusion_models" / "wan.safetensors")
     save_file(tiny_lora(), base / "models" / "loras" / "tiny.safetensors")
-    running = Server(base, whole=True, more={"EVDIT_CACHE_DIR": str(base / "cache"), "OMP_NUM_THREADS": "1"})
+    variables = {"EVDIT_CACHE_DIR": str(base / "cache"), "OMP_NUM_THREADS": "1"}
+    running = Server(base, whole=True, more=variables, flags=("--preview-method", "latent2rgb"))
     yield running
     running.stop()
 
@@ -179,6 +183,17 @@ def test_open_sora_plan_on_two_ranks_is_the_same_video(server):
     assert same(latents(server, "three", OSP, TEXT, steps=3, scheme="ulysses"), three)
     assert same(latents(server, "rb", OSP, TEXT, steps=3, scheme="rb"), three)
     assert worker_pids(server) == started
+
+
+def test_previews_show_the_run_of_all_ranks(server):
+    shown = {}
+    for name, parallel in (("preview_alone", False), ("preview_shared", True)):
+        events = []
+        latents(server, name, OSP, TEXT, parallel=parallel, events=events, steps=3, cfg=1.5)
+        files = [data for kind, data in events if kind == "preview"]
+        shown[parallel] = np.stack([np.asarray(Image.open(BytesIO(file)).convert("RGB"), dtype=int) for file in files])
+    assert shown[True].shape == shown[False].shape and len(shown[True]) >= 3 and shown[True].std() > 5
+    assert np.abs(shown[True] - shown[False]).max() <= 4  # JPEG
 
 
 def test_wan_on_two_ranks_is_the_same_video(server):

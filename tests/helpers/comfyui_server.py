@@ -30,10 +30,11 @@ def why_no_comfyui() -> str:
 class Server:
     """ComfyUI on a free port, with this pack alone, as the registry ships it, in a base directory of its own.
 
-    ``whole``: the pack as a clone has it. ``more``: variables of its environment. Files may stand in ``base`` already.
+    ``whole``: the pack as a clone has it. ``more``: variables of its environment. ``flags``: of its command line. Files may stand
+    in ``base`` already.
     """
 
-    def __init__(self, base: Path, *, whole: bool = False, more: dict | None = None):
+    def __init__(self, base: Path, *, whole: bool = False, more: dict | None = None, flags: tuple[str, ...] = ()):
         self.base, self.log = base, base / "server.log"
         (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
         install(base / "custom_nodes" / "efficient-vdit", whole=whole)
@@ -41,7 +42,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         command = [str(PYTHON), "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base), "--disable-api-nodes"]
-        command += ["--database-url", f"sqlite:///{base}/comfy.db"]
+        command += ["--database-url", f"sqlite:///{base}/comfy.db", *flags]
         environment = {**os.environ, **(more or {})}
         self.process = subprocess.Popen(command, cwd=COMFYUI, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
         self._wait()
@@ -77,7 +78,7 @@ class Server:
     def run(self, prompt: dict, events: list | None = None) -> dict:
         """Queue an API-format prompt and wait; returns its history entry, success or not.
 
-        ``events`` receives every (type, data) that the page would hear over its websocket.
+        ``events`` receives every (type, data) that the page would hear over its websocket, pictures as ("preview", file's bytes).
         """
         client = uuid.uuid4().hex
         socket = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=RUN_TIMEOUT)
@@ -120,12 +121,14 @@ class Server:
 
 
 def _messages(socket):
-    """(type, data) of the text messages; binary ones are preview pictures."""
+    """(type, data) of the messages; binary ones are preview pictures, after two numbers of 4 bytes."""
     while True:
         message = socket.recv()
         if isinstance(message, str):
             parsed = json.loads(message)
             yield parsed["type"], parsed["data"]
+        else:
+            yield "preview", message[8:]
 
 
 def to_api(workflow: dict, object_info: dict) -> dict:

@@ -2,11 +2,10 @@
 
 import inspect
 import json
-import logging
 import sys
 import threading
 
-from host import call, load_pack, torch  # isort: skip
+from host import call, load_pack, log_lines, torch  # isort: skip
 import comfy.model_management as mm  # isort: skip
 import comfy.model_patcher  # isort: skip
 import comfy.samplers  # isort: skip
@@ -18,11 +17,7 @@ from tiny_models import CASES, build, noise  # isort: skip
 OVERRIDE = "optimized_attention_override"
 pack = load_pack()
 (plans,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
-lines: list[str] = []
-handler = logging.Handler()
-handler.emit = lambda record: lines.append(record.getMessage())
-logging.getLogger("efficient_vdit").addHandler(handler)
-logging.getLogger("efficient_vdit").setLevel(logging.INFO)
+lines = log_lines()
 
 model = build(CASES["wan"])
 base = model.model

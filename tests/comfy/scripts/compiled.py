@@ -4,11 +4,10 @@ The backend "eager" traces and guards as any other, and needs no C compiler; $EV
 """
 
 import json
-import logging
 import os
 import sys
 
-from host import call, load_pack, torch  # isort: skip
+from host import call, load_pack, log_lines, torch  # isort: skip
 import comfy.samplers  # isort: skip
 from comfy_api.torch_helpers import set_torch_compile_wrapper  # isort: skip
 from comfy_extras.nodes_torch_compile import TorchCompileModel  # isort: skip
@@ -17,11 +16,7 @@ from tiny_models import CASES, build, noise  # isort: skip
 BACKEND = os.environ.get("EVDIT_COMPILER", "eager")
 pack = load_pack()
 (probe,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.probe"))
-lines: list[str] = []
-handler = logging.Handler()
-handler.emit = lambda record: lines.append(record.getMessage())
-logging.getLogger("efficient_vdit").addHandler(handler)
-logging.getLogger("efficient_vdit").setLevel(logging.INFO)
+lines = log_lines()
 
 model = build(CASES["wan"])
 x, text = noise(1, 16, 9, 4, 6), noise(1, 7, 32)

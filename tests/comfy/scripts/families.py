@@ -5,12 +5,11 @@ Names of cases in $EVDIT_CASES, with commas between, run only these.
 
 import copy
 import json
-import logging
 import os
 import sys
 import traceback
 
-from host import call, load_pack, torch  # isort: skip
+from host import call, load_pack, log_lines, torch  # isort: skip
 import comfy.samplers  # isort: skip
 import comfy.supported_models  # isort: skip
 from tiny_models import CASES, Case, build, inputs  # isort: skip
@@ -20,11 +19,7 @@ pack = load_pack()
 (plans,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
 (families,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.families"))
 (probe,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.probe"))
-lines: list[str] = []
-handler = logging.Handler()
-handler.emit = lambda record: lines.append(record.getMessage())
-logging.getLogger("efficient_vdit").addHandler(handler)
-logging.getLogger("efficient_vdit").setLevel(logging.INFO)
+lines = log_lines()
 
 
 class Spy(plans.TilePlan):

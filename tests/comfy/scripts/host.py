@@ -1,6 +1,7 @@
 """Loads ComfyUI (CPU) and the pack in this process, as ComfyUI itself does, for the other scripts here."""
 
 import asyncio
+import logging
 import os
 import sys
 
@@ -27,6 +28,17 @@ def load_pack() -> dict:
 def call(kind, **inputs):
     """A V3 node's result: the tuple of its outputs."""
     return kind.execute(**inputs).args
+
+
+def log_lines() -> list[str]:
+    """What the pack writes to the log from now on, in a list that grows."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log = logging.getLogger("efficient_vdit")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    return lines
 
 
 def sample(model, sampler, sigmas, noise, text, mask=None, seed=0):

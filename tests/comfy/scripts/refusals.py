@@ -2,8 +2,7 @@
 
 import json
 
-from host import PACK, call, load_pack, sample, torch  # isort: skip
-import logging  # isort: skip
+from host import PACK, call, load_pack, log_lines, sample, torch  # isort: skip
 import sys  # isort: skip
 
 import comfy.samplers  # isort: skip
@@ -51,11 +50,8 @@ facts = {
 }
 
 # A model whose token layout is not known: one line in the log, and no hook.
-unknown, lines = model.clone(), []
+unknown, lines = model.clone(), log_lines()
 unknown.add_object_patch("diffusion_model", torch.nn.Linear(1, 1))
-handler = logging.Handler()
-handler.emit = lambda record: lines.append(record.getMessage())
-logging.getLogger("efficient_vdit").addHandler(handler)
 settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
 (left,) = call(pack["EVDiTSparseAttention"], model=unknown, plan=fits, **settings)
 facts["unknown model"] = {"lines": lines, "hooked": "optimized_attention_override" in left.model_options["transformer_options"]}
