@@ -1,7 +1,8 @@
 """evdit distill: stage 1 (consistency: few steps) or stage 3 (knowledge: few tiles) of Efficient-vDiT.
 
 Run it again to go on where it stopped. SIGTERM and Ctrl-C save first. For several GPUs or machines, start it with
-`accelerate launch -m efficient_vdit_core.cli distill ...`.
+`accelerate launch --multi_gpu -m efficient_vdit_core.cli distill ...`; where weights, gradients and optimiser do not fit
+into each GPU, share them out with `--use_fsdp --fsdp_version 2` in place of `--multi_gpu`.
 """
 
 from __future__ import annotations

@@ -89,10 +89,13 @@ class ConsistencyLoss:
         prediction: what both networks predict, of `PREDICTIONS`.
         student, target: the same weights; ``target`` runs without gradient.
         teacher: gives the guided and the unguided output.
+        alone: the target need not be asked where no example wants it. False among processes that compute together, each of
+            which waits in every call of the student for the others.
     """
 
     def __init__(self, config: ConsistencyConfig, path: NoisePath, prediction: str, *, student: Predict, teacher: Teacher,
-                 target: Predict | None = None) -> None:
+                 target: Predict | None = None, alone: bool = True) -> None:
+        self.alone = alone
         self.config, self.path, self.prediction = config, path, prediction
         self.student, self.teacher, self.target = student, teacher, target or student
         self.grid = SegmentGrid(path, config.segments, config.teacher_steps, config.data_side)
@@ -118,13 +121,15 @@ class ConsistencyLoss:
             extra = None
         else:
             z_below, extra = addim(z, x_teacher, draw)
-        if bool(draw.first.all()):
-            return x_teacher if extra is None else x_teacher + extra
-        # The student is asked only where its answer counts.
-        rest = (~draw.first).to(z.device)
+        asked = ~draw.first  # the student is asked only where its answer counts
+        if not asked.any():
+            if self.alone:
+                return x_teacher if extra is None else x_teacher + extra
+            asked[0] = True  # its answer counts nothing, lam being 1
+        rest = asked.to(z.device)
         x_student = x_teacher.clone()
         time, part = self._time(draw.below, z)[rest], pick(condition, rest)
-        place = Place(*(value[~draw.first] for value in (draw.below.time, draw.below.a, draw.below.s)))
+        place = Place(*(value[asked] for value in (draw.below.time, draw.below.a, draw.below.s)))
         x_student[rest] = self._clean(z_below[rest], self.target(z_below[rest], time, part), place)
         target = lam * x_teacher + (1 - lam) * x_student
         return target if extra is None else target + extra

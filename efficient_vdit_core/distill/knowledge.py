@@ -107,7 +107,8 @@ class KnowledgeLoss:
         parts = {name: torch.stack([relative_square(g, w) for g, w in zip(got[name], wanted[name], strict=True)]).mean() for name in got}
         parts["prediction"] = relative_square(out, expected)
         weights = {"attention": self.config.attention, "mlp": self.config.mlp, "prediction": self.config.prediction}
-        total = torch.stack([weights[name] * parts[name] for name in weights if weights[name]]).sum()
+        # The prediction stays in with weight 0 too: processes that train together wait for a gradient of every weight.
+        total = torch.stack([weights[name] * parts[name] for name in weights if weights[name] or name == "prediction"]).sum()
         return StepLoss(total, parts)
 
 

@@ -10,13 +10,18 @@ from .config import TrainingConfig
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 
 
-def make_optimizers(module: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """adamw; adamw8bit, of bitsandbytes; muon, for the blocks' matrices, with adamw for the rest. Frozen weights are left out."""
+def make_optimizers(module: nn.Module, config: TrainingConfig, *, sharded: bool = False) -> list[torch.optim.Optimizer]:
+    """adamw; adamw8bit, of bitsandbytes; muon, for the blocks' matrices, with adamw for the rest. Frozen weights are left out.
+
+    Raises ValueError where one is unknown, missing, or cannot work on ``sharded`` weights.
+    """
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     settings = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return [torch.optim.AdamW(trained.values(), **settings)]
     if config.optimizer == "adamw8bit":
+        if sharded:
+            raise ValueError("training.optimizer is adamw8bit, whose kernels do not know FSDP2's sharded weights. Choose adamw.")
         try:
             from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
         except ImportError as error:

@@ -5,7 +5,7 @@
     folder/cache/             latents and text states
     folder/transformer/       the result as full weights, or folder/lora.safetensors
 
-More GPUs or machines: the same command under `accelerate launch`.
+More GPUs or machines: the same command under `accelerate launch`, data parallel or with FSDP2's sharded weights.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ..training import StepLoss, TrainingRun
+from ..training.sharding import is_sharding, shard_frozen
 from .config import DistillConfig
 from .consistency import ConsistencyLoss
 from .export import export, result_file
 from .knowledge import KnowledgeLoss
+from .launch import make_accelerator
 from .lora import add_lora, lora_off
 from .metadata import DistillMetadata, read_metadata
 from .model import FamilyModel, open_model, read_plan, sparse_options
@@ -41,23 +43,25 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     """
     # All that can be refused is refused before the folder is claimed.
     check_training(config)
-    accelerator, model = _accelerator(config), open_model(config.model)
+    accelerator, model = make_accelerator(config), open_model(config.model)
     about = describe(config, model)
     with accelerator.main_process_first():
         claim_folder(config, folder)
     result = result_file(folder, lora=config.model.train == "lora")
     if result.is_file():  # it is written at the end, whole
         return result
-    torch.manual_seed(config.training.seed)
     with accelerator.main_process_first():  # the others read its cache
         data = prepare_data(config, model, folder / "cache", accelerator.device)
-    student, teacher = make_pair(config, model, accelerator.device)
+    # Here, so that a LoRA starts alike in every process, whichever made the data.
+    torch.manual_seed(config.training.seed)
+    student, teacher = make_pair(config, model, accelerator)
     t = config.training
+    optimizers = make_optimizers(student, t, sharded=is_sharding(accelerator))
     run = TrainingRun(
-        student, make_optimizers(student, t), folder=folder, steps=t.steps, seed=t.seed, ema_decay=t.ema, warmup=t.warmup,
+        student, optimizers, folder=folder, steps=t.steps, seed=t.seed, ema_decay=t.ema, warmup=t.warmup,
         final_rate=t.final_rate, accumulate=t.accumulate, clip=t.clip, tensorboard=t.tensorboard, accelerator=accelerator,
     )  # fmt: skip
-    objective = make_objective(config, model, run.model, student, teacher, about, data)
+    objective = make_objective(config, model, run.model, student, teacher, about, data, alone=run.processes == 1)
 
     def loss_of(generator: torch.Generator) -> StepLoss:
         x, texts = data.clips.batch(t.batch, generator)
@@ -68,10 +72,11 @@ def distill(config: DistillConfig, folder: Path) -> Path:
 
     def evaluate(ema: dict[str, Tensor]) -> str:
         with holding(student, ema):
-            return write_samples(config, model, student, data, about, folder / "samples" / f"step-{run.step:06d}")
+            where = folder / "samples" / f"step-{run.step:06d}"
+            return write_samples(config, model, student, data, about, where, write=run.rank == 0)
 
     run.train(loss_of, save_every=t.save_every, evaluate=evaluate if t.samples_every else None, evaluate_every=t.samples_every or t.steps)
-    export(model, student, run.ema, folder, about, lora=teacher is None, rank=run.rank)
+    export(model, student, run.whole(run.ema), folder, about, lora=teacher is None, rank=run.rank)
     accelerator.wait_for_everyone()
     return result
 
@@ -90,15 +95,22 @@ def check_training(config: DistillConfig) -> None:
         raise ValueError("model.init is set, but a LoRA starts from its teacher. Leave it empty, or train the full weights.")
 
 
-def make_pair(config: DistillConfig, model: FamilyModel, device: torch.device) -> tuple[nn.Module, nn.Module | None]:
-    """Student and teacher; None is the student itself with its LoRA off, which saves a copy of the model."""
+def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tuple[nn.Module, nn.Module | None]:
+    """Student and teacher; None is the student itself with its LoRA off, which saves a copy of the model.
+
+    The teacher is sharded where the student is going to be.
+    """
     wanted = config.model
     student = model.load(wanted.init)
     teacher = None
     if wanted.train == "lora":
         add_lora(student, wanted.lora_rank, wanted.lora_alpha or None)
     else:
-        teacher = model.load().eval().requires_grad_(False).to(device)
+        teacher = model.load().eval().requires_grad_(False)
+        if is_sharding(accelerator):
+            shard_frozen(teacher, accelerator)
+        else:
+            teacher.to(accelerator.device)
     if wanted.gradient_checkpointing:
         model.checkpoint_blocks(student)
     return student, teacher
@@ -139,8 +151,11 @@ def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
 
 
 def make_objective(config: DistillConfig, model: FamilyModel, student: nn.Module, bare: nn.Module, teacher: nn.Module | None,
-                   about: DistillMetadata, data: PreparedData) -> Any:
-    """The loss of one batch: ``objective(x, condition, generator)``. ``student`` is ``bare`` as accelerate prepared it."""
+                   about: DistillMetadata, data: PreparedData, *, alone: bool = True) -> Any:
+    """The loss of one batch: ``objective(x, condition, generator)``. ``student`` is ``bare`` as accelerate prepared it.
+
+    Without ``alone`` there are other processes, which call the networks as often as this one.
+    """
 
     plan = config.objective.plan
     sparse = sparse_options(model, read_plan(plan)) if about.plan is not None else None
@@ -164,7 +179,7 @@ def make_objective(config: DistillConfig, model: FamilyModel, student: nn.Module
         return without + guidance.view(-1, *[1] * (z.ndim - 1)) * (plain - without), plain
 
     if config.method == "consistency":
-        return ConsistencyLoss(config.objective, model.path, model.prediction, teacher=guided, student=learn)
+        return ConsistencyLoss(config.objective, model.path, model.prediction, teacher=guided, student=learn, alone=alone)
     taps = {"student_tap": model.tap(bare), "teacher_tap": model.tap(bare if teacher is None else teacher)}
     return KnowledgeLoss(config.objective, model.path, segments=about.segments, teacher=teach, student=learn, **taps)
 
@@ -178,22 +193,3 @@ def holding(module: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         module.load_state_dict(own, strict=False)
-
-
-def _accelerator(config: DistillConfig) -> Any:
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        raise ValueError("Distillation needs the package 'accelerate', which is missing. Install efficient-vdit[engine,train].") from error
-    precisions = {"float32": "no", "bf16": "bf16"}
-    if config.training.precision not in precisions:
-        raise ValueError(f"training.precision is {config.training.precision!r}, expected float32 or bf16. Correct the configuration.")
-    if config.model.device not in ("auto", "cpu"):
-        raise ValueError(f"model.device is {config.model.device!r}, expected auto or cpu; accelerate launch chooses among GPUs.")
-    accelerator = Accelerator(mixed_precision=precisions[config.training.precision], cpu=config.model.device == "cpu")
-    if "FSDP" in str(accelerator.distributed_type) or "DEEPSPEED" in str(accelerator.distributed_type):
-        raise ValueError(
-            f"accelerate was started with {accelerator.distributed_type}, expected plain data parallelism: the checkpoints do not gather "
-            "sharded weights. Start `accelerate launch --multi_gpu`; a LoRA needs no sharding."
-        )
-    return accelerator

@@ -1,7 +1,8 @@
 """One training run in one folder: optimiser steps, checkpoints that survive, exact resume, clean stops, progress.
 
 With an ``accelerator`` (Hugging Face accelerate, started by `accelerate launch`) the same run spreads over processes and
-GPUs, weights staying in float32 under bf16 autocast; without one it is a plain loop on the model's own device.
+GPUs, weights staying in float32 under bf16 autocast; without one it is a plain loop on the model's own device. Under FSDP2
+weights, average and optimiser state live sharded, and the checkpoint is the same as that of any other run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..files import written_whole
 from .average import WeightAverage
+from .sharding import cut, cut_optimizer, gathered, is_sharding, run_in_autocast
 from .stop import StopWish, stop_wish
 
 
@@ -52,6 +54,9 @@ class TrainingRun:
         self.bare, self.steps, self.warmup, self.final_rate = model, steps, warmup, final_rate
         self.folder, self.accumulate, self.clip, self.accelerator = folder, accumulate, clip, accelerator
         self.rank, self.processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        self.sharded = is_sharding(accelerator)
+        if self.sharded and accelerator.mixed_precision == "bf16":
+            run_in_autocast(model, accelerator.device.type, torch.bfloat16)
         prepared = accelerator.prepare(model, *optimizers) if accelerator else (model, *optimizers)
         self.model: nn.Module = prepared[0]
         self.optimizers: list[Any] = list(prepared[1:])
@@ -71,8 +76,12 @@ class TrainingRun:
 
     @property
     def ema(self) -> dict[str, Tensor]:
-        """The averaged weights, under the model's names."""
+        """The averaged weights, under the model's names; sharded where the model is."""
         return self.average.state
+
+    def whole(self, state: dict[str, Any]) -> dict[str, Any]:
+        """``state`` with nothing sharded. Called by every process; process 0 alone gets what was."""
+        return gathered(state, keep=self.rank == 0) if self.sharded else state
 
     def train(self, loss_of: LossOf, *, save_every: int = 500, evaluate: Callable[[dict[str, Tensor]], str] | None = None,
               evaluate_every: int = 1000) -> dict[str, Tensor]:
@@ -80,6 +89,7 @@ class TrainingRun:
 
         SIGTERM and Ctrl-C end the step, save and leave (SystemExit, KeyboardInterrupt). A loss or gradient that is no
         number raises ValueError before it reaches the weights; whatever ends the run, the last whole step is saved.
+        ``evaluate`` is called by process 0; by every process where the weights are sharded, since no one has them whole.
         """
         from tqdm import tqdm
 
@@ -94,8 +104,10 @@ class TrainingRun:
                     self._leave(wish)
                 if self.step % save_every == 0:
                     self.save()
-                if evaluate and self.step % evaluate_every == 0 and self.rank == 0:
-                    bar.write(f"step {self.step}: {self.describe()} {evaluate(self.ema)}")
+                if evaluate and self.step % evaluate_every == 0 and (self.sharded or self.rank == 0):
+                    found = evaluate(self.ema)
+                    if self.rank == 0:
+                        bar.write(f"step {self.step}: {self.describe()} {found}")
         self.save()
         return self.ema
 
@@ -128,7 +140,7 @@ class TrainingRun:
             (loss.total / self.accumulate).backward()
             for name, number in numbers.items():
                 seen.setdefault(name, []).append(number)
-        norm = float(nn.utils.clip_grad_norm_(self.bare.parameters(), self.clip))
+        norm = self._clipped()
         self._refuse_no_number({"gradient's norm": norm})
         for optimizer in self.optimizers:
             optimizer.step()
@@ -137,6 +149,11 @@ class TrainingRun:
         for name, numbers in {**seen, "gradient": [norm]}.items():
             value = sum(numbers) / len(numbers)
             self.means[name] = 0.98 * self.means[name] + 0.02 * value if name in self.means else value
+
+    def _clipped(self) -> float:
+        """Shorten the gradient to ``clip``; returns the norm that it had."""
+        norm = nn.utils.clip_grad_norm_(self.bare.parameters(), self.clip)
+        return float(norm.full_tensor() if self.sharded else norm)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _set_rates(self) -> None:
         cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
@@ -186,15 +203,15 @@ class TrainingRun:
         random = self.generator.get_state()
         if self.processes > 1:
             random = self.accelerator.gather(random.to(self.accelerator.device)).cpu()
-        if self.rank:
-            return
-        state = {
+        state = self.whole({
             "model": self._trained(),
             "ema": self.ema,
             "optimizers": [o.state_dict() for o in self.optimizers],
             "generator": random,  # of all processes, one after the other
             "step": self.step,
-        }
+        })  # fmt: skip
+        if self.rank:
+            return
         try:
             with written_whole(self.checkpoint) as file:
                 torch.save(state, file)
@@ -206,7 +223,8 @@ class TrainingRun:
             ) from error
 
     def _load(self) -> None:
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        # Sharded processes need a part of each tensor only.
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=self.sharded)
         own = self.generator.get_state()
         processes = state["generator"].numel() // own.numel()
         if processes != self.processes:
@@ -219,12 +237,16 @@ class TrainingRun:
             raise ValueError(
                 f"{self.checkpoint} trains other weights than this run ({len(odd)} differ, such as {odd[0]}). Choose another folder."
             )
+        if self.sharded:
+            state["model"], state["ema"] = ({n: cut(v, self.ema[n]) for n, v in state[part].items()} for part in ("model", "ema"))
+            state["optimizers"] = [cut_optimizer(s, o) for s, o in zip(state["optimizers"], self.optimizers, strict=True)]
         self.bare.load_state_dict(state["model"], strict=False)
         for name, value in state["ema"].items():
             self.ema[name].copy_(value)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.generator.set_state(state["generator"].view(self.processes, -1)[self.rank])
+        # A copy: from a view that begins within its storage, PyTorch would read another state.
+        self.generator.set_state(state["generator"].view(self.processes, -1)[self.rank].clone())
         self.step = state["step"]
 
 

@@ -138,6 +138,8 @@ class PatchEmbed(nn.Module):
 class OpenSoraT2V(nn.Module):
     """The whole transformer. ``forward`` returns the raw prediction (epsilon, or v where the config says so)."""
 
+    _no_split_modules = ("Block",)  # Hugging Face's name for what is sharded as one
+
     def __init__(self, config: DiTConfig, *, dtype: torch.dtype | None = None, device: Any = None, operations: Any = nn,
                  attention: Attention = sdpa_attention) -> None:
         super().__init__()

@@ -1,0 +1,136 @@
+"""Distillation on gloo ranks of this CPU for the tests: `train_on_ranks` starts them, and this file is what each of them runs.
+
+accelerate shards on GPUs only: under `--use_fsdp` on CPUs it takes the plugin and stays data parallel. `OnCPU` sets the
+two attributes that it would set on GPUs; all that follows (accelerate's preparation, PyTorch's fully_shard) is their own code.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 900.0  # some seconds of work; the rest is patience with a busy machine
+RANKS = 2
+
+
+def train_on_ranks(jobs: list[dict], ranks: int = RANKS) -> list[dict]:
+    """Run the jobs one after the other on ``ranks`` ranks; what process 0 tells of each.
+
+    A job: name, config (of `DistillConfig`), out (a folder), sharded, stop (the step after which process 0 gets SIGTERM, or 0).
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "jobs.json").write_text(json.dumps(jobs))
+        commands = [[sys.executable, __file__, str(rank), str(ranks), folder] for rank in range(ranks)]
+        started = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+        try:
+            ended = [process.communicate(timeout=TIMEOUT) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+    assert all(p.returncode == 0 for p in started), "\n".join(f"rank {rank}:\n{err[-3000:]}" for rank, (_, err) in enumerate(ended))
+    return json.loads(ended[0][0].strip().splitlines()[-1])
+
+
+def main(rank: int, ranks: int, folder: str) -> None:
+    import accelerate
+    import torch
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
+    accelerate.Accelerator = on_cpu(accelerate.Accelerator)
+    told = []
+    for job in json.loads((Path(folder) / "jobs.json").read_text()):
+        os.environ.update(ACCELERATE_USE_FSDP=str(job["sharded"]).lower(), FSDP_VERSION="2")
+        told.append(train(job, rank))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        dist.barrier()
+    dist.destroy_process_group()
+    print(json.dumps(told))
+
+
+def on_cpu(kind):
+    from accelerate.utils import DistributedType
+
+    class OnCPU(kind):
+        def __init__(self, *args, fsdp_plugin=None, **kwargs):
+            super().__init__(*args, fsdp_plugin=fsdp_plugin, **kwargs)
+            if fsdp_plugin is not None:
+                self.state.distributed_type, self.state.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    return OnCPU
+
+
+def train(job: dict, rank: int) -> dict:
+    import torch
+    from torch.distributed.fsdp import FSDPModule
+
+    from efficient_vdit_core.distill import trainer
+    from efficient_vdit_core.distill.config import DistillConfig
+
+    course, seen = [], {"weights": 0, "average": 0, "blocks": 0, "teacher": 0, "times": set()}
+
+    class Watched(trainer.TrainingRun):
+        def _one_step(self, loss_of):
+            super()._one_step(loss_of)
+            course.append(dict(self.means))
+            seen["weights"], seen["average"] = count_sharded(self.bare.parameters()), count_sharded(self.ema.values())
+            seen["blocks"] = sum(isinstance(m, FSDPModule) and type(m).__name__.endswith("Block") for m in self.bare.modules())
+            if job["stop"] == self.step and rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def prepare(config, model, cache, device):
+        if rank == 0:
+            torch.rand(7)  # whoever makes the data draws random numbers that the others do not
+        return small_data(device)
+
+    def keep_dtype(module, args, kwargs):
+        seen["times"].add(str((args[1] if len(args) > 1 else kwargs["timestep"]).dtype))
+
+    def make_pair(config, model, accelerator):
+        student, teacher = make_both(config, model, accelerator)
+        student.register_forward_pre_hook(keep_dtype, with_kwargs=True)
+        seen["teacher"] = count_sharded(teacher.parameters()) if teacher else 0
+        return student, teacher
+
+    make_both, plain = trainer.make_pair, trainer.TrainingRun
+    trainer.TrainingRun, trainer.prepare_data, trainer.make_pair = Watched, prepare, make_pair
+    try:
+        file, left = trainer.distill(DistillConfig.from_dict(job["config"]), Path(job["out"])), None
+    except SystemExit as error:
+        file, left = None, error.code
+    except ValueError as error:
+        file, left = None, str(error)
+    finally:
+        trainer.TrainingRun, trainer.make_pair = plain, make_both
+    return {**job, **seen, "file": str(file), "left": left, "course": course, "times": sorted(seen["times"])}
+
+
+def count_sharded(tensors) -> int:
+    """How many of them lie on this rank in part only."""
+    return sum(hasattr(t, "to_local") and t.to_local().numel() < t.numel() for t in tensors)
+
+
+def small_data(device):
+    """Random latents and text states in place of a data set's."""
+    import torch
+
+    from efficient_vdit_core.distill.data import ClipSet
+    from efficient_vdit_core.distill.prepare import PreparedData
+    from efficient_vdit_core.distill.texts import TextBank
+
+    g = torch.Generator().manual_seed(1)
+    bank = TextBank({t: torch.randn(len(t) + 1, 8, generator=g) for t in ("a", "b c", "")})
+    clips = ClipSet(torch.randn(6, 4, 4, 4, 4, generator=g), [("a",), ("b c", "a")] * 3)
+    return PreparedData(clips, bank, "", torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
