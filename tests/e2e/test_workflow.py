@@ -64,6 +64,8 @@ def test_the_template_opens_and_runs(comfy, name):
     page.get_by_role("button", name="Run", exact=True).first.click()
     page.wait_for_function("window.ended.length > 0", timeout=1000 * RUN_TIMEOUT)
     assert page.evaluate("window.ended") == ["execution_success"]
+    # The page sets seeds once a prompt is queued; a run may have ended by then.
+    page.evaluate("app.graph.nodes.forEach(n => n.widgets?.filter(w => w.name === 'seed').forEach(w => w.callback?.(w.value)))")
     chart = page.locator(".evdit-plan-chart:visible").first
     if name in TOLD:
         chart.get_by_text(re.compile(f"Last run: {TOLD[name]}")).wait_for()

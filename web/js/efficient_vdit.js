@@ -55,6 +55,8 @@ class NodeChart {
   }
 
   changed(source) {
+    // The page sets a seed itself once a run is queued, at times after that run's end: what is shown is still that run's.
+    if (source.linkedWidgets?.length) return;
     if (source.name !== "text") this.executed = null;
     this.measured = undefined;
     this.draw();
