@@ -72,6 +72,13 @@ def test_what_comfyui_saved_loads_again(folder, weights):
     assert same(checkpoint.load_transformer(folder), weights)
 
 
+def test_a_written_file_may_be_read_by_whom_a_new_file_may(tmp_path):
+    (tmp_path / "plain").touch()
+    checkpoint.save_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plain", "x.safetensors"]
+
+
 def test_a_truncated_file_says_so(folder):
     size = (folder / NAME).stat().st_size
     for keep in (size - 10, 200, 5, 0):
@@ -159,6 +166,11 @@ def test_converting_a_training_checkpoint(training_checkpoint, tmp_path):
     assert loaded.config == VAE and same(loaded, averaged)
     with pytest.raises(ValueError, match="does not end in .safetensors"):
         convert.convert_vae(folder, tmp_path / "vae.bin")
+
+
+def test_files_of_before_pytorch_1_6_are_read(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert checkpoint.read_state_dict(tmp_path / "old.bin")[0]["a"].tolist() == [1, 1]
 
 
 class Malicious:

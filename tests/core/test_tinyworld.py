@@ -103,6 +103,23 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path):
     assert [f.name for f in (tmp_path / "cut").iterdir()] == ["checkpoint.pt"]
 
 
+def test_a_failing_evaluation_loses_no_step(tmp_path):
+    run, loss_of, _ = make_run(tmp_path, 20)
+
+    def fails(averaged):
+        raise OSError("no room for samples")
+
+    with pytest.raises(OSError, match="samples"):
+        run.train(loss_of, evaluate=fails, evaluate_every=3)
+    assert make_run(tmp_path, 20)[0].step == 3
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 half of it")
+    with pytest.raises(ValueError, match="checkpoint.pt cannot be read.*damaged"):
+        make_run(tmp_path, 20)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     run, loss_of, _ = make_run(tmp_path, 20)
     with pytest.raises(ValueError, match="loss became nan at step 1"):
