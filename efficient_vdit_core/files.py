@@ -25,7 +25,8 @@ def check_writable_file(path: str | Path) -> Path:
 def whole_file(path: str | Path, ending: str = ".tmp") -> Iterator[Path]:
     """A hidden file beside ``path`` to write; it takes the place of ``path`` at the end, once it is on the disk.
 
-    ``ending`` is for writers that choose the format by it. Where writing fails (a full disk, Ctrl-C) a file of that name stays as it was, and nothing else is left behind.
+    ``ending`` is for writers that choose the format by it.
+    Where writing fails (a full disk, Ctrl-C) a file of that name stays as it was, and nothing else is left behind.
     """
     path = Path(path)
     part = path.with_name(f".evdit-{uuid.uuid4().hex[:12]}{ending}")

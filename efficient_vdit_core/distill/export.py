@@ -14,12 +14,12 @@ from .lora import comfy_lora
 from .metadata import DistillMetadata
 from .model import FamilyModel
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS, LORA = "diffusion_pytorch_model.safetensors", "lora.safetensors"
 
 
 def result_file(folder: Path, *, lora: bool) -> Path:
     """Where the result of a run in ``folder`` lies once it is finished."""
-    return folder / "lora.safetensors" if lora else folder / "transformer" / WEIGHTS
+    return folder / LORA if lora else folder / "transformer" / WEIGHTS
 
 
 def export(model: FamilyModel, module: nn.Module, ema: dict[str, Tensor], folder: Path, about: DistillMetadata, *, lora: bool,

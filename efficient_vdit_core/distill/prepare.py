@@ -15,8 +15,6 @@ from .model import FamilyModel
 from .rollout import guided, roll_down
 from .texts import TextBank
 
-SOURCES = ("tinyworld", "videos", "teacher")
-
 
 @dataclass
 class PreparedData:
@@ -42,10 +40,8 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
         clips = _tinyworld(config, model, cache)
     elif data.source == "videos":
         clips = encode_videos(Path(data.folder), cache, model.size(data.frames, data.height, data.width), model.video_encoder)
-    elif data.source == "teacher":
-        clips = _from_teacher(config, model, cache, device)
     else:
-        raise ValueError(f"data.source is {data.source!r}, expected one of {', '.join(SOURCES)}. Correct the configuration.")
+        clips = _from_teacher(config, model, cache, device)
     texts = [*clips.texts(), data.negative, *config.training.samples]
     return PreparedData(clips, TextBank.build(texts, model.text_encoder, cache / "texts.safetensors"), data.negative, device)
 

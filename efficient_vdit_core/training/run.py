@@ -43,7 +43,8 @@ class TrainingRun:
     frozen parameters are neither averaged nor saved.
 
     Args:
-        steps: optimiser steps in all; the rate warms up over ``warmup`` of them (0: not at all), then falls as a cosine to ``final_rate`` of it.
+        steps: optimiser steps in all; the rate warms up over ``warmup`` of them (0: not at all), then
+            falls as a cosine to ``final_rate`` of it.
         accumulate: calls of ``loss_of`` whose gradients make one step.
         clip: largest norm of the gradient.
         accelerator: accelerate's Accelerator; ``run.model`` is then the prepared model.

@@ -21,6 +21,7 @@ from efficient_vdit_core.distill.texts import TextBank
 from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
+from efficient_vdit_core.plan import TilePlan
 
 SMALL = DiTConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, caption_channels=8, sample_size=(4, 4), sample_size_t=4,
                   prediction_type="v_prediction")  # fmt: skip
@@ -261,6 +262,16 @@ def test_configuration_survives_toml(base):
         ({"method": "consistency", "training": {"steps": "3"}}, r"training.steps is '3', expected int"),
         ({"method": "consistency", "training": {"steps": 0}}, r"training.steps is 0"),
         ({"method": "consistency", "objective": {"guidance": [1.0]}}, "objective.guidance"),
+        ({"method": "consistency", "objective": {"guidance": [1.0, -4.0]}}, "guidance is"),
+        ({"method": "knowledge", "training": {"optimizer": "sgd"}}, "training.optimizer is 'sgd'"),
+        ({"method": "knowledge", "training": {"precision": "fp16"}}, "training.precision is 'fp16'"),
+        ({"method": "knowledge", "training": {"warmup": -1}}, "training.warmup is -1"),
+        ({"method": "knowledge", "training": {"learning_rate": 0}}, "training.learning_rate is 0"),
+        ({"method": "knowledge", "training": {"ema": 1}}, "training.ema is 1"),
+        ({"method": "knowledge", "data": {"source": "web"}}, "data.source is 'web'"),
+        ({"method": "knowledge", "data": {"frames": 30}}, "data.frames is 30"),
+        ({"method": "knowledge", "data": {"width": 100}}, "data.width is 100"),
+        ({"method": "knowledge", "data": {"clips": 0}}, "data.clips is 0"),
     ],
 )
 def test_wrong_settings_are_named(values, message):
@@ -284,6 +295,35 @@ def test_numbers_may_be_written_without_a_point():
 def test_impossible_models_are_refused(base, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         trainer.distill(config(base, model=change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "objective", "message"),
+    [
+        ("consistency", {"segments": 8, "steps": 4}, "at least segments"),  # its metadata could not be read back
+        ("consistency", {"teacher_steps": 1280}, "noise levels"),
+        ("knowledge", {"segments": 8, "steps": 4}, "at least segments"),
+        ("knowledge", {"plan": "other.json"}, "32"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_before_the_folder_is_claimed(base, tmp_path, monkeypatch, method, objective, message):
+    monkeypatch.chdir(tmp_path)
+    TilePlan.uniform(1, layers=32).save("other.json")
+    with pytest.raises(ValueError, match=message):
+        trainer.distill(config(base, method, objective=objective), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_guidance_stays_known_when_a_distilled_model_is_distilled_on(base, tmp_path):
+    first = trainer.distill(config(base, steps=1), tmp_path / "first")
+    second = trainer.distill(config(first, steps=1, objective={"segments": 1, "guidance": None}), tmp_path / "second")
+    about = read_metadata(second)
+    assert about is not None and (about.segments, about.guidance) == (1, 2.0)
+
+
+def test_no_warmup_is_no_division(base, tmp_path):
+    trainer.distill(config(base, steps=1, training={"warmup": 0}), tmp_path / "run")
 
 
 def videos(folder, names):
