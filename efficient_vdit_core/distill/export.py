@@ -1,4 +1,4 @@
-"""Writes the averaged weights as ComfyUI loads them: the whole transformer, or a LoRA."""
+"""Writes the averaged weights: the whole transformer under its own names, or a LoRA under ComfyUI's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def export(model: FamilyModel, module: nn.Module, ema: dict[str, Tensor], folder
         return file
     entries = {**about.to_entry(), "format": "pt"}
     if lora:
-        save_safetensors(file, _cast(comfy_lora(module, ema), model.saved_dtype), entries)
+        save_safetensors(file, _cast(comfy_lora(module, ema, model.comfy_name), model.saved_dtype), entries)
         return file
     state = {**module.state_dict(), **ema}
     config = model.config_entry()

@@ -81,6 +81,10 @@ class FamilyModel(Protocol):
 
     def latent_shape(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]: ...
 
+    def comfy_name(self, layer: str) -> str:
+        """A layer's name in ComfyUI's model of this family."""
+        ...
+
     def config_entry(self) -> dict[str, Any]:
         """The transformer's config.json."""
         ...
