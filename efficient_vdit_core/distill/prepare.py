@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import DistillConfig
-from .data import ClipSet, encode_videos, read_captions, teacher_clips
+from .data import ClipSet, Generate, encode_videos, read_captions, teacher_clips
 from .model import FamilyModel
 from .rollout import guided, roll_down
 from .texts import TextBank
@@ -52,7 +52,7 @@ def _tinyworld(config: DistillConfig, model: FamilyModel, cache: Path) -> ClipSe
 
     if not isinstance(model, OpenSoraPlanModel):
         raise ValueError("data.source tinyworld is made for the tiny model of family opensora_plan. Choose videos or teacher.")
-    cached = cache_clips(model.vae(), config.data.clips, cache / "latents.pt", seed=config.data.seed)
+    cached = cache_clips(model.vae(), config.data.clips, cache, seed=config.data.seed)
     return ClipSet(cached.latents, [tuple(s.caption(i) for i in range(3)) for s in cached.scenes])
 
 
@@ -61,13 +61,22 @@ def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device
     captions = read_captions(data.captions)
     bank = TextBank.build([*captions, data.negative], model.text_encoder, cache / "texts.safetensors")
     shape = model.latent_shape(model.size(data.frames, data.height, data.width))
-    teacher = model.load().eval().requires_grad_(False).to(device)
     source = PreparedData(ClipSet([], []), bank, data.negative, device)
 
-    def generate(texts: list[str], seed: int) -> Tensor:
-        noise = torch.randn(len(texts), *shape, generator=torch.Generator().manual_seed(data.seed * 2**32 + seed)).to(device)
-        condition, negative = bank.batch(texts, device), source.negative(len(texts))
-        network = guided(lambda z, t, c: model.predict(teacher, z, t, c), condition, negative, data.guidance)
-        return roll_down(network, model.path, model.prediction, noise, segments=data.teacher_steps).cpu()
+    def noise(number: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(data.seed * 2**32 + number))
 
-    return teacher_clips(captions, data.clips, cache, generate, at_once=config.training.batch)
+    def load_teacher() -> Generate:
+        teacher = model.load().eval().requires_grad_(False).to(device)
+
+        def generate(texts: list[str], numbers: list[int]) -> Tensor:
+            condition, negative = bank.batch(texts, device), source.negative(len(texts))
+            network = guided(lambda z, t, c: model.predict(teacher, z, t, c), condition, negative, data.guidance)
+            start = torch.stack([noise(number) for number in numbers]).to(device)
+            return roll_down(network, model.path, model.prediction, start, segments=data.teacher_steps).cpu()
+
+        return generate
+
+    # Not the weights: the samples of a recipe's first teacher serve its later stages too.
+    settings = [data.seed, data.guidance, data.negative, data.teacher_steps, shape]
+    return teacher_clips(captions, data.clips, cache, settings, load_teacher, at_once=config.training.batch)

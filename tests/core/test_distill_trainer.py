@@ -11,7 +11,7 @@ import torch
 
 from efficient_vdit_core.distill import trainer
 from efficient_vdit_core.distill.config import DistillConfig, read_section, to_toml
-from efficient_vdit_core.distill.data import ClipSet, encode_videos, read_captions, video_captions
+from efficient_vdit_core.distill.data import ClipSet, encode_videos, read_captions, teacher_clips, video_captions
 from efficient_vdit_core.distill.knowledge import FeatureTap, KnowledgeConfig, KnowledgeLoss, merge_deltas, relative_square
 from efficient_vdit_core.distill.lora import add_lora, comfy_lora, lora_off, merged
 from efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
@@ -368,6 +368,29 @@ def test_missing_captions_are_listed(tmp_path):
         video_captions(tmp_path / "none")
     with pytest.raises(ValueError, match="no file of captions"):
         read_captions(tmp_path / "none.txt")
+
+
+def test_the_teachers_samples_go_on_where_they_stopped_and_keep_to_their_settings(tmp_path):
+    asked = []
+
+    def teacher():
+        def generate(texts, numbers):
+            asked.extend(numbers)
+            if len(asked) > 4:
+                raise KeyboardInterrupt
+            return torch.stack([torch.full((1, 1, 1, 1), float(n)) for n in numbers])
+
+        return generate
+
+    with pytest.raises(KeyboardInterrupt):
+        teacher_clips(["a", "b"], 5, tmp_path, [0], teacher, at_once=2)
+    asked.clear()
+    clips = teacher_clips(["a", "b"], 5, tmp_path, [0], teacher, at_once=3)  # another batch asks for none of them again
+    assert asked == [4] and [float(x) for x in clips.latents] == [0, 1, 2, 3, 4]
+    assert clips.captions == [("a",), ("b",), ("a",), ("b",), ("a",)]
+    asked.clear()
+    teacher_clips(["a", "b"], 2, tmp_path, [1], teacher)
+    assert asked == [0, 1], "samples of another seed or guidance are not taken"
 
 
 def test_text_states_are_kept_and_padded(tmp_path):
