@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -77,6 +78,22 @@ def test_a_written_file_may_be_read_by_whom_a_new_file_may(tmp_path):
     checkpoint.save_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plain", "x.safetensors"]
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path):
+    import resource
+
+    file = tmp_path / "x.safetensors"
+    checkpoint.save_safetensors(file, {"a": torch.ones(2)})
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="x.safetensors could not be written"):
+            checkpoint.save_safetensors(file, {"a": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert checkpoint.read_state_dict(file)[0]["a"].tolist() == [1, 1] and [f.name for f in tmp_path.iterdir()] == [file.name]
 
 
 def test_a_truncated_file_says_so(folder):

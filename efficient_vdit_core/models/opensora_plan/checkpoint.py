@@ -78,13 +78,17 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def save_safetensors(path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; a file of that name is replaced only once the new one is whole."""
+    """Write a safetensors file; a file of that name is replaced only once the new one is whole. Raises OSError where it cannot."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part:
-        save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, part, metadata=dict(metadata or {}))
+    try:
+        with whole_file(path) as part:
+            save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, part, metadata=dict(metadata or {}))
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}). Make room there and start the same command again.") from error
 
 
 def read_torch_file(file: Path) -> Any:
