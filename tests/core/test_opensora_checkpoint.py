@@ -142,6 +142,18 @@ def test_other_configurations_are_named(folder, change, message):
         checkpoint.load_transformer(folder)
 
 
+@pytest.mark.parametrize(
+    "change", [{"num_layers": "2"}, {"sample_size": 90}, {"sample_size_t": None}, {"norm_eps": "1e-6"}, {"patch_size": None}]
+)
+def test_values_of_another_kind_are_named(folder, change):
+    ((name, _),) = change.items()
+    (folder / "config.json").write_text(json.dumps({**DIT.to_dict(), **change}))
+    with pytest.raises(ValueError, match=name):
+        checkpoint.read_transformer(folder)
+    with pytest.raises(ValueError, match="norm_num_groups"):
+        VAEConfig.from_dict({"norm_num_groups": 0})
+
+
 def test_files_that_are_no_weights(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     for path, message in (

@@ -140,7 +140,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(names.values()))
+        shards = sorted(map(str, set(names.values())))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index.name} is not an index of shards ({error!r}). Download it again.") from error
     missing = [s for s in shards if Path(s).name != s or not (index.parent / s).is_file()]
