@@ -10,18 +10,13 @@ from torch import nn
 from .config import TrainingConfig
 
 
-def make_optimizers(module: nn.Module, config: TrainingConfig, *, sharded: bool = False) -> list[torch.optim.Optimizer]:
-    """adamw; adamw8bit, of bitsandbytes; muon, for the blocks' matrices, with adamw for the rest. Frozen weights are left out.
-
-    Raises ValueError where one is missing, or cannot work on ``sharded`` weights.
-    """
+def make_optimizers(module: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """adamw; adamw8bit, of bitsandbytes; muon, for the blocks' matrices, with adamw for the rest. Frozen weights are left out."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     settings = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return [torch.optim.AdamW(trained.values(), **settings)]
     if config.optimizer == "adamw8bit":
-        if sharded:
-            raise ValueError("training.optimizer is adamw8bit, whose kernels do not know FSDP2's sharded weights. Choose adamw.")
         return [_adamw8bit()(trained.values(), **settings)]
     matrices = {name: p for name, p in trained.items() if "blocks." in name and p.ndim == 2 and min(p.shape) > 6}
     rest = [p for name, p in trained.items() if name not in matrices]
@@ -30,9 +25,11 @@ def make_optimizers(module: nn.Module, config: TrainingConfig, *, sharded: bool 
     return [muon, torch.optim.AdamW(rest, **settings)] if rest else [muon]
 
 
-def check_optimizer(config: TrainingConfig) -> None:
-    """Raises ValueError where the optimiser's package is missing."""
+def check_optimizer(config: TrainingConfig, *, sharded: bool = False) -> None:
+    """Raises ValueError where the optimiser cannot work on ``sharded`` weights, or its package is missing."""
     if config.optimizer == "adamw8bit":
+        if sharded:
+            raise ValueError("training.optimizer is adamw8bit, whose kernels do not know FSDP2's sharded weights. Choose adamw.")
         _adamw8bit()
 
 

@@ -48,6 +48,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     accelerator, model = make_accelerator(config), open_model(config.model)
     about = describe(config, model)
     check_objective(config, model, about)
+    check_optimizer(config.training, sharded=is_sharding(accelerator))
     with accelerator.main_process_first():
         claim_folder(config, folder)
     result = result_file(folder, lora=config.model.train == "lora")
@@ -59,7 +60,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     torch.manual_seed(config.training.seed)
     student, teacher = make_pair(config, model, accelerator)
     t = config.training
-    optimizers = make_optimizers(student, t, sharded=is_sharding(accelerator))
+    optimizers = make_optimizers(student, t)
     run = TrainingRun(
         student, optimizers, folder=folder, steps=t.steps, seed=t.seed, ema_decay=t.ema, warmup=t.warmup,
         final_rate=t.final_rate, accumulate=t.accumulate, clip=t.clip, tensorboard=t.tensorboard, accelerator=accelerator,
@@ -96,7 +97,6 @@ def check_training(config: DistillConfig) -> None:
         )
     if wanted.lora_rank < 1:
         raise ValueError(f"model.lora_rank is {wanted.lora_rank}, expected at least 1. Correct the configuration.")
-    check_optimizer(config.training)
     if wanted.train == "lora" and wanted.init:
         raise ValueError("model.init is set, but a LoRA starts from its teacher. Leave it empty, or train the full weights.")
 
