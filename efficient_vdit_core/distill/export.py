@@ -34,8 +34,10 @@ def export(model: FamilyModel, module: nn.Module, ema: dict[str, Tensor], folder
         return file
     state = {**module.state_dict(), **ema}
     config = model.config_entry()
-    save_safetensors(file, _cast(state, model.saved_dtype), {**entries, "config": json.dumps(config)})
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file.parent / "config.json", json.dumps(config, indent=2) + "\n")
+    # Last: where this file stands, the run is finished.
+    save_safetensors(file, _cast(state, model.saved_dtype), {**entries, "config": json.dumps(config)})
     return file
 
 

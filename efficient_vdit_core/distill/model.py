@@ -106,7 +106,7 @@ def read_plan(text: str) -> TilePlan:
 
 
 def open_model(config: ModelConfig) -> FamilyModel:
-    """The family's adapter; nothing large is read yet."""
+    """The family's adapter; weights are at most mapped into memory, not read."""
     if config.family == "opensora_plan":
         from .open_sora_plan import OpenSoraPlanModel
 

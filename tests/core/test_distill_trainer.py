@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from efficient_vdit_core.distill import trainer
+from efficient_vdit_core.distill import export, trainer
 from efficient_vdit_core.distill.config import DistillConfig, read_section, to_toml
 from efficient_vdit_core.distill.data import ClipSet, encode_videos, read_captions, teacher_clips, video_captions
 from efficient_vdit_core.distill.knowledge import FeatureTap, KnowledgeConfig, KnowledgeLoss, merge_deltas, relative_square
@@ -100,6 +100,17 @@ def test_a_finished_run_is_not_run_again(base, tmp_path, monkeypatch):
     file = trainer.distill(config(base, steps=2), tmp_path / "run")
     monkeypatch.setattr(trainer, "make_objective", None)
     assert trainer.distill(config(base, steps=2), tmp_path / "run") == file
+
+
+def test_the_weights_are_written_last(base, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "save_safetensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.distill(config(base, steps=1), tmp_path / "run")
+    monkeypatch.undo()
+    assert [f.name for f in (tmp_path / "run" / "transformer").iterdir()] == ["config.json"], "weights without it would end the run"
 
 
 def test_a_resume_with_another_configuration_is_refused(base, tmp_path):

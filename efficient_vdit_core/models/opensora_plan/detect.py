@@ -29,7 +29,6 @@ _OTHERS = (
     ("double_blocks.", "HunyuanVideo or Flux"),
     ("joint_blocks.", "Stable Diffusion 3"),
     ("input_blocks.", "a UNet"),
-    ("model.diffusion_model.", "a whole checkpoint, not a transformer alone"),
     ("decoder.", "a VAE"),
     ("encoder.block.", "a text encoder"),
 )
