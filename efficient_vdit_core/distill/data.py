@@ -135,7 +135,7 @@ def teacher_clips(captions: list[str], count: int, cache: Path, settings: Sequen
     files = [cache / f"sample-{i:06d}-{stamp}.safetensors" for i, stamp in enumerate(stamps)]
     missing = [i for i, file in enumerate(files) if not file.is_file()]
     generate = teacher() if missing else None
-    for start in tqdm(range(0, len(missing), at_once), desc="teacher's samples", mininterval=5):
+    for start in tqdm(range(0, len(missing), at_once), desc="teacher's samples", mininterval=5, disable=not missing):
         numbers = missing[start : start + at_once]
         assert generate is not None
         for number, latents in zip(numbers, generate([texts[i] for i in numbers], numbers), strict=True):

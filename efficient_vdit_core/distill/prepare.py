@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.opensora_plan.vae import CausalVAE
 from .config import DistillConfig
-from .data import ClipSet, Generate, encode_videos, read_captions, teacher_clips
+from .data import ClipSet, Generate, encode_videos, read_captions, teacher_clips, video_captions
 from .model import FamilyModel
 from .rollout import guided, roll_down
 from .texts import TextBank
@@ -31,6 +32,17 @@ class PreparedData:
         return context.expand(batch, -1, -1), mask.expand(batch, -1)
 
 
+def check_data(config: DistillConfig, model: FamilyModel) -> None:
+    """Raises ValueError, before any work, where the data that ``config.data`` names are not there or do not suit the model."""
+    data = config.data
+    if data.source == "videos":
+        video_captions(Path(data.folder))
+    elif data.source == "teacher":
+        read_captions(data.captions)
+    else:
+        _tiny_vae(model)
+
+
 def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> PreparedData:
     """Build or read back what ``config.data`` names."""
     data = config.data
@@ -48,12 +60,17 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
 
 def _tinyworld(config: DistillConfig, model: FamilyModel, cache: Path) -> ClipSet:
     from ..tinyworld.train_dit import cache_clips
+
+    cached = cache_clips(_tiny_vae(model), config.data.clips, cache, seed=config.data.seed)
+    return ClipSet(cached.latents, [tuple(s.caption(i) for i in range(3)) for s in cached.scenes])
+
+
+def _tiny_vae(model: FamilyModel) -> CausalVAE:
     from .open_sora_plan import OpenSoraPlanModel
 
     if not isinstance(model, OpenSoraPlanModel):
         raise ValueError("data.source tinyworld is made for the tiny model of family opensora_plan. Choose videos or teacher.")
-    cached = cache_clips(model.vae(), config.data.clips, cache, seed=config.data.seed)
-    return ClipSet(cached.latents, [tuple(s.caption(i) for i in range(3)) for s in cached.scenes])
+    return model.vae()
 
 
 def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> ClipSet:

@@ -23,7 +23,7 @@ from .lora import merged
 from .metadata import DistillMetadata
 from .model import FamilyModel, open_model
 from .optimizers import check_optimizer
-from .prepare import prepare_data
+from .prepare import check_data, prepare_data
 from .search_stage import SearchConfig, search_plans
 from .trainer import check_training, distill
 
@@ -92,8 +92,10 @@ class ThreeStages:
         model = open_model(c.model)
         c.search.check(model.latent_shape(model.size(data.frames, data.height, data.width))[1])
         for training in (c.consistency_training, c.knowledge_training):
-            check_training(self._stage("consistency", c.consistency, training, ""))
+            stage = self._stage("consistency", c.consistency, training, "")
+            check_training(stage)
             check_optimizer(training)
+            check_data(stage, model)
 
     def consistency(self, name: str, teacher: str | Path = "", plan: str | Path = "", *, init: str | Path = "", **changes: Any) -> Path:
         """Stage 1 in the subfolder ``name``; the student starts from ``init`` or the teacher. ``changes`` are of the objective."""

@@ -32,7 +32,7 @@ from .lora import add_lora, lora_off
 from .metadata import DistillMetadata, read_metadata
 from .model import FamilyModel, open_model, read_plan, sparse_options
 from .optimizers import check_optimizer, make_optimizers
-from .prepare import PreparedData, prepare_data
+from .prepare import PreparedData, check_data, prepare_data
 from .samples import write_samples
 
 CONFIG = "config.toml"
@@ -49,6 +49,8 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     about = describe(config, model)
     check_objective(config, model, about)
     check_optimizer(config.training, sharded=is_sharding(accelerator))
+    if not (folder / CONFIG).is_file():
+        check_data(config, model)
     with accelerator.main_process_first():
         claim_folder(config, folder)
     result = result_file(folder, lora=config.model.train == "lora")

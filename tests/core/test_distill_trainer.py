@@ -326,6 +326,16 @@ def test_what_the_model_cannot_do_is_refused_before_the_folder_is_claimed(base, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("data", "message"), [({"source": "videos", "folder": "gone"}, "no folder 'gone'"), ({"source": "teacher", "captions": "gone"}, "no file")]
+)
+def test_missing_data_leave_the_folder_free(base, tmp_path, data, message):
+    run = config(base)
+    with pytest.raises(ValueError, match=message):
+        trainer.distill(dataclasses.replace(run, data=dataclasses.replace(run.data, **data)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_guidance_stays_known_when_a_distilled_model_is_distilled_on(base, tmp_path):
     first = trainer.distill(config(base, steps=1), tmp_path / "first")
     second = trainer.distill(config(first, steps=1, objective={"segments": 1, "guidance": None}), tmp_path / "second")

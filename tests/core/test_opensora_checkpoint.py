@@ -112,6 +112,7 @@ def test_a_truncated_file_says_so(folder):
         (lambda sd: sd | {"pos_embed.proj.weight": torch.zeros(24, 12, 2, 2)}, "image-to-video"),
         (lambda sd: sd | {"transformer_blocks.0.attn1.norm_q.weight": torch.zeros(1)}, "v1.3"),
         (lambda sd: {"blocks.0.self_attn.q.weight": torch.zeros(1)}, "is Wan"),
+        (lambda sd: {"diffusion_model.transformer_blocks.0.attn1.to_q.lora_up.weight": torch.zeros(1)}, "is a LoRA"),
         (lambda sd: {"something": torch.zeros(1)}, "no pos_embed.proj.weight"),
         (lambda sd: {k: v for k, v in sd.items() if "blocks.1.ff" not in k}, "4 tensors are missing"),
         (lambda sd: sd | {"extra": torch.zeros(1)}, "1 are unknown .extra"),

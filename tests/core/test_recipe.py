@@ -84,6 +84,7 @@ def test_loras_of_both_stages_belong_together(calls, tmp_path, monkeypatch, orde
         ({"search": {"thresholds": [-1.0]}}, "threshold is -1"),
         ({"search": {"candidates": "8"}}, "all mean full"),
         ({"knowledge_training": {"optimizer": "adamw8bit"}}, "bitsandbytes"),
+        ({"data": {"source": "videos", "folder": "gone"}}, "no folder 'gone'"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_at_once(calls, tmp_path, monkeypatch, values, message):
