@@ -28,7 +28,7 @@ class EVDiTSequenceParallel(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Open-Sora-Plan v1.2 or Wan 2.1 and 2.2, with LoRAs and EVDiTSparseAttention before it. It is not changed.",
+                    tooltip="Open-Sora-Plan v1.2 or Wan 2.1 and 2.2, with LoRAs and Sparse Attention before it. It is not changed.",
                 ),
                 io.String.Input(
                     "devices",

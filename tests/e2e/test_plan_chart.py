@@ -118,10 +118,10 @@ def test_a_searched_plan_outlives_undo(comfy):
     page.evaluate(f"{TOLD}('executed', {{ node: String({search}.id), output: {{ evdit_plan: ['0-5:2:6'] }} }})")
     chart = page.locator(".evdit-plan-chart:visible").first
     chart.get_by_text("2:6 × 6").wait_for()
-    page.evaluate(f"{search}.pos = [500, 200]")
+    page.evaluate("app.graph.add(LiteGraph.createNode('EVDiTReport'))")
     page.evaluate(RECORD)
     page.keyboard.press("Control+z")
-    page.wait_for_function(f"{search}?.pos[0] !== 500")
+    page.wait_for_function("app.graph.nodes.length === 1")
     chart.get_by_text("2:6 × 6").wait_for(timeout=10_000)
     # Under other settings it is not their plan.
     page.evaluate(f"(w => {{ w.value = 0.5; w.callback(0.5) }})({search}.widgets.find(w => w.name === 'threshold'))")
