@@ -77,7 +77,8 @@ class EVDiTSparseAttention(io.ComfyNode):
                     step=128,
                     tooltip=(
                         "Calls over fewer tokens than this stay dense, 0 to 10,000,000. In most models a token is a 2x2 patch of a "
-                        "latent frame, 16x16 pixels. 0 = always sparse; a few thousand spares small runs the overhead where dense is as fast."
+                        "latent frame, 16x16 pixels. 0 = always sparse; a few thousand spares small runs the overhead where dense is as "
+                        "fast."
                     ),
                 ),
                 io.Combo.Input(
