@@ -149,8 +149,10 @@ def _inputs(node: dict, declared: dict, sources: dict) -> dict:
     for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
         kind, options = spec[0], spec[1] if len(spec) > 1 else {}
         if (kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") or isinstance(kind, list)) and not options.get("forceInput"):
+            if not values:
+                continue  # a widget that a later ComfyUI appended: it has a default
             inputs[name] = values.pop(0)
-            if options.get("control_after_generate") or name in ("seed", "noise_seed"):
+            if values and (options.get("control_after_generate") or name in ("seed", "noise_seed")):
                 values.pop(0)
         if name in linked:
             inputs[name] = linked[name]
