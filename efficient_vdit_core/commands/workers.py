@@ -61,12 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _start(devices: tuple[str, ...], seconds: float) -> Any:
     from ..parallel.pool_file import default_pool_file, read_pool_file, remove_pool_file
-    from ..parallel.session import BY_HAND
+    from ..parallel.start_workers import Workers
 
-    try:
-        from ..parallel.start_workers import Workers
-    except ImportError:
-        raise ValueError(f"This build of the pack starts no processes itself. Start the pool in its folder: {BY_HAND}") from None
     old = read_pool_file(default_pool_file())
     if old is not None:
         remove_pool_file(default_pool_file(), old.pid)

@@ -17,7 +17,6 @@ from .messages import Tensors
 from .pool_file import PoolAddress, default_pool_file, read_pool_file, remove_pool_file
 
 log = logging.getLogger("efficient_vdit")
-BY_HAND = "torchrun --nproc-per-node 2 efficient_vdit_core/parallel/boot.py, with the number of GPUs."
 
 SELF_TEST_SECONDS = 10.0
 # Models that the workers hold at once; a workflow rarely has more than a high-noise and a low-noise one.
@@ -133,7 +132,7 @@ class Session:
             starter = importlib.import_module(".start_workers", __package__)
         except ImportError:
             raise RuntimeError(
-                f"No pool of workers is running, and this build of the pack starts none itself. Start one in its folder: {BY_HAND}"
+                "No pool of workers is running, and this build of the pack starts none itself. Start one with `evdit workers`."
             ) from None
         self.workers = starter.Workers(launch.devices, backend, peer_to_peer=peer_to_peer)
         self.pool = Pool(self.workers.wait(launch.start_timeout, poll))
