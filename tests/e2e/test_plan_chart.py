@@ -142,9 +142,20 @@ def test_figures_of_another_plan_are_not_shown(comfy):
     assert chart.get_by_text("22 sparse calls").count() == 1
 
 
-def test_the_wheel_zooms_the_canvas_there_too(comfy):
+def test_wheel_and_middle_button_move_the_canvas_there_too(comfy):
     page = comfy.open().page
-    plan_node(comfy).hover()
-    before = page.evaluate("app.canvas.ds.scale")
+    chart = plan_node(comfy)
+    chart.hover()
+    before = page.evaluate("[...app.canvas.ds.offset]")
+    at = chart.bounding_box()
+    x, y = at["x"] + at["width"] / 2, at["y"] + at["height"] / 2
+    page.mouse.down(button="middle")
+    page.mouse.move(x + 30, y + 20)
+    page.mouse.move(x + 60, y + 40)
+    page.mouse.up(button="middle")
+    page.wait_for_function(f"app.canvas.ds.offset[0] >= {before[0]} + 55", timeout=10_000)
+    page.mouse.move(x, y)  # the button is up
+    assert page.evaluate("app.canvas.ds.offset[0]") >= before[0] + 55
+    scale = page.evaluate("app.canvas.ds.scale")
     page.mouse.wheel(0, -300)
-    page.wait_for_function(f"app.canvas.ds.scale > {before}", timeout=10_000)
+    page.wait_for_function(f"app.canvas.ds.scale > {scale}", timeout=10_000)

@@ -9,6 +9,7 @@ const PLAN = "EVDIT_PLAN";
 const REPORT = "efficient_vdit.report";
 const MARGIN = 8; // px around the chart
 const USUAL = { frames: 21, depth: 32 }; // of the preview, until a run tells: 81 video frames, the paper's model
+const CANVAS = { wheel: "processMouseWheel", pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
 const charts = new WeakMap(); // node -> NodeChart
 const made = new Map(); // the plans that runs gave, by node and settings: undo and the page's tabs make nodes anew
 let texts = {};
@@ -43,12 +44,15 @@ class NodeChart {
     options.margin = MARGIN;
     const widget = node.addDOMWidget("tile_plan_chart", "tile_plan_chart", this.chart.element, options);
     widget.serialize = false;
-    // The canvas does not hear a wheel that turns over the chart.
-    this.chart.element.addEventListener("wheel", (event) => {
-      event.preventDefault();
-      event.stopPropagation();
-      app.canvas.processMouseWheel(event);
-    });
+    // The canvas hears nothing over an element: the page's own text boxes hand on the wheel and the middle button as well.
+    for (const [type, method] of Object.entries(CANVAS)) {
+      this.chart.element.addEventListener(type, (event) => {
+        if (type !== "wheel" && event.button !== 1 && !(event.buttons & 4)) return;
+        event.preventDefault();
+        event.stopPropagation();
+        app.canvas[method](event);
+      });
+    }
     for (const source of node.widgets) if (source !== widget) chain(source, "callback", () => this.changed(source));
     for (const event of ["onConfigure", "onConnectionsChange"]) chain(node, event, () => this.draw());
     this.draw();
