@@ -110,7 +110,7 @@ class OpenSoraPlan(comfy.model_base.BaseModel):
         if text.shape[-1] != expected:
             raise ValueError(
                 f"The conditioning has {text.shape[-1]} channels, expected {expected}: it comes from another text encoder "
-                "than this model was trained with. Load the encoder that belongs to the model with EVDiTTextEncoderLoader."
+                "than this model was trained with. Load the encoder that belongs to the model with Load Open-Sora-Plan Text Encoder."
             )
 
 
@@ -176,5 +176,5 @@ def _check_latent(noise: Tensor | None) -> None:
     if noise.ndim != 5 or noise.shape[1] != OpenSoraPlanLatent.latent_channels:
         raise ValueError(
             f"The latent has shape {tuple(noise.shape)}, expected (batch, 4, frames, height, width): it was encoded by another "
-            "VAE. Encode with EVDiTVAELoader's VAE, or start from an empty video latent (EmptyHunyuanLatentVideo)."
+            "VAE. Encode with the VAE of Load Open-Sora-Plan VAE, or start from an empty video latent (EmptyHunyuanLatentVideo)."
         )
