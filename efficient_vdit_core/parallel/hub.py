@@ -23,6 +23,8 @@ Message = dict[str, Any]
 GATHER_FAULTS_SECONDS = 0.5
 WHERE_SECONDS = 3.0
 FATAL_EXIT = 3
+# Requests in which ranks wait for one another: where one fails, the others would wait for ever.
+TOGETHER = ("self-test", "step")
 
 
 class Hub:
@@ -57,7 +59,7 @@ class Hub:
             if rank == 0:
                 self.tensors = tensors or {}
             self.answers[rank] = message
-            if "error" in message and self.request.get("do") == "step":
+            if "error" in message and self.request.get("do") in TOGETHER:
                 self._fault(rank, message)
             elif len(self.answers) == self.ranks:
                 every = [self.answers[r] for r in range(self.ranks)]
@@ -78,14 +80,9 @@ class Hub:
         self.end(FATAL_EXIT)
 
     def end(self, status: int) -> None:
-        """End every rank, this one last."""
-        for peer in list(self.peers.values()):
-            try:
-                peer.send({"do": "exit"})
-            except ConnectionEnded:
-                continue
+        """End this rank, and with it every other: they end when their connection here does."""
         if self.address_file:
-            remove_pool_file(Path(self.address_file), os.getpid())
+            remove_pool_file(Path(self.address_file), self.secret)
         os._exit(status)
 
     def _tell_main(self, message: Message, tensors: Tensors) -> None:
@@ -155,7 +152,8 @@ class Hub:
                     self.backlog.put((message, tensors))
         finally:
             with self.lock:
-                self.main = None
+                if self.main is connection:
+                    self.main = None
 
     def _pass_on(self) -> None:
         """Hands ComfyUI's requests to all ranks, one after another."""
@@ -178,7 +176,15 @@ class Hub:
         with self.lock:
             self.places = {0: self.where()}
         for peer in self.peers.values():
-            peer.send({"do": "where"})
+            # In threads: what a hanging rank was sent before may fill its connection.
+            threading.Thread(target=_try_to_send, args=(peer, {"do": "where"}), daemon=True).start()
         with self.lock:
             self.lock.wait_for(lambda: len(self.places) == self.ranks, WHERE_SECONDS)
             return {str(rank): place for rank, place in self.places.items()}
+
+
+def _try_to_send(peer: Connection, message: Message) -> None:
+    try:
+        peer.send(message)
+    except ConnectionEnded:
+        pass  # the thread that receives from it says so

@@ -76,8 +76,7 @@ class Worker:
         store.set(CONTROL, json.dumps({"host": s.listen, "port": port, "secret": secret}))
         self.hub.wait_for_ranks(JOIN_SECONDS)
         if s.address_file:
-            address = PoolAddress(s.listen, port, secret, s.ranks, os.getpid(), s.devices, s.logs)
-            write_pool_file(Path(s.address_file), address)
+            write_pool_file(Path(s.address_file), PoolAddress(s.listen, port, secret, s.ranks, s.devices))
 
     def _listen(self, connection: Connection) -> None:
         try:
@@ -85,8 +84,6 @@ class Worker:
                 message, tensors = connection.receive()
                 if message["do"] == "where":
                     connection.send({"where": self.where()})
-                elif message["do"] == "exit":
-                    os._exit(0)
                 else:
                     self.requests.put((message, tensors))
         except ConnectionEnded:

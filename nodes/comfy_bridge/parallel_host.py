@@ -102,7 +102,8 @@ class ComfyHost:
         nodes = importlib.import_module("nodes")
         for kind, path in packs.items():
             if kind not in nodes.NODE_CLASS_MAPPINGS and not asyncio.run(nodes.load_custom_node(path, module_parent="custom_nodes")):
-                raise ValueError(f"The node {kind} cannot run in the workers: its pack did not load there; their logs say why.")
+                log = self.settings.log or "the workers' output"
+                raise ValueError(f"The node {kind} cannot run in the workers: its pack did not load there; {log} says why.")
 
     def _build(self, prompt: dict[str, Any], source: list[Any]) -> Any:
         """Run the part of the prompt that makes the model."""
