@@ -39,7 +39,7 @@ class Launch:
 
 
 class Session:
-    """Safe for several threads; one request at a time."""
+    """Safe for several threads; one request at a time. ``failures`` counts how often no pool with the model could be had."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -48,6 +48,7 @@ class Session:
         self.devices: tuple[str, ...] = ()
         self.opened: list[str] = []
         self.tests: list[Message] = []
+        self.failures = 0
 
     def ready(self, launch: Launch, poll: Poll | None = None) -> Pool:
         """A pool on the launch's devices with the launch's model built. Raises ValueError, RuntimeError or TimeoutError saying why not."""
@@ -143,11 +144,11 @@ class Session:
 
 
 def starter() -> Any:
-    """The module that starts processes. Raises RuntimeError where the pack is the registry's, which has none."""
+    """The module that starts processes. Raises ValueError where the pack is the registry's, which has none."""
     try:
         return importlib.import_module(".start_workers", __package__)
     except ImportError:
-        raise RuntimeError(
+        raise ValueError(
             "No pool of workers is running, and the registry's build of the pack starts none itself. Start one with torchrun, as "
             "the help page of EVDiTSequenceParallel says, or use a clone of the pack."
         ) from None

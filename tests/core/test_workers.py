@@ -334,11 +334,12 @@ def test_a_pool_file_that_others_can_read_is_not_trusted():
     default_pool_file().unlink()
 
 
-def test_a_build_without_the_start_up_file_says_how_to_start_a_pool(monkeypatch):
-    """The registry's archive: it attaches to a running pool, and starts none."""
+@pytest.mark.parametrize("devices", [("cpu", "cpu"), ("cuda:0", "cuda:1")])
+def test_a_build_without_the_start_up_file_says_how_to_start_a_pool(monkeypatch, devices):
+    """The registry's archive: it attaches to a running pool, and starts none; the GPUs are not to blame."""
     monkeypatch.setitem(sys.modules, "efficient_vdit_core.parallel.start_workers", None)
-    with pytest.raises(RuntimeError, match="starts none itself. Start one with torchrun"):
-        Session().ready(launch())
+    with pytest.raises(ValueError, match="starts none itself. Start one with torchrun"):
+        Session().ready(Launch(devices, "model", {"host": HOST}))
 
 
 @pytest.mark.parametrize("text", ["a", "0,0", "0;1", "", "-1", "cuda:0", "999", ",".join(["cpu"] * 5000)])
