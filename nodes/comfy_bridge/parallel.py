@@ -94,9 +94,9 @@ def _redirected(model: Any, launch: Launch, scheme: str, after_run: str) -> Any:
             patched.remove_wrappers_with_key(kind, key)
     # No attention call comes by here, which the sparse node's report would take for a fault.
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, patch.WRAPPER_KEY)
-    run, hooks = Run(), _hooks(patched.model_options["transformer_options"])
+    run, hooks, modules = Run(), _hooks(patched.model_options["transformer_options"]), set(patched.object_patches)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _send_step(launch, scheme, run, hooks))
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _after(run, len(launch.devices), after_run, set(patched.object_patches)))
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _after(run, len(launch.devices), after_run, modules))
     patched.set_additional_models(WRAPPER_KEY, [_memory_watch()])
     return patched
 
@@ -113,8 +113,8 @@ def _send_step(launch: Launch, scheme: str, run: Run, hooks: list[str]) -> Any:
             raise ValueError("A ControlNet acts on this run, which the workers cannot apply. Remove it, or bypass EVDiTSequenceParallel.")
         if _hooks(transformer_options or {}) != hooks:
             raise ValueError(
-                "A node hooks the model's blocks in some of its evaluations (such as skip-layer or perturbed-attention guidance), or stands "
-                "behind EVDiTSequenceParallel: the workers cannot see that. Remove it, or bypass EVDiTSequenceParallel."
+                "A node hooks the model's blocks in some of its evaluations (such as skip-layer or perturbed-attention guidance), or "
+                "stands behind EVDiTSequenceParallel: the workers cannot see that. Remove it, or bypass EVDiTSequenceParallel."
             )
         options = {name: value for name, value in (transformer_options or {}).items() if name in _FORWARD_OPTIONS}
         tensors: dict[str, Tensor] = {}

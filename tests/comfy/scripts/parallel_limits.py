@@ -94,9 +94,10 @@ lines = log_lines()
 shared(sparse(model))
 facts["log of a forecast"] = list(lines)
 
-session, marks = HereInstead(model, RuntimeError("rank 1 ended while it started")), []
-for session.fault in (session.fault, None, ValueError("a model that cannot be shared out")):
-    assert (shared(model, session=session, strict=False) is model) == (session.fault is not None)
+session, marks = HereInstead(model), []
+for fault in (RuntimeError("rank 1 ended while it started"), None, ValueError("a model that cannot be shared out")):
+    session.fault = fault
+    assert (shared(model, session=session, strict=False) is model) == (fault is not None)
     marks.append(node.fingerprint_inputs(devices="cpu,cpu", scheme="auto"))
 facts["marks"] = marks
 facts["mark of one device"] = node.fingerprint_inputs(devices="cpu")
