@@ -63,7 +63,13 @@ class Session:
             assert self.pool is not None
             if launch.key not in self.opened:
                 wanted = [*self.opened[-MODELS_KEPT + 1 :], launch.key]
-                self._ask({"do": "open", "key": launch.key, "keep": wanted, **launch.opening}, None, launch.start_timeout, poll)
+                about = {"do": "open", "key": launch.key, "keep": wanted, **launch.opening}
+                built, _ = self._ask(about, None, launch.start_timeout, poll)
+                if len({said.get("plan") for said in built}) > 1:
+                    raise ValueError(
+                        "The workers' models have different plans, expected the same in each: a search before this node found something "
+                        "else in each of them. Save the plan of one search, and load it."
+                    )
                 self.opened = wanted
             return self.pool
 

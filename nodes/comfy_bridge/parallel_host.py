@@ -31,17 +31,20 @@ class ComfyHost:
         self.current = ""
 
     def open(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Build the model of ``message["key"]``, unless it is there. Raises ValueError naming the node that stands in the way."""
+        """Build the model of ``message["key"]``, unless it is there, and tell its plan.
+
+        Raises ValueError naming the node that stands in the way.
+        """
         if self.executor is None:
             self.executor = self._start_comfyui(message["comfyui"])
+        from .sharding import plan_text, shard_model
+
         if message["key"] not in self.models:
             self._load_packs(message["packs"])
-            from .sharding import shard_model
-
             self.models[message["key"]] = shard_model(self._build(message["prompt"], message["source"]), self.wire)
         for key in set(self.models) - set(message["keep"]):
             del self.models[key]
-        return {"models": len(self.models)}
+        return {"plan": plan_text(self.models[message["key"]])}
 
     def offload(self) -> None:
         """Free the device; the weights stay in main memory."""

@@ -318,6 +318,10 @@ def test_a_rank_of_a_headless_comfyui_computes_the_same(facts, name):
     assert facts[name]["error"] <= 1e-4 and facts[name]["bytes"] > 0
 
 
+def test_a_rank_tells_its_plan(facts):
+    assert facts["plan of osp"] == facts["plan of wan"] == "all:1 1:full"
+
+
 def test_both_schemes_were_used(facts):
     """dense_blocks keeps layer 1 full, the others are sparse."""
     assert facts["osp"]["by"]["rb partial rows"] and facts["osp"]["by"]["ulysses to heads"]

@@ -99,6 +99,17 @@ def test_a_model_that_cannot_be_built_is_refused_and_the_pool_lives(session):
     assert pids(session) == before
 
 
+def test_plans_that_differ_between_ranks_are_refused(session):
+    """Each rank runs the nodes before; a search that measures times finds another plan in each, and their exchanges would not match."""
+    step(session)
+    before = pids(session)
+    for _ in range(2):  # and not taken for built the second time
+        with pytest.raises(ValueError, match="The workers' models have different plans"):
+            step(session, launch(key="differ", opening={"host": HOST, "trouble": "differ"}))
+    step(session)
+    assert pids(session) == before
+
+
 def test_cancel_leaves_the_pool_alive(session):
     step(session)
     before = pids(session)
