@@ -30,6 +30,8 @@ log = logging.getLogger("efficient_vdit")
 WRAPPER_KEY = "efficient_vdit_parallel"
 NODE = "EVDiTSequenceParallel"
 AFTER_RUN = ["keep", "offload", "stop"]
+# What acts below the sampler: in the workers, where the same nodes have run. The other kinds of wrappers act here.
+_IN_WORKERS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 # Options of a forward that the workers' own hooks may read; the others are callables of this process.
 _FORWARD_OPTIONS = ("sigmas", "sample_sigmas", "cond_or_uncond")
 # The sizes that the report forecasts for, in tokens: the supported models patch 4 x 16 x 16 pixels into one.
@@ -61,6 +63,7 @@ def parallelize(model: Any, *, devices: str, scheme: str, start_timeout: float, 
     try:
         names = parse_devices(devices)
         find_shardable(model)
+        _refuse_split_state(model)
         if len(names) < 2:
             raise ValueError(f"One device was found ({', '.join(names)}), expected two or more: there is nothing to share out.")
         key, opening = recipe(prompt, node_id, NODE)
@@ -88,8 +91,7 @@ def _redirected(model: Any, launch: Launch, scheme: str, after_run: str) -> Any:
     patched = model.clone()
     patched.load_device = torch.device("cpu")
     patched.patches, patched.patches_uuid = {}, uuid.uuid4()
-    # What acts below the sampler acts in the workers, where the same nodes have run; here it would act twice.
-    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
+    for kind in _IN_WORKERS:  # else they would act twice
         for key in list(patched.wrappers.get(kind, {})):
             patched.remove_wrappers_with_key(kind, key)
     # No attention call comes by here, which the sparse node's report would take for a fault.
@@ -171,9 +173,20 @@ def _refuse_hooks(guider: Any) -> None:
             raise ValueError("The conditioning carries hooks (a LoRA or schedule of its own), which the workers cannot apply. Remove them.")
 
 
+def _refuse_split_state(model: Any) -> None:
+    """Raises where wrappers of one key act both here and in the workers, as EasyCache's do: they share a state of the run."""
+    kinds = [(key, kind in _IN_WORKERS) for kind, found in model.wrappers.items() for key in found if key not in (None, patch.WRAPPER_KEY)]
+    split = sorted({str(key) for key, inside in kinds if inside and (key, False) in kinds})
+    if split:
+        raise ValueError(
+            f"{', '.join(split)} shares what it remembers between the sampler and the model, which run in different processes here. "
+            "Remove that node, or bypass EVDiTSequenceParallel."
+        )
+
+
 def _refuse_patches(patcher: Any, known: set[str]) -> None:
     """Raises where a node behind ours has changed the model: the workers have run only those before it."""
-    wrappers = {key for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL) for key in patcher.wrappers.get(kind, {})}
+    wrappers = {key for kind in _IN_WORKERS for key in patcher.wrappers.get(kind, {})}
     modules = [name for name in set(patcher.object_patches) - known if name.startswith("diffusion_model")]
     if patcher.patches or modules or wrappers != {WRAPPER_KEY}:
         raise ValueError(

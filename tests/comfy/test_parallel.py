@@ -347,7 +347,11 @@ def test_hooks_that_come_with_a_call_are_refused(limits, name):
     assert "A node hooks the model's blocks in some of its evaluations" in limits[name]
 
 
-@pytest.mark.parametrize("name", ["a LoRA behind", "sparse attention behind"])
+def test_a_cache_between_sampler_and_model_is_refused(limits):
+    assert "easycache shares what it remembers between the sampler and the model" in limits["EasyCache, before"]
+
+
+@pytest.mark.parametrize("name", ["a LoRA behind", "sparse attention behind", "EasyCache, behind"])
 def test_a_patch_behind_the_node_is_refused(limits, name):
     assert "where the workers cannot see it. Place EVDiTSequenceParallel last" in limits[name]
 

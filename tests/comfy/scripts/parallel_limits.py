@@ -7,6 +7,7 @@ import sys  # isort: skip
 
 import comfy.model_patcher  # isort: skip
 import comfy.samplers  # isort: skip
+from comfy_extras.nodes_easycache import EasyCacheNode  # isort: skip
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT  # isort: skip
 
 pack = load_pack()
@@ -75,9 +76,13 @@ def run(chosen):
     return sample(chosen, comfy.samplers.sampler_object("euler"), sigmas, noise, text)
 
 
-def refusal(chosen):
+def cached(source):
+    return call(EasyCacheNode, model=source, reuse_threshold=0.2, start_percent=0.0, end_percent=1.0, verbose=False)[0]
+
+
+def refusal(act):
     try:
-        run(chosen)
+        act()
     except ValueError as error:
         return str(error)
     return ""
@@ -85,10 +90,12 @@ def refusal(chosen):
 
 facts = {
     "hooks before it": float((run(shared(hooked(model))) - run(model)).abs().max()),
-    "skipped layers, before": refusal(shared(skipping(model))),
-    "skipped layers, behind": refusal(skipping(shared(model))),
-    "a LoRA behind": refusal(with_lora(shared(model))),
-    "sparse attention behind": refusal(sparse(shared(model))),
+    "skipped layers, before": refusal(lambda: run(shared(skipping(model)))),
+    "skipped layers, behind": refusal(lambda: run(skipping(shared(model)))),
+    "a LoRA behind": refusal(lambda: run(with_lora(shared(model)))),
+    "sparse attention behind": refusal(lambda: run(sparse(shared(model)))),
+    "EasyCache, before": refusal(lambda: shared(cached(model))),
+    "EasyCache, behind": refusal(lambda: run(cached(shared(model)))),
 }
 lines = log_lines()
 shared(sparse(model))
