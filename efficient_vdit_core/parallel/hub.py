@@ -22,6 +22,8 @@ Message = dict[str, Any]
 # How long other ranks' words are awaited after the first fault: one that lost its peer may speak before the loss is seen.
 GATHER_FAULTS_SECONDS = 0.5
 WHERE_SECONDS = 3.0
+# How long the next ComfyUI is kept waiting for the end of the one before to be noticed.
+LEAVE_SECONDS = 1.0
 FATAL_EXIT = 3
 # Requests in which ranks wait for one another: where one fails, the others would wait for ever.
 TOGETHER = ("self-test", "step")
@@ -36,6 +38,7 @@ class Hub:
         self.run_here, self.where, self.address_file = run_here, where, address_file
         self.lock = threading.Condition()
         self.peers: dict[int, Connection] = {}
+        self.versions: dict[int, str] = {}
         self.main: Connection | None = None
         self.request: Message = {}
         self.answers: dict[int, Message] = {}
@@ -47,11 +50,15 @@ class Hub:
             threading.Thread(target=loop, daemon=True).start()
 
     def wait_for_ranks(self, seconds: float) -> None:
-        """Returns once every other rank is connected. Raises TimeoutError naming the ones that are not."""
+        """Returns once every other rank is connected. Raises TimeoutError naming the ones that are not, RuntimeError for other versions."""
         with self.lock:
             if not self.lock.wait_for(lambda: len(self.peers) == self.ranks - 1, seconds):
                 missing = sorted(set(range(1, self.ranks)) - set(self.peers))
                 raise TimeoutError(f"Ranks {missing} did not reach rank 0 in {seconds:.0f} s. Look at their logs.")
+            other = {rank: version for rank, version in self.versions.items() if version != __version__}
+        if other:
+            found = ", ".join(f"rank {rank} is {version}" for rank, version in sorted(other.items()))
+            raise RuntimeError(f"Rank 0 is version {__version__} of Efficient-vDiT, {found}. Install the same on every machine.")
 
     def answer(self, rank: int, message: Message, tensors: Tensors | None = None) -> None:
         """Rank ``rank``'s answer to the request; the last one sends them all to ComfyUI, with rank 0's tensors."""
@@ -104,15 +111,15 @@ class Hub:
         try:
             hello, _ = connection.receive()
             if hello.get("role") == "rank":
-                self._serve_rank(int(hello["rank"]), connection)
+                self._serve_rank(int(hello["rank"]), str(hello.get("version")), connection)
             elif self._welcome(hello, connection):
                 self._serve_main(connection)
         except (ConnectionEnded, ValueError, KeyError):
             connection.close()
 
-    def _serve_rank(self, rank: int, connection: Connection) -> None:
+    def _serve_rank(self, rank: int, version: str, connection: Connection) -> None:
         with self.lock:
-            self.peers[rank] = connection
+            self.peers[rank], self.versions[rank] = connection, version
             self.lock.notify_all()
         try:
             while True:
@@ -133,7 +140,7 @@ class Hub:
         if hello.get("version") != __version__:
             refusal = f"the workers are version {__version__} of Efficient-vDiT, ComfyUI has {hello.get('version')}: start them anew"
         with self.lock:
-            if self.main is not None:
+            if not self.lock.wait_for(lambda: self.main is None, LEAVE_SECONDS):
                 refusal = "another ComfyUI uses these workers"
             if not refusal:
                 self.main = connection
@@ -154,6 +161,8 @@ class Hub:
             with self.lock:
                 if self.main is connection:
                     self.main = None
+                    self.lock.notify_all()
+            self.backlog.put(({"do": "offload", "id": 0}, {}))  # nobody else would free the devices
 
     def _pass_on(self) -> None:
         """Hands ComfyUI's requests to all ranks, one after another."""

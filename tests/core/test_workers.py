@@ -160,7 +160,7 @@ def test_a_rank_that_stands_still_before_the_step_is_named(session, rank):
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(30)
+    thread.join(60)
     assert found and f"rank {rank} does not answer. Raise step_timeout" in found[0]
     assert gone(before)
 
@@ -304,11 +304,32 @@ def test_many_open_files_do_no_harm(session):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_the_end_of_one_comfyui_does_not_cut_off_the_next(monkeypatch):
+def test_a_comfyui_that_goes_leaves_no_model_on_the_devices(session):
+    step(session)
+    address = session.pool.address
+    session.pool.close()
+    after = Pool(address)
+    ranks, _ = after.ask({"do": "step", "key": "model"}, {"x": X}, timeout=START)
+    after.close()
+    assert all(said["built"][-1] == "offloaded" for said in ranks)
+
+
+def test_a_rank_of_another_version_is_named():
+    """As on a second machine whose pack was not updated."""
+    listener, secret = listen("127.0.0.1"), new_secret()
+    hub = Hub(listener, secret, 2, lambda *_: None, str, "")
+    hub.end = lambda status: None  # else the loss of that rank would end this process
+    rank = connect(*listener.getsockname(), secret)
+    rank.send({"role": "rank", "rank": 1, "version": "99.0"})
+    with pytest.raises(RuntimeError, match=r"of Efficient-vDiT, rank 1 is 99\.0\. Install the same on every machine"):
+        hub.wait_for_ranks(5.0)
+
+
+def test_the_end_of_one_comfyui_does_not_cut_off_the_next():
     """What receives from the first may see its end only after the second was let in."""
     listener, secret = listen("127.0.0.1"), new_secret()
     hub = Hub(listener, secret, 1, lambda message, _: hub.answer(0, {}), str, "")
-    monkeypatch.setattr(hub, "end", lambda status: None)  # else it would end this process
+    hub.end = lambda status: None  # else a fault would end this process
     address = PoolAddress(*listener.getsockname(), secret, 1)
     first = Pool(address)
     hub.main = None  # as a failed answer leaves it
