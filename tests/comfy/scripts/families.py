@@ -37,9 +37,11 @@ def patched(model, k: int):
     return call(pack["EVDiTSparseAttention"], model=model, plan=Spy.uniform(k), **settings)[0]
 
 
-def run(model, case: Case):
-    """Two steps with guidance through ComfyUI's own guider, flat."""
+def run(model, case: Case, changed: int | None = None):
+    """Two steps with guidance through ComfyUI's own guider, flat; ``changed`` is a latent frame that gets other noise."""
     x, cond, noise_mask = inputs(case)
+    if changed is not None:
+        (x.unbind()[0] if x.is_nested else x)[:, :, changed] += 1.0
     negative = [[cond[0][0] * 0.5, cond[0][1]]]
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(cond, negative)
@@ -56,8 +58,14 @@ def live_tiles(case: Case):
     prefix, frames, size, suffix = case.layout
     owner = torch.tensor([0] * prefix + [f for f in range(frames) for _ in range(size)] + [0] * suffix)
     live = (owner[:, None] == owner) | (owner[:, None] == 0) | (owner == 0)
-    live[:, len(owner) - case.padding :] = False
+    live[:, list(case.padding)] = False
     return live
+
+
+def expected_places(case: Case) -> list[list[int]]:
+    """The tokens of each frame by the case's layout."""
+    prefix, frames, size, _ = case.layout
+    return [list(range(prefix + t * size, prefix + (t + 1) * size)) for t in range(frames)]
 
 
 def masked_oracle(case: Case, calls: list):
@@ -76,6 +84,27 @@ def masked_oracle(case: Case, calls: list):
         return out if skip_output_reshape else out.transpose(1, 2).flatten(-2)
 
     return override
+
+
+def where_frames_stand(model, case: Case) -> list[list[int]]:
+    """For each latent frame the tokens whose queries change with it, in the first attention call over the whole sequence."""
+    prefix, frames, size, suffix = case.layout
+    seen: list[torch.Tensor] = []
+
+    def override(func, q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
+        if q.shape == k.shape and q.shape[2 if skip_reshape else 1] == prefix + frames * size + suffix:
+            seen.append(q.transpose(1, 2).flatten(2) if skip_reshape else q)
+        return func(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, **kwargs)
+
+    def first_queries(changed: int | None) -> torch.Tensor:
+        seen.clear()
+        watched = model.clone()
+        watched.model_options["transformer_options"][OVERRIDE] = override
+        run(watched, case, changed)
+        return seen[0]
+
+    before = first_queries(None)
+    return [(first_queries(t) != before).any(-1).any(0).nonzero().flatten().tolist() for t in range(frames)]
 
 
 def latent_of(case: Case) -> tuple[dict, list]:
@@ -124,6 +153,7 @@ def facts(case: Case) -> dict:
     judge.model_options["transformer_options"][OVERRIDE] = masked_oracle(case, calls)
     want = run(judge, case)
     return {
+        "frames stand": where_frames_stand(model, case) == expected_places(case),
         "finite": bool(torch.isfinite(want).all()),
         "layers": Spy.asked == list(case.layers) * ran,
         "depth": families.find_family(diffusion_model).depth(diffusion_model),

@@ -73,7 +73,7 @@ class Case:
         layout: tokens before the video, frames, tokens of a frame, tokens behind the video.
         layers: the layer of each self-attention over the video, in the order of the calls.
         conds: entries of the conditioning.
-        padding: masked tokens at the end of ``layout``.
+        padding: where masked text stands in the sequence.
         single: one video and no guidance, where ComfyUI itself takes no more.
         newer: settings that only versions from 0.8 on know.
     """
@@ -86,7 +86,7 @@ class Case:
     text: tuple[int, int] = (7, TEXT)
     conds: dict[str, Any] = field(default_factory=dict)
     audio: tuple[int, ...] = ()
-    padding: int = 0
+    padding: range = range(0)
     batch: int = 2
     single: bool = False
     newer: dict[str, Any] = field(default_factory=dict)
@@ -147,13 +147,20 @@ def _cases() -> dict[str, Case]:
         "wan animate": Case("WAN22_Animate", {**WAN, "model_type": "animate", "in_dim": 36, "num_layers": 5}, even, (0, 5, 6, 0),
                             tuple(range(5)), conds={"pose_video_latent": noise(1, 16, 4, 4, 6)}, batch=1),
     }  # fmt: skip
+    text_first = comfyui_version() >= (0, 14)
+
+    def around(text: int, reference: int, frames: int, size: int) -> tuple[int, int, int, int]:
+        """HunyuanVideo's layout: ComfyUI 0.14 moved the text before the video."""
+        return (text + reference, frames, size, 0) if text_first else (reference, frames, size, text)
+
     hunyuan = {
-        "hunyuan": Case("HunyuanVideo", HUNYUAN, even, (0, 5, 6, 7), tuple(range(5)), conds=pooled, newer=NEWER_HUNYUAN),
-        "hunyuan with a reference": Case("HunyuanVideo", HUNYUAN, even, (6, 5, 6, 7), tuple(range(5)), newer=NEWER_HUNYUAN, single=True,
-                                         conds={**pooled, "ref_latent": noise(1, 16, 1, 4, 6), "guiding_frame_index": 0}),
-        "hunyuan with padded text": Case("HunyuanVideo", HUNYUAN, even, (0, 5, 6, 7), tuple(range(5)), padding=3, single=True,
-                                         newer=NEWER_HUNYUAN, conds={**pooled, "attention_mask": mask(4, 3)}),
-        "hunyuan 1.5": Case("HunyuanVideo15", HUNYUAN_15, (32, 5, 3, 5), (0, 5, 15, 9 + 4 + 7), tuple(range(5)), conds={
+        "hunyuan": Case("HunyuanVideo", HUNYUAN, even, around(7, 0, 5, 6), tuple(range(5)), conds=pooled, newer=NEWER_HUNYUAN),
+        "hunyuan with a reference": Case("HunyuanVideo", HUNYUAN, even, around(7, 6, 5, 6), tuple(range(5)), newer=NEWER_HUNYUAN,
+                                         single=True, conds={**pooled, "ref_latent": noise(1, 16, 1, 4, 6), "guiding_frame_index": 0}),
+        "hunyuan with padded text": Case("HunyuanVideo", HUNYUAN, even, around(7, 0, 5, 6), tuple(range(5)), single=True,
+                                         padding=range(4, 7) if text_first else range(34, 37), newer=NEWER_HUNYUAN,
+                                         conds={**pooled, "attention_mask": mask(4, 3)}),
+        "hunyuan 1.5": Case("HunyuanVideo15", HUNYUAN_15, (32, 5, 3, 5), around(9 + 4 + 7, 0, 5, 15), tuple(range(5)), conds={
             **pooled, "clip_vision_output": vision(9, 1152), "conditioning_byt5small": noise(1, 4, 1472)}),
     }  # fmt: skip
     dropped = 5 if comfyui_version() >= (0, 8) else 0  # earlier versions keep all guide tokens
