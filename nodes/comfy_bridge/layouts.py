@@ -87,16 +87,22 @@ def wan_reference(size: Sequence[int], model: Any, text: Tensor | None, conds: C
 
 
 def hunyuan_video(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
-    """[reference image | video | text, ByT5 and vision tokens]; the token refiner attends over the text alone."""
+    """[reference image | video | text, ByT5 and vision tokens]; the token refiner attends over the text alone.
+
+    Newer versions put all text in front. Where it is padded as well, its mask is in the midst of the sequence, and stays one.
+    """
     if len(model.patch_size) != 3:
         raise UnknownLayout("the model makes images")
     reference = conds.get("ref_latent")
     prefix = 0 if reference is None else patch_grid(reference.shape, model.patch_size).tokens
-    suffix = _length(text)
+    words = _length(text)
     for name, module in (("txt_byt5", "byt5_in"), ("clip_fea", "vision_in")):
-        suffix += _length(conds.get(name)) if getattr(model, module, None) is not None else 0
-    padding = _padding(conds.get("attention_mask"), _length(text)) if suffix == _length(text) else 0
-    return Tokens(TokenLayout(patch_grid(size, model.patch_size), prefix, suffix), (_length(text),), padding)
+        words += _length(conds.get(name)) if getattr(model, module, None) is not None else 0
+    grid = patch_grid(size, model.patch_size)
+    if not getattr(model.double_blocks[0], "flipped_img_txt", False):
+        return Tokens(TokenLayout(grid, words + prefix), (_length(text),))
+    padding = _padding(conds.get("attention_mask"), words) if words == _length(text) else 0
+    return Tokens(TokenLayout(grid, prefix, words), (_length(text),), padding)
 
 
 def _padding(mask: Tensor | None, length: int) -> int:

@@ -44,6 +44,12 @@ def test_each_self_attention_is_met_once_and_with_its_layer(facts, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_frames_stand_where_the_layout_says(facts, name):
+    prefix, frames, size, _ = facts["layout"]
+    assert facts["last frame"] == [prefix + (frames - 1) * size, prefix + frames * size]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_report_is_complete_and_warns_of_nothing(facts, name):
     (line,) = facts["lines"]
     assert re.search(rf"^Efficient-vDiT: {facts['sparse calls']} attention calls sparse at mean density 0\.\d\d; dense: ", line)

@@ -12,7 +12,7 @@ import traceback
 from host import call, load_pack, log_lines, torch  # isort: skip
 import comfy.samplers  # isort: skip
 import comfy.supported_models  # isort: skip
-from tiny_models import CASES, Case, build, inputs  # isort: skip
+from tiny_models import CASES, Case, build, inputs, text_first  # isort: skip
 
 OVERRIDE = "optimized_attention_override"
 pack = load_pack()
@@ -37,9 +37,10 @@ def patched(model, k: int):
     return call(pack["EVDiTSparseAttention"], model=model, plan=Spy.uniform(k), **settings)[0]
 
 
-def run(model, case: Case):
-    """Two steps with guidance through ComfyUI's own guider, flat."""
+def run(model, case: Case, change: float = 0.0):
+    """Two steps with guidance through ComfyUI's own guider, flat; ``change`` is added to the video's last latent frame."""
     x, cond, noise_mask = inputs(case)
+    (x.unbind()[0] if x.is_nested else x)[:, :, case.layout[1] - 1] += change
     negative = [[cond[0][0] * 0.5, cond[0][1]]]
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(cond, negative)
@@ -76,6 +77,32 @@ def masked_oracle(case: Case, calls: list):
         return out if skip_output_reshape else out.transpose(1, 2).flatten(-2)
 
     return override
+
+
+def tokens_of_the_last_frame(model, case: Case) -> list[int]:
+    """Where the first self-attention over the video sees that the video's last latent frame has changed: first token and end."""
+    before, after = (first_queries(model, case, change) for change in (0.0, 1.0))
+    changed = ((before - after).abs().amax((0, 1, 3)) > 1e-5).nonzero().flatten()
+    start, stop = int(changed[0]), int(changed[-1]) + 1
+    assert stop - start == len(changed), "the tokens of a frame stand together"
+    return [start, stop]
+
+
+def first_queries(model, case: Case, change: float):
+    """q (B, H, N, D) of the first self-attention over the video."""
+    prefix, frames, size, suffix = case.layout
+    seen = []
+
+    def override(func, q, k, v, heads, *args, skip_reshape=False, **kwargs):
+        shaped = q if skip_reshape else q.unflatten(-1, (heads, -1)).transpose(1, 2)
+        if q.shape == k.shape and shaped.shape[2] == prefix + frames * size + suffix:
+            seen.append(shaped.clone())
+        return func(q, k, v, heads, *args, skip_reshape=skip_reshape, **kwargs)
+
+    looked_at = model.clone()
+    looked_at.model_options["transformer_options"][OVERRIDE] = override
+    run(looked_at, case, change)
+    return seen[0]
 
 
 def latent_of(case: Case) -> tuple[dict, list]:
@@ -117,6 +144,8 @@ def facts(case: Case) -> dict:
     lines.clear()
     sparse = run(patched(model, 1), case)
     ran = len(forwards) - before
+    if case.padding and text_first():
+        why = "masked text in the midst of the sequence stays dense"
     if why:
         return {"skipped": why, "lines": list(lines), "changed": float((sparse - dense).abs().max())}
     calls: list[int] = []
@@ -130,6 +159,8 @@ def facts(case: Case) -> dict:
         "calls": len(calls) == len(case.layers) * ran,
         "lines": list(lines),
         "sparse calls": len(case.layers) * ran,
+        "layout": case.layout,
+        "last frame": tokens_of_the_last_frame(model, case),
         "searched": {error: searched(model, case, error) for error in ("attention", "block")},
         "mapped": mapped(model, case),
         "all frames": same / scale,

@@ -3,6 +3,7 @@
 The numbers of tokens are written down here by hand, apart from the pack's own rules.
 """
 
+import inspect
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +74,7 @@ class Case:
         layout: tokens before the video, frames, tokens of a frame, tokens behind the video.
         layers: the layer of each self-attention over the video, in the order of the calls.
         conds: entries of the conditioning.
-        padding: masked tokens at the end of ``layout``.
+        padding: masked tokens at the end of ``layout``; versions that put them in its midst skip the case.
         single: one video and no guidance, where ComfyUI itself takes no more.
         newer: settings that only versions from 0.8 on know.
     """
@@ -116,6 +117,17 @@ def guides(frames: int, h: int, w: int, dropped: int = 0):
     return latent_to_pixel_coords(coords, (8, 32, 32), causal_fix=True), values
 
 
+def text_first() -> bool:
+    """Whether this version's HunyuanVideo puts the text before the video."""
+    from comfy.ldm.flux.layers import DoubleStreamBlock
+
+    return "flipped_img_txt" not in inspect.signature(DoubleStreamBlock.__init__).parameters
+
+
+def hunyuan_layout(prefix: int, frames: int, size: int, text: int) -> tuple[int, int, int, int]:
+    return (text + prefix, frames, size, 0) if text_first() else (prefix, frames, size, text)
+
+
 def _cases() -> dict[str, Case]:
     pooled = {"pooled_output": noise(1, 24)}
     masked = {"attention_mask": mask(7)}
@@ -148,12 +160,13 @@ def _cases() -> dict[str, Case]:
                             tuple(range(5)), conds={"pose_video_latent": noise(1, 16, 4, 4, 6)}, batch=1),
     }  # fmt: skip
     hunyuan = {
-        "hunyuan": Case("HunyuanVideo", HUNYUAN, even, (0, 5, 6, 7), tuple(range(5)), conds=pooled, newer=NEWER_HUNYUAN),
-        "hunyuan with a reference": Case("HunyuanVideo", HUNYUAN, even, (6, 5, 6, 7), tuple(range(5)), newer=NEWER_HUNYUAN, single=True,
+        "hunyuan": Case("HunyuanVideo", HUNYUAN, even, hunyuan_layout(0, 5, 6, 7), tuple(range(5)), conds=pooled, newer=NEWER_HUNYUAN),
+        "hunyuan with a reference": Case("HunyuanVideo", HUNYUAN, even, hunyuan_layout(6, 5, 6, 7), tuple(range(5)), single=True,
+                                         newer=NEWER_HUNYUAN,
                                          conds={**pooled, "ref_latent": noise(1, 16, 1, 4, 6), "guiding_frame_index": 0}),
         "hunyuan with padded text": Case("HunyuanVideo", HUNYUAN, even, (0, 5, 6, 7), tuple(range(5)), padding=3, single=True,
                                          newer=NEWER_HUNYUAN, conds={**pooled, "attention_mask": mask(4, 3)}),
-        "hunyuan 1.5": Case("HunyuanVideo15", HUNYUAN_15, (32, 5, 3, 5), (0, 5, 15, 9 + 4 + 7), tuple(range(5)), conds={
+        "hunyuan 1.5": Case("HunyuanVideo15", HUNYUAN_15, (32, 5, 3, 5), hunyuan_layout(0, 5, 15, 9 + 4 + 7), tuple(range(5)), conds={
             **pooled, "clip_vision_output": vision(9, 1152), "conditioning_byt5small": noise(1, 4, 1472)}),
     }  # fmt: skip
     dropped = 5 if comfyui_version() >= (0, 8) else 0  # earlier versions keep all guide tokens
