@@ -79,7 +79,7 @@ class ForwardState:
 
 
 @dataclass(frozen=True)
-class _Dense:
+class DenseCall:
     """The attention that a call asked for: another node's override, or the backend that ComfyUI runs with."""
 
     func: Override
@@ -129,7 +129,7 @@ def make_attention_override(
     # A plain closure: ComfyUI deep-copies model options, and functions survive that as they are.
     def override(func: Override, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
                  attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any) -> Tensor:
-        dense = _Dense(func, previous, attn_precision, kwargs)
+        dense = DenseCall(func, previous, attn_precision, kwargs)
         form = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
         options = kwargs.get("transformer_options") or {}
         state: ForwardState | None = options.get(FORWARD_KEY)
@@ -172,7 +172,7 @@ def make_attention_override(
     return override
 
 
-def _backend(qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout, pattern: TilePattern, dense: _Dense, backend: str,
+def _backend(qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout, pattern: TilePattern, dense: DenseCall, backend: str,
              decline_slow: bool) -> str:
     """The backend for this call: the one asked for, or the fastest; ``dense`` only where slow patterns are declined."""
     if backend != "auto":
