@@ -44,7 +44,8 @@ class ForwardState:
         padding: how many tokens at the end of the suffix are padding, and masked; 0 where nothing is.
         step: sampling step, 0 = first; moves rotating reference frames.
         calls: self-attentions over the video so far.
-        pattern_of: the pattern of a layer in this forward, for those who must know it before the layer's attention is called.
+        owner: the override that this is for, None = any. One that another node still calls leaves the attention alone; and its
+            ``pattern_of`` tells a layer's pattern to those who must know it before the layer's attention is called.
     """
 
     layout: TokenLayout | None
@@ -57,7 +58,7 @@ class ForwardState:
     padding: int = 0
     step: int = 0
     calls: int = 0
-    pattern_of: Callable[[int], TilePattern] | None = None
+    owner: Any = None
 
     def next_layer(self, options: Mapping[str, Any]) -> int | None:
         """The layer of this self-attention: given by the model, else counted. None beyond the last layer."""
@@ -133,6 +134,8 @@ def make_attention_override(
         form = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
         options = kwargs.get("transformer_options") or {}
         state: ForwardState | None = options.get(FORWARD_KEY)
+        if state is not None and state.owner not in (None, override):
+            return dense.call(q, k, v, heads, mask, **form)
         layout = state.layout if state else None
         reason = _why_not_the_video(state, q, k, skip_reshape, report)
         if state is None or layout is None or reason:

@@ -100,6 +100,18 @@ def test_a_previous_override_is_asked_for_every_dense_piece():
     assert len(seen) == 1 + 2 and report.sparse == 1  # the reference rows, and the other frames of each batch entry
 
 
+def test_a_first_plan_below_another_node_s_override_leaves_the_attention_to_the_second():
+    reports, plan = (AttentionReport(), AttentionReport()), TilePlan(patterns=(TilePattern(None), TilePattern(1)))
+    first = make_attention_override(TilePlan.uniform(1), reports[0])
+    second = make_attention_override(plan, reports[1], previous=lambda func, *args, **kwargs: first(func, *args, **kwargs))
+    alone = make_attention_override(TilePlan.uniform(1), AttentionReport())
+    state = ForwardState(LAYOUT, depth=2, owner=second)
+    assert torch.equal(call(second, flat(), state), sdpa_attention(*flat(), HEADS))
+    assert torch.equal(call(second, flat(), state), call(alone, flat(), ForwardState(LAYOUT)))
+    assert reports[1].summary() == "1 attention calls sparse at mean density 0.52; dense: 1 full in the plan"
+    assert not reports[0].sparse and not reports[0].dense
+
+
 def test_deep_copies_share_the_report():
     report = AttentionReport()
     options = copy.deepcopy({"a": make_attention_override(TilePlan.uniform(1), report)})
