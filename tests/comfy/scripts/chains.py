@@ -99,8 +99,9 @@ facts["split"] = distance(split, run(judged(model, first_frame), negative=longer
 # Context windows: 5 of the 9 frames at a time.
 settings = {"context_length": 5, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1,
             "closed_loop": False, "fuse_method": "pyramid", "dim": 2}  # fmt: skip
-if "freenoise" in inspect.signature(ContextWindowsManualNode.execute).parameters:
-    settings["freenoise"] = False
+for name in ("freenoise", "causal_window_fix"):  # the second, from 0.25 on, adds a frame to a window
+    if name in inspect.signature(ContextWindowsManualNode.execute).parameters:
+        settings[name] = False
 windows = ContextWindowsManualNode.execute(model, **settings).args[0]
 got = run(sparse(windows))
 facts["window frames"] = sorted({shape[2] for shape in forwards})
