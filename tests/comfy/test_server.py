@@ -8,6 +8,7 @@ from pathlib import Path
 
 import imageio.v3 as imageio
 import pytest
+import websocket
 
 ROOT = Path(__file__).parents[2]
 NODES = {
@@ -80,6 +81,25 @@ def test_the_page_hears_of_the_progress(server, tiny_prompt):
     assert report["layers"] * steps[-1][1] <= report["sparse"]
     (made,) = [data["output"] for kind, data in events if kind == "executed" and "evdit_plan" in (data.get("output") or {})]
     assert made["evdit_plan"] == ["all:2"]
+
+
+def test_a_page_hears_nothing_of_a_run_that_nobody_s_page_queued(server, tiny_prompt):
+    """A script's run: another page could take its node for one of its own of the same number."""
+    heard, queued, prompt = set(), [], tiny_prompt()
+    find(prompt, "EVDiTTilePlan").update(text="all:3")
+    page = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=bystander", timeout=60)
+    try:
+        status, answer = server.post("/prompt", {"prompt": prompt})
+        assert status == 200, answer
+        while queued[-2:] != [1, 0]:
+            message = page.recv()
+            kind, data = json.loads(message).values() if isinstance(message, str) else ("preview", message)
+            heard.add(kind)
+            queued += [data["status"]["exec_info"]["queue_remaining"]] if kind == "status" else []
+    finally:
+        page.close()
+    assert server.get(f"/history/{answer['prompt_id']}")[answer["prompt_id"]]["status"]["status_str"] == "success"
+    assert "efficient_vdit.report" not in heard
 
 
 def schemas(info: dict) -> dict:
