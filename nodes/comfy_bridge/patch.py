@@ -95,8 +95,8 @@ def _check_dense_layers(plan: TilePlan, depth: int) -> None:
     for edge in {edge for pair in plan.dense_layers for edge in pair}:
         if not -depth <= edge < depth:
             raise ValueError(
-                f"dense_blocks names layer {edge}, but the model has {depth} layers: 0 to {depth - 1}, or -{depth} to -1 "
-                "counted from the end. Correct dense_blocks."
+                f"dense_blocks or the plan names layer {edge}, but the model has {depth} layers: 0 to {depth - 1}, or -{depth} "
+                "to -1 counted from the end. Correct whichever it is."
             )
 
 
