@@ -120,7 +120,7 @@ def make_attention_override(
     (another node's override) or to the backend untouched.
 
     Args:
-        min_tokens: shorter sequences stay dense.
+        min_tokens: calls with fewer video tokens stay dense.
         placement: where the reference frames stand, one of ``tiles.PLACEMENTS``.
         decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
         backend: as of ``tile_attention``.
@@ -240,7 +240,7 @@ def _why_dense(state: ForwardState, layer: int | None, layout: TokenLayout, patt
         return state.reason
     if layer is None:
         return "more calls than layers"
-    if layout.tokens < min_tokens:
+    if layout.grid.tokens < min_tokens:
         return "below min_tokens"
     if pattern.is_full(layout.grid.t):
         return "full in the plan"

@@ -43,7 +43,7 @@ def patch_attention(
 
     Args:
         window: start and end as fractions 0..1 of the noise schedule; outside it the attention is dense.
-        min_tokens: calls with fewer tokens stay dense.
+        min_tokens: calls with fewer video tokens stay dense.
         placement: where the reference frames stand, one of ``tiles.PLACEMENTS``; rotating moves by a frame a step.
         decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
         backend: what computes the sparse attention, ``auto`` or one of ``attention.BACKENDS``.

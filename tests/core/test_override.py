@@ -48,6 +48,7 @@ def test_sparse_in_every_tensor_form(oracle, skip_reshape, skip_output_reshape):
         ("masked", {"mask": torch.zeros(1, 1, 1, 30)}),
         ("outside the step window", {"state": ForwardState(LAYOUT, active=False)}),
         ("below min_tokens", {"min_tokens": 31}),
+        ("below min_tokens", {"min_tokens": 31, "tokens": 37, "state": ForwardState(TokenLayout(TokenGrid(5, 2, 3), suffix=7))}),
         ("full in the plan", {"plan": TilePlan.uniform(4)}),
         ("text or audio alone", {"tokens": 12, "state": ForwardState(LAYOUT, others=frozenset({12}))}),
         ("unexplained", {"state": ForwardState(None, active=False, reason="unexplained")}),
@@ -62,7 +63,7 @@ def test_whatever_is_not_ours_stays_dense_and_is_counted(reason, change, monkeyp
         monkeypatch.setattr(override_file, "choose_backend", lambda *_, **__: change["fastest"])
     report = AttentionReport()
     q, k, v = flat(change.get("tokens", 30))
-    k, v = k[:, : change.get("keys", 30)], v[:, : change.get("keys", 30)]
+    k, v = k[:, : change.get("keys", 40)], v[:, : change.get("keys", 40)]
     override = make_attention_override(
         change.get("plan", TilePlan.uniform(1)), report, min_tokens=change.get("min_tokens", 0), decline_slow=change.get("slow", False)
     )
