@@ -148,6 +148,8 @@ def _inputs(node: dict, declared: dict, sources: dict) -> dict:
     values, inputs = list(node.get("widgets_values", [])), {}
     for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
         kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+        if not values and name in declared.get("optional", {}) and name not in linked:
+            continue  # a newer ComfyUI's, which the workflow need not know
         if (kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") or isinstance(kind, list)) and not options.get("forceInput"):
             inputs[name] = values.pop(0)
             if options.get("control_after_generate") or name in ("seed", "noise_seed"):
