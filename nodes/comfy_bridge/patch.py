@@ -14,6 +14,7 @@ from torch import Tensor
 from ...efficient_vdit_core.attention import check_backend
 from ...efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, Override, make_attention_override
 from ...efficient_vdit_core.attention.report import AttentionReport
+from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from ...efficient_vdit_core.plan import TilePlan
 from .families import FAMILIES, Family, find_family, uncompiled
 from .layouts import UnknownLayout
@@ -21,7 +22,6 @@ from .layouts import UnknownLayout
 log = logging.getLogger("efficient_vdit")
 
 WRAPPER_KEY = "efficient_vdit"
-OVERRIDE = "optimized_attention_override"
 Window = tuple[float, float]
 NO_REASONS = {"scaled"}  # warnings that do not say why nothing became sparse
 # A step may lie on the window's edge; schedule and window round it in their own ways.

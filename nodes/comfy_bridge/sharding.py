@@ -16,12 +16,11 @@ from ...efficient_vdit_core.parallel.forecast import LayerShape, Rates, forward_
 from ...efficient_vdit_core.parallel.wire import Wire
 from ...efficient_vdit_core.tiles import TilePattern, TokenGrid
 from .families import Family, find_family, uncompiled
-from .patch import forward_state
+from .patch import OVERRIDE, forward_state
 
 WRAPPER_KEY = "efficient_vdit_sharding"
 SCHEME_KEY = "evdit_scheme"
 COUNTS_KEY = "evdit_scheme_counts"
-OVERRIDE = "optimized_attention_override"
 # Models whose blocks take the video tokens alone, one after another, with nothing done to them in between.
 SHARDABLE = ("OpenSoraT2V", "WanModel", "CameraWanModel")
 
