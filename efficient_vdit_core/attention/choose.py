@@ -170,8 +170,8 @@ def _versions() -> dict[str, str]:
 
 def cache_folder() -> Path:
     """Where the pack keeps what it found out about this machine: ``$EVDIT_CACHE_DIR`` or the user's cache folder."""
-    if "EVDIT_CACHE_DIR" in os.environ:
-        return Path(os.environ["EVDIT_CACHE_DIR"])
+    if chosen := os.environ.get("EVDIT_CACHE_DIR"):
+        return Path(chosen)
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
