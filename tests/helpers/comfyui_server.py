@@ -27,6 +27,11 @@ def why_no_comfyui() -> str:
     return f"NO COMFYUI at {COMFYUI} with {PYTHON}: set COMFYUI_PATH and COMFYUI_PYTHON"
 
 
+def sends_all_progress() -> bool:
+    """Newer versions leave out a step that follows upon another within a moment."""
+    return "_last_sent_value" not in (COMFYUI / "comfy" / "utils.py").read_text(encoding="utf-8")
+
+
 class Server:
     """ComfyUI on a free port, with this pack alone, as the registry ships it, in a base directory of its own.
 
