@@ -12,13 +12,13 @@ from typing import Any
 
 from einops import rearrange
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..plan import TilePlan
 from ..tiles import TilePattern
 from .clock import DENSE, SPARSE
 from .dispatch import choose_backend, tile_attention
 from .layout import TokenLayout
+from .padding import fill_in, leave_out, without_padding
 from .report import AttentionReport
 
 FORWARD_KEY = "evdit"
@@ -41,7 +41,7 @@ class ForwardState:
         depth: the number of layers, None where the model says it itself.
         offsets: the first layer of each ``block_type``, where a model restarts ``block_index``.
         order: the layer of each self-attention call in turn, for models that give no ``block_index``; () = one a layer.
-        padding: how many tokens at the end of the suffix are padding, and masked; 0 where nothing is.
+        padding: where the text's padding stands in the sequence, which a mask leaves out; empty where nothing is masked.
         step: sampling step, 0 = first; moves rotating reference frames.
         calls: self-attentions over the video so far.
         owner: the override that this is for, None = any. One that another node still calls leaves the attention alone; and its
@@ -55,7 +55,7 @@ class ForwardState:
     depth: int | None = None
     offsets: Mapping[str, int] = field(default_factory=dict)
     order: tuple[int, ...] = ()
-    padding: int = 0
+    padding: range = range(0)
     step: int = 0
     calls: int = 0
     owner: Any = None
@@ -72,11 +72,11 @@ class ForwardState:
 
     def masks_padding_alone(self, layout: TokenLayout, mask: Tensor) -> bool:
         """Whether this is the mask of the text's padding: one row of keys for all queries."""
-        return self.padding > 0 and mask.numel() == mask.shape[-1] == layout.tokens
+        return len(self.padding) > 0 and mask.numel() == mask.shape[-1] == layout.tokens
 
-    def without_padding(self, layout: TokenLayout, mask: Tensor | None) -> TokenLayout:
-        """The layout of the tokens that are attended to; all of them where nothing is masked."""
-        return layout if mask is None else TokenLayout(layout.grid, layout.prefix, layout.suffix - self.padding)
+    def masked(self, mask: Tensor | None) -> range:
+        """The tokens that a call with this mask leaves out."""
+        return range(0) if mask is None else self.padding
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,10 @@ def make_attention_override(
             report.add_dense(reason)
             with report.clock.taking(DENSE, q):
                 return dense.call(q, k, v, heads, mask, **form)
-        real = state.without_padding(layout, mask)
+        padding = state.masked(mask)
+        real = without_padding(layout, padding)
         shaped = (x if skip_reshape else rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-        kept_q, kept_k, kept_v = (x[:, :, : real.tokens] for x in shaped)
+        kept_q, kept_k, kept_v = (leave_out(x, padding) for x in shaped)
         chosen = _backend((kept_q, kept_k, kept_v), real, pattern, dense, backend, decline_slow)
         if chosen == "dense":
             report.add_dense("measured faster")
@@ -160,8 +161,7 @@ def make_attention_override(
         report.add_sparse(density)
         with report.clock.taking(SPARSE, q, density):
             out = tile_attention(kept_q, kept_k, kept_v, real, pattern, dense=dense, backend=chosen, dense_name=dense.name)
-        behind = layout.tokens - real.tokens
-        out = pad(out, (0, 0, 0, behind)) if behind else out  # nothing reads what padding attends to
+        out = fill_in(out, padding)  # nothing reads what padding attends to
         return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
 
     def pattern_of(state: ForwardState, layer: int) -> TilePattern:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..attention import TokenLayout
 from ..attention.override import ForwardState
+from ..attention.padding import leave_out, without_padding
 
 
 def layer_of_call(state: ForwardState | None, options: dict[str, Any]) -> tuple[int | None, str]:
@@ -39,10 +40,9 @@ def layout_of_call(
         return None, "a single frame"
     if mask is not None and not state.masks_padding_alone(state.layout, mask):
         return None, "masked"
-    return (state.without_padding(state.layout, mask), "") if state.active else (None, state.reason)
+    return (without_padding(state.layout, state.masked(mask)), "") if state.active else (None, state.reason)
 
 
-def as_heads(x: Tensor, heads: int, skip_reshape: bool, layout: TokenLayout) -> Tensor:
-    """(B, H, N, D) without the padding behind the tokens of ``layout``."""
-    shaped = x if skip_reshape else rearrange(x, "b n (h d) -> b h n d", h=heads)
-    return shaped[:, :, : layout.tokens]
+def as_heads(x: Tensor, heads: int, skip_reshape: bool, padding: range) -> Tensor:
+    """(B, H, N, D) without the tokens of ``padding``."""
+    return leave_out(x if skip_reshape else rearrange(x, "b n (h d) -> b h n d", h=heads), padding)

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..attention import TokenLayout, choose_backend, tile_attention
 from ..attention.choose import wait_for
 from ..attention.override import FORWARD_KEY, DenseCall, ForwardState, Override
+from ..attention.padding import fill_in
 from ..tiles import TilePattern
 from .calls import as_heads, layer_of_call, layout_of_call
 
@@ -99,18 +99,19 @@ def make_probe_override(
         replaying, layer = record.replaying, None
         if layout is not None and replaying is None:
             layer, reason = layer_of_call(state, options)
-        if layout is None or reason:
+        if state is None or layout is None or reason:
             if replaying is None:
                 record.add_dense(reason)
             return dense.call(q, k, v, heads, mask, **form)
-        qh, kh, vh = (as_heads(x, heads, skip_reshape, layout) for x in (q, k, v))
+        padding = state.masked(mask)
+        qh, kh, vh = (as_heads(x, heads, skip_reshape, padding) for x in (q, k, v))
         if layer is None:
             out = tile_attention(qh, kh, vh, layout, TilePattern(replaying), dense=dense, backend=EXACT)
-            out = pad(out, (0, 0, 0, q.shape[2 if skip_reshape else 1] - layout.tokens))
+            out = fill_in(out, padding)
             return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
         record.layout = record.layout or layout
         out = _timed(record, layer, DENSE, q, lambda: dense.call(q, k, v, heads, mask, **form))
-        exact = as_heads(out, heads, skip_output_reshape, layout)
+        exact = as_heads(out, heads, skip_output_reshape, padding)
         for count in record.candidates:
             record.add(ATTENTION, layer, count, _candidate_error(record, layer, count, (qh, kh, vh), exact, layout, dense))
         if progress is not None:

@@ -88,11 +88,11 @@ def make_mass_override(
         state: ForwardState | None = options.get(FORWARD_KEY)
         layout, reason = layout_of_call(state, q, k, mask, skip_reshape)
         layer, reason = layer_of_call(state, options) if layout is not None else (None, reason)
-        if layout is None or layer is None:
+        if state is None or layout is None or layer is None:
             record.reasons.add(reason)
         else:
             if record.active and layer in record.layers:
-                qh, kh = (as_heads(x, heads, skip_reshape, layout) for x in (q, k))
+                qh, kh = (as_heads(x, heads, skip_reshape, state.masked(mask)) for x in (q, k))
                 record.found[layer] = tile_mass(qh, kh, layout, record.rows)
             if progress is not None:
                 progress(layer)

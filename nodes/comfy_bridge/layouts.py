@@ -29,12 +29,12 @@ class UnknownLayout(ValueError):
 class Tokens:
     """One forward: the layout, and the lengths of the ``others`` (text, audio) that have attention of their own.
 
-    ``padding`` tokens at the end are masked text.
+    ``padding`` is where masked text stands.
     """
 
     layout: TokenLayout
     others: tuple[int, ...] = ()
-    padding: int = 0
+    padding: range = range(0)
 
 
 # (size of the latents, diffusion model, text (B, L, C), the other conditionings by name) -> Tokens
@@ -87,22 +87,24 @@ def wan_reference(size: Sequence[int], model: Any, text: Tensor | None, conds: C
 
 
 def hunyuan_video(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
-    """[reference image | video | text, ByT5 and vision tokens]; the token refiner attends over the text alone.
+    """[text, ByT5 and vision tokens | reference image | video], in ComfyUI before 0.14 with the text last.
 
-    Newer versions put all text in front. Where it is padded as well, its mask is in the midst of the sequence, and stays one.
+    The token refiner attends over the text alone.
     """
     if len(model.patch_size) != 3:
         raise UnknownLayout("the model makes images")
-    reference = conds.get("ref_latent")
-    prefix = 0 if reference is None else patch_grid(reference.shape, model.patch_size).tokens
-    words = _length(text)
+    grid, reference = patch_grid(size, model.patch_size), conds.get("ref_latent")
+    image = 0 if reference is None else patch_grid(reference.shape, model.patch_size).tokens
+    words = beside = _length(text)
     for name, module in (("txt_byt5", "byt5_in"), ("clip_fea", "vision_in")):
-        words += _length(conds.get(name)) if getattr(model, module, None) is not None else 0
-    grid = patch_grid(size, model.patch_size)
-    if not getattr(model.double_blocks[0], "flipped_img_txt", False):
-        return Tokens(TokenLayout(grid, words + prefix), (_length(text),))
-    padding = _padding(conds.get("attention_mask"), words) if words == _length(text) else 0
-    return Tokens(TokenLayout(grid, prefix, words), (_length(text),), padding)
+        beside += _length(conds.get(name)) if getattr(model, module, None) is not None else 0
+    text_last = getattr(model.double_blocks[0], "flipped_img_txt", False)
+    layout = TokenLayout(grid, image, beside) if text_last else TokenLayout(grid, beside + image)
+    padding = range(0)
+    if beside == words:  # with other tokens among the text ComfyUI masks none
+        end = layout.tokens if text_last else words
+        padding = range(end - _padding(conds.get("attention_mask"), words), end)
+    return Tokens(layout, (words,), padding)
 
 
 def _padding(mask: Tensor | None, length: int) -> int:

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import logging
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 from torch import Tensor
@@ -95,7 +95,8 @@ class ComfyHost:
         nodes.NODE_CLASS_MAPPINGS[CAPTURE] = _capture_node(self.kept)
         extra = {}
         if "cache_args" in inspect.signature(execution.PromptExecutor.__init__).parameters:
-            extra = {"cache_type": execution.CacheType.CLASSIC, "cache_args": {"lru": 0, "ram": 0.0}}
+            # Of the limits only the kinds of cache that are not used here make use; each version asks for more of them.
+            extra = {"cache_type": execution.CacheType.CLASSIC, "cache_args": defaultdict(int)}
         return execution.PromptExecutor(instance, **extra)
 
     def _load_packs(self, packs: dict[str, str]) -> None:

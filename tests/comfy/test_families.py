@@ -39,14 +39,14 @@ def test_a_family_without_a_hook_says_so(found):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_self_attention_is_met_once_and_with_its_layer(facts, name):
-    assert facts["layers"] and facts["calls"] and facts["sparse calls"] > 0
+def test_the_video_stands_where_the_case_says(facts, name):
+    """Found by changing one latent frame after another: a version that moves its tokens is noticed here."""
+    assert facts["frames stand"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_frames_stand_where_the_layout_says(facts, name):
-    prefix, frames, size, _ = facts["layout"]
-    assert facts["last frame"] == [prefix + (frames - 1) * size, prefix + frames * size]
+def test_each_self_attention_is_met_once_and_with_its_layer(facts, name):
+    assert facts["layers"] and facts["calls"] and facts["sparse calls"] > 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
-from comfyui_server import sends_all_progress
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -99,8 +98,8 @@ def test_the_progress_bar_counts_every_layer_of_every_step(found):
     steps = [(d["value"], d["max"]) for kind, d in found[2] if kind == "progress" and d.get("node") == "search"]
     assert [m for _, m in steps] == [2 * LAYERS] * len(steps)
     values = [v for v, _ in steps]
-    assert values == sorted(values) and values[-1] == 2 * LAYERS and len(set(values)) > 2
-    assert set(values) >= set(range(1, 2 * LAYERS + 1)) or not sends_all_progress()
+    # Newer versions of ComfyUI send no more than ten values a second, but always the first and the last.
+    assert values == sorted(values) and values[0] == 1 and values[-1] == 2 * LAYERS
 
 
 def test_the_block_errors_find_the_same(server, built):

@@ -9,7 +9,6 @@ from pathlib import Path
 import imageio.v3 as imageio
 import pytest
 import websocket
-from comfyui_server import sends_all_progress
 
 ROOT = Path(__file__).parents[2]
 NODES = {
@@ -74,7 +73,8 @@ def test_the_page_hears_of_the_progress(server, tiny_prompt):
     (sampler,) = [key for key, node in prompt.items() if node["class_type"] == "SamplerCustomAdvanced"]
     steps = [(d["value"], d["max"]) for kind, d in events if kind == "progress" and d.get("node") == sampler]
     assert steps and steps[-1][0] == steps[-1][1] and [s[0] for s in steps] == sorted(s[0] for s in steps)
-    assert len({s[0] for s in steps}) >= steps[-1][1] or not sends_all_progress()
+    # Newer versions of ComfyUI send no more than ten values a second, but always the first and the last.
+    assert {s[0] for s in steps} >= {1, steps[-1][1]}
     assert events[-1][0] == "execution_success"
     (report,) = [data for kind, data in events if kind == "efficient_vdit.report"]
     (sparse,) = [key for key, node in prompt.items() if node["class_type"] == "EVDiTSparseAttention"]

@@ -154,24 +154,29 @@ def test_measurements_over_another_override_are_kept_apart(monkeypatch):
 
 
 @pytest.mark.parametrize("skip_output_reshape", [False, True])
-def test_masked_padding_at_the_end_is_left_out(oracle, skip_output_reshape):
-    layout, report = TokenLayout(TokenGrid(5, 2, 2), 2, 8), AttentionReport()
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "padding"), [(2, 8, range(27, 30)), (8, 2, range(3, 6)), (8, 2, range(5, 8)), (8, 2, range(3))]
+)
+def test_masked_padding_is_left_out(oracle, prefix, suffix, padding, skip_output_reshape):
+    layout, report = TokenLayout(TokenGrid(5, 2, 2), prefix, suffix), AttentionReport()
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=HEADS) for x in flat())
     mask = torch.zeros(1, 1, 30)
-    mask[..., 27:] = torch.finfo(torch.float32).min
-    options = {OVERRIDE_KEY: make_attention_override(TilePlan.uniform(1), report), FORWARD_KEY: ForwardState(layout, padding=3)}
+    mask[..., list(padding)] = torch.finfo(torch.float32).min
+    options = {OVERRIDE_KEY: make_attention_override(TilePlan.uniform(1), report), FORWARD_KEY: ForwardState(layout, padding=padding)}
     out = sdpa_attention(q, k, v, HEADS, mask=mask, skip_reshape=True, skip_output_reshape=skip_output_reshape, transformer_options=options)
     assert out.shape == (q.shape if skip_output_reshape else (2, 30, HEADS * 16)) and report.sparse == 1
     out = out if skip_output_reshape else rearrange(out, "b n (h d) -> b h n d", h=HEADS)
-    want = oracle(*(x[:, :, :27] for x in (q, k, v)), 5, 4, [0], 2, 5).float()
-    torch.testing.assert_close(out[:, :, :27], want, atol=1e-5, rtol=1e-5)
-    assert not out[:, :, 27:].any()
+    real = [n for n in range(30) if n not in padding]
+    in_prefix = sum(n < prefix for n in padding)
+    want = oracle(*(x[:, :, real] for x in (q, k, v)), 5, 4, [0], prefix - in_prefix, suffix - len(padding) + in_prefix).float()
+    torch.testing.assert_close(out[:, :, real], want, atol=1e-5, rtol=1e-5)
+    assert not out[:, :, list(padding)].any()
 
 
 def test_a_mask_for_each_query_is_no_padding():
     layout, report = TokenLayout(TokenGrid(5, 2, 2), 2, 8), AttentionReport()
     override = make_attention_override(TilePlan.uniform(1), report)
-    call(override, flat(), ForwardState(layout, padding=3), mask=torch.zeros(1, 1, 30, 30))
+    call(override, flat(), ForwardState(layout, padding=range(27, 30)), mask=torch.zeros(1, 1, 30, 30))
     assert dict(report.dense) == {"masked": 1}
 
 

@@ -116,13 +116,20 @@ def test_the_trial_behind_a_measured_cost_is_the_run_s_own(monkeypatch):
 
 
 @pytest.mark.parametrize("blocks", [False, True])
-def test_padded_text_is_left_out_of_the_comparison(blocks):
-    """Masked tokens at the end change no error: the same as without them."""
-    layout, padding = TokenLayout(TokenGrid(4, 1, 4), suffix=5), 3
+@pytest.mark.parametrize(
+    ("layout", "padding", "without"),
+    [
+        (TokenLayout(TokenGrid(4, 1, 4), suffix=5), range(18, 21), TokenLayout(TokenGrid(4, 1, 4), suffix=2)),
+        (TokenLayout(TokenGrid(4, 1, 4), prefix=5), range(2, 5), TokenLayout(TokenGrid(4, 1, 4), prefix=2)),
+    ],
+)
+def test_padded_text_is_left_out_of_the_comparison(blocks, layout, padding, without):
+    """Masked tokens change no error: the same as without them."""
     torch.manual_seed(0)
     x = torch.randn(1, layout.tokens, 16)
     mask = torch.zeros(1, 1, 1, layout.tokens)
-    mask[..., -padding:] = float("-inf")
+    mask[..., list(padding)] = float("-inf")
+    real = [n for n in range(layout.tokens) if n not in padding]
 
     class Masked(torch.nn.Module):
         def __init__(self, mask):
@@ -130,13 +137,13 @@ def test_padded_text_is_left_out_of_the_comparison(blocks):
             self.mask = mask
 
         def forward(self, x, options):
-            real = len(x[0]) - (padding if self.mask is not None else 0)
-            return sdpa_attention(x, x, x, 2, mask=self.mask, transformer_options=options)[:, :real]
+            out = sdpa_attention(x, x, x, 2, mask=self.mask, transformer_options=options)
+            return out if self.mask is None else out[:, real]
 
     found = []
     for tokens, m, state in (
         (x, mask, ForwardState(layout, padding=padding)),
-        (x[:, :-padding], None, ForwardState(TokenLayout(layout.grid, suffix=2))),
+        (x[:, real], None, ForwardState(without)),
     ):
         record, block = ProbeRecord((0, 1)), Masked(m)
         with replay_blocks([block] if blocks else [], record):

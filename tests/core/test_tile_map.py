@@ -83,7 +83,7 @@ def test_the_run_is_undisturbed_and_only_the_chosen_layers_are_measured():
 
 def test_padding_is_left_out():
     q, k = qk()
-    state = ForwardState(LAYOUT, padding=2)
+    state = ForwardState(LAYOUT, padding=range(LAYOUT.tokens - 2, LAYOUT.tokens))
     record = MassRecord((0,), rows=S)
     mask = torch.zeros(1, 1, 1, LAYOUT.tokens)
     mask[..., -2:] = float("-inf")

@@ -1,4 +1,7 @@
-"""A real ComfyUI for the tests: $COMFYUI_PATH or ~/comfy/ComfyUI, run by $COMFYUI_PYTHON or that checkout's own .venv."""
+"""A real ComfyUI for the tests: $COMFYUI_PATH or ~/comfy/ComfyUI, run by $COMFYUI_PYTHON or that checkout's own .venv.
+
+$COMFYUI_FLAGS goes to its command line, such as ``--front-end-root`` with another version of its page.
+"""
 
 import json
 import os
@@ -27,11 +30,6 @@ def why_no_comfyui() -> str:
     return f"NO COMFYUI at {COMFYUI} with {PYTHON}: set COMFYUI_PATH and COMFYUI_PYTHON"
 
 
-def sends_all_progress() -> bool:
-    """Newer versions leave out a step that follows upon another within a moment."""
-    return "_last_sent_value" not in (COMFYUI / "comfy" / "utils.py").read_text(encoding="utf-8")
-
-
 class Server:
     """ComfyUI on a free port, with this pack alone, as the registry ships it, in a base directory of its own.
 
@@ -47,7 +45,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         command = [str(PYTHON), "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base), "--disable-api-nodes"]
-        command += ["--database-url", f"sqlite:///{base}/comfy.db", *flags]
+        command += ["--database-url", f"sqlite:///{base}/comfy.db", *flags, *os.environ.get("COMFYUI_FLAGS", "").split()]
         environment = {**os.environ, **(more or {})}
         self.process = subprocess.Popen(command, cwd=COMFYUI, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
         self._wait()
@@ -153,11 +151,11 @@ def _inputs(node: dict, declared: dict, sources: dict) -> dict:
     values, inputs = list(node.get("widgets_values", [])), {}
     for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
         kind, options = spec[0], spec[1] if len(spec) > 1 else {}
-        if not values and name in declared.get("optional", {}) and name not in linked:
-            continue  # a newer ComfyUI's, which the workflow need not know
         if (kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") or isinstance(kind, list)) and not options.get("forceInput"):
+            if not values:
+                continue  # a widget that a later ComfyUI appended: it has a default
             inputs[name] = values.pop(0)
-            if options.get("control_after_generate") or name in ("seed", "noise_seed"):
+            if values and (options.get("control_after_generate") or name in ("seed", "noise_seed")):
                 values.pop(0)
         if name in linked:
             inputs[name] = linked[name]

@@ -12,7 +12,7 @@ import traceback
 from host import call, load_pack, log_lines, torch  # isort: skip
 import comfy.samplers  # isort: skip
 import comfy.supported_models  # isort: skip
-from tiny_models import CASES, Case, build, inputs, text_first  # isort: skip
+from tiny_models import CASES, Case, build, inputs  # isort: skip
 
 OVERRIDE = "optimized_attention_override"
 pack = load_pack()
@@ -37,10 +37,11 @@ def patched(model, k: int):
     return call(pack["EVDiTSparseAttention"], model=model, plan=Spy.uniform(k), **settings)[0]
 
 
-def run(model, case: Case, change: float = 0.0):
-    """Two steps with guidance through ComfyUI's own guider, flat; ``change`` is added to the video's last latent frame."""
+def run(model, case: Case, changed: int | None = None):
+    """Two steps with guidance through ComfyUI's own guider, flat; ``changed`` is a latent frame that gets other noise."""
     x, cond, noise_mask = inputs(case)
-    (x.unbind()[0] if x.is_nested else x)[:, :, case.layout[1] - 1] += change
+    if changed is not None:
+        (x.unbind()[0] if x.is_nested else x)[:, :, changed] += 1.0
     negative = [[cond[0][0] * 0.5, cond[0][1]]]
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(cond, negative)
@@ -57,8 +58,14 @@ def live_tiles(case: Case):
     prefix, frames, size, suffix = case.layout
     owner = torch.tensor([0] * prefix + [f for f in range(frames) for _ in range(size)] + [0] * suffix)
     live = (owner[:, None] == owner) | (owner[:, None] == 0) | (owner == 0)
-    live[:, len(owner) - case.padding :] = False
+    live[:, list(case.padding)] = False
     return live
+
+
+def expected_places(case: Case) -> list[list[int]]:
+    """The tokens of each frame by the case's layout."""
+    prefix, frames, size, _ = case.layout
+    return [list(range(prefix + t * size, prefix + (t + 1) * size)) for t in range(frames)]
 
 
 def masked_oracle(case: Case, calls: list):
@@ -79,30 +86,25 @@ def masked_oracle(case: Case, calls: list):
     return override
 
 
-def tokens_of_the_last_frame(model, case: Case) -> list[int]:
-    """Where the first self-attention over the video sees that the video's last latent frame has changed: first token and end."""
-    before, after = (first_queries(model, case, change) for change in (0.0, 1.0))
-    changed = ((before - after).abs().amax((0, 1, 3)) > 1e-5).nonzero().flatten()
-    start, stop = int(changed[0]), int(changed[-1]) + 1
-    assert stop - start == len(changed), "the tokens of a frame stand together"
-    return [start, stop]
-
-
-def first_queries(model, case: Case, change: float):
-    """q (B, H, N, D) of the first self-attention over the video."""
+def where_frames_stand(model, case: Case) -> list[list[int]]:
+    """For each latent frame the tokens whose queries change with it, in the first attention call over the whole sequence."""
     prefix, frames, size, suffix = case.layout
-    seen = []
+    seen: list[torch.Tensor] = []
 
-    def override(func, q, k, v, heads, *args, skip_reshape=False, **kwargs):
-        shaped = q if skip_reshape else q.unflatten(-1, (heads, -1)).transpose(1, 2)
-        if q.shape == k.shape and shaped.shape[2] == prefix + frames * size + suffix:
-            seen.append(shaped.clone())
-        return func(q, k, v, heads, *args, skip_reshape=skip_reshape, **kwargs)
+    def override(func, q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
+        if q.shape == k.shape and q.shape[2 if skip_reshape else 1] == prefix + frames * size + suffix:
+            seen.append(q.transpose(1, 2).flatten(2) if skip_reshape else q)
+        return func(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, **kwargs)
 
-    looked_at = model.clone()
-    looked_at.model_options["transformer_options"][OVERRIDE] = override
-    run(looked_at, case, change)
-    return seen[0]
+    def first_queries(changed: int | None) -> torch.Tensor:
+        seen.clear()
+        watched = model.clone()
+        watched.model_options["transformer_options"][OVERRIDE] = override
+        run(watched, case, changed)
+        return seen[0]
+
+    before = first_queries(None)
+    return [(first_queries(t) != before).any(-1).any(0).nonzero().flatten().tolist() for t in range(frames)]
 
 
 def latent_of(case: Case) -> tuple[dict, list]:
@@ -144,8 +146,6 @@ def facts(case: Case) -> dict:
     lines.clear()
     sparse = run(patched(model, 1), case)
     ran = len(forwards) - before
-    if case.padding and text_first():
-        why = "masked text in the midst of the sequence stays dense"
     if why:
         return {"skipped": why, "lines": list(lines), "changed": float((sparse - dense).abs().max())}
     calls: list[int] = []
@@ -153,14 +153,13 @@ def facts(case: Case) -> dict:
     judge.model_options["transformer_options"][OVERRIDE] = masked_oracle(case, calls)
     want = run(judge, case)
     return {
+        "frames stand": where_frames_stand(model, case) == expected_places(case),
         "finite": bool(torch.isfinite(want).all()),
         "layers": Spy.asked == list(case.layers) * ran,
         "depth": families.find_family(diffusion_model).depth(diffusion_model),
         "calls": len(calls) == len(case.layers) * ran,
         "lines": list(lines),
         "sparse calls": len(case.layers) * ran,
-        "layout": case.layout,
-        "last frame": tokens_of_the_last_frame(model, case),
         "searched": {error: searched(model, case, error) for error in ("attention", "block")},
         "mapped": mapped(model, case),
         "all frames": same / scale,

@@ -3,7 +3,6 @@
 The numbers of tokens are written down here by hand, apart from the pack's own rules.
 """
 
-import inspect
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -74,7 +73,7 @@ class Case:
         layout: tokens before the video, frames, tokens of a frame, tokens behind the video.
         layers: the layer of each self-attention over the video, in the order of the calls.
         conds: entries of the conditioning.
-        padding: masked tokens at the end of ``layout``; versions that put them in its midst skip the case.
+        padding: where masked text stands in the sequence.
         single: one video and no guidance, where ComfyUI itself takes no more.
         newer: settings that only versions from 0.8 on know.
     """
@@ -87,7 +86,7 @@ class Case:
     text: tuple[int, int] = (7, TEXT)
     conds: dict[str, Any] = field(default_factory=dict)
     audio: tuple[int, ...] = ()
-    padding: int = 0
+    padding: range = range(0)
     batch: int = 2
     single: bool = False
     newer: dict[str, Any] = field(default_factory=dict)
@@ -115,17 +114,6 @@ def guides(frames: int, h: int, w: int, dropped: int = 0):
     values[:, :, 5:] = 0.0
     values[:, :, 5:].view(-1)[:dropped] = -1.0
     return latent_to_pixel_coords(coords, (8, 32, 32), causal_fix=True), values
-
-
-def text_first() -> bool:
-    """Whether this version's HunyuanVideo puts the text before the video."""
-    from comfy.ldm.flux.layers import DoubleStreamBlock
-
-    return "flipped_img_txt" not in inspect.signature(DoubleStreamBlock.__init__).parameters
-
-
-def hunyuan_layout(prefix: int, frames: int, size: int, text: int) -> tuple[int, int, int, int]:
-    return (text + prefix, frames, size, 0) if text_first() else (prefix, frames, size, text)
 
 
 def _cases() -> dict[str, Case]:
@@ -159,14 +147,20 @@ def _cases() -> dict[str, Case]:
         "wan animate": Case("WAN22_Animate", {**WAN, "model_type": "animate", "in_dim": 36, "num_layers": 5}, even, (0, 5, 6, 0),
                             tuple(range(5)), conds={"pose_video_latent": noise(1, 16, 4, 4, 6)}, batch=1),
     }  # fmt: skip
+    text_first = comfyui_version() >= (0, 14)
+
+    def around(text: int, reference: int, frames: int, size: int) -> tuple[int, int, int, int]:
+        """HunyuanVideo's layout: ComfyUI 0.14 moved the text before the video."""
+        return (text + reference, frames, size, 0) if text_first else (reference, frames, size, text)
+
     hunyuan = {
-        "hunyuan": Case("HunyuanVideo", HUNYUAN, even, hunyuan_layout(0, 5, 6, 7), tuple(range(5)), conds=pooled, newer=NEWER_HUNYUAN),
-        "hunyuan with a reference": Case("HunyuanVideo", HUNYUAN, even, hunyuan_layout(6, 5, 6, 7), tuple(range(5)), single=True,
-                                         newer=NEWER_HUNYUAN,
-                                         conds={**pooled, "ref_latent": noise(1, 16, 1, 4, 6), "guiding_frame_index": 0}),
-        "hunyuan with padded text": Case("HunyuanVideo", HUNYUAN, even, (0, 5, 6, 7), tuple(range(5)), padding=3, single=True,
-                                         newer=NEWER_HUNYUAN, conds={**pooled, "attention_mask": mask(4, 3)}),
-        "hunyuan 1.5": Case("HunyuanVideo15", HUNYUAN_15, (32, 5, 3, 5), hunyuan_layout(0, 5, 15, 9 + 4 + 7), tuple(range(5)), conds={
+        "hunyuan": Case("HunyuanVideo", HUNYUAN, even, around(7, 0, 5, 6), tuple(range(5)), conds=pooled, newer=NEWER_HUNYUAN),
+        "hunyuan with a reference": Case("HunyuanVideo", HUNYUAN, even, around(7, 6, 5, 6), tuple(range(5)), newer=NEWER_HUNYUAN,
+                                         single=True, conds={**pooled, "ref_latent": noise(1, 16, 1, 4, 6), "guiding_frame_index": 0}),
+        "hunyuan with padded text": Case("HunyuanVideo", HUNYUAN, even, around(7, 0, 5, 6), tuple(range(5)), single=True,
+                                         padding=range(4, 7) if text_first else range(34, 37), newer=NEWER_HUNYUAN,
+                                         conds={**pooled, "attention_mask": mask(4, 3)}),
+        "hunyuan 1.5": Case("HunyuanVideo15", HUNYUAN_15, (32, 5, 3, 5), around(9 + 4 + 7, 0, 5, 15), tuple(range(5)), conds={
             **pooled, "clip_vision_output": vision(9, 1152), "conditioning_byt5small": noise(1, 4, 1472)}),
     }  # fmt: skip
     dropped = 5 if comfyui_version() >= (0, 8) else 0  # earlier versions keep all guide tokens
