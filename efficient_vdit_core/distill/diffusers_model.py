@@ -60,7 +60,6 @@ class DiffusersModel:
         self.saved_dtype = self.dtype
         self.layers, self.heads = int(self.config["num_layers"]), int(self.config["num_attention_heads"])
         self.path, self.prediction = _schedule(_json(self.folder / "scheduler" / "scheduler_config.json"))
-        self._pipe: Any = None
 
     def load(self, weights: str = "") -> nn.Module:
         import diffusers
@@ -124,30 +123,30 @@ class DiffusersModel:
     def checkpoint_blocks(self, module: nn.Module) -> None:
         module.enable_gradient_checkpointing(_checkpointed)  # pyright: ignore[reportCallIssue]
 
-    def text_encoder(self) -> Encode:
-        pipe = self._pipeline()
+    def text_encoder(self, device: torch.device) -> Encode:
+        pipe = self._pipeline(vae=None).to(device)
 
         @torch.no_grad()
         def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
-            context = pipe.encode_prompt(texts, do_classifier_free_guidance=False)[0]
+            context = pipe.encode_prompt(texts, do_classifier_free_guidance=False, device=device)[0]
             return context, torch.ones(context.shape[:2], dtype=torch.long)
 
         return encode
 
-    def video_encoder(self) -> Callable[[np.ndarray], Tensor]:
-        vae = self._pipeline().vae
+    def video_encoder(self, device: torch.device) -> Callable[[np.ndarray], Tensor]:
+        vae = self._vae().to(device)
 
         @torch.no_grad()
         def encode(frames: np.ndarray) -> Tensor:
-            x = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(vae.dtype) / 127.5 - 1
-            latents = vae.encode(x).latent_dist.mode().float()
+            x = torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None].to(vae.dtype) / 127.5 - 1
+            latents = vae.encode(x).latent_dist.mode().float().cpu()
             mean, deviation = _latent_statistics(vae)
             return ((latents - mean) / deviation)[0]
 
         return encode
 
     def video_decoder(self) -> Callable[[Tensor], np.ndarray]:
-        vae = self._pipeline().vae
+        vae = self._vae()
 
         @torch.no_grad()
         def decode(latents: Tensor) -> np.ndarray:
@@ -157,13 +156,14 @@ class DiffusersModel:
 
         return decode
 
-    def _pipeline(self) -> Any:
-        """diffusers' pipeline without the transformer: text encoder and VAE."""
-        if self._pipe is None:
-            from diffusers import DiffusionPipeline
+    def _vae(self) -> Any:
+        return self._pipeline(text_encoder=None, tokenizer=None).vae
 
-            self._pipe = DiffusionPipeline.from_pretrained(str(self.folder), transformer=None, torch_dtype=torch.float32)
-        return self._pipe
+    def _pipeline(self, **without: None) -> Any:
+        """diffusers' pipeline without the transformer, and without what else is None."""
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.from_pretrained(str(self.folder), transformer=None, torch_dtype=torch.float32, **without)
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         trained = (49, 480, 720) if self.kind == COGVIDEOX else (81, 480, 832)

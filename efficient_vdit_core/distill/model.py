@@ -65,10 +65,12 @@ class FamilyModel(Protocol):
         """Recompute blocks in the backward pass instead of keeping them."""
         ...
 
-    def text_encoder(self) -> Encode: ...
+    def text_encoder(self, device: torch.device) -> Encode:
+        """An encoder of its own on ``device``, which is free again when the encoder is."""
+        ...
 
-    def video_encoder(self) -> Callable[[np.ndarray], Tensor]:
-        """frames uint8 (F, H, W, 3) to latents (C, T, h, w)."""
+    def video_encoder(self, device: torch.device) -> Callable[[np.ndarray], Tensor]:
+        """frames uint8 (F, H, W, 3) to latents (C, T, h, w) on the CPU; memory as of ``text_encoder``."""
         ...
 
     def video_decoder(self) -> Callable[[Tensor], np.ndarray]:

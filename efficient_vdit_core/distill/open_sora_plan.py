@@ -77,20 +77,21 @@ class OpenSoraPlanModel:
     def checkpoint_blocks(self, module: nn.Module) -> None:
         module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
 
-    def text_encoder(self) -> Encode:
+    def text_encoder(self, device: torch.device) -> Encode:
         from ..models.opensora_plan.captions import clean_caption
 
-        encoder = TextEncoder.from_folder(self.folder.text_encoder, dtype=torch.float32 if self.folder.built_in else None)
+        dtype = torch.float32 if self.folder.built_in else None
+        encoder = TextEncoder.from_folder(self.folder.text_encoder, dtype=dtype, device=device)
         # The reference cleans twice: the second pass removes what the first one uncovers.
         return lambda texts: encoder.encode([clean_caption(clean_caption(t)) for t in texts])
 
-    def video_encoder(self) -> Callable[[np.ndarray], Tensor]:
-        vae = self.vae()
+    def video_encoder(self, device: torch.device) -> Callable[[np.ndarray], Tensor]:
+        vae = load_vae(self.folder.vae, dtype=torch.float32).to(device)
 
         @torch.no_grad()
         def encode(frames: np.ndarray) -> Tensor:
-            x = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-            return tiled_encode(vae, x)[0] * LATENT_SCALE
+            x = torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+            return tiled_encode(vae, x)[0].cpu() * LATENT_SCALE
 
         return encode
 

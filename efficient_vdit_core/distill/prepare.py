@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,13 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
     if data.source == "tinyworld":
         clips = _tinyworld(config, model, cache)
     elif data.source == "videos":
-        clips = encode_videos(Path(data.folder), cache, model.size(data.frames, data.height, data.width), model.video_encoder)
+        size = model.size(data.frames, data.height, data.width)
+        clips = encode_videos(Path(data.folder), cache, size, partial(model.video_encoder, device))
     else:
         clips = _from_teacher(config, model, cache, device)
     texts = [*clips.texts(), data.negative, *config.training.samples]
-    return PreparedData(clips, TextBank.build(texts, model.text_encoder, cache / "texts.safetensors"), data.negative, device)
+    bank = TextBank.build(texts, partial(model.text_encoder, device), cache / "texts.safetensors")
+    return PreparedData(clips, bank, data.negative, device)
 
 
 def _tinyworld(config: DistillConfig, model: FamilyModel, cache: Path) -> ClipSet:
@@ -76,7 +79,7 @@ def _tiny_vae(model: FamilyModel) -> CausalVAE:
 def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> ClipSet:
     data = config.data
     captions = read_captions(data.captions)
-    bank = TextBank.build([*captions, data.negative], model.text_encoder, cache / "texts.safetensors")
+    bank = TextBank.build([*captions, data.negative], partial(model.text_encoder, device), cache / "texts.safetensors")
     shape = model.latent_shape(model.size(data.frames, data.height, data.width))
     source = PreparedData(ClipSet([], []), bank, data.negative, device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Judge:
         self.scenes: list[Scene] = [s for s in held_out_scenes(captions) for _ in range(noises)]
         self.groups = [i for i in range(captions) for _ in range(noises)]
         texts = [s.caption() for s in self.scenes]
-        self.bank = TextBank.build([*texts, ""], model.text_encoder)
+        self.bank = TextBank.build([*texts, ""], partial(model.text_encoder, torch.device("cpu")))
         self.texts = texts
         shape = model.latent_shape(model.size(0, 0, 0))
         draw = [torch.Generator().manual_seed(1_000_003 * (seed + 1) + i) for i in range(len(texts))]
