@@ -5,12 +5,15 @@ import re
 import pytest
 
 WAN = ["wan", "wan with a text as long as a frame", "wan i2v", "wan fun with a reference", "wan with a reference it ignores", "wan phantom",
-       "wan 2.2 5B", "wan vace", "wan vace twice", "wan camera", "wan humo", "wan s2v", "wan animate"]  # fmt: skip
+       "wan with references in context", "wan phantom with a reference in context", "wan 2.2 5B", "wan vace", "wan vace twice",
+       "wan camera", "wan humo", "wan s2v", "wan dancer", "wan dancer over the whole music", "wan scail", "wan scail without a pose",
+       "wan scail 2", "wan animate"]  # fmt: skip
 HUNYUAN = ["hunyuan", "hunyuan with a reference", "hunyuan with padded text", "hunyuan 1.5"]
-LTX = ["ltx", "ltx with guides", "ltx with dropped guides", "ltx audio"]
-FAMILIES = [*WAN, *HUNYUAN, *LTX, "mochi", "cosmos", "cosmos predict2", "kandinsky 5"]
+LTX = ["ltx", "ltx with guides", "ltx with dropped guides", "ltx with guides of full strength", "ltx audio", "ltx audio with a voice"]
+COGVIDEOX = ["cogvideox", "cogvideox i2v", "cogvideox 1.5"]
+FAMILIES = [*WAN, *HUNYUAN, *LTX, *COGVIDEOX, "mochi", "cosmos", "cosmos predict2", "kandinsky 5"]
 # Token sequences beside the video that attend over themselves.
-WITH_OTHERS = ["hunyuan", "hunyuan with a reference", "hunyuan with padded text", "hunyuan 1.5", "ltx audio", "kandinsky 5"]
+WITH_OTHERS = [*HUNYUAN, "ltx audio", "ltx audio with a voice", "kandinsky 5"]
 
 
 @pytest.fixture(scope="module")

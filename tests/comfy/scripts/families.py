@@ -4,6 +4,7 @@ Names of cases in $EVDIT_CASES, with commas between, run only these.
 """
 
 import copy
+import importlib.util
 import json
 import os
 import sys
@@ -49,8 +50,17 @@ def run(model, case: Case, changed: int | None = None):
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
     zeros = x - x if hasattr(x, "unbind") and x.is_nested else torch.zeros_like(x)
     with torch.inference_mode():
-        out = guider.sample(x, zeros, comfy.samplers.sampler_object("euler"), sigmas, noise_mask, disable_pbar=True, seed=0)
+        out = guider.sample(x, zeros, sampler(case), sigmas, noise_mask, disable_pbar=True, seed=0)
     return torch.cat([part.flatten() for part in out.unbind()]) if out.is_nested else out.flatten()
+
+
+def sampler(case: Case):
+    """Euler; CogVideoX has one of its own, for its latents are scaled nowhere else."""
+    if not case.config.startswith("CogVideoX"):
+        return comfy.samplers.sampler_object("euler")
+    from comfy_extras.nodes_void import VOID_DDIM  # only in versions with such a model
+
+    return VOID_DDIM()
 
 
 def live_tiles(case: Case):
@@ -103,8 +113,9 @@ def where_frames_stand(model, case: Case) -> list[list[int]]:
         run(watched, case, changed)
         return seen[0]
 
-    before = first_queries(None)
-    return [(first_queries(t) != before).any(-1).any(0).nonzero().flatten().tolist() for t in range(frames)]
+    before, last = first_queries(None), case.latent[1] - 1
+    moved = [min((t + 1) * case.patch_t - 1, last) for t in range(frames)]
+    return [(first_queries(t) != before).any(-1).any(0).nonzero().flatten().tolist() for t in moved]
 
 
 def latent_of(case: Case) -> tuple[dict, list]:
@@ -130,8 +141,9 @@ def mapped(model, case: Case) -> list[int]:
 
 
 def facts(case: Case) -> dict:
-    if not hasattr(comfy.supported_models, case.config):
-        return {"skipped": f"this ComfyUI has no {case.config}"}
+    missing = case.config if not hasattr(comfy.supported_models, case.config) else case.requires
+    if missing == case.config or importlib.util.find_spec(missing) is None:
+        return {"skipped": f"this ComfyUI has no {missing}"}
     model = build(case)
     diffusion_model = model.model.diffusion_model
     why = families.find_family(diffusion_model).why_no_hook()
