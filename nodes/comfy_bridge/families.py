@@ -134,5 +134,5 @@ FAMILIES: dict[str, Family] = {
 
 # Models that the pack knows and leaves as they are.
 LEFT_DENSE = {
-    "CausalWanModel": "it makes a few frames at a time over a cache of the earlier ones, where its attention asks no hook",
+    "CausalWanModel": "it makes a few frames at a time over a cache of the earlier ones, and ComfyUI passes no attention hook there",
 }

@@ -4,7 +4,6 @@ Names of cases in $EVDIT_CASES, with commas between, run only these.
 """
 
 import copy
-import importlib.util
 import json
 import os
 import sys
@@ -12,8 +11,7 @@ import traceback
 
 from host import call, load_pack, log_lines, torch  # isort: skip
 import comfy.samplers  # isort: skip
-import comfy.supported_models  # isort: skip
-from tiny_models import CASES, Case, build, inputs  # isort: skip
+from tiny_models import CASES, Case, build, inputs, missing  # isort: skip
 
 OVERRIDE = "optimized_attention_override"
 pack = load_pack()
@@ -140,11 +138,24 @@ def mapped(model, case: Case) -> list[int]:
     return sorted(probe.measure_tiles(model, cond, latent, layers="0,-1", percent=0.0, seed=0, rows=2))
 
 
+def left_dense(model, case: Case) -> dict:
+    """What a run and a search say where nothing may become sparse."""
+    dense = run(model, case)
+    lines.clear()
+    changed = float((run(patched(model, 1), case) - dense).abs().max())
+    try:
+        searched(model, case, "attention")
+    except ValueError as error:
+        return {"changed": changed, "lines": list(lines), "refused": str(error)}
+    return {"changed": changed, "lines": list(lines), "refused": ""}
+
+
 def facts(case: Case) -> dict:
-    missing = case.config if not hasattr(comfy.supported_models, case.config) else case.requires
-    if missing == case.config or importlib.util.find_spec(missing) is None:
-        return {"skipped": f"this ComfyUI has no {missing}"}
+    if missing(case):
+        return {"skipped": f"this ComfyUI has no {missing(case)}"}
     model = build(case)
+    if case.left_dense:
+        return left_dense(model, case)
     diffusion_model = model.model.diffusion_model
     why = families.find_family(diffusion_model).why_no_hook()
     forwards: list[int] = []

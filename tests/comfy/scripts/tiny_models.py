@@ -3,6 +3,7 @@
 The numbers of tokens are written down here by hand, apart from the pack's own rules.
 """
 
+import importlib.util
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -82,7 +83,8 @@ class Case:
         conds: entries of the conditioning.
         padding: where masked text stands in the sequence.
         patch_t: latent frames in a token.
-        requires: a module of ComfyUI that makes the conditioning; a version that has not got it skips the case.
+        requires: a module of ComfyUI, or a name in one; a version that has not got it skips the case.
+        left_dense: nothing of it can become sparse.
         single: one video and no guidance, where ComfyUI itself takes no more.
         newer: settings that only versions from 0.8 on know.
     """
@@ -97,10 +99,21 @@ class Case:
     audio: tuple[int, ...] = ()
     padding: range = range(0)
     patch_t: int = 1
-    requires: str = "comfy"
+    requires: str = ""
+    left_dense: bool = False
     batch: int = 2
     single: bool = False
     newer: dict[str, Any] = field(default_factory=dict)
+
+
+def missing(case: Case) -> str:
+    """What this ComfyUI has not got of a case, "" where it has everything."""
+    if not hasattr(comfy.supported_models, case.config):
+        return case.config
+    module, _, name = case.requires.partition(":")
+    if not module or importlib.util.find_spec(module) and (not name or hasattr(importlib.import_module(module), name)):
+        return ""
+    return case.requires
 
 
 def comfyui_version() -> tuple[int, int]:
@@ -176,6 +189,7 @@ def _cases() -> dict[str, Case]:
         "wan scail 2": Case("WAN21_SCAIL2", {**SCAIL, "model_type": "scail2"}, (16, 5, 4, 8), (3 * 8, 5, 8, 5 * 2), batch=1, conds={
             "reference_latents": [noise(1, 16, 1, 4, 8)] * 3, "pose_video_latent": noise(1, 16, 5, 2, 4), "ref_mask_flag": False,
             "driving_mask_28ch": noise(1, 5, 28, 2, 4), "ref_mask_28ch": noise(1, 8, 28, 4, 8)}),
+        "wan causal": Case("WAN21_CausalAR_T2V", WAN, even, (0, 5, 6, 0), left_dense=True),
         "wan animate": Case("WAN22_Animate", {**WAN, "model_type": "animate", "in_dim": 36, "num_layers": 5}, even, (0, 5, 6, 0),
                             tuple(range(5)), conds={"pose_video_latent": noise(1, 16, 4, 4, 6)}, batch=1),
     }  # fmt: skip
@@ -202,7 +216,12 @@ def _cases() -> dict[str, Case]:
         "ltx with dropped guides": Case("LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24 - dropped), conds={**masked, "guides": (2, 5)}),
         "ltx with guides of full strength": Case("LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24 - dropped), conds={
             **masked, "guides": (2, 5), "guide_attention_entries": weights(1.0, 1.0)}),
+        "ltx with weaker guides": Case(
+            "LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24), requires="comfy.ldm.lightricks.model:GuideAttentionMask", left_dense=True,
+            conds={**masked, "guides": (2, 0), "guide_attention_entries": weights(1.0, 0.5)}),
         "ltx audio": Case("LTXAV", LTX_AUDIO, (128, 5, 3, 5), (0, 5, 15, 0), text=(7, 2 * TEXT), audio=(8, 11, 16), conds=masked, batch=1),
+        "ltx audio with guides": Case("LTXAV", LTX_AUDIO, (128, 7, 3, 4), (0, 5, 12, 24 - dropped), text=(7, 2 * TEXT), audio=(8, 11, 16),
+                                      batch=1, conds={**masked, "guides": (2, 5)}),
         "ltx audio with a voice": Case("LTXAV", LTX_AUDIO, (128, 5, 3, 5), (0, 5, 15, 0), text=(7, 2 * TEXT), audio=(8, 11, 16), batch=1,
                                        conds={**masked, "ref_audio": {"tokens": noise(1, 4, 128)}}),
     }
@@ -243,11 +262,12 @@ def build(case: Case) -> comfy.model_patcher.ModelPatcher:
 def inputs(case: Case) -> tuple[Any, list, Any]:
     """Noise (nested where audio goes with it), the conditioning and the noise mask."""
     x, extra, noise_mask = noise(1 if case.single else case.batch, *case.latent), dict(case.conds), None
-    if case.audio:
-        from comfy.nested_tensor import NestedTensor  # only in versions with such a model
-
-        x = NestedTensor([x, noise(case.batch, *case.audio)])
     if "guides" in extra:
         frames, dropped = extra.pop("guides")
         extra["keyframe_idxs"], noise_mask = guides(frames, *case.latent[-2:], dropped)
+    if case.audio:
+        from comfy.nested_tensor import NestedTensor  # only in versions with such a model
+
+        sound = noise(case.batch, *case.audio)
+        x, noise_mask = NestedTensor([x, sound]), None if noise_mask is None else NestedTensor([noise_mask, torch.ones_like(sound)])
     return x, [[noise(1, *case.text), extra]], noise_mask
