@@ -83,8 +83,8 @@ class EVDiTTextEncoderLoader(io.ComfyNode):
                     default="none",
                     optional=True,
                     tooltip=(
-                        "Words that Open-Sora-Plan adds around each text: none; a = three quality words; b = those and a long style "
-                        "list; c = four quality words. Empty text stays empty. Encode the negative prompt with none. "
+                        "Words that Open-Sora-Plan adds around each text: none; a = three quality words; b = four and a long style "
+                        "list; c = the four. Empty text stays empty. Encode the negative prompt with none. "
                         "No effect on speed; leave none for the tiny model."
                     ),
                 ),

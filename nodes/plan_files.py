@@ -25,7 +25,7 @@ class EVDiTSaveTilePlan(io.ComfyNode):
                     "filename_prefix",
                     default="plan",
                     tooltip=(
-                        "Begin of the file's name, up to 100 letters, digits, spaces, dots, dashes and underscores; no folders. "
+                        "Beginning of the file's name, up to 100 letters, digits, spaces, dots, dashes and underscores; no folders. "
                         '"wan_480p" becomes wan_480p_00001.json, then wan_480p_00002.json.'
                     ),
                 ),

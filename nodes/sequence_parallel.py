@@ -28,7 +28,7 @@ class EVDiTSequenceParallel(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Open-Sora-Plan v1.2 or Wan 2.1 and 2.2, with LoRAs and EVDiTSparseAttention before it. It is not changed.",
+                    tooltip="Open-Sora-Plan v1.2 or Wan 2.1 and 2.2, with LoRAs and Sparse Attention before it. It is not changed.",
                 ),
                 io.String.Input(
                     "devices",
@@ -44,7 +44,7 @@ class EVDiTSequenceParallel(io.ComfyNode):
                     default="auto",
                     tooltip=(
                         "How sparse layers exchange data. auto = what sends fewer bytes, layer by layer; rb = only the reference "
-                        "frames travel; ulysses = heads are swapped. No effect on the result; on slow links rb is much faster."
+                        "frames travel, best for long clips with few of them; ulysses = heads are swapped. No effect on the result."
                     ),
                 ),
                 io.Int.Input(

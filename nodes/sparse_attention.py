@@ -26,12 +26,18 @@ class EVDiTSparseAttention(io.ComfyNode):
             description=(
                 "Applies a tile plan to the self-attention of a video model: Open-Sora-Plan v1.2, Wan 2.1 and 2.2 with their "
                 "variants, HunyuanVideo and 1.5, LTX-Video and LTX-2, CogVideoX, Mochi, Cosmos, Cosmos Predict2, Kandinsky 5. Uses "
-                "the attention backend that ComfyUI runs with. The log tells after each run how many calls became sparse, "
-                "and why others did not."
+                "the attention backend that ComfyUI runs with, or a fused kernel where that measures faster. The log tells after "
+                "each run how many calls became sparse, and why others did not."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The video model to speed up. It is not changed; the output is a patched copy."),
-                Plan.Input("plan", tooltip="From Tile Plan: which latent frames each layer attends to. Decides speed and quality."),
+                Plan.Input(
+                    "plan",
+                    tooltip=(
+                        "From Tile Plan, Load Tile Plan or Search Tile Plan: which latent frames each layer attends to. Decides speed "
+                        "and quality."
+                    ),
+                ),
                 io.Float.Input(
                     "start_percent",
                     default=0.0,
@@ -70,8 +76,9 @@ class EVDiTSparseAttention(io.ComfyNode):
                     max=10_000_000,
                     step=128,
                     tooltip=(
-                        "Calls with fewer video tokens than this stay dense, 0 to 10,000,000. A token is a 2x2 patch of a "
-                        "latent frame. 0 = always sparse; a few thousand spares small runs the overhead where dense is as fast."
+                        "Calls over fewer tokens than this stay dense, 0 to 10,000,000. In most models a token is a 2x2 patch of a "
+                        "latent frame, 16x16 pixels. 0 = always sparse; a few thousand spares small runs the overhead where dense is as "
+                        "fast."
                     ),
                 ),
                 io.Combo.Input(

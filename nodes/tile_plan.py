@@ -30,7 +30,7 @@ class EVDiTTilePlan(io.ComfyNode):
                     max=64,
                     step=1,
                     tooltip=(
-                        "k, in latent frames (one latent frame is 4 video frames), 0 to 64. Evenly spread over the clip. "
+                        "k, in latent frames (4 video frames each in most models, 8 in LTX-Video), 0 to 64. Evenly spread over the clip. "
                         "Fewer is faster and loosens motion over time; k at or above the clip's latent frames is full "
                         "attention; 0 lets every frame see only itself. Usual: a quarter of the latent frames."
                     ),

@@ -30,7 +30,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..quality import compare_clips, comparison_picture, metrics_table
-    from ..read_video import read_video
+
+    try:
+        from ..read_video import read_video
+    except ImportError:
+        raise ValueError("The registry's build of the pack reads no videos. Use ComfyUI's node Compare Videos, or a clone.") from None
 
     _warn_of_other_settings(args.a, args.b)
     a, b = (torch.from_numpy(read_video(path)) for path in (args.a, args.b))

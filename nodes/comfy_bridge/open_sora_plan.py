@@ -110,7 +110,7 @@ class OpenSoraPlan(comfy.model_base.BaseModel):
         if text.shape[-1] != expected:
             raise ValueError(
                 f"The conditioning has {text.shape[-1]} channels, expected {expected}: it comes from another text encoder "
-                "than this model was trained with. Load the encoder that belongs to the model with EVDiTTextEncoderLoader."
+                "than this model was trained with. Load the encoder that belongs to the model with Load Open-Sora-Plan Text Encoder."
             )
 
 
@@ -129,8 +129,11 @@ class OpenSoraPlanConfig(comfy.supported_models_base.BASE):
         return OpenSoraPlan(self, device=device)
 
 
-def load_model(name: str, weight_dtype: str) -> Any:
-    """A MODEL (ModelPatcher) from a list entry. Raises ValueError where the file is not an Open-Sora-Plan v1.2 transformer."""
+def load_model(name: str, weight_dtype: str, disable_dynamic: bool = False) -> Any:
+    """A MODEL (ModelPatcher) from a list entry; ``disable_dynamic`` as in ComfyUI's own loaders.
+
+    Raises ValueError where the file is not an Open-Sora-Plan v1.2 transformer.
+    """
     path = resolve("diffusion_models", name, "transformer")
     state_dict, config = checkpoint.read_transformer(path)
     model_config = OpenSoraPlanConfig({"image_model": "opensora_plan_v12", "config": config})
@@ -143,8 +146,11 @@ def load_model(name: str, weight_dtype: str) -> Any:
     model_config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, load_device, supported))
     model = model_config.get_model(state_dict, device=offload_device)
     model.load_model_weights(state_dict, "")
-    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    plain = comfy.model_patcher.ModelPatcher
+    patcher = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
     loaded = patcher(model, load_device=load_device, offload_device=offload_device)
+    # How newer versions of ComfyUI load the weights once more, for another GPU.
+    loaded.cached_patcher_init = (load_model, (name, weight_dtype))
     distilled = read_metadata(path)
     if distilled is not None:
         loaded.set_attachments(DISTILLED, distilled)
@@ -170,5 +176,5 @@ def _check_latent(noise: Tensor | None) -> None:
     if noise.ndim != 5 or noise.shape[1] != OpenSoraPlanLatent.latent_channels:
         raise ValueError(
             f"The latent has shape {tuple(noise.shape)}, expected (batch, 4, frames, height, width): it was encoded by another "
-            "VAE. Encode with EVDiTVAELoader's VAE, or start from an empty video latent (EmptyHunyuanLatentVideo)."
+            "VAE. Encode with the VAE of Load Open-Sora-Plan VAE, or start from an empty video latent (EmptyHunyuanLatentVideo)."
         )

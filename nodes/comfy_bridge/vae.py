@@ -84,7 +84,8 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
         self.memory_used_encode = lambda shape, dtype: channels * math.prod(shape[-3:]) * mm.dtype_size(dtype)
         self.memory_used_decode = lambda shape, dtype: channels * TIME * SPACE**2 * math.prod(shape[-3:]) * mm.dtype_size(dtype)
         self.process_input = lambda image: image * 2.0 - 1.0
-        self.process_output = lambda image: torch.clamp((image + 1.0) / 2.0, min=0.0, max=1.0)
+        # In place and returned: newer versions of ComfyUI drop what it returns, older ones use it.
+        self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
         self.working_dtypes = [torch.bfloat16, torch.float32]
         self.disable_offload = False
         self.not_video = False

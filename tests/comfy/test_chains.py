@@ -32,6 +32,12 @@ def test_context_windows_are_clips_of_their_own(facts):
     assert len(facts["window lines"]) == 1 and "sparse at mean density 0.52; dense: " in facts["window lines"][0]
 
 
+def test_a_window_that_brings_the_first_frame_has_one_frame_more(facts):
+    if "anchored frames" not in facts:
+        pytest.skip("this ComfyUI puts no first frame before its context windows")
+    assert facts["anchored frames"] == [5, 6] and facts["windows anchored"] < ROUNDING
+
+
 @pytest.mark.parametrize("error", ["attention", "block"])
 def test_a_search_of_a_compiled_model_finds_the_same(compiled, error):
     plain, found = compiled["searched"][error]

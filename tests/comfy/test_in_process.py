@@ -69,3 +69,13 @@ def test_a_tiny_wan_equals_the_masked_oracle(in_process, size, _cache={}):  # no
         _cache.update(in_process("tiny_wan"))
     assert _cache[size]["error"] < 1e-4
     assert _cache[size]["sparsity_effect"] > 1e-3
+
+
+def test_it_works_beside_the_split_of_guidance_over_devices(in_process):
+    found = in_process("multi_gpu")
+    if "skipped" in found:
+        pytest.skip(found["skipped"])
+    assert found["models"] == 2 and found["forwards"] == 2 * 3
+    assert found["difference"] <= 1e-5 * found["scale"] < 1e-3 * found["scale"] < found["effect"]
+    (line,), (alone,) = found["lines"], found["lines alone"]
+    assert line == alone.replace("18", "36")  # both devices' calls are counted; without the split both texts share a batch

@@ -97,7 +97,9 @@ def test_exactly_the_layers_that_need_other_frames_stay_full(found):
 def test_the_progress_bar_counts_every_layer_of_every_step(found):
     steps = [(d["value"], d["max"]) for kind, d in found[2] if kind == "progress" and d.get("node") == "search"]
     assert [m for _, m in steps] == [2 * LAYERS] * len(steps)
-    assert [v for v, _ in steps] == sorted(v for v, _ in steps) and {v for v, _ in steps} >= set(range(1, 2 * LAYERS + 1))
+    values = [v for v, _ in steps]
+    # Newer versions of ComfyUI send no more than ten values a second, but always the first and the last.
+    assert values == sorted(values) and values[0] == 1 and values[-1] == 2 * LAYERS
 
 
 def test_the_block_errors_find_the_same(server, built):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,13 @@ def clip(tmp_path):
         return write_video(tmp_path / name, frames, fps=8, metadata=metadata)
 
     return make
+
+
+def test_a_build_without_the_video_reader_says_what_to_do(monkeypatch, capsys):
+    """The registry's archive, which starts no process."""
+    monkeypatch.setitem(sys.modules, "efficient_vdit_core.read_video", None)
+    assert main(["compare", "a.webp", "b.webp"]) != 0
+    assert "Compare Videos" in capsys.readouterr().err
 
 
 def test_compare_prints_and_writes_json_and_a_picture(tmp_path, clip, capsys):

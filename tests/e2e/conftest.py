@@ -32,6 +32,8 @@ WITHOUT_THE_PACK = (
     r"uncaught TypeError: Cannot read properties of undefined \(reading 'id'\)\s+at onChange ",
     r"Attempted to cleanup event listeners for graph that was never set up @ .*/assets/GraphView",  # a subgraph is closed
     r"404 .*/docs/\w+/[\w-]+\.md$",
+    r"ComfyApp graph accessed before initialization @ .*/assets/",
+    r" @ .*/assets/missingModel(Download|Metadata)-",  # without API nodes the page may not ask for the sizes of missing models, and does
 )
 
 

@@ -4,6 +4,8 @@ import pytest
 
 TITLE = "app.graph.nodes.find(n => n.type === 'EVDiTTilePlan')"
 TEXT = f"{TITLE}.widgets.find(w => w.name === 'text').value"
+RECORD = "app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()"  # what the page does after a click or a key
+TOLD = "((type, detail) => app.api.dispatchEvent(new CustomEvent(type, { detail })))"  # as if the server had sent it
 
 
 def plan_node(comfy, text: str = "", width: int = 320):
@@ -93,3 +95,67 @@ def test_it_draws_inside_a_subgraph(comfy):
     text = page.evaluate("app.canvas.graph.nodes.find(n => n.type === 'EVDiTTilePlan').widgets.find(w => w.name === 'text').value")
     assert text == "0-1:2:6 2:1:7 3-5:2:6"
     comfy.picture("chart in a subgraph")
+
+
+def test_a_click_is_one_step_of_undo(comfy):
+    page = comfy.open().page
+    chart = plan_node(comfy, "0-3:2:6")
+    page.evaluate(RECORD)
+    chart.get_by_role("option", name="Layer 1:").click()
+    assert page.evaluate(TEXT) == "0:2:6 1:1:7 2-3:2:6"
+    page.keyboard.press("Control+z")
+    page.wait_for_function(f"{TITLE} && {TEXT} === '0-3:2:6'")
+    page.keyboard.press("Control+y")
+    page.wait_for_function(f"{TITLE} && {TEXT} === '0:2:6 1:1:7 2-3:2:6'")
+
+
+def test_a_searched_plan_outlives_undo(comfy):
+    """Undo makes every node anew; the server, which has the result, does not run the search again."""
+    page = comfy.open().page
+    search = "app.graph.nodes.find(n => n.type === 'EVDiTSearchTilePlan')"
+    page.evaluate("app.graph.add(LiteGraph.createNode('EVDiTSearchTilePlan'))")
+    page.evaluate(RECORD)
+    page.evaluate(f"{TOLD}('executed', {{ node: String({search}.id), output: {{ evdit_plan: ['0-5:2:6'] }} }})")
+    chart = page.locator(".evdit-plan-chart:visible").first
+    chart.get_by_text("2:6 × 6").wait_for()
+    page.evaluate("app.graph.add(LiteGraph.createNode('EVDiTReport'))")
+    page.evaluate(RECORD)
+    page.keyboard.press("Control+z")
+    page.wait_for_function("app.graph.nodes.length === 1")
+    chart.get_by_text("2:6 × 6").wait_for(timeout=10_000)
+    # Under other settings it is not their plan.
+    page.evaluate(f"(w => {{ w.value = 0.5; w.callback(0.5) }})({search}.widgets.find(w => w.name === 'threshold'))")
+    chart.get_by_text("drawn here after a run").wait_for()
+
+
+def test_figures_of_another_plan_are_not_shown(comfy):
+    """A run takes its time, and the plan may be another one when it ends."""
+    page = comfy.open().page
+    chart = plan_node(comfy, "0-5:2:6")
+    page.evaluate(f"(s => {{ app.graph.add(s); {TITLE}.connect(0, s, 1) }})(LiteGraph.createNode('EVDiTSparseAttention'))")
+    sparse = "app.graph.nodes.find(n => n.type === 'EVDiTSparseAttention')"
+    report = "{ node: String(%s.id), plan: '%s', frames: 8, layers: 6, sparse: %d, density: 0.5, seconds: 1, dense: {} }"
+    page.evaluate(f"{TOLD}('efficient_vdit.report', {report % (sparse, '0-5:1:7', 11)})")
+    page.evaluate(f"{TOLD}('efficient_vdit.report', {report % (sparse, '0-5:2:6', 22)})")
+    chart.get_by_text("22 sparse calls").wait_for()
+    page.evaluate(f"{TOLD}('efficient_vdit.report', {report % (sparse, '0-5:1:7', 11)})")
+    assert chart.get_by_text("22 sparse calls").count() == 1
+
+
+def test_wheel_and_middle_button_move_the_canvas_there_too(comfy):
+    page = comfy.open().page
+    chart = plan_node(comfy)
+    chart.hover()
+    before = page.evaluate("[...app.canvas.ds.offset]")
+    at = chart.bounding_box()
+    x, y = at["x"] + at["width"] / 2, at["y"] + at["height"] / 2
+    page.mouse.down(button="middle")
+    page.mouse.move(x + 30, y + 20)
+    page.mouse.move(x + 60, y + 40)
+    page.mouse.up(button="middle")
+    page.wait_for_function(f"app.canvas.ds.offset[0] >= {before[0]} + 55", timeout=10_000)
+    page.mouse.move(x, y)  # the button is up
+    assert page.evaluate("app.canvas.ds.offset[0]") >= before[0] + 55
+    scale = page.evaluate("app.canvas.ds.scale")
+    page.mouse.wheel(0, -300)
+    page.wait_for_function(f"app.canvas.ds.scale > {scale}", timeout=10_000)

@@ -1,4 +1,7 @@
-"""A real ComfyUI for the tests: $COMFYUI_PATH or ~/comfy/ComfyUI, run by $COMFYUI_PYTHON or that checkout's own .venv."""
+"""A real ComfyUI for the tests: $COMFYUI_PATH or ~/comfy/ComfyUI, run by $COMFYUI_PYTHON or that checkout's own .venv.
+
+$COMFYUI_FLAGS goes to its command line, such as ``--front-end-root`` with another version of its page.
+"""
 
 import json
 import os
@@ -42,7 +45,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         command = [str(PYTHON), "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base), "--disable-api-nodes"]
-        command += ["--database-url", f"sqlite:///{base}/comfy.db", *flags]
+        command += ["--database-url", f"sqlite:///{base}/comfy.db", *flags, *os.environ.get("COMFYUI_FLAGS", "").split()]
         environment = {**os.environ, **(more or {})}
         self.process = subprocess.Popen(command, cwd=COMFYUI, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
         self._wait()
@@ -149,8 +152,9 @@ def _inputs(node: dict, declared: dict, sources: dict) -> dict:
     for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
         kind, options = spec[0], spec[1] if len(spec) > 1 else {}
         if (kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") or isinstance(kind, list)) and not options.get("forceInput"):
-            # A widget that a later ComfyUI appended stands at its default, as on the page.
-            inputs[name] = values.pop(0) if values else options["default"]
+            if not values:
+                continue  # a widget that a later ComfyUI appended: it has a default
+            inputs[name] = values.pop(0)
             if values and (options.get("control_after_generate") or name in ("seed", "noise_seed")):
                 values.pop(0)
         if name in linked:

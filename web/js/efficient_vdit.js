@@ -9,7 +9,9 @@ const PLAN = "EVDIT_PLAN";
 const REPORT = "efficient_vdit.report";
 const MARGIN = 8; // px around the chart
 const USUAL = { frames: 21, depth: 32 }; // of the preview, until a run tells: 81 video frames, the paper's model
+const CANVAS = { wheel: "processMouseWheel", pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
 const charts = new WeakMap(); // node -> NodeChart
+const made = new Map(); // the plans that runs gave, by node and settings: undo and the page's tabs make nodes anew
 let texts = {};
 
 /** A text of locales/<language>/main.json with its {values} filled in. */
@@ -23,11 +25,13 @@ async function loadTexts() {
   texts = { ...all.en?.efficientVDiT, ...all[language]?.efficientVDiT };
 }
 
+/** Whether the page itself sets this widget once a run is queued, at times after that run's end: what is shown is still that run's. */
+const advances = (widget) => widget.linkedWidgets?.length || widget.name === "control_after_generate";
+
 /** One node and its chart: reads the node's widgets, writes the text widget. */
 class NodeChart {
   constructor(node) {
     this.node = node;
-    this.executed = null; // the plan as the last run gave it, where the widgets do not say it
     this.measured = undefined;
     this.chart = new PlanChart(say, {
       cycle: (layer, backwards) => this.write(cycleLayer(this.state.plan, layer, this.state.depth, this.state.frames, backwards)),
@@ -40,6 +44,15 @@ class NodeChart {
     options.margin = MARGIN;
     const widget = node.addDOMWidget("tile_plan_chart", "tile_plan_chart", this.chart.element, options);
     widget.serialize = false;
+    // The canvas hears nothing over an element: the page's own text boxes hand on the wheel and the middle button as well.
+    for (const [type, method] of Object.entries(CANVAS)) {
+      this.chart.element.addEventListener(type, (event) => {
+        if (type !== "wheel" && event.button !== 1 && !(event.buttons & 4)) return;
+        event.preventDefault();
+        event.stopPropagation();
+        app.canvas[method](event);
+      });
+    }
     for (const source of node.widgets) if (source !== widget) chain(source, "callback", () => this.changed(source));
     for (const event of ["onConfigure", "onConnectionsChange"]) chain(node, event, () => this.draw());
     this.draw();
@@ -55,19 +68,23 @@ class NodeChart {
   }
 
   changed(source) {
-    // The page sets a seed itself once a run is queued, at times after that run's end: what is shown is still that run's.
-    if (source.linkedWidgets?.length) return;
-    if (source.name !== "text") this.executed = null;
+    if (advances(source)) return;
     this.measured = undefined;
     this.draw();
   }
 
-  /** The plan's text as the widgets say it, or as the last run gave it; null where neither does. */
+  /** What the plan of a run belongs to. */
+  settings() {
+    return JSON.stringify([this.node.graph?.id, this.node.id, this.node.widgets.filter((w) => !advances(w)).map((w) => w.value)]);
+  }
+
+  /** The plan's text as the widgets say it, or as a run with these settings gave it; null where neither does. */
   source() {
-    if (this.linked("text") || this.linked("reference_frames")) return this.executed;
+    const executed = made.get(this.settings()) ?? null;
+    if (this.linked("text") || this.linked("reference_frames")) return executed;
     const text = String(this.widget("text")?.value ?? "").trim();
     const uniform = this.widget("reference_frames");
-    return text || (uniform ? `all:${uniform.value}` : this.executed);
+    return text || (uniform ? `all:${uniform.value}` : executed);
   }
 
   draw() {
@@ -94,8 +111,10 @@ class NodeChart {
 
   write(plan) {
     const widget = this.widget("text");
+    app.canvas.emitBeforeChange();
     widget.value = formatPlan(plan);
     widget.callback?.(widget.value);
+    app.canvas.emitAfterChange(); // a step of undo: the page looks for changes before the click, not after it
     this.node.graph?.setDirtyCanvas(true, true);
   }
 
@@ -105,7 +124,7 @@ class NodeChart {
   }
 
   planMade(text) {
-    this.executed = text;
+    made.set(this.settings(), text);
     this.draw();
   }
 
@@ -145,12 +164,12 @@ function* allCharts(graph = app.rootGraph ?? app.graph) {
   }
 }
 
-/** The charts that show the plan of a Sparse Attention node: by its link, else (from outside its subgraph) by the same text. */
+/** The charts that show the plan which a Sparse Attention node ran with: the one linked to it, else (from outside its subgraph) any. */
 function chartsOf(report) {
   const node = findNode(report.node);
   const slot = node?.inputs?.findIndex((input) => input.type === PLAN) ?? -1;
-  const chart = slot < 0 ? undefined : charts.get(node.getInputNode(slot));
-  return chart ? [chart] : [...allCharts()].filter((other) => other.state.plan && formatPlan(other.state.plan) === report.plan);
+  const linked = slot < 0 ? undefined : charts.get(node.getInputNode(slot));
+  return [...(linked ? [linked] : allCharts())].filter(({ state }) => state.plan && formatPlan(state.plan) === report.plan);
 }
 
 app.registerExtension({

@@ -51,8 +51,8 @@ export class PlanChart {
     new ResizeObserver(measure).observe(panel);
     this.bars.addEventListener("keydown", (event) => this.onKey(event));
     this.bars.addEventListener("pointerleave", () => this.hover(null));
-    // A click edits; it must not start to drag the node.
-    panel.addEventListener("pointerdown", (event) => event.stopPropagation());
+    // A click edits; it must not start to drag the node. Other buttons are the canvas's.
+    panel.addEventListener("pointerdown", (event) => event.button === 0 && event.stopPropagation());
   }
 
   /**

@@ -98,7 +98,7 @@ def read_torch_file(file: Path) -> Any:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{file.name} cannot be read safely: {reason[:200]}. It is damaged, or holds more than tensors, which this project never "
-            "unpickles. Ask its publisher for safetensors, or download it again and run 'evdit convert'."
+            "unpickles. Download it again, or ask its publisher for safetensors."
         ) from error
 
 

@@ -99,13 +99,18 @@ facts["split"] = distance(split, run(judged(model, first_frame), negative=longer
 # Context windows: 5 of the 9 frames at a time.
 settings = {"context_length": 5, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1,
             "closed_loop": False, "fuse_method": "pyramid", "dim": 2}  # fmt: skip
-if "freenoise" in inspect.signature(ContextWindowsManualNode.execute).parameters:
-    settings["freenoise"] = False
+known = inspect.signature(ContextWindowsManualNode.execute).parameters
+settings.update({name: False for name in ("freenoise", "causal_window_fix") if name in known})
 windows = ContextWindowsManualNode.execute(model, **settings).args[0]
 got = run(sparse(windows))
 facts["window frames"] = sorted({shape[2] for shape in forwards})
 facts["window lines"] = list(lines)
 facts["windows"] = distance(got, run(judged(windows, first_frame)))
+if "causal_window_fix" in known:  # puts the clip's first frame before the later windows
+    anchored = ContextWindowsManualNode.execute(model, **{**settings, "causal_window_fix": True}).args[0]
+    got_anchored = run(sparse(anchored))
+    facts["anchored frames"] = sorted({shape[2] for shape in forwards})
+    facts["windows anchored"] = distance(got_anchored, run(judged(anchored, first_frame)))
 facts["windows behind"] = distance(run(ContextWindowsManualNode.execute(sparse(model), **settings).args[0]), got)
 
 # EasyCache and LazyCache skip whole evaluations; those that remain are sparse. A huge threshold skips all that may be.
