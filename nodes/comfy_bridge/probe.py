@@ -162,9 +162,12 @@ def _observed(model: Any, make: Callable[[Override | None], Override]) -> Any:
 def _latent(model: Any, latent: dict[str, Any], *, empty: bool) -> Any:
     """The first entry of the latents' batch (1, C, T, H, W) with the model's channels; zeros of its size where ``empty``.
 
-    What a noise mask keeps is content, so such latents stay as they are. Video with audio comes as a nested tensor, and stays one.
+    What a noise mask keeps is content, and so is what FlowRVS starts from in place of noise: such latents stay as they are.
+    Video with audio comes as a nested tensor, and stays one.
     """
-    samples, empty = latent["samples"], empty and "noise_mask" not in latent
+    without_noise = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())  # in versions with such a model
+    from_latent = isinstance(model.get_model_object("model_sampling"), without_noise)
+    samples, empty = latent["samples"], empty and not from_latent and "noise_mask" not in latent
     if samples.is_nested:
         start = type(samples)([torch.zeros_like(x[:1]) if empty else x[:1] for x in samples.unbind()])
     else:

@@ -5,9 +5,9 @@ import re
 import pytest
 
 WAN = ["wan", "wan with a text as long as a frame", "wan i2v", "wan fun with a reference", "wan with a reference it ignores", "wan phantom",
-       "wan with references in context", "wan phantom with a reference in context", "wan 2.2 5B", "wan vace", "wan vace twice",
-       "wan camera", "wan humo", "wan s2v", "wan dancer", "wan dancer over the whole music", "wan scail", "wan scail without a pose",
-       "wan scail 2", "wan animate"]  # fmt: skip
+       "wan with references in context", "wan phantom with a reference in context", "wan flow rvs", "wan 2.2 5B", "wan vace",
+       "wan vace twice", "wan camera", "wan humo", "wan s2v", "wan dancer", "wan dancer over the whole music", "wan scail",
+       "wan scail without a pose", "wan scail 2", "wan animate"]  # fmt: skip
 HUNYUAN = ["hunyuan", "hunyuan with a reference", "hunyuan with padded text", "hunyuan 1.5"]
 LTX = ["ltx", "ltx with guides", "ltx with dropped guides", "ltx with guides of full strength", "ltx audio", "ltx audio with guides",
        "ltx audio with a voice"]  # fmt: skip
@@ -19,6 +19,10 @@ CAUSAL = "it makes a few frames at a time over a cache of the earlier ones, and 
 # What a run and a search say of a model that is left dense.
 LEFT_DENSE = {
     "wan causal": (f"CausalWanModel stays dense: {CAUSAL}.", f"CausalWanModel cannot be measured: {CAUSAL}."),
+    "wan dancer with images as long as the video": (
+        "0 attention calls sparse; dense: 12 text or audio as long as the video, 6 cross-attention",
+        "No self-attention over a video was found (6 text or audio as long as the video",
+    ),
     "ltx with weaker guides": ("0 attention calls sparse; dense: 12 masked, 6 cross-attention", "No self-attention over a video was found"),
 }
 

@@ -46,9 +46,11 @@ def run(model, case: Case, changed: int | None = None):
     guider.set_conds(cond, negative)
     guider.set_cfg(1.0 if case.single else 2.0)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
-    zeros = x - x if hasattr(x, "unbind") and x.is_nested else torch.zeros_like(x)
+    start = x - x if x.is_nested else torch.zeros_like(x)
+    if case.config == "WAN21_FlowRVS":  # starts from a video in place of noise
+        start = x
     with torch.inference_mode():
-        out = guider.sample(x, zeros, sampler(case), sigmas, noise_mask, disable_pbar=True, seed=0)
+        out = guider.sample(x, start, sampler(case), sigmas, noise_mask, disable_pbar=True, seed=0)
     return torch.cat([part.flatten() for part in out.unbind()]) if out.is_nested else out.flatten()
 
 

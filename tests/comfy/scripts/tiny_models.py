@@ -164,6 +164,7 @@ def _cases() -> dict[str, Case]:
         "wan phantom with a reference in context": Case("WAN21_T2V", WAN, even, (0, 5, 6, 12 + 4), requires="comfy_extras.nodes_bernini",
                                                         conds={"time_dim_concat": noise(1, 16, 2, 4, 6),
                                                                "context_latents": [noise(1, 16, 1, 3, 4)]}),
+        "wan flow rvs": Case("WAN21_FlowRVS", {**WAN, "model_type": "flow_rvs"}, even, (0, 5, 6, 0)),
         "wan 2.2 5B": Case("WAN22_T2V", {**WAN, "in_dim": 48, "out_dim": 48}, (48, 5, 5, 7), (0, 5, 12, 0)),
         "wan vace": Case("WAN21_Vace", {**WAN, "model_type": "vace", "num_layers": 4, "vace_layers": 2, "vace_in_dim": 96}, even,
                          (0, 5, 6, 0), (0, 0, 1, 2, 2, 3)),
@@ -182,6 +183,8 @@ def _cases() -> dict[str, Case]:
             "audio_embed": noise(1, 20, 35), "clip_vision_output": vision(9, 1280), "clip_vision_output_ref": vision(9, 1280)}),
         "wan dancer over the whole music": Case("WAN22_WanDancer", DANCER, (16, 5, 4, 8), (0, 5, 8, 0), single=True, conds={
             "audio_embed": noise(1, 20, 35), "fps": 7.5, "clip_vision_output": vision(4, 1280), "clip_vision_output_ref": vision(3, 1280)}),
+        "wan dancer with images as long as the video": Case("WAN22_WanDancer", DANCER, (16, 5, 4, 8), (0, 5, 8, 0), left_dense=True, conds={
+            "audio_embed": noise(1, 20, 35), "clip_vision_output": vision(21, 1280), "clip_vision_output_ref": vision(19, 1280)}),
         "wan scail": Case("WAN21_SCAIL", SCAIL, odd, (12, 5, 12, 5 * 4), conds={
             "reference_latents": [noise(1, 16, 1, 5, 7)], "pose_video_latent": noise(1, 16, 5, 3, 4),
             "clip_vision_output": vision(9, 1280)}),
