@@ -11,9 +11,9 @@ import json
 import sys
 from typing import Any
 
+from comfy_page import open_page, outputs_of
 from PIL import Image
-from playwright.sync_api import sync_playwright
-from thumbnails import QUIET, ROOT, outputs_of, post
+from thumbnails import ROOT
 
 DOCS, WIDTH, EDGE = ROOT / "web" / "docs", 760, 14  # px: widest picture, around a node
 # Node of the page -> template whose Preview Image is shown.
@@ -76,15 +76,8 @@ def nodes(page: Any) -> None:
 
 def main(server: str, chromium: str) -> None:
     results(server)
-    post(server, "/settings", QUIET)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1100})
-        page.set_default_timeout(300_000)
-        page.goto(server)
-        page.wait_for_function("!!window.LiteGraph?.registered_node_types?.EVDiTTilePlan && !!window.app?.graph")
+    with open_page(server, chromium, 1280, 1100) as page:
         nodes(page)
-        browser.close()
 
 
 if __name__ == "__main__":

@@ -9,24 +9,17 @@ from __future__ import annotations
 import io
 import json
 import sys
-import time
-import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import imageio.v3 as imageio
 import numpy as np
+from comfy_page import open_page, outputs_of
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = ROOT / "workflows"
 WIDTH, COLUMNS, ROWS, EDGE = 720, 3, 2, 2  # px, frames of a contact sheet, px
-QUIET = {
-    "Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False, "Comfy.Minimap.Visible": False,
-    "Comfy.Locale": "en", "Comfy.ColorPalette": "dark", "Comfy.VueNodes.Enabled": False, "Comfy.UseNewMenu": "Top",
-}  # fmt: skip
 SIZE, LEFT, TOP = 620, 120, 120  # px
 SHOW = """([workflow, left, top, size]) => {
     return app.loadGraphData(workflow).then(() => {
@@ -47,31 +40,6 @@ def take(page: Any, path: Path) -> None:
     page.wait_for_timeout(3000)
     clip = {"x": LEFT, "y": TOP, "width": SIZE, "height": SIZE}
     page.screenshot(path=path.with_suffix(".jpg"), type="jpeg", quality=85, clip=clip)
-
-
-def post(server: str, path: str, value: Any) -> Any:
-    request = urllib.request.Request(f"{server}{path}", json.dumps(value).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.loads(answer.read() or "null")
-
-
-def outputs_of(server: str, prompt: dict[str, Any]) -> list[tuple[str, bytes]]:
-    """Run a prompt and fetch every picture and video that it shows, each with its node's id."""
-    number = post(server, "/prompt", {"prompt": prompt})["prompt_id"]
-    while True:
-        with urllib.request.urlopen(f"{server}/history/{number}", timeout=60) as answer:
-            history = json.load(answer)
-        if number in history:
-            break
-        time.sleep(1)
-    if history[number]["status"]["status_str"] != "success":
-        raise RuntimeError(f"the prompt failed: {history[number]['status']}")
-    found = []
-    for node, output in history[number]["outputs"].items():
-        for file in output.get("images", []):
-            with urllib.request.urlopen(f"{server}/view?{urllib.parse.urlencode(file)}", timeout=60) as answer:
-                found.append((node, answer.read()))
-    return found
 
 
 def run(server: str, path: Path) -> None:
@@ -95,17 +63,10 @@ def contact_sheet(frames: np.ndarray) -> Image.Image:
 def main(server: str, chromium: str) -> None:
     for path in sorted(WORKFLOWS.glob("tiny*.json")):
         run(server, path)
-    post(server, "/settings", QUIET)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1000, "height": 860})
-        page.set_default_timeout(300_000)
-        page.goto(server)
-        page.wait_for_function("!!window.LiteGraph?.registered_node_types?.EVDiTTilePlan && !!window.app?.graph")
+    with open_page(server, chromium, 1000, 860) as page:
         for path in sorted(WORKFLOWS.glob("*.json")):
             if not path.stem.startswith("tiny"):
                 take(page, path)
-        browser.close()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..efficient_vdit_core.parallel.attend import SCHEMES
-from .comfy_bridge.parallel import AFTER_RUN, parallelize
+from .comfy_bridge.parallel import AFTER_RUN, parallelize, reachable
 from .inputs import CATEGORY
 
 
@@ -96,6 +96,11 @@ class EVDiTSequenceParallel(io.ComfyNode):
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, devices: str = "auto", **_: Any) -> tuple[Any, ...]:
+        """Runs again where the workers may be reached that could not be before."""
+        return reachable(devices)
 
     @classmethod
     def execute(

@@ -168,7 +168,7 @@ def make_attention_override(
     def pattern_of(state: ForwardState, layer: int) -> TilePattern:
         if state.layout is None:
             return TilePattern(None)
-        pattern = _pattern(plan, layer, state, state.layout, {}, report).placed(placement, state.step)
+        pattern = _pattern(plan, layer, state, state.layout, {}, None).placed(placement, state.step)
         reason = _why_dense(state, layer, state.layout, pattern, None, min_tokens, decline_slow)
         return TilePattern(None) if reason else pattern
 
@@ -208,18 +208,24 @@ def _why_not_the_video(state: ForwardState | None, q: Tensor, k: Tensor, mask: T
 
 
 def _pattern(plan: TilePlan, layer: int | None, state: ForwardState, layout: TokenLayout, options: Mapping[str, Any],
-             report: AttentionReport) -> TilePattern:
+             report: AttentionReport | None) -> TilePattern:
     """The pattern of the layer that calls, for as many frames as the run has."""
     if layer is None:
-        report.warn("more calls than layers", "the model attends more often than it has layers: the rest stays dense.")
+        if report is not None:
+            report.warn("more calls than layers", "the model attends more often than it has layers: the rest stays dense.")
         return TilePattern(None)
     return pattern_for_frames(plan, layer, state.depth or options.get("total_blocks"), layout.grid.t, report)
 
 
-def pattern_for_frames(plan: TilePlan, layer: int, depth: int | None, frames: int, report: AttentionReport) -> TilePattern:
-    """The plan's pattern of a layer for a run of ``frames`` latent frames; says once in a run that it is not the plan's own."""
+def pattern_for_frames(plan: TilePlan, layer: int, depth: int | None, frames: int, report: AttentionReport | None) -> TilePattern:
+    """The plan's pattern of a layer for a run of ``frames`` latent frames; says once in a run that it is not the plan's own.
+
+    ``report`` None says nothing: no run is under way, as in a forecast.
+    """
     planned = plan.pattern(layer, depth)
     pattern = planned.scaled(plan.frames, frames)
+    if report is None:
+        return pattern
     if pattern.k is not None and pattern.k != planned.k:
         report.warn(
             "scaled",

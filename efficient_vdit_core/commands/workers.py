@@ -27,15 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Keeps a pool running until Ctrl-C; one whose rank ends is started anew. Raises ValueError where there is one already."""
     from ..parallel.pool_file import default_pool_file
-    from ..parallel.session import parse_devices, running_pool
+    from ..parallel.session import parse_devices
 
+    if _pool_runs():
+        raise ValueError("A pool of workers runs already, and ComfyUI finds one only. Use it, or end it with Ctrl-C where it was started.")
     devices = parse_devices(args.devices)
     if len(devices) < 2:
         raise ValueError(f"--devices means {', '.join(devices)}, expected two or more devices: one alone needs no workers.")
-    found = running_pool(devices)
-    if found is not None:
-        found.close()
-        raise ValueError("A pool on these devices runs already. End it with Ctrl-C where it was started, or use it.")
     workers: Any = None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's way of Ctrl-C
     try:
@@ -59,13 +57,25 @@ def run(args: argparse.Namespace) -> int:
             workers.stop()
 
 
-def _start(devices: tuple[str, ...], seconds: float) -> Any:
-    from ..parallel.pool_file import default_pool_file, read_pool_file, remove_pool_file
-    from ..parallel.start_workers import Workers
+def _pool_runs() -> bool:
+    """Whether one does, on whatever devices; the file of one that is gone is removed."""
+    from ..parallel.client import PoolFault
+    from ..parallel.session import parse_devices, running_pool
 
-    old = read_pool_file(default_pool_file())
-    if old is not None:
-        remove_pool_file(default_pool_file(), old.pid)
-    workers = Workers(devices, "nccl" if devices[0].startswith("cuda") else "gloo", address_file=default_pool_file())
+    try:
+        found = running_pool(parse_devices("auto"))
+    except PoolFault:  # a ComfyUI uses it
+        return True
+    if found is not None:
+        found.close()
+    return found is not None
+
+
+def _start(devices: tuple[str, ...], seconds: float) -> Any:
+    from ..parallel.pool_file import default_pool_file
+    from ..parallel.session import starter
+
+    backend = "nccl" if devices[0].startswith("cuda") else "gloo"
+    workers = starter().Workers(devices, backend, address_file=default_pool_file())
     workers.wait(seconds)
     return workers

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import select
 import time
 from collections.abc import Callable
 from typing import Any
 
 from .. import __version__
-from .messages import ConnectionEnded, Tensors, connect
+from .messages import HANDSHAKE_SECONDS, ConnectionEnded, Tensors, Tick, connect
 from .pool_file import PoolAddress
 
 Message = dict[str, Any]
@@ -18,6 +17,12 @@ Answers = tuple[list[Message], Tensors]
 
 _POLL_SECONDS = 0.1
 _WHERE_SECONDS = 6.0
+# The node's input that says how long a request may take.
+_SETTINGS = {"open": "start_timeout", "step": "step_timeout"}
+
+
+class _Late(Exception):
+    """The time is up."""
 
 
 class PoolFault(RuntimeError):
@@ -35,11 +40,13 @@ class Pool:
         self.address, self.usable = address, True
         self.ids = itertools.count(1)
         self.connection = connect(address.host, address.port, address.secret)
+        self.connection.sock.settimeout(HANDSHAKE_SECONDS)
         self.connection.send({"role": "main", "version": __version__})
         answer, _ = self.connection.receive()
         if "refused" in answer:
             self.connection.close()
             raise PoolFault(f"The pool of workers cannot be used: {answer['refused']}.")
+        self.connection.sock.settimeout(_POLL_SECONDS)
 
     @property
     def ranks(self) -> int:
@@ -54,11 +61,16 @@ class Pool:
         """
         number = next(self.ids)
         try:
-            self.connection.send({**message, "id": number}, tensors)
-            setting = "step_timeout" if message["do"] == "step" else "start_timeout"
-            answer, result = self._await(number, timeout, setting, poll)
+            tick = _ticks(timeout, poll)
+            self.connection.send({**message, "id": number}, tensors, tick)
+            answer, result = self._await(number, tick)
+        except _Late:
+            raise self._hangs(timeout, _SETTINGS.get(message["do"])) from None
         except ConnectionEnded:
             raise self._lost([]) from None
+        finally:
+            if self.connection.torn:
+                self.close()
         if answer.get("fatal"):
             raise self._lost(answer["faults"])
         ranks: list[Message] = answer["ranks"]
@@ -70,36 +82,36 @@ class Pool:
             raise kind(f"{said['error']} (rank {rank} of {self.ranks}){detail}")
         return ranks, result
 
-    def _await(self, number: int, timeout: float, setting: str, poll: Poll | None) -> tuple[Message, Tensors]:
-        end = time.monotonic() + timeout
+    def _await(self, number: int, tick: Tick) -> tuple[Message, Tensors]:
         while True:
-            if select.select([self.connection.sock], [], [], _POLL_SECONDS)[0]:
-                answer, tensors = self.connection.receive()
-                if answer.get("id") == number or answer.get("fatal"):
-                    return answer, tensors
-                continue  # the answer to something that was cancelled
-            if poll is not None:
-                poll()
-            if time.monotonic() > end:
-                raise self._hangs(timeout, setting)
+            answer, tensors = self.connection.receive(tick)
+            if answer.get("id") == number or answer.get("fatal"):
+                return answer, tensors
+            # else the answer to something that was cancelled
 
-    def _hangs(self, timeout: float, setting: str) -> PoolFault:
+    def _hangs(self, timeout: float, setting: str | None) -> PoolFault:
         """After a timeout: which rank does not answer, or what all of them are doing."""
-        self.usable = False
-        self.connection.send({"do": "where", "id": -1})
-        places: dict[str, str] = {}
-        end = time.monotonic() + _WHERE_SECONDS
-        while time.monotonic() < end:
-            if select.select([self.connection.sock], [], [], _POLL_SECONDS)[0]:
-                answer, _ = self.connection.receive()
-                if "where" in answer:
-                    places = answer["where"]
-                    break
+        places = self._places()
         silent = [rank for rank in range(self.ranks) if str(rank) not in places]
         who = f"rank {silent[0]} does not answer" if silent else "all ranks answer but none has finished"
-        stacks = "\n".join(f"rank {rank} is at\n{place}" for rank, place in sorted(places.items()))
+        advice = f" Raise {setting} if it takes that long." if setting else ""
+        stacks = "".join(f"\nrank {rank} is at\n{place}" for rank, place in sorted(places.items()))
         self.end()
-        return PoolFault(f"The workers did not finish in {timeout:.0f} s: {who}. Raise {setting} if it takes that long.\n{stacks}")
+        return PoolFault(f"The workers did not finish in {timeout:.0f} s: {who}.{advice}{stacks}")
+
+    def _places(self) -> dict[str, str]:
+        """Where each rank that answers is. Rank 0 passes the question on: without it there are none."""
+        if self.connection.torn:
+            return {}
+        try:
+            tick = _ticks(_WHERE_SECONDS, None)
+            self.connection.send({"do": "where", "id": -1}, tick=tick)
+            while True:
+                answer, _ = self.connection.receive(tick)
+                if "where" in answer:
+                    return answer["where"]
+        except (_Late, ConnectionEnded):
+            return {}
 
     def _lost(self, faults: list[Message]) -> PoolFault:
         self.usable = False
@@ -115,9 +127,22 @@ class Pool:
 
     def end(self) -> None:
         """End the workers."""
-        self.usable = False
         try:
-            self.connection.send({"do": "exit"})
+            if not self.connection.torn:
+                self.connection.send({"do": "exit"})
         except ConnectionEnded:
             pass
-        self.connection.close()
+        self.close()
+
+
+def _ticks(seconds: float, poll: Poll | None) -> Tick:
+    """A function that calls ``poll``, and raises _Late once ``seconds`` have passed since now."""
+    end = time.monotonic() + seconds
+
+    def tick() -> None:
+        if poll is not None:
+            poll()
+        if time.monotonic() > end:
+            raise _Late
+
+    return tick

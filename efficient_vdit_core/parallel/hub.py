@@ -22,7 +22,11 @@ Message = dict[str, Any]
 # How long other ranks' words are awaited after the first fault: one that lost its peer may speak before the loss is seen.
 GATHER_FAULTS_SECONDS = 0.5
 WHERE_SECONDS = 3.0
+# How long the next ComfyUI is kept waiting for the end of the one before to be noticed.
+LEAVE_SECONDS = 1.0
 FATAL_EXIT = 3
+# Requests in which ranks wait for one another: where one fails, the others would wait for ever.
+TOGETHER = ("self-test", "step")
 
 
 class Hub:
@@ -34,6 +38,7 @@ class Hub:
         self.run_here, self.where, self.address_file = run_here, where, address_file
         self.lock = threading.Condition()
         self.peers: dict[int, Connection] = {}
+        self.versions: dict[int, str] = {}
         self.main: Connection | None = None
         self.request: Message = {}
         self.answers: dict[int, Message] = {}
@@ -45,11 +50,15 @@ class Hub:
             threading.Thread(target=loop, daemon=True).start()
 
     def wait_for_ranks(self, seconds: float) -> None:
-        """Returns once every other rank is connected. Raises TimeoutError naming the ones that are not."""
+        """Returns once every other rank is connected. Raises TimeoutError naming the ones that are not, RuntimeError for other versions."""
         with self.lock:
             if not self.lock.wait_for(lambda: len(self.peers) == self.ranks - 1, seconds):
                 missing = sorted(set(range(1, self.ranks)) - set(self.peers))
                 raise TimeoutError(f"Ranks {missing} did not reach rank 0 in {seconds:.0f} s. Look at their logs.")
+            other = {rank: version for rank, version in self.versions.items() if version != __version__}
+        if other:
+            found = ", ".join(f"rank {rank} is {version}" for rank, version in sorted(other.items()))
+            raise RuntimeError(f"Rank 0 is version {__version__} of Efficient-vDiT, {found}. Install the same on every machine.")
 
     def answer(self, rank: int, message: Message, tensors: Tensors | None = None) -> None:
         """Rank ``rank``'s answer to the request; the last one sends them all to ComfyUI, with rank 0's tensors."""
@@ -57,7 +66,7 @@ class Hub:
             if rank == 0:
                 self.tensors = tensors or {}
             self.answers[rank] = message
-            if "error" in message and self.request.get("do") == "step":
+            if "error" in message and self.request.get("do") in TOGETHER:
                 self._fault(rank, message)
             elif len(self.answers) == self.ranks:
                 every = [self.answers[r] for r in range(self.ranks)]
@@ -78,14 +87,9 @@ class Hub:
         self.end(FATAL_EXIT)
 
     def end(self, status: int) -> None:
-        """End every rank, this one last."""
-        for peer in list(self.peers.values()):
-            try:
-                peer.send({"do": "exit"})
-            except ConnectionEnded:
-                continue
+        """End this rank, and with it every other: they end when their connection here does."""
         if self.address_file:
-            remove_pool_file(Path(self.address_file), os.getpid())
+            remove_pool_file(Path(self.address_file), self.secret)
         os._exit(status)
 
     def _tell_main(self, message: Message, tensors: Tensors) -> None:
@@ -107,15 +111,15 @@ class Hub:
         try:
             hello, _ = connection.receive()
             if hello.get("role") == "rank":
-                self._serve_rank(int(hello["rank"]), connection)
+                self._serve_rank(int(hello["rank"]), str(hello.get("version")), connection)
             elif self._welcome(hello, connection):
                 self._serve_main(connection)
         except (ConnectionEnded, ValueError, KeyError):
             connection.close()
 
-    def _serve_rank(self, rank: int, connection: Connection) -> None:
+    def _serve_rank(self, rank: int, version: str, connection: Connection) -> None:
         with self.lock:
-            self.peers[rank] = connection
+            self.peers[rank], self.versions[rank] = connection, version
             self.lock.notify_all()
         try:
             while True:
@@ -136,7 +140,7 @@ class Hub:
         if hello.get("version") != __version__:
             refusal = f"the workers are version {__version__} of Efficient-vDiT, ComfyUI has {hello.get('version')}: start them anew"
         with self.lock:
-            if self.main is not None:
+            if not self.lock.wait_for(lambda: self.main is None, LEAVE_SECONDS):
                 refusal = "another ComfyUI uses these workers"
             if not refusal:
                 self.main = connection
@@ -155,7 +159,10 @@ class Hub:
                     self.backlog.put((message, tensors))
         finally:
             with self.lock:
-                self.main = None
+                if self.main is connection:
+                    self.main = None
+                    self.lock.notify_all()
+            self.backlog.put(({"do": "offload", "id": 0}, {}))  # nobody else would free the devices
 
     def _pass_on(self) -> None:
         """Hands ComfyUI's requests to all ranks, one after another."""
@@ -178,7 +185,15 @@ class Hub:
         with self.lock:
             self.places = {0: self.where()}
         for peer in self.peers.values():
-            peer.send({"do": "where"})
+            # In threads: what a hanging rank was sent before may fill its connection.
+            threading.Thread(target=_try_to_send, args=(peer, {"do": "where"}), daemon=True).start()
         with self.lock:
             self.lock.wait_for(lambda: len(self.places) == self.ranks, WHERE_SECONDS)
             return {str(rank): place for rank, place in self.places.items()}
+
+
+def _try_to_send(peer: Connection, message: Message) -> None:
+    try:
+        peer.send(message)
+    except ConnectionEnded:
+        pass  # the thread that receives from it says so

@@ -12,6 +12,7 @@ import secrets
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ _DTYPES = {
 }
 
 Tensors = dict[str, Tensor]
+Tick = Callable[[], None]
 
 
 class ConnectionEnded(ConnectionError):
@@ -35,14 +37,18 @@ class ConnectionEnded(ConnectionError):
 
 
 class Connection:
-    """A socket that has been let in. Several threads may send; one receives."""
+    """A socket that has been let in. Several threads may send; one receives.
+
+    Where the socket has a timeout, ``tick`` is called whenever it has passed without a byte, and may raise: between messages
+    that does no harm, within one it leaves the connection ``torn``, of no more use.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock, self.lock = sock, threading.Lock()
+        self.sock, self.lock, self.torn = sock, threading.Lock(), False
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def send(self, message: dict[str, Any], tensors: Tensors | None = None) -> None:
+    def send(self, message: dict[str, Any], tensors: Tensors | None = None, tick: Tick | None = None) -> None:
         """Raises ConnectionEnded where nobody listens any more, ValueError for a tensor of a dtype that cannot travel."""
         tensors = {name: x.detach().to("cpu").contiguous() for name, x in (tensors or {}).items()}
         forms = {name: [str(x.dtype).removeprefix("torch."), list(x.shape)] for name, x in tensors.items()}
@@ -51,21 +57,23 @@ class Connection:
             raise ValueError(f"A tensor of {strange[0]} cannot be sent to the workers, expected one of {', '.join(_DTYPES)}. Convert it.")
         text = json.dumps({**message, "_tensors": forms}).encode()
         size = sum(x.numel() * x.element_size() for x in tensors.values())
-        try:
-            with self.lock:
-                self.sock.sendall(_HEADER.pack(MAGIC, len(text), size) + text)
-                for x in tensors.values():
-                    self.sock.sendall(x.flatten().view(torch.uint8).numpy().data)
-        except OSError as error:
-            raise ConnectionEnded(str(error)) from None
+        with self.lock:
+            self.torn = True
+            _write(self.sock, _HEADER.pack(MAGIC, len(text), size) + text, tick)
+            for x in tensors.values():
+                _write(self.sock, x.flatten().view(torch.uint8).numpy().data, tick)
+            self.torn = False
 
-    def receive(self) -> tuple[dict[str, Any], Tensors]:
+    def receive(self, tick: Tick | None = None) -> tuple[dict[str, Any], Tensors]:
         """The next message; waits for it. Raises ConnectionEnded, or ValueError for what is no message of ours."""
-        magic, text_size, size = _HEADER.unpack(_read(self.sock, _HEADER.size))
+        first = _read(self.sock, 1, tick)
+        self.torn = True
+        magic, text_size, size = _HEADER.unpack(bytes(first) + bytes(_read(self.sock, _HEADER.size - 1, tick)))
         if magic != MAGIC or text_size > MAX_JSON or size > MAX_TENSORS:
             raise ValueError("The other end of the workers' connection does not speak their protocol. Stop what uses that port.")
-        message = json.loads(bytes(_read(self.sock, text_size)))
-        blob, tensors, done = _read(self.sock, size), {}, 0
+        message = json.loads(bytes(_read(self.sock, text_size, tick)))
+        blob, tensors, done = _read(self.sock, size, tick), {}, 0
+        self.torn = False
         for name, (kind, shape) in message.pop("_tensors").items():
             dtype = _DTYPES[kind]
             part = bytearray(blob[done : done + math.prod(shape) * dtype.itemsize])  # a copy: it must begin at a whole element
@@ -81,18 +89,32 @@ class Connection:
         self.sock.close()
 
 
-def _read(sock: socket.socket, size: int) -> memoryview:
+def _read(sock: socket.socket, size: int, tick: Tick | None = None) -> memoryview:
     data = memoryview(bytearray(size))
     done = 0
     while done < size:
-        try:
-            count = sock.recv_into(data[done:])
-        except OSError as error:
-            raise ConnectionEnded(str(error)) from None
+        count = _patiently(lambda: sock.recv_into(data[done:]), tick)  # noqa: B023 - called at once
         if not count:
             raise ConnectionEnded("the other end has closed the connection")
         done += count
     return data
+
+
+def _write(sock: socket.socket, data: Any, tick: Tick | None) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[_patiently(lambda: sock.send(view), tick) :]  # noqa: B023 - called at once
+
+
+def _patiently(transfer: Callable[[], int], tick: Tick | None) -> int:
+    """The bytes that ``transfer`` moved; it is tried again after each timeout of the socket, while ``tick`` does not raise."""
+    while True:
+        try:
+            return transfer()
+        except OSError as error:
+            if tick is None or not isinstance(error, TimeoutError):
+                raise ConnectionEnded(str(error)) from None
+        tick()
 
 
 def new_secret() -> str:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..attention.gpu import too_old
+
 Partial = tuple[Tensor, Tensor]
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -21,23 +23,36 @@ _PLAIN_SCORES = 2**24
 def attend_lse(q: Tensor, k: Tensor, v: Tensor) -> Partial:
     """Attention of q over k, v, scaled by 1 / sqrt(D), and its lse. No keys: zeros and -inf, which merge as nothing.
 
-    On a CPU PyTorch's own flash attention tells the lse: float32, float64, bfloat16 and float16, any head_dim, no mask, no
-    dropout. On CUDA flash attention does for halves with a head_dim divisible by 8 up to 256, and memory-efficient
-    attention for the rest that is divisible by 4. Anything else takes plain matrix products, a block of rows at a time.
+    PyTorch's own kernels tell the lse; what none of them takes goes by plain matrix products, a block of rows at a time.
     """
     if not q.numel() or not k.numel():
         return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
-    aten, dim = torch.ops.aten, q.shape[-1]
-    if q.device.type == "cpu":
+    aten, kernel = torch.ops.aten, kernel_for(q)
+    if kernel == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    elif q.is_cuda and q.dtype in _HALVES and dim % 8 == 0 and dim <= 256:
+    elif kernel == "flash":
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-    elif q.is_cuda and dim % 4 == 0 and q.dtype != torch.float64:
+    elif kernel == "efficient":
         out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
         lse = lse[:, :, : q.shape[2]]  # padded to whole warps
     else:
         out, lse = _plain(q, k, v)
     return out, lse.float()
+
+
+def kernel_for(q: Tensor) -> str:
+    """``cpu``: flash attention for any float and head_dim. ``flash``: halves, head_dim divisible by 8 up to 256, from Ampere on.
+
+    ``efficient``: head_dim divisible by 4, no float64, bfloat16 from Ampere on. ``plain``: the rest.
+    """
+    dim, old = q.shape[-1], q.is_cuda and bool(too_old(q.device))
+    if q.device.type == "cpu":
+        return "cpu"
+    if q.is_cuda and q.dtype in _HALVES and dim % 8 == 0 and dim <= 256 and not old:
+        return "flash"
+    if q.is_cuda and dim % 4 == 0 and q.dtype != torch.float64 and not (old and q.dtype == torch.bfloat16):
+        return "efficient"
+    return "plain"
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Partial:

@@ -7,22 +7,18 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .. import __version__
 from ..attention.choose import cache_folder
 
 
 @dataclass(frozen=True)
 class PoolAddress:
-    """``logs``: one file for each rank on this machine, or empty. ``pid``: rank 0's process."""
+    """``secret`` also tells one pool from another; ``devices`` are empty for a pool that may span machines."""
 
     host: str
     port: int
     secret: str
     ranks: int
-    pid: int
     devices: tuple[str, ...] = ()
-    logs: tuple[str, ...] = ()
-    version: str = __version__
 
 
 def default_pool_file() -> Path:
@@ -45,13 +41,13 @@ def read_pool_file(path: Path) -> PoolAddress | None:
         if hasattr(os, "getuid") and (path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o077):
             return None
         values = json.loads(path.read_text(encoding="utf-8"))
-        return PoolAddress(**{**values, "devices": tuple(values["devices"]), "logs": tuple(values["logs"])})
+        return PoolAddress(**{**values, "devices": tuple(values["devices"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def remove_pool_file(path: Path, pid: int) -> None:
-    """Remove the file if it is still that process's."""
+def remove_pool_file(path: Path, secret: str) -> None:
+    """Remove the file if it is still that pool's."""
     found = read_pool_file(path)
-    if found is not None and found.pid == pid:
+    if found is not None and found.secret == secret:
         path.unlink(missing_ok=True)

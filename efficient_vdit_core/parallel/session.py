@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import re
 import threading
 import time
@@ -18,7 +19,8 @@ from .pool_file import PoolAddress, default_pool_file, read_pool_file, remove_po
 
 log = logging.getLogger("efficient_vdit")
 
-SELF_TEST_SECONDS = 10.0
+# The first exchange on a GPU also makes its context and NCCL's connections.
+SELF_TEST_SECONDS = 30.0
 # Models that the workers hold at once; a workflow rarely has more than a high-noise and a low-noise one.
 MODELS_KEPT = 4
 # What is tried in turn where GPUs cannot talk: direct copies between GPUs are broken on some machines.
@@ -37,7 +39,7 @@ class Launch:
 
 
 class Session:
-    """Safe for several threads; one request at a time."""
+    """Safe for several threads; one request at a time. ``failures`` counts how often no pool with the model could be had."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -46,17 +48,28 @@ class Session:
         self.devices: tuple[str, ...] = ()
         self.opened: list[str] = []
         self.tests: list[Message] = []
+        self.failures = 0
 
     def ready(self, launch: Launch, poll: Poll | None = None) -> Pool:
         """A pool on the launch's devices with the launch's model built. Raises ValueError, RuntimeError or TimeoutError saying why not."""
         with self.lock:
             if self.pool is None or not self.pool.usable or self.devices != launch.devices:
                 self.stop()
-                self._find_or_start(launch, poll)
+                try:
+                    self._find_or_start(launch, poll)
+                except BaseException:  # Cancel too: nobody would end what has been started
+                    self.stop()
+                    raise
             assert self.pool is not None
             if launch.key not in self.opened:
                 wanted = [*self.opened[-MODELS_KEPT + 1 :], launch.key]
-                self._ask({"do": "open", "key": launch.key, "keep": wanted, **launch.opening}, None, launch.start_timeout, poll)
+                about = {"do": "open", "key": launch.key, "keep": wanted, **launch.opening}
+                built, _ = self._ask(about, None, launch.start_timeout, poll)
+                if len({said.get("plan") for said in built}) > 1:
+                    raise ValueError(
+                        "The workers' models have different plans, expected the same in each: a search before this node found something "
+                        "else in each of them. Save the plan of one search, and load it."
+                    )
                 self.opened = wanted
             return self.pool
 
@@ -128,18 +141,23 @@ class Session:
         raise RuntimeError("The GPUs could not exchange data by NCCL or gloo; the log says why. Run on one device, or mend the driver.")
 
     def _start(self, launch: Launch, poll: Poll | None, backend: str = "gloo", peer_to_peer: bool = True) -> None:
-        try:
-            starter = importlib.import_module(".start_workers", __package__)
-        except ImportError:
-            raise RuntimeError(
-                "No pool of workers is running, and this build of the pack starts none itself. Start one with `evdit workers`."
-            ) from None
-        self.workers = starter.Workers(launch.devices, backend, peer_to_peer=peer_to_peer)
+        self.workers = starter().Workers(launch.devices, backend, peer_to_peer=peer_to_peer)
         self.pool = Pool(self.workers.wait(launch.start_timeout, poll))
         self._test()
 
     def _test(self) -> None:
         self.tests, _ = self._ask({"do": "self-test"}, None, SELF_TEST_SECONDS, None)
+
+
+def starter() -> Any:
+    """The module that starts processes. Raises ValueError where the pack is the registry's, which has none."""
+    try:
+        return importlib.import_module(".start_workers", __package__)
+    except ImportError:
+        raise ValueError(
+            "No pool of workers is running, and the registry's build of the pack starts none itself. Start one with torchrun, as "
+            "the help page of EVDiTSequenceParallel says, or use a clone of the pack."
+        ) from None
 
 
 def running_pool(devices: tuple[str, ...]) -> Pool | None:
@@ -150,7 +168,7 @@ def running_pool(devices: tuple[str, ...]) -> Pool | None:
     try:
         return Pool(address)
     except OSError:
-        remove_pool_file(default_pool_file(), address.pid)
+        remove_pool_file(default_pool_file(), address.secret)
         return None
 
 
@@ -169,7 +187,10 @@ def parse_devices(text: str) -> tuple[str, ...]:
             return _names(address)
         return tuple(f"cuda:{i}" for i in range(count)) or ("cpu",)
     parts = [part.strip() for part in text.split(",")]
-    if parts and all(part == "cpu" for part in parts):
+    if all(part == "cpu" for part in parts):
+        cores = max(2, os.cpu_count() or 1)
+        if len(parts) > cores:
+            raise ValueError(f"devices names {len(parts)} CPU ranks, expected {cores} at most: this machine has no more cores. Name fewer.")
         return tuple(parts)
     if not all(re.fullmatch(r"\d{1,3}", part) for part in parts) or len(set(parts)) != len(parts):
         raise ValueError(f'devices is {text!r}, expected "auto" or GPU numbers such as "0,1", each once. Correct the text.')

@@ -15,7 +15,8 @@ LOOPBACK = "127.0.0.1"
 class Settings:
     """``store``: the file for the rendezvous, or empty under torchrun. ``device``: "cpu" or "cuda:N".
 
-    ``address_file``: where rank 0 announces the pool. ``listen``: the address that rank 0 listens on.
+    ``address_file``: where rank 0 announces the pool. ``listen``: the address that rank 0 listens on. ``log``: where this
+    rank's output goes, or empty where its starter shows it.
     """
 
     rank: int
@@ -26,7 +27,7 @@ class Settings:
     secret: str = ""
     address_file: str = ""
     listen: str = LOOPBACK
-    logs: tuple[str, ...] = ()
+    log: str = ""
     devices: tuple[str, ...] = ()
 
     def write(self, stream: IO[bytes]) -> None:
@@ -43,7 +44,7 @@ def read_settings() -> Settings:
     if not line:
         raise ValueError("A worker was started by hand, expected `evdit workers`, torchrun, or the node. Use one of these.")
     values: dict[str, Any] = json.loads(line)
-    return Settings(**{**values, "logs": tuple(values["logs"]), "devices": tuple(values["devices"])})
+    return Settings(**{**values, "devices": tuple(values["devices"])})
 
 
 def _from_torchrun() -> Settings:

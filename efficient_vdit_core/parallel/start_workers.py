@@ -7,6 +7,7 @@ which stays open: when the starter goes, however it goes, that pipe ends, and so
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import signal
@@ -33,19 +34,28 @@ class Workers:
         self.folder = Path(tempfile.mkdtemp(prefix="evdit-workers-"))
         self.address_file = address_file or self.folder / "pool.json"
         self.logs = tuple(str(self.folder / f"rank-{rank}.log") for rank in range(len(devices)))
-        secret, environment = new_secret(), _environment(len(devices), peer_to_peer)
-        command = [sys.executable, str(Path(__file__).with_name("boot.py"))]
+        self.secret = new_secret()
         self.processes: list[subprocess.Popen[bytes]] = []
         atexit.register(self.stop)
-        for rank, device in enumerate(devices):
-            with open(self.logs[rank], "wb") as log:
-                process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, creationflags=_NO_WINDOW
-                )
-            self.processes.append(process)
-            assert process.stdin is not None
-            settings = Settings(rank, len(devices), device, backend, str(self.folder / "store"), secret, str(self.address_file),
-                                logs=self.logs, devices=tuple(devices))  # fmt: skip
+        environment = _environment(len(devices), peer_to_peer)
+        try:
+            for rank in range(len(devices)):
+                self._start(rank, tuple(devices), backend, environment)
+        except OSError:
+            self.stop()
+            raise
+
+    def _start(self, rank: int, devices: tuple[str, ...], backend: str, environment: dict[str, str]) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("boot.py"))]
+        settings = Settings(rank, len(devices), devices[rank], backend, str(self.folder / "store"), self.secret, str(self.address_file),
+                            log=self.logs[rank], devices=devices)  # fmt: skip
+        with open(self.logs[rank], "wb") as log:
+            process = subprocess.Popen(
+                command, bufsize=0, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, creationflags=_NO_WINDOW
+            )
+        self.processes.append(process)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended already; ``wait`` says how
             settings.write(process.stdin)
 
     def wait(self, seconds: float, poll: Callable[[], None] | None = None) -> PoolAddress:
@@ -53,7 +63,7 @@ class Workers:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             address = read_pool_file(self.address_file)
-            if address is not None and address.pid == self.processes[0].pid:
+            if address is not None and address.secret == self.secret:
                 return address
             for rank, process in enumerate(self.processes):
                 if process.poll() is not None:
@@ -67,8 +77,11 @@ class Workers:
         raise TimeoutError(f"The workers were not ready after {seconds:.0f} s. Raise start_timeout, or see what keeps the machine busy.")
 
     def last_lines(self, rank: int) -> str:
-        """The end of a rank's log."""
-        return tail(self.logs[rank])
+        """The end of a rank's log, or nothing where it cannot be read."""
+        try:
+            return "\n".join(Path(self.logs[rank]).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LOG_LINES:])
+        except OSError:
+            return ""
 
     def ended(self) -> dict[int, str]:
         """The ranks whose process has ended, and how."""
@@ -86,17 +99,9 @@ class Workers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        remove_pool_file(self.address_file, self.processes[0].pid)
+        remove_pool_file(self.address_file, self.secret)
         shutil.rmtree(self.folder, ignore_errors=True)
         atexit.unregister(self.stop)
-
-
-def tail(log: str) -> str:
-    """The last lines of a log, or nothing where it cannot be read."""
-    try:
-        return "\n".join(Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LOG_LINES:])
-    except OSError:
-        return ""
 
 
 def exit_words(status: int) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .. import __version__
 from .hub import Hub, Message
 from .messages import Connection, ConnectionEnded, Tensors, connect, listen, new_secret
 from .pool_file import PoolAddress, write_pool_file
@@ -54,7 +55,7 @@ class Worker:
         else:
             control = json.loads(store.get(CONTROL))
             self.connection = connect(control["host"], control["port"], control["secret"], timeout=JOIN_SECONDS)
-            self.connection.send({"role": "rank", "rank": settings.rank})
+            self.connection.send({"role": "rank", "rank": settings.rank, "version": __version__})
             threading.Thread(target=self._listen, args=(self.connection,), daemon=True).start()
 
     def serve(self) -> None:
@@ -76,8 +77,7 @@ class Worker:
         store.set(CONTROL, json.dumps({"host": s.listen, "port": port, "secret": secret}))
         self.hub.wait_for_ranks(JOIN_SECONDS)
         if s.address_file:
-            address = PoolAddress(s.listen, port, secret, s.ranks, os.getpid(), s.devices, s.logs)
-            write_pool_file(Path(s.address_file), address)
+            write_pool_file(Path(s.address_file), PoolAddress(s.listen, port, secret, s.ranks, s.devices))
 
     def _listen(self, connection: Connection) -> None:
         try:
@@ -85,8 +85,6 @@ class Worker:
                 message, tensors = connection.receive()
                 if message["do"] == "where":
                     connection.send({"where": self.where()})
-                elif message["do"] == "exit":
-                    os._exit(0)
                 else:
                     self.requests.put((message, tensors))
         except ConnectionEnded:
@@ -115,13 +113,14 @@ class Worker:
             if self.host is None:
                 self.host = load_host(message["host"])(self.settings, self.wire)
             return self.host.open(message), {}
+        if message["do"] == "offload":
+            if self.host is not None:
+                self.host.offload()
+            return {}, {}
         if self.host is None:
             raise ValueError("The workers were asked for a step before they were told which model. Queue the prompt again.")
         if message["do"] == "step":
             return self.host.step(message, tensors)
-        if message["do"] == "offload":
-            self.host.offload()
-            return {}, {}
         raise ValueError(f"The workers were asked to {message['do']!r}, which they do not know. Start them anew.")
 
     def _describe(self, error: BaseException) -> str:

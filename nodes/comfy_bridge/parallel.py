@@ -30,6 +30,8 @@ log = logging.getLogger("efficient_vdit")
 WRAPPER_KEY = "efficient_vdit_parallel"
 NODE = "EVDiTSequenceParallel"
 AFTER_RUN = ["keep", "offload", "stop"]
+# What acts below the sampler: in the workers, where the same nodes have run. The other kinds of wrappers act here.
+_IN_WORKERS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 # Options of a forward that the workers' own hooks may read; the others are callables of this process.
 _FORWARD_OPTIONS = ("sigmas", "sample_sigmas", "cond_or_uncond")
 # The sizes that the report forecasts for, in tokens: the supported models patch 4 x 16 x 16 pixels into one.
@@ -61,12 +63,14 @@ def parallelize(model: Any, *, devices: str, scheme: str, start_timeout: float, 
     try:
         names = parse_devices(devices)
         find_shardable(model)
+        _refuse_split_state(model)
         if len(names) < 2:
             raise ValueError(f"One device was found ({', '.join(names)}), expected two or more: there is nothing to share out.")
         key, opening = recipe(prompt, node_id, NODE)
         launch = Launch(names, key, opening, start_timeout, step_timeout)
         SESSION.ready(launch, mm.throw_exception_if_processing_interrupted)
-    except (ValueError, RuntimeError, TimeoutError, ConnectionError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
+        SESSION.failures += not isinstance(error, ValueError)
         if strict:
             raise
         log.warning("Efficient-vDiT: the model runs on one device: %s", error)
@@ -74,31 +78,46 @@ def parallelize(model: Any, *, devices: str, scheme: str, start_timeout: float, 
     return _redirected(model, launch, scheme, after_run), _report(model, launch, scheme)
 
 
+def reachable(devices: str) -> tuple[Any, ...]:
+    """Changes where the same node may fare otherwise: another pool is found, or workers have failed since."""
+    try:
+        return *parse_devices(devices), SESSION.failures
+    except ValueError as error:
+        return (str(error),)
+
+
 def _redirected(model: Any, launch: Launch, scheme: str, after_run: str) -> Any:
     """The clone: its weights rest on the CPU unpatched, for the workers hold patched ones of their own."""
     patched = model.clone()
     patched.load_device = torch.device("cpu")
     patched.patches, patched.patches_uuid = {}, uuid.uuid4()
-    # What acts below the sampler acts in the workers, where the same nodes have run; here it would act twice.
-    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
+    for kind in _IN_WORKERS:  # else they would act twice
         for key in list(patched.wrappers.get(kind, {})):
             patched.remove_wrappers_with_key(kind, key)
     # No attention call comes by here, which the sparse node's report would take for a fault.
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, patch.WRAPPER_KEY)
-    run = Run()
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _send_step(launch, scheme, run))
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _after(run, len(launch.devices), after_run))
+    run, hooks, modules = Run(), _hooks(patched.model_options["transformer_options"]), set(patched.object_patches)
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _send_step(launch, scheme, run, hooks))
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _after(run, len(launch.devices), after_run, modules))
     patched.set_additional_models(WRAPPER_KEY, [_memory_watch()])
     return patched
 
 
-def _send_step(launch: Launch, scheme: str, run: Run) -> Any:
-    """An APPLY_MODEL wrapper that ends the chain: the workers compute, this process waits and listens for Cancel."""
+def _send_step(launch: Launch, scheme: str, run: Run, hooks: list[str]) -> Any:
+    """An APPLY_MODEL wrapper that ends the chain: the workers compute, this process waits and listens for Cancel.
+
+    ``hooks`` are those that the workers' model has too.
+    """
 
     def wrapper(executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
                 transformer_options: dict[str, Any] | None = None, **conds: Any) -> Tensor:
         if control is not None:
             raise ValueError("A ControlNet acts on this run, which the workers cannot apply. Remove it, or bypass EVDiTSequenceParallel.")
+        if _hooks(transformer_options or {}) != hooks:
+            raise ValueError(
+                "A node hooks the model's blocks in some of its evaluations (such as skip-layer or perturbed-attention guidance), or "
+                "stands behind EVDiTSequenceParallel: the workers cannot see that. Remove it, or bypass EVDiTSequenceParallel."
+            )
         options = {name: value for name, value in (transformer_options or {}).items() if name in _FORWARD_OPTIONS}
         tensors: dict[str, Tensor] = {}
         given = {"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, "options": options, **conds}
@@ -113,11 +132,28 @@ def _send_step(launch: Launch, scheme: str, run: Run) -> Any:
     return wrapper
 
 
-def _after(run: Run, ranks: int, after_run: str) -> Any:
-    """An OUTER_SAMPLE wrapper: refuses what would be lost on the way, and does what ``after_run`` says."""
+def _hooks(options: dict[str, Any]) -> list[str]:
+    """The places in a forward's ``transformer_options`` where functions of other nodes hook in, and their names."""
+
+    def walk(found: Any, place: str) -> list[str]:
+        if isinstance(found, dict):
+            return [name for key, value in found.items() for name in walk(value, f"{place} {key}")]
+        if isinstance(found, list):
+            return [name for value in found for name in walk(value, place)]
+        return [f"{place}: {getattr(found, '__qualname__', type(found).__qualname__)}"]
+
+    return sorted(name for kind in ("patches", "patches_replace") for name in walk(options.get(kind, {}), kind))
+
+
+def _after(run: Run, ranks: int, after_run: str, object_patches: set[str]) -> Any:
+    """An OUTER_SAMPLE wrapper: refuses what would be lost on the way, and does what ``after_run`` says.
+
+    ``object_patches`` are those that the workers' model has too.
+    """
 
     def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_hooks(executor.class_obj)
+        _refuse_patches(executor.class_obj.model_patcher, object_patches)
         run.steps, run.sent = [], []
         try:
             return executor(*args, **kwargs)
@@ -135,6 +171,28 @@ def _refuse_hooks(guider: Any) -> None:
     for conds in (getattr(guider, "conds", None) or {}).values():
         if any(isinstance(cond, dict) and cond.get("hooks") is not None for cond in conds):
             raise ValueError("The conditioning carries hooks (a LoRA or schedule of its own), which the workers cannot apply. Remove them.")
+
+
+def _refuse_split_state(model: Any) -> None:
+    """Raises where wrappers of one key act both here and in the workers, as EasyCache's do: they share a state of the run."""
+    kinds = [(key, kind in _IN_WORKERS) for kind, found in model.wrappers.items() for key in found if key not in (None, patch.WRAPPER_KEY)]
+    split = sorted({str(key) for key, inside in kinds if inside and (key, False) in kinds})
+    if split:
+        raise ValueError(
+            f"{', '.join(split)} shares what it remembers between the sampler and the model, which run in different processes here. "
+            "Remove that node, or bypass EVDiTSequenceParallel."
+        )
+
+
+def _refuse_patches(patcher: Any, known: set[str]) -> None:
+    """Raises where a node behind ours has changed the model: the workers have run only those before it."""
+    wrappers = {key for kind in _IN_WORKERS for key in patcher.wrappers.get(kind, {})}
+    modules = [name for name in set(patcher.object_patches) - known if name.startswith("diffusion_model")]
+    if patcher.patches or modules or wrappers != {WRAPPER_KEY}:
+        raise ValueError(
+            "A LoRA or another patch stands between EVDiTSequenceParallel and the sampler, where the workers cannot see it. Place "
+            "EVDiTSequenceParallel last, and the patch before it."
+        )
 
 
 class _Nothing(nn.Module):

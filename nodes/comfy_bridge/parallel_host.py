@@ -31,17 +31,20 @@ class ComfyHost:
         self.current = ""
 
     def open(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Build the model of ``message["key"]``, unless it is there. Raises ValueError naming the node that stands in the way."""
+        """Build the model of ``message["key"]``, unless it is there, and tell its plan.
+
+        Raises ValueError naming the node that stands in the way.
+        """
         if self.executor is None:
             self.executor = self._start_comfyui(message["comfyui"])
+        from .sharding import plan_text, shard_model
+
         if message["key"] not in self.models:
             self._load_packs(message["packs"])
-            from .sharding import shard_model
-
             self.models[message["key"]] = shard_model(self._build(message["prompt"], message["source"]), self.wire)
         for key in set(self.models) - set(message["keep"]):
             del self.models[key]
-        return {"models": len(self.models)}
+        return {"plan": plan_text(self.models[message["key"]])}
 
     def offload(self) -> None:
         """Free the device; the weights stay in main memory."""
@@ -103,7 +106,8 @@ class ComfyHost:
         nodes = importlib.import_module("nodes")
         for kind, path in packs.items():
             if kind not in nodes.NODE_CLASS_MAPPINGS and not asyncio.run(nodes.load_custom_node(path, module_parent="custom_nodes")):
-                raise ValueError(f"The node {kind} cannot run in the workers: its pack did not load there; their logs say why.")
+                log = self.settings.log or "the workers' output"
+                raise ValueError(f"The node {kind} cannot run in the workers: its pack did not load there; {log} says why.")
 
     def _build(self, prompt: dict[str, Any], source: list[Any]) -> Any:
         """Run the part of the prompt that makes the model."""

@@ -80,7 +80,7 @@ def patch_attention(
         plan, report, min_tokens=min_tokens, previous=previous, placement=placement, decline_slow=decline_slow, backend=backend
     )
     override: Any = torch.compiler.disable(sparse)
-    override.replaces, override.report = previous, report
+    override.replaces, override.report, override.plan = previous, report, plan
     options[OVERRIDE] = override
     for kind, wrapper in (
         (WrappersMP.APPLY_MODEL, _publish_layout(family, window, report, sparse.pattern_of, count_steps=placement == "rotating")),

@@ -75,9 +75,17 @@ def shard_model(model: Any, wire: Wire) -> Any:
     options = patched.model_options["transformer_options"]
     # The sparse override decides by the whole sequence's length, which no rank sees; its plan is asked for beforehand.
     previous = options.get(OVERRIDE)
-    options[OVERRIDE] = torch.compiler.disable(make_sharded_override(getattr(previous, "replaces", previous)))
+    override: Any = torch.compiler.disable(make_sharded_override(getattr(previous, "replaces", previous)))
+    override.plan = getattr(previous, "plan", None)
+    options[OVERRIDE] = override
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _publish(family, depth, wire))
     return patched
+
+
+def plan_text(model: Any) -> str:
+    """The plan of a sharded MODEL, which must be the same on every rank; empty where it has none."""
+    plan = model.model_options["transformer_options"][OVERRIDE].plan
+    return "" if plan is None else plan.to_text()
 
 
 def _publish(family: Family, depth: int, wire: Wire) -> Any:

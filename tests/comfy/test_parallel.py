@@ -320,6 +320,10 @@ def test_a_rank_of_a_headless_comfyui_computes_the_same(facts, name):
     assert facts[name]["error"] <= 1e-4 and facts[name]["bytes"] > 0
 
 
+def test_a_rank_tells_its_plan(facts):
+    assert facts["plan of osp"] == facts["plan of wan"] == "all:1 1:full"
+
+
 def test_both_schemes_were_used(facts):
     """dense_blocks keeps layer 1 full, the others are sparse."""
     assert facts["osp"]["by"]["rb partial rows"] and facts["osp"]["by"]["ulysses to heads"]
@@ -328,3 +332,40 @@ def test_both_schemes_were_used(facts):
 def test_a_node_that_a_worker_lacks_is_named(facts):
     assert "The node NoSuchNode is missing in the workers" in facts["missing"]
     assert "UNETLoader" in facts["invalid"] and "gone.safetensors" in facts["invalid"]
+
+
+@pytest.fixture(scope="module")
+def limits(in_process):
+    return in_process("parallel_limits")
+
+
+def test_hooks_before_the_node_are_no_hindrance(limits):
+    assert limits["hooks before it"] == 0
+
+
+@pytest.mark.parametrize("name", ["skipped layers, before", "skipped layers, behind"])
+def test_hooks_that_come_with_a_call_are_refused(limits, name):
+    """Skip-layer guidance calls the model a second time with hooks; without them it would do nothing, unseen."""
+    assert "A node hooks the model's blocks in some of its evaluations" in limits[name]
+
+
+def test_a_cache_between_sampler_and_model_is_refused(limits):
+    assert "easycache shares what it remembers between the sampler and the model" in limits["EasyCache, before"]
+
+
+@pytest.mark.parametrize("name", ["a LoRA behind", "sparse attention behind", "EasyCache, behind"])
+def test_a_patch_behind_the_node_is_refused(limits, name):
+    assert "where the workers cannot see it. Place EVDiTSequenceParallel last" in limits[name]
+
+
+def test_the_forecast_says_nothing_of_a_run(limits):
+    """Its clips have fewer frames than the plan."""
+    assert limits["log of a forecast"] == []
+
+
+def test_a_node_whose_workers_failed_runs_again(limits):
+    """ComfyUI keeps the result of a node whose mark has stayed: else one device it would be for good."""
+    before = ["cpu", "cpu", 0]
+    failed, mended, refused = limits["marks"]
+    assert failed == mended == refused == ["cpu", "cpu", 1] != before
+    assert limits["mark of one device"] != failed and "devices is '?'" in limits["mark of a wrong text"][0]

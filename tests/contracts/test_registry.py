@@ -1,7 +1,10 @@
 """The registry's entry, by the published specification (docs.comfy.org/registry/specifications)."""
 
+import os
 import re
 import struct
+import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -78,3 +81,24 @@ def test_the_web_folder_is_the_one_that_comfyui_is_told():
 def test_only_a_new_version_is_published():
     workflow = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
     assert "needs.version.outputs.changed == 'true'" in workflow and "needs: test" in workflow
+
+
+@pytest.mark.parametrize(("versions", "changed"), [("112", "true"), ("122", "true"), ("111", "false"), ("222", "false")])
+def test_a_version_is_new_in_whichever_commit_of_a_push(tmp_path, versions, changed):
+    """The workflow's own script, in a repository whose last two commits were pushed at once."""
+    workflow = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
+    script = re.search(r"id: compare\n(?: {8}\w.*\n| {10}\w.*\n)*? {8}run: \|\n((?: {10}.*\n)+)", workflow)
+    assert script
+
+    def git(*words):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    for number, version in enumerate(versions):
+        (tmp_path / "pyproject.toml").write_text(f'version = "0.0.{version}"\n# {number}\n')
+        git("add", ".")
+        git("commit", "-qm", "a")
+    variables = {**os.environ, "BEFORE": git("rev-parse", "HEAD~2"), "GITHUB_OUTPUT": str(tmp_path / "said")}
+    subprocess.run(["bash", "-e", "-c", textwrap.dedent(script[1])], cwd=tmp_path, env=variables, check=True)
+    assert (tmp_path / "said").read_text() == f"changed={changed}\n"

@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from ranks import run_together
 
 HERE = Path(__file__).parent
 TIMEOUT = 400.0  # a few seconds of work; the rest is patience with a busy machine
@@ -14,17 +14,9 @@ TIMEOUT = 400.0  # a few seconds of work; the rest is patience with a busy machi
 
 def run_ranks(case: str, ranks: int) -> list[dict]:
     """Call the function ``case`` of this file's neighbour parallel_cases.py on each of ``ranks`` ranks; their results in order."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     with tempfile.TemporaryDirectory() as folder:
-        commands = [[sys.executable, __file__, case, str(rank), str(ranks), folder] for rank in range(ranks)]
-        started = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-        try:
-            ended = [process.communicate(timeout=TIMEOUT) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-    assert all(p.returncode == 0 for p in started), "\n".join(err[-2000:] for _, err in ended)
-    return [json.loads(out.strip().splitlines()[-1]) for out, _ in ended]
+        printed = run_together([[sys.executable, __file__, case, str(rank), str(ranks), folder] for rank in range(ranks)], TIMEOUT)
+    return [json.loads(out.strip().splitlines()[-1]) for out in printed]
 
 
 def neighbour(name: str):

@@ -1,5 +1,6 @@
 """Pools that ComfyUI finds running: `evdit workers` on this machine, and torchrun on what stands for two machines."""
 
+import argparse
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from efficient_vdit_core.commands.workers import run
 from efficient_vdit_core.parallel.messages import listen
 from efficient_vdit_core.parallel.pool_file import default_pool_file, read_pool_file
 from efficient_vdit_core.parallel.session import Launch, Session, parse_devices
@@ -74,6 +76,12 @@ def alive(pid):
         return False
 
 
+def refuses_a_second():
+    with pytest.raises(ValueError, match="A pool of workers runs already"):
+        run(argparse.Namespace(devices="cpu", start_timeout=START))
+    assert default_pool_file().exists()
+
+
 def torchrun(start, nodes=2):
     """``nodes`` torchruns of one rank each, as the help page says it; they meet on loopback."""
     with listen("127.0.0.1") as free:
@@ -97,7 +105,9 @@ def test_evdit_workers_is_found_and_mends_its_pool(start):
     assert first.workers is None  # found, not started
     first.stop()
     again = Session()
+    refuses_a_second()
     assert use(again, ("cpu", "cpu")) == before  # one ComfyUI after another
+    refuses_a_second()  # in use as well
     os.kill(before[1], signal.SIGKILL)
     with pytest.raises(RuntimeError, match="rank 1 ended without a word"):
         use(again, ("cpu", "cpu"))
@@ -111,7 +121,7 @@ def test_evdit_workers_is_found_and_mends_its_pool(start):
     assert not any(alive(pid) for pid in [*before, *after]) and not default_pool_file().exists()
 
 
-def test_torchrun_on_two_nodes_is_one_pool(start):
+def test_torchrun_on_two_nodes_is_one_pool(start, monkeypatch):
     every = torchrun(start)
     devices = parse_devices("auto")
     assert devices == ("rank 0", "rank 1")
@@ -129,5 +139,10 @@ def test_torchrun_on_two_nodes_is_one_pool(start):
     with pytest.raises(RuntimeError, match="ended without a word"):
         use(session, devices)
     session.stop()
+    stale = default_pool_file().read_text()
     with pytest.raises(RuntimeError, match="spanned machines is gone. Start it again"):
         use(session, devices)
+    default_pool_file().write_text(stale)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--devices means cpu, expected two"):  # not the devices of the pool that is gone
+        run(argparse.Namespace(devices="auto", start_timeout=START))

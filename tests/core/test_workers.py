@@ -1,8 +1,12 @@
 """The pool of workers on CPU ranks: what users rely on, and each kind of fault."""
 
 import os
+import resource
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -11,9 +15,11 @@ import torch
 
 from efficient_vdit_core.parallel import session as session_module
 from efficient_vdit_core.parallel.client import Pool, PoolFault
+from efficient_vdit_core.parallel.hub import Hub
 from efficient_vdit_core.parallel.messages import ConnectionEnded, connect, listen, new_secret
 from efficient_vdit_core.parallel.pool_file import PoolAddress, default_pool_file, read_pool_file, write_pool_file
 from efficient_vdit_core.parallel.session import Launch, Session, parse_devices
+from efficient_vdit_core.parallel.start_workers import Workers
 
 HERE = Path(__file__).parent
 HOST = {"package": str(HERE / "fault_host"), "module": "host", "name": "Host"}
@@ -93,6 +99,17 @@ def test_a_model_that_cannot_be_built_is_refused_and_the_pool_lives(session):
     assert pids(session) == before
 
 
+def test_plans_that_differ_between_ranks_are_refused(session):
+    """Each rank runs the nodes before; a search that measures times finds another plan in each, and their exchanges would not match."""
+    step(session)
+    before = pids(session)
+    for _ in range(2):  # and not taken for built the second time
+        with pytest.raises(ValueError, match="The workers' models have different plans"):
+            step(session, launch(key="differ", opening={"host": HOST, "trouble": "differ"}))
+    step(session)
+    assert pids(session) == before
+
+
 def test_cancel_leaves_the_pool_alive(session):
     step(session)
     before = pids(session)
@@ -129,6 +146,32 @@ def test_a_hanging_rank_is_named(session):
     assert gone(before)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stands_still_before_the_step_is_named(session, rank):
+    """More is sent to it than its connection holds; neither this end nor rank 0 may wait for ever."""
+    step(session)
+    before, found = pids(session), []
+    os.kill(before[rank], signal.SIGSTOP)
+
+    def run():
+        with pytest.raises(PoolFault) as caught:
+            session.step(launch(step_timeout=1.0), {}, {"x": torch.zeros(2**24)})
+        found.append(str(caught.value))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found and f"rank {rank} does not answer. Raise step_timeout" in found[0]
+    assert gone(before)
+
+
+def test_no_setting_is_named_where_none_helps(session):
+    step(session)
+    os.kill(pids(session)[1], signal.SIGSTOP)
+    with pytest.raises(PoolFault, match=r"did not finish in 0 s: rank 1 does not answer\.\nrank 0 is at"):
+        session.pool.ask({"do": "self-test"}, timeout=0.3)
+
+
 def test_a_slow_rank_tells_where_it_is(session):
     step(session)
     with pytest.raises(PoolFault, match="(?s)all ranks answer but none has finished.*time.sleep"):
@@ -145,6 +188,47 @@ def test_out_of_memory_names_device_and_size(session):
     step(session)
     with pytest.raises(PoolFault, match=r"rank 1: out of memory on cpu: Tried to allocate 2\.00 GiB"):
         step(session, trouble="memory", rank=1)
+
+
+def test_a_rank_that_fails_the_self_test_is_named_and_nothing_stays():
+    """No exchange is possible from a device without memory; the other rank waits for it."""
+    own = Session()
+    with pytest.raises(PoolFault, match="rank 1: NotImplementedError: Cannot copy out of meta tensor"):
+        own.ready(Launch(("cpu", "meta"), "model", {"host": HOST}, START, START))
+    assert own.pool is None and own.workers is None
+
+
+def test_cancel_while_they_start_ends_them():
+    own, started = Session(), []
+
+    def cancel():
+        started.extend(pids(own) if own.workers else [])
+        raise KeyboardInterrupt
+
+    # The session knows them only once they are started; then it waits, and asks whether to go on.
+    with pytest.raises(KeyboardInterrupt):
+        own.ready(launch(), cancel)
+    assert len(started) == 2 and gone(started) and own.workers is None
+
+
+def test_a_worker_that_cannot_be_started_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no python"))
+    with pytest.raises(FileNotFoundError):
+        Workers(["cpu", "cpu"], "gloo")
+    assert not list(tmp_path.iterdir())
+
+
+def test_python_may_be_started_by_a_launcher(tmp_path, monkeypatch):
+    """As in a virtual environment on Windows: the worker's process is a child of the one that was started."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n"{sys.executable}" "$@"\nexit $?\n', encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    own = Session()
+    ranks, _ = step(own)
+    own.stop()
+    assert gone([said["pid"] for said in ranks])
 
 
 def test_the_workers_go_with_a_killed_starter(tmp_path):
@@ -203,11 +287,64 @@ def test_workers_of_another_version_are_refused(session, monkeypatch):
         Pool(address)
 
 
+def test_many_open_files_do_no_harm(session):
+    """Some ComfyUIs hold more than the 1024 that select() knows."""
+    step(session)
+    address, (soft, hard) = session.pool.address, resource.getrlimit(resource.RLIMIT_NOFILE)
+    session.pool.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    files = [open(os.devnull) for _ in range(1100)]  # noqa: SIM115
+    try:
+        pool = Pool(address)
+        assert len(pool.ask({"do": "self-test"}, timeout=START)[0]) == 2
+        pool.close()
+    finally:
+        for file in files:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_comfyui_that_goes_leaves_no_model_on_the_devices(session):
+    step(session)
+    address = session.pool.address
+    session.pool.close()
+    after = Pool(address)
+    ranks, _ = after.ask({"do": "step", "key": "model"}, {"x": X}, timeout=START)
+    after.close()
+    assert all(said["built"][-1] == "offloaded" for said in ranks)
+
+
+def test_a_rank_of_another_version_is_named():
+    """As on a second machine whose pack was not updated."""
+    listener, secret = listen("127.0.0.1"), new_secret()
+    hub = Hub(listener, secret, 2, lambda *_: None, str, "")
+    hub.end = lambda status: None  # else the loss of that rank would end this process
+    rank = connect(*listener.getsockname(), secret)
+    rank.send({"role": "rank", "rank": 1, "version": "99.0"})
+    with pytest.raises(RuntimeError, match=r"of Efficient-vDiT, rank 1 is 99\.0\. Install the same on every machine"):
+        hub.wait_for_ranks(5.0)
+
+
+def test_the_end_of_one_comfyui_does_not_cut_off_the_next():
+    """What receives from the first may see its end only after the second was let in."""
+    listener, secret = listen("127.0.0.1"), new_secret()
+    hub = Hub(listener, secret, 1, lambda message, _: hub.answer(0, {}), str, "")
+    hub.end = lambda status: None  # else a fault would end this process
+    address = PoolAddress(*listener.getsockname(), secret, 1)
+    first = Pool(address)
+    hub.main = None  # as a failed answer leaves it
+    second = Pool(address)
+    first.close()
+    time.sleep(0.3)
+    assert second.ask({"do": "step"}, timeout=2.0) == ([{}], {})
+    second.close()
+
+
 def test_a_stale_pool_file_is_removed(monkeypatch):
     free = listen("127.0.0.1")
     port = free.getsockname()[1]
     free.close()
-    write_pool_file(default_pool_file(), PoolAddress("127.0.0.1", port, new_secret(), 2, os.getpid(), ("cpu", "cpu")))
+    write_pool_file(default_pool_file(), PoolAddress("127.0.0.1", port, new_secret(), 2, ("cpu", "cpu")))
     assert default_pool_file().stat().st_mode & 0o077 == 0
     assert session_module.running_pool(("cpu", "cpu")) is None and not default_pool_file().exists()
 
@@ -216,27 +353,28 @@ def test_a_port_taken_by_a_stranger_is_not_trusted(monkeypatch):
     """Somebody else listens where the pool was: the proof of the secret fails, and the file goes."""
     other = listen("127.0.0.1")
     monkeypatch.setattr("efficient_vdit_core.parallel.messages.HANDSHAKE_SECONDS", 0.5)
-    write_pool_file(default_pool_file(), PoolAddress("127.0.0.1", other.getsockname()[1], new_secret(), 2, os.getpid(), ("cpu", "cpu")))
+    write_pool_file(default_pool_file(), PoolAddress("127.0.0.1", other.getsockname()[1], new_secret(), 2, ("cpu", "cpu")))
     monkeypatch.setattr(session_module, "Pool", lambda address: connect(address.host, address.port, address.secret, timeout=0.5))
     assert session_module.running_pool(("cpu", "cpu")) is None and not default_pool_file().exists()
     other.close()
 
 
 def test_a_pool_file_that_others_can_read_is_not_trusted():
-    write_pool_file(default_pool_file(), PoolAddress("127.0.0.1", 1, new_secret(), 2, 1))
+    write_pool_file(default_pool_file(), PoolAddress("127.0.0.1", 1, new_secret(), 2))
     default_pool_file().chmod(0o644)
     assert read_pool_file(default_pool_file()) is None
     default_pool_file().unlink()
 
 
-def test_a_build_without_the_start_up_file_says_how_to_start_a_pool(monkeypatch):
-    """The registry's archive: it attaches to a running pool, and starts none."""
+@pytest.mark.parametrize("devices", [("cpu", "cpu"), ("cuda:0", "cuda:1")])
+def test_a_build_without_the_start_up_file_says_how_to_start_a_pool(monkeypatch, devices):
+    """The registry's archive: it attaches to a running pool, and starts none; the GPUs are not to blame."""
     monkeypatch.setitem(sys.modules, "efficient_vdit_core.parallel.start_workers", None)
-    with pytest.raises(RuntimeError, match="starts none itself. Start one with `evdit workers`"):
-        Session().ready(launch())
+    with pytest.raises(ValueError, match="starts none itself. Start one with torchrun"):
+        Session().ready(Launch(devices, "model", {"host": HOST}))
 
 
-@pytest.mark.parametrize("text", ["a", "0,0", "0;1", "", "-1", "cuda:0", "999"])
+@pytest.mark.parametrize("text", ["a", "0,0", "0;1", "", "-1", "cuda:0", "999", ",".join(["cpu"] * 5000)])
 def test_devices_that_cannot_be_read_are_refused(text):
     with pytest.raises(ValueError, match="devices"):
         parse_devices(text)

@@ -7,10 +7,11 @@ two attributes that it would set on GPUs; all that follows (accelerate's prepara
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from ranks import run_together
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 900.0  # some seconds of work; the rest is patience with a busy machine
@@ -22,18 +23,10 @@ def train_on_ranks(jobs: list[dict], ranks: int = RANKS) -> list[dict]:
 
     A job: name, config (of `DistillConfig`), out (a folder), sharded, stop (the step after which process 0 gets SIGTERM, or 0).
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "jobs.json").write_text(json.dumps(jobs))
-        commands = [[sys.executable, __file__, str(rank), str(ranks), folder] for rank in range(ranks)]
-        started = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-        try:
-            ended = [process.communicate(timeout=TIMEOUT) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-    assert all(p.returncode == 0 for p in started), "\n".join(f"rank {rank}:\n{err[-3000:]}" for rank, (_, err) in enumerate(ended))
-    return json.loads(ended[0][0].strip().splitlines()[-1])
+        printed = run_together([[sys.executable, __file__, str(rank), str(ranks), folder] for rank in range(ranks)], TIMEOUT)
+    return json.loads(printed[0].strip().splitlines()[-1])
 
 
 def main(rank: int, ranks: int, folder: str) -> None:

@@ -113,12 +113,12 @@ def test_a_searched_plan_outlives_undo(comfy):
     """Undo makes every node anew; the server, which has the result, does not run the search again."""
     page = comfy.open().page
     search = "app.graph.nodes.find(n => n.type === 'EVDiTSearchTilePlan')"
-    page.evaluate("app.graph.add(LiteGraph.createNode('EVDiTSearchTilePlan'))")
+    page.evaluate("void app.graph.add(LiteGraph.createNode('EVDiTSearchTilePlan'))")
     page.evaluate(RECORD)
     page.evaluate(f"{TOLD}('executed', {{ node: String({search}.id), output: {{ evdit_plan: ['0-5:2:6'] }} }})")
     chart = page.locator(".evdit-plan-chart:visible").first
     chart.get_by_text("2:6 × 6").wait_for()
-    page.evaluate("app.graph.add(LiteGraph.createNode('EVDiTReport'))")
+    page.evaluate("void app.graph.add(LiteGraph.createNode('EVDiTReport'))")
     page.evaluate(RECORD)
     page.keyboard.press("Control+z")
     page.wait_for_function("app.graph.nodes.length === 1")

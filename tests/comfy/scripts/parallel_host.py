@@ -70,7 +70,8 @@ def rank_main(rank, folder):
     facts = {}
 
     def opened(key, graph, source):
-        host.open({"key": key, "keep": [key], "comfyui": about, "packs": packs, "prompt": graph, "source": source})
+        said = host.open({"key": key, "keep": [key], "comfyui": about, "packs": packs, "prompt": graph, "source": source})
+        facts[f"plan of {key}"] = said["plan"]
         host.models["plain"] = host.kept[-1]
 
     def compare(name, x, text, levels, references=None):

@@ -1,0 +1,112 @@
+"""What a shared run refuses, and when its node runs again; this process stands for the workers. Prints JSON."""
+
+import json
+
+from host import call, load_pack, log_lines, sample, torch  # isort: skip
+import sys  # isort: skip
+
+import comfy.model_patcher  # isort: skip
+import comfy.samplers  # isort: skip
+from comfy_extras.nodes_easycache import EasyCacheNode  # isort: skip
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT  # isort: skip
+
+pack = load_pack()
+(bridge,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.parallel"))
+(unpack,) = (m.unpack for name, m in sys.modules.items() if name.endswith("comfy_bridge.packing"))
+(TilePlan,) = (m.TilePlan for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
+(model,) = call(pack["EVDiTModelLoader"], model_name="tiny (built in)", weight_dtype="default")
+(sigmas,) = call(pack["EVDiTConsistencySigmas"], model=model, segments=2, steps=2)
+noise, text = torch.randn(1, 4, 8, 8, 8), torch.randn(1, 9, 64)
+bridge.recipe = lambda *_: ("key", {})  # there is no prompt here
+node = pack["EVDiTSequenceParallel"]
+
+
+class HereInstead:
+    """A session whose workers are ``source`` itself, computed in this process."""
+
+    def __init__(self, source, fault=None):
+        self.source, self.fault, self.failures = source, fault, 0
+        test = {"flops_per_second": 1e12, "gigabytes_per_second": 1.0, "free_mib": None, "peer_access": None, "device": "cpu"}
+        self.tests = [test, test]
+
+    def ready(self, launch, poll):
+        if self.fault:
+            raise self.fault
+
+    def step(self, launch, message, tensors, poll):
+        given = unpack(message["inputs"], tensors, torch.device("cpu"))
+        options = comfy.model_patcher.create_model_options_clone(self.source.model_options)["transformer_options"]
+        options.update(given.pop("options"))
+        out = self.source.model.apply_model(given.pop("x"), given.pop("t"), transformer_options=options, **given)
+        return [{"bytes": 0, "schemes": {}}] * 2, {"out": out}
+
+
+def shared(source, **choices):
+    session = bridge.SESSION = choices.pop("session", None) or HereInstead(source)
+    more = {"scheme": "auto", "start_timeout": 1, "step_timeout": 1, "after_run": "keep", "prompt": None, "node_id": None}
+    made, _ = bridge.parallelize(source, **{"devices": "cpu,cpu", "strict": True, **more, **choices})
+    assert bridge.SESSION is session
+    return made
+
+
+def skipping(source):
+    return call(SkipLayerGuidanceDiT, model=source, scale=3.0, start_percent=0.0, end_percent=1.0, double_layers="1", single_layers="")[0]
+
+
+def with_lora(source):
+    patched = source.clone()
+    patched.add_patches({"diffusion_model.transformer_blocks.0.attn1.to_q.weight": ("diff", (torch.randn(144, 144) * 0.3,))}, 1.0)
+    return patched
+
+
+def sparse(source):
+    choices = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
+    return call(pack["EVDiTSparseAttention"], model=source, plan=TilePlan.uniform(8, frames=48), **choices)[0]
+
+
+def hooked(source):
+    """Another node's hooks before ours: the workers have them too."""
+    patched = source.clone()
+    patched.set_model_attn1_patch(lambda q, k, v, extra_options: (q, k, v))
+    patched.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "double_block", 2)
+    return patched
+
+
+def run(chosen):
+    return sample(chosen, comfy.samplers.sampler_object("euler"), sigmas, noise, text)
+
+
+def cached(source):
+    return call(EasyCacheNode, model=source, reuse_threshold=0.2, start_percent=0.0, end_percent=1.0, verbose=False)[0]
+
+
+def refusal(act):
+    try:
+        act()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+facts = {
+    "hooks before it": float((run(shared(hooked(model))) - run(model)).abs().max()),
+    "skipped layers, before": refusal(lambda: run(shared(skipping(model)))),
+    "skipped layers, behind": refusal(lambda: run(skipping(shared(model)))),
+    "a LoRA behind": refusal(lambda: run(with_lora(shared(model)))),
+    "sparse attention behind": refusal(lambda: run(sparse(shared(model)))),
+    "EasyCache, before": refusal(lambda: shared(cached(model))),
+    "EasyCache, behind": refusal(lambda: run(cached(shared(model)))),
+}
+lines = log_lines()
+shared(sparse(model))
+facts["log of a forecast"] = list(lines)
+
+session, marks = HereInstead(model), []
+for fault in (RuntimeError("rank 1 ended while it started"), None, ValueError("a model that cannot be shared out")):
+    session.fault = fault
+    assert (shared(model, session=session, strict=False) is model) == (fault is not None)
+    marks.append(node.fingerprint_inputs(devices="cpu,cpu", scheme="auto"))
+facts["marks"] = marks
+facts["mark of one device"] = node.fingerprint_inputs(devices="cpu")
+facts["mark of a wrong text"] = node.fingerprint_inputs(devices="?")
+print(json.dumps(facts))

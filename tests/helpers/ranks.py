@@ -1,0 +1,21 @@
+"""Processes that work together, one for each rank of a test."""
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_together(commands: list[list[str]], timeout: float) -> list[str]:
+    """Run one command for each rank on the CPU, all at once; what they print, in order. None outlives the call."""
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+    environment = {**os.environ, **own}
+    started = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    try:
+        ended = [process.communicate(timeout=timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all(p.returncode == 0 for p in started), "\n".join(f"rank {rank}:\n{err[-3000:]}" for rank, (_, err) in enumerate(ended))
+    return [out for out, _ in ended]
