@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 
 def check_writable_file(path: str | Path) -> Path:
@@ -22,21 +22,24 @@ def check_writable_file(path: str | Path) -> Path:
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file to write; it takes the place of ``path`` at the end, once it is on the disk.
+def whole_file(path: str | Path, ending: str = ".tmp") -> Iterator[Path]:
+    """A hidden file beside ``path`` to write; it takes the place of ``path`` at the end, once it is on the disk.
 
+    ``ending`` is for writers that choose the format by it.
     Where writing fails (a full disk, Ctrl-C) a file of that name stays as it was, and nothing else is left behind.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(f".evdit-{uuid.uuid4().hex[:12]}{ending}")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
+        part.touch(exist_ok=False)
+        mode = part.stat().st_mode
+        yield part
+        part.chmod(mode)  # some writers, such as safetensors', make their own file, which nobody else may read
+        with open(part, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(part, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -46,5 +49,5 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Writes `data`; a file of that name is replaced only once the new one is whole."""
-    with written_whole(path) as file:
-        file.write(data)
+    with whole_file(path) as part:
+        part.write_bytes(data)

@@ -143,7 +143,9 @@ class TilePlan:
             return pattern.name(frames) if frames else "full" if pattern.k is None else str(pattern.k)
 
         if self.uniform_pattern is not None:
-            dense = [f"{first}:full" if first == last else f"{first}-{last}:full" for first, last in self.dense_layers]
+            # Layers counted from the end stand alone in a text.
+            ranges = [r for a, b in self.dense_layers for r in ([(a, b)] if a >= 0 else [(i, i) for i in range(a, b + 1)])]
+            dense = [f"{first}:full" if first == last else f"{first}-{last}:full" for first, last in ranges]
             return " ".join([f"{ALL}:{name(self.uniform_pattern)}", *dense])
         names, parts, start = [name(self.pattern(i)) for i in range(len(self.patterns))], [], 0
         for i in range(1, len(names) + 1):
@@ -202,6 +204,8 @@ def _read_part(part: str) -> Part:
         raise ValueError(f"The plan text cannot be read at {shown!r}, expected parts such as '0:full', '1-4:2:6' or 'all:2'.")
     layers, pattern = match[1], TilePattern.parse(match[2])
     frames = sum(map(int, match[2].split(":"))) if ":" in match[2] else None
+    if max(pattern.k or 0, frames or 0) > MAX_REFERENCE_FRAMES:
+        raise ValueError(f"The plan text asks for more than {MAX_REFERENCE_FRAMES} frames at {part!r}; no video has as many latent ones.")
     if layers == ALL:
         return part, -MAX_LAYERS, MAX_LAYERS, pattern, frames
     first, last = (int(layers), int(layers)) if layers.lstrip("-").isdigit() else map(int, layers.split("-"))
@@ -261,8 +265,11 @@ def _count(value: Any, name: str) -> int | None:
 
 
 def _ranges(value: Any) -> tuple[tuple[int, int], ...]:
-    pairs = value if isinstance(value, list) else [value]
-    ranges = [tuple(p) for p in pairs if isinstance(p, list) and len(p) == 2 and all(type(i) is int and abs(i) <= MAX_LAYERS for i in p)]
-    if len(ranges) != len(pairs):
-        raise ValueError(f"The plan's dense_layers is {value!r}, expected pairs such as [[0, 2], [-1, -1]]. Correct the file.")
-    return tuple((first, last) for first, last in ranges)
+    def is_range(pair: Any) -> bool:
+        """Ascending, both ends counted from the same side."""
+        whole = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int and abs(i) < MAX_LAYERS for i in pair)
+        return whole and pair[0] <= pair[1] and (pair[0] < 0) == (pair[1] < 0)
+
+    if not isinstance(value, list) or not all(map(is_range, value)):
+        raise ValueError(f"The plan's dense_layers is {value!r}, expected ascending pairs such as [[0, 2], [-1, -1]]. Correct the file.")
+    return tuple((first, last) for first, last in value)

@@ -7,16 +7,13 @@ EXIF image description.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .files import check_writable_file
+from .files import check_writable_file, whole_file
 
 SUFFIXES = (".mp4", ".gif", ".webp")
 MIN_FPS, MAX_FPS = 0.01, 1000.0
@@ -60,7 +57,7 @@ def write_video(
     suffix = path.suffix.lower()
     if suffix == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
         raise ValueError(f"mp4 needs even sizes, got {frames.shape[2]}x{frames.shape[1]}; write a gif or webp instead.")
-    with _whole_file(path) as part:
+    with whole_file(path, suffix) as part:
         if suffix == ".mp4":
             _write_mp4(part, frames, fps, text)
         else:
@@ -79,23 +76,6 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise ValueError(f"{str(path)!r} holds no metadata of this program (its comment is {text[:40]!r}).")
     return metadata
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A hidden file beside `path` that takes its place at the end, or is removed if anything interrupts."""
-    handle, name = tempfile.mkstemp(prefix=".evdit-", suffix=path.suffix.lower(), dir=path.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-        # mkstemp makes files private; a video gets the permissions of any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _check_writer_installed(suffix: str) -> None:

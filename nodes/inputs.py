@@ -8,7 +8,7 @@ from ..efficient_vdit_core.plan import TilePlan
 
 CATEGORY = "Efficient-vDiT"
 
-# Carries an efficient_vdit_core.tiles.TilePlan between nodes.
+# Carries an efficient_vdit_core.plan.TilePlan between nodes.
 Plan = io.Custom("EVDIT_PLAN")
 
 

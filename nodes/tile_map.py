@@ -100,8 +100,9 @@ class EVDiTAttentionTileMap(io.ComfyNode):
         cls, model: Any, positive: Any, latent: dict[str, Any], layers: str, percent: float, seed: int, rows: int,
         plan: TilePlan | None = None, second_prompt: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
+        depth = model_depth(model, plan)  # a plan for another model is refused before the model runs
         choices = {"layers": layers, "percent": percent, "seed": seed, "rows": rows}
         measured = measure_tiles(model, positive, latent, **choices)
         other = measure_tiles(model, second_prompt, latent, **choices) if second_prompt is not None else None
-        picture, report = tile_map(measured, model_depth(model), plan, other)
+        picture, report = tile_map(measured, depth, plan, other)
         return io.NodeOutput(torch.from_numpy(picture)[None], report)

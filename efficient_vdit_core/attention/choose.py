@@ -137,13 +137,19 @@ def trial_size(q: Tensor, layout: TokenLayout) -> tuple[int, TokenLayout]:
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
     """Wall-clock seconds of ``run()``, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     start = time.perf_counter()
     run()
+    wait_for(device)
+    return time.perf_counter() - start
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when ``device`` has done all that it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    elif device.type in ("mps", "xpu"):
+        getattr(torch, device.type).synchronize()
 
 
 def _driver_version() -> int:
@@ -164,8 +170,8 @@ def _versions() -> dict[str, str]:
 
 def cache_folder() -> Path:
     """Where the pack keeps what it found out about this machine: ``$EVDIT_CACHE_DIR`` or the user's cache folder."""
-    if "EVDIT_CACHE_DIR" in os.environ:
-        return Path(os.environ["EVDIT_CACHE_DIR"])
+    if chosen := os.environ.get("EVDIT_CACHE_DIR"):
+        return Path(chosen)
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK = 128
 OLDEST_TORCH = (2, 6)  # the first whose sequences may end inside a block
+# Each dtype, number of heads and head_dim takes two compilations, of which torch allows eight to all who use FlexAttention.
+MOST_KINDS = 128
 
 
 def flex_status(device: torch.device | str | None = None) -> tuple[bool, str]:
@@ -61,7 +63,10 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: T
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # its kernels read whole rows
     # It multiplies the hidden values of a partial tile by a weight of zero, which leaves NaN as it is.
     finite = torch.nan_to_num(v, nan=0.0, posinf=0.0, neginf=0.0)
-    out = _compiled()(q, k, finite, block_mask=block_mask(layout, pattern, q.device))
+    import torch._dynamo.config as compiler
+
+    with compiler.patch(recompile_limit=MOST_KINDS):
+        out = _compiled()(q, k, finite, block_mask=block_mask(layout, pattern, q.device))
     return _with_the_rest(out, (v - finite).detach(), layout, pattern)
 
 

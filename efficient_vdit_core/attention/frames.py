@@ -55,7 +55,7 @@ def attend_frames(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern:
     limit = default_extra_bytes(q.device) if max_extra_bytes is None else max_extra_bytes
     frame_bytes = 2 * q.shape[1] * (layout.grid.tokens_per_frame + shared_k.shape[2]) * q.shape[3] * q.element_size()
     chunks = list(_chunks(others, max(1, limit // frame_bytes)))
-    reuse = not (torch.is_grad_enabled() and any(x.requires_grad for x in (k, v)))
+    reuse = not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))  # the slope of q is made of k and v
     for b in range(q.shape[0]):
         keys = _OwnAndShared(k[b], shared_k[b], layout, chunks, reuse)
         values = _OwnAndShared(v[b], shared_v[b], layout, chunks, reuse)
@@ -75,7 +75,7 @@ class _OwnAndShared:
 
     def __init__(self, x: Tensor, shared: Tensor, layout: TokenLayout, chunks: list[tuple[int, int]], reuse: bool) -> None:
         self.x, self.shared, self.layout = x, shared, layout
-        self.buffer = self._allocate(max([last - first for first, last in chunks])) if reuse else None
+        self.buffer = self._allocate(max([last - first for first, last in chunks])) if reuse and shared.shape[1] else None
 
     def _allocate(self, frames: int) -> Tensor:
         own, heads = self.layout.grid.tokens_per_frame, self.x.shape[0]

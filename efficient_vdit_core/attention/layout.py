@@ -40,7 +40,7 @@ def global_spans(layout: TokenLayout, references: tuple[int, ...]) -> list[tuple
             joined[-1] = (joined[-1][0], stop)
         elif stop > start:
             joined.append((start, stop))
-    return [(start, stop) for start, stop in joined if stop > start]
+    return joined
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:

@@ -44,7 +44,8 @@ class ForwardState:
         padding: where the text's padding stands in the sequence, which a mask leaves out; empty where nothing is masked.
         step: sampling step, 0 = first; moves rotating reference frames.
         calls: self-attentions over the video so far.
-        pattern_of: the pattern of a layer in this forward, for those who must know it before the layer's attention is called.
+        owner: the override that this is for, None = any. One that another node still calls leaves the attention alone; and its
+            ``pattern_of`` tells a layer's pattern to those who must know it before the layer's attention is called.
     """
 
     layout: TokenLayout | None
@@ -57,7 +58,7 @@ class ForwardState:
     padding: range = range(0)
     step: int = 0
     calls: int = 0
-    pattern_of: Callable[[int], TilePattern] | None = None
+    owner: Any = None
 
     def next_layer(self, options: Mapping[str, Any]) -> int | None:
         """The layer of this self-attention: given by the model, else counted. None beyond the last layer."""
@@ -83,7 +84,7 @@ class ForwardState:
 
 
 @dataclass(frozen=True)
-class _Dense:
+class DenseCall:
     """The attention that a call asked for: another node's override, or the backend that ComfyUI runs with."""
 
     func: Override
@@ -123,7 +124,7 @@ def make_attention_override(
     (another node's override) or to the backend untouched.
 
     Args:
-        min_tokens: shorter sequences stay dense.
+        min_tokens: calls with fewer video tokens stay dense.
         placement: where the reference frames stand, one of ``tiles.PLACEMENTS``.
         decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
         backend: as of ``tile_attention``.
@@ -133,10 +134,12 @@ def make_attention_override(
     # A plain closure: ComfyUI deep-copies model options, and functions survive that as they are.
     def override(func: Override, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
                  attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any) -> Tensor:
-        dense = _Dense(func, previous, attn_precision, kwargs)
+        dense = DenseCall(func, previous, attn_precision, kwargs)
         form = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
         options = kwargs.get("transformer_options") or {}
         state: ForwardState | None = options.get(FORWARD_KEY)
+        if state is not None and state.owner not in (None, override):
+            return dense.call(q, k, v, heads, mask, **form)
         layout = state.layout if state else None
         reason = _why_not_the_video(state, q, k, mask, skip_reshape, report)
         if state is None or layout is None or reason:
@@ -176,7 +179,7 @@ def make_attention_override(
     return override
 
 
-def _backend(qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout, pattern: TilePattern, dense: _Dense, backend: str,
+def _backend(qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout, pattern: TilePattern, dense: DenseCall, backend: str,
              decline_slow: bool) -> str:
     """The backend for this call: the one asked for, or the fastest; ``dense`` only where slow patterns are declined."""
     if backend != "auto":
@@ -248,7 +251,7 @@ def _why_dense(state: ForwardState, layer: int | None, layout: TokenLayout, patt
         return state.reason
     if layer is None:
         return "more calls than layers"
-    if layout.tokens < min_tokens:
+    if layout.grid.tokens < min_tokens:
         return "below min_tokens"
     if pattern.is_full(layout.grid.t):
         return "full in the plan"

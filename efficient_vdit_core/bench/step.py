@@ -110,11 +110,12 @@ def _row(shape: StepShape, count: int | None, values: list[float], dense: float,
 
 def _check_memory(shape: StepShape, device: torch.device) -> None:
     with torch.device("meta"):
-        weights = sum(p.numel() for p in OpenSoraT2V(shape.config).parameters()) * 2
-    activations = shape.grid.tokens * shape.config.hidden_size * 2 * 16
+        weights = sum(p.numel() for p in OpenSoraT2V(shape.config).parameters())
+    activations = 16 * shape.grid.tokens * shape.config.hidden_size
+    needed = (weights + activations) * getattr(torch, shape.dtype).itemsize
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    if free is not None and weights + activations > free:
+    if free is not None and needed > free:
         raise ValueError(
-            f"{shape.depth} blocks at {shape.size} need about {(weights + activations) / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free. "
+            f"{shape.depth} blocks at {shape.size} need about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free. "
             "Lower --depth."
         )

@@ -51,7 +51,10 @@ def override(values: dict[str, Any], text: str) -> None:
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and name):
         raise ValueError(f"--set {text!r} cannot be read, expected SECTION.KEY=VALUE such as training.steps=500.")
-    values.setdefault(section, {})[name] = _value(value.strip())
+    table = values.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ValueError(f"--set {text!r} names {section!r}, which is {table!r} and no section of settings. Correct its name.")
+    table[name] = _value(value.strip())
 
 
 def _value(text: str) -> Any:

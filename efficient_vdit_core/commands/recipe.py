@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
 def _three_stages(args: argparse.Namespace) -> int:
     from ..distill.recipe import RecipeConfig, ThreeStages
 
-    for name, file in ThreeStages(RecipeConfig.from_dict(_values(args, args.config)), args.out).run().items():
-        say(f"{name}: {file}")
+    for name, files in ThreeStages(RecipeConfig.from_dict(_values(args, args.config)), args.out).run().items():
+        say(f"{name}: {' with '.join(map(str, files))}")
     return 0
 
 
@@ -52,7 +52,8 @@ def _tiny_table(args: argparse.Namespace) -> int:
     from ..tinyworld.chart import draw
     from ..tinyworld.table import TableConfig, run_table
 
-    check_writable_file(args.json)
+    for file in filter(None, (args.json, args.chart)):
+        check_writable_file(file)
     values = _values(args, args.config or assets.recipe_path("tiny"))
     table = read_section(TableConfig, values.pop("table", {}), "table")
     say(f"{'row':<36} {'agree':>6} {'frechet':>8} {'endpoint':>8} {'motion':>7} {'flicker':>7} {'divers.':>7} {'sparse':>6}")

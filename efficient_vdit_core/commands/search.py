@@ -56,13 +56,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--probes must lie in 1..{MAX_PROBES}, got {args.probes}.")
     _check_target(args)
     choices = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
+    choices |= {"steps": args.probes, "segments": args.probes}  # also where the model was distilled for another number
     for prompt in args.prompt:
-        VideoRequest(prompt, steps=args.probes, **choices).check()
+        VideoRequest(prompt, **choices).check()
 
     from ..pipeline import Pipeline
 
     pipeline = Pipeline.from_model(args.model, text_encoder=args.text_encoder, device=args.device, dtype=args.dtype)
-    _search(pipeline, args, candidates, {**choices, "steps": args.probes}).save(out)
+    _search(pipeline, args, candidates, choices).save(out)
     say(f"wrote {out}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +17,16 @@ OBJECTIVES: dict[str, type] = {"consistency": ConsistencyConfig, "knowledge": Kn
 # What a resumed run may change: how often things are written, never what is learnt.
 FREE = {"training.save_every", "training.tensorboard", "training.samples_every", "model.device"}
 
+SOURCES = ("tinyworld", "videos", "teacher")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+PRECISIONS = ("float32", "bf16")
+
 T = TypeVar("T")
+
+
+def _expect(holds: bool, settings: Any, section: str, name: str, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{section}.{name} is {getattr(settings, name)!r}, expected {expected}. Correct the configuration.")
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,17 @@ class DataConfig:
     teacher_steps: int = 50
     guidance: float = 3.0
 
+    def __post_init__(self) -> None:
+        _expect(self.source in SOURCES, self, "data", "source", f"one of {', '.join(SOURCES)}")
+        for name in ("clips", "teacher_steps"):
+            _expect(getattr(self, name) >= 1, self, "data", name, "at least 1")
+        _expect(0 <= self.negative_share <= 1, self, "data", "negative_share", "0 to 1")
+        _expect(math.isfinite(self.guidance) and self.guidance >= 0, self, "data", "guidance", "a number from 0 up")
+        _expect(self.frames == 0 or (self.frames > 0 and self.frames % 4 == 1), self, "data", "frames", "4k + 1, or 0 for the model's own")
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            _expect(size >= 0 and size % 16 == 0, self, "data", name, "a multiple of 16, or 0 for the model's own")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -85,8 +106,14 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}, expected at least 1. Correct the configuration.")
+            _expect(getattr(self, name) >= 1, self, "training", name, "at least 1")
+        for name in ("warmup", "samples_every", "weight_decay", "final_rate"):
+            _expect(getattr(self, name) >= 0, self, "training", name, "a number from 0 up")
+        for name in ("learning_rate", "clip"):
+            _expect(getattr(self, name) > 0, self, "training", name, "a number above 0")
+        _expect(0 <= self.ema < 1, self, "training", "ema", "0 up to, but not, 1")
+        _expect(self.optimizer in OPTIMIZERS, self, "training", "optimizer", f"one of {', '.join(OPTIMIZERS)}")
+        _expect(self.precision in PRECISIONS, self, "training", "precision", " or ".join(PRECISIONS))
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,9 @@ class ConsistencyConfig:
                 f"There are {self.segments} segments and {self.teacher_steps} teacher_steps, expected at least 1 segment and one teacher "
                 "step in each. Raise teacher_steps."
             )
+        scales = self.guidance if isinstance(self.guidance, tuple) else (self.guidance or 0.0,)
+        if not all(math.isfinite(scale) and scale >= 0 for scale in scales):
+            raise ValueError(f"guidance is {self.guidance}, expected numbers from 0 up. Correct the configuration.")
         for name in ("loss_scale", "max_weight", "data_side"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

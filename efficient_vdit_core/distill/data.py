@@ -18,6 +18,8 @@ from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
 
+Generate = Callable[[list[str], list[int]], Tensor]  # captions and the samples' numbers to latents (B, C, T, h, w)
+
 log = logging.getLogger("efficient_vdit")
 
 
@@ -120,25 +122,25 @@ def read_frames(video: Path, size: tuple[int, int, int]) -> np.ndarray:
     return np.stack(found)
 
 
-def teacher_clips(captions: list[str], count: int, cache: Path, generate: Callable[[list[str], int], Tensor], at_once: int = 16) -> ClipSet:
+def teacher_clips(captions: list[str], count: int, cache: Path, settings: Sequence[Any], teacher: Callable[[], Generate],
+                  at_once: int = 16) -> ClipSet:
     """Latents that the teacher itself draws for the captions: no data needed. Goes on where it stopped.
 
-    ``generate(texts, seed)`` returns (B, C, T, h, w).
+    ``settings``: JSON-able, what sets these samples apart from others in the cache. ``teacher()`` is asked for where some are missing.
     """
     from tqdm import tqdm
 
-    files, texts = [], []
-    for start in tqdm(range(0, count, at_once), desc="teacher's samples", mininterval=5):
-        numbers = range(start, min(start + at_once, count))
-        words = [captions[i % len(captions)] for i in numbers]
-        stamp = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]
-        targets = [cache / f"sample-{i:06d}-{stamp}.safetensors" for i in numbers]
-        if not all(t.is_file() for t in targets):
-            for target, latents in zip(targets, generate(words, start), strict=True):
-                save_safetensors(target, {"latents": latents})
-        files += targets
-        texts += [(w,) for w in words]
-    return ClipSet(LatentFiles(files), texts)
+    texts = [captions[i % len(captions)] for i in range(count)]
+    stamps = [hashlib.sha256(json.dumps([text, *settings]).encode()).hexdigest()[:12] for text in texts]
+    files = [cache / f"sample-{i:06d}-{stamp}.safetensors" for i, stamp in enumerate(stamps)]
+    missing = [i for i, file in enumerate(files) if not file.is_file()]
+    generate = teacher() if missing else None
+    for start in tqdm(range(0, len(missing), at_once), desc="teacher's samples", mininterval=5, disable=not missing):
+        numbers = missing[start : start + at_once]
+        assert generate is not None
+        for number, latents in zip(numbers, generate([texts[i] for i in numbers], numbers), strict=True):
+            save_safetensors(files[number], {"latents": latents})
+    return ClipSet(LatentFiles(files), [(text,) for text in texts])
 
 
 def read_captions(path: str | Path) -> list[str]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from ..attention.layout import TokenLayout
 from ..attention.override import FORWARD_KEY, ForwardState, Override
+from ..pipeline import DTYPES
 from ..plan import TilePlan
 from ..sampling.path import FLOW, PREDICTIONS, FlowPath, NoisePath, VPPath
 from ..tiles import TokenGrid
@@ -29,8 +34,12 @@ from .texts import Encode
 
 WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
 FAMILIES = {WAN: "wan", COGVIDEOX: "cogvideox"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OVERRIDE = "override"
+# Wan's own names, which ComfyUI keeps.
+WAN_IN_COMFYUI = (
+    ("attn1.", "self_attn."), ("attn2.", "cross_attn."), (".to_out.0", ".o"), (".to_", "."), ("ffn.net.0.proj", "ffn.0"),
+    ("ffn.net.2", "ffn.2"),
+)  # fmt: skip
 
 
 class DiffusersModel:
@@ -43,6 +52,8 @@ class DiffusersModel:
         self.kind = self.config.get("_class_name", "")
         if self.kind not in FAMILIES:
             raise ValueError(f"{self.folder.name} holds a {self.kind or 'nameless model'}, expected {' or '.join(FAMILIES)}.")
+        if self.config.get("patch_size_t"):
+            raise ValueError("This CogVideoX packs frames in time (version 1.5), which is not supported here. Use version 1.0.")
         if config.dtype not in DTYPES:
             raise ValueError(f"model.dtype is {config.dtype!r}, expected one of {', '.join(DTYPES)}. Correct the configuration.")
         self.family, self.dtype = FAMILIES[self.kind], DTYPES[config.dtype]
@@ -80,8 +91,6 @@ class DiffusersModel:
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
         p = self.config["patch_size"]
-        if self.config.get("patch_size_t"):
-            raise ValueError("This CogVideoX packs frames in time (version 1.5), which is not supported here. Use version 1.0.")
         size = (z.shape[-2] // p, z.shape[-1] // p)
         base = (self.config["sample_height"] // p, self.config["sample_width"] // p)
         # As CogVideoXPipeline crops the trained grid to the video's shape, centred.
@@ -113,7 +122,7 @@ class DiffusersModel:
         return FeatureTap({"attention": [b.attn1 for b in blocks], "mlp": [b.ffn if self.kind == WAN else b.ff for b in blocks]})
 
     def checkpoint_blocks(self, module: nn.Module) -> None:
-        module.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+        module.enable_gradient_checkpointing(_checkpointed)  # pyright: ignore[reportCallIssue]
 
     def text_encoder(self) -> Encode:
         pipe = self._pipeline()
@@ -164,6 +173,11 @@ class DiffusersModel:
         frames, height, width = size
         return int(self.config["in_channels"]), (frames - 1) // 4 + 1, height // 8, width // 8
 
+    def comfy_name(self, layer: str) -> str:
+        for ours, theirs in WAN_IN_COMFYUI if self.kind == WAN else ():
+            layer = layer.replace(ours, theirs)
+        return layer
+
     def config_entry(self) -> dict[str, Any]:
         return self.config
 
@@ -171,9 +185,24 @@ class DiffusersModel:
 class _Intercepted(TorchFunctionMode):
     """Hands each attention call inside it to the options' override; without options it changes nothing."""
 
+    active: ContextVar[_Intercepted | None] = ContextVar("active", default=None)
+
     def __init__(self, options: dict[str, Any] | None) -> None:
         super().__init__()
         self.options = options
+
+    def __enter__(self) -> _Intercepted:
+        self.before = self.active.set(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.active.reset(self.before)
+        super().__exit__(*error)
+
+    def from_here(self) -> _Intercepted:
+        """The same for what runs again later: its layers are counted on from the present one."""
+        options = self.options and {**self.options, FORWARD_KEY: replace(self.options[FORWARD_KEY])}
+        return _Intercepted(options)
 
     def __torch_function__(self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -187,6 +216,13 @@ class _Intercepted(TorchFunctionMode):
 
         shape = {"skip_reshape": True, "skip_output_reshape": True}
         return self.options[OVERRIDE](dense, q, k, v, q.shape[1], mask=mask, transformer_options=self.options, **shape)
+
+
+def _checkpointed(block: Callable[..., Any], *inputs: Any) -> Any:
+    """Gradient checkpointing whose second run, in the backward pass, has its attention intercepted as the first had."""
+    mode = _Intercepted.active.get()
+    again = mode.from_here() if mode else nullcontext()
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
 
 def _schedule(values: dict[str, Any]) -> tuple[NoisePath, str]:

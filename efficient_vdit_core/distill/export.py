@@ -1,4 +1,4 @@
-"""Writes the averaged weights as ComfyUI loads them: the whole transformer, or a LoRA."""
+"""Writes the averaged weights: the whole transformer under its own names, or a LoRA under ComfyUI's."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .lora import comfy_lora
 from .metadata import DistillMetadata
 from .model import FamilyModel
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS, LORA = "diffusion_pytorch_model.safetensors", "lora.safetensors"
 
 
 def result_file(folder: Path, *, lora: bool) -> Path:
     """Where the result of a run in ``folder`` lies once it is finished."""
-    return folder / "lora.safetensors" if lora else folder / "transformer" / WEIGHTS
+    return folder / LORA if lora else folder / "transformer" / WEIGHTS
 
 
 def export(model: FamilyModel, module: nn.Module, ema: dict[str, Tensor], folder: Path, about: DistillMetadata, *, lora: bool,
@@ -30,12 +30,14 @@ def export(model: FamilyModel, module: nn.Module, ema: dict[str, Tensor], folder
         return file
     entries = {**about.to_entry(), "format": "pt"}
     if lora:
-        save_safetensors(file, _cast(comfy_lora(module, ema), model.saved_dtype), entries)
+        save_safetensors(file, _cast(comfy_lora(module, ema, model.comfy_name), model.saved_dtype), entries)
         return file
     state = {**module.state_dict(), **ema}
     config = model.config_entry()
-    save_safetensors(file, _cast(state, model.saved_dtype), {**entries, "config": json.dumps(config)})
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file.parent / "config.json", json.dumps(config, indent=2) + "\n")
+    # Last: where this file stands, the run is finished.
+    save_safetensors(file, _cast(state, model.saved_dtype), {**entries, "config": json.dumps(config)})
     return file
 
 

@@ -10,7 +10,7 @@ import torch
 
 from .config import DistillConfig
 
-PRECISIONS = {"float32": "no", "bf16": "bf16"}
+MIXED = {"float32": "no", "bf16": "bf16"}  # precision -> accelerate's name
 PATIENCE = timedelta(hours=12)  # while process 0 prepares the data; the default is minutes
 
 
@@ -21,14 +21,12 @@ def make_accelerator(config: DistillConfig) -> Any:
     except ImportError as error:
         raise ValueError("Distillation needs the package 'accelerate', which is missing. Install efficient-vdit[engine,train].") from error
     precision = config.training.precision
-    if precision not in PRECISIONS:
-        raise ValueError(f"training.precision is {precision!r}, expected float32 or bf16. Correct the configuration.")
     if config.model.device not in ("auto", "cpu"):
         raise ValueError(f"model.device is {config.model.device!r}, expected auto or cpu; accelerate launch chooses among GPUs.")
     sharding = _launched_with("ACCELERATE_USE_FSDP")
     _refuse_other_engines(sharding)
     accelerator = Accelerator(
-        mixed_precision=PRECISIONS[precision], cpu=config.model.device == "cpu",
+        mixed_precision=MIXED[precision], cpu=config.model.device == "cpu",
         fsdp_plugin=fsdp_plugin(precision) if sharding else None, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )  # fmt: skip
     if sharding and not accelerator.is_fsdp2:

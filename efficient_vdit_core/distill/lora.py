@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Rename = Callable[[str], str]
 
 COMFY_PREFIX = "diffusion_model."
 TARGETS = r"\.(to_[qkv]|to_out\.0|proj|net\.0\.proj|net\.2)$"  # attention and feed-forward of transformer blocks
@@ -68,25 +70,27 @@ def lora_off(module: nn.Module) -> Iterator[None]:
             layer.enabled = True
 
 
-def comfy_lora(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters in ``state`` (the module's names) as a LoRA file that ComfyUI's loaders take for any model."""
+def comfy_lora(module: nn.Module, state: dict[str, Tensor], comfy_name: Rename = str) -> dict[str, Tensor]:
+    """The adapters in ``state`` (the module's names) as a LoRA file that ComfyUI's loaders take.
+
+    ``comfy_name`` gives a layer's name in ComfyUI, where it has another one there.
+    """
     out = {}
     for name, layer in adapters(module).items():
         down, up = state[f"{name}.lora_down"], state[f"{name}.lora_up"]
-        key = COMFY_PREFIX + name
+        key = COMFY_PREFIX + comfy_name(name)
         out[f"{key}.lora_down.weight"], out[f"{key}.lora_up.weight"] = down, up
         out[f"{key}.alpha"] = torch.tensor(layer.scale * down.shape[0])
     return out
 
 
-def merged(base: dict[str, Tensor], lora: dict[str, Tensor]) -> dict[str, Tensor]:
+def merged(base: dict[str, Tensor], lora: dict[str, Tensor], comfy_name: Rename = str) -> dict[str, Tensor]:
     """Full weights: ``base`` with a file of ``comfy_lora`` added."""
     out = dict(base)
-    for key in lora:
-        if key.endswith(".lora_down.weight"):
-            stem = key.removesuffix(".lora_down.weight")
-            name = stem.removeprefix(COMFY_PREFIX) + ".weight"
-            down, up = lora[key].float(), lora[f"{stem}.lora_up.weight"].float()
+    for name, value in base.items():
+        stem = COMFY_PREFIX + comfy_name(name.removesuffix(".weight"))
+        if name.endswith(".weight") and f"{stem}.alpha" in lora:
+            down, up = lora[f"{stem}.lora_down.weight"].float(), lora[f"{stem}.lora_up.weight"].float()
             scale = float(lora[f"{stem}.alpha"]) / down.shape[0]
-            out[name] = (base[name].float() + scale * up @ down).to(base[name].dtype)
+            out[name] = (value.float() + scale * up @ down).to(value.dtype)
     return out

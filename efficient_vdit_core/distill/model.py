@@ -81,6 +81,10 @@ class FamilyModel(Protocol):
 
     def latent_shape(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]: ...
 
+    def comfy_name(self, layer: str) -> str:
+        """A layer's name in ComfyUI's model of this family."""
+        ...
+
     def config_entry(self) -> dict[str, Any]:
         """The transformer's config.json."""
         ...
@@ -102,7 +106,7 @@ def read_plan(text: str) -> TilePlan:
 
 
 def open_model(config: ModelConfig) -> FamilyModel:
-    """The family's adapter; nothing large is read yet."""
+    """The family's adapter; weights are at most mapped into memory, not read."""
     if config.family == "opensora_plan":
         from .open_sora_plan import OpenSoraPlanModel
 

@@ -18,6 +18,7 @@ from ..models.opensora_plan.checkpoint import load_transformer, load_vae, read_t
 from ..models.opensora_plan.text import TextEncoder
 from ..models.opensora_plan.transformer import OpenSoraT2V
 from ..models.opensora_plan.vae import CausalVAE
+from ..models.opensora_plan.vae_tiling import tiled_decode, tiled_encode
 from ..pipeline import DTYPES, FAMILY, LATENT_SCALE
 from ..plan import TilePlan
 from ..request import SPACE, TIME
@@ -89,7 +90,7 @@ class OpenSoraPlanModel:
         @torch.no_grad()
         def encode(frames: np.ndarray) -> Tensor:
             x = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-            return vae.encode(x)[0] * LATENT_SCALE
+            return tiled_encode(vae, x)[0] * LATENT_SCALE
 
         return encode
 
@@ -98,7 +99,7 @@ class OpenSoraPlanModel:
 
         @torch.no_grad()
         def decode(latents: Tensor) -> np.ndarray:
-            pixels = vae.decode(latents[None].float().cpu() / LATENT_SCALE)[0]
+            pixels = tiled_decode(vae, latents[None].float().cpu() / LATENT_SCALE)[0]
             return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
 
         return decode
@@ -115,6 +116,9 @@ class OpenSoraPlanModel:
     def latent_shape(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]:
         frames, height, width = size
         return self.config.in_channels, (frames - 1) // TIME + 1, height // SPACE, width // SPACE
+
+    def comfy_name(self, layer: str) -> str:
+        return layer
 
     def config_entry(self) -> dict[str, Any]:
         return self.config.to_dict()

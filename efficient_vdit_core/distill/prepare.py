@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.opensora_plan.vae import CausalVAE
 from .config import DistillConfig
-from .data import ClipSet, encode_videos, read_captions, teacher_clips
+from .data import ClipSet, Generate, encode_videos, read_captions, teacher_clips, video_captions
 from .model import FamilyModel
 from .rollout import guided, roll_down
 from .texts import TextBank
-
-SOURCES = ("tinyworld", "videos", "teacher")
 
 
 @dataclass
@@ -33,6 +32,17 @@ class PreparedData:
         return context.expand(batch, -1, -1), mask.expand(batch, -1)
 
 
+def check_data(config: DistillConfig, model: FamilyModel) -> None:
+    """Raises ValueError, before any work, where the data that ``config.data`` names are not there or do not suit the model."""
+    data = config.data
+    if data.source == "videos":
+        video_captions(Path(data.folder))
+    elif data.source == "teacher":
+        read_captions(data.captions)
+    else:
+        _tiny_vae(model)
+
+
 def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> PreparedData:
     """Build or read back what ``config.data`` names."""
     data = config.data
@@ -42,22 +52,25 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
         clips = _tinyworld(config, model, cache)
     elif data.source == "videos":
         clips = encode_videos(Path(data.folder), cache, model.size(data.frames, data.height, data.width), model.video_encoder)
-    elif data.source == "teacher":
-        clips = _from_teacher(config, model, cache, device)
     else:
-        raise ValueError(f"data.source is {data.source!r}, expected one of {', '.join(SOURCES)}. Correct the configuration.")
+        clips = _from_teacher(config, model, cache, device)
     texts = [*clips.texts(), data.negative, *config.training.samples]
     return PreparedData(clips, TextBank.build(texts, model.text_encoder, cache / "texts.safetensors"), data.negative, device)
 
 
 def _tinyworld(config: DistillConfig, model: FamilyModel, cache: Path) -> ClipSet:
     from ..tinyworld.train_dit import cache_clips
+
+    cached = cache_clips(_tiny_vae(model), config.data.clips, cache, seed=config.data.seed)
+    return ClipSet(cached.latents, [tuple(s.caption(i) for i in range(3)) for s in cached.scenes])
+
+
+def _tiny_vae(model: FamilyModel) -> CausalVAE:
     from .open_sora_plan import OpenSoraPlanModel
 
     if not isinstance(model, OpenSoraPlanModel):
         raise ValueError("data.source tinyworld is made for the tiny model of family opensora_plan. Choose videos or teacher.")
-    cached = cache_clips(model.vae(), config.data.clips, cache / "latents.pt", seed=config.data.seed)
-    return ClipSet(cached.latents, [tuple(s.caption(i) for i in range(3)) for s in cached.scenes])
+    return model.vae()
 
 
 def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> ClipSet:
@@ -65,13 +78,22 @@ def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device
     captions = read_captions(data.captions)
     bank = TextBank.build([*captions, data.negative], model.text_encoder, cache / "texts.safetensors")
     shape = model.latent_shape(model.size(data.frames, data.height, data.width))
-    teacher = model.load().eval().requires_grad_(False).to(device)
     source = PreparedData(ClipSet([], []), bank, data.negative, device)
 
-    def generate(texts: list[str], seed: int) -> Tensor:
-        noise = torch.randn(len(texts), *shape, generator=torch.Generator().manual_seed(data.seed * 2**32 + seed)).to(device)
-        condition, negative = bank.batch(texts, device), source.negative(len(texts))
-        network = guided(lambda z, t, c: model.predict(teacher, z, t, c), condition, negative, data.guidance)
-        return roll_down(network, model.path, model.prediction, noise, segments=data.teacher_steps).cpu()
+    def noise(number: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(data.seed * 2**32 + number))
 
-    return teacher_clips(captions, data.clips, cache, generate, at_once=config.training.batch)
+    def load_teacher() -> Generate:
+        teacher = model.load().eval().requires_grad_(False).to(device)
+
+        def generate(texts: list[str], numbers: list[int]) -> Tensor:
+            condition, negative = bank.batch(texts, device), source.negative(len(texts))
+            network = guided(lambda z, t, c: model.predict(teacher, z, t, c), condition, negative, data.guidance)
+            start = torch.stack([noise(number) for number in numbers]).to(device)
+            return roll_down(network, model.path, model.prediction, start, segments=data.teacher_steps).cpu()
+
+        return generate
+
+    # Not the weights: the samples of a recipe's first teacher serve its later stages too.
+    settings = [data.seed, data.guidance, data.negative, data.teacher_steps, shape]
+    return teacher_clips(captions, data.clips, cache, settings, load_teacher, at_once=config.training.batch)

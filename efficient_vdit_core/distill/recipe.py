@@ -17,12 +17,15 @@ import torch
 from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from .config import DataConfig, DistillConfig, ModelConfig, TrainingConfig, read_section
 from .consistency import ConsistencyConfig
+from .export import LORA
 from .knowledge import KnowledgeConfig, merge_deltas
 from .lora import merged
+from .metadata import DistillMetadata
 from .model import FamilyModel, open_model
-from .prepare import prepare_data
+from .optimizers import check_optimizer
+from .prepare import check_data, prepare_data
 from .search_stage import SearchConfig, search_plans
-from .trainer import distill
+from .trainer import check_training, distill
 
 BASE_NEGATIVE_SHARE = 0.1
 ORDERS = ("consistency-first", "knowledge-first", "merge")
@@ -54,7 +57,11 @@ class RecipeConfig:
         order = values.get("order", cls.order)
         if order not in ORDERS:
             raise ValueError(f"order is {order!r}, expected one of {', '.join(ORDERS)}. Correct the recipe.")
-        return cls(order=order, **{name: read_section(kind, values.get(name, {}), name) for name, kind in sections.items()})
+        recipe = cls(order=order, **{name: read_section(kind, values.get(name, {}), name) for name, kind in sections.items()})
+        precisions = recipe.consistency_training.precision, recipe.knowledge_training.precision
+        if precisions[0] != precisions[1]:  # accelerate keeps one for the whole process
+            raise ValueError(f"The trainings' precisions are {' and '.join(precisions)}, expected the same. Correct the recipe.")
+        return recipe
 
 
 class ThreeStages:
@@ -64,19 +71,31 @@ class ThreeStages:
         data = config.data if config.data.cache else replace(config.data, cache=str(folder / "cache"))
         self.config, self.folder = replace(config, data=data), folder
 
-    def run(self) -> dict[str, Path]:
-        """Results by the plan's name: full weights, or a LoRA."""
+    def run(self) -> dict[str, list[Path]]:
+        """Results by the plan's name: full weights, or the LoRAs of both stages, which belong together."""
+        self.check()
         c = self.config
         if c.order == "consistency-first":
             dense = self.consistency("consistency")
             plans = self.plans("plans", dense)
-            return {name: self.knowledge(f"knowledge-{name}", dense, plan) for name, plan in plans.items()}
+            return {name: _result(dense, self.knowledge(f"knowledge-{name}", dense, plan)) for name, plan in plans.items()}
         plans = self.plans("plans", "")
         tuned = {name: self.knowledge(f"knowledge-{name}", "", plan) for name, plan in plans.items()}
         if c.order == "knowledge-first":
-            return {name: self.consistency(f"consistency-{name}", weights, plans[name]) for name, weights in tuned.items()}
+            return {name: _result(file, self.consistency(f"consistency-{name}", file, plans[name])) for name, file in tuned.items()}
         dense = self.consistency("consistency")
-        return {name: self.merge(f"merged-{name}", dense, weights) for name, weights in tuned.items()}
+        return {name: [self.merge(f"merged-{name}", dense, weights)] for name, weights in tuned.items()}
+
+    def check(self) -> None:
+        """Raises ValueError now for what a later stage would refuse after hours."""
+        c, data = self.config, self.config.data
+        model = open_model(c.model)
+        c.search.check(model.latent_shape(model.size(data.frames, data.height, data.width))[1])
+        for training in (c.consistency_training, c.knowledge_training):
+            stage = self._stage("consistency", c.consistency, training, "")
+            check_training(stage)
+            check_optimizer(training)
+            check_data(stage, model)
 
     def consistency(self, name: str, teacher: str | Path = "", plan: str | Path = "", *, init: str | Path = "", **changes: Any) -> Path:
         """Stage 1 in the subfolder ``name``; the student starts from ``init`` or the teacher. ``changes`` are of the objective."""
@@ -115,26 +134,29 @@ class ThreeStages:
             c.search, model, module, data.clips, data.bank, self.folder / name, segments=segments, steps=steps, device=device
         )
 
-    def merge(self, name: str, *tuned: str | Path) -> Path:
-        """The changes of several stages added to the base, with the last one's metadata."""
+    def merge(self, name: str, consistency: str | Path, knowledge: str | Path) -> Path:
+        """The changes of both stages added to the base: to be sampled as the first says, under the plan of the second."""
         target = self.folder / name / "transformer" / "diffusion_pytorch_model.safetensors"
         model = open_model(self.config.model)
         base, _ = read_state_dict(model.transformer_file)
-        states = [read_state_dict(self.full(t)) for t in tuned]
-        save_safetensors(target, merge_deltas(base, *(weights for weights, _ in states)), {**states[-1][1], **_config_of(model)})
+        (few, about), (sparse, about_plan) = (read_state_dict(self.full(file)) for file in (consistency, knowledge))
+        steps, plan = (DistillMetadata.from_entries(entries) for entries in (about, about_plan))
+        if steps is None or plan is None:
+            raise ValueError("The stages to merge do not say how they were distilled: they are no results of this recipe.")
+        save_safetensors(target, merge_deltas(base, few, sparse), {**replace(steps, plan=plan.plan).to_entry(), **_config_of(model)})
         return target
 
     def full(self, weights: str | Path) -> Path:
         """Full weights of a stage's result: itself, or the base with its LoRA merged."""
         file = Path(weights)
-        if file.name != "lora.safetensors":
+        if file.name != LORA:
             return file
         target = file.parent / "transformer" / "diffusion_pytorch_model.safetensors"
         if not target.is_file():
             model = open_model(self.config.model)
             base, _ = read_state_dict(model.transformer_file)
             lora, about = read_state_dict(file)
-            save_safetensors(target, merged(base, lora), {**about, **_config_of(model)})
+            save_safetensors(target, merged(base, lora, model.comfy_name), {**about, **_config_of(model)})
         return target
 
     def _stage(self, method: str, objective: Any, training: TrainingConfig, teacher: str | Path) -> DistillConfig:
@@ -142,6 +164,11 @@ class ThreeStages:
         if teacher:
             model = replace(model, transformer=str(self.full(teacher)), init="")
         return DistillConfig(method, objective, model, self.config.data, training)
+
+
+def _result(first: Path, second: Path) -> list[Path]:
+    """What is to be loaded: full weights hold both stages, a LoRA holds its own."""
+    return [first, second] if second.name == LORA else [second]
 
 
 def _config_of(model: FamilyModel) -> dict[str, str]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..plan import TilePlan
-from ..search import ProbeRecord, make_probe_override, parse_candidates, plan_from_record
+from ..search import ProbeRecord, check_target, make_probe_override, parse_candidates, plan_from_record
 from ..search.candidates import sparse_candidates
 from .data import ClipSet
 from .model import FamilyModel
@@ -29,6 +29,19 @@ class SearchConfig:
     candidates: str = "1,2,4"
     captions: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.captions < 1:
+            raise ValueError(f"search.captions is {self.captions}, expected at least 1. Correct the configuration.")
+        parse_candidates(self.candidates)
+
+    def check(self, frames: int) -> None:
+        """Raises ValueError where a target is out of reach for a video of ``frames`` latent frames."""
+        candidates = sparse_candidates(parse_candidates(self.candidates), frames)
+        for threshold in self.thresholds:
+            check_target(threshold, 0.0, candidates, frames)
+        for speedup in self.speedups:
+            check_target(0.0, speedup, candidates, frames)
 
 
 def search_plans(config: SearchConfig, model: FamilyModel, module: nn.Module, clips: ClipSet, bank: TextBank, folder: Path, *,

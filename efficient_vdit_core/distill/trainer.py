@@ -19,18 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sampling.schedule import segment_edges
 from ..training import StepLoss, TrainingRun
 from ..training.sharding import is_sharding, shard_frozen
 from .config import DistillConfig
 from .consistency import ConsistencyLoss
 from .export import export, result_file
+from .grid import SegmentGrid
 from .knowledge import KnowledgeLoss
 from .launch import make_accelerator
 from .lora import add_lora, lora_off
 from .metadata import DistillMetadata, read_metadata
 from .model import FamilyModel, open_model, read_plan, sparse_options
-from .optimizers import make_optimizers
-from .prepare import PreparedData, prepare_data
+from .optimizers import check_optimizer, make_optimizers
+from .prepare import PreparedData, check_data, prepare_data
 from .samples import write_samples
 
 CONFIG = "config.toml"
@@ -45,6 +47,10 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     check_training(config)
     accelerator, model = make_accelerator(config), open_model(config.model)
     about = describe(config, model)
+    check_objective(config, model, about)
+    check_optimizer(config.training, sharded=is_sharding(accelerator))
+    if not (folder / CONFIG).is_file():
+        check_data(config, model)
     with accelerator.main_process_first():
         claim_folder(config, folder)
     result = result_file(folder, lora=config.model.train == "lora")
@@ -56,7 +62,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     torch.manual_seed(config.training.seed)
     student, teacher = make_pair(config, model, accelerator)
     t = config.training
-    optimizers = make_optimizers(student, t, sharded=is_sharding(accelerator))
+    optimizers = make_optimizers(student, t)
     run = TrainingRun(
         student, optimizers, folder=folder, steps=t.steps, seed=t.seed, ema_decay=t.ema, warmup=t.warmup,
         final_rate=t.final_rate, accumulate=t.accumulate, clip=t.clip, tensorboard=t.tensorboard, accelerator=accelerator,
@@ -91,8 +97,19 @@ def check_training(config: DistillConfig) -> None:
             f"model.dtype is {wanted.dtype}, expected float32 for full training: small steps vanish in lower precision. Set it to float32 "
             "with training.precision bf16, or train a LoRA."
         )
+    if wanted.lora_rank < 1:
+        raise ValueError(f"model.lora_rank is {wanted.lora_rank}, expected at least 1. Correct the configuration.")
     if wanted.train == "lora" and wanted.init:
         raise ValueError("model.init is set, but a LoRA starts from its teacher. Leave it empty, or train the full weights.")
+
+
+def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMetadata) -> None:
+    """Raises ValueError where the model's schedule has no room for the steps, or the plan was made for another model."""
+    segment_edges(about.segments, about.steps, start=model.path.start, clean=model.path.clean)
+    if config.method == "consistency":
+        SegmentGrid(model.path, about.segments, config.objective.teacher_steps)
+    if about.tile_plan is not None:
+        model.check_plan(about.tile_plan)
 
 
 def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tuple[nn.Module, nn.Module | None]:
@@ -132,7 +149,7 @@ def claim_folder(config: DistillConfig, folder: Path) -> None:
 
 
 def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
-    """The metadata of the result. A knowledge run inherits segments and guidance from its teacher's."""
+    """The metadata of the result. What the run does not say itself, segments and guidance, its teacher's says."""
     from .. import __version__
 
     objective, inherited = config.objective, read_metadata(model.transformer_file)
@@ -143,7 +160,9 @@ def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
             "that is not distilled it is the number of sampling steps."
         )
     plan = read_plan(objective.plan) if objective.plan or config.method == "knowledge" else None
-    guidance = objective.guidance if config.method == "consistency" else (inherited.guidance if inherited else None)
+    guidance = getattr(objective, "guidance", None)  # a teacher that has some inside hands it on
+    if guidance is None and inherited:
+        guidance = inherited.guidance
     return DistillMetadata(
         method=config.method, segments=segments, steps=objective.steps or segments, schedule=model.path.describe(),
         prediction=model.prediction, guidance=guidance, plan=json.loads(plan.to_json()) if plan else None, version=__version__,

@@ -27,7 +27,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention import TokenLayout, choose_backend, tile_attention
-from ..attention.override import FORWARD_KEY, ForwardState, Override
+from ..attention.choose import wait_for
+from ..attention.override import FORWARD_KEY, DenseCall, ForwardState, Override
 from ..attention.padding import fill_in
 from ..tiles import TilePattern
 from .calls import as_heads, layer_of_call, layout_of_call
@@ -90,12 +91,8 @@ def make_probe_override(
     # A plain closure: ComfyUI deep-copies model options, and functions survive that as they are.
     def override(func: Override, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
                  attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any) -> Tensor:
-        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, as_heads: bool = True, heads_out: bool = True) -> Tensor:
-            shape = {"skip_reshape": as_heads, "skip_output_reshape": heads_out}
-            if previous is not None:
-                return previous(func, q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
-            return func(q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
-
+        dense = DenseCall(func, previous, attn_precision, kwargs)
+        form = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
         options = kwargs.get("transformer_options") or {}
         state: ForwardState | None = options.get(FORWARD_KEY)
         layout, reason = layout_of_call(state, q, k, mask, skip_reshape)
@@ -105,7 +102,7 @@ def make_probe_override(
         if state is None or layout is None or reason:
             if replaying is None:
                 record.add_dense(reason)
-            return dense(q, k, v, mask, skip_reshape, skip_output_reshape)
+            return dense.call(q, k, v, heads, mask, **form)
         padding = state.masked(mask)
         qh, kh, vh = (as_heads(x, heads, skip_reshape, padding) for x in (q, k, v))
         if layer is None:
@@ -113,7 +110,7 @@ def make_probe_override(
             out = fill_in(out, padding)
             return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
         record.layout = record.layout or layout
-        out = _timed(record, layer, DENSE, q, lambda: dense(q, k, v, mask, skip_reshape, skip_output_reshape))
+        out = _timed(record, layer, DENSE, q, lambda: dense.call(q, k, v, heads, mask, **form))
         exact = as_heads(out, heads, skip_output_reshape, padding)
         for count in record.candidates:
             record.add(ATTENTION, layer, count, _candidate_error(record, layer, count, (qh, kh, vh), exact, layout, dense))
@@ -137,7 +134,7 @@ def relative_error(approximate: Tensor, exact: Tensor) -> float:
 
 
 def _candidate_error(record: ProbeRecord, layer: int, count: int, qkv: Sequence[Tensor], exact: Tensor, layout: TokenLayout,
-                     dense: Callable[..., Tensor]) -> float:
+                     dense: DenseCall) -> float:
     pattern = TilePattern(count)
     if pattern.is_full(layout.grid.t):
         return 0.0
@@ -149,11 +146,11 @@ def _candidate_error(record: ProbeRecord, layer: int, count: int, qkv: Sequence[
 
 
 def _time_candidate(record: ProbeRecord, layer: int, count: int, qkv: Sequence[Tensor], layout: TokenLayout,
-                    dense: Callable[..., Tensor]) -> None:
+                    dense: DenseCall) -> None:
     """Takes the time of the backend that a run would choose; where that is dense attention, dense attention's time."""
     q, k, v = qkv
     pattern = TilePattern(count)
-    backend = choose_backend(q, k, v, layout, pattern, dense=dense)
+    backend = choose_backend(q, k, v, layout, pattern, dense=dense, dense_name=dense.name)
     if backend == "dense":
         record.add_seconds(layer, count, record.seconds[layer, DENSE][-1])
     else:
@@ -163,16 +160,9 @@ def _time_candidate(record: ProbeRecord, layer: int, count: int, qkv: Sequence[T
 def _timed(record: ProbeRecord, layer: int, k: int | None, like: Tensor, run: Callable[[], Tensor]) -> Tensor:
     if not record.timed:
         return run()
-    _wait_for(like)
+    wait_for(like.device)
     start = time.perf_counter()
     out = run()
-    _wait_for(like)
+    wait_for(like.device)
     record.add_seconds(layer, k, time.perf_counter() - start)
     return out
-
-
-def _wait_for(like: Tensor) -> None:
-    if like.is_cuda:
-        torch.cuda.synchronize(like.device)
-    elif like.device.type == "mps":
-        torch.mps.synchronize()

@@ -16,8 +16,12 @@ def tile_map(
 ) -> tuple[np.ndarray, str]:
     """The picture (H, W, 3) in 0..1 and the report of the ``measured`` layers of a model with ``depth`` layers.
 
-    ``other``: the same layers under a second prompt, for the overlap of important positions.
+    ``other``: the same layers under a second prompt, for the overlap of important positions. Raises ValueError where the attention
+    is not finite.
     """
+    for layer, mass in [*measured.items(), *(other or {}).items()]:
+        if not bool(mass.share.isfinite().all()):
+            raise ValueError(f"The attention of layer {layer} is not finite: the model overflows in its dtype. Load it as bf16 or fp32.")
     panels, lines = [], []
     first = next(iter(measured.values()))
     frames = len(first.share)

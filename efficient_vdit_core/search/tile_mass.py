@@ -15,7 +15,7 @@ from einops import reduce
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.override import FORWARD_KEY, ForwardState, Override
+from ..attention.override import FORWARD_KEY, DenseCall, ForwardState, Override
 from ..plan import parse_layers
 from ..tiles import TilePattern
 from .calls import as_heads, layer_of_call, layout_of_call
@@ -96,10 +96,8 @@ def make_mass_override(
                 record.found[layer] = tile_mass(qh, kh, layout, record.rows)
             if progress is not None:
                 progress(layer)
-        shape = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
-        if previous is not None:
-            return previous(func, q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
-        return func(q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
+        dense = DenseCall(func, previous, attn_precision, kwargs)
+        return dense.call(q, k, v, heads, mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
 
     return override
 

@@ -42,11 +42,17 @@ def add_arguments(subparsers: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from ..commands import say
+    from ..commands.distill import INTERRUPTED
     from .recipe import train
 
     parts = tuple(args.parts)
-    train(args.run_folder, args.out, parts=parts, vae_steps=args.vae_steps, dit_steps=args.dit_steps, clips=args.clips, batch=args.batch,
-          seed=args.seed, tensorboard=args.tensorboard)  # fmt: skip
+    try:
+        train(args.run_folder, args.out, parts=parts, vae_steps=args.vae_steps, dit_steps=args.dit_steps, clips=args.clips,
+              batch=args.batch, seed=args.seed, tensorboard=args.tensorboard)  # fmt: skip
+    except KeyboardInterrupt:
+        say(f"interrupted; the same command goes on from {args.run_folder}")
+        return INTERRUPTED
     return 0
 
 

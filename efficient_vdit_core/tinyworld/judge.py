@@ -16,6 +16,8 @@ from ..distill.model import Options
 from ..distill.open_sora_plan import OpenSoraPlanModel
 from ..distill.rollout import guided, roll_down
 from ..distill.texts import TextBank
+from ..files import whole_file, write_text
+from ..pipeline import LATENT_SCALE
 from .evaluate import held_out_scenes
 from .physics import frechet_distance, read_physics, read_state, start_spread
 from .reader import read_clip
@@ -23,7 +25,6 @@ from .train_vae import to_pixels
 from .world import ATTRIBUTES, Scene, random_scene, render
 
 AT_ONCE = 32
-LATENT_SCALE = 0.18215
 REAL_STATES, REAL_SEED = 400, 55_000
 
 
@@ -69,7 +70,8 @@ class Judge:
         """The teacher's fine solution from the same noise, kept in ``file``."""
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(self.sample(module, steps=steps, guidance=guidance), file)
+            with whole_file(file) as part:
+                torch.save(self.sample(module, steps=steps, guidance=guidance), part)
         return torch.load(file, weights_only=True)
 
     def figures(self, latents: Tensor, reference: Tensor | None = None) -> dict[str, Any]:
@@ -128,7 +130,6 @@ def attention_speeds(file: Path, counts: tuple[int, ...] = (1, 2, 4), repeats: i
     import json
 
     from ..attention import TokenLayout, tile_attention
-    from ..files import write_text
     from ..tiles import TilePattern, TokenGrid
 
     if not file.is_file():

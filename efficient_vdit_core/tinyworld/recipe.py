@@ -14,8 +14,9 @@ import torch
 from ..models.opensora_plan.checkpoint import load_transformer, load_vae
 from ..models.opensora_plan.text import TextEncoder
 from ..models.opensora_plan.vae import CausalVAE
+from ..pipeline import LATENT_SCALE
 from .export import export_text_encoder, export_transformer, export_vae, standardise_latents
-from .train_dit import LATENT_SCALE, cache_clips, train_dit
+from .train_dit import cache_clips, train_dit
 from .train_text import train_sentencepiece, train_text_encoder
 from .train_vae import to_model_range, train_vae
 from .world import random_scene, render
@@ -37,7 +38,7 @@ def train(run: Path, out: Path, *, parts: tuple[str, ...] = PARTS, vae_steps: in
     if "transformer" in parts:
         # Read back what was written: the transformer learns the latents of the very file that ships.
         vae, text = load_vae(out / "vae", dtype=torch.float32), TextEncoder.from_folder(out / "text_encoder", dtype=torch.float32)
-        cached = cache_clips(vae, clips, run / "latents.pt", seed=seed + 1)
+        cached = cache_clips(vae, clips, run, seed=seed + 1)
         model = train_dit(run / "transformer", cached, text, steps=dit_steps, batch=batch, seed=seed, tensorboard=tensorboard)
         export_transformer(model, out / "transformer")
         load_transformer(out / "transformer")

@@ -163,6 +163,7 @@ def run_table(table: TableConfig, recipe: RecipeConfig, folder: Path, out: Path,
     results: dict[str, Any] = {"command": command, "machine": describe_machine(torch.device("cpu")), "rows": []}
     for seed in range(table.seeds):
         one = TinyTable(table, recipe, folder, seed)
+        one.stages.check()
         if seed == 0:
             results["rows"].append(one.real())
             report(results["rows"][-1])

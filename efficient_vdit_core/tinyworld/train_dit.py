@@ -6,6 +6,7 @@ show, instead of copying its input, and a tiny model learns shape and motion in 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import whole_file
 from ..models.opensora_plan.config import DiTConfig
 from ..models.opensora_plan.text import TextEncoder
 from ..models.opensora_plan.transformer import OpenSoraT2V
 from ..models.opensora_plan.vae import CausalVAE
+from ..pipeline import LATENT_SCALE
 from ..training import TrainingRun
 from .train_text import WIDTH
 from .train_vae import numpy_rng, to_model_range
 from .world import ATTRIBUTES, Scene, random_scene, render
 
-LATENT_SCALE = 0.18215
 TINY_DIT = DiTConfig(
     num_layers=6, num_attention_heads=4, attention_head_dim=36, caption_channels=WIDTH, sample_size=(8, 8), sample_size_t=8,
     interpolation_scale_t=1.0, interpolation_scale_h=1.0, interpolation_scale_w=1.0, prediction_type="v_prediction",
@@ -41,8 +43,8 @@ class CachedClips:
 
 
 @torch.no_grad()
-def cache_clips(vae: CausalVAE, count: int, file: Path, *, seed: int = 1) -> CachedClips:
-    """Encode ``count`` clips once, or read them back from ``file``. A held-out caption never occurs among them."""
+def cache_clips(vae: CausalVAE, count: int, folder: Path, *, seed: int = 1) -> CachedClips:
+    """Encode ``count`` clips once, or read them back from ``folder``. A held-out caption never occurs among them."""
     from tqdm import tqdm
 
     rng = np.random.default_rng(seed)
@@ -51,11 +53,16 @@ def cache_clips(vae: CausalVAE, count: int, file: Path, *, seed: int = 1) -> Cac
         scene = random_scene(rng)
         if not is_held_out(scene):
             scenes.append(scene)
-    if file.exists():
-        return CachedClips(torch.load(file, weights_only=True), scenes)
-    latents = [vae.encode(to_model_range(render(s)[None])) * LATENT_SCALE for s in tqdm(scenes, desc="latents", mininterval=5)]
-    torch.save(torch.cat(latents), file)
-    return CachedClips(torch.cat(latents), scenes)
+    # Named after all that made them: latents of another count, seed or VAE must not meet these captions.
+    stamp = hashlib.sha256(f"{count} {seed}".encode())
+    for value in vae.state_dict().values():
+        stamp.update(value.cpu().numpy().tobytes())
+    file = folder / f"latents-{stamp.hexdigest()[:16]}.pt"
+    if not file.is_file():
+        latents = [vae.encode(to_model_range(render(s)[None])) * LATENT_SCALE for s in tqdm(scenes, desc="latents", mininterval=5)]
+        with whole_file(file) as part:
+            torch.save(torch.cat(latents), part)
+    return CachedClips(torch.load(file, weights_only=True), scenes)
 
 
 def is_held_out(scene: Scene) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import written_whole
+from ..files import whole_file
 from .average import WeightAverage
 from .sharding import cut, cut_optimizer, gathered, is_sharding, run_in_autocast
 from .stop import StopWish, stop_wish
@@ -42,7 +43,8 @@ class TrainingRun:
     frozen parameters are neither averaged nor saved.
 
     Args:
-        steps: optimiser steps in all; the rate warms up over ``warmup`` of them, then falls as a cosine to ``final_rate`` of it.
+        steps: optimiser steps in all; the rate warms up over ``warmup`` of them (0: not at all), then
+            falls as a cosine to ``final_rate`` of it.
         accumulate: calls of ``loss_of`` whose gradients make one step.
         clip: largest norm of the gradient.
         accelerator: accelerate's Accelerator; ``run.model`` is then the prepared model.
@@ -96,7 +98,8 @@ class TrainingRun:
         with stop_wish() as wish, tqdm(total=self.steps, initial=self.step, desc=self.folder.name, mininterval=5.0,
                                        disable=self.rank > 0) as bar:
             while self.step < self.steps:
-                self._step_or_keep(loss_of)
+                with self._kept():
+                    self._one_step(loss_of)
                 bar.update()
                 bar.set_postfix_str(f"loss {self.means['loss']:.4f}", refresh=False)
                 self._log()
@@ -105,7 +108,8 @@ class TrainingRun:
                 if self.step % save_every == 0:
                     self.save()
                 if evaluate and self.step % evaluate_every == 0 and (self.sharded or self.rank == 0):
-                    found = evaluate(self.ema)
+                    with self._kept():
+                        found = evaluate(self.ema)
                     if self.rank == 0:
                         bar.write(f"step {self.step}: {self.describe()} {found}")
         self.save()
@@ -115,11 +119,12 @@ class TrainingRun:
         """The running means of the loss and of its parts."""
         return ", ".join(f"{name} {value:.4f}" for name, value in sorted(self.means.items()))
 
-    def _step_or_keep(self, loss_of: LossOf) -> None:
-        """One step; where it fails, what is saved is the state before it, its random numbers included."""
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Where the block fails, what is saved is the state before it, its random numbers included."""
         before = self.generator.get_state()
         try:
-            self._one_step(loss_of)
+            yield
         except BaseException:
             self.generator.set_state(before)
             if self.processes == 1:  # the others may be in another place, and saving needs them all
@@ -157,7 +162,7 @@ class TrainingRun:
 
     def _set_rates(self) -> None:
         cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-        rate = min(1.0, (self.step + 1) / self.warmup) * (self.final_rate + (1 - self.final_rate) * cosine)
+        rate = min(1.0, (self.step + 1) / max(1, self.warmup)) * (self.final_rate + (1 - self.final_rate) * cosine)
         for optimizer, bases in zip(self.optimizers, self.base_rates, strict=True):
             for group, base in zip(optimizer.param_groups, bases, strict=True):
                 group["lr"] = base * rate
@@ -213,8 +218,8 @@ class TrainingRun:
         if self.rank:
             return
         try:
-            with written_whole(self.checkpoint) as file:
-                torch.save(state, file)
+            with whole_file(self.checkpoint) as part:
+                torch.save(state, part)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
             kept = "the previous one is kept" if self.checkpoint.exists() else "there is none before it"
             raise ValueError(
@@ -223,8 +228,11 @@ class TrainingRun:
             ) from error
 
     def _load(self) -> None:
-        # Sharded processes need a part of each tensor only.
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=self.sharded)
+        try:  # sharded processes need a part of each tensor only
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=self.sharded)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{self.checkpoint} cannot be read ({reason[:200]}): it is damaged. Delete it to train anew.") from error
         own = self.generator.get_state()
         processes = state["generator"].numel() // own.numel()
         if processes != self.processes:

@@ -20,7 +20,7 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
 
     def after_run(report: AttentionReport, layers: int, seconds: float) -> None:
         server = getattr(PromptServer, "instance", None)
-        if server is None:
+        if server is None or server.client_id is None:  # sent to nobody, it would reach every page
             return
         with report.lock:
             density = report.density_sum / report.sparse if report.sparse else 0.0

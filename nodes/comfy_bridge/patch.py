@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...efficient_vdit_core.attention import check_backend
-from ...efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, make_attention_override
+from ...efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, Override, make_attention_override
 from ...efficient_vdit_core.attention.report import AttentionReport
+from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from ...efficient_vdit_core.plan import TilePlan
 from .families import Family, find_family, uncompiled, why_no_family
 from .layouts import UnknownLayout
@@ -22,7 +22,6 @@ from .layouts import UnknownLayout
 log = logging.getLogger("efficient_vdit")
 
 WRAPPER_KEY = "efficient_vdit"
-OVERRIDE = "optimized_attention_override"
 Window = tuple[float, float]
 NO_REASONS = {"scaled"}  # warnings that do not say why nothing became sparse
 # A step may lie on the window's edge; schedule and window round it in their own ways.
@@ -44,7 +43,7 @@ def patch_attention(
 
     Args:
         window: start and end as fractions 0..1 of the noise schedule; outside it the attention is dense.
-        min_tokens: calls with fewer tokens stay dense.
+        min_tokens: calls with fewer video tokens stay dense.
         placement: where the reference frames stand, one of ``tiles.PLACEMENTS``; rotating moves by a frame a step.
         decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
         backend: what computes the sparse attention, ``auto`` or one of ``attention.BACKENDS``.
@@ -72,7 +71,8 @@ def patch_attention(
     _check_dense_layers(plan, depth)
     report = AttentionReport()
     options = patched.model_options["transformer_options"]
-    # A second plan takes the place of the first: two of them cannot both decide about one call.
+    # A second plan takes the place of the first: two of them cannot both decide about one call. Where another node stands
+    # between them, the first stays in the chain and leaves alone what it does not own.
     previous = options.get(OVERRIDE)
     previous = getattr(previous, "replaces", previous)
     # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
@@ -83,7 +83,7 @@ def patch_attention(
     override.replaces, override.report, override.plan = previous, report, plan
     options[OVERRIDE] = override
     for kind, wrapper in (
-        (WrappersMP.APPLY_MODEL, _publish_layout(family, window, report, sparse.pattern_of, count_steps=placement == "rotating")),
+        (WrappersMP.APPLY_MODEL, _publish_layout(family, window, report, sparse, count_steps=placement == "rotating")),
         (WrappersMP.OUTER_SAMPLE, _log_report(report, depth, after_run)),
     ):
         patched.remove_wrappers_with_key(kind, WRAPPER_KEY)
@@ -95,14 +95,14 @@ def _check_dense_layers(plan: TilePlan, depth: int) -> None:
     for edge in {edge for pair in plan.dense_layers for edge in pair}:
         if not -depth <= edge < depth:
             raise ValueError(
-                f"dense_blocks names layer {edge}, but the model has {depth} layers: 0 to {depth - 1}, or -{depth} to -1 "
-                "counted from the end. Correct dense_blocks."
+                f"dense_blocks or the plan names layer {edge}, but the model has {depth} layers: 0 to {depth - 1}, or -{depth} "
+                "to -1 counted from the end. Correct whichever it is."
             )
 
 
-def _publish_layout(family: Family, window: Window, report: AttentionReport, pattern_of: Callable[..., Any], *,
+def _publish_layout(family: Family, window: Window, report: AttentionReport, override: Override, *,
                     count_steps: bool) -> Callable[..., Any]:
-    """An APPLY_MODEL wrapper: tells the override where the video tokens of this forward stand, and whether it acts."""
+    """An APPLY_MODEL wrapper: tells the ``override`` where the video tokens of this forward stand, and whether it acts."""
 
     def wrapper(
         executor: Any,
@@ -125,7 +125,7 @@ def _publish_layout(family: Family, window: Window, report: AttentionReport, pat
             state.active, state.reason = False, "outside the step window"
         if count_steps:
             state.step = _step(options, t)
-        state.pattern_of = partial(pattern_of, state)
+        state.owner = override
         options[FORWARD_KEY] = state
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 

@@ -99,10 +99,13 @@ def measure_tiles(
     return record.found
 
 
-def model_depth(model: Any) -> int:
-    """The number of layers of a MODEL. Raises ValueError where its family is unknown."""
+def model_depth(model: Any, plan: TilePlan | None) -> int:
+    """The number of layers of a MODEL. Raises ValueError where its family is unknown, or ``plan`` was made for another model."""
     family, network = _known_family(model)
-    return family.depth(network)
+    depth = family.depth(network)
+    if plan is not None:
+        plan.check_fits(family=family.name, layers=depth, heads=family.head_count(network))
+    return depth
 
 
 class _Progress:

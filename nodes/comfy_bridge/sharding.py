@@ -16,12 +16,11 @@ from ...efficient_vdit_core.parallel.forecast import LayerShape, Rates, forward_
 from ...efficient_vdit_core.parallel.wire import Wire
 from ...efficient_vdit_core.tiles import TilePattern, TokenGrid
 from .families import Family, find_family, uncompiled
-from .patch import forward_state
+from .patch import OVERRIDE, forward_state
 
 WRAPPER_KEY = "efficient_vdit_sharding"
 SCHEME_KEY = "evdit_scheme"
 COUNTS_KEY = "evdit_scheme_counts"
-OVERRIDE = "optimized_attention_override"
 # Models whose blocks take the video tokens alone, one after another, with nothing done to them in between.
 SHARDABLE = ("OpenSoraT2V", "WanModel", "CameraWanModel")
 
@@ -99,7 +98,7 @@ def _publish(family: Family, depth: int, wire: Wire) -> Any:
             state = forward_state(family, uncompiled(executor.class_obj.diffusion_model), x, c_crossattn, conds)
         if state.layout is None:
             raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
-        patterns = [TilePattern(None) if state.pattern_of is None else state.pattern_of(layer) for layer in range(depth)]
+        patterns = [TilePattern(None) if state.owner is None else state.owner.pattern_of(state, layer) for layer in range(depth)]
         sharded = options[SHARDED_KEY] = ShardedForward(state.layout, patterns, wire, options.get(SCHEME_KEY, "auto"))
         out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
         options.get(COUNTS_KEY, Counter()).update(sharded.schemes)

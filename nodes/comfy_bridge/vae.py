@@ -108,7 +108,7 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
     ) -> Tensor:
         """Latents (B, 4, t, h, w) to pixels (B, 3, F, H, W) in [0, 1]; tile sizes and overlap in latent units."""
         self._tell_overlap(tile_x, overlap)
-        tiles = len(vae_tiling.latent_chunks(samples.shape[2], tile_t)) * _tiles_in_frame(samples, tile_x)
+        tiles = len(vae_tiling.latent_chunks(samples.shape[2], tile_t)) * _tiles_in_frame(samples, tile_x, 1)
         network = SimpleNamespace(decode=self._on_tiles(self.first_stage_model.decode, tiles))
         pixels = vae_tiling.tiled_decode(network, samples, latent_size=tile_x, latent_frames=tile_t)  # pyright: ignore[reportArgumentType]
         return self.process_output(pixels)
@@ -119,7 +119,7 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
         """Pixels (B, 3, F, H, W) in [0, 1] to latents (B, 4, t, h, w); tile sizes and overlap in frames and pixels."""
         self._tell_overlap(tile_x, overlap)
         frames = (tile_t + TIME - 1) // TIME
-        tiles = len(vae_tiling.pixel_chunks(samples.shape[2], frames)) * _tiles_in_frame(samples, tile_x)
+        tiles = len(vae_tiling.pixel_chunks(samples.shape[2], frames)) * _tiles_in_frame(samples, tile_x // SPACE, SPACE)
         network = SimpleNamespace(encode=self._on_tiles(self.first_stage_model.encode, tiles))
         pixels = self.process_input(samples)
         return vae_tiling.tiled_encode(network, pixels, latent_size=tile_x // SPACE, latent_frames=frames)  # pyright: ignore[reportArgumentType]
@@ -143,6 +143,8 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
             log.info("This VAE tiles by Open-Sora-Plan's rule: overlaps of an eighth of the tile, and one latent frame in time.")
 
 
-def _tiles_in_frame(x: Tensor, tile: int) -> int:
-    step = max(1, int(tile * (1 - vae_tiling.OVERLAP)))
-    return math.prod(1 if size <= tile else -(-size // step) for size in x.shape[-2:])
+def _tiles_in_frame(x: Tensor, latent_size: int, width: int) -> int:
+    """``width``: how many elements of ``x`` a latent is wide."""
+    if max(x.shape[-2:]) <= latent_size * width:
+        return 1
+    return math.prod(-(-size // (vae_tiling.tile_step(latent_size) * width)) for size in x.shape[-2:])

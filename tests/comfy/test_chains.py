@@ -12,7 +12,9 @@ def facts(in_process):
     return found
 
 
-@pytest.mark.parametrize("name", ["alone", "split", "windows", "windows behind", "the second node counts", "threads"])
+@pytest.mark.parametrize(
+    "name", ["alone", "split", "windows", "windows behind", "the second node counts", "the second node counts behind another", "threads"]
+)
 def test_the_result_is_the_one_expected(facts, name):
     assert facts[name] < ROUNDING
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "plan": {"tiles", "files"},
     "attention": {"tiles", "plan", "files"},
     "sampling": set(),
-    "models": {"tiles", "plan", "attention"},
+    "models": {"tiles", "plan", "attention", "files"},
     "search": {"tiles", "plan", "attention"},
     "parallel": {"tiles", "plan", "attention", "files"},
     "training": {"files"},

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout, choose_backend, dispatch, tile_attention
-from efficient_vdit_core.attention.choose import Choice, ChoiceBook, shape_class, trial_size
+from efficient_vdit_core.attention.choose import Choice, ChoiceBook, cache_folder, seconds, shape_class, trial_size
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 LAYOUT = TokenLayout(TokenGrid(4, 5, 7), prefix=3)
@@ -90,6 +90,20 @@ def test_a_folder_that_cannot_be_written_costs_only_the_memory(tmp_path, caplog)
     book = ChoiceBook(tmp_path / "file" / "attention.json")
     assert book.choose(candidates([], {"dense"}), *qkv(), LAYOUT, TilePattern(1), "sdpa").backend != "dense"
     assert "could not be kept" in caplog.text
+
+
+def test_an_empty_cache_folder_is_none_and_not_the_one_we_stand_in(monkeypatch, tmp_path):
+    monkeypatch.setenv("EVDIT_CACHE_DIR", "")
+    assert cache_folder().is_absolute()
+    monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path))
+    assert cache_folder() == tmp_path
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_a_time_is_the_device_s_and_not_that_of_handing_it_over(monkeypatch, kind):
+    order = []
+    monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda *_: order.append("wait"))
+    assert seconds(lambda: order.append("run"), torch.device(kind)) >= 0 and order == ["wait", "run", "wait"]
 
 
 def test_trials_are_small_whatever_the_shape():

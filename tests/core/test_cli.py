@@ -156,6 +156,8 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, capsys):
 def test_errors_show_their_traceback_on_request():
     with pytest.raises(ValueError, match="4k\\+1"):
         cli.main([*TINY, "--out", "x.gif", "--frames", "30", "--debug"])
+    with pytest.raises(ValueError, match="expected at least 1"):
+        cli.main(["bench", "overhead", "--repeats", "0", "--debug"])
 
 
 def test_other_failures_of_the_machine_are_one_line_too(monkeypatch, capsys):
@@ -167,6 +169,9 @@ def test_other_failures_of_the_machine_are_one_line_too(monkeypatch, capsys):
     assert "No space left on device (x.gif)" in capsys.readouterr().err
     assert run_into(RuntimeError("CUDA out of memory. Tried to allocate")) == 1
     assert "ran out of memory" in capsys.readouterr().err
+    for of_the_cpu in (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError("Unable to allocate 3 TiB")):
+        assert run_into(of_the_cpu) == 1
+        assert "ran out of memory" in capsys.readouterr().err
     with pytest.raises(RuntimeError):
         run_into(RuntimeError("a defect of ours"))
 
@@ -247,6 +252,22 @@ def test_a_distilled_model_is_sampled_as_it_was_made(tmp_path):
     assert (metas[0]["steps"], metas[0]["segments"], metas[0]["guidance"]) == (8, 8, 1.0)
     assert metas[0]["plan"]["reference_frames"] == about.plan["reference_frames"] and "sparse" in metas[0]["attention"]
     assert metas[1]["steps"] == 16 and metas[1]["plan"]["reference_frames"] is None
+
+
+def test_a_distilled_model_is_searched_at_any_number_of_noise_levels(tmp_path):
+    out = tmp_path / "plan.json"
+    size = ["--prompt", "a red circle", "--height", "16", "--width", "16"]
+    assert cli.main(["search", "--model", "tiny-8-steps", *size, "--probes", "2", "--speedup", "1.5", "--out", str(out)]) == 0
+    assert TilePlan.load(out).density(8, 6) < 0.7
+
+
+def test_an_interrupted_training_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    from efficient_vdit_core.tinyworld import recipe
+
+    monkeypatch.setattr(recipe, "train", lambda *args, **settings: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["tinyworld", "train", "--run", str(tmp_path / "run")]) == 130
+    told = capsys.readouterr()
+    assert "goes on from" in told.out and "nothing was written" not in told.err
 
 
 def test_built_in_models_are_named_where_one_is_not_known(capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.distill.config import ModelConfig
+from efficient_vdit_core.distill.lora import add_lora, comfy_lora, merged
 from efficient_vdit_core.distill.model import open_model, sparse_options
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern
@@ -61,6 +62,36 @@ def test_plans_reach_wans_self_attention_alone(wan):
     assert not torch.allclose(other, sparse, atol=1e-4), "the second layer's pattern counts too"
     with pytest.raises(ValueError, match="layers"):
         sparse_options(wan, TilePlan.uniform(1, layers=3))
+
+
+@pytest.mark.parametrize("plan", [None, TilePlan(patterns=(TilePattern(1), TilePattern(None)), family="wan")])
+def test_checkpointed_blocks_run_again_under_the_same_plan(wan, plan):
+    z, time, condition = inputs()
+    grads = []
+    for checkpointed in (False, True):
+        module = wan.load()
+        if checkpointed:
+            wan.checkpoint_blocks(module)
+        options = sparse_options(wan, plan)(z) if plan else None
+        with wan.tap(module).open() as features:
+            out = wan.predict(module, z, time, condition, options)
+        torch.stack([x.square().sum() for x in (out, *features["attention"], *features["mlp"])]).sum().backward()
+        grads.append([p.grad for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_lora_has_the_names_of_wan_in_comfyui(wan):
+    module = wan.load()
+    add_lora(module, 2)
+    for p in (p for p in module.parameters() if p.requires_grad):
+        torch.nn.init.normal_(p)
+    lora = comfy_lora(module, module.state_dict(), wan.comfy_name)
+    layers = [f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo"] + ["ffn.0", "ffn.2"]
+    stems = {f"diffusion_model.blocks.{i}.{layer}" for i in range(2) for layer in layers}
+    assert set(lora) == {f"{stem}.{end}" for stem in stems for end in ("lora_down.weight", "lora_up.weight", "alpha")}
+    base = wan.load().state_dict()
+    changed = merged(base, lora, wan.comfy_name)
+    assert sum(not torch.equal(changed[name], base[name]) for name in base) == len(stems)
 
 
 def test_cogvideox_has_its_schedule_and_layout(tmp_path):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from efficient_vdit_core.distill import trainer
+from efficient_vdit_core.distill import export, trainer
 from efficient_vdit_core.distill.config import DistillConfig, read_section, to_toml
-from efficient_vdit_core.distill.data import ClipSet, encode_videos, read_captions, video_captions
+from efficient_vdit_core.distill.data import ClipSet
 from efficient_vdit_core.distill.knowledge import FeatureTap, KnowledgeConfig, KnowledgeLoss, merge_deltas, relative_square
 from efficient_vdit_core.distill.lora import add_lora, comfy_lora, lora_off, merged
 from efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
@@ -21,6 +21,7 @@ from efficient_vdit_core.distill.texts import TextBank
 from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
+from efficient_vdit_core.plan import TilePlan
 
 SMALL = DiTConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, caption_channels=8, sample_size=(4, 4), sample_size_t=4,
                   prediction_type="v_prediction")  # fmt: skip
@@ -101,6 +102,17 @@ def test_a_finished_run_is_not_run_again(base, tmp_path, monkeypatch):
     assert trainer.distill(config(base, steps=2), tmp_path / "run") == file
 
 
+def test_the_weights_are_written_last(base, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "save_safetensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.distill(config(base, steps=1), tmp_path / "run")
+    monkeypatch.undo()
+    assert [f.name for f in (tmp_path / "run" / "transformer").iterdir()] == ["config.json"], "weights without it would end the run"
+
+
 def test_a_resume_with_another_configuration_is_refused(base, tmp_path):
     trainer.claim_folder(config(base), tmp_path / "run")
     trainer.claim_folder(config(base, training={"save_every": 7}), tmp_path / "run")  # only how often something is written
@@ -132,14 +144,14 @@ def test_a_full_disk_keeps_the_previous_checkpoint(base, tmp_path, monkeypatch):
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
 
     def full(state, file):
-        file.write(b"half of it")
+        file.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(ValueError, match="No space left on device.*previous one is kept"):
         trainer.distill(config(base, steps=2), tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert not list((tmp_path / "run").glob("*.tmp"))  # hidden ones are matched too
 
 
 def test_lora_keeps_the_base_and_exports_comfyuis_names(base, tmp_path):
@@ -261,6 +273,16 @@ def test_configuration_survives_toml(base):
         ({"method": "consistency", "training": {"steps": "3"}}, r"training.steps is '3', expected int"),
         ({"method": "consistency", "training": {"steps": 0}}, r"training.steps is 0"),
         ({"method": "consistency", "objective": {"guidance": [1.0]}}, "objective.guidance"),
+        ({"method": "consistency", "objective": {"guidance": [1.0, -4.0]}}, "guidance is"),
+        ({"method": "knowledge", "training": {"optimizer": "sgd"}}, "training.optimizer is 'sgd'"),
+        ({"method": "knowledge", "training": {"precision": "fp16"}}, "training.precision is 'fp16'"),
+        ({"method": "knowledge", "training": {"warmup": -1}}, "training.warmup is -1"),
+        ({"method": "knowledge", "training": {"learning_rate": 0}}, "training.learning_rate is 0"),
+        ({"method": "knowledge", "training": {"ema": 1}}, "training.ema is 1"),
+        ({"method": "knowledge", "data": {"source": "web"}}, "data.source is 'web'"),
+        ({"method": "knowledge", "data": {"frames": 30}}, "data.frames is 30"),
+        ({"method": "knowledge", "data": {"width": 100}}, "data.width is 100"),
+        ({"method": "knowledge", "data": {"clips": 0}}, "data.clips is 0"),
     ],
 )
 def test_wrong_settings_are_named(values, message):
@@ -284,70 +306,46 @@ def test_numbers_may_be_written_without_a_point():
 def test_impossible_models_are_refused(base, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         trainer.distill(config(base, model=change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-def videos(folder, names):
-    from efficient_vdit_core.video import write_video
-
-    torch.manual_seed(0)
-    for name in names:
-        write_video(folder / name, torch.randint(0, 255, (5, 20, 32, 3), dtype=torch.uint8).numpy(), fps=8)
-
-
-def test_a_corrupt_video_is_named_skipped_and_counted(tmp_path, caplog):
-    folder = tmp_path / "videos"
-    folder.mkdir()
-    videos(folder, ["good.gif", "short.gif"])
-    (folder / "broken.mp4").write_bytes(b"no video")
-    (folder / "metadata.jsonl").write_text(
-        '{"file_name": "good.gif", "text": "good one"}\n{"file_name": "short.gif", "text": "s"}\n{"file_name": "broken.mp4", "text": "b"}\n'
-    )
-    seen = []
-
-    def encoder():
-        return lambda frames: seen.append(frames.shape) or torch.ones(4, 2, 2, 2)
-
-    clips = encode_videos(folder, tmp_path / "cache", (5, 16, 16), encoder)
-    assert clips.captions == [("good one",), ("s",)] and seen == [(5, 16, 16, 3)] * 2
-    assert "broken.mp4 is left out" in caplog.text and "1 of 3 videos" in caplog.text
-    x, texts = clips.batch(3, torch.Generator().manual_seed(0))
-    assert x.shape == (3, 4, 2, 2, 2) and set(texts) <= {"good one", "s"}
-    encode_videos(folder, tmp_path / "cache", (5, 16, 16), encoder)
-    assert len(seen) == 2, "what is cached is not encoded again"
-    with pytest.raises(ValueError, match="None of the 3"):
-        encode_videos(folder, tmp_path / "cache", (9, 16, 16), encoder)
+@pytest.mark.parametrize(
+    ("method", "objective", "message"),
+    [
+        ("consistency", {"segments": 8, "steps": 4}, "at least segments"),  # its metadata could not be read back
+        ("consistency", {"teacher_steps": 1280}, "noise levels"),
+        ("knowledge", {"segments": 8, "steps": 4}, "at least segments"),
+        ("knowledge", {"plan": "other.json"}, "32"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_before_the_folder_is_claimed(base, tmp_path, monkeypatch, method, objective, message):
+    monkeypatch.chdir(tmp_path)
+    TilePlan.uniform(1, layers=32).save("other.json")
+    with pytest.raises(ValueError, match=message):
+        trainer.distill(config(base, method, objective=objective), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-def test_missing_captions_are_listed(tmp_path):
-    (tmp_path / "a.mp4").write_bytes(b"")
-    (tmp_path / "b.mp4").write_bytes(b"")
-    (tmp_path / "b.txt").write_text("has one")
-    with pytest.raises(ValueError, match=r"1 of 2 videos have no caption \(a\.mp4\)"):
-        video_captions(tmp_path)
-    with pytest.raises(ValueError, match="no folder"):
-        video_captions(tmp_path / "none")
-    with pytest.raises(ValueError, match="no file of captions"):
-        read_captions(tmp_path / "none.txt")
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [({"source": "videos", "folder": "gone"}, "no folder 'gone'"), ({"source": "teacher", "captions": "gone"}, "no file")],
+)
+def test_missing_data_leave_the_folder_free(base, tmp_path, data, message):
+    run = config(base)
+    with pytest.raises(ValueError, match=message):
+        trainer.distill(dataclasses.replace(run, data=dataclasses.replace(run.data, **data)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-def test_text_states_are_kept_and_padded(tmp_path):
-    asked = []
+def test_guidance_stays_known_when_a_distilled_model_is_distilled_on(base, tmp_path):
+    first = trainer.distill(config(base, steps=1), tmp_path / "first")
+    second = trainer.distill(config(first, steps=1, objective={"segments": 1, "guidance": None}), tmp_path / "second")
+    about = read_metadata(second)
+    assert about is not None and (about.segments, about.guidance) == (1, 2.0)
 
-    def encoder():
-        def encode(texts):
-            asked.append(texts)
-            lengths = [len(t) + 1 for t in texts]
-            context = torch.ones(len(texts), max(lengths), 3)
-            return context, torch.tensor([[1] * n + [0] * (max(lengths) - n) for n in lengths])
 
-        return encode
-
-    file = tmp_path / "texts.safetensors"
-    TextBank.build(["ab", "", "ab"], encoder, file)
-    bank = TextBank.build(["ab", "c"], encoder, file)
-    assert asked == [["ab", ""], ["c"]]
-    context, mask = bank.batch(["c", "ab"])
-    assert mask.tolist() == [[1, 1, 0], [1, 1, 1]] and float(context[0, 2].abs().sum()) == 0
+def test_no_warmup_is_no_division(base, tmp_path):
+    trainer.distill(config(base, steps=1, training={"warmup": 0}), tmp_path / "run")
 
 
 @pytest.mark.parametrize("text", ["{", '{"segments": 4}', '{"method": "x", "segments": 8, "steps": 4}'])

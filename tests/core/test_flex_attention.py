@@ -3,6 +3,7 @@
 FlexAttention needs a GPU to be worth compiling; without one its eager form, which applies the same block mask, stands in.
 """
 
+import functools
 import time
 
 import pytest
@@ -106,6 +107,23 @@ def test_any_strides(oracle, device):
     tensors = awkward(*qkv(layout, device))
     want = oracle(*tensors, 3, 50, (0,), 5, 2)
     torch.testing.assert_close(attend_flex(*tensors, layout, TilePattern(1)).double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_many_kinds_of_models_in_one_process(oracle, monkeypatch):
+    """torch allows eight compilations of one function, here two, and an error follows; the kinds are told apart as on a GPU."""
+    import torch._dynamo.config as compiler
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.compiler.reset()
+    monkeypatch.setattr(flex, "flex_status", lambda device: (True, "compiled without generating code, for the test"))
+    monkeypatch.setattr(flex, "_compiled", functools.cache(lambda: torch.compile(flex_attention, fullgraph=True, backend="eager")))
+    layout = TokenLayout(TokenGrid(3, 1, 5))
+    with compiler.patch(recompile_limit=2):
+        for dim in (16, 32, 48, 64):
+            tensors = qkv(layout, CPU, dim=dim)
+            want = oracle(*tensors, 3, 5, (0,))
+            torch.testing.assert_close(attend_flex(*tensors, layout, TilePattern(1)).double(), want, atol=1e-5, rtol=1e-5)
+    torch.compiler.reset()
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

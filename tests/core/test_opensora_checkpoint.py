@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -72,6 +73,29 @@ def test_what_comfyui_saved_loads_again(folder, weights):
     assert same(checkpoint.load_transformer(folder), weights)
 
 
+def test_a_written_file_may_be_read_by_whom_a_new_file_may(tmp_path):
+    (tmp_path / "plain").touch()
+    checkpoint.save_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plain", "x.safetensors"]
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path):
+    import resource
+
+    file = tmp_path / "x.safetensors"
+    checkpoint.save_safetensors(file, {"a": torch.ones(2)})
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="x.safetensors could not be written"):
+            checkpoint.save_safetensors(file, {"a": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert checkpoint.read_state_dict(file)[0]["a"].tolist() == [1, 1] and [f.name for f in tmp_path.iterdir()] == [file.name]
+
+
 def test_a_truncated_file_says_so(folder):
     size = (folder / NAME).stat().st_size
     for keep in (size - 10, 200, 5, 0):
@@ -88,6 +112,7 @@ def test_a_truncated_file_says_so(folder):
         (lambda sd: sd | {"pos_embed.proj.weight": torch.zeros(24, 12, 2, 2)}, "image-to-video"),
         (lambda sd: sd | {"transformer_blocks.0.attn1.norm_q.weight": torch.zeros(1)}, "v1.3"),
         (lambda sd: {"blocks.0.self_attn.q.weight": torch.zeros(1)}, "is Wan"),
+        (lambda sd: {"diffusion_model.transformer_blocks.0.attn1.to_q.lora_up.weight": torch.zeros(1)}, "is a LoRA"),
         (lambda sd: {"something": torch.zeros(1)}, "no pos_embed.proj.weight"),
         (lambda sd: {k: v for k, v in sd.items() if "blocks.1.ff" not in k}, "4 tensors are missing"),
         (lambda sd: sd | {"extra": torch.zeros(1)}, "1 are unknown .extra"),
@@ -116,6 +141,18 @@ def test_other_configurations_are_named(folder, change, message):
     (folder / "config.json").write_text(json.dumps({**DIT.to_dict(), **change}))
     with pytest.raises(ValueError, match=message):
         checkpoint.load_transformer(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_layers": "2"}, {"sample_size": 90}, {"sample_size_t": None}, {"norm_eps": "1e-6"}, {"patch_size": None}]
+)
+def test_values_of_another_kind_are_named(folder, change):
+    ((name, _),) = change.items()
+    (folder / "config.json").write_text(json.dumps({**DIT.to_dict(), **change}))
+    with pytest.raises(ValueError, match=name):
+        checkpoint.read_transformer(folder)
+    with pytest.raises(ValueError, match="norm_num_groups"):
+        VAEConfig.from_dict({"norm_num_groups": 0})
 
 
 def test_files_that_are_no_weights(tmp_path):
@@ -159,6 +196,11 @@ def test_converting_a_training_checkpoint(training_checkpoint, tmp_path):
     assert loaded.config == VAE and same(loaded, averaged)
     with pytest.raises(ValueError, match="does not end in .safetensors"):
         convert.convert_vae(folder, tmp_path / "vae.bin")
+
+
+def test_files_of_before_pytorch_1_6_are_read(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert checkpoint.read_state_dict(tmp_path / "old.bin")[0]["a"].tolist() == [1, 1]
 
 
 class Malicious:

@@ -111,6 +111,23 @@ def test_missing_tokenizer_and_other_encoders(folder, tmp_path):
         read_text_encoder(tmp_path / "clip.safetensors")
 
 
+def test_a_tokenizer_that_git_left_out_is_named(folder, tmp_path):
+    weights, config, _ = read_text_encoder(folder)
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for content in (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4309802\n", b""):
+        (tmp_path / "spiece.model").write_bytes(content)
+        with pytest.raises(ValueError, match="spiece.model is damaged, or only the pointer"):
+            read_text_encoder(tmp_path)
+
+
+def test_a_configuration_of_another_depth_is_named(folder, tmp_path):
+    weights, config, spiece = read_text_encoder(folder)
+    save_file({**weights, "spiece_model": spiece}, tmp_path / "model.safetensors", {"config": json.dumps({**config, "num_layers": 3})})
+    with pytest.raises(ValueError, match="not the encoder that its configuration describes"):
+        TextEncoder.from_folder(tmp_path)
+
+
 def test_no_prompts_are_refused(folder):
     with pytest.raises(ValueError, match="no prompts"):
         TextEncoder.from_folder(folder).encode([])

@@ -109,10 +109,21 @@ class Upscaler:
         return F.interpolate(z.mean(1, keepdim=True)[:, :, 0], scale_factor=8, mode="nearest")[:, :, None].expand(-1, 3, -1, -1, -1).clone()
 
 
-def test_blending_is_continuous():
+@pytest.mark.parametrize("size", [8, 12, 20, 28, 64])  # ComfyUI's node offers every 32 pixels
+def test_blending_is_continuous(size):
     z = torch.linspace(0, 1, 200).view(1, 1, 1, 1, 200).expand(1, 4, 1, 90, 200)
     want = Upscaler().decode(z)
-    torch.testing.assert_close(vae_tiling.tiled_decode(Upscaler(), z), want)
+    torch.testing.assert_close(vae_tiling.tiled_decode(Upscaler(), z, latent_size=size), want)
+
+
+@pytest.mark.parametrize("size", [8, 12, 20])
+def test_encoded_tiles_meet(size):
+    class Shrinker:
+        def encode(self, x):
+            return F.avg_pool3d(x, (1, 8, 8))
+
+    x = torch.linspace(0, 1, 320).view(1, 1, 1, 1, 320).expand(1, 3, 1, 120, 320)
+    torch.testing.assert_close(vae_tiling.tiled_encode(Shrinker(), x, latent_size=size), Shrinker().encode(x))
 
 
 def test_a_step_between_tiles_is_cross_faded():

@@ -48,6 +48,7 @@ def test_sparse_in_every_tensor_form(oracle, skip_reshape, skip_output_reshape):
         ("masked", {"mask": torch.zeros(1, 1, 1, 30)}),
         ("outside the step window", {"state": ForwardState(LAYOUT, active=False)}),
         ("below min_tokens", {"min_tokens": 31}),
+        ("below min_tokens", {"min_tokens": 31, "tokens": 37, "state": ForwardState(TokenLayout(TokenGrid(5, 2, 3), suffix=7))}),
         ("full in the plan", {"plan": TilePlan.uniform(4)}),
         ("text or audio alone", {"tokens": 12, "state": ForwardState(LAYOUT, others=frozenset({12}))}),
         ("unexplained", {"state": ForwardState(None, active=False, reason="unexplained")}),
@@ -62,7 +63,7 @@ def test_whatever_is_not_ours_stays_dense_and_is_counted(reason, change, monkeyp
         monkeypatch.setattr(override_file, "choose_backend", lambda *_, **__: change["fastest"])
     report = AttentionReport()
     q, k, v = flat(change.get("tokens", 30))
-    k, v = k[:, : change.get("keys", 30)], v[:, : change.get("keys", 30)]
+    k, v = k[:, : change.get("keys", 40)], v[:, : change.get("keys", 40)]
     override = make_attention_override(
         change.get("plan", TilePlan.uniform(1)), report, min_tokens=change.get("min_tokens", 0), decline_slow=change.get("slow", False)
     )
@@ -98,6 +99,18 @@ def test_a_previous_override_is_asked_for_every_dense_piece():
     plain = make_attention_override(TilePlan.uniform(1), AttentionReport())
     assert torch.equal(call(override, flat(), ForwardState(LAYOUT), mark=7), call(plain, flat(), ForwardState(LAYOUT)))
     assert len(seen) == 1 + 2 and report.sparse == 1  # the reference rows, and the other frames of each batch entry
+
+
+def test_a_first_plan_below_another_node_s_override_leaves_the_attention_to_the_second():
+    reports, plan = (AttentionReport(), AttentionReport()), TilePlan(patterns=(TilePattern(None), TilePattern(1)))
+    first = make_attention_override(TilePlan.uniform(1), reports[0])
+    second = make_attention_override(plan, reports[1], previous=lambda func, *args, **kwargs: first(func, *args, **kwargs))
+    alone = make_attention_override(TilePlan.uniform(1), AttentionReport())
+    state = ForwardState(LAYOUT, depth=2, owner=second)
+    assert torch.equal(call(second, flat(), state), sdpa_attention(*flat(), HEADS))
+    assert torch.equal(call(second, flat(), state), call(alone, flat(), ForwardState(LAYOUT)))
+    assert reports[1].summary() == "1 attention calls sparse at mean density 0.52; dense: 1 full in the plan"
+    assert not reports[0].sparse and not reports[0].dense
 
 
 def test_deep_copies_share_the_report():

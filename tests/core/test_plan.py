@@ -69,6 +69,9 @@ def edited(**changes) -> str:
         (edited(provenance=[]), "provenance"),
         (edited(dense_layers=[[1]]), "dense_layers"),
         (edited(dense_layers="0-2"), "dense_layers"),
+        (edited(dense_layers=[[5, 2]]), "dense_layers"),
+        (edited(dense_layers=[[0, -1]]), "dense_layers"),
+        (edited(dense_layers=[[0, 1024]]), "dense_layers"),
     ],
 )
 def test_nonsense_is_refused_by_name(text, message):
@@ -111,6 +114,13 @@ def test_text_of_plans_for_any_depth():
     assert TilePlan.uniform(None).to_text() == "all:full"
 
 
+def test_a_file_s_range_from_the_end_reads_the_same_as_text():
+    plan = TilePlan.from_json(edited(reference_frames=2, dense_layers=[[0, 1], [-3, -2]]))
+    assert plan.to_text() == "all:2:6 0-1:full -3:full -2:full"
+    again = TilePlan.from_text(plan.to_text())
+    assert [again.pattern(i, 8).k for i in range(8)] == [plan.pattern(i, 8).k for i in range(8)] == [None, None, 2, 2, 2, None, None, 2]
+
+
 def test_text_says_dense_layers_of_a_layered_plan():
     assert layered().with_dense("1").to_text() == "0-1:full 2:1:7"
 
@@ -133,6 +143,8 @@ def test_text_says_dense_layers_of_a_layered_plan():
         ("-1:full all:1", "must stand first"),
         ("all:1 all:2", "must stand first"),
         ("--1:1", "'--1:1'"),
+        ("all:1025", "more than 1024 frames at 'all:1025'"),  # a plan file could not hold it
+        ("0:2:1023", "more than 1024 frames at '0:2:1023'"),
     ],
 )
 def test_nonsense_text_is_refused(text, message):

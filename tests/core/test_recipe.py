@@ -1,12 +1,14 @@
 """The order in which a recipe runs its stages, and what each hands on to the next."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from efficient_vdit_core import cli
 from efficient_vdit_core.distill import recipe
+from efficient_vdit_core.distill.metadata import DistillMetadata
 from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 
@@ -18,8 +20,11 @@ def calls(monkeypatch):
 
     def distill(config, folder):
         found.append((folder.name, config))
-        file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-        save_safetensors(file, {"w": torch.ones(2) * len(found)}, {"evdit": json.dumps(folder.name)})
+        lora = config.model.train == "lora"
+        file = folder / "lora.safetensors" if lora else folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        few = config.method == "consistency"
+        about = DistillMetadata(config.method, 4, 4 if few else 12, guidance=3.0 if few else None, plan=None if few else {"k": 1})
+        save_safetensors(file, {"w": torch.ones(2) * len(found)}, about.to_entry())
         return file
 
     monkeypatch.setattr(recipe, "distill", distill)
@@ -54,15 +59,44 @@ def test_merging_adds_the_changes_of_both(calls, tmp_path, monkeypatch):
     save_safetensors(base, {"w": torch.ones(2) * 10})
     model = type("M", (), {"transformer_file": base, "config_entry": lambda self: {"a": 1}})()
     monkeypatch.setattr(recipe, "open_model", lambda config: model)
-    (file,) = make(tmp_path, order="merge").run().values()
+    monkeypatch.setattr(ThreeStages, "check", lambda self: None)
+    ((file,),) = make(tmp_path, order="merge").run().values()
     assert [name for name, _ in calls] == ["plans", "knowledge-r-0.1", "consistency"]
     weights, metadata = read_state_dict(file)
     assert weights["w"].tolist() == [10 + (2 - 10) + (3 - 10)] * 2  # the knowledge run came second, the consistency run third
-    assert json.loads(metadata["config"]) == {"a": 1} and json.loads(metadata["evdit"]) == "knowledge-r-0.1"
+    about = DistillMetadata.from_entries(metadata)
+    assert about is not None and json.loads(metadata["config"]) == {"a": 1}
+    assert (about.steps, about.guidance, about.plan) == (4, 3.0, {"k": 1}), "sampled as the few-step model, under the plan"
+
+
+@pytest.mark.parametrize("order", ["consistency-first", "knowledge-first"])
+def test_loras_of_both_stages_belong_together(calls, tmp_path, monkeypatch, order):
+    monkeypatch.setattr(ThreeStages, "full", lambda self, weights: weights)
+    (files,) = make(tmp_path, order=order, model={"train": "lora"}).run().values()
+    first, second = ("consistency", "knowledge-r-0.1") if order == "consistency-first" else ("knowledge-r-0.1", "consistency-r-0.1")
+    assert files == [tmp_path / first / "lora.safetensors", tmp_path / second / "lora.safetensors"]
 
 
 @pytest.mark.parametrize(
-    ("values", "message"), [({"order": "backwards"}, "order is 'backwards'"), ({"table": {}}, "'table'"), ({"search": {"k": 1}}, "'k'")]
+    ("values", "message"),
+    [
+        ({"search": {"speedups": [50.0]}}, "at most"),
+        ({"search": {"thresholds": [-1.0]}}, "threshold is -1"),
+        ({"search": {"candidates": "8"}}, "all mean full"),
+        ({"knowledge_training": {"optimizer": "adamw8bit"}}, "bitsandbytes"),
+        ({"data": {"source": "videos", "folder": "gone"}}, "no folder 'gone'"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_at_once(calls, tmp_path, monkeypatch, values, message):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **values).run()
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [({"order": "backwards"}, "order is 'backwards'"), ({"table": {}}, "'table'"), ({"search": {"k": 1}}, "'k'"),
+     ({"search": {"candidates": "two"}}, "'two'"), ({"knowledge_training": {"precision": "bf16"}}, "float32 and bf16")],
 )
 def test_wrong_recipes_are_named(values, message):
     with pytest.raises(ValueError, match=message):
@@ -88,4 +122,6 @@ def test_mistakes_on_the_command_line_are_told(capsys, tmp_path):
     assert "SECTION.KEY=VALUE" in capsys.readouterr().err
     assert cli.main(["distill", "knowledge", *out, "--set", "training.step=3"]) == 2
     assert "'step'" in capsys.readouterr().err
+    assert cli.main(["distill", "knowledge", *out, "--set", "method.x=3"]) == 2
+    assert "no section" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -93,6 +93,28 @@ def test_errors_are_the_pattern_s_even_where_dense_attention_is_faster(monkeypat
     assert timed.cost(0, 1) == 1.0  # never chosen: a run would take dense attention
 
 
+def test_the_trial_behind_a_measured_cost_is_the_run_s_own(monkeypatch):
+    """Under the same name, and of fewer heads, which some of ComfyUI's backends take from the argument alone."""
+    names = []
+
+    def choose(q, k, v, layout, pattern, *, dense, dense_name):
+        assert dense(q[:, :1], k[:, :1], v[:, :1]).shape == q[:, :1].shape
+        names.append(dense_name)
+        return "dense"
+
+    def by_argument(q, k, v, heads, *, skip_reshape, **_):
+        batch, _, _, dim = q.shape
+        q, k, v = (x.reshape(batch * heads, -1, dim) for x in (q, k, v))
+        return (q @ k.transpose(1, 2) / dim**0.5).softmax(-1).bmm(v).unflatten(0, (batch, heads))
+
+    monkeypatch.setattr(probe_module, "choose_backend", choose)
+    layout, record = TokenLayout(TokenGrid(4, 1, 3)), ProbeRecord((1,), timed=True)
+    override = make_probe_override(record, previous=lambda func, *args, **kwargs: func(*args, **kwargs))
+    qkv = torch.randn(3, 1, HEADS, layout.tokens, DIM)
+    override(by_argument, *qkv, HEADS, skip_reshape=True, skip_output_reshape=True, transformer_options={FORWARD_KEY: ForwardState(layout)})
+    assert names == ["<lambda> over by_argument"] and record.cost(0, 1) == 1.0
+
+
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize(
     ("layout", "padding", "without"),

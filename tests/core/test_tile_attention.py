@@ -57,6 +57,16 @@ def test_gradients(oracle, k):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_gradient_for_one_of_them_alone(oracle, name):
+    """As in training an adapter of one projection; a frame at a time, so that chunks follow one another."""
+    layout = TokenLayout(TokenGrid(5, 2, 3), 2, 3)
+    tensors = [x.double() for x in qkv(layout, 8)]
+    wanted = tensors["qkv".index(name)].requires_grad_()
+    ours, theirs = tile_attention(*tensors, layout, TilePattern(1), max_extra_bytes=1), expected(oracle, tensors, layout, 1)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), wanted), torch.autograd.grad(theirs.sum(), wanted))
+
+
 def test_any_strides(oracle):
     layout = TokenLayout(TokenGrid(5, 2, 2), 1, 1)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(layout)]

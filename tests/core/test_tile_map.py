@@ -93,6 +93,15 @@ def test_padding_is_left_out():
     assert torch.equal(record.found[0].share, want.share)
 
 
+def test_attention_that_is_not_finite_is_named():
+    q, k = qk()
+    k[..., -4, :] = float("nan")  # a token of the video
+    broken, sound = tile_mass(q, k, LAYOUT, rows=S), tile_mass(*qk(), LAYOUT, rows=S)
+    for measured in ({2: sound, 3: broken}, {2: sound}):
+        with pytest.raises(ValueError, match="layer 3 is not finite"):
+            tile_map(measured, 6, other={2: sound, 3: broken})
+
+
 def test_the_picture_shows_what_is_large_and_what_is_left_out():
     q, k = qk()
     mass = tile_mass(q, k, LAYOUT, rows=S)

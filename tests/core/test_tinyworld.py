@@ -5,7 +5,7 @@ import torch
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
 from efficient_vdit_core.tinyworld.export import standardise_latents
 from efficient_vdit_core.tinyworld.reader import read_clip
-from efficient_vdit_core.tinyworld.train_dit import is_held_out
+from efficient_vdit_core.tinyworld.train_dit import cache_clips, is_held_out
 from efficient_vdit_core.tinyworld.train_text import VOCABULARY, Captions, train_sentencepiece
 from efficient_vdit_core.tinyworld.train_vae import TINY_VAE
 from efficient_vdit_core.tinyworld.world import ATTRIBUTES, DIRECTIONS, FIRST_BOUNCE, SIZE, SPEEDS, Scene, random_scene, render
@@ -101,6 +101,35 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path):
     assert first + second == whole
     assert all(torch.equal(again[k], averaged[k]) for k in averaged)
     assert [f.name for f in (tmp_path / "cut").iterdir()] == ["checkpoint.pt"]
+
+
+def test_cached_latents_are_those_of_the_captions_beside_them(tmp_path):
+    torch.manual_seed(0)
+    vae = CausalVAE(TINY_VAE).eval().requires_grad_(False)
+    first = cache_clips(vae, 1, tmp_path, seed=1)
+    again, other, more = cache_clips(vae, 1, tmp_path, seed=1), cache_clips(vae, 1, tmp_path, seed=2), cache_clips(vae, 2, tmp_path, seed=1)
+    assert torch.equal(first.latents, again.latents) and len(more.latents) == len(more.scenes) == 2
+    assert other.scenes != first.scenes and not torch.equal(other.latents, first.latents)
+    for value in vae.parameters():
+        value.mul_(1.01)
+    assert not torch.equal(cache_clips(vae, 1, tmp_path, seed=1).latents, first.latents)
+
+
+def test_a_failing_evaluation_loses_no_step(tmp_path):
+    run, loss_of, _ = make_run(tmp_path, 20)
+
+    def fails(averaged):
+        raise OSError("no room for samples")
+
+    with pytest.raises(OSError, match="samples"):
+        run.train(loss_of, evaluate=fails, evaluate_every=3)
+    assert make_run(tmp_path, 20)[0].step == 3
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 half of it")
+    with pytest.raises(ValueError, match="checkpoint.pt cannot be read.*damaged"):
+        make_run(tmp_path, 20)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):

@@ -95,6 +95,7 @@ def train(job: dict, rank: int) -> dict:
 
     make_both, plain = trainer.make_pair, trainer.TrainingRun
     trainer.TrainingRun, trainer.prepare_data, trainer.make_pair = Watched, prepare, make_pair
+    trainer.check_data = lambda config, model: None  # `prepare` makes its own
     try:
         file, left = trainer.distill(DistillConfig.from_dict(job["config"]), Path(job["out"])), None
     except SystemExit as error:

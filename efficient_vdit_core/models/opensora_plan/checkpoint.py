@@ -7,7 +7,7 @@ that of the published checkpoints. Loading is strict: a file either is the model
 from __future__ import annotations
 
 import json
-import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...files import whole_file
 from .config import OSP_29X720P, OSP_VAE, DiTConfig, VAEConfig
 from .detect import check_transformer_config, check_transformer_keys, check_vae_keys, unify_names
 from .transformer import OpenSoraT2V
@@ -77,23 +78,23 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def save_safetensors(path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; a file of that name is replaced only once the new one is whole."""
+    """Write a safetensors file; a file of that name is replaced only once the new one is whole. Raises OSError where it cannot."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, temporary, metadata=dict(metadata or {}))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with whole_file(path) as part:
+            save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, part, metadata=dict(metadata or {}))
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}). Make room there and start the same command again.") from error
 
 
 def read_torch_file(file: Path) -> Any:
-    """What a PyTorch file holds, memory-mapped; tensors and plain containers only, never code."""
+    """What a PyTorch file holds, memory-mapped where its format allows; tensors and plain containers only, never code."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
@@ -139,7 +140,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(names.values()))
+        shards = sorted(map(str, set(names.values())))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index.name} is not an index of shards ({error!r}). Download it again.") from error
     missing = [s for s in shards if Path(s).name != s or not (index.parent / s).is_file()]

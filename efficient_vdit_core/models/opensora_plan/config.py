@@ -26,6 +26,9 @@ _REQUIRED_TRANSFORMER_VALUES: dict[str, tuple[Any, ...]] = {
     "double_self_attention": (False, None),
 }
 
+# The reference's constructor fills these in.
+_MAY_BE_NULL = ("prediction_type", "interpolation_scale_t", "interpolation_scale_h", "interpolation_scale_w")
+
 _REQUIRED_VAE_VALUES: dict[str, tuple[Any, ...]] = {
     "encoder_conv_in": ("Conv2d",),
     "encoder_conv_out": ("CausalConv3d",),
@@ -93,9 +96,7 @@ class DiTConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> DiTConfig:
         """Read a config.json. Raises ValueError where it asks for an architecture that v1.2 does not have."""
         _refuse(values, _REQUIRED_TRANSFORMER_VALUES, "transformer")
-        known = _known_fields(cls, values)
-        if known.get("prediction_type", "") is None:
-            del known["prediction_type"]
+        known = _known_fields(cls, {k: v for k, v in values.items() if v is not None or k not in _MAY_BE_NULL})
         size_t = known.get("sample_size_t", cls.sample_size_t)
         size_h, size_w = known.get("sample_size", cls.sample_size)
         # The reference constructor's fallbacks for scales that the file leaves null.
@@ -143,7 +144,7 @@ class VAEConfig:
                 f"hidden_size_mult has {len(self.hidden_size_mult)} levels, expected 4 (8x in space, 4x in time). "
                 "The config does not describe the v1.2 VAE."
             )
-        odd = [c for c in self.channels if c % self.norm_num_groups]
+        odd = [c for c in self.channels if self.norm_num_groups < 1 or c % self.norm_num_groups]
         if odd:
             raise ValueError(
                 f"channel counts {odd} are not multiples of norm_num_groups={self.norm_num_groups}. "
@@ -175,8 +176,24 @@ ConfigT = TypeVar("ConfigT", DiTConfig, VAEConfig)
 
 
 def _known_fields(cls: type[ConfigT], values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in fields(cls)}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+    found = {}
+    for field in (f for f in fields(cls) if f.name in values):
+        value = values[field.name]
+        value = found[field.name] = tuple(value) if isinstance(value, list) else value
+        if not _of_kind(value, field.default):
+            raise ValueError(
+                f"The config has {field.name}={values[field.name]!r}, expected a value such as {_jsonable(field.default)!r}. "
+                "It is damaged or belongs to another model; download it again."
+            )
+    return found
+
+
+def _of_kind(value: Any, example: Any) -> bool:
+    if isinstance(example, tuple):
+        return isinstance(value, tuple) and len(value) == len(example) and all(map(_of_kind, value, example))
+    if isinstance(example, int | float):
+        return type(value) is int or (isinstance(example, float) and type(value) is float)
+    return isinstance(value, type(example))
 
 
 def _refuse(values: Mapping[str, Any], accepted: Mapping[str, tuple[Any, ...]], part: str) -> None:

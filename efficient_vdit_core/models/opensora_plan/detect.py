@@ -29,7 +29,6 @@ _OTHERS = (
     ("double_blocks.", "HunyuanVideo or Flux"),
     ("joint_blocks.", "Stable Diffusion 3"),
     ("input_blocks.", "a UNet"),
-    ("model.diffusion_model.", "a whole checkpoint, not a transformer alone"),
     ("decoder.", "a VAE"),
     ("encoder.block.", "a text encoder"),
 )
@@ -67,6 +66,8 @@ def check_transformer_keys(state_dict: Mapping[str, Tensor]) -> None:
     for start, what in _OTHERS:
         if any(name.startswith(start) for name in state_dict):
             raise ValueError(f"This file is {what}, expected an Open-Sora-Plan v1.2 transformer. {_ADVICE}")
+    if any(name.endswith("lora_up.weight") for name in state_dict):
+        raise ValueError(f"This file is a LoRA, which changes a transformer: load it beside one with ComfyUI's LoRA loader. {_ADVICE}")
     needed = ("pos_embed.proj.weight", "adaln_single.linear.weight", "transformer_blocks.0.attn2.to_k.weight", "proj_out.weight")
     if any(re.search(r"transformer_blocks\.\d+(\.\d+)?\..*norm", name) for name in state_dict):
         raise ValueError(f"This file has learned norms inside its blocks, as Open-Sora-Plan v1.3 has; v1.2 has none. {_ADVICE}")

@@ -48,7 +48,8 @@ def read_text_encoder(path: str | Path) -> tuple[dict[str, Tensor], dict[str, An
                 f"{path.name} has no tokenizer: expected a tensor {SPIECE_KEY} inside, or spiece.model beside it. "
                 "Copy spiece.model of google/mt5-xxl there, or convert with 'evdit convert text-encoder'."
             )
-        spiece = torch.frombuffer(bytearray(beside.read_bytes()), dtype=torch.uint8)
+        spiece = torch.frombuffer(bytearray(beside.read_bytes() or b"\n"), dtype=torch.uint8)
+    _processor(spiece, path.name)
     weights = {name: value for name, value in state_dict.items() if not name.startswith(("decoder.", "lm_head."))}
     _check(weights, config, path.name)
     return weights, config, spiece
@@ -66,10 +67,8 @@ class TextEncoder:
     """Prompts in, text states out. ``model`` is transformers' MT5EncoderModel."""
 
     def __init__(self, model: nn.Module, spiece: Tensor) -> None:
-        from sentencepiece import SentencePieceProcessor
-
         self.model = model
-        self.processor = SentencePieceProcessor(model_proto=bytes(spiece.tolist()))
+        self.processor = _processor(spiece, "the text encoder")
         self._warned = False
 
     @classmethod
@@ -84,7 +83,14 @@ class TextEncoder:
         cast = {name: value.to(device=device, dtype=dtype) for name, value in weights.items()}
         # transformers lists the shared embedding twice.
         cast["encoder.embed_tokens.weight"] = cast["shared.weight"]
-        model.load_state_dict(cast, assign=True)
+        try:
+            model.load_state_dict(cast, assign=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()[:200]
+            raise ValueError(
+                f"{Path(path).name} is not the encoder that its configuration describes: {reason} Keep its config.json beside it, or "
+                "download both again."
+            ) from error
         return cls(model.eval().requires_grad_(False), spiece)
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -110,6 +116,19 @@ class TextEncoder:
         if not self._warned:
             self._warned = True
             log.warning("The prompt has %d tokens, the model reads %d: the end of it is cut off.", tokens, MAX_TOKENS)
+
+
+def _processor(spiece: Tensor, name: str) -> Any:
+    """sentencepiece's tokenizer of a model file's bytes."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_proto=spiece.cpu().numpy().tobytes())
+    except RuntimeError as error:
+        raise ValueError(
+            f"The tokenizer of {name} cannot be read: its spiece.model is damaged, or only the pointer that git leaves in its place. "
+            "Download spiece.model of google/mt5-xxl (4.3 MB) again."
+        ) from error
 
 
 def _config_values(metadata: dict[str, str], beside: Path) -> dict[str, Any]:

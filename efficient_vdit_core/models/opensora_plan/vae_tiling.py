@@ -34,7 +34,7 @@ def tiled_decode(vae: CausalVAE, z: Tensor, *, latent_size: int = LATENT_SIZE, l
     """Unscaled latents (B, z, t, h, w) to pixels (B, 3, 4 (t - 1) + 1, 8 h, 8 w)."""
     parts = []
     for start, stop in latent_chunks(z.shape[2], latent_frames):
-        pixels = _in_tiles(vae.decode, z[:, :, start:stop], latent_size, SPACE_FACTOR)
+        pixels = _in_tiles(vae.decode, z[:, :, start:stop], latent_size, 1, SPACE_FACTOR)
         parts.append(pixels if start == 0 else pixels[:, :, 1:])
     return torch.cat(parts, dim=2)
 
@@ -43,7 +43,7 @@ def tiled_encode(vae: CausalVAE, x: Tensor, *, latent_size: int = LATENT_SIZE, l
     """Pixels (B, 3, 4 n + 1, H, W) in [-1, 1] to mean latents (B, z, n + 1, H / 8, W / 8), unscaled."""
     parts = []
     for start, stop in pixel_chunks(x.shape[2], latent_frames):
-        latents = _in_tiles(vae.encode, x[:, :, start:stop], latent_size * SPACE_FACTOR, 1 / SPACE_FACTOR)
+        latents = _in_tiles(vae.encode, x[:, :, start:stop], latent_size, SPACE_FACTOR, 1)
         parts.append(latents if start == 0 else latents[:, :, 1:])
     return torch.cat(parts, dim=2)
 
@@ -56,13 +56,22 @@ def _chunks(frames: int, step: int) -> list[tuple[int, int]]:
     return chunks
 
 
-def _in_tiles(code: Callable[[Tensor], Tensor], x: Tensor, tile: int, factor: float) -> Tensor:
-    """``code`` over square tiles of the last two axes, each up to ``tile`` wide; ``factor`` is output size by input size."""
+def tile_step(latent_size: int) -> int:
+    """How far apart tiles of ``latent_size`` begin, in latents: whole ones, so that tiles meet in pixels too."""
+    return int(latent_size * (1 - OVERLAP))
+
+
+def _in_tiles(code: Callable[[Tensor], Tensor], x: Tensor, latent_size: int, before: int, after: int) -> Tensor:
+    """``code`` over square tiles of the last two axes, each up to ``latent_size`` latents wide.
+
+    ``before`` and ``after``: how many elements a latent is wide in ``x`` and in the result.
+    """
     height, width = x.shape[-2:]
+    tile, step = latent_size * before, tile_step(latent_size) * before
     if height <= tile and width <= tile:
         return code(x)
-    step = int(tile * (1 - OVERLAP))
-    blend, keep = int(tile * factor * OVERLAP), int(tile * factor) - int(tile * factor * OVERLAP)
+    keep = tile_step(latent_size) * after
+    blend = latent_size * after - keep
     rows = []
     for top in range(0, height, step):
         rows.append([code(x[..., top : top + tile, left : left + tile]) for left in range(0, width, step)])

@@ -149,6 +149,10 @@ over = sparse(model)
 over.model_options["transformer_options"][OVERRIDE] = other
 facts["override over"] = {"dense": distance(run(over), dense), "lines": list(lines)}
 facts["the second node counts"] = distance(run(sparse(sparse(model, 3))), alone)
+between = sparse(model)
+first = between.model_options["transformer_options"][OVERRIDE]
+between.model_options["transformer_options"][OVERRIDE] = lambda func, *args, **kwargs: first(func, *args, **kwargs)
+facts["the second node counts behind another"] = distance(run(sparse(between, 9)), dense)  # 9 of 9 frames: full attention
 
 # Two experts share a run, as in Wan 2.2 14B: the second goes on where the first stopped.
 low = build(CASES["wan"])
