@@ -76,9 +76,9 @@ class EVDiTSparseAttention(io.ComfyNode):
                     max=10_000_000,
                     step=128,
                     tooltip=(
-                        "Calls over fewer tokens than this stay dense, 0 to 10,000,000. In most models a token is a 2x2 patch of a "
-                        "latent frame, 16x16 pixels. 0 = always sparse; a few thousand spares small runs the overhead where dense is as "
-                        "fast."
+                        "Calls over fewer video tokens than this stay dense, 0 to 10,000,000. In most models a token is a 2x2 patch of "
+                        "a latent frame, 16x16 pixels. 0 = always sparse; a few thousand spares small runs the overhead where dense is "
+                        "as fast."
                     ),
                 ),
                 io.Combo.Input(

@@ -156,7 +156,9 @@ def make_attention_override(
         real = without_padding(layout, padding)
         shaped = (x if skip_reshape else rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
         kept_q, kept_k, kept_v = (leave_out(x, padding) for x in shaped)
-        chosen = _backend((kept_q, kept_k, kept_v), real, pattern, dense, backend, decline_slow)
+        # Only dense calls hand on a scale of the model's own.
+        able = backend if kwargs.get("scale") is None else "frames"
+        chosen = _backend((kept_q, kept_k, kept_v), real, pattern, dense, able, decline_slow)
         if chosen == "dense":
             report.add_dense("measured faster")
             with report.clock.taking(DENSE, q):

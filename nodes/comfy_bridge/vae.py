@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import comfy.model_management as mm
@@ -59,11 +60,13 @@ class FirstStage(CausalVAE):
 class OpenSoraPlanVAE(comfy.sd.VAE):
     """ComfyUI's VAE with Open-Sora-Plan's network and tiling.
 
-    The stock constructor knows a fixed list of networks and offers no way in, so it is not called; this one sets the
-    same attributes.
+    The stock constructor knows a fixed list of networks and offers no way in. Without weights it sets its attributes, to
+    which each version of ComfyUI adds, and stops; the network and what belongs to it are set here.
     """
 
     def __init__(self, state_dict: dict[str, Tensor], config: VAEConfig) -> None:
+        with _no_complaint():
+            super().__init__(sd={})
         self.first_stage_model = FirstStage(config, operations=comfy.ops.disable_weight_init).eval()
         self.first_stage_model.load_state_dict(state_dict)
         self.told: set[tuple[int, int]] = set()
@@ -87,11 +90,6 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
         # In place and returned: newer versions of ComfyUI drop what it returns, older ones use it.
         self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
         self.working_dtypes = [torch.bfloat16, torch.float32]
-        self.disable_offload = False
-        self.not_video = False
-        self.crop_input = True
-        self.extra_1d_channel = None
-        self.pad_channel_value = None
 
     def _place(self) -> None:
         """Devices and dtype, as the stock constructor chooses them."""
@@ -141,6 +139,20 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
         if asked != (1, int(tile * vae_tiling.OVERLAP)) and asked not in self.told:
             self.told.add(asked)
             log.info("This VAE tiles by Open-Sora-Plan's rule: overlaps of an eighth of the tile, and one latent frame in time.")
+
+
+@contextmanager
+def _no_complaint() -> Iterator[None]:
+    """Without the stock constructor's warning that it got no weights."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "No VAE weights detected" not in record.getMessage()
+
+    logging.getLogger().addFilter(other)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(other)
 
 
 def _tiles_in_frame(x: Tensor, latent_size: int, width: int) -> int:

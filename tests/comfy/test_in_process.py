@@ -79,3 +79,10 @@ def test_it_works_beside_the_split_of_guidance_over_devices(in_process):
     assert found["difference"] <= 1e-5 * found["scale"] < 1e-3 * found["scale"] < found["effect"]
     (line,), (alone,) = found["lines"], found["lines alone"]
     assert line == alone.replace("18", "36")  # both devices' calls are counted; without the split both texts share a batch
+
+
+def test_the_vae_has_all_that_this_comfyui_asks_of_one(in_process):
+    found = in_process("vae")
+    assert found["missing"] == [] and found["said"] == [] and len(found["said of none"]) == 1
+    assert found["shapes"] == [[1, 9, 32, 32, 3], [1, 9, 64, 64, 3]]
+    assert found["range"] == [0.0, 1.0, 0.0, 1.0]

@@ -189,6 +189,20 @@ def test_a_mask_for_each_query_is_no_padding():
     assert dict(report.dense) == {"masked": 1}
 
 
+@pytest.mark.parametrize("backend", ["auto", "flex"])
+def test_a_scale_of_the_models_own_is_kept(oracle, backend):
+    def scaled(func, q, k, v, heads, *args, scale, **kwargs):
+        return func(q * (scale * q.shape[-1] ** 0.5), k, v, heads, *args, **kwargs)
+
+    report, heads = AttentionReport(), [rearrange(x, "b n (h d) -> b h n d", h=HEADS) for x in flat()]
+    override = make_attention_override(TilePlan.uniform(1), report, previous=scaled, backend=backend)
+    options = {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(LAYOUT)}
+    out = sdpa_attention(*heads, HEADS, skip_reshape=True, skip_output_reshape=True, scale=0.7, transformer_options=options)
+    want = oracle(heads[0] * 0.7 * 16**0.5, *heads[1:], 5, 6, [0]).float()
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    assert report.sparse == 1
+
+
 def test_rotating_reference_frames_follow_the_step(oracle):
     override = make_attention_override(TilePlan.uniform(1), AttentionReport(), placement="rotating")
     heads = [rearrange(x, "b n (h d) -> b h n d", h=HEADS) for x in flat()]

@@ -1,0 +1,24 @@
+"""What Open-Sora-Plan's VAE has of the stock one's, and what is said while it is made. Prints JSON."""
+
+import json
+import logging
+
+from host import call, load_pack, torch  # isort: skip
+import comfy.sd  # isort: skip
+
+pack, said = load_pack(), []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger().addHandler(handler)
+(vae,) = call(pack["EVDiTVAELoader"], vae_name="tiny (built in)")
+quiet = list(said)
+stock = comfy.sd.VAE(sd={})
+with torch.inference_mode():
+    pixels = vae.decode(torch.randn(1, 4, 3, 4, 4) * 5)
+    pieces = vae.decode_tiled(torch.randn(1, 4, 3, 8, 8) * 5, tile_x=4, tile_y=4, overlap=1, tile_t=2, overlap_t=1)
+print(json.dumps({
+    "missing": sorted(set(vars(stock)) - set(vars(vae))),
+    "said": [line for line in quiet if "VAE" in line], "said of none": [line for line in said if "No VAE weights" in line],
+    "shapes": [list(pixels.shape), list(pieces.shape)],
+    "range": [float(pixels.min()), float(pixels.max()), float(pieces.min()), float(pieces.max())],
+}))  # fmt: skip
