@@ -25,9 +25,9 @@ class EVDiTSparseAttention(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Applies a tile plan to the self-attention of a video model: Open-Sora-Plan v1.2, Wan 2.1 and 2.2 with their "
-                "variants, HunyuanVideo and 1.5, LTX-Video and LTX-2, Mochi, Cosmos, Cosmos Predict2, Kandinsky 5. Uses the "
-                "attention backend that ComfyUI runs with, or a fused kernel where that measures faster. The log tells after each "
-                "run how many calls became sparse, and why others did not."
+                "variants, HunyuanVideo and 1.5, LTX-Video and LTX-2, CogVideoX, Mochi, Cosmos, Cosmos Predict2, Kandinsky 5. Uses "
+                "the attention backend that ComfyUI runs with, or a fused kernel where that measures faster. The log tells after "
+                "each run how many calls became sparse, and why others did not."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The video model to speed up. It is not changed; the output is a patched copy."),

@@ -74,6 +74,10 @@ class ForwardState:
         """Whether this is the mask of the text's padding: one row of keys for all queries."""
         return len(self.padding) > 0 and mask.numel() == mask.shape[-1] == layout.tokens
 
+    def masks_a_part(self, k: Tensor, mask: Tensor | None, skip_reshape: bool) -> bool:
+        """Whether a mask weighs all the tokens for a part of the queries: how LTX gives its guides another strength than 1."""
+        return mask is not None and self.layout is not None and k.shape[2 if skip_reshape else 1] == self.layout.tokens
+
     def masked(self, mask: Tensor | None) -> range:
         """The tokens that a call with this mask leaves out."""
         return range(0) if mask is None else self.padding
@@ -137,7 +141,7 @@ def make_attention_override(
         if state is not None and state.owner not in (None, override):
             return dense.call(q, k, v, heads, mask, **form)
         layout = state.layout if state else None
-        reason = _why_not_the_video(state, q, k, skip_reshape, report)
+        reason = _why_not_the_video(state, q, k, mask, skip_reshape, report)
         if state is None or layout is None or reason:
             report.add_dense(reason)
             return dense.call(q, k, v, heads, mask, **form)
@@ -185,13 +189,14 @@ def _backend(qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout, pattern: T
     return choose_backend(*qkv, layout, pattern, dense=dense, dense_name=dense.name, or_dense=decline_slow)
 
 
-def _why_not_the_video(state: ForwardState | None, q: Tensor, k: Tensor, skip_reshape: bool, report: AttentionReport) -> str:
+def _why_not_the_video(state: ForwardState | None, q: Tensor, k: Tensor, mask: Tensor | None, skip_reshape: bool,
+                       report: AttentionReport) -> str:
     """The reason why this is no self-attention over the video; an empty text where it is."""
     tokens = q.shape[2] if skip_reshape else q.shape[1]
     if state is None:
         return "no token grid"
     if k.shape != q.shape:
-        return "cross-attention"
+        return "masked" if state.masks_a_part(k, mask, skip_reshape) else "cross-attention"
     if state.layout is None:
         return state.reason
     if tokens == state.layout.tokens:

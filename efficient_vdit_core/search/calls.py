@@ -30,7 +30,7 @@ def layout_of_call(
     if state is None:
         return None, "no token grid"
     if k.shape != q.shape:
-        return None, "cross-attention"
+        return None, "masked" if state.masks_a_part(k, mask, skip_reshape) else "cross-attention"
     if state.layout is None:
         return None, state.reason
     tokens = q.shape[2 if skip_reshape else 1]

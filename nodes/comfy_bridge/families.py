@@ -90,6 +90,12 @@ def find_family(diffusion_model: nn.Module) -> Family | None:
     return FAMILIES.get(type(uncompiled(diffusion_model)).__name__)
 
 
+def why_no_family(diffusion_model: nn.Module) -> str:
+    """Why a model without a row stays dense."""
+    known = f"where its video tokens stand is not known. Known are {', '.join(FAMILIES)}"
+    return LEFT_DENSE.get(type(uncompiled(diffusion_model)).__name__, known)
+
+
 def uncompiled(diffusion_model: nn.Module) -> nn.Module:
     """The model itself where torch.compile has wrapped it."""
     return getattr(diffusion_model, "_orig_mod", diffusion_model)
@@ -99,18 +105,22 @@ FAMILIES: dict[str, Family] = {
     "OpenSoraT2V": Family(
         "opensora_plan", layouts.open_sora_plan, "config.num_attention_heads", {"double": "transformer_blocks"}
     ),
-    # T2V, I2V, Fun (ref_conv), Phantom, ATI, TI2V 5B; the 14B of Wan 2.2 are two of these.
+    # T2V, I2V, Fun (ref_conv), Phantom, ATI, TI2V 5B, Bernini, FlowRVS, InfiniteTalk; the 14B of Wan 2.2 are two of these.
     "WanModel": Family("wan", layouts.wan),
     "VaceWanModel": Family("wan", layouts.wan, order=_vace_order),
     "CameraWanModel": Family("wan", layouts.wan),
     # Its face attention goes over 5 keys a frame and by no hook: left as it is.
     "AnimateWanModel": Family("wan", layouts.wan),
+    "WanDancerModel": Family("wan", layouts.wan),
+    "SCAILWanModel": Family("wan", layouts.wan_pose),
+    "SCAIL2WanModel": Family("wan", layouts.wan_pose),
     "HumoWanModel": Family("wan", layouts.wan_reference),
     "WanModel_S2V": Family("wan", layouts.wan_reference, hook_since="0.5.0"),
     # HunyuanVideo, its I2V, SkyReels, and 1.5 with its super-resolution model.
     "HunyuanVideo": Family("hunyuan_video", layouts.hunyuan_video, blocks={"double": "double_blocks", "single": "single_blocks"}),
     "LTXVModel": Family("ltx_video", layouts.ltx_video, "transformer_blocks.0.attn1.heads", {"double": "transformer_blocks"}),
     "LTXAVModel": Family("ltx_av", layouts.ltx_audio_video, "num_attention_heads", {"double": "transformer_blocks"}),
+    "CogVideoXTransformer3DModel": Family("cogvideox", layouts.cogvideox, "num_attention_heads"),
     "AsymmDiTJoint": Family("mochi", layouts.mochi),
     "GeneralDIT": Family("cosmos", layouts.cosmos),
     "MiniTrainDIT": Family("cosmos_predict2", layouts.cosmos),
@@ -120,4 +130,9 @@ FAMILIES: dict[str, Family] = {
         "visual_transformer_blocks.0.self_attention.num_heads",
         {"double": "visual_transformer_blocks"},
     ),
+}
+
+# Models that the pack knows and leaves as they are.
+LEFT_DENSE = {
+    "CausalWanModel": "it makes a few frames at a time over a cache of the earlier ones, and ComfyUI passes no attention hook there",
 }

@@ -52,6 +52,11 @@ def _length(tokens: Tensor | None) -> int:
     return 0 if tokens is None else tokens.shape[-2]
 
 
+def _tokens(latents: Tensor | None, patch: Sequence[int]) -> int:
+    """How many tokens latents (B, C, T, H, W) become, 0 for None."""
+    return 0 if latents is None else patch_grid(latents.shape, patch).tokens
+
+
 def open_sora_plan(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
     """The text is cut behind its last real token."""
     mask = conds.get("attention_mask")
@@ -60,13 +65,16 @@ def open_sora_plan(size: Sequence[int], model: Any, text: Tensor | None, conds: 
 
 
 def wan(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
-    """[reference image of ref_conv | video | frames of time_dim_concat (Phantom)]; CLIP tokens and text are crossed with."""
+    """[reference image of ref_conv | video | frames of time_dim_concat (Phantom) | context_latents (Bernini)].
+
+    CLIP tokens, of two images for WanDancer, and text are crossed with.
+    """
     reference, prefix = conds.get("reference_latent"), 0
     if reference is not None and getattr(model, "ref_conv", None) is not None:
         prefix = math.prod(side // p for side, p in zip(reference.shape[-2:], model.patch_size[1:], strict=True))
-    appended = conds.get("time_dim_concat")
-    suffix = 0 if appended is None else patch_grid(appended.shape, model.patch_size).tokens
-    image = _length(conds.get("clip_fea"))
+    appended = (conds.get("time_dim_concat"), *(conds.get("context_latents") or ()))
+    suffix = sum(_tokens(latents, model.patch_size) for latents in appended)
+    image = _length(conds.get("clip_fea")) + _length(conds.get("clip_fea_ref"))
     return Tokens(TokenLayout(patch_grid(size, model.patch_size), prefix, suffix), (_length(text), image, _length(text) + image))
 
 
@@ -84,6 +92,13 @@ def wan_reference(size: Sequence[int], model: Any, text: Tensor | None, conds: C
             suffix += math.prod(side // p for side, p in sides)
     layout = found.layout
     return Tokens(TokenLayout(layout.grid, 0, layout.suffix + suffix), found.others)
+
+
+def wan_pose(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """[reference frames | video | frames of the pose] (SCAIL), the pose in a size of its own."""
+    found, patch = wan(size, model, text, conds), model.patch_size
+    reference, pose = _tokens(conds.get("reference_latent"), patch), _tokens(conds.get("pose_latents"), patch)
+    return Tokens(TokenLayout(found.layout.grid, reference, found.layout.suffix + pose), found.others)
 
 
 def hunyuan_video(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
@@ -119,7 +134,7 @@ def _padding(mask: Tensor | None, length: int) -> int:
 def ltx_video(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
     """[video | guide frames]; versions that split the forward into steps drop the guide tokens that the mask marks."""
     grid, keyframes = patch_grid(size, (1, 1, 1)), conds.get("keyframe_idxs")
-    if keyframes is None:
+    if keyframes is None or not keyframes.shape[2]:
         return Tokens(TokenLayout(grid), (_length(text),))
     per_frame = grid.tokens_per_frame
     video_frames = grid.t - math.ceil(keyframes.shape[2] / per_frame)
@@ -137,10 +152,17 @@ def ltx_video(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds
 
 
 def ltx_audio_video(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
-    """As ltx_video; the audio, latents (B, C, L, F), has its own stream of L tokens."""
-    video = ltx_video(size, model, text, conds)
-    audio = tuple(shape[2] for shape in conds.get("latent_shapes", ())[1:])
+    """As ltx_video; the audio, latents (B, C, L, F), has its own stream of L tokens, a reference voice before them."""
+    video, voice = ltx_video(size, model, text, conds), conds.get("ref_audio")
+    before = 0 if voice is None else _length(voice["tokens"])
+    audio = tuple(before + shape[2] for shape in conds.get("latent_shapes", ())[1:])
     return Tokens(video.layout, video.others + audio)
+
+
+def cogvideox(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """[text | video]; version 1.5 joins two latent frames in a token."""
+    patch = (model.patch_size_t or 1, model.patch_size, model.patch_size)
+    return Tokens(TokenLayout(patch_grid(size, patch), _length(text)))
 
 
 def mochi(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:

@@ -16,7 +16,7 @@ from ...efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState,
 from ...efficient_vdit_core.attention.report import AttentionReport
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from ...efficient_vdit_core.plan import TilePlan
-from .families import FAMILIES, Family, find_family, uncompiled
+from .families import Family, find_family, uncompiled, why_no_family
 from .layouts import UnknownLayout
 
 log = logging.getLogger("efficient_vdit")
@@ -62,7 +62,7 @@ def patch_attention(
     patched = model.clone()
     diffusion_model = uncompiled(patched.get_model_object("diffusion_model"))
     family = find_family(diffusion_model)
-    why = f"where its video tokens stand is not known. Known are {', '.join(FAMILIES)}" if family is None else family.why_no_hook()
+    why = why_no_family(diffusion_model) if family is None else family.why_no_hook()
     if family is None or why:
         log.warning("Efficient-vDiT: %s stays dense: %s.", type(diffusion_model).__name__, why)
         return patched

@@ -7,10 +7,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import comfy.model_management as mm
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
+from comfy.k_diffusion.sampling import sample_euler
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
@@ -28,7 +30,7 @@ from ...efficient_vdit_core.search import (
 from ...efficient_vdit_core.search.candidates import sparse_candidates
 from ...efficient_vdit_core.search.probe import BLOCK
 from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, choose_layers, make_mass_override
-from .families import FAMILIES, Family, find_family, uncompiled
+from .families import Family, find_family, uncompiled, why_no_family
 from .patch import OVERRIDE, WRAPPER_KEY, patch_attention
 
 MAX_MAPS = 12
@@ -132,9 +134,7 @@ def _known_family(model: Any) -> tuple[Family, Any]:
     network = uncompiled(model.get_model_object("diffusion_model"))
     family = find_family(network)
     if family is None:
-        raise ValueError(
-            f"{type(network).__name__} cannot be measured: where its video tokens stand is not known. Known are {', '.join(FAMILIES)}."
-        )
+        raise ValueError(f"{type(network).__name__} cannot be measured: {why_no_family(network)}.")
     return family, network
 
 
@@ -165,9 +165,12 @@ def _observed(model: Any, make: Callable[[Override | None], Override]) -> Any:
 def _latent(model: Any, latent: dict[str, Any], *, empty: bool) -> Any:
     """The first entry of the latents' batch (1, C, T, H, W) with the model's channels; zeros of its size where ``empty``.
 
-    What a noise mask keeps is content, so such latents stay as they are. Video with audio comes as a nested tensor, and stays one.
+    What a noise mask keeps is content, and so is what FlowRVS starts from in place of noise: such latents stay as they are.
+    Video with audio comes as a nested tensor, and stays one.
     """
-    samples, empty = latent["samples"], empty and "noise_mask" not in latent
+    without_noise = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())  # in versions with such a model
+    from_latent = isinstance(model.get_model_object("model_sampling"), without_noise)
+    samples, empty = latent["samples"], empty and not from_latent and "noise_mask" not in latent
     if samples.is_nested:
         start = type(samples)([torch.zeros_like(x[:1]) if empty else x[:1] for x in samples.unbind()])
     else:
@@ -181,12 +184,23 @@ def _video(latent: Any) -> Tensor:
     return latent.unbind()[0] if latent.is_nested else latent
 
 
+def _euler(model: Any, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+    """Euler steps; CogVideoX, which scales no latents itself, is handed them at unit variance, as VOIDSampler does."""
+
+    def at_unit_variance(x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
+        return model(x / (1 + sigma.view(-1, *(1,) * (x.ndim - 1)) ** 2).sqrt(), sigma, **args)
+
+    scales_none = getattr(comfy.model_sampling, "V_PREDICTION_DDPM", ())  # since ComfyUI knows CogVideoX
+    own = isinstance(model.inner_model.inner_model.model_sampling, scales_none)
+    return sample_euler(at_unit_variance if own else model, x, sigmas, **options)
+
+
 def _walk(
     model: Any, positive: Any, negative: Any, start: Any, mask: Any, sigmas: Tensor, seed: int, cfg: float, callback: Any
 ) -> None:
     noise = comfy.sample.prepare_noise(start, seed)
     other, scale = (positive, 1.0) if negative is None else (negative, cfg)
-    euler = comfy.samplers.sampler_object("euler")
     comfy.sample.sample_custom(
-        model, noise, scale, euler, sigmas, positive, other, start, noise_mask=mask, callback=callback, disable_pbar=True, seed=seed
-    )
+        model, noise, scale, comfy.samplers.KSAMPLER(_euler), sigmas, positive, other, start, noise_mask=mask, callback=callback,
+        disable_pbar=True, seed=seed,
+    )  # fmt: skip

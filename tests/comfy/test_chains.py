@@ -67,6 +67,26 @@ def test_a_compiled_model_is_dense_again_and_compiled_once(compiled, way):
     assert found["dense"] < ROUNDING and found["graphs"] > 0 and found["graphs of a second run"] == 0
 
 
+@pytest.fixture(scope="module")
+def talk(in_process):
+    found = in_process("infinite_talk")
+    if "skipped" in found:
+        pytest.skip(found["skipped"])
+    return found
+
+
+@pytest.mark.parametrize("speakers", ["1", "2"])
+def test_infinite_talk_speaks_on_either_side(talk, speakers):
+    found = talk[speakers]
+    assert found["behind"] < ROUNDING and found["before"] < ROUNDING < 0.01 < min(found["dense"], found["speech"])
+    assert found["lines"] == ["Efficient-vDiT: 6 attention calls sparse at mean density 0.52; dense: 12 cross-attention"] * 2
+
+
+def test_what_infinite_talk_adds_is_not_shared_out(talk):
+    plain, one, two = talk["sharding"]
+    assert plain == "" and "(attn2_patch), as InfiniteTalk does" in one and "(attn1_patch, attn2_patch)" in two
+
+
 @pytest.mark.parametrize("order", ["before", "behind"])
 @pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
 def test_what_a_cache_skips_is_skipped_and_the_rest_is_sparse(facts, cache, order):

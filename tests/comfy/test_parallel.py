@@ -313,8 +313,10 @@ def facts(in_process):
     return in_process("parallel_host")
 
 
-@pytest.mark.parametrize("name", ["osp", "wan", "wan by frame"])
+@pytest.mark.parametrize("name", ["osp", "wan", "wan by frame", "wan with references"])
 def test_a_rank_of_a_headless_comfyui_computes_the_same(facts, name):
+    if name not in facts:
+        pytest.skip("this ComfyUI knows no references in context")
     assert facts[name]["error"] <= 1e-4 and facts[name]["bytes"] > 0
 
 

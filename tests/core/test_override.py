@@ -173,6 +173,15 @@ def test_masked_padding_is_left_out(oracle, prefix, suffix, padding, skip_output
     assert not out[:, :, list(padding)].any()
 
 
+def test_a_mask_over_all_tokens_for_a_part_of_the_queries_is_masked_and_no_layer():
+    report, state, x = AttentionReport(), ForwardState(LAYOUT), flat()[0]
+    override = make_attention_override(TilePlan.uniform(1), report)
+    call(override, (x[:, :20], x, x), state, mask=torch.zeros(1, 1, 1, 30))
+    call(override, (x[:, 20:], x, x), state, mask=torch.zeros(1, 1, 10, 30))
+    call(override, (x, x[:, :7], x[:, :7]), state, mask=torch.zeros(1, 1, 1, 7))  # a masked text
+    assert dict(report.dense) == {"masked": 2, "cross-attention": 1} and state.calls == 0
+
+
 def test_a_mask_for_each_query_is_no_padding():
     layout, report = TokenLayout(TokenGrid(5, 2, 2), 2, 8), AttentionReport()
     override = make_attention_override(TilePlan.uniform(1), report)

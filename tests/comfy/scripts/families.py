@@ -11,8 +11,7 @@ import traceback
 
 from host import call, load_pack, log_lines, torch  # isort: skip
 import comfy.samplers  # isort: skip
-import comfy.supported_models  # isort: skip
-from tiny_models import CASES, Case, build, inputs  # isort: skip
+from tiny_models import CASES, Case, build, inputs, missing  # isort: skip
 
 OVERRIDE = "optimized_attention_override"
 pack = load_pack()
@@ -47,10 +46,21 @@ def run(model, case: Case, changed: int | None = None):
     guider.set_conds(cond, negative)
     guider.set_cfg(1.0 if case.single else 2.0)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
-    zeros = x - x if hasattr(x, "unbind") and x.is_nested else torch.zeros_like(x)
+    start = x - x if x.is_nested else torch.zeros_like(x)
+    if case.config == "WAN21_FlowRVS":  # starts from a video in place of noise
+        start = x
     with torch.inference_mode():
-        out = guider.sample(x, zeros, comfy.samplers.sampler_object("euler"), sigmas, noise_mask, disable_pbar=True, seed=0)
+        out = guider.sample(x, start, sampler(case), sigmas, noise_mask, disable_pbar=True, seed=0)
     return torch.cat([part.flatten() for part in out.unbind()]) if out.is_nested else out.flatten()
+
+
+def sampler(case: Case):
+    """Euler; CogVideoX has one of its own, for its latents are scaled nowhere else."""
+    if not case.config.startswith("CogVideoX"):
+        return comfy.samplers.sampler_object("euler")
+    from comfy_extras.nodes_void import VOID_DDIM  # only in versions with such a model
+
+    return VOID_DDIM()
 
 
 def live_tiles(case: Case):
@@ -103,8 +113,9 @@ def where_frames_stand(model, case: Case) -> list[list[int]]:
         run(watched, case, changed)
         return seen[0]
 
-    before = first_queries(None)
-    return [(first_queries(t) != before).any(-1).any(0).nonzero().flatten().tolist() for t in range(frames)]
+    before, last = first_queries(None), case.latent[1] - 1
+    moved = [min((t + 1) * case.patch_t - 1, last) for t in range(frames)]
+    return [(first_queries(t) != before).any(-1).any(0).nonzero().flatten().tolist() for t in moved]
 
 
 def latent_of(case: Case) -> tuple[dict, list]:
@@ -129,10 +140,24 @@ def mapped(model, case: Case) -> list[int]:
     return sorted(probe.measure_tiles(model, cond, latent, layers="0,-1", percent=0.0, seed=0, rows=2))
 
 
+def left_dense(model, case: Case) -> dict:
+    """What a run and a search say where nothing may become sparse."""
+    dense = run(model, case)
+    lines.clear()
+    changed = float((run(patched(model, 1), case) - dense).abs().max())
+    try:
+        searched(model, case, "attention")
+    except ValueError as error:
+        return {"changed": changed, "lines": list(lines), "refused": str(error)}
+    return {"changed": changed, "lines": list(lines), "refused": ""}
+
+
 def facts(case: Case) -> dict:
-    if not hasattr(comfy.supported_models, case.config):
-        return {"skipped": f"this ComfyUI has no {case.config}"}
+    if missing(case):
+        return {"skipped": f"this ComfyUI has no {missing(case)}"}
     model = build(case)
+    if case.left_dense:
+        return left_dense(model, case)
     diffusion_model = model.model.diffusion_model
     why = families.find_family(diffusion_model).why_no_hook()
     forwards: list[int] = []

@@ -74,12 +74,14 @@ def rank_main(rank, folder):
         facts[f"plan of {key}"] = said["plan"]
         host.models["plain"] = host.kept[-1]
 
-    def compare(name, x, text, levels, **extra):
+    def compare(name, x, text, levels, references=None):
         worst = 0.0
         for level in levels:
             tensors = {"x": x, "t": level, "c": text}
             given = {n: {"_tensor": m} for n, m in (("x", "x"), ("t", "t"), ("c_crossattn", "c"))}
-            inputs = {**given, "options": {}, **extra}
+            inputs = {**given, "options": {}}
+            if references is not None:
+                tensors["r"], inputs["context_latents"] = references, [{"_tensor": "r"}]
             plain = host.step({"key": "plain", "inputs": inputs, "scheme": "auto"}, tensors)[1]["out"]
             said, out = host.step({"key": name, "inputs": inputs, "scheme": "auto"}, tensors)
             worst = max(worst, float((out["out"] - plain).abs().max() / plain.abs().max()))
@@ -97,6 +99,9 @@ def rank_main(rank, folder):
         opened("wan", prompt(wan("wan.safetensors")), ["3", 0])
         x = torch.randn(1, 16, 5, 6, 8)
         compare("wan", x, torch.randn(1, 7, 4096), [torch.tensor([0.7])])
+        if importlib.util.find_spec("comfy_extras.nodes_bernini"):
+            host.models["wan with references"] = host.models["wan"]
+            compare("wan with references", x, torch.randn(1, 7, 4096), [torch.tensor([0.7])], torch.randn(1, 16, 1, 4, 6))
         # A noise level for each latent frame, as Wan 2.2 5B has: the modulation differs by token.
         model = host.models["wan"].model
         model.process_timestep = lambda t, **_: t[:, None] * torch.linspace(0.5, 1.0, 5)

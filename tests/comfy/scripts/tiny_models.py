@@ -3,6 +3,7 @@
 The numbers of tokens are written down here by hand, apart from the pack's own rules.
 """
 
+import importlib.util
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,8 @@ WAN = {
     "patch_size": (1, 2, 2), "freq_dim": 32, "in_dim": 16, "out_dim": 16, "text_dim": TEXT, "window_size": (-1, -1),
     "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
 }  # fmt: skip
+DANCER = {**WAN, "model_type": "wandancer", "in_dim": 36, "audio_inject_layers": [0, 2]}
+SCAIL = {**WAN, "model_type": "scail", "in_dim": 20}
 HUNYUAN = {
     "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "vec_in_dim": 24,
     "axes_dim": [8, 8, 8], "context_in_dim": TEXT, "hidden_size": WIDTH, "mlp_ratio": 2.0, "num_heads": HEADS, "depth": 2,
@@ -33,6 +36,11 @@ LTX = {
     "cross_attention_dim": WIDTH, "caption_channels": TEXT, "in_channels": 128,
 }  # fmt: skip
 LTX_AUDIO = {**LTX, "image_model": "ltxav", "audio_num_attention_heads": 2, "audio_attention_head_dim": 12, "audio_cross_attention_dim": 24}
+COGVIDEOX = {
+    "image_model": "cogvideox", "num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 3, "text_embed_dim": TEXT,
+    "time_embed_dim": 24, "in_channels": 16, "out_channels": 16,
+}  # fmt: skip
+COGVIDEOX_15 = {**COGVIDEOX, "in_channels": 32, "patch_size_t": 2, "ofs_embed_dim": 24, "use_rotary_positional_embeddings": True}
 MOCHI = {
     "image_model": "mochi_preview", "depth": 3, "patch_size": 2, "num_heads": HEADS, "hidden_size_x": WIDTH, "hidden_size_y": 24,
     "mlp_ratio_x": 256, "mlp_ratio_y": 256, "learn_sigma": False, "in_channels": 12, "qk_norm": True, "qkv_bias": False,
@@ -74,6 +82,9 @@ class Case:
         layers: the layer of each self-attention over the video, in the order of the calls.
         conds: entries of the conditioning.
         padding: where masked text stands in the sequence.
+        patch_t: latent frames in a token.
+        requires: a module of ComfyUI, or a name in one; a version that has not got it skips the case.
+        left_dense: nothing of it can become sparse.
         single: one video and no guidance, where ComfyUI itself takes no more.
         newer: settings that only versions from 0.8 on know.
     """
@@ -87,9 +98,22 @@ class Case:
     conds: dict[str, Any] = field(default_factory=dict)
     audio: tuple[int, ...] = ()
     padding: range = range(0)
+    patch_t: int = 1
+    requires: str = ""
+    left_dense: bool = False
     batch: int = 2
     single: bool = False
     newer: dict[str, Any] = field(default_factory=dict)
+
+
+def missing(case: Case) -> str:
+    """What this ComfyUI has not got of a case, "" where it has everything."""
+    if not hasattr(comfy.supported_models, case.config):
+        return case.config
+    module, _, name = case.requires.partition(":")
+    if not module or importlib.util.find_spec(module) and (not name or hasattr(importlib.import_module(module), name)):
+        return ""
+    return case.requires
 
 
 def comfyui_version() -> tuple[int, int]:
@@ -116,6 +140,11 @@ def guides(frames: int, h: int, w: int, dropped: int = 0):
     return latent_to_pixel_coords(coords, (8, 32, 32), causal_fix=True), values
 
 
+def weights(*strengths: float, tokens: int = 12) -> list[dict]:
+    """What LTXVAddGuide notes of each guide of one frame of ``tokens``."""
+    return [{"pre_filter_count": tokens, "strength": s, "pixel_mask": None, "latent_shape": [1, 3, 4]} for s in strengths]
+
+
 def _cases() -> dict[str, Case]:
     pooled = {"pooled_output": noise(1, 24)}
     masked = {"attention_mask": mask(7)}
@@ -130,6 +159,12 @@ def _cases() -> dict[str, Case]:
         "wan with a reference it ignores": Case("WAN21_T2V", WAN, even, (0, 5, 6, 0),
                                                 conds={"reference_latents": [noise(1, 16, 1, 4, 6)]}),
         "wan phantom": Case("WAN21_T2V", WAN, odd, (0, 5, 12, 24), conds={"time_dim_concat": noise(1, 16, 2, 5, 7)}),
+        "wan with references in context": Case("WAN21_T2V", WAN, odd, (0, 5, 12, 5 * 12 + 6), requires="comfy_extras.nodes_bernini",
+                                               conds={"context_latents": [noise(1, 16, 5, 5, 7), noise(1, 16, 1, 4, 6)]}),
+        "wan phantom with a reference in context": Case("WAN21_T2V", WAN, even, (0, 5, 6, 12 + 4), requires="comfy_extras.nodes_bernini",
+                                                        conds={"time_dim_concat": noise(1, 16, 2, 4, 6),
+                                                               "context_latents": [noise(1, 16, 1, 3, 4)]}),
+        "wan flow rvs": Case("WAN21_FlowRVS", {**WAN, "model_type": "flow_rvs"}, even, (0, 5, 6, 0)),
         "wan 2.2 5B": Case("WAN22_T2V", {**WAN, "in_dim": 48, "out_dim": 48}, (48, 5, 5, 7), (0, 5, 12, 0)),
         "wan vace": Case("WAN21_Vace", {**WAN, "model_type": "vace", "num_layers": 4, "vace_layers": 2, "vace_in_dim": 96}, even,
                          (0, 5, 6, 0), (0, 0, 1, 2, 2, 3)),
@@ -144,6 +179,20 @@ def _cases() -> dict[str, Case]:
         "wan s2v": Case("WAN22_S2V", {**WAN, "model_type": "s2v", "audio_inject_layers": [0, 2], "audio_dim": 16, "num_audio_token": 4},
                         (16, 5, 8, 8), (0, 5, 16, 16 + 16 + 4 + 4), conds={
             "reference_latents": [noise(1, 16, 1, 8, 8)], "reference_motion": noise(1, 16, 19, 8, 8)}),
+        "wan dancer": Case("WAN22_WanDancer", DANCER, (16, 5, 4, 8), (0, 5, 8, 0), conds={
+            "audio_embed": noise(1, 20, 35), "clip_vision_output": vision(9, 1280), "clip_vision_output_ref": vision(9, 1280)}),
+        "wan dancer over the whole music": Case("WAN22_WanDancer", DANCER, (16, 5, 4, 8), (0, 5, 8, 0), single=True, conds={
+            "audio_embed": noise(1, 20, 35), "fps": 7.5, "clip_vision_output": vision(4, 1280), "clip_vision_output_ref": vision(3, 1280)}),
+        "wan dancer with images as long as the video": Case("WAN22_WanDancer", DANCER, (16, 5, 4, 8), (0, 5, 8, 0), left_dense=True, conds={
+            "audio_embed": noise(1, 20, 35), "clip_vision_output": vision(21, 1280), "clip_vision_output_ref": vision(19, 1280)}),
+        "wan scail": Case("WAN21_SCAIL", SCAIL, odd, (12, 5, 12, 5 * 4), conds={
+            "reference_latents": [noise(1, 16, 1, 5, 7)], "pose_video_latent": noise(1, 16, 5, 3, 4),
+            "clip_vision_output": vision(9, 1280)}),
+        "wan scail without a pose": Case("WAN21_SCAIL", SCAIL, even, (0, 5, 6, 0)),
+        "wan scail 2": Case("WAN21_SCAIL2", {**SCAIL, "model_type": "scail2"}, (16, 5, 4, 8), (3 * 8, 5, 8, 5 * 2), batch=1, conds={
+            "reference_latents": [noise(1, 16, 1, 4, 8)] * 3, "pose_video_latent": noise(1, 16, 5, 2, 4), "ref_mask_flag": False,
+            "driving_mask_28ch": noise(1, 5, 28, 2, 4), "ref_mask_28ch": noise(1, 8, 28, 4, 8)}),
+        "wan causal": Case("WAN21_CausalAR_T2V", WAN, even, (0, 5, 6, 0), left_dense=True),
         "wan animate": Case("WAN22_Animate", {**WAN, "model_type": "animate", "in_dim": 36, "num_layers": 5}, even, (0, 5, 6, 0),
                             tuple(range(5)), conds={"pose_video_latent": noise(1, 16, 4, 4, 6)}, batch=1),
     }  # fmt: skip
@@ -168,9 +217,23 @@ def _cases() -> dict[str, Case]:
         "ltx": Case("LTXV", LTX, (128, 5, 3, 5), (0, 5, 15, 0), conds=masked),
         "ltx with guides": Case("LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24), conds={**masked, "guides": (2, 0)}),
         "ltx with dropped guides": Case("LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24 - dropped), conds={**masked, "guides": (2, 5)}),
+        "ltx with guides of full strength": Case("LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24 - dropped), conds={
+            **masked, "guides": (2, 5), "guide_attention_entries": weights(1.0, 1.0)}),
+        "ltx with weaker guides": Case(
+            "LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24), requires="comfy.ldm.lightricks.model:GuideAttentionMask", left_dense=True,
+            conds={**masked, "guides": (2, 0), "guide_attention_entries": weights(1.0, 0.5)}),
         "ltx audio": Case("LTXAV", LTX_AUDIO, (128, 5, 3, 5), (0, 5, 15, 0), text=(7, 2 * TEXT), audio=(8, 11, 16), conds=masked, batch=1),
+        "ltx audio with guides": Case("LTXAV", LTX_AUDIO, (128, 7, 3, 4), (0, 5, 12, 24 - dropped), text=(7, 2 * TEXT), audio=(8, 11, 16),
+                                      batch=1, conds={**masked, "guides": (2, 5)}),
+        "ltx audio with a voice": Case("LTXAV", LTX_AUDIO, (128, 5, 3, 5), (0, 5, 15, 0), text=(7, 2 * TEXT), audio=(8, 11, 16), batch=1,
+                                       conds={**masked, "ref_audio": {"tokens": noise(1, 4, 128)}}),
     }
     others = {
+        "cogvideox": Case("CogVideoX_T2V", COGVIDEOX, odd, (7, 5, 12, 0)),
+        "cogvideox i2v": Case("CogVideoX_I2V", {**COGVIDEOX, "in_channels": 32, "use_rotary_positional_embeddings": True,
+                                                "use_learned_positional_embeddings": True}, even, (6, 5, 6, 0), text=(6, TEXT),
+                              conds={"concat_latent_image": noise(1, 16, 1, 4, 6)}),
+        "cogvideox 1.5": Case("CogVideoX_I2V", COGVIDEOX_15, (16, 9, 4, 6), (7, 5, 6, 0), patch_t=2),
         "mochi": Case("GenmoMochi", MOCHI, (12, 5, 4, 6), (0, 5, 6, 5), text=(9, TEXT), conds={"attention_mask": mask(5, 4)}),
         "cosmos": Case("CosmosT2V", COSMOS_1, even, (0, 5, 6, 0), conds=masked),
         "cosmos predict2": Case("CosmosI2VPredict2", {**COSMOS, "image_model": "cosmos_predict2", "in_channels": 17}, even, (0, 5, 6, 0)),
@@ -202,11 +265,12 @@ def build(case: Case) -> comfy.model_patcher.ModelPatcher:
 def inputs(case: Case) -> tuple[Any, list, Any]:
     """Noise (nested where audio goes with it), the conditioning and the noise mask."""
     x, extra, noise_mask = noise(1 if case.single else case.batch, *case.latent), dict(case.conds), None
-    if case.audio:
-        from comfy.nested_tensor import NestedTensor  # only in versions with such a model
-
-        x = NestedTensor([x, noise(case.batch, *case.audio)])
     if "guides" in extra:
         frames, dropped = extra.pop("guides")
         extra["keyframe_idxs"], noise_mask = guides(frames, *case.latent[-2:], dropped)
+    if case.audio:
+        from comfy.nested_tensor import NestedTensor  # only in versions with such a model
+
+        sound = noise(case.batch, *case.audio)
+        x, noise_mask = NestedTensor([x, sound]), None if noise_mask is None else NestedTensor([noise_mask, torch.ones_like(sound)])
     return x, [[noise(1, *case.text), extra]], noise_mask
