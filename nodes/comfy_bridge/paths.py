@@ -8,6 +8,7 @@ from pathlib import Path
 import folder_paths
 
 from ...efficient_vdit_core import assets
+from ...efficient_vdit_core.files import write_text
 from ...efficient_vdit_core.plan import TilePlan
 
 BUILT_IN = "tiny (built in)"
@@ -63,9 +64,13 @@ def save_plan(plan: TilePlan, prefix: str) -> str:
     for number in range(1, MAX_NUMBER + 1):
         path = folder / f"{prefix}_{number:05}.json"
         try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(plan.to_json())
-            return path.name
+            path.touch(exist_ok=False)  # the name is ours
         except FileExistsError:
             continue
+        try:
+            write_text(path, plan.to_json())
+        except BaseException:
+            path.unlink()
+            raise
+        return path.name
     raise ValueError(f"All {MAX_NUMBER} names {prefix}_00001.json and so on are taken. Choose another filename_prefix.")

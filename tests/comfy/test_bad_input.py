@@ -63,6 +63,11 @@ def test_a_request_that_does_not_fit_is_refused_before_the_model_runs(refusals, 
     assert_helpful(found["message"])
 
 
+def test_a_plan_that_finds_no_room_leaves_no_file(refusals):
+    assert refusals["full disk"] == {"error": "OSError", "left": []}
+    assert refusals["saved"] == ["plan_00001.json"]
+
+
 def test_an_unknown_model_stays_dense_and_the_log_says_so(refusals):
     found = refusals["unknown model"]
     assert not found["hooked"]

@@ -3,9 +3,14 @@
 import json
 
 from host import PACK, call, load_pack, log_lines, sample, torch  # isort: skip
+import os  # isort: skip
+import resource  # isort: skip
+import signal  # isort: skip
 import sys  # isort: skip
+import tempfile  # isort: skip
 
 import comfy.samplers  # isort: skip
+import folder_paths  # isort: skip
 
 pack = load_pack()
 (TilePlan,) = (m.TilePlan for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
@@ -55,6 +60,20 @@ unknown.add_object_patch("diffusion_model", torch.nn.Linear(1, 1))
 settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
 (left,) = call(pack["EVDiTSparseAttention"], model=unknown, plan=fits, **settings)
 facts["unknown model"] = {"lines": lines, "hooked": "optimized_attention_override" in left.model_options["transformer_options"]}
+# A disk that is full: the plan's name is free again.
+with tempfile.TemporaryDirectory() as folder:
+    folder_paths.folder_names_and_paths["evdit_plans"] = ([folder], {".json"})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        call(pack["EVDiTSaveTilePlan"], plan=fits, filename_prefix="plan")
+        facts["full disk"] = {"error": "", "left": os.listdir(folder)}
+    except OSError as error:
+        facts["full disk"] = {"error": type(error).__name__, "left": os.listdir(folder)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    call(pack["EVDiTSaveTilePlan"], plan=fits, filename_prefix="plan")
+    facts["saved"] = os.listdir(folder)
 control = refusal(lambda: run(noise, text))
 assert control == {"message": "", "evaluations": 2}, (control, PACK)
 print(json.dumps(facts))
