@@ -35,10 +35,11 @@ def find_shardable(model: Any) -> Family:
             f"{name} cannot be sharded: its blocks are not known to take the video tokens alone. "
             f"These do: {', '.join(SHARDABLE)}. Bypass EVDiTSequenceParallel for this model."
         )
-    patches = sorted({"attn1_patch", "attn2_patch"} & set(model.model_options["transformer_options"].get("patches", {})))
+    whole = {"attn1_patch", "attn2_patch", "double_block"}
+    patches = sorted(whole & set(model.model_options["transformer_options"].get("patches", {})))
     if patches and family.name == "wan":  # the other family never asks them
         raise ValueError(
-            f"Another node patches what the attention gives ({', '.join(patches)}), as InfiniteTalk does, and expects the whole video "
+            f"Another node patches what the layers give ({', '.join(patches)}), as InfiniteTalk does, and expects the whole video "
             "there, which no rank holds. Bypass that node, or EVDiTSequenceParallel."
         )
     return family

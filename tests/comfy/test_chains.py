@@ -83,8 +83,9 @@ def test_infinite_talk_speaks_on_either_side(talk, speakers):
 
 
 def test_what_infinite_talk_adds_is_not_shared_out(talk):
-    plain, one, two = talk["sharding"]
+    plain, one, two, blocks = talk["sharding"]
     assert plain == "" and "(attn2_patch), as InfiniteTalk does" in one and "(attn1_patch, attn2_patch)" in two
+    assert "(double_block)" in blocks
 
 
 @pytest.mark.parametrize("order", ["before", "behind"])

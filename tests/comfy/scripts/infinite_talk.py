@@ -102,7 +102,9 @@ def refusal(chosen) -> str:
     return ""
 
 
-facts = {"sharding": [refusal(model), refusal(speaking(model, 1)[0]), refusal(speaking(model, 2)[0])]}
+patched = model.clone()
+patched.set_model_patch(lambda args: args, "double_block")
+facts = {"sharding": [refusal(model), refusal(speaking(model, 1)[0]), refusal(speaking(model, 2)[0]), refusal(patched)]}
 for speakers in (1, 2):
     source, cond = speaking(model, speakers)
     judge = source.clone()
