@@ -22,6 +22,7 @@ from .padding import fill_in, leave_out, without_padding
 from .report import AttentionReport
 
 FORWARD_KEY = "evdit"
+ANOTHER_LENGTH = "another sequence length"
 
 Override = Callable[..., Tensor]
 
@@ -141,7 +142,9 @@ def make_attention_override(
         if state is not None and state.owner not in (None, override):
             return dense.call(q, k, v, heads, mask, **form)
         layout = state.layout if state else None
-        reason = _why_not_the_video(state, q, k, mask, skip_reshape, report)
+        reason = why_not_the_video(state, q, k, mask, skip_reshape)
+        if layout is not None and reason == ANOTHER_LENGTH:
+            _warn_of_length(q.shape[2 if skip_reshape else 1], layout, report)
         if state is None or layout is None or reason:
             report.add_dense(reason)
             return dense.call(q, k, v, heads, mask, **form)
@@ -189,27 +192,30 @@ def _backend(qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout, pattern: T
     return choose_backend(*qkv, layout, pattern, dense=dense, dense_name=dense.name, or_dense=decline_slow)
 
 
-def _why_not_the_video(state: ForwardState | None, q: Tensor, k: Tensor, mask: Tensor | None, skip_reshape: bool,
-                       report: AttentionReport) -> str:
-    """The reason why this is no self-attention over the video; an empty text where it is."""
-    tokens = q.shape[2] if skip_reshape else q.shape[1]
+def why_not_the_video(state: ForwardState | None, q: Tensor, k: Tensor, mask: Tensor | None, skip_reshape: bool) -> str:
+    """The reason why this is no self-attention over the video; an empty text where it is.
+
+    q and k are (B, H, N, D) with ``skip_reshape``, else (B, N, H * D).
+    """
     if state is None:
         return "no token grid"
     if k.shape != q.shape:
         return "masked" if state.masks_a_part(k, mask, skip_reshape) else "cross-attention"
     if state.layout is None:
         return state.reason
+    tokens = q.shape[2 if skip_reshape else 1]
     if tokens == state.layout.tokens:
         return ""
-    if tokens in state.others:
-        return "text or audio alone"
+    return "text or audio alone" if tokens in state.others else ANOTHER_LENGTH
+
+
+def _warn_of_length(tokens: int, layout: TokenLayout, report: AttentionReport) -> None:
     report.warn(
-        "another sequence length",
-        f"attention over {tokens} tokens stays dense: the video and the tokens beside it should be {state.layout.tokens} "
-        f"({state.layout.prefix} + {state.layout.grid.t} frames of {state.layout.grid.tokens_per_frame} + "
-        f"{state.layout.suffix}). Another node may add or drop tokens.",
+        ANOTHER_LENGTH,
+        f"attention over {tokens} tokens stays dense: the video and the tokens beside it should be {layout.tokens} "
+        f"({layout.prefix} + {layout.grid.t} frames of {layout.grid.tokens_per_frame} + {layout.suffix}). "
+        "Another node may add or drop tokens.",
     )
-    return "another sequence length"
 
 
 def _pattern(plan: TilePlan, layer: int | None, state: ForwardState, layout: TokenLayout, options: Mapping[str, Any],

@@ -17,7 +17,7 @@ import torch
 from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from .config import DataConfig, DistillConfig, ModelConfig, TrainingConfig, read_section
 from .consistency import ConsistencyConfig
-from .export import LORA
+from .export import LORA, result_file
 from .knowledge import KnowledgeConfig, merge_deltas
 from .lora import merged
 from .metadata import DistillMetadata
@@ -136,7 +136,7 @@ class ThreeStages:
 
     def merge(self, name: str, consistency: str | Path, knowledge: str | Path) -> Path:
         """The changes of both stages added to the base: to be sampled as the first says, under the plan of the second."""
-        target = self.folder / name / "transformer" / "diffusion_pytorch_model.safetensors"
+        target = result_file(self.folder / name, lora=False)
         model = open_model(self.config.model)
         base, _ = read_state_dict(model.transformer_file)
         (few, about), (sparse, about_plan) = (read_state_dict(self.full(file)) for file in (consistency, knowledge))
@@ -151,7 +151,7 @@ class ThreeStages:
         file = Path(weights)
         if file.name != LORA:
             return file
-        target = file.parent / "transformer" / "diffusion_pytorch_model.safetensors"
+        target = result_file(file.parent, lora=False)
         if not target.is_file():
             model = open_model(self.config.model)
             base, _ = read_state_dict(model.transformer_file)

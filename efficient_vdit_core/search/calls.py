@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.override import ForwardState
+from ..attention.override import ForwardState, why_not_the_video
 from ..attention.padding import leave_out, without_padding
 
 
@@ -27,15 +27,9 @@ def layout_of_call(
 
     q and k are (B, H, N, D) with ``skip_reshape``, else (B, N, H * D).
     """
-    if state is None:
-        return None, "no token grid"
-    if k.shape != q.shape:
-        return None, "masked" if state.masks_a_part(k, mask, skip_reshape) else "cross-attention"
-    if state.layout is None:
-        return None, state.reason
-    tokens = q.shape[2 if skip_reshape else 1]
-    if tokens != state.layout.tokens:
-        return None, "text or audio alone" if tokens in state.others else "another sequence length"
+    reason = why_not_the_video(state, q, k, mask, skip_reshape)
+    if state is None or state.layout is None or reason:
+        return None, reason
     if state.layout.grid.t == 1:
         return None, "a single frame"
     if mask is not None and not state.masks_padding_alone(state.layout, mask):

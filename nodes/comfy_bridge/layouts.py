@@ -108,8 +108,7 @@ def hunyuan_video(size: Sequence[int], model: Any, text: Tensor | None, conds: C
     """
     if len(model.patch_size) != 3:
         raise UnknownLayout("the model makes images")
-    grid, reference = patch_grid(size, model.patch_size), conds.get("ref_latent")
-    image = 0 if reference is None else patch_grid(reference.shape, model.patch_size).tokens
+    grid, image = patch_grid(size, model.patch_size), _tokens(conds.get("ref_latent"), model.patch_size)
     words = beside = _length(text)
     for name, module in (("txt_byt5", "byt5_in"), ("clip_fea", "vision_in")):
         beside += _length(conds.get(name)) if getattr(model, module, None) is not None else 0
