@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.sampling.path import VPPath
 
 sys.path.insert(0, str(Path(__file__).parent))
+from ranks import RankCrashed, run_together  # noqa: E402
 from training_ranks import train_on_ranks  # noqa: E402
 
 pytest.importorskip("accelerate")
@@ -66,8 +68,19 @@ def save_wan(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All runs by name, made by one pair of ranks."""
-    folder = tmp_path_factory.mktemp("sharded")
+    """All runs by name, made by one pair of ranks.
+
+    Once in some hundred times a rank ends with "malloc(): unaligned tcache chunk detected" in a thread of gloo (PyTorch 2.13).
+    Python code cannot do that, and GPUs do not use gloo; so a crash, and only that, is told and tried once more.
+    """
+    try:
+        return all_runs(tmp_path_factory.mktemp("sharded"))
+    except RankCrashed as crash:
+        warnings.warn(f"Tried again, because PyTorch crashed in a rank: {crash}", stacklevel=2)
+        return all_runs(tmp_path_factory.mktemp("sharded"))
+
+
+def all_runs(folder):
     torch.manual_seed(0)
     base = folder / "base" / "diffusion_pytorch_model.safetensors"
     save_safetensors(base, OpenSoraT2V(SMALL).state_dict(), {"config": json.dumps(SMALL.to_dict())})
@@ -192,3 +205,10 @@ def test_a_target_that_nobody_wants_is_asked_among_processes(addim):
         assert bool(draw.first.all())
         results.append(loss.target_of(torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), None, draw))
     assert torch.equal(*results) and calls == [1]
+
+
+@pytest.mark.parametrize(("end", "kind"), [("import os; os.abort()", RankCrashed), ("raise ValueError", AssertionError)])
+def test_a_crash_is_told_from_a_failure(end, kind):
+    with pytest.raises(AssertionError) as caught:
+        run_together([[sys.executable, "-c", code] for code in ("pass", end)], timeout=60)
+    assert caught.type is kind

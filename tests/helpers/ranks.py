@@ -1,14 +1,22 @@
 """Processes that work together, one for each rank of a test."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
+class RankCrashed(AssertionError):
+    """A rank died of SIGABRT or SIGSEGV."""
+
+
 def run_together(commands: list[list[str]], timeout: float) -> list[str]:
-    """Run one command for each rank on the CPU, all at once; what they print, in order. None outlives the call."""
+    """Run one command for each rank on the CPU, all at once; what they print, in order. None outlives the call.
+
+    Raises RankCrashed where a rank crashed, else AssertionError where one failed.
+    """
     own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
     environment = {**os.environ, **own}
     started = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
@@ -17,5 +25,8 @@ def run_together(commands: list[list[str]], timeout: float) -> list[str]:
     finally:
         for process in started:
             process.kill()
-    assert all(p.returncode == 0 for p in started), "\n".join(f"rank {rank}:\n{err[-3000:]}" for rank, (_, err) in enumerate(ended))
+    if any(p.returncode for p in started):
+        exits = [p.returncode for p in started]
+        said = "\n".join(f"rank {rank}, exit {exits[rank]}:\n{err[-3000:]}" for rank, (_, err) in enumerate(ended))
+        raise (RankCrashed if {-signal.SIGABRT, -signal.SIGSEGV} & set(exits) else AssertionError)(said)
     return [out for out, _ in ended]
