@@ -22,8 +22,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Take in the weights after ``step`` steps; only every fourth step counts."""
-        if step % EVERY:
+        """Take in the weights after ``step`` steps; after the first four, only every fourth step counts."""
+        if step > EVERY and step % EVERY:  # a run of fewer steps has an average too
             return
         decay = min(self.decay**EVERY, step / (step + 40))
         floating = [name for name, value in state.items() if value.is_floating_point()]
