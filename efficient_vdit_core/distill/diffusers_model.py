@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ class DiffusersModel:
         return encode
 
     def video_encoder(self, device: torch.device) -> Callable[[np.ndarray], Tensor]:
-        vae = self._vae().to(device)
+        vae = self._load_vae().to(device)
 
         @torch.no_grad()
         def encode(frames: np.ndarray) -> Tensor:
@@ -146,7 +147,7 @@ class DiffusersModel:
         return encode
 
     def video_decoder(self) -> Callable[[Tensor], np.ndarray]:
-        vae = self._vae()
+        vae = self._vae
 
         @torch.no_grad()
         def decode(latents: Tensor) -> np.ndarray:
@@ -156,7 +157,12 @@ class DiffusersModel:
 
         return decode
 
+    @cached_property
     def _vae(self) -> Any:
+        """The decoder's: samples are decoded time and again during a training."""
+        return self._load_vae()
+
+    def _load_vae(self) -> Any:
         return self._pipeline(text_encoder=None, tokenizer=None).vae
 
     def _pipeline(self, **without: None) -> Any:

@@ -120,3 +120,25 @@ def test_another_architecture_is_refused(tmp_path):
         open_model(ModelConfig(path=str(tmp_path), family="diffusers"))
     with pytest.raises(ValueError, match="does not exist"):
         open_model(ModelConfig(path=str(tmp_path / "none"), family="diffusers"))
+
+
+def test_videos_go_through_wans_own_vae(wan, tmp_path, monkeypatch):
+    """Against diffusers' VAE called by hand. The decoder is used throughout a training and is read once; an encoder is its caller's own."""
+    vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0],
+                                     latents_std=[1.5, 0.5, 2.0, 1.0]).eval()  # fmt: skip
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=None).save_pretrained(tmp_path)
+    read, from_pretrained = [], diffusers.DiffusionPipeline.from_pretrained
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **kw: read.append(kw) or from_pretrained(*args, **kw))
+
+    frames = torch.randint(0, 256, (9, 32, 48, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    mean, deviation = (torch.tensor(x).view(1, 4, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+    with torch.no_grad():
+        raw = vae.encode(frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1).latent_dist.mode()
+        pixels = vae.decode(raw).sample[0].clamp(-1, 1)
+    latents = wan.video_encoder(torch.device("cpu"))(frames.numpy())
+    torch.testing.assert_close(latents, ((raw - mean) / deviation)[0])
+    for _ in range(3):
+        video = torch.from_numpy(wan.video_decoder()(latents))
+    assert (video.permute(3, 0, 1, 2).float() - (pixels + 1) * 127.5).abs().max() <= 0.51
+    assert len(read) == 2
