@@ -209,6 +209,15 @@ def why_not_the_video(state: ForwardState | None, q: Tensor, k: Tensor, mask: Te
     return "text or audio alone" if tokens in state.others else ANOTHER_LENGTH
 
 
+def why_no_pattern(state: ForwardState, layout: TokenLayout, mask: Tensor | None) -> str:
+    """The reason why no pattern goes over this self-attention over the video; an empty text where one can."""
+    if layout.grid.t == 1:
+        return "a single frame"
+    if mask is not None and not state.masks_padding_alone(layout, mask):
+        return "masked"
+    return "" if state.active else state.reason
+
+
 def _warn_of_length(tokens: int, layout: TokenLayout, report: AttentionReport) -> None:
     report.warn(
         ANOTHER_LENGTH,
@@ -251,12 +260,9 @@ def pattern_for_frames(plan: TilePlan, layer: int, depth: int | None, frames: in
 def _why_dense(state: ForwardState, layer: int | None, layout: TokenLayout, pattern: TilePattern, mask: Tensor | None,
                min_tokens: int, decline_slow: bool) -> str:
     """The reason why a self-attention over the video stays dense; an empty text where it becomes sparse."""
-    if layout.grid.t == 1:
-        return "a single frame"
-    if mask is not None and not state.masks_padding_alone(layout, mask):
-        return "masked"
-    if not state.active:
-        return state.reason
+    reason = why_no_pattern(state, layout, mask)
+    if reason:
+        return reason
     if layer is None:
         return "more calls than layers"
     if layout.grid.tokens < min_tokens:

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.override import ForwardState, why_not_the_video
+from ..attention.override import ForwardState, why_no_pattern, why_not_the_video
 from ..attention.padding import leave_out, without_padding
 
 
@@ -30,11 +30,8 @@ def layout_of_call(
     reason = why_not_the_video(state, q, k, mask, skip_reshape)
     if state is None or state.layout is None or reason:
         return None, reason
-    if state.layout.grid.t == 1:
-        return None, "a single frame"
-    if mask is not None and not state.masks_padding_alone(state.layout, mask):
-        return None, "masked"
-    return (without_padding(state.layout, state.masked(mask)), "") if state.active else (None, state.reason)
+    reason = why_no_pattern(state, state.layout, mask)
+    return (None, reason) if reason else (without_padding(state.layout, state.masked(mask)), "")
 
 
 def as_heads(x: Tensor, heads: int, skip_reshape: bool, padding: range) -> Tensor:
