@@ -25,8 +25,8 @@ def run_together(commands: list[list[str]], timeout: float) -> list[str]:
     finally:
         for process in started:
             process.kill()
-    if any(p.returncode for p in started):
-        exits = [p.returncode for p in started]
+    exits = [process.returncode for process in started]
+    if any(exits):
         said = "\n".join(f"rank {rank}, exit {exits[rank]}:\n{err[-3000:]}" for rank, (_, err) in enumerate(ended))
         raise (RankCrashed if {-signal.SIGABRT, -signal.SIGSEGV} & set(exits) else AssertionError)(said)
     return [out for out, _ in ended]
