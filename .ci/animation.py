@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Makes web/dense_beside_sparse.webp, README's animation: the tiny model before and after the three stages, from the same noise.
+"""Makes web/dense_beside_sparse.webp, README's animation: the tiny model before and after the three stages, from the
+same noise.
 
 Usage: python .ci/animation.py; minutes on a CPU.
 """
@@ -37,7 +38,9 @@ def sample() -> dict[str, list[np.ndarray]]:
     share = plan.density(request.latent_size[0], tuned.transformer.config.num_layers)
     return {
         f"{2 * STEPS} evaluations, all tiles": [base.generate(text, steps=STEPS, seed=SEED).frames for text in PROMPTS],
-        f"{request.steps} evaluations, {share:.0%} of tiles": [tuned.generate(text, plan=plan, seed=SEED).frames for text in PROMPTS],
+        f"{request.steps} evaluations, {share:.0%} of tiles": [
+            tuned.generate(text, plan=plan, seed=SEED).frames for text in PROMPTS
+        ],
     }
 
 
@@ -62,7 +65,9 @@ def frame(clips: dict[str, list[np.ndarray]], number: int) -> Image.Image:
             page.paste(picture, (SIDE + x * (cell + GAP), top))
     for x, text in enumerate(PROMPTS):
         middle = SIDE + x * (cell + GAP) + cell / 2, height - FOOT / 2 - GAP / 2
-        draw.text(middle, textwrap.fill(text, 30), font=ImageFont.load_default(13), fill=PALE, anchor="mm", align="center")
+        draw.text(
+            middle, textwrap.fill(text, 30), font=ImageFont.load_default(13), fill=PALE, anchor="mm", align="center"
+        )
     return page
 
 

@@ -19,7 +19,9 @@ QUIET = {
 
 
 def post(server: str, path: str, value: Any) -> Any:
-    request = urllib.request.Request(f"{server}{path}", json.dumps(value).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{server}{path}", json.dumps(value).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.loads(answer.read() or "null")
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Makes the pictures of the help pages, web/docs/<Node>/*.webp: what the tiny templates' runs show, and the nodes in ComfyUI's page.
+"""Makes the pictures of the help pages, web/docs/<Node>/*.webp: what the tiny templates' runs show, and the nodes in
+ComfyUI's page.
 
 Usage: python .ci/help_pictures.py http://127.0.0.1:8188 [CHROMIUM], of a running ComfyUI with this pack.
 """
@@ -67,7 +68,9 @@ def results(server: str) -> None:
 def nodes(page: Any) -> None:
     """Each node as the page draws it, with its values in a template."""
     for kind, template in NODES.items():
-        workflow = json.loads((ROOT / "workflows" / f"{template}.json").read_text(encoding="utf-8")) if template else None
+        workflow = (
+            json.loads((ROOT / "workflows" / f"{template}.json").read_text(encoding="utf-8")) if template else None
+        )
         x, y, width, height = page.evaluate(SHOW, [kind, workflow])
         page.wait_for_timeout(2500)
         clip = {"x": x - EDGE, "y": y - EDGE, "width": width + 2 * EDGE, "height": height + 2 * EDGE}

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Draws web/icon.png and web/banner.png: an arrow mask as SVG, made a PNG by Chromium. Usage: python .ci/pictures.py [CHROMIUM]"""
+"""Draws web/icon.png and web/banner.png: an arrow mask as SVG, made a PNG by Chromium. Usage: python .ci/pictures.py
+[CHROMIUM]"""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def tile_map(x: float, y: float, size: float, frames: int, references: set[int])
 
 def page(width: int, height: int, defs: str, body: str) -> str:
     night = gradient("night", NIGHT, 0, 0, max(width, height))
-    fading = "".join(f'<stop offset="{i}" stop-color="{BLUE[1]}" stop-opacity="{alpha}"/>' for i, alpha in enumerate((0.35, 0)))
+    fading = "".join(
+        f'<stop offset="{i}" stop-color="{BLUE[1]}" stop-opacity="{alpha}"/>' for i, alpha in enumerate((0.35, 0))
+    )
     glow = f'<radialGradient id="glow">{fading}</radialGradient>'
     background = f'<rect width="{width}" height="{height}" fill="url(#night)"/>'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
@@ -47,18 +50,28 @@ def page(width: int, height: int, defs: str, body: str) -> str:
 def icon() -> str:
     x, size = 52, 296
     defs = gradient("gold", GOLD, x, x, size) + gradient("blue", BLUE, x, x, size)
-    return page(400, 400, defs, '<circle cx="240" cy="250" r="230" fill="url(#glow)"/>' + tile_map(x, x, size, 6, {0, 3}))
+    return page(
+        400, 400, defs, '<circle cx="240" cy="250" r="230" fill="url(#glow)"/>' + tile_map(x, x, size, 6, {0, 3})
+    )
 
 
 def banner() -> str:
     x, y, size = 806, 70, 400
     defs = gradient("gold", GOLD, x, y, size) + gradient("blue", BLUE, x, y, size)
-    lines = ["Sparse 3D attention, few-step sampling", "and layer-wise plans for video diffusion", "transformers in ComfyUI"]
+    lines = [
+        "Sparse 3D attention, few-step sampling",
+        "and layer-wise plans for video diffusion",
+        "transformers in ComfyUI",
+    ]
     spans = "".join(f'<tspan x="74" dy="{38 if i else 0}">{line}</tspan>' for i, line in enumerate(lines))
     title = f'font-family="{FONT}" font-size="82" font-weight="700" letter-spacing="-2" fill="#f4f7ff"'
     text = f'<text x="70" y="236" {title}>Efficient-vDiT</text>'
     text += f'<text y="302" font-family="{FONT}" font-size="28" fill="#a9b6d3">{spans}</text>'
-    for left, color, name in ((74, GOLD[1], "reference frames"), (298, BLUE[0], "own frame"), (458, "#33405c", "left out")):
+    for left, color, name in (
+        (74, GOLD[1], "reference frames"),
+        (298, BLUE[0], "own frame"),
+        (458, "#33405c", "left out"),
+    ):
         text += f'<rect x="{left}" y="430" width="18" height="18" rx="4" fill="{color}"/>'
         text += f'<text x="{left + 28}" y="446" font-family="{FONT}" font-size="20" fill="#8494b8">{name}</text>'
     glow = '<circle cx="1030" cy="300" r="420" fill="url(#glow)"/>'
@@ -70,9 +83,13 @@ def draw(name: str, svg: str, chromium: str) -> None:
     width, height = (svg.split(f'{key}="')[1].split('"')[0] for key in ("width", "height"))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "picture.html"
-        source.write_text(f'<body style="margin:0">{svg.replace("<svg ", "<svg style=display:block ", 1)}</body>', encoding="utf-8")
+        source.write_text(
+            f'<body style="margin:0">{svg.replace("<svg ", "<svg style=display:block ", 1)}</body>', encoding="utf-8"
+        )
         options = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={width},{height}"]
-        subprocess.run([chromium, *options, f"--screenshot={WEB / name}.png", source.as_uri()], check=True, capture_output=True)
+        subprocess.run(
+            [chromium, *options, f"--screenshot={WEB / name}.png", source.as_uri()], check=True, capture_output=True
+        )
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ def video(samples: tuple[str, int], vae: tuple[str, int], fps: float, tiled: boo
     return {
         "decode": Node("VAEDecodeTiled" if tiled else "VAEDecode", 4, {}, {"samples": samples, "vae": vae}),
         "create": Node("CreateVideo", 4, {"fps": fps}, {"images": ("decode", 0)}),
-        "save": Node("SaveVideo", 4, {"filename_prefix": "video/EfficientvDiT", "format": "mp4"}, {"video": ("create", 0)}),
+        "save": Node(
+            "SaveVideo", 4, {"filename_prefix": "video/EfficientvDiT", "format": "mp4"}, {"video": ("create", 0)}
+        ),
     }
 
 
@@ -88,7 +90,10 @@ def note(title: str, what: str, files: str, cost: str, tip: str) -> str:
 
 def opensora(frames: int) -> Graph:
     latent, plan = (frames + 3) // 4, {29: "0-1:full 2-31:2:6", 93: "0-1:full 2-31:4:20"}[frames]
-    folder, url = f"open_sora_plan_v1.2_{frames}x720p", f"{OSP}/resolve/main/{frames}x720p/diffusion_pytorch_model.safetensors"
+    folder, url = (
+        f"open_sora_plan_v1.2_{frames}x720p",
+        f"{OSP}/resolve/main/{frames}x720p/diffusion_pytorch_model.safetensors",
+    )
     seconds = {29: 420, 93: 3400}[frames]
     file = model("diffusion_models", url, f"{folder}/diffusion_pytorch_model.safetensors")
     nodes = {
@@ -143,10 +148,17 @@ def several_gpus() -> Graph:
 
 def wan21() -> Graph:
     plan = "all:6 0-1:full -1:full"
-    unet = model("diffusion_models", f"{WAN21}/resolve/main/split_files/diffusion_models/wan2.1_t2v_14B_fp8_scaled.safetensors")
-    clip = model("text_encoders", f"{WAN21}/resolve/main/split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    unet = model(
+        "diffusion_models", f"{WAN21}/resolve/main/split_files/diffusion_models/wan2.1_t2v_14B_fp8_scaled.safetensors"
+    )
+    clip = model(
+        "text_encoders", f"{WAN21}/resolve/main/split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+    )
     vae = model("vae", f"{WAN21}/resolve/main/split_files/vae/wan_2.1_vae.safetensors")
-    lora = model("loras", f"{HUB}/Kijai/WanVideo_comfy/resolve/main/Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors")
+    lora = model(
+        "loras",
+        f"{HUB}/Kijai/WanVideo_comfy/resolve/main/Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors",
+    )
     nodes = {
         "model": loader("UNETLoader", "unet_name", unet, weight_dtype="default"),
         "lora": Node(
@@ -176,24 +188,42 @@ def wan21() -> Graph:
 
 def wan22() -> Graph:
     plan, split = "all:6 0-1:full -1:full", f"{WAN22}/resolve/main/split_files"
-    clip = model("text_encoders", f"{WAN21}/resolve/main/split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    clip = model(
+        "text_encoders", f"{WAN21}/resolve/main/split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+    )
     vae = model("vae", f"{split}/vae/wan_2.1_vae.safetensors")
     nodes: dict[str, Node] = {"plan": Node("EVDiTTilePlan", 1, {"text": plan}, preview=(21, 40))}
     files = []
     for noise in ("high", "low"):
-        unet = model("diffusion_models", f"{split}/diffusion_models/wan2.2_t2v_{noise}_noise_14B_fp8_scaled.safetensors")
+        unet = model(
+            "diffusion_models", f"{split}/diffusion_models/wan2.2_t2v_{noise}_noise_14B_fp8_scaled.safetensors"
+        )
         lora = model("loras", f"{split}/loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_{noise}_noise.safetensors")
         files += [unet, lora]
         title = f"{noise} noise"
         nodes[f"{noise}_model"] = loader("UNETLoader", "unet_name", unet, weight_dtype="default")
         lora_link = {"model": (f"{noise}_model", 0)}
-        nodes[f"{noise}_lora"] = Node("LoraLoaderModelOnly", 0, {"lora_name": lora["name"]}, lora_link, f"Few-step LoRA, {title}", [lora])
+        nodes[f"{noise}_lora"] = Node(
+            "LoraLoaderModelOnly", 0, {"lora_name": lora["name"]}, lora_link, f"Few-step LoRA, {title}", [lora]
+        )
         sparse_links = {"model": (f"{noise}_lora", 0), "plan": ("plan", 0)}
         nodes[f"{noise}_sparse"] = Node("EVDiTSparseAttention", 1, {}, sparse_links, f"Sparse Attention, {title}")
         nodes[f"{noise}_shift"] = Node("ModelSamplingSD3", 3, {"shift": 5.0}, {"model": (f"{noise}_sparse", 0)})
     common = {"steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
-    first = {"add_noise": "enable", "noise_seed": 0, "start_at_step": 0, "end_at_step": 2, "return_with_leftover_noise": "enable"}
-    second = {"add_noise": "disable", "noise_seed": 0, "start_at_step": 2, "end_at_step": 4, "return_with_leftover_noise": "disable"}
+    first = {
+        "add_noise": "enable",
+        "noise_seed": 0,
+        "start_at_step": 0,
+        "end_at_step": 2,
+        "return_with_leftover_noise": "enable",
+    }
+    second = {
+        "add_noise": "disable",
+        "noise_seed": 0,
+        "start_at_step": 2,
+        "end_at_step": 4,
+        "return_with_leftover_noise": "disable",
+    }
     texts = {"positive": ("positive", 0), "negative": ("negative", 0)}
     nodes |= {
         "clip": loader("CLIPLoader", "clip_name", clip, type="wan"),
@@ -201,10 +231,18 @@ def wan22() -> Graph:
         **prompts("clip", FOX),
         "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 832, "height": 480, "length": 81}),
         "first": Node(
-            "KSamplerAdvanced", 3, {**common, **first}, {"model": ("high_shift", 0), **texts, "latent_image": ("latent", 0)}, "Steps 1-2"
+            "KSamplerAdvanced",
+            3,
+            {**common, **first},
+            {"model": ("high_shift", 0), **texts, "latent_image": ("latent", 0)},
+            "Steps 1-2",
         ),
         "second": Node(
-            "KSamplerAdvanced", 3, {**common, **second}, {"model": ("low_shift", 0), **texts, "latent_image": ("first", 0)}, "Steps 3-4"
+            "KSamplerAdvanced",
+            3,
+            {**common, **second},
+            {"model": ("low_shift", 0), **texts, "latent_image": ("first", 0)},
+            "Steps 3-4",
         ),
         **video(("second", 0), ("vae", 0), 16),
     }

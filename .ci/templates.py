@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Writes workflows/*.json (what the template browser opens) and web/prompts/*.json (the same for scripts, in API format).
+"""Writes workflows/*.json (what the template browser opens) and web/prompts/*.json (the same for scripts, in API
+format).
 
-Usage: python .ci/templates.py http://127.0.0.1:8188, of a running ComfyUI with this pack: its /object_info orders the inputs.
+Usage: python .ci/templates.py http://127.0.0.1:8188, of a running ComfyUI with this pack: its /object_info orders the
+inputs.
 """
 
 from __future__ import annotations
@@ -91,7 +93,9 @@ def ui_workflow(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
         controls = sum(control for *_, control in inputs.values())
         height = height_of(inputs, info[node.kind]["output"], len(node.links), node.kind, controls)
         ours = node.kind.startswith("EVDiT")
-        properties: dict[str, Any] = {"cnr_id": PACK, "ver": version()} if ours else {"cnr_id": "comfy-core", "ver": CORE_VERSION}
+        properties: dict[str, Any] = (
+            {"cnr_id": PACK, "ver": version()} if ours else {"cnr_id": "comfy-core", "ver": CORE_VERSION}
+        )
         properties |= {"Node name for S&R": node.kind} | ({"models": node.models} if node.models else {})
         if node.preview:
             properties["evdit_preview"] = dict(zip(("frames", "depth"), node.preview, strict=True))
@@ -108,7 +112,9 @@ def ui_workflow(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
             position, taken = next((i, s) for i, s in enumerate(nodes[key]["inputs"]) if s["name"] == name)
             taken["link"] = len(links) + 1
             nodes[source]["outputs"][slot]["links"].append(len(links) + 1)
-            links.append([len(links) + 1, numbers[source], slot, numbers[key], position, nodes[source]["outputs"][slot]["type"]])
+            links.append(
+                [len(links) + 1, numbers[source], slot, numbers[key], position, nodes[source]["outputs"][slot]["type"]]
+            )
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{graph.name}")), "revision": 0,
         "last_node_id": len(nodes) + 1, "last_link_id": len(links),

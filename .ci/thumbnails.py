@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Takes the templates' pictures: what the tiny ones make, and of those that need downloads their plan as ComfyUI's page draws it.
+"""Takes the templates' pictures: what the tiny ones make, and of those that need downloads their plan as ComfyUI's page
+draws it.
 
 Usage: python .ci/thumbnails.py http://127.0.0.1:8188 [CHROMIUM], of a running ComfyUI with this pack.
 """
@@ -48,16 +49,22 @@ def run(server: str, path: Path) -> None:
     shown = {prompt[node]["class_type"]: data for node, data in outputs_of(server, prompt)}
     video = "PreviewImage" not in shown
     data = shown["SaveVideo" if video else "PreviewImage"]
-    picture = contact_sheet(imageio.imread(data, extension=".mp4")) if video else Image.open(io.BytesIO(data)).convert("RGB")
+    picture = (
+        contact_sheet(imageio.imread(data, extension=".mp4")) if video else Image.open(io.BytesIO(data)).convert("RGB")
+    )
     resample = Image.Resampling.NEAREST if video else Image.Resampling.LANCZOS
-    picture.resize((WIDTH, round(WIDTH * picture.height / picture.width)), resample).save(path.with_suffix(".jpg"), quality=88)
+    picture.resize((WIDTH, round(WIDTH * picture.height / picture.width)), resample).save(
+        path.with_suffix(".jpg"), quality=88
+    )
 
 
 def contact_sheet(frames: np.ndarray) -> Image.Image:
     """Frames (F, H, W, 3), evenly spread, in reading order."""
     chosen = frames[np.linspace(0, len(frames) - 1, COLUMNS * ROWS).round().astype(int)]
     framed = np.pad(chosen, ((0, 0), (EDGE, EDGE), (EDGE, EDGE), (0, 0)), constant_values=32)
-    return Image.fromarray(np.concatenate([np.concatenate(list(framed[i : i + COLUMNS]), 1) for i in range(0, len(framed), COLUMNS)], 0))
+    return Image.fromarray(
+        np.concatenate([np.concatenate(list(framed[i : i + COLUMNS]), 1) for i in range(0, len(framed), COLUMNS)], 0)
+    )
 
 
 def main(server: str, chromium: str) -> None:

@@ -166,7 +166,9 @@ def tiny_tour() -> Graph:
     })  # fmt: skip
     nodes |= tiny_sampling("model", title="base")
     nodes["noise"].values["noise_seed"] = 2  # one whose three clips are clean
-    nodes["levels"] = Node("EVDiTConsistencySigmas", 3, {"preset": "from checkpoint"}, {"model": ("few", 0)}, "Sigmas, few steps")
+    nodes["levels"] = Node(
+        "EVDiTConsistencySigmas", 3, {"preset": "from checkpoint"}, {"model": ("few", 0)}, "Sigmas, few steps"
+    )
     for suffix, source, title in (("_few", "few", "few steps"), ("_sparse", "sparse", "few steps, sparse")):
         nodes |= tiny_sampling(source, suffix, title)
         nodes[f"guider{suffix}"].values["cfg"] = 1.0
@@ -178,7 +180,9 @@ def tiny_tour() -> Graph:
         "two": Node("ImageStitch", 4, gap, {"image1": ("decode", 0), "image2": ("decode_few", 0)}),
         "three": Node("ImageStitch", 4, gap, {"image1": ("two", 0), "image2": ("decode_sparse", 0)}),
         "create": Node("CreateVideo", 5, {"fps": 12}, {"images": ("three", 0)}),
-        "save": Node("SaveVideo", 5, {"filename_prefix": "video/EfficientvDiT", "format": "mp4"}, {"video": ("create", 0)}),
+        "save": Node(
+            "SaveVideo", 5, {"filename_prefix": "video/EfficientvDiT", "format": "mp4"}, {"video": ("create", 0)}
+        ),
         "report": Node("EVDiTReport", 5, {}, {"model": ("sparse", 0), "after": ("sampler_sparse", 0)}),
         "calls": Node("PreviewAny", 5, {}, {"source": ("report", 0)}, "What became sparse"),
     }

@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        args = build_parser(argv).parse_args([word for word in argv if word != "--debug"])  # it may stand behind any command
+        args = build_parser(argv).parse_args(
+            [word for word in argv if word != "--debug"]
+        )  # it may stand behind any command
         with _plain_warnings():
             return int(args.run(args) or 0)
     except KeyboardInterrupt:
@@ -52,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[0]
         return _fail(f"error: {reason}" + (f" ({error.filename})" if error.filename else ""), 1)
     except (RuntimeError, MemoryError) as error:
-        memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE)
+        memory = isinstance(error, MemoryError) or re.search(
+            "out of memory|can't allocate memory", str(error), re.IGNORECASE
+        )
         if debug or not memory:
             raise
         return _fail("error: the device ran out of memory; use a smaller size, fewer frames or --dtype bfloat16", 1)

@@ -44,7 +44,9 @@ def examine() -> dict[str, Any]:
             problems.append(f"The package {name!r} is missing; it is needed for {NEEDED[name]}: pip install {name}.")
     return {
         "versions": {
-            "efficient-vdit": __version__, "python": platform.python_version(), "platform": platform.platform(),
+            "efficient-vdit": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
         },
         "devices": _guarded(_devices, problems, "devices"),
         "attention_backends": _guarded(_backends, problems, "attention backends"),
@@ -138,7 +140,10 @@ def _tiny_model() -> dict[str, Any]:
     files = [f for part in sorted(parts) for f in _files(part)]
     if not any(f.suffix == ".safetensors" for f in files):
         raise FileNotFoundError("its weights are not installed; reinstall the package")
-    return {"files": [f"{f.parent.name}/{f.name}" for f in files], "megabytes": sum(f.stat().st_size for f in files) / 1e6}
+    return {
+        "files": [f"{f.parent.name}/{f.name}" for f in files],
+        "megabytes": sum(f.stat().st_size for f in files) / 1e6,
+    }
 
 
 def _files(path: Any) -> list[Any]:

@@ -15,7 +15,9 @@ def check_writable_file(path: str | Path) -> Path:
     if path.is_dir():
         raise ValueError(f"Cannot write {str(path)!r}: it is a folder; name a file in it.")
     if not path.parent.is_dir():
-        raise ValueError(f"Cannot write {str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first.")
+        raise ValueError(
+            f"Cannot write {str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first."
+        )
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"Cannot write {str(path)!r}: no permission in {str(path.parent)!r}; choose another folder.")
     return path

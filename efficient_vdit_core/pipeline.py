@@ -58,7 +58,13 @@ class Pipeline:
     """
 
     def __init__(
-        self, transformer: Any, vae: Any, text_encoder: Any, *, name: str = "model", device: str = "cpu",
+        self,
+        transformer: Any,
+        vae: Any,
+        text_encoder: Any,
+        *,
+        name: str = "model",
+        device: str = "cpu",
         offload: bool = False,
     ) -> None:
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
@@ -67,8 +73,14 @@ class Pipeline:
 
     @classmethod
     def from_model(
-        cls, model: str | Path = TINY, *, text_encoder: str | Path | None = None, device: str = "auto",
-        dtype: str = "auto", offload: bool | None = None, transformer: str | Path | None = None,
+        cls,
+        model: str | Path = TINY,
+        *,
+        text_encoder: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        offload: bool | None = None,
+        transformer: str | Path | None = None,
     ) -> Pipeline:
         """Loads a built-in model or the parts found in a folder (see `model_folder`).
 
@@ -103,10 +115,15 @@ class Pipeline:
         """A checked request; what is not chosen is what this model was trained for. See `VideoRequest`."""
         config = self.transformer.config
         trained = {
-            "frames": (config.sample_size_t - 1) * TIME + 1, "height": config.sample_size[0] * SPACE,
+            "frames": (config.sample_size_t - 1) * TIME + 1,
+            "height": config.sample_size[0] * SPACE,
             "width": config.sample_size[1] * SPACE,
         }
-        defaults = {**trained, "guidance": TINY_GUIDANCE if is_built_in(self.name) else GUIDANCE, "negative": self._default_negative()}
+        defaults = {
+            **trained,
+            "guidance": TINY_GUIDANCE if is_built_in(self.name) else GUIDANCE,
+            "negative": self._default_negative(),
+        }
         chosen = {k: v for k, v in choices.items() if v is not None}
         if self.distilled and chosen.get("sampler", VideoRequest.sampler) == "consistency":
             about = self.distilled
@@ -119,7 +136,12 @@ class Pipeline:
         if any(getattr(request, k) != v for k, v in trained.items()):
             log.warning(
                 "%dx%d with %d frames is not what this model was trained for (%dx%d with %d), so expect less.",
-                request.width, request.height, request.frames, trained["width"], trained["height"], trained["frames"],
+                request.width,
+                request.height,
+                request.frames,
+                trained["width"],
+                trained["height"],
+                trained["frames"],
             )
         return request
 
@@ -135,8 +157,13 @@ class Pipeline:
 
     @torch.inference_mode()
     def generate(
-        self, prompt: str | VideoRequest, *, plan: TilePlan | None = None, template: str | None = None,
-        progress: Progress | None = None, **choices: Any,
+        self,
+        prompt: str | VideoRequest,
+        *,
+        plan: TilePlan | None = None,
+        template: str | None = None,
+        progress: Progress | None = None,
+        **choices: Any,
     ) -> Video:
         """Makes one video.
 
@@ -158,7 +185,9 @@ class Pipeline:
             network = self._guided_network(request, context, mask, self._attention_options(request, mask, plan, report))
             z = self._sample(request, network, progress)
         if not bool(z.isfinite().all()):
-            raise ValueError(f"The model's result is not finite in {_dtype_name(self.transformer)}; use --dtype float32.")
+            raise ValueError(
+                f"The model's result is not finite in {_dtype_name(self.transformer)}; use --dtype float32."
+            )
         frames = self._decode(z)[: request.frames, : request.height, : request.width]
         return Video(frames, self._metadata(request, plan, template, report), report)
 
@@ -173,7 +202,9 @@ class Pipeline:
 
     def noise_levels(self, request: VideoRequest) -> list[float]:
         """The sigmas at which the consistency sampler evaluates the model."""
-        sigmas = consistency_sigmas(DiscreteSchedule().sigma, request.segments or request.steps or 0, request.steps or 0)
+        sigmas = consistency_sigmas(
+            DiscreteSchedule().sigma, request.segments or request.steps or 0, request.steps or 0
+        )
         return sigmas[:-1].tolist()
 
     def _layout(self, request: VideoRequest) -> TokenLayout:
@@ -203,10 +234,14 @@ class Pipeline:
             return dict
         layout = self._layout(request)
         override = make_attention_override(plan, report)
-        # Cross-attention is told from self-attention by its length; where the lengths are the same, nothing tells them apart.
+        # Cross-attention is told from self-attention by its length; where the lengths are the same, nothing tells them
+        # apart.
         longest = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1
         told_apart = longest != layout.tokens
-        return lambda: {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(layout, told_apart, "text as long as the video")}
+        return lambda: {
+            OVERRIDE_KEY: override,
+            FORWARD_KEY: ForwardState(layout, told_apart, "text as long as the video"),
+        }
 
     def _guided_network(
         self, request: VideoRequest, context: Tensor, mask: Tensor, options: Callable[[], dict[str, Any]]
@@ -233,14 +268,23 @@ class Pipeline:
         report = progress or (lambda done, total: None)
         if request.sampler != "consistency":
             return sample_reference(
-                network, noise, request.sampler, steps, kind, generator=generator,
+                network,
+                noise,
+                request.sampler,
+                steps,
+                kind,
+                generator=generator,
                 callback=lambda done: report(done, steps),
             )
         schedule = DiscreteSchedule()
         sigmas = consistency_sigmas(schedule.sigma, request.segments or steps, steps).to(self.device)
         x = noise * (1.0 + sigmas[0] ** 2).sqrt()  # unit variance in the model's own coordinates
         return sample_consistency(
-            Denoiser(network, schedule, kind), x, sigmas, gamma=request.gamma, noise_seed=request.seed,
+            Denoiser(network, schedule, kind),
+            x,
+            sigmas,
+            gamma=request.gamma,
+            noise_seed=request.seed,
             callback=lambda state: report(state["i"] + 1, steps),
         )
 
@@ -259,11 +303,19 @@ class Pipeline:
         import json
 
         return {
-            **asdict(request), "model": self.name, "template": template, "fps": FPS,
+            **asdict(request),
+            "model": self.name,
+            "template": template,
+            "fps": FPS,
             "plan": None if plan is None else json.loads(plan.to_json()),
             "attention": report.summary() if plan is not None else "dense",
-            "device": self.device.type, "dtype": _dtype_name(self.transformer),
-            "versions": {"efficient-vdit": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "device": self.device.type,
+            "dtype": _dtype_name(self.transformer),
+            "versions": {
+                "efficient-vdit": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
 
     def _default_negative(self) -> str:

@@ -22,8 +22,9 @@ ALL = "all"  # in a plan's text: every layer
 class TilePlan:
     """Patterns of a model's layers.
 
-    ``patterns`` has one entry a layer; with ``uniform`` set instead the plan fits any depth, and ``dense_layers`` (which
-    may hold negative indices, counted from the end) stay full. ``frames`` and ``heads`` say what it was made for.
+    ``patterns`` has one entry a layer; with ``uniform`` set instead the plan fits any depth, and ``dense_layers``
+    (which may hold negative indices, counted from the end) stay full. ``frames`` and ``heads`` say what it was made
+    for.
     """
 
     patterns: tuple[TilePattern, ...] = ()
@@ -112,7 +113,9 @@ class TilePlan:
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"The plan is not valid JSON ({error}). Save it again from the node or the CLI.") from None
         if not isinstance(values, dict):
-            raise ValueError(f"The plan is a JSON {type(values).__name__}, expected an object. It is not a tile plan file.")
+            raise ValueError(
+                f"The plan is a JSON {type(values).__name__}, expected an object. It is not a tile plan file."
+            )
         _check_version(values.get("schema_version"))
         counts = values.get("reference_frames", [])
         about: dict[str, Any] = {
@@ -135,7 +138,8 @@ class TilePlan:
     def to_text(self) -> str:
         """One line to share, such as ``0:full 1-4:2:6 5-31:1:7``; ``all:2 -1:full`` where the plan fits any depth.
 
-        Holds the patterns and, in ``k:T-k``, the frames they were made for; not the family, the heads or the provenance.
+        Holds the patterns and, in ``k:T-k``, the frames they were made for; not the family, the heads or the
+        provenance.
         """
         frames = self.frames
 
@@ -144,7 +148,9 @@ class TilePlan:
 
         if self.uniform_pattern is not None:
             # Layers counted from the end stand alone in a text.
-            ranges = [r for a, b in self.dense_layers for r in ([(a, b)] if a >= 0 else [(i, i) for i in range(a, b + 1)])]
+            ranges = [
+                r for a, b in self.dense_layers for r in ([(a, b)] if a >= 0 else [(i, i) for i in range(a, b + 1)])
+            ]
             dense = [f"{first}:full" if first == last else f"{first}-{last}:full" for first, last in ranges]
             return " ".join([f"{ALL}:{name(self.uniform_pattern)}", *dense])
         names, parts, start = [name(self.pattern(i)) for i in range(len(self.patterns))], [], 0
@@ -156,7 +162,8 @@ class TilePlan:
 
     @classmethod
     def from_text(cls, text: str) -> TilePlan:
-        """Read ``to_text``'s form. Raises ValueError that names the part that cannot be read, is missing or is said twice."""
+        """Read ``to_text``'s form. Raises ValueError that names the part that cannot be read, is missing or is said
+        twice."""
         return _from_parts([_read_part(part) for part in _words(text)])
 
     def save(self, path: str | Path) -> None:
@@ -201,16 +208,22 @@ def _read_part(part: str) -> Part:
     match = re.fullmatch(r"(all|-?\d{1,4}|\d{1,4}-\d{1,4}):(full|\d{1,4}(?::\d{1,4})?)", part.lower())
     if match is None:
         shown = part if len(part) <= 40 else part[:40] + "..."
-        raise ValueError(f"The plan text cannot be read at {shown!r}, expected parts such as '0:full', '1-4:2:6' or 'all:2'.")
+        raise ValueError(
+            f"The plan text cannot be read at {shown!r}, expected parts such as '0:full', '1-4:2:6' or 'all:2'."
+        )
     layers, pattern = match[1], TilePattern.parse(match[2])
     frames = sum(map(int, match[2].split(":"))) if ":" in match[2] else None
     if max(pattern.k or 0, frames or 0) > MAX_REFERENCE_FRAMES:
-        raise ValueError(f"The plan text asks for more than {MAX_REFERENCE_FRAMES} frames at {part!r}; no video has as many latent ones.")
+        raise ValueError(
+            f"The plan text asks for more than {MAX_REFERENCE_FRAMES} frames at {part!r}; no video has as many latent ones."
+        )
     if layers == ALL:
         return part, -MAX_LAYERS, MAX_LAYERS, pattern, frames
     first, last = (int(layers), int(layers)) if layers.lstrip("-").isdigit() else map(int, layers.split("-"))
     if last < first or max(abs(first), abs(last)) >= MAX_LAYERS:
-        raise ValueError(f"The plan text names the layers {layers!r}, expected ascending ones from 0 to {MAX_LAYERS - 1}.")
+        raise ValueError(
+            f"The plan text names the layers {layers!r}, expected ascending ones from 0 to {MAX_LAYERS - 1}."
+        )
     return part, first, last, pattern, frames
 
 
@@ -222,9 +235,15 @@ def _from_parts(parts: list[Part]) -> TilePlan:
     frames = lengths.pop() if lengths else None
     if any(first == -MAX_LAYERS for _, first, *_ in parts):
         (_, _, _, uniform, _), *rest = parts
-        if parts[0][1] != -MAX_LAYERS or any(first == -MAX_LAYERS or pattern.k is not None for _, first, _, pattern, _ in rest):
-            raise ValueError("In a plan text, 'all:...' must stand first and once, and only parts such as '-1:full' may follow.")
-        return TilePlan(uniform_pattern=uniform, dense_layers=tuple((first, last) for _, first, last, *_ in rest), frames=frames)
+        if parts[0][1] != -MAX_LAYERS or any(
+            first == -MAX_LAYERS or pattern.k is not None for _, first, _, pattern, _ in rest
+        ):
+            raise ValueError(
+                "In a plan text, 'all:...' must stand first and once, and only parts such as '-1:full' may follow."
+            )
+        return TilePlan(
+            uniform_pattern=uniform, dense_layers=tuple((first, last) for _, first, last, *_ in rest), frames=frames
+        )
     layers: dict[int, TilePattern] = {}
     for part, first, last, pattern, _ in parts:
         for layer in range(first, last + 1):
@@ -240,7 +259,9 @@ def _from_parts(parts: list[Part]) -> TilePlan:
 
 def _check_version(version: Any) -> None:
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"The plan's schema_version is {version!r}, expected {SCHEMA_VERSION}. It is not a tile plan file.")
+        raise ValueError(
+            f"The plan's schema_version is {version!r}, expected {SCHEMA_VERSION}. It is not a tile plan file."
+        )
     if version > SCHEMA_VERSION:
         raise ValueError(
             f"The plan has schema_version {version}, this version reads up to {SCHEMA_VERSION}. Update the node pack."
@@ -250,7 +271,9 @@ def _check_version(version: Any) -> None:
 def _typed(values: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     value = values.get(name, default)
     if value is not None and not isinstance(value, kind):
-        raise ValueError(f"The plan's {name} is {value!r}, expected a {kind.__name__}. Correct the file or save it again.")
+        raise ValueError(
+            f"The plan's {name} is {value!r}, expected a {kind.__name__}. Correct the file or save it again."
+        )
     return value
 
 
@@ -271,5 +294,7 @@ def _ranges(value: Any) -> tuple[tuple[int, int], ...]:
         return whole and pair[0] <= pair[1] and (pair[0] < 0) == (pair[1] < 0)
 
     if not isinstance(value, list) or not all(map(is_range, value)):
-        raise ValueError(f"The plan's dense_layers is {value!r}, expected ascending pairs such as [[0, 2], [-1, -1]]. Correct the file.")
+        raise ValueError(
+            f"The plan's dense_layers is {value!r}, expected ascending pairs such as [[0, 2], [-1, -1]]. Correct the file."
+        )
     return tuple((first, last) for first, last in value)

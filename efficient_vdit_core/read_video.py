@@ -29,7 +29,9 @@ def read_video(path: str | Path) -> np.ndarray:
     try:
         frames = _read_animation(path) if path.suffix.lower() in _ANIMATIONS else _read_stream(path)
     except ImportError as error:
-        raise ValueError(f"Reading {path.suffix} needs the package {error.name!r}, which is missing. {INSTALL_ENGINE}") from error
+        raise ValueError(
+            f"Reading {path.suffix} needs the package {error.name!r}, which is missing. {INSTALL_ENGINE}"
+        ) from error
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # Pillow alone names a broken file in a dozen ways, IndexError among them
@@ -39,7 +41,9 @@ def read_video(path: str | Path) -> np.ndarray:
             "It is damaged, half written or of another kind; make it again."
         ) from error
     if not frames:
-        raise ValueError(f"{str(path)!r} holds no frames. It is damaged, half written or of another kind; make it again.")
+        raise ValueError(
+            f"{str(path)!r} holds no frames. It is damaged, half written or of another kind; make it again."
+        )
     return np.stack(frames)
 
 
@@ -48,7 +52,10 @@ def _read_animation(path: Path) -> list[np.ndarray]:
     from PIL import Image, ImageSequence
 
     with Image.open(path) as image:
-        shown = [(np.asarray(frame.convert("RGB")), frame.info.get("duration") or 1) for frame in ImageSequence.Iterator(image)]
+        shown = [
+            (np.asarray(frame.convert("RGB")), frame.info.get("duration") or 1)
+            for frame in ImageSequence.Iterator(image)
+        ]
     shortest = min((duration for _, duration in shown), default=1)
     return [frame for frame, duration in shown for _ in range(round(duration / shortest))]
 
@@ -59,7 +66,10 @@ def _read_stream(path: Path) -> list[np.ndarray]:
 
     source = ["-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}", "-map", "0:v:0"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *source, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
-    with tempfile.TemporaryFile() as complaints, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints) as ffmpeg:
+    with (
+        tempfile.TemporaryFile() as complaints,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints) as ffmpeg,
+    ):
         assert ffmpeg.stdout is not None
         try:
             frames = list(_ppm_pictures(ffmpeg.stdout))
@@ -70,7 +80,9 @@ def _read_stream(path: Path) -> list[np.ndarray]:
         complaints.seek(0)
         text = complaints.read().decode(errors="replace").strip()
     if status or text:
-        first = re.sub(r"^\[.*?\] ", "", text).splitlines()[:1] or [f"exit status {status}"]  # without "[h264 @ 0x5575c0]"
+        first = re.sub(r"^\[.*?\] ", "", text).splitlines()[:1] or [
+            f"exit status {status}"
+        ]  # without "[h264 @ 0x5575c0]"
         raise ValueError(f"ffmpeg: {first[0].rstrip('.')}")
     return frames
 

@@ -13,6 +13,7 @@ MAX_SEED = 2**64 - 1
 SPACE, TIME = 8, 4  # pixels and frames that one latent stands for
 SIZE_MULTIPLE = 16  # SPACE times the transformer's patch of 2
 
+
 @dataclass(frozen=True)
 class VideoRequest:
     """One video. `check` fills in what is None and refuses what cannot be made.

@@ -1,7 +1,8 @@
 """The paper's idea: the attention map of a video falls into frame x frame tiles, and few of them matter.
 
 The arrow mask ``k:T-k`` keeps the diagonal tiles (a frame attends to itself) and the rows and columns of k reference
-frames (they attend to every frame, every frame attends to them). Efficient-vDiT, arXiv 2502.06155, section 3 and Table 1.
+frames (they attend to every frame, every frame attends to them). Efficient-vDiT, arXiv 2502.06155, section 3 and Table
+1.
 """
 
 from __future__ import annotations
@@ -55,14 +56,17 @@ class TilePattern:
                 f"A pattern has k={self.k!r} reference frames, expected a whole number from 0, or None for full attention."
             )
         if self.placement not in PLACEMENTS:
-            raise ValueError(f"placement is {self.placement!r}, expected one of {', '.join(PLACEMENTS)}. Choose one of these.")
+            raise ValueError(
+                f"placement is {self.placement!r}, expected one of {', '.join(PLACEMENTS)}. Choose one of these."
+            )
 
     def is_full(self, frames: int) -> bool:
         """True where nothing is left out of ``frames`` frames; one non-reference frame leaves nothing out either."""
         return self.k is None or frames - self.k <= 1
 
     def reference_frames(self, frames: int) -> tuple[int, ...]:
-        """Indices of the k reference frames, ascending. Strided: 0, s, 2s, ... with s = ceil(frames / k). All when full.
+        """Indices of the k reference frames, ascending. Strided: 0, s, 2s, ... with s = ceil(frames / k). All when
+        full.
 
         That stride reproduces the sparsities of the paper's Table 1 to two decimals. Where it meets fewer than k frames
         (k above half of the frames, mostly), they are spread evenly instead, so that k is what you get.
@@ -84,7 +88,8 @@ class TilePattern:
         return replace(self, placement=placement, shift=shift)
 
     def scaled(self, made_for: int | None, frames: int) -> TilePattern:
-        """The pattern for a clip of ``frames``, where it was made for a longer one of ``made_for``: the stride stays."""
+        """The pattern for a clip of ``frames``, where it was made for a longer one of ``made_for``: the stride
+        stays."""
         if not self.k or made_for is None or frames >= made_for:
             return self
         if self.is_full(made_for):
@@ -104,7 +109,9 @@ class TilePattern:
             return cls(None)
         match = re.fullmatch(r"(\d{1,4})(?::\d{1,4})?", cleaned)
         if match is None:
-            raise ValueError(f"The pattern {text!r} cannot be read, expected 'full' or 'k:T-k' such as '2:6'. Correct the plan.")
+            raise ValueError(
+                f"The pattern {text!r} cannot be read, expected 'full' or 'k:T-k' such as '2:6'. Correct the plan."
+            )
         return cls(int(match[1]))
 
     def density(self, frames: int) -> float:

@@ -82,14 +82,19 @@ def _check_writer_installed(suffix: str) -> None:
     try:
         if suffix != ".mp4":
             import PIL.Image  # noqa: F401 # pyright: ignore[reportUnusedImport]
+
             return
         import imageio_ffmpeg
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except ImportError as error:
-        raise ValueError(f"Writing {suffix} needs the package {error.name!r}, which is missing. {INSTALL_ENGINE}") from error
+        raise ValueError(
+            f"Writing {suffix} needs the package {error.name!r}, which is missing. {INSTALL_ENGINE}"
+        ) from error
     except RuntimeError as error:
-        raise ValueError("Writing .mp4 needs ffmpeg, and none was found; install it, or write a gif or webp.") from error
+        raise ValueError(
+            "Writing .mp4 needs ffmpeg, and none was found; install it, or write a gif or webp."
+        ) from error
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: float, text: str) -> None:
@@ -97,9 +102,14 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, text: str) -> None:
 
     count, height, width, _ = frames.shape
     writer = imageio_ffmpeg.write_frames(
-        str(path), (width, height), codec="libx264", quality=8, macro_block_size=1,
+        str(path),
+        (width, height),
+        codec="libx264",
+        quality=8,
+        macro_block_size=1,
         fps=fps,  # pyright: ignore[reportArgumentType] # fractions are fine: it goes to ffmpeg as text
-        ffmpeg_log_level="error", output_params=["-metadata", f"comment={text}", "-movflags", "+faststart"],
+        ffmpeg_log_level="error",
+        output_params=["-metadata", f"comment={text}", "-movflags", "+faststart"],
     )
     writer.send(None)
     try:

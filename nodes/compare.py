@@ -78,7 +78,9 @@ class EVDiTCompareVideos(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, video_a: Any, video_b: Any, name_a: str, name_b: str, frames_shown: int, amplify: float) -> io.NodeOutput:
+    def execute(
+        cls, video_a: Any, video_b: Any, name_a: str, name_b: str, frames_shown: int, amplify: float
+    ) -> io.NodeOutput:
         comparison = compare_clips(video_a, video_b, progress=cancellable_progress(len(video_a)))
         names = name_a.strip() or "a", name_b.strip() or "b"
         picture = comparison_picture(video_a, video_b, comparison, names=names, frames=frames_shown, amplify=amplify)

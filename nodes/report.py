@@ -28,7 +28,9 @@ class EVDiTReport(io.ComfyNode):
                 "Connect the sampler's result to `after`, so that it runs behind the sampler."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The MODEL as it comes out of Sparse Attention; the sampler must use the same one."),
+                io.Model.Input(
+                    "model", tooltip="The MODEL as it comes out of Sparse Attention; the sampler must use the same one."
+                ),
                 io.AnyType.Input(
                     "after",
                     optional=True,

@@ -6,7 +6,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .comfy_bridge.sampling import LOADED_MODEL, PRESET_NAMES, SEGMENTS, checkpoint_names, consistency_sampler, cut_sigmas, preset_sigmas
+from .comfy_bridge.sampling import (
+    LOADED_MODEL,
+    PRESET_NAMES,
+    SEGMENTS,
+    checkpoint_names,
+    consistency_sampler,
+    cut_sigmas,
+    preset_sigmas,
+)
 from .inputs import CATEGORY
 
 MAX_STEP = 1000
@@ -85,7 +93,9 @@ class EVDiTConsistencySigmas(io.ComfyNode):
                 "walked in equal sub-steps. Also a plain, evenly spaced schedule for models that are not distilled."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model that will be sampled; its noise schedule turns times into noise levels."),
+                io.Model.Input(
+                    "model", tooltip="The model that will be sampled; its noise schedule turns times into noise levels."
+                ),
                 io.Int.Input(
                     "segments",
                     default=4,

@@ -26,7 +26,9 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                 "error at a target speed-up. Connect the plan to Sparse Attention and save it with Save Tile Plan."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The video model to search. It is not changed; sparse attention on it is ignored."),
+                io.Model.Input(
+                    "model", tooltip="The video model to search. It is not changed; sparse attention on it is ignored."
+                ),
                 io.Conditioning.Input(
                     "positive",
                     tooltip=(
@@ -86,7 +88,7 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                     "candidates",
                     default="1,2,4",
                     tooltip=(
-                        "Numbers of reference frames to try in each layer, in latent frames, at most 16: \"1,2,4\". Full attention "
+                        'Numbers of reference frames to try in each layer, in latent frames, at most 16: "1,2,4". Full attention '
                         "is always a choice. Each adds its attention's time to every layer."
                     ),
                 ),

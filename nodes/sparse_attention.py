@@ -30,7 +30,9 @@ class EVDiTSparseAttention(io.ComfyNode):
                 "each run how many calls became sparse, and why others did not."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The video model to speed up. It is not changed; the output is a patched copy."),
+                io.Model.Input(
+                    "model", tooltip="The video model to speed up. It is not changed; the output is a patched copy."
+                ),
                 Plan.Input(
                     "plan",
                     tooltip=(

@@ -28,7 +28,9 @@ class EVDiTAttentionTileMap(io.ComfyNode):
                 "leaves out are hatched, and the share of those it keeps is given."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The video model to look at. It is not changed; sparse attention on it is ignored."),
+                io.Model.Input(
+                    "model", tooltip="The video model to look at. It is not changed; sparse attention on it is ignored."
+                ),
                 io.Conditioning.Input("positive", tooltip="The prompt under which the model runs, without guidance."),
                 io.Latent.Input(
                     "latent",
@@ -71,7 +73,11 @@ class EVDiTAttentionTileMap(io.ComfyNode):
                         "exact and slower."
                     ),
                 ),
-                Plan.Input("plan", optional=True, tooltip="Hatches the tiles that the plan leaves out; gives the share of those it keeps."),
+                Plan.Input(
+                    "plan",
+                    optional=True,
+                    tooltip="Hatches the tiles that the plan leaves out; gives the share of those it keeps.",
+                ),
                 io.Conditioning.Input(
                     "second_prompt",
                     optional=True,

@@ -3,4 +3,12 @@
 from .dispatch import BACKENDS, BackendStatus, available_backends, check_backend, choose_backend, tile_attention
 from .layout import TokenLayout
 
-__all__ = ["BACKENDS", "BackendStatus", "TokenLayout", "available_backends", "check_backend", "choose_backend", "tile_attention"]
+__all__ = [
+    "BACKENDS",
+    "BackendStatus",
+    "TokenLayout",
+    "available_backends",
+    "check_backend",
+    "choose_backend",
+    "tile_attention",
+]

@@ -62,8 +62,16 @@ class ChoiceBook:
         self.file, self.lock = file, threading.Lock()
         self.choices = _read(file)
 
-    def choose(self, candidates: Mapping[str, Attend], q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern,
-               dense_name: str) -> Choice:
+    def choose(
+        self,
+        candidates: Mapping[str, Attend],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: TokenLayout,
+        pattern: TilePattern,
+        dense_name: str,
+    ) -> Choice:
         """The kept choice of this shape class, or a new trial of ``candidates`` on a part of q, k, v (B, H, N, D)."""
         key = shape_class(q, layout, pattern, dense_name, candidates)
         with self.lock:
@@ -84,7 +92,9 @@ def _book(file: Path) -> ChoiceBook:
     return ChoiceBook(file)
 
 
-def shape_class(q: Tensor, layout: TokenLayout, pattern: TilePattern, dense_name: str, candidates: Mapping[str, Attend]) -> str:
+def shape_class(
+    q: Tensor, layout: TokenLayout, pattern: TilePattern, dense_name: str, candidates: Mapping[str, Attend]
+) -> str:
     """A readable key; sizes within a factor of sqrt(2) share it."""
     b, h, _, d = q.shape
     size, extra = layout.grid.tokens_per_frame, layout.prefix + layout.suffix
@@ -99,7 +109,9 @@ def _bucket(count: int) -> int:
     return round(2 ** (round(2 * math.log2(count)) / 2)) if count else 0
 
 
-def _trial(candidates: Mapping[str, Attend], q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> Choice:
+def _trial(
+    candidates: Mapping[str, Attend], q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern
+) -> Choice:
     heads, layout = trial_size(q, layout)
     q, k, v = (x[:, :heads, : layout.tokens].detach() for x in (q, k, v))
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -107,10 +119,17 @@ def _trial(candidates: Mapping[str, Attend], q: Tensor, k: Tensor, v: Tensor, la
         for name, attend in candidates.items():
             try:
                 attend(q, k, v, layout, pattern)
-            except Exception as error:  # compilers raise anything; dense and frames have none, and their errors are the caller's
+            except (
+                Exception
+            ) as error:  # compilers raise anything; dense and frames have none, and their errors are the caller's
                 if name in ("dense", "frames"):
                     raise
-                log.warning("Efficient-vDiT: the backend %s fails here and is left out: %s: %s", name, type(error).__name__, error)
+                log.warning(
+                    "Efficient-vDiT: the backend %s fails here and is left out: %s: %s",
+                    name,
+                    type(error).__name__,
+                    error,
+                )
                 del times[name]
         for _ in range(_REPEATS):
             for name, values in times.items():
@@ -120,7 +139,8 @@ def _trial(candidates: Mapping[str, Attend], q: Tensor, k: Tensor, v: Tensor, la
 
 
 def trial_size(q: Tensor, layout: TokenLayout) -> tuple[int, TokenLayout]:
-    """How many heads and which layout a trial uses: fewer heads first, then shorter frames, until it is quick enough."""
+    """How many heads and which layout a trial uses: fewer heads first, then shorter frames, until it is quick
+    enough."""
     b, h, n, d = q.shape
     budget = _TRIAL_FLOPS.get(q.device.type, _TRIAL_FLOPS["cpu"])
     per_head = 4.0 * b * n * n * d
@@ -165,7 +185,13 @@ def _versions() -> dict[str, str]:
     driver = "none"
     if torch.cuda.is_available():
         driver = f"{torch.version.cuda or torch.version.hip}, {_driver_version()}"
-    return {"pack": __version__, "torch": torch.__version__, "triton": triton, "driver": driver, "threads": str(torch.get_num_threads())}
+    return {
+        "pack": __version__,
+        "torch": torch.__version__,
+        "triton": triton,
+        "driver": driver,
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def cache_folder() -> Path:
@@ -197,7 +223,13 @@ def _read(file: Path) -> dict[str, Choice]:
 def _write(file: Path, choices: dict[str, Choice]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"versions": _versions(), "choices": {key: asdict(c) for key, c in choices.items()}}, indent=1)
+        text = json.dumps(
+            {"versions": _versions(), "choices": {key: asdict(c) for key, c in choices.items()}}, indent=1
+        )
         write_text(file, text + "\n")
     except OSError as error:
-        log.warning("Efficient-vDiT: the choice of backend could not be kept in %s (%s); it is measured again next time.", file, error)
+        log.warning(
+            "Efficient-vDiT: the choice of backend could not be kept in %s (%s); it is measured again next time.",
+            file,
+            error,
+        )

@@ -20,7 +20,8 @@ Key = tuple[str, tuple[int, ...]]  # SPARSE or DENSE, and the shape of q
 
 @dataclass
 class Tally:
-    """Calls of one kind and shape: their number, seconds, and summed density (share of dense FLOPs, 1 for dense ones)."""
+    """Calls of one kind and shape: their number, seconds, and summed density (share of dense FLOPs, 1 for dense
+    ones)."""
 
     calls: int = 0
     seconds: float = 0.0
@@ -50,7 +51,8 @@ class AttentionClock:
 
     @contextmanager
     def taking(self, kind: str, q: Tensor, density: float = 1.0) -> Iterator[None]:
-        """Within it runs one attention of ``kind`` with queries like q. On devices other than CPU and CUDA, only counted."""
+        """Within it runs one attention of ``kind`` with queries like q. On devices other than CPU and CUDA, only
+        counted."""
         key = (kind, tuple(q.shape))
         with self.lock:
             self.tallies[key].calls += 1
@@ -88,7 +90,9 @@ class AttentionClock:
             if kind == SPARSE:
                 like = tallies.get((DENSE, shape))
                 measured = measured and like is not None
-                estimate += like.seconds / like.calls * tally.calls if like else tally.seconds * tally.calls / tally.density
+                estimate += (
+                    like.seconds / like.calls * tally.calls if like else tally.seconds * tally.calls / tally.density
+                )
         return Times(spent[SPARSE], spent[DENSE], estimate, measured) if any(spent.values()) else None
 
     def _read(self, *, wait: bool, most: int) -> None:

@@ -36,7 +36,11 @@ def available_backends(device: torch.device | str | None = None) -> list[Backend
     """The backends of ``tile_attention`` on ``device`` (default: the GPU where there is one), for `evdit doctor`."""
     chosen = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     frames = BackendStatus("frames", True, "dense calls only; runs wherever PyTorch does")
-    return [frames, BackendStatus("triton", *triton.triton_status(chosen)), BackendStatus("flex", *flex.flex_status(chosen))]
+    return [
+        frames,
+        BackendStatus("triton", *triton.triton_status(chosen)),
+        BackendStatus("flex", *flex.flex_status(chosen)),
+    ]
 
 
 @lru_cache
@@ -56,20 +60,23 @@ def tile_attention(
     max_extra_bytes: int | None = None,
     dense_name: str = "sdpa",
 ) -> Tensor:
-    """Attention of q over k, v under the arrow mask of ``pattern`` (Efficient-vDiT section 3). Exact and differentiable.
+    """Attention of q over k, v under the arrow mask of ``pattern`` (Efficient-vDiT section 3). Exact and
+    differentiable.
 
     Args:
         q, k, v: (B, H, N, D) with N = ``layout.tokens``, any float dtype and strides; scores are scaled by 1 / sqrt(D).
-        dense: plain attention of (B, H, Nq, D) over (B, H, Nk, D), default PyTorch's SDPA; ``dense_name`` tells it from others.
-        backend: ``frames``, ``triton``, ``flex``; ``dense`` ignores the pattern; ``auto`` is what ``choose_backend`` says.
+        dense: plain attention of (B, H, Nq, D) over (B, H, Nk, D), default PyTorch's SDPA; ``dense_name`` tells it from
+            others.
+        backend: ``frames``, ``triton``, ``flex``; ``dense`` ignores the pattern; ``auto`` is what ``choose_backend``
+            says.
         max_extra_bytes: bounds the copies of keys and values in ``frames``, default: by the device.
 
     Returns:
         (B, H, N, D).
 
     Raises:
-        ValueError: an argument does not fit, the backend cannot run here, or an argument requires a gradient and the backend or
-            ``dense`` gives none; the text names it and says why.
+        ValueError: an argument does not fit, the backend cannot run here, or an argument requires a gradient and the
+            backend or ``dense`` gives none; the text names it and says why.
     """
     check_tensors(q, k, v, layout)
     attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes)
@@ -83,8 +90,17 @@ def tile_attention(
     return out
 
 
-def choose_backend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern, *, dense: Dense | None = None,
-                   dense_name: str = "sdpa", or_dense: bool = True) -> str:
+def choose_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    pattern: TilePattern,
+    *,
+    dense: Dense | None = None,
+    dense_name: str = "sdpa",
+    or_dense: bool = True,
+) -> str:
     """The backend that ``auto`` means for these tensors: the fastest of a trial, ``dense`` where nothing beats it.
 
     Without ``or_dense`` it is the fastest that follows the pattern.
@@ -96,7 +112,10 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern
         return "dense"
     if layout.tokens < FEWEST_MEASURED_TOKENS or torch.compiler.is_compiling():
         return "frames"
-    usable = {"dense", *(name for name, status in _statuses(q.device.type).items() if status.available and fits(name, q))}
+    usable = {
+        "dense",
+        *(name for name, status in _statuses(q.device.type).items() if status.available and fits(name, q)),
+    }
     every = _candidates(dense or F.scaled_dot_product_attention, None)
     candidates = {name: attend for name, attend in every.items() if name in usable}
     choice = default_book().choose(candidates, q, k, v, layout, pattern, dense_name)
@@ -125,14 +144,17 @@ def _candidates(dense: Dense, max_extra_bytes: int | None) -> dict[str, Attend]:
 def check_backend(backend: str, device: torch.device | str) -> None:
     """Raise ValueError where the named backend is unknown, or cannot run on ``device``: the text says why."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected auto, dense, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}. Choose auto.")
+        raise ValueError(
+            f"backend is {backend!r}, expected auto, dense, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}. Choose auto."
+        )
     status = _statuses(torch.device(device).type)[backend]
     if not status.available:
         raise ValueError(f"backend is {backend!r}, which cannot run here: {status.reason}. Choose auto or frames.")
 
 
 def _check_gradient(out: Tensor, tensors: dict[str, Tensor], backend: str, dense_name: str) -> None:
-    """A dense function without a backward would end the graph here, and training would go on without these gradients."""
+    """A dense function without a backward would end the graph here, and training would go on without these
+    gradients."""
     wanting = [name for name, x in tensors.items() if x.requires_grad]
     if wanting and torch.is_grad_enabled() and not out.requires_grad:
         used = f"{backend} with {dense_name}" if backend in ("dense", "frames") else backend

@@ -1,8 +1,9 @@
 """The arrow mask through PyTorch's FlexAttention, from a block mask that is computed, never sampled.
 
 ``create_block_mask`` evaluates the mask on all N x N pairs: 7e9 of them at 24 frames of 3600 tokens. Here each block of
-128 tokens is summed up by three numbers (first and last ordinary frame in it, whether it holds a token that all see), and
-those of two blocks tell whether their tile is empty, full or partial. Only partial tiles evaluate the mask, in the kernel.
+128 tokens is summed up by three numbers (first and last ordinary frame in it, whether it holds a token that all see),
+and those of two blocks tell whether their tile is empty, full or partial. Only partial tiles evaluate the mask, in the
+kernel.
 
 Shapes: B batch, H heads, N tokens, D head_dim, b blocks.
 """
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK = 128
 OLDEST_TORCH = (2, 6)  # the first whose sequences may end inside a block
-# Each dtype, number of heads and head_dim takes two compilations, of which torch allows eight to all who use FlexAttention.
+# Each dtype, number of heads and head_dim takes two compilations, of which torch allows eight to all who use
+# FlexAttention.
 MOST_KINDS = 128
 
 
@@ -50,13 +52,15 @@ def flex_status(device: torch.device | str | None = None) -> tuple[bool, str]:
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:
     """Attention of q over k, v (B, H, N, D) under ``pattern``, scaled by 1 / sqrt(D). Exact and differentiable.
 
-    Any N, bf16, fp16 or fp32. NaN and infinity reach the rows that see their token and no others; in the backward pass a NaN
-    in the output's gradient reaches all tokens of the blocks of 128 that see its own. Raises ValueError naming the argument
-    that does not fit, or the reason why FlexAttention does not run here.
+    Any N, bf16, fp16 or fp32. NaN and infinity reach the rows that see their token and no others; in the backward pass
+    a NaN in the output's gradient reaches all tokens of the blocks of 128 that see its own. Raises ValueError naming
+    the argument that does not fit, or the reason why FlexAttention does not run here.
     """
     check_tensors(q, k, v, layout)
     if q.dtype not in DTYPES:
-        raise ValueError(f"q is {q.dtype}, expected bfloat16, float16 or float32 for the flex backend. Choose the frames backend.")
+        raise ValueError(
+            f"q is {q.dtype}, expected bfloat16, float16 or float32 for the flex backend. Choose the frames backend."
+        )
     available, reason = flex_status(q.device)
     if not available:
         raise ValueError(f"The flex backend does not run here: {reason}. Choose the frames backend.")
@@ -71,11 +75,17 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: T
 
 
 def _with_the_rest(out: Tensor, rest: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:
-    """``out`` plus, in every row, the sum of ``rest`` over the tokens that the row sees: zeros, but for NaN and infinity.
+    """``out`` plus, in every row, the sum of ``rest`` over the tokens that the row sees: zeros, but for NaN and
+    infinity.
 
     Slices only: indexing by a list would copy it to the device, and wait.
     """
-    frames, size, first, last = layout.grid.t, layout.grid.tokens_per_frame, layout.prefix, layout.tokens - layout.suffix
+    frames, size, first, last = (
+        layout.grid.t,
+        layout.grid.tokens_per_frame,
+        layout.prefix,
+        layout.tokens - layout.suffix,
+    )
     of_frame = rest[:, :, first:last].unflatten(2, (frames, size)).sum(3)  # (B, H, T, D)
     everything = rest.sum(2)
     shared = rest[:, :, :first].sum(2) + rest[:, :, last:].sum(2)
@@ -127,7 +137,8 @@ def block_mask(layout: TokenLayout, pattern: TilePattern, device: torch.device, 
 
 
 def token_owners(layout: TokenLayout, pattern: TilePattern) -> Tensor:
-    """(N,) int32: each token's frame; -1 for those that see all and are seen by all (prefix, suffix, reference frames)."""
+    """(N,) int32: each token's frame; -1 for those that see all and are seen by all (prefix, suffix, reference
+    frames)."""
     frames = torch.arange(layout.grid.t, dtype=torch.int32)
     frames[list(pattern.reference_frames(layout.grid.t))] = -1
     ends = [torch.full((count,), -1, dtype=torch.int32) for count in (layout.prefix, layout.suffix)]
@@ -135,7 +146,8 @@ def token_owners(layout: TokenLayout, pattern: TilePattern) -> Tensor:
 
 
 def live_and_full_tiles(owner: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(b, b) bool twice: tiles with at least one pair that the mask keeps, and tiles inside N that keep all their pairs."""
+    """(b, b) bool twice: tiles with at least one pair that the mask keeps, and tiles inside N that keep all their
+    pairs."""
     blocks = -(-len(owner) // block)
     # Repeating the last token fills the last block without changing what is in it.
     padded = torch.cat([owner, owner[-1:].expand(blocks * block - len(owner))]).view(blocks, block)
@@ -154,7 +166,8 @@ def live_and_full_tiles(owner: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _as_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """(1, 1, b) counts of the tiles set in each row and (1, 1, b, b) their columns, in order from the left; both int32."""
+    """(1, 1, b) counts of the tiles set in each row and (1, 1, b, b) their columns, in order from the left; both
+    int32."""
     counts = tiles.sum(1)
     rows, columns = tiles.nonzero(as_tuple=True)
     place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]

@@ -27,7 +27,8 @@ _GPU_MOST, _GPU_LEAST = 2**30, 64 * 2**20
 
 
 def default_extra_bytes(device: torch.device) -> int:
-    """The bound on key and value copies (bytes) where the caller gives none: from the cache, or from free GPU memory."""
+    """The bound on key and value copies (bytes) where the caller gives none: from the cache, or from free GPU
+    memory."""
     if device.type == "cpu":
         return _CPU_BYTES
     if device.type != "cuda" or torch.compiler.is_compiling():
@@ -36,14 +37,22 @@ def default_extra_bytes(device: torch.device) -> int:
     return max(_GPU_LEAST, min(free // 8, _GPU_MOST))
 
 
-def attend_frames(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern, dense: Dense,
-                  max_extra_bytes: int | None = None) -> Tensor:
+def attend_frames(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    pattern: TilePattern,
+    dense: Dense,
+    max_extra_bytes: int | None = None,
+) -> Tensor:
     """Attention of q over k, v (B, H, N, D) under ``pattern``.
 
-    Memory beyond the output and what ``dense`` takes inside, in elements, is the larger of two. (b): the shared queries and
-    their result, 2 B H g D. (a): the shared keys and values, 2 B H g D, one chunk's result, H f s D, and its keys and values,
-    2 H f (s + g) D: at most ``max_extra_bytes`` (None: ``default_extra_bytes``), or one frame's worth where that is more.
-    Shared tokens that are neighbours are views. Where gradients are wanted, autograd keeps every chunk's copies.
+    Memory beyond the output and what ``dense`` takes inside, in elements, is the larger of two. (b): the shared queries
+    and their result, 2 B H g D. (a): the shared keys and values, 2 B H g D, one chunk's result, H f s D, and its keys
+    and values, 2 H f (s + g) D: at most ``max_extra_bytes`` (None: ``default_extra_bytes``), or one frame's worth where
+    that is more. Shared tokens that are neighbours are views. Where gradients are wanted, autograd keeps every chunk's
+    copies.
     """
     references = pattern.reference_frames(layout.grid.t)
     others = [f for f in range(layout.grid.t) if f not in set(references)]
@@ -55,7 +64,9 @@ def attend_frames(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern:
     limit = default_extra_bytes(q.device) if max_extra_bytes is None else max_extra_bytes
     frame_bytes = 2 * q.shape[1] * (layout.grid.tokens_per_frame + shared_k.shape[2]) * q.shape[3] * q.element_size()
     chunks = list(_chunks(others, max(1, limit // frame_bytes)))
-    reuse = not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))  # the slope of q is made of k and v
+    reuse = not (
+        torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    )  # the slope of q is made of k and v
     for b in range(q.shape[0]):
         keys = _OwnAndShared(k[b], shared_k[b], layout, chunks, reuse)
         values = _OwnAndShared(v[b], shared_v[b], layout, chunks, reuse)
@@ -73,9 +84,13 @@ class _OwnAndShared:
     With ``reuse`` all chunks share one buffer, and the shared keys are written into it once.
     """
 
-    def __init__(self, x: Tensor, shared: Tensor, layout: TokenLayout, chunks: list[tuple[int, int]], reuse: bool) -> None:
+    def __init__(
+        self, x: Tensor, shared: Tensor, layout: TokenLayout, chunks: list[tuple[int, int]], reuse: bool
+    ) -> None:
         self.x, self.shared, self.layout = x, shared, layout
-        self.buffer = self._allocate(max([last - first for first, last in chunks])) if reuse and shared.shape[1] else None
+        self.buffer = (
+            self._allocate(max([last - first for first, last in chunks])) if reuse and shared.shape[1] else None
+        )
 
     def _allocate(self, frames: int) -> Tensor:
         own, heads = self.layout.grid.tokens_per_frame, self.x.shape[0]

@@ -8,7 +8,8 @@ OLDEST = (8, 0)  # Ampere: the first with bf16 in hardware
 
 
 def too_old(device: torch.device) -> str:
-    """Why a CUDA device is too old for Triton's kernels; an empty text where it is not. AMD's count differently and pass."""
+    """Why a CUDA device is too old for Triton's kernels; an empty text where it is not. AMD's count differently and
+    pass."""
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is not None or capability >= OLDEST:
         return ""

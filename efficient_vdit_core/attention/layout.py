@@ -44,7 +44,8 @@ def global_spans(layout: TokenLayout, references: tuple[int, ...]) -> list[tuple
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
-    """Raise ValueError, naming the argument, unless q, k, v are alike and (batch, heads, ``layout.tokens``, head_dim), none empty."""
+    """Raise ValueError, naming the argument, unless q, k, v are alike and (batch, heads, ``layout.tokens``, head_dim),
+    none empty."""
     if q.ndim != 4 or q.shape[2] != layout.tokens:
         raise ValueError(
             f"q has shape {tuple(q.shape)}, expected (batch, heads, {layout.tokens}, head_dim) for {layout}. "
@@ -56,6 +57,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected no empty dimension.")
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(q.shape)} as q has: this is self-attention.")
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, expected {tuple(q.shape)} as q has: this is self-attention."
+            )
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}, expected {q.dtype} on {q.device} as q is.")

@@ -42,11 +42,13 @@ class ForwardState:
         depth: the number of layers, None where the model says it itself.
         offsets: the first layer of each ``block_type``, where a model restarts ``block_index``.
         order: the layer of each self-attention call in turn, for models that give no ``block_index``; () = one a layer.
-        padding: where the text's padding stands in the sequence, which a mask leaves out; empty where nothing is masked.
+        padding: where the text's padding stands in the sequence, which a mask leaves out; empty where nothing is
+            masked.
         step: sampling step, 0 = first; moves rotating reference frames.
         calls: self-attentions over the video so far.
-        owner: the override that this is for, None = any. One that another node still calls leaves the attention alone; and its
-            ``pattern_of`` tells a layer's pattern to those who must know it before the layer's attention is called.
+        owner: the override that this is for, None = any. One that another node still calls leaves the attention alone;
+            and its ``pattern_of`` tells a layer's pattern to those who must know it before the layer's attention is
+            called.
     """
 
     layout: TokenLayout | None
@@ -76,7 +78,8 @@ class ForwardState:
         return len(self.padding) > 0 and mask.numel() == mask.shape[-1] == layout.tokens
 
     def masks_a_part(self, k: Tensor, mask: Tensor | None, skip_reshape: bool) -> bool:
-        """Whether a mask weighs all the tokens for a part of the queries: how LTX gives its guides another strength than 1."""
+        """Whether a mask weighs all the tokens for a part of the queries: how LTX gives its guides another strength
+        than 1."""
         return mask is not None and self.layout is not None and k.shape[2 if skip_reshape else 1] == self.layout.tokens
 
     def masked(self, mask: Tensor | None) -> range:
@@ -102,7 +105,11 @@ class DenseCall:
     def call(self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, **form: bool) -> Tensor:
         """As asked for; ``form`` is skip_reshape and skip_output_reshape."""
         options = {"mask": mask, "attn_precision": self.precision, **form, **self.kwargs}
-        return self.func(q, k, v, heads, **options) if self.previous is None else self.previous(self.func, q, k, v, heads, **options)
+        return (
+            self.func(q, k, v, heads, **options)
+            if self.previous is None
+            else self.previous(self.func, q, k, v, heads, **options)
+        )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, Nq, D) over (B, H, Nk, D), as the backends ask for it."""
@@ -133,8 +140,18 @@ def make_attention_override(
     TilePattern(None).placed(placement)  # refuses an unknown one now, and not in the middle of a run
 
     # A plain closure: ComfyUI deep-copies model options, and functions survive that as they are.
-    def override(func: Override, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
-                 attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any) -> Tensor:
+    def override(
+        func: Override,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        attn_precision: Any = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
         dense = DenseCall(func, previous, attn_precision, kwargs)
         form = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
         options = kwargs.get("transformer_options") or {}
@@ -169,7 +186,9 @@ def make_attention_override(
         density = pattern.flop_density(real.grid, real.prefix + real.suffix)
         report.add_sparse(density)
         with report.clock.taking(SPARSE, q, density):
-            out = tile_attention(kept_q, kept_k, kept_v, real, pattern, dense=dense, backend=chosen, dense_name=dense.name)
+            out = tile_attention(
+                kept_q, kept_k, kept_v, real, pattern, dense=dense, backend=chosen, dense_name=dense.name
+            )
         out = fill_in(out, padding)  # nothing reads what padding attends to
         return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
 
@@ -184,8 +203,14 @@ def make_attention_override(
     return override
 
 
-def _backend(qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout, pattern: TilePattern, dense: DenseCall, backend: str,
-             decline_slow: bool) -> str:
+def _backend(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    layout: TokenLayout,
+    pattern: TilePattern,
+    dense: DenseCall,
+    backend: str,
+    decline_slow: bool,
+) -> str:
     """The backend for this call: the one asked for, or the fastest; ``dense`` only where slow patterns are declined."""
     if backend != "auto":
         return backend
@@ -227,18 +252,29 @@ def _warn_of_length(tokens: int, layout: TokenLayout, report: AttentionReport) -
     )
 
 
-def _pattern(plan: TilePlan, layer: int | None, state: ForwardState, layout: TokenLayout, options: Mapping[str, Any],
-             report: AttentionReport | None) -> TilePattern:
+def _pattern(
+    plan: TilePlan,
+    layer: int | None,
+    state: ForwardState,
+    layout: TokenLayout,
+    options: Mapping[str, Any],
+    report: AttentionReport | None,
+) -> TilePattern:
     """The pattern of the layer that calls, for as many frames as the run has."""
     if layer is None:
         if report is not None:
-            report.warn("more calls than layers", "the model attends more often than it has layers: the rest stays dense.")
+            report.warn(
+                "more calls than layers", "the model attends more often than it has layers: the rest stays dense."
+            )
         return TilePattern(None)
     return pattern_for_frames(plan, layer, state.depth or options.get("total_blocks"), layout.grid.t, report)
 
 
-def pattern_for_frames(plan: TilePlan, layer: int, depth: int | None, frames: int, report: AttentionReport | None) -> TilePattern:
-    """The plan's pattern of a layer for a run of ``frames`` latent frames; says once in a run that it is not the plan's own.
+def pattern_for_frames(
+    plan: TilePlan, layer: int, depth: int | None, frames: int, report: AttentionReport | None
+) -> TilePattern:
+    """The plan's pattern of a layer for a run of ``frames`` latent frames; says once in a run that it is not the plan's
+    own.
 
     ``report`` None says nothing: no run is under way, as in a forecast.
     """
@@ -253,12 +289,22 @@ def pattern_for_frames(plan: TilePlan, layer: int, depth: int | None, frames: in
             f"frames is kept, so that there are fewer of them (layer {layer}: {pattern.k} instead of {planned.k}).",
         )
     elif planned.k is not None and planned.k > frames > 1:
-        report.warn("k above the frames", f"the plan has {planned.k} reference frames and the run {frames} latent frames: full attention.")
+        report.warn(
+            "k above the frames",
+            f"the plan has {planned.k} reference frames and the run {frames} latent frames: full attention.",
+        )
     return pattern
 
 
-def _why_dense(state: ForwardState, layer: int | None, layout: TokenLayout, pattern: TilePattern, mask: Tensor | None,
-               min_tokens: int, decline_slow: bool) -> str:
+def _why_dense(
+    state: ForwardState,
+    layer: int | None,
+    layout: TokenLayout,
+    pattern: TilePattern,
+    mask: Tensor | None,
+    min_tokens: int,
+    decline_slow: bool,
+) -> str:
     """The reason why a self-attention over the video stays dense; an empty text where it becomes sparse."""
     reason = why_no_pattern(state, layout, mask)
     if reason:

@@ -19,7 +19,10 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
     others = [(reason, count) for reason, count in reasons if reason in NOT_OURS]
     dense = sum(count for _, count in ours)
     if not sparse and not reasons:
-        return "No attention call was seen: nothing was sampled with this model yet, or its attention passes no hook.", False
+        return (
+            "No attention call was seen: nothing was sampled with this model yet, or its attention passes no hook.",
+            False,
+        )
     lines = [f"Self-attention over the video: {sparse + dense} calls"]
     if sparse:
         share = (density_sum + dense) / (sparse + dense)
@@ -42,7 +45,11 @@ def _times(report: AttentionReport) -> list[str]:
     spent = times.sparse + times.dense
     if not times.sparse:
         return [f"  time: {spent:.2f} s, all dense"]
-    basis = "from the dense calls of this run" if times.measured else "estimated from FLOPs; no dense call of the same size was timed"
+    basis = (
+        "from the dense calls of this run"
+        if times.measured
+        else "estimated from FLOPs; no dense call of the same size was timed"
+    )
     return [
         f"  time: {spent:.2f} s, of which sparse {times.sparse:.2f} s and dense {times.dense:.2f} s",
         f"  all dense: {times.all_dense:.2f} s ({basis}), so {times.all_dense / spent:.2f}x faster",

@@ -58,8 +58,11 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern:
     return attend_triton_lse(q, k, v, layout, pattern)[0]
 
 
-def attend_triton_lse(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> tuple[Tensor, Tensor]:
-    """As ``attend_triton``, with the logarithm of each row's softmax sum: (B, H, N) float32, natural log, differentiable.
+def attend_triton_lse(
+    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern
+) -> tuple[Tensor, Tensor]:
+    """As ``attend_triton``, with the logarithm of each row's softmax sum: (B, H, N) float32, natural log,
+    differentiable.
 
     Partial results over disjoint keys merge by it (sequence parallelism).
     """
@@ -74,7 +77,9 @@ def _addressable(x: Tensor) -> Tensor:
 
 class _ArrowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern
+    ) -> tuple[Tensor, Tensor]:
         from .arrow_kernels import forward_kernel
 
         out = torch.empty_like(q)
@@ -99,8 +104,13 @@ class _ArrowAttention(torch.autograd.Function):
         dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
         slope_of_lse = delta if dlse is None else dlse.contiguous()  # not read where WITH_DLSE is False
         strides = [x.stride() for x in (q, k, v, out, dout, dq)]
-        _launch(query_gradient_kernel, (q, k, v, out, lse, dout, slope_of_lse, dq, delta, *ctx.tables, *strides), q, ctx.layout,
-                WITH_DLSE=dlse is not None)
+        _launch(
+            query_gradient_kernel,
+            (q, k, v, out, lse, dout, slope_of_lse, dq, delta, *ctx.tables, *strides),
+            q,
+            ctx.layout,
+            WITH_DLSE=dlse is not None,
+        )
         strides = [x.stride() for x in (q, k, v, dout, dk, dv)]
         _launch(key_value_gradient_kernel, (q, k, v, lse, dout, delta, dk, dv, *ctx.tables, *strides), q, ctx.layout)
         return dq, dk, dv, None, None
@@ -117,7 +127,15 @@ def _launch(kernel: Any, tensors: tuple[Any, ...], q: Tensor, layout: TokenLayou
         blocks = [-(-length // chosen["ROWS"]) for length in (layout.prefix, layout.suffix, grid.tokens_per_frame)]
         return (batch * heads * (blocks[0] + blocks[1] + grid.t * blocks[2]),)
 
-    sizes = (heads, tokens, grid.t, grid.tokens_per_frame, layout.prefix, layout.suffix, grid.tokens_per_frame.bit_length())
+    sizes = (
+        heads,
+        tokens,
+        grid.t,
+        grid.tokens_per_frame,
+        layout.prefix,
+        layout.suffix,
+        grid.tokens_per_frame.bit_length(),
+    )
     scale = math.log2(math.e) / math.sqrt(dim)
     blocks = INTERPRETER_BLOCKS if INTERPRETED else {}
     # Triton launches on the current GPU, which need not be the tensors'.
@@ -136,10 +154,14 @@ def _tables(layout: TokenLayout, pattern: TilePattern, device: torch.device) -> 
     for f in sorted(set(range(frames)) - set(references)):
         # The global spans and the frame itself, joined where they touch.
         seen = global_spans(layout, tuple(sorted((*references, f))))
-        units.append((layout.prefix + f * size, layout.prefix + (f + 1) * size, len(segments), len(segments) + len(seen)))
+        units.append(
+            (layout.prefix + f * size, layout.prefix + (f + 1) * size, len(segments), len(segments) + len(seen))
+        )
         segments += seen
     with torch.inference_mode(False):  # a table made in inference mode could not serve a training step later
-        return torch.tensor(units, dtype=torch.int32, device=device), torch.tensor(segments, dtype=torch.int32, device=device)
+        return torch.tensor(units, dtype=torch.int32, device=device), torch.tensor(
+            segments, dtype=torch.int32, device=device
+        )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
@@ -150,7 +172,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
             "Choose the frames backend, which takes any."
         )
     if q.dtype not in DTYPES:
-        raise ValueError(f"q is {q.dtype}, expected bfloat16, float16 or float32 for the triton backend. Choose the frames backend.")
+        raise ValueError(
+            f"q is {q.dtype}, expected bfloat16, float16 or float32 for the triton backend. Choose the frames backend."
+        )
     available, reason = triton_status(q.device)
     if not available:
         raise ValueError(f"The triton backend does not run here: {reason}. Choose the frames backend.")

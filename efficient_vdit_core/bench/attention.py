@@ -24,7 +24,8 @@ SAMPLED_ROWS = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """One sequence and the patterns tried on it: ``frames`` latent frames of ``tokens`` each, ``heads`` x ``head_dim``."""
+    """One sequence and the patterns tried on it: ``frames`` latent frames of ``tokens`` each, ``heads`` x
+    ``head_dim``."""
 
     frames: int
     tokens: int
@@ -40,7 +41,10 @@ class Shape:
 
 def presets() -> dict[str, list[Shape]]:
     """The shapes behind the names that `evdit bench attention --preset` takes."""
-    paper_rows = [Shape(8, 3600, 24, 96, "bfloat16", (4, 3, 2, 1)), Shape(24, 3600, 24, 96, "bfloat16", (12, 8, 6, 4, 3))]
+    paper_rows = [
+        Shape(8, 3600, 24, 96, "bfloat16", (4, 3, 2, 1)),
+        Shape(24, 3600, 24, 96, "bfloat16", (12, 8, 6, 4, 3)),
+    ]
     wan = [Shape(21, size, 40, 128, "bfloat16", (1, 2, 3, 4)) for size in (1560, 3600)]
     # Open-Sora-Plan's and Wan's head sizes; fewer heads where the sequence is long, since heads are independent.
     cpu = [
@@ -52,14 +56,19 @@ def presets() -> dict[str, list[Shape]]:
     return {"paper": paper_rows, "wan": wan, "cpu": cpu}
 
 
-def measure(shape: Shape, device: torch.device, *, repeats: int, seed: int, backends: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def measure(
+    shape: Shape, device: torch.device, *, repeats: int, seed: int, backends: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
     """One row for dense attention and one for each pattern and backend that runs on ``device``.
 
     Every backend takes its turn in each repeat, so that a slow moment of the machine meets all of them.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, shape.dtype)
-    q, k, v = (torch.randn(1, shape.heads, shape.layout.tokens, shape.head_dim, generator=generator).to(device, dtype) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, shape.heads, shape.layout.tokens, shape.head_dim, generator=generator).to(device, dtype)
+        for _ in range(3)
+    )
     named = backends or tuple(b.name for b in available_backends(device) if b.available and fits(b.name, q))
     dense = _fastest_dense(q, k, v)
     runs: dict[tuple[int | None, str], Callable[[], Tensor]] = {(None, dense[0]): lambda: dense[1](q, k, v)}
@@ -77,8 +86,15 @@ def measure(shape: Shape, device: torch.device, *, repeats: int, seed: int, back
     return [_row(shape, key, statistics.median(times[key]), base, *first[key]) for key in runs]
 
 
-def _memory_and_error(run: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, shape: Shape, count: int | None,
-                      generator: torch.Generator) -> tuple[int | None, float]:
+def _memory_and_error(
+    run: Callable[[], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: Shape,
+    count: int | None,
+    generator: torch.Generator,
+) -> tuple[int | None, float]:
     kept: list[Tensor] = []
     extra = peak_extra_bytes(lambda: kept.append(run()), q.device)
     return extra, _error(kept[0], q, k, v, shape, count, generator)
@@ -115,7 +131,9 @@ def _fastest_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, Callable[..., 
     return name, run
 
 
-def _row(shape: Shape, key: tuple[int | None, str], time: float, base: float, extra: int | None, error: float) -> dict[str, Any]:
+def _row(
+    shape: Shape, key: tuple[int | None, str], time: float, base: float, extra: int | None, error: float
+) -> dict[str, Any]:
     count, backend = key
     pattern, grid = TilePattern(count), shape.layout.grid
     flops = 4.0 * shape.heads * shape.head_dim * grid.tokens**2 * pattern.density(shape.frames)
@@ -140,12 +158,18 @@ def _row(shape: Shape, key: tuple[int | None, str], time: float, base: float, ex
     }
 
 
-def _error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, shape: Shape, count: int | None, generator: torch.Generator) -> float:
+def _error(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, shape: Shape, count: int | None, generator: torch.Generator
+) -> float:
     """Largest error of some random rows against their definition in float32, relative to the largest value there."""
     owner = torch.arange(shape.layout.tokens) // shape.tokens
     references = torch.tensor(TilePattern(count).reference_frames(shape.frames), dtype=torch.long)
     rows = torch.randint(shape.layout.tokens, (SAMPLED_ROWS,), generator=generator)
-    live = (owner[rows, None] == owner[None]) | torch.isin(owner, references)[None] | torch.isin(owner[rows], references)[:, None]
+    live = (
+        (owner[rows, None] == owner[None])
+        | torch.isin(owner, references)[None]
+        | torch.isin(owner[rows], references)[:, None]
+    )
     q32, k32, v32 = q[:, :, rows.to(q.device)].float(), k.float(), v.float()
     scores = (q32 @ k32.mT / math.sqrt(shape.head_dim)).masked_fill(~live.to(q.device), float("-inf"))
     want = scores.softmax(-1) @ v32

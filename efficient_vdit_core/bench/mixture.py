@@ -1,7 +1,7 @@
 """Consistency distillation where the truth is known: a 2-D mixture of Gaussians, whose exact denoiser is the teacher.
 
-Eight modes on a ring. The student is a small MLP. Its endpoints are compared with the exact ODE's from the same noise, which
-no choice of metric can flatter, beside the undistilled teacher in as many steps.
+Eight modes on a ring. The student is a small MLP. Its endpoints are compared with the exact ODE's from the same noise,
+which no choice of metric can flatter, beside the undistilled teacher in as many steps.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def run(shape: MixtureShape, seed: int = 0) -> dict[str, Any]:
     return {**asdict(shape), "seed": seed, **{name: _figures(end, exact) for name, end in ends.items()}}
 
 
-def _train(student: Student, loss: ConsistencyLoss, steps: int, shape: MixtureShape, generator: torch.Generator) -> None:
+def _train(
+    student: Student, loss: ConsistencyLoss, steps: int, shape: MixtureShape, generator: torch.Generator
+) -> None:
     optimizer = torch.optim.Adam(student.parameters(), lr=shape.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1), eta_min=shape.rate / 20)
     for _ in range(steps):

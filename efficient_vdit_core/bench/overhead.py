@@ -11,7 +11,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-ENGINE = ("attention", "attention.override", "plan", "sampling.consistency", "models.opensora_plan.transformer", "models.opensora_plan.vae")
+ENGINE = (
+    "attention",
+    "attention.override",
+    "plan",
+    "sampling.consistency",
+    "models.opensora_plan.transformer",
+    "models.opensora_plan.vae",
+)
 
 
 def measure(repeats: int) -> list[dict[str, Any]]:
@@ -31,7 +38,9 @@ def measure(repeats: int) -> list[dict[str, Any]]:
         override.make_attention_override(plan.TilePlan.uniform(2, layers=32), override.AttentionReport())
 
     def one_call() -> None:
-        attention.tile_attention(q, k, v, layout, tiles.TilePattern(2), backend="frames", dense=lambda q, k, v: torch.empty_like(q))
+        attention.tile_attention(
+            q, k, v, layout, tiles.TilePattern(2), backend="frames", dense=lambda q, k, v: torch.empty_like(q)
+        )
 
     # Both are cached: what is timed here is the making.
     def tables() -> None:
@@ -43,7 +52,11 @@ def measure(repeats: int) -> list[dict[str, Any]]:
     return [
         {"what": "import of the engine beyond torch", "milliseconds": imported, "limit": 100.0},
         {"what": "building the override for 32 layers", "milliseconds": _median(install, repeats), "limit": 5.0},
-        {"what": "index work of one call, T = 24, S = 3600, k = 2", "milliseconds": _median(one_call, repeats), "limit": 5.0},
+        {
+            "what": "index work of one call, T = 24, S = 3600, k = 2",
+            "milliseconds": _median(one_call, repeats),
+            "limit": 5.0,
+        },
         {"what": "tables of the fused kernel, once a pattern", "milliseconds": _median(tables, repeats), "limit": 5.0},
         {"what": "block mask of FlexAttention, once a pattern", "milliseconds": _median(mask, repeats), "limit": 5.0},
     ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# (latent frames, reference frames; None = full) -> milliseconds of one attention call at 720p, 24 heads x 96, 3600 tokens a frame
+# (latent frames, reference frames; None = full) -> milliseconds of one attention call at 720p, 24 heads x 96, 3600
+# tokens a frame
 MILLISECONDS: dict[tuple[int, int | None], float] = {
     (8, None): 58.36,
     (8, 4): 46.52,
@@ -23,6 +24,7 @@ def speedup(frames: int, k: int | None) -> float | None:
     if (frames, k) not in MILLISECONDS:
         return None
     return MILLISECONDS[frames, None] / MILLISECONDS[frames, k]
+
 
 # Table 3: (video frames, GPUs) -> speed-up of one step by sequence parallelism over one GPU
 PARALLEL_SPEEDUP: dict[tuple[int, int], float] = {(29, 2): 1.87, (29, 4): 3.68, (93, 2): 1.95, (93, 4): 3.91}

@@ -1,4 +1,5 @@
-"""Times a forward on several ranks of this machine against one, by both schemes, and carries the result to GPUs by a model."""
+"""Times a forward on several ranks of this machine against one, by both schemes, and carries the result to GPUs by a
+model."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ PAPER_GRIDS = {29: TokenGrid(8, 45, 80), 93: TokenGrid(24, 45, 80)}
 
 @dataclass(frozen=True)
 class ParallelShape:
-    """Blocks of Open-Sora-Plan's form over ``grid``; ``heads`` x ``head_dim`` is the width. ``ks``: patterns to time."""
+    """Blocks of Open-Sora-Plan's form over ``grid``; ``heads`` x ``head_dim`` is the width. ``ks``: patterns to
+    time."""
 
     grid: TokenGrid
     depth: int
@@ -33,7 +35,9 @@ class ParallelShape:
         return LayerShape(self.grid, self.heads, self.head_dim, itemsize)
 
 
-def measure(shape: ParallelShape, ranks: int, devices: tuple[str, ...], *, repeats: int, seed: int) -> list[dict[str, Any]]:
+def measure(
+    shape: ParallelShape, ranks: int, devices: tuple[str, ...], *, repeats: int, seed: int
+) -> list[dict[str, Any]]:
     """Rows for one rank alone and for ``ranks``, by each scheme and pattern, in turns within each repeat; medians.
 
     Raises RuntimeError where the sharded result is not the single rank's.
@@ -41,7 +45,9 @@ def measure(shape: ParallelShape, ranks: int, devices: tuple[str, ...], *, repea
     config = {"num_layers": shape.depth, "num_attention_heads": shape.heads, "attention_head_dim": shape.head_dim}
     grid = [shape.grid.t, shape.grid.h, shape.grid.w]
     launch = Launch(devices, "bench", {"host": HOST, "config": config, "grid": grid, "seed": seed}, TIMEOUT, TIMEOUT)
-    runs = [(k, scheme) for k in shape.ks for scheme in (("alone", "ulysses") if k is None else ("alone", "rb", "ulysses"))]
+    runs = [
+        (k, scheme) for k in shape.ks for scheme in (("alone", "ulysses") if k is None else ("alone", "rb", "ulysses"))
+    ]
     times: dict[tuple[int | None, str], list[float]] = {run: [] for run in runs}
     sent: dict[tuple[int | None, str], dict[str, Any]] = {}
     session = Session()
@@ -64,11 +70,20 @@ def measure(shape: ParallelShape, ranks: int, devices: tuple[str, ...], *, repea
 def _check(got: torch.Tensor, want: torch.Tensor) -> None:
     error = float((got.float() - want.float()).abs().max() / want.float().abs().max())
     if not error < (1e-3 if got.dtype == torch.float32 else 0.1):
-        raise RuntimeError(f"The sharded forward differs from one rank's by {error:.2g} of its largest value; its timings mean nothing.")
+        raise RuntimeError(
+            f"The sharded forward differs from one rank's by {error:.2g} of its largest value; its timings mean nothing."
+        )
 
 
-def _row(shape: ParallelShape, ranks: int, run: tuple[int | None, str], times: dict[tuple[int | None, str], list[float]], sent: int,
-         link: float, item: int) -> dict[str, Any]:
+def _row(
+    shape: ParallelShape,
+    ranks: int,
+    run: tuple[int | None, str],
+    times: dict[tuple[int | None, str], list[float]],
+    sent: int,
+    link: float,
+    item: int,
+) -> dict[str, Any]:
     k, scheme = run
     pattern, layer = TilePattern(k), shape.layer(item)
     seconds, alone = statistics.median(times[run]), statistics.median(times[k, "alone"])
@@ -93,7 +108,8 @@ def _row(shape: ParallelShape, ranks: int, run: tuple[int | None, str], times: d
 
 
 def model_rows(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The model's speed-ups for 2, 4 and 8 GPUs beside the paper's, with the overhead factor that the measured runs gave."""
+    """The model's speed-ups for 2, 4 and 8 GPUs beside the paper's, with the overhead factor that the measured runs
+    gave."""
     rows = []
     for scheme in ("rb", "ulysses"):
         factors = [row["overhead"] for row in measured if row["scheme"] == scheme]
@@ -102,11 +118,17 @@ def model_rows(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for k in (None, 1, 2, 4):
                 if k is None and scheme == "rb":
                     continue
-                rows += [_model_row(frames, grid, k, scheme, ranks, factor, i) for ranks in (2, 4, 8) for i in range(len(GPU_RATES))]
+                rows += [
+                    _model_row(frames, grid, k, scheme, ranks, factor, i)
+                    for ranks in (2, 4, 8)
+                    for i in range(len(GPU_RATES))
+                ]
     return rows
 
 
-def _model_row(frames: int, grid: TokenGrid, k: int | None, scheme: str, ranks: int, factor: float, rates: int) -> dict[str, Any]:
+def _model_row(
+    frames: int, grid: TokenGrid, k: int | None, scheme: str, ranks: int, factor: float, rates: int
+) -> dict[str, Any]:
     layer, pattern = LayerShape(grid, 24, 96), TilePattern(k)
     return {
         "kind": "model",

@@ -1,4 +1,5 @@
-"""What runs in the workers of `evdit bench parallel`: Open-Sora-Plan's blocks with random weights, sharded or on rank 0 alone."""
+"""What runs in the workers of `evdit bench parallel`: Open-Sora-Plan's blocks with random weights, sharded or on rank 0
+alone."""
 
 from __future__ import annotations
 
@@ -60,11 +61,16 @@ class BenchHost:
         seconds = time.perf_counter() - start
         sent = self.wire.sent - before
         layers = sum(count for name, count in sent.items() if name.startswith(("rb", "ulysses")))
-        return {"seconds": seconds, "bytes": layers, "all_bytes": sum(sent.values())}, {} if out is None else {"out": out}
+        return {"seconds": seconds, "bytes": layers, "all_bytes": sum(sent.values())}, {} if out is None else {
+            "out": out
+        }
 
     def _options(self, message: dict[str, Any], plan: TilePlan) -> dict[str, Any]:
         if message["scheme"] == "alone":
-            return {OVERRIDE_KEY: make_attention_override(plan, AttentionReport()), FORWARD_KEY: ForwardState(self.layout)}
+            return {
+                OVERRIDE_KEY: make_attention_override(plan, AttentionReport()),
+                FORWARD_KEY: ForwardState(self.layout),
+            }
         patterns = [plan.pattern(i, self.depth) for i in range(self.depth)]
         return {
             OVERRIDE_KEY: make_sharded_override(),

@@ -13,7 +13,9 @@ def draw(results: dict[str, Any]) -> str:
     """The SVG's text. One row for each shape, pattern and backend of ``results``; speed-up over dense to the right."""
     rows = [row for row in results["rows"] if row["pattern"] != "full"]
     if not rows:
-        raise ValueError("The results hold no sparse row, so there is nothing to draw. Run `evdit bench attention --json FILE` first.")
+        raise ValueError(
+            "The results hold no sparse row, so there is nothing to draw. Run `evdit bench attention --json FILE` first."
+        )
     most = max(max(row["ideal_speedup"], row["speedup"], row.get("paper_speedup") or 0) for row in rows)
     height = TOP + ROW * len(rows) + 40
     machine = results["machine"]
@@ -34,7 +36,10 @@ def _legend(with_paper: bool) -> list[str]:
     entries = [("measured", MEASURED), ("paper (its own GPU)", PAPER), ("ideal, by FLOPs", IDEAL)]
     parts, x = [], 20
     for name, color in entries if with_paper else [entries[0], entries[2]]:
-        parts += [f'<rect x="{x}" y="61" width="11" height="11" rx="2" fill="{color}"/>', _text(x + 17, 71, name, fill=PALE)]
+        parts += [
+            f'<rect x="{x}" y="61" width="11" height="11" rx="2" fill="{color}"/>',
+            _text(x + 17, 71, name, fill=PALE),
+        ]
         x += 40 + 7 * len(name)
     return parts
 
@@ -45,15 +50,22 @@ def _bars(row: dict[str, Any], y: int, scale: float) -> list[str]:
     bars = [(row["speedup"], MEASURED, 12), (row["ideal_speedup"], IDEAL, 6)]
     if row.get("paper_speedup"):
         bars.insert(1, (row["paper_speedup"], PAPER, 6))
-    parts = [_text(LEFT - 12, y + 17, label, anchor="end"), _text(LEFT - 12, y + 32, about, fill=PALE, size=10, anchor="end")]
+    parts = [
+        _text(LEFT - 12, y + 17, label, anchor="end"),
+        _text(LEFT - 12, y + 32, about, fill=PALE, size=10, anchor="end"),
+    ]
     top = y + 8
     for value, color, thickness in bars:
-        parts.append(f'<rect x="{LEFT}" y="{top}" width="{value * scale:.1f}" height="{thickness}" rx="2" fill="{color}"/>')
+        parts.append(
+            f'<rect x="{LEFT}" y="{top}" width="{value * scale:.1f}" height="{thickness}" rx="2" fill="{color}"/>'
+        )
         top += thickness + 1
     parts.append(_text(LEFT + row["speedup"] * scale + 7, y + 18, f"{row['speedup']:.2f}x", weight=600))
     return parts
 
 
-def _text(x: float, y: float, text: str, *, fill: str = INK, size: int = 13, weight: int = 400, anchor: str = "start") -> str:
+def _text(
+    x: float, y: float, text: str, *, fill: str = INK, size: int = 13, weight: int = 400, anchor: str = "start"
+) -> str:
     style = f'fill="{fill}" font-size="{size}" font-weight="{weight}" text-anchor="{anchor}"'
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'

@@ -20,7 +20,13 @@ from ..plan import TilePlan
 from ..tiles import TokenGrid
 
 # name -> latent frames, height and width
-SIZES = {"29x240p": (8, 30, 54), "29x480p": (8, 60, 80), "29x720p": (8, 90, 160), "93x240p": (24, 30, 54), "93x720p": (24, 90, 160)}
+SIZES = {
+    "29x240p": (8, 30, 54),
+    "29x480p": (8, 60, 80),
+    "29x720p": (8, 90, 160),
+    "93x240p": (24, 30, 54),
+    "93x720p": (24, 90, 160),
+}
 TEXT_TOKENS = 100
 
 

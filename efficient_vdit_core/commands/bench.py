@@ -17,26 +17,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the commands attention, step, parallel, overhead and plot."""
     commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
     attention = commands.add_parser("attention", help="dense attention against every backend, in pairs")
-    attention.add_argument("--preset", choices=("paper", "cpu", "wan"), default="cpu", help="shapes to time, default: %(default)s")
-    attention.add_argument("--frames", type=int, nargs="+", help="only the preset's shapes with these latent frame counts")
+    attention.add_argument(
+        "--preset", choices=("paper", "cpu", "wan"), default="cpu", help="shapes to time, default: %(default)s"
+    )
+    attention.add_argument(
+        "--frames", type=int, nargs="+", help="only the preset's shapes with these latent frame counts"
+    )
     attention.add_argument("--tokens", type=int, nargs="+", help="only the preset's shapes with these tokens a frame")
-    attention.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="only the preset's shapes of this dtype")
+    attention.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="only the preset's shapes of this dtype"
+    )
     attention.add_argument("--heads", type=int, help="fewer heads than the preset has, for a small machine")
     attention.add_argument("--backends", nargs="+", default=(), help="default: all that run here")
     step = commands.add_parser("step", help="one forward of Open-Sora-Plan v1.2 with random weights")
     step.add_argument("--size", default="29x720p", choices=("29x240p", "29x480p", "29x720p", "93x240p", "93x720p"),
                       help="default: %(default)s")  # fmt: skip
     step.add_argument("--depth", type=int, default=32, help="blocks, 1..32; the real model has 32, the default")
-    step.add_argument("--references", type=int, nargs="+", default=(4, 2, 1), help="k of the uniform plans, default: 4 2 1")
-    step.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
+    step.add_argument(
+        "--references", type=int, nargs="+", default=(4, 2, 1), help="k of the uniform plans, default: 4 2 1"
+    )
+    step.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: %(default)s"
+    )
     parallel = commands.add_parser("parallel", help="a forward on several ranks against one, and a model for GPUs")
-    parallel.add_argument("--ranks", default="1,2", help="ranks to time; 1 is always the yardstick, default: %(default)s")
-    parallel.add_argument("--grid", type=int, nargs=3, default=(24, 8, 16), metavar=("T", "H", "W"), help="tokens, default: 24 8 16")
+    parallel.add_argument(
+        "--ranks", default="1,2", help="ranks to time; 1 is always the yardstick, default: %(default)s"
+    )
+    parallel.add_argument(
+        "--grid", type=int, nargs=3, default=(24, 8, 16), metavar=("T", "H", "W"), help="tokens, default: 24 8 16"
+    )
     parallel.add_argument("--depth", type=int, default=2, help="blocks; real models have 32, default: %(default)s")
     parallel.add_argument("--heads", type=int, default=24, help="heads of 96 channels, default: %(default)s")
-    parallel.add_argument("--references", type=int, nargs="+", default=(1, 2), help="k of the sparse patterns, default: 1 2")
+    parallel.add_argument(
+        "--references", type=int, nargs="+", default=(1, 2), help="k of the sparse patterns, default: 1 2"
+    )
     overhead = commands.add_parser("overhead", help="what import, patch and index work cost")
-    mixture = commands.add_parser("mixture", help="consistency distillation of a 2-D mixture against the exact solution")
+    mixture = commands.add_parser(
+        "mixture", help="consistency distillation of a 2-D mixture against the exact solution"
+    )
     mixture.add_argument("--segments", type=int, nargs="+", default=(1, 2, 4, 8, 16), help="default: 1 2 4 8 16")
     mixture.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     for command in (attention, step, parallel, overhead, mixture):
@@ -57,13 +75,25 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--repeats is {args.repeats}, expected at least 1.")
     if args.json:
         check_writable_file(args.json)
-    benches = {"attention": _attention, "step": _step, "parallel": _parallel, "overhead": _overhead, "mixture": _mixture}
+    benches = {
+        "attention": _attention,
+        "step": _step,
+        "parallel": _parallel,
+        "overhead": _overhead,
+        "mixture": _mixture,
+    }
     device, rows = benches[args.bench_command](args)
     if args.json:
         from ..bench.machine import describe_machine
 
         command = "evdit " + shlex.join(sys.argv[1:])
-        results = {"command": command, "seed": args.seed, "repeats": args.repeats, "machine": describe_machine(device), "rows": rows}
+        results = {
+            "command": command,
+            "seed": args.seed,
+            "repeats": args.repeats,
+            "machine": describe_machine(device),
+            "rows": rows,
+        }
         write_text(args.json, json.dumps(results, indent=1) + "\n")
     return 0
 
@@ -78,9 +108,13 @@ def _attention(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         and args.dtype in (None, s.dtype)
     ]  # fmt: skip
     if not shapes:
-        raise ValueError(f"No shape of the preset {args.preset!r} is left by --frames, --tokens and --dtype. Leave one of them out.")
+        raise ValueError(
+            f"No shape of the preset {args.preset!r} is left by --frames, --tokens and --dtype. Leave one of them out."
+        )
     rows: list[dict[str, Any]] = []
-    say("frames x tokens  heads      dtype     pattern  backend          ms   speed-up  ideal  efficiency  TFLOP/s  extra MiB    error")
+    say(
+        "frames x tokens  heads      dtype     pattern  backend          ms   speed-up  ideal  efficiency  TFLOP/s  extra MiB    error"
+    )
     for shape in shapes:
         new = measure(shape, device, repeats=args.repeats, seed=args.seed, backends=tuple(args.backends))
         rows += new
@@ -103,9 +137,13 @@ def _step(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     shape = StepShape(args.size, args.depth, tuple(args.references), args.dtype)
     rows = measure(shape, device, repeats=args.repeats, seed=args.seed)
     first = rows[0]
-    say(f"{args.size}, {args.depth} of 32 blocks, {first['tokens']} tokens; attention is {first['attention_share']:.0%} of the dense step")
+    say(
+        f"{args.size}, {args.depth} of 32 blocks, {first['tokens']} tokens; attention is {first['attention_share']:.0%} of the dense step"
+    )
     for r in rows:
-        say(f"{r['pattern']:<7} {r['seconds']:>9.3f} s  {r['speedup']:>6.2f}x of dense, Amdahl's bound {r['amdahl_bound']:.2f}x")
+        say(
+            f"{r['pattern']:<7} {r['seconds']:>9.3f} s  {r['speedup']:>6.2f}x of dense, Amdahl's bound {r['amdahl_bound']:.2f}x"
+        )
     return device, rows
 
 
@@ -118,7 +156,9 @@ def _parallel(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     except ValueError:
         raise ValueError(f"--ranks is {args.ranks!r}, expected numbers such as 1,2.") from None
     if not counts or counts[0] < 1:
-        raise ValueError(f"--ranks is {args.ranks!r}, expected at least one number above 1: one rank alone is timed anyway.")
+        raise ValueError(
+            f"--ranks is {args.ranks!r}, expected at least one number above 1: one rank alone is timed anyway."
+        )
     device = _device(args.device)
     shape = ParallelShape(TokenGrid(*args.grid), args.depth, (None, *args.references), args.heads)
     rows: list[dict[str, Any]] = []
@@ -170,7 +210,9 @@ def _plot(args: argparse.Namespace) -> int:
     try:
         chart = draw(json.loads(args.file.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{args.file} is no results file of `evdit bench attention` ({error!r}). Make one with --json.") from None
+        raise ValueError(
+            f"{args.file} is no results file of `evdit bench attention` ({error!r}). Make one with --json."
+        ) from None
     out = args.out or args.file.with_suffix(".svg")
     write_text(out, chart)
     say(f"{out}")

@@ -16,10 +16,14 @@ from . import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the command's options."""
-    parser.add_argument("a", metavar="A", help="the clip to compare with: dense (.mp4, .gif, .webp, or what ffmpeg reads)")
+    parser.add_argument(
+        "a", metavar="A", help="the clip to compare with: dense (.mp4, .gif, .webp, or what ffmpeg reads)"
+    )
     parser.add_argument("b", metavar="B", help="the clip that is compared: sparse, of the same size, length and seed")
     parser.add_argument("--json", metavar="FILE", help="write the metrics, also those of each frame")
-    parser.add_argument("--picture", metavar="FILE", help="write frames, their difference and a curve of the PSNR (.png)")
+    parser.add_argument(
+        "--picture", metavar="FILE", help="write frames, their difference and a curve of the PSNR (.png)"
+    )
     parser.add_argument("--no-lpips", action="store_true", help="leave LPIPS out even where its package is installed")
 
 
@@ -34,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         from ..read_video import read_video
     except ImportError:
-        raise ValueError("The registry's build of the pack reads no videos. Use ComfyUI's node Compare Videos, or a clone.") from None
+        raise ValueError(
+            "The registry's build of the pack reads no videos. Use ComfyUI's node Compare Videos, or a clone."
+        ) from None
 
     _warn_of_other_settings(args.a, args.b)
     a, b = (torch.from_numpy(read_video(path)) for path in (args.a, args.b))
@@ -81,7 +87,9 @@ def _warn_of_other_settings(a: str, b: str) -> None:
         if name in first and name in second and first[name] != second[name]:
             logging.getLogger(__name__).warning(
                 "The clips were made with %s %r and %r, so the numbers compare two videos and not two methods.",
-                name, first[name], second[name],
+                name,
+                first[name],
+                second[name],
             )
 
 

@@ -1,4 +1,5 @@
-"""evdit demo: a short clip from the built-in model after all three stages: few steps, and sparse attention by a searched plan."""
+"""evdit demo: a short clip from the built-in model after all three stages: few steps, and sparse attention by a
+searched plan."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
     pipeline = Pipeline.from_model(MODEL)
     plan, steps = pipeline.tuned_plan, pipeline.request(args.prompt).steps
     if plan is None:
-        raise ValueError(f"The built-in model {MODEL} does not name its plan: it is damaged. Install the package again.")
+        raise ValueError(
+            f"The built-in model {MODEL} does not name its plan: it is damaged. Install the package again."
+        )
     say(f"{steps} steps without guidance; sparse attention {plan.to_text()} (layer : reference frames : other frames)")
     video = make_video(pipeline, args.prompt, {"seed": args.seed}, plan_text=None)
     write(video, out, zoom=4, start=start)
@@ -41,5 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if seen.shape is None:
         say("seen in its pixels: no shape")
     else:
-        say(f"seen in its pixels: a {seen.color} {seen.shape} moving {seen.direction} {seen.speed} on {seen.background}")
+        say(
+            f"seen in its pixels: a {seen.color} {seen.shape} moving {seen.direction} {seen.speed} on {seen.background}"
+        )
     return 0

@@ -1,8 +1,8 @@
 """evdit distill: stage 1 (consistency: few steps) or stage 3 (knowledge: few tiles) of Efficient-vDiT.
 
 Run it again to go on where it stopped. SIGTERM and Ctrl-C save first. For several GPUs or machines, start it with
-`accelerate launch --multi_gpu -m efficient_vdit_core.cli distill ...`; where weights, gradients and optimiser do not fit
-into each GPU, share them out with `--use_fsdp --fsdp_version 2` in place of `--multi_gpu`.
+`accelerate launch --multi_gpu -m efficient_vdit_core.cli distill ...`; where weights, gradients and optimiser do not
+fit into each GPU, share them out with `--use_fsdp --fsdp_version 2` in place of `--multi_gpu`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ INTERRUPTED = 130  # as the shell counts Ctrl-C
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the command's options."""
     add = parser.add_argument
-    add("method", choices=("consistency", "knowledge"), help="consistency: fewer steps; knowledge: restore what a tile plan cost")
+    add(
+        "method",
+        choices=("consistency", "knowledge"),
+        help="consistency: fewer steps; knowledge: restore what a tile plan cost",
+    )
     add("--config", type=Path, metavar="FILE", help="settings in TOML: [model], [data], [objective], [training]")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
         help="one setting, over the file's; VALUE as in TOML, quotes may be left out; may be repeated")  # fmt: skip
@@ -53,7 +57,9 @@ def override(values: dict[str, Any], text: str) -> None:
         raise ValueError(f"--set {text!r} cannot be read, expected SECTION.KEY=VALUE such as training.steps=500.")
     table = values.setdefault(section, {})
     if not isinstance(table, dict):
-        raise ValueError(f"--set {text!r} names {section!r}, which is {table!r} and no section of settings. Correct its name.")
+        raise ValueError(
+            f"--set {text!r} names {section!r}, which is {table!r} and no section of settings. Correct its name."
+        )
     table[name] = _value(value.strip())
 
 

@@ -23,9 +23,17 @@ MAX_ZOOM = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the command's options."""
     add = parser.add_argument
-    add("--model", default="tiny", help="built in: tiny, tiny-8-steps, tiny-8-steps-sparse; or a folder (transformer, vae, text_encoder)")
+    add(
+        "--model",
+        default="tiny",
+        help="built in: tiny, tiny-8-steps, tiny-8-steps-sparse; or a folder (transformer, vae, text_encoder)",
+    )
     add("--text-encoder", metavar="PATH", help="file or folder of the mT5 encoder, if it lies elsewhere")
-    add("--transformer", metavar="PATH", help="other weights for it, such as evdit distill's, which set steps and guidance")
+    add(
+        "--transformer",
+        metavar="PATH",
+        help="other weights for it, such as evdit distill's, which set steps and guidance",
+    )
     add("--prompt", required=True, help="what the video shows")
     add("--negative", help="what it must not show (default: the reference model's text; empty for tiny)")
     add("--template", choices=("a", "b", "c"), help="put the prompt into one of the reference model's templates")
@@ -33,12 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
     add("--width", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
     add("--steps", type=int, help="evaluations of the model, 1..1000 (default: 20, or 100 for ddim, euler_ancestral)")
-    add("--guidance", type=float, help=f"classifier-free guidance, 1 is off (default: {TINY_GUIDANCE:g} for tiny, else {GUIDANCE:g})")
+    add(
+        "--guidance",
+        type=float,
+        help=f"classifier-free guidance, 1 is off (default: {TINY_GUIDANCE:g} for tiny, else {GUIDANCE:g})",
+    )
     add("--sampler", choices=SAMPLERS, default="consistency", help="default: %(default)s")
     add("--segments", type=int, help="consistency: segments of diffusion time, 1..steps (default: steps)")
     add("--gamma", type=float, help="consistency: share of fresh noise, 0 deterministic .. 1 as LCM (default: 0)")
-    add("--plan", metavar="K:T-K|FILE", help="sparse attention: 1:7 is 1 reference frame of 8, or a plan file "
-        "; full = dense (default: what the weights were distilled for, else dense)")
+    add(
+        "--plan",
+        metavar="K:T-K|FILE",
+        help="sparse attention: 1:7 is 1 reference frame of 8, or a plan file "
+        "; full = dense (default: what the weights were distilled for, else dense)",
+    )
     add("--seed", type=int, help="0..2^64-1 (default: 0)")
     add("--out", required=True, metavar="FILE", help="the ending picks the format: .mp4, .gif, .webp")
     add("--zoom", type=int, default=1, help="enlarge the written video 1..16 times, pixel by pixel (default: 1)")
@@ -89,7 +105,9 @@ def write(video: Video, out: Path, zoom: int, start: float) -> None:
     frames = video.frames.repeat(zoom, axis=1).repeat(zoom, axis=2)
     write_video(out, frames, fps=video.metadata["fps"], metadata={**video.metadata, "zoom": zoom})
     count, height, width, _ = frames.shape
-    say(f"wrote {out}: {count} frames of {width}x{height} at {video.metadata['fps']} fps, {out.stat().st_size / 1024:.0f} KiB")
+    say(
+        f"wrote {out}: {count} frames of {width}x{height} at {video.metadata['fps']} fps, {out.stat().st_size / 1024:.0f} KiB"
+    )
     say(f"attention: {video.metadata['attention']}")
     say(f"took {time.perf_counter() - start:.1f} s, {video.metadata['steps']} steps of {video.metadata['sampler']}")
 

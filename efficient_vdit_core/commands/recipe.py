@@ -15,11 +15,15 @@ from .distill import INTERRUPTED, override
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the commands three-stage and tiny-table."""
     commands = parser.add_subparsers(dest="recipe_command", required=True, metavar="COMMAND")
-    stages = commands.add_parser("three-stage", help="consistency, search, knowledge; run it again to go on where it stopped")
+    stages = commands.add_parser(
+        "three-stage", help="consistency, search, knowledge; run it again to go on where it stopped"
+    )
     stages.add_argument("--config", type=Path, required=True, metavar="FILE", help="the recipe in TOML")
     table = commands.add_parser("tiny-table", help="train and judge every row on the tiny world; run it again to go on")
     table.add_argument("--config", type=Path, metavar="FILE", help="default: the recipe that comes with the package")
-    table.add_argument("--json", type=Path, default=Path("tiny-table.json"), metavar="FILE", help="results, default: %(default)s")
+    table.add_argument(
+        "--json", type=Path, default=Path("tiny-table.json"), metavar="FILE", help="results, default: %(default)s"
+    )
     table.add_argument("--chart", type=Path, metavar="FILE", help="also draw them, as .svg")
     for command in (stages, table):
         command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the runs' folder")
@@ -56,8 +60,12 @@ def _tiny_table(args: argparse.Namespace) -> int:
         check_writable_file(file)
     values = _values(args, args.config or assets.recipe_path("tiny"))
     table = read_section(TableConfig, values.pop("table", {}), "table")
-    say(f"{'row':<36} {'agree':>6} {'frechet':>8} {'endpoint':>8} {'motion':>7} {'flicker':>7} {'divers.':>7} {'sparse':>6}")
-    results = run_table(table, RecipeConfig.from_dict(values), args.out, args.json, "evdit " + shlex.join(sys.argv[1:]), _say_row)
+    say(
+        f"{'row':<36} {'agree':>6} {'frechet':>8} {'endpoint':>8} {'motion':>7} {'flicker':>7} {'divers.':>7} {'sparse':>6}"
+    )
+    results = run_table(
+        table, RecipeConfig.from_dict(values), args.out, args.json, "evdit " + shlex.join(sys.argv[1:]), _say_row
+    )
     if args.chart:
         write_text(args.chart, draw(results))
     return 0
@@ -66,11 +74,15 @@ def _tiny_table(args: argparse.Namespace) -> int:
 def _say_row(row: dict[str, Any]) -> None:
     def figure(name: str, form: str) -> str:
         value = row.get(name)
-        return format("-" if value is None else value, form if value is not None else ">" + form.lstrip(">").split(".")[0])
+        return format(
+            "-" if value is None else value, form if value is not None else ">" + form.lstrip(">").split(".")[0]
+        )
 
     name = row["row"] + (f" (seed {row['seed']})" if row["seed"] else "")
-    say(f"{name:<36} {figure('agreement', '>6.3f')} {figure('frechet', '>8.3f')} {figure('endpoint_error', '>8.3f')} "
-        f"{figure('motion', '>7.3f')} {figure('flicker', '>7.2f')} {figure('diversity', '>7.2f')} {figure('sparsity', '>6.2f')}")
+    say(
+        f"{name:<36} {figure('agreement', '>6.3f')} {figure('frechet', '>8.3f')} {figure('endpoint_error', '>8.3f')} "
+        f"{figure('motion', '>7.3f')} {figure('flicker', '>7.2f')} {figure('diversity', '>7.2f')} {figure('sparsity', '>6.2f')}"
+    )
 
 
 def _values(args: argparse.Namespace, file: Path) -> dict[str, Any]:

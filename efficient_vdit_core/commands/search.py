@@ -28,10 +28,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
     add("--width", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
     add("--guidance", type=float, help="classifier-free guidance, 1 is off (default: as for generate)")
-    add("--probes", type=int, default=3, help=f"noise levels at which the model is run, 1..{MAX_PROBES} (default: %(default)s)")
+    add(
+        "--probes",
+        type=int,
+        default=3,
+        help=f"noise levels at which the model is run, 1..{MAX_PROBES} (default: %(default)s)",
+    )
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--threshold", type=float, metavar="R", help="largest relative error of a layer; takes the sparsest pattern below")
-    target.add_argument("--speedup", type=float, metavar="X", help="how many times less attention; the plan with the least error is taken")
+    target.add_argument(
+        "--threshold",
+        type=float,
+        metavar="R",
+        help="largest relative error of a layer; takes the sparsest pattern below",
+    )
+    target.add_argument(
+        "--speedup",
+        type=float,
+        metavar="X",
+        help="how many times less attention; the plan with the least error is taken",
+    )
     add("--candidates", default="1,2,4", help="numbers of reference frames to try (default: %(default)s)")
     add("--error", choices=("attention", "block"), default="attention", help="where it is measured: in the attention's output or, several "
         "times slower, in the whole block's (default: %(default)s)")  # fmt: skip

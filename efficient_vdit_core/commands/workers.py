@@ -1,4 +1,5 @@
-"""evdit workers: start a pool of workers on this machine, which ComfyUI's EVDiTSequenceParallel then finds; Ctrl-C ends it.
+"""evdit workers: start a pool of workers on this machine, which ComfyUI's EVDiTSequenceParallel then finds; Ctrl-C ends
+it.
 
 Over several machines run the same worker under torchrun on each of them, with N = 0 on HOST, 1 on the next, and so on:
 EVDIT_LISTEN=HOST torchrun --nnodes 2 --node-rank N --nproc-per-node 4 --master-addr HOST --master-port 29400 \
@@ -20,26 +21,35 @@ _CHECK_SECONDS = 0.5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the command's options."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--devices", default="auto", help='"auto" for all GPUs, or numbers such as 0,1; cpu,cpu for two CPU ranks')
+    parser.add_argument(
+        "--devices", default="auto", help='"auto" for all GPUs, or numbers such as 0,1; cpu,cpu for two CPU ranks'
+    )
     parser.add_argument("--start-timeout", type=float, default=120.0, metavar="SECONDS", help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Keeps a pool running until Ctrl-C; one whose rank ends is started anew. Raises ValueError where there is one already."""
+    """Keeps a pool running until Ctrl-C; one whose rank ends is started anew. Raises ValueError where there is one
+    already."""
     from ..parallel.pool_file import default_pool_file
     from ..parallel.session import parse_devices
 
     if _pool_runs():
-        raise ValueError("A pool of workers runs already, and ComfyUI finds one only. Use it, or end it with Ctrl-C where it was started.")
+        raise ValueError(
+            "A pool of workers runs already, and ComfyUI finds one only. Use it, or end it with Ctrl-C where it was started."
+        )
     devices = parse_devices(args.devices)
     if len(devices) < 2:
-        raise ValueError(f"--devices means {', '.join(devices)}, expected two or more devices: one alone needs no workers.")
+        raise ValueError(
+            f"--devices means {', '.join(devices)}, expected two or more devices: one alone needs no workers."
+        )
     workers: Any = None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's way of Ctrl-C
     try:
         while True:
             workers = _start(devices, args.start_timeout)
-            say(f"{len(devices)} workers are ready on {', '.join(devices)}; ComfyUI finds them by {default_pool_file()}. Ctrl-C ends them.")
+            say(
+                f"{len(devices)} workers are ready on {', '.join(devices)}; ComfyUI finds them by {default_pool_file()}. Ctrl-C ends them."
+            )
             while not workers.ended():
                 time.sleep(_CHECK_SECONDS)
             time.sleep(_CHECK_SECONDS)

@@ -51,7 +51,8 @@ class DiffusersFamily:
 
 
 def find_family(transformer: nn.Module) -> DiffusersFamily:
-    """The row of this transformer. Exact classes only, as a subclass may order its tokens in another way; else ValueError."""
+    """The row of this transformer. Exact classes only, as a subclass may order its tokens in another way; else
+    ValueError."""
     name = type(transformer).__name__
     if name not in FAMILIES:
         raise ValueError(
@@ -73,7 +74,9 @@ def _grid(latents: Tensor, patch: tuple[int, int, int], axes: tuple[int, int, in
 def _cogvideox(arguments: Mapping[str, Any], config: Any) -> SequenceLayout:
     """[text | video]; latents (B, T, C, H, W)."""
     patch = (config.patch_size_t or 1, config.patch_size, config.patch_size)
-    return _alike(_grid(arguments["hidden_states"], patch, axes=(1, 3, 4)), prefix=arguments["encoder_hidden_states"].shape[1])
+    return _alike(
+        _grid(arguments["hidden_states"], patch, axes=(1, 3, 4)), prefix=arguments["encoder_hidden_states"].shape[1]
+    )
 
 
 def _hunyuan_video(arguments: Mapping[str, Any], config: Any) -> SequenceLayout:
@@ -83,11 +86,14 @@ def _hunyuan_video(arguments: Mapping[str, Any], config: Any) -> SequenceLayout:
     lengths = arguments["encoder_attention_mask"].sum(dim=1).tolist()
     entries = tuple(TokenLayout(grid, suffix=int(length)) for length in lengths)
     alike = len(set(entries)) == 1
-    return SequenceLayout(grid.tokens + arguments["encoder_hidden_states"].shape[1], entries[:1] if alike else entries, masked=True)
+    return SequenceLayout(
+        grid.tokens + arguments["encoder_hidden_states"].shape[1], entries[:1] if alike else entries, masked=True
+    )
 
 
 def _ltx(arguments: Mapping[str, Any], config: Any) -> SequenceLayout | None:
-    """Latents come as tokens (B, N, C) with their frames, height and width beside them; conditioning frames leave these out."""
+    """Latents come as tokens (B, N, C) with their frames, height and width beside them; conditioning frames leave these
+    out."""
     sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
     return None if None in sizes else _alike(TokenGrid(*map(int, sizes)))  # pyright: ignore[reportArgumentType]
 

@@ -1,8 +1,8 @@
 """Applies a tile plan to a diffusers transformer through attention processors and a forward pre-hook, nothing else.
 
 No processor's body is copied. The processor in place still does projections, norms and rotary embeddings; only the
-``scaled_dot_product_attention`` that it ends in is answered by ``tile_attention``, through a ``TorchFunctionMode`` that is
-on while this one processor runs. Dense pieces go to the attention backend that was chosen in diffusers.
+``scaled_dot_product_attention`` that it ends in is answered by ``tile_attention``, through a ``TorchFunctionMode`` that
+is on while this one processor runs. Dense pieces go to the attention backend that was chosen in diffusers.
 """
 
 from __future__ import annotations
@@ -26,14 +26,22 @@ _ROUNDING = 1 + 1e-4
 
 
 class DiffusersPatch:
-    """What ``apply_to_diffusers`` put into a transformer. ``report`` counts its attention calls; ``remove`` takes it out.
+    """What ``apply_to_diffusers`` put into a transformer. ``report`` counts its attention calls; ``remove`` takes it
+    out.
 
     As a context manager it is removed at the end of the block. With gradient checkpointing, a backward pass must follow
     its own forward pass: what the layers recompute then is read from the latest one.
     """
 
-    def __init__(self, transformer: nn.Module, family: DiffusersFamily, plan: TilePlan, window: tuple[float, float],
-                 min_tokens: int, backend: str) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        family: DiffusersFamily,
+        plan: TilePlan,
+        window: tuple[float, float],
+        min_tokens: int,
+        backend: str,
+    ) -> None:
         self.report = AttentionReport()
         self.min_tokens, self.backend = min_tokens, backend
         self.layout: SequenceLayout | None = None
@@ -85,13 +93,22 @@ class DiffusersPatch:
         return (end == 1.0 or level > (1 - end) * _ROUNDING) and level <= (1 - start) * _ROUNDING
 
 
-def apply_to_diffusers(transformer: Any, plan: TilePlan, *, start: float = 0.0, end: float = 1.0, min_tokens: int = 0,
-                       backend: str = "auto") -> DiffusersPatch:
+def apply_to_diffusers(
+    transformer: Any,
+    plan: TilePlan,
+    *,
+    start: float = 0.0,
+    end: float = 1.0,
+    min_tokens: int = 0,
+    backend: str = "auto",
+) -> DiffusersPatch:
     """Makes the self-attention of a diffusers video transformer follow ``plan``, in place, until the handle is removed.
 
     Args:
-        transformer: ``pipe.transformer`` of CogVideoX, Wan, HunyuanVideo, LTX-Video or Allegro. Its weights stay as they are.
-        plan: one pattern a layer, or a uniform one. HunyuanVideo's layers are its double blocks, then its single blocks.
+        transformer: ``pipe.transformer`` of CogVideoX, Wan, HunyuanVideo, LTX-Video or Allegro. Its weights stay as
+            they are.
+        plan: one pattern a layer, or a uniform one. HunyuanVideo's layers are its double blocks, then its single
+            blocks.
         start, end: part of the noise schedule that becomes sparse, 0 (pure noise) to 1, as 1 - timestep / 1000.
         min_tokens: shorter sequences stay dense.
         backend: of ``tile_attention``. The dense pieces run on the backend set in diffusers.
@@ -106,9 +123,13 @@ def apply_to_diffusers(transformer: Any, plan: TilePlan, *, start: float = 0.0, 
     transformer = getattr(transformer, "_orig_mod", transformer)  # what torch.compile wrapped
     family = find_family(transformer)
     if not 0.0 <= start < end <= 1.0:
-        raise ValueError(f"start is {start} and end {end}, expected 0 <= start < end <= 1; no step would be sparse. Correct them.")
+        raise ValueError(
+            f"start is {start} and end {end}, expected 0 <= start < end <= 1; no step would be sparse. Correct them."
+        )
     modules = family.modules(transformer)
     if any(isinstance(module.get_processor(), TiledProcessor) for module in modules):
-        raise ValueError("The transformer has a tile plan already; call remove() of that handle before applying another one.")
+        raise ValueError(
+            "The transformer has a tile plan already; call remove() of that handle before applying another one."
+        )
     plan.check_fits(family=family.name, layers=len(modules), heads=transformer.config.num_attention_heads)
     return DiffusersPatch(transformer, family, plan, (start, end), min_tokens, backend)

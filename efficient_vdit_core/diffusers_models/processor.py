@@ -90,8 +90,17 @@ class TiledProcessor:
         asking._attention_backend = AttentionBackendName.NATIVE
         return asking
 
-    def _answer(self, layout: SequenceLayout, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-                dropout_p: float = 0.0, is_causal: bool = False, **options: Any) -> Tensor:
+    def _answer(
+        self,
+        layout: SequenceLayout,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
         """Stands for ``scaled_dot_product_attention``, with its arguments and their names."""
         q, k, v = query, key, value
         dense = functools.partial(self._dense, dropout_p=dropout_p, is_causal=is_causal, **options)
@@ -110,11 +119,16 @@ class TiledProcessor:
         rows = zip(layout.entries, q.split(1), k.split(1), v.split(1), strict=True)
         return torch.cat([self._sparse(q, k, v, entry, pattern, dense) for entry, q, k, v in rows])
 
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, entry: TokenLayout, pattern: TilePattern, dense: Dense) -> Tensor:
-        """Attention of all but the padding behind ``entry``. The rows of padding, which no token ever reads, are zero."""
+    def _sparse(
+        self, q: Tensor, k: Tensor, v: Tensor, entry: TokenLayout, pattern: TilePattern, dense: Dense
+    ) -> Tensor:
+        """Attention of all but the padding behind ``entry``. The rows of padding, which no token ever reads, are
+        zero."""
         padding = q.shape[2] - entry.tokens
         q, k, v = (x[:, :, : entry.tokens] for x in (q, k, v))
-        return F.pad(tile_attention(q, k, v, entry, pattern, dense=dense, backend=self.patch.backend), (0, 0, 0, padding))
+        return F.pad(
+            tile_attention(q, k, v, entry, pattern, dense=dense, backend=self.patch.backend), (0, 0, 0, padding)
+        )
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Plain attention on the backend that was chosen in diffusers."""
@@ -127,7 +141,8 @@ class TiledProcessor:
 
 
 def tiled(original: Any, patch: DiffusersPatch, layer: int) -> TiledProcessor:
-    """A processor for the place of ``original``. diffusers reads which arguments a processor takes from its signature."""
+    """A processor for the place of ``original``. diffusers reads which arguments a processor takes from its
+    signature."""
     return _tiled_class(type(original))(original, patch, layer)
 
 

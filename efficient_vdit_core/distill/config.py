@@ -26,14 +26,18 @@ T = TypeVar("T")
 
 def _expect(holds: bool, settings: Any, section: str, name: str, expected: str) -> None:
     if not holds:
-        raise ValueError(f"{section}.{name} is {getattr(settings, name)!r}, expected {expected}. Correct the configuration.")
+        raise ValueError(
+            f"{section}.{name} is {getattr(settings, name)!r}, expected {expected}. Correct the configuration."
+        )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """``path``: tiny, or a folder of Open-Sora-Plan or diffusers parts; ``transformer``: other weights than that folder's.
+    """``path``: tiny, or a folder of Open-Sora-Plan or diffusers parts; ``transformer``: other weights than that
+    folder's.
 
-    ``transformer`` is the teacher; the student starts from ``init``, or from the teacher. train: full weights or a LoRA.
+    ``transformer`` is the teacher; the student starts from ``init``, or from the teacher. train: full weights or a
+    LoRA.
     """
 
     path: str = "tiny"
@@ -51,10 +55,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """source: tinyworld, videos (a folder with captions), or teacher (none: the teacher's own samples for ``captions``, a text file).
+    """source: tinyworld, videos (a folder with captions), or teacher (none: the teacher's own samples for ``captions``,
+    a text file).
 
-    negative: the text of the unconditional half of guidance; negative_share of the clips, 0 to 1, learn it instead of their own
-    caption, for students that are sampled with guidance. Sizes 0 are what the model was trained for.
+    negative: the text of the unconditional half of guidance; negative_share of the clips, 0 to 1, learn it instead of
+    their own caption, for students that are sampled with guidance. Sizes 0 are what the model was trained for.
     """
 
     source: str = "tinyworld"
@@ -77,7 +82,13 @@ class DataConfig:
             _expect(getattr(self, name) >= 1, self, "data", name, "at least 1")
         _expect(0 <= self.negative_share <= 1, self, "data", "negative_share", "0 to 1")
         _expect(math.isfinite(self.guidance) and self.guidance >= 0, self, "data", "guidance", "a number from 0 up")
-        _expect(self.frames == 0 or (self.frames > 0 and self.frames % 4 == 1), self, "data", "frames", "4k + 1, or 0 for the model's own")
+        _expect(
+            self.frames == 0 or (self.frames > 0 and self.frames % 4 == 1),
+            self,
+            "data",
+            "frames",
+            "4k + 1, or 0 for the model's own",
+        )
         for name in ("height", "width"):
             size = getattr(self, name)
             _expect(size >= 0 and size % 16 == 0, self, "data", name, "a multiple of 16, or 0 for the model's own")
@@ -132,10 +143,17 @@ class DistillConfig:
         method = values.get("method", method)
         if method not in OBJECTIVES:
             raise ValueError(f"method is {method!r}, expected {' or '.join(OBJECTIVES)}. Correct the configuration.")
-        sections = {"objective": OBJECTIVES[method], "model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
+        sections = {
+            "objective": OBJECTIVES[method],
+            "model": ModelConfig,
+            "data": DataConfig,
+            "training": TrainingConfig,
+        }
         unknown = sorted(values.keys() - sections.keys() - {"method"})
         if unknown:
-            raise ValueError(f"The configuration has {unknown[0]!r}, expected only method and [{'], ['.join(sections)}].")
+            raise ValueError(
+                f"The configuration has {unknown[0]!r}, expected only method and [{'], ['.join(sections)}]."
+            )
         return cls(method, **{name: read_section(kind, values.get(name, {}), name) for name, kind in sections.items()})
 
     @classmethod
@@ -164,7 +182,9 @@ def read_section(kind: type[T], values: Any, section: str) -> T:
     known = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]
     unknown = sorted(values.keys() - known)
     if unknown:
-        raise ValueError(f"[{section}] has {unknown[0]!r}, which is not a setting; expected {', '.join(sorted(known))}.")
+        raise ValueError(
+            f"[{section}] has {unknown[0]!r}, which is not a setting; expected {', '.join(sorted(known))}."
+        )
     return kind(**{name: _typed(value, hints[name], f"{section}.{name}") for name, value in values.items()})
 
 
@@ -191,7 +211,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         try:
             import tomli as tomllib  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ValueError("Python 3.10 reads TOML only with the package 'tomli'; install it, or use Python 3.11.") from error
+            raise ValueError(
+                "Python 3.10 reads TOML only with the package 'tomli'; install it, or use Python 3.11."
+            ) from error
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -216,4 +238,6 @@ def _toml(value: Any) -> str:
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    return {f"{s}.{k}": v for s, t in values.items() if isinstance(t, dict) for k, v in t.items()} | {"method": values["method"]}
+    return {f"{s}.{k}": v for s, t in values.items() if isinstance(t, dict) for k, v in t.items()} | {
+        "method": values["method"]
+    }

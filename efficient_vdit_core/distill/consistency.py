@@ -1,8 +1,9 @@
-"""Stage 1: multi-step consistency distillation (Heek et al. 2024, arXiv 2403.06807, Algorithm 1; Efficient-vDiT section 4).
+"""Stage 1: multi-step consistency distillation (Heek et al. 2024, arXiv 2403.06807, Algorithm 1; Efficient-vDiT section
+4).
 
-Diffusion time falls into segments. From a time t in one of them the teacher takes one deterministic step (DDIM, for flow
-models Euler) to t', and the student must say at t what makes its jump to the segment's end land where its own jump from
-t' lands. Written out, that target is a blend (a: signal, s: noise, "end": the segment's end):
+Diffusion time falls into segments. From a time t in one of them the teacher takes one deterministic step (DDIM, for
+flow models Euler) to t', and the student must say at t what makes its jump to the segment's end land where its own jump
+from t' lands. Written out, that target is a blend (a: signal, s: noise, "end": the segment's end):
 
     x* = lam x_teacher + (1 - lam) x_student(t'),   lam = s_end (s_t a_t' - s_t' a_t) / (s_t' (s_t a_end - s_end a_t))
 
@@ -44,12 +45,14 @@ class ConsistencyConfig:
     steps: the sampler's steps, 0 for one in each segment; goes into the metadata and the sample videos.
     teacher_steps: sub-steps of the teacher over all segments; 48 to 64 for short trainings, finer for long ones.
     guidance: None, one scale, or a pair (low, high) drawn evenly for each example. The student needs none afterwards.
-    loss: "norm" is the paper's un-squared norm as pseudo-Huber, "squared" its square, "huber" is taken element by element (as
+    loss: "norm" is the paper's un-squared norm as pseudo-Huber, "squared" its square, "huber" is taken element by
+    element (as
         LCM and PCM do); ``loss_scale`` is the pseudo-Huber constant.
     weight: of the error in x, clipped at ``max_weight``: "inverse_variance" 1 / s^2, which is SNR + 1 for VP models;
         "inverse_sigma" 1 / s; "snr" (a / s)^2, for epsilon models; "none".
     space: "x", or "z" for the error at the segment's end (phased consistency models), which takes no weight.
-    addim: correct the teacher's step for the variance that DDIM loses, as the paper does from 4 segments on (its Eq. 12).
+    addim: correct the teacher's step for the variance that DDIM loses, as the paper does from 4 segments on (its Eq.
+    12).
     data_side: how many times more often the hardest segment, next to the data, is drawn.
     plan: a tile plan (``k:T-k`` or a file) under which both networks run, where knowledge distillation came first.
     """
@@ -70,7 +73,9 @@ class ConsistencyConfig:
     def __post_init__(self) -> None:
         for name, choices in (("loss", LOSSES), ("weight", WEIGHTS), ("space", SPACES)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}. Correct the configuration.")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}. Correct the configuration."
+                )
         if self.segments < 1 or self.teacher_steps < self.segments:
             raise ValueError(
                 f"There are {self.segments} segments and {self.teacher_steps} teacher_steps, expected at least 1 segment and one teacher "
@@ -92,12 +97,21 @@ class ConsistencyLoss:
         prediction: what both networks predict, of `PREDICTIONS`.
         student, target: the same weights; ``target`` runs without gradient.
         teacher: gives the guided and the unguided output.
-        alone: the target need not be asked where no example wants it. False among processes that compute together, each of
-            which waits in every call of the student for the others.
+        alone: the target need not be asked where no example wants it. False among processes that compute together, each
+            of which waits in every call of the student for the others.
     """
 
-    def __init__(self, config: ConsistencyConfig, path: NoisePath, prediction: str, *, student: Predict, teacher: Teacher,
-                 target: Predict | None = None, alone: bool = True) -> None:
+    def __init__(
+        self,
+        config: ConsistencyConfig,
+        path: NoisePath,
+        prediction: str,
+        *,
+        student: Predict,
+        teacher: Teacher,
+        target: Predict | None = None,
+        alone: bool = True,
+    ) -> None:
         self.alone = alone
         self.config, self.path, self.prediction = config, path, prediction
         self.student, self.teacher, self.target = student, teacher, target or student
@@ -146,7 +160,9 @@ class ConsistencyLoss:
             error = error * _like(share, error)
         weight = 1.0 if config.space == "z" else loss_weight(config, draw.at).to(error.device, torch.float32)
         losses = weight * example_losses(error, config)
-        parts = {f"segment {k}": losses[(draw.segment == k).to(losses.device)].mean() for k in draw.segment.unique().tolist()}
+        parts = {
+            f"segment {k}": losses[(draw.segment == k).to(losses.device)].mean() for k in draw.segment.unique().tolist()
+        }
         return StepLoss(losses.mean(), parts)
 
     def _clean(self, z: Tensor, out: Tensor, place: Place) -> Tensor:

@@ -38,7 +38,8 @@ class LatentFiles(Sequence[Tensor]):
 
 @dataclass
 class ClipSet:
-    """Latents (each (C, T, h, w) float32, of one size) and for each the captions that say the same, any of which may be drawn."""
+    """Latents (each (C, T, h, w) float32, of one size) and for each the captions that say the same, any of which may be
+    drawn."""
 
     latents: Sequence[Tensor] | Tensor
     captions: list[tuple[str, ...]]
@@ -55,7 +56,8 @@ class ClipSet:
 
 
 def video_captions(folder: Path) -> dict[Path, str]:
-    """The videos of a folder with their captions: ``name.txt`` beside each, or a ``metadata.jsonl`` of file_name and text.
+    """The videos of a folder with their captions: ``name.txt`` beside each, or a ``metadata.jsonl`` of file_name and
+    text.
 
     Raises ValueError where there are no videos, or where some have no caption; it names them.
     """
@@ -63,7 +65,9 @@ def video_captions(folder: Path) -> dict[Path, str]:
         raise ValueError(f"There is no folder {str(folder)!r} with videos. Check data.folder.")
     videos = sorted(f for f in folder.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
     if not videos:
-        raise ValueError(f"The folder {folder.name!r} holds no videos, expected files ending in {', '.join(VIDEO_SUFFIXES)}.")
+        raise ValueError(
+            f"The folder {folder.name!r} holds no videos, expected files ending in {', '.join(VIDEO_SUFFIXES)}."
+        )
     listed = _listed(folder / "metadata.jsonl")
     found = {v: listed.get(v.relative_to(folder).as_posix()) or _beside(v) for v in videos}
     missing = [v.name for v, text in found.items() if not text]
@@ -75,8 +79,11 @@ def video_captions(folder: Path) -> dict[Path, str]:
     return {v: text for v, text in found.items() if text}
 
 
-def encode_videos(folder: Path, cache: Path, size: tuple[int, int, int], encoder: Callable[[], Callable[[np.ndarray], Tensor]]) -> ClipSet:
-    """Latents of a folder's videos, cut to ``size`` (frames, height, width); a video that cannot be read is named, skipped and counted."""
+def encode_videos(
+    folder: Path, cache: Path, size: tuple[int, int, int], encoder: Callable[[], Callable[[np.ndarray], Tensor]]
+) -> ClipSet:
+    """Latents of a folder's videos, cut to ``size`` (frames, height, width); a video that cannot be read is named,
+    skipped and counted."""
     from tqdm import tqdm
 
     captions = video_captions(folder)
@@ -116,17 +123,26 @@ def read_frames(video: Path, size: tuple[int, int, int]) -> np.ndarray:
             if len(found) == frames:
                 break
     except Exception as error:  # each of imageio's plugins has its own errors
-        raise ValueError(f"it cannot be decoded ({str(error).strip().splitlines()[-1] if str(error).strip() else error!r})") from error
+        raise ValueError(
+            f"it cannot be decoded ({str(error).strip().splitlines()[-1] if str(error).strip() else error!r})"
+        ) from error
     if len(found) < frames:
         raise ValueError(f"it has {len(found)} frames, expected at least {frames}")
     return np.stack(found)
 
 
-def teacher_clips(captions: list[str], count: int, cache: Path, settings: Sequence[Any], teacher: Callable[[], Generate],
-                  at_once: int = 16) -> ClipSet:
+def teacher_clips(
+    captions: list[str],
+    count: int,
+    cache: Path,
+    settings: Sequence[Any],
+    teacher: Callable[[], Generate],
+    at_once: int = 16,
+) -> ClipSet:
     """Latents that the teacher itself draws for the captions: no data needed. Goes on where it stopped.
 
-    ``settings``: JSON-able, what sets these samples apart from others in the cache. ``teacher()`` is asked for where some are missing.
+    ``settings``: JSON-able, what sets these samples apart from others in the cache. ``teacher()`` is asked for where
+    some are missing.
     """
     from tqdm import tqdm
 
@@ -163,7 +179,9 @@ def _listed(file: Path) -> dict[str, str]:
             if entry:
                 found[str(entry["file_name"])] = str(entry["text"]).strip()
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file.name} line {number} is no object with file_name and text ({error!r}). Correct it.") from error
+            raise ValueError(
+                f"{file.name} line {number} is no object with file_name and text ({error!r}). Correct it."
+            ) from error
     return found
 
 

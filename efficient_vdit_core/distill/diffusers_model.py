@@ -1,7 +1,8 @@
 """diffusers' video transformers, Wan and CogVideoX, as distillation sees them.
 
-A folder in diffusers' layout: transformer, scheduler, vae, text_encoder, tokenizer. Attention is reached through PyTorch's own
-interception of ``scaled_dot_product_attention`` (a TorchFunctionMode), so that no code of diffusers is replaced.
+A folder in diffusers' layout: transformer, scheduler, vae, text_encoder, tokenizer. Attention is reached through
+PyTorch's own interception of ``scaled_dot_product_attention`` (a TorchFunctionMode), so that no code of diffusers is
+replaced.
 """
 
 from __future__ import annotations
@@ -52,11 +53,17 @@ class DiffusersModel:
         self.config = _json(self.folder / "transformer" / "config.json")
         self.kind = self.config.get("_class_name", "")
         if self.kind not in FAMILIES:
-            raise ValueError(f"{self.folder.name} holds a {self.kind or 'nameless model'}, expected {' or '.join(FAMILIES)}.")
+            raise ValueError(
+                f"{self.folder.name} holds a {self.kind or 'nameless model'}, expected {' or '.join(FAMILIES)}."
+            )
         if self.config.get("patch_size_t"):
-            raise ValueError("This CogVideoX packs frames in time (version 1.5), which is not supported here. Use version 1.0.")
+            raise ValueError(
+                "This CogVideoX packs frames in time (version 1.5), which is not supported here. Use version 1.0."
+            )
         if config.dtype not in DTYPES:
-            raise ValueError(f"model.dtype is {config.dtype!r}, expected one of {', '.join(DTYPES)}. Correct the configuration.")
+            raise ValueError(
+                f"model.dtype is {config.dtype!r}, expected one of {', '.join(DTYPES)}. Correct the configuration."
+            )
         self.family, self.dtype = FAMILIES[self.kind], DTYPES[config.dtype]
         self.saved_dtype = self.dtype
         self.layers, self.heads = int(self.config["num_layers"]), int(self.config["num_attention_heads"])
@@ -76,9 +83,15 @@ class DiffusersModel:
             module.load_state_dict(read_state_dict(source)[0])
         return module.train().requires_grad_(True)
 
-    def predict(self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None) -> Tensor:
+    def predict(
+        self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None
+    ) -> Tensor:
         context, _ = condition
-        inputs: dict[str, Any] = {"encoder_hidden_states": context.to(self.dtype), "timestep": time, "return_dict": False}
+        inputs: dict[str, Any] = {
+            "encoder_hidden_states": context.to(self.dtype),
+            "timestep": time,
+            "return_dict": False,
+        }
         x = z.to(self.dtype)
         with _Intercepted(options):
             if self.kind == WAN:
@@ -99,7 +112,11 @@ class DiffusersModel:
         low = (round((base[0] - inner[0]) / 2), round((base[1] - inner[1]) / 2))
         crops = (low, (low[0] + inner[0], low[1] + inner[1]))
         return get_3d_rotary_pos_embed(  # pyright: ignore[reportReturnType]
-            embed_dim=self.config["attention_head_dim"], crops_coords=crops, grid_size=size, temporal_size=z.shape[2], device=z.device
+            embed_dim=self.config["attention_head_dim"],
+            crops_coords=crops,
+            grid_size=size,
+            temporal_size=z.shape[2],
+            device=z.device,
         )
 
     def check_plan(self, plan: TilePlan) -> None:
@@ -119,7 +136,9 @@ class DiffusersModel:
 
     def tap(self, module: nn.Module) -> FeatureTap:
         blocks: Any = module.blocks if self.kind == WAN else module.transformer_blocks
-        return FeatureTap({"attention": [b.attn1 for b in blocks], "mlp": [b.ffn if self.kind == WAN else b.ff for b in blocks]})
+        return FeatureTap(
+            {"attention": [b.attn1 for b in blocks], "mlp": [b.ffn if self.kind == WAN else b.ff for b in blocks]}
+        )
 
     def checkpoint_blocks(self, module: nn.Module) -> None:
         module.enable_gradient_checkpointing(_checkpointed)  # pyright: ignore[reportCallIssue]
@@ -169,7 +188,9 @@ class DiffusersModel:
         """diffusers' pipeline without the transformer, and without what else is None."""
         from diffusers import DiffusionPipeline
 
-        return DiffusionPipeline.from_pretrained(str(self.folder), transformer=None, torch_dtype=torch.float32, **without)
+        return DiffusionPipeline.from_pretrained(
+            str(self.folder), transformer=None, torch_dtype=torch.float32, **without
+        )
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         trained = (49, 480, 720) if self.kind == COGVIDEOX else (81, 480, 832)
@@ -210,7 +231,9 @@ class _Intercepted(TorchFunctionMode):
         options = self.options and {**self.options, FORWARD_KEY: replace(self.options[FORWARD_KEY])}
         return _Intercepted(options)
 
-    def __torch_function__(self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self.options is None or func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
@@ -239,7 +262,9 @@ def _schedule(values: dict[str, Any]) -> tuple[NoisePath, str]:
 
     prediction = values.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
-        raise ValueError(f"The scheduler's prediction_type is {prediction!r}, expected one of {', '.join(PREDICTIONS)}.")
+        raise ValueError(
+            f"The scheduler's prediction_type is {prediction!r}, expected one of {', '.join(PREDICTIONS)}."
+        )
     kind = CogVideoXDDIMScheduler if "CogVideoX" in values.get("_class_name", "") else DDIMScheduler
     scheduler: Any = kind.from_config(values)
     return VPPath.from_alphas_bar(scheduler.alphas_cumprod), prediction
@@ -255,8 +280,12 @@ def _latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
 
 def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise ValueError(f"{str(file)!r} does not exist, expected a model folder in diffusers' layout. Check model.path.")
+        raise ValueError(
+            f"{str(file)!r} does not exist, expected a model folder in diffusers' layout. Check model.path."
+        )
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file.name} in {file.parent.name} is not valid JSON ({error}). Download it again.") from error
+        raise ValueError(
+            f"{file.name} in {file.parent.name} is not valid JSON ({error}). Download it again."
+        ) from error

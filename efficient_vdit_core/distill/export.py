@@ -22,8 +22,16 @@ def result_file(folder: Path, *, lora: bool) -> Path:
     return folder / LORA if lora else folder / "transformer" / WEIGHTS
 
 
-def export(model: FamilyModel, module: nn.Module, ema: dict[str, Tensor], folder: Path, about: DistillMetadata, *, lora: bool,
-           rank: int = 0) -> Path:
+def export(
+    model: FamilyModel,
+    module: nn.Module,
+    ema: dict[str, Tensor],
+    folder: Path,
+    about: DistillMetadata,
+    *,
+    lora: bool,
+    rank: int = 0,
+) -> Path:
     """Write the result in the precision of the teacher's file and return its path; only process 0 writes."""
     file = result_file(folder, lora=lora)
     if rank:

@@ -1,4 +1,5 @@
-"""The times of multi-step consistency distillation: segments of diffusion time, each walked by the teacher in sub-steps.
+"""The times of multi-step consistency distillation: segments of diffusion time, each walked by the teacher in
+sub-steps.
 
 The edges come from `segment_edges`, as those of the sampler do. A time on an edge belongs to the segment below it: from
 there the student jumps to that segment's end.
@@ -26,7 +27,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Draw:
-    """Where each of B examples stands: at ``at``, one teacher step above ``below``, in ``segment`` (0 = data) that ends at ``end``.
+    """Where each of B examples stands: at ``at``, one teacher step above ``below``, in ``segment`` (0 = data) that ends
+    at ``end``.
 
     ``first`` marks those whose step already ends at the segment's end.
     """

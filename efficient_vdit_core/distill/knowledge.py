@@ -1,11 +1,14 @@
-"""Stage 3: knowledge distillation from the dense consistency model to the same model under a tile plan (Efficient-vDiT, section 4).
+"""Stage 3: knowledge distillation from the dense consistency model to the same model under a tile plan (Efficient-vDiT,
+section 4).
 
 The student, which starts as the teacher's copy, is held to the teacher's attention outputs, MLP outputs and final
 prediction. Hidden states differ in size from layer to layer, so each difference counts relative to the teacher's own:
 
-    loss = attention mean_l |A_l - A'_l|^2 / |A'_l|^2 + mlp mean_l |M_l - M'_l|^2 / |M'_l|^2 + prediction |v - v'|^2 / |v'|^2
+    loss = attention mean_l |A_l - A'_l|^2 / |A'_l|^2 + mlp mean_l |M_l - M'_l|^2 / |M'_l|^2 + prediction |v - v'|^2 /
+    |v'|^2
 
-It is trained at the times at which the sampler will ask: the edges of the segments, and the sub-steps where there are more.
+It is trained at the times at which the sampler will ask: the edges of the segments, and the sub-steps where there are
+more.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ Features = dict[str, list[Tensor]]
 
 @dataclass(frozen=True)
 class KnowledgeConfig:
-    """plan: ``k:T-k`` or a plan file. segments: what the teacher was distilled for, 0 = as its metadata says; steps: the
-    sampler's, 0 = segments. attention, mlp, prediction: the weights of the three losses; 0 leaves one out.
+    """plan: ``k:T-k`` or a plan file. segments: what the teacher was distilled for, 0 = as its metadata says; steps:
+    the sampler's, 0 = segments. attention, mlp, prediction: the weights of the three losses; 0 leaves one out.
     """
 
     plan: str = ""
@@ -42,7 +45,9 @@ class KnowledgeConfig:
     def __post_init__(self) -> None:
         weights = (self.attention, self.mlp, self.prediction)
         if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
-            raise ValueError(f"The losses' weights are {weights}, expected numbers from 0 up and one above. Correct the configuration.")
+            raise ValueError(
+                f"The losses' weights are {weights}, expected numbers from 0 up and one above. Correct the configuration."
+            )
 
 
 class FeatureTap:
@@ -79,8 +84,17 @@ class KnowledgeLoss:
         student_tap, teacher_tap: their attention and MLP modules, under the names ``attention`` and ``mlp``.
     """
 
-    def __init__(self, config: KnowledgeConfig, path: NoisePath, *, segments: int, student: Callable[..., Tensor],
-                 teacher: Callable[..., Tensor], student_tap: FeatureTap, teacher_tap: FeatureTap) -> None:
+    def __init__(
+        self,
+        config: KnowledgeConfig,
+        path: NoisePath,
+        *,
+        segments: int,
+        student: Callable[..., Tensor],
+        teacher: Callable[..., Tensor],
+        student_tap: FeatureTap,
+        teacher_tap: FeatureTap,
+    ) -> None:
         self.config, self.path, self.student, self.teacher = config, path, student, teacher
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
         self.times = segment_edges(segments, config.steps or segments, start=path.start, clean=path.clean)[:-1]
@@ -104,11 +118,16 @@ class KnowledgeLoss:
 
     def compare(self, got: Features, out: Tensor, wanted: Features, expected: Tensor) -> StepLoss:
         """The weighted sum and its parts, each before its weight."""
-        parts = {name: torch.stack([relative_square(g, w) for g, w in zip(got[name], wanted[name], strict=True)]).mean() for name in got}
+        parts = {
+            name: torch.stack([relative_square(g, w) for g, w in zip(got[name], wanted[name], strict=True)]).mean()
+            for name in got
+        }
         parts["prediction"] = relative_square(out, expected)
         weights = {"attention": self.config.attention, "mlp": self.config.mlp, "prediction": self.config.prediction}
         # The prediction stays in with weight 0 too: processes that train together wait for a gradient of every weight.
-        total = torch.stack([weights[name] * parts[name] for name in weights if weights[name] or name == "prediction"]).sum()
+        total = torch.stack(
+            [weights[name] * parts[name] for name in weights if weights[name] or name == "prediction"]
+        ).sum()
         return StepLoss(total, parts)
 
 
@@ -126,9 +145,13 @@ def merge_deltas(base: dict[str, Tensor], *tuned: dict[str, Tensor]) -> dict[str
     for weights in tuned:
         if weights.keys() != base.keys():
             odd = sorted(weights.keys() ^ base.keys())
-            raise ValueError(f"The weights to merge belong to different models ({len(odd)} names differ, such as {odd[0]}).")
+            raise ValueError(
+                f"The weights to merge belong to different models ({len(odd)} names differ, such as {odd[0]})."
+            )
     merged = {}
     for name, value in base.items():
-        change = sum((w[name].float() - value.float() for w in tuned), start=torch.zeros_like(value, dtype=torch.float32))
+        change = sum(
+            (w[name].float() - value.float() for w in tuned), start=torch.zeros_like(value, dtype=torch.float32)
+        )
         merged[name] = (value.float() + change).to(value.dtype) if value.is_floating_point() else value
     return merged

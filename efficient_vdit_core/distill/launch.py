@@ -19,10 +19,14 @@ def make_accelerator(config: DistillConfig) -> Any:
     try:
         from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError as error:
-        raise ValueError("Distillation needs the package 'accelerate', which is missing. Install efficient-vdit[engine,train].") from error
+        raise ValueError(
+            "Distillation needs the package 'accelerate', which is missing. Install efficient-vdit[engine,train]."
+        ) from error
     precision = config.training.precision
     if config.model.device not in ("auto", "cpu"):
-        raise ValueError(f"model.device is {config.model.device!r}, expected auto or cpu; accelerate launch chooses among GPUs.")
+        raise ValueError(
+            f"model.device is {config.model.device!r}, expected auto or cpu; accelerate launch chooses among GPUs."
+        )
     sharding = _launched_with("ACCELERATE_USE_FSDP")
     _refuse_other_engines(sharding)
     accelerator = Accelerator(
@@ -38,13 +42,15 @@ def make_accelerator(config: DistillConfig) -> Any:
 
 
 def fsdp_plugin(precision: str) -> Any:
-    """The launch's FSDP2 settings, completed: one unit for each transformer block, and bf16 as data parallel runs have it."""
+    """The launch's FSDP2 settings, completed: one unit for each transformer block, and bf16 as data parallel runs have
+    it."""
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = None
     if precision == "bf16":
-        # accelerate's own policy also rounds what goes in (times of 0..999 to steps of 4) and sums the gradients in bf16.
+        # accelerate's own policy also rounds what goes in (times of 0..999 to steps of 4) and sums the gradients in
+        # bf16.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,

@@ -1,4 +1,5 @@
-"""Low-rank adapters on a model's linear layers: y = W x + (alpha / rank) up(down(x)), exported under ComfyUI's key names."""
+"""Low-rank adapters on a model's linear layers: y = W x + (alpha / rank) up(down(x)), exported under ComfyUI's key
+names."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def add_lora(module: nn.Module, rank: int, alpha: float | None = None, targets: 
         raise ValueError(f"The LoRA's rank is {rank}, expected at least 1. Correct lora_rank.")
     names = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and re.search(targets, "." + n)]
     if not names:
-        raise ValueError(f"No linear layer of {type(module).__name__} matches the LoRA targets {targets!r}. Correct them.")
+        raise ValueError(
+            f"No linear layer of {type(module).__name__} matches the LoRA targets {targets!r}. Correct them."
+        )
     module.requires_grad_(False)
     for name in names:
         parent, _, last = name.rpartition(".")

@@ -15,8 +15,10 @@ KEY = "evdit"
 
 @dataclass(frozen=True)
 class DistillMetadata:
-    """method: consistency or knowledge. segments: of diffusion time; steps: the sampler's. schedule, prediction: of the model.
-    guidance: the teacher's, now inside the weights, so that the sampler's must be 1. plan: the tile plan's JSON, or None.
+    """method: consistency or knowledge. segments: of diffusion time; steps: the sampler's. schedule, prediction: of the
+    model.
+    guidance: the teacher's, now inside the weights, so that the sampler's must be 1. plan: the tile plan's JSON, or
+    None.
     """
 
     method: str
@@ -49,11 +51,14 @@ class DistillMetadata:
             known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
             return cls(**{**known, "segments": segments, "steps": steps})
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"The checkpoint's distillation metadata is damaged ({error}). Distil again, or set steps by hand.") from error
+            raise ValueError(
+                f"The checkpoint's distillation metadata is damaged ({error}). Distil again, or set steps by hand."
+            ) from error
 
 
 def read_metadata(path: str | Path) -> DistillMetadata | None:
-    """The metadata of a safetensors file, or of the first one in a folder, without reading its weights; None where it has none."""
+    """The metadata of a safetensors file, or of the first one in a folder, without reading its weights; None where it
+    has none."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -64,4 +69,6 @@ def read_metadata(path: str | Path) -> DistillMetadata | None:
         with safe_open(files[0], framework="pt") as opened:
             return DistillMetadata.from_entries(opened.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(f"{files[0].name} cannot be read as safetensors: {error}. It is damaged; write or download it again.") from error
+        raise ValueError(
+            f"{files[0].name} cannot be read as safetensors: {error}. It is damaged; write or download it again."
+        ) from error

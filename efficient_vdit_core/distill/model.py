@@ -49,7 +49,9 @@ class FamilyModel(Protocol):
         """The transformer in training mode with gradients on, from ``weights`` or the model's own."""
         ...
 
-    def predict(self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None) -> Tensor: ...
+    def predict(
+        self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None
+    ) -> Tensor: ...
 
     def check_plan(self, plan: TilePlan) -> None:
         """Raises ValueError where the plan was made for another model."""
@@ -103,7 +105,9 @@ def read_plan(text: str) -> TilePlan:
     if Path(text).is_file():
         return TilePlan.load(text)
     if not text or text.endswith(".json"):
-        raise ValueError(f"The plan is {text!r}, expected a plan file or a pattern such as 2:6. Search a plan, or name one.")
+        raise ValueError(
+            f"The plan is {text!r}, expected a plan file or a pattern such as 2:6. Search a plan, or name one."
+        )
     return TilePlan.uniform(TilePattern.parse(text).k)
 
 
@@ -117,4 +121,6 @@ def open_model(config: ModelConfig) -> FamilyModel:
         from .diffusers_model import DiffusersModel
 
         return DiffusersModel(config)
-    raise ValueError(f"model.family is {config.family!r}, expected opensora_plan or diffusers. Correct the configuration.")
+    raise ValueError(
+        f"model.family is {config.family!r}, expected opensora_plan or diffusers. Correct the configuration."
+    )

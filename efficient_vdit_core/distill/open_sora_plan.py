@@ -39,7 +39,9 @@ class OpenSoraPlanModel:
         self.folder = find_model(config.path, config.text_encoder or None)
         self.transformer_file = Path(config.transformer) if config.transformer else self.folder.transformer
         if config.dtype not in DTYPES:
-            raise ValueError(f"model.dtype is {config.dtype!r}, expected one of {', '.join(DTYPES)}. Correct the configuration.")
+            raise ValueError(
+                f"model.dtype is {config.dtype!r}, expected one of {', '.join(DTYPES)}. Correct the configuration."
+            )
         self.dtype = DTYPES[config.dtype]
         state_dict, self.config = read_transformer(self.transformer_file)
         self.saved_dtype = next(iter(state_dict.values())).dtype
@@ -50,10 +52,14 @@ class OpenSoraPlanModel:
     def load(self, weights: str = "") -> OpenSoraT2V:
         module = load_transformer(weights or self.transformer_file, dtype=self.dtype)
         if module.config != self.config:
-            raise ValueError(f"{weights} is another model than {self.transformer_file.name}: their configurations differ. Choose another.")
+            raise ValueError(
+                f"{weights} is another model than {self.transformer_file.name}: their configurations differ. Choose another."
+            )
         return module.train().requires_grad_(True)
 
-    def predict(self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None) -> Tensor:
+    def predict(
+        self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None
+    ) -> Tensor:
         context, mask = condition
         return module(z.to(self.dtype), time, context, mask, options)
 

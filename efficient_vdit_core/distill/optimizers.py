@@ -11,7 +11,8 @@ from .config import TrainingConfig
 
 
 def make_optimizers(module: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """adamw; adamw8bit, of bitsandbytes; muon, for the blocks' matrices, with adamw for the rest. Frozen weights are left out."""
+    """adamw; adamw8bit, of bitsandbytes; muon, for the blocks' matrices, with adamw for the rest. Frozen weights are
+    left out."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     settings = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
@@ -29,7 +30,9 @@ def check_optimizer(config: TrainingConfig, *, sharded: bool = False) -> None:
     """Raises ValueError where the optimiser cannot work on ``sharded`` weights, or its package is missing."""
     if config.optimizer == "adamw8bit":
         if sharded:
-            raise ValueError("training.optimizer is adamw8bit, whose kernels do not know FSDP2's sharded weights. Choose adamw.")
+            raise ValueError(
+                "training.optimizer is adamw8bit, whose kernels do not know FSDP2's sharded weights. Choose adamw."
+            )
         _adamw8bit()
 
 
@@ -37,5 +40,7 @@ def _adamw8bit() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("training.optimizer adamw8bit needs the package 'bitsandbytes'. Install it, or choose adamw.") from error
+        raise ValueError(
+            "training.optimizer adamw8bit needs the package 'bitsandbytes'. Install it, or choose adamw."
+        ) from error
     return AdamW8bit

@@ -34,7 +34,8 @@ class PreparedData:
 
 
 def check_data(config: DistillConfig, model: FamilyModel) -> None:
-    """Raises ValueError, before any work, where the data that ``config.data`` names are not there or do not suit the model."""
+    """Raises ValueError, before any work, where the data that ``config.data`` names are not there or do not suit the
+    model."""
     data = config.data
     if data.source == "videos":
         video_captions(Path(data.folder))
@@ -72,7 +73,9 @@ def _tiny_vae(model: FamilyModel) -> CausalVAE:
     from .open_sora_plan import OpenSoraPlanModel
 
     if not isinstance(model, OpenSoraPlanModel):
-        raise ValueError("data.source tinyworld is made for the tiny model of family opensora_plan. Choose videos or teacher.")
+        raise ValueError(
+            "data.source tinyworld is made for the tiny model of family opensora_plan. Choose videos or teacher."
+        )
     return model.vae()
 
 

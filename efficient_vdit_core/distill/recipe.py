@@ -1,8 +1,9 @@
-"""The paper's three stages as one resumable run: few steps, a plan for each threshold, quality won back under each plan.
+"""The paper's three stages as one resumable run: few steps, a plan for each threshold, quality won back under each
+plan.
 
-    consistency-first   consistency -> search -> knowledge (the paper's order)
-    knowledge-first     search on the base -> knowledge -> consistency under the plan
-    merge               consistency and knowledge apart, both from the base, their changes added
+consistency-first   consistency -> search -> knowledge (the paper's order)
+knowledge-first     search on the base -> knowledge -> consistency under the plan
+merge               consistency and knowledge apart, both from the base, their changes added
 """
 
 from __future__ import annotations
@@ -57,15 +58,20 @@ class RecipeConfig:
         order = values.get("order", cls.order)
         if order not in ORDERS:
             raise ValueError(f"order is {order!r}, expected one of {', '.join(ORDERS)}. Correct the recipe.")
-        recipe = cls(order=order, **{name: read_section(kind, values.get(name, {}), name) for name, kind in sections.items()})
+        recipe = cls(
+            order=order, **{name: read_section(kind, values.get(name, {}), name) for name, kind in sections.items()}
+        )
         precisions = recipe.consistency_training.precision, recipe.knowledge_training.precision
         if precisions[0] != precisions[1]:  # accelerate keeps one for the whole process
-            raise ValueError(f"The trainings' precisions are {' and '.join(precisions)}, expected the same. Correct the recipe.")
+            raise ValueError(
+                f"The trainings' precisions are {' and '.join(precisions)}, expected the same. Correct the recipe."
+            )
         return recipe
 
 
 class ThreeStages:
-    """The stages of one recipe in ``folder``; each is skipped where it is finished, and resumed where it was stopped."""
+    """The stages of one recipe in ``folder``; each is skipped where it is finished, and resumed where it was
+    stopped."""
 
     def __init__(self, config: RecipeConfig, folder: Path) -> None:
         data = config.data if config.data.cache else replace(config.data, cache=str(folder / "cache"))
@@ -78,11 +84,16 @@ class ThreeStages:
         if c.order == "consistency-first":
             dense = self.consistency("consistency")
             plans = self.plans("plans", dense)
-            return {name: _result(dense, self.knowledge(f"knowledge-{name}", dense, plan)) for name, plan in plans.items()}
+            return {
+                name: _result(dense, self.knowledge(f"knowledge-{name}", dense, plan)) for name, plan in plans.items()
+            }
         plans = self.plans("plans", "")
         tuned = {name: self.knowledge(f"knowledge-{name}", "", plan) for name, plan in plans.items()}
         if c.order == "knowledge-first":
-            return {name: _result(file, self.consistency(f"consistency-{name}", file, plans[name])) for name, file in tuned.items()}
+            return {
+                name: _result(file, self.consistency(f"consistency-{name}", file, plans[name]))
+                for name, file in tuned.items()
+            }
         dense = self.consistency("consistency")
         return {name: [self.merge(f"merged-{name}", dense, weights)] for name, weights in tuned.items()}
 
@@ -97,10 +108,15 @@ class ThreeStages:
             check_optimizer(training)
             check_data(stage, model)
 
-    def consistency(self, name: str, teacher: str | Path = "", plan: str | Path = "", *, init: str | Path = "", **changes: Any) -> Path:
-        """Stage 1 in the subfolder ``name``; the student starts from ``init`` or the teacher. ``changes`` are of the objective."""
+    def consistency(
+        self, name: str, teacher: str | Path = "", plan: str | Path = "", *, init: str | Path = "", **changes: Any
+    ) -> Path:
+        """Stage 1 in the subfolder ``name``; the student starts from ``init`` or the teacher. ``changes`` are of the
+        objective."""
         c = self.config
-        stage = self._stage("consistency", replace(c.consistency, plan=str(plan), **changes), c.consistency_training, teacher)
+        stage = self._stage(
+            "consistency", replace(c.consistency, plan=str(plan), **changes), c.consistency_training, teacher
+        )
         if init:
             stage = replace(stage, model=replace(stage.model, init=str(self.full(init))))
         return distill(stage, self.folder / name)
@@ -108,14 +124,17 @@ class ThreeStages:
     def knowledge(self, name: str, teacher: str | Path, plan: str | Path, **changes: Any) -> Path:
         """Stage 3 in the subfolder ``name``, under a plan file or pattern.
 
-        A base teacher is to be distilled later: it learns at all of stage 1's times, and without captions for the guidance.
+        A base teacher is to be distilled later: it learns at all of stage 1's times, and without captions for the
+            guidance.
         """
         c = self.config
         objective = replace(c.knowledge, plan=str(plan), **changes)
         if teacher:
             return distill(self._stage("knowledge", objective, c.knowledge_training, teacher), self.folder / name)
         segments = objective.segments or c.consistency.segments
-        objective = replace(objective, segments=segments, steps=segments * max(1, round(c.consistency.teacher_steps / segments)))
+        objective = replace(
+            objective, segments=segments, steps=segments * max(1, round(c.consistency.teacher_steps / segments))
+        )
         stage = self._stage("knowledge", objective, c.knowledge_training, "")
         share = c.data.negative_share or (BASE_NEGATIVE_SHARE if c.consistency.guidance is not None else 0.0)
         return distill(replace(stage, data=replace(stage.data, negative_share=share)), self.folder / name)
@@ -131,19 +150,32 @@ class ThreeStages:
         steps = max(c.consistency.steps, segments)
         module = model.load().eval().to(device)
         return search_plans(
-            c.search, model, module, data.clips, data.bank, self.folder / name, segments=segments, steps=steps, device=device
+            c.search,
+            model,
+            module,
+            data.clips,
+            data.bank,
+            self.folder / name,
+            segments=segments,
+            steps=steps,
+            device=device,
         )
 
     def merge(self, name: str, consistency: str | Path, knowledge: str | Path) -> Path:
-        """The changes of both stages added to the base: to be sampled as the first says, under the plan of the second."""
+        """The changes of both stages added to the base: to be sampled as the first says, under the plan of the
+        second."""
         target = result_file(self.folder / name, lora=False)
         model = open_model(self.config.model)
         base, _ = read_state_dict(model.transformer_file)
         (few, about), (sparse, about_plan) = (read_state_dict(self.full(file)) for file in (consistency, knowledge))
         steps, plan = (DistillMetadata.from_entries(entries) for entries in (about, about_plan))
         if steps is None or plan is None:
-            raise ValueError("The stages to merge do not say how they were distilled: they are no results of this recipe.")
-        save_safetensors(target, merge_deltas(base, few, sparse), {**replace(steps, plan=plan.plan).to_entry(), **_config_of(model)})
+            raise ValueError(
+                "The stages to merge do not say how they were distilled: they are no results of this recipe."
+            )
+        save_safetensors(
+            target, merge_deltas(base, few, sparse), {**replace(steps, plan=plan.plan).to_entry(), **_config_of(model)}
+        )
         return target
 
     def full(self, weights: str | Path) -> Path:

@@ -1,4 +1,5 @@
-"""Runs a network down the segment edges, many videos at once: fixed-seed samples, data-free training data, evaluation."""
+"""Runs a network down the segment edges, many videos at once: fixed-seed samples, data-free training data,
+evaluation."""
 
 from __future__ import annotations
 
@@ -28,16 +29,30 @@ def guided(predict: Predict, condition: Any, negative: Any, guidance: float) -> 
 
 
 @torch.no_grad()
-def roll_down(network: Callable[[Tensor, Tensor], Tensor], path: NoisePath, prediction: str, noise: Tensor, *, segments: int,
-              steps: int | None = None) -> Tensor:
+def roll_down(
+    network: Callable[[Tensor, Tensor], Tensor],
+    path: NoisePath,
+    prediction: str,
+    noise: Tensor,
+    *,
+    segments: int,
+    steps: int | None = None,
+) -> Tensor:
     """Clean latents from unit noise (B, ...) by deterministic jumps along ``segment_edges``."""
     *_, (_, z) = trajectory(network, path, prediction, noise, segments=segments, steps=steps)
     return z
 
 
 @torch.no_grad()
-def trajectory(network: Callable[[Tensor, Tensor], Tensor], path: NoisePath, prediction: str, noise: Tensor, *, segments: int,
-               steps: int | None = None) -> Iterator[tuple[float, Tensor]]:
+def trajectory(
+    network: Callable[[Tensor, Tensor], Tensor],
+    path: NoisePath,
+    prediction: str,
+    noise: Tensor,
+    *,
+    segments: int,
+    steps: int | None = None,
+) -> Iterator[tuple[float, Tensor]]:
     """Yields (timestep, z) after each jump; the last z is clean."""
     times = segment_edges(segments, steps, start=path.start, clean=path.clean)
     levels = list(zip(*(c.tolist() for c in path.coefficients(times)), strict=True))

@@ -18,8 +18,16 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def write_samples(config: DistillConfig, model: FamilyModel, module: nn.Module, data: PreparedData, about: DistillMetadata,
-                  folder: Path, *, write: bool = True) -> str:
+def write_samples(
+    config: DistillConfig,
+    model: FamilyModel,
+    module: nn.Module,
+    data: PreparedData,
+    about: DistillMetadata,
+    folder: Path,
+    *,
+    write: bool = True,
+) -> str:
     """Write one gif for each of ``training.samples`` (or the first four captions) and say where.
 
     A process that only helps to compute them, since it holds a part of the weights, does not ``write``.
@@ -35,9 +43,16 @@ def write_samples(config: DistillConfig, model: FamilyModel, module: nn.Module, 
     for number, text in enumerate(texts):
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(number)).to(data.device)
         condition = data.bank.batch([text], data.device)
-        network = guided(lambda z, t, c: model.predict(module, z, t, c, options(z) if options else None), condition, None, 1.0)
+        network = guided(
+            lambda z, t, c: model.predict(module, z, t, c, options(z) if options else None), condition, None, 1.0
+        )
         z = roll_down(network, model.path, model.prediction, noise, segments=about.segments, steps=about.steps)
         if decode is None:
             continue
-        write_video(folder / f"{number:02d}.gif", decode(z[0]), fps=24, metadata={"prompt": text, "seed": number, "steps": about.steps})
+        write_video(
+            folder / f"{number:02d}.gif",
+            decode(z[0]),
+            fps=24,
+            metadata={"prompt": text, "seed": number, "steps": about.steps},
+        )
     return f"samples in {folder}"

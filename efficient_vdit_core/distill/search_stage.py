@@ -19,7 +19,8 @@ from .texts import TextBank
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """thresholds: largest relative error of a layer's attention, a plan for each; speedups: of the attention, a plan for each.
+    """thresholds: largest relative error of a layer's attention, a plan for each; speedups: of the attention, a plan
+    for each.
 
     candidates: numbers of reference frames. captions: samples that the errors are averaged over.
     """
@@ -44,8 +45,18 @@ class SearchConfig:
             check_target(0.0, speedup, candidates, frames)
 
 
-def search_plans(config: SearchConfig, model: FamilyModel, module: nn.Module, clips: ClipSet, bank: TextBank, folder: Path, *,
-                 segments: int, steps: int, device: torch.device) -> dict[str, Path]:
+def search_plans(
+    config: SearchConfig,
+    model: FamilyModel,
+    module: nn.Module,
+    clips: ClipSet,
+    bank: TextBank,
+    folder: Path,
+    *,
+    segments: int,
+    steps: int,
+    device: torch.device,
+) -> dict[str, Path]:
     """Plan files by name, such as ``r-0.1`` and ``x-2.5``; those that exist are kept."""
     # (threshold, speed-up), of which one is asked for
     names = {f"r-{r:g}": (r, 0.0) for r in config.thresholds} | {f"x-{x:g}": (0.0, x) for x in config.speedups}
@@ -54,7 +65,9 @@ def search_plans(config: SearchConfig, model: FamilyModel, module: nn.Module, cl
         return files
     folder.mkdir(parents=True, exist_ok=True)
     texts = [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
-    record = probe(config, model, module, bank, texts, tuple(clips.latents[0].shape), segments=segments, steps=steps, device=device)
+    record = probe(
+        config, model, module, bank, texts, tuple(clips.latents[0].shape), segments=segments, steps=steps, device=device
+    )
     about = {"segments": segments, "steps": steps, "captions": texts, "guidance": 1.0, "seed": config.seed}
     for name, (threshold, speedup) in names.items():
         plan: TilePlan = plan_from_record(record, layers=model.layers, family=model.family, heads=model.heads, threshold=threshold,
@@ -64,8 +77,18 @@ def search_plans(config: SearchConfig, model: FamilyModel, module: nn.Module, cl
 
 
 @torch.no_grad()
-def probe(config: SearchConfig, model: FamilyModel, module: nn.Module, bank: TextBank, texts: list[str], shape: tuple[int, ...], *,
-          segments: int, steps: int, device: torch.device) -> ProbeRecord:
+def probe(
+    config: SearchConfig,
+    model: FamilyModel,
+    module: nn.Module,
+    bank: TextBank,
+    texts: list[str],
+    shape: tuple[int, ...],
+    *,
+    segments: int,
+    steps: int,
+    device: torch.device,
+) -> ProbeRecord:
     """Sample latents of ``shape`` for ``texts`` densely and measure every candidate in every layer on the way."""
     record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), shape[1]))
     options = model.options_with(make_probe_override(record))

@@ -24,7 +24,8 @@ class TextBank:
 
     @classmethod
     def build(cls, texts: Iterable[str], encoder: Callable[[], Encode], file: Path | None = None) -> TextBank:
-        """Encode the distinct ``texts`` that ``file`` does not hold yet; ``encoder()`` loads the encoder where it is needed."""
+        """Encode the distinct ``texts`` that ``file`` does not hold yet; ``encoder()`` loads the encoder where it is
+        needed."""
         wanted = list(dict.fromkeys(texts))
         states = _read(file) if file is not None and file.is_file() else {}
         missing = [t for t in wanted if t not in states]
@@ -33,7 +34,9 @@ class TextBank:
             for start in range(0, len(missing), AT_ONCE):
                 part = missing[start : start + AT_ONCE]
                 context, mask = encode(part)
-                states.update({t: c[: int(m.sum())].clone() for t, c, m in zip(part, context.cpu(), mask.cpu(), strict=True)})
+                states.update(
+                    {t: c[: int(m.sum())].clone() for t, c, m in zip(part, context.cpu(), mask.cpu(), strict=True)}
+                )
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 names = list(states)

@@ -1,4 +1,5 @@
-"""One distillation run in one folder: model, data, objective and optimiser from a configuration, then checkpoint and export.
+"""One distillation run in one folder: model, data, objective and optimiser from a configuration, then checkpoint and
+export.
 
     folder/config.toml        the configuration that the run was started with
     folder/checkpoint.pt      everything a resumed run needs
@@ -81,7 +82,12 @@ def distill(config: DistillConfig, folder: Path) -> Path:
             where = folder / "samples" / f"step-{run.step:06d}"
             return write_samples(config, model, student, data, about, where, write=run.rank == 0)
 
-    run.train(loss_of, save_every=t.save_every, evaluate=evaluate if t.samples_every else None, evaluate_every=t.samples_every or t.steps)
+    run.train(
+        loss_of,
+        save_every=t.save_every,
+        evaluate=evaluate if t.samples_every else None,
+        evaluate_every=t.samples_every or t.steps,
+    )
     export(model, student, run.whole(run.ema), folder, about, lora=teacher is None, rank=run.rank)
     accelerator.wait_for_everyone()
     return result
@@ -100,11 +106,14 @@ def check_training(config: DistillConfig) -> None:
     if wanted.lora_rank < 1:
         raise ValueError(f"model.lora_rank is {wanted.lora_rank}, expected at least 1. Correct the configuration.")
     if wanted.train == "lora" and wanted.init:
-        raise ValueError("model.init is set, but a LoRA starts from its teacher. Leave it empty, or train the full weights.")
+        raise ValueError(
+            "model.init is set, but a LoRA starts from its teacher. Leave it empty, or train the full weights."
+        )
 
 
 def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMetadata) -> None:
-    """Raises ValueError where the model's schedule has no room for the steps, or the plan was made for another model."""
+    """Raises ValueError where the model's schedule has no room for the steps, or the plan was made for another
+    model."""
     segment_edges(about.segments, about.steps, start=model.path.start, clean=model.path.clean)
     if config.method == "consistency":
         SegmentGrid(model.path, about.segments, config.objective.teacher_steps)
@@ -169,8 +178,17 @@ def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
     )  # fmt: skip
 
 
-def make_objective(config: DistillConfig, model: FamilyModel, student: nn.Module, bare: nn.Module, teacher: nn.Module | None,
-                   about: DistillMetadata, data: PreparedData, *, alone: bool = True) -> Any:
+def make_objective(
+    config: DistillConfig,
+    model: FamilyModel,
+    student: nn.Module,
+    bare: nn.Module,
+    teacher: nn.Module | None,
+    about: DistillMetadata,
+    data: PreparedData,
+    *,
+    alone: bool = True,
+) -> Any:
     """The loss of one batch: ``objective(x, condition, generator)``. ``student`` is ``bare`` as accelerate prepared it.
 
     Without ``alone`` there are other processes, which call the networks as often as this one.
@@ -198,7 +216,9 @@ def make_objective(config: DistillConfig, model: FamilyModel, student: nn.Module
         return without + guidance.view(-1, *[1] * (z.ndim - 1)) * (plain - without), plain
 
     if config.method == "consistency":
-        return ConsistencyLoss(config.objective, model.path, model.prediction, teacher=guided, student=learn, alone=alone)
+        return ConsistencyLoss(
+            config.objective, model.path, model.prediction, teacher=guided, student=learn, alone=alone
+        )
     taps = {"student_tap": model.tap(bare), "teacher_tap": model.tap(bare if teacher is None else teacher)}
     return KnowledgeLoss(config.objective, model.path, segments=about.segments, teacher=teach, student=learn, **taps)
 

@@ -16,8 +16,17 @@ from .wire import Wire
 SCHEMES = ("auto", "rb", "ulysses")
 
 
-def sharded_attention(q: Tensor, k: Tensor, v: Tensor, shard: Shard, pattern: TilePattern, wire: Wire, *, scheme: str = "auto",
-                      inner: Inner | None = None) -> Tensor:
+def sharded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shard: Shard,
+    pattern: TilePattern,
+    wire: Wire,
+    *,
+    scheme: str = "auto",
+    inner: Inner | None = None,
+) -> Tensor:
     """Attention under ``pattern`` of this rank's tokens; every rank calls it for the same layer. Forward only.
 
     Args:
@@ -36,7 +45,9 @@ def sharded_attention(q: Tensor, k: Tensor, v: Tensor, shard: Shard, pattern: Ti
         scheme = choose_scheme(shard, pattern, q.shape[1], q.shape[3], q.element_size())
     if scheme == "rb":
         return reference_broadcast_attention(q, k, v, shard, pattern, wire)
-    return ulysses_attention(q, k, v, shard, wire, inner or (lambda q, k, v: tile_attention(q, k, v, shard.layout, pattern)))
+    return ulysses_attention(
+        q, k, v, shard, wire, inner or (lambda q, k, v: tile_attention(q, k, v, shard.layout, pattern))
+    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire, scheme: str) -> None:
@@ -51,4 +62,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire, scheme: st
                 "Slice the hidden state with the same shard."
             )
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise ValueError("q, k or v wants gradients, but sharded attention is forward only. Call it under torch.no_grad().")
+        raise ValueError(
+            "q, k or v wants gradients, but sharded attention is forward only. Call it under torch.no_grad()."
+        )

@@ -1,7 +1,8 @@
-"""Runs a model's blocks on this rank's tokens: sliced at the first block, gathered after the last, by ComfyUI's block hooks.
+"""Runs a model's blocks on this rank's tokens: sliced at the first block, gathered after the last, by ComfyUI's block
+hooks.
 
-Nothing of the model is copied or changed. The model computes embeddings, text and time on every rank (a small share), hands
-each block its whole tables, and the hooks cut out what belongs to this rank's tokens.
+Nothing of the model is copied or changed. The model computes embeddings, text and time on every rank (a small share),
+hands each block its whole tables, and the hooks cut out what belongs to this rank's tokens.
 
 Shapes: B batch, N tokens, n this rank's tokens, C channels.
 """
@@ -74,13 +75,15 @@ class ShardedForward:
         return self._once("pe", pe, self._cut_positions)
 
     def modulation(self, vec: Tensor) -> Tensor:
-        """The blocks' modulation for this rank: as it is where it holds for all tokens, else spread to its tokens (B, n, 6, C)."""
+        """The blocks' modulation for this rank: as it is where it holds for all tokens, else spread to its tokens (B,
+        n, 6, C)."""
         if vec.ndim < 4 or vec.shape[1] == 1:
             return vec
         return self._once("vec", vec, self._spread)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """Self-attention of the current block over q, k, v (B, H, n, D); ``dense`` is what single-rank attention would call."""
+        """Self-attention of the current block over q, k, v (B, H, n, D); ``dense`` is what single-rank attention would
+        call."""
         self.awaits_self_attention = False
         pattern = self.patterns[self.layer]
         scheme = self.scheme
@@ -104,7 +107,8 @@ class ShardedForward:
         return take(pe, self.spans, 1)
 
     def _spread(self, vec: Tensor) -> Tensor:
-        # The models' own rule: each of L vectors holds for an equal run of tokens, rounded up where L does not divide N.
+        # The models' own rule: each of L vectors holds for an equal run of tokens, rounded up where L does not divide
+        # N.
         tokens, count = self.shard.layout.tokens, vec.shape[1]
         repeats = tokens // count if tokens % count == 0 else tokens // count + 1
         index = torch.cat([torch.arange(start, stop, device=vec.device) for start, stop in self.spans])
@@ -123,7 +127,8 @@ def _shard(layout: TokenLayout, ranks: int, patterns: tuple[TilePattern, ...]) -
 
 
 def block_hook(layer: int, layers: int, previous: Hook | None = None) -> Hook:
-    """The hook of block ``layer`` of ``layers`` for ``patches_replace["dit"]``; ``previous`` is another node's hook there."""
+    """The hook of block ``layer`` of ``layers`` for ``patches_replace["dit"]``; ``previous`` is another node's hook
+    there."""
 
     def hook(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         run = extra["original_block"] if previous is None else partial(_call, previous, extra)
@@ -145,8 +150,18 @@ def _call(hook: Hook, extra: dict[str, Any], args: dict[str, Any]) -> dict[str, 
 def make_sharded_override(previous: Override | None = None) -> Override:
     """The attention override of a sharded forward: a block's first call is its self-attention, the rest stays local."""
 
-    def override(func: Override, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
-                 attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any) -> Tensor:
+    def override(
+        func: Override,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        attn_precision: Any = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
         def dense(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, **shape: bool) -> Tensor:
             if previous is not None:
                 return previous(func, q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
@@ -163,8 +178,9 @@ def make_sharded_override(previous: Override | None = None) -> Override:
         if not skip_reshape:
             q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
         # Ulysses holds a part of the heads, so the local calls say how many; RB's partial results need no backend.
-        out = state.attend(q, k, v, lambda q, k, v: dense(q, k, v, q.shape[1], None, skip_reshape=True, skip_output_reshape=True))
+        out = state.attend(
+            q, k, v, lambda q, k, v: dense(q, k, v, q.shape[1], None, skip_reshape=True, skip_output_reshape=True)
+        )
         return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
 
     return override
-

@@ -1,6 +1,8 @@
-"""What a worker process runs: by path, so that nothing needs to be installed and no folder of the pack lands on sys.path.
+"""What a worker process runs: by path, so that nothing needs to be installed and no folder of the pack lands on
+sys.path.
 
-Also for torchrun: `torchrun --nnodes 2 --node-rank N --nproc-per-node 4 ... path/to/efficient_vdit_core/parallel/boot.py`.
+Also for torchrun: `torchrun --nnodes 2 --node-rank N --nproc-per-node 4 ...
+path/to/efficient_vdit_core/parallel/boot.py`.
 """
 
 import importlib
@@ -12,7 +14,9 @@ from pathlib import Path
 def main() -> None:
     core = Path(__file__).resolve().parents[1]
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-    spec = importlib.util.spec_from_file_location(core.name, core / "__init__.py", submodule_search_locations=[str(core)])
+    spec = importlib.util.spec_from_file_location(
+        core.name, core / "__init__.py", submodule_search_locations=[str(core)]
+    )
     assert spec is not None and spec.loader is not None
     package = importlib.util.module_from_spec(spec)
     sys.modules[core.name] = package

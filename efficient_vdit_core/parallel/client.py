@@ -1,4 +1,5 @@
-"""ComfyUI's end of a pool: asks the workers, waits without deafness to Cancel, and says what went wrong in which rank."""
+"""ComfyUI's end of a pool: asks the workers, waits without deafness to Cancel, and says what went wrong in which
+rank."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class _Late(Exception):
 
 
 class PoolFault(RuntimeError):
-    """The pool is gone, or had to be given up; a new one must be started. ``lost``: the ranks that ended without a word."""
+    """The pool is gone, or had to be given up; a new one must be started. ``lost``: the ranks that ended without a
+    word."""
 
     def __init__(self, text: str, lost: tuple[int, ...] = ()) -> None:
         super().__init__(text)
@@ -34,7 +36,8 @@ class PoolFault(RuntimeError):
 
 
 class Pool:
-    """A connection to a running pool. Raises ConnectionError where none listens at ``address``, PoolFault where it refuses."""
+    """A connection to a running pool. Raises ConnectionError where none listens at ``address``, PoolFault where it
+    refuses."""
 
     def __init__(self, address: PoolAddress) -> None:
         self.address, self.usable = address, True
@@ -52,12 +55,14 @@ class Pool:
     def ranks(self) -> int:
         return self.address.ranks
 
-    def ask(self, message: Message, tensors: Tensors | None = None, *, timeout: float, poll: Poll | None = None) -> Answers:
+    def ask(
+        self, message: Message, tensors: Tensors | None = None, *, timeout: float, poll: Poll | None = None
+    ) -> Answers:
         """Every rank's answer, and rank 0's tensors.
 
         ``poll`` is called ten times a second and may raise, to cancel: the ranks finish that request unheard. Raises
-        ValueError for a user's mistake that a rank found, RuntimeError for its other errors, PoolFault where the pool is
-        lost, each with the rank's own words.
+        ValueError for a user's mistake that a rank found, RuntimeError for its other errors, PoolFault where the pool
+        is lost, each with the rank's own words.
         """
         number = next(self.ids)
         try:
@@ -116,7 +121,9 @@ class Pool:
     def _lost(self, faults: list[Message]) -> PoolFault:
         self.usable = False
         self.connection.close()
-        words = [f"rank {f['rank']}: {f['error']}" + (f"\n{f['traceback']}" if "traceback" in f else "") for f in faults]
+        words = [
+            f"rank {f['rank']}: {f['error']}" + (f"\n{f['traceback']}" if "traceback" in f else "") for f in faults
+        ]
         lost = tuple(f["rank"] for f in faults if f.get("lost")) if faults else (0,)
         return PoolFault("\n".join(words) or "rank 0 ended without a word", lost)
 

@@ -1,4 +1,5 @@
-"""A model of the speed-up on hardware that is not here: arithmetic and bytes, each at a stated rate, no overlap assumed.
+"""A model of the speed-up on hardware that is not here: arithmetic and bytes, each at a stated rate, no overlap
+assumed.
 
 A layer's time on P devices is its FLOPs / (P * rate) plus the bytes that a rank sends / link rate. The FLOPs follow
 Open-Sora-Plan's block; what the runs on this machine took beyond that is the factor ``overhead``.
@@ -48,7 +49,8 @@ class LayerShape:
         return self.heads * self.head_dim
 
     def flops(self, pattern: TilePattern) -> float:
-        """Self-attention, cross-attention and feed-forward of one block: 28 N D^2 in matrices, 4 N^2 D density in attention."""
+        """Self-attention, cross-attention and feed-forward of one block: 28 N D^2 in matrices, 4 N^2 D density in
+        attention."""
         tokens = self.grid.tokens
         matrices = 28.0 * tokens * self.width**2 + 4.0 * self.text * self.width**2
         return matrices + 4.0 * tokens * self.width * (tokens * pattern.density(self.grid.t) + self.text)
@@ -65,19 +67,24 @@ def bytes_sent(shape: LayerShape, pattern: TilePattern, ranks: int, scheme: str)
 
 
 def forward_speedup(shape: LayerShape, patterns: Iterable[TilePattern], ranks: int, scheme: str, rates: Rates) -> float:
-    """The same for a whole forward whose layers have ``patterns``; embeddings and the gather after the last layer are left out."""
+    """The same for a whole forward whose layers have ``patterns``; embeddings and the gather after the last layer are
+    left out."""
     counts = Counter(patterns)
     alone = sum(count * shape.flops(pattern) for pattern, count in counts.items()) / rates.flops
     sent = sum(count * bytes_sent(shape, pattern, ranks, scheme)[1] for pattern, count in counts.items()) / rates.link
     return alone / (alone / ranks + sent)
 
 
-def speedup(shape: LayerShape, pattern: TilePattern, ranks: int, scheme: str, rates: Rates, overhead: float = 1.0) -> float:
-    """Time on one device over time on ``ranks``; ``overhead`` multiplies the latter's arithmetic (imbalance, slicing, merging)."""
+def speedup(
+    shape: LayerShape, pattern: TilePattern, ranks: int, scheme: str, rates: Rates, overhead: float = 1.0
+) -> float:
+    """Time on one device over time on ``ranks``; ``overhead`` multiplies the latter's arithmetic (imbalance, slicing,
+    merging)."""
     alone = shape.flops(pattern) / rates.flops
     return alone / (overhead * alone / ranks + bytes_sent(shape, pattern, ranks, scheme)[1] / rates.link)
 
 
 def overhead(seconds: float, alone: float, ranks: int, sent: int, link: float) -> float:
-    """The factor that makes the model give the measured ``seconds`` on ``ranks`` where one took ``alone``; at least 1."""
+    """The factor that makes the model give the measured ``seconds`` on ``ranks`` where one took ``alone``; at least
+    1."""
     return max(1.0, (seconds - sent / link) * ranks / alone)

@@ -1,6 +1,8 @@
-"""Rank 0's switchboard: passes ComfyUI's requests to all ranks, gathers their answers, and notices at once when a rank is gone.
+"""Rank 0's switchboard: passes ComfyUI's requests to all ranks, gathers their answers, and notices at once when a rank
+is gone.
 
-Its threads stay awake while the rank's main thread computes, so that a rank that hangs or dies is named, not waited for.
+Its threads stay awake while the rank's main thread computes, so that a rank that hangs or dies is named, not waited
+for.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from .pool_file import remove_pool_file
 
 Message = dict[str, Any]
 
-# How long other ranks' words are awaited after the first fault: one that lost its peer may speak before the loss is seen.
+# How long other ranks' words are awaited after the first fault: one that lost its peer may speak before the loss is
+# seen.
 GATHER_FAULTS_SECONDS = 0.5
 WHERE_SECONDS = 3.0
 # How long the next ComfyUI is kept waiting for the end of the one before to be noticed.
@@ -32,8 +35,15 @@ TOGETHER = ("self-test", "step")
 class Hub:
     """``run_here`` hands a request to this rank's own main thread; ``where`` tells what that thread is doing."""
 
-    def __init__(self, listener: socket.socket, secret: str, ranks: int, run_here: Callable[[Message, Tensors], None],
-                 where: Callable[[], str], address_file: str) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        secret: str,
+        ranks: int,
+        run_here: Callable[[Message, Tensors], None],
+        where: Callable[[], str],
+        address_file: str,
+    ) -> None:
         self.listener, self.secret, self.ranks = listener, secret, ranks
         self.run_here, self.where, self.address_file = run_here, where, address_file
         self.lock = threading.Condition()
@@ -50,7 +60,8 @@ class Hub:
             threading.Thread(target=loop, daemon=True).start()
 
     def wait_for_ranks(self, seconds: float) -> None:
-        """Returns once every other rank is connected. Raises TimeoutError naming the ones that are not, RuntimeError for other versions."""
+        """Returns once every other rank is connected. Raises TimeoutError naming the ones that are not, RuntimeError
+        for other versions."""
         with self.lock:
             if not self.lock.wait_for(lambda: len(self.peers) == self.ranks - 1, seconds):
                 missing = sorted(set(range(1, self.ranks)) - set(self.peers))
@@ -58,7 +69,9 @@ class Hub:
             other = {rank: version for rank, version in self.versions.items() if version != __version__}
         if other:
             found = ", ".join(f"rank {rank} is {version}" for rank, version in sorted(other.items()))
-            raise RuntimeError(f"Rank 0 is version {__version__} of Efficient-vDiT, {found}. Install the same on every machine.")
+            raise RuntimeError(
+                f"Rank 0 is version {__version__} of Efficient-vDiT, {found}. Install the same on every machine."
+            )
 
     def answer(self, rank: int, message: Message, tensors: Tensors | None = None) -> None:
         """Rank ``rank``'s answer to the request; the last one sends them all to ComfyUI, with rank 0's tensors."""
@@ -83,7 +96,9 @@ class Hub:
         with self.lock:
             # Where a rank was lost, what the others say is only that they miss it.
             faults = [fault for fault in self.faults if fault[1].get("lost")] or self.faults
-            self._tell_main({"id": self.request.get("id"), "fatal": True, "faults": [{**m, "rank": r} for r, m in faults]}, {})
+            self._tell_main(
+                {"id": self.request.get("id"), "fatal": True, "faults": [{**m, "rank": r} for r, m in faults]}, {}
+            )
         self.end(FATAL_EXIT)
 
     def end(self, status: int) -> None:

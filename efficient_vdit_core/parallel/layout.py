@@ -1,11 +1,12 @@
-"""Which rank holds which tokens of the sequence: whole frames where that is balanced, parts of frames where it is not, padding never.
+"""Which rank holds which tokens of the sequence: whole frames where that is balanced, parts of frames where it is not,
+padding never.
 
 Three layouts, so that every number of frames is shared out evenly:
 
 - ``by_frames`` (L1): contiguous whole frames. The owner of a reference frame has a little less attention to do.
 - ``by_references`` (L2): the tokens of the reference frames are split over all ranks, the other frames stay whole.
-- ``by_tokens`` (L3): the reference tokens are split, and so are all others, across frame borders; a frame that is cut swaps
-  its keys and values between the ranks that hold it.
+- ``by_tokens`` (L3): the reference tokens are split, and so are all others, across frame borders; a frame that is cut
+  swaps its keys and values between the ranks that hold it.
 
 Prefix and suffix tokens are split like reference tokens. Pure integer arithmetic: every rank computes the same answer.
 """
@@ -27,7 +28,8 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens ``start`` to ``stop`` (exclusive) of one frame (None: prefix or suffix), which a rank holds from its token ``local`` on."""
+    """Tokens ``start`` to ``stop`` (exclusive) of one frame (None: prefix or suffix), which a rank holds from its token
+    ``local`` on."""
 
     frame: int | None
     start: int
@@ -45,7 +47,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shard:
-    """The tokens of every rank: ``spans[rank]`` are ascending ranges of the sequence, in the order in which the rank holds them.
+    """The tokens of every rank: ``spans[rank]`` are ascending ranges of the sequence, in the order in which the rank
+    holds them.
 
     Raises ValueError where the spans do not cover every token exactly once.
     """
@@ -56,7 +59,9 @@ class Shard:
     def __post_init__(self) -> None:
         covered = sorted(span for spans in self.spans for span in spans)
         borders = [0, *(stop for _, stop in covered)]
-        whole = borders[-1] == self.layout.tokens and all(a == start for a, (start, _) in zip(borders, covered, strict=False))
+        whole = borders[-1] == self.layout.tokens and all(
+            a == start for a, (start, _) in zip(borders, covered, strict=False)
+        )
         ascending = all(list(spans) == sorted(spans) for spans in self.spans)
         if not whole or not ascending or any(start >= stop for start, stop in covered):
             raise ValueError(
@@ -117,7 +122,8 @@ def by_tokens(layout: TokenLayout, ranks: int, pattern: TilePattern) -> Shard:
 
 
 def choose_shard(layout: TokenLayout, ranks: int, patterns: Iterable[TilePattern]) -> Shard:
-    """One shard for all layers: L1 where whole frames share out evenly, else L2, else L3, for the commonest sparse pattern.
+    """One shard for all layers: L1 where whole frames share out evenly, else L2, else L3, for the commonest sparse
+    pattern.
 
     Full layers run on any shard, so only the sparse patterns count. L3 moves a halo, so it comes last; without a sparse
     layer there is no halo, and tokens are simply split evenly.
@@ -169,7 +175,11 @@ def _two_part(layout: TokenLayout, ranks: int, references: tuple[int, ...], unit
     The spare units of the two parts go to different ranks (the others are dealt out from the last rank on).
     """
     shared, size = global_spans(layout, references), layout.grid.tokens_per_frame
-    others = [(layout.prefix + f * size, layout.prefix + (f + 1) * size) for f in range(layout.grid.t) if f not in set(references)]
+    others = [
+        (layout.prefix + f * size, layout.prefix + (f + 1) * size)
+        for f in range(layout.grid.t)
+        if f not in set(references)
+    ]
     count = len(others) * size // unit
     first = even_shares(sum(stop - start for start, stop in shared), _checked(ranks))
     second = [(count - stop, count - start) for start, stop in reversed(even_shares(count, ranks))]

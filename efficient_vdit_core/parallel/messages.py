@@ -1,4 +1,5 @@
-"""Messages between ComfyUI and the workers: JSON and raw tensors over a socket whose two ends have proved the same secret.
+"""Messages between ComfyUI and the workers: JSON and raw tensors over a socket whose two ends have proved the same
+secret.
 
 No pickle: a message can only say what JSON and plain tensor bytes can say.
 """
@@ -25,7 +26,16 @@ MAX_JSON, MAX_TENSORS = 2**26, 2**36
 _HEADER = struct.Struct(">4sQQ")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+    for dtype in (
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    )
 }
 
 Tensors = dict[str, Tensor]
@@ -39,8 +49,8 @@ class ConnectionEnded(ConnectionError):
 class Connection:
     """A socket that has been let in. Several threads may send; one receives.
 
-    Where the socket has a timeout, ``tick`` is called whenever it has passed without a byte, and may raise: between messages
-    that does no harm, within one it leaves the connection ``torn``, of no more use.
+    Where the socket has a timeout, ``tick`` is called whenever it has passed without a byte, and may raise: between
+    messages that does no harm, within one it leaves the connection ``torn``, of no more use.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -49,12 +59,15 @@ class Connection:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, message: dict[str, Any], tensors: Tensors | None = None, tick: Tick | None = None) -> None:
-        """Raises ConnectionEnded where nobody listens any more, ValueError for a tensor of a dtype that cannot travel."""
+        """Raises ConnectionEnded where nobody listens any more, ValueError for a tensor of a dtype that cannot
+        travel."""
         tensors = {name: x.detach().to("cpu").contiguous() for name, x in (tensors or {}).items()}
         forms = {name: [str(x.dtype).removeprefix("torch."), list(x.shape)] for name, x in tensors.items()}
         strange = [kind for kind, _ in forms.values() if kind not in _DTYPES]
         if strange:
-            raise ValueError(f"A tensor of {strange[0]} cannot be sent to the workers, expected one of {', '.join(_DTYPES)}. Convert it.")
+            raise ValueError(
+                f"A tensor of {strange[0]} cannot be sent to the workers, expected one of {', '.join(_DTYPES)}. Convert it."
+            )
         text = json.dumps({**message, "_tensors": forms}).encode()
         size = sum(x.numel() * x.element_size() for x in tensors.values())
         with self.lock:
@@ -70,13 +83,17 @@ class Connection:
         self.torn = True
         magic, text_size, size = _HEADER.unpack(bytes(first) + bytes(_read(self.sock, _HEADER.size - 1, tick)))
         if magic != MAGIC or text_size > MAX_JSON or size > MAX_TENSORS:
-            raise ValueError("The other end of the workers' connection does not speak their protocol. Stop what uses that port.")
+            raise ValueError(
+                "The other end of the workers' connection does not speak their protocol. Stop what uses that port."
+            )
         message = json.loads(bytes(_read(self.sock, text_size, tick)))
         blob, tensors, done = _read(self.sock, size, tick), {}, 0
         self.torn = False
         for name, (kind, shape) in message.pop("_tensors").items():
             dtype = _DTYPES[kind]
-            part = bytearray(blob[done : done + math.prod(shape) * dtype.itemsize])  # a copy: it must begin at a whole element
+            part = bytearray(
+                blob[done : done + math.prod(shape) * dtype.itemsize]
+            )  # a copy: it must begin at a whole element
             tensors[name] = torch.frombuffer(part, dtype=dtype).view(shape) if part else torch.empty(shape, dtype=dtype)
             done += len(part)
         return message, tensors
@@ -107,7 +124,8 @@ def _write(sock: socket.socket, data: Any, tick: Tick | None) -> None:
 
 
 def _patiently(transfer: Callable[[], int], tick: Tick | None) -> int:
-    """The bytes that ``transfer`` moved; it is tried again after each timeout of the socket, while ``tick`` does not raise."""
+    """The bytes that ``transfer`` moved; it is tried again after each timeout of the socket, while ``tick`` does not
+    raise."""
     while True:
         try:
             return transfer()
@@ -123,7 +141,8 @@ def new_secret() -> str:
 
 
 def connect(host: str, port: int, secret: str, *, timeout: float = HANDSHAKE_SECONDS) -> Connection:
-    """Open a connection and prove the secret, and have it proved. Raises ConnectionError where nobody or a stranger answers."""
+    """Open a connection and prove the secret, and have it proved. Raises ConnectionError where nobody or a stranger
+    answers."""
     sock = socket.create_connection((host, port), timeout=timeout)
     try:
         theirs, mine = bytes(_read(sock, NONCE)), secrets.token_bytes(NONCE)
@@ -142,7 +161,8 @@ def listen(host: str) -> socket.socket:
 
 
 def admit(sock: socket.socket, secret: str) -> Connection | None:
-    """The connection that ``sock``, just accepted, becomes where its other end knows the secret; None and closed where not."""
+    """The connection that ``sock``, just accepted, becomes where its other end knows the secret; None and closed where
+    not."""
     sock.settimeout(HANDSHAKE_SECONDS)
     try:
         mine = secrets.token_bytes(NONCE)

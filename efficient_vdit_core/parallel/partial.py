@@ -23,7 +23,8 @@ _PLAIN_SCORES = 2**24
 def attend_lse(q: Tensor, k: Tensor, v: Tensor) -> Partial:
     """Attention of q over k, v, scaled by 1 / sqrt(D), and its lse. No keys: zeros and -inf, which merge as nothing.
 
-    PyTorch's own kernels tell the lse; what none of them takes goes by plain matrix products, a block of rows at a time.
+    PyTorch's own kernels tell the lse; what none of them takes goes by plain matrix products, a block of rows at a
+    time.
     """
     if not q.numel() or not k.numel():
         return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
@@ -41,7 +42,8 @@ def attend_lse(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 
 
 def kernel_for(q: Tensor) -> str:
-    """``cpu``: flash attention for any float and head_dim. ``flash``: halves, head_dim divisible by 8 up to 256, from Ampere on.
+    """``cpu``: flash attention for any float and head_dim. ``flash``: halves, head_dim divisible by 8 up to 256, from
+    Ampere on.
 
     ``efficient``: head_dim divisible by 4, no float64, bfloat16 from Ampere on. ``plain``: the rest.
     """
@@ -66,7 +68,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
-    """The attention over all keys from attentions over disjoint parts of them: sum_p out_p exp(lse_p - lse), in float32."""
+    """The attention over all keys from attentions over disjoint parts of them: sum_p out_p exp(lse_p - lse), in
+    float32."""
     if len(parts) == 1:
         return parts[0]
     lses = torch.stack([lse for _, lse in parts])

@@ -36,7 +36,8 @@ def write_pool_file(path: Path, address: PoolAddress) -> None:
 
 
 def read_pool_file(path: Path) -> PoolAddress | None:
-    """The pool that the file names, running or not; None where there is no such file, or one that is not ours to trust."""
+    """The pool that the file names, running or not; None where there is no such file, or one that is not ours to
+    trust."""
     try:
         if hasattr(os, "getuid") and (path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o077):
             return None

@@ -1,4 +1,5 @@
-"""Whether what the model is built from lies on this machine too: a pool that spans machines reads files by the same paths."""
+"""Whether what the model is built from lies on this machine too: a pool that spans machines reads files by the same
+paths."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from pathlib import Path
 
 
 def check_paths(paths: Mapping[str, int | None]) -> None:
-    """``paths``: each with its size in bytes, None for a folder. Raises ValueError naming this machine and what it lacks."""
+    """``paths``: each with its size in bytes, None for a folder. Raises ValueError naming this machine and what it
+    lacks."""
     here = platform.node() or "this machine"
     missing = [path for path in paths if not Path(path).exists()]
     if missing:
@@ -18,4 +20,6 @@ def check_paths(paths: Mapping[str, int | None]) -> None:
     for path, size in paths.items():
         found = Path(path).stat().st_size
         if size is not None and found != size:
-            raise ValueError(f"{path} has {found} bytes on {here}, expected {size} as where ComfyUI runs. Copy the same file there.")
+            raise ValueError(
+                f"{path} has {found} bytes on {here}, expected {size} as where ComfyUI runs. Copy the same file there."
+            )

@@ -1,8 +1,8 @@
 """RB: ranks keep their frames and exchange only the reference tokens' Q, K, V and their partial results.
 
-A reference row's softmax over all keys is the merge of its partial results over each rank's keys, so every rank does the
-same share of it, and no rank ever sees all keys. Per layer and rank 4 k S D e (P - 1) / P bytes and 4 bytes for each row's
-lse, against Ulysses' 4 N D e (P - 1) / P^2.
+A reference row's softmax over all keys is the merge of its partial results over each rank's keys, so every rank does
+the same share of it, and no rank ever sees all keys. Per layer and rank 4 k S D e (P - 1) / P bytes and 4 bytes for
+each row's lse, against Ulysses' 4 N D e (P - 1) / P^2.
 
 Shapes: B batch, H heads, n this rank's tokens, g its shared tokens, G all shared tokens, D head_dim.
 """
@@ -23,7 +23,9 @@ from .wire import Pending, Wire, form
 SHARED, HALO, ROWS = "rb shared tokens", "rb halo", "rb partial rows"
 
 
-def reference_broadcast_attention(q: Tensor, k: Tensor, v: Tensor, shard: Shard, pattern: TilePattern, wire: Wire) -> Tensor:
+def reference_broadcast_attention(
+    q: Tensor, k: Tensor, v: Tensor, shard: Shard, pattern: TilePattern, wire: Wire
+) -> Tensor:
     """Attention under ``pattern`` of this rank's q, k, v (B, H, n, D); returns (B, H, n, D).
 
     While the shared tokens travel, frames attend to themselves; while the partial rows travel, frames attend to the
@@ -63,7 +65,9 @@ def _send_shared(q: Tensor, k: Tensor, v: Tensor, every: tuple[Roles, ...], wire
     return wire.start(SHARED, sends, receives, q.device)
 
 
-def _join_shared(q: Tensor, k: Tensor, v: Tensor, mine: Roles, received: list[list[Tensor]], wire: Wire) -> list[Tensor]:
+def _join_shared(
+    q: Tensor, k: Tensor, v: Tensor, mine: Roles, received: list[list[Tensor]], wire: Wire
+) -> list[Tensor]:
     """All ranks' shared q, k, v (B, H, G, D), rank by rank."""
     received = list(received)
     received[wire.rank] = [take(x, mine.shared, 2) for x in (q, k, v)]
@@ -90,8 +94,16 @@ def _whole_frames(q: Tensor, k: Tensor, v: Tensor, size: int, mine: Roles, out: 
         lse[:, :, start:stop] = rearrange(logs, "(b f) h s -> b h (f s)", b=q.shape[0])
 
 
-def _cut_frames(q: Tensor, k: Tensor, v: Tensor, every: tuple[Roles, ...], received: list[list[Tensor]], out: Tensor, lse: Tensor,
-                wire: Wire) -> None:
+def _cut_frames(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    every: tuple[Roles, ...],
+    received: list[list[Tensor]],
+    out: Tensor,
+    lse: Tensor,
+    wire: Wire,
+) -> None:
     """Pieces of cut frames attend to themselves and to the received other pieces; written into ``out`` and ``lse``."""
     for piece in every[wire.rank].cut:
         start, stop = piece.local_span

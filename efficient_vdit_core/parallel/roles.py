@@ -16,8 +16,8 @@ from .layout import Piece, Shard, Span, join_spans
 class Roles:
     """One rank's tokens, as ranges of its own tokens (0 = its first one).
 
-    ``shared`` tokens (prefix, reference frames, suffix) attend to everything; ``whole`` are runs of frames that lie here
-    entirely; ``cut`` are pieces of frames whose other parts lie on the ranks ``cut_peers[i]``.
+    ``shared`` tokens (prefix, reference frames, suffix) attend to everything; ``whole`` are runs of frames that lie
+    here entirely; ``cut`` are pieces of frames whose other parts lie on the ranks ``cut_peers[i]``.
     """
 
     shared: tuple[Span, ...]

@@ -1,4 +1,5 @@
-"""The start-up self-test: one exchange between all ranks, its rate, the devices' rate, and who can reach whose memory."""
+"""The start-up self-test: one exchange between all ranks, its rate, the devices' rate, and who can reach whose
+memory."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _SIDE = {"cuda": 4096, "cpu": 512}
 
 
 def self_test(wire: Wire, device: torch.device) -> dict[str, Any]:
-    """Sends 8 MiB to every rank and checks what came; gigabytes a second sent by this rank, FLOPs a second, and its device.
+    """Sends 8 MiB to every rank and checks what came; gigabytes a second sent by this rank, FLOPs a second, and its
+    device.
 
     Raises RuntimeError where the data that arrived is not what was sent.
     """

@@ -1,4 +1,5 @@
-"""One pool as ComfyUI uses it from prompt to prompt: found or started, tested, given its model, started anew after a fault."""
+"""One pool as ComfyUI uses it from prompt to prompt: found or started, tested, given its model, started anew after a
+fault."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Launch:
 
 
 class Session:
-    """Safe for several threads; one request at a time. ``failures`` counts how often no pool with the model could be had."""
+    """Safe for several threads; one request at a time. ``failures`` counts how often no pool with the model could be
+    had."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -51,7 +53,8 @@ class Session:
         self.failures = 0
 
     def ready(self, launch: Launch, poll: Poll | None = None) -> Pool:
-        """A pool on the launch's devices with the launch's model built. Raises ValueError, RuntimeError or TimeoutError saying why not."""
+        """A pool on the launch's devices with the launch's model built. Raises ValueError, RuntimeError or TimeoutError
+        saying why not."""
         with self.lock:
             if self.pool is None or not self.pool.usable or self.devices != launch.devices:
                 self.stop()
@@ -106,7 +109,8 @@ class Session:
             raise PoolFault(text, fault.lost) from None
 
     def _with_last_lines(self, fault: PoolFault) -> str:
-        """The fault, with how the lost ranks' processes ended and the end of their logs, where these are on this machine."""
+        """The fault, with how the lost ranks' processes ended and the end of their logs, where these are on this
+        machine."""
         lines = [str(fault)]
         if self.workers is not None and fault.lost:
             end = time.monotonic() + 1.0
@@ -120,7 +124,9 @@ class Session:
     def _find_or_start(self, launch: Launch, poll: Poll | None) -> None:
         self.pool = running_pool(launch.devices)
         if self.pool is None and launch.devices[0].startswith("rank"):
-            raise RuntimeError("The pool of workers that spanned machines is gone. Start it again, or name devices of this machine.")
+            raise RuntimeError(
+                "The pool of workers that spanned machines is gone. Start it again, or name devices of this machine."
+            )
         if self.pool is None:
             start = self._start_on_gpus if launch.devices[0].startswith("cuda") else self._start
             start(launch, poll)
@@ -138,7 +144,9 @@ class Session:
                 how = backend if peer_to_peer else f"{backend} without peer access"
                 log.warning("Efficient-vDiT: the GPUs could not talk over %s: %s", how, error)
                 self.stop()
-        raise RuntimeError("The GPUs could not exchange data by NCCL or gloo; the log says why. Run on one device, or mend the driver.")
+        raise RuntimeError(
+            "The GPUs could not exchange data by NCCL or gloo; the log says why. Run on one device, or mend the driver."
+        )
 
     def _start(self, launch: Launch, poll: Poll | None, backend: str = "gloo", peer_to_peer: bool = True) -> None:
         self.workers = starter().Workers(launch.devices, backend, peer_to_peer=peer_to_peer)
@@ -161,7 +169,8 @@ def starter() -> Any:
 
 
 def running_pool(devices: tuple[str, ...]) -> Pool | None:
-    """The pool that `evdit workers` or torchrun runs, if it has these devices; a file left by one that is gone is removed."""
+    """The pool that `evdit workers` or torchrun runs, if it has these devices; a file left by one that is gone is
+    removed."""
     address = read_pool_file(default_pool_file())
     if address is None or _names(address) != devices:
         return None
@@ -178,7 +187,8 @@ def _names(address: PoolAddress) -> tuple[str, ...]:
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
-    """``auto``, ``0,1`` or ``cpu,cpu`` as names: those of a running pool, else all GPUs of this machine, else one CPU."""
+    """``auto``, ``0,1`` or ``cpu,cpu`` as names: those of a running pool, else all GPUs of this machine, else one
+    CPU."""
     text = text.strip().lower()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text == "auto":
@@ -190,11 +200,17 @@ def parse_devices(text: str) -> tuple[str, ...]:
     if all(part == "cpu" for part in parts):
         cores = max(2, os.cpu_count() or 1)
         if len(parts) > cores:
-            raise ValueError(f"devices names {len(parts)} CPU ranks, expected {cores} at most: this machine has no more cores. Name fewer.")
+            raise ValueError(
+                f"devices names {len(parts)} CPU ranks, expected {cores} at most: this machine has no more cores. Name fewer."
+            )
         return tuple(parts)
     if not all(re.fullmatch(r"\d{1,3}", part) for part in parts) or len(set(parts)) != len(parts):
-        raise ValueError(f'devices is {text!r}, expected "auto" or GPU numbers such as "0,1", each once. Correct the text.')
+        raise ValueError(
+            f'devices is {text!r}, expected "auto" or GPU numbers such as "0,1", each once. Correct the text.'
+        )
     missing = [part for part in parts if int(part) >= count]
     if missing:
-        raise ValueError(f"devices names GPU {missing[0]}, but this machine shows {count}. Name those from 0 to {count - 1}, or auto.")
+        raise ValueError(
+            f"devices names GPU {missing[0]}, but this machine shows {count}. Name those from 0 to {count - 1}, or auto."
+        )
     return tuple(f"cuda:{int(part)}" for part in parts)

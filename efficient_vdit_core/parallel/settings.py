@@ -15,8 +15,8 @@ LOOPBACK = "127.0.0.1"
 class Settings:
     """``store``: the file for the rendezvous, or empty under torchrun. ``device``: "cpu" or "cuda:N".
 
-    ``address_file``: where rank 0 announces the pool. ``listen``: the address that rank 0 listens on. ``log``: where this
-    rank's output goes, or empty where its starter shows it.
+    ``address_file``: where rank 0 announces the pool. ``listen``: the address that rank 0 listens on. ``log``: where
+    this rank's output goes, or empty where its starter shows it.
     """
 
     rank: int
@@ -42,7 +42,9 @@ def read_settings() -> Settings:
         return _from_torchrun()
     line = sys.stdin.buffer.readline()
     if not line:
-        raise ValueError("A worker was started by hand, expected `evdit workers`, torchrun, or the node. Use one of these.")
+        raise ValueError(
+            "A worker was started by hand, expected `evdit workers`, torchrun, or the node. Use one of these."
+        )
     values: dict[str, Any] = json.loads(line)
     return Settings(**{**values, "devices": tuple(values["devices"])})
 

@@ -1,6 +1,7 @@
 """Starts and ends worker processes on this machine: the only file that does.
 
-A worker is started with no argument but the script's path; what it is, and the secret, it reads from its standard input,
+A worker is started with no argument but the script's path; what it is, and the secret, it reads from its standard
+input,
 which stays open: when the starter goes, however it goes, that pipe ends, and so does the worker.
 """
 
@@ -30,7 +31,9 @@ _NO_WINDOW = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # on Windows alone
 class Workers:
     """The processes of a local pool, one for each of ``devices`` ("cpu" or "cuda:N"), and the folder of their logs."""
 
-    def __init__(self, devices: Sequence[str], backend: str, *, address_file: Path | None = None, peer_to_peer: bool = True) -> None:
+    def __init__(
+        self, devices: Sequence[str], backend: str, *, address_file: Path | None = None, peer_to_peer: bool = True
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="evdit-workers-"))
         self.address_file = address_file or self.folder / "pool.json"
         self.logs = tuple(str(self.folder / f"rank-{rank}.log") for rank in range(len(devices)))
@@ -51,7 +54,13 @@ class Workers:
                             log=self.logs[rank], devices=devices)  # fmt: skip
         with open(self.logs[rank], "wb") as log:
             process = subprocess.Popen(
-                command, bufsize=0, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, creationflags=_NO_WINDOW
+                command,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                creationflags=_NO_WINDOW,
             )
         self.processes.append(process)
         assert process.stdin is not None
@@ -59,7 +68,8 @@ class Workers:
             settings.write(process.stdin)
 
     def wait(self, seconds: float, poll: Callable[[], None] | None = None) -> PoolAddress:
-        """The pool's address once all ranks have met. Raises RuntimeError naming the rank that ended, TimeoutError if none did."""
+        """The pool's address once all ranks have met. Raises RuntimeError naming the rank that ended, TimeoutError if
+        none did."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             address = read_pool_file(self.address_file)
@@ -69,17 +79,23 @@ class Workers:
                 if process.poll() is not None:
                     words = self.last_lines(rank)
                     self.stop()
-                    raise RuntimeError(f"Rank {rank} ended while it started ({exit_words(process.returncode)}):\n{words}")
+                    raise RuntimeError(
+                        f"Rank {rank} ended while it started ({exit_words(process.returncode)}):\n{words}"
+                    )
             if poll is not None:
                 poll()
             time.sleep(0.05)
         self.stop()
-        raise TimeoutError(f"The workers were not ready after {seconds:.0f} s. Raise start_timeout, or see what keeps the machine busy.")
+        raise TimeoutError(
+            f"The workers were not ready after {seconds:.0f} s. Raise start_timeout, or see what keeps the machine busy."
+        )
 
     def last_lines(self, rank: int) -> str:
         """The end of a rank's log, or nothing where it cannot be read."""
         try:
-            return "\n".join(Path(self.logs[rank]).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LOG_LINES:])
+            return "\n".join(
+                Path(self.logs[rank]).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LOG_LINES:]
+            )
         except OSError:
             return ""
 

@@ -12,8 +12,11 @@ LSE_BYTES = 4
 
 
 @lru_cache(maxsize=256)
-def rb_bytes(shard: Shard, pattern: TilePattern, heads: int, head_dim: int, itemsize: int, batch: int = 1) -> tuple[int, ...]:
-    """Bytes that each rank sends in one layer by RB: shared q, k, v to all, partial rows and their lse, the halo of cut frames."""
+def rb_bytes(
+    shard: Shard, pattern: TilePattern, heads: int, head_dim: int, itemsize: int, batch: int = 1
+) -> tuple[int, ...]:
+    """Bytes that each rank sends in one layer by RB: shared q, k, v to all, partial rows and their lse, the halo of cut
+    frames."""
     every = roles(shard, pattern)
     row, total = heads * head_dim * itemsize, sum(r.shared_tokens for r in every)
     sent = []
@@ -26,7 +29,8 @@ def rb_bytes(shard: Shard, pattern: TilePattern, heads: int, head_dim: int, item
 
 @lru_cache(maxsize=256)
 def ulysses_bytes(shard: Shard, heads: int, head_dim: int, itemsize: int, batch: int = 1) -> tuple[int, ...]:
-    """Bytes that each rank sends in one layer by Ulysses: q, k, v of the others' heads, the result of the others' tokens."""
+    """Bytes that each rank sends in one layer by Ulysses: q, k, v of the others' heads, the result of the others'
+    tokens."""
     sent = []
     for tokens, (start, stop) in zip(shard.tokens, even_shares(heads, shard.ranks), strict=True):
         own = stop - start
@@ -35,7 +39,8 @@ def ulysses_bytes(shard: Shard, heads: int, head_dim: int, itemsize: int, batch:
 
 
 def choose_scheme(shard: Shard, pattern: TilePattern, heads: int, head_dim: int, itemsize: int) -> str:
-    """``rb`` where it sends fewer bytes in all (k P < T on even shares), else ``ulysses``; full layers are always ``ulysses``."""
+    """``rb`` where it sends fewer bytes in all (k P < T on even shares), else ``ulysses``; full layers are always
+    ``ulysses``."""
     if pattern.is_full(shard.layout.grid.t):
         return "ulysses"
     rb, ulysses = rb_bytes(shard, pattern, heads, head_dim, itemsize), ulysses_bytes(shard, heads, head_dim, itemsize)

@@ -1,7 +1,7 @@
 """Ulysses: each rank swaps its tokens of all heads for all tokens of its heads, attends, and swaps back.
 
-Works for every pattern, full ones too; heads need not be divisible by the ranks. The heads go in two groups, so that one
-travels while the other is computed.
+Works for every pattern, full ones too; heads need not be divisible by the ranks. The heads go in two groups, so that
+one travels while the other is computed.
 
 Shapes: B batch, H heads, h a rank's heads of a group, n this rank's tokens, N all tokens, D head_dim.
 """
@@ -31,7 +31,8 @@ def head_groups(heads: int, ranks: int) -> list[list[Span]]:
 
 
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire, inner: Inner) -> Tensor:
-    """Attention of this rank's q, k, v (B, H, n, D); ``inner`` attends over whole sequences (B, h, N, D). Returns (B, H, n, D)."""
+    """Attention of this rank's q, k, v (B, H, n, D); ``inner`` attends over whole sequences (B, h, N, D). Returns (B,
+    H, n, D)."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     groups = head_groups(q.shape[1], wire.size)
     forward = [_to_heads(q, k, v, shard, group, wire) for group in groups]
@@ -60,7 +61,9 @@ def _to_heads(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: list[Span], 
     return wire.start(TO_HEADS, sends, receives, q.device)
 
 
-def _assemble(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: list[Span], received: list[list[Tensor]], wire: Wire) -> list[Tensor]:
+def _assemble(
+    q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: list[Span], received: list[list[Tensor]], wire: Wire
+) -> list[Tensor]:
     """q, k, v (B, h, N, D) of this rank's heads in the order of the sequence."""
     b, _, _, d = q.shape
     start, stop = group[wire.rank]

@@ -1,4 +1,5 @@
-"""The one way in which ranks send one another tensors: an uneven all-to-all that runs while the caller works on, and is counted."""
+"""The one way in which ranks send one another tensors: an uneven all-to-all that runs while the caller works on, and is
+counted."""
 
 from __future__ import annotations
 
@@ -16,9 +17,12 @@ Form = tuple[Shape, torch.dtype]
 
 
 class Pending:
-    """An exchange under way; ``wait`` gives what each rank sent, as lists of tensors (empty for the caller's own rank)."""
+    """An exchange under way; ``wait`` gives what each rank sent, as lists of tensors (empty for the caller's own
+    rank)."""
 
-    def __init__(self, work: Any, sent: Tensor, received: Tensor, forms: Sequence[Sequence[Form]], device: torch.device) -> None:
+    def __init__(
+        self, work: Any, sent: Tensor, received: Tensor, forms: Sequence[Sequence[Form]], device: torch.device
+    ) -> None:
         # ``sent`` is only kept alive: the transfer reads from it until it is done.
         self.work, self.sent, self.received, self.forms, self.device = work, sent, received, forms, device
 
@@ -52,8 +56,11 @@ class Wire:
         self.through_host = dist.get_backend(group) == "gloo"
         self.sent: Counter[str] = Counter()
 
-    def start(self, name: str, sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Form]], device: torch.device) -> Pending:
-        """Send ``sends[rank]`` to each rank and await tensors of the forms ``receives[rank]``; both are empty for this rank.
+    def start(
+        self, name: str, sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Form]], device: torch.device
+    ) -> Pending:
+        """Send ``sends[rank]`` to each rank and await tensors of the forms ``receives[rank]``; both are empty for this
+        rank.
 
         ``name`` is what the bytes are counted under; ``device`` is where the result shall lie.
         """

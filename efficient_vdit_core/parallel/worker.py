@@ -73,7 +73,9 @@ class Worker:
         listener, secret = listen(s.listen), s.secret or new_secret()
         port = listener.getsockname()[1]
         put = self.requests.put
-        self.hub = Hub(listener, secret, s.ranks, lambda message, tensors: put((message, tensors)), self.where, s.address_file)
+        self.hub = Hub(
+            listener, secret, s.ranks, lambda message, tensors: put((message, tensors)), self.where, s.address_file
+        )
         store.set(CONTROL, json.dumps({"host": s.listen, "port": port, "secret": secret}))
         self.hub.wait_for_ranks(JOIN_SECONDS)
         if s.address_file:
@@ -103,7 +105,11 @@ class Worker:
             lines = "".join(traceback.format_exception(error)).strip().splitlines()
             print("\n".join(lines), file=sys.stderr, flush=True)  # noqa: T201 - this is the rank's log
             mistake = isinstance(error, ValueError)
-            return {"error": self._describe(error), "mistake": mistake, "traceback": "\n".join(lines[-TRACE_LINES:])}, {}
+            return {
+                "error": self._describe(error),
+                "mistake": mistake,
+                "traceback": "\n".join(lines[-TRACE_LINES:]),
+            }, {}
 
     def _do(self, message: Message, tensors: Tensors) -> tuple[Message, Tensors]:
         if message["do"] == "self-test":
@@ -118,7 +124,9 @@ class Worker:
                 self.host.offload()
             return {}, {}
         if self.host is None:
-            raise ValueError("The workers were asked for a step before they were told which model. Queue the prompt again.")
+            raise ValueError(
+                "The workers were asked for a step before they were told which model. Queue the prompt again."
+            )
         if message["do"] == "step":
             return self.host.step(message, tensors)
         raise ValueError(f"The workers were asked to {message['do']!r}, which they do not know. Start them anew.")
@@ -135,10 +143,11 @@ class Worker:
 
 
 def load_host(where: dict[str, str]) -> Any:
-    """The class ``where["name"]`` of the module ``where["module"]``, a path below the folder ``where["package"]`` with dots.
+    """The class ``where["name"]`` of the module ``where["module"]``, a path below the folder ``where["package"]`` with
+    dots.
 
-    No folder means this package. Else the packages above the module are entered without running them: those of a node pack
-    would import ComfyUI, which is not there before the host has set it up.
+    No folder means this package. Else the packages above the module are entered without running them: those of a node
+    pack would import ComfyUI, which is not there before the host has set it up.
     """
     if not where["package"]:
         return getattr(importlib.import_module(f"..{where['module']}", __package__), where["name"])
@@ -171,13 +180,17 @@ def main() -> None:
     settings = read_settings()
     # Ctrl-C in a terminal reaches the whole group; the starter decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    watch, about = (_end_with_starter, (Path(settings.store).parent,)) if settings.store else (_end_with_parent, (os.getppid(),))
+    watch, about = (
+        (_end_with_starter, (Path(settings.store).parent,)) if settings.store else (_end_with_parent, (os.getppid(),))
+    )
     threading.Thread(target=watch, args=about, daemon=True).start()
     if settings.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(settings.device))
     if settings.store:
         store = dist.FileStore(settings.store, settings.ranks)
-        dist.init_process_group(settings.backend, store=store, rank=settings.rank, world_size=settings.ranks, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            settings.backend, store=store, rank=settings.rank, world_size=settings.ranks, timeout=COLLECTIVE_TIMEOUT
+        )
     else:
         dist.init_process_group(settings.backend, timeout=COLLECTIVE_TIMEOUT)
         store = dist.distributed_c10d._get_default_store()

@@ -55,11 +55,14 @@ class ClipComparison:
         return {**values, "identical": math.isinf(self.psnr)}
 
 
-def compare_clips(a: Tensor, b: Tensor, *, lpips: bool = True, progress: Callable[[int, int], None] | None = None) -> ClipComparison:
+def compare_clips(
+    a: Tensor, b: Tensor, *, lpips: bool = True, progress: Callable[[int, int], None] | None = None
+) -> ClipComparison:
     """Compares b with a.
 
     Args:
-        a, b: (F, H, W, 3) each, uint8, or float with 0..1 from black to white; values beyond are clipped as a screen does.
+        a, b: (F, H, W, 3) each, uint8, or float with 0..1 from black to white; values beyond are clipped as a screen
+            does.
         lpips: measure it too where the package ``lpips`` and its weights are on this machine.
         progress: called with (frames done, all frames) after each; what it raises ends the comparison.
 
@@ -85,16 +88,25 @@ def compare_clips(a: Tensor, b: Tensor, *, lpips: bool = True, progress: Callabl
             progress(index + 1, len(a))
     motion_a, motion_b = map(_mean, zip(*motions, strict=True)) if motions else (None, None)
     return ClipComparison(
-        frames=len(a), height=a.shape[1], width=a.shape[2], psnr=_psnr(_mean(errors)), ssim=_mean(similar),
-        temporal_psnr=_psnr(_mean(temporal)) if temporal else None, motion_a=motion_a, motion_b=motion_b,
+        frames=len(a),
+        height=a.shape[1],
+        width=a.shape[2],
+        psnr=_psnr(_mean(errors)),
+        ssim=_mean(similar),
+        temporal_psnr=_psnr(_mean(temporal)) if temporal else None,
+        motion_a=motion_a,
+        motion_b=motion_b,
         motion_ratio=motion_b / motion_a if motion_a and motion_b is not None else None,
-        lpips=_mean(distances) if distances else None, lpips_note=perceptual.note,
-        psnr_frames=tuple(map(_psnr, errors)), ssim_frames=tuple(similar),
+        lpips=_mean(distances) if distances else None,
+        lpips_note=perceptual.note,
+        psnr_frames=tuple(map(_psnr, errors)),
+        ssim_frames=tuple(similar),
     )
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
-    """Structural similarity of two frames (H, W, 3) in 0..1: 11 x 11 Gaussian window, each channel by itself, their mean.
+    """Structural similarity of two frames (H, W, 3) in 0..1: 11 x 11 Gaussian window, each channel by itself, their
+    mean.
 
     Only windows that lie within the frame count. The same as scikit-image with gaussian_weights, sigma 1.5 and
     use_sample_covariance=False.
@@ -118,7 +130,9 @@ def ssim(a: Tensor, b: Tensor) -> float:
 def _check(a: Tensor, b: Tensor) -> None:
     for name, clip in (("first", a), ("second", b)):
         if clip.ndim != 4 or clip.shape[-1] != 3 or not len(clip):
-            raise ValueError(f"The {name} clip has shape {tuple(clip.shape)}, expected (frames, height, width, 3): an RGB video.")
+            raise ValueError(
+                f"The {name} clip has shape {tuple(clip.shape)}, expected (frames, height, width, 3): an RGB video."
+            )
         if min(clip.shape[1:3]) < MIN_SIDE:
             raise ValueError(
                 f"The {name} clip is {clip.shape[2]}x{clip.shape[1]} pixels, expected at least {MIN_SIDE} on each side: "
@@ -142,7 +156,9 @@ def _frame(clip: Tensor, index: int, name: str) -> Tensor:
         return clip[index].float() / 255
     frame = clip[index].float()
     if not bool(frame.isfinite().all()):
-        raise ValueError(f"Frame {index} of the {name} clip holds NaN or infinite values, expected 0 to 1. Its generation failed.")
+        raise ValueError(
+            f"Frame {index} of the {name} clip holds NaN or infinite values, expected 0 to 1. Its generation failed."
+        )
     return frame.clamp(0, 1)
 
 

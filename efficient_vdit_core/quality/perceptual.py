@@ -1,4 +1,5 @@
-"""LPIPS (Zhang et al. 2018), where its package and the weights of its AlexNet are on this machine. Nothing is downloaded."""
+"""LPIPS (Zhang et al. 2018), where its package and the weights of its AlexNet are on this machine. Nothing is
+downloaded."""
 
 from __future__ import annotations
 

@@ -28,7 +28,13 @@ _HEAT = torch.tensor([[0, 0, 0], [70, 20, 110], [200, 50, 70], [250, 160, 40], [
 
 
 def comparison_picture(
-    a: Tensor, b: Tensor, comparison: ClipComparison, *, names: tuple[str, str] = ("a", "b"), frames: int = 6, amplify: float = 4.0
+    a: Tensor,
+    b: Tensor,
+    comparison: ClipComparison,
+    *,
+    names: tuple[str, str] = ("a", "b"),
+    frames: int = 6,
+    amplify: float = 4.0,
 ) -> Tensor:
     """The picture, (height, width, 3) float32 in 0..1.
 
@@ -76,7 +82,9 @@ class _Canvas:
         self.draw.text((x * _SCALE, y * _SCALE), shown, fill=color, font=font, anchor=anchor)
 
     def lines(self, points: Sequence[tuple[float, float]], *, color: Any, width: float = 1) -> None:
-        self.draw.line([(x * _SCALE, y * _SCALE) for x, y in points], fill=color, width=round(width * _SCALE), joint="curve")
+        self.draw.line(
+            [(x * _SCALE, y * _SCALE) for x, y in points], fill=color, width=round(width * _SCALE), joint="curve"
+        )
 
     def dot(self, x: float, y: float, radius: float, color: Any) -> None:
         self.draw.ellipse([(v + d) * _SCALE for d in (-radius, radius) for v in (x, y)], fill=color)
@@ -122,7 +130,9 @@ def _draw_rows(canvas: _Canvas, left: float, size: tuple[int, int], clips: tuple
         canvas.text(x + width / 2, _MARGIN + 3 * (height + _GAP) + 8, label, color=_FAINT, anchor="mm", size=12)
 
 
-def _draw_table(canvas: _Canvas, box: tuple[float, float, float, float], comparison: ClipComparison, names: tuple[str, str]) -> None:
+def _draw_table(
+    canvas: _Canvas, box: tuple[float, float, float, float], comparison: ClipComparison, names: tuple[str, str]
+) -> None:
     canvas.panel(box)
     left, top, right, bottom = box
     canvas.text(left + 16, top + 22, f"{names[1]} against {names[0]}", size=15, room=right - left - 190)

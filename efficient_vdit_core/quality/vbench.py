@@ -1,8 +1,9 @@
 """Clips and prompts laid out for VBench's mode custom_input, which scores any clip in six dimensions.
 
-What VBench (version 0.1.5, https://github.com/Vchitect/VBench) reads in that mode: every .mp4 and .gif that lies flat in
-one folder, and a JSON object of file name to prompt, each name relative to that folder. Without the JSON it takes a name
-``<prompt>-<number>`` for the prompt; the names here are of that form too, but a prompt may hold what no file name can.
+What VBench (version 0.1.5, https://github.com/Vchitect/VBench) reads in that mode: every .mp4 and .gif that lies flat
+in one folder, and a JSON object of file name to prompt, each name relative to that folder. Without the JSON it takes a
+name ``<prompt>-<number>`` for the prompt; the names here are of that form too, but a prompt may hold what no file name
+can.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def write_vbench_layout(clips: Sequence[str | Path], out: str | Path, prompts: M
         ``out``.
 
     Raises:
-        ValueError: a clip is missing, damaged, named twice, of a kind that does not fit, or without a prompt; ``out`` holds files.
+        ValueError: a clip is missing, damaged, named twice, of a kind that does not fit, or without a prompt; ``out``
+            holds files.
     """
     out, paths = _check_out(out), [Path(clip) for clip in clips]
     if not paths:
@@ -130,7 +132,9 @@ def _describe(path: Path, prompts: Mapping[str, str]) -> dict[str, Any]:
             f'Name it in a JSON file of the form {{"{path.name}": "its prompt"}} and give that as --prompts.'
         )
     if suffix == ".webp" and not isinstance(metadata.get("fps"), int | float):
-        raise ValueError(f"{str(path)!r} does not tell its frames per second, so it cannot become an mp4. Convert it first.")
+        raise ValueError(
+            f"{str(path)!r} does not tell its frames per second, so it cannot become an mp4. Convert it first."
+        )
     return {"source": path.name, "prompt": prompt, "metadata": metadata}
 
 
@@ -143,7 +147,9 @@ def _fill(folder: Path, paths: Sequence[Path], found: Sequence[Mapping[str, Any]
         if copied:
             shutil.copyfile(path, folder / VIDEOS / name)
         else:
-            write_video(folder / VIDEOS / name, read_video(path), fps=clip["metadata"]["fps"], metadata=clip["metadata"])
+            write_video(
+                folder / VIDEOS / name, read_video(path), fps=clip["metadata"]["fps"], metadata=clip["metadata"]
+            )
         prompts[name], clips[name] = clip["prompt"], clip
     for name, value in ((PROMPTS, prompts), (CLIPS, clips)):
         # ASCII: VBench opens the file in whatever encoding its machine prefers.

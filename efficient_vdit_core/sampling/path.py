@@ -1,7 +1,7 @@
 """Signal and noise along a model's diffusion time, and the clean data that its output stands for.
 
-z_t = a_t x + s_t e with clean data x and unit noise e. Timesteps run from ``start`` (noise) to ``clean`` (data) as in the
-table of `schedule`; equal pieces of them are equal pieces of diffusion time. Coefficients are float64: targets of
+z_t = a_t x + s_t e with clean data x and unit noise e. Timesteps run from ``start`` (noise) to ``clean`` (data) as in
+the table of `schedule`; equal pieces of them are equal pieces of diffusion time. Coefficients are float64: targets of
 consistency distillation take differences of nearly equal ones.
 """
 
@@ -42,8 +42,8 @@ class NoisePath(Protocol):
 class VPPath:
     """A variance-preserving model with a table of trained levels: a^2 + s^2 = 1.
 
-    ``log_sigmas`` (levels,) ascending, of s / a; the last may be infinite (zero terminal SNR). Fractions of a timestep are
-    log-linear between levels.
+    ``log_sigmas`` (levels,) ascending, of s / a; the last may be infinite (zero terminal SNR). Fractions of a timestep
+    are log-linear between levels.
     """
 
     kind = "vp"
@@ -73,7 +73,12 @@ class VPPath:
 
     def describe(self) -> dict[str, Any]:
         first, last = (float(self.log_sigmas[i].exp()) for i in (0, -1))
-        return {"kind": self.kind, "levels": len(self.log_sigmas), "sigma_min": first, "sigma_max": last if math.isfinite(last) else None}
+        return {
+            "kind": self.kind,
+            "levels": len(self.log_sigmas),
+            "sigma_min": first,
+            "sigma_max": last if math.isfinite(last) else None,
+        }
 
 
 class FlowPath:
@@ -83,7 +88,9 @@ class FlowPath:
 
     def __init__(self, shift: float = 1.0, multiplier: float = 1000.0) -> None:
         if not shift > 0:
-            raise ValueError(f"The shift of a flow schedule is {shift}, expected a number above 0; 1 leaves time as it is.")
+            raise ValueError(
+                f"The shift of a flow schedule is {shift}, expected a number above 0; 1 leaves time as it is."
+            )
         self.shift, self.start, self.clean = shift, multiplier, 0.0
 
     def coefficients(self, timestep: Tensor) -> tuple[Tensor, Tensor]:

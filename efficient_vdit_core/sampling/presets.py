@@ -1,8 +1,8 @@
 """The noise levels that published few-step flow models were distilled for, and levels written by hand.
 
-Levels are rectified-flow sigmas from 1 (noise) to 0 (clean). Sources: LightX2V's Wan2.2-Lightning LoRAs, timesteps 1000, 937.5,
-833.33, 625 and their 8-step form (shift 5); FastVideo's FastWan, timesteps 1000, 757, 522 (shift 8); NVIDIA's rCM, TrigFlow
-angles atan(80), 1.5, 1.4, 1.0; Lightricks' distilled LTX-Video 2, the sigmas of its workflow.
+Levels are rectified-flow sigmas from 1 (noise) to 0 (clean). Sources: LightX2V's Wan2.2-Lightning LoRAs, timesteps
+1000, 937.5, 833.33, 625 and their 8-step form (shift 5); FastVideo's FastWan, timesteps 1000, 757, 522 (shift 8);
+NVIDIA's rCM, TrigFlow angles atan(80), 1.5, 1.4, 1.0; Lightricks' distilled LTX-Video 2, the sigmas of its workflow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ RCM_ANGLES = (math.atan(80.0), 1.5, 1.4, 1.0)
 
 @dataclass(frozen=True)
 class Preset:
-    """sigmas: all levels, the last 0. gamma: the share of fresh noise that the model was made for, 0 deterministic, 1 re-noise."""
+    """sigmas: all levels, the last 0. gamma: the share of fresh noise that the model was made for, 0 deterministic, 1
+    re-noise."""
 
     sigmas: tuple[float, ...]
     gamma: float
@@ -33,7 +34,8 @@ def shifted(steps: int, shift: float) -> tuple[float, ...]:
 
 
 def rcm(steps: int) -> tuple[float, ...]:
-    """rCM's levels for 1 to 4 steps: the first angle, then the next ones of its list, as flow sigmas sin / (sin + cos)."""
+    """rCM's levels for 1 to 4 steps: the first angle, then the next ones of its list, as flow sigmas sin / (sin +
+    cos)."""
     return (*(math.sin(t) / (math.sin(t) + math.cos(t)) for t in RCM_ANGLES[:steps]), 0.0)
 
 
@@ -47,11 +49,14 @@ PRESETS: dict[str, Preset] = {
 
 
 def parse_sigmas(text: str) -> Tensor:
-    """Read levels such as ``1, 0.9375, 0.8333, 0.625, 0`` as (N,) float32. Raises ValueError unless they descend to 0 or above."""
+    """Read levels such as ``1, 0.9375, 0.8333, 0.625, 0`` as (N,) float32. Raises ValueError unless they descend to 0
+    or above."""
     try:
         values = [float(part) for part in text.replace(",", " ").split()]
     except ValueError:
-        raise ValueError(f"The sigmas {text[:80]!r} cannot be read, expected numbers such as '1, 0.75, 0.5, 0'.") from None
+        raise ValueError(
+            f"The sigmas {text[:80]!r} cannot be read, expected numbers such as '1, 0.75, 0.5, 0'."
+        ) from None
     if not 2 <= len(values) <= 1001 or not all(map(math.isfinite, values)):
         raise ValueError(f"There are {len(values)} sigmas, expected 2 to 1001 finite numbers, from noise down to 0.")
     sigmas = torch.tensor(values, dtype=torch.float32)
@@ -68,5 +73,7 @@ def cut(sigmas: Tensor, start: int, end: int) -> Tensor:
     steps = len(sigmas) - 1
     end = min(end, steps)
     if not 0 <= start < end:
-        raise ValueError(f"start_step is {start} and end_step {end} of {steps} steps: no step is left. Let start_step be below end_step.")
+        raise ValueError(
+            f"start_step is {start} and end_step {end} of {steps} steps: no step is left. Let start_step be below end_step."
+        )
     return sigmas[start : end + 1]

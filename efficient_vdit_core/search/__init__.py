@@ -1,4 +1,5 @@
-"""Layer-wise search (Efficient-vDiT, stage 2): what each candidate pattern costs each layer, and the plan that follows."""
+"""Layer-wise search (Efficient-vDiT, stage 2): what each candidate pattern costs each layer, and the plan that
+follows."""
 
 from .blocks import replay_blocks
 from .candidates import parse_candidates

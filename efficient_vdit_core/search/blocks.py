@@ -62,7 +62,8 @@ def _copied(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _copy(value: Any) -> Any:
-    """A copy of the tensors, also of those in tuples and lists. Of dictionaries, the options, only the keys are copied."""
+    """A copy of the tensors, also of those in tuples and lists. Of dictionaries, the options, only the keys are
+    copied."""
     if isinstance(value, Tensor):
         return value.clone()
     if type(value) in (tuple, list):

@@ -21,7 +21,8 @@ def layer_of_call(state: ForwardState | None, options: dict[str, Any]) -> tuple[
 def layout_of_call(
     state: ForwardState | None, q: Tensor, k: Tensor, mask: Tensor | None, skip_reshape: bool
 ) -> tuple[TokenLayout | None, str]:
-    """Where the video stands in a plain self-attention over several frames, or None and the reason why it is no such call.
+    """Where the video stands in a plain self-attention over several frames, or None and the reason why it is no such
+    call.
 
     Masked padding is left out of the layout.
 

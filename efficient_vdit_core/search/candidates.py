@@ -10,13 +10,18 @@ MAX_CANDIDATES = 16
 
 
 def parse_candidates(text: str) -> tuple[int, ...]:
-    """Read ``1,2,4`` as numbers of reference frames, ascending. Raises ValueError for anything else, or over 16 of them."""
+    """Read ``1,2,4`` as numbers of reference frames, ascending. Raises ValueError for anything else, or over 16 of
+    them."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"\d{1,4}", part) for part in parts):
-        raise ValueError(f"The candidates {text!r} cannot be read, expected numbers of reference frames such as '1,2,4'.")
+        raise ValueError(
+            f"The candidates {text!r} cannot be read, expected numbers of reference frames such as '1,2,4'."
+        )
     counts = sorted({int(part) for part in parts})
     if len(counts) > MAX_CANDIDATES:
-        raise ValueError(f"{len(counts)} candidates were given, expected at most {MAX_CANDIDATES}: each is computed in every layer.")
+        raise ValueError(
+            f"{len(counts)} candidates were given, expected at most {MAX_CANDIDATES}: each is computed in every layer."
+        )
     return tuple(counts)
 
 

@@ -16,12 +16,15 @@ MOST_COLUMNS, NARROWEST = 4, 640
 HATCH = 9  # pixels from line to line
 INK, FAINT, PAPER, EDGE = (28, 32, 40), (110, 117, 128), (255, 255, 255), (226, 110, 38)
 # Light to dark, evenly falling lightness, readable in grey and by the colour-blind.
-COLORS = np.array([(247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107), (3, 19, 43)], dtype=np.float64)
+COLORS = np.array(
+    [(247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107), (3, 19, 43)], dtype=np.float64
+)
 
 
 @dataclass
 class Panel:
-    """One layer: ``share`` (T, T) of attention mass, rows are queries; a plan's ``kept`` tiles (T, T) bool; ``notes`` below it."""
+    """One layer: ``share`` (T, T) of attention mass, rows are queries; a plan's ``kept`` tiles (T, T) bool; ``notes``
+    below it."""
 
     title: str
     share: Tensor

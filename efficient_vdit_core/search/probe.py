@@ -51,7 +51,9 @@ class ProbeRecord:
     candidates: tuple[int, ...]
     timed: bool = False
     layout: TokenLayout | None = None
-    errors: dict[str, dict[tuple[int, int], list[float]]] = field(default_factory=lambda: {m: defaultdict(list) for m in MEASURES})
+    errors: dict[str, dict[tuple[int, int], list[float]]] = field(
+        default_factory=lambda: {m: defaultdict(list) for m in MEASURES}
+    )
     seconds: dict[tuple[int, int | None], list[float]] = field(default_factory=lambda: defaultdict(list))
     dense: Counter[str] = field(default_factory=Counter)
     replaying: int | None = None
@@ -89,8 +91,18 @@ def make_probe_override(
     """
 
     # A plain closure: ComfyUI deep-copies model options, and functions survive that as they are.
-    def override(func: Override, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
-                 attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any) -> Tensor:
+    def override(
+        func: Override,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        attn_precision: Any = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
         dense = DenseCall(func, previous, attn_precision, kwargs)
         form = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
         options = kwargs.get("transformer_options") or {}
@@ -113,7 +125,9 @@ def make_probe_override(
         out = _timed(record, layer, DENSE, q, lambda: dense.call(q, k, v, heads, mask, **form))
         exact = as_heads(out, heads, skip_output_reshape, padding)
         for count in record.candidates:
-            record.add(ATTENTION, layer, count, _candidate_error(record, layer, count, (qh, kh, vh), exact, layout, dense))
+            record.add(
+                ATTENTION, layer, count, _candidate_error(record, layer, count, (qh, kh, vh), exact, layout, dense)
+            )
         if progress is not None:
             progress(layer)
         return out
@@ -124,17 +138,29 @@ def make_probe_override(
 def relative_error(approximate: Tensor, exact: Tensor) -> float:
     """||approximate - exact|| / ||exact|| over all elements of (B, H, ...); inf where anything is not finite."""
     difference, total = torch.zeros(2, dtype=torch.float32, device=exact.device)
-    for a, e in zip(approximate.unbind(1), exact.unbind(1), strict=True):  # a head at a time: the float32 copies stay small
+    for a, e in zip(
+        approximate.unbind(1), exact.unbind(1), strict=True
+    ):  # a head at a time: the float32 copies stay small
         difference = difference + (a.float() - e.float()).square().sum()
         total = total + e.float().square().sum()
-    wrong, norm = math.sqrt(max(float(difference), 0.0)) if bool(difference.isfinite()) else math.inf, float(total) ** 0.5
+    wrong, norm = (
+        math.sqrt(max(float(difference), 0.0)) if bool(difference.isfinite()) else math.inf,
+        float(total) ** 0.5,
+    )
     if not (math.isfinite(wrong) and math.isfinite(norm)):
         return math.inf
     return wrong / norm if norm else (math.inf if wrong else 0.0)
 
 
-def _candidate_error(record: ProbeRecord, layer: int, count: int, qkv: Sequence[Tensor], exact: Tensor, layout: TokenLayout,
-                     dense: DenseCall) -> float:
+def _candidate_error(
+    record: ProbeRecord,
+    layer: int,
+    count: int,
+    qkv: Sequence[Tensor],
+    exact: Tensor,
+    layout: TokenLayout,
+    dense: DenseCall,
+) -> float:
     pattern = TilePattern(count)
     if pattern.is_full(layout.grid.t):
         return 0.0
@@ -145,8 +171,9 @@ def _candidate_error(record: ProbeRecord, layer: int, count: int, qkv: Sequence[
     return relative_error(approximate, exact)
 
 
-def _time_candidate(record: ProbeRecord, layer: int, count: int, qkv: Sequence[Tensor], layout: TokenLayout,
-                    dense: DenseCall) -> None:
+def _time_candidate(
+    record: ProbeRecord, layer: int, count: int, qkv: Sequence[Tensor], layout: TokenLayout, dense: DenseCall
+) -> None:
     """Takes the time of the backend that a run would choose; where that is dense attention, dense attention's time."""
     q, k, v = qkv
     pattern = TilePattern(count)

@@ -1,4 +1,5 @@
-"""From errors to a plan: the sparsest pattern under a threshold (the paper's Algorithm 1), or the least error at a speed-up.
+"""From errors to a plan: the sparsest pattern under a threshold (the paper's Algorithm 1), or the least error at a
+speed-up.
 
 Tables are lists over layers of {k: error}; a candidate whose error is not a number from 0 up is never chosen.
 """
@@ -39,7 +40,9 @@ def check_target(threshold: float, speedup: float, candidates: Sequence[int], fr
 def choose_under_threshold(errors: Table, costs: Table, threshold: float) -> list[Choice]:
     """For each layer the cheapest candidate whose error is below ``threshold``, or full attention."""
     if not (math.isfinite(threshold) and threshold >= 0):
-        raise ValueError(f"The threshold is {threshold}, expected a relative error from 0 up; 0 keeps every layer full.")
+        raise ValueError(
+            f"The threshold is {threshold}, expected a relative error from 0 up; 0 keeps every layer full."
+        )
     chosen: list[Choice] = []
     for layer, costs_here in zip(errors, costs, strict=True):
         fitting = [k for k in layer if layer[k] < threshold and costs_here[k] < 1.0]
@@ -48,13 +51,16 @@ def choose_under_threshold(errors: Table, costs: Table, threshold: float) -> lis
 
 
 def choose_for_speedup(errors: Table, costs: Table, speedup: float) -> list[Choice]:
-    """The choice with the least summed error whose summed cost is at most layers / ``speedup`` (full attention costs 1).
+    """The choice with the least summed error whose summed cost is at most layers / ``speedup`` (full attention costs
+    1).
 
     Exact (a multiple-choice knapsack over the undominated partial plans), up to a cost grid of 1/4096 of a layer where
     there are very many of them. Raises ValueError where even the cheapest choice is too slow.
     """
     if not (math.isfinite(speedup) and speedup >= 1):
-        raise ValueError(f"The target speed-up is {speedup}, expected a number from 1 up: how many times less attention.")
+        raise ValueError(
+            f"The target speed-up is {speedup}, expected a number from 1 up: how many times less attention."
+        )
     options = [_options(e, c) for e, c in zip(errors, costs, strict=True)]
     budget = len(options) / speedup * (1 + 1e-12)
     cheapest = [min(cost for cost, _, _ in layer) for layer in options]
@@ -106,14 +112,18 @@ def plan_from_record(
     costs: str = FLOPS,
     about: dict[str, Any] | None = None,
 ) -> TilePlan:
-    """The plan of a finished probing run, by ``threshold`` or, where it is not 0, by target ``speedup`` of the attention.
+    """The plan of a finished probing run, by ``threshold`` or, where it is not 0, by target ``speedup`` of the
+    attention.
 
     ``measure``: attention or block errors; ``costs``: by FLOPs or as measured. A layer without a measurement, or with
     one that is not finite, stays full and is named in the provenance, which also holds all errors, the predicted FLOP
     density and speed-up, and what ``about`` adds (sigmas, seed, ...).
     """
     if record.layout is None:
-        why = ", ".join(f"{count} {reason}" for reason, count in record.dense.most_common()) or "no attention call was seen"
+        why = (
+            ", ".join(f"{count} {reason}" for reason, count in record.dense.most_common())
+            or "no attention call was seen"
+        )
         raise ValueError(
             f"No self-attention over a video was found ({why}). The search needs a model whose tokens are known, and several frames."
         )
@@ -122,8 +132,13 @@ def plan_from_record(
     found = [{k: record.error(i, k, measure) for k in record.candidates} for i in range(layers)]
     errors = [e if all(map(math.isfinite, e.values())) else dict.fromkeys(e, math.inf) for e in found]
     measured = costs == MEASURED
-    prices = [{k: record.cost(i, k) if measured and (i, k) in record.seconds else flops[k] for k in flops} for i in range(layers)]
-    chosen = choose_for_speedup(errors, prices, speedup) if speedup else choose_under_threshold(errors, prices, threshold)
+    prices = [
+        {k: record.cost(i, k) if measured and (i, k) in record.seconds else flops[k] for k in flops}
+        for i in range(layers)
+    ]
+    chosen = (
+        choose_for_speedup(errors, prices, speedup) if speedup else choose_under_threshold(errors, prices, threshold)
+    )
     provenance: dict[str, Any] = {
         "method": "searched: least error at a target speed-up" if speedup else "searched: sparsest under a threshold",
         **({"target_speedup": speedup} if speedup else {"threshold": threshold}),
@@ -139,7 +154,9 @@ def plan_from_record(
         "not_measured_layers": [i for i, layer in enumerate(found) if all(map(math.isnan, layer.values()))],
         **({"measured_costs": {str(k): [round(p[k], 4) for p in prices] for k in flops}} if measured else {}),
     }
-    return TilePlan(patterns=tuple(map(TilePattern, chosen)), family=family, frames=grid.t, heads=heads, provenance=provenance)
+    return TilePlan(
+        patterns=tuple(map(TilePattern, chosen)), family=family, frames=grid.t, heads=heads, provenance=provenance
+    )
 
 
 def _predictions(chosen: list[Choice], flops: dict[int, float], prices: Table) -> dict[str, float]:

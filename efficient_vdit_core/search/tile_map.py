@@ -12,23 +12,30 @@ from .tile_mass import LEVELS, TileMass, kept_tiles
 
 
 def tile_map(
-    measured: Mapping[int, TileMass], depth: int, plan: TilePlan | None = None, other: Mapping[int, TileMass] | None = None
+    measured: Mapping[int, TileMass],
+    depth: int,
+    plan: TilePlan | None = None,
+    other: Mapping[int, TileMass] | None = None,
 ) -> tuple[np.ndarray, str]:
     """The picture (H, W, 3) in 0..1 and the report of the ``measured`` layers of a model with ``depth`` layers.
 
-    ``other``: the same layers under a second prompt, for the overlap of important positions. Raises ValueError where the attention
-    is not finite.
+    ``other``: the same layers under a second prompt, for the overlap of important positions. Raises ValueError where
+    the attention is not finite.
     """
     for layer, mass in [*measured.items(), *(other or {}).items()]:
         if not bool(mass.share.isfinite().all()):
-            raise ValueError(f"The attention of layer {layer} is not finite: the model overflows in its dtype. Load it as bf16 or fp32.")
+            raise ValueError(
+                f"The attention of layer {layer} is not finite: the model overflows in its dtype. Load it as bf16 or fp32."
+            )
     panels, lines = [], []
     first = next(iter(measured.values()))
     frames = len(first.share)
     lines.append(f"Measured on {first.rows} query rows of each of {frames} latent frames, all heads.")
     if other:
         rows = len(first.important)
-        lines.append(f"Overlap of two prompts: 2|A and B| / (|A| + |B|) of the key positions, mean of {rows} query rows, all heads.")
+        lines.append(
+            f"Overlap of two prompts: 2|A and B| / (|A| + |B|) of the key positions, mean of {rows} query rows, all heads."
+        )
     for layer, mass in sorted(measured.items()):
         notes = _notes(layer, mass, depth, plan, other[layer] if other else None)
         pattern = plan.pattern(layer, depth).scaled(plan.frames, frames) if plan else None
@@ -46,7 +53,9 @@ def _notes(layer: int, mass: TileMass, depth: int, plan: TilePlan | None, other:
         notes.append(f"text and other tokens {float(mass.extra.mean()):.1%}")
     if plan is not None:
         pattern = plan.pattern(layer, depth).scaled(plan.frames, frames)
-        notes.append(f"plan {pattern.name(frames)} keeps {mass.kept(pattern):.1%} in {pattern.density(frames):.0%} of the tiles")
+        notes.append(
+            f"plan {pattern.name(frames)} keeps {mass.kept(pattern):.1%} in {pattern.density(frames):.0%} of the tiles"
+        )
     if other is not None:
         levels = "/".join(f"{level:.0%}"[:-1] for level in LEVELS)
         notes.append(f"overlap at {levels} %: " + " / ".join(f"{o:.0%}" for o in mass.overlap(other)))

@@ -31,7 +31,8 @@ class TileMass:
 
     share: (T, T), row i the mean share of the queries of frame i in each key frame. extra: (T,), their share in text
     and other tokens; each row of both sums to 1. rows: query rows measured in each frame.
-    important: (R, H, T s) uint8, for a few query rows the smallest of LEVELS whose positions hold a key, len(LEVELS) for none.
+    important: (R, H, T s) uint8, for a few query rows the smallest of LEVELS whose positions hold a key, len(LEVELS)
+    for none.
     """
 
     share: Tensor
@@ -55,7 +56,8 @@ class TileMass:
         return float((self.share * kept_tiles(pattern, len(self.share))).sum(1).mean() + self.extra.mean())
 
     def overlap(self, other: TileMass) -> tuple[float, ...]:
-        """For each of LEVELS, 2 |A and B| / (|A| + |B|) of the key positions that hold that share of a query's video mass."""
+        """For each of LEVELS, 2 |A and B| / (|A| + |B|) of the key positions that hold that share of a query's video
+        mass."""
         found = []
         for level in range(len(LEVELS)):
             a, b = self.important <= level, other.important <= level
@@ -82,8 +84,18 @@ def make_mass_override(
     ``progress`` is told the layer of each self-attention over the video; what it raises ends the run.
     """
 
-    def override(func: Override, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
-                 attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any) -> Tensor:
+    def override(
+        func: Override,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        attn_precision: Any = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
         options = kwargs.get("transformer_options") or {}
         state: ForwardState | None = options.get(FORWARD_KEY)
         layout, reason = layout_of_call(state, q, k, mask, skip_reshape)
@@ -139,14 +151,19 @@ def kept_tiles(pattern: TilePattern, frames: int) -> Tensor:
 
 
 def choose_layers(text: str, depth: int, most: int) -> tuple[int, ...]:
-    """Read ``0,5,-1`` or ``0-3`` for a model of ``depth`` layers. Raises ValueError for others, none, or over ``most``."""
+    """Read ``0,5,-1`` or ``0-3`` for a model of ``depth`` layers. Raises ValueError for others, none, or over
+    ``most``."""
     try:
         ranges = parse_layers(text)
     except ValueError:
         raise ValueError(f"The layers {text!r} cannot be read, expected a list such as '0,5,-1' or '0-3'.") from None
-    chosen = [i for first, last in ranges for i in ((first + depth,) if first < 0 else range(first, min(last, depth) + 1))]
+    chosen = [
+        i for first, last in ranges for i in ((first + depth,) if first < 0 else range(first, min(last, depth) + 1))
+    ]
     if not chosen or not all(0 <= i < depth for i in chosen) or len(set(chosen)) > most:
-        raise ValueError(f"The layers are {text!r}, expected 1 to {most} of the model's {depth}: 0 to {depth - 1}, or -1 for the last.")
+        raise ValueError(
+            f"The layers are {text!r}, expected 1 to {most} of the model's {depth}: 0 to {depth - 1}, or -1 for the last."
+        )
     return tuple(sorted(set(chosen)))
 
 

@@ -1,1 +1,2 @@
-"""A tiny world of moving shapes: endless captioned clips, a reader that tells what a clip shows, and tiny models of it."""
+"""A tiny world of moving shapes: endless captioned clips, a reader that tells what a clip shows, and tiny models of
+it."""

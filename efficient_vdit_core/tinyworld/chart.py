@@ -24,11 +24,19 @@ def draw(results: dict[str, Any]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="system-ui, sans-serif" font-size="13">',
         f'<rect width="{WIDTH}" height="{height}" rx="8" fill="{GROUND}"/>',
         _text(20, 30, "Tiny world: share of caption attributes that the clips show", size=17, weight=600),
-        _text(20, 50, f"held-out captions, read from pixels; {machine['hardware']}, torch {machine['versions']['torch']}", fill=PALE),
+        _text(
+            20,
+            50,
+            f"held-out captions, read from pixels; {machine['hardware']}, torch {machine['versions']['torch']}",
+            fill=PALE,
+        ),
     ]
     x = 20
     for name, color in LEGEND:
-        parts += [f'<rect x="{x}" y="60" width="11" height="11" rx="2" fill="{color}"/>', _text(x + 17, 70, name, fill=PALE)]
+        parts += [
+            f'<rect x="{x}" y="60" width="11" height="11" rx="2" fill="{color}"/>',
+            _text(x + 17, 70, name, fill=PALE),
+        ]
         x += 40 + 7 * len(name)
     for number, (name, found) in enumerate(rows.items()):
         parts += _bar(name, found, TOP + ROW * number)
@@ -44,7 +52,9 @@ def _bar(name: str, found: Sequence[dict[str, Any]], y: int) -> list[str]:
     ]
     if len(values) > 1:
         low, high = (LEFT + scale * (value + sign * stdev(values)) for sign in (-1, 1))
-        parts.append(f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y + 11.5}" y2="{y + 11.5}" stroke="{INK}" stroke-width="1.5"/>')
+        parts.append(
+            f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y + 11.5}" y2="{y + 11.5}" stroke="{INK}" stroke-width="1.5"/>'
+        )
     first = found[0]
     about = f"{100 * value:.1f} %"
     if first.get("sparsity"):
@@ -62,6 +72,8 @@ def _color(name: str) -> str:
     return TUNED if "KD" in name else FEW if name.startswith("consistency") else SPARSE
 
 
-def _text(x: float, y: float, text: str, *, size: int = 13, weight: int = 400, fill: str = INK, anchor: str = "start") -> str:
+def _text(
+    x: float, y: float, text: str, *, size: int = 13, weight: int = 400, fill: str = INK, anchor: str = "start"
+) -> str:
     font = f'font-size="{size}" font-weight="{weight}" fill="{fill}" text-anchor="{anchor}"'
     return f'<text x="{x:.0f}" y="{y:.0f}" {font}>{escape(text)}</text>'

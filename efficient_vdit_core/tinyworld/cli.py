@@ -13,8 +13,12 @@ from typing import Any
 def add_arguments(subparsers: Any) -> None:
     """Add the commands train, eval and render."""
     train = subparsers.add_parser("train", help="train the tiny models; run it again to go on where it stopped")
-    train.add_argument("--run", dest="run_folder", type=Path, default=Path("runs/tiny"), help="the run's state, default: %(default)s")
-    train.add_argument("--out", type=Path, default=Path("runs/tiny/model"), help="folder for the model, default: %(default)s")
+    train.add_argument(
+        "--run", dest="run_folder", type=Path, default=Path("runs/tiny"), help="the run's state, default: %(default)s"
+    )
+    train.add_argument(
+        "--out", type=Path, default=Path("runs/tiny/model"), help="folder for the model, default: %(default)s"
+    )
     parts = ("text_encoder", "vae", "transformer")
     train.add_argument("--parts", nargs="+", default=parts, choices=parts)
     train.add_argument("--vae-steps", type=int, default=5000, help="default: %(default)s")
@@ -22,15 +26,21 @@ def add_arguments(subparsers: Any) -> None:
     train.add_argument("--clips", type=int, default=6144, help="clips to learn from, default: %(default)s")
     train.add_argument("--batch", type=int, default=32, help="default: %(default)s")
     train.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    train.add_argument("--tensorboard", action="store_true", help="write the loss for TensorBoard into the run's folder")
+    train.add_argument(
+        "--tensorboard", action="store_true", help="write the loss for TensorBoard into the run's folder"
+    )
     train.set_defaults(run=_train)
 
-    judge = subparsers.add_parser("eval", help="share of caption attributes that generated clips show, judged from pixels")
+    judge = subparsers.add_parser(
+        "eval", help="share of caption attributes that generated clips show, judged from pixels"
+    )
     judge.add_argument("--model", default="tiny", help="tiny or a folder, default: %(default)s")
     judge.add_argument("--captions", type=int, default=200, help="held-out captions, default: %(default)s")
     judge.add_argument("--steps", type=int, default=100, help="default: %(default)s")
     judge.add_argument("--guidance", type=float, default=3.0, help="default: %(default)s")
-    judge.add_argument("--sampler", choices=("ddim", "euler_ancestral", "consistency"), default="ddim", help="default: %(default)s")
+    judge.add_argument(
+        "--sampler", choices=("ddim", "euler_ancestral", "consistency"), default="ddim", help="default: %(default)s"
+    )
     judge.add_argument("--plan", help="k:T-k for a uniform plan, or a plan file; dense without it")
     judge.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     judge.set_defaults(run=_evaluate)
@@ -92,6 +102,8 @@ def _render(args: argparse.Namespace) -> int:
     from .world import random_scene, render
 
     scene = random_scene(np.random.default_rng(args.seed))
-    write_video(check_writable(args.out), render(scene), fps=24, metadata={"prompt": scene.caption(), "seed": args.seed})
+    write_video(
+        check_writable(args.out), render(scene), fps=24, metadata={"prompt": scene.caption(), "seed": args.seed}
+    )
     say(f"{args.out}: {scene.caption()}")
     return 0

@@ -30,16 +30,26 @@ def held_out_scenes(count: int) -> list[Scene]:
     return scenes
 
 
-def evaluate(pipeline: Pipeline, *, captions: int, steps: int, guidance: float, sampler: str = "ddim", plan: TilePlan | None = None,
-             progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+def evaluate(
+    pipeline: Pipeline,
+    *,
+    captions: int,
+    steps: int,
+    guidance: float,
+    sampler: str = "ddim",
+    plan: TilePlan | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """Generate one clip for each of ``captions`` held-out captions and compare what it shows.
 
-    Returns the share of clips that agree for each attribute, their mean over the caption's attributes (``agreement``), the
-    share that shows exactly one shape (``count``), and the set-up.
+    Returns the share of clips that agree for each attribute, their mean over the caption's attributes (``agreement``),
+    the share that shows exactly one shape (``count``), and the set-up.
     """
     hits: dict[str, list[bool]] = {}
     for number, scene in enumerate(held_out_scenes(captions)):
-        video = pipeline.generate(scene.caption(), steps=steps, guidance=guidance, sampler=sampler, plan=plan, seed=number)
+        video = pipeline.generate(
+            scene.caption(), steps=steps, guidance=guidance, sampler=sampler, plan=plan, seed=number
+        )
         for name, same in read_clip(video.frames).agreement(scene).items():
             hits.setdefault(name, []).append(same)
         if progress:

@@ -52,7 +52,9 @@ def standardise_latents(vae: CausalVAE, latents: Tensor, scale: float) -> None:
     post.weight /= gain.view(1, -1, 1, 1, 1)
 
 
-def _write(folder: Path, name: str, state_dict: dict[str, Tensor], config: dict, dtype: torch.dtype = torch.float16) -> None:
+def _write(
+    folder: Path, name: str, state_dict: dict[str, Tensor], config: dict, dtype: torch.dtype = torch.float16
+) -> None:
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
     save_safetensors(folder / name, cast, {"config": json.dumps(config), "format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

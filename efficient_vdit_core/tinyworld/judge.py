@@ -1,4 +1,5 @@
-"""Judges a model of the tiny world by many clips: what they show, how they move, and how far they are from the teacher's."""
+"""Judges a model of the tiny world by many clips: what they show, how they move, and how far they are from the
+teacher's."""
 
 from __future__ import annotations
 
@@ -50,8 +51,15 @@ class Judge:
         self.real = np.stack([s for s in states if s is not None])
 
     @torch.no_grad()
-    def sample(self, module: nn.Module, *, steps: int, guidance: float = 1.0, options: Options | None = None,
-               progress: Callable[[int], None] | None = None) -> Tensor:
+    def sample(
+        self,
+        module: nn.Module,
+        *,
+        steps: int,
+        guidance: float = 1.0,
+        options: Options | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
         """Latents (n, C, T, h, w) of all clips by ``steps`` deterministic jumps."""
         out = []
         for start in range(0, len(self.texts), AT_ONCE):
@@ -127,7 +135,8 @@ def _restarted(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def attention_speeds(file: Path, counts: tuple[int, ...] = (1, 2, 4), repeats: int = 2) -> dict[int, float]:
-    """Measured speed-up over dense of one attention head at 29 frames of 720p (8 x 3600 tokens, head_dim 96), kept in ``file``."""
+    """Measured speed-up over dense of one attention head at 29 frames of 720p (8 x 3600 tokens, head_dim 96), kept in
+    ``file``."""
     import json
 
     from ..attention import TokenLayout, tile_attention

@@ -15,9 +15,11 @@ STATE = ("x", "y", "velocity x", "velocity y", "size", "red", "green", "blue")
 
 @dataclass(frozen=True)
 class ClipPhysics:
-    """state: (8,) as ``STATE``: start in pixels, pixels a frame, square root of the area, 0..255; None where no shape is seen.
+    """state: (8,) as ``STATE``: start in pixels, pixels a frame, square root of the area, 0..255; None where no shape
+    is seen.
 
-    motion: mean speed of the shape's centre in pixels a frame. flicker: mean change of background pixels from frame to frame, 0..255.
+    motion: mean speed of the shape's centre in pixels a frame. flicker: mean change of background pixels from frame to
+    frame, 0..255.
     """
 
     state: np.ndarray | None
@@ -68,7 +70,8 @@ def _root(matrix: np.ndarray) -> np.ndarray:
 
 
 def start_spread(states: list[np.ndarray | None], groups: list[int]) -> float:
-    """Diversity: deviation of the start position, which no caption names, among clips of one caption; pixels, mean over captions."""
+    """Diversity: deviation of the start position, which no caption names, among clips of one caption; pixels, mean over
+    captions."""
     spreads = []
     for group in sorted(set(groups)):
         found = [s[:2] for s, g in zip(states, groups, strict=True) if g == group and s is not None]

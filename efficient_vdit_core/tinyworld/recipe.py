@@ -24,8 +24,18 @@ from .world import random_scene, render
 PARTS = ("text_encoder", "vae", "transformer")
 
 
-def train(run: Path, out: Path, *, parts: tuple[str, ...] = PARTS, vae_steps: int = 5000, dit_steps: int = 8000, clips: int = 6144,
-          batch: int = 32, seed: int = 0, tensorboard: bool = False) -> None:
+def train(
+    run: Path,
+    out: Path,
+    *,
+    parts: tuple[str, ...] = PARTS,
+    vae_steps: int = 5000,
+    dit_steps: int = 8000,
+    clips: int = 6144,
+    batch: int = 32,
+    seed: int = 0,
+    tensorboard: bool = False,
+) -> None:
     """Train ``parts`` in ``run`` and write them to ``out``; parts that are left out are taken from ``out``."""
     run.mkdir(parents=True, exist_ok=True)
     if "text_encoder" in parts:
@@ -37,9 +47,14 @@ def train(run: Path, out: Path, *, parts: tuple[str, ...] = PARTS, vae_steps: in
         export_vae(vae, out / "vae")
     if "transformer" in parts:
         # Read back what was written: the transformer learns the latents of the very file that ships.
-        vae, text = load_vae(out / "vae", dtype=torch.float32), TextEncoder.from_folder(out / "text_encoder", dtype=torch.float32)
+        vae, text = (
+            load_vae(out / "vae", dtype=torch.float32),
+            TextEncoder.from_folder(out / "text_encoder", dtype=torch.float32),
+        )
         cached = cache_clips(vae, clips, run, seed=seed + 1)
-        model = train_dit(run / "transformer", cached, text, steps=dit_steps, batch=batch, seed=seed, tensorboard=tensorboard)
+        model = train_dit(
+            run / "transformer", cached, text, steps=dit_steps, batch=batch, seed=seed, tensorboard=tensorboard
+        )
         export_transformer(model, out / "transformer")
         load_transformer(out / "transformer")
 

@@ -1,7 +1,7 @@
 """The tiny world's table: every stage of the recipe, trained and judged, row by row, resumable at any point.
 
-    folder/seed-0/consistency-8/...   the runs, see `distill.recipe`
-    folder/seed-0/rows/NAME.json      one row's figures; a finished row is never computed again
+folder/seed-0/consistency-8/...   the runs, see `distill.recipe`
+folder/seed-0/rows/NAME.json      one row's figures; a finished row is never computed again
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ GRID_720P = TokenGrid(8, 45, 80)  # the paper's 29 frames
 
 @dataclass(frozen=True)
 class TableConfig:
-    """students: segments of the consistency models, trained one from the other in this order. headline: the student that is made
-    sparse. captions x noises clips judge a row. guidance: the base's. headline_plan: the name of a searched plan.
+    """students: segments of the consistency models, trained one from the other in this order. headline: the student
+    that is made sparse. captions x noises clips judge a row. guidance: the base's. headline_plan: the name of a
+    searched plan.
     """
 
     students: tuple[int, ...] = (8, 20, 4)
@@ -42,7 +43,8 @@ class TableConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """``weights()`` trains what is not trained yet; an empty text is the base model. ``plan`` is a file, a pattern or nothing."""
+    """``weights()`` trains what is not trained yet; an empty text is the base model. ``plan`` is a file, a pattern or
+    nothing."""
 
     name: str
     steps: int
@@ -76,7 +78,13 @@ class TinyTable:
             yield Row(f"consistency, {n} steps", n, lambda n=n: self.student(n), headline=n == t.headline)
         plan = lambda: self.plans()[t.headline_plan]  # noqa: E731
         yield Row(f"searched {t.headline_plan}", t.headline, dense, plan=plan, headline=True)
-        yield Row(f"searched {t.headline_plan} + KD", t.headline, lambda: self.tuned(t.headline_plan, plan()), plan=plan, headline=True)
+        yield Row(
+            f"searched {t.headline_plan} + KD",
+            t.headline,
+            lambda: self.tuned(t.headline_plan, plan()),
+            plan=plan,
+            headline=True,
+        )
         for pattern in t.uniform:
             yield Row(f"uniform {pattern}", t.headline, dense, plan=lambda p=pattern: p)
         others = {f"r-{r:g}": lambda n=f"r-{r:g}": self.plans()[n] for r in self.recipe.search.thresholds}
@@ -85,8 +93,15 @@ class TinyTable:
         for name, found in others.items():
             yield Row(f"searched {name} + KD", t.headline, lambda n=name, p=found: self.tuned(n, p()), plan=found)
         for pattern in t.uniform[:2]:
-            yield Row(f"uniform {pattern} + KD", t.headline, lambda p=pattern: self.tuned(p.replace(":", "-"), p), plan=lambda p=pattern: p)
-        yield Row(f"KD before consistency, {t.headline_plan}", t.headline, lambda: self.knowledge_first(plan()), plan=plan)
+            yield Row(
+                f"uniform {pattern} + KD",
+                t.headline,
+                lambda p=pattern: self.tuned(p.replace(":", "-"), p),
+                plan=lambda p=pattern: p,
+            )
+        yield Row(
+            f"KD before consistency, {t.headline_plan}", t.headline, lambda: self.knowledge_first(plan()), plan=plan
+        )
 
     def student(self, segments: int) -> Path:
         """The consistency model of so many segments; it starts from the one before it in ``students``."""
@@ -102,7 +117,8 @@ class TinyTable:
         return self.stages.knowledge(f"knowledge-{name}", self.student(self.table.headline), plan)
 
     def knowledge_first(self, plan: str | Path) -> Path:
-        """The other order, under the same plan: knowledge distillation of the base, then consistency with the sparse model."""
+        """The other order, under the same plan: knowledge distillation of the base, then consistency with the sparse
+        model."""
         segments = self.table.headline
         tuned = self.stages.knowledge("first-knowledge", "", plan, segments=segments)
         return self.stages.consistency("then-consistency", tuned, plan, segments=segments)
@@ -153,8 +169,14 @@ class TinyTable:
         }  # fmt: skip
 
 
-def run_table(table: TableConfig, recipe: RecipeConfig, folder: Path, out: Path, command: str,
-              report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def run_table(
+    table: TableConfig,
+    recipe: RecipeConfig,
+    folder: Path,
+    out: Path,
+    command: str,
+    report: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
     """Train and judge everything; ``out`` is rewritten after every row, so that a stopped run leaves what it has."""
     import torch
 

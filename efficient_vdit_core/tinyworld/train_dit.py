@@ -59,7 +59,10 @@ def cache_clips(vae: CausalVAE, count: int, folder: Path, *, seed: int = 1) -> C
         stamp.update(value.cpu().numpy().tobytes())
     file = folder / f"latents-{stamp.hexdigest()[:16]}.pt"
     if not file.is_file():
-        latents = [vae.encode(to_model_range(render(s)[None])) * LATENT_SCALE for s in tqdm(scenes, desc="latents", mininterval=5)]
+        latents = [
+            vae.encode(to_model_range(render(s)[None])) * LATENT_SCALE
+            for s in tqdm(scenes, desc="latents", mininterval=5)
+        ]
         with whole_file(file) as part:
             torch.save(torch.cat(latents), part)
     return CachedClips(torch.load(file, weights_only=True), scenes)
@@ -70,20 +73,33 @@ def is_held_out(scene: Scene) -> bool:
     return sum(ord(c) for name in ATTRIBUTES for c in getattr(scene, name)) % 8 == 0
 
 
-def train_dit(folder: Path, clips: CachedClips, text: TextEncoder, *, steps: int = 8000, batch: int = 32, seed: int = 0,
-              tensorboard: bool = False, evaluate: Callable[[dict[str, Tensor]], str] | None = None) -> OpenSoraT2V:
+def train_dit(
+    folder: Path,
+    clips: CachedClips,
+    text: TextEncoder,
+    *,
+    steps: int = 8000,
+    batch: int = 32,
+    seed: int = 0,
+    tensorboard: bool = False,
+    evaluate: Callable[[dict[str, Tensor]], str] | None = None,
+) -> OpenSoraT2V:
     """Train (or resume) in ``folder``; returns the transformer with averaged weights."""
     torch.manual_seed(seed)
     model = OpenSoraT2V(TINY_DIT)
     _initialise(model)
-    run = TrainingRun(model, _optimizers(model), folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard)
+    run = TrainingRun(
+        model, _optimizers(model), folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard
+    )
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
 
     def loss_of(generator: torch.Generator) -> Tensor:
         rng = numpy_rng(generator)
         chosen = rng.integers(len(clips.scenes), size=batch)
         x0 = clips.latents[torch.from_numpy(chosen)]
-        words = [clips.scenes[i].caption(int(rng.integers(3))) if rng.random() > NULL_TEXT_SHARE else "" for i in chosen]
+        words = [
+            clips.scenes[i].caption(int(rng.integers(3))) if rng.random() > NULL_TEXT_SHARE else "" for i in chosen
+        ]
         context, mask = text.encode(words)
         # Stratified timesteps: every batch sees the whole range, which halves the noise of the loss.
         t = ((torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1 * 1000).long()

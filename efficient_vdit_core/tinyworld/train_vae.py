@@ -45,7 +45,9 @@ def train_vae(folder: Path, *, steps: int = 5000, seed: int = 0, tensorboard: bo
     """Train (or resume) in ``folder`` and return the VAE with averaged weights."""
     torch.manual_seed(seed)
     vae = _with_flat_kernels()
-    run = TrainingRun(vae, _optimizers(vae), folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard)
+    run = TrainingRun(
+        vae, _optimizers(vae), folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard
+    )
 
     def loss_of(generator: torch.Generator) -> Tensor:
         x = to_model_range(_clips(numpy_rng(generator), *_phase(run.step / steps)))

@@ -1,8 +1,8 @@
 """One training run in one folder: optimiser steps, checkpoints that survive, exact resume, clean stops, progress.
 
-With an ``accelerator`` (Hugging Face accelerate, started by `accelerate launch`) the same run spreads over processes and
-GPUs, weights staying in float32 under bf16 autocast; without one it is a plain loop on the model's own device. Under FSDP2
-weights, average and optimiser state live sharded, and the checkpoint is the same as that of any other run.
+With an ``accelerator`` (Hugging Face accelerate, started by `accelerate launch`) the same run spreads over processes
+and GPUs, weights staying in float32 under bf16 autocast; without one it is a plain loop on the model's own device.
+Under FSDP2 weights, average and optimiser state live sharded, and the checkpoint is the same as that of any other run.
 """
 
 from __future__ import annotations
@@ -50,9 +50,22 @@ class TrainingRun:
         accelerator: accelerate's Accelerator; ``run.model`` is then the prepared model.
     """
 
-    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], *, folder: Path, steps: int, seed: int,
-                 ema_decay: float = 0.999, warmup: int = 100, final_rate: float = 0.02, accumulate: int = 1, clip: float = 1.0,
-                 tensorboard: bool = False, accelerator: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        *,
+        folder: Path,
+        steps: int,
+        seed: int,
+        ema_decay: float = 0.999,
+        warmup: int = 100,
+        final_rate: float = 0.02,
+        accumulate: int = 1,
+        clip: float = 1.0,
+        tensorboard: bool = False,
+        accelerator: Any = None,
+    ) -> None:
         self.bare, self.steps, self.warmup, self.final_rate = model, steps, warmup, final_rate
         self.folder, self.accumulate, self.clip, self.accelerator = folder, accumulate, clip, accelerator
         self.rank, self.processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -85,18 +98,29 @@ class TrainingRun:
         """``state`` with nothing sharded. Called by every process; process 0 alone gets what was."""
         return gathered(state, keep=self.rank == 0) if self.sharded else state
 
-    def train(self, loss_of: LossOf, *, save_every: int = 500, evaluate: Callable[[dict[str, Tensor]], str] | None = None,
-              evaluate_every: int = 1000) -> dict[str, Tensor]:
+    def train(
+        self,
+        loss_of: LossOf,
+        *,
+        save_every: int = 500,
+        evaluate: Callable[[dict[str, Tensor]], str] | None = None,
+        evaluate_every: int = 1000,
+    ) -> dict[str, Tensor]:
         """Run to the end (or on from the last checkpoint) and return the averaged weights.
 
         SIGTERM and Ctrl-C end the step, save and leave (SystemExit, KeyboardInterrupt). A loss or gradient that is no
         number raises ValueError before it reaches the weights; whatever ends the run, the last whole step is saved.
-        ``evaluate`` is called by process 0; by every process where the weights are sharded, since no one has them whole.
+        ``evaluate`` is called by process 0; by every process where the weights are sharded, since no one has them
+        whole.
         """
         from tqdm import tqdm
 
-        with stop_wish() as wish, tqdm(total=self.steps, initial=self.step, desc=self.folder.name, mininterval=5.0,
-                                       disable=self.rank > 0) as bar:
+        with (
+            stop_wish() as wish,
+            tqdm(
+                total=self.steps, initial=self.step, desc=self.folder.name, mininterval=5.0, disable=self.rank > 0
+            ) as bar,
+        ):
             while self.step < self.steps:
                 with self._kept():
                     self._one_step(loss_of)
@@ -140,7 +164,9 @@ class TrainingRun:
             result = loss_of(self.generator)
             loss = result if isinstance(result, StepLoss) else StepLoss(result)
             values = {"loss": loss.total, **loss.parts}
-            numbers = dict(zip(values, torch.stack([v.detach().float() for v in values.values()]).tolist(), strict=True))
+            numbers = dict(
+                zip(values, torch.stack([v.detach().float() for v in values.values()]).tolist(), strict=True)
+            )
             self._refuse_no_number(numbers)
             (loss.total / self.accumulate).backward()
             for name, number in numbers.items():
@@ -232,7 +258,9 @@ class TrainingRun:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=self.sharded)
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{self.checkpoint} cannot be read ({reason[:200]}): it is damaged. Delete it to train anew.") from error
+            raise ValueError(
+                f"{self.checkpoint} cannot be read ({reason[:200]}): it is damaged. Delete it to train anew."
+            ) from error
         own = self.generator.get_state()
         processes = state["generator"].numel() // own.numel()
         if processes != self.processes:
@@ -246,8 +274,12 @@ class TrainingRun:
                 f"{self.checkpoint} trains other weights than this run ({len(odd)} differ, such as {odd[0]}). Choose another folder."
             )
         if self.sharded:
-            state["model"], state["ema"] = ({n: cut(v, self.ema[n]) for n, v in state[part].items()} for part in ("model", "ema"))
-            state["optimizers"] = [cut_optimizer(s, o) for s, o in zip(state["optimizers"], self.optimizers, strict=True)]
+            state["model"], state["ema"] = (
+                {n: cut(v, self.ema[n]) for n, v in state[part].items()} for part in ("model", "ema")
+            )
+            state["optimizers"] = [
+                cut_optimizer(s, o) for s, o in zip(state["optimizers"], self.optimizers, strict=True)
+            ]
         self.bare.load_state_dict(state["model"], strict=False)
         for name, value in state["ema"].items():
             self.ema[name].copy_(value)

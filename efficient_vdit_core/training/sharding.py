@@ -20,7 +20,8 @@ def is_sharding(accelerator: Any) -> bool:
 def gathered(state: Any, *, keep: bool) -> Any:
     """``state`` (nested dicts and lists) with whole tensors on the CPU in place of sharded ones.
 
-    Every process calls it with the same names in the same order; where ``keep`` is False what was gathered is dropped at once.
+    Every process calls it with the same names in the same order; where ``keep`` is False what was gathered is dropped
+    at once.
     """
     from torch.distributed.tensor import DTensor
 
@@ -48,7 +49,10 @@ def cut_optimizer(saved: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     """An optimiser's saved state with everything that has its parameter's shape cut as the parameter is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]  # as torch numbers them
     state = {
-        index: {name: cut(value, parameters[index]) if isinstance(value, Tensor) else value for name, value in values.items()}
+        index: {
+            name: cut(value, parameters[index]) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
         for index, values in saved["state"].items()
     }
     return {**saved, "state": state}

@@ -14,8 +14,9 @@ EVENT = "efficient_vdit.report"
 def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, int, float], None]:
     """A function to call after each run; it sends one message to the page that queued the prompt.
 
-    The message: ``node`` the execution id of Sparse Attention, ``plan`` the plan's text, ``layers`` and ``frames`` (latent)
-    of the model, ``sparse`` calls and their mean ``density`` 0 to 1, ``dense`` calls by reason, ``seconds`` of sampling.
+    The message: ``node`` the execution id of Sparse Attention, ``plan`` the plan's text, ``layers`` and ``frames``
+    (latent) of the model, ``sparse`` calls and their mean ``density`` 0 to 1, ``dense`` calls by reason, ``seconds`` of
+    sampling.
     """
 
     def after_run(report: AttentionReport, layers: int, seconds: float) -> None:
@@ -25,6 +26,8 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
         with report.lock:
             density = report.density_sum / report.sparse if report.sparse else 0.0
             counts = {"frames": report.frames, "sparse": report.sparse, "density": density, "dense": dict(report.dense)}
-        server.send_sync(EVENT, {"node": node, "plan": plan, "layers": layers, "seconds": seconds, **counts}, server.client_id)
+        server.send_sync(
+            EVENT, {"node": node, "plan": plan, "layers": layers, "seconds": seconds, **counts}, server.client_id
+        )
 
     return after_run

@@ -25,7 +25,9 @@ def _vace_order(model: Any, conds: Conds) -> tuple[int, ...]:
     """Behind a mapped layer, its second stream attends once for each control video."""
     context = conds.get("vace_context")
     streams = 1 if context is None else context.shape[1]
-    return tuple(i for i in range(len(model.blocks)) for _ in range(1 + (streams if i in model.vace_layers_mapping else 0)))
+    return tuple(
+        i for i in range(len(model.blocks)) for _ in range(1 + (streams if i in model.vace_layers_mapping else 0))
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ FAMILIES: dict[str, Family] = {
     "OpenSoraT2V": Family(
         "opensora_plan", layouts.open_sora_plan, "config.num_attention_heads", {"double": "transformer_blocks"}
     ),
-    # T2V, I2V, Fun (ref_conv), Phantom, ATI, TI2V 5B, Bernini, FlowRVS, InfiniteTalk; the 14B of Wan 2.2 are two of these.
+    # T2V, I2V, Fun (ref_conv), Phantom, ATI, TI2V 5B, Bernini, FlowRVS, InfiniteTalk; the 14B of Wan 2.2 are two of
+    # these.
     "WanModel": Family("wan", layouts.wan),
     "VaceWanModel": Family("wan", layouts.wan, order=_vace_order),
     "CameraWanModel": Family("wan", layouts.wan),
@@ -117,8 +120,12 @@ FAMILIES: dict[str, Family] = {
     "HumoWanModel": Family("wan", layouts.wan_reference),
     "WanModel_S2V": Family("wan", layouts.wan_reference, hook_since="0.5.0"),
     # HunyuanVideo, its I2V, SkyReels, and 1.5 with its super-resolution model.
-    "HunyuanVideo": Family("hunyuan_video", layouts.hunyuan_video, blocks={"double": "double_blocks", "single": "single_blocks"}),
-    "LTXVModel": Family("ltx_video", layouts.ltx_video, "transformer_blocks.0.attn1.heads", {"double": "transformer_blocks"}),
+    "HunyuanVideo": Family(
+        "hunyuan_video", layouts.hunyuan_video, blocks={"double": "double_blocks", "single": "single_blocks"}
+    ),
+    "LTXVModel": Family(
+        "ltx_video", layouts.ltx_video, "transformer_blocks.0.attn1.heads", {"double": "transformer_blocks"}
+    ),
     "LTXAVModel": Family("ltx_av", layouts.ltx_audio_video, "num_attention_heads", {"double": "transformer_blocks"}),
     "CogVideoXTransformer3DModel": Family("cogvideox", layouts.cogvideox, "num_attention_heads"),
     "AsymmDiTJoint": Family("mochi", layouts.mochi),

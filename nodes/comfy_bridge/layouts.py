@@ -75,7 +75,9 @@ def wan(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> T
     appended = (conds.get("time_dim_concat"), *(conds.get("context_latents") or ()))
     suffix = sum(_tokens(latents, model.patch_size) for latents in appended)
     image = _length(conds.get("clip_fea")) + _length(conds.get("clip_fea_ref"))
-    return Tokens(TokenLayout(patch_grid(size, model.patch_size), prefix, suffix), (_length(text), image, _length(text) + image))
+    return Tokens(
+        TokenLayout(patch_grid(size, model.patch_size), prefix, suffix), (_length(text), image, _length(text) + image)
+    )
 
 
 def wan_reference(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
@@ -122,7 +124,8 @@ def hunyuan_video(size: Sequence[int], model: Any, text: Tensor | None, conds: C
 
 
 def _padding(mask: Tensor | None, length: int) -> int:
-    """How many tokens at the end of the text a mask (B, length) of 1 and 0 leaves out; 0 where it says anything else."""
+    """How many tokens at the end of the text a mask (B, length) of 1 and 0 leaves out; 0 where it says anything
+    else."""
     if mask is None or mask.is_floating_point() or mask.shape[-1] != length:
         return 0
     real = int(mask.flatten()[:length].sum())

@@ -9,7 +9,12 @@ from comfy.model_sampling import EPS, V_PREDICTION, ModelSamplingDiscrete
 from torch import Tensor
 
 # ComfyUI's name "sqrt_linear" stands for betas that are linear themselves (diffusers' "linear").
-SAMPLING_SETTINGS: dict[str, Any] = {"beta_schedule": "sqrt_linear", "linear_start": 1e-4, "linear_end": 0.02, "timesteps": 1000}
+SAMPLING_SETTINGS: dict[str, Any] = {
+    "beta_schedule": "sqrt_linear",
+    "linear_start": 1e-4,
+    "linear_end": 0.02,
+    "timesteps": 1000,
+}
 
 
 class FractionalTimesteps(ModelSamplingDiscrete):

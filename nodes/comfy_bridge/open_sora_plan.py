@@ -57,7 +57,9 @@ class OpenSoraPlanLatent(comfy.latent_formats.LatentFormat):
 class OpenSoraT2V(transformer.OpenSoraT2V):
     """The engine's transformer with ComfyUI's attention, weight-casting layers and model wrappers."""
 
-    def __init__(self, image_model: str, config: DiTConfig, dtype: Any = None, device: Any = None, operations: Any = None) -> None:
+    def __init__(
+        self, image_model: str, config: DiTConfig, dtype: Any = None, device: Any = None, operations: Any = None
+    ) -> None:
         # An 8-bit float can hold the matrices; the small modulation tables need more.
         is_8_bit = dtype is not None and dtype.itemsize == 1
         build = {"device": device, "operations": operations, "attention": optimized_attention}
@@ -90,7 +92,9 @@ class OpenSoraPlan(comfy.model_base.BaseModel):
     def __init__(self, model_config: Any, device: Any = None) -> None:
         predicts_v = model_config.unet_config["config"].prediction_type == "v_prediction"
         kinds = comfy.model_base.ModelType
-        super().__init__(model_config, kinds.V_PREDICTION if predicts_v else kinds.EPS, device=device, unet_model=OpenSoraT2V)
+        super().__init__(
+            model_config, kinds.V_PREDICTION if predicts_v else kinds.EPS, device=device, unet_model=OpenSoraT2V
+        )
         self.model_sampling = (VelocitySampling if predicts_v else EpsilonSampling)(model_config)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
@@ -142,7 +146,9 @@ def load_model(name: str, weight_dtype: str, disable_dynamic: bool = False) -> A
     dtype = _DTYPES[weight_dtype]
     if dtype is None:
         size = comfy.utils.calculate_parameters(state_dict)
-        dtype = mm.unet_dtype(model_params=size, supported_dtypes=list(supported), weight_dtype=comfy.utils.weight_dtype(state_dict))
+        dtype = mm.unet_dtype(
+            model_params=size, supported_dtypes=list(supported), weight_dtype=comfy.utils.weight_dtype(state_dict)
+        )
     model_config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, load_device, supported))
     model = model_config.get_model(state_dict, device=offload_device)
     model.load_model_weights(state_dict, "")

@@ -11,7 +11,8 @@ _TENSOR = "_tensor"
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """``value`` with each tensor replaced by its name in ``tensors``. Raises ValueError naming what is neither data nor tensor."""
+    """``value`` with each tensor replaced by its name in ``tensors``. Raises ValueError naming what is neither data nor
+    tensor."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {_TENSOR: name}

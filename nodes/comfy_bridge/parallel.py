@@ -57,15 +57,28 @@ class Run:
         return f"{len(self.steps)} forward passes on {ranks} ranks, {mean:.0f} ms and up to {sent:.1f} MiB sent by a rank in each; {layers}"
 
 
-def parallelize(model: Any, *, devices: str, scheme: str, start_timeout: float, step_timeout: float, after_run: str, strict: bool,
-                prompt: dict[str, Any] | None, node_id: str | None) -> tuple[Any, str]:
-    """A clone of MODEL that the workers compute, and a report; the MODEL itself where it cannot be so and ``strict`` is off."""
+def parallelize(
+    model: Any,
+    *,
+    devices: str,
+    scheme: str,
+    start_timeout: float,
+    step_timeout: float,
+    after_run: str,
+    strict: bool,
+    prompt: dict[str, Any] | None,
+    node_id: str | None,
+) -> tuple[Any, str]:
+    """A clone of MODEL that the workers compute, and a report; the MODEL itself where it cannot be so and ``strict`` is
+    off."""
     try:
         names = parse_devices(devices)
         find_shardable(model)
         _refuse_split_state(model)
         if len(names) < 2:
-            raise ValueError(f"One device was found ({', '.join(names)}), expected two or more: there is nothing to share out.")
+            raise ValueError(
+                f"One device was found ({', '.join(names)}), expected two or more: there is nothing to share out."
+            )
         key, opening = recipe(prompt, node_id, NODE)
         launch = Launch(names, key, opening, start_timeout, step_timeout)
         SESSION.ready(launch, mm.throw_exception_if_processing_interrupted)
@@ -98,7 +111,9 @@ def _redirected(model: Any, launch: Launch, scheme: str, after_run: str) -> Any:
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, patch.WRAPPER_KEY)
     run, hooks, modules = Run(), _hooks(patched.model_options["transformer_options"]), set(patched.object_patches)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _send_step(launch, scheme, run, hooks))
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _after(run, len(launch.devices), after_run, modules))
+    patched.add_wrapper_with_key(
+        WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _after(run, len(launch.devices), after_run, modules)
+    )
     patched.set_additional_models(WRAPPER_KEY, [_memory_watch()])
     return patched
 
@@ -109,10 +124,20 @@ def _send_step(launch: Launch, scheme: str, run: Run, hooks: list[str]) -> Any:
     ``hooks`` are those that the workers' model has too.
     """
 
-    def wrapper(executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
-                transformer_options: dict[str, Any] | None = None, **conds: Any) -> Tensor:
+    def wrapper(
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **conds: Any,
+    ) -> Tensor:
         if control is not None:
-            raise ValueError("A ControlNet acts on this run, which the workers cannot apply. Remove it, or bypass EVDiTSequenceParallel.")
+            raise ValueError(
+                "A ControlNet acts on this run, which the workers cannot apply. Remove it, or bypass EVDiTSequenceParallel."
+            )
         if _hooks(transformer_options or {}) != hooks:
             raise ValueError(
                 "A node hooks the model's blocks in some of its evaluations (such as skip-layer or perturbed-attention guidance), or "
@@ -170,12 +195,20 @@ def _after(run: Run, ranks: int, after_run: str, object_patches: set[str]) -> An
 def _refuse_hooks(guider: Any) -> None:
     for conds in (getattr(guider, "conds", None) or {}).values():
         if any(isinstance(cond, dict) and cond.get("hooks") is not None for cond in conds):
-            raise ValueError("The conditioning carries hooks (a LoRA or schedule of its own), which the workers cannot apply. Remove them.")
+            raise ValueError(
+                "The conditioning carries hooks (a LoRA or schedule of its own), which the workers cannot apply. Remove them."
+            )
 
 
 def _refuse_split_state(model: Any) -> None:
-    """Raises where wrappers of one key act both here and in the workers, as EasyCache's do: they share a state of the run."""
-    kinds = [(key, kind in _IN_WORKERS) for kind, found in model.wrappers.items() for key in found if key not in (None, patch.WRAPPER_KEY)]
+    """Raises where wrappers of one key act both here and in the workers, as EasyCache's do: they share a state of the
+    run."""
+    kinds = [
+        (key, kind in _IN_WORKERS)
+        for kind, found in model.wrappers.items()
+        for key in found
+        if key not in (None, patch.WRAPPER_KEY)
+    ]
     split = sorted({str(key) for key, inside in kinds if inside and (key, False) in kinds})
     if split:
         raise ValueError(
@@ -205,7 +238,9 @@ class _Nothing(nn.Module):
 
 def _memory_watch() -> Any:
     """A patcher that is loaded and unloaded with the clone: when ComfyUI frees its memory, the workers free theirs."""
-    watch = comfy.model_patcher.ModelPatcher(_Nothing(), load_device=mm.get_torch_device(), offload_device=torch.device("cpu"))
+    watch = comfy.model_patcher.ModelPatcher(
+        _Nothing(), load_device=mm.get_torch_device(), offload_device=torch.device("cpu")
+    )
     watch.add_callback_with_key(CallbacksMP.ON_DETACH, WRAPPER_KEY, _on_detach)
     return watch
 
@@ -226,10 +261,14 @@ def _offload() -> None:
 
 def _report(model: Any, launch: Launch, scheme: str) -> str:
     """Devices, what they measured of one another, what is shared out, and the speed-up to expect."""
-    lines = [f"{len(SESSION.tests)} ranks, scheme {scheme}. The weights are whole on each device, the activations are divided."]
+    lines = [
+        f"{len(SESSION.tests)} ranks, scheme {scheme}. The weights are whole on each device, the activations are divided."
+    ]
     for rank, test in enumerate(SESSION.tests):
         free = "" if test["free_mib"] is None else f", {test['free_mib']} MiB free"
-        peers = {True: ", direct access to all others", False: ", no direct access to some others", None: ""}[test["peer_access"]]
+        peers = {True: ", direct access to all others", False: ", no direct access to some others", None: ""}[
+            test["peer_access"]
+        ]
         lines.append(f"rank {rank}: {test['device']}{free}, sends {test['gigabytes_per_second']:.2f} GB/s{peers}")
     return "\n".join([*lines, *_forecast(model, scheme)])
 
@@ -241,7 +280,11 @@ def _forecast(model: Any, scheme: str) -> list[str]:
     rates = Rates("measured", flops, link * 1e9)
     found = {clip: clip_speedup(model, grid, len(SESSION.tests), scheme, rates) for clip, grid in CLIPS.items()}
     texts = ", ".join(f"{value:.2f}x for {clip}" for clip, value in found.items())
-    lines = [f"Expected speed-up, a model from {flops / 1e12:.2f} TFLOP/s and {link:.2f} GB/s with nothing overlapped: {texts}."]
+    lines = [
+        f"Expected speed-up, a model from {flops / 1e12:.2f} TFLOP/s and {link:.2f} GB/s with nothing overlapped: {texts}."
+    ]
     if max(found.values()) < WORTH_IT:
-        lines.append("It hardly pays here: the link is too slow for these layers. A plan with fewer reference frames sends less.")
+        lines.append(
+            "It hardly pays here: the link is too slow for these layers. A plan with fewer reference frames sends less."
+        )
     return lines

@@ -63,7 +63,9 @@ class ComfyHost:
         model = self.models[message["key"]]
         given = unpack(message["inputs"], tensors, mm.get_torch_device())
         x = given.pop("x")
-        mm.load_models_gpu([model, *model.get_nested_additional_models()], memory_required=model.memory_required(list(x.shape)))
+        mm.load_models_gpu(
+            [model, *model.get_nested_additional_models()], memory_required=model.memory_required(list(x.shape))
+        )
         if self.current != message["key"]:
             model.pre_run()
             self.current = message["key"]
@@ -105,26 +107,40 @@ class ComfyHost:
     def _load_packs(self, packs: dict[str, str]) -> None:
         nodes = importlib.import_module("nodes")
         for kind, path in packs.items():
-            if kind not in nodes.NODE_CLASS_MAPPINGS and not asyncio.run(nodes.load_custom_node(path, module_parent="custom_nodes")):
+            if kind not in nodes.NODE_CLASS_MAPPINGS and not asyncio.run(
+                nodes.load_custom_node(path, module_parent="custom_nodes")
+            ):
                 log = self.settings.log or "the workers' output"
-                raise ValueError(f"The node {kind} cannot run in the workers: its pack did not load there; {log} says why.")
+                raise ValueError(
+                    f"The node {kind} cannot run in the workers: its pack did not load there; {log} says why."
+                )
 
     def _build(self, prompt: dict[str, Any], source: list[Any]) -> Any:
         """Run the part of the prompt that makes the model."""
         nodes, execution = importlib.import_module("nodes"), importlib.import_module("execution")
         for node in prompt.values():
             if node["class_type"] not in nodes.NODE_CLASS_MAPPINGS:
-                raise ValueError(f"The node {node['class_type']} is missing in the workers. Install its pack where they run.")
+                raise ValueError(
+                    f"The node {node['class_type']} is missing in the workers. Install its pack where they run."
+                )
         prompt = {**prompt, CAPTURE: {"class_type": CAPTURE, "inputs": {"model": source}}}
         valid, error, outputs, by_node = asyncio.run(execution.validate_prompt(CAPTURE, prompt, None))
         if not valid:
             names = ", ".join(found["class_type"] for found in by_node.values())
-            raise ValueError(f"The workers cannot run {names or 'the nodes before EVDiTSequenceParallel'}: {error['message']} {by_node}")
+            raise ValueError(
+                f"The workers cannot run {names or 'the nodes before EVDiTSequenceParallel'}: {error['message']} {by_node}"
+            )
         self.kept.clear()
         self.executor.execute(prompt, CAPTURE, {}, outputs)
         if not self.executor.success:
-            failed = next(data for kind, data in self.executor.status_messages if kind in ("execution_error", "execution_interrupted"))
-            raise ValueError(f"The node {failed['node_type']} failed in the workers: {failed.get('exception_message', 'interrupted')}")
+            failed = next(
+                data
+                for kind, data in self.executor.status_messages
+                if kind in ("execution_error", "execution_interrupted")
+            )
+            raise ValueError(
+                f"The node {failed['node_type']} failed in the workers: {failed.get('exception_message', 'interrupted')}"
+            )
         return self.kept[-1]
 
 

@@ -71,13 +71,19 @@ def patch_attention(
     _check_dense_layers(plan, depth)
     report = AttentionReport()
     options = patched.model_options["transformer_options"]
-    # A second plan takes the place of the first: two of them cannot both decide about one call. Where another node stands
-    # between them, the first stays in the chain and leaves alone what it does not own.
+    # A second plan takes the place of the first: two of them cannot both decide about one call. Where another node
+    # stands between them, the first stays in the chain and leaves alone what it does not own.
     previous = options.get(OVERRIDE)
     previous = getattr(previous, "replaces", previous)
     # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
     sparse: Any = make_attention_override(
-        plan, report, min_tokens=min_tokens, previous=previous, placement=placement, decline_slow=decline_slow, backend=backend
+        plan,
+        report,
+        min_tokens=min_tokens,
+        previous=previous,
+        placement=placement,
+        decline_slow=decline_slow,
+        backend=backend,
     )
     override: Any = torch.compiler.disable(sparse)
     override.replaces, override.report, override.plan = previous, report, plan
@@ -100,9 +106,11 @@ def _check_dense_layers(plan: TilePlan, depth: int) -> None:
             )
 
 
-def _publish_layout(family: Family, window: Window, report: AttentionReport, override: Override, *,
-                    count_steps: bool) -> Callable[..., Any]:
-    """An APPLY_MODEL wrapper: tells the ``override`` where the video tokens of this forward stand, and whether it acts."""
+def _publish_layout(
+    family: Family, window: Window, report: AttentionReport, override: Override, *, count_steps: bool
+) -> Callable[..., Any]:
+    """An APPLY_MODEL wrapper: tells the ``override`` where the video tokens of this forward stand, and whether it
+    acts."""
 
     def wrapper(
         executor: Any,
@@ -133,12 +141,15 @@ def _publish_layout(family: Family, window: Window, report: AttentionReport, ove
 
 
 def forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, conds: dict[str, Any]) -> ForwardState:
-    """Where the video tokens of a forward on latents ``x`` stand; a state without a layout, with the reason, where unknown."""
+    """Where the video tokens of a forward on latents ``x`` stand; a state without a layout, with the reason, where
+    unknown."""
     # Video with audio comes packed into one tensor, and the shapes beside it.
     size = conds["latent_shapes"][0] if "latent_shapes" in conds else x.shape
     try:
         if len(size) != 5:
-            raise UnknownLayout(f"its latents have the shape {tuple(size)}, expected (batch, channels, frames, height, width)")
+            raise UnknownLayout(
+                f"its latents have the shape {tuple(size)}, expected (batch, channels, frames, height, width)"
+            )
         found = family.layout(size, model, text, conds)
     except UnknownLayout as error:
         return ForwardState(None, active=False, reason=str(error))

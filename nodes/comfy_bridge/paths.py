@@ -45,12 +45,15 @@ def plan_path(name: str) -> Path:
         return Path(assets.preset_path(name.removesuffix(PRESET)))
     found = folder_paths.get_full_path(PLANS, name) if name in plan_names() else None
     if found is None:
-        raise ValueError(f"The plan {name!r} was not found in models/{PLANS}. Choose one from the list, or save one with Save Tile Plan.")
+        raise ValueError(
+            f"The plan {name!r} was not found in models/{PLANS}. Choose one from the list, or save one with Save Tile Plan."
+        )
     return Path(found)
 
 
 def save_plan(plan: TilePlan, prefix: str) -> str:
-    """Write PREFIX_00001.json, or the next free number, into models/evdit_plans and return its name. Overwrites nothing.
+    """Write PREFIX_00001.json, or the next free number, into models/evdit_plans and return its name. Overwrites
+    nothing.
 
     Raises ValueError where ``prefix`` is more than a plain file name.
     """

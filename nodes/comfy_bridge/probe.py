@@ -38,14 +38,26 @@ WALK_STEPS = 10  # of the schedule on which the tile map walks to its noise leve
 
 
 def search_plan(
-    model: Any, positive: Any, negative: Any, latent: dict[str, Any], *, seed: int, probes: int, threshold: float,
-    speedup: float, candidates: str, cfg: float, costs: str, error: str, sigmas: Tensor | None,
+    model: Any,
+    positive: Any,
+    negative: Any,
+    latent: dict[str, Any],
+    *,
+    seed: int,
+    probes: int,
+    threshold: float,
+    speedup: float,
+    candidates: str,
+    cfg: float,
+    costs: str,
+    error: str,
+    sigmas: Tensor | None,
 ) -> TilePlan:
     """A plan for MODEL from one dense sampling with Euler steps, each of which is measured in every layer.
 
     ``sigmas`` (default: ``probes`` steps of the model's own schedule) are the noise levels, and ``latent`` is noised to
-    the first of them. Where it has a noise mask, as image to video and guide frames do, that is kept to, as in sampling.
-    ``negative`` None samples without guidance. Raises ValueError where the model is unknown or
+    the first of them. Where it has a noise mask, as image to video and guide frames do, that is kept to, as in
+    sampling. ``negative`` None samples without guidance. Raises ValueError where the model is unknown or
     nothing fits.
     """
     family, network = _known_family(model)
@@ -56,15 +68,28 @@ def search_plan(
     check_target(threshold, speedup, record.candidates, frames)
     levels = _schedule(model, probes) if sigmas is None else sigmas
     if len(levels) < 2:
-        raise ValueError(f"sigmas has {len(levels)} noise levels, expected at least 2: the model is run at all but the last.")
+        raise ValueError(
+            f"sigmas has {len(levels)} noise levels, expected at least 2: the model is run at all but the last."
+        )
     progress = _Progress(len(levels) - 1, depth)
     probing = _observed(model, lambda previous: make_probe_override(record, progress=progress.layer, previous=previous))
     with replay_blocks(_blocks(model, family), record) if error == BLOCK else nullcontext():
         _walk(probing, positive, negative, start, mask, levels, seed, cfg, progress.step)
-    about = {"sigmas": [round(float(s), 6) for s in levels[:-1]], "seed": seed, "guidance": 1.0 if negative is None else cfg}
+    about = {
+        "sigmas": [round(float(s), 6) for s in levels[:-1]],
+        "seed": seed,
+        "guidance": 1.0 if negative is None else cfg,
+    }
     return plan_from_record(
-        record, layers=depth, family=family.name, heads=family.head_count(network), threshold=threshold, speedup=speedup,
-        measure=error, costs=costs, about=about,
+        record,
+        layers=depth,
+        family=family.name,
+        heads=family.head_count(network),
+        threshold=threshold,
+        speedup=speedup,
+        measure=error,
+        costs=costs,
+        about=about,
     )
 
 
@@ -100,7 +125,8 @@ def measure_tiles(
 
 
 def model_depth(model: Any, plan: TilePlan | None) -> int:
-    """The number of layers of a MODEL. Raises ValueError where its family is unknown, or ``plan`` was made for another model."""
+    """The number of layers of a MODEL. Raises ValueError where its family is unknown, or ``plan`` was made for another
+    model."""
     family, network = _known_family(model)
     depth = family.depth(network)
     if plan is not None:
@@ -150,23 +176,27 @@ def _blocks(model: Any, family: Family) -> list[torch.nn.Module]:
 
 
 def _observed(model: Any, make: Callable[[Override | None], Override]) -> Any:
-    """A clone that publishes its token layout as a sparse one does, with ``make``'s override in place of the sparse one."""
+    """A clone that publishes its token layout as a sparse one does, with ``make``'s override in place of the sparse
+    one."""
     clone = patch_attention(model, TilePlan.uniform(None))
     # Uncompiled: the measuring within blocks would be compiled for every candidate anew.
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY)
     options = clone.model_options["transformer_options"]
     if not hasattr(options.get(OVERRIDE), "replaces"):
-        raise ValueError("This ComfyUI gives the model no attention hook, so its attention cannot be measured. Update ComfyUI.")
+        raise ValueError(
+            "This ComfyUI gives the model no attention hook, so its attention cannot be measured. Update ComfyUI."
+        )
     options[OVERRIDE] = torch.compiler.disable(make(options[OVERRIDE].replaces))
     return clone
 
 
 def _latent(model: Any, latent: dict[str, Any], *, empty: bool) -> Any:
-    """The first entry of the latents' batch (1, C, T, H, W) with the model's channels; zeros of its size where ``empty``.
+    """The first entry of the latents' batch (1, C, T, H, W) with the model's channels; zeros of its size where
+    ``empty``.
 
-    What a noise mask keeps is content, and so is what FlowRVS starts from in place of noise: such latents stay as they are.
-    Video with audio comes as a nested tensor, and stays one.
+    What a noise mask keeps is content, and so is what FlowRVS starts from in place of noise: such latents stay as they
+    are. Video with audio comes as a nested tensor, and stays one.
     """
     without_noise = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())  # in versions with such a model
     from_latent = isinstance(model.get_model_object("model_sampling"), without_noise)
@@ -176,7 +206,9 @@ def _latent(model: Any, latent: dict[str, Any], *, empty: bool) -> Any:
     else:
         start = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1]) if empty else samples[:1])
     if _video(start).ndim != 5:
-        raise ValueError(f"The latent has shape {tuple(samples.shape)}, expected a video's: (batch, channels, frames, height, width).")
+        raise ValueError(
+            f"The latent has shape {tuple(samples.shape)}, expected a video's: (batch, channels, frames, height, width)."
+        )
     return start
 
 
@@ -196,7 +228,15 @@ def _euler(model: Any, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
 
 
 def _walk(
-    model: Any, positive: Any, negative: Any, start: Any, mask: Any, sigmas: Tensor, seed: int, cfg: float, callback: Any
+    model: Any,
+    positive: Any,
+    negative: Any,
+    start: Any,
+    mask: Any,
+    sigmas: Tensor,
+    seed: int,
+    cfg: float,
+    callback: Any,
 ) -> None:
     noise = comfy.sample.prepare_noise(start, seed)
     other, scale = (positive, 1.0) if negative is None else (negative, cfg)

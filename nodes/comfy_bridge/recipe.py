@@ -1,4 +1,5 @@
-"""How the workers shall build a MODEL: the part of the prompt before a node, its packs, and where this ComfyUI keeps things."""
+"""How the workers shall build a MODEL: the part of the prompt before a node, its packs, and where this ComfyUI keeps
+things."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def recipe(prompt: dict[str, Any] | None, node_id: str | None, node_name: str) -
         )
     source = prompt[node_id]["inputs"]["model"]
     if not isinstance(source, list) or source[0] not in prompt:
-        raise ValueError(f"The model of {node_name} comes from a node that the queued prompt does not hold. Connect a loader or a patch.")
+        raise ValueError(
+            f"The model of {node_name} comes from a node that the queued prompt does not hold. Connect a loader or a patch."
+        )
     part = upstream(prompt, str(source[0]))
     files = model_files(part)
     # A file that was replaced under its old name makes another model.
@@ -52,14 +55,26 @@ def upstream(prompt: dict[str, Any], node_id: str) -> dict[str, Any]:
         if name in found or name not in prompt:
             continue
         found[name] = {"class_type": prompt[name]["class_type"], "inputs": prompt[name]["inputs"]}
-        waiting += [str(value[0]) for value in prompt[name]["inputs"].values() if isinstance(value, list) and len(value) == 2]
+        waiting += [
+            str(value[0]) for value in prompt[name]["inputs"].values() if isinstance(value, list) and len(value) == 2
+        ]
     return found
 
 
 def model_files(part: dict[str, Any]) -> list[str]:
     """The files that the nodes' inputs name, as ComfyUI finds them in its model folders."""
-    texts = {value for node in part.values() for value in node["inputs"].values() if isinstance(value, str) and 0 < len(value) < 256}
-    found = {folder_paths.get_full_path(folder, text) for folder in folder_paths.folder_names_and_paths for text in texts if "." in text}
+    texts = {
+        value
+        for node in part.values()
+        for value in node["inputs"].values()
+        if isinstance(value, str) and 0 < len(value) < 256
+    }
+    found = {
+        folder_paths.get_full_path(folder, text)
+        for folder in folder_paths.folder_names_and_paths
+        for text in texts
+        if "." in text
+    }
     return sorted(path for path in found if path)
 
 
@@ -76,10 +91,15 @@ def pack_of(kind: str) -> str | None:
     for known in COMFY_NODES.LOADED_MODULE_DIRS:
         if Path(known).name == name and Path(f"{known}.py").is_file():
             return f"{known}.py"
-    raise ValueError(f"Where the node {kind} was loaded from is not known, so the workers cannot load it. Bypass EVDiTSequenceParallel.")
+    raise ValueError(
+        f"Where the node {kind} was loaded from is not known, so the workers cannot load it. Bypass EVDiTSequenceParallel."
+    )
 
 
 def _about() -> dict[str, Any]:
-    folders = {name: [list(where), sorted(endings)] for name, (where, endings, *_) in folder_paths.folder_names_and_paths.items()}
+    folders = {
+        name: [list(where), sorted(endings)]
+        for name, (where, endings, *_) in folder_paths.folder_names_and_paths.items()
+    }
     root = str(Path(inspect.getfile(folder_paths)).resolve().parent)
     return {"root": root, "argv": sys.argv[1:], "folders": folders, "input": folder_paths.get_input_directory()}

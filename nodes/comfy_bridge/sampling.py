@@ -27,11 +27,15 @@ FOLDERS = ("diffusion_models", "loras")
 
 def checkpoint_names() -> list[str]:
     """The loaded model, then the files that may say what they were distilled for."""
-    return [LOADED_MODEL, *(f"{folder}/{name}" for folder in FOLDERS for name in folder_paths.get_filename_list(folder))]
+    return [
+        LOADED_MODEL,
+        *(f"{folder}/{name}" for folder in FOLDERS for name in folder_paths.get_filename_list(folder)),
+    ]
 
 
 def checkpoint_metadata(model: Any, name: str) -> DistillMetadata:
-    """What the loaded MODEL, or a file of `checkpoint_names`, was distilled for. Raises ValueError where it does not say."""
+    """What the loaded MODEL, or a file of `checkpoint_names`, was distilled for. Raises ValueError where it does not
+    say."""
     folder, _, file = name.partition("/")
     if name == LOADED_MODEL:
         found = model.get_attachment(DISTILLED)
@@ -47,13 +51,17 @@ def checkpoint_metadata(model: Any, name: str) -> DistillMetadata:
     return found
 
 
-def preset_sigmas(model: Any, preset: str, segments: int, steps: int, *, shift: float, sigmas: str, checkpoint: str) -> Tensor:
+def preset_sigmas(
+    model: Any, preset: str, segments: int, steps: int, *, shift: float, sigmas: str, checkpoint: str
+) -> Tensor:
     """The noise levels of a choice in the node, all steps."""
     if preset == MANUAL:
         return parse_sigmas(sigmas)
     if preset in PRESETS:
         if not isinstance(model.get_model_object("model_sampling"), CONST):
-            raise ValueError(f"The preset {preset!r} is for flow models, but this model is none. Choose 'segments' or 'from checkpoint'.")
+            raise ValueError(
+                f"The preset {preset!r} is for flow models, but this model is none. Choose 'segments' or 'from checkpoint'."
+            )
         return torch.tensor(PRESETS[preset].sigmas, dtype=torch.float32)
     if preset == FROM_CHECKPOINT:
         about = checkpoint_metadata(model, checkpoint)
@@ -70,8 +78,12 @@ def model_consistency_sigmas(model: Any, segments: int, steps: int, shift: float
     sampling = model.get_model_object("model_sampling")
     if shift:
         if not isinstance(sampling, CONST):
-            raise ValueError(f"shift is {shift:g}, but the model is no flow model, so its time cannot be shifted. Set shift to 0.")
-        return consistency_sigmas(lambda t: shift * t / (1.0 + (shift - 1.0) * t), segments, steps, start=1.0, clean=0.0)
+            raise ValueError(
+                f"shift is {shift:g}, but the model is no flow model, so its time cannot be shifted. Set shift to 0."
+            )
+        return consistency_sigmas(
+            lambda t: shift * t / (1.0 + (shift - 1.0) * t), segments, steps, start=1.0, clean=0.0
+        )
     if isinstance(sampling, ModelSamplingDiscrete):
         start, clean = float(sampling.timestep(sampling.sigma_max)), -1.0
     elif isinstance(sampling, ModelSamplingDiscreteFlow):
@@ -121,7 +133,16 @@ def _sample(
 
     with torch.no_grad():
         return sample_consistency(
-            model, x, sigmas, extra_args, callback, disable, gamma=gamma, noise_seed=noise_seed, renoise=renoise, trange=trange
+            model,
+            x,
+            sigmas,
+            extra_args,
+            callback,
+            disable,
+            gamma=gamma,
+            noise_seed=noise_seed,
+            renoise=renoise,
+            trange=trange,
         )
 
 
@@ -137,9 +158,13 @@ def remarks(guider: Any, sigmas: Tensor, gamma: float) -> list[str]:
     # A run that ends above 0, or starts below the top, is one expert's part of the steps.
     top = float(guider.inner_model.model_sampling.sigma_max)
     if steps < about.segments and float(sigmas[-1]) == 0.0 and float(sigmas[0]) >= 0.99 * top:
-        found.append(f"{steps} steps were asked of a model that was distilled for {about.segments}: it cannot jump that far; use more.")
+        found.append(
+            f"{steps} steps were asked of a model that was distilled for {about.segments}: it cannot jump that far; use more."
+        )
     if gamma == 1.0:
-        found.append("gamma is 1, but this model was distilled for deterministic jumps: set gamma to 0 for its best quality.")
+        found.append(
+            "gamma is 1, but this model was distilled for deterministic jumps: set gamma to 0 for its best quality."
+        )
     return found
 
 

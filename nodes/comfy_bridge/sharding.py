@@ -62,8 +62,8 @@ def clip_speedup(model: Any, grid: TokenGrid, ranks: int, scheme: str, rates: Ra
 def shard_model(model: Any, wire: Wire) -> Any:
     """A clone of MODEL whose blocks run on this rank's tokens.
 
-    ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto; a Counter under COUNTS_KEY receives how
-    many layers took which.
+    ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto; a Counter under COUNTS_KEY
+    receives how many layers took which.
     """
     family = find_shardable(model)
     patched = model.clone()
@@ -71,7 +71,9 @@ def shard_model(model: Any, wire: Wire) -> Any:
     options = patched.model_options["transformer_options"]
     hooks = options.get("patches_replace", {}).get("dit", {})
     for layer in range(depth):
-        patched.set_model_patch_replace(block_hook(layer, depth, hooks.get(("double_block", layer))), "dit", "double_block", layer)
+        patched.set_model_patch_replace(
+            block_hook(layer, depth, hooks.get(("double_block", layer))), "dit", "double_block", layer
+        )
     options = patched.model_options["transformer_options"]
     # The sparse override decides by the whole sequence's length, which no rank sees; its plan is asked for beforehand.
     previous = options.get(OVERRIDE)
@@ -91,15 +93,25 @@ def plan_text(model: Any) -> str:
 def _publish(family: Family, depth: int, wire: Wire) -> Any:
     """An APPLY_MODEL wrapper: says for this forward which rank holds which tokens, and every layer's pattern."""
 
-    def wrapper(executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
-                transformer_options: dict[str, Any] | None = None, **conds: Any) -> Any:
+    def wrapper(
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **conds: Any,
+    ) -> Any:
         options = dict(transformer_options or {})
         state: ForwardState | None = options.get(FORWARD_KEY)
         if state is None:
             state = forward_state(family, uncompiled(executor.class_obj.diffusion_model), x, c_crossattn, conds)
         if state.layout is None:
             raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
-        patterns = [TilePattern(None) if state.owner is None else state.owner.pattern_of(state, layer) for layer in range(depth)]
+        patterns = [
+            TilePattern(None) if state.owner is None else state.owner.pattern_of(state, layer) for layer in range(depth)
+        ]
         sharded = options[SHARDED_KEY] = ShardedForward(state.layout, patterns, wire, options.get(SCHEME_KEY, "auto"))
         out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
         options.get(COUNTS_KEY, Counter()).update(sharded.schemes)

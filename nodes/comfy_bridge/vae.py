@@ -1,6 +1,7 @@
 """The causal video VAE as a native ComfyUI VAE.
 
-Shapes: pixels (B, 3, F, H, W) in [-1, 1] inside, (F, H, W, 3) or (B, F, H, W, 3) in [0, 1] outside; latents (B, 4, t, h, w).
+Shapes: pixels (B, 3, F, H, W) in [-1, 1] inside, (F, H, W, 3) or (B, F, H, W, 3) in [0, 1] outside; latents (B, 4, t,
+h, w).
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class FirstStage(CausalVAE):
 class OpenSoraPlanVAE(comfy.sd.VAE):
     """ComfyUI's VAE with Open-Sora-Plan's network and tiling.
 
-    The stock constructor knows a fixed list of networks and offers no way in. Without weights it sets its attributes, to
-    which each version of ComfyUI adds, and stops; the network and what belongs to it are set here.
+    The stock constructor knows a fixed list of networks and offers no way in. Without weights it sets its attributes,
+    to which each version of ComfyUI adds, and stops; the network and what belongs to it are set here.
     """
 
     def __init__(self, state_dict: dict[str, Tensor], config: VAEConfig) -> None:
@@ -85,7 +86,9 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
         # The peak is some six tensors of the full resolution's width.
         channels = 6 * config.hidden_size
         self.memory_used_encode = lambda shape, dtype: channels * math.prod(shape[-3:]) * mm.dtype_size(dtype)
-        self.memory_used_decode = lambda shape, dtype: channels * TIME * SPACE**2 * math.prod(shape[-3:]) * mm.dtype_size(dtype)
+        self.memory_used_decode = lambda shape, dtype: (
+            channels * TIME * SPACE**2 * math.prod(shape[-3:]) * mm.dtype_size(dtype)
+        )
         self.process_input = lambda image: image * 2.0 - 1.0
         # In place and returned: newer versions of ComfyUI drop what it returns, older ones use it.
         self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
@@ -102,7 +105,12 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
         self.size = mm.module_size(self.first_stage_model)
 
     def decode_tiled_3d(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, samples: Tensor, tile_t: int = 999, tile_x: int = 32, tile_y: int = 32, overlap: tuple[int, int, int] = (1, 4, 4)
+        self,
+        samples: Tensor,
+        tile_t: int = 999,
+        tile_x: int = 32,
+        tile_y: int = 32,
+        overlap: tuple[int, int, int] = (1, 4, 4),
     ) -> Tensor:
         """Latents (B, 4, t, h, w) to pixels (B, 3, F, H, W) in [0, 1]; tile sizes and overlap in latent units."""
         self._tell_overlap(tile_x, overlap)
@@ -112,12 +120,19 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
         return self.process_output(pixels)
 
     def encode_tiled_3d(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, samples: Tensor, tile_t: int = 9999, tile_x: int = 512, tile_y: int = 512, overlap: tuple[int, int, int] = (1, 64, 64)
+        self,
+        samples: Tensor,
+        tile_t: int = 9999,
+        tile_x: int = 512,
+        tile_y: int = 512,
+        overlap: tuple[int, int, int] = (1, 64, 64),
     ) -> Tensor:
         """Pixels (B, 3, F, H, W) in [0, 1] to latents (B, 4, t, h, w); tile sizes and overlap in frames and pixels."""
         self._tell_overlap(tile_x, overlap)
         frames = (tile_t + TIME - 1) // TIME
-        tiles = len(vae_tiling.pixel_chunks(samples.shape[2], frames)) * _tiles_in_frame(samples, tile_x // SPACE, SPACE)
+        tiles = len(vae_tiling.pixel_chunks(samples.shape[2], frames)) * _tiles_in_frame(
+            samples, tile_x // SPACE, SPACE
+        )
         network = SimpleNamespace(encode=self._on_tiles(self.first_stage_model.encode, tiles))
         pixels = self.process_input(samples)
         return vae_tiling.tiled_encode(network, pixels, latent_size=tile_x // SPACE, latent_frames=frames)  # pyright: ignore[reportArgumentType]
@@ -138,7 +153,9 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
         asked = (overlap[0], overlap[-1])
         if asked != (1, int(tile * vae_tiling.OVERLAP)) and asked not in self.told:
             self.told.add(asked)
-            log.info("This VAE tiles by Open-Sora-Plan's rule: overlaps of an eighth of the tile, and one latent frame in time.")
+            log.info(
+                "This VAE tiles by Open-Sora-Plan's rule: overlaps of an eighth of the tile, and one latent frame in time."
+            )
 
 
 @contextmanager

@@ -37,7 +37,14 @@ def in_process(tmp_path_factory):
         script = Path(__file__).parent / "scripts" / f"{name}.py"
         own = {"PYTHONPATH": str(COMFYUI), "EVDIT_PACK": str(ROOT), "EVDIT_CACHE_DIR": str(cache)}
         environment = {"OMP_NUM_THREADS": "2", **os.environ, **own}
-        done = subprocess.run([str(PYTHON), str(script)], cwd=COMFYUI, env=environment, capture_output=True, text=True, timeout=RUN_TIMEOUT)
+        done = subprocess.run(
+            [str(PYTHON), str(script)],
+            cwd=COMFYUI,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=RUN_TIMEOUT,
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return json.loads(done.stdout.strip().splitlines()[-1])
 

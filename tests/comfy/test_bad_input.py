@@ -100,7 +100,10 @@ def test_a_wrong_file_is_refused_by_its_loader(server, part, fault):
     target = server.base / "models" / folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(content)
-    loader = {"class_type": kind, "inputs": {field: name, **({"weight_dtype": "default"} if part == "transformer" else {})}}
+    loader = {
+        "class_type": kind,
+        "inputs": {field: name, **({"weight_dtype": "default"} if part == "transformer" else {})},
+    }
     message = server.error({"1": loader, "2": _sink(part)})
     if fault in ("truncated", "web page", "empty"):
         assert name in message and "cut short or damaged" in message, message
@@ -109,7 +112,11 @@ def test_a_wrong_file_is_refused_by_its_loader(server, part, fault):
 
 def _sink(part: str) -> dict:
     """An output node for this part, so that the server runs the loader."""
-    kind, field = {"transformer": ("ModelSave", "model"), "vae": ("VAESave", "vae"), "text_encoder": ("CLIPSave", "clip")}[part]
+    kind, field = {
+        "transformer": ("ModelSave", "model"),
+        "vae": ("VAESave", "vae"),
+        "text_encoder": ("CLIPSave", "clip"),
+    }[part]
     return {"class_type": kind, "inputs": {field: ["1", 0], "filename_prefix": "never"}}
 
 
@@ -133,7 +140,9 @@ def test_values_outside_their_range_are_refused_when_queued(server, tiny_prompt,
 
 def test_a_name_that_is_not_in_the_list_reaches_no_file(server, tiny_prompt):
     prompt = tiny_prompt()
-    next(n for n in prompt.values() if n["class_type"] == "EVDiTModelLoader")["inputs"]["model_name"] = "../../../../etc/passwd"
+    next(n for n in prompt.values() if n["class_type"] == "EVDiTModelLoader")["inputs"]["model_name"] = (
+        "../../../../etc/passwd"
+    )
     status, answer = server.post("/prompt", {"prompt": prompt, "client_id": "name"})
     if status == 200:  # older versions leave the check of a V3 list to the node
         assert "not found" in server.error(prompt)

@@ -13,7 +13,16 @@ def facts(in_process):
 
 
 @pytest.mark.parametrize(
-    "name", ["alone", "split", "windows", "windows behind", "the second node counts", "the second node counts behind another", "threads"]
+    "name",
+    [
+        "alone",
+        "split",
+        "windows",
+        "windows behind",
+        "the second node counts",
+        "the second node counts behind another",
+        "threads",
+    ],
 )
 def test_the_result_is_the_one_expected(facts, name):
     assert facts[name] < ROUNDING
@@ -26,7 +35,9 @@ def test_reference_frames_stand_where_asked(facts, place):
 
 def test_guidance_in_two_forwards_counts_layers_anew_in_each(facts):
     assert facts["split forwards"] == 4
-    assert facts["split lines"] == ["Efficient-vDiT: 12 attention calls sparse at mean density 0.31; dense: 12 cross-attention"]
+    assert facts["split lines"] == [
+        "Efficient-vDiT: 12 attention calls sparse at mean density 0.31; dense: 12 cross-attention"
+    ]
 
 
 def test_context_windows_are_clips_of_their_own(facts):
@@ -54,11 +65,15 @@ def compiled(in_process):
 
 
 @pytest.mark.parametrize("way", ["node", "blocks"])
-@pytest.mark.parametrize(("order", "density"), [("first", 0.31), ("behind", 0.31), ("another plan", 0.63), ("again", 0.31)])
+@pytest.mark.parametrize(
+    ("order", "density"), [("first", 0.31), ("behind", 0.31), ("another plan", 0.63), ("again", 0.31)]
+)
 def test_torch_compile_on_either_side(compiled, way, order, density):
     found = compiled[way]
     assert found[order] < ROUNDING
-    assert found[f"{order} lines"] == [f"Efficient-vDiT: 6 attention calls sparse at mean density {density}; dense: 6 cross-attention"]
+    assert found[f"{order} lines"] == [
+        f"Efficient-vDiT: 6 attention calls sparse at mean density {density}; dense: 6 cross-attention"
+    ]
 
 
 @pytest.mark.parametrize("way", ["node", "blocks"])
@@ -79,7 +94,10 @@ def talk(in_process):
 def test_infinite_talk_speaks_on_either_side(talk, speakers):
     found = talk[speakers]
     assert found["behind"] < ROUNDING and found["before"] < ROUNDING < 0.01 < min(found["dense"], found["speech"])
-    assert found["lines"] == ["Efficient-vDiT: 6 attention calls sparse at mean density 0.52; dense: 12 cross-attention"] * 2
+    assert (
+        found["lines"]
+        == ["Efficient-vDiT: 6 attention calls sparse at mean density 0.52; dense: 12 cross-attention"] * 2
+    )
 
 
 def test_what_infinite_talk_adds_is_not_shared_out(talk):
@@ -93,7 +111,9 @@ def test_what_infinite_talk_adds_is_not_shared_out(talk):
 def test_what_a_cache_skips_is_skipped_and_the_rest_is_sparse(facts, cache, order):
     (line,) = facts[f"{cache} {order}"]
     calls = int(line.split()[1])
-    assert line == f"Efficient-vDiT: {calls} attention calls sparse at mean density 0.31; dense: {calls} cross-attention"
+    assert (
+        line == f"Efficient-vDiT: {calls} attention calls sparse at mean density 0.31; dense: {calls} cross-attention"
+    )
     assert 0 < calls < 8 * 3 and calls % 3 == 0  # some of 8 steps, all 3 layers in each
 
 
@@ -120,7 +140,10 @@ def test_threads_of_one_model_keep_their_plans_apart(facts):
 def test_two_experts_take_a_plan_each(facts):
     assert facts["experts"]["same"] < ROUNDING < facts["experts"]["swapped"]
     start = "Efficient-vDiT: 6 attention calls sparse at mean density"
-    assert facts["experts"]["lines"] == [f"{start} 0.31; dense: 6 cross-attention", f"{start} 0.63; dense: 6 cross-attention"]
+    assert facts["experts"]["lines"] == [
+        f"{start} 0.31; dense: 6 cross-attention",
+        f"{start} 0.63; dense: 6 cross-attention",
+    ]
 
 
 def test_the_last_line_blames_nobody_for_a_run_that_was_stopped(facts):
@@ -147,7 +170,10 @@ def test_a_bypass_after_all_that_leaves_nothing(facts):
 @pytest.mark.parametrize("name", ["never declined", "frames"])
 def test_long_sequences_are_sparse_where_nothing_may_decline(facts, name):
     assert facts[name]["sparse"] < ROUNDING < facts[name]["dense"]
-    assert facts[name]["lines"][-1] == "Efficient-vDiT: 6 attention calls sparse at mean density 0.31; dense: 6 cross-attention"
+    assert (
+        facts[name]["lines"][-1]
+        == "Efficient-vDiT: 6 attention calls sparse at mean density 0.31; dense: 6 cross-attention"
+    )
 
 
 def test_long_sequences_are_measured_and_what_is_declined_is_counted(facts):

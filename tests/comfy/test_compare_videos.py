@@ -16,7 +16,14 @@ def compare_prompt(**changes) -> dict:
         "2": {"class_type": "EmptyImage", "inputs": {**blank, "color": 0x333333}},
         "3": {
             "class_type": "EVDiTCompareVideos",
-            "inputs": {"video_a": ["1", 0], "video_b": ["2", 0], "name_a": "black", "name_b": "grey", "frames_shown": 3, "amplify": 4.0},
+            "inputs": {
+                "video_a": ["1", 0],
+                "video_b": ["2", 0],
+                "name_a": "black",
+                "name_b": "grey",
+                "frames_shown": 3,
+                "amplify": 4.0,
+            },
         },
         "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "compare/picture"}},
         "5": {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}},

@@ -1,4 +1,5 @@
-"""A tiny model of every native video family, sampled in ComfyUI's own process: sparse against dense and a masked oracle."""
+"""A tiny model of every native video family, sampled in ComfyUI's own process: sparse against dense and a masked
+oracle."""
 
 import re
 
@@ -23,7 +24,10 @@ LEFT_DENSE = {
         "0 attention calls sparse; dense: 12 text or audio as long as the video, 6 cross-attention",
         "No self-attention over a video was found (6 text or audio as long as the video",
     ),
-    "ltx with weaker guides": ("0 attention calls sparse; dense: 12 masked, 6 cross-attention", "No self-attention over a video was found"),
+    "ltx with weaker guides": (
+        "0 attention calls sparse; dense: 12 masked, 6 cross-attention",
+        "No self-attention over a video was found",
+    ),
 }
 
 
@@ -49,7 +53,10 @@ def test_every_case_is_looked_at(found):
 def test_a_family_without_a_hook_says_so(found):
     facts = found["wan s2v"]
     if "skipped" in facts:
-        assert facts["lines"] == [f"Efficient-vDiT: WanModel_S2V stays dense: {facts['skipped']}."] and facts["changed"] == 0
+        assert (
+            facts["lines"] == [f"Efficient-vDiT: WanModel_S2V stays dense: {facts['skipped']}."]
+            and facts["changed"] == 0
+        )
 
 
 @pytest.mark.parametrize("name", LEFT_DENSE)
@@ -73,7 +80,9 @@ def test_each_self_attention_is_met_once_and_with_its_layer(facts, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_report_is_complete_and_warns_of_nothing(facts, name):
     (line,) = facts["lines"]
-    assert re.search(rf"^Efficient-vDiT: {facts['sparse calls']} attention calls sparse at mean density 0\.\d\d; dense: ", line)
+    assert re.search(
+        rf"^Efficient-vDiT: {facts['sparse calls']} attention calls sparse at mean density 0\.\d\d; dense: ", line
+    )
     reasons = set(re.findall(r"\d+ ([a-z-][a-z -]*)", line.split("dense: ")[1]))
     assert reasons <= {"cross-attention", "text or audio alone"}
     assert ("text or audio alone" in reasons) == (name in WITH_OTHERS)

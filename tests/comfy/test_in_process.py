@@ -8,12 +8,16 @@ def facts(in_process):
     return in_process("sparse_and_sampler")
 
 
-@pytest.mark.parametrize("name", ["all frames equal dense", "all layers dense equal dense", "min_tokens keeps dense", "source after all"])
+@pytest.mark.parametrize(
+    "name", ["all frames equal dense", "all layers dense equal dense", "min_tokens keeps dense", "source after all"]
+)
 def test_dense_stays_dense_to_the_bit(facts, name):
     assert facts[name] == 0
 
 
-@pytest.mark.parametrize("name", ["one frame differs", "some layers dense differ", "half the steps differ", "gamma 0.5 differs"])
+@pytest.mark.parametrize(
+    "name", ["one frame differs", "some layers dense differ", "half the steps differ", "gamma 0.5 differs"]
+)
 def test_sparsity_shows(facts, name):
     assert facts[name] > 1e-4 * facts["shifts across 4 steps"]
 
@@ -59,7 +63,11 @@ def test_levels_that_do_not_fit_are_refused(few_steps, name):
 def test_the_sampler_warns_only_where_something_works_against_the_model(few_steps):
     warnings = few_steps["warnings"]
     assert warnings["as made"] == [] and warnings["plain model"] == []
-    assert "cfg is 3" in warnings["cfg 3"][0] and "2 steps" in warnings["2 steps"][0] and "gamma is 1" in warnings["gamma 1"][0]
+    assert (
+        "cfg is 3" in warnings["cfg 3"][0]
+        and "2 steps" in warnings["2 steps"][0]
+        and "gamma is 1" in warnings["gamma 1"][0]
+    )
     assert warnings["half of it"] == []
 
 
@@ -78,7 +86,9 @@ def test_it_works_beside_the_split_of_guidance_over_devices(in_process):
     assert found["models"] == 2 and found["forwards"] == 2 * 3
     assert found["difference"] <= 1e-5 * found["scale"] < 1e-3 * found["scale"] < found["effect"]
     (line,), (alone,) = found["lines"], found["lines alone"]
-    assert line == alone.replace("18", "36")  # both devices' calls are counted; without the split both texts share a batch
+    assert line == alone.replace(
+        "18", "36"
+    )  # both devices' calls are counted; without the split both texts share a batch
 
 
 def test_the_vae_has_all_that_this_comfyui_asks_of_one(in_process):

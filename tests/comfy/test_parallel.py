@@ -22,7 +22,14 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 SPARSE = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "1", "min_tokens": 0}
-PARALLEL = {"devices": "cpu,cpu", "scheme": "auto", "start_timeout": 600, "step_timeout": 600, "after_run": "keep", "strict": True}
+PARALLEL = {
+    "devices": "cpu,cpu",
+    "scheme": "auto",
+    "start_timeout": 600,
+    "step_timeout": 600,
+    "after_run": "keep",
+    "strict": True,
+}
 # Wan's text is 4096 wide; only a file of gigabytes could give it here.
 RANDOM_TEXT = """
 import torch
@@ -43,8 +50,16 @@ NODE_CLASS_MAPPINGS = {"RandomText": RandomText}
 
 def tiny_wan(width=256, layers=2):
     """The weights of a random Wan 2.1 in the names that ComfyUI's loader recognises it by."""
-    shapes = {"patch_embedding": (width, 16, 1, 2, 2), "text_embedding.0": (width, 4096), "text_embedding.2": (width, width)}
-    shapes |= {"time_embedding.0": (width, 256), "time_embedding.2": (width, width), "time_projection.1": (6 * width, width)}
+    shapes = {
+        "patch_embedding": (width, 16, 1, 2, 2),
+        "text_embedding.0": (width, 4096),
+        "text_embedding.2": (width, width),
+    }
+    shapes |= {
+        "time_embedding.0": (width, 256),
+        "time_embedding.2": (width, width),
+        "time_projection.1": (6 * width, width),
+    }
     shapes |= {"head.head": (64, width)}
     norms = {}
     for layer in range(layers):
@@ -141,7 +156,11 @@ def worker_pids(server):
     """This server's own workers."""
     found = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in found.splitlines()[1:]]
-    return {int(pid) for pid, parent, text in rows if int(parent) == server.process.pid and text.endswith("parallel/boot.py")}
+    return {
+        int(pid)
+        for pid, parent, text in rows
+        if int(parent) == server.process.pid and text.endswith("parallel/boot.py")
+    }
 
 
 def gone(pids, seconds=5.0):
@@ -154,7 +173,8 @@ def gone(pids, seconds=5.0):
 
 
 def in_mid_run(server, graph, act):
-    """Queue the prompt, call ``act`` in the midst of its steps; its history entry, and the seconds that it took to end."""
+    """Queue the prompt, call ``act`` in the midst of its steps; its history entry, and the seconds that it took to
+    end."""
     events, entry = [], {}
     running = threading.Thread(target=lambda: entry.update(server.run(graph, events)))
     running.start()
@@ -238,7 +258,9 @@ def test_the_shipped_workflow_with_the_node_in_it(server):
     assert same(results["template"], results["template_alone"])
     (report,) = [data["output"]["text"][0] for kind, data in events if kind == "executed" and data["node"] == "97"]
     assert re.search(r"rank 1: cpu, sends \d+\.\d+ GB/s", report)
-    assert re.search(r"Expected speed-up.*: [01]\.\d\dx for 81 frames of 832x480, [01]\.\d\dx for 93 frames", report), report
+    assert re.search(r"Expected speed-up.*: [01]\.\d\dx for 81 frames of 832x480, [01]\.\d\dx for 93 frames", report), (
+        report
+    )
 
 
 def test_cancel_ends_the_run_and_keeps_the_pool(server):
@@ -253,7 +275,9 @@ def test_cancel_ends_the_run_and_keeps_the_pool(server):
 def test_a_killed_rank_is_named_and_the_next_run_works(server):
     latents(server, "before_kill", OSP, TEXT, steps=1)
     before = worker_pids(server)
-    entry, seconds = in_mid_run(server, prompt("kill", OSP, TEXT, steps=2000), lambda: os.kill(max(before), signal.SIGKILL))
+    entry, seconds = in_mid_run(
+        server, prompt("kill", OSP, TEXT, steps=2000), lambda: os.kill(max(before), signal.SIGKILL)
+    )
     (message,) = [data["exception_message"] for kind, data in entry["status"]["messages"] if kind == "execution_error"]
     assert "rank 1 ended without a word" in message and "killed by SIGKILL" in message
     assert "Requested to load" in message  # the rank's last lines

@@ -16,7 +16,8 @@ FAMILY, HEADS = "opensora_plan", 4
 
 @pytest.fixture(scope="module")
 def built(server) -> str:
-    """A model file in which only FULL_LAYERS need other frames: the rest give one and the same value for every token."""
+    """A model file in which only FULL_LAYERS need other frames: the rest give one and the same value for every
+    token."""
     weights = safetensors.torch.load_file(TINY / "diffusion_pytorch_model.safetensors")
     for layer in range(LAYERS):
         name = f"transformer_blocks.{layer}.attn1."
@@ -38,9 +39,15 @@ def graph(model: str = "tiny (built in)") -> dict:
     return {
         "model": {"class_type": "EVDiTModelLoader", "inputs": {"model_name": model, "weight_dtype": "default"}},
         "clip": {"class_type": "EVDiTTextEncoderLoader", "inputs": {"text_encoder_name": "tiny (built in)"}},
-        "positive": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["clip", 0], "text": "a red circle moving right"}},
+        "positive": {
+            "class_type": "CLIPTextEncode",
+            "inputs": {"clip": ["clip", 0], "text": "a red circle moving right"},
+        },
         "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["clip", 0], "text": ""}},
-        "latent": {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 64, "height": 64, "length": 29, "batch_size": 1}},
+        "latent": {
+            "class_type": "EmptyHunyuanLatentVideo",
+            "inputs": {"width": 64, "height": 64, "length": 29, "batch_size": 1},
+        },
     }
 
 
@@ -50,7 +57,10 @@ def searching(model: str = "tiny (built in)", **changes) -> dict:
     inputs = {"model": ["model", 0], "positive": ["positive", 0], "latent": ["latent", 0], "seed": 3, "probes": 2}
     choice = {"threshold": 0.01, "target_speedup": 0.0, "candidates": "1,2"}
     prompt["search"] = {"class_type": "EVDiTSearchTilePlan", "inputs": {**inputs, **choice, **changes}}
-    prompt["save"] = {"class_type": "EVDiTSaveTilePlan", "inputs": {"plan": ["search", 0], "filename_prefix": "searched"}}
+    prompt["save"] = {
+        "class_type": "EVDiTSaveTilePlan",
+        "inputs": {"plan": ["search", 0], "filename_prefix": "searched"},
+    }
     return prompt
 
 
@@ -66,8 +76,16 @@ def sampling(model: str, plan: list) -> dict:
     """Two steps with Sparse Attention and a report behind them."""
     prompt = graph(model)
     settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0, "decline_slow": False}
-    prompt["sparse"] = {"class_type": "EVDiTSparseAttention", "inputs": {"model": ["model", 0], "plan": plan, **settings}}
-    conditions = {"model": ["sparse", 0], "positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}
+    prompt["sparse"] = {
+        "class_type": "EVDiTSparseAttention",
+        "inputs": {"model": ["model", 0], "plan": plan, **settings},
+    }
+    conditions = {
+        "model": ["sparse", 0],
+        "positive": ["positive", 0],
+        "negative": ["negative", 0],
+        "latent_image": ["latent", 0],
+    }
     choices = {"seed": 3, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
     prompt["sampled"] = {"class_type": "KSampler", "inputs": {**conditions, **choices}}
     prompt["report"] = {"class_type": "EVDiTReport", "inputs": {"model": ["sparse", 0], "after": ["sampled", 0]}}
@@ -111,7 +129,9 @@ def test_the_same_seed_gives_the_same_bytes(server):
     # Written in another order, the same candidates pass ComfyUI's cache and mean the same.
     first, second = (searched(server, searching(candidates=text, threshold=0.3))[1] for text in ("1,2", "2,1"))
     assert first == second
-    assert searched(server, searching(seed=4, threshold=0.3))[1]["provenance"]["errors"] != first["provenance"]["errors"]
+    assert (
+        searched(server, searching(seed=4, threshold=0.3))[1]["provenance"]["errors"] != first["provenance"]["errors"]
+    )
 
 
 def test_a_target_speedup_is_reached(server):
@@ -175,7 +195,10 @@ def test_a_saved_plan_loads_runs_and_is_reported(server, built, found):
 
 def test_a_run_in_which_nothing_became_sparse_is_warned_of(server, built):
     prompt = sampling(built, ["plan", 0])
-    prompt["plan"] = {"class_type": "EVDiTLoadTilePlan", "inputs": {"plan_name": "opensora_plan (preset)", "text": "all:full"}}
+    prompt["plan"] = {
+        "class_type": "EVDiTLoadTilePlan",
+        "inputs": {"plan_name": "opensora_plan (preset)", "text": "all:full"},
+    }
     (text,) = server.run(prompt)["outputs"]["report"]["text"]
     assert text.startswith("WARNING: nothing became sparse") and "nothing became sparse" in server.text()
 
@@ -190,7 +213,14 @@ def test_the_report_refuses_a_model_that_was_not_patched(server):
 def write_plan(server, name: str, **changes):
     folder = server.base / "models" / "evdit_plans"
     folder.mkdir(parents=True, exist_ok=True)
-    plan = {"schema_version": 1, "family": FAMILY, "frames": 8, "heads": HEADS, "reference_frames": [1] * LAYERS, "dense_layers": []}
+    plan = {
+        "schema_version": 1,
+        "family": FAMILY,
+        "frames": 8,
+        "heads": HEADS,
+        "reference_frames": [1] * LAYERS,
+        "dense_layers": [],
+    }
     (folder / name).write_text(json.dumps({**plan, **changes}), encoding="utf-8")
 
 
@@ -227,7 +257,14 @@ def test_plans_are_saved_in_their_folder_only(server, prefix):
 
 def test_the_tile_map_draws_the_layers_and_gives_their_shares(server, built):
     prompt = graph(built)
-    inputs = {"model": ["model", 0], "positive": ["positive", 0], "latent": ["latent", 0], "seed": 0, "rows": 4, "percent": 0.3}
+    inputs = {
+        "model": ["model", 0],
+        "positive": ["positive", 0],
+        "latent": ["latent", 0],
+        "seed": 0,
+        "rows": 4,
+        "percent": 0.3,
+    }
     more = {"layers": "0,-1", "plan": ["plan", 0], "second_prompt": ["negative", 0]}
     prompt["plan"] = {"class_type": "EVDiTTilePlan", "inputs": {"reference_frames": 2}}
     prompt["map"] = {"class_type": "EVDiTAttentionTileMap", "inputs": {**inputs, **more}}
@@ -239,11 +276,11 @@ def test_the_tile_map_draws_the_layers_and_gives_their_shares(server, built):
     assert picture.shape[1] > picture.shape[0] / 2 and picture.std() > 10
     (text,) = entry["outputs"]["text"]["text"]
     # Every token attends to all alike: each of the 8 frames gets an eighth, and 2:6 keeps 34 of the 64 tiles.
-    assert text.count("own frame 12.5%, another frame 12.50%") == 2 and "plan 2:6 keeps 53.1% in 53% of the tiles" in text
+    assert (
+        text.count("own frame 12.5%, another frame 12.50%") == 2 and "plan 2:6 keeps 53.1% in 53% of the tiles" in text
+    )
     assert text.count("overlap at 90/95/99 %: 100% / 100% / 100%") == 2
     prompt["map"]["inputs"]["layers"] = "17"
     assert "expected 1 to 12 of the model's 6" in server.error(prompt)
     prompt["plan"]["inputs"]["text"] = "0-1:2"  # said first, before the model runs
     assert "The plan has 2 layers, but the model has 6" in server.error(prompt)
-
-

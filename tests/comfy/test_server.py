@@ -39,7 +39,11 @@ def test_the_pack_loads_without_a_complaint(server):
     server.get("/object_info/EVDiTModelLoader")
     log, started, _ = server.text().partition("To see the GUI go to")  # behind it, what other tests' prompts were told
     assert started and "IMPORT FAILED" not in log
-    ours = [line for line in log.splitlines() if re.search("efficient|evdit", line, re.I) and re.search("warn|error|traceback", line, re.I)]
+    ours = [
+        line
+        for line in log.splitlines()
+        if re.search("efficient|evdit", line, re.I) and re.search("warn|error|traceback", line, re.I)
+    ]
     assert not ours, ours
 
 
@@ -55,20 +59,30 @@ def test_every_node_is_there_with_tooltips(server):
 
 def test_the_english_texts_are_the_nodes_own(server):
     """locales/en repeats what the schemas say, so that a translator sees what to translate."""
-    info, texts = server.get("/object_info"), json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8"))
+    info, texts = (
+        server.get("/object_info"),
+        json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8")),
+    )
     for name in NODES:
-        assert (texts[name]["display_name"], texts[name]["description"]) == (info[name]["display_name"], info[name]["description"])
+        assert (texts[name]["display_name"], texts[name]["description"]) == (
+            info[name]["display_name"],
+            info[name]["description"],
+        )
         declared = {**info[name]["input"].get("required", {}), **info[name]["input"].get("optional", {})}
         fields = {field: spec[1].get("tooltip") for field, spec in declared.items()}
         assert {field: text["tooltip"] for field, text in texts[name].get("inputs", {}).items()} == fields, name
-        assert [texts[name]["outputs"][str(i)]["tooltip"] for i in range(len(info[name]["output"]))] == info[name]["output_tooltips"], name
+        assert [texts[name]["outputs"][str(i)]["tooltip"] for i in range(len(info[name]["output"]))] == info[name][
+            "output_tooltips"
+        ], name
 
 
 def test_the_page_hears_of_the_progress(server, tiny_prompt):
     """Over the websocket: the sampler's steps one by one, to the last, then the end."""
     events, prompt = [], tiny_prompt()
     find(prompt, "EVDiTConsistencySigmas").update(segments=3, steps=3)
-    find(prompt, "EVDiTTilePlan").update(text="all:2")  # the default, said so that no earlier run's plan is taken from the cache
+    find(prompt, "EVDiTTilePlan").update(
+        text="all:2"
+    )  # the default, said so that no earlier run's plan is taken from the cache
     server.run(prompt, events)
     (sampler,) = [key for key, node in prompt.items() if node["class_type"] == "SamplerCustomAdvanced"]
     steps = [(d["value"], d["max"]) for kind, d in events if kind == "progress" and d.get("node") == sampler]
@@ -81,7 +95,9 @@ def test_the_page_hears_of_the_progress(server, tiny_prompt):
     assert (report["node"], report["plan"], report["frames"]) == (sparse, "all:2", 8)
     assert report["sparse"] >= 6 * steps[-1][1] and 0.5 < report["density"] < 0.55 and report["seconds"] > 0
     assert report["layers"] * steps[-1][1] <= report["sparse"]
-    (made,) = [data["output"] for kind, data in events if kind == "executed" and "evdit_plan" in (data.get("output") or {})]
+    (made,) = [
+        data["output"] for kind, data in events if kind == "executed" and "evdit_plan" in (data.get("output") or {})
+    ]
     assert made["evdit_plan"] == ["all:2"]
 
 
@@ -111,7 +127,9 @@ def schemas(info: dict) -> dict:
         inputs = {}
         for section in ("required", "optional"):
             for field, (kind, *options) in info[name]["input"].get(section, {}).items():
-                kept = {k: v for k, v in (options[0] if options else {}).items() if k in ("default", "min", "max", "step")}
+                kept = {
+                    k: v for k, v in (options[0] if options else {}).items() if k in ("default", "min", "max", "step")
+                }
                 kind = "COMBO" if isinstance(kind, list) else kind
                 inputs[field] = {"type": kind, "required": section == "required", **kept}
         outputs = zip(info[name]["output"], info[name]["output_name"], strict=True)
@@ -131,7 +149,9 @@ def test_the_nodes_keep_what_they_promise(server):
 
 def test_the_template_and_help_pages_are_served(server):
     shipped = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
-    assert {pack: sorted(names) for pack, names in server.get("/workflow_templates").items()} == {"efficient-vdit": shipped}
+    assert {pack: sorted(names) for pack, names in server.get("/workflow_templates").items()} == {
+        "efficient-vdit": shipped
+    }
     assert "EVDiTTilePlan" in json.dumps(server.get("/i18n"))
 
 
@@ -177,7 +197,9 @@ def test_wrong_files_are_named(server, tiny_prompt, kind):
     folder = server.base / "models" / "diffusion_models"
     folder.mkdir(parents=True, exist_ok=True)
     whole = (ROOT / "efficient_vdit_core/assets/tiny/transformer/diffusion_pytorch_model.safetensors").read_bytes()
-    header = json.dumps({"blocks.0.self_attn.q.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    header = json.dumps(
+        {"blocks.0.self_attn.q.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    ).encode()
     content = {"truncated": whole[:-1000], "foreign": struct.pack("<Q", len(header)) + header + bytes(4)}[kind]
     (folder / f"{kind}.safetensors").write_bytes(content)
     message = failing(server, tiny_prompt(), "EVDiTModelLoader", model_name=f"{kind}.safetensors")

@@ -17,9 +17,17 @@ BUILT_IN = "tiny (built in)"
 _number = itertools.count()
 
 
-def graph(sampler: str = "euler", text: str = "a red circle moving right fast on a white background", steps: int = 2) -> dict:
-    """Loaders and a stock KSampler; add nodes that read ["sampled", 0] (LATENT), ["model", 0], ["clip", 0], ["vae", 0]."""
-    conditions = {"model": ["model", 0], "positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}
+def graph(
+    sampler: str = "euler", text: str = "a red circle moving right fast on a white background", steps: int = 2
+) -> dict:
+    """Loaders and a stock KSampler; add nodes that read ["sampled", 0] (LATENT), ["model", 0], ["clip", 0], ["vae",
+    0]."""
+    conditions = {
+        "model": ["model", 0],
+        "positive": ["positive", 0],
+        "negative": ["negative", 0],
+        "latent_image": ["latent", 0],
+    }
     settings = {"seed": 3, "steps": steps, "cfg": 3.0, "sampler_name": sampler, "scheduler": "normal", "denoise": 1.0}
     return {
         "model": {"class_type": "EVDiTModelLoader", "inputs": {"model_name": BUILT_IN, "weight_dtype": "default"}},
@@ -27,7 +35,10 @@ def graph(sampler: str = "euler", text: str = "a red circle moving right fast on
         "vae": {"class_type": "EVDiTVAELoader", "inputs": {"vae_name": BUILT_IN}},
         "positive": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["clip", 0], "text": text}},
         "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["clip", 0], "text": ""}},
-        "latent": {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 64, "height": 64, "length": 29, "batch_size": 1}},
+        "latent": {
+            "class_type": "EmptyHunyuanLatentVideo",
+            "inputs": {"width": 64, "height": 64, "length": 29, "batch_size": 1},
+        },
         "sampled": {"class_type": "KSampler", "inputs": {**conditions, **settings}},
         "decoded": {"class_type": "VAEDecode", "inputs": {"samples": ["sampled", 0], "vae": ["vae", 0]}},
     }
@@ -56,7 +67,10 @@ def test_stock_samplers_run(server, sampler):
 def test_the_tiled_decoder_gives_the_same_clip_where_one_tile_holds_it(server, plain):
     prompt = graph()
     tiles = {"tile_size": 64, "overlap": 0, "temporal_size": 64, "temporal_overlap": 8}
-    prompt["decoded"] = {"class_type": "VAEDecodeTiled", "inputs": {"samples": ["sampled", 0], "vae": ["vae", 0], **tiles}}
+    prompt["decoded"] = {
+        "class_type": "VAEDecodeTiled",
+        "inputs": {"samples": ["sampled", 0], "vae": ["vae", 0], **tiles},
+    }
     assert np.abs(frames(server, prompt) - plain).max() <= 1
 
 
@@ -71,7 +85,10 @@ def sparse(prompt: dict, frames_kept: int) -> dict:
     """Put the sparse node between loader and sampler."""
     prompt["plan"] = {"class_type": "EVDiTTilePlan", "inputs": {"reference_frames": frames_kept}}
     settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
-    prompt["sparse"] = {"class_type": "EVDiTSparseAttention", "inputs": {"model": ["model", 0], "plan": ["plan", 0], **settings}}
+    prompt["sparse"] = {
+        "class_type": "EVDiTSparseAttention",
+        "inputs": {"model": ["model", 0], "plan": ["plan", 0], **settings},
+    }
     prompt["sampled"]["inputs"]["model"] = ["sparse", 0]
     return prompt
 
@@ -102,7 +119,10 @@ def test_a_lora_is_applied(server, plain):
 
 def test_a_saved_model_loads_again(server, plain):
     prompt = {name: node for name, node in graph().items() if name == "model"}
-    prompt["save"] = {"class_type": "ModelSave", "inputs": {"model": ["model", 0], "filename_prefix": "diffusion_models/saved"}}
+    prompt["save"] = {
+        "class_type": "ModelSave",
+        "inputs": {"model": ["model", 0], "filename_prefix": "diffusion_models/saved"},
+    }
     assert server.run(prompt)["status"]["status_str"] == "success"
     (saved,) = (server.base / "output" / "diffusion_models").glob("saved*.safetensors")
     shutil.copy(CONFIG, saved.with_name("config.json"))

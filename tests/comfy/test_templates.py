@@ -1,4 +1,5 @@
-"""Every shipped template against the server: its two forms agree, and only files that must be downloaded are missing."""
+"""Every shipped template against the server: its two forms agree, and only files that must be downloaded are
+missing."""
 
 import json
 
@@ -20,7 +21,9 @@ def load(folder: str, name: str) -> dict:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_two_forms_say_the_same(server, name):
     converted = to_api(load("workflows", name), server.get("/object_info"))
-    prompt = {key: {"class_type": n["class_type"], "inputs": n["inputs"]} for key, n in load("web/prompts", name).items()}
+    prompt = {
+        key: {"class_type": n["class_type"], "inputs": n["inputs"]} for key, n in load("web/prompts", name).items()
+    }
     assert converted == prompt
 
 
@@ -38,7 +41,9 @@ def test_the_server_misses_nothing_but_files(server, name):
 @pytest.mark.parametrize("name", OWN_LOADERS)
 def test_our_loaders_name_the_file_that_is_missing(server, name):
     prompt = load("web/prompts", name)
-    values = [str(v) for node in prompt.values() if node["class_type"].startswith("EVDiT") for v in node["inputs"].values()]
+    values = [
+        str(v) for node in prompt.values() if node["class_type"].startswith("EVDiT") for v in node["inputs"].values()
+    ]
     files = [value for value in values if value.endswith((".safetensors", ".ckpt"))]
     # From 0.8 on the server itself compares the choices of such nodes with their lists, before the run.
     status, answer = server.post("/prompt", {"prompt": prompt})

@@ -9,7 +9,19 @@ import pytest
 from archive import archive, install
 
 ROOT = Path(__file__).parents[2]
-FORBIDDEN = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "requests", "urllib", "http", "aiohttp", "httpx", "huggingface_hub"}
+FORBIDDEN = {
+    "pickle",
+    "dill",
+    "cloudpickle",
+    "shelve",
+    "marshal",
+    "requests",
+    "urllib",
+    "http",
+    "aiohttp",
+    "httpx",
+    "huggingface_hub",
+}
 PROCESS = {"subprocess", "multiprocessing", "pty"}
 PROCESS_CALLS = {"system", "popen", "spawnl", "spawnv", "execv", "execvp", "fork"}
 
@@ -28,7 +40,12 @@ def process_starts(source: str) -> list[str]:
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         found += [name for name in names if name.split(".")[0] in PROCESS]
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os" and node.attr in PROCESS_CALLS:
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "os"
+            and node.attr in PROCESS_CALLS
+        ):
             found.append(f"os.{node.attr}")
     return found
 
@@ -39,8 +56,16 @@ def forbidden(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-        found += [name for name in names if name.split(".")[0] in FORBIDDEN and name not in ("urllib.parse", "http.HTTPStatus")]
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__"):
+        found += [
+            name
+            for name in names
+            if name.split(".")[0] in FORBIDDEN and name not in ("urllib.parse", "http.HTTPStatus")
+        ]
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("eval", "exec", "__import__")
+        ):
             found.append(node.func.id)
     return found
 
@@ -48,12 +73,27 @@ def forbidden(source: str) -> list[str]:
 def test_it_holds_what_a_user_needs(files):
     names = {f.as_posix() for f in files}
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"} <= names
-    for folder in ("nodes", "efficient_vdit_core/assets", "web/docs", "web/js", "locales/en", "locales/zh", "workflows", "web/prompts"):
+    for folder in (
+        "nodes",
+        "efficient_vdit_core/assets",
+        "web/docs",
+        "web/js",
+        "locales/en",
+        "locales/zh",
+        "workflows",
+        "web/prompts",
+    ):
         assert any(name.startswith(folder + "/") for name in names), folder
 
 
 def test_it_holds_nothing_else(files):
-    assert {f.parts[0] for f in files if len(f.parts) > 1} <= {"nodes", "efficient_vdit_core", "web", "locales", "workflows"}
+    assert {f.parts[0] for f in files if len(f.parts) > 1} <= {
+        "nodes",
+        "efficient_vdit_core",
+        "web",
+        "locales",
+        "workflows",
+    }
     assert not [f for f in files if f.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pyc", ".log")]
 
 
@@ -68,7 +108,12 @@ def test_no_process_is_started(files):
 
 
 def test_the_check_sees_a_start():
-    for source in ("import subprocess", "from multiprocessing import spawn", "import os\nos.system('x')", "import os\nos.fork()"):
+    for source in (
+        "import subprocess",
+        "from multiprocessing import spawn",
+        "import os\nos.system('x')",
+        "import os\nos.fork()",
+    ):
         assert process_starts(source)
 
 
@@ -78,13 +123,21 @@ def test_nothing_reaches_for_the_network_or_runs_text(files):
 
 
 def test_that_check_sees_a_fault():
-    for source in ("import pickle", "from urllib.request import urlopen", "eval('1')", "def f():\n    import requests", "__import__('os')"):
+    for source in (
+        "import pickle",
+        "from urllib.request import urlopen",
+        "eval('1')",
+        "def f():\n    import requests",
+        "__import__('os')",
+    ):
         assert forbidden(source)
     assert not forbidden("from urllib.parse import quote\nfrom .http import x")
 
 
 def test_no_developers_file_is_in_it(files):
-    assert not [f for f in files if f.name.startswith((".", "Makefile", "conftest", "test_")) or f.suffix in (".sh", ".yml")]
+    assert not [
+        f for f in files if f.name.startswith((".", "Makefile", "conftest", "test_")) or f.suffix in (".sh", ".yml")
+    ]
 
 
 def test_every_file_of_the_pack_reads_as_what_it_is(files):

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[2]
 TEXT = {".py", ".md", ".toml", ".json", ".yml", ".txt", ".js", ""}
 SKIPPED = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "build", "dist", "out", "runs"}
 # Assembled here, so that this file does not match itself.
-MACHINE_PATHS = re.compile("|".join(["/" + name + "/" for name in ("root", "work", "home/[a-z]+", "Users/[A-Za-z]+", "tmp")]))
+MACHINE_PATHS = re.compile(
+    "|".join(["/" + name + "/" for name in ("root", "work", "home/[a-z]+", "Users/[A-Za-z]+", "tmp")])
+)
 PACKAGE_HOSTS = re.compile("(" + "|".join(["pypi" + r"\.", "pythonhosted" + r"\.", "index" + "-url"]) + ")")
 HEAVY = ("torch", "diffusers", "transformers", "triton", "accelerate", "imageio", "sentencepiece", "comfy")
 
@@ -19,7 +21,12 @@ HEAVY = ("torch", "diffusers", "transformers", "triton", "accelerate", "imageio"
 def texts():
     for file in sorted(ROOT.rglob("*")):
         parts = file.relative_to(ROOT).parts
-        if file.is_file() and file.suffix in TEXT and not SKIPPED & set(parts) and not any(p.endswith(".egg-info") for p in parts):
+        if (
+            file.is_file()
+            and file.suffix in TEXT
+            and not SKIPPED & set(parts)
+            and not any(p.endswith(".egg-info") for p in parts)
+        ):
             yield file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")
 
 

@@ -7,7 +7,17 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "efficient_vdit_core"
-COMFY = {"comfy", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes", "execution", "latent_preview", "node_helpers"}
+COMFY = {
+    "comfy",
+    "comfy_extras",
+    "comfy_execution",
+    "folder_paths",
+    "server",
+    "nodes",
+    "execution",
+    "latent_preview",
+    "node_helpers",
+}
 HEAVY = {"triton", "diffusers", "transformers", "accelerate", "sentencepiece", "imageio", "tqdm", "ftfy", "bs4"}
 NETWORK = {"requests", "urllib", "http", "aiohttp", "httpx", "huggingface_hub"}
 PICKLE = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
@@ -23,8 +33,21 @@ ALLOWED = {
     "search": {"tiles", "plan", "attention"},
     "parallel": {"tiles", "plan", "attention", "files"},
     "training": {"files"},
-    "distill": {"tiles", "plan", "files", "attention", "sampling", "models", "search", "training", "tinyworld", "video",
-                "pipeline", "request", "model_folder"},
+    "distill": {
+        "tiles",
+        "plan",
+        "files",
+        "attention",
+        "sampling",
+        "models",
+        "search",
+        "training",
+        "tinyworld",
+        "video",
+        "pipeline",
+        "request",
+        "model_folder",
+    },
     "quality": {"files", "video", "read_video"},
 }
 BACKENDS = {"frames", "triton", "flex"}
@@ -34,7 +57,9 @@ KERNELS = {"efficient_vdit_core/attention/arrow_kernels.py"}
 
 def imports_of(tree: ast.AST, module: str):
     """Yield (absolute name, inside a function, line) of all imports; ``module`` is dotted, for relative ones."""
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
+    inside = {
+        id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:

@@ -29,7 +29,9 @@ def test_one_version():
     version = re.search(r'^version = "([^"]+)"', PYPROJECT, re.M)
     assert version and version[1] == efficient_vdit_core.__version__
     # Nowhere else: all code asks the package.
-    assert [f for f in (ROOT / "efficient_vdit_core").rglob("*.py") if f'"{version[1]}"' in f.read_text(encoding="utf-8")] == []
+    assert [
+        f for f in (ROOT / "efficient_vdit_core").rglob("*.py") if f'"{version[1]}"' in f.read_text(encoding="utf-8")
+    ] == []
 
 
 def test_assets_stay_small():

@@ -1,4 +1,5 @@
-"""The page's rules for plans are those of the engine: web/js/plan_text.js beside plan.py and tiles.py, run by Node.js."""
+"""The page's rules for plans are those of the engine: web/js/plan_text.js beside plan.py and tiles.py, run by
+Node.js."""
 
 import json
 import re
@@ -17,11 +18,34 @@ SCRIPTS = sorted((ROOT / "web" / "js").glob("*.js"))
 NODE = shutil.which("node")
 if NODE is None:
     warnings.warn("NO NODE.JS: the page's rules for plans were not compared with the engine's", stacklevel=1)
-needs_node = pytest.mark.skipif(NODE is None, reason="NO NODE.JS: the page's rules for plans were not compared with the engine's")
+needs_node = pytest.mark.skipif(
+    NODE is None, reason="NO NODE.JS: the page's rules for plans were not compared with the engine's"
+)
 
-GOOD = ["all:2", "all:full", "all:2:6 0-1:full -1:full", "all:0 -3:full", "0:full", "0:full 1-4:2:6 5-31:1:7", "0-3:0:8"]
+GOOD = [
+    "all:2",
+    "all:full",
+    "all:2:6 0-1:full -1:full",
+    "all:0 -3:full",
+    "0:full",
+    "0:full 1-4:2:6 5-31:1:7",
+    "0-3:0:8",
+]
 GOOD += [" 1:2  0:FULL ", "0:7:1"]
-BAD = ["", "all:2 1:3", "0:2 all:1", "all:1 all:2", "1:2", "0:2 0:3", "0:2:6 1:2:7", "-1:2", "3-1:2", "0:x", "0", "0:2;1:3"]
+BAD = [
+    "",
+    "all:2 1:3",
+    "0:2 all:1",
+    "all:1 all:2",
+    "1:2",
+    "0:2 0:3",
+    "0:2:6 1:2:7",
+    "-1:2",
+    "3-1:2",
+    "0:x",
+    "0",
+    "0:2;1:3",
+]
 BAD += ["0:99999", "0-1024:2"]
 
 
@@ -30,7 +54,9 @@ def in_node(body: str, data) -> list:
     module = (ROOT / "web" / "js" / "plan_text.js").as_uri()
     names = "parsePlan, formatPlan, layerPattern, referenceFrames, density, patternName, cycleLayer, writeOut, isFull"
     code = f"import {{ {names} }} from '{module}';\nconst data = {json.dumps(data)};\nconsole.log(JSON.stringify((() => {{ {body} }})()));"
-    done = subprocess.run([NODE or "node", "--input-type=module", "-e", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [NODE or "node", "--input-type=module", "-e", code], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -96,7 +122,15 @@ def test_the_page_uses_official_interfaces_only():
     source = "\n".join(path.read_text(encoding="utf-8") for path in SCRIPTS)
     assert source.count("registerExtension") == 1
     abroad = r"https?://(?!www\.w3\.org/2000/svg)"
-    for forbidden in (r"\.prototype\b", r"scripts/ui", r"\beval\(", r"new Function", r"innerHTML", abroad, r"\bfetch\("):
+    for forbidden in (
+        r"\.prototype\b",
+        r"scripts/ui",
+        r"\beval\(",
+        r"new Function",
+        r"innerHTML",
+        abroad,
+        r"\bfetch\(",
+    ):
         assert not re.search(forbidden, source), forbidden
     assert set(re.findall(r"scripts/(\w+)\.js", source)) <= {"app", "api"}
 

@@ -51,7 +51,9 @@ def test_the_publisher_owns_the_repository():
 
 
 def test_the_comfyui_range_is_readable():
-    assert re.fullmatch(r"(<=|>=|~=|<>|!=|<|>)\d+\.\d+\.\d+(,(<=|>=|~=|<>|!=|<|>)\d+\.\d+\.\d+)*", COMFY["requires-comfyui"])
+    assert re.fullmatch(
+        r"(<=|>=|~=|<>|!=|<|>)\d+\.\d+\.\d+(,(<=|>=|~=|<>|!=|<|>)\d+\.\d+\.\d+)*", COMFY["requires-comfyui"]
+    )
 
 
 def size(name: str) -> tuple[int, int]:
@@ -63,7 +65,10 @@ def size(name: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("key", ["Icon", "Banner"])
 def test_a_picture_is_where_its_link_points(key):
-    assert COMFY[key] == f"{PROJECT['urls']['Repository'].replace('github.com', 'raw.githubusercontent.com')}/main/web/{key.lower()}.png"
+    assert (
+        COMFY[key]
+        == f"{PROJECT['urls']['Repository'].replace('github.com', 'raw.githubusercontent.com')}/main/web/{key.lower()}.png"
+    )
 
 
 def test_the_pictures_have_the_registrys_shapes():
@@ -83,7 +88,9 @@ def test_only_a_new_version_is_published():
     assert "needs.version.outputs.changed == 'true'" in workflow and "needs: test" in workflow
 
 
-@pytest.mark.parametrize(("versions", "changed"), [("112", "true"), ("122", "true"), ("111", "false"), ("222", "false")])
+@pytest.mark.parametrize(
+    ("versions", "changed"), [("112", "true"), ("122", "true"), ("111", "false"), ("222", "false")]
+)
 def test_a_version_is_new_in_whichever_commit_of_a_push(tmp_path, versions, changed):
     """The workflow's own script, in a repository whose last two commits were pushed at once."""
     workflow = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")

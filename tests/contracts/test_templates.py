@@ -8,8 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = json.loads((Path(__file__).parent / "schemas.json").read_text(encoding="utf-8"))
-WORKFLOWS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "workflows").glob("*.json"))}
-PROMPTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "web" / "prompts").glob("*.json"))}
+WORKFLOWS = {
+    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "workflows").glob("*.json"))
+}
+PROMPTS = {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "web" / "prompts").glob("*.json"))
+}
 VIRTUAL = ("Note", "MarkdownNote")
 PLAIN = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 FOLDERS = {"diffusion_models", "text_encoders", "vae", "loras", "checkpoints"}
@@ -86,7 +91,9 @@ def test_each_template_is_there_for_scripts_too():
 def test_both_forms_are_one_graph(name):
     """The same classes, links and values under the same ids; which value is whose, tests/comfy asks the server."""
     prompt, links = PROMPTS[name], {link[0]: [str(link[1]), link[2]] for link in WORKFLOWS[name]["links"]}
-    assert {key: node["class_type"] for key, node in prompt.items()} == {str(n["id"]): n["type"] for n in real_nodes(name)}
+    assert {key: node["class_type"] for key, node in prompt.items()} == {
+        str(n["id"]): n["type"] for n in real_nodes(name)
+    }
     for node in real_nodes(name):
         inputs = prompt[str(node["id"])]["inputs"]
         assert {k: v for k, v in inputs.items() if isinstance(v, list)} == {

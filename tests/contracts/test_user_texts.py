@@ -1,4 +1,5 @@
-"""Nodes, help pages, locales and workflows move together. schemas.json is what the nodes promise; tests/comfy compares it."""
+"""Nodes, help pages, locales and workflows move together. schemas.json is what the nodes promise; tests/comfy compares
+it."""
 
 import json
 import re
@@ -20,7 +21,9 @@ def test_every_node_has_a_help_page_that_names_its_inputs(node):
     assert [name for name in SCHEMAS[node]["inputs"] if name not in page] == []
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "web" / "docs").glob("*/*.md")), ids=lambda p: f"{p.parent.name} {p.stem}")
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / "web" / "docs").glob("*/*.md")), ids=lambda p: f"{p.parent.name} {p.stem}"
+)
 def test_a_translated_page_says_as_much(page):
     """The same sections and table rows as the English page, in the other language."""
     english = (page.parent.parent / f"{page.parent.name}.md").read_text(encoding="utf-8")
@@ -77,7 +80,9 @@ def test_every_node_input_and_output_is_named_in_each_language(node, language):
 
 def test_no_text_speaks_of_a_node_that_is_gone():
     for language in ("en", "zh"):
-        assert set(json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))) == set(SCHEMAS)
+        assert set(json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))) == set(
+            SCHEMAS
+        )
     assert {page.stem for page in (ROOT / "web" / "docs").glob("*.md")} == set(SCHEMAS)
 
 

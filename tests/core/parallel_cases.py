@@ -88,7 +88,15 @@ def half_errors(rank, ranks):
 def bytes_sent(rank, ranks):
     """Counted bytes of one layer, for shapes where the closed formulas hold."""
     found = {}
-    for frames, k, name in ((24, 1, "L1"), (24, 2, "L1"), (24, 4, "L2"), (8, 2, "L2"), (24, 1, "L3"), (21, 2, "L3"), (24, 0, "L1")):
+    for frames, k, name in (
+        (24, 1, "L1"),
+        (24, 2, "L1"),
+        (24, 4, "L2"),
+        (8, 2, "L2"),
+        (24, 1, "L3"),
+        (21, 2, "L3"),
+        (24, 0, "L1"),
+    ):
         layout = TokenLayout(TokenGrid(frames, 3, 4))
         pattern = TilePattern(k)
         shard = BUILDS[name](layout, ranks, pattern)
@@ -130,14 +138,19 @@ def order(rank, ranks):
 
 
 def model_errors(rank, ranks):
-    """A small Open-Sora-Plan with text as long as a rank's tokens: sharded by the block hooks against the whole forward."""
+    """A small Open-Sora-Plan with text as long as a rank's tokens: sharded by the block hooks against the whole
+    forward."""
     layers, found = 3, {}
     config = replace(OSP_29X720P, num_layers=layers, num_attention_heads=3, attention_head_dim=12, caption_channels=16)
     torch.manual_seed(0)
     model = OpenSoraT2V(config).eval()
     layout = TokenLayout(TokenGrid(6, 2, 3))
     x, text = torch.randn(2, 4, 6, 4, 6), torch.randn(2, layout.tokens // ranks, 16)
-    plans = {"sparse": TilePlan.uniform(1), "mixed": TilePlan.uniform(1).with_dense("1"), "dense": TilePlan.uniform(None)}
+    plans = {
+        "sparse": TilePlan.uniform(1),
+        "mixed": TilePlan.uniform(1).with_dense("1"),
+        "dense": TilePlan.uniform(None),
+    }
     for (name, plan), scheme in itertools.product(plans.items(), ("auto", "ulysses")):
         patterns = [plan.pattern(i, layers) for i in range(layers)]
         sparse = make_attention_override(plan, AttentionReport())
@@ -149,12 +162,18 @@ def model_errors(rank, ranks):
             "patches_replace": {"dit": {("double_block", i): block_hook(i, layers) for i in range(layers)}},
         }
         want, got = (model(x, torch.tensor([3.0, 700.0]), text, transformer_options=o) for o in (whole, sharded))
-        found[f"{name} {scheme}"] = {"error": worst(got, want), "scale": float(want.abs().max()), "schemes": dict(state.schemes)}
+        found[f"{name} {scheme}"] = {
+            "error": worst(got, want),
+            "scale": float(want.abs().max()),
+            "schemes": dict(state.schemes),
+        }
     return found
 
 
 def everything(rank, ranks):
-    return {case.__name__: case(rank, ranks) for case in (attention_errors, half_errors, bytes_sent, order, model_errors)}
+    return {
+        case.__name__: case(rank, ranks) for case in (attention_errors, half_errors, bytes_sent, order, model_errors)
+    }
 
 
 def worst(got, want) -> float:

@@ -13,9 +13,12 @@ TIMEOUT = 400.0  # a few seconds of work; the rest is patience with a busy machi
 
 
 def run_ranks(case: str, ranks: int) -> list[dict]:
-    """Call the function ``case`` of this file's neighbour parallel_cases.py on each of ``ranks`` ranks; their results in order."""
+    """Call the function ``case`` of this file's neighbour parallel_cases.py on each of ``ranks`` ranks; their results
+    in order."""
     with tempfile.TemporaryDirectory() as folder:
-        printed = run_together([[sys.executable, __file__, case, str(rank), str(ranks), folder] for rank in range(ranks)], TIMEOUT)
+        printed = run_together(
+            [[sys.executable, __file__, case, str(rank), str(ranks), folder] for rank in range(ranks)], TIMEOUT
+        )
     return [json.loads(out.strip().splitlines()[-1]) for out in printed]
 
 

@@ -14,7 +14,9 @@ def averaged(steps, decay):
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.999])
-@pytest.mark.parametrize(("steps", "counted"), [(1, [1]), (3, [1, 2, 3]), (7, [1, 2, 3, 4]), (801, [1, 2, 3, *range(4, 801, 4)])])
+@pytest.mark.parametrize(
+    ("steps", "counted"), [(1, [1]), (3, [1, 2, 3]), (7, [1, 2, 3, 4]), (801, [1, 2, 3, *range(4, 801, 4)])]
+)
 def test_what_is_left_of_the_start(steps, counted, decay):
     left = torch.tensor([min(decay**4, step / (step + 40)) for step in counted], dtype=torch.float64).prod()
     state = averaged(steps, decay)

@@ -37,7 +37,10 @@ def test_the_fastest_is_chosen_and_measured_only_once(tmp_path):
     assert first.backend == "frames" and set(first.milliseconds) == {"dense", "frames", "triton"}
     assert first.milliseconds["dense"] >= 10 > first.milliseconds["frames"]
     seen = len(calls)
-    assert book.choose(candidates(calls, {"frames"}), *qkv(), LAYOUT, TilePattern(1), "sdpa") == first and len(calls) == seen
+    assert (
+        book.choose(candidates(calls, {"frames"}), *qkv(), LAYOUT, TilePattern(1), "sdpa") == first
+        and len(calls) == seen
+    )
     again = ChoiceBook(book.file).choose(candidates(calls, {"frames"}), *qkv(), LAYOUT, TilePattern(1), "sdpa")
     assert again == first and len(calls) == seen
 
@@ -68,7 +71,10 @@ def test_another_shape_dense_function_or_version_is_measured_anew(tmp_path, capl
     assert len(keys) == 6
     with caplog.at_level("INFO"):
         choice = book.choose(run, *qkv(), LAYOUT, TilePattern(1), "sdpa")
-    assert f"{choice.backend} is fastest for cpu, float32" in caplog.text and f"(ms of a trial: {choice.times()})" in caplog.text
+    assert (
+        f"{choice.backend} is fastest for cpu, float32" in caplog.text
+        and f"(ms of a trial: {choice.times()})" in caplog.text
+    )
     kept = json.loads(book.file.read_text())
     kept["versions"]["torch"] = "0.0"
     book.file.write_text(json.dumps(kept))
@@ -107,7 +113,11 @@ def test_a_time_is_the_device_s_and_not_that_of_handing_it_over(monkeypatch, kin
 
 
 def test_trials_are_small_whatever_the_shape():
-    for layout in (TokenLayout(TokenGrid(24, 45, 80)), TokenLayout(TokenGrid(21, 30, 52), 512), TokenLayout(TokenGrid(5, 2, 2))):
+    for layout in (
+        TokenLayout(TokenGrid(24, 45, 80)),
+        TokenLayout(TokenGrid(21, 30, 52), 512),
+        TokenLayout(TokenGrid(5, 2, 2)),
+    ):
         q = torch.empty(1, 24, layout.tokens, 96, device="meta")
         heads, part = trial_size(q.to("meta"), layout)
         flops = 4 * heads * part.tokens**2 * 96

@@ -24,7 +24,9 @@ def test_rows_say_what_was_run_and_how_exact_it_is():
 
 
 def test_a_wrong_result_shows_in_the_error(monkeypatch):
-    monkeypatch.setattr(attention, "tile_attention", lambda q, k, v, *_, **__: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    monkeypatch.setattr(
+        attention, "tile_attention", lambda q, k, v, *_, **__: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    )
     rows = attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("frames",))
     assert rows[0]["max_relative_error"] < 1e-5 and min(r["max_relative_error"] for r in rows[1:]) > 0.05
 
@@ -64,7 +66,9 @@ def test_the_chart_is_valid_and_drawn_to_scale():
     rows = attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("frames",))
     rows[1].update(speedup=2.0, ideal_speedup=4.0, paper_speedup=1.0)
     svg = ET.fromstring(draw({"machine": describe_machine(CPU), "rows": rows[:2]}))
-    widths = [float(r.get("width")) for r in svg.iter("{http://www.w3.org/2000/svg}rect") if r.get("height") in ("12", "6")]
+    widths = [
+        float(r.get("width")) for r in svg.iter("{http://www.w3.org/2000/svg}rect") if r.get("height") in ("12", "6")
+    ]
     assert widths == pytest.approx([300, 150, 600], abs=0.1)
 
 
@@ -73,7 +77,11 @@ def test_the_commands_write_results_and_chart(tmp_path, capsys, monkeypatch):
     results = tmp_path / "r.json"
     assert main(["bench", "attention", "--repeats", "1", "--device", "cpu", "--json", str(results)]) == 0
     kept = json.loads(results.read_text())
-    assert kept["machine"]["versions"]["torch"] == torch.__version__ and kept["seed"] == 0 and kept["command"].startswith("evdit ")
+    assert (
+        kept["machine"]["versions"]["torch"] == torch.__version__
+        and kept["seed"] == 0
+        and kept["command"].startswith("evdit ")
+    )
     assert "geometric mean of" in capsys.readouterr().out
     assert main(["bench", "plot", str(results)]) == 0 and results.with_suffix(".svg").read_text().startswith("<svg")
 

@@ -23,15 +23,23 @@ TINY = ["generate", "--model", "tiny", "--prompt", "a red circle moving right fa
 
 def evdit(*args, cwd=None, timeout=300):
     return subprocess.run(
-        [sys.executable, "-m", "efficient_vdit_core.cli", *args], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True,
+        [sys.executable, "-m", "efficient_vdit_core.cli", *args],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
         timeout=timeout,
     )
 
 
 def test_help_is_quick_because_it_imports_no_torch():
-    code = "import sys; from efficient_vdit_core.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" \
+    code = (
+        "import sys; from efficient_vdit_core.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'numpy', 'diffusers', 'transformers', 'imageio', 'PIL') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    ).stdout
     assert out.splitlines()[-1] == "[]"
     for command in ("generate", "demo", "doctor", "convert", "tinyworld"):
         assert command in out
@@ -39,7 +47,9 @@ def test_help_is_quick_because_it_imports_no_torch():
 
 def test_generate_writes_a_video_that_tells_how_it_was_made(tmp_path):
     out = tmp_path / "x.webp"
-    done = evdit(*TINY, "--steps", "2", "--plan", "1:7", "--gamma", "0.5", "--seed", "3", "--zoom", "2", "--out", str(out))
+    done = evdit(
+        *TINY, "--steps", "2", "--plan", "1:7", "--gamma", "0.5", "--seed", "3", "--zoom", "2", "--out", str(out)
+    )
     assert done.returncode == 0, done.stderr
     meta = read_metadata(out)
     assert (meta["model"], meta["seed"], meta["steps"], meta["gamma"], meta["zoom"]) == ("tiny", 3, 2, 0.5, 2)
@@ -169,7 +179,10 @@ def test_other_failures_of_the_machine_are_one_line_too(monkeypatch, capsys):
     assert "No space left on device (x.gif)" in capsys.readouterr().err
     assert run_into(RuntimeError("CUDA out of memory. Tried to allocate")) == 1
     assert "ran out of memory" in capsys.readouterr().err
-    for of_the_cpu in (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError("Unable to allocate 3 TiB")):
+    for of_the_cpu in (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError("Unable to allocate 3 TiB"),
+    ):
         assert run_into(of_the_cpu) == 1
         assert "ran out of memory" in capsys.readouterr().err
     with pytest.raises(RuntimeError):
@@ -189,7 +202,10 @@ def test_prompts_of_0_and_5000_characters_are_made_with_a_warning(tmp_path, prom
 def test_ctrl_c_stops_at_once_and_leaves_nothing(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "efficient_vdit_core.cli", *TINY, "--steps", "1000", "--out", str(tmp_path / "x.mp4")],
-        env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         # A test run that a script put into the background ignores Ctrl-C, and hands that down.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -257,7 +273,10 @@ def test_a_distilled_model_is_sampled_as_it_was_made(tmp_path):
 def test_a_distilled_model_is_searched_at_any_number_of_noise_levels(tmp_path):
     out = tmp_path / "plan.json"
     size = ["--prompt", "a red circle", "--height", "16", "--width", "16"]
-    assert cli.main(["search", "--model", "tiny-8-steps", *size, "--probes", "2", "--speedup", "1.5", "--out", str(out)]) == 0
+    assert (
+        cli.main(["search", "--model", "tiny-8-steps", *size, "--probes", "2", "--speedup", "1.5", "--out", str(out)])
+        == 0
+    )
     assert TilePlan.load(out).density(8, 6) < 0.7
 
 

@@ -111,15 +111,23 @@ def test_vbench_reads_what_is_laid_out(tmp_path, clip, capsys):
     assert set(as_vbench_reads(out / "videos", None).values()) == {"A Cat", "a cat", "half_whole_ 红色_"}
     assert (out / "videos" / "a cat-0.mp4").read_bytes() == clips[0].read_bytes()
     assert (out / "videos" / "a cat-1.gif").read_bytes() == clips[1].read_bytes()
-    assert (out / "videos" / "A Cat-2.mp4").read_bytes() == clips[3].read_bytes(), "A and a are one name to many file systems"
+    assert (out / "videos" / "A Cat-2.mp4").read_bytes() == clips[3].read_bytes(), (
+        "A and a are one name to many file systems"
+    )
     turned = out / "videos" / "half_whole_ 红色_-0.mp4"
     assert read_metadata(turned)["seed"] == 4 and read_video(turned).shape == (5, 32, 48, 3)
     instructions = (out / "README.md").read_text()
-    assert all(d in instructions for d in DIMENSIONS) and "--mode=custom_input" in instructions and "4 clips" in instructions
+    assert (
+        all(d in instructions for d in DIMENSIONS)
+        and "--mode=custom_input" in instructions
+        and "4 clips" in instructions
+    )
     assert json.loads((out / "clips.json").read_text())["a cat-1.gif"]["source"] == "2.gif"
 
 
-@pytest.mark.parametrize("prompt", ["", "...", "a" * 500, "红" * 300, 'a/b\\c:*?"<>|\n\t', "ends in -7", "x" * 179 + " y"])
+@pytest.mark.parametrize(
+    "prompt", ["", "...", "a" * 500, "红" * 300, 'a/b\\c:*?"<>|\n\t', "ends in -7", "x" * 179 + " y"]
+)
 def test_names_fit_every_file_system_and_end_in_a_number(prompt):
     for name in clip_names([prompt, prompt]):
         assert 0 < len(f"{name}.mp4".encode()) < 200
@@ -128,13 +136,22 @@ def test_names_fit_every_file_system_and_end_in_a_number(prompt):
 
 
 def test_a_layout_that_cannot_be_is_refused_and_leaves_nothing(tmp_path, clip, capsys):
-    good, nameless, single = str(clip("a.mp4", prompt="x")), str(clip("b.mp4")), str(clip("c.mp4", length=1, prompt="x"))
+    good, nameless, single = (
+        str(clip("a.mp4", prompt="x")),
+        str(clip("b.mp4")),
+        str(clip("c.mp4", length=1, prompt="x")),
+    )
     cut, avi, alien = clip("d.mp4", prompt="x"), tmp_path / "e.avi", tmp_path / "f.webp"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     Image.new("RGB", (16, 16)).save(alien, save_all=True, append_images=[Image.new("RGB", (16, 16), "red")])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
-    for name, text in (("list.json", "[]"), ("no.json", "{"), ("other.json", '{"z.mp4": "x"}'), ("f.json", '{"f.webp": "x"}')):
+    for name, text in (
+        ("list.json", "[]"),
+        ("no.json", "{"),
+        ("other.json", '{"z.mp4": "x"}'),
+        ("f.json", '{"f.webp": "x"}'),
+    ):
         (tmp_path / name).write_text(text)
     out = str(tmp_path / "out")
     cases = [

@@ -1,11 +1,19 @@
-"""The exact facts of multi-step consistency distillation: no training, float64 oracles written apart from the engine."""
+"""The exact facts of multi-step consistency distillation: no training, float64 oracles written apart from the
+engine."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from efficient_vdit_core.distill.consistency import ConsistencyConfig, ConsistencyLoss, addim, blend, example_losses, loss_weight
+from efficient_vdit_core.distill.consistency import (
+    ConsistencyConfig,
+    ConsistencyLoss,
+    addim,
+    blend,
+    example_losses,
+    loss_weight,
+)
 from efficient_vdit_core.distill.grid import SegmentGrid
 from efficient_vdit_core.sampling import Denoiser, DiscreteSchedule, segment_edges
 from efficient_vdit_core.sampling.path import FlowPath, VPPath, clean_from, jump
@@ -41,7 +49,9 @@ def output_for(prediction, x, z, a, s):
 def test_ddim_there_and_back(path):
     (a, a_to), (s, s_to) = path.coefficients(torch.tensor([0.7, 0.3]) * path.start)
     z, x = torch.randn(2, 5, dtype=torch.float64, generator=generator())
-    torch.testing.assert_close(inverse_ddim(jump(z, x, a, s, a_to, s_to), z, a, s, a_to, s_to), x, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        inverse_ddim(jump(z, x, a, s, a_to, s_to), z, a, s, a_to, s_to), x, rtol=1e-10, atol=1e-10
+    )
     assert torch.equal(jump(z, x, a, s, a, s), z) or torch.allclose(jump(z, x, a, s, a, s), z, rtol=0, atol=1e-15)
 
 
@@ -61,7 +71,9 @@ def test_the_jump_is_the_samplers_step(prediction):
     """The same step in variance-preserving and in the sampler's VE coordinates."""
     (a, a_to), (s, s_to) = VPPath().coefficients(torch.tensor([700.0, 450.0]))
     z, out = torch.randn(2, 3, 8, generator=generator(1)).unbind(0)
-    mine = jump(z, clean_from(prediction, z, out, a.float(), s.float()), a.float(), s.float(), a_to.float(), s_to.float())
+    mine = jump(
+        z, clean_from(prediction, z, out, a.float(), s.float()), a.float(), s.float(), a_to.float(), s_to.float()
+    )
     ve, ve_to = (s / a).float(), (s_to / a_to).float()
     x = z * (1 + ve**2).sqrt()
     x0 = Denoiser(lambda z, t: out, DiscreteSchedule(), prediction)(x, ve.expand(3))
@@ -134,8 +146,13 @@ def loss_for(name, segments, teacher_steps, clean_of, **settings):
         out = predict(z, time, condition)
         return out, out
 
-    return ConsistencyLoss(ConsistencyConfig(segments=segments, teacher_steps=teacher_steps, **settings), path, prediction,
-                           student=predict, teacher=teacher)
+    return ConsistencyLoss(
+        ConsistencyConfig(segments=segments, teacher_steps=teacher_steps, **settings),
+        path,
+        prediction,
+        student=predict,
+        teacher=teacher,
+    )
 
 
 def gaussian(z, a, s):
@@ -188,7 +205,8 @@ def test_draws_cover_all_times_evenly():
 @pytest.mark.parametrize("name", ["vp", "flow", "flow shift 5"])
 @pytest.mark.parametrize("segments", [1, 4])
 def test_the_exact_student_has_a_residual_that_vanishes(name, segments):
-    """With Gaussian data the ODE only scales z, so the exact student is known; five times the steps, an eleventh (5^1.5) of the residual.
+    """With Gaussian data the ODE only scales z, so the exact student is known; five times the steps, an eleventh
+    (5^1.5) of the residual.
 
     A wrong sign, segment or weight leaves a residual that does not fall.
     """
@@ -216,6 +234,7 @@ def test_the_exact_student_has_a_residual_that_vanishes(name, segments):
 @pytest.mark.parametrize("name", ["vp", "flow shift 5"])
 def test_the_loss_of_a_perfect_pair_falls_with_the_grid(name):
     """Through the class itself: networks that answer for Gaussian data leave only the grid's error."""
+
     def total(count):
         path, segments = PATHS[name], 4
         loss = loss_for(name, segments, count, gaussian, loss="squared", weight="inverse_variance", max_weight=1e9)
@@ -292,8 +311,13 @@ def test_zero_terminal_snr_is_finite():
     path = VPPath.from_alphas_bar(alphas_bar)
     a, s = path.coefficients(torch.tensor([999.0, 998.0, -1.0]))
     assert float(a[0]) == 0.0 and float(s[0]) == 1.0 and bool(a.isfinite().all())
-    loss = ConsistencyLoss(ConsistencyConfig(segments=4, teacher_steps=8), path, "v_prediction", student=lambda z, t, c: torch.tanh(z),
-                           teacher=lambda z, t, c, g: (torch.tanh(z),) * 2)
+    loss = ConsistencyLoss(
+        ConsistencyConfig(segments=4, teacher_steps=8),
+        path,
+        "v_prediction",
+        student=lambda z, t, c: torch.tanh(z),
+        teacher=lambda z, t, c, g: (torch.tanh(z),) * 2,
+    )
     out = loss(torch.randn(16, 5), None, generator())
     assert bool(out.total.isfinite()) and set(out.parts) == {f"segment {k}" for k in range(4)}
     assert path.describe()["sigma_max"] is None
@@ -307,8 +331,14 @@ def test_gradient_reaches_the_student_alone():
         asked.append(torch.is_grad_enabled())
         return student(z)
 
-    loss = ConsistencyLoss(ConsistencyConfig(segments=2, teacher_steps=8), PATHS["vp"], "epsilon", student=lambda z, t, c: student(z),
-                           target=target, teacher=lambda z, t, c, g: (teacher(z), teacher(z)))
+    loss = ConsistencyLoss(
+        ConsistencyConfig(segments=2, teacher_steps=8),
+        PATHS["vp"],
+        "epsilon",
+        student=lambda z, t, c: student(z),
+        target=target,
+        teacher=lambda z, t, c, g: (teacher(z), teacher(z)),
+    )
     result = loss(torch.randn(16, 6), None, generator())
     result.total.backward()
     assert student.weight.grad is not None and float(student.weight.grad.abs().sum()) > 0
@@ -323,8 +353,13 @@ def test_guidance_is_none_fixed_or_drawn(guidance, low, high):
         seen.append(guidance)
         return z, z
 
-    loss = ConsistencyLoss(ConsistencyConfig(segments=2, teacher_steps=4, guidance=guidance), PATHS["flow"], "flow",
-                           student=lambda z, t, c: z, teacher=teacher)
+    loss = ConsistencyLoss(
+        ConsistencyConfig(segments=2, teacher_steps=4, guidance=guidance),
+        PATHS["flow"],
+        "flow",
+        student=lambda z, t, c: z,
+        teacher=teacher,
+    )
     loss(torch.randn(32, 3), None, generator())
     if guidance is None:
         assert seen == [None]
@@ -340,8 +375,13 @@ def test_the_student_is_asked_with_the_rows_that_count():
         seen.append((len(z), condition))
         return z
 
-    loss = ConsistencyLoss(ConsistencyConfig(segments=4, teacher_steps=8), PATHS["flow"], "flow", student=student,
-                           teacher=lambda z, t, c, g: (z, z))
+    loss = ConsistencyLoss(
+        ConsistencyConfig(segments=4, teacher_steps=8),
+        PATHS["flow"],
+        "flow",
+        student=student,
+        teacher=lambda z, t, c, g: (z, z),
+    )
     rows = torch.arange(8)[:, None]
     loss.target_of(torch.randn(8, 3), (rows, None), every(loss.grid))
     assert [(n, c[0].flatten().tolist(), c[1]) for n, c in seen] == [(4, [1, 3, 5, 7], None)]
@@ -356,8 +396,15 @@ def test_losses_and_weights():
         torch.testing.assert_close(losses, torch.tensor([expected, 0.0]), rtol=1e-3, atol=1e-3)
     place = SegmentGrid(PATHS["vp"], 1, 10).at(torch.tensor([3, 8])).at
     snr = (place.a / place.s) ** 2
-    for weight, expected in (("inverse_variance", snr + 1), ("inverse_sigma", (snr + 1).sqrt()), ("snr", snr), ("none", snr**0)):
-        torch.testing.assert_close(loss_weight(dataclasses.replace(config, weight=weight, max_weight=1e9), place), expected)
+    for weight, expected in (
+        ("inverse_variance", snr + 1),
+        ("inverse_sigma", (snr + 1).sqrt()),
+        ("snr", snr),
+        ("none", snr**0),
+    ):
+        torch.testing.assert_close(
+            loss_weight(dataclasses.replace(config, weight=weight, max_weight=1e9), place), expected
+        )
     assert float(loss_weight(dataclasses.replace(config, max_weight=1.2), place).max()) == 1.2
 
 
@@ -367,12 +414,21 @@ def test_the_error_at_the_segments_end():
     draw = every(loss.grid)
     x, target, z = torch.randn(3, 16, 5, dtype=torch.float64, generator=generator()).unbind(0)
     lands = [ddim(z, y, *(c[:, None] for c in (draw.at.a, draw.at.s, draw.end.a, draw.end.s))) for y in (x, target)]
-    torch.testing.assert_close(loss.compare(x, target, draw).total, (lands[0] - lands[1]).square().mean(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        loss.compare(x, target, draw).total, (lands[0] - lands[1]).square().mean(), rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"loss": "l1"}, {"weight": "snr+1"}, {"space": "y"}, {"segments": 0}, {"segments": 8, "teacher_steps": 4}, {"max_weight": 0.0}],
+    [
+        {"loss": "l1"},
+        {"weight": "snr+1"},
+        {"space": "y"},
+        {"segments": 0},
+        {"segments": 8, "teacher_steps": 4},
+        {"max_weight": 0.0},
+    ],
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -30,64 +30,115 @@ def rand(*shape, seed):
 
 def cogvideox(batch, **config):
     model = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=HEADS, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=12, num_layers=3,
-        sample_width=WIDTH * 2, sample_height=HEIGHT * 2, sample_frames=FRAMES * 4 - 3, patch_size=2, max_text_seq_length=TEXT,
-        use_rotary_positional_embeddings=True, **config,
+        num_attention_heads=HEADS,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=12,
+        num_layers=3,
+        sample_width=WIDTH * 2,
+        sample_height=HEIGHT * 2,
+        sample_frames=FRAMES * 4 - 3,
+        patch_size=2,
+        max_text_seq_length=TEXT,
+        use_rotary_positional_embeddings=True,
+        **config,
     )
     frames = FRAMES * (config.get("patch_size_t") or 1)
     angles = rand(TOKENS, 16, seed=5)
     return model, {
-        "hidden_states": rand(batch, frames, 4, HEIGHT * 2, WIDTH * 2, seed=1), "encoder_hidden_states": rand(batch, TEXT, 12, seed=2),
-        "timestep": torch.full((batch,), 500), "image_rotary_emb": (angles.cos(), angles.sin()),
+        "hidden_states": rand(batch, frames, 4, HEIGHT * 2, WIDTH * 2, seed=1),
+        "encoder_hidden_states": rand(batch, TEXT, 12, seed=2),
+        "timestep": torch.full((batch,), 500),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
     }
 
 
 def wan(batch):
     model = diffusers.WanTransformer3DModel(
-        num_attention_heads=HEADS, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=32, num_layers=3
+        num_attention_heads=HEADS,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=3,
     )
     return model, {
-        "hidden_states": rand(batch, 4, FRAMES, HEIGHT * 2, WIDTH * 2, seed=1), "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
+        "hidden_states": rand(batch, 4, FRAMES, HEIGHT * 2, WIDTH * 2, seed=1),
+        "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
         "timestep": torch.full((batch,), 500),
     }
 
 
 def hunyuan_video(batch, lengths=(4, 6)):
     model = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=HEADS, attention_head_dim=12, num_layers=2, num_single_layers=1,
-        num_refiner_layers=1, text_embed_dim=8, pooled_projection_dim=8, rope_axes_dim=(2, 4, 6), guidance_embeds=False,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=HEADS,
+        attention_head_dim=12,
+        num_layers=2,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=8,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 6),
+        guidance_embeds=False,
     )
     return model, {
-        "hidden_states": rand(batch, 4, FRAMES, HEIGHT * 2, WIDTH * 2, seed=1), "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
+        "hidden_states": rand(batch, 4, FRAMES, HEIGHT * 2, WIDTH * 2, seed=1),
+        "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
         "encoder_attention_mask": torch.tensor([[i < n for i in range(TEXT)] for n in lengths[:batch]]).long(),
-        "pooled_projections": rand(batch, 8, seed=3), "timestep": torch.full((batch,), 500),
+        "pooled_projections": rand(batch, 8, seed=3),
+        "timestep": torch.full((batch,), 500),
     }
 
 
 def ltx(batch):
     model = diffusers.LTXVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=HEADS, attention_head_dim=12, cross_attention_dim=24, num_layers=3,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=HEADS,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=3,
         caption_channels=8,
     )
     return model, {
-        "hidden_states": rand(batch, TOKENS, 4, seed=1), "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
-        "encoder_attention_mask": torch.ones(batch, TEXT), "timestep": torch.full((batch,), 500),
-        "num_frames": FRAMES, "height": HEIGHT, "width": WIDTH,
+        "hidden_states": rand(batch, TOKENS, 4, seed=1),
+        "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
+        "encoder_attention_mask": torch.ones(batch, TEXT),
+        "timestep": torch.full((batch,), 500),
+        "num_frames": FRAMES,
+        "height": HEIGHT,
+        "width": WIDTH,
     }
 
 
 def allegro(batch):
     model = diffusers.AllegroTransformer3DModel(
-        num_attention_heads=HEADS, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=3, cross_attention_dim=24,
-        sample_height=HEIGHT * 2, sample_width=WIDTH * 2, sample_frames=FRAMES, caption_channels=8,
+        num_attention_heads=HEADS,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        cross_attention_dim=24,
+        sample_height=HEIGHT * 2,
+        sample_width=WIDTH * 2,
+        sample_frames=FRAMES,
+        caption_channels=8,
     )
     sizes = (FRAMES, HEIGHT, WIDTH)
     grid = torch.cartesian_prod(*map(torch.arange, sizes)).T[:, None]
     angles = [rand(size, 4, seed=5) for size in sizes]
     rope = [(angle.cos(), angle.sin()) for angle in angles]
     return model, {
-        "hidden_states": rand(batch, 4, FRAMES, HEIGHT * 2, WIDTH * 2, seed=1), "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
-        "timestep": torch.full((batch,), 500), "image_rotary_emb": (rope, grid),
+        "hidden_states": rand(batch, 4, FRAMES, HEIGHT * 2, WIDTH * 2, seed=1),
+        "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
+        "timestep": torch.full((batch,), 500),
+        "image_rotary_emb": (rope, grid),
     }
 
 
@@ -108,10 +159,15 @@ def run(model, inputs):
 
 @pytest.fixture
 def masked(monkeypatch):
-    """masked(family, model, inputs, references): the same model with an N x N mask on the scores of its video attention, in float64."""
+    """masked(family, model, inputs, references): the same model with an N x N mask on the scores of its video
+    attention, in float64."""
 
     def masked_run(family, model, inputs, references):
-        owner = [-1] * PREFIX.get(family, 0) + [f for f in range(FRAMES) for _ in range(HEIGHT * WIDTH)] + [-1] * SUFFIX.get(family, 0)
+        owner = (
+            [-1] * PREFIX.get(family, 0)
+            + [f for f in range(FRAMES) for _ in range(HEIGHT * WIDTH)]
+            + [-1] * SUFFIX.get(family, 0)
+        )
         frame, sees_all = torch.tensor(owner), torch.tensor([o in (-1, *references) for o in owner])
         live = (frame[:, None] == frame) | sees_all[:, None] | sees_all
         plain, seen = F.scaled_dot_product_attention, []
@@ -142,7 +198,9 @@ def test_the_plan_is_the_explicit_mask(family, k, references, batch, masked):
         with apply_to_diffusers(model, TilePlan.uniform(k)) as handle:
             torch.testing.assert_close(run(model, inputs), want, atol=2e-5, rtol=2e-5)
         assert handle.report.sparse == 3 and not handle.report.dense
-        assert (run(model, inputs) - want).abs().max() > 1e-4  # the plan makes a difference that the comparison would see
+        assert (
+            run(model, inputs) - want
+        ).abs().max() > 1e-4  # the plan makes a difference that the comparison would see
 
 
 @pytest.mark.parametrize("family", BUILD)
@@ -159,7 +217,10 @@ def test_all_frames_as_reference_frames_is_dense(family):
 def test_what_is_removed_leaves_no_trace(family):
     model, inputs = build(family)
     modules = FAMILIES[type(model).__name__].modules(model)
-    weights, before = copy.deepcopy(model.state_dict()), [m.get_processor() for m in model.modules() if hasattr(m, "get_processor")]
+    weights, before = (
+        copy.deepcopy(model.state_dict()),
+        [m.get_processor() for m in model.modules() if hasattr(m, "get_processor")],
+    )
     with torch.no_grad():
         want = run(model, inputs)
         handle = apply_to_diffusers(model, TilePlan.uniform(1))
@@ -239,8 +300,17 @@ def test_what_is_not_understood_stays_dense_and_is_counted(family, change, reaso
 @pytest.mark.parametrize(
     ("window", "timestep", "sparse"),
     [
-        ((0.0, 1.0), 1000, 3), ((0.0, 1.0), 0, 3), ((0.0, 0.5), 1000, 3), ((0.0, 0.5), 501, 3), ((0.0, 0.5), 499, 0),
-        ((0.5, 1.0), 500, 3), ((0.5, 1.0), 501, 0), ((0.5, 1.0), 0, 3), ((0.2, 0.4), 700, 3), ((0.2, 0.4), 900, 0), ((0.2, 0.4), 300, 0),
+        ((0.0, 1.0), 1000, 3),
+        ((0.0, 1.0), 0, 3),
+        ((0.0, 0.5), 1000, 3),
+        ((0.0, 0.5), 501, 3),
+        ((0.0, 0.5), 499, 0),
+        ((0.5, 1.0), 500, 3),
+        ((0.5, 1.0), 501, 0),
+        ((0.5, 1.0), 0, 3),
+        ((0.2, 0.4), 700, 3),
+        ((0.2, 0.4), 900, 0),
+        ((0.2, 0.4), 300, 0),
     ],
 )
 def test_only_steps_in_the_window_are_sparse(window, timestep, sparse):
@@ -261,7 +331,9 @@ def test_a_plan_for_a_longer_clip_keeps_its_stride_and_says_so_once(masked, capl
             torch.testing.assert_close(run(model, inputs), want, atol=2e-5, rtol=2e-5)
     assert handle.report.sparse == 6
     (record,) = caplog.records
-    assert "made for 45 latent frames and the run has 5" in record.getMessage() and "1 instead of 9" in record.getMessage()
+    assert (
+        "made for 45 latent frames and the run has 5" in record.getMessage() and "1 instead of 9" in record.getMessage()
+    )
 
 
 @pytest.mark.parametrize("family", ["wan", "hunyuan_video", "ltx"])
@@ -318,7 +390,9 @@ def test_the_backend_chosen_in_diffusers_computes_the_dense_pieces(monkeypatch):
             registry.set_active_backend(active)
     size = HEIGHT * WIDTH
     assert shapes.count((size, TOKENS)) == 3 and shapes.count((size, 2 * size)) == 3
-    assert all(m.get_processor()._attention_backend == "_native_math" for m in FAMILIES[type(model).__name__].modules(model))
+    assert all(
+        m.get_processor()._attention_backend == "_native_math" for m in FAMILIES[type(model).__name__].modules(model)
+    )
 
 
 def test_a_processor_says_what_arguments_it_takes():

@@ -1,4 +1,5 @@
-"""What a distillation learns from: videos with captions, the teacher's own samples, text states, each made once and kept."""
+"""What a distillation learns from: videos with captions, the teacher's own samples, text states, each made once and
+kept."""
 
 import pytest
 import torch

@@ -30,7 +30,11 @@ def wan(tmp_path):
 
 def inputs():
     g = torch.Generator().manual_seed(1)
-    return torch.randn(2, 4, 4, 6, 8, generator=g), torch.tensor([800.0, 300.0]), (torch.randn(2, 5, 8, generator=g), None)
+    return (
+        torch.randn(2, 4, 4, 6, 8, generator=g),
+        torch.tensor([800.0, 300.0]),
+        (torch.randn(2, 5, 8, generator=g), None),
+    )
 
 
 def test_wan_is_called_as_diffusers_calls_it(wan):
@@ -101,7 +105,9 @@ def test_cogvideox_has_its_schedule_and_layout(tmp_path):
     )  # fmt: skip
     module.save_pretrained(tmp_path / "transformer")
     (tmp_path / "scheduler").mkdir()
-    diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True).save_pretrained(tmp_path / "scheduler")
+    diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True).save_pretrained(
+        tmp_path / "scheduler"
+    )
     model = open_model(ModelConfig(path=str(tmp_path), family="diffusers"))
     assert (model.family, model.prediction) == ("cogvideox", "v_prediction")
     assert float(model.path.coefficients(torch.tensor([999.0]))[0]) == pytest.approx(0.0, abs=1e-6)
@@ -123,13 +129,22 @@ def test_another_architecture_is_refused(tmp_path):
 
 
 def test_videos_go_through_wans_own_vae(wan, tmp_path, monkeypatch):
-    """Against diffusers' VAE called by hand. The decoder is used throughout a training and is read once; an encoder is its caller's own."""
+    """Against diffusers' VAE called by hand. The decoder is used throughout a training and is read once; an encoder is
+    its caller's own."""
     vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0],
                                      latents_std=[1.5, 0.5, 2.0, 1.0]).eval()  # fmt: skip
-    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
-    diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=None).save_pretrained(tmp_path)
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=None
+    ).save_pretrained(tmp_path)
     read, from_pretrained = [], diffusers.DiffusionPipeline.from_pretrained
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **kw: read.append(kw) or from_pretrained(*args, **kw))
+    monkeypatch.setattr(
+        diffusers.DiffusionPipeline,
+        "from_pretrained",
+        lambda *args, **kw: read.append(kw) or from_pretrained(*args, **kw),
+    )
 
     frames = torch.randint(0, 256, (9, 32, 48, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
     mean, deviation = (torch.tensor(x).view(1, 4, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))

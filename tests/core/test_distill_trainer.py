@@ -1,4 +1,5 @@
-"""Distillation runs as a user starts them, on a transformer of a few thousand weights: resume, refusals, export, LoRA, knowledge."""
+"""Distillation runs as a user starts them, on a transformer of a few thousand weights: resume, refusals, export, LoRA,
+knowledge."""
 
 import dataclasses
 import json
@@ -12,7 +13,13 @@ import torch
 from efficient_vdit_core.distill import export, trainer
 from efficient_vdit_core.distill.config import DistillConfig, read_section, to_toml
 from efficient_vdit_core.distill.data import ClipSet
-from efficient_vdit_core.distill.knowledge import FeatureTap, KnowledgeConfig, KnowledgeLoss, merge_deltas, relative_square
+from efficient_vdit_core.distill.knowledge import (
+    FeatureTap,
+    KnowledgeConfig,
+    KnowledgeLoss,
+    merge_deltas,
+    relative_square,
+)
 from efficient_vdit_core.distill.lora import add_lora, comfy_lora, lora_off, merged
 from efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
 from efficient_vdit_core.distill.model import open_model
@@ -52,7 +59,11 @@ def small_data(monkeypatch):
 
 
 def config(base, method="consistency", *, steps=4, objective=None, model=None, training=None):
-    default = {"segments": 2, "teacher_steps": 8, "guidance": 2.0} if method == "consistency" else {"segments": 2, "plan": "1:3"}
+    default = (
+        {"segments": 2, "teacher_steps": 8, "guidance": 2.0}
+        if method == "consistency"
+        else {"segments": 2, "plan": "1:3"}
+    )
     values = {
         "method": method,
         "objective": {**default, **(objective or {})},
@@ -66,7 +77,13 @@ def test_the_result_loads_and_says_what_it_is(base, tmp_path):
     file = trainer.distill(config(base, objective={"segments": 2, "steps": 4}), tmp_path / "run")
     about = read_metadata(file)
     assert about == read_metadata(file.parent)
-    assert (about.method, about.segments, about.steps, about.prediction, about.guidance) == ("consistency", 2, 4, "v_prediction", 2.0)
+    assert (about.method, about.segments, about.steps, about.prediction, about.guidance) == (
+        "consistency",
+        2,
+        4,
+        "v_prediction",
+        2.0,
+    )
     assert about.schedule["kind"] == "vp" and about.plan is None
     student, teacher = load_transformer(file), load_transformer(base)
     assert student.config == SMALL
@@ -110,12 +127,16 @@ def test_the_weights_are_written_last(base, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trainer.distill(config(base, steps=1), tmp_path / "run")
     monkeypatch.undo()
-    assert [f.name for f in (tmp_path / "run" / "transformer").iterdir()] == ["config.json"], "weights without it would end the run"
+    assert [f.name for f in (tmp_path / "run" / "transformer").iterdir()] == ["config.json"], (
+        "weights without it would end the run"
+    )
 
 
 def test_a_resume_with_another_configuration_is_refused(base, tmp_path):
     trainer.claim_folder(config(base), tmp_path / "run")
-    trainer.claim_folder(config(base, training={"save_every": 7}), tmp_path / "run")  # only how often something is written
+    trainer.claim_folder(
+        config(base, training={"save_every": 7}), tmp_path / "run"
+    )  # only how often something is written
     with pytest.raises(ValueError, match=r"objective\.segments: 2 -> 3; training\.learning_rate: 0\.01 -> 0\.5"):
         trainer.claim_folder(config(base, objective={"segments": 3}, training={"learning_rate": 0.5}), tmp_path / "run")
 
@@ -230,7 +251,9 @@ def test_knowledge_loss_is_zero_for_equals_and_weighs_its_parts():
     net = lambda z, time, condition: layer(z)  # noqa: E731
     tap = FeatureTap({"attention": [layer], "mlp": [layer]})
     open_sora = open_path()
-    loss = KnowledgeLoss(KnowledgeConfig(), open_sora, segments=2, student=net, teacher=net, student_tap=tap, teacher_tap=tap)
+    loss = KnowledgeLoss(
+        KnowledgeConfig(), open_sora, segments=2, student=net, teacher=net, student_tap=tap, teacher_tap=tap
+    )
     result = loss(torch.randn(4, 3), None, torch.Generator().manual_seed(0))
     assert float(result.total) == 0 and set(result.parts) == {"attention", "mlp", "prediction"}
     assert not layer._forward_hooks
@@ -318,7 +341,9 @@ def test_impossible_models_are_refused(base, tmp_path, change, message):
         ("knowledge", {"plan": "other.json"}, "32"),
     ],
 )
-def test_what_the_model_cannot_do_is_refused_before_the_folder_is_claimed(base, tmp_path, monkeypatch, method, objective, message):
+def test_what_the_model_cannot_do_is_refused_before_the_folder_is_claimed(
+    base, tmp_path, monkeypatch, method, objective, message
+):
     monkeypatch.chdir(tmp_path)
     TilePlan.uniform(1, layers=32).save("other.json")
     with pytest.raises(ValueError, match=message):
@@ -328,7 +353,10 @@ def test_what_the_model_cannot_do_is_refused_before_the_folder_is_claimed(base, 
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [({"source": "videos", "folder": "gone"}, "no folder 'gone'"), ({"source": "teacher", "captions": "gone"}, "no file")],
+    [
+        ({"source": "videos", "folder": "gone"}, "no folder 'gone'"),
+        ({"source": "teacher", "captions": "gone"}, "no file"),
+    ],
 )
 def test_missing_data_leave_the_folder_free(base, tmp_path, data, message):
     run = config(base)

@@ -1,6 +1,7 @@
 """The computed block mask against a mask written out, and FlexAttention under it against the oracle.
 
-FlexAttention needs a GPU to be worth compiling; without one its eager form, which applies the same block mask, stands in.
+FlexAttention needs a GPU to be worth compiling; without one its eager form, which applies the same block mask, stands
+in.
 """
 
 import functools
@@ -97,7 +98,9 @@ def qkv(layout, device, dtype=torch.float32, dim=64):
 def test_equals_the_masked_oracle(oracle, device, grid, prefix, suffix, k):
     layout = TokenLayout(TokenGrid(*grid), prefix, suffix)
     tensors = qkv(layout, device)
-    want = oracle(*tensors, grid[0], layout.grid.tokens_per_frame, TilePattern(k).reference_frames(grid[0]), prefix, suffix)
+    want = oracle(
+        *tensors, grid[0], layout.grid.tokens_per_frame, TilePattern(k).reference_frames(grid[0]), prefix, suffix
+    )
     torch.testing.assert_close(attend_flex(*tensors, layout, TilePattern(k)).double(), want, atol=1e-5, rtol=1e-5)
 
 
@@ -110,19 +113,24 @@ def test_any_strides(oracle, device):
 
 
 def test_many_kinds_of_models_in_one_process(oracle, monkeypatch):
-    """torch allows eight compilations of one function, here two, and an error follows; the kinds are told apart as on a GPU."""
+    """torch allows eight compilations of one function, here two, and an error follows; the kinds are told apart as on a
+    GPU."""
     import torch._dynamo.config as compiler
     from torch.nn.attention.flex_attention import flex_attention
 
     torch.compiler.reset()
     monkeypatch.setattr(flex, "flex_status", lambda device: (True, "compiled without generating code, for the test"))
-    monkeypatch.setattr(flex, "_compiled", functools.cache(lambda: torch.compile(flex_attention, fullgraph=True, backend="eager")))
+    monkeypatch.setattr(
+        flex, "_compiled", functools.cache(lambda: torch.compile(flex_attention, fullgraph=True, backend="eager"))
+    )
     layout = TokenLayout(TokenGrid(3, 1, 5))
     with compiler.patch(recompile_limit=2):
         for dim in (16, 32, 48, 64):
             tensors = qkv(layout, CPU, dim=dim)
             want = oracle(*tensors, 3, 5, (0,))
-            torch.testing.assert_close(attend_flex(*tensors, layout, TilePattern(1)).double(), want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                attend_flex(*tensors, layout, TilePattern(1)).double(), want, atol=1e-5, rtol=1e-5
+            )
     torch.compiler.reset()
 
 
@@ -147,7 +155,9 @@ def test_nan_stays_within_what_the_mask_connects(device, poisoned, frame, poison
     assert torch.equal(out[:, :, ~reached], before[:, :, ~reached])
 
 
-@pytest.mark.skipif(not flex_status()[0], reason=f"NO GRADIENTS TESTED: FlexAttention has them on a GPU only ({flex_status()[1]})")
+@pytest.mark.skipif(
+    not flex_status()[0], reason=f"NO GRADIENTS TESTED: FlexAttention has them on a GPU only ({flex_status()[1]})"
+)
 def test_gradients(oracle):
     layout = TokenLayout(TokenGrid(3, 1, 50), 5, 2)
     q, k, v = (x.requires_grad_() for x in qkv(layout, torch.device("cuda")))
@@ -160,7 +170,11 @@ def test_gradients(oracle):
 
 def awkward(q, k, v):
     """Tokens before heads, one head expanded to all, channels two apart."""
-    return q.transpose(1, 2).contiguous().transpose(1, 2), k[:, :1].expand(-1, 2, -1, -1), torch.stack((v, v), -1)[..., 0]
+    return (
+        q.transpose(1, 2).contiguous().transpose(1, 2),
+        k[:, :1].expand(-1, 2, -1, -1),
+        torch.stack((v, v), -1)[..., 0],
+    )
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -3,7 +3,15 @@
 import pytest
 
 from efficient_vdit_core.bench.parallel import model_rows
-from efficient_vdit_core.parallel.forecast import GPU_RATES, LayerShape, Rates, bytes_sent, forward_speedup, overhead, speedup
+from efficient_vdit_core.parallel.forecast import (
+    GPU_RATES,
+    LayerShape,
+    Rates,
+    bytes_sent,
+    forward_speedup,
+    overhead,
+    speedup,
+)
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 LONG = LayerShape(TokenGrid(24, 45, 80), 24, 96)
@@ -27,7 +35,9 @@ def test_reference_broadcast_wins_on_slow_links():
     for rates in GPU_RATES:
         rb, ulysses = (speedup(LONG, TilePattern(1), 4, scheme, rates) for scheme in ("rb", "ulysses"))
         assert 1 < ulysses < rb < 4
-    assert speedup(LONG, TilePattern(None), 4, "rb", GPU_RATES[0]) == speedup(LONG, TilePattern(None), 4, "ulysses", GPU_RATES[0])
+    assert speedup(LONG, TilePattern(None), 4, "rb", GPU_RATES[0]) == speedup(
+        LONG, TilePattern(None), 4, "ulysses", GPU_RATES[0]
+    )
 
 
 def test_a_forward_is_the_sum_of_its_layers():

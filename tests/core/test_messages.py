@@ -75,7 +75,9 @@ def _received(sock):
 def test_each_side_proves_the_secret(liar):
     listener, true, false = listen("127.0.0.1"), new_secret(), new_secret()
     found = []
-    thread = threading.Thread(target=lambda: found.append(admit(listener.accept()[0], false if liar == "server" else true)))
+    thread = threading.Thread(
+        target=lambda: found.append(admit(listener.accept()[0], false if liar == "server" else true))
+    )
     thread.start()
     with pytest.raises((ConnectionEnded, ConnectionError)):
         connect(*listener.getsockname(), false if liar == "client" else true, timeout=5)

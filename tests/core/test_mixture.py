@@ -1,4 +1,5 @@
-"""Distillation on a 2-D mixture whose exact solution is known, in a short form; `evdit bench mixture` is the long one."""
+"""Distillation on a 2-D mixture whose exact solution is known, in a short form; `evdit bench mixture` is the long
+one."""
 
 import torch
 
@@ -19,6 +20,8 @@ def test_the_exact_denoiser_is_the_posterior_mean():
 
 def test_two_segments_beat_two_steps_of_the_teacher():
     """The long form reaches a third of the teacher's error; so short a training is only asked for the direction."""
-    shape = MixtureShape(segments=2, teacher_steps=12, width=64, pretraining=150, steps=250, batch=192, rate=3e-3, exact_steps=50)
+    shape = MixtureShape(
+        segments=2, teacher_steps=12, width=64, pretraining=150, steps=250, batch=192, rate=3e-3, exact_steps=50
+    )
     found = run(shape)
     assert found["distilled"]["endpoint_error"] < 0.8 * found["undistilled"]["endpoint_error"]

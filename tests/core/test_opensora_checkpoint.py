@@ -11,7 +11,9 @@ from efficient_vdit_core.models.opensora_plan.config import DiTConfig, VAEConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
 
-DIT = DiTConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, caption_channels=8, interpolation_scale_h=1.25)
+DIT = DiTConfig(
+    num_layers=2, num_attention_heads=2, attention_head_dim=12, caption_channels=8, interpolation_scale_h=1.25
+)
 VAE = VAEConfig(hidden_size=4, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1, norm_num_groups=2)
 NAME = "diffusion_pytorch_model.safetensors"
 
@@ -59,7 +61,11 @@ def test_shards_and_a_missing_shard(tmp_path, weights):
 
 def test_exported_names_are_understood(folder, weights):
     def renamed(name):
-        for new, old in (("videodit_blocks.", "transformer_blocks."), (".self_atten.", ".attn1."), (".cross_atten.", ".attn2.")):
+        for new, old in (
+            ("videodit_blocks.", "transformer_blocks."),
+            (".self_atten.", ".attn1."),
+            (".cross_atten.", ".attn2."),
+        ):
             name = name.replace(old, new)
         return name.replace(".to_out.0.", ".proj_out.").replace(".to_", ".proj_")
 
@@ -93,7 +99,9 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert checkpoint.read_state_dict(file)[0]["a"].tolist() == [1, 1] and [f.name for f in tmp_path.iterdir()] == [file.name]
+    assert checkpoint.read_state_dict(file)[0]["a"].tolist() == [1, 1] and [f.name for f in tmp_path.iterdir()] == [
+        file.name
+    ]
 
 
 def test_a_truncated_file_says_so(folder):
@@ -144,7 +152,8 @@ def test_other_configurations_are_named(folder, change, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_layers": "2"}, {"sample_size": 90}, {"sample_size_t": None}, {"norm_eps": "1e-6"}, {"patch_size": None}]
+    "change",
+    [{"num_layers": "2"}, {"sample_size": 90}, {"sample_size_t": None}, {"norm_eps": "1e-6"}, {"patch_size": None}],
 )
 def test_values_of_another_kind_are_named(folder, change):
     ((name, _),) = change.items()
@@ -174,7 +183,8 @@ def training_checkpoint(tmp_path):
         "epoch": 3,
         "optimizer_state": {},
         "state_dict": {"gen_model": raw},
-        "ema_state_dict": {f"module.{k}": v for k, v in averaged.items()} | {"module.perceptual_loss.x": torch.zeros(1)},
+        "ema_state_dict": {f"module.{k}": v for k, v in averaged.items()}
+        | {"module.perceptual_loss.x": torch.zeros(1)},
     }
     (tmp_path / "config.json").write_text(json.dumps(VAE.to_dict()))
     torch.save(content, tmp_path / "checkpoint.ckpt")

@@ -51,7 +51,11 @@ def resblock_3d(name, a, b):
 
 
 def middle(name):
-    keys = resblock_3d(f"{name}.block_1", 512, 512) | resblock_3d(f"{name}.block_2", 512, 512) | norm(f"{name}.attn_1.norm", 512)
+    keys = (
+        resblock_3d(f"{name}.block_1", 512, 512)
+        | resblock_3d(f"{name}.block_2", 512, 512)
+        | norm(f"{name}.attn_1.norm", 512)
+    )
     for part in ("q", "k", "v", "proj_out"):
         keys |= with_bias(f"{name}.attn_1.{part}.conv", 512, 512, 1, 1, 1)
     return keys

@@ -6,10 +6,19 @@ import torch
 from safetensors.torch import save_file
 
 from efficient_vdit_core.models.opensora_plan import captions, convert
-from efficient_vdit_core.models.opensora_plan.text import NEGATIVE_PROMPT, TEMPLATES, TextEncoder, clean_caption, read_text_encoder
+from efficient_vdit_core.models.opensora_plan.text import (
+    NEGATIVE_PROMPT,
+    TEMPLATES,
+    TextEncoder,
+    clean_caption,
+    read_text_encoder,
+)
 
 GOLDEN = [
-    (TEMPLATES["a"].format("A cat walks on the grass"), "masterpiece , best quality , ultra-detailed , a cat walks on the grass."),
+    (
+        TEMPLATES["a"].format("A cat walks on the grass"),
+        "masterpiece , best quality , ultra-detailed , a cat walks on the grass.",
+    ),
     (
         TEMPLATES["a"].format("A cat walks on the grass, realistic style."),
         "masterpiece , best quality , ultra-detailed , a cat walks on the grass, realistic style",
@@ -56,7 +65,9 @@ def folder(tmp_path_factory, spiece):
 
     folder = tmp_path_factory.mktemp("mt5")
     size = SentencePieceProcessor(model_proto=spiece).get_piece_size()
-    config = MT5Config(vocab_size=size, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, is_encoder_decoder=False)
+    config = MT5Config(
+        vocab_size=size, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, is_encoder_decoder=False
+    )
     torch.manual_seed(0)
     model = MT5EncoderModel(config)
     weights = {k: v.clone() for k, v in model.state_dict().items() if k != "encoder.embed_tokens.weight"}
@@ -87,7 +98,8 @@ def test_a_folder_equals_the_one_file_made_from_it(folder, tmp_path):
     (tmp_path / "one.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     prompts = ["a red circle"]
     assert torch.equal(
-        TextEncoder.from_folder(tmp_path / "one.safetensors").encode(prompts)[0], TextEncoder.from_folder(folder).encode(prompts)[0]
+        TextEncoder.from_folder(tmp_path / "one.safetensors").encode(prompts)[0],
+        TextEncoder.from_folder(folder).encode(prompts)[0],
     )
     weights, config, _ = read_text_encoder(tmp_path / "one.safetensors")
     assert config["d_model"] == 16 and not any(k.startswith("decoder.") for k in weights)
@@ -123,7 +135,11 @@ def test_a_tokenizer_that_git_left_out_is_named(folder, tmp_path):
 
 def test_a_configuration_of_another_depth_is_named(folder, tmp_path):
     weights, config, spiece = read_text_encoder(folder)
-    save_file({**weights, "spiece_model": spiece}, tmp_path / "model.safetensors", {"config": json.dumps({**config, "num_layers": 3})})
+    save_file(
+        {**weights, "spiece_model": spiece},
+        tmp_path / "model.safetensors",
+        {"config": json.dumps({**config, "num_layers": 3})},
+    )
     with pytest.raises(ValueError, match="not the encoder that its configuration describes"):
         TextEncoder.from_folder(tmp_path)
 

@@ -83,7 +83,12 @@ def test_masked_text_equals_trimmed_text(model):
     mask = torch.tensor([[1] * 5 + [0] * 4])
     with torch.no_grad():
         assert torch.equal(model(x, timestep, context, mask), model(x, timestep, context[:, :5]))
-        rows = model(x.expand(2, -1, -1, -1, -1), timestep.expand(2), context.expand(2, -1, -1), torch.tensor([[1] * 5 + [0] * 4, [1] * 9]))
+        rows = model(
+            x.expand(2, -1, -1, -1, -1),
+            timestep.expand(2),
+            context.expand(2, -1, -1),
+            torch.tensor([[1] * 5 + [0] * 4, [1] * 9]),
+        )
         torch.testing.assert_close(rows[:1], model(x, timestep, context[:, :5]), atol=1e-5, rtol=1e-5)
 
 
@@ -125,19 +130,27 @@ def test_every_layer_is_named_to_the_attention(model):
         seen.append([transformer_options[key] for key in ("block_type", "block_index", "total_blocks", "grid_sizes")])
         return func(q, k, v, heads, **kwargs)
 
-    model(torch.randn(1, 4, 2, 4, 6), torch.tensor([1.0]), torch.randn(1, 3, 20), transformer_options={OVERRIDE_KEY: spy})
+    model(
+        torch.randn(1, 4, 2, 4, 6), torch.tensor([1.0]), torch.randn(1, 3, 20), transformer_options={OVERRIDE_KEY: spy}
+    )
     assert seen == [["double", i, 2, (2, 2, 3)] for i in (0, 0, 1, 1)]
 
 
 def test_config_round_trip_and_fallback_scales():
     assert DiTConfig.from_dict(OSP_29X720P.to_dict()) == OSP_29X720P
-    values = {**OSP_29X720P.to_dict(), "interpolation_scale_t": None, "interpolation_scale_h": None, "interpolation_scale_w": None}
+    values = {
+        **OSP_29X720P.to_dict(),
+        "interpolation_scale_t": None,
+        "interpolation_scale_h": None,
+        "interpolation_scale_w": None,
+    }
     config = DiTConfig.from_dict({**values, "sample_size_t": 24})
     assert (config.interpolation_scale_t, config.interpolation_scale_h, config.interpolation_scale_w) == (1.5, 3.0, 4.0)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("downsampler", "k333_s222"), ("use_rope", False), ("norm_type", "layer_norm"), ("patch_size_t", 2)]
+    ("name", "value"),
+    [("downsampler", "k333_s222"), ("use_rope", False), ("norm_type", "layer_norm"), ("patch_size_t", 2)],
 )
 def test_other_architectures_are_refused(name, value):
     with pytest.raises(ValueError, match=name):

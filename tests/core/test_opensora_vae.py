@@ -4,7 +4,13 @@ import torch.nn.functional as F
 
 from efficient_vdit_core.models.opensora_plan import vae_tiling
 from efficient_vdit_core.models.opensora_plan.config import OSP_VAE, VAEConfig
-from efficient_vdit_core.models.opensora_plan.vae import CausalConv3d, CausalVAE, ResnetBlock, SpaceTimeUpsample, SpatialAttention
+from efficient_vdit_core.models.opensora_plan.vae import (
+    CausalConv3d,
+    CausalVAE,
+    ResnetBlock,
+    SpaceTimeUpsample,
+    SpatialAttention,
+)
 
 SMALL = VAEConfig(hidden_size=4, hidden_size_mult=(1, 1, 2, 2), num_res_blocks=1, norm_num_groups=2)
 
@@ -26,8 +32,12 @@ def test_causal_convolution_repeats_the_first_frame():
     conv = CausalConv3d(2, 3, 3, ops=torch.nn)
     x = torch.randn(1, 2, 4, 5, 5)
     padded = F.pad(x, (1, 1, 1, 1))
-    want = [sum(F.conv2d(padded[:, :, max(0, t - 2 + i)], conv.conv.weight[:, :, i]) for i in range(3)) for t in range(4)]
-    torch.testing.assert_close(conv(x), torch.stack(want, dim=2) + conv.conv.bias.view(1, -1, 1, 1, 1), atol=1e-5, rtol=1e-5)
+    want = [
+        sum(F.conv2d(padded[:, :, max(0, t - 2 + i)], conv.conv.weight[:, :, i]) for i in range(3)) for t in range(4)
+    ]
+    torch.testing.assert_close(
+        conv(x), torch.stack(want, dim=2) + conv.conv.bias.view(1, -1, 1, 1, 1), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_2d_blocks_see_each_frame_alone_and_3d_blocks_do_not():
@@ -50,7 +60,9 @@ def test_attention_is_within_a_frame():
         for t in range(3):
             q, k, v = (f(n)[b, :, t].flatten(1).T for f in (block.q, block.k, block.v))
             rows = (q @ k.T / 4**0.5).softmax(-1) @ v
-            want[b, :, t] += (block.proj_out.conv.weight[:, :, 0, 0, 0] @ rows.T + block.proj_out.conv.bias[:, None]).view(4, 2, 5)
+            want[b, :, t] += (
+                block.proj_out.conv.weight[:, :, 0, 0, 0] @ rows.T + block.proj_out.conv.bias[:, None]
+            ).view(4, 2, 5)
     torch.testing.assert_close(block(x), want, atol=1e-5, rtol=1e-5)
 
 
@@ -106,7 +118,11 @@ class Upscaler:
     """Stands for a decoder without edge effects, so that tiling must leave no trace."""
 
     def decode(self, z):
-        return F.interpolate(z.mean(1, keepdim=True)[:, :, 0], scale_factor=8, mode="nearest")[:, :, None].expand(-1, 3, -1, -1, -1).clone()
+        return (
+            F.interpolate(z.mean(1, keepdim=True)[:, :, 0], scale_factor=8, mode="nearest")[:, :, None]
+            .expand(-1, 3, -1, -1, -1)
+            .clone()
+        )
 
 
 @pytest.mark.parametrize("size", [8, 12, 20, 28, 64])  # ComfyUI's node offers every 32 pixels

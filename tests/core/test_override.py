@@ -34,7 +34,9 @@ def test_sparse_in_every_tensor_form(oracle, skip_reshape, skip_output_reshape):
     out = sdpa_attention(*(heads if skip_reshape else flat()), HEADS, skip_reshape=skip_reshape,
                          skip_output_reshape=skip_output_reshape, transformer_options=options)  # fmt: skip
     want = oracle(*heads, 5, 6, [0]).float()
-    torch.testing.assert_close(out, want if skip_output_reshape else rearrange(want, "b h n d -> b n (h d)"), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        out, want if skip_output_reshape else rearrange(want, "b h n d -> b n (h d)"), atol=1e-5, rtol=1e-5
+    )
     assert report.sparse == 1 and not report.dense
 
 
@@ -48,7 +50,10 @@ def test_sparse_in_every_tensor_form(oracle, skip_reshape, skip_output_reshape):
         ("masked", {"mask": torch.zeros(1, 1, 1, 30)}),
         ("outside the step window", {"state": ForwardState(LAYOUT, active=False)}),
         ("below min_tokens", {"min_tokens": 31}),
-        ("below min_tokens", {"min_tokens": 31, "tokens": 37, "state": ForwardState(TokenLayout(TokenGrid(5, 2, 3), suffix=7))}),
+        (
+            "below min_tokens",
+            {"min_tokens": 31, "tokens": 37, "state": ForwardState(TokenLayout(TokenGrid(5, 2, 3), suffix=7))},
+        ),
         ("full in the plan", {"plan": TilePlan.uniform(4)}),
         ("text or audio alone", {"tokens": 12, "state": ForwardState(LAYOUT, others=frozenset({12}))}),
         ("unexplained", {"state": ForwardState(None, active=False, reason="unexplained")}),
@@ -65,7 +70,10 @@ def test_whatever_is_not_ours_stays_dense_and_is_counted(reason, change, monkeyp
     q, k, v = flat(change.get("tokens", 30))
     k, v = k[:, : change.get("keys", 40)], v[:, : change.get("keys", 40)]
     override = make_attention_override(
-        change.get("plan", TilePlan.uniform(1)), report, min_tokens=change.get("min_tokens", 0), decline_slow=change.get("slow", False)
+        change.get("plan", TilePlan.uniform(1)),
+        report,
+        min_tokens=change.get("min_tokens", 0),
+        decline_slow=change.get("slow", False),
     )
     out = call(override, (q, k, v), change.get("state", ForwardState(LAYOUT)), mask=change.get("mask"))
     assert torch.equal(out, sdpa_attention(q, k, v, HEADS, mask=change.get("mask")))
@@ -104,7 +112,9 @@ def test_a_previous_override_is_asked_for_every_dense_piece():
 def test_a_first_plan_below_another_node_s_override_leaves_the_attention_to_the_second():
     reports, plan = (AttentionReport(), AttentionReport()), TilePlan(patterns=(TilePattern(None), TilePattern(1)))
     first = make_attention_override(TilePlan.uniform(1), reports[0])
-    second = make_attention_override(plan, reports[1], previous=lambda func, *args, **kwargs: first(func, *args, **kwargs))
+    second = make_attention_override(
+        plan, reports[1], previous=lambda func, *args, **kwargs: first(func, *args, **kwargs)
+    )
     alone = make_attention_override(TilePlan.uniform(1), AttentionReport())
     state = ForwardState(LAYOUT, depth=2, owner=second)
     assert torch.equal(call(second, flat(), state), sdpa_attention(*flat(), HEADS))
@@ -135,7 +145,9 @@ def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend):
 
     monkeypatch.setattr(override_file, "choose_backend", choose)
     original = override_file.tile_attention
-    monkeypatch.setattr(override_file, "tile_attention", lambda *a, **kw: used.append(kw["backend"]) or original(*a, **kw))
+    monkeypatch.setattr(
+        override_file, "tile_attention", lambda *a, **kw: used.append(kw["backend"]) or original(*a, **kw)
+    )
     report = AttentionReport()
     call(make_attention_override(TilePlan.uniform(1), report, backend=backend), flat(), ForwardState(LAYOUT))
     assert used == ["frames"] and report.sparse == 1
@@ -144,7 +156,9 @@ def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend):
 
 def test_measurements_over_another_override_are_kept_apart(monkeypatch):
     names = []
-    monkeypatch.setattr(override_file, "choose_backend", lambda *_, dense_name, **__: names.append(dense_name) or "frames")
+    monkeypatch.setattr(
+        override_file, "choose_backend", lambda *_, dense_name, **__: names.append(dense_name) or "frames"
+    )
 
     def sage(func, *args, **kwargs):
         return func(*args, **kwargs)
@@ -162,13 +176,27 @@ def test_masked_padding_is_left_out(oracle, prefix, suffix, padding, skip_output
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=HEADS) for x in flat())
     mask = torch.zeros(1, 1, 30)
     mask[..., list(padding)] = torch.finfo(torch.float32).min
-    options = {OVERRIDE_KEY: make_attention_override(TilePlan.uniform(1), report), FORWARD_KEY: ForwardState(layout, padding=padding)}
-    out = sdpa_attention(q, k, v, HEADS, mask=mask, skip_reshape=True, skip_output_reshape=skip_output_reshape, transformer_options=options)
+    options = {
+        OVERRIDE_KEY: make_attention_override(TilePlan.uniform(1), report),
+        FORWARD_KEY: ForwardState(layout, padding=padding),
+    }
+    out = sdpa_attention(
+        q,
+        k,
+        v,
+        HEADS,
+        mask=mask,
+        skip_reshape=True,
+        skip_output_reshape=skip_output_reshape,
+        transformer_options=options,
+    )
     assert out.shape == (q.shape if skip_output_reshape else (2, 30, HEADS * 16)) and report.sparse == 1
     out = out if skip_output_reshape else rearrange(out, "b n (h d) -> b h n d", h=HEADS)
     real = [n for n in range(30) if n not in padding]
     in_prefix = sum(n < prefix for n in padding)
-    want = oracle(*(x[:, :, real] for x in (q, k, v)), 5, 4, [0], prefix - in_prefix, suffix - len(padding) + in_prefix).float()
+    want = oracle(
+        *(x[:, :, real] for x in (q, k, v)), 5, 4, [0], prefix - in_prefix, suffix - len(padding) + in_prefix
+    ).float()
     torch.testing.assert_close(out[:, :, real], want, atol=1e-5, rtol=1e-5)
     assert not out[:, :, list(padding)].any()
 
@@ -197,7 +225,9 @@ def test_a_scale_of_the_models_own_is_kept(oracle, backend):
     report, heads = AttentionReport(), [rearrange(x, "b n (h d) -> b h n d", h=HEADS) for x in flat()]
     override = make_attention_override(TilePlan.uniform(1), report, previous=scaled, backend=backend)
     options = {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(LAYOUT)}
-    out = sdpa_attention(*heads, HEADS, skip_reshape=True, skip_output_reshape=True, scale=0.7, transformer_options=options)
+    out = sdpa_attention(
+        *heads, HEADS, skip_reshape=True, skip_output_reshape=True, scale=0.7, transformer_options=options
+    )
     want = oracle(heads[0] * 0.7 * 16**0.5, *heads[1:], 5, 6, [0]).float()
     torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
     assert report.sparse == 1
@@ -250,4 +280,6 @@ def test_more_reference_frames_than_frames_are_said_once(caplog):
     for _ in range(3):
         call(override, flat(), ForwardState(LAYOUT))
     (record,) = caplog.records
-    assert "made for 45 latent frames and the run has 5" in record.getMessage() and "1 instead of 9" in record.getMessage()
+    assert (
+        "made for 45 latent frames and the run has 5" in record.getMessage() and "1 instead of 9" in record.getMessage()
+    )

@@ -32,8 +32,15 @@ class Words:
 def make_pipeline(prediction_type="v_prediction", layers=2):
     torch.manual_seed(0)
     config = DiTConfig(
-        num_layers=layers, num_attention_heads=2, attention_head_dim=12, caption_channels=CHANNELS, sample_size=(4, 6),
-        sample_size_t=4, interpolation_scale_h=1.0, interpolation_scale_w=1.0, prediction_type=prediction_type,
+        num_layers=layers,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        caption_channels=CHANNELS,
+        sample_size=(4, 6),
+        sample_size_t=4,
+        interpolation_scale_h=1.0,
+        interpolation_scale_w=1.0,
+        prediction_type=prediction_type,
     )
     vae = VAEConfig(hidden_size=4, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1, norm_num_groups=2)
     return Pipeline(OpenSoraT2V(config).eval(), CausalVAE(vae).eval(), Words(), name="random")
@@ -170,7 +177,9 @@ def test_text_as_long_as_the_video_is_not_taken_for_video(pipeline):
     as_long = "x" * 17  # and the end token: 18, as many as 3 frames of 2 x 3 tokens
     sparse = make(as_long, TilePlan.uniform(1))
     assert np.array_equal(sparse.frames, make(as_long, None).frames)
-    assert sparse.report.sparse == 0 and sparse.report.dense["text as long as the video"] == 2 * 2, "both kinds of attention in two layers"
+    assert sparse.report.sparse == 0 and sparse.report.dense["text as long as the video"] == 2 * 2, (
+        "both kinds of attention in two layers"
+    )
     assert make(as_long + "x", TilePlan.uniform(1)).report.sparse == 2
 
 
@@ -187,7 +196,9 @@ def test_metadata_tells_all_that_made_the_video(pipeline):
 def test_progress_counts_every_evaluation(pipeline):
     for sampler in ("consistency", "ddim"):
         seen = []
-        pipeline.generate("dog", steps=3, sampler=sampler, progress=lambda done, total, seen=seen: seen.append((done, total)))
+        pipeline.generate(
+            "dog", steps=3, sampler=sampler, progress=lambda done, total, seen=seen: seen.append((done, total))
+        )
         assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -208,19 +219,31 @@ def test_prompts_of_any_length_work(pipeline, caplog):
     assert pipeline.generate("dog " * 1250, steps=1).frames.size
 
 
-@pytest.mark.parametrize("choices, words", [
-    ({"frames": 30}, "frames must be 4k\\+1 .* got 30.*; use 29 or 33"),
-    ({"frames": 0}, "frames must be 4k\\+1"), ({"frames": -3}, "frames must be 4k\\+1"),
-    ({"height": 100}, "height must be a multiple of 16, got 100.*; use 96 or 112"),
-    ({"width": 8}, "width must be a multiple of 16, got 8.*; use 16"), ({"width": 0}, "width must be"),
-    ({"steps": 0}, "steps must lie in 1..1000"), ({"steps": 1001, "sampler": "ddim"}, "steps must lie in 1..1000"),
-    ({"steps": 4, "segments": 5}, "steps must be at least segments"), ({"segments": 0}, "segments must be at least 1"),
-    ({"gamma": 1.5}, "gamma must lie in 0..1"), ({"gamma": float("nan")}, "gamma must lie in 0..1"),
-    ({"guidance": -1.0}, "guidance must be"), ({"guidance": float("inf")}, "guidance must be"),
-    ({"seed": -1}, "seed must lie in"), ({"seed": 2**64}, "seed must lie in"), ({"sampler": "euler"}, "sampler must be one of"),
-    ({"template": "z"}, "template must be one of"), ({"plan": TilePlan.uniform(1, layers=7)}, "layers"),
-    ({"plan": TilePlan.uniform(1, family="wan")}, "family"),
-])
+@pytest.mark.parametrize(
+    "choices, words",
+    [
+        ({"frames": 30}, "frames must be 4k\\+1 .* got 30.*; use 29 or 33"),
+        ({"frames": 0}, "frames must be 4k\\+1"),
+        ({"frames": -3}, "frames must be 4k\\+1"),
+        ({"height": 100}, "height must be a multiple of 16, got 100.*; use 96 or 112"),
+        ({"width": 8}, "width must be a multiple of 16, got 8.*; use 16"),
+        ({"width": 0}, "width must be"),
+        ({"steps": 0}, "steps must lie in 1..1000"),
+        ({"steps": 1001, "sampler": "ddim"}, "steps must lie in 1..1000"),
+        ({"steps": 4, "segments": 5}, "steps must be at least segments"),
+        ({"segments": 0}, "segments must be at least 1"),
+        ({"gamma": 1.5}, "gamma must lie in 0..1"),
+        ({"gamma": float("nan")}, "gamma must lie in 0..1"),
+        ({"guidance": -1.0}, "guidance must be"),
+        ({"guidance": float("inf")}, "guidance must be"),
+        ({"seed": -1}, "seed must lie in"),
+        ({"seed": 2**64}, "seed must lie in"),
+        ({"sampler": "euler"}, "sampler must be one of"),
+        ({"template": "z"}, "template must be one of"),
+        ({"plan": TilePlan.uniform(1, layers=7)}, "layers"),
+        ({"plan": TilePlan.uniform(1, family="wan")}, "family"),
+    ],
+)
 def test_what_cannot_be_made_is_refused_before_the_model_runs(pipeline, monkeypatch, choices, words):
     spy = Spy(pipeline, monkeypatch)
     with pytest.raises(ValueError, match=words):
@@ -246,7 +269,15 @@ def test_unknown_devices_are_refused(name):
 
 
 def test_parts_are_found_in_every_layout(tmp_path):
-    for part in ("plain/transformer", "plain/vae", "plain/text_encoder", "hub/29x720p", "hub/vae", "hub/text_encoder", "other"):
+    for part in (
+        "plain/transformer",
+        "plain/vae",
+        "plain/text_encoder",
+        "hub/29x720p",
+        "hub/vae",
+        "hub/text_encoder",
+        "other",
+    ):
         (tmp_path / part).mkdir(parents=True)
     (tmp_path / "hub/29x720p/diffusion_pytorch_model.safetensors").touch()
     plain, hub = find_model(tmp_path / "plain"), find_model(tmp_path / "hub")
@@ -259,10 +290,15 @@ def test_parts_are_found_in_every_layout(tmp_path):
         find_model(tmp_path / "hub")
 
 
-@pytest.mark.parametrize("parts, words", [
-    ([], "There is no model at"), (["a"], "is no model folder"), (["transformer", "text_encoder"], "has no vae"),
-    (["transformer", "vae"], "has no text encoder.*evdit convert"),
-])
+@pytest.mark.parametrize(
+    "parts, words",
+    [
+        ([], "There is no model at"),
+        (["a"], "is no model folder"),
+        (["transformer", "text_encoder"], "has no vae"),
+        (["transformer", "vae"], "has no text encoder.*evdit convert"),
+    ],
+)
 def test_missing_parts_are_named(tmp_path, parts, words):
     for part in parts:
         (tmp_path / "model" / part).mkdir(parents=True)

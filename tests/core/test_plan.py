@@ -7,10 +7,18 @@ from efficient_vdit_core.tiles import TilePattern
 
 
 def layered() -> TilePlan:
-    return TilePlan(patterns=tuple(TilePattern(k) for k in (None, 2, 1)), family="OpenSoraT2V", frames=8, heads=24, provenance={"r": 0.1})
+    return TilePlan(
+        patterns=tuple(TilePattern(k) for k in (None, 2, 1)),
+        family="OpenSoraT2V",
+        frames=8,
+        heads=24,
+        provenance={"r": 0.1},
+    )
 
 
-@pytest.mark.parametrize("plan", [layered(), TilePlan.uniform(1), TilePlan.uniform(2, 4).with_dense("0,2-3"), TilePlan.uniform(None)])
+@pytest.mark.parametrize(
+    "plan", [layered(), TilePlan.uniform(1), TilePlan.uniform(2, 4).with_dense("0,2-3"), TilePlan.uniform(None)]
+)
 def test_json_round_trip(plan, tmp_path):
     assert TilePlan.from_json(plan.to_json()) == plan
     plan.save(tmp_path / "p.json")
@@ -118,7 +126,11 @@ def test_a_file_s_range_from_the_end_reads_the_same_as_text():
     plan = TilePlan.from_json(edited(reference_frames=2, dense_layers=[[0, 1], [-3, -2]]))
     assert plan.to_text() == "all:2:6 0-1:full -3:full -2:full"
     again = TilePlan.from_text(plan.to_text())
-    assert [again.pattern(i, 8).k for i in range(8)] == [plan.pattern(i, 8).k for i in range(8)] == [None, None, 2, 2, 2, None, None, 2]
+    assert (
+        [again.pattern(i, 8).k for i in range(8)]
+        == [plan.pattern(i, 8).k for i in range(8)]
+        == [None, None, 2, 2, 2, None, None, 2]
+    )
 
 
 def test_text_says_dense_layers_of_a_layered_plan():

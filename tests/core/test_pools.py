@@ -38,7 +38,11 @@ def start():
 
     def run(*command, **more):
         process = subprocess.Popen(
-            [sys.executable, "-m", *command], env={**os.environ, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, "-m", *command],
+            env={**os.environ, **more},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         process.lines = []
         threading.Thread(target=lambda: process.lines.extend(process.stdout), daemon=True).start()
@@ -89,7 +93,15 @@ def torchrun(start, nodes=2):
     boot = str(ROOT / "efficient_vdit_core" / "parallel" / "boot.py")
     about = ["--nnodes", str(nodes), "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
     every = [
-        start("torch.distributed.run", *about, "--node-rank", str(n), boot, EVDIT_LISTEN="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+        start(
+            "torch.distributed.run",
+            *about,
+            "--node-rank",
+            str(n),
+            boot,
+            EVDIT_LISTEN="127.0.0.1",
+            GLOO_SOCKET_IFNAME="lo",
+        )
         for n in range(nodes)
     ]
     until(lambda: read_pool_file(default_pool_file()), *every)
@@ -128,12 +140,17 @@ def test_torchrun_on_two_nodes_is_one_pool(start, monkeypatch):
     session = Session()
     ranks = use(session, devices)
     lacking = {str(ROOT / "gone.safetensors"): 5}
-    with pytest.raises(ValueError, match=r"has no .*gone\.safetensors, expected the same paths on every machine.*rank 0 of 2"):
+    with pytest.raises(
+        ValueError, match=r"has no .*gone\.safetensors, expected the same paths on every machine.*rank 0 of 2"
+    ):
         session.ready(launch(devices, paths=lacking))
     other = {str(ROOT / "LICENSE"): 5}
     with pytest.raises(ValueError, match=r"LICENSE has \d+ bytes on .*, expected 5"):
         session.ready(launch(devices, paths=other))
-    assert use(session, devices, paths={str(ROOT): None, str(ROOT / "LICENSE"): (ROOT / "LICENSE").stat().st_size}) == ranks
+    assert (
+        use(session, devices, paths={str(ROOT): None, str(ROOT / "LICENSE"): (ROOT / "LICENSE").stat().st_size})
+        == ranks
+    )
     every[0].kill()  # SIGKILL: torchrun cannot end its rank itself
     until(lambda: not any(alive(pid) for pid in ranks), seconds=5.0)
     with pytest.raises(RuntimeError, match="ended without a word"):
@@ -144,5 +161,7 @@ def test_torchrun_on_two_nodes_is_one_pool(start, monkeypatch):
         use(session, devices)
     default_pool_file().write_text(stale)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="--devices means cpu, expected two"):  # not the devices of the pool that is gone
+    with pytest.raises(
+        ValueError, match="--devices means cpu, expected two"
+    ):  # not the devices of the pool that is gone
         run(argparse.Namespace(devices="auto", start_timeout=START))

@@ -33,8 +33,12 @@ def grey(*levels: float, size: tuple[int, int] = (16, 16)) -> torch.Tensor:
 
 def test_the_figures_are_those_of_scikit_image(comparison):
     """scikit-image 0.26.0: peak_signal_noise_ratio, and structural_similarity with gaussian_weights, sigma 1.5."""
-    assert comparison.ssim_frames == pytest.approx((0.9241302028868564, 0.9267344701300845, 0.9260536901840671), abs=2e-6)
-    assert comparison.psnr_frames == pytest.approx((23.220228612610608, 23.245913596573562, 23.19665769547731), abs=1e-4)
+    assert comparison.ssim_frames == pytest.approx(
+        (0.9241302028868564, 0.9267344701300845, 0.9260536901840671), abs=2e-6
+    )
+    assert comparison.psnr_frames == pytest.approx(
+        (23.220228612610608, 23.245913596573562, 23.19665769547731), abs=1e-4
+    )
     assert comparison.psnr == pytest.approx(23.22088672351458, abs=1e-4)
     assert comparison.temporal_psnr == pytest.approx(24.406751034997857, abs=1e-4)
     assert comparison.motion_a == pytest.approx(0.13901689959264013, abs=1e-6)
@@ -53,7 +57,11 @@ def test_ssim_is_the_formula_in_every_window():
     for top, left, channel in np.ndindex(3, 2, 3):
         p, q = (frame[top : top + 11, left : left + 11, channel] for frame in (x, y))
         mp, mq = (weights * p).sum(), (weights * q).sum()
-        vp, vq, cov = (weights * (p - mp) ** 2).sum(), (weights * (q - mq) ** 2).sum(), (weights * (p - mp) * (q - mq)).sum()
+        vp, vq, cov = (
+            (weights * (p - mp) ** 2).sum(),
+            (weights * (q - mq) ** 2).sum(),
+            (weights * (p - mp) * (q - mq)).sum(),
+        )
         values.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
     assert ssim(torch.from_numpy(x).float(), torch.from_numpy(y).float()) == pytest.approx(np.mean(values), abs=1e-5)
 
@@ -138,7 +146,8 @@ def test_progress_is_told_and_can_stop():
 
 @pytest.fixture
 def fake_lpips(monkeypatch, tmp_path):
-    """The package's interface, with a distance that can be foretold; weights_are_there() puts AlexNet's file in its place."""
+    """The package's interface, with a distance that can be foretold; weights_are_there() puts AlexNet's file in its
+    place."""
     seen = []
 
     class LPIPS(torch.nn.Module):
@@ -194,7 +203,9 @@ def test_the_heat_scale_rises_in_brightness():
     assert bool((brightness.diff() > 0).all())
 
 
-@pytest.mark.parametrize(("choice", "words"), [({"frames": 0}, "1 to 12"), ({"frames": 13}, "13"), ({"amplify": 0.0}, "amplify")])
+@pytest.mark.parametrize(
+    ("choice", "words"), [({"frames": 0}, "1 to 12"), ({"frames": 13}, "13"), ({"amplify": 0.0}, "amplify")]
+)
 def test_a_picture_that_cannot_be_drawn_is_refused(choice, words):
     with pytest.raises(ValueError, match=words):
         comparison_picture(grey(0.1), grey(0.2), compare_clips(grey(0.1), grey(0.2)), **choice)

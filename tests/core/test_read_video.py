@@ -36,7 +36,11 @@ def test_frames_that_the_file_joins_come_back_apart(tmp_path, frames, suffix):
     still = frames[[0, 1, 1, 1, 2]]
     back = read_video(write_video(tmp_path / f"a{suffix}", still))
     assert len(back) == 5
-    assert np.array_equal(back[1], back[3]) and not np.array_equal(back[0], back[1]) and not np.array_equal(back[3], back[4])
+    assert (
+        np.array_equal(back[1], back[3])
+        and not np.array_equal(back[0], back[1])
+        and not np.array_equal(back[3], back[4])
+    )
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])

@@ -23,17 +23,26 @@ def calls(monkeypatch):
         lora = config.model.train == "lora"
         file = folder / "lora.safetensors" if lora else folder / "transformer" / "diffusion_pytorch_model.safetensors"
         few = config.method == "consistency"
-        about = DistillMetadata(config.method, 4, 4 if few else 12, guidance=3.0 if few else None, plan=None if few else {"k": 1})
+        about = DistillMetadata(
+            config.method, 4, 4 if few else 12, guidance=3.0 if few else None, plan=None if few else {"k": 1}
+        )
         save_safetensors(file, {"w": torch.ones(2) * len(found)}, about.to_entry())
         return file
 
     monkeypatch.setattr(recipe, "distill", distill)
-    monkeypatch.setattr(ThreeStages, "plans", lambda self, name, weights, segments=0: found.append((name, weights)) or {"r-0.1": "p.json"})
+    monkeypatch.setattr(
+        ThreeStages,
+        "plans",
+        lambda self, name, weights, segments=0: found.append((name, weights)) or {"r-0.1": "p.json"},
+    )
     return found
 
 
 def make(tmp_path, **values):
-    return ThreeStages(RecipeConfig.from_dict({"consistency": {"segments": 4, "teacher_steps": 12, "guidance": 3.0}, **values}), tmp_path)
+    return ThreeStages(
+        RecipeConfig.from_dict({"consistency": {"segments": 4, "teacher_steps": 12, "guidance": 3.0}, **values}),
+        tmp_path,
+    )
 
 
 def test_the_papers_order(calls, tmp_path):
@@ -63,17 +72,23 @@ def test_merging_adds_the_changes_of_both(calls, tmp_path, monkeypatch):
     ((file,),) = make(tmp_path, order="merge").run().values()
     assert [name for name, _ in calls] == ["plans", "knowledge-r-0.1", "consistency"]
     weights, metadata = read_state_dict(file)
-    assert weights["w"].tolist() == [10 + (2 - 10) + (3 - 10)] * 2  # the knowledge run came second, the consistency run third
+    assert (
+        weights["w"].tolist() == [10 + (2 - 10) + (3 - 10)] * 2
+    )  # the knowledge run came second, the consistency run third
     about = DistillMetadata.from_entries(metadata)
     assert about is not None and json.loads(metadata["config"]) == {"a": 1}
-    assert (about.steps, about.guidance, about.plan) == (4, 3.0, {"k": 1}), "sampled as the few-step model, under the plan"
+    assert (about.steps, about.guidance, about.plan) == (4, 3.0, {"k": 1}), (
+        "sampled as the few-step model, under the plan"
+    )
 
 
 @pytest.mark.parametrize("order", ["consistency-first", "knowledge-first"])
 def test_loras_of_both_stages_belong_together(calls, tmp_path, monkeypatch, order):
     monkeypatch.setattr(ThreeStages, "full", lambda self, weights: weights)
     (files,) = make(tmp_path, order=order, model={"train": "lora"}).run().values()
-    first, second = ("consistency", "knowledge-r-0.1") if order == "consistency-first" else ("knowledge-r-0.1", "consistency-r-0.1")
+    first, second = (
+        ("consistency", "knowledge-r-0.1") if order == "consistency-first" else ("knowledge-r-0.1", "consistency-r-0.1")
+    )
     assert files == [tmp_path / first / "lora.safetensors", tmp_path / second / "lora.safetensors"]
 
 
@@ -95,8 +110,14 @@ def test_what_a_later_stage_would_refuse_is_refused_at_once(calls, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("values", "message"), [({"order": "backwards"}, "order is 'backwards'"), ({"table": {}}, "'table'"), ({"search": {"k": 1}}, "'k'"),
-     ({"search": {"candidates": "two"}}, "'two'"), ({"knowledge_training": {"precision": "bf16"}}, "float32 and bf16")],
+    ("values", "message"),
+    [
+        ({"order": "backwards"}, "order is 'backwards'"),
+        ({"table": {}}, "'table'"),
+        ({"search": {"k": 1}}, "'k'"),
+        ({"search": {"candidates": "two"}}, "'two'"),
+        ({"knowledge_training": {"precision": "bf16"}}, "float32 and bf16"),
+    ],
 )
 def test_wrong_recipes_are_named(values, message):
     with pytest.raises(ValueError, match=message):
@@ -105,7 +126,9 @@ def test_wrong_recipes_are_named(values, message):
 
 def test_settings_on_the_command_line_win(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("efficient_vdit_core.distill.trainer.distill", lambda config, folder: seen.append(config) or folder)
+    monkeypatch.setattr(
+        "efficient_vdit_core.distill.trainer.distill", lambda config, folder: seen.append(config) or folder
+    )
     file = tmp_path / "c.toml"
     file.write_text('method = "consistency"\n[training]\nsteps = 5\nbatch = 2\n')
     changes = ["training.steps=7", "objective.guidance=[1.0, 4.0]", "model.path=some folder"]

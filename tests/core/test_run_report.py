@@ -57,7 +57,13 @@ def test_the_clock_takes_the_time_of_what_runs_within():
     with clock.taking(SPARSE, q, 0.5):
         time.sleep(0.01)
     times = clock.times()
-    assert times and 0.03 <= times.dense and 0.01 <= times.sparse and times.all_dense == pytest.approx(2 * times.dense) and times.measured
+    assert (
+        times
+        and 0.03 <= times.dense
+        and 0.01 <= times.sparse
+        and times.all_dense == pytest.approx(2 * times.dense)
+        and times.measured
+    )
     clock.reset()
     assert clock.times() is None
 
@@ -67,7 +73,11 @@ def test_the_dense_estimate_takes_calls_of_the_same_shape_and_flops_for_others()
     clock.tallies[DENSE, (1, 9)] = Tally(2, 4.0, 2.0)
     clock.tallies[SPARSE, (1, 9)] = Tally(3, 1.5, 1.2)
     times = clock.times()
-    assert times and (times.sparse, times.dense, times.measured) == (1.5, 4.0, True) and times.all_dense == pytest.approx(4 + 3 * 2)
+    assert (
+        times
+        and (times.sparse, times.dense, times.measured) == (1.5, 4.0, True)
+        and times.all_dense == pytest.approx(4 + 3 * 2)
+    )
     clock.tallies[SPARSE, (1, 5)] = Tally(4, 1.0, 1.0)
     times = clock.times()
     assert times and not times.measured and times.all_dense == pytest.approx(4 + 6 + 1.0 / 0.25)

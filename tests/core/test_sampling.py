@@ -1,4 +1,5 @@
-"""The consistency sampler, against handwritten loops, diffusers' DDIM and models whose answer is known in closed form."""
+"""The consistency sampler, against handwritten loops, diffusers' DDIM and models whose answer is known in closed
+form."""
 
 import pytest
 import torch
@@ -70,9 +71,7 @@ def test_flow_models_mix_noise_by_their_noise_to_signal_ratio(gamma):
     down = ratio / (1 + ratio)
     scale = 0.4 / (1 - down)
     expected = scale * flow_renoise(down, e, x0) + (0.6**2 - (scale * down) ** 2) ** 0.5 * noises(3)(0, 0)
-    out = sample_consistency(
-        lambda x, s: x0, x, sigmas, gamma=gamma, renoise=flow_renoise, noise_sampler=noises(3)
-    )
+    out = sample_consistency(lambda x, s: x0, x, sigmas, gamma=gamma, renoise=flow_renoise, noise_sampler=noises(3))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -121,7 +120,11 @@ def fake_network(z, t, **kwargs):
 def test_gamma_0_equals_diffusers_ddim(prediction_type, steps):
     diffusers = pytest.importorskip("diffusers")
     ddim = diffusers.DDIMScheduler(
-        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, timestep_spacing="trailing",
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+        timestep_spacing="trailing",
         prediction_type=prediction_type,
     )
     ddim.set_timesteps(steps)
@@ -170,7 +173,11 @@ def test_starting_noise_of_the_same_seed_is_not_drawn_again():
     same = torch.randn(SHAPE, generator=torch.Generator().manual_seed(11))
     drawn = []
     sample_consistency(
-        lambda x, s: torch.zeros_like(x), same, torch.tensor([9.0, 1.0]), gamma=1.0, noise_seed=11,
+        lambda x, s: torch.zeros_like(x),
+        same,
+        torch.tensor([9.0, 1.0]),
+        gamma=1.0,
+        noise_seed=11,
         renoise=lambda sigma, noise, x0: drawn.append(noise) or x0,
     )
     assert not torch.allclose(drawn[0], same)

@@ -48,9 +48,15 @@ def test_timestep_clamps_and_keeps_the_shape(schedule):
     assert schedule.sigma(-3.0) == schedule.sigma(0) and schedule.sigma(2000) == schedule.sigma(999)
 
 
-@pytest.mark.parametrize("segments, expected", [
-    (1, [999, -1]), (2, [999, 499, -1]), (4, [999, 749, 499, 249, -1]), (5, [999, 799, 599, 399, 199, -1]),
-])
+@pytest.mark.parametrize(
+    "segments, expected",
+    [
+        (1, [999, -1]),
+        (2, [999, 499, -1]),
+        (4, [999, 749, 499, 249, -1]),
+        (5, [999, 799, 599, 399, 199, -1]),
+    ],
+)
 def test_edges_are_equal_pieces_of_diffusion_time(segments, expected):
     assert segment_edges(segments).tolist() == expected
 
@@ -100,10 +106,15 @@ def test_consistency_sigmas_descend_to_exactly_zero(schedule):
     assert schedule.sigma(749) in sigmas
 
 
-@pytest.mark.parametrize("segments, steps, words", [
-    (0, 4, "segments must be at least 1"), (4, 3, "steps must be at least segments"), (1, 1001, "do not fit"),
-    (-1, None, "segments must be at least 1"),
-])
+@pytest.mark.parametrize(
+    "segments, steps, words",
+    [
+        (0, 4, "segments must be at least 1"),
+        (4, 3, "steps must be at least segments"),
+        (1, 1001, "do not fit"),
+        (-1, None, "segments must be at least 1"),
+    ],
+)
 def test_bad_counts_are_refused(segments, steps, words):
     with pytest.raises(ValueError, match=words):
         segment_edges(segments, steps)

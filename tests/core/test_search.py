@@ -46,7 +46,9 @@ class Layer(nn.Module):
 
     def forward(self, x, options):
         b = len(x)
-        x += sdpa_attention(self.wanted.expand(b, -1, -1), self.where.expand(b, -1, -1), x, HEADS, transformer_options=options)
+        x += sdpa_attention(
+            self.wanted.expand(b, -1, -1), self.where.expand(b, -1, -1), x, HEADS, transformer_options=options
+        )
         text = x[:, :4]
         return x + sdpa_attention(x, text, text, HEADS, transformer_options=options)
 
@@ -120,7 +122,9 @@ def test_block_errors_are_those_of_a_run_with_that_block_sparse():
         sparse = make_attention_override(TilePlan.uniform(1), AttentionReport())
         want = model.blocks[layer](x.clone(), {OVERRIDE_KEY: sparse, FORWARD_KEY: ForwardState(LAYOUT)})
         dense = model.blocks[layer](x.clone(), {})
-        assert record.errors[BLOCK][layer, 1][0] == pytest.approx(float((want - dense).norm() / dense.norm()), rel=1e-4, abs=1e-6)
+        assert record.errors[BLOCK][layer, 1][0] == pytest.approx(
+            float((want - dense).norm() / dense.norm()), rel=1e-4, abs=1e-6
+        )
     assert [p.k for p in plan(record, layers=2, threshold=0.05, measure=BLOCK).patterns] == [0, None]
 
 

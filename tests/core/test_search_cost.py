@@ -68,7 +68,8 @@ def dense(func, *args, **kwargs):
 
 
 def test_the_search_holds_one_more_attention_output_whatever_the_candidates(monkeypatch):
-    """Beside it the copies of one candidate: queries and keys of the reference frames, and the float32 copies of a head."""
+    """Beside it the copies of one candidate: queries and keys of the reference frames, and the float32 copies of a
+    head."""
     monkeypatch.setattr(frames, "_CPU_BYTES", 2**16)  # the bound on the copies that a sparse run makes as well
     few = peak(make_probe_override(ProbeRecord((1,))))
     many = peak(make_probe_override(ProbeRecord((0, 1, 2, 3))))
@@ -80,7 +81,10 @@ def test_the_search_holds_one_more_attention_output_whatever_the_candidates(monk
 
 def test_the_tile_map_never_holds_all_weights():
     record = MassRecord((0, 1), rows=16)
-    assert peak(make_mass_override(record)) < peak(dense) + HEADS * LAYOUT.tokens**2 * 4 / 4 and set(record.found) == {0, 1}
+    assert peak(make_mass_override(record)) < peak(dense) + HEADS * LAYOUT.tokens**2 * 4 / 4 and set(record.found) == {
+        0,
+        1,
+    }
 
 
 def test_errors_are_the_pattern_s_even_where_dense_attention_is_faster(monkeypatch):
@@ -111,7 +115,14 @@ def test_the_trial_behind_a_measured_cost_is_the_run_s_own(monkeypatch):
     layout, record = TokenLayout(TokenGrid(4, 1, 3)), ProbeRecord((1,), timed=True)
     override = make_probe_override(record, previous=lambda func, *args, **kwargs: func(*args, **kwargs))
     qkv = torch.randn(3, 1, HEADS, layout.tokens, DIM)
-    override(by_argument, *qkv, HEADS, skip_reshape=True, skip_output_reshape=True, transformer_options={FORWARD_KEY: ForwardState(layout)})
+    override(
+        by_argument,
+        *qkv,
+        HEADS,
+        skip_reshape=True,
+        skip_output_reshape=True,
+        transformer_options={FORWARD_KEY: ForwardState(layout)},
+    )
     assert names == ["<lambda> over by_argument"] and record.cost(0, 1) == 1.0
 
 

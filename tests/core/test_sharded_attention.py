@@ -87,7 +87,11 @@ def test_a_whole_model_runs_on_sharded_tokens(facts):
 
 
 def build(kind: str, layout: TokenLayout, ranks: int, pattern: TilePattern) -> Shard:
-    return by_frames(layout, ranks) if kind == "L1" else {"L2": by_references, "L3": by_tokens}[kind](layout, ranks, pattern)
+    return (
+        by_frames(layout, ranks)
+        if kind == "L1"
+        else {"L2": by_references, "L3": by_tokens}[kind](layout, ranks, pattern)
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
@@ -100,12 +104,21 @@ def test_every_token_has_one_rank_and_shares_are_even(kind, frames, ranks):
     assert held == list(range(layout.tokens)) and sum(shard.tokens) == layout.tokens
     assert max(shard.tokens) - min(shard.tokens) <= {"L1": 22, "L2": 22, "L3": 1}[kind]
     for rank, pieces in enumerate(shard.pieces):
-        assert [t for p in pieces for t in range(p.start, p.stop)] == [t for a, b in shard.spans[rank] for t in range(a, b)]
+        assert [t for p in pieces for t in range(p.start, p.stop)] == [
+            t for a, b in shard.spans[rank] for t in range(a, b)
+        ]
         assert all(p.frame is None or p.frame == (p.start - 5) // 21 == (p.stop - 6) // 21 for p in pieces)
 
 
 LAYOUTS = [(24, 4, 1, "L1"), (8, 2, 2, "L1"), (21, 4, 1, "L2"), (21, 4, 2, "L3"), (5, 4, 0, "L3")]
-CHOICES = [(24, 4, 1, "rb"), (24, 4, 4, "rb"), (24, 8, 4, "ulysses"), (8, 4, 2, "ulysses"), (8, 4, 1, "rb"), (8, 2, 8, "ulysses")]
+CHOICES = [
+    (24, 4, 1, "rb"),
+    (24, 4, 4, "rb"),
+    (24, 8, 4, "ulysses"),
+    (8, 4, 2, "ulysses"),
+    (8, 4, 1, "rb"),
+    (8, 2, 8, "ulysses"),
+]
 
 
 @pytest.mark.parametrize(("frames", "ranks", "k", "kind"), LAYOUTS)
@@ -126,7 +139,11 @@ def test_only_cut_frames_have_peers():
     assert any(r.cut for r in every)
     for rank, role in enumerate(every):
         for piece, peers in zip(role.cut, role.cut_peers, strict=True):
-            assert peers and all(any(p.frame == piece.frame for p in shard.pieces[other]) for other in peers) and rank not in peers
+            assert (
+                peers
+                and all(any(p.frame == piece.frame for p in shard.pieces[other]) for other in peers)
+                and rank not in peers
+            )
 
 
 def test_a_shard_with_a_hole_is_refused():

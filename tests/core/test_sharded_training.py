@@ -30,8 +30,13 @@ KINDS = {
     "full": {"training": {"steps": 5, "clip": 0.3, "accumulate": 2, "samples_every": 3, "samples": ["a"]}},
     "lora": {"model": {**LORA, "gradient_checkpointing": True}},
     "knowledge": {"method": "knowledge"},
-    # Nothing of the last block's output is in this loss, and the frozen weights are in another precision than the LoRA's.
-    "taps": {"method": "knowledge", "objective": {"prediction": 0.0, "mlp": 0.0}, "model": {**LORA, "dtype": "bfloat16"}},
+    # Nothing of the last block's output is in this loss, and the frozen weights are in another precision than the
+    # LoRA's.
+    "taps": {
+        "method": "knowledge",
+        "objective": {"prediction": 0.0, "mlp": 0.0},
+        "model": {**LORA, "dtype": "bfloat16"},
+    },
     "muon": {"training": {"optimizer": "muon"}},
     "bf16": {"training": {"precision": "bf16"}},
     # One example a rank: in a step the student's own target is wanted by one rank and not by the other.
@@ -43,7 +48,11 @@ KINDS = {
 def settings(base, method="consistency", *, objective=None, model=None, training=None):
     family = (model or {}).get("family", "opensora_plan")
     weights = {"transformer": str(base)} if family == "opensora_plan" else {"path": str(Path(base).parent / "wan")}
-    default = {"segments": 2, "teacher_steps": 4, "guidance": 2.0} if method == "consistency" else {"segments": 2, "plan": "1:3"}
+    default = (
+        {"segments": 2, "teacher_steps": 4, "guidance": 2.0}
+        if method == "consistency"
+        else {"segments": 2, "plan": "1:3"}
+    )
     return {
         "method": method,
         "objective": {**default, **(objective or {})},
@@ -59,8 +68,16 @@ def start_of(model):
 def save_wan(folder):
     from diffusers import WanTransformer3DModel
 
-    shape = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": SMALL.num_layers, "ffn_dim": 32, "rope_max_seq_len": 32}
-    WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=8, freq_dim=16, **shape).save_pretrained(folder / "transformer")
+    shape = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": SMALL.num_layers,
+        "ffn_dim": 32,
+        "rope_max_seq_len": 32,
+    }
+    WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=8, freq_dim=16, **shape).save_pretrained(
+        folder / "transformer"
+    )
     scheduler = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 5.0}
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
@@ -70,8 +87,9 @@ def save_wan(folder):
 def runs(tmp_path_factory):
     """All runs by name, made by one pair of ranks.
 
-    Once in some hundred times a rank ends with "malloc(): unaligned tcache chunk detected" in a thread of gloo (PyTorch 2.13).
-    Python code cannot do that, and GPUs do not use gloo; so a crash, and only that, is told and tried again, twice.
+    Once in some hundred times a rank ends with "malloc(): unaligned tcache chunk detected" in a thread of gloo (PyTorch
+    2.13). Python code cannot do that, and GPUs do not use gloo; so a crash, and only that, is told and tried again,
+    twice.
     """
     for last in (False, False, True):
         try:
@@ -89,12 +107,21 @@ def all_runs(folder):
     save_wan(base.parent / "wan")
 
     def job(name, chosen, sharded, *, out="", stop=0):
-        return {"name": name, "config": settings(base, **chosen), "out": str(folder / (out or name)), "sharded": sharded, "stop": stop}
+        return {
+            "name": name,
+            "config": settings(base, **chosen),
+            "out": str(folder / (out or name)),
+            "sharded": sharded,
+            "stop": stop,
+        }
 
     jobs = [job(f"{kind} {way}", KINDS[kind], way == "sharded") for kind in KINDS for way in ("parallel", "sharded")]
     for first, second in ((True, True), (True, False), (False, True)):
         out = f"cut {first} {second}"
-        jobs += [job(f"{out} 1", KINDS["full"], first, out=out, stop=4), job(f"{out} 2", KINDS["full"], second, out=out)]
+        jobs += [
+            job(f"{out} 1", KINDS["full"], first, out=out, stop=4),
+            job(f"{out} 2", KINDS["full"], second, out=out),
+        ]
     jobs.append(job("adamw8bit", {"training": {"optimizer": "adamw8bit"}}, True))
     return {run["name"]: run for run in train_on_ranks(jobs)}
 
@@ -141,9 +168,12 @@ def compare(a, b, **tolerance):
         assert a == b
 
 
-@pytest.mark.parametrize(("ways", "as_if"), [("True True", "sharded"), ("True False", "parallel"), ("False True", "parallel")])
+@pytest.mark.parametrize(
+    ("ways", "as_if"), [("True True", "sharded"), ("True False", "parallel"), ("False True", "parallel")]
+)
 def test_a_stopped_run_goes_on_whichever_way_it_is_started_again(runs, ways, as_if):
-    """Bit for bit where both parts are sharded. It is stopped after the average's first change, and before the last step."""
+    """Bit for bit where both parts are sharded. It is stopped after the average's first change, and before the last
+    step."""
     first, second, whole = runs[f"cut {ways} 1"], runs[f"cut {ways} 2"], runs[f"full {as_if}"]
     assert first["left"] == 128 + 15 and (len(first["course"]), len(second["course"])) == (4, 1)
     tolerance = {"rtol": 0, "atol": 0} if as_if == "sharded" else {"rtol": 1e-3, "atol": 5e-4}
@@ -178,7 +208,10 @@ def test_adamw8bit_is_refused_on_sharded_weights(runs):
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "started with DeepSpeed, expected plain data parallelism or FSDP2"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "started with Megatron-LM"),
         ({"ACCELERATE_USE_FSDP": "true"}, "Add --fsdp_version 2"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "model.gradient_checkpointing"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "model.gradient_checkpointing",
+        ),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "over GPUs only.*without --use_fsdp"),
     ],
 )
@@ -202,14 +235,18 @@ def test_a_target_that_nobody_wants_is_asked_among_processes(addim):
     config = ConsistencyConfig(segments=4, teacher_steps=4, addim=addim)
     results = []
     for alone in (True, False):
-        loss = ConsistencyLoss(config, path, "v_prediction", student=student, teacher=lambda z, t, c, g: (z, z), alone=alone)
+        loss = ConsistencyLoss(
+            config, path, "v_prediction", student=student, teacher=lambda z, t, c, g: (z, z), alone=alone
+        )
         draw = loss.grid.draw(3, torch.Generator().manual_seed(0))
         assert bool(draw.first.all())
         results.append(loss.target_of(torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), None, draw))
     assert torch.equal(*results) and calls == [1]
 
 
-@pytest.mark.parametrize(("end", "kind"), [("import os; os.abort()", RankCrashed), ("raise ValueError", AssertionError)])
+@pytest.mark.parametrize(
+    ("end", "kind"), [("import os; os.abort()", RankCrashed), ("raise ValueError", AssertionError)]
+)
 def test_a_crash_is_told_from_a_failure(end, kind):
     with pytest.raises(AssertionError) as caught:
         run_together([[sys.executable, "-c", code] for code in ("pass", end)], timeout=60)

@@ -18,7 +18,9 @@ def qkv(layout, dim=64, batch=2, heads=2, dtype=torch.float32, seed=0):
 
 def expected(oracle, tensors, layout, k):
     grid = layout.grid
-    return oracle(*tensors, grid.t, grid.tokens_per_frame, TilePattern(k).reference_frames(grid.t), layout.prefix, layout.suffix)
+    return oracle(
+        *tensors, grid.t, grid.tokens_per_frame, TilePattern(k).reference_frames(grid.t), layout.prefix, layout.suffix
+    )
 
 
 @pytest.mark.parametrize("grid", [(5, 2, 3), (7, 1, 37), (8, 3, 2), (3, 5, 1), (1, 2, 3), (2, 2, 2)])
@@ -37,7 +39,9 @@ def test_head_sizes_and_dtypes(oracle, dim, dtype):
     tensors = qkv(layout, dim, dtype=dtype)
     out = tile_attention(*tensors, layout, TilePattern(2))
     assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), expected(oracle, tensors, layout, 2), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    torch.testing.assert_close(
+        out.double(), expected(oracle, tensors, layout, 2), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+    )
 
 
 def test_all_frames_equal_dense_exactly():
@@ -63,7 +67,10 @@ def test_a_gradient_for_one_of_them_alone(oracle, name):
     layout = TokenLayout(TokenGrid(5, 2, 3), 2, 3)
     tensors = [x.double() for x in qkv(layout, 8)]
     wanted = tensors["qkv".index(name)].requires_grad_()
-    ours, theirs = tile_attention(*tensors, layout, TilePattern(1), max_extra_bytes=1), expected(oracle, tensors, layout, 1)
+    ours, theirs = (
+        tile_attention(*tensors, layout, TilePattern(1), max_extra_bytes=1),
+        expected(oracle, tensors, layout, 1),
+    )
     torch.testing.assert_close(torch.autograd.grad(ours.sum(), wanted), torch.autograd.grad(theirs.sum(), wanted))
 
 
@@ -96,7 +103,8 @@ def test_copies_stay_under_the_bound(oracle, k):
 
 
 @pytest.mark.parametrize(
-    ("poisoned", "reached"), [("q", [False, True] + 4 * [False]), ("k", [True, True, False, True, False, False]), ("v", None)]
+    ("poisoned", "reached"),
+    [("q", [False, True] + 4 * [False]), ("k", [True, True, False, True, False, False]), ("v", None)],
 )
 def test_nan_stays_within_what_the_mask_connects(poisoned, reached):
     layout = TokenLayout(TokenGrid(6, 4, 4))  # over fewer than 16 keys PyTorch's own SDPA makes zeros of a NaN in q
@@ -119,7 +127,9 @@ def test_memory_stays_under_the_stated_bound(k, prefix, bound):
     stated += max(2 * batch * shared * row, 2 * batch * shared * row + chunk * size * row + chunk * one_frame)
 
     def attend():
-        return tile_attention(*tensors, layout, TilePattern(k), dense=lambda q, k, v: torch.zeros(q.shape), max_extra_bytes=bound)
+        return tile_attention(
+            *tensors, layout, TilePattern(k), dense=lambda q, k, v: torch.zeros(q.shape), max_extra_bytes=bound
+        )
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         attend()
@@ -167,7 +177,9 @@ def test_mixed_dtypes_and_unknown_backends_are_refused():
 def test_torch_compile_traces_it_whole(oracle, k):
     layout = TokenLayout(TokenGrid(6, 2, 3), 2, 1)
     tensors = qkv(layout)
-    compiled = torch.compile(lambda q, k_, v: tile_attention(q, k_, v, layout, TilePattern(k)), backend="eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda q, k_, v: tile_attention(q, k_, v, layout, TilePattern(k)), backend="eager", fullgraph=True
+    )
     torch.testing.assert_close(compiled(*tensors), expected(oracle, tensors, layout, k).float(), atol=1e-5, rtol=1e-5)
 
 
@@ -202,10 +214,14 @@ def test_a_gradient_that_would_be_lost_is_refused(backend, name):
 
     def attend(dense, k=1):
         pattern = TilePattern(k)
-        return tile_attention(**tensors, layout=layout, pattern=pattern, dense=dense, backend=backend, dense_name="sage")
+        return tile_attention(
+            **tensors, layout=layout, pattern=pattern, dense=dense, backend=backend, dense_name="sage"
+        )
 
     for k, used in ((1, backend), (None, "dense")):
-        with pytest.raises(ValueError, match=f"^{name} requires a gradient, and the backend {used} with sage gives none"):
+        with pytest.raises(
+            ValueError, match=f"^{name} requires a gradient, and the backend {used} with sage gives none"
+        ):
             attend(Forgetful.apply, k)
     with torch.no_grad():
         assert not attend(Forgetful.apply).requires_grad

@@ -36,7 +36,9 @@ def test_all_rows_give_the_exact_shares_in_chunks_of_any_size(max_bytes):
     q, k = qk()
     mass = tile_mass(q, k, LAYOUT, rows=99, max_bytes=max_bytes)
     share, extra = exact(q, k)
-    assert torch.allclose(mass.share.double(), share, atol=1e-6) and torch.allclose(mass.extra.double(), extra, atol=1e-6)
+    assert torch.allclose(mass.share.double(), share, atol=1e-6) and torch.allclose(
+        mass.extra.double(), extra, atol=1e-6
+    )
     assert mass.rows == S and mass.diagonal == pytest.approx(float(share.diagonal().mean()), abs=1e-6)
     off = float(share.sum() - share.diagonal().sum()) / (T * (T - 1))
     assert mass.off_diagonal == pytest.approx(off, abs=1e-6)
@@ -62,7 +64,9 @@ def test_the_overlap_counts_shared_positions():
         rank = weights.argsort(-1, descending=True)
         held = weights.gather(-1, rank).cumsum(-1) / weights.sum(-1, keepdim=True)
         count = (held < level).sum(-1) + 1
-        return torch.zeros_like(weights, dtype=torch.bool).scatter(-1, rank, torch.arange(T * S).expand_as(rank) < count[..., None])
+        return torch.zeros_like(weights, dtype=torch.bool).scatter(
+            -1, rank, torch.arange(T * S).expand_as(rank) < count[..., None]
+        )
 
     for level, got in zip((0.90, 0.95, 0.99), a.overlap(b), strict=True):
         x, y = important(q, k, level), important(*qk(1, 1), level)

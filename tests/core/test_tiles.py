@@ -27,7 +27,9 @@ def test_k_reference_frames_are_k(frames):
         assert all(0 <= f < frames for f in found)
 
 
-@pytest.mark.parametrize(("frames", "h", "w", "block"), [(5, 3, 7, 4), (8, 1, 37, 16), (6, 2, 2, 5), (4, 3, 3, 1), (7, 5, 5, 64)])
+@pytest.mark.parametrize(
+    ("frames", "h", "w", "block"), [(5, 3, 7, 4), (8, 1, 37, 16), (6, 2, 2, 5), (4, 3, 3, 1), (7, 5, 5, 64)]
+)
 def test_sparsities_equal_a_count_over_the_whole_mask(frames, h, w, block):
     grid = TokenGrid(frames, h, w)
     for k in range(frames + 1):
@@ -83,7 +85,10 @@ def test_reference_frames_stand_where_the_placement_says(placement, shift, expec
 def test_every_placement_keeps_k_and_every_frame_gets_its_turn(placement, frames):
     for k in range(frames + 2):
         found = [TilePattern(k).placed(placement, shift).reference_frames(frames) for shift in range(frames)]
-        assert all(len(set(f)) == len(f) == (frames if TilePattern(k).is_full(frames) else k) and f == tuple(sorted(f)) for f in found)
+        assert all(
+            len(set(f)) == len(f) == (frames if TilePattern(k).is_full(frames) else k) and f == tuple(sorted(f))
+            for f in found
+        )
         assert all(0 <= i < frames for f in found for i in f)
         if placement == "rotating" and k:
             assert {i for f in found for i in f} == set(range(frames))

@@ -22,7 +22,9 @@ def test_physics_of_a_true_clip_are_those_of_its_scene(seed):
     x, y, vx, vy, size, *color = found.state
     expected = np.array(DIRECTIONS[scene.direction]) * SPEEDS[scene.speed]
     np.testing.assert_allclose((vx, vy), expected, atol=0.06)
-    np.testing.assert_allclose((x, y), np.array(scene.start) - 0.5, atol=5.0)  # a triangle weighs a third of its radius lower
+    np.testing.assert_allclose(
+        (x, y), np.array(scene.start) - 0.5, atol=5.0
+    )  # a triangle weighs a third of its radius lower
     assert scene.radius < size < 2 * scene.radius
     np.testing.assert_allclose(color, COLORS[scene.color], atol=1)
     assert 0.5 * SPEEDS[scene.speed] < found.motion <= SPEEDS[scene.speed] + 0.05
@@ -71,12 +73,16 @@ def test_the_shipped_recipes_can_be_read(tmp_path):
 
 def test_speed_columns_follow_the_plan(tmp_path, monkeypatch):
     table = make_table(tmp_path)
-    monkeypatch.setattr("efficient_vdit_core.tinyworld.table.attention_speeds", lambda file, counts: {1: 3.0, 2: 2.0, 4: 1.25})
+    monkeypatch.setattr(
+        "efficient_vdit_core.tinyworld.table.attention_speeds", lambda file, counts: {1: 3.0, 2: 2.0, 4: 1.25}
+    )
     monkeypatch.setattr(table, "judge", lambda: type("J", (), {"model": type("M", (), {"layers": 6})}))
     plan = TilePlan.from_json('{"schema_version": 1, "reference_frames": [1, 1, 2, null, 4, 1]}')
     got = table._speed(plan)
     density = (3 * 22 + 34 + 64 + 52) / 64 / 6  # live tiles of 1:7, 2:6, full and 4:4
-    assert got["sparsity"] == pytest.approx(1 - density) and got["attention_ideal_speedup"] == pytest.approx(1 / density)
+    assert got["sparsity"] == pytest.approx(1 - density) and got["attention_ideal_speedup"] == pytest.approx(
+        1 / density
+    )
     assert got["attention_measured_speedup"] == pytest.approx(6 / (3 / 3.0 + 1 / 2.0 + 1 + 1 / 1.25))
     assert table._speed(None)["attention_ideal_speedup"] == 1.0
 

@@ -8,7 +8,16 @@ from efficient_vdit_core.tinyworld.reader import read_clip
 from efficient_vdit_core.tinyworld.train_dit import cache_clips, is_held_out
 from efficient_vdit_core.tinyworld.train_text import VOCABULARY, Captions, train_sentencepiece
 from efficient_vdit_core.tinyworld.train_vae import TINY_VAE
-from efficient_vdit_core.tinyworld.world import ATTRIBUTES, DIRECTIONS, FIRST_BOUNCE, SIZE, SPEEDS, Scene, random_scene, render
+from efficient_vdit_core.tinyworld.world import (
+    ATTRIBUTES,
+    DIRECTIONS,
+    FIRST_BOUNCE,
+    SIZE,
+    SPEEDS,
+    Scene,
+    random_scene,
+    render,
+)
 from efficient_vdit_core.training import TrainingRun
 
 
@@ -38,7 +47,9 @@ def test_shapes_move_as_captioned_and_stay_inside():
         centers = scene.centers()
         assert (centers >= scene.radius - 1e-9).all() and (centers <= SIZE - scene.radius + 1e-9).all()
         step = np.array(DIRECTIONS[scene.direction]) * SPEEDS[scene.speed]
-        np.testing.assert_allclose(np.diff(centers[: FIRST_BOUNCE + 1], axis=0), np.tile(step, (FIRST_BOUNCE, 1)), atol=1e-9)
+        np.testing.assert_allclose(
+            np.diff(centers[: FIRST_BOUNCE + 1], axis=0), np.tile(step, (FIRST_BOUNCE, 1)), atol=1e-9
+        )
         assert np.allclose(np.abs(np.diff(centers, axis=0)).max(axis=1), SPEEDS[scene.speed], atol=SPEEDS[scene.speed])
 
 
@@ -71,7 +82,9 @@ def test_captions_name_every_attribute_and_tokenise_without_unknowns():
 def make_run(folder, steps):
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
-    run = TrainingRun(model, [torch.optim.AdamW(model.parameters(), lr=0.1)], folder=folder, steps=steps, seed=7, warmup=3)
+    run = TrainingRun(
+        model, [torch.optim.AdamW(model.parameters(), lr=0.1)], folder=folder, steps=steps, seed=7, warmup=3
+    )
     losses = []
 
     def loss_of(generator):
@@ -107,7 +120,11 @@ def test_cached_latents_are_those_of_the_captions_beside_them(tmp_path):
     torch.manual_seed(0)
     vae = CausalVAE(TINY_VAE).eval().requires_grad_(False)
     first = cache_clips(vae, 1, tmp_path, seed=1)
-    again, other, more = cache_clips(vae, 1, tmp_path, seed=1), cache_clips(vae, 1, tmp_path, seed=2), cache_clips(vae, 2, tmp_path, seed=1)
+    again, other, more = (
+        cache_clips(vae, 1, tmp_path, seed=1),
+        cache_clips(vae, 1, tmp_path, seed=2),
+        cache_clips(vae, 2, tmp_path, seed=1),
+    )
     assert torch.equal(first.latents, again.latents) and len(more.latents) == len(more.scenes) == 2
     assert other.scenes != first.scenes and not torch.equal(other.latents, first.latents)
     for value in vae.parameters():

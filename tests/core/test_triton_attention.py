@@ -1,7 +1,7 @@
 """The fused kernels against the oracle: on a GPU where there is one, else through Triton's interpreter.
 
-Sizes are small, since the interpreter takes a twentieth of a second for every block of 16 rows, and awkward: with 16 rows
-and 32 columns a block, frames of 19 tokens end in a broken block and 37 keys need a whole and a broken one.
+Sizes are small, since the interpreter takes a twentieth of a second for every block of 16 rows, and awkward: with 16
+rows and 32 columns a block, frames of 19 tokens end in a broken block and 37 keys need a whole and a broken one.
 """
 
 import pytest
@@ -74,7 +74,11 @@ def test_any_strides(score_oracle, triton_device):
     tokens_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
     channels_apart = [torch.stack((x, x), -1)[..., 0] for x in plain]
     expanded = [x[:1, :1].expand(2, 2, -1, -1) for x in plain]
-    for tensors in (tokens_first, [expanded[0], channels_apart[1], plain[2]], [channels_apart[0], plain[1], expanded[2]]):
+    for tensors in (
+        tokens_first,
+        [expanded[0], channels_apart[1], plain[2]],
+        [channels_apart[0], plain[1], expanded[2]],
+    ):
         assert_equals_oracle(score_oracle, tensors, layout, 0)
 
 
@@ -94,7 +98,10 @@ def test_gradients(score_oracle, triton_device, grid, prefix, suffix, k, dim, dt
     weight, lse_weight = torch.randn_like(tensors[0]), torch.randn(1, 1, layout.tokens, device=triton_device)
     out, lse = attend_triton_lse(*tensors, layout, TilePattern(k))
     want, want_lse = expected(score_oracle, tensors, layout, k)
-    for ours, theirs in (((out * weight).sum(), (want * weight).sum()), ((lse * lse_weight).sum(), (want_lse * lse_weight).sum())):
+    for ours, theirs in (
+        ((out * weight).sum(), (want * weight).sum()),
+        ((lse * lse_weight).sum(), (want_lse * lse_weight).sum()),
+    ):
         differing = tensors if ours.dtype == out.dtype and ours is not lse else tensors[:2]
         found = torch.autograd.grad(ours, tensors, retain_graph=True, allow_unused=True)
         correct = torch.autograd.grad(theirs, tensors, retain_graph=True, allow_unused=True)
@@ -106,8 +113,14 @@ def test_gradients(score_oracle, triton_device, grid, prefix, suffix, k, dim, dt
 def test_gradients_of_strided_and_expanded_tensors(score_oracle, triton_device):
     layout = TokenLayout(TokenGrid(3, 1, 3), 1)
     sources = [x.requires_grad_() for x in qkv(layout, 32, triton_device, heads=2)]
-    tensors = [sources[0].transpose(1, 2).contiguous().transpose(1, 2), sources[1][:, :1].expand(-1, 2, -1, -1), sources[2]]
-    ours = torch.autograd.grad(attend_triton(*tensors, layout, TilePattern(1)).sum(), sources)  # its gradient is expanded, too
+    tensors = [
+        sources[0].transpose(1, 2).contiguous().transpose(1, 2),
+        sources[1][:, :1].expand(-1, 2, -1, -1),
+        sources[2],
+    ]
+    ours = torch.autograd.grad(
+        attend_triton(*tensors, layout, TilePattern(1)).sum(), sources
+    )  # its gradient is expanded, too
     theirs = torch.autograd.grad(expected(score_oracle, tensors, layout, 1)[0].sum(), sources)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -141,12 +154,15 @@ def test_nan_stays_within_what_the_mask_connects(triton_device, poisoned):
     ],
 )
 def test_more_than_two_to_the_31_elements(score_oracle, triton_device, tmp_path, monkeypatch, grid, token_stride):
-    """Tokens and heads lie further apart in a sparse file than 32 bits can say. An offset that wrapped around would stay
-    inside the file and read zeros. Outputs are dense: their offsets are formed by the same helper, which this cannot reach.
+    """Tokens and heads lie further apart in a sparse file than 32 bits can say. An offset that wrapped around would
+    stay inside the file and read zeros. Outputs are dense: their offsets are formed by the same helper, which this
+    cannot reach.
     """
     if triton_device.type != "cpu":
         pytest.skip("a sparse file stands for memory that a GPU would have to have")
-    monkeypatch.setattr(backend, "INTERPRETER_BLOCKS", {"ROWS": 32, "COLS": 128} if grid[2] < 32 else {"ROWS": 128, "COLS": 128})
+    monkeypatch.setattr(
+        backend, "INTERPRETER_BLOCKS", {"ROWS": 32, "COLS": 128} if grid[2] < 32 else {"ROWS": 128, "COLS": 128}
+    )
     layout, head_stride, base = TokenLayout(TokenGrid(*grid)), 2**31 + 2**20, 2**31
     size = base + head_stride + layout.tokens * token_stride
     storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float16)

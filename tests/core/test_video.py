@@ -10,8 +10,12 @@ imageio = pytest.importorskip("imageio.v3")
 pytest.importorskip("imageio_ffmpeg")
 
 METADATA = {
-    "prompt": "ein \"roter\" Kreis; = #1 \\ \n 红色 \U0001f534 it's", "seed": 2**63, "plan": {"k": 2}, "steps": 20,
-    "long": "x" * 5000, "nul": "a\0b",
+    "prompt": 'ein "roter" Kreis; = #1 \\ \n 红色 \U0001f534 it\'s',
+    "seed": 2**63,
+    "plan": {"k": 2},
+    "steps": 20,
+    "long": "x" * 5000,
+    "nul": "a\0b",
 }
 
 
@@ -112,9 +116,14 @@ def test_file_permissions_are_those_of_a_new_file(tmp_path, frames):
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize("name, words", [
-    ("clip.avi", "must be one of .mp4, .gif, .webp"), ("clip", "must be one of"), ("no/such/clip.mp4", "does not exist"),
-])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("clip.avi", "must be one of .mp4, .gif, .webp"),
+        ("clip", "must be one of"),
+        ("no/such/clip.mp4", "does not exist"),
+    ],
+)
 def test_bad_paths_are_refused_before_any_work(tmp_path, name, words):
     with pytest.raises(ValueError, match=words):
         check_writable(tmp_path / name)
@@ -140,9 +149,16 @@ def test_bad_frames_are_refused(tmp_path, frames):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name, content", [
-    ("a.mp4", b""), ("a.mp4", b"\0" * 64), ("a.gif", b"GIF89a"), ("a.webp", b"no"), ("b.mp4", None),
-])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.mp4", b""),
+        ("a.mp4", b"\0" * 64),
+        ("a.gif", b"GIF89a"),
+        ("a.webp", b"no"),
+        ("b.mp4", None),
+    ],
+)
 def test_files_without_metadata_say_so(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)

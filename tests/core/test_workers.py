@@ -29,7 +29,10 @@ START = 300.0
 
 
 def launch(ranks=2, **changes):
-    return Launch(("cpu",) * ranks, **{"key": "model", "opening": {"host": HOST}, "start_timeout": START, "step_timeout": START, **changes})
+    return Launch(
+        ("cpu",) * ranks,
+        **{"key": "model", "opening": {"host": HOST}, "start_timeout": START, "step_timeout": START, **changes},
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +103,8 @@ def test_a_model_that_cannot_be_built_is_refused_and_the_pool_lives(session):
 
 
 def test_plans_that_differ_between_ranks_are_refused(session):
-    """Each rank runs the nodes before; a search that measures times finds another plan in each, and their exchanges would not match."""
+    """Each rank runs the nodes before; a search that measures times finds another plan in each, and their exchanges
+    would not match."""
     step(session)
     before = pids(session)
     for _ in range(2):  # and not taken for built the second time
@@ -133,7 +137,11 @@ def test_a_killed_rank_is_named_with_its_last_lines(session, rank):
         step(session, trouble="kill", rank=rank)
     assert time.monotonic() - start < 5.0
     text = str(caught.value)
-    assert f"rank {rank} ended without a word" in text and "killed by SIGKILL" in text and f"rank {rank} was asked for kill" in text
+    assert (
+        f"rank {rank} ended without a word" in text
+        and "killed by SIGKILL" in text
+        and f"rank {rank} was asked for kill" in text
+    )
     assert gone(before)
     assert torch.equal(step(session)[1]["sum"], 2 * X) and not set(pids(session)) & set(before)
 
@@ -353,8 +361,12 @@ def test_a_port_taken_by_a_stranger_is_not_trusted(monkeypatch):
     """Somebody else listens where the pool was: the proof of the secret fails, and the file goes."""
     other = listen("127.0.0.1")
     monkeypatch.setattr("efficient_vdit_core.parallel.messages.HANDSHAKE_SECONDS", 0.5)
-    write_pool_file(default_pool_file(), PoolAddress("127.0.0.1", other.getsockname()[1], new_secret(), 2, ("cpu", "cpu")))
-    monkeypatch.setattr(session_module, "Pool", lambda address: connect(address.host, address.port, address.secret, timeout=0.5))
+    write_pool_file(
+        default_pool_file(), PoolAddress("127.0.0.1", other.getsockname()[1], new_secret(), 2, ("cpu", "cpu"))
+    )
+    monkeypatch.setattr(
+        session_module, "Pool", lambda address: connect(address.host, address.port, address.secret, timeout=0.5)
+    )
     assert session_module.running_pool(("cpu", "cpu")) is None and not default_pool_file().exists()
     other.close()
 
@@ -388,5 +400,7 @@ def test_a_worker_by_hand_says_how_to_start_one():
     boot = HERE.parents[1] / "efficient_vdit_core" / "parallel" / "boot.py"
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, str(boot)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, timeout=START)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, timeout=START
+    )
     assert done.returncode and "expected `evdit workers`, torchrun, or the node" in done.stderr

@@ -1,7 +1,9 @@
-"""Distillation on gloo ranks of this CPU for the tests: `train_on_ranks` starts them, and this file is what each of them runs.
+"""Distillation on gloo ranks of this CPU for the tests: `train_on_ranks` starts them, and this file is what each of
+them runs.
 
 accelerate shards on GPUs only: under `--use_fsdp` on CPUs it takes the plugin and stays data parallel. `OnCPU` sets the
-two attributes that it would set on GPUs; all that follows (accelerate's preparation, PyTorch's fully_shard) is their own code.
+two attributes that it would set on GPUs; all that follows (accelerate's preparation, PyTorch's fully_shard) is their
+own code.
 """
 
 import json
@@ -21,11 +23,14 @@ RANKS = 2
 def train_on_ranks(jobs: list[dict], ranks: int = RANKS) -> list[dict]:
     """Run the jobs one after the other on ``ranks`` ranks; what process 0 tells of each.
 
-    A job: name, config (of `DistillConfig`), out (a folder), sharded, stop (the step after which process 0 gets SIGTERM, or 0).
+    A job: name, config (of `DistillConfig`), out (a folder), sharded, stop (the step after which process 0 gets
+    SIGTERM, or 0).
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "jobs.json").write_text(json.dumps(jobs))
-        printed = run_together([[sys.executable, __file__, str(rank), str(ranks), folder] for rank in range(ranks)], TIMEOUT)
+        printed = run_together(
+            [[sys.executable, __file__, str(rank), str(ranks), folder] for rank in range(ranks)], TIMEOUT
+        )
     return json.loads(printed[0].strip().splitlines()[-1])
 
 
@@ -75,7 +80,9 @@ def train(job: dict, rank: int) -> dict:
             super()._one_step(loss_of)
             course.append(dict(self.means))
             seen["weights"], seen["average"] = count_sharded(self.bare.parameters()), count_sharded(self.ema.values())
-            seen["blocks"] = sum(isinstance(m, FSDPModule) and type(m).__name__.endswith("Block") for m in self.bare.modules())
+            seen["blocks"] = sum(
+                isinstance(m, FSDPModule) and type(m).__name__.endswith("Block") for m in self.bare.modules()
+            )
             if job["stop"] == self.step and rank == 0:
                 os.kill(os.getpid(), signal.SIGTERM)
 

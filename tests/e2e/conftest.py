@@ -1,4 +1,5 @@
-"""A real ComfyUI page in a real browser: Debian's or Ubuntu's Chromium driven by Playwright, against a server of its own.
+"""A real ComfyUI page in a real browser: Debian's or Ubuntu's Chromium driven by Playwright, against a server of its
+own.
 
 $CHROMIUM names another browser; $EVDIT_SCREENSHOTS a folder that receives a picture of each step.
 """
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 from comfyui_server import Server, why_no_comfyui
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 PATIENCE = 120_000  # ms; a busy machine may need it
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -26,7 +29,8 @@ SETTINGS = {
     "LiteGraph.Canvas.MaximumFps": 5,
 }
 
-# What a ComfyUI with no pack and a new user folder says, and a help page that is asked for in the page's language first.
+# What a ComfyUI with no pack and a new user folder says, and a help page that is asked for in the page's language
+# first.
 WITHOUT_THE_PACK = (
     r"404 .*/(api/userdata\b|user\.css$|favicon\.ico$)",
     r"uncaught TypeError: Cannot read properties of undefined \(reading 'id'\)\s+at onChange ",
@@ -62,7 +66,10 @@ class ComfyPage:
         self.page, self.server = page, server
         self.errors: list[str] = []
         self.settings: dict = {}
-        page.on("console", lambda m: self.errors.append(f"{m.text} @ {m.location.get('url', '')}") if m.type == "error" else None)
+        page.on(
+            "console",
+            lambda m: self.errors.append(f"{m.text} @ {m.location.get('url', '')}") if m.type == "error" else None,
+        )
         page.on("pageerror", lambda e: self.errors.append(f"uncaught {e.stack or e.message}"))
 
     def open(self, **settings) -> "ComfyPage":
@@ -73,7 +80,9 @@ class ComfyPage:
             assert status == 200
             self.settings = wanted
             self.page.goto(f"http://127.0.0.1:{self.server.port}")
-            self.page.wait_for_function("window.app?.extensionManager && window.app.graph && !document.querySelector('#splash-loader')")
+            self.page.wait_for_function(
+                "window.app?.extensionManager && window.app.graph && !document.querySelector('#splash-loader')"
+            )
             self.page.wait_for_function("!!window.LiteGraph?.registered_node_types?.EVDiTTilePlan")
         # The page opens with what it showed last.
         self.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")

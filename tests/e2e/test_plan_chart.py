@@ -48,7 +48,9 @@ def test_the_keyboard_does_the_same(comfy):
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     assert page.evaluate(TEXT) == "0:2:6 1:1:7 2-3:2:6"
-    assert chart.get_by_role("option", name="Layer 1: 1:7, 34 % of its attention").get_attribute("aria-selected") == "true"
+    assert (
+        chart.get_by_role("option", name="Layer 1: 1:7, 34 % of its attention").get_attribute("aria-selected") == "true"
+    )
     assert page.evaluate("app.graph.nodes.length") == 1
 
 
@@ -92,7 +94,9 @@ def test_it_draws_inside_a_subgraph(comfy):
     )
     chart = page.locator(".evdit-plan-chart:visible").first
     chart.get_by_role("option", name="Layer 2:").click()
-    text = page.evaluate("app.canvas.graph.nodes.find(n => n.type === 'EVDiTTilePlan').widgets.find(w => w.name === 'text').value")
+    text = page.evaluate(
+        "app.canvas.graph.nodes.find(n => n.type === 'EVDiTTilePlan').widgets.find(w => w.name === 'text').value"
+    )
     assert text == "0-1:2:6 2:1:7 3-5:2:6"
     comfy.picture("chart in a subgraph")
 
@@ -132,9 +136,13 @@ def test_figures_of_another_plan_are_not_shown(comfy):
     """A run takes its time, and the plan may be another one when it ends."""
     page = comfy.open().page
     chart = plan_node(comfy, "0-5:2:6")
-    page.evaluate(f"(s => {{ app.graph.add(s); {TITLE}.connect(0, s, 1) }})(LiteGraph.createNode('EVDiTSparseAttention'))")
+    page.evaluate(
+        f"(s => {{ app.graph.add(s); {TITLE}.connect(0, s, 1) }})(LiteGraph.createNode('EVDiTSparseAttention'))"
+    )
     sparse = "app.graph.nodes.find(n => n.type === 'EVDiTSparseAttention')"
-    report = "{ node: String(%s.id), plan: '%s', frames: 8, layers: 6, sparse: %d, density: 0.5, seconds: 1, dense: {} }"
+    report = (
+        "{ node: String(%s.id), plan: '%s', frames: 8, layers: 6, sparse: %d, density: 0.5, seconds: 1, dense: {} }"
+    )
     page.evaluate(f"{TOLD}('efficient_vdit.report', {report % (sparse, '0-5:1:7', 11)})")
     page.evaluate(f"{TOLD}('efficient_vdit.report', {report % (sparse, '0-5:2:6', 22)})")
     chart.get_by_text("22 sparse calls").wait_for()

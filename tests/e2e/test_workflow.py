@@ -65,7 +65,9 @@ def test_the_template_opens_and_runs(comfy, name):
     page.wait_for_function("window.ended.length > 0", timeout=1000 * RUN_TIMEOUT)
     assert page.evaluate("window.ended") == ["execution_success"]
     # The page sets seeds once a prompt is queued; a run may have ended by then.
-    page.evaluate("app.graph.nodes.forEach(n => n.widgets?.filter(w => w.name === 'seed').forEach(w => w.callback?.(w.value)))")
+    page.evaluate(
+        "app.graph.nodes.forEach(n => n.widgets?.filter(w => w.name === 'seed').forEach(w => w.callback?.(w.value)))"
+    )
     chart = page.locator(".evdit-plan-chart:visible").first
     if name in TOLD:
         chart.get_by_text(re.compile(f"Last run: {TOLD[name]}")).wait_for()
@@ -82,7 +84,9 @@ def test_the_help_panel_shows_the_page(comfy):
     page.get_by_test_id("info-button").click()
     page.get_by_role("heading", name="Typical values").wait_for()
     # Its picture arrives: the panel resolves names against web/docs/.
-    page.wait_for_function("[...document.images].some(i => i.src.includes('/docs/EVDiTTilePlan/') && i.naturalWidth > 0)")
+    page.wait_for_function(
+        "[...document.images].some(i => i.src.includes('/docs/EVDiTTilePlan/') && i.naturalWidth > 0)"
+    )
     comfy.picture("help panel")
 
 

@@ -11,16 +11,24 @@ from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
-    pytest.skip("SKIPPED THE GPU'S TESTS: no CUDA GPU was found; nothing is known about the kernels' real builds", allow_module_level=True)
+    pytest.skip(
+        "SKIPPED THE GPU'S TESTS: no CUDA GPU was found; nothing is known about the kernels' real builds",
+        allow_module_level=True,
+    )
 
 GPU = torch.device("cuda")
 NEEDS = {
-    b.name: pytest.mark.skipif(not b.available, reason=f"SKIPPED {b.name.upper()} ON THE GPU: {b.reason}") for b in available_backends(GPU)
+    b.name: pytest.mark.skipif(not b.available, reason=f"SKIPPED {b.name.upper()} ON THE GPU: {b.reason}")
+    for b in available_backends(GPU)
 }
 BACKENDS = [pytest.param(name, marks=mark) for name, mark in NEEDS.items()]
 FORWARD = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
 # Frames that end inside a block of 128, that are two whole ones, and far shorter ones beside a long text.
-LAYOUTS = [TokenLayout(TokenGrid(5, 9, 37), 3, 5), TokenLayout(TokenGrid(8, 16, 16)), TokenLayout(TokenGrid(24, 7, 11), 0, 226)]
+LAYOUTS = [
+    TokenLayout(TokenGrid(5, 9, 37), 3, 5),
+    TokenLayout(TokenGrid(8, 16, 16)),
+    TokenLayout(TokenGrid(24, 7, 11), 0, 226),
+]
 
 
 def qkv(layout, dim, dtype, heads=2):
@@ -32,7 +40,10 @@ def live(layout, k):
     """The N x N mask: (N, N) bool."""
     owner = torch.arange(layout.grid.t).repeat_interleave(layout.grid.tokens_per_frame)
     shared = torch.isin(owner, torch.tensor(TilePattern(k).reference_frames(layout.grid.t), dtype=torch.long))
-    owner, shared = F.pad(owner, (layout.prefix, layout.suffix), value=-1), F.pad(shared, (layout.prefix, layout.suffix), value=True)
+    owner, shared = (
+        F.pad(owner, (layout.prefix, layout.suffix), value=-1),
+        F.pad(shared, (layout.prefix, layout.suffix), value=True),
+    )
     return ((owner[:, None] == owner) | shared[:, None] | shared).to(GPU)
 
 
@@ -45,12 +56,16 @@ def oracle(q, k, v, layout, count):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (96, torch.bfloat16), (128, torch.bfloat16), (96, torch.float32)])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(64, torch.float16), (96, torch.bfloat16), (128, torch.bfloat16), (96, torch.float32)]
+)
 def test_equals_the_oracle(backend, layout, dim, dtype):
     tensors = qkv(layout, dim, dtype)
     for k in (0, 1, 3):
         out = tile_attention(*tensors, layout, TilePattern(k), backend=backend)
-        torch.testing.assert_close(out.double(), oracle(*tensors, layout, k)[0], atol=FORWARD[dtype], rtol=FORWARD[dtype])
+        torch.testing.assert_close(
+            out.double(), oracle(*tensors, layout, k)[0], atol=FORWARD[dtype], rtol=FORWARD[dtype]
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -59,7 +74,9 @@ def test_gradients(backend, dim):
     layout = LAYOUTS[0]
     tensors = [x.requires_grad_() for x in qkv(layout, dim, torch.bfloat16)]
     weight = torch.randn_like(tensors[0])
-    ours = torch.autograd.grad((tile_attention(*tensors, layout, TilePattern(1), backend=backend) * weight).sum(), tensors)
+    ours = torch.autograd.grad(
+        (tile_attention(*tensors, layout, TilePattern(1), backend=backend) * weight).sum(), tensors
+    )
     theirs = torch.autograd.grad((oracle(*tensors, layout, 1)[0] * weight).sum(), tensors)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() < 3e-2 * b.abs().max()

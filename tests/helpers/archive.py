@@ -10,7 +10,10 @@ ROOT = Path(__file__).parents[2]
 
 def ignored(path: str, patterns: list[str]) -> bool:
     """The part of gitignore's syntax that .comfyignore uses: folders with a slash at the end, and file patterns."""
-    return any(path.startswith(p) or f"/{p}" in f"/{path}" if p.endswith("/") else fnmatch(Path(path).name, p) for p in patterns)
+    return any(
+        path.startswith(p) or f"/{p}" in f"/{path}" if p.endswith("/") else fnmatch(Path(path).name, p)
+        for p in patterns
+    )
 
 
 def archive() -> list[Path]:
@@ -23,7 +26,8 @@ def archive() -> list[Path]:
 
 
 def install(folder: Path, *, whole: bool = False) -> None:
-    """Put the pack into ``folder`` as the Manager does: the archive's files alone. ``whole``, or outside a git checkout: the whole tree."""
+    """Put the pack into ``folder`` as the Manager does: the archive's files alone. ``whole``, or outside a git
+    checkout: the whole tree."""
     if whole or not (ROOT / ".git").exists():
         folder.symlink_to(ROOT)
         return

@@ -33,8 +33,8 @@ def why_no_comfyui() -> str:
 class Server:
     """ComfyUI on a free port, with this pack alone, as the registry ships it, in a base directory of its own.
 
-    ``whole``: the pack as a clone has it. ``more``: variables of its environment. ``flags``: of its command line. Files may stand
-    in ``base`` already.
+    ``whole``: the pack as a clone has it. ``more``: variables of its environment. ``flags``: of its command line. Files
+    may stand in ``base`` already.
     """
 
     def __init__(self, base: Path, *, whole: bool = False, more: dict | None = None, flags: tuple[str, ...] = ()):
@@ -44,10 +44,26 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [str(PYTHON), "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base), "--disable-api-nodes"]
-        command += ["--database-url", f"sqlite:///{base}/comfy.db", *flags, *os.environ.get("COMFYUI_FLAGS", "").split()]
+        command = [
+            str(PYTHON),
+            "main.py",
+            "--cpu",
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(base),
+            "--disable-api-nodes",
+        ]
+        command += [
+            "--database-url",
+            f"sqlite:///{base}/comfy.db",
+            *flags,
+            *os.environ.get("COMFYUI_FLAGS", "").split(),
+        ]
         environment = {**os.environ, **(more or {})}
-        self.process = subprocess.Popen(command, cwd=COMFYUI, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            command, cwd=COMFYUI, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT
+        )
         self._wait()
 
     def _wait(self):
@@ -71,7 +87,9 @@ class Server:
     def post(self, path: str, body: dict):
         """The status and the JSON answer."""
         data = json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return answer.status, json.loads(answer.read() or "{}")
@@ -81,7 +99,8 @@ class Server:
     def run(self, prompt: dict, events: list | None = None) -> dict:
         """Queue an API-format prompt and wait; returns its history entry, success or not.
 
-        ``events`` receives every (type, data) that the page would hear over its websocket, pictures as ("preview", file's bytes).
+        ``events`` receives every (type, data) that the page would hear over its websocket, pictures as ("preview",
+        file's bytes).
         """
         client = uuid.uuid4().hex
         socket = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=RUN_TIMEOUT)
@@ -112,7 +131,9 @@ class Server:
         """Queue a prompt that must fail while it runs; returns the message that the user sees."""
         entry = self.run(prompt)
         assert entry["status"]["status_str"] == "error", entry["status"]
-        return next(data["exception_message"] for kind, data in entry["status"]["messages"] if kind == "execution_error")
+        return next(
+            data["exception_message"] for kind, data in entry["status"]["messages"] if kind == "execution_error"
+        )
 
     def stop(self):
         self.process.terminate()
@@ -142,7 +163,10 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         if node["type"] in ("Note", "MarkdownNote"):
             continue
         assert node["mode"] == 0, f"{node['type']} is muted or bypassed"
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": _inputs(node, object_info[node["type"]]["input"], sources)}
+        prompt[str(node["id"])] = {
+            "class_type": node["type"],
+            "inputs": _inputs(node, object_info[node["type"]]["input"], sources),
+        }
     return prompt
 
 
@@ -151,7 +175,9 @@ def _inputs(node: dict, declared: dict, sources: dict) -> dict:
     values, inputs = list(node.get("widgets_values", [])), {}
     for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
         kind, options = spec[0], spec[1] if len(spec) > 1 else {}
-        if (kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") or isinstance(kind, list)) and not options.get("forceInput"):
+        if (kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") or isinstance(kind, list)) and not options.get(
+            "forceInput"
+        ):
             if not values:
                 continue  # a widget that a later ComfyUI appended: it has a default
             inputs[name] = values.pop(0)

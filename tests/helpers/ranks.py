@@ -17,9 +17,16 @@ def run_together(commands: list[list[str]], timeout: float) -> list[str]:
 
     Raises RankCrashed where a rank crashed, else AssertionError where one failed.
     """
-    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+    own = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+    }
     environment = {**os.environ, **own}
-    started = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    started = [
+        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for c in commands
+    ]
     try:
         ended = [process.communicate(timeout=timeout) for process in started]
     finally:

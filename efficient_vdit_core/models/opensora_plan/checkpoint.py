@@ -1,7 +1,7 @@
 """Reads Open-Sora-Plan v1.2 weights: safetensors (one file or shards) and the VAE's checkpoint.ckpt.
 
-The configuration comes from the safetensors metadata entry ``config``, else from config.json beside the file, else it is
-that of the published checkpoints. Loading is strict: a file either is the model, or is refused with the reason.
+The configuration comes from the safetensors metadata entry ``config``, else from config.json beside the file, else it
+is that of the published checkpoints. Loading is strict: a file either is the model, or is refused with the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from .vae import CausalVAE
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "checkpoint.ckpt")
 
 
-def load_transformer(path: str | Path, dtype: torch.dtype | None = None, device: Any = "cpu", **build: Any) -> OpenSoraT2V:
+def load_transformer(
+    path: str | Path, dtype: torch.dtype | None = None, device: Any = "cpu", **build: Any
+) -> OpenSoraT2V:
     """The transformer of a file or folder, in ``dtype`` (the file's own where None), ready for inference."""
     state_dict, config = read_transformer(path)
     return _filled(OpenSoraT2V, config, state_dict, dtype, device, build)
@@ -65,7 +67,8 @@ def read_vae(path: str | Path) -> tuple[dict[str, Tensor], VAEConfig]:
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a .safetensors file, an index of shards, a .ckpt, or a folder that holds one of these.
 
-    A .ckpt is read by ``torch.load(weights_only=True)``; of its content the averaged weights are taken where there are any.
+    A .ckpt is read by ``torch.load(weights_only=True)``; of its content the averaged weights are taken where there are
+    any.
     """
     file = _weights_file(Path(path))
     if file.name.endswith(".safetensors.index.json"):
@@ -74,11 +77,16 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
         return _read_safetensors(file)
     if file.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         return _pick_weights(read_torch_file(file)), {}
-    raise ValueError(f"{file.name} is not a weights file: expected .safetensors, .safetensors.index.json or .ckpt. Choose another file.")
+    raise ValueError(
+        f"{file.name} is not a weights file: expected .safetensors, .safetensors.index.json or .ckpt. Choose another file."
+    )
 
 
-def save_safetensors(path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; a file of that name is replaced only once the new one is whole. Raises OSError where it cannot."""
+def save_safetensors(
+    path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file; a file of that name is replaced only once the new one is whole. Raises OSError where it
+    cannot."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -86,13 +94,18 @@ def save_safetensors(path: str | Path, state_dict: Mapping[str, Tensor], metadat
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with whole_file(path) as part:
-            save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, part, metadata=dict(metadata or {}))
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, part, metadata=dict(metadata or {})
+            )
     except SafetensorError as error:
-        raise OSError(f"{path} could not be written ({error}). Make room there and start the same command again.") from error
+        raise OSError(
+            f"{path} could not be written ({error}). Make room there and start the same command again."
+        ) from error
 
 
 def read_torch_file(file: Path) -> Any:
-    """What a PyTorch file holds, memory-mapped where its format allows; tensors and plain containers only, never code."""
+    """What a PyTorch file holds, memory-mapped where its format allows; tensors and plain containers only, never
+    code."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
@@ -118,7 +131,9 @@ def _weights_file(path: Path) -> Path:
         found = [path / n for n in names if (path / n).is_file()]
         found = found or sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
         if not found:
-            raise ValueError(f"The folder {path.name!r} holds no weights: expected {WEIGHT_NAMES[0]} or checkpoint.ckpt. Choose another.")
+            raise ValueError(
+                f"The folder {path.name!r} holds no weights: expected {WEIGHT_NAMES[0]} or checkpoint.ckpt. Choose another."
+            )
         return found[0]
     if not path.is_file():
         raise ValueError(f"{str(path)!r} does not exist. Check the path.")
@@ -145,7 +160,9 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{index.name} is not an index of shards ({error!r}). Download it again.") from error
     missing = [s for s in shards if Path(s).name != s or not (index.parent / s).is_file()]
     if missing:
-        raise ValueError(f"{index.name} names {len(shards)} shards, but {', '.join(missing)} is not beside it. Download what is missing.")
+        raise ValueError(
+            f"{index.name} names {len(shards)} shards, but {', '.join(missing)} is not beside it. Download what is missing."
+        )
     state_dict: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for shard in shards:
@@ -154,7 +171,9 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata.update(found)
     absent = sorted(set(names) - set(state_dict))
     if absent:
-        raise ValueError(f"The shards of {index.name} lack {len(absent)} tensors, such as {absent[0]}. Download them again.")
+        raise ValueError(
+            f"The shards of {index.name} lack {len(absent)} tensors, such as {absent[0]}. Download them again."
+        )
     return state_dict, metadata
 
 
@@ -166,7 +185,9 @@ def _pick_weights(content: Any) -> dict[str, Tensor]:
         content = content["state_dict"]
         content = content.get("gen_model", content)
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError("The checkpoint holds no state dict: expected ema_state_dict or state_dict. It is not a model's weights.")
+        raise ValueError(
+            "The checkpoint holds no state dict: expected ema_state_dict or state_dict. It is not a model's weights."
+        )
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
@@ -179,9 +200,13 @@ def _config_values(path: str | Path, metadata: Mapping[str, str]) -> dict[str, A
     try:
         values = json.loads(text) if text else {}
     except ValueError as error:
-        raise ValueError(f"The configuration of {path.name} ({where}) is not valid JSON: {error}. Download it again.") from error
+        raise ValueError(
+            f"The configuration of {path.name} ({where}) is not valid JSON: {error}. Download it again."
+        ) from error
     # A folder that collects many models' files may hold a config.json of something else.
-    return values if isinstance(values, dict) and (path.is_dir() or where == "metadata" or "_class_name" in values) else {}
+    return (
+        values if isinstance(values, dict) and (path.is_dir() or where == "metadata" or "_class_name" in values) else {}
+    )
 
 
 def _check_manifest(state_dict: Mapping[str, Tensor], kind: Any, config: Any, part: str, path: str | Path) -> None:
@@ -200,10 +225,14 @@ def _check_manifest(state_dict: Mapping[str, Tensor], kind: Any, config: Any, pa
         )
 
 
-def _filled(kind: Any, config: Any, state_dict: dict[str, Tensor], dtype: torch.dtype | None, device: Any, build: dict[str, Any]) -> Any:
+def _filled(
+    kind: Any, config: Any, state_dict: dict[str, Tensor], dtype: torch.dtype | None, device: Any, build: dict[str, Any]
+) -> Any:
     dtype = dtype or next(iter(state_dict.values())).dtype
     with torch.device("meta"):
         model: nn.Module = kind(config, dtype=dtype, **build)
     # Tensors are taken over as they are: a second copy of the model never exists.
-    model.load_state_dict({name: value.to(device=device, dtype=dtype) for name, value in state_dict.items()}, assign=True)
+    model.load_state_dict(
+        {name: value.to(device=device, dtype=dtype) for name, value in state_dict.items()}, assign=True
+    )
     return model.eval().requires_grad_(False)

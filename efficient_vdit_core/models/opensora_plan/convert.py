@@ -20,7 +20,8 @@ def convert_vae(source: str | Path, target: str | Path) -> None:
 def convert_text_encoder(source: str | Path, target: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the encoder half of mT5, with its tokenizer inside, as one safetensors file.
 
-    ``source`` is a folder with the weights (.bin or safetensors), spiece.model and config.json, or the weights file in it.
+    ``source`` is a folder with the weights (.bin or safetensors), spiece.model and config.json, or the weights file in
+    it.
     """
     source, target = Path(source), _checked_target(target)
     if source.is_dir() and not any(source.glob("*.safetensors*")):
@@ -47,5 +48,3 @@ def _checked_target(target: str | Path) -> Path:
     if target.suffix != ".safetensors":
         raise ValueError(f"The target {target.name!r} does not end in .safetensors. Choose such a name.")
     return target
-
-

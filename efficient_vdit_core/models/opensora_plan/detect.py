@@ -67,16 +67,27 @@ def check_transformer_keys(state_dict: Mapping[str, Tensor]) -> None:
         if any(name.startswith(start) for name in state_dict):
             raise ValueError(f"This file is {what}, expected an Open-Sora-Plan v1.2 transformer. {_ADVICE}")
     if any(name.endswith("lora_up.weight") for name in state_dict):
-        raise ValueError(f"This file is a LoRA, which changes a transformer: load it beside one with ComfyUI's LoRA loader. {_ADVICE}")
-    needed = ("pos_embed.proj.weight", "adaln_single.linear.weight", "transformer_blocks.0.attn2.to_k.weight", "proj_out.weight")
+        raise ValueError(
+            f"This file is a LoRA, which changes a transformer: load it beside one with ComfyUI's LoRA loader. {_ADVICE}"
+        )
+    needed = (
+        "pos_embed.proj.weight",
+        "adaln_single.linear.weight",
+        "transformer_blocks.0.attn2.to_k.weight",
+        "proj_out.weight",
+    )
     if any(re.search(r"transformer_blocks\.\d+(\.\d+)?\..*norm", name) for name in state_dict):
-        raise ValueError(f"This file has learned norms inside its blocks, as Open-Sora-Plan v1.3 has; v1.2 has none. {_ADVICE}")
+        raise ValueError(
+            f"This file has learned norms inside its blocks, as Open-Sora-Plan v1.3 has; v1.2 has none. {_ADVICE}"
+        )
     absent = [name for name in needed if name not in state_dict]
     if absent:
         raise ValueError(f"This file has no {absent[0]}, so it is not an Open-Sora-Plan v1.2 transformer. {_ADVICE}")
     patch = state_dict["pos_embed.proj.weight"]
     if patch.ndim != 4:
-        raise ValueError(f"Its patch embedding has shape {tuple(patch.shape)}, expected 2D patches: it is another version. {_ADVICE}")
+        raise ValueError(
+            f"Its patch embedding has shape {tuple(patch.shape)}, expected 2D patches: it is another version. {_ADVICE}"
+        )
     if patch.shape[1] != 4:
         raise ValueError(
             f"Its patch embedding takes {patch.shape[1]} channels, expected 4: this is the image-to-video model (93x480p_i2v), "
@@ -88,7 +99,9 @@ def check_vae_keys(state_dict: Mapping[str, Tensor]) -> None:
     """Refuse the weights of any other VAE, by name where it is known."""
     advice = "Choose vae/checkpoint.ckpt of LanguageBind/Open-Sora-Plan-v1.2.0, or what 'evdit convert vae' made of it."
     if "encoder.conv_in.conv.weight" in state_dict:
-        raise ValueError(f"This VAE's first convolution is causal and 3D, as in Open-Sora-Plan v1.0 and v1.1; v1.2 has a 2D one. {advice}")
+        raise ValueError(
+            f"This VAE's first convolution is causal and 3D, as in Open-Sora-Plan v1.0 and v1.1; v1.2 has a 2D one. {advice}"
+        )
     for name in ("encoder.conv_in.weight", "decoder.conv_in.conv.weight", "post_quant_conv.conv.weight"):
         if name not in state_dict:
             raise ValueError(f"This file has no {name}, so it is not the Open-Sora-Plan v1.2 VAE. {advice}")

@@ -105,7 +105,8 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Text states (B, L, C) and their mask (B, L), L the longest prompt's tokens. Padding is to be masked, not read."""
+        """Text states (B, L, C) and their mask (B, L), L the longest prompt's tokens. Padding is to be masked, not
+        read."""
         if not prompts:
             raise ValueError("There are no prompts to encode, expected at least one (it may be empty).")
         device = next(self.model.parameters()).device
@@ -136,7 +137,9 @@ def _config_values(metadata: dict[str, str], beside: Path) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"The configuration of the text encoder is not valid JSON: {error}. Download it again.") from error
+        raise ValueError(
+            f"The configuration of the text encoder is not valid JSON: {error}. Download it again."
+        ) from error
     # A folder that collects many models' files may hold a config.json of something else.
     return values if isinstance(values, dict) and values.get("model_type") in ("mt5", "t5") else {}
 

@@ -1,7 +1,7 @@
 """The Open-Sora-Plan v1.2 transformer (OpenSoraT2V, ROPE-L/122): full 3D attention over all video tokens.
 
-Shapes: latents (B, C, T, H, W); tokens (B, N, D) with N = T * H/2 * W/2, frame by frame, row by row; text (B, L, C_text).
-Parameter names are those of the reference checkpoint (687 tensors at full size). The same module runs inside
+Shapes: latents (B, C, T, H, W); tokens (B, N, D) with N = T * H/2 * W/2, frame by frame, row by row; text (B, L,
+C_text). Parameter names are those of the reference checkpoint (687 tensors at full size). The same module runs inside
 ComfyUI: ``operations`` supplies its weight-casting layers and ``attention`` its chosen backend.
 """
 
@@ -35,7 +35,9 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = ops.Linear(dim, dim, **factory)
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        frequencies = torch.exp(-math.log(10000.0) * torch.arange(128, device=timestep.device, dtype=torch.float32) / 128)
+        frequencies = torch.exp(
+            -math.log(10000.0) * torch.arange(128, device=timestep.device, dtype=torch.float32) / 128
+        )
         angles = timestep.float()[:, None] * frequencies
         wave = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
         return self.linear_2(F.silu(self.linear_1(wave)))
@@ -78,8 +80,15 @@ class AttentionLayer(nn.Module):
         self.to_q, self.to_k, self.to_v = (ops.Linear(dim, dim, **factory) for _ in range(3))
         self.to_out = nn.ModuleList([ops.Linear(dim, dim, **factory)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, rope: Table | None = None, mask: Tensor | None = None,
-                transformer_options: dict[str, Any]) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        rope: Table | None = None,
+        mask: Tensor | None = None,
+        transformer_options: dict[str, Any],
+    ) -> Tensor:
         source = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
         if rope is not None:
@@ -113,11 +122,20 @@ class Block(nn.Module):
         self.attn2 = AttentionLayer(config, attention, ops=ops, **factory)
         self.ff = FeedForward(dim, ops=ops, **factory)
 
-    def forward(self, x: Tensor, context: Tensor, modulation: Tensor, rope: Table, mask: Tensor | None,
-                transformer_options: dict[str, Any]) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        modulation: Tensor,
+        rope: Table,
+        mask: Tensor | None,
+        transformer_options: dict[str, Any],
+    ) -> Tensor:
         table = self.scale_shift_table.to(x)[None] + modulation.unflatten(-1, (6, -1))
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unsqueeze(2).unbind(1)
-        x = x + gate1 * self.attn1(_modulated(x, shift1, scale1, self.eps), rope=rope, transformer_options=transformer_options)
+        x = x + gate1 * self.attn1(
+            _modulated(x, shift1, scale1, self.eps), rope=rope, transformer_options=transformer_options
+        )
         x = x + self.attn2(x, context, mask=mask, transformer_options=transformer_options)
         return x + gate2 * self.ff(_modulated(x, shift2, scale2, self.eps))
 
@@ -140,8 +158,15 @@ class OpenSoraT2V(nn.Module):
 
     _no_split_modules = ("Block",)  # Hugging Face's name for what is sharded as one
 
-    def __init__(self, config: DiTConfig, *, dtype: torch.dtype | None = None, device: Any = None, operations: Any = nn,
-                 attention: Attention = sdpa_attention) -> None:
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        operations: Any = nn,
+        attention: Attention = sdpa_attention,
+    ) -> None:
         super().__init__()
         build = {"ops": operations, "dtype": dtype, "device": device}
         dim = config.hidden_size
@@ -157,8 +182,14 @@ class OpenSoraT2V(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim, dtype=dtype, device=device) / dim**0.5)
         self.proj_out = operations.Linear(dim, config.patch_size**2 * config.out_channels, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, attention_mask: Tensor | None = None,
-                transformer_options: dict[str, Any] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        attention_mask: Tensor | None = None,
+        transformer_options: dict[str, Any] | None = None,
+    ) -> Tensor:
         """Predict for latents x (B, C, T, H, W) at ``timestep`` (B,) in 0..999, fractions allowed.
 
         ``context`` (B, L, C_text) with ``attention_mask`` (B, L), 1 = word, 0 = padding. H and W may be odd: they
@@ -179,7 +210,14 @@ class OpenSoraT2V(nn.Module):
         hooks = options.get("patches_replace", {}).get("dit", {})
         for index, block in enumerate(self.transformer_blocks):
             options["block_index"] = index
-            args = {"img": tokens, "txt": context, "vec": modulation, "pe": rope, "attention_mask": mask, "transformer_options": options}
+            args = {
+                "img": tokens,
+                "txt": context,
+                "vec": modulation,
+                "pe": rope,
+                "attention_mask": mask,
+                "transformer_options": options,
+            }
             hook = hooks.get(("double_block", index))
             if hook is not None:
                 tokens = hook(args, {"original_block": partial(_run_block, block)})["img"]

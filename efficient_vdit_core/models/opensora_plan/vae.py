@@ -21,8 +21,17 @@ from .config import VAEConfig
 class CausalConv3d(nn.Module):
     """Conv3d that sees the present and the past only: the first frame is repeated kt - 1 times in front."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int, int], *, stride: int = 1,
-                 pad_space: bool = True, ops: Any, **factory: Any) -> None:
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int | tuple[int, int, int],
+        *,
+        stride: int = 1,
+        pad_space: bool = True,
+        ops: Any,
+        **factory: Any,
+    ) -> None:
         super().__init__()
         kt, kh, kw = (kernel,) * 3 if isinstance(kernel, int) else kernel
         self.time_pad = kt - 1
@@ -62,7 +71,9 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, config: VAEConfig, *, ops: Any, **factory: Any) -> None:
         super().__init__()
         self.norm = _group_norm(channels, config, ops, factory)
-        self.q, self.k, self.v, self.proj_out = (CausalConv3d(channels, channels, 1, ops=ops, **factory) for _ in range(4))
+        self.q, self.k, self.v, self.proj_out = (
+            CausalConv3d(channels, channels, 1, ops=ops, **factory) for _ in range(4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm(x)
@@ -150,7 +161,8 @@ class Encoder(nn.Module):
             dims = 2 if level < 2 else 3
             stage = nn.Module()
             stage.block = nn.ModuleList(
-                ResnetBlock(c_in if i == 0 else c_out, c_out, dims, config, **build) for i in range(config.num_res_blocks)
+                ResnetBlock(c_in if i == 0 else c_out, c_out, dims, config, **build)
+                for i in range(config.num_res_blocks)
             )
             if level < 3:
                 stage.downsample = (Downsample if level == 0 else SpaceTimeDownsample)(c_out, **build)
@@ -185,7 +197,8 @@ class Decoder(nn.Module):
             c_out = channels[level]
             stage = nn.Module()
             stage.block = nn.ModuleList(
-                ResnetBlock(c_in if i == 0 else c_out, c_out, 3, config, **build) for i in range(config.num_res_blocks + 1)
+                ResnetBlock(c_in if i == 0 else c_out, c_out, 3, config, **build)
+                for i in range(config.num_res_blocks + 1)
             )
             if level > 0:
                 stage.upsample = (SpaceUpsample if level == 1 else SpaceTimeUpsample)(c_out, **build)
@@ -208,7 +221,9 @@ class Decoder(nn.Module):
 class CausalVAE(nn.Module):
     """Encoder, decoder and the two 1x1x1 convolutions around the latent. The 0.18215 scale is the caller's."""
 
-    def __init__(self, config: VAEConfig, *, dtype: torch.dtype | None = None, device: Any = None, operations: Any = nn) -> None:
+    def __init__(
+        self, config: VAEConfig, *, dtype: torch.dtype | None = None, device: Any = None, operations: Any = nn
+    ) -> None:
         super().__init__()
         build = {"ops": operations, "dtype": dtype, "device": device}
         self.config = config

@@ -30,7 +30,9 @@ def pixel_chunks(frames: int, size: int = LATENT_FRAMES) -> list[tuple[int, int]
     return _chunks(frames, TIME_FACTOR * (size - 1))
 
 
-def tiled_decode(vae: CausalVAE, z: Tensor, *, latent_size: int = LATENT_SIZE, latent_frames: int = LATENT_FRAMES) -> Tensor:
+def tiled_decode(
+    vae: CausalVAE, z: Tensor, *, latent_size: int = LATENT_SIZE, latent_frames: int = LATENT_FRAMES
+) -> Tensor:
     """Unscaled latents (B, z, t, h, w) to pixels (B, 3, 4 (t - 1) + 1, 8 h, 8 w)."""
     parts = []
     for start, stop in latent_chunks(z.shape[2], latent_frames):
@@ -39,7 +41,9 @@ def tiled_decode(vae: CausalVAE, z: Tensor, *, latent_size: int = LATENT_SIZE, l
     return torch.cat(parts, dim=2)
 
 
-def tiled_encode(vae: CausalVAE, x: Tensor, *, latent_size: int = LATENT_SIZE, latent_frames: int = LATENT_FRAMES) -> Tensor:
+def tiled_encode(
+    vae: CausalVAE, x: Tensor, *, latent_size: int = LATENT_SIZE, latent_frames: int = LATENT_FRAMES
+) -> Tensor:
     """Pixels (B, 3, 4 n + 1, H, W) in [-1, 1] to mean latents (B, z, n + 1, H / 8, W / 8), unscaled."""
     parts = []
     for start, stop in pixel_chunks(x.shape[2], latent_frames):

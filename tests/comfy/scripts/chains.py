@@ -84,7 +84,9 @@ dense, alone, facts = run(model), run(sparse(model)), {}
 facts["effect"] = distance(alone, dense)
 facts["alone"] = distance(alone, run(judged(model, first_frame)))
 for place, frames in (("first", [0, 1]), ("last", [7, 8]), ("strided", [0, 5])):
-    facts[f"placement {place}"] = distance(run(sparse(model, 2, placement=place)), run(judged(model, lambda *_, frames=frames: frames)))
+    facts[f"placement {place}"] = distance(
+        run(sparse(model, 2, placement=place)), run(judged(model, lambda *_, frames=frames: frames))
+    )
 rotating = run(sparse(model, placement="rotating"), steps=3)
 facts["placement rotating"] = distance(rotating, run(judged(model, moving), steps=3))
 facts["rotating differs"] = distance(rotating, run(sparse(model), steps=3))
@@ -117,7 +119,11 @@ facts["windows behind"] = distance(run(ContextWindowsManualNode.execute(sparse(m
 for name, node in (("EasyCache", EasyCacheNode), ("LazyCache", LazyCacheNode)):
     for order in ("before", "behind"):
         choices = {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
-        chained = sparse(node.execute(model, **choices).args[0]) if order == "before" else node.execute(sparse(model), **choices).args[0]
+        chained = (
+            sparse(node.execute(model, **choices).args[0])
+            if order == "before"
+            else node.execute(sparse(model), **choices).args[0]
+        )
         run(chained, steps=8, cfg=1.0)
         facts[f"{name} {order}"] = list(lines)
 
@@ -135,7 +141,8 @@ one = run(sparse(with_lora(model)))
 facts["lora"] = {"either side": distance(run(with_lora(sparse(model))), one), "acts": distance(one, alone)}
 
 
-# Another node's attention override, as SageAttention nodes install theirs: under ours it computes, over ours it takes the place.
+# Another node's attention override, as SageAttention nodes install theirs: under ours it computes, over ours it takes
+# the place.
 def other(func, q, k, v, heads, *args, **kwargs):
     seen.append(q.shape)
     return func(q, k, v, heads, *args, **kwargs)
@@ -152,7 +159,9 @@ facts["the second node counts"] = distance(run(sparse(sparse(model, 3))), alone)
 between = sparse(model)
 first = between.model_options["transformer_options"][OVERRIDE]
 between.model_options["transformer_options"][OVERRIDE] = lambda func, *args, **kwargs: first(func, *args, **kwargs)
-facts["the second node counts behind another"] = distance(run(sparse(between, 9)), dense)  # 9 of 9 frames: full attention
+facts["the second node counts behind another"] = distance(
+    run(sparse(between, 9)), dense
+)  # 9 of 9 frames: full attention
 
 # Two experts share a run, as in Wan 2.2 14B: the second goes on where the first stopped.
 low = build(CASES["wan"])
@@ -192,7 +201,10 @@ clones = [sparse(model, k) for k in (1, 3)] * 2
 
 def evaluate(patcher):
     options = comfy.model_patcher.create_model_options_clone(patcher.model_options)["transformer_options"]
-    options = {**options, "wrappers": {kind: {key: list(f) for key, f in keyed.items()} for kind, keyed in patcher.wrappers.items()}}
+    options = {
+        **options,
+        "wrappers": {kind: {key: list(f) for key, f in keyed.items()} for kind, keyed in patcher.wrappers.items()},
+    }
     options.update(callbacks={}, sigmas=torch.tensor([0.7]))
     with torch.inference_mode():
         return base.apply_model(x, torch.tensor([0.7]), c_crossattn=text, transformer_options=options)
@@ -217,7 +229,15 @@ facts["threads differ"] = distance(serial[0], serial[1])
 
 # A plan for a longer clip.
 long = plans.TilePlan.uniform(4, frames=36)  # every ninth frame
-(scaled,) = call(pack["EVDiTSparseAttention"], model=model, plan=long, start_percent=0.0, end_percent=1.0, dense_blocks="", min_tokens=0)
+(scaled,) = call(
+    pack["EVDiTSparseAttention"],
+    model=model,
+    plan=long,
+    start_percent=0.0,
+    end_percent=1.0,
+    dense_blocks="",
+    min_tokens=0,
+)
 facts["scaled"] = {"same": distance(run(scaled), alone), "lines": list(lines)}
 facts["bypassed"] = distance(run(model), dense)
 

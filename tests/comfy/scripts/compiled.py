@@ -1,4 +1,5 @@
-"""torch.compile around a tiny Wan, before and behind the sparse node, by ComfyUI's own node and for each block. Prints JSON.
+"""torch.compile around a tiny Wan, before and behind the sparse node, by ComfyUI's own node and for each block. Prints
+JSON.
 
 The backend "eager" traces and guards as any other, and needs no C compiler; $EVDIT_COMPILER names another.
 """
@@ -47,7 +48,9 @@ def run(chosen, steps=2):
     guider.set_cfg(2.0)
     sigmas = comfy.samplers.calculate_sigmas(chosen.get_model_object("model_sampling"), "simple", steps)
     with torch.inference_mode():
-        return guider.sample(x, torch.zeros_like(x), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
+        return guider.sample(
+            x, torch.zeros_like(x), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0
+        )
 
 
 def distance(a, b):
@@ -89,5 +92,7 @@ def searched(chosen, error: str) -> list:
     return plan.provenance["errors"]["1"]
 
 
-facts["searched"] = {error: [searched(chosen, error) for chosen in (model, by_node(model))] for error in ("attention", "block")}
+facts["searched"] = {
+    error: [searched(chosen, error) for chosen in (model, by_node(model))] for error in ("attention", "block")
+}
 print(json.dumps(facts))

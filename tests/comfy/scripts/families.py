@@ -1,4 +1,5 @@
-"""Every native video family, sampled for two steps with the sparse node, against dense and a masked oracle. Prints JSON.
+"""Every native video family, sampled for two steps with the sparse node, against dense and a masked oracle. Prints
+JSON.
 
 Names of cases in $EVDIT_CASES, with commas between, run only these.
 """
@@ -37,7 +38,8 @@ def patched(model, k: int):
 
 
 def run(model, case: Case, changed: int | None = None):
-    """Two steps with guidance through ComfyUI's own guider, flat; ``changed`` is a latent frame that gets other noise."""
+    """Two steps with guidance through ComfyUI's own guider, flat; ``changed`` is a latent frame that gets other
+    noise."""
     x, cond, noise_mask = inputs(case)
     if changed is not None:
         (x.unbind()[0] if x.is_nested else x)[:, :, changed] += 1.0
@@ -88,7 +90,9 @@ def masked_oracle(case: Case, calls: list):
         if q.shape != k.shape or tokens != len(live):
             return func(q, k, v, heads, mask=mask, **form, **kwargs)
         calls.append(tokens)
-        q, k, v = (x.double() if skip_reshape else x.unflatten(-1, (heads, -1)).transpose(1, 2).double() for x in (q, k, v))
+        q, k, v = (
+            x.double() if skip_reshape else x.unflatten(-1, (heads, -1)).transpose(1, 2).double() for x in (q, k, v)
+        )
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         out = (scores.masked_fill(~live, float("-inf")).softmax(-1) @ v).float()
         return out if skip_output_reshape else out.transpose(1, 2).flatten(-2)
@@ -97,7 +101,8 @@ def masked_oracle(case: Case, calls: list):
 
 
 def where_frames_stand(model, case: Case) -> list[list[int]]:
-    """For each latent frame the tokens whose queries change with it, in the first attention call over the whole sequence."""
+    """For each latent frame the tokens whose queries change with it, in the first attention call over the whole
+    sequence."""
     prefix, frames, size, suffix = case.layout
     seen: list[torch.Tensor] = []
 

@@ -9,7 +9,9 @@ import comfy.samplers  # isort: skip
 
 pack = load_pack()
 (model,) = call(pack["EVDiTModelLoader"], model_name="tiny (built in)", weight_dtype="default")
-modules = {name.rsplit("efficient_vdit_core.", 1)[-1]: m for name, m in sys.modules.items() if "efficient_vdit_core." in name}
+modules = {
+    name.rsplit("efficient_vdit_core.", 1)[-1]: m for name, m in sys.modules.items() if "efficient_vdit_core." in name
+}
 (bridge,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.sampling"))
 
 

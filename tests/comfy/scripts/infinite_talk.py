@@ -35,7 +35,12 @@ class Encoder:
 
 def audio_patch():
     module = MultiTalkModelPatch(
-        intermediate_dim=16, in_dim=DIM, context_tokens=4, num_layers=3, dtype=torch.float32, operations=comfy.ops.disable_weight_init
+        intermediate_dim=16,
+        in_dim=DIM,
+        context_tokens=4,
+        num_layers=3,
+        dtype=torch.float32,
+        operations=comfy.ops.disable_weight_init,
     )
     torch.manual_seed(0)
     for parameter in module.parameters():
@@ -43,7 +48,10 @@ def audio_patch():
     return comfy.model_patcher.ModelPatcher(module, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
 
 
-model, patch = build(replace(CASES["wan i2v"], settings={**WAN, "model_type": "i2v", "in_dim": 36, "dim": DIM})), audio_patch()
+model, patch = (
+    build(replace(CASES["wan i2v"], settings={**WAN, "model_type": "i2v", "in_dim": 36, "dim": DIM})),
+    audio_patch(),
+)
 text = [[noise(1, 7, 32), {}]]
 
 
@@ -71,7 +79,9 @@ def run(chosen, cond):
     sigmas = comfy.samplers.calculate_sigmas(chosen.get_model_object("model_sampling"), "simple", 2)
     x = noise(1, 16, FRAMES, 4, 6)
     with torch.inference_mode():
-        return guider.sample(x, torch.zeros_like(x), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
+        return guider.sample(
+            x, torch.zeros_like(x), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0
+        )
 
 
 def sparse(source):

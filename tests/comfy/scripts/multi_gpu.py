@@ -40,7 +40,9 @@ def run(source):
     guider.set_cfg(3.0)
     sigmas = comfy.samplers.calculate_sigmas(source.get_model_object("model_sampling"), "simple", 3)
     with torch.inference_mode():
-        return guider.sample(latent, torch.zeros_like(latent), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
+        return guider.sample(
+            latent, torch.zeros_like(latent), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0
+        )
 
 
 def watched(source):

@@ -30,7 +30,9 @@ def wan(file):
 
 def load_core():
     folder = Path(PACK) / "efficient_vdit_core"
-    spec = importlib.util.spec_from_file_location("efficient_vdit_core", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(
+        "efficient_vdit_core", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     assert spec and spec.loader
     sys.modules["efficient_vdit_core"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["efficient_vdit_core"])
@@ -65,12 +67,19 @@ def rank_main(rank, folder):
     wire = Wire()
     kind = load_host({"package": PACK, "module": "nodes.comfy_bridge.parallel_host", "name": "ComfyHost"})
     host = kind(Settings(rank, RANKS, "cpu", "gloo"), wire)
-    about = {"root": COMFYUI, "argv": ["--cpu"], "folders": {"diffusion_models": [[folder], [".safetensors"]]}, "input": folder}
+    about = {
+        "root": COMFYUI,
+        "argv": ["--cpu"],
+        "folders": {"diffusion_models": [[folder], [".safetensors"]]},
+        "input": folder,
+    }
     packs = dict.fromkeys(("EVDiTModelLoader", "EVDiTTilePlan", "EVDiTSparseAttention"), PACK)
     facts = {}
 
     def opened(key, graph, source):
-        said = host.open({"key": key, "keep": [key], "comfyui": about, "packs": packs, "prompt": graph, "source": source})
+        said = host.open(
+            {"key": key, "keep": [key], "comfyui": about, "packs": packs, "prompt": graph, "source": source}
+        )
         facts[f"plan of {key}"] = said["plan"]
         host.models["plain"] = host.kept[-1]
 
@@ -89,7 +98,10 @@ def rank_main(rank, folder):
 
     torch.manual_seed(1)
     with torch.inference_mode():
-        tiny = {"class_type": "EVDiTModelLoader", "inputs": {"model_name": "tiny (built in)", "weight_dtype": "default"}}
+        tiny = {
+            "class_type": "EVDiTModelLoader",
+            "inputs": {"model_name": "tiny (built in)", "weight_dtype": "default"},
+        }
         opened("osp", prompt(tiny), ["3", 0])
         compare("osp", torch.randn(2, 4, 5, 6, 8), torch.randn(2, 9, 64), [torch.tensor([3.0, 3.0])])
         if rank == 0:
@@ -101,13 +113,18 @@ def rank_main(rank, folder):
         compare("wan", x, torch.randn(1, 7, 4096), [torch.tensor([0.7])])
         if importlib.util.find_spec("comfy_extras.nodes_bernini"):
             host.models["wan with references"] = host.models["wan"]
-            compare("wan with references", x, torch.randn(1, 7, 4096), [torch.tensor([0.7])], torch.randn(1, 16, 1, 4, 6))
+            compare(
+                "wan with references", x, torch.randn(1, 7, 4096), [torch.tensor([0.7])], torch.randn(1, 16, 1, 4, 6)
+            )
         # A noise level for each latent frame, as Wan 2.2 5B has: the modulation differs by token.
         model = host.models["wan"].model
         model.process_timestep = lambda t, **_: t[:, None] * torch.linspace(0.5, 1.0, 5)
         host.models["wan by frame"] = host.models["wan"]
         compare("wan by frame", x, torch.randn(1, 7, 4096), [torch.tensor([0.7])])
-        wrong = {"missing": prompt({"class_type": "NoSuchNode", "inputs": {}}), "invalid": prompt(wan("gone.safetensors"))}
+        wrong = {
+            "missing": prompt({"class_type": "NoSuchNode", "inputs": {}}),
+            "invalid": prompt(wan("gone.safetensors")),
+        }
         for name, graph in wrong.items():
             try:
                 opened(name, graph, ["3", 0])

@@ -26,7 +26,13 @@ class HereInstead:
 
     def __init__(self, source, fault=None):
         self.source, self.fault, self.failures = source, fault, 0
-        test = {"flops_per_second": 1e12, "gigabytes_per_second": 1.0, "free_mib": None, "peer_access": None, "device": "cpu"}
+        test = {
+            "flops_per_second": 1e12,
+            "gigabytes_per_second": 1.0,
+            "free_mib": None,
+            "peer_access": None,
+            "device": "cpu",
+        }
         self.tests = [test, test]
 
     def ready(self, launch, poll):
@@ -43,19 +49,36 @@ class HereInstead:
 
 def shared(source, **choices):
     session = bridge.SESSION = choices.pop("session", None) or HereInstead(source)
-    more = {"scheme": "auto", "start_timeout": 1, "step_timeout": 1, "after_run": "keep", "prompt": None, "node_id": None}
+    more = {
+        "scheme": "auto",
+        "start_timeout": 1,
+        "step_timeout": 1,
+        "after_run": "keep",
+        "prompt": None,
+        "node_id": None,
+    }
     made, _ = bridge.parallelize(source, **{"devices": "cpu,cpu", "strict": True, **more, **choices})
     assert bridge.SESSION is session
     return made
 
 
 def skipping(source):
-    return call(SkipLayerGuidanceDiT, model=source, scale=3.0, start_percent=0.0, end_percent=1.0, double_layers="1", single_layers="")[0]
+    return call(
+        SkipLayerGuidanceDiT,
+        model=source,
+        scale=3.0,
+        start_percent=0.0,
+        end_percent=1.0,
+        double_layers="1",
+        single_layers="",
+    )[0]
 
 
 def with_lora(source):
     patched = source.clone()
-    patched.add_patches({"diffusion_model.transformer_blocks.0.attn1.to_q.weight": ("diff", (torch.randn(144, 144) * 0.3,))}, 1.0)
+    patched.add_patches(
+        {"diffusion_model.transformer_blocks.0.attn1.to_q.weight": ("diff", (torch.randn(144, 144) * 0.3,))}, 1.0
+    )
     return patched
 
 

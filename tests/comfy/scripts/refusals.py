@@ -59,7 +59,10 @@ unknown, lines = model.clone(), log_lines()
 unknown.add_object_patch("diffusion_model", torch.nn.Linear(1, 1))
 settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
 (left,) = call(pack["EVDiTSparseAttention"], model=unknown, plan=fits, **settings)
-facts["unknown model"] = {"lines": lines, "hooked": "optimized_attention_override" in left.model_options["transformer_options"]}
+facts["unknown model"] = {
+    "lines": lines,
+    "hooked": "optimized_attention_override" in left.model_options["transformer_options"],
+}
 # A disk that is full: the plan's name is free again.
 with tempfile.TemporaryDirectory() as folder:
     folder_paths.folder_names_and_paths["evdit_plans"] = ([folder], {".json"})

@@ -62,7 +62,9 @@ facts["chained calls"] = len(calls)
 
 
 # The stock sampler is handed the very stream of fresh noise that ours draws.
-(stream,) = (m.seeded_noise for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.sampling.consistency"))
+(stream,) = (
+    m.seeded_noise for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.sampling.consistency")
+)
 
 
 def lcm(chosen, x, levels, extra_args=None, callback=None, disable=None, **_):

@@ -1,4 +1,5 @@
-"""One tiny random-weight model for each native video family, built from ComfyUI's own classes, and what its layers attend over.
+"""One tiny random-weight model for each native video family, built from ComfyUI's own classes, and what its layers
+attend over.
 
 The numbers of tokens are written down here by hand, apart from the pack's own rules.
 """
@@ -35,12 +36,24 @@ LTX = {
     "image_model": "ltxv", "num_layers": 3, "num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS,
     "cross_attention_dim": WIDTH, "caption_channels": TEXT, "in_channels": 128,
 }  # fmt: skip
-LTX_AUDIO = {**LTX, "image_model": "ltxav", "audio_num_attention_heads": 2, "audio_attention_head_dim": 12, "audio_cross_attention_dim": 24}
+LTX_AUDIO = {
+    **LTX,
+    "image_model": "ltxav",
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 12,
+    "audio_cross_attention_dim": 24,
+}
 COGVIDEOX = {
     "image_model": "cogvideox", "num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 3, "text_embed_dim": TEXT,
     "time_embed_dim": 24, "in_channels": 16, "out_channels": 16,
 }  # fmt: skip
-COGVIDEOX_15 = {**COGVIDEOX, "in_channels": 32, "patch_size_t": 2, "ofs_embed_dim": 24, "use_rotary_positional_embeddings": True}
+COGVIDEOX_15 = {
+    **COGVIDEOX,
+    "in_channels": 32,
+    "patch_size_t": 2,
+    "ofs_embed_dim": 24,
+    "use_rotary_positional_embeddings": True,
+}
 MOCHI = {
     "image_model": "mochi_preview", "depth": 3, "patch_size": 2, "num_heads": HEADS, "hidden_size_x": WIDTH, "hidden_size_y": 24,
     "mlp_ratio_x": 256, "mlp_ratio_y": 256, "learn_sigma": False, "in_channels": 12, "qk_norm": True, "qkv_bias": False,
@@ -128,7 +141,8 @@ def mask(real: int, padded: int = 0) -> torch.Tensor:
 
 
 def guides(frames: int, h: int, w: int, dropped: int = 0):
-    """LTX guide frames as its nodes give them: their coordinates, and the mask in which negative tokens are left out."""
+    """LTX guide frames as its nodes give them: their coordinates, and the mask in which negative tokens are left
+    out."""
     from comfy.ldm.lightricks.model import latent_to_pixel_coords
     from comfy_extras.nodes_lt import LTXVAddGuide
 
@@ -142,7 +156,9 @@ def guides(frames: int, h: int, w: int, dropped: int = 0):
 
 def weights(*strengths: float, tokens: int = 12) -> list[dict]:
     """What LTXVAddGuide notes of each guide of one frame of ``tokens``."""
-    return [{"pre_filter_count": tokens, "strength": s, "pixel_mask": None, "latent_shape": [1, 3, 4]} for s in strengths]
+    return [
+        {"pre_filter_count": tokens, "strength": s, "pixel_mask": None, "latent_shape": [1, 3, 4]} for s in strengths
+    ]
 
 
 def _cases() -> dict[str, Case]:
@@ -216,27 +232,79 @@ def _cases() -> dict[str, Case]:
     ltx = {
         "ltx": Case("LTXV", LTX, (128, 5, 3, 5), (0, 5, 15, 0), conds=masked),
         "ltx with guides": Case("LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24), conds={**masked, "guides": (2, 0)}),
-        "ltx with dropped guides": Case("LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24 - dropped), conds={**masked, "guides": (2, 5)}),
-        "ltx with guides of full strength": Case("LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24 - dropped), conds={
-            **masked, "guides": (2, 5), "guide_attention_entries": weights(1.0, 1.0)}),
+        "ltx with dropped guides": Case(
+            "LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24 - dropped), conds={**masked, "guides": (2, 5)}
+        ),
+        "ltx with guides of full strength": Case(
+            "LTXV",
+            LTX,
+            (128, 7, 3, 4),
+            (0, 5, 12, 24 - dropped),
+            conds={**masked, "guides": (2, 5), "guide_attention_entries": weights(1.0, 1.0)},
+        ),
         "ltx with weaker guides": Case(
-            "LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24), requires="comfy.ldm.lightricks.model:GuideAttentionMask", left_dense=True,
-            conds={**masked, "guides": (2, 0), "guide_attention_entries": weights(1.0, 0.5)}),
-        "ltx audio": Case("LTXAV", LTX_AUDIO, (128, 5, 3, 5), (0, 5, 15, 0), text=(7, 2 * TEXT), audio=(8, 11, 16), conds=masked, batch=1),
-        "ltx audio with guides": Case("LTXAV", LTX_AUDIO, (128, 7, 3, 4), (0, 5, 12, 24 - dropped), text=(7, 2 * TEXT), audio=(8, 11, 16),
-                                      batch=1, conds={**masked, "guides": (2, 5)}),
-        "ltx audio with a voice": Case("LTXAV", LTX_AUDIO, (128, 5, 3, 5), (0, 5, 15, 0), text=(7, 2 * TEXT), audio=(8, 11, 16), batch=1,
-                                       conds={**masked, "ref_audio": {"tokens": noise(1, 4, 128)}}),
+            "LTXV",
+            LTX,
+            (128, 7, 3, 4),
+            (0, 5, 12, 24),
+            requires="comfy.ldm.lightricks.model:GuideAttentionMask",
+            left_dense=True,
+            conds={**masked, "guides": (2, 0), "guide_attention_entries": weights(1.0, 0.5)},
+        ),
+        "ltx audio": Case(
+            "LTXAV",
+            LTX_AUDIO,
+            (128, 5, 3, 5),
+            (0, 5, 15, 0),
+            text=(7, 2 * TEXT),
+            audio=(8, 11, 16),
+            conds=masked,
+            batch=1,
+        ),
+        "ltx audio with guides": Case(
+            "LTXAV",
+            LTX_AUDIO,
+            (128, 7, 3, 4),
+            (0, 5, 12, 24 - dropped),
+            text=(7, 2 * TEXT),
+            audio=(8, 11, 16),
+            batch=1,
+            conds={**masked, "guides": (2, 5)},
+        ),
+        "ltx audio with a voice": Case(
+            "LTXAV",
+            LTX_AUDIO,
+            (128, 5, 3, 5),
+            (0, 5, 15, 0),
+            text=(7, 2 * TEXT),
+            audio=(8, 11, 16),
+            batch=1,
+            conds={**masked, "ref_audio": {"tokens": noise(1, 4, 128)}},
+        ),
     }
     others = {
         "cogvideox": Case("CogVideoX_T2V", COGVIDEOX, odd, (7, 5, 12, 0)),
-        "cogvideox i2v": Case("CogVideoX_I2V", {**COGVIDEOX, "in_channels": 32, "use_rotary_positional_embeddings": True,
-                                                "use_learned_positional_embeddings": True}, even, (6, 5, 6, 0), text=(6, TEXT),
-                              conds={"concat_latent_image": noise(1, 16, 1, 4, 6)}),
+        "cogvideox i2v": Case(
+            "CogVideoX_I2V",
+            {
+                **COGVIDEOX,
+                "in_channels": 32,
+                "use_rotary_positional_embeddings": True,
+                "use_learned_positional_embeddings": True,
+            },
+            even,
+            (6, 5, 6, 0),
+            text=(6, TEXT),
+            conds={"concat_latent_image": noise(1, 16, 1, 4, 6)},
+        ),
         "cogvideox 1.5": Case("CogVideoX_I2V", COGVIDEOX_15, (16, 9, 4, 6), (7, 5, 6, 0), patch_t=2),
-        "mochi": Case("GenmoMochi", MOCHI, (12, 5, 4, 6), (0, 5, 6, 5), text=(9, TEXT), conds={"attention_mask": mask(5, 4)}),
+        "mochi": Case(
+            "GenmoMochi", MOCHI, (12, 5, 4, 6), (0, 5, 6, 5), text=(9, TEXT), conds={"attention_mask": mask(5, 4)}
+        ),
         "cosmos": Case("CosmosT2V", COSMOS_1, even, (0, 5, 6, 0), conds=masked),
-        "cosmos predict2": Case("CosmosI2VPredict2", {**COSMOS, "image_model": "cosmos_predict2", "in_channels": 17}, even, (0, 5, 6, 0)),
+        "cosmos predict2": Case(
+            "CosmosI2VPredict2", {**COSMOS, "image_model": "cosmos_predict2", "in_channels": 17}, even, (0, 5, 6, 0)
+        ),
         "kandinsky 5": Case("Kandinsky5", KANDINSKY, even, (0, 5, 6, 0), conds=pooled),
     }
     return {**wan, **hunyuan, **ltx, **others}
@@ -272,5 +340,8 @@ def inputs(case: Case) -> tuple[Any, list, Any]:
         from comfy.nested_tensor import NestedTensor  # only in versions with such a model
 
         sound = noise(case.batch, *case.audio)
-        x, noise_mask = NestedTensor([x, sound]), None if noise_mask is None else NestedTensor([noise_mask, torch.ones_like(sound)])
+        x, noise_mask = (
+            NestedTensor([x, sound]),
+            None if noise_mask is None else NestedTensor([noise_mask, torch.ones_like(sound)]),
+        )
     return x, [[noise(1, *case.text), extra]], noise_mask

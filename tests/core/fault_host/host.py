@@ -30,7 +30,9 @@ class Host:
             sends = [[x] if r in others else [] for r in range(self.wire.size)]
             forms = [[(tuple(x.shape), x.dtype)] if r in others else [] for r in range(self.wire.size)]
             got = self.wire.start("test", sends, forms, x.device).wait()
-        return {"rank": self.wire.rank, "pid": os.getpid(), "built": self.built}, {"sum": x + sum(got[r][0] for r in others)}
+        return {"rank": self.wire.rank, "pid": os.getpid(), "built": self.built}, {
+            "sum": x + sum(got[r][0] for r in others)
+        }
 
     def trouble(self, message):
         kind = message["trouble"]
