@@ -30,6 +30,20 @@ def _vace_order(model: Any, conds: Conds) -> tuple[int, ...]:
     )
 
 
+def _nothing(model: Any) -> str:
+    return ""
+
+
+def _h3_caution(model: Any) -> str:
+    """Checkpoints that were trained under another sparse pattern bring its gate, which dense attention leaves out."""
+    if getattr(model.blocks[0].attn, "to_gate_compress", None) is None:
+        return ""
+    return (
+        "this checkpoint was trained for another sparse attention (VSA, FastH3), whose gate a tile plan does not use. Run it "
+        "under ComfyUI's Model Sparse Attention (method vsa), or take a checkpoint without it."
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """How one class of diffusion models keeps its layers and orders its tokens.
@@ -41,6 +55,7 @@ class Family:
         blocks: where the model keeps its layers, by ComfyUI's ``block_type``, in the order in which they run.
         order: the layer of each self-attention call, for versions of ComfyUI that give no ``block_index``.
         hook_since: the first ComfyUI version in which the class passes the attention override on; "" = all supported.
+        caution: what the user should know before a plan goes over this model, "" where there is nothing.
     """
 
     name: str
@@ -49,6 +64,7 @@ class Family:
     blocks: Mapping[str, str] = field(default_factory=lambda: SINGLE)
     order: OrderRule = _one_a_layer
     hook_since: str = ""
+    caution: Callable[[Any], str] = _nothing
 
     def depth(self, diffusion_model: nn.Module) -> int:
         """The number of layers."""
@@ -128,6 +144,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "LTXAVModel": Family("ltx_av", layouts.ltx_audio_video, "num_attention_heads", {"double": "transformer_blocks"}),
     "CogVideoXTransformer3DModel": Family("cogvideox", layouts.cogvideox, "num_attention_heads"),
+    # Its blocks are single streams; ComfyUI names their patches "double_block" all the same.
+    "MiniMaxH3Model": Family("minimax_h3", layouts.minimax_h3, "blocks.0.attn.heads", caution=_h3_caution),
     "AsymmDiTJoint": Family("mochi", layouts.mochi),
     "GeneralDIT": Family("cosmos", layouts.cosmos),
     "MiniTrainDIT": Family("cosmos_predict2", layouts.cosmos),

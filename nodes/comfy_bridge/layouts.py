@@ -182,3 +182,31 @@ def cosmos(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -
 def kandinsky5(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
     """The video alone; the text blocks before it attend over the text."""
     return Tokens(TokenLayout(patch_grid(size, model.patch_size)), (_length(text),))
+
+
+# What MiniMax-H3 packs before the target video; newer kinds may stand elsewhere or mean something else.
+_H3_BEFORE = {"text", "cond", "cond_audio", "ref_img", "ref_audio", "audio"}
+
+
+def minimax_h3(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """[text with vision tokens | keyframes and guides or references, with their sound | audio | video].
+
+    The model packs them by a table of segments (start, stop, kind), which ComfyUI makes once a run and hands to each
+    forward. The text's refiner attends over the text alone.
+    """
+    grid = patch_grid(size, model.patch_size)
+    packed = (conds.get("minimax_payload") or {}).get("layout")
+    segments = list(getattr(packed, "segments", ()))
+    if not segments:
+        raise UnknownLayout("the table of its packed sequence is missing")
+    start, stop, last = segments[-1]
+    if last != "video":
+        raise UnknownLayout(f"its packed sequence ends in {last}, not in the video")
+    unknown = sorted({kind for _, _, kind in segments[:-1]} - _H3_BEFORE)
+    if unknown:
+        raise UnknownLayout(f"its packed sequence has parts of an unknown kind ({', '.join(unknown)})")
+    if stop - start != grid.tokens:
+        raise UnknownLayout(
+            f"its packed video has {stop - start} tokens, and {grid.t} frames of {grid.tokens_per_frame} are {grid.tokens}"
+        )
+    return Tokens(TokenLayout(grid, start), (_length(text),))

@@ -72,6 +72,12 @@ KANDINSKY = {
     "image_model": "kandinsky5", "model_dim": WIDTH, "ff_dim": 96, "time_dim": 32, "in_text_dim": TEXT, "in_text_dim2": 24,
     "visual_embed_dim": 132, "num_text_blocks": 2, "num_visual_blocks": 3, "axes_dims": (8, 8, 8), "patch_size": (1, 2, 2),
 }  # fmt: skip
+# inner 64 is wider than hidden, as in the real model; its rotary turns 24 of 32 channels.
+MINIMAX_H3 = {
+    "image_model": "minimax_h3", "hidden_size": WIDTH, "num_layers": 3, "token_refiner_num_layers": 2, "num_attention_heads": HEADS,
+    "attention_head_dim": 32, "ffn_hidden_size": 96, "latents_dim": 24, "audio_latents_dim": 32, "text_dim": TEXT,
+    "timestep_input_dim": 32, "time_embed_hidden_size": WIDTH, "time_embed_dim": 24, "rope_inv_freq_len": 4,
+}  # fmt: skip
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -282,6 +288,36 @@ def _cases() -> dict[str, Case]:
             conds={**masked, "ref_audio": {"tokens": noise(1, 4, 128)}},
         ),
     }
+    odd, even = (24, 7, 5, 7), (24, 7, 4, 6)  # 3 x 4 and 2 x 3 tokens a frame
+    sound = (32, 2, 9)  # 18 tokens
+
+    def h3(latent: tuple[int, ...], before: int, **more: Any) -> Case:
+        """MiniMax-H3 with ``before`` tokens beside text and target sound in front of the video."""
+        text = more.setdefault("text", (7, TEXT))[0]
+        size = -(-latent[2] // 2) * -(-latent[3] // 2)
+        settings = {"audio": sound, "batch": 1, **more}
+        return Case("MiniMaxH3", MINIMAX_H3, latent, (text + before + 18, latent[1], size, 0), **settings)
+
+    first_and_last = [{"resolved_frame_index": at, "latent": noise(1, 24, 1, 6, 8)} for at in (0, 20)]
+    guide = [{"resolved_frame_index": 5, "latent": noise(1, 24, 2, 6, 8), "audio_latent": noise(1, 32, 2, 4)}]
+    references = [
+        {"kind": "image", "latent_h": 4, "latent_w": 6, "latent": noise(1, 24, 1, 4, 6)},
+        {"kind": "audio", "ref_audio_t": 3, "audio_latent": noise(1, 32, 2, 3)},
+        {"kind": "video_audio", "latent_t": 2, "latent_h": 4, "latent_w": 4, "ref_audio_t": 2, "latent": noise(1, 24, 2, 4, 4),
+         "audio_latent": noise(1, 32, 2, 2)},
+    ]  # fmt: skip
+    vision_tags = torch.tensor([1, 1, 0, 0, 0, 1, 1])
+    minimax = {
+        "h3": h3(odd, 0, single=True),
+        "h3 of even size": h3(even, 0, single=True),
+        "h3 with a text as long as a frame": h3(odd, 0, single=True, text=(12, TEXT)),
+        "h3 with guidance": h3(odd, 0),
+        "h3 with first and last frame": h3(odd, 24, single=True, conds={"minimax_keyframes": first_and_last}),
+        "h3 with a guide and its sound": h3(odd, 24 + 8, single=True, conds={"minimax_keyframes": guide}),
+        "h3 with references": h3(even, 6 + 6 + 4 + 8, single=True, conds={"minimax_refs": references}),
+        "h3 with vision tokens": h3(even, 0, single=True, conds={"minimax_token_tags": vision_tags}),
+    }
+    odd, even = (16, 5, 5, 7), (16, 5, 4, 6)
     others = {
         "cogvideox": Case("CogVideoX_T2V", COGVIDEOX, odd, (7, 5, 12, 0)),
         "cogvideox i2v": Case(
@@ -307,7 +343,7 @@ def _cases() -> dict[str, Case]:
         ),
         "kandinsky 5": Case("Kandinsky5", KANDINSKY, even, (0, 5, 6, 0), conds=pooled),
     }
-    return {**wan, **hunyuan, **ltx, **others}
+    return {**wan, **hunyuan, **ltx, **minimax, **others}
 
 
 CASES = _cases()
@@ -327,6 +363,9 @@ def build(case: Case) -> comfy.model_patcher.ModelPatcher:
             torch.nn.init.normal_(parameter, std=max(parameter[0].numel(), 1) ** -0.5)
         else:
             torch.nn.init.normal_(parameter, mean=float(name.endswith(("weight", "scale"))), std=0.1)
+    for name, buffer in base.diffusion_model.named_buffers():
+        if name.endswith("inv_freq"):  # comes with a checkpoint
+            buffer.copy_(10000.0 ** -(torch.arange(len(buffer)) / len(buffer)))
     return comfy.model_patcher.ModelPatcher(base, load_device=mm.get_torch_device(), offload_device=torch.device("cpu"))
 
 
