@@ -11,6 +11,7 @@ from ..efficient_vdit_core.plan import TilePlan
 from ..efficient_vdit_core.tiles import PLACEMENTS
 from .comfy_bridge.announce import announce_to_page
 from .comfy_bridge.patch import patch_attention
+from .comfy_bridge.window import Window
 from .inputs import CATEGORY, Plan
 
 
@@ -113,7 +114,31 @@ class EVDiTSparseAttention(io.ComfyNode):
                         "What computes the sparse attention; the result is the same to rounding. auto = the fastest of a short "
                         "trial, measured once for each kind of shape and kept. frames = ComfyUI's own attention backend, on any "
                         "device. triton = one fused kernel, on NVIDIA GPUs from Ampere on. flex = PyTorch's FlexAttention, compiled. One "
+                        "device. triton = one fused kernel, on NVIDIA GPUs from Ampere on. flex = PyTorch's FlexAttention, compiled. One "
                         "that cannot run here is refused."
+                    ),
+                ),
+                io.Int.Input(
+                    "dense_first_steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip=(
+                        "How many of the sampler's first steps stay dense, by number: the same under every shift and scheduler. "
+                        "1 of 4 or 8 steps keeps what sets layout and motion. Counted within one sampler node; start_percent "
+                        "holds as well."
+                    ),
+                ),
+                io.Int.Input(
+                    "dense_last_steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip=(
+                        "How many of the sampler's last steps stay dense, by number. 1 gives back detail where a few-step LoRA was "
+                        "not trained for sparse attention. Counted within one sampler node; end_percent holds as well."
                     ),
                 ),
             ],
@@ -139,12 +164,14 @@ class EVDiTSparseAttention(io.ComfyNode):
         placement: str = PLACEMENTS[0],
         decline_slow: bool = True,
         backend: str = "auto",
+        dense_first_steps: int = 0,
+        dense_last_steps: int = 0,
     ) -> io.NodeOutput:
         return io.NodeOutput(
             patch_attention(
                 model,
                 plan.with_dense(dense_blocks),
-                window=(start_percent, end_percent),
+                window=Window(start_percent, end_percent, dense_first_steps, dense_last_steps),
                 min_tokens=min_tokens,
                 placement=placement,
                 decline_slow=decline_slow,

@@ -39,6 +39,28 @@ _REPEATS = 3
 
 
 @dataclass(frozen=True)
+class CallShape:
+    """What attention calls look like: (batch, heads, N, head_dim) of a dtype on a device; the layout gives N."""
+
+    batch: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, q: Tensor) -> CallShape:
+        """The shape of calls with queries like q (B, H, N, D)."""
+        return cls(q.shape[0], q.shape[1], q.shape[3], q.dtype, q.device)
+
+    def tensors(self, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Random q, k, v (batch, heads, tokens, head_dim) of this kind."""
+        size = (self.batch, heads, tokens, self.head_dim)
+        q, k, v = (torch.randn(size, device=self.device, dtype=torch.float32).to(self.dtype) for _ in range(3))
+        return q, k, v
+
+
+@dataclass(frozen=True)
 class Choice:
     """The fastest backend of a shape class and the median milliseconds of every candidate in the trial."""
 
@@ -65,18 +87,16 @@ class ChoiceBook:
     def choose(
         self,
         candidates: Mapping[str, Attend],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        shape: CallShape,
         layout: TokenLayout,
         pattern: TilePattern,
         dense_name: str,
     ) -> Choice:
-        """The kept choice of this shape class, or a new trial of ``candidates`` on a part of q, k, v (B, H, N, D)."""
-        key = shape_class(q, layout, pattern, dense_name, candidates)
+        """The kept choice of this shape class, or a new trial of ``candidates`` on random tensors of a quick size."""
+        key = shape_class(shape, layout, pattern, dense_name, candidates)
         with self.lock:
             if key not in self.choices:
-                found = self.choices[key] = _trial(candidates, q, k, v, layout, pattern)
+                found = self.choices[key] = _trial(candidates, shape, layout, pattern)
                 _write(self.file, self.choices)
                 log.info("Efficient-vDiT: %s is fastest for %s (ms of a trial: %s)", found.backend, key, found.times())
             return self.choices[key]
@@ -93,14 +113,14 @@ def _book(file: Path) -> ChoiceBook:
 
 
 def shape_class(
-    q: Tensor, layout: TokenLayout, pattern: TilePattern, dense_name: str, candidates: Mapping[str, Attend]
+    shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense_name: str, candidates: Mapping[str, Attend]
 ) -> str:
     """A readable key; sizes within a factor of sqrt(2) share it."""
-    b, h, _, d = q.shape
     size, extra = layout.grid.tokens_per_frame, layout.prefix + layout.suffix
-    device = torch.cuda.get_device_name(q.device) if q.device.type == "cuda" else q.device.type
+    device = torch.cuda.get_device_name(shape.device) if shape.device.type == "cuda" else shape.device.type
+    dtype, heads = str(shape.dtype).removeprefix("torch."), _bucket(shape.batch * shape.heads)
     return (
-        f"{device}, {str(q.dtype).removeprefix('torch.')}, {'/'.join(candidates)} with {dense_name}, heads {_bucket(b * h)} x {d}, "
+        f"{device}, {dtype}, {'/'.join(candidates)} with {dense_name}, heads {heads} x {shape.head_dim}, "
         f"frames {pattern.name(layout.grid.t)} x {_bucket(size)}, extra {_bucket(extra)}"
     )
 
@@ -109,11 +129,9 @@ def _bucket(count: int) -> int:
     return round(2 ** (round(2 * math.log2(count)) / 2)) if count else 0
 
 
-def _trial(
-    candidates: Mapping[str, Attend], q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern
-) -> Choice:
-    heads, layout = trial_size(q, layout)
-    q, k, v = (x[:, :heads, : layout.tokens].detach() for x in (q, k, v))
+def _trial(candidates: Mapping[str, Attend], shape: CallShape, layout: TokenLayout, pattern: TilePattern) -> Choice:
+    heads, layout = trial_size(shape, layout)
+    q, k, v = shape.tensors(heads, layout.tokens)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.no_grad():
         for name, attend in candidates.items():
@@ -138,21 +156,21 @@ def _trial(
     return Choice(min(medians, key=lambda name: medians[name]), medians)
 
 
-def trial_size(q: Tensor, layout: TokenLayout) -> tuple[int, TokenLayout]:
-    """How many heads and which layout a trial uses: fewer heads first, then shorter frames, until it is quick
-    enough."""
-    b, h, n, d = q.shape
-    budget = _TRIAL_FLOPS.get(q.device.type, _TRIAL_FLOPS["cpu"])
-    per_head = 4.0 * b * n * n * d
-    heads = max(1, min(h, int(budget / per_head)))
-    if per_head <= budget:
-        return heads, layout
-    shrink = math.sqrt(budget / per_head)
-    size = max(_SHORTEST_FRAME, int(layout.grid.tokens_per_frame * shrink))
-    if size >= layout.grid.tokens_per_frame:
-        return heads, layout
-    grid = TokenGrid(layout.grid.t, 1, size)
-    return heads, TokenLayout(grid, int(layout.prefix * shrink), int(layout.suffix * shrink))
+def trial_size(shape: CallShape, layout: TokenLayout) -> tuple[int, TokenLayout]:
+    """How many heads and which layout a trial uses: shorter frames first, then fewer heads, until it is quick enough.
+
+    All heads of a call fill a large GPU as the run itself does; a single one would leave most of it idle, and favour
+    whatever has the least work to hand out.
+    """
+    budget = _TRIAL_FLOPS.get(shape.device.type, _TRIAL_FLOPS["cpu"])
+    per_head = 4.0 * shape.batch * layout.tokens**2 * shape.head_dim
+    if per_head * shape.heads > budget and layout.grid.tokens_per_frame > _SHORTEST_FRAME:
+        shrink = math.sqrt(budget / (per_head * shape.heads))
+        size = max(_SHORTEST_FRAME, int(layout.grid.tokens_per_frame * shrink))
+        grid = TokenGrid(layout.grid.t, 1, size)
+        layout = TokenLayout(grid, int(layout.prefix * shrink), int(layout.suffix * shrink))
+        per_head = 4.0 * shape.batch * layout.tokens**2 * shape.head_dim
+    return max(1, min(shape.heads, int(budget / per_head))), layout
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -47,7 +47,22 @@ class AttentionClock:
 
     tallies: dict[Key, Tally] = field(default_factory=lambda: defaultdict(Tally))
     pending: deque[tuple[Key, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
+    spare: list[torch.cuda.Event] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def reserve(self, device: torch.device, calls: int) -> None:
+        """Makes the events that ``calls`` calls take, so that none is made among the model's own work."""
+        if device.type != "cuda":
+            return
+        with torch.cuda.device(device), self.lock:
+            while len(self.spare) < 2 * calls:
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()  # the driver's part of an event is made by its first use
+                self.spare.append(event)
+
+    def _event(self) -> torch.cuda.Event:
+        with self.lock:
+            return self.spare.pop() if self.spare else torch.cuda.Event(enable_timing=True)
 
     @contextmanager
     def taking(self, kind: str, q: Tensor, density: float = 1.0) -> Iterator[None]:
@@ -59,7 +74,7 @@ class AttentionClock:
             self.tallies[key].density += density
         if q.is_cuda and not torch.cuda.is_current_stream_capturing():
             stream = torch.cuda.current_stream(q.device)
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = self._event(), self._event()
             start.record(stream)
             yield
             end.record(stream)
@@ -104,3 +119,4 @@ class AttentionClock:
             end.synchronize()
             self.tallies[key].seconds += start.elapsed_time(end) / 1000.0
             self.pending.popleft()
+            self.spare += (start, end)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..tiles import TilePattern
 from . import flex, triton
-from .choose import Attend, default_book
+from .choose import Attend, CallShape, default_book
 from .frames import attend_frames
 from .layout import TokenLayout, check_tensors
 
@@ -81,7 +81,7 @@ def tile_attention(
     check_tensors(q, k, v, layout)
     attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes)
     if backend == "auto":
-        backend = choose_backend(q, k, v, layout, pattern, dense=dense, dense_name=dense_name)
+        backend = choose_backend(CallShape.of(q), layout, pattern, dense=dense, dense_name=dense_name)
     elif backend not in ("dense", "frames"):  # these run everywhere
         check_backend(backend, q.device)
     backend = "dense" if pattern.is_full(layout.grid.t) else backend
@@ -91,9 +91,7 @@ def tile_attention(
 
 
 def choose_backend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    shape: CallShape,
     layout: TokenLayout,
     pattern: TilePattern,
     *,
@@ -101,7 +99,7 @@ def choose_backend(
     dense_name: str = "sdpa",
     or_dense: bool = True,
 ) -> str:
-    """The backend that ``auto`` means for these tensors: the fastest of a trial, ``dense`` where nothing beats it.
+    """The backend that ``auto`` means for calls of this shape: the fastest of a trial, ``dense`` where nothing beats it.
 
     Without ``or_dense`` it is the fastest that follows the pattern.
 
@@ -114,22 +112,31 @@ def choose_backend(
         return "frames"
     usable = {
         "dense",
-        *(name for name, status in _statuses(q.device.type).items() if status.available and fits(name, q)),
+        *(name for name, status in _statuses(shape.device.type).items() if status.available and fits(name, shape)),
     }
     every = _candidates(dense or F.scaled_dot_product_attention, None)
     candidates = {name: attend for name, attend in every.items() if name in usable}
-    choice = default_book().choose(candidates, q, k, v, layout, pattern, dense_name)
+    choice = default_book().choose(candidates, shape, layout, pattern, dense_name)
     return choice.backend if or_dense else choice.sparse()
 
 
-def fits(backend: str, q: Tensor) -> bool:
-    """Whether it is worth trying a backend that runs on this machine on tensors like q."""
+def fits(backend: str, shape: CallShape) -> bool:
+    """Whether it is worth trying a backend that runs on this machine on calls of this shape."""
+    on_gpu = shape.device.type == "cuda"
     if backend == "frames":
         return True
     # Triton's interpreter runs on a CPU too, but only to test the kernel.
     if backend == "triton":
-        return q.is_cuda and q.shape[-1] in triton.HEAD_DIMS and q.dtype in triton.DTYPES
-    return q.is_cuda and q.dtype in flex.DTYPES
+        return on_gpu and shape.head_dim in triton.HEAD_DIMS and shape.dtype in triton.DTYPES
+    return on_gpu and shape.dtype in flex.DTYPES
+
+
+def make_tables(backend: str, layout: TokenLayout, pattern: TilePattern, device: torch.device) -> None:
+    """Makes the index tables that a backend keeps on the device, so that no call has to."""
+    if backend == "triton":
+        triton.index_tables(layout, pattern, device)
+    elif backend == "flex":
+        flex.block_mask(layout, pattern, device)
 
 
 def _candidates(dense: Dense, max_extra_bytes: int | None) -> dict[str, Attend]:

@@ -111,7 +111,7 @@ def _compiled() -> Callable[..., Any]:
 
 
 # Each mask keeps some megabytes of indices on the device; a plan has few different patterns.
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def block_mask(layout: TokenLayout, pattern: TilePattern, device: torch.device, block: int = BLOCK) -> BlockMask:
     """FlexAttention's BlockMask of the arrow mask, the same for every batch entry and head. Cached."""
     from torch.nn.attention.flex_attention import BlockMask

@@ -23,18 +23,19 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 # What fits a CPU core's share of the last-level cache: chunks beyond it wait for memory, and fresh pages cost more than
 # the attention of a small frame.
 _CPU_BYTES = 4 * 2**20
-_GPU_MOST, _GPU_LEAST = 2**30, 64 * 2**20
+# Elsewhere a share of the output, which dense attention needs too. Never by the memory that is free at the moment: the
+# same call must allocate the same at every step.
+_SHARE_OF_OUTPUT, _LEAST_BYTES = 4, 64 * 2**20
 
 
-def default_extra_bytes(device: torch.device) -> int:
-    """The bound on key and value copies (bytes) where the caller gives none: from the cache, or from free GPU
-    memory."""
-    if device.type == "cpu":
-        return _CPU_BYTES
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return _GPU_LEAST
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(_GPU_LEAST, min(free // 8, _GPU_MOST))
+def default_extra_bytes(q: Tensor, frame_bytes: int) -> int:
+    """The bound on copies (bytes) where the caller gives none, for queries like q (B, H, N, D).
+
+    ``frame_bytes`` is one frame's worth of all heads, which a CPU takes at once.
+    """
+    if q.device.type == "cpu":
+        return max(_CPU_BYTES, frame_bytes)
+    return max(_LEAST_BYTES, q.numel() * q.element_size() // _SHARE_OF_OUTPUT)
 
 
 def attend_frames(
@@ -48,34 +49,54 @@ def attend_frames(
 ) -> Tensor:
     """Attention of q over k, v (B, H, N, D) under ``pattern``.
 
-    Memory beyond the output and what ``dense`` takes inside, in elements, is the larger of two. (b): the shared queries
-    and their result, 2 B H g D. (a): the shared keys and values, 2 B H g D, one chunk's result, H f s D, and its keys
-    and values, 2 H f (s + g) D: at most ``max_extra_bytes`` (None: ``default_extra_bytes``), or one frame's worth where
-    that is more. Shared tokens that are neighbours are views. Where gradients are wanted, autograd keeps every chunk's
-    copies.
+    Memory beyond the output and what ``dense`` takes inside is at most ``max_extra_bytes`` (None:
+    ``default_extra_bytes``), or what one frame of one head takes where that is more: as many heads at once as fit,
+    and as many frames. For n heads these are, in elements, the larger of two. (b): the shared queries and their result,
+    2 B n g D. (a): a chunk's keys, values and result, n f (3 s + 2 g) D. Shared tokens that are neighbours are views.
+    Where gradients are wanted, autograd keeps every chunk's copies.
     """
     references = pattern.reference_frames(layout.grid.t)
     others = [f for f in range(layout.grid.t) if f not in set(references)]
     spans = global_spans(layout, references)
-    out = torch.empty_like(q)
-    if spans:
-        _scatter(out, dense(_gather(q, spans), k, v), spans)
-    shared_k, shared_v = _gather(k, spans), _gather(v, spans)
-    limit = default_extra_bytes(q.device) if max_extra_bytes is None else max_extra_bytes
-    frame_bytes = 2 * q.shape[1] * (layout.grid.tokens_per_frame + shared_k.shape[2]) * q.shape[3] * q.element_size()
-    chunks = list(_chunks(others, max(1, limit // frame_bytes)))
+    shared = sum(stop - start for start, stop in spans)
+    chunk_bytes = (3 * layout.grid.tokens_per_frame + 2 * shared) * q.shape[3] * q.element_size()  # of a frame and head
+    head_bytes = max(chunk_bytes, 2 * q.shape[0] * shared * q.shape[3] * q.element_size())
+    limit = default_extra_bytes(q, head_bytes * q.shape[1]) if max_extra_bytes is None else max_extra_bytes
+    heads = min(q.shape[1], max(1, limit // head_bytes))
+    chunks = list(_chunks(others, max(1, limit // (chunk_bytes * heads))))
+    # In the order of a sequence's tokens, as the model's next layer reads them.
+    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     reuse = not (
         torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     )  # the slope of q is made of k and v
-    for b in range(q.shape[0]):
-        keys = _OwnAndShared(k[b], shared_k[b], layout, chunks, reuse)
-        values = _OwnAndShared(v[b], shared_v[b], layout, chunks, reuse)
-        for first, last in chunks:
-            # No name for the result: it would hold one chunk's memory while the next is computed.
-            own = _frames(out[b], layout, first, last)
-            own.copy_(dense(_frames(q[b], layout, first, last), keys.of(first, last), values.of(first, last)))
-        del keys, values  # likewise
+    for first in range(0, q.shape[1], heads):
+        group = slice(first, first + heads)
+        part = tuple(x[:, group] for x in (q, k, v))
+        if spans:
+            _scatter(out[:, group], dense(_gather(part[0], spans), *part[1:]), spans)
+        for b in range(q.shape[0]):
+            queries, keys, values = (x[b] for x in part)
+            _attend_own_frames(out[b, group], queries, keys, values, layout, spans, chunks, dense, reuse)
     return out
+
+
+def _attend_own_frames(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    spans: list[tuple[int, int]],
+    chunks: list[tuple[int, int]],
+    dense: Dense,
+    reuse: bool,
+) -> None:
+    """(a), of one batch entry (H, N, D), into ``out``."""
+    keys, values = (_OwnAndShared(x, spans, layout, chunks, reuse) for x in (k, v))
+    for first, last in chunks:
+        # No name for the result: it would hold one chunk's memory while the next is computed.
+        own = _frames(out, layout, first, last)
+        own.copy_(dense(_frames(q, layout, first, last), keys.of(first, last), values.of(first, last)))
 
 
 class _OwnAndShared:
@@ -85,22 +106,28 @@ class _OwnAndShared:
     """
 
     def __init__(
-        self, x: Tensor, shared: Tensor, layout: TokenLayout, chunks: list[tuple[int, int]], reuse: bool
+        self,
+        x: Tensor,
+        spans: list[tuple[int, int]],
+        layout: TokenLayout,
+        chunks: list[tuple[int, int]],
+        reuse: bool,
     ) -> None:
-        self.x, self.shared, self.layout = x, shared, layout
-        self.buffer = (
-            self._allocate(max([last - first for first, last in chunks])) if reuse and shared.shape[1] else None
-        )
+        self.x, self.spans, self.layout = x, spans, layout
+        self.buffer = self._allocate(max([last - first for first, last in chunks])) if reuse and spans else None
 
     def _allocate(self, frames: int) -> Tensor:
         own, heads = self.layout.grid.tokens_per_frame, self.x.shape[0]
-        buffer = self.x.new_empty(frames, heads, own + self.shared.shape[1], self.x.shape[2])
-        buffer[:, :, own:] = self.shared
+        shared = sum(stop - start for start, stop in self.spans)
+        buffer, at = self.x.new_empty(frames, heads, own + shared, self.x.shape[2]), own
+        for start, stop in self.spans:
+            buffer[:, :, at : at + stop - start] = self.x[:, start:stop]
+            at += stop - start
         return buffer
 
     def of(self, first: int, last: int) -> Tensor:
         own = _frames(self.x, self.layout, first, last)
-        if not self.shared.shape[1]:
+        if not self.spans:
             return own
         buffer = self._allocate(last - first) if self.buffer is None else self.buffer[: last - first]
         buffer[:, :, : own.shape[2]] = own

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from .clock import AttentionClock
+from .layout import TokenLayout
 
 log = logging.getLogger("efficient_vdit")
 
@@ -19,19 +20,25 @@ class AttentionReport:
     sparse: int = 0
     density_sum: float = 0.0
     dense: Counter[str] = field(default_factory=Counter)
+    computed: Counter[str] = field(default_factory=Counter)  # calls over the video by what computed them
     warned: set[str] = field(default_factory=set)
-    frames: int = 0  # latent frames of the last forward, 0 before the first
+    layout: TokenLayout | None = None  # of the last forward; None before the first, or where it is not known
     clock: AttentionClock = field(default_factory=AttentionClock)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def add_sparse(self, density: float) -> None:
+    def add_sparse(self, density: float, computed: str) -> None:
+        """A call under a pattern; ``computed`` names the backend, or the dense function of its pieces."""
         with self.lock:
             self.sparse += 1
             self.density_sum += density
+            self.computed[computed] += 1
 
-    def add_dense(self, reason: str) -> None:
+    def add_dense(self, reason: str, computed: str = "") -> None:
+        """A dense call; ``computed`` names the function of one over the video."""
         with self.lock:
             self.dense[reason] += 1
+            if computed:
+                self.computed[computed] += 1
 
     def warn(self, about: str, text: str) -> None:
         """Log ``text``, once a run for each ``about``."""
@@ -43,8 +50,9 @@ class AttentionReport:
 
     def reset(self) -> None:
         with self.lock:
-            self.sparse, self.density_sum, self.frames = 0, 0.0, 0
+            self.sparse, self.density_sum, self.layout = 0, 0.0, None
             self.dense.clear()
+            self.computed.clear()
             self.warned.clear()
         self.clock.reset()
 

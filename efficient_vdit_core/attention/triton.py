@@ -84,7 +84,7 @@ class _ArrowAttention(torch.autograd.Function):
 
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        tables = _tables(layout, pattern, q.device)
+        tables = index_tables(layout, pattern, q.device)
         strides = [x.stride() for x in (q, k, v, out)]
         _launch(forward_kernel, (q, k, v, out, lse, *tables, *strides), q, layout)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -144,7 +144,7 @@ def _launch(kernel: Any, tensors: tuple[Any, ...], q: Tensor, layout: TokenLayou
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(layout: TokenLayout, pattern: TilePattern, device: torch.device) -> tuple[Tensor, Tensor]:
+def index_tables(layout: TokenLayout, pattern: TilePattern, device: torch.device) -> tuple[Tensor, Tensor]:
     """``units`` and ``segments`` as ``arrow_kernels`` describes them; cached, so that a layer costs no upload."""
     frames, size = layout.grid.t, layout.grid.tokens_per_frame
     references = pattern.reference_frames(frames)

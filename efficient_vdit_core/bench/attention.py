@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import TokenLayout, available_backends, tile_attention
-from ..attention.choose import seconds
+from ..attention.choose import CallShape, seconds
 from ..attention.dispatch import fits
 from ..tiles import TilePattern, TokenGrid
 from . import paper
@@ -69,7 +69,9 @@ def measure(
         torch.randn(1, shape.heads, shape.layout.tokens, shape.head_dim, generator=generator).to(device, dtype)
         for _ in range(3)
     )
-    named = backends or tuple(b.name for b in available_backends(device) if b.available and fits(b.name, q))
+    named = backends or tuple(
+        b.name for b in available_backends(device) if b.available and fits(b.name, CallShape.of(q))
+    )
     dense = _fastest_dense(q, k, v)
     runs: dict[tuple[int | None, str], Callable[[], Tensor]] = {(None, dense[0]): lambda: dense[1](q, k, v)}
     for count in shape.references:

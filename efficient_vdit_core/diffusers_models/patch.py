@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.override import AttentionReport, pattern_for_frames
+from ..attention.prepare import pattern_for_frames
+from ..attention.report import AttentionReport
 from ..plan import TilePlan
 from ..tiles import TilePattern
 from .families import DiffusersFamily, SequenceLayout, find_family
@@ -61,7 +62,10 @@ class DiffusersPatch:
 
     def pattern(self, layer: int, frames: int) -> TilePattern:
         """The plan's pattern of a layer, for as many latent frames as this forward has."""
-        return pattern_for_frames(self._plan, layer, self._depth, frames, self.report)
+        pattern, notes = pattern_for_frames(self._plan, layer, self._depth, frames)
+        for note in notes:
+            self.report.warn(*note)
+        return pattern
 
     def remove(self) -> None:
         """Puts the processors back that were there before. One that was replaced by someone else meanwhile stays."""

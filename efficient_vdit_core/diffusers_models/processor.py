@@ -113,7 +113,7 @@ class TiledProcessor:
             self.patch.report.add_dense(reason)
             return dense(q, k, v, attn_mask=attn_mask)
         pattern = self._pattern(layout)
-        self.patch.report.add_sparse(pattern.density(layout.grid.t))
+        self.patch.report.add_sparse(pattern.density(layout.grid.t), self.patch.backend)
         if len(layout.entries) == 1:
             return self._sparse(q, k, v, layout.entries[0], pattern, dense)
         rows = zip(layout.entries, q.split(1), k.split(1), v.split(1), strict=True)

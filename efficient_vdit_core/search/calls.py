@@ -8,13 +8,14 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.override import ForwardState, why_no_pattern, why_not_the_video
 from ..attention.padding import leave_out, without_padding
+from ..attention.reasons import why_no_pattern, why_not_the_video
+from ..attention.state import ForwardState
 
 
-def layer_of_call(state: ForwardState | None, options: dict[str, Any]) -> tuple[int | None, str]:
-    """The layer of a self-attention over the video, counted on by one, or None and the reason why it is none."""
-    layer = state.next_layer(options) if state else None
+def layer_of_call(state: ForwardState | None, options: dict[str, Any], heads: int) -> tuple[int | None, str]:
+    """The layer of a self-attention over ``heads`` of the video, counted on, or None and the reason why it is none."""
+    layer = state.next_layer(options, heads) if state else None
     return layer, "" if layer is not None else "beyond the last layer"
 
 
@@ -28,7 +29,7 @@ def layout_of_call(
 
     q and k are (B, H, N, D) with ``skip_reshape``, else (B, N, H * D).
     """
-    reason = why_not_the_video(state, q, k, mask, skip_reshape)
+    reason = why_not_the_video(state, q.shape, k.shape, mask, skip_reshape)
     if state is None or state.layout is None or reason:
         return None, reason
     reason = why_no_pattern(state, state.layout, mask)

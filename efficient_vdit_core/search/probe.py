@@ -27,9 +27,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention import TokenLayout, choose_backend, tile_attention
-from ..attention.choose import wait_for
-from ..attention.override import FORWARD_KEY, DenseCall, ForwardState, Override
+from ..attention.choose import CallShape, wait_for
+from ..attention.dense_call import DenseCall
 from ..attention.padding import fill_in
+from ..attention.state import FORWARD_KEY, ForwardState, Override
 from ..tiles import TilePattern
 from .calls import as_heads, layer_of_call, layout_of_call
 
@@ -110,7 +111,7 @@ def make_probe_override(
         layout, reason = layout_of_call(state, q, k, mask, skip_reshape)
         replaying, layer = record.replaying, None
         if layout is not None and replaying is None:
-            layer, reason = layer_of_call(state, options)
+            layer, reason = layer_of_call(state, options, heads)
         if state is None or layout is None or reason:
             if replaying is None:
                 record.add_dense(reason)
@@ -177,7 +178,7 @@ def _time_candidate(
     """Takes the time of the backend that a run would choose; where that is dense attention, dense attention's time."""
     q, k, v = qkv
     pattern = TilePattern(count)
-    backend = choose_backend(q, k, v, layout, pattern, dense=dense, dense_name=dense.name)
+    backend = choose_backend(CallShape.of(q), layout, pattern, dense=dense, dense_name=dense.name)
     if backend == "dense":
         record.add_seconds(layer, count, record.seconds[layer, DENSE][-1])
     else:

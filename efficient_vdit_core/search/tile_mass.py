@@ -15,7 +15,8 @@ from einops import reduce
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.override import FORWARD_KEY, DenseCall, ForwardState, Override
+from ..attention.dense_call import DenseCall
+from ..attention.state import FORWARD_KEY, ForwardState, Override
 from ..plan import parse_layers
 from ..tiles import TilePattern
 from .calls import as_heads, layer_of_call, layout_of_call
@@ -99,7 +100,7 @@ def make_mass_override(
         options = kwargs.get("transformer_options") or {}
         state: ForwardState | None = options.get(FORWARD_KEY)
         layout, reason = layout_of_call(state, q, k, mask, skip_reshape)
-        layer, reason = layer_of_call(state, options) if layout is not None else (None, reason)
+        layer, reason = layer_of_call(state, options, heads) if layout is not None else (None, reason)
         if state is None or layout is None or layer is None:
             record.reasons.add(reason)
         else:

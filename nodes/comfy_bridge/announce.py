@@ -25,7 +25,8 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
             return
         with report.lock:
             density = report.density_sum / report.sparse if report.sparse else 0.0
-            counts = {"frames": report.frames, "sparse": report.sparse, "density": density, "dense": dict(report.dense)}
+            frames = report.layout.grid.t if report.layout else 0
+            counts = {"frames": frames, "sparse": report.sparse, "density": density, "dense": dict(report.dense)}
         server.send_sync(
             EVENT, {"node": node, "plan": plan, "layers": layers, "seconds": seconds, **counts}, server.client_id
         )

@@ -30,6 +30,17 @@ def _vace_order(model: Any, conds: Conds) -> tuple[int, ...]:
     )
 
 
+def at(model: Any, path: str) -> Any:
+    """What stands at a path of attributes, such as ``blocks.0.attn.heads``."""
+    for name in path.split("."):
+        model = getattr(model, name)
+    return model
+
+
+def _at(path: str) -> Callable[[Any], int]:
+    return lambda model: int(at(model, path))
+
+
 def _nothing(model: Any) -> str:
     return ""
 
@@ -51,6 +62,7 @@ class Family:
     Attributes:
         name: as in plan files.
         layout: where the video tokens stand.
+        head_dim: the size of a head in the attention over the video.
         heads: path of the head count from the model.
         blocks: where the model keeps its layers, by ComfyUI's ``block_type``, in the order in which they run.
         order: the layer of each self-attention call, for versions of ComfyUI that give no ``block_index``.
@@ -60,6 +72,7 @@ class Family:
 
     name: str
     layout: LayoutRule
+    head_dim: Callable[[Any], int]
     heads: str = "num_heads"
     blocks: Mapping[str, str] = field(default_factory=lambda: SINGLE)
     order: OrderRule = _one_a_layer
@@ -69,6 +82,11 @@ class Family:
     def depth(self, diffusion_model: nn.Module) -> int:
         """The number of layers."""
         return sum(len(getattr(diffusion_model, name)) for name in self.blocks.values())
+
+    def layers(self, diffusion_model: nn.Module) -> list[nn.Module]:
+        """The blocks in the order in which they run."""
+        # Cosmos keeps its blocks in a dictionary.
+        return [block for name in self.blocks.values() for block in getattr(diffusion_model, name).children()]
 
     def offsets(self, diffusion_model: nn.Module) -> dict[str, int]:
         """The first layer of each block type: ``block_index`` restarts with it."""
@@ -80,10 +98,7 @@ class Family:
 
     def head_count(self, diffusion_model: nn.Module) -> int:
         """The number of attention heads in a layer."""
-        value: Any = diffusion_model
-        for name in self.heads.split("."):
-            value = getattr(value, name)
-        return int(value)
+        return int(at(diffusion_model, self.heads))
 
     def why_no_hook(self) -> str:
         """Why this ComfyUI cannot override the attention of the family; an empty text where it can."""
@@ -119,39 +134,53 @@ def uncompiled(diffusion_model: nn.Module) -> nn.Module:
     return getattr(diffusion_model, "_orig_mod", diffusion_model)
 
 
+_WAN_HEAD = _at("blocks.0.self_attn.head_dim")
+_LTX_HEAD = _at("transformer_blocks.0.attn1.dim_head")
+_LTX_BLOCKS = {"double": "transformer_blocks"}
+
 FAMILIES: dict[str, Family] = {
     "OpenSoraT2V": Family(
-        "opensora_plan", layouts.open_sora_plan, "config.num_attention_heads", {"double": "transformer_blocks"}
+        "opensora_plan",
+        layouts.open_sora_plan,
+        _at("config.attention_head_dim"),
+        "config.num_attention_heads",
+        {"double": "transformer_blocks"},
     ),
     # T2V, I2V, Fun (ref_conv), Phantom, ATI, TI2V 5B, Bernini, FlowRVS, InfiniteTalk; the 14B of Wan 2.2 are two of
     # these.
-    "WanModel": Family("wan", layouts.wan),
-    "VaceWanModel": Family("wan", layouts.wan, order=_vace_order),
-    "CameraWanModel": Family("wan", layouts.wan),
+    "WanModel": Family("wan", layouts.wan, _WAN_HEAD),
+    "VaceWanModel": Family("wan", layouts.wan, _WAN_HEAD, order=_vace_order),
+    "CameraWanModel": Family("wan", layouts.wan, _WAN_HEAD),
     # Its face attention goes over 5 keys a frame and by no hook: left as it is.
-    "AnimateWanModel": Family("wan", layouts.wan),
-    "WanDancerModel": Family("wan", layouts.wan),
-    "SCAILWanModel": Family("wan", layouts.wan_pose),
-    "SCAIL2WanModel": Family("wan", layouts.wan_pose),
-    "HumoWanModel": Family("wan", layouts.wan_reference),
-    "WanModel_S2V": Family("wan", layouts.wan_reference, hook_since="0.5.0"),
+    "AnimateWanModel": Family("wan", layouts.wan, _WAN_HEAD),
+    "WanDancerModel": Family("wan", layouts.wan, _WAN_HEAD),
+    "SCAILWanModel": Family("wan", layouts.wan_pose, _WAN_HEAD),
+    "SCAIL2WanModel": Family("wan", layouts.wan_pose, _WAN_HEAD),
+    "HumoWanModel": Family("wan", layouts.wan_reference, _WAN_HEAD),
+    "WanModel_S2V": Family("wan", layouts.wan_reference, _WAN_HEAD, hook_since="0.5.0"),
     # HunyuanVideo, its I2V, SkyReels, and 1.5 with its super-resolution model.
     "HunyuanVideo": Family(
-        "hunyuan_video", layouts.hunyuan_video, blocks={"double": "double_blocks", "single": "single_blocks"}
+        "hunyuan_video",
+        layouts.hunyuan_video,
+        lambda model: model.hidden_size // model.num_heads,
+        blocks={"double": "double_blocks", "single": "single_blocks"},
     ),
-    "LTXVModel": Family(
-        "ltx_video", layouts.ltx_video, "transformer_blocks.0.attn1.heads", {"double": "transformer_blocks"}
+    "LTXVModel": Family("ltx_video", layouts.ltx_video, _LTX_HEAD, "transformer_blocks.0.attn1.heads", _LTX_BLOCKS),
+    "LTXAVModel": Family("ltx_av", layouts.ltx_audio_video, _LTX_HEAD, "num_attention_heads", _LTX_BLOCKS),
+    "CogVideoXTransformer3DModel": Family(
+        "cogvideox", layouts.cogvideox, _at("blocks.0.head_dim"), "num_attention_heads"
     ),
-    "LTXAVModel": Family("ltx_av", layouts.ltx_audio_video, "num_attention_heads", {"double": "transformer_blocks"}),
-    "CogVideoXTransformer3DModel": Family("cogvideox", layouts.cogvideox, "num_attention_heads"),
     # Its blocks are single streams; ComfyUI names their patches "double_block" all the same.
-    "MiniMaxH3Model": Family("minimax_h3", layouts.minimax_h3, "blocks.0.attn.heads", caution=_h3_caution),
-    "AsymmDiTJoint": Family("mochi", layouts.mochi),
-    "GeneralDIT": Family("cosmos", layouts.cosmos),
-    "MiniTrainDIT": Family("cosmos_predict2", layouts.cosmos),
+    "MiniMaxH3Model": Family(
+        "minimax_h3", layouts.minimax_h3, _at("blocks.0.attn.head_dim"), "blocks.0.attn.heads", caution=_h3_caution
+    ),
+    "AsymmDiTJoint": Family("mochi", layouts.mochi, _at("blocks.0.attn.head_dim")),
+    "GeneralDIT": Family("cosmos", layouts.cosmos, lambda model: model.model_channels // model.num_heads),
+    "MiniTrainDIT": Family("cosmos_predict2", layouts.cosmos, lambda model: model.model_channels // model.num_heads),
     "Kandinsky5": Family(
         "kandinsky5",
         layouts.kandinsky5,
+        _at("visual_transformer_blocks.0.self_attention.head_dim"),
         "visual_transformer_blocks.0.self_attention.num_heads",
         {"double": "visual_transformer_blocks"},
     ),
@@ -159,5 +188,6 @@ FAMILIES: dict[str, Family] = {
 
 # Models that the pack knows and leaves as they are.
 LEFT_DENSE = {
+    "WanAnimate2Model": "each step attends frame by frame over cached reference keys: there is no attention over the whole video",
     "CausalWanModel": "it makes a few frames at a time over a cache of the earlier ones, and ComfyUI passes no attention hook there",
 }

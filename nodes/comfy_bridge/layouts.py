@@ -195,8 +195,8 @@ def minimax_h3(size: Sequence[int], model: Any, text: Tensor | None, conds: Cond
     forward. The text's refiner attends over the text alone.
     """
     grid = patch_grid(size, model.patch_size)
-    packed = (conds.get("minimax_payload") or {}).get("layout")
-    segments = list(getattr(packed, "segments", ()))
+    payload: Mapping[str, Any] = conds.get("minimax_payload") or {}
+    segments: list[tuple[int, int, str]] = list(getattr(payload.get("layout"), "segments", ()))
     if not segments:
         raise UnknownLayout("the table of its packed sequence is missing")
     start, stop, last = segments[-1]

@@ -5,44 +5,50 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...efficient_vdit_core.attention import check_backend
-from ...efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, Override, make_attention_override
+from ...efficient_vdit_core.attention.dense_call import DenseCall
+from ...efficient_vdit_core.attention.override import attention_override
+from ...efficient_vdit_core.attention.prepare import Preparation
 from ...efficient_vdit_core.attention.report import AttentionReport
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
+from ...efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState, Override
 from ...efficient_vdit_core.plan import TilePlan
 from .families import Family, find_family, uncompiled, why_no_family
-from .layouts import UnknownLayout
+from .forward import call_shape, forward_state
+from .window import Window, step_of
 
 log = logging.getLogger("efficient_vdit")
 
 WRAPPER_KEY = "efficient_vdit"
-Window = tuple[float, float]
-NO_REASONS = {"scaled"}  # warnings that do not say why nothing became sparse
-# A step may lie on the window's edge; schedule and window round it in their own ways.
-_ROUNDING = 1 + 1e-4
+NO_REASONS = {"scaled", "caution"}  # warnings that do not say why nothing became sparse
+MOST_OVERRIDES = 16  # remembered; a node that makes a new one for each step must not fill the memory
+
+AfterRun = Callable[[AttentionReport, int, float], None]
 
 
 def patch_attention(
     model: Any,
     plan: TilePlan,
     *,
-    window: Window = (0.0, 1.0),
+    window: Window | None = None,
     min_tokens: int = 0,
     placement: str = "strided",
     decline_slow: bool = True,
     backend: str = "auto",
-    after_run: Callable[[AttentionReport, int, float], None] | None = None,
+    after_run: AfterRun | None = None,
 ) -> Any:
     """A clone of MODEL whose self-attention follows the plan.
 
     Args:
-        window: start and end as fractions 0..1 of the noise schedule; outside it the attention is dense.
+        window: the steps that are sparse, default all; outside it the attention is dense.
         min_tokens: calls with fewer video tokens stay dense.
         placement: where the reference frames stand, one of ``tiles.PLACEMENTS``; rotating moves by a frame a step.
         decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
@@ -52,49 +58,100 @@ def patch_attention(
     Raises:
         ValueError: the window is empty, the plan is for another model, or the backend cannot run here.
     """
-    if window[0] >= window[1]:
-        raise ValueError(
-            f"start_percent is {window[0]} and end_percent {window[1]}, expected start below end: no step would be sparse. "
-            "Lower start_percent, raise end_percent, or bypass the node."
-        )
+    window = window or Window()
+    window.check()
     if backend != "auto":
         check_backend(backend, model.load_device)
-    patched = model.clone()
-    diffusion_model = uncompiled(patched.get_model_object("diffusion_model"))
+    diffusion_model = uncompiled(model.get_model_object("diffusion_model"))
     family = find_family(diffusion_model)
     why = why_no_family(diffusion_model) if family is None else family.why_no_hook()
     if family is None or why:
         log.warning("Efficient-vDiT: %s stays dense: %s.", type(diffusion_model).__name__, why)
-        return patched
+        return model.clone()
     depth = family.depth(diffusion_model)
     plan.check_fits(family=family.name, layers=depth, heads=family.head_count(diffusion_model))
     _check_dense_layers(plan, depth)
-    report = AttentionReport()
+    preparation = Preparation(
+        plan, AttentionReport(), min_tokens=min_tokens, placement=placement, decline_slow=decline_slow, backend=backend
+    )
+    hook = Hook(family, window, preparation, caution=family.caution(diffusion_model))
+    patched = install(model, hook)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _log_report(hook, depth, after_run))
+    return patched
+
+
+@dataclass(eq=False)
+class Hook:
+    """What Sparse Attention has put into one MODEL: the plan made ready, and the overrides that follow it.
+
+    ``make``: the override over another node's, default the sparse one. A search and a rank put their own here, which
+    take tensors only and settle nothing beforehand.
+    """
+
+    family: Family
+    window: Window
+    preparation: Preparation
+    make: Callable[[Override | None], Override] | None = None
+    caution: str = ""
+    made: dict[Override | None, Override] = field(default_factory=dict)
+
+    @property
+    def report(self) -> AttentionReport:
+        return self.preparation.report
+
+    @property
+    def plan(self) -> TilePlan:
+        return self.preparation.plan
+
+    def over(self, current: Override | None) -> Override:
+        """An override on top of ``current``, which it asks for every dense piece; ``current`` where it is ours."""
+        if current is not None and getattr(current, "preparation", None) is self.preparation:
+            return current
+        if current not in self.made:
+            if len(self.made) >= MOST_OVERRIDES:
+                self.made.clear()
+            chosen = self.make(current) if self.make else attention_override(self.preparation, previous=current)
+            # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
+            override: Any = torch.compiler.disable(chosen)
+            override.replaces, override.preparation = current, self.preparation
+            if not self.make:
+                override.container_function = _with_containers(override)
+            self.made[current] = override
+        return self.made[current]
+
+
+def install(model: Any, hook: Hook) -> Any:
+    """A clone of MODEL with ``hook`` on it; one that the MODEL has already makes way."""
+    patched = model.clone()
     options = patched.model_options["transformer_options"]
     # A second plan takes the place of the first: two of them cannot both decide about one call. Where another node
     # stands between them, the first stays in the chain and leaves alone what it does not own.
     previous = options.get(OVERRIDE)
-    previous = getattr(previous, "replaces", previous)
-    # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
-    sparse: Any = make_attention_override(
-        plan,
-        report,
-        min_tokens=min_tokens,
-        previous=previous,
-        placement=placement,
-        decline_slow=decline_slow,
-        backend=backend,
-    )
-    override: Any = torch.compiler.disable(sparse)
-    override.replaces, override.report, override.plan = previous, report, plan
-    options[OVERRIDE] = override
-    for kind, wrapper in (
-        (WrappersMP.APPLY_MODEL, _publish_layout(family, window, report, sparse, count_steps=placement == "rotating")),
-        (WrappersMP.OUTER_SAMPLE, _log_report(report, depth, after_run)),
-    ):
+    options[OVERRIDE] = hook.over(getattr(previous, "replaces", previous))
+    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.OUTER_SAMPLE):
         patched.remove_wrappers_with_key(kind, WRAPPER_KEY)
-        patched.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _publish_layout(hook))
     return patched
+
+
+def dense() -> Preparation:
+    """For a hook that only tells where the tokens stand."""
+    return Preparation(TilePlan.uniform(None), AttentionReport())
+
+
+def hook_of(model: Any) -> Hook | None:
+    """What Sparse Attention has put into a MODEL, whatever other nodes did to its override since."""
+    wrappers = model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get(WRAPPER_KEY, [])
+    return getattr(wrappers[-1], "hook", None) if wrappers else None
+
+
+def _with_containers(override: Override) -> Override:
+    """The override for q, k, v in containers; ComfyUI gives it no function to fall back on, so it brings its own."""
+
+    def container_function(q: Any, k: Any, v: Any, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        return override(optimized_attention, q, k, v, heads, *args, **kwargs)
+
+    return container_function
 
 
 def _check_dense_layers(plan: TilePlan, depth: int) -> None:
@@ -106,11 +163,14 @@ def _check_dense_layers(plan: TilePlan, depth: int) -> None:
             )
 
 
-def _publish_layout(
-    family: Family, window: Window, report: AttentionReport, override: Override, *, count_steps: bool
-) -> Callable[..., Any]:
-    """An APPLY_MODEL wrapper: tells the ``override`` where the video tokens of this forward stand, and whether it
-    acts."""
+def _publish_layout(hook: Hook) -> Callable[..., Any]:
+    """An APPLY_MODEL wrapper: tells the override where the video tokens of this forward stand and whether it acts, and
+    settles what it will do.
+
+    It runs before whatever ComfyUI compiles or records of the model. Our override is put on top of what it finds, at
+    each forward: a node behind ours may have put its own in our place.
+    """
+    report = hook.report
 
     def wrapper(
         executor: Any,
@@ -120,75 +180,53 @@ def _publish_layout(
         c_crossattn: Any = None,
         control: Any = None,
         transformer_options: dict[str, Any] | None = None,
+        *more: Any,
         **conds: Any,
     ) -> Any:
         options = dict(transformer_options or {})
         base_model = executor.class_obj
-        state = forward_state(family, uncompiled(base_model.diffusion_model), x, c_crossattn, conds)
-        if state.layout is not None:
-            report.frames = state.layout.grid.t
+        diffusion_model = uncompiled(base_model.diffusion_model)
+        state = forward_state(hook.family, diffusion_model, x, c_crossattn, conds)
+        report.layout = state.layout
         if state.layout is None:
             report.warn("unknown layout", f"the attention stays dense: {state.reason}.")
-        elif not _in_window(base_model.model_sampling, window, t):
-            state.active, state.reason = False, "outside the step window"
-        if count_steps:
-            state.step = _step(options, t)
-        state.owner = override
+        elif why := hook.window.why_outside(base_model.model_sampling, options, t):
+            state.active, state.reason = False, why
+        if hook.caution:
+            report.warn("caution", hook.caution)
+        if hook.preparation.placement == "rotating":
+            state.step = step_of(options, t)
+        state.owner = hook.preparation
+        options[OVERRIDE] = hook.over(options.get(OVERRIDE))
+        _prepare(hook, base_model, state, options, x)
         options[FORWARD_KEY] = state
-        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+        return executor(x, t, c_concat, c_crossattn, control, options, *more, **conds)
 
+    wrapper.hook = hook  # pyright: ignore[reportFunctionMemberAccess]
     return wrapper
 
 
-def forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, conds: dict[str, Any]) -> ForwardState:
-    """Where the video tokens of a forward on latents ``x`` stand; a state without a layout, with the reason, where
-    unknown."""
-    # Video with audio comes packed into one tensor, and the shapes beside it.
-    size = conds["latent_shapes"][0] if "latent_shapes" in conds else x.shape
-    try:
-        if len(size) != 5:
-            raise UnknownLayout(
-                f"its latents have the shape {tuple(size)}, expected (batch, channels, frames, height, width)"
-            )
-        found = family.layout(size, model, text, conds)
-    except UnknownLayout as error:
-        return ForwardState(None, active=False, reason=str(error))
-    state = ForwardState(
-        found.layout,
-        others=frozenset(found.others),
-        depth=family.depth(model),
-        offsets=family.offsets(model),
-        order=family.order(model, conds),
-        padding=found.padding,
-    )
-    if found.layout.tokens in state.others:
-        # Cross-attention is told from self-attention by its length; here the lengths are the same.
-        state.active, state.reason = False, "text or audio as long as the video"
-    return state
+def _prepare(hook: Hook, base_model: Any, state: ForwardState, options: dict[str, Any], x: Tensor) -> None:
+    """Settles the forward's backends, and makes all that its calls keep on the device."""
+    if hook.make is not None:
+        return
+    previous: Override | None = options[OVERRIDE].replaces
+    # What a trial calls is no call of the model: it gets the forward's options without our own.
+    beside = {"transformer_options": {key: value for key, value in options.items() if key != OVERRIDE}}
+
+    def dense_of(layer: int) -> DenseCall:
+        asked = state.file_attention.get(layer)
+        function = optimized_attention if asked is None or asked.video is None or previous else asked.video
+        return DenseCall(function, previous, None, beside)
+
+    shape = call_shape(hook.family, base_model, x)
+    hook.preparation.before_forward(state, [shape], dense_of)
+    hook.report.clock.reserve(shape.device, state.depth or 0)
 
 
-def _step(options: dict[str, Any], t: Tensor) -> int:
-    """The step of the schedule that noise level ``t`` belongs to, 0 = first; 0 where there is no schedule."""
-    schedule = options.get("sample_sigmas")
-    if schedule is None:
-        return 0
-    reached = schedule.float() * _ROUNDING >= float(t.flatten()[0])
-    return max(0, int(reached.sum()) - 1)
-
-
-def _in_window(model_sampling: Any, window: Window, t: Tensor) -> bool:
-    """Whether this step's noise level lies in the window. Reads the level from the device, so once a forward only."""
-    if window == (0.0, 1.0):
-        return True
-    high, low = (model_sampling.percent_to_sigma(p) for p in window)
-    level = float(t.flatten()[0])
-    return low * _ROUNDING < level <= high * _ROUNDING
-
-
-def _log_report(
-    report: AttentionReport, depth: int, after_run: Callable[[AttentionReport, int, float], None] | None
-) -> Callable[..., Any]:
+def _log_report(hook: Hook, depth: int, after_run: AfterRun | None) -> Callable[..., Any]:
     """An OUTER_SAMPLE wrapper: one line in the log after each run, a warning where nothing became sparse."""
+    report = hook.report
 
     def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         report.reset()
@@ -205,6 +243,7 @@ def _log_report(
                 report.warn("nothing sparse", _why_none(report))
             else:
                 log.info("Efficient-vDiT: %s", report.summary())
+            hook.preparation.forget()
 
     return wrapper
 

@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
-from ...efficient_vdit_core.attention.override import Override
+from ...efficient_vdit_core.attention.state import Override
 from ...efficient_vdit_core.plan import TilePlan
 from ...efficient_vdit_core.search import (
     ProbeRecord,
@@ -31,7 +31,8 @@ from ...efficient_vdit_core.search.candidates import sparse_candidates
 from ...efficient_vdit_core.search.probe import BLOCK
 from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, choose_layers, make_mass_override
 from .families import Family, find_family, uncompiled, why_no_family
-from .patch import OVERRIDE, WRAPPER_KEY, patch_attention
+from .patch import Hook, dense, install
+from .window import Window
 
 MAX_MAPS = 12
 WALK_STEPS = 10  # of the schedule on which the tile map walks to its noise level
@@ -72,7 +73,9 @@ def search_plan(
             f"sigmas has {len(levels)} noise levels, expected at least 2: the model is run at all but the last."
         )
     progress = _Progress(len(levels) - 1, depth)
-    probing = _observed(model, lambda previous: make_probe_override(record, progress=progress.layer, previous=previous))
+    probing = _observed(
+        model, family, lambda previous: make_probe_override(record, progress=progress.layer, previous=previous)
+    )
     with replay_blocks(_blocks(model, family), record) if error == BLOCK else nullcontext():
         _walk(probing, positive, negative, start, mask, levels, seed, cfg, progress.step)
     about = {
@@ -112,7 +115,9 @@ def measure_tiles(
         progress.step(step)
         record.active = step + 1 >= last
 
-    observed = _observed(model, lambda previous: make_mass_override(record, progress=progress.layer, previous=previous))
+    observed = _observed(
+        model, family, lambda previous: make_mass_override(record, progress=progress.layer, previous=previous)
+    )
     start, mask = _latent(model, latent, empty=True), latent.get("noise_mask")
     _walk(observed, conditioning, None, start, mask, schedule[: last + 2], seed, 1.0, stepped)
     missing = [i for i in chosen if i not in record.found]
@@ -171,23 +176,17 @@ def _blocks(model: Any, family: Family) -> list[torch.nn.Module]:
             "The model is compiled, so its blocks cannot be run again under each candidate. Search before the node that compiles "
             "it, or set error to attention."
         )
-    # Cosmos keeps its blocks in a dictionary.
-    return [block for name in family.blocks.values() for block in getattr(network, name).children()]
+    return family.layers(network)
 
 
-def _observed(model: Any, make: Callable[[Override | None], Override]) -> Any:
+def _observed(model: Any, family: Family, make: Callable[[Override | None], Override]) -> Any:
     """A clone that publishes its token layout as a sparse one does, with ``make``'s override in place of the sparse
     one."""
-    clone = patch_attention(model, TilePlan.uniform(None))
+    if why := family.why_no_hook():
+        raise ValueError(f"The model's attention cannot be measured: {why}. Update ComfyUI.")
+    clone = install(model, Hook(family, Window(), dense(), make))
     # Uncompiled: the measuring within blocks would be compiled for every candidate anew.
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
-    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY)
-    options = clone.model_options["transformer_options"]
-    if not hasattr(options.get(OVERRIDE), "replaces"):
-        raise ValueError(
-            "This ComfyUI gives the model no attention hook, so its attention cannot be measured. Update ComfyUI."
-        )
-    options[OVERRIDE] = torch.compiler.disable(make(options[OVERRIDE].replaces))
     return clone
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...efficient_vdit_core.attention import TokenLayout
-from ...efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState
+from ...efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from ...efficient_vdit_core.parallel.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
 from ...efficient_vdit_core.parallel.forecast import LayerShape, Rates, forward_speedup
 from ...efficient_vdit_core.parallel.wire import Wire
 from ...efficient_vdit_core.tiles import TilePattern, TokenGrid
 from .families import Family, find_family, uncompiled
-from .patch import OVERRIDE, forward_state
+from .patch import Hook, dense, hook_of, install
+from .window import Window
 
 WRAPPER_KEY = "efficient_vdit_sharding"
 SCHEME_KEY = "evdit_scheme"
@@ -50,11 +50,11 @@ def clip_speedup(model: Any, grid: TokenGrid, ranks: int, scheme: str, rates: Ra
     diffusion_model: Any = uncompiled(model.get_model_object("diffusion_model"))
     family = find_shardable(model)
     heads, depth = family.head_count(diffusion_model), family.depth(diffusion_model)
-    config = getattr(diffusion_model, "config", None)
-    head_dim = diffusion_model.dim // heads if config is None else config.attention_head_dim
-    pattern_of = getattr(model.model_options["transformer_options"].get(OVERRIDE), "pattern_of", None)
-    state = ForwardState(TokenLayout(grid), depth=depth)
-    patterns = [TilePattern(None) if pattern_of is None else pattern_of(state, layer) for layer in range(depth)]
+    head_dim = family.head_dim(diffusion_model)
+    hook, state = hook_of(model), ForwardState(TokenLayout(grid), depth=depth)
+    patterns = [
+        TilePattern(None) if hook is None else hook.preparation.pattern_of(state, layer) for layer in range(depth)
+    ]
     shape = LayerShape(grid, heads, head_dim, itemsize=model.model.get_dtype().itemsize)
     return forward_speedup(shape, patterns, ranks, scheme, rates)
 
@@ -65,8 +65,10 @@ def shard_model(model: Any, wire: Wire) -> Any:
     ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto; a Counter under COUNTS_KEY
     receives how many layers took which.
     """
-    family = find_shardable(model)
-    patched = model.clone()
+    family, hook = find_shardable(model), hook_of(model)
+    window, preparation = (hook.window, hook.preparation) if hook else (Window(), dense())
+    # The sparse override decides by the whole sequence's length, which no rank sees; its plan is asked for beforehand.
+    patched = install(model, Hook(family, window, preparation, make_sharded_override))
     depth = family.depth(uncompiled(patched.get_model_object("diffusion_model")))
     options = patched.model_options["transformer_options"]
     hooks = options.get("patches_replace", {}).get("dit", {})
@@ -74,23 +76,17 @@ def shard_model(model: Any, wire: Wire) -> Any:
         patched.set_model_patch_replace(
             block_hook(layer, depth, hooks.get(("double_block", layer))), "dit", "double_block", layer
         )
-    options = patched.model_options["transformer_options"]
-    # The sparse override decides by the whole sequence's length, which no rank sees; its plan is asked for beforehand.
-    previous = options.get(OVERRIDE)
-    override: Any = torch.compiler.disable(make_sharded_override(getattr(previous, "replaces", previous)))
-    override.plan = getattr(previous, "plan", None)
-    options[OVERRIDE] = override
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _publish(family, depth, wire))
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _publish(depth, wire))
     return patched
 
 
 def plan_text(model: Any) -> str:
     """The plan of a sharded MODEL, which must be the same on every rank; empty where it has none."""
-    plan = model.model_options["transformer_options"][OVERRIDE].plan
-    return "" if plan is None else plan.to_text()
+    hook = hook_of(model)
+    return "" if hook is None else hook.plan.to_text()
 
 
-def _publish(family: Family, depth: int, wire: Wire) -> Any:
+def _publish(depth: int, wire: Wire) -> Any:
     """An APPLY_MODEL wrapper: says for this forward which rank holds which tokens, and every layer's pattern."""
 
     def wrapper(
@@ -104,14 +100,10 @@ def _publish(family: Family, depth: int, wire: Wire) -> Any:
         **conds: Any,
     ) -> Any:
         options = dict(transformer_options or {})
-        state: ForwardState | None = options.get(FORWARD_KEY)
-        if state is None:
-            state = forward_state(family, uncompiled(executor.class_obj.diffusion_model), x, c_crossattn, conds)
+        state: ForwardState = options[FORWARD_KEY]
         if state.layout is None:
             raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
-        patterns = [
-            TilePattern(None) if state.owner is None else state.owner.pattern_of(state, layer) for layer in range(depth)
-        ]
+        patterns = [state.owner.pattern_of(state, layer) for layer in range(depth)]
         sharded = options[SHARDED_KEY] = ShardedForward(state.layout, patterns, wire, options.get(SCHEME_KEY, "auto"))
         out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
         options.get(COUNTS_KEY, Counter()).update(sharded.schemes)

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout, choose_backend, dispatch, tile_attention
-from efficient_vdit_core.attention.choose import Choice, ChoiceBook, cache_folder, seconds, shape_class, trial_size
+from efficient_vdit_core.attention.choose import (
+    CallShape,
+    Choice,
+    ChoiceBook,
+    cache_folder,
+    seconds,
+    shape_class,
+    trial_size,
+)
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 LAYOUT = TokenLayout(TokenGrid(4, 5, 7), prefix=3)
@@ -14,6 +22,10 @@ LAYOUT = TokenLayout(TokenGrid(4, 5, 7), prefix=3)
 
 def qkv(layout=LAYOUT, heads=2, dim=8):
     return [torch.randn(1, heads, layout.tokens, dim) for _ in range(3)]
+
+
+def kind(heads=2, dim=8, dtype=torch.float32):
+    return CallShape(1, heads, dim, dtype, torch.device("cpu"))
 
 
 def candidates(calls, slow):
@@ -33,15 +45,15 @@ def candidates(calls, slow):
 def test_the_fastest_is_chosen_and_measured_only_once(tmp_path):
     calls = []
     book = ChoiceBook(tmp_path / "sub" / "attention.json")
-    first = book.choose(candidates(calls, {"dense", "triton"}), *qkv(), LAYOUT, TilePattern(1), "sdpa")
+    first = book.choose(candidates(calls, {"dense", "triton"}), kind(), LAYOUT, TilePattern(1), "sdpa")
     assert first.backend == "frames" and set(first.milliseconds) == {"dense", "frames", "triton"}
     assert first.milliseconds["dense"] >= 10 > first.milliseconds["frames"]
     seen = len(calls)
     assert (
-        book.choose(candidates(calls, {"frames"}), *qkv(), LAYOUT, TilePattern(1), "sdpa") == first
+        book.choose(candidates(calls, {"frames"}), kind(), LAYOUT, TilePattern(1), "sdpa") == first
         and len(calls) == seen
     )
-    again = ChoiceBook(book.file).choose(candidates(calls, {"frames"}), *qkv(), LAYOUT, TilePattern(1), "sdpa")
+    again = ChoiceBook(book.file).choose(candidates(calls, {"frames"}), kind(), LAYOUT, TilePattern(1), "sdpa")
     assert again == first and len(calls) == seen
 
 
@@ -50,27 +62,27 @@ def test_a_backend_that_does_not_compile_is_left_out_and_named(tmp_path, caplog)
         raise RuntimeError("Failed to find C compiler")
 
     book = ChoiceBook(tmp_path / "attention.json")
-    choice = book.choose({**candidates([], {"dense"}), "flex": broken}, *qkv(), LAYOUT, TilePattern(1), "sdpa")
+    choice = book.choose({**candidates([], {"dense"}), "flex": broken}, kind(), LAYOUT, TilePattern(1), "sdpa")
     assert set(choice.milliseconds) == {"dense", "frames", "triton"}
     assert "the backend flex fails here and is left out: RuntimeError: Failed to find C compiler" in caplog.text
     with pytest.raises(RuntimeError, match="C compiler"):  # nothing stands in for the dense function itself
-        book.choose({**candidates([], set()), "dense": broken}, *qkv(dim=16), LAYOUT, TilePattern(1), "sdpa")
+        book.choose({**candidates([], set()), "dense": broken}, kind(dim=16), LAYOUT, TilePattern(1), "sdpa")
 
 
 def test_another_shape_dense_function_or_version_is_measured_anew(tmp_path, caplog):
     book, calls = ChoiceBook(tmp_path / "attention.json"), []
     run = candidates(calls, set())
     keys = {
-        shape_class(qkv()[0], LAYOUT, TilePattern(1), "sdpa", run),
-        shape_class(qkv()[0], LAYOUT, TilePattern(2), "sdpa", run),
-        shape_class(qkv()[0], LAYOUT, TilePattern(1), "sage", run),
-        shape_class(qkv()[0].double(), LAYOUT, TilePattern(1), "sdpa", run),
-        shape_class(qkv(dim=16)[0], LAYOUT, TilePattern(1), "sdpa", run),
-        shape_class(qkv(heads=8)[0], LAYOUT, TilePattern(1), "sdpa", run),
+        shape_class(kind(), LAYOUT, TilePattern(1), "sdpa", run),
+        shape_class(kind(), LAYOUT, TilePattern(2), "sdpa", run),
+        shape_class(kind(), LAYOUT, TilePattern(1), "sage", run),
+        shape_class(kind(dtype=torch.float64), LAYOUT, TilePattern(1), "sdpa", run),
+        shape_class(kind(dim=16), LAYOUT, TilePattern(1), "sdpa", run),
+        shape_class(kind(heads=8), LAYOUT, TilePattern(1), "sdpa", run),
     }
     assert len(keys) == 6
     with caplog.at_level("INFO"):
-        choice = book.choose(run, *qkv(), LAYOUT, TilePattern(1), "sdpa")
+        choice = book.choose(run, kind(), LAYOUT, TilePattern(1), "sdpa")
     assert (
         f"{choice.backend} is fastest for cpu, float32" in caplog.text
         and f"(ms of a trial: {choice.times()})" in caplog.text
@@ -87,14 +99,14 @@ def test_a_broken_file_is_named_and_replaced(tmp_path, caplog, text):
     file.write_text(text)
     book = ChoiceBook(file)
     assert "attention.json cannot be read" in caplog.text
-    book.choose(candidates([], set()), *qkv(), LAYOUT, TilePattern(1), "sdpa")
+    book.choose(candidates([], set()), kind(), LAYOUT, TilePattern(1), "sdpa")
     assert len(json.loads(file.read_text())["choices"]) == 1
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_memory(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     book = ChoiceBook(tmp_path / "file" / "attention.json")
-    assert book.choose(candidates([], {"dense"}), *qkv(), LAYOUT, TilePattern(1), "sdpa").backend != "dense"
+    assert book.choose(candidates([], {"dense"}), kind(), LAYOUT, TilePattern(1), "sdpa").backend != "dense"
     assert "could not be kept" in caplog.text
 
 
@@ -112,17 +124,21 @@ def test_a_time_is_the_device_s_and_not_that_of_handing_it_over(monkeypatch, kin
     assert seconds(lambda: order.append("run"), torch.device(kind)) >= 0 and order == ["wait", "run", "wait"]
 
 
-def test_trials_are_small_whatever_the_shape():
+def test_trials_are_small_whatever_the_shape_and_keep_the_heads_where_they_can():
     for layout in (
         TokenLayout(TokenGrid(24, 45, 80)),
         TokenLayout(TokenGrid(21, 30, 52), 512),
         TokenLayout(TokenGrid(5, 2, 2)),
     ):
-        q = torch.empty(1, 24, layout.tokens, 96, device="meta")
-        heads, part = trial_size(q.to("meta"), layout)
+        heads, part = trial_size(kind(heads=24, dim=96), layout)
         flops = 4 * heads * part.tokens**2 * 96
         assert 1 <= heads <= 24 and part.grid.t == layout.grid.t and part.tokens <= layout.tokens
         assert flops <= 2.1e10
+    # On a GPU all 56 heads stay, over shorter frames.
+    h3 = TokenLayout(TokenGrid(37, 24, 42), prefix=714)
+    on_gpu = CallShape(1, 56, 128, torch.bfloat16, torch.device("cuda", 0))
+    heads, part = trial_size(on_gpu, h3)
+    assert heads == 56 and part.tokens < h3.tokens and 4 * heads * part.tokens**2 * 128 <= 5e12
 
 
 @pytest.fixture
@@ -139,19 +155,19 @@ def test_auto_follows_the_choice(book, monkeypatch):
     for backend, want in (("dense", F.scaled_dot_product_attention(*tensors)), ("frames", sparse)):
         monkeypatch.setattr(book, "choose", lambda *_, backend=backend: Choice(backend, {}))
         assert torch.equal(tile_attention(*tensors, LAYOUT, TilePattern(1)), want)
-        assert choose_backend(*tensors, LAYOUT, TilePattern(1)) == backend
+        assert choose_backend(CallShape.of(tensors[0]), LAYOUT, TilePattern(1)) == backend
     times = {"dense": 1.0, "frames": 3.0, "triton": 2.0}
     monkeypatch.setattr(book, "choose", lambda *_: Choice("dense", times))
-    assert choose_backend(*tensors, LAYOUT, TilePattern(1), or_dense=False) == "triton"
-    assert choose_backend(*tensors, LAYOUT, TilePattern(None)) == "dense"
+    assert choose_backend(CallShape.of(tensors[0]), LAYOUT, TilePattern(1), or_dense=False) == "triton"
+    assert choose_backend(CallShape.of(tensors[0]), LAYOUT, TilePattern(None)) == "dense"
 
 
 def test_short_sequences_follow_the_plan_unmeasured(book):
-    assert choose_backend(*qkv(), LAYOUT, TilePattern(1)) == "frames" and not book.choices
+    assert choose_backend(kind(), LAYOUT, TilePattern(1)) == "frames" and not book.choices
 
 
 def test_a_real_trial_prefers_the_arrow_mask_where_it_saves_most(book):
     layout = TokenLayout(TokenGrid(24, 10, 20))
-    assert choose_backend(*qkv(layout, dim=64), layout, TilePattern(1)) == "frames"
+    assert choose_backend(kind(dim=64), layout, TilePattern(1)) == "frames"
     (choice,) = book.choices.values()
     assert choice.milliseconds["frames"] < choice.milliseconds["dense"]

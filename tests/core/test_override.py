@@ -6,6 +6,7 @@ from einops import rearrange
 
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention import override as override_file
+from efficient_vdit_core.attention import prepare as prepare_file
 from efficient_vdit_core.attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.plan import TilePlan
@@ -65,7 +66,7 @@ def test_sparse_in_every_tensor_form(oracle, skip_reshape, skip_output_reshape):
 )
 def test_whatever_is_not_ours_stays_dense_and_is_counted(reason, change, monkeypatch):
     if "fastest" in change:
-        monkeypatch.setattr(override_file, "choose_backend", lambda *_, **__: change["fastest"])
+        monkeypatch.setattr(prepare_file, "choose_backend", lambda *_, **__: change["fastest"])
     report = AttentionReport()
     q, k, v = flat(change.get("tokens", 30))
     k, v = k[:, : change.get("keys", 40)], v[:, : change.get("keys", 40)]
@@ -116,7 +117,7 @@ def test_a_first_plan_below_another_node_s_override_leaves_the_attention_to_the_
         plan, reports[1], previous=lambda func, *args, **kwargs: first(func, *args, **kwargs)
     )
     alone = make_attention_override(TilePlan.uniform(1), AttentionReport())
-    state = ForwardState(LAYOUT, depth=2, owner=second)
+    state = ForwardState(LAYOUT, depth=2, owner=second.preparation)
     assert torch.equal(call(second, flat(), state), sdpa_attention(*flat(), HEADS))
     assert torch.equal(call(second, flat(), state), call(alone, flat(), ForwardState(LAYOUT)))
     assert reports[1].summary() == "1 attention calls sparse at mean density 0.52; dense: 1 full in the plan"
@@ -137,13 +138,14 @@ def test_deep_copies_share_the_report():
 def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend):
     measured, used = [], []
 
-    def choose(q, k, v, layout, pattern, *, dense, dense_name, or_dense):
+    def choose(shape, layout, pattern, *, dense, dense_name, or_dense):
         measured.append(dense_name)
-        assert dense(q[:, :1], k[:, :1], v[:, :1]).shape == q[:, :1].shape  # a trial takes fewer heads
+        q, k, v = shape.tensors(1, 7)  # a trial may take fewer heads and tokens
+        assert dense(q, k, v).shape == (2, 1, 7, 16)
         assert not or_dense  # a slow pattern is declined only where that was asked for
         return "frames"
 
-    monkeypatch.setattr(override_file, "choose_backend", choose)
+    monkeypatch.setattr(prepare_file, "choose_backend", choose)
     original = override_file.tile_attention
     monkeypatch.setattr(
         override_file, "tile_attention", lambda *a, **kw: used.append(kw["backend"]) or original(*a, **kw)
@@ -157,7 +159,7 @@ def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend):
 def test_measurements_over_another_override_are_kept_apart(monkeypatch):
     names = []
     monkeypatch.setattr(
-        override_file, "choose_backend", lambda *_, dense_name, **__: names.append(dense_name) or "frames"
+        prepare_file, "choose_backend", lambda *_, dense_name, **__: names.append(dense_name) or "frames"
     )
 
     def sage(func, *args, **kwargs):

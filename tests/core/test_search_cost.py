@@ -101,8 +101,9 @@ def test_the_trial_behind_a_measured_cost_is_the_run_s_own(monkeypatch):
     """Under the same name, and of fewer heads, which some of ComfyUI's backends take from the argument alone."""
     names = []
 
-    def choose(q, k, v, layout, pattern, *, dense, dense_name):
-        assert dense(q[:, :1], k[:, :1], v[:, :1]).shape == q[:, :1].shape
+    def choose(shape, layout, pattern, *, dense, dense_name):
+        q, k, v = shape.tensors(1, layout.tokens)
+        assert dense(q, k, v).shape == q.shape
         names.append(dense_name)
         return "dense"
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout, choose_backend, dispatch, tile_attention
 from efficient_vdit_core.attention import triton as backend
+from efficient_vdit_core.attention.choose import CallShape
 from efficient_vdit_core.attention.triton import attend_triton, attend_triton_lse
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
@@ -182,7 +183,7 @@ def test_it_is_reached_by_name_and_never_tried_by_auto_under_the_interpreter(ora
     if triton_device.type == "cpu":
         monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
         monkeypatch.setattr(dispatch, "default_book", lambda: Trial())
-        assert choose_backend(*tensors, layout, TilePattern(1)) == "dense"
+        assert choose_backend(CallShape.of(tensors[0]), layout, TilePattern(1)) == "dense"
 
 
 class Trial:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout, available_backends, choose_backend, tile_attention
-from efficient_vdit_core.attention.choose import default_book
+from efficient_vdit_core.attention.choose import CallShape, default_book
 from efficient_vdit_core.attention.triton import attend_triton, attend_triton_lse
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
@@ -131,7 +131,7 @@ def test_more_than_two_to_the_31_elements():
 def test_auto_tries_all_and_keeps_the_fastest(tmp_path, monkeypatch):
     monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path))
     layout = TokenLayout(TokenGrid(24, 20, 30))
-    chosen = choose_backend(*qkv(layout, 96, torch.bfloat16), layout, TilePattern(2))
+    chosen = choose_backend(CallShape.of(qkv(layout, 96, torch.bfloat16)[0]), layout, TilePattern(2))
     (choice,) = default_book().choices.values()
     assert set(choice.milliseconds) == {"dense", *(b.name for b in available_backends(GPU) if b.available)}
     assert chosen == choice.backend == min(choice.milliseconds, key=choice.milliseconds.__getitem__) != "dense"

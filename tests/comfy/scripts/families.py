@@ -18,23 +18,27 @@ OVERRIDE = "optimized_attention_override"
 pack = load_pack()
 (plans,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
 (families,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.families"))
+(states,) = (m for name, m in sys.modules.items() if name.endswith("attention.state"))
+(patch,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.patch"))
 (probe,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.probe"))
 lines = log_lines()
 
 
-class Spy(plans.TilePlan):
-    """A plan that notes which layers it is asked about."""
+counted: list[int | None] = []  # the layers of the calls over the video
+next_layer = states.ForwardState.next_layer
 
-    asked: list[int] = []
 
-    def pattern(self, layer, layers=None):
-        self.asked.append(layer)
-        return super().pattern(layer, layers)
+def counting(self, options, heads=0):
+    counted.append(next_layer(self, options, heads))
+    return counted[-1]
+
+
+states.ForwardState.next_layer = counting
 
 
 def patched(model, k: int):
     settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
-    return call(pack["EVDiTSparseAttention"], model=model, plan=Spy.uniform(k), **settings)[0]
+    return call(pack["EVDiTSparseAttention"], model=model, plan=plans.TilePlan.uniform(k), **settings)[0]
 
 
 def run(model, case: Case, changed: int | None = None):
@@ -172,10 +176,11 @@ def facts(case: Case) -> dict:
     dense = run(model, case)
     scale = float(dense.abs().max())
     same = float((run(patched(model, case.layout[1]), case) - dense).abs().max())
-    Spy.asked, before = [], len(forwards)
+    before, one = len(forwards), patched(model, 1)
     lines.clear()
-    sparse = run(patched(model, 1), case)
-    ran = len(forwards) - before
+    counted.clear()
+    sparse = run(one, case)
+    ran, layers = len(forwards) - before, list(counted)
     if why:
         return {"skipped": why, "lines": list(lines), "changed": float((sparse - dense).abs().max())}
     calls: list[int] = []
@@ -185,7 +190,8 @@ def facts(case: Case) -> dict:
     return {
         "frames stand": where_frames_stand(model, case) == expected_places(case),
         "finite": bool(torch.isfinite(want).all()),
-        "layers": Spy.asked == list(case.layers) * ran,
+        "layers": layers == list(case.layers) * ran,
+        "unforeseen": [str(shape) for shape in patch.hook_of(one).preparation.unforeseen],
         "depth": families.find_family(diffusion_model).depth(diffusion_model),
         "calls": len(calls) == len(case.layers) * ran,
         "lines": list(lines),

@@ -1,0 +1,56 @@
+"""The dense attention that a call asked for, with all that it was called with."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .state import Override
+
+
+def function_name(function: Override) -> str:
+    """Tells one attention function from another: a closure, as nodes install them, with the function that it holds."""
+    name = getattr(function, "__name__", type(function).__name__)
+    held = inspect.getclosurevars(function).nonlocals.values() if inspect.isfunction(function) else ()
+    inner = sorted(
+        {f.__name__ for f in held if inspect.isfunction(f) and f is not getattr(function, "__wrapped__", None)}
+    )
+    return f"{name} of {', '.join(inner)}" if inner else name
+
+
+@dataclass(frozen=True)
+class DenseCall:
+    """The attention that a call asked for: another node's override, or the function that ComfyUI runs with.
+
+    ``previous`` is that override and ``previous_name`` what to call it; ``kwargs`` go along with each call.
+    """
+
+    func: Override
+    previous: Override | None
+    precision: Any
+    kwargs: dict[str, Any]
+    previous_name: str = ""
+
+    @property
+    def name(self) -> str:
+        """Tells one dense attention from another where backends are measured against it."""
+        own = getattr(self.func, "__name__", type(self.func).__name__)
+        return f"{self.previous_name or function_name(self.previous)} over {own}" if self.previous else own
+
+    def call(self, q: Any, k: Any, v: Any, heads: int, mask: Tensor | None, **form: bool) -> Tensor:
+        """As asked for; ``form`` is skip_reshape and skip_output_reshape. q, k, v may be containers of ComfyUI's."""
+        options = {"mask": mask, "attn_precision": self.precision, **form, **self.kwargs}
+        if self.previous is None:
+            return self.func(q, k, v, heads, **options)
+        if not isinstance(q, Tensor):
+            if hasattr(self.previous, "container_function"):
+                return self.previous.container_function(q, k, v, heads, **options)
+            q, k, v = (x.take() for x in (q, k, v))
+        return self.previous(self.func, q, k, v, heads, **options)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, H, Nq, D) over (B, H, Nk, D), as the backends ask for it."""
+        return self.call(q, k, v, q.shape[1], None, skip_reshape=True, skip_output_reshape=True)

@@ -1,0 +1,187 @@
+"""A plan made ready for a forward: what every layer does, and with which backend, settled before its first block.
+
+Nothing is measured inside a block, and nothing that outlives the block is allocated there: ComfyUI may record a block's
+allocations and replay them at the next step, and a tensor that it does not see freed is lost to it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..plan import TilePlan
+from ..tiles import TilePattern
+from .choose import CallShape
+from .dense_call import DenseCall
+from .dispatch import choose_backend, make_tables
+from .layout import TokenLayout
+from .padding import without_padding
+from .reasons import why_not_worth_it
+from .report import AttentionReport
+from .state import ForwardState
+
+MOST_REMEMBERED, MOST_UNFORESEEN = 4096, 64
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What a layer does with its self-attention over the video.
+
+    ``reason`` says why it stays dense, "" = it follows ``pattern`` at ``density``, the share of dense FLOPs. ``notes``
+    are warnings (about, text) that a run gives once.
+    """
+
+    pattern: TilePattern
+    reason: str
+    density: float
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+BEYOND = LayerWork(
+    TilePattern(None),
+    "more calls than layers",
+    1.0,
+    (("more calls than layers", "the model attends more often than it has layers: the rest stays dense."),),
+)
+
+
+class Preparation:
+    """One plan on one model, as its forwards need it. Safe for several threads.
+
+    Args:
+        plan: which frames each layer attends to.
+        report: what is counted and warned of.
+        min_tokens: calls with fewer video tokens stay dense.
+        placement: where the reference frames stand, one of ``tiles.PLACEMENTS``.
+        decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
+        backend: as of ``tile_attention``.
+    """
+
+    def __init__(
+        self,
+        plan: TilePlan,
+        report: AttentionReport,
+        *,
+        min_tokens: int = 0,
+        placement: str = "strided",
+        decline_slow: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        TilePattern(None).placed(placement)  # refuses an unknown one now, and not in the middle of a run
+        self.plan, self.report = plan, report
+        self.min_tokens, self.placement, self.decline_slow, self.backend = min_tokens, placement, decline_slow, backend
+        self.lock = threading.Lock()
+        self.work: dict[Any, LayerWork] = {}
+        self.backends: dict[Any, str] = {}
+        self.unforeseen: set[CallShape] = set()  # shapes that calls had and no forward was prepared for
+
+    def before_forward(
+        self, state: ForwardState, shapes: Iterable[CallShape], dense_of: Callable[[int], DenseCall]
+    ) -> None:
+        """Settles the forward of ``state``: each layer's work, and for each shape of calls the backends.
+
+        ``dense_of`` gives a layer's dense attention. Measures backends that were never measured, and makes what they
+        keep on the device. Call it outside of whatever records or compiles the model's blocks.
+        """
+        if state.layout is None or not state.active or state.depth is None:
+            return
+        with self.lock:
+            wanted = {*shapes, *self.unforeseen}
+        layouts = {state.layout, without_padding(state.layout, state.padding)}
+        for layer in range(state.depth):
+            work = self.layer(state, layer)
+            if not work.reason:
+                dense = dense_of(layer)
+                for shape in wanted:
+                    for layout in layouts:
+                        self.settle(shape, layout, work.pattern, dense)
+        state.settled = True
+
+    def layer(self, state: ForwardState, layer: int | None, total: int | None = None) -> LayerWork:
+        """What a layer does in the forward of ``state``; ``total`` is the depth where the state has none."""
+        assert state.layout is not None
+        if layer is None:
+            return BEYOND
+        step = state.step if self.placement == "rotating" else 0
+        key = (state.layout, layer, state.depth or total, step)
+        if key not in self.work:
+            with self.lock:
+                if len(self.work) >= MOST_REMEMBERED:
+                    self.work.clear()
+                self.work[key] = self._work(state.layout, layer, state.depth or total, step)
+        return self.work[key]
+
+    def _work(self, layout: TokenLayout, layer: int, depth: int | None, step: int) -> LayerWork:
+        pattern, notes = pattern_for_frames(self.plan, layer, depth, layout.grid.t)
+        pattern = pattern.placed(self.placement, step)
+        density = pattern.flop_density(layout.grid, layout.prefix + layout.suffix)
+        return LayerWork(pattern, why_not_worth_it(layout, pattern, self.min_tokens, self.decline_slow), density, notes)
+
+    def pattern_of(self, state: ForwardState, layer: int) -> TilePattern:
+        """A layer's pattern, for those who must know it before its attention is called; full where it stays dense."""
+        if state.layout is None or state.layout.grid.t == 1 or not state.active:
+            return TilePattern(None)
+        work = self.layer(state, layer)
+        return TilePattern(None) if work.reason else work.pattern
+
+    def settle(self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall) -> str:
+        """The backend for these calls, measured where it never was; ``dense`` only where slow patterns are declined."""
+        key = (shape, layout, pattern, dense.name)
+        chosen = self.backends.get(key)
+        if chosen is None:
+            chosen = self.backend
+            if chosen == "auto":
+                chosen = choose_backend(
+                    shape, layout, pattern, dense=dense, dense_name=dense.name, or_dense=self.decline_slow
+                )
+            if len(self.backends) >= MOST_REMEMBERED:
+                self.backends.clear()
+            self.backends[key] = chosen
+        make_tables(chosen, layout, pattern, shape.device)
+        return chosen
+
+    def backend_of(self, state: ForwardState, q: Tensor, layout: TokenLayout, work: LayerWork, dense: DenseCall) -> str:
+        """The backend for a call with queries q (B, H, N, D).
+
+        Where the forward was settled and this shape was not foreseen, ``frames`` computes it, which keeps nothing; the
+        next forward is prepared for it.
+        """
+        shape = CallShape.of(q)
+        if not state.settled:
+            return self.settle(shape, layout, work.pattern, dense)
+        chosen = self.backends.get((shape, layout, work.pattern, dense.name))
+        if chosen is None:
+            with self.lock:
+                if len(self.unforeseen) < MOST_UNFORESEEN:
+                    self.unforeseen.add(shape)
+            return "frames"
+        return chosen
+
+    def forget(self) -> None:
+        """Lets go of what a run left in memory. What was measured stays in the book on disk, and the next run is
+        prepared for the shapes that this one met."""
+        with self.lock:
+            self.work.clear()
+            self.backends.clear()
+
+
+def pattern_for_frames(
+    plan: TilePlan, layer: int, depth: int | None, frames: int
+) -> tuple[TilePattern, tuple[tuple[str, str], ...]]:
+    """The plan's pattern of a layer for a run of ``frames`` latent frames, and notes where it is not the plan's own."""
+    planned = plan.pattern(layer, depth)
+    pattern = planned.scaled(plan.frames, frames)
+    if pattern.k is not None and pattern.k != planned.k:
+        text = (
+            f"the plan was made for {plan.frames} latent frames and the run has {frames}: the distance between reference "
+            f"frames is kept, so that there are fewer of them (layer {layer}: {pattern.k} instead of {planned.k})."
+        )
+        return pattern, (("scaled", text),)
+    if planned.k is not None and planned.k > frames > 1:
+        text = f"the plan has {planned.k} reference frames and the run {frames} latent frames: full attention."
+        return pattern, (("k above the frames", text),)
+    return pattern, ()

@@ -1,0 +1,62 @@
+"""Why an attention call stays dense: one ladder, asked by runs, searches and forecasts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..tiles import TilePattern
+from .layout import TokenLayout
+from .state import ForwardState
+
+ANOTHER_LENGTH = "another sequence length"
+# Below this many latent frames, or above this share of dense FLOPs, two attention calls take as long as one.
+FEWEST_FRAMES = 4
+HIGHEST_DENSITY = 0.9
+
+
+def tokens_of(shape: Sequence[int], skip_reshape: bool) -> int:
+    """N of (B, H, N, D) with ``skip_reshape``, else of (B, N, H * D)."""
+    return shape[2 if skip_reshape else 1]
+
+
+def why_not_the_video(
+    state: ForwardState | None, q: Sequence[int], k: Sequence[int], mask: Tensor | None, skip_reshape: bool
+) -> str:
+    """The reason why this is no self-attention over the video; an empty text where it is.
+
+    q and k are shapes: (B, H, N, D) with ``skip_reshape``, else (B, N, H * D).
+    """
+    if state is None:
+        return "no token grid"
+    if tuple(k) != tuple(q):
+        return "masked" if state.masks_a_part(tokens_of(k, skip_reshape), mask) else "cross-attention"
+    if state.layout is None:
+        return state.reason
+    tokens = tokens_of(q, skip_reshape)
+    if tokens == state.layout.tokens:
+        return ""
+    return "text or audio alone" if tokens in state.others else ANOTHER_LENGTH
+
+
+def why_no_pattern(state: ForwardState, layout: TokenLayout, mask: Tensor | None) -> str:
+    """The reason why no pattern goes over this self-attention over the video; an empty text where one can."""
+    if layout.grid.t == 1:
+        return "a single frame"
+    if mask is not None and not state.masks_padding_alone(layout, mask):
+        return "masked"
+    return "" if state.active else state.reason
+
+
+def why_not_worth_it(layout: TokenLayout, pattern: TilePattern, min_tokens: int, decline_slow: bool) -> str:
+    """The reason why this pattern is not put over a layer of this layout; an empty text where it is."""
+    if layout.grid.tokens < min_tokens:
+        return "below min_tokens"
+    if pattern.is_full(layout.grid.t):
+        return "full in the plan"
+    if decline_slow and layout.grid.t < FEWEST_FRAMES:
+        return "too few frames to pay"
+    if decline_slow and pattern.flop_density(layout.grid, layout.prefix + layout.suffix) > HIGHEST_DENSITY:
+        return "too dense to pay"
+    return ""

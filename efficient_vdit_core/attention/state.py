@@ -1,0 +1,97 @@
+"""What one forward pass tells its attention calls: where the video stands, and which layer each call belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .layout import TokenLayout
+
+FORWARD_KEY = "evdit"
+
+Override = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class FileAttention:
+    """The attention functions that a checkpoint asks for in one layer; None = the one that ComfyUI runs with.
+
+    ``video`` is for the self-attention over the video, ``other`` for the rest of the layer's calls.
+    """
+
+    video: Override | None = None
+    other: Override | None = None
+
+
+@dataclass
+class ForwardState:
+    """One forward pass: where its video tokens stand, whether sparsity is on, and how its layers are counted.
+
+    Attributes:
+        layout: None where it is not known; ``reason`` then says why.
+        reason: why it is off, where ``active`` is False.
+        others: lengths of the sequences beside the video (text, audio) that have attention of their own.
+        depth: the number of layers, None where the model says it itself.
+        heads: the attention heads of a layer, 0 = unknown. A call over fewer is a part of its layer.
+        offsets: the first layer of each ``block_type``, where a model restarts ``block_index``.
+        order: the layer of each self-attention call in turn, for models that give no ``block_index``; () = one a layer.
+        padding: where the text's padding stands in the sequence, which a mask leaves out; empty where nothing is
+            masked.
+        step: sampling step, 0 = first; moves rotating reference frames.
+        file_attention: by layer, what the checkpoint asks for.
+        settled: backends were chosen before the forward, and none may be measured within it.
+        calls: self-attentions over the video so far, each over all heads.
+        owner: the plan's ``Preparation`` that this is for, None = any. A plan that another node still calls leaves the
+            attention alone.
+        busy: a call is being computed; what it calls in turn is no call of the model.
+    """
+
+    layout: TokenLayout | None
+    active: bool = True
+    reason: str = "outside the step window"
+    others: frozenset[int] = frozenset()
+    depth: int | None = None
+    heads: int = 0
+    offsets: Mapping[str, int] = field(default_factory=dict)
+    order: tuple[int, ...] = ()
+    padding: range = range(0)
+    step: int = 0
+    file_attention: Mapping[int, FileAttention] = field(default_factory=dict)
+    settled: bool = False
+    calls: int = 0
+    owner: Any = None
+    busy: bool = False
+    seen_heads: int = 0
+
+    def next_layer(self, options: Mapping[str, Any], heads: int = 0) -> int | None:
+        """The layer of this self-attention over ``heads``: given by the model, else counted. None beyond the last."""
+        counted = self.calls
+        if 0 < heads < self.heads:
+            self.seen_heads += heads
+        if not self.seen_heads or self.seen_heads >= self.heads:
+            self.calls, self.seen_heads = self.calls + 1, 0
+        if (given := self.given_layer(options)) is not None:
+            return given
+        if self.order:
+            return self.order[counted] if counted < len(self.order) else None
+        return counted if self.depth is None or counted < self.depth else None
+
+    def given_layer(self, options: Mapping[str, Any]) -> int | None:
+        """The layer that the model names for any of its calls; None where it names none."""
+        index = options.get("block_index")
+        return None if index is None else index + self.offsets.get(options.get("block_type", ""), 0)
+
+    def masks_padding_alone(self, layout: TokenLayout, mask: Tensor) -> bool:
+        """Whether this is the mask of the text's padding: one row of keys for all queries."""
+        return len(self.padding) > 0 and mask.numel() == mask.shape[-1] == layout.tokens
+
+    def masks_a_part(self, tokens: int, mask: Tensor | None) -> bool:
+        """Whether a mask weighs all ``tokens`` for a part of the queries: how LTX gives guides another strength."""
+        return mask is not None and self.layout is not None and tokens == self.layout.tokens
+
+    def masked(self, mask: Tensor | None) -> range:
+        """The tokens that a call with this mask leaves out."""
+        return range(0) if mask is None else self.padding

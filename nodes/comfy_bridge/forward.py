@@ -1,0 +1,65 @@
+"""What a forward of a MODEL tells its attention calls, and what they will look like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...efficient_vdit_core.attention.choose import CallShape
+from ...efficient_vdit_core.attention.state import FileAttention, ForwardState
+from .families import Family, uncompiled
+from .layouts import UnknownLayout
+
+
+def forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, conds: dict[str, Any]) -> ForwardState:
+    """Where the video tokens of a forward on latents ``x`` stand; a state without a layout, with the reason, where
+    unknown."""
+    # Video with audio comes packed into one tensor, and the shapes beside it.
+    size = conds["latent_shapes"][0] if "latent_shapes" in conds else x.shape
+    try:
+        if len(size) != 5:
+            raise UnknownLayout(
+                f"its latents have the shape {tuple(size)}, expected (batch, channels, frames, height, width)"
+            )
+        found = family.layout(size, model, text, conds)
+    except UnknownLayout as error:
+        return ForwardState(None, active=False, reason=str(error))
+    state = ForwardState(
+        found.layout,
+        others=frozenset(found.others),
+        depth=family.depth(model),
+        heads=family.head_count(model),
+        offsets=family.offsets(model),
+        order=family.order(model, conds),
+        padding=found.padding,
+        file_attention=file_attention(family, model),
+    )
+    if found.layout.tokens in state.others:
+        # Cross-attention is told from self-attention by its length; here the lengths are the same.
+        state.active, state.reason = False, "text or audio as long as the video"
+    return state
+
+
+def call_shape(family: Family, base_model: Any, x: Tensor) -> CallShape:
+    """What the self-attention calls of a forward on latents ``x`` look like, as far as it can be told beforehand."""
+    model = uncompiled(base_model.diffusion_model)
+    inference = getattr(base_model, "get_dtype_inference", None)  # in versions that know quantised weights
+    dtype = inference() if inference else base_model.manual_cast_dtype or base_model.get_dtype()
+    return CallShape(x.shape[0], family.head_count(model), family.head_dim(model), dtype, x.device)
+
+
+def file_attention(family: Family, model: Any) -> dict[int, FileAttention]:
+    """By layer, the attention functions that the checkpoint itself asks for; layers without a wish are left out.
+
+    ComfyUI keeps a wish at the module whose calls it is for, and drops it where an override is installed.
+    """
+    found: dict[int, FileAttention] = {}
+    for layer, block in enumerate(family.layers(model)):
+        modules: list[Any] = [m for m in block.modules() if hasattr(m, "comfy_attention")]
+        wishes = [module.comfy_attention.function for module in modules]
+        if any(wish is not None for wish in wishes):
+            # The attention over the video comes first in every block here; the others mostly agree.
+            others = set(wishes[1:])
+            found[layer] = FileAttention(wishes[0], others.pop() if len(others) == 1 else None)
+    return found

@@ -1,0 +1,72 @@
+"""Which steps of a run are sparse: by the noise schedule, and by number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+# A step may lie on the window's edge; schedule and window round it in their own ways.
+_ROUNDING = 1 + 1e-4
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sparse from ``start`` to ``end`` of the noise schedule (0..1), but not in the run's first and last steps.
+
+    Steps by number mean the same under every shift and for levels given by hand; they count within one sampler node.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    dense_first_steps: int = 0
+    dense_last_steps: int = 0
+
+    def check(self) -> None:
+        """Raise ValueError where no step could be sparse, or a number is none."""
+        if not 0.0 <= self.start < self.end <= 1.0:  # NaN is neither
+            raise ValueError(
+                f"start_percent is {self.start} and end_percent {self.end}, expected 0 to 1 with start below end: no step "
+                "would be sparse. Lower start_percent, raise end_percent, or bypass the node."
+            )
+        for name in ("dense_first_steps", "dense_last_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more. Correct it.")
+
+    def why_outside(self, model_sampling: Any, options: dict[str, Any], t: Tensor) -> str:
+        """The reason why the step at noise level ``t`` is dense; "" inside the window.
+
+        Reads the level from the device, so once a forward only.
+        """
+        if (self.start, self.end) != (0.0, 1.0):
+            high, low = (model_sampling.percent_to_sigma(p) for p in (self.start, self.end))
+            level = float(t.flatten()[0])
+            if not low * _ROUNDING < level <= high * _ROUNDING:
+                return "outside the step window"
+        if not (self.dense_first_steps or self.dense_last_steps):
+            return ""
+        steps = steps_of(options)
+        if not steps:
+            return "steps are not numbered"
+        step = step_of(options, t)
+        inside = self.dense_first_steps <= step < steps - self.dense_last_steps
+        return "" if inside else "outside the step window"
+
+
+def steps_of(options: dict[str, Any]) -> int:
+    """How many steps the sampler takes, 0 where there is no schedule."""
+    schedule = options.get("sample_sigmas")
+    return 0 if schedule is None else max(0, len(schedule) - 1)
+
+
+def step_of(options: dict[str, Any], t: Tensor) -> int:
+    """The step of the schedule that noise level ``t`` belongs to, 0 = first; 0 where there is no schedule.
+
+    A level between two steps, as samplers of higher order ask for, belongs to the step that has begun.
+    """
+    schedule = options.get("sample_sigmas")
+    if schedule is None:
+        return 0
+    reached = schedule.float() * _ROUNDING >= float(t.flatten()[0])
+    return min(max(0, int(reached.sum()) - 1), max(0, len(schedule) - 2))
