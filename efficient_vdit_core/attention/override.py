@@ -22,7 +22,7 @@ from .padding import fill_in, leave_out, without_padding
 from .prepare import Preparation
 from .reasons import ANOTHER_LENGTH, tokens_of, why_no_pattern, why_not_the_video
 from .report import AttentionReport
-from .state import FORWARD_KEY, ForwardState, Override
+from .state import FORWARD_KEY, ForwardState, Override, computing
 
 
 def make_attention_override(
@@ -69,7 +69,8 @@ def attention_override(preparation: Preparation, *, previous: Override | None = 
         if state is not None and state.layout is not None and reason == ANOTHER_LENGTH:
             _warn_of_length(tokens_of(call.shape, skip_reshape), state.layout, report)
         report.add_dense(reason)
-        return call.dense(_as_the_file_asks(dense, state, options, video=False))
+        with computing(state):
+            return call.dense(_as_the_file_asks(dense, state, options, video=False))
 
     override.pattern_of = preparation.pattern_of  # pyright: ignore[reportFunctionMemberAccess]
     override.preparation = preparation  # pyright: ignore[reportFunctionMemberAccess]
@@ -142,19 +143,15 @@ def _over_the_video(
         queries = call.queries(padding)
         backend = "frames" if scaled else preparation.backend_of(state, queries, layout, work, dense)
         reason = "measured faster" if backend == "dense" else ""
-    state.busy = True
-    try:
-        if reason:
-            report.add_dense(reason, dense.name)
-            with report.clock.taking(DENSE, _peek(call.q)):
-                return call.dense(dense)
-        density = work.pattern.flop_density(layout.grid, layout.prefix + layout.suffix)
-        report.add_sparse(density, dense.name if backend == "frames" else backend)
-        with report.clock.taking(SPARSE, _peek(call.q), density):
-            q, k, v = call.take(padding)
-            out = tile_attention(q, k, v, layout, work.pattern, dense=dense, backend=backend, dense_name=dense.name)
-    finally:
-        state.busy = False
+    if reason:
+        report.add_dense(reason, dense.name)
+        with computing(state), report.clock.taking(DENSE, _peek(call.q)):
+            return call.dense(dense)
+    density = work.pattern.flop_density(layout.grid, layout.prefix + layout.suffix)
+    report.add_sparse(density, dense.name if backend == "frames" else backend)
+    with computing(state), report.clock.taking(SPARSE, _peek(call.q), density):
+        q, k, v = call.take(padding)
+        out = tile_attention(q, k, v, layout, work.pattern, dense=dense, backend=backend, dense_name=dense.name)
     return call.give(out, padding)
 
 

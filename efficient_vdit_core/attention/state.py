@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,19 @@ class FileAttention:
 
     video: Override | None = None
     other: Override | None = None
+
+
+@contextmanager
+def computing(state: ForwardState | None) -> Iterator[None]:
+    """Within it a call is being computed: an override that its functions ask in turn, ours among them, stands aside."""
+    if state is None:
+        yield
+        return
+    state.busy = True
+    try:
+        yield
+    finally:
+        state.busy = False
 
 
 @dataclass

@@ -141,8 +141,8 @@ one = run(sparse(with_lora(model)))
 facts["lora"] = {"either side": distance(run(with_lora(sparse(model))), one), "acts": distance(one, alone)}
 
 
-# Another node's attention override, as SageAttention nodes install theirs: under ours it computes, over ours it takes
-# the place.
+# Another node's attention override, as SageAttention nodes install theirs: before ours or behind it, it computes the
+# dense pieces.
 def other(func, q, k, v, heads, *args, **kwargs):
     seen.append(q.shape)
     return func(q, k, v, heads, *args, **kwargs)
@@ -154,7 +154,13 @@ under.model_options["transformer_options"][OVERRIDE] = other
 facts["override under"] = {"same": distance(run(sparse(under)), alone), "calls": len(seen)}
 over = sparse(model)
 over.model_options["transformer_options"][OVERRIDE] = other
-facts["override over"] = {"dense": distance(run(over), dense), "lines": list(lines)}
+seen.clear()
+facts["override over"] = {"same": distance(run(over), alone), "calls": len(seen), "lines": list(lines)}
+# One that asks the override it found, as careful nodes do, has ours below it and above it.
+chained = sparse(model)
+below = chained.model_options["transformer_options"][OVERRIDE]
+chained.model_options["transformer_options"][OVERRIDE] = lambda func, *args, **kwargs: below(func, *args, **kwargs)
+facts["override around"] = {"same": distance(run(chained), alone), "lines": list(lines)}
 facts["the second node counts"] = distance(run(sparse(sparse(model, 3))), alone)
 between = sparse(model)
 first = between.model_options["transformer_options"][OVERRIDE]
