@@ -43,12 +43,14 @@ class TilePattern:
     """Which tiles a layer computes: ``k`` reference frames, or all tiles where ``k`` is None.
 
     ``placement`` says where the reference frames stand: ``strided`` over the clip (the paper's), the ``first`` or the
-    ``last`` k, or ``rotating``: strided and moved on by ``shift`` frames, around the end of the clip.
+    ``last`` k, or ``rotating``: strided and moved on by ``shift`` frames, around the end of the clip. ``stride`` is
+    their distance where it was settled by another clip, None = by this one's length.
     """
 
     k: int | None
     placement: str = "strided"
     shift: int = 0
+    stride: int | None = None
 
     def __post_init__(self) -> None:
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0):
@@ -78,7 +80,7 @@ class TilePattern:
         if self.placement in ("first", "last"):
             start = 0 if self.placement == "first" else frames - self.k
             return tuple(range(start, start + self.k))
-        strided = range(0, frames, -(-frames // self.k))
+        strided = range(0, frames, self.stride or -(-frames // self.k))
         found = strided if len(strided) == self.k else [i * frames // self.k for i in range(self.k)]
         shift = self.shift if self.placement == "rotating" else 0
         return tuple(sorted((f + shift) % frames for f in found))
@@ -95,7 +97,7 @@ class TilePattern:
         if self.is_full(made_for):
             return replace(self, k=None)
         stride = -(-made_for // self.k)
-        return replace(self, k=-(-frames // stride))
+        return replace(self, k=-(-frames // stride), stride=stride)
 
     def name(self, frames: int) -> str:
         """The paper's name, such as ``2:6`` for 8 frames; ``full`` where nothing is left out."""

@@ -121,6 +121,11 @@ class Preparation:
         density = pattern.flop_density(layout.grid, layout.prefix + layout.suffix)
         return LayerWork(pattern, why_not_worth_it(layout, pattern, self.min_tokens, self.decline_slow), density, notes)
 
+    def density(self, state: ForwardState) -> float:
+        """The share of dense attention's FLOPs that all layers of an active forward compute, 0 to 1."""
+        work = [self.layer(state, layer) for layer in range(state.depth or 0)]
+        return sum(1.0 if w.reason else w.density for w in work) / len(work) if work else 1.0
+
     def pattern_of(self, state: ForwardState, layer: int) -> TilePattern:
         """A layer's pattern, for those who must know it before its attention is called; full where it stays dense."""
         if state.layout is None or state.layout.grid.t == 1 or not state.active:

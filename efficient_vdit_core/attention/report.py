@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from .clock import AttentionClock
+from .cost import StepCost
 from .layout import TokenLayout
 
 log = logging.getLogger("efficient_vdit")
@@ -23,6 +24,8 @@ class AttentionReport:
     computed: Counter[str] = field(default_factory=Counter)  # calls over the video by what computed them
     warned: set[str] = field(default_factory=set)
     layout: TokenLayout | None = None  # of the last forward; None before the first, or where it is not known
+    cost: StepCost | None = None  # of the last forward, where the model's matrices are known
+    seconds: float = 0.0  # that the last sampling took, 0 before its end
     clock: AttentionClock = field(default_factory=AttentionClock)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -50,7 +53,8 @@ class AttentionReport:
 
     def reset(self) -> None:
         with self.lock:
-            self.sparse, self.density_sum, self.layout = 0, 0.0, None
+            self.sparse, self.density_sum, self.seconds = 0, 0.0, 0.0
+            self.layout = self.cost = None
             self.dense.clear()
             self.computed.clear()
             self.warned.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .cost import StepCost
 from .report import AttentionReport
 
 # Not self-attention over the video, so no plan could make it sparse.
@@ -11,10 +12,11 @@ NOT_OURS = ("cross-attention", "another sequence length", "no token grid", "text
 def summarize_run(report: AttentionReport) -> tuple[str, bool]:
     """Several lines about the last run, and whether anything became sparse.
 
-    The FLOP share takes every self-attention call over the video as equally large, and a sparse one by its density.
+    The one share of FLOPs takes every self-attention call over the video as equally large, a sparse one by its density.
     """
     with report.lock:
         sparse, density_sum, reasons = report.sparse, report.density_sum, report.dense.most_common()
+        computed, cost = report.computed.most_common(), report.cost
     ours = [(reason, count) for reason, count in reasons if reason not in NOT_OURS]
     others = [(reason, count) for reason, count in reasons if reason in NOT_OURS]
     dense = sum(count for _, count in ours)
@@ -23,34 +25,56 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
             "No attention call was seen: nothing was sampled with this model yet, or its attention passes no hook.",
             False,
         )
-    lines = [f"Self-attention over the video: {sparse + dense} calls"]
+    lines = [f"Self-attention over the video: {sparse + dense} calls, {sparse} of them sparse"]
+    density = (density_sum + dense) / (sparse + dense) if sparse else 1.0
     if sparse:
-        share = (density_sum + dense) / (sparse + dense)
-        lines.append(f"  sparse: {sparse} calls at mean density {density_sum / sparse:.2f}")
-        lines.append(f"  FLOPs: {share:.0%} of dense, {1 / share:.2f}x fewer")
+        lines.append(f"  work: {density:.0%} of dense attention's FLOPs, dense calls included")
     else:
         lines.insert(0, "WARNING: nothing became sparse; this run was as slow as without Sparse Attention.")
-    lines += _times(report)
+    lines += _times(report, density)
     if ours:
         lines.append("  dense: " + ", ".join(f"{count} {reason}" for reason, count in ours))
+    if computed:
+        lines.append("  computed by " + ", ".join(f"{name} ({count})" for name, count in computed))
     if others:
         lines.append("Other attention, always dense: " + ", ".join(f"{count} {reason}" for reason, count in others))
+    if cost is not None:
+        lines += describe_bound(cost, density)
     return "\n".join(lines), bool(sparse)
 
 
-def _times(report: AttentionReport) -> list[str]:
+def describe_bound(cost: StepCost, density: float) -> list[str]:
+    """What share of this clip's sequence and step the plan touches, and what follows for the whole step."""
+    layout = cost.layout
+    beside = layout.prefix + layout.suffix
+    lines = [
+        f"The clip: {layout.grid.t} latent frames of {layout.grid.tokens_per_frame} tokens, {cost.video_share:.0%} of a "
+        f"sequence of {layout.tokens}"
+        + (f"; {beside} other tokens (text, audio, references) see and are seen by all" if beside else "")
+    ]
+    share, bound = cost.attention_share(), cost.bound(density)
+    lines.append(
+        f"  attention is {share:.0%} of a dense step's FLOPs here, so a step at {density:.0%} of it is at most {bound:.2f}x faster"
+    )
+    return lines
+
+
+def _times(report: AttentionReport, density: float) -> list[str]:
     times = report.clock.times()
     if times is None:
         return []
     spent = times.sparse + times.dense
+    whole = f" of the run's {report.seconds:.2f} s" if report.seconds else ""
     if not times.sparse:
-        return [f"  time: {spent:.2f} s, all dense"]
-    basis = (
-        "from the dense calls of this run"
-        if times.measured
-        else "estimated from FLOPs; no dense call of the same size was timed"
-    )
-    return [
-        f"  time: {spent:.2f} s, of which sparse {times.sparse:.2f} s and dense {times.dense:.2f} s",
-        f"  all dense: {times.all_dense:.2f} s ({basis}), so {times.all_dense / spent:.2f}x faster",
-    ]
+        return [f"  time: {spent:.2f} s{whole}, all dense"]
+    lines = [f"  time: {spent:.2f} s{whole}; sparse {times.sparse:.2f} s, dense {times.dense:.2f} s"]
+    if times.measured:
+        lines.append(
+            f"  all dense: {times.all_dense:.2f} s, from the dense calls of this run, so this attention was "
+            f"{times.all_dense / spent:.2f}x faster"
+        )
+    else:
+        lines.append(
+            f"  attention alone at most {1 / density:.2f}x faster, by FLOPs: no dense call of this size was timed in this run"
+        )
+    return lines

@@ -30,6 +30,12 @@ def _vace_order(model: Any, conds: Conds) -> tuple[int, ...]:
     )
 
 
+# Matrices of a block that do not meet the video's tokens, by their path.
+_ASIDE = re.compile(
+    r"ada_?ln|mod(ulation|_x|_y)?\b|_mod\.|time|txt_|_y\b|audio|(cross_attn|attn2)\.(to_)?[kv]", re.IGNORECASE
+)
+
+
 def at(model: Any, path: str) -> Any:
     """What stands at a path of attributes, such as ``blocks.0.attn.heads``."""
     for name in path.split("."):
@@ -87,6 +93,19 @@ class Family:
         """The blocks in the order in which they run."""
         # Cosmos keeps its blocks in a dictionary.
         return [block for name in self.blocks.values() for block in getattr(diffusion_model, name).children()]
+
+    def token_weights(self, diffusion_model: nn.Module) -> int:
+        """Elements of the matrices that every token of the sequence is multiplied with, all layers together.
+
+        What runs once a forward (modulation), over the text or over the audio is left out.
+        """
+        linear: Any = [
+            module
+            for block in self.layers(diffusion_model)
+            for name, module in block.named_modules()
+            if hasattr(module, "in_features") and not _ASIDE.search(name)
+        ]
+        return sum(module.in_features * module.out_features for module in linear)
 
     def offsets(self, diffusion_model: nn.Module) -> dict[str, int]:
         """The first layer of each block type: ``block_index`` restarts with it."""

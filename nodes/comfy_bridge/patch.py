@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...efficient_vdit_core.attention import check_backend
+from ...efficient_vdit_core.attention.cost import StepCost
 from ...efficient_vdit_core.attention.dense_call import DenseCall
 from ...efficient_vdit_core.attention.override import attention_override
 from ...efficient_vdit_core.attention.prepare import Preparation
@@ -74,7 +75,9 @@ def patch_attention(
     preparation = Preparation(
         plan, AttentionReport(), min_tokens=min_tokens, placement=placement, decline_slow=decline_slow, backend=backend
     )
-    hook = Hook(family, window, preparation, caution=family.caution(diffusion_model))
+    hook = Hook(
+        family, window, preparation, None, family.caution(diffusion_model), family.token_weights(diffusion_model)
+    )
     patched = install(model, hook)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _log_report(hook, depth, after_run))
     return patched
@@ -85,7 +88,7 @@ class Hook:
     """What Sparse Attention has put into one MODEL: the plan made ready, and the overrides that follow it.
 
     ``make``: the override over another node's, default the sparse one. A search and a rank put their own here, which
-    take tensors only and settle nothing beforehand.
+    take tensors only and settle nothing beforehand. ``weights`` as in ``StepCost``, 0 = not asked for.
     """
 
     family: Family
@@ -93,6 +96,7 @@ class Hook:
     preparation: Preparation
     make: Callable[[Override | None], Override] | None = None
     caution: str = ""
+    weights: int = 0
     made: dict[Override | None, Override] = field(default_factory=dict)
 
     @property
@@ -220,6 +224,8 @@ def _prepare(hook: Hook, base_model: Any, state: ForwardState, options: dict[str
         return DenseCall(function, previous, None, beside)
 
     shape = call_shape(hook.family, base_model, x)
+    if state.layout is not None and state.depth:
+        hook.report.cost = StepCost(state.layout, shape.heads, shape.head_dim, state.depth, hook.weights)
     hook.preparation.before_forward(state, [shape], dense_of)
     hook.report.clock.reserve(shape.device, state.depth or 0)
 
@@ -236,8 +242,9 @@ def _log_report(hook: Hook, depth: int, after_run: AfterRun | None) -> Callable[
             complete = True
             return result
         finally:
+            report.seconds = time.perf_counter() - start
             if after_run is not None:
-                after_run(report, depth, time.perf_counter() - start)
+                after_run(report, depth, report.seconds)
             # A run that was stopped may have ended before the first call, which is nobody's fault.
             if complete and not report.sparse and not report.warned - NO_REASONS:
                 report.warn("nothing sparse", _why_none(report))

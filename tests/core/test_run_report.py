@@ -7,10 +7,11 @@ import torch
 
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.clock import DENSE, SPARSE, AttentionClock, Tally
+from efficient_vdit_core.attention.cost import StepCost
 from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, make_attention_override
 from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
-from efficient_vdit_core.attention.summary import summarize_run
+from efficient_vdit_core.attention.summary import describe_bound, summarize_run
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
@@ -32,15 +33,36 @@ def ran(*ks, layout=LAYOUT) -> AttentionReport:
 def test_every_call_is_in_the_summary():
     text, sparse = summarize_run(ran(1, None, 1))
     density = TilePattern(1).density(4)
-    first = ["Self-attention over the video: 3 calls", f"  sparse: 2 calls at mean density {density:.2f}"]
-    assert sparse and text.splitlines()[:2] == first
-    assert f"FLOPs: {(2 * density + 1) / 3:.0%} of dense" in text and "dense: 1 full in the plan" in text
-    assert "Other attention, always dense: 1 cross-attention" in text and "(from the dense calls of this run)" in text
+    work = f"  work: {(2 * density + 1) / 3:.0%} of dense attention's FLOPs, dense calls included"
+    assert sparse and text.splitlines()[:2] == ["Self-attention over the video: 3 calls, 2 of them sparse", work]
+    assert "  dense: 1 full in the plan" in text and "  computed by _sdpa (3)" in text
+    assert (
+        "Other attention, always dense: 1 cross-attention" in text and ", from the dense calls of this run, so" in text
+    )
 
 
-def test_a_run_without_dense_calls_says_that_it_estimates():
+def test_a_run_without_dense_calls_claims_a_bound_and_no_measurement():
     text, _ = summarize_run(ran(1, 1))
-    assert "estimated from FLOPs" in text
+    bound = 1 / TilePattern(1).density(4)
+    assert f"attention alone at most {bound:.2f}x faster, by FLOPs: no dense call of this size was timed" in text
+    assert "all dense" not in text
+
+
+def test_the_bound_is_amdahl_s_for_this_clip():
+    """MiniMax-H3, 1344x768, 5 s: 37 latent frames of 1008 tokens behind 714 of text and sound; 19.27 billion weights
+    meet each token. Under 8:29 a step becomes at most 1.50x faster."""
+    cost = StepCost(TokenLayout(TokenGrid(37, 24, 42), prefix=714), 56, 128, 50, 19_270_000_000)
+    assert cost.attention == pytest.approx(2.07e15, rel=0.01) and cost.matrices == pytest.approx(1.46e15, rel=0.01)
+    density = TilePattern(8).flop_density(cost.layout.grid, 714)
+    assert cost.attention_share() == pytest.approx(0.59, abs=0.005) and cost.bound(density) == pytest.approx(
+        1.50, abs=0.01
+    )
+    assert cost.bound(density, attention_rate=0.5) > cost.bound(density) > cost.bound(1.0) == 1.0
+    first, second = describe_bound(cost, density)
+    assert "37 latent frames of 1008 tokens, 98% of a sequence of 38010; 714 other tokens" in first
+    assert second.endswith("so a step at 43% of it is at most 1.50x faster")
+    reference = StepCost(TokenLayout(TokenGrid(37, 24, 42), prefix=714 + 37 * 1008 + 414), 56, 128, 50, 19_270_000_000)
+    assert reference.bound(TilePattern(1).flop_density(reference.layout.grid, reference.layout.prefix)) < 1.25
 
 
 def test_nothing_sparse_is_a_warning():
