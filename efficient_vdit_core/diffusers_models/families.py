@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..attention import TokenLayout
@@ -35,25 +36,62 @@ class SequenceLayout:
 
 # (the forward's arguments by name, the transformer's config) -> the layout, or None where the arguments do not tell it
 LayoutRule = Callable[[Mapping[str, Any], Any], "SequenceLayout | None"]
+# the forward's arguments by name -> the video's noise level, 0 (none) to 1 (noise alone)
+LevelRule = Callable[[Mapping[str, Any]], float]
+
+
+def _of_a_thousand(arguments: Mapping[str, Any]) -> float:
+    """Timesteps on the scale of their training. With one for each token, conditioning frames have 0; the noisy ones
+    count."""
+    return float(torch.as_tensor(arguments["timestep"]).max()) / 1000
+
+
+def _of_one(arguments: Mapping[str, Any]) -> float:
+    """Timesteps are noise levels themselves."""
+    return float(torch.as_tensor(arguments["timestep"]).max())
+
+
+def _minimax_h3_level(arguments: Mapping[str, Any]) -> float:
+    """The distinct timesteps of the sequence run from 0 (noise) to 1; its last row is the video's."""
+    return 1.0 - float(arguments["timestep"][arguments["timestep_indices"][-1]])
 
 
 @dataclass(frozen=True)
 class DiffusersFamily:
-    """name: as in plan files. attention: (list of blocks, name of their self-attention), in the order of the layers."""
+    """How one class of transformers keeps its layers and orders its tokens.
+
+    Attributes:
+        name: as in plan files.
+        attention: (list of blocks, name of their self-attention), in the order of the layers.
+        layout: where the video tokens stand.
+        heads: the number of attention heads, from the config.
+        level: the noise level of a forward.
+        second: blocks beside the layers that follow the pattern of one each: (layer, self-attention).
+    """
 
     name: str
     attention: tuple[tuple[str, str], ...]
     layout: LayoutRule
+    heads: Callable[[Any], int] = lambda config: config.num_attention_heads
+    level: LevelRule = _of_a_thousand
+    second: Callable[[Any], list[tuple[int, Any]]] = lambda transformer: []
 
-    def modules(self, transformer: nn.Module) -> list[Any]:
-        """The self-attention module of each layer."""
-        return [getattr(block, name) for blocks, name in self.attention for block in getattr(transformer, blocks)]
+    def depth(self, transformer: nn.Module) -> int:
+        """The number of layers."""
+        return len([block for blocks, _ in self.attention for block in getattr(transformer, blocks)])
+
+    def modules(self, transformer: nn.Module) -> list[tuple[int, Any]]:
+        """Each self-attention over the video and the layer whose pattern it follows."""
+        layers = [getattr(block, name) for blocks, name in self.attention for block in getattr(transformer, blocks)]
+        return [*enumerate(layers), *self.second(transformer)]
 
 
 def find_family(transformer: nn.Module) -> DiffusersFamily:
     """The row of this transformer. Exact classes only, as a subclass may order its tokens in another way; else
     ValueError."""
     name = type(transformer).__name__
+    if name in LEFT_DENSE:
+        raise ValueError(f"The transformer is a {name}, which stays dense: {LEFT_DENSE[name]}. Use it without a plan.")
     if name not in FAMILIES:
         raise ValueError(
             f"The transformer is a {name}, and where its video tokens stand is not known. Known are {', '.join(FAMILIES)}; "
@@ -102,17 +140,68 @@ def _wan(arguments: Mapping[str, Any], config: Any) -> SequenceLayout:
     return _alike(_grid(arguments["hidden_states"], tuple(config.patch_size)))
 
 
+def _minimax_h3(arguments: Mapping[str, Any], config: Any) -> SequenceLayout | None:
+    """[text, references, keyframes, sound | video] in one sequence, whose rows say what they are (0 = video) and when.
+
+    The video is what stands behind the last row of another kind; its frames are its distinct times.
+    """
+    # Read from the device once a forward, not once a layer.
+    tags, times = arguments["token_tags"].tolist(), arguments["position_ids"][:, 0].tolist()
+    prefix = max((i + 1 for i, tag in enumerate(tags) if tag != 0), default=0)
+    frames = len(dict.fromkeys(times[prefix:]))
+    size, rest = divmod(len(tags) - prefix, frames) if frames else (0, 1)
+    return None if rest else _alike(TokenGrid(frames, 1, size), prefix)
+
+
+def _kandinsky5(arguments: Mapping[str, Any], config: Any) -> SequenceLayout | None:
+    """Latents (B, T, H, W, C). Its own sparse attention reorders the tokens: then the layout is not known."""
+    if arguments.get("sparse_params") is not None:
+        return None
+    return _alike(_grid(arguments["hidden_states"], tuple(config.patch_size), axes=(1, 2, 3)))
+
+
+def _vace_blocks(transformer: Any) -> list[tuple[int, Any]]:
+    """The second stream of VACE: each of its blocks stands beside one layer."""
+    return [(layer, b.attn1) for layer, b in zip(transformer.config.vace_layers, transformer.vace_blocks, strict=True)]
+
+
 def _allegro(arguments: Mapping[str, Any], config: Any) -> SequenceLayout:
     return _alike(_grid(arguments["hidden_states"], (config.patch_size_t, config.patch_size, config.patch_size)))
 
 
 _ATTN1 = (("transformer_blocks", "attn1"),)
+_WAN = (("blocks", "attn1"),)
 FAMILIES: dict[str, DiffusersFamily] = {
     "CogVideoXTransformer3DModel": DiffusersFamily("cogvideox", _ATTN1, _cogvideox),
-    "WanTransformer3DModel": DiffusersFamily("wan", (("blocks", "attn1"),), _wan),
+    "WanTransformer3DModel": DiffusersFamily("wan", _WAN, _wan),
+    "WanVACETransformer3DModel": DiffusersFamily("wan", _WAN, _wan, second=_vace_blocks),
+    "WanAnimateTransformer3DModel": DiffusersFamily("wan", _WAN, _wan),
+    "SkyReelsV2Transformer3DModel": DiffusersFamily("wan", _WAN, _wan),
+    "ChronoEditTransformer3DModel": DiffusersFamily("wan", _WAN, _wan),
     "HunyuanVideoTransformer3DModel": DiffusersFamily(
         "hunyuan_video", (("transformer_blocks", "attn"), ("single_transformer_blocks", "attn")), _hunyuan_video
     ),
     "LTXVideoTransformer3DModel": DiffusersFamily("ltx_video", _ATTN1, _ltx),
+    "LTX2VideoTransformer3DModel": DiffusersFamily("ltx_av", _ATTN1, _ltx),
+    "MiniMaxH3Transformer3DModel": DiffusersFamily(
+        "minimax_h3", (("transformer_blocks", "attn"),), _minimax_h3, level=_minimax_h3_level
+    ),
+    "Kandinsky5Transformer3DModel": DiffusersFamily(
+        "kandinsky5",
+        (("visual_transformer_blocks", "self_attention"),),
+        _kandinsky5,
+        heads=lambda config: config.model_dim // sum(config.axes_dims),
+    ),
+    "CosmosTransformer3DModel": DiffusersFamily("cosmos", _ATTN1, _wan, level=_of_one),
     "AllegroTransformer3DModel": DiffusersFamily("allegro", _ATTN1, _allegro),
+}
+
+# Classes that are known and left as they are.
+LEFT_DENSE = {
+    "HunyuanVideo15Transformer3DModel": "it sorts its text by what is padding, in another order for each batch entry",
+    "MochiTransformer3DModel": "it attends for each batch entry alone, over as many tokens as its text has",
+    "WanAnimate2Transformer3DModel": "each frame attends to its own keys and a reference's, never to the whole video",
+    "HunyuanVideoFramepackTransformer3DModel": "it carries earlier frames in several sizes before the video",
+    "SanaVideoTransformer3DModel": "its attention is linear, with no tiles to leave out",
+    "LatteTransformer3DModel": "it attends within frames and along time in turn, with nothing to gain",
 }

@@ -8,10 +8,11 @@ is on while this one processor runs. Dense pieces go to the attention backend th
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..attention.prepare import pattern_for_frames
 from ..attention.report import AttentionReport
@@ -20,8 +21,6 @@ from ..tiles import TilePattern
 from .families import DiffusersFamily, SequenceLayout, find_family
 from .processor import TiledProcessor, tiled
 
-# Timesteps reach the transformers on the scale of their training, 1000 for noise alone and 0 for none.
-_TRAIN_STEPS = 1000
 # A step may lie on the window's edge; schedule and window round it in their own ways.
 _ROUNDING = 1 + 1e-4
 
@@ -50,9 +49,8 @@ class DiffusersPatch:
         self._family, self._plan, self._window, self._config = family, plan, window, transformer.config
         self._forward = inspect.signature(type(transformer).forward)
         self._replaced: list[tuple[Any, TiledProcessor]] = []
-        modules = family.modules(transformer)
-        self._depth = len(modules)
-        for layer, attention in enumerate(modules):
+        self._depth = family.depth(transformer)
+        for layer, attention in family.modules(transformer):
             processor = tiled(attention.get_processor(), self, layer)
             attention.set_processor(processor)
             self._replaced.append((attention, processor))
@@ -85,15 +83,14 @@ class DiffusersPatch:
         """A forward pre-hook: where the video tokens of this forward stand, and whether it lies in the window."""
         arguments = self._forward.bind(transformer, *args, **kwargs).arguments
         self.layout = self._family.layout(arguments, self._config)
-        self.active = self._in_window(arguments["timestep"])
+        self.active = self._in_window(arguments)
 
-    def _in_window(self, timestep: Tensor | float) -> bool:
+    def _in_window(self, arguments: Mapping[str, Any]) -> bool:
         """Reads the noise level from the device, so only where a window was asked for, and once a forward."""
         start, end = self._window
         if (start, end) == (0.0, 1.0):
             return True
-        # With a timestep for each token, conditioning frames have 0; the noisy ones count.
-        level = float(torch.as_tensor(timestep).max()) / _TRAIN_STEPS
+        level = self._family.level(arguments)
         return (end == 1.0 or level > (1 - end) * _ROUNDING) and level <= (1 - start) * _ROUNDING
 
 
@@ -109,11 +106,13 @@ def apply_to_diffusers(
     """Makes the self-attention of a diffusers video transformer follow ``plan``, in place, until the handle is removed.
 
     Args:
-        transformer: ``pipe.transformer`` of CogVideoX, Wan, HunyuanVideo, LTX-Video or Allegro. Its weights stay as
-            they are.
+        transformer: ``pipe.transformer`` of a class in ``families.FAMILIES``: MiniMax-H3, Wan with VACE and Animate,
+            SkyReels V2, ChronoEdit, LTX-Video, LTX-2, HunyuanVideo, CogVideoX, Kandinsky 5, Cosmos or Allegro. Its
+            weights stay as they are.
         plan: one pattern a layer, or a uniform one. HunyuanVideo's layers are its double blocks, then its single
             blocks.
-        start, end: part of the noise schedule that becomes sparse, 0 (pure noise) to 1, as 1 - timestep / 1000.
+        start, end: part of the noise schedule that becomes sparse, 0 (pure noise) to 1, as 1 - the video's noise level
+            (its timestep, on the scale of the model).
         min_tokens: shorter sequences stay dense.
         backend: of ``tile_attention``. The dense pieces run on the backend set in diffusers.
 
@@ -131,9 +130,9 @@ def apply_to_diffusers(
             f"start is {start} and end {end}, expected 0 <= start < end <= 1; no step would be sparse. Correct them."
         )
     modules = family.modules(transformer)
-    if any(isinstance(module.get_processor(), TiledProcessor) for module in modules):
+    if any(isinstance(module.get_processor(), TiledProcessor) for _, module in modules):
         raise ValueError(
             "The transformer has a tile plan already; call remove() of that handle before applying another one."
         )
-    plan.check_fits(family=family.name, layers=len(modules), heads=transformer.config.num_attention_heads)
+    plan.check_fits(family=family.name, layers=family.depth(transformer), heads=family.heads(transformer.config))
     return DiffusersPatch(transformer, family, plan, (start, end), min_tokens, backend)

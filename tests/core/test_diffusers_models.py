@@ -142,9 +142,195 @@ def allegro(batch):
     }
 
 
-BUILD = {"cogvideox": cogvideox, "wan": wan, "hunyuan_video": hunyuan_video, "ltx": ltx, "allegro": allegro}
-PREFIX = {"cogvideox": TEXT}
+WAN = {
+    "num_attention_heads": HEADS,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 3,
+}
+
+
+def wan_inputs(batch):
+    return wan(batch)[1]
+
+
+def skyreels_v2(batch):
+    return diffusers.SkyReelsV2Transformer3DModel(**WAN), wan_inputs(batch)
+
+
+def chronoedit(batch):
+    return diffusers.ChronoEditTransformer3DModel(**WAN), wan_inputs(batch)
+
+
+def wan_vace(batch):
+    """Two of three layers have a second stream."""
+    model = diffusers.WanVACETransformer3DModel(**WAN, vace_layers=[0, 2], vace_in_channels=6)
+    control = rand(batch, 6, FRAMES, HEIGHT * 2, WIDTH * 2, seed=4)
+    return model, wan_inputs(batch) | {"control_hidden_states": control}
+
+
+def wan_animate(batch):
+    model = diffusers.WanAnimateTransformer3DModel(
+        **{**WAN, "in_channels": 12},
+        latent_channels=4,
+        image_dim=8,
+        motion_encoder_channel_sizes={str(size): 4 for size in (4, 8, 16)},
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=8,
+        face_encoder_hidden_dim=8,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=3,
+    )
+    return model, {
+        "hidden_states": rand(batch, 12, FRAMES, HEIGHT * 2, WIDTH * 2, seed=1),
+        "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
+        "encoder_hidden_states_image": rand(batch, 3, 8, seed=3),
+        "timestep": torch.full((batch,), 500),
+        "pose_hidden_states": rand(batch, 4, FRAMES - 1, HEIGHT * 2, WIDTH * 2, seed=4),
+        "face_pixel_values": rand(batch, 3, (FRAMES - 1) * 4, 16, 16, seed=5),
+    }
+
+
+def ltx2(batch):
+    model = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=HEADS,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=3,
+        caption_channels=8,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+    )
+    return model, {
+        "hidden_states": rand(batch, TOKENS, 4, seed=1),
+        "audio_hidden_states": rand(batch, 11, 4, seed=4),
+        "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
+        "audio_encoder_hidden_states": rand(batch, TEXT, 8, seed=3),
+        "timestep": torch.full((batch, TOKENS), 500),
+        "audio_timestep": torch.full((batch, 11), 500),
+        "num_frames": FRAMES,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "audio_num_frames": 11,
+    }
+
+
+# Text, a keyframe and sound before the video.
+H3_BEFORE = [(TEXT, 1), (HEIGHT * WIDTH, 0), (8, 2)]
+
+
+def minimax_h3(batch):
+    model = diffusers.MiniMaxH3Transformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=16,
+        hidden_size=24,
+        num_layers=3,
+        num_refiner_layers=1,
+        ffn_dim=32,
+        in_channels=4,
+        audio_in_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        time_embed_hidden_dim=24,
+        time_embed_dim=12,
+        rope_freq_dim=2,
+    )
+    tags = torch.tensor([tag for count, tag in [*H3_BEFORE, (TOKENS, 0)] for _ in range(count)])
+    positions = torch.zeros(len(tags), 3)
+    positions[-TOKENS:] = torch.cartesian_prod(*map(torch.arange, (FRAMES, HEIGHT, WIDTH))) * torch.tensor([1.7, 1, 1])
+    rows = {kind: (tags == tag).nonzero()[:, 0] for tag, kind in enumerate(("video", "text", "audio"))}
+    return model, {
+        "hidden_states": rand(batch, len(rows["video"]), 16, seed=1),
+        "audio_hidden_states": rand(batch, len(rows["audio"]), 4, seed=4),
+        "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
+        "timestep": torch.tensor([0.5, 1.0]),
+        "timestep_indices": (torch.arange(len(tags)) < len(tags) - TOKENS).long(),
+        "token_tags": tags,
+        "position_ids": positions,
+        "video_indices": rows["video"],
+        "audio_indices": rows["audio"],
+        "text_indices": rows["text"],
+    }
+
+
+def kandinsky5(batch):
+    model = diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=8,
+        in_text_dim2=6,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=24,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=3,
+        axes_dims=(4, 4, 4),
+    )
+    for parameter in model.parameters():  # its modulation is made of zeros
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model, {
+        "hidden_states": rand(batch, FRAMES, HEIGHT * 2, WIDTH * 2, 4, seed=1),
+        "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
+        "timestep": torch.full((batch,), 500.0),
+        "pooled_projections": rand(batch, 6, seed=3),
+        "visual_rope_pos": [torch.arange(size) for size in (FRAMES, HEIGHT, WIDTH)],
+        "text_rope_pos": torch.arange(TEXT),
+    }
+
+
+def cosmos(batch):
+    model = diffusers.CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=HEADS,
+        attention_head_dim=12,
+        num_layers=3,
+        text_embed_dim=8,
+        adaln_lora_dim=4,
+        max_size=(8, 16, 16),
+        concat_padding_mask=False,
+        extra_pos_embed_type=None,
+    )
+    return model, {
+        "hidden_states": rand(batch, 4, FRAMES, HEIGHT * 2, WIDTH * 2, seed=1),
+        "encoder_hidden_states": rand(batch, TEXT, 8, seed=2),
+        "timestep": torch.full((batch,), 0.5),
+    }
+
+
+BUILD = {
+    "cogvideox": cogvideox,
+    "wan": wan,
+    "wan_vace": wan_vace,
+    "wan_animate": wan_animate,
+    "skyreels_v2": skyreels_v2,
+    "chronoedit": chronoedit,
+    "hunyuan_video": hunyuan_video,
+    "ltx": ltx,
+    "ltx2": ltx2,
+    "minimax_h3": minimax_h3,
+    "kandinsky5": kandinsky5,
+    "cosmos": cosmos,
+    "allegro": allegro,
+}
+PREFIX = {"cogvideox": TEXT, "minimax_h3": sum(count for count, _ in H3_BEFORE)}
 SUFFIX = {"hunyuan_video": TEXT}
+CALLS = {"wan_vace": 5}  # three layers, two of them with a second stream
+
+
+def calls_of(family):
+    return CALLS.get(family, 3)
 
 
 def build(family, batch=2, **config):
@@ -183,7 +369,7 @@ def masked(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(F, "scaled_dot_product_attention", attention)
             out = run(model, inputs)
-        assert len(seen) == 3
+        assert len(seen) == calls_of(family)
         return out
 
     return masked_run
@@ -197,7 +383,7 @@ def test_the_plan_is_the_explicit_mask(family, k, references, batch, masked):
         want = masked(family, model, inputs, references)
         with apply_to_diffusers(model, TilePlan.uniform(k)) as handle:
             torch.testing.assert_close(run(model, inputs), want, atol=2e-5, rtol=2e-5)
-        assert handle.report.sparse == 3 and not handle.report.dense
+        assert handle.report.sparse == calls_of(family) and not handle.report.dense
         assert (
             run(model, inputs) - want
         ).abs().max() > 1e-4  # the plan makes a difference that the comparison would see
@@ -210,13 +396,13 @@ def test_all_frames_as_reference_frames_is_dense(family):
         want = run(model, inputs)
         with apply_to_diffusers(model, TilePlan.uniform(FRAMES)) as handle:
             torch.testing.assert_close(run(model, inputs), want, atol=1e-5, rtol=1e-5)
-    assert dict(handle.report.dense) == {"full in the plan": 3}
+    assert dict(handle.report.dense) == {"full in the plan": calls_of(family)}
 
 
 @pytest.mark.parametrize("family", BUILD)
 def test_what_is_removed_leaves_no_trace(family):
     model, inputs = build(family)
-    modules = FAMILIES[type(model).__name__].modules(model)
+    modules = [module for _, module in FAMILIES[type(model).__name__].modules(model)]
     weights, before = (
         copy.deepcopy(model.state_dict()),
         [m.get_processor() for m in model.modules() if hasattr(m, "get_processor")],
@@ -244,12 +430,13 @@ def test_each_layer_follows_its_own_pattern(family, monkeypatch):
     plan = TilePlan(patterns=(TilePattern(None), TilePattern(1), TilePattern(2)))
     order = []
     with torch.no_grad(), apply_to_diffusers(model, plan) as handle:
-        for module in FAMILIES[type(model).__name__].modules(model):
+        for _, module in FAMILIES[type(model).__name__].modules(model):
             processor = module.get_processor()
             monkeypatch.setattr(processor, "_sparse", lambda *a, s=processor._sparse: (order.append(a[4].k), s(*a))[1])
         run(model, inputs)
-    assert (handle.report.sparse, dict(handle.report.dense)) == (2, {"full in the plan": 1})
-    assert sorted(set(order)) == [1, 2] and order == sorted(order)
+    twice = family == "wan_vace"  # the first and the last layer
+    assert (handle.report.sparse, dict(handle.report.dense)) == (2 + twice, {"full in the plan": 1 + twice})
+    assert sorted(set(order)) == [1, 2] and (twice or order == sorted(order)) and order.count(2) > twice
 
 
 @pytest.mark.parametrize("family", BUILD)
@@ -267,7 +454,9 @@ def test_gradients_are_those_of_the_mask_with_and_without_checkpointing(family, 
         (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
         with apply_to_diffusers(model, TilePlan.uniform(1)) as handle:
             torch.testing.assert_close(gradient(run(model, inputs)), want, atol=1e-4, rtol=1e-3)
-        assert handle.report.sparse == (6 if checkpointing else 3)  # checkpointing computes each layer again
+        assert handle.report.sparse == calls_of(family) * (
+            2 if checkpointing else 1
+        )  # checkpointing computes each layer again
 
 
 def test_padding_of_the_text_is_never_attended_to():
@@ -284,6 +473,11 @@ def test_padding_of_the_text_is_never_attended_to():
         ("ltx", {"num_frames": None, "video_coords": torch.rand(2, 3, TOKENS)}, "no token grid"),
         ("wan", {"hidden_states": rand(2, 4, 1, 6, 4, seed=1)}, "a single frame"),
         ("allegro", {"attention_mask": torch.ones(2, FRAMES, HEIGHT * 2, WIDTH * 2)}, "masked"),
+        (
+            "minimax_h3",
+            {"position_ids": torch.cat([torch.zeros(21, 3), torch.rand(TOKENS, 3).round(decimals=1)])},
+            "no token grid",
+        ),
         ("ltx", {"num_frames": FRAMES - 1, "video_coords": torch.rand(2, 3, TOKENS)}, "another sequence length"),
     ],
 )
@@ -336,10 +530,27 @@ def test_a_plan_for_a_longer_clip_keeps_its_stride_and_says_so_once(masked, capl
     )
 
 
-@pytest.mark.parametrize("family", ["wan", "hunyuan_video", "ltx"])
+@pytest.mark.parametrize("family", ["wan", "wan_vace", "hunyuan_video", "ltx", "ltx2", "minimax_h3", "kandinsky5"])
 def test_a_plan_of_the_same_model_in_comfyui_fits(family):
     model, _ = build(family, 1)
-    apply_to_diffusers(model, TilePlan.load(preset_path({"ltx": "ltx_video"}.get(family, family)))).remove()
+    preset = {"ltx": "ltx_video", "ltx2": "ltx_av", "wan_vace": "wan"}.get(family, family)
+    apply_to_diffusers(model, TilePlan.load(preset_path(preset))).remove()
+
+
+@pytest.mark.parametrize(("start", "end", "sparse"), [(0.0, 0.4, 0), (0.0, 0.6, 3), (0.6, 1.0, 0), (0.4, 1.0, 3)])
+@pytest.mark.parametrize("family", ["minimax_h3", "cosmos", "ltx2"])
+def test_the_window_knows_each_family_s_way_to_say_the_noise_level(family, start, end, sparse):
+    """All of them half noise: MiniMax-H3's time runs from 0 (noise) to 1, Cosmos' the other way, LTX-2's to 1000."""
+    model, inputs = build(family, 1)
+    with torch.no_grad(), apply_to_diffusers(model, TilePlan.uniform(1), start=start, end=end) as handle:
+        run(model, inputs)
+    assert handle.report.sparse == sparse
+
+
+def test_a_class_that_is_left_dense_is_refused_with_its_reason():
+    mochi = diffusers.MochiTransformer3DModel(num_attention_heads=2, attention_head_dim=16, num_layers=1)
+    with pytest.raises(ValueError, match="MochiTransformer3DModel, which stays dense: it attends for each batch entry"):
+        apply_to_diffusers(mochi, TilePlan.uniform(1))
 
 
 def test_short_sequences_stay_dense_on_request():
@@ -391,7 +602,7 @@ def test_the_backend_chosen_in_diffusers_computes_the_dense_pieces(monkeypatch):
     size = HEIGHT * WIDTH
     assert shapes.count((size, TOKENS)) == 3 and shapes.count((size, 2 * size)) == 3
     assert all(
-        m.get_processor()._attention_backend == "_native_math" for m in FAMILIES[type(model).__name__].modules(model)
+        m.get_processor()._attention_backend == "_native_math" for _, m in FAMILIES[type(model).__name__].modules(model)
     )
 
 
