@@ -18,14 +18,15 @@ from ..attention.dispatch import fits
 from ..tiles import TilePattern, TokenGrid
 from . import paper
 from .machine import peak_extra_bytes
+from .minimax_h3 import CLIPS, HEAD_DIM, HEADS
 
 SAMPLED_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One sequence and the patterns tried on it: ``frames`` latent frames of ``tokens`` each, ``heads`` x
-    ``head_dim``."""
+    """One sequence and the patterns tried on it: ``frames`` latent frames of ``tokens`` each behind ``prefix`` others,
+    ``heads`` x ``head_dim``."""
 
     frames: int
     tokens: int
@@ -33,10 +34,11 @@ class Shape:
     head_dim: int
     dtype: str
     references: tuple[int, ...]
+    prefix: int = 0
 
     @property
     def layout(self) -> TokenLayout:
-        return TokenLayout(TokenGrid(self.frames, 1, self.tokens))
+        return TokenLayout(TokenGrid(self.frames, 1, self.tokens), self.prefix)
 
 
 def presets() -> dict[str, list[Shape]]:
@@ -53,7 +55,23 @@ def presets() -> dict[str, list[Shape]]:
         for size, heads, dim in ((400, 24, 96), (400, 12, 128), (1560, 2, 96), (1560, 2, 128))
         for frames in (8, 21, 24)
     ]
-    return {"paper": paper_rows, "wan": wan, "cpu": cpu}
+    # 1344x768 at 5, 10 and 15 s, the reference frames of the presets (strides 10 and 5) and one alone.
+    h3 = [
+        Shape(
+            clip.frames,
+            clip.tokens,
+            HEADS,
+            HEAD_DIM,
+            "bfloat16",
+            (-(-clip.frames // 5), -(-clip.frames // 10), 1),
+            clip.prefix,
+        )
+        for name, clip in CLIPS.items()
+        if name.startswith("1344x768")
+    ]
+    # LTX-2 at 1280x704 and 1920x1088: 121 frames are 16 latent ones, 241 are 31. Sound has a stream of its own.
+    ltx = [Shape(t, size, 32, 128, "bfloat16", (4, 2, 1)) for t, size in ((16, 880), (16, 2040), (31, 2040))]
+    return {"paper": paper_rows, "wan": wan, "cpu": cpu, "h3": h3, "ltx": ltx}
 
 
 def measure(
@@ -138,11 +156,13 @@ def _row(
 ) -> dict[str, Any]:
     count, backend = key
     pattern, grid = TilePattern(count), shape.layout.grid
-    flops = 4.0 * shape.heads * shape.head_dim * grid.tokens**2 * pattern.density(shape.frames)
-    ideal = 1 / pattern.density(shape.frames)
+    density = pattern.flop_density(grid, shape.prefix)
+    flops = 4.0 * shape.heads * shape.head_dim * shape.layout.tokens**2 * density
+    ideal = 1 / density
     return {
         "frames": shape.frames,
         "tokens_per_frame": shape.tokens,
+        "prefix": shape.prefix,
         "heads": shape.heads,
         "head_dim": shape.head_dim,
         "dtype": shape.dtype,
@@ -164,8 +184,8 @@ def _error(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, shape: Shape, count: int | None, generator: torch.Generator
 ) -> float:
     """Largest error of some random rows against their definition in float32, relative to the largest value there."""
-    owner = torch.arange(shape.layout.tokens) // shape.tokens
-    references = torch.tensor(TilePattern(count).reference_frames(shape.frames), dtype=torch.long)
+    owner = (torch.arange(shape.layout.tokens) - shape.prefix).div(shape.tokens, rounding_mode="floor").clamp(min=-1)
+    references = torch.tensor([-1, *TilePattern(count).reference_frames(shape.frames)], dtype=torch.long)
     rows = torch.randint(shape.layout.tokens, (SAMPLED_ROWS,), generator=generator)
     live = (
         (owner[rows, None] == owner[None])

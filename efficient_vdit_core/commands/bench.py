@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
     attention = commands.add_parser("attention", help="dense attention against every backend, in pairs")
     attention.add_argument(
-        "--preset", choices=("paper", "cpu", "wan"), default="cpu", help="shapes to time, default: %(default)s"
+        "--preset",
+        choices=("paper", "cpu", "wan", "h3", "ltx"),
+        default="cpu",
+        help="shapes to time, default: %(default)s",
     )
     attention.add_argument(
         "--frames", type=int, nargs="+", help="only the preset's shapes with these latent frame counts"
@@ -29,10 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     attention.add_argument("--heads", type=int, help="fewer heads than the preset has, for a small machine")
     attention.add_argument("--backends", nargs="+", default=(), help="default: all that run here")
-    step = commands.add_parser("step", help="one forward of Open-Sora-Plan v1.2 with random weights")
-    step.add_argument("--size", default="29x720p", choices=("29x240p", "29x480p", "29x720p", "93x240p", "93x720p"),
-                      help="default: %(default)s")  # fmt: skip
-    step.add_argument("--depth", type=int, default=32, help="blocks, 1..32; the real model has 32, the default")
+    step = commands.add_parser("step", help="one forward with random weights, beside Amdahl's bound")
+    step.add_argument(
+        "--model", choices=("opensora_plan", "minimax_h3"), default="opensora_plan", help="default: %(default)s"
+    )
+    step.add_argument(
+        "--size",
+        help="a clip's name, default 29x720p; of minimax_h3 all, or one such as 1344x768-5s; a wrong one lists them",
+    )
+    step.add_argument(
+        "--depth",
+        type=int,
+        help="blocks to time: opensora_plan 1..32, default 32; minimax_h3 0..50, default 0 = bounds by FLOPs alone",
+    )
     step.add_argument(
         "--references", type=int, nargs="+", default=(4, 2, 1), help="k of the uniform plans, default: 4 2 1"
     )
@@ -129,21 +142,69 @@ def _attention(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
 
 
 def _step(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
-    from ..bench.step import StepShape, measure
+    from ..bench.step import SIZES, StepShape, measure
 
-    if not 1 <= args.depth <= 32:
-        raise ValueError(f"--depth is {args.depth}, expected 1 to 32 blocks.")
+    if args.model == "minimax_h3":
+        return _minimax_h3_step(args)
+    size, depth = args.size or "29x720p", 32 if args.depth is None else args.depth
+    _check_choice("--size", size, SIZES)
+    if not 1 <= depth <= 32:
+        raise ValueError(f"--depth is {depth}, expected 1 to 32 blocks.")
     device = _device(args.device)
-    shape = StepShape(args.size, args.depth, tuple(args.references), args.dtype)
+    shape = StepShape(size, depth, tuple(args.references), args.dtype)
     rows = measure(shape, device, repeats=args.repeats, seed=args.seed)
     first = rows[0]
     say(
-        f"{args.size}, {args.depth} of 32 blocks, {first['tokens']} tokens; attention is {first['attention_share']:.0%} of the dense step"
+        f"{size}, {depth} of 32 blocks, {first['tokens']} tokens; attention is {first['attention_share']:.0%} of the dense step"
     )
     for r in rows:
         say(
             f"{r['pattern']:<7} {r['seconds']:>9.3f} s  {r['speedup']:>6.2f}x of dense, Amdahl's bound {r['amdahl_bound']:.2f}x"
         )
+    return device, rows
+
+
+def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}.")
+
+
+def _minimax_h3_step(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    from ..bench.minimax_h3 import CLIPS, DEPTH, bounds, measure
+
+    depth = args.depth or 0
+    if args.size:
+        _check_choice("--size", args.size, CLIPS)
+    if not 0 <= depth <= DEPTH:
+        raise ValueError(f"--depth is {depth}, expected 0 (bounds alone) to {DEPTH} blocks.")
+    if depth and not args.size:
+        raise ValueError("--depth times blocks of one clip, and --size is missing. Name one, such as 1344x768-5s.")
+    device, rows = _device(args.device), []
+    say("bounds by FLOPs, no measurement: attention at the matrices' rate, and at twice it (INT8 attention)")
+    for name in [args.size] if args.size else CLIPS:
+        for row in bounds(CLIPS[name]):
+            rows.append({"clip": name, "kind": "bound", **row})
+            say(
+                f"{name:<28} {row['tokens']:>7} tokens  attention {row['attention_share']:>4.0%} of a step  {row['pattern']:<6} "
+                f"leaves {row['attention_left']:>4.0%}: at most {row['bound']:.2f}x, INT8 {row['bound_with_int8_attention']:.2f}x"
+            )
+    if depth:
+        references = tuple(k for k in args.references if k < CLIPS[args.size].frames - 1)
+        measured = measure(
+            CLIPS[args.size],
+            depth,
+            device,
+            references=references,
+            dtype=args.dtype,
+            repeats=args.repeats,
+            seed=args.seed,
+        )
+        say(f"measured, {depth} of {DEPTH} blocks with random weights, {args.dtype}")
+        for row in measured:
+            rows.append({"clip": args.size, "kind": "measured", **row})
+            say(
+                f"{row['pattern']:<7} {row['seconds']:>9.3f} s  {row['speedup']:>6.2f}x of dense, bound {row['bound']:.2f}x"
+            )
     return device, rows
 
 

@@ -4,10 +4,11 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from efficient_vdit_core.bench import attention, overhead, paper, step
+from efficient_vdit_core.bench import attention, minimax_h3, overhead, paper, step
 from efficient_vdit_core.bench.machine import describe_machine, peak_extra_bytes
 from efficient_vdit_core.bench.plot import draw
 from efficient_vdit_core.cli import main
+from efficient_vdit_core.tiles import TilePattern
 
 SHAPE = attention.Shape(5, 37, 2, 64, "float32", (1, 2))
 CPU = torch.device("cpu")
@@ -43,6 +44,54 @@ def test_the_cpu_grid_is_complete():
     grid = attention.presets()["cpu"]
     assert {s.frames for s in grid} == {8, 21, 24} and min(s.tokens for s in grid) >= 400
     assert {s.dtype for s in grid} == {"float32", "bfloat16"} and {s.references for s in grid} == {(1, 2, 3, 4)}
+
+
+def test_tokens_before_the_video_are_computed_and_counted():
+    shape = attention.Shape(5, 37, 2, 64, "float32", (1,), prefix=29)
+    dense, sparse = attention.measure(shape, CPU, repeats=1, seed=0, backends=("frames",))
+    assert max(dense["max_relative_error"], sparse["max_relative_error"]) < 1e-5
+    assert sparse["ideal_speedup"] == pytest.approx(1 / TilePattern(1).flop_density(shape.layout.grid, 29))
+
+
+def test_minimax_h3_s_clips_are_those_of_its_own_nodes():
+    """frames, tokens of a frame, tokens before the video: clips of 17 n + 5 frames, 32 x 32 pixels, 40 sounds a second."""
+    found = {(s.frames, s.tokens, s.prefix) for s in attention.presets()["h3"]}
+    five = {(37, 1008, 714), (72, 1008, 1110), (107, 1008, 1506)}
+    assert found == five | {(37, 1008, 714 + 2016), (37, 1008, 714 + 37 * 1008 + 414)}
+    assert {s.references for s in attention.presets()["h3"]} == {(8, 4, 1), (15, 8, 1), (22, 11, 1)}
+    assert minimax_h3.WEIGHTS_PER_BLOCK * minimax_h3.DEPTH == pytest.approx(19.27e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("clip", "share", "bounds"),
+    [
+        ("864x480-5s", 0.37, (1.45, 1.41, 1.35, 1.25)),
+        ("1344x768-5s", 0.59, (2.08, 1.96, 1.77, 1.50)),
+        ("1344x768-10s", 0.73, (3.14, 2.96, 2.24, 1.78)),
+        ("1344x768-15s", 0.80, (4.15, 3.92, 2.64, 1.95)),
+        ("1920x1088-15s", 0.89, (6.87, 6.18, 3.33, 2.21)),
+    ],
+)
+def test_minimax_h3_s_bounds_are_amdahl_s(clip, share, bounds):
+    rows = minimax_h3.bounds(minimax_h3.CLIPS[clip])
+    assert rows[0]["attention_share"] == pytest.approx(share, abs=0.006)
+    assert [r["bound"] for r in rows] == pytest.approx(bounds, abs=0.011)
+    assert all(r["bound_with_int8_attention"] < r["bound"] for r in rows)
+
+
+def test_one_block_of_minimax_h3(monkeypatch, capsys, tmp_path):
+    """At a small width, so that it is quick; the real one is the same code."""
+    from diffusers import MiniMaxH3Transformer3DModel as Real
+
+    small = Real(num_layers=1, num_refiner_layers=1, text_dim=64, time_embed_hidden_dim=8, time_embed_dim=4, hidden_size=16,
+                 num_attention_heads=2, attention_head_dim=16, ffn_dim=16, rope_freq_dim=2, freq_dim=8)  # fmt: skip
+    monkeypatch.setattr(minimax_h3, "_model", lambda depth: small)
+    file = tmp_path / "h3.json"
+    main(["bench", "step", "--model", "minimax_h3", "--size", "256x256-tiny", "--depth", "1", "--references", "2", "--dtype", "float32",
+          "--repeats", "1", "--device", "cpu", "--json", str(file)])  # fmt: skip
+    rows = [r for r in json.loads(file.read_text())["rows"] if r["kind"] == "measured"]
+    assert [r["pattern"] for r in rows] == ["full", "2:5"] and all(r["seconds"] > 0 for r in rows)
+    assert rows[0]["bound"] == 1.0 < rows[1]["bound"] and "at most" in capsys.readouterr().out
 
 
 def test_one_step_of_a_shallow_model(monkeypatch):
