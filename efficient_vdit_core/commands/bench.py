@@ -70,7 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     mixture.add_argument("--segments", type=int, nargs="+", default=(1, 2, 4, 8, 16), help="default: 1 2 4 8 16")
     mixture.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    for command in (attention, step, parallel, overhead, mixture):
+    peers = commands.add_parser("peers", help="the arrow mask beside ComfyUI's own sparse attention, at equal density")
+    peers.add_argument("--model", default="tiny", help="a built-in model or a folder, default: %(default)s")
+    peers.add_argument("--prompt", action="append", help="default: two of the tiny world")
+    peers.add_argument("--frames", type=int, default=93, help="default: %(default)s, 24 latent frames")
+    peers.add_argument("--size", type=int, nargs=2, default=(128, 256), metavar=("H", "W"), help="default: 128 256")
+    peers.add_argument("--steps", type=int, default=3, help="noise levels to look at, default: %(default)s")
+    peers.add_argument("--references", type=int, nargs="+", default=(1, 2, 4, 6), help="default: 1 2 4 6")
+    for command in (attention, step, parallel, overhead, mixture, peers):
         command.add_argument("--repeats", type=int, default=5, help="runs whose median counts, default: %(default)s")
         command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda, default: %(default)s")
@@ -94,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         "parallel": _parallel,
         "overhead": _overhead,
         "mixture": _mixture,
+        "peers": _peers,
     }
     device, rows = benches[args.bench_command](args)
     if args.json:
@@ -237,6 +245,38 @@ def _parallel(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         say(f"{r['video_frames']} frames  {r['pattern']:<5} {r['scheme']:<8} {r['ranks']} GPUs  {r['rates']:<55} "
             f"{r['speedup']:>5.2f}x{paper}")  # fmt: skip
     return device, rows + modelled
+
+
+PEERS_PROMPTS = (
+    "a red circle moving right fast on a white background",
+    "a blue square moving up slowly on a black background",
+)
+
+
+def _peers(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    from ..bench.peers import PeerRecord, make_peer_override, peer
+    from ..pipeline import Pipeline
+
+    record = PeerRecord(tuple(args.references), peer())
+    device = _device(args.device)
+    pipeline = Pipeline.from_model(args.model, device=str(device), dtype="float32")
+    height, width = args.size
+    choices = {"frames": args.frames, "height": height, "width": width, "steps": args.steps, "segments": args.steps}
+    requests = [
+        pipeline.request(prompt, guidance=1.0, seed=args.seed, **choices) for prompt in args.prompt or PEERS_PROMPTS
+    ]
+    for request in requests:
+        pipeline.observe(request, make_peer_override(record))
+    rows = record.rows()
+    assert record.layout is not None
+    grid = record.layout.grid
+    say(
+        f"{args.model}, {grid.t} latent frames of {grid.tokens_per_frame} tokens; relative error of the attention, mean of calls"
+    )
+    say("layer  reference frames  method    density    error")
+    for r in rows:
+        say(f"{r['layer']:>5}  {r['reference_frames']:>16}  {r['method']:<8} {r['density']:>8.3f} {r['error']:>8.3f}")
+    return device, rows
 
 
 def _overhead(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:

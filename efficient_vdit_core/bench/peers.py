@@ -1,0 +1,162 @@
+"""The arrow mask beside ComfyUI's own sparse attention at equal density: the error of each layer on live q, k, v.
+
+The peer is comfy-kitchen's ``sol_attn`` in its eager form, which defines the algorithm in full precision and runs on a
+CPU. It routes blocks of 64 keys for each block of 64 queries and head, by a threshold (sol-attn) or as the best share
+(sla), and puts one pooled term in the place of every block that it leaves out. Density is the share of blocks that it
+computes exactly; the pooled terms come on top.
+
+Shapes: q, k, v (B, H, N, D).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import TokenLayout, tile_attention
+from ..attention.dense_call import DenseCall
+from ..attention.state import FORWARD_KEY, ForwardState, Override
+from ..search.calls import as_heads, layer_of_call, layout_of_call
+from ..search.probe import relative_error
+from ..tiles import TilePattern
+
+BLOCK = 64
+SOL, SLA, ARROW = "sol-attn", "sla", "arrow"
+# Coarse enough not to end on the very score of a block, where rounding would decide.
+_BISECTIONS = 12
+_LEAST_VARIANCE = 1e-6
+
+
+def peer() -> Callable[..., Tensor]:
+    """comfy-kitchen's eager ``sol_attn``. Raises ValueError where the package is missing or too old."""
+    try:
+        from comfy_kitchen.backends.eager.sol_attn import sol_attn
+    except ImportError as error:
+        raise ValueError(
+            f"comfy-kitchen's sol_attn cannot be imported ({error}). Install comfy-kitchen 0.2.40 or newer beside this pack."
+        ) from error
+    return sol_attn
+
+
+@dataclass
+class PeerRecord:
+    """Errors by (layer, reference frames, method), one for each call, and the densities that they stand at."""
+
+    references: tuple[int, ...]
+    attend: Callable[..., Tensor]
+    layout: TokenLayout | None = None
+    errors: dict[tuple[int, int, str], list[float]] = field(default_factory=lambda: defaultdict(list))
+    densities: dict[tuple[int, str], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, layer: int, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, layout: TokenLayout) -> None:
+        """Measures one call: ``exact`` is its dense result."""
+        self.layout = layout
+        for count in self.references:
+            pattern = TilePattern(count)
+            density = pattern.flop_density(layout.grid, layout.prefix + layout.suffix)
+            found = tile_attention(q, k, v, layout, pattern, backend="frames")
+            self._note(layer, count, ARROW, density, relative_error(found, exact))
+            for method in (SOL, SLA):
+                setting = _setting(q, k, method, density)
+                routed = _routed(self.attend, q, k, v, method, setting)
+                self._note(layer, count, method, routed_share(q, k, method, setting), relative_error(routed, exact))
+
+    def _note(self, layer: int, count: int, method: str, density: float, error: float) -> None:
+        self.errors[layer, count, method].append(error)
+        self.densities[count, method].append(density)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a pattern, layer and method: mean relative error over the calls."""
+        return [
+            {
+                "reference_frames": count,
+                "layer": layer,
+                "method": method,
+                "density": statistics.fmean(self.densities[count, method]),
+                "error": statistics.fmean(values),
+                "calls": len(values),
+            }
+            for (layer, count, method), values in sorted(self.errors.items())
+        ]
+
+
+def make_peer_override(record: PeerRecord) -> Override:
+    """An override that measures each self-attention over the video into ``record`` and returns the dense result."""
+
+    def override(
+        func: Override,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        attn_precision: Any = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = kwargs.get("transformer_options") or {}
+        state: ForwardState | None = options.get(FORWARD_KEY)
+        layout, _ = layout_of_call(state, q, k, mask, skip_reshape)
+        layer = layer_of_call(state, options, heads)[0] if layout is not None else None
+        dense = DenseCall(func, None, attn_precision, kwargs)
+        out = dense.call(q, k, v, heads, mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
+        if layout is not None and layer is not None:
+            qh, kh, vh = (as_heads(x, heads, skip_reshape, range(0)) for x in (q, k, v))
+            record.add(layer, qh, kh, vh, as_heads(out, heads, skip_output_reshape, range(0)), layout)
+        return out
+
+    return override
+
+
+def routed_share(q: Tensor, k: Tensor, method: str, setting: float) -> float:
+    """The share of 64 x 64 blocks that the peer computes exactly, of all batch entries and heads.
+
+    Scores of blocks are those of their means. ``sol-attn`` keeps what lies ``setting`` standard deviations above the
+    mean score, ``sla`` the best ``setting`` of each row; the diagonal and its neighbours are always kept.
+    """
+    means_q, means_k = _block_means(q), _block_means(k)
+    centred = means_k - means_k.mean(2, keepdim=True)
+    scale = math.log2(math.e) / q.shape[-1] ** 0.5  # the peer's scores are powers of two
+    scores = means_q @ centred.mT * scale
+    count = scores.shape[-1]
+    if method == SOL:
+        variance = (means_q.square() * centred.square().mean(2, keepdim=True)).sum(-1, keepdim=True)
+        kept = scores > setting * (variance * scale**2 + _LEAST_VARIANCE).sqrt()
+    else:
+        best = max(0, min(count - 1, max(1, round(setting * count))))
+        kept = scores >= scores.topk(best, dim=-1).values[..., -1:] if best else torch.zeros_like(scores).bool()
+    near = torch.arange(count)
+    return float((kept | ((near[:, None] - near).abs() <= 1)).float().mean())
+
+
+def _block_means(x: Tensor) -> Tensor:
+    """(B, H, ceil(N / 64), D): the mean of each block of 64 tokens, the last one's over those that it has."""
+    return torch.stack([part.float().mean(2) for part in x.split(BLOCK, dim=2)], dim=2)
+
+
+def _setting(q: Tensor, k: Tensor, method: str, density: float) -> float:
+    """The threshold or share at which the peer computes ``density`` of the blocks, or as near as it comes."""
+    low, high = (-4.0, 8.0) if method == SOL else (0.0, 1.0)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        too_many = routed_share(q, k, method, middle) > density
+        # A higher threshold keeps fewer blocks, a higher share more.
+        low, high = (middle, high) if too_many == (method == SOL) else (low, middle)
+    return high if method == SOL else low
+
+
+def _routed(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, method: str, setting: float) -> Tensor:
+    """The peer's result (B, H, N, D), a head at a time: its scores are whole matrices of N x N."""
+    settings = {"tau": setting} if method == SOL else {"topk_ratio": max(setting, 1e-9)}
+    heads = [
+        attend(*(x[:, head : head + 1].transpose(1, 2) for x in (q, k, v)), **settings) for head in range(q.shape[1])
+    ]
+    return torch.cat(heads, dim=2).transpose(1, 2)
