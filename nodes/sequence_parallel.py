@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..efficient_vdit_core.parallel.attend import SCHEMES
+from ..efficient_vdit_core.parallel.sharding.attend import SCHEMES
 from .comfy_bridge.parallel import AFTER_RUN, parallelize, reachable
 from .inputs import CATEGORY
 

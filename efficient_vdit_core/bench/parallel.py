@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..parallel.forecast import GPU_RATES, LayerShape, bytes_sent, overhead, speedup
-from ..parallel.session import Launch, Session
+from ..parallel.pool.session import Launch, Session
+from ..parallel.sharding.forecast import GPU_RATES, LayerShape, bytes_sent, overhead, speedup
 from ..tiles import TilePattern, TokenGrid
 from .paper import PARALLEL_SPEEDUP
 

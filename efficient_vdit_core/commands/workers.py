@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Keeps a pool running until Ctrl-C; one whose rank ends is started anew. Raises ValueError where there is one
     already."""
-    from ..parallel.pool_file import default_pool_file
-    from ..parallel.session import parse_devices
+    from ..parallel.pool.pool_file import default_pool_file
+    from ..parallel.pool.session import parse_devices
 
     if _pool_runs():
         raise ValueError(
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _pool_runs() -> bool:
     """Whether one does, on whatever devices; the file of one that is gone is removed."""
-    from ..parallel.client import PoolFault
-    from ..parallel.session import parse_devices, running_pool
+    from ..parallel.pool.client import PoolFault
+    from ..parallel.pool.session import parse_devices, running_pool
 
     try:
         found = running_pool(parse_devices("auto"))
@@ -82,8 +82,8 @@ def _pool_runs() -> bool:
 
 
 def _start(devices: tuple[str, ...], seconds: float) -> Any:
-    from ..parallel.pool_file import default_pool_file
-    from ..parallel.session import starter
+    from ..parallel.pool.pool_file import default_pool_file
+    from ..parallel.pool.session import starter
 
     backend = "nccl" if devices[0].startswith("cuda") else "gloo"
     workers = starter().Workers(devices, backend, address_file=default_pool_file())

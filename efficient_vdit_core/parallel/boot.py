@@ -21,7 +21,7 @@ def main() -> None:
     package = importlib.util.module_from_spec(spec)
     sys.modules[core.name] = package
     spec.loader.exec_module(package)
-    importlib.import_module(f"{core.name}.parallel.worker").main()
+    importlib.import_module(f"{core.name}.parallel.pool.worker").main()
 
 
 if __name__ == "__main__":

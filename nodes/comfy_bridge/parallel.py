@@ -17,8 +17,8 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
-from ...efficient_vdit_core.parallel.forecast import Rates
-from ...efficient_vdit_core.parallel.session import Launch, Session, parse_devices
+from ...efficient_vdit_core.parallel.pool.session import Launch, Session, parse_devices
+from ...efficient_vdit_core.parallel.sharding.forecast import Rates
 from ...efficient_vdit_core.tiles import TokenGrid
 from . import patch
 from .packing import pack

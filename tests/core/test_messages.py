@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from efficient_vdit_core.parallel.messages import Connection, ConnectionEnded, admit, connect, listen, new_secret
+from efficient_vdit_core.parallel.pool.messages import Connection, ConnectionEnded, admit, connect, listen, new_secret
 
 TENSORS = {
     "half": torch.randn(3, 5).bfloat16(),

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from efficient_vdit_core.commands.workers import run
-from efficient_vdit_core.parallel.messages import listen
-from efficient_vdit_core.parallel.pool_file import default_pool_file, read_pool_file
-from efficient_vdit_core.parallel.session import Launch, Session, parse_devices
+from efficient_vdit_core.parallel.pool.messages import listen
+from efficient_vdit_core.parallel.pool.pool_file import default_pool_file, read_pool_file
+from efficient_vdit_core.parallel.pool.session import Launch, Session, parse_devices
 
 ROOT = Path(__file__).parents[2]
 HOST = {"package": str(ROOT / "tests" / "core" / "fault_host"), "module": "host", "name": "Host"}

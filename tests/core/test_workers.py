@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from efficient_vdit_core.parallel import session as session_module
-from efficient_vdit_core.parallel.client import Pool, PoolFault
-from efficient_vdit_core.parallel.hub import Hub
-from efficient_vdit_core.parallel.messages import ConnectionEnded, connect, listen, new_secret
-from efficient_vdit_core.parallel.pool_file import PoolAddress, default_pool_file, read_pool_file, write_pool_file
-from efficient_vdit_core.parallel.session import Launch, Session, parse_devices
-from efficient_vdit_core.parallel.start_workers import Workers
+from efficient_vdit_core.parallel.pool import session as session_module
+from efficient_vdit_core.parallel.pool.client import Pool, PoolFault
+from efficient_vdit_core.parallel.pool.hub import Hub
+from efficient_vdit_core.parallel.pool.messages import ConnectionEnded, connect, listen, new_secret
+from efficient_vdit_core.parallel.pool.pool_file import PoolAddress, default_pool_file, read_pool_file, write_pool_file
+from efficient_vdit_core.parallel.pool.session import Launch, Session, parse_devices
+from efficient_vdit_core.parallel.pool.start_workers import Workers
 
 HERE = Path(__file__).parent
 HOST = {"package": str(HERE / "fault_host"), "module": "host", "name": "Host"}
@@ -242,7 +242,7 @@ def test_python_may_be_started_by_a_launcher(tmp_path, monkeypatch):
 def test_the_workers_go_with_a_killed_starter(tmp_path):
     code = f"""
 import sys, time; sys.path.insert(0, {str(HERE.parents[1])!r})
-from efficient_vdit_core.parallel.start_workers import Workers
+from efficient_vdit_core.parallel.pool.start_workers import Workers
 w = Workers(["cpu", "cpu"], "gloo"); w.wait({START})
 print(*[p.pid for p in w.processes], w.folder, flush=True); time.sleep(600)
 """
@@ -290,7 +290,7 @@ def test_workers_of_another_version_are_refused(session, monkeypatch):
     step(session)
     address = session.pool.address
     session.pool.close()
-    monkeypatch.setattr("efficient_vdit_core.parallel.client.__version__", "99.0")
+    monkeypatch.setattr("efficient_vdit_core.parallel.pool.client.__version__", "99.0")
     with pytest.raises(PoolFault, match="ComfyUI has 99.0: start them anew"):
         Pool(address)
 
@@ -360,7 +360,7 @@ def test_a_stale_pool_file_is_removed(monkeypatch):
 def test_a_port_taken_by_a_stranger_is_not_trusted(monkeypatch):
     """Somebody else listens where the pool was: the proof of the secret fails, and the file goes."""
     other = listen("127.0.0.1")
-    monkeypatch.setattr("efficient_vdit_core.parallel.messages.HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr("efficient_vdit_core.parallel.pool.messages.HANDSHAKE_SECONDS", 0.5)
     write_pool_file(
         default_pool_file(), PoolAddress("127.0.0.1", other.getsockname()[1], new_secret(), 2, ("cpu", "cpu"))
     )
@@ -381,7 +381,7 @@ def test_a_pool_file_that_others_can_read_is_not_trusted():
 @pytest.mark.parametrize("devices", [("cpu", "cpu"), ("cuda:0", "cuda:1")])
 def test_a_build_without_the_start_up_file_says_how_to_start_a_pool(monkeypatch, devices):
     """The registry's archive: it attaches to a running pool, and starts none; the GPUs are not to blame."""
-    monkeypatch.setitem(sys.modules, "efficient_vdit_core.parallel.start_workers", None)
+    monkeypatch.setitem(sys.modules, "efficient_vdit_core.parallel.pool.start_workers", None)
     with pytest.raises(ValueError, match="starts none itself. Start one with torchrun"):
         Session().ready(Launch(devices, "model", {"host": HOST}))
 

@@ -59,9 +59,9 @@ def rank_main(rank, folder):
 
     torch.set_num_threads(1)
     load_core()
-    from efficient_vdit_core.parallel.settings import Settings
-    from efficient_vdit_core.parallel.wire import Wire
-    from efficient_vdit_core.parallel.worker import load_host
+    from efficient_vdit_core.parallel.pool.settings import Settings
+    from efficient_vdit_core.parallel.pool.worker import load_host
+    from efficient_vdit_core.parallel.sharding.wire import Wire
 
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
     wire = Wire()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .. import __version__
+from ... import __version__
 from .messages import HANDSHAKE_SECONDS, ConnectionEnded, Tensors, Tick, connect
 from .pool_file import PoolAddress
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from ... import __version__
 from .messages import Connection, ConnectionEnded, Tensors, admit
 from .pool_file import remove_pool_file
 

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import __version__
+from ... import __version__
+from ..sharding.wire import Wire
 from .hub import Hub, Message
 from .messages import Connection, ConnectionEnded, Tensors, connect, listen, new_secret
 from .pool_file import PoolAddress, write_pool_file
 from .preflight import check_paths
 from .self_test import self_test
 from .settings import Settings, read_settings
-from .wire import Wire
 
 CONTROL = "evdit/control"
 JOIN_SECONDS = 120.0
@@ -150,7 +150,7 @@ def load_host(where: dict[str, str]) -> Any:
     pack would import ComfyUI, which is not there before the host has set it up.
     """
     if not where["package"]:
-        return getattr(importlib.import_module(f"..{where['module']}", __package__), where["name"])
+        return getattr(importlib.import_module(f"...{where['module']}", __package__), where["name"])
     folder, package = Path(where["package"]), "evdit_host"
     for part in ["", *where["module"].split(".")[:-1]]:
         folder, package = (folder / part, f"{package}.{part}") if part else (folder, package)

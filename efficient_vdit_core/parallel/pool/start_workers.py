@@ -49,7 +49,7 @@ class Workers:
             raise
 
     def _start(self, rank: int, devices: tuple[str, ...], backend: str, environment: dict[str, str]) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("boot.py"))]
+        command = [sys.executable, str(Path(__file__).parents[1] / "boot.py")]
         settings = Settings(rank, len(devices), devices[rank], backend, str(self.folder / "store"), self.secret, str(self.address_file),
                             log=self.logs[rank], devices=devices)  # fmt: skip
         with open(self.logs[rank], "wb") as log:

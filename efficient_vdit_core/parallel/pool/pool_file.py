@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..attention.choose import cache_folder
+from ...attention.choose import cache_folder
 
 
 @dataclass(frozen=True)
