@@ -22,7 +22,7 @@ from ...efficient_vdit_core.parallel.sharding.forecast import Rates
 from ...efficient_vdit_core.tiles import TokenGrid
 from . import patch
 from .packing import pack
-from .recipe import recipe
+from .recipe import import_folders, recipe
 from .sharding import clip_speedup, find_shardable
 
 log = logging.getLogger("efficient_vdit")
@@ -80,7 +80,7 @@ def parallelize(
                 f"One device was found ({', '.join(names)}), expected two or more: there is nothing to share out."
             )
         key, opening = recipe(prompt, node_id, NODE)
-        launch = Launch(names, key, opening, start_timeout, step_timeout)
+        launch = Launch(names, key, opening, start_timeout, step_timeout, imports=import_folders())
         SESSION.ready(launch, mm.throw_exception_if_processing_interrupted)
     except (ValueError, RuntimeError, OSError) as error:
         SESSION.failures += not isinstance(error, ValueError)

@@ -358,6 +358,11 @@ def test_a_node_that_a_worker_lacks_is_named(facts):
     assert "UNETLoader" in facts["invalid"] and "gone.safetensors" in facts["invalid"]
 
 
+def test_a_pack_outside_the_pools_folders_is_refused(facts):
+    """What the workers import is fixed when they start; a message cannot add to it."""
+    assert "The workers may not import" in facts["another folder"]
+
+
 @pytest.fixture(scope="module")
 def limits(in_process):
     return in_process("parallel_limits")

@@ -6,14 +6,11 @@ The main thread computes; a second one listens, so that the rank can tell where 
 from __future__ import annotations
 
 import datetime
-import importlib
-import importlib.machinery
-import importlib.util
-import json
 import os
 import queue
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,13 +24,15 @@ import torch.distributed as dist
 from ... import __version__
 from ..sharding.wire import Wire
 from .hub import Hub, Message
-from .messages import Connection, ConnectionEnded, Tensors, connect, listen, new_secret
-from .pool_file import PoolAddress, write_pool_file
+from .logs import print_patiently
+from .meeting import FileMeeting, StoreMeeting
+from .messages import Connection, ConnectionEnded, Tensors, WrongSecret, connect, listen
+from .pool_file import PoolAddress, hold_lock, remove_pool_file, write_pool_file
 from .preflight import check_paths
+from .secret import secret_file
 from .self_test import self_test
 from .settings import Settings, read_settings
 
-CONTROL = "evdit/control"
 JOIN_SECONDS = 120.0
 # A hang is noticed by ComfyUI's step_timeout, which can name the rank; this is only for ranks nobody asks any more.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
@@ -42,21 +41,33 @@ TRACE_LINES = 12
 
 
 class Worker:
-    """``host`` is what builds and runs the model; it comes with the first request, by path, from ComfyUI's own pack."""
+    """A rank that has met the others. ``host`` is what builds and runs the model; it comes with the first request."""
 
-    def __init__(self, settings: Settings, wire: Wire, store: Any) -> None:
-        self.settings, self.wire = settings, wire
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.requests: queue.Queue[tuple[Message, Tensors]] = queue.Queue()
         self.host: Any = None
         self.hub: Hub | None = None
+        self.pool, self.folder = settings.pool, settings.folder
         self.main_thread = threading.get_ident()
+        # Among several machines torchrun's store is the only thing that all ranks can reach from the start.
+        shared = None if settings.meeting else next(dist.rendezvous("env://"))[0]
+        meeting = StoreMeeting(dist.PrefixStore("evdit", shared)) if shared else FileMeeting(Path(settings.meeting))
         if settings.rank == 0:
-            self._open_hub(store)
+            port = self._open_hub(meeting)
         else:
-            control = json.loads(store.get(CONTROL))
-            self.connection = connect(control["host"], control["port"], control["secret"], timeout=JOIN_SECONDS)
-            self.connection.send({"role": "rank", "rank": settings.rank, "version": __version__})
-            threading.Thread(target=self._listen, args=(self.connection,), daemon=True).start()
+            self._enter_hub(meeting)
+        dist.init_process_group(
+            settings.backend,
+            store=shared or dist.FileStore(str(Path(self.folder) / "store"), settings.ranks),
+            rank=settings.rank,
+            world_size=settings.ranks,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        self.wire = Wire()
+        if settings.rank == 0:
+            address = PoolAddress(settings.listen, port, settings.secret, settings.ranks, settings.devices, self.pool)
+            write_pool_file(Path(settings.address_file), address)
 
     def serve(self) -> None:
         """Answer requests for ever."""
@@ -68,18 +79,55 @@ class Worker:
             else:
                 self.connection.send(answer)
 
-    def _open_hub(self, store: Any) -> None:
+    def _open_hub(self, meeting: Any) -> int:
+        """Rank 0: open the door, say where it is, and wait for the others; returns its port."""
         s = self.settings
-        listener, secret = listen(s.listen), s.secret or new_secret()
+        self.lock = hold_lock(Path(s.address_file))
+        Path(s.address_file).unlink(missing_ok=True)  # that of a pool that was killed
+        if s.meeting and not s.folder:
+            from .torchrun import fresh_folder
+
+            self.folder = fresh_folder()
+        listener = listen(s.listen)
         port = listener.getsockname()[1]
         put = self.requests.put
         self.hub = Hub(
-            listener, secret, s.ranks, lambda message, tensors: put((message, tensors)), self.where, s.address_file
+            listener,
+            s.secret,
+            s.ranks,
+            lambda message, tensors: put((message, tensors)),
+            self.where,
+            host=s.host.name,
+            about_pool={"pool": self.pool, "folder": self.folder},
+            clean_up=self._clean_up,
         )
-        store.set(CONTROL, json.dumps({"host": s.listen, "port": port, "secret": secret}))
+        threading.Thread(target=_end_when_asked, args=(_listen_to_sigterm(), self.hub), daemon=True).start()
+        meeting.announce((s.listen, port))
         self.hub.wait_for_ranks(JOIN_SECONDS)
-        if s.address_file:
-            write_pool_file(Path(s.address_file), PoolAddress(s.listen, port, secret, s.ranks, s.devices))
+        return port
+
+    def _enter_hub(self, meeting: Any) -> None:
+        """Any other rank: find rank 0's door, and listen to it from then on."""
+        end, reason = time.monotonic() + JOIN_SECONDS, "it has not said where it is"
+        while time.monotonic() < end:
+            try:
+                if door := meeting.find():
+                    self.connection = connect(door[0], door[1], self.settings.secret)
+                    break
+            except ConnectionError as error:
+                if isinstance(error, WrongSecret) and not self.settings.meeting:
+                    raise ValueError(
+                        f"Rank 0 has another secret than this machine. Copy {secret_file()} from its machine to this one, "
+                        "with its mode 0600, and start the pool anew."
+                    ) from None
+                reason = str(error)  # a file that an earlier pool has left; this one's comes
+            time.sleep(0.1)
+        else:
+            raise TimeoutError(f"Rank {self.settings.rank} did not reach rank 0 in {JOIN_SECONDS:.0f} s: {reason}.")
+        self.connection.send({"role": "rank", "rank": self.settings.rank, "version": __version__})
+        about, _ = self.connection.receive()
+        self.pool, self.folder = about["pool"], about["folder"]
+        threading.Thread(target=self._listen, args=(self.connection,), daemon=True).start()
 
     def _listen(self, connection: Connection) -> None:
         try:
@@ -90,7 +138,17 @@ class Worker:
                 else:
                     self.requests.put((message, tensors))
         except ConnectionEnded:
-            os._exit(LOST_EXIT)
+            try:
+                self._clean_up()  # rank 0 may have been killed
+            finally:
+                os._exit(LOST_EXIT)
+
+    def _clean_up(self) -> None:
+        """Remove what the pool has left on this machine; a starter removes its folder itself."""
+        remove_pool_file(Path(self.settings.address_file), self.pool)
+        if self.settings.meeting and not self.settings.piped:
+            Path(self.settings.meeting).unlink(missing_ok=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def where(self) -> str:
         """What the main thread is doing: the end of its stack."""
@@ -117,7 +175,7 @@ class Worker:
         if message["do"] == "open":
             check_paths(message.get("paths", {}))
             if self.host is None:
-                self.host = load_host(message["host"])(self.settings, self.wire)
+                self.host = self.settings.host.load()(self.settings, self.wire)
             return self.host.open(message), {}
         if message["do"] == "offload":
             if self.host is not None:
@@ -142,56 +200,52 @@ class Worker:
         return f"out of memory on {self.settings.device}{size}: {text.splitlines()[0]}"
 
 
-def load_host(where: dict[str, str]) -> Any:
-    """The class ``where["name"]`` of the module ``where["module"]``, a path below the folder ``where["package"]`` with
-    dots.
-
-    No folder means this package. Else the packages above the module are entered without running them: those of a node
-    pack would import ComfyUI, which is not there before the host has set it up.
-    """
-    if not where["package"]:
-        return getattr(importlib.import_module(f"...{where['module']}", __package__), where["name"])
-    folder, package = Path(where["package"]), "evdit_host"
-    for part in ["", *where["module"].split(".")[:-1]]:
-        folder, package = (folder / part, f"{package}.{part}") if part else (folder, package)
-        if package not in sys.modules:
-            bare = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(package, None, is_package=True))
-            bare.__path__ = [str(folder)]
-            sys.modules[package] = bare
-    module = where["module"].rsplit(".", 1)[-1]
-    return getattr(importlib.import_module(f"{package}.{module}"), where["name"])
-
-
-def _end_with_starter(folder: Path) -> None:
-    sys.stdin.buffer.read()
-    shutil.rmtree(folder, ignore_errors=True)  # the starter's logs; one that was killed cannot
+def _end_with_starter() -> None:
+    sys.stdin.buffer.read()  # the starter's watcher does this too, whatever this interpreter is doing, and cleans up
     os._exit(0)
 
 
-def _end_with_parent(parent: int) -> None:
-    # torchrun ends its ranks when it is asked to end; a killed one cannot.
+def _end_with_torchrun(parent: int) -> None:
+    # On Linux the system does this, from boot.py on.
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(LOST_EXIT)
 
 
+def _end_when_asked(signals: socket.socket, hub: Hub) -> None:
+    while signals.recv(1) != bytes([signal.SIGTERM]):
+        pass
+    hub.end(0)
+
+
+def _listen_to_sigterm() -> socket.socket:
+    """Where a signal's number arrives with the signal; a handler of Python's alone would wait for a step to end."""
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    signal.set_wakeup_fd(there.detach())
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    return here
+
+
+def _keep_to_loopback() -> None:
+    """Ranks of one machine talk over the loopback interface alone."""
+    name = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    if name:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
+
+
 def main() -> None:
     """Run as a rank until told to end."""
+    print_patiently()
     settings = read_settings()
     # Ctrl-C in a terminal reaches the whole group; the starter decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    watch, about = (
-        (_end_with_starter, (Path(settings.store).parent,)) if settings.store else (_end_with_parent, (os.getppid(),))
-    )
-    threading.Thread(target=watch, args=about, daemon=True).start()
+    if settings.piped:
+        threading.Thread(target=_end_with_starter, daemon=True).start()
+    elif sys.platform != "linux":
+        threading.Thread(target=_end_with_torchrun, args=(os.getppid(),), daemon=True).start()
+    if settings.meeting:
+        _keep_to_loopback()
     if settings.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(settings.device))
-    if settings.store:
-        store = dist.FileStore(settings.store, settings.ranks)
-        dist.init_process_group(
-            settings.backend, store=store, rank=settings.rank, world_size=settings.ranks, timeout=COLLECTIVE_TIMEOUT
-        )
-    else:
-        dist.init_process_group(settings.backend, timeout=COLLECTIVE_TIMEOUT)
-        store = dist.distributed_c10d._get_default_store()
-    Worker(settings, Wire(), dist.PrefixStore("evdit", store)).serve()
+    Worker(settings).serve()
