@@ -139,6 +139,15 @@ def test_torchrun_on_one_machine_is_one_pool(start):
     assert left == {"secret", "pool.lock"}
 
 
+def test_a_killed_rank_0_leaves_no_file(start):
+    """The others of its machine remove what it cannot."""
+    command = on_one_machine(start)
+    ranks = ranks_of(command.pid)
+    os.kill(ranks[0], signal.SIGKILL)
+    assert gone(ranks) and command.wait(30)
+    assert {path.name for path in default_pool_file().parent.iterdir()} == {"secret", "pool.lock"}
+
+
 def test_a_second_torchrun_says_that_a_pool_runs(start):
     on_one_machine(start)
     second = start.torchrun(*SAFE_TORCHRUN, "--nproc-per-node", "2", **SAFE_VARIABLES)
