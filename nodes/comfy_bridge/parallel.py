@@ -21,6 +21,7 @@ from ...efficient_vdit_core.parallel.pool.session import Launch, Session, parse_
 from ...efficient_vdit_core.parallel.sharding.forecast import Rates
 from ...efficient_vdit_core.tiles import TokenGrid
 from . import patch
+from .announce import show_on_node
 from .packing import pack
 from .recipe import import_folders, recipe
 from .sharding import clip_speedup, find_shardable
@@ -70,9 +71,9 @@ def parallelize(
     node_id: str | None,
 ) -> tuple[Any, str]:
     """A clone of MODEL that the workers compute, and a report; the MODEL itself where it cannot be so and ``strict`` is
-    off."""
+    off. Raises ValueError for devices that cannot be read or that this machine has not."""
+    names = parse_devices(devices)
     try:
-        names = parse_devices(devices)
         find_shardable(model)
         _refuse_split_state(model)
         if len(names) < 2:
@@ -87,8 +88,12 @@ def parallelize(
         if strict:
             raise
         log.warning("Efficient-vDiT: the model runs on one device: %s", error)
-        return model, f"The model runs on one device as it was: {error}"
-    return _redirected(model, launch, scheme, after_run), _report(model, launch, scheme)
+        report = f"The model runs on one device as it was: {error}"
+        show_on_node(node_id, report)
+        return model, report
+    report = _report(model, launch, scheme)
+    show_on_node(node_id, report.splitlines()[0])
+    return _redirected(model, launch, scheme, after_run), report
 
 
 def reachable(devices: str) -> tuple[Any, ...]:

@@ -192,6 +192,8 @@ def test_open_sora_plan_on_two_ranks_is_the_same_video(server):
     events = []
     shared = latents(server, "shared", OSP, TEXT, events=events)
     assert same(shared, alone)
+    (shown,) = [data for kind, data in events if kind == "text"]
+    assert shown[0] == "4" and shown[1].startswith("2 ranks, scheme auto.")
     assert [data["value"] for kind, data in events if kind == "progress" and data["node"] == "8"][-1] == 2
     said = r"2 forward passes on 2 ranks, \d+ ms and up to 0\.\d MiB sent by a rank in each; 5 layers by rb, 1 layers by ulysses"
     assert re.search(said, server.text())
@@ -311,9 +313,27 @@ def test_what_the_workers_do_after_a_run(server, after):
 
 def test_one_device_passes_through(server):
     alone = latents(server, "one_alone", OSP, TEXT, parallel=False, steps=1)
-    one = latents(server, "one", OSP, TEXT, steps=1, devices="cpu", strict=False)
+    events = []
+    one = latents(server, "one", OSP, TEXT, steps=1, devices="cpu", strict=False, events=events)
     assert (one == alone).all()
+    shown = [data for kind, data in events if kind == "text"]
+    assert len(shown) == 1 and shown[0][0] == "4"
+    assert shown[0][1].startswith(
+        "The model runs on one device as it was: One device was found (cpu), expected two or more"
+    )
     assert "the model runs on one device: One device was found (cpu)" in server.text()
+
+
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        ("banana", "devices is 'banana', expected"),
+        ("0,1", "devices names GPU 0, but this machine shows no GPU. Write auto."),
+    ],
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_devices_that_are_not_there_stop_the_run(server, devices, said, strict):
+    assert said in server.error(prompt("devices", OSP, TEXT, devices=devices, strict=strict))
 
 
 def test_strict_says_why_not(server):

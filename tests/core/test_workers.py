@@ -395,6 +395,21 @@ def test_devices_that_cannot_be_read_are_refused(text):
         parse_devices(text)
 
 
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "shows no GPU. Write auto."),
+        (1, "shows one GPU, number 0. Write auto."),
+        (4, "shows 4 GPUs. Name those from 0 to 3, or write auto."),
+    ],
+)
+def test_devices_that_the_machine_has_not(monkeypatch, count, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(ValueError, match=f"devices names GPU 9, but this machine {said}"):
+        parse_devices("9")
+
+
 def test_devices():
     assert parse_devices(" CPU, cpu") == ("cpu", "cpu")
 
