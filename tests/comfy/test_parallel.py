@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_server import Server
+from comfyui_server import COMFYUI, PYTHON, Server
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -349,6 +349,32 @@ def test_the_workers_go_with_a_killed_comfyui(server):
     server.process.kill()
     server.process.wait()
     assert gone(started)
+
+
+def test_the_registrys_pack_uses_a_pool_of_torchrun(tmp_path):
+    """It starts none itself; the help page's command does, run in the pack's folder. ComfyUI lies elsewhere here."""
+    variables = {"EVDIT_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    running = Server(tmp_path / "base", more=variables)
+    pack = tmp_path / "base" / "custom_nodes" / "efficient-vdit"
+    command = [str(PYTHON), "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
+    command += ["--nproc-per-node", "2", "efficient_vdit_core/parallel/boot.py"]
+    more = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "EVDIT_IMPORT": str(COMFYUI)}
+    log = (tmp_path / "torchrun.log").open("w")
+    pool = subprocess.Popen(
+        command, cwd=pack, env={**os.environ, **variables, **more}, stdout=log, stderr=subprocess.STDOUT
+    )
+    try:
+        end = time.monotonic() + 120
+        while not (tmp_path / "cache" / "workers" / "pool.json").exists():
+            assert pool.poll() is None and time.monotonic() < end, (tmp_path / "torchrun.log").read_text()
+            time.sleep(0.1)
+        alone = latents(running, "registry_alone", OSP, TEXT, parallel=False)
+        assert same(latents(running, "registry", OSP, TEXT, devices="auto"), alone)
+        assert not worker_pids(running)
+    finally:
+        pool.terminate()
+        pool.wait(40)
+        running.stop()
 
 
 @pytest.fixture(scope="module")
