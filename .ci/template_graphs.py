@@ -141,7 +141,7 @@ def several_gpus() -> Graph:
     extra = (
         "\n\n**Sequence Parallel** stands last before the sampler and starts a worker for each GPU; each builds the model itself and "
         "computes a part of the frames. With one GPU the model passes through. Sampler, preview and Cancel stay in ComfyUI. A pack from "
-        "the registry starts no processes: run `torchrun --nproc-per-node 2 efficient_vdit_core/parallel/boot.py` in its folder first."
+        "the registry starts no processes: start the pool first, as the help page of Sequence Parallel says."
     )
     return Graph("opensora_plan_several_gpus", text + extra, nodes)
 

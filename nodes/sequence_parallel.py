@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..efficient_vdit_core.parallel.attend import SCHEMES
+from ..efficient_vdit_core.parallel.sharding.attend import SCHEMES
 from .comfy_bridge.parallel import AFTER_RUN, parallelize, reachable
 from .inputs import CATEGORY
 
@@ -78,7 +78,7 @@ class EVDiTSequenceParallel(io.ComfyNode):
                     default=False,
                     tooltip=(
                         "What happens where the model cannot be shared out (one device, another model, workers that do not start): off = "
-                        "it runs on one device and the log says why; on = the run stops with that reason."
+                        "it runs on one device, and the node says why; on = the run stops with that reason."
                     ),
                 ),
             ],

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from ..parallel.forecast import GPU_RATES, LayerShape, bytes_sent, overhead, speedup
-from ..parallel.session import Launch, Session
+from ..parallel.pool.imports import Host
+from ..parallel.pool.session import Launch, Session
+from ..parallel.sharding.forecast import GPU_RATES, LayerShape, bytes_sent, overhead, speedup
 from ..tiles import TilePattern, TokenGrid
 from .paper import PARALLEL_SPEEDUP
 
-HOST = {"package": "", "module": "bench.parallel_host", "name": "BenchHost"}
+HOST = Host("", "bench.parallel_host", "BenchHost")
 TIMEOUT = 3600.0
 # The model's cases: the paper's two clip lengths at 720p.
 PAPER_GRIDS = {29: TokenGrid(8, 45, 80), 93: TokenGrid(24, 45, 80)}
@@ -44,7 +45,7 @@ def measure(
     """
     config = {"num_layers": shape.depth, "num_attention_heads": shape.heads, "attention_head_dim": shape.head_dim}
     grid = [shape.grid.t, shape.grid.h, shape.grid.w]
-    launch = Launch(devices, "bench", {"host": HOST, "config": config, "grid": grid, "seed": seed}, TIMEOUT, TIMEOUT)
+    launch = Launch(devices, "bench", {"config": config, "grid": grid, "seed": seed}, TIMEOUT, TIMEOUT, HOST)
     runs = [
         (k, scheme) for k in shape.ks for scheme in (("alone", "ulysses") if k is None else ("alone", "rb", "ulysses"))
     ]

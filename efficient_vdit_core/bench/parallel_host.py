@@ -16,7 +16,7 @@ from ..attention.report import AttentionReport
 from ..attention.sdpa import OVERRIDE_KEY
 from ..models.opensora_plan.config import OSP_29X720P, DiTConfig
 from ..models.opensora_plan.transformer import OpenSoraT2V
-from ..parallel.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
+from ..parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
 from ..plan import TilePlan
 from ..tiles import TokenGrid
 

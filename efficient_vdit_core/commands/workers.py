@@ -1,7 +1,9 @@
 """evdit workers: start a pool of workers on this machine, which ComfyUI's EVDiTSequenceParallel then finds; Ctrl-C ends
 it.
 
-Over several machines run the same worker under torchrun on each of them, with N = 0 on HOST, 1 on the next, and so on:
+Over several machines make a secret on the first, HOST, and copy the file that is named to the same place on the others:
+evdit workers --make-secret
+Then run the same worker under torchrun on each of them, with N = 0 on HOST, 1 on the next, and so on:
 EVDIT_LISTEN=HOST torchrun --nnodes 2 --node-rank N --nproc-per-node 4 --master-addr HOST --master-port 29400 \
     PACK/efficient_vdit_core/parallel/boot.py
 """
@@ -25,14 +27,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--devices", default="auto", help='"auto" for all GPUs, or numbers such as 0,1; cpu,cpu for two CPU ranks'
     )
     parser.add_argument("--start-timeout", type=float, default=120.0, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a ComfyUI, or a folder of node packs, that the workers may load code from, beside the one this pack lies in",
+    )
+    parser.add_argument(
+        "--make-secret",
+        action="store_true",
+        help="make the secret of pools over several machines, say where it lies, and start nothing",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Keeps a pool running until Ctrl-C; one whose rank ends is started anew. Raises ValueError where there is one
     already."""
-    from ..parallel.pool_file import default_pool_file
-    from ..parallel.session import parse_devices
+    from ..parallel.pool.pool_file import default_pool_file
+    from ..parallel.pool.secret import secret_file, shared_secret
+    from ..parallel.pool.session import parse_devices
 
+    if args.make_secret:
+        shared_secret(make=True)
+        say(
+            f"The secret is in {secret_file()}. Copy that file to the same place on the other machines, with mode 0600."
+        )
+        return 0
     if _pool_runs():
         raise ValueError(
             "A pool of workers runs already, and ComfyUI finds one only. Use it, or end it with Ctrl-C where it was started."
@@ -46,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's way of Ctrl-C
     try:
         while True:
-            workers = _start(devices, args.start_timeout)
+            workers = _start(devices, args.start_timeout, args.imports)
             say(
                 f"{len(devices)} workers are ready on {', '.join(devices)}; ComfyUI finds them by {default_pool_file()}. Ctrl-C ends them."
             )
@@ -69,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _pool_runs() -> bool:
     """Whether one does, on whatever devices; the file of one that is gone is removed."""
-    from ..parallel.client import PoolFault
-    from ..parallel.session import parse_devices, running_pool
+    from ..parallel.pool.client import PoolFault
+    from ..parallel.pool.session import parse_devices, running_pool
 
     try:
         found = running_pool(parse_devices("auto"))
@@ -81,11 +103,13 @@ def _pool_runs() -> bool:
     return found is not None
 
 
-def _start(devices: tuple[str, ...], seconds: float) -> Any:
-    from ..parallel.pool_file import default_pool_file
-    from ..parallel.session import starter
+def _start(devices: tuple[str, ...], seconds: float, imports: list[str]) -> Any:
+    from ..parallel.pool.imports import COMFYUI_HOST, usual_folders
+    from ..parallel.pool.pool_file import default_pool_file
+    from ..parallel.pool.session import starter
 
     backend = "nccl" if devices[0].startswith("cuda") else "gloo"
-    workers = starter().Workers(devices, backend, address_file=default_pool_file())
+    folders = (*usual_folders(), *imports)
+    workers = starter().Workers(devices, backend, COMFYUI_HOST, folders, address_file=default_pool_file())
     workers.wait(seconds)
     return workers

@@ -1,17 +1,32 @@
 """What a worker process runs: by path, so that nothing needs to be installed and no folder of the pack lands on
 sys.path.
 
-Also for torchrun: `torchrun --nnodes 2 --node-rank N --nproc-per-node 4 ...
-path/to/efficient_vdit_core/parallel/boot.py`.
+Also for torchrun, on one machine:
+`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --rdzv-backend c10d --rdzv-conf store_type=file --nproc-per-node 4
+path/to/efficient_vdit_core/parallel/boot.py`. The help page of Sequence Parallel has several machines.
 """
 
+import ctypes
 import importlib
 import importlib.util
+import os
+import signal
 import sys
 from pathlib import Path
 
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_torchrun() -> None:
+    """Have Linux end this process when torchrun ends, however that does and whatever this process is doing then."""
+    parent = os.getppid()
+    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) == 0 and os.getppid() != parent:
+        os._exit(1)  # it ended just before
+
 
 def main() -> None:
+    if "RANK" in os.environ and sys.platform == "linux":  # other starters have a watcher, and may start from any thread
+        end_with_torchrun()
     core = Path(__file__).resolve().parents[1]
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     spec = importlib.util.spec_from_file_location(
@@ -21,7 +36,7 @@ def main() -> None:
     package = importlib.util.module_from_spec(spec)
     sys.modules[core.name] = package
     spec.loader.exec_module(package)
-    importlib.import_module(f"{core.name}.parallel.worker").main()
+    importlib.import_module(f"{core.name}.parallel.pool.worker").main()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tells the page what a run did, so that the plan's chart can show it."""
+"""Tells the page what a run did: the plan's chart shows it, or the node itself as a line of text."""
 
 from __future__ import annotations
 
@@ -32,3 +32,10 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
         )
 
     return after_run
+
+
+def show_on_node(node: str | None, text: str) -> None:
+    """Show ``text`` on the node of that execution id, on the page that queued the prompt."""
+    server = getattr(PromptServer, "instance", None)
+    if node is not None and server is not None and server.client_id is not None:
+        server.send_progress_text(text, node, server.client_id)

@@ -17,12 +17,13 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
-from ...efficient_vdit_core.parallel.forecast import Rates
-from ...efficient_vdit_core.parallel.session import Launch, Session, parse_devices
+from ...efficient_vdit_core.parallel.pool.session import Launch, Session, parse_devices
+from ...efficient_vdit_core.parallel.sharding.forecast import Rates
 from ...efficient_vdit_core.tiles import TokenGrid
 from . import patch
+from .announce import show_on_node
 from .packing import pack
-from .recipe import recipe
+from .recipe import import_folders, recipe
 from .sharding import clip_speedup, find_shardable
 
 log = logging.getLogger("efficient_vdit")
@@ -70,9 +71,9 @@ def parallelize(
     node_id: str | None,
 ) -> tuple[Any, str]:
     """A clone of MODEL that the workers compute, and a report; the MODEL itself where it cannot be so and ``strict`` is
-    off."""
+    off. Raises ValueError for devices that cannot be read or that this machine has not."""
+    names = parse_devices(devices)
     try:
-        names = parse_devices(devices)
         find_shardable(model)
         _refuse_split_state(model)
         if len(names) < 2:
@@ -80,15 +81,19 @@ def parallelize(
                 f"One device was found ({', '.join(names)}), expected two or more: there is nothing to share out."
             )
         key, opening = recipe(prompt, node_id, NODE)
-        launch = Launch(names, key, opening, start_timeout, step_timeout)
+        launch = Launch(names, key, opening, start_timeout, step_timeout, imports=import_folders())
         SESSION.ready(launch, mm.throw_exception_if_processing_interrupted)
     except (ValueError, RuntimeError, OSError) as error:
         SESSION.failures += not isinstance(error, ValueError)
         if strict:
             raise
         log.warning("Efficient-vDiT: the model runs on one device: %s", error)
-        return model, f"The model runs on one device as it was: {error}"
-    return _redirected(model, launch, scheme, after_run), _report(model, launch, scheme)
+        report = f"The model runs on one device as it was: {error}"
+        show_on_node(node_id, report)
+        return model, report
+    report = _report(model, launch, scheme)
+    show_on_node(node_id, report.splitlines()[0])
+    return _redirected(model, launch, scheme, after_run), report
 
 
 def reachable(devices: str) -> tuple[Any, ...]:

@@ -80,6 +80,7 @@ class ComfyHost:
 
     def _start_comfyui(self, about: dict[str, Any]) -> Any:
         """Import ComfyUI with the options and folders of the one that asked; returns its executor."""
+        self.settings.check_import(about["root"])
         sys.path.insert(0, about["root"])
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         sys.argv = ["main.py", *about["argv"]]
@@ -107,6 +108,7 @@ class ComfyHost:
     def _load_packs(self, packs: dict[str, str]) -> None:
         nodes = importlib.import_module("nodes")
         for kind, path in packs.items():
+            self.settings.check_import(path)
             if kind not in nodes.NODE_CLASS_MAPPINGS and not asyncio.run(
                 nodes.load_custom_node(path, module_parent="custom_nodes")
             ):

@@ -39,11 +39,15 @@ def recipe(prompt: dict[str, Any] | None, node_id: str | None, node_name: str) -
     key = hashlib.sha256(json.dumps([part, source, about_files], sort_keys=True).encode()).hexdigest()
     kinds = sorted({node["class_type"] for node in part.values()})
     packs = {kind: path for kind in kinds if (path := pack_of(kind)) is not None}
-    host = {"package": str(PACK), "module": "nodes.comfy_bridge.parallel_host", "name": "ComfyHost"}
     about = _about()
     folders = [about["root"], str(PACK), *packs.values()]
     paths = {**dict.fromkeys(folders), **{path: size for path, (size, _) in about_files.items()}}
-    return key, {"host": host, "comfyui": about, "prompt": part, "source": source, "packs": packs, "paths": paths}
+    return key, {"comfyui": about, "prompt": part, "source": source, "packs": packs, "paths": paths}
+
+
+def import_folders() -> tuple[str, ...]:
+    """Where the workers may load code from: this ComfyUI, its folders of packs, and this pack."""
+    return (_root(), *folder_paths.get_folder_paths("custom_nodes"), str(PACK))
 
 
 def upstream(prompt: dict[str, Any], node_id: str) -> dict[str, Any]:
@@ -101,5 +105,8 @@ def _about() -> dict[str, Any]:
         name: [list(where), sorted(endings)]
         for name, (where, endings, *_) in folder_paths.folder_names_and_paths.items()
     }
-    root = str(Path(inspect.getfile(folder_paths)).resolve().parent)
-    return {"root": root, "argv": sys.argv[1:], "folders": folders, "input": folder_paths.get_input_directory()}
+    return {"root": _root(), "argv": sys.argv[1:], "folders": folders, "input": folder_paths.get_input_directory()}
+
+
+def _root() -> str:
+    return str(Path(inspect.getfile(folder_paths)).resolve().parent)

@@ -10,9 +10,14 @@ from torch import Tensor
 
 from ...efficient_vdit_core.attention import TokenLayout
 from ...efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
-from ...efficient_vdit_core.parallel.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
-from ...efficient_vdit_core.parallel.forecast import LayerShape, Rates, forward_speedup
-from ...efficient_vdit_core.parallel.wire import Wire
+from ...efficient_vdit_core.parallel.sharding.blocks import (
+    SHARDED_KEY,
+    ShardedForward,
+    block_hook,
+    make_sharded_override,
+)
+from ...efficient_vdit_core.parallel.sharding.forecast import LayerShape, Rates, forward_speedup
+from ...efficient_vdit_core.parallel.sharding.wire import Wire
 from ...efficient_vdit_core.tiles import TilePattern, TokenGrid
 from .families import Family, find_family, uncompiled
 from .patch import Hook, dense, hook_of, install

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_server import Server
+from comfyui_server import COMFYUI, PYTHON, Server
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -192,6 +192,8 @@ def test_open_sora_plan_on_two_ranks_is_the_same_video(server):
     events = []
     shared = latents(server, "shared", OSP, TEXT, events=events)
     assert same(shared, alone)
+    (shown,) = [data for kind, data in events if kind == "text"]
+    assert shown[0] == "4" and shown[1].startswith("2 ranks, scheme auto.")
     assert [data["value"] for kind, data in events if kind == "progress" and data["node"] == "8"][-1] == 2
     said = r"2 forward passes on 2 ranks, \d+ ms and up to 0\.\d MiB sent by a rank in each; 5 layers by rb, 1 layers by ulysses"
     assert re.search(said, server.text())
@@ -311,9 +313,27 @@ def test_what_the_workers_do_after_a_run(server, after):
 
 def test_one_device_passes_through(server):
     alone = latents(server, "one_alone", OSP, TEXT, parallel=False, steps=1)
-    one = latents(server, "one", OSP, TEXT, steps=1, devices="cpu", strict=False)
+    events = []
+    one = latents(server, "one", OSP, TEXT, steps=1, devices="cpu", strict=False, events=events)
     assert (one == alone).all()
+    shown = [data for kind, data in events if kind == "text"]
+    assert len(shown) == 1 and shown[0][0] == "4"
+    assert shown[0][1].startswith(
+        "The model runs on one device as it was: One device was found (cpu), expected two or more"
+    )
     assert "the model runs on one device: One device was found (cpu)" in server.text()
+
+
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        ("banana", "devices is 'banana', expected"),
+        ("0,1", "devices names GPU 0, but this machine shows no GPU. Write auto."),
+    ],
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_devices_that_are_not_there_stop_the_run(server, devices, said, strict):
+    assert said in server.error(prompt("devices", OSP, TEXT, devices=devices, strict=strict))
 
 
 def test_strict_says_why_not(server):
@@ -329,6 +349,32 @@ def test_the_workers_go_with_a_killed_comfyui(server):
     server.process.kill()
     server.process.wait()
     assert gone(started)
+
+
+def test_the_registrys_pack_uses_a_pool_of_torchrun(tmp_path):
+    """It starts none itself; the help page's command does, run in the pack's folder. ComfyUI lies elsewhere here."""
+    variables = {"EVDIT_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    running = Server(tmp_path / "base", more=variables)
+    pack = tmp_path / "base" / "custom_nodes" / "efficient-vdit"
+    command = [str(PYTHON), "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
+    command += ["--nproc-per-node", "2", "efficient_vdit_core/parallel/boot.py"]
+    more = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "EVDIT_IMPORT": str(COMFYUI)}
+    log = (tmp_path / "torchrun.log").open("w")
+    pool = subprocess.Popen(
+        command, cwd=pack, env={**os.environ, **variables, **more}, stdout=log, stderr=subprocess.STDOUT
+    )
+    try:
+        end = time.monotonic() + 120
+        while not (tmp_path / "cache" / "workers" / "pool.json").exists():
+            assert pool.poll() is None and time.monotonic() < end, (tmp_path / "torchrun.log").read_text()
+            time.sleep(0.1)
+        alone = latents(running, "registry_alone", OSP, TEXT, parallel=False)
+        assert same(latents(running, "registry", OSP, TEXT, devices="auto"), alone)
+        assert not worker_pids(running)
+    finally:
+        pool.terminate()
+        pool.wait(40)
+        running.stop()
 
 
 @pytest.fixture(scope="module")
@@ -356,6 +402,11 @@ def test_both_schemes_were_used(facts):
 def test_a_node_that_a_worker_lacks_is_named(facts):
     assert "The node NoSuchNode is missing in the workers" in facts["missing"]
     assert "UNETLoader" in facts["invalid"] and "gone.safetensors" in facts["invalid"]
+
+
+def test_a_pack_outside_the_pools_folders_is_refused(facts):
+    """What the workers import is fixed when they start; a message cannot add to it."""
+    assert "The workers may not import" in facts["another folder"]
 
 
 @pytest.fixture(scope="module")

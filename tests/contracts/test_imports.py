@@ -50,6 +50,8 @@ ALLOWED = {
     },
     "quality": {"files", "video", "read_video"},
 }
+# Rooms of a part; each may import itself and what stands here.
+ROOMS = {"parallel": {"sharding": set(), "pool": {"sharding"}}}
 BACKENDS = {"frames", "triton", "flex"}
 # Triton's kernels are functions of a module: that file imports it, and is itself imported inside functions only.
 KERNELS = {"efficient_vdit_core/attention/arrow_kernels.py"}
@@ -95,6 +97,9 @@ def violations(path: str, source: str) -> list[str]:
             mine, other = parts[1], name.split(".")[1]
             if mine in ALLOWED and other not in ALLOWED[mine] | {mine, "__version__"}:
                 found.append(f"{where}: {mine} imports {other}")
+            rooms, theirs = ROOMS.get(mine, {}), name.split(".")[2:3]
+            if mine == other and parts[2] in rooms and theirs and theirs[0] not in rooms[parts[2]] | {parts[2]}:
+                found.append(f"{where}: {mine}/{parts[2]} imports {mine}/{theirs[0]}")
             if parts[1] == "attention" and parts[-1] in BACKENDS and name.split(".")[-1] in BACKENDS - {parts[-1]}:
                 found.append(f"{where}: backend {parts[-1]} imports {name.split('.')[-1]}")
     for node in ast.walk(tree):
@@ -138,6 +143,9 @@ def test_the_tree_keeps_the_rules():
         ("efficient_vdit_core/sampling/a.py", "from ..tiles import x"),
         ("efficient_vdit_core/sampling/a.py", "from ..models.b import x"),
         ("efficient_vdit_core/attention/triton.py", "from .frames import x"),
+        ("efficient_vdit_core/parallel/sharding/a.py", "from ..pool.messages import x"),
+        ("efficient_vdit_core/parallel/sharding/a.py", "from .. import pool"),
+        ("efficient_vdit_core/parallel/pool/a.py", "from ...models import x"),
         ("efficient_vdit_core/a.py", "from efficient_vdit_core.tiles import x"),
         ("efficient_vdit_core/a.py", "import diffusers"),
         ("efficient_vdit_core/a.py", "import pickle"),
@@ -156,6 +164,8 @@ def test_the_checker_sees_a_violation(path, source):
     ("path", "source"),
     [
         ("efficient_vdit_core/attention/frames.py", "from ..tiles import TokenGrid"),
+        ("efficient_vdit_core/parallel/pool/a.py", "from ..sharding.wire import Wire"),
+        ("efficient_vdit_core/parallel/sharding/a.py", "from .wire import Wire"),
         ("efficient_vdit_core/a.py", "def f():\n    import diffusers"),
         ("nodes/comfy_bridge/a.py", "import comfy.ops\nimport folder_paths"),
         ("nodes/loader.py", "from comfy_api.latest import io"),

@@ -11,12 +11,12 @@ from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, ma
 from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.models.opensora_plan.config import OSP_29X720P
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
-from efficient_vdit_core.parallel.attend import sharded_attention
-from efficient_vdit_core.parallel.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
-from efficient_vdit_core.parallel.layout import by_frames, by_references, by_tokens, choose_shard
-from efficient_vdit_core.parallel.reference_broadcast import reference_broadcast_attention
-from efficient_vdit_core.parallel.spans import take
-from efficient_vdit_core.parallel.wire import Wire
+from efficient_vdit_core.parallel.sharding.attend import sharded_attention
+from efficient_vdit_core.parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
+from efficient_vdit_core.parallel.sharding.layout import by_frames, by_references, by_tokens, choose_shard
+from efficient_vdit_core.parallel.sharding.reference_broadcast import reference_broadcast_attention
+from efficient_vdit_core.parallel.sharding.spans import take
+from efficient_vdit_core.parallel.sharding.wire import Wire
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
@@ -110,7 +110,7 @@ def bytes_sent(rank, ranks):
 
 def order(rank, ranks):
     """The events of one RB layer with a cut frame: exchanges begin before the local work that hides them."""
-    from efficient_vdit_core.parallel import reference_broadcast as rb
+    from efficient_vdit_core.parallel.sharding import reference_broadcast as rb
 
     events, plain = [], rb.attend_lse
 

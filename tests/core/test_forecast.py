@@ -3,7 +3,7 @@
 import pytest
 
 from efficient_vdit_core.bench.parallel import model_rows
-from efficient_vdit_core.parallel.forecast import (
+from efficient_vdit_core.parallel.sharding.forecast import (
     GPU_RATES,
     LayerShape,
     Rates,

@@ -1,26 +1,23 @@
-"""Pools that ComfyUI finds running: `evdit workers` on this machine, and torchrun on what stands for two machines."""
+"""Pools that ComfyUI finds running: `evdit workers` on this machine, torchrun on one machine and on what stands for
+two."""
 
 import argparse
 import json
 import os
 import signal
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from pools import FAULTS, ROOT, SAFE_TORCHRUN, SAFE_VARIABLES, START, Started, alive, gone, launch, ranks_of, until
 
 from efficient_vdit_core.commands.workers import run
-from efficient_vdit_core.parallel.messages import listen
-from efficient_vdit_core.parallel.pool_file import default_pool_file, read_pool_file
-from efficient_vdit_core.parallel.session import Launch, Session, parse_devices
+from efficient_vdit_core.parallel.pool.messages import listen
+from efficient_vdit_core.parallel.pool.pool_file import default_pool_file, read_pool_file
+from efficient_vdit_core.parallel.pool.secret import new_secret, secret_file, shared_secret
+from efficient_vdit_core.parallel.pool.session import Session, parse_devices
 
-ROOT = Path(__file__).parents[2]
-HOST = {"package": str(ROOT / "tests" / "core" / "fault_host"), "module": "host", "name": "Host"}
-START = 300.0
 X = torch.arange(4.0)
 
 
@@ -34,83 +31,67 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def start():
     """Starts a command in this environment; all are ended with the test."""
-    started = []
-
-    def run(*command, **more):
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            env={**os.environ, **more},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        process.lines = []
-        threading.Thread(target=lambda: process.lines.extend(process.stdout), daemon=True).start()
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        process.kill()
-        process.wait()
+    started = Started()
+    yield started
+    started.end()
 
 
-def until(found, *processes, seconds=START):
-    end = time.monotonic() + seconds
-    while not found():
-        assert all(p.poll() is None for p in processes) and time.monotonic() < end, [p.lines[-20:] for p in processes]
-        time.sleep(0.05)
-
-
-def launch(devices, **opening):
-    return Launch(devices, json.dumps(opening), {"host": HOST, **opening}, START, START)
+def opened(devices, **opening):
+    return launch(devices, key=json.dumps(opening), opening=opening)
 
 
 def use(session, devices, **opening):
     """One step; the ranks' process ids."""
-    ranks, tensors = session.step(launch(devices, **opening), {}, {"x": X})
+    ranks, tensors = session.step(opened(devices, **opening), {}, {"x": X})
     assert torch.equal(tensors["sum"], 2 * X)
     return [said["pid"] for said in ranks]
 
 
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def workers_command(devices="auto"):
+    return argparse.Namespace(devices=devices, start_timeout=START, imports=[], make_secret=False)
 
 
 def refuses_a_second():
     with pytest.raises(ValueError, match="A pool of workers runs already"):
-        run(argparse.Namespace(devices="cpu", start_timeout=START))
+        run(workers_command("cpu"))
     assert default_pool_file().exists()
 
 
-def torchrun(start, nodes=2):
-    """``nodes`` torchruns of one rank each, as the help page says it; they meet on loopback."""
+def announced():
+    return read_pool_file(default_pool_file())
+
+
+def evdit_workers(start):
+    command = start(str(FAULTS / "fault_boot.py"), "evdit", "workers", "--devices", "cpu,cpu")
+    until(announced, command)
+    return command
+
+
+def on_one_machine(start, **variables):
+    command = start.torchrun(*SAFE_TORCHRUN, "--nproc-per-node", "2", **SAFE_VARIABLES, **variables)
+    until(announced, command)
+    return command
+
+
+def on_two_machines(start, caches=(None, None), wait=True):
+    """Two torchruns of one rank each, as the help page says it; they meet on loopback, and share a cache or have
+    ``caches``."""
+    shared_secret(make=True)
     with listen("127.0.0.1") as free:
         port = free.getsockname()[1]
-    boot = str(ROOT / "efficient_vdit_core" / "parallel" / "boot.py")
-    about = ["--nnodes", str(nodes), "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    every = [
-        start(
-            "torch.distributed.run",
-            *about,
-            "--node-rank",
-            str(n),
-            boot,
-            EVDIT_LISTEN="127.0.0.1",
-            GLOO_SOCKET_IFNAME="lo",
-        )
-        for n in range(nodes)
-    ]
-    until(lambda: read_pool_file(default_pool_file()), *every)
+    about = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    every = []
+    for number, cache in enumerate(caches):
+        variables = {"EVDIT_LISTEN": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+        variables |= {} if cache is None else {"EVDIT_CACHE_DIR": str(cache)}
+        every.append(start.torchrun(*about, "--node-rank", str(number), **variables))
+    if wait:
+        until(announced, *every)
     return every
 
 
 def test_evdit_workers_is_found_and_mends_its_pool(start):
-    command = start("efficient_vdit_core.cli", "workers", "--devices", "cpu,cpu")
-    until(lambda: read_pool_file(default_pool_file()), command)
+    command = evdit_workers(start)
     first = Session()
     assert parse_devices("auto") == ("cpu", "cpu")
     before = use(first, ("cpu", "cpu"))
@@ -133,8 +114,50 @@ def test_evdit_workers_is_found_and_mends_its_pool(start):
     assert not any(alive(pid) for pid in [*before, *after]) and not default_pool_file().exists()
 
 
-def test_torchrun_on_two_nodes_is_one_pool(start, monkeypatch):
-    every = torchrun(start)
+def test_evdit_workers_that_is_killed_leaves_nothing(start):
+    command = evdit_workers(start)
+    ranks = ranks_of(command.pid)
+    folder = Path(os.readlink(f"/proc/{ranks[0]}/fd/1")).parent
+    assert len(ranks) == 2 and folder.name.startswith("evdit-workers-")
+    command.kill()
+    assert gone(ranks)
+    until(lambda: not folder.exists() and not default_pool_file().exists(), seconds=5.0)
+
+
+def test_torchrun_on_one_machine_is_one_pool(start):
+    command = on_one_machine(start)
+    assert parse_devices("auto") == ("cpu", "cpu")
+    session = Session()
+    ranks = use(session, ("cpu", "cpu"))
+    assert session.workers is None and ranks == ranks_of(command.pid)
+    refuses_a_second()
+    session.stop()
+    command.terminate()  # as Ctrl-C does, too
+    command.wait(30)
+    assert gone(ranks)
+    left = {path.name for path in default_pool_file().parent.iterdir()}
+    assert left == {"secret", "pool.lock"}
+
+
+def test_a_killed_rank_0_leaves_no_file(start):
+    """The others of its machine remove what it cannot."""
+    command = on_one_machine(start)
+    ranks = ranks_of(command.pid)
+    os.kill(ranks[0], signal.SIGKILL)
+    assert gone(ranks) and command.wait(30)
+    assert {path.name for path in default_pool_file().parent.iterdir()} == {"secret", "pool.lock"}
+
+
+def test_a_second_torchrun_says_that_a_pool_runs(start):
+    on_one_machine(start)
+    second = start.torchrun(*SAFE_TORCHRUN, "--nproc-per-node", "2", **SAFE_VARIABLES)
+    assert second.wait(60)
+    assert "A pool of workers runs already" in "".join(second.lines)
+    assert use(Session(), ("cpu", "cpu"))
+
+
+def test_torchrun_on_two_nodes_is_one_pool(start):
+    every = on_two_machines(start)
     devices = parse_devices("auto")
     assert devices == ("rank 0", "rank 1")
     session = Session()
@@ -143,25 +166,70 @@ def test_torchrun_on_two_nodes_is_one_pool(start, monkeypatch):
     with pytest.raises(
         ValueError, match=r"has no .*gone\.safetensors, expected the same paths on every machine.*rank 0 of 2"
     ):
-        session.ready(launch(devices, paths=lacking))
+        session.ready(opened(devices, paths=lacking))
     other = {str(ROOT / "LICENSE"): 5}
     with pytest.raises(ValueError, match=r"LICENSE has \d+ bytes on .*, expected 5"):
-        session.ready(launch(devices, paths=other))
+        session.ready(opened(devices, paths=other))
     assert (
         use(session, devices, paths={str(ROOT): None, str(ROOT / "LICENSE"): (ROOT / "LICENSE").stat().st_size})
         == ranks
     )
     every[0].kill()  # SIGKILL: torchrun cannot end its rank itself
-    until(lambda: not any(alive(pid) for pid in ranks), seconds=5.0)
+    assert gone(ranks)
     with pytest.raises(RuntimeError, match="ended without a word"):
         use(session, devices)
     session.stop()
-    stale = default_pool_file().read_text()
     with pytest.raises(RuntimeError, match="spanned machines is gone. Start it again"):
         use(session, devices)
-    default_pool_file().write_text(stale)
+
+
+def test_the_file_of_a_pool_that_is_gone_names_no_devices(start, monkeypatch):
+    command = on_one_machine(start)
+    ranks = ranks_of(command.pid)
+    command.kill()
+    assert gone(ranks)
+    assert announced() is not None  # nobody was left to remove it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(
-        ValueError, match="--devices means cpu, expected two"
-    ):  # not the devices of the pool that is gone
-        run(argparse.Namespace(devices="auto", start_timeout=START))
+    with pytest.raises(ValueError, match="--devices means cpu, expected two"):
+        run(workers_command())
+
+
+def test_the_other_machines_must_have_the_secret(start, tmp_path):
+    """The first one makes it, the others never do."""
+    every = on_two_machines(start, (tmp_path / "first", tmp_path / "second"), wait=False)
+    until(lambda: any("Copy that file" in line for line in every[1].lines))
+    until((tmp_path / "first" / "workers" / "secret").exists, every[0])
+    assert not (tmp_path / "second" / "workers" / "secret").exists()
+
+
+def test_another_secret_is_named(start, tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name / "workers").mkdir(parents=True)
+        path = tmp_path / name / "workers" / "secret"
+        path.write_text(new_secret())
+        path.chmod(0o600)
+    every = on_two_machines(start, (tmp_path / "first", tmp_path / "second"), wait=False)
+    until(lambda: any("Rank 0 has another secret than this machine" in line for line in every[1].lines))
+
+
+def test_the_secret_is_made_once(capsys):
+    for _ in range(2):
+        assert run(argparse.Namespace(make_secret=True)) == 0
+    assert str(secret_file()) in capsys.readouterr().out and secret_file().stat().st_mode & 0o777 == 0o600
+    secret_file().chmod(0o644)
+    with pytest.raises(ValueError, match="is no secret that only you can read"):
+        run(argparse.Namespace(make_secret=True))
+
+
+def test_a_live_pool_that_is_silent_keeps_its_file(start):
+    """A second one on the same devices would run out of memory with it."""
+    command = on_one_machine(start)
+    ranks = ranks_of(command.pid)
+    os.kill(ranks[0], signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="lives but cannot be reached: what listens there has not proved"):
+        use(Session(), ("cpu", "cpu"))
+    assert time.monotonic() - begin < 10.0 and default_pool_file().exists()
+    refuses_a_second()
+    os.kill(ranks[0], signal.SIGCONT)
+    assert use(Session(), ("cpu", "cpu")) == ranks

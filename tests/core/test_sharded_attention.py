@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from efficient_vdit_core.attention import TokenLayout
-from efficient_vdit_core.parallel.layout import Shard, by_frames, by_references, by_tokens, choose_shard
-from efficient_vdit_core.parallel.partial import kernel_for
-from efficient_vdit_core.parallel.roles import roles
-from efficient_vdit_core.parallel.traffic import choose_scheme, rb_bytes, ulysses_bytes
+from efficient_vdit_core.parallel.sharding.layout import Shard, by_frames, by_references, by_tokens, choose_shard
+from efficient_vdit_core.parallel.sharding.partial import kernel_for
+from efficient_vdit_core.parallel.sharding.roles import roles
+from efficient_vdit_core.parallel.sharding.traffic import choose_scheme, rb_bytes, ulysses_bytes
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -19,6 +19,7 @@ from archive import install
 ROOT = Path(__file__).parents[2]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
 PYTHON = Path(os.environ.get("COMFYUI_PYTHON", COMFYUI / ".venv" / "bin" / "python"))
+TEXT = 3  # ComfyUI's number of a binary message that holds text
 ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
 START_TIMEOUT, RUN_TIMEOUT = 600.0, 400.0  # seconds; on a busy machine the first import alone takes minutes
 
@@ -145,12 +146,16 @@ class Server:
 
 
 def _messages(socket):
-    """(type, data) of the messages; binary ones are preview pictures, after two numbers of 4 bytes."""
+    """(type, data) of the messages; binary ones are texts to show on a node, (its id, text), or preview pictures, after
+    two numbers of 4 bytes."""
     while True:
         message = socket.recv()
         if isinstance(message, str):
             parsed = json.loads(message)
             yield parsed["type"], parsed["data"]
+        elif int.from_bytes(message[:4], "big") == TEXT:
+            end = 8 + int.from_bytes(message[4:8], "big")
+            yield "text", (message[8:end].decode(), message[end:].decode())
         else:
             yield "preview", message[8:]
 

@@ -59,14 +59,14 @@ def rank_main(rank, folder):
 
     torch.set_num_threads(1)
     load_core()
-    from efficient_vdit_core.parallel.settings import Settings
-    from efficient_vdit_core.parallel.wire import Wire
-    from efficient_vdit_core.parallel.worker import load_host
+    from efficient_vdit_core.parallel.pool.imports import COMFYUI_HOST
+    from efficient_vdit_core.parallel.pool.settings import Settings
+    from efficient_vdit_core.parallel.sharding.wire import Wire
 
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
     wire = Wire()
-    kind = load_host({"package": PACK, "module": "nodes.comfy_bridge.parallel_host", "name": "ComfyHost"})
-    host = kind(Settings(rank, RANKS, "cpu", "gloo"), wire)
+    settings = Settings(rank, RANKS, "cpu", "gloo", "", COMFYUI_HOST, (COMFYUI, PACK), "", "")
+    host = COMFYUI_HOST.load()(settings, wire)
     about = {
         "root": COMFYUI,
         "argv": ["--cpu"],
@@ -130,6 +130,10 @@ def rank_main(rank, folder):
                 opened(name, graph, ["3", 0])
             except ValueError as error:
                 facts[name] = str(error)
+        try:
+            host.open({"key": "else", "keep": [], "packs": {"Other": folder}, "prompt": {}, "source": ["1", 0]})
+        except ValueError as error:
+            facts["another folder"] = str(error)
     dist.barrier()
     if rank == 0:
         print(json.dumps(facts))

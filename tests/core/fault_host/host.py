@@ -1,5 +1,6 @@
 """What the workers of the tests run instead of a model."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -41,8 +42,12 @@ class Host:
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        if kind == "hold":  # the interpreter's lock, which a C function that is called so does not let go
+            ctypes.PyDLL(None).usleep(int(message["seconds"] * 1e6))
         if kind == "sleep":
             time.sleep(message["seconds"])
+        if kind == "print":
+            print("a line of the log\n" * 50000, flush=True)
         if kind == "raise":
             raise KeyError("a layer that is not there")
         if kind == "memory":

@@ -19,9 +19,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..attention import TokenLayout
-from ..attention.layout import global_spans
-from ..tiles import TilePattern
+from ...attention import TokenLayout
+from ...attention.layout import global_spans
+from ...tiles import TilePattern
 
 Span = tuple[int, int]
 

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..tiles import TilePattern
+from ...tiles import TilePattern
 from .layout import Shard
 from .partial import Partial, attend_lse, merge
 from .roles import Roles, roles

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from .client import Answers, Message, Poll, Pool, PoolFault
+from .imports import COMFYUI_HOST, Host
 from .messages import Tensors
-from .pool_file import PoolAddress, default_pool_file, read_pool_file, remove_pool_file
+from .pool_file import PoolAddress, default_pool_file, is_held, read_pool_file, remove_pool_file
 
 log = logging.getLogger("efficient_vdit")
 
@@ -30,13 +31,18 @@ _GPU_ATTEMPTS = (("nccl", True), ("nccl", False), ("gloo", True))
 
 @dataclass(frozen=True)
 class Launch:
-    """What a node asks for. ``opening`` describes the model to the workers; ``key`` names it; times are in seconds."""
+    """What a node asks for. ``opening`` describes the model to the workers; ``key`` names it; times are in seconds.
+
+    Workers that are started for it build models with ``host``, and import from the folders ``imports`` only.
+    """
 
     devices: tuple[str, ...]
     key: str
     opening: Message = field(repr=False)
     start_timeout: float = 120.0
     step_timeout: float = 600.0
+    host: Host = COMFYUI_HOST
+    imports: tuple[str, ...] = ()
 
 
 class Session:
@@ -90,13 +96,13 @@ class Session:
             self._ask({"do": "offload"}, None, timeout, None)
             return True
 
-    def stop(self) -> None:
-        """End workers that were started here; leave a pool that others started."""
+    def stop(self, *, gently: bool = True) -> None:
+        """End workers that were started here, ``gently`` where they still listen; leave a pool that others started."""
         with self.lock:
             if self.pool is not None:
                 self.pool.close()
             if self.workers is not None:
-                self.workers.stop()
+                self.workers.stop(gently=gently)
             self.pool, self.workers, self.opened, self.tests = None, None, [], []
 
     def _ask(self, message: Message, tensors: Tensors | None, timeout: float, poll: Poll | None) -> Answers:
@@ -105,7 +111,7 @@ class Session:
             return self.pool.ask(message, tensors, timeout=timeout, poll=poll)
         except PoolFault as fault:
             text = self._with_last_lines(fault)
-            self.stop()
+            self.stop(gently=False)
             raise PoolFault(text, fault.lost) from None
 
     def _with_last_lines(self, fault: PoolFault) -> str:
@@ -122,7 +128,7 @@ class Session:
         return "\n".join([*lines, "The workers are started anew with the next run."])
 
     def _find_or_start(self, launch: Launch, poll: Poll | None) -> None:
-        self.pool = running_pool(launch.devices)
+        self.pool = running_pool(launch.devices, launch.host.name, poll)
         if self.pool is None and launch.devices[0].startswith("rank"):
             raise RuntimeError(
                 "The pool of workers that spanned machines is gone. Start it again, or name devices of this machine."
@@ -149,8 +155,10 @@ class Session:
         )
 
     def _start(self, launch: Launch, poll: Poll | None, backend: str = "gloo", peer_to_peer: bool = True) -> None:
-        self.workers = starter().Workers(launch.devices, backend, peer_to_peer=peer_to_peer)
-        self.pool = Pool(self.workers.wait(launch.start_timeout, poll))
+        self.workers = starter().Workers(
+            launch.devices, backend, launch.host, launch.imports, peer_to_peer=peer_to_peer
+        )
+        self.pool = Pool(self.workers.wait(launch.start_timeout, poll), launch.host.name, poll)
         self._test()
 
     def _test(self) -> None:
@@ -168,16 +176,25 @@ def starter() -> Any:
         ) from None
 
 
-def running_pool(devices: tuple[str, ...]) -> Pool | None:
+def running_pool(devices: tuple[str, ...], host: str = COMFYUI_HOST.name, poll: Poll | None = None) -> Pool | None:
     """The pool that `evdit workers` or torchrun runs, if it has these devices; a file left by one that is gone is
-    removed."""
-    address = read_pool_file(default_pool_file())
+    removed.
+
+    Raises PoolFault where the pool lives and cannot be used, such as one that does not answer.
+    """
+    path = default_pool_file()
+    address = read_pool_file(path)
     if address is None or _names(address) != devices:
         return None
     try:
-        return Pool(address)
-    except OSError:
-        remove_pool_file(default_pool_file(), address.secret)
+        return Pool(address, host, poll)
+    except OSError as error:
+        if is_held(path):
+            raise PoolFault(
+                f"The pool of workers at {address.host}:{address.port} lives but cannot be reached: {error}. Wait until it is less "
+                "busy, or end it where it was started."
+            ) from None
+        remove_pool_file(path, address.pool)
         return None
 
 
@@ -193,7 +210,7 @@ def parse_devices(text: str) -> tuple[str, ...]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text == "auto":
         address = read_pool_file(default_pool_file())
-        if address is not None:
+        if address is not None and is_held(default_pool_file()):
             return _names(address)
         return tuple(f"cuda:{i}" for i in range(count)) or ("cpu",)
     parts = [part.strip() for part in text.split(",")]
@@ -210,7 +227,8 @@ def parse_devices(text: str) -> tuple[str, ...]:
         )
     missing = [part for part in parts if int(part) >= count]
     if missing:
-        raise ValueError(
-            f"devices names GPU {missing[0]}, but this machine shows {count}. Name those from 0 to {count - 1}, or auto."
+        shown = {0: "no GPU. Write auto", 1: "one GPU, number 0. Write auto"}.get(
+            count, f"{count} GPUs. Name those from 0 to {count - 1}, or write auto"
         )
+        raise ValueError(f"devices names GPU {missing[0]}, but this machine shows {shown}.")
     return tuple(f"cuda:{int(part)}" for part in parts)

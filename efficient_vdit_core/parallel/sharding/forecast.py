@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..attention import TokenLayout
-from ..tiles import TilePattern, TokenGrid
+from ...attention import TokenLayout
+from ...tiles import TilePattern, TokenGrid
 from .layout import choose_shard
 from .traffic import choose_scheme, rb_bytes, ulysses_bytes
 

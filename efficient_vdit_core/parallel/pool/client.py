@@ -4,12 +4,11 @@ rank."""
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from typing import Any
 
-from .. import __version__
-from .messages import HANDSHAKE_SECONDS, ConnectionEnded, Tensors, Tick, connect
+from ... import __version__
+from .messages import HANDSHAKE_SECONDS, ConnectionEnded, Late, Tensors, Tick, connect, ticks
 from .pool_file import PoolAddress
 
 Message = dict[str, Any]
@@ -17,13 +16,10 @@ Poll = Callable[[], None]
 Answers = tuple[list[Message], Tensors]
 
 _POLL_SECONDS = 0.1
-_WHERE_SECONDS = 6.0
+# How long a lost pool may take to say who failed, and a hanging one to say where its ranks are.
+_LAST_WORDS_SECONDS, _WHERE_SECONDS = 1.0, 1.2
 # The node's input that says how long a request may take.
 _SETTINGS = {"open": "start_timeout", "step": "step_timeout"}
-
-
-class _Late(Exception):
-    """The time is up."""
 
 
 class PoolFault(RuntimeError):
@@ -36,20 +32,31 @@ class PoolFault(RuntimeError):
 
 
 class Pool:
-    """A connection to a running pool. Raises ConnectionError where none listens at ``address``, PoolFault where it
-    refuses."""
+    """A connection to a running pool whose workers build models with the class named ``host``.
 
-    def __init__(self, address: PoolAddress) -> None:
+    ``poll`` is called while it waits for the pool, and may raise, to cancel. Raises ConnectionError where none answers
+    at ``address``, PoolFault where it refuses.
+    """
+
+    def __init__(self, address: PoolAddress, host: str, poll: Poll | None = None) -> None:
         self.address, self.usable = address, True
         self.ids = itertools.count(1)
-        self.connection = connect(address.host, address.port, address.secret)
-        self.connection.sock.settimeout(HANDSHAKE_SECONDS)
-        self.connection.send({"role": "main", "version": __version__})
-        answer, _ = self.connection.receive()
-        if "refused" in answer:
-            self.connection.close()
-            raise PoolFault(f"The pool of workers cannot be used: {answer['refused']}.")
+        self.connection = connect(address.host, address.port, address.secret, poll=poll)
+        try:
+            self._introduce(host, ticks(HANDSHAKE_SECONDS, poll))
+        except BaseException:
+            self.close()
+            raise
+
+    def _introduce(self, host: str, tick: Tick) -> None:
         self.connection.sock.settimeout(_POLL_SECONDS)
+        try:
+            self.connection.send({"role": "main", "version": __version__, "host": host}, tick=tick)
+            answer, _ = self.connection.receive(tick)
+        except Late:
+            raise ConnectionEnded("the pool of workers does not answer") from None
+        if "refused" in answer:
+            raise PoolFault(f"The pool of workers cannot be used: {answer['refused']}.")
 
     @property
     def ranks(self) -> int:
@@ -66,13 +73,16 @@ class Pool:
         """
         number = next(self.ids)
         try:
-            tick = _ticks(timeout, poll)
-            self.connection.send({**message, "id": number}, tensors, tick)
-            answer, result = self._await(number, tick)
-        except _Late:
+            tick = ticks(timeout, poll)
+            answer = self._fault_unread()
+            result: Tensors = {}
+            if answer is None:
+                self.connection.send({**message, "id": number}, tensors, tick)
+                answer, result = self._await(number, tick)
+        except Late:
             raise self._hangs(timeout, _SETTINGS.get(message["do"])) from None
         except ConnectionEnded:
-            raise self._lost([]) from None
+            answer, result = self._last_words(), {}
         finally:
             if self.connection.torn:
                 self.close()
@@ -86,6 +96,22 @@ class Pool:
             detail = "" if said["mistake"] else f"\n{said['traceback']}"
             raise kind(f"{said['error']} (rank {rank} of {self.ranks}){detail}")
         return ranks, result
+
+    def _fault_unread(self) -> Message | None:
+        """What the pool has said since the last request, if it is a fault: it may have lost a rank while it was idle."""
+        while self.connection.unread():
+            answer, _ = self.connection.receive(ticks(_LAST_WORDS_SECONDS))
+            if answer.get("fatal"):
+                return answer
+        return None
+
+    def _last_words(self) -> Message:
+        """The fault that a pool has told of before its connection ended; it may lie here unread."""
+        nothing: Message = {"fatal": True, "faults": []}
+        try:
+            return self._fault_unread() or nothing
+        except (Late, ConnectionEnded, ValueError):
+            return nothing
 
     def _await(self, number: int, tick: Tick) -> tuple[Message, Tensors]:
         while True:
@@ -109,13 +135,13 @@ class Pool:
         if self.connection.torn:
             return {}
         try:
-            tick = _ticks(_WHERE_SECONDS, None)
+            tick = ticks(_WHERE_SECONDS)
             self.connection.send({"do": "where", "id": -1}, tick=tick)
             while True:
                 answer, _ = self.connection.receive(tick)
                 if "where" in answer:
                     return answer["where"]
-        except (_Late, ConnectionEnded):
+        except (Late, ConnectionEnded):
             return {}
 
     def _lost(self, faults: list[Message]) -> PoolFault:
@@ -140,16 +166,3 @@ class Pool:
         except ConnectionEnded:
             pass
         self.close()
-
-
-def _ticks(seconds: float, poll: Poll | None) -> Tick:
-    """A function that calls ``poll``, and raises _Late once ``seconds`` have passed since now."""
-    end = time.monotonic() + seconds
-
-    def tick() -> None:
-        if poll is not None:
-            poll()
-        if time.monotonic() > end:
-            raise _Late
-
-    return tick

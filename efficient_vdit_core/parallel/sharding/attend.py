@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention import tile_attention
-from ..tiles import TilePattern
+from ...attention import tile_attention
+from ...tiles import TilePattern
 from .layout import Shard
 from .reference_broadcast import reference_broadcast_attention
 from .traffic import choose_scheme

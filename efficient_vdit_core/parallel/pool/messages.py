@@ -13,6 +13,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch import Tensor
 
 MAGIC = b"EVDT"
 NONCE, DIGEST = 32, 32
-HANDSHAKE_SECONDS = 10.0
+# For all of a handshake, not for each byte of it.
+HANDSHAKE_SECONDS = 5.0
+_SLICE_SECONDS = 0.1
 MAX_JSON, MAX_TENSORS = 2**26, 2**36
 _HEADER = struct.Struct(">4sQQ")
 _DTYPES = {
@@ -46,11 +49,33 @@ class ConnectionEnded(ConnectionError):
     """The other end is gone."""
 
 
+class WrongSecret(ConnectionEnded):
+    """The other end does not know the secret, or says that this one does not."""
+
+
+class Late(Exception):
+    """The time is up."""
+
+
+def ticks(seconds: float, poll: Callable[[], None] | None = None) -> Tick:
+    """A function that calls ``poll``, and raises Late once ``seconds`` have passed since now."""
+    end = time.monotonic() + seconds
+
+    def tick() -> None:
+        if poll is not None:
+            poll()
+        if time.monotonic() > end:
+            raise Late
+
+    return tick
+
+
 class Connection:
     """A socket that has been let in. Several threads may send; one receives.
 
-    Where the socket has a timeout, ``tick`` is called whenever it has passed without a byte, and may raise: between
-    messages that does no harm, within one it leaves the connection ``torn``, of no more use.
+    Where the socket has a timeout, ``tick`` is called whenever it has passed without a byte, and between the parts of a
+    message; it may raise: between messages that does no harm, within one it leaves the connection ``torn``, of no more
+    use.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -98,18 +123,39 @@ class Connection:
             done += len(part)
         return message, tensors
 
-    def close(self) -> None:
+    def unread(self) -> bool:
+        """Whether something lies here to be received, the end of the connection included."""
+        timeout = self.sock.gettimeout()
+        self.sock.settimeout(0.0)
         try:
-            self.sock.shutdown(socket.SHUT_RDWR)
+            self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
         except OSError:
             pass
+        finally:
+            self.sock.settimeout(timeout)
+        return True
+
+    def close(self) -> None:
+        hang_up(self.sock)
         self.sock.close()
+
+
+def hang_up(sock: socket.socket) -> None:
+    """End the connection; whoever waits for a byte of it wakes up."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
 
 
 def _read(sock: socket.socket, size: int, tick: Tick | None = None) -> memoryview:
     data = memoryview(bytearray(size))
     done = 0
     while done < size:
+        if done and tick is not None:  # a byte now and then must not keep this end deaf
+            tick()
         count = _patiently(lambda: sock.recv_into(data[done:]), tick)  # noqa: B023 - called at once
         if not count:
             raise ConnectionEnded("the other end has closed the connection")
@@ -121,6 +167,8 @@ def _write(sock: socket.socket, data: Any, tick: Tick | None) -> None:
     view = memoryview(data)
     while view:
         view = view[_patiently(lambda: sock.send(view), tick) :]  # noqa: B023 - called at once
+        if view and tick is not None:
+            tick()
 
 
 def _patiently(transfer: Callable[[], int], tick: Tick | None) -> int:
@@ -135,20 +183,33 @@ def _patiently(transfer: Callable[[], int], tick: Tick | None) -> int:
         tick()
 
 
-def new_secret() -> str:
-    """A secret of 256 bits."""
-    return secrets.token_hex(32)
+def connect(
+    host: str,
+    port: int,
+    secret: str,
+    *,
+    timeout: float = HANDSHAKE_SECONDS,
+    poll: Callable[[], None] | None = None,
+) -> Connection:
+    """Open a connection, prove the secret and have it proved, all in ``timeout`` seconds; ``poll`` may raise, to cancel.
 
-
-def connect(host: str, port: int, secret: str, *, timeout: float = HANDSHAKE_SECONDS) -> Connection:
-    """Open a connection and prove the secret, and have it proved. Raises ConnectionError where nobody or a stranger
-    answers."""
+    Raises ConnectionError where nobody answers, WrongSecret where a stranger does.
+    """
     sock = socket.create_connection((host, port), timeout=timeout)
     try:
-        theirs, mine = bytes(_read(sock, NONCE)), secrets.token_bytes(NONCE)
-        sock.sendall(mine + _proof(secret, b"client", theirs, mine))
-        if not hmac.compare_digest(bytes(_read(sock, DIGEST)), _proof(secret, b"server", theirs, mine)):
-            raise ConnectionEnded("what listens there does not know the secret of the pool")
+        sock.settimeout(_SLICE_SECONDS)
+        tick = ticks(timeout, poll)
+        theirs, mine = bytes(_read(sock, NONCE, tick)), secrets.token_bytes(NONCE)
+        _write(sock, mine + _proof(secret, b"client", theirs, mine), tick)
+        try:
+            proof = bytes(_read(sock, DIGEST, tick))
+        except ConnectionEnded:
+            raise WrongSecret("what listens there does not accept the secret of the pool") from None
+        if not hmac.compare_digest(proof, _proof(secret, b"server", theirs, mine)):
+            raise WrongSecret("what listens there does not know the secret of the pool")
+    except Late:
+        sock.close()
+        raise ConnectionEnded(f"what listens there has not proved the secret in {timeout:.0f} s") from None
     except BaseException:
         sock.close()
         raise
@@ -160,22 +221,19 @@ def listen(host: str) -> socket.socket:
     return socket.create_server((host, 0))
 
 
-def admit(sock: socket.socket, secret: str) -> Connection | None:
-    """The connection that ``sock``, just accepted, becomes where its other end knows the secret; None and closed where
-    not."""
-    sock.settimeout(HANDSHAKE_SECONDS)
-    try:
-        mine = secrets.token_bytes(NONCE)
-        sock.sendall(mine)
-        answer = bytes(_read(sock, NONCE + DIGEST))
-        theirs, proof = answer[:NONCE], answer[NONCE:]
-        if not hmac.compare_digest(proof, _proof(secret, b"client", mine, theirs)):
-            sock.close()
-            return None
-        sock.sendall(_proof(secret, b"server", mine, theirs))
-    except OSError:
-        sock.close()
-        return None
+def admit(sock: socket.socket, secret: str, tick: Tick) -> Connection:
+    """The connection that ``sock``, just accepted, becomes where its other end proves the secret before ``tick`` raises.
+
+    Raises WrongSecret where it does not know it, ConnectionEnded where it leaves.
+    """
+    sock.settimeout(_SLICE_SECONDS)
+    mine = secrets.token_bytes(NONCE)
+    _write(sock, mine, tick)
+    answer = bytes(_read(sock, NONCE + DIGEST, tick))
+    theirs, proof = answer[:NONCE], answer[NONCE:]
+    if not hmac.compare_digest(proof, _proof(secret, b"client", mine, theirs)):
+        raise WrongSecret("what came in does not know the secret of the pool")
+    _write(sock, _proof(secret, b"server", mine, theirs), tick)
     return Connection(sock)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .wire import Wire, form
+from ..sharding.wire import Wire, form
 
 MEGABYTES = 8
 # Side of the matrices by which a device's arithmetic is timed: 0.3 ms on a large GPU, 20 ms on a CPU core.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..tiles import TilePattern
+from ...tiles import TilePattern
 from .layout import Piece, Shard, Span, join_spans
 
 

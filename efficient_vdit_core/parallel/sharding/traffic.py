@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ..tiles import TilePattern
+from ...tiles import TilePattern
 from .layout import Shard, even_shares
 from .roles import roles
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..attention.gpu import too_old
+from ...attention.gpu import too_old
 
 Partial = tuple[Tensor, Tensor]
 

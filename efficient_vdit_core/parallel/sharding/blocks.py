@@ -18,8 +18,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..attention import TokenLayout, tile_attention
-from ..tiles import TilePattern
+from ...attention import TokenLayout, tile_attention
+from ...tiles import TilePattern
 from .attend import sharded_attention
 from .layout import Shard, choose_shard
 from .spans import put, take

@@ -12,19 +12,18 @@ import queue
 import socket
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from .messages import Connection, ConnectionEnded, Tensors, admit
-from .pool_file import remove_pool_file
+from ... import __version__
+from .door import Door
+from .messages import Connection, ConnectionEnded, Tensors
 
 Message = dict[str, Any]
 
 # How long other ranks' words are awaited after the first fault: one that lost its peer may speak before the loss is
 # seen.
 GATHER_FAULTS_SECONDS = 0.5
-WHERE_SECONDS = 3.0
+WHERE_SECONDS = 0.8
 # How long the next ComfyUI is kept waiting for the end of the one before to be noticed.
 LEAVE_SECONDS = 1.0
 FATAL_EXIT = 3
@@ -33,7 +32,11 @@ TOGETHER = ("self-test", "step")
 
 
 class Hub:
-    """``run_here`` hands a request to this rank's own main thread; ``where`` tells what that thread is doing."""
+    """``run_here`` hands a request to this rank's own main thread; ``where`` tells what that thread is doing; ``host``
+    names what builds the models here.
+
+    ``about_pool`` is told to each rank that comes in; ``clean_up`` is called before this process ends.
+    """
 
     def __init__(
         self,
@@ -42,10 +45,13 @@ class Hub:
         ranks: int,
         run_here: Callable[[Message, Tensors], None],
         where: Callable[[], str],
-        address_file: str,
+        *,
+        host: str,
+        about_pool: Message,
+        clean_up: Callable[[], None],
     ) -> None:
-        self.listener, self.secret, self.ranks = listener, secret, ranks
-        self.run_here, self.where, self.address_file = run_here, where, address_file
+        self.ranks, self.run_here, self.where = ranks, run_here, where
+        self.host, self.about_pool, self.clean_up = host, about_pool, clean_up
         self.lock = threading.Condition()
         self.peers: dict[int, Connection] = {}
         self.versions: dict[int, str] = {}
@@ -56,8 +62,8 @@ class Hub:
         self.places: dict[int, str] = {}
         self.faults: list[tuple[int, Message]] = []
         self.backlog: queue.Queue[tuple[Message, Tensors]] = queue.Queue()
-        for loop in (self._accept, self._pass_on):
-            threading.Thread(target=loop, daemon=True).start()
+        threading.Thread(target=self._pass_on, daemon=True).start()
+        self.door = Door(listener, secret, self._enter)
 
     def wait_for_ranks(self, seconds: float) -> None:
         """Returns once every other rank is connected. Raises TimeoutError naming the ones that are not, RuntimeError
@@ -103,9 +109,10 @@ class Hub:
 
     def end(self, status: int) -> None:
         """End this rank, and with it every other: they end when their connection here does."""
-        if self.address_file:
-            remove_pool_file(Path(self.address_file), self.secret)
-        os._exit(status)
+        try:
+            self.clean_up()
+        finally:
+            os._exit(status)
 
     def _tell_main(self, message: Message, tensors: Tensors) -> None:
         if self.main is not None:
@@ -114,28 +121,20 @@ class Hub:
             except ConnectionEnded:
                 self.main = None
 
-    def _accept(self) -> None:
-        while True:
-            sock, _ = self.listener.accept()
-            threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
-
-    def _greet(self, sock: socket.socket) -> None:
-        connection = admit(sock, self.secret)
-        if connection is None:
-            return
-        try:
-            hello, _ = connection.receive()
-            if hello.get("role") == "rank":
-                self._serve_rank(int(hello["rank"]), str(hello.get("version")), connection)
-            elif self._welcome(hello, connection):
-                self._serve_main(connection)
-        except (ConnectionEnded, ValueError, KeyError):
-            connection.close()
+    def _enter(self, hello: Message, connection: Connection) -> None:
+        """Serve one that has proved the secret until it goes."""
+        if hello.get("role") == "rank":
+            self._serve_rank(int(hello["rank"]), str(hello.get("version")), connection)
+        elif self._welcome(hello, connection):
+            self._serve_main(connection)
 
     def _serve_rank(self, rank: int, version: str, connection: Connection) -> None:
         with self.lock:
+            if rank in self.peers or not 0 < rank < self.ranks:
+                raise ValueError(f"rank {rank} has come in already, or is none of {self.ranks}")
             self.peers[rank], self.versions[rank] = connection, version
             self.lock.notify_all()
+        connection.send({"welcome": True, **self.about_pool})
         try:
             while True:
                 message, tensors = connection.receive()
@@ -152,6 +151,8 @@ class Hub:
     def _welcome(self, hello: Message, connection: Connection) -> bool:
         """Whether this ComfyUI may use the pool; it is told why not."""
         refusal = ""
+        if hello.get("host") != self.host:
+            refusal = f"its workers run {self.host}, expected {hello.get('host')}: end them first"
         if hello.get("version") != __version__:
             refusal = f"the workers are version {__version__} of Efficient-vDiT, ComfyUI has {hello.get('version')}: start them anew"
         with self.lock:

@@ -1,0 +1,67 @@
+"""How a worker learns what it is: a line of JSON on its standard input, or torchrun's environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+from .imports import Host, check_import
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``device``: "cpu" or "cuda:N". ``secret``: what this rank proves to the others. ``host``: what builds the models,
+    and ``imports``: the folders that it may load code from.
+
+    ``folder``: rank 0's, where the ranks of one machine exchange addresses; empty where they span machines.
+    ``meeting``: the file that names rank 0's door, or empty for torchrun's store. ``address_file``: where rank 0
+    announces the pool, by the name ``pool``. ``listen``: the address that rank 0 listens on. ``log``: where this rank's
+    output goes, or empty where its starter shows it. ``piped``: whether a starter holds the other end of the standard
+    input.
+    """
+
+    rank: int
+    ranks: int
+    device: str
+    backend: str
+    secret: str
+    host: Host
+    imports: tuple[str, ...]
+    address_file: str
+    pool: str
+    folder: str = ""
+    meeting: str = ""
+    listen: str = LOOPBACK
+    log: str = ""
+    devices: tuple[str, ...] = ()
+    piped: bool = False
+
+    def check_import(self, path: str) -> None:
+        """Raises ValueError where this worker may not load code from ``path``."""
+        check_import(path, self.imports)
+
+    def write(self, stream: IO[bytes]) -> None:
+        """Hand them to a worker; the stream stays open, and its end tells the worker that the starter is gone."""
+        stream.write(json.dumps(asdict(self)).encode() + b"\n")
+        stream.flush()
+
+
+def read_settings() -> Settings:
+    """This worker's settings. Raises ValueError where neither a starter nor torchrun gave any."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        from .torchrun import settings_from_torchrun
+
+        return settings_from_torchrun()
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise ValueError(
+            "A worker was started by hand, expected `evdit workers`, torchrun, or the node. Use one of these."
+        )
+    values: dict[str, Any] = json.loads(line)
+    lists = {name: tuple(values[name]) for name in ("devices", "imports")}
+    return Settings(**{**values, **lists, "host": Host(**values["host"])})

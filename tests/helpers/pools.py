@@ -1,0 +1,96 @@
+"""Pools for the tests: processes that start them, and what the system says of these processes."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from efficient_vdit_core.parallel.pool.imports import Host
+from efficient_vdit_core.parallel.pool.session import Launch
+
+ROOT = Path(__file__).parents[2]
+FAULTS = ROOT / "tests" / "core" / "fault_host"
+HOST = Host(str(FAULTS), "host", "Host")
+# As the help page has it.
+SAFE_TORCHRUN = ("--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file")
+SAFE_VARIABLES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# Patience with a busy machine; the faults themselves have their own limits.
+START = 300.0
+
+
+def launch(devices=("cpu", "cpu"), **changes):
+    given = {"key": "model", "opening": {}, "start_timeout": START, "step_timeout": START, "host": HOST, **changes}
+    return Launch(devices, **given)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(every, seconds=5.0) -> bool:
+    """Whether all these processes are gone in ``seconds``."""
+    end = time.monotonic() + seconds
+    while any(alive(pid) for pid in every):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def until(found, *processes, seconds=START):
+    """Wait for ``found()`` while these processes run."""
+    end = time.monotonic() + seconds
+    while not found():
+        assert all(p.poll() is None for p in processes) and time.monotonic() < end, [p.lines[-20:] for p in processes]
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that ``pid`` has started and that run."""
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            about = Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()
+        except (OSError, IndexError):
+            continue
+        if int(about[1]) == pid and about[0] != "Z":
+            found.append(int(entry))
+    return found
+
+
+def ranks_of(pid: int) -> list[int]:
+    """The workers among them."""
+    return [child for child in children(pid) if "boot" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+class Started:
+    """Starts commands of this Python; ``end`` kills them and all that they have started."""
+
+    def __init__(self):
+        self.processes = []
+
+    def __call__(self, *command, **variables):
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        process.lines = []
+        threading.Thread(target=lambda: process.lines.extend(process.stdout), daemon=True).start()
+        self.processes.append(process)
+        return process
+
+    def torchrun(self, *options, boot=FAULTS / "fault_boot.py", **variables):
+        return self("-m", "torch.distributed.run", *options, str(boot), **variables)
+
+    def end(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
