@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..efficient_vdit_core.plan import TilePlan
 from .comfy_bridge.paths import plan_names, plan_path, save_plan
-from .inputs import CATEGORY, Plan, for_page, plan_ui
+from .inputs import CATEGORY, Plan, for_page, plan_ui, search_words
 
 
 @lru_cache(maxsize=1024)
@@ -37,8 +37,9 @@ class EVDiTSaveTilePlan(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTSaveTilePlan",
-            display_name="Save Tile Plan (Efficient-vDiT)",
+            display_name="Save Tile Plan",
             category=CATEGORY,
+            **search_words("sparse", "export plan"),
             description="Saves a plan in models/evdit_plans, with where it came from. Never overwrites: names are numbered.",
             inputs=[
                 Plan.Input("plan", tooltip="The plan to save, most useful from Search Tile Plan."),
@@ -74,8 +75,9 @@ class EVDiTLoadTilePlan(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTLoadTilePlan",
-            display_name="Load Tile Plan (Efficient-vDiT)",
+            display_name="Load Tile Plan",
             category=CATEGORY,
+            **search_words("sparse", "faster", "speed up", "preset", "wan faster"),
             description=(
                 "Loads a plan from models/evdit_plans, a preset for a model family (careful values chosen by hand, not "
                 "searched), or a line of text. Sparse Attention checks that it fits the model."

@@ -31,6 +31,7 @@ def undo(page, nodes: int = 1, keys: str = "Control+z"):
     """Undo, or redo, to a workflow of so many nodes."""
     page.keyboard.press(keys)
     page.wait_for_function(f"app.graph.nodes.length === {nodes}")
+    page.wait_for_timeout(1000)  # drawn
 
 
 def test_a_click_is_one_step_of_undo(comfy, renderer):
@@ -75,16 +76,40 @@ def test_a_click_in_a_subgraph_after_undo(comfy, renderer):
             app.canvas.openSubgraph(node.subgraph, node);
         }}"""
     )
-    chart.get_by_text("2:6 × 4").wait_for()
-    record(page)
+    page.wait_for_timeout(1000)
     inner = "app.canvas.graph.nodes"
+    chart.get_by_role("option", name="Layer 2:").click()  # its node is not the one that the subgraph was made of
+    assert page.evaluate(f"{inner}[0].widgets.find(w => w.name === 'text').value") == "0-1:2:6 2:1:7 3:2:6"
+    record(page)
     add(page, "SaveVideo")
     page.keyboard.press("Control+z")
     page.wait_for_function(f"{inner}.length === 1 && {inner}[0].type === 'EVDiTTilePlan'")
+    page.wait_for_timeout(1000)
     chart.get_by_role("option", name="Layer 1:").click()
     text = page.evaluate(f"{inner}[0].widgets.find(w => w.name === 'text').value")
-    assert text == "0:2:6 1:1:7 2-3:2:6"
-    chart.get_by_text("1:7 × 1").wait_for()
+    assert text == "0:2:6 1-2:1:7 3:2:6"
+    chart.get_by_text("1:7 × 2").wait_for()
+
+
+def test_two_graphs_with_a_plan_under_one_number(comfy, renderer):
+    page = comfy.page
+    chart = plan_node(comfy, "0-3:2:6")
+    page.evaluate(f"void app.graph.convertToSubgraph(new Set([{TITLE}]))")
+    page.evaluate(
+        """() => {
+            const outer = LiteGraph.createNode('EVDiTTilePlan');
+            outer.id = app.graph.nodes[0].subgraph.nodes[0].id;
+            if (app.graph.getNodeById(outer.id)) throw Error('taken');
+            app.graph.add(outer);
+            const widget = outer.widgets.find(w => w.name === 'text');
+            widget.value = '0-5:1:7';
+            widget.callback(widget.value);
+        }"""
+    )
+    page.evaluate("(n => app.canvas.openSubgraph(n.subgraph, n))(app.graph.nodes.find(n => n.subgraph))")
+    chart.get_by_text("2:6 × 4").wait_for()
+    page.evaluate("app.canvas.setGraph(app.graph)")
+    chart.get_by_text("1:7 × 6").wait_for()
 
 
 def test_the_figures_of_the_last_run_outlive_undo(comfy, renderer):

@@ -11,7 +11,7 @@ const MARGIN = 8; // px around the chart
 const USUAL = { frames: 21, depth: 32 }; // of the preview, until a run tells: 81 video frames, the paper's model
 const CANVAS = { wheel: "processMouseWheel", pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
 const charts = new WeakMap(); // node -> NodeChart
-const owners = new WeakMap(); // element -> NodeChart
+const owners = new WeakMap(); // element -> its node
 const runs = new Map(); // the plan and the report of the last run, by node and settings: undo and the page's tabs make nodes anew
 let files = {}; // the plans in Load Tile Plan's list, as text
 let texts = {};
@@ -41,7 +41,7 @@ class NodeChart {
       setDepth: (depth) => this.remember({ depth }),
       grown: (height) => this.grown(height),
     });
-    owners.set(this.chart.element, this);
+    owners.set(this.chart.element, node);
     const options = { serialize: false, hideOnZoom: false, hideInPanel: true, getValue: () => "", setValue: () => {} };
     options.getMinHeight = options.getMaxHeight = () => this.chart.height + 2 * MARGIN;
     options.margin = MARGIN;
@@ -58,7 +58,7 @@ class NodeChart {
     }
     for (const source of node.widgets) if (source !== widget) chain(source, "callback", () => this.changed(source));
     for (const event of ["onConfigure", "onConnectionsChange"]) chain(node, event, () => this.draw());
-    chain(node, "onAdded", () => this.takePlace());
+    chain(node, "onAdded", () => settle());
     this.draw();
   }
 
@@ -72,18 +72,9 @@ class NodeChart {
     return slot >= 0 && this.node.isInputConnected(slot);
   }
 
-  /** Undo and redo make every node anew, but Nodes 2.0 go on showing the element of the old one under the same number. */
-  takePlace() {
-    const { graph, id } = this.node;
-    this.place = `${graph.isRootGraph ? "" : graph.id}:${id}`;
-    for (const element of document.querySelectorAll(".evdit-plan-chart")) {
-      const other = owners.get(element);
-      if (other !== this && other.place === this.place) element.replaceWith(this.chart.element);
-    }
-  }
-
   /** The canvas makes a node higher where its content needs it, but never lower; Nodes 2.0 do both. */
   grown(height) {
+    settle();
     const { node } = this;
     if (height < 0 && !LiteGraph.vueNodesMode) node.setSize([node.size[0], node.size[1] + height]);
     node.graph?.setDirtyCanvas(true, true);
@@ -173,6 +164,25 @@ function chain(object, name, after) {
   };
 }
 
+let settling = false;
+
+/**
+ * Nodes 2.0 keep the element of the node that had a number, when undo makes a new node of it or another graph with one is opened.
+ * Puts the chart of the node that has the number now in its place, once the page has drawn what changed.
+ */
+function settle() {
+  if (settling || !LiteGraph.vueNodesMode) return;
+  settling = true;
+  requestAnimationFrame(() => {
+    settling = false;
+    for (const element of document.querySelectorAll(".evdit-plan-chart")) {
+      const shown = owners.get(element);
+      const now = app.canvas.graph?.getNodeById(shown.id);
+      if (now !== shown && charts.has(now)) element.replaceWith(charts.get(now).chart.element);
+    }
+  });
+}
+
 /** The node of an execution id; "1:2:3" is node 3 in the subgraph 2 in the subgraph 1. */
 function findNode(executionId) {
   let graph = app.rootGraph ?? app.graph;
@@ -211,6 +221,7 @@ app.registerExtension({
       if (text) charts.get(findNode(detail.node))?.planMade(text);
     });
     api.addEventListener(REPORT, ({ detail }) => chartsOf(detail).forEach((chart) => chart.ran(detail)));
+    app.canvas.canvas.addEventListener("litegraph:set-graph", settle);
     await loadTexts();
     for (const chart of allCharts()) chart.draw();
   },
