@@ -8,18 +8,20 @@ from comfy_api.latest import io
 
 from ..efficient_vdit_core.quality import MAX_FRAMES, compare_clips, comparison_picture, metrics_table
 from .comfy_bridge.progress import cancellable_progress
-from .inputs import CATEGORY
+from .inputs import CATEGORY, advanced_inputs, search_words
 
 
 class EVDiTCompareVideos(io.ComfyNode):
     """Paired metrics of two videos as a table, and a picture of frames, their difference and PSNR over time."""
 
     @classmethod
+    @advanced_inputs("frames_shown", "amplify")
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTCompareVideos",
-            display_name="Compare Videos (Efficient-vDiT)",
+            display_name="Compare Videos",
             category=CATEGORY,
+            **search_words("psnr", "ssim", "lpips", "before and after", "quality", "difference"),
             description=(
                 "Measures how near two videos of the same seed and size are: PSNR, SSIM, PSNR of the changes from frame to "
                 "frame, amount of motion, and LPIPS where its package is installed. Gives a picture and a table."

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
 from comfy_api.latest import io
 
 from ..efficient_vdit_core.plan import TilePlan
 
 CATEGORY = "Efficient-vDiT"
+SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
+Define = Callable[[type[io.ComfyNode]], io.Schema]
+
+Input = TypeVar("Input", bound=io.Input)
 
 # Carries an efficient_vdit_core.plan.TilePlan between nodes.
 Plan = io.Custom("EVDIT_PLAN")
@@ -15,3 +24,31 @@ Plan = io.Custom("EVDIT_PLAN")
 def plan_ui(plan: TilePlan) -> dict[str, list[str]]:
     """What the page's chart of a plan is drawn from after a run: its text form. For ``NodeOutput(ui=...)``."""
     return {"evdit_plan": [plan.to_text()]}
+
+
+def for_page(field: Input, **more: Any) -> Input:
+    """An input with ``more`` for the page, in versions of ComfyUI too whose inputs take no such argument."""
+    field.extra_dict = {**field.extra_dict, **more}
+    return field
+
+
+def advanced_inputs(*names: str) -> Callable[[Define], Define]:
+    """Decorates ``define_schema``: Nodes 2.0 and the right panel show these inputs on demand, other pages as any."""
+
+    def decorate(define: Define) -> Define:
+        @wraps(define)
+        def defined(cls: type[io.ComfyNode]) -> io.Schema:
+            schema = define(cls)
+            for field in schema.inputs:
+                if field.id in names:
+                    for_page(field, advanced=True)
+            return schema
+
+        return defined
+
+    return decorate
+
+
+def search_words(*words: str) -> dict[str, Any]:
+    """Words under which the page's search finds a node too, for ``io.Schema``. Earlier versions of ComfyUI know none."""
+    return {"search_aliases": list(words)} if "search_aliases" in SCHEMA_FIELDS else {}

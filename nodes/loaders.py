@@ -8,7 +8,7 @@ from .comfy_bridge.open_sora_plan import WEIGHT_DTYPES, load_model
 from .comfy_bridge.paths import BUILT_IN, file_names
 from .comfy_bridge.text_encoder import TEMPLATE_NAMES, load_text_encoder
 from .comfy_bridge.vae import load_vae
-from .inputs import CATEGORY
+from .inputs import CATEGORY, advanced_inputs, search_words
 
 
 class EVDiTModelLoader(io.ComfyNode):
@@ -18,8 +18,9 @@ class EVDiTModelLoader(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTModelLoader",
-            display_name="Load Open-Sora-Plan Model (Efficient-vDiT)",
+            display_name="Load Open-Sora-Plan Model",
             category=CATEGORY,
+            **search_words("open sora plan", "checkpoint", "tiny model"),
             description="Loads an Open-Sora-Plan v1.2 transformer, or the tiny model that ships with this pack.",
             inputs=[
                 io.Combo.Input(
@@ -59,11 +60,13 @@ class EVDiTTextEncoderLoader(io.ComfyNode):
     """The mT5 encoder."""
 
     @classmethod
+    @advanced_inputs("clean_caption")
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTTextEncoderLoader",
-            display_name="Load Open-Sora-Plan Text Encoder (Efficient-vDiT)",
+            display_name="Load Open-Sora-Plan Text Encoder",
             category=CATEGORY,
+            **search_words("open sora plan", "mt5", "clip loader"),
             description=(
                 "Loads the mT5 encoder of Open-Sora-Plan v1.2, or the tiny one. Text is cut at 512 tokens; "
                 "brackets are plain text, not prompt weights."
@@ -119,8 +122,9 @@ class EVDiTVAELoader(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTVAELoader",
-            display_name="Load Open-Sora-Plan VAE (Efficient-vDiT)",
+            display_name="Load Open-Sora-Plan VAE",
             category=CATEGORY,
+            **search_words("open sora plan", "vae loader"),
             description=(
                 "Loads the causal video VAE of Open-Sora-Plan v1.2, or the tiny one. VAEDecodeTiled tiles as "
                 "Open-Sora-Plan does: time chunks that overlap by one latent frame, and cross-fades in space."

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
+
 from comfy_api.latest import io, ui
 
 from ..efficient_vdit_core.plan import TilePlan
 from .comfy_bridge.paths import plan_names, plan_path, save_plan
-from .inputs import CATEGORY, Plan, plan_ui
+from .inputs import CATEGORY, Plan, for_page, plan_ui, search_words
+
+
+@lru_cache(maxsize=1024)
+def text_form(path: Path, _changed: float) -> str:
+    """The plan of a file as text, read anew once the file has changed."""
+    return TilePlan.load(path).to_text()
+
+
+def text_forms() -> dict[str, str]:
+    """The plans of the list by name, which the page's chart draws without a run. A file without a plan is left to its run."""
+    found = {}
+    for name in plan_names():
+        try:
+            path = plan_path(name)
+            found[name] = text_form(path, path.stat().st_mtime)
+        except (OSError, ValueError):
+            continue
+    return found
 
 
 class EVDiTSaveTilePlan(io.ComfyNode):
@@ -16,8 +37,9 @@ class EVDiTSaveTilePlan(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTSaveTilePlan",
-            display_name="Save Tile Plan (Efficient-vDiT)",
+            display_name="Save Tile Plan",
             category=CATEGORY,
+            **search_words("sparse", "export plan"),
             description="Saves a plan in models/evdit_plans, with where it came from. Never overwrites: names are numbered.",
             inputs=[
                 Plan.Input("plan", tooltip="The plan to save, most useful from Search Tile Plan."),
@@ -53,20 +75,24 @@ class EVDiTLoadTilePlan(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTLoadTilePlan",
-            display_name="Load Tile Plan (Efficient-vDiT)",
+            display_name="Load Tile Plan",
             category=CATEGORY,
+            **search_words("sparse", "faster", "speed up", "preset", "wan faster"),
             description=(
                 "Loads a plan from models/evdit_plans, a preset for a model family (careful values chosen by hand, not "
                 "searched), or a line of text. Sparse Attention checks that it fits the model."
             ),
             inputs=[
-                io.Combo.Input(
-                    "plan_name",
-                    options=plan_names(),
-                    tooltip=(
-                        'A file of models/evdit_plans, or a "(preset)": a few reference frames in all layers but the first two and '
-                        "the last, about half of the attention at the model's usual length. Press R to see new files."
+                for_page(
+                    io.Combo.Input(
+                        "plan_name",
+                        options=plan_names(),
+                        tooltip=(
+                            'A file of models/evdit_plans, or a "(preset)": a few reference frames in all layers but the first two '
+                            "and the last, about half of the attention at the model's usual length. Press R to see new files."
+                        ),
                     ),
+                    evdit_plans=text_forms(),
                 ),
                 io.String.Input(
                     "text",

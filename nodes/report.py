@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..efficient_vdit_core.attention.summary import summarize_run
 from .comfy_bridge.report import report_of
-from .inputs import CATEGORY
+from .inputs import CATEGORY, search_words
 
 log = logging.getLogger("efficient_vdit")
 
@@ -21,8 +21,9 @@ class EVDiTReport(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTReport",
-            display_name="Sparse Attention Report (Efficient-vDiT)",
+            display_name="Sparse Attention Report",
             category=CATEGORY,
+            **search_words("speed", "benchmark", "timing", "sparse", "faster"),
             description=(
                 "Shows how many attention calls of the last run became sparse, why others did not, and FLOPs and time against dense. "
                 "Connect the sampler's result to `after`, so that it runs behind the sampler."

@@ -15,7 +15,7 @@ from .comfy_bridge.sampling import (
     cut_sigmas,
     preset_sigmas,
 )
-from .inputs import CATEGORY
+from .inputs import CATEGORY, search_words
 
 MAX_STEP = 1000
 
@@ -86,8 +86,9 @@ class EVDiTConsistencySigmas(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTConsistencySigmas",
-            display_name="Consistency Sigmas (Efficient-vDiT)",
+            display_name="Consistency Sigmas",
             category=CATEGORY,
+            **search_words("distill", "few steps", "turbo", "lightning", "lcm", "scheduler"),
             description=(
                 "Exact noise levels for a model distilled by multi-step consistency: equal segments of diffusion time, each "
                 "walked in equal sub-steps. Also a plain, evenly spaced schedule for models that are not distilled."
@@ -153,8 +154,9 @@ class EVDiTConsistencySampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTConsistencySampler",
-            display_name="Consistency Sampler (Efficient-vDiT)",
+            display_name="Consistency Sampler",
             category=CATEGORY,
+            **search_words("distill", "few steps", "turbo", "lightning", "lcm"),
             description=(
                 "Sampler for multi-step consistency models. gamma 0 is the deterministic jump (the same as euler), gamma 1 "
                 "re-noises fully after each step (the same rule as lcm)."

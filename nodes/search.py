@@ -8,18 +8,20 @@ from comfy_api.latest import io
 
 from ..efficient_vdit_core.search.describe import describe_plan
 from .comfy_bridge.probe import search_plan
-from .inputs import CATEGORY, Plan, plan_ui
+from .inputs import CATEGORY, Plan, advanced_inputs, plan_ui, search_words
 
 
 class EVDiTSearchTilePlan(io.ComfyNode):
     """The layer-wise search (the paper's Algorithm 1) on a MODEL."""
 
     @classmethod
+    @advanced_inputs("candidates", "costs", "error")
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTSearchTilePlan",
-            display_name="Search Tile Plan (Efficient-vDiT)",
+            display_name="Search Tile Plan",
             category=CATEGORY,
+            **search_words("sparse", "faster", "speed up", "calibrate", "layer search"),
             description=(
                 "Runs the dense model at a few noise levels and measures, in every layer, how far each candidate pattern k:T-k "
                 "changes the attention's output. Takes the sparsest pattern under a threshold, or the plan with the least "

@@ -8,18 +8,22 @@ from comfy_api.latest import io
 
 from ..efficient_vdit_core.parallel.sharding.attend import SCHEMES
 from .comfy_bridge.parallel import AFTER_RUN, parallelize, reachable
-from .inputs import CATEGORY
+from .inputs import CATEGORY, advanced_inputs, search_words
 
 
 class EVDiTSequenceParallel(io.ComfyNode):
     """MODEL in, a MODEL that the workers compute out."""
 
     @classmethod
+    @advanced_inputs("scheme", "start_timeout", "step_timeout")
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTSequenceParallel",
-            display_name="Sequence Parallel (Efficient-vDiT)",
+            display_name="Sequence Parallel",
             category=CATEGORY,
+            **search_words(
+                "multi gpu", "multigpu", "several gpus", "distributed", "xfuser", "ulysses", "faster", "speed up"
+            ),
             description=(
                 "Computes one video on several GPUs at once: each holds a part of the frames. The sampler, previews and Cancel "
                 "stay in ComfyUI. Place it last before the sampler; the workers run the nodes before it themselves. With one "

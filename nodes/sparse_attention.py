@@ -12,18 +12,32 @@ from ..efficient_vdit_core.tiles import PLACEMENTS
 from .comfy_bridge.announce import announce_to_page
 from .comfy_bridge.patch import patch_attention
 from .comfy_bridge.window import Window
-from .inputs import CATEGORY, Plan
+from .inputs import CATEGORY, Plan, advanced_inputs, search_words
 
 
 class EVDiTSparseAttention(io.ComfyNode):
     """MODEL and plan in, patched MODEL out; the incoming MODEL stays as it is."""
 
     @classmethod
+    @advanced_inputs("end_percent", "min_tokens", "placement", "decline_slow", "backend")
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTSparseAttention",
-            display_name="Sparse Attention (Efficient-vDiT)",
+            display_name="Sparse Attention",
             category=CATEGORY,
+            **search_words(
+                "faster",
+                "speed up",
+                "speed",
+                "accelerate",
+                "optimize",
+                "sparse",
+                "wan faster",
+                "hunyuan faster",
+                "ltx faster",
+                "teacache",
+                "radial attention",
+            ),
             description=(
                 "Applies a tile plan to the self-attention of a video model: Open-Sora-Plan v1.2, Wan 2.1 and 2.2 with their "
                 "variants, HunyuanVideo and 1.5, LTX-Video and LTX-2, CogVideoX, Mochi, Cosmos, Cosmos Predict2, Kandinsky 5. Uses "

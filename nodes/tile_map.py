@@ -10,18 +10,20 @@ from comfy_api.latest import io
 from ..efficient_vdit_core.plan import TilePlan
 from ..efficient_vdit_core.search.tile_map import tile_map
 from .comfy_bridge.probe import MAX_MAPS, measure_tiles, model_depth
-from .inputs import CATEGORY, Plan
+from .inputs import CATEGORY, Plan, advanced_inputs, search_words
 
 
 class EVDiTAttentionTileMap(io.ComfyNode):
     """The paper's Figure 1 on the user's own model."""
 
     @classmethod
+    @advanced_inputs("rows")
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTAttentionTileMap",
-            display_name="Attention Tile Map (Efficient-vDiT)",
+            display_name="Attention Tile Map",
             category=CATEGORY,
+            **search_words("attention map", "heat map", "visualize attention", "sparse"),
             description=(
                 "Measures which share of its attention each latent frame gives to each other one, in chosen layers of the dense "
                 "model, and draws it: a strong diagonal means that frames attend mostly to themselves. With a plan, the tiles it "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..efficient_vdit_core.plan import TilePlan
-from .inputs import CATEGORY, Plan, plan_ui
+from .inputs import CATEGORY, Plan, plan_ui, search_words
 
 
 class EVDiTTilePlan(io.ComfyNode):
@@ -15,8 +15,9 @@ class EVDiTTilePlan(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTTilePlan",
-            display_name="Tile Plan (Efficient-vDiT)",
+            display_name="Tile Plan",
             category=CATEGORY,
+            **search_words("sparse", "faster", "speed up", "sparsity", "reference frames", "arrow mask"),
             description=(
                 "Makes a sparse-attention plan k:T-k for all layers: each latent frame attends to itself and to k "
                 "reference frames, and the reference frames attend to everything. Fits any model and length. Click a layer "

@@ -147,6 +147,23 @@ def test_the_nodes_keep_what_they_promise(server):
     assert json.dumps(got, indent=1) == path.read_text(encoding="utf-8").strip()
 
 
+WORDS = ("faster", "speed up", "speed", "accelerate", "sparse", "teacache", "wan faster", "multi gpu", "distill")
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_what_a_user_types_finds_a_node(server, word):
+    ours = [node for name, node in server.get("/object_info").items() if name.startswith("EVDiT")]
+    if "search_aliases" not in ours[0]:
+        pytest.skip("THIS COMFYUI KNOWS NO SEARCH WORDS: nodes are found by their names")
+    assert any(word in node["search_aliases"] for node in ours)
+
+
+def test_what_few_change_is_shown_on_demand(server):
+    inputs = server.get("/object_info")["EVDiTSparseAttention"]["input"]
+    fields = {**inputs["required"], **inputs["optional"]}
+    assert fields["backend"][1]["advanced"] and "advanced" not in fields["start_percent"][1]
+
+
 def test_the_template_and_help_pages_are_served(server):
     shipped = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
     assert {pack: sorted(names) for pack, names in server.get("/workflow_templates").items()} == {

@@ -28,9 +28,33 @@ def test_a_translated_page_says_as_much(page):
     """The same sections and table rows as the English page, in the other language."""
     english = (page.parent.parent / f"{page.parent.name}.md").read_text(encoding="utf-8")
     text = page.read_text(encoding="utf-8")
-    for mark in ("\n## ", "\n| `"):
+    for mark in ("\n## ", "\n| "):
         assert text.count(mark) == english.count(mark), mark
     assert CHINESE.search(text)
+
+
+@pytest.mark.parametrize("node", SCHEMAS)
+def test_a_chinese_page_names_inputs_as_the_node_does(node):
+    entry = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))[node]
+    text = (DOCS / node / "zh.md").read_text(encoding="utf-8").split("## 输入")[1].split("\n## ")[0]
+    missing = [
+        name for name, field in entry.get("inputs", {}).items() if field["name"] not in text or f"`{name}`" not in text
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: str(p.relative_to(DOCS)))
+def test_tables_have_two_columns(page):
+    """The help panel is narrow: a third column shows one letter a line."""
+    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert [row for row in rows if row.replace("\\|", "").count("|") != 3] == []
+
+
+@pytest.mark.parametrize("node", SCHEMAS)
+def test_names_fit_the_library(node):
+    for language in ("en", "zh"):
+        entry = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))[node]
+        assert len(entry["display_name"]) <= 32
 
 
 def pictures(page: Path) -> list[str]:

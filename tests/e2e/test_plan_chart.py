@@ -1,31 +1,7 @@
 """The chart inside Tile Plan: it shows the plan, edits its text, follows a run, and fits everywhere a node can be."""
 
 import pytest
-
-TITLE = "app.graph.nodes.find(n => n.type === 'EVDiTTilePlan')"
-TEXT = f"{TITLE}.widgets.find(w => w.name === 'text').value"
-RECORD = "app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()"  # what the page does after a click or a key
-TOLD = "((type, detail) => app.api.dispatchEvent(new CustomEvent(type, { detail })))"  # as if the server had sent it
-
-
-def plan_node(comfy, text: str = "", width: int = 320):
-    """A workflow with one Tile Plan; returns the chart's locator."""
-    comfy.page.evaluate(
-        """([text, width]) => {
-            const node = LiteGraph.createNode('EVDiTTilePlan');
-            app.graph.add(node);
-            node.pos = [300, 150];
-            node.setSize([width, node.computeSize()[1]]);
-            const widget = node.widgets.find(w => w.name === 'text');
-            widget.value = text;
-            widget.callback?.(text);
-            app.canvas.setDirty(true, true);
-        }""",
-        [text, width],
-    )
-    chart = comfy.page.locator(".evdit-plan-chart:visible")
-    chart.first.wait_for()
-    return chart.first
+from plan_node import TEXT, TITLE, TOLD, plan_node
 
 
 def test_a_click_gives_a_layer_its_next_pattern(comfy):
@@ -101,37 +77,6 @@ def test_it_draws_inside_a_subgraph(comfy):
     comfy.picture("chart in a subgraph")
 
 
-def test_a_click_is_one_step_of_undo(comfy):
-    page = comfy.open().page
-    chart = plan_node(comfy, "0-3:2:6")
-    page.evaluate(RECORD)
-    chart.get_by_role("option", name="Layer 1:").click()
-    assert page.evaluate(TEXT) == "0:2:6 1:1:7 2-3:2:6"
-    page.keyboard.press("Control+z")
-    page.wait_for_function(f"{TITLE} && {TEXT} === '0-3:2:6'")
-    page.keyboard.press("Control+y")
-    page.wait_for_function(f"{TITLE} && {TEXT} === '0:2:6 1:1:7 2-3:2:6'")
-
-
-def test_a_searched_plan_outlives_undo(comfy):
-    """Undo makes every node anew; the server, which has the result, does not run the search again."""
-    page = comfy.open().page
-    search = "app.graph.nodes.find(n => n.type === 'EVDiTSearchTilePlan')"
-    page.evaluate("void app.graph.add(LiteGraph.createNode('EVDiTSearchTilePlan'))")
-    page.evaluate(RECORD)
-    page.evaluate(f"{TOLD}('executed', {{ node: String({search}.id), output: {{ evdit_plan: ['0-5:2:6'] }} }})")
-    chart = page.locator(".evdit-plan-chart:visible").first
-    chart.get_by_text("2:6 × 6").wait_for()
-    page.evaluate("void app.graph.add(LiteGraph.createNode('EVDiTReport'))")
-    page.evaluate(RECORD)
-    page.keyboard.press("Control+z")
-    page.wait_for_function("app.graph.nodes.length === 1")
-    chart.get_by_text("2:6 × 6").wait_for(timeout=10_000)
-    # Under other settings it is not their plan.
-    page.evaluate(f"(w => {{ w.value = 0.5; w.callback(0.5) }})({search}.widgets.find(w => w.name === 'threshold'))")
-    chart.get_by_text("drawn here after a run").wait_for()
-
-
 def test_figures_of_another_plan_are_not_shown(comfy):
     """A run takes its time, and the plan may be another one when it ends."""
     page = comfy.open().page
@@ -167,3 +112,42 @@ def test_wheel_and_middle_button_move_the_canvas_there_too(comfy):
     scale = page.evaluate("app.canvas.ds.scale")
     page.mouse.wheel(0, -300)
     page.wait_for_function(f"app.canvas.ds.scale > {scale}", timeout=10_000)
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes2"])
+def test_a_file_of_the_list_is_drawn_before_it_runs(comfy, modern):
+    page = comfy.open(Comfy_VueNodes_Enabled=modern).page
+    page.evaluate("void app.graph.add(LiteGraph.createNode('EVDiTLoadTilePlan'))")
+    page.evaluate("(w => { w.value = 'wan (preset)'; w.callback(w.value) })(app.graph.nodes[0].widgets[0])")
+    chart = page.locator(".evdit-plan-chart:visible").first
+    chart.get_by_text("6:15 × 29").wait_for()
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes2"])
+def test_the_right_panel_has_no_row_for_it(comfy, modern):
+    """A second chart could not be there: an element has one place."""
+    page = comfy.open(Comfy_VueNodes_Enabled=modern).page
+    chart = plan_node(comfy, "0-3:2:6", width=400)
+    page.evaluate(f"app.canvas.selectNode({TITLE})")
+    page.get_by_role("button", name="Toggle properties panel").click()
+    panel = page.get_by_test_id("properties-panel")
+    panel.get_by_text("reference_frames").wait_for()
+    comfy.picture(f"right panel {'nodes2' if modern else 'classic'}")
+    assert panel.get_by_text("tile_plan_chart").count() == 0
+    assert chart.bounding_box()["width"] == pytest.approx(page.evaluate(f"{TITLE}.size[0]"), abs=30)
+    page.get_by_role("button", name="Toggle properties panel").last.click()
+
+
+def test_a_node_is_as_high_as_its_chart(comfy):
+    """It grows with the plan that a run gives, and shrinks when that plan is no longer the settings'."""
+    page = comfy.open().page
+    node = "app.graph.nodes[0]"
+    page.evaluate("void app.graph.add(LiteGraph.createNode('EVDiTSearchTilePlan'))")
+    chart = page.locator(".evdit-plan-chart:visible").first
+    chart.wait_for()
+    page.wait_for_timeout(500)
+    before = page.evaluate(f"{node}.size[1]")
+    page.evaluate(f"{TOLD}('executed', {{ node: String({node}.id), output: {{ evdit_plan: ['0-5:2:6'] }} }})")
+    page.wait_for_function(f"{node}.size[1] > {before} + 100")
+    page.evaluate(f"(w => {{ w.value = 0.5; w.callback(0.5) }})({node}.widgets.find(w => w.name === 'threshold'))")
+    page.wait_for_function(f"Math.abs({node}.size[1] - {before}) < 2")

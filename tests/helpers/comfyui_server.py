@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
 PYTHON = Path(os.environ.get("COMFYUI_PYTHON", COMFYUI / ".venv" / "bin" / "python"))
 TEXT = 3  # ComfyUI's number of a binary message that holds text
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
 START_TIMEOUT, RUN_TIMEOUT = 600.0, 400.0  # seconds; on a busy machine the first import alone takes minutes
 
@@ -178,17 +179,29 @@ def to_api(workflow: dict, object_info: dict) -> dict:
 def _inputs(node: dict, declared: dict, sources: dict) -> dict:
     linked = {i["name"]: list(sources[i["link"]]) for i in node.get("inputs", []) if i.get("link") is not None}
     values, inputs = list(node.get("widgets_values", [])), {}
-    for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
-        kind, options = spec[0], spec[1] if len(spec) > 1 else {}
-        if (kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") or isinstance(kind, list)) and not options.get(
-            "forceInput"
-        ):
-            if not values:
-                continue  # a widget that a later ComfyUI appended: it has a default
-            inputs[name] = values.pop(0)
-            if values and (options.get("control_after_generate") or name in ("seed", "noise_seed")):
-                values.pop(0)
+    for name, kind, options in _fields(declared):
+        widget = kind in WIDGETS or isinstance(kind, list)
+        # With no value left it is a widget that a later ComfyUI appended: it has a default.
+        if widget and not options.get("forceInput") and values:
+            inputs |= _widget(name, kind, options, values)
         if name in linked:
             inputs[name] = linked[name]
     assert not values, f"{node['type']} has {len(values)} widget values too many: {values}"
     return inputs
+
+
+def _fields(declared: dict) -> list[tuple]:
+    both = {**declared.get("required", {}), **declared.get("optional", {})}
+    return [(name, spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in both.items()]
+
+
+def _widget(name: str, kind, options: dict, values: list) -> dict:
+    """Take a widget's value, and those of the widgets that its choice brings with it, from the front of ``values``."""
+    taken = {name: values.pop(0)}
+    if kind == "COMFY_DYNAMICCOMBO_V3":
+        chosen = next(option for option in options["options"] if option["key"] == taken[name])
+        for inner, *spec in _fields(chosen["inputs"]):
+            taken |= _widget(f"{name}.{inner}", *spec, values)
+    elif values and (options.get("control_after_generate") or name in ("seed", "noise_seed")):
+        values.pop(0)
+    return taken

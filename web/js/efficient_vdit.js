@@ -11,7 +11,9 @@ const MARGIN = 8; // px around the chart
 const USUAL = { frames: 21, depth: 32 }; // of the preview, until a run tells: 81 video frames, the paper's model
 const CANVAS = { wheel: "processMouseWheel", pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
 const charts = new WeakMap(); // node -> NodeChart
-const made = new Map(); // the plans that runs gave, by node and settings: undo and the page's tabs make nodes anew
+const owners = new WeakMap(); // element -> its node
+const runs = new Map(); // the plan and the report of the last run, by node and settings: undo and the page's tabs make nodes anew
+let files = {}; // the plans in Load Tile Plan's list, as text
 let texts = {};
 
 /** A text of locales/<language>/main.json with its {values} filled in. */
@@ -32,15 +34,16 @@ const advances = (widget) => widget.linkedWidgets?.length || widget.name === "co
 class NodeChart {
   constructor(node) {
     this.node = node;
-    this.measured = undefined;
     this.chart = new PlanChart(say, {
       cycle: (layer, backwards) => this.write(cycleLayer(this.state.plan, layer, this.state.depth, this.state.frames, backwards)),
       writeOut: () => this.write(writeOut(this.state.plan, this.state.depth, this.state.frames)),
       setFrames: (frames) => this.remember({ frames }),
       setDepth: (depth) => this.remember({ depth }),
+      grown: (height) => this.grown(height),
     });
-    const options = { serialize: false, hideOnZoom: false, getValue: () => "", setValue: () => {} };
-    options.getMinHeight = () => this.chart.height + 2 * MARGIN;
+    owners.set(this.chart.element, node);
+    const options = { serialize: false, hideOnZoom: false, hideInPanel: true, getValue: () => "", setValue: () => {} };
+    options.getMinHeight = options.getMaxHeight = () => this.chart.height + 2 * MARGIN;
     options.margin = MARGIN;
     const widget = node.addDOMWidget("tile_plan_chart", "tile_plan_chart", this.chart.element, options);
     widget.serialize = false;
@@ -55,6 +58,7 @@ class NodeChart {
     }
     for (const source of node.widgets) if (source !== widget) chain(source, "callback", () => this.changed(source));
     for (const event of ["onConfigure", "onConnectionsChange"]) chain(node, event, () => this.draw());
+    chain(node, "onAdded", () => settle());
     this.draw();
   }
 
@@ -64,27 +68,41 @@ class NodeChart {
 
   /** Whether another node gives this widget's value. */
   linked(name) {
-    return this.node.inputs?.some((input) => input.widget?.name === name && input.link != null);
+    const slot = this.node.inputs?.findIndex((input) => input.widget?.name === name) ?? -1;
+    return slot >= 0 && this.node.isInputConnected(slot);
+  }
+
+  /** The canvas makes a node higher where its content needs it, but never lower; Nodes 2.0 do both. */
+  grown(height) {
+    settle();
+    const { node } = this;
+    if (height < 0 && !LiteGraph.vueNodesMode) node.setSize([node.size[0], node.size[1] + height]);
+    node.graph?.setDirtyCanvas(true, true);
   }
 
   changed(source) {
-    if (advances(source)) return;
-    this.measured = undefined;
-    this.draw();
+    if (!advances(source)) this.draw();
   }
 
-  /** What the plan of a run belongs to. */
+  /** What a run's plan and report belong to. */
   settings() {
     return JSON.stringify([this.node.graph?.id, this.node.id, this.node.widgets.filter((w) => !advances(w)).map((w) => w.value)]);
   }
 
+  /** The last run with these settings: its plan as text, and the report of the attention that used it. */
+  run() {
+    return runs.get(this.settings()) ?? {};
+  }
+
   /** The plan's text as the widgets say it, or as a run with these settings gave it; null where neither does. */
   source() {
-    const executed = made.get(this.settings()) ?? null;
+    const { plan: executed = null } = this.run();
     if (this.linked("text") || this.linked("reference_frames")) return executed;
     const text = String(this.widget("text")?.value ?? "").trim();
+    if (text) return text;
     const uniform = this.widget("reference_frames");
-    return text || (uniform ? `all:${uniform.value}` : executed);
+    if (uniform) return `all:${uniform.value}`;
+    return this.linked("plan_name") ? executed : (files[this.widget("plan_name")?.value] ?? executed);
   }
 
   draw() {
@@ -93,7 +111,7 @@ class NodeChart {
     // The text takes the place of reference_frames; let it be seen.
     const uniform = this.widget("reference_frames");
     if (uniform) uniform.disabled = text !== `all:${uniform.value}`;
-    this.state = { frames, depth, editable: false, measured: this.measured };
+    this.state = { frames, depth, editable: false, measured: this.run().report };
     if (text === null) this.state.note = say("afterRun");
     else {
       try {
@@ -124,13 +142,14 @@ class NodeChart {
   }
 
   planMade(text) {
-    made.set(this.settings(), text);
+    const { plan, report } = this.run();
+    runs.set(this.settings(), { plan: text, report: plan === text ? report : undefined });
     this.draw();
   }
 
   /** What sparse attention did with this plan. */
   ran(report) {
-    this.measured = report;
+    runs.set(this.settings(), { ...this.run(), report });
     if (report.frames && report.layers) this.remember({ frames: report.frames, depth: report.layers });
     else this.draw();
   }
@@ -143,6 +162,25 @@ function chain(object, name, after) {
     after();
     return result;
   };
+}
+
+let settling = false;
+
+/**
+ * Nodes 2.0 keep the element of the node that had a number, when undo makes a new node of it or another graph with one is opened.
+ * Puts the chart of the node that has the number now in its place, once the page has drawn what changed.
+ */
+function settle() {
+  if (settling || !LiteGraph.vueNodesMode) return;
+  settling = true;
+  requestAnimationFrame(() => {
+    settling = false;
+    for (const element of document.querySelectorAll(".evdit-plan-chart")) {
+      const shown = owners.get(element);
+      const now = app.canvas.graph?.getNodeById(shown.id);
+      if (now !== shown && charts.has(now)) element.replaceWith(charts.get(now).chart.element);
+    }
+  });
 }
 
 /** The node of an execution id; "1:2:3" is node 3 in the subgraph 2 in the subgraph 1. */
@@ -174,12 +212,16 @@ function chartsOf(report) {
 
 app.registerExtension({
   name: "efficient_vdit.plan",
+  beforeRegisterNodeDef(_, definition) {
+    if (definition.name === "EVDiTLoadTilePlan") files = definition.input.required.plan_name[1].evdit_plans;
+  },
   async setup() {
     api.addEventListener("executed", ({ detail }) => {
       const text = detail.output?.evdit_plan?.[0];
       if (text) charts.get(findNode(detail.node))?.planMade(text);
     });
     api.addEventListener(REPORT, ({ detail }) => chartsOf(detail).forEach((chart) => chart.ran(detail)));
+    app.canvas.canvas.addEventListener("litegraph:set-graph", settle);
     await loadTexts();
     for (const chart of allCharts()) chart.draw();
   },

@@ -6,7 +6,7 @@ import { STYLE } from "./plan_style.js";
 const SVG = "http://www.w3.org/2000/svg";
 const COLORS = 6; // of --pattern-N in the style
 const KEYS = { ArrowLeft: -1, ArrowRight: 1, ArrowDown: -1, ArrowUp: 1, PageUp: 5, PageDown: -5, Home: -1e9, End: 1e9 };
-const USUAL_HEIGHT = 240; // px, until it is on the page; then `height` is what the content takes at the node's width
+const LEAST_HEIGHT = 26; // px, until it is on the page; then `height` is what the content takes at the node's width
 const LEAST_WIDTH = 150;
 const percent = (share) => `${Math.round(100 * share)} %`;
 
@@ -22,7 +22,8 @@ function make(tag, attributes = {}, ...children) {
 export class PlanChart {
   /**
    * @param {(key: string, values?: object) => string} say the texts in the user's language
-   * @param {{cycle: Function, writeOut: Function, setFrames: Function, setDepth: Function}} actions what the user asks for
+   * @param {{cycle: Function, writeOut: Function, setFrames: Function, setDepth: Function, grown: Function}} actions
+   *   what the user asks for, and by how many px the height has changed
    */
   constructor(say, actions) {
     this.say = say;
@@ -45,14 +46,19 @@ export class PlanChart {
     const panel = make("div", { class: "panel", role: "group" }, this.summary, this.body, this.live);
     this.panel = panel;
     root.append(make("style", {}, STYLE), panel);
-    this.height = USUAL_HEIGHT;
-    // Before it has its width, everything wraps and it would ask for far too much.
-    const measure = () => panel.offsetWidth >= LEAST_WIDTH && (this.height = panel.offsetHeight);
-    new ResizeObserver(measure).observe(panel);
+    this.height = LEAST_HEIGHT;
+    new ResizeObserver(() => this.measure()).observe(panel);
     this.bars.addEventListener("keydown", (event) => this.onKey(event));
     this.bars.addEventListener("pointerleave", () => this.hover(null));
     // A click edits; it must not start to drag the node. Other buttons are the canvas's.
     panel.addEventListener("pointerdown", (event) => event.button === 0 && event.stopPropagation());
+  }
+
+  measure() {
+    if (this.panel.offsetWidth < LEAST_WIDTH) return; // not on the page, or folded: everything would wrap
+    const before = this.height;
+    this.height = this.panel.offsetHeight;
+    this.actions.grown(this.height - before);
   }
 
   /**
