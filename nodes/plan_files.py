@@ -89,7 +89,8 @@ class EVDiTLoadTilePlan(io.ComfyNode):
                         options=plan_names(),
                         tooltip=(
                             'A file of models/evdit_plans, or a "(preset)": a few reference frames in all layers but the first two '
-                            "and the last, about half of the attention at the model's usual length. Press R to see new files."
+                            "and the last, about half of the attention at the model's usual length. minimax_h3 is the mild one for "
+                            "turbo LoRAs, minimax_h3_strong is for weights distilled under it. Press R to see new files."
                         ),
                     ),
                     evdit_plans=text_forms(),

@@ -19,7 +19,7 @@ class EVDiTSparseAttention(io.ComfyNode):
     """MODEL and plan in, patched MODEL out; the incoming MODEL stays as it is."""
 
     @classmethod
-    @advanced_inputs("end_percent", "min_tokens", "placement", "decline_slow", "backend")
+    @advanced_inputs("end_percent", "min_tokens", "placement", "decline_slow", "backend", "dense_last_steps")
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTSparseAttention",
@@ -33,15 +33,18 @@ class EVDiTSparseAttention(io.ComfyNode):
                 "optimize",
                 "sparse",
                 "wan faster",
+                "minimax faster",
+                "h3 faster",
                 "hunyuan faster",
                 "ltx faster",
                 "teacache",
                 "radial attention",
             ),
             description=(
-                "Applies a tile plan to the self-attention of a video model: Open-Sora-Plan v1.2, Wan 2.1 and 2.2 with their "
-                "variants, HunyuanVideo and 1.5, LTX-Video and LTX-2, CogVideoX, Mochi, Cosmos, Cosmos Predict2, Kandinsky 5. Uses "
-                "the attention backend that ComfyUI runs with, or a fused kernel where that measures faster. The log tells after "
+                "Applies a tile plan to the self-attention of a video model: MiniMax-H3, Wan 2.1 and 2.2 with their variants, "
+                "LTX-Video and LTX-2, HunyuanVideo and 1.5, Open-Sora-Plan v1.2, CogVideoX, Mochi, Cosmos, Cosmos Predict2, "
+                "Kandinsky 5. The whole step gains less than its attention does: the report says how much at most. Uses the "
+                "attention backend that ComfyUI runs with, or a fused kernel where that measures faster. The log tells after "
                 "each run how many calls became sparse, and why others did not."
             ),
             inputs=[
