@@ -118,3 +118,10 @@ def test_one_frame_is_the_masked_oracle(facts, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_source_model_is_untouched_and_a_bypass_leaves_nothing(facts, name):
     assert facts["weights same"] and facts["options same"] and facts["bypassed"] == 0
+
+
+def test_the_table_of_bounds_stands_on_the_real_models(in_process):
+    found = in_process("token_weights")
+    assert "wan_14b" in found
+    for name, facts in found.items():
+        assert facts["here"] == facts["table"], name

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.bench import attention, minimax_h3, overhead, paper, step
+from efficient_vdit_core.bench.bounds import preset_bounds
 from efficient_vdit_core.bench.machine import describe_machine, peak_extra_bytes
 from efficient_vdit_core.bench.plot import draw
 from efficient_vdit_core.cli import main
@@ -77,6 +78,18 @@ def test_minimax_h3_s_bounds_are_amdahl_s(clip, share, bounds):
     assert rows[0]["attention_share"] == pytest.approx(share, abs=0.006)
     assert [r["bound"] for r in rows] == pytest.approx(bounds, abs=0.011)
     assert all(r["bound_with_int8_attention"] < r["bound"] for r in rows)
+
+
+def test_a_preset_s_bound_counts_its_dense_layers():
+    """Wan 14B, 81 frames of 1280x720: 6:15 in 37 of 40 layers."""
+    (row,) = preset_bounds("wan_14b", "1280x720-81f")
+    tiles = 1 - 15 * 14 / 21**2
+    assert row["attention_left"] == pytest.approx((37 * tiles + 3) / 40) and row["pattern"] == "6:15"
+    share = row["attention_share"]
+    assert row["bound"] == pytest.approx(1 / (1 - share * (1 - row["attention_left"]))) and 0.6 < share < 0.8
+    assert row["int8_alone"] == pytest.approx(1 / (1 - share / 2)) > 1 and 1 < row["with_int8"] < row["bound"]
+    h3 = {r["preset"]: r for r in preset_bounds("minimax_h3", "1344x768-10s")}
+    assert h3["minimax_h3"]["pattern"] == "15:57" and h3["minimax_h3_strong"]["pattern"] == "8:64"
 
 
 def test_one_block_of_minimax_h3(monkeypatch, capsys, tmp_path):

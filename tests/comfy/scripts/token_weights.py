@@ -1,0 +1,41 @@
+"""The matrices that each video token meets, counted on ComfyUI's own classes at their real size, without memory. Prints
+JSON."""
+
+import importlib
+import json
+import sys
+
+from host import load_pack, torch  # isort: skip
+import comfy.ops  # isort: skip
+
+load_pack()
+(families,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.families"))
+bounds = importlib.import_module(
+    families.__name__.removesuffix("nodes.comfy_bridge.families") + "efficient_vdit_core.bench.bounds"
+)
+wan = {"model_type": "t2v", "dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "in_dim": 16}
+ltx = {"num_attention_heads": 32, "attention_head_dim": 128, "num_layers": 48, "cross_attention_dim": 4096, "caption_channels": 3840,
+       "audio_num_attention_heads": 32, "audio_attention_head_dim": 64, "audio_cross_attention_dim": 2048}  # fmt: skip
+REAL = {
+    "minimax_h3": ("comfy.ldm.minimax.model", "MiniMaxH3Model", {}),
+    "wan_14b": ("comfy.ldm.wan.model", "WanModel", wan),
+    "ltx2": ("comfy.ldm.lightricks.av_model", "LTXAVModel", ltx),
+}
+found = {}
+for name, (module, kind, settings) in REAL.items():
+    try:
+        build = getattr(importlib.import_module(module), kind)
+    except ImportError:
+        continue  # in versions without such a model
+    network = build(**settings, dtype=torch.bfloat16, device="meta", operations=comfy.ops.disable_weight_init)
+    family, model = families.find_family(network), bounds.MODELS[name]
+    found[name] = {
+        "here": [
+            family.token_weights(network),
+            family.depth(network),
+            family.head_count(network),
+            family.head_dim(network),
+        ],
+        "table": [model.weights, model.depth, model.heads, model.head_dim],
+    }
+print(json.dumps(found))
