@@ -207,6 +207,7 @@ FAMILIES: dict[str, Family] = {
 
 # Models that the pack knows and leaves as they are.
 LEFT_DENSE = {
-    "WanAnimate2Model": "each step attends frame by frame over cached reference keys: there is no attention over the whole video",
+    "WanAnimate2Model": "it attends a frame at a time, over all frames and one pose frame of its own: no call goes over the whole video",
+    "NaDiT": "SeedVR2 attends within windows of a few frames: no call goes over the whole video",
     "CausalWanModel": "it makes a few frames at a time over a cache of the earlier ones, and ComfyUI passes no attention hook there",
 }

@@ -122,6 +122,8 @@ def test_the_source_model_is_untouched_and_a_bypass_leaves_nothing(facts, name):
 
 def test_the_table_of_bounds_stands_on_the_real_models(in_process):
     found = in_process("token_weights")
-    assert "wan_14b" in found
-    for name, facts in found.items():
+    assert "wan_14b" in found["weights"]
+    for name, facts in found["weights"].items():
         assert facts["here"] == facts["table"], name
+    for kind, (unknown, why) in found["left"].items():
+        assert unknown and why.endswith("no call goes over the whole video"), kind

@@ -38,4 +38,14 @@ for name, (module, kind, settings) in REAL.items():
         ],
         "table": [model.weights, model.depth, model.heads, model.head_dim],
     }
-print(json.dumps(found))
+# Those that are left as they are, by the class that this ComfyUI has.
+LEFT = {"comfy.ldm.wan.model_animate2": "WanAnimate2Model", "comfy.ldm.seedvr.model": "NaDiT"}
+left = {}
+for module, kind in LEFT.items():
+    try:
+        network = getattr(importlib.import_module(module), kind).__new__(getattr(importlib.import_module(module), kind))
+    except ImportError:
+        continue
+    torch.nn.Module.__init__(network)
+    left[kind] = [families.find_family(network) is None, families.why_no_family(network)]
+print(json.dumps({"weights": found, "left": left}))
