@@ -46,9 +46,9 @@ def outputs_of(server: str, prompt: dict[str, Any]) -> list[tuple[str, bytes]]:
 
 
 @contextmanager
-def open_page(server: str, chromium: str, width: int, height: int) -> Iterator[Page]:
-    """ComfyUI's page in a browser of ``width`` x ``height`` pixels, without tours and warnings."""
-    post(server, "/settings", QUIET)
+def open_page(server: str, chromium: str, width: int, height: int, modern: bool = False) -> Iterator[Page]:
+    """ComfyUI's page in a browser of ``width`` x ``height`` pixels, without tours and warnings. ``modern``: Nodes 2.0."""
+    post(server, "/settings", {**QUIET, "Comfy.VueNodes.Enabled": modern})
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": width, "height": height})

@@ -67,10 +67,10 @@ def results(server: str) -> None:
 
 def nodes(page: Any) -> None:
     """Each node as the page draws it, with its values in a template."""
+    workflows = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "workflows").glob("*.json")]
+    named = {workflow["extra"]["template"]: workflow for workflow in workflows}
     for kind, template in NODES.items():
-        workflow = (
-            json.loads((ROOT / "workflows" / f"{template}.json").read_text(encoding="utf-8")) if template else None
-        )
+        workflow = named[template] if template else None
         x, y, width, height = page.evaluate(SHOW, [kind, workflow])
         page.wait_for_timeout(2500)
         clip = {"x": x - EDGE, "y": y - EDGE, "width": width + 2 * EDGE, "height": height + 2 * EDGE}

@@ -18,6 +18,10 @@ BAD = "low quality, worst quality, blurry, distorted, static, subtitles, waterma
 FOX = "a fox running through a snowy forest at sunrise, tracking camera, cinematic light"
 
 
+COLUMNS = ("1 Model", "2 Sparse attention and prompt", "3 Sampling", "4 Video")
+WAN22_COLUMNS = ("1 Models", "2 Sparse attention", "3 Prompt and size", "4 Sampling", "5 Video")
+
+
 @dataclass
 class Node:
     """One node: its class, the column it stands in, values of its widgets, links as input -> (node, output)."""
@@ -33,20 +37,23 @@ class Node:
 
 @dataclass
 class Graph:
-    """A template: file name, the note beside it, and its nodes by a name of their own."""
+    """A template: its name for scripts, its title in the template browser, the note beside it, and its nodes."""
 
     name: str
+    title: str
+    caption: tuple[str, str, str]  # of its picture: model, size, gain
     note: str
-    nodes: dict[str, Node]
+    nodes: dict[str, Node]  # by a name of their own, from top to bottom in each column
+    columns: tuple[str, ...] = COLUMNS  # titles of the groups
 
 
 def model(directory: str, url: str, name: str = "") -> dict[str, str]:
     return {"name": name or url.rsplit("/", 1)[1], "url": url, "directory": directory}
 
 
-def loader(kind: str, widget: str, file: dict[str, str], **values: Any) -> Node:
+def loader(kind: str, widget: str, file: dict[str, str], column: int = 0, **values: Any) -> Node:
     """A loader of one file that can be downloaded."""
-    return Node(kind, 0, {widget: file["name"], **values}, models=[file])
+    return Node(kind, column, {widget: file["name"], **values}, models=[file])
 
 
 def sparse(source: str, plan: str, preview: tuple[int, int], **values: Any) -> dict[str, Node]:
@@ -57,27 +64,33 @@ def sparse(source: str, plan: str, preview: tuple[int, int], **values: Any) -> d
     }
 
 
-def prompts(clip: str, positive: str, negative: str = BAD) -> dict[str, Node]:
+def prompts(clip: str, positive: str, negative: str = BAD, column: int = 1) -> dict[str, Node]:
     return {
-        "positive": Node("CLIPTextEncode", 2, {"text": positive}, {"clip": (clip, 0)}, "Prompt"),
-        "negative": Node("CLIPTextEncode", 2, {"text": negative}, {"clip": (clip, 0)}, "Negative prompt"),
+        "positive": Node("CLIPTextEncode", column, {"text": positive}, {"clip": (clip, 0)}, "Prompt"),
+        "negative": Node("CLIPTextEncode", column, {"text": negative}, {"clip": (clip, 0)}, "Negative prompt"),
     }
 
 
-def video(samples: tuple[str, int], vae: tuple[str, int], fps: float, tiled: bool = False) -> dict[str, Node]:
+def video(
+    samples: tuple[str, int], vae: tuple[str, int], fps: float, *, tiled: bool = False, column: int = 3
+) -> dict[str, Node]:
     """Decode and save."""
+    decode, name = ("VAEDecodeTiled" if tiled else "VAEDecode"), "video/EfficientvDiT"
     return {
-        "decode": Node("VAEDecodeTiled" if tiled else "VAEDecode", 4, {}, {"samples": samples, "vae": vae}),
-        "create": Node("CreateVideo", 4, {"fps": fps}, {"images": ("decode", 0)}),
-        "save": Node(
-            "SaveVideo", 4, {"filename_prefix": "video/EfficientvDiT", "format": "mp4"}, {"video": ("create", 0)}
-        ),
+        "decode": Node(decode, column, {}, {"samples": samples, "vae": vae}),
+        "create": Node("CreateVideo", column, {"fps": fps}, {"images": ("decode", 0)}),
+        "save": Node("SaveVideo", column, {"filename_prefix": name, "format": "mp4"}, {"video": ("create", 0)}),
     }
 
 
 def share(plan: str, frames: int, layers: int) -> str:
     """What a plan computes of the self-attention, for a note."""
     return f"{TilePlan.from_text(plan).density(frames, layers):.0%} of the self-attention"
+
+
+def part(plan: str, frames: int, layers: int) -> str:
+    """The same for a picture."""
+    return f"{TilePlan.from_text(plan).density(frames, layers):.0%} of the attention"
 
 
 def note(title: str, what: str, files: str, cost: str, tip: str) -> str:
@@ -100,12 +113,12 @@ def opensora(frames: int) -> Graph:
         "model": loader("EVDiTModelLoader", "model_name", file, weight_dtype="default"),
         "clip": Node("EVDiTTextEncoderLoader", 0, {"text_encoder_name": "mt5-xxl-encoder.safetensors", "template": "a"}),
         "plain": Node("EVDiTTextEncoderLoader", 0, {"text_encoder_name": "mt5-xxl-encoder.safetensors"}, title="For the negative prompt"),
-        "vae": Node("EVDiTVAELoader", 0, {"vae_name": "open_sora_plan_v1.2/checkpoint.ckpt"}),
+        "vae": Node("EVDiTVAELoader", 3, {"vae_name": "open_sora_plan_v1.2/checkpoint.ckpt"}),
         **sparse("model", plan, (latent, 32)),
         **prompts("clip", FOX),
         "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 1280, "height": 720, "length": frames}),
         "sampler": Node(
-            "KSampler", 3, {"seed": 0, "steps": 100, "cfg": 7.5, "sampler_name": "euler_ancestral", "scheduler": "normal"},
+            "KSampler", 2, {"seed": 0, "steps": 100, "cfg": 7.5, "sampler_name": "euler_ancestral", "scheduler": "normal"},
             {"model": ("sparse", 0), "positive": ("positive", 0), "negative": ("negative", 0), "latent_image": ("latent", 0)},
         ),
         **video(("sampler", 0), ("vae", 0), 24, tiled=True),
@@ -118,13 +131,15 @@ def opensora(frames: int) -> Graph:
         f"- `models/diffusion_models/{folder}/`: [diffusion_pytorch_model.safetensors]({url}) and its "
         f"[config.json]({OSP}/resolve/main/{frames}x720p/config.json)\n"
         f"- `models/vae/open_sora_plan_v1.2/`: [checkpoint.ckpt]({OSP}/resolve/main/vae/checkpoint.ckpt)\n"
-        f"- `models/text_encoders/mt5-xxl-encoder.safetensors`: made from [google/mt5-xxl]({HUB}/google/mt5-xxl) with "
-        "`evdit convert text-encoder` (11 GB)",
+        f"- `models/text_encoders/mt5-xxl-encoder.safetensors` (11 GB), made from a download of [google/mt5-xxl]({HUB}/google/mt5-xxl). In "
+        "the pack's folder, with ComfyUI's Python: `python -m efficient_vdit_core.cli convert text-encoder mt5-xxl "
+        "mt5-xxl-encoder.safetensors`, where `mt5-xxl` is the folder with `pytorch_model.bin`, `config.json` and `spiece.model`",
         "5.5 GB of weights in bf16, the text encoder 11 GB more while it encodes. "
         f"Upstream reports {seconds} s on one H100 with full attention.",
         "A model that was not distilled for its plan loses some quality; keep more layers full where motion falls apart.",
     )
-    return Graph(f"opensora_plan_{frames}x720p", text, nodes)
+    caption = ("Open-Sora-Plan 1.2", f"{frames} frames, 1280x720", part(plan, latent, 32))
+    return Graph(f"opensora_plan_{frames}x720p", f"Open-Sora-Plan 1.2, {frames} frames 720p", caption, text, nodes)
 
 
 def several_gpus() -> Graph:
@@ -133,8 +148,8 @@ def several_gpus() -> Graph:
     nodes: dict[str, Node] = {}
     for name, node in graph.nodes.items():
         if name == "sampler":
-            nodes["parallel"] = Node("EVDiTSequenceParallel", 3, {}, {"model": ("sparse", 0)})
-            nodes["devices"] = Node("PreviewAny", 4, {}, {"source": ("parallel", 1)}, "Devices and rates")
+            nodes["parallel"] = Node("EVDiTSequenceParallel", 2, {}, {"model": ("sparse", 0)})
+            nodes["devices"] = Node("PreviewAny", 3, {}, {"source": ("parallel", 1)}, "Devices and rates")
             node.links["model"] = ("parallel", 0)
         nodes[name] = node
     text = graph.note.replace("## Open-Sora-Plan v1.2, 93 frames of 1280x720", "## Open-Sora-Plan v1.2 on several GPUs")
@@ -143,7 +158,8 @@ def several_gpus() -> Graph:
         "computes a part of the frames. With one GPU the model passes through. Sampler, preview and Cancel stay in ComfyUI. A pack from "
         "the registry starts no processes: start the pool first, as the help page of Sequence Parallel says."
     )
-    return Graph("opensora_plan_several_gpus", text + extra, nodes)
+    caption = ("Several GPUs", "Open-Sora-Plan 1.2, 93 frames", "one video, shared out by frames")
+    return Graph("opensora_plan_several_gpus", "Open-Sora-Plan 1.2, multi GPU", caption, text + extra, nodes)
 
 
 def wan21() -> Graph:
@@ -165,13 +181,13 @@ def wan21() -> Graph:
             "LoraLoaderModelOnly", 0, {"lora_name": lora["name"], "strength_model": 1.0}, {"model": ("model", 0)}, "Few-step LoRA", [lora]
         ),
         "clip": loader("CLIPLoader", "clip_name", clip, type="wan"),
-        "vae": loader("VAELoader", "vae_name", vae),
+        "vae": loader("VAELoader", "vae_name", vae, column=3),
         **sparse("lora", plan, (21, 40)),
         **prompts("clip", FOX),
         "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 832, "height": 480, "length": 81}),
-        "shift": Node("ModelSamplingSD3", 3, {"shift": 5.0}, {"model": ("sparse", 0)}),
+        "shift": Node("ModelSamplingSD3", 2, {"shift": 5.0}, {"model": ("sparse", 0)}),
         "sampler": Node(
-            "KSampler", 3, {"seed": 0, "steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple"},
+            "KSampler", 2, {"seed": 0, "steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple"},
             {"model": ("shift", 0), "positive": ("positive", 0), "negative": ("negative", 0), "latent_image": ("latent", 0)},
         ),
         **video(("sampler", 0), ("vae", 0), 16),
@@ -183,7 +199,8 @@ def wan21() -> Graph:
         "About 14 GB for the model and 7 GB for the text encoder; ComfyUI moves what does not fit.",
         "The look of full attention with small changes of motion. The LoRA sets the quality of 4 steps; it was not trained for a plan.",
     )
-    return Graph("wan21_sparse_4_steps", text, nodes)
+    caption = ("Wan 2.1 14B", "81 frames, 832x480", f"4 steps, {part(plan, 21, 40)}")
+    return Graph("wan21_sparse_4_steps", "Wan 2.1 14B faster, sparse, 4 steps", caption, text, nodes)
 
 
 def wan22() -> Graph:
@@ -207,8 +224,10 @@ def wan22() -> Graph:
             "LoraLoaderModelOnly", 0, {"lora_name": lora["name"]}, lora_link, f"Few-step LoRA, {title}", [lora]
         )
         sparse_links = {"model": (f"{noise}_lora", 0), "plan": ("plan", 0)}
-        nodes[f"{noise}_sparse"] = Node("EVDiTSparseAttention", 1, {}, sparse_links, f"Sparse Attention, {title}")
-        nodes[f"{noise}_shift"] = Node("ModelSamplingSD3", 3, {"shift": 5.0}, {"model": (f"{noise}_sparse", 0)})
+        # The high-noise expert sets layout and motion: its first step and more of its layers stay dense.
+        mild = {"start_percent": 0.2, "dense_blocks": "0-5,-1" if noise == "high" else ""}
+        nodes[f"{noise}_sparse"] = Node("EVDiTSparseAttention", 1, mild, sparse_links, f"Sparse Attention, {title}")
+        nodes[f"{noise}_shift"] = Node("ModelSamplingSD3", 2, {"shift": 5.0}, {"model": (f"{noise}_sparse", 0)})
     common = {"steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
     first = {
         "add_noise": "enable",
@@ -226,9 +245,9 @@ def wan22() -> Graph:
     }
     texts = {"positive": ("positive", 0), "negative": ("negative", 0)}
     nodes |= {
-        "clip": loader("CLIPLoader", "clip_name", clip, type="wan"),
-        "vae": loader("VAELoader", "vae_name", vae),
-        **prompts("clip", FOX),
+        "clip": loader("CLIPLoader", "clip_name", clip, column=1, type="wan"),
+        "vae": loader("VAELoader", "vae_name", vae, column=4),
+        **prompts("clip", FOX, column=2),
         "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 832, "height": 480, "length": 81}),
         "first": Node(
             "KSamplerAdvanced",
@@ -244,16 +263,19 @@ def wan22() -> Graph:
             {"model": ("low_shift", 0), **texts, "latent_image": ("first", 0)},
             "Steps 3-4",
         ),
-        **video(("second", 0), ("vae", 0), 16),
+        **video(("second", 0), ("vae", 0), 16, column=4),
     }
     text = note(
         "Wan 2.2 14B: sparse attention and 4 steps",
-        f"81 frames of 832x480 in 4 steps without guidance. Wan 2.2 is two models: both get the plan, {share(plan, 21, 40)} is computed.",
+        f"81 frames of 832x480 in 4 steps without guidance. Wan 2.2 is two models: both get the plan, with "
+        f"{share(plan, 21, 40)} from a fifth of the schedule on.",
         "\n".join(f"- `models/{f['directory']}`: [{f['name']}]({f['url']})" for f in (*files, clip, vae)),
         "About 14 GB for each of the two models, one after the other, and 7 GB for the text encoder.",
-        "The high-noise model sets layout and motion: bypass its *Sparse Attention* first where motion falls apart.",
+        "The high-noise model sets layout and motion, so its first step and six of its first layers stay dense: bypass its "
+        "*Sparse Attention* where motion still falls apart.",
     )
-    return Graph("wan22_sparse_4_steps", text, nodes)
+    caption = ("Wan 2.2 14B", "81 frames, 832x480", f"4 steps, {part(plan, 21, 40)}")
+    return Graph("wan22_sparse_4_steps", "Wan 2.2 14B faster, sparse, 4 steps", caption, text, nodes, WAN22_COLUMNS)
 
 
 def hunyuan() -> Graph:
@@ -266,18 +288,18 @@ def hunyuan() -> Graph:
     nodes = {
         "model": loader("UNETLoader", "unet_name", unet, weight_dtype="default"),
         "clip": Node("DualCLIPLoader", 0, both, models=[clip_l, llava]),
-        "vae": loader("VAELoader", "vae_name", vae),
+        "vae": loader("VAELoader", "vae_name", vae, column=3),
         **sparse("model", plan, (19, 60), start_percent=0.1),
-        "positive": Node("CLIPTextEncode", 2, {"text": FOX}, {"clip": ("clip", 0)}, "Prompt"),
+        "positive": Node("CLIPTextEncode", 1, {"text": FOX}, {"clip": ("clip", 0)}, "Prompt"),
         "guidance": Node("FluxGuidance", 2, {"guidance": 6.0}, {"conditioning": ("positive", 0)}),
         "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 848, "height": 480, "length": 73}),
         "noise": Node("RandomNoise", 2, {"noise_seed": 0}),
-        "shift": Node("ModelSamplingSD3", 3, {"shift": 7.0}, {"model": ("sparse", 0)}),
-        "guider": Node("BasicGuider", 3, {}, {"model": ("shift", 0), "conditioning": ("guidance", 0)}),
-        "sigmas": Node("BasicScheduler", 3, {"scheduler": "simple", "steps": 20, "denoise": 1.0}, {"model": ("shift", 0)}),
-        "euler": Node("KSamplerSelect", 3, {"sampler_name": "euler"}),
+        "shift": Node("ModelSamplingSD3", 2, {"shift": 7.0}, {"model": ("sparse", 0)}),
+        "guider": Node("BasicGuider", 2, {}, {"model": ("shift", 0), "conditioning": ("guidance", 0)}),
+        "sigmas": Node("BasicScheduler", 2, {"scheduler": "simple", "steps": 20, "denoise": 1.0}, {"model": ("shift", 0)}),
+        "euler": Node("KSamplerSelect", 2, {"sampler_name": "euler"}),
         "sampler": Node(
-            "SamplerCustomAdvanced", 3, {},
+            "SamplerCustomAdvanced", 2, {},
             {
                 "noise": ("noise", 0), "guider": ("guider", 0), "sampler": ("euler", 0), "sigmas": ("sigmas", 0),
                 "latent_image": ("latent", 0),
@@ -293,7 +315,8 @@ def hunyuan() -> Graph:
         "About 26 GB for the model in bf16 (choose fp8_e4m3fn for half) and 9 GB for the text encoder.",
         "The same scene as with full attention; fine motion differs. More reference frames hold it closer.",
     )
-    return Graph("hunyuan_video_sparse", text, nodes)
+    caption = ("HunyuanVideo", "73 frames, 848x480", part(plan, 19, 60))
+    return Graph("hunyuan_video_sparse", "HunyuanVideo faster, sparse", caption, text, nodes)
 
 
 def ltx() -> Graph:
@@ -307,10 +330,10 @@ def ltx() -> Graph:
         **prompts("clip", FOX),
         "rate": Node("LTXVConditioning", 2, {"frame_rate": 25.0}, {"positive": ("positive", 0), "negative": ("negative", 0)}),
         "latent": Node("EmptyLTXVLatentVideo", 2, {"width": 768, "height": 512, "length": 97}),
-        "sigmas": Node("LTXVScheduler", 3, {"steps": 30}, {"latent": ("latent", 0)}),
-        "euler": Node("KSamplerSelect", 3, {"sampler_name": "euler"}),
+        "sigmas": Node("LTXVScheduler", 2, {"steps": 30}, {"latent": ("latent", 0)}),
+        "euler": Node("KSamplerSelect", 2, {"sampler_name": "euler"}),
         "sampler": Node(
-            "SamplerCustom", 3, {"add_noise": True, "noise_seed": 0, "cfg": 3.0},
+            "SamplerCustom", 2, {"add_noise": True, "noise_seed": 0, "cfg": 3.0},
             {
                 "model": ("sparse", 0), "positive": ("rate", 0), "negative": ("rate", 1), "sampler": ("euler", 0), "sigmas": ("sigmas", 0),
                 "latent_image": ("latent", 0),
@@ -326,8 +349,9 @@ def ltx() -> Graph:
         "About 9 GB for the checkpoint and 10 GB for the text encoder.",
         "A look as with full attention; where it flickers between latent frames, raise the reference frames.",
     )
-    return Graph("ltx_video_sparse", text, nodes)
+    caption = ("LTX-Video 2B", "97 frames, 768x512", part(plan, 13, 28))
+    return Graph("ltx_video_sparse", "LTX-Video faster, sparse", caption, text, nodes)
 
 
 def downloaded_graphs() -> Iterator[Graph]:
-    yield from (opensora(29), opensora(93), several_gpus(), wan21(), wan22(), hunyuan(), ltx())
+    yield from (wan22(), wan21(), hunyuan(), ltx(), opensora(29), opensora(93), several_gpus())

@@ -2,29 +2,59 @@
 """Writes workflows/*.json (what the template browser opens) and web/prompts/*.json (the same for scripts, in API
 format).
 
-Usage: python .ci/templates.py http://127.0.0.1:8188, of a running ComfyUI with this pack: its /object_info orders the
-inputs.
+Usage: python .ci/templates.py http://127.0.0.1:8188 [CHROMIUM], of a running ComfyUI with this pack: its /object_info
+orders the inputs, and its page says how high each node is.
+
+A template is a `Graph` of template_graphs.py or tiny_graphs.py: nodes by a name of their own, each in a column, and a
+note. To add one, write a function that returns a Graph and yield it in `downloaded_graphs`; then run this command,
+thumbnails.py, and tests/contracts/test_templates.py, which has the rules:
+
+- The page names a template by its file, so the file is called by the graph's number and title. The tiny ones are first.
+- Columns are 340 px wide and stand in the order of the work; each is a group with a title. Nodes stand in a column in the
+  order of the dictionary. A note of 400 px stands before the first column.
+- The page shows a template at three quarters of its window, and the classic canvas draws no text below 57 %: at most five
+  columns, each at most 1300 px high with what its nodes show after a run.
+- A link goes to the same column or to the next one, so that no wire runs behind a node; a loader stands beside its user.
+- Every file has a link and a folder, in the loader's ``models`` and in the note.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any
 
+from comfy_page import open_page
 from template_graphs import Graph, downloaded_graphs
 from tiny_graphs import tiny_graphs
 
 ROOT = Path(__file__).parents[1]
 CORE_VERSION, PACK = "0.3.64", "efficient-vdit"
-PLAIN = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-COLUMN, GAP, ROW, TITLE = 390, 60, 24, 34  # px
-# px that a node needs beside its slots and widgets: for its text, and for what it shows after a run
-EXTRA = {"CLIPTextEncode": 100, "PreviewImage": 300, "SaveVideo": 330, "PreviewAny": 160}
-CHART, PLAN = 330, "EVDIT_PLAN"  # px of the chart in every node that gives a plan
+PLAIN = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+COLUMN, NOTE, GAP, ROW, TITLE = 340, 400, 60, 30, 30  # px: widths, between columns, between nodes, of a node's title
+# px that a node needs beside what it has when it is new: for its text, and for what it shows after a run
+EXTRA = {"CLIPTextEncode": 50, "PreviewImage": 300, "SaveVideo": 280, "PreviewAny": 60}
+CHART_EXTRA, PLAN = 40, "EVDIT_PLAN"  # px of the last run's figures in the chart of every node that gives a plan
+LETTER, LINE = 5.7, 17  # px of a note's text
+Heights = dict[str, int]  # node class -> px with its title, in the higher of both renderers
+MEASURE = """kinds => {
+    app.graph.clear();
+    for (const kind of kinds) {
+        const node = LiteGraph.createNode(kind);
+        app.graph.add(node);
+        node.pos = [400 * app.graph.nodes.length, 100];
+        node.setSize([COLUMN, 10]);
+    }
+    Object.assign(app.canvas.ds, { scale: 0.1, offset: [0, 0] });
+    app.canvas.setDirty(true, true);
+}""".replace("COLUMN", str(COLUMN))
+MEASURED = f"""() => app.graph.nodes.map(n => [n.type,
+    document.querySelector(`[data-node-id="${{n.id}}"]`)?.offsetHeight ?? Math.max(n.size[1], n.computeSize()[1]) + {TITLE}])"""
 Inputs = dict[str, tuple[str, bool, bool]]  # name -> type, is a widget, is followed by "control after generate"
 
 
@@ -35,7 +65,8 @@ def inputs_of(info: dict[str, Any], kind: str) -> Inputs:
     for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
         options = spec[1] if len(spec) > 1 else {}
         plain = isinstance(spec[0], list) or spec[0] in PLAIN
-        name_type = "COMBO" if isinstance(spec[0], list) else spec[0]
+        # A list of choices that bring more widgets is a plain list in earlier versions.
+        name_type = "COMBO" if isinstance(spec[0], list) or spec[0] == "COMFY_DYNAMICCOMBO_V3" else spec[0]
         found[name] = (name_type, plain and not options.get("forceInput"), bool(options.get("control_after_generate")))
     return found
 
@@ -49,7 +80,7 @@ def default_of(info: dict[str, Any], kind: str, name: str) -> Any:
     choices = spec[0] if isinstance(spec[0], list) else options.get("options")
     if not choices:
         raise ValueError(f"{kind}.{name} has no default; give the template a value for it.")
-    return choices[0]
+    return choices[0]["key"] if isinstance(choices[0], dict) else choices[0]
 
 
 def api_prompt(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
@@ -58,10 +89,11 @@ def api_prompt(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
     prompt: dict[str, Any] = {}
     for key, node in graph.nodes.items():
         inputs: dict[str, Any] = {}
+        ours = node.kind.startswith("EVDiT")  # of others, later versions append optional widgets
         for name, (_, widget, _) in inputs_of(info, node.kind).items():
             if name in node.links:
                 inputs[name] = [numbers[node.links[name][0]], node.links[name][1]]
-            elif widget:
+            elif widget and (name in node.values or ours or name not in info[node.kind]["input"].get("optional", {})):
                 inputs[name] = node.values[name] if name in node.values else default_of(info, node.kind, name)
         unknown = set(node.values) | set(node.links)
         if unknown - set(inputs):
@@ -71,12 +103,19 @@ def api_prompt(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
     return prompt
 
 
-def height_of(inputs: Inputs, outputs: list[str], links: int, kind: str, control: int) -> int:
-    widgets = sum(widget for _, widget, _ in inputs.values()) + control
-    return TITLE + ROW * (max(links, len(outputs)) + widgets) + EXTRA.get(kind, 0) + (CHART if PLAN in outputs else 0)
+def measure(server: str, chromium: str, kinds: list[str]) -> Heights:
+    """How high each node is on the page, at a column's width."""
+    heights: Heights = {}
+    for modern in (False, True):
+        with open_page(server, chromium, 1920, 1080, modern=modern) as page:
+            page.evaluate(MEASURE, kinds)
+            page.wait_for_timeout(5000)
+            for kind, height in page.evaluate(MEASURED):
+                heights[kind] = max(heights.get(kind, 0), round(height))
+    return heights
 
 
-def ui_workflow(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
+def ui_workflow(graph: Graph, info: dict[str, Any], heights: Heights) -> dict[str, Any]:
     """What the page saves: nodes in columns, links by number."""
     prompt, numbers = api_prompt(graph, info), {key: i + 1 for i, key in enumerate(graph.nodes)}
     links: list[list[Any]] = []
@@ -87,11 +126,12 @@ def ui_workflow(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
         for name, (kind, widget, control) in inputs.items():
             slot: dict[str, Any] = {"name": name, "type": kind, "link": None}
             if widget:
+                if name not in prompt[str(numbers[key])]["inputs"]:
+                    continue
                 slot["widget"] = {"name": name}
                 values += [prompt[str(numbers[key])]["inputs"][name]] + (["fixed"] if control else [])
             slots.append(slot)
-        controls = sum(control for *_, control in inputs.values())
-        height = height_of(inputs, info[node.kind]["output"], len(node.links), node.kind, controls)
+        height = heights[node.kind] + EXTRA.get(node.kind, 0)
         ours = node.kind.startswith("EVDiT")
         properties: dict[str, Any] = (
             {"cnr_id": PACK, "ver": version()} if ours else {"cnr_id": "comfy-core", "ver": CORE_VERSION}
@@ -101,12 +141,13 @@ def ui_workflow(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
             properties["evdit_preview"] = dict(zip(("frames", "depth"), node.preview, strict=True))
         outputs = zip(info[node.kind]["output_name"], info[node.kind]["output"], strict=True)
         nodes[key] = {
-            "id": numbers[key], "type": node.kind, "pos": [node.column * (COLUMN + GAP), where[node.column]], "size": [COLUMN, height],
+            "id": numbers[key], "type": node.kind, "pos": [node.column * (COLUMN + GAP), where[node.column] + TITLE],
+            "size": [COLUMN, height - TITLE],
             "flags": {}, "order": order + 1, "mode": 0, "inputs": slots,
             "outputs": [{"name": name, "type": kind, "links": []} for name, kind in outputs],
             "properties": properties, "widgets_values": values, **({"title": node.title} if node.title else {}),
         }  # fmt: skip
-        where[node.column] += height + GAP
+        where[node.column] += height + ROW + (CHART_EXTRA if PLAN in info[node.kind]["output"] else 0)
     for key, node in graph.nodes.items():
         for name, (source, slot) in node.links.items():
             position, taken = next((i, s) for i, s in enumerate(nodes[key]["inputs"]) if s["name"] == name)
@@ -118,17 +159,31 @@ def ui_workflow(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{graph.name}")), "revision": 0,
         "last_node_id": len(nodes) + 1, "last_link_id": len(links),
-        "nodes": [*nodes.values(), note_node(graph, len(nodes) + 1)], "links": links, "groups": [], "config": {},
-        "extra": {"ds": {"scale": 0.6, "offset": [560, 190]}}, "version": 0.4,
+        "nodes": [*nodes.values(), note_node(graph, len(nodes) + 1)], "links": links, "groups": groups(graph, where), "config": {},
+        "extra": {"ds": {"scale": 0.6, "offset": [560, 190]}, "template": graph.name}, "version": 0.4,
     }  # fmt: skip
 
 
+def groups(graph: Graph, where: dict[int, int]) -> list[dict[str, Any]]:
+    """A box with a title around each column."""
+    edge, head = 15, 50
+    return [
+        {
+            "id": number + 1, "title": title, "color": "#3f789e", "font_size": 22, "flags": {},
+            "bounding": [number * (COLUMN + GAP) - edge, -head, COLUMN + 2 * edge, where[number] - ROW + head + edge],
+        }
+        for number, title in enumerate(graph.columns)
+    ]  # fmt: skip
+
+
 def note_node(graph: Graph, number: int) -> dict[str, Any]:
+    shown = re.sub(r"\]\([^)]*\)", "", graph.note)  # a link shows its words
+    lines = sum(max(1, math.ceil(len(line) * LETTER / (NOTE - 40))) for line in shown.splitlines())
     return {
-        "id": number, "type": "MarkdownNote", "pos": [-COLUMN - GAP - 40, 0], "size": [COLUMN + 40, 620], "flags": {},
+        "id": number, "type": "MarkdownNote", "pos": [-NOTE - GAP, TITLE], "size": [NOTE, LINE * lines + 40], "flags": {},
         "order": 0, "mode": 0, "inputs": [], "outputs": [], "title": "About this workflow",
         "properties": {"cnr_id": "comfy-core", "ver": CORE_VERSION},
-        "widgets_values": [graph.note], "color": "#432", "bgcolor": "#653",
+        "widgets_values": [graph.note],
     }  # fmt: skip
 
 
@@ -143,13 +198,17 @@ def write(folder: str, name: str, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def main(server: str) -> None:
+def main(server: str, chromium: str) -> None:
     with urllib.request.urlopen(f"{server}/object_info", timeout=60) as answer:
         info = json.load(answer)
-    for graph in (*tiny_graphs(), *downloaded_graphs()):
-        write("workflows", graph.name, ui_workflow(graph, info))
+    graphs = [*tiny_graphs(), *downloaded_graphs()]
+    heights = measure(server, chromium, sorted({node.kind for graph in graphs for node in graph.nodes.values()}))
+    for path in (ROOT / "workflows").glob("*.json"):
+        path.unlink()
+    for number, graph in enumerate(graphs, 1):
+        write("workflows", f"{number:02} {graph.title}", ui_workflow(graph, info, heights))
         write("web/prompts", graph.name, api_prompt(graph, info))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "/usr/bin/chromium")

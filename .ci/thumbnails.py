@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Takes the templates' pictures: what the tiny ones make, and of those that need downloads their plan as ComfyUI's page
-draws it.
+"""Makes the templates' pictures: model, size and gain in words, over what the tiny ones make and the plans of the others.
 
-Usage: python .ci/thumbnails.py http://127.0.0.1:8188 [CHROMIUM], of a running ComfyUI with this pack.
+Usage: python .ci/thumbnails.py http://127.0.0.1:8188 [CHROMIUM], of a running ComfyUI with this pack; after templates.py.
 """
 
 from __future__ import annotations
@@ -16,46 +15,41 @@ from typing import Any
 import imageio.v3 as imageio
 import numpy as np
 from comfy_page import open_page, outputs_of
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from template_graphs import Graph, downloaded_graphs
+from tiny_graphs import tiny_graphs
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = ROOT / "workflows"
-WIDTH, COLUMNS, ROWS, EDGE = 720, 3, 2, 2  # px, frames of a contact sheet, px
-SIZE, LEFT, TOP = 620, 120, 120  # px
-SHOW = """([workflow, left, top, size]) => {
-    return app.loadGraphData(workflow).then(() => {
-        const node = app.graph.nodes.find(n => n.type === 'EVDiTTilePlan');
-        const scale = (size - 60) / node.size[0];
-        app.canvas.ds.scale = scale;
-        const canvas = app.canvas.canvas.getBoundingClientRect();
-        app.canvas.ds.offset = [(left + 30 - canvas.left) / scale - node.pos[0], (top + 64 - canvas.top) / scale - node.pos[1]];
-        app.canvas.setDirty(true, true);
-    });
-}"""
+SIDE, COLUMNS, ROWS, EDGE = 720, 3, 2, 2  # px, frames of a contact sheet, px
+BADGE, LINES, BOTTOM = 84, (54, 34, 34), 40  # px: the page's badge covers so much of the top; letters; free below
+BACKGROUND, COLORS = (24, 26, 30), ((255, 255, 255), (190, 198, 208), (255, 176, 92))
+SHOW = """workflow => app.loadGraphData(workflow).then(() => {
+    const node = app.graph.nodes.find(n => n.type === 'EVDiTTilePlan');
+    app.canvas.ds.scale = 1.8;
+    const canvas = app.canvas.canvas.getBoundingClientRect();
+    app.canvas.ds.offset = [(120 - canvas.left) / 1.8 - node.pos[0], (120 - canvas.top) / 1.8 - node.pos[1]];
+    app.canvas.setDirty(true, true);
+})"""
 
 
-def take(page: Any, path: Path) -> None:
-    """Load one workflow and save its plan's picture beside it."""
-    page.evaluate(SHOW, [json.loads(path.read_text(encoding="utf-8")), LEFT, TOP, SIZE])
-    page.locator(".evdit-plan-chart").first.wait_for()
-    page.wait_for_timeout(3000)
-    clip = {"x": LEFT, "y": TOP, "width": SIZE, "height": SIZE}
-    page.screenshot(path=path.with_suffix(".jpg"), type="jpeg", quality=85, clip=clip)
+def plan_picture(page: Any, workflow: Path) -> Image.Image:
+    """The chart of a template's plan, as the page draws it."""
+    page.evaluate(SHOW, json.loads(workflow.read_text(encoding="utf-8")))
+    chart = page.locator(".evdit-plan-chart").first
+    chart.wait_for()
+    page.wait_for_timeout(2000)
+    return Image.open(io.BytesIO(chart.screenshot())).convert("RGB")
 
 
-def run(server: str, path: Path) -> None:
-    """Run one template and save its picture, or frames of its video, beside it."""
-    prompt = json.loads((ROOT / "web" / "prompts" / path.name).read_text(encoding="utf-8"))
+def result_picture(server: str, graph: Graph) -> Image.Image:
+    """What a tiny template's run shows, or frames of its video."""
+    prompt = json.loads((ROOT / "web" / "prompts" / f"{graph.name}.json").read_text(encoding="utf-8"))
     shown = {prompt[node]["class_type"]: data for node, data in outputs_of(server, prompt)}
-    video = "PreviewImage" not in shown
-    data = shown["SaveVideo" if video else "PreviewImage"]
-    picture = (
-        contact_sheet(imageio.imread(data, extension=".mp4")) if video else Image.open(io.BytesIO(data)).convert("RGB")
-    )
-    resample = Image.Resampling.NEAREST if video else Image.Resampling.LANCZOS
-    picture.resize((WIDTH, round(WIDTH * picture.height / picture.width)), resample).save(
-        path.with_suffix(".jpg"), quality=88
-    )
+    if "PreviewImage" in shown:
+        return Image.open(io.BytesIO(shown["PreviewImage"])).convert("RGB")
+    sheet = contact_sheet(imageio.imread(shown["SaveVideo"], extension=".mp4"))
+    return sheet.resize((sheet.width * 4, sheet.height * 4), Image.Resampling.NEAREST)
 
 
 def contact_sheet(frames: np.ndarray) -> Image.Image:
@@ -67,13 +61,29 @@ def contact_sheet(frames: np.ndarray) -> Image.Image:
     )
 
 
+def compose(caption: tuple[str, ...], picture: Image.Image) -> Image.Image:
+    """Words under the page's badge, the picture below them; square, as the page cuts it."""
+    card, top = Image.new("RGB", (SIDE, SIDE), BACKGROUND), BADGE
+    draw = ImageDraw.Draw(card)
+    for line, size, color in zip(caption, LINES, COLORS, strict=True):
+        draw.text((36, top), line, font=ImageFont.load_default(size), fill=color)
+        top += size + 12
+    room = SIDE - 2 * 36, SIDE - top - BOTTOM - 16
+    share = min(room[0] / picture.width, room[1] / picture.height)
+    picture = picture.resize((round(picture.width * share), round(picture.height * share)), Image.Resampling.LANCZOS)
+    card.paste(picture, ((SIDE - picture.width) // 2, top + 16 + (room[1] - picture.height) // 2))
+    return card
+
+
 def main(server: str, chromium: str) -> None:
-    for path in sorted(WORKFLOWS.glob("tiny*.json")):
-        run(server, path)
-    with open_page(server, chromium, 1000, 860) as page:
-        for path in sorted(WORKFLOWS.glob("*.json")):
-            if not path.stem.startswith("tiny"):
-                take(page, path)
+    paths = {json.loads(p.read_text(encoding="utf-8"))["extra"]["template"]: p for p in WORKFLOWS.glob("*.json")}
+    for path in WORKFLOWS.glob("*.jpg"):
+        path.unlink()
+    pictures = [(graph, result_picture(server, graph)) for graph in tiny_graphs()]
+    with open_page(server, chromium, 1280, 1000) as page:
+        pictures += [(graph, plan_picture(page, paths[graph.name])) for graph in downloaded_graphs()]
+    for graph, picture in pictures:
+        compose(graph.caption, picture).save(paths[graph.name].with_suffix(".jpg"), quality=88)
 
 
 if __name__ == "__main__":

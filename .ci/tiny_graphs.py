@@ -76,6 +76,17 @@ clips. At this size attention is a small part of a step, so the fewer steps show
 The recipe is `evdit recipe three-stage`."""
 
 
+COMPARE_COLUMNS = ("1 Model", "2 Sparse attention and prompt", "3 Steps and noise", "4 Sampling", "5 Result")
+SEARCH_COLUMNS = ("1 Model and prompt", "2 Search", "3 Sampling and map", "4 Video", "5 What was found")
+MAP_COLUMNS = ("1 Model", "2 Plan and prompts", "3 Measure", "4 Result")
+
+# model, size, gain
+TINY_CAPTION = ("Tiny text to video", "29 frames, 64x64, no download", "53% of the attention, on a CPU")
+COMPARE_CAPTION = ("Dense beside sparse", "29 frames, 64x64, no download", "the same noise twice, compared")
+TOUR_CAPTION = ("Three stages", "29 frames, 64x64, no download", "100 evaluations, then 8 and 8")
+SEARCH_CAPTION = ("Search a plan", "for your model, layer by layer", "the sparsest below an error")
+MAP_CAPTION = ("Where attention goes", "frame by frame, in each layer", "what a plan keeps of it")
+
 TINY_SENTENCE = "a red circle moving right fast on a white background"
 
 
@@ -84,25 +95,25 @@ def tiny_parts(plan: dict[str, Node]) -> dict[str, Node]:
     return {
         "model": Node("EVDiTModelLoader", 0, {"model_name": TINY}),
         "clip": Node("EVDiTTextEncoderLoader", 0, {"text_encoder_name": TINY}),
-        "vae": Node("EVDiTVAELoader", 0, {"vae_name": TINY}),
+        "vae": Node("EVDiTVAELoader", 3, {"vae_name": TINY}),
         **plan,
         **prompts("clip", TINY_SENTENCE, ""),
         "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 64, "height": 64, "length": 29}),
     }
 
 
-def tiny_sampling(source: str, suffix: str = "", title: str = "") -> dict[str, Node]:
+def tiny_sampling(source: str, suffix: str = "", title: str = "", column: int = 2) -> dict[str, Node]:
     """50 steps with guidance; ``suffix`` tells two of them apart, noise, levels and sampler are shared."""
     shared = {
         "noise": Node("RandomNoise", 2, {"noise_seed": 1}),
-        "sigmas": Node("EVDiTConsistencySigmas", 3, {"segments": 50, "steps": 50}, {"model": (source, 0)}),
-        "consistency": Node("EVDiTConsistencySampler", 3),
+        "sigmas": Node("EVDiTConsistencySigmas", 2, {"segments": 50, "steps": 50}, {"model": (source, 0)}),
+        "consistency": Node("EVDiTConsistencySampler", 2),
     }
     links = {"model": (source, 0), "positive": ("positive", 0), "negative": ("negative", 0)}
     return ({} if suffix else shared) | {
-        f"guider{suffix}": Node("CFGGuider", 3, {"cfg": 3.0}, links, f"CFGGuider, {title}" if title else ""),
+        f"guider{suffix}": Node("CFGGuider", 2, {"cfg": 3.0}, links, f"CFGGuider, {title}" if title else ""),
         f"sampler{suffix}": Node(
-            "SamplerCustomAdvanced", 3, {},
+            "SamplerCustomAdvanced", column, {},
             {
                 "noise": ("noise", 0), "guider": (f"guider{suffix}", 0), "sampler": ("consistency", 0), "sigmas": ("sigmas", 0),
                 "latent_image": ("latent", 0),
@@ -120,21 +131,24 @@ TINY_PLAN = {
 
 def tiny() -> Graph:
     nodes = tiny_parts(TINY_PLAN) | tiny_sampling("sparse") | video(("sampler", 0), ("vae", 0), 12)
-    return Graph("tiny_text_to_video", TINY_NOTE, nodes)
+    return Graph("tiny_text_to_video", "Tiny text to video, no download", TINY_CAPTION, TINY_NOTE, nodes)
 
 
 def tiny_compare() -> Graph:
-    nodes = tiny_parts(TINY_PLAN) | tiny_sampling("sparse", title="sparse") | tiny_sampling("model", "_dense", "dense")
+    nodes = tiny_parts(TINY_PLAN) | tiny_sampling("sparse", title="sparse", column=3)
+    nodes |= tiny_sampling("model", "_dense", "dense", column=3)
     nodes |= {
-        "decode": Node("VAEDecode", 4, {}, {"samples": ("sampler", 0), "vae": ("vae", 0)}, "Decode, sparse"),
-        "decode_dense": Node("VAEDecode", 4, {}, {"samples": ("sampler_dense", 0), "vae": ("vae", 0)}, "Decode, dense"),
-        "compare": Node("EVDiTCompareVideos", 4, {}, {"video_a": ("decode_dense", 0), "video_b": ("decode", 0)}),
-        "picture": Node("PreviewImage", 5, {}, {"images": ("compare", 0)}),
-        "table": Node("PreviewAny", 5, {}, {"source": ("compare", 1)}, "Numbers"),
-        "report": Node("EVDiTReport", 4, {}, {"model": ("sparse", 0), "after": ("sampler", 0)}),
-        "calls": Node("PreviewAny", 5, {}, {"source": ("report", 0)}, "What became sparse"),
+        "decode": Node("VAEDecode", 3, {}, {"samples": ("sampler", 0), "vae": ("vae", 0)}, "Decode, sparse"),
+        "decode_dense": Node("VAEDecode", 3, {}, {"samples": ("sampler_dense", 0), "vae": ("vae", 0)}, "Decode, dense"),
+        "compare": Node("EVDiTCompareVideos", 3, {}, {"video_a": ("decode_dense", 0), "video_b": ("decode", 0)}),
+        "picture": Node("PreviewImage", 4, {}, {"images": ("compare", 0)}),
+        "table": Node("PreviewAny", 4, {}, {"source": ("compare", 1)}, "Numbers"),
+        "report": Node("EVDiTReport", 3, {}, {"model": ("sparse", 0), "after": ("sampler", 0)}),
+        "calls": Node("PreviewAny", 4, {}, {"source": ("report", 0)}, "What became sparse"),
     }
-    return Graph("tiny_dense_beside_sparse", COMPARE_NOTE, nodes)
+    return Graph(
+        "tiny_dense_beside_sparse", "Tiny, dense beside sparse", COMPARE_CAPTION, COMPARE_NOTE, nodes, COMPARE_COLUMNS
+    )
 
 
 def tiny_search() -> Graph:
@@ -144,13 +158,15 @@ def tiny_search() -> Graph:
         "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("model", 0), "plan": ("search", 0)}),
     }
     nodes = tiny_parts(plan) | tiny_sampling("sparse") | video(("sampler", 0), ("vae", 0), 12)
+    for name in ("positive", "negative", "latent"):
+        nodes[name].column = 0
     nodes |= {
-        "keep": Node("EVDiTSaveTilePlan", 4, {"filename_prefix": "tiny"}, {"plan": ("search", 0)}),
-        "errors": Node("PreviewAny", 5, {}, {"source": ("search", 1)}, "Errors of each layer"),
-        "map": Node("EVDiTAttentionTileMap", 4, {"layers": "0,2,5", "seed": 0}, {**measured, "plan": ("search", 0)}),
-        "picture": Node("PreviewImage", 5, {}, {"images": ("map", 0)}, "What the plan keeps"),
+        "keep": Node("EVDiTSaveTilePlan", 1, {"filename_prefix": "tiny"}, {"plan": ("search", 0)}),
+        "errors": Node("PreviewAny", 4, {}, {"source": ("search", 1)}, "Errors of each layer"),
+        "map": Node("EVDiTAttentionTileMap", 2, {"layers": "0,2,5", "seed": 0}, {**measured, "plan": ("search", 0)}),
+        "picture": Node("PreviewImage", 4, {}, {"images": ("map", 0)}, "What the plan keeps"),
     }
-    return Graph("tiny_search_a_plan", SEARCH_NOTE, nodes)
+    return Graph("tiny_search_a_plan", "Tiny, search a plan", SEARCH_CAPTION, SEARCH_NOTE, nodes, SEARCH_COLUMNS)
 
 
 def tiny_tour() -> Graph:
@@ -164,30 +180,33 @@ def tiny_tour() -> Graph:
         "plan": Node("EVDiTTilePlan", 1, {"text": plan}, preview=(8, 6)),
         "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("tuned", 0), "plan": ("plan", 0)}),
     })  # fmt: skip
-    nodes |= tiny_sampling("model", title="base")
+    nodes |= tiny_sampling("model", title="base", column=3)
+    nodes["sigmas"].column = 1
+    for name in ("positive", "negative"):
+        nodes[name].column = 0
     nodes["noise"].values["noise_seed"] = 2  # one whose three clips are clean
     nodes["levels"] = Node(
-        "EVDiTConsistencySigmas", 3, {"preset": "from checkpoint"}, {"model": ("few", 0)}, "Sigmas, few steps"
+        "EVDiTConsistencySigmas", 1, {"preset": "from checkpoint"}, {"model": ("few", 0)}, "Sigmas, few steps"
     )
     for suffix, source, title in (("_few", "few", "few steps"), ("_sparse", "sparse", "few steps, sparse")):
-        nodes |= tiny_sampling(source, suffix, title)
+        nodes |= tiny_sampling(source, suffix, title, column=3)
         nodes[f"guider{suffix}"].values["cfg"] = 1.0
         nodes[f"sampler{suffix}"].links["sigmas"] = ("levels", 0)
     for suffix in ("", "_few", "_sparse"):
-        nodes[f"decode{suffix}"] = Node("VAEDecode", 4, {}, {"samples": (f"sampler{suffix}", 0), "vae": ("vae", 0)})
+        nodes[f"decode{suffix}"] = Node("VAEDecode", 3, {}, {"samples": (f"sampler{suffix}", 0), "vae": ("vae", 0)})
     gap = {"direction": "right", "match_image_size": True, "spacing_width": 4, "spacing_color": "white"}
     nodes |= {
         "two": Node("ImageStitch", 4, gap, {"image1": ("decode", 0), "image2": ("decode_few", 0)}),
         "three": Node("ImageStitch", 4, gap, {"image1": ("two", 0), "image2": ("decode_sparse", 0)}),
-        "create": Node("CreateVideo", 5, {"fps": 12}, {"images": ("three", 0)}),
+        "create": Node("CreateVideo", 4, {"fps": 12}, {"images": ("three", 0)}),
         "save": Node(
-            "SaveVideo", 5, {"filename_prefix": "video/EfficientvDiT", "format": "mp4"}, {"video": ("create", 0)}
+            "SaveVideo", 4, {"filename_prefix": "video/EfficientvDiT", "format": "mp4"}, {"video": ("create", 0)}
         ),
-        "report": Node("EVDiTReport", 5, {}, {"model": ("sparse", 0), "after": ("sampler_sparse", 0)}),
-        "calls": Node("PreviewAny", 5, {}, {"source": ("report", 0)}, "What became sparse"),
+        "report": Node("EVDiTReport", 2, {}, {"model": ("sparse", 0), "after": ("sampler_sparse", 0)}),
+        "calls": Node("PreviewAny", 3, {}, {"source": ("report", 0)}, "What became sparse"),
     }
     note = TOUR_NOTE.format(steps=about.steps, share=share(plan, 8, 6))
-    return Graph("tiny_three_stages", note, nodes)
+    return Graph("tiny_three_stages", "Tiny, distilled in three stages", TOUR_CAPTION, note, nodes, COMPARE_COLUMNS)
 
 
 def tiny_map() -> Graph:
@@ -195,14 +214,14 @@ def tiny_map() -> Graph:
     nodes = tiny_parts({"plan": TINY_PLAN["plan"]})
     del nodes["vae"], nodes["negative"]
     nodes |= {
-        "second": Node("CLIPTextEncode", 2, {"text": "a blue square moving up slowly on a black background"}, {"clip": ("clip", 0)},
+        "second": Node("CLIPTextEncode", 1, {"text": "a blue square moving up slowly on a black background"}, {"clip": ("clip", 0)},
                        "Second prompt"),
-        "map": Node("EVDiTAttentionTileMap", 3, {"layers": "0-5", "seed": 0},
+        "map": Node("EVDiTAttentionTileMap", 2, {"layers": "0-5", "seed": 0},
                     {**measured, "plan": ("plan", 0), "second_prompt": ("second", 0)}),
-        "picture": Node("PreviewImage", 4, {}, {"images": ("map", 0)}),
-        "numbers": Node("PreviewAny", 4, {}, {"source": ("map", 1)}, "Shares and overlaps"),
+        "picture": Node("PreviewImage", 3, {}, {"images": ("map", 0)}),
+        "numbers": Node("PreviewAny", 3, {}, {"source": ("map", 1)}, "Shares and overlaps"),
     }  # fmt: skip
-    return Graph("tiny_attention_tile_map", MAP_NOTE, nodes)
+    return Graph("tiny_attention_tile_map", "Tiny, where attention goes", MAP_CAPTION, MAP_NOTE, nodes, MAP_COLUMNS)
 
 
 def tiny_graphs() -> Iterator[Graph]:

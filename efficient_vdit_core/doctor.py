@@ -21,8 +21,9 @@ NEEDED = {
     "pillow": "gif and webp",
 }
 OPTIONAL = {
-    "imageio": "reading videos",
+    "imageio": "reading videos to train on",
     "imageio-ffmpeg": "mp4",
+    "av": "mp4, where imageio-ffmpeg is missing",
     "diffusers": "the samplers ddim and euler_ancestral",
     "ftfy": "cleaning prompts as the reference does",
     "beautifulsoup4": "cleaning prompts as the reference does",
@@ -42,6 +43,8 @@ def examine() -> dict[str, Any]:
     for name in NEEDED:
         if packages[name]["version"] is None:
             problems.append(f"The package {name!r} is missing; it is needed for {NEEDED[name]}: pip install {name}.")
+    if not any(packages[name]["version"] for name in ("imageio-ffmpeg", "av")):
+        problems.append("No .mp4 can be written or read: pip install av, or write .gif and .webp.")
     return {
         "versions": {
             "efficient-vdit": __version__,

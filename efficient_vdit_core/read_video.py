@@ -11,13 +11,14 @@ from typing import IO
 
 import numpy as np
 
-from .video import INSTALL_ENGINE
+from .pyav_video import read_frames
+from .video import PACKAGES, has_ffmpeg, install
 
 _ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 
 
 def read_video(path: str | Path) -> np.ndarray:
-    """All frames, uint8 (F, H, W, 3), RGB: animations (gif, webp, apng) with Pillow, everything else with ffmpeg.
+    """All frames, uint8 (F, H, W, 3), RGB: animations (gif, webp, apng) with Pillow, everything else with ffmpeg or PyAV.
 
     A rate that varies becomes the constant one of the container, frames that last longer are repeated.
 
@@ -27,10 +28,14 @@ def read_video(path: str | Path) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"There is no file {str(path)!r}; check the path.")
     try:
-        frames = _read_animation(path) if path.suffix.lower() in _ANIMATIONS else _read_stream(path)
+        if path.suffix.lower() in _ANIMATIONS:
+            frames = _read_animation(path)
+        else:
+            frames = _read_stream(path) if has_ffmpeg() else read_frames(path)
     except ImportError as error:
         raise ValueError(
-            f"Reading {path.suffix} needs the package {error.name!r}, which is missing. {INSTALL_ENGINE}"
+            f"Reading {path.suffix} needs the package {PACKAGES.get(error.name or '', error.name)!r}, which is missing. "
+            f"{install(error.name)}"
         ) from error
     except (MemoryError, KeyboardInterrupt):
         raise

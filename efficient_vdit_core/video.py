@@ -7,6 +7,7 @@ EXIF image description.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,29 @@ from typing import Any
 import numpy as np
 
 from .files import check_writable_file, whole_file
+from .pyav_video import write_mp4
 
 SUFFIXES = (".mp4", ".gif", ".webp")
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 _EXIF_DESCRIPTION = 0x010E
-INSTALL_ENGINE = "Install the engine's extra: pip install 'efficient-vdit[engine]'."
+PACKAGES = {"PIL": "pillow", "imageio_ffmpeg": "imageio-ffmpeg"}  # module -> its name on PyPI, where they differ
+
+
+def install(module: str | None) -> str:
+    """What to type for a module that is missing, for this Python."""
+    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+    return f"Install it: {python} -m pip install {PACKAGES.get(module or '', module)}"
+
+
+def has_ffmpeg() -> bool:
+    """Whether imageio-ffmpeg is here and finds a program; else PyAV writes and reads mp4, if it is here."""
+    try:
+        import imageio_ffmpeg
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        return False
+    return True
 
 
 def check_writable(path: str | Path) -> Path:
@@ -59,7 +78,7 @@ def write_video(
         raise ValueError(f"mp4 needs even sizes, got {frames.shape[2]}x{frames.shape[1]}; write a gif or webp instead.")
     with whole_file(path, suffix) as part:
         if suffix == ".mp4":
-            _write_mp4(part, frames, fps, text)
+            (_write_mp4 if has_ffmpeg() else write_mp4)(part, frames, fps, text)
         else:
             _write_animation(part, frames, fps, text)
     return path
@@ -84,16 +103,13 @@ def _check_writer_installed(suffix: str) -> None:
             import PIL.Image  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
             return
-        import imageio_ffmpeg
-
-        imageio_ffmpeg.get_ffmpeg_exe()
+        if not has_ffmpeg():
+            import av  # noqa: F401 # pyright: ignore[reportUnusedImport, reportMissingImports]
     except ImportError as error:
+        instead = "Write a .gif or .webp instead, or: " if suffix == ".mp4" else ""
         raise ValueError(
-            f"Writing {suffix} needs the package {error.name!r}, which is missing. {INSTALL_ENGINE}"
-        ) from error
-    except RuntimeError as error:
-        raise ValueError(
-            "Writing .mp4 needs ffmpeg, and none was found; install it, or write a gif or webp."
+            f"Writing {suffix} needs the package {PACKAGES.get(error.name or '', error.name)!r}, which is missing. "
+            f"{instead}{install(error.name)}"
         ) from error
 
 

@@ -15,7 +15,7 @@ from .comfy_bridge.sampling import (
     cut_sigmas,
     preset_sigmas,
 )
-from .inputs import CATEGORY, search_words
+from .inputs import CATEGORY, advanced_inputs, search_words
 
 MAX_STEP = 1000
 
@@ -83,6 +83,7 @@ class EVDiTConsistencySigmas(io.ComfyNode):
     """The noise levels at which a multi-step consistency model is evaluated."""
 
     @classmethod
+    @advanced_inputs("shift", "manual_sigmas", "start_step", "end_step")
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTConsistencySigmas",

@@ -20,7 +20,7 @@ def make_accelerator(config: DistillConfig) -> Any:
         from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError as error:
         raise ValueError(
-            "Distillation needs the package 'accelerate', which is missing. Install efficient-vdit[engine,train]."
+            "Distillation needs the package 'accelerate', which is missing. Install it: pip install accelerate tensorboard"
         ) from error
     precision = config.training.precision
     if config.model.device not in ("auto", "cpu"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from comfyui_server import COMFYUI, PYTHON, ROOT, RUN_TIMEOUT, Server, to_api, why_no_comfyui
+from templates import workflow
 
 
 def pytest_collection_modifyitems(items):
@@ -56,7 +57,6 @@ def tiny_prompt(server):
     """The shipped tiny workflow in API format; a fresh copy for each call."""
 
     def make() -> dict:
-        workflow = json.loads((ROOT / "workflows" / "tiny_text_to_video.json").read_text(encoding="utf-8"))
-        return to_api(workflow, server.get("/object_info"))
+        return to_api(workflow("tiny_text_to_video"), server.get("/object_info"))
 
     return make

@@ -4,9 +4,10 @@ missing."""
 import json
 
 import pytest
-from comfyui_server import ROOT, to_api
+from comfyui_server import to_api
+from templates import PATHS, prompt, workflow
 
-NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+NAMES = list(PATHS)
 # Open-Sora-Plan's files are read by loaders of this pack, which say what is missing when they run.
 STOCK_LOADERS = [name for name in NAMES if not name.startswith(("tiny", "opensora"))]
 OWN_LOADERS = [name for name in NAMES if name.startswith("opensora")]
@@ -14,23 +15,17 @@ TINY = [name for name in NAMES if name.startswith("tiny")]
 SHOWS = {"PreviewImage": "images", "SaveVideo": "images", "PreviewAny": "text"}
 
 
-def load(folder: str, name: str) -> dict:
-    return json.loads((ROOT / folder / f"{name}.json").read_text(encoding="utf-8"))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_two_forms_say_the_same(server, name):
-    converted = to_api(load("workflows", name), server.get("/object_info"))
-    prompt = {
-        key: {"class_type": n["class_type"], "inputs": n["inputs"]} for key, n in load("web/prompts", name).items()
-    }
-    assert converted == prompt
+    converted = to_api(workflow(name), server.get("/object_info"))
+    sent = {key: {"class_type": n["class_type"], "inputs": n["inputs"]} for key, n in prompt(name).items()}
+    assert converted == sent
 
 
 @pytest.mark.parametrize("name", STOCK_LOADERS)
 def test_the_server_misses_nothing_but_files(server, name):
     """Every fault it names is a file that is not in its list; so wiring, types and ranges are right."""
-    status, answer = server.post("/prompt", {"prompt": load("web/prompts", name)})
+    status, answer = server.post("/prompt", {"prompt": prompt(name)})
     assert status == 400, answer
     faults = [fault for node in answer["node_errors"].values() for fault in node["errors"]]
     assert faults and {fault["type"] for fault in faults} == {"value_not_in_list"}
@@ -40,25 +35,25 @@ def test_the_server_misses_nothing_but_files(server, name):
 
 @pytest.mark.parametrize("name", OWN_LOADERS)
 def test_our_loaders_name_the_file_that_is_missing(server, name):
-    prompt = load("web/prompts", name)
+    sent = prompt(name)
     values = [
-        str(v) for node in prompt.values() if node["class_type"].startswith("EVDiT") for v in node["inputs"].values()
+        str(v) for node in sent.values() if node["class_type"].startswith("EVDiT") for v in node["inputs"].values()
     ]
     files = [value for value in values if value.endswith((".safetensors", ".ckpt"))]
     # From 0.8 on the server itself compares the choices of such nodes with their lists, before the run.
-    status, answer = server.post("/prompt", {"prompt": prompt})
-    message = json.dumps(answer["node_errors"]) if status == 400 else server.error(prompt)
+    status, answer = server.post("/prompt", {"prompt": sent})
+    message = json.dumps(answer["node_errors"]) if status == 400 else server.error(sent)
     assert any(file in message for file in files), message
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_the_tiny_ones_run_to_the_end(server, name):
     """With two steps of sampling in place of fifty; every node that shows something has something to show."""
-    prompt = load("web/prompts", name)
-    for node in prompt.values():
+    sent = prompt(name)
+    for node in sent.values():
         if node["class_type"] == "EVDiTConsistencySigmas":
             node["inputs"].update(segments=2, steps=2)
-    entry = server.run(prompt)
+    entry = server.run(sent)
     assert entry["status"]["status_str"] == "success", entry["status"]
-    showing = {key: SHOWS[node["class_type"]] for key, node in prompt.items() if node["class_type"] in SHOWS}
+    showing = {key: SHOWS[node["class_type"]] for key, node in sent.items() if node["class_type"] in SHOWS}
     assert showing and all(entry["outputs"][key][what] for key, what in showing.items())

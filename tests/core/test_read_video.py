@@ -3,10 +3,21 @@
 import numpy as np
 import pytest
 
+from efficient_vdit_core import read_video as reading
+from efficient_vdit_core import video as writing
 from efficient_vdit_core.read_video import read_video
 from efficient_vdit_core.video import write_video
 
 pytest.importorskip("imageio_ffmpeg")
+
+
+@pytest.fixture(autouse=True, params=["imageio_ffmpeg", "av"])
+def codec(request, monkeypatch):
+    """With what mp4 is written and read: ComfyUI's Python has PyAV alone."""
+    pytest.importorskip(request.param)
+    if request.param == "av":
+        for module in (reading, writing):
+            monkeypatch.setattr(module, "has_ffmpeg", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +84,9 @@ def test_a_missing_file_and_a_missing_reader_are_named(tmp_path, monkeypatch, fr
     with pytest.raises(ValueError, match="no file"):
         read_video(tmp_path / "a.mp4")
     path = write_video(tmp_path / "a.mp4", frames)
-    monkeypatch.setitem(__import__("sys").modules, "imageio_ffmpeg", None)
-    with pytest.raises(ValueError, match="efficient-vdit\\[engine\\]"):
+    for module in ("imageio_ffmpeg", "av"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(ValueError, match="-m pip install (av|imageio-ffmpeg)$"):
         read_video(path)
 
 

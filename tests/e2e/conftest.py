@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from comfyui_server import Server, why_no_comfyui
+from templates import PATHS
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -94,7 +95,7 @@ class ComfyPage:
         """Open a template of this pack from the template browser, by clicking."""
         self.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         self.page.get_by_role("dialog").get_by_text("efficient-vdit", exact=False).first.click()
-        self.page.get_by_role("dialog").get_by_text(name, exact=False).first.click()
+        self.page.get_by_role("dialog").get_by_text(PATHS[name].stem, exact=True).first.click()
         self.page.get_by_role("dialog").wait_for(state="hidden")
         self.page.wait_for_function("app.graph.nodes.some(n => n.type.startsWith('EVDiT'))")
 

@@ -3,9 +3,10 @@
 import re
 
 import pytest
-from comfyui_server import ENDINGS, ROOT, RUN_TIMEOUT
+from comfyui_server import ENDINGS, RUN_TIMEOUT
+from templates import PATHS
 
-NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+NAMES = list(PATHS)
 TINY = "tiny_text_to_video"
 ALL_TINY = [name for name in NAMES if name.startswith("tiny")]
 

@@ -190,7 +190,7 @@ def _inputs(node: dict, declared: dict, sources: dict) -> dict:
     return inputs
 
 
-def _fields(declared: dict) -> list[tuple]:
+def _fields(declared: dict) -> list[tuple[str, str | list, dict]]:
     both = {**declared.get("required", {}), **declared.get("optional", {})}
     return [(name, spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in both.items()]
 
@@ -200,8 +200,8 @@ def _widget(name: str, kind, options: dict, values: list) -> dict:
     taken = {name: values.pop(0)}
     if kind == "COMFY_DYNAMICCOMBO_V3":
         chosen = next(option for option in options["options"] if option["key"] == taken[name])
-        for inner, *spec in _fields(chosen["inputs"]):
-            taken |= _widget(f"{name}.{inner}", *spec, values)
+        for inner, kind_inside, more in _fields(chosen["inputs"]):
+            taken |= _widget(f"{name}.{inner}", kind_inside, more, values)
     elif values and (options.get("control_after_generate") or name in ("seed", "noise_seed")):
         values.pop(0)
     return taken
