@@ -93,11 +93,11 @@ def part(plan: str, frames: int, layers: int) -> str:
     return f"{TilePlan.from_text(plan).density(frames, layers):.0%} of the attention"
 
 
-def note(title: str, what: str, files: str, cost: str, tip: str) -> str:
+def note(title: str, what: str, files: str, cost: str, tip: str, needs: str = "0.3.60") -> str:
     return (
         f"## {title}\n\n{what}\n\n**Files**\n\n{files}\n\n**Memory and time.** {cost}\n\n**Expect.** {tip}\n\n"
         "Click a layer in *Tile Plan* to change it; bypass *Sparse Attention* (Ctrl+B) to compare with full attention. "
-        "After the run the chart and the log tell how many calls became sparse. Needs ComfyUI 0.3.60 or newer."
+        f"After the run the chart and the log tell how many calls became sparse. Needs ComfyUI {needs} or newer."
     )
 
 
@@ -319,39 +319,8 @@ def hunyuan() -> Graph:
     return Graph("hunyuan_video_sparse", "HunyuanVideo faster, sparse", caption, text, nodes)
 
 
-def ltx() -> Graph:
-    plan = "all:4 0-1:full -1:full"
-    whole = model("checkpoints", f"{HUB}/Lightricks/LTX-Video/resolve/main/ltx-video-2b-v0.9.safetensors")
-    t5 = model("text_encoders", f"{FLUX_TEXT}/resolve/main/t5xxl_fp16.safetensors")
-    nodes = {
-        "model": loader("CheckpointLoaderSimple", "ckpt_name", whole),
-        "clip": loader("CLIPLoader", "clip_name", t5, type="ltxv"),
-        **sparse("model", plan, (13, 28)),
-        **prompts("clip", FOX),
-        "rate": Node("LTXVConditioning", 2, {"frame_rate": 25.0}, {"positive": ("positive", 0), "negative": ("negative", 0)}),
-        "latent": Node("EmptyLTXVLatentVideo", 2, {"width": 768, "height": 512, "length": 97}),
-        "sigmas": Node("LTXVScheduler", 2, {"steps": 30}, {"latent": ("latent", 0)}),
-        "euler": Node("KSamplerSelect", 2, {"sampler_name": "euler"}),
-        "sampler": Node(
-            "SamplerCustom", 2, {"add_noise": True, "noise_seed": 0, "cfg": 3.0},
-            {
-                "model": ("sparse", 0), "positive": ("rate", 0), "negative": ("rate", 1), "sampler": ("euler", 0), "sigmas": ("sigmas", 0),
-                "latent_image": ("latent", 0),
-            },
-        ),
-        **video(("sampler", 0), ("model", 2), 25),
-    }  # fmt: skip
-    text = note(
-        "LTX-Video 2B with sparse attention",
-        f"97 frames of 768x512 in 30 steps with {share(plan, 13, 28)} computed. A latent frame of LTX is 8 video frames and few tokens, so "
-        "the gain is small at this size: it is here to start from for longer and larger videos.",
-        "\n".join(f"- `models/{f['directory']}`: [{f['name']}]({f['url']})" for f in (whole, t5)),
-        "About 9 GB for the checkpoint and 10 GB for the text encoder.",
-        "A look as with full attention; where it flickers between latent frames, raise the reference frames.",
-    )
-    caption = ("LTX-Video 2B", "97 frames, 768x512", part(plan, 13, 28))
-    return Graph("ltx_video_sparse", "LTX-Video faster, sparse", caption, text, nodes)
-
-
 def downloaded_graphs() -> Iterator[Graph]:
-    yield from (wan22(), wan21(), hunyuan(), ltx(), opensora(29), opensora(93), several_gpus())
+    import today_graphs as today  # which builds on this file
+
+    yield from (today.minimax_h3_text(), today.minimax_h3_image(), today.ltx23(), today.wan22_image())
+    yield from (wan22(), wan21(), hunyuan(), opensora(29), opensora(93), several_gpus())

@@ -38,8 +38,8 @@ CORE_VERSION, PACK = "0.3.64", "efficient-vdit"
 PLAIN = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 COLUMN, NOTE, GAP, ROW, TITLE = 340, 400, 60, 30, 30  # px: widths, between columns, between nodes, of a node's title
 # px that a node needs beside what it has when it is new: for its text, and for what it shows after a run
-EXTRA = {"CLIPTextEncode": 50, "PreviewImage": 300, "SaveVideo": 280, "PreviewAny": 60}
-CHART_EXTRA, PLAN = 40, "EVDIT_PLAN"  # px of the last run's figures in the chart of every node that gives a plan
+EXTRA = {"CLIPTextEncode": 40, "PreviewImage": 300, "SaveVideo": 280, "PreviewAny": 60}
+CHART_EXTRA, PLAN = 36, "EVDIT_PLAN"  # px of the last run's figures in the chart of every node that gives a plan
 LETTER, LINE = 5.7, 17  # px of a note's text
 Heights = dict[str, int]  # node class -> px with its title, in the higher of both renderers
 MEASURE = """kinds => {
@@ -64,6 +64,8 @@ def inputs_of(info: dict[str, Any], kind: str) -> Inputs:
     declared = info[kind]["input"]
     for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
         options = spec[1] if len(spec) > 1 else {}
+        # An input that takes several types ("FLOAT,INT") is a widget of the one that it names.
+        spec = [options.get("widgetType", spec[0]), options]
         plain = isinstance(spec[0], list) or spec[0] in PLAIN
         # A list of choices that bring more widgets is a plain list in earlier versions.
         name_type = "COMBO" if isinstance(spec[0], list) or spec[0] == "COMFY_DYNAMICCOMBO_V3" else spec[0]

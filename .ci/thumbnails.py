@@ -25,7 +25,7 @@ SIDE, COLUMNS, ROWS, EDGE = 720, 3, 2, 2  # px, frames of a contact sheet, px
 BADGE, LINES, BOTTOM = 84, (54, 34, 34), 40  # px: the page's badge covers so much of the top; letters; free below
 BACKGROUND, COLORS = (24, 26, 30), ((255, 255, 255), (190, 198, 208), (255, 176, 92))
 SHOW = """workflow => app.loadGraphData(workflow).then(() => {
-    const node = app.graph.nodes.find(n => n.type === 'EVDiTTilePlan');
+    const node = app.graph.nodes.find(n => ['EVDiTTilePlan', 'EVDiTLoadTilePlan'].includes(n.type));
     app.canvas.ds.scale = 1.8;
     const canvas = app.canvas.canvas.getBoundingClientRect();
     app.canvas.ds.offset = [(120 - canvas.left) / 1.8 - node.pos[0], (120 - canvas.top) / 1.8 - node.pos[1]];

@@ -26,7 +26,7 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
             False,
         )
     lines = [f"Self-attention over the video: {sparse + dense} calls, {sparse} of them sparse"]
-    density = (density_sum + dense) / (sparse + dense) if sparse else 1.0
+    density = _density(sparse, density_sum, dense)
     if sparse:
         lines.append(f"  work: {density:.0%} of dense attention's FLOPs, dense calls included")
     else:
@@ -41,6 +41,20 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
     if cost is not None:
         lines += describe_bound(cost, density)
     return "\n".join(lines), bool(sparse)
+
+
+def _density(sparse: int, density_sum: float, dense: int) -> float:
+    return (density_sum + dense) / (sparse + dense) if sparse else 1.0
+
+
+def bound_of_run(report: AttentionReport) -> str:
+    """What the last run's clip can gain at most, in two lines; "" where nothing became sparse or it is not known."""
+    with report.lock:
+        sparse, density_sum, cost = report.sparse, report.density_sum, report.cost
+        dense = sum(count for reason, count in report.dense.items() if reason not in NOT_OURS)
+    if cost is None or not sparse:
+        return ""
+    return "\n".join(line.strip() for line in describe_bound(cost, _density(sparse, density_sum, dense)))
 
 
 def describe_bound(cost: StepCost, density: float) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from server import PromptServer
 
 from ...efficient_vdit_core.attention.report import AttentionReport
+from ...efficient_vdit_core.attention.summary import bound_of_run
 
 EVENT = "efficient_vdit.report"
 
@@ -16,7 +17,7 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
 
     The message: ``node`` the execution id of Sparse Attention, ``plan`` the plan's text, ``layers`` and ``frames``
     (latent) of the model, ``sparse`` calls and their mean ``density`` 0 to 1, ``dense`` calls by reason, ``seconds`` of
-    sampling.
+    sampling. What the clip can gain at most stands on the node itself.
     """
 
     def after_run(report: AttentionReport, layers: int, seconds: float) -> None:
@@ -30,6 +31,8 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
         server.send_sync(
             EVENT, {"node": node, "plan": plan, "layers": layers, "seconds": seconds, **counts}, server.client_id
         )
+        if text := bound_of_run(report):
+            show_on_node(node, text)
 
     return after_run
 

@@ -12,7 +12,8 @@ SCHEMAS = json.loads((Path(__file__).parent / "schemas.json").read_text(encoding
 WORKFLOWS = {name: workflow(name) for name in PATHS}
 VIRTUAL = ("Note", "MarkdownNote")
 PLAIN = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-FOLDERS = {"diffusion_models", "text_encoders", "vae", "loras", "checkpoints"}
+FOLDERS = {"diffusion_models", "text_encoders", "vae", "loras", "checkpoints", "latent_upscale_models"}
+ANY = "COMFY_MATCHTYPE_V3"  # ComfyUI's type of a switch
 # Files that the page cannot download: they are made from others, and the note says how.
 BY_HAND = {"mt5-xxl-encoder.safetensors", "open_sora_plan_v1.2/checkpoint.ckpt"}
 
@@ -52,7 +53,8 @@ def test_every_link_joins_what_it_says(name):
     for number, source, slot, target, position, kind in WORKFLOWS[name]["links"]:
         given, taken = nodes[source]["outputs"][slot], nodes[target]["inputs"][position]
         assert number in given["links"] and taken["link"] == number
-        assert given["type"] == kind and taken["type"] in (kind, "*")  # PreviewAny takes anything
+        # PreviewAny takes anything, and a switch gives what it takes.
+        assert given["type"] == kind and (taken["type"] in (kind, "*", ANY) or kind == ANY)
 
 
 @templates
@@ -73,7 +75,7 @@ def test_every_file_can_be_downloaded(name):
 @templates
 def test_the_note_says_what_a_user_must_know(name):
     text = note_of(name)
-    assert "ComfyUI 0.3.60 or newer" in text and text.startswith("## ")
+    assert re.search(r"Needs ComfyUI 0\.\d+(\.\d+)? or newer", text) and text.startswith("## ")
     if any(node["properties"].get("models") for node in real_nodes(name)):
         assert all(f"**{part}" in text for part in ("Files", "Memory and time", "Expect"))
 
@@ -103,7 +105,7 @@ WINDOW = 0.75 * 1920, 0.75 * 1030  # px: what the page fits a template into, on 
 READABLE = 8 / 14  # the classic canvas draws no text below this scale
 # A checkpoint gives its VAE to the other end; the tiny ones show one model several times.
 CROSSING = {
-    "ltx_video_sparse",
+    "ltx23_two_stages",
     "tiny_dense_beside_sparse",
     "tiny_three_stages",
     "tiny_search_a_plan",

@@ -192,7 +192,9 @@ def _inputs(node: dict, declared: dict, sources: dict) -> dict:
 
 def _fields(declared: dict) -> list[tuple[str, str | list, dict]]:
     both = {**declared.get("required", {}), **declared.get("optional", {})}
-    return [(name, spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in both.items()]
+    # An input that takes several types ("FLOAT,INT") is a widget of the one that it names.
+    options = {name: spec[1] if len(spec) > 1 else {} for name, spec in both.items()}
+    return [(name, options[name].get("widgetType", spec[0]), options[name]) for name, spec in both.items()]
 
 
 def _widget(name: str, kind, options: dict, values: list) -> dict:
