@@ -33,7 +33,10 @@ def is_below_python() -> bool:
                 return True
         except OSError:
             pass  # another user's
-        process = int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
+        try:
+            process = int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
+        except OSError:
+            return False  # hidden, or gone
     return False
 
 
