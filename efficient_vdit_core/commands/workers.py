@@ -104,10 +104,14 @@ def _pool_runs() -> bool:
 
 
 def _start(devices: tuple[str, ...], seconds: float, imports: list[str]) -> Any:
-    from ..parallel.pool.imports import COMFYUI_HOST, usual_folders
+    from ..parallel.pool.imports import COMFYUI_HOST, PACK, usual_folders
     from ..parallel.pool.pool_file import default_pool_file
     from ..parallel.pool.session import starter
 
+    if not (PACK / "nodes").is_dir():
+        raise ValueError(
+            f"{PACK} holds no nodes for the workers, expected the pack. Run `python -m efficient_vdit_core.cli workers` in its folder."
+        )
     backend = "nccl" if devices[0].startswith("cuda") else "gloo"
     folders = (*usual_folders(), *imports)
     workers = starter().Workers(devices, backend, COMFYUI_HOST, folders, address_file=default_pool_file())

@@ -19,9 +19,25 @@ _PR_SET_PDEATHSIG = 1
 
 def end_with_torchrun() -> None:
     """Have Linux end this process when torchrun ends, however that does and whatever this process is doing then."""
-    parent = os.getppid()
-    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) == 0 and os.getppid() != parent:
-        os._exit(1)  # it ended just before
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if not is_below_python():
+        sys.exit("torchrun, which started this worker, is gone")  # before it could be asked for
+
+
+def is_below_python() -> bool:
+    """Whether a process above this one runs the same Python; an orphan has only the system's above it."""
+    process, mine = os.getppid(), os.readlink("/proc/self/exe")
+    while process:
+        try:
+            if os.readlink(f"/proc/{process}/exe") == mine:
+                return True
+        except OSError:
+            pass  # another user's
+        try:
+            process = int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
+        except OSError:
+            return False  # hidden, or gone
+    return False
 
 
 def main() -> None:

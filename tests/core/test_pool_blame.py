@@ -130,6 +130,7 @@ WRONG = {
 )
 def test_a_pool_file_with_a_field_of_another_type_is_not_trusted(field, value):
     path = default_pool_file()
+    path.parent.mkdir(parents=True)
     for values, trusted in ((RIGHT, True), ({**RIGHT, field: value}, False)):
         path.write_text(json.dumps(values))
         path.chmod(0o600)
@@ -139,6 +140,7 @@ def test_a_pool_file_with_a_field_of_another_type_is_not_trusted(field, value):
 @pytest.mark.parametrize("text", ["", "[]", "[" * 50000, "{}", "5", "\xff", '{"host": "a"}'])
 def test_a_pool_file_with_another_content_is_not_trusted(text):
     path = default_pool_file()
+    path.parent.mkdir(parents=True)
     path.write_text(text, encoding="latin-1")
     path.chmod(0o600)
     assert read_pool_file(path) is None

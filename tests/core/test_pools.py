@@ -124,7 +124,8 @@ def test_evdit_workers_that_is_killed_leaves_nothing(start):
     until(lambda: not folder.exists() and not default_pool_file().exists(), seconds=5.0)
 
 
-def test_torchrun_on_one_machine_is_one_pool(start):
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_torchrun_on_one_machine_is_one_pool(start, end):
     command = on_one_machine(start)
     assert parse_devices("auto") == ("cpu", "cpu")
     session = Session()
@@ -132,7 +133,7 @@ def test_torchrun_on_one_machine_is_one_pool(start):
     assert session.workers is None and ranks == ranks_of(command.pid)
     refuses_a_second()
     session.stop()
-    command.terminate()  # as Ctrl-C does, too
+    command.send_signal(end)
     command.wait(30)
     assert gone(ranks)
     left = {path.name for path in default_pool_file().parent.iterdir()}
@@ -210,6 +211,26 @@ def test_another_secret_is_named(start, tmp_path):
         path.chmod(0o600)
     every = on_two_machines(start, (tmp_path / "first", tmp_path / "second"), wait=False)
     until(lambda: any("Rank 0 has another secret than this machine" in line for line in every[1].lines))
+
+
+def test_a_folder_of_others_is_not_used(start, tmp_path):
+    folder = default_pool_file().parent
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    command = start.torchrun(*SAFE_TORCHRUN, "--nproc-per-node", "2", **SAFE_VARIABLES)
+    assert command.wait(START) and "is not yours alone, expected your folder with mode 0700" in "".join(command.lines)
+
+
+def test_a_pool_on_one_machine_does_not_listen_elsewhere(start):
+    command = start.torchrun(*SAFE_TORCHRUN, "--nproc-per-node", "2", **SAFE_VARIABLES, EVDIT_LISTEN="0.0.0.0")
+    assert command.wait(START) and "EVDIT_LISTEN is '0.0.0.0', expected none" in "".join(command.lines)
+
+
+def test_looking_for_a_pool_writes_nothing(monkeypatch):
+    """As on a disk that is read only."""
+    assert parse_devices("auto") and not default_pool_file().parent.exists()
+    monkeypatch.setenv("EVDIT_CACHE_DIR", "/proc/nowhere")
+    assert parse_devices("auto")
 
 
 def test_the_secret_is_made_once(capsys):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pools import HOST, START, gone, launch
 
 from efficient_vdit_core.parallel.pool import session as session_module
 from efficient_vdit_core.parallel.pool.client import Pool, PoolFault
 from efficient_vdit_core.parallel.pool.hub import Hub
-from efficient_vdit_core.parallel.pool.imports import Host
 from efficient_vdit_core.parallel.pool.messages import ConnectionEnded, connect, listen
 from efficient_vdit_core.parallel.pool.pool_file import PoolAddress, default_pool_file, read_pool_file, write_pool_file
 from efficient_vdit_core.parallel.pool.secret import new_secret
@@ -24,17 +24,7 @@ from efficient_vdit_core.parallel.pool.session import Launch, Session, parse_dev
 from efficient_vdit_core.parallel.pool.start_workers import Workers
 
 HERE = Path(__file__).parent
-HOST = Host(str(HERE / "fault_host"), "host", "Host")
 X = torch.arange(6.0)
-# Patience with a busy machine; the faults themselves have their own limits.
-START = 300.0
-
-
-def launch(ranks=2, **changes):
-    return Launch(
-        ("cpu",) * ranks,
-        **{"key": "model", "opening": {}, "start_timeout": START, "step_timeout": START, "host": HOST, **changes},
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -52,22 +42,6 @@ def session():
 
 def pids(session):
     return [process.pid for process in session.workers.processes]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def gone(every, seconds=5.0) -> bool:
-    end = time.monotonic() + seconds
-    while any(alive(pid) for pid in every):
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def hub_of(listener, secret, ranks, run_here):

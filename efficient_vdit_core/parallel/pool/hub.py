@@ -167,8 +167,8 @@ class Hub:
         try:
             while True:
                 message, tensors = connection.receive()
-                if message["do"] == "exit":
-                    self.end(0)
+                if message["do"] == "exit":  # as a fault: torchrun ends a rank that hangs only where another one fails
+                    self.end(FATAL_EXIT)
                 elif message["do"] == "where":
                     connection.send({"id": message["id"], "where": self._ask_where()})
                 else:

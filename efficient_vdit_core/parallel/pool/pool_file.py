@@ -80,6 +80,7 @@ def remove_pool_file(path: Path, pool: str) -> None:
 def hold_lock(path: Path) -> int:
     """Mark this process as rank 0 of the pool that ``path`` announces, until it ends. Raises RuntimeError where another
     is."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT, 0o600)
     for _ in range(_LOCK_TRIES):  # who only asks whether it is held holds it for a moment
         if _try_lock(descriptor):

@@ -12,9 +12,21 @@ _MOST_BYTES = 2**16  # what is read here is a line or two
 
 
 def private_folder() -> Path:
-    """The user's folder for pools, readable by nobody else. Raises OSError where it cannot be made."""
-    folder = cache_folder() / "workers"
+    """The user's folder for pools, which need not be there yet."""
+    return cache_folder() / "workers"
+
+
+def make_private_folder() -> Path:
+    """That folder, made where it is not there. Raises OSError, and ValueError where others could change what lies in
+    it."""
+    folder = private_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    about = folder.stat()
+    if hasattr(os, "getuid") and (about.st_uid != os.getuid() or about.st_mode & 0o022):
+        raise ValueError(
+            f"{folder} is not yours alone, expected your folder with mode 0700: others could change what the workers read there. "
+            "Correct its owner and mode, or set EVDIT_CACHE_DIR to a folder of yours."
+        )
     return folder
 
 
@@ -32,6 +44,7 @@ def read_private(path: Path) -> str | None:
 
 def write_private(path: Path, text: str, *, replace: bool = True) -> None:
     """Write it whole, for this user only. Raises OSError; FileExistsError where it exists and ``replace`` is off."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     part = path.with_name(f".evdit-{secrets.token_hex(6)}.tmp")
     try:
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:

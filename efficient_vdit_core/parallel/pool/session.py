@@ -137,7 +137,7 @@ class Session:
             start = self._start_on_gpus if launch.devices[0].startswith("cuda") else self._start
             start(launch, poll)
         else:
-            self._test()
+            self._test(poll)
         self.devices = launch.devices
 
     def _start_on_gpus(self, launch: Launch, poll: Poll | None) -> None:
@@ -159,10 +159,10 @@ class Session:
             launch.devices, backend, launch.host, launch.imports, peer_to_peer=peer_to_peer
         )
         self.pool = Pool(self.workers.wait(launch.start_timeout, poll), launch.host.name, poll)
-        self._test()
+        self._test(poll)
 
-    def _test(self) -> None:
-        self.tests, _ = self._ask({"do": "self-test"}, None, SELF_TEST_SECONDS, None)
+    def _test(self, poll: Poll | None) -> None:
+        self.tests, _ = self._ask({"do": "self-test"}, None, SELF_TEST_SECONDS, poll)
 
 
 def starter() -> Any:

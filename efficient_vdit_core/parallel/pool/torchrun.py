@@ -13,7 +13,7 @@ import torch
 from .imports import COMFYUI_HOST, usual_folders
 from .listening import open_beyond_loopback
 from .pool_file import default_pool_file
-from .private import private_folder
+from .private import make_private_folder, private_folder
 from .secret import shared_secret
 from .settings import LOOPBACK, Settings
 
@@ -35,8 +35,14 @@ def settings_from_torchrun() -> Settings:
             "A worker was started with RANK but without LOCAL_WORLD_SIZE, expected torchrun, which sets both. Start it by that."
         )
     one_machine = variables["LOCAL_WORLD_SIZE"] == variables["WORLD_SIZE"]
+    listen = variables.get("EVDIT_LISTEN", LOOPBACK)
     if one_machine:
         _refuse_open_store(ranks)
+        if listen != LOOPBACK:
+            raise ValueError(
+                f"EVDIT_LISTEN is {listen!r}, expected none: a pool on one machine listens on loopback only. Unset it."
+            )
+    make_private_folder()
     kind = "cuda:{}" if on_gpu else "cpu"
     return Settings(
         rank=rank,
@@ -50,8 +56,7 @@ def settings_from_torchrun() -> Settings:
         address_file=str(default_pool_file()),
         pool=secrets.token_hex(8),
         meeting=_meeting_file() if one_machine else "",
-        # Ranks on other machines must reach rank 0; the address is the administrator's to choose.
-        listen=LOOPBACK if one_machine else variables.get("EVDIT_LISTEN", LOOPBACK),
+        listen=listen,  # ranks on other machines must reach rank 0; the address is the administrator's to choose
         devices=tuple(kind.format(i) for i in range(ranks)) if one_machine else (),
     )
 
@@ -76,6 +81,7 @@ def _meeting_file() -> str:
 
 def fresh_folder() -> str:
     """A folder for the pool of rank 0, which holds the user's lock; what killed pools have left goes."""
-    for left in private_folder().glob(f"{_RUN}*"):
+    folder = private_folder()
+    for left in folder.glob(f"{_RUN}*"):
         shutil.rmtree(left, ignore_errors=True)
-    return tempfile.mkdtemp(prefix=_RUN, dir=private_folder())
+    return tempfile.mkdtemp(prefix=_RUN, dir=folder)

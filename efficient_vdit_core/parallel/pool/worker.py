@@ -41,7 +41,8 @@ TRACE_LINES = 12
 
 
 class Worker:
-    """A rank that has met the others. ``host`` is what builds and runs the model; it comes with the first request."""
+    """A rank that has met the others. ``host`` is what builds and runs the model; it is loaded with the first
+    request."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -101,7 +102,7 @@ class Worker:
             about_pool={"pool": self.pool, "folder": self.folder},
             clean_up=self._clean_up,
         )
-        threading.Thread(target=_end_when_asked, args=(_listen_to_sigterm(), self.hub), daemon=True).start()
+        threading.Thread(target=_end_when_asked, args=(_hear_signals(), self.hub), daemon=True).start()
         meeting.announce((s.listen, port))
         self.hub.wait_for_ranks(JOIN_SECONDS)
         return port
@@ -212,18 +213,24 @@ def _end_with_torchrun(parent: int) -> None:
     os._exit(LOST_EXIT)
 
 
+def _signals_to_end() -> list[signal.Signals]:
+    """Those that torchrun passes on to its ranks when it is asked to end."""
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+
+
 def _end_when_asked(signals: socket.socket, hub: Hub) -> None:
-    while signals.recv(1) != bytes([signal.SIGTERM]):
+    while signals.recv(1)[0] not in _signals_to_end():
         pass
     hub.end(0)
 
 
-def _listen_to_sigterm() -> socket.socket:
+def _hear_signals() -> socket.socket:
     """Where a signal's number arrives with the signal; a handler of Python's alone would wait for a step to end."""
     here, there = socket.socketpair()
     there.setblocking(False)
     signal.set_wakeup_fd(there.detach())
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in _signals_to_end():
+        signal.signal(number, lambda *_: None)
     return here
 
 
@@ -238,8 +245,7 @@ def main() -> None:
     """Run as a rank until told to end."""
     print_patiently()
     settings = read_settings()
-    # Ctrl-C in a terminal reaches the whole group; the starter decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which ends a step that computes, too
     if settings.piped:
         threading.Thread(target=_end_with_starter, daemon=True).start()
     elif sys.platform != "linux":
