@@ -103,6 +103,7 @@ WINDOW = 0.75 * 1920, 0.75 * 1030  # px: what the page fits a template into, on 
 READABLE = 8 / 14  # the classic canvas draws no text below this scale
 # A checkpoint gives its VAE to the other end; the tiny ones show one model several times.
 CROSSING = {
+    "tiny_app",
     "ltx_video_sparse",
     "tiny_dense_beside_sparse",
     "tiny_three_stages",
