@@ -45,6 +45,7 @@ class Graph:
     note: str
     nodes: dict[str, Node]  # by a name of their own, from top to bottom in each column
     columns: tuple[str, ...] = COLUMNS  # titles of the groups
+    app: tuple[tuple[str, str], ...] = ()  # of a template that opens as an app: node and widget of each input
 
 
 def model(directory: str, url: str, name: str = "") -> dict[str, str]:

@@ -15,6 +15,7 @@ thumbnails.py, and tests/contracts/test_templates.py, which has the rules:
 - The page shows a template at three quarters of its window, and the classic canvas draws no text below 57 %: at most five
   columns, each at most 1300 px high with what its nodes show after a run.
 - A link goes to the same column or to the next one, so that no wire runs behind a node; a loader stands beside its user.
+- A graph with ``app`` opens as an app (App Mode): these widgets, and what its Save nodes show.
 - Every file has a link and a folder, in the loader's ``models`` and in the note.
 """
 
@@ -162,8 +163,17 @@ def ui_workflow(graph: Graph, info: dict[str, Any], heights: Heights) -> dict[st
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{graph.name}")), "revision": 0,
         "last_node_id": len(nodes) + 1, "last_link_id": len(links),
         "nodes": [*nodes.values(), note_node(graph, len(nodes) + 1)], "links": links, "groups": groups(graph, where), "config": {},
-        "extra": {"ds": {"scale": 0.6, "offset": [560, 190]}, "template": graph.name}, "version": 0.4,
+        "extra": {"ds": {"scale": 0.6, "offset": [560, 190]}, "template": graph.name, **app_mode(graph, numbers)}, "version": 0.4,
     }  # fmt: skip
+
+
+def app_mode(graph: Graph, numbers: dict[str, int]) -> dict[str, Any]:
+    """What makes the page open a template as an app: its inputs and outputs."""
+    if not graph.app:
+        return {}
+    inputs = [[str(numbers[node]), widget] for node, widget in graph.app]
+    outputs = [str(numbers[key]) for key, node in graph.nodes.items() if node.kind.startswith("Save")]
+    return {"linearMode": True, "linearData": {"inputs": inputs, "outputs": outputs}}
 
 
 def groups(graph: Graph, where: dict[int, int]) -> list[dict[str, Any]]:
@@ -208,7 +218,8 @@ def main(server: str, chromium: str) -> None:
     for path in (ROOT / "workflows").glob("*.json"):
         path.unlink()
     for number, graph in enumerate(graphs, 1):
-        write("workflows", f"{number:02} {graph.title}", ui_workflow(graph, info, heights))
+        ending = ".app" if graph.app else ""
+        write("workflows", f"{number:02} {graph.title}{ending}", ui_workflow(graph, info, heights))
         write("web/prompts", graph.name, api_prompt(graph, info))
 
 

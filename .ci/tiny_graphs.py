@@ -81,10 +81,19 @@ SEARCH_COLUMNS = ("1 Model and prompt", "2 Search", "3 Sampling and map", "4 Vid
 MAP_COLUMNS = ("1 Model", "2 Plan and prompts", "3 Measure", "4 Result")
 
 # model, size, gain
+APP_NOTE = """## Before and after, as an app
+
+Opens in App Mode: type a prompt, choose how many reference frames stay (fewer is faster and changes more) and how long the clip is, and \
+run. The same noise gives the video twice, side by side: full attention left, sparse attention right. All weights ship with the pack; \
+seconds on a CPU. Needs ComfyUI 0.3.60 or newer, and a version with App Mode to open as an app.
+
+**With your own model**: leave App Mode, replace the loaders, and set the size of the latent."""
+
 TINY_CAPTION = ("Tiny text to video", "29 frames, 64x64, no download", "53% of the attention, on a CPU")
 COMPARE_CAPTION = ("Dense beside sparse", "29 frames, 64x64, no download", "the same noise twice, compared")
 TOUR_CAPTION = ("Three stages", "29 frames, 64x64, no download", "100 evaluations, then 8 and 8")
 SEARCH_CAPTION = ("Search a plan", "for your model, layer by layer", "the sparsest below an error")
+APP_CAPTION = ("Before and after", "an app: prompt, strength, length", "dense left, sparse right")
 MAP_CAPTION = ("Where attention goes", "frame by frame, in each layer", "what a plan keeps of it")
 
 TINY_SENTENCE = "a red circle moving right fast on a white background"
@@ -209,6 +218,31 @@ def tiny_tour() -> Graph:
     return Graph("tiny_three_stages", "Tiny, distilled in three stages", TOUR_CAPTION, note, nodes, COMPARE_COLUMNS)
 
 
+def tiny_app() -> Graph:
+    """The few-step model with and without the plan, side by side."""
+    nodes = tiny_parts({
+        "plan": Node("EVDiTTilePlan", 1, {"reference_frames": 2}, preview=(8, 6)),
+        "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("model", 0), "plan": ("plan", 0)}),
+    })  # fmt: skip
+    nodes["model"].values["model_name"] = FEW_STEPS
+    nodes |= tiny_sampling("sparse", title="sparse", column=3) | tiny_sampling("model", "_dense", "dense", column=3)
+    nodes["sigmas"].values = {"preset": "from checkpoint"}
+    nodes["sigmas"].links = {"model": ("model", 0)}
+    for suffix in ("", "_dense"):
+        nodes[f"guider{suffix}"].values["cfg"] = 1.0
+        nodes[f"decode{suffix}"] = Node("VAEDecode", 3, {}, {"samples": (f"sampler{suffix}", 0), "vae": ("vae", 0)})
+    gap = {"direction": "right", "match_image_size": True, "spacing_width": 4, "spacing_color": "white"}
+    nodes |= {
+        "both": Node("ImageStitch", 4, gap, {"image1": ("decode_dense", 0), "image2": ("decode", 0)}),
+        "create": Node("CreateVideo", 4, {"fps": 12}, {"images": ("both", 0)}),
+        "save": Node(
+            "SaveVideo", 4, {"filename_prefix": "video/EfficientvDiT", "format": "mp4"}, {"video": ("create", 0)}
+        ),
+    }
+    inputs = (("positive", "text"), ("plan", "reference_frames"), ("latent", "length"))
+    return Graph("tiny_app", "Tiny, before and after", APP_CAPTION, APP_NOTE, nodes, COMPARE_COLUMNS, inputs)
+
+
 def tiny_map() -> Graph:
     measured = {"model": ("model", 0), "positive": ("positive", 0), "latent": ("latent", 0)}
     nodes = tiny_parts({"plan": TINY_PLAN["plan"]})
@@ -225,4 +259,4 @@ def tiny_map() -> Graph:
 
 
 def tiny_graphs() -> Iterator[Graph]:
-    yield from (tiny(), tiny_compare(), tiny_tour(), tiny_search(), tiny_map())
+    yield from (tiny(), tiny_app(), tiny_compare(), tiny_tour(), tiny_search(), tiny_map())

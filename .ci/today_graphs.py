@@ -36,10 +36,10 @@ LTX_SIGMAS = "1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0
 LTX_SECOND = "0.85, 0.725, 0.4219, 0.0"
 
 
-def preset(source: str, name: str, **values: object) -> dict[str, Node]:
+def preset(source: str, name: str, preview: tuple[int, int], **values: object) -> dict[str, Node]:
     """Load Tile Plan with a preset, Sparse Attention, and a switch between its model and the dense one."""
     return {
-        "plan": Node("EVDiTLoadTilePlan", 1, {"plan_name": f"{name} (preset)", "text": ""}),
+        "plan": Node("EVDiTLoadTilePlan", 1, {"plan_name": f"{name} (preset)", "text": ""}, preview=preview),
         "sparse": Node("EVDiTSparseAttention", 1, values, {"model": (source, 0), "plan": ("plan", 0)}),
         "switch": Node(
             "ComfySwitchNode", 1, {"switch": True}, {"on_false": (source, 0), "on_true": ("sparse", 0)}, "Sparse attention on"
@@ -64,7 +64,7 @@ def _minimax_h3(steps: int, lora: dict[str, str], shift: float, first_frame: boo
             "LoraLoaderModelOnly", 0, {"lora_name": lora["name"], "strength_model": 1.0}, {"model": ("model", 0)},
             f"Turbo LoRA, {steps} steps", [lora],
         ),
-        **preset("lora", "minimax_h3", dense_first_steps=1),
+        **preset("lora", "minimax_h3", (107, 50), dense_first_steps=1),
         "clip": loader("CLIPLoader", "clip_name", clip, column=1, type="minimax"),
         "shift": Node("MiniMaxH3SigmaShift", 2, {"shift_video": shift, "shift_audio": 3.0}, {"model": ("switch", 0)}),
         "vae": loader("VAELoader", "vae_name", vae, column=2),
@@ -152,7 +152,7 @@ def ltx23() -> Graph:
         "clip": Node(
             "LTXAVTextEncoderLoader", 0, {"text_encoder": gemma["name"], "ckpt_name": whole["name"]}, models=[gemma, whole]
         ),
-        **preset("lora", "ltx_av", dense_first_steps=1),
+        **preset("lora", "ltx_av", (16, 48), dense_first_steps=1),
         **prompts("clip", H3_PROMPT, "pc game, console game, video game, cartoon, childish, ugly", column=0),
         "rate": Node("LTXVConditioning", 1, {"frame_rate": 25.0}, {"positive": ("positive", 0), "negative": ("negative", 0)}),
         "audio_vae": loader("LTXVAudioVAELoader", "ckpt_name", whole, column=0),

@@ -29,11 +29,13 @@ COMMANDS = {
     "recipe": "run all three stages, or the tiny world's whole table",
 }
 TINYWORLD = "tinyworld"
+MISTAKEN_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0, 2 for a mistake of the user, 130 after Ctrl-C."""
+    """Runs one command; returns its exit status: 0, 1 where the machine fails, 2 for a mistake of the user, 130 after
+    Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         reason = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return _fail(f"error: {reason}" + (f" ({error.filename})" if error.filename else ""), 1)
+        status = 2 if isinstance(error, MISTAKEN_PATHS) else 1
+        return _fail(f"error: {reason}" + (f" ({error.filename})" if error.filename else ""), status)
     except (RuntimeError, MemoryError) as error:
         memory = isinstance(error, MemoryError) or re.search(
             "out of memory|can't allocate memory", str(error), re.IGNORECASE

@@ -14,6 +14,7 @@ from pathlib import Path
 from . import assets
 
 TINY = "tiny"
+FAMILY = "opensora_plan"  # of all models here, for plans
 HUB_FOLDERS = ("29x480p", "29x720p", "93x480p", "93x720p")
 
 

@@ -22,8 +22,9 @@ from .attention.layout import TokenLayout
 from .attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
 from .attention.sdpa import OVERRIDE_KEY
 from .model_folder import TINY, find_model, is_built_in
+from .model_header import ModelHeader
 from .plan import TilePlan
-from .request import GUIDANCE, SPACE, TIME, TINY_GUIDANCE, VideoRequest
+from .request import VideoRequest
 from .sampling import Denoiser, DiscreteSchedule, consistency_sigmas, sample_consistency
 from .sampling.reference import sample_reference
 from .tiles import TokenGrid
@@ -31,7 +32,6 @@ from .tiles import TokenGrid
 if TYPE_CHECKING:
     from .distill.metadata import DistillMetadata
 
-FAMILY = "opensora_plan"
 LATENT_SCALE = 0.18215
 FPS = 24
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -111,49 +111,23 @@ class Pipeline:
         self.distilled = read_metadata(source)
         return self
 
+    @property
+    def header(self) -> ModelHeader:
+        """What the model's files say about it."""
+        return ModelHeader(self.name, self.transformer.config, self.distilled)
+
     def request(self, prompt: str, **choices: Any) -> VideoRequest:
         """A checked request; what is not chosen is what this model was trained for. See `VideoRequest`."""
-        config = self.transformer.config
-        trained = {
-            "frames": (config.sample_size_t - 1) * TIME + 1,
-            "height": config.sample_size[0] * SPACE,
-            "width": config.sample_size[1] * SPACE,
-        }
-        defaults = {
-            **trained,
-            "guidance": TINY_GUIDANCE if is_built_in(self.name) else GUIDANCE,
-            "negative": self._default_negative(),
-        }
-        chosen = {k: v for k, v in choices.items() if v is not None}
-        if self.distilled and chosen.get("sampler", VideoRequest.sampler) == "consistency":
-            about = self.distilled
-            defaults.update(segments=about.segments, steps=max(about.steps, about.segments))
-            defaults.update({} if about.guidance is None else {"guidance": 1.0})
-        asked = VideoRequest(prompt, **{**defaults, **chosen})
-        request = asked.check()
-        for remark in asked.remarks():
-            log.warning(remark)
-        if any(getattr(request, k) != v for k, v in trained.items()):
-            log.warning(
-                "%dx%d with %d frames is not what this model was trained for (%dx%d with %d), so expect less.",
-                request.width,
-                request.height,
-                request.frames,
-                trained["width"],
-                trained["height"],
-                trained["frames"],
-            )
-        return request
+        return self.header.request(prompt, **choices)
 
     @property
     def tuned_plan(self) -> TilePlan | None:
         """The plan under which the weights were distilled; None where they were not, or for full attention."""
-        return self.distilled.tile_plan if self.distilled else None
+        return self.header.tuned_plan
 
     def check_plan(self, plan: TilePlan) -> None:
         """ValueError if the plan was made for another model."""
-        config = self.transformer.config
-        plan.check_fits(family=FAMILY, layers=config.num_layers, heads=config.num_attention_heads)
+        self.header.check_plan(plan)
 
     @torch.inference_mode()
     def generate(
@@ -317,11 +291,6 @@ class Pipeline:
                 "python": platform.python_version(),
             },
         }
-
-    def _default_negative(self) -> str:
-        from .models.opensora_plan.captions import NEGATIVE_PROMPT
-
-        return "" if is_built_in(self.name) else NEGATIVE_PROMPT
 
     def _must_offload(self) -> bool:
         """Whether all three parts together leave less than a third of the GPU's free memory for the work."""

@@ -27,19 +27,21 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     out = check_writable(args.out)
 
+    say(f"prompt: {args.prompt}")
+    say(f"loading {MODEL}")
     from ..pipeline import Pipeline
     from ..tinyworld.reader import read_clip
 
-    say(f"prompt: {args.prompt}")
     pipeline = Pipeline.from_model(MODEL)
-    plan, steps = pipeline.tuned_plan, pipeline.request(args.prompt).steps
+    request, plan = pipeline.request(args.prompt, seed=args.seed), pipeline.tuned_plan
     if plan is None:
         raise ValueError(
             f"The built-in model {MODEL} does not name its plan: it is damaged. Install the package again."
         )
-    say(f"{steps} steps without guidance; sparse attention {plan.to_text()} (layer : reference frames : other frames)")
-    video = make_video(pipeline, args.prompt, {"seed": args.seed}, plan_text=None)
-    write(video, out, zoom=4, start=start)
+    say(
+        f"{request.steps} steps without guidance; sparse attention {plan.to_text()} (layer : reference frames : other frames)"
+    )
+    write(video := make_video(pipeline, request, plan), out, zoom=4, start=start)
     seen = read_clip(video.frames)
     if seen.shape is None:
         say("seen in its pixels: no shape")

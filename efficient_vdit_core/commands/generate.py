@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..request import GUIDANCE, SAMPLERS, TINY_GUIDANCE
 from . import say
@@ -16,6 +14,7 @@ from . import say
 if TYPE_CHECKING:
     from ..pipeline import Pipeline, Video
     from ..plan import TilePlan
+    from ..request import VideoRequest
 
 MAX_ZOOM = 16
 
@@ -67,6 +66,7 @@ CHOICES = ("negative", "frames", "height", "width", "steps", "guidance", "sample
 
 def run(args: argparse.Namespace) -> int:
     """Makes and writes the video. Whatever can be refused is refused before the weights are read."""
+    from ..model_header import ModelHeader
     from ..request import VideoRequest
     from ..video import check_writable
 
@@ -77,24 +77,36 @@ def run(args: argparse.Namespace) -> int:
     choices = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
     VideoRequest(args.prompt, **choices).check()
     load_plan(args.plan, frames=None)
+    header = ModelHeader.read(args.model, text_encoder=args.text_encoder, transformer=args.transformer)
+    request = header.request(args.prompt, **choices)
+    plan = load_plan(args.plan, frames=request.latent_size[0]) or header.tuned_plan
+    if plan:
+        header.check_plan(plan)
 
+    say(f"loading {args.model}")
     from ..pipeline import Pipeline
 
     pipeline = Pipeline.from_model(
         args.model, text_encoder=args.text_encoder, transformer=args.transformer, device=args.device, dtype=args.dtype
     )
-    video = make_video(pipeline, args.prompt, choices, plan_text=args.plan, template=args.template)
-    write(video, out, args.zoom, start)
+    write(make_video(pipeline, request, plan, args.template), out, args.zoom, start)
     return 0
 
 
-def make_video(
-    pipeline: Pipeline, prompt: str, choices: dict[str, Any], *, plan_text: str | None, template: str | None = None
-) -> Video:
-    """Samples behind a progress bar."""
-    request = pipeline.request(prompt, **choices)
-    plan = load_plan(plan_text, frames=request.latent_size[0]) or pipeline.tuned_plan
-    with _bar(request.steps or 0) as progress:
+def make_video(pipeline: Pipeline, request: VideoRequest, plan: TilePlan | None, template: str | None = None) -> Video:
+    """Samples behind a progress bar, and says what else takes time."""
+    from tqdm import tqdm
+
+    steps = request.steps or 0
+    say("encoding the prompt")
+    with tqdm(total=steps, desc="sampling", unit="step", delay=0.1) as bar:
+
+        def progress(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+            if done == steps:
+                bar.close()
+                say(f"decoding {request.frames} frames")
+
         return pipeline.generate(request, plan=plan, template=template, progress=progress)
 
 
@@ -102,6 +114,7 @@ def write(video: Video, out: Path, zoom: int, start: float) -> None:
     """Writes the file and tells what it holds, how sparse the attention was and how long all took."""
     from ..video import write_video
 
+    say(f"writing {out}")
     frames = video.frames.repeat(zoom, axis=1).repeat(zoom, axis=2)
     write_video(out, frames, fps=video.metadata["fps"], metadata={**video.metadata, "zoom": zoom})
     count, height, width, _ = frames.shape
@@ -137,11 +150,3 @@ def load_plan(text: str | None, frames: int | None) -> TilePlan | None:
                 f"use {fitting}."
             )
     return TilePlan.uniform(pattern.k)
-
-
-@contextmanager
-def _bar(steps: int) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    with tqdm(total=steps, desc="sampling", unit="step") as bar:
-        yield lambda done, total: bar.update(done - bar.n)

@@ -11,6 +11,7 @@ from . import say
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
+    from ..request import VideoRequest
     from ..search import ProbeRecord
 
 MAX_PROBES = 100
@@ -60,8 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, chooses and writes. Whatever can be refused is refused before the weights are read."""
+    from ..model_header import ModelHeader
     from ..request import VideoRequest
-    from ..search import parse_candidates
+    from ..search import ProbeRecord, check_target, parse_candidates
+    from ..search.candidates import sparse_candidates
 
     out = Path(args.out)
     if out.exists() or not out.parent.is_dir() or out.suffix != ".json":
@@ -74,11 +77,17 @@ def run(args: argparse.Namespace) -> int:
     choices |= {"steps": args.probes, "segments": args.probes}  # also where the model was distilled for another number
     for prompt in args.prompt:
         VideoRequest(prompt, **choices).check()
+    header = ModelHeader.read(args.model, text_encoder=args.text_encoder)
+    requests = [header.request(prompt, **choices) for prompt in args.prompt]
+    frames = requests[0].latent_size[0]
+    record = ProbeRecord(sparse_candidates(candidates, frames), timed=args.costs == "measured")
+    check_target(args.threshold or 0.0, args.speedup or 0.0, record.candidates, frames)
 
+    say(f"loading {args.model}")
     from ..pipeline import Pipeline
 
     pipeline = Pipeline.from_model(args.model, text_encoder=args.text_encoder, device=args.device, dtype=args.dtype)
-    _search(pipeline, args, candidates, choices).save(out)
+    _search(pipeline, args, requests, record).save(out)
     say(f"wrote {out}")
     return 0
 
@@ -92,16 +101,11 @@ def _check_target(args: argparse.Namespace) -> None:
         choose_under_threshold([], [], args.threshold)
 
 
-def _search(pipeline: Pipeline, args: argparse.Namespace, candidates: tuple[int, ...], choices: dict[str, Any]) -> Any:
-    from ..pipeline import FAMILY
-    from ..search import ProbeRecord, check_target, plan_from_record
-    from ..search.candidates import sparse_candidates
+def _search(pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRequest], record: ProbeRecord) -> Any:
+    from ..model_folder import FAMILY
+    from ..search import plan_from_record
     from ..search.describe import describe_plan
 
-    requests = [pipeline.request(prompt, **choices) for prompt in args.prompt]
-    frames = requests[0].latent_size[0]
-    record = ProbeRecord(sparse_candidates(candidates, frames), timed=args.costs == "measured")
-    check_target(args.threshold or 0.0, args.speedup or 0.0, record.candidates, frames)
     _measure(pipeline, requests, record, with_blocks=args.error == "block")
     config = pipeline.transformer.config
     about = {

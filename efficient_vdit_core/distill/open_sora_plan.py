@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ..attention.layout import TokenLayout
 from ..attention.override import FORWARD_KEY, ForwardState, Override
 from ..attention.sdpa import OVERRIDE_KEY
-from ..model_folder import find_model
+from ..model_folder import FAMILY, find_model
 from ..models.opensora_plan.checkpoint import load_transformer, load_vae, read_transformer
 from ..models.opensora_plan.text import TextEncoder
 from ..models.opensora_plan.transformer import OpenSoraT2V
 from ..models.opensora_plan.vae import CausalVAE
 from ..models.opensora_plan.vae_tiling import tiled_decode, tiled_encode
-from ..pipeline import DTYPES, FAMILY, LATENT_SCALE
+from ..pipeline import DTYPES, LATENT_SCALE
 from ..plan import TilePlan
 from ..request import SPACE, TIME
 from ..sampling.path import VPPath

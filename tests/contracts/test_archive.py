@@ -81,6 +81,8 @@ def test_it_holds_what_a_user_needs(files):
         "locales/en",
         "locales/zh",
         "workflows",
+        "subgraphs",
+        "docs",
         "web/prompts",
     ):
         assert any(name.startswith(folder + "/") for name in names), folder
@@ -93,6 +95,8 @@ def test_it_holds_nothing_else(files):
         "web",
         "locales",
         "workflows",
+        "subgraphs",
+        "docs",
     }
     assert not [f for f in files if f.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pyc", ".log")]
 

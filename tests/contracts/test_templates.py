@@ -105,6 +105,7 @@ WINDOW = 0.75 * 1920, 0.75 * 1030  # px: what the page fits a template into, on 
 READABLE = 8 / 14  # the classic canvas draws no text below this scale
 # A checkpoint gives its VAE to the other end; the tiny ones show one model several times.
 CROSSING = {
+    "tiny_app",
     "ltx23_two_stages",
     "tiny_dense_beside_sparse",
     "tiny_three_stages",
@@ -177,3 +178,12 @@ def test_titles_are_told_apart_and_the_tiny_ones_are_first():
 def test_what_a_user_types_finds_a_template(word):
     """The page searches in the names of the files."""
     assert any(word in path.stem.lower() for path in PATHS.values())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "subgraphs").glob("*.json")), ids=lambda p: p.stem)
+def test_a_blueprints_nodes_hold_a_value_for_each_widget(path):
+    (inner,) = json.loads(path.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+    for node in inner["nodes"]:
+        inputs = SCHEMAS[node["type"]]["inputs"]
+        assert [slot["name"] for slot in node["inputs"]] == list(inputs)
+        assert len(node["widgets_values"]) == sum(spec["type"] in PLAIN for spec in inputs.values())

@@ -65,6 +65,10 @@ def test_demo_makes_a_clip_with_all_switched_on(tmp_path):
     meta = read_metadata(tmp_path / "clip.mp4")
     assert meta["sampler"] == "consistency" and "sparse at mean density" in meta["attention"]
     assert "seen in its pixels" in done.stdout
+    said = [line.split()[0] for line in done.stdout.splitlines()]
+    assert [word for word in said if word in ("loading", "encoding", "decoding", "writing")] == [
+        "loading", "encoding", "decoding", "writing"
+    ]  # fmt: skip
 
 
 def test_doctor_tells_the_same_to_people_and_machines(tmp_path):
@@ -135,6 +139,28 @@ def test_a_mistake_gives_one_sentence_and_no_file(tmp_path, monkeypatch, capsys,
     error = capsys.readouterr().err
     assert words in error and error.startswith("evdit: error: ") and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+EARLY = [
+    (["generate", "--plan", "3:9"], "has 8; use 3:5"),
+    (["generate", "--model", "tiny-8-steps", "--steps", "4"], "steps must be at least segments"),
+    (["search", "--speedup", "99"], "reach at most"),
+]
+
+
+@pytest.mark.parametrize("args, words", EARLY, ids=[" ".join(a) for a, _ in EARLY])
+def test_what_the_header_tells_is_refused_before_the_weights_are_read(tmp_path, monkeypatch, capsys, args, words):
+    from efficient_vdit_core.pipeline import Pipeline
+
+    monkeypatch.setattr(Pipeline, "from_model", lambda *_, **__: pytest.fail("the weights were read"))
+    out = tmp_path / ("x.json" if args[0] == "search" else "x.gif")
+    assert cli.main([*args, "--prompt", "a red circle", "--out", str(out)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_path_that_does_not_exist_is_the_users_mistake(tmp_path, capsys):
+    assert cli.main(["bench", "plot", str(tmp_path / "gone.json")]) == 2
+    assert "gone.json" in capsys.readouterr().err
 
 
 def test_a_plan_for_another_model_is_refused(tmp_path, monkeypatch, capsys):

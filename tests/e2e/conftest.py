@@ -135,6 +135,12 @@ def only_page(browser, server):
     context.close()
 
 
+@pytest.fixture(scope="session")
+def page_class():
+    """For a test that needs a page of its own."""
+    return ComfyPage
+
+
 @pytest.fixture
 def comfy(only_page):
     only_page.errors.clear()

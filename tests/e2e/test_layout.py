@@ -1,7 +1,7 @@
 """Templates open so that they can be read: nothing lies over anything, and the classic canvas draws its text."""
 
 import pytest
-from templates import PATHS
+from templates import GRAPHS
 
 READABLE = 8 / 14  # the scale below which the classic canvas draws no text
 OVERLAPS = """() => {
@@ -27,7 +27,7 @@ def wide(only_page, request):
     only_page.page.set_viewport_size(usual)
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", GRAPHS)
 def test_it_can_be_read(wide, name):
     wide.open(**{"Comfy.VueNodes.Enabled": wide.settings["Comfy.VueNodes.Enabled"]})
     wide.template(name)

@@ -4,9 +4,9 @@ import re
 
 import pytest
 from comfyui_server import ENDINGS, RUN_TIMEOUT
-from templates import PATHS
+from templates import GRAPHS
 
-NAMES = list(PATHS)
+NAMES = GRAPHS
 TINY = "tiny_text_to_video"
 ALL_TINY = [name for name in NAMES if name.startswith("tiny")]
 

@@ -8,6 +8,7 @@ PATHS = {
     json.loads(path.read_text(encoding="utf-8"))["extra"]["template"]: path
     for path in sorted((ROOT / "workflows").glob("*.json"))
 }
+GRAPHS = [name for name, path in PATHS.items() if not path.stem.endswith(".app")]  # the others open in App Mode
 
 
 def workflow(name: str) -> dict:

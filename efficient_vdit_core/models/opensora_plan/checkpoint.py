@@ -52,6 +52,17 @@ def read_transformer(path: str | Path) -> tuple[dict[str, Tensor], DiTConfig]:
     return state_dict, config
 
 
+def read_transformer_config(path: str | Path) -> DiTConfig:
+    """The configuration alone; no weights are read. Raises ValueError for any other model's file."""
+    file = _weights_file(Path(path))
+    if file.name.endswith(".safetensors.index.json"):
+        file = next(iter(sorted(file.parent.glob("*.safetensors"))), file)
+    values = _config_values(path, _safetensors_metadata(file) if file.suffix in (".safetensors", ".sft") else {})
+    with _naming(path):
+        check_transformer_config(values)
+        return DiTConfig.from_dict(values) if values else OSP_29X720P
+
+
 def read_vae(path: str | Path) -> tuple[dict[str, Tensor], VAEConfig]:
     """State dict under the reference names, and the configuration. Raises ValueError for any other VAE's file."""
     state_dict, metadata = read_state_dict(path)
@@ -146,6 +157,18 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{file.name} cannot be read as safetensors: {error}. The file is cut short or damaged; download it again."
+        ) from error
+
+
+def _safetensors_metadata(file: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{file.name} cannot be read as safetensors: {error}. The file is cut short or damaged; download it again."
