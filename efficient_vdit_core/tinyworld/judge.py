@@ -18,7 +18,7 @@ from ..distill.model import Options
 from ..distill.open_sora_plan import OpenSoraPlanModel
 from ..distill.rollout import guided, roll_down
 from ..distill.texts import TextBank
-from ..files import whole_file, write_text
+from ..files import read_torch, write_text, write_torch
 from ..pipeline import LATENT_SCALE
 from .evaluate import held_out_scenes
 from .physics import frechet_distance, read_physics, read_state, start_spread
@@ -79,9 +79,8 @@ class Judge:
         """The teacher's fine solution from the same noise, kept in ``file``."""
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(file) as part:
-                torch.save(self.sample(module, steps=steps, guidance=guidance), part)
-        return torch.load(file, weights_only=True)
+            write_torch(file, self.sample(module, steps=steps, guidance=guidance))
+        return read_torch(file, "Delete it; the same command makes it anew.")
 
     def figures(self, latents: Tensor, reference: Tensor | None = None) -> dict[str, Any]:
         """The columns of the table for sampled latents."""

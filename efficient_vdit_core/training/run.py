@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import whole_file
+from ..files import write_torch
 from .average import WeightAverage
 from .sharding import cut, cut_optimizer, gathered, is_sharding, run_in_autocast
 from .stop import StopWish, stop_wish
@@ -244,9 +244,8 @@ class TrainingRun:
         if self.rank:
             return
         try:
-            with whole_file(self.checkpoint) as part:
-                torch.save(state, part)
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            write_torch(self.checkpoint, state)
+        except OSError as error:
             kept = "the previous one is kept" if self.checkpoint.exists() else "there is none before it"
             raise ValueError(
                 f"The checkpoint of step {self.step} could not be written to {self.folder} ({error}); {kept}. "
