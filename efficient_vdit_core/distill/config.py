@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..files import write_text
+from ..limits.documents import parse_toml, read_text
+from ..limits.quote import named, quoted
 from .consistency import ConsistencyConfig
 from .knowledge import KnowledgeConfig
 
@@ -27,7 +29,7 @@ T = TypeVar("T")
 def _expect(holds: bool, settings: Any, section: str, name: str, expected: str) -> None:
     if not holds:
         raise ValueError(
-            f"{section}.{name} is {getattr(settings, name)!r}, expected {expected}. Correct the configuration."
+            f"{section}.{name} is {quoted(getattr(settings, name))}, expected {expected}. Correct the configuration."
         )
 
 
@@ -142,7 +144,9 @@ class DistillConfig:
         """Raises ValueError that names the section and key of what is unknown, mistyped or out of range."""
         method = values.get("method", method)
         if method not in OBJECTIVES:
-            raise ValueError(f"method is {method!r}, expected {' or '.join(OBJECTIVES)}. Correct the configuration.")
+            raise ValueError(
+                f"method is {quoted(method)}, expected {' or '.join(OBJECTIVES)}. Correct the configuration."
+            )
         sections = {
             "objective": OBJECTIVES[method],
             "model": ModelConfig,
@@ -152,7 +156,7 @@ class DistillConfig:
         unknown = sorted(values.keys() - sections.keys() - {"method"})
         if unknown:
             raise ValueError(
-                f"The configuration has {unknown[0]!r}, expected only method and [{'], ['.join(sections)}]."
+                f"The configuration has {quoted(unknown[0])}, expected only method and [{'], ['.join(sections)}]."
             )
         return cls(method, **{name: read_section(kind, values.get(name, {}), name) for name, kind in sections.items()})
 
@@ -171,19 +175,19 @@ class DistillConfig:
         """``section.key: this -> other`` of all that differs and matters for what is learnt."""
         mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
         keys = sorted((mine.keys() | theirs.keys()) - FREE)
-        return [f"{k}: {mine.get(k)!r} -> {theirs.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k)]
+        return [f"{k}: {quoted(mine.get(k))} -> {quoted(theirs.get(k))}" for k in keys if mine.get(k) != theirs.get(k)]
 
 
 def read_section(kind: type[T], values: Any, section: str) -> T:
     """A dataclass from a TOML table."""
     if not isinstance(values, dict):
-        raise ValueError(f"[{section}] is {values!r}, expected a table of settings. Correct the configuration.")
+        raise ValueError(f"[{section}] is {quoted(values)}, expected a table of settings. Correct the configuration.")
     hints = typing.get_type_hints(kind)
     known = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]
     unknown = sorted(values.keys() - known)
     if unknown:
         raise ValueError(
-            f"[{section}] has {unknown[0]!r}, which is not a setting; expected {', '.join(sorted(known))}."
+            f"[{section}] has {quoted(unknown[0])}, which is not a setting; expected {', '.join(sorted(known))}."
         )
     return kind(**{name: _typed(value, hints[name], f"{section}.{name}") for name, value in values.items()})
 
@@ -200,24 +204,12 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         elif isinstance(option, type) and type(value) is option:
             return value
     expected = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise ValueError(f"{name} is {value!r}, expected {expected}. Correct the configuration.")
+    raise ValueError(f"{name} is {quoted(value)}, expected {expected}. Correct the configuration.")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """A TOML file's content. Raises ValueError naming the file and line where it cannot be read."""
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        try:
-            import tomli as tomllib  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ValueError(
-                "Python 3.10 reads TOML only with the package 'tomli'; install it, or use Python 3.11."
-            ) from error
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{Path(path).name} is not valid TOML: {error}. Correct the file.") from error
+    return parse_toml(read_text(path, "The configuration"), named(Path(path).name))
 
 
 def to_toml(values: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ replaced.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -25,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attention.layout import TokenLayout
 from ..attention.override import FORWARD_KEY, ForwardState, Override
+from ..limits.documents import parse_json, read_text
+from ..limits.quote import named, quoted
 from ..pipeline import DTYPES
 from ..plan import TilePlan
 from ..sampling.path import FLOW, PREDICTIONS, FlowPath, NoisePath, VPPath
@@ -263,7 +264,7 @@ def _schedule(values: dict[str, Any]) -> tuple[NoisePath, str]:
     prediction = values.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(
-            f"The scheduler's prediction_type is {prediction!r}, expected one of {', '.join(PREDICTIONS)}."
+            f"The scheduler's prediction_type is {quoted(prediction)}, expected one of {', '.join(PREDICTIONS)}."
         )
     kind = CogVideoXDDIMScheduler if "CogVideoX" in values.get("_class_name", "") else DDIMScheduler
     scheduler: Any = kind.from_config(values)
@@ -283,9 +284,8 @@ def _json(file: Path) -> dict[str, Any]:
         raise ValueError(
             f"{str(file)!r} does not exist, expected a model folder in diffusers' layout. Check model.path."
         )
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{file.name} in {file.parent.name} is not valid JSON ({error}). Download it again."
-        ) from error
+    what = f"{file.name} in {named(file.parent.name)}"
+    values = parse_json(read_text(file, what), what, advice="Download it again.")
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} is {quoted(values)}, expected an object of settings. Download it again.")
+    return values
