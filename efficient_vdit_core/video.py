@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .files import check_writable_file, whole_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = (".mp4", ".gif", ".webp")
 MIN_FPS, MAX_FPS = 0.01, 1000.0
@@ -31,6 +34,17 @@ def check_writable(path: str | Path) -> Path:
     check_writable_file(path)
     _check_writer_installed(path.suffix.lower())
     return path
+
+
+def to_frames(pixels: Tensor) -> np.ndarray:
+    """What a VAE decoded, (3, F, H, W) with -1 black and 1 white, as frames. Raises ValueError where it is not finite:
+    as frames that would be black."""
+    if not bool(pixels.isfinite().all()):
+        raise ValueError(
+            f"The VAE's pictures are not finite in {str(pixels.dtype).removeprefix('torch.')}: its weights or the latents are "
+            "damaged, or the precision is too low. Use float32; if it stays so, download the VAE again."
+        )
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
 def write_video(

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..limits.documents import parse_json, read_text
 from ..limits.quote import named, quoted
 from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from ..models.opensora_plan.weights import is_finite
 
 MAX_LIST = 2**28  # bytes of a file of captions
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
@@ -110,7 +111,7 @@ def encode_videos(
                 broken.append(video.name)
                 continue
             encode = encode or encoder()
-            save_safetensors(target, {"latents": encode(frames)}, {"video": video.name})
+            save_safetensors(target, {"latents": _finite(encode(frames), video.name)}, {"video": video.name})
         files.append(target)
         texts.append((text,))
     if broken:
@@ -167,7 +168,7 @@ def teacher_clips(
         numbers = missing[start : start + at_once]
         assert generate is not None
         for number, latents in zip(numbers, generate([texts[i] for i in numbers], numbers), strict=True):
-            save_safetensors(files[number], {"latents": latents})
+            save_safetensors(files[number], {"latents": _finite(latents, f"The teacher's sample {number}")})
     return ClipSet(LatentFiles(files), [(text,) for text in texts])
 
 
@@ -180,6 +181,16 @@ def read_captions(path: str | Path) -> list[str]:
     if not found:
         raise ValueError(f"{named(Path(path).name)} holds no captions, expected one a line.")
     return found
+
+
+def _finite(latents: Tensor, name: str) -> Tensor:
+    """Nothing is learnt from NaN, and the cache would keep it."""
+    if not is_finite(latents):
+        raise ValueError(
+            f"{named(name)} holds NaN or infinite latents: the weights that made it are damaged, or the precision is too "
+            "low. Set model.dtype to float32, or download them again."
+        )
+    return latents
 
 
 def _listed(file: Path) -> dict[str, str]:

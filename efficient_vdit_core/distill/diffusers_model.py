@@ -30,6 +30,7 @@ from ..pipeline import DTYPES
 from ..plan import TilePlan
 from ..sampling.path import FLOW, PREDICTIONS, FlowPath, NoisePath, VPPath
 from ..tiles import TokenGrid
+from ..video import to_frames
 from .config import ModelConfig
 from .knowledge import FeatureTap
 from .model import Options
@@ -63,7 +64,7 @@ class DiffusersModel:
             )
         if config.dtype not in DTYPES:
             raise ValueError(
-                f"model.dtype is {config.dtype!r}, expected one of {', '.join(DTYPES)}. Correct the configuration."
+                f"model.dtype is {quoted(config.dtype)}, expected one of {', '.join(DTYPES)}. Correct the configuration."
             )
         self.family, self.dtype = FAMILIES[self.kind], DTYPES[config.dtype]
         self.saved_dtype = self.dtype
@@ -172,8 +173,7 @@ class DiffusersModel:
         @torch.no_grad()
         def decode(latents: Tensor) -> np.ndarray:
             mean, deviation = _latent_statistics(vae)
-            pixels = vae.decode((latents[None].cpu() * deviation + mean).to(vae.dtype)).sample[0].float()
-            return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+            return to_frames(vae.decode((latents[None].cpu() * deviation + mean).to(vae.dtype)).sample[0])
 
         return decode
 

@@ -141,7 +141,7 @@ def test_other_weights_are_named(folder, weights, edit, message):
         ({"_class_name": "OpenSoraInpaint"}, "image-to-video"),
         ({"_class_name": "LatteT2V"}, "another version"),
         ({"_class_name": "WanTransformer3DModel"}, "WanTransformer3DModel"),
-        ({"num_layers": 3}, "missing"),
+        ({"num_layers": 3}, "num_layers=3"),
         ({"prediction_type": "flow"}, "prediction_type"),
     ],
 )

@@ -19,9 +19,10 @@ from ...files import read_torch, whole_file
 from ...limits.documents import parse_json, read_text
 from ...limits.quote import named, quoted, reason
 from .config import OSP_29X720P, OSP_VAE, DiTConfig, VAEConfig
-from .detect import check_transformer_config, check_transformer_keys, check_vae_keys, unify_names
+from .detect import check_depth, check_transformer_config, check_transformer_keys, check_vae_keys, unify_names
 from .transformer import OpenSoraT2V
 from .vae import CausalVAE
+from .weights import check_weights
 
 MAX_INDEX = 2**25  # bytes: a name and a file for each tensor of a model
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "checkpoint.ckpt")
@@ -50,7 +51,9 @@ def read_transformer(path: str | Path) -> tuple[dict[str, Tensor], DiTConfig]:
         check_transformer_config(values)
         check_transformer_keys(state_dict)
         config = DiTConfig.from_dict(values) if values else OSP_29X720P
+        check_depth(state_dict, config.num_layers)  # before a network of that depth is built to compare with
     _check_manifest(state_dict, OpenSoraT2V, config, "transformer", path)
+    check_weights(state_dict, Path(path).name)
     return state_dict, config
 
 
@@ -63,6 +66,7 @@ def read_vae(path: str | Path) -> tuple[dict[str, Tensor], VAEConfig]:
         config = VAEConfig.from_dict(values) if values else OSP_VAE
     state_dict = {name: value for name, value in state_dict.items() if "loss" not in name}
     _check_manifest(state_dict, CausalVAE, config, "VAE", path)
+    check_weights(state_dict, Path(path).name)
     return state_dict, config
 
 
