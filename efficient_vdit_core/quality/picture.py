@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .metrics import ClipComparison
-from .table import clip_size, decibels, metrics_rows
+from .table import clip_size, decibels, label, metrics_rows
 
 MAX_FRAMES = 12
 _SCALE = 2
@@ -47,6 +47,7 @@ def comparison_picture(
         raise ValueError(f"amplify is {amplify}, expected a number above 0: the difference is multiplied by it.")
     if not 1 <= frames <= MAX_FRAMES:
         raise ValueError(f"frames is {frames}, expected 1 to {MAX_FRAMES}: more do not fit beside each other.")
+    names = label(names[0]), label(names[1])
     count = min(frames, comparison.frames)
     shown = [round(i * (comparison.frames - 1) / max(count - 1, 1)) for i in range(count)]
     size = _thumbnail_size(comparison, count)
@@ -76,7 +77,7 @@ class _Canvas:
         from PIL import ImageFont
 
         font, shown, kept = ImageFont.load_default(size * _SCALE), text, len(text)
-        while self.draw.textlength(shown, font=font) > room * _SCALE and kept:
+        while kept and self.draw.textlength(shown, font=font) > room * _SCALE:
             kept -= 1
             shown = text[:kept].rstrip() + "..."
         self.draw.text((x * _SCALE, y * _SCALE), shown, fill=color, font=font, anchor=anchor)

@@ -1,10 +1,12 @@
 import io
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from efficient_vdit_core.limits.texts import MAX_PROMPT
 from efficient_vdit_core.models.opensora_plan import captions, convert
 from efficient_vdit_core.models.opensora_plan.text import (
     NEGATIVE_PROMPT,
@@ -43,6 +45,30 @@ def test_plain_captions_need_no_extra_packages(text, cleaned, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bs4", None)
     monkeypatch.setitem(__import__("sys").modules, "ftfy", None)
     assert captions.clean_caption(captions.clean_caption(text)) == cleaned
+
+
+# Each made one of the rules, or the parser of HTML, take minutes, or fail; the fuzz test holds them to ten seconds.
+HOSTILE = ["a", "a.", "1.", "a-", " ", "<a ", "<![", "<!--", "&amp;", "a.com@", "http:/", "中", ".png", "1:", '"']
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_cleaning_bounds_the_text_first(piece, caplog):
+    cleaned = captions.clean_caption(captions.clean_caption(piece * (100_000 // len(piece))))
+    assert len(cleaned) <= MAX_PROMPT and "cut off" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["see a.png.jpg/x and .png, b.mp4c", ".png", ".png.png", "a.jpeg b.JPG", "x.pngy\tz.pdf\n"]
+)
+def test_file_names_are_left_out_as_by_the_references_rule(text):
+    pattern, replacement = captions._FILE_NAMES
+    reference = r"[\S]+\.(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
+    assert re.sub(pattern, replacement, text) == re.sub(reference, "", text)
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        captions.clean_caption("a \ud800")
 
 
 @pytest.fixture(scope="module")
