@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -125,20 +126,12 @@ def encode_videos(
 
 def read_frames(video: Path, size: tuple[int, int, int]) -> np.ndarray:
     """The first frames of a video as uint8 (F, H, W, 3), scaled to cover height and width and cropped in the middle."""
-    import imageio.v3 as iio
     from PIL import Image
 
+    from ..read_video import iterate_video
+
     frames, height, width = size
-    found = []
-    try:
-        for frame in iio.imiter(video):
-            found.append(_cover(Image.fromarray(np.asarray(frame)[..., :3]), height, width))
-            if len(found) == frames:
-                break
-    except Exception as error:  # each of imageio's plugins has its own errors
-        raise ValueError(
-            f"it cannot be decoded ({str(error).strip().splitlines()[-1] if str(error).strip() else error!r})"
-        ) from error
+    found = [_cover(Image.fromarray(frame), height, width) for frame in islice(iterate_video(video), frames)]
     if len(found) < frames:
         raise ValueError(f"it has {len(found)} frames, expected at least {frames}")
     return np.stack(found)
