@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from .limits.memory import check_memory
 from .limits.numbers import MAX_SEED, number, whole
 from .limits.quote import quoted
+from .limits.texts import checked_prompt
 
 SAMPLERS = ("consistency", "ddim", "euler_ancestral")
 DEFAULT_STEPS = {"consistency": 20, "ddim": 100, "euler_ancestral": 100}
@@ -62,7 +63,8 @@ class VideoRequest:
         """The complete request; ValueError says what does not fit and what would."""
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {quoted(self.sampler)}.")
-        complete = replace(self, steps=DEFAULT_STEPS[self.sampler] if self.steps is None else self.steps)
+        prompts = {"prompt": checked_prompt(self.prompt), "negative": checked_prompt(self.negative)}
+        complete = replace(self, **prompts, steps=DEFAULT_STEPS[self.sampler] if self.steps is None else self.steps)
         _check_size(complete)
         # As float32 from the VAE, then as bytes; what the model itself takes comes on top.
         check_memory(

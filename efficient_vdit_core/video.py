@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".mp4", ".gif", ".webp")
+MAX_METADATA = 100_000  # bytes
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 _EXIF_DESCRIPTION = 0x010E
 _MOST_ATOMS = 10_000  # beside one another; a film has some dozens
@@ -79,6 +80,12 @@ def write_video(
     # A webp of equal frames is a still picture, and a gif one long frame: this alone tells how many they were.
     about = {"fps": fps if isinstance(fps, int) else float(fps), "frames": len(frames), **(metadata or {})}
     text = json.dumps(about)  # ASCII only, so that every container takes it
+    if len(text) > MAX_METADATA:  # beyond what an argument of ffmpeg may have, unless each letter is its own bytes
+        text = json.dumps(about, ensure_ascii=False)
+        if len(text.encode()) > MAX_METADATA:
+            raise ValueError(
+                f"The metadata have {len(text.encode())} bytes, at most {MAX_METADATA} fit into a clip. Shorten them."
+            )
     suffix = path.suffix.lower()
     if suffix == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
         raise ValueError(f"mp4 needs even sizes, got {frames.shape[2]}x{frames.shape[1]}; write a gif or webp instead.")

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..files import check_writable_file, write_text
+from ..limits.documents import parse_json, read_text
+from ..limits.memory import check_memory
+from ..limits.quote import named, quoted
 from . import say
+from .arguments import MAX_SEED, count
+
+MAX_RANKS = 64
+MAX_RESULTS = 2**26  # bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,20 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset", choices=("paper", "cpu", "wan"), default="cpu", help="shapes to time, default: %(default)s"
     )
     attention.add_argument(
-        "--frames", type=int, nargs="+", help="only the preset's shapes with these latent frame counts"
+        "--frames", type=count(1, 1024), nargs="+", help="only the preset's shapes with these latent frame counts"
     )
-    attention.add_argument("--tokens", type=int, nargs="+", help="only the preset's shapes with these tokens a frame")
+    attention.add_argument(
+        "--tokens", type=count(1, 2**20), nargs="+", help="only the preset's shapes with these tokens a frame"
+    )
     attention.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="only the preset's shapes of this dtype"
     )
-    attention.add_argument("--heads", type=int, help="fewer heads than the preset has, for a small machine")
+    attention.add_argument("--heads", type=count(1, 1024), help="fewer heads than the preset has, for a small machine")
     attention.add_argument("--backends", nargs="+", default=(), help="default: all that run here")
     step = commands.add_parser("step", help="one forward of Open-Sora-Plan v1.2 with random weights")
     step.add_argument("--size", default="29x720p", choices=("29x240p", "29x480p", "29x720p", "93x240p", "93x720p"),
                       help="default: %(default)s")  # fmt: skip
-    step.add_argument("--depth", type=int, default=32, help="blocks, 1..32; the real model has 32, the default")
     step.add_argument(
-        "--references", type=int, nargs="+", default=(4, 2, 1), help="k of the uniform plans, default: 4 2 1"
+        "--depth", type=count(1, 32), default=32, help="blocks, 1..32; the real model has 32, the default"
+    )
+    step.add_argument(
+        "--references", type=count(0, 1024), nargs="+", default=(4, 2, 1), help="k of the uniform plans, default: 4 2 1"
     )
     step.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: %(default)s"
@@ -44,22 +57,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", default="1,2", help="ranks to time; 1 is always the yardstick, default: %(default)s"
     )
     parallel.add_argument(
-        "--grid", type=int, nargs=3, default=(24, 8, 16), metavar=("T", "H", "W"), help="tokens, default: 24 8 16"
+        "--grid",
+        type=count(1, 4096),
+        nargs=3,
+        default=(24, 8, 16),
+        metavar=("T", "H", "W"),
+        help="tokens, default: 24 8 16",
     )
-    parallel.add_argument("--depth", type=int, default=2, help="blocks; real models have 32, default: %(default)s")
-    parallel.add_argument("--heads", type=int, default=24, help="heads of 96 channels, default: %(default)s")
     parallel.add_argument(
-        "--references", type=int, nargs="+", default=(1, 2), help="k of the sparse patterns, default: 1 2"
+        "--depth", type=count(1, 64), default=2, help="blocks; real models have 32, default: %(default)s"
+    )
+    parallel.add_argument("--heads", type=count(1, 1024), default=24, help="heads of 96 channels, default: %(default)s")
+    parallel.add_argument(
+        "--references", type=count(0, 1024), nargs="+", default=(1, 2), help="k of the sparse patterns, default: 1 2"
     )
     overhead = commands.add_parser("overhead", help="what import, patch and index work cost")
     mixture = commands.add_parser(
         "mixture", help="consistency distillation of a 2-D mixture against the exact solution"
     )
-    mixture.add_argument("--segments", type=int, nargs="+", default=(1, 2, 4, 8, 16), help="default: 1 2 4 8 16")
-    mixture.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    mixture.add_argument(
+        "--segments", type=count(1, 64), nargs="+", default=(1, 2, 4, 8, 16), help="default: 1 2 4 8 16"
+    )
+    mixture.add_argument("--seeds", type=count(1, 1000), default=3, help="default: %(default)s")
     for command in (attention, step, parallel, overhead, mixture):
-        command.add_argument("--repeats", type=int, default=5, help="runs whose median counts, default: %(default)s")
-        command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        command.add_argument(
+            "--repeats", type=count(1, 10_000), default=5, help="runs whose median counts, default: %(default)s"
+        )
+        command.add_argument("--seed", type=count(0, MAX_SEED), default=0, help="default: %(default)s")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda, default: %(default)s")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     plot = commands.add_parser("plot", help="draw a results file of `evdit bench attention` as SVG")
@@ -71,8 +95,6 @@ def run(args: argparse.Namespace) -> int:
     """Times what was asked for and prints a table; ``--json`` keeps the figures with hardware, versions and command."""
     if args.bench_command == "plot":
         return _plot(args)
-    if args.repeats < 1:
-        raise ValueError(f"--repeats is {args.repeats}, expected at least 1.")
     if args.json:
         check_writable_file(args.json)
     benches = {
@@ -131,8 +153,6 @@ def _attention(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
 def _step(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     from ..bench.step import StepShape, measure
 
-    if not 1 <= args.depth <= 32:
-        raise ValueError(f"--depth is {args.depth}, expected 1 to 32 blocks.")
     device = _device(args.device)
     shape = StepShape(args.size, args.depth, tuple(args.references), args.dtype)
     rows = measure(shape, device, repeats=args.repeats, seed=args.seed)
@@ -151,14 +171,20 @@ def _parallel(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     from ..bench.parallel import ParallelShape, measure, model_rows
     from ..tiles import TokenGrid
 
-    try:
-        counts = sorted({int(part) for part in args.ranks.split(",")} - {1})
-    except ValueError:
-        raise ValueError(f"--ranks is {args.ranks!r}, expected numbers such as 1,2.") from None
-    if not counts or counts[0] < 1:
+    if not re.fullmatch(r"\d{1,2}(,\d{1,2})*", args.ranks) or max(map(int, args.ranks.split(","))) > MAX_RANKS:
+        raise ValueError(f"--ranks is {quoted(args.ranks)}, expected numbers up to {MAX_RANKS} such as 1,2.")
+    counts = sorted({int(part) for part in args.ranks.split(",")} - {0, 1})
+    if not counts:
         raise ValueError(
-            f"--ranks is {args.ranks!r}, expected at least one number above 1: one rank alone is timed anyway."
+            f"--ranks is {quoted(args.ranks)}, expected at least one number above 1: one rank alone is timed anyway."
         )
+    tokens, width = math.prod(args.grid), 96 * args.heads
+    activations, weights = 8 * tokens * width, args.depth * 12 * width**2
+    check_memory(
+        4 * (activations + weights) * max(counts),
+        f"A grid of {' x '.join(map(str, args.grid))} tokens with {args.heads} heads, on {max(counts)} ranks",
+        "Lower --grid, --heads, --depth or --ranks.",
+    )
     device = _device(args.device)
     shape = ParallelShape(TokenGrid(*args.grid), args.depth, (None, *args.references), args.heads)
     rows: list[dict[str, Any]] = []
@@ -207,12 +233,14 @@ def _mixture(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
 def _plot(args: argparse.Namespace) -> int:
     from ..bench.plot import draw
 
+    what = named(str(args.file))
+    results = parse_json(
+        read_text(args.file, what, limit=MAX_RESULTS), what, advice="Make one with --json.", limit=MAX_RESULTS
+    )
     try:
-        chart = draw(json.loads(args.file.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{args.file} is no results file of `evdit bench attention` ({error!r}). Make one with --json."
-        ) from None
+        chart = draw(results)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{what} is no results file of `evdit bench attention`. Make one with --json.") from error
     out = args.out or args.file.with_suffix(".svg")
     write_text(out, chart)
     say(f"{out}")

@@ -109,6 +109,7 @@ def test_a_failure_of_ffmpeg_is_no_video(tmp_path, frames, monkeypatch):
 def test_the_slowest_and_the_fastest_rate_can_be_written(tmp_path, frames, suffix, fps):
     assert read_metadata(write_video(tmp_path / f"clip{suffix}", frames, fps=fps, metadata={"a": 1})) == {
         "fps": fps,
+        "frames": 9,
         "a": 1,
     }
 
