@@ -23,7 +23,12 @@ def check_writable_file(path: str | Path) -> Path:
     """Raises ValueError if no file can be written at `path`; called before the long work, so touches nothing."""
     path = Path(path)
     name, folder = quoted(str(path), 120), quoted(str(path.parent), 120)
-    size = len(os.fsencode(path.name))
+    try:
+        size = len(os.fsencode(path.name))
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"Cannot write {name}: half a surrogate pair stands for no letter; choose another name."
+        ) from None
     if size > NAME_BYTES:
         raise ValueError(f"Cannot write {name}: its name has {size} bytes, at most {NAME_BYTES} fit; shorten it.")
     if path.is_dir():
@@ -33,6 +38,14 @@ def check_writable_file(path: str | Path) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"Cannot write {name}: no permission in {folder}; choose another folder.")
     return path
+
+
+def can_be_path(text: str) -> bool:
+    """Whether a file system could hold this path; others fail with an error of the system's, wherever they are used."""
+    try:
+        return "\0" not in text and all(len(os.fsencode(part)) <= NAME_BYTES for part in Path(text).parts)
+    except UnicodeEncodeError:
+        return False
 
 
 @contextmanager
@@ -64,7 +77,7 @@ def whole_file(path: str | Path, ending: str = ".tmp", *, new: bool = False) -> 
 
 def write_text(path: str | Path, text: str, *, new: bool = False) -> None:
     """Writes `text` as UTF-8; a file of that name is replaced only once the new one is whole, or with ``new`` kept."""
-    write_bytes(path, text.encode(), new=new)
+    write_bytes(path, text.encode(errors="replace"), new=new)  # half a surrogate pair becomes a question mark
 
 
 def write_bytes(path: str | Path, data: bytes, *, new: bool = False) -> None:

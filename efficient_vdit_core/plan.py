@@ -112,9 +112,7 @@ class TilePlan:
         """Read ``to_json``'s form. Raises ValueError that names the field where it was edited into nonsense."""
         values = parse_json(text, "The plan", advice="Save it again from the node or the CLI.")
         if not isinstance(values, dict):
-            raise ValueError(
-                f"The plan is a JSON {type(values).__name__}, expected an object. It is not a tile plan file."
-            )
+            raise ValueError(f"The plan is {quoted(values)}, expected an object. It is not a tile plan file.")
         _check_version(values.get("schema_version"))
         counts = values.get("reference_frames", [])
         about: dict[str, Any] = {

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..limits.quote import quoted
+from ..limits.quote import named, quoted
 from . import say
 
 INTERRUPTED = 130  # as the shell counts Ctrl-C
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     values = read_toml(args.config) if args.config else {}
     if values.setdefault("method", args.method) != args.method:
         raise ValueError(
-            f"{args.config.name} is for method {quoted(values['method'])}, but {args.method!r} was asked for."
+            f"{named(args.config.name)} is for method {quoted(values['method'])}, but {args.method!r} was asked for."
         )
     for text in args.overrides:
         override(values, text)

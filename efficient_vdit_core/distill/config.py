@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..files import write_text
+from ..files import can_be_path, write_text
 from ..limits.documents import parse_toml, read_text
 from ..limits.numbers import number, whole
 from ..limits.quote import named, quoted
@@ -35,6 +35,11 @@ def _expect(holds: bool, settings: Any, section: str, name: str, expected: str) 
         raise ValueError(
             f"{section}.{name} is {quoted(getattr(settings, name))}, expected {expected}. Correct the configuration."
         )
+
+
+def _paths(settings: Any, section: str, *names: str) -> None:
+    for name in names:
+        _expect(can_be_path(getattr(settings, name)), settings, section, name, "a path of names of 255 bytes at most")
 
 
 def _between(settings: Any, section: str, ranges: dict[str, tuple[int, int]]) -> None:
@@ -64,6 +69,7 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        _paths(self, "model", "path", "transformer", "text_encoder", "init")
         _between(self, "model", {"lora_rank": (1, 4096)})
         number(self.lora_alpha, "model.lora_alpha", 0, 1e6)
 
@@ -93,6 +99,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _expect(self.source in SOURCES, self, "data", "source", f"one of {', '.join(SOURCES)}")
+        _paths(self, "data", "folder", "captions", "cache")
         _between(self, "data", {"clips": (1, MAX_CLIPS), "teacher_steps": (1, 1000), "seed": (0, 2**31 - 1)})
         number(self.negative_share, "data.negative_share", 0, 1)
         number(self.guidance, "data.guidance", 0, MAX_GUIDANCE)
@@ -207,6 +214,9 @@ def read_section(kind: type[T], values: Any, section: str) -> T:
     return kind(**{name: _typed(value, hints[name], f"{section}.{name}") for name, value in values.items()})
 
 
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list of these"}
+
+
 def _typed(value: Any, hint: Any, name: str) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for option in options:
@@ -220,7 +230,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
             return value
         elif isinstance(option, type) and option is not str and type(value) is option:
             return value
-    expected = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    expected = " or ".join(_NAMES.get(typing.get_origin(o) or o, str(o)) for o in options if o is not types.NoneType)
     raise ValueError(f"{name} is {quoted(value)}, expected {expected}. Correct the configuration.")
 
 

@@ -282,7 +282,7 @@ def _latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
 def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(
-            f"{str(file)!r} does not exist, expected a model folder in diffusers' layout. Check model.path."
+            f"{quoted(str(file), 120)} does not exist, expected a model folder in diffusers' layout. Check model.path."
         )
     what = f"{file.name} in {named(file.parent.name)}"
     values = parse_json(read_text(file, what), what, advice="Download it again.")

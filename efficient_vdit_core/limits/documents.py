@@ -44,10 +44,12 @@ def parse_json(text: str | bytes, what: str, *, advice: str, limit: int = MAX_BY
     """
     _check_size(len(text), what, limit)
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
     except RecursionError:
         raise ValueError(f"{what} is nested deeper than {MAX_DEPTH} levels. {advice}") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError among them
+    except UnicodeDecodeError:
+        raise ValueError(f"{what} is not valid JSON (it is no UTF-8). {advice}") from None
+    except (json.JSONDecodeError, _Unusable) as error:
         raise ValueError(f"{what} is not valid JSON ({reason(error, 80)}). {advice}") from None
     _check_shape(value, what, advice)
     return value
@@ -69,21 +71,33 @@ def parse_toml(text: str, what: str, *, advice: str = "Correct the file.") -> di
         values = tomllib.loads(text)
     except RecursionError:
         raise ValueError(f"{what} is nested deeper than {MAX_DEPTH} levels. {advice}") from None
-    except ValueError as error:  # TOMLDecodeError is one; so is a number of 5,000 digits
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{what} is not valid TOML: {reason(error, 80)}. {advice}") from None
+    except ValueError:
+        raise ValueError(f"{what} is not valid TOML: a number has too many digits. {advice}") from None
     _check_shape(values, what, advice)
     return values
 
 
+class _Unusable(ValueError):
+    """A number that Python's parser lets in."""
+
+
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise _Unusable(f"{name} is no number of JSON")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is too large for a number")
+        raise _Unusable(f"{text[:20]} is too large for a number")
     return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > 400:  # as many digits as the largest float has, and some
+        raise _Unusable(f"{text[:20]}... is too large for a number")
+    return int(text)
 
 
 def _check_size(size: int, what: str, limit: int) -> None:

@@ -36,7 +36,7 @@ def quoted(value: Any, room: int = _VALUE) -> str:
 
 def named(name: str, room: int = 80) -> str:
     """The name of a file or a tensor, without quotes."""
-    return printable(shortened(name, room)).replace("\n", "\\n")
+    return shortened(printable(shortened(name, room)).replace("\n", "\\n"), room)
 
 
 def shortened(text: str, room: int) -> str:

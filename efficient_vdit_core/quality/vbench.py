@@ -102,7 +102,7 @@ def clip_names(prompts: Sequence[str]) -> list[str]:
     names, used = [], Counter[str]()
     for prompt in prompts:
         plain = re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "_", " ".join(prompt.split()))
-        stem = plain.encode()[:_NAME_BYTES].decode(errors="ignore").strip(" .") or "clip"
+        stem = plain.encode(errors="replace")[:_NAME_BYTES].decode(errors="ignore").strip(" .") or "clip"
         names.append(f"{stem}-{used[stem.casefold()]}")  # many file systems do not tell A from a
         used[stem.casefold()] += 1
     return names

@@ -293,7 +293,7 @@ def test_configuration_survives_toml(base):
         ({"method": "magic"}, "method is 'magic'"),
         ({"method": "consistency", "modle": {}}, "'modle'"),
         ({"method": "consistency", "training": {"step": 3}}, r"\[training\] has 'step'"),
-        ({"method": "consistency", "training": {"steps": "3"}}, r"training.steps is '3', expected int"),
+        ({"method": "consistency", "training": {"steps": "3"}}, r"training.steps is '3', expected a whole number"),
         ({"method": "consistency", "training": {"steps": 0}}, r"training.steps is 0"),
         ({"method": "consistency", "objective": {"guidance": [1.0]}}, "objective.guidance"),
         ({"method": "consistency", "objective": {"guidance": [1.0, -4.0]}}, "guidance is"),

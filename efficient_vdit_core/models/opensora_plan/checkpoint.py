@@ -6,7 +6,6 @@ is that of the published checkpoints. Loading is strict: a file either is the mo
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +112,9 @@ def read_torch_file(file: Path) -> Any:
     """What a PyTorch file holds, memory-mapped where its format allows; tensors and plain containers only, never
     code."""
     advice = "Download it again, or ask its publisher for safetensors."
-    return read_torch(file, advice, mmap=zipfile.is_zipfile(file))
+    with open(file, "rb") as opened:
+        archive = opened.read(4) == b"PK\x03\x04"  # PyTorch's present format; the older one cannot be mapped
+    return read_torch(file, advice, mmap=archive)
 
 
 @contextmanager
@@ -159,7 +160,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
         raise ValueError(f"{what} has no weight_map of tensors to files. Download it again.")
     shards = sorted(set(names.values()))
-    missing = [s for s in shards if Path(s).name != s or not (index.parent / s).is_file()]
+    missing = [s for s in shards if len(s) > 200 or Path(s).name != s or not (index.parent / s).is_file()]
     if missing:
         raise ValueError(
             f"{named(index.name)} names {len(shards)} shards, but {', '.join(map(named, missing[:2]))} "
