@@ -123,7 +123,9 @@ def write_torch(path: str | Path, state: Any) -> None:
         with whole_file(path) as part:
             torch.save(state, part)
     except RuntimeError as error:
-        raise OSError(f"{Path(path).name} could not be written ({reason(error)})") from error
+        raise OSError(
+            f"{named(Path(path).name)} could not be written ({reason(error)}). Make room there and start the same command again."
+        ) from error
 
 
 def read_torch(path: str | Path, advice: str, *, mmap: bool = False) -> Any:
