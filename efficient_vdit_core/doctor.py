@@ -21,8 +21,7 @@ NEEDED = {
     "pillow": "gif and webp",
 }
 OPTIONAL = {
-    "imageio": "reading videos",
-    "imageio-ffmpeg": "mp4",
+    "imageio-ffmpeg": "mp4, and reading videos",
     "diffusers": "the samplers ddim and euler_ancestral",
     "ftfy": "cleaning prompts as the reference does",
     "beautifulsoup4": "cleaning prompts as the reference does",

@@ -108,8 +108,8 @@ def encode_videos(
             try:
                 frames = read_frames(video, size)
             except ValueError as error:
-                log.warning("%s is left out: %s", video.name, error)
-                broken.append(video.name)
+                log.warning("%s is left out: %s", named(video.name), error)
+                broken.append(named(video.name))
                 continue
             encode = encode or encoder()
             save_safetensors(target, {"latents": _finite(encode(frames), video.name)}, {"video": video.name})
