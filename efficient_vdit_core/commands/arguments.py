@@ -9,8 +9,6 @@ from typing import NoReturn
 from ..limits.numbers import number, whole
 from ..limits.quote import message, quoted, shortened
 
-MAX_SEED = 2**62  # room for the seeds that are counted on from it
-
 
 class Parser(argparse.ArgumentParser):
     """Its subcommands' parsers are of this class too."""
@@ -51,3 +49,6 @@ def quantity(low: float, high: float) -> Callable[[str], float]:
             ) from None
 
     return read
+
+
+seed_number = count(0, 2**62)  # room for the seeds that are counted on from it

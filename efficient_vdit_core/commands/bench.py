@@ -16,7 +16,7 @@ from ..limits.documents import parse_json, read_text
 from ..limits.memory import check_memory
 from ..limits.quote import named, quoted
 from . import say
-from .arguments import MAX_SEED, count
+from .arguments import count, seed_number
 
 MAX_RANKS = 64
 MAX_RESULTS = 2**26  # bytes
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--repeats", type=count(1, 10_000), default=5, help="runs whose median counts, default: %(default)s"
         )
-        command.add_argument("--seed", type=count(0, MAX_SEED), default=0, help="default: %(default)s")
+        command.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda, default: %(default)s")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     plot = commands.add_parser("plot", help="draw a results file of `evdit bench attention` as SVG")

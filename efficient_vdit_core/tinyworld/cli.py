@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..commands.arguments import MAX_SEED, count, quantity
+from ..commands.arguments import count, quantity, seed_number
 
 
 def add_arguments(subparsers: Any) -> None:
@@ -29,7 +29,7 @@ def add_arguments(subparsers: Any) -> None:
         "--clips", type=count(1, 1_000_000), default=6144, help="clips to learn from, default: %(default)s"
     )
     train.add_argument("--batch", type=count(1, 65_536), default=32, help="default: %(default)s")
-    train.add_argument("--seed", type=count(0, MAX_SEED), default=0, help="default: %(default)s")
+    train.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
     train.add_argument(
         "--tensorboard", action="store_true", help="write the loss for TensorBoard into the run's folder"
     )
@@ -52,7 +52,7 @@ def add_arguments(subparsers: Any) -> None:
     judge.set_defaults(run=_evaluate)
 
     draw = subparsers.add_parser("render", help="draw a true clip of the world with its caption")
-    draw.add_argument("--seed", type=count(0, MAX_SEED), default=0, help="default: %(default)s")
+    draw.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
     draw.add_argument("--out", default="tinyworld.gif", metavar="FILE", help="default: %(default)s")
     draw.set_defaults(run=_render)
 
