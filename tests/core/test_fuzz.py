@@ -1,13 +1,16 @@
-"""300 malformed inputs from a seed: each is refused by a sentence of ours, or served, within 10 s and 2 GiB.
+"""300 malformed inputs from a seed: each is refused by a sentence of ours, or served, within 10 s of work and 2 GiB.
 
 The long form, 10,000 cases, is run by hand: `fuzz.run` says how, and `fuzz_results.json` holds its last result.
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+if os.name == "nt":
+    pytest.skip("NO PIPES TO WAIT FOR (Windows): the fuzz test did not run", allow_module_level=True)
 pytest.importorskip("imageio_ffmpeg")
 pytest.importorskip("accelerate")
 
@@ -32,6 +35,7 @@ def test_no_input_without_a_sentence():
         ("int('x')", "foreign words: invalid literal"),
         ("raise ValueError('no sentence of the core')", "a bare ValueError"),
         ("while True: pass", "more than 1 s"),
+        ("import time; time.sleep(60)", "more than 1 s"),
         ("x = bytearray(2**30); import time; time.sleep(60)", "of memory"),
         ("import os; os.abort()", "the process ended"),
     ],
@@ -43,7 +47,7 @@ def test_the_harness_sees_every_kind_of_fault(tmp_path, monkeypatch, faults, why
         f"def fault(rng, folder):\n    def call():\n        {faults}\n    return call\n"
         "cases.KINDS['fault'] = fault\ncases.warm_up = lambda: None\nworker.main()\n"
     )
-    monkeypatch.setattr(run, "SECONDS", 1.0 if "while" in faults else 30.0)
+    monkeypatch.setattr(run, "SECONDS", 1.0 if "1 s" in why else 30.0)
     monkeypatch.setattr(run, "BYTES", 2**30)
     monkeypatch.setattr(run, "PROGRAM", [str(tmp_path / "faulty.py")])
     worker = run.Worker()
