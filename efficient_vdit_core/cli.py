@@ -75,7 +75,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser of all commands; `argv` tells which one needs its own, slower, description."""
     parser = Parser(prog="evdit", description="Efficient-vDiT: fast video diffusion transformers.")
     parser.add_argument("--version", action="version", version=f"evdit {__version__}")
-    debug = argparse.ArgumentParser(add_help=False)
+    debug = Parser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
@@ -87,7 +87,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_tinyworld(subparsers: Any, argv: Sequence[str], debug: argparse.ArgumentParser) -> None:
+def _add_tinyworld(subparsers: Any, argv: Sequence[str], debug: Parser) -> None:
     """Its commands train, eval and render; their code imports torch, so it is read only when asked for."""
     text = "train, evaluate and render the tiny world that the built-in model knows"
     parser = subparsers.add_parser(TINYWORLD, help=text, description=text, parents=[debug])

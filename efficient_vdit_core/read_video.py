@@ -127,13 +127,14 @@ def _own_words(path: Path) -> tuple[int, int]:
         metadata = read_metadata(path)
     except ValueError:
         return 0, 0
-    fps, count = metadata.get("fps"), metadata.get("frames")
-    unit = frame_milliseconds(path.suffix.lower(), float(fps)) if _is_within(fps, MIN_FPS, MAX_FPS) else 0
-    return unit, int(count) if _is_within(count, 1, MAX_FRAMES) else 0
+    fps, count = _within(metadata.get("fps"), MIN_FPS, MAX_FPS), _within(metadata.get("frames"), 1, MAX_FRAMES)
+    return frame_milliseconds(path.suffix.lower(), fps) if fps else 0, int(count)
 
 
-def _is_within(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+def _within(value: Any, low: float, high: float) -> float:
+    """A number that stands in a file, or 0 where it is none or out of range."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    return float(value) if usable else 0.0
 
 
 def _stream(path: Path) -> Iterator[np.ndarray]:

@@ -142,6 +142,12 @@ def test_other_weights_are_named(folder, weights, edit, message):
         ({"_class_name": "LatteT2V"}, "another version"),
         ({"_class_name": "WanTransformer3DModel"}, "WanTransformer3DModel"),
         ({"num_layers": 3}, "num_layers=3"),
+        ({"num_layers": 1000}, "num_layers=1000"),
+        ({"num_layers": 20_000}, "num_layers is 20000, expected a whole number from 1 to 1,024"),
+        ({"num_attention_heads": -1}, "num_attention_heads is -1, expected"),
+        ({"sample_size": [10**30, 4]}, "sample_size is 10{30}, expected"),
+        ({"interpolation_scale_h": 0.0}, "interpolation_scale_h is 0.0, expected a number above 0"),
+        ({"norm_eps": "1" * 10**6}, "norm_eps='111.*111', expected a value such as"),
         ({"prediction_type": "flow"}, "prediction_type"),
     ],
 )

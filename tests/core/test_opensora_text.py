@@ -173,3 +173,32 @@ def test_a_configuration_of_another_depth_is_named(folder, tmp_path):
 def test_no_prompts_are_refused(folder):
     with pytest.raises(ValueError, match="no prompts"):
         TextEncoder.from_folder(folder).encode([])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_kv": None}, "d_kv is None, expected a whole number from 1 to 4,096"),
+        ({"num_heads": -1}, "num_heads is -1"),
+        ({"num_layers": 20_000}, "num_layers is 20000, expected a whole number from 1 to 256"),
+        ({"layer_norm_epsilon": "x"}, "layer_norm_epsilon is 'x', expected a number"),
+        ({"feed_forward_proj": "\x1b[31m"}, r"feed_forward_proj is '\\x1b\[31m', expected gated-gelu"),
+        ({"is_gated_act": 3}, "is_gated_act is 3, expected true or false"),
+    ],
+)
+def test_a_configuration_of_impossible_values_is_refused_before_a_network_is_built(folder, tmp_path, change, message):
+    weights, config, spiece = read_text_encoder(folder)
+    metadata = {"config": json.dumps({**config, **change})}
+    save_file({**weights, "spiece_model": spiece}, tmp_path / "model.safetensors", metadata)
+    with pytest.raises(ValueError, match=message):
+        read_text_encoder(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [torch.empty(0, dtype=torch.uint8), torch.zeros(9, dtype=torch.uint8), torch.zeros(9)]
+)
+def test_a_tokenizer_of_nothing_is_refused(folder, tmp_path, tokenizer):
+    weights, config, _ = read_text_encoder(folder)
+    save_file({**weights, "spiece_model": tokenizer}, tmp_path / "model.safetensors", {"config": json.dumps(config)})
+    with pytest.raises(ValueError, match="tokenizer of model.safetensors cannot be read"):
+        read_text_encoder(tmp_path / "model.safetensors")
