@@ -42,6 +42,7 @@ def judge_message(text: str) -> str:
 def run_case(kind: str, seed: int, folder: Path) -> dict[str, Any]:
     """One case, judged."""
     from . import cases
+    from .command import Said
 
     rng = random.Random(f"{kind} {seed}")
     call = cases.KINDS[kind](rng, folder)
@@ -57,7 +58,7 @@ def run_case(kind: str, seed: int, folder: Path) -> dict[str, Any]:
     except BaseException as error:
         last = "".join(traceback.format_exception(error)[-3:])
         return {"outcome": "bad", "why": f"a traceback: {type(error).__name__}", "message": last[-1500:]}
-    if isinstance(said, cases.Said):  # what a command printed as its error
+    if isinstance(said, Said):  # what a command printed as its error
         wrong = judge_message(said)
         return {"outcome": "bad" if wrong else "refused", "why": wrong, "message": said[:500]}
     return {"outcome": "fine", "why": "", "message": ""}
