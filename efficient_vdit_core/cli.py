@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import __version__
+from .commands.arguments import Parser, one_line
+from .limits.quote import quoted, reason
 
 # name -> its help; each is a module of `commands` with add_arguments(parser) and run(args) -> exit status
 COMMANDS = {
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 1 where the machine fails, 2 for a mistake of the user, 130 after
     Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
+    debug, args = "--debug" in argv, argparse.Namespace()
     try:
         args = build_parser(argv).parse_args(
             [word for word in argv if word != "--debug"]
@@ -53,23 +55,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug:
             raise
-        reason = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[0]
-        status = 2 if isinstance(error, MISTAKEN_PATHS) else 1
-        return _fail(f"error: {reason}" + (f" ({error.filename})" if error.filename else ""), status)
+        what = quoted(str(error.filename), 160) if error.filename else "a file"
+        said = error.strerror or reason(error, 240)
+        text = (
+            said
+            if not error.strerror
+            else f"{what} could not be read or written ({said}); check the path and the room there"
+        )
+        return _fail(f"error: {text}", 2 if isinstance(error, MISTAKEN_PATHS) else 1)
     except (RuntimeError, MemoryError) as error:
         memory = isinstance(error, MemoryError) or re.search(
             "out of memory|can't allocate memory", str(error), re.IGNORECASE
         )
         if debug or not memory:
             raise
-        return _fail("error: the device ran out of memory; use a smaller size, fewer frames or --dtype bfloat16", 1)
+        advice = "a smaller size, fewer frames or --dtype bfloat16" if "dtype" in args else "fewer or smaller inputs"
+        return _fail(f"error: the device ran out of memory; use {advice}", 1)
 
 
 def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser of all commands; `argv` tells which one needs its own, slower, description."""
-    parser = argparse.ArgumentParser(prog="evdit", description="Efficient-vDiT: fast video diffusion transformers.")
+    parser = Parser(prog="evdit", description="Efficient-vDiT: fast video diffusion transformers.")
     parser.add_argument("--version", action="version", version=f"evdit {__version__}")
-    debug = argparse.ArgumentParser(add_help=False)
+    debug = Parser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
@@ -81,7 +89,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_tinyworld(subparsers: Any, argv: Sequence[str], debug: argparse.ArgumentParser) -> None:
+def _add_tinyworld(subparsers: Any, argv: Sequence[str], debug: Parser) -> None:
     """Its commands train, eval and render; their code imports torch, so it is read only when asked for."""
     text = "train, evaluate and render the tiny world that the built-in model knows"
     parser = subparsers.add_parser(TINYWORLD, help=text, description=text, parents=[debug])
@@ -91,7 +99,7 @@ def _add_tinyworld(subparsers: Any, argv: Sequence[str], debug: argparse.Argumen
 
 
 def _fail(text: str, status: int) -> int:
-    print(f"evdit: {text}", file=sys.stderr)
+    sys.stderr.write(one_line(f"evdit: {text}"))
     return status
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import assets
+from .limits.quote import quoted
 
 TINY = "tiny"
 FAMILY = "opensora_plan"  # of all models here, for plans
@@ -55,7 +56,7 @@ def find_model(model: str | Path, text_encoder: str | Path | None = None) -> Mod
     for part in ("transformer", "vae", "text_encoder"):
         if not getattr(found, part).exists():
             raise ValueError(
-                f"The model {found.name!r} has no {part.replace('_', ' ')}: {str(getattr(found, part))!r} does not "
+                f"The model {quoted(found.name)} has no {part.replace('_', ' ')}: {quoted(str(getattr(found, part)), 120)} does not "
                 f"exist. {_ADVICE[part]}"
             )
     return found
@@ -71,7 +72,7 @@ _ADVICE = {
 def _in_folder(folder: Path, text_encoder: str | Path | None) -> ModelFolder:
     if not folder.is_dir():
         raise ValueError(
-            f"There is no model at {str(folder)!r}: expected one of {', '.join(assets.TINY_MODELS)} or a folder with the "
+            f"There is no model at {quoted(str(folder), 120)}: expected one of {', '.join(assets.TINY_MODELS)} or a folder with the "
             "model's parts; check the path."
         )
     name = folder.resolve().name
@@ -85,11 +86,11 @@ def _in_folder(folder: Path, text_encoder: str | Path | None) -> ModelFolder:
         return ModelFolder(present[0], folder / present[0], folder / "vae", folder / "text_encoder")
     if present:
         raise ValueError(
-            f"{str(folder)!r} holds {len(present)} models ({', '.join(present)}); name one, "
-            f"for example {str(folder / present[0])!r}."
+            f"{quoted(str(folder), 120)} holds {len(present)} models ({', '.join(present)}); name one, "
+            f"for example {quoted(str(folder / present[0]), 120)}."
         )
     raise ValueError(
-        f"{str(folder)!r} is no model folder: it has neither 'transformer' nor one of {', '.join(HUB_FOLDERS)} nor "
+        f"{quoted(str(folder), 120)} is no model folder: it has neither 'transformer' nor one of {', '.join(HUB_FOLDERS)} nor "
         "weights of its own; check the path."
     )
 

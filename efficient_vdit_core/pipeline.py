@@ -21,6 +21,8 @@ from . import __version__
 from .attention.layout import TokenLayout
 from .attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
 from .attention.sdpa import OVERRIDE_KEY
+from .limits.memory import check_memory
+from .limits.quote import quoted, reason
 from .model_folder import TINY, find_model, is_built_in
 from .model_header import ModelHeader
 from .plan import TilePlan
@@ -28,6 +30,7 @@ from .request import VideoRequest
 from .sampling import Denoiser, DiscreteSchedule, consistency_sigmas, sample_consistency
 from .sampling.reference import sample_reference
 from .tiles import TokenGrid
+from .video import to_frames
 
 if TYPE_CHECKING:
     from .distill.metadata import DistillMetadata
@@ -153,6 +156,7 @@ class Pipeline:
         request = prompt if isinstance(prompt, VideoRequest) else self.request(prompt, **choices)
         if plan is not None:
             self.check_plan(plan)
+        self._check_memory(request)
         report = AttentionReport()
         context, mask = self._encode(request, template)
         with self._working(self.transformer):
@@ -186,12 +190,20 @@ class Pipeline:
         p = self.transformer.config.patch_size
         return TokenLayout(TokenGrid(t, -(-h // p), -(-w // p)))
 
+    def _check_memory(self, request: VideoRequest) -> None:
+        """Raises ValueError, before any work, where one block's tensors alone are more than is free."""
+        config = self.transformer.config
+        tokens = self._layout(request).grid.tokens * (1 if request.guidance == 1.0 else 2)
+        # Queries, keys, values, the residual and its norm, and the MLP's four widths, in the weights' precision.
+        needed = 9 * tokens * config.hidden_size * self.transformer.dtype.itemsize
+        check_memory(needed, request.describe(), "Use fewer frames or a smaller size.", str(self.device))
+
     def _encode(self, request: VideoRequest, template: str | None) -> tuple[Tensor, Tensor]:
         """Text states (B, L, C) and mask (B, L) of [negative, positive], or of [positive] where guidance is off."""
         from .models.opensora_plan.captions import TEMPLATES, clean_caption
 
         if template is not None and template not in TEMPLATES:
-            raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}.")
+            raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {quoted(template)}.")
         positive = TEMPLATES[template].format(request.prompt) if template else request.prompt
         texts = [positive] if request.guidance == 1.0 else [request.negative, positive]
         # The reference cleans twice: the second pass removes what the first one uncovers.
@@ -268,8 +280,7 @@ class Pipeline:
 
         with self._working(self.vae):
             weights = next(self.vae.parameters())
-            pixels = tiled_decode(self.vae, (z / LATENT_SCALE).to(weights.dtype))[0].float()
-        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+            return to_frames(tiled_decode(self.vae, (z / LATENT_SCALE).to(weights.dtype))[0])
 
     def _metadata(
         self, request: VideoRequest, plan: TilePlan | None, template: str | None, report: AttentionReport
@@ -318,10 +329,11 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"The device {device!r} cannot be used ({reason}); 'evdit doctor' lists what can.") from error
+        torch.zeros(1, device=device).item()  # the meta device has no values
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"The device {quoted(device)} cannot be used ({reason(error)}); 'evdit doctor' lists what can."
+        ) from error
     return device
 
 
@@ -329,7 +341,7 @@ def _pick_dtype(dtype: str, device: str, name: str) -> torch.dtype:
     if dtype == "auto":
         return torch.float32 if is_built_in(name) or device == "cpu" else torch.bfloat16
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}.")
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {quoted(dtype)}.")
     return DTYPES[dtype]
 
 

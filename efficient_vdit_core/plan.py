@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_text
+from .limits.documents import parse_json, read_text
+from .limits.quote import named, quoted
 from .tiles import TilePattern
 
 SCHEMA_VERSION = 1
@@ -72,7 +74,7 @@ class TilePlan:
         """Raise ValueError where the plan was made for another model family, depth or head count."""
         if family and self.family not in (ANY_FAMILY, family):
             raise ValueError(
-                f"The plan was made for the model family {self.family!r}, but the model is {family!r}. "
+                f"The plan was made for the model family {quoted(self.family)}, but the model is {quoted(family)}. "
                 "Choose a plan for this model, or a uniform one."
             )
         if layers is not None and self.patterns and len(self.patterns) != layers:
@@ -108,14 +110,9 @@ class TilePlan:
     @classmethod
     def from_json(cls, text: str) -> TilePlan:
         """Read ``to_json``'s form. Raises ValueError that names the field where it was edited into nonsense."""
-        try:
-            values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"The plan is not valid JSON ({error}). Save it again from the node or the CLI.") from None
+        values = parse_json(text, "The plan", advice="Save it again from the node or the CLI.")
         if not isinstance(values, dict):
-            raise ValueError(
-                f"The plan is a JSON {type(values).__name__}, expected an object. It is not a tile plan file."
-            )
+            raise ValueError(f"The plan is {quoted(values)}, expected an object. It is not a tile plan file.")
         _check_version(values.get("schema_version"))
         counts = values.get("reference_frames", [])
         about: dict[str, Any] = {
@@ -174,9 +171,9 @@ class TilePlan:
     def load(cls, path: str | Path) -> TilePlan:
         """Read a plan file. Raises ValueError naming the file where it is not one."""
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(read_text(path, "The plan"))
         except (ValueError, OSError) as error:
-            raise ValueError(f"{Path(path).name} cannot be used as a plan: {error}") from error
+            raise ValueError(f"{named(Path(path).name)} cannot be used as a plan: {error}") from error
 
 
 def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
@@ -187,7 +184,7 @@ def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
         first, last = (int(match[1] or match[2]), int(match[1] or match[3])) if match else (1, 0)
         if last < first:
             raise ValueError(
-                f"The layers {text!r} cannot be read at {part!r}, expected a list such as '0-2,-1'. Correct dense_blocks."
+                f"The layers {quoted(text)} cannot be read at {quoted(part)}, expected a list such as '0-2,-1'. Correct dense_blocks."
             )
         ranges.append((first, last))
     return tuple(ranges)
@@ -207,22 +204,21 @@ def _read_part(part: str) -> Part:
     """``0:full``, ``1-4:2:6``, ``5:2``, ``-1:full`` or ``all:2``; all layers are -MAX_LAYERS to MAX_LAYERS."""
     match = re.fullmatch(r"(all|-?\d{1,4}|\d{1,4}-\d{1,4}):(full|\d{1,4}(?::\d{1,4})?)", part.lower())
     if match is None:
-        shown = part if len(part) <= 40 else part[:40] + "..."
         raise ValueError(
-            f"The plan text cannot be read at {shown!r}, expected parts such as '0:full', '1-4:2:6' or 'all:2'."
+            f"The plan text cannot be read at {quoted(part)}, expected parts such as '0:full', '1-4:2:6' or 'all:2'."
         )
     layers, pattern = match[1], TilePattern.parse(match[2])
     frames = sum(map(int, match[2].split(":"))) if ":" in match[2] else None
     if max(pattern.k or 0, frames or 0) > MAX_REFERENCE_FRAMES:
         raise ValueError(
-            f"The plan text asks for more than {MAX_REFERENCE_FRAMES} frames at {part!r}; no video has as many latent ones."
+            f"The plan text asks for more than {MAX_REFERENCE_FRAMES} frames at {quoted(part)}; no video has as many latent ones."
         )
     if layers == ALL:
         return part, -MAX_LAYERS, MAX_LAYERS, pattern, frames
     first, last = (int(layers), int(layers)) if layers.lstrip("-").isdigit() else map(int, layers.split("-"))
     if last < first or max(abs(first), abs(last)) >= MAX_LAYERS:
         raise ValueError(
-            f"The plan text names the layers {layers!r}, expected ascending ones from 0 to {MAX_LAYERS - 1}."
+            f"The plan text names the layers {quoted(layers)}, expected ascending ones from 0 to {MAX_LAYERS - 1}."
         )
     return part, first, last, pattern, frames
 
@@ -249,7 +245,7 @@ def _from_parts(parts: list[Part]) -> TilePlan:
         for layer in range(first, last + 1):
             if layer in layers or layer < 0:
                 reason = "counts from the end, which only follows 'all:...'" if layer < 0 else "is named twice"
-                raise ValueError(f"In the plan text, layer {layer} of {part!r} {reason}.")
+                raise ValueError(f"In the plan text, layer {layer} of {quoted(part)} {reason}.")
             layers[layer] = pattern
     missing = next((i for i in range(max(layers) + 1) if i not in layers), None)
     if missing is not None:
@@ -260,11 +256,11 @@ def _from_parts(parts: list[Part]) -> TilePlan:
 def _check_version(version: Any) -> None:
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ValueError(
-            f"The plan's schema_version is {version!r}, expected {SCHEMA_VERSION}. It is not a tile plan file."
+            f"The plan's schema_version is {quoted(version)}, expected {SCHEMA_VERSION}. It is not a tile plan file."
         )
     if version > SCHEMA_VERSION:
         raise ValueError(
-            f"The plan has schema_version {version}, this version reads up to {SCHEMA_VERSION}. Update the node pack."
+            f"The plan has schema_version {quoted(version)}, this version reads up to {SCHEMA_VERSION}. Update the node pack."
         )
 
 
@@ -272,7 +268,7 @@ def _typed(values: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     value = values.get(name, default)
     if value is not None and not isinstance(value, kind):
         raise ValueError(
-            f"The plan's {name} is {value!r}, expected a {kind.__name__}. Correct the file or save it again."
+            f"The plan's {name} is {quoted(value)}, expected a {kind.__name__}. Correct the file or save it again."
         )
     return value
 
@@ -282,7 +278,7 @@ def _count(value: Any, name: str) -> int | None:
     if value is None or (whole and 0 <= value <= MAX_REFERENCE_FRAMES):
         return value
     raise ValueError(
-        f"The plan's {name} is {value!r}, expected null or a whole number from 0 to {MAX_REFERENCE_FRAMES}. "
+        f"The plan's {name} is {quoted(value)}, expected null or a whole number from 0 to {MAX_REFERENCE_FRAMES}. "
         "Correct the file or save it again."
     )
 
@@ -293,8 +289,9 @@ def _ranges(value: Any) -> tuple[tuple[int, int], ...]:
         whole = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int and abs(i) < MAX_LAYERS for i in pair)
         return whole and pair[0] <= pair[1] and (pair[0] < 0) == (pair[1] < 0)
 
-    if not isinstance(value, list) or not all(map(is_range, value)):
+    if not isinstance(value, list) or len(value) > MAX_LAYERS or not all(map(is_range, value)):
         raise ValueError(
-            f"The plan's dense_layers is {value!r}, expected ascending pairs such as [[0, 2], [-1, -1]]. Correct the file."
+            f"The plan's dense_layers is {quoted(value)}, expected at most {MAX_LAYERS} ascending pairs such as "
+            "[[0, 2], [-1, -1]]. Correct the file."
         )
     return tuple((first, last) for first, last in value)

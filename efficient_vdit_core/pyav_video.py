@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
         raise OSError(f"FFmpeg could not finish the video ({error}); is the disk full?") from error
 
 
-def read_frames(path: Path) -> list[np.ndarray]:
-    """All frames (H, W, 3) uint8 at the container's constant rate: one that lasts longer is repeated.
+def read_frames(path: Path, check: Callable[[int, int, int], None]) -> Iterator[np.ndarray]:
+    """The frames (H, W, 3) uint8 one by one, at the container's constant rate: one that lasts longer is repeated.
 
-    Raises ValueError where one is damaged or missing.
+    ``check`` is told width, height and number of frames before any is decoded, and refuses by raising. Raises ValueError
+    where one is damaged or missing.
     """
     import av
 
@@ -43,21 +44,21 @@ def read_frames(path: Path) -> list[np.ndarray]:
         stream = container.streams.video[0]
         stream.codec_context.options = {"err_detect": "explode"}
         expected, rate = stream.frames, stream.base_rate or stream.average_rate or Fraction(1)
-        decoded = [(frame.time or 0.0, _pixels(frame)) for frame in container.decode(stream)]
-    if len(decoded) < expected:
-        raise ValueError(f"{len(decoded)} of its {expected} frames can be decoded")
-    return list(_at_constant_rate(decoded, float(rate)))
+        check(stream.codec_context.width, stream.codec_context.height, expected)
+        count, held, start = 0, None, 0.0
+        for frame in container.decode(stream):
+            count += 1
+            pixels, now = _pixels(frame), frame.time or 0.0
+            if held is not None:  # how long it lasts, the next one tells
+                yield from [held] * max(1, round((now - start) * float(rate)))
+            held, start = pixels, now
+        if held is not None:
+            yield held
+    if count < expected:
+        raise ValueError(f"{count} of its {expected} frames can be decoded")
 
 
 def _pixels(frame: Any) -> np.ndarray:
     if frame.is_corrupt:
         raise ValueError(f"its frame at {frame.time} s is damaged")
     return frame.to_ndarray(format="rgb24")
-
-
-def _at_constant_rate(decoded: list[tuple[float, np.ndarray]], rate: float) -> Iterator[np.ndarray]:
-    """``decoded``: (seconds, pixels) in the order of showing."""
-    for i, (start, pixels) in enumerate(decoded):
-        end = decoded[i + 1][0] if i + 1 < len(decoded) else start + 1 / rate
-        for _ in range(max(1, round((end - start) * rate))):
-            yield pixels

@@ -11,6 +11,8 @@ import itertools
 import re
 from dataclasses import dataclass, replace
 
+from .limits.quote import quoted
+
 PLACEMENTS = ("strided", "first", "last", "rotating")
 
 
@@ -55,11 +57,11 @@ class TilePattern:
     def __post_init__(self) -> None:
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0):
             raise ValueError(
-                f"A pattern has k={self.k!r} reference frames, expected a whole number from 0, or None for full attention."
+                f"A pattern has k={quoted(self.k)} reference frames, expected a whole number from 0, or None for full attention."
             )
         if self.placement not in PLACEMENTS:
             raise ValueError(
-                f"placement is {self.placement!r}, expected one of {', '.join(PLACEMENTS)}. Choose one of these."
+                f"placement is {quoted(self.placement)}, expected one of {', '.join(PLACEMENTS)}. Choose one of these."
             )
 
     def is_full(self, frames: int) -> bool:
@@ -112,7 +114,7 @@ class TilePattern:
         match = re.fullmatch(r"(\d{1,4})(?::\d{1,4})?", cleaned)
         if match is None:
             raise ValueError(
-                f"The pattern {text!r} cannot be read, expected 'full' or 'k:T-k' such as '2:6'. Correct the plan."
+                f"The pattern {quoted(text)} cannot be read, expected 'full' or 'k:T-k' such as '2:6'. Correct the plan."
             )
         return cls(int(match[1]))
 

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from .files import check_writable_file, whole_file
+from .limits.documents import MAX_BYTES, parse_json
+from .limits.quote import quoted
 from .pyav_video import write_mp4
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SUFFIXES = (".mp4", ".gif", ".webp")
+MAX_METADATA = 100_000  # bytes
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 _EXIF_DESCRIPTION = 0x010E
+_MOST_ATOMS = 10_000  # beside one another; a film has some dozens
 PACKAGES = {"PIL": "pillow", "imageio_ffmpeg": "imageio-ffmpeg"}  # module -> its name on PyPI, where they differ
 
 
@@ -45,11 +53,27 @@ def check_writable(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(
-            f"Cannot write {str(path)!r}: the ending must be one of {', '.join(SUFFIXES)}, as it picks the format."
+            f"Cannot write {quoted(str(path), 120)}: the ending must be one of {', '.join(SUFFIXES)}, as it picks the format."
         )
     check_writable_file(path)
     _check_writer_installed(path.suffix.lower())
     return path
+
+
+def frame_milliseconds(suffix: str, fps: float) -> int:
+    """How long a frame of an animation lasts: a gif counts in 1/100 s."""
+    return max(10, round(100 / fps) * 10) if suffix == ".gif" else round(1000 / fps)
+
+
+def to_frames(pixels: Tensor) -> np.ndarray:
+    """What a VAE decoded, (3, F, H, W) with -1 black and 1 white, as frames. Raises ValueError where it is not finite:
+    as frames that would be black."""
+    if not bool(pixels.isfinite().all()):
+        raise ValueError(
+            f"The VAE's pictures are not finite in {str(pixels.dtype).removeprefix('torch.')}: its weights or the latents are "
+            "damaged, or the precision is too low. Use float32; if it stays so, download the VAE again."
+        )
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
 def write_video(
@@ -61,7 +85,7 @@ def write_video(
         path: the ending picks the format. mp4 is H.264 4:2:0, so height and width must be even; gif and webp are
             written as loops. A gif counts time in 1/100 s, so its rate is rounded (24 fps become 25).
         fps: frames per second, 0.01 to 1000; a gif holds at most 100.
-        metadata: anything that JSON can hold.
+        metadata: anything that JSON can hold; ``fps`` and ``frames`` are added where it says nothing of it.
 
     Returns:
         The path. An existing file is replaced in one move.
@@ -72,7 +96,15 @@ def write_video(
         raise ValueError(f"Frames must be uint8 (F, H, W, 3), got {frames.dtype} {frames.shape}.")
     if not MIN_FPS <= fps <= MAX_FPS:
         raise ValueError(f"fps must lie in {MIN_FPS:g}..{MAX_FPS:g}, got {fps}: no container times frames beyond that.")
-    text = json.dumps(metadata or {})  # ASCII only, so that every container takes it
+    # A webp of equal frames is a still picture, and a gif one long frame: this alone tells how many they were.
+    about = {"fps": fps if isinstance(fps, int) else float(fps), "frames": len(frames), **(metadata or {})}
+    text = json.dumps(about)  # ASCII only, so that every container takes it
+    if len(text) > MAX_METADATA:  # beyond what an argument of ffmpeg may have, unless each letter is its own bytes
+        text = json.dumps(about, ensure_ascii=False)
+        if len(text.encode()) > MAX_METADATA:
+            raise ValueError(
+                f"The metadata have {len(text.encode())} bytes, at most {MAX_METADATA} fit into a clip. Shorten them."
+            )
     suffix = path.suffix.lower()
     if suffix == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
         raise ValueError(f"mp4 needs even sizes, got {frames.shape[2]}x{frames.shape[1]}; write a gif or webp instead.")
@@ -87,13 +119,14 @@ def write_video(
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata that `write_video` put into a file; ValueError if there is none."""
     path = Path(path)
+    nothing = f"{quoted(str(path), 120)} holds no metadata of this program"
     try:
         text = _mp4_comment(path) if path.suffix.lower() == ".mp4" else _image_comment(path)
-        metadata = json.loads(text)
-    except (ValueError, OSError, LookupError) as error:
-        raise ValueError(f"{str(path)!r} holds no metadata of this program ({error}).") from error
+    except Exception as error:  # Pillow names a broken file in a dozen ways
+        raise ValueError(f"{nothing} (it is of another program, or damaged).") from error
+    metadata = parse_json(text, f"{nothing}: its comment", advice="It is of another program, or damaged.")
     if not isinstance(metadata, dict):
-        raise ValueError(f"{str(path)!r} holds no metadata of this program (its comment is {text[:40]!r}).")
+        raise ValueError(f"{nothing} (its comment is {quoted(text)}).")
     return metadata
 
 
@@ -145,42 +178,49 @@ def _write_animation(path: Path, frames: np.ndarray, fps: float, text: str) -> N
     images = [Image.fromarray(frame) for frame in frames]
     options: dict[str, Any] = {"save_all": True, "append_images": images[1:], "loop": 0}
     if path.suffix == ".gif":
-        options |= {"duration": max(10, round(100 / fps) * 10), "comment": text.encode()}
+        options |= {"duration": frame_milliseconds(path.suffix, fps), "comment": text.encode()}
     else:
         exif = Image.Exif()
         exif[_EXIF_DESCRIPTION] = text
-        options |= {"duration": round(1000 / fps), "lossless": True, "exif": exif}
+        options |= {"duration": frame_milliseconds(path.suffix, fps), "lossless": True, "exif": exif}
     images[0].save(path, **options)
 
 
 def _image_comment(path: Path) -> str:
     from PIL import Image
 
-    with Image.open(path) as image:
-        if path.suffix.lower() == ".gif":
-            return image.info["comment"].decode()
-        return image.getexif()[_EXIF_DESCRIPTION]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes, though nothing is decompressed here, and of damaged tags
+        with Image.open(path) as image:
+            if path.suffix.lower() == ".gif":
+                return image.info["comment"].decode()
+            return str(image.getexif()[_EXIF_DESCRIPTION])
 
 
 def _mp4_comment(path: Path) -> str:
     """Walks moov/udta/meta/ilst/(c)cmt/data; a `data` atom starts with a type and a locale of 4 bytes each."""
-    data = path.read_bytes()
-    start, end = 0, len(data)
-    for name in (b"moov", b"udta", b"meta", b"ilst", b"\xa9cmt", b"data"):
-        start, end = _find_atom(data, start, end, name)
-        start += 4 if name == b"meta" else 0  # version and flags come before its children
-    return data[start + 8 : end].decode()
+    with path.open("rb") as file:
+        start, end = 0, path.stat().st_size
+        for name in (b"moov", b"udta", b"meta", b"ilst", b"\xa9cmt", b"data"):
+            start, end = _find_atom(file, start, end, name)
+            start += 4 if name == b"meta" else 0  # version and flags come before its children
+        file.seek(start + 8)
+        return file.read(min(end - start - 8, MAX_BYTES + 1)).decode()
 
 
-def _find_atom(data: bytes, start: int, end: int, name: bytes) -> tuple[int, int]:
-    """Where the content of the atom `name` begins and ends, among the atoms of data[start:end]."""
-    while start + 8 <= end:
-        size, header = int.from_bytes(data[start : start + 4], "big"), 8
+def _find_atom(file: IO[bytes], start: int, end: int, name: bytes) -> tuple[int, int]:
+    """Where the content of the atom `name` begins and ends, among the atoms in the bytes from start to end."""
+    for _ in range(_MOST_ATOMS):
+        if start + 8 > end:
+            break
+        file.seek(start)
+        head = file.read(16)
+        size, header = int.from_bytes(head[:4], "big"), 8
         if size == 1:
-            size, header = int.from_bytes(data[start + 8 : start + 16], "big"), 16
+            size, header = int.from_bytes(head[8:], "big"), 16
         if size < header:
             break
-        if data[start + 4 : start + 8] == name:
+        if head[4:8] == name:
             return start + header, min(start + size, end)
         start += size
     raise LookupError(f"no {name.decode('latin-1')} atom")

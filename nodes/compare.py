@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..efficient_vdit_core.quality import MAX_FRAMES, compare_clips, comparison_picture, metrics_table
+from .checked import checked
 from .comfy_bridge.progress import cancellable_progress
 from .inputs import CATEGORY, advanced_inputs, search_words
 
@@ -80,6 +81,7 @@ class EVDiTCompareVideos(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, video_a: Any, video_b: Any, name_a: str, name_b: str, frames_shown: int, amplify: float
     ) -> io.NodeOutput:

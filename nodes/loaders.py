@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .checked import checked
 from .comfy_bridge.open_sora_plan import WEIGHT_DTYPES, load_model
 from .comfy_bridge.paths import BUILT_IN, file_names
 from .comfy_bridge.text_encoder import TEMPLATE_NAMES, load_text_encoder
@@ -52,6 +53,7 @@ class EVDiTModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         return io.NodeOutput(load_model(model_name, weight_dtype))
 
@@ -111,6 +113,7 @@ class EVDiTTextEncoderLoader(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, text_encoder_name: str, template: str = "none", clean_caption: bool = True) -> io.NodeOutput:
         return io.NodeOutput(load_text_encoder(text_encoder_name, template=template, clean=clean_caption))
 
@@ -152,5 +155,6 @@ class EVDiTVAELoader(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, vae_name: str) -> io.NodeOutput:
         return io.NodeOutput(load_vae(vae_name))

@@ -8,6 +8,7 @@ from pathlib import Path
 from comfy_api.latest import io, ui
 
 from ..efficient_vdit_core.plan import TilePlan
+from .checked import checked
 from .comfy_bridge.paths import plan_names, plan_path, save_plan
 from .inputs import CATEGORY, Plan, for_page, plan_ui, search_words
 
@@ -63,6 +64,7 @@ class EVDiTSaveTilePlan(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, plan: TilePlan, filename_prefix: str) -> io.NodeOutput:
         name = save_plan(plan, filename_prefix)
         return io.NodeOutput(name, ui=ui.PreviewText(f"{name}\n{plan.to_text()}"))
@@ -126,6 +128,7 @@ class EVDiTLoadTilePlan(io.ComfyNode):
         return text, 0.0 if text.strip() else plan_path(plan_name).stat().st_mtime
 
     @classmethod
+    @checked
     def execute(cls, plan_name: str, text: str = "") -> io.NodeOutput:
         plan = TilePlan.from_text(text) if text.strip() else TilePlan.load(plan_path(plan_name))
         return io.NodeOutput(plan, plan.to_text(), ui=plan_ui(plan))

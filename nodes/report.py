@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..efficient_vdit_core.attention.summary import summarize_run
+from .checked import checked
 from .comfy_bridge.report import report_of
 from .inputs import CATEGORY, search_words
 
@@ -50,6 +51,7 @@ class EVDiTReport(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: Any, after: Any = None) -> io.NodeOutput:
         text, became_sparse = summarize_run(report_of(model))
         if not became_sparse:

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .checked import checked
 from .comfy_bridge.sampling import (
     LOADED_MODEL,
     PRESET_NAMES,
@@ -132,6 +133,7 @@ class EVDiTConsistencySigmas(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -196,5 +198,6 @@ class EVDiTConsistencySampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, gamma: float, noise_seed: int) -> io.NodeOutput:
         return io.NodeOutput(consistency_sampler(gamma, noise_seed))

@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..efficient_vdit_core.search.describe import describe_plan
+from .checked import checked
 from .comfy_bridge.probe import search_plan
 from .inputs import CATEGORY, Plan, advanced_inputs, plan_ui, search_words
 
@@ -152,6 +153,7 @@ class EVDiTSearchTilePlan(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model: Any, positive: Any, latent: dict[str, Any], seed: int, probes: int, threshold: float, target_speedup: float,
         candidates: str, negative: Any = None, cfg: float = 5.0, costs: str = "flops", error: str = "attention",

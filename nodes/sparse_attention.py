@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..efficient_vdit_core.attention import BACKENDS
 from ..efficient_vdit_core.plan import TilePlan
 from ..efficient_vdit_core.tiles import PLACEMENTS
+from .checked import checked
 from .comfy_bridge.announce import announce_to_page
 from .comfy_bridge.patch import patch_attention
 from .comfy_bridge.window import Window
@@ -170,6 +171,7 @@ class EVDiTSparseAttention(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..efficient_vdit_core.plan import TilePlan
 from ..efficient_vdit_core.search.tile_map import tile_map
+from .checked import checked
 from .comfy_bridge.probe import MAX_MAPS, measure_tiles, model_depth
 from .inputs import CATEGORY, Plan, advanced_inputs, search_words
 
@@ -104,6 +105,7 @@ class EVDiTAttentionTileMap(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model: Any, positive: Any, latent: dict[str, Any], layers: str, percent: float, seed: int, rows: int,
         plan: TilePlan | None = None, second_prompt: Any = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..efficient_vdit_core.plan import TilePlan
+from .checked import checked
 from .inputs import CATEGORY, Plan, plan_ui, search_words
 
 
@@ -60,6 +61,7 @@ class EVDiTTilePlan(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, reference_frames: int, text: str = "") -> io.NodeOutput:
         plan = TilePlan.from_text(text) if text.strip() else TilePlan.uniform(reference_frames, layers=None)
         return io.NodeOutput(plan, ui=plan_ui(plan))

@@ -14,6 +14,7 @@ from ..attention import TokenLayout
 from ..attention.choose import seconds
 from ..attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
 from ..attention.sdpa import OVERRIDE_KEY
+from ..limits.memory import check_memory
 from ..models.opensora_plan.config import OSP_29X720P, DiTConfig
 from ..models.opensora_plan.transformer import OpenSoraT2V
 from ..plan import TilePlan
@@ -119,9 +120,4 @@ def _check_memory(shape: StepShape, device: torch.device) -> None:
         weights = sum(p.numel() for p in OpenSoraT2V(shape.config).parameters())
     activations = 16 * shape.grid.tokens * shape.config.hidden_size
     needed = (weights + activations) * getattr(torch, shape.dtype).itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    if free is not None and needed > free:
-        raise ValueError(
-            f"{shape.depth} blocks at {shape.size} need about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free. "
-            "Lower --depth."
-        )
+    check_memory(needed, f"{shape.depth} blocks at {shape.size}", "Lower --depth.", str(device))

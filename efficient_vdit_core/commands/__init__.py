@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import sys
 
+from ..limits.quote import printable
+
 
 def say(text: str = "") -> None:
     """A line for the user, on standard output."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import shlex
 import sys
 from collections.abc import Iterable
@@ -11,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_writable_file, write_text
+from ..limits.documents import parse_json, read_text
+from ..limits.memory import check_memory
+from ..limits.quote import named, quoted
 from . import say
+from .arguments import count, seed_number
+
+MAX_RANKS = 64
+MAX_RESULTS = 2**26  # bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shapes to time, default: %(default)s",
     )
     attention.add_argument(
-        "--frames", type=int, nargs="+", help="only the preset's shapes with these latent frame counts"
+        "--frames", type=count(1, 1024), nargs="+", help="only the preset's shapes with these latent frame counts"
     )
-    attention.add_argument("--tokens", type=int, nargs="+", help="only the preset's shapes with these tokens a frame")
+    attention.add_argument(
+        "--tokens", type=count(1, 2**20), nargs="+", help="only the preset's shapes with these tokens a frame"
+    )
     attention.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="only the preset's shapes of this dtype"
     )
-    attention.add_argument("--heads", type=int, help="fewer heads than the preset has, for a small machine")
+    attention.add_argument("--heads", type=count(1, 1024), help="fewer heads than the preset has, for a small machine")
     attention.add_argument("--backends", nargs="+", default=(), help="default: all that run here")
     step = commands.add_parser("step", help="one forward with random weights, beside Amdahl's bound")
     step.add_argument(
@@ -46,11 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     step.add_argument(
         "--depth",
-        type=int,
+        type=count(0, 50),
         help="blocks to time: opensora_plan 1..32, default 32; minimax_h3 0..50, default 0 = bounds alone",
     )
     step.add_argument(
-        "--references", type=int, nargs="+", default=(4, 2, 1), help="k of the uniform plans, default: 4 2 1"
+        "--references", type=count(0, 1024), nargs="+", default=(4, 2, 1), help="k of the uniform plans, default: 4 2 1"
     )
     step.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: %(default)s"
@@ -60,29 +71,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", default="1,2", help="ranks to time; 1 is always the yardstick, default: %(default)s"
     )
     parallel.add_argument(
-        "--grid", type=int, nargs=3, default=(24, 8, 16), metavar=("T", "H", "W"), help="tokens, default: 24 8 16"
+        "--grid",
+        type=count(1, 4096),
+        nargs=3,
+        default=(24, 8, 16),
+        metavar=("T", "H", "W"),
+        help="tokens, default: 24 8 16",
     )
-    parallel.add_argument("--depth", type=int, default=2, help="blocks; real models have 32, default: %(default)s")
-    parallel.add_argument("--heads", type=int, default=24, help="heads of 96 channels, default: %(default)s")
     parallel.add_argument(
-        "--references", type=int, nargs="+", default=(1, 2), help="k of the sparse patterns, default: 1 2"
+        "--depth", type=count(1, 64), default=2, help="blocks; real models have 32, default: %(default)s"
+    )
+    parallel.add_argument("--heads", type=count(1, 1024), default=24, help="heads of 96 channels, default: %(default)s")
+    parallel.add_argument(
+        "--references", type=count(0, 1024), nargs="+", default=(1, 2), help="k of the sparse patterns, default: 1 2"
     )
     overhead = commands.add_parser("overhead", help="what import, patch and index work cost")
     mixture = commands.add_parser(
         "mixture", help="consistency distillation of a 2-D mixture against the exact solution"
     )
-    mixture.add_argument("--segments", type=int, nargs="+", default=(1, 2, 4, 8, 16), help="default: 1 2 4 8 16")
-    mixture.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    mixture.add_argument(
+        "--segments", type=count(1, 64), nargs="+", default=(1, 2, 4, 8, 16), help="default: 1 2 4 8 16"
+    )
+    mixture.add_argument("--seeds", type=count(1, 1000), default=3, help="default: %(default)s")
     peers = commands.add_parser("peers", help="the arrow mask beside ComfyUI's own sparse attention, at equal density")
     peers.add_argument("--model", default="tiny", help="a built-in model or a folder, default: %(default)s")
     peers.add_argument("--prompt", action="append", help="default: two of the tiny world")
-    peers.add_argument("--frames", type=int, default=93, help="default: %(default)s, 24 latent frames")
-    peers.add_argument("--size", type=int, nargs=2, default=(128, 256), metavar=("H", "W"), help="default: 128 256")
-    peers.add_argument("--steps", type=int, default=3, help="noise levels to look at, default: %(default)s")
-    peers.add_argument("--references", type=int, nargs="+", default=(1, 2, 4, 6), help="default: 1 2 4 6")
+    peers.add_argument("--frames", type=count(5, 10_000), default=93, help="default: %(default)s, 24 latent frames")
+    peers.add_argument(
+        "--size", type=count(64, 8192), nargs=2, default=(128, 256), metavar=("H", "W"), help="default: 128 256"
+    )
+    peers.add_argument("--steps", type=count(1, 1000), default=3, help="noise levels to look at, default: %(default)s")
+    peers.add_argument("--references", type=count(0, 1024), nargs="+", default=(1, 2, 4, 6), help="default: 1 2 4 6")
     for command in (attention, step, parallel, overhead, mixture, peers):
-        command.add_argument("--repeats", type=int, default=5, help="runs whose median counts, default: %(default)s")
-        command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        command.add_argument(
+            "--repeats", type=count(1, 10_000), default=5, help="runs whose median counts, default: %(default)s"
+        )
+        command.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda, default: %(default)s")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     plot = commands.add_parser("plot", help="draw a results file of `evdit bench attention` as SVG")
@@ -94,8 +118,6 @@ def run(args: argparse.Namespace) -> int:
     """Times what was asked for and prints a table; ``--json`` keeps the figures with hardware, versions and command."""
     if args.bench_command == "plot":
         return _plot(args)
-    if args.repeats < 1:
-        raise ValueError(f"--repeats is {args.repeats}, expected at least 1.")
     if args.json:
         check_writable_file(args.json)
     benches = {
@@ -230,14 +252,20 @@ def _parallel(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     from ..bench.parallel import ParallelShape, measure, model_rows
     from ..tiles import TokenGrid
 
-    try:
-        counts = sorted({int(part) for part in args.ranks.split(",")} - {1})
-    except ValueError:
-        raise ValueError(f"--ranks is {args.ranks!r}, expected numbers such as 1,2.") from None
-    if not counts or counts[0] < 1:
+    if not re.fullmatch(r"\d{1,2}(,\d{1,2})*", args.ranks) or max(map(int, args.ranks.split(","))) > MAX_RANKS:
+        raise ValueError(f"--ranks is {quoted(args.ranks)}, expected numbers up to {MAX_RANKS} such as 1,2.")
+    counts = sorted({int(part) for part in args.ranks.split(",")} - {0, 1})
+    if not counts:
         raise ValueError(
-            f"--ranks is {args.ranks!r}, expected at least one number above 1: one rank alone is timed anyway."
+            f"--ranks is {quoted(args.ranks)}, expected at least one number above 1: one rank alone is timed anyway."
         )
+    tokens, width = math.prod(args.grid), 96 * args.heads
+    activations, weights = 8 * tokens * width, args.depth * 12 * width**2
+    check_memory(
+        4 * (activations + weights) * max(counts),
+        f"A grid of {' x '.join(map(str, args.grid))} tokens with {args.heads} heads, on {max(counts)} ranks",
+        "Lower --grid, --heads, --depth or --ranks.",
+    )
     device = _device(args.device)
     shape = ParallelShape(TokenGrid(*args.grid), args.depth, (None, *args.references), args.heads)
     rows: list[dict[str, Any]] = []
@@ -318,12 +346,14 @@ def _mixture(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
 def _plot(args: argparse.Namespace) -> int:
     from ..bench.plot import draw
 
+    what = named(str(args.file))
+    results = parse_json(
+        read_text(args.file, what, limit=MAX_RESULTS), what, advice="Make one with --json.", limit=MAX_RESULTS
+    )
     try:
-        chart = draw(json.loads(args.file.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{args.file} is no results file of `evdit bench attention` ({error!r}). Make one with --json."
-        ) from None
+        chart = draw(results)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{what} is no results file of `evdit bench attention`. Make one with --json.") from error
     out = args.out or args.file.with_suffix(".svg")
     write_text(out, chart)
     say(f"{out}")

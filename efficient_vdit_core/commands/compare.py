@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable_file, write_bytes, write_text
+from ..limits.quote import quoted
 from . import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,19 +36,18 @@ def run(args: argparse.Namespace) -> int:
     """Compares and prints."""
     _check_target("--json", args.json, ".json")
     _check_target("--picture", args.picture, ".png")
-    import torch
-
     from ..quality import compare_clips, comparison_picture, metrics_table
+    from ..quality.picture import shown_frames
 
     try:
-        from ..read_video import read_video
+        from ..read_video import iterate_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
     except ImportError:
         raise ValueError(
             "The registry's build of the pack reads no videos. Use ComfyUI's node Compare Videos, or a clone."
         ) from None
 
     _warn_of_other_settings(args.a, args.b)
-    a, b = (torch.from_numpy(read_video(path)) for path in (args.a, args.b))
+    a, b = _File(args.a), _File(args.b)
     comparison = compare_clips(a, b, lpips=not args.no_lpips)
     say(f"a: {args.a}\nb: {args.b}")
     say(metrics_table(comparison))
@@ -53,10 +57,31 @@ def run(args: argparse.Namespace) -> int:
         say(f"wrote {args.json}")
     if args.picture:
         names = Path(args.a).stem, Path(args.b).stem
-        picture = comparison_picture(a, b, comparison, names=names if names[0] != names[1] else ("a", "b"))
+        shown = shown_frames(comparison.frames)
+        picture = comparison_picture(
+            a.chosen(shown), b.chosen(shown), comparison, names=names if names[0] != names[1] else ("a", "b")
+        )
         _write_png(args.picture, (picture * 255).round().byte().numpy())
         say(f"wrote {args.picture}")
     return 0
+
+
+class _File:
+    """A clip whose frames are read from its file each time they are asked for; memory is that of a few frames."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[Tensor]:
+        import torch
+
+        from ..read_video import iterate_video
+
+        return (torch.from_numpy(frame.copy()) for frame in iterate_video(self.path))
+
+    def chosen(self, numbers: Collection[int]) -> dict[int, Tensor]:
+        """Some frames by their number."""
+        return {i: frame for i, frame in enumerate(self) if i in numbers}
 
 
 def _write_png(path: str, pixels: Any) -> None:
@@ -74,7 +99,7 @@ def _check_target(option: str, path: str | None, suffix: str) -> None:
     if path is None:
         return
     if Path(path).suffix.lower() != suffix:
-        raise ValueError(f"{option} is {path!r}, expected a name that ends in {suffix}.")
+        raise ValueError(f"{option} is {quoted(path, 120)}, expected a name that ends in {suffix}.")
     check_writable_file(path)
 
 
@@ -86,10 +111,10 @@ def _warn_of_other_settings(a: str, b: str) -> None:
     for name in ("seed", "prompt", "model"):
         if name in first and name in second and first[name] != second[name]:
             logging.getLogger(__name__).warning(
-                "The clips were made with %s %r and %r, so the numbers compare two videos and not two methods.",
+                "The clips were made with %s %s and %s, so the numbers compare two videos and not two methods.",
                 name,
-                first[name],
-                second[name],
+                quoted(first[name]),
+                quoted(second[name]),
             )
 
 

@@ -7,6 +7,7 @@ import argparse
 import time
 
 from . import say
+from .arguments import seed_number
 from .generate import make_video, write
 
 PROMPT = "a red circle moving right fast on a white background"
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the command's options."""
     parser.add_argument("--prompt", default=PROMPT, help="default: %(default)s")
     parser.add_argument("--out", default="evdit-demo.mp4", metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..limits.quote import named, quoted
 from . import say
 
 INTERRUPTED = 130  # as the shell counts Ctrl-C
@@ -37,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
 
     values = read_toml(args.config) if args.config else {}
     if values.setdefault("method", args.method) != args.method:
-        raise ValueError(f"{args.config.name} is for method {values['method']!r}, but {args.method!r} was asked for.")
+        raise ValueError(
+            f"{named(args.config.name)} is for method {quoted(values['method'])}, but {args.method!r} was asked for."
+        )
     for text in args.overrides:
         override(values, text)
     try:
@@ -54,25 +57,20 @@ def override(values: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and name):
-        raise ValueError(f"--set {text!r} cannot be read, expected SECTION.KEY=VALUE such as training.steps=500.")
+        raise ValueError(f"--set {quoted(text)} cannot be read, expected SECTION.KEY=VALUE such as training.steps=500.")
     table = values.setdefault(section, {})
     if not isinstance(table, dict):
         raise ValueError(
-            f"--set {text!r} names {section!r}, which is {table!r} and no section of settings. Correct its name."
+            f"--set {quoted(text)} names {quoted(section)}, which is {quoted(table)} and no section of settings. Correct its name."
         )
     table[name] = _value(value.strip())
 
 
 def _value(text: str) -> Any:
     """A TOML value; what is none is taken as a string."""
-    import tempfile
+    from ..limits.documents import parse_toml
 
-    from ..distill.config import read_toml
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "value.toml"
-        file.write_text(f"value = {text}\n", encoding="utf-8")
-        try:
-            return read_toml(file)["value"]
-        except (ValueError, KeyError):
-            return text
+    try:
+        return parse_toml(f"value = {text}\n", "The value")["value"]
+    except (ValueError, KeyError):
+        return text

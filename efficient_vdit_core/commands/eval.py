@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from ..limits.documents import parse_json, read_text
+from ..limits.quote import quoted
 from . import say
 
 
@@ -40,17 +41,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read_prompts(file: str, clips: list[str]) -> dict[str, str]:
-    try:
-        prompts: Any = json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"There is no file {file!r}; check --prompts.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts {file!r} is no JSON ({error}).") from None
+    name = quoted(file)
+    prompts: Any = parse_json(read_text(file, f"--prompts {name}"), f"--prompts {name}", advice="Correct the file.")
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
-        raise ValueError(f'--prompts {file!r} must hold one JSON object of texts, {{"clip.mp4": "its prompt", ...}}.')
+        raise ValueError(f'--prompts {name} must hold one JSON object of texts, {{"clip.mp4": "its prompt", ...}}.')
     unknown = sorted(set(prompts) - set(clips))
     if unknown:
         raise ValueError(
-            f"--prompts {file!r} names {unknown[0]!r}, which is not among the clips; use file names without folders."
+            f"--prompts {name} names {quoted(unknown[0])}, which is not among the clips; use file names without folders."
         )
     return prompts

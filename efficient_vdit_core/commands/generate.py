@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..limits.quote import quoted
 from ..request import GUIDANCE, SAMPLERS, TINY_GUIDANCE
 from . import say
 
@@ -66,6 +67,7 @@ CHOICES = ("negative", "frames", "height", "width", "steps", "guidance", "sample
 
 def run(args: argparse.Namespace) -> int:
     """Makes and writes the video. Whatever can be refused is refused before the weights are read."""
+    from ..limits.memory import check_memory
     from ..model_header import ModelHeader
     from ..request import VideoRequest
     from ..video import check_writable
@@ -73,9 +75,12 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     out = check_writable(args.out)
     if not 1 <= args.zoom <= MAX_ZOOM:
-        raise ValueError(f"--zoom must lie in 1..{MAX_ZOOM}, got {args.zoom}.")
+        raise ValueError(f"--zoom must lie in 1..{MAX_ZOOM}, got {quoted(args.zoom)}.")
     choices = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
-    VideoRequest(args.prompt, **choices).check()
+    request = VideoRequest(args.prompt, **choices).check()
+    if args.frames and args.height and args.width:
+        size = 3 * args.zoom**2 * request.frames * request.height * request.width
+        check_memory(size, f"{request.describe()}, enlarged {args.zoom} times,", "Lower --zoom.")
     load_plan(args.plan, frames=None)
     header = ModelHeader.read(args.model, text_encoder=args.text_encoder, transformer=args.transformer)
     request = header.request(args.prompt, **choices)
@@ -136,9 +141,11 @@ def load_plan(text: str | None, frames: int | None) -> TilePlan | None:
     from ..plan import TilePlan
     from ..tiles import TilePattern
 
-    if not re.fullmatch(r"\d+:\d+|full", text):
+    if not re.fullmatch(r"\d{1,4}:\d{1,4}|full", text):
         if not Path(text).is_file():
-            raise ValueError(f"--plan {text!r} is neither a pattern such as 1:7 nor a plan file; check the path.")
+            raise ValueError(
+                f"--plan {quoted(text, 120)} is neither a pattern such as 1:7 nor a plan file; check the path."
+            )
         return TilePlan.load(text)
     pattern = TilePattern.parse(text)
     if ":" in text and frames is not None:
@@ -146,7 +153,7 @@ def load_plan(text: str | None, frames: int | None) -> TilePlan | None:
         if k + others != frames:
             fitting = f"{min(k, frames)}:{max(frames - k, 0)}"
             raise ValueError(
-                f"--plan {text} is a pattern for {k + others} latent frames, but this video has {frames}; "
+                f"--plan {quoted(text)} is a pattern for {k + others} latent frames, but this video has {frames}; "
                 f"use {fitting}."
             )
     return TilePlan.uniform(pattern.k)

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..limits.quote import quoted
 from . import say
 
 if TYPE_CHECKING:
@@ -68,10 +69,12 @@ def run(args: argparse.Namespace) -> int:
 
     out = Path(args.out)
     if out.exists() or not out.parent.is_dir() or out.suffix != ".json":
-        raise ValueError(f"--out {args.out!r} must end in .json, lie in an existing folder and not exist yet.")
+        raise ValueError(
+            f"--out {quoted(args.out, 120)} must end in .json, lie in an existing folder and not exist yet."
+        )
     candidates = parse_candidates(args.candidates)
     if not 1 <= args.probes <= MAX_PROBES:
-        raise ValueError(f"--probes must lie in 1..{MAX_PROBES}, got {args.probes}.")
+        raise ValueError(f"--probes must lie in 1..{MAX_PROBES}, got {quoted(args.probes)}.")
     _check_target(args)
     choices = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
     choices |= {"steps": args.probes, "segments": args.probes}  # also where the model was distilled for another number

@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from . import say
+from .arguments import quantity
 
 _CHECK_SECONDS = 0.5
 
@@ -26,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices", default="auto", help='"auto" for all GPUs, or numbers such as 0,1; cpu,cpu for two CPU ranks'
     )
-    parser.add_argument("--start-timeout", type=float, default=120.0, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument(
+        "--start-timeout", type=quantity(1, 86_400), default=120.0, metavar="SECONDS", help="default: %(default)s"
+    )
     parser.add_argument(
         "--import",
         dest="imports",

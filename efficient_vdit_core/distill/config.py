@@ -9,7 +9,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..files import write_text
+from ..files import can_be_path, write_text
+from ..limits.documents import parse_toml, read_text
+from ..limits.numbers import number, whole
+from ..limits.quote import named, quoted
+from ..request import MAX_FRAMES, MAX_GUIDANCE, MAX_SIDE
 from .consistency import ConsistencyConfig
 from .knowledge import KnowledgeConfig
 
@@ -20,6 +24,8 @@ FREE = {"training.save_every", "training.tensorboard", "training.samples_every",
 SOURCES = ("tinyworld", "videos", "teacher")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 PRECISIONS = ("float32", "bf16")
+# Beyond these a typing mistake is more likely than a plan: years of training, days of encoding.
+MAX_TRAINING_STEPS, MAX_CLIPS = 10_000_000, 10_000_000
 
 T = TypeVar("T")
 
@@ -27,8 +33,18 @@ T = TypeVar("T")
 def _expect(holds: bool, settings: Any, section: str, name: str, expected: str) -> None:
     if not holds:
         raise ValueError(
-            f"{section}.{name} is {getattr(settings, name)!r}, expected {expected}. Correct the configuration."
+            f"{section}.{name} is {quoted(getattr(settings, name))}, expected {expected}. Correct the configuration."
         )
+
+
+def _paths(settings: Any, section: str, *names: str) -> None:
+    for name in names:
+        _expect(can_be_path(getattr(settings, name)), settings, section, name, "a path of names of 255 bytes at most")
+
+
+def _between(settings: Any, section: str, ranges: dict[str, tuple[int, int]]) -> None:
+    for name, (low, high) in ranges.items():
+        whole(getattr(settings, name), f"{section}.{name}", low, high, "Correct the configuration.")
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,11 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     device: str = "auto"
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _paths(self, "model", "path", "transformer", "text_encoder", "init")
+        _between(self, "model", {"lora_rank": (1, 4096)})
+        number(self.lora_alpha, "model.lora_alpha", 0, 1e6)
 
 
 @dataclass(frozen=True)
@@ -78,20 +99,21 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _expect(self.source in SOURCES, self, "data", "source", f"one of {', '.join(SOURCES)}")
-        for name in ("clips", "teacher_steps"):
-            _expect(getattr(self, name) >= 1, self, "data", name, "at least 1")
-        _expect(0 <= self.negative_share <= 1, self, "data", "negative_share", "0 to 1")
-        _expect(math.isfinite(self.guidance) and self.guidance >= 0, self, "data", "guidance", "a number from 0 up")
+        _paths(self, "data", "folder", "captions", "cache")
+        _between(self, "data", {"clips": (1, MAX_CLIPS), "teacher_steps": (1, 1000), "seed": (0, 2**31 - 1)})
+        number(self.negative_share, "data.negative_share", 0, 1)
+        number(self.guidance, "data.guidance", 0, MAX_GUIDANCE)
+        _between(self, "data", {"frames": (0, MAX_FRAMES), "height": (0, MAX_SIDE), "width": (0, MAX_SIDE)})
         _expect(
-            self.frames == 0 or (self.frames > 0 and self.frames % 4 == 1),
+            self.frames == 0 or self.frames % 4 == 1,
             self,
             "data",
             "frames",
             "4k + 1, or 0 for the model's own",
         )
         for name in ("height", "width"):
-            size = getattr(self, name)
-            _expect(size >= 0 and size % 16 == 0, self, "data", name, "a multiple of 16, or 0 for the model's own")
+            multiple = getattr(self, name) % 16 == 0
+            _expect(multiple, self, "data", name, "a multiple of 16, or 0 for the model's own")
 
 
 @dataclass(frozen=True)
@@ -116,12 +138,14 @@ class TrainingConfig:
     samples: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "save_every"):
-            _expect(getattr(self, name) >= 1, self, "training", name, "at least 1")
-        for name in ("warmup", "samples_every", "weight_decay", "final_rate"):
-            _expect(getattr(self, name) >= 0, self, "training", name, "a number from 0 up")
-        for name in ("learning_rate", "clip"):
-            _expect(getattr(self, name) > 0, self, "training", name, "a number above 0")
+        counted = {"steps": (1, MAX_TRAINING_STEPS), "save_every": (1, MAX_TRAINING_STEPS), "warmup": (0, MAX_TRAINING_STEPS),
+                   "samples_every": (0, MAX_TRAINING_STEPS), "batch": (1, 65_536), "accumulate": (1, 65_536),
+                   "seed": (0, 2**62)}  # fmt: skip
+        _between(self, "training", counted)
+        for name in ("weight_decay", "final_rate"):
+            number(getattr(self, name), f"training.{name}", 0, 1)
+        number(self.learning_rate, "training.learning_rate", 0, 10, above=True)
+        number(self.clip, "training.clip", 0, above=True)
         _expect(0 <= self.ema < 1, self, "training", "ema", "0 up to, but not, 1")
         _expect(self.optimizer in OPTIMIZERS, self, "training", "optimizer", f"one of {', '.join(OPTIMIZERS)}")
         _expect(self.precision in PRECISIONS, self, "training", "precision", " or ".join(PRECISIONS))
@@ -141,8 +165,10 @@ class DistillConfig:
     def from_dict(cls, values: dict[str, Any], method: str | None = None) -> DistillConfig:
         """Raises ValueError that names the section and key of what is unknown, mistyped or out of range."""
         method = values.get("method", method)
-        if method not in OBJECTIVES:
-            raise ValueError(f"method is {method!r}, expected {' or '.join(OBJECTIVES)}. Correct the configuration.")
+        if not isinstance(method, str) or method not in OBJECTIVES:
+            raise ValueError(
+                f"method is {quoted(method)}, expected {' or '.join(OBJECTIVES)}. Correct the configuration."
+            )
         sections = {
             "objective": OBJECTIVES[method],
             "model": ModelConfig,
@@ -152,7 +178,7 @@ class DistillConfig:
         unknown = sorted(values.keys() - sections.keys() - {"method"})
         if unknown:
             raise ValueError(
-                f"The configuration has {unknown[0]!r}, expected only method and [{'], ['.join(sections)}]."
+                f"The configuration has {quoted(unknown[0])}, expected only method and [{'], ['.join(sections)}]."
             )
         return cls(method, **{name: read_section(kind, values.get(name, {}), name) for name, kind in sections.items()})
 
@@ -171,21 +197,24 @@ class DistillConfig:
         """``section.key: this -> other`` of all that differs and matters for what is learnt."""
         mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
         keys = sorted((mine.keys() | theirs.keys()) - FREE)
-        return [f"{k}: {mine.get(k)!r} -> {theirs.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k)]
+        return [f"{k}: {quoted(mine.get(k))} -> {quoted(theirs.get(k))}" for k in keys if mine.get(k) != theirs.get(k)]
 
 
 def read_section(kind: type[T], values: Any, section: str) -> T:
     """A dataclass from a TOML table."""
     if not isinstance(values, dict):
-        raise ValueError(f"[{section}] is {values!r}, expected a table of settings. Correct the configuration.")
+        raise ValueError(f"[{section}] is {quoted(values)}, expected a table of settings. Correct the configuration.")
     hints = typing.get_type_hints(kind)
     known = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]
     unknown = sorted(values.keys() - known)
     if unknown:
         raise ValueError(
-            f"[{section}] has {unknown[0]!r}, which is not a setting; expected {', '.join(sorted(known))}."
+            f"[{section}] has {quoted(unknown[0])}, which is not a setting; expected {', '.join(sorted(known))}."
         )
     return kind(**{name: _typed(value, hints[name], f"{section}.{name}") for name, value in values.items()})
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list of these"}
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
@@ -196,28 +225,18 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
             if typing.get_args(option)[-1] is Ellipsis or len(value) == count:
                 return tuple(_typed(v, inner, name) for v in value)
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        elif isinstance(option, type) and type(value) is option:
+            return float(value) if abs(value) < 2**1000 else math.inf  # what is too large for a float
+        elif option is str and isinstance(value, str) and "\0" not in value:  # a NUL is in no path and no caption
             return value
-    expected = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise ValueError(f"{name} is {value!r}, expected {expected}. Correct the configuration.")
+        elif isinstance(option, type) and option is not str and type(value) is option:
+            return value
+    expected = " or ".join(_NAMES.get(typing.get_origin(o) or o, str(o)) for o in options if o is not types.NoneType)
+    raise ValueError(f"{name} is {quoted(value)}, expected {expected}. Correct the configuration.")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """A TOML file's content. Raises ValueError naming the file and line where it cannot be read."""
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        try:
-            import tomli as tomllib  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ValueError(
-                "Python 3.10 reads TOML only with the package 'tomli'; install it, or use Python 3.11."
-            ) from error
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{Path(path).name} is not valid TOML: {error}. Correct the file.") from error
+    return parse_toml(read_text(path, "The configuration"), named(Path(path).name))
 
 
 def to_toml(values: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ blend is exact in float32. The target's weights are the student's own, without g
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..limits.numbers import number, whole
+from ..limits.quote import quoted
+from ..request import MAX_GUIDANCE
 from ..sampling.path import NoisePath, clean_from, jump
 from ..training import StepLoss
 from .grid import Draw, Place, SegmentGrid
@@ -74,20 +76,20 @@ class ConsistencyConfig:
         for name, choices in (("loss", LOSSES), ("weight", WEIGHTS), ("space", SPACES)):
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}. Correct the configuration."
+                    f"{name} is {quoted(getattr(self, name))}, expected one of {', '.join(choices)}. Correct the configuration."
                 )
-        if self.segments < 1 or self.teacher_steps < self.segments:
+        for name, low, high in (("segments", 1, 1000), ("steps", 0, 1000), ("teacher_steps", 1, 10_000)):
+            whole(getattr(self, name), name, low, high, "Correct the configuration.")
+        if self.teacher_steps < self.segments:
             raise ValueError(
-                f"There are {self.segments} segments and {self.teacher_steps} teacher_steps, expected at least 1 segment and one teacher "
-                "step in each. Raise teacher_steps."
+                f"There are {self.segments} segments and {self.teacher_steps} teacher_steps, expected one teacher step in each at "
+                "least. Raise teacher_steps."
             )
         scales = self.guidance if isinstance(self.guidance, tuple) else (self.guidance or 0.0,)
-        if not all(math.isfinite(scale) and scale >= 0 for scale in scales):
-            raise ValueError(f"guidance is {self.guidance}, expected numbers from 0 up. Correct the configuration.")
+        for scale in scales:
+            number(scale, "guidance", 0, MAX_GUIDANCE, why="Correct the configuration.")
         for name in ("loss_scale", "max_weight", "data_side"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value}, expected a number above 0. Correct the configuration.")
+            number(getattr(self, name), name, 0, above=True, why="Correct the configuration.")
 
 
 class ConsistencyLoss:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..limits.documents import parse_json, read_text
+from ..limits.quote import named, quoted
 from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from ..models.opensora_plan.weights import is_finite
 
+MAX_LIST = 2**28  # bytes of a file of captions
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
 
 Generate = Callable[[list[str], list[int]], Tensor]  # captions and the samples' numbers to latents (B, C, T, h, w)
@@ -33,7 +38,13 @@ class LatentFiles(Sequence[Tensor]):
         return len(self.files)
 
     def __getitem__(self, index: Any) -> Tensor:
-        return read_state_dict(self.files[index])[0]["latents"]
+        file = self.files[index]
+        try:
+            return read_state_dict(file)[0]["latents"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"{named(file.name)} in the cache is damaged or half written. Delete it; the same command makes it anew."
+            ) from error
 
 
 @dataclass
@@ -62,18 +73,19 @@ def video_captions(folder: Path) -> dict[Path, str]:
     Raises ValueError where there are no videos, or where some have no caption; it names them.
     """
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {str(folder)!r} with videos. Check data.folder.")
+        raise ValueError(f"There is no folder {quoted(str(folder), 120)} with videos. Check data.folder.")
     videos = sorted(f for f in folder.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
     if not videos:
         raise ValueError(
-            f"The folder {folder.name!r} holds no videos, expected files ending in {', '.join(VIDEO_SUFFIXES)}."
+            f"The folder {quoted(folder.name)} holds no videos, expected files ending in {', '.join(VIDEO_SUFFIXES)}."
         )
     listed = _listed(folder / "metadata.jsonl")
     found = {v: listed.get(v.relative_to(folder).as_posix()) or _beside(v) for v in videos}
     missing = [v.name for v, text in found.items() if not text]
     if missing:
+        shown = ", ".join(map(named, missing[:3])) + ", ..." * (len(missing) > 3)
         raise ValueError(
-            f"{len(missing)} of {len(videos)} videos have no caption ({', '.join(missing[:5])}{', ...' if missing[5:] else ''}). "
+            f"{len(missing)} of {len(videos)} videos have no caption ({shown}). "
             "Put a .txt file with the caption beside each, or list them in metadata.jsonl."
         )
     return {v: text for v, text in found.items() if text}
@@ -96,36 +108,30 @@ def encode_videos(
             try:
                 frames = read_frames(video, size)
             except ValueError as error:
-                log.warning("%s is left out: %s", video.name, error)
-                broken.append(video.name)
+                log.warning("%s is left out: %s", named(video.name), error)
+                broken.append(named(video.name))
                 continue
             encode = encode or encoder()
-            save_safetensors(target, {"latents": encode(frames)}, {"video": video.name})
+            save_safetensors(target, {"latents": _finite(encode(frames), video.name)}, {"video": video.name})
         files.append(target)
         texts.append((text,))
     if broken:
         log.warning("%d of %d videos were left out because they cannot be read.", len(broken), len(captions))
     if not files:
-        raise ValueError(f"None of the {len(captions)} videos in {folder.name!r} can be read. See the warnings above.")
+        raise ValueError(
+            f"None of the {len(captions)} videos in {quoted(folder.name)} can be read. See the warnings above."
+        )
     return ClipSet(LatentFiles(files), texts)
 
 
 def read_frames(video: Path, size: tuple[int, int, int]) -> np.ndarray:
     """The first frames of a video as uint8 (F, H, W, 3), scaled to cover height and width and cropped in the middle."""
-    import imageio.v3 as iio
     from PIL import Image
 
+    from ..read_video import iterate_video
+
     frames, height, width = size
-    found = []
-    try:
-        for frame in iio.imiter(video):
-            found.append(_cover(Image.fromarray(np.asarray(frame)[..., :3]), height, width))
-            if len(found) == frames:
-                break
-    except Exception as error:  # each of imageio's plugins has its own errors
-        raise ValueError(
-            f"it cannot be decoded ({str(error).strip().splitlines()[-1] if str(error).strip() else error!r})"
-        ) from error
+    found = [_cover(Image.fromarray(frame), height, width) for frame in islice(iterate_video(video), frames)]
     if len(found) < frames:
         raise ValueError(f"it has {len(found)} frames, expected at least {frames}")
     return np.stack(found)
@@ -155,39 +161,49 @@ def teacher_clips(
         numbers = missing[start : start + at_once]
         assert generate is not None
         for number, latents in zip(numbers, generate([texts[i] for i in numbers], numbers), strict=True):
-            save_safetensors(files[number], {"latents": latents})
+            save_safetensors(files[number], {"latents": _finite(latents, f"The teacher's sample {number}")})
     return ClipSet(LatentFiles(files), [(text,) for text in texts])
 
 
 def read_captions(path: str | Path) -> list[str]:
     """One caption a line; empty lines are skipped. Raises ValueError where there are none."""
     if not Path(path).is_file():
-        raise ValueError(f"There is no file of captions {str(path)!r}, one a line. Check data.captions.")
-    found = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        raise ValueError(f"There is no file of captions {quoted(str(path), 120)}, one a line. Check data.captions.")
+    text = read_text(path, f"The file of captions {named(Path(path).name)}", limit=MAX_LIST)
+    found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
-        raise ValueError(f"{Path(path).name} holds no captions, expected one a line.")
+        raise ValueError(f"{named(Path(path).name)} holds no captions, expected one a line.")
     return found
+
+
+def _finite(latents: Tensor, name: str) -> Tensor:
+    """Nothing is learnt from NaN, and the cache would keep it."""
+    if not is_finite(latents):
+        raise ValueError(
+            f"{named(name)} holds NaN or infinite latents: the weights that made it are damaged, or the precision is too "
+            "low. Set model.dtype to float32, or download them again."
+        )
+    return latents
 
 
 def _listed(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     found = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            entry = json.loads(line) if line.strip() else None
-            if entry:
-                found[str(entry["file_name"])] = str(entry["text"]).strip()
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{file.name} line {number} is no object with file_name and text ({error!r}). Correct it."
-            ) from error
+    for number, line in enumerate(read_text(file, file.name, limit=MAX_LIST).splitlines(), start=1):
+        if not line.strip():
+            continue
+        what = f"{file.name} line {number}"
+        entry = parse_json(line, what, advice="Correct it.")
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("file_name", "text")):
+            raise ValueError(f"{what} is {quoted(entry)}, expected an object with file_name and text. Correct it.")
+        found[entry["file_name"]] = entry["text"].strip()
     return found
 
 
 def _beside(video: Path) -> str:
     file = video.with_suffix(".txt")
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    return read_text(file, f"The caption {named(file.name)}").strip() if file.is_file() else ""
 
 
 def _cover(image: Any, height: int, width: int) -> np.ndarray:

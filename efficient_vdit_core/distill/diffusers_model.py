@@ -7,7 +7,6 @@ replaced.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -25,10 +24,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attention.layout import TokenLayout
 from ..attention.override import FORWARD_KEY, ForwardState, Override
+from ..limits.documents import parse_json, read_text
+from ..limits.quote import named, quoted
 from ..pipeline import DTYPES
 from ..plan import TilePlan
 from ..sampling.path import FLOW, PREDICTIONS, FlowPath, NoisePath, VPPath
 from ..tiles import TokenGrid
+from ..video import to_frames
 from .config import ModelConfig
 from .knowledge import FeatureTap
 from .model import Options
@@ -62,7 +64,7 @@ class DiffusersModel:
             )
         if config.dtype not in DTYPES:
             raise ValueError(
-                f"model.dtype is {config.dtype!r}, expected one of {', '.join(DTYPES)}. Correct the configuration."
+                f"model.dtype is {quoted(config.dtype)}, expected one of {', '.join(DTYPES)}. Correct the configuration."
             )
         self.family, self.dtype = FAMILIES[self.kind], DTYPES[config.dtype]
         self.saved_dtype = self.dtype
@@ -171,8 +173,7 @@ class DiffusersModel:
         @torch.no_grad()
         def decode(latents: Tensor) -> np.ndarray:
             mean, deviation = _latent_statistics(vae)
-            pixels = vae.decode((latents[None].cpu() * deviation + mean).to(vae.dtype)).sample[0].float()
-            return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+            return to_frames(vae.decode((latents[None].cpu() * deviation + mean).to(vae.dtype)).sample[0])
 
         return decode
 
@@ -263,7 +264,7 @@ def _schedule(values: dict[str, Any]) -> tuple[NoisePath, str]:
     prediction = values.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(
-            f"The scheduler's prediction_type is {prediction!r}, expected one of {', '.join(PREDICTIONS)}."
+            f"The scheduler's prediction_type is {quoted(prediction)}, expected one of {', '.join(PREDICTIONS)}."
         )
     kind = CogVideoXDDIMScheduler if "CogVideoX" in values.get("_class_name", "") else DDIMScheduler
     scheduler: Any = kind.from_config(values)
@@ -281,11 +282,10 @@ def _latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
 def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(
-            f"{str(file)!r} does not exist, expected a model folder in diffusers' layout. Check model.path."
+            f"{quoted(str(file), 120)} does not exist, expected a model folder in diffusers' layout. Check model.path."
         )
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{file.name} in {file.parent.name} is not valid JSON ({error}). Download it again."
-        ) from error
+    what = f"{file.name} in {named(file.parent.name)}"
+    values = parse_json(read_text(file, what), what, advice="Download it again.")
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} is {quoted(values)}, expected an object of settings. Download it again.")
+    return values

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_text
+from ..limits.quote import named
 from ..models.opensora_plan.checkpoint import save_safetensors
+from ..models.opensora_plan.weights import is_finite
 from .lora import comfy_lora
 from .metadata import DistillMetadata
 from .model import FamilyModel
@@ -37,16 +39,28 @@ def export(
     if rank:
         return file
     entries = {**about.to_entry(), "format": "pt"}
+    state = _cast(
+        comfy_lora(module, ema, model.comfy_name) if lora else {**module.state_dict(), **ema}, model.saved_dtype
+    )
+    _refuse_no_number(state)
     if lora:
-        save_safetensors(file, _cast(comfy_lora(module, ema, model.comfy_name), model.saved_dtype), entries)
+        save_safetensors(file, state, entries)
         return file
-    state = {**module.state_dict(), **ema}
     config = model.config_entry()
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file.parent / "config.json", json.dumps(config, indent=2) + "\n")
     # Last: where this file stands, the run is finished.
-    save_safetensors(file, _cast(state, model.saved_dtype), {**entries, "config": json.dumps(config)})
+    save_safetensors(file, state, {**entries, "config": json.dumps(config)})
     return file
+
+
+def _refuse_no_number(state: dict[str, Tensor]) -> None:
+    wrong = [name for name, value in state.items() if value.is_floating_point() and not is_finite(value)]
+    if wrong:
+        raise ValueError(
+            f"The weights are not finite ({len(wrong)} tensors, such as {named(wrong[0])}), so nothing is exported. Train again "
+            "in a new folder, with a lower learning rate."
+        )
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..limits.numbers import whole
 from ..sampling.path import NoisePath
 from ..sampling.schedule import segment_edges
 from ..training import StepLoss
@@ -48,6 +49,8 @@ class KnowledgeConfig:
             raise ValueError(
                 f"The losses' weights are {weights}, expected numbers from 0 up and one above. Correct the configuration."
             )
+        whole(self.segments, "segments", 0, 1000, "0 = as the teacher says. Correct the configuration.")
+        whole(self.steps, "steps", 0, 1000, "0 = one in each segment. Correct the configuration.")
 
 
 class FeatureTap:

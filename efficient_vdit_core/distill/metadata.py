@@ -8,9 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..limits.documents import parse_json
+from ..limits.numbers import whole
+from ..limits.quote import named, quoted, reason
 from ..plan import TilePlan
 
 KEY = "evdit"
+WHAT, ADVICE = "The checkpoint's distillation metadata", "Distil again, or set steps by hand."
+_KINDS = {"method": str, "schedule": dict, "prediction": str, "version": str}
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,28 @@ class DistillMetadata:
         """None where the file says nothing; ValueError where what it says cannot be read."""
         if KEY not in metadata:
             return None
-        try:
-            values = json.loads(metadata[KEY])
-            segments, steps = int(values["segments"]), int(values["steps"])
-            if not 1 <= segments <= steps <= 1000:
-                raise ValueError(f"{segments} segments in {steps} steps")
-            known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-            return cls(**{**known, "segments": segments, "steps": steps})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"The checkpoint's distillation metadata is damaged ({error}). Distil again, or set steps by hand."
-            ) from error
+        values = parse_json(metadata[KEY], f"{WHAT} is damaged: it", advice=ADVICE)
+        known = (
+            {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+            if isinstance(values, dict)
+            else {}
+        )
+        fits = all(isinstance(known.get(name, kind()), kind) for name, kind in _KINDS.items())
+        if not fits or not {"method", "segments", "steps"} <= known.keys() or not _is_guidance(known.get("guidance")):
+            raise ValueError(f"{WHAT} is damaged ({quoted(values)}). {ADVICE}")
+        whole(known["steps"], f"{WHAT} is damaged: steps", 1, 1000, ADVICE)
+        whole(known["segments"], f"{WHAT} is damaged: segments", 1, known["steps"], ADVICE)
+        if isinstance(known.get("guidance"), list):
+            known["guidance"] = tuple(known["guidance"])
+        found = cls(**known)
+        _ = found.tile_plan  # refused here, where the file is named, and not by whoever samples
+        return found
+
+
+def _is_guidance(value: Any) -> bool:
+    """One scale, a pair of them, or none."""
+    scales = value if isinstance(value, list) and len(value) == 2 else [] if value is None else [value]
+    return all(isinstance(scale, int | float) and not isinstance(scale, bool) and 0 <= scale <= 1e6 for scale in scales)
 
 
 def read_metadata(path: str | Path) -> DistillMetadata | None:
@@ -70,5 +86,5 @@ def read_metadata(path: str | Path) -> DistillMetadata | None:
             return DistillMetadata.from_entries(opened.metadata() or {})
     except SafetensorError as error:
         raise ValueError(
-            f"{files[0].name} cannot be read as safetensors: {error}. It is damaged; write or download it again."
+            f"{named(files[0].name)} cannot be read as safetensors ({reason(error)}): it is damaged. Write or download it again."
         ) from error

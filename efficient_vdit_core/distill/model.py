@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.override import AttentionReport, Override, make_attention_override
+from ..files import can_be_path
+from ..limits.quote import quoted
 from ..plan import TilePlan
 from ..sampling.path import NoisePath
 from ..tiles import TilePattern
@@ -102,11 +104,11 @@ def sparse_options(model: FamilyModel, plan: TilePlan) -> Options:
 
 def read_plan(text: str) -> TilePlan:
     """A plan file, or a uniform plan from ``k:T-k``."""
-    if Path(text).is_file():
+    if can_be_path(text) and Path(text).is_file():
         return TilePlan.load(text)
     if not text or text.endswith(".json"):
         raise ValueError(
-            f"The plan is {text!r}, expected a plan file or a pattern such as 2:6. Search a plan, or name one."
+            f"The plan is {quoted(text)}, expected a plan file or a pattern such as 2:6. Search a plan, or name one."
         )
     return TilePlan.uniform(TilePattern.parse(text).k)
 
@@ -122,5 +124,5 @@ def open_model(config: ModelConfig) -> FamilyModel:
 
         return DiffusersModel(config)
     raise ValueError(
-        f"model.family is {config.family!r}, expected opensora_plan or diffusers. Correct the configuration."
+        f"model.family is {quoted(config.family)}, expected opensora_plan or diffusers. Correct the configuration."
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attention.layout import TokenLayout
 from ..attention.override import FORWARD_KEY, ForwardState, Override
 from ..attention.sdpa import OVERRIDE_KEY
+from ..limits.quote import quoted
 from ..model_folder import FAMILY, find_model
 from ..models.opensora_plan.checkpoint import load_transformer, load_vae, read_transformer
 from ..models.opensora_plan.text import TextEncoder
@@ -24,6 +25,7 @@ from ..plan import TilePlan
 from ..request import SPACE, TIME
 from ..sampling.path import VPPath
 from ..tiles import TokenGrid
+from ..video import to_frames
 from .config import ModelConfig
 from .knowledge import FeatureTap
 from .model import Options
@@ -40,7 +42,7 @@ class OpenSoraPlanModel:
         self.transformer_file = Path(config.transformer) if config.transformer else self.folder.transformer
         if config.dtype not in DTYPES:
             raise ValueError(
-                f"model.dtype is {config.dtype!r}, expected one of {', '.join(DTYPES)}. Correct the configuration."
+                f"model.dtype is {quoted(config.dtype)}, expected one of {', '.join(DTYPES)}. Correct the configuration."
             )
         self.dtype = DTYPES[config.dtype]
         state_dict, self.config = read_transformer(self.transformer_file)
@@ -106,8 +108,7 @@ class OpenSoraPlanModel:
 
         @torch.no_grad()
         def decode(latents: Tensor) -> np.ndarray:
-            pixels = tiled_decode(vae, latents[None].float().cpu() / LATENT_SCALE)[0]
-            return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+            return to_frames(tiled_decode(vae, latents[None].float().cpu() / LATENT_SCALE)[0])
 
         return decode
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..limits.memory import check_memory
 from ..models.opensora_plan.vae import CausalVAE
 from .config import DistillConfig
 from .data import ClipSet, Generate, encode_videos, read_captions, teacher_clips, video_captions
@@ -37,6 +39,12 @@ def check_data(config: DistillConfig, model: FamilyModel) -> None:
     """Raises ValueError, before any work, where the data that ``config.data`` names are not there or do not suit the
     model."""
     data = config.data
+    size = model.size(data.frames, data.height, data.width)
+    latent = 4 * math.prod(model.latent_shape(size))
+    # The clips of a batch, their noise and what is predicted; the network's own activations come on top.
+    check_memory(8 * latent * config.training.batch, f"A batch of {config.training.batch}", "Lower training.batch.")
+    if data.source == "tinyworld":
+        check_memory(latent * data.clips, f"data.clips = {data.clips}", "Lower it; 4096 clips are enough.")
     if data.source == "videos":
         video_captions(Path(data.folder))
     elif data.source == "teacher":

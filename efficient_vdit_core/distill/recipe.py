@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..limits.quote import quoted
 from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from .config import DataConfig, DistillConfig, ModelConfig, TrainingConfig, read_section
 from .consistency import ConsistencyConfig
@@ -26,9 +27,10 @@ from .model import FamilyModel, open_model
 from .optimizers import check_optimizer
 from .prepare import check_data, prepare_data
 from .search_stage import SearchConfig, search_plans
-from .trainer import check_training, distill
+from .trainer import check_objective, check_training, describe, distill
 
 BASE_NEGATIVE_SHARE = 0.1
+ANY_PLAN = "full"  # in a check, for a plan that is searched later
 ORDERS = ("consistency-first", "knowledge-first", "merge")
 
 
@@ -54,10 +56,12 @@ class RecipeConfig:
         }  # fmt: skip
         unknown = sorted(values.keys() - sections.keys() - {"order"})
         if unknown:
-            raise ValueError(f"The recipe has {unknown[0]!r}, expected order and the sections {', '.join(sections)}.")
+            raise ValueError(
+                f"The recipe has {quoted(unknown[0])}, expected order and the sections {', '.join(sections)}."
+            )
         order = values.get("order", cls.order)
-        if order not in ORDERS:
-            raise ValueError(f"order is {order!r}, expected one of {', '.join(ORDERS)}. Correct the recipe.")
+        if not isinstance(order, str) or order not in ORDERS:
+            raise ValueError(f"order is {quoted(order)}, expected one of {', '.join(ORDERS)}. Correct the recipe.")
         recipe = cls(
             order=order, **{name: read_section(kind, values.get(name, {}), name) for name, kind in sections.items()}
         )
@@ -102,11 +106,28 @@ class ThreeStages:
         c, data = self.config, self.config.data
         model = open_model(c.model)
         c.search.check(model.latent_shape(model.size(data.frames, data.height, data.width))[1])
-        for training in (c.consistency_training, c.knowledge_training):
-            stage = self._stage("consistency", c.consistency, training, "")
+        for stage in self._planned():
             check_training(stage)
-            check_optimizer(training)
+            check_objective(stage, model, describe(stage, model))
+            check_optimizer(stage.training)
             check_data(stage, model)
+
+    def _planned(self) -> list[DistillConfig]:
+        """The trainings' configurations as far as they are known before there are results: under no plan yet."""
+        c = self.config
+        knowledge = replace(c.knowledge, plan="", segments=c.knowledge.segments or c.consistency.segments)
+        if c.order != "consistency-first":
+            knowledge = self._of_base(knowledge)
+        return [
+            self._stage("consistency", replace(c.consistency, plan=""), c.consistency_training, ""),
+            self._stage("knowledge", replace(knowledge, plan=ANY_PLAN), c.knowledge_training, ""),
+        ]
+
+    def _of_base(self, objective: KnowledgeConfig) -> KnowledgeConfig:
+        """For a teacher that is to be distilled later: the student learns at all of stage 1's times."""
+        segments = objective.segments or self.config.consistency.segments
+        steps = segments * max(1, round(self.config.consistency.teacher_steps / segments))
+        return replace(objective, segments=segments, steps=steps)
 
     def consistency(
         self, name: str, teacher: str | Path = "", plan: str | Path = "", *, init: str | Path = "", **changes: Any
@@ -131,11 +152,7 @@ class ThreeStages:
         objective = replace(c.knowledge, plan=str(plan), **changes)
         if teacher:
             return distill(self._stage("knowledge", objective, c.knowledge_training, teacher), self.folder / name)
-        segments = objective.segments or c.consistency.segments
-        objective = replace(
-            objective, segments=segments, steps=segments * max(1, round(c.consistency.teacher_steps / segments))
-        )
-        stage = self._stage("knowledge", objective, c.knowledge_training, "")
+        stage = self._stage("knowledge", self._of_base(objective), c.knowledge_training, "")
         share = c.data.negative_share or (BASE_NEGATIVE_SHARE if c.consistency.guidance is not None else 0.0)
         return distill(replace(stage, data=replace(stage.data, negative_share=share)), self.folder / name)
 

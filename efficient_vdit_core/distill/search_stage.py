@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..limits.numbers import whole
 from ..plan import TilePlan
 from ..search import ProbeRecord, check_target, make_probe_override, parse_candidates, plan_from_record
 from ..search.candidates import sparse_candidates
@@ -32,8 +33,10 @@ class SearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.captions < 1:
-            raise ValueError(f"search.captions is {self.captions}, expected at least 1. Correct the configuration.")
+        whole(self.captions, "search.captions", 1, 10_000, "Correct the configuration.")
+        whole(self.seed, "search.seed", 0, 2**62, "Correct the configuration.")
+        for name in ("thresholds", "speedups"):
+            whole(len(getattr(self, name)), f"The count of search.{name}", 0, 32, "Correct the configuration.")
         parse_candidates(self.candidates)
 
     def check(self, frames: int) -> None:
@@ -43,6 +46,11 @@ class SearchConfig:
             check_target(threshold, 0.0, candidates, frames)
         for speedup in self.speedups:
             check_target(0.0, speedup, candidates, frames)
+
+
+def plan_names(config: SearchConfig) -> dict[str, tuple[float, float]]:
+    """(threshold, speed-up) of each plan, of which one is asked for, by its name."""
+    return {f"r-{r:g}": (r, 0.0) for r in config.thresholds} | {f"x-{x:g}": (0.0, x) for x in config.speedups}
 
 
 def search_plans(
@@ -58,8 +66,7 @@ def search_plans(
     device: torch.device,
 ) -> dict[str, Path]:
     """Plan files by name, such as ``r-0.1`` and ``x-2.5``; those that exist are kept."""
-    # (threshold, speed-up), of which one is asked for
-    names = {f"r-{r:g}": (r, 0.0) for r in config.thresholds} | {f"x-{x:g}": (0.0, x) for x in config.speedups}
+    names = plan_names(config)
     files = {name: folder / f"{name}.json" for name in names}
     if all(f.is_file() for f in files.values()):
         return files

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..limits.documents import parse_json
 from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 
 AT_ONCE = 32
+MAX_LIST = 2**28  # bytes of all captions
 
 Encode = Callable[[list[str]], tuple[Tensor, Tensor]]
 
@@ -54,5 +56,12 @@ class TextBank:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    tensors, metadata = read_state_dict(file)
-    return {text: tensors[str(i)] for i, text in enumerate(json.loads(metadata["texts"]))}
+    """What ``build`` wrote. Raises ValueError where that is damaged."""
+    try:
+        tensors, metadata = read_state_dict(file)
+        texts = parse_json(metadata.get("texts", ""), "The list of texts", advice="", limit=MAX_LIST)
+        return {text: tensors[str(i)] for i, text in enumerate(texts)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file.name} in the cache is damaged or half written. Delete it; the same command makes it anew."
+        ) from error

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..limits.quote import named, quoted, shortened
 from ..sampling.schedule import segment_edges
 from ..training import StepLoss, TrainingRun
 from ..training.sharding import is_sharding, shard_frozen
@@ -97,14 +98,12 @@ def check_training(config: DistillConfig) -> None:
     """Raises ValueError where the model's settings cannot be trained."""
     wanted = config.model
     if wanted.train not in ("full", "lora"):
-        raise ValueError(f"model.train is {wanted.train!r}, expected full or lora. Correct the configuration.")
+        raise ValueError(f"model.train is {quoted(wanted.train)}, expected full or lora. Correct the configuration.")
     if wanted.train == "full" and wanted.dtype != "float32":
         raise ValueError(
-            f"model.dtype is {wanted.dtype}, expected float32 for full training: small steps vanish in lower precision. Set it to float32 "
-            "with training.precision bf16, or train a LoRA."
+            f"model.dtype is {quoted(wanted.dtype)}, expected float32 for full training: small steps vanish in lower "
+            "precision. Set it to float32 with training.precision bf16, or train a LoRA."
         )
-    if wanted.lora_rank < 1:
-        raise ValueError(f"model.lora_rank is {wanted.lora_rank}, expected at least 1. Correct the configuration.")
     if wanted.train == "lora" and wanted.init:
         raise ValueError(
             "model.init is set, but a LoRA starts from its teacher. Leave it empty, or train the full weights."
@@ -148,8 +147,9 @@ def claim_folder(config: DistillConfig, folder: Path) -> None:
     if file.is_file():
         differences = DistillConfig.load(file).differences(config)
         if differences:
+            shown = shortened("; ".join(differences), 200)
             raise ValueError(
-                f"{folder.name} was started with another configuration ({'; '.join(differences)}). Resume with the same one, "
+                f"{named(folder.name)} was started with another configuration ({shown}). Resume with the same one, "
                 "or choose a new folder."
             )
         return
@@ -165,8 +165,8 @@ def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
     segments = objective.segments or (inherited.segments if inherited else 0)
     if not segments:
         raise ValueError(
-            f"{model.transformer_file.name} does not say for how many segments it was distilled. Set objective.segments; for a model "
-            "that is not distilled it is the number of sampling steps."
+            f"{named(model.transformer_file.name)} does not say for how many segments it was distilled. Set "
+            "objective.segments; for a model that is not distilled it is the number of sampling steps."
         )
     plan = read_plan(objective.plan) if objective.plan or config.method == "knowledge" else None
     guidance = getattr(objective, "guidance", None)  # a teacher that has some inside hands it on

@@ -6,9 +6,9 @@ Frames are (F, H, W, 3), RGB; 1.0 is white. Everything runs frame by frame, so m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -55,26 +55,39 @@ class ClipComparison:
         return {**values, "identical": math.isinf(self.psnr)}
 
 
+class Frames(Protocol):
+    """A clip whose frames (H, W, 3) come one by one, each time anew: of a file, which need not fit into memory."""
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
 def compare_clips(
-    a: Tensor, b: Tensor, *, lpips: bool = True, progress: Callable[[int, int], None] | None = None
+    a: Tensor | Frames, b: Tensor | Frames, *, lpips: bool = True, progress: Callable[[int, int], None] | None = None
 ) -> ClipComparison:
     """Compares b with a.
 
     Args:
-        a, b: (F, H, W, 3) each, uint8, or float with 0..1 from black to white; values beyond are clipped as a screen
-            does.
+        a, b: (F, H, W, 3) each, or their frames, uint8, or float with 0..1 from black to white; values beyond are
+            clipped as a screen does.
         lpips: measure it too where the package ``lpips`` and its weights are on this machine.
-        progress: called with (frames done, all frames) after each; what it raises ends the comparison.
+        progress: called with (frames done, all frames, 0 where that is not known yet) after each; what it raises ends
+            the comparison.
 
     Raises:
         ValueError: the clips are no videos, differ in size or length, hold NaN, or are smaller than 11 pixels.
     """
-    _check(a, b)
-    perceptual = find_lpips(a.device) if lpips else Perceptual(None, "not asked for")
+    total = 0
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        _check(a, b)
+        total = len(a)
+    perceptual: Perceptual | None = None if lpips else Perceptual(None, "not asked for")
     errors, similar, temporal, motions, distances = [], [], [], [], []
     before: tuple[Tensor, Tensor] | None = None
-    for index in range(len(a)):
-        now = _frame(a, index, "first"), _frame(b, index, "second")
+    height = width = 0
+    for index, pair in enumerate(_pairs(a, b)):
+        perceptual = perceptual or find_lpips(pair[0].device)
+        height, width = pair[0].shape[:2]
+        now = _unit(pair[0], index, "first"), _unit(pair[1], index, "second")
         errors.append(_mean_square(now[0] - now[1]))
         similar.append(ssim(*now))
         if before is not None:
@@ -85,12 +98,13 @@ def compare_clips(
             distances.append(perceptual.distance(*now))
         before = now
         if progress is not None:
-            progress(index + 1, len(a))
+            progress(index + 1, total)
+    assert perceptual is not None, "a clip has a frame"
     motion_a, motion_b = map(_mean, zip(*motions, strict=True)) if motions else (None, None)
     return ClipComparison(
-        frames=len(a),
-        height=a.shape[1],
-        width=a.shape[2],
+        frames=len(errors),
+        height=height,
+        width=width,
         psnr=_psnr(_mean(errors)),
         ssim=_mean(similar),
         temporal_psnr=_psnr(_mean(temporal)) if temporal else None,
@@ -144,17 +158,37 @@ def _check(a: Tensor, b: Tensor) -> None:
             "compared with its partner. Make both with the same settings and seed."
         )
     if len(a) != len(b):
-        raise ValueError(
-            f"The first clip has {len(a)} frames and the second {len(b)}: each frame is compared with its partner. "
-            "Make both with the same settings and seed, or cut the longer one."
-        )
+        _refuse_lengths(len(a), len(b))
 
 
-def _frame(clip: Tensor, index: int, name: str) -> Tensor:
+def _refuse_lengths(a: int, b: int) -> NoReturn:
+    raise ValueError(
+        f"The first clip has {a} frames and the second {b}: each frame is compared with its partner. "
+        "Make both with the same settings and seed, or cut the longer one."
+    )
+
+
+def _pairs(a: Iterable[Tensor], b: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Frame by frame; what does not fit is refused at the first pair, another length where one of them ends."""
+    count, first, second = 0, iter(a), iter(b)
+    while True:
+        one, two = next(first, None), next(second, None)
+        if one is None and two is None:
+            return
+        if one is None or two is None:
+            longer = count + 1 + sum(1 for _ in (second if one is None else first))
+            _refuse_lengths(*((count, longer) if one is None else (longer, count)))
+        if not count:
+            _check(one[None], two[None])
+        count += 1
+        yield one, two
+
+
+def _unit(frame: Tensor, index: int, name: str) -> Tensor:
     """One frame, float32 in 0..1."""
-    if clip.dtype == torch.uint8:
-        return clip[index].float() / 255
-    frame = clip[index].float()
+    if frame.dtype == torch.uint8:
+        return frame.float() / 255
+    frame = frame.float()
     if not bool(frame.isfinite().all()):
         raise ValueError(
             f"Frame {index} of the {name} clip holds NaN or infinite values, expected 0 to 1. Its generation failed."

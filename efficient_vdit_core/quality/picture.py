@@ -7,7 +7,7 @@ finished picture; ``_Canvas`` doubles them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .metrics import ClipComparison
-from .table import clip_size, decibels, metrics_rows
+from .table import clip_size, decibels, label, metrics_rows
 
 MAX_FRAMES = 12
 _SCALE = 2
@@ -28,8 +28,8 @@ _HEAT = torch.tensor([[0, 0, 0], [70, 20, 110], [200, 50, 70], [250, 160, 40], [
 
 
 def comparison_picture(
-    a: Tensor,
-    b: Tensor,
+    a: Tensor | Mapping[int, Tensor],
+    b: Tensor | Mapping[int, Tensor],
     comparison: ClipComparison,
     *,
     names: tuple[str, str] = ("a", "b"),
@@ -39,7 +39,8 @@ def comparison_picture(
     """The picture, (height, width, 3) float32 in 0..1.
 
     Args:
-        a, b: the clips (F, H, W, 3), uint8, or float in 0..1. comparison: what ``compare_clips`` found in them.
+        a, b: the clips (F, H, W, 3), uint8, or float in 0..1; of a file, its ``shown_frames`` by number.
+        comparison: what ``compare_clips`` found in them.
         names: what the rows are called. frames: how many are shown, evenly spread, 1 to 12.
         amplify: the mean absolute difference of the colours times this is shown, black for 0 to white for full range.
     """
@@ -47,8 +48,9 @@ def comparison_picture(
         raise ValueError(f"amplify is {amplify}, expected a number above 0: the difference is multiplied by it.")
     if not 1 <= frames <= MAX_FRAMES:
         raise ValueError(f"frames is {frames}, expected 1 to {MAX_FRAMES}: more do not fit beside each other.")
-    count = min(frames, comparison.frames)
-    shown = [round(i * (comparison.frames - 1) / max(count - 1, 1)) for i in range(count)]
+    names = label(names[0]), label(names[1])
+    shown = shown_frames(comparison.frames, frames)
+    count = len(shown)
     size = _thumbnail_size(comparison, count)
     strip = _LABELS + count * (size[0] + _GAP) - _GAP
     width = max(_LEAST_WIDTH, 2 * _MARGIN + strip)
@@ -59,6 +61,12 @@ def comparison_picture(
     _draw_table(canvas, (_MARGIN, top, middle - 8, top + _PANEL_HEIGHT), comparison, names)
     _draw_curve(canvas, (middle + 8, top, width - _MARGIN, top + _PANEL_HEIGHT), comparison.psnr_frames)
     return canvas.finish()
+
+
+def shown_frames(length: int, frames: int = 6) -> list[int]:
+    """Numbers of the frames in the picture of a clip of ``length`` frames."""
+    count = min(frames, length)
+    return [round(i * (length - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 class _Canvas:
@@ -76,7 +84,7 @@ class _Canvas:
         from PIL import ImageFont
 
         font, shown, kept = ImageFont.load_default(size * _SCALE), text, len(text)
-        while self.draw.textlength(shown, font=font) > room * _SCALE and kept:
+        while kept and self.draw.textlength(shown, font=font) > room * _SCALE:
             kept -= 1
             shown = text[:kept].rstrip() + "..."
         self.draw.text((x * _SCALE, y * _SCALE), shown, fill=color, font=font, anchor=anchor)
@@ -113,7 +121,7 @@ def _thumbnail_size(comparison: ClipComparison, count: int) -> tuple[int, int]:
     return max(16, round(width * shrink)), max(16, round(height * shrink))
 
 
-def _draw_rows(canvas: _Canvas, left: float, size: tuple[int, int], clips: tuple[Tensor, Tensor], shown: list[int],
+def _draw_rows(canvas: _Canvas, left: float, size: tuple[int, int], clips: tuple[Any, Any], shown: list[int],
                names: tuple[str, str], amplify: float) -> None:  # fmt: skip
     width, height = size
     for row, name in enumerate((*names, "difference")):

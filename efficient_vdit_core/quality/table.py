@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 
+from ..limits.quote import printable, shortened
 from .metrics import ClipComparison
+
+MAX_LABEL = 60  # letters of a clip's name
+
+
+def label(name: str) -> str:
+    """A clip's name as it is shown: one line, printable, and short."""
+    return shortened(printable(" ".join(shortened(name, 4 * MAX_LABEL).split())), MAX_LABEL)
 
 
 def metrics_rows(comparison: ClipComparison, a: str = "a", b: str = "b") -> list[tuple[str, str, str]]:
     """(metric, value, how to read it), in the order of a table; ``a`` and ``b`` are the clips' names."""
-    c = comparison
+    c, a, b = comparison, label(a), label(b)
     lpips = f"{c.lpips:.4f}" if c.lpips is not None else "-"
     return [
         ("PSNR", decibels(c.psnr), "higher is closer"),
@@ -24,6 +32,7 @@ def metrics_rows(comparison: ClipComparison, a: str = "a", b: str = "b") -> list
 
 def metrics_table(comparison: ClipComparison, a: str = "a", b: str = "b") -> str:
     """The rows in columns, under a line that says what was compared."""
+    a, b = label(a), label(b)
     rows = metrics_rows(comparison, a, b)
     name_width, value_width = (max(len(row[i]) for row in rows) for i in (0, 1))
     lines = [f"{b} against {a}: {clip_size(comparison)}"]

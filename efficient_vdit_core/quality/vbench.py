@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_writable_file
-from ..read_video import read_video
+from ..limits.quote import named, quoted
+from ..read_video import iterate_video, read_video
 from ..video import read_metadata, write_video
 
 VIDEOS, PROMPTS, CLIPS, README = "videos", "prompts.json", "clips.json", "README.md"
@@ -80,7 +81,9 @@ def write_vbench_layout(clips: Sequence[str | Path], out: str | Path, prompts: M
         raise ValueError("There are no clips to lay out; name at least one .mp4, .gif or .webp file.")
     for path, count in Counter(path.resolve() for path in paths).items():
         if count > 1:
-            raise ValueError(f"The clip {str(path)!r} is named {count} times; it would count as often. Name it once.")
+            raise ValueError(
+                f"The clip {quoted(str(path), 120)} is named {count} times; it would count as often. Name it once."
+            )
     found = [_describe(path, prompts or {}) for path in paths]
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -99,7 +102,7 @@ def clip_names(prompts: Sequence[str]) -> list[str]:
     names, used = [], Counter[str]()
     for prompt in prompts:
         plain = re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "_", " ".join(prompt.split()))
-        stem = plain.encode()[:_NAME_BYTES].decode(errors="ignore").strip(" .") or "clip"
+        stem = plain.encode(errors="replace")[:_NAME_BYTES].decode(errors="ignore").strip(" .") or "clip"
         names.append(f"{stem}-{used[stem.casefold()]}")  # many file systems do not tell A from a
         used[stem.casefold()] += 1
     return names
@@ -108,7 +111,9 @@ def clip_names(prompts: Sequence[str]) -> list[str]:
 def _check_out(out: str | Path) -> Path:
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"Cannot lay clips out in {str(out)!r}: it exists and is no empty folder. Name a new one.")
+        raise ValueError(
+            f"Cannot lay clips out in {quoted(str(out), 120)}: it exists and is no empty folder. Name a new one."
+        )
     if not out.exists():
         check_writable_file(out)
     return out
@@ -118,9 +123,11 @@ def _describe(path: Path, prompts: Mapping[str, str]) -> dict[str, Any]:
     """{source, prompt, metadata} of a clip that is whole; ValueError says what is wrong with it."""
     suffix = path.suffix.lower()
     if suffix not in (*_READ_BY_VBENCH, ".webp"):
-        raise ValueError(f"{str(path)!r} ends in {suffix!r}, but VBench reads .mp4 and .gif only. Convert it first.")
-    if not len(read_video(path)) > 1:
-        raise ValueError(f"{str(path)!r} holds a single frame, but VBench judges motion. Leave it out.")
+        raise ValueError(
+            f"{quoted(str(path), 120)} ends in {quoted(suffix)}, but VBench reads .mp4 and .gif only. Convert it first."
+        )
+    if not sum(1 for _ in iterate_video(path)) > 1:
+        raise ValueError(f"{quoted(str(path), 120)} holds a single frame, but VBench judges motion. Leave it out.")
     try:
         metadata = read_metadata(path)
     except ValueError:
@@ -128,12 +135,12 @@ def _describe(path: Path, prompts: Mapping[str, str]) -> dict[str, Any]:
     prompt = prompts.get(path.name, metadata.get("prompt"))
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(
-            f"{str(path)!r} does not tell its prompt, as a clip of `evdit generate` would. "
-            f'Name it in a JSON file of the form {{"{path.name}": "its prompt"}} and give that as --prompts.'
+            f"{quoted(str(path), 120)} does not tell its prompt, as a clip of `evdit generate` would. "
+            f'Name it in a JSON file of the form {{"{named(path.name)}": "its prompt"}} and give that as --prompts.'
         )
     if suffix == ".webp" and not isinstance(metadata.get("fps"), int | float):
         raise ValueError(
-            f"{str(path)!r} does not tell its frames per second, so it cannot become an mp4. Convert it first."
+            f"{quoted(str(path), 120)} does not tell its frames per second, so it cannot become an mp4. Convert it first."
         )
     return {"source": path.name, "prompt": prompt, "metadata": metadata}
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..limits.quote import quoted
+
 RCM_ANGLES = (math.atan(80.0), 1.5, 1.4, 1.0)
 
 
@@ -55,13 +57,13 @@ def parse_sigmas(text: str) -> Tensor:
         values = [float(part) for part in text.replace(",", " ").split()]
     except ValueError:
         raise ValueError(
-            f"The sigmas {text[:80]!r} cannot be read, expected numbers such as '1, 0.75, 0.5, 0'."
+            f"The sigmas {quoted(text)} cannot be read, expected numbers such as '1, 0.75, 0.5, 0'."
         ) from None
     if not 2 <= len(values) <= 1001 or not all(map(math.isfinite, values)):
         raise ValueError(f"There are {len(values)} sigmas, expected 2 to 1001 finite numbers, from noise down to 0.")
     sigmas = torch.tensor(values, dtype=torch.float32)
     if values[-1] < 0 or not bool((sigmas[1:] < sigmas[:-1]).all()):
-        raise ValueError(f"The sigmas {text[:80]!r} do not descend strictly to 0 or above. Correct their order.")
+        raise ValueError(f"The sigmas {quoted(text)} do not descend strictly to 0 or above. Correct their order.")
     return sigmas
 
 

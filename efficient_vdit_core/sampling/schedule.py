@@ -16,7 +16,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from ..limits.quote import quoted
+
 DISCRETE_START, DISCRETE_CLEAN = 999.0, -1.0
+MAX_EDGES = 10_000
 
 
 class DiscreteSchedule:
@@ -95,12 +98,14 @@ def segment_edges(
     """
     steps = segments if steps is None else steps
     if segments < 1:
-        raise ValueError(f"segments must be at least 1, got {segments}; 1 is a plain consistency model.")
+        raise ValueError(f"segments must be at least 1, got {quoted(segments)}; 1 is a plain consistency model.")
     if steps < segments:
         raise ValueError(
-            f"steps must be at least segments, got {steps} steps for {segments} segments: each segment takes at "
+            f"steps must be at least segments, got {quoted(steps)} steps for {quoted(segments)} segments: each segment takes at "
             "least one evaluation; raise steps or lower segments."
         )
+    if steps > MAX_EDGES:
+        raise ValueError(f"steps must be at most {MAX_EDGES}, got {quoted(steps)}; use fewer.")
     if not start > clean:
         raise ValueError(f"The noisy end must lie above the clean end, got start={start} and clean={clean}.")
     base, extra = divmod(steps, segments)
@@ -143,7 +148,7 @@ def consistency_sigmas(
     sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
     if len(sigmas) != len(timesteps) or not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise ValueError(
-            f"The model's schedule gives {sigmas.tolist()} at the segment edges, which does not descend strictly; "
+            f"The model's schedule gives {quoted(sigmas.tolist())} at the segment edges, which does not descend strictly; "
             "use fewer steps or check the model's sampling settings."
         )
     return sigmas

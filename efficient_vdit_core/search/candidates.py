@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..limits.quote import quoted
 from ..tiles import TilePattern
 
 MAX_CANDIDATES = 16
@@ -15,7 +16,7 @@ def parse_candidates(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"\d{1,4}", part) for part in parts):
         raise ValueError(
-            f"The candidates {text!r} cannot be read, expected numbers of reference frames such as '1,2,4'."
+            f"The candidates {quoted(text)} cannot be read, expected numbers of reference frames such as '1,2,4'."
         )
     counts = sorted({int(part) for part in parts})
     if len(counts) > MAX_CANDIDATES:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..attention import TokenLayout
 from ..attention.dense_call import DenseCall
 from ..attention.state import FORWARD_KEY, ForwardState, Override
+from ..limits.quote import quoted
 from ..plan import parse_layers
 from ..tiles import TilePattern
 from .calls import as_heads, layer_of_call, layout_of_call
@@ -157,13 +158,15 @@ def choose_layers(text: str, depth: int, most: int) -> tuple[int, ...]:
     try:
         ranges = parse_layers(text)
     except ValueError:
-        raise ValueError(f"The layers {text!r} cannot be read, expected a list such as '0,5,-1' or '0-3'.") from None
+        raise ValueError(
+            f"The layers {quoted(text)} cannot be read, expected a list such as '0,5,-1' or '0-3'."
+        ) from None
     chosen = [
         i for first, last in ranges for i in ((first + depth,) if first < 0 else range(first, min(last, depth) + 1))
     ]
     if not chosen or not all(0 <= i < depth for i in chosen) or len(set(chosen)) > most:
         raise ValueError(
-            f"The layers are {text!r}, expected 1 to {most} of the model's {depth}: 0 to {depth - 1}, or -1 for the last."
+            f"The layers are {quoted(text)}, expected 1 to {most} of the model's {depth}: 0 to {depth - 1}, or -1 for the last."
         )
     return tuple(sorted(set(chosen)))
 

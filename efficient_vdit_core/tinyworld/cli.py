@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..commands.arguments import count, quantity, seed_number
+
 
 def add_arguments(subparsers: Any) -> None:
     """Add the commands train, eval and render."""
@@ -21,11 +23,13 @@ def add_arguments(subparsers: Any) -> None:
     )
     parts = ("text_encoder", "vae", "transformer")
     train.add_argument("--parts", nargs="+", default=parts, choices=parts)
-    train.add_argument("--vae-steps", type=int, default=5000, help="default: %(default)s")
-    train.add_argument("--dit-steps", type=int, default=8000, help="default: %(default)s")
-    train.add_argument("--clips", type=int, default=6144, help="clips to learn from, default: %(default)s")
-    train.add_argument("--batch", type=int, default=32, help="default: %(default)s")
-    train.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    train.add_argument("--vae-steps", type=count(1, 10_000_000), default=5000, help="default: %(default)s")
+    train.add_argument("--dit-steps", type=count(1, 10_000_000), default=8000, help="default: %(default)s")
+    train.add_argument(
+        "--clips", type=count(1, 1_000_000), default=6144, help="clips to learn from, default: %(default)s"
+    )
+    train.add_argument("--batch", type=count(1, 65_536), default=32, help="default: %(default)s")
+    train.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
     train.add_argument(
         "--tensorboard", action="store_true", help="write the loss for TensorBoard into the run's folder"
     )
@@ -35,9 +39,11 @@ def add_arguments(subparsers: Any) -> None:
         "eval", help="share of caption attributes that generated clips show, judged from pixels"
     )
     judge.add_argument("--model", default="tiny", help="tiny or a folder, default: %(default)s")
-    judge.add_argument("--captions", type=int, default=200, help="held-out captions, default: %(default)s")
-    judge.add_argument("--steps", type=int, default=100, help="default: %(default)s")
-    judge.add_argument("--guidance", type=float, default=3.0, help="default: %(default)s")
+    judge.add_argument(
+        "--captions", type=count(1, 100_000), default=200, help="held-out captions, default: %(default)s"
+    )
+    judge.add_argument("--steps", type=count(1, 1000), default=100, help="default: %(default)s")
+    judge.add_argument("--guidance", type=quantity(0, 1000), default=3.0, help="default: %(default)s")
     judge.add_argument(
         "--sampler", choices=("ddim", "euler_ancestral", "consistency"), default="ddim", help="default: %(default)s"
     )
@@ -46,7 +52,7 @@ def add_arguments(subparsers: Any) -> None:
     judge.set_defaults(run=_evaluate)
 
     draw = subparsers.add_parser("render", help="draw a true clip of the world with its caption")
-    draw.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    draw.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
     draw.add_argument("--out", default="tinyworld.gif", metavar="FILE", help="default: %(default)s")
     draw.set_defaults(run=_render)
 

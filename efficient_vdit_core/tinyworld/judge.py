@@ -18,7 +18,8 @@ from ..distill.model import Options
 from ..distill.open_sora_plan import OpenSoraPlanModel
 from ..distill.rollout import guided, roll_down
 from ..distill.texts import TextBank
-from ..files import whole_file, write_text
+from ..files import read_torch, write_text, write_torch
+from ..limits.documents import parse_json, read_text
 from ..pipeline import LATENT_SCALE
 from .evaluate import held_out_scenes
 from .physics import frechet_distance, read_physics, read_state, start_spread
@@ -79,9 +80,8 @@ class Judge:
         """The teacher's fine solution from the same noise, kept in ``file``."""
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(file) as part:
-                torch.save(self.sample(module, steps=steps, guidance=guidance), part)
-        return torch.load(file, weights_only=True)
+            write_torch(file, self.sample(module, steps=steps, guidance=guidance))
+        return read_torch(file, "Delete it; the same command makes it anew.")
 
     def figures(self, latents: Tensor, reference: Tensor | None = None) -> dict[str, Any]:
         """The columns of the table for sampled latents."""
@@ -157,4 +157,8 @@ def attention_speeds(file: Path, counts: tuple[int, ...] = (1, 2, 4), repeats: i
         dense = seconds(None)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps({str(c): dense / seconds(c) for c in counts}))
-    return {int(k): v for k, v in json.loads(file.read_text(encoding="utf-8")).items()}
+    advice = "Delete it; the same command makes it anew."
+    values = parse_json(read_text(file, file.name), file.name, advice=advice)
+    if not isinstance(values, dict) or not all(k.isdecimal() and isinstance(v, float) for k, v in values.items()):
+        raise ValueError(f"{file.name} holds no speed-ups by reference frames. {advice}")
+    return {int(k): v for k, v in values.items()}

@@ -15,8 +15,13 @@ from typing import Any
 from ..distill.model import read_plan, sparse_options
 from ..distill.open_sora_plan import OpenSoraPlanModel
 from ..distill.recipe import RecipeConfig, ThreeStages
+from ..distill.search_stage import plan_names
 from ..files import write_text
-from ..tiles import TokenGrid
+from ..limits.documents import parse_json, read_text
+from ..limits.numbers import number, whole
+from ..limits.quote import named, quoted
+from ..request import MAX_GUIDANCE
+from ..tiles import TilePattern, TokenGrid
 from .judge import Judge, attention_speeds
 
 GRID_720P = TokenGrid(8, 45, 80)  # the paper's 29 frames
@@ -39,6 +44,38 @@ class TableConfig:
     captions: int = 32
     noises: int = 3
     seeds: int = 3
+
+    def __post_init__(self) -> None:
+        counts = {"captions": 10_000, "noises": 1000, "seeds": 1000, "reference_steps": 1000}
+        for name, high in counts.items():
+            whole(getattr(self, name), f"table.{name}", 1, high, "Correct the recipe.")
+        number(self.guidance, "table.guidance", 0, MAX_GUIDANCE, why="Correct the recipe.")
+        for name in ("students", "base_steps", "uniform"):
+            values = getattr(self, name)
+            if not 1 <= len(values) <= 64 or len(set(values)) < len(values):
+                raise ValueError(
+                    f"table.{name} is {quoted(values)}, expected 1 to 64 different values. Correct the recipe."
+                )
+        for name in ("students", "base_steps"):
+            for count in getattr(self, name):
+                whole(count, f"table.{name}", 1, 1000, "Correct the recipe.")
+        for pattern in self.uniform:
+            TilePattern.parse(pattern)
+        if self.headline not in self.students:
+            raise ValueError(
+                f"table.headline is {quoted(self.headline)}, expected one of the students {quoted(self.students)}. Correct the recipe."
+            )
+
+    def check(self, recipe: RecipeConfig) -> None:
+        """Raises ValueError now for what a later row would refuse: a plan that is not searched, steps beyond the model."""
+        names = plan_names(recipe.search)
+        if self.headline_plan not in names:
+            raise ValueError(
+                f"table.headline_plan is {quoted(self.headline_plan)}, expected one of the searched plans {quoted(names)}: "
+                "r- and a threshold, or x- and a speed-up. Correct the recipe."
+            )
+        for segments in self.students:
+            replace(recipe.consistency, segments=segments)  # refuses more segments than teacher_steps
 
 
 @dataclass(frozen=True)
@@ -133,7 +170,8 @@ class TinyTable:
         """One row's figures, from its file where that stands."""
         file = self.folder / "rows" / (row.name.replace(" ", "-").replace(":", "-").replace(",", "") + ".json")
         if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
+            what = f"The row {named(file.name)}"
+            return parse_json(read_text(file, what), what, advice="Delete it; the same command makes it anew.")
         weights, plan = row.weights(), row.plan() if row.plan else None
         judge, t = self.judge(), self.table
         tile_plan = read_plan(str(plan)) if plan else None
@@ -183,6 +221,7 @@ def run_table(
     from ..bench.machine import describe_machine
 
     results: dict[str, Any] = {"command": command, "machine": describe_machine(torch.device("cpu")), "rows": []}
+    table.check(recipe)
     for seed in range(table.seeds):
         one = TinyTable(table, recipe, folder, seed)
         one.stages.check()

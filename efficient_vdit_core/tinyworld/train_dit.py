@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import whole_file
+from ..files import read_torch, write_torch
 from ..models.opensora_plan.config import DiTConfig
 from ..models.opensora_plan.text import TextEncoder
 from ..models.opensora_plan.transformer import OpenSoraT2V
@@ -63,9 +63,13 @@ def cache_clips(vae: CausalVAE, count: int, folder: Path, *, seed: int = 1) -> C
             vae.encode(to_model_range(render(s)[None])) * LATENT_SCALE
             for s in tqdm(scenes, desc="latents", mininterval=5)
         ]
-        with whole_file(file) as part:
-            torch.save(torch.cat(latents), part)
-    return CachedClips(torch.load(file, weights_only=True), scenes)
+        write_torch(file, torch.cat(latents))
+    latents = read_torch(file, "Delete it; the same command makes it anew.")
+    if not isinstance(latents, Tensor) or len(latents) != count:
+        raise ValueError(
+            f"{file.name} in the cache does not hold {count} latents. Delete it; the same command makes it anew."
+        )
+    return CachedClips(latents, scenes)
 
 
 def is_held_out(scene: Scene) -> bool:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import whole_file
 from .average import WeightAverage
+from .checkpoint import read_checkpoint, write_checkpoint
 from .sharding import cut, cut_optimizer, gathered, is_sharding, run_in_autocast
 from .stop import StopWish, stop_wish
 
@@ -78,7 +78,7 @@ class TrainingRun:
         self.average = WeightAverage(self._trained(), ema_decay)
         self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.generator = torch.Generator().manual_seed(seed + self.rank)
-        self.step = 0
+        self.step, self.lost = 0, False
         self.means: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self.writer = _tensorboard(folder) if tensorboard and self.rank == 0 else None
@@ -151,7 +151,7 @@ class TrainingRun:
             yield
         except BaseException:
             self.generator.set_state(before)
-            if self.processes == 1:  # the others may be in another place, and saving needs them all
+            if self.processes == 1 and not self.lost:  # the others may be in another place, and saving needs them all
                 self.save()
             raise
 
@@ -175,6 +175,7 @@ class TrainingRun:
         self._refuse_no_number({"gradient's norm": norm})
         for optimizer in self.optimizers:
             optimizer.step()
+        self._refuse_no_weights()
         self.step += 1
         self.average.update(self._trained(), self.step)
         for name, numbers in {**seen, "gradient": [norm]}.items():
@@ -205,6 +206,18 @@ class TrainingRun:
             + (f" ({parts})" if parts else "")
             + f". {self.checkpoint} keeps the last good state; resume from it with a lower learning rate."
         )
+
+    def _refuse_no_weights(self) -> None:
+        # After the step there is no way back: what is saved is the last checkpoint, and it stays so.
+        trained = [_local(p).detach() for p in self.bare.parameters() if p.requires_grad]
+        total = sum(torch.linalg.vector_norm(value, 1, dtype=torch.float32) for value in trained)
+        self.lost = self._anywhere(not math.isfinite(float(total)))
+        if self.lost:
+            kept = f"{self.checkpoint} keeps an earlier state; resume" if self.checkpoint.exists() else "Start again"
+            raise ValueError(
+                f"The weights became infinite or nan at step {self.step + 1}, so nothing is exported. {kept} with a lower "
+                "learning rate."
+            )
 
     def _leave(self, wish: StopWish) -> None:
         self.save()
@@ -243,36 +256,14 @@ class TrainingRun:
         })  # fmt: skip
         if self.rank:
             return
-        try:
-            with whole_file(self.checkpoint) as part:
-                torch.save(state, part)
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            kept = "the previous one is kept" if self.checkpoint.exists() else "there is none before it"
-            raise ValueError(
-                f"The checkpoint of step {self.step} could not be written to {self.folder} ({error}); {kept}. "
-                "Make room there and start the same command again."
-            ) from error
+        write_checkpoint(self.checkpoint, state)
 
     def _load(self) -> None:
-        try:  # sharded processes need a part of each tensor only
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=self.sharded)
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{self.checkpoint} cannot be read ({reason[:200]}): it is damaged. Delete it to train anew."
-            ) from error
-        own = self.generator.get_state()
-        processes = state["generator"].numel() // own.numel()
-        if processes != self.processes:
-            raise ValueError(
-                f"{self.checkpoint} was written by {processes} processes, but this run has {self.processes}. "
-                "Resume with as many, or start a new run."
-            )
-        if state["model"].keys() != self.ema.keys():
-            odd = sorted(state["model"].keys() ^ self.ema.keys())
-            raise ValueError(
-                f"{self.checkpoint} trains other weights than this run ({len(odd)} differ, such as {odd[0]}). Choose another folder."
-            )
+        own = self.generator.get_state().numel()
+        # Sharded processes need a part of each tensor only.
+        state = read_checkpoint(
+            self.checkpoint, self.ema.keys(), processes=self.processes, random=own, mmap=self.sharded
+        )
         if self.sharded:
             state["model"], state["ema"] = (
                 {n: cut(v, self.ema[n]) for n, v in state[part].items()} for part in ("model", "ema")
@@ -280,14 +271,25 @@ class TrainingRun:
             state["optimizers"] = [
                 cut_optimizer(s, o) for s, o in zip(state["optimizers"], self.optimizers, strict=True)
             ]
-        self.bare.load_state_dict(state["model"], strict=False)
-        for name, value in state["ema"].items():
-            self.ema[name].copy_(value)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        # A copy: from a view that begins within its storage, PyTorch would read another state.
-        self.generator.set_state(state["generator"].view(self.processes, -1)[self.rank].clone())
+        try:
+            self.bare.load_state_dict(state["model"], strict=False)
+            for name, value in state["ema"].items():
+                self.ema[name].copy_(value)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            # A copy: from a view that begins within its storage, PyTorch would read another state.
+            self.generator.set_state(state["generator"].view(self.processes, -1)[self.rank].clone())
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.checkpoint} holds weights, an optimiser or random numbers of another shape than this run's. "
+                "Delete it to train anew."
+            ) from error
         self.step = state["step"]
+
+
+def _local(value: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, or the tensor itself."""
+    return value.to_local() if hasattr(value, "to_local") else value  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _tensorboard(folder: Path) -> Any:

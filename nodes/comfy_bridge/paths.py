@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import folder_paths
 
 from ...efficient_vdit_core import assets
-from ...efficient_vdit_core.files import write_text
+from ...efficient_vdit_core.files import write_numbered
+from ...efficient_vdit_core.limits.quote import quoted, reason
 from ...efficient_vdit_core.plan import TilePlan
 
 BUILT_IN = "tiny (built in)"
 BUILT_IN_MODELS = {f"{name.replace('-', ' ')} (built in)": name for name in assets.TINY_MODELS}
 PLANS = "evdit_plans"  # the model folder of plan files
 PRESET = " (preset)"
-MAX_NUMBER = 99_999
 
 folder_paths.add_model_folder_path(PLANS, str(Path(folder_paths.models_dir) / PLANS))
 
@@ -46,7 +45,7 @@ def plan_path(name: str) -> Path:
     found = folder_paths.get_full_path(PLANS, name) if name in plan_names() else None
     if found is None:
         raise ValueError(
-            f"The plan {name!r} was not found in models/{PLANS}. Choose one from the list, or save one with Save Tile Plan."
+            f"The plan {quoted(name)} was not found in models/{PLANS}. Choose one from the list, or save one with Save Tile Plan."
         )
     return Path(found)
 
@@ -57,23 +56,12 @@ def save_plan(plan: TilePlan, prefix: str) -> str:
 
     Raises ValueError where ``prefix`` is more than a plain file name.
     """
-    if not re.fullmatch(r"\w[\w .-]{0,99}", prefix):
-        raise ValueError(
-            f"filename_prefix is {prefix!r}, expected a plain name of up to 100 letters, digits, spaces, dots, dashes or underscores "
-            "that begins with a letter or digit: plans are saved in one folder."
-        )
     folder = Path(folder_paths.get_folder_paths(PLANS)[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(1, MAX_NUMBER + 1):
-        path = folder / f"{prefix}_{number:05}.json"
-        try:
-            path.touch(exist_ok=False)  # the name is ours
-        except FileExistsError:
-            continue
-        try:
-            write_text(path, plan.to_json())
-        except BaseException:
-            path.unlink()
-            raise
-        return path.name
-    raise ValueError(f"All {MAX_NUMBER} names {prefix}_00001.json and so on are taken. Choose another filename_prefix.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_numbered(folder, prefix, plan.to_json())
+    except OSError as error:
+        raise ValueError(
+            f"The plan could not be saved in models/{PLANS} ({error.strerror or reason(error)}). Make room there, or let "
+            "ComfyUI write in it."
+        ) from error

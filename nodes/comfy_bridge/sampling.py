@@ -13,6 +13,7 @@ from comfy.samplers import KSAMPLER
 from torch import Tensor
 
 from ...efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
+from ...efficient_vdit_core.limits.quote import quoted
 from ...efficient_vdit_core.sampling import consistency_sigmas, sample_consistency
 from ...efficient_vdit_core.sampling.presets import PRESETS, cut, parse_sigmas
 
@@ -45,7 +46,7 @@ def checkpoint_metadata(model: Any, name: str) -> DistillMetadata:
         found = None
     if found is None:
         raise ValueError(
-            f"{name!r} does not say for how many segments it was distilled: it is no checkpoint of this pack's trainer. "
+            f"{quoted(name)} does not say for how many segments it was distilled: it is no checkpoint of this pack's trainer. "
             "Choose the distilled file, or the preset 'segments' and its number."
         )
     return found
@@ -60,7 +61,7 @@ def preset_sigmas(
     if preset in PRESETS:
         if not isinstance(model.get_model_object("model_sampling"), CONST):
             raise ValueError(
-                f"The preset {preset!r} is for flow models, but this model is none. Choose 'segments' or 'from checkpoint'."
+                f"The preset {quoted(preset)} is for flow models, but this model is none. Choose 'segments' or 'from checkpoint'."
             )
         return torch.tensor(PRESETS[preset].sigmas, dtype=torch.float32)
     if preset == FROM_CHECKPOINT:

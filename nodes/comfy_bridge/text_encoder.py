@@ -18,6 +18,8 @@ from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 from comfy.text_encoders.t5 import T5
 from torch import Tensor
 
+from ...efficient_vdit_core.limits.quote import named
+from ...efficient_vdit_core.limits.texts import checked_prompt
 from ...efficient_vdit_core.models.opensora_plan import text as captions
 from .paths import resolve
 
@@ -48,8 +50,8 @@ def load_text_encoder(name: str, *, template: str = NO_TEMPLATE, clean: bool = T
     missing, unexpected = clip.load_sd(weights)
     if missing or unexpected:
         raise ValueError(
-            f"{name} does not hold the encoder that its configuration describes: {len(missing)} tensors are missing "
-            f"{sorted(missing)[:3]} and {len(unexpected)} are unknown {sorted(unexpected)[:3]}. Use an mT5 encoder in its original form."
+            f"{named(name)} does not hold the encoder that its configuration describes: {len(missing)} tensors are missing and "
+            f"{len(unexpected)} unknown, such as {named(min([*missing, *unexpected]))}. Use an mT5 encoder in its original form."
         )
     return clip
 
@@ -64,6 +66,7 @@ def prepare(text: str, template: str, clean: bool) -> str:
     """The caption as the encoder sees it. Empty text stays empty: it is the unconditional prompt of the training."""
     if not text.strip():
         return ""
+    text = checked_prompt(text)
     if template != NO_TEMPLATE:
         text = captions.TEMPLATES[template].format(text)
     # Open-Sora-Plan cleans twice; the second pass catches what the first uncovers.

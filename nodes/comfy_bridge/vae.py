@@ -55,7 +55,13 @@ class FirstStage(CausalVAE):
                 f"The latent has shape {tuple(z.shape)}, expected (batch, {self.config.embed_dim}, frames, height, width): it "
                 "belongs to another VAE. Decode it with the VAE of the model that made it."
             )
-        return super().decode(z)
+        pixels = super().decode(z)
+        if not bool(pixels.isfinite().all()):
+            raise ValueError(
+                f"The decoded clip holds NaN or infinite values in {str(pixels.dtype).removeprefix('torch.')}: the sampler's "
+                "result was not finite, or the precision is too low. Start ComfyUI with --fp32-vae, or sample again."
+            )
+        return pixels
 
 
 class OpenSoraPlanVAE(comfy.sd.VAE):

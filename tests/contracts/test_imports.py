@@ -24,19 +24,21 @@ PICKLE = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
 
 # A part of the core may import itself and what stands here; the top-level modules above them may import all.
 ALLOWED = {
-    "tiles": set(),
-    "files": set(),
-    "plan": {"tiles", "files"},
-    "attention": {"tiles", "plan", "files"},
-    "sampling": set(),
-    "models": {"tiles", "plan", "attention", "files"},
-    "search": {"tiles", "plan", "attention"},
-    "parallel": {"tiles", "plan", "attention", "files"},
-    "training": {"files"},
+    "limits": set(),
+    "tiles": {"limits"},
+    "files": {"limits"},
+    "plan": {"tiles", "files", "limits"},
+    "attention": {"tiles", "plan", "files", "limits"},
+    "sampling": {"limits"},
+    "models": {"tiles", "plan", "attention", "files", "limits"},
+    "search": {"tiles", "plan", "attention", "limits"},
+    "parallel": {"tiles", "plan", "attention", "files", "limits"},
+    "training": {"files", "limits"},
     "distill": {
         "tiles",
         "plan",
         "files",
+        "limits",
         "attention",
         "sampling",
         "models",
@@ -47,8 +49,9 @@ ALLOWED = {
         "pipeline",
         "request",
         "model_folder",
+        "read_video",
     },
-    "quality": {"files", "video", "read_video"},
+    "quality": {"files", "limits", "video", "read_video"},
 }
 # Rooms of a part; each may import itself and what stands here.
 ROOMS = {"parallel": {"sharding": set(), "pool": {"sharding"}}}

@@ -152,9 +152,17 @@ def test_the_commands_write_results_and_chart(tmp_path, capsys, monkeypatch):
     ("arguments", "says"),
     [
         (["attention", "--frames", "7"], "No shape of the preset"),
-        (["attention", "--repeats", "0"], "--repeats is 0"),
+        (["attention", "--repeats", "0"], "--repeats: it is '0', expected a whole number from 1 to 10,000"),
         (["attention", "--json", "/nowhere/x.json"], "does not exist"),
-        (["step", "--depth", "99"], "--depth is 99"),
+        (["attention", "--heads", "0"], "--heads: it is '0'"),
+        (["parallel", "--depth", "0"], "--depth: it is '0'"),
+        (["parallel", "--ranks", "1,99"], "numbers up to 64"),
+        (["parallel", "--grid", "4096", "4096", "4096"], "TiB of memory"),
+        (["mixture", "--segments", "-1"], "--segments: it is '-1'"),
+        (["overhead", "--seed", "1" * 5000], "--seed: it is '111"),
+        (["step", "--device", "meta", "--depth", "1"], "'meta' cannot be used"),
+        (["plot", "gone.json"], "'gone.json' is no file"),
+        (["step", "--depth", "99"], "--depth: it is '99'"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_timed(arguments, says, capsys):

@@ -158,7 +158,7 @@ def test_a_layout_that_cannot_be_is_refused_and_leaves_nothing(tmp_path, clip, c
         ([nameless], out, None, "does not tell its prompt"), ([single], out, None, "single frame"), ([str(cut)], out, None, "damaged"),
         ([str(avi)], out, None, "'.avi'"), ([str(tmp_path / "none.mp4")], out, None, "no file"), ([good, good], out, None, "2 times"),
         ([good], str(tmp_path / "full"), None, "empty folder"), ([good], str(tmp_path / "no" / "out"), None, "does not exist"),
-        ([good], out, "list.json", "object"), ([good], out, "no.json", "no JSON"), ([good], out, "other.json", "'z.mp4'"),
+        ([good], out, "list.json", "object"), ([good], out, "no.json", "not valid JSON"), ([good], out, "other.json", "'z.mp4'"),
         ([good], out, "gone.json", "no file"), ([str(alien)], out, "f.json", "frames per second"),
     ]  # fmt: skip
     before = sorted(tmp_path.rglob("*"))

@@ -93,3 +93,33 @@ def test_text_states_are_kept_and_padded(tmp_path):
     assert asked == [["ab", ""], ["c"]]
     context, mask = bank.batch(["c", "ab"])
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1]] and float(context[0, 2].abs().sum()) == 0
+
+
+def halve(file):
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+
+
+def test_half_a_file_in_the_cache_is_named_with_what_to_do(tmp_path):
+    made = teacher_clips(["a"], 1, tmp_path, [0], lambda: lambda texts, numbers: torch.zeros(1, 1, 1, 1, 1))
+    (file,) = tmp_path.iterdir()
+    halve(file)
+    with pytest.raises(ValueError, match=r"sample-000000.* is damaged or half written\. Delete it"):
+        made.latents[0]
+    bank = tmp_path / "texts.safetensors"
+    encoder = lambda: lambda texts: (torch.ones(len(texts), 2, 3), torch.ones(len(texts), 2))  # noqa: E731
+    TextBank.build(["a"], encoder, bank)
+    halve(bank)
+    with pytest.raises(ValueError, match=r"texts.safetensors in the cache is damaged or half written\. Delete it"):
+        TextBank.build(["a"], encoder, bank)
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", "{", '{"file_name": 3, "text": "x"}', "[" * 100_000, '"' + "x" * 10**6 + '"'], ids=range(5)
+)
+def test_a_line_of_metadata_that_is_none_is_named(tmp_path, line):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "metadata.jsonl").write_text(f"\n{line}\n")
+    with pytest.raises(ValueError, match="metadata.jsonl line 2 .*Correct it") as error:
+        video_captions(tmp_path)
+    assert len(str(error.value)) < 400

@@ -293,7 +293,7 @@ def test_configuration_survives_toml(base):
         ({"method": "magic"}, "method is 'magic'"),
         ({"method": "consistency", "modle": {}}, "'modle'"),
         ({"method": "consistency", "training": {"step": 3}}, r"\[training\] has 'step'"),
-        ({"method": "consistency", "training": {"steps": "3"}}, r"training.steps is '3', expected int"),
+        ({"method": "consistency", "training": {"steps": "3"}}, r"training.steps is '3', expected a whole number"),
         ({"method": "consistency", "training": {"steps": 0}}, r"training.steps is 0"),
         ({"method": "consistency", "objective": {"guidance": [1.0]}}, "objective.guidance"),
         ({"method": "consistency", "objective": {"guidance": [1.0, -4.0]}}, "guidance is"),
@@ -376,7 +376,19 @@ def test_no_warmup_is_no_division(base, tmp_path):
     trainer.distill(config(base, steps=1, training={"warmup": 0}), tmp_path / "run")
 
 
-@pytest.mark.parametrize("text", ["{", '{"segments": 4}', '{"method": "x", "segments": 8, "steps": 4}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        '{"segments": 4}',
+        '{"method": "x", "segments": 1e400, "steps": 4}',
+        '{"method": "x", "segments": 4, "steps": 4, "schedule": 5}',
+        '{"method": "x", "segments": 4, "steps": 4, "guidance": [1]}',
+        "[" * 100_000,
+        '{"method": "x", "segments": true, "steps": 4}',
+        '{"method": "x", "segments": 8, "steps": 4}',
+    ],
+)
 def test_damaged_metadata_is_refused(text):
     with pytest.raises(ValueError, match="metadata is damaged"):
         DistillMetadata.from_entries({"evdit": text})

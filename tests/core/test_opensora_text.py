@@ -1,10 +1,12 @@
 import io
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from efficient_vdit_core.limits.texts import MAX_PROMPT
 from efficient_vdit_core.models.opensora_plan import captions, convert
 from efficient_vdit_core.models.opensora_plan.text import (
     NEGATIVE_PROMPT,
@@ -43,6 +45,30 @@ def test_plain_captions_need_no_extra_packages(text, cleaned, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bs4", None)
     monkeypatch.setitem(__import__("sys").modules, "ftfy", None)
     assert captions.clean_caption(captions.clean_caption(text)) == cleaned
+
+
+# Each made one of the rules, or the parser of HTML, take minutes, or fail; the fuzz test holds them to ten seconds.
+HOSTILE = ["a", "a.", "1.", "a-", " ", "<a ", "<![", "<!--", "&amp;", "a.com@", "http:/", "中", ".png", "1:", '"']
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_cleaning_bounds_the_text_first(piece, caplog):
+    cleaned = captions.clean_caption(captions.clean_caption(piece * (100_000 // len(piece))))
+    assert len(cleaned) <= MAX_PROMPT and "cut off" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["see a.png.jpg/x and .png, b.mp4c", ".png", ".png.png", "a.jpeg b.JPG", "x.pngy\tz.pdf\n"]
+)
+def test_file_names_are_left_out_as_by_the_references_rule(text):
+    pattern, replacement = captions._FILE_NAMES
+    reference = r"[\S]+\.(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
+    assert re.sub(pattern, replacement, text) == re.sub(reference, "", text)
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        captions.clean_caption("a \ud800")
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +173,32 @@ def test_a_configuration_of_another_depth_is_named(folder, tmp_path):
 def test_no_prompts_are_refused(folder):
     with pytest.raises(ValueError, match="no prompts"):
         TextEncoder.from_folder(folder).encode([])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_kv": None}, "d_kv is None, expected a whole number from 1 to 4,096"),
+        ({"num_heads": -1}, "num_heads is -1"),
+        ({"num_layers": 20_000}, "num_layers is 20000, expected a whole number from 1 to 256"),
+        ({"layer_norm_epsilon": "x"}, "layer_norm_epsilon is 'x', expected a number"),
+        ({"feed_forward_proj": "\x1b[31m"}, r"feed_forward_proj is '\\x1b\[31m', expected gated-gelu"),
+        ({"is_gated_act": 3}, "is_gated_act is 3, expected true or false"),
+    ],
+)
+def test_a_configuration_of_impossible_values_is_refused_before_a_network_is_built(folder, tmp_path, change, message):
+    weights, config, spiece = read_text_encoder(folder)
+    metadata = {"config": json.dumps({**config, **change})}
+    save_file({**weights, "spiece_model": spiece}, tmp_path / "model.safetensors", metadata)
+    with pytest.raises(ValueError, match=message):
+        read_text_encoder(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [torch.empty(0, dtype=torch.uint8), torch.zeros(9, dtype=torch.uint8), torch.zeros(9)]
+)
+def test_a_tokenizer_of_nothing_is_refused(folder, tmp_path, tokenizer):
+    weights, config, _ = read_text_encoder(folder)
+    save_file({**weights, "spiece_model": tokenizer}, tmp_path / "model.safetensors", {"config": json.dumps(config)})
+    with pytest.raises(ValueError, match="tokenizer of model.safetensors cannot be read"):
+        read_text_encoder(tmp_path / "model.safetensors")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rounding import worst
 
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
@@ -74,7 +75,8 @@ def test_rope_equals_the_reference_tables():
     tables, positions = allegro_rope(*grid, head_dim=96)
     want = apply_rotary_emb_allegro(x.transpose(1, 2), tables, positions).transpose(1, 2)
     got = apply_rope(x, rope_table(grid, SCALES, 96, device=x.device))
-    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+    # An angle, its cosine and sine, two products and their sum; cosines differ between processors by a step.
+    torch.testing.assert_close(got, want, atol=worst(torch.float32, 6) * float(x.abs().max()) * 2**0.5, rtol=0)
 
 
 def test_masked_text_equals_trimmed_text(model):

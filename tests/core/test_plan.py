@@ -60,7 +60,11 @@ def edited(**changes) -> str:
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
+        ("[" * 100_000, "nested deeper"),
+        ("[" * 40 + "]" * 40, "nested deeper"),
+        (edited(frames=8).replace("8", "1e999"), "too large for a number"),
+        (edited(dense_layers=[[0, 0]] * 10**4), "dense_layers"),
+        (" " * 2**21, "larger than"),
         ("[1]", "expected an object"),
         ("{}", "schema_version"),
         (edited(schema_version="1"), "schema_version"),

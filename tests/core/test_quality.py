@@ -11,6 +11,7 @@ import torch
 from efficient_vdit_core.quality import compare_clips, comparison_picture, metrics_table
 from efficient_vdit_core.quality.metrics import ssim
 from efficient_vdit_core.quality.picture import _heat
+from efficient_vdit_core.quality.table import label
 
 LENGTH, HEIGHT, WIDTH = 3, 24, 37
 
@@ -209,3 +210,12 @@ def test_the_heat_scale_rises_in_brightness():
 def test_a_picture_that_cannot_be_drawn_is_refused(choice, words):
     with pytest.raises(ValueError, match=words):
         comparison_picture(grey(0.1), grey(0.2), compare_clips(grey(0.1), grey(0.2)), **choice)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "two\nlines", "\x1b[31mred", "\ud800", "视频" * 3000], ids=range(5))
+def test_a_label_is_one_short_printable_line(name):
+    clip = torch.rand(2, 12, 12, 3, generator=torch.Generator().manual_seed(0))
+    comparison = compare_clips(clip, clip, lpips=False)
+    assert comparison_picture(clip, clip, comparison, names=(name, "b")).ndim == 3
+    first, *_ = metrics_table(comparison, name, "b").splitlines()
+    assert len(first) < 120 and first.isprintable() and len(label(name)) <= 60

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from efficient_vdit_core import read_video as reading
 from efficient_vdit_core import video as writing
-from efficient_vdit_core.read_video import read_video
+from efficient_vdit_core.read_video import iterate_video, read_video
 from efficient_vdit_core.video import write_video
 
 pytest.importorskip("imageio_ffmpeg")
@@ -95,3 +96,62 @@ def test_names_that_ffmpeg_would_take_for_something_else(tmp_path, frames, monke
     path = write_video(tmp_path / "a.mp4", frames)
     path.rename(tmp_path / "-i 50%d:x.mp4")
     assert len(read_video("-i 50%d:x.mp4")) == 13
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+@pytest.mark.parametrize("fps", [24, 8, 30])
+def test_equal_frames_are_not_lost(tmp_path, frames, suffix, fps):
+    still = np.repeat(frames[:1], 29, axis=0)
+    assert len(read_video(write_video(tmp_path / f"a{suffix}", still, fps=fps))) == 29
+
+
+def test_a_frame_of_hours_is_not_repeated_into_gigabytes(tmp_path, frames):
+    images = [Image.fromarray(frame) for frame in frames[:2]]
+    images[0].save(tmp_path / "a.webp", save_all=True, append_images=images[1:], duration=[1, 2**24 - 1])
+    with pytest.raises(
+        ValueError, match="a.webp' cannot be read: it has 16,777,216 frames at its constant rate, at most 10,000"
+    ):
+        read_video(tmp_path / "a.webp")
+
+
+@pytest.mark.parametrize("side", [6000, 15000])
+def test_a_screen_of_gigabytes_is_refused_before_it_is_painted(tmp_path, side):
+    size = side.to_bytes(2, "little")
+    picture = b"\x2c" + bytes(8) + b"\0\2\2\x4c\1\0\x3b"
+    (tmp_path / "a.gif").write_bytes(b"GIF89a" + size + size + b"\x80\0\0" + bytes(6) + picture)
+    with pytest.raises(ValueError, match="cannot be read: its frames .*Cut it, or make it smaller"):
+        read_video(tmp_path / "a.gif")
+
+
+@pytest.mark.parametrize(
+    ("bound", "value", "said"),
+    [("MAX_CLIP", 5000, "13 frames of 50x34"), ("MAX_FRAMES", 12, "13 frames"), ("MAX_PIXELS", 1000, "50x34")],
+)
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
+def test_sizes_are_read_before_pixels(tmp_path, frames, monkeypatch, suffix, bound, value, said):
+    path = write_video(tmp_path / f"a{suffix}", frames)
+    monkeypatch.setattr(reading, bound, value)
+    monkeypatch.setattr(reading, "_ppm_pictures", lambda stream: pytest.fail("a picture was decoded"))
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("a picture was decoded"))
+    with pytest.raises(ValueError, match=f"{said}.*Cut it, or make it smaller"):
+        read_video(path)
+
+
+def test_ffmpeg_itself_decodes_nothing_larger(tmp_path, frames, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", frames)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(reading, "_probed", lambda source: (0, 0, 0))
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_video(path)
+
+
+def test_frames_come_one_by_one(tmp_path, frames):
+    first = next(iterate_video(write_video(tmp_path / "a.mp4", frames)))
+    assert first.shape == frames.shape[1:]  # ffmpeg is ended with the iterator
+
+
+def test_all_frames_at_once_must_fit(tmp_path, frames, monkeypatch):
+    path = write_video(tmp_path / "a.webp", np.concatenate([frames, frames]))
+    monkeypatch.setattr("efficient_vdit_core.limits.memory.free_bytes", lambda device="cpu": 1000)
+    with pytest.raises(ValueError, match="a.webp' with its frames so far takes about .* 1000 bytes are free"):
+        read_video(path)

@@ -12,6 +12,8 @@ from efficient_vdit_core.distill.metadata import DistillMetadata
 from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 
+PLAN = {"schema_version": 1, "reference_frames": 1}
+
 
 @pytest.fixture
 def calls(monkeypatch):
@@ -24,7 +26,7 @@ def calls(monkeypatch):
         file = folder / "lora.safetensors" if lora else folder / "transformer" / "diffusion_pytorch_model.safetensors"
         few = config.method == "consistency"
         about = DistillMetadata(
-            config.method, 4, 4 if few else 12, guidance=3.0 if few else None, plan=None if few else {"k": 1}
+            config.method, 4, 4 if few else 12, guidance=3.0 if few else None, plan=None if few else PLAN
         )
         save_safetensors(file, {"w": torch.ones(2) * len(found)}, about.to_entry())
         return file
@@ -77,9 +79,7 @@ def test_merging_adds_the_changes_of_both(calls, tmp_path, monkeypatch):
     )  # the knowledge run came second, the consistency run third
     about = DistillMetadata.from_entries(metadata)
     assert about is not None and json.loads(metadata["config"]) == {"a": 1}
-    assert (about.steps, about.guidance, about.plan) == (4, 3.0, {"k": 1}), (
-        "sampled as the few-step model, under the plan"
-    )
+    assert (about.steps, about.guidance, about.plan) == (4, 3.0, PLAN), "sampled as the few-step model, under the plan"
 
 
 @pytest.mark.parametrize("order", ["consistency-first", "knowledge-first"])

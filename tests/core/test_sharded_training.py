@@ -19,6 +19,7 @@ from efficient_vdit_core.sampling.path import VPPath
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks import RankCrashed, run_together  # noqa: E402
+from rounding import drift  # noqa: E402
 from training_ranks import train_on_ranks  # noqa: E402
 
 pytest.importorskip("accelerate")
@@ -43,6 +44,29 @@ KINDS = {
     "single": {"training": {"batch": 1, "steps": 8}},
     "wan": {"method": "knowledge", "model": {"family": "diffusers", "train": "full"}},
 }
+
+
+# In bf16 a product of matrices is rounded: 11 of them in a block and 3 beside the blocks, forward and backward; in Muon's
+# orthogonalisation 5 times 3.
+DRIFT = {
+    "bf16": drift(torch.bfloat16, 2 * (11 * SMALL.num_layers + 3)),
+    "muon": drift(torch.bfloat16, 5 * 3),
+}
+STEPS = 0.01 * (0.5 + 1 + 1 + 1)  # half and whole while the rate warms up
+
+
+def apart(kind, name, value):
+    """How far a weight of two runs may lie apart after 4 steps: the furthest entry, and all in the mean.
+
+    In bf16 rounding decides the sign of gradients near 0, which Adam's first steps take, and the directions of small
+    singular values, which Muon's iteration enlarges threefold each time: such an entry may go the other way, all steps
+    long. These are few; a fault of the sharding moves all of them.
+    """
+    if kind not in DRIFT:
+        return 5e-4, 5e-4
+    if kind == "muon" and "blocks." in name and value.ndim == 2:  # an orthogonal matrix, times 0.2 sqrt(widest side)
+        return 2 * STEPS * 0.2 * max(value.shape) ** 0.5, 0.2 * STEPS / 4
+    return 2 * STEPS, STEPS / 4
 
 
 def settings(base, method="consistency", *, objective=None, model=None, training=None):
@@ -133,15 +157,16 @@ def test_sharded_ranks_learn_what_parallel_ranks_learn(runs, kind):
     assert sharded["weights"] > 50 and sharded["average"] > 20
     assert (sharded["teacher"] > 50) == (KINDS[kind].get("model", {}).get("train") != "lora")
     assert sharded["times"] == ["torch.float32"], "times of 0..999 are rounded in bf16"
-    loose = {"bf16": 1e-4, "muon": 2e-5}.get(kind, 1e-6)  # Muon orthogonalises in bf16
+    loose = DRIFT.get(kind, 1e-6)
     assert len(sharded["course"]) == len(parallel["course"])
     for got, wanted in zip(sharded["course"], parallel["course"], strict=True):
         assert got == pytest.approx(wanted, rel=loose, abs=loose)
     a, b = read_state_dict(sharded["file"])[0], read_state_dict(parallel["file"])[0]
     assert list(a) == list(b) and read_state_dict(sharded["file"])[1] == read_state_dict(parallel["file"])[1]
     for name, value in b.items():
-        # Adam's first steps take the sign of gradients near 0; a step is 0.01.
-        torch.testing.assert_close(a[name], value, rtol=0, atol={"bf16": 3e-2, "muon": 5e-3}.get(kind, 5e-4))
+        furthest, mean = apart(kind, name, value)
+        torch.testing.assert_close(a[name], value, rtol=0, atol=furthest)
+        assert float((a[name] - value).abs().mean()) < mean
     moved = [float(v.abs().max()) for n, v in a.items() if "attn1" in n and "lora_up" in n]
     if not moved:
         start = read_state_dict(start_of(sharded["config"]["model"]))[0]

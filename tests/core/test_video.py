@@ -40,7 +40,7 @@ def codec(request, monkeypatch):
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", ".MP4"])
 def test_frames_and_metadata_come_back(tmp_path, frames, suffix, codec):
     path = write_video(tmp_path / f"clip{suffix}", frames, fps=8, metadata=METADATA)
-    assert read_metadata(path) == METADATA
+    assert read_metadata(path) == {"fps": 8, "frames": 9, **METADATA}
     back = np.stack([f[..., :3] for f in imageio.imiter(path, extension=suffix.lower())])
     assert back.shape == frames.shape
     tolerance = {".webp": 0.01, ".gif": 6.0}.get(suffix, 12.0)  # mp4 loses colour resolution at edges
@@ -51,7 +51,7 @@ def test_frames_and_metadata_come_back(tmp_path, frames, suffix, codec):
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
 def test_one_frame_is_a_video_too(tmp_path, frames, suffix, codec):
     path = write_video(tmp_path / f"clip{suffix}", frames[:1], metadata={"a": 1})
-    assert read_metadata(path) == {"a": 1}
+    assert read_metadata(path) == {"fps": 24.0, "frames": 1, "a": 1}
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
@@ -115,7 +115,11 @@ def test_a_failure_of_ffmpeg_is_no_video(tmp_path, frames, monkeypatch):
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
 @pytest.mark.parametrize("fps", [0.01, 1000])
 def test_the_slowest_and_the_fastest_rate_can_be_written(tmp_path, frames, suffix, fps, codec):
-    assert read_metadata(write_video(tmp_path / f"clip{suffix}", frames, fps=fps, metadata={"a": 1})) == {"a": 1}
+    assert read_metadata(write_video(tmp_path / f"clip{suffix}", frames, fps=fps, metadata={"a": 1})) == {
+        "fps": fps,
+        "frames": 9,
+        "a": 1,
+    }
 
 
 def test_file_permissions_are_those_of_a_new_file(tmp_path, frames):
@@ -181,3 +185,28 @@ def test_a_missing_writer_is_named(tmp_path, monkeypatch):
         ValueError, match=r"Write a \.gif or \.webp instead, or: Install it: \S*python\S* -m pip install av"
     ):
         check_writable(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("comment", ["[" * 100_000, "x" * 2**21, "[1]", "{", '{"a": 1e999}', ""])
+def test_comments_that_are_no_metadata_of_ours_are_refused(tmp_path, frames, comment):
+    from PIL import Image
+
+    Image.fromarray(frames[0]).save(tmp_path / "a.gif", comment=comment.encode())
+    with pytest.raises(ValueError, match="a.gif' holds no metadata") as error:
+        read_metadata(tmp_path / "a.gif")
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("exif", [b"garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
+def test_exif_that_is_damaged_is_no_metadata(tmp_path, frames, exif):
+    from PIL import Image
+
+    Image.fromarray(frames[0]).save(tmp_path / "a.webp", exif=exif)
+    with pytest.raises(ValueError, match="holds no metadata"):
+        read_metadata(tmp_path / "a.webp")
+
+
+def test_an_mp4_of_a_million_empty_atoms_is_no_walk_without_end(tmp_path):
+    (tmp_path / "a.mp4").write_bytes((8).to_bytes(4, "big") + b"free" + (b"\0\0\0\x08free" * 200_000))
+    with pytest.raises(ValueError, match="holds no metadata"):
+        read_metadata(tmp_path / "a.mp4")

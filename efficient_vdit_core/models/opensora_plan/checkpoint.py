@@ -6,8 +6,6 @@ is that of the published checkpoints. Loading is strict: a file either is the mo
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...files import whole_file
+from ...files import read_torch, whole_file
+from ...limits.documents import parse_json, read_text
+from ...limits.quote import named, quoted, reason
 from .config import OSP_29X720P, OSP_VAE, DiTConfig, VAEConfig
-from .detect import check_transformer_config, check_transformer_keys, check_vae_keys, unify_names
+from .detect import check_depth, check_transformer_config, check_transformer_keys, check_vae_keys, unify_names
 from .transformer import OpenSoraT2V
 from .vae import CausalVAE
+from .weights import check_weights
 
+MAX_INDEX = 2**25  # bytes: a name and a file for each tensor of a model
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "checkpoint.ckpt")
 
 
@@ -48,7 +50,9 @@ def read_transformer(path: str | Path) -> tuple[dict[str, Tensor], DiTConfig]:
         check_transformer_config(values)
         check_transformer_keys(state_dict)
         config = DiTConfig.from_dict(values) if values else OSP_29X720P
+        check_depth(state_dict, config.num_layers)  # before a network of that depth is built to compare with
     _check_manifest(state_dict, OpenSoraT2V, config, "transformer", path)
+    check_weights(state_dict, Path(path).name)
     return state_dict, config
 
 
@@ -72,6 +76,7 @@ def read_vae(path: str | Path) -> tuple[dict[str, Tensor], VAEConfig]:
         config = VAEConfig.from_dict(values) if values else OSP_VAE
     state_dict = {name: value for name, value in state_dict.items() if "loss" not in name}
     _check_manifest(state_dict, CausalVAE, config, "VAE", path)
+    check_weights(state_dict, Path(path).name)
     return state_dict, config
 
 
@@ -89,7 +94,7 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     if file.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         return _pick_weights(read_torch_file(file)), {}
     raise ValueError(
-        f"{file.name} is not a weights file: expected .safetensors, .safetensors.index.json or .ckpt. Choose another file."
+        f"{named(file.name)} is not a weights file: expected .safetensors, .safetensors.index.json or .ckpt. Choose another file."
     )
 
 
@@ -110,21 +115,17 @@ def save_safetensors(
             )
     except SafetensorError as error:
         raise OSError(
-            f"{path} could not be written ({error}). Make room there and start the same command again."
+            f"{named(str(path), 120)} could not be written ({reason(error)}). Make room there and start the same command again."
         ) from error
 
 
 def read_torch_file(file: Path) -> Any:
     """What a PyTorch file holds, memory-mapped where its format allows; tensors and plain containers only, never
     code."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{file.name} cannot be read safely: {reason[:200]}. It is damaged, or holds more than tensors, which this project never "
-            "unpickles. Download it again, or ask its publisher for safetensors."
-        ) from error
+    advice = "Download it again, or ask its publisher for safetensors."
+    with open(file, "rb") as opened:
+        archive = opened.read(4) == b"PK\x03\x04"  # PyTorch's present format; the older one cannot be mapped
+    return read_torch(file, advice, mmap=archive)
 
 
 @contextmanager
@@ -133,7 +134,7 @@ def _naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{Path(path).name} cannot be used: {error}") from error
+        raise ValueError(f"{named(Path(path).name)} cannot be used: {error}") from error
 
 
 def _weights_file(path: Path) -> Path:
@@ -143,11 +144,11 @@ def _weights_file(path: Path) -> Path:
         found = found or sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
         if not found:
             raise ValueError(
-                f"The folder {path.name!r} holds no weights: expected {WEIGHT_NAMES[0]} or checkpoint.ckpt. Choose another."
+                f"The folder {quoted(path.name)} holds no weights: expected {WEIGHT_NAMES[0]} or checkpoint.ckpt. Choose another."
             )
         return found[0]
     if not path.is_file():
-        raise ValueError(f"{str(path)!r} does not exist. Check the path.")
+        raise ValueError(f"{quoted(str(path), 120)} does not exist. Check the path.")
     return path
 
 
@@ -159,7 +160,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"{file.name} cannot be read as safetensors: {error}. The file is cut short or damaged; download it again."
+            f"{named(file.name)} cannot be read as safetensors ({reason(error)}). The file is cut short or damaged; download it again."
         ) from error
 
 
@@ -176,15 +177,17 @@ def _safetensors_metadata(file: Path) -> dict[str, str]:
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(map(str, set(names.values())))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index.name} is not an index of shards ({error!r}). Download it again.") from error
-    missing = [s for s in shards if Path(s).name != s or not (index.parent / s).is_file()]
+    what = f"The index of shards {named(index.name)}"
+    values = parse_json(read_text(index, what, limit=MAX_INDEX), what, advice="Download it again.", limit=MAX_INDEX)
+    names = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
+        raise ValueError(f"{what} has no weight_map of tensors to files. Download it again.")
+    shards = sorted(set(names.values()))
+    missing = [s for s in shards if len(s) > 200 or Path(s).name != s or not (index.parent / s).is_file()]
     if missing:
         raise ValueError(
-            f"{index.name} names {len(shards)} shards, but {', '.join(missing)} is not beside it. Download what is missing."
+            f"{named(index.name)} names {len(shards)} shards, but {', '.join(map(named, missing[:2]))} "
+            f"{'is' if len(missing) == 1 else f'and so on, {len(missing)} in all, are'} not beside it. Download what is missing."
         )
     state_dict: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
@@ -195,7 +198,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     absent = sorted(set(names) - set(state_dict))
     if absent:
         raise ValueError(
-            f"The shards of {index.name} lack {len(absent)} tensors, such as {absent[0]}. Download them again."
+            f"The shards of {named(index.name)} lack {len(absent)} tensors, such as {named(absent[0])}. Download them again."
         )
     return state_dict, metadata
 
@@ -206,7 +209,7 @@ def _pick_weights(content: Any) -> dict[str, Tensor]:
         content = content["ema_state_dict"]
     elif isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
-        content = content.get("gen_model", content)
+        content = content.get("gen_model", content) if isinstance(content, dict) else None
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(
             "The checkpoint holds no state dict: expected ema_state_dict or state_dict. It is not a model's weights."
@@ -218,14 +221,10 @@ def _config_values(path: str | Path, metadata: Mapping[str, str]) -> dict[str, A
     path = Path(path)
     beside = (path if path.is_dir() else path.parent) / "config.json"
     text, where = (metadata["config"], "metadata") if "config" in metadata else (None, beside.name)
+    what = f"The configuration of {named(path.name)} ({where})"
     if text is None and beside.is_file():
-        text = beside.read_text(encoding="utf-8")
-    try:
-        values = json.loads(text) if text else {}
-    except ValueError as error:
-        raise ValueError(
-            f"The configuration of {path.name} ({where}) is not valid JSON: {error}. Download it again."
-        ) from error
+        text = read_text(beside, what)
+    values = parse_json(text, what, advice="Download it again.") if text else {}
     # A folder that collects many models' files may hold a config.json of something else.
     return (
         values if isinstance(values, dict) and (path.is_dir() or where == "metadata" or "_class_name" in values) else {}
@@ -237,13 +236,13 @@ def _check_manifest(state_dict: Mapping[str, Tensor], kind: Any, config: Any, pa
         wanted = {name: tuple(value.shape) for name, value in kind(config).state_dict().items()}
     got = {name: tuple(value.shape) for name, value in state_dict.items()}
     missing, unknown = sorted(wanted.keys() - got.keys()), sorted(got.keys() - wanted.keys())
-    differ = [f"{n} is {got[n]}, expected {s}" for n, s in wanted.items() if n in got and got[n] != s]
+    differ = [f"{n} is {quoted(got[n])}, expected {s}" for n, s in wanted.items() if n in got and got[n] != s]
     if missing or unknown or differ:
-        faults = [f"{len(missing)} tensors are missing ({missing[0]})"] if missing else []
-        faults += [f"{len(unknown)} are unknown ({unknown[0]})"] if unknown else []
+        faults = [f"{len(missing)} tensors are missing ({named(missing[0])})"] if missing else []
+        faults += [f"{len(unknown)} are unknown ({named(unknown[0])})"] if unknown else []
         faults += [f"{len(differ)} have another shape ({differ[0]})"] if differ else []
         raise ValueError(
-            f"{Path(path).name} is not the {part} that its configuration describes: {', '.join(faults)}. "
+            f"{named(Path(path).name)} is not the {part} that its configuration describes: {', '.join(faults)}. "
             "Keep the config.json of the checkpoint beside it, or download the file again."
         )
 

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
+from ...limits.numbers import number, whole
+from ...limits.quote import quoted
+
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 # Each of these picks another architecture in the reference code, so any other value is refused.
@@ -28,6 +31,11 @@ _REQUIRED_TRANSFORMER_VALUES: dict[str, tuple[Any, ...]] = {
 
 # The reference's constructor fills these in.
 _MAY_BE_NULL = ("prediction_type", "interpolation_scale_t", "interpolation_scale_h", "interpolation_scale_w")
+
+# Far beyond any model of this kind; a network is never built of more, not even without memory.
+_MOST_TRANSFORMER = {"num_layers": 1024, "num_attention_heads": 1024, "attention_head_dim": 1536, "in_channels": 1024,
+                     "out_channels": 1024, "patch_size": 64, "caption_channels": 65_536, "sample_size_t": 1024}  # fmt: skip
+_MOST_VAE = {"hidden_size": 4096, "z_channels": 1024, "embed_dim": 1024, "num_res_blocks": 64, "norm_num_groups": 4096}
 
 _REQUIRED_VAE_VALUES: dict[str, tuple[Any, ...]] = {
     "encoder_conv_in": ("Conv2d",),
@@ -76,6 +84,21 @@ class DiTConfig:
     prediction_type: str = "epsilon"
 
     def __post_init__(self) -> None:
+        advice = "The config does not describe an Open-Sora-Plan v1.2 transformer; download it again."
+        for name, high in _MOST_TRANSFORMER.items():
+            whole(getattr(self, name), name, 1, high, advice)
+        for size in self.sample_size:
+            whole(size, "sample_size", 1, 4096, advice)
+        for axis in "thw":
+            number(
+                getattr(self, f"interpolation_scale_{axis}"),
+                f"interpolation_scale_{axis}",
+                0,
+                1e4,
+                above=True,
+                why=advice,
+            )
+        number(self.norm_eps, "norm_eps", 0, 1, why=advice)
         if self.attention_head_dim % 6:
             raise ValueError(
                 f"attention_head_dim is {self.attention_head_dim}, expected a multiple of 6: 3D RoPE splits a head "
@@ -83,7 +106,7 @@ class DiTConfig:
             )
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"prediction_type is {self.prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}. "
+                f"prediction_type is {quoted(self.prediction_type)}, expected one of {', '.join(PREDICTION_TYPES)}. "
                 "Correct it in the checkpoint's config.json."
             )
 
@@ -99,6 +122,8 @@ class DiTConfig:
         known = _known_fields(cls, {k: v for k, v in values.items() if v is not None or k not in _MAY_BE_NULL})
         size_t = known.get("sample_size_t", cls.sample_size_t)
         size_h, size_w = known.get("sample_size", cls.sample_size)
+        if max(size_t, size_h, size_w) > 2**20:
+            cls(**known)  # refuses them by name
         # The reference constructor's fallbacks for scales that the file leaves null.
         fallback = {
             "interpolation_scale_t": (size_t - 1) // 16 + 1 if size_t % 2 else size_t / 16,
@@ -139,12 +164,16 @@ class VAEConfig:
     norm_num_groups: int = 32
 
     def __post_init__(self) -> None:
+        for name, high in _MOST_VAE.items():
+            whole(getattr(self, name), name, 1, high, "The config does not describe the v1.2 VAE; download it again.")
+        for factor in self.hidden_size_mult:
+            whole(factor, "hidden_size_mult", 1, 64, "The config does not describe the v1.2 VAE; download it again.")
         if len(self.hidden_size_mult) != 4:
             raise ValueError(
                 f"hidden_size_mult has {len(self.hidden_size_mult)} levels, expected 4 (8x in space, 4x in time). "
                 "The config does not describe the v1.2 VAE."
             )
-        odd = [c for c in self.channels if self.norm_num_groups < 1 or c % self.norm_num_groups]
+        odd = [c for c in self.channels if c % self.norm_num_groups]
         if odd:
             raise ValueError(
                 f"channel counts {odd} are not multiples of norm_num_groups={self.norm_num_groups}. "
@@ -182,7 +211,7 @@ def _known_fields(cls: type[ConfigT], values: Mapping[str, Any]) -> dict[str, An
         value = found[field.name] = tuple(value) if isinstance(value, list) else value
         if not _of_kind(value, field.default):
             raise ValueError(
-                f"The config has {field.name}={values[field.name]!r}, expected a value such as {_jsonable(field.default)!r}. "
+                f"The config has {field.name}={quoted(values[field.name])}, expected a value such as {_jsonable(field.default)!r}. "
                 "It is damaged or belongs to another model; download it again."
             )
     return found
@@ -201,10 +230,10 @@ def _refuse(values: Mapping[str, Any], accepted: Mapping[str, tuple[Any, ...]], 
         if name not in values:
             continue
         got = values[name]
-        plain = tuple(_without_checkpointing(v) for v in got) if isinstance(got, list) else _without_checkpointing(got)
+        plain = tuple(map(_without_checkpointing, got)) if isinstance(got, list) else _without_checkpointing(got)
         if plain not in choices:
             raise ValueError(
-                f"The {part} config has {name}={got!r}, expected {_jsonable(choices[0])!r}: that is another architecture than "
+                f"The {part} config has {name}={quoted(got)}, expected {_jsonable(choices[0])!r}: that is another architecture than "
                 "Open-Sora-Plan v1.2. Use the weights of v1.2.0."
             )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ...limits.quote import quoted
 from .checkpoint import read_vae, save_safetensors
 from .text import SPIECE_KEY, read_text_encoder
 
@@ -37,7 +38,7 @@ def _torch_file(folder: Path) -> Path:
     found = sorted(folder.glob("pytorch_model*.bin"))
     if len(found) != 1:
         raise ValueError(
-            f"The folder {folder.name!r} holds {len(found)} files pytorch_model*.bin, expected one. "
+            f"The folder {quoted(folder.name)} holds {len(found)} files pytorch_model*.bin, expected one. "
             "Download google/mt5-xxl as a whole, or name the file."
         )
     return found[0]
@@ -46,5 +47,5 @@ def _torch_file(folder: Path) -> Path:
 def _checked_target(target: str | Path) -> Path:
     target = Path(target)
     if target.suffix != ".safetensors":
-        raise ValueError(f"The target {target.name!r} does not end in .safetensors. Choose such a name.")
+        raise ValueError(f"The target {quoted(target.name)} does not end in .safetensors. Choose such a name.")
     return target

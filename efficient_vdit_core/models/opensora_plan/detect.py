@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...limits.quote import named
+
 _ADVICE = "Choose the transformer of LanguageBind/Open-Sora-Plan-v1.2.0 (29x720p or 93x720p)."
 
 # MindSpeed-MM exports the same weights under other names.
@@ -46,7 +48,7 @@ def unify_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def check_transformer_config(values: Mapping[str, Any]) -> None:
     """Refuse a config.json of a relative that has the same weights' shapes or a different class."""
-    kind = values.get("_class_name", "OpenSoraT2V")
+    kind = str(values.get("_class_name", "OpenSoraT2V"))
     scales = [values.get(f"interpolation_scale_{axis}") for axis in "thw"]
     if kind == "AllegroTransformer3DModel" or scales == [2.2, 2.0, 2.0]:
         raise ValueError(
@@ -58,7 +60,7 @@ def check_transformer_config(values: Mapping[str, Any]) -> None:
     if kind in ("LatteT2V", "OpenSoraT2V_v1_3"):
         raise ValueError(f"This is another version of Open-Sora-Plan (class {kind}). {_ADVICE}")
     if kind != "OpenSoraT2V":
-        raise ValueError(f"The configuration describes a {kind}, expected an OpenSoraT2V. {_ADVICE}")
+        raise ValueError(f"The configuration describes a {named(kind)}, expected an OpenSoraT2V. {_ADVICE}")
 
 
 def check_transformer_keys(state_dict: Mapping[str, Tensor]) -> None:
@@ -92,6 +94,16 @@ def check_transformer_keys(state_dict: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"Its patch embedding takes {patch.shape[1]} channels, expected 4: this is the image-to-video model (93x480p_i2v), "
             f"which is not supported. {_ADVICE}"
+        )
+
+
+def check_depth(state_dict: Mapping[str, Tensor], layers: int) -> None:
+    """Refuse a configuration of another depth than the weights'."""
+    found = {name.split(".")[1] for name in state_dict if name.startswith("transformer_blocks.")}
+    if len(found) != layers:
+        raise ValueError(
+            f"The weights have {len(found)} layers, but the configuration says num_layers={layers}. Keep the config.json of "
+            "the checkpoint beside it, or download both again."
         )
 
 

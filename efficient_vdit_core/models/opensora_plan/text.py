@@ -6,7 +6,6 @@ tensor ``spiece_model`` inside the file, or spiece.model beside it.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...limits.documents import parse_json, read_text
+from ...limits.numbers import number, whole
+from ...limits.quote import named, quoted
+from ...limits.texts import checked_prompt
 from .captions import NEGATIVE_PROMPT, TEMPLATES, clean_caption
 from .checkpoint import read_state_dict
+from .weights import check_weights
 
 __all__ = ["NEGATIVE_PROMPT", "TEMPLATES", "TextEncoder", "clean_caption", "read_text_encoder"]
 
@@ -31,6 +35,15 @@ MT5_XXL: dict[str, Any] = {
 }  # fmt: skip
 
 
+_MOST = {
+    "vocab_size": 2**22,
+    "num_layers": 256,
+    "num_heads": 1024,
+    "d_kv": 4096,
+    "relative_attention_num_buckets": 4096,
+}
+
+
 def read_text_encoder(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
     """Encoder weights, mT5 configuration and sentencepiece model (uint8) of a file or folder.
 
@@ -39,19 +52,20 @@ def read_text_encoder(path: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     path = Path(path)
     state_dict, metadata = read_state_dict(path)
     folder = path if path.is_dir() else path.parent
-    config = {**MT5_XXL, **_config_values(metadata, folder / "config.json")}
+    config = _checked_config(_config_values(metadata, folder / "config.json"), named(path.name))
     spiece = state_dict.pop(SPIECE_KEY, None)
     if spiece is None:
         beside = folder / "spiece.model"
         if not beside.is_file():
             raise ValueError(
-                f"{path.name} has no tokenizer: expected a tensor {SPIECE_KEY} inside, or spiece.model beside it. "
+                f"{named(path.name)} has no tokenizer: expected a tensor {SPIECE_KEY} inside, or spiece.model beside it. "
                 "Copy spiece.model of google/mt5-xxl there, or convert with 'evdit convert text-encoder'."
             )
         spiece = torch.frombuffer(bytearray(beside.read_bytes() or b"\n"), dtype=torch.uint8)
-    _processor(spiece, path.name)
+    _processor(spiece, named(path.name))
     weights = {name: value for name, value in state_dict.items() if not name.startswith(("decoder.", "lm_head."))}
-    _check(weights, config, path.name)
+    _check(weights, config, named(path.name))
+    check_weights(weights, path.name)
     return weights, config, spiece
 
 
@@ -79,24 +93,24 @@ class TextEncoder:
         weights, config, spiece = read_text_encoder(path)
         dtype = dtype or weights["shared.weight"].dtype
         with torch.device("meta"):
-            model = MT5EncoderModel(MT5Config(**{k: v for k, v in config.items() if k != "architectures"}))
+            model = MT5EncoderModel(MT5Config(**config))
         cast = {name: value.to(device=device, dtype=dtype) for name, value in weights.items()}
         # transformers lists the shared embedding twice.
         cast["encoder.embed_tokens.weight"] = cast["shared.weight"]
         try:
             model.load_state_dict(cast, assign=True)
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()[:200]
+            lines = str(error).splitlines()
             raise ValueError(
-                f"{Path(path).name} is not the encoder that its configuration describes: {reason} Keep its config.json beside it, or "
-                "download both again."
+                f"{named(Path(path).name)} is not the encoder that its configuration describes: {named(lines[-1].strip(), 150)} "
+                "Keep its config.json beside it, or download both again."
             ) from error
         return cls(model.eval().requires_grad_(False), spiece)
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask (B, L): each prompt ends with the end token 1, is padded with 0, and has at most 512 tokens."""
         rows = []
-        for prompt in prompts:
+        for prompt in map(checked_prompt, prompts):
             ids = self.processor.encode(prompt)
             if len(ids) >= MAX_TOKENS:
                 self._warn_about_length(len(ids) + 1)
@@ -124,24 +138,53 @@ def _processor(spiece: Tensor, name: str) -> Any:
     from sentencepiece import SentencePieceProcessor
 
     try:
-        return SentencePieceProcessor(model_proto=spiece.cpu().numpy().tobytes())
-    except RuntimeError as error:
+        # An empty one would be taken for none, and every prompt be refused later.
+        found = SentencePieceProcessor(model_proto=_bytes(spiece) or b"\n")
+        if found.vocab_size() < 1:
+            raise RuntimeError("no pieces")
+        return found
+    except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"The tokenizer of {name} cannot be read: its spiece.model is damaged, or only the pointer that git leaves in its place. "
             "Download spiece.model of google/mt5-xxl (4.3 MB) again."
         ) from error
 
 
+def _bytes(spiece: Tensor) -> bytes:
+    if spiece.dtype != torch.uint8:
+        raise TypeError(f"{spiece.dtype} is no tensor of bytes")
+    return spiece.cpu().numpy().tobytes()
+
+
 def _config_values(metadata: dict[str, str], beside: Path) -> dict[str, Any]:
-    text = metadata.get("config") or (beside.read_text(encoding="utf-8") if beside.is_file() else "{}")
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"The configuration of the text encoder is not valid JSON: {error}. Download it again."
-        ) from error
+    text = metadata.get("config") or (read_text(beside, "The configuration") if beside.is_file() else "{}")
+    values = parse_json(text, "The configuration of the text encoder", advice="Download it again.")
     # A folder that collects many models' files may hold a config.json of something else.
     return values if isinstance(values, dict) and values.get("model_type") in ("mt5", "t5") else {}
+
+
+def _checked_config(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The settings of an mT5 encoder, those that ``values`` leaves out as in mT5-xxl. Unknown ones change nothing here.
+
+    Raises ValueError for a value of another kind or out of range, before a network of that size is built.
+    """
+    config = {key: values.get(key, default) for key, default in MT5_XXL.items()}
+    for key, default in MT5_XXL.items():
+        what = f"The configuration of {name} cannot be used: {key}"
+        if isinstance(default, str):
+            choices = {"model_type": ("mt5", "t5")}.get(key, (default,))
+            if config[key] not in choices:
+                raise ValueError(
+                    f"{what} is {quoted(config[key])}, expected {' or '.join(choices)}. Choose an mT5 encoder."
+                )
+        elif isinstance(default, bool):
+            if config[key] not in (True, False):
+                raise ValueError(f"{what} is {quoted(config[key])}, expected true or false. Download it again.")
+        elif isinstance(default, float):
+            number(config[key], what, 0, 1, why="Download it again.")
+        else:
+            whole(config[key], what, 0 if key.endswith("token_id") else 1, _MOST.get(key, 65_536), "Download it again.")
+    return config
 
 
 def _check(weights: dict[str, Tensor], config: dict[str, Any], name: str) -> None:
@@ -157,4 +200,10 @@ def _check(weights: dict[str, Tensor], config: dict[str, Any], name: str) -> Non
         raise ValueError(
             f"{name} has an embedding of {tuple(embedding.shape)}, expected {wanted} as its configuration says. "
             "It is another text encoder than mT5-xxl; keep its config.json beside it, or choose the right file."
+        )
+    depth = len({key.split(".")[2] for key in weights if key.startswith("encoder.block.")})
+    if depth != config["num_layers"]:
+        raise ValueError(
+            f"{name} is not the encoder that its configuration describes: {depth} layers, not {config['num_layers']}. "
+            "Keep its config.json beside it, or download both again."
         )

@@ -72,7 +72,7 @@ with tempfile.TemporaryDirectory() as folder:
     try:
         call(pack["EVDiTSaveTilePlan"], plan=fits, filename_prefix="plan")
         facts["full disk"] = {"error": "", "left": os.listdir(folder)}
-    except OSError as error:
+    except ValueError as error:
         facts["full disk"] = {"error": type(error).__name__, "left": os.listdir(folder)}
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     call(pack["EVDiTSaveTilePlan"], plan=fits, filename_prefix="plan")

@@ -1,0 +1,54 @@
+"""What the command line takes: numbers within their range, and a mistake told in one line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from ..limits.numbers import number, whole
+from ..limits.quote import message, quoted, shortened
+
+
+class Parser(argparse.ArgumentParser):
+    """Its subcommands' parsers are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        """A mistake of the user like any other, in place of the whole usage, which may be longer than the screen."""
+        raise ValueError(f"{shortened(message, 250).rstrip('.')}; '{self.prog} --help' lists the options.")
+
+
+def one_line(text: str) -> str:
+    """A message as it is printed."""
+    return message(text.replace("\n", " ")) + "\n"
+
+
+def count(low: int, high: int) -> Callable[[str], int]:
+    """A whole number from ``low`` to ``high``, as argparse's ``type``."""
+
+    def read(text: str) -> int:
+        try:
+            return whole(int(text), "the value", low, high)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"it is {quoted(text)}, expected a whole number from {low} to {high:,}"
+            ) from None
+
+    return read
+
+
+def quantity(low: float, high: float) -> Callable[[str], float]:
+    """A number from ``low`` to ``high``, as argparse's ``type``."""
+
+    def read(text: str) -> float:
+        try:
+            return number(float(text), "the value", low, high)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"it is {quoted(text)}, expected a number from {low:g} to {high:g}"
+            ) from None
+
+    return read
+
+
+seed_number = count(0, 2**62)  # room for the seeds that are counted on from it

@@ -1,0 +1,115 @@
+"""Files are whole or not there: also after kill -9, on a full disk, and under names that a disk cannot hold."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from efficient_vdit_core.files import (
+    check_writable_file,
+    read_torch,
+    whole_file,
+    write_numbered,
+    write_text,
+    write_torch,
+)
+
+ROOT = Path(__file__).parents[2]
+# Dies in the middle of a save, after the content was written and before it has its name.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from efficient_vdit_core import files
+files.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+files.write_numbered(Path(sys.argv[1]), "plan", "{}")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kill -9 is POSIX's")
+def test_a_killed_save_leaves_no_file_and_its_part_is_cleaned_after_an_hour(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    (part,) = tmp_path.iterdir()
+    assert part.name.startswith(".evdit-")
+    assert write_numbered(tmp_path, "plan", "{}") == "plan_00001.json"
+    assert part.exists(), "another process may be writing it"
+    long_ago = time.time() - 3601
+    os.utime(part, (long_ago, long_ago))
+    mine = tmp_path / ".evdit-notes"
+    mine.write_text("no part of ours")
+    os.utime(mine, (long_ago, long_ago))
+    assert write_numbered(tmp_path, "plan", "{}") == "plan_00002.json"
+    assert not part.exists() and mine.exists()
+
+
+def test_a_numbered_file_overwrites_nothing(tmp_path):
+    (tmp_path / "a_00001.json").write_text("kept")
+    assert write_numbered(tmp_path, "a", "new") == "a_00002.json"
+    assert sorted(p.read_text() for p in tmp_path.iterdir()) == ["kept", "new"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_never_takes_the_place_of_another(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda a, b: (_ for _ in ()).throw(PermissionError("no hard links here")))
+    write_text(tmp_path / "a", "first", new=True)
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "a", "second", new=True)
+    assert (tmp_path / "a").read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ("视" * 82, "246 bytes"),
+        ("../a", "plain name"),
+        ("", "plain name"),
+        ("a" * 101, "plain name"),
+        ("a\x00", "plain"),
+    ],
+)
+def test_prefixes_that_no_disk_can_hold_are_refused(tmp_path, prefix, message):
+    with pytest.raises(ValueError, match=message):
+        write_numbered(tmp_path, prefix, "{}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_prefix_fits(tmp_path):
+    assert write_numbered(tmp_path, "视" * 81, "{}").endswith("_00001.json")
+
+
+def test_a_name_too_long_is_refused_before_the_work(tmp_path):
+    with pytest.raises(ValueError, match="300 bytes, at most 255"):
+        check_writable_file(tmp_path / ("视" * 100))
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not be written"):
+            write_torch(tmp_path / "a.pt", list(range(10_000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_a_torch_file_is_told_from_a_whole_one(tmp_path):
+    write_torch(tmp_path / "a.pt", [1, 2])
+    assert read_torch(tmp_path / "a.pt", "") == [1, 2]
+    data = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"a.pt cannot be read: it is damaged.*Delete it\.$"):
+        read_torch(tmp_path / "a.pt", "Delete it.")
+
+
+def test_nothing_is_left_where_writing_fails(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "a"):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,217 @@
+"""Nothing that is not finite passes without a word: settings, weights, latents, pictures, training steps, exports."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from efficient_vdit_core.assets import recipe_path, tiny_path
+from efficient_vdit_core.cli import main
+from efficient_vdit_core.distill.config import DistillConfig, read_section, read_toml
+from efficient_vdit_core.distill.data import _finite
+from efficient_vdit_core.distill.export import export
+from efficient_vdit_core.distill.metadata import DistillMetadata
+from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.files import write_torch
+from efficient_vdit_core.models.opensora_plan.checkpoint import (
+    read_state_dict,
+    read_transformer,
+    read_vae,
+    save_safetensors,
+)
+from efficient_vdit_core.models.opensora_plan.text import read_text_encoder
+from efficient_vdit_core.models.opensora_plan.weights import check_weights, is_finite
+from efficient_vdit_core.tinyworld.table import TableConfig
+from efficient_vdit_core.training import TrainingRun
+from efficient_vdit_core.video import to_frames
+
+READERS = {"transformer": read_transformer, "vae": read_vae, "text_encoder": read_text_encoder}
+
+
+def spoiled(part, folder, change):
+    """A copy of the built-in model's part with its last large tensor changed."""
+    weights, metadata = read_state_dict(tiny_path(part, "tiny"))
+    name = [n for n, v in weights.items() if v.ndim > 1][-1]
+    weights[name] = change(weights[name].clone())
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    save_safetensors(file, weights, metadata)
+    return file
+
+
+def nan_inside(value):
+    value.view(-1)[value.numel() // 2] = math.nan
+    return value
+
+
+@pytest.mark.parametrize("part", READERS)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(nan_inside, "NaN or infinite"), (lambda v: v * math.inf, "NaN or infinite"), (lambda v: v > 0, "is bool"),
+     (lambda v: v.int(), "is int32")],
+    ids=["nan", "infinite", "bool", "int"],
+)  # fmt: skip
+def test_weights_that_make_black_or_wrong_clips_are_refused(tmp_path, part, change, said):
+    with pytest.raises(ValueError, match=f"diffusion_pytorch_model.safetensors is damaged: the tensor .*{said}"):
+        READERS[part](spoiled(part, tmp_path, change))
+
+
+def test_a_model_with_such_a_vae_makes_no_video(tmp_path, capsys):
+    spoiled("vae", tmp_path, nan_inside)
+    for part in ("transformer", "text_encoder"):
+        spoiled(part, tmp_path, lambda v: v)
+    out = tmp_path / "a.webp"
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "x", "--out", str(out)]) == 2
+    assert "NaN or infinite weights" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_finiteness_is_seen_in_every_type(dtype):
+    good = torch.linspace(-4, 4, 1000).to(dtype)
+    assert is_finite(good) and is_finite(torch.full((1000,), 3e38)) and is_finite(torch.empty(0))
+    bad = good.float().clone()
+    bad[500] = math.nan
+    assert not is_finite(bad.to(dtype))
+    check_weights({"a": good}, "file")
+
+
+def test_pictures_that_are_not_finite_are_no_black_clip():
+    assert to_frames(torch.zeros(3, 1, 2, 2)).tolist() == [[[[128] * 3] * 2] * 2]
+    with pytest.raises(ValueError, match="pictures are not finite in float16"):
+        to_frames(nan_inside(torch.zeros(3, 1, 2, 2, dtype=torch.float16)))
+
+
+def test_latents_that_are_not_finite_reach_no_cache():
+    with pytest.raises(ValueError, match="a.mp4 holds NaN or infinite latents"):
+        _finite(nan_inside(torch.zeros(4, 2)), "a.mp4")
+
+
+class Exploding(nn.Module):
+    """One step of the optimiser below takes its weight beyond float32, from a finite loss and gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([-1e38, 0.0]))
+
+
+def run(folder, good_steps):
+    """A run whose steps change nothing at first; the one after them is of length 3e38."""
+    model = Exploding()
+    optimizer = torch.optim.SGD(model.parameters(), lr=3e38)
+    run = TrainingRun(model, [optimizer], folder=folder, steps=3, seed=0, warmup=0, final_rate=1.0)
+    run.train(lambda generator: model.weight[0] * (0.0 if run.step < good_steps else 1.0), save_every=1)
+
+
+def test_a_step_that_loses_the_weights_ends_the_run_and_keeps_the_checkpoint(tmp_path):
+    with pytest.raises(
+        ValueError, match="weights became infinite or nan at step 2, so nothing is exported.*earlier state"
+    ):
+        run(tmp_path, good_steps=1)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["step"] == 1 and all(v.isfinite().all() for part in ("model", "ema") for v in kept[part].values())
+
+
+def test_the_first_step_may_lose_them_too(tmp_path):
+    with pytest.raises(ValueError, match="at step 1, so nothing is exported. Start again"):
+        run(tmp_path, good_steps=0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [{}, [], {"model": {}}, None, "x"])
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, content):
+    write_torch(tmp_path / "checkpoint.pt", content)
+    with pytest.raises(ValueError, match="is no checkpoint of a training run.*Delete it"):
+        run(tmp_path, good_steps=3)
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):
+    run(tmp_path, good_steps=3)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state["model"]["weight"] = torch.zeros(5)
+    write_torch(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(ValueError, match="of another shape than this run's"):
+        run(tmp_path, good_steps=3)
+
+
+def test_nothing_is_exported_where_the_average_is_not_finite(tmp_path):
+    module = nn.Linear(2, 2)
+    model = type("M", (), {"saved_dtype": torch.float32, "config_entry": lambda self: {}})()
+    average = {"weight": torch.full((2, 2), math.nan)}
+    with pytest.raises(ValueError, match=r"not finite \(1 tensors, such as weight\), so nothing is exported"):
+        export(model, module, average, tmp_path, DistillMetadata("consistency", 1, 1), lora=False)  # pyright: ignore
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_overflows_in_the_files_precision_is_not_exported(tmp_path):
+    model = type("M", (), {"saved_dtype": torch.float16, "config_entry": lambda self: {}})()
+    with pytest.raises(ValueError, match="nothing is exported"):
+        export(model, nn.Linear(2, 2), {"weight": torch.full((2, 2), 1e6)}, tmp_path, DistillMetadata("consistency", 1, 1),
+               lora=False)  # fmt: skip
+
+
+BAD_NUMBERS = {
+    "training": [("learning_rate", "inf"), ("learning_rate", "nan"), ("learning_rate", 0.0), ("clip", "nan"), ("weight_decay", "inf"),
+                 ("steps", 10**30), ("accumulate", 10**9), ("batch", 10**9), ("seed", -1), ("warmup", -1), ("ema", "nan")],
+    "data": [("clips", 10**12), ("guidance", "nan"), ("frames", 100_001), ("frames", 30), ("width", 8192), ("seed", 2**40),
+             ("negative_share", "nan")],
+    "model": [("lora_rank", 0), ("lora_rank", 10**9), ("lora_alpha", "inf"), ("path", "a\0b")],
+    "objective": [("segments", 0), ("segments", 10**9), ("steps", 10**30), ("teacher_steps", 10**9), ("loss_scale", "nan"),
+                  ("data_side", "inf")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"), [(s, *pair) for s, pairs in BAD_NUMBERS.items() for pair in pairs], ids=str
+)
+def test_settings_out_of_range_are_refused_by_name(section, name, value):
+    value = float(value) if value in ("inf", "nan") else value
+    with pytest.raises(ValueError, match=rf"{name} .*expected|There are .* segments"):
+        DistillConfig.from_dict({"method": "consistency", section: {name: value}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"knowledge": {"steps": 5000}}, "steps is 5000"),
+        ({"knowledge": {"steps": 2}}, "at least segments"),
+        ({"consistency": {"teacher_steps": 1600}}, "do not fit into 1000 trained noise levels"),
+        ({"knowledge_training": {"steps": 10**30}}, "training.steps"),
+        ({"search": {"captions": 10**9}}, "search.captions"),
+        (
+            {"knowledge_training": {"batch": 65_536}, "data": {"frames": 4093, "height": 4096, "width": 4096}},
+            "A batch of",
+        ),
+        ({"data": {"clips": 10_000_000}}, "data.clips = 10000000"),
+    ],
+)
+def test_a_recipe_is_checked_to_its_end_before_it_begins(tmp_path, monkeypatch, values, message):
+    monkeypatch.setattr("efficient_vdit_core.limits.memory.free_bytes", lambda device="cpu": 16 * 2**30)
+    with pytest.raises(ValueError, match=message):
+        ThreeStages(RecipeConfig.from_dict(values), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seeds": -1}, {"seeds": 0}, {"captions": 10**9}, {"noises": 0}, {"students": []}, {"students": [0]}, {"students": [8, 8]},
+     {"headline": 3}, {"headline_plan": "x-9"}, {"uniform": ["../x"]}, {"base_steps": [5000]}, {"reference_steps": 0},
+     {"guidance": math.nan}, {"students": [128, 8]}],
+    ids=str,
+)  # fmt: skip
+def test_the_tables_settings_are_checked_too(tmp_path, changes):
+    values = read_toml(recipe_path("tiny"))
+    with pytest.raises(ValueError, match=r"table\.|pattern|segments"):
+        table = read_section(TableConfig, {**values.pop("table"), **changes}, "table")
+        table.check(RecipeConfig.from_dict(values))
+
+
+def test_the_shipped_recipe_passes(tmp_path):
+    values = read_toml(recipe_path("tiny"))
+    table = read_section(TableConfig, values.pop("table"), "table")
+    recipe = RecipeConfig.from_dict(values)
+    table.check(recipe)
+    ThreeStages(recipe, tmp_path).check()
+    assert json.dumps(table.students)
