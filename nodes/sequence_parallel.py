@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..efficient_vdit_core.parallel.sharding.attend import SCHEMES
+from .checked import checked
 from .comfy_bridge.parallel import AFTER_RUN, parallelize, reachable
 from .inputs import CATEGORY, advanced_inputs, search_words
 
@@ -107,6 +108,7 @@ class EVDiTSequenceParallel(io.ComfyNode):
         return reachable(devices)
 
     @classmethod
+    @checked
     def execute(
         cls, model: Any, devices: str, scheme: str, start_timeout: int, step_timeout: int, after_run: str, strict: bool
     ) -> io.NodeOutput:
