@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     say(
         f"{request.steps} steps without guidance; sparse attention {plan.to_text()} (layer : reference frames : other frames)"
     )
-    write(video := make_video(pipeline, request, plan), out, zoom=4, start=start)
+    video = make_video(pipeline, request, plan)
+    write(video, out, zoom=4, start=start)
     seen = read_clip(video.frames)
     if seen.shape is None:
         say("seen in its pixels: no shape")

@@ -110,7 +110,7 @@ class NodeChart {
     const text = this.source();
     // The text takes the place of reference_frames; let it be seen.
     const uniform = this.widget("reference_frames");
-    if (uniform) uniform.disabled = this.linked("text") || !!String(this.widget("text").value ?? "").trim();
+    if (uniform) uniform.disabled = this.linked("text") || !!String(this.widget("text")?.value ?? "").trim();
     this.state = { frames, depth, editable: false, measured: this.run().report };
     if (text === null) this.state.note = say("afterRun");
     else {

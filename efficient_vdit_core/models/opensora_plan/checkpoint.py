@@ -152,28 +152,27 @@ def _weights_file(path: Path) -> Path:
     return path
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
+            yield opened
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{named(file.name)} cannot be read as safetensors ({reason(error)}). The file is cut short or damaged; download it again."
         ) from error
 
 
-def _safetensors_metadata(file: Path) -> dict[str, str]:
-    from safetensors import SafetensorError, safe_open
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with _opened(file) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
 
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return dict(opened.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{file.name} cannot be read as safetensors: {error}. The file is cut short or damaged; download it again."
-        ) from error
+
+def _safetensors_metadata(file: Path) -> dict[str, str]:
+    with _opened(file) as opened:
+        return dict(opened.metadata() or {})
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
