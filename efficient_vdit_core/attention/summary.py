@@ -15,7 +15,7 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
     The one share of FLOPs takes every self-attention call over the video as equally large, a sparse one by its density.
     """
     with report.lock:
-        sparse, density_sum, reasons = report.sparse, report.density_sum, report.dense.most_common()
+        sparse, reasons = report.sparse, report.dense.most_common()
         computed, cost = report.computed.most_common(), report.cost
     ours = [(reason, count) for reason, count in reasons if reason not in NOT_OURS]
     others = [(reason, count) for reason, count in reasons if reason in NOT_OURS]
@@ -26,7 +26,7 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
             False,
         )
     lines = [f"Self-attention over the video: {sparse + dense} calls, {sparse} of them sparse"]
-    density = _density(sparse, density_sum, dense)
+    density = density_of_run(report)
     if sparse:
         lines.append(f"  work: {density:.0%} of dense attention's FLOPs, dense calls included")
     else:
@@ -43,18 +43,11 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
     return "\n".join(lines), bool(sparse)
 
 
-def _density(sparse: int, density_sum: float, dense: int) -> float:
-    return (density_sum + dense) / (sparse + dense) if sparse else 1.0
-
-
-def bound_of_run(report: AttentionReport) -> str:
-    """What the last run's clip can gain at most, in two lines; "" where nothing became sparse or it is not known."""
+def density_of_run(report: AttentionReport) -> float:
+    """The share of dense attention's FLOPs that the last run computed over the video, dense calls included; 0 to 1."""
     with report.lock:
-        sparse, density_sum, cost = report.sparse, report.density_sum, report.cost
         dense = sum(count for reason, count in report.dense.items() if reason not in NOT_OURS)
-    if cost is None or not sparse:
-        return ""
-    return "\n".join(line.strip() for line in describe_bound(cost, _density(sparse, density_sum, dense)))
+        return (report.density_sum + dense) / (report.sparse + dense) if report.sparse else 1.0
 
 
 def describe_bound(cost: StepCost, density: float) -> list[str]:

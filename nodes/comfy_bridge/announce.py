@@ -7,7 +7,7 @@ from collections.abc import Callable
 from server import PromptServer
 
 from ...efficient_vdit_core.attention.report import AttentionReport
-from ...efficient_vdit_core.attention.summary import bound_of_run
+from ...efficient_vdit_core.attention.summary import density_of_run
 
 EVENT = "efficient_vdit.report"
 
@@ -16,23 +16,27 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
     """A function to call after each run; it sends one message to the page that queued the prompt.
 
     The message: ``node`` the execution id of Sparse Attention, ``plan`` the plan's text, ``layers`` and ``frames``
-    (latent) of the model, ``sparse`` calls and their mean ``density`` 0 to 1, ``dense`` calls by reason, ``seconds`` of
-    sampling. What the clip can gain at most stands on the node itself.
+    (latent) of the model, ``sparse`` calls, ``density`` the share of dense attention that the run computed (0 to 1),
+    ``dense`` calls by reason, ``seconds`` of sampling; ``bound``, how many times faster a step of this clip becomes at
+    most, and ``video``, the share of the sequence that can be sparse, both 0 where they are not known.
     """
 
     def after_run(report: AttentionReport, layers: int, seconds: float) -> None:
         server = getattr(PromptServer, "instance", None)
         if server is None or server.client_id is None:  # sent to nobody, it would reach every page
             return
+        density, cost = density_of_run(report), report.cost
         with report.lock:
-            density = report.density_sum / report.sparse if report.sparse else 0.0
-            frames = report.layout.grid.t if report.layout else 0
-            counts = {"frames": frames, "sparse": report.sparse, "density": density, "dense": dict(report.dense)}
-        server.send_sync(
-            EVENT, {"node": node, "plan": plan, "layers": layers, "seconds": seconds, **counts}, server.client_id
-        )
-        if text := bound_of_run(report):
-            show_on_node(node, text)
+            found = {
+                "frames": report.layout.grid.t if report.layout else 0,
+                "sparse": report.sparse,
+                "density": density if report.sparse else 0.0,
+                "dense": dict(report.dense),
+                "bound": cost.bound(density) if cost and report.sparse else 0.0,
+                "video": cost.video_share if cost else 0.0,
+            }
+        message = {"node": node, "plan": plan, "layers": layers, "seconds": seconds, **found}
+        server.send_sync(EVENT, message, server.client_id)
 
     return after_run
 

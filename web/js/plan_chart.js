@@ -200,7 +200,10 @@ export class PlanChart {
       : this.say("measuredNone", { seconds: seconds.toFixed(1) });
     const reasons = Object.entries(measured.dense ?? {}).map(([reason, count]) => `${count} ${reason}`);
     const why = reasons.length ? this.say("stayedDense", { reasons: reasons.join(", ") }) : "";
-    this.measured.replaceChildren(make("span", {}, text), make("span", { title: why }, why));
+    const gain = measured.bound
+      ? this.say("bound", { video: percent(measured.video), bound: measured.bound.toFixed(2) })
+      : "";
+    this.measured.replaceChildren(make("span", {}, text), make("span", { title: gain }, gain), make("span", { title: why }, why));
   }
 
   hover(layer) {
