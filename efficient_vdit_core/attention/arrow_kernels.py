@@ -17,6 +17,8 @@ are 64-bit. Scores and sums are float32.
 """
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# Kernels take dozens of arguments, which read better in rows than one to a line.
+# fmt: off
 
 from __future__ import annotations
 
@@ -51,8 +53,7 @@ def _tuned(*shapes: tuple[int, int, int, int]):
 
 
 def _fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
-    """float32 has no tensor cores at full precision and twice the bytes: only the smallest tiles are worth
-    compiling."""
+    """float32 has no tensor cores at full precision and twice the bytes: only the smallest tiles are worth compiling."""
     if arguments["q"].element_size() < 4:
         return configs
     return sorted(configs, key=lambda c: (c.kwargs["ROWS"] * c.kwargs["COLS"], c.num_stages))[:1]
@@ -168,26 +169,8 @@ def _accumulate(sum0, sum1, weights, x0, x1, D1: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    out0,
-    out1,
-    top,
-    total,
-    q0,
-    q1,
-    k,
-    v,
-    k_strides,
-    v_strides,
-    start,
-    left,
-    scale,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    EDGE: tl.constexpr,
-):
+def _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, start, left, scale,
+            D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr):
     """One step of the online softmax: out, running maximum (base 2) and sum after the COLS keys from ``start``."""
     k0, k1 = _load(k, k_strides, start, left, D0, D1, COLS, EDGE)
     scores = _scores(q0, q1, k0, k1, D1, ROWS, COLS)
@@ -205,43 +188,12 @@ def _attend(
     return out0, out1, highest, total
 
 
-@_tuned(
-    (128, 128, 8, 2),
-    (128, 128, 8, 3),
-    (128, 64, 4, 3),
-    (128, 64, 8, 3),
-    (128, 32, 4, 4),
-    (64, 64, 4, 3),
-    (64, 32, 4, 3),
-)
+@_tuned((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 4, 4), (64, 64, 4, 3), (64, 32, 4, 3))
 @triton.jit
-def forward_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    units,
-    segments,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    heads,
-    tokens,
-    frames,
-    frame_tokens,
-    prefix,
-    suffix,
-    size_class,
-    scale,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Rows of ``out`` (B, H, N, D) and ``lse`` (B, H, N) float32, natural log. ``scale`` multiplies q k^T, times log2
-    e."""
+def forward_kernel(q, k, v, out, lse, units, segments, q_strides, k_strides, v_strides, out_strides,
+                   heads, tokens, frames, frame_tokens, prefix, suffix, size_class, scale,
+                   D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows of ``out`` (B, H, N, D) and ``lse`` (B, H, N) float32, natural log. ``scale`` multiplies q k^T, times log2 e."""
     head, start, left, segment, last = _locate(tl.program_id(0), units, frames, frame_tokens, prefix, suffix, ROWS)
     k = _of_head(k, k_strides, head, heads)
     v = _of_head(v, v_strides, head, heads)
@@ -254,30 +206,11 @@ def forward_kernel(
         end = tl.load(segments + 2 * index + 1)
         whole = first + (end - first) // COLS * COLS
         for at in range(first, whole, COLS):
-            out0, out1, top, total = _attend(
-                out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, at, COLS, scale, D0, D1, ROWS, COLS, False
-            )
+            out0, out1, top, total = _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, at, COLS, scale,
+                                             D0, D1, ROWS, COLS, False)
         if whole < end:
-            out0, out1, top, total = _attend(
-                out0,
-                out1,
-                top,
-                total,
-                q0,
-                q1,
-                k,
-                v,
-                k_strides,
-                v_strides,
-                whole,
-                end - whole,
-                scale,
-                D0,
-                D1,
-                ROWS,
-                COLS,
-                True,
-            )
+            out0, out1, top, total = _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, whole, end - whole,
+                                             scale, D0, D1, ROWS, COLS, True)
     out0 = out0 / total[:, None]
     if D1 > 0:
         out1 = out1 / total[:, None]
@@ -288,28 +221,8 @@ def forward_kernel(
 
 
 @triton.jit
-def _slope_of_q(
-    dq0,
-    dq1,
-    q0,
-    q1,
-    dout0,
-    dout1,
-    lse,
-    delta,
-    k,
-    v,
-    k_strides,
-    v_strides,
-    start,
-    left,
-    scale,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    EDGE: tl.constexpr,
-):
+def _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, lse, delta, k, v, k_strides, v_strides, start, left, scale,
+                D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr):
     k0, k1 = _load(k, k_strides, start, left, D0, D1, COLS, EDGE)
     v0, v1 = _load(v, v_strides, start, left, D0, D1, COLS, EDGE)
     weights = tl.math.exp2(_scores(q0, q1, k0, k1, D1, ROWS, COLS) * scale - lse[:, None])
@@ -321,38 +234,10 @@ def _slope_of_q(
 
 @_tuned((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 4, 2), (128, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3))
 @triton.jit
-def query_gradient_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    dout,
-    dlse,
-    dq,
-    delta,
-    units,
-    segments,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    dout_strides,
-    dq_strides,
-    heads,
-    tokens,
-    frames,
-    frame_tokens,
-    prefix,
-    suffix,
-    size_class,
-    scale,
-    WITH_DLSE: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+def query_gradient_kernel(q, k, v, out, lse, dout, dlse, dq, delta, units, segments,
+                          q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides,
+                          heads, tokens, frames, frame_tokens, prefix, suffix, size_class, scale,
+                          WITH_DLSE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """dQ, and ``delta`` (B, H, N) float32 = rowsum(out * dout) - dlse, which the dK/dV kernel reads afterwards."""
     head, start, left, segment, last = _locate(tl.program_id(0), units, frames, frame_tokens, prefix, suffix, ROWS)
     row = tl.cast(head, tl.int64) * tokens
@@ -375,81 +260,19 @@ def query_gradient_kernel(
         end = tl.load(segments + 2 * index + 1)
         whole = first + (end - first) // COLS * COLS
         for at in range(first, whole, COLS):
-            dq0, dq1 = _slope_of_q(
-                dq0,
-                dq1,
-                q0,
-                q1,
-                dout0,
-                dout1,
-                logs,
-                slope,
-                k,
-                v,
-                k_strides,
-                v_strides,
-                at,
-                COLS,
-                scale,
-                D0,
-                D1,
-                ROWS,
-                COLS,
-                False,
-            )
+            dq0, dq1 = _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, logs, slope, k, v, k_strides, v_strides, at, COLS, scale,
+                                   D0, D1, ROWS, COLS, False)
         if whole < end:
-            dq0, dq1 = _slope_of_q(
-                dq0,
-                dq1,
-                q0,
-                q1,
-                dout0,
-                dout1,
-                logs,
-                slope,
-                k,
-                v,
-                k_strides,
-                v_strides,
-                whole,
-                end - whole,
-                scale,
-                D0,
-                D1,
-                ROWS,
-                COLS,
-                True,
-            )
+            dq0, dq1 = _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, logs, slope, k, v, k_strides, v_strides, whole, end - whole,
+                                   scale, D0, D1, ROWS, COLS, True)
     dq0 = dq0 * (scale * LN_2)
     dq1 = dq1 * (scale * LN_2)
     _store(_of_head(dq, dq_strides, head, heads), dq_strides, start, left, dq0, dq1, D0, D1, ROWS)
 
 
 @triton.jit
-def _slope_of_kv(
-    dk0,
-    dk1,
-    dv0,
-    dv1,
-    k0,
-    k1,
-    v0,
-    v1,
-    q,
-    dout,
-    lse,
-    delta,
-    q_strides,
-    dout_strides,
-    start,
-    left,
-    scale,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    EDGE: tl.constexpr,
-):
+def _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta, q_strides, dout_strides, start, left, scale,
+                 D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr):
     """Here ROWS are keys, which stay, and COLS are queries, which pass. Missing queries are zero and add nothing."""
     q0, q1 = _load(q, q_strides, start, left, D0, D1, COLS, EDGE)
     logs = _load_rows(lse, start, left, COLS, EDGE) * LOG2_E
@@ -464,36 +287,10 @@ def _slope_of_kv(
 
 @_tuned((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3))
 @triton.jit
-def key_value_gradient_kernel(
-    q,
-    k,
-    v,
-    lse,
-    dout,
-    delta,
-    dk,
-    dv,
-    units,
-    segments,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    dk_strides,
-    dv_strides,
-    heads,
-    tokens,
-    frames,
-    frame_tokens,
-    prefix,
-    suffix,
-    size_class,
-    scale,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+def key_value_gradient_kernel(q, k, v, lse, dout, delta, dk, dv, units, segments,
+                              q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
+                              heads, tokens, frames, frame_tokens, prefix, suffix, size_class, scale,
+                              D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """dK and dV of a block of keys, over all rows that see it."""
     head, start, left, segment, last = _locate(tl.program_id(0), units, frames, frame_tokens, prefix, suffix, ROWS)
     row = tl.cast(head, tl.int64) * tokens
@@ -508,55 +305,11 @@ def key_value_gradient_kernel(
         end = tl.load(segments + 2 * index + 1)
         whole = first + (end - first) // COLS * COLS
         for at in range(first, whole, COLS):
-            dk0, dk1, dv0, dv1 = _slope_of_kv(
-                dk0,
-                dk1,
-                dv0,
-                dv1,
-                k0,
-                k1,
-                v0,
-                v1,
-                q,
-                dout,
-                lse + row,
-                delta + row,
-                q_strides,
-                dout_strides,
-                at,
-                COLS,
-                scale,
-                D0,
-                D1,
-                ROWS,
-                COLS,
-                False,
-            )
+            dk0, dk1, dv0, dv1 = _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse + row, delta + row, q_strides,
+                                              dout_strides, at, COLS, scale, D0, D1, ROWS, COLS, False)
         if whole < end:
-            dk0, dk1, dv0, dv1 = _slope_of_kv(
-                dk0,
-                dk1,
-                dv0,
-                dv1,
-                k0,
-                k1,
-                v0,
-                v1,
-                q,
-                dout,
-                lse + row,
-                delta + row,
-                q_strides,
-                dout_strides,
-                whole,
-                end - whole,
-                scale,
-                D0,
-                D1,
-                ROWS,
-                COLS,
-                True,
-            )
+            dk0, dk1, dv0, dv1 = _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse + row, delta + row, q_strides,
+                                              dout_strides, whole, end - whole, scale, D0, D1, ROWS, COLS, True)
     dk0 = dk0 * (scale * LN_2)
     dk1 = dk1 * (scale * LN_2)
     _store(_of_head(dk, dk_strides, head, heads), dk_strides, start, left, dk0, dk1, D0, D1, ROWS)

@@ -56,7 +56,7 @@ class CallShape:
     def tensors(self, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random q, k, v (batch, heads, tokens, head_dim) of this kind."""
         size = (self.batch, heads, tokens, self.head_dim)
-        q, k, v = (torch.randn(size, device=self.device, dtype=torch.float32).to(self.dtype) for _ in range(3))
+        q, k, v = (torch.randn(size, device=self.device, dtype=self.dtype) for _ in range(3))
         return q, k, v
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,10 @@ from .layout import TokenLayout, check_tensors
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+log = logging.getLogger("efficient_vdit")
+
 BACKENDS = ("frames", "triton", "flex")
+OUT_OF_MEMORY: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # until torch 2.5
 # Attention over fewer tokens takes a millisecond or two either way: the plan is followed as it is, unmeasured.
 FEWEST_MEASURED_TOKENS = 2048
 
@@ -103,8 +107,8 @@ def choose_backend(
 
     Without ``or_dense`` it is the fastest that follows the pattern.
 
-    Not measured, and ``frames``, for fewer than ``FEWEST_MEASURED_TOKENS`` tokens and while torch.compile traces. A
-    full pattern is ``dense``.
+    Not measured, and ``frames``, for fewer than ``FEWEST_MEASURED_TOKENS`` tokens, while torch.compile traces, and where
+    a trial finds no memory. A full pattern is ``dense``.
     """
     if pattern.is_full(layout.grid.t):
         return "dense"
@@ -116,7 +120,11 @@ def choose_backend(
     }
     every = _candidates(dense or F.scaled_dot_product_attention, None)
     candidates = {name: attend for name, attend in every.items() if name in usable}
-    choice = default_book().choose(candidates, shape, layout, pattern, dense_name)
+    try:
+        choice = default_book().choose(candidates, shape, layout, pattern, dense_name)
+    except OUT_OF_MEMORY:
+        log.warning("Efficient-vDiT: there is no room to measure backends; the sparse attention runs as dense calls.")
+        return "frames"
     return choice.backend if or_dense else choice.sparse()
 
 

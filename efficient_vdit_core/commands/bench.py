@@ -44,28 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     attention.add_argument("--heads", type=count(1, 1024), help="fewer heads than the preset has, for a small machine")
     attention.add_argument("--backends", nargs="+", default=(), help="default: all that run here")
-    step = commands.add_parser("step", help="one forward with random weights, beside Amdahl's bound")
-    step.add_argument(
-        "--model",
-        choices=("opensora_plan", "minimax_h3", "wan_14b", "ltx2"),
-        default="opensora_plan",
-        help="opensora_plan is timed, of the others bounds are computed by FLOPs, default: %(default)s",
-    )
-    step.add_argument(
-        "--size",
-        help="a clip's name, default 29x720p; of minimax_h3 all, or one such as 1344x768-5s; a wrong one lists them",
-    )
-    step.add_argument(
-        "--depth",
-        type=count(0, 50),
-        help="blocks to time: opensora_plan 1..32, default 32; minimax_h3 0..50, default 0 = bounds alone",
-    )
-    step.add_argument(
-        "--references", type=count(0, 1024), nargs="+", default=(4, 2, 1), help="k of the uniform plans, default: 4 2 1"
-    )
-    step.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: %(default)s"
-    )
     parallel = commands.add_parser("parallel", help="a forward on several ranks against one, and a model for GPUs")
     parallel.add_argument(
         "--ranks", default="1,2", help="ranks to time; 1 is always the yardstick, default: %(default)s"
@@ -93,15 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--segments", type=count(1, 64), nargs="+", default=(1, 2, 4, 8, 16), help="default: 1 2 4 8 16"
     )
     mixture.add_argument("--seeds", type=count(1, 1000), default=3, help="default: %(default)s")
-    peers = commands.add_parser("peers", help="the arrow mask beside ComfyUI's own sparse attention, at equal density")
-    peers.add_argument("--model", default="tiny", help="a built-in model or a folder, default: %(default)s")
-    peers.add_argument("--prompt", action="append", help="default: two of the tiny world")
-    peers.add_argument("--frames", type=count(5, 10_000), default=93, help="default: %(default)s, 24 latent frames")
-    peers.add_argument(
-        "--size", type=count(64, 8192), nargs=2, default=(128, 256), metavar=("H", "W"), help="default: 128 256"
-    )
-    peers.add_argument("--steps", type=count(1, 1000), default=3, help="noise levels to look at, default: %(default)s")
-    peers.add_argument("--references", type=count(0, 1024), nargs="+", default=(1, 2, 4, 6), help="default: 1 2 4 6")
+    step, peers = _add_step(commands), _add_peers(commands)
     for command in (attention, step, parallel, overhead, mixture, peers):
         command.add_argument(
             "--repeats", type=count(1, 10_000), default=5, help="runs whose median counts, default: %(default)s"
@@ -112,6 +82,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plot = commands.add_parser("plot", help="draw a results file of `evdit bench attention` as SVG")
     plot.add_argument("file", type=Path)
     plot.add_argument("--out", type=Path, help="default: the results file's name with .svg")
+
+
+def _add_step(commands: Any) -> argparse.ArgumentParser:
+    step = commands.add_parser("step", help="one forward with random weights, beside Amdahl's bound")
+    step.add_argument(
+        "--model",
+        choices=("opensora_plan", "minimax_h3", "wan_14b", "ltx2"),
+        default="opensora_plan",
+        help="opensora_plan is timed, of the others bounds are computed by FLOPs, default: %(default)s",
+    )
+    step.add_argument(
+        "--size",
+        help="a clip's name, default 29x720p; of minimax_h3 all, or one such as 1344x768-5s; a wrong one lists them",
+    )
+    step.add_argument(
+        "--depth",
+        type=count(0, 50),
+        help="blocks to time: opensora_plan 1..32, default 32; minimax_h3 0..50, default 0 = bounds alone",
+    )
+    step.add_argument(
+        "--references", type=count(0, 1024), nargs="+", default=(4, 2, 1), help="k of the uniform plans, default: 4 2 1"
+    )
+    step.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: %(default)s"
+    )
+    return step
+
+
+def _add_peers(commands: Any) -> argparse.ArgumentParser:
+    peers = commands.add_parser("peers", help="the arrow mask beside ComfyUI's own sparse attention, at equal density")
+    peers.add_argument("--model", default="tiny", help="a built-in model or a folder, default: %(default)s")
+    peers.add_argument("--prompt", action="append", help="default: two of the tiny world")
+    peers.add_argument("--frames", type=count(5, 10_000), default=93, help="default: %(default)s, 24 latent frames")
+    peers.add_argument(
+        "--size", type=count(64, 8192), nargs=2, default=(128, 256), metavar=("H", "W"), help="default: 128 256"
+    )
+    peers.add_argument("--steps", type=count(1, 1000), default=3, help="noise levels to look at, default: %(default)s")
+    peers.add_argument("--references", type=count(0, 1024), nargs="+", default=(1, 2, 4, 6), help="default: 1 2 4 6")
+    return peers
 
 
 def run(args: argparse.Namespace) -> int:

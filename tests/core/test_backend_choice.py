@@ -162,6 +162,17 @@ def test_auto_follows_the_choice(book, monkeypatch):
     assert choose_backend(CallShape.of(tensors[0]), LAYOUT, TilePattern(None)) == "dense"
 
 
+def test_a_trial_without_room_leaves_the_run_alive(book, monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+
+    def full(*_):
+        raise dispatch.OUT_OF_MEMORY("CUDA out of memory")
+
+    monkeypatch.setattr(CallShape, "tensors", full)
+    assert choose_backend(kind(), LAYOUT, TilePattern(1)) == "frames" and not book.choices
+    assert "no room to measure backends" in caplog.text
+
+
 def test_short_sequences_follow_the_plan_unmeasured(book):
     assert choose_backend(kind(), LAYOUT, TilePattern(1)) == "frames" and not book.choices
 
