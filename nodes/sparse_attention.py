@@ -132,7 +132,6 @@ class EVDiTSparseAttention(io.ComfyNode):
                         "What computes the sparse attention; the result is the same to rounding. auto = the fastest of a short "
                         "trial, measured once for each kind of shape and kept. frames = ComfyUI's own attention backend, on any "
                         "device. triton = one fused kernel, on NVIDIA GPUs from Ampere on. flex = PyTorch's FlexAttention, compiled. One "
-                        "device. triton = one fused kernel, on NVIDIA GPUs from Ampere on. flex = PyTorch's FlexAttention, compiled. One "
                         "that cannot run here is refused."
                     ),
                 ),

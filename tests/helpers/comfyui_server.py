@@ -5,6 +5,7 @@ $COMFYUI_FLAGS goes to its command line, such as ``--front-end-root`` with anoth
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -32,6 +33,12 @@ def why_no_comfyui() -> str:
     return f"NO COMFYUI at {COMFYUI} with {PYTHON}: set COMFYUI_PATH and COMFYUI_PYTHON"
 
 
+def _bring_example(folder: Path) -> None:
+    """The picture that stands in every ComfyUI's input folder, which templates that start from a picture name."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(COMFYUI / "input" / "example.png", folder)
+
+
 class Server:
     """ComfyUI on a free port, with this pack alone, as the registry ships it, in a base directory of its own.
 
@@ -43,6 +50,7 @@ class Server:
         self.base, self.log = base, base / "server.log"
         (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
         install(base / "custom_nodes" / "efficient-vdit", whole=whole)
+        _bring_example(base / "input")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
