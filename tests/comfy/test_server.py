@@ -38,11 +38,11 @@ def find(prompt: dict, kind: str) -> dict:
 def test_the_pack_loads_without_a_complaint(server):
     server.get("/object_info/EVDiTModelLoader")
     log, started, _ = server.text().partition("To see the GUI go to")  # behind it, what other tests' prompts were told
-    assert started and "IMPORT FAILED" not in log
+    assert started
     ours = [
         line
         for line in log.splitlines()
-        if re.search("efficient|evdit", line, re.I) and re.search("warn|error|traceback", line, re.I)
+        if re.search("efficient|evdit", line, re.I) and re.search("warn|error|traceback|import failed", line, re.I)
     ]
     assert not ours, ours
 

@@ -15,15 +15,27 @@ TINY = [name for name in NAMES if name.startswith("tiny")]
 SHOWS = {"PreviewImage": "images", "SaveVideo": "images", "PreviewAny": "text"}
 
 
+@pytest.fixture
+def known(server, name) -> dict:
+    """The server's nodes, where it has all that the template uses: an older ComfyUI lacks the newest models'."""
+    info = server.get("/object_info")
+    missing = {node["class_type"] for node in prompt(name).values()} - set(info)
+    ours = sorted(kind for kind in missing if kind.startswith("EVDiT"))
+    assert not ours, ours
+    if missing:
+        pytest.skip(f"this ComfyUI has no {', '.join(sorted(missing))}")
+    return info
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_two_forms_say_the_same(server, name):
-    converted = to_api(workflow(name), server.get("/object_info"))
+def test_the_two_forms_say_the_same(known, name):
+    converted = to_api(workflow(name), known)
     sent = {key: {"class_type": n["class_type"], "inputs": n["inputs"]} for key, n in prompt(name).items()}
     assert converted == sent
 
 
 @pytest.mark.parametrize("name", STOCK_LOADERS)
-def test_the_server_misses_nothing_but_files(server, name):
+def test_the_server_misses_nothing_but_files(server, known, name):
     """Every fault it names is a file that is not in its list; so wiring, types and ranges are right."""
     status, answer = server.post("/prompt", {"prompt": prompt(name)})
     assert status == 400, answer
