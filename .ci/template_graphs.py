@@ -321,7 +321,4 @@ def hunyuan() -> Graph:
 
 
 def downloaded_graphs() -> Iterator[Graph]:
-    import today_graphs as today  # which builds on this file
-
-    yield from (today.minimax_h3_text(), today.minimax_h3_image(), today.ltx23(), today.wan22_image())
     yield from (wan22(), wan21(), hunyuan(), opensora(29), opensora(93), several_gpus())

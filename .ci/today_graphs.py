@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from template_graphs import (
     HUB,
     WAN21,
@@ -252,3 +254,7 @@ def wan22_image() -> Graph:
     )
     caption = ("Wan 2.2 14B", "image to video, 81 frames of 832x480", f"2 + 2 steps, {part(plan, 21, 40)}")
     return Graph("wan22_image_4_steps", "Wan 2.2 14B faster, image, 4 steps", caption, text, nodes, WAN22_COLUMNS)
+
+
+def today_graphs() -> Iterator[Graph]:
+    yield from (minimax_h3_text(), minimax_h3_image(), ltx23(), wan22_image())

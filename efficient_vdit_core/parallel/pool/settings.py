@@ -1,10 +1,8 @@
-"""How a worker learns what it is: a line of JSON on its standard input, or torchrun's environment."""
+"""What a worker is told, as a line of JSON on its standard input."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -50,18 +48,14 @@ class Settings:
         stream.write(json.dumps(asdict(self)).encode() + b"\n")
         stream.flush()
 
-
-def read_settings() -> Settings:
-    """This worker's settings. Raises ValueError where neither a starter nor torchrun gave any."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        from .torchrun import settings_from_torchrun
-
-        return settings_from_torchrun()
-    line = sys.stdin.buffer.readline()
-    if not line:
-        raise ValueError(
-            "A worker was started by hand, expected `evdit workers`, torchrun, or the node. Use one of these."
-        )
-    values: dict[str, Any] = json.loads(line)
-    lists = {name: tuple(values[name]) for name in ("devices", "imports")}
-    return Settings(**{**values, **lists, "host": Host(**values["host"])})
+    @classmethod
+    def read(cls, stream: IO[bytes]) -> Settings:
+        """Those that the starter wrote. Raises ValueError where it wrote none."""
+        line = stream.readline()
+        if not line:
+            raise ValueError(
+                "A worker was started by hand, expected `evdit workers`, torchrun, or the node. Use one of these."
+            )
+        values: dict[str, Any] = json.loads(line)
+        lists = {name: tuple(values[name]) for name in ("devices", "imports")}
+        return cls(**{**values, **lists, "host": Host(**values["host"])})

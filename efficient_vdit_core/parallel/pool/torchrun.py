@@ -24,6 +24,11 @@ COMMAND = (
 _RUN = "run-"
 
 
+def started_by_torchrun() -> bool:
+    """Whether this process is one of torchrun's ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def settings_from_torchrun() -> Settings:
     """This rank's settings. Raises ValueError where torchrun listens to others than this machine without need, or where
     there is no secret."""

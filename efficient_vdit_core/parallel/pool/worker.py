@@ -31,7 +31,8 @@ from .pool_file import PoolAddress, hold_lock, remove_pool_file, write_pool_file
 from .preflight import check_paths
 from .secret import secret_file
 from .self_test import self_test
-from .settings import Settings, read_settings
+from .settings import Settings
+from .torchrun import fresh_folder, settings_from_torchrun, started_by_torchrun
 
 JOIN_SECONDS = 120.0
 # A hang is noticed by ComfyUI's step_timeout, which can name the rank; this is only for ranks nobody asks any more.
@@ -86,8 +87,6 @@ class Worker:
         self.lock = hold_lock(Path(s.address_file))
         Path(s.address_file).unlink(missing_ok=True)  # that of a pool that was killed
         if s.meeting and not s.folder:
-            from .torchrun import fresh_folder
-
             self.folder = fresh_folder()
         listener = listen(s.listen)
         port = listener.getsockname()[1]
@@ -244,7 +243,7 @@ def _keep_to_loopback() -> None:
 def main() -> None:
     """Run as a rank until told to end."""
     print_patiently()
-    settings = read_settings()
+    settings = settings_from_torchrun() if started_by_torchrun() else Settings.read(sys.stdin.buffer)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # which ends a step that computes, too
     if settings.piped:
         threading.Thread(target=_end_with_starter, daemon=True).start()
