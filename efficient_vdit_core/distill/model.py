@@ -16,7 +16,6 @@ from ..limits.quote import quoted
 from ..plan import TilePlan
 from ..sampling.path import NoisePath
 from ..tiles import TilePattern
-from .config import ModelConfig
 from .knowledge import FeatureTap
 from .texts import Encode
 
@@ -111,18 +110,3 @@ def read_plan(text: str) -> TilePlan:
             f"The plan is {quoted(text)}, expected a plan file or a pattern such as 2:6. Search a plan, or name one."
         )
     return TilePlan.uniform(TilePattern.parse(text).k)
-
-
-def open_model(config: ModelConfig) -> FamilyModel:
-    """The family's adapter; weights are at most mapped into memory, not read."""
-    if config.family == "opensora_plan":
-        from .open_sora_plan import OpenSoraPlanModel
-
-        return OpenSoraPlanModel(config)
-    if config.family == "diffusers":
-        from .diffusers_model import DiffusersModel
-
-        return DiffusersModel(config)
-    raise ValueError(
-        f"model.family is {quoted(config.family)}, expected opensora_plan or diffusers. Correct the configuration."
-    )

@@ -23,7 +23,8 @@ from .export import LORA, result_file
 from .knowledge import KnowledgeConfig, merge_deltas
 from .lora import merged
 from .metadata import DistillMetadata
-from .model import FamilyModel, open_model
+from .model import FamilyModel
+from .open_model import open_model
 from .optimizers import check_optimizer
 from .prepare import check_data, prepare_data
 from .search_stage import SearchConfig, search_plans

@@ -32,7 +32,8 @@ from .knowledge import KnowledgeLoss
 from .launch import make_accelerator
 from .lora import add_lora, lora_off
 from .metadata import DistillMetadata, read_metadata
-from .model import FamilyModel, open_model, read_plan, sparse_options
+from .model import FamilyModel, read_plan, sparse_options
+from .open_model import open_model
 from .optimizers import check_optimizer, make_optimizers
 from .prepare import PreparedData, check_data, prepare_data
 from .samples import write_samples

@@ -7,7 +7,8 @@ import torch
 
 from efficient_vdit_core.distill.config import ModelConfig
 from efficient_vdit_core.distill.lora import add_lora, comfy_lora, merged
-from efficient_vdit_core.distill.model import open_model, sparse_options
+from efficient_vdit_core.distill.model import sparse_options
+from efficient_vdit_core.distill.open_model import open_model
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern
 

@@ -22,7 +22,7 @@ from efficient_vdit_core.distill.knowledge import (
 )
 from efficient_vdit_core.distill.lora import add_lora, comfy_lora, lora_off, merged
 from efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
-from efficient_vdit_core.distill.model import open_model
+from efficient_vdit_core.distill.open_model import open_model
 from efficient_vdit_core.distill.prepare import PreparedData
 from efficient_vdit_core.distill.texts import TextBank
 from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
