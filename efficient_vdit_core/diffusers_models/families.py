@@ -148,9 +148,10 @@ def _minimax_h3(arguments: Mapping[str, Any], config: Any) -> SequenceLayout | N
     # Read from the device once a forward, not once a layer.
     tags, times = arguments["token_tags"].tolist(), arguments["position_ids"][:, 0].tolist()
     prefix = max((i + 1 for i, tag in enumerate(tags) if tag != 0), default=0)
-    frames = len(dict.fromkeys(times[prefix:]))
-    size, rest = divmod(len(tags) - prefix, frames) if frames else (0, 1)
-    return None if rest else _alike(TokenGrid(frames, 1, size), prefix)
+    moments = list(dict.fromkeys(times[prefix:]))
+    size = (len(tags) - prefix) // max(len(moments), 1)
+    in_order = [moment for moment in moments for _ in range(size)] == times[prefix:]
+    return _alike(TokenGrid(len(moments), 1, size), prefix) if size and in_order else None
 
 
 def _kandinsky5(arguments: Mapping[str, Any], config: Any) -> SequenceLayout | None:

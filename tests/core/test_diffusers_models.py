@@ -470,15 +470,21 @@ def test_padding_of_the_text_is_never_attended_to():
 @pytest.mark.parametrize(
     ("family", "change", "reason"),
     [
-        ("ltx", {"num_frames": None, "video_coords": torch.rand(2, 3, TOKENS)}, "no token grid"),
+        ("ltx", {"num_frames": None, "video_coords": rand(2, 3, TOKENS, seed=1)}, "no token grid"),
         ("wan", {"hidden_states": rand(2, 4, 1, 6, 4, seed=1)}, "a single frame"),
         ("allegro", {"attention_mask": torch.ones(2, FRAMES, HEIGHT * 2, WIDTH * 2)}, "masked"),
         (
             "minimax_h3",
-            {"position_ids": torch.cat([torch.zeros(21, 3), torch.rand(TOKENS, 3).round(decimals=1)])},
+            # As many rows at each time as a frame has, and these not one after another.
+            {"position_ids": torch.cat([torch.zeros(21, 3), torch.arange(TOKENS)[:, None].expand(-1, 3) % FRAMES])},
             "no token grid",
         ),
-        ("ltx", {"num_frames": FRAMES - 1, "video_coords": torch.rand(2, 3, TOKENS)}, "another sequence length"),
+        (
+            "minimax_h3",
+            {"position_ids": torch.cat([torch.zeros(22, 3), torch.arange(1, TOKENS)[:, None].expand(-1, 3) // 8])},
+            "no token grid",
+        ),
+        ("ltx", {"num_frames": FRAMES - 1, "video_coords": rand(2, 3, TOKENS, seed=1)}, "another sequence length"),
     ],
 )
 def test_what_is_not_understood_stays_dense_and_is_counted(family, change, reason):
