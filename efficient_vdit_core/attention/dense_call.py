@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from .state import Override
+from .state import FileAttention, Override
 
 
 def function_name(function: Override) -> str:
@@ -39,6 +39,12 @@ class DenseCall:
         """Tells one dense attention from another where backends are measured against it."""
         own = getattr(self.func, "__name__", type(self.func).__name__)
         return f"{self.previous_name or function_name(self.previous)} over {own}" if self.previous else own
+
+    def as_the_file_asks(self, asked: FileAttention | None, *, video: bool) -> DenseCall:
+        """By the function that the checkpoint asks for in this layer, as where nobody overrides it; another node's override
+        comes before both. ``video``: whether this is the self-attention over the video."""
+        function = None if asked is None else asked.video if video else asked.other
+        return self if function is None or self.previous is not None else replace(self, func=function)
 
     def call(self, q: Any, k: Any, v: Any, heads: int, mask: Tensor | None, **form: bool) -> Tensor:
         """As asked for; ``form`` is skip_reshape and skip_output_reshape. q, k, v may be containers of ComfyUI's."""

@@ -7,7 +7,7 @@ layer does was settled before the forward (``prepare``), or is at its first call
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from einops import rearrange
@@ -18,11 +18,11 @@ from .clock import DENSE, SPARSE
 from .dense_call import DenseCall, function_name
 from .dispatch import tile_attention
 from .layout import TokenLayout
-from .padding import fill_in, leave_out, without_padding
+from .padding import as_heads, fill_in, without_padding
 from .prepare import Preparation
 from .reasons import ANOTHER_LENGTH, tokens_of, why_no_pattern, why_not_the_video
 from .report import AttentionReport
-from .state import FORWARD_KEY, ForwardState, Override, computing
+from .state import FORWARD_KEY, FileAttention, ForwardState, Override, computing
 
 
 def make_attention_override(
@@ -70,7 +70,7 @@ def attention_override(preparation: Preparation, *, previous: Override | None = 
             _warn_of_length(tokens_of(call.shape, skip_reshape), state.layout, report)
         report.add_dense(reason)
         with computing(state):
-            return call.dense(_as_the_file_asks(dense, state, options, video=False))
+            return call.dense(dense.as_the_file_asks(_asked_by_the_file(state, options), video=False))
 
     override.pattern_of = preparation.pattern_of  # pyright: ignore[reportFunctionMemberAccess]
     override.preparation = preparation  # pyright: ignore[reportFunctionMemberAccess]
@@ -105,23 +105,20 @@ class AttentionCall:
 
     def queries(self, padding: range) -> Tensor:
         """A view with the shape, strides, dtype and device of the queries (B, H, N, D) without padding."""
-        shaped = self._as_heads(_peek(self.q))
+        shaped = as_heads(_peek(self.q), self.heads, self.skip_reshape)
         return shaped[:, :, : shaped.shape[2] - len(padding)]
 
     def take(self, padding: range) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as (B, H, N, D) without padding, out of their containers."""
         taken = (x if isinstance(x, Tensor) else x.take() for x in (self.q, self.k, self.v))
         self.q = self.k = self.v = None  # so that what is taken can be freed
-        q, k, v = (leave_out(self._as_heads(x), padding) for x in taken)
+        q, k, v = (as_heads(x, self.heads, self.skip_reshape, padding) for x in taken)
         return q, k, v
 
     def give(self, out: Tensor, padding: range) -> Tensor:
         """What the call returns, from (B, H, N, D) without padding."""
         out = fill_in(out, padding)  # nothing reads what padding attends to
         return out if self.skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
-
-    def _as_heads(self, x: Tensor) -> Tensor:
-        return x if self.skip_reshape else rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
 
 def _over_the_video(
@@ -133,7 +130,7 @@ def _over_the_video(
     work = preparation.layer(state, state.next_layer(options, call.heads), options.get("total_blocks"))
     for note in work.notes:
         report.warn(*note)
-    dense = _as_the_file_asks(dense, state, options, video=True)
+    dense = dense.as_the_file_asks(_asked_by_the_file(state, options), video=True)
     reason = why_no_pattern(state, state.layout, call.mask) or work.reason
     padding = state.masked(call.mask)
     layout, backend = without_padding(state.layout, padding), "dense"
@@ -155,15 +152,9 @@ def _over_the_video(
     return call.give(out, padding)
 
 
-def _as_the_file_asks(
-    dense: DenseCall, state: ForwardState | None, options: dict[str, Any], *, video: bool
-) -> DenseCall:
-    """The layer's own choice of attention in place of ComfyUI's, as where nobody overrides it; another node's override
-    comes before both."""
+def _asked_by_the_file(state: ForwardState | None, options: dict[str, Any]) -> FileAttention | None:
     layer = state.given_layer(options) if state is not None and state.file_attention else None
-    asked = state.file_attention.get(layer) if state is not None and layer is not None else None
-    function = None if asked is None else asked.video if video else asked.other
-    return dense if function is None or dense.previous is not None else replace(dense, func=function)
+    return state.file_attention.get(layer) if state is not None and layer is not None else None
 
 
 def _peek(x: Any) -> Tensor:

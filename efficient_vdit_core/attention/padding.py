@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .layout import TokenLayout
@@ -16,6 +17,11 @@ def without_padding(layout: TokenLayout, padding: range) -> TokenLayout:
     if padding.start < layout.prefix:
         return TokenLayout(layout.grid, layout.prefix - len(padding), layout.suffix)
     return TokenLayout(layout.grid, layout.prefix, layout.suffix - len(padding))
+
+
+def as_heads(x: Tensor, heads: int, skip_reshape: bool, padding: range = range(0)) -> Tensor:
+    """(B, H, N, D) without the tokens of ``padding``, from that form with ``skip_reshape``, else from (B, N, H * D)."""
+    return leave_out(x if skip_reshape else rearrange(x, "b n (h d) -> b h n d", h=heads), padding)
 
 
 def leave_out(x: Tensor, padding: range) -> Tensor:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ..attention import TokenLayout, tile_attention
 from ..attention.dense_call import DenseCall
+from ..attention.padding import as_heads
 from ..attention.state import FORWARD_KEY, ForwardState, Override
-from ..search.calls import as_heads, layer_of_call, layout_of_call
+from ..search.calls import layer_of_call, layout_of_call
 from ..search.probe import relative_error
 from ..tiles import TilePattern
 
@@ -109,8 +110,8 @@ def make_peer_override(record: PeerRecord) -> Override:
         dense = DenseCall(func, None, attn_precision, kwargs)
         out = dense.call(q, k, v, heads, mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
         if layout is not None and layer is not None:
-            qh, kh, vh = (as_heads(x, heads, skip_reshape, range(0)) for x in (q, k, v))
-            record.add(layer, qh, kh, vh, as_heads(out, heads, skip_output_reshape, range(0)), layout)
+            qh, kh, vh = (as_heads(x, heads, skip_reshape) for x in (q, k, v))
+            record.add(layer, qh, kh, vh, as_heads(out, heads, skip_output_reshape), layout)
         return out
 
     return override

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.padding import leave_out, without_padding
+from ..attention.padding import without_padding
 from ..attention.reasons import why_no_pattern, why_not_the_video
 from ..attention.state import ForwardState
 
@@ -34,8 +33,3 @@ def layout_of_call(
         return None, reason
     reason = why_no_pattern(state, state.layout, mask)
     return (None, reason) if reason else (without_padding(state.layout, state.masked(mask)), "")
-
-
-def as_heads(x: Tensor, heads: int, skip_reshape: bool, padding: range) -> Tensor:
-    """(B, H, N, D) without the tokens of ``padding``."""
-    return leave_out(x if skip_reshape else rearrange(x, "b n (h d) -> b h n d", h=heads), padding)

@@ -29,10 +29,10 @@ from torch import Tensor
 from ..attention import TokenLayout, choose_backend, tile_attention
 from ..attention.choose import CallShape, wait_for
 from ..attention.dense_call import DenseCall
-from ..attention.padding import fill_in
+from ..attention.padding import as_heads, fill_in
 from ..attention.state import FORWARD_KEY, ForwardState, Override
 from ..tiles import TilePattern
-from .calls import as_heads, layer_of_call, layout_of_call
+from .calls import layer_of_call, layout_of_call
 
 ATTENTION, BLOCK = "attention", "block"
 MEASURES = (ATTENTION, BLOCK)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..attention import TokenLayout
 from ..attention.dense_call import DenseCall
+from ..attention.padding import as_heads
 from ..attention.state import FORWARD_KEY, ForwardState, Override
 from ..limits.quote import quoted
 from ..plan import parse_layers
 from ..tiles import TilePattern
-from .calls import as_heads, layer_of_call, layout_of_call
+from .calls import layer_of_call, layout_of_call
 
 LEVELS = (0.90, 0.95, 0.99)
 MAX_BYTES = 256 * 2**20

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...efficient_vdit_core.attention import check_backend
 from ...efficient_vdit_core.attention.cost import StepCost
-from ...efficient_vdit_core.attention.dense_call import DenseCall
+from ...efficient_vdit_core.attention.dense_call import DenseCall, function_name
 from ...efficient_vdit_core.attention.override import attention_override
 from ...efficient_vdit_core.attention.prepare import Preparation
 from ...efficient_vdit_core.attention.report import AttentionReport
@@ -218,10 +218,10 @@ def _prepare(hook: Hook, base_model: Any, state: ForwardState, options: dict[str
     # What a trial calls is no call of the model: it gets the forward's options without our own.
     beside = {"transformer_options": {key: value for key, value in options.items() if key != OVERRIDE}}
 
+    dense = DenseCall(optimized_attention, previous, None, beside, function_name(previous) if previous else "")
+
     def dense_of(layer: int) -> DenseCall:
-        asked = state.file_attention.get(layer)
-        function = optimized_attention if asked is None or asked.video is None or previous else asked.video
-        return DenseCall(function, previous, None, beside)
+        return dense.as_the_file_asks(state.file_attention.get(layer), video=True)
 
     shape = call_shape(hook.family, base_model, x)
     if state.layout is not None and state.depth:
