@@ -40,7 +40,7 @@ CORE_VERSION, PACK = "0.3.64", "efficient-vdit"
 PLAIN = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 COLUMN, NOTE, GAP, ROW, TITLE = 340, 400, 60, 30, 30  # px: widths, between columns, between nodes, of a node's title
 # px that a node needs beside what it has when it is new: for its text, and for what it shows after a run
-EXTRA = {"CLIPTextEncode": 40, "PreviewImage": 300, "SaveVideo": 280, "PreviewAny": 60}
+EXTRA = {"CLIPTextEncode": 40, "PreviewImage": 300, "SaveVideo": 280, "PreviewAny": 60, "EVDiTSearchTilePlan": 230}
 CHART_EXTRA, PLAN = 36, "EVDIT_PLAN"  # px of the last run's figures in the chart of every node that gives a plan
 LETTER, LINE = 5.7, 17  # px of a note's text
 Heights = dict[str, int]  # node class -> px with its title, in the higher of both renderers

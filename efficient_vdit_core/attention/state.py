@@ -61,6 +61,7 @@ class ForwardState:
         owner: the plan's ``Preparation`` that this is for, None = any. A plan that another node still calls leaves the
             attention alone.
         busy: a call is being computed; what it calls in turn is no call of the model.
+        first_head: of the latest call, among its layer's heads; not 0 where a layer's heads come in several calls.
     """
 
     layout: TokenLayout | None
@@ -79,10 +80,11 @@ class ForwardState:
     owner: Any = None
     busy: bool = False
     seen_heads: int = 0
+    first_head: int = 0
 
     def next_layer(self, options: Mapping[str, Any], heads: int = 0) -> int | None:
         """The layer of this self-attention over ``heads``: given by the model, else counted. None beyond the last."""
-        counted = self.calls
+        counted, self.first_head = self.calls, self.seen_heads
         if 0 < heads < self.heads:
             self.seen_heads += heads
         if not self.seen_heads or self.seen_heads >= self.heads:
