@@ -164,7 +164,12 @@ def tiny_compare() -> Graph:
 def tiny_search() -> Graph:
     measured = {"model": ("model", 0), "positive": ("positive", 0), "latent": ("latent", 0)}
     plan = {
-        "search": Node("EVDiTSearchTilePlan", 1, {"threshold": 0.2, "seed": 0, "candidates": "0,1,2,4,0~1,1~1,2~1", "head_groups": 3}, measured),
+        "search": Node(
+            "EVDiTSearchTilePlan",
+            1,
+            {"threshold": 0.2, "seed": 0, "candidates": "0,1,2,4,0~1,1~1,2~1", "head_groups": 3},
+            measured,
+        ),
         "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("model", 0), "plan": ("search", 0)}),
     }
     nodes = tiny_parts(plan) | tiny_sampling("sparse") | video(("sampler", 0), ("vae", 0), 12)

@@ -131,7 +131,7 @@ def write(video: Video, out: Path, zoom: int, start: float) -> None:
 
 
 def load_plan(text: str | None, frames: int | None) -> TilePlan | None:
-    """A plan from "k:T-k", "full" or a file; None stays None.
+    """A plan from "k:T-k", "k:T-k~window", "full" or a file; None stays None.
 
     Args:
         frames: latent frames of the video, which k:T-k must name; None skips that check.
@@ -141,7 +141,7 @@ def load_plan(text: str | None, frames: int | None) -> TilePlan | None:
     from ..plan import TilePlan
     from ..tiles import TilePattern
 
-    if not re.fullmatch(r"\d{1,4}:\d{1,4}|full", text):
+    if not re.fullmatch(r"\d{1,4}:\d{1,4}(~\d{1,4})?|full", text):
         if not Path(text).is_file():
             raise ValueError(
                 f"--plan {quoted(text, 120)} is neither a pattern such as 1:7 nor a plan file; check the path."
@@ -149,11 +149,11 @@ def load_plan(text: str | None, frames: int | None) -> TilePlan | None:
         return TilePlan.load(text)
     pattern = TilePattern.parse(text)
     if ":" in text and frames is not None:
-        k, others = map(int, text.split(":"))
+        k, others = map(int, text.split("~")[0].split(":"))
         if k + others != frames:
-            fitting = f"{min(k, frames)}:{max(frames - k, 0)}"
+            fitting = TilePattern(min(k, frames), window=pattern.window).name(frames)
             raise ValueError(
                 f"--plan {quoted(text)} is a pattern for {k + others} latent frames, but this video has {frames}; "
                 f"use {fitting}."
             )
-    return TilePlan.uniform(pattern.k)
+    return TilePlan(uniform_pattern=pattern)

@@ -1,4 +1,4 @@
-"""evdit recipe: the three stages of Efficient-vDiT in one resumable run, or the tiny world's whole table."""
+"""evdit recipe: the three stages of Efficient-vDiT in one resumable run, or the tiny world's tables."""
 
 from __future__ import annotations
 
@@ -9,23 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from . import say
+from .arguments import count
 from .distill import INTERRUPTED, override
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describes the commands three-stage and tiny-table."""
+    """Describes the commands three-stage, tiny-table and tiny-plans."""
     commands = parser.add_subparsers(dest="recipe_command", required=True, metavar="COMMAND")
     stages = commands.add_parser(
         "three-stage", help="consistency, search, knowledge; run it again to go on where it stopped"
     )
     stages.add_argument("--config", type=Path, required=True, metavar="FILE", help="the recipe in TOML")
     table = commands.add_parser("tiny-table", help="train and judge every row on the tiny world; run it again to go on")
-    table.add_argument("--config", type=Path, metavar="FILE", help="default: the recipe that comes with the package")
-    table.add_argument(
-        "--json", type=Path, default=Path("tiny-table.json"), metavar="FILE", help="results, default: %(default)s"
+    plans = commands.add_parser("tiny-plans", help="judge plans by layer and by head, with and without neighbours, on the "
+                                "tiny world; run it again to go on")  # fmt: skip
+    plans.add_argument("--seeds", type=count(1, 1000), default=3, help="default: %(default)s")
+    plans.add_argument(
+        "--captions", type=count(1, 10_000), default=32, help="held-out ones, three clips each, default: %(default)s"
     )
+    plans.add_argument("--no-training", action="store_true", help="leave out the rows after knowledge distillation")
+    for command in (table, plans):
+        command.add_argument(
+            "--config", type=Path, metavar="FILE", help="default: the recipe that comes with the package"
+        )
+        command.add_argument("--json", type=Path, default=Path(f"{command.prog.split()[-1]}.json"), metavar="FILE",
+                             help="results, default: %(default)s")  # fmt: skip
     table.add_argument("--chart", type=Path, metavar="FILE", help="also draw them, as .svg")
-    for command in (stages, table):
+    for command in (stages, table, plans):
         command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the runs' folder")
         command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                              help="one setting, over the file's; may be repeated")  # fmt: skip
@@ -34,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the recipe; Ctrl-C saves and leaves."""
     try:
-        return {"three-stage": _three_stages, "tiny-table": _tiny_table}[args.recipe_command](args)
+        return {"three-stage": _three_stages, "tiny-table": _tiny_table, "tiny-plans": _tiny_plans}[
+            args.recipe_command
+        ](args)
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on from {args.out}")
         return INTERRUPTED
@@ -68,6 +80,29 @@ def _tiny_table(args: argparse.Namespace) -> int:
     )
     if args.chart:
         write_text(args.chart, draw(results))
+    return 0
+
+
+def _tiny_plans(args: argparse.Namespace) -> int:
+    from .. import assets
+    from ..distill.recipe import RecipeConfig
+    from ..files import check_writable_file
+    from ..tinyworld.plan_table import PlanTableConfig, run_plan_table
+
+    check_writable_file(args.json)
+    values = _values(args, args.config or assets.recipe_path("tiny"))
+    values.pop("table", None)
+    table = PlanTableConfig(captions=args.captions, seeds=args.seeds, train=not args.no_training)
+    say(f"{'row':<40} {'error^2':>8} {'agree':>6} {'endpoint':>8} {'motion':>7} {'flicker':>7} {'density':>7}")
+
+    def row(found: dict[str, Any]) -> None:
+        say(
+            f"{found['row'] + ' (seed ' + str(found['seed']) + ')':<40} {found['squared_attention_error']:>8.4f} "
+            f"{found['agreement']:>6.3f} {found['endpoint_error']:>8.3f} {found['motion']:>7.3f} {found['flicker']:>7.2f} "
+            f"{found['density']:>7.2f}"
+        )
+
+    run_plan_table(table, RecipeConfig.from_dict(values), args.out, args.json, "evdit " + shlex.join(sys.argv[1:]), row)
     return 0
 
 

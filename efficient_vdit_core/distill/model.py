@@ -109,4 +109,4 @@ def read_plan(text: str) -> TilePlan:
         raise ValueError(
             f"The plan is {quoted(text)}, expected a plan file or a pattern such as 2:6. Search a plan, or name one."
         )
-    return TilePlan.uniform(TilePattern.parse(text).k)
+    return TilePlan(uniform_pattern=TilePattern.parse(text))

@@ -148,7 +148,7 @@ def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend):
     monkeypatch.setattr(prepare_file, "choose_backend", choose)
     original = override_file.tile_attention
     monkeypatch.setattr(
-        override_file, "tile_attention", lambda *a, **kw: used.append(kw["backend"]) or original(*a, **kw)
+        override_file, "tile_attention", lambda *a, **kw: used.extend(kw["backend"].values()) or original(*a, **kw)
     )
     report = AttentionReport()
     call(make_attention_override(TilePlan.uniform(1), report, backend=backend), flat(), ForwardState(LAYOUT))

@@ -1,0 +1,228 @@
+"""Four kinds of plans on the tiny model at equal cost: by layer or by head, with or without neighbours; and what knowledge
+distillation wins back under them.
+
+folder/seed-0/plans/KIND-COST.json   the plans, all from one probing run
+folder/seed-0/rows/NAME.json         one row's figures; a finished row is never computed again
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import assets
+from ..bench.machine import describe_machine
+from ..bench.oracle import OracleRecord, make_oracle_override
+from ..distill.model import sparse_options
+from ..distill.open_sora_plan import OpenSoraPlanModel
+from ..distill.recipe import RecipeConfig, ThreeStages
+from ..distill.rollout import Predict, guided, roll_down
+from ..distill.search_stage import SearchConfig, probe
+from ..distill.texts import TextBank
+from ..files import write_text
+from ..head_patterns import LayerPattern, head_groups
+from ..limits.documents import parse_json, read_text
+from ..plan import TilePlan
+from ..search import ProbeRecord, parse_candidates, plan_from_record
+from ..tiles import TilePattern
+from .judge import Judge
+from .train_dit import is_held_out
+from .world import random_scene
+
+ARROW = "0,1,2,3,4"
+NEAR = ARROW + ",0~1,1~1,2~1,0~2,1~2"
+KINDS = {
+    "by layer": (ARROW, 1),
+    "by head": (ARROW, 3),
+    "by layer, neighbours": (NEAR, 1),
+    "by head, neighbours": (NEAR, 3),
+}
+TRAINED = ("by layer", "by head, neighbours")
+SPEEDUPS = (2.3, 3.3, 5.0)  # of the attention, by FLOPs
+STEPS = 8
+PROBED_CAPTIONS = 16
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class PlanTableConfig:
+    """captions x noises clips judge a row; ``train``: also after knowledge distillation."""
+
+    captions: int = 32
+    noises: int = 3
+    seeds: int = 3
+    train: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """``speedup`` 0 is dense attention; ``trained``: after knowledge distillation under the plan."""
+
+    kind: str
+    speedup: float = 0.0
+    trained: bool = False
+
+    @property
+    def name(self) -> str:
+        cost = f", {self.speedup:g}x less" if self.speedup else ""
+        return f"{self.kind}{cost}{' + KD' if self.trained else ''}"
+
+
+class PlanTable:
+    """The rows of one seed in ``folder``: noise, probing and training take the seed."""
+
+    def __init__(self, table: PlanTableConfig, recipe: RecipeConfig, folder: Path, seed: int) -> None:
+        data = recipe.data if recipe.data.cache else replace(recipe.data, cache=str(folder / "cache"))
+        training = replace(recipe.knowledge_training, seed=recipe.knowledge_training.seed + seed)
+        self.table, self.seed, self.folder = table, seed, folder / f"seed-{seed}"
+        self.recipe = replace(recipe, data=data, knowledge_training=training)
+        self.student = assets.tiny_path("transformer", "tiny-8-steps")
+        self.stages = ThreeStages(self.recipe, self.folder)
+        self.model = OpenSoraPlanModel(self.recipe.model)
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.model, captions=self.table.captions, noises=self.table.noises, seed=self.seed)
+
+    @cached_property
+    def module(self) -> torch.nn.Module:
+        """The student that ships, which was never trained for sparsity."""
+        return self.model.load(str(self.student)).eval().requires_grad_(False)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Captions to probe with, none of those that judge."""
+        rng = np.random.default_rng(91_000 + self.seed)
+        scenes = (random_scene(rng) for _ in iter(int, 1))
+        found = (scene.caption() for scene in scenes if not is_held_out(scene))
+        return [next(found) for _ in range(PROBED_CAPTIONS)]
+
+    @cached_property
+    def record(self) -> ProbeRecord:
+        """Errors of every candidate, from one dense run."""
+        config = SearchConfig(candidates=NEAR, captions=len(self.texts), seed=7_000 + self.seed)
+        about = (self.model, self.module, self.bank, self.texts, self.shape)
+        return probe(config, *about, segments=STEPS, steps=STEPS, device=CPU)
+
+    @cached_property
+    def bank(self) -> TextBank:
+        return TextBank.build([*self.texts, ""], partial(self.model.text_encoder, CPU))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.model.latent_shape(self.model.size(0, 0, 0))
+
+    def plan(self, kind: str, speedup: float) -> Path:
+        """The plan file of a kind at a cost."""
+        file = self.folder / "plans" / f"{_file_name(kind)}-{speedup:g}.json"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            candidates, groups = KINDS[kind]
+            record = replace(self.record, candidates=parse_candidates(candidates))
+            plan_from_record(
+                record, layers=self.model.layers, family=self.model.family, heads=self.model.heads, speedup=speedup,
+                groups=groups, about={"captions": self.texts, "seed": self.seed, "steps": STEPS},
+            ).save(file)  # fmt: skip
+        return file
+
+    def rows(self) -> Iterator[Row]:
+        """All kinds before training first, then the trained ones, the mildest first."""
+        yield Row("dense")
+        yield from (Row(kind, speedup) for speedup in SPEEDUPS for kind in KINDS)
+        if self.table.train:
+            yield from (Row(kind, speedup, trained=True) for speedup in SPEEDUPS for kind in TRAINED)
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        """One row's figures, from its file where that stands."""
+        file = self.folder / "rows" / f"{_file_name(row.name)}.json"
+        if file.is_file():
+            return parse_json(
+                read_text(file, "The row"), "The row", advice=f"Delete {file.name}; the same command makes it anew."
+            )
+        plan = TilePlan.load(self.plan(row.kind, row.speedup)) if row.speedup else None
+        module = self._trained(row) if row.trained else self.module
+        options = sparse_options(self.model, plan) if plan else None
+        latents = self.judge.sample(module, steps=STEPS, options=options)
+        figures = {"row": row.name, "seed": self.seed, **self._about(plan), **self.judge.figures(latents, self.dense)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(figures, indent=1) + "\n")
+        return figures
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """What the dense student makes of the judge's noise: endpoint errors are distances to it."""
+        return self.judge.sample(self.module, steps=STEPS)
+
+    def _trained(self, row: Row) -> torch.nn.Module:
+        file = self.stages.knowledge(
+            f"knowledge-{_file_name(row.name)}", self.student, self.plan(row.kind, row.speedup)
+        )
+        return self.model.load(str(file)).eval().requires_grad_(False)
+
+    def _about(self, plan: TilePlan | None) -> dict[str, Any]:
+        """The plan, its density, and its squared error of the attention before training, a mean over layers."""
+        if plan is None:
+            return {"plan": "dense", "density": 1.0, "squared_attention_error": 0.0}
+        every = [plan.pattern(i) for i in range(self.model.layers)]
+        squared = [
+            sum(self._squared(i, p) for p in _of_heads(pattern, self.model.heads)) for i, pattern in enumerate(every)
+        ]
+        about = {"plan": plan.to_text(), "density": plan.density(plan.frames or 1)}
+        return about | {"squared_attention_error": sum(squared) / len(squared)}
+
+    def _squared(self, layer: int, head: tuple[int, TilePattern]) -> float:
+        number, pattern = head
+        return 0.0 if pattern.k is None else float(self.record.heads[layer, pattern].mean[number])
+
+    def oracle(self) -> dict[str, Any]:
+        """The squared error of the attention where each head and query frame keeps its best tiles, at each cost."""
+        record = OracleRecord(tuple(1 / s for s in SPEEDUPS))
+        options = self.model.options_with(make_oracle_override(record))
+        noise = torch.randn(len(self.texts), *self.shape, generator=torch.Generator().manual_seed(7_000 + self.seed))
+        predict: Predict = lambda z, t, c: self.model.predict(self.module, z, t, c, options(z))  # noqa: E731
+        network = guided(predict, self.bank.batch(self.texts), None, 1.0)
+        roll_down(network, self.model.path, self.model.prediction, noise, segments=STEPS, steps=STEPS)
+        errors = {f"{s:g}": record.squared(1 / s) for s in SPEEDUPS}
+        return {
+            "row": "best tiles of each head and frame (no plan can)",
+            "seed": self.seed,
+            "squared_attention_error": errors,
+        }
+
+
+def run_plan_table(
+    table: PlanTableConfig,
+    recipe: RecipeConfig,
+    folder: Path,
+    out: Path,
+    command: str,
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measures, and trains, everything; ``out`` is rewritten after every row, so that a stopped run leaves what it
+    has."""
+    results: dict[str, Any] = {"command": command, "machine": describe_machine(CPU), "rows": []}
+    tables = [PlanTable(table, recipe, folder, seed) for seed in range(table.seeds)]
+    for row in tables[0].rows():
+        for one in tables:
+            results["rows"].append(one.measure(row))
+            report(results["rows"][-1])
+            write_text(out, json.dumps(results, indent=1) + "\n")
+    results["rows"] += [one.oracle() for one in tables]
+    write_text(out, json.dumps(results, indent=1) + "\n")
+
+
+def _of_heads(pattern: LayerPattern, heads: int) -> list[tuple[int, TilePattern]]:
+    return [(head, alike) for alike, members in head_groups(pattern, heads).items() for head in members]
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

@@ -1,0 +1,79 @@
+"""The oracle of best tiles, and the table of plans on a small scale."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from efficient_vdit_core import assets
+from efficient_vdit_core.attention import TokenLayout, tile_attention
+from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.bench.oracle import OracleRecord, best_tiles, make_oracle_override
+from efficient_vdit_core.distill.config import read_toml
+from efficient_vdit_core.distill.recipe import RecipeConfig
+from efficient_vdit_core.search.probe import relative_error
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
+from efficient_vdit_core.tinyworld.plan_table import KINDS, SPEEDUPS, PlanTable, PlanTableConfig, Row
+
+LAYOUT = TokenLayout(TokenGrid(6, 1, 5), 2, 3)
+
+
+def qkv(heads=3, sharp=1.0):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, LAYOUT.tokens, 16, generator=generator) for _ in range(3))
+    return sharp * q, k, v
+
+
+def test_all_tiles_are_dense_attention_and_few_are_no_worse_than_a_plan():
+    tensors = qkv(sharp=2.0)
+    exact = F.scaled_dot_product_attention(*tensors)
+    torch.testing.assert_close(best_tiles(*tensors, LAYOUT, 1.0), exact)
+    pattern = TilePattern(2)
+    planned = relative_error(tile_attention(*tensors, LAYOUT, pattern), exact)
+    errors = [relative_error(best_tiles(*tensors, LAYOUT, share), exact) for share in (0.2, pattern.density(6), 0.9)]
+    assert errors[0] > errors[1] > errors[2] and errors[1] < planned
+
+
+def test_attention_within_frames_keeps_the_diagonal():
+    q, k, v = qkv()
+    frame = F.one_hot(torch.arange(6).repeat_interleave(5), 16).float() * 30
+    start, stop = LAYOUT.prefix, LAYOUT.tokens - LAYOUT.suffix
+    q[:, :, start:stop] = k[:, :, start:stop] = frame
+    got, want = best_tiles(q, k, v, LAYOUT, 1 / 6), tile_attention(q, k, v, LAYOUT, TilePattern(0))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_the_override_measures_and_leaves_the_run_alone():
+    record = OracleRecord((0.5, 1.0))
+    state = ForwardState(LAYOUT, depth=1, heads=3)
+    options = {"skip_reshape": True, "skip_output_reshape": True, "transformer_options": {FORWARD_KEY: state}}
+    tensors = qkv()
+    out = make_oracle_override(record)(
+        lambda q, k, v, *_, **__: F.scaled_dot_product_attention(q, k, v), *tensors, 3, **options
+    )
+    assert torch.equal(out, F.scaled_dot_product_attention(*tensors))
+    assert record.squared(1.0) < 1e-10 < record.squared(0.5) == record.errors[0, 0.5][0] ** 2
+
+
+def test_a_clip_too_large_for_whole_scores_is_refused():
+    layout = TokenLayout(TokenGrid(5, 1, 1000))
+    with pytest.raises(ValueError, match="at most 4096"):
+        best_tiles(*torch.zeros(3, 1, 1, layout.tokens, 8), layout, 0.5)
+
+
+def test_rows_are_judged_and_kept(tmp_path):
+    recipe = RecipeConfig.from_dict({k: v for k, v in read_toml(assets.recipe_path("tiny")).items() if k != "table"})
+    table = PlanTable(PlanTableConfig(captions=1, noises=1, seeds=1, train=False), recipe, tmp_path, 0)
+    table.texts = table.texts[:2]
+    rows = list(table.rows())
+    assert len(rows) == 1 + len(KINDS) * len(SPEEDUPS) and not any(row.trained for row in rows)
+    dense, near = table.measure(rows[0]), table.measure(Row("by head, neighbours", 3.3))
+    assert dense["endpoint_error"] == 0.0 and dense["density"] == 1.0
+    assert near["density"] <= 1 / 3.3 + 1e-9 and "[" in near["plan"] and "~" in near["plan"]
+    arrow = table.measure(Row("by layer", 3.3))
+    assert 0 < near["squared_attention_error"] < arrow["squared_attention_error"]
+    assert table.oracle()["squared_attention_error"]["3.3"] < near["squared_attention_error"]
+    file = tmp_path / "seed-0" / "rows" / "by-layer-3.3x-less.json"
+    file.write_text(json.dumps({**arrow, "agreement": 7}))
+    assert table.measure(Row("by layer", 3.3))["agreement"] == 7  # a finished row is not computed again
