@@ -195,7 +195,7 @@ def tiny_tour() -> Graph:
         nodes[name].column = 0
     nodes["noise"].values["noise_seed"] = 2  # one whose three clips are clean
     nodes["levels"] = Node(
-        "EVDiTConsistencySigmas", 1, {"preset": "from checkpoint"}, {"model": ("few", 0)}, "Sigmas, few steps"
+        "EVDiTConsistencySigmas", 2, {"preset": "from checkpoint"}, {"model": ("few", 0)}, "Sigmas, few steps"
     )
     for suffix, source, title in (("_few", "few", "few steps"), ("_sparse", "sparse", "few steps, sparse")):
         nodes |= tiny_sampling(source, suffix, title, column=3)
@@ -211,8 +211,8 @@ def tiny_tour() -> Graph:
         "save": Node(
             "SaveVideo", 4, {"filename_prefix": "video/EfficientvDiT", "format": "mp4"}, {"video": ("create", 0)}
         ),
-        "report": Node("EVDiTReport", 2, {}, {"model": ("sparse", 0), "after": ("sampler_sparse", 0)}),
-        "calls": Node("PreviewAny", 3, {}, {"source": ("report", 0)}, "What became sparse"),
+        "report": Node("EVDiTReport", 3, {}, {"model": ("sparse", 0), "after": ("sampler_sparse", 0)}),
+        "calls": Node("PreviewAny", 4, {}, {"source": ("report", 0)}, "What became sparse"),
     }
     note = TOUR_NOTE.format(steps=about.steps, share=share(plan, 8, 6))
     return Graph("tiny_three_stages", "Tiny, distilled in three stages", TOUR_CAPTION, note, nodes, COMPARE_COLUMNS)
