@@ -20,7 +20,7 @@ TEMPLATE, WIDTH, HEIGHT = "minimax_h3_text_8_steps", 1920, 1080
 SHOW = """workflow => app.loadGraphData(workflow).then(() => {
     const nodes = app.graph.nodes.filter(n => n.type !== 'MarkdownNote');
     const left = Math.min(...nodes.map(n => n.pos[0])), top = Math.min(...nodes.map(n => n.pos[1]));
-    // The note stands above the first column; without it that one begins where the others do.
+    // A note may stand above the first column; without it that one begins where the others do.
     app.graph.nodes.filter(n => n.type === 'MarkdownNote').forEach(n => app.graph.remove(n));
     const first = [...nodes, ...app.graph.groups].filter(box => box.pos[0] <= left);
     const lift = Math.min(...first.filter(box => nodes.includes(box)).map(n => n.pos[1])) - top;

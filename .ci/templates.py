@@ -44,6 +44,7 @@ COLUMN, NOTE, GAP, ROW, TITLE = 340, 400, 60, 30, 30  # px: widths, between colu
 EXTRA = {"CLIPTextEncode": 40, "PreviewImage": 300, "SaveVideo": 280, "PreviewAny": 60, "ImageCompare": 120}
 CHART_EXTRA, PLAN = 36, "EVDIT_PLAN"  # px of the last run's figures in the chart of every node that gives a plan
 LETTER, LINE = 5.7, 17  # px of a note's text
+SPREAD = 1.4  # Nodes 2.0 of ComfyUI 0.25.0 draw a note so much higher than its size
 EDGE, HEAD, HIGHEST = 15, 50, 1300  # px: around the nodes of a group, above them with its title, of a column
 Heights = dict[str, int]  # node class -> px with its title, in the higher of both renderers
 MEASURE = """kinds => {
@@ -205,7 +206,7 @@ def groups(graph: Graph, where: dict[int, int], start: int) -> list[dict[str, An
 
 def note_node(graph: Graph, number: int, first: int) -> tuple[dict[str, Any], int]:
     """The note, and where the nodes of the first column begin, which are ``first`` px high: below it, or beside it."""
-    start = note_height(graph, COLUMN) + TITLE + HEAD + ROW
+    start = round(SPREAD * note_height(graph, COLUMN)) + TITLE + HEAD + ROW
     above = start + first <= HIGHEST
     width, left = (COLUMN, 0) if above else (NOTE, -NOTE - GAP)
     note = {
