@@ -41,7 +41,9 @@ PLAIN = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 DRAWN = {"IMAGECOMPARE": ["", ""]}  # widgets that only draw: a workflow holds no value of theirs, a prompt this one
 COLUMN, NOTE, GAP, ROW, TITLE = 340, 400, 60, 30, 30  # px: widths, between columns, between nodes, of a node's title
 # px that a node needs beside what it has when it is new: for its text, and for what it shows after a run
-EXTRA = {"CLIPTextEncode": 40, "PreviewImage": 300, "SaveVideo": 280, "PreviewAny": 60, "ImageCompare": 120}
+EXTRA = {
+    "CLIPTextEncode": 40, "PreviewImage": 300, "SaveVideo": 280, "PreviewAny": 60, "EVDiTSearchTilePlan": 230, "ImageCompare": 120,
+}  # fmt: skip
 CHART_EXTRA, PLAN = 36, "EVDIT_PLAN"  # px of the last run's figures in the chart of every node that gives a plan
 LETTER, LINE = 5.7, 17  # px of a note's text
 SPREAD = 1.4  # Nodes 2.0 of ComfyUI 0.25.0 draw a note so much higher than its size

@@ -39,9 +39,10 @@ plan and why others did not.
 
 SEARCH_NOTE = """## Search a plan and keep it
 
-The layer-wise search of the paper, on the tiny model: it runs with full attention at three noise levels, tries 1, 2 and 4 reference \
-frames in every layer, and takes the sparsest pattern whose error stays under the threshold. All weights ship with the pack; under a \
-minute on a CPU. Needs ComfyUI 0.3.60 or newer.
+On the tiny model: it runs with full attention at three noise levels, tries few or many reference frames, with and without neighbours \
+(`2~1`: up to 1 frame away), on every head of every layer, and takes the cheapest patterns whose error stays under the threshold. With \
+`head_groups` 1 and `candidates` 1,2,4 it is the layer-wise search of the paper. All weights ship with the pack; under a minute on a CPU. \
+Needs ComfyUI 0.3.60 or newer.
 
 **The plan** is drawn in the node after the run and saved in `models/evdit_plans` (use *Load Tile Plan* next time). *Errors of each layer* \
 is the table behind the choice; set the threshold between the layers that are to stay full and the others, or give a target speed-up.
@@ -95,7 +96,7 @@ attention is left of the line, sparse right; the arrows choose the frame of each
 TINY_CAPTION = ("Tiny text to video", "29 frames, 64x64, no download", "53% of the attention, on a CPU")
 COMPARE_CAPTION = ("Dense beside sparse", "29 frames, 64x64, no download", "the same noise twice, compared")
 TOUR_CAPTION = ("Three stages", "29 frames, 64x64, no download", "100 evaluations, then 8 and 8")
-SEARCH_CAPTION = ("Search a plan", "for your model, layer by layer", "the sparsest below an error")
+SEARCH_CAPTION = ("Search a plan", "for your model, head by head", "the sparsest below an error")
 APP_CAPTION = ("Before and after", "an app: prompt, strength, length", "dense left, sparse right")
 MAP_CAPTION = ("Where attention goes", "frame by frame, in each layer", "what a plan keeps of it")
 
@@ -166,7 +167,12 @@ def tiny_compare() -> Graph:
 def tiny_search() -> Graph:
     measured = {"model": ("model", 0), "positive": ("positive", 0), "latent": ("latent", 0)}
     plan = {
-        "search": Node("EVDiTSearchTilePlan", 1, {"threshold": 0.2, "seed": 0}, measured),
+        "search": Node(
+            "EVDiTSearchTilePlan",
+            1,
+            {"threshold": 0.2, "seed": 0, "candidates": "0,1,2,4,0~1,1~1,2~1", "head_groups": 3},
+            measured,
+        ),
         "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("model", 0), "plan": ("search", 0)}),
     }
     nodes = tiny_parts(plan) | tiny_sampling("sparse") | video(("sampler", 0), ("vae", 0), 12)

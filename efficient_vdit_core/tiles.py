@@ -2,7 +2,7 @@
 
 The arrow mask ``k:T-k`` keeps the diagonal tiles (a frame attends to itself) and the rows and columns of k reference
 frames (they attend to every frame, every frame attends to them). Efficient-vDiT, arXiv 2502.06155, section 3 and Table
-1.
+1. A window widens the diagonal, which the paper does not: a frame also attends to its neighbours, ``k:T-k~window``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from .limits.quote import quoted
 
 PLACEMENTS = ("strided", "first", "last", "rotating")
+MAX_WINDOW = 256  # latent frames
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,15 @@ class TilePattern:
 
     ``placement`` says where the reference frames stand: ``strided`` over the clip (the paper's), the ``first`` or the
     ``last`` k, or ``rotating``: strided and moved on by ``shift`` frames, around the end of the clip. ``stride`` is
-    their distance where it was settled by another clip, None = by this one's length.
+    their distance where it was settled by another clip, None = by this one's length. With ``window`` w a frame also
+    attends to those at most w frames away; 0 is the paper's pattern.
     """
 
     k: int | None
     placement: str = "strided"
     shift: int = 0
     stride: int | None = None
+    window: int = 0
 
     def __post_init__(self) -> None:
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0):
@@ -63,10 +66,19 @@ class TilePattern:
             raise ValueError(
                 f"placement is {quoted(self.placement)}, expected one of {', '.join(PLACEMENTS)}. Choose one of these."
             )
+        if type(self.window) is not int or not 0 <= self.window <= MAX_WINDOW:
+            raise ValueError(
+                f"A pattern has the window {quoted(self.window)}, expected a whole number of frames from 0 to {MAX_WINDOW}."
+            )
 
     def is_full(self, frames: int) -> bool:
         """True where nothing is left out of ``frames`` frames; one non-reference frame leaves nothing out either."""
-        return self.k is None or frames - self.k <= 1
+        if self.k is None or frames - self.k <= 1:
+            return True
+        if not self.window:
+            return False
+        others = self._others(frames)
+        return others[-1] - others[0] <= self.window
 
     def reference_frames(self, frames: int) -> tuple[int, ...]:
         """Indices of the k reference frames, ascending. Strided: 0, s, 2s, ... with s = ceil(frames / k). All when
@@ -75,8 +87,10 @@ class TilePattern:
         That stride reproduces the sparsities of the paper's Table 1 to two decimals. Where it meets fewer than k frames
         (k above half of the frames, mostly), they are spread evenly instead, so that k is what you get.
         """
-        if self.is_full(frames):
-            return tuple(range(frames))
+        return tuple(range(frames)) if self.is_full(frames) else self._placed(frames)
+
+    def _placed(self, frames: int) -> tuple[int, ...]:
+        """The reference frames of a pattern of fewer than ``frames``, whatever its window leaves out."""
         if not self.k:
             return ()
         if self.placement in ("first", "last"):
@@ -86,6 +100,20 @@ class TilePattern:
         found = strided if len(strided) == self.k else [i * frames // self.k for i in range(self.k)]
         shift = self.shift if self.placement == "rotating" else 0
         return tuple(sorted((f + shift) % frames for f in found))
+
+    def _others(self, frames: int) -> list[int]:
+        references = set(self._placed(frames))
+        return [f for f in range(frames) if f not in references]
+
+    def neighbours(self, frames: int) -> dict[int, tuple[int, ...]]:
+        """For every frame that is no reference frame, in order: itself and those in its window that are none either.
+
+        Empty where the pattern is full.
+        """
+        if self.is_full(frames):
+            return {}
+        others = dict.fromkeys(self._others(frames))
+        return {f: tuple(g for g in range(f - self.window, f + self.window + 1) if g in others) for f in others}
 
     def placed(self, placement: str, shift: int = 0) -> TilePattern:
         """The same k, standing elsewhere. Raises ValueError for an unknown placement."""
@@ -102,26 +130,36 @@ class TilePattern:
         return replace(self, k=-(-frames // stride), stride=stride)
 
     def name(self, frames: int) -> str:
-        """The paper's name, such as ``2:6`` for 8 frames; ``full`` where nothing is left out."""
-        return "full" if self.is_full(frames) else f"{self.k}:{frames - (self.k or 0)}"
+        """The paper's name, such as ``2:6`` for 8 frames, ``2:6~1`` with a window; ``full`` where nothing is left out."""
+        return "full" if self.is_full(frames) else f"{self.k}:{frames - (self.k or 0)}{self._suffix}"
+
+    @property
+    def short_name(self) -> str:
+        """The name without the frames: ``full``, ``2`` or ``2~1``."""
+        return "full" if self.k is None else f"{self.k}{self._suffix}"
+
+    @property
+    def _suffix(self) -> str:
+        return f"~{self.window}" if self.window else ""
 
     @classmethod
     def parse(cls, text: str) -> TilePattern:
-        """Read ``full``, ``k:T-k`` or a bare ``k``."""
+        """Read ``full``, ``k:T-k`` or a bare ``k``; the latter two may end in ``~window``."""
         cleaned = text.strip().lower()
         if cleaned == "full":
             return cls(None)
-        match = re.fullmatch(r"(\d{1,4})(?::\d{1,4})?", cleaned)
+        match = re.fullmatch(r"(\d{1,4})(?::\d{1,4})?(?:~(\d{1,4}))?", cleaned)
         if match is None:
             raise ValueError(
-                f"The pattern {quoted(text)} cannot be read, expected 'full' or 'k:T-k' such as '2:6'. Correct the plan."
+                f"The pattern {quoted(text)} cannot be read, expected 'full', 'k:T-k' such as '2:6', or '2:6~1' with neighbours "
+                "up to 1 frame away. Correct the plan."
             )
-        return cls(int(match[1]))
+        return cls(int(match[1]), window=int(match[2] or 0))
 
     def density(self, frames: int) -> float:
         """Share of the frame x frame tiles that is computed, 0 to 1."""
-        rest = frames - len(self.reference_frames(frames))
-        return 1.0 - rest * max(rest - 1, 0) / frames**2
+        seen = self.neighbours(frames)
+        return 1.0 - (len(seen) ** 2 - sum(map(len, seen.values()))) / frames**2
 
     def flop_density(self, grid: TokenGrid, extra: int = 0) -> float:
         """Share of the attention FLOPs that is computed, with ``extra`` text or other tokens that attend to all."""
@@ -143,6 +181,7 @@ class TilePattern:
         live = count**2 - sum(plain) ** 2
         for (first, last), is_plain in zip(spans, plain, strict=True):
             if is_plain:
-                low, high = first * size // block, -(-min((last + 1) * size, grid.tokens) // block)
+                low = max(first - self.window, 0) * size // block
+                high = -(-min((last + 1 + self.window) * size, grid.tokens) // block)
                 live += plain_before[high] - plain_before[low]
         return 1.0 - live / count**2

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..head_patterns import LayerPattern, head_groups
 from ..tiles import TilePattern
 from . import flex, triton
 from .choose import Attend, CallShape, default_book
 from .frames import attend_frames
+from .heads import put_heads, take_heads
 from .layout import TokenLayout, check_tensors
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -57,22 +59,22 @@ def tile_attention(
     k: Tensor,
     v: Tensor,
     layout: TokenLayout,
-    pattern: TilePattern,
+    pattern: LayerPattern,
     *,
     dense: Dense | None = None,
-    backend: str = "auto",
+    backend: str | Mapping[TilePattern, str] = "auto",
     max_extra_bytes: int | None = None,
     dense_name: str = "sdpa",
 ) -> Tensor:
-    """Attention of q over k, v under the arrow mask of ``pattern`` (Efficient-vDiT section 3). Exact and
-    differentiable.
+    """Attention of q over k, v under the tile mask of ``pattern`` (Efficient-vDiT section 3). Exact and differentiable.
 
     Args:
         q, k, v: (B, H, N, D) with N = ``layout.tokens``, any float dtype and strides; scores are scaled by 1 / sqrt(D).
+        pattern: one for all heads, or one for each of the H heads: those that are alike are computed together.
         dense: plain attention of (B, H, Nq, D) over (B, H, Nk, D), default PyTorch's SDPA; ``dense_name`` tells it from
             others.
         backend: ``frames``, ``triton``, ``flex``; ``dense`` ignores the pattern; ``auto`` is what ``choose_backend``
-            says.
+            says. One for all heads, or by pattern.
         max_extra_bytes: bounds the copies of keys and values in ``frames``, default: by the device.
 
     Returns:
@@ -84,13 +86,25 @@ def tile_attention(
     """
     check_tensors(q, k, v, layout)
     attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes)
-    if backend == "auto":
-        backend = choose_backend(CallShape.of(q), layout, pattern, dense=dense, dense_name=dense_name)
-    elif backend not in ("dense", "frames"):  # these run everywhere
-        check_backend(backend, q.device)
-    backend = "dense" if pattern.is_full(layout.grid.t) else backend
-    out = attend[backend](q, k, v, layout, pattern)
-    _check_gradient(out, {"q": q, "k": k, "v": v}, backend, dense_name)
+    groups = head_groups(pattern, q.shape[1])
+
+    def of_group(pattern: TilePattern, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        chosen = backend if isinstance(backend, str) else backend[pattern]
+        if chosen == "auto":
+            chosen = choose_backend(CallShape.of(q), layout, pattern, dense=dense, dense_name=dense_name)
+        elif chosen not in ("dense", "frames"):  # these run everywhere
+            check_backend(chosen, q.device)
+        chosen = "dense" if pattern.is_full(layout.grid.t) else chosen
+        out = attend[chosen](q, k, v, layout, pattern)
+        _check_gradient(out, {"q": q, "k": k, "v": v}, chosen, dense_name)
+        return out
+
+    if len(groups) == 1:
+        return of_group(next(iter(groups)), q, k, v)
+    # In the order of a sequence's tokens, as the model's next layer reads them.
+    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    for alike, heads in groups.items():
+        put_heads(out, heads, of_group(alike, take_heads(q, heads), take_heads(k, heads), take_heads(v, heads)))
     return out
 
 
@@ -126,6 +140,11 @@ def choose_backend(
         log.warning("Efficient-vDiT: there is no room to measure backends; the sparse attention runs as dense calls.")
         return "frames"
     return choice.backend if or_dense else choice.sparse()
+
+
+def group_shapes(shape: CallShape, pattern: LayerPattern) -> dict[TilePattern, CallShape]:
+    """The shape of the calls of each group of heads that ``tile_attention`` makes of a call."""
+    return {p: replace(shape, heads=len(heads)) for p, heads in head_groups(pattern, shape.heads).items()}
 
 
 def fits(backend: str, shape: CallShape) -> bool:

@@ -92,7 +92,11 @@ def _with_the_rest(out: Tensor, rest: Tensor, layout: TokenLayout, pattern: Tile
     references = pattern.reference_frames(frames)
     for f in references:
         shared = shared + of_frame[:, :, f]
-    seen = of_frame + shared[:, :, None]
+    near = of_frame.clone()
+    for away in range(1, min(pattern.window, frames - 1) + 1):  # reference frames count twice: not finite is not finite
+        near[:, :, away:] += of_frame[:, :, :-away]
+        near[:, :, :-away] += of_frame[:, :, away:]
+    seen = near + shared[:, :, None]
     for f in references:
         seen[:, :, f] = everything
     out = out.clone() if out.requires_grad else out  # the backward pass reads what FlexAttention returned
@@ -113,24 +117,24 @@ def _compiled() -> Callable[..., Any]:
 # Each mask keeps some megabytes of indices on the device; a plan has few different patterns.
 @functools.lru_cache(maxsize=64)
 def block_mask(layout: TokenLayout, pattern: TilePattern, device: torch.device, block: int = BLOCK) -> BlockMask:
-    """FlexAttention's BlockMask of the arrow mask, the same for every batch entry and head. Cached."""
+    """FlexAttention's BlockMask of the pattern, the same for every batch entry and head. Cached."""
     from torch.nn.attention.flex_attention import BlockMask
 
     with torch.inference_mode(False):  # a mask made in inference mode could not serve a training step later
         owner = token_owners(layout, pattern)
-        live, full = live_and_full_tiles(owner, block)
+        live, full = live_and_full_tiles(owner, block, pattern.window)
         partial_count, partial_index = (x.to(device) for x in _as_lists(live & ~full))
         full_count, full_index = (x.to(device) for x in _as_lists(full))
-        owner = owner.to(device)
+        owner, window = owner.to(device), pattern.window
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         of_query, of_key = owner[query], owner[key]
-        return (of_query == of_key) | (of_query < 0) | (of_key < 0)
+        return ((of_query - of_key).abs() <= window) | (of_query < 0) | (of_key < 0)
 
     return BlockMask(
         seq_lengths=(layout.tokens, layout.tokens),
         kv_num_blocks=partial_count, kv_indices=partial_index, full_kv_num_blocks=full_count, full_kv_indices=full_index,
-        # The backward pass asks which queries see a block of keys: the arrow mask is symmetric.
+        # The backward pass asks which queries see a block of keys: the mask is symmetric.
         q_num_blocks=partial_count, q_indices=partial_index, full_q_num_blocks=full_count, full_q_indices=full_index,
         BLOCK_SIZE=(block, block), mask_mod=sees,
     )  # fmt: skip
@@ -145,7 +149,7 @@ def token_owners(layout: TokenLayout, pattern: TilePattern) -> Tensor:
     return torch.cat([ends[0], frames.repeat_interleave(layout.grid.tokens_per_frame), ends[1]])
 
 
-def live_and_full_tiles(owner: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def live_and_full_tiles(owner: Tensor, block: int, window: int = 0) -> tuple[Tensor, Tensor]:
     """(b, b) bool twice: tiles with at least one pair that the mask keeps, and tiles inside N that keep all their
     pairs."""
     blocks = -(-len(owner) // block)
@@ -154,12 +158,11 @@ def live_and_full_tiles(owner: Tensor, block: int) -> tuple[Tensor, Tensor]:
     last = padded.amax(1)
     first = torch.where(padded < 0, len(owner), padded).amin(1)
     shared, plain = padded.amin(1) < 0, last >= 0
-    # Blocks do not overlap and frames lie in order, so two ranges of frames that meet have a frame in common.
-    begins_before = first[:, None] <= last
-    live = shared[:, None] | shared | (begins_before & begins_before.T)
-    # The frame of blocks that lie in one; the others equal none, not even one another.
-    row_frame, column_frame = (torch.where(first == last, first, nowhere) for nowhere in (-1, -2))
-    full = ~plain[:, None] | ~plain | (row_frame[:, None] == column_frame)
+    # Blocks do not overlap and frames lie in order, so the nearest frames of two blocks are at the ends of their ranges.
+    near = first[:, None] <= last + window
+    live = shared[:, None] | shared | (near & near.T)
+    spans = last[:, None] - first <= window  # from the first frame of the one to the last of the other
+    full = ~plain[:, None] | ~plain | (spans & spans.T)
     if len(owner) % block:
         full[-1] = full[:, -1] = False
     return live, full

@@ -1,10 +1,12 @@
-"""The arrow mask as two kinds of dense attention calls: exact, differentiable, on any dense backend.
+"""The tile mask as two kinds of dense attention calls: exact, differentiable, on any dense backend.
 
-(a) Every frame that is not a reference frame is a batch entry of its own: its queries see its own keys and the
-    shared ones (prefix, reference frames, suffix).
+(a) Every frame that is not a reference frame is a batch entry of its own: its queries see its own keys, those of its
+    neighbours in the window, and the shared ones (prefix, reference frames, suffix). Frames that see as many neighbours
+    go together.
 (b) The queries of reference frames, prefix and suffix see all keys.
 
-Shapes: B batch, H heads, N tokens, D head_dim, f frames in a chunk, s tokens a frame, g shared keys.
+Shapes: B batch, H heads, N tokens, D head_dim, f frames in a chunk, s tokens a frame, c frames that each of them sees,
+itself included, g shared keys.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ..tiles import TilePattern
-from .layout import TokenLayout, global_spans
+from .layout import TokenLayout, global_spans, runs
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+Chunk = list[tuple[int, ...]]  # for each of its frames, those that it sees beside the shared ones; all see as many
 
 # What fits a CPU core's share of the last-level cache: chunks beyond it wait for memory, and fresh pages cost more than
 # the attention of a small frame.
@@ -52,18 +55,20 @@ def attend_frames(
     Memory beyond the output and what ``dense`` takes inside is at most ``max_extra_bytes`` (None:
     ``default_extra_bytes``), or what one frame of one head takes where that is more: as many heads at once as fit,
     and as many frames. For n heads these are, in elements, the larger of two. (b): the shared queries and their result,
-    2 B n g D. (a): a chunk's keys, values and result, n f (3 s + 2 g) D. Shared tokens that are neighbours are views.
+    2 B n g D. (a): a chunk's keys, values, queries and result, n f (2 c s + 2 s + 2 g) D. Shared tokens that are
+    neighbours are views, and so are the keys of frames one behind another where nothing is shared.
     Where gradients are wanted, autograd keeps every chunk's copies.
     """
-    references = pattern.reference_frames(layout.grid.t)
-    others = [f for f in range(layout.grid.t) if f not in set(references)]
-    spans = global_spans(layout, references)
+    neighbours = pattern.neighbours(layout.grid.t)
+    spans = global_spans(layout, pattern.reference_frames(layout.grid.t))
     shared = sum(stop - start for start, stop in spans)
-    chunk_bytes = (3 * layout.grid.tokens_per_frame + 2 * shared) * q.shape[3] * q.element_size()  # of a frame and head
+    widest = max(map(len, neighbours.values()))
+    frame_tokens = 2 * (widest + 1) * layout.grid.tokens_per_frame + 2 * shared
+    chunk_bytes = frame_tokens * q.shape[3] * q.element_size()  # of a frame and head
     head_bytes = max(chunk_bytes, 2 * q.shape[0] * shared * q.shape[3] * q.element_size())
     limit = default_extra_bytes(q, head_bytes * q.shape[1]) if max_extra_bytes is None else max_extra_bytes
     heads = min(q.shape[1], max(1, limit // head_bytes))
-    chunks = list(_chunks(others, max(1, limit // (chunk_bytes * heads))))
+    chunks = list(_chunks(neighbours, max(1, limit // (chunk_bytes * heads))))
     # In the order of a sequence's tokens, as the model's next layer reads them.
     out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     reuse = not (
@@ -87,22 +92,22 @@ def _attend_own_frames(
     v: Tensor,
     layout: TokenLayout,
     spans: list[tuple[int, int]],
-    chunks: list[tuple[int, int]],
+    chunks: list[tuple[list[int], Chunk]],
     dense: Dense,
     reuse: bool,
 ) -> None:
     """(a), of one batch entry (H, N, D), into ``out``."""
-    keys, values = (_OwnAndShared(x, spans, layout, chunks, reuse) for x in (k, v))
-    for first, last in chunks:
+    keys, values = (_NearAndShared(x, spans, layout, chunks, reuse) for x in (k, v))
+    for frames, seen in chunks:
         # No name for the result: it would hold one chunk's memory while the next is computed.
-        own = _frames(out, layout, first, last)
-        own.copy_(dense(_frames(q, layout, first, last), keys.of(first, last), values.of(first, last)))
+        _put(out, layout, frames, dense(_take(q, layout, frames), keys.of(seen), values.of(seen)))
 
 
-class _OwnAndShared:
-    """For each frame of a chunk its own keys (or values) followed by the shared ones: (f, H, s + g, D).
+class _NearAndShared:
+    """For each frame of a chunk the keys (or values) of the frames that it sees, followed by the shared ones:
+    (f, H, c s + g, D).
 
-    With ``reuse`` all chunks share one buffer, and the shared keys are written into it once.
+    With ``reuse`` the chunks of one c share one buffer, and the shared keys are written into it once.
     """
 
     def __init__(
@@ -110,27 +115,41 @@ class _OwnAndShared:
         x: Tensor,
         spans: list[tuple[int, int]],
         layout: TokenLayout,
-        chunks: list[tuple[int, int]],
+        chunks: list[tuple[list[int], Chunk]],
         reuse: bool,
     ) -> None:
-        self.x, self.spans, self.layout = x, spans, layout
-        self.buffer = self._allocate(max([last - first for first, last in chunks])) if reuse and spans else None
+        self.x, self.spans, self.layout, self.reuse = x, spans, layout, reuse
+        self.most = {len(seen[0]): max(len(s) for _, s in chunks if len(s[0]) == len(seen[0])) for _, seen in chunks}
+        self.buffers: dict[int, Tensor] = {}
 
-    def _allocate(self, frames: int) -> Tensor:
-        own, heads = self.layout.grid.tokens_per_frame, self.x.shape[0]
+    def of(self, seen: Chunk) -> Tensor:
+        width, size = len(seen[0]), self.layout.grid.tokens_per_frame
+        if not self.spans and all(frames == tuple(range(frames[0], frames[0] + width)) for frames in seen):
+            if len(seen) == 1 or all(b[0] - a[0] == 1 for a, b in zip(seen, seen[1:], strict=False)):
+                return _sliding(self.x, self.layout, seen[0][0], len(seen), width)
+        buffer = self._buffer(width, len(seen))
+        for place in range(width):
+            part = buffer[:, :, place * size : (place + 1) * size]
+            for at, first, last in runs([frames[place] for frames in seen]):
+                part[at : at + last - first] = _frames(self.x, self.layout, first, last)
+        return buffer
+
+    def _buffer(self, width: int, count: int) -> Tensor:
+        """(f, H, c s + g, D) with the shared keys in their place."""
+        if not self.reuse:
+            return self._allocate(width, count)
+        if width not in self.buffers:
+            self.buffers.clear()  # chunks of one width follow one another
+            self.buffers[width] = self._allocate(width, self.most[width])
+        return self.buffers[width][:count]
+
+    def _allocate(self, width: int, count: int) -> Tensor:
+        at, heads = width * self.layout.grid.tokens_per_frame, self.x.shape[0]
         shared = sum(stop - start for start, stop in self.spans)
-        buffer, at = self.x.new_empty(frames, heads, own + shared, self.x.shape[2]), own
+        buffer = self.x.new_empty(count, heads, at + shared, self.x.shape[2])
         for start, stop in self.spans:
             buffer[:, :, at : at + stop - start] = self.x[:, start:stop]
             at += stop - start
-        return buffer
-
-    def of(self, first: int, last: int) -> Tensor:
-        own = _frames(self.x, self.layout, first, last)
-        if not self.spans:
-            return own
-        buffer = self._allocate(last - first) if self.buffer is None else self.buffer[: last - first]
-        buffer[:, :, : own.shape[2]] = own
         return buffer
 
 
@@ -139,6 +158,26 @@ def _frames(x: Tensor, layout: TokenLayout, first: int, last: int) -> Tensor:
     size = layout.grid.tokens_per_frame
     start = layout.prefix + first * size
     return rearrange(x[:, start : start + (last - first) * size], "h (f s) d -> f h s d", s=size)
+
+
+def _sliding(x: Tensor, layout: TokenLayout, first: int, count: int, width: int) -> Tensor:
+    """Frames ``first`` to ``first + width`` of x (H, N, D), then the same one frame on, ``count`` times, as a view
+    (f, H, c s, D)."""
+    size = layout.grid.tokens_per_frame
+    start = layout.prefix + first * size
+    video = x[:, start : start + (count - 1 + width) * size]
+    return rearrange(video.unfold(1, width * size, size), "h f d s -> f h s d")
+
+
+def _take(x: Tensor, layout: TokenLayout, frames: list[int]) -> Tensor:
+    """The frames (f, H, s, D) of x (H, N, D); a view where they stand one behind another."""
+    parts = [_frames(x, layout, first, last) for _, first, last in runs(frames)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _put(out: Tensor, layout: TokenLayout, frames: list[int], done: Tensor) -> None:
+    for at, first, last in runs(frames):
+        _frames(out, layout, first, last).copy_(done[at : at + last - first])
 
 
 def _gather(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
@@ -152,10 +191,10 @@ def _scatter(out: Tensor, rows: Tensor, spans: list[tuple[int, int]]) -> None:
         out[:, :, start:stop] = part
 
 
-def _chunks(frames: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """Runs of consecutive frames, none longer than ``most``, as (first, last + 1): slices, so that views suffice."""
-    start = 0
-    for i in range(1, len(frames) + 1):
-        if i == len(frames) or frames[i] != frames[i - 1] + 1 or i - start == most:
-            yield frames[start], frames[i - 1] + 1
-            start = i
+def _chunks(neighbours: dict[int, tuple[int, ...]], most: int) -> Iterator[tuple[list[int], Chunk]]:
+    """At most ``most`` frames at a time that see equally many, with what they see."""
+    for width in sorted({len(seen) for seen in neighbours.values()}):
+        frames = [frame for frame, seen in neighbours.items() if len(seen) == width]
+        for first in range(0, len(frames), most):
+            chunk = frames[first : first + most]
+            yield chunk, [neighbours[frame] for frame in chunk]

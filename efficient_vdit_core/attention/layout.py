@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,6 +42,16 @@ def global_spans(layout: TokenLayout, references: tuple[int, ...]) -> list[tuple
         elif stop > start:
             joined.append((start, stop))
     return joined
+
+
+def runs(indices: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(place in the list, first, last + 1) of each run of consecutive ones among ascending ``indices``: slices, where a
+    list of indices would have to travel to the device."""
+    start = 0
+    for i in range(1, len(indices) + 1):
+        if i == len(indices) or indices[i] != indices[i - 1] + 1:
+            yield start, indices[start], indices[i - 1] + 1
+            start = i
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:

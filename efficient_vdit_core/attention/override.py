@@ -13,13 +13,15 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
+from ..head_patterns import LayerPattern, head_groups
 from ..plan import TilePlan
+from ..tiles import TilePattern
 from .clock import DENSE, SPARSE
 from .dense_call import DenseCall, function_name
 from .dispatch import tile_attention
 from .layout import TokenLayout
 from .padding import as_heads, fill_in, without_padding
-from .prepare import Preparation
+from .prepare import Preparation, pattern_of_call
 from .reasons import ANOTHER_LENGTH, tokens_of, why_no_pattern, why_not_the_video
 from .report import AttentionReport
 from .state import FORWARD_KEY, FileAttention, ForwardState, Override, computing
@@ -133,27 +135,40 @@ def _over_the_video(
     dense = dense.as_the_file_asks(_asked_by_the_file(state, options), video=True)
     reason = why_no_pattern(state, state.layout, call.mask) or work.reason
     padding = state.masked(call.mask)
-    layout, backend = without_padding(state.layout, padding), "dense"
+    layout, pattern = without_padding(state.layout, padding), pattern_of_call(state, work.pattern, call.heads)
+    backends: dict[TilePattern, str] = {}
     if not reason:
-        # Only dense calls hand on a scale of the model's own.
-        scaled = dense.kwargs.get("scale") is not None
-        queries = call.queries(padding)
-        backend = "frames" if scaled else preparation.backend_of(state, queries, layout, work, dense)
-        reason = "measured faster" if backend == "dense" else ""
+        backends = preparation.backends_of(state, call.queries(padding), layout, pattern, dense)
+        if dense.kwargs.get("scale") is not None:  # only dense calls hand on a scale of the model's own
+            backends = {p: "dense" if p.is_full(layout.grid.t) else "frames" for p in backends}
+        reason = "measured faster" if set(backends.values()) == {"dense"} else ""
     if reason:
         report.add_dense(reason, dense.name)
         with computing(state), report.clock.taking(DENSE, _peek(call.q)):
             return call.dense(dense)
-    density = work.pattern.flop_density(layout.grid, layout.prefix + layout.suffix)
-    report.add_sparse(density, dense.name if backend == "frames" else backend)
+    density = _computed_share(pattern, backends, call.heads, layout)
+    report.add_sparse(density, _computed_by(backends, dense))
     with computing(state), report.clock.taking(SPARSE, _peek(call.q), density):
         q, k, v = call.take(padding)
-        out = tile_attention(q, k, v, layout, work.pattern, dense=dense, backend=backend, dense_name=dense.name)
+        out = tile_attention(q, k, v, layout, pattern, dense=dense, backend=backends, dense_name=dense.name)
     return call.give(out, padding)
 
 
 def _counted_by(preparation: Preparation, state: ForwardState | None) -> AttentionReport:
     return preparation.report if state is None or state.report is None else state.report
+
+
+def _computed_share(pattern: LayerPattern, backends: dict[TilePattern, str], heads: int, layout: TokenLayout) -> float:
+    """The share of dense FLOPs; heads that were measured faster dense are."""
+    extra, groups = layout.prefix + layout.suffix, head_groups(pattern, heads)
+    shares = {p: 1.0 if backends[p] == "dense" else p.flop_density(layout.grid, extra) for p in groups}
+    return sum(len(members) * shares[p] for p, members in groups.items()) / heads
+
+
+def _computed_by(backends: dict[TilePattern, str], dense: DenseCall) -> str:
+    """What computes the groups of a layer's heads, for the report."""
+    names = (dense.name if backend in ("frames", "dense") else backend for backend in backends.values())
+    return " and ".join(dict.fromkeys(names))
 
 
 def _asked_by_the_file(state: ForwardState | None, options: dict[str, Any]) -> FileAttention | None:

@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..head_patterns import LayerPattern, of_heads, parts_of
 from ..plan import TilePlan
 from ..tiles import TilePattern
 from .choose import CallShape
 from .dense_call import DenseCall
-from .dispatch import choose_backend, make_tables
+from .dispatch import choose_backend, group_shapes, make_tables
 from .layout import TokenLayout
 from .padding import without_padding
 from .reasons import why_not_worth_it
@@ -35,7 +36,7 @@ class LayerWork:
     are warnings (about, text) that a run gives once.
     """
 
-    pattern: TilePattern
+    pattern: LayerPattern
     reason: str
     density: float
     notes: tuple[tuple[str, str], ...] = ()
@@ -98,7 +99,8 @@ class Preparation:
                 dense = dense_of(layer)
                 for shape in wanted:
                     for layout in layouts:
-                        self.settle(shape, layout, work.pattern, dense)
+                        for part in parts_of(work.pattern, shape.heads):
+                            self.settle(shape, layout, part, dense)
         state.settled = True
 
     def layer(self, state: ForwardState, layer: int | None, total: int | None = None) -> LayerWork:
@@ -126,19 +128,25 @@ class Preparation:
         work = [self.layer(state, layer) for layer in range(state.depth or 0)]
         return sum(1.0 if w.reason else w.density for w in work) / len(work) if work else 1.0
 
-    def pattern_of(self, state: ForwardState, layer: int) -> TilePattern:
+    def pattern_of(self, state: ForwardState, layer: int) -> LayerPattern:
         """A layer's pattern, for those who must know it before its attention is called; full where it stays dense."""
         if state.layout is None or state.layout.grid.t == 1 or not state.active:
             return TilePattern(None)
         work = self.layer(state, layer)
         return TilePattern(None) if work.reason else work.pattern
 
-    def settle(self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall) -> str:
-        """The backend for these calls, measured where it never was; ``dense`` only where slow patterns are declined."""
+    def settle(
+        self, shape: CallShape, layout: TokenLayout, pattern: LayerPattern, dense: DenseCall
+    ) -> dict[TilePattern, str]:
+        """The backend of each group of heads of these calls, measured where it never was; ``dense`` only where slow
+        patterns are declined, or nothing is left out."""
+        return {p: self._settle(s, layout, p, dense) for p, s in group_shapes(shape, pattern).items()}
+
+    def _settle(self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall) -> str:
         key = (shape, layout, pattern, dense.name)
         chosen = self.backends.get(key)
         if chosen is None:
-            chosen = self.backend
+            chosen = "dense" if pattern.is_full(layout.grid.t) else self.backend
             if chosen == "auto":
                 chosen = choose_backend(
                     shape, layout, pattern, dense=dense, dense_name=dense.name, or_dense=self.decline_slow
@@ -149,22 +157,23 @@ class Preparation:
         make_tables(chosen, layout, pattern, shape.device)
         return chosen
 
-    def backend_of(self, state: ForwardState, q: Tensor, layout: TokenLayout, work: LayerWork, dense: DenseCall) -> str:
-        """The backend for a call with queries q (B, H, N, D).
+    def backends_of(
+        self, state: ForwardState, q: Tensor, layout: TokenLayout, pattern: LayerPattern, dense: DenseCall
+    ) -> dict[TilePattern, str]:
+        """The backend of each group of heads for a call with queries q (B, H, N, D).
 
         Where the forward was settled and this shape was not foreseen, ``frames`` computes it, which keeps nothing; the
         next forward is prepared for it.
         """
         shape = CallShape.of(q)
         if not state.settled:
-            return self.settle(shape, layout, work.pattern, dense)
-        chosen = self.backends.get((shape, layout, work.pattern, dense.name))
-        if chosen is None:
+            return self.settle(shape, layout, pattern, dense)
+        found = {p: self.backends.get((s, layout, p, dense.name)) for p, s in group_shapes(shape, pattern).items()}
+        if None in found.values():
             with self.lock:
                 if len(self.unforeseen) < MOST_UNFORESEEN:
                     self.unforeseen.add(shape)
-            return "frames"
-        return chosen
+        return {p: chosen or "frames" for p, chosen in found.items()}
 
     def forget(self) -> None:
         """Lets go of what a run left in memory. What was measured stays in the book on disk, and the next run is
@@ -174,19 +183,31 @@ class Preparation:
             self.backends.clear()
 
 
+def pattern_of_call(state: ForwardState, pattern: LayerPattern, heads: int) -> LayerPattern:
+    """A layer's pattern for the latest call, which may be over some of the layer's heads."""
+    return of_heads(pattern, state.first_head, heads)
+
+
 def pattern_for_frames(
     plan: TilePlan, layer: int, depth: int | None, frames: int
-) -> tuple[TilePattern, tuple[tuple[str, str], ...]]:
+) -> tuple[LayerPattern, tuple[tuple[str, str], ...]]:
     """The plan's pattern of a layer for a run of ``frames`` latent frames, and notes where it is not the plan's own."""
     planned = plan.pattern(layer, depth)
     pattern = planned.scaled(plan.frames, frames)
-    if pattern.k is not None and pattern.k != planned.k:
+    now, then = (sorted({p.k for p in _every(x) if p.k is not None}) for x in (pattern, planned))
+    if now != then and pattern != planned:
+        counts = " and ".join(map(str, now)) or "all", " and ".join(map(str, then))
         text = (
             f"the plan was made for {plan.frames} latent frames and the run has {frames}: the distance between reference "
-            f"frames is kept, so that there are fewer of them (layer {layer}: {pattern.k} instead of {planned.k})."
+            f"frames is kept, so that there are fewer of them (layer {layer}: {counts[0]} instead of {counts[1]})."
         )
         return pattern, (("scaled", text),)
-    if planned.k is not None and planned.k > frames > 1:
-        text = f"the plan has {planned.k} reference frames and the run {frames} latent frames: full attention."
+    most = max(then, default=0)
+    if most > frames > 1:
+        text = f"the plan has {most} reference frames and the run {frames} latent frames: full attention."
         return pattern, (("k above the frames", text),)
     return pattern, ()
+
+
+def _every(pattern: LayerPattern) -> list[TilePattern]:
+    return [pattern] if isinstance(pattern, TilePattern) else list(pattern.groups)

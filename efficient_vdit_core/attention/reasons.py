@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..tiles import TilePattern
+from ..head_patterns import LayerPattern
 from .layout import TokenLayout
 from .state import ForwardState
 
@@ -49,7 +49,7 @@ def why_no_pattern(state: ForwardState, layout: TokenLayout, mask: Tensor | None
     return "" if state.active else state.reason
 
 
-def why_not_worth_it(layout: TokenLayout, pattern: TilePattern, min_tokens: int, decline_slow: bool) -> str:
+def why_not_worth_it(layout: TokenLayout, pattern: LayerPattern, min_tokens: int, decline_slow: bool) -> str:
     """The reason why this pattern is not put over a layer of this layout; an empty text where it is."""
     if layout.grid.tokens < min_tokens:
         return "below min_tokens"

@@ -63,6 +63,7 @@ class ForwardState:
             attention alone.
         report: counts this forward's calls, None = the plan's own. A forward beside the run has one of its own.
         busy: a call is being computed; what it calls in turn is no call of the model.
+        first_head: of the latest call, among its layer's heads; not 0 where a layer's heads come in several calls.
     """
 
     layout: TokenLayout | None
@@ -82,10 +83,11 @@ class ForwardState:
     report: AttentionReport | None = None
     busy: bool = False
     seen_heads: int = 0
+    first_head: int = 0
 
     def next_layer(self, options: Mapping[str, Any], heads: int = 0) -> int | None:
         """The layer of this self-attention over ``heads``: given by the model, else counted. None beyond the last."""
-        counted = self.calls
+        counted, self.first_head = self.calls, self.seen_heads
         if 0 < heads < self.heads:
             self.seen_heads += heads
         if not self.seen_heads or self.seen_heads >= self.heads:

@@ -1,4 +1,4 @@
-"""The arrow mask in one fused Triton kernel, forward and backward: no copies, no padding, frames of any length.
+"""The tile mask in one fused Triton kernel, forward and backward: no copies, no padding, frames of any length.
 
 Shapes: B batch, H heads, N tokens, D head_dim, T frames, S tokens a frame.
 """
@@ -151,9 +151,9 @@ def index_tables(layout: TokenLayout, pattern: TilePattern, device: torch.device
     segments = [(0, layout.tokens)]  # the first one, all tokens, is what prefix, suffix and reference frames see
     units = [(0, layout.prefix, 0, 1), (layout.tokens - layout.suffix, layout.tokens, 0, 1)]
     units += [(layout.prefix + f * size, layout.prefix + (f + 1) * size, 0, 1) for f in references]
-    for f in sorted(set(range(frames)) - set(references)):
-        # The global spans and the frame itself, joined where they touch.
-        seen = global_spans(layout, tuple(sorted((*references, f))))
+    for f, near in pattern.neighbours(frames).items():
+        # The global spans, the frame and its neighbours, joined where they touch.
+        seen = global_spans(layout, tuple(sorted((*references, *near))))
         units.append(
             (layout.prefix + f * size, layout.prefix + (f + 1) * size, len(segments), len(segments) + len(seen))
         )

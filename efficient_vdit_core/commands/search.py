@@ -49,11 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="how many times less attention; the plan with the least error is taken",
     )
-    add("--candidates", default="1,2,4", help="numbers of reference frames to try (default: %(default)s)")
+    add("--candidates", default="1,2,4", help="numbers of reference frames to try; 2~1 also sees neighbours up to 1 frame away "
+        "(default: %(default)s)")  # fmt: skip
     add("--error", choices=("attention", "block"), default="attention", help="where it is measured: in the attention's output or, several "
         "times slower, in the whole block's (default: %(default)s)")  # fmt: skip
     add("--costs", choices=("flops", "measured"), default="flops", help="what a pattern costs; measured times differ from run to run "
         "(default: %(default)s)")  # fmt: skip
+    add("--head-groups", type=int, default=1, metavar="G", help="at most as many different patterns in a layer, over its heads, 1..4; "
+        "3 keeps more quality at the same cost, 1 is the paper's search by layer (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, help="0..2^64-1 (default: 0)")
     add("--out", required=True, metavar="FILE", help="the plan file, .json; must not exist yet")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures, chooses and writes. Whatever can be refused is refused before the weights are read."""
     from ..model_header import ModelHeader
     from ..request import VideoRequest
-    from ..search import ProbeRecord, check_target, parse_candidates
+    from ..search import ProbeRecord, check_groups, check_target, parse_candidates
     from ..search.candidates import sparse_candidates
 
     out = Path(args.out)
@@ -75,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     candidates = parse_candidates(args.candidates)
     if not 1 <= args.probes <= MAX_PROBES:
         raise ValueError(f"--probes must lie in 1..{MAX_PROBES}, got {quoted(args.probes)}.")
+    check_groups(args.head_groups, args.error)
     _check_target(args)
     choices = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
     choices |= {"steps": args.probes, "segments": args.probes}  # also where the model was distilled for another number
@@ -121,7 +125,7 @@ def _search(pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRe
     }
     plan = plan_from_record(
         record, layers=config.num_layers, family=FAMILY, heads=config.num_attention_heads, threshold=args.threshold or 0.0,
-        speedup=args.speedup or 0.0, measure=args.error, costs=args.costs, about=about,
+        speedup=args.speedup or 0.0, measure=args.error, costs=args.costs, groups=args.head_groups, about=about,
     )  # fmt: skip
     say(describe_plan(plan))
     return plan

@@ -16,8 +16,8 @@ from torch import nn
 
 from ..attention.prepare import pattern_for_frames
 from ..attention.report import AttentionReport
+from ..head_patterns import LayerPattern
 from ..plan import TilePlan
-from ..tiles import TilePattern
 from .families import DiffusersFamily, SequenceLayout, find_family
 from .processor import TiledProcessor, tiled
 
@@ -58,7 +58,7 @@ class DiffusersPatch:
         hook: Any = torch.compiler.disable(self._read_forward)
         self._hook = transformer.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def pattern(self, layer: int, frames: int) -> TilePattern:
+    def pattern(self, layer: int, frames: int) -> LayerPattern:
         """The plan's pattern of a layer, for as many latent frames as this forward has."""
         pattern, notes = pattern_for_frames(self._plan, layer, self._depth, frames)
         for note in notes:

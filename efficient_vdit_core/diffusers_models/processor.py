@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..attention import TokenLayout, tile_attention
-from ..tiles import TilePattern
+from ..head_patterns import LayerPattern
 
 if TYPE_CHECKING:
     from .families import SequenceLayout
@@ -77,7 +77,7 @@ class TiledProcessor:
             return "sharded by diffusers"
         return "below min_tokens" if layout.tokens < self.patch.min_tokens else ""
 
-    def _pattern(self, layout: SequenceLayout) -> TilePattern:
+    def _pattern(self, layout: SequenceLayout) -> LayerPattern:
         return self.patch.pattern(self.layer, layout.grid.t)
 
     def _on_torch(self) -> Any:
@@ -120,7 +120,7 @@ class TiledProcessor:
         return torch.cat([self._sparse(q, k, v, entry, pattern, dense) for entry, q, k, v in rows])
 
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, entry: TokenLayout, pattern: TilePattern, dense: Dense
+        self, q: Tensor, k: Tensor, v: Tensor, entry: TokenLayout, pattern: LayerPattern, dense: Dense
     ) -> Tensor:
         """Attention of all but the padding behind ``entry``. The rows of padding, which no token ever reads, are
         zero."""

@@ -10,8 +10,9 @@ from torch import nn
 
 from ..limits.numbers import whole
 from ..plan import TilePlan
-from ..search import ProbeRecord, check_target, make_probe_override, parse_candidates, plan_from_record
+from ..search import ProbeRecord, check_groups, check_target, make_probe_override, parse_candidates, plan_from_record
 from ..search.candidates import sparse_candidates
+from ..search.probe import ATTENTION
 from .data import ClipSet
 from .model import FamilyModel
 from .rollout import guided, roll_down
@@ -23,7 +24,8 @@ class SearchConfig:
     """thresholds: largest relative error of a layer's attention, a plan for each; speedups: of the attention, a plan
     for each.
 
-    candidates: numbers of reference frames. captions: samples that the errors are averaged over.
+    candidates: numbers of reference frames, or such as 2~1 with a window. captions: samples that the errors are
+    averaged over. head_groups: at most as many different patterns in a layer, over its heads; 1 is the paper's search.
     """
 
     thresholds: tuple[float, ...] = (0.1,)
@@ -31,6 +33,7 @@ class SearchConfig:
     candidates: str = "1,2,4"
     captions: int = 8
     seed: int = 0
+    head_groups: int = 1
 
     def __post_init__(self) -> None:
         whole(self.captions, "search.captions", 1, 10_000, "Correct the configuration.")
@@ -38,6 +41,7 @@ class SearchConfig:
         for name in ("thresholds", "speedups"):
             whole(len(getattr(self, name)), f"The count of search.{name}", 0, 32, "Correct the configuration.")
         parse_candidates(self.candidates)
+        check_groups(self.head_groups, ATTENTION)
 
     def check(self, frames: int) -> None:
         """Raises ValueError where a target is out of reach for a video of ``frames`` latent frames."""
@@ -78,7 +82,7 @@ def search_plans(
     about = {"segments": segments, "steps": steps, "captions": texts, "guidance": 1.0, "seed": config.seed}
     for name, (threshold, speedup) in names.items():
         plan: TilePlan = plan_from_record(record, layers=model.layers, family=model.family, heads=model.heads, threshold=threshold,
-                                          speedup=speedup, about=about)  # fmt: skip
+                                          speedup=speedup, groups=config.head_groups, about=about)  # fmt: skip
         plan.save(files[name])
     return files
 

@@ -3,11 +3,13 @@ follows."""
 
 from .blocks import replay_blocks
 from .candidates import parse_candidates
+from .plan_from_record import check_groups, plan_from_record
 from .probe import ProbeRecord, make_probe_override
-from .select import check_target, choose_for_speedup, choose_under_threshold, plan_from_record
+from .select import check_target, choose_for_speedup, choose_under_threshold
 
 __all__ = [
     "ProbeRecord",
+    "check_groups",
     "check_target",
     "choose_for_speedup",
     "choose_under_threshold",

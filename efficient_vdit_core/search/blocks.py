@@ -45,14 +45,14 @@ def _hooks(layer: int, record: ProbeRecord) -> tuple[Callable[..., None], Callab
         (kept,) = inputs
         inputs.clear()
         exact = _flat(output)
-        for count in record.candidates:
+        for pattern in record.candidates:
             positional, named = _copied(*kept)
-            record.replaying = count
+            record.replaying = pattern
             try:
                 approximate = module.forward(*positional, **named)
             finally:
                 record.replaying = None
-            record.add(BLOCK, layer, count, relative_error(_flat(approximate), exact))
+            record.add(BLOCK, layer, pattern, relative_error(_flat(approximate), exact))
 
     return before, after
 

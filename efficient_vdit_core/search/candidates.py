@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-import re
-
 from ..limits.quote import quoted
 from ..tiles import TilePattern
 
 MAX_CANDIDATES = 16
 
 
-def parse_candidates(text: str) -> tuple[int, ...]:
-    """Read ``1,2,4`` as numbers of reference frames, ascending. Raises ValueError for anything else, or over 16 of
-    them."""
+def parse_candidates(text: str) -> tuple[TilePattern, ...]:
+    """Read ``1,2,2~1``, numbers of reference frames with or without a window, ascending.
+
+    Raises ValueError for anything else, or over 16 of them.
+    """
     parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"\d{1,4}", part) for part in parts):
+    try:
+        found = {TilePattern.parse(part) for part in parts if ":" not in part}
+    except ValueError:
+        found = set()
+    if len(found) == 0 or any(pattern.k is None for pattern in found) or any(":" in part for part in parts):
         raise ValueError(
-            f"The candidates {quoted(text)} cannot be read, expected numbers of reference frames such as '1,2,4'."
+            f"The candidates {quoted(text)} cannot be read, expected numbers of reference frames such as '1,2,4', or '1~1,2~1' "
+            "with neighbours up to 1 frame away."
         )
-    counts = sorted({int(part) for part in parts})
-    if len(counts) > MAX_CANDIDATES:
+    if len(found) > MAX_CANDIDATES:
         raise ValueError(
-            f"{len(counts)} candidates were given, expected at most {MAX_CANDIDATES}: each is computed in every layer."
+            f"{len(found)} candidates were given, expected at most {MAX_CANDIDATES}: each is computed in every layer."
         )
-    return tuple(counts)
+    return tuple(sorted(found, key=lambda pattern: (pattern.window, pattern.k)))
 
 
-def sparse_candidates(candidates: tuple[int, ...], frames: int) -> tuple[int, ...]:
+def sparse_candidates(candidates: tuple[TilePattern, ...], frames: int) -> tuple[TilePattern, ...]:
     """Those that leave something out of ``frames`` latent frames. Raises ValueError where none does."""
-    sparse = tuple(k for k in candidates if not TilePattern(k).is_full(frames))
+    sparse = tuple(pattern for pattern in candidates if not pattern.is_full(frames))
     if not sparse:
         raise ValueError(
-            f"The video has {frames} latent frames, so the candidates {', '.join(map(str, candidates))} all mean full "
+            f"The video has {frames} latent frames, so the candidates {', '.join(p.short_name for p in candidates)} all mean full "
             "attention. Use more frames or fewer reference frames."
         )
     return sparse

@@ -10,7 +10,7 @@ from ..plan import TilePlan
 def describe_plan(plan: TilePlan) -> str:
     """A few lines and a table, one row a layer: the pattern, and each candidate's relative error."""
     about = plan.provenance
-    errors = {int(k): values for k, values in about["errors"].items()}
+    errors = about["errors"]
     lines = [
         f"Plan: {plan.to_text()}",
         f"Attention FLOPs: {about['attention_flop_density']:.0%} of dense; "
@@ -21,8 +21,10 @@ def describe_plan(plan: TilePlan) -> str:
         if about[name]:
             lines.append(f"Full because {meaning}: layer {', '.join(map(str, about[name]))}")
     frames = plan.frames or 1
-    lines += ["", "layer  pattern  " + "  ".join(f"k={k:<6}" for k in errors)]
-    for i, pattern in enumerate(plan.patterns):
+    names = [pattern.name(frames) for pattern in plan.patterns]
+    width = max(map(len, ["pattern", *names]))
+    lines += ["", f"layer  {'pattern':<{width}}  " + "  ".join(f"k={k:<6}" for k in errors)]
+    for i, name in enumerate(names):
         row = "  ".join(f"{math.nan if values[i] is None else values[i]:<8.4f}" for values in errors.values())
-        lines.append(f"{i:>5}  {pattern.name(frames):<7}  {row}".rstrip())
+        lines.append(f"{i:>5}  {name:<{width}}  {row}".rstrip())
     return "\n".join(lines)

@@ -4,11 +4,11 @@ Speaks ComfyUI's attention-override protocol, as ``attention.override`` does, an
 on undisturbed. Only attention is computed again, one candidate after another, so memory is that of a dense run and
 one attention output.
 
-What is measured, for each self-attention call and each candidate of k reference frames:
-- the attention error ||A_k - A|| / ||A||: A is the dense output before the output projection, over batch, heads and
-  tokens, and A_k the candidate's on the same live q, k, v; the inputs are those of the dense run, so errors of earlier
-  layers do not add up.
-- with ``blocks.replay_blocks``, the block error ||B_k - B|| / ||B||: B is what the whole block returns, residual and
+What is measured, for each self-attention call and each candidate pattern p:
+- the attention error ||A_p - A|| / ||A||: A is the dense output before the output projection, over batch, heads and
+  tokens, and A_p the candidate's on the same live q, k, v; the inputs are those of the dense run, so errors of earlier
+  layers do not add up. In the same pass the part of each head h in it, ||A_p,h - A_h||^2 / ||A||^2.
+- with ``blocks.replay_blocks``, the block error ||B_p - B|| / ||B||: B is what the whole block returns, residual and
   feed-forward included.
 """
 
@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -43,39 +44,67 @@ EXACT = "frames"
 
 
 @dataclass
+class HeadErrors:
+    """Squared errors of a layer's heads relative to the layer, a mean over calls.
+
+    Where a layer's heads come in several calls, each of them is taken as its share of the heads.
+    """
+
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    calls: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def add(self, first: int, squared: np.ndarray) -> None:
+        """The heads (h,) of one call, from head ``first`` on."""
+        missing = max(first + len(squared) - len(self.sums), 0)
+        self.sums, self.calls = (np.pad(x, (0, missing)) for x in (self.sums, self.calls))
+        self.sums[first : first + len(squared)] += squared * len(squared)
+        self.calls[first : first + len(squared)] += 1
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(H,)"""
+        return self.sums / (np.maximum(self.calls, 1) * len(self.sums))
+
+
+@dataclass
 class ProbeRecord:
-    """What a probing run found: (layer, k) -> one value for each call. Safe to fill from several threads.
+    """What a probing run found: (layer, candidate) -> one value for each call. Safe to fill from several threads.
 
     ``timed``: also take the time of each attention call, which makes the run wait for the device.
     """
 
-    candidates: tuple[int, ...]
+    candidates: tuple[TilePattern, ...]
     timed: bool = False
     layout: TokenLayout | None = None
-    errors: dict[str, dict[tuple[int, int], list[float]]] = field(
+    errors: dict[str, dict[tuple[int, TilePattern], list[float]]] = field(
         default_factory=lambda: {m: defaultdict(list) for m in MEASURES}
     )
-    seconds: dict[tuple[int, int | None], list[float]] = field(default_factory=lambda: defaultdict(list))
+    heads: dict[tuple[int, TilePattern], HeadErrors] = field(default_factory=lambda: defaultdict(HeadErrors))
+    seconds: dict[tuple[int, TilePattern | None], list[float]] = field(default_factory=lambda: defaultdict(list))
     dense: Counter[str] = field(default_factory=Counter)
-    replaying: int | None = None
+    replaying: TilePattern | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def error(self, layer: int, k: int, measure: str = ATTENTION) -> float:
+    def error(self, layer: int, pattern: TilePattern, measure: str = ATTENTION) -> float:
         """Mean error of a layer over its calls; inf where one was not finite, NaN where there was none."""
-        found = self.errors[measure].get((layer, k))
+        found = self.errors[measure].get((layer, pattern))
         return sum(found) / len(found) if found else math.nan
 
-    def cost(self, layer: int, k: int) -> float:
+    def cost(self, layer: int, pattern: TilePattern) -> float:
         """Time of the candidate as a share of the layer's dense time, both at their fastest call."""
-        return min(self.seconds[layer, k]) / min(self.seconds[layer, DENSE])
+        return min(self.seconds[layer, pattern]) / min(self.seconds[layer, DENSE])
 
-    def add(self, measure: str, layer: int, k: int, error: float) -> None:
+    def add(self, measure: str, layer: int, pattern: TilePattern, error: float) -> None:
         with self.lock:
-            self.errors[measure][layer, k].append(error)
+            self.errors[measure][layer, pattern].append(error)
 
-    def add_seconds(self, layer: int, k: int | None, seconds: float) -> None:
+    def add_heads(self, layer: int, pattern: TilePattern, first: int, squared: np.ndarray) -> None:
         with self.lock:
-            self.seconds[layer, k].append(seconds)
+            self.heads[layer, pattern].add(first, squared)
+
+    def add_seconds(self, layer: int, pattern: TilePattern | None, seconds: float) -> None:
+        with self.lock:
+            self.seconds[layer, pattern].append(seconds)
 
     def add_dense(self, reason: str) -> None:
         with self.lock:
@@ -118,17 +147,18 @@ def make_probe_override(
             return dense.call(q, k, v, heads, mask, **form)
         padding = state.masked(mask)
         qh, kh, vh = (as_heads(x, heads, skip_reshape, padding) for x in (q, k, v))
-        if layer is None:
-            out = tile_attention(qh, kh, vh, layout, TilePattern(replaying), dense=dense, backend=EXACT)
+        if replaying is not None:
+            out = tile_attention(qh, kh, vh, layout, replaying, dense=dense, backend=EXACT)
             out = fill_in(out, padding)
             return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
+        assert layer is not None
         record.layout = record.layout or layout
         out = _timed(record, layer, DENSE, q, lambda: dense.call(q, k, v, heads, mask, **form))
         exact = as_heads(out, heads, skip_output_reshape, padding)
-        for count in record.candidates:
-            record.add(
-                ATTENTION, layer, count, _candidate_error(record, layer, count, (qh, kh, vh), exact, layout, dense)
-            )
+        for pattern in record.candidates:
+            error, of_heads = _candidate_errors(record, layer, pattern, (qh, kh, vh), exact, layout, dense)
+            record.add(ATTENTION, layer, pattern, error)
+            record.add_heads(layer, pattern, state.first_head, of_heads)
         if progress is not None:
             progress(layer)
         return out
@@ -138,59 +168,71 @@ def make_probe_override(
 
 def relative_error(approximate: Tensor, exact: Tensor) -> float:
     """||approximate - exact|| / ||exact|| over all elements of (B, H, ...); inf where anything is not finite."""
-    difference, total = torch.zeros(2, dtype=torch.float32, device=exact.device)
+    return relative_errors(approximate, exact)[0]
+
+
+def relative_errors(approximate: Tensor, exact: Tensor) -> tuple[float, np.ndarray]:
+    """As ``relative_error``, and the square of each head's part in it (H,); they sum to the square of the first."""
+    differences, total = [], torch.zeros((), dtype=torch.float32, device=exact.device)
     for a, e in zip(
         approximate.unbind(1), exact.unbind(1), strict=True
     ):  # a head at a time: the float32 copies stay small
-        difference = difference + (a.float() - e.float()).square().sum()
+        differences.append((a.float() - e.float()).square().sum())
         total = total + e.float().square().sum()
-    wrong, norm = (
-        math.sqrt(max(float(difference), 0.0)) if bool(difference.isfinite()) else math.inf,
-        float(total) ** 0.5,
-    )
+    wrong, norm = float(sum(differences)), float(total)
+    of_heads = torch.stack(differences).double().cpu().numpy()
     if not (math.isfinite(wrong) and math.isfinite(norm)):
-        return math.inf
-    return wrong / norm if norm else (math.inf if wrong else 0.0)
+        return math.inf, np.full(len(of_heads), math.inf)
+    if not norm:
+        return (math.inf if wrong else 0.0), np.where(of_heads > 0, math.inf, 0.0)
+    return math.sqrt(max(wrong, 0.0)) / norm**0.5, of_heads / norm
 
 
-def _candidate_error(
+def _candidate_errors(
     record: ProbeRecord,
     layer: int,
-    count: int,
+    pattern: TilePattern,
     qkv: Sequence[Tensor],
     exact: Tensor,
     layout: TokenLayout,
     dense: DenseCall,
-) -> float:
-    pattern = TilePattern(count)
+) -> tuple[float, np.ndarray]:
     if pattern.is_full(layout.grid.t):
-        return 0.0
+        return 0.0, np.zeros(exact.shape[1])
     q, k, v = qkv
     approximate = tile_attention(q, k, v, layout, pattern, dense=dense, backend=EXACT)
     if record.timed:
-        _time_candidate(record, layer, count, qkv, layout, dense)
-    return relative_error(approximate, exact)
+        _time_candidate(record, layer, pattern, qkv, layout, dense)
+    return relative_errors(approximate, exact)
 
 
 def _time_candidate(
-    record: ProbeRecord, layer: int, count: int, qkv: Sequence[Tensor], layout: TokenLayout, dense: DenseCall
+    record: ProbeRecord,
+    layer: int,
+    pattern: TilePattern,
+    qkv: Sequence[Tensor],
+    layout: TokenLayout,
+    dense: DenseCall,
 ) -> None:
     """Takes the time of the backend that a run would choose; where that is dense attention, dense attention's time."""
     q, k, v = qkv
-    pattern = TilePattern(count)
     backend = choose_backend(CallShape.of(q), layout, pattern, dense=dense, dense_name=dense.name)
     if backend == "dense":
-        record.add_seconds(layer, count, record.seconds[layer, DENSE][-1])
+        record.add_seconds(layer, pattern, record.seconds[layer, DENSE][-1])
     else:
-        _timed(record, layer, count, q, lambda: tile_attention(q, k, v, layout, pattern, dense=dense, backend=backend))
+        _timed(
+            record, layer, pattern, q, lambda: tile_attention(q, k, v, layout, pattern, dense=dense, backend=backend)
+        )
 
 
-def _timed(record: ProbeRecord, layer: int, k: int | None, like: Tensor, run: Callable[[], Tensor]) -> Tensor:
+def _timed(
+    record: ProbeRecord, layer: int, pattern: TilePattern | None, like: Tensor, run: Callable[[], Tensor]
+) -> Tensor:
     if not record.timed:
         return run()
     wait_for(like.device)
     start = time.perf_counter()
     out = run()
     wait_for(like.device)
-    record.add_seconds(layer, k, time.perf_counter() - start)
+    record.add_seconds(layer, pattern, time.perf_counter() - start)
     return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from ..attention import TokenLayout
 from ..attention.dense_call import DenseCall
 from ..attention.padding import as_heads
 from ..attention.state import FORWARD_KEY, ForwardState, Override
+from ..head_patterns import LayerPattern, head_groups
 from ..limits.quote import quoted
-from ..plan import parse_layers
+from ..plan.text import parse_layers
 from ..tiles import TilePattern
 from .calls import layer_of_call, layout_of_call
 
@@ -32,16 +34,21 @@ MAX_POSITIONS = 32 * 2**20  # of important positions remembered for one layer, a
 class TileMass:
     """One layer's attention.
 
-    share: (T, T), row i the mean share of the queries of frame i in each key frame. extra: (T,), their share in text
-    and other tokens; each row of both sums to 1. rows: query rows measured in each frame.
+    of_heads: (H, T, T), row i of a head the mean share of the queries of frame i in each key frame. extra: (T,), the
+    share of all heads in text and other tokens. rows: query rows measured in each frame.
     important: (R, H, T s) uint8, for a few query rows the smallest of LEVELS whose positions hold a key, len(LEVELS)
     for none.
     """
 
-    share: Tensor
+    of_heads: Tensor
     extra: Tensor
     rows: int
     important: Tensor
+
+    @cached_property
+    def share(self) -> Tensor:
+        """(T, T), the mean over the heads; each row of it and of ``extra`` sums to 1."""
+        return self.of_heads.mean(0)
 
     @property
     def diagonal(self) -> float:
@@ -54,9 +61,12 @@ class TileMass:
         frames = len(self.share)
         return float(self.share.sum() - self.share.diagonal().sum()) / (frames * (frames - 1)) if frames > 1 else 0.0
 
-    def kept(self, pattern: TilePattern) -> float:
-        """Share of the mass in the tiles that ``pattern`` computes, text included, 0 to 1."""
-        return float((self.share * kept_tiles(pattern, len(self.share))).sum(1).mean() + self.extra.mean())
+    def kept(self, pattern: LayerPattern) -> float:
+        """Share of the mass in the tiles that ``pattern`` computes, each head its own, text included, 0 to 1."""
+        frames, kept = len(self.share), torch.zeros_like(self.share)
+        for alike, heads in head_groups(pattern, len(self.of_heads)).items():
+            kept += self.of_heads[list(heads)].sum(0) * kept_tiles(alike, frames) / len(self.of_heads)
+        return float(kept.sum(1).mean() + self.extra.mean())
 
     def overlap(self, other: TileMass) -> tuple[float, ...]:
         """For each of LEVELS, 2 |A and B| / (|A| + |B|) of the key positions that hold that share of a query's video
@@ -130,26 +140,28 @@ def tile_mass(q: Tensor, k: Tensor, layout: TokenLayout, rows: int = 64, max_byt
     share, extra, important = [], [], []
     for frame in range(grid.t):
         at = start + frame * grid.tokens_per_frame + inside
-        sums = torch.zeros(grid.t + 1, device=q.device)
+        of_heads, elsewhere = torch.zeros(q.shape[1], grid.t, device=q.device), torch.zeros((), device=q.device)
         for begin in range(0, rows, chunk):
             weights = _softmax_rows(q[:, :, at[begin : begin + chunk]], k)
             video = weights[..., start : start + grid.tokens]
-            sums[:-1] += reduce(video, "b h c (t s) -> t", "sum", t=grid.t)
-            sums[-1] += weights.sum() - video.sum()
+            of_heads += reduce(video, "b h c (t s) -> h t", "sum", t=grid.t)
+            elsewhere += weights.sum() - video.sum()
             wanted = [r - begin for r in remembered if begin <= r < begin + chunk]
             important += [_levels(video[0, :, r]) for r in wanted]
-        sums /= rows * q.shape[0] * q.shape[1]
-        share.append(sums[:-1].cpu())
-        extra.append(sums[-1].cpu())
-    return TileMass(torch.stack(share), torch.stack(extra), rows, torch.stack(important))
+        share.append(of_heads.cpu() / (rows * q.shape[0]))
+        extra.append(elsewhere.cpu() / (rows * q.shape[0] * q.shape[1]))
+    return TileMass(torch.stack(share, 1), torch.stack(extra), rows, torch.stack(important))
 
 
-def kept_tiles(pattern: TilePattern, frames: int) -> Tensor:
-    """(T, T) bool: the tiles that ``pattern`` computes."""
-    kept = torch.eye(frames, dtype=torch.bool)
-    references = list(pattern.reference_frames(frames))
-    kept[references, :] = True
-    kept[:, references] = True
+def kept_tiles(pattern: LayerPattern, frames: int) -> Tensor:
+    """(T, T) bool: the tiles that any head computes under ``pattern``."""
+    kept = torch.zeros(frames, frames, dtype=torch.bool)
+    for alike in [pattern] if isinstance(pattern, TilePattern) else pattern.groups:
+        references = list(alike.reference_frames(frames))
+        kept[references, :] = True
+        kept[:, references] = True
+        for frame, seen in alike.neighbours(frames).items():
+            kept[frame, list(seen)] = True
     return kept
 
 

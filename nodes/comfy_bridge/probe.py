@@ -21,6 +21,7 @@ from ...efficient_vdit_core.attention.state import Override
 from ...efficient_vdit_core.plan import TilePlan
 from ...efficient_vdit_core.search import (
     ProbeRecord,
+    check_groups,
     check_target,
     make_probe_override,
     parse_candidates,
@@ -53,19 +54,21 @@ def search_plan(
     costs: str,
     error: str,
     sigmas: Tensor | None,
+    head_groups: int = 1,
 ) -> TilePlan:
     """A plan for MODEL from one dense sampling with Euler steps, each of which is measured in every layer.
 
     ``sigmas`` (default: ``probes`` steps of the model's own schedule) are the noise levels, and ``latent`` is noised to
     the first of them. Where it has a noise mask, as image to video and guide frames do, that is kept to, as in
-    sampling. ``negative`` None samples without guidance. Raises ValueError where the model is unknown or
-    nothing fits.
+    sampling. ``negative`` None samples without guidance. ``head_groups``: at most as many patterns in a layer,
+    over its heads. Raises ValueError where the model is unknown or nothing fits.
     """
     family, network = _known_family(model)
-    counts, depth = parse_candidates(candidates), family.depth(network)
+    check_groups(head_groups, error)
+    patterns, depth = parse_candidates(candidates), family.depth(network)
     start, mask = _latent(model, latent, empty=sigmas is None), latent.get("noise_mask")
     frames = _video(start).shape[2]
-    record = ProbeRecord(sparse_candidates(counts, frames), timed=costs == "measured")
+    record = ProbeRecord(sparse_candidates(patterns, frames), timed=costs == "measured")
     check_target(threshold, speedup, record.candidates, frames)
     levels = _schedule(model, probes) if sigmas is None else sigmas
     if len(levels) < 2:
@@ -92,6 +95,7 @@ def search_plan(
         speedup=speedup,
         measure=error,
         costs=costs,
+        groups=head_groups,
         about=about,
     )
 

@@ -1,5 +1,5 @@
-"""The page's rules for plans are those of the engine: web/js/plan_text.js beside plan.py and tiles.py, run by
-Node.js."""
+"""The page's rules for plans are those of the engine: web/js/plan_text.js and pattern.js beside plan/text.py, tiles.py and
+head_patterns.py, run by Node.js."""
 
 import json
 import re
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.plan.text import write_layers
 from efficient_vdit_core.tiles import TilePattern
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +32,12 @@ GOOD = [
     "0:full",
     "0:full 1-4:2:6 5-31:1:7",
     "0-3:0:8",
+    "0:1:7~1 1-2:2:6~2",
+    "all:2~1 -1:full",
+    "0:[0,3]1:7~1[1]full[2]2:6[4]0:8~2 1:2:6~1 2:full",
+    "0-1:[0-2]1[3]full",
+    "0:[0]1[1]1 1:2~0",
+    "0:[1]2~1[0]1",
 ]
 GOOD += [" 1:2  0:FULL ", "0:7:1"]
 BAD = [
@@ -46,14 +54,32 @@ BAD = [
     "0",
     "0:2;1:3",
 ]
-BAD += ["0:99999", "0-1024:2"]
+BAD += [
+    "0:99999",
+    "0-1024:2",
+    "0:1~999",
+    "0:1~",
+    "0:[0-1]1[3]full",
+    "0:[0-1]1[1]full",
+    "0:[1-0]1",
+    "0:[0-9999]1",
+    "0:[]1",
+]
+BAD += [
+    "0:[0]1[1]2:6[2]2:7",
+    "0:[0]1:7[1]full 1:[0]1:7[1]2:6[2]full",
+    "all:[0]1[1]full",
+    "all:1 0:[0]1[1]full",
+    "0:[0]1[x]2",
+]
 
 
 def in_node(body: str, data) -> list:
     """The JSON that a JavaScript function body returns for the data, with the module's functions in scope."""
-    module = (ROOT / "web" / "js" / "plan_text.js").as_uri()
-    names = "parsePlan, formatPlan, layerPattern, referenceFrames, density, patternName, cycleLayer, writeOut, isFull"
-    code = f"import {{ {names} }} from '{module}';\nconst data = {json.dumps(data)};\nconsole.log(JSON.stringify((() => {{ {body} }})()));"
+    plans, tiles = ((ROOT / "web" / "js" / name).as_uri() for name in ("plan_text.js", "pattern.js"))
+    code = f"import {{ parsePlan, formatPlan, layerPattern, cycleLayer, writeOut }} from '{plans}';\n"
+    code += f"import {{ referenceFrames, density, patternName, isFull }} from '{tiles}';\n"
+    code += f"const data = {json.dumps(data)};\nconsole.log(JSON.stringify((() => {{ {body} }})()));"
     done = subprocess.run(
         [NODE or "node", "--input-type=module", "-e", code], capture_output=True, text=True, timeout=60
     )
@@ -61,8 +87,10 @@ def in_node(body: str, data) -> list:
     return json.loads(done.stdout)
 
 
-def patterns(plan: TilePlan, depth: int) -> list[int | None]:
-    return [plan.pattern(i, depth).k for i in range(len(plan.patterns) or depth)]
+def patterns(plan: TilePlan, depth: int) -> list[str]:
+    """The patterns' short names, as the page holds them."""
+    every = [plan.pattern(i, depth) for i in range(len(plan.patterns) or depth)]
+    return [write_layers([pattern], None).removeprefix("0:") for pattern in every]
 
 
 @needs_node
@@ -87,12 +115,22 @@ def test_both_refuse_the_same_text():
 
 @needs_node
 def test_both_place_the_same_reference_frames():
-    cases = [(k, frames) for frames in range(1, 30) for k in [None, *range(frames + 2)]]
-    body = "return data.map(([k, t]) => [referenceFrames(k, t), density(k, t), patternName(k, t)])"
-    for (k, frames), (found, share, name) in zip(cases, in_node(body, cases), strict=True):
-        pattern = TilePattern(k)
-        assert found == list(pattern.reference_frames(frames)) and name == pattern.name(frames), (k, frames)
-        assert share == pytest.approx(pattern.density(frames))
+    names = [(str(k), w) for k in range(31) for w in (0, 1, 3)]
+    every = [k + (f"~{w}" if w else "") for k, w in names]
+    cases = [
+        (p, frames)
+        for frames in range(1, 30)
+        for p in ["full", *every]
+        if p == "full" or int(p.split("~")[0]) < frames + 2
+    ]
+    body = "return data.map(([k, t]) => [referenceFrames(k, t), density(k, t), patternName(k, t), isFull(k, t)])"
+    for (text, frames), (found, share, name, full) in zip(cases, in_node(body, cases), strict=True):
+        pattern = TilePattern.parse(text)
+        assert found == list(pattern.reference_frames(frames)) and name == pattern.name(frames), (text, frames)
+        assert share == pytest.approx(pattern.density(frames)) and full == pattern.is_full(frames)
+    mixed = by_head([TilePattern(2), TilePattern(1, window=1), TilePattern(None), TilePattern(2)])
+    name = write_layers([mixed], None).removeprefix("0:")
+    assert in_node("return density(data, 9)", name) == pytest.approx(mixed.density(9))
 
 
 @needs_node
@@ -101,7 +139,7 @@ def test_cycling_changes_one_layer_and_comes_round():
     body = """const [text, back] = data, found = []; let plan = parsePlan(text);
         for (let i = 0; i < 12; i++) { plan = cycleLayer(plan, 2, 5, plan.frames ?? 21, back); found.push(formatPlan(plan)); }
         return found"""
-    for start in ("0-4:2:19", "0-4:full", "all:2", "all:2 -3:full", "all:3 1-3:full"):
+    for start in ("0-4:2:19", "0-4:full", "all:2", "all:2 -3:full", "all:3 1-3:full", "0-4:[0]1:19~1[1]2:18"):
         before = patterns(TilePlan.from_text(start), 5)
         for back in (False, True):
             texts = in_node(body, (start, back))

@@ -40,10 +40,11 @@ def triton_device():
     dispatch._statuses.cache_clear()
 
 
-def masked_scores(q, k, frames, tokens_per_frame, references, prefix=0, suffix=0):
+def masked_scores(q, k, frames, tokens_per_frame, references, prefix=0, suffix=0, window=0):
     """Scores under the arrow mask from its definition: an explicit N x N mask, -inf where it hides, all in float64.
 
-    Written apart from the engine; ``references`` is the list of reference frames.
+    Written apart from the engine; ``references`` is the list of reference frames. A frame sees those at most ``window``
+    away.
     """
     count = prefix + frames * tokens_per_frame + suffix
     owner = [-1] * prefix + [f for f in range(frames) for _ in range(tokens_per_frame)] + [-1] * suffix
@@ -51,7 +52,7 @@ def masked_scores(q, k, frames, tokens_per_frame, references, prefix=0, suffix=0
     live = torch.zeros(count, count, dtype=torch.bool)
     for i in range(count):
         for j in range(count):
-            live[i, j] = owner[i] == owner[j] or sees_all[i] or sees_all[j]
+            live[i, j] = abs(owner[i] - owner[j]) <= window or sees_all[i] or sees_all[j]
     scores = q.double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5
     return scores.masked_fill(~live.to(q.device), float("-inf"))
 

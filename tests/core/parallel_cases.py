@@ -9,6 +9,7 @@ from parallel_ranks import neighbour
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, make_attention_override
 from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.models.opensora_plan.config import OSP_29X720P
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.parallel.sharding.attend import sharded_attention
@@ -70,6 +71,34 @@ def attention_errors(rank, ranks):
                     found[f"T={frames} k={k} {name} plain rb"] = worst(
                         reference_broadcast_attention(*mine, shard, pattern, wire), want
                     )
+    return found
+
+
+def head_errors(rank, ranks):
+    """Worst error on this rank's tokens for a layer whose heads differ, with neighbours: they go by Ulysses."""
+    wire, found = Wire(), {}
+    oracle = neighbour("conftest").masked_attention
+    every = [
+        TilePattern(1, window=1),
+        TilePattern(2),
+        TilePattern(1, window=1),
+        TilePattern(None),
+        TilePattern(0, window=2),
+    ]
+    pattern = by_head(every)
+    for frames, (prefix, suffix) in ((5, (3, 2)), (8, (0, 0)), (21, (0, 4))):
+        layout = TokenLayout(TokenGrid(frames, *GRID), prefix, suffix)
+        qkv = tensors(layout)
+        grid = (frames, layout.grid.tokens_per_frame)
+        heads = [[x[:, h : h + 1] for x in qkv] for h in range(HEADS)]
+        want = torch.cat([
+            oracle(*heads[h], *grid, p.reference_frames(frames), prefix, suffix, p.window) for h, p in enumerate(every)
+        ], 1)  # fmt: skip
+        shard = choose_shard(layout, ranks, [pattern, TilePattern(2)])
+        mine = [take(x, shard.spans[rank], 2) for x in qkv]
+        for scheme in ("auto", "rb"):
+            got = sharded_attention(*mine, shard, pattern, wire, scheme=scheme)
+            found[f"T={frames} by head {scheme}"] = worst(got, take(want, shard.spans[rank], 2))
     return found
 
 
@@ -172,7 +201,8 @@ def model_errors(rank, ranks):
 
 def everything(rank, ranks):
     return {
-        case.__name__: case(rank, ranks) for case in (attention_errors, half_errors, bytes_sent, order, model_errors)
+        case.__name__: case(rank, ranks)
+        for case in (attention_errors, head_errors, half_errors, bytes_sent, order, model_errors)
     }
 
 

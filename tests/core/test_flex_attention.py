@@ -21,7 +21,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def arrow_mask(layout, k):
+def arrow_mask(layout, k, window=0):
     """The N x N mask, token by token."""
     size, references = layout.grid.tokens_per_frame, TilePattern(k).reference_frames(layout.grid.t)
 
@@ -33,17 +33,17 @@ def arrow_mask(layout, k):
         return frame(token) is None or frame(token) in references
 
     n = range(layout.tokens)
-    return torch.tensor([[shared(i) or shared(j) or frame(i) == frame(j) for j in n] for i in n])
+    return torch.tensor([[shared(i) or shared(j) or abs(frame(i) - frame(j)) <= window for j in n] for i in n])
 
 
 @pytest.mark.parametrize(("grid", "prefix", "suffix"), SHAPES)
-@pytest.mark.parametrize("k", [0, 1, 2, None])
-def test_the_block_mask_is_what_sampling_every_pair_finds(grid, prefix, suffix, k):
+@pytest.mark.parametrize(("k", "window"), [(0, 0), (1, 0), (2, 0), (None, 0), (0, 1), (1, 1), (2, 2)])
+def test_the_block_mask_is_what_sampling_every_pair_finds(grid, prefix, suffix, k, window):
     from torch.nn.attention.flex_attention import create_block_mask
 
     layout = TokenLayout(TokenGrid(*grid), prefix, suffix)
-    mask, count, n = arrow_mask(layout, k), -(-layout.tokens // 8), layout.tokens
-    ours = block_mask(layout, TilePattern(k), CPU, 8)
+    mask, count, n = arrow_mask(layout, k, window), -(-layout.tokens // 8), layout.tokens
+    ours = block_mask(layout, TilePattern(k, window=window), CPU, 8)
     sampled = create_block_mask(lambda b, h, i, j: mask[i, j], None, None, n, n, device="cpu", BLOCK_SIZE=8)
     assert ours.seq_lengths == sampled.seq_lengths == (n, n) and torch.equal(ours.to_dense(), sampled.to_dense())
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):

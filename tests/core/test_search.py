@@ -23,7 +23,7 @@ from efficient_vdit_core.search import (
     replay_blocks,
 )
 from efficient_vdit_core.search.probe import BLOCK
-from efficient_vdit_core.tiles import TokenGrid
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 FRAMES, SIZE, HEADS, DIM = 6, 3, 2, 8
 LAYOUT = TokenLayout(TokenGrid(FRAMES, 1, SIZE), suffix=2)
@@ -69,8 +69,12 @@ def clip(seed=0):
     return torch.randn(2, LAYOUT.tokens, HEADS * DIM, generator=torch.Generator().manual_seed(seed))
 
 
+def patterns(*counts):
+    return tuple(map(TilePattern, counts))
+
+
 def probed(model=None, candidates=(0, 1, 2), blocks=False, **changes):
-    model, record = model or Model(), ProbeRecord(candidates, **changes)
+    model, record = model or Model(), ProbeRecord(patterns(*candidates), **changes)
     override = make_probe_override(record)
     with replay_blocks(model.blocks if blocks else [], record):
         for seed in range(2):
@@ -90,7 +94,7 @@ def test_exactly_the_layers_that_look_at_other_frames_stay_full():
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_the_run_goes_on_undisturbed(blocks):
-    model, record = Model(), ProbeRecord((0, 1))
+    model, record = Model(), ProbeRecord(patterns(0, 1))
     dense = model(clip(), lambda func, *a, **k: func(*a, **k))
     with replay_blocks(model.blocks if blocks else [], record):
         assert torch.equal(model(clip(), make_probe_override(record)), dense)
@@ -99,7 +103,7 @@ def test_the_run_goes_on_undisturbed(blocks):
 
 @pytest.mark.parametrize("k", [0, 1, 2])
 def test_errors_are_those_of_the_masked_oracle(oracle, k):
-    record, seen = ProbeRecord((k,)), []
+    record, seen = ProbeRecord(patterns(k)), []
 
     def previous(func, q, keys, v, heads, **kwargs):
         if len(seen) < 1:
@@ -110,7 +114,7 @@ def test_errors_are_those_of_the_masked_oracle(oracle, k):
     references = {0: [], 1: [0], 2: [0, 3]}[k]
     want = oracle(*seen, FRAMES, SIZE, references, 0, 2)
     dense = oracle(*seen, FRAMES, SIZE, range(FRAMES), 0, 2)
-    assert record.error(0, k) == pytest.approx(float((want - dense).norm() / dense.norm()), rel=1e-4)
+    assert record.error(0, TilePattern(k)) == pytest.approx(float((want - dense).norm() / dense.norm()), rel=1e-4)
 
 
 def test_block_errors_are_those_of_a_run_with_that_block_sparse():
@@ -122,14 +126,14 @@ def test_block_errors_are_those_of_a_run_with_that_block_sparse():
         sparse = make_attention_override(TilePlan.uniform(1), AttentionReport())
         want = model.blocks[layer](x.clone(), {OVERRIDE_KEY: sparse, FORWARD_KEY: ForwardState(LAYOUT)})
         dense = model.blocks[layer](x.clone(), {})
-        assert record.errors[BLOCK][layer, 1][0] == pytest.approx(
+        assert record.errors[BLOCK][layer, TilePattern(1)][0] == pytest.approx(
             float((want - dense).norm() / dense.norm()), rel=1e-4, abs=1e-6
         )
     assert [p.k for p in plan(record, layers=2, threshold=0.05, measure=BLOCK).patterns] == [0, None]
 
 
 def test_cancelling_leaves_nothing_behind():
-    model, record = Model(), ProbeRecord((0, 1))
+    model, record = Model(), ProbeRecord(patterns(0, 1))
 
     def stop(layer):
         if layer == 2:
@@ -166,16 +170,17 @@ def test_the_same_run_gives_the_same_bytes():
 
 def test_measured_costs_decide_where_they_are_asked_for():
     record = probed(timed=True)
-    assert set(record.seconds) == {(i, k) for i in range(5) for k in (None, 0, 1, 2)}
+    assert set(record.seconds) == {(i, k) for i in range(5) for k in (None, *patterns(0, 1, 2))}
     for i in range(5):
-        record.seconds[i, None], record.seconds[i, 0], record.seconds[i, 1] = [1.0], [2.0], [0.9]
+        for k, seconds in zip((None, *patterns(0, 1)), (1.0, 2.0, 0.9), strict=True):
+            record.seconds[i, k] = [seconds]
     chosen = plan(record, threshold=0.05, costs="measured")
     assert chosen.patterns[0].k != 0  # sparser, yet slower than dense here
     assert chosen.provenance["measured_costs"]["0"] == [2.0] * 5
 
 
 def test_nothing_to_search_says_why():
-    record = ProbeRecord((1,))
+    record = ProbeRecord(patterns(1))
     Model()(clip(), make_probe_override(record), TokenLayout(TokenGrid(1, 4, 5)))
     with pytest.raises(ValueError, match="5 a single frame"):
         plan(record, threshold=0.1)
@@ -237,7 +242,7 @@ def test_targets_that_mean_nothing_are_refused(value):
 
 
 def test_candidates_are_read():
-    assert parse_candidates(" 4,1, 2,1") == (1, 2, 4)
+    assert parse_candidates(" 4,1, 2,1") == patterns(1, 2, 4)
     for text in ("", "1,", "a", "-1", "1.5", "1;2", ",".join(map(str, range(17)))):
         with pytest.raises(ValueError, match="candidates"):
             parse_candidates(text)

@@ -12,10 +12,14 @@ from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.search import ProbeRecord, make_probe_override, replay_blocks
 from efficient_vdit_core.search import probe as probe_module
 from efficient_vdit_core.search.tile_mass import MassRecord, make_mass_override
-from efficient_vdit_core.tiles import TokenGrid
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 HEADS, DIM = 4, 32
 LAYOUT = TokenLayout(TokenGrid(8, 8, 16), suffix=16)
+
+
+def patterns(*counts):
+    return tuple(map(TilePattern, counts))
 
 
 class PeakBytes(TorchDispatchMode):
@@ -71,8 +75,8 @@ def test_the_search_holds_one_more_attention_output_whatever_the_candidates(monk
     """Beside it the copies of one candidate: queries and keys of the reference frames, and the float32 copies of a
     head."""
     monkeypatch.setattr(frames, "_CPU_BYTES", 2**16)  # the bound on the copies that a sparse run makes as well
-    few = peak(make_probe_override(ProbeRecord((1,))))
-    many = peak(make_probe_override(ProbeRecord((0, 1, 2, 3))))
+    few = peak(make_probe_override(ProbeRecord(patterns(1))))
+    many = peak(make_probe_override(ProbeRecord(patterns(0, 1, 2, 3))))
     assert few <= peak(dense) + 3 * ATTENTION_OUTPUT
     assert many <= few + 2 * ATTENTION_OUTPUT
     score_matrix = HEADS * LAYOUT.tokens**2 * 4
@@ -89,12 +93,12 @@ def test_the_tile_map_never_holds_all_weights():
 
 def test_errors_are_the_pattern_s_even_where_dense_attention_is_faster(monkeypatch):
     monkeypatch.setattr(probe_module, "choose_backend", lambda *args, **kwargs: "dense")
-    record, timed = ProbeRecord((1,)), ProbeRecord((1,), timed=True)
+    record, timed = ProbeRecord(patterns(1)), ProbeRecord(patterns(1), timed=True)
     for each in (record, timed):
         torch.manual_seed(0)
         peak(make_probe_override(each), blocks=1)
-    assert record.error(0, 1) == timed.error(0, 1) > 0.1
-    assert timed.cost(0, 1) == 1.0  # never chosen: a run would take dense attention
+    assert record.error(0, TilePattern(1)) == timed.error(0, TilePattern(1)) > 0.1
+    assert timed.cost(0, TilePattern(1)) == 1.0  # never chosen: a run would take dense attention
 
 
 def test_the_trial_behind_a_measured_cost_is_the_run_s_own(monkeypatch):
@@ -113,7 +117,7 @@ def test_the_trial_behind_a_measured_cost_is_the_run_s_own(monkeypatch):
         return (q @ k.transpose(1, 2) / dim**0.5).softmax(-1).bmm(v).unflatten(0, (batch, heads))
 
     monkeypatch.setattr(probe_module, "choose_backend", choose)
-    layout, record = TokenLayout(TokenGrid(4, 1, 3)), ProbeRecord((1,), timed=True)
+    layout, record = TokenLayout(TokenGrid(4, 1, 3)), ProbeRecord(patterns(1), timed=True)
     override = make_probe_override(record, previous=lambda func, *args, **kwargs: func(*args, **kwargs))
     qkv = torch.randn(3, 1, HEADS, layout.tokens, DIM)
     override(
@@ -124,7 +128,7 @@ def test_the_trial_behind_a_measured_cost_is_the_run_s_own(monkeypatch):
         skip_output_reshape=True,
         transformer_options={FORWARD_KEY: ForwardState(layout)},
     )
-    assert names == ["<lambda> over by_argument"] and record.cost(0, 1) == 1.0
+    assert names == ["<lambda> over by_argument"] and record.cost(0, TilePattern(1)) == 1.0
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -157,8 +161,8 @@ def test_padded_text_is_left_out_of_the_comparison(blocks, layout, padding, with
         (x, mask, ForwardState(layout, padding=padding)),
         (x[:, real], None, ForwardState(without)),
     ):
-        record, block = ProbeRecord((0, 1)), Masked(m)
+        record, block = ProbeRecord(patterns(0, 1)), Masked(m)
         with replay_blocks([block] if blocks else [], record):
             block(tokens, {OVERRIDE_KEY: make_probe_override(record), FORWARD_KEY: state})
-        found.append([record.error(0, k, "block" if blocks else "attention") for k in (0, 1)])
+        found.append([record.error(0, TilePattern(k), "block" if blocks else "attention") for k in (0, 1)])
     assert found[0] == pytest.approx(found[1], rel=1e-4) and min(found[0]) > 0.05

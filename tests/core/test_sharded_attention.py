@@ -11,7 +11,7 @@ from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.parallel.sharding.layout import Shard, by_frames, by_references, by_tokens, choose_shard
 from efficient_vdit_core.parallel.sharding.partial import kernel_for
 from efficient_vdit_core.parallel.sharding.roles import roles
-from efficient_vdit_core.parallel.sharding.traffic import choose_scheme, rb_bytes, ulysses_bytes
+from efficient_vdit_core.parallel.sharding.traffic import rb_bytes, scheme_of, ulysses_bytes
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -30,6 +30,14 @@ def test_every_layout_and_scheme_equals_the_oracle(facts):
     ranks, results = facts
     errors = {name: max(r["attention_errors"][name] for r in results) for name in results[0]["attention_errors"]}
     assert len(errors) > 150
+    assert not {name: error for name, error in errors.items() if error > 1e-5}
+
+
+def test_heads_that_differ_and_windows_equal_the_oracle(facts):
+    """Each rank's heads have their own patterns under Ulysses; RB, which was asked for, gives way to it."""
+    _, results = facts
+    errors = {name: max(r["head_errors"][name] for r in results) for name in results[0]["head_errors"]}
+    assert len(errors) == 6
     assert not {name: error for name, error in errors.items() if error > 1e-5}
 
 
@@ -130,7 +138,7 @@ def test_the_layout_follows_the_frames(frames, ranks, k, kind):
 @pytest.mark.parametrize(("frames", "ranks", "k", "scheme"), CHOICES)
 def test_auto_is_rb_where_k_times_p_is_below_t(frames, ranks, k, scheme):
     layout = TokenLayout(TokenGrid(frames, 30, 32))
-    assert choose_scheme(by_frames(layout, ranks), TilePattern(k), 24, 96, 2) == scheme
+    assert scheme_of("auto", by_frames(layout, ranks), TilePattern(k), 24, 96, 2) == scheme
 
 
 def test_only_cut_frames_have_peers():

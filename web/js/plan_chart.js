@@ -1,6 +1,7 @@
 /** The chart of a plan: layers x density, the tiles of one layer, and what the last run measured. Plain DOM and SVG. */
 
-import { density, isFull, layerPattern, patternName, referenceFrames } from "./plan_text.js";
+import { density, FULL, headGroups, isFull, patternName, readableName, referenceFrames, tileKinds } from "./pattern.js";
+import { layerPattern } from "./plan_text.js";
 import { STYLE } from "./plan_style.js";
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -75,7 +76,7 @@ export class PlanChart {
     this.summary.classList.toggle("note", !state.plan);
     if (!state.plan) return;
     this.patterns = [...Array(state.depth).keys()].map((i) => layerPattern(state.plan, i, state.depth));
-    const telling = this.patterns.findIndex((k) => !isFull(k, state.frames));
+    const telling = this.patterns.findIndex((pattern) => !isFull(pattern, state.frames));
     this.selected = Math.min(this.chosen ?? Math.max(telling, 0), state.depth - 1);
     this.drawSummary();
     this.drawBars();
@@ -85,21 +86,23 @@ export class PlanChart {
     this.drawMeasured();
   }
 
-  /** Sparse patterns by falling density, with full first: the colour of each is its place here. */
+  /** Sparse patterns of all heads by falling density, with full first: the colour of each is its place here. */
   ranks() {
     const { frames } = this.state;
-    const sparse = [...new Set(this.patterns.filter((k) => !isFull(k, frames)))].sort((a, b) => b - a);
-    return this.patterns.some((k) => isFull(k, frames)) ? [null, ...sparse] : sparse;
+    const every = this.patterns.flatMap((pattern) => headGroups(pattern).map((group) => group.pattern));
+    const sparse = [...new Set(every.filter((pattern) => !isFull(pattern, frames)))];
+    sparse.sort((a, b) => density(b, frames) - density(a, frames));
+    return every.some((pattern) => isFull(pattern, frames)) ? [FULL, ...sparse] : sparse;
   }
 
-  color(k) {
-    if (isFull(k, this.state.frames)) return "var(--pattern-full)";
-    const sparse = this.ranks().filter((rank) => rank !== null);
-    return `var(--pattern-${sparse.reverse().indexOf(k) % COLORS})`;
+  color(pattern) {
+    if (isFull(pattern, this.state.frames)) return "var(--pattern-full)";
+    const sparse = this.ranks().filter((rank) => rank !== FULL);
+    return `var(--pattern-${sparse.reverse().indexOf(pattern) % COLORS})`;
   }
 
   mean() {
-    return this.patterns.reduce((sum, k) => sum + density(k, this.state.frames), 0) / this.patterns.length;
+    return this.patterns.reduce((sum, pattern) => sum + density(pattern, this.state.frames), 0) / this.patterns.length;
   }
 
   drawSummary() {
@@ -110,11 +113,10 @@ export class PlanChart {
     const { depth, frames, editable, measured } = this.state;
     this.bars.setAttribute("viewBox", `0 0 ${depth} 100`);
     this.bars.setAttribute("aria-label", this.say(editable ? "layersEditable" : "layers"));
-    const columns = this.patterns.map((k, i) => {
-      const height = 100 * density(k, frames);
+    const columns = this.patterns.map((pattern, i) => {
       const option = make("g", { id: `layer-${i}`, role: "option", "aria-label": this.layerText(i), class: "column" });
       option.append(make("rect", { class: "hit", x: i, y: 0, width: 1, height: 100 }));
-      option.append(make("rect", { x: i + 0.09, y: 100 - height, width: 0.82, height, style: `fill: ${this.color(k)}` }));
+      option.append(...this.bar(pattern, i));
       option.addEventListener("pointerenter", () => this.hover(i));
       option.addEventListener("click", (event) => this.cycle(i, event.shiftKey));
       return option;
@@ -129,12 +131,29 @@ export class PlanChart {
     this.axis.replaceChildren(make("span", {}, "0"), make("span", {}, this.say("axis")), make("span", {}, String(depth - 1)));
   }
 
+  /** A layer's bar, split by its groups of heads; the height of each is its part of the attention that is computed. */
+  bar(pattern, layer) {
+    const groups = headGroups(pattern);
+    const heads = groups.reduce((sum, { count }) => sum + count, 0);
+    let y = 100;
+    return groups.map((group) => {
+      const height = (100 * density(group.pattern, this.state.frames) * group.count) / heads;
+      y -= height;
+      return make("rect", { class: "bar", x: layer + 0.09, y, width: 0.82, height, style: `fill: ${this.color(group.pattern)}` });
+    });
+  }
+
   drawLegend() {
     const { frames, measured } = this.state;
-    const entries = this.ranks().map((k) => {
-      const count = this.patterns.filter((other) => patternName(other, frames) === patternName(k, frames)).length;
-      const name = k === null ? this.say("full") : patternName(k, frames);
-      return make("span", {}, make("i", { style: `background: ${this.color(k)}` }), `${name} × ${count}`);
+    const entries = this.ranks().map((pattern) => {
+      const share = (other) => {
+        const groups = headGroups(other);
+        const alike = groups.filter((group) => patternName(group.pattern, frames) === patternName(pattern, frames));
+        return alike.reduce((sum, { count }) => sum + count, 0) / groups.reduce((sum, { count }) => sum + count, 0);
+      };
+      const layers = this.patterns.reduce((sum, other) => sum + share(other), 0);
+      const name = pattern === FULL ? this.say("full") : patternName(pattern, frames);
+      return make("span", {}, make("i", { style: `background: ${this.color(pattern)}` }), `${name} × ${Number(layers.toFixed(1))}`);
     });
     if (measured?.density) entries.push(make("span", {}, make("i", { class: "dashed" }), this.say("measuredLegend")));
     this.legend.replaceChildren(...entries);
@@ -148,28 +167,35 @@ export class PlanChart {
       column.setAttribute("aria-selected", String(i === this.selected));
     }
     this.bars.setAttribute("aria-activedescendant", `layer-${this.selected}`);
-    const k = this.patterns[layer];
-    drawTiles(this.tiles, k, frames);
-    this.tiles.setAttribute("aria-label", `${this.layerText(layer)}. ${this.referenceText(k)}`);
+    const pattern = this.patterns[layer];
+    drawTiles(this.tiles, pattern, frames);
+    this.tiles.setAttribute("aria-label", `${this.layerText(layer)}. ${this.referenceText(pattern)}`);
     const key = (kind) => make("span", {}, make("i", { class: kind }), this.say(kind));
     this.detail.replaceChildren(
       make("b", {}, this.say("layerName", { layer })),
-      make("span", {}, `${isFull(k, frames) ? this.say("full") : patternName(k, frames)}, ${percent(density(k, frames))}`),
+      make("span", {}, `${this.nameOf(pattern)}, ${percent(density(pattern, frames))}`),
       key("reference"), key("own"), key("skipped"),
       ...(editable ? [make("em", {}, this.say("hint"))] : []),
     );
   }
 
-  layerText(layer) {
+  nameOf(pattern) {
     const { frames } = this.state;
-    const k = this.patterns[layer];
-    const name = isFull(k, frames) ? this.say("full") : patternName(k, frames);
-    return this.say("layerText", { layer, name, density: percent(density(k, frames)) });
+    return isFull(pattern, frames) ? this.say("full") : readableName(pattern, frames);
   }
 
-  referenceText(k) {
+  layerText(layer) {
+    const pattern = this.patterns[layer];
+    const share = percent(density(pattern, this.state.frames));
+    return this.say("layerText", { layer, name: this.nameOf(pattern), density: share });
+  }
+
+  referenceText(pattern) {
     const { frames } = this.state;
-    return isFull(k, frames) ? "" : this.say("referenceText", { frames: referenceFrames(k, frames).join(", ") || "-" });
+    if (isFull(pattern, frames)) return "";
+    const groups = headGroups(pattern).filter((group) => !isFull(group.pattern, frames));
+    const placed = groups.map((group) => referenceFrames(group.pattern, frames).join(", ") || "-");
+    return this.say("referenceText", { frames: [...new Set(placed)].join("; ") });
   }
 
   drawControls() {
@@ -242,17 +268,27 @@ export class PlanChart {
   }
 }
 
-/** The T x T tile map: row = the frame that asks, column = the frame it sees. */
-function drawTiles(svg, k, frames) {
-  const references = new Set(referenceFrames(k, frames));
-  const paths = { skipped: "", reference: "", own: "" };
+/** The T x T tile map: row = the frame that asks, column = the frame it sees; paler where fewer heads compute the tile. */
+function drawTiles(svg, pattern, frames) {
+  const groups = headGroups(pattern);
+  const heads = groups.reduce((sum, { count }) => sum + count, 0);
   const side = frames > 48 ? 1 : 0.88;
-  for (let row = 0; row < frames; row++) {
-    for (let column = 0; column < frames; column++) {
-      const kind = references.has(row) || references.has(column) ? "reference" : row === column ? "own" : "skipped";
-      paths[kind] += `M${column} ${row}h${side}v${side}h-${side}z`;
+  const paths = [make("path", { class: "skipped", d: "" })];
+  let everywhere = "";
+  for (let row = 0; row < frames; row++) for (let column = 0; column < frames; column++) everywhere += `M${column} ${row}h${side}v${side}h-${side}z`;
+  paths[0].setAttribute("d", everywhere);
+  for (const group of groups) {
+    const kind = tileKinds(group.pattern, frames);
+    const found = { reference: "", own: "" };
+    for (let row = 0; row < frames; row++) {
+      for (let column = 0; column < frames; column++) {
+        const name = kind(row, column);
+        if (name !== "skipped") found[name] += `M${column} ${row}h${side}v${side}h-${side}z`;
+      }
     }
+    const opacity = groups.length > 1 ? group.count / heads : undefined;
+    for (const [name, d] of Object.entries(found)) paths.push(make("path", { class: name, d, opacity }));
   }
   svg.setAttribute("viewBox", `0 0 ${frames} ${frames}`);
-  svg.replaceChildren(...Object.entries(paths).map(([kind, d]) => make("path", { class: kind, d })));
+  svg.replaceChildren(...paths);
 }

@@ -1,31 +1,37 @@
 /**
- * Plans as one line of text and the tiles they keep: the rules of efficient_vdit_core/plan.py and tiles.py, for the page.
+ * Plans as one line of text: the rules of efficient_vdit_core/plan/text.py, for the page.
  *
- * A plan is {layers, uniform, dense, frames}: k of each layer, or layers = null and one k for any depth with the ranges that
- * stay full, [first, last], negative from the end. k = null is full attention. frames: latent frames it was made for, or null.
+ * A plan is {layers, uniform, dense, frames}: the pattern of each layer (pattern.js), or layers = null and one pattern for any
+ * depth with the ranges that stay full, [first, last], negative from the end. frames: latent frames it was made for, or null.
  */
 
+import { byHead, density, FULL, isFull, listHeads, patternName } from "./pattern.js";
+
 const MAX_LAYERS = 1024;
-const PART = /^(all|-?\d{1,4}|\d{1,4}-\d{1,4}):(?:(full)|(\d{1,4})(?::(\d{1,4}))?)$/;
+const MAX_HEADS = 1024;
+const MAX_WINDOW = 256;
+const PART = /^(all|-?\d{1,4}|\d{1,4}-\d{1,4}):(full|\d.*|(?:\[[\d,-]+\][^[\]]+)+)$/;
+const ONE = /^(?:(full)|(\d{1,4})(?::(\d{1,4}))?(?:~(\d{1,4}))?)$/;
+const GROUP = /\[([\d,-]+)\]([^[\]]+)/g;
 
 /** Reads the text form. Throws an Error with {part} where it cannot. */
 export function parsePlan(text) {
   const words = text.trim().split(/\s+/).filter(Boolean);
   const parts = words.map(readPart);
-  const lengths = new Set(parts.map((p) => p.frames).filter(Boolean));
-  if (!parts.length || parts.length > MAX_LAYERS || lengths.size > 1) throw unreadable(text);
+  const [lengths, heads] = ["frames", "heads"].map((name) => new Set(parts.map((p) => p[name]).filter(Boolean)));
+  if (!parts.length || parts.length > MAX_LAYERS || lengths.size > 1 || heads.size > 1) throw unreadable(text);
   const frames = lengths.values().next().value ?? null;
   if (parts.some((p) => p.all)) {
     const [head, ...rest] = parts;
-    const wrong = rest.find((p) => p.all || p.k !== null);
-    if (!head.all || wrong) throw unreadable((wrong ?? head).part);
-    return { layers: null, uniform: head.k, dense: rest.map((p) => [p.first, p.last]), frames };
+    const wrong = rest.find((p) => p.all || p.pattern !== FULL);
+    if (!head.all || wrong || head.heads) throw unreadable((wrong ?? head).part);
+    return { layers: null, uniform: head.pattern, dense: rest.map((p) => [p.first, p.last]), frames };
   }
   const layers = [];
   for (const p of parts) {
     for (let i = p.first; i <= p.last; i++) {
       if (i < 0 || i in layers) throw unreadable(p.part);
-      layers[i] = p.k;
+      layers[i] = p.pattern;
     }
   }
   for (let i = 0; i < layers.length; i++) if (!(i in layers)) throw unreadable(`${i}:?`);
@@ -35,12 +41,39 @@ export function parsePlan(text) {
 function readPart(part) {
   const match = PART.exec(part.toLowerCase());
   if (!match) throw unreadable(part);
-  const [, where, full, k, rest] = match;
-  const pattern = { part, k: full ? null : Number(k), frames: rest === undefined ? null : Number(k) + Number(rest) };
+  const [, where, written] = match;
+  const pattern = { part, ...readPattern(written, part) };
   if (where === "all") return { ...pattern, all: true };
   const [first, last = first] = where.startsWith("-") ? [Number(where)] : where.split("-").map(Number);
   if (last < first || Math.max(Math.abs(first), Math.abs(last)) >= MAX_LAYERS) throw unreadable(part);
   return { ...pattern, first, last };
+}
+
+/** {pattern, frames, heads}: heads is how many, where they differ. */
+function readPattern(written, part) {
+  if (!written.startsWith("[")) return readOne(written, part);
+  const found = [];
+  let frames = null;
+  for (const [, heads, name] of written.matchAll(GROUP)) {
+    const one = readOne(name, part);
+    if (frames && one.frames && frames !== one.frames) throw unreadable(part);
+    frames ??= one.frames;
+    for (const head of listHeads(heads)) {
+      if (!(head < MAX_HEADS) || head in found) throw unreadable(part);
+      found[head] = one.pattern;
+    }
+  }
+  for (let head = 0; head < found.length; head++) if (!(head in found)) throw unreadable(part);
+  const pattern = byHead(found);
+  return { pattern, frames, heads: pattern.startsWith("[") ? found.length : null };
+}
+
+function readOne(written, part) {
+  const match = ONE.exec(written);
+  if (!match || Number(match[4] ?? 0) > MAX_WINDOW) throw unreadable(part);
+  const [, full, k, rest, window] = match;
+  const near = Number(window ?? 0) ? `~${Number(window)}` : "";
+  return { pattern: full ?? `${Number(k)}${near}`, frames: rest === undefined ? null : Number(k) + Number(rest) };
 }
 
 function unreadable(part) {
@@ -49,7 +82,7 @@ function unreadable(part) {
 
 /** The text form of a plan; parsePlan's inverse. */
 export function formatPlan({ layers, uniform, dense, frames }) {
-  const name = (k) => (frames ? patternName(k, frames) : k === null ? "full" : String(k));
+  const name = (pattern) => (frames ? patternName(pattern, frames) : pattern);
   const range = (first, last) => (first === last ? `${first}` : `${first}-${last}`);
   if (!layers) return [`all:${name(uniform)}`, ...dense.map(([first, last]) => `${range(first, last)}:full`)].join(" ");
   const parts = [];
@@ -61,10 +94,10 @@ export function formatPlan({ layers, uniform, dense, frames }) {
   return parts.join(" ");
 }
 
-/** k of one layer in a model of `depth` layers. */
+/** The pattern of one layer in a model of `depth` layers. */
 export function layerPattern(plan, layer, depth) {
   if (plan.layers) return plan.layers[layer];
-  return plan.dense.some(([first, last]) => covers(first, last, layer, depth)) ? null : plan.uniform;
+  return plan.dense.some(([first, last]) => covers(first, last, layer, depth)) ? FULL : plan.uniform;
 }
 
 function covers(first, last, layer, depth) {
@@ -72,33 +105,12 @@ function covers(first, last, layer, depth) {
   return low <= layer && layer <= high;
 }
 
-/** Whether nothing is left out of `frames` latent frames. */
-export const isFull = (k, frames) => k === null || frames - k <= 1;
-
-/** The paper's name, such as 2:6 for 8 frames. */
-export const patternName = (k, frames) => (isFull(k, frames) ? "full" : `${k}:${frames - k}`);
-
-/** Indices of the reference frames, evenly spread. */
-export function referenceFrames(k, frames) {
-  const all = [...Array(frames).keys()];
-  if (isFull(k, frames)) return all;
-  if (!k) return [];
-  const strided = all.filter((i) => i % Math.ceil(frames / k) === 0);
-  return strided.length === k ? strided : all.slice(0, k).map((i) => Math.floor((i * frames) / k));
-}
-
-/** Share of the frame x frame tiles that is computed, 0 to 1. */
-export function density(k, frames) {
-  const rest = frames - referenceFrames(k, frames).length;
-  return 1 - (rest * Math.max(rest - 1, 0)) / frames ** 2;
-}
-
 /** A copy in which one layer has the next pattern: full, then ever sparser, then full again. */
 export function cycleLayer(plan, layer, depth, frames, backwards = false) {
   if (!plan.layers) return { ...plan, dense: toggleDense(plan, layer, depth) };
-  const sparse = plan.layers.filter((k) => !isFull(k, frames));
-  for (let k = 1; !isFull(k, frames); k *= 2) sparse.push(k);
-  const choices = [null, ...[...new Set(sparse)].sort((a, b) => b - a)];
+  const sparse = plan.layers.filter((pattern) => !isFull(pattern, frames));
+  for (let k = 1; !isFull(`${k}`, frames); k *= 2) sparse.push(`${k}`);
+  const choices = [FULL, ...[...new Set(sparse)].sort((a, b) => density(b, frames) - density(a, frames))];
   const now = isFull(plan.layers[layer], frames) ? 0 : choices.indexOf(plan.layers[layer]);
   const next = choices[(now + (backwards ? choices.length - 1 : 1)) % choices.length];
   return { ...plan, layers: plan.layers.with(layer, next), frames };

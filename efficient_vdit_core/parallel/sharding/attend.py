@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ...attention import tile_attention
+from ...head_patterns import LayerPattern, of_heads
 from ...tiles import TilePattern
 from .layout import Shard
 from .reference_broadcast import reference_broadcast_attention
-from .traffic import choose_scheme
+from .traffic import scheme_of
 from .ulysses import Inner, ulysses_attention
 from .wire import Wire
 
@@ -21,7 +22,7 @@ def sharded_attention(
     k: Tensor,
     v: Tensor,
     shard: Shard,
-    pattern: TilePattern,
+    pattern: LayerPattern,
     wire: Wire,
     *,
     scheme: str = "auto",
@@ -31,8 +32,9 @@ def sharded_attention(
 
     Args:
         q, k, v: (B, H, n, D) with n = ``shard.tokens[wire.rank]``.
-        scheme: ``auto`` sends the fewest bytes; ``rb`` or ``ulysses`` for all sparse layers. Full layers take Ulysses.
-        inner: what Ulysses calls on whole sequences (B, h, N, D), default ``tile_attention`` under the pattern.
+        scheme: as of ``scheme_of``.
+        inner: what Ulysses calls on whole sequences (B, h, N, D) from a head on, default ``tile_attention`` under the
+            pattern of these heads.
 
     Returns:
         (B, H, n, D).
@@ -41,13 +43,15 @@ def sharded_attention(
         ValueError: a tensor has another length than the shard says, the scheme is unknown, or gradients are wanted.
     """
     _check(q, k, v, shard, wire, scheme)
-    if scheme == "auto" or pattern.is_full(shard.layout.grid.t):
-        scheme = choose_scheme(shard, pattern, q.shape[1], q.shape[3], q.element_size())
+    scheme = scheme_of(scheme, shard, pattern, q.shape[1], q.shape[3], q.element_size())
     if scheme == "rb":
+        assert isinstance(pattern, TilePattern)
         return reference_broadcast_attention(q, k, v, shard, pattern, wire)
-    return ulysses_attention(
-        q, k, v, shard, wire, inner or (lambda q, k, v: tile_attention(q, k, v, shard.layout, pattern))
-    )
+
+    def under_the_pattern(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
+        return tile_attention(q, k, v, shard.layout, of_heads(pattern, first, q.shape[1]))
+
+    return ulysses_attention(q, k, v, shard, wire, inner or under_the_pattern)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire, scheme: str) -> None:

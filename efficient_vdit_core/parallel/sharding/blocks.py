@@ -19,11 +19,11 @@ from einops import rearrange
 from torch import Tensor
 
 from ...attention import TokenLayout, tile_attention
-from ...tiles import TilePattern
+from ...head_patterns import LayerPattern, of_heads
 from .attend import sharded_attention
 from .layout import Shard, choose_shard
 from .spans import put, take
-from .traffic import choose_scheme
+from .traffic import scheme_of
 from .wire import Wire, form
 
 SHARDED_KEY = "evdit_sharded"
@@ -39,7 +39,7 @@ class ShardedForward:
     ``patterns`` holds one pattern for each block. ``schemes`` counts which scheme the layers took.
     """
 
-    def __init__(self, layout: TokenLayout, patterns: Sequence[TilePattern], wire: Wire, scheme: str = "auto") -> None:
+    def __init__(self, layout: TokenLayout, patterns: Sequence[LayerPattern], wire: Wire, scheme: str = "auto") -> None:
         self.patterns, self.wire, self.scheme = tuple(patterns), wire, scheme
         self.shard = _shard(layout, wire.size, self.patterns)
         self.spans = self.shard.spans[wire.rank]
@@ -86,13 +86,11 @@ class ShardedForward:
         call."""
         self.awaits_self_attention = False
         pattern = self.patterns[self.layer]
-        scheme = self.scheme
-        if scheme == "auto" or pattern.is_full(self.shard.layout.grid.t):
-            scheme = choose_scheme(self.shard, pattern, q.shape[1], q.shape[3], q.element_size())
+        scheme = scheme_of(self.scheme, self.shard, pattern, q.shape[1], q.shape[3], q.element_size())
         self.schemes[scheme] += 1
 
-        def inner(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return tile_attention(q, k, v, self.shard.layout, pattern, dense=dense)
+        def inner(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
+            return tile_attention(q, k, v, self.shard.layout, of_heads(pattern, first, q.shape[1]), dense=dense)
 
         return sharded_attention(q, k, v, self.shard, pattern, self.wire, scheme=scheme, inner=inner)
 
@@ -122,7 +120,7 @@ class ShardedForward:
 
 
 @lru_cache(maxsize=32)
-def _shard(layout: TokenLayout, ranks: int, patterns: tuple[TilePattern, ...]) -> Shard:
+def _shard(layout: TokenLayout, ranks: int, patterns: tuple[LayerPattern, ...]) -> Shard:
     return choose_shard(layout, ranks, patterns)
 
 

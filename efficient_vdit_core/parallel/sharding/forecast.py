@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...attention import TokenLayout
+from ...head_patterns import LayerPattern
 from ...tiles import TilePattern, TokenGrid
 from .layout import choose_shard
-from .traffic import choose_scheme, rb_bytes, ulysses_bytes
+from .traffic import rb_bytes, scheme_of, ulysses_bytes
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class LayerShape:
     def width(self) -> int:
         return self.heads * self.head_dim
 
-    def flops(self, pattern: TilePattern) -> float:
+    def flops(self, pattern: LayerPattern) -> float:
         """Self-attention, cross-attention and feed-forward of one block: 28 N D^2 in matrices, 4 N^2 D density in
         attention."""
         tokens = self.grid.tokens
@@ -56,17 +57,20 @@ class LayerShape:
         return matrices + 4.0 * tokens * self.width * (tokens * pattern.density(self.grid.t) + self.text)
 
 
-def bytes_sent(shape: LayerShape, pattern: TilePattern, ranks: int, scheme: str) -> tuple[str, int]:
+def bytes_sent(shape: LayerShape, pattern: LayerPattern, ranks: int, scheme: str) -> tuple[str, int]:
     """The scheme that ``scheme`` means here, and the most bytes that a rank sends in one layer by it."""
     shard = choose_shard(TokenLayout(shape.grid), ranks, [pattern])
     about = (shape.heads, shape.head_dim, shape.itemsize)
-    if scheme == "auto" or pattern.is_full(shape.grid.t):
-        scheme = choose_scheme(shard, pattern, *about)
-    sent = rb_bytes(shard, pattern, *about) if scheme == "rb" else ulysses_bytes(shard, *about)
-    return scheme, max(sent)
+    scheme = scheme_of(scheme, shard, pattern, *about)
+    if scheme == "rb":
+        assert isinstance(pattern, TilePattern)
+        return scheme, max(rb_bytes(shard, pattern, *about))
+    return scheme, max(ulysses_bytes(shard, *about))
 
 
-def forward_speedup(shape: LayerShape, patterns: Iterable[TilePattern], ranks: int, scheme: str, rates: Rates) -> float:
+def forward_speedup(
+    shape: LayerShape, patterns: Iterable[LayerPattern], ranks: int, scheme: str, rates: Rates
+) -> float:
     """The same for a whole forward whose layers have ``patterns``; embeddings and the gather after the last layer are
     left out."""
     counts = Counter(patterns)
@@ -76,7 +80,7 @@ def forward_speedup(shape: LayerShape, patterns: Iterable[TilePattern], ranks: i
 
 
 def speedup(
-    shape: LayerShape, pattern: TilePattern, ranks: int, scheme: str, rates: Rates, overhead: float = 1.0
+    shape: LayerShape, pattern: LayerPattern, ranks: int, scheme: str, rates: Rates, overhead: float = 1.0
 ) -> float:
     """Time on one device over time on ``ranks``; ``overhead`` multiplies the latter's arithmetic (imbalance, slicing,
     merging)."""

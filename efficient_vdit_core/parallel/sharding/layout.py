@@ -21,6 +21,7 @@ from functools import cached_property
 
 from ...attention import TokenLayout
 from ...attention.layout import global_spans
+from ...head_patterns import LayerPattern
 from ...tiles import TilePattern
 
 Span = tuple[int, int]
@@ -121,15 +122,15 @@ def by_tokens(layout: TokenLayout, ranks: int, pattern: TilePattern) -> Shard:
     return _two_part(layout, ranks, pattern.reference_frames(layout.grid.t), unit=1)
 
 
-def choose_shard(layout: TokenLayout, ranks: int, patterns: Iterable[TilePattern]) -> Shard:
+def choose_shard(layout: TokenLayout, ranks: int, patterns: Iterable[LayerPattern]) -> Shard:
     """One shard for all layers: L1 where whole frames share out evenly, else L2, else L3, for the commonest sparse
     pattern.
 
-    Full layers run on any shard, so only the sparse patterns count. L3 moves a halo, so it comes last; without a sparse
-    layer there is no halo, and tokens are simply split evenly.
+    Full layers, windows and heads that differ run on any shard, so only the paper's patterns count. L3 moves a halo, so
+    it comes last; without such a layer there is no halo, and tokens are simply split evenly.
     """
     frames = layout.grid.t
-    sparse = Counter(p for p in patterns if not p.is_full(frames))
+    sparse = Counter(p for p in patterns if isinstance(p, TilePattern) and not p.window and not p.is_full(frames))
     if frames % _checked(ranks) == 0:
         return by_frames(layout, ranks)
     if not sparse:

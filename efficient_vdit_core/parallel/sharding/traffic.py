@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from ...head_patterns import LayerPattern
 from ...tiles import TilePattern
 from .layout import Shard, even_shares
 from .roles import roles
@@ -38,10 +39,16 @@ def ulysses_bytes(shard: Shard, heads: int, head_dim: int, itemsize: int, batch:
     return tuple(sent)
 
 
-def choose_scheme(shard: Shard, pattern: TilePattern, heads: int, head_dim: int, itemsize: int) -> str:
-    """``rb`` where it sends fewer bytes in all (k P < T on even shares), else ``ulysses``; full layers are always
-    ``ulysses``."""
-    if pattern.is_full(shard.layout.grid.t):
+def scheme_of(asked: str, shard: Shard, pattern: LayerPattern, heads: int, head_dim: int, itemsize: int) -> str:
+    """The scheme of a layer where ``rb``, ``ulysses`` or ``auto`` was asked for: the one that sends fewer bytes in all
+    (``rb`` where k P < T on even shares).
+
+    Full layers, layers whose heads differ and patterns with a window are always ``ulysses``: RB exchanges reference
+    frames alone.
+    """
+    if pattern.is_full(shard.layout.grid.t) or not isinstance(pattern, TilePattern) or pattern.window:
         return "ulysses"
+    if asked != "auto":
+        return asked
     rb, ulysses = rb_bytes(shard, pattern, heads, head_dim, itemsize), ulysses_bytes(shard, heads, head_dim, itemsize)
     return "rb" if sum(rb) < sum(ulysses) else "ulysses"

@@ -20,7 +20,7 @@ from .wire import Pending, Wire
 TO_HEADS, TO_TOKENS = "ulysses to heads", "ulysses to tokens"
 GROUPS = 2
 
-Inner = Callable[[Tensor, Tensor, Tensor], Tensor]
+Inner = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # q, k, v and the first of their heads
 
 
 def head_groups(heads: int, ranks: int) -> list[list[Span]]:
@@ -31,16 +31,17 @@ def head_groups(heads: int, ranks: int) -> list[list[Span]]:
 
 
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire, inner: Inner) -> Tensor:
-    """Attention of this rank's q, k, v (B, H, n, D); ``inner`` attends over whole sequences (B, h, N, D). Returns (B,
-    H, n, D)."""
+    """Attention of this rank's q, k, v (B, H, n, D); ``inner`` attends over whole sequences (B, h, N, D).
+
+    Returns (B, H, n, D)."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     groups = head_groups(q.shape[1], wire.size)
     forward = [_to_heads(q, k, v, shard, group, wire) for group in groups]
     back = []
     for group, pending in zip(groups, forward, strict=True):
         start, stop = group[wire.rank]
-        whole = _assemble(q, k, v, shard, group, pending.wait(), wire)
-        done = inner(*whole) if stop > start else whole[0]
+        whole_q, whole_k, whole_v = _assemble(q, k, v, shard, group, pending.wait(), wire)
+        done = inner(whole_q, whole_k, whole_v, start) if stop > start else whole_q
         back.append(_to_tokens(done, shard, group, wire))
         out[:, start:stop] = take(done, shard.spans[wire.rank], 2)
     for group, pending in zip(groups, back, strict=True):

@@ -21,7 +21,8 @@ from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.models.opensora_plan.captions import clean_caption
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, read_transformer, read_vae
 from efficient_vdit_core.models.opensora_plan.text import TextEncoder
-from efficient_vdit_core.plan import TilePlan, parse_layers
+from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.plan.text import parse_layers
 from efficient_vdit_core.quality.table import label
 from efficient_vdit_core.sampling.presets import parse_sigmas
 from efficient_vdit_core.search import parse_candidates

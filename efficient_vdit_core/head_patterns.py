@@ -1,0 +1,96 @@
+"""A layer whose attention heads follow different tile patterns.
+
+The paper gives a layer one pattern; heads of one layer differ far more than layers do. Where all heads are alike the
+pattern is a plain ``TilePattern``, which fits any number of heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .tiles import TilePattern, TokenGrid
+
+
+@dataclass(frozen=True)
+class HeadPatterns:
+    """One pattern for each head of a layer, in their order; made by ``by_head``."""
+
+    patterns: tuple[TilePattern, ...]
+
+    @property
+    def groups(self) -> dict[TilePattern, tuple[int, ...]]:
+        """The heads of each pattern, ascending; patterns in the order of their first head."""
+        found: dict[TilePattern, list[int]] = {}
+        for head, pattern in enumerate(self.patterns):
+            found.setdefault(pattern, []).append(head)
+        return {pattern: tuple(heads) for pattern, heads in found.items()}
+
+    def is_full(self, frames: int) -> bool:
+        """True where no head leaves anything out of ``frames`` frames."""
+        return all(pattern.is_full(frames) for pattern in self.groups)
+
+    def density(self, frames: int) -> float:
+        """Mean share of the frame x frame tiles that is computed, 0 to 1."""
+        return self._mean({pattern: pattern.density(frames) for pattern in self.groups})
+
+    def flop_density(self, grid: TokenGrid, extra: int = 0) -> float:
+        """Mean over the heads, as of ``TilePattern``."""
+        return self._mean({pattern: pattern.flop_density(grid, extra) for pattern in self.groups})
+
+    def _mean(self, values: dict[TilePattern, float]) -> float:
+        return sum(len(heads) * values[pattern] for pattern, heads in self.groups.items()) / len(self.patterns)
+
+    def placed(self, placement: str, shift: int = 0) -> LayerPattern:
+        """The same patterns, standing elsewhere. Raises ValueError for an unknown placement."""
+        return by_head(pattern.placed(placement, shift) for pattern in self.patterns)
+
+    def scaled(self, made_for: int | None, frames: int) -> LayerPattern:
+        """Each head's pattern for a clip of ``frames``, as of ``TilePattern``."""
+        return by_head(pattern.scaled(made_for, frames) for pattern in self.patterns)
+
+    def name(self, frames: int) -> str:
+        """Such as ``5 heads 1:7~1, 3 heads full``."""
+        counts = ((len(heads), pattern.name(frames)) for pattern, heads in self.groups.items())
+        return ", ".join(f"{count} head{'s' * (count > 1)} {name}" for count, name in counts)
+
+
+LayerPattern = TilePattern | HeadPatterns
+
+
+def join_heads(heads: tuple[int, ...]) -> str:
+    """Ascending (0, 1, 2, 5) as ``0-2,5``."""
+    starts = [h for h in heads if h - 1 not in heads]
+    ends = [h for h in heads if h + 1 not in heads]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def by_head(patterns: Iterable[TilePattern]) -> LayerPattern:
+    """A layer's pattern from one for each head; a plain one where all heads are alike."""
+    every = tuple(patterns)
+    return every[0] if len(set(every)) == 1 else HeadPatterns(every)
+
+
+def head_groups(pattern: LayerPattern, heads: int) -> dict[TilePattern, tuple[int, ...]]:
+    """The ``heads`` of a call by the pattern that they follow. Raises ValueError where a pattern is for another number
+    of heads."""
+    if isinstance(pattern, TilePattern):
+        return {pattern: tuple(range(heads))}
+    if len(pattern.patterns) != heads:
+        raise ValueError(
+            f"The layer's pattern is for {len(pattern.patterns)} heads, but its attention has {heads}. "
+            "Choose a plan that was made for this model."
+        )
+    return pattern.groups
+
+
+def of_heads(pattern: LayerPattern, start: int, count: int) -> LayerPattern:
+    """The pattern of ``count`` heads of a layer from head ``start`` on."""
+    return pattern if isinstance(pattern, TilePattern) else by_head(pattern.patterns[start : start + count])
+
+
+def parts_of(pattern: LayerPattern, heads: int) -> list[LayerPattern]:
+    """What the calls follow that share out a layer's heads, ``heads`` at a time."""
+    if isinstance(pattern, TilePattern) or heads >= len(pattern.patterns):
+        return [pattern]
+    return [of_heads(pattern, start, heads) for start in range(0, len(pattern.patterns), heads)]

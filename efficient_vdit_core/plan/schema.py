@@ -1,0 +1,154 @@
+"""The patterns of a plan as JSON, in two schemas.
+
+Schema 1 holds the paper's patterns: ``reference_frames`` is k, null for a full layer, for each layer or for all.
+Schema 2 holds windows and heads that differ: ``patterns`` in its place, each ``{"k": 2, "window": 1}``, or a list of such
+groups with ``"heads": "0-3,7"`` for a layer whose heads differ. A plan is written in the first schema that holds it, so
+that older packs read it where they can.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..head_patterns import LayerPattern, by_head, join_heads
+from ..limits.quote import quoted
+from ..tiles import MAX_WINDOW, TilePattern
+from .text import MAX_LAYERS, MAX_REFERENCE_FRAMES, read_heads
+
+SCHEMA_VERSION = 2
+
+
+def patterns_to_json(patterns: tuple[LayerPattern, ...] | TilePattern) -> dict[str, Any]:
+    """The schema and the field that holds ``patterns``: one a layer, or one for any depth."""
+    every = (patterns,) if isinstance(patterns, TilePattern) else patterns
+    if all(isinstance(p, TilePattern) and not p.window for p in every):
+        values = [p.k for p in every if isinstance(p, TilePattern)]
+        version, name = 1, "reference_frames"
+    else:
+        values, version, name = [_layer_to_json(p) for p in every], 2, "patterns"
+    return {"schema_version": version, name: values[0] if isinstance(patterns, TilePattern) else values}
+
+
+def _layer_to_json(pattern: LayerPattern) -> Any:
+    if isinstance(pattern, TilePattern):
+        return {"k": pattern.k, "window": pattern.window}
+    return [{"heads": join_heads(heads), "k": p.k, "window": p.window} for p, heads in pattern.groups.items()]
+
+
+def patterns_from_json(values: dict[str, Any], heads: int | None) -> tuple[LayerPattern, ...] | TilePattern:
+    """The inverse, for a plan of ``heads``. Raises ValueError that names the field and what is wrong with it."""
+    version = _checked_version(values.get("schema_version"))
+    name = "reference_frames" if version == 1 else "patterns"
+    found = values.get(name, [])
+    read = _plain if version == 1 else lambda value, where: _layer(value, where, heads)
+    if not isinstance(found, list):
+        uniform = read(found, name)
+        assert isinstance(uniform, TilePattern)  # groups of heads come as a list
+        return uniform
+    if not 1 <= len(found) <= MAX_LAYERS:
+        raise ValueError(
+            f"The plan's {name} has {len(found)} layers, expected 1 to {MAX_LAYERS}. No model has that depth; save the plan again."
+        )
+    return tuple(read(value, f"{name}[{i}]") for i, value in enumerate(found))
+
+
+def _plain(value: Any, where: str) -> TilePattern:
+    return TilePattern(count(value, where))
+
+
+def _layer(value: Any, where: str, heads: int | None) -> LayerPattern:
+    if not isinstance(value, list):
+        return _windowed(value, where)
+    if heads is None:
+        raise ValueError(
+            f"The plan's {where} has groups of heads, and its heads says none, expected how many the model has. Correct the file."
+        )
+    found: dict[int, TilePattern] = {}
+    for i, group in enumerate(value):
+        pattern = _windowed(group, f"{where}[{i}]")
+        for head in _heads(group.get("heads"), f"{where}[{i}].heads", heads):
+            if head in found:
+                raise ValueError(
+                    f"The plan's {where} names head {head} twice, expected each head once. Correct the file."
+                )
+            found[head] = pattern
+    missing = next((head for head in range(heads) if head not in found), None)
+    if missing is not None:
+        raise ValueError(
+            f"The plan's {where} leaves out head {missing} of {heads}, expected each head once. Correct the file."
+        )
+    return by_head(found[head] for head in range(heads))
+
+
+def _windowed(value: Any, where: str) -> TilePattern:
+    if not isinstance(value, dict) or "k" not in value:
+        raise ValueError(
+            f'The plan\'s {where} is {quoted(value)}, expected such as {{"k": 2, "window": 1}}. Correct the file.'
+        )
+    window = value.get("window", 0)
+    if type(window) is not int or not 0 <= window <= MAX_WINDOW:
+        raise ValueError(
+            f"The plan's {where}.window is {quoted(window)}, expected a whole number from 0 to {MAX_WINDOW}. Correct the file."
+        )
+    return TilePattern(count(value["k"], f"{where}.k"), window=window)
+
+
+def _heads(value: Any, where: str, heads: int) -> list[int]:
+    try:
+        found = read_heads(value) if isinstance(value, str) else []
+    except ValueError:
+        found = []
+    if not found or max(found) >= heads:
+        raise ValueError(
+            f"The plan's {where} is {quoted(value)}, expected heads from 0 to {heads - 1} such as '0-3,7'. Correct the file."
+        )
+    return found
+
+
+def _checked_version(version: Any) -> int:
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(
+            f"The plan's schema_version is {quoted(version)}, expected 1 or {SCHEMA_VERSION}. It is not a tile plan file."
+        )
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"The plan has schema_version {quoted(version)}, this version reads up to {SCHEMA_VERSION}. Update the node pack."
+        )
+    return version
+
+
+def typed(values: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+    """A field of that type or null. Raises ValueError that names it."""
+    value = values.get(name, default)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(
+            f"The plan's {name} is {quoted(value)}, expected a {kind.__name__}. Correct the file or save it again."
+        )
+    return value
+
+
+def count(value: Any, name: str) -> int | None:
+    """A number of frames, heads or reference frames, or null. Raises ValueError that names the field."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or (whole and 0 <= value <= MAX_REFERENCE_FRAMES):
+        return value
+    raise ValueError(
+        f"The plan's {name} is {quoted(value)}, expected null or a whole number from 0 to {MAX_REFERENCE_FRAMES}. "
+        "Correct the file or save it again."
+    )
+
+
+def ranges(value: Any) -> tuple[tuple[int, int], ...]:
+    """``dense_layers``. Raises ValueError for anything but ascending pairs."""
+
+    def is_range(pair: Any) -> bool:
+        """Ascending, both ends counted from the same side."""
+        whole = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int and abs(i) < MAX_LAYERS for i in pair)
+        return whole and pair[0] <= pair[1] and (pair[0] < 0) == (pair[1] < 0)
+
+    if not isinstance(value, list) or len(value) > MAX_LAYERS or not all(map(is_range, value)):
+        raise ValueError(
+            f"The plan's dense_layers is {quoted(value)}, expected at most {MAX_LAYERS} ascending pairs such as "
+            "[[0, 2], [-1, -1]]. Correct the file."
+        )
+    return tuple((first, last) for first, last in value)

@@ -1,0 +1,179 @@
+"""A plan as one line of text, such as ``0:full 1-4:2:6 5-31:1:7~1``; ``all:2 -1:full`` where it fits any depth.
+
+A layer whose heads differ names them: ``0:[0-3,7]1:7~1[4-6]full``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ..head_patterns import LayerPattern, by_head, join_heads
+from ..limits.quote import quoted
+from ..tiles import TilePattern
+
+MAX_LAYERS = 1024
+MAX_REFERENCE_FRAMES = 1024
+ALL = "all"  # every layer
+MAX_HEADS = 1024
+PATTERN = r"(?:full|\d{1,4}(?::\d{1,4})?(?:~\d{1,4})?)"
+GROUP = rf"\[([\d,-]{{1,4000}})\]({PATTERN})"
+
+
+def write_layers(patterns: Sequence[LayerPattern], frames: int | None) -> str:
+    """The line for one pattern a layer, equal neighbours joined."""
+    names, parts, start = [_name(pattern, frames) for pattern in patterns], [], 0
+    for i in range(1, len(names) + 1):
+        if i == len(names) or names[i] != names[start]:
+            parts.append(f"{start}:{names[start]}" if i - start == 1 else f"{start}-{i - 1}:{names[start]}")
+            start = i
+    return " ".join(parts)
+
+
+def write_uniform(pattern: TilePattern, dense_layers: Sequence[tuple[int, int]], frames: int | None) -> str:
+    """The line for one pattern in any number of layers but the dense ones."""
+    # Layers counted from the end stand alone in a text.
+    ranges = [r for a, b in dense_layers for r in ([(a, b)] if a >= 0 else [(i, i) for i in range(a, b + 1)])]
+    dense = [f"{first}:full" if first == last else f"{first}-{last}:full" for first, last in ranges]
+    return " ".join([f"{ALL}:{_name(pattern, frames)}", *dense])
+
+
+def _name(pattern: LayerPattern, frames: int | None) -> str:
+    def one(pattern: TilePattern) -> str:
+        return pattern.name(frames) if frames else pattern.short_name
+
+    if isinstance(pattern, TilePattern):
+        return one(pattern)
+    return "".join(f"[{join_heads(heads)}]{one(p)}" for p, heads in pattern.groups.items())
+
+
+def read_plan(text: str) -> dict[str, Any]:
+    """The fields of the ``TilePlan`` that a line describes.
+
+    Raises ValueError that names the part that cannot be read, is missing or is said twice.
+    """
+    words = text.split()
+    if not 1 <= len(words) <= MAX_LAYERS:
+        raise ValueError(f"The plan text has {len(words)} parts, expected 1 to {MAX_LAYERS} such as '0:full 1-4:2:6'.")
+    return _from_parts([_read_part(part) for part in words])
+
+
+def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
+    """Read ``0-2,5,-1`` as inclusive ranges; negative indices count from the end and stand alone."""
+    ranges = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        match = re.fullmatch(r"(-?\d{1,4})|(\d{1,4})\s*-\s*(\d{1,4})", part)
+        first, last = (int(match[1] or match[2]), int(match[1] or match[3])) if match else (1, 0)
+        if last < first:
+            raise ValueError(
+                f"The layers {quoted(text)} cannot be read at {quoted(part)}, expected a list such as '0-2,-1'. Correct dense_blocks."
+            )
+        ranges.append((first, last))
+    return tuple(ranges)
+
+
+Part = tuple[str, int, int, LayerPattern, "int | None"]  # as written, first and last layer, pattern, latent frames
+
+
+def _read_part(part: str) -> Part:
+    """``0:full``, ``1-4:2:6``, ``5:2~1``, ``-1:full``, ``3:[0-2]1:7[3]full`` or ``all:2``; all layers are -MAX_LAYERS to
+    MAX_LAYERS."""
+    match = re.fullmatch(rf"(all|-?\d{{1,4}}|\d{{1,4}}-\d{{1,4}}):({PATTERN}|(?:{GROUP}){{1,64}})", part.lower())
+    if match is None:
+        raise ValueError(
+            f"The plan text cannot be read at {quoted(part)}, expected parts such as '0:full', '1-4:2:6' or 'all:2'."
+        )
+    layers, pattern, frames = match[1], *_read_pattern(match[2], part)
+    if layers == ALL:
+        return part, -MAX_LAYERS, MAX_LAYERS, pattern, frames
+    first, last = (int(layers), int(layers)) if layers.lstrip("-").isdigit() else map(int, layers.split("-"))
+    if last < first or max(abs(first), abs(last)) >= MAX_LAYERS:
+        raise ValueError(
+            f"The plan text names the layers {quoted(layers)}, expected ascending ones from 0 to {MAX_LAYERS - 1}."
+        )
+    return part, first, last, pattern, frames
+
+
+def _read_pattern(text: str, part: str) -> tuple[LayerPattern, int | None]:
+    """The pattern, and the latent frames that it speaks of."""
+    groups = re.findall(GROUP, text)
+    if not groups:
+        return _read_one(text, part)
+    found: dict[int, TilePattern] = {}
+    lengths: set[int | None] = set()
+    for heads, name in groups:
+        pattern, frames = _read_one(name, part)
+        lengths.add(frames)
+        for head in read_heads(heads):
+            if head in found:
+                raise ValueError(f"The plan text names head {head} twice at {quoted(part)}, expected each head once.")
+            found[head] = pattern
+    missing = next((head for head in range(max(found) + 1) if head not in found), None)
+    if missing is not None:
+        raise ValueError(f"The plan text leaves out head {missing} at {quoted(part)}, expected each head once.")
+    named = sorted(frames for frames in lengths if frames)
+    if len(named) > 1:
+        raise ValueError(f"The plan text speaks of {named[0]} and of {named[1]} latent frames at {quoted(part)}.")
+    return by_head(found[head] for head in range(len(found))), named[0] if named else None
+
+
+def _read_one(text: str, part: str) -> tuple[TilePattern, int | None]:
+    pattern, counts = TilePattern.parse(text), text.split("~")[0]
+    frames = sum(map(int, counts.split(":"))) if ":" in counts else None
+    if max(pattern.k or 0, frames or 0) > MAX_REFERENCE_FRAMES:
+        raise ValueError(
+            f"The plan text asks for more than {MAX_REFERENCE_FRAMES} frames at {quoted(part)}; no video has as many latent ones."
+        )
+    return pattern, frames
+
+
+def read_heads(text: str) -> list[int]:
+    """``0-2,5`` as heads. Raises ValueError for anything else, or beyond ``MAX_HEADS``."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < MAX_HEADS:
+            raise ValueError(f"The heads {quoted(text)} cannot be read, expected such as '0-3,7', below {MAX_HEADS}.")
+        found += range(first, last + 1)
+    return found
+
+
+def _from_parts(parts: list[Part]) -> dict[str, Any]:
+    lengths = {frames for *_, frames in parts if frames}
+    if len(lengths) > 1:
+        found = " and of ".join(map(str, sorted(lengths)))
+        raise ValueError(f"The plan text speaks of {found} latent frames, expected the same number in all parts.")
+    frames = lengths.pop() if lengths else None
+    if any(first == -MAX_LAYERS for _, first, *_ in parts):
+        (_, _, _, uniform, _), *rest = parts
+        if parts[0][1] != -MAX_LAYERS or any(
+            first == -MAX_LAYERS or pattern != TilePattern(None) for _, first, _, pattern, _ in rest
+        ):
+            raise ValueError(
+                "In a plan text, 'all:...' must stand first and once, and only parts such as '-1:full' may follow."
+            )
+        if not isinstance(uniform, TilePattern):
+            raise ValueError(
+                f"In a plan text, the heads of 'all:...' are alike; name the layers in {quoted(parts[0][0])}."
+            )
+        dense = tuple((first, last) for _, first, last, *_ in rest)
+        return {"uniform_pattern": uniform, "dense_layers": dense, "frames": frames}
+    layers: dict[int, LayerPattern] = {}
+    for part, first, last, pattern, _ in parts:
+        for layer in range(first, last + 1):
+            if layer in layers or layer < 0:
+                reason = "counts from the end, which only follows 'all:...'" if layer < 0 else "is named twice"
+                raise ValueError(f"In the plan text, layer {layer} of {quoted(part)} {reason}.")
+            layers[layer] = pattern
+    missing = next((i for i in range(max(layers) + 1) if i not in layers), None)
+    if missing is not None:
+        raise ValueError(f"The plan text leaves out layer {missing}, expected every layer from 0 to {max(layers)}.")
+    heads = {len(p.patterns) for p in layers.values() if not isinstance(p, TilePattern)}
+    if len(heads) > 1:
+        raise ValueError(
+            f"The plan text has layers of {' and of '.join(map(str, sorted(heads)))} heads, expected one number."
+        )
+    patterns = tuple(layers[i] for i in sorted(layers))
+    return {"patterns": patterns, "frames": frames, "heads": heads.pop() if heads else None}

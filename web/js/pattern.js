@@ -1,0 +1,110 @@
+/**
+ * The tiles that a pattern keeps: the rules of efficient_vdit_core/tiles.py and head_patterns.py, for the page.
+ *
+ * A pattern is its short name: "full", "2" (k reference frames), "2~1" (and neighbours up to 1 frame away), or one for each
+ * group of heads, "[0-3,7]2~1[4-6]full".
+ */
+
+export const FULL = "full";
+const GROUP = /\[([\d,-]+)\]([^[]+)/g;
+
+/** The groups of heads that are alike: how many, which as text, and their pattern. One group where all heads are. */
+export function headGroups(pattern) {
+  if (!pattern.startsWith("[")) return [{ count: 1, heads: "", pattern }];
+  return [...pattern.matchAll(GROUP)].map(([, heads, alike]) => ({ count: listHeads(heads).length, heads, pattern: alike }));
+}
+
+/** The heads that "0-3,7" names; those of parts that cannot be read are NaN. */
+export function listHeads(text) {
+  return text.split(",").flatMap((part) => {
+    const [, first, last = first] = /^(\d{1,4})(?:-(\d{1,4}))?$/.exec(part) ?? [];
+    const count = Number(last) - Number(first) + 1;
+    return count > 0 ? [...Array(count).keys()].map((i) => Number(first) + i) : [NaN];
+  });
+}
+
+/** The pattern of heads from one for each: plain where all are alike. */
+export function byHead(patterns) {
+  const kinds = [...new Set(patterns)];
+  if (kinds.length === 1) return kinds[0];
+  const headsOf = (kind) => [...patterns.keys()].filter((head) => patterns[head] === kind);
+  return kinds.map((kind) => `[${joinHeads(headsOf(kind))}]${kind}`).join("");
+}
+
+function joinHeads(heads) {
+  const starts = heads.filter((head) => !heads.includes(head - 1));
+  const ends = heads.filter((head) => !heads.includes(head + 1));
+  return starts.map((start, i) => (start === ends[i] ? `${start}` : `${start}-${ends[i]}`)).join(",");
+}
+
+function numbers(pattern) {
+  const [k, window = 0] = pattern.split("~").map(Number);
+  return { k, window };
+}
+
+/** Whether nothing is left out of `frames` latent frames. */
+export function isFull(pattern, frames) {
+  return headGroups(pattern).every((group) => {
+    if (group.pattern === FULL) return true;
+    const { k, window } = numbers(group.pattern);
+    if (frames - k <= 1) return true;
+    const placed = new Set(placedFrames(k, frames));
+    const others = [...Array(frames).keys()].filter((i) => !placed.has(i));
+    return window > 0 && others.at(-1) - others[0] <= window;
+  });
+}
+
+/** The name for that many frames, such as 2:6 or 2:6~1 for 8; of each group where heads differ, as in the text form. */
+export function patternName(pattern, frames) {
+  return headGroups(pattern).map((group) => (group.heads ? `[${group.heads}]` : "") + nameOne(group.pattern, frames)).join("");
+}
+
+/** The name for a person: "5 × 1:7~1, 3 × full" where heads differ. */
+export function readableName(pattern, frames) {
+  const groups = headGroups(pattern);
+  if (groups.length === 1) return nameOne(pattern, frames);
+  return groups.map((group) => `${group.count} × ${nameOne(group.pattern, frames)}`).join(", ");
+}
+
+function nameOne(pattern, frames) {
+  if (isFull(pattern, frames)) return FULL;
+  const { k, window } = numbers(pattern);
+  return `${k}:${frames - k}${window ? `~${window}` : ""}`;
+}
+
+function placedFrames(k, frames) {
+  if (!k) return [];
+  const all = [...Array(frames).keys()];
+  const strided = all.filter((i) => i % Math.ceil(frames / k) === 0);
+  return strided.length === k ? strided : all.slice(0, k).map((i) => Math.floor((i * frames) / k));
+}
+
+/** Indices of the reference frames, evenly spread, of heads that are alike. */
+export function referenceFrames(pattern, frames) {
+  return isFull(pattern, frames) ? [...Array(frames).keys()] : placedFrames(numbers(pattern).k, frames);
+}
+
+/** What heads that are alike do with the tile of two frames: "reference", "own" (its window too) or "skipped". */
+export function tileKinds(pattern, frames) {
+  const references = new Set(referenceFrames(pattern, frames));
+  const { window } = pattern === FULL ? { window: 0 } : numbers(pattern);
+  return (row, column) => {
+    if (references.has(row) || references.has(column)) return "reference";
+    return Math.abs(row - column) <= window ? "own" : "skipped";
+  };
+}
+
+/** Share of the frame x frame tiles that is computed, 0 to 1, a mean over heads. */
+export function density(pattern, frames) {
+  const groups = headGroups(pattern);
+  const heads = groups.reduce((sum, { count }) => sum + count, 0);
+  return groups.reduce((sum, group) => sum + group.count * densityOne(group.pattern, frames), 0) / heads;
+}
+
+function densityOne(pattern, frames) {
+  if (isFull(pattern, frames)) return 1;
+  const kind = tileKinds(pattern, frames);
+  let kept = 0;
+  for (let row = 0; row < frames; row++) for (let column = 0; column < frames; column++) kept += kind(row, column) !== "skipped";
+  return kept / frames ** 2;
+}
