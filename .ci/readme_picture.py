@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Makes web/three_nodes.webp, README's first picture: a template as ComfyUI's page opens it.
 
-Usage: python .ci/readme_picture.py http://127.0.0.1:8188 [CHROMIUM], of a running ComfyUI with this pack.
+Usage: python .ci/readme_picture.py http://127.0.0.1:8188 [CHROMIUM], of a running ComfyUI with this pack, and with files of the
+template's names, which may be empty: those that it lacks are framed in red.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ TEMPLATE, WIDTH, HEIGHT = "minimax_h3_text_8_steps", 1920, 1080
 SHOW = """workflow => app.loadGraphData(workflow).then(() => {
     const nodes = app.graph.nodes.filter(n => n.type !== 'MarkdownNote');
     const left = Math.min(...nodes.map(n => n.pos[0])), top = Math.min(...nodes.map(n => n.pos[1]));
+    // A note may stand above the first column; without it that one begins where the others do.
+    app.graph.nodes.filter(n => n.type === 'MarkdownNote').forEach(n => app.graph.remove(n));
+    const first = [...nodes, ...app.graph.groups].filter(box => box.pos[0] <= left);
+    const lift = Math.min(...first.filter(box => nodes.includes(box)).map(n => n.pos[1])) - top;
+    first.forEach(box => { box.pos[1] -= lift; });
     app.canvas.ds.scale = 0.9;
     app.canvas.ds.offset = [90 / 0.9 - left, 130 / 0.9 - top];
     app.canvas.setDirty(true, true);

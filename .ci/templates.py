@@ -11,7 +11,7 @@ run this command, thumbnails.py, and tests/contracts/test_templates.py, which ha
 
 - The page names a template by its file, so the file is called by the graph's number and title. The tiny ones are first.
 - Columns are 340 px wide and stand in the order of the work; each is a group with a title. Nodes stand in a column in the
-  order of the dictionary. A note of 400 px stands before the first column.
+  order of the dictionary. The note stands above the first column where both fit into 1300 px, else 400 px wide before it.
 - The page shows a template at three quarters of its window, and the classic canvas draws no text below 57 %: at most five
   columns, each at most 1300 px high with what its nodes show after a run.
 - A link goes to the same column or to the next one, so that no wire runs behind a node; a loader stands beside its user.
@@ -31,18 +31,23 @@ from pathlib import Path
 from typing import Any
 
 from comfy_page import open_page
-from template_graphs import Graph, downloaded_graphs
+from template_graphs import Graph, Node, downloaded_graphs
 from tiny_graphs import tiny_graphs
 from today_graphs import today_graphs
 
 ROOT = Path(__file__).parents[1]
 CORE_VERSION, PACK = "0.3.64", "efficient-vdit"
 PLAIN = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+DRAWN = {"IMAGECOMPARE": ["", ""]}  # widgets that only draw: a workflow holds no value of theirs, a prompt this one
 COLUMN, NOTE, GAP, ROW, TITLE = 340, 400, 60, 30, 30  # px: widths, between columns, between nodes, of a node's title
 # px that a node needs beside what it has when it is new: for its text, and for what it shows after a run
-EXTRA = {"CLIPTextEncode": 40, "PreviewImage": 300, "SaveVideo": 280, "PreviewAny": 60, "EVDiTSearchTilePlan": 230}
+EXTRA = {
+    "CLIPTextEncode": 40, "PreviewImage": 300, "SaveVideo": 280, "PreviewAny": 60, "EVDiTSearchTilePlan": 230, "ImageCompare": 120,
+}  # fmt: skip
 CHART_EXTRA, PLAN = 36, "EVDIT_PLAN"  # px of the last run's figures in the chart of every node that gives a plan
 LETTER, LINE = 5.7, 17  # px of a note's text
+SPREAD = 1.4  # Nodes 2.0 of ComfyUI 0.25.0 draw a note so much higher than its size
+EDGE, HEAD, HIGHEST = 15, 50, 1300  # px: around the nodes of a group, above them with its title, of a column
 Heights = dict[str, int]  # node class -> px with its title, in the higher of both renderers
 MEASURE = """kinds => {
     app.graph.clear();
@@ -94,8 +99,10 @@ def api_prompt(graph: Graph, info: dict[str, Any]) -> dict[str, Any]:
     for key, node in graph.nodes.items():
         inputs: dict[str, Any] = {}
         ours = node.kind.startswith("EVDiT")  # of others, later versions append optional widgets
-        for name, (_, widget, _) in inputs_of(info, node.kind).items():
-            if name in node.links:
+        for name, (kind, widget, _) in inputs_of(info, node.kind).items():
+            if kind in DRAWN:
+                inputs[name] = {"__value__": DRAWN[kind]}  # as the page sends a list
+            elif name in node.links:
                 inputs[name] = [numbers[node.links[name][0]], node.links[name][1]]
             elif widget and (name in node.values or ours or name not in info[node.kind]["input"].get("optional", {})):
                 inputs[name] = node.values[name] if name in node.values else default_of(info, node.kind, name)
@@ -123,19 +130,22 @@ def ui_workflow(graph: Graph, info: dict[str, Any], heights: Heights) -> dict[st
     """What the page saves: nodes in columns, links by number."""
     prompt, numbers = api_prompt(graph, info), {key: i + 1 for i, key in enumerate(graph.nodes)}
     links: list[list[Any]] = []
-    nodes, where = {}, {c: 0 for c in range(9)}
+    first = sum(room(node, info, heights) for node in graph.nodes.values() if node.column == 0) - ROW
+    note, start = note_node(graph, len(graph.nodes) + 1, first)
+    nodes, where = {}, {c: start if c == 0 else 0 for c in range(9)}
     for order, (key, node) in enumerate(graph.nodes.items()):
         inputs, values = inputs_of(info, node.kind), []
         slots: list[dict[str, Any]] = []
         for name, (kind, widget, control) in inputs.items():
             slot: dict[str, Any] = {"name": name, "type": kind, "link": None}
-            if widget:
+            if kind in DRAWN:
+                slot["widget"] = {"name": name}
+            elif widget:
                 if name not in prompt[str(numbers[key])]["inputs"]:
                     continue
                 slot["widget"] = {"name": name}
                 values += [prompt[str(numbers[key])]["inputs"][name]] + (["fixed"] if control else [])
             slots.append(slot)
-        height = heights[node.kind] + EXTRA.get(node.kind, 0)
         ours = node.kind.startswith("EVDiT")
         properties: dict[str, Any] = (
             {"cnr_id": PACK, "ver": version()} if ours else {"cnr_id": "comfy-core", "ver": CORE_VERSION}
@@ -146,12 +156,12 @@ def ui_workflow(graph: Graph, info: dict[str, Any], heights: Heights) -> dict[st
         outputs = zip(info[node.kind]["output_name"], info[node.kind]["output"], strict=True)
         nodes[key] = {
             "id": numbers[key], "type": node.kind, "pos": [node.column * (COLUMN + GAP), where[node.column] + TITLE],
-            "size": [COLUMN, height - TITLE],
+            "size": [COLUMN, heights[node.kind] + EXTRA.get(node.kind, 0) - TITLE],
             "flags": {}, "order": order + 1, "mode": 0, "inputs": slots,
             "outputs": [{"name": name, "type": kind, "links": []} for name, kind in outputs],
             "properties": properties, "widgets_values": values, **({"title": node.title} if node.title else {}),
         }  # fmt: skip
-        where[node.column] += height + ROW + (CHART_EXTRA if PLAN in info[node.kind]["output"] else 0)
+        where[node.column] += room(node, info, heights)
     for key, node in graph.nodes.items():
         for name, (source, slot) in node.links.items():
             position, taken = next((i, s) for i, s in enumerate(nodes[key]["inputs"]) if s["name"] == name)
@@ -163,9 +173,15 @@ def ui_workflow(graph: Graph, info: dict[str, Any], heights: Heights) -> dict[st
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{graph.name}")), "revision": 0,
         "last_node_id": len(nodes) + 1, "last_link_id": len(links),
-        "nodes": [*nodes.values(), note_node(graph, len(nodes) + 1)], "links": links, "groups": groups(graph, where), "config": {},
+        "nodes": [*nodes.values(), note], "links": links, "groups": groups(graph, where, start), "config": {},
         "extra": {"ds": {"scale": 0.6, "offset": [560, 190]}, "template": graph.name, **app_mode(graph, numbers)}, "version": 0.4,
     }  # fmt: skip
+
+
+def room(node: Node, info: dict[str, Any], heights: Heights) -> int:
+    """px that a node takes in its column, with the gap below it."""
+    chart = CHART_EXTRA if PLAN in info[node.kind]["output"] else 0
+    return heights[node.kind] + EXTRA.get(node.kind, 0) + ROW + chart
 
 
 def app_mode(graph: Graph, numbers: dict[str, int]) -> dict[str, Any]:
@@ -177,27 +193,37 @@ def app_mode(graph: Graph, numbers: dict[str, int]) -> dict[str, Any]:
     return {"linearMode": True, "linearData": {"inputs": inputs, "outputs": outputs}}
 
 
-def groups(graph: Graph, where: dict[int, int]) -> list[dict[str, Any]]:
-    """A box with a title around each column."""
-    edge, head = 15, 50
-    return [
-        {
-            "id": number + 1, "title": title, "color": "#3f789e", "font_size": 22, "flags": {},
-            "bounding": [number * (COLUMN + GAP) - edge, -head, COLUMN + 2 * edge, where[number] - ROW + head + edge],
-        }
-        for number, title in enumerate(graph.columns)
-    ]  # fmt: skip
+def groups(graph: Graph, where: dict[int, int], start: int) -> list[dict[str, Any]]:
+    """A box with a title around each column, of which the first begins at ``start``."""
+    boxes = []
+    for number, title in enumerate(graph.columns):
+        top = (0 if number else start) - HEAD
+        height = where[number] - ROW + EDGE - top
+        bounding = [number * (COLUMN + GAP) - EDGE, top, COLUMN + 2 * EDGE, height]
+        boxes.append(
+            {"id": number + 1, "title": title, "color": "#3f789e", "font_size": 22, "flags": {}, "bounding": bounding}
+        )
+    return boxes
 
 
-def note_node(graph: Graph, number: int) -> dict[str, Any]:
-    shown = re.sub(r"\]\([^)]*\)", "", graph.note)  # a link shows its words
-    lines = sum(max(1, math.ceil(len(line) * LETTER / (NOTE - 40))) for line in shown.splitlines())
-    return {
-        "id": number, "type": "MarkdownNote", "pos": [-NOTE - GAP, TITLE], "size": [NOTE, LINE * lines + 40], "flags": {},
+def note_node(graph: Graph, number: int, first: int) -> tuple[dict[str, Any], int]:
+    """The note, and where the nodes of the first column begin, which are ``first`` px high: below it, or beside it."""
+    start = round(SPREAD * note_height(graph, COLUMN)) + TITLE + HEAD + ROW
+    above = start + first <= HIGHEST
+    width, left = (COLUMN, 0) if above else (NOTE, -NOTE - GAP)
+    note = {
+        "id": number, "type": "MarkdownNote", "pos": [left, TITLE], "size": [width, note_height(graph, width)], "flags": {},
         "order": 0, "mode": 0, "inputs": [], "outputs": [], "title": "About this workflow",
         "properties": {"cnr_id": "comfy-core", "ver": CORE_VERSION},
         "widgets_values": [graph.note],
     }  # fmt: skip
+    return note, start if above else 0
+
+
+def note_height(graph: Graph, width: int) -> int:
+    """px of the note's text in lines of ``width`` px."""
+    shown = re.sub(r"\]\([^)]*\)", "", graph.note)  # a link shows its words
+    return LINE * sum(max(1, math.ceil(len(line) * LETTER / (width - 40))) for line in shown.splitlines()) + 40
 
 
 def version() -> str:

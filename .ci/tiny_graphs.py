@@ -86,7 +86,10 @@ APP_NOTE = """## Before and after, as an app
 
 Opens in App Mode: type a prompt, choose how many reference frames stay (fewer is faster and changes more) and how long the clip is, and \
 run. The same noise gives the video twice, side by side: full attention left, sparse attention right. All weights ship with the pack; \
-seconds on a CPU. Needs ComfyUI 0.3.60 or newer, and a version with App Mode to open as an app.
+seconds on a CPU. Needs ComfyUI 0.25.0 or newer.
+
+**A slider** stands at the end, in Nodes 2.0 (the classic canvas has none): leave App Mode and move the mouse over *Dense | sparse*. Full \
+attention is left of the line, sparse right; the arrows choose the frame of each.
 
 **With your own model**: leave App Mode, replace the loaders, and set the size of the latent."""
 
@@ -201,7 +204,7 @@ def tiny_tour() -> Graph:
         nodes[name].column = 0
     nodes["noise"].values["noise_seed"] = 2  # one whose three clips are clean
     nodes["levels"] = Node(
-        "EVDiTConsistencySigmas", 1, {"preset": "from checkpoint"}, {"model": ("few", 0)}, "Sigmas, few steps"
+        "EVDiTConsistencySigmas", 2, {"preset": "from checkpoint"}, {"model": ("few", 0)}, "Sigmas, few steps"
     )
     for suffix, source, title in (("_few", "few", "few steps"), ("_sparse", "sparse", "few steps, sparse")):
         nodes |= tiny_sampling(source, suffix, title, column=3)
@@ -217,8 +220,8 @@ def tiny_tour() -> Graph:
         "save": Node(
             "SaveVideo", 4, {"filename_prefix": "video/EfficientvDiT", "format": "mp4"}, {"video": ("create", 0)}
         ),
-        "report": Node("EVDiTReport", 2, {}, {"model": ("sparse", 0), "after": ("sampler_sparse", 0)}),
-        "calls": Node("PreviewAny", 3, {}, {"source": ("report", 0)}, "What became sparse"),
+        "report": Node("EVDiTReport", 3, {}, {"model": ("sparse", 0), "after": ("sampler_sparse", 0)}),
+        "calls": Node("PreviewAny", 4, {}, {"source": ("report", 0)}, "What became sparse"),
     }
     note = TOUR_NOTE.format(steps=about.steps, share=share(plan, 8, 6))
     return Graph("tiny_three_stages", "Tiny, distilled in three stages", TOUR_CAPTION, note, nodes, COMPARE_COLUMNS)
@@ -244,7 +247,8 @@ def tiny_app() -> Graph:
         "save": Node(
             "SaveVideo", 4, {"filename_prefix": "video/EfficientvDiT", "format": "mp4"}, {"video": ("create", 0)}
         ),
-    }
+        "slider": Node("ImageCompare", 4, {}, {"image_a": ("decode_dense", 0), "image_b": ("decode", 0)}, "Dense | sparse"),
+    }  # fmt: skip
     inputs = (("positive", "text"), ("plan", "reference_frames"), ("latent", "length"))
     return Graph("tiny_app", "Tiny, before and after", APP_CAPTION, APP_NOTE, nodes, COMPARE_COLUMNS, inputs)
 

@@ -20,7 +20,7 @@ class EVDiTSparseAttention(io.ComfyNode):
     """MODEL and plan in, patched MODEL out; the incoming MODEL stays as it is."""
 
     @classmethod
-    @advanced_inputs("end_percent", "min_tokens", "placement", "decline_slow", "backend", "dense_last_steps")
+    @advanced_inputs("end_percent", "min_tokens", "placement", "decline_slow", "backend", "dense_last_steps", "measure")
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTSparseAttention",
@@ -158,6 +158,16 @@ class EVDiTSparseAttention(io.ComfyNode):
                         "not trained for sparse attention. Counted within one sampler node; end_percent holds as well."
                     ),
                 ),
+                io.Boolean.Input(
+                    "measure",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "On: one step of each run is computed twice, dense and sparse, and the report, the log and this node tell the "
+                        "seconds of both. The result stays the same to the bit; the run takes one dense step longer. Off: the report "
+                        "gives a bound by FLOPs."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -184,6 +194,7 @@ class EVDiTSparseAttention(io.ComfyNode):
         backend: str = "auto",
         dense_first_steps: int = 0,
         dense_last_steps: int = 0,
+        measure: bool = False,
     ) -> io.NodeOutput:
         return io.NodeOutput(
             patch_attention(
@@ -194,6 +205,7 @@ class EVDiTSparseAttention(io.ComfyNode):
                 placement=placement,
                 decline_slow=decline_slow,
                 backend=backend,
+                measure=measure,
                 # Outside a prompt, as in a script, there is no id and nobody to tell.
                 after_run=announce_to_page(cls.hidden.unique_id, plan.to_text()) if cls.hidden else None,
             )

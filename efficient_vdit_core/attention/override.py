@@ -43,7 +43,6 @@ def attention_override(preparation: Preparation, *, previous: Override | None = 
 
     q, k, v are tensors, or containers that ComfyUI lets a function take them out of.
     """
-    report = preparation.report
     previous_name = function_name(previous) if previous is not None else ""
 
     # A plain closure: ComfyUI deep-copies model options, and functions survive that as they are.
@@ -65,11 +64,12 @@ def attention_override(preparation: Preparation, *, previous: Override | None = 
         state: ForwardState | None = options.get(FORWARD_KEY)
         if state is not None and (state.busy or state.owner not in (None, preparation)):
             return call.dense(dense)
+        report = _counted_by(preparation, state)
         reason = why_not_the_video(state, call.shape, call.keys, mask, skip_reshape)
         if state is not None and state.layout is not None and not reason:
             return _over_the_video(preparation, call, dense, state, options)
         if state is not None and state.layout is not None and reason == ANOTHER_LENGTH:
-            _warn_of_length(tokens_of(call.shape, skip_reshape), state.layout, report)
+            _warn_of_length(tokens_of(call.shape, skip_reshape), state.layout, preparation.report)
         report.add_dense(reason)
         with computing(state):
             return call.dense(dense.as_the_file_asks(_asked_by_the_file(state, options), video=False))
@@ -128,10 +128,10 @@ def _over_the_video(
 ) -> Tensor:
     """A self-attention over the video: under its layer's pattern, or dense with the reason counted."""
     assert state.layout is not None
-    report = preparation.report
+    report = _counted_by(preparation, state)
     work = preparation.layer(state, state.next_layer(options, call.heads), options.get("total_blocks"))
     for note in work.notes:
-        report.warn(*note)
+        preparation.report.warn(*note)
     dense = dense.as_the_file_asks(_asked_by_the_file(state, options), video=True)
     reason = why_no_pattern(state, state.layout, call.mask) or work.reason
     padding = state.masked(call.mask)
@@ -152,6 +152,10 @@ def _over_the_video(
         q, k, v = call.take(padding)
         out = tile_attention(q, k, v, layout, pattern, dense=dense, backend=backends, dense_name=dense.name)
     return call.give(out, padding)
+
+
+def _counted_by(preparation: Preparation, state: ForwardState | None) -> AttentionReport:
+    return preparation.report if state is None or state.report is None else state.report
 
 
 def _computed_share(pattern: LayerPattern, backends: dict[TilePattern, str], heads: int, layout: TokenLayout) -> float:

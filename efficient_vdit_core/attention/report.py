@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from .clock import AttentionClock
 from .cost import StepCost
 from .layout import TokenLayout
+from .measure import StepMeasure
 
 log = logging.getLogger("efficient_vdit")
 
@@ -27,6 +28,7 @@ class AttentionReport:
     cost: StepCost | None = None  # of the last forward, where the model's matrices are known
     seconds: float = 0.0  # that the last sampling took, 0 before its end
     clock: AttentionClock = field(default_factory=AttentionClock)
+    measure: StepMeasure | None = None  # where a step of each run is computed dense as well
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add_sparse(self, density: float, computed: str) -> None:
@@ -59,6 +61,8 @@ class AttentionReport:
             self.computed.clear()
             self.warned.clear()
         self.clock.reset()
+        if self.measure is not None:
+            self.measure.reset()
 
     def summary(self) -> str:
         """One line: how many calls became sparse, at what mean density, and why the others stayed dense."""

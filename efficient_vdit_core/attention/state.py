@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .layout import TokenLayout
+from .report import AttentionReport
 
 FORWARD_KEY = "evdit"
 
@@ -60,6 +61,7 @@ class ForwardState:
         calls: self-attentions over the video so far, each over all heads.
         owner: the plan's ``Preparation`` that this is for, None = any. A plan that another node still calls leaves the
             attention alone.
+        report: counts this forward's calls, None = the plan's own. A forward beside the run has one of its own.
         busy: a call is being computed; what it calls in turn is no call of the model.
         first_head: of the latest call, among its layer's heads; not 0 where a layer's heads come in several calls.
     """
@@ -78,6 +80,7 @@ class ForwardState:
     settled: bool = False
     calls: int = 0
     owner: Any = None
+    report: AttentionReport | None = None
     busy: bool = False
     seen_heads: int = 0
     first_head: int = 0

@@ -40,6 +40,8 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
         lines.append("Other attention, always dense: " + ", ".join(f"{count} {reason}" for reason, count in others))
     if cost is not None:
         lines += describe_bound(cost, density)
+    if report.measure is not None:
+        lines.append(describe_measure(report))
     return "\n".join(lines), bool(sparse)
 
 
@@ -61,9 +63,31 @@ def describe_bound(cost: StepCost, density: float) -> list[str]:
     ]
     share, bound = cost.attention_share(), cost.bound(density)
     lines.append(
-        f"  attention is {share:.0%} of a dense step's FLOPs here, so a step at {density:.0%} of it is at most {bound:.2f}x faster"
+        f"  attention is {share:.0%} of a dense step's FLOPs here: a step at {density:.0%} of it is at most {bound:.2f}x faster, by FLOPs"
     )
     return lines
+
+
+def describe_measure(report: AttentionReport) -> str:
+    """What a step took dense and sparse in the last run, or why none was measured; "" where none was to be."""
+    measure = report.measure
+    if measure is None:
+        return ""
+    if not report.sparse:
+        return "Not measured: no step became sparse"
+    if not measure.forwards:
+        return f"Not measured: {measure.refused or 'the run ended before its second sparse step'}"
+    gain = measure.dense / measure.sparse
+    change = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
+    forwards = f", {measure.forwards} forwards of the model" if measure.forwards > 1 else ""
+    return (
+        f"Measured in this run: a dense step {_seconds(measure.dense)}, a sparse step {_seconds(measure.sparse)}: {change} "
+        f"(step {(measure.step or 0) + 1}{forwards}, computed both ways)"
+    )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
 
 
 def _times(report: AttentionReport, density: float) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from server import PromptServer
 
 from ...efficient_vdit_core.attention.report import AttentionReport
-from ...efficient_vdit_core.attention.summary import density_of_run
+from ...efficient_vdit_core.attention.summary import density_of_run, describe_measure
 
 EVENT = "efficient_vdit.report"
 
@@ -18,14 +18,16 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
     The message: ``node`` the execution id of Sparse Attention, ``plan`` the plan's text, ``layers`` and ``frames``
     (latent) of the model, ``sparse`` calls, ``density`` the share of dense attention that the run computed (0 to 1),
     ``dense`` calls by reason, ``seconds`` of sampling; ``bound``, how many times faster a step of this clip becomes at
-    most, and ``video``, the share of the sequence that can be sparse, both 0 where they are not known.
+    most, and ``video``, the share of the sequence that can be sparse, both 0 where they are not known; ``dense_step`` and
+    ``sparse_step``, the measured seconds of a step, both 0 where none was. What was measured, or why nothing was, stands
+    on the node as well.
     """
 
     def after_run(report: AttentionReport, layers: int, seconds: float) -> None:
         server = getattr(PromptServer, "instance", None)
         if server is None or server.client_id is None:  # sent to nobody, it would reach every page
             return
-        density, cost = density_of_run(report), report.cost
+        density, cost, measure = density_of_run(report), report.cost, report.measure
         with report.lock:
             found = {
                 "frames": report.layout.grid.t if report.layout else 0,
@@ -34,9 +36,13 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
                 "dense": dict(report.dense),
                 "bound": cost.bound(density) if cost and report.sparse else 0.0,
                 "video": cost.video_share if cost else 0.0,
+                "dense_step": measure.dense if measure else 0.0,
+                "sparse_step": measure.sparse if measure else 0.0,
             }
         message = {"node": node, "plan": plan, "layers": layers, "seconds": seconds, **found}
         server.send_sync(EVENT, message, server.client_id)
+        if measure is not None:
+            show_on_node(node, describe_measure(report))
 
     return after_run
 

@@ -275,6 +275,9 @@ def _report(model: Any, launch: Launch, scheme: str) -> str:
             test["peer_access"]
         ]
         lines.append(f"rank {rank}: {test['device']}{free}, sends {test['gigabytes_per_second']:.2f} GB/s{peers}")
+    hook = patch.hook_of(model)
+    if hook is not None and hook.report.measure is not None:
+        lines.append("Sparse Attention's measure has no effect here: the workers compute each step once.")
     return "\n".join([*lines, *_forecast(model, scheme)])
 
 

@@ -16,14 +16,17 @@ from torch import Tensor
 from ...efficient_vdit_core.attention import check_backend
 from ...efficient_vdit_core.attention.cost import StepCost
 from ...efficient_vdit_core.attention.dense_call import DenseCall, function_name
+from ...efficient_vdit_core.attention.measure import StepMeasure
 from ...efficient_vdit_core.attention.override import attention_override
 from ...efficient_vdit_core.attention.prepare import Preparation
 from ...efficient_vdit_core.attention.report import AttentionReport
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from ...efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState, Override
+from ...efficient_vdit_core.attention.summary import describe_measure
 from ...efficient_vdit_core.plan import TilePlan
 from .families import Family, find_family, uncompiled, why_no_family
 from .forward import call_shape, forward_state
+from .measure import computed_twice, why_not_twice
 from .window import Window, step_of
 
 log = logging.getLogger("efficient_vdit")
@@ -44,6 +47,7 @@ def patch_attention(
     placement: str = "strided",
     decline_slow: bool = True,
     backend: str = "auto",
+    measure: bool = False,
     after_run: AfterRun | None = None,
 ) -> Any:
     """A clone of MODEL whose self-attention follows the plan.
@@ -54,6 +58,7 @@ def patch_attention(
         placement: where the reference frames stand, one of ``tiles.PLACEMENTS``; rotating moves by a frame a step.
         decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
         backend: what computes the sparse attention, ``auto`` or one of ``attention.BACKENDS``.
+        measure: one step of each run is computed dense as well, and the report tells both times.
         after_run: called after each sampling with its counts, the number of layers, and the seconds it took.
 
     Raises:
@@ -72,8 +77,9 @@ def patch_attention(
     depth = family.depth(diffusion_model)
     plan.check_fits(family=family.name, layers=depth, heads=family.head_count(diffusion_model))
     _check_dense_layers(plan, depth)
+    report = AttentionReport(measure=StepMeasure() if measure else None)
     preparation = Preparation(
-        plan, AttentionReport(), min_tokens=min_tokens, placement=placement, decline_slow=decline_slow, backend=backend
+        plan, report, min_tokens=min_tokens, placement=placement, decline_slow=decline_slow, backend=backend
     )
     hook = Hook(
         family, window, preparation, None, family.caution(diffusion_model), family.token_weights(diffusion_model)
@@ -203,11 +209,26 @@ def _publish_layout(hook: Hook) -> Callable[..., Any]:
         state.owner = hook.preparation
         options[OVERRIDE] = hook.over(options.get(OVERRIDE))
         _prepare(hook, base_model, state, options, x)
-        options[FORWARD_KEY] = state
-        return executor(x, t, c_concat, c_crossattn, control, options, *more, **conds)
+
+        def run(state: ForwardState) -> Tensor:
+            own = {**options, FORWARD_KEY: state}
+            return executor(x, t, c_concat, c_crossattn, control, own, *more, **conds)
+
+        if report.measure is not None and _wanted(report.measure, hook.window, state, base_model, options, t):
+            return computed_twice(report.measure, run, state, x.device)
+        return run(state)
 
     wrapper.hook = hook  # pyright: ignore[reportFunctionMemberAccess]
     return wrapper
+
+
+def _wanted(
+    measure: StepMeasure, window: Window, state: ForwardState, base_model: Any, options: dict[str, Any], t: Tensor
+) -> bool:
+    """Whether this forward is of the step that is computed twice."""
+    if state.layout is None or not state.active:
+        return False
+    return measure.wants(step_of(options, t), last=not window.goes_on(base_model.model_sampling, options, t))
 
 
 def _prepare(hook: Hook, base_model: Any, state: ForwardState, options: dict[str, Any], x: Tensor) -> None:
@@ -236,6 +257,8 @@ def _log_report(hook: Hook, depth: int, after_run: AfterRun | None) -> Callable[
 
     def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         report.reset()
+        if report.measure is not None:
+            report.measure.refused = why_not_twice(executor.class_obj, WRAPPER_KEY)
         start, complete = time.perf_counter(), False
         try:
             result = executor(*args, **kwargs)
@@ -250,6 +273,8 @@ def _log_report(hook: Hook, depth: int, after_run: AfterRun | None) -> Callable[
                 report.warn("nothing sparse", _why_none(report))
             else:
                 log.info("Efficient-vDiT: %s", report.summary())
+            if report.measure is not None:
+                log.info("Efficient-vDiT: %s", describe_measure(report))
             hook.preparation.forget()
 
     return wrapper

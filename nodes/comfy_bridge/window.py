@@ -53,6 +53,13 @@ class Window:
         inside = self.dense_first_steps <= step < steps - self.dense_last_steps
         return "" if inside else "outside the step window"
 
+    def goes_on(self, model_sampling: Any, options: dict[str, Any], t: Tensor) -> bool:
+        """Whether the step after that of noise level ``t``, which is inside, is inside as well."""
+        following = step_of(options, t) + 1
+        if following >= steps_of(options):
+            return False
+        return not self.why_outside(model_sampling, options, options["sample_sigmas"][following : following + 1])
+
 
 def steps_of(options: dict[str, Any]) -> int:
     """How many steps the sampler takes, 0 where there is no schedule."""

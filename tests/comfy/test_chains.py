@@ -82,6 +82,13 @@ def test_a_compiled_model_is_dense_again_and_compiled_once(compiled, way):
     assert found["dense"] < ROUNDING and found["graphs"] > 0 and found["graphs of a second run"] == 0
 
 
+@pytest.mark.parametrize("way", ["node", "blocks"])
+def test_measuring_a_compiled_model_compiles_nothing_more(compiled, way):
+    found = compiled[way]
+    assert found["measured"] < ROUNDING and found["graphs of a measurement"] == 0
+    assert "Measured in this run: a dense step" in found["measured lines"][-1]
+
+
 @pytest.fixture(scope="module")
 def talk(in_process):
     found = in_process("infinite_talk")

@@ -255,6 +255,7 @@ def test_the_shipped_workflow_with_the_node_in_it(server):
             inputs = {"model": [kinds["EVDiTSparseAttention"], 0], **PARALLEL}
             graph["98"] = {"class_type": "EVDiTSequenceParallel", "inputs": inputs}
             graph["97"] = {"class_type": "PreviewAny", "inputs": {"source": ["98", 1]}}
+            graph[kinds["EVDiTSparseAttention"]]["inputs"]["measure"] = True
         events = []
         results[name] = saved(server, server.run(graph, events), name)
     assert same(results["template"], results["template_alone"])
@@ -263,6 +264,7 @@ def test_the_shipped_workflow_with_the_node_in_it(server):
     assert re.search(r"Expected speed-up.*: [01]\.\d\dx for 81 frames of 832x480, [01]\.\d\dx for 93 frames", report), (
         report
     )
+    assert "Sparse Attention's measure has no effect here: the workers compute each step once." in report
 
 
 def test_cancel_ends_the_run_and_keeps_the_pool(server):

@@ -102,6 +102,17 @@ def test_the_page_hears_of_the_progress(server, tiny_prompt):
     assert made["evdit_plan"] == ["all:2"]
 
 
+def test_a_measured_step_stands_on_the_node_and_in_the_message(server, tiny_prompt):
+    events, prompt = [], tiny_prompt()
+    find(prompt, "EVDiTConsistencySigmas").update(segments=3, steps=3)
+    find(prompt, "EVDiTSparseAttention").update(measure=True)
+    server.run(prompt, events)
+    (report,) = [data for kind, data in events if kind == "efficient_vdit.report"]
+    assert report["dense_step"] > 0 and report["sparse_step"] > 0
+    shown = [text for kind, (node, text) in ((k, d) for k, d in events if k == "text") if node == report["node"]]
+    assert len(shown) == 1 and re.match(r"Measured in this run: a dense step [\d.]+ s, a sparse step", shown[0])
+
+
 def test_a_page_hears_nothing_of_a_run_that_nobody_s_page_queued(server, tiny_prompt):
     """A script's run: another page could take its node for one of its own of the same number."""
     heard, queued, prompt = set(), [], tiny_prompt()

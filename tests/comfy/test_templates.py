@@ -67,7 +67,7 @@ def test_our_loaders_name_the_file_that_is_missing(server, name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_tiny_ones_run_to_the_end(server, name):
+def test_the_tiny_ones_run_to_the_end(server, known, name):
     """With two steps of sampling in place of fifty; every node that shows something has something to show."""
     sent = prompt(name)
     for node in sent.values():

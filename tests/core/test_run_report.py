@@ -8,10 +8,11 @@ import torch
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.clock import DENSE, SPARSE, AttentionClock, Tally
 from efficient_vdit_core.attention.cost import StepCost
+from efficient_vdit_core.attention.measure import StepMeasure
 from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, make_attention_override
 from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
-from efficient_vdit_core.attention.summary import describe_bound, summarize_run
+from efficient_vdit_core.attention.summary import describe_bound, describe_measure, summarize_run
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
@@ -60,7 +61,7 @@ def test_the_bound_is_amdahl_s_for_this_clip():
     assert cost.bound(density, attention_rate=0.5) > cost.bound(density) > cost.bound(1.0) == 1.0
     first, second = describe_bound(cost, density)
     assert "37 latent frames of 1008 tokens, 98% of a sequence of 38010; 714 other tokens" in first
-    assert second.endswith("so a step at 43% of it is at most 1.50x faster")
+    assert second.endswith("a step at 43% of it is at most 1.50x faster, by FLOPs")
     reference = StepCost(TokenLayout(TokenGrid(37, 24, 42), prefix=714 + 37 * 1008 + 414), 56, 128, 50, 19_270_000_000)
     assert reference.bound(TilePattern(1).flop_density(reference.layout.grid, reference.layout.prefix)) < 1.25
 
@@ -109,3 +110,54 @@ def test_a_new_run_starts_from_nothing():
     report = ran(1)
     report.reset()
     assert report.clock.times() is None and not report.sparse
+
+
+def measured(*forwards: tuple[float, float], **about) -> str:
+    """The report's last line where the second step's forwards took these seconds, dense and sparse."""
+    report = ran(1, 1)
+    report.measure = StepMeasure(**about)
+    assert not report.measure.wants(0, last=False)
+    for dense, sparse in forwards:
+        assert report.measure.wants(1, last=False)
+        report.measure.add(dense, sparse)
+    return summarize_run(report)[0].splitlines()[-1]
+
+
+def test_a_measured_step_is_told_in_seconds():
+    line = "Measured in this run: a dense step 12.3 s, a sparse step 5.1 s: 2.41x faster (step 2, computed both ways)"
+    assert measured((12.3, 5.1)) == line
+    both = measured((100.0, 40.0), (50.0, 20.0))
+    assert "a dense step 150 s, a sparse step 60 s: 2.50x faster (step 2, 2 forwards of the model, computed" in both
+    assert "a dense step 0.05 s, a sparse step 0.1 s: 2.00x slower" in measured((0.05, 0.1))
+
+
+def test_where_nothing_was_measured_the_report_says_why():
+    assert measured() == "Not measured: the run ended before its second sparse step"
+    report = ran(None)
+    report.measure = StepMeasure()
+    assert summarize_run(report)[0].endswith("Not measured: no step became sparse")
+    report = ran(1)
+    report.measure = StepMeasure(refused="easycache")
+    assert summarize_run(report)[0].endswith("Not measured: easycache") and not report.measure.wants(1, last=True)
+    assert "easured in this run" not in summarize_run(ran(1))[0] and describe_measure(ran(1)) == ""
+
+
+def test_one_step_is_measured_and_not_the_first_where_there_are_more():
+    measure = StepMeasure()
+    assert [measure.wants(step, last=step == 4) for step in (2, 2, 3, 3, 4)] == [False, False, True, True, False]
+    assert not measure.cold
+    measure.reset()
+    assert measure.wants(4, last=True) and measure.cold
+    measure.add(2.0, 1.0)
+    assert measure.wants(4, last=True) and not measure.cold
+
+
+def test_a_forward_beside_the_run_is_counted_nowhere():
+    report, beside = AttentionReport(), AttentionReport()
+    override = make_attention_override(TilePlan.uniform(1), report)
+    x = torch.randn(1, LAYOUT.tokens, 16)
+    for state in (ForwardState(LAYOUT, report=beside), ForwardState(LAYOUT, report=beside, active=False)):
+        for keys in (x, x[:, :5]):
+            sdpa_attention(x, keys, keys, 2, transformer_options={OVERRIDE_KEY: override, FORWARD_KEY: state})
+    assert (report.sparse, report.dense, report.clock.times()) == (0, {}, None)
+    assert beside.sparse == 1 and beside.dense == {"cross-attention": 2, "outside the step window": 1}

@@ -91,6 +91,10 @@ class ComfyPage:
         self.page.evaluate("app.canvas.ds.reset()")
         return self
 
+    def version(self) -> tuple[int, ...]:
+        """Of the page, as numbers to compare."""
+        return tuple(map(int, self.page.evaluate("window.__COMFYUI_FRONTEND_VERSION__").split(".")[:2]))
+
     def template(self, name: str):
         """Open a template of this pack from the template browser, by clicking."""
         self.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")

@@ -34,4 +34,6 @@ def test_it_can_be_read(wide, name):
     wide.page.wait_for_timeout(1500)
     wide.picture(f"layout {name} {wide.settings['Comfy.VueNodes.Enabled']}")
     assert wide.page.evaluate("app.canvas.ds.scale") > READABLE
+    if wide.settings["Comfy.VueNodes.Enabled"] and wide.version() < (1, 49) and not name.startswith("tiny"):
+        pytest.skip("NODES 2.0 OF THIS FRONTEND HANG A FOOT BELOW EACH NODE WHOSE FILE IS MISSING, over the next one")
     assert wide.page.evaluate(OVERLAPS) == []

@@ -41,9 +41,8 @@ def test_nonsense_is_named_and_the_node_stays(comfy):
 def test_it_fits_a_narrow_node(comfy, palette, modern):
     """No text runs over the edge of a node 220 px wide, in any look."""
     page = comfy.open(Comfy_ColorPalette=palette, Comfy_VueNodes_Enabled=modern).page
-    version = page.evaluate("window.__COMFYUI_FRONTEND_VERSION__")
-    if modern and tuple(map(int, version.split(".")[:2])) < (1, 28):
-        pytest.skip(f"NODES 2.0 OF FRONTEND {version} DRAW NO PACK'S OWN WIDGETS; the node works without its chart")
+    if modern and comfy.version() < (1, 28):
+        pytest.skip("NODES 2.0 OF THIS FRONTEND DRAW NO PACK'S OWN WIDGETS; the node works without its chart")
     chart = plan_node(comfy, "0:full 1-4:8:16 5-12:4:20 13-20:2:22 21-31:1:23", width=220)
     chart.get_by_text("1:23 × 11").wait_for()
     comfy.picture(f"chart {palette} {'nodes2' if modern else 'classic'}")
@@ -127,6 +126,8 @@ def test_a_file_of_the_list_is_drawn_before_it_runs(comfy, modern):
 def test_the_right_panel_has_no_row_for_it(comfy, modern):
     """A second chart could not be there: an element has one place."""
     page = comfy.open(Comfy_VueNodes_Enabled=modern).page
+    if comfy.version() < (1, 49):  # 1.45 does, 1.49 does not
+        pytest.skip("THE RIGHT PANEL OF THIS FRONTEND SHOWS A ROW FOR EVERY WIDGET, the chart's too, empty")
     chart = plan_node(comfy, "0-3:2:6", width=400)
     page.evaluate(f"app.canvas.selectNode({TITLE})")
     page.get_by_role("button", name="Toggle properties panel").click()

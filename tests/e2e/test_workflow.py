@@ -28,7 +28,9 @@ def test_every_template_opens_with_its_chart(comfy, name):
     page = comfy.open().page
     comfy.template(name)
     strangers = page.evaluate("app.graph.nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)")
-    assert strangers == []
+    assert not [kind for kind in strangers if kind.startswith("EVDiT")]
+    if strangers:
+        pytest.skip(f"this ComfyUI has no {', '.join(strangers)}")
     chart = page.locator(".evdit-plan-chart:visible").first
     if "search" in name:  # its plan is not known before the run
         chart.get_by_text("drawn here after a run").wait_for()

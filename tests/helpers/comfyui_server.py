@@ -22,6 +22,7 @@ COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI")
 PYTHON = Path(os.environ.get("COMFYUI_PYTHON", COMFYUI / ".venv" / "bin" / "python"))
 TEXT = 3  # ComfyUI's number of a binary message that holds text
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+DRAWN = {"IMAGECOMPARE": {"__value__": ["", ""]}}  # what the page sends for widgets that only draw
 ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
 START_TIMEOUT, RUN_TIMEOUT = 600.0, 400.0  # seconds; on a busy machine the first import alone takes minutes
 
@@ -188,6 +189,8 @@ def _inputs(node: dict, declared: dict, sources: dict) -> dict:
     linked = {i["name"]: list(sources[i["link"]]) for i in node.get("inputs", []) if i.get("link") is not None}
     values, inputs = list(node.get("widgets_values", [])), {}
     for name, kind, options in _fields(declared):
+        if not isinstance(kind, list) and kind in DRAWN:
+            inputs[name] = DRAWN[kind]
         widget = kind in WIDGETS or isinstance(kind, list)
         # With no value left it is a widget that a later ComfyUI appended: it has a default.
         if widget and not options.get("forceInput") and values:

@@ -9,6 +9,7 @@ const COLORS = 6; // of --pattern-N in the style
 const KEYS = { ArrowLeft: -1, ArrowRight: 1, ArrowDown: -1, ArrowUp: 1, PageUp: 5, PageDown: -5, Home: -1e9, End: 1e9 };
 const LEAST_HEIGHT = 26; // px, until it is on the page; then `height` is what the content takes at the node's width
 const LEAST_WIDTH = 150;
+const short = (value) => (value < 100 ? Number(value.toPrecision(3)) : Math.round(value));
 const percent = (share) => `${Math.round(100 * share)} %`;
 
 /** Make an HTML or SVG element with attributes and children. */
@@ -226,10 +227,16 @@ export class PlanChart {
       : this.say("measuredNone", { seconds: seconds.toFixed(1) });
     const reasons = Object.entries(measured.dense ?? {}).map(([reason, count]) => `${count} ${reason}`);
     const why = reasons.length ? this.say("stayedDense", { reasons: reasons.join(", ") }) : "";
-    const gain = measured.bound
+    const { dense_step: dense, sparse_step: fast } = measured;
+    const timed = fast
+      ? this.say("timed", { dense: short(dense), sparse: short(fast), gain: (dense / fast).toFixed(2) })
+      : "";
+    // What was measured takes the place of the bound.
+    const gain = measured.bound && !timed
       ? this.say("bound", { video: percent(measured.video), bound: measured.bound.toFixed(2) })
       : "";
-    this.measured.replaceChildren(make("span", {}, text), make("span", { title: gain }, gain), make("span", { title: why }, why));
+    const lines = [[undefined, text], [timed, timed], [gain, gain], [why, why]].filter(([, line]) => line);
+    this.measured.replaceChildren(...lines.map(([title, line]) => make("span", { title }, line)));
   }
 
   hover(layer) {

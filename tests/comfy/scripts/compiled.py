@@ -23,9 +23,9 @@ model = build(CASES["wan"])
 x, text = noise(1, 16, 9, 4, 6), noise(1, 7, 32)
 
 
-def sparse(source, k=1):
+def sparse(source, k=1, **more):
     (plan,) = call(pack["EVDiTTilePlan"], reference_frames=k)
-    settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
+    settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0, **more}
     return call(pack["EVDiTSparseAttention"], model=source, plan=plan, **settings)[0]
 
 
@@ -80,6 +80,14 @@ for name, compile_ in (("node", by_node), ("blocks", by_block)):
     found["graphs"] = graphs() - before
     run(patched)  # as many steps: ComfyUI hands the schedule on, so another length is another shape
     found["graphs of a second run"] = graphs() - before - found["graphs"]
+    # The dense forward beside the run is no other graph: none is compiled while it is timed.
+    counts = []
+    for measure in (False, True):
+        before = graphs()
+        found["measured"] = distance(run(sparse(compiled, measure=measure)), want[1])
+        counts.append(graphs() - before)
+    found["graphs of a measurement"] = counts[1] - counts[0]
+    found["measured lines"] = list(lines)
     facts[name] = found
 
 
