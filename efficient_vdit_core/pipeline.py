@@ -5,6 +5,7 @@ Shapes: latents z (1, 4, T, H/8, W/8) float32, variance-preserving; with guidanc
 
 from __future__ import annotations
 
+import itertools
 import logging
 import platform
 from collections.abc import Callable, Iterator
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
+from .attention.choose import CallShape
 from .attention.layout import TokenLayout
-from .attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
+from .attention.override import FORWARD_KEY, AttentionReport, ForwardState, attention_override
+from .attention.prepare import Preparation
 from .attention.sdpa import OVERRIDE_KEY
 from .limits.memory import check_memory
 from .limits.quote import quoted, reason
@@ -140,6 +143,7 @@ class Pipeline:
         plan: TilePlan | None = None,
         template: str | None = None,
         progress: Progress | None = None,
+        residual_every: int = 0,
         **choices: Any,
     ) -> Video:
         """Makes one video.
@@ -149,6 +153,7 @@ class Pipeline:
             plan: tile patterns for self-attention; None is dense.
             template: a name of `captions.TEMPLATES` that the prompt is put into; None is the bare prompt.
             progress: progress(steps done, steps in all).
+            residual_every: sparse layers keep their difference to dense attention for so many steps, 0 = never.
 
         Raises:
             ValueError: what was asked for cannot be made; raised before sampling starts.
@@ -158,16 +163,17 @@ class Pipeline:
             self.check_plan(plan)
         self._check_memory(request)
         report = AttentionReport()
+        preparation = None if plan is None else Preparation(plan, report, residual_every=residual_every)
         context, mask = self._encode(request, template)
         with self._working(self.transformer):
-            network = self._guided_network(request, context, mask, self._attention_options(request, mask, plan, report))
+            network = self._guided_network(request, context, mask, self._attention_options(request, mask, preparation))
             z = self._sample(request, network, progress)
         if not bool(z.isfinite().all()):
             raise ValueError(
                 f"The model's result is not finite in {_dtype_name(self.transformer)}; use --dtype float32."
             )
         frames = self._decode(z)[: request.frames, : request.height, : request.width]
-        return Video(frames, self._metadata(request, plan, template, report), report)
+        return Video(frames, self._metadata(request, plan, template, report, residual_every), report)
 
     @torch.inference_mode()
     def observe(self, request: VideoRequest, override: Callable[..., Tensor]) -> None:
@@ -213,21 +219,31 @@ class Pipeline:
         return context.to(self.device), mask.to(self.device)
 
     def _attention_options(
-        self, request: VideoRequest, mask: Tensor, plan: TilePlan | None, report: AttentionReport
+        self, request: VideoRequest, mask: Tensor, preparation: Preparation | None
     ) -> Callable[[], dict[str, Any]]:
-        """Makes the transformer_options of one forward pass."""
-        if plan is None:
+        """Makes the transformer_options of one forward pass, which is a step."""
+        if preparation is None:
             return dict
-        layout = self._layout(request)
-        override = make_attention_override(plan, report)
+        layout, config = self._layout(request), self.transformer.config
+        override, counted = attention_override(preparation), itertools.count()
         # Cross-attention is told from self-attention by its length; where the lengths are the same, nothing tells them
         # apart.
         longest = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1
         told_apart = longest != layout.tokens
-        return lambda: {
-            OVERRIDE_KEY: override,
-            FORWARD_KEY: ForwardState(layout, told_apart, "text as long as the video"),
-        }
+        branches = tuple((prompt, 1) for prompt in range(len(mask)))
+        shape = CallShape(
+            len(mask), config.num_attention_heads, config.attention_head_dim, self.transformer.dtype, self.device
+        )
+
+        def options() -> dict[str, Any]:
+            state = ForwardState(
+                layout, told_apart, "text as long as the video", depth=config.num_layers, step=next(counted),
+                steps=request.steps or 0, branches=branches,
+            )  # fmt: skip
+            preparation.keep_residual(state, shape)
+            return {OVERRIDE_KEY: override, FORWARD_KEY: state}
+
+        return options
 
     def _guided_network(
         self, request: VideoRequest, context: Tensor, mask: Tensor, options: Callable[[], dict[str, Any]]
@@ -283,7 +299,12 @@ class Pipeline:
             return to_frames(tiled_decode(self.vae, (z / LATENT_SCALE).to(weights.dtype))[0])
 
     def _metadata(
-        self, request: VideoRequest, plan: TilePlan | None, template: str | None, report: AttentionReport
+        self,
+        request: VideoRequest,
+        plan: TilePlan | None,
+        template: str | None,
+        report: AttentionReport,
+        residual_every: int,
     ) -> dict[str, Any]:
         import json
 
@@ -294,6 +315,7 @@ class Pipeline:
             "fps": FPS,
             "plan": None if plan is None else json.loads(plan.to_json()),
             "attention": report.summary() if plan is not None else "dense",
+            **({"residual_every": residual_every} if residual_every else {}),
             "device": self.device.type,
             "dtype": _dtype_name(self.transformer),
             "versions": {

@@ -20,7 +20,16 @@ class EVDiTSparseAttention(io.ComfyNode):
     """MODEL and plan in, patched MODEL out; the incoming MODEL stays as it is."""
 
     @classmethod
-    @advanced_inputs("end_percent", "min_tokens", "placement", "decline_slow", "backend", "dense_last_steps", "measure")
+    @advanced_inputs(
+        "end_percent",
+        "min_tokens",
+        "placement",
+        "decline_slow",
+        "backend",
+        "dense_last_steps",
+        "measure",
+        "residual_every",
+    )
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTSparseAttention",
@@ -168,6 +177,18 @@ class EVDiTSparseAttention(io.ComfyNode):
                         "gives a bound by FLOPs."
                     ),
                 ),
+                io.Int.Input(
+                    "residual_every",
+                    default=0,
+                    min=0,
+                    max=100,
+                    optional=True,
+                    tooltip=(
+                        "Every so many steps (0, or 2 to 100) each sparse layer also computes dense attention, and adds the difference "
+                        "in the steps between: much closer to the dense clip. For models without a few-step LoRA, in 15 steps and "
+                        "more. Keeps a tensor in memory for each layer and prompt. 4 is usual; 0 = off."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -195,6 +216,7 @@ class EVDiTSparseAttention(io.ComfyNode):
         dense_first_steps: int = 0,
         dense_last_steps: int = 0,
         measure: bool = False,
+        residual_every: int = 0,
     ) -> io.NodeOutput:
         return io.NodeOutput(
             patch_attention(
@@ -206,6 +228,7 @@ class EVDiTSparseAttention(io.ComfyNode):
                 decline_slow=decline_slow,
                 backend=backend,
                 measure=measure,
+                residual_every=residual_every,
                 # Outside a prompt, as in a script, there is no id and nobody to tell.
                 after_run=announce_to_page(cls.hidden.unique_id, plan.to_text()) if cls.hidden else None,
             )

@@ -129,7 +129,8 @@ def _over_the_video(
     """A self-attention over the video: under its layer's pattern, or dense with the reason counted."""
     assert state.layout is not None
     report = _counted_by(preparation, state)
-    work = preparation.layer(state, state.next_layer(options, call.heads), options.get("total_blocks"))
+    layer = state.next_layer(options, call.heads)
+    work = preparation.layer(state, layer, options.get("total_blocks"))
     for note in work.notes:
         preparation.report.warn(*note)
     dense = dense.as_the_file_asks(_asked_by_the_file(state, options), video=True)
@@ -146,11 +147,20 @@ def _over_the_video(
         report.add_dense(reason, dense.name)
         with computing(state), report.clock.taking(DENSE, _peek(call.q)):
             return call.dense(dense)
-    density = _computed_share(pattern, backends, call.heads, layout)
+    residual = state.residual if layer is not None else None
+    renew = residual is not None and residual.renew
+    density = _computed_share(pattern, backends, call.heads, layout) + (1.0 if renew else 0.0)
     report.add_sparse(density, _computed_by(backends, dense))
     with computing(state), report.clock.taking(SPARSE, _peek(call.q), density):
         q, k, v = call.take(padding)
-        out = tile_attention(q, k, v, layout, pattern, dense=dense, backend=backends, dense_name=dense.name)
+
+        def sparse() -> Tensor:
+            return tile_attention(q, k, v, layout, pattern, dense=dense, backend=backends, dense_name=dense.name)
+
+        if residual is None or layer is None:
+            out = sparse()
+        else:
+            out = residual.attend(layer, state.first_head, sparse, lambda: dense(q, k, v))
     return call.give(out, padding)
 
 

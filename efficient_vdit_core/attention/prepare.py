@@ -23,6 +23,7 @@ from .layout import TokenLayout
 from .padding import without_padding
 from .reasons import why_not_worth_it
 from .report import AttentionReport
+from .residual import ResidualCache, why_no_residual
 from .state import ForwardState
 
 MOST_REMEMBERED, MOST_UNFORESEEN = 4096, 64
@@ -60,6 +61,9 @@ class Preparation:
         placement: where the reference frames stand, one of ``tiles.PLACEMENTS``.
         decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
         backend: as of ``tile_attention``.
+        residual_every: keep the difference to dense attention for so many steps (``residual``), 0 = never.
+
+    Raises ValueError for an unknown placement, and for rotating reference frames with a residual.
     """
 
     def __init__(
@@ -71,9 +75,16 @@ class Preparation:
         placement: str = "strided",
         decline_slow: bool = False,
         backend: str = "auto",
+        residual_every: int = 0,
     ) -> None:
         TilePattern(None).placed(placement)  # refuses an unknown one now, and not in the middle of a run
+        if residual_every and placement == "rotating":
+            raise ValueError(
+                "A cached residual is the difference to a pattern that stays, but the placement is rotating. Set placement to "
+                "strided, or residual_every to 0."
+            )
         self.plan, self.report = plan, report
+        self.residual = ResidualCache(residual_every) if residual_every else None
         self.min_tokens, self.placement, self.decline_slow, self.backend = min_tokens, placement, decline_slow, backend
         self.lock = threading.Lock()
         self.work: dict[Any, LayerWork] = {}
@@ -90,6 +101,7 @@ class Preparation:
         """
         if state.layout is None or not state.active or state.depth is None:
             return
+        shapes = list(shapes)
         with self.lock:
             wanted = {*shapes, *self.unforeseen}
         layouts = {state.layout, without_padding(state.layout, state.padding)}
@@ -101,7 +113,25 @@ class Preparation:
                     for layout in layouts:
                         for part in parts_of(work.pattern, shape.heads):
                             self.settle(shape, layout, part, dense)
+        if shapes:
+            self.keep_residual(state, shapes[0])
         state.settled = True
+
+    def keep_residual(self, state: ForwardState, shape: CallShape) -> None:
+        """Has the forward of ``state``, whose calls look like ``shape``, renew or add the cached residual, where one is
+        kept.
+
+        Raises ValueError where there is no memory for it.
+        """
+        if self.residual is None or state.layout is None or not state.active or state.depth is None:
+            return
+        why = why_no_residual(self.residual.every, state.steps)
+        if why or not state.branches:
+            self.report.warn("residual", f"no residual is kept: {why or 'the prompts of the batch are not known'}.")
+            return
+        layers = [layer for layer in range(state.depth) if not self.layer(state, layer).reason]
+        if layers and state.layout.grid.t > 1:
+            state.residual = self.residual.begin(state.branches, layers, state.step, shape, state.layout.tokens)
 
     def layer(self, state: ForwardState, layer: int | None, total: int | None = None) -> LayerWork:
         """What a layer does in the forward of ``state``; ``total`` is the depth where the state has none."""
@@ -181,6 +211,8 @@ class Preparation:
         with self.lock:
             self.work.clear()
             self.backends.clear()
+        if self.residual is not None:
+            self.residual.clear()
 
 
 def pattern_of_call(state: ForwardState, pattern: LayerPattern, heads: int) -> LayerPattern:

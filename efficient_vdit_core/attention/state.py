@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .layout import TokenLayout
 from .report import AttentionReport
+from .residual import Branch, ResidualForward
 
 FORWARD_KEY = "evdit"
 
@@ -63,6 +64,9 @@ class ForwardState:
             attention alone.
         report: counts this forward's calls, None = the plan's own. A forward beside the run has one of its own.
         busy: a call is being computed; what it calls in turn is no call of the model.
+        branches: the prompts of the batch in its order, as of ``residual.Branch``; () = not known.
+        steps: how many the sampler takes, 0 = not known.
+        residual: what the layers do with the cached residual, None = nothing.
         first_head: of the latest call, among its layer's heads; not 0 where a layer's heads come in several calls.
     """
 
@@ -84,6 +88,9 @@ class ForwardState:
     busy: bool = False
     seen_heads: int = 0
     first_head: int = 0
+    branches: tuple[Branch, ...] = ()
+    steps: int = 0
+    residual: ResidualForward | None = None
 
     def next_layer(self, options: Mapping[str, Any], heads: int = 0) -> int | None:
         """The layer of this self-attention over ``heads``: given by the model, else counted. None beyond the last."""

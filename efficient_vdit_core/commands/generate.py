@@ -55,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sparse attention: 1:7 is 1 reference frame of 8, or a plan file "
         "; full = dense (default: what the weights were distilled for, else dense)",
     )
+    add("--residual-every", type=int, default=0, metavar="N", help="every N steps compute the dense attention too and add the "
+        "difference in between, for 15 steps and more; 0 = never (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, help="0..2^64-1 (default: 0)")
     add("--out", required=True, metavar="FILE", help="the ending picks the format: .mp4, .gif, .webp")
     add("--zoom", type=int, default=1, help="enlarge the written video 1..16 times, pixel by pixel (default: 1)")
@@ -81,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.frames and args.height and args.width:
         size = 3 * args.zoom**2 * request.frames * request.height * request.width
         check_memory(size, f"{request.describe()}, enlarged {args.zoom} times,", "Lower --zoom.")
+    _check_residual(args.residual_every, request.steps or 0)
     load_plan(args.plan, frames=None)
     header = ModelHeader.read(args.model, text_encoder=args.text_encoder, transformer=args.transformer)
     request = header.request(args.prompt, **choices)
@@ -94,11 +97,26 @@ def run(args: argparse.Namespace) -> int:
     pipeline = Pipeline.from_model(
         args.model, text_encoder=args.text_encoder, transformer=args.transformer, device=args.device, dtype=args.dtype
     )
-    write(make_video(pipeline, request, plan, args.template), out, args.zoom, start)
+    write(make_video(pipeline, request, plan, args.template, args.residual_every), out, args.zoom, start)
     return 0
 
 
-def make_video(pipeline: Pipeline, request: VideoRequest, plan: TilePlan | None, template: str | None = None) -> Video:
+def _check_residual(every: int, steps: int) -> None:
+    from ..attention.residual import ResidualCache, why_no_residual
+
+    if every:
+        ResidualCache(every)
+        if why := why_no_residual(every, steps):
+            raise ValueError(f"--residual-every {every} does not fit: {why}.")
+
+
+def make_video(
+    pipeline: Pipeline,
+    request: VideoRequest,
+    plan: TilePlan | None,
+    template: str | None = None,
+    residual_every: int = 0,
+) -> Video:
     """Samples behind a progress bar, and says what else takes time."""
     from tqdm import tqdm
 
@@ -112,7 +130,9 @@ def make_video(pipeline: Pipeline, request: VideoRequest, plan: TilePlan | None,
                 bar.close()
                 say(f"decoding {request.frames} frames")
 
-        return pipeline.generate(request, plan=plan, template=template, progress=progress)
+        return pipeline.generate(
+            request, plan=plan, template=template, progress=progress, residual_every=residual_every
+        )
 
 
 def write(video: Video, out: Path, zoom: int, start: float) -> None:

@@ -27,7 +27,7 @@ from ...efficient_vdit_core.plan import TilePlan
 from .families import Family, find_family, uncompiled, why_no_family
 from .forward import call_shape, forward_state
 from .measure import computed_twice, why_not_twice
-from .window import Window, step_of
+from .window import Window, branches_of, step_of, steps_of
 
 log = logging.getLogger("efficient_vdit")
 
@@ -48,6 +48,7 @@ def patch_attention(
     decline_slow: bool = True,
     backend: str = "auto",
     measure: bool = False,
+    residual_every: int = 0,
     after_run: AfterRun | None = None,
 ) -> Any:
     """A clone of MODEL whose self-attention follows the plan.
@@ -59,6 +60,7 @@ def patch_attention(
         decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
         backend: what computes the sparse attention, ``auto`` or one of ``attention.BACKENDS``.
         measure: one step of each run is computed dense as well, and the report tells both times.
+        residual_every: sparse layers keep their difference to dense attention for so many steps, 0 = never.
         after_run: called after each sampling with its counts, the number of layers, and the seconds it took.
 
     Raises:
@@ -79,8 +81,9 @@ def patch_attention(
     _check_dense_layers(plan, depth)
     report = AttentionReport(measure=StepMeasure() if measure else None)
     preparation = Preparation(
-        plan, report, min_tokens=min_tokens, placement=placement, decline_slow=decline_slow, backend=backend
-    )
+        plan, report, min_tokens=min_tokens, placement=placement, decline_slow=decline_slow, backend=backend,
+        residual_every=residual_every,
+    )  # fmt: skip
     hook = Hook(
         family, window, preparation, None, family.caution(diffusion_model), family.token_weights(diffusion_model)
     )
@@ -204,8 +207,9 @@ def _publish_layout(hook: Hook) -> Callable[..., Any]:
             state.active, state.reason = False, why
         if hook.caution:
             report.warn("caution", hook.caution)
-        if hook.preparation.placement == "rotating":
-            state.step = step_of(options, t)
+        if hook.preparation.placement == "rotating" or hook.preparation.residual is not None:
+            state.step, state.steps = step_of(options, t), steps_of(options)
+            state.branches = branches_of(options, len(x))
         state.owner = hook.preparation
         options[OVERRIDE] = hook.over(options.get(OVERRIDE))
         _prepare(hook, base_model, state, options, x)
@@ -226,7 +230,7 @@ def _wanted(
     measure: StepMeasure, window: Window, state: ForwardState, base_model: Any, options: dict[str, Any], t: Tensor
 ) -> bool:
     """Whether this forward is of the step that is computed twice."""
-    if state.layout is None or not state.active:
+    if state.layout is None or not state.active or (state.residual is not None and state.residual.renew):
         return False
     return measure.wants(step_of(options, t), last=not window.goes_on(base_model.model_sampling, options, t))
 

@@ -41,6 +41,12 @@ def find_shardable(model: Any) -> Family:
             f"These do: {', '.join(SHARDABLE)}. Bypass EVDiTSequenceParallel for this model."
         )
     whole = {"attn1_patch", "attn2_patch", "double_block"}
+    hook = hook_of(model)
+    if hook is not None and hook.preparation.residual is not None:
+        raise ValueError(
+            "Sparse Attention keeps a residual (residual_every), which no rank holds. Set residual_every to 0, or bypass "
+            "EVDiTSequenceParallel."
+        )
     patches = sorted(whole & set(model.model_options["transformer_options"].get("patches", {})))
     if patches and family.name == "wan":  # the other family never asks them
         raise ValueError(

@@ -77,3 +77,16 @@ def step_of(options: dict[str, Any], t: Tensor) -> int:
         return 0
     reached = schedule.float() * _ROUNDING >= float(t.flatten()[0])
     return min(max(0, int(reached.sum()) - 1), max(0, len(schedule) - 2))
+
+
+def branches_of(options: dict[str, Any], batch: int) -> tuple[tuple[Any, int], ...]:
+    """The prompts in a forward's batch: what tells each from others, its context window included, and its rows.
+
+    () where ComfyUI does not say, or the batch does not share out evenly.
+    """
+    names = options.get("uuids") or options.get("cond_or_uncond") or ()
+    if not names or batch % len(names):
+        return ()
+    window = options.get("context_window")
+    frames = tuple(getattr(window, "index_list", ())) if window is not None else ()
+    return tuple(((name, frames), batch // len(names)) for name in names)
