@@ -32,7 +32,7 @@ from ..sampling.path import FLOW, PREDICTIONS, FlowPath, NoisePath, VPPath
 from ..tiles import TokenGrid
 from ..video import to_frames
 from .config import ModelConfig
-from .knowledge import FeatureTap
+from .features import FeatureTap
 from .model import Options
 from .texts import Encode
 

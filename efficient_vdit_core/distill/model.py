@@ -16,7 +16,7 @@ from ..limits.quote import quoted
 from ..plan import TilePlan
 from ..sampling.path import NoisePath
 from ..tiles import TilePattern
-from .knowledge import FeatureTap
+from .features import FeatureTap
 from .texts import Encode
 
 Options = Callable[[Tensor], dict[str, Any]]

@@ -27,7 +27,7 @@ from ..sampling.path import VPPath
 from ..tiles import TokenGrid
 from ..video import to_frames
 from .config import ModelConfig
-from .knowledge import FeatureTap
+from .features import FeatureTap
 from .model import Options
 from .texts import Encode
 
@@ -46,7 +46,8 @@ class OpenSoraPlanModel:
             )
         self.dtype = DTYPES[config.dtype]
         state_dict, self.config = read_transformer(self.transformer_file)
-        self.saved_dtype = next(iter(state_dict.values())).dtype
+        # Merged weights may hold some in float32.
+        self.saved_dtype = min((value.dtype for value in state_dict.values()), key=lambda dtype: dtype.itemsize)
         self.path, self.prediction = VPPath(), self.config.prediction_type
         self.layers, self.heads = self.config.num_layers, self.config.num_attention_heads
         self._vae: CausalVAE | None = None
