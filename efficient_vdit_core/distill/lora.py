@@ -33,7 +33,8 @@ class LoRALinear(nn.Module):
         out = self.base(x)
         if not self.enabled:
             return out
-        low = F.linear(F.linear(x.to(self.lora_down.dtype), self.lora_down), self.lora_up)
+        # In the input's precision: a copy of it in float32 would be kept for the gradient in every layer.
+        low = F.linear(F.linear(x, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
         return out + (self.scale * low).to(out.dtype)
 
 

@@ -202,6 +202,21 @@ def test_lora_off_is_the_base_and_merged_is_lora_on(base):
     torch.testing.assert_close(plain(*inputs), out, rtol=1e-4, atol=1e-5)
 
 
+def test_a_lora_keeps_its_input_once_and_in_its_own_precision():
+    module = torch.nn.Sequential(torch.nn.Linear(16, 16, dtype=torch.bfloat16))
+    add_lora(module, 2, targets="0$")
+    kept = []
+    x = torch.randn(5, 16, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module(x).float().square().sum().backward()
+    assert {t.dtype for t in kept if t.shape == x.shape} <= {torch.bfloat16, torch.float32}
+    inputs = [t for t in kept if t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()]
+    assert inputs and all(t.dtype == torch.bfloat16 for t in inputs)
+    float32 = [t for t in kept if t.dtype == torch.float32 and t.shape == x.shape]
+    assert len(float32) == 1, "the output that the test squares, and no copy of the input"
+    assert module.get_submodule("0").lora_up.grad.dtype == torch.float32
+
+
 def test_a_change_that_rounding_would_eat_is_kept_in_float32():
     weights = {"a.to_q.weight": torch.full((8, 8), 1.0, dtype=torch.bfloat16)}
     for size, dtype in ((1e-3, torch.float32), (0.5, torch.bfloat16)):  # a step of bf16 at 1 is 1 / 128

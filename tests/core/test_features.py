@@ -6,12 +6,13 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from live_bytes import LiveBytes
+
 
 from efficient_vdit_core.distill import features
 from efficient_vdit_core.distill.config import ModelConfig
 from efficient_vdit_core.distill.features import FeatureTap, LayerLosses, relative_square
 from efficient_vdit_core.distill.knowledge import KnowledgeConfig, KnowledgeLoss
+from efficient_vdit_core.distill.live_bytes import LiveBytes
 from efficient_vdit_core.distill.lora import add_lora, lora_off
 from efficient_vdit_core.distill.model import sparse_options
 from efficient_vdit_core.distill.open_model import open_model
@@ -47,8 +48,8 @@ def wan(folder):
 def cogvideox(folder):
     diffusers = pytest.importorskip("diffusers")
     kind = diffusers.CogVideoXTransformer3DModel(
-        **{**SHAPE, "attention_head_dim": 16}, in_channels=4, out_channels=4, text_embed_dim=8, time_embed_dim=16, max_text_seq_length=5, sample_width=8,
-        sample_height=8, sample_frames=13, use_rotary_positional_embeddings=True,
+        **{**SHAPE, "attention_head_dim": 16}, in_channels=4, out_channels=4, text_embed_dim=8, time_embed_dim=16,
+        max_text_seq_length=5, sample_width=8, sample_height=8, sample_frames=13, use_rotary_positional_embeddings=True,
     )  # fmt: skip
     return saved(kind, folder, {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"})
 
