@@ -218,12 +218,13 @@ def example_losses(error: Tensor, config: ConsistencyConfig) -> Tensor:
 
 
 def check_pair(config: ConsistencyConfig, prediction: str) -> None:
-    """Refuse a weight that does harm under its loss, and warn of one that does not help.
+    """Refuse a weight that fails under its loss, and warn of one that does not help.
 
     A network that predicts epsilon errs in x by s / a times as much as in its output. Weighted by (a / s)^2 the squared
     loss is that of the output; the others, which grow with the error itself, are by a / s. SNR makes of them a loss
-    that hardly sees the noisy times, where the composition is decided. Measured by `evdit bench mixture --pairs`:
-    endpoints err 2 to 3 times as much afterwards as before, under "sqrt_snr" half as much.
+    that hardly sees the noisy times, where the composition is decided. `evdit bench mixture --pairs`, three seeds:
+    under the right pairs alone the student beats the undistilled teacher in as many steps (0.16 and 0.20 against 0.23);
+    under the refused one it errs by 0.29 to 1.14, in two of three seeds more than twice as much as before.
     """
     right = "snr" if config.loss == "squared" else "sqrt_snr"
     if prediction != EPSILON or config.space == "z" or config.weight == right:

@@ -1,11 +1,14 @@
 """Distillation on a 2-D mixture whose exact solution is known, in a short form; `evdit bench mixture` is the long
 one."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from efficient_vdit_core.bench import pairs
 from efficient_vdit_core.bench.mixture import MixtureShape, data, exact_clean, run
 from efficient_vdit_core.bench.pairs import SHAPE, compare_pairs
 from efficient_vdit_core.distill.consistency import ConsistencyConfig
@@ -56,3 +59,21 @@ def test_the_default_pair_suits_the_other_predictions(prediction, one_thread):
     shape = replace(SHORT, pretraining=700, steps=500, width=96, rate=2e-3)
     (row,) = compare_pairs(0, shape, [prediction], ["norm"], [ConsistencyConfig().weight])
     assert row["distilled"]["endpoint_error"] < 0.85 * row["start"]["endpoint_error"]
+
+
+def test_the_measured_pairs_are_those_that_the_check_asks_for():
+    """For epsilon the student beats the undistilled teacher under the pairs that pass in silence, in every seed and
+    under no other; under the refused one it is worse than its start in the mean."""
+    file = Path(pairs.__file__).parent / "results" / "mixture_pairs.json"
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["prediction"] for row in rows} == {"epsilon", "v_prediction", "flow"}
+    refused = []
+    for row in (row for row in rows if row["prediction"] == "epsilon"):
+        start, teacher, student = (row[name]["endpoint_error"] for name in ("start", "undistilled", "distilled"))
+        right = (row["loss"], row["weight"]) in (("norm", "sqrt_snr"), ("squared", "snr"))
+        assert (student < teacher) == right
+        if right:
+            assert student < 0.6 * start
+        elif row["weight"] == "snr":
+            refused.append(student / start)
+    assert len(refused) == 3 and sum(refused) / 3 > 1.5
