@@ -173,6 +173,26 @@ def test_settings_on_the_command_line_win(monkeypatch, tmp_path):
     assert config.model.path == "some folder"
 
 
+def test_the_memory_is_told_before_anything_is_trained(calls, capsys, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("[consistency_training]\nbatch = 4\n[knowledge_training]\nbatch = 4\n")
+    asked = ["recipe", "three-stage", "--config", str(file), "--out", str(tmp_path / "run"), "--plan-memory", "--gpu"]
+    assert cli.main([*asked, "24GB"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("consistency: ") and told.count(", fits into 24.0 GiB") == 2
+    assert told.count("  activations ") == 2 and told.count("  in the host memory ") == 1
+    assert cli.main([*asked, "0.05"]) == 1
+    told = capsys.readouterr().out
+    assert (
+        "does not fit into 0.050 GiB" in told
+        and "  model.gradient_checkpointing = true: " in told
+        and ", fits\n" in told
+    )
+    assert cli.main([*asked, "big"]) == 2
+    assert "expected a GPU's memory such as 24GB" in capsys.readouterr().err
+    assert calls == [] and not (tmp_path / "run").exists()
+
+
 def test_mistakes_on_the_command_line_are_told(capsys, tmp_path):
     out = ["--out", str(tmp_path / "run")]
     assert cli.main(["distill", "consistency", *out, "--set", "steps"]) == 2
