@@ -36,5 +36,5 @@ def preset_path(family: str) -> Path:
 
 
 def recipe_path(name: str) -> Path:
-    """A distillation recipe in TOML: tiny or three_stage."""
+    """A distillation recipe in TOML: tiny, three_stage or three_stage_93."""
     return Path(__file__).parent / "recipes" / f"{name}.toml"

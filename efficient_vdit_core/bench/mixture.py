@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..distill.consistency import ConsistencyConfig, ConsistencyLoss
 from ..distill.rollout import roll_down
-from ..sampling.path import FLOW, FlowPath, NoisePath, V, VPPath
+from ..sampling.path import EPSILON, FLOW, FlowPath, NoisePath, V, VPPath
 
 MODES, DEVIATION = 8, 0.06
 CENTRES = torch.tensor([[math.cos(2 * math.pi * i / MODES), math.sin(2 * math.pi * i / MODES)] for i in range(MODES)])
@@ -23,7 +23,10 @@ CENTRES = torch.tensor([[math.cos(2 * math.pi * i / MODES), math.sin(2 * math.pi
 
 @dataclass(frozen=True)
 class MixtureShape:
-    """path: flow (shift 3) or vp. pretraining, steps: optimiser steps before and during distillation."""
+    """path: flow (shift 3) or vp. pretraining, steps: optimiser steps before and during distillation.
+
+    prediction: of `PREDICTIONS`, "" for the path's usual one: flow, or v for vp.
+    """
 
     path: str = "flow"
     segments: int = 4
@@ -38,6 +41,7 @@ class MixtureShape:
     batch: int = 512
     rate: float = 1e-3
     exact_steps: int = 400
+    prediction: str = ""
 
 
 class Student(nn.Module):
@@ -72,50 +76,64 @@ def exact_clean(z: Tensor, a: Tensor, s: Tensor) -> Tensor:
     return (weight[..., None] * means).sum(1)
 
 
+def network_of(shape: MixtureShape) -> tuple[NoisePath, str]:
+    """The noise path, and what its networks predict."""
+    path: NoisePath = FlowPath(3.0) if shape.path == "flow" else VPPath()
+    return path, shape.prediction or (FLOW if shape.path == "flow" else V)
+
+
 def exact_network(path: NoisePath, prediction: str) -> Any:
     """The exact denoiser as a network: (z, time, condition) -> raw output."""
 
     def network(z: Tensor, time: Tensor, condition: Any = None) -> Tensor:
-        if prediction == FLOW:
+        if path.kind == "flow":
             s = (time.to(z) / path.start)[:, None]
             a = 1 - s
         else:
             a, s = (c.to(z)[:, None] for c in path.coefficients(time))
         x = exact_clean(z, a, s)
         noise = (z - a * x) / s
-        return noise - x if prediction == FLOW else a * noise - s * x
+        return {EPSILON: noise, V: a * noise - s * x, FLOW: noise - x}[prediction]
 
     return network
 
 
+def objective_of(shape: MixtureShape) -> ConsistencyConfig:
+    """What the student is distilled by."""
+    return ConsistencyConfig(segments=shape.segments, teacher_steps=shape.teacher_steps, loss=shape.loss, weight=shape.weight,
+                             space=shape.space, max_weight=shape.max_weight)  # fmt: skip
+
+
+def new_student(shape: MixtureShape, seed: int) -> tuple[Student, torch.Generator]:
+    """An untrained student, and the random numbers of its trainings."""
+    torch.manual_seed(seed)
+    return Student(shape.width, network_of(shape)[0].start), torch.Generator().manual_seed(seed)
+
+
 def run(shape: MixtureShape, seed: int = 0) -> dict[str, Any]:
     """Pretrain, distil, compare: root mean square error of the endpoints and share (%) of samples off every mode."""
-    torch.manual_seed(seed)
-    path: NoisePath = FlowPath(3.0) if shape.path == "flow" else VPPath()
-    prediction = FLOW if shape.path == "flow" else V
-    teacher, student = exact_network(path, prediction), Student(shape.width, path.start)
-    config = ConsistencyConfig(segments=shape.segments, teacher_steps=shape.teacher_steps, loss=shape.loss, weight=shape.weight,
-                               space=shape.space, max_weight=shape.max_weight)  # fmt: skip
-    regression = replace(config, segments=shape.teacher_steps)  # one step a segment: plain learning from the teacher
-    generator = torch.Generator().manual_seed(seed)
-
-    def unguided(z: Tensor, time: Tensor, condition: Any, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
-        raw = teacher(z, time)
-        return raw, raw
-
-    for objective, steps in ((regression, shape.pretraining), (config, shape.steps)):
-        loss = ConsistencyLoss(objective, path, prediction, student=student, teacher=unguided)
-        _train(student, loss, steps, shape, generator)
-    noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(99))
-    exact = roll_down(lambda z, t: teacher(z, t), path, prediction, noise, segments=shape.exact_steps)
-    jumps = {"distilled": student, "undistilled": teacher}
-    ends = {name: roll_down(net, path, prediction, noise, segments=shape.segments) for name, net in jumps.items()}
-    return {**asdict(shape), "seed": seed, **{name: _figures(end, exact) for name, end in ends.items()}}
+    student, generator = new_student(shape, seed)
+    objective = objective_of(shape)
+    # With one step a segment it is plain learning from the teacher.
+    train(student, replace(objective, segments=shape.teacher_steps), shape.pretraining, shape, generator)
+    train(student, objective, shape.steps, shape, generator)
+    jumps = {"distilled": student, "undistilled": exact_network(*network_of(shape))}
+    return {**asdict(shape), "seed": seed, **{name: figures(net, shape) for name, net in jumps.items()}}
 
 
-def _train(
-    student: Student, loss: ConsistencyLoss, steps: int, shape: MixtureShape, generator: torch.Generator
+def train(
+    student: Student, objective: ConsistencyConfig, steps: int, shape: MixtureShape, generator: torch.Generator
 ) -> None:
+    """Optimiser steps of the student under an objective, with the exact denoiser as teacher."""
+    path, prediction = network_of(shape)
+    teacher = exact_network(path, prediction)
+    loss = ConsistencyLoss(
+        objective,
+        path,
+        prediction,
+        student=student,
+        teacher=lambda z, time, condition, guidance: (teacher(z, time),) * 2,
+    )
     optimizer = torch.optim.Adam(student.parameters(), lr=shape.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1), eta_min=shape.rate / 20)
     for _ in range(steps):
@@ -126,7 +144,13 @@ def _train(
         schedule.step()
 
 
-def _figures(end: Tensor, exact: Tensor) -> dict[str, float]:
+def figures(network: Any, shape: MixtureShape) -> dict[str, float]:
+    """How far the network's endpoints, one jump a segment, lie from the exact ODE's (root mean square), and how many (%)
+    off every mode."""
+    path, prediction = network_of(shape)
+    noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(99))
+    exact = roll_down(exact_network(path, prediction), path, prediction, noise, segments=shape.exact_steps)
+    end = roll_down(network, path, prediction, noise, segments=shape.segments)
     nearest = torch.cdist(end, CENTRES).min(dim=1).values
     return {
         "endpoint_error": float((end - exact).square().sum(1).mean().sqrt()),

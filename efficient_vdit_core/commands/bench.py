@@ -71,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--segments", type=count(1, 64), nargs="+", default=(1, 2, 4, 8, 16), help="default: 1 2 4 8 16"
     )
     mixture.add_argument("--seeds", type=count(1, 1000), default=3, help="default: %(default)s")
+    mixture.add_argument(
+        "--pairs",
+        action="store_true",
+        help="instead, every weight under every loss for epsilon, v and flow, 8 segments",
+    )
     step, peers = _add_step(commands), _add_peers(commands)
     for command in (attention, step, parallel, overhead, mixture, peers):
         command.add_argument(
@@ -338,6 +343,8 @@ def _overhead(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
 def _mixture(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     from ..bench.mixture import MixtureShape, run
 
+    if args.pairs:
+        return _device("cpu"), _pairs(args)
     rows = []
     say("path  segments  loss    seed   distilled: error  off %   undistilled: error  off %")
     for path in ("flow", "vp"):
@@ -350,6 +357,20 @@ def _mixture(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
                     say(f"{path:<5} {segments:>8}  {space:<6} {seed:>5}   {one['endpoint_error']:>16.3f} {one['off_percent']:>6.1f}   "
                         f"{other['endpoint_error']:>18.3f} {other['off_percent']:>6.1f}")  # fmt: skip
     return _device("cpu"), rows
+
+
+def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from ..bench.pairs import compare_pairs
+
+    rows = []
+    say("prediction    loss     weight            seed   start: error  off %   distilled: error  off %")
+    for seed in range(args.seed, args.seed + args.seeds):
+        for row in compare_pairs(seed):
+            rows.append(row)
+            one, other = row["start"], row["distilled"]
+            say(f"{row['prediction']:<13} {row['loss']:<8} {row['weight']:<16} {seed:>5}   {one['endpoint_error']:>12.3f} "
+                f"{one['off_percent']:>6.1f}   {other['endpoint_error']:>16.3f} {other['off_percent']:>6.1f}")  # fmt: skip
+    return rows
 
 
 def _plot(args: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ FREE = {"training.save_every", "training.tensorboard", "training.samples_every",
 SOURCES = ("tinyworld", "videos", "teacher")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 PRECISIONS = ("float32", "bf16")
+PLACE = "{}"  # of the caption in a template
 # Beyond these a typing mistake is more likely than a plan: years of training, days of encoding.
 MAX_TRAINING_STEPS, MAX_CLIPS = 10_000_000, 10_000_000
 
@@ -81,6 +82,8 @@ class DataConfig:
 
     negative: the text of the unconditional half of guidance; negative_share of the clips, 0 to 1, learn it instead of
     their own caption, for students that are sampled with guidance. Sizes 0 are what the model was trained for.
+    template: what the model's prompts are put into, with {} where the caption goes; guidance and result are those of
+    such prompts. "" leaves captions as they are.
     """
 
     source: str = "tinyworld"
@@ -96,8 +99,20 @@ class DataConfig:
     width: int = 0
     teacher_steps: int = 50
     guidance: float = 3.0
+    template: str = ""
+
+    def prompt(self, caption: str) -> str:
+        """The text that is encoded for a caption."""
+        return self.template.replace(PLACE, caption) if self.template else caption
 
     def __post_init__(self) -> None:
+        _expect(
+            self.template.count(PLACE) == bool(self.template),
+            self,
+            "data",
+            "template",
+            f"{PLACE} once in it, or no text",
+        )
         _expect(self.source in SOURCES, self, "data", "source", f"one of {', '.join(SOURCES)}")
         _paths(self, "data", "folder", "captions", "cache")
         _between(self, "data", {"clips": (1, MAX_CLIPS), "teacher_steps": (1, 1000), "seed": (0, 2**31 - 1)})

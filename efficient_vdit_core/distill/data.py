@@ -58,6 +58,10 @@ class ClipSet:
     def texts(self) -> list[str]:
         return sorted({text for texts in self.captions for text in texts})
 
+    def worded(self, prompt: Callable[[str], str]) -> ClipSet:
+        """The same clips with each caption as ``prompt`` words it."""
+        return ClipSet(self.latents, [tuple(map(prompt, texts)) for texts in self.captions])
+
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
         """(B, C, T, h, w) latents and their captions, drawn with replacement."""
         chosen = torch.randint(len(self.captions), (size,), generator=generator).tolist()

@@ -32,13 +32,14 @@ from ..sampling.path import FLOW, PREDICTIONS, FlowPath, NoisePath, VPPath
 from ..tiles import TokenGrid
 from ..video import to_frames
 from .config import ModelConfig
-from .knowledge import FeatureTap
-from .model import Options
+from .features import FeatureTap
+from .model import Options, visiting
 from .texts import Encode
 
 WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
 FAMILIES = {WAN: "wan", COGVIDEOX: "cogvideox"}
 OVERRIDE = "override"
+WAN_TEXT = 512  # tokens that Wan pads its texts to
 # Wan's own names, which ComfyUI keeps.
 WAN_IN_COMFYUI = (
     ("attn1.", "self_attn."), ("attn2.", "cross_attn."), (".to_out.0", ".o"), (".to_", "."), ("ffn.net.0.proj", "ffn.0"),
@@ -84,6 +85,22 @@ class DiffusersModel:
             module = kind.from_config(self.config).to(self.dtype)
             module.load_state_dict(read_state_dict(source)[0])
         return module.train().requires_grad_(True)
+
+    def skeleton(self) -> nn.Module:
+        import diffusers
+
+        with torch.device("meta"):
+            return getattr(diffusers, self.kind).from_config(self.config).to(self.dtype).train()
+
+    @property
+    def text_size(self) -> tuple[int, int]:
+        if self.kind == WAN:
+            return WAN_TEXT, int(self.config["text_dim"])
+        return int(self.config["max_text_seq_length"]), int(self.config["text_embed_dim"])
+
+    @property
+    def parts(self) -> dict[str, Path]:
+        return {"text encoder": self.folder / "text_encoder", "VAE": self.folder / "vae"}
 
     def predict(
         self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None
@@ -146,7 +163,7 @@ class DiffusersModel:
         module.enable_gradient_checkpointing(_checkpointed)  # pyright: ignore[reportCallIssue]
 
     def text_encoder(self, device: torch.device) -> Encode:
-        pipe = self._pipeline(vae=None).to(device)
+        pipe = self._pipeline(torch.bfloat16, vae=None).to(device)  # as the models are used; in float32 umT5 is 23 GB
 
         @torch.no_grad()
         def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -167,13 +184,15 @@ class DiffusersModel:
 
         return encode
 
-    def video_decoder(self) -> Callable[[Tensor], np.ndarray]:
+    def video_decoder(self, device: torch.device) -> Callable[[Tensor], np.ndarray]:
         vae = self._vae
 
         @torch.no_grad()
         def decode(latents: Tensor) -> np.ndarray:
             mean, deviation = _latent_statistics(vae)
-            return to_frames(vae.decode((latents[None].cpu() * deviation + mean).to(vae.dtype)).sample[0])
+            with visiting(vae, device):
+                z = (latents[None].cpu() * deviation + mean).to(device, vae.dtype)
+                return to_frames(vae.decode(z).sample[0].cpu())
 
         return decode
 
@@ -183,15 +202,13 @@ class DiffusersModel:
         return self._load_vae()
 
     def _load_vae(self) -> Any:
-        return self._pipeline(text_encoder=None, tokenizer=None).vae
+        return self._pipeline(torch.float32, text_encoder=None, tokenizer=None).vae
 
-    def _pipeline(self, **without: None) -> Any:
+    def _pipeline(self, dtype: torch.dtype, **without: None) -> Any:
         """diffusers' pipeline without the transformer, and without what else is None."""
         from diffusers import DiffusionPipeline
 
-        return DiffusionPipeline.from_pretrained(
-            str(self.folder), transformer=None, torch_dtype=torch.float32, **without
-        )
+        return DiffusionPipeline.from_pretrained(str(self.folder), transformer=None, torch_dtype=dtype, **without)
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         trained = (49, 480, 720) if self.kind == COGVIDEOX else (81, 480, 832)

@@ -8,26 +8,26 @@ prediction. Hidden states differ in size from layer to layer, so each difference
     |v'|^2
 
 It is trained at the times at which the sampler will ask: the edges of the segments, and the sub-steps where there are
-more.
+more. Features are compared layer by layer, as `features` says; what has weight 0 is not looked at.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..limits.numbers import whole
 from ..sampling.path import NoisePath
 from ..sampling.schedule import segment_edges
 from ..training import StepLoss
-
-Features = dict[str, list[Tensor]]
+from .features import FeatureTap, LayerLosses, relative_square
+from .lora import changed
 
 
 @dataclass(frozen=True)
@@ -53,32 +53,6 @@ class KnowledgeConfig:
         whole(self.steps, "steps", 0, 1000, "0 = one in each segment. Correct the configuration.")
 
 
-class FeatureTap:
-    """Keeps what chosen modules return, in order, while it is open."""
-
-    def __init__(self, modules: dict[str, Sequence[nn.Module]]) -> None:
-        self.modules = modules
-
-    @contextmanager
-    def open(self) -> Iterator[Features]:
-        found: Features = {name: [] for name in self.modules}
-        handles = []
-        try:
-            for name, modules in self.modules.items():
-                handles += [m.register_forward_hook(_keeper(found[name])) for m in modules]
-            yield found
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _keeper(kept: list[Tensor]) -> Callable[..., None]:
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        kept.append(output if isinstance(output, Tensor) else output[0])
-
-    return keep
-
-
 class KnowledgeLoss:
     """The loss of one batch, drawn from a generator: ``loss(x, condition, generator)``.
 
@@ -100,48 +74,42 @@ class KnowledgeLoss:
     ) -> None:
         self.config, self.path, self.student, self.teacher = config, path, student, teacher
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
+        self._listening = ExitStack()
         self.times = segment_edges(segments, config.steps or segments, start=path.start, clean=path.clean)[:-1]
         self.a, self.s = path.coefficients(self.times)
 
     def __call__(self, x: Tensor, condition: Any, generator: torch.Generator) -> StepLoss:
-        """``x`` (B, ...) float32 clean latents."""
+        """``x`` (B, ...) float32 clean latents. The parts of the result are the losses before their weights."""
+        z, time = self._noised(x, generator)
+        weights = {"attention": self.config.attention, "mlp": self.config.mlp}
+        names, layers = [name for name, weight in weights.items() if weight], LayerLosses()
+        self._listening.close()
+        with torch.no_grad(), self.teacher_tap.open(layers.keep, names):
+            expected = self.teacher(z, time, condition).float()
+        # Until the gradient is taken, because checkpointed blocks run again on the way.
+        self._listening.enter_context(self.student_tap.open(layers.compare, names))
+        out = self.student(z, time, condition).float()
+        parts = {name: layers.mean(name) for name in names}
+        parts["prediction"] = relative_square(out, expected)
+        # The prediction stays in with weight 0 too: processes that train together wait for a gradient of every weight.
+        weights["prediction"] = self.config.prediction
+        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        return StepLoss(total, parts, self._listening.close)
+
+    def _noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """z (B, ...) and the network's time (B,), each batch holding every time equally often."""
         count = len(self.times)
-        # Stratified, so that each batch holds every time equally often.
         u = (torch.rand(1, generator=generator) + torch.arange(len(x)) / len(x)) % 1
         index = (u * count).long().clamp(max=count - 1)
         noise = torch.randn(x.shape, generator=generator).to(x)
         shape = (-1, *[1] * (x.ndim - 1))
         z = self.a[index].to(x).view(shape) * x + self.s[index].to(x).view(shape) * noise
-        time = self.path.network_time(self.times[index]).to(x.device)
-        with torch.no_grad(), self.teacher_tap.open() as wanted:
-            expected = self.teacher(z, time, condition).float()
-        with self.student_tap.open() as got:
-            out = self.student(z, time, condition).float()
-        return self.compare(got, out, wanted, expected)
-
-    def compare(self, got: Features, out: Tensor, wanted: Features, expected: Tensor) -> StepLoss:
-        """The weighted sum and its parts, each before its weight."""
-        parts = {
-            name: torch.stack([relative_square(g, w) for g, w in zip(got[name], wanted[name], strict=True)]).mean()
-            for name in got
-        }
-        parts["prediction"] = relative_square(out, expected)
-        weights = {"attention": self.config.attention, "mlp": self.config.mlp, "prediction": self.config.prediction}
-        # The prediction stays in with weight 0 too: processes that train together wait for a gradient of every weight.
-        total = torch.stack(
-            [weights[name] * parts[name] for name in weights if weights[name] or name == "prediction"]
-        ).sum()
-        return StepLoss(total, parts)
-
-
-def relative_square(value: Tensor, wanted: Tensor) -> Tensor:
-    """|value - wanted|^2 / |wanted|^2 over all elements, in float32."""
-    wanted = wanted.float()
-    return (value.float() - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12)
+        return z, self.path.network_time(self.times[index]).to(x.device)
 
 
 def merge_deltas(base: dict[str, Tensor], *tuned: dict[str, Tensor]) -> dict[str, Tensor]:
-    """base + sum of (tuned - base): stages that were trained apart, put together without training.
+    """base + sum of (tuned - base): stages that were trained apart, put together without training; precision as of
+    `changed`.
 
     Raises ValueError where the weights belong to different models.
     """
@@ -156,5 +124,5 @@ def merge_deltas(base: dict[str, Tensor], *tuned: dict[str, Tensor]) -> dict[str
         change = sum(
             (w[name].float() - value.float() for w in tuned), start=torch.zeros_like(value, dtype=torch.float32)
         )
-        merged[name] = (value.float() + change).to(value.dtype) if value.is_floating_point() else value
+        merged[name] = changed(value, change) if value.is_floating_point() else value
     return merged

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 Rename = Callable[[str], str]
 
 COMFY_PREFIX = "diffusion_model."
+LOST = 0.05  # share of a change, in the norm, that rounding may take
 TARGETS = r"\.(to_[qkv]|to_out\.0|proj|net\.0\.proj|net\.2)$"  # attention and feed-forward of transformer blocks
 
 
@@ -32,7 +33,8 @@ class LoRALinear(nn.Module):
         out = self.base(x)
         if not self.enabled:
             return out
-        low = F.linear(F.linear(x.to(self.lora_down.dtype), self.lora_down), self.lora_up)
+        # In the input's precision: a copy of it in float32 would be kept for the gradient in every layer.
+        low = F.linear(F.linear(x, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
         return out + (self.scale * low).to(out.dtype)
 
 
@@ -88,12 +90,23 @@ def comfy_lora(module: nn.Module, state: dict[str, Tensor], comfy_name: Rename =
 
 
 def merged(base: dict[str, Tensor], lora: dict[str, Tensor], comfy_name: Rename = str) -> dict[str, Tensor]:
-    """Full weights: ``base`` with a file of ``comfy_lora`` added."""
+    """Full weights: ``base`` with a file of ``comfy_lora`` added, in the base's precision where that holds the change."""
     out = dict(base)
     for name, value in base.items():
         stem = COMFY_PREFIX + comfy_name(name.removesuffix(".weight"))
         if name.endswith(".weight") and f"{stem}.alpha" in lora:
             down, up = lora[f"{stem}.lora_down.weight"].float(), lora[f"{stem}.lora_up.weight"].float()
             scale = float(lora[f"{stem}.alpha"]) / down.shape[0]
-            out[name] = (value.float() + scale * up @ down).to(value.dtype)
+            out[name] = changed(value, scale * up @ down)
     return out
+
+
+def changed(value: Tensor, change: Tensor) -> Tensor:
+    """value + change in the value's precision; in float32 where rounding takes more than `LOST` of the change.
+
+    Weights of bf16 lie on a grid of 1 / 256 of themselves: a change below half a step vanishes.
+    """
+    exact = value.float() + change
+    rounded = exact.to(value.dtype)
+    lost = torch.linalg.vector_norm(rounded.float() - exact)
+    return rounded if lost <= LOST * torch.linalg.vector_norm(change) else exact

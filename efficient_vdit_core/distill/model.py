@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from ..limits.quote import quoted
 from ..plan import TilePlan
 from ..sampling.path import NoisePath
 from ..tiles import TilePattern
-from .knowledge import FeatureTap
+from .features import FeatureTap
 from .texts import Encode
 
 Options = Callable[[Tensor], dict[str, Any]]
@@ -50,6 +51,20 @@ class FamilyModel(Protocol):
         """The transformer in training mode with gradients on, from ``weights`` or the model's own."""
         ...
 
+    def skeleton(self) -> nn.Module:
+        """The transformer on the meta device: shapes and precisions, no weights."""
+        ...
+
+    @property
+    def text_size(self) -> tuple[int, int]:
+        """Longest text in tokens, and the channels of a text state."""
+        ...
+
+    @property
+    def parts(self) -> dict[str, Path]:
+        """Where the ``text encoder`` and the ``VAE`` lie."""
+        ...
+
     def predict(
         self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None
     ) -> Tensor: ...
@@ -76,8 +91,8 @@ class FamilyModel(Protocol):
         """frames uint8 (F, H, W, 3) to latents (C, T, h, w) on the CPU; memory as of ``text_encoder``."""
         ...
 
-    def video_decoder(self) -> Callable[[Tensor], np.ndarray]:
-        """latents (C, T, h, w) to frames uint8 (F, H, W, 3)."""
+    def video_decoder(self, device: torch.device) -> Callable[[Tensor], np.ndarray]:
+        """latents (C, T, h, w) to frames uint8 (F, H, W, 3), computed on ``device``, which is free between calls."""
         ...
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -93,6 +108,16 @@ class FamilyModel(Protocol):
     def config_entry(self) -> dict[str, Any]:
         """The transformer's config.json."""
         ...
+
+
+@contextmanager
+def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it the module, which lives on the CPU, is on ``device``."""
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to("cpu")
 
 
 def sparse_options(model: FamilyModel, plan: TilePlan) -> Options:

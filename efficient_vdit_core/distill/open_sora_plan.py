@@ -16,7 +16,7 @@ from ..attention.sdpa import OVERRIDE_KEY
 from ..limits.quote import quoted
 from ..model_folder import FAMILY, find_model
 from ..models.opensora_plan.checkpoint import load_transformer, load_vae, read_transformer
-from ..models.opensora_plan.text import TextEncoder
+from ..models.opensora_plan.text import MAX_TOKENS, TextEncoder
 from ..models.opensora_plan.transformer import OpenSoraT2V
 from ..models.opensora_plan.vae import CausalVAE
 from ..models.opensora_plan.vae_tiling import tiled_decode, tiled_encode
@@ -27,8 +27,8 @@ from ..sampling.path import VPPath
 from ..tiles import TokenGrid
 from ..video import to_frames
 from .config import ModelConfig
-from .knowledge import FeatureTap
-from .model import Options
+from .features import FeatureTap
+from .model import Options, visiting
 from .texts import Encode
 
 
@@ -46,7 +46,8 @@ class OpenSoraPlanModel:
             )
         self.dtype = DTYPES[config.dtype]
         state_dict, self.config = read_transformer(self.transformer_file)
-        self.saved_dtype = next(iter(state_dict.values())).dtype
+        # Merged weights may hold some in float32.
+        self.saved_dtype = min((value.dtype for value in state_dict.values()), key=lambda dtype: dtype.itemsize)
         self.path, self.prediction = VPPath(), self.config.prediction_type
         self.layers, self.heads = self.config.num_layers, self.config.num_attention_heads
         self._vae: CausalVAE | None = None
@@ -58,6 +59,17 @@ class OpenSoraPlanModel:
                 f"{weights} is another model than {self.transformer_file.name}: their configurations differ. Choose another."
             )
         return module.train().requires_grad_(True)
+
+    def skeleton(self) -> OpenSoraT2V:
+        return OpenSoraT2V(self.config, dtype=self.dtype, device="meta").train()
+
+    @property
+    def text_size(self) -> tuple[int, int]:
+        return MAX_TOKENS, self.config.caption_channels
+
+    @property
+    def parts(self) -> dict[str, Path]:
+        return {"text encoder": self.folder.text_encoder, "VAE": self.folder.vae}
 
     def predict(
         self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None
@@ -88,7 +100,7 @@ class OpenSoraPlanModel:
     def text_encoder(self, device: torch.device) -> Encode:
         from ..models.opensora_plan.captions import clean_caption
 
-        dtype = torch.float32 if self.folder.built_in else None
+        dtype = torch.float32 if self.folder.built_in else torch.bfloat16  # as the reference runs it
         encoder = TextEncoder.from_folder(self.folder.text_encoder, dtype=dtype, device=device)
         # The reference cleans twice: the second pass removes what the first one uncovers.
         return lambda texts: encoder.encode([clean_caption(clean_caption(t)) for t in texts])
@@ -103,12 +115,13 @@ class OpenSoraPlanModel:
 
         return encode
 
-    def video_decoder(self) -> Callable[[Tensor], np.ndarray]:
+    def video_decoder(self, device: torch.device) -> Callable[[Tensor], np.ndarray]:
         vae = self.vae()
 
         @torch.no_grad()
         def decode(latents: Tensor) -> np.ndarray:
-            return to_frames(tiled_decode(vae, latents[None].float().cpu() / LATENT_SCALE)[0])
+            with visiting(vae, device):
+                return to_frames(tiled_decode(vae, latents[None].float().to(device) / LATENT_SCALE)[0].cpu())
 
         return decode
 

@@ -65,7 +65,8 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
         clips = encode_videos(Path(data.folder), cache, size, partial(model.video_encoder, device))
     else:
         clips = _from_teacher(config, model, cache, device)
-    texts = [*clips.texts(), data.negative, *config.training.samples]
+    clips = clips.worded(data.prompt)
+    texts = [*clips.texts(), data.negative, *map(data.prompt, config.training.samples)]
     bank = TextBank.build(texts, partial(model.text_encoder, device), cache / "texts.safetensors")
     return PreparedData(clips, bank, data.negative, device)
 
@@ -90,7 +91,9 @@ def _tiny_vae(model: FamilyModel) -> CausalVAE:
 def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> ClipSet:
     data = config.data
     captions = read_captions(data.captions)
-    bank = TextBank.build([*captions, data.negative], partial(model.text_encoder, device), cache / "texts.safetensors")
+    bank = TextBank.build(
+        [*map(data.prompt, captions), data.negative], partial(model.text_encoder, device), cache / "texts.safetensors"
+    )
     shape = model.latent_shape(model.size(data.frames, data.height, data.width))
     source = PreparedData(ClipSet([], []), bank, data.negative, device)
 
@@ -101,7 +104,7 @@ def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device
         teacher = model.load().eval().requires_grad_(False).to(device)
 
         def generate(texts: list[str], numbers: list[int]) -> Tensor:
-            condition, negative = bank.batch(texts, device), source.negative(len(texts))
+            condition, negative = bank.batch([data.prompt(t) for t in texts], device), source.negative(len(texts))
             network = guided(lambda z, t, c: model.predict(teacher, z, t, c), condition, negative, data.guidance)
             start = torch.stack([noise(number) for number in numbers]).to(device)
             return roll_down(network, model.path, model.prediction, start, segments=data.teacher_steps).cpu()
@@ -109,5 +112,12 @@ def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device
         return generate
 
     # Not the weights: the samples of a recipe's first teacher serve its later stages too.
-    settings = [data.seed, data.guidance, data.negative, data.teacher_steps, shape]
+    settings = [
+        data.seed,
+        data.guidance,
+        data.negative,
+        data.teacher_steps,
+        shape,
+        *([data.template] if data.template else []),
+    ]
     return teacher_clips(captions, data.clips, cache, settings, load_teacher, at_once=config.training.batch)

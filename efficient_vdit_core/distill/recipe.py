@@ -107,13 +107,13 @@ class ThreeStages:
         c, data = self.config, self.config.data
         model = open_model(c.model)
         c.search.check(model.latent_shape(model.size(data.frames, data.height, data.width))[1])
-        for stage in self._planned():
+        for stage in self.planned():
             check_training(stage)
             check_objective(stage, model, describe(stage, model))
             check_optimizer(stage.training)
             check_data(stage, model)
 
-    def _planned(self) -> list[DistillConfig]:
+    def planned(self) -> list[DistillConfig]:
         """The trainings' configurations as far as they are known before there are results: under no plan yet."""
         c = self.config
         knowledge = replace(c.knowledge, plan="", segments=c.knowledge.segments or c.consistency.segments)

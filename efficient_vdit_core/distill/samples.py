@@ -34,10 +34,10 @@ def write_samples(
     """
     from ..video import write_video
 
-    texts = list(config.training.samples) or [c[0] for c in data.clips.captions[:4]]
+    texts = [config.data.prompt(t) for t in config.training.samples] or [c[0] for c in data.clips.captions[:4]]
     shape = tuple(data.clips.latents[0].shape)
     options = sparse_options(model, read_plan(config.objective.plan)) if about.plan is not None else None
-    decode = model.video_decoder() if write else None
+    decode = model.video_decoder(data.device) if write else None
     if write:
         folder.mkdir(parents=True, exist_ok=True)
     for number, text in enumerate(texts):

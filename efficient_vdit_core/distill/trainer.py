@@ -25,7 +25,7 @@ from ..sampling.schedule import segment_edges
 from ..training import StepLoss, TrainingRun
 from ..training.sharding import is_sharding, shard_frozen
 from .config import DistillConfig
-from .consistency import ConsistencyLoss
+from .consistency import ConsistencyLoss, check_pair
 from .export import export, result_file
 from .grid import SegmentGrid
 from .knowledge import KnowledgeLoss
@@ -112,11 +112,12 @@ def check_training(config: DistillConfig) -> None:
 
 
 def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMetadata) -> None:
-    """Raises ValueError where the model's schedule has no room for the steps, or the plan was made for another
-    model."""
+    """Raises ValueError where the model's schedule has no room for the steps, the loss's weight suits another
+    prediction, or the plan was made for another model."""
     segment_edges(about.segments, about.steps, start=model.path.start, clean=model.path.clean)
     if config.method == "consistency":
         SegmentGrid(model.path, about.segments, config.objective.teacher_steps)
+        check_pair(config.objective, model.prediction)
     if about.tile_plan is not None:
         model.check_plan(about.tile_plan)
 

@@ -26,10 +26,14 @@ from .stop import StopWish, stop_wish
 
 @dataclass
 class StepLoss:
-    """The loss that is descended, and named ``parts`` of it for the log; a part that this batch lacks is left out."""
+    """The loss that is descended, and named ``parts`` of it for the log; a part that this batch lacks is left out.
+
+    ``release`` is called once the gradient has been taken.
+    """
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+    release: Callable[[], None] = lambda: None
 
 
 LossOf = Callable[[torch.Generator], Tensor | StepLoss]
@@ -169,6 +173,7 @@ class TrainingRun:
             )
             self._refuse_no_number(numbers)
             (loss.total / self.accumulate).backward()
+            loss.release()
             for name, number in numbers.items():
                 seen.setdefault(name, []).append(number)
         norm = self._clipped()
@@ -195,7 +200,7 @@ class TrainingRun:
                 group["lr"] = base * rate
 
     def _refuse_no_number(self, values: dict[str, float]) -> None:
-        # Before the weights are touched, so that what is saved next is the last good state.
+        """Before the weights are touched, so that what is saved next is the last good state."""
         wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
         if not self._anywhere(bool(wrong)):
             return

@@ -11,6 +11,7 @@ from efficient_vdit_core.distill.consistency import (
     ConsistencyLoss,
     addim,
     blend,
+    check_pair,
     example_losses,
     loss_weight,
 )
@@ -401,11 +402,38 @@ def test_losses_and_weights():
         ("inverse_sigma", (snr + 1).sqrt()),
         ("snr", snr),
         ("none", snr**0),
+        ("sqrt_snr", snr.sqrt()),
     ):
         torch.testing.assert_close(
             loss_weight(dataclasses.replace(config, weight=weight, max_weight=1e9), place), expected
         )
     assert float(loss_weight(dataclasses.replace(config, max_weight=1.2), place).max()) == 1.2
+
+
+@pytest.mark.parametrize(("loss", "weight"), [("squared", "snr"), ("norm", "sqrt_snr"), ("huber", "sqrt_snr")])
+def test_the_right_weight_of_epsilon_makes_the_loss_that_of_the_output(loss, weight, caplog):
+    config = ConsistencyConfig(loss=loss, weight=weight, max_weight=1e9, loss_scale=1e-9)
+    check_pair(config, "epsilon")
+    place = SegmentGrid(PATHS["vp"], 1, 10).at(torch.tensor([3, 6, 10])).at
+    of_output = torch.randn(3, 7, dtype=torch.float64, generator=generator())
+    of_x = of_output * (place.s / place.a)[:, None]
+    weighted = loss_weight(config, place) * example_losses(of_x, config)
+    torch.testing.assert_close(weighted, example_losses(of_output, config), rtol=1e-5, atol=1e-7)
+    assert not caplog.records
+
+
+def test_a_weight_that_does_not_go_with_the_loss_is_refused_or_told(caplog):
+    for loss in ("norm", "huber"):
+        with pytest.raises(
+            ValueError, match='expected "sqrt_snr" for a model that predicts epsilon.*Set weight'
+        ) as error:
+            check_pair(ConsistencyConfig(loss=loss, weight="snr"), "epsilon")
+        assert len(str(error.value)) < 400
+    check_pair(ConsistencyConfig(loss="norm", weight="snr"), "v_prediction")
+    check_pair(ConsistencyConfig(loss="norm", weight="snr", space="z"), "epsilon")
+    assert not caplog.records
+    check_pair(ConsistencyConfig(loss="squared", weight="none"), "epsilon")
+    assert 'Set weight = "snr"' in caplog.text
 
 
 def test_the_error_at_the_segments_end():

@@ -95,6 +95,24 @@ def test_text_states_are_kept_and_padded(tmp_path):
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1]] and float(context[0, 2].abs().sum()) == 0
 
 
+def test_the_text_encoder_leaves_when_the_texts_are_encoded(monkeypatch):
+    import gc
+    import weakref
+
+    from efficient_vdit_core.distill.config import ModelConfig
+    from efficient_vdit_core.distill.open_model import open_model
+    from efficient_vdit_core.models.opensora_plan.text import TextEncoder
+
+    made, load = [], TextEncoder.from_folder.__func__
+    keep = lambda cls, *args, **kw: made.append(load(cls, *args, **kw)) or made[-1]  # noqa: E731
+    monkeypatch.setattr(TextEncoder, "from_folder", classmethod(keep))
+    model = open_model(ModelConfig())
+    TextBank.build(["a red circle"], lambda: model.text_encoder(torch.device("cpu")))
+    weights = weakref.ref(made.pop().model)
+    gc.collect()
+    assert weights() is None
+
+
 def halve(file):
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])

@@ -78,9 +78,10 @@ def test_checkpointed_blocks_run_again_under_the_same_plan(wan, plan):
         if checkpointed:
             wan.checkpoint_blocks(module)
         options = sparse_options(wan, plan)(z) if plan else None
-        with wan.tap(module).open() as features:
+        features = []
+        with wan.tap(module).open(lambda name, layer, value, kept=features: kept.append(value), ("attention", "mlp")):
             out = wan.predict(module, z, time, condition, options)
-        torch.stack([x.square().sum() for x in (out, *features["attention"], *features["mlp"])]).sum().backward()
+        torch.stack([x.square().sum() for x in (out, *features)]).sum().backward()
         grads.append([p.grad for p in module.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -129,6 +130,23 @@ def test_another_architecture_is_refused(tmp_path):
         open_model(ModelConfig(path=str(tmp_path / "none"), family="diffusers"))
 
 
+def test_the_text_encoder_is_read_in_bf16(wan, monkeypatch):
+    """umT5-XXL takes 23 GB in float32."""
+    read = []
+
+    class Pipe:
+        def to(self, device):
+            return self
+
+        def encode_prompt(self, texts, **settings):
+            return (torch.zeros(len(texts), 3, 8, dtype=torch.bfloat16),)
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **kw: read.append(kw) or Pipe())
+    context, mask = wan.text_encoder(torch.device("cpu"))(["a", "b"])
+    assert context.shape == (2, 3, 8) and mask.shape == (2, 3)
+    assert read[0]["torch_dtype"] == torch.bfloat16 and read[0]["vae"] is None
+
+
 def test_videos_go_through_wans_own_vae(wan, tmp_path, monkeypatch):
     """Against diffusers' VAE called by hand. The decoder is used throughout a training and is read once; an encoder is
     its caller's own."""
@@ -155,6 +173,6 @@ def test_videos_go_through_wans_own_vae(wan, tmp_path, monkeypatch):
     latents = wan.video_encoder(torch.device("cpu"))(frames.numpy())
     torch.testing.assert_close(latents, ((raw - mean) / deviation)[0])
     for _ in range(3):
-        video = torch.from_numpy(wan.video_decoder()(latents))
+        video = torch.from_numpy(wan.video_decoder(torch.device("cpu"))(latents))
     assert (video.permute(3, 0, 1, 2).float() - (pixels + 1) * 127.5).abs().max() <= 0.51
     assert len(read) == 2

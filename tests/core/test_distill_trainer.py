@@ -13,13 +13,8 @@ import torch
 from efficient_vdit_core.distill import export, trainer
 from efficient_vdit_core.distill.config import DistillConfig, read_section, to_toml
 from efficient_vdit_core.distill.data import ClipSet
-from efficient_vdit_core.distill.knowledge import (
-    FeatureTap,
-    KnowledgeConfig,
-    KnowledgeLoss,
-    merge_deltas,
-    relative_square,
-)
+from efficient_vdit_core.distill.features import FeatureTap
+from efficient_vdit_core.distill.knowledge import KnowledgeConfig, KnowledgeLoss, merge_deltas
 from efficient_vdit_core.distill.lora import add_lora, comfy_lora, lora_off, merged
 from efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
 from efficient_vdit_core.distill.open_model import open_model
@@ -207,6 +202,36 @@ def test_lora_off_is_the_base_and_merged_is_lora_on(base):
     torch.testing.assert_close(plain(*inputs), out, rtol=1e-4, atol=1e-5)
 
 
+def test_a_lora_keeps_its_input_once_and_in_its_own_precision():
+    module = torch.nn.Sequential(torch.nn.Linear(16, 16, dtype=torch.bfloat16))
+    add_lora(module, 2, targets="0$")
+    kept = []
+    x = torch.randn(5, 16, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module(x).float().square().sum().backward()
+    assert {t.dtype for t in kept if t.shape == x.shape} <= {torch.bfloat16, torch.float32}
+    inputs = [t for t in kept if t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()]
+    assert inputs and all(t.dtype == torch.bfloat16 for t in inputs)
+    float32 = [t for t in kept if t.dtype == torch.float32 and t.shape == x.shape]
+    assert len(float32) == 1, "the output that the test squares, and no copy of the input"
+    assert module.get_submodule("0").lora_up.grad.dtype == torch.float32
+
+
+def test_a_change_that_rounding_would_eat_is_kept_in_float32():
+    weights = {"a.to_q.weight": torch.full((8, 8), 1.0, dtype=torch.bfloat16)}
+    for size, dtype in ((1e-3, torch.float32), (0.5, torch.bfloat16)):  # a step of bf16 at 1 is 1 / 128
+        lora = {
+            "lora_down.weight": torch.ones(1, 8),
+            "lora_up.weight": torch.full((8, 1), size),
+            "alpha": torch.tensor(1.0),
+        }
+        out = merged(weights, {f"diffusion_model.a.to_q.{name}": value for name, value in lora.items()})
+        assert out["a.to_q.weight"].dtype == dtype
+        torch.testing.assert_close(out["a.to_q.weight"].float(), torch.full((8, 8), 1 + size))
+        deltas = merge_deltas(weights, {n: w.float() + size for n, w in weights.items()})
+        assert deltas["a.to_q.weight"].dtype == dtype
+
+
 def test_checkpointed_blocks_give_the_same_gradients(base):
     model = open_model(config(base).model)
     grads = []
@@ -256,12 +281,17 @@ def test_knowledge_loss_is_zero_for_equals_and_weighs_its_parts():
     )
     result = loss(torch.randn(4, 3), None, torch.Generator().manual_seed(0))
     assert float(result.total) == 0 and set(result.parts) == {"attention", "mlp", "prediction"}
+    result.release()
     assert not layer._forward_hooks
-    a, b = torch.randn(2, 4, 3).unbind(0)
-    weighted = dataclasses.replace(loss.config, attention=2.0, mlp=0.0, prediction=3.0)
-    loss.config = weighted
-    got = loss.compare({"attention": [a], "mlp": [a]}, a, {"attention": [b], "mlp": [b]}, b)
-    torch.testing.assert_close(got.total, 5 * relative_square(a, b))
+    other = torch.nn.Linear(3, 3)
+    loss.student, loss.student_tap = (
+        lambda z, time, condition: other(z),
+        FeatureTap({"attention": [other], "mlp": [other]}),
+    )
+    loss.config = dataclasses.replace(loss.config, attention=2.0, mlp=0.0, prediction=3.0)
+    result = loss(torch.randn(4, 3), None, torch.Generator().manual_seed(0))
+    assert set(result.parts) == {"attention", "prediction"}
+    torch.testing.assert_close(result.total, 5 * result.parts["prediction"])
     with pytest.raises(ValueError, match="weights"):
         KnowledgeConfig(attention=0, mlp=0, prediction=0)
 

@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from efficient_vdit_core import cli
+from efficient_vdit_core.assets import recipe_path
 from efficient_vdit_core.distill import recipe
+from efficient_vdit_core.distill.config import DataConfig, read_toml
+from efficient_vdit_core.distill.consistency import check_pair
 from efficient_vdit_core.distill.metadata import DistillMetadata
 from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.models.opensora_plan.captions import NEGATIVE_PROMPT, TEMPLATES
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from efficient_vdit_core.search import parse_candidates
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 PLAN = {"schema_version": 1, "reference_frames": 1}
 
@@ -124,6 +130,34 @@ def test_wrong_recipes_are_named(values, message):
         RecipeConfig.from_dict(values)
 
 
+# The paper's Table 1: sparsities in percent, by the recipe and its latent frames.
+TABLE_1 = {
+    "three_stage": (8, [64.38, 45.47, 29.88, 17.60]),
+    "three_stage_93": (24, [72.05, 64.98, 51.88, 40.30, 21.51]),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+def test_the_recipes_of_open_sora_plan_train_it_as_it_is_used(name, caplog):
+    frames, sparsities = TABLE_1[name]
+    recipe = RecipeConfig.from_dict(read_toml(recipe_path(name)))
+    check_pair(recipe.consistency, "epsilon")
+    assert not caplog.records
+    assert (recipe.data.negative, recipe.data.template) == (NEGATIVE_PROMPT, TEMPLATES["a"])
+    recipe.search.check(frames)
+    tokens = TokenGrid(frames, 45, 80)  # of 720p
+    found = [100 * TilePattern(k).block_sparsity(tokens) for k in parse_candidates(recipe.search.candidates)]
+    assert found == pytest.approx(sparsities, abs=0.006)
+
+
+def test_a_template_words_each_caption_once():
+    data = DataConfig(template="(best), {}.")
+    assert data.prompt("a {} cat") == "(best), a {} cat." and DataConfig().prompt("a cat") == "a cat"
+    for wrong in ("best", "{} and {}"):
+        with pytest.raises(ValueError, match="data.template is"):
+            DataConfig(template=wrong)
+
+
 def test_settings_on_the_command_line_win(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
@@ -137,6 +171,26 @@ def test_settings_on_the_command_line_win(monkeypatch, tmp_path):
     config = seen[0]
     assert (config.training.steps, config.training.batch, config.objective.guidance) == (7, 2, (1.0, 4.0))
     assert config.model.path == "some folder"
+
+
+def test_the_memory_is_told_before_anything_is_trained(calls, capsys, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("[consistency_training]\nbatch = 4\n[knowledge_training]\nbatch = 4\n")
+    asked = ["recipe", "three-stage", "--config", str(file), "--out", str(tmp_path / "run"), "--plan-memory", "--gpu"]
+    assert cli.main([*asked, "24GB"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("consistency: ") and told.count(", fits into 24.0 GiB") == 2
+    assert told.count("  activations ") == 2 and told.count("  in the host memory ") == 1
+    assert cli.main([*asked, "0.05"]) == 1
+    told = capsys.readouterr().out
+    assert (
+        "does not fit into 0.050 GiB" in told
+        and "  model.gradient_checkpointing = true: " in told
+        and ", fits\n" in told
+    )
+    assert cli.main([*asked, "big"]) == 2
+    assert "expected a GPU's memory such as 24GB" in capsys.readouterr().err
+    assert calls == [] and not (tmp_path / "run").exists()
 
 
 def test_mistakes_on_the_command_line_are_told(capsys, tmp_path):

@@ -1,0 +1,107 @@
+"""Losses on a network's features that hold the features of one layer at a time.
+
+The teacher runs first, and each feature that it shows is laid by in the host's memory, in its own precision. The
+student's loss of a layer is computed where the layer is, inside its block: with gradient checkpointing it is computed
+again in the backward pass, from the same feature fetched anew. So the accelerator holds neither the teacher's features
+nor the student's, nor differences of them; the host holds the teacher's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Listener = Callable[[str, int, Tensor], None]  # name, layer and what the module returned
+SMALLEST = 1e-12  # of a squared norm that is divided by
+
+
+class FeatureTap:
+    """Shows a listener what chosen modules return, every time they run while the tap is open.
+
+    ``modules``: by the feature's name, one for each layer.
+    """
+
+    def __init__(self, modules: dict[str, Sequence[nn.Module]]) -> None:
+        self.modules = modules
+
+    @contextmanager
+    def open(self, listener: Listener, names: Collection[str]) -> Iterator[None]:
+        """Listen to the features in ``names``; the others cost nothing."""
+        tapped = [(name, layer, m) for name in names for layer, m in enumerate(self.modules[name])]
+        handles = [m.register_forward_hook(_teller(listener, name, layer)) for name, layer, m in tapped]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _teller(listener: Listener, name: str, layer: int) -> Callable[..., None]:
+    def tell(module: nn.Module, args: Any, output: Any) -> None:
+        listener(name, layer, output if isinstance(output, Tensor) else output[0])
+
+    return tell
+
+
+class LayerLosses:
+    """The relative square of each layer's feature against the teacher's.
+
+    ``keep`` listens to the teacher, ``compare`` to the student, whose blocks may run again in the backward pass; the
+    losses (scalars, float32) are those of the first time.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: dict[tuple[str, int], Tensor] = {}
+        self.losses: dict[tuple[str, int], Tensor] = {}
+
+    def keep(self, name: str, layer: int, feature: Tensor) -> None:
+        self.waiting[name, layer] = on_host(feature.detach())
+
+    def compare(self, name: str, layer: int, feature: Tensor) -> None:
+        loss = _RelativeSquare.apply(feature, self.waiting[name, layer])
+        self.losses.setdefault((name, layer), loss)  # pyright: ignore[reportArgumentType]
+
+    def mean(self, name: str) -> Tensor:
+        """Over the layers."""
+        return torch.stack([loss for (of, _), loss in self.losses.items() if of == name]).mean()
+
+
+def on_host(value: Tensor) -> Tensor:
+    """A copy in the host's memory, made without waiting where that is safe; ``value`` itself where it lies there."""
+    if value.device.type == "cpu":
+        return value
+    pinned = value.is_cuda
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned).copy_(value, non_blocking=pinned)
+
+
+def relative_square(value: Tensor, wanted: Tensor) -> Tensor:
+    """|value - wanted|^2 / |wanted|^2 over all elements, in float32; ``wanted`` may lie elsewhere and gets no
+    gradient."""
+    return _RelativeSquare.apply(value, wanted)  # pyright: ignore[reportReturnType]
+
+
+class _RelativeSquare(torch.autograd.Function):
+    """Keeps the value, which a network keeps anyway, and takes the difference a second time for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, wanted: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        there = wanted.to(value.device, non_blocking=True)
+        size = there.float().square().sum().clamp(min=SMALLEST)
+        ctx.save_for_backward(value)
+        ctx.wanted, ctx.size = wanted, size
+        return _difference(value, there).square_().sum() / size
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (value,) = ctx.saved_tensors
+        there = ctx.wanted.to(value.device, non_blocking=True)
+        return _difference(value, there).mul_(2.0 * grad / ctx.size).to(value.dtype), None
+
+
+def _difference(value: Tensor, wanted: Tensor) -> Tensor:
+    """A tensor of its own, in float32, with no copy of the value in between."""
+    return torch.sub(value, wanted.float())

@@ -1,0 +1,71 @@
+"""What to change in a training that does not fit into its GPU, each change with what it leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .config import DistillConfig
+from .memory_plan import MemoryPlan, gib, plan_memory
+
+GPUS = (2, 4, 8, 16)
+LEAST_RANK = 16
+ROOM = 0.9  # share of a GPU that tensors may take; the rest is the driver's and the allocator's
+
+
+def fits(plan: MemoryPlan, size: int, gpus: int = 1) -> bool:
+    """Whether a training's tensors leave a GPU of ``size`` bytes some room."""
+    return plan.peak(gpus) <= ROOM * size
+
+
+def advice(stage: DistillConfig, size: int) -> Iterator[str]:
+    """Changes and the peak that follows, each on top of those before it, until it fits; then how many GPUs would do
+    without them, or what is left where nothing does."""
+    before = plan_memory(stage).before
+    largest = max(before, key=lambda name: before[name])
+    if before[largest] > ROOM * size:
+        yield f"the {largest} alone takes {gib(before[largest])}: fill data.cache on a larger GPU, where it runs once"
+        return
+    helped = False
+    for text, changed in _changes(stage):
+        plan = plan_memory(changed)
+        helped = fits(plan, size)
+        yield f"{text}: {gib(plan.peak())}{', fits' if helped else ''}"
+        if helped:
+            break
+    shared = plan_memory(_for_sharding(stage))
+    gpus = next((n for n in GPUS if fits(shared, size, n)), 0)
+    if gpus:
+        yield f"or {gpus} GPUs under FSDP2 with gradient_checkpointing and adamw: {gib(shared.peak(gpus))} on each, fits"
+    elif not helped:
+        activations = gib(shared.held["activations"])
+        yield f"activations alone take {activations}: fewer data.frames, or a smaller data.height and data.width"
+
+
+def _for_sharding(stage: DistillConfig) -> DistillConfig:
+    """8-bit Adam does not know sharded weights."""
+    optimizer = stage.training.optimizer.replace("adamw8bit", "adamw")
+    model = replace(stage.model, gradient_checkpointing=True)
+    return replace(stage, model=model, training=replace(stage.training, optimizer=optimizer))
+
+
+def _changes(stage: DistillConfig) -> Iterator[tuple[str, DistillConfig]]:
+    if not stage.model.gradient_checkpointing:
+        stage = replace(stage, model=replace(stage.model, gradient_checkpointing=True))
+        yield "model.gradient_checkpointing = true", stage
+    if stage.training.batch > 1:
+        t = stage.training
+        stage = replace(stage, training=replace(t, batch=1, accumulate=t.accumulate * t.batch))
+        yield f"training.batch = 1 and accumulate = {stage.training.accumulate}", stage
+    if stage.training.precision == "float32":
+        stage = replace(stage, training=replace(stage.training, precision="bf16"))
+        yield 'training.precision = "bf16"', stage
+    if stage.training.optimizer == "adamw":
+        stage = replace(stage, training=replace(stage.training, optimizer="adamw8bit"))
+        yield 'training.optimizer = "adamw8bit"', stage
+    if stage.model.train == "full":
+        stage = replace(stage, model=replace(stage.model, train="lora", dtype="bfloat16", init=""))
+        yield 'model.train = "lora" and dtype = "bfloat16"', stage
+    if stage.model.train == "lora" and stage.model.lora_rank > LEAST_RANK:
+        stage = replace(stage, model=replace(stage.model, lora_rank=LEAST_RANK))
+        yield f"model.lora_rank = {LEAST_RANK}", stage

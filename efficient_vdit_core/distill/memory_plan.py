@@ -1,0 +1,177 @@
+"""What a training will hold on its GPU, found before it starts: one step of it on the meta device, where tensors have
+shapes and no memory, with every live byte counted.
+
+Counted is what tensors take; an allocator's slack, 5 to 10 % on GPUs, is not. Attention keeps q, k, v and its output, as
+fused kernels do; sparse plans are counted as dense. Under bf16 autocast all activations count as bf16.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import DistillConfig
+from .features import LayerLosses, relative_square
+from .live_bytes import LiveBytes, size_of
+from .lora import add_lora
+from .model import FamilyModel
+from .open_model import open_model
+
+META = torch.device("meta")
+STATES = {"adamw": 8, "adamw8bit": 2, "muon": 4}  # bytes of optimiser state for each trained number
+SHARED = ("weights", "teacher", "gradients", "optimiser", "average")  # what FSDP2 shares out
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by what they are for.
+
+    ``held`` adds up to the peak of a training step; ``before`` are the weights of the parts that run and leave before
+    it starts; ``host`` is the host's memory for the teacher's features.
+    """
+
+    held: dict[str, int]
+    before: dict[str, int]
+    host: int
+
+    def step(self, gpus: int = 1) -> int:
+        """The peak of a step on each GPU; several share the weights by FSDP2, whose block that is whole for a moment is
+        not counted."""
+        return sum(size // gpus if name in SHARED else size for name, size in self.held.items())
+
+    def peak(self, gpus: int = 1) -> int:
+        """Of the whole training on each GPU."""
+        return max(self.step(gpus), *self.before.values())
+
+
+def plan_memory(stage: DistillConfig, words: int = 0) -> MemoryPlan:
+    """The memory of one stage's training. ``words``: tokens of the longest caption, 0 for the most that the model
+    takes."""
+    model, t = open_model(stage.model), stage.training
+    student = _student(stage, model)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    numbers = sum(p.numel() for p in trained)
+    gradients, weights = size_of(trained), size_of([*student.parameters(), *student.buffers()])
+    moving, host = _one_step(stage, model, words)
+    if t.optimizer == "adamw":  # its step takes a root of every second moment at once
+        moving = max(moving, gradients + 4 * numbers)
+    held = {
+        "weights": weights,
+        "teacher": 0 if stage.model.train == "lora" else weights,  # a LoRA's is the model without it
+        "gradients": gradients,
+        "optimiser": STATES[t.optimizer] * numbers,
+        "average": gradients,
+        "activations": max(0, moving - gradients),
+    }
+    kinds = {"text encoder": 2, "VAE": 4}  # bytes of each number
+    before = {name: kinds[name] * count_numbers(path) for name, path in model.parts.items()}
+    return MemoryPlan(held, before, host)
+
+
+def _student(stage: DistillConfig, model: FamilyModel) -> nn.Module:
+    student = model.skeleton().requires_grad_(True)
+    if stage.model.train == "lora":
+        add_lora(student, stage.model.lora_rank, stage.model.lora_alpha or None)
+    if stage.model.gradient_checkpointing:
+        model.checkpoint_blocks(student)
+    return student
+
+
+def _one_step(stage: DistillConfig, model: FamilyModel, words: int) -> tuple[int, int]:
+    """Most bytes of activations and gradients that live at once, and the bytes of the features on the host."""
+    data, t = stage.data, stage.training
+    student = _student(stage, model)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    gradients = size_of(trained)
+    if t.precision == "bf16":
+        model = open_model(replace(stage.model, dtype="bfloat16"))
+        student.to(torch.bfloat16)
+    z = torch.randn(t.batch, *model.latent_shape(model.size(data.frames, data.height, data.width)), device=META)
+    longest, channels = model.text_size
+    condition = (torch.empty(t.batch, words or longest, channels, device=META), None)
+    time = torch.zeros(t.batch, device=META)
+    layers = _Weightless()
+    with LiveBytes() as counter:
+        for _ in range(min(t.accumulate, 2)):  # from the second on, gradients stand beside activations
+            _backward(stage, model, student, layers, z, time, condition)
+    return counter.peak + gradients - size_of(trained), layers.host
+
+
+def _backward(
+    stage: DistillConfig,
+    model: FamilyModel,
+    student: nn.Module,
+    layers: _Weightless,
+    z: Tensor,
+    time: Tensor,
+    condition: Any,
+) -> None:
+    options = model.options_with(_fused_attention)
+    objective = stage.objective
+    names = [name for name in ("attention", "mlp") if getattr(objective, name, 0.0)]
+    with torch.no_grad():
+        wanted = model.predict(student, z, time, condition, options(z)).float()
+    with ExitStack() as listening:
+        listening.enter_context(model.tap(student).open(layers.compare, names))
+        out = model.predict(student, z, time, condition, options(z)).float()
+        total = relative_square(out, wanted) + sum(layers.mean(name) for name in names)
+        total.backward()
+    layers.losses.clear()
+
+
+class _Weightless(LayerLosses):
+    """Compares with features that take no memory, and counts what they would take on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = 0
+        self._seen: set[tuple[str, int]] = set()
+
+    def compare(self, name: str, layer: int, feature: Tensor) -> None:
+        self.waiting[name, layer] = torch.empty((), dtype=feature.dtype, device=META).expand(feature.shape)
+        if (name, layer) not in self._seen:
+            self._seen.add((name, layer))
+            self.host += feature.numel() * feature.element_size()
+        super().compare(name, layer, feature)
+
+
+class _Fused(torch.autograd.Function):
+    """What a fused kernel allocates and keeps: q, k, v, the output and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        out = torch.empty_like(q)
+        rows = q.new_empty(q.shape[0], heads, q.numel() // q.shape[0] // q.shape[-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, rows)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+def _fused_attention(func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+    return _Fused.apply(q, k, v, heads)  # pyright: ignore[reportReturnType]
+
+
+def gib(size: int) -> str:
+    """Bytes as GiB: one digit, three where it is little."""
+    return f"{size / 2**30:.{1 if size >= 2**28 else 3}f} GiB"
+
+
+def count_numbers(path: Path) -> int:
+    """How many numbers the safetensors files at ``path`` hold, read from their heads; 0 where there are none."""
+    from safetensors import safe_open
+
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    total = 0
+    for file in (f for f in files if f.suffix == ".safetensors"):
+        with safe_open(str(file), framework="pt") as weights:
+            total += sum(torch.Size(weights.get_slice(name).get_shape()).numel() for name in weights.keys())  # noqa: SIM118
+    return total

@@ -1,0 +1,107 @@
+"""The forecast of a training's memory, against what the training itself holds: every live byte, counted on the CPU."""
+
+import json
+
+import pytest
+import torch
+from small_models import opensora_plan, wan
+
+from efficient_vdit_core.distill import memory_plan, trainer
+from efficient_vdit_core.distill.config import DistillConfig
+from efficient_vdit_core.distill.data import ClipSet
+from efficient_vdit_core.distill.live_bytes import LiveBytes
+from efficient_vdit_core.distill.memory_advice import advice
+from efficient_vdit_core.distill.memory_plan import count_numbers, plan_memory
+from efficient_vdit_core.distill.prepare import PreparedData
+from efficient_vdit_core.distill.texts import TextBank
+from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
+from efficient_vdit_core.training import run
+
+LATENT = (4, 4, 8, 8)
+WORDS = 5
+
+
+def stage(family, folder, method, batch=8, **model):
+    where = family(folder)
+    objective = {"segments": 2, "plan": "full"} if method == "knowledge" else {"segments": 2, "teacher_steps": 4}
+    values = {
+        "method": method,
+        "objective": objective,
+        "model": {
+            "path": where.path,
+            "family": where.family,
+            "transformer": where.transformer,
+            "device": "cpu",
+            **model,
+        },
+        "data": {"frames": 13, "height": 64, "width": 64},
+        "training": {"steps": 2, "batch": batch, "save_every": 10},
+    }
+    return DistillConfig.from_dict(values)
+
+
+def measured(config, folder, monkeypatch):
+    """The peak of two real steps: weights are read from files, which no operation makes, so they are counted by hand."""
+    words = {t: torch.randn(WORDS, 8) for t in ("a", "")}
+    data = PreparedData(ClipSet(torch.randn(2, *LATENT), [("a",)] * 2), TextBank(words), "", torch.device("cpu"))
+    monkeypatch.setattr(trainer, "prepare_data", lambda *args: data)
+    monkeypatch.setattr(trainer, "check_data", lambda *args: None)
+    monkeypatch.setattr(trainer, "export", lambda *args, **kwargs: None)
+    monkeypatch.setattr(run, "write_checkpoint", lambda *args: None)
+    make_pair = trainer.make_pair
+
+    def counted(*args):
+        pair = make_pair(*args)
+        for module in filter(None, pair):
+            counter.count([*module.parameters(), *module.buffers()])
+        return pair
+
+    monkeypatch.setattr(trainer, "make_pair", counted)
+    with LiveBytes() as counter:
+        trainer.distill(config, folder)
+    return counter.peak
+
+
+CASES = {
+    "consistency": (opensora_plan, "consistency", {}),
+    "checkpoints": (opensora_plan, "consistency", {"gradient_checkpointing": True}),
+    "weights": (opensora_plan, "consistency", {"batch": 1, "gradient_checkpointing": True}),
+    "lora": (opensora_plan, "consistency", {"train": "lora", "lora_rank": 4}),
+    "knowledge": (opensora_plan, "knowledge", {"train": "lora", "lora_rank": 4, "gradient_checkpointing": True}),
+    "wan": (wan, "knowledge", {"gradient_checkpointing": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_is_what_a_training_holds(case, tmp_path, monkeypatch):
+    from efficient_vdit_core.distill import features
+
+    torch.manual_seed(0)
+    family, method, model = CASES[case]
+    config = stage(family, tmp_path, method, **model)
+    # The host's memory is another: what numpy holds is not counted.
+    monkeypatch.setattr(features, "on_host", lambda value: torch.from_numpy(value.numpy().copy()))
+    plan = plan_memory(config, WORDS)
+    peak = measured(config, tmp_path / "run", monkeypatch)
+    assert plan.step() == pytest.approx(peak, rel=0.1)
+    assert plan.peak() == max(plan.step(), *plan.before.values())
+    assert bool(plan.host) == (method == "knowledge")
+
+
+def test_the_advice_goes_on_until_it_fits(tmp_path, monkeypatch):
+    config = stage(opensora_plan, tmp_path, "consistency")
+    assert [line[:27] for line in advice(config, 2**22)] == ["the VAE alone takes 0.007 G"]
+    monkeypatch.setattr(memory_plan, "count_numbers", lambda path: 0)
+    whole = plan_memory(config)
+    *changes, gpus = advice(config, round(whole.step() / 1.5))
+    assert changes[0].startswith("model.gradient_checkpointing = true: ") and changes[-1].endswith(", fits")
+    assert not any(line.endswith(", fits") for line in changes[:-1])
+    assert gpus.startswith("or 2 GPUs under FSDP2")
+    assert list(advice(config, 2**10))[-1].startswith("activations alone take ")
+
+
+def test_numbers_are_counted_from_the_heads_of_files(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", {"w": torch.zeros(3, 5), "b": torch.zeros(5)})
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    assert count_numbers(tmp_path) == count_numbers(tmp_path / "a.safetensors") == 20
+    assert count_numbers(tmp_path / "none") == 0

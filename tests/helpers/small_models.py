@@ -1,0 +1,48 @@
+"""Small models with random weights of each family that is trained, written into a folder."""
+
+import json
+
+import pytest
+
+from efficient_vdit_core.distill.config import ModelConfig
+from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
+from efficient_vdit_core.models.opensora_plan.config import DiTConfig
+from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
+
+LAYERS = 4
+SHAPE = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": LAYERS}
+
+
+def opensora_plan(folder, layers=LAYERS):
+    config = DiTConfig(**{**SHAPE, "num_layers": layers}, caption_channels=8, sample_size=(4, 4), sample_size_t=4)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_safetensors(file, OpenSoraT2V(config).state_dict(), {"config": json.dumps(config.to_dict())})
+    return ModelConfig(transformer=str(file))
+
+
+def tiny(folder):
+    return ModelConfig()
+
+
+def wan(folder):
+    diffusers = pytest.importorskip("diffusers")
+    kind = diffusers.WanTransformer3DModel(
+        **SHAPE, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=32, rope_max_seq_len=32
+    )
+    return saved(kind, folder, {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"})
+
+
+def cogvideox(folder):
+    diffusers = pytest.importorskip("diffusers")
+    kind = diffusers.CogVideoXTransformer3DModel(
+        **{**SHAPE, "attention_head_dim": 16}, in_channels=4, out_channels=4, text_embed_dim=8, time_embed_dim=16,
+        max_text_seq_length=5, sample_width=8, sample_height=8, sample_frames=13, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    return saved(kind, folder, {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"})
+
+
+def saved(module, folder, scheduler):
+    module.save_pretrained(folder / "transformer")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return ModelConfig(path=str(folder), family="diffusers")
