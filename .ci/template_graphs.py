@@ -246,7 +246,7 @@ def wan22() -> Graph:
     }
     texts = {"positive": ("positive", 0), "negative": ("negative", 0)}
     nodes |= {
-        "clip": loader("CLIPLoader", "clip_name", clip, column=1, type="wan"),
+        "clip": loader("CLIPLoader", "clip_name", clip, column=2, type="wan"),
         "vae": loader("VAELoader", "vae_name", vae, column=4),
         **prompts("clip", FOX, column=2),
         "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 832, "height": 480, "length": 81}),

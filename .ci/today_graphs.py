@@ -221,8 +221,8 @@ def wan22_image() -> Graph:
     common = {"noise_seed": 0, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
     texts = {"positive": ("start", 0), "negative": ("start", 1)}
     nodes |= {
-        "clip": loader("CLIPLoader", "clip_name", clip, column=1, type="wan"),
-        "vae": loader("VAELoader", "vae_name", vae, column=2),
+        "clip": loader("CLIPLoader", "clip_name", clip, column=2, type="wan"),
+        "vae": loader("VAELoader", "vae_name", vae, column=3),
         "image": Node("LoadImage", 2, {"image": "example.png"}, title="First frame"),
         **prompts("clip", "the camera moves closer, leaves stir in the wind", column=2),
         "start": Node(

@@ -16,7 +16,7 @@ from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.models.opensora_plan.captions import NEGATIVE_PROMPT, TEMPLATES
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from efficient_vdit_core.search import parse_candidates
-from efficient_vdit_core.tiles import TilePattern, TokenGrid
+from efficient_vdit_core.tiles import TokenGrid
 
 PLAN = {"schema_version": 1, "reference_frames": 1}
 
@@ -146,7 +146,7 @@ def test_the_recipes_of_open_sora_plan_train_it_as_it_is_used(name, caplog):
     assert (recipe.data.negative, recipe.data.template) == (NEGATIVE_PROMPT, TEMPLATES["a"])
     recipe.search.check(frames)
     tokens = TokenGrid(frames, 45, 80)  # of 720p
-    found = [100 * TilePattern(k).block_sparsity(tokens) for k in parse_candidates(recipe.search.candidates)]
+    found = [100 * pattern.block_sparsity(tokens) for pattern in parse_candidates(recipe.search.candidates)]
     assert found == pytest.approx(sparsities, abs=0.006)
 
 

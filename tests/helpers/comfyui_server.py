@@ -24,7 +24,7 @@ TEXT = 3  # ComfyUI's number of a binary message that holds text
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 DRAWN = {"IMAGECOMPARE": {"__value__": ["", ""]}}  # what the page sends for widgets that only draw
 ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
-START_TIMEOUT, RUN_TIMEOUT = 600.0, 400.0  # seconds; on a busy machine the first import alone takes minutes
+START_TIMEOUT, RUN_TIMEOUT = 600.0, 1500.0  # seconds; on a busy machine the first import alone takes minutes
 
 
 def why_no_comfyui() -> str:
