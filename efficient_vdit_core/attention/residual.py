@@ -52,7 +52,6 @@ class ResidualCache:
         self.every, self.lock = every, threading.Lock()
         self.kept: dict[tuple[Hashable, int], Tensor] = {}
         self.renewed: dict[Hashable, int] = {}  # the step, by prompt
-        self.told = False
 
     def begin(
         self, branches: Sequence[Branch], layers: Sequence[int], step: int, shape: CallShape, tokens: int
@@ -81,24 +80,22 @@ class ResidualCache:
         row = len(layers) * shape.heads * tokens * shape.head_dim
         elements = sum(rows for _, rows in branches) * row
         device, dtype = _place(elements, shape)
-        if not self.told:
-            log.info(
-                "Efficient-vDiT: the cached residual takes %s on %s (%s): %d layers, %d prompts.",
-                in_words(elements * dtype.itemsize), device, str(dtype).removeprefix("torch."), len(layers), len(branches),
-            )  # fmt: skip
-            self.told = True
         pinned = device.type == "cpu" and shape.device.type == "cuda"
         for name, rows in branches:
             for layer in layers:
                 size = (rows, shape.heads, tokens, shape.head_dim)
                 self.kept[name, layer] = torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)
+        log.info(
+            "Efficient-vDiT: the cached residual takes %s on %s (%s): %d layers, %d prompts.",
+            in_words(sum(x.nbytes for x in self.kept.values())), device, str(dtype).removeprefix("torch."), len(layers),
+            len({name for name, _ in self.kept}),
+        )  # fmt: skip
 
     def clear(self) -> None:
         """Lets go of everything."""
         with self.lock:
             self.kept.clear()
             self.renewed.clear()
-            self.told = False
 
 
 @dataclass

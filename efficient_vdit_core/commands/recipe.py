@@ -11,12 +11,12 @@ from typing import Any
 
 from ..limits.quote import quoted
 from . import say
-from .arguments import count
+from .arguments import count, seed_number
 from .distill import INTERRUPTED, override
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describes the commands three-stage, tiny-table and tiny-plans."""
+    """Describes the commands three-stage, tiny-table, tiny-plans and tiny-residual."""
     commands = parser.add_subparsers(dest="recipe_command", required=True, metavar="COMMAND")
     stages = commands.add_parser(
         "three-stage", help="consistency, search, knowledge; run it again to go on where it stopped"
@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--captions", type=count(1, 10_000), default=32, help="held-out ones, three clips each, default: %(default)s"
     )
     plans.add_argument("--no-training", action="store_true", help="leave out the rows after knowledge distillation")
+    residual = commands.add_parser("tiny-residual", help="what the cached residual wins back on the tiny base model")
+    residual.add_argument("--captions", type=count(1, 10_000), default=32, help="held-out ones, default: %(default)s")
+    residual.add_argument("--seed", type=seed_number, default=0, help="of the noise, default: %(default)s")
+    residual.add_argument("--json", type=Path, default=Path("tiny-residual.json"), metavar="FILE",
+                          help="results, default: %(default)s")  # fmt: skip
     for command in (table, plans):
         command.add_argument(
             "--config", type=Path, metavar="FILE", help="default: the recipe that comes with the package"
@@ -50,11 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the recipe; Ctrl-C saves and leaves."""
     try:
-        return {"three-stage": _three_stages, "tiny-table": _tiny_table, "tiny-plans": _tiny_plans}[
-            args.recipe_command
-        ](args)
+        return RECIPES[args.recipe_command](args)
     except KeyboardInterrupt:
-        say(f"interrupted; the same command goes on from {args.out}")
+        resumes = getattr(args, "out", None)
+        say(
+            f"interrupted; the same command goes on from {resumes}"
+            if resumes
+            else f"interrupted; {args.json} has the rows so far"
+        )
         return INTERRUPTED
 
 
@@ -146,6 +154,23 @@ def _tiny_plans(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tiny_residual(args: argparse.Namespace) -> int:
+    from ..files import check_writable_file
+    from ..tinyworld.residual_table import run_residual_table
+
+    check_writable_file(args.json)
+    say(f"{'plan':<8} {'every':>5} {'work':>5} {'endpoint':>8} {'agree':>6} {'motion':>7}")
+
+    def row(found: dict[str, Any]) -> None:
+        say(
+            f"{found['plan']:<8} {found['every']:>5} {found['work']:>5.2f} {found['endpoint_error']:>8.3f} {found['agreement']:>6.3f} "
+            f"{found['motion']:>7.3f}"
+        )
+
+    run_residual_table(args.captions, args.seed, args.json, "evdit " + shlex.join(sys.argv[1:]), row)
+    return 0
+
+
 def _say_row(row: dict[str, Any]) -> None:
     def figure(name: str, form: str) -> str:
         value = row.get(name)
@@ -167,3 +192,11 @@ def _values(args: argparse.Namespace, file: Path) -> dict[str, Any]:
     for text in args.overrides:
         override(values, text)
     return values
+
+
+RECIPES = {
+    "three-stage": _three_stages,
+    "tiny-table": _tiny_table,
+    "tiny-plans": _tiny_plans,
+    "tiny-residual": _tiny_residual,
+}

@@ -1,0 +1,82 @@
+"""What the cached residual wins back on the tiny base model, which nobody distilled: distance to its dense clips against
+the work of the attention."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.choose import CallShape
+from ..attention.layout import TokenLayout
+from ..attention.override import attention_override
+from ..attention.prepare import Preparation
+from ..attention.report import AttentionReport
+from ..attention.sdpa import OVERRIDE_KEY
+from ..attention.state import FORWARD_KEY, ForwardState
+from ..attention.summary import density_of_run
+from ..bench.machine import describe_machine
+from ..distill.config import ModelConfig
+from ..distill.model import Options
+from ..distill.open_sora_plan import OpenSoraPlanModel
+from ..files import write_text
+from ..plan import TilePlan
+from ..tiles import TilePattern, TokenGrid
+from .judge import Judge
+
+STEPS, GUIDANCE = 20, 3.0
+PLANS = ("1:7", "2:6", "4:4", "0:8~1")
+EVERY = (0, 6, 4, 3, 2)
+CPU = torch.device("cpu")
+
+
+def run_residual_table(
+    captions: int, seed: int, out: Path, command: str, report: Callable[[dict[str, Any]], None]
+) -> None:
+    """Samples, judges and measures every plan with every residual; ``out`` is rewritten after every row."""
+    model = OpenSoraPlanModel(ModelConfig(path="tiny", device="cpu"))
+    judge = Judge(model, captions=captions, noises=1, seed=seed)
+    base = model.load().eval().requires_grad_(False)
+    results: dict[str, Any] = {
+        "command": command,
+        "machine": describe_machine(CPU),
+        "steps": STEPS,
+        "guidance": GUIDANCE,
+        "rows": [],
+    }
+
+    def add(row: dict[str, Any], latents: Tensor, dense: Tensor) -> None:
+        results["rows"].append({**row, **judge.figures(latents, dense)})
+        report(results["rows"][-1])
+        write_text(out, json.dumps(results, indent=1) + "\n")
+
+    dense = judge.sample(base, steps=STEPS, guidance=GUIDANCE)
+    add({"plan": "dense", "every": 0, "work": 1.0}, dense, dense)
+    for plan, every in itertools.product(PLANS, EVERY):
+        counts = AttentionReport()
+        preparation = Preparation(TilePlan(uniform_pattern=TilePattern.parse(plan)), counts, residual_every=every)
+        latents = judge.sample(base, steps=STEPS, guidance=GUIDANCE, options=guided_options(model, preparation))
+        add({"plan": plan, "every": every, "work": density_of_run(counts)}, latents, dense)
+
+
+def guided_options(model: OpenSoraPlanModel, preparation: Preparation) -> Options:
+    """The options of each forward of a run under guidance, which has two a step: with the prompt, then without."""
+    override, counted = attention_override(preparation), itertools.count()
+
+    def options(z: Tensor) -> dict[str, Any]:
+        step, branch = divmod(next(counted), 2)
+        if step % STEPS == 0 and branch == 0:
+            preparation.forget()  # the next clips begin
+        patch, (t, h, w) = model.config.patch_size, z.shape[-3:]
+        layout = TokenLayout(TokenGrid(t, -(-h // patch), -(-w // patch)))
+        state = ForwardState(layout, depth=model.layers, step=step % STEPS, steps=STEPS, branches=((branch, len(z)),))
+        shape = CallShape(len(z), model.heads, model.config.attention_head_dim, torch.float32, CPU)
+        preparation.keep_residual(state, shape)
+        return {FORWARD_KEY: state, OVERRIDE_KEY: override}
+
+    return options
