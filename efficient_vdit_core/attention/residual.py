@@ -80,11 +80,10 @@ class ResidualCache:
         row = len(layers) * shape.heads * tokens * shape.head_dim
         elements = sum(rows for _, rows in branches) * row
         device, dtype = _place(elements, shape)
-        pinned = device.type == "cpu" and shape.device.type == "cuda"
         for name, rows in branches:
             for layer in layers:
                 size = (rows, shape.heads, tokens, shape.head_dim)
-                self.kept[name, layer] = torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)
+                self.kept[name, layer] = _zeros(size, dtype, device, shape.device)
         log.info(
             "Efficient-vDiT: the cached residual takes %s on %s (%s): %d layers, %d prompts.",
             in_words(sum(x.nbytes for x in self.kept.values())), device, str(dtype).removeprefix("torch."), len(layers),
@@ -156,3 +155,14 @@ def _place(elements: int, shape: CallShape) -> tuple[torch.device, torch.dtype]:
         return cpu, shape.dtype
     check_memory(elements * half.itemsize, "The cached residual", "Set residual_every to 0, or make more layers dense.")
     return cpu, half
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, calls: torch.device) -> Tensor:
+    """Zeros on ``device``; in main memory pinned where the ``calls`` are on a GPU and the system allows as much, so that
+    they travel at the bus's full rate."""
+    if device.type == "cpu" and calls.type == "cuda":
+        try:
+            return torch.zeros(size, dtype=dtype, pin_memory=True)
+        except RuntimeError:
+            pass
+    return torch.zeros(size, dtype=dtype, device=device)

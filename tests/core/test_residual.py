@@ -206,3 +206,18 @@ def test_the_tiny_model_ends_nearer_to_its_dense_clip():
     }
     far = {name: float((clip - clips["dense"]).norm()) for name, clip in clips.items()}
     assert far[2] < far[4] < 0.7 * far["sparse"]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_main_memory_is_pinned_for_a_gpu_where_the_system_allows_it(monkeypatch, allowed):
+    asked, original = [], torch.zeros
+
+    def zeros(*size, pin_memory=False, **about):
+        asked.append(pin_memory)
+        if pin_memory and not allowed:
+            raise RuntimeError("cannot pin so much")
+        return original(*size, **about)
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    got = residual._zeros((2, 3), torch.float32, torch.device("cpu"), torch.device("cuda"))
+    assert got.shape == (2, 3) and asked == ([True] if allowed else [True, False])
