@@ -43,6 +43,8 @@ class NodeChart {
     });
     owners.set(this.chart.element, node);
     const options = { serialize: false, hideOnZoom: false, hideInPanel: true, getValue: () => "", setValue: () => {} };
+    // Earlier pages know this word alone, and Nodes 2.0 take it for themselves as well: there the panel keeps its empty row.
+    Object.defineProperty(options, "canvasOnly", { get: () => !LiteGraph.vueNodesMode, enumerable: true });
     options.getMinHeight = options.getMaxHeight = () => this.chart.height + 2 * MARGIN;
     options.margin = MARGIN;
     const widget = node.addDOMWidget("tile_plan_chart", "tile_plan_chart", this.chart.element, options);
