@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rounding import worst
 
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.parallel.sharding.layout import Shard, by_frames, by_references, by_tokens, choose_shard
@@ -42,10 +43,10 @@ def test_heads_that_differ_and_windows_equal_the_oracle(facts):
 
 
 def test_bfloat16_payload_is_stated(facts):
-    """Unit normals in bfloat16 with partial rows sent as bfloat16: within 0.015 of float64, Ulysses within 0.008."""
+    """Ulysses rounds the softmax's weights and the result; RB also what it sends of a row before it is merged."""
     _, results = facts
-    assert max(r["half_errors"]["rb"] for r in results) < 0.015
-    assert max(r["half_errors"]["ulysses"] for r in results) < 0.008
+    assert max(r["half_errors"]["rb"] for r in results) < worst(torch.bfloat16, 3)
+    assert max(r["half_errors"]["ulysses"] for r in results) < worst(torch.bfloat16, 2)
 
 
 def test_the_bytes_are_the_formulas(facts):

@@ -127,7 +127,9 @@ def test_the_right_panel_has_no_row_for_it(comfy, modern):
     """A second chart could not be there: an element has one place."""
     page = comfy.open(Comfy_VueNodes_Enabled=modern).page
     if modern and comfy.version() < (1, 49):  # 1.45 does, 1.49 does not
-        pytest.skip("THE RIGHT PANEL OF THIS FRONTEND SHOWS A ROW FOR EVERY WIDGET OF NODES 2.0, the chart's too, empty")
+        pytest.skip(
+            "THE RIGHT PANEL OF THIS FRONTEND SHOWS A ROW FOR EVERY WIDGET OF NODES 2.0, the chart's too, empty"
+        )
     chart = plan_node(comfy, "0-3:2:6", width=400)
     page.evaluate(f"app.canvas.selectNode({TITLE})")
     page.get_by_role("button", name="Toggle properties panel").click()
