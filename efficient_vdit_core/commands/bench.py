@@ -77,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead, every weight under every loss for epsilon, v and flow, 8 segments",
     )
     step, peers = _add_step(commands), _add_peers(commands)
-    for command in (attention, step, parallel, overhead, mixture, peers):
+    heads = commands.add_parser("heads", help="heads that differ, with and without neighbours, against dense attention")
+    heads.add_argument("--backend", choices=("frames", "triton", "flex"), default="frames", help="default: %(default)s")
+    for command in (attention, step, parallel, overhead, mixture, peers, heads):
         command.add_argument(
             "--repeats", type=count(1, 10_000), default=5, help="runs whose median counts, default: %(default)s"
         )
@@ -141,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
         "overhead": _overhead,
         "mixture": _mixture,
         "peers": _peers,
+        "heads": _heads,
     }
     device, rows = benches[args.bench_command](args)
     if args.json:
@@ -338,6 +341,27 @@ def _overhead(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     for r in rows:
         say(f"{r['what']:<50} {r['milliseconds']:>8.2f} ms, limit {r['limit']:g} ms")
     return _device("cpu"), rows
+
+
+def _heads(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    from ..bench.attention import geometric_mean
+    from ..bench.heads import measure
+
+    device = _device(args.device)
+    say(
+        f"{'dtype':<9} {'frames x tokens':<16} {'window':>6} {'groups':>6} {'density':>7} {'speed-up':>8} {'of ideal':>8}"
+    )
+
+    def row(r: dict[str, Any]) -> None:
+        shape = f"{r['frames']} x {r['tokens_per_frame']}"
+        say(
+            f"{r['dtype']:<9} {shape:<16} {r['window']:>6} {r['groups']:>6} {r['density']:>7.2f} {r['speedup']:>7.2f}x "
+            f"{r['efficiency']:>8.2f}"
+        )
+
+    rows = measure(device, repeats=args.repeats, seed=args.seed, backend=args.backend, report=row)
+    say(f"geometric mean of the ideal: {geometric_mean([r['efficiency'] for r in rows]):.3f}")
+    return device, rows
 
 
 def _mixture(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:

@@ -175,3 +175,15 @@ def test_a_file_that_is_no_result_is_named(tmp_path, capsys):
         (tmp_path / "x.json").write_text(text)
         assert main(["bench", "plot", str(tmp_path / "x.json")]) == 2
     assert "x.json is no results file" in capsys.readouterr().err
+
+
+def test_heads_that_differ_are_timed_against_dense_attention(monkeypatch, tmp_path):
+    from efficient_vdit_core.bench import heads
+
+    monkeypatch.setattr(heads, "SHAPES", ((6, 5, 4, 16),))
+    out = tmp_path / "heads.json"
+    assert main(["bench", "heads", "--repeats", "1", "--device", "cpu", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 2 * len(heads.WINDOWS) * len(heads.GROUPS)
+    assert all(row["efficiency"] == pytest.approx(row["speedup"] * row["density"]) > 0 for row in rows)
+    assert {row["density"] for row in rows if (row["window"], row["groups"]) == (0, 1)} == {TilePattern(1).density(6)}

@@ -1,0 +1,70 @@
+"""Times attention whose heads differ, with and without neighbours, against dense attention: what windows and groups cost
+beyond their FLOPs."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..attention import TokenLayout, tile_attention
+from ..attention.choose import seconds
+from ..head_patterns import by_head
+from ..tiles import TilePattern, TokenGrid
+
+WINDOWS, GROUPS, REFERENCES = (0, 1, 2), (1, 2, 4), (1, 2, 4, 6)
+# Latent frames, tokens a frame, heads, head_dim: small enough for two cores.
+SHAPES = ((24, 400, 12, 96), (21, 784, 8, 128))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def measure(
+    device: torch.device, *, repeats: int, seed: int, backend: str, report: Callable[[dict[str, Any]], None]
+) -> list[dict[str, Any]]:
+    """One row for each dtype, shape, window and number of groups; the heads of a group stand apart, the worst case.
+
+    Dense attention is timed beside each, in turn, and medians are compared. ``efficiency`` 1 is all that the FLOPs
+    promise.
+    """
+    rows = []
+    for dtype, shape, window, groups in itertools.product(DTYPES, SHAPES, WINDOWS, GROUPS):
+        rows.append(_row(device, dtype, shape, window, groups, repeats, seed, backend))
+        report(rows[-1])
+    return rows
+
+
+def _row(
+    device: torch.device, dtype: str, shape: tuple[int, int, int, int], window: int, groups: int, repeats: int, seed: int,
+    backend: str,
+) -> dict[str, Any]:  # fmt: skip
+    frames, tokens, heads, head_dim = shape
+    layout, generator = TokenLayout(TokenGrid(frames, 1, tokens)), torch.Generator().manual_seed(seed)
+    size = (1, heads, layout.tokens, head_dim)
+    q, k, v = (torch.randn(size, generator=generator).to(device, DTYPES[dtype]) for _ in range(3))
+    patterns = [TilePattern(k, window=window) for k in REFERENCES[:groups]]
+    pattern = by_head(patterns[head % groups] for head in range(heads))
+    runs = {
+        "dense": lambda: tile_attention(q, k, v, layout, TilePattern(None)),
+        "sparse": lambda: tile_attention(q, k, v, layout, pattern, backend=backend),
+    }
+    dense, sparse = _medians(runs, device, repeats)
+    density = pattern.density(frames)
+    return {
+        "frames": frames, "tokens_per_frame": tokens, "heads": heads, "head_dim": head_dim, "dtype": dtype,
+        "backend": backend, "window": window, "groups": groups, "density": density, "dense_milliseconds": 1000 * dense,
+        "milliseconds": 1000 * sparse, "speedup": dense / sparse, "efficiency": dense / sparse * density,
+    }  # fmt: skip
+
+
+def _medians(runs: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> list[float]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    with torch.no_grad():
+        for run in runs.values():
+            run()
+        for _ in range(repeats):
+            for name, run in runs.items():
+                times[name].append(seconds(run, device))
+    return [statistics.median(values) for values in times.values()]
