@@ -149,6 +149,18 @@ def test_a_killed_rank_0_leaves_no_file(start):
     assert {path.name for path in default_pool_file().parent.iterdir()} == {"secret", "pool.lock"}
 
 
+def test_rank_0_leaves_no_file_where_the_others_are_ended_before_they_notice(start):
+    """torchrun ends them within a tenth of a second; on a busy machine they have not seen by then that it is gone."""
+    command = on_one_machine(start)
+    first, second = ranks_of(command.pid)
+    os.kill(second, signal.SIGSTOP)
+    os.kill(first, signal.SIGKILL)
+    os.kill(second, signal.SIGTERM)
+    os.kill(second, signal.SIGCONT)
+    assert gone([first, second]) and command.wait(30)
+    assert {path.name for path in default_pool_file().parent.iterdir()} == {"secret", "pool.lock"}
+
+
 def test_a_second_torchrun_says_that_a_pool_runs(start):
     on_one_machine(start)
     second = start.torchrun(*SAFE_TORCHRUN, "--nproc-per-node", "2", **SAFE_VARIABLES)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ class Worker:
             about_pool={"pool": self.pool, "folder": self.folder},
             clean_up=self._clean_up,
         )
-        threading.Thread(target=_end_when_asked, args=(_hear_signals(), self.hub), daemon=True).start()
+        hub = self.hub
+        threading.Thread(target=_end_when_asked, args=(_hear_signals(), lambda: hub.end(0)), daemon=True).start()
         meeting.announce((s.listen, port))
         self.hub.wait_for_ranks(JOIN_SECONDS)
         return port
@@ -127,6 +129,8 @@ class Worker:
         self.connection.send({"role": "rank", "rank": self.settings.rank, "version": __version__})
         about, _ = self.connection.receive()
         self.pool, self.folder = about["pool"], about["folder"]
+        if not self.settings.piped:  # torchrun ends a rank the moment that another one fails, rank 0 included
+            threading.Thread(target=_end_when_asked, args=(_hear_signals(), self._leave), daemon=True).start()
         threading.Thread(target=self._listen, args=(self.connection,), daemon=True).start()
 
     def _listen(self, connection: Connection) -> None:
@@ -138,10 +142,14 @@ class Worker:
                 else:
                     self.requests.put((message, tensors))
         except ConnectionEnded:
-            try:
-                self._clean_up()  # rank 0 may have been killed
-            finally:
-                os._exit(LOST_EXIT)
+            self._leave()
+
+    def _leave(self) -> None:
+        """End this rank, and remove what rank 0 cannot, which may have been killed."""
+        try:
+            self._clean_up()
+        finally:
+            os._exit(LOST_EXIT)
 
     def _clean_up(self) -> None:
         """Remove what the pool has left on this machine; a starter removes its folder itself."""
@@ -217,10 +225,10 @@ def _signals_to_end() -> list[signal.Signals]:
     return [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 
 
-def _end_when_asked(signals: socket.socket, hub: Hub) -> None:
+def _end_when_asked(signals: socket.socket, end: Callable[[], None]) -> None:
     while signals.recv(1)[0] not in _signals_to_end():
         pass
-    hub.end(0)
+    end()
 
 
 def _hear_signals() -> socket.socket:
