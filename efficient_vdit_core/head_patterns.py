@@ -50,9 +50,9 @@ class HeadPatterns:
         return by_head(pattern.scaled(made_for, frames) for pattern in self.patterns)
 
     def name(self, frames: int) -> str:
-        """Such as ``5 heads 1:7~1, 3 heads full``."""
-        counts = ((len(heads), pattern.name(frames)) for pattern, heads in self.groups.items())
-        return ", ".join(f"{count} head{'s' * (count > 1)} {name}" for count, name in counts)
+        """Such as ``heads: 5 x 1:7~1, 3 x full``."""
+        counts = (f"{len(heads)} x {pattern.name(frames)}" for pattern, heads in self.groups.items())
+        return f"heads: {', '.join(counts)}"
 
 
 LayerPattern = TilePattern | HeadPatterns

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..plan import TilePlan
+from ..tiles import TilePattern
 from .draw import Panel, draw_panels
 from .tile_mass import LEVELS, TileMass, kept_tiles
 
@@ -53,9 +54,9 @@ def _notes(layer: int, mass: TileMass, depth: int, plan: TilePlan | None, other:
         notes.append(f"text and other tokens {float(mass.extra.mean()):.1%}")
     if plan is not None:
         pattern = plan.pattern(layer, depth).scaled(plan.frames, frames)
-        notes.append(
-            f"plan {pattern.name(frames)} keeps {mass.kept(pattern):.1%} in {pattern.density(frames):.0%} of the tiles"
-        )
+        keeps = f"keeps {mass.kept(pattern):.1%} in {pattern.density(frames):.0%} of the tiles"
+        name = pattern.name(frames)
+        notes += [f"plan {name} {keeps}"] if isinstance(pattern, TilePattern) else [name, f"plan {keeps}"]
     if other is not None:
         levels = "/".join(f"{level:.0%}"[:-1] for level in LEVELS)
         notes.append(f"overlap at {levels} %: " + " / ".join(f"{o:.0%}" for o in mass.overlap(other)))

@@ -148,7 +148,7 @@ class TestHeadPatterns:
         assert list(by_head(HEADS).groups.values()) == [(0, 3), (1,), (2,), (4,)]
         assert of_heads(by_head(HEADS), 3, 1) == HEADS[3] and of_heads(TilePattern(2), 3, 1) == TilePattern(2)
         assert parts_of(by_head(HEADS), 2) == [by_head(HEADS[:2]), by_head(HEADS[2:4]), HEADS[4]]
-        assert by_head(HEADS).name(8) == "2 heads 1:7~1, 1 head full, 1 head 2:6, 1 head 0:8~2"
+        assert by_head(HEADS).name(8) == "heads: 2 x 1:7~1, 1 x full, 1 x 2:6, 1 x 0:8~2"
 
     def test_densities_are_means_over_the_heads(self):
         grid = TokenGrid(8, 2, 3)
