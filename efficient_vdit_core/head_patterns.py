@@ -26,6 +26,24 @@ class HeadPatterns:
             found.setdefault(pattern, []).append(head)
         return {pattern: tuple(heads) for pattern, heads in found.items()}
 
+    def head_groups(self, heads: int) -> dict[TilePattern, tuple[int, ...]]:
+        """The ``heads`` of a call by the pattern that they follow. Raises ValueError for another number of heads."""
+        if len(self.patterns) != heads:
+            raise ValueError(
+                f"The layer's pattern is for {len(self.patterns)} heads, but its attention has {heads}. "
+                "Choose a plan that was made for this model."
+            )
+        return self.groups
+
+    def of_heads(self, start: int, count: int) -> LayerPattern:
+        """The pattern of ``count`` heads from head ``start`` on."""
+        return by_head(self.patterns[start : start + count])
+
+    @property
+    def is_papers(self) -> bool:
+        """Whether this is a pattern of the paper: its heads are all alike."""
+        return False
+
     def is_full(self, frames: int) -> bool:
         """True where no head leaves anything out of ``frames`` frames."""
         return all(pattern.is_full(frames) for pattern in self.groups)
@@ -71,22 +89,16 @@ def by_head(patterns: Iterable[TilePattern]) -> LayerPattern:
     return every[0] if len(set(every)) == 1 else HeadPatterns(every)
 
 
+# A worker may hold two copies of this package, whose classes are not the same: these ask the pattern, not its class.
 def head_groups(pattern: LayerPattern, heads: int) -> dict[TilePattern, tuple[int, ...]]:
     """The ``heads`` of a call by the pattern that they follow. Raises ValueError where a pattern is for another number
     of heads."""
-    if isinstance(pattern, TilePattern):
-        return {pattern: tuple(range(heads))}
-    if len(pattern.patterns) != heads:
-        raise ValueError(
-            f"The layer's pattern is for {len(pattern.patterns)} heads, but its attention has {heads}. "
-            "Choose a plan that was made for this model."
-        )
-    return pattern.groups
+    return pattern.head_groups(heads)
 
 
 def of_heads(pattern: LayerPattern, start: int, count: int) -> LayerPattern:
     """The pattern of ``count`` heads of a layer from head ``start`` on."""
-    return pattern if isinstance(pattern, TilePattern) else by_head(pattern.patterns[start : start + count])
+    return pattern.of_heads(start, count)
 
 
 def parts_of(pattern: LayerPattern, heads: int) -> list[LayerPattern]:

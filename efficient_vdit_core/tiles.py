@@ -115,6 +115,19 @@ class TilePattern:
         others = dict.fromkeys(self._others(frames))
         return {f: tuple(g for g in range(f - self.window, f + self.window + 1) if g in others) for f in others}
 
+    def head_groups(self, heads: int) -> dict[TilePattern, tuple[int, ...]]:
+        """The ``heads`` of a call by the pattern that they follow: all alike."""
+        return {self: tuple(range(heads))}
+
+    def of_heads(self, start: int, count: int) -> TilePattern:
+        """The pattern of some of a layer's heads."""
+        return self
+
+    @property
+    def is_papers(self) -> bool:
+        """Whether this is a pattern of the paper: all heads alike, no window."""
+        return not self.window
+
     def placed(self, placement: str, shift: int = 0) -> TilePattern:
         """The same k, standing elsewhere. Raises ValueError for an unknown placement."""
         return replace(self, placement=placement, shift=shift)

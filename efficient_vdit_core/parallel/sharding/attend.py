@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -45,8 +47,7 @@ def sharded_attention(
     _check(q, k, v, shard, wire, scheme)
     scheme = scheme_of(scheme, shard, pattern, q.shape[1], q.shape[3], q.element_size())
     if scheme == "rb":
-        assert isinstance(pattern, TilePattern)
-        return reference_broadcast_attention(q, k, v, shard, pattern, wire)
+        return reference_broadcast_attention(q, k, v, shard, cast(TilePattern, pattern), wire)
 
     def under_the_pattern(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
         return tile_attention(q, k, v, shard.layout, of_heads(pattern, first, q.shape[1]))

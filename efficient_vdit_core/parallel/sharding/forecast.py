@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 from ...attention import TokenLayout
 from ...head_patterns import LayerPattern
@@ -63,8 +64,7 @@ def bytes_sent(shape: LayerShape, pattern: LayerPattern, ranks: int, scheme: str
     about = (shape.heads, shape.head_dim, shape.itemsize)
     scheme = scheme_of(scheme, shard, pattern, *about)
     if scheme == "rb":
-        assert isinstance(pattern, TilePattern)
-        return scheme, max(rb_bytes(shard, pattern, *about))
+        return scheme, max(rb_bytes(shard, cast(TilePattern, pattern), *about))
     return scheme, max(ulysses_bytes(shard, *about))
 
 

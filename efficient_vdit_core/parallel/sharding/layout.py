@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 from ...attention import TokenLayout
 from ...attention.layout import global_spans
@@ -130,7 +131,7 @@ def choose_shard(layout: TokenLayout, ranks: int, patterns: Iterable[LayerPatter
     it comes last; without such a layer there is no halo, and tokens are simply split evenly.
     """
     frames = layout.grid.t
-    sparse = Counter(p for p in patterns if isinstance(p, TilePattern) and not p.window and not p.is_full(frames))
+    sparse = Counter(cast(TilePattern, p) for p in patterns if p.is_papers and not p.is_full(frames))
     if frames % _checked(ranks) == 0:
         return by_frames(layout, ranks)
     if not sparse:

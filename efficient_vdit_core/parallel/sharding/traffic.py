@@ -46,7 +46,7 @@ def scheme_of(asked: str, shard: Shard, pattern: LayerPattern, heads: int, head_
     Full layers, layers whose heads differ and patterns with a window are always ``ulysses``: RB exchanges reference
     frames alone.
     """
-    if pattern.is_full(shard.layout.grid.t) or not isinstance(pattern, TilePattern) or pattern.window:
+    if pattern.is_full(shard.layout.grid.t) or not pattern.is_papers:
         return "ulysses"
     if asked != "auto":
         return asked
