@@ -189,8 +189,8 @@ asked.clear()
 own = sparse(wishing, LAYERED)
 run(own, [1.0, 0.5])
 shared = prefix + 2 * size
-# Layer 1: the shared rows, and the frames between and behind the two reference frames; layer 2 is dense.
-facts["own attention asked"] = [shape[2] for shape in asked] == [shared, size, size, prefix + frames * size]
+# Layer 1: the shared rows, and all other frames in one piece; layer 2 is dense.
+facts["own attention asked"] = [shape[2] for shape in asked] == [shared, size, prefix + frames * size]
 facts["own attention computed"] = dict(patch.hook_of(own).report.computed)
 asked.clear()
 run(sparse(wishing, LAYERED, start_percent=0.999, end_percent=1.0), [1.0, 0.5])
