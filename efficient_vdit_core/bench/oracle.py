@@ -8,17 +8,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.dense_call import DenseCall
-from ..attention.padding import as_heads
-from ..attention.state import FORWARD_KEY, ForwardState, Override
-from ..search.calls import layer_of_call, layout_of_call
 from ..search.probe import relative_error
 
 MAX_TOKENS = 4096  # scores are whole matrices of N x N
@@ -31,41 +26,15 @@ class OracleRecord:
     densities: tuple[float, ...]
     errors: dict[tuple[int, float], list[float]] = field(default_factory=lambda: defaultdict(list))
 
+    def add(self, layer: int, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, layout: TokenLayout) -> None:
+        """Measures one call: ``exact`` is its dense result."""
+        for density in self.densities:
+            self.errors[layer, density].append(relative_error(best_tiles(q, k, v, layout, density), exact))
+
     def squared(self, density: float) -> float:
         """The squared error, a mean over calls and layers."""
         found = [[e**2 for e in values] for (_, d), values in self.errors.items() if d == density]
         return sum(sum(values) / len(values) for values in found) / len(found)
-
-
-def make_oracle_override(record: OracleRecord) -> Override:
-    """An override that measures each self-attention over the video into ``record`` and returns the dense result."""
-
-    def override(
-        func: Override,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: int,
-        mask: Tensor | None = None,
-        attn_precision: Any = None,
-        skip_reshape: bool = False,
-        skip_output_reshape: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        options = kwargs.get("transformer_options") or {}
-        state: ForwardState | None = options.get(FORWARD_KEY)
-        layout, _ = layout_of_call(state, q, k, mask, skip_reshape)
-        layer = layer_of_call(state, options, heads)[0] if layout is not None else None
-        dense = DenseCall(func, None, attn_precision, kwargs)
-        out = dense.call(q, k, v, heads, mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
-        if layout is not None and layer is not None:
-            qh, kh, vh = (as_heads(x, heads, skip_reshape) for x in (q, k, v))
-            exact = as_heads(out, heads, skip_output_reshape)
-            for density in record.densities:
-                record.errors[layer, density].append(relative_error(best_tiles(qh, kh, vh, layout, density), exact))
-        return out
-
-    return override
 
 
 def best_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, density: float) -> Tensor:

@@ -21,10 +21,6 @@ import torch
 from torch import Tensor
 
 from ..attention import TokenLayout, tile_attention
-from ..attention.dense_call import DenseCall
-from ..attention.padding import as_heads
-from ..attention.state import FORWARD_KEY, ForwardState, Override
-from ..search.calls import layer_of_call, layout_of_call
 from ..search.probe import relative_error
 from ..tiles import TilePattern
 
@@ -86,35 +82,6 @@ class PeerRecord:
             }
             for (layer, count, method), values in sorted(self.errors.items())
         ]
-
-
-def make_peer_override(record: PeerRecord) -> Override:
-    """An override that measures each self-attention over the video into ``record`` and returns the dense result."""
-
-    def override(
-        func: Override,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: int,
-        mask: Tensor | None = None,
-        attn_precision: Any = None,
-        skip_reshape: bool = False,
-        skip_output_reshape: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        options = kwargs.get("transformer_options") or {}
-        state: ForwardState | None = options.get(FORWARD_KEY)
-        layout, _ = layout_of_call(state, q, k, mask, skip_reshape)
-        layer = layer_of_call(state, options, heads)[0] if layout is not None else None
-        dense = DenseCall(func, None, attn_precision, kwargs)
-        out = dense.call(q, k, v, heads, mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
-        if layout is not None and layer is not None:
-            qh, kh, vh = (as_heads(x, heads, skip_reshape) for x in (q, k, v))
-            record.add(layer, qh, kh, vh, as_heads(out, heads, skip_output_reshape), layout)
-        return out
-
-    return override
 
 
 def routed_share(q: Tensor, k: Tensor, method: str, setting: float) -> float:

@@ -309,8 +309,9 @@ PEERS_PROMPTS = (
 
 
 def _peers(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
-    from ..bench.peers import PeerRecord, make_peer_override, peer
+    from ..bench.peers import PeerRecord, peer
     from ..pipeline import Pipeline
+    from ..search.watch import make_watching_override
 
     record = PeerRecord(tuple(args.references), peer())
     device = _device(args.device)
@@ -321,7 +322,7 @@ def _peers(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         pipeline.request(prompt, guidance=1.0, seed=args.seed, **choices) for prompt in args.prompt or PEERS_PROMPTS
     ]
     for request in requests:
-        pipeline.observe(request, make_peer_override(record))
+        pipeline.observe(request, make_watching_override(record.add))
     rows = record.rows()
     assert record.layout is not None
     grid = record.layout.grid

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..attention.state import Override
 from ..limits.numbers import whole
 from ..plan import TilePlan
 from ..search import ProbeRecord, check_groups, check_target, make_probe_override, parse_candidates, plan_from_record
@@ -87,7 +88,6 @@ def search_plans(
     return files
 
 
-@torch.no_grad()
 def probe(
     config: SearchConfig,
     model: FamilyModel,
@@ -102,8 +102,27 @@ def probe(
 ) -> ProbeRecord:
     """Sample latents of ``shape`` for ``texts`` densely and measure every candidate in every layer on the way."""
     record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), shape[1]))
-    options = model.options_with(make_probe_override(record))
-    noise = torch.randn(len(texts), *shape, generator=torch.Generator().manual_seed(config.seed)).to(device)
+    about = (model, module, bank, texts, shape)
+    observe(make_probe_override(record), *about, seed=config.seed, segments=segments, steps=steps, device=device)
+    return record
+
+
+@torch.no_grad()
+def observe(
+    override: Override,
+    model: FamilyModel,
+    module: nn.Module,
+    bank: TextBank,
+    texts: list[str],
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    segments: int,
+    steps: int,
+    device: torch.device,
+) -> None:
+    """Sample latents of ``shape`` for ``texts`` without guidance, with this attention override looking on."""
+    options = model.options_with(override)
+    noise = torch.randn(len(texts), *shape, generator=torch.Generator().manual_seed(seed)).to(device)
     network = guided(lambda z, t, c: model.predict(module, z, t, c, options(z)), bank.batch(texts, device), None, 1.0)
     roll_down(network, model.path, model.prediction, noise, segments=segments, steps=steps)
-    return record

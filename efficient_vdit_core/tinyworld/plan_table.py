@@ -21,18 +21,18 @@ from torch import Tensor
 
 from .. import assets
 from ..bench.machine import describe_machine
-from ..bench.oracle import OracleRecord, make_oracle_override
+from ..bench.oracle import OracleRecord
 from ..distill.model import sparse_options
 from ..distill.open_sora_plan import OpenSoraPlanModel
 from ..distill.recipe import RecipeConfig, ThreeStages
-from ..distill.rollout import Predict, guided, roll_down
-from ..distill.search_stage import SearchConfig, probe
+from ..distill.search_stage import SearchConfig, observe, probe
 from ..distill.texts import TextBank
 from ..files import write_text
 from ..head_patterns import LayerPattern, head_groups
 from ..limits.documents import parse_json, read_text
 from ..plan import TilePlan
 from ..search import ProbeRecord, parse_candidates, plan_from_record
+from ..search.watch import make_watching_override
 from ..tiles import TilePattern
 from .judge import Judge
 from .train_dit import is_held_out
@@ -86,6 +86,7 @@ class PlanTable:
         data = recipe.data if recipe.data.cache else replace(recipe.data, cache=str(folder / "cache"))
         training = replace(recipe.knowledge_training, seed=recipe.knowledge_training.seed + seed)
         self.table, self.seed, self.folder = table, seed, folder / f"seed-{seed}"
+        self.probing_seed = 7_000 + seed
         self.recipe = replace(recipe, data=data, knowledge_training=training)
         self.student = assets.tiny_path("transformer", "tiny-8-steps")
         self.stages = ThreeStages(self.recipe, self.folder)
@@ -111,9 +112,12 @@ class PlanTable:
     @cached_property
     def record(self) -> ProbeRecord:
         """Errors of every candidate, from one dense run."""
-        config = SearchConfig(candidates=NEAR, captions=len(self.texts), seed=7_000 + self.seed)
-        about = (self.model, self.module, self.bank, self.texts, self.shape)
-        return probe(config, *about, segments=STEPS, steps=STEPS, device=CPU)
+        config = SearchConfig(candidates=NEAR, captions=len(self.texts), seed=self.probing_seed)
+        return probe(config, *self._probed, segments=STEPS, steps=STEPS, device=CPU)
+
+    @property
+    def _probed(self) -> tuple[OpenSoraPlanModel, torch.nn.Module, TextBank, list[str], tuple[int, ...]]:
+        return self.model, self.module, self.bank, self.texts, self.shape
 
     @cached_property
     def bank(self) -> TextBank:
@@ -192,11 +196,14 @@ class PlanTable:
     def oracle(self) -> dict[str, Any]:
         """The squared error of the attention where each head and query frame keeps its best tiles, at each cost."""
         record = OracleRecord(tuple(1 / s for s in SPEEDUPS))
-        options = self.model.options_with(make_oracle_override(record))
-        noise = torch.randn(len(self.texts), *self.shape, generator=torch.Generator().manual_seed(7_000 + self.seed))
-        predict: Predict = lambda z, t, c: self.model.predict(self.module, z, t, c, options(z))  # noqa: E731
-        network = guided(predict, self.bank.batch(self.texts), None, 1.0)
-        roll_down(network, self.model.path, self.model.prediction, noise, segments=STEPS, steps=STEPS)
+        observe(
+            make_watching_override(record.add),
+            *self._probed,
+            seed=self.probing_seed,
+            segments=STEPS,
+            steps=STEPS,
+            device=CPU,
+        )
         errors = {f"{s:g}": record.squared(1 / s) for s in SPEEDUPS}
         return {
             "row": "best tiles of each head and frame (no plan can)",

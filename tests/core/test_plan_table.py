@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from efficient_vdit_core import assets
 from efficient_vdit_core.attention import TokenLayout, tile_attention
 from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
-from efficient_vdit_core.bench.oracle import OracleRecord, best_tiles, make_oracle_override
+from efficient_vdit_core.bench.oracle import OracleRecord, best_tiles
 from efficient_vdit_core.distill.config import read_toml
 from efficient_vdit_core.distill.recipe import RecipeConfig
 from efficient_vdit_core.search.probe import relative_error
+from efficient_vdit_core.search.watch import make_watching_override
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 from efficient_vdit_core.tinyworld.plan_table import KINDS, SPEEDUPS, PlanTable, PlanTableConfig, Row
 
@@ -49,7 +50,7 @@ def test_the_override_measures_and_leaves_the_run_alone():
     state = ForwardState(LAYOUT, depth=1, heads=3)
     options = {"skip_reshape": True, "skip_output_reshape": True, "transformer_options": {FORWARD_KEY: state}}
     tensors = qkv()
-    out = make_oracle_override(record)(
+    out = make_watching_override(record.add)(
         lambda q, k, v, *_, **__: F.scaled_dot_product_attention(q, k, v), *tensors, 3, **options
     )
     assert torch.equal(out, F.scaled_dot_product_attention(*tensors))
