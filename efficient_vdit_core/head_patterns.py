@@ -6,7 +6,7 @@ pattern is a plain ``TilePattern``, which fits any number of heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .tiles import TilePattern, TokenGrid
@@ -39,6 +39,15 @@ class HeadPatterns:
         """The pattern of ``count`` heads from head ``start`` on."""
         return by_head(self.patterns[start : start + count])
 
+    def parts(self, heads: int) -> list[LayerPattern]:
+        """What the calls follow that share out the layer's heads, ``heads`` at a time."""
+        return [self.of_heads(start, heads) for start in range(0, len(self.patterns), heads)]
+
+    @property
+    def kinds(self) -> tuple[TilePattern, ...]:
+        """The different patterns of the heads, in the order of their first head."""
+        return tuple(self.groups)
+
     @property
     def is_papers(self) -> bool:
         """Whether this is a pattern of the paper: its heads are all alike."""
@@ -46,17 +55,18 @@ class HeadPatterns:
 
     def is_full(self, frames: int) -> bool:
         """True where no head leaves anything out of ``frames`` frames."""
-        return all(pattern.is_full(frames) for pattern in self.groups)
+        return all(pattern.is_full(frames) for pattern in self.kinds)
 
     def density(self, frames: int) -> float:
         """Mean share of the frame x frame tiles that is computed, 0 to 1."""
-        return self._mean({pattern: pattern.density(frames) for pattern in self.groups})
+        return self.mean({pattern: pattern.density(frames) for pattern in self.kinds})
 
     def flop_density(self, grid: TokenGrid, extra: int = 0) -> float:
         """Mean over the heads, as of ``TilePattern``."""
-        return self._mean({pattern: pattern.flop_density(grid, extra) for pattern in self.groups})
+        return self.mean({pattern: pattern.flop_density(grid, extra) for pattern in self.kinds})
 
-    def _mean(self, values: dict[TilePattern, float]) -> float:
+    def mean(self, values: Mapping[TilePattern, float]) -> float:
+        """The mean of ``values`` by pattern over the heads."""
         return sum(len(heads) * values[pattern] for pattern, heads in self.groups.items()) / len(self.patterns)
 
     def placed(self, placement: str, shift: int = 0) -> LayerPattern:
@@ -73,6 +83,8 @@ class HeadPatterns:
         return f"heads: {', '.join(counts)}"
 
 
+# A worker may hold two copies of this package, whose classes are not the same: what computes asks the pattern, by the
+# methods that both have, and never for its class.
 LayerPattern = TilePattern | HeadPatterns
 
 
@@ -87,22 +99,3 @@ def by_head(patterns: Iterable[TilePattern]) -> LayerPattern:
     """A layer's pattern from one for each head; a plain one where all heads are alike."""
     every = tuple(patterns)
     return every[0] if len(set(every)) == 1 else HeadPatterns(every)
-
-
-# A worker may hold two copies of this package, whose classes are not the same: these ask the pattern, not its class.
-def head_groups(pattern: LayerPattern, heads: int) -> dict[TilePattern, tuple[int, ...]]:
-    """The ``heads`` of a call by the pattern that they follow. Raises ValueError where a pattern is for another number
-    of heads."""
-    return pattern.head_groups(heads)
-
-
-def of_heads(pattern: LayerPattern, start: int, count: int) -> LayerPattern:
-    """The pattern of ``count`` heads of a layer from head ``start`` on."""
-    return pattern.of_heads(start, count)
-
-
-def parts_of(pattern: LayerPattern, heads: int) -> list[LayerPattern]:
-    """What the calls follow that share out a layer's heads, ``heads`` at a time."""
-    if isinstance(pattern, TilePattern) or heads >= len(pattern.patterns):
-        return [pattern]
-    return [of_heads(pattern, start, heads) for start in range(0, len(pattern.patterns), heads)]

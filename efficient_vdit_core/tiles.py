@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .limits.quote import quoted
@@ -122,6 +123,19 @@ class TilePattern:
     def of_heads(self, start: int, count: int) -> TilePattern:
         """The pattern of some of a layer's heads."""
         return self
+
+    def parts(self, heads: int) -> list[TilePattern]:
+        """What the calls follow that share out a layer's heads, ``heads`` at a time."""
+        return [self]
+
+    def mean(self, values: Mapping[TilePattern, float]) -> float:
+        """The mean of ``values`` by pattern over a layer's heads."""
+        return values[self]
+
+    @property
+    def kinds(self) -> tuple[TilePattern, ...]:
+        """The different patterns of a layer's heads."""
+        return (self,)
 
     @property
     def is_papers(self) -> bool:

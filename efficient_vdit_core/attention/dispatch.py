@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..head_patterns import LayerPattern, head_groups
+from ..head_patterns import LayerPattern
 from ..tiles import TilePattern
 from . import flex, triton
 from .choose import Attend, CallShape, default_book
@@ -86,7 +86,7 @@ def tile_attention(
     """
     check_tensors(q, k, v, layout)
     attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes)
-    groups = head_groups(pattern, q.shape[1])
+    groups = pattern.head_groups(q.shape[1])
 
     def of_group(pattern: TilePattern, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         chosen = backend if isinstance(backend, str) else backend[pattern]
@@ -144,7 +144,7 @@ def choose_backend(
 
 def group_shapes(shape: CallShape, pattern: LayerPattern) -> dict[TilePattern, CallShape]:
     """The shape of the calls of each group of heads that ``tile_attention`` makes of a call."""
-    return {p: replace(shape, heads=len(heads)) for p, heads in head_groups(pattern, shape.heads).items()}
+    return {p: replace(shape, heads=len(heads)) for p, heads in pattern.head_groups(shape.heads).items()}
 
 
 def fits(backend: str, shape: CallShape) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from ..head_patterns import LayerPattern, head_groups
+from ..head_patterns import LayerPattern
 from ..plan import TilePlan
 from ..tiles import TilePattern
 from .clock import DENSE, SPARSE
@@ -21,7 +21,7 @@ from .dense_call import DenseCall, function_name
 from .dispatch import tile_attention
 from .layout import TokenLayout
 from .padding import as_heads, fill_in, without_padding
-from .prepare import Preparation, pattern_of_call
+from .prepare import Preparation
 from .reasons import ANOTHER_LENGTH, tokens_of, why_no_pattern, why_not_the_video
 from .report import AttentionReport
 from .state import FORWARD_KEY, FileAttention, ForwardState, Override, computing
@@ -136,7 +136,7 @@ def _over_the_video(
     dense = dense.as_the_file_asks(_asked_by_the_file(state, options), video=True)
     reason = why_no_pattern(state, state.layout, call.mask) or work.reason
     padding = state.masked(call.mask)
-    layout, pattern = without_padding(state.layout, padding), pattern_of_call(state, work.pattern, call.heads)
+    layout, pattern = without_padding(state.layout, padding), work.pattern.of_heads(state.first_head, call.heads)
     backends: dict[TilePattern, str] = {}
     if not reason:
         backends = preparation.backends_of(state, call.queries(padding), layout, pattern, dense)
@@ -170,7 +170,7 @@ def _counted_by(preparation: Preparation, state: ForwardState | None) -> Attenti
 
 def _computed_share(pattern: LayerPattern, backends: dict[TilePattern, str], heads: int, layout: TokenLayout) -> float:
     """The share of dense FLOPs; heads that were measured faster dense are."""
-    extra, groups = layout.prefix + layout.suffix, head_groups(pattern, heads)
+    extra, groups = layout.prefix + layout.suffix, pattern.head_groups(heads)
     shares = {p: 1.0 if backends[p] == "dense" else p.flop_density(layout.grid, extra) for p in groups}
     return sum(len(members) * shares[p] for p, members in groups.items()) / heads
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..head_patterns import LayerPattern, of_heads, parts_of
+from ..head_patterns import LayerPattern
 from ..plan import TilePlan
 from ..tiles import TilePattern
 from .choose import CallShape
@@ -111,7 +111,7 @@ class Preparation:
                 dense = dense_of(layer)
                 for shape in wanted:
                     for layout in layouts:
-                        for part in parts_of(work.pattern, shape.heads):
+                        for part in work.pattern.parts(shape.heads):
                             self.settle(shape, layout, part, dense)
         if shapes:
             self.keep_residual(state, shapes[0])
@@ -215,18 +215,13 @@ class Preparation:
             self.residual.clear()
 
 
-def pattern_of_call(state: ForwardState, pattern: LayerPattern, heads: int) -> LayerPattern:
-    """A layer's pattern for the latest call, which may be over some of the layer's heads."""
-    return of_heads(pattern, state.first_head, heads)
-
-
 def pattern_for_frames(
     plan: TilePlan, layer: int, depth: int | None, frames: int
 ) -> tuple[LayerPattern, tuple[tuple[str, str], ...]]:
     """The plan's pattern of a layer for a run of ``frames`` latent frames, and notes where it is not the plan's own."""
     planned = plan.pattern(layer, depth)
     pattern = planned.scaled(plan.frames, frames)
-    now, then = (sorted({p.k for p in _every(x) if p.k is not None}) for x in (pattern, planned))
+    now, then = (sorted({p.k for p in x.kinds if p.k is not None}) for x in (pattern, planned))
     if now != then and pattern != planned:
         counts = " and ".join(map(str, now)) or "all", " and ".join(map(str, then))
         text = (
@@ -239,7 +234,3 @@ def pattern_for_frames(
         text = f"the plan has {most} reference frames and the run {frames} latent frames: full attention."
         return pattern, (("k above the frames", text),)
     return pattern, ()
-
-
-def _every(pattern: LayerPattern) -> list[TilePattern]:
-    return [pattern] if isinstance(pattern, TilePattern) else list(pattern.groups)

@@ -41,15 +41,14 @@ def heads_for_speedup(layers: Sequence[HeadTable], speedup: float, groups: int) 
     The best up to what one head of one layer weighs (a Lagrange multiplier, then whatever fits). Raises ValueError where
     the cheapest choice is too slow.
     """
-    cheapest = [(table.errors * 0 + table.cost_of_heads) for table in layers]  # inf and NaN stay out
-    least = sum(float(np.nan_to_num(c, nan=np.inf).min(0).sum()) for c in cheapest)
-    budget = len(layers) / speedup
+    errors, costs = [t.errors for t in layers], [t.cost_of_heads for t in layers]
+    least, budget = _sum(costs, _least_limited(errors, costs, groups)), len(layers) / speedup
     if least > budget * (1 + 1e-12):
         raise ValueError(
             f"The target speed-up is {speedup:g}x, but these candidates reach at most {len(layers) / least:.2f}x of the attention. "
             "Lower the target, or add candidates with fewer reference frames."
         )
-    return _least([t.errors for t in layers], [t.cost_of_heads for t in layers], budget, groups)
+    return _least(errors, costs, budget, groups)
 
 
 def heads_under_threshold(table: HeadTable, threshold: float, groups: int) -> np.ndarray:
@@ -64,9 +63,7 @@ def _least(wanted: list[np.ndarray], limited: list[np.ndarray], budget: float, g
     """For each layer the candidate of every head with the least summed ``wanted`` (C, H) at a summed ``limited`` of at
     most ``budget``."""
     low, high = -12.0, 12.0
-    best = [_cheapest(w, u, 10.0**high, groups) for w, u in zip(wanted, limited, strict=True)]
-    if _sum(limited, best) > budget:  # the largest price is still too low: only the limit counts
-        best = [_cheapest(w * 0, u, 1.0, groups) for w, u in zip(wanted, limited, strict=True)]
+    best = _least_limited(wanted, limited, groups)
     for _ in range(_HALVINGS):
         price = (low + high) / 2
         found = [_cheapest(w, u, 10.0**price, groups) for w, u in zip(wanted, limited, strict=True)]
@@ -76,6 +73,11 @@ def _least(wanted: list[np.ndarray], limited: list[np.ndarray], budget: float, g
             low = price
     _spend_the_rest(wanted, limited, best, budget)
     return best
+
+
+def _least_limited(wanted: list[np.ndarray], limited: list[np.ndarray], groups: int) -> list[np.ndarray]:
+    """The same where only the limit counts; what may not be used, by an infinite ``wanted``, stays out."""
+    return [_cheapest(w * 0, u, 1.0, groups) for w, u in zip(wanted, limited, strict=True)]
 
 
 def _cheapest(wanted: np.ndarray, limited: np.ndarray, price: float, groups: int) -> np.ndarray:

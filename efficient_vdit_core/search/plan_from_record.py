@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ..attention import TokenLayout
 from ..head_patterns import LayerPattern, by_head
 from ..plan import TilePlan
 from ..tiles import TilePattern
@@ -53,15 +55,8 @@ def plan_from_record(
     speed-up, and what ``about`` adds (sigmas, seed, ...).
     """
     check_groups(groups, measure)
-    if record.layout is None:
-        why = (
-            ", ".join(f"{count} {reason}" for reason, count in record.dense.most_common())
-            or "no attention call was seen"
-        )
-        raise ValueError(
-            f"No self-attention over a video was found ({why}). The search needs a model whose tokens are known, and several frames."
-        )
-    grid, extra = record.layout.grid, record.layout.prefix + record.layout.suffix
+    layout = _layout(record)
+    grid, extra = layout.grid, layout.prefix + layout.suffix
     flops = {p: p.flop_density(grid, extra) for p in record.candidates}
     found = [{p: record.error(i, p, measure) for p in record.candidates} for i in range(layers)]
     errors = [e if all(map(math.isfinite, e.values())) else dict.fromkeys(e, math.inf) for e in found]
@@ -70,17 +65,9 @@ def plan_from_record(
         {p: record.cost(i, p) if measured and (i, p) in record.seconds else flops[p] for p in flops}
         for i in range(layers)
     ]
-    patterns: list[LayerPattern]
     if groups > 1:
-        patterns = _by_head(record, errors, prices, threshold, speedup, groups)
         heads = heads or next(iter(record.heads.values())).mean.shape[0]
-    else:
-        choices = (
-            choose_for_speedup(errors, prices, speedup)
-            if speedup
-            else choose_under_threshold(errors, prices, threshold)
-        )
-        patterns = [p or FULL for p in choices]
+    patterns = _choose(record, errors, prices, threshold, speedup, groups)
     provenance: dict[str, Any] = {
         "method": "searched: least error at a target speed-up" if speedup else "searched: sparsest under a threshold",
         **({"target_speedup": speedup} if speedup else {"threshold": threshold}),
@@ -92,7 +79,7 @@ def plan_from_record(
         "extra_tokens": extra,
         **(about or {}),
         **_predictions(patterns, flops, prices),
-        **({"plan_errors": _plan_errors(record, patterns)} if groups > 1 else {}),
+        **({"plan_errors": [_jsonable(e) for e in layer_errors(record, patterns, heads or 0)]} if groups > 1 else {}),
         "errors": {p.short_name: [_jsonable(layer[p]) for layer in found] for p in record.candidates},
         "not_finite_layers": [i for i, layer in enumerate(found) if any(map(math.isinf, layer.values()))],
         "not_measured_layers": [i for i, layer in enumerate(found) if all(map(math.isnan, layer.values()))],
@@ -103,6 +90,27 @@ def plan_from_record(
         ),
     }
     return TilePlan(patterns=tuple(patterns), family=family, frames=grid.t, heads=heads, provenance=provenance)
+
+
+def _layout(record: ProbeRecord) -> TokenLayout:
+    """Where the video stood in the run. Raises ValueError where no attention over one was seen."""
+    if record.layout is not None:
+        return record.layout
+    why = ", ".join(f"{count} {reason}" for reason, count in record.dense.most_common()) or "no attention call was seen"
+    raise ValueError(
+        f"No self-attention over a video was found ({why}). The search needs a model whose tokens are known, and several frames."
+    )
+
+
+def _choose(
+    record: ProbeRecord, errors: Costs, prices: Costs, threshold: float, speedup: float, groups: int
+) -> list[LayerPattern]:
+    if groups > 1:
+        return _by_head(record, errors, prices, threshold, speedup, groups)
+    found = (
+        choose_for_speedup(errors, prices, speedup) if speedup else choose_under_threshold(errors, prices, threshold)
+    )
+    return [pattern or FULL for pattern in found]
 
 
 def _by_head(
@@ -133,30 +141,23 @@ def _table(record: ProbeRecord, layer: int, prices: dict[TilePattern, float]) ->
     return HeadTable(np.stack([*usable, np.zeros_like(squared[0])]), np.array([*costs, 1.0]))
 
 
-def _plan_errors(record: ProbeRecord, patterns: list[LayerPattern]) -> list[float | None]:
-    """Each layer's relative error under its heads' patterns."""
+def layer_errors(record: ProbeRecord, patterns: Sequence[LayerPattern], heads: int) -> list[float]:
+    """Each layer's relative error under its heads' patterns, as measured in the run of ``record``."""
     found = []
     for layer, pattern in enumerate(patterns):
-        every = {pattern: None} if isinstance(pattern, TilePattern) else {p: list(h) for p, h in pattern.groups.items()}
-        parts = [record.heads[layer, p].mean[h].sum() for p, h in every.items() if p.k is not None]
-        found.append(_jsonable(math.sqrt(sum(map(float, parts)))))
+        sparse = {p: members for p, members in pattern.head_groups(heads).items() if p.k is not None}
+        parts = (float(record.heads[layer, p].mean[list(members)].sum()) for p, members in sparse.items())
+        found.append(math.sqrt(sum(parts)))
     return found
 
 
 def _predictions(patterns: list[LayerPattern], flops: dict[TilePattern, float], prices: Costs) -> dict[str, float]:
-    density = [_mean(pattern, flops) for pattern in patterns]
-    spent = [_mean(pattern, prices[i]) for i, pattern in enumerate(patterns)]
+    density = [pattern.mean({**flops, FULL: 1.0}) for pattern in patterns]
+    spent = [pattern.mean({**price, FULL: 1.0}) for pattern, price in zip(patterns, prices, strict=True)]
     return {
         "attention_flop_density": round(sum(density) / len(density), 6),
         "attention_speedup": round(len(spent) / sum(spent), 4),
     }
-
-
-def _mean(pattern: LayerPattern, values: dict[TilePattern, float]) -> float:
-    """Over a layer's heads; full attention counts 1."""
-    if isinstance(pattern, TilePattern):
-        return values.get(pattern, 1.0)
-    return sum(values.get(p, 1.0) for p in pattern.patterns) / len(pattern.patterns)
 
 
 def _jsonable(error: float) -> float | None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..plan import TilePlan
-from ..tiles import TilePattern
 from .draw import Panel, draw_panels
 from .tile_mass import LEVELS, TileMass, kept_tiles
 
@@ -56,7 +55,7 @@ def _notes(layer: int, mass: TileMass, depth: int, plan: TilePlan | None, other:
         pattern = plan.pattern(layer, depth).scaled(plan.frames, frames)
         keeps = f"keeps {mass.kept(pattern):.1%} in {pattern.density(frames):.0%} of the tiles"
         name = pattern.name(frames)
-        notes += [f"plan {name} {keeps}"] if isinstance(pattern, TilePattern) else [name, f"plan {keeps}"]
+        notes += [f"plan {name} {keeps}"] if len(pattern.kinds) == 1 else [name, f"plan {keeps}"]
     if other is not None:
         levels = "/".join(f"{level:.0%}"[:-1] for level in LEVELS)
         notes.append(f"overlap at {levels} %: " + " / ".join(f"{o:.0%}" for o in mass.overlap(other)))

@@ -19,10 +19,9 @@ from ..attention import TokenLayout
 from ..attention.dense_call import DenseCall
 from ..attention.padding import as_heads
 from ..attention.state import FORWARD_KEY, ForwardState, Override
-from ..head_patterns import LayerPattern, head_groups
+from ..head_patterns import LayerPattern
 from ..limits.quote import quoted
 from ..plan.text import parse_layers
-from ..tiles import TilePattern
 from .calls import layer_of_call, layout_of_call
 
 LEVELS = (0.90, 0.95, 0.99)
@@ -64,7 +63,7 @@ class TileMass:
     def kept(self, pattern: LayerPattern) -> float:
         """Share of the mass in the tiles that ``pattern`` computes, each head its own, text included, 0 to 1."""
         frames, kept = len(self.share), torch.zeros_like(self.share)
-        for alike, heads in head_groups(pattern, len(self.of_heads)).items():
+        for alike, heads in pattern.head_groups(len(self.of_heads)).items():
             kept += self.of_heads[list(heads)].sum(0) * kept_tiles(alike, frames) / len(self.of_heads)
         return float(kept.sum(1).mean() + self.extra.mean())
 
@@ -156,7 +155,7 @@ def tile_mass(q: Tensor, k: Tensor, layout: TokenLayout, rows: int = 64, max_byt
 def kept_tiles(pattern: LayerPattern, frames: int) -> Tensor:
     """(T, T) bool: the tiles that any head computes under ``pattern``."""
     kept = torch.zeros(frames, frames, dtype=torch.bool)
-    for alike in [pattern] if isinstance(pattern, TilePattern) else pattern.groups:
+    for alike in pattern.kinds:
         references = list(alike.reference_frames(frames))
         kept[references, :] = True
         kept[:, references] = True

@@ -28,12 +28,11 @@ from ..distill.recipe import RecipeConfig, ThreeStages
 from ..distill.search_stage import SearchConfig, observe, probe
 from ..distill.texts import TextBank
 from ..files import write_text
-from ..head_patterns import LayerPattern, head_groups
 from ..limits.documents import parse_json, read_text
 from ..plan import TilePlan
 from ..search import ProbeRecord, parse_candidates, plan_from_record
+from ..search.plan_from_record import layer_errors
 from ..search.watch import make_watching_override
-from ..tiles import TilePattern
 from .judge import Judge
 from .train_dit import is_held_out
 from .world import random_scene
@@ -182,16 +181,9 @@ class PlanTable:
         """The plan, its density, and its squared error of the attention before training, a mean over layers."""
         if plan is None:
             return {"plan": "dense", "density": 1.0, "squared_attention_error": 0.0}
-        every = [plan.pattern(i) for i in range(self.model.layers)]
-        squared = [
-            sum(self._squared(i, p) for p in _of_heads(pattern, self.model.heads)) for i, pattern in enumerate(every)
-        ]
+        errors = layer_errors(self.record, plan.patterns, self.model.heads)
         about = {"plan": plan.to_text(), "density": plan.density(plan.frames or 1)}
-        return about | {"squared_attention_error": sum(squared) / len(squared)}
-
-    def _squared(self, layer: int, head: tuple[int, TilePattern]) -> float:
-        number, pattern = head
-        return 0.0 if pattern.k is None else float(self.record.heads[layer, pattern].mean[number])
+        return about | {"squared_attention_error": sum(e**2 for e in errors) / len(errors)}
 
     def oracle(self) -> dict[str, Any]:
         """The squared error of the attention where each head and query frame keeps its best tiles, at each cost."""
@@ -231,10 +223,6 @@ def run_plan_table(
             write_text(out, json.dumps(results, indent=1) + "\n")
     results["rows"] += [one.oracle() for one in tables]
     write_text(out, json.dumps(results, indent=1) + "\n")
-
-
-def _of_heads(pattern: LayerPattern, heads: int) -> list[tuple[int, TilePattern]]:
-    return [(head, alike) for alike, members in head_groups(pattern, heads).items() for head in members]
 
 
 def _file_name(text: str) -> str:

@@ -10,7 +10,7 @@ from efficient_vdit_core.attention import TokenLayout, flex, tile_attention
 from efficient_vdit_core.attention.override import make_attention_override
 from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
-from efficient_vdit_core.head_patterns import HeadPatterns, by_head, head_groups, of_heads, parts_of
+from efficient_vdit_core.head_patterns import HeadPatterns, by_head
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
@@ -146,8 +146,8 @@ class TestHeadPatterns:
     def test_heads_that_are_alike_are_one_pattern(self):
         assert by_head([TilePattern(2)] * 4) == TilePattern(2)
         assert list(by_head(HEADS).groups.values()) == [(0, 3), (1,), (2,), (4,)]
-        assert of_heads(by_head(HEADS), 3, 1) == HEADS[3] and of_heads(TilePattern(2), 3, 1) == TilePattern(2)
-        assert parts_of(by_head(HEADS), 2) == [by_head(HEADS[:2]), by_head(HEADS[2:4]), HEADS[4]]
+        assert by_head(HEADS).of_heads(3, 1) == HEADS[3] and TilePattern(2).of_heads(3, 1) == TilePattern(2)
+        assert by_head(HEADS).parts(2) == [by_head(HEADS[:2]), by_head(HEADS[2:4]), HEADS[4]]
         assert by_head(HEADS).name(8) == "heads: 2 x 1:7~1, 1 x full, 1 x 2:6, 1 x 0:8~2"
 
     def test_densities_are_means_over_the_heads(self):
@@ -160,7 +160,7 @@ class TestHeadPatterns:
         with pytest.raises(ValueError, match="for 5 heads, but its attention has 4"):
             tile_attention(*qkv(layout, heads=4), layout, by_head(HEADS))
         with pytest.raises(ValueError, match="for 5 heads"):
-            head_groups(by_head(HEADS), 6)
+            by_head(HEADS).head_groups(6)
 
 
 PLAN = TilePlan(

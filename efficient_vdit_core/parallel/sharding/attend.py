@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...attention import tile_attention
-from ...head_patterns import LayerPattern, of_heads
+from ...head_patterns import LayerPattern
 from ...tiles import TilePattern
 from .layout import Shard
 from .reference_broadcast import reference_broadcast_attention
@@ -50,7 +50,7 @@ def sharded_attention(
         return reference_broadcast_attention(q, k, v, shard, cast(TilePattern, pattern), wire)
 
     def under_the_pattern(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
-        return tile_attention(q, k, v, shard.layout, of_heads(pattern, first, q.shape[1]))
+        return tile_attention(q, k, v, shard.layout, pattern.of_heads(first, q.shape[1]))
 
     return ulysses_attention(q, k, v, shard, wire, inner or under_the_pattern)
 

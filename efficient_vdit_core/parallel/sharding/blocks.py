@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...attention import TokenLayout, tile_attention
-from ...head_patterns import LayerPattern, of_heads
+from ...head_patterns import LayerPattern
 from .attend import sharded_attention
 from .layout import Shard, choose_shard
 from .spans import put, take
@@ -90,7 +90,7 @@ class ShardedForward:
         self.schemes[scheme] += 1
 
         def inner(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
-            return tile_attention(q, k, v, self.shard.layout, of_heads(pattern, first, q.shape[1]), dense=dense)
+            return tile_attention(q, k, v, self.shard.layout, pattern.of_heads(first, q.shape[1]), dense=dense)
 
         return sharded_attention(q, k, v, self.shard, pattern, self.wire, scheme=scheme, inner=inner)
 
