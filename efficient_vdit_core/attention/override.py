@@ -161,6 +161,9 @@ def _over_the_video(
             out = sparse()
         else:
             out = residual.attend(layer, state.first_head, sparse, lambda: dense(q, k, v))
+            if residual.unlike:
+                text = "attention of another batch or size than the latents' goes without the cached residual."
+                preparation.report.warn("residual of another size", text)
     return call.give(out, padding)
 
 
