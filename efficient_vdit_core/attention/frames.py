@@ -97,7 +97,7 @@ def _attend_own_frames(
     reuse: bool,
 ) -> None:
     """(a), of one batch entry (H, N, D), into ``out``."""
-    keys, values = (_NearAndShared(x, spans, layout, chunks, reuse) for x in (k, v))
+    keys, values = (_NearAndShared(x, spans, layout, reuse) for x in (k, v))
     for frames, seen in chunks:
         # No name for the result: it would hold one chunk's memory while the next is computed.
         _put(out, layout, frames, dense(_take(q, layout, frames), keys.of(seen), values.of(seen)))
@@ -107,41 +107,33 @@ class _NearAndShared:
     """For each frame of a chunk the keys (or values) of the frames that it sees, followed by the shared ones:
     (f, H, c s + g, D).
 
-    With ``reuse`` the chunks of one c share one buffer, and the shared keys are written into it once.
+    With ``reuse`` the chunks of one c share one buffer, and the shared keys are written into it once. These follow one
+    another, the largest first.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        spans: list[tuple[int, int]],
-        layout: TokenLayout,
-        chunks: list[tuple[list[int], Chunk]],
-        reuse: bool,
-    ) -> None:
+    def __init__(self, x: Tensor, spans: list[tuple[int, int]], layout: TokenLayout, reuse: bool) -> None:
         self.x, self.spans, self.layout, self.reuse = x, spans, layout, reuse
-        self.most = {len(seen[0]): max(len(s) for _, s in chunks if len(s[0]) == len(seen[0])) for _, seen in chunks}
-        self.buffers: dict[int, Tensor] = {}
+        self.width, self.buffer = 0, x[:0]
 
     def of(self, seen: Chunk) -> Tensor:
-        width, size = len(seen[0]), self.layout.grid.tokens_per_frame
-        if not self.spans and all(frames == tuple(range(frames[0], frames[0] + width)) for frames in seen):
-            if len(seen) == 1 or all(b[0] - a[0] == 1 for a, b in zip(seen, seen[1:], strict=False)):
-                return _sliding(self.x, self.layout, seen[0][0], len(seen), width)
+        first, width, size = seen[0][0], len(seen[0]), self.layout.grid.tokens_per_frame
+        if not self.spans and seen == [tuple(range(f, f + width)) for f in range(first, first + len(seen))]:
+            return _sliding(self.x, self.layout, first, len(seen), width)
         buffer = self._buffer(width, len(seen))
         for place in range(width):
             part = buffer[:, :, place * size : (place + 1) * size]
-            for at, first, last in runs([frames[place] for frames in seen]):
-                part[at : at + last - first] = _frames(self.x, self.layout, first, last)
+            for at, start, stop in runs([frames[place] for frames in seen]):
+                part[at : at + stop - start] = _frames(self.x, self.layout, start, stop)
         return buffer
 
     def _buffer(self, width: int, count: int) -> Tensor:
         """(f, H, c s + g, D) with the shared keys in their place."""
         if not self.reuse:
             return self._allocate(width, count)
-        if width not in self.buffers:
-            self.buffers.clear()  # chunks of one width follow one another
-            self.buffers[width] = self._allocate(width, self.most[width])
-        return self.buffers[width][:count]
+        if width != self.width:
+            self.buffer = self.x[:0]  # let go of before the next one is made
+            self.width, self.buffer = width, self._allocate(width, count)
+        return self.buffer[:count]
 
     def _allocate(self, width: int, count: int) -> Tensor:
         at, heads = width * self.layout.grid.tokens_per_frame, self.x.shape[0]

@@ -98,12 +98,18 @@ def measure(
     with torch.no_grad():
         # The warm-up run tells memory and error.
         first = {key: _memory_and_error(run, q, k, v, shape, key[0], generator) for key, run in runs.items()}
-        times: dict[Any, list[float]] = {key: [] for key in runs}
-        for _ in range(repeats):
-            for key, run in runs.items():
-                times[key].append(seconds(run, device))
-    base = statistics.median(times[None, dense[0]])
-    return [_row(shape, key, statistics.median(times[key]), base, *first[key]) for key in runs]
+        times = medians(runs, device, repeats)
+    base = times[None, dense[0]]
+    return [_row(shape, key, times[key], base, *first[key]) for key in runs]
+
+
+def medians(runs: dict[Any, Callable[[], Any]], device: torch.device, repeats: int) -> dict[Any, float]:
+    """Median seconds of each run; they take turns, so that what else the machine does meets all alike."""
+    times: dict[Any, list[float]] = {key: [] for key in runs}
+    for _ in range(repeats):
+        for key, run in runs.items():
+            times[key].append(seconds(run, device))
+    return {key: statistics.median(values) for key, values in times.items()}
 
 
 def _memory_and_error(

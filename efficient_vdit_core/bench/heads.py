@@ -4,16 +4,15 @@ beyond their FLOPs."""
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..attention import TokenLayout, tile_attention
-from ..attention.choose import seconds
 from ..head_patterns import by_head
 from ..tiles import TilePattern, TokenGrid
+from .attention import medians
 
 WINDOWS, GROUPS, REFERENCES = (0, 1, 2), (1, 2, 4), (1, 2, 4, 6)
 # Latent frames, tokens a frame, heads, head_dim: small enough for two cores.
@@ -50,21 +49,14 @@ def _row(
         "dense": lambda: tile_attention(q, k, v, layout, TilePattern(None)),
         "sparse": lambda: tile_attention(q, k, v, layout, pattern, backend=backend),
     }
-    dense, sparse = _medians(runs, device, repeats)
+    with torch.no_grad():
+        for run in runs.values():
+            run()
+        times = medians(runs, device, repeats)
+    dense, sparse = times["dense"], times["sparse"]
     density = pattern.density(frames)
     return {
         "frames": frames, "tokens_per_frame": tokens, "heads": heads, "head_dim": head_dim, "dtype": dtype,
         "backend": backend, "window": window, "groups": groups, "density": density, "dense_milliseconds": 1000 * dense,
         "milliseconds": 1000 * sparse, "speedup": dense / sparse, "efficiency": dense / sparse * density,
     }  # fmt: skip
-
-
-def _medians(runs: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> list[float]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    with torch.no_grad():
-        for run in runs.values():
-            run()
-        for _ in range(repeats):
-            for name, run in runs.items():
-                times[name].append(seconds(run, device))
-    return [statistics.median(values) for values in times.values()]

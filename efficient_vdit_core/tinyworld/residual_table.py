@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from ..attention.choose import CallShape
-from ..attention.layout import TokenLayout
 from ..attention.override import attention_override
 from ..attention.prepare import Preparation
 from ..attention.report import AttentionReport
-from ..attention.sdpa import OVERRIDE_KEY
 from ..attention.state import FORWARD_KEY, ForwardState
 from ..attention.summary import density_of_run
 from ..bench.machine import describe_machine
@@ -26,7 +24,7 @@ from ..distill.model import Options
 from ..distill.open_sora_plan import OpenSoraPlanModel
 from ..files import write_text
 from ..plan import TilePlan
-from ..tiles import TilePattern, TokenGrid
+from ..tiles import TilePattern
 from .judge import Judge
 
 STEPS, GUIDANCE = 20, 3.0
@@ -66,17 +64,17 @@ def run_residual_table(
 
 def guided_options(model: OpenSoraPlanModel, preparation: Preparation) -> Options:
     """The options of each forward of a run under guidance, which has two a step: with the prompt, then without."""
-    override, counted = attention_override(preparation), itertools.count()
+    plain, counted = model.options_with(attention_override(preparation)), itertools.count()
 
     def options(z: Tensor) -> dict[str, Any]:
         step, branch = divmod(next(counted), 2)
         if step % STEPS == 0 and branch == 0:
             preparation.forget()  # the next clips begin
-        patch, (t, h, w) = model.config.patch_size, z.shape[-3:]
-        layout = TokenLayout(TokenGrid(t, -(-h // patch), -(-w // patch)))
-        state = ForwardState(layout, depth=model.layers, step=step % STEPS, steps=STEPS, branches=((branch, len(z)),))
+        found = plain(z)
+        state: ForwardState = found[FORWARD_KEY]
+        state.depth, state.step, state.steps, state.branches = model.layers, step % STEPS, STEPS, ((branch, len(z)),)
         shape = CallShape(len(z), model.heads, model.config.attention_head_dim, torch.float32, CPU)
         preparation.keep_residual(state, shape)
-        return {FORWARD_KEY: state, OVERRIDE_KEY: override}
+        return found
 
     return options

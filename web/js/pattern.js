@@ -14,6 +14,9 @@ export function headGroups(pattern) {
   return [...pattern.matchAll(GROUP)].map(([, heads, alike]) => ({ count: listHeads(heads).length, heads, pattern: alike }));
 }
 
+/** How many heads the groups have together. */
+export const headCount = (groups) => groups.reduce((sum, { count }) => sum + count, 0);
+
 /** The heads that "0-3,7" names; those of parts that cannot be read are NaN. */
 export function listHeads(text) {
   return text.split(",").flatMap((part) => {
@@ -97,8 +100,7 @@ export function tileKinds(pattern, frames) {
 /** Share of the frame x frame tiles that is computed, 0 to 1, a mean over heads. */
 export function density(pattern, frames) {
   const groups = headGroups(pattern);
-  const heads = groups.reduce((sum, { count }) => sum + count, 0);
-  return groups.reduce((sum, group) => sum + group.count * densityOne(group.pattern, frames), 0) / heads;
+  return groups.reduce((sum, group) => sum + group.count * densityOne(group.pattern, frames), 0) / headCount(groups);
 }
 
 function densityOne(pattern, frames) {

@@ -1,6 +1,6 @@
 /** The chart of a plan: layers x density, the tiles of one layer, and what the last run measured. Plain DOM and SVG. */
 
-import { density, FULL, headGroups, isFull, patternName, readableName, referenceFrames, tileKinds } from "./pattern.js";
+import { density, FULL, headCount, headGroups, isFull, patternName, readableName, referenceFrames, tileKinds } from "./pattern.js";
 import { layerPattern } from "./plan_text.js";
 import { STYLE } from "./plan_style.js";
 
@@ -134,7 +134,7 @@ export class PlanChart {
   /** A layer's bar, split by its groups of heads; the height of each is its part of the attention that is computed. */
   bar(pattern, layer) {
     const groups = headGroups(pattern);
-    const heads = groups.reduce((sum, { count }) => sum + count, 0);
+    const heads = headCount(groups);
     let y = 100;
     return groups.map((group) => {
       const height = (100 * density(group.pattern, this.state.frames) * group.count) / heads;
@@ -149,7 +149,7 @@ export class PlanChart {
       const share = (other) => {
         const groups = headGroups(other);
         const alike = groups.filter((group) => patternName(group.pattern, frames) === patternName(pattern, frames));
-        return alike.reduce((sum, { count }) => sum + count, 0) / groups.reduce((sum, { count }) => sum + count, 0);
+        return headCount(alike) / headCount(groups);
       };
       const layers = this.patterns.reduce((sum, other) => sum + share(other), 0);
       const name = pattern === FULL ? this.say("full") : patternName(pattern, frames);
@@ -271,19 +271,19 @@ export class PlanChart {
 /** The T x T tile map: row = the frame that asks, column = the frame it sees; paler where fewer heads compute the tile. */
 function drawTiles(svg, pattern, frames) {
   const groups = headGroups(pattern);
-  const heads = groups.reduce((sum, { count }) => sum + count, 0);
+  const heads = headCount(groups);
   const side = frames > 48 ? 1 : 0.88;
-  const paths = [make("path", { class: "skipped", d: "" })];
-  let everywhere = "";
-  for (let row = 0; row < frames; row++) for (let column = 0; column < frames; column++) everywhere += `M${column} ${row}h${side}v${side}h-${side}z`;
-  paths[0].setAttribute("d", everywhere);
+  const square = (row, column) => `M${column} ${row}h${side}v${side}h-${side}z`;
+  const places = [...Array(frames).keys()];
+  const everywhere = places.map((row) => places.map((column) => square(row, column)).join("")).join("");
+  const paths = [make("path", { class: "skipped", d: everywhere })];
   for (const group of groups) {
     const kind = tileKinds(group.pattern, frames);
     const found = { reference: "", own: "" };
     for (let row = 0; row < frames; row++) {
       for (let column = 0; column < frames; column++) {
         const name = kind(row, column);
-        if (name !== "skipped") found[name] += `M${column} ${row}h${side}v${side}h-${side}z`;
+        if (name !== "skipped") found[name] += square(row, column);
       }
     }
     const opacity = groups.length > 1 ? group.count / heads : undefined;
