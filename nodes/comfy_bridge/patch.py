@@ -32,7 +32,8 @@ from .window import Window, branches_of, step_of, steps_of
 log = logging.getLogger("efficient_vdit")
 
 WRAPPER_KEY = "efficient_vdit"
-NO_REASONS = {"scaled", "caution", "residual", "residual of another size"}  # warnings that do not say why nothing became sparse
+# Warnings that do not say why nothing became sparse.
+NO_REASONS = {"scaled", "caution", "residual", "residual of another size"}
 MOST_OVERRIDES = 16  # remembered; a node that makes a new one for each step must not fill the memory
 
 AfterRun = Callable[[AttentionReport, int, float], None]
