@@ -40,23 +40,30 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class CallShape:
-    """What attention calls look like: (batch, heads, N, head_dim) of a dtype on a device; the layout gives N."""
+    """What attention calls look like: (batch, heads, N, head_dim) of a dtype on a device; the layout gives N.
+
+    ``gradients``: whether they are part of a training step, which comes back through them.
+    """
 
     batch: int
     heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    gradients: bool = False
 
     @classmethod
-    def of(cls, q: Tensor) -> CallShape:
-        """The shape of calls with queries like q (B, H, N, D)."""
-        return cls(q.shape[0], q.shape[1], q.shape[3], q.dtype, q.device)
+    def of(cls, q: Tensor, *others: Tensor) -> CallShape:
+        """The shape of calls with queries like q (B, H, N, D), and keys and values like ``others``."""
+        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *others))
+        return cls(q.shape[0], q.shape[1], q.shape[3], q.dtype, q.device, gradients)
 
     def tensors(self, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random q, k, v (batch, heads, tokens, head_dim) of this kind."""
         size = (self.batch, heads, tokens, self.head_dim)
-        q, k, v = (torch.randn(size, device=self.device, dtype=self.dtype) for _ in range(3))
+        q, k, v = (
+            torch.randn(size, device=self.device, dtype=self.dtype, requires_grad=self.gradients) for _ in range(3)
+        )
         return q, k, v
 
 
@@ -73,7 +80,9 @@ class Choice:
         return ", ".join(f"{name} {ms:.2f}" for name, ms in ordered)
 
     def sparse(self) -> str:
-        """The fastest of those that follow the pattern."""
+        """The fastest of those that follow the pattern; the backend itself where nothing was measured."""
+        if not self.milliseconds:
+            return self.backend
         return min((name for name in self.milliseconds if name != "dense"), key=lambda name: self.milliseconds[name])
 
 
@@ -122,6 +131,7 @@ def shape_class(
     return (
         f"{device}, {dtype}, {'/'.join(candidates)} with {dense_name}, heads {heads} x {shape.head_dim}, "
         f"frames {pattern.name(layout.grid.t)} x {_bucket(size)}, extra {_bucket(extra)}"
+        f"{', forward and backward' if shape.gradients else ''}"
     )
 
 
@@ -131,29 +141,42 @@ def _bucket(count: int) -> int:
 
 def _trial(candidates: Mapping[str, Attend], shape: CallShape, layout: TokenLayout, pattern: TilePattern) -> Choice:
     heads, layout = trial_size(shape, layout)
-    q, k, v = shape.tensors(heads, layout.tokens)
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    with torch.no_grad():
-        for name, attend in candidates.items():
-            try:
-                attend(q, k, v, layout, pattern)
-            except (
-                Exception
-            ) as error:  # compilers raise anything; dense and frames have none, and their errors are the caller's
-                if name in ("dense", "frames"):
-                    raise
-                log.warning(
-                    "Efficient-vDiT: the backend %s fails here and is left out: %s: %s",
-                    name,
-                    type(error).__name__,
-                    error,
-                )
-                del times[name]
+    with torch.inference_mode(False), torch.set_grad_enabled(shape.gradients):
+        tensors = shape.tensors(heads, layout.tokens)
+        runs = {name: _run(attend, tensors, layout, pattern, shape.gradients) for name, attend in candidates.items()}
+        times: dict[str, list[float]] = {name: [] for name, run in runs.items() if _runs(name, run)}
         for _ in range(_REPEATS):
             for name, values in times.items():
-                values.append(seconds(lambda attend=candidates[name]: attend(q, k, v, layout, pattern), q.device))
+                values.append(seconds(runs[name], shape.device))
     medians = {name: 1000 * statistics.median(values) for name, values in times.items()}
     return Choice(min(medians, key=lambda name: medians[name]), medians)
+
+
+def _run(
+    attend: Attend,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    layout: TokenLayout,
+    pattern: TilePattern,
+    gradients: bool,
+) -> Callable[[], Any]:
+    """One call, and with ``gradients`` the way back through it."""
+    if not gradients:
+        return lambda: attend(*tensors, layout, pattern)
+    slope = torch.randn_like(tensors[0])
+    return lambda: torch.autograd.grad(attend(*tensors, layout, pattern), tensors, slope)
+
+
+def _runs(name: str, run: Callable[[], Any]) -> bool:
+    """Whether a candidate runs here. ``dense`` and ``frames`` have no compilers; their errors are the caller's."""
+    try:
+        run()
+    except Exception as error:  # compilers raise anything
+        if name in ("dense", "frames"):
+            raise
+        kind = type(error).__name__
+        log.warning("Efficient-vDiT: the backend %s fails here and is left out: %s: %s", name, kind, error)
+        return False
+    return True
 
 
 def trial_size(shape: CallShape, layout: TokenLayout) -> tuple[int, TokenLayout]:

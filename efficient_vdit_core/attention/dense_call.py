@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .state import FileAttention, Override
 
+# ComfyUI's own way to another attention function for one model; other overrides may do more than call it.
+_CHOSEN = "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override"
+
 
 def function_name(function: Override) -> str:
     """Tells one attention function from another: a closure, as nodes install them, with the function that it holds."""
@@ -39,6 +42,15 @@ class DenseCall:
         """Tells one dense attention from another where backends are measured against it."""
         own = getattr(self.func, "__name__", type(self.func).__name__)
         return f"{self.previous_name or function_name(self.previous)} over {own}" if self.previous else own
+
+    @property
+    def function(self) -> Override | None:
+        """The attention function that runs in the end, where it is known: another node's override may do anything."""
+        if self.previous is None:
+            return self.func
+        if getattr(self.previous, "__qualname__", "") != _CHOSEN or not inspect.isfunction(self.previous):
+            return None
+        return inspect.getclosurevars(self.previous).nonlocals.get("optimized_attention")
 
     def as_the_file_asks(self, asked: FileAttention | None, *, video: bool) -> DenseCall:
         """By the function that the checkpoint asks for in this layer, as where nobody overrides it; another node's override

@@ -14,16 +14,19 @@ from torch import Tensor
 from ..head_patterns import LayerPattern
 from ..tiles import TilePattern
 from . import flex, triton
-from .choose import Attend, CallShape, default_book
+from .choose import Attend, CallShape, Choice, default_book
 from .frames import attend_frames
+from .gpu import triton_status
 from .heads import put_heads, take_heads
 from .layout import TokenLayout, check_tensors
+from .partial import PartialAttention, partial_of
+from .parts import attend_parts
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 log = logging.getLogger("efficient_vdit")
 
-BACKENDS = ("frames", "triton", "flex")
+BACKENDS = ("frames", "triton", "flex", "parts")
 OUT_OF_MEMORY: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # until torch 2.5
 # Attention over fewer tokens takes a millisecond or two either way: the plan is followed as it is, unmeasured.
 FEWEST_MEASURED_TOKENS = 2048
@@ -44,9 +47,16 @@ def available_backends(device: torch.device | str | None = None) -> list[Backend
     frames = BackendStatus("frames", True, "dense calls only; runs wherever PyTorch does")
     return [
         frames,
-        BackendStatus("triton", *triton.triton_status(chosen)),
+        BackendStatus("triton", *triton_status(chosen)),
         BackendStatus("flex", *flex.flex_status(chosen)),
+        _parts_status(chosen),
     ]
+
+
+def _parts_status(device: torch.device) -> BackendStatus:
+    if device.type not in ("cpu", "cuda"):
+        return BackendStatus("parts", False, f"PyTorch's attention on {device.type} does not tell its log-sum-exp")
+    return BackendStatus("parts", True, "dense calls over views, merged by their log-sum-exp")
 
 
 @lru_cache
@@ -73,9 +83,9 @@ def tile_attention(
         pattern: one for all heads, or one for each of the H heads: those that are alike are computed together.
         dense: plain attention of (B, H, Nq, D) over (B, H, Nk, D), default PyTorch's SDPA; ``dense_name`` tells it from
             others.
-        backend: ``frames``, ``triton``, ``flex``; ``dense`` ignores the pattern; ``auto`` is what ``choose_backend``
-            says. One for all heads, or by pattern.
-        max_extra_bytes: bounds the copies of keys and values in ``frames``, default: by the device.
+        backend: one of ``BACKENDS``; ``dense`` ignores the pattern; ``auto`` is what ``choose_backend`` says. One for
+            all heads, or by pattern.
+        max_extra_bytes: bounds the copies of ``frames`` and the unmerged results of ``parts``, default: by the device.
 
     Returns:
         (B, H, N, D).
@@ -85,13 +95,13 @@ def tile_attention(
             backend or ``dense`` gives none; the text names it and says why.
     """
     check_tensors(q, k, v, layout)
-    attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes)
+    attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes, dense_name)
     groups = pattern.head_groups(q.shape[1])
 
     def of_group(pattern: TilePattern, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         chosen = backend if isinstance(backend, str) else backend[pattern]
         if chosen == "auto":
-            chosen = choose_backend(CallShape.of(q), layout, pattern, dense=dense, dense_name=dense_name)
+            chosen = choose_backend(CallShape.of(q, k, v), layout, pattern, dense=dense, dense_name=dense_name)
         elif chosen not in ("dense", "frames"):  # these run everywhere
             check_backend(chosen, q.device)
         chosen = "dense" if pattern.is_full(layout.grid.t) else chosen
@@ -120,26 +130,40 @@ def choose_backend(
     """The backend that ``auto`` means for calls of this shape: the fastest of a trial, ``dense`` where nothing beats it.
 
     Without ``or_dense`` it is the fastest that follows the pattern.
+    """
+    choice = measured_choice(shape, layout, pattern, dense=dense, dense_name=dense_name)
+    return choice.backend if or_dense else choice.sparse()
+
+
+def measured_choice(
+    shape: CallShape,
+    layout: TokenLayout,
+    pattern: TilePattern,
+    *,
+    dense: Dense | None = None,
+    dense_name: str = "sdpa",
+) -> Choice:
+    """The fastest backend for calls of this shape, and the times of all of them.
 
     Not measured, and ``frames``, for fewer than ``FEWEST_MEASURED_TOKENS`` tokens, while torch.compile traces, and where
-    a trial finds no memory. A full pattern is ``dense``.
+    a trial finds no memory. A full pattern is ``dense``. The choice then has no times.
     """
     if pattern.is_full(layout.grid.t):
-        return "dense"
+        return Choice("dense", {})
     if layout.tokens < FEWEST_MEASURED_TOKENS or torch.compiler.is_compiling():
-        return "frames"
+        return Choice("frames", {})
+    dense = dense or F.scaled_dot_product_attention
     usable = {
         "dense",
-        *(name for name, status in _statuses(shape.device.type).items() if status.available and fits(name, shape)),
+        *(n for n, status in _statuses(shape.device.type).items() if status.available and fits(n, shape, dense)),
     }
-    every = _candidates(dense or F.scaled_dot_product_attention, None)
+    every = _candidates(dense, None, dense_name)
     candidates = {name: attend for name, attend in every.items() if name in usable}
     try:
-        choice = default_book().choose(candidates, shape, layout, pattern, dense_name)
+        return default_book().choose(candidates, shape, layout, pattern, dense_name)
     except OUT_OF_MEMORY:
         log.warning("Efficient-vDiT: there is no room to measure backends; the sparse attention runs as dense calls.")
-        return "frames"
-    return choice.backend if or_dense else choice.sparse()
+        return Choice("frames", {})
 
 
 def group_shapes(shape: CallShape, pattern: LayerPattern) -> dict[TilePattern, CallShape]:
@@ -147,15 +171,25 @@ def group_shapes(shape: CallShape, pattern: LayerPattern) -> dict[TilePattern, C
     return {p: replace(shape, heads=len(heads)) for p, heads in pattern.head_groups(shape.heads).items()}
 
 
-def fits(backend: str, shape: CallShape) -> bool:
-    """Whether it is worth trying a backend that runs on this machine on calls of this shape."""
+def fits(backend: str, shape: CallShape, dense: Dense = F.scaled_dot_product_attention) -> bool:
+    """Whether it is worth trying a backend that runs on this machine on calls of this shape, beside ``dense``."""
     on_gpu = shape.device.type == "cuda"
     if backend == "frames":
         return True
+    if backend == "parts":
+        partial = partial_for(dense, shape)
+        return partial is not None and (partial.backward is not None or not shape.gradients)
     # Triton's interpreter runs on a CPU too, but only to test the kernel.
     if backend == "triton":
         return on_gpu and shape.head_dim in triton.HEAD_DIMS and shape.dtype in triton.DTYPES
     return on_gpu and shape.dtype in flex.DTYPES
+
+
+def partial_for(dense: Dense, shape: CallShape) -> PartialAttention | None:
+    """What ``parts`` makes its calls with in place of ``dense``, for calls of this shape; None where nothing tells the
+    log-sum-exp of what ``dense`` computes. It is tried once and kept."""
+    function = getattr(dense, "function", dense)
+    return None if function is None else partial_of(function, shape.device, shape.dtype, shape.head_dim)
 
 
 def make_tables(backend: str, layout: TokenLayout, pattern: TilePattern, device: torch.device) -> None:
@@ -166,12 +200,22 @@ def make_tables(backend: str, layout: TokenLayout, pattern: TilePattern, device:
         flex.block_mask(layout, pattern, device)
 
 
-def _candidates(dense: Dense, max_extra_bytes: int | None) -> dict[str, Attend]:
+def _candidates(dense: Dense, max_extra_bytes: int | None, dense_name: str) -> dict[str, Attend]:
+    def parts(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:
+        partial = partial_for(dense, CallShape.of(q))
+        if partial is None:
+            raise ValueError(
+                f"backend is 'parts', and the dense attention {dense_name} does not tell its log-sum-exp for {q.dtype} of "
+                f"head_dim {q.shape[3]}. Choose auto or frames."
+            )
+        return attend_parts(q, k, v, layout, pattern, partial, max_extra_bytes)
+
     return {
         "dense": lambda q, k, v, layout, pattern: dense(q, k, v),
         "frames": lambda q, k, v, layout, pattern: attend_frames(q, k, v, layout, pattern, dense, max_extra_bytes),
         "triton": triton.attend_triton,
         "flex": flex.attend_flex,
+        "parts": parts,
     }
 
 

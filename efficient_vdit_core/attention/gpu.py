@@ -1,6 +1,10 @@
-"""Which GPUs the compiled backends can run on."""
+"""Which devices the compiled backends can run on."""
 
 from __future__ import annotations
+
+import importlib.util
+import os
+import sys
 
 import torch
 
@@ -14,3 +18,24 @@ def too_old(device: torch.device) -> str:
     if torch.version.hip is not None or capability >= OLDEST:
         return ""
     return f"the GPU has compute capability {capability[0]}.{capability[1]}, expected {OLDEST[0]}.{OLDEST[1]} (Ampere) or later"
+
+
+def triton_status(device: torch.device | str | None = None) -> tuple[bool, str]:
+    """Whether this pack's Triton kernels run on ``device`` (default: this machine's GPU), and the reason, in plain words.
+
+    With TRITON_INTERPRET=1 set before the first use it runs on any device through Triton's interpreter, for tests.
+    """
+    if sys.platform == "win32":
+        return False, "Triton's official builds do not cover Windows"
+    if importlib.util.find_spec("triton") is None:
+        return False, "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True, "Triton's interpreter (TRITON_INTERPRET=1): exact but very slow, for tests"
+    if not torch.cuda.is_available():
+        return False, "no CUDA GPU was found"
+    where = torch.device("cuda" if device is None else device)
+    if where.type != "cuda":
+        return False, f"Triton kernels need a CUDA GPU, the tensors are on {where.type}"
+    if reason := too_old(where):
+        return False, reason
+    return True, f"Triton kernels on {torch.cuda.get_device_name(where)}"

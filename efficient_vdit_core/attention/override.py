@@ -180,7 +180,8 @@ def _computed_share(pattern: LayerPattern, backends: dict[TilePattern, str], hea
 
 def _computed_by(backends: dict[TilePattern, str], dense: DenseCall) -> str:
     """What computes the groups of a layer's heads, for the report."""
-    names = (dense.name if backend in ("frames", "dense") else backend for backend in backends.values())
+    by_name = {"frames": dense.name, "dense": dense.name, "parts": f"{dense.name} in parts"}
+    names = (by_name.get(backend, backend) for backend in backends.values())
     return " and ".join(dict.fromkeys(names))
 
 

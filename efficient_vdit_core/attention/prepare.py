@@ -18,7 +18,7 @@ from ..plan import TilePlan
 from ..tiles import TilePattern
 from .choose import CallShape
 from .dense_call import DenseCall
-from .dispatch import choose_backend, group_shapes, make_tables
+from .dispatch import group_shapes, make_tables, measured_choice, partial_for
 from .layout import TokenLayout
 from .padding import without_padding
 from .reasons import why_not_worth_it
@@ -177,10 +177,15 @@ class Preparation:
         chosen = self.backends.get(key)
         if chosen is None:
             chosen = "dense" if pattern.is_full(layout.grid.t) else self.backend
+            if chosen == "parts" and partial_for(dense, shape) is None:
+                text = f"{dense.name} does not tell its log-sum-exp, which the backend parts needs: frames is used."
+                self.report.warn("parts", text)
+                chosen = "frames"
             if chosen == "auto":
-                chosen = choose_backend(
-                    shape, layout, pattern, dense=dense, dense_name=dense.name, or_dense=self.decline_slow
-                )
+                choice = measured_choice(shape, layout, pattern, dense=dense, dense_name=dense.name)
+                chosen = choice.backend if self.decline_slow else choice.sparse()
+                if choice.milliseconds:
+                    self.report.add_trial(pattern.name(layout.grid.t), choice.times())
             if len(self.backends) >= MOST_REMEMBERED:
                 self.backends.clear()
             self.backends[key] = chosen

@@ -23,6 +23,7 @@ class AttentionReport:
     density_sum: float = 0.0
     dense: Counter[str] = field(default_factory=Counter)
     computed: Counter[str] = field(default_factory=Counter)  # calls over the video by what computed them
+    trials: dict[str, str] = field(default_factory=dict)  # by pattern: the backends' times where auto measured them
     warned: set[str] = field(default_factory=set)
     layout: TokenLayout | None = None  # of the last forward; None before the first, or where it is not known
     cost: StepCost | None = None  # of the last forward, where the model's matrices are known
@@ -45,6 +46,11 @@ class AttentionReport:
             if computed:
                 self.computed[computed] += 1
 
+    def add_trial(self, pattern: str, times: str) -> None:
+        """What a trial of the backends found for calls under ``pattern``."""
+        with self.lock:
+            self.trials[pattern] = times
+
     def warn(self, about: str, text: str) -> None:
         """Log ``text``, once a run for each ``about``."""
         with self.lock:
@@ -59,6 +65,7 @@ class AttentionReport:
             self.layout = self.cost = None
             self.dense.clear()
             self.computed.clear()
+            self.trials.clear()
             self.warned.clear()
         self.clock.reset()
         if self.measure is not None:

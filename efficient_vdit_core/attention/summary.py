@@ -5,6 +5,7 @@ from __future__ import annotations
 from .cost import StepCost
 from .report import AttentionReport
 
+_MOST_TRIALS = 3  # lines about them
 # Not self-attention over the video, so no plan could make it sparse.
 NOT_OURS = ("cross-attention", "another sequence length", "no token grid", "text or audio alone")
 
@@ -16,7 +17,7 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
     """
     with report.lock:
         sparse, reasons = report.sparse, report.dense.most_common()
-        computed, cost = report.computed.most_common(), report.cost
+        computed, cost, trials = report.computed.most_common(), report.cost, list(report.trials.items())
     ours = [(reason, count) for reason, count in reasons if reason not in NOT_OURS]
     others = [(reason, count) for reason, count in reasons if reason in NOT_OURS]
     dense = sum(count for _, count in ours)
@@ -36,6 +37,7 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
         lines.append("  dense: " + ", ".join(f"{count} {reason}" for reason, count in ours))
     if computed:
         lines.append("  computed by " + ", ".join(f"{name} ({count})" for name, count in computed))
+    lines += [f"  a trial's ms for {pattern}: {times}" for pattern, times in trials[:_MOST_TRIALS]]
     if others:
         lines.append("Other attention, always dense: " + ", ".join(f"{count} {reason}" for reason, count in others))
     if cost is not None:

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import math
-import os
-import sys
 from typing import Any
 
 import torch
@@ -18,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..tiles import TilePattern
-from .gpu import too_old
+from .gpu import triton_status
 from .layout import TokenLayout, check_tensors, global_spans
 
 # Each head_dim as two tiles, powers of two: nothing is padded.
@@ -26,27 +23,6 @@ HEAD_DIMS = {32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32),
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Block sizes under the interpreter: small, so that small tests meet whole and broken blocks.
 INTERPRETER_BLOCKS = {"ROWS": 16, "COLS": 32}
-
-
-def triton_status(device: torch.device | str | None = None) -> tuple[bool, str]:
-    """Whether ``attend_triton`` runs on ``device`` (default: this machine's GPU), and the reason, in plain words.
-
-    With TRITON_INTERPRET=1 set before the first use it runs on any device through Triton's interpreter, for tests.
-    """
-    if sys.platform == "win32":
-        return False, "Triton's official builds do not cover Windows"
-    if importlib.util.find_spec("triton") is None:
-        return False, "the package triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return True, "Triton's interpreter (TRITON_INTERPRET=1): exact but very slow, for tests"
-    if not torch.cuda.is_available():
-        return False, "no CUDA GPU was found"
-    where = torch.device("cuda" if device is None else device)
-    if where.type != "cuda":
-        return False, f"Triton kernels need a CUDA GPU, the tensors are on {where.type}"
-    if reason := too_old(where):
-        return False, reason
-    return True, f"one fused kernel on {torch.cuda.get_device_name(where)}"
 
 
 def attend_triton(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:

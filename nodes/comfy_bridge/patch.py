@@ -33,7 +33,7 @@ log = logging.getLogger("efficient_vdit")
 
 WRAPPER_KEY = "efficient_vdit"
 # Warnings that do not say why nothing became sparse.
-NO_REASONS = {"scaled", "caution", "residual", "residual of another size"}
+NO_REASONS = {"scaled", "caution", "parts", "residual", "residual of another size"}
 MOST_OVERRIDES = 16  # remembered; a node that makes a new one for each step must not fill the memory
 
 AfterRun = Callable[[AttentionReport, int, float], None]

@@ -181,7 +181,7 @@ def test_a_bypass_after_all_that_leaves_nothing(facts):
     assert facts["bypassed"] == 0
 
 
-@pytest.mark.parametrize("name", ["never declined", "frames"])
+@pytest.mark.parametrize("name", ["never declined", "frames", "parts"])
 def test_long_sequences_are_sparse_where_nothing_may_decline(facts, name):
     assert facts[name]["sparse"] < ROUNDING < facts[name]["dense"]
     assert (

@@ -56,9 +56,9 @@ ALLOWED = {
 }
 # Rooms of a part; each may import itself and what stands here.
 ROOMS = {"parallel": {"sharding": set(), "pool": {"sharding"}}}
-BACKENDS = {"frames", "triton", "flex"}
+BACKENDS = {"frames", "triton", "flex", "parts"}
 # Triton's kernels are functions of a module: that file imports it, and is itself imported inside functions only.
-KERNELS = {"efficient_vdit_core/attention/arrow_kernels.py"}
+KERNELS = {f"efficient_vdit_core/attention/{name}_kernels.py" for name in ("arrow", "merge")}
 
 
 def imports_of(tree: ast.AST, module: str):

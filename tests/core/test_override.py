@@ -7,6 +7,7 @@ from einops import rearrange
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention import override as override_file
 from efficient_vdit_core.attention import prepare as prepare_file
+from efficient_vdit_core.attention.choose import Choice
 from efficient_vdit_core.attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.plan import TilePlan
@@ -66,7 +67,7 @@ def test_sparse_in_every_tensor_form(oracle, skip_reshape, skip_output_reshape):
 )
 def test_whatever_is_not_ours_stays_dense_and_is_counted(reason, change, monkeypatch):
     if "fastest" in change:
-        monkeypatch.setattr(prepare_file, "choose_backend", lambda *_, **__: change["fastest"])
+        monkeypatch.setattr(prepare_file, "measured_choice", lambda *_, **__: Choice(change["fastest"], {}))
     report = AttentionReport()
     q, k, v = flat(change.get("tokens", 30))
     k, v = k[:, : change.get("keys", 40)], v[:, : change.get("keys", 40)]
@@ -138,14 +139,15 @@ def test_deep_copies_share_the_report():
 def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend):
     measured, used = [], []
 
-    def choose(shape, layout, pattern, *, dense, dense_name, or_dense):
+    def choose(shape, layout, pattern, *, dense, dense_name):
         measured.append(dense_name)
         q, k, v = shape.tensors(1, 7)  # a trial may take fewer heads and tokens
         assert dense(q, k, v).shape == (2, 1, 7, 16)
-        assert not or_dense  # a slow pattern is declined only where that was asked for
-        return "frames"
+        return Choice(
+            "dense", {"dense": 1.0, "frames": 2.0}
+        )  # a slow pattern is declined only where that was asked for
 
-    monkeypatch.setattr(prepare_file, "choose_backend", choose)
+    monkeypatch.setattr(prepare_file, "measured_choice", choose)
     original = override_file.tile_attention
     monkeypatch.setattr(
         override_file, "tile_attention", lambda *a, **kw: used.extend(kw["backend"].values()) or original(*a, **kw)
@@ -154,12 +156,13 @@ def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend):
     call(make_attention_override(TilePlan.uniform(1), report, backend=backend), flat(), ForwardState(LAYOUT))
     assert used == ["frames"] and report.sparse == 1
     assert measured == (["_sdpa"] if backend == "auto" else [])
+    assert report.trials == ({"1:4": "dense 1.00, frames 2.00"} if backend == "auto" else {})
 
 
 def test_measurements_over_another_override_are_kept_apart(monkeypatch):
     names = []
     monkeypatch.setattr(
-        prepare_file, "choose_backend", lambda *_, dense_name, **__: names.append(dense_name) or "frames"
+        prepare_file, "measured_choice", lambda *_, dense_name, **__: names.append(dense_name) or Choice("frames", {})
     )
 
     def sage(func, *args, **kwargs):

@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from rounding import worst
 
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.parallel.sharding.layout import Shard, by_frames, by_references, by_tokens, choose_shard
-from efficient_vdit_core.parallel.sharding.partial import kernel_for
 from efficient_vdit_core.parallel.sharding.roles import roles
 from efficient_vdit_core.parallel.sharding.traffic import rb_bytes, scheme_of, ulysses_bytes
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
@@ -158,15 +156,3 @@ def test_only_cut_frames_have_peers():
 def test_a_shard_with_a_hole_is_refused():
     with pytest.raises(ValueError, match="cover the 10 tokens once"):
         Shard(TokenLayout(TokenGrid(2, 1, 5)), (((0, 4),), ((5, 10),)))
-
-
-KERNELS = [((9, 0), "bfloat16", 96, "flash"), ((7, 5), "float16", 128, "efficient"), ((7, 5), "bfloat16", 128, "plain"),
-           ((8, 0), "float32", 96, "efficient"), ((8, 0), "float64", 96, "plain"), ((8, 0), "float16", 72, "flash")]  # fmt: skip
-
-
-@pytest.mark.parametrize(("capability", "dtype", "dim", "kernel"), KERNELS)
-def test_a_gpu_gets_a_kernel_that_it_has(monkeypatch, capability, dtype, dim, kernel):
-    """PyTorch's flash attention, and bfloat16 in the memory-efficient one, begin with Ampere (8.0)."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    q = SimpleNamespace(device=torch.device("cuda"), is_cuda=True, dtype=getattr(torch, dtype), shape=(1, 1, 1, dim))
-    assert kernel_for(q) == kernel

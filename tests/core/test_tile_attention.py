@@ -176,7 +176,7 @@ def test_mixed_dtypes_and_unknown_backends_are_refused():
     q, k, v = qkv(layout)
     with pytest.raises(ValueError, match="v is torch.float16"):
         tile_attention(q, k, v.half(), layout, TilePattern(1))
-    with pytest.raises(ValueError, match="backend is 'warp', expected auto, dense, frames, triton or flex"):
+    with pytest.raises(ValueError, match="backend is 'warp', expected auto, dense, frames, triton, flex or parts"):
         tile_attention(q, k, v, layout, TilePattern(1), backend="warp")
     assert "frames" in [b.name for b in available_backends() if b.available]
 

@@ -13,9 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ...attention.partial import Partial, attend_lse, merge
 from ...tiles import TilePattern
 from .layout import Shard
-from .partial import Partial, attend_lse, merge
 from .roles import Roles, roles
 from .spans import put, take
 from .wire import Pending, Wire, form

@@ -250,7 +250,8 @@ facts["bypassed"] = distance(run(model), dense)
 # Long enough to be measured: whichever backend is chosen, dense or the arrow mask comes out.
 x, SIZE = noise(1, 16, 9, 32, 32), 256
 dense, want = run(model, cfg=1.0), run(judged(model, first_frame), cfg=1.0)
-for name, changes in (("measured", {}), ("never declined", {"decline_slow": False}), ("frames", {"backend": "frames"})):
+backends = {name: {"backend": name} for name in ("frames", "parts")}
+for name, changes in {"measured": {}, "never declined": {"decline_slow": False}, **backends}.items():
     got = run(sparse(model, **changes), cfg=1.0)
     facts[name] = {"sparse": distance(got, want), "dense": distance(got, dense), "lines": list(lines)}
 print(json.dumps(facts))

@@ -1,0 +1,218 @@
+"""Dense attention over a part of the keys, with the logarithm of each row's softmax sum, by which parts merge exactly.
+
+Shapes: q (B, H, Nq, D), k and v (B, H, Nk, D), out (B, H, Nq, D), lse (B, H, Nq) in float32 (float64 for
+float64), natural logarithm.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from .gpu import too_old
+
+Partial = tuple[Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+log = logging.getLogger("efficient_vdit")
+
+_HALVES = (torch.bfloat16, torch.float16)
+# Scores of the plain path, in elements: 64 MiB of float32.
+_PLAIN_SCORES = 2**24
+# How far the lse and the result of a kernel may be from the definition: quantised ones are, by about a hundredth. A
+# logarithm of another base, or rows in another order, are off by more than 1.
+_TRUSTED = 0.05
+
+
+@dataclass(frozen=True)
+class PartialAttention:
+    """An attention function that tells its lse.
+
+    ``forward`` takes q, k, v and gives (out, lse). ``backward`` takes the gradient of out, q, k, v, out and lse, and
+    gives those of q, k and v; with the out and lse of *all* keys it gives what these k and v contribute. None: there is
+    no backward.
+    """
+
+    name: str
+    forward: Callable[[Tensor, Tensor, Tensor], Partial]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Gradients] | None = None
+
+
+def attend_lse(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    """Attention of q over k, v, scaled by 1 / sqrt(D), and its lse. No keys: zeros and -inf, which merge as nothing.
+
+    PyTorch's own kernels tell the lse; what none of them takes goes by plain matrix products, a block of rows at a
+    time.
+    """
+    if not q.numel() or not k.numel():
+        return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+    found = sdpa_partial(q.device, q.dtype, q.shape[-1])
+    return found.forward(q, k, v) if found else _plain(q, k, v)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    rows = max(1, _PLAIN_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    parts = []
+    for chunk in q.split(rows, dim=2):
+        scores = (chunk.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
+        lse = scores.logsumexp(-1)
+        parts.append(((scores - lse[..., None]).exp().to(v.dtype) @ v, lse))
+    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def sdpa_partial(device: torch.device, dtype: torch.dtype, dim: int) -> PartialAttention | None:
+    """The kernel of ``scaled_dot_product_attention`` that tells its lse, for head_dim ``dim``; None where none does.
+
+    The one that PyTorch would choose comes first. Each is tried on a few tokens before it is trusted; the answer is
+    kept.
+    """
+    return _kept("sdpa", device, dtype, dim)
+
+
+def _kept(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> PartialAttention | None:
+    # A plain dict: torch.compile reads it while it traces, and would trace through a cache of functools.
+    key = (name, device, dtype, dim)
+    if key not in _TRIED:
+        every = [_OF_PACKAGES[name]] if name != "sdpa" else [_OF_TORCH[x] for x in kernels_for(device, dtype, dim)]
+        _TRIED[key] = next((found for found in every if tells_its_lse(found, device, dtype, dim)), None)
+    return _TRIED[key]
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype, dim: int) -> list[str]:
+    """``cpu``: flash attention for any float and head_dim. ``cudnn``: where PyTorch prefers it. ``flash``: halves,
+    head_dim divisible by 8 up to 256, from Ampere on.
+
+    ``efficient``: head_dim divisible by 4, no float64, bfloat16 from Ampere on.
+    """
+    if device.type == "cpu":
+        return ["cpu"]
+    if device.type != "cuda":
+        return []
+    old, found = bool(too_old(device)), []
+    if dtype in _HALVES and dim % 8 == 0 and dim <= 256 and not old:
+        found += ["cudnn", "flash"] if _prefers_cudnn(device, dtype, dim) else ["flash"]
+    if dim % 4 == 0 and dtype != torch.float64 and not (old and dtype == torch.bfloat16):
+        found.append("efficient")
+    return found
+
+
+def _prefers_cudnn(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    sample = torch.empty(1, 1, 1024, dim, dtype=dtype, device=device)
+    return torch._fused_sdp_choice(sample, sample, sample) == SDPBackend.CUDNN_ATTENTION.value
+
+
+def tells_its_lse(partial: PartialAttention, device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether ``partial`` runs here, and its result and lse are those of the definition. Waits for the device."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, dim, generator=generator).to(device, dtype) for n in (128, 192, 192))
+    scores = q.double() @ k.double().transpose(-1, -2) / math.sqrt(dim)
+    try:
+        with torch.no_grad():
+            out, lse = partial.forward(q, k, v)
+        wrong = [
+            f"{name} is off by {off:.3g}"
+            for name, off in (
+                ("its result", (out.double() - scores.softmax(-1) @ v.double()).abs().max().item()),
+                ("its log-sum-exp", (lse.double() - scores.logsumexp(-1)).abs().max().item()),
+            )
+            if not off <= _TRUSTED
+        ]
+    except Exception as error:  # packages and compilers of others raise anything
+        wrong = [f"{type(error).__name__}: {error}"]
+    if wrong:
+        log.info("Efficient-vDiT: %s is not used in parts: %s", partial.name, " and ".join(wrong))
+    return not wrong
+
+
+def merge(parts: Sequence[Partial]) -> Partial:
+    """The attention over all keys from attentions over disjoint parts of them: sum_p out_p exp(lse_p - lse), in
+    float32."""
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([lse for _, lse in parts])
+    lse = lses.logsumexp(0)
+    weights = (lses - lse).exp().nan_to_num_()[..., None]  # -inf - -inf: rows without any key
+    total = parts[0][0].float() * weights[0]
+    for (out, _), weight in zip(parts[1:], weights[1:], strict=True):
+        total.addcmul_(out.float(), weight)
+    return total.to(parts[0][0].dtype), lse
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+
+
+def _cpu_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+    lse = (
+        lse.transpose(1, 2).contiguous().transpose(1, 2)
+    )  # it reads the lse as it writes it: in the order of (B, N, H)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, False)
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+
+
+def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+    nothing = torch.empty(0, dtype=torch.int64, device=q.device)  # the state of a dropout that there is none of
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, nothing, nothing
+    )
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    return out, lse.reshape(q.shape[:3])  # it comes with a last dimension of one
+
+
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+    return out, lse[:, :, : q.shape[2]]  # padded to whole warps
+
+
+def _flash_attn_forward(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    out, lse, _ = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), return_attn_probs=True)
+    return out.transpose(1, 2), lse
+
+
+def _sage_forward(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    from sageattention import sageattn  # pyright: ignore[reportMissingImports]
+
+    # As ComfyUI calls it.
+    return sageattn(q, k, v, tensor_layout="HND", is_causal=False, smooth_k=False, return_lse=True)
+
+
+_OF_TORCH = {
+    "cpu": PartialAttention("PyTorch's attention on the CPU", _cpu_forward, _cpu_backward),
+    "flash": PartialAttention("PyTorch's flash attention", _flash_forward, _flash_backward),
+    # PyTorch's own backward of it wants an attention bias; flash attention's takes the same result and lse.
+    "cudnn": PartialAttention("cuDNN's attention", _cudnn_forward, _flash_backward),
+    "efficient": PartialAttention("PyTorch's memory-efficient attention", _efficient_forward),
+}
+# By the name of ComfyUI's function that calls it.
+_OF_PACKAGES = {
+    "attention_flash": PartialAttention("flash-attn", _flash_attn_forward),
+    "attention_sage": PartialAttention("SageAttention", _sage_forward),
+}
+_CALLS_TORCH = (F.scaled_dot_product_attention.__name__, "attention_pytorch", "_sdpa")
+_TRIED: dict[tuple[str, torch.device, torch.dtype, int], PartialAttention | None] = {}
+
+
+def partial_of(
+    function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, dim: int
+) -> PartialAttention | None:
+    """What computes the same as a dense attention ``function`` and tells its lse: PyTorch's own, or ComfyUI's for
+    flash-attn and SageAttention. None for others, whose lse nobody tells."""
+    name = getattr(function, "__name__", "")
+    if name in _CALLS_TORCH:
+        return _kept("sdpa", device, dtype, dim)
+    return _kept(name, device, dtype, dim) if name in _OF_PACKAGES else None

@@ -1,0 +1,269 @@
+"""The tile mask as dense attention over parts of the keys, merged by their log-sum-exp: no copies of frames' keys.
+
+(a) The queries of prefix, suffix and reference frames see all keys.
+(b) The queries of other frames see the shared keys (prefix, reference frames, suffix), gathered once.
+(c) Frames see themselves and their neighbours: views, a batch of frames at a time.
+
+(b) and (c) are over disjoint keys, so their merge is exact. The backward is that of the same calls, each with the
+merged result and lse of its rows (FlashAttention-2, arXiv 2307.08691, section 3.1.2: a block of keys needs no more).
+
+Shapes: B batch, H heads, N tokens, D head_dim, f frames, s tokens a frame, c neighbouring frames that each of them
+sees, g shared keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..tiles import TilePattern
+from .extra_bytes import default_extra_bytes
+from .layout import TokenLayout, global_spans, runs
+from .merge import merge_into
+from .partial import Partial, PartialAttention
+
+
+@dataclass(frozen=True)
+class Near:
+    """``count`` frames from ``first`` on: each sees ``width`` frames, the first of them from ``seen`` on, the next from
+    one frame further."""
+
+    first: int
+    count: int
+    seen: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Neighbouring frames ``first`` to ``last`` (exclusive), none a reference frame, and what they see beside the shared
+    tokens."""
+
+    first: int
+    last: int
+    near: tuple[Near, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The calls of one pattern: ``spans`` of tokens that see all and are seen by all, and the other rows."""
+
+    layout: TokenLayout
+    spans: tuple[tuple[int, int], ...]
+    rows: tuple[Rows, ...]
+
+    def tokens(self, first: int, last: int) -> slice:
+        """The tokens of frames ``first`` to ``last`` (exclusive)."""
+        size = self.layout.grid.tokens_per_frame
+        return slice(self.layout.prefix + first * size, self.layout.prefix + last * size)
+
+
+def attend_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    pattern: TilePattern,
+    partial: PartialAttention,
+    max_extra_bytes: int | None = None,
+) -> Tensor:
+    """Attention of q over k, v (B, H, N, D) under ``pattern``, scaled by 1 / sqrt(D). Differentiable where ``partial``
+    has a backward.
+
+    Memory beyond the output, its lse and what ``partial`` takes inside: 2 B H g D elements for the shared queries and
+    their result or the shared keys and values, and at most ``max_extra_bytes`` (None: ``default_extra_bytes``) for
+    results that are not merged yet, or what one frame takes where that is more. Autograd keeps q, k, v, the output and
+    its lse, as it does for dense attention, and no copies. Raises ValueError where a gradient is wanted and there is no
+    backward.
+    """
+    row_bytes = 2 * q.shape[0] * q.shape[1] * layout.grid.tokens_per_frame * q.shape[3] * q.element_size()
+    limit = default_extra_bytes(q, row_bytes) if max_extra_bytes is None else max_extra_bytes
+    schedule = make_schedule(layout, pattern, max(1, limit // row_bytes))
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v)):
+        return _forward(q, k, v, schedule, partial)[0]
+    if partial.backward is None:
+        raise ValueError(
+            f"A gradient is wanted of the backend parts, and {partial.name} gives none by its parts. Choose auto or frames."
+        )
+    return _Parts.apply(q, k, v, schedule, partial)
+
+
+def make_schedule(layout: TokenLayout, pattern: TilePattern, most: int) -> Schedule:
+    """The calls of ``pattern``, at most ``most`` frames of rows in one."""
+    frames = layout.grid.t
+    neighbours = pattern.neighbours(frames)
+    rows = []
+    for _, start, stop in runs(list(neighbours)):
+        for first in range(start, stop, most):
+            last = min(first + most, stop)
+            rows.append(Rows(first, last, tuple(_near(neighbours, first, last))))
+    return Schedule(layout, tuple(global_spans(layout, pattern.reference_frames(frames))), tuple(rows))
+
+
+def _near(neighbours: dict[int, tuple[int, ...]], first: int, last: int) -> Iterator[Near]:
+    """What frames ``first`` to ``last`` see: one call for all that see as many frames at the same distance."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for frame in range(first, last):
+        for _, start, stop in runs(neighbours[frame]):
+            alike.setdefault((start - frame, stop - start), []).append(frame)
+    for (distance, width), frames in alike.items():
+        for _, start, stop in runs(frames):
+            yield Near(start, stop - start, start + distance, width)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, partial: PartialAttention) -> Partial:
+    """(out, lse). Each row is written by its first call, and the others are merged into it."""
+    # In the order of a sequence's tokens, as the model's next layer reads them.
+    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    spans = schedule.spans
+    if spans:
+        done = partial.forward(_gather(q, spans), k, v)
+        _scatter(out, done[0], spans)
+        _scatter(lse, done[1], spans)
+        del done
+    shared = (_gather(k, spans), _gather(v, spans))
+    for rows in schedule.rows:
+        at = schedule.tokens(rows.first, rows.last)
+        if spans:
+            out[:, :, at], lse[:, :, at] = partial.forward(q[:, :, at], *shared)
+        for near in rows.near:
+            for b in range(q.shape[0]):
+                _attend_near(out[b], lse[b], q[b], k[b], v[b], schedule, near, partial)
+    return out, lse
+
+
+def _attend_near(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    schedule: Schedule,
+    near: Near,
+    partial: PartialAttention,
+) -> None:
+    """(c) of one batch entry (H, N, D), into ``out`` and ``lse``."""
+    size = schedule.layout.grid.tokens_per_frame
+    own = schedule.tokens(near.first, near.first + near.count)
+    done, logs = partial.forward(_batch(q[:, own], size), _seen(k, schedule, near), _seen(v, schedule, near))
+    rows, row_logs = _batch(out[:, own], size), _batch(lse[:, own, None], size)[..., 0]
+    if schedule.spans:
+        merge_into(rows, row_logs, done, logs)
+    else:  # no span parts a frame's neighbours: this is all that its rows see
+        rows.copy_(done)
+        row_logs.copy_(logs)
+
+
+class _Parts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, partial: PartialAttention) -> Tensor:
+        out, lse = _forward(q, k, v, schedule, partial)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.schedule, ctx.partial = schedule, partial
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        return *_backward(dout, q, k, v, out, lse, ctx.schedule, ctx.partial), None, None
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    schedule: Schedule,
+    partial: PartialAttention,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v (B, H, N, D): what each call contributes, added up."""
+    assert partial.backward is not None
+    spans, dq = schedule.spans, torch.empty_like(q)
+    if not spans:
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    else:
+        of_spans = [_gather(x, spans) for x in (dout, q, out, lse)]
+        rows, dk, dv = partial.backward(of_spans[0], of_spans[1], k, v, *of_spans[2:])
+        _scatter(dq, rows, spans)
+        del of_spans, rows
+    shared = (_gather(k, spans), _gather(v, spans))
+    dshared = [torch.zeros_like(x, dtype=lse.dtype) for x in shared]  # many calls add to them
+    for rows in schedule.rows:
+        at = schedule.tokens(rows.first, rows.last)
+        if spans:
+            dq[:, :, at], *ds = partial.backward(dout[:, :, at], q[:, :, at], *shared, out[:, :, at], lse[:, :, at])
+            for total, d in zip(dshared, ds, strict=True):
+                total += d
+        for near in rows.near:
+            for b in range(q.shape[0]):
+                of_entry = [x[b] for x in (dout, q, k, v, out, lse)]
+                _near_gradients((dq[b], dk[b], dv[b]), of_entry, schedule, near, partial)
+    for total, d in ((dk, dshared[0]), (dv, dshared[1])):
+        for (start, stop), part in zip(spans, d.split([stop - start for start, stop in spans], dim=2), strict=True):
+            total[:, :, start:stop] += part
+    return dq, dk, dv
+
+
+def _near_gradients(
+    totals: tuple[Tensor, Tensor, Tensor],
+    of_entry: list[Tensor],
+    schedule: Schedule,
+    near: Near,
+    partial: PartialAttention,
+) -> None:
+    """What (c) of one batch entry contributes, added to ``totals``: dq, dk, dv (H, N, D)."""
+    assert partial.backward is not None
+    size, (dout, q, k, v, out, lse) = schedule.layout.grid.tokens_per_frame, of_entry
+    own = schedule.tokens(near.first, near.first + near.count)
+    dq, *ds = partial.backward(
+        _batch(dout[:, own], size),
+        _batch(q[:, own], size),
+        _seen(k, schedule, near),
+        _seen(v, schedule, near),
+        _batch(out[:, own], size),
+        _batch(lse[:, own, None], size)[..., 0],
+    )
+    rows = _batch(totals[0][:, own], size)
+    if schedule.spans:
+        rows += dq
+    else:
+        rows.copy_(dq)
+    for total, d in zip(totals[1:], ds, strict=True):
+        for place in range(near.width):  # the frames' keys overlap: one frame of each at a time
+            first = near.seen + place
+            seen = total[:, schedule.tokens(first, first + near.count)]
+            seen += rearrange(d[:, :, place * size : (place + 1) * size], "f h s d -> h (f s) d")
+
+
+def _batch(x: Tensor, size: int) -> Tensor:
+    """Frames of ``size`` tokens (H, f s, D) as a view (f, H, s, D)."""
+    return rearrange(x, "h (f s) d -> f h s d", s=size)
+
+
+def _seen(x: Tensor, schedule: Schedule, near: Near) -> Tensor:
+    """The keys (or values) that ``near`` frames see, of x (H, N, D), as a view (f, H, c s, D)."""
+    size = schedule.layout.grid.tokens_per_frame
+    every = x[:, schedule.tokens(near.seen, near.seen + near.count - 1 + near.width)]
+    return rearrange(every.unfold(1, near.width * size, size), "h f d s -> f h s d")
+
+
+def _gather(x: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
+    """The tokens of ``spans`` of x (B, H, N, ...); a view where they are neighbours."""
+    if len(spans) == 1:
+        return x[:, :, spans[0][0] : spans[0][1]]
+    return torch.cat([x[:, :, :0], *(x[:, :, start:stop] for start, stop in spans)], dim=2)
+
+
+def _scatter(out: Tensor, rows: Tensor, spans: tuple[tuple[int, int], ...]) -> None:
+    for (start, stop), part in zip(spans, rows.split([stop - start for start, stop in spans], dim=2), strict=True):
+        out[:, :, start:stop] = part

@@ -1,0 +1,342 @@
+"""The mask as parts merged by their log-sum-exp: against the mask written out, and against its promises of memory."""
+
+import itertools
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from efficient_vdit_core.attention import TokenLayout, available_backends, dispatch, partial, tile_attention
+from efficient_vdit_core.attention import prepare as prepare_file
+from efficient_vdit_core.attention.choose import CallShape, ChoiceBook
+from efficient_vdit_core.attention.dense_call import DenseCall
+from efficient_vdit_core.attention.dispatch import choose_backend, fits, partial_for
+from efficient_vdit_core.attention.frames import attend_frames
+from efficient_vdit_core.attention.merge import merge_into
+from efficient_vdit_core.attention.partial import PartialAttention, kernels_for, partial_of, sdpa_partial
+from efficient_vdit_core.attention.parts import attend_parts
+from efficient_vdit_core.attention.prepare import Preparation
+from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.head_patterns import by_head
+from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
+
+CPU = torch.device("cpu")
+PATTERNS = [TilePattern(k, window=w) for k, w in itertools.product((0, 1, 2, 3), (0, 1, 2))]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def qkv(layout, dim=32, batch=2, heads=2, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, heads, layout.tokens, dim, generator=generator).to(dtype) for _ in range(3)]
+
+
+def expected(oracle, tensors, layout, pattern):
+    grid, references = layout.grid, list(pattern.reference_frames(layout.grid.t))
+    return oracle(*tensors, grid.t, grid.tokens_per_frame, references, layout.prefix, layout.suffix, pattern.window)
+
+
+def parts(tensors, layout, pattern, bound=None):
+    return tile_attention(*tensors, layout, pattern, backend="parts", max_extra_bytes=bound)
+
+
+@pytest.mark.parametrize("grid", [(5, 2, 3), (7, 1, 37), (8, 3, 2), (3, 5, 1), (13, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(("prefix", "suffix"), [(0, 0), (5, 0), (0, 3), (4, 7)])
+def test_equals_the_masked_oracle(oracle, grid, prefix, suffix):
+    layout = TokenLayout(TokenGrid(*grid), prefix, suffix)
+    tensors = qkv(layout)
+    for pattern in PATTERNS:
+        want = expected(oracle, tensors, layout, pattern).float()
+        for bound in (1, 20_000, None):
+            torch.testing.assert_close(parts(tensors, layout, pattern, bound), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dim", "dtype"), list(itertools.product((40, 96, 128), TOLERANCE)))
+def test_head_sizes_and_dtypes(oracle, dim, dtype):
+    layout = TokenLayout(TokenGrid(6, 3, 3), 2, 3)
+    tensors = qkv(layout, dim, dtype=dtype)
+    for pattern in (TilePattern(2), TilePattern(1, window=1)):
+        out, want = parts(tensors, layout, pattern), expected(oracle, tensors, layout, pattern)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.short_name)
+@pytest.mark.parametrize(("prefix", "suffix"), [(0, 0), (2, 3)])
+def test_gradients(oracle, pattern, prefix, suffix):
+    layout = TokenLayout(TokenGrid(7, 2, 3), prefix, suffix)
+    tensors = [x.double().requires_grad_() for x in qkv(layout, 8)]
+    weight, want = torch.randn_like(tensors[0]), expected(oracle, tensors, layout, pattern)
+    theirs = torch.autograd.grad((want * weight).sum(), tensors)
+    for bound in (1, None):
+        ours = torch.autograd.grad((parts(tensors, layout, pattern, bound) * weight).sum(), tensors)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_gradient_for_one_of_them_alone(oracle, name):
+    layout, pattern = TokenLayout(TokenGrid(5, 2, 3), 1), TilePattern(1, window=1)
+    tensors = [x.double() for x in qkv(layout, 8)]
+    wanted = tensors["qkv".index(name)].requires_grad_()
+    ours, theirs = parts(tensors, layout, pattern), expected(oracle, tensors, layout, pattern)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), wanted), torch.autograd.grad(theirs.sum(), wanted))
+
+
+def test_any_strides_and_heads_that_differ(oracle):
+    layout = TokenLayout(TokenGrid(5, 2, 2), 1, 1)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(layout)]
+    expanded = [x[:, :1].expand(-1, 2, -1, -1) for x in qkv(layout)]
+    for tensors in (strided, expanded):
+        want = expected(oracle, tensors, layout, TilePattern(2)).float()
+        torch.testing.assert_close(parts(tensors, layout, TilePattern(2)), want, atol=1e-5, rtol=1e-5)
+    patterns = [TilePattern(2), TilePattern(1, window=1)]
+    out = parts(strided, layout, by_head(patterns))
+    for head, pattern in enumerate(patterns):
+        want = expected(oracle, [x[:, head : head + 1] for x in strided], layout, pattern).float()
+        torch.testing.assert_close(out[:, head : head + 1], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("poisoned", "reached"),
+    [("q", [False, True] + 4 * [False]), ("k", [True, True, False, True, False, False]), ("v", None)],
+)
+def test_nan_stays_within_what_the_mask_connects(poisoned, reached):
+    layout = TokenLayout(TokenGrid(6, 4, 4))
+    tensors = dict(zip("qkv", qkv(layout), strict=True))
+    tensors[poisoned][:, :, 16:32] = float("nan")  # frame 1, not a reference of k = 2: frames 0 and 3 are
+    rows = parts(list(tensors.values()), layout, TilePattern(2)).isnan().any(-1)[0, 0].view(6, 16).any(-1)
+    assert rows.tolist() == (reached or [True, True, False, True, False, False])
+
+
+def test_torch_compile_traces_it_whole(oracle):
+    layout, pattern = TokenLayout(TokenGrid(6, 2, 3), 2, 1), TilePattern(2, window=1)
+    tensors = qkv(layout)
+    parts(tensors, layout, pattern)  # as a run is: prepared before its blocks are traced
+    compiled = torch.compile(lambda *x: parts(x, layout, pattern), backend="eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(*tensors), expected(oracle, tensors, layout, pattern).float(), atol=1e-5, rtol=1e-5
+    )
+
+
+def peak_bytes(run):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = run()  # noqa: F841
+    held = peak = 0
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def nothing_inside(q, k, v):
+    """A result and its lse, with no memory of its own beside them."""
+    return torch.zeros(q.shape), torch.zeros(q.shape[:3])
+
+
+@pytest.mark.parametrize(
+    "pattern", [TilePattern(1), TilePattern(3), TilePattern(2, window=1)], ids=lambda p: p.short_name
+)
+@pytest.mark.parametrize("bound", [1, 200_000, 10**9])
+def test_memory_stays_under_the_stated_bound(pattern, bound):
+    layout = TokenLayout(TokenGrid(9, 6, 8), 5, 3)
+    batch, heads, size, dim = 2, 2, 48, 64
+    tensors = qkv(layout, dim, batch, heads)
+    row = batch * heads * dim * 4
+    shared = 8 + len(pattern.reference_frames(9)) * size
+    output = layout.tokens * (row + batch * heads * 4)
+    told = PartialAttention("nothing", nothing_inside)
+    peak = peak_bytes(lambda: attend_parts(*tensors, layout, pattern, told, bound))
+    of_rows = min(max(bound, 2 * size * row), 2 * layout.tokens * row) * (1 + 1 / dim)
+    merging = 4 * batch * heads * size * 9 * 4  # shares and sums of the lse
+    assert output < peak <= output + 2 * shared * row + of_rows + merging + 4096
+
+
+def kept_bytes(attend, tensors):
+    """What autograd keeps, each memory once."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        attend(*tensors)
+    return sum(kept.values())
+
+
+def test_training_keeps_what_dense_attention_keeps():
+    layout, pattern = TokenLayout(TokenGrid(12, 4, 4), 3), TilePattern(2)
+    tensors = [x.requires_grad_() for x in qkv(layout, 64)]
+    dense = kept_bytes(F.scaled_dot_product_attention, tensors)
+    assert kept_bytes(lambda *x: parts(x, layout, pattern), tensors) == dense
+    copies = kept_bytes(lambda *x: attend_frames(*x, layout, pattern, F.scaled_dot_product_attention), tensors)
+    assert copies > dense + 2 * 10 * 3 * 16 * 64 * 4 * 4  # keys and values of ten frames, three of them for each
+
+
+def test_merging_is_attention_over_both():
+    q, k, v = (torch.randn(3, 2, 5, 16, dtype=torch.float64) for _ in range(3))
+    kernel = sdpa_partial(CPU, torch.float64, 16)
+    (out, lse), other = kernel.forward(q, k[:, :, :2], v[:, :, :2]), kernel.forward(q, k[:, :, 2:], v[:, :, 2:])
+    merge_into(out, lse, *other)
+    whole = kernel.forward(q, k, v)
+    torch.testing.assert_close(out, whole[0])
+    torch.testing.assert_close(lse, whole[1])
+
+
+@pytest.mark.usefixtures("triton_device")
+@pytest.mark.parametrize("dim", [16, 40, 96])
+def test_the_fused_merge_is_the_same(triton_device, dim):
+    from efficient_vdit_core.attention import merge
+
+    frames, tokens = 3, 37
+    before = torch.randn(2, frames * tokens, dim, device=triton_device)
+    lse = 4 * torch.randn(2, frames * tokens, device=triton_device)
+    part = torch.randn(frames, 2, tokens, dim, device=triton_device)
+    part_lse = 4 * torch.randn(frames, tokens, 2, device=triton_device).transpose(1, 2)
+    plain, fused = ([x.clone().unflatten(1, (frames, tokens)).transpose(0, 1) for x in (before, lse)] for _ in range(2))
+    share = torch.sigmoid(part_lse - plain[1])[..., None]
+    want = plain[0] + (part - plain[0]) * share, torch.logaddexp(plain[1], part_lse)
+    merge._merge_fused(*fused, part, part_lse)
+    for ours, theirs in zip(fused, want, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+KERNELS = [((9, 0), "bfloat16", 96, ["flash", "efficient"]), ((7, 5), "float16", 128, ["efficient"]),
+           ((7, 5), "bfloat16", 128, []), ((8, 0), "float32", 96, ["efficient"]), ((8, 0), "float64", 96, []),
+           ((8, 0), "float16", 72, ["flash", "efficient"])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("capability", "dtype", "dim", "kernels"), KERNELS)
+def test_a_gpu_gets_kernels_that_it_has(monkeypatch, capability, dtype, dim, kernels):
+    """PyTorch's flash attention, and bfloat16 in the memory-efficient one, begin with Ampere (8.0)."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for cudnn in (False, True):
+        monkeypatch.setattr(partial, "_prefers_cudnn", lambda *_, cudnn=cudnn: cudnn)
+        preferred = ["cudnn"] if cudnn and "flash" in kernels else []
+        assert kernels_for(torch.device("cuda"), getattr(torch, dtype), dim) == preferred + kernels
+    assert kernels_for(torch.device("mps"), torch.float16, 64) == []
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts a package that is not installed in its place: exact, with its lse in another base, or with none."""
+
+    def install(package, base):
+        def sageattn(q, k, v, tensor_layout, is_causal, smooth_k, return_lse):
+            assert tensor_layout == "HND" and not is_causal and not smooth_k and return_lse
+            out, lse = sdpa_partial(CPU, q.dtype, q.shape[3]).forward(q, k, v)
+            return out, lse * base
+
+        def flash_attn_func(q, k, v, return_attn_probs):
+            out, lse = sdpa_partial(CPU, q.dtype, q.shape[3]).forward(*(x.transpose(1, 2) for x in (q, k, v)))
+            return out.transpose(1, 2), lse * base, None
+
+        module = ModuleType(package)
+        module.sageattn, module.flash_attn_func = sageattn, flash_attn_func
+        monkeypatch.setitem(sys.modules, package, module)
+        monkeypatch.setattr(partial, "_TRIED", {})
+
+    return install
+
+
+def attention_flash(*_, **__):
+    raise AssertionError("the package is called, which tells its lse")
+
+
+def attention_sage(*_, **__):
+    raise AssertionError("the package is called, which tells its lse")
+
+
+@pytest.mark.parametrize(("function", "package"), [(attention_flash, "flash_attn"), (attention_sage, "sageattention")])
+def test_the_packages_that_comfyui_calls_are_called_for_their_lse(oracle, stand_in, function, package, caplog):
+    layout, pattern = TokenLayout(TokenGrid(5, 2, 3), 2), TilePattern(1, window=1)
+    tensors = qkv(layout)
+    stand_in(package, 1.0)
+    dense = DenseCall(function, None, None, {})
+    out = tile_attention(*tensors, layout, pattern, dense=dense, backend="parts")
+    torch.testing.assert_close(out, expected(oracle, tensors, layout, pattern).float(), atol=1e-5, rtol=1e-5)
+    stand_in(package, 1.4427)  # a version that tells base-2 logarithms would give wrong pictures without a word
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(ValueError, match="does not tell its log-sum-exp .* Choose auto or frames"),
+    ):
+        tile_attention(*tensors, layout, pattern, dense=dense, backend="parts")
+    assert "its log-sum-exp is off by" in caplog.text
+
+
+def test_only_what_runs_in_the_end_is_replaced():
+    def pytorch(*_, **__): ...
+
+    pytorch.__name__ = "attention_pytorch"
+
+    class ModelPatcher:
+        def set_model_optimized_attention(self, optimized_attention):
+            def optimized_attention_override(_, *args, **kwargs):
+                return optimized_attention(*args, **kwargs)
+
+            return optimized_attention_override
+
+    chosen = ModelPatcher().set_model_optimized_attention(pytorch)
+    chosen.__qualname__ = "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override"
+    shape = CallShape(1, 2, 32, torch.float32, CPU)
+    assert partial_for(DenseCall(attention_sage, chosen, None, {}), shape) is sdpa_partial(CPU, torch.float32, 32)
+
+    def of_another_node(func, *args, **kwargs):
+        return pytorch(*args, **kwargs)
+
+    assert partial_for(DenseCall(pytorch, None, None, {}), shape) is not None
+    assert partial_for(DenseCall(pytorch, of_another_node, None, {}), shape) is None
+    assert partial_of(lambda q, k, v: q, CPU, torch.float32, 32) is None
+
+
+def test_a_function_that_does_not_tell_its_lse_goes_another_way(monkeypatch, tmp_path, caplog):
+    book = ChoiceBook(tmp_path / "attention.json")
+    monkeypatch.setattr(dispatch, "default_book", lambda: book)
+    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+    layout, shape = TokenLayout(TokenGrid(4, 5, 7), 3), CallShape(1, 2, 8, torch.float32, CPU)
+
+    def dense(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+    choose_backend(shape, layout, TilePattern(1), dense=dense)
+    choose_backend(shape, layout, TilePattern(1))
+    assert [set(c.milliseconds) for c in book.choices.values()] == [{"dense", "frames"}, {"dense", "frames", "parts"}]
+
+    report = AttentionReport()
+    call = DenseCall(lambda *a, **kw: None, None, None, {})
+    settled = Preparation(TilePlan.uniform(1), report, backend="parts").settle(shape, layout, TilePattern(1), call)
+    assert settled == {TilePattern(1): "frames"} and "which the backend parts needs: frames is used" in caplog.text
+    assert prepare_file.partial_for(call, shape) is None
+
+
+def test_a_training_step_is_measured_there_and_back(monkeypatch, tmp_path):
+    book = ChoiceBook(tmp_path / "attention.json")
+    monkeypatch.setattr(dispatch, "default_book", lambda: book)
+    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+    layout = TokenLayout(TokenGrid(4, 5, 7), 3)
+    steps = []
+    backward = partial._OF_TORCH["cpu"].backward
+    counted = PartialAttention("counted", partial._OF_TORCH["cpu"].forward, lambda *x: steps.append(1) or backward(*x))
+    monkeypatch.setattr(dispatch, "partial_of", lambda *_: counted)
+    q, k, v = qkv(layout, 8, 1)
+    tile_attention(q, k, v, layout, TilePattern(1))
+    assert not steps
+    tile_attention(q, k.requires_grad_(), v, layout, TilePattern(1))
+    assert steps
+    assert [key.endswith("forward and backward") for key in book.choices] == [False, True]
+    monkeypatch.setattr(
+        dispatch, "partial_of", lambda *_: PartialAttention("no way back", partial._OF_TORCH["cpu"].forward)
+    )
+    assert fits("parts", CallShape.of(q)) and not fits("parts", CallShape.of(q, k))
+    with pytest.raises(ValueError, match="A gradient is wanted of the backend parts, and no way back gives none"):
+        tile_attention(q, k, v, layout, TilePattern(1), backend="parts")
+
+
+def test_other_devices_are_told_why():
+    status = {b.name: b for b in available_backends("meta")}["parts"]
+    assert not status.available and "does not tell its log-sum-exp" in status.reason
