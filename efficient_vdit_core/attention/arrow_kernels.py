@@ -4,12 +4,12 @@ Imported only where Triton is installed. The sequence is cut into units: the pre
 of rows belongs to one unit, and two small tables (``triton.py`` builds them) say what a unit sees:
 
     units     (2 + T, 4) int32: first token, end token, first segment, end segment; prefix, suffix, then the reference
-              frames (their blocks run longest, so they start first), then the other frames
+              frames, then the other frames
     segments  (any, 2) int32: first token, end token, end exclusive; neighbours joined
 
 The arrow mask is symmetric, so the same tables say which rows see a block of keys: the dK/dV kernel walks them too.
-Whole blocks of a segment run without a mask; only its last, broken one is masked. Online softmax and recomputation in
-the backward follow FlashAttention-2 (arXiv 2307.08691), in base 2: the scale is folded into one multiply-add.
+Whole blocks of a segment run without a mask, and only its last, broken one with (MASKED: all of them). Online softmax
+and recomputation in the backward follow FlashAttention-2 (arXiv 2307.08691), in base 2: the scale is folded into one multiply-add.
 
 head_dim is D0 + D1, two tiles whose widths are powers of two (96 = 64 + 32), so nothing is padded; D1 = 0 where one is
 enough, and every second tile then stands for nothing. Strides are (batch, head, token, channel) in elements; addresses
@@ -41,33 +41,72 @@ def _probe():
 INTERPRETED = tl.constexpr(type(_probe).__name__ == "InterpretedFunction")
 
 
-def _tuned(*shapes: tuple[int, int, int, int]):
-    """Autotune over (rows, columns, warps, stages), measured once for each frame size class, head_dim and dtype.
+# (rows, columns, warps, stages) that compile with few or no spills for the architecture, for some head_dim or other:
+# Hopper (sm_90), Blackwell's data centre cards (sm_100), NVIDIA's others (mma.sync, some with 99 KiB of shared memory),
+# AMD's CDNA (64 KiB).
+FORWARD = {
+    "sm_90": ((128, 64, 8, 3), (128, 128, 8, 2)),
+    "sm_100": ((128, 64, 8, 3),),
+    "nvidia": ((128, 64, 8, 3), (64, 32, 4, 3)),
+    "amd": ((128, 64, 4, 1), (64, 32, 4, 2)),
+}
+QUERY_GRADIENT = {
+    "sm_90": ((128, 64, 8, 2),),
+    "sm_100": ((128, 64, 8, 2),),
+    "nvidia": ((64, 64, 4, 2), (64, 32, 4, 2)),
+    "amd": ((64, 32, 4, 1),),
+}
+KEY_VALUE_GRADIENT = {
+    "sm_90": ((128, 32, 8, 3), (64, 32, 4, 3)),
+    "sm_100": ((128, 32, 8, 3), (64, 32, 4, 3)),
+    "nvidia": ((64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 4, 2), (128, 32, 8, 3)),
+    "amd": ((64, 32, 4, 1),),
+}
 
-    Under the interpreter there is nothing to tune: the caller passes the block sizes.
+
+def architecture() -> str:
+    """The key of the current GPU in the tables above."""
+    target: Any = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return "amd"
+    return {90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(target.arch, "nvidia")
+
+
+def _tuned(tiles: dict[str, tuple[tuple[int, int, int, int], ...]]):
+    """Autotune over the tiles of the GPU's architecture, measured once for each frame size class, head_dim and dtype.
+
+    Under the interpreter there is nothing to tune: the caller passes the block sizes. On sm_100 all blocks of keys are
+    masked: two ways through the loop's body would have it move the sum to another layout and back at every step.
     """
     if INTERPRETED:
         return lambda kernel: kernel
-    configs = [triton.Config({"ROWS": r, "COLS": c}, num_warps=w, num_stages=s) for r, c, w, s in shapes]
-    return triton.autotune(configs, key=["size_class", "D0", "D1"], prune_configs_by={"early_config_prune": _fitting})
-
-
-def _fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
-    """float32 has no tensor cores at full precision and twice the bytes: only the smallest tiles are worth compiling."""
-    if arguments["q"].element_size() < 4:
-        return configs
-    return sorted(configs, key=lambda c: (c.kwargs["ROWS"] * c.kwargs["COLS"], c.num_stages))[:1]
+    configs = {
+        name: [triton.Config({"ROWS": r, "COLS": c, "MASKED": name == "sm_100"}, num_warps=w, num_stages=s) for r, c, w, s in shapes]
+        for name, shapes in tiles.items()
+    }
+    every = [config for of_architecture in configs.values() for config in of_architecture]
+    prune = {"early_config_prune": lambda *_, **__: configs[architecture()]}
+    return triton.autotune(every, key=["size_class", "D0", "D1"], prune_configs_by=prune)
 
 
 @triton.jit
-def _locate(program, units, frames, frame_tokens, prefix, suffix, BLOCK: tl.constexpr):
-    """Head index of this program, and of its block: first token, tokens left in the unit, first and end segment."""
+def _locate(program, units, frames, references, frame_tokens, prefix, suffix, BLOCK: tl.constexpr):
+    """Head index of this program, and of its block: first token, tokens left in the unit, first and end segment.
+
+    Blocks that see all keys run longest, so those of all heads start first.
+    """
     prefix_blocks = tl.cdiv(prefix, BLOCK)
     outer_blocks = prefix_blocks + tl.cdiv(suffix, BLOCK)
     frame_blocks = tl.cdiv(frame_tokens, BLOCK)
-    blocks = outer_blocks + frames * frame_blocks
-    head = program // blocks
-    block = program % blocks
+    longest = outer_blocks + references * frame_blocks
+    others = (frames - references) * frame_blocks
+    first_of_others = tl.num_programs(0) // (longest + others) * longest
+    if program < first_of_others:
+        head = program // longest
+        block = program % longest
+    else:
+        head = (program - first_of_others) // others
+        block = longest + (program - first_of_others) % others
     unit = 0
     first_block = 0
     if block >= outer_blocks:
@@ -188,13 +227,13 @@ def _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, start, l
     return out0, out1, highest, total
 
 
-@_tuned((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 4, 4), (64, 64, 4, 3), (64, 32, 4, 3))
+@_tuned(FORWARD)
 @triton.jit
 def forward_kernel(q, k, v, out, lse, units, segments, q_strides, k_strides, v_strides, out_strides,
-                   heads, tokens, frames, frame_tokens, prefix, suffix, size_class, scale,
-                   D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+                   heads, tokens, frames, references, frame_tokens, prefix, suffix, size_class, scale,
+                   D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
     """Rows of ``out`` (B, H, N, D) and ``lse`` (B, H, N) float32, natural log. ``scale`` multiplies q k^T, times log2 e."""
-    head, start, left, segment, last = _locate(tl.program_id(0), units, frames, frame_tokens, prefix, suffix, ROWS)
+    head, start, left, segment, last = _locate(tl.program_id(0), units, frames, references, frame_tokens, prefix, suffix, ROWS)
     k = _of_head(k, k_strides, head, heads)
     v = _of_head(v, v_strides, head, heads)
     q0, q1 = _load(_of_head(q, q_strides, head, heads), q_strides, start, left, D0, D1, ROWS, True)
@@ -204,13 +243,14 @@ def forward_kernel(q, k, v, out, lse, units, segments, q_strides, k_strides, v_s
     for index in range(segment, last):
         first = tl.load(segments + 2 * index)
         end = tl.load(segments + 2 * index + 1)
-        whole = first + (end - first) // COLS * COLS
+        whole = end if MASKED else first + (end - first) // COLS * COLS
         for at in range(first, whole, COLS):
-            out0, out1, top, total = _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, at, COLS, scale,
-                                             D0, D1, ROWS, COLS, False)
-        if whole < end:
-            out0, out1, top, total = _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, whole, end - whole,
-                                             scale, D0, D1, ROWS, COLS, True)
+            out0, out1, top, total = _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, at, end - at, scale,
+                                             D0, D1, ROWS, COLS, MASKED)
+        if not MASKED:
+            if whole < end:
+                out0, out1, top, total = _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, whole, end - whole,
+                                                 scale, D0, D1, ROWS, COLS, True)
     out0 = out0 / total[:, None]
     if D1 > 0:
         out1 = out1 / total[:, None]
@@ -232,14 +272,15 @@ def _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, lse, delta, k, v, k_strides, v_s
     return _accumulate(dq0, dq1, slopes, k0, k1, D1)
 
 
-@_tuned((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 4, 2), (128, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3))
+@_tuned(QUERY_GRADIENT)
 @triton.jit
 def query_gradient_kernel(q, k, v, out, lse, dout, dlse, dq, delta, units, segments,
                           q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides,
-                          heads, tokens, frames, frame_tokens, prefix, suffix, size_class, scale,
-                          WITH_DLSE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+                          heads, tokens, frames, references, frame_tokens, prefix, suffix, size_class, scale,
+                          WITH_DLSE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                          MASKED: tl.constexpr):
     """dQ, and ``delta`` (B, H, N) float32 = rowsum(out * dout) - dlse, which the dK/dV kernel reads afterwards."""
-    head, start, left, segment, last = _locate(tl.program_id(0), units, frames, frame_tokens, prefix, suffix, ROWS)
+    head, start, left, segment, last = _locate(tl.program_id(0), units, frames, references, frame_tokens, prefix, suffix, ROWS)
     row = tl.cast(head, tl.int64) * tokens
     k = _of_head(k, k_strides, head, heads)
     v = _of_head(v, v_strides, head, heads)
@@ -258,13 +299,14 @@ def query_gradient_kernel(q, k, v, out, lse, dout, dlse, dq, delta, units, segme
     for index in range(segment, last):
         first = tl.load(segments + 2 * index)
         end = tl.load(segments + 2 * index + 1)
-        whole = first + (end - first) // COLS * COLS
+        whole = end if MASKED else first + (end - first) // COLS * COLS
         for at in range(first, whole, COLS):
-            dq0, dq1 = _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, logs, slope, k, v, k_strides, v_strides, at, COLS, scale,
-                                   D0, D1, ROWS, COLS, False)
-        if whole < end:
-            dq0, dq1 = _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, logs, slope, k, v, k_strides, v_strides, whole, end - whole,
-                                   scale, D0, D1, ROWS, COLS, True)
+            dq0, dq1 = _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, logs, slope, k, v, k_strides, v_strides, at, end - at, scale,
+                                   D0, D1, ROWS, COLS, MASKED)
+        if not MASKED:
+            if whole < end:
+                dq0, dq1 = _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, logs, slope, k, v, k_strides, v_strides, whole, end - whole,
+                                       scale, D0, D1, ROWS, COLS, True)
     dq0 = dq0 * (scale * LN_2)
     dq1 = dq1 * (scale * LN_2)
     _store(_of_head(dq, dq_strides, head, heads), dq_strides, start, left, dq0, dq1, D0, D1, ROWS)
@@ -285,14 +327,14 @@ def _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta, q_stri
     return dk0, dk1, dv0, dv1
 
 
-@_tuned((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3))
+@_tuned(KEY_VALUE_GRADIENT)
 @triton.jit
 def key_value_gradient_kernel(q, k, v, lse, dout, delta, dk, dv, units, segments,
                               q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
-                              heads, tokens, frames, frame_tokens, prefix, suffix, size_class, scale,
-                              D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+                              heads, tokens, frames, references, frame_tokens, prefix, suffix, size_class, scale,
+                              D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
     """dK and dV of a block of keys, over all rows that see it."""
-    head, start, left, segment, last = _locate(tl.program_id(0), units, frames, frame_tokens, prefix, suffix, ROWS)
+    head, start, left, segment, last = _locate(tl.program_id(0), units, frames, references, frame_tokens, prefix, suffix, ROWS)
     row = tl.cast(head, tl.int64) * tokens
     q = _of_head(q, q_strides, head, heads)
     dout = _of_head(dout, dout_strides, head, heads)
@@ -303,13 +345,14 @@ def key_value_gradient_kernel(q, k, v, lse, dout, delta, dk, dv, units, segments
     for index in range(segment, last):
         first = tl.load(segments + 2 * index)
         end = tl.load(segments + 2 * index + 1)
-        whole = first + (end - first) // COLS * COLS
+        whole = end if MASKED else first + (end - first) // COLS * COLS
         for at in range(first, whole, COLS):
             dk0, dk1, dv0, dv1 = _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse + row, delta + row, q_strides,
-                                              dout_strides, at, COLS, scale, D0, D1, ROWS, COLS, False)
-        if whole < end:
-            dk0, dk1, dv0, dv1 = _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse + row, delta + row, q_strides,
-                                              dout_strides, whole, end - whole, scale, D0, D1, ROWS, COLS, True)
+                                              dout_strides, at, end - at, scale, D0, D1, ROWS, COLS, MASKED)
+        if not MASKED:
+            if whole < end:
+                dk0, dk1, dv0, dv1 = _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse + row, delta + row, q_strides,
+                                                  dout_strides, whole, end - whole, scale, D0, D1, ROWS, COLS, True)
     dk0 = dk0 * (scale * LN_2)
     dk1 = dk1 * (scale * LN_2)
     _store(_of_head(dk, dk_strides, head, heads), dk_strides, start, left, dk0, dk1, D0, D1, ROWS)

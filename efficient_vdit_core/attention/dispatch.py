@@ -16,7 +16,7 @@ from ..tiles import TilePattern
 from . import flex, triton
 from .choose import Attend, CallShape, Choice, default_book
 from .frames import attend_frames
-from .gpu import triton_status
+from .gpu import arrow_kernels_status
 from .heads import put_heads, take_heads
 from .layout import TokenLayout, check_tensors
 from .partial import PartialAttention, partial_of
@@ -47,7 +47,7 @@ def available_backends(device: torch.device | str | None = None) -> list[Backend
     frames = BackendStatus("frames", True, "dense calls only; runs wherever PyTorch does")
     return [
         frames,
-        BackendStatus("triton", *triton_status(chosen)),
+        BackendStatus("triton", *arrow_kernels_status(chosen)),
         BackendStatus("flex", *flex.flex_status(chosen)),
         _parts_status(chosen),
     ]
@@ -152,18 +152,20 @@ def measured_choice(
         return Choice("dense", {})
     if layout.tokens < FEWEST_MEASURED_TOKENS or torch.compiler.is_compiling():
         return Choice("frames", {})
-    dense = dense or F.scaled_dot_product_attention
-    usable = {
-        "dense",
-        *(n for n, status in _statuses(shape.device.type).items() if status.available and fits(n, shape, dense)),
-    }
-    every = _candidates(dense, None, dense_name)
-    candidates = {name: attend for name, attend in every.items() if name in usable}
+    candidates = backend_candidates(shape, dense, dense_name)
     try:
         return default_book().choose(candidates, shape, layout, pattern, dense_name)
     except OUT_OF_MEMORY:
         log.warning("Efficient-vDiT: there is no room to measure backends; the sparse attention runs as dense calls.")
         return Choice("frames", {})
+
+
+def backend_candidates(shape: CallShape, dense: Dense | None = None, dense_name: str = "sdpa") -> dict[str, Attend]:
+    """``dense``, and the backends that are worth a trial for calls of this shape."""
+    dense = dense or F.scaled_dot_product_attention
+    every = _candidates(dense, None, dense_name)
+    usable = {n for n, s in _statuses(shape.device.type).items() if s.available and fits(n, shape, dense)}
+    return {name: attend for name, attend in every.items() if name == "dense" or name in usable}
 
 
 def group_shapes(shape: CallShape, pattern: LayerPattern) -> dict[TilePattern, CallShape]:

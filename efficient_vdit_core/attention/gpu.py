@@ -39,3 +39,13 @@ def triton_status(device: torch.device | str | None = None) -> tuple[bool, str]:
     if reason := too_old(where):
         return False, reason
     return True, f"Triton kernels on {torch.cuda.get_device_name(where)}"
+
+
+def arrow_kernels_status(device: torch.device | str | None = None) -> tuple[bool, str]:
+    """As ``triton_status``, of the fused kernels of the mask: their tiles spill on AMD's RDNA."""
+    available, reason = triton_status(device)
+    if available and torch.version.hip is not None and torch.cuda.is_available():
+        name = torch.cuda.get_device_properties(torch.device("cuda" if device is None else device)).gcnArchName
+        if not name.startswith("gfx9"):
+            return False, f"the kernels were not made for {name}, AMD's CDNA (gfx9) is expected"
+    return available, reason

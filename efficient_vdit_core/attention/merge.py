@@ -41,14 +41,16 @@ def _fused(out: Tensor, part: Tensor) -> bool:
 
 
 def _merge_fused(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    import triton
-
     from . import merge_kernels
 
     kernel: Any = merge_kernels.merge_kernel
     entries, heads, tokens, dim = out.shape
-    programs = (triton.cdiv(tokens, _ROWS), entries * heads)
+    programs = (-(-tokens // _ROWS), entries * heads)
     strides = [x.stride()[:3] for x in (out, lse, part, part_lse)]
-    sizes: dict[str, Any] = {"DIM": dim, "WIDTH": triton.next_power_of_2(dim), "ROWS": _ROWS}
     with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
-        kernel[programs](out, lse, part, part_lse, heads, tokens, *strides, **sizes)
+        kernel[programs](out, lse, part, part_lse, heads, tokens, *strides, **block_sizes(dim))
+
+
+def block_sizes(dim: int) -> dict[str, Any]:
+    """What the kernel is built for: head_dim, the next power of two, and the rows of a program."""
+    return {"DIM": dim, "WIDTH": 1 << (dim - 1).bit_length(), "ROWS": _ROWS}

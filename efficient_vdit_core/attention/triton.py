@@ -15,20 +15,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..tiles import TilePattern
-from .gpu import triton_status
+from .gpu import arrow_kernels_status
 from .layout import TokenLayout, check_tensors, global_spans
 
 # Each head_dim as two tiles, powers of two: nothing is padded.
 HEAD_DIMS = {32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16)  # float32 would spill kilobytes a thread; the interpreter takes it, for tests
 # Block sizes under the interpreter: small, so that small tests meet whole and broken blocks.
-INTERPRETER_BLOCKS = {"ROWS": 16, "COLS": 32}
+INTERPRETER_BLOCKS = {"ROWS": 16, "COLS": 32, "MASKED": False}
 
 
 def attend_triton(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:
     """Attention of q over k, v (B, H, N, D) under ``pattern``, scaled by 1 / sqrt(D). Exact and differentiable.
 
-    Any strides, bf16, fp16 or fp32, head_dim 32, 48, 64, 80, 96 or 128. Raises ValueError naming the argument that does
+    Any strides, bf16 or fp16, head_dim 32, 48, 64, 80, 96 or 128. Raises ValueError naming the argument that does
     not fit, or the reason why the kernel does not run here.
     """
     return attend_triton_lse(q, k, v, layout, pattern)[0]
@@ -47,8 +47,9 @@ def attend_triton_lse(
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """x, copied where a block of 128 tokens spans 2^31 elements: inside a block the kernels count in 32 bits."""
-    return x.contiguous() if 256 * max(x.stride()[2:]) >= 2**31 else x
+    """x, copied where its channels stand apart, which would be read one by one, or a block of 128 tokens spans 2^31
+    elements: inside a block the kernels count in 32 bits."""
+    return x.contiguous() if x.stride(3) != 1 or 256 * x.stride(2) >= 2**31 else x
 
 
 class _ArrowAttention(torch.autograd.Function):
@@ -62,9 +63,10 @@ class _ArrowAttention(torch.autograd.Function):
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         tables = index_tables(layout, pattern, q.device)
         strides = [x.stride() for x in (q, k, v, out)]
-        _launch(forward_kernel, (q, k, v, out, lse, *tables, *strides), q, layout)
+        references = len(pattern.reference_frames(layout.grid.t))
+        _launch(forward_kernel, (q, k, v, out, lse, *tables, *strides), q, layout, references)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.tables = layout, tables
+        ctx.layout, ctx.tables, ctx.references = layout, tables, references
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -85,14 +87,18 @@ class _ArrowAttention(torch.autograd.Function):
             (q, k, v, out, lse, dout, slope_of_lse, dq, delta, *ctx.tables, *strides),
             q,
             ctx.layout,
+            ctx.references,
             WITH_DLSE=dlse is not None,
         )
         strides = [x.stride() for x in (q, k, v, dout, dk, dv)]
-        _launch(key_value_gradient_kernel, (q, k, v, lse, dout, delta, dk, dv, *ctx.tables, *strides), q, ctx.layout)
+        tensors = (q, k, v, lse, dout, delta, dk, dv, *ctx.tables, *strides)
+        _launch(key_value_gradient_kernel, tensors, q, ctx.layout, ctx.references)
         return dq, dk, dv, None, None
 
 
-def _launch(kernel: Any, tensors: tuple[Any, ...], q: Tensor, layout: TokenLayout, **flags: bool) -> None:
+def _launch(
+    kernel: Any, tensors: tuple[Any, ...], q: Tensor, layout: TokenLayout, references: int, **flags: bool
+) -> None:
     """Run ``kernel`` with one program for each block of each head, on q's device."""
     from .arrow_kernels import INTERPRETED
 
@@ -107,16 +113,18 @@ def _launch(kernel: Any, tensors: tuple[Any, ...], q: Tensor, layout: TokenLayou
         heads,
         tokens,
         grid.t,
+        references,
         grid.tokens_per_frame,
         layout.prefix,
         layout.suffix,
         grid.tokens_per_frame.bit_length(),
     )
     scale = math.log2(math.e) / math.sqrt(dim)
-    blocks = INTERPRETER_BLOCKS if INTERPRETED else {}
+    # Triton 3.10 turns the fusion of multiply-adds off by default, which the online softmax counts on.
+    options = INTERPRETER_BLOCKS if INTERPRETED else {"enable_fp_fusion": True}
     # Triton launches on the current GPU, which need not be the tensors'.
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        kernel[programs](*tensors, *sizes, scale, **flags, D0=first, D1=second, **blocks)
+        kernel[programs](*tensors, *sizes, scale, **flags, D0=first, D1=second, **options)
 
 
 @functools.lru_cache(maxsize=64)
@@ -147,10 +155,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
             f"q has head_dim {q.shape[3]}, expected one of {', '.join(map(str, HEAD_DIMS))} for the triton backend. "
             "Choose the frames backend, which takes any."
         )
-    if q.dtype not in DTYPES:
-        raise ValueError(
-            f"q is {q.dtype}, expected bfloat16, float16 or float32 for the triton backend. Choose the frames backend."
-        )
-    available, reason = triton_status(q.device)
+    available, reason = arrow_kernels_status(q.device)
     if not available:
         raise ValueError(f"The triton backend does not run here: {reason}. Choose the frames backend.")
+    from .arrow_kernels import INTERPRETED
+
+    if q.dtype not in DTYPES and not (INTERPRETED and q.dtype == torch.float32):
+        raise ValueError(f"q is {q.dtype}, expected bfloat16 or float16 for the triton backend. Choose auto or frames.")

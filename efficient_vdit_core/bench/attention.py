@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import TokenLayout, available_backends, tile_attention
@@ -17,6 +16,7 @@ from ..attention.choose import CallShape, seconds
 from ..attention.dispatch import fits
 from ..tiles import TilePattern, TokenGrid
 from . import paper
+from .dense import INEXACT, Dense, dense_functions, peak_flops
 from .machine import peak_extra_bytes
 from .minimax_h3 import CLIPS, HEAD_DIM, HEADS
 
@@ -77,9 +77,10 @@ def presets() -> dict[str, list[Shape]]:
 def measure(
     shape: Shape, device: torch.device, *, repeats: int, seed: int, backends: tuple[str, ...] = ()
 ) -> list[dict[str, Any]]:
-    """One row for dense attention and one for each pattern and backend that runs on ``device``.
+    """One row for each dense function that is installed, and one for each pattern and backend that runs on ``device``.
 
-    Every backend takes its turn in each repeat, so that a slow moment of the machine meets all of them.
+    Every backend takes its turn in each repeat, so that a slow moment of the machine meets all of them. Speed-ups are
+    over the fastest exact dense function.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, shape.dtype)
@@ -90,17 +91,23 @@ def measure(
     named = backends or tuple(
         b.name for b in available_backends(device) if b.available and fits(b.name, CallShape.of(q))
     )
-    dense = _fastest_dense(q, k, v)
-    runs: dict[tuple[int | None, str], Callable[[], Tensor]] = {(None, dense[0]): lambda: dense[1](q, k, v)}
+    dense = dense_functions(q)
+    runs: dict[tuple[int | None, str], Callable[[], Tensor]] = {
+        (None, name): lambda run=run: run(q, k, v) for name, run in dense.items()
+    }
     for count in shape.references:
         for name in named:
             runs[count, name] = _call(q, k, v, shape.layout, count, name)
+        if "frames" in named and len(dense) > 1:  # PyTorch's choice is what ``frames`` alone calls
+            for name, run in dense.items():
+                runs[count, f"frames over {name}"] = _call(q, k, v, shape.layout, count, "frames", run)
     with torch.no_grad():
         # The warm-up run tells memory and error.
         first = {key: _memory_and_error(run, q, k, v, shape, key[0], generator) for key, run in runs.items()}
         times = medians(runs, device, repeats)
-    base = times[None, dense[0]]
-    return [_row(shape, key, times[key], base, *first[key]) for key in runs]
+    base = min(times[None, name] for name in dense if name not in INEXACT or len(dense) == 1)
+    peak = peak_flops(device)
+    return [_row(shape, key, times[key], base, peak, *first[key]) for key in runs]
 
 
 def medians(runs: dict[Any, Callable[[], Any]], device: torch.device, repeats: int) -> dict[Any, float]:
@@ -126,39 +133,20 @@ def _memory_and_error(
     return extra, _error(kept[0], q, k, v, shape, count, generator)
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, count: int, name: str) -> Callable[[], Tensor]:
-    return lambda: tile_attention(q, k, v, layout, TilePattern(count), backend=name)
-
-
-def _fastest_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, Callable[..., Tensor]]:
-    """PyTorch's SDPA, under the fastest of its kernels on a GPU: the baseline must not be a straw man."""
-    if q.device.type != "cuda":
-        return "sdpa", F.scaled_dot_product_attention
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def under(kernel: SDPBackend) -> Callable[..., Tensor]:
-        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(kernel):
-                return F.scaled_dot_product_attention(q, k, v)
-
-        return dense
-
-    timed = []
-    for kernel in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        run = under(kernel)
-        try:
-            run(q, k, v)
-        except RuntimeError:  # this kernel does not take these tensors
-            continue
-        timed.append((min(seconds(lambda run=run: run(q, k, v), q.device) for _ in range(3)), kernel.name.lower(), run))
-    if not timed:
-        return "sdpa", F.scaled_dot_product_attention
-    _, name, run = min(timed, key=lambda entry: entry[0])
-    return name, run
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, count: int, name: str, dense: Dense | None = None
+) -> Callable[[], Tensor]:
+    return lambda: tile_attention(q, k, v, layout, TilePattern(count), backend=name, dense=dense)
 
 
 def _row(
-    shape: Shape, key: tuple[int | None, str], time: float, base: float, extra: int | None, error: float
+    shape: Shape,
+    key: tuple[int | None, str],
+    time: float,
+    base: float,
+    peak: float | None,
+    extra: int | None,
+    error: float,
 ) -> dict[str, Any]:
     count, backend = key
     pattern, grid = TilePattern(count), shape.layout.grid
@@ -176,6 +164,7 @@ def _row(
         "backend": backend,
         "milliseconds": 1000 * time,
         "tflops_per_second": flops / time / 1e12,
+        "of_peak_flops": flops / time / peak if peak else None,
         "speedup": base / time,
         "ideal_speedup": ideal,
         "efficiency": base / time / ideal,

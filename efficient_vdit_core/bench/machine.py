@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,12 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {"efficient-vdit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+    with contextlib.suppress(PackageNotFoundError):
+        found["versions"]["triton"] = version("triton")
     if device.type == "cuda":
         found["hardware"] = torch.cuda.get_device_name(device)
         found["versions"]["cuda"] = torch.version.cuda
         found["versions"]["driver"] = _nvidia_driver()
-        try:
-            from importlib.metadata import version
-
-            found["versions"]["triton"] = version("triton")
-        except ImportError:
-            pass
     return found
 
 

@@ -1,10 +1,14 @@
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 import torch
 
-from efficient_vdit_core.bench import attention, minimax_h3, overhead, paper, step
+from efficient_vdit_core.attention.choose import Choice
+from efficient_vdit_core.bench import attention, exactness, gpu, minimax_h3, overhead, paper, step
 from efficient_vdit_core.bench.bounds import preset_bounds
 from efficient_vdit_core.bench.machine import describe_machine, peak_extra_bytes
 from efficient_vdit_core.bench.plot import draw
@@ -13,6 +17,7 @@ from efficient_vdit_core.tiles import TilePattern
 
 SHAPE = attention.Shape(5, 37, 2, 64, "float32", (1, 2))
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 def test_rows_say_what_was_run_and_how_exact_it_is():
@@ -187,3 +192,103 @@ def test_heads_that_differ_are_timed_against_dense_attention(monkeypatch, tmp_pa
     assert len(rows) == 2 * len(heads.WINDOWS) * len(heads.GROUPS)
     assert all(row["efficiency"] == pytest.approx(row["speedup"] * row["density"]) for row in rows)
     assert {row["density"] for row in rows if (row["window"], row["groups"]) == (0, 1)} == {TilePattern(1).density(6)}
+
+
+def test_one_command_tells_all_that_a_gpu_can(tmp_path):
+    """On a CPU, with shapes that say nothing about speed: every part runs and leaves a file that names the machine."""
+    command = [sys.executable, "-m", "efficient_vdit_core.cli", "bench", "gpu", "--device", "cpu", "--budget", "60"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(found) == set(gpu.PARTS)
+    for name, state in found.items():
+        assert "error" not in state and state["machine"]["versions"]["torch"] == torch.__version__, name
+    assert all(row["passed"] for row in found["exact"]["rows"]) and found["exact"]["rows"]
+    assert {"frames", "parts"} <= {row["backend"] for row in found["exact"]["rows"]}
+    assert found["tests"]["rows"] == [{"exit_code": 5, "report": "tests_gpu.xml"}]  # nothing runs there without a GPU
+
+
+@pytest.fixture
+def fake_parts(monkeypatch):
+    """Parts that need no time: one that fails after a row, one that goes on for ever, one behind both."""
+    monkeypatch.setattr(gpu, "PARTS", {})
+
+    @gpu.part(0.2)
+    def fails(run):
+        yield {"row": 1}
+        raise RuntimeError("no kernel image")
+
+    @gpu.part(0.5)
+    def endless(run):
+        while True:
+            yield {"row": 1}
+
+    @gpu.part(1.0)
+    def last(run):
+        yield {"row": run.rows["fails"][0]["row"]}
+
+    ticks = iter(range(10**6))
+    return lambda: next(ticks)
+
+
+def test_a_part_that_fails_or_takes_long_costs_no_other(fake_parts, tmp_path):
+    gpu.run_parts(gpu.Run(CPU, 0, 100, tmp_path, fake_parts), list(gpu.PARTS), lambda name, row: None)
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert found["fails"]["rows"] == [{"row": 1}] and found["fails"]["error"] == "RuntimeError: no kernel image"
+    assert not found["fails"]["complete"] and not found["endless"]["complete"]
+    assert 10 < len(found["endless"]["rows"]) <= 50
+    assert found["last"]["complete"] and found["last"]["rows"] == [{"row": 1}]
+
+
+def test_what_is_not_begun_in_time_has_a_file_that_says_so(fake_parts, tmp_path):
+    gpu.run_parts(gpu.Run(CPU, 0, 3, tmp_path, fake_parts), list(gpu.PARTS), lambda name, row: None)
+    last = json.loads((tmp_path / "last.json").read_text())
+    assert not last["complete"] and not last["rows"] and last["ended_after_seconds"] > 3
+
+
+def test_a_backend_that_is_wrong_or_raises_is_named(monkeypatch):
+    def wrong(q, k, v, layout, pattern, backend):
+        if backend == "parts":
+            raise RuntimeError("out of registers")
+        return exactness.F.scaled_dot_product_attention(q, k, v)
+
+    monkeypatch.setattr(exactness, "tile_attention", wrong)
+    monkeypatch.setattr(exactness, "SMALL_LAYOUTS", exactness.SMALL_LAYOUTS[:1])
+    rows = list(exactness.measure(CPU, seed=0))
+    assert rows and not any(row["passed"] for row in rows)
+    assert {row["error"] for row in rows if row["backend"] == "parts"} == {"RuntimeError: out of registers"}
+
+
+def test_a_choice_is_judged_by_the_times_that_were_taken(tmp_path):
+    run = gpu.Run(CPU, 0, 60, tmp_path)
+    shape = gpu.SMALL[0]
+    row = {"frames": 8, "tokens_per_frame": 96, "prefix": 0, "heads": 2, "head_dim": 64, "dtype": "float32"}
+    times = [
+        ("full", "sdpa", 4.0),
+        ("full", "sage", 0.1),
+        ("2:6", "frames", 2.0),
+        ("2:6", "parts", 3.0),
+        ("1:7", "parts", 0.1),
+    ]
+    rows = [{**row, "pattern": p, "backend": b, "milliseconds": ms} for p, b, ms in times]
+    run.rows["attention_alone"] = [*rows, {**rows[2], "head_dim": 32, "milliseconds": 0.1}]
+
+    class Book:
+        def choose(self, *_):
+            return Choice("parts", {"parts": 1.0})
+
+    found = gpu._choice(run, Book(), shape, 2)
+    assert (found["chosen"], found["best"], found["regret"]) == ("parts", "frames", 0.5)
+
+
+def test_what_is_installed_is_timed_and_what_is_only_quantised_is_no_baseline(monkeypatch):
+    def sage(q, k, v):
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(
+        attention, "dense_functions", lambda q: {"sdpa": torch.nn.functional.scaled_dot_product_attention, "sage": sage}
+    )
+    rows = attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("frames",))
+    dense = {r["backend"]: r for r in rows if r["pattern"] == "full"}
+    assert dense["sdpa"]["speedup"] == 1.0 and dense["sage"]["max_relative_error"] > 0.5
+    assert {r["backend"] for r in rows if r["pattern"] == "1:4"} == {"frames", "frames over sdpa", "frames over sage"}

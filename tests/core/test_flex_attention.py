@@ -195,4 +195,4 @@ def test_a_cpu_is_refused_with_the_reason():
     for attend in (attend_flex, lambda *a: tile_attention(*a, backend="flex")):
         with pytest.raises(ValueError, match="no backward, compiles for a minute and is no faster than frames. Choose"):
             attend(*tensors, layout, TilePattern(1))
-    assert [(b.name, b.available) for b in available_backends("cpu")][-1] == ("flex", False)
+    assert ("flex", False) in [(b.name, b.available) for b in available_backends("cpu")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_vdit_core.attention import TokenLayout, frames
+from efficient_vdit_core.attention import TokenLayout, extra_bytes
 from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.search import ProbeRecord, make_probe_override, replay_blocks
@@ -74,7 +74,7 @@ def dense(func, *args, **kwargs):
 def test_the_search_holds_one_more_attention_output_whatever_the_candidates(monkeypatch):
     """Beside it the copies of one candidate: queries and keys of the reference frames, and the float32 copies of a
     head."""
-    monkeypatch.setattr(frames, "_CPU_BYTES", 2**16)  # the bound on the copies that a sparse run makes as well
+    monkeypatch.setattr(extra_bytes, "_CPU_BYTES", 2**16)  # the bound on the copies that a sparse run makes as well
     few = peak(make_probe_override(ProbeRecord(patterns(1))))
     many = peak(make_probe_override(ProbeRecord(patterns(0, 1, 2, 3))))
     assert few <= peak(dense) + 3 * ATTENTION_OUTPUT

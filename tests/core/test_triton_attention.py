@@ -1,4 +1,4 @@
-"""The fused kernels against the oracle: on a GPU where there is one, else through Triton's interpreter.
+"""The fused kernels against the oracle, through Triton's interpreter, in float32; ``tests/gpu`` runs the real builds.
 
 Sizes are small, since the interpreter takes a twentieth of a second for every block of 16 rows, and awkward: with 16
 rows and 32 columns a block, frames of 19 tokens end in a broken block and 37 keys need a whole and a broken one.
@@ -17,7 +17,10 @@ from efficient_vdit_core.tiles import TilePattern, TokenGrid
 FORWARD = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 BACKWARD = {torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}
 
-pytestmark = pytest.mark.usefixtures("triton_device")
+pytestmark = [
+    pytest.mark.usefixtures("triton_device"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU"),
+]
 
 
 def qkv(layout, dim, device, *, batch=1, heads=1, dtype=torch.float32):
@@ -60,6 +63,19 @@ def assert_equals_oracle(score_oracle, tensors, layout, k):
 def test_equals_the_masked_oracle(score_oracle, triton_device, grid, prefix, suffix, k):
     layout = TokenLayout(TokenGrid(*grid), prefix, suffix)
     assert_equals_oracle(score_oracle, qkv(layout, 32, triton_device), layout, k)
+
+
+@pytest.mark.parametrize("k", [1, None])
+def test_blocks_that_are_all_masked_are_the_same(score_oracle, triton_device, monkeypatch, k):
+    """As on sm_100: one way through the loops' bodies."""
+    monkeypatch.setattr(backend, "INTERPRETER_BLOCKS", {"ROWS": 16, "COLS": 32, "MASKED": True})
+    layout = TokenLayout(TokenGrid(3, 1, 37), 3, 5)
+    tensors = [x.requires_grad_() for x in qkv(layout, 32, triton_device)]
+    assert_equals_oracle(score_oracle, tensors, layout, k)
+    ours = torch.autograd.grad(attend_triton(*tensors, layout, TilePattern(k)).square().sum(), tensors)
+    theirs = torch.autograd.grad(expected(score_oracle, tensors, layout, k)[0].square().sum(), tensors)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", FORWARD)
@@ -162,7 +178,7 @@ def test_more_than_two_to_the_31_elements(score_oracle, triton_device, tmp_path,
     if triton_device.type != "cpu":
         pytest.skip("a sparse file stands for memory that a GPU would have to have")
     monkeypatch.setattr(
-        backend, "INTERPRETER_BLOCKS", {"ROWS": 32, "COLS": 128} if grid[2] < 32 else {"ROWS": 128, "COLS": 128}
+        backend, "INTERPRETER_BLOCKS", {"ROWS": 32 if grid[2] < 32 else 128, "COLS": 128, "MASKED": False}
     )
     layout, head_stride, base = TokenLayout(TokenGrid(*grid)), 2**31 + 2**20, 2**31
     size = base + head_stride + layout.tokens * token_stride

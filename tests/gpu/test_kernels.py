@@ -60,6 +60,8 @@ def oracle(q, k, v, layout, count):
     ("dim", "dtype"), [(64, torch.float16), (96, torch.bfloat16), (128, torch.bfloat16), (96, torch.float32)]
 )
 def test_equals_the_oracle(backend, layout, dim, dtype):
+    if backend == "triton" and dtype == torch.float32:
+        pytest.skip("the fused kernel takes halves only")
     tensors = qkv(layout, dim, dtype)
     for k in (0, 1, 3):
         out = tile_attention(*tensors, layout, TilePattern(k), backend=backend)

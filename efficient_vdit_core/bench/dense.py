@@ -1,0 +1,103 @@
+"""The dense attention functions that are installed here: the baseline must not be a straw man."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+log = logging.getLogger("efficient_vdit")
+
+# Quantised: fast, and a little off. They are timed, and no speed-up is counted against them.
+INEXACT = frozenset({"sage", "kitchen int8"})
+
+
+def dense_functions(q: Tensor) -> dict[str, Dense]:
+    """By name, those that take tensors like q (B, H, N, D) on its device; PyTorch's own where nothing else does."""
+    if q.device.type != "cuda":
+        return {"sdpa": F.scaled_dot_product_attention}
+    sample = q[:1, :1, : min(q.shape[2], 256)]
+    every = {**_of_torch(), **_of_packages()}
+    return {name: run for name, run in every.items() if _takes(name, run, sample)} or {
+        "sdpa": F.scaled_dot_product_attention
+    }
+
+
+def _takes(name: str, run: Dense, sample: Tensor) -> bool:
+    try:
+        return run(sample, sample, sample).shape == sample.shape
+    except Exception as error:  # kernels and packages of others raise anything
+        log.info("Efficient-vDiT: %s is not timed: %s: %s", name, type(error).__name__, error)
+        return False
+
+
+def _of_torch() -> dict[str, Dense]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def under(kernel: SDPBackend) -> Dense:
+        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(kernel):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return dense
+
+    return {
+        "cudnn_attention": under(SDPBackend.CUDNN_ATTENTION),
+        "flash_attention": under(SDPBackend.FLASH_ATTENTION),
+    }
+
+
+def _of_packages() -> dict[str, Dense]:
+    found: dict[str, Dense] = {}
+    if importlib.util.find_spec("flash_attn"):
+        found["flash-attn"] = lambda q, k, v: _tokens_first("flash_attn", q, k, v)
+    if importlib.util.find_spec("flash_attn_interface"):
+        found["flash-attn 3"] = lambda q, k, v: _tokens_first("flash_attn_interface", q, k, v)
+    if importlib.util.find_spec("sageattention"):
+        found["sage"] = _sage
+    if importlib.util.find_spec("comfy_kitchen"):
+        found["kitchen int8"] = _kitchen
+    return found
+
+
+def _tokens_first(module: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = importlib.import_module(module).flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return importlib.import_module("sageattention").sageattn(
+        q, k, v, tensor_layout="HND", is_causal=False, smooth_k=False
+    )
+
+
+def _kitchen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return importlib.import_module("comfy_kitchen").int8_attention(q, k, v, scale=None, attn_mask=None)
+
+
+# Dense FLOP/s of bfloat16 with float32 sums, as the makers print them, by a part of the card's name.
+_PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 5090": 209.5e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s that the card's maker prints, None where it is not known here."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in _PEAKS.items() if part in name), None)

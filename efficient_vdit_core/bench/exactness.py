@@ -1,0 +1,112 @@
+"""Every backend against the mask written out, in float64, at sizes where blocks, frames and texts do not fit together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention import TokenLayout, available_backends, tile_attention
+from ..attention.choose import CallShape
+from ..attention.dispatch import fits
+from ..head_patterns import HeadPatterns, LayerPattern
+from ..tiles import TilePattern, TokenGrid
+
+# Frames that end inside a block of 128 behind a prefix, two whole blocks, and far shorter ones beside a long text.
+LAYOUTS = (
+    TokenLayout(TokenGrid(5, 9, 37), 3, 5),
+    TokenLayout(TokenGrid(8, 16, 16)),
+    TokenLayout(TokenGrid(24, 7, 11), 0, 226),
+)
+SMALL_LAYOUTS = (TokenLayout(TokenGrid(5, 3, 7), 3, 5), TokenLayout(TokenGrid(8, 4, 4)))
+HEADS = 2
+PATTERNS: tuple[LayerPattern, ...] = (
+    TilePattern(1),
+    TilePattern(3),
+    TilePattern(1, window=1),
+    HeadPatterns((TilePattern(0, window=2), TilePattern(2))),
+)
+KINDS = (("bfloat16", 128), ("bfloat16", 96), ("float16", 64), ("float32", 96))
+# The largest error relative to the largest value: four steps of the format's last bit, which sums of rounded weights
+# and a merge of rounded parts stay under; float32 kernels may sum in TF32's ten bits.
+MOST = {"bfloat16": 4 * 2**-8, "float16": 4 * 2**-11, "float32": 2**-10}
+
+
+def measure(device: torch.device, *, seed: int) -> Iterator[dict[str, Any]]:
+    """One row for each layout, kind of tensors, pattern and backend: the errors of the result and of the gradients.
+
+    On a CPU the layouts are small. A backend that raises gets its message in ``error``; ``passed`` is False then.
+    """
+    layouts = LAYOUTS if device.type == "cuda" else SMALL_LAYOUTS
+    for layout, (dtype, dim), pattern in itertools.product(layouts, KINDS, PATTERNS):
+        tensors = _tensors(layout, dtype, dim, device, seed)
+        want, slopes = _definition(tensors, layout, pattern)
+        shape = CallShape.of(*tensors)
+        for status in available_backends(device):
+            if status.available and fits(status.name, shape):
+                row = {"frames": layout.grid.t, "tokens_per_frame": layout.grid.tokens_per_frame,
+                       "prefix": layout.prefix, "suffix": layout.suffix, "pattern": pattern.name(layout.grid.t),
+                       "dtype": dtype, "head_dim": dim, "backend": status.name}  # fmt: skip
+                yield {**row, **_errors(status.name, tensors, layout, pattern, want, slopes, MOST[dtype])}
+
+
+def _tensors(layout: TokenLayout, dtype: str, dim: int, device: torch.device, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    size = (1, HEADS, layout.tokens, dim)
+    made = [torch.randn(size, generator=generator).to(device, getattr(torch, dtype)) for _ in range(3)]
+    return [x.requires_grad_() for x in made]
+
+
+def _definition(tensors: list[Tensor], layout: TokenLayout, pattern: LayerPattern) -> tuple[Tensor, list[Tensor]]:
+    """The result in float64, and the gradients of its sum of squares."""
+    q, k, v = (x.detach().double().requires_grad_() for x in tensors)
+    mask = torch.stack([_live(layout, p) for p in _by_head(pattern)]).to(q.device)
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
+    out = scores.softmax(-1) @ v
+    return out.detach(), list(torch.autograd.grad(out.square().sum(), (q, k, v)))
+
+
+def _by_head(pattern: LayerPattern) -> list[TilePattern]:
+    found: dict[int, TilePattern] = {}
+    for alike, heads in pattern.head_groups(HEADS).items():
+        found.update(dict.fromkeys(heads, alike))
+    return [found[head] for head in range(HEADS)]
+
+
+def _live(layout: TokenLayout, pattern: TilePattern) -> Tensor:
+    """(N, N) bool."""
+    owner = torch.arange(layout.grid.t).repeat_interleave(layout.grid.tokens_per_frame)
+    references = torch.tensor(pattern.reference_frames(layout.grid.t), dtype=torch.long)
+    shared = F.pad(torch.isin(owner, references), (layout.prefix, layout.suffix), value=True)
+    owner = F.pad(owner, (layout.prefix, layout.suffix))
+    return ((owner[:, None] - owner).abs() <= pattern.window) | shared[:, None] | shared
+
+
+def _errors(
+    backend: str,
+    tensors: list[Tensor],
+    layout: TokenLayout,
+    pattern: LayerPattern,
+    want: Tensor,
+    slopes: list[Tensor],
+    most: float,
+) -> dict[str, Any]:
+    q, k, v = tensors
+    try:
+        out = tile_attention(q, k, v, layout, pattern, backend=backend)
+        found = torch.autograd.grad(out.double().square().sum(), (q, k, v))
+    except Exception as error:  # compilers raise anything, and the other rows are worth having
+        return {"passed": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    forward = _relative(out, want)
+    backward = max(_relative(a, b) for a, b in zip(found, slopes, strict=True))
+    # The gradient of the squares carries the result's own error and its own.
+    passed = forward <= most and backward <= 4 * most
+    return {"passed": passed, "forward_error": forward, "gradient_error": backward, "most": most}
+
+
+def _relative(found: Tensor, want: Tensor) -> float:
+    return float((found.detach().double() - want).abs().max() / want.abs().max())

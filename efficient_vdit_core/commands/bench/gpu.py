@@ -1,0 +1,56 @@
+"""evdit bench gpu: all that a GPU can tell about the pack, in one run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ...limits.quote import quoted
+from .. import say
+from ..arguments import count, seed_number
+from .device import device_named
+
+SHOWN = ("backend", "pattern", "frames", "tokens_per_frame", "dtype", "head_dim", "milliseconds", "speedup", "efficiency", "passed",
+         "forward_error", "gradient_error", "chosen", "best", "regret", "trial_seconds", "size", "seconds", "amdahl_bound",
+         "forward_bytes", "training_bytes", "stage", "seconds_a_step", "exit_code", "skipped", "error")  # fmt: skip
+
+
+def add(commands: Any) -> None:
+    gpu = commands.add_parser(
+        "gpu", help="exactness, speed, memory and the choice of backend, in one run under a budget"
+    )
+    gpu.add_argument("--budget", type=count(10, 86_400), default=540, help="seconds, default: %(default)s")
+    gpu.add_argument("--out", type=Path, required=True, metavar="DIR", help="one JSON file for each part goes there")
+    gpu.add_argument("--parts", nargs="+", metavar="PART", help="only these, default: all, in their order")
+    gpu.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
+    gpu.add_argument(
+        "--device", default="auto", help="auto, cpu or cuda; a CPU takes tiny shapes, default: %(default)s"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises ValueError at the end where a backend was not exact, or a test failed."""
+    from ...bench.gpu import PARTS, Run, run_parts
+
+    names = list(PARTS) if args.parts is None else args.parts
+    for name in names:
+        if name not in PARTS:
+            raise ValueError(f"--parts has {quoted(name)}, expected some of {', '.join(PARTS)}.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = Run(device_named(args.device), args.seed, args.budget, args.out)
+    run_parts(found, names, _tell)
+    say(f"{found.spent:.0f} s; results in {args.out}")
+    wrong = [r for r in found.rows.get("exact", []) if not r["passed"]]
+    failed = [r for r in found.rows.get("tests", []) if r.get("exit_code", 0) not in (0, 5)]  # 5: nothing to run here
+    if wrong or failed:
+        what = f"{len(wrong)} of {len(found.rows['exact'])} checks" if wrong else "tests/gpu"
+        raise ValueError(f"Not exact here: {what} failed; see {args.out}. Please report it with that folder.")
+    return 0
+
+
+def _tell(part: str, row: dict[str, Any]) -> None:
+    def short(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    say(f"{part}: " + ", ".join(f"{name} {short(row[name])}" for name in SHOWN if row.get(name) is not None))

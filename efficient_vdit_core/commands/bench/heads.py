@@ -1,0 +1,38 @@
+"""evdit bench heads: heads that differ, with and without neighbours."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .. import say
+from .device import device_named
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    heads = commands.add_parser("heads", help="heads that differ, with and without neighbours, against dense attention")
+    heads.add_argument(
+        "--backend", choices=("frames", "triton", "flex", "parts"), default="frames", help="default: %(default)s"
+    )
+    return heads
+
+
+def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    from ...bench.attention import geometric_mean
+    from ...bench.heads import measure
+
+    device = device_named(args.device)
+    say(
+        f"{'dtype':<9} {'frames x tokens':<16} {'window':>6} {'groups':>6} {'density':>7} {'speed-up':>8} {'of ideal':>8}"
+    )
+
+    def row(r: dict[str, Any]) -> None:
+        shape = f"{r['frames']} x {r['tokens_per_frame']}"
+        say(
+            f"{r['dtype']:<9} {shape:<16} {r['window']:>6} {r['groups']:>6} {r['density']:>7.2f} {r['speedup']:>7.2f}x "
+            f"{r['efficiency']:>8.2f}"
+        )
+
+    rows = measure(device, repeats=args.repeats, seed=args.seed, backend=args.backend, report=row)
+    say(f"geometric mean of the ideal: {geometric_mean([r['efficiency'] for r in rows]):.3f}")
+    return device, rows

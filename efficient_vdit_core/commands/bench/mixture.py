@@ -1,0 +1,59 @@
+"""evdit bench mixture: consistency distillation against an exact solution."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .. import say
+from ..arguments import count
+from .device import device_named
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    mixture = commands.add_parser(
+        "mixture", help="consistency distillation of a 2-D mixture against the exact solution"
+    )
+    mixture.add_argument(
+        "--segments", type=count(1, 64), nargs="+", default=(1, 2, 4, 8, 16), help="default: 1 2 4 8 16"
+    )
+    mixture.add_argument("--seeds", type=count(1, 1000), default=3, help="default: %(default)s")
+    mixture.add_argument(
+        "--pairs",
+        action="store_true",
+        help="instead, every weight under every loss for epsilon, v and flow, 8 segments",
+    )
+    return mixture
+
+
+def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    from ...bench.mixture import MixtureShape, run
+
+    if args.pairs:
+        return device_named("cpu"), _pairs(args)
+    rows = []
+    say("path  segments  loss    seed   distilled: error  off %   undistilled: error  off %")
+    for path in ("flow", "vp"):
+        for segments in args.segments:
+            for space in ("x", "z"):
+                for seed in range(args.seed, args.seed + args.seeds):
+                    row = run(MixtureShape(path=path, segments=segments, space=space), seed)
+                    rows.append(row)
+                    one, other = row["distilled"], row["undistilled"]
+                    say(f"{path:<5} {segments:>8}  {space:<6} {seed:>5}   {one['endpoint_error']:>16.3f} {one['off_percent']:>6.1f}   "
+                        f"{other['endpoint_error']:>18.3f} {other['off_percent']:>6.1f}")  # fmt: skip
+    return device_named("cpu"), rows
+
+
+def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from ...bench.pairs import compare_pairs
+
+    rows = []
+    say("prediction    loss     weight            seed   start: error  off %   distilled: error  off %")
+    for seed in range(args.seed, args.seed + args.seeds):
+        for row in compare_pairs(seed):
+            rows.append(row)
+            one, other = row["start"], row["distilled"]
+            say(f"{row['prediction']:<13} {row['loss']:<8} {row['weight']:<16} {seed:>5}   {one['endpoint_error']:>12.3f} "
+                f"{one['off_percent']:>6.1f}   {other['endpoint_error']:>16.3f} {other['off_percent']:>6.1f}")  # fmt: skip
+    return rows

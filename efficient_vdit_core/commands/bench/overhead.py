@@ -1,0 +1,23 @@
+"""evdit bench overhead: what the pack's own work costs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .. import say
+from .device import device_named
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    overhead = commands.add_parser("overhead", help="what import, patch and index work cost")
+    return overhead
+
+
+def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    from ...bench.overhead import measure
+
+    rows = measure(args.repeats)
+    for r in rows:
+        say(f"{r['what']:<50} {r['milliseconds']:>8.2f} ms, limit {r['limit']:g} ms")
+    return device_named("cpu"), rows

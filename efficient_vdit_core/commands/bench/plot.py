@@ -1,0 +1,37 @@
+"""evdit bench plot: a chart of a results file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ...files import write_text
+from ...limits.documents import parse_json, read_text
+from ...limits.quote import named
+from .. import say
+
+MAX_RESULTS = 2**26  # bytes
+
+
+def add(commands: Any) -> None:
+    plot = commands.add_parser("plot", help="draw a results file of `evdit bench attention` as SVG")
+    plot.add_argument("file", type=Path)
+    plot.add_argument("--out", type=Path, help="default: the results file's name with .svg")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ...bench.plot import draw
+
+    what = named(str(args.file))
+    results = parse_json(
+        read_text(args.file, what, limit=MAX_RESULTS), what, advice="Make one with --json.", limit=MAX_RESULTS
+    )
+    try:
+        chart = draw(results)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{what} is no results file of `evdit bench attention`. Make one with --json.") from error
+    out = args.out or args.file.with_suffix(".svg")
+    write_text(out, chart)
+    say(f"{out}")
+    return 0

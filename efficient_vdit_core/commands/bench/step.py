@@ -1,0 +1,111 @@
+"""evdit bench step: one forward with random weights, and the bounds of today's models."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any
+
+from .. import say
+from ..arguments import count
+from .device import device_named
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    step = commands.add_parser("step", help="one forward with random weights, beside Amdahl's bound")
+    step.add_argument(
+        "--model",
+        choices=("opensora_plan", "minimax_h3", "wan_14b", "ltx2"),
+        default="opensora_plan",
+        help="opensora_plan is timed, of the others bounds are computed by FLOPs, default: %(default)s",
+    )
+    step.add_argument(
+        "--size",
+        help="a clip's name, default 29x720p; of minimax_h3 all, or one such as 1344x768-5s; a wrong one lists them",
+    )
+    step.add_argument(
+        "--depth",
+        type=count(0, 50),
+        help="blocks to time: opensora_plan 1..32, default 32; minimax_h3 0..50, default 0 = bounds alone",
+    )
+    step.add_argument(
+        "--references", type=count(0, 1024), nargs="+", default=(4, 2, 1), help="k of the uniform plans, default: 4 2 1"
+    )
+    step.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: %(default)s"
+    )
+    return step
+
+
+def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    from ...bench.step import SIZES, StepShape, measure
+
+    if args.model != "opensora_plan":
+        return _bounds(args)
+    size, depth = args.size or "29x720p", 32 if args.depth is None else args.depth
+    _check_choice("--size", size, SIZES)
+    if not 1 <= depth <= 32:
+        raise ValueError(f"--depth is {depth}, expected 1 to 32 blocks.")
+    device = device_named(args.device)
+    shape = StepShape(size, depth, tuple(args.references), args.dtype)
+    rows = measure(shape, device, repeats=args.repeats, seed=args.seed)
+    first = rows[0]
+    say(
+        f"{size}, {depth} of 32 blocks, {first['tokens']} tokens; attention is {first['attention_share']:.0%} of the dense step"
+    )
+    for r in rows:
+        say(
+            f"{r['pattern']:<7} {r['seconds']:>9.3f} s  {r['speedup']:>6.2f}x of dense, Amdahl's bound {r['amdahl_bound']:.2f}x"
+        )
+    return device, rows
+
+
+def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}.")
+
+
+def _bounds(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    """What a step of today's models gains at most, and for MiniMax-H3 what ``--depth`` blocks gained."""
+    from ...bench.bounds import MODELS, preset_bounds
+    from ...bench.minimax_h3 import CLIPS, DEPTH, bounds
+
+    depth, clips = args.depth or 0, MODELS[args.model].clips
+    if args.size:
+        _check_choice("--size", args.size, clips)
+    most = DEPTH if args.model == "minimax_h3" else 0
+    if not 0 <= depth <= most:
+        raise ValueError(f"--depth is {depth}, expected 0 (bounds alone) to {most} blocks for {args.model}.")
+    if depth and not args.size:
+        raise ValueError("--depth times blocks of one clip, and --size is missing. Name one, such as 1344x768-5s.")
+    device, rows = device_named(args.device), []
+    say("bounds by FLOPs, no measurement: attention at the matrices' rate, and at twice it (INT8 attention)")
+    for name in [args.size] if args.size else clips:
+        for row in preset_bounds(args.model, name):
+            rows.append({"clip": name, "kind": "preset", **row})
+            say(
+                f"{name:<28} {row['tokens']:>7} tokens  attention {row['attention_share']:>4.0%} of a step  {row['preset']} "
+                f"({row['pattern']}) leaves {row['attention_left']:>4.0%}: at most {row['bound']:.2f}x; INT8 attention alone "
+                f"{row['int8_alone']:.2f}x, and the plan on it {row['with_int8']:.2f}x"
+            )
+        for row in bounds(CLIPS[name]) if args.model == "minimax_h3" else []:
+            rows.append({"clip": name, "kind": "all layers alike", **row})
+            say(
+                f"{'':<28} {row['pattern']:<7} in all layers leaves {row['attention_left']:>4.0%}: at most {row['bound']:.2f}x, "
+                f"with INT8 attention {row['bound_with_int8_attention']:.2f}x"
+            )
+    return device, rows + (_measured_blocks(args, depth, device) if depth else [])
+
+
+def _measured_blocks(args: argparse.Namespace, depth: int, device: Any) -> list[dict[str, Any]]:
+    from ...bench.minimax_h3 import CLIPS, DEPTH, measure
+
+    clip = CLIPS[args.size]
+    references = tuple(k for k in args.references if k < clip.frames - 1)
+    rows = measure(clip, depth, device, references=references, dtype=args.dtype, repeats=args.repeats, seed=args.seed)
+    say(f"measured, {depth} of {DEPTH} blocks with random weights, {args.dtype}")
+    for row in rows:
+        say(
+            f"{row['pattern']:<7} {row['seconds']:>9.3f} s  {row['speedup']:>6.2f}x of dense, bound {row['bound']:.2f}x"
+        )
+    return [{"clip": args.size, "kind": "measured", **row} for row in rows]
