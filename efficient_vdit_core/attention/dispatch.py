@@ -194,12 +194,16 @@ def partial_for(dense: Dense, shape: CallShape) -> PartialAttention | None:
     return None if function is None else partial_of(function, shape.device, shape.dtype, shape.head_dim)
 
 
-def make_tables(backend: str, layout: TokenLayout, pattern: TilePattern, device: torch.device) -> None:
-    """Makes the index tables that a backend keeps on the device, so that no call has to."""
+def make_ready(backend: str, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: Dense) -> None:
+    """Makes the index tables that a backend keeps on the device, and tries the kernels that it may call, so that no call
+    has to."""
     if backend == "triton":
-        triton.index_tables(layout, pattern, device)
+        triton.index_tables(layout, pattern, shape.device)
     elif backend == "flex":
-        flex.block_mask(layout, pattern, device)
+        kernel = flex.kernel_of(shape.device, shape.dtype, shape.head_dim)
+        flex.block_mask(layout, pattern, shape.device, kernel.rows, kernel.columns)
+    elif backend == "parts":
+        partial_for(dense, shape)
 
 
 def _candidates(dense: Dense, max_extra_bytes: int | None, dense_name: str) -> dict[str, Attend]:

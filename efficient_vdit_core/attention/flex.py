@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..tiles import TilePattern
+from ..tiles import TilePattern, TokenGrid
 from .gpu import too_old
 from .layout import TokenLayout, check_tensors
 
@@ -31,6 +33,21 @@ OLDEST_TORCH = (2, 6)  # the first whose sequences may end inside a block
 # Each dtype, number of heads and head_dim takes two compilations, of which torch allows eight to all who use
 # FlexAttention.
 MOST_KINDS = 128
+_TRUSTED = 0.05  # of the largest value: rounding is a hundredth, a wrong kernel is off by as much as it is large
+
+log = logging.getLogger("efficient_vdit")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Which of FlexAttention's kernels, and the blocks of the mask that it works on."""
+
+    rows: int = BLOCK
+    columns: int = BLOCK
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+_KERNELS: dict[tuple[torch.device, torch.dtype, int], Kernel] = {}
 
 
 def flex_status(device: torch.device | str | None = None) -> tuple[bool, str]:
@@ -52,9 +69,9 @@ def flex_status(device: torch.device | str | None = None) -> tuple[bool, str]:
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:
     """Attention of q over k, v (B, H, N, D) under ``pattern``, scaled by 1 / sqrt(D). Exact and differentiable.
 
-    Any N, bf16, fp16 or fp32. NaN and infinity reach the rows that see their token and no others; in the backward pass
-    a NaN in the output's gradient reaches all tokens of the blocks of 128 that see its own. Raises ValueError naming
-    the argument that does not fit, or the reason why FlexAttention does not run here.
+    Any N, bf16, fp16 or fp32. A NaN or infinity in v reaches every row of the tiles of 128 x 128 that hold it and a row
+    that sees it: their hidden values are multiplied by a weight of zero. Raises ValueError naming the argument that does
+    not fit, or the reason why FlexAttention does not run here.
     """
     check_tensors(q, k, v, layout)
     if q.dtype not in DTYPES:
@@ -65,45 +82,80 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: T
     if not available:
         raise ValueError(f"The flex backend does not run here: {reason}. Choose the frames backend.")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # its kernels read whole rows
-    # It multiplies the hidden values of a partial tile by a weight of zero, which leaves NaN as it is.
-    finite = torch.nan_to_num(v, nan=0.0, posinf=0.0, neginf=0.0)
+    return _attend(q, k, v, layout, pattern, kernel_of(q.device, q.dtype, q.shape[3]))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern, kernel: Kernel) -> Tensor:
     import torch._dynamo.config as compiler
 
+    mask = block_mask(layout, pattern, q.device, kernel.rows, kernel.columns)
     with compiler.patch(recompile_limit=MOST_KINDS):
-        out = _compiled()(q, k, finite, block_mask=block_mask(layout, pattern, q.device))
-    return _with_the_rest(out, (v - finite).detach(), layout, pattern)
+        return _compiled()(q, k, v, block_mask=mask, kernel_options=dict(kernel.options))
 
 
-def _with_the_rest(out: Tensor, rest: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:
-    """``out`` plus, in every row, the sum of ``rest`` over the tokens that the row sees: zeros, but for NaN and
-    infinity.
+def kernel_of(device: torch.device, dtype: torch.dtype, dim: int) -> Kernel:
+    """The kernel for tensors of this kind: FlashAttention-4 where it is installed and right, else FlexAttention's
+    own. The answer is kept."""
+    key = (device, dtype, dim)
+    if key not in _KERNELS:
+        flash = flash_kernel(device, dtype)
+        right = flash is not None and _is_right(flash, device, dtype, dim)
+        _KERNELS[key] = flash if flash is not None and right else triton_kernel(device, dim)
+    return _KERNELS[key]
 
-    Slices only: indexing by a list would copy it to the device, and wait.
-    """
-    frames, size, first, last = (
-        layout.grid.t,
-        layout.grid.tokens_per_frame,
-        layout.prefix,
-        layout.tokens - layout.suffix,
-    )
-    of_frame = rest[:, :, first:last].unflatten(2, (frames, size)).sum(3)  # (B, H, T, D)
-    everything = rest.sum(2)
-    shared = rest[:, :, :first].sum(2) + rest[:, :, last:].sum(2)
-    references = pattern.reference_frames(frames)
-    for f in references:
-        shared = shared + of_frame[:, :, f]
-    near = of_frame.clone()
-    for away in range(1, min(pattern.window, frames - 1) + 1):  # reference frames count twice: not finite is not finite
-        near[:, :, away:] += of_frame[:, :, :-away]
-        near[:, :, :-away] += of_frame[:, :, away:]
-    seen = near + shared[:, :, None]
-    for f in references:
-        seen[:, :, f] = everything
-    out = out.clone() if out.requires_grad else out  # the backward pass reads what FlexAttention returned
-    out[:, :, :first] += everything[:, :, None]
-    out[:, :, last:] += everything[:, :, None]
-    out[:, :, first:last].unflatten(2, (frames, size)).add_(seen[:, :, :, None])
-    return out
+
+def triton_kernel(device: torch.device, dim: int) -> Kernel:
+    """PyTorch's tables have tiles for head_dim 64, 128 and 256; what is not there falls to 64 x 64, at half the speed."""
+    options: dict[str, Any] = {"ROWS_GUARANTEED_SAFE": True}  # each token sees itself
+    if device.type == "cuda" and dim not in (64, 128, 256) and dim <= 128:
+        stages = 3 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 2
+        options |= {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": stages}
+    return Kernel(options=tuple(options.items()))
+
+
+def flash_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """FlashAttention-4's kernels under FlexAttention, in the blocks that they work on; None where they do not run."""
+    from torch.nn.attention import flex_attention
+
+    known = getattr(getattr(flex_attention, "FlexKernelOptions", None), "__annotations__", {})
+    if device.type != "cuda" or dtype == torch.float32 or "BACKEND" not in known or not _installed("flash_attn.cute"):
+        return None
+    rows = {9: 128, 10: 256}.get(torch.cuda.get_device_capability(device)[0])
+    return Kernel(rows, 128, (("BACKEND", "FLASH"),)) if rows else None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is not there
+        return False
+
+
+def _is_right(kernel: Kernel, device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether a kernel runs here and gives the result and the gradients of PyTorch's dense attention on a few hundred
+    tokens. Its backward has been wrong for some head_dims without a word."""
+    layout, pattern = TokenLayout(TokenGrid(4, 1, 150)), TilePattern(1)
+    generator = torch.Generator().manual_seed(0)
+    size = (1, 2, layout.tokens, dim)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            q, k, v = (torch.randn(size, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
+            owner = token_owners(layout, pattern).to(device)
+            sees = (owner[:, None] == owner) | (owner[:, None] < 0) | (owner < 0)
+            found, wanted = (
+                (out.detach(), *torch.autograd.grad(out.float().square().sum(), (q, k, v)))
+                for out in (
+                    _attend(q, k, v, layout, pattern, kernel),
+                    torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sees),
+                )
+            )
+        off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
+    except Exception as error:  # compilers raise anything
+        log.info("Efficient-vDiT: FlashAttention-4 is not used: %s: %s", type(error).__name__, error)
+        return False
+    if off > _TRUSTED:
+        log.warning("Efficient-vDiT: FlashAttention-4 is not used: it is off by %.2g for head_dim %d", off, dim)
+    return off <= _TRUSTED
 
 
 @functools.lru_cache(maxsize=1)
@@ -111,20 +163,25 @@ def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     # fullgraph: past the limit of recompilations torch would otherwise go on without compiling, with N x N scores.
-    return torch.compile(flex_attention, fullgraph=True)
+    # Symbolic sizes would have every block checked for its end.
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 # Each mask keeps some megabytes of indices on the device; a plan has few different patterns.
 @functools.lru_cache(maxsize=64)
-def block_mask(layout: TokenLayout, pattern: TilePattern, device: torch.device, block: int = BLOCK) -> BlockMask:
-    """FlexAttention's BlockMask of the pattern, the same for every batch entry and head. Cached."""
+def block_mask(
+    layout: TokenLayout, pattern: TilePattern, device: torch.device, rows: int = BLOCK, columns: int = BLOCK
+) -> BlockMask:
+    """FlexAttention's BlockMask of the pattern in blocks of ``rows`` x ``columns``, the same for every batch entry and
+    head. Cached."""
     from torch.nn.attention.flex_attention import BlockMask
 
     with torch.inference_mode(False):  # a mask made in inference mode could not serve a training step later
         owner = token_owners(layout, pattern)
-        live, full = live_and_full_tiles(owner, block, pattern.window)
-        partial_count, partial_index = (x.to(device) for x in _as_lists(live & ~full))
-        full_count, full_index = (x.to(device) for x in _as_lists(full))
+        live, full = live_and_full_tiles(owner, rows, columns, pattern.window)
+        # For each block of rows the blocks of keys that it sees, and the other way round for the backward pass.
+        lists = [_as_lists(tiles) for tiles in (live & ~full, full, (live & ~full).T, full.T)]
+        kv, full_kv, q, full_q = ([x.to(device) for x in one] for one in lists)
         owner, window = owner.to(device), pattern.window
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -133,10 +190,9 @@ def block_mask(layout: TokenLayout, pattern: TilePattern, device: torch.device, 
 
     return BlockMask(
         seq_lengths=(layout.tokens, layout.tokens),
-        kv_num_blocks=partial_count, kv_indices=partial_index, full_kv_num_blocks=full_count, full_kv_indices=full_index,
-        # The backward pass asks which queries see a block of keys: the mask is symmetric.
-        q_num_blocks=partial_count, q_indices=partial_index, full_q_num_blocks=full_count, full_q_indices=full_index,
-        BLOCK_SIZE=(block, block), mask_mod=sees,
+        kv_num_blocks=kv[0], kv_indices=kv[1], full_kv_num_blocks=full_kv[0], full_kv_indices=full_kv[1],
+        q_num_blocks=q[0], q_indices=q[1], full_q_num_blocks=full_q[0], full_q_indices=full_q[1],
+        BLOCK_SIZE=(rows, columns), mask_mod=sees,
     )  # fmt: skip
 
 
@@ -149,28 +205,36 @@ def token_owners(layout: TokenLayout, pattern: TilePattern) -> Tensor:
     return torch.cat([ends[0], frames.repeat_interleave(layout.grid.tokens_per_frame), ends[1]])
 
 
-def live_and_full_tiles(owner: Tensor, block: int, window: int = 0) -> tuple[Tensor, Tensor]:
-    """(b, b) bool twice: tiles with at least one pair that the mask keeps, and tiles inside N that keep all their
-    pairs."""
+def live_and_full_tiles(owner: Tensor, rows: int, columns: int, window: int = 0) -> tuple[Tensor, Tensor]:
+    """(b, c) bool twice: tiles with at least one pair that the mask keeps, and tiles inside N that keep all their pairs;
+    b blocks of ``rows`` tokens, c of ``columns``."""
+    of_rows, of_columns = _sums(owner, rows), _sums(owner, columns)
+    first, last, shared, plain = (x[:, None] for x in of_rows)
+    first_key, last_key, shared_key, plain_key = of_columns
+    # Blocks of one size do not overlap and frames lie in order, so the nearest frames of two are at their ends.
+    live = shared | shared_key | ((first <= last_key + window) & (first_key <= last + window))
+    spans = (last - first_key <= window) & (last_key - first <= window)  # the frames furthest from one another
+    full = ~plain | ~plain_key | spans
+    if len(owner) % rows:
+        full[-1] = False
+    if len(owner) % columns:
+        full[:, -1] = False
+    return live, full
+
+
+def _sums(owner: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each block: its first and last ordinary frame, whether a token in it sees all, and whether one does not."""
     blocks = -(-len(owner) // block)
     # Repeating the last token fills the last block without changing what is in it.
     padded = torch.cat([owner, owner[-1:].expand(blocks * block - len(owner))]).view(blocks, block)
     last = padded.amax(1)
-    first = torch.where(padded < 0, len(owner), padded).amin(1)
-    shared, plain = padded.amin(1) < 0, last >= 0
-    # Blocks do not overlap and frames lie in order, so the nearest frames of two blocks are at the ends of their ranges.
-    near = first[:, None] <= last + window
-    live = shared[:, None] | shared | (near & near.T)
-    spans = last[:, None] - first <= window  # from the first frame of the one to the last of the other
-    full = ~plain[:, None] | ~plain | (spans & spans.T)
-    if len(owner) % block:
-        full[-1] = full[:, -1] = False
-    return live, full
+    return torch.where(padded < 0, len(owner), padded).amin(1), last, padded.amin(1) < 0, last >= 0
 
 
 def _as_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """(1, 1, b) counts of the tiles set in each row and (1, 1, b, b) their columns, in order from the left; both
     int32."""
+    tiles = tiles.contiguous()
     counts = tiles.sum(1)
     rows, columns = tiles.nonzero(as_tuple=True)
     place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]

@@ -18,7 +18,7 @@ from ..plan import TilePlan
 from ..tiles import TilePattern
 from .choose import CallShape
 from .dense_call import DenseCall
-from .dispatch import group_shapes, make_tables, measured_choice, partial_for
+from .dispatch import group_shapes, make_ready, measured_choice, partial_for
 from .layout import TokenLayout
 from .padding import without_padding
 from .reasons import why_not_worth_it
@@ -189,7 +189,7 @@ class Preparation:
             if len(self.backends) >= MOST_REMEMBERED:
                 self.backends.clear()
             self.backends[key] = chosen
-        make_tables(chosen, layout, pattern, shape.device)
+        make_ready(chosen, shape, layout, pattern, dense)
         return chosen
 
     def backends_of(

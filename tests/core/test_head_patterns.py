@@ -127,19 +127,15 @@ def test_flex_follows_windows_and_heads(oracle, monkeypatch):
     torch.testing.assert_close(out.double(), expected(oracle, tensors, layout, HEADS), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["frames", "parts"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_what_is_not_finite_reaches_the_window_and_no_further(monkeypatch, poison):
-    from torch.nn.attention.flex_attention import flex_attention
-
-    monkeypatch.setattr(flex, "flex_status", lambda device: (True, "eager, for the test"))
-    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+def test_what_is_not_finite_reaches_the_window_and_no_further(poison, backend):
     layout, pattern = TokenLayout(TokenGrid(6, 1, 40)), TilePattern(1, window=1)
     q, k, v = qkv(layout, dim=64)
     v[:, :, 120:160] = poison  # frame 3
-    for attend in (flex.attend_flex, tile_attention):
-        frames = (~attend(q, k, v, layout, pattern).isfinite()).any(-1)[0, 0].view(6, 40).any(-1)
-        assert frames.tolist() == [True, False, True, True, True, False]
+    out = tile_attention(q, k, v, layout, pattern, backend=backend)
+    frames = (~out.isfinite()).any(-1)[0, 0].view(6, 40).any(-1)
+    assert frames.tolist() == [True, False, True, True, True, False]
 
 
 class TestHeadPatterns:
