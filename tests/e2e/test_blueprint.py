@@ -9,8 +9,8 @@ VALUES = "app.graph.nodes[0]?.widgets?.map(w => [w.name, w.value, !!w.disabled])
 def test_it_is_found_placed_and_sent(comfy, modern):
     page = comfy.open(Comfy_VueNodes_Enabled=modern).page
     page.wait_for_timeout(2000)  # a page that has just come up does not hear the double click
-    page.mouse.dblclick(700, 600)
-    page.wait_for_timeout(1000)
+    page.mouse.dblclick(700, 600, delay=60)  # as a hand does: some pages do not hear two clicks in no time
+    page.wait_for_timeout(1500)
     page.keyboard.type("faster video")
     page.get_by_text("Faster video model").first.wait_for()
     page.keyboard.press("Enter")

@@ -12,7 +12,9 @@ OVERLAPS = """() => {
         const { x, y, width, height } = element.getBoundingClientRect();
         return [n.title, x / scale, y / scale, width / scale, height / scale];
     });
-    const over = ([, ax, ay, aw, ah], [, bx, by, bw, bh]) => ax < bx + bw && bx < ax + aw && ay < by + bh && by < ay + ah;
+    const px = 0.5; // positions come back from the screen, rounded: nodes that touch do not lie over one another
+    const over = ([, ax, ay, aw, ah], [, bx, by, bw, bh]) =>
+        ax + px < bx + bw && bx + px < ax + aw && ay + px < by + bh && by + px < ay + ah;
     return shown.flatMap((a, i) => shown.slice(i + 1).filter(b => over(a, b)).map(b => [a[0], b[0]]));
 }"""
 
