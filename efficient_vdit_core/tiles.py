@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from .limits.quote import quoted
 
-PLACEMENTS = ("strided", "first", "last", "rotating")
+PLACEMENTS = ("strided", "first", "last", "rotating", "chunk heads")
+CHUNK = 5  # latent frames that MiniMax-H3's VAE makes of 17 pixel frames; the first of them holds one pixel frame
 MAX_WINDOW = 256  # latent frames
 
 
@@ -47,8 +48,9 @@ class TilePattern:
     """Which tiles a layer computes: ``k`` reference frames, or all tiles where ``k`` is None.
 
     ``placement`` says where the reference frames stand: ``strided`` over the clip (the paper's), the ``first`` or the
-    ``last`` k, or ``rotating``: strided and moved on by ``shift`` frames, around the end of the clip. ``stride`` is
-    their distance where it was settled by another clip, None = by this one's length. With ``window`` w a frame also
+    ``last`` k, ``rotating``: strided and moved on by ``shift`` frames, around the end of the clip, or ``chunk heads``:
+    spread over every fifth frame, strided where there are more than these. ``stride`` is their distance where it was
+    settled by another clip, None = by this one's length. With ``window`` w a frame also
     attends to those at most w frames away; 0 is the paper's pattern.
     """
 
@@ -97,6 +99,9 @@ class TilePattern:
         if self.placement in ("first", "last"):
             start = 0 if self.placement == "first" else frames - self.k
             return tuple(range(start, start + self.k))
+        heads = range(0, frames, CHUNK)
+        if self.placement == "chunk heads" and self.k <= len(heads):
+            return tuple(heads[i * len(heads) // self.k] for i in range(self.k))
         strided = range(0, frames, self.stride or -(-frames // self.k))
         found = strided if len(strided) == self.k else [i * frames // self.k for i in range(self.k)]
         shift = self.shift if self.placement == "rotating" else 0

@@ -119,7 +119,8 @@ class EVDiTSparseAttention(io.ComfyNode):
                     tooltip=(
                         "Where the k reference frames stand (latent frames). strided = evenly over the clip, as in the paper; "
                         "first or last = the clip's first or last k; rotating = strided, moved on by one frame each step, so "
-                        "that every frame gets its turn. Same speed; it changes which motion holds together."
+                        "that every frame gets its turn; chunk heads = on MiniMax-H3's latent frames of one pixel frame, every fifth. "
+                        "Same speed; it changes which motion holds together."
                     ),
                 ),
                 io.Boolean.Input(

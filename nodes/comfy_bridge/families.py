@@ -74,6 +74,7 @@ class Family:
         order: the layer of each self-attention call, for versions of ComfyUI that give no ``block_index``.
         hook_since: the first ComfyUI version in which the class passes the attention override on; "" = all supported.
         caution: what the user should know before a plan goes over this model, "" where there is nothing.
+        chunk_heads: whether every fifth latent frame begins a chunk of the VAE and holds one pixel frame.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Family:
     order: OrderRule = _one_a_layer
     hook_since: str = ""
     caution: Callable[[Any], str] = _nothing
+    chunk_heads: bool = False
 
     def depth(self, diffusion_model: nn.Module) -> int:
         """The number of layers."""
@@ -191,7 +193,12 @@ FAMILIES: dict[str, Family] = {
     ),
     # Its blocks are single streams; ComfyUI names their patches "double_block" all the same.
     "MiniMaxH3Model": Family(
-        "minimax_h3", layouts.minimax_h3, _at("blocks.0.attn.head_dim"), "blocks.0.attn.heads", caution=_h3_caution
+        "minimax_h3",
+        layouts.minimax_h3,
+        _at("blocks.0.attn.head_dim"),
+        "blocks.0.attn.heads",
+        caution=_h3_caution,
+        chunk_heads=True,
     ),
     "AsymmDiTJoint": Family("mochi", layouts.mochi, _at("blocks.0.attn.head_dim")),
     "GeneralDIT": Family("cosmos", layouts.cosmos, lambda model: model.model_channels // model.num_heads),

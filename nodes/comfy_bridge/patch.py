@@ -65,7 +65,8 @@ def patch_attention(
         after_run: called after each sampling with its counts, the number of layers, and the seconds it took.
 
     Raises:
-        ValueError: the window is empty, the plan is for another model, or the backend cannot run here.
+        ValueError: the window is empty, the plan is for another model, the backend cannot run here, or the model's
+            VAE has no chunk heads, which ``placement`` asks for.
     """
     window = window or Window()
     window.check()
@@ -80,6 +81,11 @@ def patch_attention(
     depth = family.depth(diffusion_model)
     plan.check_fits(family=family.name, layers=depth, heads=family.head_count(diffusion_model))
     _check_dense_layers(plan, depth)
+    if placement == "chunk heads" and not family.chunk_heads:
+        raise ValueError(
+            f"placement is 'chunk heads', latent frames of one pixel frame, which MiniMax-H3 has and {family.name} has not. "
+            "Choose strided."
+        )
     report = AttentionReport(measure=StepMeasure() if measure else None)
     preparation = Preparation(
         plan, report, min_tokens=min_tokens, placement=placement, decline_slow=decline_slow, backend=backend,

@@ -49,6 +49,7 @@ def refusals(in_process):
         ("window that is empty", ["0.6", "0.4", "start_percent"]),
         ("layer beyond the last", ["dense_blocks", "6"]),
         ("backend that cannot run", ["triton", "frames"]),
+        ("chunk heads of a model that has none", ["chunk heads", "opensora_plan", "strided"]),
         ("backend that is none", ["cuda", "frames"]),
         ("latent of 16 channels", ["16", "4"]),
         ("text of another encoder", ["4096", "64"]),

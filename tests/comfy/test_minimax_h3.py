@@ -23,6 +23,10 @@ def test_the_result_is_the_masked_oracle_s(facts, name):
     assert facts[name] < ROUNDING
 
 
+def test_reference_frames_stand_on_the_chunk_heads(facts):
+    assert facts["chunk heads"] < ROUNDING < facts["strided instead"]
+
+
 def test_the_report_counts_each_call(facts):
     assert facts["alone lines"] == [SPARSE]
 

@@ -94,6 +94,15 @@ def test_every_placement_keeps_k_and_every_frame_gets_its_turn(placement, frames
             assert {i for f in found for i in f} == set(range(frames))
 
 
+@pytest.mark.parametrize(
+    ("k", "frames", "expected"),
+    [(1, 37, (0,)), (3, 37, (0, 10, 25)), (4, 37, (0, 10, 20, 30)), (8, 37, tuple(range(0, 37, 5))), (2, 72, (0, 35)),
+     (2, 4, (0, 2)), (9, 37, (0, 4, 8, 12, 16, 20, 24, 28, 32))],
+)  # fmt: skip
+def test_chunk_heads_are_every_fifth_frame_as_long_as_they_last(k, frames, expected):
+    assert TilePattern(k, placement="chunk heads").reference_frames(frames) == expected
+
+
 def test_an_unknown_placement_is_refused():
     with pytest.raises(ValueError, match="placement is 'random'"):
         TilePattern(2).placed("random")

@@ -97,6 +97,11 @@ facts = {}
 dense, alone = run(model), run(sparse(model))
 facts["effect"] = distance(alone, dense)
 facts["alone"] = distance(alone, run(judged(model)))
+heads = plans.TilePlan(patterns=(tiles.TilePattern(2, placement="chunk heads"),) * 3)
+facts["chunk heads"] = distance(
+    run(sparse(model, plans.TilePlan.uniform(2), placement="chunk heads")), run(judged(model, heads))
+)
+facts["strided instead"] = distance(run(sparse(model, plans.TilePlan.uniform(2))), run(judged(model, heads)))
 facts["alone lines"] = list(run(sparse(model)) and lines)
 facts["layered"] = distance(run(sparse(model, LAYERED)), run(judged(model, LAYERED)))
 
@@ -324,7 +329,8 @@ del network.blocks[0].attn.to_gate_compress
 
 # What the blocks allocate. Measured by trials as on a GPU, and bounded as there.
 dispatch.FEWEST_MEASURED_TOKENS = 0
-frames_file.default_extra_bytes = lambda q, frame_bytes: q.numel() * q.element_size() // 4
+for backend_file in (frames_file, module("attention.parts")):
+    backend_file.default_extra_bytes = lambda q, frame_bytes: q.numel() * q.element_size() // 4
 wide = Case("MiniMaxH3", {**case.settings, "attention_head_dim": 32, "ffn_hidden_size": 128}, (24, 12, 8, 8), (25, 12, 16, 0),
             audio=(32, 2, 9), batch=1)  # fmt: skip
 case = wide

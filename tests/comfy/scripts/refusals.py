@@ -48,6 +48,7 @@ facts = {
     "window that is empty": refusal(lambda: patch(fits, start_percent=0.6, end_percent=0.4)),
     "backend that cannot run": refusal(lambda: patch(fits, backend="triton")),
     "backend that is none": refusal(lambda: patch(fits, backend="cuda")),
+    "chunk heads of a model that has none": refusal(lambda: patch(fits, placement="chunk heads")),
     "layer beyond the last": refusal(lambda: patch(fits, dense_blocks="0-6")),
     "latent of 16 channels": refusal(lambda: run(torch.randn(1, 16, 8, 8, 8), text)),
     "text of another encoder": refusal(lambda: run(noise, torch.randn(1, 9, 4096))),
