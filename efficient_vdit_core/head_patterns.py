@@ -48,11 +48,6 @@ class HeadPatterns:
         """The different patterns of the heads, in the order of their first head."""
         return tuple(self.groups)
 
-    @property
-    def is_papers(self) -> bool:
-        """Whether this is a pattern of the paper: its heads are all alike."""
-        return False
-
     def is_full(self, frames: int) -> bool:
         """True where no head leaves anything out of ``frames`` frames."""
         return all(pattern.is_full(frames) for pattern in self.kinds)

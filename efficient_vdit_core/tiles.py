@@ -142,11 +142,6 @@ class TilePattern:
         """The different patterns of a layer's heads."""
         return (self,)
 
-    @property
-    def is_papers(self) -> bool:
-        """Whether this is a pattern of the paper: all heads alike, no window."""
-        return not self.window
-
     def placed(self, placement: str, shift: int = 0) -> TilePattern:
         """The same k, standing elsewhere. Raises ValueError for an unknown placement."""
         return replace(self, placement=placement, shift=shift)

@@ -35,14 +35,14 @@ def tensors(layout, heads=HEADS, dtype=torch.float32, seed=0):
     return [torch.randn(BATCH, heads, layout.tokens, DIM, generator=generator).to(dtype) for _ in range(3)]
 
 
-def wanted(layout, k, qkv, _cache={}):  # noqa: B006
+def wanted(layout, k, qkv, window=0, _cache={}):  # noqa: B006
     """The single-process masked oracle in float64, computed once for each case."""
-    key = (layout, k, qkv[0].dtype, qkv[0].shape)
+    key = (layout, k, window, qkv[0].dtype, qkv[0].shape)
     if key not in _cache:
         oracle = neighbour("conftest").masked_attention
         references = list(TilePattern(k).reference_frames(layout.grid.t))
         size = layout.grid.tokens_per_frame
-        _cache[key] = oracle(*qkv, layout.grid.t, size, references, layout.prefix, layout.suffix)
+        _cache[key] = oracle(*qkv, layout.grid.t, size, references, layout.prefix, layout.suffix, window)
     return _cache[key]
 
 
@@ -71,6 +71,25 @@ def attention_errors(rank, ranks):
                     found[f"T={frames} k={k} {name} plain rb"] = worst(
                         reference_broadcast_attention(*mine, shard, pattern, wire), want
                     )
+    return found
+
+
+def window_errors(rank, ranks):
+    """Worst error on this rank's tokens under windows: RB with a halo of keys and values, whole frames and cut ones."""
+    found = {}
+    for frames, (prefix, suffix) in ((5, (3, 2)), (8, (0, 0)), (21, (0, 4))):
+        layout = TokenLayout(TokenGrid(frames, *GRID), prefix, suffix)
+        qkv = tensors(layout)
+        for (k, window), name in itertools.product(((0, 1), (1, 1), (2, 2), (3, 5)), ("L1", "L2", "L3", "auto")):
+            pattern = TilePattern(k, window=window)
+            if pattern.is_full(frames):
+                continue
+            shard, wire = BUILDS[name](layout, ranks, pattern), Wire()
+            mine = [take(x, shard.spans[rank], 2) for x in qkv]
+            got = sharded_attention(*mine, shard, pattern, wire, scheme="rb")
+            case = f"T={frames} {k}~{window} {name}"
+            found[case] = {"error": worst(got, take(wanted(layout, k, qkv, window), shard.spans[rank], 2)),
+                           "sent": sum(wire.sent.values()), "halo": wire.sent["rb halo"]}  # fmt: skip
     return found
 
 
@@ -204,7 +223,7 @@ def model_errors(rank, ranks):
 def everything(rank, ranks):
     return {
         case.__name__: case(rank, ranks)
-        for case in (attention_errors, head_errors, half_errors, bytes_sent, order, model_errors)
+        for case in (attention_errors, window_errors, head_errors, half_errors, bytes_sent, order, model_errors)
     }
 
 

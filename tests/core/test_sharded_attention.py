@@ -1,5 +1,6 @@
 """Attention over 2, 3 and 4 gloo ranks against the masked oracle of one process, and its bytes against the formulas."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -33,11 +34,29 @@ def test_every_layout_and_scheme_equals_the_oracle(facts):
 
 
 def test_heads_that_differ_and_windows_equal_the_oracle(facts):
-    """Each rank's heads have their own patterns under Ulysses; RB, which was asked for, gives way to it."""
+    """Each rank's heads have their own patterns under Ulysses; where they differ, RB gives way to it."""
     _, results = facts
     errors = {name: max(r["head_errors"][name] for r in results) for name in results[0]["head_errors"]}
     assert len(errors) == 6
     assert not {name: error for name, error in errors.items() if error > 1e-5}
+
+
+def test_windows_equal_the_oracle_by_rb_and_their_halo_is_counted(facts):
+    ranks, results = facts
+    for name in results[0]["window_errors"]:
+        assert max(r["window_errors"][name]["error"] for r in results) < 1e-5, name
+        frames, pattern, kind = name.split()
+        grid, (k, window) = TokenGrid(int(frames[2:]), 1, 5), map(int, pattern.split("~"))
+        layout = TokenLayout(grid, *{5: (3, 2), 8: (0, 0), 21: (0, 4)}[grid.t])
+        pattern = TilePattern(k, window=window)
+        shard = choose_shard(layout, ranks, [pattern]) if kind == "auto" else build(kind, layout, ranks, pattern)
+        sent = [r["window_errors"][name]["sent"] for r in results]
+        assert list(rb_bytes(shard, pattern, 5, 8, 4, 2)) == sent, name
+        if kind == "L1" and k == 0 and grid.t == 8 and ranks in (2, 4):
+            # Whole frames and no reference: each border between ranks is crossed by a window's frames both ways.
+            frame_bytes = 2 * 5 * 5 * 8 * 4 * 2  # keys and values: batch, heads, tokens, head_dim, float32
+            assert sum(r["window_errors"][name]["halo"] for r in results) == 2 * (ranks - 1) * window * frame_bytes
+    assert len(results[0]["window_errors"]) > 30
 
 
 def test_bfloat16_payload_is_stated(facts):
@@ -140,17 +159,21 @@ def test_auto_is_rb_where_k_times_p_is_below_t(frames, ranks, k, scheme):
     assert scheme_of("auto", by_frames(layout, ranks), TilePattern(k), 24, 96, 2) == scheme
 
 
-def test_only_cut_frames_have_peers():
-    shard = by_tokens(TokenLayout(TokenGrid(5, 1, 7)), 3, TilePattern(1))
-    every = roles(shard, TilePattern(1))
-    assert any(r.cut for r in every)
+@pytest.mark.parametrize("window", [0, 1])
+def test_a_halo_goes_to_those_who_see_the_frame_and_to_nobody_else(window):
+    pattern = TilePattern(1, window=window)
+    shard = by_tokens(TokenLayout(TokenGrid(8, 1, 7)), 3, pattern)
+    every = roles(shard, pattern)
+    assert any(r.halo for r in every)
+    neighbours = pattern.neighbours(8)
     for rank, role in enumerate(every):
-        for piece, peers in zip(role.cut, role.cut_peers, strict=True):
-            assert (
-                peers
-                and all(any(p.frame == piece.frame for p in shard.pieces[other]) for other in peers)
-                and rank not in peers
-            )
+        sent = {(piece.frame, peer) for piece, peers in role.halo for peer in peers}
+        assert sent == {
+            (mine.frame, other)
+            for mine, other in itertools.product(shard.pieces[rank], range(3))
+            if other != rank and mine.frame in neighbours
+            and any(p.frame in neighbours and mine.frame in neighbours[p.frame] for p in shard.pieces[other])
+        }  # fmt: skip
 
 
 def test_a_shard_with_a_hole_is_refused():

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
 from ...attention import tile_attention
 from ...head_patterns import LayerPattern
-from ...tiles import TilePattern
 from .layout import Shard
 from .reference_broadcast import reference_broadcast_attention
 from .traffic import scheme_of
@@ -47,7 +44,7 @@ def sharded_attention(
     _check(q, k, v, shard, wire, scheme)
     scheme = scheme_of(scheme, shard, pattern, q.shape[1], q.shape[3], q.element_size())
     if scheme == "rb":
-        return reference_broadcast_attention(q, k, v, shard, cast(TilePattern, pattern), wire)
+        return reference_broadcast_attention(q, k, v, shard, pattern.kinds[0], wire)
 
     def under_the_pattern(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
         return tile_attention(q, k, v, shard.layout, pattern.of_heads(first, q.shape[1]))

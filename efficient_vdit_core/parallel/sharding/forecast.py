@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
 
 from ...attention import TokenLayout
 from ...head_patterns import LayerPattern
-from ...tiles import TilePattern, TokenGrid
+from ...tiles import TokenGrid
 from .layout import choose_shard
 from .traffic import rb_bytes, scheme_of, ulysses_bytes
 
@@ -64,7 +63,7 @@ def bytes_sent(shape: LayerShape, pattern: LayerPattern, ranks: int, scheme: str
     about = (shape.heads, shape.head_dim, shape.itemsize)
     scheme = scheme_of(scheme, shard, pattern, *about)
     if scheme == "rb":
-        return scheme, max(rb_bytes(shard, cast(TilePattern, pattern), *about))
+        return scheme, max(rb_bytes(shard, pattern.kinds[0], *about))
     return scheme, max(ulysses_bytes(shard, *about))
 
 

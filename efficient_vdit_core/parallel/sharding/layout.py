@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
 
 from ...attention import TokenLayout
 from ...attention.layout import global_spans
@@ -127,17 +126,17 @@ def choose_shard(layout: TokenLayout, ranks: int, patterns: Iterable[LayerPatter
     """One shard for all layers: L1 where whole frames share out evenly, else L2, else L3, for the commonest sparse
     pattern.
 
-    Full layers, windows and heads that differ run on any shard, so only the paper's patterns count. L3 moves a halo, so
-    it comes last; without such a layer there is no halo, and tokens are simply split evenly.
+    Full layers and those whose heads differ run on any shard, so the others count. L3 cuts frames, which costs a halo,
+    so it comes last; without such a layer there is none, and tokens are simply split evenly.
     """
     frames = layout.grid.t
-    sparse = Counter(cast(TilePattern, p) for p in patterns if p.is_papers and not p.is_full(frames))
+    sparse = Counter(p.kinds[0] for p in patterns if len(p.kinds) == 1 and not p.is_full(frames))
     if frames % _checked(ranks) == 0:
         return by_frames(layout, ranks)
     if not sparse:
         return by_tokens(layout, ranks, TilePattern(None))
     most = max(sparse.values())
-    pattern = min((p for p, count in sparse.items() if count == most), key=lambda p: len(p.reference_frames(frames)))
+    pattern = min((p for p, count in sparse.items() if count == most), key=lambda p: p.density(frames))
     build = by_references if (frames - len(pattern.reference_frames(frames))) % ranks == 0 else by_tokens
     return build(layout, ranks, pattern)
 

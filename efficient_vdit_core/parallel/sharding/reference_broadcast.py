@@ -1,4 +1,5 @@
-"""RB: ranks keep their frames and exchange only the reference tokens' Q, K, V and their partial results.
+"""RB: ranks keep their frames and exchange only the reference tokens' Q, K, V and their partial results; and the keys
+and values of frames that are cut, or that another rank's frames have in their window.
 
 A reference row's softmax over all keys is the merge of its partial results over each rank's keys, so every rank does
 the same share of it, and no rank ever sees all keys. Per layer and rank 4 k S D e (P - 1) / P bytes and 4 bytes for
@@ -34,12 +35,14 @@ def reference_broadcast_attention(
     every = roles(shard, pattern)
     mine = every[wire.rank]
     shared = _send_shared(q, k, v, every, wire) if any(r.shared_tokens for r in every) else None
-    halo = _send_halo(k, v, every, wire) if any(r.cut for r in every) else None
+    halo = _send_halo(k, v, every, wire) if any(r.halo for r in every) else None
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    _whole_frames(q, k, v, shard.layout.grid.tokens_per_frame, mine, out, lse)
-    if halo is not None:
-        _cut_frames(q, k, v, every, halo.wait(), out, lse, wire)
+    _frames_alone(q, k, v, shard.layout.grid.tokens_per_frame, mine, out, lse)
+    if mine.near:
+        _near_frames(q, _held_and_received(k, v, shard, every, halo, wire), mine, out, lse)
+    elif halo is not None:
+        halo.wait()
     if shared is None:
         return out
     all_q, all_k, all_v = _join_shared(q, k, v, mine, shared.wait(), wire)
@@ -75,7 +78,7 @@ def _join_shared(
 
 
 def _send_halo(k: Tensor, v: Tensor, every: tuple[Roles, ...], wire: Wire) -> Pending:
-    """Keys and values of cut frames to the ranks that hold the other parts."""
+    """Keys and values to the ranks that hold the other parts of a cut frame, or a frame with it in its window."""
     sends, receives = [], []
     for rank in range(wire.size):
         pieces = every[wire.rank].pieces_for(rank)
@@ -85,38 +88,44 @@ def _send_halo(k: Tensor, v: Tensor, every: tuple[Roles, ...], wire: Wire) -> Pe
     return wire.start(HALO, sends, receives, k.device)
 
 
-def _whole_frames(q: Tensor, k: Tensor, v: Tensor, size: int, mine: Roles, out: Tensor, lse: Tensor) -> None:
-    """Frames of ``size`` tokens that lie here entirely attend to themselves; written into ``out`` and ``lse``."""
-    for start, stop in mine.whole:
+def _frames_alone(q: Tensor, k: Tensor, v: Tensor, size: int, mine: Roles, out: Tensor, lse: Tensor) -> None:
+    """Frames of ``size`` tokens that see themselves only; written into ``out`` and ``lse``."""
+    for start, stop in mine.alone:
         frames = [rearrange(x[:, :, start:stop], "b h (f s) d -> (b f) h s d", s=size) for x in (q, k, v)]
         o, logs = attend_lse(*frames)
         out[:, :, start:stop] = rearrange(o, "(b f) h s d -> b h (f s) d", b=q.shape[0])
         lse[:, :, start:stop] = rearrange(logs, "(b f) h s -> b h (f s)", b=q.shape[0])
 
 
-def _cut_frames(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    every: tuple[Roles, ...],
-    received: list[list[Tensor]],
-    out: Tensor,
-    lse: Tensor,
-    wire: Wire,
+def _held_and_received(
+    k: Tensor, v: Tensor, shard: Shard, every: tuple[Roles, ...], halo: Pending | None, wire: Wire
+) -> dict[int, list[tuple[Tensor, Tensor]]]:
+    """Of each frame the pieces of keys and values that are here: this rank's own and those that the others sent."""
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for piece in shard.pieces[wire.rank]:
+        if piece.frame is not None:
+            start, stop = piece.local_span
+            found.setdefault(piece.frame, []).append((k[:, :, start:stop], v[:, :, start:stop]))
+    received = halo.wait() if halo is not None else []
+    for rank, tensors in enumerate(received):
+        done = 0
+        for piece in every[rank].pieces_for(wire.rank):
+            assert piece.frame is not None
+            keys, values = (x[:, :, done : done + piece.tokens] for x in tensors)
+            found.setdefault(piece.frame, []).append((keys, values))
+            done += piece.tokens
+    return found
+
+
+def _near_frames(
+    q: Tensor, here: dict[int, list[tuple[Tensor, Tensor]]], mine: Roles, out: Tensor, lse: Tensor
 ) -> None:
-    """Pieces of cut frames attend to themselves and to the received other pieces; written into ``out`` and ``lse``."""
-    for piece in every[wire.rank].cut:
-        start, stop = piece.local_span
-        keys, values = [k[:, :, start:stop]], [v[:, :, start:stop]]
-        for rank, role in enumerate(every):
-            done = 0
-            for other in role.pieces_for(wire.rank):
-                if other.frame == piece.frame:
-                    keys.append(received[rank][0][:, :, done : done + other.tokens])
-                    values.append(received[rank][1][:, :, done : done + other.tokens])
-                done += other.tokens
-        o, logs = attend_lse(q[:, :, start:stop], torch.cat(keys, dim=2), torch.cat(values, dim=2))
-        out[:, :, start:stop], lse[:, :, start:stop] = o, logs
+    """Pieces of frames attend to the frames that they see; written into ``out`` and ``lse``."""
+    for near in mine.near:
+        start, stop = near.piece.local_span
+        seen = [pair for frame in near.seen for pair in here[frame]]
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(*seen, strict=True))
+        out[:, :, start:stop], lse[:, :, start:stop] = attend_lse(q[:, :, start:stop], keys, values)
 
 
 def _send_rows(partial: Partial, every: tuple[Roles, ...], wire: Wire) -> Pending:

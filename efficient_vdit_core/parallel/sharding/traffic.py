@@ -16,13 +16,13 @@ LSE_BYTES = 4
 def rb_bytes(
     shard: Shard, pattern: TilePattern, heads: int, head_dim: int, itemsize: int, batch: int = 1
 ) -> tuple[int, ...]:
-    """Bytes that each rank sends in one layer by RB: shared q, k, v to all, partial rows and their lse, the halo of cut
-    frames."""
+    """Bytes that each rank sends in one layer by RB: shared q, k, v to all, partial rows and their lse, the keys
+    and values of cut frames and of frames in another's window."""
     every = roles(shard, pattern)
     row, total = heads * head_dim * itemsize, sum(r.shared_tokens for r in every)
     sent = []
     for role in every:
-        halo = sum(piece.tokens * len(peers) for piece, peers in zip(role.cut, role.cut_peers, strict=True))
+        halo = sum(piece.tokens * len(peers) for piece, peers in role.halo)
         shared, rows = 3 * role.shared_tokens * (shard.ranks - 1), total - role.shared_tokens
         sent.append(batch * (row * (shared + rows + 2 * halo) + LSE_BYTES * heads * rows))
     return tuple(sent)
@@ -43,12 +43,14 @@ def scheme_of(asked: str, shard: Shard, pattern: LayerPattern, heads: int, head_
     """The scheme of a layer where ``rb``, ``ulysses`` or ``auto`` was asked for: the one that sends fewer bytes in all
     (``rb`` where k P < T on even shares).
 
-    Full layers, layers whose heads differ and patterns with a window are always ``ulysses``: RB exchanges reference
-    frames alone.
+    Full layers and layers whose heads differ are always ``ulysses``: under RB all heads have the same reference frames.
     """
-    if pattern.is_full(shard.layout.grid.t) or not pattern.is_papers:
+    if pattern.is_full(shard.layout.grid.t) or len(pattern.kinds) != 1:
         return "ulysses"
     if asked != "auto":
         return asked
-    rb, ulysses = rb_bytes(shard, pattern, heads, head_dim, itemsize), ulysses_bytes(shard, heads, head_dim, itemsize)
+    rb, ulysses = (
+        rb_bytes(shard, pattern.kinds[0], heads, head_dim, itemsize),
+        ulysses_bytes(shard, heads, head_dim, itemsize),
+    )
     return "rb" if sum(rb) < sum(ulysses) else "ulysses"
