@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ def _kept(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> Part
     key = (name, device, dtype, dim)
     if key not in _TRIED:
         every = [_OF_PACKAGES[name]] if name != "sdpa" else [_OF_TORCH[x] for x in kernels_for(device, dtype, dim)]
-        _TRIED[key] = next((found for found in every if tells_its_lse(found, device, dtype, dim)), None)
+        _TRIED[key] = next((x for x in (trusted(found, device, dtype, dim) for found in every) if x is not None), None)
     return _TRIED[key]
 
 
@@ -108,27 +108,54 @@ def _prefers_cudnn(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
     return torch._fused_sdp_choice(sample, sample, sample) == SDPBackend.CUDNN_ATTENTION.value
 
 
-def tells_its_lse(partial: PartialAttention, device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    """Whether ``partial`` runs here, and its result and lse are those of the definition. Waits for the device."""
+def trusted(partial: PartialAttention, device: torch.device, dtype: torch.dtype, dim: int) -> PartialAttention | None:
+    """``partial`` where it runs here and its result and lse are those of the definition, without its backward where its
+    gradients are not; else None. Waits for the device."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, n, dim, generator=generator).to(device, dtype) for n in (128, 192, 192))
-    scores = q.double() @ k.double().transpose(-1, -2) / math.sqrt(dim)
+    q, k, v, dout = (torch.randn(1, 2, n, dim, generator=generator).to(device, dtype) for n in (128, 192, 192, 128))
+    want, want_lse, slopes = _definition(*(x.double() for x in (q, k, v, dout)))
+    done: list[Partial] = []
+
+    def forward() -> dict[str, float]:
+        done.append(partial.forward(q, k, v))
+        (out, lse), *_ = done
+        return {"its result": _furthest(out, want), "its log-sum-exp": _furthest(lse, want_lse)}
+
+    def backward() -> dict[str, float]:
+        assert partial.backward is not None
+        found = partial.backward(dout, q, k, v, *done[0])
+        return {"a gradient": max(_furthest(a, b) / float(b.abs().max()) for a, b in zip(found, slopes, strict=True))}
+
+    with torch.no_grad():
+        if wrong := _what_is_wrong(forward):
+            log.info("Efficient-vDiT: %s is not used in parts: %s", partial.name, wrong)
+            return None
+        if partial.backward is not None and (wrong := _what_is_wrong(backward)):
+            log.info("Efficient-vDiT: %s is not trained with in parts: %s", partial.name, wrong)
+            return replace(partial, backward=None)
+    return partial
+
+
+def _definition(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Gradients]:
+    """The result, its lse, and the gradients of q, k and v where the result's is ``dout``."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    scores = q @ k.transpose(-1, -2) * scale
+    weights = scores.softmax(-1)
+    out, lse = weights @ v, scores.logsumexp(-1)
+    slopes = weights * (dout @ v.transpose(-1, -2) - (dout * out).sum(-1, keepdim=True)) * scale
+    return out, lse, (slopes @ k, slopes.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ dout)
+
+
+def _furthest(found: Tensor, want: Tensor) -> float:
+    return float((found.double() - want).abs().max())
+
+
+def _what_is_wrong(run: Callable[[], dict[str, float]]) -> str:
+    """In words; "" where all that ``run`` finds is close to the definition."""
     try:
-        with torch.no_grad():
-            out, lse = partial.forward(q, k, v)
-        wrong = [
-            f"{name} is off by {off:.3g}"
-            for name, off in (
-                ("its result", (out.double() - scores.softmax(-1) @ v.double()).abs().max().item()),
-                ("its log-sum-exp", (lse.double() - scores.logsumexp(-1)).abs().max().item()),
-            )
-            if not off <= _TRUSTED
-        ]
+        return " and ".join(f"{name} is off by {off:.3g}" for name, off in run().items() if not off <= _TRUSTED)
     except Exception as error:  # packages and compilers of others raise anything
-        wrong = [f"{type(error).__name__}: {error}"]
-    if wrong:
-        log.info("Efficient-vDiT: %s is not used in parts: %s", partial.name, " and ".join(wrong))
-    return not wrong
+        return f"{type(error).__name__}: {error}"
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
@@ -177,6 +204,14 @@ def _efficient_forward(q: Tensor, k: Tensor, v: Tensor) -> Partial:
     return out, lse[:, :, : q.shape[2]]  # padded to whole warps
 
 
+def _efficient_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+    nothing = torch.empty(0, dtype=torch.int64, device=q.device)  # the state of a dropout that there is none of
+    padded = F.pad(lse, (0, -lse.shape[2] % 32))  # to whole warps, as it was
+    return torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, None, out, padded, nothing, nothing, 0.0, [True, True, True, False]
+    )[:3]
+
+
 def _flash_attn_forward(q: Tensor, k: Tensor, v: Tensor) -> Partial:
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
@@ -194,9 +229,9 @@ def _sage_forward(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 _OF_TORCH = {
     "cpu": PartialAttention("PyTorch's attention on the CPU", _cpu_forward, _cpu_backward),
     "flash": PartialAttention("PyTorch's flash attention", _flash_forward, _flash_backward),
-    # PyTorch's own backward of it wants an attention bias; flash attention's takes the same result and lse.
+    # Flash attention's backward takes the same result and lse, of any strides.
     "cudnn": PartialAttention("cuDNN's attention", _cudnn_forward, _flash_backward),
-    "efficient": PartialAttention("PyTorch's memory-efficient attention", _efficient_forward),
+    "efficient": PartialAttention("PyTorch's memory-efficient attention", _efficient_forward, _efficient_backward),
 }
 # By the name of ComfyUI's function that calls it.
 _OF_PACKAGES = {

@@ -82,6 +82,7 @@ def attend_parts(
     its lse, as it does for dense attention, and no copies. Raises ValueError where a gradient is wanted and there is no
     backward.
     """
+    q, k, v = _in_rows(q), _in_rows(k), _in_rows(v)
     row_bytes = 2 * q.shape[0] * q.shape[1] * layout.grid.tokens_per_frame * q.shape[3] * q.element_size()
     limit = default_extra_bytes(q, row_bytes) if max_extra_bytes is None else max_extra_bytes
     schedule = make_schedule(layout, pattern, max(1, limit // row_bytes))
@@ -173,7 +174,7 @@ class _Parts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        return *_backward(dout, q, k, v, out, lse, ctx.schedule, ctx.partial), None, None
+        return *_backward(_in_rows(dout), q, k, v, out, lse, ctx.schedule, ctx.partial), None, None
 
 
 def _backward(
@@ -243,6 +244,11 @@ def _near_gradients(
             first = near.seen + place
             seen = total[:, schedule.tokens(first, first + near.count)]
             seen += rearrange(d[:, :, place * size : (place + 1) * size], "f h s d -> h (f s) d")
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """x, copied where its channels stand apart: PyTorch's kernels read whole rows."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _batch(x: Tensor, size: int) -> Tensor:

@@ -90,7 +90,8 @@ def test_any_strides_and_heads_that_differ(oracle):
     layout = TokenLayout(TokenGrid(5, 2, 2), 1, 1)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(layout)]
     expanded = [x[:, :1].expand(-1, 2, -1, -1) for x in qkv(layout)]
-    for tensors in (strided, expanded):
+    apart = [torch.stack((x, x), -1)[..., 0] for x in qkv(layout)]
+    for tensors in (strided, expanded, apart):
         want = expected(oracle, tensors, layout, TilePattern(2)).float()
         torch.testing.assert_close(parts(tensors, layout, TilePattern(2)), want, atol=1e-5, rtol=1e-5)
     patterns = [TilePattern(2), TilePattern(1, window=1)]
@@ -340,3 +341,17 @@ def test_a_training_step_is_measured_there_and_back(monkeypatch, tmp_path):
 def test_other_devices_are_told_why():
     status = {b.name: b for b in available_backends("meta")}["parts"]
     assert not status.available and "does not tell its log-sum-exp" in status.reason
+
+
+def test_a_wrong_gradient_costs_the_way_back_alone(caplog):
+    cpu = partial._OF_TORCH["cpu"]
+
+    def turned(*tensors):
+        dq, dk, dv = cpu.backward(*tensors)
+        return dq, -dk, dv
+
+    with caplog.at_level("INFO"):
+        assert partial.trusted(cpu, CPU, torch.float32, 32) is cpu and not caplog.text
+        found = partial.trusted(PartialAttention("turned", cpu.forward, turned), CPU, torch.bfloat16, 64)
+    assert found.forward is cpu.forward and found.backward is None
+    assert "turned is not trained with in parts: a gradient is off by" in caplog.text
