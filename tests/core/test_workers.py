@@ -235,7 +235,8 @@ print(*[p.pid for p in w.processes], w.folder, flush=True); time.sleep(600)
     *started, folder = starter.stdout.readline().split()
     starter.kill()
     starter.wait()
-    assert gone([int(pid) for pid in started]) and not Path(folder).exists()
+    # The workers end by themselves; the watcher, which removes the folder, may be the last to have its turn.
+    assert gone([int(pid) for pid in started], Path(folder))
 
 
 def test_nothing_is_left_when_the_session_ends(session):

@@ -32,10 +32,10 @@ def alive(pid: int) -> bool:
         return False
 
 
-def gone(every, seconds=5.0) -> bool:
-    """Whether all these processes are gone in ``seconds``."""
+def gone(every, *left, seconds=5.0) -> bool:
+    """Whether all these processes are gone in ``seconds``, and the files and folders ``left`` too."""
     end = time.monotonic() + seconds
-    while any(alive(pid) for pid in every):
+    while any(alive(pid) for pid in every) or any(path.exists() for path in left):
         if time.monotonic() > end:
             return False
         time.sleep(0.02)
