@@ -142,8 +142,8 @@ class EVDiTSparseAttention(io.ComfyNode):
                         "What computes the sparse attention; the result is the same to rounding. auto = the fastest of a short "
                         "trial, measured once for each kind of shape and kept. frames = ComfyUI's own attention backend, on any "
                         "device. triton = one fused kernel, on NVIDIA GPUs from Ampere on. flex = PyTorch's FlexAttention, compiled. "
-                        "parts = the same backend's attention over parts of the keys, merged without copies, where it tells what a "
-                        "merge needs (PyTorch's, flash-attn, SageAttention). One that cannot run here is refused."
+                        "parts = the same backend's attention over parts of the keys, merged, where it tells what a merge needs "
+                        "(PyTorch's, flash-attn, SageAttention), else frames. One that cannot run here is refused."
                     ),
                 ),
                 io.Int.Input(

@@ -163,7 +163,17 @@ def _run(
     if not gradients:
         return lambda: attend(*tensors, layout, pattern)
     slope = torch.randn_like(tensors[0])
-    return lambda: torch.autograd.grad(attend(*tensors, layout, pattern), tensors, slope)
+
+    def there_and_back() -> Any:
+        out = attend(*tensors, layout, pattern)
+        if not out.requires_grad:
+            raise ValueError(
+                "A gradient is wanted, and the dense attention gives none. Hand in a dense function with a backward, or call it "
+                "under torch.no_grad()."
+            )
+        return torch.autograd.grad(out, tensors, slope)
+
+    return there_and_back
 
 
 def _runs(name: str, run: Callable[[], Any]) -> bool:

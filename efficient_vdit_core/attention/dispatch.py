@@ -19,6 +19,7 @@ from .frames import attend_frames
 from .gpu import arrow_kernels_status
 from .heads import put_heads, take_heads
 from .layout import TokenLayout, check_tensors
+from .merge import prepare_merge
 from .partial import PartialAttention, partial_of
 from .parts import attend_parts
 
@@ -204,11 +205,13 @@ def make_ready(backend: str, shape: CallShape, layout: TokenLayout, pattern: Til
         flex.block_mask(layout, pattern, shape.device, kernel.rows, kernel.columns)
     elif backend == "parts":
         partial_for(dense, shape)
+        prepare_merge(shape.device)
 
 
 def _candidates(dense: Dense, max_extra_bytes: int | None, dense_name: str) -> dict[str, Attend]:
     def parts(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:
         partial = partial_for(dense, CallShape.of(q))
+        prepare_merge(q.device)
         if partial is None:
             raise ValueError(
                 f"backend is 'parts', and the dense attention {dense_name} does not tell its log-sum-exp for {q.dtype} of "

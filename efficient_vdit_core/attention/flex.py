@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK = 128
 OLDEST_TORCH = (2, 6)  # the first whose sequences may end inside a block
-# Each dtype, number of heads and head_dim takes two compilations, of which torch allows eight to all who use
-# FlexAttention.
-MOST_KINDS = 128
+# Each dtype, shape and window takes a compilation, with gradients another one; torch allows eight to all who use
+# FlexAttention, and a ComfyUI that runs for days sees many sizes.
+MOST_KINDS = 4096
 _TRUSTED = 0.05  # of the largest value: rounding is a hundredth, a wrong kernel is off by as much as it is large
 
 log = logging.getLogger("efficient_vdit")
@@ -89,7 +89,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TileP
     import torch._dynamo.config as compiler
 
     mask = block_mask(layout, pattern, q.device, kernel.rows, kernel.columns)
-    with compiler.patch(recompile_limit=MOST_KINDS):
+    # The names of torch 2.6; later ones know them still.
+    with compiler.patch(cache_size_limit=MOST_KINDS, accumulated_cache_size_limit=MOST_KINDS):
         return _compiled()(q, k, v, block_mask=mask, kernel_options=dict(kernel.options))
 
 
@@ -100,16 +101,19 @@ def kernel_of(device: torch.device, dtype: torch.dtype, dim: int) -> Kernel:
     if key not in _KERNELS:
         flash = flash_kernel(device, dtype)
         right = flash is not None and _is_right(flash, device, dtype, dim)
-        _KERNELS[key] = flash if flash is not None and right else triton_kernel(device, dim)
+        _KERNELS[key] = flash if flash is not None and right else triton_kernel(device, dtype, dim)
     return _KERNELS[key]
 
 
-def triton_kernel(device: torch.device, dim: int) -> Kernel:
-    """PyTorch's tables have tiles for head_dim 64, 128 and 256; what is not there falls to 64 x 64, at half the speed."""
+def triton_kernel(device: torch.device, dtype: torch.dtype, dim: int) -> Kernel:
+    """PyTorch's tables for NVIDIA have tiles for head_dim 64, 128 and 256; what is not there falls to 64 x 64, at half the
+    speed, and in float32 to more shared memory than most cards have."""
     options: dict[str, Any] = {"ROWS_GUARANTEED_SAFE": True}  # each token sees itself
-    if device.type == "cuda" and dim not in (64, 128, 256) and dim <= 128:
+    if device.type == "cuda" and torch.version.hip is None and dim not in (64, 128, 256) and dim <= 128:
         stages = 3 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 2
-        options |= {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": stages}
+        tile = (64, 32, 4, 2) if dtype == torch.float32 else (128, 64, 8, stages)
+        names = ("fwd_BLOCK_M", "fwd_BLOCK_N", "fwd_num_warps", "fwd_num_stages")
+        options |= dict(zip(names, tile, strict=True))
     return Kernel(options=tuple(options.items()))
 
 
@@ -149,11 +153,14 @@ def _is_right(kernel: Kernel, device: torch.device, dtype: torch.dtype, dim: int
                     torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sees),
                 )
             )
-        off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
+        # A maximum of tensors, which keeps NaN.
+        off = float(
+            torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(found, wanted, strict=True)]).max()
+        )
     except Exception as error:  # compilers raise anything
         log.info("Efficient-vDiT: FlashAttention-4 is not used: %s: %s", type(error).__name__, error)
         return False
-    if off > _TRUSTED:
+    if not off <= _TRUSTED:
         log.warning("Efficient-vDiT: FlashAttention-4 is not used: it is off by %.2g for head_dim %d", off, dim)
     return off <= _TRUSTED
 
@@ -179,9 +186,13 @@ def block_mask(
     with torch.inference_mode(False):  # a mask made in inference mode could not serve a training step later
         owner = token_owners(layout, pattern)
         live, full = live_and_full_tiles(owner, rows, columns, pattern.window)
-        # For each block of rows the blocks of keys that it sees, and the other way round for the backward pass.
-        lists = [_as_lists(tiles) for tiles in (live & ~full, full, (live & ~full).T, full.T)]
-        kv, full_kv, q, full_q = ([x.to(device) for x in one] for one in lists)
+        # For each block of rows the blocks of keys that it sees, and for the backward pass the other way round: the mask
+        # is symmetric, so in square blocks that is the same.
+        partial = live & ~full
+        kv, full_kv = ([x.to(device) for x in _as_lists(tiles)] for tiles in (partial, full))
+        q, full_q = kv, full_kv
+        if rows != columns:
+            q, full_q = ([x.to(device) for x in _as_lists(tiles)] for tiles in (partial.T, full.T))
         owner, window = owner.to(device), pattern.window
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

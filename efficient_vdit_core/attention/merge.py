@@ -6,6 +6,7 @@ Shapes: rows (X, H, S, D) of any strides, their lse (X, H, S), natural logarithm
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import Any
 
 import torch
@@ -16,28 +17,44 @@ from .gpu import triton_status
 _ROWS = 16  # of one program
 
 
+log = logging.getLogger("efficient_vdit")
+_RUNS: dict[torch.device, bool] = {}  # whether the kernel does, by device
+
+
 def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Merges ``part`` (X, H, S, D) with its lse (X, H, S) into ``out`` and ``lse``: both are over disjoint keys, and
     none of their rows is without any.
 
     out + (part - out) w, where w = sigmoid(part_lse - lse) is the share of the part's keys. On a GPU by one kernel that
-    passes over the memory once, elsewhere and while torch.compile traces by PyTorch's operations.
+    passes over the memory once, elsewhere and while torch.compile traces by PyTorch's operations: those hold three
+    float32 copies of one entry of X where the tensors are of half precision.
     """
-    if _fused(out, part):
+    if _RUNS.get(out.device) and not torch.compiler.is_compiling() and out.stride(-1) == part.stride(-1) == 1:
         _merge_fused(out, lse, part, part_lse)
         return
     share = torch.sigmoid(part_lse - lse)[..., None]
     if out.dtype == share.dtype:
         out.lerp_(part, share)
     else:  # a share in half precision would be off by as much as the result's last bit
-        out.copy_(torch.lerp(out.to(share.dtype), part.to(share.dtype), share))
+        for rows, added, of_rows in zip(out, part, share, strict=True):
+            rows.copy_(torch.lerp(rows.to(share.dtype), added.to(share.dtype), of_rows))
     lse.copy_(torch.logaddexp(lse, part_lse))
 
 
-def _fused(out: Tensor, part: Tensor) -> bool:
-    if not out.is_cuda or torch.compiler.is_compiling() or out.dtype == torch.float64:
-        return False
-    return out.stride(-1) == 1 and part.stride(-1) == 1 and triton_status(out.device)[0]
+def prepare_merge(device: torch.device) -> None:
+    """Tries the kernel on a few rows, once for each device: it is built there, which needs a C compiler."""
+    if device in _RUNS or device.type != "cuda":
+        return
+    available, reason = triton_status(device)
+    _RUNS[device] = available
+    if available:
+        rows, logs = torch.zeros(2, 1, 1, 3, 8, device=device), torch.zeros(2, 1, 1, 3, device=device)
+        try:
+            _merge_fused(rows[0], logs[0], rows[1], logs[1])
+        except Exception as error:  # compilers raise anything
+            _RUNS[device], reason = False, f"{type(error).__name__}: {error}"
+    if not _RUNS[device]:
+        log.info("Efficient-vDiT: parts are merged by PyTorch's operations: %s", reason)
 
 
 def _merge_fused(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -47,8 +64,9 @@ def _merge_fused(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> No
     entries, heads, tokens, dim = out.shape
     programs = (-(-tokens // _ROWS), entries * heads)
     strides = [x.stride()[:3] for x in (out, lse, part, part_lse)]
+    options = {"enable_fp_fusion": True} if out.is_cuda else {}  # the interpreter has none
     with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
-        kernel[programs](out, lse, part, part_lse, heads, tokens, *strides, **block_sizes(dim))
+        kernel[programs](out, lse, part, part_lse, heads, tokens, *strides, **block_sizes(dim), **options)
 
 
 def block_sizes(dim: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from .gpu import too_old
+from .sdpa import attention_sdpa
 
 Partial = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -111,8 +112,9 @@ def _prefers_cudnn(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
 def trusted(partial: PartialAttention, device: torch.device, dtype: torch.dtype, dim: int) -> PartialAttention | None:
     """``partial`` where it runs here and its result and lse are those of the definition, without its backward where its
     gradients are not; else None. Waits for the device."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, dout = (torch.randn(1, 2, n, dim, generator=generator).to(device, dtype) for n in (128, 192, 192, 128))
+    generator, lengths = torch.Generator().manual_seed(0), (131, 197, 197, 131)  # which end inside every block
+    drawn = (torch.randn(1, n, 2, dim, generator=generator).to(device, dtype) for n in lengths)
+    q, k, v, dout = (x.transpose(1, 2) for x in drawn)
     want, want_lse, slopes = _definition(*(x.double() for x in (q, k, v, dout)))
     done: list[Partial] = []
 
@@ -123,8 +125,12 @@ def trusted(partial: PartialAttention, device: torch.device, dtype: torch.dtype,
 
     def backward() -> dict[str, float]:
         assert partial.backward is not None
-        found = partial.backward(dout, q, k, v, *done[0])
-        return {"a gradient": max(_furthest(a, b) / float(b.abs().max()) for a, b in zip(found, slopes, strict=True))}
+        # Rows that are gathered lie in another order than those of a kernel's own result.
+        found = partial.backward(dout, q, k, v, done[0][0].contiguous(), done[0][1])
+        return {
+            f"the gradient of {name}": _furthest(a, b) / float(b.abs().max())
+            for name, a, b in zip("qkv", found, slopes, strict=True)
+        }
 
     with torch.no_grad():
         if wrong := _what_is_wrong(forward):
@@ -206,9 +212,11 @@ def _efficient_forward(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 
 def _efficient_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
     nothing = torch.empty(0, dtype=torch.int64, device=q.device)  # the state of a dropout that there is none of
-    padded = F.pad(lse, (0, -lse.shape[2] % 32))  # to whole warps, as it was
+    # It takes the result's rows to be those of (B, N, H, D), and on NVIDIA's cards the lse of whole warps.
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    lse = lse.contiguous() if torch.version.hip else F.pad(lse, (0, -lse.shape[2] % 32), value=math.inf)
     return torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, k, v, None, out, padded, nothing, nothing, 0.0, [True, True, True, False]
+        dout, q, k, v, None, out, lse, nothing, nothing, 0.0, [True, True, True, False]
     )[:3]
 
 
@@ -238,7 +246,8 @@ _OF_PACKAGES = {
     "attention_flash": PartialAttention("flash-attn", _flash_attn_forward),
     "attention_sage": PartialAttention("SageAttention", _sage_forward),
 }
-_CALLS_TORCH = (F.scaled_dot_product_attention.__name__, "attention_pytorch", "_sdpa")
+_COMFYUI = "comfy.ldm.modules.attention"
+_CALLS_TORCH = ((_COMFYUI, "attention_pytorch"), (attention_sdpa.__module__, attention_sdpa.__name__))
 _TRIED: dict[tuple[str, torch.device, torch.dtype, int], PartialAttention | None] = {}
 
 
@@ -247,7 +256,8 @@ def partial_of(
 ) -> PartialAttention | None:
     """What computes the same as a dense attention ``function`` and tells its lse: PyTorch's own, or ComfyUI's for
     flash-attn and SageAttention. None for others, whose lse nobody tells."""
-    name = getattr(function, "__name__", "")
-    if name in _CALLS_TORCH:
+    name, module = getattr(function, "__name__", ""), getattr(function, "__module__", "")
+    if function is F.scaled_dot_product_attention or (module, name) in _CALLS_TORCH:
         return _kept("sdpa", device, dtype, dim)
-    return _kept(name, device, dtype, dim) if name in _OF_PACKAGES else None
+    # Node packs have functions of the same names, which may call other kernels.
+    return _kept(name, device, dtype, dim) if module == _COMFYUI and name in _OF_PACKAGES else None

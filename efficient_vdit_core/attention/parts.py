@@ -76,11 +76,11 @@ def attend_parts(
     """Attention of q over k, v (B, H, N, D) under ``pattern``, scaled by 1 / sqrt(D). Differentiable where ``partial``
     has a backward.
 
-    Memory beyond the output, its lse and what ``partial`` takes inside: 2 B H g D elements for the shared queries and
-    their result or the shared keys and values, and at most ``max_extra_bytes`` (None: ``default_extra_bytes``) for
-    results that are not merged yet, or what one frame takes where that is more. Autograd keeps q, k, v, the output and
-    its lse, as it does for dense attention, and no copies. Raises ValueError where a gradient is wanted and there is no
-    backward.
+    Memory beyond the output, its lse and what ``partial`` and ``merge_into`` take inside: 2 B H g D elements for the
+    shared queries and their result or the shared keys and values, and at most ``max_extra_bytes`` (None:
+    ``default_extra_bytes``) for results that are not merged yet, or what one frame takes where that is more. Autograd
+    keeps q, k, v, the output and its lse, as it does for dense attention, and no copies. Raises ValueError where a
+    gradient is wanted and there is no backward.
     """
     q, k, v = _in_rows(q), _in_rows(k), _in_rows(v)
     row_bytes = 2 * q.shape[0] * q.shape[1] * layout.grid.tokens_per_frame * q.shape[3] * q.element_size()

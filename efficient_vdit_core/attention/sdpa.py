@@ -31,11 +31,11 @@ def sdpa_attention(
     shape = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
     override: Callable[..., Tensor] | None = (kwargs.get("transformer_options") or {}).get(OVERRIDE_KEY)
     if override is not None:
-        return override(_sdpa, q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
-    return _sdpa(q, k, v, heads, mask=mask, **shape)
+        return override(attention_sdpa, q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
+    return attention_sdpa(q, k, v, heads, mask=mask, **shape)
 
 
-def _sdpa(
+def attention_sdpa(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -46,6 +46,7 @@ def _sdpa(
     skip_output_reshape: bool = False,
     **_: Any,
 ) -> Tensor:
+    """PyTorch's own, in ComfyUI's calling convention; ``sdpa_attention`` without an override."""
     if not skip_reshape:
         q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -109,6 +109,8 @@ def _launch(
         blocks = [-(-length // chosen["ROWS"]) for length in (layout.prefix, layout.suffix, grid.tokens_per_frame)]
         return (batch * heads * (blocks[0] + blocks[1] + grid.t * blocks[2]),)
 
+    # Tiles are tuned once for each frame size class and, in a process with several cards, for each kind of them.
+    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     sizes = (
         heads,
         tokens,
@@ -117,7 +119,7 @@ def _launch(
         grid.tokens_per_frame,
         layout.prefix,
         layout.suffix,
-        grid.tokens_per_frame.bit_length(),
+        grid.tokens_per_frame.bit_length() + 64 * (10 * major + minor),
     )
     scale = math.log2(math.e) / math.sqrt(dim)
     # Triton 3.10 turns the fusion of multiply-adds off by default, which the online softmax counts on.

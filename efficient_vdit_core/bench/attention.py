@@ -83,11 +83,7 @@ def measure(
     over the fastest exact dense function.
     """
     generator = torch.Generator().manual_seed(seed)
-    dtype = getattr(torch, shape.dtype)
-    q, k, v = (
-        torch.randn(1, shape.heads, shape.layout.tokens, shape.head_dim, generator=generator).to(device, dtype)
-        for _ in range(3)
-    )
+    q, k, v = random_tensors(shape, device, seed)
     named = backends or tuple(
         b.name for b in available_backends(device) if b.available and fits(b.name, CallShape.of(q))
     )
@@ -110,6 +106,14 @@ def measure(
     return [_row(shape, key, times[key], base, peak, *first[key]) for key in runs]
 
 
+def random_tensors(shape: Shape, device: torch.device, seed: int) -> list[Tensor]:
+    """q, k, v (1, H, N, D), drawn on the device: a long clip's would take a processor half a minute."""
+    generator = torch.Generator(device).manual_seed(seed)
+    size = (1, shape.heads, shape.layout.tokens, shape.head_dim)
+    dtype = getattr(torch, shape.dtype)
+    return [torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(3)]
+
+
 def medians(runs: dict[Any, Callable[[], Any]], device: torch.device, repeats: int) -> dict[Any, float]:
     """Median seconds of each run; they take turns, so that what else the machine does meets all alike."""
     times: dict[Any, list[float]] = {key: [] for key in runs}
@@ -128,6 +132,8 @@ def _memory_and_error(
     count: int | None,
     generator: torch.Generator,
 ) -> tuple[int | None, float]:
+    if q.is_cuda:
+        run()  # compilers, tuners and libraries take memory of their own at the first call
     kept: list[Tensor] = []
     extra = peak_extra_bytes(lambda: kept.append(run()), q.device)
     return extra, _error(kept[0], q, k, v, shape, count, generator)

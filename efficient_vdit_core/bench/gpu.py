@@ -11,13 +11,14 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from ..attention import TokenLayout, available_backends, tile_attention
+from ..attention import available_backends, tile_attention
 from ..attention.choose import CallShape, ChoiceBook, seconds
 from ..attention.dispatch import backend_candidates, fits
 from ..files import write_text
@@ -30,7 +31,8 @@ from .machine import describe_machine, peak_extra_bytes
 PRESETS = ("paper", "wan", "h3")
 # Shapes that a processor gets through in a second: they show that the command works, not what it finds.
 SMALL = [Shape(8, 96, 2, 64, "float32", (2, 1)), Shape(8, 96, 2, 64, "bfloat16", (1,))]
-Rows = Iterator[dict[str, Any]]
+Item = TypeVar("Item")
+Rows = Iterator[list[dict[str, Any]]]  # a few at a time: what was found together
 
 
 @dataclass
@@ -43,6 +45,9 @@ class Run:
     out: Path
     clock: Callable[[], float] = time.monotonic
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    incomplete: dict[str, str] = field(default_factory=dict)  # parts, and why
+    until: float = 0.0  # when the part that runs begins nothing new
+    was_cut: bool = False
 
     def __post_init__(self) -> None:
         self.start = self.clock()
@@ -55,12 +60,20 @@ class Run:
     def spent(self) -> float:
         return self.clock() - self.start
 
+    def in_time(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items while the part has time."""
+        for item in items:
+            if self.spent > self.until:
+                self.was_cut = True
+                return
+            yield item
+
     @property
     def shapes(self) -> list[Shape]:
         return SMALL if self.small else [s for name in PRESETS for s in attention.presets()[name]]
 
 
-# Each part with the share of the budget by whose end it starts nothing new; what a part leaves over is the next one's.
+# Each part with the share of the budget by whose end it begins nothing new; what a part leaves over is the next one's.
 PARTS: dict[str, tuple[Callable[[Run], Rows], float]] = {}
 
 
@@ -75,33 +88,40 @@ def part(share: float) -> Callable[[Callable[[Run], Rows]], Callable[[Run], Rows
 def run_parts(run: Run, names: Iterable[str], say: Callable[[str, dict[str, Any]], None]) -> None:
     """Runs the parts in their order, each into ``<out>/<part>.json``; ``say`` hears of every row.
 
-    ``complete`` is False in the file of a part that was cut, and ``error`` says what ended it where something did.
+    ``complete`` is False in the file of a part that did not come to its end, and ``error`` says why.
     """
     about = {"seed": run.seed, "budget_seconds": run.budget, "machine": describe_machine(run.device)}
     for name in names:
-        function, share = PARTS[name]
-        until, rows = share * run.budget, run.rows.setdefault(name, [])
+        rows = run.rows.setdefault(name, [])
         state: dict[str, Any] = {"part": name, **about, "complete": False, "rows": rows}
         file = run.out / f"{name}.json"
         _write(file, state)
-        begun = run.spent <= run.budget
         try:
-            for row in function(run) if begun else ():
-                rows.append(row)
-                say(name, row)
+            for found in _run_part(run, name):
+                rows += found
+                for row in found:
+                    say(name, row)
                 _write(file, state)
-                if run.spent > until:
-                    break
-            else:
-                state["complete"] = begun
         except Exception as error:  # a part that fails must not cost the parts behind it
-            state["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"
-            say(name, {"error": state["error"]})
-        state["ended_after_seconds"] = round(run.spent, 1)
-        _write(file, state)
+            run.incomplete[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"
+        if why := run.incomplete.get(name):
+            state["error"] = why
+            say(name, {"error": why})
+        _write(file, {**state, "complete": not why, "ended_after_seconds": round(run.spent, 1)})
         gc.collect()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _run_part(run: Run, name: str) -> Rows:
+    function, share = PARTS[name]
+    if run.spent > run.budget:
+        run.incomplete[name] = "not begun: the budget was spent"
+        return
+    run.until, run.was_cut = share * run.budget, False
+    yield from function(run)
+    if run.was_cut:
+        run.incomplete[name] = "cut: its share of the budget was spent"
 
 
 def _write(file: Path, state: dict[str, Any]) -> None:
@@ -122,47 +142,34 @@ def machine(run: Run) -> Rows:
         about = torch.cuda.get_device_properties(run.device)
         row |= {"memory_bytes": about.total_memory, "capability": [about.major, about.minor]}
         row |= {"multiprocessors": about.multi_processor_count}
-    yield row
+    yield [row]
 
 
-@part(0.17)
+@part(0.2)
 def exact(run: Run) -> Rows:
     """Every backend against the definition, there and back."""
-    yield from exactness.measure(run.device, seed=run.seed)
+    yield from run.in_time(exactness.measure(run.device, seed=run.seed))
 
 
-@part(0.27)
-def tests(run: Run) -> Rows:
-    """tests/gpu, where they and pytest are."""
-    folder = Path(__file__).parents[2] / "tests" / "gpu"
-    try:
-        import pytest
-    except ImportError:
-        yield {"skipped": "pytest is not installed"}
-        return
-    if not folder.is_dir():
-        yield {"skipped": "tests/gpu is not here; use a clone"}
-        return
-    report = run.out / "tests_gpu.xml"
-    code = pytest.main(["-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(folder)])
-    yield {"exit_code": int(code), "report": report.name}
-
-
-@part(0.55)
+@part(0.5)
 def attention_alone(run: Run) -> Rows:
     """Each preset's shapes: every dense function, every backend, each in turn."""
-    for shape in run.shapes:
-        yield from attention.measure(shape, run.device, repeats=3 if run.small else 5, seed=run.seed)
+    for shape in run.in_time(run.shapes):
+        try:
+            yield attention.measure(shape, run.device, repeats=3 if run.small else 5, seed=run.seed)
+        except RuntimeError as error:  # a card that is too small for one shape has room for others
+            yield [{**asdict(shape), "error": " ".join(str(error).split())[:300]}]
+            torch.cuda.empty_cache() if run.device.type == "cuda" else None
 
 
-@part(0.68)
+@part(0.62)
 def choice(run: Run) -> Rows:
     """What ``auto`` chooses for the shapes above, how long it takes, and how much is lost against the best."""
     with tempfile.TemporaryDirectory() as folder:
         book = ChoiceBook(Path(folder) / "attention.json")
-        for shape in run.shapes:
-            for count in shape.references:
-                yield _choice(run, book, shape, count)
+        pairs = [(shape, count) for shape in run.shapes for count in shape.references]
+        for one, count in run.in_time(pairs):
+            yield [_choice(run, book, one, count)]
 
 
 def _choice(run: Run, book: ChoiceBook, shape: Shape, count: int) -> dict[str, Any]:
@@ -174,7 +181,7 @@ def _choice(run: Run, book: ChoiceBook, shape: Shape, count: int) -> dict[str, A
     alike = [
         r
         for r in run.rows.get("attention_alone", [])
-        if _is_of(r, shape) and r["pattern"] in ("full", pattern.name(shape.frames))
+        if "milliseconds" in r and _is_of(r, shape) and r["pattern"] in ("full", pattern.name(shape.frames))
     ]
     times = {r["backend"]: r["milliseconds"] for r in alike if r["pattern"] != "full" and " over " not in r["backend"]}
     dense = [r["milliseconds"] for r in alike if r["pattern"] == "full" and r["backend"] not in INEXACT]
@@ -194,56 +201,53 @@ def _is_of(row: dict[str, Any], shape: Shape) -> bool:
     return all(row[name] == getattr(shape, name) for name in names) and row["tokens_per_frame"] == shape.tokens
 
 
-@part(0.74)
+@part(0.68)
 def memory(run: Run) -> Rows:
     """What a layer holds beside its inputs at its peak, there alone and there and back, against dense attention."""
     shape = SMALL[0] if run.small else Shape(24, 3600, 24, 96, "bfloat16", (2,))
-    generator = torch.Generator().manual_seed(run.seed)
-    size = (1, shape.heads, shape.layout.tokens, shape.head_dim)
-    dtype = getattr(torch, shape.dtype)
-    q, k, v = (torch.randn(size, generator=generator).to(run.device, dtype) for _ in range(3))
-    pattern, calls = TilePattern(2), CallShape.of(q)
-    sparse = [b.name for b in available_backends(run.device) if b.available and fits(b.name, calls)]
-    for backend in ("dense", *sparse):
-        yield {
-            "backend": backend,
-            "pattern": pattern.name(shape.frames),
-            "tensor_bytes": q.numel() * q.element_size(),
-            "forward_bytes": _peak(run, backend, (q, k, v), shape.layout, pattern, training=False),
-            "training_bytes": _peak(run, backend, (q, k, v), shape.layout, pattern, training=True),
-        }
+    tensors = attention.random_tensors(shape, run.device, run.seed)
+    sparse = [b.name for b in available_backends(run.device) if b.available and fits(b.name, CallShape.of(*tensors))]
+    for backend in run.in_time(("dense", *sparse)):
+        row = {"backend": backend, "pattern": TilePattern(2).name(shape.frames), "tensor_bytes": tensors[0].nbytes}
+        try:
+            yield [
+                {
+                    **row,
+                    **{f"{kind}_bytes": _peak(run, backend, tensors, shape, kind) for kind in ("forward", "training")},
+                }
+            ]
+        except (RuntimeError, ValueError) as error:  # no room, or no way back
+            yield [{**row, "error": " ".join(str(error).split())[:300]}]
 
 
-def _peak(
-    run: Run, backend: str, tensors: Any, layout: TokenLayout, pattern: TilePattern, *, training: bool
-) -> int | None:
+def _peak(run: Run, backend: str, tensors: list[Tensor], shape: Shape, kind: str) -> int | None:
     def once() -> None:
-        q, k, v = (x.detach().requires_grad_(training) for x in tensors)
-        out = tile_attention(q, k, v, layout, pattern, backend=backend)
-        if training:
+        q, k, v = (x.detach().requires_grad_(kind == "training") for x in tensors)
+        out = tile_attention(q, k, v, shape.layout, TilePattern(2), backend=backend)
+        if kind == "training":
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
     once()  # compilers and libraries take memory of their own at the first call
     return peak_extra_bytes(once, run.device)
 
 
-@part(0.9)
+@part(0.85)
 def model_step(run: Run) -> Rows:
     """One forward of Open-Sora-Plan with random weights, beside Amdahl's bound."""
     clips = (("29x240p", 1),) if run.small else (("29x720p", 32), ("93x720p", 32))
-    for size, depth in clips:
+    for size, depth in run.in_time(clips):
         shape = step.StepShape(size, depth, (2,) if run.small else (4, 2, 1))
-        yield from step.measure(shape, run.device, repeats=1 if run.small else 3, seed=run.seed)
+        yield step.measure(shape, run.device, repeats=1 if run.small else 3, seed=run.seed)
 
 
-@part(1.0)
+@part(0.95)
 def training(run: Run) -> Rows:
     """Seconds of a step of the tiny recipe's stages 1 and 3: what further steps add to a run."""
     from ..distill.config import DistillConfig
     from ..distill.trainer import distill
 
     few, many, batch = (1, 6, 2) if run.small else (10, 60, 32)
-    for method in ("consistency", "knowledge"):
+    for method in run.in_time(("consistency", "knowledge")):
         took = []
         for steps in (few, few, many):  # the first one imports, compiles and warms up
             objective = {"guidance": 3.0} if method == "consistency" else {"plan": "1:7", "segments": 8}
@@ -256,9 +260,22 @@ def training(run: Run) -> Rows:
                 took.append(
                     seconds(lambda config=config, folder=folder: distill(config, Path(folder) / "run"), run.device)
                 )
-        yield {
-            "stage": method,
-            "batch": batch,
-            "seconds_a_step": (took[2] - took[1]) / (many - few),
-            "setup_seconds": took[1],
-        }
+        a_step = (took[2] - took[1]) / (many - few)
+        yield [{"stage": method, "batch": batch, "seconds_a_step": a_step, "setup_seconds": took[1]}]
+
+
+@part(1.0)
+def tests(run: Run) -> Rows:
+    """tests/gpu, where they and pytest are. They come last: nothing can end them before they are done."""
+    folder = Path(__file__).parents[2] / "tests" / "gpu"
+    try:
+        import pytest
+    except ImportError:
+        yield [{"skipped": "pytest is not installed"}]
+        return
+    if not folder.is_dir():
+        yield [{"skipped": "tests/gpu is not here; use a clone"}]
+        return
+    report = run.out / "tests_gpu.xml"
+    code = pytest.main(["-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(folder)])
+    yield [{"exit_code": int(code), "report": report.name}]

@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -215,29 +216,35 @@ def fake_parts(monkeypatch):
 
     @gpu.part(0.2)
     def fails(run):
-        yield {"row": 1}
+        yield [{"row": 1}, {"row": 2}]
         raise RuntimeError("no kernel image")
 
     @gpu.part(0.5)
     def endless(run):
-        while True:
-            yield {"row": 1}
+        for number in run.in_time(itertools.count()):
+            yield [{"row": number}]
+
+    @gpu.part(0.5)
+    def late(run):
+        yield [{"row": "the only one"}]
 
     @gpu.part(1.0)
     def last(run):
-        yield {"row": run.rows["fails"][0]["row"]}
+        yield [{"row": run.rows["fails"][0]["row"]}]
 
     ticks = iter(range(10**6))
     return lambda: next(ticks)
 
 
 def test_a_part_that_fails_or_takes_long_costs_no_other(fake_parts, tmp_path):
-    gpu.run_parts(gpu.Run(CPU, 0, 100, tmp_path, fake_parts), list(gpu.PARTS), lambda name, row: None)
+    run = gpu.Run(CPU, 0, 100, tmp_path, fake_parts)
+    gpu.run_parts(run, list(gpu.PARTS), lambda name, row: None)
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert found["fails"]["rows"] == [{"row": 1}] and found["fails"]["error"] == "RuntimeError: no kernel image"
-    assert not found["fails"]["complete"] and not found["endless"]["complete"]
+    assert found["fails"]["rows"] == [{"row": 1}, {"row": 2}]
+    assert found["fails"]["error"] == "RuntimeError: no kernel image"
+    assert [name for name in gpu.PARTS if not found[name]["complete"]] == ["fails", "endless"] == list(run.incomplete)
     assert 10 < len(found["endless"]["rows"]) <= 50
-    assert found["last"]["complete"] and found["last"]["rows"] == [{"row": 1}]
+    assert found["late"]["rows"] == [{"row": "the only one"}] and found["last"]["rows"] == [{"row": 1}]
 
 
 def test_what_is_not_begun_in_time_has_a_file_that_says_so(fake_parts, tmp_path):
@@ -254,7 +261,7 @@ def test_a_backend_that_is_wrong_or_raises_is_named(monkeypatch):
 
     monkeypatch.setattr(exactness, "tile_attention", wrong)
     monkeypatch.setattr(exactness, "SMALL_LAYOUTS", exactness.SMALL_LAYOUTS[:1])
-    rows = list(exactness.measure(CPU, seed=0))
+    rows = [row for found in exactness.measure(CPU, seed=0) for row in found]
     assert rows and not any(row["passed"] for row in rows)
     assert {row["error"] for row in rows if row["backend"] == "parts"} == {"RuntimeError: out of registers"}
 

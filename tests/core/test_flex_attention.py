@@ -155,15 +155,15 @@ def test_what_is_not_finite_stays_within_the_tiles_that_hold_it(device, poisoned
 
 def test_a_head_size_that_torch_has_no_tiles_for_gets_some(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    gpu = torch.device("cuda")
-    assert dict(flex.triton_kernel(gpu, 96).options)["fwd_BLOCK_M"] == 128
-    assert (
-        flex.triton_kernel(gpu, 128)
-        == flex.triton_kernel(CPU, 96)
-        == flex.Kernel(options=(("ROWS_GUARANTEED_SAFE", True),))
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert dict(flex.triton_kernel(gpu, 96).options)["fwd_num_stages"] == 2  # 99 KiB of shared memory
+    gpu, half = torch.device("cuda"), torch.bfloat16
+    plain = flex.Kernel(options=(("ROWS_GUARANTEED_SAFE", True),))
+    assert dict(flex.triton_kernel(gpu, half, 96).options)["fwd_BLOCK_M"] == 128
+    assert flex.triton_kernel(gpu, half, 128) == flex.triton_kernel(CPU, half, 96) == plain
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))  # 99 KiB of shared memory
+    assert dict(flex.triton_kernel(gpu, half, 96).options)["fwd_num_stages"] == 2
+    assert dict(flex.triton_kernel(gpu, torch.float32, 96).options)["fwd_BLOCK_N"] == 32
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert flex.triton_kernel(gpu, half, 96) == plain
 
 
 @pytest.mark.parametrize(("capability", "blocks"), [((9, 0), (128, 128)), ((10, 0), (256, 128)), ((8, 9), None)])
@@ -201,7 +201,7 @@ def test_a_kernel_that_is_wrong_is_not_used(device, monkeypatch, caplog):
         return run
 
     monkeypatch.setattr(flex, "_attend", attend(Wrong.apply))
-    assert flex.kernel_of(device, torch.float32, 32) == flex.triton_kernel(device, 32)
+    assert flex.kernel_of(device, torch.float32, 32) == flex.triton_kernel(device, torch.float32, 32)
     assert "FlashAttention-4 is not used: it is off by" in caplog.text
     monkeypatch.setattr(flex, "_attend", attend(lambda q, k, v, mask: dense(q, k, v, attn_mask=mask)))
     assert flex.kernel_of(device, torch.float32, 64) == flex.Kernel(256, 128)

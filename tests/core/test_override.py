@@ -155,7 +155,7 @@ def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend):
     report = AttentionReport()
     call(make_attention_override(TilePlan.uniform(1), report, backend=backend), flat(), ForwardState(LAYOUT))
     assert used == ["frames"] and report.sparse == 1
-    assert measured == (["_sdpa"] if backend == "auto" else [])
+    assert measured == (["attention_sdpa"] if backend == "auto" else [])
     assert report.trials == ({"1:4": "dense 1.00, frames 2.00"} if backend == "auto" else {})
 
 
@@ -169,7 +169,7 @@ def test_measurements_over_another_override_are_kept_apart(monkeypatch):
         return func(*args, **kwargs)
 
     call(make_attention_override(TilePlan.uniform(1), AttentionReport(), previous=sage), flat(), ForwardState(LAYOUT))
-    assert names == ["sage over _sdpa"]
+    assert names == ["sage over attention_sdpa"]
 
 
 @pytest.mark.parametrize("skip_output_reshape", [False, True])

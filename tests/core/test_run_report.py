@@ -36,7 +36,7 @@ def test_every_call_is_in_the_summary():
     density = TilePattern(1).density(4)
     work = f"  work: {(2 * density + 1) / 3:.0%} of dense attention's FLOPs, dense calls included"
     assert sparse and text.splitlines()[:2] == ["Self-attention over the video: 3 calls, 2 of them sparse", work]
-    assert "  dense: 1 full in the plan" in text and "  computed by _sdpa (3)" in text
+    assert "  dense: 1 full in the plan" in text and "  computed by attention_sdpa (3)" in text
     assert (
         "Other attention, always dense: 1 cross-attention" in text and ", from the dense calls of this run, so" in text
     )

@@ -12,7 +12,7 @@ from ..arguments import count, seed_number
 from .device import device_named
 
 SHOWN = ("backend", "pattern", "frames", "tokens_per_frame", "dtype", "head_dim", "milliseconds", "speedup", "efficiency", "passed",
-         "forward_error", "gradient_error", "chosen", "best", "regret", "trial_seconds", "size", "seconds", "amdahl_bound",
+         "forward_error", "gradient_errors", "chosen", "best", "regret", "trial_seconds", "size", "seconds", "amdahl_bound",
          "forward_bytes", "training_bytes", "stage", "seconds_a_step", "exit_code", "skipped", "error")  # fmt: skip
 
 
@@ -41,10 +41,15 @@ def run(args: argparse.Namespace) -> int:
     found = Run(device_named(args.device), args.seed, args.budget, args.out)
     run_parts(found, names, _tell)
     say(f"{found.spent:.0f} s; results in {args.out}")
+    for name, why in found.incomplete.items():
+        say(f"not complete: {name}: {why}")
     wrong = [r for r in found.rows.get("exact", []) if not r["passed"]]
     failed = [r for r in found.rows.get("tests", []) if r.get("exit_code", 0) not in (0, 5)]  # 5: nothing to run here
-    if wrong or failed:
-        what = f"{len(wrong)} of {len(found.rows['exact'])} checks" if wrong else "tests/gpu"
+    unknown = "exact" in names and not found.rows["exact"]
+    if wrong or failed or unknown:
+        what = (
+            f"{len(wrong)} of {len(found.rows['exact'])} checks" if wrong else "the check" if unknown else "tests/gpu"
+        )
         raise ValueError(f"Not exact here: {what} failed; see {args.out}. Please report it with that folder.")
     return 0
 
