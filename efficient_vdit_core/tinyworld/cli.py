@@ -21,10 +21,9 @@ def add_arguments(subparsers: Any) -> None:
     train.add_argument(
         "--out", type=Path, default=Path("runs/tiny/model"), help="folder for the model, default: %(default)s"
     )
-    parts = ("text_encoder", "vae", "decoder", "transformer")
+    parts = ("text_encoder", "vae", "transformer")
     train.add_argument("--parts", nargs="+", default=parts, choices=parts)
     train.add_argument("--vae-steps", type=count(1, 10_000_000), default=5000, help="default: %(default)s")
-    train.add_argument("--decoder-steps", type=count(1, 10_000_000), default=800, help="default: %(default)s")
     train.add_argument("--dit-steps", type=count(1, 10_000_000), default=8000, help="default: %(default)s")
     train.add_argument(
         "--clips", type=count(1, 1_000_000), default=6144, help="clips to learn from, default: %(default)s"
@@ -65,8 +64,8 @@ def _train(args: argparse.Namespace) -> int:
 
     parts = tuple(args.parts)
     try:
-        train(args.run_folder, args.out, parts=parts, vae_steps=args.vae_steps, decoder_steps=args.decoder_steps,
-              dit_steps=args.dit_steps, clips=args.clips, batch=args.batch, seed=args.seed, tensorboard=args.tensorboard)  # fmt: skip
+        train(args.run_folder, args.out, parts=parts, vae_steps=args.vae_steps, dit_steps=args.dit_steps, clips=args.clips,
+              batch=args.batch, seed=args.seed, tensorboard=args.tensorboard)  # fmt: skip
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on from {args.run_folder}")
         return INTERRUPTED

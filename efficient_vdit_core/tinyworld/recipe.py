@@ -1,4 +1,4 @@
-"""The whole recipe of the tiny models: text encoder, VAE, its decoder once more, cached latents, transformer, export.
+"""The whole recipe of the tiny models: text encoder, VAE, cached latents, transformer, export.
 
 Every part keeps its state in a folder of the run and goes on from there, so a stopped run is started again with the
 same command.
@@ -16,13 +16,12 @@ from ..models.opensora_plan.text import TextEncoder
 from ..models.opensora_plan.vae import CausalVAE
 from ..pipeline import LATENT_SCALE
 from .export import export_text_encoder, export_transformer, export_vae, standardise_latents
-from .train_decoder import train_decoder
 from .train_dit import cache_clips, train_dit
 from .train_text import train_sentencepiece, train_text_encoder
 from .train_vae import to_model_range, train_vae
 from .world import random_scene, render
 
-PARTS = ("text_encoder", "vae", "decoder", "transformer")
+PARTS = ("text_encoder", "vae", "transformer")
 
 
 def train(
@@ -31,7 +30,6 @@ def train(
     *,
     parts: tuple[str, ...] = PARTS,
     vae_steps: int = 5000,
-    decoder_steps: int = 800,
     dit_steps: int = 8000,
     clips: int = 6144,
     batch: int = 32,
@@ -47,11 +45,6 @@ def train(
         vae = train_vae(run / "vae", steps=vae_steps, seed=seed, tensorboard=tensorboard)
         standardise_latents(vae, _sample_latents(vae), LATENT_SCALE)
         export_vae(vae, out / "vae")
-    if "decoder" in parts:
-        vae = load_vae(out / "vae", dtype=torch.float32)
-        export_vae(
-            train_decoder(run / "decoder", vae, steps=decoder_steps, seed=seed, tensorboard=tensorboard), out / "vae"
-        )
     if "transformer" in parts:
         # Read back what was written: the transformer learns the latents of the very file that ships.
         vae, text = (

@@ -44,13 +44,13 @@ def to_pixels(video: Tensor) -> np.ndarray:
 def train_vae(folder: Path, *, steps: int = 5000, seed: int = 0, tensorboard: bool = False) -> CausalVAE:
     """Train (or resume) in ``folder`` and return the VAE with averaged weights."""
     torch.manual_seed(seed)
-    vae = CausalVAE(TINY_VAE)
-    flatten_kernels(vae)
-    optimizers = split_optimizers(list(vae.parameters()), muon=4e-3, adam=2e-3)
-    run = TrainingRun(vae, optimizers, folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard)
+    vae = _with_flat_kernels()
+    run = TrainingRun(
+        vae, _optimizers(vae), folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard
+    )
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        x = to_model_range(random_clips(numpy_rng(generator), *_phase(run.step / steps)))
+        x = to_model_range(_clips(numpy_rng(generator), *_phase(run.step / steps)))
         mean, logvar = vae.moments(x)
         noise = torch.randn(mean.shape, generator=generator)
         out = vae.decode(mean + noise * (0.5 * logvar).exp())
@@ -58,9 +58,9 @@ def train_vae(folder: Path, *, steps: int = 5000, seed: int = 0, tensorboard: bo
         return shape_weighted_error(out, x) + KL_WEIGHT * kl
 
     def evaluate(ema: dict[str, Tensor]) -> str:
-        return describe_readback(plain_vae(ema), clips=24)
+        return describe_readback(_plain_vae(ema), clips=24)
 
-    return plain_vae(run.train(loss_of, evaluate=evaluate))
+    return _plain_vae(run.train(loss_of, evaluate=evaluate))
 
 
 def shape_weighted_error(out: Tensor, x: Tensor) -> Tensor:
@@ -86,16 +86,15 @@ class _Kernel(nn.Module):
         return kernel.flatten(1)
 
 
-def flatten_kernels(vae: CausalVAE) -> None:
-    """Keeps the kernels as matrices, while they are trained."""
+def _with_flat_kernels() -> CausalVAE:
+    vae = CausalVAE(TINY_VAE)
     for module in _convolutions(vae):
         parametrize.register_parametrization(module, "weight", _Kernel(module.weight.shape))
+    return vae
 
 
-def plain_vae(state: dict[str, Tensor]) -> CausalVAE:
-    """The tiny VAE with trained weights whose kernels are matrices."""
-    vae = CausalVAE(TINY_VAE)
-    flatten_kernels(vae)
+def _plain_vae(state: dict[str, Tensor]) -> CausalVAE:
+    vae = _with_flat_kernels()
     vae.load_state_dict(state)
     for module in _convolutions(vae):
         parametrize.remove_parametrizations(module, "weight")
@@ -106,15 +105,14 @@ def _convolutions(vae: CausalVAE) -> list[nn.Conv2d | nn.Conv3d]:
     return [m for m in vae.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
 
 
-def split_optimizers(parameters: list[nn.Parameter], *, muon: float, adam: float) -> list[torch.optim.Optimizer]:
-    """Muon for the kernels, AdamW for the rest, at these rates: a still reaches in 200 steps what AdamW alone needs 400
-    for."""
-    kernels = [p for p in parameters if p.ndim == 2 and min(p.shape) >= 8]
+def _optimizers(vae: CausalVAE) -> list[torch.optim.Optimizer]:
+    """Muon for the kernels, AdamW for the rest: a still reaches in 200 steps what AdamW alone needs 400 for."""
+    kernels = [p for p in vae.parameters() if p.ndim == 2 and min(p.shape) >= 8]
     chosen = {id(p) for p in kernels}
-    rest = [p for p in parameters if id(p) not in chosen]
+    rest = [p for p in vae.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(kernels, lr=muon, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.99), weight_decay=0.0),
+        torch.optim.Muon(kernels, lr=4e-3, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0),
     ]
 
 
@@ -127,7 +125,7 @@ def _phase(progress: float) -> tuple[int, int]:
     return batch, frames
 
 
-def random_clips(rng: np.random.Generator, count: int, frames: int) -> np.ndarray:
+def _clips(rng: np.random.Generator, count: int, frames: int) -> np.ndarray:
     """Pieces (count, frames, H, W, 3) that start anywhere in a clip."""
     starts = rng.integers(0, FRAMES - frames + 1, size=count)
     return np.stack([render(random_scene(rng), first=int(start), frames=frames) for start in starts])
