@@ -181,9 +181,14 @@ def test_a_bypass_after_all_that_leaves_nothing(facts):
     assert facts["bypassed"] == 0
 
 
-@pytest.mark.parametrize("name", ["never declined", "frames", "parts"])
+@pytest.mark.parametrize("name", ["never declined", "frames", "parts", "parts of pytorch"])
 def test_long_sequences_are_sparse_where_nothing_may_decline(facts, name):
+    if name not in facts:
+        pytest.skip("this ComfyUI chooses one attention for all models")
     assert facts[name]["sparse"] < ROUNDING < facts[name]["dense"]
+    # ComfyUI's attention on a CPU does not tell what a merge needs.
+    instead = [line for line in facts[name]["lines"] if "does not tell its log-sum-exp" in line]
+    assert len(instead) == (name == "parts")
     assert (
         facts[name]["lines"][-1]
         == "Efficient-vDiT: 6 attention calls sparse at mean density 0.31; dense: 6 cross-attention"

@@ -6,6 +6,7 @@ import sys
 import threading
 
 from host import call, load_pack, log_lines, torch  # isort: skip
+import comfy.ldm.modules.attention as attention  # isort: skip
 import comfy.model_management as mm  # isort: skip
 import comfy.model_patcher  # isort: skip
 import comfy.samplers  # isort: skip
@@ -254,4 +255,10 @@ backends = {name: {"backend": name} for name in ("frames", "parts")}
 for name, changes in {"measured": {}, "never declined": {"decline_slow": False}, **backends}.items():
     got = run(sparse(model, **changes), cfg=1.0)
     facts[name] = {"sparse": distance(got, want), "dense": distance(got, dense), "lines": list(lines)}
+# On a CPU ComfyUI runs with an attention that does not tell its log-sum-exp; PyTorch's, chosen for the model, does.
+if hasattr(model, "set_model_optimized_attention"):
+    chosen = model.clone()
+    chosen.set_model_optimized_attention(attention.attention_pytorch)
+    got = run(sparse(chosen, backend="parts"), cfg=1.0)
+    facts["parts of pytorch"] = {"sparse": distance(got, want), "dense": distance(got, dense), "lines": list(lines)}
 print(json.dumps(facts))
