@@ -12,7 +12,10 @@ from .device import device_named
 def add(commands: Any) -> argparse.ArgumentParser:
     heads = commands.add_parser("heads", help="heads that differ, with and without neighbours, against dense attention")
     heads.add_argument(
-        "--backend", choices=("auto", "frames", "triton", "flex", "parts"), default="frames", help="default: %(default)s"
+        "--backend",
+        choices=("auto", "frames", "triton", "flex", "parts"),
+        default="frames",
+        help="default: %(default)s",
     )
     return heads
 
