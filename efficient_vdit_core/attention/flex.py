@@ -23,6 +23,7 @@ from torch import Tensor
 from ..tiles import TilePattern, TokenGrid
 from .gpu import too_old
 from .layout import TokenLayout, check_tensors
+from .spans import in_rows
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -81,7 +82,7 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: T
     available, reason = flex_status(q.device)
     if not available:
         raise ValueError(f"The flex backend does not run here: {reason}. Choose the frames backend.")
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # its kernels read whole rows
+    q, k, v = in_rows(q), in_rows(k), in_rows(v)
     return _attend(q, k, v, layout, pattern, kernel_of(q.device, q.dtype, q.shape[3]))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..tiles import TilePattern
 from .extra_bytes import default_extra_bytes
 from .layout import TokenLayout, global_spans, runs
+from .spans import put, take
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 Chunk = list[tuple[int, ...]]  # for each of its frames, those that it sees beside the shared ones; all see as many
@@ -62,7 +63,7 @@ def attend_frames(
         group = slice(first, first + heads)
         part = tuple(x[:, group] for x in (q, k, v))
         if spans:
-            _scatter(out[:, group], dense(_gather(part[0], spans), *part[1:]), spans)
+            put(out[:, group], spans, dense(take(part[0], spans, 2), *part[1:]), 2)
         for b in range(q.shape[0]):
             queries, keys, values = (x[b] for x in part)
             _attend_own_frames(out[b, group], queries, keys, values, layout, spans, chunks, dense, reuse)
@@ -154,17 +155,6 @@ def _take(x: Tensor, layout: TokenLayout, frames: list[int]) -> Tensor:
 def _put(out: Tensor, layout: TokenLayout, frames: list[int], done: Tensor) -> None:
     for at, first, last in runs(frames):
         _frames(out, layout, first, last).copy_(done[at : at + last - first])
-
-
-def _gather(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    if len(spans) == 1:
-        return x[:, :, spans[0][0] : spans[0][1]]
-    return torch.cat([x[:, :, :0], *(x[:, :, start:stop] for start, stop in spans)], dim=2)
-
-
-def _scatter(out: Tensor, rows: Tensor, spans: list[tuple[int, int]]) -> None:
-    for (start, stop), part in zip(spans, rows.split([stop - start for start, stop in spans], dim=2), strict=True):
-        out[:, :, start:stop] = part
 
 
 def _chunks(neighbours: dict[int, tuple[int, ...]], most: int) -> Iterator[tuple[list[int], Chunk]]:

@@ -27,6 +27,7 @@ from .extra_bytes import default_extra_bytes
 from .layout import TokenLayout, global_spans, runs
 from .merge import merge_into
 from .partial import Partial, PartialAttention
+from .spans import in_rows, put, take
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def attend_parts(
     keeps q, k, v, the output and its lse, as it does for dense attention, and no copies. Raises ValueError where a
     gradient is wanted and there is no backward.
     """
-    q, k, v = _in_rows(q), _in_rows(k), _in_rows(v)
+    q, k, v = in_rows(q), in_rows(k), in_rows(v)
     row_bytes = 2 * q.shape[0] * q.shape[1] * layout.grid.tokens_per_frame * q.shape[3] * q.element_size()
     limit = default_extra_bytes(q, row_bytes) if max_extra_bytes is None else max_extra_bytes
     schedule = make_schedule(layout, pattern, max(1, limit // row_bytes))
@@ -125,11 +126,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, partial: Parti
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     spans = schedule.spans
     if spans:
-        done = partial.forward(_gather(q, spans), k, v)
-        _scatter(out, done[0], spans)
-        _scatter(lse, done[1], spans)
+        done = partial.forward(take(q, spans, 2), k, v)
+        put(out, spans, done[0], 2)
+        put(lse, spans, done[1], 2)
         del done
-    shared = (_gather(k, spans), _gather(v, spans))
+    shared = (take(k, spans, 2), take(v, spans, 2))
     for rows in schedule.rows:
         at = schedule.tokens(rows.first, rows.last)
         if spans:
@@ -174,7 +175,7 @@ class _Parts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        return *_backward(_in_rows(dout), q, k, v, out, lse, ctx.schedule, ctx.partial), None, None
+        return *_backward(in_rows(dout), q, k, v, out, lse, ctx.schedule, ctx.partial), None, None
 
 
 def _backward(
@@ -193,11 +194,11 @@ def _backward(
     if not spans:
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     else:
-        of_spans = [_gather(x, spans) for x in (dout, q, out, lse)]
+        of_spans = [take(x, spans, 2) for x in (dout, q, out, lse)]
         rows, dk, dv = partial.backward(of_spans[0], of_spans[1], k, v, *of_spans[2:])
-        _scatter(dq, rows, spans)
+        put(dq, spans, rows, 2)
         del of_spans, rows
-    shared = (_gather(k, spans), _gather(v, spans))
+    shared = (take(k, spans, 2), take(v, spans, 2))
     dshared = [torch.zeros_like(x, dtype=lse.dtype) for x in shared]  # many calls add to them
     for rows in schedule.rows:
         at = schedule.tokens(rows.first, rows.last)
@@ -246,11 +247,6 @@ def _near_gradients(
             seen += rearrange(d[:, :, place * size : (place + 1) * size], "f h s d -> h (f s) d")
 
 
-def _in_rows(x: Tensor) -> Tensor:
-    """x, copied where its channels stand apart: PyTorch's kernels read whole rows."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _batch(x: Tensor, size: int) -> Tensor:
     """Frames of ``size`` tokens (H, f s, D) as a view (f, H, s, D)."""
     return rearrange(x, "h (f s) d -> f h s d", s=size)
@@ -261,15 +257,3 @@ def _seen(x: Tensor, schedule: Schedule, near: Near) -> Tensor:
     size = schedule.layout.grid.tokens_per_frame
     every = x[:, schedule.tokens(near.seen, near.seen + near.count - 1 + near.width)]
     return rearrange(every.unfold(1, near.width * size, size), "h f d s -> f h s d")
-
-
-def _gather(x: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
-    """The tokens of ``spans`` of x (B, H, N, ...); a view where they are neighbours."""
-    if len(spans) == 1:
-        return x[:, :, spans[0][0] : spans[0][1]]
-    return torch.cat([x[:, :, :0], *(x[:, :, start:stop] for start, stop in spans)], dim=2)
-
-
-def _scatter(out: Tensor, rows: Tensor, spans: tuple[tuple[int, int], ...]) -> None:
-    for (start, stop), part in zip(spans, rows.split([stop - start for start, stop in spans], dim=2), strict=True):
-        out[:, :, start:stop] = part

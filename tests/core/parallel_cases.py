@@ -9,6 +9,7 @@ from parallel_ranks import neighbour
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, make_attention_override
 from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.attention.spans import take
 from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.models.opensora_plan.config import OSP_29X720P
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
@@ -16,7 +17,6 @@ from efficient_vdit_core.parallel.sharding.attend import sharded_attention
 from efficient_vdit_core.parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
 from efficient_vdit_core.parallel.sharding.layout import by_frames, by_references, by_tokens, choose_shard
 from efficient_vdit_core.parallel.sharding.reference_broadcast import reference_broadcast_attention
-from efficient_vdit_core.parallel.sharding.spans import take
 from efficient_vdit_core.parallel.sharding.wire import Wire
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid

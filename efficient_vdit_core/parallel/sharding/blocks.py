@@ -19,10 +19,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ...attention import TokenLayout, tile_attention
+from ...attention.spans import put, take
 from ...head_patterns import LayerPattern
 from .attend import sharded_attention
 from .layout import Shard, choose_shard
-from .spans import put, take
 from .traffic import scheme_of
 from .wire import Wire, form
 

@@ -21,10 +21,9 @@ from functools import cached_property
 
 from ...attention import TokenLayout
 from ...attention.layout import global_spans
+from ...attention.spans import Span
 from ...head_patterns import LayerPattern
 from ...tiles import TilePattern
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)

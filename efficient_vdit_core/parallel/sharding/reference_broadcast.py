@@ -15,10 +15,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ...attention.partial import Partial, attend_lse, merge
+from ...attention.spans import put, take
 from ...tiles import TilePattern
 from .layout import Shard
 from .roles import Roles, roles
-from .spans import put, take
 from .wire import Pending, Wire, form
 
 SHARED, HALO, ROWS = "rb shared tokens", "rb halo", "rb partial rows"

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...attention.spans import put, take
 from .layout import Shard, Span, even_shares
-from .spans import put, take
 from .wire import Pending, Wire
 
 TO_HEADS, TO_TOKENS = "ulysses to heads", "ulysses to tokens"

@@ -1,4 +1,4 @@
-"""Taking ranges out of a tensor and putting them back."""
+"""Ranges of a tensor, taken out and put back, and rows that kernels can read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import Span
+Span = tuple[int, int]  # first, last + 1
 
 
 def take(x: Tensor, spans: Sequence[Span], dim: int) -> Tensor:
@@ -23,3 +23,8 @@ def put(out: Tensor, spans: Sequence[Span], part: Tensor, dim: int) -> None:
     for start, stop in spans:
         out.narrow(dim, start, stop - start).copy_(part.narrow(dim, done, stop - start))
         done += stop - start
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """x, copied where its channels stand apart: kernels read whole rows."""
+    return x if x.stride(-1) == 1 else x.contiguous()
