@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -91,6 +91,10 @@ class ForwardState:
     branches: tuple[Branch, ...] = ()
     steps: int = 0
     residual: ResidualForward | None = None
+
+    def again(self, **changes: Any) -> ForwardState:
+        """The same forward from its first call on, beside this one or after it."""
+        return replace(self, calls=0, seen_heads=0, first_head=0, **changes)
 
     def next_layer(self, options: Mapping[str, Any], heads: int = 0) -> int | None:
         """The layer of this self-attention over ``heads``: given by the model, else counted. None beyond the last."""

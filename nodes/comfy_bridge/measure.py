@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import comfy.model_management as mm
@@ -53,7 +52,7 @@ def computed_twice(
     def beside(**changes: Any) -> float:
         mm.throw_exception_if_processing_interrupted()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return seconds(lambda: run(replace(state, report=AttentionReport(), **changes)), device)
+            return seconds(lambda: run(state.again(report=AttentionReport(), **changes)), device)
 
     try:
         if measure.cold:

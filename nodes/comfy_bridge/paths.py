@@ -29,7 +29,17 @@ def resolve(folder: str, name: str, part: str) -> Path:
     """The file behind a list entry; `part` is its counterpart in the built-in model ("transformer", ...)."""
     if name in BUILT_IN_MODELS:
         return assets.tiny_path(part, BUILT_IN_MODELS[name])
-    return Path(folder_paths.get_full_path_or_raise(folder, name))
+    return model_path(folder, name)
+
+
+def model_path(folder: str, name: str) -> Path:
+    """The file behind a name of ComfyUI's list. Raises ValueError where there is none."""
+    found = folder_paths.get_full_path(folder, name)
+    if found is None:
+        raise ValueError(
+            f"{quoted(name, 200)} was not found in models/{folder}. Put it there, or choose another from the list."
+        )
+    return Path(found)
 
 
 def plan_names() -> list[str]:

@@ -16,6 +16,7 @@ from ...efficient_vdit_core.distill.metadata import DistillMetadata, read_metada
 from ...efficient_vdit_core.limits.quote import quoted
 from ...efficient_vdit_core.sampling import consistency_sigmas, sample_consistency
 from ...efficient_vdit_core.sampling.presets import PRESETS, cut, parse_sigmas
+from .paths import model_path
 
 log = logging.getLogger("efficient_vdit")
 
@@ -41,7 +42,7 @@ def checkpoint_metadata(model: Any, name: str) -> DistillMetadata:
     if name == LOADED_MODEL:
         found = model.get_attachment(DISTILLED)
     elif folder in FOLDERS:
-        found = read_metadata(folder_paths.get_full_path_or_raise(folder, file))
+        found = read_metadata(model_path(folder, file))
     else:
         found = None
     if found is None:

@@ -10,6 +10,7 @@ EASY = NOT + "easycache may keep something of each forward for the next, and one
 # What runs -> how many forwards more than without the switch at least, and what the report says.
 RUNS = {
     "plain": (1, TIMES + r"\(step 2, computed both ways\)"),
+    "layers that are counted": (1, TIMES + r"\(step 2, computed both ways\)"),
     "guidance": (2, TIMES + r"\(step 2, 2 forwards of the model, computed both ways\)"),
     "rotating": (1, TIMES + r"\(step 2, computed both ways\)"),
     "a window": (1, TIMES + r"\(step 3, computed both ways\)"),

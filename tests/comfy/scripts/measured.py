@@ -22,7 +22,16 @@ def seen(_, inputs):
     torch.rand(1)
 
 
+def unnamed(_, __, given):
+    """A block is not told its number, as in versions of ComfyUI that name no layers."""
+    given.get("transformer_options", {}).pop("block_index", None)
+
+
 model.model.diffusion_model.register_forward_pre_hook(seen)
+counted = build(CASES["wan"])
+counted.model.diffusion_model.register_forward_pre_hook(seen)
+for block in counted.model.diffusion_model.blocks:
+    block.register_forward_pre_hook(unnamed, with_kwargs=True)
 x, text, longer = noise(1, 16, 9, 4, 6), noise(1, 7, 32), noise(1, 11, 32)
 
 
@@ -70,6 +79,7 @@ def compared(steps=4, cfg=1.0, source=model, behind=lambda chosen: chosen, **cha
 
 facts = {
     "plain": compared(),
+    "layers that are counted": compared(source=counted),
     "guidance": compared(cfg=2.0),
     "rotating": compared(placement="rotating"),
     "a window": compared(dense_first_steps=1),

@@ -65,7 +65,7 @@ facts["again"] = bool(torch.equal(run(residual, cfg=3.0), first))
 def cancel(*_):
     cancel.left -= 1
     if cancel.left == 0:
-        mm.interrupt_current_processing()
+        raise mm.InterruptProcessingException
 
 
 cancel.left = 9
