@@ -196,8 +196,11 @@ def test_heads_that_differ_are_timed_against_dense_attention(monkeypatch, tmp_pa
 
 
 def test_one_command_tells_all_that_a_gpu_can(tmp_path):
-    """On a CPU, with shapes that say nothing about speed: every part runs and leaves a file that names the machine."""
-    command = [sys.executable, "-m", "efficient_vdit_core.cli", "bench", "gpu", "--device", "cpu", "--budget", "60"]
+    """On a CPU, with shapes that say nothing about speed: every part runs and leaves a file that names the machine.
+
+    It takes half a minute; the budget is for a busy machine.
+    """
+    command = [sys.executable, "-m", "efficient_vdit_core.cli", "bench", "gpu", "--device", "cpu", "--budget", "400"]
     done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
