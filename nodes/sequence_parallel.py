@@ -33,7 +33,10 @@ class EVDiTSequenceParallel(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Open-Sora-Plan v1.2 or Wan 2.1 and 2.2, with LoRAs and Sparse Attention before it. It is not changed.",
+                    tooltip=(
+                        "MiniMax-H3, Wan 2.1 and 2.2, LTX and LTX-2, HunyuanVideo, CogVideoX, Kandinsky 5 or Open-Sora-Plan, with "
+                        "LoRAs and Sparse Attention before it. It is not changed."
+                    ),
                 ),
                 io.String.Input(
                     "devices",

@@ -16,7 +16,8 @@ from ..attention.report import AttentionReport
 from ..attention.sdpa import OVERRIDE_KEY
 from ..models.opensora_plan.config import OSP_29X720P, DiTConfig
 from ..models.opensora_plan.transformer import OpenSoraT2V
-from ..parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
+from ..parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook
+from ..parallel.sharding.override import make_sharded_override
 from ..plan import TilePlan
 from ..tiles import TokenGrid
 
@@ -75,5 +76,7 @@ class BenchHost:
         return {
             OVERRIDE_KEY: make_sharded_override(),
             SHARDED_KEY: ShardedForward(self.layout, patterns, self.wire, message["scheme"]),
-            "patches_replace": {"dit": {("double_block", i): block_hook(i, self.depth) for i in range(self.depth)}},
+            "patches_replace": {
+                "dit": {("double_block", i): block_hook(i, last=i == self.depth - 1) for i in range(self.depth)}
+            },
         }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_TENSOR = "_tensor"
+_TENSOR, _TUPLE, _RECORD = "_tensor", "_tuple", "_record"
+# Classes of ComfyUI's whose objects only hold data; they arrive as bare records of the same fields.
+_RECORDS = ("PackedLayout",)
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
@@ -19,7 +22,10 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
-        return [pack(part, tensors, f"{name}.{i}") for i, part in enumerate(value)]
+        parts = [pack(part, tensors, f"{name}.{i}") for i, part in enumerate(value)]
+        return {_TUPLE: parts} if isinstance(value, tuple) else parts
+    if type(value).__name__ in _RECORDS:
+        return {_RECORD: pack(vars(value), tensors, name)}
     if isinstance(value, dict):
         return {str(key): pack(part, tensors, f"{name}.{key}") for key, part in value.items()}
     raise ValueError(
@@ -36,4 +42,8 @@ def unpack(value: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
         return value
     if _TENSOR in value:
         return tensors[value[_TENSOR]].to(device)
+    if _TUPLE in value:
+        return tuple(unpack(part, tensors, device) for part in value[_TUPLE])
+    if _RECORD in value:
+        return SimpleNamespace(**unpack(value[_RECORD], tensors, device))
     return {key: unpack(part, tensors, device) for key, part in value.items()}

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ...efficient_vdit_core.parallel.pool.session import Launch, Session, parse_devices
 from ...efficient_vdit_core.parallel.sharding.forecast import Rates
-from ...efficient_vdit_core.tiles import TokenGrid
 from . import patch
 from .announce import show_on_node
 from .packing import pack
@@ -35,8 +34,8 @@ AFTER_RUN = ["keep", "offload", "stop"]
 _IN_WORKERS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 # Options of a forward that the workers' own hooks may read; the others are callables of this process.
 _FORWARD_OPTIONS = ("sigmas", "sample_sigmas", "cond_or_uncond")
-# The sizes that the report forecasts for, in tokens: the supported models patch 4 x 16 x 16 pixels into one.
-CLIPS = {"81 frames of 832x480": TokenGrid(21, 30, 52), "93 frames of 1280x720": TokenGrid(24, 45, 80)}
+# The sizes (frames, height, width) that the report forecasts for.
+CLIPS = {"81 frames of 832x480": (81, 480, 832), "93 frames of 1280x720": (93, 720, 1280)}
 WORTH_IT = 1.2
 SESSION = Session()
 
@@ -286,7 +285,7 @@ def _forecast(model: Any, scheme: str) -> list[str]:
     flops = min(test["flops_per_second"] for test in SESSION.tests)
     link = min(test["gigabytes_per_second"] for test in SESSION.tests)
     rates = Rates("measured", flops, link * 1e9)
-    found = {clip: clip_speedup(model, grid, len(SESSION.tests), scheme, rates) for clip, grid in CLIPS.items()}
+    found = {text: clip_speedup(model, clip, len(SESSION.tests), scheme, rates) for text, clip in CLIPS.items()}
     texts = ", ".join(f"{value:.2f}x for {clip}" for clip, value in found.items())
     lines = [
         f"Expected speed-up, a model from {flops / 1e12:.2f} TFLOP/s and {link:.2f} GB/s with nothing overlapped: {texts}."

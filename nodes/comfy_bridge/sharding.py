@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
@@ -11,35 +13,35 @@ from torch import Tensor
 from ...efficient_vdit_core.attention import TokenLayout
 from ...efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from ...efficient_vdit_core.parallel.sharding.blocks import (
+    ALL_KEYS,
     SHARDED_KEY,
     ShardedForward,
     block_hook,
-    make_sharded_override,
 )
 from ...efficient_vdit_core.parallel.sharding.forecast import LayerShape, Rates, forward_speedup
+from ...efficient_vdit_core.parallel.sharding.override import make_sharded_override
 from ...efficient_vdit_core.parallel.sharding.wire import Wire
 from ...efficient_vdit_core.tiles import TilePattern, TokenGrid
 from .families import Family, find_family, uncompiled
 from .patch import Hook, dense, hook_of, install
+from .shard_rules import NOT_SHARDED, RULES, Row, ShardRule, WholeModule
 from .window import Window
 
 WRAPPER_KEY = "efficient_vdit_sharding"
 SCHEME_KEY = "evdit_scheme"
 COUNTS_KEY = "evdit_scheme_counts"
-# Models whose blocks take the video tokens alone, one after another, with nothing done to them in between.
-SHARDABLE = ("OpenSoraT2V", "WanModel", "CameraWanModel")
 
 
-def find_shardable(model: Any) -> Family:
-    """The family of a MODEL that can be sharded. Raises ValueError with the reason where it cannot."""
+def find_shardable(model: Any) -> tuple[Family, ShardRule]:
+    """The family of a MODEL that can be sharded, and how. Raises ValueError with the reason where it cannot."""
     diffusion_model = uncompiled(model.get_model_object("diffusion_model"))
     family = find_family(diffusion_model)
     name = type(diffusion_model).__name__
-    if family is None or name not in SHARDABLE:
-        raise ValueError(
-            f"{name} cannot be sharded: its blocks are not known to take the video tokens alone. "
-            f"These do: {', '.join(SHARDABLE)}. Bypass EVDiTSequenceParallel for this model."
-        )
+    if family is None or name not in RULES:
+        why = NOT_SHARDED.get(name, f"known are {', '.join(RULES)}")
+        raise ValueError(f"{name} cannot be sharded: {why}. Bypass EVDiTSequenceParallel for this model.")
+    if why := family.why_no_hook():
+        raise ValueError(f"{name} cannot be sharded: {why}. Bypass EVDiTSequenceParallel for this model.")
     whole = {"attn1_patch", "attn2_patch", "double_block"}
     hook = hook_of(model)
     if hook is not None and hook.preparation.residual is not None:
@@ -48,18 +50,22 @@ def find_shardable(model: Any) -> Family:
             "EVDiTSequenceParallel."
         )
     patches = sorted(whole & set(model.model_options["transformer_options"].get("patches", {})))
-    if patches and family.name == "wan":  # the other family never asks them
+    if patches and family.name == "wan":  # no other family asks them
         raise ValueError(
             f"Another node patches what the layers give ({', '.join(patches)}), as InfiniteTalk does, and expects the whole video "
             "there, which no rank holds. Bypass that node, or EVDiTSequenceParallel."
         )
-    return family
+    return family, RULES[name]
 
 
-def clip_speedup(model: Any, grid: TokenGrid, ranks: int, scheme: str, rates: Rates) -> float:
-    """The speed-up that ``rates`` promise for a shardable MODEL and its plan on a video of ``grid`` tokens."""
+def clip_speedup(model: Any, clip: tuple[int, int, int], ranks: int, scheme: str, rates: Rates) -> float:
+    """The speed-up that ``rates`` promise for a shardable MODEL and its plan on a ``clip`` of (frames, height, width)."""
     diffusion_model: Any = uncompiled(model.get_model_object("diffusion_model"))
-    family = find_shardable(model)
+    family, rule = find_shardable(model)
+    frames, *sides = clip
+    grid = TokenGrid(
+        (frames - 1) // rule.pixels[0] + 1, *(side // size for side, size in zip(sides, rule.pixels[1:], strict=True))
+    )
     heads, depth = family.head_count(diffusion_model), family.depth(diffusion_model)
     head_dim = family.head_dim(diffusion_model)
     hook, state = hook_of(model), ForwardState(TokenLayout(grid), depth=depth)
@@ -70,24 +76,40 @@ def clip_speedup(model: Any, grid: TokenGrid, ranks: int, scheme: str, rates: Ra
     return forward_speedup(shape, patterns, ranks, scheme, rates)
 
 
+class Seat:
+    """Where the forward that runs is found by modules that are told nothing of it."""
+
+    forward: ShardedForward | None = None
+
+
 def shard_model(model: Any, wire: Wire) -> Any:
     """A clone of MODEL whose blocks run on this rank's tokens.
 
     ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto; a Counter under COUNTS_KEY
     receives how many layers took which.
     """
-    family, hook = find_shardable(model), hook_of(model)
+    (family, rule), hook = find_shardable(model), hook_of(model)
     window, preparation = (hook.window, hook.preparation) if hook else (Window(), dense())
     # The sparse override decides by the whole sequence's length, which no rank sees; its plan is asked for beforehand.
     patched = install(model, Hook(family, window, preparation, make_sharded_override))
-    depth = family.depth(uncompiled(patched.get_model_object("diffusion_model")))
-    options = patched.model_options["transformer_options"]
-    hooks = options.get("patches_replace", {}).get("dit", {})
-    for layer in range(depth):
-        patched.set_model_patch_replace(
-            block_hook(layer, depth, hooks.get(("double_block", layer))), "dit", "double_block", layer
-        )
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _publish(depth, wire))
+    diffusion_model, seat, first = uncompiled(patched.get_model_object("diffusion_model")), Seat(), 0
+    for row in rule.rows:
+        count = len(getattr(diffusion_model, row.path, ()))
+        for number in range(count):
+            last, layer = row.leaves and number == count - 1, first + number if row.layers else None
+            if row.hook:
+                _hook_block(patched, row, number, layer, last)
+            else:
+                _replace(patched, f"{row.path}.{number}", _block_forward(row, layer, last, seat))
+        first += count if row.layers else 0
+    for module in rule.whole:
+        for path in _paths(diffusion_model, module.path):
+            _replace(patched, path, _whole_forward(module, seat, patched.get_model_object(f"diffusion_model.{path}")))
+    for pattern in rule.all_keys:
+        for path in _paths(diffusion_model, pattern):
+            _replace(patched, path, _all_keys_forward(seat))
+    settings = family.depth(diffusion_model), family.head_count(diffusion_model)
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _publish(*settings, wire, seat))
     return patched
 
 
@@ -97,7 +119,81 @@ def plan_text(model: Any) -> str:
     return "" if hook is None else hook.plan.to_text()
 
 
-def _publish(depth: int, wire: Wire) -> Any:
+def _hook_block(patched: Any, row: Row, number: int, layer: int | None, last: bool) -> None:
+    hooks = patched.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
+    previous = hooks.get((row.hook, number))
+    hook = block_hook(layer, last=last, about=row.about, previous=previous)
+    patched.set_model_patch_replace(hook, "dit", row.hook, number)
+
+
+def _paths(diffusion_model: Any, pattern: str) -> Iterator[str]:
+    """The modules of a path with at most one * for each entry of a list."""
+    before, star, behind = pattern.partition(".*")
+    if not star:
+        yield from [pattern] if hasattr(diffusion_model, pattern) else []
+        return
+    yield from (f"{before}.{i}{behind}" for i in range(len(diffusion_model.get_submodule(before))))
+
+
+def _replace(patched: Any, path: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Puts ``around`` the forward of a module, as an object patch of ComfyUI's, which it takes back itself."""
+    name = f"diffusion_model.{path}.forward"
+    patched.add_object_patch(name, around(patched.get_model_object(name)))
+
+
+def _block_forward(row: Row, layer: int | None, last: bool, seat: Seat) -> Any:
+    """A block that ComfyUI has no hook for: its arguments by name, its results in the order of its own."""
+
+    def around(forward: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(forward).parameters)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            state = seat.forward
+            if state is None:
+                return forward(*args, **kwargs)
+            given = state.enter({**dict(zip(names, args, strict=False)), **kwargs}, row.about)
+            state.begin(layer)
+            out = forward(**given)
+            if not last:
+                return out
+            if isinstance(out, Tensor):
+                return state.all_rows(out)
+            # Blocks of two hidden states give the video first, and the text that stands before it behind.
+            results = dict(zip(reversed(row.about.hidden), out, strict=True))
+            return tuple(state.leave(results, row.about)[name] for name in reversed(row.about.hidden))
+
+        return run
+
+    return around
+
+
+def _whole_forward(module: WholeModule, seat: Seat, itself: Any) -> Any:
+    def around(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            state = seat.forward
+            behind = state is not None and x.shape[-2] == state.tokens  # after the last block all tokens are here
+            if state is None or behind or not module.acts(itself, x, *args, **kwargs):
+                return forward(x, *args, **kwargs)
+            return state.own_rows(forward(state.all_rows(x), *args, **kwargs))
+
+        return run
+
+    return around
+
+
+def _all_keys_forward(seat: Seat) -> Any:
+    def around(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if seat.forward is not None:
+                seat.forward.awaits = ALL_KEYS
+            return forward(*args, **kwargs)
+
+        return run
+
+    return around
+
+
+def _publish(depth: int, heads: int, wire: Wire, seat: Seat) -> Any:
     """An APPLY_MODEL wrapper: says for this forward which rank holds which tokens, and every layer's pattern."""
 
     def wrapper(
@@ -115,8 +211,12 @@ def _publish(depth: int, wire: Wire) -> Any:
         if state.layout is None:
             raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
         patterns = [state.owner.pattern_of(state, layer) for layer in range(depth)]
-        sharded = options[SHARDED_KEY] = ShardedForward(state.layout, patterns, wire, options.get(SCHEME_KEY, "auto"))
-        out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
+        scheme = options.get(SCHEME_KEY, "auto")
+        sharded = options[SHARDED_KEY] = seat.forward = ShardedForward(state.layout, patterns, wire, scheme, heads)
+        try:
+            out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
+        finally:
+            seat.forward = None
         options.get(COUNTS_KEY, Counter()).update(sharded.schemes)
         return out
 

@@ -4,18 +4,8 @@ oracle."""
 import re
 
 import pytest
+from family_names import FAMILIES, HUNYUAN
 
-WAN = ["wan", "wan with a text as long as a frame", "wan i2v", "wan fun with a reference", "wan with a reference it ignores", "wan phantom",
-       "wan with references in context", "wan phantom with a reference in context", "wan flow rvs", "wan 2.2 5B", "wan vace",
-       "wan vace twice", "wan camera", "wan humo", "wan s2v", "wan dancer", "wan dancer over the whole music", "wan scail",
-       "wan scail without a pose", "wan scail 2", "wan animate"]  # fmt: skip
-HUNYUAN = ["hunyuan", "hunyuan with a reference", "hunyuan with padded text", "hunyuan 1.5"]
-LTX = ["ltx", "ltx with guides", "ltx with dropped guides", "ltx with guides of full strength", "ltx audio", "ltx audio with guides",
-       "ltx audio with a voice"]  # fmt: skip
-COGVIDEOX = ["cogvideox", "cogvideox i2v", "cogvideox 1.5"]
-MINIMAX = ["h3", "h3 of even size", "h3 with a text as long as a frame", "h3 with guidance", "h3 with first and last frame",
-           "h3 with a guide and its sound", "h3 with references", "h3 with vision tokens"]  # fmt: skip
-FAMILIES = [*WAN, *HUNYUAN, *LTX, *MINIMAX, *COGVIDEOX, "mochi", "cosmos", "cosmos predict2", "kandinsky 5"]
 # Token sequences beside the video that attend over themselves.
 WITH_OTHERS = [*HUNYUAN, "ltx audio", "ltx audio with guides", "ltx audio with a voice", "kandinsky 5"]
 CAUSAL = "it makes a few frames at a time over a cache of the earlier ones, and ComfyUI passes no attention hook there"

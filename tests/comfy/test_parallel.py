@@ -19,6 +19,8 @@ import torch
 from comfyui_server import COMFYUI, PYTHON, Server
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_h3 import TEXT as H3_TEXT
+from tiny_h3 import tiny_h3
 
 ROOT = Path(__file__).parents[2]
 SPARSE = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "1", "min_tokens": 0}
@@ -39,10 +41,11 @@ class RandomText:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"seed": ("INT", {"default": 0}), "tokens": ("INT", {"default": 7})}}
+        numbers = {"seed": 0, "tokens": 7, "width": 4096}
+        return {"required": {name: ("INT", {"default": value, "max": 10000}) for name, value in numbers.items()}}
 
-    def make(self, seed, tokens):
-        return ([[torch.randn(1, tokens, 4096, generator=torch.Generator().manual_seed(seed)), {}]],)
+    def make(self, seed, tokens, width):
+        return ([[torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed)), {}]],)
 
 NODE_CLASS_MAPPINGS = {"RandomText": RandomText}
 """
@@ -96,6 +99,7 @@ def server(tmp_path_factory):
         (base / folder).mkdir(parents=True)
     (base / "custom_nodes" / "random_text.py").write_text(RANDOM_TEXT, encoding="utf-8")
     save_file(tiny_wan(), base / "models" / "diffusion_models" / "wan.safetensors")
+    save_file(tiny_h3(), base / "models" / "diffusion_models" / "h3.safetensors")
     save_file(tiny_lora(), base / "models" / "loras" / "tiny.safetensors")
     variables = {"EVDIT_CACHE_DIR": str(base / "cache"), "OMP_NUM_THREADS": "1"}
     running = Server(base, whole=True, more=variables, flags=("--preview-method", "latent2rgb"))
@@ -133,9 +137,11 @@ TEXT = {
 WAN = {"class_type": "UNETLoader", "inputs": {"unet_name": "wan.safetensors", "weight_dtype": "default"}}
 # Two lengths, so that CFG computes them one after the other.
 WAN_TEXT = {
-    "6": {"class_type": "RandomText", "inputs": {"seed": 1, "tokens": 7}},
-    "10": {"class_type": "RandomText", "inputs": {"seed": 2, "tokens": 9}},
+    "6": {"class_type": "RandomText", "inputs": {"seed": 1, "tokens": 7, "width": 4096}},
+    "10": {"class_type": "RandomText", "inputs": {"seed": 2, "tokens": 9, "width": 4096}},
 }
+H3 = {"class_type": "UNETLoader", "inputs": {"unet_name": "h3.safetensors", "weight_dtype": "default"}}
+H3_PROMPT = {"6": {"class_type": "RandomText", "inputs": {"seed": 1, "tokens": 7, "width": H3_TEXT}}}
 
 
 def saved(server, entry, name):
@@ -222,6 +228,31 @@ def test_wan_on_two_ranks_is_the_same_video(server):
     """CFG in two calls, for the texts differ in length; the pool holds this model beside the other."""
     alone = latents(server, "wan_alone", WAN, WAN_TEXT, parallel=False, frames=17)
     assert same(latents(server, "wan", WAN, WAN_TEXT, frames=17), alone)
+
+
+@pytest.mark.parametrize("scheme", ["rb", "ulysses"])
+def test_minimax_h3_and_its_sound_on_two_ranks_are_the_same(server, scheme):
+    """Text, sound and video are one sequence, which its payload describes; sigma shifts of a node before."""
+    known = server.get("/object_info")
+    if "EmptyMiniMaxH3LatentAV" not in known:
+        pytest.skip("this ComfyUI has no MiniMax-H3")
+
+    def graph(name, **kwargs):
+        nodes = prompt(name, H3, H3_PROMPT, cfg=1.0, **kwargs)
+        shifts = {"model": ["1", 0], "shift_video": 6.0, "shift_audio": 2.0}
+        nodes["20"] = {"class_type": "MiniMaxH3SigmaShift", "inputs": shifts}
+        nodes["3"]["inputs"]["model"] = ["20", 0]
+        nodes["7"] = {"class_type": "EmptyMiniMaxH3LatentAV", "inputs": {"width": 160, "height": 96, "length": 22}}
+        nodes["21"] = {"class_type": "LTXVSeparateAVLatent", "inputs": {"av_latent": ["8", 0]}}
+        nodes["9"]["inputs"]["samples"] = ["21", 0]
+        nodes["22"] = {"class_type": "SaveLatent", "inputs": {"samples": ["21", 1]}}
+        nodes["22"]["inputs"]["filename_prefix"] = f"parallel/{name}_sound"
+        return nodes
+
+    alone = server.run(graph(f"h3_alone_{scheme}", parallel=False))
+    shared = server.run(graph(f"h3_{scheme}", scheme=scheme))
+    for what in ("", "_sound"):
+        assert same(saved(server, shared, f"h3_{scheme}{what}"), saved(server, alone, f"h3_alone_{scheme}{what}"))
 
 
 def test_a_lora_acts_in_the_workers(server):

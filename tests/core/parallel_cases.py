@@ -14,8 +14,9 @@ from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.models.opensora_plan.config import OSP_29X720P
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.parallel.sharding.attend import sharded_attention
-from efficient_vdit_core.parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook, make_sharded_override
+from efficient_vdit_core.parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook
 from efficient_vdit_core.parallel.sharding.layout import by_frames, by_references, by_tokens, choose_shard
+from efficient_vdit_core.parallel.sharding.override import make_sharded_override
 from efficient_vdit_core.parallel.sharding.reference_broadcast import reference_broadcast_attention
 from efficient_vdit_core.parallel.sharding.wire import Wire
 from efficient_vdit_core.plan import TilePlan
@@ -209,7 +210,9 @@ def model_errors(rank, ranks):
         sharded = {
             "optimized_attention_override": make_sharded_override(),
             SHARDED_KEY: state,
-            "patches_replace": {"dit": {("double_block", i): block_hook(i, layers) for i in range(layers)}},
+            "patches_replace": {
+                "dit": {("double_block", i): block_hook(i, last=i == layers - 1) for i in range(layers)}
+            },
         }
         want, got = (model(x, torch.tensor([3.0, 700.0]), text, transformer_options=o) for o in (whole, sharded))
         found[f"{name} {scheme}"] = {

@@ -1,10 +1,9 @@
-"""Runs a model's blocks on this rank's tokens: sliced at the first block, gathered after the last, by ComfyUI's block
-hooks.
+"""Runs a model's blocks on this rank's tokens: cut at the first block, gathered after the last.
 
 Nothing of the model is copied or changed. The model computes embeddings, text and time on every rank (a small share),
-hands each block its whole tables, and the hooks cut out what belongs to this rank's tokens.
+hands each block its whole tables, and what belongs to this rank's tokens is cut out of them.
 
-Shapes: B batch, N tokens, n this rank's tokens, C channels.
+Shapes: B batch, H heads, N tokens, n this rank's tokens, C channels, D head_dim.
 """
 
 from __future__ import annotations
@@ -14,103 +13,178 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-import torch
-from einops import rearrange
 from torch import Tensor
 
 from ...attention import TokenLayout, tile_attention
-from ...attention.spans import put, take
+from ...attention.partial import attend_lse, merge
+from ...attention.spans import Span, put, take
 from ...head_patterns import LayerPattern
+from .arguments import WHOLE, BlockArguments, cut_runs, cut_table, numbers_of, spread_to, tokens_of, with_tokens, within
 from .attend import sharded_attention
 from .layout import Shard, choose_shard
 from .traffic import scheme_of
-from .wire import Wire, form
+from .wire import Form, Wire, form
 
 SHARDED_KEY = "evdit_sharded"
-GATHER = "gather after the last block"
+GATHER, KEYS = "gather of hidden states", "partial rows over sharded keys"
+SELF, ALL_KEYS = "self-attention", "attention over all keys"
 
 Hook = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
-Override = Callable[..., Tensor]
 
 
 class ShardedForward:
     """One forward pass over sharded tokens; lives in its ``transformer_options`` under ``SHARDED_KEY``.
 
-    ``patterns`` holds one pattern for each block. ``schemes`` counts which scheme the layers took.
+    ``patterns`` holds one pattern for each block, ``heads`` how many a block has (0 = not known). ``schemes`` counts
+    which scheme the layers took. ``awaits`` is what the next attention call is: of a block the first is its
+    self-attention; its length cannot tell, for text may be as long.
     """
 
-    def __init__(self, layout: TokenLayout, patterns: Sequence[LayerPattern], wire: Wire, scheme: str = "auto") -> None:
-        self.patterns, self.wire, self.scheme = tuple(patterns), wire, scheme
-        self.shard = _shard(layout, wire.size, self.patterns)
-        self.spans = self.shard.spans[wire.rank]
+    def __init__(
+        self, layout: TokenLayout, patterns: Sequence[LayerPattern], wire: Wire, scheme: str = "auto", heads: int = 0
+    ) -> None:
+        self.layout, self.patterns, self.wire, self.scheme, self.heads = layout, tuple(patterns), wire, scheme, heads
         self.schemes: Counter[str] = Counter()
+        self._shard: Shard | None = None
         self.layer = -1
-        # The first attention of a block is its self-attention; its length cannot tell, for text may be as long.
-        self.awaits_self_attention = False
+        self.awaits = ""
+        self.streams: dict[tuple[str, ...], dict[str, Span]] = {}
         self.cuts: dict[str, tuple[Any, Any]] = {}
 
-    def enter(self, img: Tensor) -> Tensor:
-        """This rank's rows of the hidden state (B, N, C)."""
-        if img.ndim != 3 or img.shape[1] != self.shard.layout.tokens:
-            raise ValueError(
-                f"The first block was given a hidden state of shape {tuple(img.shape)}, expected {self.shard.layout.tokens} tokens for "
-                f"{self.shard.layout}: another node adds or drops tokens. Remove it, or bypass EVDiTSequenceParallel."
+    @property
+    def tokens(self) -> int:
+        return self.layout.tokens
+
+    @property
+    def shard(self) -> Shard:
+        """Who holds what; known when the first block has told of which hidden states the sequence is made."""
+        assert self._shard is not None, "no block was entered"
+        return self._shard
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """What this rank holds of the sequence."""
+        return self.shard.spans[self.wire.rank]
+
+    def begin(self, layer: int | None) -> None:
+        """The next attention call is the self-attention of ``layer``; None = of the layer before, once more."""
+        self.layer, self.awaits = self.layer if layer is None else layer, SELF
+
+    def enter(self, args: dict[str, Any], about: BlockArguments) -> dict[str, Any]:
+        """A block's arguments for this rank's tokens; hidden states that are its rows already stay."""
+        streams = self._streams(args, about.hidden)
+        mine = {name: within(self.spans, *span) for name, span in {**streams, WHOLE: (0, self.tokens)}.items()}
+        length = {name: stop - start for name, (start, stop) in streams.items()} | {WHOLE: self.tokens}
+        device, cut = tokens_of(args[about.hidden[0]]).device, dict(args)
+        for name in streams:
+            x = tokens_of(args[name])
+            if self.is_whole(args, about):
+                cut[name] = with_tokens(args[name], take(x, mine[name], x.ndim - 2).contiguous())
+        for name, stream in about.tables.items():
+            cut[name] = self._once(name, args[name], lambda x, s=stream, n=name: cut_table(x, length[s], mine[s], n))
+        for name in about.spread:
+            cut[name] = self._once(
+                name, args[name], lambda x: spread_to(x, self.tokens, numbers_of(self.spans, device))
             )
-        return take(img, self.spans, 1).contiguous()
+        for name, stream in about.runs.items():
+            cut[name] = self._once(name, args[name], lambda x, s=stream: cut_runs(x, mine[s]))
+        for name, rows in about.rows.items():
+            cut[name] = self._once(name, args[name], lambda x, f=rows: f(x, numbers_of(self.spans, device)))
+        return cut
 
-    def leave(self, img: Tensor) -> Tensor:
-        """The whole hidden state (B, N, C), on every rank, from the ranks' rows."""
-        rank, size = self.wire.rank, self.wire.size
-        sends = [[img] if other != rank else [] for other in range(size)]
-        receives = [[form(img, 1, self.shard.tokens[other])] if other != rank else [] for other in range(size)]
-        parts = self.wire.start(GATHER, sends, receives, img.device).wait()
-        parts[rank] = [img]
-        whole = img.new_empty(img.shape[0], self.shard.layout.tokens, img.shape[2])
-        for spans, (part,) in zip(self.shard.spans, parts, strict=True):
-            put(whole, spans, part, 1)
-        return whole
+    def is_whole(self, args: dict[str, Any], about: BlockArguments) -> bool:
+        """Whether the hidden states are those of all tokens, not of this rank's."""
+        return sum(tokens_of(args[name]).shape[-2] for name in about.hidden) == self.tokens
 
-    def positions(self, pe: Any) -> Any:
-        """This rank's part of the position tables (1 or B, N, ...), a tensor or a tuple of them."""
-        return self._once("pe", pe, self._cut_positions)
+    def leave(self, out: dict[str, Any], about: BlockArguments) -> dict[str, Any]:
+        """A block's results with the hidden states of all tokens, on every rank."""
+        streams = self.streams[about.hidden]
+        whole = self._gather([tokens_of(out[name]) for name in about.hidden], [streams[name] for name in about.hidden])
+        return {**out, **{name: with_tokens(out[name], x) for name, x in zip(about.hidden, whole, strict=True)}}
 
-    def modulation(self, vec: Tensor) -> Tensor:
-        """The blocks' modulation for this rank: as it is where it holds for all tokens, else spread to its tokens (B,
-        n, 6, C)."""
-        if vec.ndim < 4 or vec.shape[1] == 1:
-            return vec
-        return self._once("vec", vec, self._spread)
+    def all_rows(self, x: Tensor) -> Tensor:
+        """The hidden state (B, N, C) of all tokens from this rank's rows."""
+        return self._gather([x], [(0, self.tokens)])[0]
+
+    def own_rows(self, x: Tensor) -> Tensor:
+        """This rank's rows of a hidden state (B, N, C)."""
+        return take(x, self.spans, x.ndim - 2).contiguous()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Self-attention of the current block over q, k, v (B, H, n, D); ``dense`` is what single-rank attention would
         call."""
-        self.awaits_self_attention = False
         pattern = self.patterns[self.layer]
         scheme = scheme_of(self.scheme, self.shard, pattern, q.shape[1], q.shape[3], q.element_size())
         self.schemes[scheme] += 1
 
         def inner(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
-            return tile_attention(q, k, v, self.shard.layout, pattern.of_heads(first, q.shape[1]), dense=dense)
+            return tile_attention(q, k, v, self.layout, pattern.of_heads(first, q.shape[1]), dense=dense)
 
         return sharded_attention(q, k, v, self.shard, pattern, self.wire, scheme=scheme, inner=inner)
 
-    def _cut_positions(self, pe: Any) -> Any:
-        if isinstance(pe, tuple | list):
-            return type(pe)(self._cut_positions(part) for part in pe)
-        if pe.ndim < 2 or pe.shape[1] != self.shard.layout.tokens:
-            raise ValueError(
-                f"The position table has shape {tuple(pe.shape)}, expected {self.shard.layout.tokens} tokens on its second axis: "
-                "this model's positions cannot be sharded. Bypass EVDiTSequenceParallel."
-            )
-        return take(pe, self.spans, 1)
+    def attend_to_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of q (B, H, M, D), which every rank holds, over the k, v (B, H, n, D) of all ranks.
 
-    def _spread(self, vec: Tensor) -> Tensor:
-        # The models' own rule: each of L vectors holds for an equal run of tokens, rounded up where L does not divide
-        # N.
-        tokens, count = self.shard.layout.tokens, vec.shape[1]
-        repeats = tokens // count if tokens % count == 0 else tokens // count + 1
-        index = torch.cat([torch.arange(start, stop, device=vec.device) for start, stop in self.spans])
-        return vec[:, index // repeats]
+        The ranks exchange their partial results, and merge them in one order: the result is the same on each.
+        """
+        mine = attend_lse(q, k, v)
+        parts = self._exchange(KEYS, list(mine), [[form(x, 2, x.shape[2]) for x in mine]] * self.wire.size)
+        return merge([(out, lse) for out, lse in parts])[0]
+
+    def _streams(self, args: dict[str, Any], hidden: tuple[str, ...]) -> dict[str, Span]:
+        """Where each hidden state stands in the sequence, as it was when they were whole."""
+        lengths = [tokens_of(args[name]).shape[-2] for name in hidden]
+        if sum(lengths) == self.tokens:
+            # Text stands behind the video where the layout has a suffix.
+            pairs = list(zip(hidden, lengths, strict=True))
+            done, found = 0, {}
+            for name, length in reversed(pairs) if self.layout.suffix and len(pairs) > 1 else pairs:
+                found[name] = (done, done + length)
+                done += length
+            self.streams[hidden] = found
+            if self._shard is None:
+                self._shard = self._share_out([start for start, _ in found.values() if start])
+        elif self._shard is None or sum(lengths) != self._shard.tokens[self.wire.rank] or hidden not in self.streams:
+            raise ValueError(
+                f"A block was given hidden states of {' + '.join(map(str, lengths))} tokens, expected {self.tokens} for "
+                f"{self.layout}: another node adds or drops tokens. Remove it, or bypass EVDiTSequenceParallel."
+            )
+        return self.streams[hidden]
+
+    def _share_out(self, borders: list[int]) -> Shard:
+        shard = _shared_out(self.layout, self.wire.size, self.patterns, tuple(borders))
+        if borders and not all(
+            within(spans, 0, borders[0]) and within(spans, borders[0], self.tokens) for spans in shard.spans
+        ):
+            raise ValueError(
+                f"The {borders[0]} + {self.tokens - borders[0]} tokens of text and video cannot be shared out over "
+                f"{self.wire.size} ranks: one would get nothing of them. Take fewer devices."
+            )
+        return shard
+
+    def _gather(self, states: list[Tensor], streams: list[Span]) -> list[Tensor]:
+        every = [[within(spans, *stream) for stream in streams] for spans in self.shard.spans]
+        forms = [
+            [form(x, x.ndim - 2, sum(b - a for a, b in spans)) for x, spans in zip(states, held, strict=True)]
+            for held in every
+        ]
+        parts = self._exchange(GATHER, states, forms)
+        joined = []
+        for number, (x, (start, stop)) in enumerate(zip(states, streams, strict=True)):
+            whole = x.new_empty(*x.shape[:-2], stop - start, x.shape[-1])
+            for held, part in zip(every, parts, strict=True):
+                put(whole, held[number], part[number], x.ndim - 2)
+            joined.append(whole)
+        return joined
+
+    def _exchange(self, name: str, mine: list[Tensor], forms: list[list[Form]]) -> list[list[Tensor]]:
+        """What each rank has, from all to all; ``forms`` are the ranks'."""
+        rank, size = self.wire.rank, self.wire.size
+        sends = [mine if other != rank else [] for other in range(size)]
+        receives = [forms[other] if other != rank else [] for other in range(size)]
+        parts = self.wire.start(name, sends, receives, mine[0].device).wait()
+        parts[rank] = mine
+        return parts
 
     def _once(self, name: str, value: Any, cut: Callable[[Any], Any]) -> Any:
         """``cut(value)``, kept for the other blocks, which are given the same table."""
@@ -120,65 +194,33 @@ class ShardedForward:
 
 
 @lru_cache(maxsize=32)
-def _shard(layout: TokenLayout, ranks: int, patterns: tuple[LayerPattern, ...]) -> Shard:
-    return choose_shard(layout, ranks, patterns)
+def _shared_out(layout: TokenLayout, ranks: int, patterns: tuple[LayerPattern, ...], borders: tuple[int, ...]) -> Shard:
+    return choose_shard(layout, ranks, patterns, borders)
 
 
-def block_hook(layer: int, layers: int, previous: Hook | None = None) -> Hook:
-    """The hook of block ``layer`` of ``layers`` for ``patches_replace["dit"]``; ``previous`` is another node's hook
-    there."""
+def block_hook(
+    layer: int | None, *, last: bool, about: BlockArguments | None = None, previous: Hook | None = None
+) -> Hook:
+    """The hook of a block for ``patches_replace["dit"]``; the ``last`` one of a row of blocks gives whole hidden states.
+
+    ``layer`` is that of ``ShardedForward.begin``; ``previous`` is another node's hook there.
+    """
+    names = about or BlockArguments()
 
     def hook(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         run = extra["original_block"] if previous is None else partial(_call, previous, extra)
         state: ShardedForward | None = args["transformer_options"].get(SHARDED_KEY)
         if state is None:
             return run(args)
-        img = state.enter(args["img"]) if layer == 0 else args["img"]
-        state.layer, state.awaits_self_attention = layer, True
-        out = run({**args, "img": img, "pe": state.positions(args["pe"]), "vec": state.modulation(args["vec"])})
-        return {**out, "img": state.leave(out["img"])} if layer == layers - 1 else out
+        given = state.enter(args, names)
+        state.begin(layer)
+        out = run(given)
+        if isinstance(out, Tensor):  # Kandinsky's hook gives its one hidden state itself
+            out = {names.hidden[0]: out}
+        return state.leave(out, names) if last else out
 
     return hook
 
 
 def _call(hook: Hook, extra: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
     return hook(args, extra)
-
-
-def make_sharded_override(previous: Override | None = None) -> Override:
-    """The attention override of a sharded forward: a block's first call is its self-attention, the rest stays local."""
-
-    def override(
-        func: Override,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: int,
-        mask: Tensor | None = None,
-        attn_precision: Any = None,
-        skip_reshape: bool = False,
-        skip_output_reshape: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        def dense(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, **shape: bool) -> Tensor:
-            if previous is not None:
-                return previous(func, q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
-            return func(q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
-
-        state: ShardedForward | None = (kwargs.get("transformer_options") or {}).get(SHARDED_KEY)
-        if state is None or not state.awaits_self_attention:
-            return dense(q, k, v, heads, mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
-        if mask is not None or k.shape != q.shape:
-            raise ValueError(
-                f"Block {state.layer} masks its self-attention or joins text to it, expected plain self-attention over the video tokens: "
-                "this cannot be sharded. Bypass EVDiTSequenceParallel."
-            )
-        if not skip_reshape:
-            q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-        # Ulysses holds a part of the heads, so the local calls say how many; RB's partial results need no backend.
-        out = state.attend(
-            q, k, v, lambda q, k, v: dense(q, k, v, q.shape[1], None, skip_reshape=True, skip_output_reshape=True)
-        )
-        return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
-
-    return override

@@ -14,6 +14,7 @@ Prefix and suffix tokens are split like reference tokens. Pure integer arithmeti
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -106,38 +107,45 @@ class Shard:
         return {frame: tuple(ranks) for frame, ranks in found.items()}
 
 
-def by_frames(layout: TokenLayout, ranks: int) -> Shard:
-    """Layout L1: contiguous whole frames, shares that differ by one frame at most (a rank may get none)."""
-    return _two_part(layout, ranks, (), unit=layout.grid.tokens_per_frame)
+def by_frames(layout: TokenLayout, ranks: int, borders: Sequence[int] = ()) -> Shard:
+    """Layout L1: contiguous whole frames, shares that differ by one frame at most (a rank may get none).
+
+    In all layouts, what is split to the token is split on each side of a ``border`` by itself.
+    """
+    return _two_part(layout, ranks, (), layout.grid.tokens_per_frame, borders)
 
 
-def by_references(layout: TokenLayout, ranks: int, pattern: TilePattern) -> Shard:
+def by_references(layout: TokenLayout, ranks: int, pattern: TilePattern, borders: Sequence[int] = ()) -> Shard:
     """Layout L2: the reference frames' tokens split over all ranks, the other frames whole and contiguous."""
-    return _two_part(layout, ranks, pattern.reference_frames(layout.grid.t), unit=layout.grid.tokens_per_frame)
+    references = pattern.reference_frames(layout.grid.t)
+    return _two_part(layout, ranks, references, layout.grid.tokens_per_frame, borders)
 
 
-def by_tokens(layout: TokenLayout, ranks: int, pattern: TilePattern) -> Shard:
+def by_tokens(layout: TokenLayout, ranks: int, pattern: TilePattern, borders: Sequence[int] = ()) -> Shard:
     """Layout L3: reference tokens and all other tokens each split evenly, to one token, across frame borders."""
-    return _two_part(layout, ranks, pattern.reference_frames(layout.grid.t), unit=1)
+    return _two_part(layout, ranks, pattern.reference_frames(layout.grid.t), 1, borders)
 
 
-def choose_shard(layout: TokenLayout, ranks: int, patterns: Iterable[LayerPattern]) -> Shard:
+def choose_shard(
+    layout: TokenLayout, ranks: int, patterns: Iterable[LayerPattern], borders: Sequence[int] = ()
+) -> Shard:
     """One shard for all layers: L1 where whole frames share out evenly, else L2, else L3, for the commonest sparse
     pattern.
 
     Full layers and those whose heads differ run on any shard, so the others count. L3 cuts frames, which costs a halo,
     so it comes last; without such a layer there is none, and tokens are simply split evenly.
+    ``borders``: where the sequence goes from one hidden state to the next; of each of them every rank gets a share.
     """
     frames = layout.grid.t
     sparse = Counter(p.kinds[0] for p in patterns if len(p.kinds) == 1 and not p.is_full(frames))
     if frames % _checked(ranks) == 0:
-        return by_frames(layout, ranks)
+        return by_frames(layout, ranks, borders)
     if not sparse:
-        return by_tokens(layout, ranks, TilePattern(None))
+        return by_tokens(layout, ranks, TilePattern(None), borders)
     most = max(sparse.values())
     pattern = min((p for p, count in sparse.items() if count == most), key=lambda p: p.density(frames))
     build = by_references if (frames - len(pattern.reference_frames(frames))) % ranks == 0 else by_tokens
-    return build(layout, ranks, pattern)
+    return build(layout, ranks, pattern, borders)
 
 
 def even_shares(count: int, ranks: int) -> list[Span]:
@@ -169,7 +177,7 @@ def cut_spans(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
     return cut
 
 
-def _two_part(layout: TokenLayout, ranks: int, references: tuple[int, ...], unit: int) -> Shard:
+def _two_part(layout: TokenLayout, ranks: int, references: tuple[int, ...], unit: int, borders: Sequence[int]) -> Shard:
     """Prefix, ``references`` and suffix split to the token, all other frames in units of ``unit`` tokens.
 
     The spare units of the two parts go to different ranks (the others are dealt out from the last rank on).
@@ -181,13 +189,22 @@ def _two_part(layout: TokenLayout, ranks: int, references: tuple[int, ...], unit
         if f not in set(references)
     ]
     count = len(others) * size // unit
-    first = even_shares(sum(stop - start for start, stop in shared), _checked(ranks))
+    edges = [0, *sorted(borders), layout.tokens]
+    parts = [_between(shared, *pair) for pair in itertools.pairwise(edges)]
+    first = [even_shares(sum(stop - start for start, stop in part), _checked(ranks)) for part in parts]
     second = [(count - stop, count - start) for start, stop in reversed(even_shares(count, ranks))]
     held = []
-    for mine, rest in zip(first, second, strict=True):
-        spans = cut_spans(shared, *mine) + cut_spans(others, rest[0] * unit, rest[1] * unit)
+    for rank, rest in enumerate(second):
+        spans = [span for part, shares in zip(parts, first, strict=True) for span in cut_spans(part, *shares[rank])]
+        spans += cut_spans(others, rest[0] * unit, rest[1] * unit)
         held.append(tuple(join_spans(sorted(spans))))
     return Shard(layout, tuple(held))
+
+
+def _between(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
+    """The parts of ``spans`` between ``start`` and ``stop``."""
+    cut = ((max(a, start), min(b, stop)) for a, b in spans)
+    return [(a, b) for a, b in cut if a < b]
 
 
 def _borders(layout: TokenLayout) -> list[tuple[int, int | None]]:

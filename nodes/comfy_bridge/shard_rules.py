@@ -1,0 +1,148 @@
+"""How each model's blocks take their hidden state, positions and modulation: what a rank is given its rows of.
+
+A new model is a row in ``RULES``. Blocks that ComfyUI hooks are hooked; the forwards of other modules are replaced in
+the MODEL as ComfyUI's own nodes do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ...efficient_vdit_core.parallel.sharding.arguments import WHOLE, BlockArguments
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of blocks, one after another, with nothing but sums of rows between them.
+
+    Attributes:
+        path: the list of them in the model.
+        hook: ComfyUI's name of their hooks; "" where it has none: then the forward is replaced, whose arguments
+            ``about`` names.
+        leaves: the last one gives the hidden states of all tokens.
+        layers: a block for each layer of the model; others attend as the layer before them does.
+    """
+
+    path: str
+    about: BlockArguments = field(default_factory=BlockArguments)
+    hook: str = "double_block"
+    leaves: bool = True
+    layers: bool = True
+
+
+@dataclass(frozen=True)
+class WholeModule:
+    """A module that counts frames: it is given the hidden state of all tokens first, and gives this rank's rows.
+
+    ``path``: with * for each entry of a list. ``acts``: whether a call does anything, from the module and its
+    arguments.
+    """
+
+    path: str
+    acts: Callable[..., bool] = lambda *_, **__: True
+
+
+@dataclass(frozen=True)
+class ShardRule:
+    """A class of models: its rows of blocks, the modules that take all tokens, the attentions over all keys, and the
+    video's frames and pixels in a token (T, H, W)."""
+
+    rows: tuple[Row, ...]
+    whole: tuple[WholeModule, ...] = ()
+    all_keys: tuple[str, ...] = ()
+    pixels: tuple[int, int, int] = (4, 16, 16)
+
+
+def rows_of_compressed(timestep: Any, index: Tensor) -> Any:
+    """LTX-2's modulation for the tokens ``index``: tensors (B, 1 or N, F), or one entry for each frame in a class of
+    ComfyUI's, which spreads it when it is needed."""
+    if isinstance(timestep, Tensor):
+        return timestep if timestep.shape[1] == 1 else timestep[:, index]
+    size, entries = timestep.patches_per_frame, timestep.data
+    if size == 1 and entries.shape[1] == 1:
+        return timestep
+    kind = _rows_class(type(timestep))
+    return kind(entries, 1, per_frame=True).of(index // size)
+
+
+def _rows_class(kind: type) -> type:
+    """A subclass of ComfyUI's compressed modulation that gives the entries of some tokens."""
+    if kind not in _CLASSES:
+
+        class Rows(kind):
+            __slots__ = ("index",)
+
+            def of(self, index: Tensor) -> Any:
+                self.index = index
+                return self
+
+            def expand_for_computation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+                return tuple(x[:, self.index] for x in super().expand_for_computation(*args, **kwargs))
+
+        _CLASSES[kind] = Rows
+    return _CLASSES[kind]
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _injects(module: Any, x: Tensor, layer: int, *_: Any, **__: Any) -> bool:
+    return layer in module.injected_block_id
+
+
+_WAN = Row("blocks")
+_VACE = Row(
+    "vace_blocks",
+    BlockArguments(("c",), {"x": WHOLE, "freqs": WHOLE}, ("e",)),
+    hook="",
+    leaves=False,
+    layers=False,
+)
+_H3 = BlockArguments(tables={"rope_freqs": WHOLE}, spread=(), runs={"mod_segments": WHOLE})
+_DOUBLE = BlockArguments(("txt", "img"), spread=(), runs={"modulation_dims_img": "img", "modulation_dims_txt": "txt"})
+_SINGLE = BlockArguments(spread=(), runs={"modulation_dims": WHOLE})
+_LTX = BlockArguments(tables={"pe": WHOLE, "vec": WHOLE}, spread=())
+_LTX_AUDIO = BlockArguments(
+    tables={"v_pe": WHOLE, "v_cross_pe": WHOLE},
+    spread=(),
+    rows=dict.fromkeys(("v_timestep", "v_cross_scale_shift_timestep", "v_cross_gate_timestep"), rows_of_compressed),
+)
+_COGVIDEOX = BlockArguments(
+    ("encoder_hidden_states", "hidden_states"), {"image_rotary_emb": "hidden_states"}, spread=()
+)
+_KANDINSKY = BlockArguments(("visual_embed",), {"freqs": WHOLE}, spread=())
+
+RULES: Mapping[str, ShardRule] = {
+    "OpenSoraT2V": ShardRule((Row("transformer_blocks"),)),
+    "MiniMaxH3Model": ShardRule((Row("blocks", _H3),), pixels=(4, 32, 32)),
+    "WanModel": ShardRule((_WAN,)),
+    "CameraWanModel": ShardRule((_WAN,)),
+    "SCAILWanModel": ShardRule((_WAN,)),
+    "SCAIL2WanModel": ShardRule((_WAN,)),
+    "VaceWanModel": ShardRule((_WAN, _VACE)),
+    "AnimateWanModel": ShardRule((_WAN,), (WholeModule("face_adapter.fuser_blocks.*"),)),
+    "HumoWanModel": ShardRule((_WAN,), (WholeModule("blocks.*.audio_cross_attn_wrapper"),)),
+    "WanModel_S2V": ShardRule((_WAN,), (WholeModule("audio_injector", _injects),)),
+    "WanDancerModel": ShardRule((_WAN,), (WholeModule("music_injector", _injects),)),
+    "HunyuanVideo": ShardRule((Row("double_blocks", _DOUBLE), Row("single_blocks", _SINGLE, "single_block"))),
+    "LTXVModel": ShardRule((Row("transformer_blocks", _LTX),), pixels=(8, 32, 32)),
+    "LTXAVModel": ShardRule(
+        (Row("transformer_blocks", _LTX_AUDIO),),
+        all_keys=("transformer_blocks.*.video_to_audio_attn",),
+        pixels=(8, 32, 32),
+    ),
+    "CogVideoXTransformer3DModel": ShardRule((Row("blocks", _COGVIDEOX, hook=""),)),
+    # Its hook names its hidden state as its block does not (ComfyUI 0.33), so that it cannot be used.
+    "Kandinsky5": ShardRule((Row("visual_transformer_blocks", _KANDINSKY, hook=""),)),
+}
+
+# Models that have a plan and no rule.
+NOT_SHARDED = {
+    "AsymmDiTJoint": "its text is padded beyond the tokens that attend",
+    "GeneralDIT": "its blocks take the video as a grid of frames, not as a row of tokens",
+    "MiniTrainDIT": "its blocks take the video as a grid of frames, not as a row of tokens",
+}

@@ -1,0 +1,159 @@
+"""Every native video family under a plan on 2 and on 3 CPU ranks, against one process. Prints JSON.
+
+Names of cases in $EVDIT_CASES, with commas between, run only these.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from datetime import timedelta
+
+RANKS = (2, 3)
+
+
+def start_ranks() -> dict[str, dict]:
+    """What rank 0 found on each number of ranks; every rank is this file again."""
+    found = {}
+    for ranks in RANKS:
+        with tempfile.TemporaryDirectory() as folder:
+            about = {**os.environ, "EVDIT_RANKS": str(ranks), "EVDIT_STORE": f"{folder}/store", "OMP_NUM_THREADS": "1"}
+            started = [
+                subprocess.Popen(
+                    [sys.executable, __file__],
+                    env={**about, "EVDIT_RANK": str(rank)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+                for rank in range(ranks)
+            ]
+            printed = [process.communicate() for process in started]
+            for process, (_, error) in zip(started, printed, strict=True):
+                assert process.returncode == 0, error[-4000:]
+        found[str(ranks)] = json.loads(printed[0][0].strip().splitlines()[-1])
+    return found
+
+
+if "EVDIT_RANK" not in os.environ:
+    print(json.dumps(start_ranks()))
+    sys.exit()
+
+from host import call, load_pack, torch  # noqa: E402 isort: skip
+import comfy.samplers  # noqa: E402 isort: skip
+import torch.distributed as dist  # noqa: E402 isort: skip
+from comfy.patcher_extension import WrappersMP  # noqa: E402 isort: skip
+from tiny_models import CASES, Case, build, inputs, missing  # noqa: E402 isort: skip
+
+pack = load_pack()
+
+
+def module(ending: str):
+    (found,) = (m for name, m in sys.modules.items() if name.endswith(ending))
+    return found
+
+
+plans, packing = module("efficient_vdit_core.plan"), module("comfy_bridge.packing")
+sharding, tiles = module("comfy_bridge.sharding"), module("efficient_vdit_core.tiles")
+head_patterns = module("efficient_vdit_core.head_patterns")
+dist.init_process_group(
+    "gloo",
+    store=dist.FileStore(os.environ["EVDIT_STORE"], int(os.environ["EVDIT_RANKS"])),
+    rank=int(os.environ["EVDIT_RANK"]),
+    world_size=int(os.environ["EVDIT_RANKS"]),
+    timeout=timedelta(seconds=100),  # a rank that fails alone leaves the others waiting
+)
+wire, counts = module("sharding.wire").Wire(), sharding.Counter()
+module("sharding.blocks").Counter = lambda: counts  # of all forwards of a run
+
+
+def sparse(model, plan):
+    settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
+    return call(pack["EVDiTSparseAttention"], model=model, plan=plan, **settings)[0]
+
+
+def through_the_wire(executor, x, t, c_concat=None, c_crossattn=None, control=None, options=None, **conds):
+    """A forward whose inputs went to a worker and arrived there."""
+    tensors = {}
+    given = {"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, **conds}
+    told = packing.unpack(json.loads(json.dumps(packing.pack(given, tensors))), tensors, x.device)
+    names = ("x", "t", "c_concat", "c_crossattn")
+    return executor(*(told.pop(name) for name in names), control, options, **told)
+
+
+def run(model, case: Case):
+    """Two steps with guidance, flat."""
+    x, cond, noise_mask = inputs(case)
+    negative = [[cond[0][0] * 0.5, cond[0][1]]]
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(cond, negative)
+    guider.set_cfg(1.0 if case.single else 2.0)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
+    start = x - x if x.is_nested else torch.zeros_like(x)
+    if case.config == "WAN21_FlowRVS":
+        start = x
+    name = "ddim" if case.config.startswith("CogVideoX") else "euler"
+    with torch.inference_mode():
+        out = guider.sample(
+            x, start, comfy.samplers.sampler_object(name), sigmas, noise_mask, disable_pbar=True, seed=0
+        )
+    return torch.cat([part.flatten() for part in out.unbind()]) if out.is_nested else out.flatten()
+
+
+def shared(source, case: Case):
+    """What the ranks find together; ``counts`` says how many layers took which scheme.
+
+    Two ranks choose the scheme themselves, three take that of the references wherever it can be.
+    """
+    model = sharding.shard_model(source, wire)
+    counts.clear()
+    model.model_options["transformer_options"][sharding.SCHEME_KEY] = "auto" if wire.size == 2 else "rb"
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "through the wire", through_the_wire)
+    return run(model, case)
+
+
+def distance(a, b) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def facts(name: str, case: Case) -> dict:
+    if missing(case):
+        return {"skipped": f"this ComfyUI has no {missing(case)}"}
+    model = build(case)
+    try:
+        family, _ = sharding.find_shardable(model)
+    except ValueError as error:
+        return {"refused": str(error)}
+    weights = {key: value.clone() for key, value in model.model.diffusion_model.state_dict().items()}
+    pattern = tiles.TilePattern
+    depth, heads = (count(model.model.diffusion_model) for count in (family.depth, family.head_count))
+    several = head_patterns.by_head([pattern(1), *[pattern(None)] * (heads - 1)])
+    found, dense = {}, run(model, case)
+    for words, plan in (
+        ("one reference", plans.TilePlan.uniform(1)),
+        ("a window", plans.TilePlan(uniform_pattern=pattern(0, window=1))),
+        ("heads", plans.TilePlan(patterns=(several,) * depth, heads=heads)),
+    ):
+        source = sparse(model, plan)
+        want = run(source, case)
+        got = shared(source, case)
+        found[words] = {"error": distance(got, want), "effect": distance(want, dense), "schemes": dict(counts)}
+    found["no plan"] = {"error": distance(shared(model, case), dense)}
+    found["after it"] = distance(run(model, case), dense)
+    found["weights same"] = all(torch.equal(v, weights[k]) for k, v in model.model.diffusion_model.state_dict().items())
+    return found
+
+
+results = {}
+chosen = os.environ.get("EVDIT_CASES")
+for name in chosen.split(",") if chosen else CASES:
+    try:
+        results[name] = facts(name, CASES[name])
+    except Exception:  # every rank meets it, or the others would wait
+        results[name] = {"failed": traceback.format_exc()[-1500:]}
+        print(results[name]["failed"], file=sys.stderr)
+print(json.dumps(results))
+dist.barrier()
+dist.destroy_process_group()

@@ -1,0 +1,15 @@
+"""The names of the tiny models of comfy/scripts/tiny_models.py, by family."""
+
+WAN = ["wan", "wan with a text as long as a frame", "wan i2v", "wan fun with a reference", "wan with a reference it ignores", "wan phantom",
+       "wan with references in context", "wan phantom with a reference in context", "wan flow rvs", "wan 2.2 5B", "wan vace",
+       "wan vace twice", "wan camera", "wan humo", "wan s2v", "wan dancer", "wan dancer over the whole music", "wan scail",
+       "wan scail without a pose", "wan scail 2", "wan animate"]  # fmt: skip
+HUNYUAN = ["hunyuan", "hunyuan with a reference", "hunyuan with padded text", "hunyuan 1.5"]
+LTX = ["ltx", "ltx with guides", "ltx with dropped guides", "ltx with guides of full strength", "ltx audio", "ltx audio with guides",
+       "ltx audio with a voice"]  # fmt: skip
+COGVIDEOX = ["cogvideox", "cogvideox i2v", "cogvideox 1.5"]
+MINIMAX = ["h3", "h3 of even size", "h3 with a text as long as a frame", "h3 with guidance", "h3 with first and last frame",
+           "h3 with a guide and its sound", "h3 with references", "h3 with vision tokens"]  # fmt: skip
+FAMILIES = [*WAN, *HUNYUAN, *LTX, *MINIMAX, *COGVIDEOX, "mochi", "cosmos", "cosmos predict2", "kandinsky 5"]
+# Cases in which nothing may become sparse.
+LEFT_DENSE_NAMES = ["wan causal", "wan dancer with images as long as the video", "ltx with weaker guides"]
