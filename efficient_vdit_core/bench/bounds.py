@@ -1,4 +1,5 @@
-"""The most that a whole step gains under the plans that ship, by FLOPs: a table of models and of the clips people make.
+"""The most that a whole step gains under the plans that ship, by FLOPs, and what several GPUs add to it by a model: a
+table of models and of the clips people make.
 
 Weights are elements of the matrices that every video token meets, counted on each model's own class in ComfyUI.
 """
@@ -11,8 +12,10 @@ from typing import Any
 from ..assets import preset_path
 from ..attention import TokenLayout
 from ..attention.cost import StepCost
+from ..head_patterns import LayerPattern
+from ..parallel.sharding.forecast import GPU_RATES, LayerShape, forward_speedup
 from ..plan import TilePlan
-from ..tiles import TokenGrid
+from ..tiles import TilePattern, TokenGrid
 from . import minimax_h3
 
 # INT8 attention (SageAttention, Comfy Kitchen) beside bf16 matrices runs at about twice their rate.
@@ -77,10 +80,9 @@ def preset_bounds(name: str, clip: str) -> list[dict[str, Any]]:
     ``int8_alone`` is what INT8 attention gains without a plan, ``with_int8`` what the plan adds to it.
     """
     model = MODELS[name]
-    cost, rows = model.cost(clip), []
+    cost, layout, rows = model.cost(clip), model.clips[clip], []
     for preset in model.presets:
-        plan, layout = TilePlan.load(preset_path(preset)), model.clips[clip]
-        patterns = [plan.pattern(i, model.depth).scaled(plan.frames, layout.grid.t) for i in range(model.depth)]
+        patterns = _patterns(model, clip, preset)
         left = sum(p.flop_density(layout.grid, layout.prefix + layout.suffix) for p in patterns) / model.depth
         rows.append(
             {
@@ -95,3 +97,28 @@ def preset_bounds(name: str, clip: str) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def gpu_forecasts(name: str, clip: str) -> list[dict[str, Any]]:
+    """One row for each plan (the presets, and none), number of GPUs and stated rates: how many times faster a step is
+    than on one of them under the same plan, with nothing overlapped. A model, not a measurement."""
+    model = MODELS[name]
+    shape = LayerShape(model.clips[clip], model.heads, model.head_dim, text=0, weights=model.weights // model.depth)
+    plans = {"none": [TilePattern(None)] * model.depth, **{p: _patterns(model, clip, p) for p in model.presets}}
+    return [
+        {
+            "plan": plan,
+            "gpus": gpus,
+            "rates": rates.name,
+            "speedup": forward_speedup(shape, patterns, gpus, "auto", rates),
+        }
+        for plan, patterns in plans.items()
+        for gpus in (2, 4)
+        for rates in GPU_RATES
+    ]
+
+
+def _patterns(model: Model, clip: str, preset: str) -> list[LayerPattern]:
+    """The pattern of each layer under a preset, on the frames of the clip."""
+    plan, frames = TilePlan.load(preset_path(preset)), model.clips[clip].grid.t
+    return [plan.pattern(layer, model.depth).scaled(plan.frames, frames) for layer in range(model.depth)]

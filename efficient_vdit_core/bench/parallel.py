@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..attention import TokenLayout
 from ..parallel.pool.imports import Host
 from ..parallel.pool.session import Launch, Session
 from ..parallel.sharding.forecast import GPU_RATES, LayerShape, bytes_sent, overhead, speedup
@@ -33,7 +34,7 @@ class ParallelShape:
     head_dim: int = 96
 
     def layer(self, itemsize: int) -> LayerShape:
-        return LayerShape(self.grid, self.heads, self.head_dim, itemsize)
+        return LayerShape(TokenLayout(self.grid), self.heads, self.head_dim, itemsize)
 
 
 def measure(
@@ -130,7 +131,7 @@ def model_rows(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _model_row(
     frames: int, grid: TokenGrid, k: int | None, scheme: str, ranks: int, factor: float, rates: int
 ) -> dict[str, Any]:
-    layer, pattern = LayerShape(grid, 24, 96), TilePattern(k)
+    layer, pattern = LayerShape(TokenLayout(grid), 24, 96), TilePattern(k)
     return {
         "kind": "model",
         "video_frames": frames,

@@ -72,7 +72,8 @@ def clip_speedup(model: Any, clip: tuple[int, int, int], ranks: int, scheme: str
     patterns = [
         TilePattern(None) if hook is None else hook.preparation.pattern_of(state, layer) for layer in range(depth)
     ]
-    shape = LayerShape(grid, heads, head_dim, itemsize=model.model.get_dtype().itemsize)
+    weights, itemsize = family.token_weights(diffusion_model) // depth, model.model.get_dtype().itemsize
+    shape = LayerShape(TokenLayout(grid), heads, head_dim, itemsize, text=0, weights=weights)
     return forward_speedup(shape, patterns, ranks, scheme, rates)
 
 

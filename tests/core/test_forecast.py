@@ -2,6 +2,8 @@
 
 import pytest
 
+from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.bench.bounds import MODELS, gpu_forecasts
 from efficient_vdit_core.bench.parallel import model_rows
 from efficient_vdit_core.parallel.sharding.forecast import (
     GPU_RATES,
@@ -14,7 +16,7 @@ from efficient_vdit_core.parallel.sharding.forecast import (
 )
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
-LONG = LayerShape(TokenGrid(24, 45, 80), 24, 96)
+LONG = LayerShape(TokenLayout(TokenGrid(24, 45, 80)), 24, 96)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,25 @@ def test_a_forward_is_the_sum_of_its_layers():
     times = [LONG.flops(pattern) / rates.flops for pattern in (sparse, full)]
     want = sum(times) / (times[0] / one + times[1] / other)
     assert forward_speedup(LONG, [sparse, full], 4, "auto", rates) == pytest.approx(want)
+
+
+def test_a_layer_of_another_model_is_its_own_matrices_and_sequence():
+    """MiniMax-H3: the rows before the video see all, and its matrices are not Open-Sora-Plan's."""
+    layout, weights = TokenLayout(TokenGrid(72, 24, 42), 1110), 385_351_680
+    layer = LayerShape(layout, 56, 128, text=0, weights=weights)
+    tokens, video = layout.tokens, layout.grid.tokens
+    left = 1 - (1 - TilePattern(8).density(72)) * (video / tokens) ** 2
+    assert layer.flops(TilePattern(8)) == pytest.approx(2 * tokens * weights + 4 * tokens**2 * 56 * 128 * left)
+
+
+def test_a_clip_that_people_make_on_several_gpus():
+    rows = gpu_forecasts("minimax_h3", "1344x768-10s")
+    found = {(r["plan"], r["gpus"], r["rates"]): r["speedup"] for r in rows}
+    assert len(found) == len(rows) == (1 + len(MODELS["minimax_h3"].presets)) * 2 * len(GPU_RATES)
+    for (_, gpus, _), speedup_of_it in found.items():
+        assert 1.0 < speedup_of_it < gpus
+    fast, slow = GPU_RATES[0].name, GPU_RATES[-1].name
+    assert all(found[plan, 4, fast] > found[plan, 4, slow] for plan in ("none", "minimax_h3_strong"))
 
 
 def test_the_overhead_is_what_the_runs_took_beyond_the_model():

@@ -67,7 +67,7 @@ def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 def _bounds(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     """What a step of today's models gains at most, and for MiniMax-H3 what ``--depth`` blocks gained."""
-    from ...bench.bounds import MODELS, preset_bounds
+    from ...bench.bounds import MODELS, gpu_forecasts, preset_bounds
     from ...bench.minimax_h3 import CLIPS, DEPTH, bounds
 
     depth, clips = args.depth or 0, MODELS[args.model].clips
@@ -87,6 +87,11 @@ def _bounds(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
                 f"{name:<28} {row['tokens']:>7} tokens  attention {row['attention_share']:>4.0%} of a step  {row['preset']} "
                 f"({row['pattern']}) leaves {row['attention_left']:>4.0%}: at most {row['bound']:.2f}x; INT8 attention alone "
                 f"{row['int8_alone']:.2f}x, and the plan on it {row['with_int8']:.2f}x"
+            )
+        for row in gpu_forecasts(args.model, name):
+            rows.append({"clip": name, "kind": "several GPUs, a model", **row})
+            say(
+                f"{'':<28} {row['gpus']} GPUs, {row['rates']}, plan {row['plan']}: {row['speedup']:.2f}x of one (a model)"
             )
         for row in bounds(CLIPS[name]) if args.model == "minimax_h3" else []:
             rows.append({"clip": name, "kind": "all layers alike", **row})

@@ -1,8 +1,8 @@
 """A model of the speed-up on hardware that is not here: arithmetic and bytes, each at a stated rate, no overlap
 assumed.
 
-A layer's time on P devices is its FLOPs / (P * rate) plus the bytes that a rank sends / link rate. The FLOPs follow
-Open-Sora-Plan's block; what the runs on this machine took beyond that is the factor ``overhead``.
+A layer's time on P devices is its FLOPs / (P * rate) plus the bytes that a rank sends / link rate; what the runs on
+this machine took beyond that is the factor ``overhead``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from ...attention import TokenLayout
 from ...head_patterns import LayerPattern
-from ...tiles import TokenGrid
 from .layout import choose_shard
 from .traffic import rb_bytes, scheme_of, ulysses_bytes
 
@@ -37,29 +36,35 @@ GPU_RATES = (
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A block of Open-Sora-Plan's form: ``width`` = heads x head_dim, batch 1."""
+    """A block over the tokens of ``layout``, batch 1.
 
-    grid: TokenGrid
+    ``weights``: elements of the matrices that every token meets, default Open-Sora-Plan's 14 width^2 with width = heads
+    x head_dim. ``text``: tokens that are crossed with.
+    """
+
+    layout: TokenLayout
     heads: int
     head_dim: int
     itemsize: int = 2
     text: int = 300
+    weights: int = 0
 
     @property
     def width(self) -> int:
         return self.heads * self.head_dim
 
     def flops(self, pattern: LayerPattern) -> float:
-        """Self-attention, cross-attention and feed-forward of one block: 28 N D^2 in matrices, 4 N^2 D density in
-        attention."""
-        tokens = self.grid.tokens
-        matrices = 28.0 * tokens * self.width**2 + 4.0 * self.text * self.width**2
-        return matrices + 4.0 * tokens * self.width * (tokens * pattern.density(self.grid.t) + self.text)
+        """Self-attention, cross-attention and feed-forward of one block: 2 N weights in matrices, 4 N^2 width density
+        in attention."""
+        tokens, grid = self.layout.tokens, self.layout.grid
+        matrices = 2.0 * tokens * (self.weights or 14 * self.width**2) + 4.0 * self.text * self.width**2
+        density = pattern.flop_density(grid, tokens - grid.tokens)
+        return matrices + 4.0 * tokens * self.width * (tokens * density + self.text)
 
 
 def bytes_sent(shape: LayerShape, pattern: LayerPattern, ranks: int, scheme: str) -> tuple[str, int]:
     """The scheme that ``scheme`` means here, and the most bytes that a rank sends in one layer by it."""
-    shard = choose_shard(TokenLayout(shape.grid), ranks, [pattern])
+    shard = choose_shard(shape.layout, ranks, [pattern])
     about = (shape.heads, shape.head_dim, shape.itemsize)
     scheme = scheme_of(scheme, shard, pattern, *about)
     if scheme == "rb":
