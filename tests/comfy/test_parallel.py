@@ -255,18 +255,22 @@ def test_minimax_h3_and_its_sound_on_two_ranks_are_the_same(server, scheme):
         assert same(saved(server, shared, f"h3_{scheme}{what}"), saved(server, alone, f"h3_alone_{scheme}{what}"))
 
 
-def test_a_lora_acts_in_the_workers(server):
-    def graph(name, **kwargs):
+def test_a_lora_acts_in_the_workers_and_so_does_another_strength(server):
+    def graph(name, strength, **kwargs):
         nodes = prompt(name, OSP, TEXT, **kwargs)
-        lora = {"model": ["1", 0], "lora_name": "tiny.safetensors", "strength_model": 1.0}
+        lora = {"model": ["1", 0], "lora_name": "tiny.safetensors", "strength_model": strength}
         nodes["20"] = {"class_type": "LoraLoaderModelOnly", "inputs": lora}
         nodes["3"]["inputs"]["model"] = ["20", 0]
         return nodes
 
-    plain = latents(server, "no_lora", OSP, TEXT, parallel=False)
-    alone = saved(server, server.run(graph("lora_alone", parallel=False)), "lora_alone")
-    assert not same(alone, plain)
-    assert same(saved(server, server.run(graph("lora")), "lora"), alone)
+    before = latents(server, "no_lora", OSP, TEXT, parallel=False)
+    for strength in (1.0, 0.5):
+        names = [f"lora_{kind}_{int(10 * strength)}" for kind in ("alone", "shared")]
+        alone, shared = (
+            saved(server, server.run(graph(name, strength, parallel=name == names[1])), name) for name in names
+        )
+        assert not same(alone, before) and same(shared, alone)
+        before = alone
 
 
 def test_the_shipped_workflow_with_the_node_in_it(server):
@@ -305,6 +309,31 @@ def test_cancel_ends_the_run_and_keeps_the_pool(server):
     assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]] and seconds < 15.0
     alone = latents(server, "cancel_alone", OSP, TEXT, parallel=False, steps=2)
     assert same(latents(server, "after_cancel", OSP, TEXT, steps=2), alone) and worker_pids(server) == before
+
+
+def test_after_a_cancel_another_model_runs(server):
+    latents(server, "before_another", OSP, TEXT, steps=1)
+    in_mid_run(server, prompt("cancelled", OSP, TEXT, steps=2000), lambda: server.post("/interrupt", {}))
+    alone = latents(server, "another_alone", WAN, WAN_TEXT, parallel=False, frames=9)
+    assert same(latents(server, "another", WAN, WAN_TEXT, frames=9), alone)
+
+
+def test_two_prompts_queued_at_once_get_the_same_videos_as_one_after_the_other(server):
+    chosen = {"queued_osp": (OSP, TEXT, {}), "queued_wan": (WAN, WAN_TEXT, {"frames": 9})}
+    entries = {}
+
+    def run(name):
+        loader, text, more = chosen[name]
+        entries[name] = server.run(prompt(name, loader, text, **more))
+
+    both = [threading.Thread(target=run, args=(name,)) for name in chosen]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    for name, (loader, text, more) in chosen.items():
+        alone = latents(server, f"{name}_alone", loader, text, parallel=False, **more)
+        assert same(saved(server, entries[name], name), alone)
 
 
 def test_a_killed_rank_is_named_and_the_next_run_works(server):
