@@ -40,6 +40,7 @@ WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
 FAMILIES = {WAN: "wan", COGVIDEOX: "cogvideox"}
 OVERRIDE = "override"
 WAN_TEXT = 512  # tokens that Wan pads its texts to
+WAN_5B_CHANNELS = 48  # of the latents of Wan 2.2's TI2V 5B
 # Wan's own names, which ComfyUI keeps.
 WAN_IN_COMFYUI = (
     ("attn1.", "self_attn."), ("attn2.", "cross_attn."), (".to_out.0", ".o"), (".to_", "."), ("ffn.net.0.proj", "ffn.0"),
@@ -70,6 +71,9 @@ class DiffusersModel:
         self.family, self.dtype = FAMILIES[self.kind], DTYPES[config.dtype]
         self.saved_dtype = self.dtype
         self.layers, self.heads = int(self.config["num_layers"]), int(self.config["num_attention_heads"])
+        vae = self.folder / "vae" / "config.json"
+        # Wan 2.2's 5B has a VAE of its own; folders of earlier ones may not say.
+        self.vae = {"scale_factor_temporal": 4, "scale_factor_spatial": 8, **(_json(vae) if vae.is_file() else {})}
         self.path, self.prediction = _schedule(_json(self.folder / "scheduler" / "scheduler_config.json"))
 
     def load(self, weights: str = "") -> nn.Module:
@@ -82,7 +86,7 @@ class DiffusersModel:
         if source.is_dir():
             module = kind.from_pretrained(str(source), torch_dtype=self.dtype)
         else:
-            module = kind.from_config(self.config).to(self.dtype)
+            module = _in_precision(kind.from_config(self.config), self.dtype)
             module.load_state_dict(read_state_dict(source)[0])
         return module.train().requires_grad_(True)
 
@@ -90,7 +94,7 @@ class DiffusersModel:
         import diffusers
 
         with torch.device("meta"):
-            return getattr(diffusers, self.kind).from_config(self.config).to(self.dtype).train()
+            return _in_precision(getattr(diffusers, self.kind).from_config(self.config), self.dtype).train()
 
     @property
     def text_size(self) -> tuple[int, int]:
@@ -211,12 +215,14 @@ class DiffusersModel:
         return DiffusionPipeline.from_pretrained(str(self.folder), transformer=None, torch_dtype=dtype, **without)
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        trained = (49, 480, 720) if self.kind == COGVIDEOX else (81, 480, 832)
+        wan = (121, 704, 1280) if self.config["in_channels"] == WAN_5B_CHANNELS else (81, 480, 832)
+        trained = (49, 480, 720) if self.kind == COGVIDEOX else wan
         return frames or trained[0], height or trained[1], width or trained[2]
 
     def latent_shape(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]:
         frames, height, width = size
-        return int(self.config["in_channels"]), (frames - 1) // 4 + 1, height // 8, width // 8
+        pixels, every = self.vae["scale_factor_spatial"], self.vae["scale_factor_temporal"]
+        return int(self.config["in_channels"]), (frames - 1) // every + 1, height // pixels, width // pixels
 
     def comfy_name(self, layer: str) -> str:
         for ours, theirs in WAN_IN_COMFYUI if self.kind == WAN else ():
@@ -225,6 +231,16 @@ class DiffusersModel:
 
     def config_entry(self) -> dict[str, Any]:
         return self.config
+
+
+def _in_precision(module: Any, dtype: torch.dtype) -> Any:
+    """In ``dtype``, but for what diffusers' own reader keeps in float32: embeddings of time, and norms."""
+    nn.Module.to(module, dtype)
+    kept = set(module._keep_in_fp32_modules or ())
+    for name, parameter in module.named_parameters():
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    return module
 
 
 class _Intercepted(TorchFunctionMode):

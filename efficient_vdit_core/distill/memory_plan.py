@@ -90,7 +90,7 @@ def _one_step(stage: DistillConfig, model: FamilyModel, words: int) -> tuple[int
     gradients = size_of(trained)
     if t.precision == "bf16":
         model = open_model(replace(stage.model, dtype="bfloat16"))
-        student.to(torch.bfloat16)
+        nn.Module.to(student, torch.bfloat16)  # diffusers' own warns of what no forecast needs
     z = torch.randn(t.batch, *model.latent_shape(model.size(data.frames, data.height, data.width)), device=META)
     longest, channels = model.text_size
     condition = (torch.empty(t.batch, words or longest, channels, device=META), None)

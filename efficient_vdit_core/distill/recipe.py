@@ -4,6 +4,7 @@ plan.
 consistency-first   consistency -> search -> knowledge (the paper's order)
 knowledge-first     search on the base -> knowledge -> consistency under the plan
 merge               consistency and knowledge apart, both from the base, their changes added
+knowledge-only      search on the base -> knowledge: many steps and guidance as before (the paper's Table 4)
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .trainer import check_objective, check_training, describe, distill
 
 BASE_NEGATIVE_SHARE = 0.1
 ANY_PLAN = "full"  # in a check, for a plan that is searched later
-ORDERS = ("consistency-first", "knowledge-first", "merge")
+ORDERS = ("consistency-first", "knowledge-first", "merge", "knowledge-only")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class RecipeConfig:
             order=order, **{name: read_section(kind, values.get(name, {}), name) for name, kind in sections.items()}
         )
         precisions = recipe.consistency_training.precision, recipe.knowledge_training.precision
-        if precisions[0] != precisions[1]:  # accelerate keeps one for the whole process
+        if order != "knowledge-only" and precisions[0] != precisions[1]:  # accelerate keeps one for the whole process
             raise ValueError(
                 f"The trainings' precisions are {' and '.join(precisions)}, expected the same. Correct the recipe."
             )
@@ -94,6 +95,8 @@ class ThreeStages:
             }
         plans = self.plans("plans", "")
         tuned = {name: self.knowledge(f"knowledge-{name}", "", plan) for name, plan in plans.items()}
+        if c.order == "knowledge-only":
+            return {name: [file] for name, file in tuned.items()}
         if c.order == "knowledge-first":
             return {
                 name: _result(file, self.consistency(f"consistency-{name}", file, plans[name]))
@@ -119,10 +122,11 @@ class ThreeStages:
         knowledge = replace(c.knowledge, plan="", segments=c.knowledge.segments or c.consistency.segments)
         if c.order != "consistency-first":
             knowledge = self._of_base(knowledge)
-        return [
+        stages = [
             self._stage("consistency", replace(c.consistency, plan=""), c.consistency_training, ""),
             self._stage("knowledge", replace(knowledge, plan=ANY_PLAN), c.knowledge_training, ""),
         ]
+        return stages[1:] if c.order == "knowledge-only" else stages
 
     def _of_base(self, objective: KnowledgeConfig) -> KnowledgeConfig:
         """For a teacher that is to be distilled later: the student learns at all of stage 1's times."""

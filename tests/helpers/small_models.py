@@ -24,12 +24,19 @@ def tiny(folder):
     return ModelConfig()
 
 
-def wan(folder):
+def wan(folder, channels=4):
     diffusers = pytest.importorskip("diffusers")
     kind = diffusers.WanTransformer3DModel(
-        **SHAPE, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=32, rope_max_seq_len=32
+        **SHAPE, in_channels=channels, out_channels=channels, text_dim=8, freq_dim=16, ffn_dim=32, rope_max_seq_len=32
     )
     return saved(kind, folder, {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"})
+
+
+def wan_5b(folder):
+    """Wan 2.2's 5B has 48 channels, and a VAE of 16 x 16 pixels."""
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text(json.dumps({"scale_factor_spatial": 16, "scale_factor_temporal": 4}))
+    return wan(folder, 48)
 
 
 def cogvideox(folder):

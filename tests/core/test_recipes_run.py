@@ -1,0 +1,99 @@
+"""The recipes for models of diffusers, each run from its first stage to its last on a tiny model of that class."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from small_models import cogvideox, wan, wan_5b
+
+from efficient_vdit_core.assets import recipe_path
+from efficient_vdit_core.distill.config import read_toml
+from efficient_vdit_core.distill.diffusers_model import DiffusersModel
+from efficient_vdit_core.distill.metadata import DistillMetadata
+from efficient_vdit_core.distill.open_model import open_model
+from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
+
+# Recipe -> model, the latents of its own clips, what comes out, and its stages.
+RECIPES = {
+    "wan_1_3b": (wan, (21, 60, 104), 2, ("consistency", "knowledge")),
+    "wan_ti2v_5b": (wan_5b, (31, 44, 80), 2, ("consistency", "knowledge")),
+    "cogvideox_2b": (cogvideox, (13, 60, 90), 1, ("knowledge",)),
+}
+SMALL = {
+    "data": {"source": "teacher", "clips": 2, "teacher_steps": 2, "frames": 13, "height": 64, "width": 64},
+    "search": {"captions": 1, "thresholds": [0.9], "candidates": "1,2"},
+    "consistency_training": {"steps": 2, "optimizer": "adamw", "precision": "float32", "samples_every": 0, "accumulate": 1},
+    "knowledge_training": {"steps": 2, "optimizer": "adamw", "precision": "float32", "accumulate": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request):
+    return request.param, read_toml(recipe_path(request.param))
+
+
+def test_every_stage_runs_on_a_tiny_model_of_that_class(recipe, tmp_path, monkeypatch):
+    name, values = recipe
+    torch.manual_seed(0)
+    build, _, files, stages = RECIPES[name]
+    where, words = build(tmp_path), 512 if build is not cogvideox else 5
+    seen = []
+
+    def encode(texts):
+        seen.extend(texts)
+        generator = torch.Generator().manual_seed(len(texts[0]))
+        return torch.randn(len(texts), words, 8, generator=generator), torch.ones(len(texts), words, dtype=torch.long)
+
+    monkeypatch.setattr(DiffusersModel, "text_encoder", lambda *_: encode)
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a red cat\na blue dog\n")
+    model = {"path": where.path, "device": "cpu", "dtype": "float32", "lora_rank": 2}
+    small = {**SMALL, "model": model, "data": {**SMALL["data"], "captions": str(captions)}}
+    merged = {s: {**values.get(s, {}), **small.get(s, {})} for s in values.keys() | small.keys() if s != "order"}
+    if name == "cogvideox_2b":
+        del merged["consistency_training"]
+    results = ThreeStages(RecipeConfig.from_dict({"order": values["order"], **merged}), tmp_path / "run").run()
+    assert len(results) == 1 and values["data"]["negative"] in seen
+    (found,) = results.values()
+    assert len(found) == files
+    about = []
+    for file in found:
+        with safe_open(file, "pt") as opened:
+            about.append(DistillMetadata.from_entries(opened.metadata()))
+            assert len(opened.keys()) > 0
+    assert [a.method for a in about] == list(stages)
+    assert about[-1].tile_plan is not None and about[-1].plan == json.loads(about[-1].tile_plan.to_json())
+
+
+def test_the_clips_are_those_that_the_model_was_trained_on(recipe, tmp_path):
+    name, values = recipe
+    build, latents, *_ = RECIPES[name]
+    model = open_model(build(tmp_path))
+    shape = model.latent_shape(model.size(0, 0, 0))
+    assert shape[1:] == latents
+    recipe = RecipeConfig.from_dict(values)
+    recipe.search.check(model.latent_shape(model.size(recipe.data.frames, 0, 0))[1])
+
+
+def test_norms_stay_in_float32_as_diffusers_reads_them(tmp_path):
+    where = wan(tmp_path)
+    model = open_model(replace(where, dtype="bfloat16"))
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    read, own = ({n: p.dtype for n, p in model.load(w).named_parameters()} for w in ("", str(file)))
+    assert read == own and {torch.float32, torch.bfloat16} == set(own.values())
+    assert {n: p.dtype for n, p in model.skeleton().named_parameters()} == own
+
+
+def test_a_step_s_time_may_stand_at_every_token_of_the_5b(tmp_path):
+    """diffusers' pipeline gives the 5B a time for each token; where they are all alike, one for the video is the same."""
+    model = open_model(wan_5b(tmp_path))
+    module = model.load().eval()
+    z, text = torch.randn(1, 48, 3, 4, 6), torch.randn(1, 5, 8)
+    with torch.no_grad():
+        one = module(hidden_states=z, timestep=torch.tensor([400.0]), encoder_hidden_states=text, return_dict=False)[0]
+        every = torch.full((1, 3 * 2 * 3), 400.0)
+        torch.testing.assert_close(
+            module(hidden_states=z, timestep=every, encoder_hidden_states=text, return_dict=False)[0], one
+        )
