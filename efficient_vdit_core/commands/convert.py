@@ -1,24 +1,47 @@
-"""evdit convert: upstream weights into safetensors."""
+"""evdit convert: upstream weights into safetensors, and a LoRA into the weights it is for."""
 
 from __future__ import annotations
 
 import argparse
 
+from ..limits.numbers import number
 from . import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the command's options."""
-    parser.add_argument("part", choices=("vae", "text-encoder"), help="what the file holds")
-    parser.add_argument("source", metavar="IN", help="checkpoint.ckpt of the VAE, or the folder of mT5")
+    parser.add_argument("part", choices=("vae", "text-encoder", "lora"), help="what the file holds")
+    parser.add_argument(
+        "source",
+        metavar="IN",
+        help="checkpoint.ckpt of the VAE, the folder of mT5, or the folder of the model that --lora is merged into",
+    )
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("--lora", metavar="FILE", help="with lora: a published LoRA for Wan or CogVideoX")
+    parser.add_argument("--strength", type=float, default=1.0, help="of the LoRA, -10 to 10, default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:
     """Converts one file."""
+    if args.part == "lora":
+        return _merge(args)
     from ..models.opensora_plan import convert
 
     convert_part = convert.convert_vae if args.part == "vae" else convert.convert_text_encoder
     convert_part(args.source, args.target)
+    say(f"wrote {args.target}")
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from ..distill.published_lora import merge_published
+    from ..files import check_writable_file
+
+    if not args.lora:
+        raise ValueError("Of what is to be merged --lora is missing. Name the LoRA's .safetensors file.")
+    number(args.strength, "--strength", -10, 10)
+    check_writable_file(args.target)
+    say(f"reading {args.source}")
+    say(f"changed {merge_published(args.source, args.lora, args.target, args.strength)} tensors")
     say(f"wrote {args.target}")
     return 0

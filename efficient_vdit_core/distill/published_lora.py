@@ -1,0 +1,71 @@
+"""A published LoRA, such as a few-step one, merged into a model's weights: what a student under a plan can start from.
+
+diffusers reads its names, whether they are diffusers' own, ComfyUI's or musubi's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..limits.quote import named
+from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from .config import ModelConfig
+from .diffusers_model import COGVIDEOX, WAN, DiffusersModel
+from .lora import changed
+
+PREFIX = "transformer."
+DOWN, UP, BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
+
+
+def merge_published(folder: str | Path, lora: str | Path, target: str | Path, strength: float = 1.0) -> int:
+    """Writes the transformer of ``folder`` (diffusers' layout) with ``strength`` times the file ``lora`` added, for
+    ``model.transformer`` of a recipe; returns how many of its tensors were changed.
+
+    Raises ValueError where a part of the LoRA fits nothing in the model, or changes norms, which diffusers leaves out.
+    """
+    model = DiffusersModel(ModelConfig(path=str(folder), family="diffusers", dtype="bfloat16"))
+    given, _ = read_state_dict(lora)
+    if lost := [name for name, x in given.items() if "norm" in name and ".diff" in name and bool(x.any())]:
+        raise ValueError(
+            f"The LoRA {named(Path(lora).name)} changes norms (such as {named(lost[0])}), which diffusers cannot read. Merge it "
+            "with the tool that it comes from."
+        )
+    changes = _changes(_in_diffusers_names(model.kind, given, Path(lora).name), strength)
+    state = model.load().state_dict()
+    if wrong := sorted(n for n, x in changes.items() if n not in state or state[n].shape != x.shape):
+        raise ValueError(
+            f"The LoRA {named(Path(lora).name)} is for another model: {len(wrong)} of its {len(changes)} changes, such as "
+            f"{named(wrong[0])}, fit nothing in {named(Path(folder).name)}."
+        )
+    state = {name: changed(x, changes[name]) if name in changes else x for name, x in state.items()}
+    save_safetensors(Path(target), state, {"config": json.dumps(model.config_entry()), "format": "pt"})
+    return len(changes)
+
+
+def _in_diffusers_names(kind: str, state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    from diffusers.loaders import CogVideoXLoraLoaderMixin, WanLoraLoaderMixin
+
+    readers: dict[str, Any] = {WAN: WanLoraLoaderMixin, COGVIDEOX: CogVideoXLoraLoaderMixin}
+    try:
+        found: dict[str, Tensor] = readers[kind].lora_state_dict(dict(state))
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"diffusers cannot read the LoRA {named(name)} for {kind}: {error}") from error
+    return {key.removeprefix(PREFIX): x for key, x in found.items()}
+
+
+def _changes(state: dict[str, Tensor], strength: float) -> dict[str, Tensor]:
+    """What is added to each weight and bias; diffusers' reader has put alpha / rank into the factors."""
+    found = {}
+    for name, x in state.items():
+        if name.endswith(DOWN):
+            stem = name.removesuffix(DOWN)
+            found[f"{stem}.weight"] = strength * (state[stem + UP].float() @ x.float())
+        elif name.endswith(BIAS):
+            found[f"{name.removesuffix(BIAS)}.bias"] = strength * x.float()
+        elif not name.endswith(UP):
+            found[name] = x  # fits nothing, and is told
+    return found
