@@ -10,7 +10,7 @@ from torch import Tensor
 
 _TENSOR, _TUPLE, _RECORD = "_tensor", "_tuple", "_record"
 # Classes of ComfyUI's whose objects only hold data; they arrive as bare records of the same fields.
-_RECORDS = ("PackedLayout",)
+_RECORDS = (("comfy.ldm.minimax.model", "PackedLayout"),)
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
@@ -24,7 +24,7 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     if isinstance(value, list | tuple):
         parts = [pack(part, tensors, f"{name}.{i}") for i, part in enumerate(value)]
         return {_TUPLE: parts} if isinstance(value, tuple) else parts
-    if type(value).__name__ in _RECORDS:
+    if (type(value).__module__, type(value).__name__) in _RECORDS:
         return {_RECORD: pack(vars(value), tensors, name)}
     if isinstance(value, dict):
         return {str(key): pack(part, tensors, f"{name}.{key}") for key, part in value.items()}

@@ -32,11 +32,25 @@ NODE = "EVDiTSequenceParallel"
 AFTER_RUN = ["keep", "offload", "stop"]
 # What acts below the sampler: in the workers, where the same nodes have run. The other kinds of wrappers act here.
 _IN_WORKERS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
-# Options of a forward that the workers' own hooks may read; the others are callables of this process.
+# Options of a forward that the workers' own hooks may read.
 _FORWARD_OPTIONS = ("sigmas", "sample_sigmas", "cond_or_uncond")
+# Others that ComfyUI sets: callables, which are looked at by themselves, and what acts in this process alone.
+_OPTIONS_HERE = frozenset(
+    (
+        "patches",
+        "patches_replace",
+        "wrappers",
+        "callbacks",
+        "uuids",
+        "context_window",
+        "multigpu_thread_device",
+        patch.OVERRIDE,
+    )
+)
 # The sizes (frames, height, width) that the report forecasts for.
 CLIPS = {"81 frames of 832x480": (81, 480, 832), "93 frames of 1280x720": (93, 720, 1280)}
 WORTH_IT = 1.2
+_PLAIN = (bool, int, float, str, tuple, list, dict)
 SESSION = Session()
 
 
@@ -107,26 +121,46 @@ def _redirected(model: Any, launch: Launch, scheme: str, after_run: str) -> Any:
     """The clone: its weights rest on the CPU unpatched, for the workers hold patched ones of their own."""
     patched = model.clone()
     patched.load_device = torch.device("cpu")
-    patched.patches, patched.patches_uuid = {}, uuid.uuid4()
+    patched.patches = _patches_here(model)
+    patched.patches_uuid = uuid.uuid4()
     for kind in _IN_WORKERS:  # else they would act twice
         for key in list(patched.wrappers.get(kind, {})):
             patched.remove_wrappers_with_key(kind, key)
     # No attention call comes by here, which the sparse node's report would take for a fault.
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, patch.WRAPPER_KEY)
-    run, hooks, modules = Run(), _hooks(patched.model_options["transformer_options"]), set(patched.object_patches)
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _send_step(launch, scheme, run, hooks))
+    run, options = Run(), dict(patched.model_options["transformer_options"])
+    known = Known(_hooks(options), options, set(patched.object_patches), _counts(patched.patches))
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _send_step(launch, scheme, run, known))
     patched.add_wrapper_with_key(
-        WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _after(run, len(launch.devices), after_run, modules)
+        WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _after(run, len(launch.devices), after_run, known)
     )
     patched.set_additional_models(WRAPPER_KEY, [_memory_watch()])
     return patched
 
 
-def _send_step(launch: Launch, scheme: str, run: Run, hooks: list[str]) -> Any:
-    """An APPLY_MODEL wrapper that ends the chain: the workers compute, this process waits and listens for Cancel.
+@dataclass(frozen=True)
+class Known:
+    """What the workers' model has too: functions of other nodes, options of every forward, and changed modules."""
 
-    ``hooks`` are those that the workers' model has too.
-    """
+    hooks: list[str]
+    options: dict[str, Any]
+    modules: set[str]
+    patches: dict[str, int]
+
+
+def _patches_here(model: Any) -> dict[str, Any]:
+    """The LoRAs of what does not run in the workers: ComfyUI makes the text of some models ready before the steps."""
+    _, rule = find_shardable(model)
+    blocks = tuple(f"diffusion_model.{row.path}." for row in rule.rows)
+    return {key: list(found) for key, found in model.patches.items() if not key.startswith(blocks)}
+
+
+def _counts(patches: dict[str, Any]) -> dict[str, int]:
+    return {key: len(found) for key, found in patches.items()}
+
+
+def _send_step(launch: Launch, scheme: str, run: Run, known: Known) -> Any:
+    """An APPLY_MODEL wrapper that ends the chain: the workers compute, this process waits and listens for Cancel."""
 
     def wrapper(
         executor: Any,
@@ -142,7 +176,12 @@ def _send_step(launch: Launch, scheme: str, run: Run, hooks: list[str]) -> Any:
             raise ValueError(
                 "A ControlNet acts on this run, which the workers cannot apply. Remove it, or bypass EVDiTSequenceParallel."
             )
-        if _hooks(transformer_options or {}) != hooks:
+        if marks := _marks(transformer_options or {}, known.options):
+            raise ValueError(
+                f"A node marks some of its evaluations by {', '.join(marks)} (as guidance by layers or between sound and video does): "
+                "the workers cannot see that. Remove it, or bypass EVDiTSequenceParallel."
+            )
+        if _hooks(transformer_options or {}) != known.hooks:
             raise ValueError(
                 "A node hooks the model's blocks in some of its evaluations (such as skip-layer or perturbed-attention guidance), or "
                 "stands behind EVDiTSequenceParallel: the workers cannot see that. Remove it, or bypass EVDiTSequenceParallel."
@@ -174,15 +213,26 @@ def _hooks(options: dict[str, Any]) -> list[str]:
     return sorted(name for kind in ("patches", "patches_replace") for name in walk(options.get(kind, {}), kind))
 
 
-def _after(run: Run, ranks: int, after_run: str, object_patches: set[str]) -> Any:
-    """An OUTER_SAMPLE wrapper: refuses what would be lost on the way, and does what ``after_run`` says.
+def _marks(options: dict[str, Any], known: dict[str, Any]) -> list[str]:
+    """The options of a forward that the MODEL has not, or has otherwise."""
+    return sorted(
+        str(key)
+        for key, value in options.items()
+        if key not in _OPTIONS_HERE and key not in _FORWARD_OPTIONS and not (key in known and _same(known[key], value))
+    )
 
-    ``object_patches`` are those that the workers' model has too.
-    """
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether an option is what it was; ComfyUI copies plain data from forward to forward."""
+    return one is other or (isinstance(one, _PLAIN) and repr(one) == repr(other))
+
+
+def _after(run: Run, ranks: int, after_run: str, known: Known) -> Any:
+    """An OUTER_SAMPLE wrapper: refuses what would be lost on the way, and does what ``after_run`` says."""
 
     def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_hooks(executor.class_obj)
-        _refuse_patches(executor.class_obj.model_patcher, object_patches)
+        _refuse_patches(executor.class_obj.model_patcher, known)
         run.steps, run.sent = [], []
         try:
             return executor(*args, **kwargs)
@@ -221,11 +271,11 @@ def _refuse_split_state(model: Any) -> None:
         )
 
 
-def _refuse_patches(patcher: Any, known: set[str]) -> None:
+def _refuse_patches(patcher: Any, known: Known) -> None:
     """Raises where a node behind ours has changed the model: the workers have run only those before it."""
     wrappers = {key for kind in _IN_WORKERS for key in patcher.wrappers.get(kind, {})}
-    modules = [name for name in set(patcher.object_patches) - known if name.startswith("diffusion_model")]
-    if patcher.patches or modules or wrappers != {WRAPPER_KEY}:
+    modules = [name for name in set(patcher.object_patches) - known.modules if name.startswith("diffusion_model")]
+    if _counts(patcher.patches) != known.patches or modules or wrappers != {WRAPPER_KEY}:
         raise ValueError(
             "A LoRA or another patch stands between EVDiTSequenceParallel and the sampler, where the workers cannot see it. Place "
             "EVDiTSequenceParallel last, and the patch before it."

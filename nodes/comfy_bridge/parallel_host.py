@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.util
 import inspect
 import logging
 import sys
@@ -49,6 +50,7 @@ class ComfyHost:
     def offload(self) -> None:
         """Free the device; the weights stay in main memory."""
         mm = importlib.import_module("comfy.model_management")
+        _let_go_of_weights()
         mm.unload_all_models()
         mm.soft_empty_cache()
 
@@ -75,7 +77,11 @@ class ComfyHost:
         options.update(given.pop("options"))
         options[SCHEME_KEY], options[COUNTS_KEY] = message["scheme"], Counter()
         before = sum(self.wire.sent.values())
-        out = model.model.apply_model(x, given.pop("t"), transformer_options=options, **given)
+        try:
+            out = model.model.apply_model(x, given.pop("t"), transformer_options=options, **given)
+        except BaseException:
+            _let_go_of_weights()
+            raise
         return {"bytes": sum(self.wire.sent.values()) - before, "schemes": options[COUNTS_KEY]}, {"out": out}
 
     def _start_comfyui(self, about: dict[str, Any]) -> Any:
@@ -144,6 +150,13 @@ class ComfyHost:
                 f"The node {failed['node_type']} failed in the workers: {failed.get('exception_message', 'interrupted')}"
             )
         return self.kept[-1]
+
+
+def _let_go_of_weights() -> None:
+    """What ComfyUI's executor does behind every node where it streams weights; the steps here are no node's."""
+    for module, name in (("model_management", "reset_cast_buffers"), ("model_prefetch", "cleanup_prefetch_queues")):
+        if importlib.util.find_spec(f"comfy.{module}"):
+            getattr(importlib.import_module(f"comfy.{module}"), name, lambda: None)()
 
 
 def _capture_node(kept: list[Any]) -> type:

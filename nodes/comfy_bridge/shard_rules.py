@@ -6,13 +6,15 @@ the MODEL as ComfyUI's own nodes do it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
-from ...efficient_vdit_core.parallel.sharding.arguments import WHOLE, BlockArguments
+from ...efficient_vdit_core.attention.spans import Span, take
+from ...efficient_vdit_core.parallel.sharding.arguments import WHOLE, BlockArguments, numbers_of
 
 
 @dataclass(frozen=True)
@@ -48,52 +50,71 @@ class WholeModule:
 
 @dataclass(frozen=True)
 class ShardRule:
-    """A class of models: its rows of blocks, the modules that take all tokens, the attentions over all keys, and the
-    video's frames and pixels in a token (T, H, W)."""
+    """A class of models.
+
+    Attributes:
+        rows: its rows of blocks.
+        whole: the modules that take all tokens.
+        all_keys: the attentions whose keys are the video's and whose queries every rank has.
+        patches: ComfyUI's patches that its blocks ask, which expect whole tensors.
+        pixels: the video's frames and pixels in a token (T, H, W), of a model.
+    """
 
     rows: tuple[Row, ...]
     whole: tuple[WholeModule, ...] = ()
     all_keys: tuple[str, ...] = ()
-    pixels: tuple[int, int, int] = (4, 16, 16)
+    patches: frozenset[str] = frozenset()
+    pixels: Callable[[Any], tuple[int, int, int]] = lambda _: (4, 16, 16)
 
 
-def rows_of_compressed(timestep: Any, index: Tensor) -> Any:
-    """LTX-2's modulation for the tokens ``index``: tensors (B, 1 or N, F), or one entry for each frame in a class of
+def rows_of_compressed(timestep: Any, spans: Sequence[Span]) -> Any:
+    """LTX-2's modulation for the tokens of ``spans``: tensors (B, 1 or N, F), or one entry for each frame in a class of
     ComfyUI's, which spreads it when it is needed."""
-    if isinstance(timestep, Tensor):
-        return timestep if timestep.shape[1] == 1 else timestep[:, index]
-    size, entries = timestep.patches_per_frame, timestep.data
+    entries = timestep if isinstance(timestep, Tensor) else timestep.data
+    size = 1 if isinstance(timestep, Tensor) else timestep.patches_per_frame
     if size == 1 and entries.shape[1] == 1:
         return timestep
-    kind = _rows_class(type(timestep))
-    return kind(entries, 1, per_frame=True).of(index // size)
+    if isinstance(timestep, Tensor):
+        return take(timestep, spans, 1)
+    if size == 1:
+        return type(timestep)(take(entries, spans, 1), 1, per_frame=True)
+    return _rows_class(type(timestep))(entries, 1, per_frame=True).of(numbers_of(spans, entries.device) // size)
 
 
+@cache
 def _rows_class(kind: type) -> type:
     """A subclass of ComfyUI's compressed modulation that gives the entries of some tokens."""
-    if kind not in _CLASSES:
 
-        class Rows(kind):
-            __slots__ = ("index",)
+    class Rows(kind):
+        __slots__ = ("index",)
 
-            def of(self, index: Tensor) -> Any:
-                self.index = index
-                return self
+        def of(self, index: Tensor) -> Any:
+            self.index = index
+            return self
 
-            def expand_for_computation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-                return tuple(x[:, self.index] for x in super().expand_for_computation(*args, **kwargs))
+        def expand(self) -> Tensor:
+            return self.data[:, self.index]
 
-        _CLASSES[kind] = Rows
-    return _CLASSES[kind]
+        def expand_for_computation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+            return tuple(x[:, self.index] for x in super().expand_for_computation(*args, **kwargs))
 
-
-_CLASSES: dict[type, type] = {}
+    return Rows
 
 
 def _injects(module: Any, x: Tensor, layer: int, *_: Any, **__: Any) -> bool:
     return layer in module.injected_block_id
 
 
+def _wan_pixels(model: Any) -> tuple[int, int, int]:
+    """Wan 2.2's 5B, of 48 channels, has a VAE of 16 x 16."""
+    return (4, 32, 32) if model.in_dim == 48 else (4, 16, 16)
+
+
+def _cogvideox_pixels(model: Any) -> tuple[int, int, int]:
+    return 4 * (model.patch_size_t or 1), 16, 16
+
+
+_WAN_PATCHES = frozenset(("attn1_patch", "attn2_patch", "double_block"))
 _WAN = Row("blocks")
 _VACE = Row(
     "vace_blocks",
@@ -116,26 +137,34 @@ _COGVIDEOX = BlockArguments(
 )
 _KANDINSKY = BlockArguments(("visual_embed",), {"freqs": WHOLE}, spread=())
 
+
+def _wan(*whole: WholeModule, rows: tuple[Row, ...] = (_WAN,)) -> ShardRule:
+    return ShardRule(rows, whole, patches=_WAN_PATCHES, pixels=_wan_pixels)
+
+
 RULES: Mapping[str, ShardRule] = {
     "OpenSoraT2V": ShardRule((Row("transformer_blocks"),)),
-    "MiniMaxH3Model": ShardRule((Row("blocks", _H3),), pixels=(4, 32, 32)),
-    "WanModel": ShardRule((_WAN,)),
-    "CameraWanModel": ShardRule((_WAN,)),
-    "SCAILWanModel": ShardRule((_WAN,)),
-    "SCAIL2WanModel": ShardRule((_WAN,)),
-    "VaceWanModel": ShardRule((_WAN, _VACE)),
-    "AnimateWanModel": ShardRule((_WAN,), (WholeModule("face_adapter.fuser_blocks.*"),)),
-    "HumoWanModel": ShardRule((_WAN,), (WholeModule("blocks.*.audio_cross_attn_wrapper"),)),
-    "WanModel_S2V": ShardRule((_WAN,), (WholeModule("audio_injector", _injects),)),
-    "WanDancerModel": ShardRule((_WAN,), (WholeModule("music_injector", _injects),)),
-    "HunyuanVideo": ShardRule((Row("double_blocks", _DOUBLE), Row("single_blocks", _SINGLE, "single_block"))),
-    "LTXVModel": ShardRule((Row("transformer_blocks", _LTX),), pixels=(8, 32, 32)),
+    "MiniMaxH3Model": ShardRule((Row("blocks", _H3),), pixels=lambda _: (4, 32, 32)),
+    "WanModel": _wan(),
+    "CameraWanModel": _wan(),
+    "SCAILWanModel": _wan(),
+    "SCAIL2WanModel": _wan(),
+    "VaceWanModel": _wan(rows=(_WAN, _VACE)),
+    "AnimateWanModel": _wan(WholeModule("face_adapter.fuser_blocks.*")),
+    "HumoWanModel": _wan(WholeModule("blocks.*.audio_cross_attn_wrapper")),
+    "WanModel_S2V": _wan(WholeModule("audio_injector", _injects)),
+    "WanDancerModel": _wan(WholeModule("music_injector", _injects)),
+    "HunyuanVideo": ShardRule(
+        (Row("double_blocks", _DOUBLE), Row("single_blocks", _SINGLE, "single_block")),
+        patches=frozenset(("attn1_patch", "attn1_output_patch")),
+    ),
+    "LTXVModel": ShardRule((Row("transformer_blocks", _LTX),), pixels=lambda _: (8, 32, 32)),
     "LTXAVModel": ShardRule(
         (Row("transformer_blocks", _LTX_AUDIO),),
         all_keys=("transformer_blocks.*.video_to_audio_attn",),
-        pixels=(8, 32, 32),
+        pixels=lambda _: (8, 32, 32),
     ),
-    "CogVideoXTransformer3DModel": ShardRule((Row("blocks", _COGVIDEOX, hook=""),)),
+    "CogVideoXTransformer3DModel": ShardRule((Row("blocks", _COGVIDEOX, hook=""),), pixels=_cogvideox_pixels),
     # Its hook names its hidden state as its block does not (ComfyUI 0.33), so that it cannot be used.
     "Kandinsky5": ShardRule((Row("visual_transformer_blocks", _KANDINSKY, hook=""),)),
 }

@@ -40,31 +40,41 @@ def find_shardable(model: Any) -> tuple[Family, ShardRule]:
     if family is None or name not in RULES:
         why = NOT_SHARDED.get(name, f"known are {', '.join(RULES)}")
         raise ValueError(f"{name} cannot be sharded: {why}. Bypass EVDiTSequenceParallel for this model.")
-    if why := family.why_no_hook():
+    rule = RULES[name]
+    if why := family.why_no_hook() or _why_not_these_layers(diffusion_model):
         raise ValueError(f"{name} cannot be sharded: {why}. Bypass EVDiTSequenceParallel for this model.")
-    whole = {"attn1_patch", "attn2_patch", "double_block"}
     hook = hook_of(model)
     if hook is not None and hook.preparation.residual is not None:
         raise ValueError(
             "Sparse Attention keeps a residual (residual_every), which no rank holds. Set residual_every to 0, or bypass "
             "EVDiTSequenceParallel."
         )
-    patches = sorted(whole & set(model.model_options["transformer_options"].get("patches", {})))
-    if patches and family.name == "wan":  # no other family asks them
+    patches = sorted(rule.patches & set(model.model_options["transformer_options"].get("patches", {})))
+    if patches:
         raise ValueError(
             f"Another node patches what the layers give ({', '.join(patches)}), as InfiniteTalk does, and expects the whole video "
             "there, which no rank holds. Bypass that node, or EVDiTSequenceParallel."
         )
-    return family, RULES[name]
+    return family, rule
+
+
+def _why_not_these_layers(diffusion_model: Any) -> str:
+    """VACE adds what its own blocks give behind a layer, and behind the last one all tokens are there."""
+    last = len(getattr(diffusion_model, "blocks", ())) - 1
+    return (
+        "one of its VACE blocks stands behind the last layer"
+        if last in getattr(diffusion_model, "vace_layers_mapping", {})
+        else ""
+    )
 
 
 def clip_speedup(model: Any, clip: tuple[int, int, int], ranks: int, scheme: str, rates: Rates) -> float:
     """The speed-up that ``rates`` promise for a shardable MODEL and its plan on a ``clip`` of (frames, height, width)."""
     diffusion_model: Any = uncompiled(model.get_model_object("diffusion_model"))
     family, rule = find_shardable(model)
-    frames, *sides = clip
+    pixels, (frames, *sides) = rule.pixels(diffusion_model), clip
     grid = TokenGrid(
-        (frames - 1) // rule.pixels[0] + 1, *(side // size for side, size in zip(sides, rule.pixels[1:], strict=True))
+        (frames - 1) // pixels[0] + 1, *(side // size for side, size in zip(sides, pixels[1:], strict=True))
     )
     heads, depth = family.head_count(diffusion_model), family.depth(diffusion_model)
     head_dim = family.head_dim(diffusion_model)
@@ -101,7 +111,8 @@ def shard_model(model: Any, wire: Wire) -> Any:
             if row.hook:
                 _hook_block(patched, row, number, layer, last)
             else:
-                _replace(patched, f"{row.path}.{number}", _block_forward(row, layer, last, seat))
+                block = getattr(diffusion_model, row.path)[number]
+                _replace(patched, f"{row.path}.{number}", _block_forward(type(block), row, layer, last, seat))
         first += count if row.layers else 0
     for module in rule.whole:
         for path in _paths(diffusion_model, module.path):
@@ -142,12 +153,12 @@ def _replace(patched: Any, path: str, around: Callable[[Callable[..., Any]], Cal
     patched.add_object_patch(name, around(patched.get_model_object(name)))
 
 
-def _block_forward(row: Row, layer: int | None, last: bool, seat: Seat) -> Any:
+def _block_forward(kind: type, row: Row, layer: int | None, last: bool, seat: Seat) -> Any:
     """A block that ComfyUI has no hook for: its arguments by name, its results in the order of its own."""
 
-    def around(forward: Callable[..., Any]) -> Callable[..., Any]:
-        names = list(inspect.signature(forward).parameters)
+    names = list(inspect.signature(kind.forward).parameters)[1:]  # pyright: ignore[reportAttributeAccessIssue]
 
+    def around(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             state = seat.forward
             if state is None:
@@ -216,6 +227,7 @@ def _publish(depth: int, heads: int, wire: Wire, seat: Seat) -> Any:
         sharded = options[SHARDED_KEY] = seat.forward = ShardedForward(state.layout, patterns, wire, scheme, heads)
         try:
             out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
+            sharded.check_done()
         finally:
             seat.forward = None
         options.get(COUNTS_KEY, Counter()).update(sharded.schemes)

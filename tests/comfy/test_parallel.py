@@ -20,7 +20,7 @@ from comfyui_server import COMFYUI, PYTHON, Server
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_h3 import TEXT as H3_TEXT
-from tiny_h3 import tiny_h3
+from tiny_h3 import tiny_h3, tiny_h3_lora
 
 ROOT = Path(__file__).parents[2]
 SPARSE = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "1", "min_tokens": 0}
@@ -100,6 +100,7 @@ def server(tmp_path_factory):
     (base / "custom_nodes" / "random_text.py").write_text(RANDOM_TEXT, encoding="utf-8")
     save_file(tiny_wan(), base / "models" / "diffusion_models" / "wan.safetensors")
     save_file(tiny_h3(), base / "models" / "diffusion_models" / "h3.safetensors")
+    save_file(tiny_h3_lora(), base / "models" / "loras" / "h3.safetensors")
     save_file(tiny_lora(), base / "models" / "loras" / "tiny.safetensors")
     variables = {"EVDIT_CACHE_DIR": str(base / "cache"), "OMP_NUM_THREADS": "1"}
     running = Server(base, whole=True, more=variables, flags=("--preview-method", "latent2rgb"))
@@ -232,16 +233,18 @@ def test_wan_on_two_ranks_is_the_same_video(server):
 
 @pytest.mark.parametrize("scheme", ["rb", "ulysses"])
 def test_minimax_h3_and_its_sound_on_two_ranks_are_the_same(server, scheme):
-    """Text, sound and video are one sequence, which its payload describes; sigma shifts of a node before."""
+    """Text, sound and video are one sequence, which its payload describes; sigma shifts and a LoRA, of the text as well."""
     known = server.get("/object_info")
     if "EmptyMiniMaxH3LatentAV" not in known:
         pytest.skip("this ComfyUI has no MiniMax-H3")
 
-    def graph(name, **kwargs):
+    def graph(name, *, with_lora=True, **kwargs):
         nodes = prompt(name, H3, H3_PROMPT, cfg=1.0, **kwargs)
         shifts = {"model": ["1", 0], "shift_video": 6.0, "shift_audio": 2.0}
         nodes["20"] = {"class_type": "MiniMaxH3SigmaShift", "inputs": shifts}
-        nodes["3"]["inputs"]["model"] = ["20", 0]
+        lora = {"model": ["20", 0], "lora_name": "h3.safetensors", "strength_model": 1.0}
+        nodes["23"] = {"class_type": "LoraLoaderModelOnly", "inputs": lora}
+        nodes["3"]["inputs"]["model"] = ["23" if with_lora else "20", 0]
         nodes["7"] = {"class_type": "EmptyMiniMaxH3LatentAV", "inputs": {"width": 160, "height": 96, "length": 22}}
         nodes["21"] = {"class_type": "LTXVSeparateAVLatent", "inputs": {"av_latent": ["8", 0]}}
         nodes["9"]["inputs"]["samples"] = ["21", 0]
@@ -251,6 +254,10 @@ def test_minimax_h3_and_its_sound_on_two_ranks_are_the_same(server, scheme):
 
     alone = server.run(graph(f"h3_alone_{scheme}", parallel=False))
     shared = server.run(graph(f"h3_{scheme}", scheme=scheme))
+    plain = saved(
+        server, server.run(graph(f"h3_plain_{scheme}", with_lora=False, parallel=False)), f"h3_plain_{scheme}"
+    )
+    assert not same(saved(server, alone, f"h3_alone_{scheme}"), plain)
     for what in ("", "_sound"):
         assert same(saved(server, shared, f"h3_{scheme}{what}"), saved(server, alone, f"h3_alone_{scheme}{what}"))
 
@@ -476,8 +483,20 @@ def limits(in_process):
     return in_process("parallel_limits")
 
 
-def test_hooks_before_the_node_are_no_hindrance(limits):
-    assert limits["hooks before it"] == 0
+def test_hooks_and_options_before_the_node_are_no_hindrance(limits):
+    assert limits["hooks before it"] == 0 and limits["an option before it"] == ""
+
+
+def test_a_guidance_that_the_workers_cannot_see_is_refused(limits):
+    """LTX-2's own tell their evaluations apart by an option alone, without which they would do nothing."""
+    assert "A node marks some of its evaluations by stg_blocks" in limits["an option of some evaluations"]
+
+
+def test_a_lora_of_what_runs_before_the_steps_stays_here(limits):
+    """The text of MiniMax-H3 and LTX-2 is made ready in ComfyUI's own process; the blocks' part acts in the workers."""
+    assert limits["LoRAs here"] == ["diffusion_model.caption_projection.linear_1.weight"]
+    assert limits["runs with them"] == ""
+    assert "where the workers cannot see it" in limits["a second text LoRA behind"]
 
 
 @pytest.mark.parametrize("name", ["skipped layers, before", "skipped layers, behind"])

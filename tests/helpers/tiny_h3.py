@@ -37,3 +37,13 @@ def tiny_h3(layers: int = 2) -> dict[str, torch.Tensor]:
     linear("final_layer.video_out", 24 * 4, WIDTH)
     linear("final_layer.audio_out", 32, WIDTH)
     return found
+
+
+def tiny_h3_lora(rank: int = 2) -> dict[str, torch.Tensor]:
+    """For the projection of the text, which ComfyUI applies before the steps, and for the first layer."""
+    random, found = torch.Generator().manual_seed(5), {}
+    sizes = {"condition_proj": (WIDTH, TEXT), "blocks.0.attn.qkv_proj": (3 * HEADS * HEAD_DIM, WIDTH)}
+    for name, (outputs, inputs) in sizes.items():
+        found[f"diffusion_model.{name}.lora_A.weight"] = torch.randn(rank, inputs, generator=random) * 0.3
+        found[f"diffusion_model.{name}.lora_B.weight"] = torch.randn(outputs, rank, generator=random) * 0.3
+    return found

@@ -28,14 +28,14 @@ class BlockArguments:
             follows, or WHOLE. One entry holds for all tokens.
         spread: modulation (B, L, 6, C) whose L entries hold for equal runs of tokens; other shapes hold for all.
         runs: lists of (start, stop, ...) in tokens: the argument, and the hidden state that it counts, or WHOLE.
-        rows: what is cut in a way of its own, a function of the argument and the tokens' numbers.
+        rows: what is cut in a way of its own, a function of the argument and of ``spans``, this rank's tokens.
     """
 
     hidden: tuple[str, ...] = ("img",)
     tables: Mapping[str, str] = field(default_factory=lambda: {"pe": WHOLE})
     spread: tuple[str, ...] = ("vec",)
     runs: Mapping[str, str] = field(default_factory=dict)
-    rows: Mapping[str, Callable[[Any, Tensor], Any]] = field(default_factory=dict)
+    rows: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def tokens_of(hidden: Any) -> Tensor:
@@ -46,12 +46,6 @@ def tokens_of(hidden: Any) -> Tensor:
 def with_tokens(hidden: Any, x: Tensor) -> Any:
     """The hidden state with ``x`` in the place of its tokens."""
     return type(hidden)((x, *hidden[1:])) if isinstance(hidden, tuple | list) else x
-
-
-def within(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
-    """The parts of ``spans`` between ``start`` and ``stop``, counted from ``start``."""
-    cut = ((max(a, start) - start, min(b, stop) - start) for a, b in spans)
-    return [(a, b) for a, b in cut if a < b]
 
 
 def cut_table(table: Any, tokens: int, spans: Sequence[Span], name: str) -> Any:
@@ -74,15 +68,18 @@ def cut_table(table: Any, tokens: int, spans: Sequence[Span], name: str) -> Any:
     )
 
 
-def spread_to(modulation: Any, tokens: int, index: Tensor) -> Any:
-    """The entries that hold for the tokens ``index``: (B, L, 6, C) becomes (B, len(index), 6, C).
+def spread_to(modulation: Tensor, tokens: int, spans: Sequence[Span]) -> Tensor:
+    """The entries that hold for the tokens of ``spans``: (B, L, 6, C) becomes (B, l, 6, C), one for each run of tokens
+    where whole runs are held, else one for each token.
 
     The models' own rule: each of L entries holds for an equal run of ``tokens``, rounded up where L does not divide it.
     """
     if modulation.ndim < 4 or modulation.shape[1] == 1:
         return modulation
-    count = modulation.shape[1]
-    return modulation[:, index // -(-tokens // count)]
+    run = -(-tokens // modulation.shape[1])
+    if all(start % run == stop % run == 0 for start, stop in spans):
+        return take(modulation, [(start // run, stop // run) for start, stop in spans], 1)
+    return modulation[:, numbers_of(spans, modulation.device) // run]
 
 
 def cut_runs(runs: Any, spans: Sequence[Span]) -> Any:

@@ -1,7 +1,7 @@
 """Runs a model's blocks on this rank's tokens: cut at the first block, gathered after the last.
 
-Nothing of the model is copied or changed. The model computes embeddings, text and time on every rank (a small share),
-hands each block its whole tables, and what belongs to this rank's tokens is cut out of them.
+No code of the model is copied. It computes embeddings, text and time on every rank, hands each block its whole tables,
+and what belongs to this rank's tokens is cut out of them.
 
 Shapes: B batch, H heads, N tokens, n this rank's tokens, C channels, D head_dim.
 """
@@ -19,11 +19,11 @@ from ...attention import TokenLayout, tile_attention
 from ...attention.partial import attend_lse, merge
 from ...attention.spans import Span, put, take
 from ...head_patterns import LayerPattern
-from .arguments import WHOLE, BlockArguments, cut_runs, cut_table, numbers_of, spread_to, tokens_of, with_tokens, within
+from .arguments import WHOLE, BlockArguments, cut_runs, cut_table, spread_to, tokens_of, with_tokens
 from .attend import sharded_attention
-from .layout import Shard, choose_shard
+from .layout import Shard, choose_shard, within
 from .traffic import scheme_of
-from .wire import Form, Wire, form
+from .wire import Wire, form
 
 SHARDED_KEY = "evdit_sharded"
 GATHER, KEYS = "gather of hidden states", "partial rows over sharded keys"
@@ -68,33 +68,34 @@ class ShardedForward:
 
     def begin(self, layer: int | None) -> None:
         """The next attention call is the self-attention of ``layer``; None = of the layer before, once more."""
+        self.check_done()
         self.layer, self.awaits = self.layer if layer is None else layer, SELF
+
+    def check_done(self) -> None:
+        """Raises ValueError where a block has attended without telling: it saw this rank's tokens alone."""
+        if self.awaits:
+            raise ValueError(
+                f"Block {self.layer} made no attention call that the ranks could share: another node computes it or leaves it "
+                "out. Remove that node, or bypass EVDiTSequenceParallel."
+            )
 
     def enter(self, args: dict[str, Any], about: BlockArguments) -> dict[str, Any]:
         """A block's arguments for this rank's tokens; hidden states that are its rows already stay."""
-        streams = self._streams(args, about.hidden)
-        mine = {name: within(self.spans, *span) for name, span in {**streams, WHOLE: (0, self.tokens)}.items()}
-        length = {name: stop - start for name, (start, stop) in streams.items()} | {WHOLE: self.tokens}
-        device, cut = tokens_of(args[about.hidden[0]]).device, dict(args)
-        for name in streams:
-            x = tokens_of(args[name])
-            if self.is_whole(args, about):
-                cut[name] = with_tokens(args[name], take(x, mine[name], x.ndim - 2).contiguous())
+        whole = sum(tokens_of(args[name]).shape[-2] for name in about.hidden) == self.tokens
+        streams = self._streams(args, about.hidden, whole) | {WHOLE: (0, self.tokens)}
+        mine = {name: within(self.spans, *span) for name, span in streams.items()}
+        cut: dict[str, Callable[[Any], Any]] = {}
         for name, stream in about.tables.items():
-            cut[name] = self._once(name, args[name], lambda x, s=stream, n=name: cut_table(x, length[s], mine[s], n))
-        for name in about.spread:
-            cut[name] = self._once(
-                name, args[name], lambda x: spread_to(x, self.tokens, numbers_of(self.spans, device))
-            )
-        for name, stream in about.runs.items():
-            cut[name] = self._once(name, args[name], lambda x, s=stream: cut_runs(x, mine[s]))
-        for name, rows in about.rows.items():
-            cut[name] = self._once(name, args[name], lambda x, f=rows: f(x, numbers_of(self.spans, device)))
-        return cut
-
-    def is_whole(self, args: dict[str, Any], about: BlockArguments) -> bool:
-        """Whether the hidden states are those of all tokens, not of this rank's."""
-        return sum(tokens_of(args[name]).shape[-2] for name in about.hidden) == self.tokens
+            start, stop = streams[stream]
+            cut[name] = partial(cut_table, tokens=stop - start, spans=mine[stream], name=name)
+        cut |= {name: partial(spread_to, tokens=self.tokens, spans=self.spans) for name in about.spread}
+        cut |= {name: partial(cut_runs, spans=mine[stream]) for name, stream in about.runs.items()}
+        cut |= {name: partial(rows, spans=self.spans) for name, rows in about.rows.items()}
+        given = {**args, **{name: self._once(name, args[name], function) for name, function in cut.items()}}
+        for name in about.hidden if whole else ():
+            x = tokens_of(args[name])
+            given[name] = with_tokens(args[name], take(x, mine[name], x.ndim - 2).contiguous())
+        return given
 
     def leave(self, out: dict[str, Any], about: BlockArguments) -> dict[str, Any]:
         """A block's results with the hidden states of all tokens, on every rank."""
@@ -128,13 +129,13 @@ class ShardedForward:
         The ranks exchange their partial results, and merge them in one order: the result is the same on each.
         """
         mine = attend_lse(q, k, v)
-        parts = self._exchange(KEYS, list(mine), [[form(x, 2, x.shape[2]) for x in mine]] * self.wire.size)
+        parts = self.wire.gather(KEYS, mine, [[form(x, 2, x.shape[2]) for x in mine]] * self.wire.size)
         return merge([(out, lse) for out, lse in parts])[0]
 
-    def _streams(self, args: dict[str, Any], hidden: tuple[str, ...]) -> dict[str, Span]:
+    def _streams(self, args: dict[str, Any], hidden: tuple[str, ...], whole: bool) -> dict[str, Span]:
         """Where each hidden state stands in the sequence, as it was when they were whole."""
         lengths = [tokens_of(args[name]).shape[-2] for name in hidden]
-        if sum(lengths) == self.tokens:
+        if whole:
             # Text stands behind the video where the layout has a suffix.
             pairs = list(zip(hidden, lengths, strict=True))
             done, found = 0, {}
@@ -158,7 +159,8 @@ class ShardedForward:
         ):
             raise ValueError(
                 f"The {borders[0]} + {self.tokens - borders[0]} tokens of text and video cannot be shared out over "
-                f"{self.wire.size} ranks: one would get nothing of them. Take fewer devices."
+                f"{self.wire.size} ranks: one would get nothing of them. Write a longer prompt, the negative one too, or take "
+                "fewer devices."
             )
         return shard
 
@@ -168,7 +170,7 @@ class ShardedForward:
             [form(x, x.ndim - 2, sum(b - a for a, b in spans)) for x, spans in zip(states, held, strict=True)]
             for held in every
         ]
-        parts = self._exchange(GATHER, states, forms)
+        parts = self.wire.gather(GATHER, states, forms)
         joined = []
         for number, (x, (start, stop)) in enumerate(zip(states, streams, strict=True)):
             whole = x.new_empty(*x.shape[:-2], stop - start, x.shape[-1])
@@ -176,15 +178,6 @@ class ShardedForward:
                 put(whole, held[number], part[number], x.ndim - 2)
             joined.append(whole)
         return joined
-
-    def _exchange(self, name: str, mine: list[Tensor], forms: list[list[Form]]) -> list[list[Tensor]]:
-        """What each rank has, from all to all; ``forms`` are the ranks'."""
-        rank, size = self.wire.rank, self.wire.size
-        sends = [mine if other != rank else [] for other in range(size)]
-        receives = [forms[other] if other != rank else [] for other in range(size)]
-        parts = self.wire.start(name, sends, receives, mine[0].device).wait()
-        parts[rank] = mine
-        return parts
 
     def _once(self, name: str, value: Any, cut: Callable[[Any], Any]) -> Any:
         """``cut(value)``, kept for the other blocks, which are given the same table."""

@@ -190,7 +190,7 @@ def _two_part(layout: TokenLayout, ranks: int, references: tuple[int, ...], unit
     ]
     count = len(others) * size // unit
     edges = [0, *sorted(borders), layout.tokens]
-    parts = [_between(shared, *pair) for pair in itertools.pairwise(edges)]
+    parts = [[(a + low, b + low) for a, b in within(shared, low, high)] for low, high in itertools.pairwise(edges)]
     first = [even_shares(sum(stop - start for start, stop in part), _checked(ranks)) for part in parts]
     second = [(count - stop, count - start) for start, stop in reversed(even_shares(count, ranks))]
     held = []
@@ -201,9 +201,9 @@ def _two_part(layout: TokenLayout, ranks: int, references: tuple[int, ...], unit
     return Shard(layout, tuple(held))
 
 
-def _between(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
-    """The parts of ``spans`` between ``start`` and ``stop``."""
-    cut = ((max(a, start), min(b, stop)) for a, b in spans)
+def within(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
+    """The parts of ``spans`` between ``start`` and ``stop``, counted from ``start``."""
+    cut = ((max(a, start) - start, min(b, stop) - start) for a, b in spans)
     return [(a, b) for a, b in cut if a < b]
 
 

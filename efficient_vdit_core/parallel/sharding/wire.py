@@ -1,5 +1,5 @@
-"""The one way in which ranks send one another tensors: an uneven all-to-all that runs while the caller works on, and is
-counted."""
+"""The ways in which ranks send one another tensors: an uneven all-to-all that runs while the caller works on, and a
+gather of what each has; both are counted."""
 
 from __future__ import annotations
 
@@ -25,22 +25,12 @@ class Pending:
     ) -> None:
         # ``sent`` is only kept alive: the transfer reads from it until it is done.
         self.work, self.sent, self.received, self.forms, self.device = work, sent, received, forms, device
+        self.sizes = [_size(forms) for forms in self.forms]
 
     def wait(self) -> list[list[Tensor]]:
         self.work.wait()
-        received, done = self.received.to(self.device), 0
-        result = []
-        for forms in self.forms:
-            tensors = []
-            for shape, dtype in forms:
-                size = math.prod(shape) * dtype.itemsize
-                part = received[done : done + size]
-                if (part.storage_offset() % dtype.itemsize) or not size:
-                    part = part.clone()  # a view of another dtype must begin at a whole element
-                tensors.append(part.view(dtype).view(shape))
-                done += size
-            result.append(tensors)
-        return result
+        received = self.received.to(self.device)
+        return [_unpack(part, forms) for part, forms in zip(received.split(self.sizes), self.forms, strict=True)]
 
 
 class Wire:
@@ -68,12 +58,47 @@ class Wire:
         nothing = torch.empty(0, dtype=torch.uint8, device=device)
         parts = [torch.cat([_bytes(x) for x in tensors]) if tensors else nothing for tensors in sends]
         sizes = [part.numel() for part in parts]
-        expected = [sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms) for forms in receives]
+        expected = [_size(forms) for forms in receives]
         self.sent[name] += sum(sizes)
         sent = torch.cat(parts).to(where)
         received = torch.empty(sum(expected), dtype=torch.uint8, device=where)
         work = dist.all_to_all_single(received, sent, expected, sizes, group=self.group, async_op=True)
         return Pending(work, sent, received, receives, device)
+
+    def gather(self, name: str, tensors: Sequence[Tensor], forms: Sequence[Sequence[Form]]) -> list[list[Tensor]]:
+        """What every rank has, this one too; ``forms`` are those of each rank's tensors.
+
+        One copy of it, in place of one for each peer; shorter ranks are padded to the longest.
+        """
+        device = tensors[0].device
+        where = torch.device("cpu") if self.through_host else device
+        longest = max(_size(every) for every in forms)
+        mine = torch.zeros(longest, dtype=torch.uint8, device=where)
+        done = 0
+        for x in tensors:
+            mine[done : done + x.nbytes].copy_(_bytes(x))
+            done += x.nbytes
+        self.sent[name] += longest * (self.size - 1)
+        received = torch.empty(longest * self.size, dtype=torch.uint8, device=where)
+        dist.all_gather_into_tensor(received, mine, group=self.group)
+        return [_unpack(part, every) for part, every in zip(received.to(device).split(longest), forms, strict=True)]
+
+
+def _size(forms: Sequence[Form]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms)
+
+
+def _unpack(received: Tensor, forms: Sequence[Form]) -> list[Tensor]:
+    """The tensors of ``forms`` out of bytes that hold them one behind another, and perhaps more."""
+    tensors, done = [], 0
+    for shape, dtype in forms:
+        size = math.prod(shape) * dtype.itemsize
+        part = received[done : done + size]
+        if (part.storage_offset() % dtype.itemsize) or not size:
+            part = part.clone()  # a view of another dtype must begin at a whole element
+        tensors.append(part.view(dtype).view(shape))
+        done += size
+    return tensors
 
 
 def _bytes(x: Tensor) -> Tensor:

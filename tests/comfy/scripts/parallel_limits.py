@@ -82,6 +82,38 @@ def with_lora(source):
     return patched
 
 
+def with_text_lora(source, strength=1.0):
+    """For a module outside the blocks, which ComfyUI may run before the steps, in its own process."""
+    patched = source.clone()
+    patched.add_patches(
+        {"diffusion_model.caption_projection.linear_1.weight": ("diff", (torch.randn(144, 64),))}, strength
+    )
+    return with_lora(patched)
+
+
+def marking(source):
+    """A guidance that tells its evaluations apart by an option of the forward alone, as LTX-2's does."""
+    patched = source.clone()
+
+    def again(args):
+        options = {
+            **args["model_options"],
+            "transformer_options": {**args["model_options"]["transformer_options"], "stg_blocks": [1]},
+        }
+        comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
+        return args["denoised"]
+
+    patched.set_model_sampler_post_cfg_function(again)
+    return patched
+
+
+def telling(source):
+    """An option of every forward, before our node: the workers have it too."""
+    patched = source.clone()
+    patched.model_options["transformer_options"]["rope_options"] = {"scale_t": 1.5}
+    return patched
+
+
 def sparse(source):
     choices = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
     return call(pack["EVDiTSparseAttention"], model=source, plan=TilePlan.uniform(8, frames=48), **choices)[0]
@@ -113,6 +145,11 @@ def refusal(act):
 
 facts = {
     "hooks before it": float((run(shared(hooked(model))) - run(model)).abs().max()),
+    "an option before it": refusal(lambda: run(shared(telling(model)))),
+    "an option of some evaluations": refusal(lambda: run(shared(marking(model)))),
+    "LoRAs here": sorted(shared(with_text_lora(model)).patches),
+    "runs with them": refusal(lambda: run(shared(with_text_lora(model)))),
+    "a second text LoRA behind": refusal(lambda: run(with_text_lora(shared(with_text_lora(model))))),
     "skipped layers, before": refusal(lambda: run(shared(skipping(model)))),
     "skipped layers, behind": refusal(lambda: run(skipping(shared(model)))),
     "a LoRA behind": refusal(lambda: run(with_lora(shared(model)))),
