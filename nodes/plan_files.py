@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..efficient_vdit_core.plan import TilePlan
 from .checked import checked
-from .comfy_bridge.paths import plan_names, plan_path, save_plan
+from .comfy_bridge.paths import checkpoint_files, load_plan, plan_changed, plan_names, plan_path, save_plan
 from .inputs import CATEGORY, Plan, for_page, plan_ui, search_words
 
 
@@ -82,17 +82,19 @@ class EVDiTLoadTilePlan(io.ComfyNode):
             **search_words("sparse", "faster", "speed up", "preset", "wan faster"),
             description=(
                 "Loads a plan from models/evdit_plans, a preset for a model family (careful values chosen by hand, not "
-                "searched), or a line of text. Sparse Attention checks that it fits the model."
+                "searched), the plan that a distilled model or LoRA carries, or a line of text. Sparse Attention checks that "
+                "it fits the model."
             ),
             inputs=[
                 for_page(
                     io.Combo.Input(
                         "plan_name",
-                        options=plan_names(),
+                        options=[*plan_names(), *checkpoint_files()],
                         tooltip=(
                             'A file of models/evdit_plans, or a "(preset)": a few reference frames in all layers but the first two '
                             "and the last, about half of the attention at the model's usual length. minimax_h3 is the mild one for "
-                            "turbo LoRAs, minimax_h3_strong is for weights distilled under it. Press R to see new files."
+                            "turbo LoRAs, minimax_h3_strong is for weights distilled under it. Models and LoRAs that were distilled "
+                            "under a plan carry it: choose the file that you load. Press R to see new files."
                         ),
                     ),
                     evdit_plans=text_forms(),
@@ -125,10 +127,10 @@ class EVDiTLoadTilePlan(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, plan_name: str, text: str = "") -> tuple[str, float]:
         """Runs again after the file has changed."""
-        return text, 0.0 if text.strip() else plan_path(plan_name).stat().st_mtime
+        return text, 0.0 if text.strip() else plan_changed(plan_name)
 
     @classmethod
     @checked
     def execute(cls, plan_name: str, text: str = "") -> io.NodeOutput:
-        plan = TilePlan.from_text(text) if text.strip() else TilePlan.load(plan_path(plan_name))
+        plan = TilePlan.from_text(text) if text.strip() else load_plan(plan_name)
         return io.NodeOutput(plan, plan.to_text(), ui=plan_ui(plan))

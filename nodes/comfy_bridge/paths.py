@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 
 from ...efficient_vdit_core import assets
+from ...efficient_vdit_core.distill.metadata import read_metadata
 from ...efficient_vdit_core.files import write_numbered
 from ...efficient_vdit_core.limits.quote import quoted, reason
 from ...efficient_vdit_core.plan import TilePlan
@@ -14,6 +15,7 @@ from ...efficient_vdit_core.plan import TilePlan
 BUILT_IN = "tiny (built in)"
 BUILT_IN_MODELS = {f"{name.replace('-', ' ')} (built in)": name for name in assets.TINY_MODELS}
 PLANS = "evdit_plans"  # the model folder of plan files
+CHECKPOINTS = ("diffusion_models", "loras")
 PRESET = " (preset)"
 
 folder_paths.add_model_folder_path(PLANS, str(Path(folder_paths.models_dir) / PLANS))
@@ -42,6 +44,18 @@ def model_path(folder: str, name: str) -> Path:
     return Path(found)
 
 
+def checkpoint_files() -> list[str]:
+    """The models and LoRAs, with their folder, that may carry what they were distilled for."""
+    return [f"{folder}/{name}" for folder in CHECKPOINTS for name in folder_paths.get_filename_list(folder)]
+
+
+def checkpoint_path(name: str) -> Path | None:
+    """The file behind a name of ``checkpoint_files``; None where the name is of no such folder. Raises ValueError where
+    the file is gone."""
+    folder, _, file = name.partition("/")
+    return model_path(folder, file) if folder in CHECKPOINTS and file else None
+
+
 def plan_names() -> list[str]:
     """The plan files in models/evdit_plans, then the presets that come with the pack."""
     files = [name for name in folder_paths.get_filename_list(PLANS) if name.endswith(".json")]
@@ -58,6 +72,27 @@ def plan_path(name: str) -> Path:
             f"The plan {quoted(name)} was not found in models/{PLANS}. Choose one from the list, or save one with Save Tile Plan."
         )
     return Path(found)
+
+
+def load_plan(name: str) -> TilePlan:
+    """The plan of a name of ``plan_names``, or that a file of ``checkpoint_files`` carries. Raises ValueError where there
+    is none."""
+    checkpoint = None if name in plan_names() else checkpoint_path(name)
+    if checkpoint is None:
+        return TilePlan.load(plan_path(name))
+    about = read_metadata(checkpoint)
+    plan = about.tile_plan if about else None
+    if plan is None:
+        raise ValueError(
+            f"{quoted(name, 200)} carries no plan: it was not distilled under one by this pack's trainer. Choose a plan or a preset."
+        )
+    return plan
+
+
+def plan_changed(name: str) -> float:
+    """When the file behind a name was changed."""
+    checkpoint = None if name in plan_names() else checkpoint_path(name)
+    return (checkpoint or plan_path(name)).stat().st_mtime
 
 
 def save_plan(plan: TilePlan, prefix: str) -> str:

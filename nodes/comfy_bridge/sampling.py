@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import folder_paths
 import torch
 from comfy.k_diffusion.sampling import trange
 from comfy.model_sampling import CONST, EPS, ModelSamplingDiscrete, ModelSamplingDiscreteFlow, ModelSamplingFlux
@@ -16,7 +15,7 @@ from ...efficient_vdit_core.distill.metadata import DistillMetadata, read_metada
 from ...efficient_vdit_core.limits.quote import quoted
 from ...efficient_vdit_core.sampling import consistency_sigmas, sample_consistency
 from ...efficient_vdit_core.sampling.presets import PRESETS, cut, parse_sigmas
-from .paths import model_path
+from .paths import checkpoint_files, checkpoint_path
 
 log = logging.getLogger("efficient_vdit")
 
@@ -24,27 +23,20 @@ DISTILLED = "evdit_distilled"  # the attachment that a distilled model carries
 SEGMENTS, FROM_CHECKPOINT, MANUAL = "segments", "from checkpoint", "manual"
 PRESET_NAMES = [SEGMENTS, FROM_CHECKPOINT, MANUAL, *PRESETS]
 LOADED_MODEL = "the loaded model"
-FOLDERS = ("diffusion_models", "loras")
 
 
 def checkpoint_names() -> list[str]:
     """The loaded model, then the files that may say what they were distilled for."""
-    return [
-        LOADED_MODEL,
-        *(f"{folder}/{name}" for folder in FOLDERS for name in folder_paths.get_filename_list(folder)),
-    ]
+    return [LOADED_MODEL, *checkpoint_files()]
 
 
 def checkpoint_metadata(model: Any, name: str) -> DistillMetadata:
     """What the loaded MODEL, or a file of `checkpoint_names`, was distilled for. Raises ValueError where it does not
     say."""
-    folder, _, file = name.partition("/")
     if name == LOADED_MODEL:
         found = model.get_attachment(DISTILLED)
-    elif folder in FOLDERS:
-        found = read_metadata(model_path(folder, file))
     else:
-        found = None
+        found = read_metadata(path) if (path := checkpoint_path(name)) else None
     if found is None:
         raise ValueError(
             f"{quoted(name)} does not say for how many segments it was distilled: it is no checkpoint of this pack's trainer. "

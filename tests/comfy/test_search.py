@@ -6,7 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+
+from efficient_vdit_core.distill.metadata import DistillMetadata
+from efficient_vdit_core.plan import TilePlan
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "efficient_vdit_core" / "assets" / "tiny" / "transformer"
@@ -240,6 +245,22 @@ def test_a_plan_file_that_does_not_fit_is_refused(server, name, changes, message
     prompt = sampling("tiny (built in)", ["plan", 0])
     prompt["plan"] = {"class_type": "EVDiTLoadTilePlan", "inputs": {"plan_name": f"{name}.json"}}
     assert message in server.error(prompt)
+
+
+def test_the_plan_that_a_lora_was_distilled_under_comes_with_it(server):
+    plan = TilePlan.from_text("0:full 1-5:1")
+    about = DistillMetadata("knowledge", 8, 8, plan=json.loads(plan.to_json()))
+    folder = server.base / "models" / "loras" / "mine"
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {"x": torch.zeros(1)}
+    save_file(weights, folder / "sparse.safetensors", metadata=about.to_entry())
+    save_file(weights, folder / "other.safetensors")
+    prompt = {"plan": {"class_type": "EVDiTLoadTilePlan", "inputs": {"plan_name": "loras/mine/sparse.safetensors"}}}
+    prompt["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["plan", 1]}}
+    shown = server.run(prompt)["outputs"]["show"]["text"]
+    assert shown == [plan.to_text()]
+    prompt["plan"]["inputs"]["plan_name"] = "loras/mine/other.safetensors"
+    assert "'loras/mine/other.safetensors' carries no plan: it was not distilled under one" in server.error(prompt)
 
 
 def test_presets_are_listed_and_marked(server):
