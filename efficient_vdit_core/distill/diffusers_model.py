@@ -46,6 +46,11 @@ WAN_IN_COMFYUI = (
     ("attn1.", "self_attn."), ("attn2.", "cross_attn."), (".to_out.0", ".o"), (".to_", "."), ("ffn.net.0.proj", "ffn.0"),
     ("ffn.net.2", "ffn.2"),
 )  # fmt: skip
+# ComfyUI's own; its blocks keep the joint attention's layers in themselves.
+COGVIDEOX_IN_COMFYUI = (
+    ("transformer_blocks.", "blocks."), ("attn1.to_out.0", "attn_out"), ("attn1.to_", ""), ("ff.net.0.proj", "ff_proj"),
+    ("ff.net.2", "ff_out"),
+)  # fmt: skip
 
 
 class DiffusersModel:
@@ -225,7 +230,7 @@ class DiffusersModel:
         return int(self.config["in_channels"]), (frames - 1) // every + 1, height // pixels, width // pixels
 
     def comfy_name(self, layer: str) -> str:
-        for ours, theirs in WAN_IN_COMFYUI if self.kind == WAN else ():
+        for ours, theirs in WAN_IN_COMFYUI if self.kind == WAN else COGVIDEOX_IN_COMFYUI:
             layer = layer.replace(ours, theirs)
         return layer
 

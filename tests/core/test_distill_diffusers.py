@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from small_models import cogvideox
 
 from efficient_vdit_core.distill.config import ModelConfig
 from efficient_vdit_core.distill.lora import add_lora, comfy_lora, merged
@@ -98,6 +99,16 @@ def test_a_lora_has_the_names_of_wan_in_comfyui(wan):
     base = wan.load().state_dict()
     changed = merged(base, lora, wan.comfy_name)
     assert sum(not torch.equal(changed[name], base[name]) for name in base) == len(stems)
+
+
+def test_a_lora_has_the_names_of_cogvideox_in_comfyui(tmp_path):
+    """As comfy.ldm.cogvideo.model names them (0.25 and later)."""
+    model = open_model(cogvideox(tmp_path))
+    module = model.load()
+    add_lora(module, 2)
+    lora = comfy_lora(module, module.state_dict(), model.comfy_name)
+    layers = {name.removeprefix("diffusion_model.").removesuffix(".alpha") for name in lora if name.endswith(".alpha")}
+    assert layers == {f"blocks.{i}.{x}" for i in range(4) for x in ("q", "k", "v", "attn_out", "ff_proj", "ff_out")}
 
 
 def test_cogvideox_has_its_schedule_and_layout(tmp_path):
