@@ -1,4 +1,4 @@
-"""evdit convert: upstream weights into safetensors, and a LoRA into the weights it is for."""
+"""evdit convert: upstream weights into safetensors, a LoRA into the weights it is for, results into ComfyUI's names."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from . import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the command's options."""
-    parser.add_argument("part", choices=("vae", "text-encoder", "lora"), help="what the file holds")
+    parser.add_argument("part", choices=("vae", "text-encoder", "lora", "comfyui"), help="what the file holds")
     parser.add_argument(
         "source",
         metavar="IN",
-        help="checkpoint.ckpt of the VAE, the folder of mT5, or the folder of the model that --lora is merged into",
+        help="checkpoint.ckpt of the VAE, the folder of mT5, the folder of the model that --lora is merged into, or for comfyui "
+        "whole weights of Wan or CogVideoX that were distilled",
     )
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--lora", metavar="FILE", help="with lora: a published LoRA for Wan or CogVideoX")
@@ -25,10 +26,22 @@ def run(args: argparse.Namespace) -> int:
     """Converts one file."""
     if args.part == "lora":
         return _merge(args)
+    if args.part == "comfyui":
+        return _rename(args)
     from ..models.opensora_plan import convert
 
     convert_part = convert.convert_vae if args.part == "vae" else convert.convert_text_encoder
     convert_part(args.source, args.target)
+    say(f"wrote {args.target}")
+    return 0
+
+
+def _rename(args: argparse.Namespace) -> int:
+    from ..distill.comfy_names import convert_weights
+    from ..files import check_writable_file
+
+    check_writable_file(args.target)
+    say(f"renamed {convert_weights(args.source, args.target)} tensors")
     say(f"wrote {args.target}")
     return 0
 

@@ -31,26 +31,16 @@ from ..plan import TilePlan
 from ..sampling.path import FLOW, PREDICTIONS, FlowPath, NoisePath, VPPath
 from ..tiles import TokenGrid
 from ..video import to_frames
+from .comfy_names import COGVIDEOX, WAN, comfy_name
 from .config import ModelConfig
 from .features import FeatureTap
 from .model import Options, visiting
 from .texts import Encode
 
-WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
 FAMILIES = {WAN: "wan", COGVIDEOX: "cogvideox"}
 OVERRIDE = "override"
 WAN_TEXT = 512  # tokens that Wan pads its texts to
 WAN_5B_CHANNELS = 48  # of the latents of Wan 2.2's TI2V 5B
-# Wan's own names, which ComfyUI keeps.
-WAN_IN_COMFYUI = (
-    ("attn1.", "self_attn."), ("attn2.", "cross_attn."), (".to_out.0", ".o"), (".to_", "."), ("ffn.net.0.proj", "ffn.0"),
-    ("ffn.net.2", "ffn.2"),
-)  # fmt: skip
-# ComfyUI's own; its blocks keep the joint attention's layers in themselves.
-COGVIDEOX_IN_COMFYUI = (
-    ("transformer_blocks.", "blocks."), ("attn1.to_out.0", "attn_out"), ("attn1.to_", ""), ("ff.net.0.proj", "ff_proj"),
-    ("ff.net.2", "ff_out"),
-)  # fmt: skip
 
 
 class DiffusersModel:
@@ -230,9 +220,7 @@ class DiffusersModel:
         return int(self.config["in_channels"]), (frames - 1) // every + 1, height // pixels, width // pixels
 
     def comfy_name(self, layer: str) -> str:
-        for ours, theirs in WAN_IN_COMFYUI if self.kind == WAN else COGVIDEOX_IN_COMFYUI:
-            layer = layer.replace(ours, theirs)
-        return layer
+        return comfy_name(self.kind, layer)
 
     def config_entry(self) -> dict[str, Any]:
         return self.config

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..limits.quote import named
 from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from .comfy_names import COGVIDEOX, WAN
 from .config import ModelConfig
-from .diffusers_model import COGVIDEOX, WAN, DiffusersModel
+from .diffusers_model import DiffusersModel
 from .lora import changed
 
 PREFIX = "transformer."

@@ -214,17 +214,14 @@ def _hooks(options: dict[str, Any]) -> list[str]:
 
 
 def _marks(options: dict[str, Any], known: dict[str, Any]) -> list[str]:
-    """The options of a forward that the MODEL has not, or has otherwise."""
-    return sorted(
-        str(key)
-        for key, value in options.items()
-        if key not in _OPTIONS_HERE and key not in _FORWARD_OPTIONS and not (key in known and _same(known[key], value))
-    )
+    """The options of a forward that the MODEL has not, or that say something else there."""
+    looked_at = options.keys() - _OPTIONS_HERE - set(_FORWARD_OPTIONS)
+    return sorted(str(key) for key in looked_at if key not in known or _differ(options[key], known[key]))
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether an option is what it was; ComfyUI copies plain data from forward to forward."""
-    return one is other or (isinstance(one, _PLAIN) and repr(one) == repr(other))
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two options are known to differ; ComfyUI copies them from forward to forward, objects too."""
+    return one is not other and isinstance(one, _PLAIN) and repr(one) != repr(other)
 
 
 def _after(run: Run, ranks: int, after_run: str, known: Known) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
@@ -13,7 +11,6 @@ from torch import Tensor
 from ...efficient_vdit_core.attention import TokenLayout
 from ...efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from ...efficient_vdit_core.parallel.sharding.blocks import (
-    ALL_KEYS,
     SHARDED_KEY,
     ShardedForward,
     block_hook,
@@ -23,8 +20,9 @@ from ...efficient_vdit_core.parallel.sharding.override import make_sharded_overr
 from ...efficient_vdit_core.parallel.sharding.wire import Wire
 from ...efficient_vdit_core.tiles import TilePattern, TokenGrid
 from .families import Family, find_family, uncompiled
+from .module_forwards import Seat, all_keys_forward, block_forward, paths, replace_forward, whole_forward
 from .patch import Hook, dense, hook_of, install
-from .shard_rules import NOT_SHARDED, RULES, Row, ShardRule, WholeModule
+from .shard_rules import NOT_SHARDED, RULES, Row, ShardRule
 from .window import Window
 
 WRAPPER_KEY = "efficient_vdit_sharding"
@@ -87,12 +85,6 @@ def clip_speedup(model: Any, clip: tuple[int, int, int], ranks: int, scheme: str
     return forward_speedup(shape, patterns, ranks, scheme, rates)
 
 
-class Seat:
-    """Where the forward that runs is found by modules that are told nothing of it."""
-
-    forward: ShardedForward | None = None
-
-
 def shard_model(model: Any, wire: Wire) -> Any:
     """A clone of MODEL whose blocks run on this rank's tokens.
 
@@ -112,14 +104,16 @@ def shard_model(model: Any, wire: Wire) -> Any:
                 _hook_block(patched, row, number, layer, last)
             else:
                 block = getattr(diffusion_model, row.path)[number]
-                _replace(patched, f"{row.path}.{number}", _block_forward(type(block), row, layer, last, seat))
+                replace_forward(patched, f"{row.path}.{number}", block_forward(type(block), row, layer, last, seat))
         first += count if row.layers else 0
     for module in rule.whole:
-        for path in _paths(diffusion_model, module.path):
-            _replace(patched, path, _whole_forward(module, seat, patched.get_model_object(f"diffusion_model.{path}")))
+        for path in paths(diffusion_model, module.path):
+            replace_forward(
+                patched, path, whole_forward(module, seat, patched.get_model_object(f"diffusion_model.{path}"))
+            )
     for pattern in rule.all_keys:
-        for path in _paths(diffusion_model, pattern):
-            _replace(patched, path, _all_keys_forward(seat))
+        for path in paths(diffusion_model, pattern):
+            replace_forward(patched, path, all_keys_forward(seat))
     settings = family.depth(diffusion_model), family.head_count(diffusion_model)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _publish(*settings, wire, seat))
     return patched
@@ -136,73 +130,6 @@ def _hook_block(patched: Any, row: Row, number: int, layer: int | None, last: bo
     previous = hooks.get((row.hook, number))
     hook = block_hook(layer, last=last, about=row.about, previous=previous)
     patched.set_model_patch_replace(hook, "dit", row.hook, number)
-
-
-def _paths(diffusion_model: Any, pattern: str) -> Iterator[str]:
-    """The modules of a path with at most one * for each entry of a list."""
-    before, star, behind = pattern.partition(".*")
-    if not star:
-        yield from [pattern] if hasattr(diffusion_model, pattern) else []
-        return
-    yield from (f"{before}.{i}{behind}" for i in range(len(diffusion_model.get_submodule(before))))
-
-
-def _replace(patched: Any, path: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Puts ``around`` the forward of a module, as an object patch of ComfyUI's, which it takes back itself."""
-    name = f"diffusion_model.{path}.forward"
-    patched.add_object_patch(name, around(patched.get_model_object(name)))
-
-
-def _block_forward(kind: type, row: Row, layer: int | None, last: bool, seat: Seat) -> Any:
-    """A block that ComfyUI has no hook for: its arguments by name, its results in the order of its own."""
-
-    names = list(inspect.signature(kind.forward).parameters)[1:]  # pyright: ignore[reportAttributeAccessIssue]
-
-    def around(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            state = seat.forward
-            if state is None:
-                return forward(*args, **kwargs)
-            given = state.enter({**dict(zip(names, args, strict=False)), **kwargs}, row.about)
-            state.begin(layer)
-            out = forward(**given)
-            if not last:
-                return out
-            if isinstance(out, Tensor):
-                return state.all_rows(out)
-            # Blocks of two hidden states give the video first, and the text that stands before it behind.
-            results = dict(zip(reversed(row.about.hidden), out, strict=True))
-            return tuple(state.leave(results, row.about)[name] for name in reversed(row.about.hidden))
-
-        return run
-
-    return around
-
-
-def _whole_forward(module: WholeModule, seat: Seat, itself: Any) -> Any:
-    def around(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            state = seat.forward
-            behind = state is not None and x.shape[-2] == state.tokens  # after the last block all tokens are here
-            if state is None or behind or not module.acts(itself, x, *args, **kwargs):
-                return forward(x, *args, **kwargs)
-            return state.own_rows(forward(state.all_rows(x), *args, **kwargs))
-
-        return run
-
-    return around
-
-
-def _all_keys_forward(seat: Seat) -> Any:
-    def around(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if seat.forward is not None:
-                seat.forward.awaits = ALL_KEYS
-            return forward(*args, **kwargs)
-
-        return run
-
-    return around
 
 
 def _publish(depth: int, heads: int, wire: Wire, seat: Seat) -> Any:

@@ -1,0 +1,74 @@
+"""The names of diffusers' models in ComfyUI: of layers, for a LoRA, and of whole weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..limits.documents import parse_json
+from ..limits.quote import named, quoted
+from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+
+WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
+# Patterns in diffusers' names and what stands for them in ComfyUI, one after another.
+_WAN = (
+    # Wan's own names, which ComfyUI keeps.
+    (r"condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
+    (r"condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
+    (r"condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
+    (r"condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
+    (r"condition_embedder\.time_proj", "time_projection.1"),
+    (r"condition_embedder\.image_embedder\.norm1", "img_emb.proj.0"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
+    (r"condition_embedder\.image_embedder\.norm2", "img_emb.proj.4"),
+    (r"^scale_shift_table", "head.modulation"),
+    (r"scale_shift_table", "modulation"),
+    (r"^proj_out", "head.head"),
+    (r"(?<=\d\.)norm2", "norm3"),
+    (r"attn1\.", "self_attn."),
+    (r"attn2\.", "cross_attn."),
+    (r"add_([kv])_proj", r"\1_img"),
+    (r"norm_added_k", "norm_k_img"),
+    (r"to_out\.0", "o"),
+    (r"to_([qkv])", r"\1"),
+    (r"ffn\.net\.0\.proj", "ffn.0"),
+    (r"ffn\.net\.2", "ffn.2"),
+)
+_COGVIDEOX = (
+    # ComfyUI's blocks keep the joint attention's layers in themselves.
+    (r"^transformer_blocks", "blocks"),
+    (r"attn1\.to_out\.0", "attn_out"),
+    (r"attn1\.(?:to_)?", ""),
+    (r"ff\.net\.0\.proj", "ff_proj"),
+    (r"ff\.net\.2", "ff_out"),
+    (r"^time_embedding\.", "time_embedding_"),
+)
+_RULES = {WAN: _WAN, COGVIDEOX: _COGVIDEOX}
+
+
+def comfy_name(kind: str, name: str) -> str:
+    """The name in ComfyUI of a layer or a tensor of a model of class ``kind`` of diffusers."""
+    for pattern, there in _RULES[kind]:
+        name = re.sub(pattern, there, name)
+    return name
+
+
+def convert_weights(source: str | Path, target: str | Path) -> int:
+    """Writes whole weights that the trainer exported (a .safetensors file with diffusers' names) under ComfyUI's names,
+    with what they say of themselves; returns the number of tensors.
+
+    Raises ValueError where the file does not say that it is a Wan or CogVideoX.
+    """
+    state, about = read_state_dict(source)
+    where = named(Path(source).name)
+    config = parse_json(about.get("config", "{}"), f"The config in {where}", advice="Export the weights again.")
+    kind = config.get("_class_name", "") if isinstance(config, dict) else ""
+    if kind not in _RULES:
+        raise ValueError(
+            f"{where} is {quoted(kind) if kind else 'of no class that it names'}, expected whole weights of {WAN} or {COGVIDEOX} "
+            "that this trainer has exported. A LoRA needs no conversion."
+        )
+    found = {comfy_name(kind, name): x for name, x in state.items()}
+    save_safetensors(Path(target), found, {key: text for key, text in about.items() if key != "config"})
+    return len(found)
