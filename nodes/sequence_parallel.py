@@ -43,7 +43,8 @@ class EVDiTSequenceParallel(io.ComfyNode):
                     default="auto",
                     tooltip=(
                         '"auto" = the pool that runs already, else all GPUs that ComfyUI sees; or their numbers, such as "0,1". '
-                        "Weights are held whole on each, activations are divided. Equal GPUs gain most: the slowest sets the pace."
+                        "Weights are held whole on each, activations are divided: evenly over GPUs of one name, else by what each "
+                        "measured."
                     ),
                 ),
                 io.Combo.Input(

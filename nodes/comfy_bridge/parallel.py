@@ -18,7 +18,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
 from ...efficient_vdit_core.parallel.pool.session import Launch, Session, parse_devices
-from ...efficient_vdit_core.parallel.sharding.forecast import Rates
+from ...efficient_vdit_core.parallel.sharding.forecast import Rates, weights_of
 from . import patch
 from .announce import show_on_node
 from .packing import pack
@@ -189,7 +189,7 @@ def _send_step(launch: Launch, scheme: str, run: Run, known: Known) -> Any:
         options = {name: value for name, value in (transformer_options or {}).items() if name in _FORWARD_OPTIONS}
         tensors: dict[str, Tensor] = {}
         given = {"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, "options": options, **conds}
-        message = {"inputs": pack(given, tensors), "scheme": scheme}
+        message = {"inputs": pack(given, tensors), "scheme": scheme, "weights": _weights()}
         start = time.perf_counter()
         ranks, result = SESSION.step(launch, message, tensors, mm.throw_exception_if_processing_interrupted)
         run.steps.append(time.perf_counter() - start)
@@ -315,24 +315,36 @@ def _report(model: Any, launch: Launch, scheme: str) -> str:
     lines = [
         f"{len(SESSION.tests)} ranks, scheme {scheme}. The weights are whole on each device, the activations are divided."
     ]
+    weights = _weights()
     for rank, test in enumerate(SESSION.tests):
         free = "" if test["free_mib"] is None else f", {test['free_mib']} MiB free"
         peers = {True: ", direct access to all others", False: ", no direct access to some others", None: ""}[
             test["peer_access"]
         ]
-        lines.append(f"rank {rank}: {test['device']}{free}, sends {test['gigabytes_per_second']:.2f} GB/s{peers}")
+        part = f", {weights[rank] / sum(weights):.0%} of the tokens" if weights else ""
+        lines.append(f"rank {rank}: {test['device']}{free}, sends {test['gigabytes_per_second']:.2f} GB/s{peers}{part}")
     hook = patch.hook_of(model)
     if hook is not None and hook.report.measure is not None:
         lines.append("Sparse Attention's measure has no effect here: the workers compute each step once.")
     return "\n".join([*lines, *_forecast(model, scheme)])
 
 
+def _weights() -> tuple[int, ...]:
+    """The shares of the ranks, by what their devices measured."""
+    return weights_of([test["device"] for test in SESSION.tests], [test["flops_per_second"] for test in SESSION.tests])
+
+
 def _forecast(model: Any, scheme: str) -> list[str]:
     """Lines that say what speed-up the measured rates promise for two common clips, and where it does not pay."""
-    flops = min(test["flops_per_second"] for test in SESSION.tests)
+    each = [test["flops_per_second"] for test in SESSION.tests]
+    # Unlike devices finish together and are set against the fastest one; like ones wait for the slowest.
+    flops, against = (sum(each) / len(each), max(each)) if _weights() else (min(each), min(each))
     link = min(test["gigabytes_per_second"] for test in SESSION.tests)
     rates = Rates("measured", flops, link * 1e9)
-    found = {text: clip_speedup(model, clip, len(SESSION.tests), scheme, rates) for text, clip in CLIPS.items()}
+    found = {
+        text: clip_speedup(model, clip, len(SESSION.tests), scheme, rates) * flops / against
+        for text, clip in CLIPS.items()
+    }
     texts = ", ".join(f"{value:.2f}x for {clip}" for clip, value in found.items())
     lines = [
         f"Expected speed-up, a model from {flops / 1e12:.2f} TFLOP/s and {link:.2f} GB/s with nothing overlapped: {texts}."

@@ -60,7 +60,7 @@ class ComfyHost:
         import comfy.model_patcher
         import comfy.patcher_extension
 
-        from .sharding import COUNTS_KEY, SCHEME_KEY
+        from .sharding import COUNTS_KEY, SCHEME_KEY, WEIGHTS_KEY
 
         model = self.models[message["key"]]
         given = unpack(message["inputs"], tensors, mm.get_torch_device())
@@ -76,6 +76,7 @@ class ComfyHost:
             comfy.patcher_extension.merge_nested_dicts(options.setdefault(kind, {}), found, copy_dict1=False)
         options.update(given.pop("options"))
         options[SCHEME_KEY], options[COUNTS_KEY] = message["scheme"], Counter()
+        options[WEIGHTS_KEY] = message.get("weights", ())
         before = sum(self.wire.sent.values())
         try:
             out = model.model.apply_model(x, given.pop("t"), transformer_options=options, **given)

@@ -27,6 +27,7 @@ from .window import Window
 
 WRAPPER_KEY = "efficient_vdit_sharding"
 SCHEME_KEY = "evdit_scheme"
+WEIGHTS_KEY = "evdit_weights"
 COUNTS_KEY = "evdit_scheme_counts"
 
 
@@ -88,8 +89,8 @@ def clip_speedup(model: Any, clip: tuple[int, int, int], ranks: int, scheme: str
 def shard_model(model: Any, wire: Wire) -> Any:
     """A clone of MODEL whose blocks run on this rank's tokens.
 
-    ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto; a Counter under COUNTS_KEY
-    receives how many layers took which.
+    ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto, WEIGHTS_KEY the ranks' shares,
+    default even ones; a Counter under COUNTS_KEY receives how many layers took which.
     """
     (family, rule), hook = find_shardable(model), hook_of(model)
     window, preparation = (hook.window, hook.preparation) if hook else (Window(), dense())
@@ -150,8 +151,9 @@ def _publish(depth: int, heads: int, wire: Wire, seat: Seat) -> Any:
         if state.layout is None:
             raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
         patterns = [state.owner.pattern_of(state, layer) for layer in range(depth)]
-        scheme = options.get(SCHEME_KEY, "auto")
-        sharded = options[SHARDED_KEY] = seat.forward = ShardedForward(state.layout, patterns, wire, scheme, heads)
+        scheme, weights = options.get(SCHEME_KEY, "auto"), options.get(WEIGHTS_KEY, ())
+        sharded = ShardedForward(state.layout, patterns, wire, scheme, heads, weights)
+        options[SHARDED_KEY] = seat.forward = sharded
         try:
             out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
             sharded.check_done()

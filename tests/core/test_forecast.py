@@ -13,6 +13,7 @@ from efficient_vdit_core.parallel.sharding.forecast import (
     forward_speedup,
     overhead,
     speedup,
+    weights_of,
 )
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
@@ -70,6 +71,13 @@ def test_a_clip_that_people_make_on_several_gpus():
         assert 1.0 < speedup_of_it < gpus
     fast, slow = GPU_RATES[0].name, GPU_RATES[-1].name
     assert all(found[plan, 4, fast] > found[plan, 4, slow] for plan in ("none", "minimax_h3_strong"))
+
+
+def test_unlike_devices_get_shares_by_what_they_measured():
+    assert weights_of(["RTX 4090", "RTX 3090"], [160e12, 70e12]) == (16, 7)
+    assert weights_of(["RTX 4090"] * 2, [160e12, 70e12]) == (), "of one name: chance"
+    assert weights_of(["RTX 4090", "L40S"], [160e12, 158e12]) == ()
+    assert weights_of(["H100", "GTX 1080"], [800e12, 1e12]) == (16, 1)
 
 
 def test_the_overhead_is_what_the_runs_took_beyond_the_model():

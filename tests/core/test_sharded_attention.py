@@ -9,7 +9,7 @@ import torch
 from rounding import worst
 
 from efficient_vdit_core.attention import TokenLayout
-from efficient_vdit_core.parallel.sharding.layout import Shard, by_frames, by_references, by_tokens, choose_shard
+from efficient_vdit_core.parallel.sharding.layout import Shard, Split, by_frames, by_references, by_tokens, choose_shard
 from efficient_vdit_core.parallel.sharding.roles import roles
 from efficient_vdit_core.parallel.sharding.traffic import rb_bytes, scheme_of, ulysses_bytes
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
@@ -134,6 +134,18 @@ def test_every_token_has_one_rank_and_shares_are_even(kind, frames, ranks):
             t for a, b in shard.spans[rank] for t in range(a, b)
         ]
         assert all(p.frame is None or p.frame == (p.start - 5) // 21 == (p.stop - 6) // 21 for p in pieces)
+
+
+@pytest.mark.parametrize("weights", [(16, 7), (16, 16, 9), (1, 16)])
+@pytest.mark.parametrize("pattern", [TilePattern(2), TilePattern(None)])
+def test_unlike_ranks_hold_shares_by_their_weights(weights, pattern):
+    layout = TokenLayout(TokenGrid(8, 6, 7), prefix=40)
+    shard = choose_shard(layout, len(weights), [pattern], Split((40,), weights))
+    for held, weight in zip(shard.tokens, weights, strict=True):
+        assert abs(held - layout.tokens * weight / sum(weights)) <= 3  # of text, references and the rest each
+    text = [sum(min(b, 40) - min(a, 40) for a, b in spans) for spans in shard.spans]
+    assert all(abs(t - 40 * w / sum(weights)) <= 1 for t, w in zip(text, weights, strict=True))
+    assert shard.shares_of(24)[0] == (0, 24 * weights[0] // sum(weights))
 
 
 LAYOUTS = [(24, 4, 1, "L1"), (8, 2, 2, "L1"), (21, 4, 1, "L2"), (21, 4, 2, "L3"), (5, 4, 0, "L3")]

@@ -21,7 +21,7 @@ from ...attention.spans import Span, put, take
 from ...head_patterns import LayerPattern
 from .arguments import WHOLE, BlockArguments, cut_runs, cut_table, spread_to, tokens_of, with_tokens
 from .attend import sharded_attention
-from .layout import Shard, choose_shard, within
+from .layout import Shard, Split, choose_shard, within
 from .traffic import scheme_of
 from .wire import Wire, form
 
@@ -35,14 +35,21 @@ Hook = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 class ShardedForward:
     """One forward pass over sharded tokens; lives in its ``transformer_options`` under ``SHARDED_KEY``.
 
-    ``patterns`` holds one pattern for each block, ``heads`` how many a block has (0 = not known). ``schemes`` counts
-    which scheme the layers took. ``awaits`` is what the next attention call is: of a block the first is its
-    self-attention; its length cannot tell, for text may be as long.
+    ``patterns`` holds one pattern for each block, ``heads`` how many a block has (0 = not known), ``weights`` the ranks'
+    shares as of ``Split``. ``schemes`` counts which scheme the layers took. ``awaits`` is what the next attention call is:
+    of a block the first is its self-attention; its length cannot tell, for text may be as long.
     """
 
     def __init__(
-        self, layout: TokenLayout, patterns: Sequence[LayerPattern], wire: Wire, scheme: str = "auto", heads: int = 0
+        self,
+        layout: TokenLayout,
+        patterns: Sequence[LayerPattern],
+        wire: Wire,
+        scheme: str = "auto",
+        heads: int = 0,
+        weights: Sequence[int] = (),
     ) -> None:
+        self.weights = tuple(weights)
         self.layout, self.patterns, self.wire, self.scheme, self.heads = layout, tuple(patterns), wire, scheme, heads
         self.schemes: Counter[str] = Counter()
         self._shard: Shard | None = None
@@ -153,7 +160,7 @@ class ShardedForward:
         return self.streams[hidden]
 
     def _share_out(self, borders: list[int]) -> Shard:
-        shard = _shared_out(self.layout, self.wire.size, self.patterns, tuple(borders))
+        shard = _shared_out(self.layout, self.wire.size, self.patterns, Split(tuple(borders), self.weights))
         if borders and not all(
             within(spans, 0, borders[0]) and within(spans, borders[0], self.tokens) for spans in shard.spans
         ):
@@ -187,8 +194,8 @@ class ShardedForward:
 
 
 @lru_cache(maxsize=32)
-def _shared_out(layout: TokenLayout, ranks: int, patterns: tuple[LayerPattern, ...], borders: tuple[int, ...]) -> Shard:
-    return choose_shard(layout, ranks, patterns, borders)
+def _shared_out(layout: TokenLayout, ranks: int, patterns: tuple[LayerPattern, ...], split: Split) -> Shard:
+    return choose_shard(layout, ranks, patterns, split)
 
 
 def block_hook(

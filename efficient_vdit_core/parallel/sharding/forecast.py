@@ -8,7 +8,7 @@ this machine took beyond that is the factor ``overhead``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...attention import TokenLayout
@@ -32,6 +32,9 @@ GPU_RATES = (
     Rates("PCIe 4 with peer access, 130 TFLOP/s and 20 GB/s", 130e12, 20e9),
     Rates("PCIe 4 without peer access, 130 TFLOP/s and 8 GB/s", 130e12, 8e9),
 )
+
+
+_FINE = 16
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,15 @@ def bytes_sent(shape: LayerShape, pattern: LayerPattern, ranks: int, scheme: str
     if scheme == "rb":
         return scheme, max(rb_bytes(shard, pattern.kinds[0], *about))
     return scheme, max(ulysses_bytes(shard, *about))
+
+
+def weights_of(devices: Sequence[str], rates: Sequence[float]) -> tuple[int, ...]:
+    """The shares of unlike devices, in sixteenths of the fastest one's, from FLOPs a second that each reached; () where
+    all are of one name, for the rates of like devices differ by chance alone."""
+    if len(set(devices)) == 1:
+        return ()
+    found = tuple(max(1, round(_FINE * rate / max(rates))) for rate in rates)
+    return () if len(set(found)) == 1 else found
 
 
 def forward_speedup(

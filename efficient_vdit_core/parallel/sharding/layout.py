@@ -28,6 +28,20 @@ from ...tiles import TilePattern
 
 
 @dataclass(frozen=True)
+class Split:
+    """What is peculiar to a sequence and its ranks.
+
+    Attributes:
+        borders: where the sequence goes from one hidden state to the next; of each of them every rank gets a share of
+            what is split to the token.
+        weights: the ranks' shares of the work in whole numbers, () = even ones.
+    """
+
+    borders: tuple[int, ...] = ()
+    weights: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Piece:
     """Tokens ``start`` to ``stop`` (exclusive) of one frame (None: prefix or suffix), which a rank holds from its token
     ``local`` on."""
@@ -51,11 +65,12 @@ class Shard:
     """The tokens of every rank: ``spans[rank]`` are ascending ranges of the sequence, in the order in which the rank
     holds them.
 
-    Raises ValueError where the spans do not cover every token exactly once.
+    ``weights`` as of ``Split``. Raises ValueError where the spans do not cover every token exactly once.
     """
 
     layout: TokenLayout
     spans: tuple[tuple[Span, ...], ...]
+    weights: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         covered = sorted(span for spans in self.spans for span in spans)
@@ -73,6 +88,10 @@ class Shard:
     @property
     def ranks(self) -> int:
         return len(self.spans)
+
+    def shares_of(self, count: int) -> list[Span]:
+        """``count`` things over the ranks by their weights."""
+        return weighted_shares(count, self.weights or (1,) * self.ranks)
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
@@ -107,50 +126,53 @@ class Shard:
         return {frame: tuple(ranks) for frame, ranks in found.items()}
 
 
-def by_frames(layout: TokenLayout, ranks: int, borders: Sequence[int] = ()) -> Shard:
-    """Layout L1: contiguous whole frames, shares that differ by one frame at most (a rank may get none).
-
-    In all layouts, what is split to the token is split on each side of a ``border`` by itself.
-    """
-    return _two_part(layout, ranks, (), layout.grid.tokens_per_frame, borders)
+EVEN = Split()
 
 
-def by_references(layout: TokenLayout, ranks: int, pattern: TilePattern, borders: Sequence[int] = ()) -> Shard:
+def by_frames(layout: TokenLayout, ranks: int, split: Split = EVEN) -> Shard:
+    """Layout L1: contiguous whole frames, shares that differ by one frame at most (a rank may get none)."""
+    return _two_part(layout, ranks, (), layout.grid.tokens_per_frame, split)
+
+
+def by_references(layout: TokenLayout, ranks: int, pattern: TilePattern, split: Split = EVEN) -> Shard:
     """Layout L2: the reference frames' tokens split over all ranks, the other frames whole and contiguous."""
-    references = pattern.reference_frames(layout.grid.t)
-    return _two_part(layout, ranks, references, layout.grid.tokens_per_frame, borders)
+    return _two_part(layout, ranks, pattern.reference_frames(layout.grid.t), layout.grid.tokens_per_frame, split)
 
 
-def by_tokens(layout: TokenLayout, ranks: int, pattern: TilePattern, borders: Sequence[int] = ()) -> Shard:
-    """Layout L3: reference tokens and all other tokens each split evenly, to one token, across frame borders."""
-    return _two_part(layout, ranks, pattern.reference_frames(layout.grid.t), 1, borders)
+def by_tokens(layout: TokenLayout, ranks: int, pattern: TilePattern, split: Split = EVEN) -> Shard:
+    """Layout L3: reference tokens and all other tokens each split to one token, across frame borders."""
+    return _two_part(layout, ranks, pattern.reference_frames(layout.grid.t), 1, split)
 
 
-def choose_shard(
-    layout: TokenLayout, ranks: int, patterns: Iterable[LayerPattern], borders: Sequence[int] = ()
-) -> Shard:
+def choose_shard(layout: TokenLayout, ranks: int, patterns: Iterable[LayerPattern], split: Split = EVEN) -> Shard:
     """One shard for all layers: L1 where whole frames share out evenly, else L2, else L3, for the commonest sparse
     pattern.
 
     Full layers and those whose heads differ run on any shard, so the others count. L3 cuts frames, which costs a halo,
     so it comes last; without such a layer there is none, and tokens are simply split evenly.
-    ``borders``: where the sequence goes from one hidden state to the next; of each of them every rank gets a share.
+    Whole frames are too coarse for shares that are not even.
     """
     frames = layout.grid.t
     sparse = Counter(p.kinds[0] for p in patterns if len(p.kinds) == 1 and not p.is_full(frames))
-    if frames % _checked(ranks) == 0:
-        return by_frames(layout, ranks, borders)
+    if frames % _checked(ranks) == 0 and not split.weights:
+        return by_frames(layout, ranks, split)
     if not sparse:
-        return by_tokens(layout, ranks, TilePattern(None), borders)
+        return by_tokens(layout, ranks, TilePattern(None), split)
     most = max(sparse.values())
     pattern = min((p for p, count in sparse.items() if count == most), key=lambda p: p.density(frames))
-    build = by_references if (frames - len(pattern.reference_frames(frames))) % ranks == 0 else by_tokens
-    return build(layout, ranks, pattern, borders)
+    whole = not split.weights and (frames - len(pattern.reference_frames(frames))) % ranks == 0
+    return (by_references if whole else by_tokens)(layout, ranks, pattern, split)
 
 
 def even_shares(count: int, ranks: int) -> list[Span]:
     """``count`` things over ``ranks`` as contiguous ranges whose sizes differ by one at most."""
-    return [(rank * count // ranks, (rank + 1) * count // ranks) for rank in range(ranks)]
+    return weighted_shares(count, (1,) * ranks)
+
+
+def weighted_shares(count: int, weights: Sequence[int]) -> list[Span]:
+    """``count`` things as contiguous ranges in proportion to ``weights``, to one thing."""
+    ends = [count * done // sum(weights) for done in itertools.accumulate(weights, initial=0)]
+    return list(itertools.pairwise(ends))
 
 
 def join_spans(spans: Iterable[Span]) -> list[Span]:
@@ -177,7 +199,7 @@ def cut_spans(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
     return cut
 
 
-def _two_part(layout: TokenLayout, ranks: int, references: tuple[int, ...], unit: int, borders: Sequence[int]) -> Shard:
+def _two_part(layout: TokenLayout, ranks: int, references: tuple[int, ...], unit: int, split: Split) -> Shard:
     """Prefix, ``references`` and suffix split to the token, all other frames in units of ``unit`` tokens.
 
     The spare units of the two parts go to different ranks (the others are dealt out from the last rank on).
@@ -189,16 +211,17 @@ def _two_part(layout: TokenLayout, ranks: int, references: tuple[int, ...], unit
         if f not in set(references)
     ]
     count = len(others) * size // unit
-    edges = [0, *sorted(borders), layout.tokens]
+    edges = [0, *sorted(split.borders), layout.tokens]
     parts = [[(a + low, b + low) for a, b in within(shared, low, high)] for low, high in itertools.pairwise(edges)]
-    first = [even_shares(sum(stop - start for start, stop in part), _checked(ranks)) for part in parts]
-    second = [(count - stop, count - start) for start, stop in reversed(even_shares(count, ranks))]
+    weights = split.weights or (1,) * _checked(ranks)
+    first = [weighted_shares(sum(stop - start for start, stop in part), weights) for part in parts]
+    second = [(count - stop, count - start) for start, stop in reversed(weighted_shares(count, weights[::-1]))]
     held = []
     for rank, rest in enumerate(second):
         spans = [span for part, shares in zip(parts, first, strict=True) for span in cut_spans(part, *shares[rank])]
         spans += cut_spans(others, rest[0] * unit, rest[1] * unit)
         held.append(tuple(join_spans(sorted(spans))))
-    return Shard(layout, tuple(held))
+    return Shard(layout, tuple(held), split.weights)
 
 
 def within(spans: Iterable[Span], start: int, stop: int) -> list[Span]:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from ...head_patterns import LayerPattern
 from ...tiles import TilePattern
-from .layout import Shard, even_shares
+from .layout import Shard
 from .roles import roles
 
 LSE_BYTES = 4
@@ -33,7 +33,7 @@ def ulysses_bytes(shard: Shard, heads: int, head_dim: int, itemsize: int, batch:
     """Bytes that each rank sends in one layer by Ulysses: q, k, v of the others' heads, the result of the others'
     tokens."""
     sent = []
-    for tokens, (start, stop) in zip(shard.tokens, even_shares(heads, shard.ranks), strict=True):
+    for tokens, (start, stop) in zip(shard.tokens, shard.shares_of(heads), strict=True):
         own = stop - start
         sent.append(batch * head_dim * itemsize * (3 * tokens * (heads - own) + own * (shard.layout.tokens - tokens)))
     return tuple(sent)

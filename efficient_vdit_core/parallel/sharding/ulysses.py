@@ -23,11 +23,11 @@ GROUPS = 2
 Inner = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # q, k, v and the first of their heads
 
 
-def head_groups(heads: int, ranks: int) -> list[list[Span]]:
-    """For each group the range of heads of every rank; uneven shares differ by one head, a rank may get none."""
-    shares = even_shares(heads, ranks)
+def head_groups(heads: int, shard: Shard) -> list[list[Span]]:
+    """For each group the range of heads of every rank, by the shard's weights to one head; a rank may get none."""
+    shares = shard.shares_of(heads)
     halves = [[(start + a, start + b) for a, b in even_shares(stop - start, GROUPS)] for start, stop in shares]
-    return [[halves[rank][group] for rank in range(ranks)] for group in range(GROUPS)]
+    return [[half[group] for half in halves] for group in range(GROUPS)]
 
 
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire, inner: Inner) -> Tensor:
@@ -35,7 +35,7 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire,
 
     Returns (B, H, n, D)."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    groups = head_groups(q.shape[1], wire.size)
+    groups = head_groups(q.shape[1], shard)
     forward = [_to_heads(q, k, v, shard, group, wire) for group in groups]
     back = []
     for group, pending in zip(groups, forward, strict=True):

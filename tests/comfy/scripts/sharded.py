@@ -102,14 +102,17 @@ def run(model, case: Case):
     return torch.cat([part.flatten() for part in out.unbind()]) if out.is_nested else out.flatten()
 
 
-def shared(source, case: Case):
+def shared(source, case: Case, weights: tuple[int, ...] = ()):
     """What the ranks find together; ``counts`` says how many layers took which scheme.
 
-    Two ranks choose the scheme themselves, three take that of the references wherever it can be.
+    Two ranks choose the scheme themselves, three take that of the references wherever it can be. ``weights``: of
+    unlike ranks.
     """
     model = sharding.shard_model(source, wire)
     counts.clear()
-    model.model_options["transformer_options"][sharding.SCHEME_KEY] = "auto" if wire.size == 2 else "rb"
+    options = model.model_options["transformer_options"]
+    options[sharding.SCHEME_KEY] = "auto" if wire.size == 2 else "rb"
+    options[sharding.WEIGHTS_KEY] = weights
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "through the wire", through_the_wire)
     return run(model, case)
 
@@ -140,6 +143,8 @@ def facts(name: str, case: Case) -> dict:
         want = run(source, case)
         got = shared(source, case)
         found[words] = {"error": distance(got, want), "effect": distance(want, dense), "schemes": dict(counts)}
+    source = sparse(model, plans.TilePlan.uniform(1))
+    found["unlike ranks"] = {"error": distance(shared(source, case, (16, 7, 11)[: wire.size]), run(source, case))}
     found["no plan"] = {"error": distance(shared(model, case), dense)}
     found["after it"] = distance(run(model, case), dense)
     found["weights same"] = all(torch.equal(v, weights[k]) for k, v in model.model.diffusion_model.state_dict().items())
