@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from ..limits.documents import parse_json
 from ..limits.quote import named, quoted
@@ -22,6 +25,7 @@ _WAN = (
     (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
     (r"condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
     (r"condition_embedder\.image_embedder\.norm2", "img_emb.proj.4"),
+    (r"condition_embedder\.image_embedder\.pos_embed", "img_emb.emb_pos"),
     (r"^scale_shift_table", "head.modulation"),
     (r"scale_shift_table", "modulation"),
     (r"^proj_out", "head.head"),
@@ -44,6 +48,9 @@ _COGVIDEOX = (
     (r"ff\.net\.2", "ff_out"),
     (r"^time_embedding\.", "time_embedding_"),
 )
+_PATCHES = ("patch_size", "in_channels", "text_embed_dim", "sample_width", "sample_height", "sample_frames",
+            "temporal_compression_ratio", "max_text_seq_length", "spatial_interpolation_scale",
+            "temporal_interpolation_scale")  # fmt: skip
 _RULES = {WAN: _WAN, COGVIDEOX: _COGVIDEOX}
 
 
@@ -58,6 +65,9 @@ def convert_weights(source: str | Path, target: str | Path) -> int:
     """Writes whole weights that the trainer exported (a .safetensors file with diffusers' names) under ComfyUI's names,
     with what they say of themselves; returns the number of tensors.
 
+    CogVideoX 2B's table of positions is written too: without one ComfyUI takes a model for one with rotary positions.
+    With it the model makes clips of the size that it was trained on, and no others.
+
     Raises ValueError where the file does not say that it is a Wan or CogVideoX.
     """
     state, about = read_state_dict(source)
@@ -69,6 +79,18 @@ def convert_weights(source: str | Path, target: str | Path) -> int:
             f"{where} is {quoted(kind) if kind else 'of no class that it names'}, expected whole weights of {WAN} or {COGVIDEOX} "
             "that this trainer has exported. A LoRA needs no conversion."
         )
+    if kind == COGVIDEOX and not config.get("use_rotary_positional_embeddings"):
+        state["patch_embed.pos_embedding"] = _positions(config)
     found = {comfy_name(kind, name): x for name, x in state.items()}
     save_safetensors(Path(target), found, {key: text for key, text in about.items() if key != "config"})
     return len(found)
+
+
+def _positions(config: dict[str, Any]) -> Tensor:
+    """diffusers' own table (1, text + tokens, width) for clips of the trained size."""
+    from diffusers.models.embeddings import CogVideoXPatchEmbed
+
+    known = {name: config[name] for name in _PATCHES if name in config}
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    embed: Any = CogVideoXPatchEmbed(embed_dim=width, use_positional_embeddings=True, **known)
+    return embed.pos_embedding

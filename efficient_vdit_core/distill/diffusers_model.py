@@ -227,12 +227,13 @@ class DiffusersModel:
 
 
 def _in_precision(module: Any, dtype: torch.dtype) -> Any:
-    """In ``dtype``, but for what diffusers' own reader keeps in float32: embeddings of time, and norms."""
-    nn.Module.to(module, dtype)
+    """In ``dtype``, but for what diffusers' own reader keeps in float32: embeddings of time and positions, and norms."""
     kept = set(module._keep_in_fp32_modules or ())
-    for name, parameter in module.named_parameters():
-        if kept & set(name.split(".")):
-            parameter.data = parameter.data.float()
+    for prefix, part in module.named_modules():
+        own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        for name, x in own:
+            if x.is_floating_point() and not kept & set(f"{prefix}.{name}".split(".")):
+                x.data = x.data.to(dtype)
     return module
 
 

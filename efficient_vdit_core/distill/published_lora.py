@@ -6,11 +6,13 @@ diffusers reads its names, whether they are diffusers' own, ComfyUI's or musubi'
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..limits.documents import parse_json
 from ..limits.quote import named
 from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from .comfy_names import COGVIDEOX, WAN
@@ -26,16 +28,17 @@ def merge_published(folder: str | Path, lora: str | Path, target: str | Path, st
     """Writes the transformer of ``folder`` (diffusers' layout) with ``strength`` times the file ``lora`` added, for
     ``model.transformer`` of a recipe; returns how many of its tensors were changed.
 
-    Raises ValueError where a part of the LoRA fits nothing in the model, or changes norms, which diffusers leaves out.
+    Raises ValueError where a part of the LoRA fits nothing in the model, or is of a kind that diffusers leaves out.
     """
     model = DiffusersModel(ModelConfig(path=str(folder), family="diffusers", dtype="bfloat16"))
-    given, _ = read_state_dict(lora)
-    if lost := [name for name, x in given.items() if "norm" in name and ".diff" in name and bool(x.any())]:
+    given, about = read_state_dict(lora)
+    found = _in_diffusers_names(model.kind, given, Path(lora).name)
+    if lost := _left_out(given, found):
         raise ValueError(
-            f"The LoRA {named(Path(lora).name)} changes norms (such as {named(lost[0])}), which diffusers cannot read. Merge it "
-            "with the tool that it comes from."
+            f"The LoRA {named(Path(lora).name)} changes {len(lost)} tensors of kinds that diffusers leaves out, such as "
+            f"{named(lost[0])}. Merge it with the tool that it comes from."
         )
-    changes = _changes(_in_diffusers_names(model.kind, given, Path(lora).name), strength)
+    changes = _changes(found, strength * _scale_in_metadata(about, Path(lora).name))
     state = model.load().state_dict()
     if wrong := sorted(n for n, x in changes.items() if n not in state or state[n].shape != x.shape):
         raise ValueError(
@@ -56,6 +59,31 @@ def _in_diffusers_names(kind: str, state: dict[str, Tensor], name: str) -> dict[
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"diffusers cannot read the LoRA {named(name)} for {kind}: {error}") from error
     return {key.removeprefix(PREFIX): x for key, x in found.items()}
+
+
+def _left_out(given: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """What diffusers' reader has dropped, which it only logs: whole differences that are not zero, and factors."""
+    kept = {id(x) for x in found.values()}
+    whole = [n for n, x in given.items() if ".diff" in n and id(x) not in kept and bool(x.any())]
+    factors = sum(re.search(r"lora_(up|down|A|B)\.", n) is not None for n in given)
+    read = sum(n.endswith((DOWN, UP)) for n in found)
+    return whole or ([n for n in given if "lora_" in n][:1] * (factors - read))
+
+
+def _scale_in_metadata(about: dict[str, str], name: str) -> float:
+    """alpha / r of a LoRA that PEFT wrote, which its tensors do not say."""
+    values = parse_json(
+        about.get("lora_adapter_metadata", "{}"), f"The metadata of {named(name)}", advice="Save it again."
+    )
+    values = {str(key).removeprefix(PREFIX): value for key, value in values.items()} if isinstance(values, dict) else {}
+    if values.get("rank_pattern") or values.get("alpha_pattern") or values.get("use_dora"):
+        raise ValueError(
+            f"The LoRA {named(name)} has ranks of their own in some layers, or is a DoRA. Merge it with the tool that it comes from."
+        )
+    alpha, rank = values.get("lora_alpha"), values.get("r")
+    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
+        return 1.0
+    return alpha / rank**0.5 if values.get("use_rslora") else alpha / rank
 
 
 def _changes(state: dict[str, Tensor], strength: float) -> dict[str, Tensor]:

@@ -166,7 +166,8 @@ class ThreeStages:
         c = self.config
         model = open_model(replace(c.model, transformer=str(self.full(weights)) if weights else c.model.transformer))
         device = torch.device("cuda" if torch.cuda.is_available() and c.model.device != "cpu" else "cpu")
-        config = self._stage("consistency", c.consistency, c.consistency_training, "")
+        training = c.knowledge_training if c.order == "knowledge-only" else c.consistency_training
+        config = self._stage("consistency", c.consistency, training, "")
         data = prepare_data(config, model, Path(c.data.cache), device)
         segments = segments or c.consistency.segments
         steps = max(c.consistency.steps, segments)
@@ -180,6 +181,7 @@ class ThreeStages:
             self.folder / name,
             segments=segments,
             steps=steps,
+            at_once=training.batch,
             device=device,
         )
 

@@ -68,9 +68,11 @@ def search_plans(
     *,
     segments: int,
     steps: int,
+    at_once: int,
     device: torch.device,
 ) -> dict[str, Path]:
-    """Plan files by name, such as ``r-0.1`` and ``x-2.5``; those that exist are kept."""
+    """Plan files by name, such as ``r-0.1`` and ``x-2.5``; those that exist are kept. ``at_once`` samples are made
+    together, as many as a training's step takes."""
     names = plan_names(config)
     files = {name: folder / f"{name}.json" for name in names}
     if all(f.is_file() for f in files.values()):
@@ -78,7 +80,16 @@ def search_plans(
     folder.mkdir(parents=True, exist_ok=True)
     texts = [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
     record = probe(
-        config, model, module, bank, texts, tuple(clips.latents[0].shape), segments=segments, steps=steps, device=device
+        config,
+        model,
+        module,
+        bank,
+        texts,
+        tuple(clips.latents[0].shape),
+        segments=segments,
+        steps=steps,
+        at_once=at_once,
+        device=device,
     )
     about = {"segments": segments, "steps": steps, "captions": texts, "guidance": 1.0, "seed": config.seed}
     for name, (threshold, speedup) in names.items():
@@ -98,12 +109,14 @@ def probe(
     *,
     segments: int,
     steps: int,
+    at_once: int,
     device: torch.device,
 ) -> ProbeRecord:
     """Sample latents of ``shape`` for ``texts`` densely and measure every candidate in every layer on the way."""
     record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), shape[1]))
     about = (model, module, bank, texts, shape)
-    observe(make_probe_override(record), *about, seed=config.seed, segments=segments, steps=steps, device=device)
+    grid = {"segments": segments, "steps": steps}
+    observe(make_probe_override(record), *about, seed=config.seed, **grid, at_once=at_once, device=device)
     return record
 
 
@@ -119,10 +132,14 @@ def observe(
     seed: int,
     segments: int,
     steps: int,
+    at_once: int,
     device: torch.device,
 ) -> None:
     """Sample latents of ``shape`` for ``texts`` without guidance, with this attention override looking on."""
     options = model.options_with(override)
-    noise = torch.randn(len(texts), *shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    network = guided(lambda z, t, c: model.predict(module, z, t, c, options(z)), bank.batch(texts, device), None, 1.0)
-    roll_down(network, model.path, model.prediction, noise, segments=segments, steps=steps)
+    noise = torch.randn(len(texts), *shape, generator=torch.Generator().manual_seed(seed))
+    for first in range(0, len(texts), at_once):
+        some = bank.batch(texts[first : first + at_once], device)
+        network = guided(lambda z, t, c: model.predict(module, z, t, c, options(z)), some, None, 1.0)
+        start = noise[first : first + at_once].to(device)
+        roll_down(network, model.path, model.prediction, start, segments=segments, steps=steps)

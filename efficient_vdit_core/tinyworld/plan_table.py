@@ -112,7 +112,7 @@ class PlanTable:
     def record(self) -> ProbeRecord:
         """Errors of every candidate, from one dense run."""
         config = SearchConfig(candidates=NEAR, captions=len(self.texts), seed=self.probing_seed)
-        return probe(config, *self._probed, segments=STEPS, steps=STEPS, device=CPU)
+        return probe(config, *self._probed, segments=STEPS, steps=STEPS, at_once=len(self.texts), device=CPU)
 
     @property
     def _probed(self) -> tuple[OpenSoraPlanModel, torch.nn.Module, TextBank, list[str], tuple[int, ...]]:
@@ -194,6 +194,7 @@ class PlanTable:
             seed=self.probing_seed,
             segments=STEPS,
             steps=STEPS,
+            at_once=len(self.texts),
             device=CPU,
         )
         errors = {f"{s:g}": record.squared(1 / s) for s in SPEEDUPS}

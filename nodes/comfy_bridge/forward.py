@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...efficient_vdit_core.attention.choose import CallShape
@@ -44,9 +45,13 @@ def forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, co
 def call_shape(family: Family, base_model: Any, x: Tensor) -> CallShape:
     """What the self-attention calls of a forward on latents ``x`` look like, as far as it can be told beforehand."""
     model = uncompiled(base_model.diffusion_model)
+    return CallShape(x.shape[0], family.head_count(model), family.head_dim(model), compute_dtype(base_model), x.device)
+
+
+def compute_dtype(base_model: Any) -> torch.dtype:
+    """What a model of ComfyUI's computes in, whatever its weights are kept in."""
     inference = getattr(base_model, "get_dtype_inference", None)  # in versions that know quantised weights
-    dtype = inference() if inference else base_model.manual_cast_dtype or base_model.get_dtype()
-    return CallShape(x.shape[0], family.head_count(model), family.head_dim(model), dtype, x.device)
+    return inference() if inference else base_model.manual_cast_dtype or base_model.get_dtype()
 
 
 def file_attention(family: Family, model: Any) -> dict[int, FileAttention]:

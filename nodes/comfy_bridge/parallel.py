@@ -118,9 +118,11 @@ def reachable(devices: str) -> tuple[Any, ...]:
 
 
 def _redirected(model: Any, launch: Launch, scheme: str, after_run: str) -> Any:
-    """The clone: its weights rest on the CPU unpatched, for the workers hold patched ones of their own."""
+    """The clone: its weights rest unpatched, for the workers hold patched ones of their own."""
     patched = model.clone()
-    patched.load_device = torch.device("cpu")
+    # Where ComfyUI streams weights they come to the GPU when they are used, and such a patcher knows no CPU.
+    if not getattr(patched, "is_dynamic", lambda: False)():
+        patched.load_device = torch.device("cpu")
     patched.patches = _patches_here(model)
     patched.patches_uuid = uuid.uuid4()
     for kind in _IN_WORKERS:  # else they would act twice
@@ -178,8 +180,8 @@ def _send_step(launch: Launch, scheme: str, run: Run, known: Known) -> Any:
             )
         if marks := _marks(transformer_options or {}, known.options):
             raise ValueError(
-                f"A node marks some of its evaluations by {', '.join(marks)} (as guidance by layers or between sound and video does): "
-                "the workers cannot see that. Remove it, or bypass EVDiTSequenceParallel."
+                f"A node marks evaluations by {', '.join(marks)}: a guidance by layers or between sound and video, or one that stands "
+                "behind EVDiTSequenceParallel. The workers cannot see that. Remove it, or place it before."
             )
         if _hooks(transformer_options or {}) != known.hooks:
             raise ValueError(
@@ -189,6 +191,7 @@ def _send_step(launch: Launch, scheme: str, run: Run, known: Known) -> Any:
         options = {name: value for name, value in (transformer_options or {}).items() if name in _FORWARD_OPTIONS}
         tensors: dict[str, Tensor] = {}
         given = {"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, "options": options, **conds}
+        SESSION.ready(launch, mm.throw_exception_if_processing_interrupted)  # a pool that starts anew measures anew
         message = {"inputs": pack(given, tensors), "scheme": scheme, "weights": _weights()}
         start = time.perf_counter()
         ranks, result = SESSION.step(launch, message, tensors, mm.throw_exception_if_processing_interrupted)
@@ -210,7 +213,8 @@ def _hooks(options: dict[str, Any]) -> list[str]:
             return [name for value in found for name in walk(value, place)]
         return [f"{place}: {getattr(found, '__qualname__', type(found).__qualname__)}"]
 
-    return sorted(name for kind in ("patches", "patches_replace") for name in walk(options.get(kind, {}), kind))
+    kinds = ("patches", "patches_replace", patch.OVERRIDE)
+    return sorted(name for kind in kinds if kind in options for name in walk(options[kind], kind))
 
 
 def _marks(options: dict[str, Any], known: dict[str, Any]) -> list[str]:

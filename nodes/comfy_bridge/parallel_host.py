@@ -32,12 +32,13 @@ class ComfyHost:
         self.current = ""
 
     def open(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Build the model of ``message["key"]``, unless it is there, and tell its plan.
+        """Build the model of ``message["key"]``, unless it is there, and tell its plan and the precision it computes in.
 
         Raises ValueError naming the node that stands in the way.
         """
         if self.executor is None:
             self.executor = self._start_comfyui(message["comfyui"])
+        from .forward import compute_dtype
         from .sharding import plan_text, shard_model
 
         if message["key"] not in self.models:
@@ -45,7 +46,8 @@ class ComfyHost:
             self.models[message["key"]] = shard_model(self._build(message["prompt"], message["source"]), self.wire)
         for key in set(self.models) - set(message["keep"]):
             del self.models[key]
-        return {"plan": plan_text(self.models[message["key"]])}
+        model = self.models[message["key"]]
+        return {"plan": plan_text(model), "dtype": str(compute_dtype(model.model))}
 
     def offload(self) -> None:
         """Free the device; the weights stay in main memory."""

@@ -489,7 +489,16 @@ def test_hooks_and_options_before_the_node_are_no_hindrance(limits):
 
 def test_a_guidance_that_the_workers_cannot_see_is_refused(limits):
     """LTX-2's own tell their evaluations apart by an option alone, without which they would do nothing."""
-    assert "A node marks some of its evaluations by stg_blocks" in limits["an option of some evaluations"]
+    assert "A node marks evaluations by stg_blocks" in limits["an option of some evaluations"]
+
+
+def test_another_nodes_attention_behind_is_refused(limits):
+    assert "stands behind EVDiTSequenceParallel" in limits["attention behind"] and limits["attention before it"] == ""
+
+
+def test_a_model_whose_weights_are_streamed_stays_on_its_device(limits):
+    """ComfyUI's patcher for it knows no CPU."""
+    assert limits["where weights are streamed"] == ["cpu", "the GPU"]
 
 
 def test_a_lora_of_what_runs_before_the_steps_stays_here(limits):

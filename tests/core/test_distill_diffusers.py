@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_models import cogvideox
 
+from efficient_vdit_core.distill.comfy_names import WAN, comfy_name
 from efficient_vdit_core.distill.config import ModelConfig
 from efficient_vdit_core.distill.lora import add_lora, comfy_lora, merged
 from efficient_vdit_core.distill.model import sparse_options
@@ -99,6 +100,16 @@ def test_a_lora_has_the_names_of_wan_in_comfyui(wan):
     base = wan.load().state_dict()
     changed = merged(base, lora, wan.comfy_name)
     assert sum(not torch.equal(changed[name], base[name]) for name in base) == len(stems)
+
+
+def test_the_parts_of_wans_image_models_have_their_names_in_comfyui():
+    names = {
+        "blocks.0.attn2.add_k_proj.weight": "blocks.0.cross_attn.k_img.weight",
+        "blocks.3.attn2.norm_added_k.weight": "blocks.3.cross_attn.norm_k_img.weight",
+        "condition_embedder.image_embedder.norm2.bias": "img_emb.proj.4.bias",
+        "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",  # of first and last frame
+    }
+    assert {name: comfy_name(WAN, name) for name in names} == names
 
 
 def test_a_lora_has_the_names_of_cogvideox_in_comfyui(tmp_path):

@@ -78,6 +78,7 @@ def test_unlike_devices_get_shares_by_what_they_measured():
     assert weights_of(["RTX 4090"] * 2, [160e12, 70e12]) == (), "of one name: chance"
     assert weights_of(["RTX 4090", "L40S"], [160e12, 158e12]) == ()
     assert weights_of(["H100", "GTX 1080"], [800e12, 1e12]) == (16, 1)
+    assert weights_of(["RTX 4090", "RTX 4090", "RTX 3090"], [160e12, 140e12, 75e12]) == (16, 16, 8)
 
 
 def test_the_overhead_is_what_the_runs_took_beyond_the_model():

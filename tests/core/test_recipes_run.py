@@ -72,6 +72,26 @@ def test_a_published_lora_is_merged_with_its_strength(tmp_path):
         torch.testing.assert_close(after[name], x + 0.5 * changes.get(name, torch.zeros(())), atol=5e-3, rtol=5e-3)
 
 
+def test_a_scale_that_peft_wrote_beside_the_tensors_counts(tmp_path):
+    where = wan(tmp_path)
+    down, up = torch.randn(2, 24) * 0.1, torch.randn(24, 2) * 0.1
+    name, about = "transformer.blocks.0.attn1.to_q", {"transformer.r": 2, "transformer.lora_alpha": 8}
+    lora = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    before = open_model(where).load().state_dict()["blocks.0.attn1.to_q.weight"]
+    for more, says in (
+        ({}, ""),
+        ({"transformer.rank_pattern": {"to_q": 4}}, "ranks of their own"),
+    ):
+        save_safetensors(tmp_path / "p.safetensors", lora, {"lora_adapter_metadata": json.dumps({**about, **more})})
+        if says:
+            with pytest.raises(ValueError, match=says):
+                merge_published(where.path, tmp_path / "p.safetensors", tmp_path / "out.safetensors")
+            continue
+        merge_published(where.path, tmp_path / "p.safetensors", tmp_path / "out.safetensors")
+        after = open_model(replace(where, transformer=str(tmp_path / "out.safetensors"))).load().state_dict()
+        torch.testing.assert_close(after["blocks.0.attn1.to_q.weight"], before + 4 * up @ down, atol=5e-3, rtol=1e-2)
+
+
 def test_a_lora_for_another_model_and_one_that_changes_norms_are_refused(tmp_path, capsys):
     where = wan(tmp_path)
     _, lora = published(tmp_path)
@@ -80,10 +100,17 @@ def test_a_lora_for_another_model_and_one_that_changes_norms_are_refused(tmp_pat
     save_safetensors(tmp_path / "norms.safetensors", norms, {})
     wide = {k: torch.cat([x, x], -1) if k.endswith("down.weight") else x for k, x in state.items()}
     save_safetensors(tmp_path / "wide.safetensors", wide, {})
-    for file, says in (("norms", "changes norms (such as"), ("wide", "is for another model: 40 of its 80 changes")):
+    for file, says in (
+        ("norms", "changes 1 tensors of kinds that diffusers leaves out, such as diffusion_model.blocks.0.norm3.diff"),
+        ("wide", "is for another model: 40 of its 80 changes"),
+    ):
         lora = ["--lora", str(tmp_path / f"{file}.safetensors")]
         assert main(["convert", "lora", where.path, str(tmp_path / "x.safetensors"), *lora]) == 2
         assert says in capsys.readouterr().err and not (tmp_path / "x.safetensors").exists()
+    for name in ("patch_embedding.diff_b", "blocks.0.modulation.diff", "time_projection.1.diff_b"):
+        save_safetensors(tmp_path / "more.safetensors", {**state, f"diffusion_model.{name}": torch.ones(3)}, {})
+        with pytest.raises(ValueError, match=r"changes 1 tensors of kinds that diffusers leaves out"):
+            merge_published(where.path, tmp_path / "more.safetensors", tmp_path / "x.safetensors")
     assert main(["convert", "lora", where.path, str(tmp_path / "x.safetensors")]) == 2
     assert "--lora is missing" in capsys.readouterr().err
 
@@ -138,13 +165,21 @@ def test_the_clips_are_those_that_the_model_was_trained_on(recipe, tmp_path):
     recipe.search.check(model.latent_shape(model.size(recipe.data.frames, 0, 0))[1])
 
 
+def all_of(module):
+    """Parameters and buffers, the ones that no file has as well."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 def test_norms_stay_in_float32_as_diffusers_reads_them(tmp_path):
     where = wan(tmp_path)
     model = open_model(replace(where, dtype="bfloat16"))
     file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
-    read, own = ({n: p.dtype for n, p in model.load(w).named_parameters()} for w in ("", str(file)))
-    assert read == own and {torch.float32, torch.bfloat16} == set(own.values())
-    assert {n: p.dtype for n, p in model.skeleton().named_parameters()} == own
+    read, own = (all_of(model.load(weights)) for weights in ("", str(file)))
+    assert {torch.float32, torch.bfloat16} == {x.dtype for x in own.values()}
+    assert read.keys() == own.keys() and all(
+        torch.equal(read[n], x) and read[n].dtype == x.dtype for n, x in own.items()
+    )
+    assert {n: x.dtype for n, x in all_of(model.skeleton()).items()} == {n: x.dtype for n, x in own.items()}
 
 
 def test_a_step_s_time_may_stand_at_every_token_of_the_5b(tmp_path):

@@ -142,10 +142,12 @@ def test_unlike_ranks_hold_shares_by_their_weights(weights, pattern):
     layout = TokenLayout(TokenGrid(8, 6, 7), prefix=40)
     shard = choose_shard(layout, len(weights), [pattern], Split((40,), weights))
     for held, weight in zip(shard.tokens, weights, strict=True):
-        assert abs(held - layout.tokens * weight / sum(weights)) <= 3  # of text, references and the rest each
+        # Of text, references and the rest each one goes to every rank first, and the others by weight, rounded down.
+        assert abs(held - layout.tokens * weight / sum(weights)) <= 3 * 2
     text = [sum(min(b, 40) - min(a, 40) for a, b in spans) for spans in shard.spans]
-    assert all(abs(t - 40 * w / sum(weights)) <= 1 for t, w in zip(text, weights, strict=True))
-    assert shard.shares_of(24)[0] == (0, 24 * weights[0] // sum(weights))
+    assert all(abs(t - 40 * w / sum(weights)) <= 2 for t, w in zip(text, weights, strict=True))
+    assert abs(shard.shares_of(24)[0][1] - 24 * weights[0] / sum(weights)) <= 2
+    assert all(stop > start for start, stop in shard.shares_of(len(weights))), "where there are enough, none is empty"
 
 
 LAYOUTS = [(24, 4, 1, "L1"), (8, 2, 2, "L1"), (21, 4, 1, "L2"), (21, 4, 2, "L3"), (5, 4, 0, "L3")]

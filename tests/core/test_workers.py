@@ -97,6 +97,14 @@ def test_plans_that_differ_between_ranks_are_refused(session):
     assert pids(session) == before
 
 
+def test_devices_that_compute_in_other_precisions_are_refused(session):
+    """As GPUs of two generations do by themselves: one would wait for bytes that the other never sends."""
+    step(session)
+    with pytest.raises(ValueError, match="compute this model in float of rank 0 and float of rank 1"):
+        step(session, launch(key="precision", opening={"trouble": "precision"}))
+    step(session)
+
+
 def test_cancel_leaves_the_pool_alive(session):
     step(session)
     before = pids(session)

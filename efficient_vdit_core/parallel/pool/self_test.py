@@ -46,7 +46,9 @@ def self_test(wire: Wire, device: torch.device) -> dict[str, Any]:
 
 def _flops_per_second(device: torch.device) -> float:
     """What a product of two matrices reaches, in the dtype that models usually have there; all ranks at once."""
-    side, dtype = _SIDE[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
+    side, dtype = _SIDE[device.type], torch.float32
+    if device.type == "cuda":  # older ones only emulate bf16
+        dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     x = torch.randn(side, side, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):

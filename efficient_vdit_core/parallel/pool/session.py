@@ -79,6 +79,11 @@ class Session:
                         "The workers' models have different plans, expected the same in each: a search before this node found something "
                         "else in each of them. Save the plan of one search, and load it."
                     )
+                if len(dtypes := {str(said.get("dtype")) for said in built}) > 1:
+                    raise ValueError(
+                        f"The workers' devices compute this model in {' and '.join(sorted(dtypes))}, expected one precision: what they "
+                        "exchange would not fit. Choose one in the model loader (weight_dtype), or name devices of one generation."
+                    )
                 self.opened = wanted
             return self.pool
 

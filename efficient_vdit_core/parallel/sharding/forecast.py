@@ -7,6 +7,7 @@ this machine took beyond that is the factor ``overhead``.
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -76,11 +77,10 @@ def bytes_sent(shape: LayerShape, pattern: LayerPattern, ranks: int, scheme: str
 
 
 def weights_of(devices: Sequence[str], rates: Sequence[float]) -> tuple[int, ...]:
-    """The shares of unlike devices, in sixteenths of the fastest one's, from FLOPs a second that each reached; () where
-    all are of one name, for the rates of like devices differ by chance alone."""
-    if len(set(devices)) == 1:
-        return ()
-    found = tuple(max(1, round(_FINE * rate / max(rates))) for rate in rates)
+    """The shares of devices by their names, in sixteenths of the fastest kind's, from FLOPs a second that each reached;
+    () where they are alike. The rates of devices of one name differ by chance alone."""
+    kinds = {name: statistics.mean(r for n, r in zip(devices, rates, strict=True) if n == name) for name in devices}
+    found = tuple(max(1, round(_FINE * kinds[name] / max(kinds.values()))) for name in devices)
     return () if len(set(found)) == 1 else found
 
 

@@ -170,8 +170,14 @@ def even_shares(count: int, ranks: int) -> list[Span]:
 
 
 def weighted_shares(count: int, weights: Sequence[int]) -> list[Span]:
-    """``count`` things as contiguous ranges in proportion to ``weights``, to one thing."""
-    ends = [count * done // sum(weights) for done in itertools.accumulate(weights, initial=0)]
+    """``count`` things as contiguous ranges in proportion to ``weights``, to one thing; where there are enough, none is
+    empty."""
+    each = int(count >= len(weights))
+    spread = count - each * len(weights)
+    ends = [
+        each * rank + spread * done // sum(weights)
+        for rank, done in enumerate(itertools.accumulate(weights, initial=0))
+    ]
     return list(itertools.pairwise(ends))
 
 

@@ -114,6 +114,23 @@ def telling(source):
     return patched
 
 
+def attending(source):
+    """Another node's attention."""
+    patched = source.clone()
+    patched.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *args, **kwargs: func(
+        *args, **kwargs
+    )
+    return patched
+
+
+def streaming(source):
+    """A MODEL whose weights ComfyUI streams, which it does on NVIDIA."""
+    patched = source.clone()
+    patched.clone = lambda: streaming(source)
+    patched.is_dynamic, patched.load_device = lambda: True, "the GPU"
+    return patched
+
+
 def sparse(source):
     choices = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
     return call(pack["EVDiTSparseAttention"], model=source, plan=TilePlan.uniform(8, frames=48), **choices)[0]
@@ -147,6 +164,9 @@ facts = {
     "hooks before it": float((run(shared(hooked(model))) - run(model)).abs().max()),
     "an option before it": refusal(lambda: run(shared(telling(model)))),
     "an option of some evaluations": refusal(lambda: run(shared(marking(model)))),
+    "attention behind": refusal(lambda: run(attending(shared(model)))),
+    "attention before it": refusal(lambda: run(shared(attending(model)))),
+    "where weights are streamed": [str(shared(chosen).load_device) for chosen in (model, streaming(model))],
     "LoRAs here": sorted(shared(with_text_lora(model)).patches),
     "runs with them": refusal(lambda: run(shared(with_text_lora(model)))),
     "a second text LoRA behind": refusal(lambda: run(with_text_lora(shared(with_text_lora(model))))),

@@ -17,7 +17,11 @@ class Host:
         if message.get("trouble") == "refuse" and self.wire.rank == message["rank"]:
             raise ValueError("the node NoSuchNode is missing here")
         self.built.append(message["key"])
-        return {"plan": str(self.wire.rank) if message.get("trouble") == "differ" else "same"}
+        alone = str(self.wire.rank)
+        return {
+            "plan": alone if message.get("trouble") == "differ" else "same",
+            "dtype": f"float of rank {alone}" if message.get("trouble") == "precision" else "float",
+        }
 
     def offload(self):
         self.built.append("offloaded")
