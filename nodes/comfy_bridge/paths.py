@@ -77,7 +77,7 @@ def plan_path(name: str) -> Path:
 def load_plan(name: str) -> TilePlan:
     """The plan of a name of ``plan_names``, or that a file of ``checkpoint_files`` carries. Raises ValueError where there
     is none."""
-    checkpoint = None if name in plan_names() else checkpoint_path(name)
+    checkpoint = _carrier(name)
     if checkpoint is None:
         return TilePlan.load(plan_path(name))
     about = read_metadata(checkpoint)
@@ -91,8 +91,12 @@ def load_plan(name: str) -> TilePlan:
 
 def plan_changed(name: str) -> float:
     """When the file behind a name was changed."""
-    checkpoint = None if name in plan_names() else checkpoint_path(name)
-    return (checkpoint or plan_path(name)).stat().st_mtime
+    return (_carrier(name) or plan_path(name)).stat().st_mtime
+
+
+def _carrier(name: str) -> Path | None:
+    """The model or LoRA that a name stands for; None for a plan, which comes first where both have it."""
+    return None if name in plan_names() else checkpoint_path(name)
 
 
 def save_plan(plan: TilePlan, prefix: str) -> str:

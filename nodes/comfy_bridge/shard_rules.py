@@ -25,15 +25,14 @@ class Row:
         path: the list of them in the model.
         hook: ComfyUI's name of their hooks; "" where it has none: then the forward is replaced, whose arguments
             ``about`` names.
-        leaves: the last one gives the hidden states of all tokens.
-        layers: a block for each layer of the model; others attend as the layer before them does.
+        aside: they are no layers of the model: each attends as the layer before it does, and gives this rank's rows to
+            it. Of layers the last one gives the hidden states of all tokens.
     """
 
     path: str
     about: BlockArguments = field(default_factory=BlockArguments)
     hook: str = "double_block"
-    leaves: bool = True
-    layers: bool = True
+    aside: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,7 @@ _VACE = Row(
     "vace_blocks",
     BlockArguments(("c",), {"x": WHOLE, "freqs": WHOLE}, ("e",)),
     hook="",
-    leaves=False,
-    layers=False,
+    aside=True,
 )
 _H3 = BlockArguments(tables={"rope_freqs": WHOLE}, spread=(), runs={"mod_segments": WHOLE})
 _DOUBLE = BlockArguments(("txt", "img"), spread=(), runs={"modulation_dims_img": "img", "modulation_dims_txt": "txt"})

@@ -100,13 +100,13 @@ def shard_model(model: Any, wire: Wire) -> Any:
     for row in rule.rows:
         count = len(getattr(diffusion_model, row.path, ()))
         for number in range(count):
-            last, layer = row.leaves and number == count - 1, first + number if row.layers else None
+            last, layer = number == count - 1 and not row.aside, None if row.aside else first + number
             if row.hook:
                 _hook_block(patched, row, number, layer, last)
             else:
                 block = getattr(diffusion_model, row.path)[number]
                 replace_forward(patched, f"{row.path}.{number}", block_forward(type(block), row, layer, last, seat))
-        first += count if row.layers else 0
+        first += 0 if row.aside else count
     for module in rule.whole:
         for path in paths(diffusion_model, module.path):
             replace_forward(

@@ -215,8 +215,6 @@ def block_hook(
         given = state.enter(args, names)
         state.begin(layer)
         out = run(given)
-        if isinstance(out, Tensor):  # Kandinsky's hook gives its one hidden state itself
-            out = {names.hidden[0]: out}
         return state.leave(out, names) if last else out
 
     return hook

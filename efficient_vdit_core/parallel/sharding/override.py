@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from einops import rearrange
 from torch import Tensor
 
+from ...attention.dense_call import DenseCall
+from ...attention.padding import as_heads
+from ...attention.state import Override
 from .blocks import ALL_KEYS, SELF, SHARDED_KEY, ShardedForward
-
-Override = Callable[..., Tensor]
 
 
 def make_sharded_override(previous: Override | None = None) -> Override:
@@ -29,25 +29,15 @@ def make_sharded_override(previous: Override | None = None) -> Override:
         skip_output_reshape: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        def dense(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, **shape: bool) -> Tensor:
-            if previous is not None:
-                return previous(func, q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
-            return func(q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
-
+        dense = DenseCall(func, previous, attn_precision, kwargs)
         state: ShardedForward | None = (kwargs.get("transformer_options") or {}).get(SHARDED_KEY)
         if state is None or not state.awaits:
-            return dense(q, k, v, heads, mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
+            return dense.call(q, k, v, heads, mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
         awaited, state.awaits = state.awaits, ""
         _check(state, awaited, q, k, heads, mask)
-        if not skip_reshape:
-            q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-        if awaited == ALL_KEYS:
-            out = state.attend_to_all(q, k, v)
-        else:
-            # Ulysses holds a part of the heads, so the local calls say how many; RB's partial results need no backend.
-            out = state.attend(
-                q, k, v, lambda q, k, v: dense(q, k, v, q.shape[1], None, skip_reshape=True, skip_output_reshape=True)
-            )
+        q, k, v = (as_heads(x, heads, skip_reshape) for x in (q, k, v))
+        # Ulysses holds a part of the heads, for which it calls ``dense``; RB's partial results need no backend.
+        out = state.attend_to_all(q, k, v) if awaited == ALL_KEYS else state.attend(q, k, v, dense)
         return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
 
     return override

@@ -11,8 +11,7 @@ import sys
 import traceback
 
 from host import call, load_pack, log_lines, torch  # isort: skip
-import comfy.samplers  # isort: skip
-from tiny_models import CASES, Case, build, inputs, missing  # isort: skip
+from tiny_models import CASES, Case, build, inputs, missing, run  # isort: skip
 
 OVERRIDE = "optimized_attention_override"
 pack = load_pack()
@@ -39,34 +38,6 @@ states.ForwardState.next_layer = counting
 def patched(model, k: int):
     settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
     return call(pack["EVDiTSparseAttention"], model=model, plan=plans.TilePlan.uniform(k), **settings)[0]
-
-
-def run(model, case: Case, changed: int | None = None):
-    """Two steps with guidance through ComfyUI's own guider, flat; ``changed`` is a latent frame that gets other
-    noise."""
-    x, cond, noise_mask = inputs(case)
-    if changed is not None:
-        (x.unbind()[0] if x.is_nested else x)[:, :, changed] += 1.0
-    negative = [[cond[0][0] * 0.5, cond[0][1]]]
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(cond, negative)
-    guider.set_cfg(1.0 if case.single else 2.0)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
-    start = x - x if x.is_nested else torch.zeros_like(x)
-    if case.config == "WAN21_FlowRVS":  # starts from a video in place of noise
-        start = x
-    with torch.inference_mode():
-        out = guider.sample(x, start, sampler(case), sigmas, noise_mask, disable_pbar=True, seed=0)
-    return torch.cat([part.flatten() for part in out.unbind()]) if out.is_nested else out.flatten()
-
-
-def sampler(case: Case):
-    """Euler; CogVideoX has one of its own, for its latents are scaled nowhere else."""
-    if not case.config.startswith("CogVideoX"):
-        return comfy.samplers.sampler_object("euler")
-    from comfy_extras.nodes_void import VOID_DDIM  # only in versions with such a model
-
-    return VOID_DDIM()
 
 
 def live_tiles(case: Case):

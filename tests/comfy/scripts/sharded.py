@@ -42,10 +42,9 @@ if "EVDIT_RANK" not in os.environ:
     sys.exit()
 
 from host import call, load_pack, torch  # noqa: E402 isort: skip
-import comfy.samplers  # noqa: E402 isort: skip
 import torch.distributed as dist  # noqa: E402 isort: skip
 from comfy.patcher_extension import WrappersMP  # noqa: E402 isort: skip
-from tiny_models import CASES, Case, build, inputs, missing  # noqa: E402 isort: skip
+from tiny_models import CASES, Case, build, missing, run  # noqa: E402 isort: skip
 
 pack = load_pack()
 
@@ -81,25 +80,6 @@ def through_the_wire(executor, x, t, c_concat=None, c_crossattn=None, control=No
     told = packing.unpack(json.loads(json.dumps(packing.pack(given, tensors))), tensors, x.device)
     names = ("x", "t", "c_concat", "c_crossattn")
     return executor(*(told.pop(name) for name in names), control, options, **told)
-
-
-def run(model, case: Case):
-    """Two steps with guidance, flat."""
-    x, cond, noise_mask = inputs(case)
-    negative = [[cond[0][0] * 0.5, cond[0][1]]]
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(cond, negative)
-    guider.set_cfg(1.0 if case.single else 2.0)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
-    start = x - x if x.is_nested else torch.zeros_like(x)
-    if case.config == "WAN21_FlowRVS":
-        start = x
-    name = "ddim" if case.config.startswith("CogVideoX") else "euler"
-    with torch.inference_mode():
-        out = guider.sample(
-            x, start, comfy.samplers.sampler_object(name), sigmas, noise_mask, disable_pbar=True, seed=0
-        )
-    return torch.cat([part.flatten() for part in out.unbind()]) if out.is_nested else out.flatten()
 
 
 def shared(source, case: Case, weights: tuple[int, ...] = ()):

@@ -12,6 +12,7 @@ from typing import Any
 from host import torch  # isort: skip
 import comfy.model_management as mm  # isort: skip
 import comfy.model_patcher  # isort: skip
+import comfy.samplers  # isort: skip
 import comfy.supported_models  # isort: skip
 
 WIDTH, HEADS, TEXT = 48, 2, 32
@@ -384,3 +385,31 @@ def inputs(case: Case) -> tuple[Any, list, Any]:
             None if noise_mask is None else NestedTensor([noise_mask, torch.ones_like(sound)]),
         )
     return x, [[noise(1, *case.text), extra]], noise_mask
+
+
+def run(model, case: Case, changed: int | None = None):
+    """Two steps with guidance through ComfyUI's own guider, flat; ``changed`` is a latent frame that gets other
+    noise."""
+    x, cond, noise_mask = inputs(case)
+    if changed is not None:
+        (x.unbind()[0] if x.is_nested else x)[:, :, changed] += 1.0
+    negative = [[cond[0][0] * 0.5, cond[0][1]]]
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(cond, negative)
+    guider.set_cfg(1.0 if case.single else 2.0)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
+    start = x - x if x.is_nested else torch.zeros_like(x)
+    if case.config == "WAN21_FlowRVS":  # starts from a video in place of noise
+        start = x
+    with torch.inference_mode():
+        out = guider.sample(x, start, sampler(case), sigmas, noise_mask, disable_pbar=True, seed=0)
+    return torch.cat([part.flatten() for part in out.unbind()]) if out.is_nested else out.flatten()
+
+
+def sampler(case: Case):
+    """Euler; CogVideoX has one of its own, for its latents are scaled nowhere else."""
+    if not case.config.startswith("CogVideoX"):
+        return comfy.samplers.sampler_object("euler")
+    from comfy_extras.nodes_void import VOID_DDIM  # only in versions with such a model
+
+    return VOID_DDIM()
