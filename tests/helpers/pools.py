@@ -26,9 +26,11 @@ def launch(devices=("cpu", "cpu"), **changes):
 
 
 def alive(pid: int) -> bool:
+    """A zombie is none; but a killed process looks like one while its other threads still end and hold its files."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
