@@ -121,7 +121,7 @@ def _tiny_table(args: argparse.Namespace) -> int:
     values = _values(args, args.config or assets.recipe_path("tiny"))
     table = read_section(TableConfig, values.pop("table", {}), "table")
     say(
-        f"{'row':<36} {'agree':>6} {'frechet':>8} {'endpoint':>8} {'motion':>7} {'flicker':>7} {'divers.':>7} {'sparse':>6}"
+        f"{'row':<36} {'right':>6} {'95 %':>13} {'overlap':>7} {'endpoint':>8} {'motion':>7} {'divers.':>7} {'sparse':>6}"
     )
     results = run_table(
         table, RecipeConfig.from_dict(values), args.out, args.json, "evdit " + shlex.join(sys.argv[1:]), _say_row
@@ -141,12 +141,12 @@ def _tiny_plans(args: argparse.Namespace) -> int:
     values = _values(args, args.config or assets.recipe_path("tiny"))
     values.pop("table", None)
     table = PlanTableConfig(captions=args.captions, seeds=args.seeds, train=not args.no_training)
-    say(f"{'row':<40} {'error^2':>8} {'agree':>6} {'endpoint':>8} {'motion':>7} {'flicker':>7} {'density':>7}")
+    say(f"{'row':<40} {'error^2':>8} {'right':>6} {'endpoint':>8} {'motion':>7} {'overlap':>7} {'density':>7}")
 
     def row(found: dict[str, Any]) -> None:
         say(
             f"{found['row'] + ' (seed ' + str(found['seed']) + ')':<40} {found['squared_attention_error']:>8.4f} "
-            f"{found['agreement']:>6.3f} {found['endpoint_error']:>8.3f} {found['motion']:>7.3f} {found['flicker']:>7.2f} "
+            f"{found['all_right']:>6.3f} {found['endpoint_error']:>8.3f} {found['motion']:>7.3f} {found['overlap']:>7.3f} "
             f"{found['density']:>7.2f}"
         )
 
@@ -159,11 +159,11 @@ def _tiny_residual(args: argparse.Namespace) -> int:
     from ..tinyworld.residual_table import run_residual_table
 
     check_writable_file(args.json)
-    say(f"{'plan':<8} {'every':>5} {'work':>5} {'endpoint':>8} {'agree':>6} {'motion':>7}")
+    say(f"{'plan':<8} {'every':>5} {'work':>5} {'endpoint':>8} {'right':>6} {'motion':>7}")
 
     def row(found: dict[str, Any]) -> None:
         say(
-            f"{found['plan']:<8} {found['every']:>5} {found['work']:>5.2f} {found['endpoint_error']:>8.3f} {found['agreement']:>6.3f} "
+            f"{found['plan']:<8} {found['every']:>5} {found['work']:>5.2f} {found['endpoint_error']:>8.3f} {found['all_right']:>6.3f} "
             f"{found['motion']:>7.3f}"
         )
 
@@ -179,9 +179,11 @@ def _say_row(row: dict[str, Any]) -> None:
         )
 
     name = row["row"] + (f" (seed {row['seed']})" if row["seed"] else "")
+    low, high = row["all_right_interval"]
     say(
-        f"{name:<36} {figure('agreement', '>6.3f')} {figure('frechet', '>8.3f')} {figure('endpoint_error', '>8.3f')} "
-        f"{figure('motion', '>7.3f')} {figure('flicker', '>7.2f')} {figure('diversity', '>7.2f')} {figure('sparsity', '>6.2f')}"
+        f"{name:<36} {figure('all_right', '>6.3f')} {low:>6.3f}-{high:.3f} {figure('overlap', '>7.3f')} "
+        f"{figure('endpoint_error', '>8.3f')} {figure('motion', '>7.3f')} {figure('diversity', '>7.2f')} "
+        f"{figure('sparsity', '>6.2f')}"
     )
 
 

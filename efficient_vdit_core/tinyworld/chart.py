@@ -1,4 +1,4 @@
-"""Draws the tiny world's table as an SVG: caption agreement of each row, with what its attention costs."""
+"""Draws the tiny world's table as an SVG: the share of clips that are all right, with what the attention costs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(results: dict[str, Any]) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="system-ui, sans-serif" font-size="13">',
         f'<rect width="{WIDTH}" height="{height}" rx="8" fill="{GROUND}"/>',
-        _text(20, 30, "Tiny world: share of caption attributes that the clips show", size=17, weight=600),
+        _text(20, 30, "Tiny world: share of the clips that are all right", size=17, weight=600),
         _text(
             20,
             50,
@@ -44,7 +44,7 @@ def draw(results: dict[str, Any]) -> str:
 
 
 def _bar(name: str, found: Sequence[dict[str, Any]], y: int) -> list[str]:
-    values = [row["agreement"] for row in found]
+    values = [row["all_right"] for row in found]
     scale, value = WIDTH - LEFT - RIGHT, mean(values)
     parts = [
         _text(LEFT - 12, y + 15, name, anchor="end"),
@@ -65,7 +65,7 @@ def _bar(name: str, found: Sequence[dict[str, Any]], y: int) -> list[str]:
 
 
 def _color(name: str) -> str:
-    if name.startswith("true"):
+    if name.startswith(("true", "chance")):
         return REAL
     if name.startswith("base"):
         return BASE

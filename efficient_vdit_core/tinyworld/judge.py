@@ -22,34 +22,29 @@ from ..files import read_torch, write_text, write_torch
 from ..limits.documents import parse_json, read_text
 from ..pipeline import LATENT_SCALE
 from .evaluate import held_out_scenes
-from .physics import frechet_distance, read_physics, read_state, start_spread
-from .reader import read_clip
-from .train_vae import to_pixels
+from .figures import figures_of
+from .train_vae import to_model_range, to_pixels
 from .world import ATTRIBUTES, Scene, random_scene, render
 
 AT_ONCE = 32
-REAL_STATES, REAL_SEED = 400, 55_000
+TRUE_SEED = 55_001
 
 
 class Judge:
     """Samples the same captions from the same noise for every model.
 
-    captions x noises clips: held-out captions, each with several starts; ``seed`` shifts the noise.
+    captions x noises clips: held-out captions, each with several noises; ``seed`` shifts the noise.
     """
 
     def __init__(self, model: OpenSoraPlanModel, *, captions: int, noises: int, seed: int = 0) -> None:
         self.model = model
         self.scenes: list[Scene] = [s for s in held_out_scenes(captions) for _ in range(noises)]
-        self.groups = [i for i in range(captions) for _ in range(noises)]
         texts = [s.caption() for s in self.scenes]
         self.bank = TextBank.build([*texts, ""], partial(model.text_encoder, torch.device("cpu")))
         self.texts = texts
         shape = model.latent_shape(model.size(0, 0, 0))
         draw = [torch.Generator().manual_seed(1_000_003 * (seed + 1) + i) for i in range(len(texts))]
         self.noise = torch.stack([torch.randn(shape, generator=g) for g in draw])
-        rng = np.random.default_rng(REAL_SEED)
-        states = [read_state(render(random_scene(rng)))[0] for _ in range(REAL_STATES)]
-        self.real = np.stack([s for s in states if s is not None])
 
     @torch.no_grad()
     def sample(
@@ -85,8 +80,7 @@ class Judge:
 
     def figures(self, latents: Tensor, reference: Tensor | None = None) -> dict[str, Any]:
         """The columns of the table for sampled latents."""
-        clips = self.decode(latents)
-        found = self.figures_of(clips)
+        found = figures_of(self.decode(latents), self.scenes)
         if reference is not None:
             error = (latents - reference).square().flatten(1).mean(1).sqrt()
             found["endpoint_error"] = float(error.mean())
@@ -98,32 +92,19 @@ class Judge:
         vae = self.model.vae()
         return [to_pixels(vae.decode(z[None] / LATENT_SCALE))[0] for z in latents]
 
-    def figures_of(self, clips: list[np.ndarray]) -> dict[str, Any]:
-        """What the clips show: agreement with the caption, Frechet distance of states, motion, flicker, diversity."""
-        hits: dict[str, list[bool]] = {}
-        for clip, scene in zip(clips, self.scenes, strict=True):
-            for name, same in read_clip(clip).agreement(scene).items():
-                hits.setdefault(name, []).append(same)
-        attributes = {name: float(np.mean(values)) for name, values in hits.items()}
-        physics = [read_physics(clip) for clip in clips]
-        states = [p.state for p in physics]
-        seen = [s for s in states if s is not None]
-        return {
-            "agreement": float(np.mean([attributes[name] for name in ATTRIBUTES])),
-            "attributes": attributes,
-            "frechet": frechet_distance(np.stack(seen), self.real) if len(seen) > self.real.shape[1] else None,
-            "shape_seen": len(seen) / len(states),
-            "motion": float(np.mean([p.motion for p in physics])),
-            "flicker": float(np.mean([p.flicker for p in physics])),
-            "diversity": start_spread(states, self.groups),
-            "clips": len(clips),
-        }
-
-    def real_figures(self) -> dict[str, Any]:
-        """The same columns for true clips of the captions, started anywhere: the floor of what can be reached."""
-        rng = np.random.default_rng(REAL_SEED + 1)
+    def bounds(self) -> dict[str, dict[str, Any]]:
+        """The same columns for clips that no model made, by row: true clips; the same through the VAE, which is the
+        ceiling of every model; and true clips of other captions, which is what chance gets."""
+        rng = np.random.default_rng(TRUE_SEED)
         clips = [render(_restarted(scene, rng)) for scene in self.scenes]
-        return {**self.figures_of(clips), "endpoint_error": None}
+        others = [render(random_scene(rng)) for _ in self.scenes]
+        rows = {"true clips": clips, "true clips through the VAE": self._coded(clips), "chance": others}
+        return {name: {**figures_of(found, self.scenes), "endpoint_error": None} for name, found in rows.items()}
+
+    @torch.no_grad()
+    def _coded(self, clips: list[np.ndarray]) -> list[np.ndarray]:
+        vae = self.model.vae()
+        return [to_pixels(vae.decode(vae.encode(to_model_range(clip[None]))))[0] for clip in clips]
 
 
 def _restarted(scene: Scene, rng: np.random.Generator) -> Scene:

@@ -29,20 +29,25 @@ def train(
     out: Path,
     *,
     parts: tuple[str, ...] = PARTS,
-    vae_steps: int = 5000,
+    vae_steps: int = 9000,
     dit_steps: int = 8000,
     clips: int = 6144,
     batch: int = 32,
     seed: int = 0,
+    bf16: bool = False,
     tensorboard: bool = False,
 ) -> None:
-    """Train ``parts`` in ``run`` and write them to ``out``; parts that are left out are taken from ``out``."""
+    """Train ``parts`` in ``run`` and write them to ``out``; parts that are left out are taken from ``out``.
+
+    ``bf16``: the VAE computes in bfloat16, its weights staying in float32; three to six times as fast on a CPU that
+    multiplies bfloat16 (AVX-512 BF16, AMX), slower on others.
+    """
     run.mkdir(parents=True, exist_ok=True)
     if "text_encoder" in parts:
         spiece = train_sentencepiece(seed)
         export_text_encoder(train_text_encoder(run / "text_encoder", spiece, seed=seed), spiece, out / "text_encoder")
     if "vae" in parts:
-        vae = train_vae(run / "vae", steps=vae_steps, seed=seed, tensorboard=tensorboard)
+        vae = train_vae(run / "vae", steps=vae_steps, seed=seed, bf16=bf16, tensorboard=tensorboard)
         standardise_latents(vae, _sample_latents(vae), LATENT_SCALE)
         export_vae(vae, out / "vae")
     if "transformer" in parts:

@@ -89,16 +89,24 @@ def random_scene(rng: np.random.Generator, size: int = SIZE) -> Scene:
 
 def render(scene: Scene, frames: int = FRAMES, size: int = SIZE, first: int = 0) -> np.ndarray:
     """Frames ``first`` to ``first + frames`` as uint8 (F, size, size, 3), edges anti-aliased over one pixel."""
-    y, x = np.mgrid[0:size, 0:size] + 0.5
     centers = scene.centers(first + frames, size)[first:]
-    dx = x[None] - centers[:, 0, None, None]
-    dy = y[None] - centers[:, 1, None, None]
-    coverage = np.clip(0.5 - _signed_distance(scene.shape, dx, dy, scene.radius), 0.0, 1.0)[..., None]
+    places = np.column_stack([centers, np.full(len(centers), scene.radius)])
+    drawn = coverage(scene.shape, places, size)[..., None]
     color, background = np.array(COLORS[scene.color]), np.array(BACKGROUNDS[scene.background])
-    return np.round(background + coverage * (color - background)).astype(np.uint8)
+    return np.round(background + drawn * (color - background)).astype(np.uint8)
 
 
-def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+def coverage(shape: str, places: np.ndarray, size: int = SIZE, edge: float = 1.0) -> np.ndarray:
+    """How much of each pixel (F, size, size) the shape covers, 0 to 1, at places (F, 3): centre x, y and radius. Edges
+    are ``edge`` pixels wide."""
+    return np.clip(0.5 - signed_distance(shape, places, size) / edge, 0.0, 1.0)
+
+
+def signed_distance(shape: str, places: np.ndarray, size: int = SIZE) -> np.ndarray:
+    """Distance of each pixel (F, size, size) from the shape's outline, negative within, at places (F, 3)."""
+    y, x = np.mgrid[0:size, 0:size].astype(places.dtype) + 0.5
+    center_x, center_y, radius = (places[:, i, None, None] for i in range(3))
+    dx, dy = x - center_x, y - center_y
     if shape == "circle":
         return np.hypot(dx, dy) - radius
     if shape == "square":

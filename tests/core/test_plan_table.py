@@ -76,5 +76,5 @@ def test_rows_are_judged_and_kept(tmp_path):
     assert 0 < near["squared_attention_error"] < arrow["squared_attention_error"]
     assert table.oracle()["squared_attention_error"]["3.3"] < near["squared_attention_error"]
     file = tmp_path / "seed-0" / "rows" / "by-layer-3.3x-less.json"
-    file.write_text(json.dumps({**arrow, "agreement": 7}))
-    assert table.measure(Row("by layer", 3.3))["agreement"] == 7  # a finished row is not computed again
+    file.write_text(json.dumps({**arrow, "all_right": 7}))
+    assert table.measure(Row("by layer", 3.3))["all_right"] == 7  # a finished row is not computed again

@@ -4,7 +4,6 @@ import torch
 
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
 from efficient_vdit_core.tinyworld.export import standardise_latents
-from efficient_vdit_core.tinyworld.reader import read_clip
 from efficient_vdit_core.tinyworld.train_dit import cache_clips, is_held_out
 from efficient_vdit_core.tinyworld.train_text import VOCABULARY, Captions, train_sentencepiece
 from efficient_vdit_core.tinyworld.train_vae import TINY_VAE
@@ -24,22 +23,6 @@ from efficient_vdit_core.training import TrainingRun
 def scenes(count, seed=0):
     rng = np.random.default_rng(seed)
     return [random_scene(rng) for _ in range(count)]
-
-
-def test_the_reader_reads_every_true_clip():
-    for scene in scenes(200):
-        agreement = read_clip(render(scene)).agreement(scene)
-        assert all(agreement.values()), (scene, agreement)
-
-
-def test_the_reader_sees_what_is_missing_or_too_much():
-    first, second = (render(Scene("square", "red", "right", "fast", "black", (14.0, y), 10.0)) for y in (14.0, 48.0))
-    assert read_clip(np.maximum(first, second)).count == 2
-    empty = read_clip(np.full((5, 64, 64, 3), 12, np.uint8))
-    assert empty.count == 0 and empty.shape is None and empty.background == "black"
-    assert not any(empty.agreement(scenes(1)[0])[name] for name in ("shape", "color", "count"))
-    with pytest.raises(ValueError, match="expected .frames >= 2"):
-        read_clip(first[0])
 
 
 def test_shapes_move_as_captioned_and_stay_inside():

@@ -1,0 +1,185 @@
+"""The reader of the tiny world: true clips pass, and a clip that was made wrong on purpose fails in that column alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from efficient_vdit_core.tinyworld.evaluate import held_out_scenes
+from efficient_vdit_core.tinyworld.figures import figures_of, interval
+from efficient_vdit_core.tinyworld.reader import COLUMNS, read_clip
+from efficient_vdit_core.tinyworld.world import (
+    BACKGROUNDS,
+    COLORS,
+    DIRECTIONS,
+    FRAMES,
+    SHAPES,
+    SIZE,
+    SPEEDS,
+    coverage,
+    random_scene,
+    render,
+)
+
+SEEDS = range(12)
+
+
+def scene_of(seed):
+    """One that fits into the picture with room for what the faults do."""
+    return replace(random_scene(np.random.default_rng(seed)), radius=11.0)
+
+
+def other(names, name, scene):
+    """The next name of a list."""
+    order = list(names)
+    return replace(scene, **{name: order[(order.index(getattr(scene, name)) + 1) % len(order)]})
+
+
+def draw(scene, centers=None, radii=None, shapes=None, color=None):
+    """Frames of ``scene`` with other centres, radii, shapes or colours in each of them."""
+    centers = scene.centers() if centers is None else centers
+    radii = np.full(FRAMES, scene.radius) if radii is None else radii
+    places = np.column_stack([centers, radii])
+    shapes = [scene.shape] * FRAMES if shapes is None else shapes
+    drawn = np.concatenate([coverage(shape, places[i : i + 1]) for i, shape in enumerate(shapes)])
+    ground = np.array(BACKGROUNDS[scene.background], dtype=float)
+    paint = np.array(COLORS[scene.color], dtype=float) if color is None else color
+    paint = np.broadcast_to(paint, (FRAMES, 3))[:, None, None]
+    return np.clip(np.round(ground + drawn[..., None] * (paint - ground)), 0, 255).astype(np.uint8)
+
+
+def passed(clip, scene):
+    return read_clip(clip).verdict(scene)
+
+
+def fails_only(clip, scene, column):
+    verdict = passed(clip, scene)
+    return [name for name in COLUMNS if not verdict[name]] == [column]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_true_clip_passes_and_is_read_to_a_fraction_of_a_pixel(seed):
+    scene = random_scene(np.random.default_rng(seed))
+    found = read_clip(render(scene))
+    assert all(found.verdict(scene).values())
+    assert (found.direction, found.speed) == (scene.direction, scene.speed)
+    assert np.abs(found.track - scene.centers()).max() < 0.1 and np.abs(found.radius - scene.radius).max() < 0.1
+    assert found.overlap > 0.99 and found.stain == found.flicker == 0 and found.swelling < 1e-3
+    assert found.off_track(scene) < 0.1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "column, names", [("shape", SHAPES), ("color", COLORS), ("background", BACKGROUNDS)], ids=lambda v: str(v)[:10]
+)
+def test_another_shape_colour_or_background(seed, column, names):
+    scene = scene_of(seed)
+    assert fails_only(render(scene), other(names, column, scene), column)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_another_way(seed):
+    scene = scene_of(seed)
+    clip = render(scene)
+    assert fails_only(clip, other(DIRECTIONS, "direction", scene), "track")
+    assert fails_only(clip, other(SPEEDS, "speed", scene), "track")
+    still = np.repeat(clip[:1], FRAMES, axis=0)
+    assert fails_only(still, scene, "track")
+    step = np.array(DIRECTIONS[scene.direction]) * SPEEDS[scene.speed] * np.arange(FRAMES)[:, None]
+    middle = np.full(2, SIZE / 2) - step[-1] / 2
+    assert all(passed(draw(scene, middle + step), scene).values())
+    assert fails_only(draw(scene, middle + 0.6 * step), scene, "track")  # two fifths too slow
+    jumping = middle + step + 3.0 * (np.arange(FRAMES)[:, None] % 2)
+    assert fails_only(draw(scene, jumping), scene, "track")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_wavy_outline(seed):
+    scene = replace(scene_of(seed), shape="circle")
+    y, x = np.mgrid[0:SIZE, 0:SIZE] + 0.5
+    ground, paint = (np.array(palette, float) for palette in (BACKGROUNDS[scene.background], COLORS[scene.color]))
+    frames = []
+    for center_x, center_y in scene.centers():
+        dx, dy = x - center_x, y - center_y
+        radius = scene.radius + 2.8 * np.sin(7 * np.arctan2(dy, dx))
+        drawn = np.clip(0.5 - (np.hypot(dx, dy) - radius), 0, 1)[..., None]
+        frames.append(np.round(ground + drawn * (paint - ground)).astype(np.uint8))
+    assert fails_only(np.stack(frames), scene, "outline")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_one_that_turns_into_another(seed):
+    scene = scene_of(seed)
+    later = other(SHAPES, "shape", scene).shape
+    assert fails_only(draw(scene, shapes=[scene.shape] * 20 + [later] * 9), scene, "identity")
+    paint = np.array([COLORS[scene.color]] * 20 + [COLORS[other(COLORS, "color", scene).color]] * 9, dtype=float)
+    assert not passed(draw(scene, color=paint), scene)["identity"]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_stains(seed):
+    scene = scene_of(seed)
+    clip = render(scene)
+    hue = np.array(COLORS[other(COLORS, "color", scene).color])
+    within, beside = clip.copy(), clip.copy()
+    for i, (x, y) in enumerate(scene.centers().astype(int)):
+        within[i, y - 2 : y + 3, x - 2 : x + 3] = hue
+        beside[i, (y + 32) % 58 : (y + 32) % 58 + 5, (x + 32) % 58 : (x + 32) % 58 + 5] = COLORS[scene.color]
+    assert fails_only(within, scene, "clean") and fails_only(beside, scene, "clean")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_unsteady_sizes_and_colours(seed):
+    scene = scene_of(seed)
+    swell = 1 + 0.1 * np.sin(np.arange(FRAMES))
+    assert fails_only(draw(scene, radii=scene.radius * swell), scene, "steady")
+    paint = np.array(COLORS[scene.color]) * np.where(np.arange(FRAMES) % 2, 0.85, 1.0)[:, None]
+    assert fails_only(draw(scene, color=paint), scene, "steady")
+
+
+def test_nothing_and_a_wrong_shape_of_array():
+    scene = scene_of(0)
+    empty = read_clip(np.full((5, SIZE, SIZE, 3), 12, np.uint8))
+    assert empty.shape is None and empty.background == "black" and empty.off_track(scene) == float("inf")
+    verdict = empty.verdict(replace(scene, background="black"))
+    assert [name for name in COLUMNS if verdict[name]] == ["background"]
+    with pytest.raises(ValueError, match="expected .frames >= 2"):
+        read_clip(render(scene)[0])
+
+
+def test_a_shape_that_is_gone_for_a_while():
+    scene = scene_of(1)
+    clip = render(scene)
+    clip[8:12] = clip[0, 0, 0]
+    found = read_clip(clip)
+    assert found.shape == scene.shape and np.isnan(found.track[8:12]).all()
+    assert not found.verdict(scene)["identity"] and found.verdict(scene)["track"]
+
+
+def test_held_out_scenes_are_all_different_until_there_are_no_more():
+    captions = [scene.caption() for scene in held_out_scenes(150)]
+    assert len(set(captions[:72])) == 72 and captions[72:144] == captions[:72]
+
+
+def test_figures_of_many_clips():
+    scenes = held_out_scenes(4)
+    right = [replace(s, start=(32.0, 32.0)) for s in scenes]
+    wrong = [other(COLORS, "color", s) for s in right[:2]]
+    found = figures_of([render(s) for s in [*right, *wrong]], [*scenes, *scenes[:2]])
+    assert found["all_right"] == found["columns"]["color"] == pytest.approx(4 / 6) and found["clips"] == 6
+    assert all(found["columns"][name] == 1 for name in COLUMNS if name != "color")
+    assert found["diversity"] == pytest.approx(0.0, abs=0.1)
+    low, high = found["all_right_interval"]
+    assert 0.5 <= low < 4 / 6 < high <= 1
+
+
+def test_the_interval_knows_that_clips_of_a_caption_are_alike():
+    rng = np.random.default_rng(0)
+    alone = rng.random(400) < 0.7
+    low, high = interval(alone.astype(float), [str(i) for i in range(400)])
+    half = 1.96 * np.sqrt(alone.mean() * (1 - alone.mean()) / 400)
+    assert (low, high) == pytest.approx((alone.mean() - half, alone.mean() + half), abs=0.01)
+    alike = np.repeat(alone[:40], 10).astype(float)
+    groups = np.repeat([str(i) for i in range(40)], 10)
+    low, high = interval(alike, list(groups))
+    assert high - low > 2.5 * 2 * half  # forty captions, not four hundred clips
