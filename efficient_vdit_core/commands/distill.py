@@ -1,4 +1,5 @@
-"""evdit distill: stage 1 (consistency: few steps) or stage 3 (knowledge: few tiles) of Efficient-vDiT.
+"""evdit distill: stage 1 (consistency: few steps) or stage 3 (knowledge: few tiles) of Efficient-vDiT, or score
+distillation, which sharpens a few-step model and needs no clips.
 
 Run it again to go on where it stopped. SIGTERM and Ctrl-C save first. For several GPUs or machines, start it with
 `accelerate launch --multi_gpu -m efficient_vdit_core.cli distill ...`; where weights, gradients and optimiser do not
@@ -22,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "method",
-        choices=("consistency", "knowledge"),
-        help="consistency: fewer steps; knowledge: restore what a tile plan cost",
+        choices=("consistency", "knowledge", "score"),
+        help="consistency: fewer steps; knowledge: restore what a tile plan cost; score: consistency with distribution matching",
     )
     add("--config", type=Path, metavar="FILE", help="settings in TOML: [model], [data], [objective], [training]")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",

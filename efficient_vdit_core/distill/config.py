@@ -16,12 +16,13 @@ from ..limits.quote import named, quoted
 from ..request import MAX_FRAMES, MAX_GUIDANCE, MAX_SIDE
 from .consistency import ConsistencyConfig
 from .knowledge import KnowledgeConfig
+from .score import ScoreConfig
 
-OBJECTIVES: dict[str, type] = {"consistency": ConsistencyConfig, "knowledge": KnowledgeConfig}
+OBJECTIVES: dict[str, type] = {"consistency": ConsistencyConfig, "knowledge": KnowledgeConfig, "score": ScoreConfig}
 # What a resumed run may change: how often things are written, never what is learnt.
 FREE = {"training.save_every", "training.tensorboard", "training.samples_every", "model.device"}
 
-SOURCES = ("tinyworld", "videos", "teacher")
+SOURCES = ("tinyworld", "videos", "teacher", "captions")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 PRECISIONS = ("float32", "bf16")
 PLACE = "{}"  # of the caption in a template
@@ -77,8 +78,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """source: tinyworld, videos (a folder with captions), or teacher (none: the teacher's own samples for ``captions``,
-    a text file).
+    """source: tinyworld, videos (a folder with captions), teacher (none: the teacher's own samples for ``captions``, a
+    text file), or captions (none, and no samples before the run: score distillation learns from the student's own).
 
     negative: the text of the unconditional half of guidance; negative_share of the clips, 0 to 1, learn it instead of
     their own caption, for students that are sampled with guidance. Sizes 0 are what the model was trained for.
@@ -168,7 +169,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """One run: ``method`` is consistency or knowledge, and says what ``objective`` holds."""
+    """One run: ``method`` is a name of `OBJECTIVES`, and says what ``objective`` holds."""
 
     method: str
     objective: Any
@@ -182,7 +183,7 @@ class DistillConfig:
         method = values.get("method", method)
         if not isinstance(method, str) or method not in OBJECTIVES:
             raise ValueError(
-                f"method is {quoted(method)}, expected {' or '.join(OBJECTIVES)}. Correct the configuration."
+                f"method is {quoted(method)}, expected one of {', '.join(OBJECTIVES)}. Correct the configuration."
             )
         sections = {
             "objective": OBJECTIVES[method],

@@ -126,7 +126,7 @@ class ConsistencyLoss:
         """``x`` (B, ...) float32 clean latents; ``condition`` is indexable by a bool mask (B,) through ``pick``."""
         draw = self.grid.draw(len(x), generator)
         noise = torch.randn(x.shape, generator=generator).to(x)
-        guidance = self._guidance(len(x), generator, x.device)
+        guidance = self.guidance(len(x), generator, x.device)
         z = _like(draw.at.a, x) * x + _like(draw.at.s, x) * noise
         target = self.target_of(z, condition, draw, guidance)
         out = self.student(z, self._time(draw.at, z), condition)
@@ -176,7 +176,7 @@ class ConsistencyLoss:
     def _time(self, place: Place, z: Tensor) -> Tensor:
         return self.path.network_time(place.time).to(z.device)
 
-    def _guidance(self, batch: int, generator: torch.Generator, device: torch.device) -> Tensor | None:
+    def guidance(self, batch: int, generator: torch.Generator, device: torch.device) -> Tensor | None:
         guidance = self.config.guidance
         if guidance is None:
             return None

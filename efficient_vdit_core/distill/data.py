@@ -169,6 +169,11 @@ def teacher_clips(
     return ClipSet(LatentFiles(files), [(text,) for text in texts])
 
 
+def without_clips(captions: list[str], shape: tuple[int, ...]) -> ClipSet:
+    """Captions alone: each clip is zeros of ``shape`` (C, T, h, w), which take no memory."""
+    return ClipSet(torch.zeros(()).expand(len(captions), *shape), [(text,) for text in captions])
+
+
 def read_captions(path: str | Path) -> list[str]:
     """One caption a line; empty lines are skipped. Raises ValueError where there are none."""
     if not Path(path).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,8 @@ from torch import nn
 from .config import TrainingConfig
 
 
-def make_optimizers(module: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """adamw; adamw8bit, of bitsandbytes; muon, for the blocks' matrices, with adamw for the rest. Frozen weights are
-    left out."""
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+def make_optimizers(trained: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """adamw; adamw8bit, of bitsandbytes; muon, for the blocks' matrices, with adamw for the rest."""
     settings = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return [torch.optim.AdamW(trained.values(), **settings)]

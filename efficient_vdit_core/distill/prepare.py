@@ -14,7 +14,7 @@ from torch import Tensor
 from ..limits.memory import check_memory
 from ..models.opensora_plan.vae import CausalVAE
 from .config import DistillConfig
-from .data import ClipSet, Generate, encode_videos, read_captions, teacher_clips, video_captions
+from .data import ClipSet, Generate, encode_videos, read_captions, teacher_clips, video_captions, without_clips
 from .model import FamilyModel
 from .rollout import guided, roll_down
 from .texts import TextBank
@@ -47,10 +47,15 @@ def check_data(config: DistillConfig, model: FamilyModel) -> None:
         check_memory(latent * data.clips, f"data.clips = {data.clips}", "Lower it; 4096 clips are enough.")
     if data.source == "videos":
         video_captions(Path(data.folder))
-    elif data.source == "teacher":
+    elif data.source in ("teacher", "captions"):
         read_captions(data.captions)
     else:
         _tiny_vae(model)
+    if data.source == "captions" and config.method != "score":
+        raise ValueError(
+            f'data.source is "captions", which has no clips, but {config.method} distillation learns from clips. Choose '
+            "teacher, which samples them first, or method score."
+        )
 
 
 def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> PreparedData:
@@ -63,6 +68,9 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
     elif data.source == "videos":
         size = model.size(data.frames, data.height, data.width)
         clips = encode_videos(Path(data.folder), cache, size, partial(model.video_encoder, device))
+    elif data.source == "captions":
+        shape = model.latent_shape(model.size(data.frames, data.height, data.width))
+        clips = without_clips(read_captions(data.captions), shape)
     else:
         clips = _from_teacher(config, model, cache, device)
     clips = clips.worded(data.prompt)

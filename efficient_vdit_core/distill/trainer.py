@@ -12,7 +12,7 @@ More GPUs or machines: the same command under `accelerate launch`, data parallel
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,15 @@ from .export import export, result_file
 from .grid import SegmentGrid
 from .knowledge import KnowledgeLoss
 from .launch import make_accelerator
-from .lora import add_lora, lora_off
+from .lora import FAKE, STUDENT, add_lora, counting, is_of, lora_off, start_from
 from .metadata import DistillMetadata, read_metadata
 from .model import FamilyModel, read_plan, sparse_options
 from .open_model import open_model
 from .optimizers import check_optimizer, make_optimizers
 from .prepare import PreparedData, check_data, prepare_data
 from .samples import write_samples
+from .score import ScoreLoss
+from .turns import Turns
 
 CONFIG = "config.toml"
 
@@ -65,12 +67,17 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     torch.manual_seed(config.training.seed)
     student, teacher = make_pair(config, model, accelerator)
     t = config.training
-    optimizers = make_optimizers(student, t)
+    optimizers = [optimizer for part in learners(student) for optimizer in make_optimizers(part, t)]
     run = TrainingRun(
         student, optimizers, folder=folder, steps=t.steps, seed=t.seed, ema_decay=t.ema, warmup=t.warmup,
         final_rate=t.final_rate, accumulate=t.accumulate, clip=t.clip, tensorboard=t.tensorboard, accelerator=accelerator,
     )  # fmt: skip
-    objective = make_objective(config, model, run.model, student, teacher, about, data, alone=run.processes == 1)
+    objective = make_objective(
+        config, model, run.model, student, teacher, about, data, lambda: run.step, alone=run.processes == 1
+    )
+    if isinstance(objective, ScoreLoss):
+        data_parallel = run.processes > 1 and not run.sharded
+        objective = Turns(objective, student, len(optimizers) // 2, data_parallel=data_parallel)
 
     def loss_of(generator: torch.Generator) -> StepLoss:
         x, texts = data.clips.batch(t.batch, generator)
@@ -105,9 +112,10 @@ def check_training(config: DistillConfig) -> None:
             f"model.dtype is {quoted(wanted.dtype)}, expected float32 for full training: small steps vanish in lower "
             "precision. Set it to float32 with training.precision bf16, or train a LoRA."
         )
-    if wanted.train == "lora" and wanted.init:
+    if config.method == "score" and wanted.train != "lora":
         raise ValueError(
-            "model.init is set, but a LoRA starts from its teacher. Leave it empty, or train the full weights."
+            f"model.train is {quoted(wanted.train)}, expected lora for score distillation: student, fake score and teacher "
+            "are one model with two LoRAs."
         )
 
 
@@ -115,7 +123,7 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
     """Raises ValueError where the model's schedule has no room for the steps, the loss's weight suits another
     prediction, or the plan was made for another model."""
     segment_edges(about.segments, about.steps, start=model.path.start, clean=model.path.clean)
-    if config.method == "consistency":
+    if config.method in ("consistency", "score"):
         SegmentGrid(model.path, about.segments, config.objective.teacher_steps)
         check_pair(config.objective, model.prediction)
     if about.tile_plan is not None:
@@ -128,10 +136,14 @@ def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tu
     The teacher is sharded where the student is going to be.
     """
     wanted = config.model
-    student = model.load(wanted.init)
+    lora = wanted.train == "lora"
+    student = model.load("" if lora else wanted.init)
     teacher = None
-    if wanted.train == "lora":
-        add_lora(student, wanted.lora_rank, wanted.lora_alpha or None)
+    if lora:
+        adapters = (STUDENT, FAKE) if config.method == "score" else (STUDENT,)
+        add_lora(student, wanted.lora_rank, wanted.lora_alpha or None, adapters=adapters)
+        if wanted.init:
+            start_from(student, Path(wanted.init), model.comfy_name)
     else:
         teacher = model.load().eval().requires_grad_(False)
         if is_sharding(accelerator):
@@ -141,6 +153,14 @@ def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tu
     if wanted.gradient_checkpointing:
         model.checkpoint_blocks(student)
     return student, teacher
+
+
+def learners(student: nn.Module) -> list[dict[str, nn.Parameter]]:
+    """The weights that are trained, by name: the student's, and the fake score's where there is one."""
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    fake = {name: p for name, p in trained.items() if is_of(FAKE, name)}
+    own = {name: p for name, p in trained.items() if name not in fake}
+    return [own, fake] if fake else [own]
 
 
 def claim_folder(config: DistillConfig, folder: Path) -> None:
@@ -188,17 +208,19 @@ def make_objective(
     teacher: nn.Module | None,
     about: DistillMetadata,
     data: PreparedData,
+    step: Callable[[], int] = lambda: 0,
     *,
     alone: bool = True,
 ) -> Any:
-    """The loss of one batch: ``objective(x, condition, generator)``. ``student`` is ``bare`` as accelerate prepared it.
+    """The loss of one batch: ``objective(x, condition, generator)``. ``student`` is ``bare`` as accelerate prepared it;
+    ``step`` tells how many steps of the run are done.
 
     Without ``alone`` there are other processes, which call the networks as often as this one.
     """
 
     plan = config.objective.plan
     sparse = sparse_options(model, read_plan(plan)) if about.plan is not None else None
-    dense_teacher = config.method == "knowledge"
+    dense_teacher = config.method in ("knowledge", "score")
 
     def learn(z: Tensor, time: Tensor, condition: Any) -> Tensor:
         return model.predict(student, z, time, condition, sparse(z) if sparse else None)
@@ -221,6 +243,20 @@ def make_objective(
         return ConsistencyLoss(
             config.objective, model.path, model.prediction, teacher=guided, student=learn, alone=alone
         )
+    if config.method == "score":
+
+        def own(z: Tensor, time: Tensor, condition: Any) -> Tensor:
+            with counting(bare, STUDENT):
+                return learn(z, time, condition)
+
+        def fake(z: Tensor, time: Tensor, condition: Any) -> Tensor:
+            with counting(bare, FAKE):
+                return model.predict(student, z, time, condition)
+
+        return ScoreLoss(
+            config.objective, model.path, model.prediction, teacher=guided, student=own, fake=fake, alone=alone,
+            students_turn=lambda: config.objective.is_students_turn(step()), own_samples=config.data.source == "captions",
+        )  # fmt: skip
     taps = {"student_tap": model.tap(bare), "teacher_tap": model.tap(bare if teacher is None else teacher)}
     return KnowledgeLoss(config.objective, model.path, segments=about.segments, teacher=teach, student=learn, **taps)
 

@@ -31,6 +31,9 @@ def add_arguments(subparsers: Any) -> None:
     train.add_argument("--batch", type=count(1, 65_536), default=32, help="default: %(default)s")
     train.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
     train.add_argument(
+        "--start", type=Path, metavar="FOLDER", help="a transformer of the world to go on from, in place of a new one"
+    )
+    train.add_argument(
         "--bf16", action="store_true", help="the VAE computes in bfloat16: faster where the CPU has AVX-512 BF16 or AMX"
     )
     train.add_argument(
@@ -68,7 +71,7 @@ def _train(args: argparse.Namespace) -> int:
     parts = tuple(args.parts)
     try:
         train(args.run_folder, args.out, parts=parts, vae_steps=args.vae_steps, dit_steps=args.dit_steps, clips=args.clips,
-              batch=args.batch, seed=args.seed, bf16=args.bf16, tensorboard=args.tensorboard)  # fmt: skip
+              batch=args.batch, seed=args.seed, start=args.start, bf16=args.bf16, tensorboard=args.tensorboard)  # fmt: skip
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on from {args.run_folder}")
         return INTERRUPTED

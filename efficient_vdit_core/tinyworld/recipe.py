@@ -34,13 +34,14 @@ def train(
     clips: int = 6144,
     batch: int = 32,
     seed: int = 0,
+    start: Path | None = None,
     bf16: bool = False,
     tensorboard: bool = False,
 ) -> None:
     """Train ``parts`` in ``run`` and write them to ``out``; parts that are left out are taken from ``out``.
 
-    ``bf16``: the VAE computes in bfloat16, its weights staying in float32; three to six times as fast on a CPU that
-    multiplies bfloat16 (AVX-512 BF16, AMX), slower on others.
+    ``start``: a transformer to go on from in place of a new one. ``bf16``: the VAE is trained in bfloat16, its weights
+    staying in float32; three to six times as fast on a CPU that multiplies bfloat16 (AVX-512 BF16, AMX), slower on others.
     """
     run.mkdir(parents=True, exist_ok=True)
     if "text_encoder" in parts:
@@ -57,8 +58,16 @@ def train(
             TextEncoder.from_folder(out / "text_encoder", dtype=torch.float32),
         )
         cached = cache_clips(vae, clips, run, seed=seed + 1)
+        known = load_transformer(start, dtype=torch.float32).train().requires_grad_(True) if start else None
         model = train_dit(
-            run / "transformer", cached, text, steps=dit_steps, batch=batch, seed=seed, tensorboard=tensorboard
+            run / "transformer",
+            cached,
+            text,
+            steps=dit_steps,
+            batch=batch,
+            seed=seed,
+            tensorboard=tensorboard,
+            start=known,
         )
         export_transformer(model, out / "transformer")
         load_transformer(out / "transformer")

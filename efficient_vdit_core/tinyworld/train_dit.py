@@ -86,12 +86,17 @@ def train_dit(
     batch: int = 32,
     seed: int = 0,
     tensorboard: bool = False,
+    start: OpenSoraT2V | None = None,
     evaluate: Callable[[dict[str, Tensor]], str] | None = None,
 ) -> OpenSoraT2V:
-    """Train (or resume) in ``folder``; returns the transformer with averaged weights."""
+    """Train (or resume) in ``folder``; returns the transformer with averaged weights.
+
+    ``start``: one that knows the world already, by the latents of another VAE, say; it is trained further.
+    """
     torch.manual_seed(seed)
-    model = OpenSoraT2V(TINY_DIT)
-    _initialise(model)
+    model = start or OpenSoraT2V(TINY_DIT)
+    if start is None:
+        _initialise(model)
     run = TrainingRun(
         model, _optimizers(model), folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard
     )

@@ -28,12 +28,14 @@ from .stop import StopWish, stop_wish
 class StepLoss:
     """The loss that is descended, and named ``parts`` of it for the log; a part that this batch lacks is left out.
 
-    ``release`` is called once the gradient has been taken.
+    ``release`` is called once the gradient has been taken. ``optimizers``: those that take the step, where networks learn
+    in turn; None for all.
     """
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     release: Callable[[], None] = lambda: None
+    optimizers: range | None = None
 
 
 LossOf = Callable[[torch.Generator], Tensor | StepLoss]
@@ -164,6 +166,7 @@ class TrainingRun:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         seen: dict[str, list[float]] = {}
+        turn = range(len(self.optimizers))
         for _ in range(self.accumulate):
             result = loss_of(self.generator)
             loss = result if isinstance(result, StepLoss) else StepLoss(result)
@@ -174,12 +177,13 @@ class TrainingRun:
             self._refuse_no_number(numbers)
             (loss.total / self.accumulate).backward()
             loss.release()
+            turn = turn if loss.optimizers is None else loss.optimizers
             for name, number in numbers.items():
                 seen.setdefault(name, []).append(number)
         norm = self._clipped()
         self._refuse_no_number({"gradient's norm": norm})
-        for optimizer in self.optimizers:
-            optimizer.step()
+        for index in turn:
+            self.optimizers[index].step()
         self._refuse_no_weights()
         self.step += 1
         self.average.update(self._trained(), self.step)

@@ -10,20 +10,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from efficient_vdit_core.distill import export, trainer
+from efficient_vdit_core.distill import export, prepare, trainer
 from efficient_vdit_core.distill.config import DistillConfig, read_section, to_toml
 from efficient_vdit_core.distill.data import ClipSet
 from efficient_vdit_core.distill.features import FeatureTap
 from efficient_vdit_core.distill.knowledge import KnowledgeConfig, KnowledgeLoss, merge_deltas
-from efficient_vdit_core.distill.lora import add_lora, comfy_lora, lora_off, merged
+from efficient_vdit_core.distill.lora import (
+    FAKE,
+    STUDENT,
+    adapted,
+    add_lora,
+    comfy_lora,
+    counting,
+    is_of,
+    lora_off,
+    merged,
+)
 from efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
 from efficient_vdit_core.distill.open_model import open_model
 from efficient_vdit_core.distill.prepare import PreparedData
 from efficient_vdit_core.distill.texts import TextBank
+from efficient_vdit_core.distill.turns import Turns
 from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.training import StepLoss
 
 SMALL = DiTConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, caption_channels=8, sample_size=(4, 4), sample_size_t=4,
                   prediction_type="v_prediction")  # fmt: skip
@@ -53,13 +65,16 @@ def small_data(monkeypatch):
     monkeypatch.setattr(trainer, "prepare_data", prepare)
 
 
-def config(base, method="consistency", *, steps=4, objective=None, model=None, training=None):
-    default = (
-        {"segments": 2, "teacher_steps": 8, "guidance": 2.0}
-        if method == "consistency"
-        else {"segments": 2, "plan": "1:3"}
-    )
+def config(base, method="consistency", *, steps=4, objective=None, model=None, training=None, data=None):
+    default = {
+        "consistency": {"segments": 2, "teacher_steps": 8, "guidance": 2.0},
+        "knowledge": {"segments": 2, "plan": "1:3"},
+        "score": {"segments": 2, "teacher_steps": 4, "guidance": 2.0, "fake_steps": 2},
+    }[method]
+    if method == "score":
+        model = {"train": "lora", "lora_rank": 3, **(model or {})}
     values = {
+        "data": data or {},
         "method": method,
         "objective": {**default, **(objective or {})},
         "model": {"transformer": str(base), "device": "cpu", **(model or {})},
@@ -439,3 +454,111 @@ def test_the_pipeline_samples_a_distilled_model_as_it_was_made(base, tmp_path):
     assert (request.segments, request.steps, request.guidance) == (2, 4, 1.0)
     assert pipeline.request("a", guidance=3.0).guidance == 3.0
     assert pipeline.request("a", sampler="ddim").steps == 100
+
+
+def test_score_distillation_trains_two_loras_in_turn_and_writes_the_students(base, tmp_path):
+    folder = tmp_path / "run"
+    file = trainer.distill(config(base, "score", steps=6, model={"gradient_checkpointing": True}), folder)
+    about = read_metadata(file)
+    assert (about.method, about.segments, about.steps, about.guidance, about.plan) == ("score", 2, 2, 2.0, None)
+    lora = read_state_dict(file)[0]
+    assert len(lora) == 3 * 20 and not any("fake" in name for name in lora)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    fake = {name: value for name, value in state["model"].items() if "fake" in name}
+    assert len(fake) == 2 * 20 and len(state["optimizers"]) == 2
+    steps = [{int(s["step"]) for s in o["state"].values()} for o in state["optimizers"]]
+    assert steps == [{2}, {4}]  # the student's every third
+    assert all(value.abs().max() > 0 for name, value in fake.items() if name.endswith("attn1.to_q.fake_up"))
+    assert any(value.abs().max() > 0 for name, value in lora.items() if name.endswith("attn1.to_q.lora_up.weight"))
+
+
+def test_a_stopped_score_distillation_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
+    whole = trainer.distill(config(base, "score", steps=6), tmp_path / "whole")
+    calls = []
+    call = trainer.ScoreLoss.__call__
+
+    def stop_after_four(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(self, *args)
+
+    monkeypatch.setattr(trainer.ScoreLoss, "__call__", stop_after_four)
+    with pytest.raises(SystemExit):
+        trainer.distill(config(base, "score", steps=6), tmp_path / "cut")
+    cut = trainer.distill(config(base, "score", steps=6), tmp_path / "cut")
+    assert len(calls) == 6
+    a, b = read_state_dict(whole)[0], read_state_dict(cut)[0]
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_turn_lasts_until_the_gradient_is_taken(base, checkpointing):
+    """Checkpointed blocks run again on the way back, with the same adapter, or the gradient is another's."""
+    model = open_model(config(base).model)
+    grads = {}
+    for turn in (STUDENT, FAKE):
+        torch.manual_seed(0)
+        module = model.load()
+        add_lora(module, 3, adapters=(STUDENT, FAKE))
+        for p in (p for p in module.parameters() if p.requires_grad):
+            torch.nn.init.normal_(p, std=0.1)
+        if checkpointing:
+            model.checkpoint_blocks(module)
+
+        class Loss:
+            def students_turn(self):
+                return turn == STUDENT  # noqa: B023
+
+            def __call__(self, x, condition, generator):
+                with counting(module, turn):  # noqa: B023
+                    out = model.predict(module, x, torch.tensor([3.0]), condition)  # noqa: B023
+                return StepLoss(out.square().sum())
+
+        z = torch.randn(1, 4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        result = Turns(Loss(), module, 1, data_parallel=False)(z, (torch.ones(1, 2, 8), None), None)
+        result.total.backward()
+        result.release()
+        grads[turn] = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+        idle = FAKE if turn == STUDENT else STUDENT
+        assert all((g is None) == is_of(idle, name) for name, g in grads[turn].items())
+        assert result.optimizers == (range(1) if turn == STUDENT else range(1, 2))
+        assert {layer.counts for layer in adapted(module).values()} == {STUDENT}
+        assert len({float(g.norm()) for g in grads[turn].values() if g is not None}) > 20
+
+
+def test_a_lora_goes_on_from_one_of_its_own_rank(base, tmp_path):
+    first = trainer.distill(config(base, model={"train": "lora", "lora_rank": 3}), tmp_path / "first")
+    still = config(base, "score", steps=1, model={"init": str(first)}, training={"ema": 0.0})
+    second = trainer.distill(still, tmp_path / "second")  # a step of the fake score, none of the student
+    a, b = read_state_dict(first)[0], read_state_dict(second)[0]
+    assert list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(ValueError, match=r"lora.safetensors does not fit layer .* wants rank 2 and alpha 2"):
+        trainer.distill(config(base, "score", model={"init": str(first), "lora_rank": 2}), tmp_path / "other")
+
+
+def test_score_distillation_asks_for_a_lora(base, tmp_path):
+    with pytest.raises(ValueError, match="model.train is 'full', expected lora for score distillation"):
+        trainer.distill(config(base, "score", model={"train": "full"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_captions_alone_are_for_score_distillation(base, tmp_path, monkeypatch):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a\nb c\n")
+    data = {"source": "captions", "captions": str(captions), "frames": 13, "height": 32, "width": 32}
+    monkeypatch.setattr(trainer, "prepare_data", prepare.prepare_data)
+    encoder = lambda device: lambda texts: (torch.ones(len(texts), 3, 8), torch.ones(len(texts), 3))  # noqa: E731
+    monkeypatch.setattr(
+        "efficient_vdit_core.distill.open_sora_plan.OpenSoraPlanModel.text_encoder", lambda self, d: encoder(d)
+    )
+    seen = []
+    call = trainer.ConsistencyLoss.__call__
+    monkeypatch.setattr(trainer.ConsistencyLoss, "__call__", lambda self, x, *a: seen.append(x) or call(self, x, *a))
+    file = trainer.distill(config(base, "score", steps=3, data=data), tmp_path / "run")
+    assert read_metadata(file).method == "score"
+    assert [tuple(x.shape) for x in seen] == [(4, 4, 4, 4, 4)] and float(seen[0].std()) > 0.1, (
+        "its own clips, not zeros"
+    )
+    with pytest.raises(ValueError, match="captions.*learns from clips"):
+        trainer.distill(config(base, data=data), tmp_path / "other")

@@ -42,6 +42,13 @@ KINDS = {
     "bf16": {"training": {"precision": "bf16"}},
     # One example a rank: in a step the student's own target is wanted by one rank and not by the other.
     "single": {"training": {"batch": 1, "steps": 8}},
+    # Two adapters in turn, of which each step leaves one without a gradient.
+    "score": {
+        "method": "score",
+        "objective": {"teacher_steps": 4, "guidance": 2.0, "fake_steps": 2},
+        "model": {**LORA, "gradient_checkpointing": True},
+        "training": {"steps": 9},
+    },
     "wan": {"method": "knowledge", "model": {"family": "diffusers", "train": "full"}},
 }
 

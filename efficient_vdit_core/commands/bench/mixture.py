@@ -23,6 +23,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="instead, every weight under every loss for epsilon, v and flow, 8 segments",
     )
+    mixture.add_argument(
+        "--score",
+        action="store_true",
+        help="instead, what the score's term adds at 2 and 4 segments: samples against the true distribution",
+    )
     return mixture
 
 
@@ -31,6 +36,8 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
 
     if args.pairs:
         return device_named("cpu"), _pairs(args)
+    if args.score:
+        return device_named("cpu"), _score(args)
     rows = []
     say("path  segments  loss    seed   distilled: error  off %   undistilled: error  off %")
     for path in ("flow", "vp"):
@@ -56,4 +63,22 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
             one, other = row["start"], row["distilled"]
             say(f"{row['prediction']:<13} {row['loss']:<8} {row['weight']:<16} {seed:>5}   {one['endpoint_error']:>12.3f} "
                 f"{one['off_percent']:>6.1f}   {other['endpoint_error']:>16.3f} {other['off_percent']:>6.1f}")  # fmt: skip
+    return rows
+
+
+def _score(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from dataclasses import replace
+
+    from ...bench.mixture_score import SHAPE, compare
+
+    rows = []
+    say("path  segments  seed  score's weight  energy distance  off %  deviation  rarest mode")
+    for path in ("flow", "vp"):
+        for segments in (2, 4):
+            for seed in range(args.seed, args.seed + args.seeds):
+                for row in compare(seed, replace(SHAPE, path=path, segments=segments)):
+                    rows.append(row)
+                    weight = "undistilled" if row["score_weight"] is None else f"{row['score_weight']:g}"
+                    say(f"{path:<5} {segments:>8}  {seed:>4}  {weight:>14}  {row['energy_distance']:>15.4f}  {row['off_percent']:>5.1f}  "
+                        f"{row['deviation']:>9.2f}  {row['rarest_mode']:>11.2f}")  # fmt: skip
     return rows

@@ -1,0 +1,41 @@
+"""Two adapters of one module that learn in turn: the student's, and the fake score's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..training import StepLoss
+from .lora import FAKE, STUDENT, is_of, let_count
+from .score import ScoreLoss
+
+Optimizers = Sequence[torch.optim.Optimizer]
+
+
+class Turns:
+    """``loss`` as a step of a training run: the adapter whose turn it is counts until the gradient is taken, since
+    checkpointed blocks run again on the way, and its optimisers alone take the step.
+
+    Args:
+        bare: the module with both adapters.
+        optimizers: how many the student has; the fake score's come after these, as many.
+        data_parallel: other processes wait for a gradient of every weight.
+    """
+
+    def __init__(self, loss: ScoreLoss, bare: nn.Module, optimizers: int, *, data_parallel: bool) -> None:
+        self.loss, self.bare, self.data_parallel = loss, bare, data_parallel
+        self.optimizers = {STUDENT: range(optimizers), FAKE: range(optimizers, 2 * optimizers)}
+
+    def __call__(self, x: Tensor, condition: Any, generator: torch.Generator) -> StepLoss:
+        learner, idle = (STUDENT, FAKE) if self.loss.students_turn() else (FAKE, STUDENT)
+        let_count(self.bare, learner)
+        result = self.loss(x, condition, generator)
+        total = result.total + self._nothing(idle) if self.data_parallel else result.total
+        return StepLoss(total, result.parts, lambda: let_count(self.bare, STUDENT), self.optimizers[learner])
+
+    def _nothing(self, adapter: str) -> Tensor:
+        weights = [p for name, p in self.bare.named_parameters() if is_of(adapter, name)]
+        return 0.0 * torch.stack([p.sum() for p in weights]).sum()
