@@ -54,8 +54,8 @@ class ModelConfig:
     """``path``: tiny, or a folder of Open-Sora-Plan or diffusers parts; ``transformer``: other weights than that
     folder's.
 
-    ``transformer`` is the teacher; the student starts from ``init``, or from the teacher. train: full weights or a
-    LoRA.
+    ``transformer``, with ``loras`` of earlier trainings beside it, is the teacher; the student starts from ``init``, or
+    from the teacher. train: full weights or a LoRA.
     """
 
     path: str = "tiny"
@@ -63,6 +63,7 @@ class ModelConfig:
     transformer: str = ""
     text_encoder: str = ""
     init: str = ""
+    loras: tuple[str, ...] = ()
     train: str = "full"
     lora_rank: int = 16
     lora_alpha: float = 0.0
@@ -72,6 +73,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _paths(self, "model", "path", "transformer", "text_encoder", "init")
+        for name in self.loras:
+            _expect(can_be_path(name), self, "model", "loras", "paths of names of 255 bytes at most")
         _between(self, "model", {"lora_rank": (1, 4096)})
         number(self.lora_alpha, "model.lora_alpha", 0, 1e6)
 

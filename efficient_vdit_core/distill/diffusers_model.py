@@ -34,6 +34,7 @@ from ..video import to_frames
 from .comfy_names import COGVIDEOX, WAN, comfy_name
 from .config import ModelConfig
 from .features import FeatureTap
+from .lora_files import wear
 from .model import Options, visiting
 from .texts import Encode
 
@@ -63,7 +64,7 @@ class DiffusersModel:
             raise ValueError(
                 f"model.dtype is {quoted(config.dtype)}, expected one of {', '.join(DTYPES)}. Correct the configuration."
             )
-        self.family, self.dtype = FAMILIES[self.kind], DTYPES[config.dtype]
+        self.family, self.dtype, self.loras = FAMILIES[self.kind], DTYPES[config.dtype], config.loras
         self.saved_dtype = self.dtype
         self.layers, self.heads = int(self.config["num_layers"]), int(self.config["num_attention_heads"])
         vae = self.folder / "vae" / "config.json"
@@ -83,13 +84,17 @@ class DiffusersModel:
         else:
             module = _in_precision(kind.from_config(self.config), self.dtype)
             module.load_state_dict(read_state_dict(source)[0])
-        return module.train().requires_grad_(True)
+        module.train().requires_grad_(True)
+        wear(module, self.loras, self.comfy_name)
+        return module
 
     def skeleton(self) -> nn.Module:
         import diffusers
 
         with torch.device("meta"):
-            return _in_precision(getattr(diffusers, self.kind).from_config(self.config), self.dtype).train()
+            module = _in_precision(getattr(diffusers, self.kind).from_config(self.config), self.dtype).train()
+        wear(module, self.loras, self.comfy_name)
+        return module
 
     @property
     def text_size(self) -> tuple[int, int]:

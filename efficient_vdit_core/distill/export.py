@@ -12,7 +12,7 @@ from ..files import write_text
 from ..limits.quote import named
 from ..models.opensora_plan.checkpoint import save_safetensors
 from ..models.opensora_plan.weights import is_finite
-from .lora import comfy_lora
+from .lora_files import comfy_lora
 from .metadata import DistillMetadata
 from .model import FamilyModel
 

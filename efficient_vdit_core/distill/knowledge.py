@@ -27,7 +27,7 @@ from ..sampling.path import NoisePath
 from ..sampling.schedule import segment_edges
 from ..training import StepLoss
 from .features import FeatureTap, LayerLosses, relative_square
-from .lora import changed
+from .lora_files import changed
 
 
 @dataclass(frozen=True)

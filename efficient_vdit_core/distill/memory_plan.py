@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .config import DistillConfig
 from .features import LayerLosses, relative_square
 from .live_bytes import LiveBytes, size_of
-from .lora import add_lora
+from .lora import FAKE, STUDENT, add_lora
 from .model import FamilyModel
 from .open_model import open_model
 
@@ -76,7 +76,8 @@ def plan_memory(stage: DistillConfig, words: int = 0) -> MemoryPlan:
 def _student(stage: DistillConfig, model: FamilyModel) -> nn.Module:
     student = model.skeleton().requires_grad_(True)
     if stage.model.train == "lora":
-        add_lora(student, stage.model.lora_rank, stage.model.lora_alpha or None)
+        learners = (STUDENT, FAKE) if stage.method == "score" else (STUDENT,)
+        add_lora(student, stage.model.lora_rank, stage.model.lora_alpha or None, learners=learners)
     if stage.model.gradient_checkpointing:
         model.checkpoint_blocks(student)
     return student

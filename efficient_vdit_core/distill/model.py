@@ -48,7 +48,8 @@ class FamilyModel(Protocol):
     def heads(self) -> int: ...
 
     def load(self, weights: str = "") -> nn.Module:
-        """The transformer in training mode with gradients on, from ``weights`` or the model's own."""
+        """The transformer in training mode with gradients on, from ``weights`` or the model's own, wearing the
+        configuration's LoRAs."""
         ...
 
     def skeleton(self) -> nn.Module:

@@ -28,6 +28,7 @@ from ..tiles import TokenGrid
 from ..video import to_frames
 from .config import ModelConfig
 from .features import FeatureTap
+from .lora_files import wear
 from .model import Options, visiting
 from .texts import Encode
 
@@ -44,7 +45,7 @@ class OpenSoraPlanModel:
             raise ValueError(
                 f"model.dtype is {quoted(config.dtype)}, expected one of {', '.join(DTYPES)}. Correct the configuration."
             )
-        self.dtype = DTYPES[config.dtype]
+        self.dtype, self.loras = DTYPES[config.dtype], config.loras
         state_dict, self.config = read_transformer(self.transformer_file)
         # Merged weights may hold some in float32.
         self.saved_dtype = min((value.dtype for value in state_dict.values()), key=lambda dtype: dtype.itemsize)
@@ -58,10 +59,14 @@ class OpenSoraPlanModel:
             raise ValueError(
                 f"{weights} is another model than {self.transformer_file.name}: their configurations differ. Choose another."
             )
-        return module.train().requires_grad_(True)
+        module.train().requires_grad_(True)
+        wear(module, self.loras, self.comfy_name)
+        return module
 
     def skeleton(self) -> OpenSoraT2V:
-        return OpenSoraT2V(self.config, dtype=self.dtype, device="meta").train()
+        module = OpenSoraT2V(self.config, dtype=self.dtype, device="meta").train()
+        wear(module, self.loras, self.comfy_name)
+        return module
 
     @property
     def text_size(self) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from .comfy_names import COGVIDEOX, WAN
 from .config import ModelConfig
 from .diffusers_model import DiffusersModel
-from .lora import changed
+from .lora_files import changed
 
 PREFIX = "transformer."
 DOWN, UP, BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"

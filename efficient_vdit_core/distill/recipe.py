@@ -22,7 +22,7 @@ from .config import DataConfig, DistillConfig, ModelConfig, TrainingConfig, read
 from .consistency import ConsistencyConfig
 from .export import LORA, result_file
 from .knowledge import KnowledgeConfig, merge_deltas
-from .lora import merged
+from .lora_files import merged
 from .metadata import DistillMetadata
 from .model import FamilyModel
 from .open_model import open_model
@@ -144,7 +144,7 @@ class ThreeStages:
             "consistency", replace(c.consistency, plan=str(plan), **changes), c.consistency_training, teacher
         )
         if init:
-            stage = replace(stage, model=replace(stage.model, init=str(self.full(init))))
+            stage = replace(stage, model=replace(stage.model, init=str(init)))
         return distill(stage, self.folder / name)
 
     def knowledge(self, name: str, teacher: str | Path, plan: str | Path, **changes: Any) -> Path:
@@ -164,7 +164,7 @@ class ThreeStages:
     def plans(self, name: str, weights: str | Path, segments: int = 0) -> dict[str, Path]:
         """Stage 2 of a model's weights in the subfolder ``name``; the plan files."""
         c = self.config
-        model = open_model(replace(c.model, transformer=str(self.full(weights)) if weights else c.model.transformer))
+        model = open_model(self._taught_by(weights))
         device = torch.device("cuda" if torch.cuda.is_available() and c.model.device != "cpu" else "cpu")
         training = c.knowledge_training if c.order == "knowledge-only" else c.consistency_training
         config = self._stage("consistency", c.consistency, training, "")
@@ -203,7 +203,7 @@ class ThreeStages:
         return target
 
     def full(self, weights: str | Path) -> Path:
-        """Full weights of a stage's result: itself, or the base with its LoRA merged."""
+        """Full weights of a stage's result, to be added to others: itself, or the base with its LoRA merged."""
         file = Path(weights)
         if file.name != LORA:
             return file
@@ -216,10 +216,17 @@ class ThreeStages:
         return target
 
     def _stage(self, method: str, objective: Any, training: TrainingConfig, teacher: str | Path) -> DistillConfig:
+        return DistillConfig(method, objective, self._taught_by(teacher), self.config.data, training)
+
+    def _taught_by(self, teacher: str | Path) -> ModelConfig:
+        """The model with another stage's result as its teacher, or as it is. A LoRA stays beside the weights, since their
+        precision may not hold what it changes."""
         model = self.config.model
-        if teacher:
-            model = replace(model, transformer=str(self.full(teacher)), init="")
-        return DistillConfig(method, objective, model, self.config.data, training)
+        if not teacher:
+            return model
+        if Path(teacher).name == LORA:
+            return replace(model, loras=(*model.loras, str(teacher)), init="")
+        return replace(model, transformer=str(teacher), init="")
 
 
 def _result(first: Path, second: Path) -> list[Path]:

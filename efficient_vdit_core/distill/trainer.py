@@ -30,7 +30,8 @@ from .export import export, result_file
 from .grid import SegmentGrid
 from .knowledge import KnowledgeLoss
 from .launch import make_accelerator
-from .lora import FAKE, STUDENT, add_lora, counting, is_of, lora_off, start_from
+from .lora import FAKE, STUDENT, add_lora, counting, is_of, lora_off
+from .lora_files import start_from
 from .metadata import DistillMetadata, read_metadata
 from .model import FamilyModel, read_plan, sparse_options
 from .open_model import open_model
@@ -112,6 +113,11 @@ def check_training(config: DistillConfig) -> None:
             f"model.dtype is {quoted(wanted.dtype)}, expected float32 for full training: small steps vanish in lower "
             "precision. Set it to float32 with training.precision bf16, or train a LoRA."
         )
+    if wanted.loras and wanted.train != "lora":
+        raise ValueError(
+            "model.loras are kept beside the weights of a model that a LoRA is trained for, but model.train is "
+            f"{quoted(wanted.train)}. Set it to lora, or merge them (evdit convert lora)."
+        )
     if config.method == "score" and wanted.train != "lora":
         raise ValueError(
             f"model.train is {quoted(wanted.train)}, expected lora for score distillation: student, fake score and teacher "
@@ -140,8 +146,8 @@ def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tu
     student = model.load("" if lora else wanted.init)
     teacher = None
     if lora:
-        adapters = (STUDENT, FAKE) if config.method == "score" else (STUDENT,)
-        add_lora(student, wanted.lora_rank, wanted.lora_alpha or None, adapters=adapters)
+        learners = (STUDENT, FAKE) if config.method == "score" else (STUDENT,)
+        add_lora(student, wanted.lora_rank, wanted.lora_alpha or None, learners=learners)
         if wanted.init:
             start_from(student, Path(wanted.init), model.comfy_name)
     else:
@@ -183,11 +189,12 @@ def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
     """The metadata of the result. What the run does not say itself, segments and guidance, its teacher's says."""
     from .. import __version__
 
-    objective, inherited = config.objective, read_metadata(model.transformer_file)
+    source = Path(config.model.loras[-1]) if config.model.loras else model.transformer_file
+    objective, inherited = config.objective, read_metadata(source)
     segments = objective.segments or (inherited.segments if inherited else 0)
     if not segments:
         raise ValueError(
-            f"{named(model.transformer_file.name)} does not say for how many segments it was distilled. Set "
+            f"{named(source.name)} does not say for how many segments it was distilled. Set "
             "objective.segments; for a model that is not distilled it is the number of sampling steps."
         )
     plan = read_plan(objective.plan) if objective.plan or config.method == "knowledge" else None

@@ -1,4 +1,4 @@
-"""Two adapters of one module that learn in turn: the student's, and the fake score's."""
+"""Two LoRAs of one module that learn in turn: the student's, and the fake score's."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Optimizers = Sequence[torch.optim.Optimizer]
 
 
 class Turns:
-    """``loss`` as a step of a training run: the adapter whose turn it is counts until the gradient is taken, since
+    """``loss`` as a step of a training run: the LoRA whose turn it is counts until the gradient is taken, since
     checkpointed blocks run again on the way, and its optimisers alone take the step.
 
     Args:
-        bare: the module with both adapters.
+        bare: the module with both.
         optimizers: how many the student has; the fake score's come after these, as many.
         data_parallel: other processes wait for a gradient of every weight.
     """
@@ -36,6 +36,6 @@ class Turns:
         total = result.total + self._nothing(idle) if self.data_parallel else result.total
         return StepLoss(total, result.parts, lambda: let_count(self.bare, STUDENT), self.optimizers[learner])
 
-    def _nothing(self, adapter: str) -> Tensor:
-        weights = [p for name, p in self.bare.named_parameters() if is_of(adapter, name)]
+    def _nothing(self, learner: str) -> Tensor:
+        weights = [p for name, p in self.bare.named_parameters() if is_of(learner, name)]
         return 0.0 * torch.stack([p.sum() for p in weights]).sum()

@@ -8,7 +8,8 @@ from small_models import cogvideox
 
 from efficient_vdit_core.distill.comfy_names import WAN, comfy_name
 from efficient_vdit_core.distill.config import ModelConfig
-from efficient_vdit_core.distill.lora import add_lora, comfy_lora, merged
+from efficient_vdit_core.distill.lora import add_lora
+from efficient_vdit_core.distill.lora_files import comfy_lora, merged
 from efficient_vdit_core.distill.model import sparse_options
 from efficient_vdit_core.distill.open_model import open_model
 from efficient_vdit_core.plan import TilePlan

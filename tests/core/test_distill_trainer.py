@@ -20,12 +20,11 @@ from efficient_vdit_core.distill.lora import (
     STUDENT,
     adapted,
     add_lora,
-    comfy_lora,
     counting,
     is_of,
     lora_off,
-    merged,
 )
+from efficient_vdit_core.distill.lora_files import comfy_lora, merged, wear
 from efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
 from efficient_vdit_core.distill.open_model import open_model
 from efficient_vdit_core.distill.prepare import PreparedData
@@ -500,7 +499,7 @@ def test_a_turn_lasts_until_the_gradient_is_taken(base, checkpointing):
     for turn in (STUDENT, FAKE):
         torch.manual_seed(0)
         module = model.load()
-        add_lora(module, 3, adapters=(STUDENT, FAKE))
+        add_lora(module, 3, learners=(STUDENT, FAKE))
         for p in (p for p in module.parameters() if p.requires_grad):
             torch.nn.init.normal_(p, std=0.1)
         if checkpointing:
@@ -523,7 +522,7 @@ def test_a_turn_lasts_until_the_gradient_is_taken(base, checkpointing):
         idle = FAKE if turn == STUDENT else STUDENT
         assert all((g is None) == is_of(idle, name) for name, g in grads[turn].items())
         assert result.optimizers == (range(1) if turn == STUDENT else range(1, 2))
-        assert {layer.counts for layer in adapted(module).values()} == {STUDENT}
+        assert {layer.learner for layer in adapted(module).values()} == {STUDENT}
         assert len({float(g.norm()) for g in grads[turn].values() if g is not None}) > 20
 
 
@@ -562,3 +561,77 @@ def test_captions_alone_are_for_score_distillation(base, tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="captions.*learns from clips"):
         trainer.distill(config(base, data=data), tmp_path / "other")
+
+
+def test_what_is_worn_counts_whatever_learns_and_is_frozen(base, tmp_path):
+    first = trainer.distill(
+        config(base, model={"train": "lora", "lora_rank": 3, "lora_alpha": 6.0}), tmp_path / "first"
+    )
+    whole = load_transformer(base)
+    whole.load_state_dict(merged(whole.state_dict(), read_state_dict(first)[0]))
+    module = open_model(config(base, model={"loras": [str(first)]}).model).load().eval()
+    add_lora(module, 2)
+    inputs = (torch.randn(1, 4, 4, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 8))
+    assert not torch.allclose(whole(*inputs), load_transformer(base)(*inputs), atol=1e-4)
+    for learner in (STUDENT, None):
+        with counting(module, learner):
+            torch.testing.assert_close(module(*inputs), whole(*inputs), rtol=1e-4, atol=1e-5)
+    trained = {name.rpartition(".")[2] for name, p in module.named_parameters() if p.requires_grad}
+    assert trained == {"lora_down", "lora_up"}
+    assert len(comfy_lora(module, module.state_dict())) == 3 * 20, "what is worn is in its own file"
+
+
+def test_a_change_that_weights_in_bf16_would_lose_is_worn_whole(tmp_path):
+    layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.ones_(layer.weight)
+    module, x = torch.nn.Sequential(layer), torch.eye(8)[:1]
+    up, down = torch.full((8, 1), 1e-3), torch.ones(1, 8)
+    lora = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
+    file = tmp_path / "lora.safetensors"
+    save_safetensors(file, {f"diffusion_model.0.{name}": value for name, value in lora.items()}, {})
+    weights = merged({"0.weight": layer.weight.detach()}, read_state_dict(file)[0])["0.weight"]
+    assert torch.equal(weights.bfloat16(), layer.weight), "a step of bf16 at 1 is 1 / 128"
+    wear(module, [file])
+    with torch.autocast("cpu", torch.bfloat16):
+        worn = module.get_submodule("0").part("worn0")
+        assert torch.equal(worn[1].detach() @ worn[0].detach(), up @ down)
+    both = torch.nn.functional.linear(x, layer.weight.float() + up @ down)
+    got = module.get_submodule("0").float()(x)
+    torch.testing.assert_close(got, both)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lora: {f"x{k}": v for k, v in lora.items()}, "no LoRA of this model.*20 layers do not fit"),
+        (lambda lora: {}, "no LoRA of this model as evdit distill writes it. Choose"),
+        (lambda lora: {k: v[:, :5] if "lora_down" in k else v for k, v in lora.items()}, "layers do not fit"),
+    ],
+)
+def test_a_lora_of_another_model_is_not_worn(base, tmp_path, change, message):
+    module = load_transformer(base)
+    add_lora(module, 2)
+    file = tmp_path / "lora.safetensors"
+    save_safetensors(file, {"x": torch.zeros(1), **change(comfy_lora(module, module.state_dict()))}, {})
+    with pytest.raises(ValueError, match=message):
+        open_model(config(base, model={"loras": [str(file)]}).model).load()
+
+
+def test_stage_3_starts_where_the_lora_of_stage_1_ended(base, tmp_path, monkeypatch):
+    """Teacher and student both wear it: under a plan that leaves nothing out there is nothing to learn."""
+    lora = {"train": "lora", "lora_rank": 3}
+    first = trainer.distill(config(base, model=lora), tmp_path / "first")
+    losses = []
+    call = trainer.KnowledgeLoss.__call__
+
+    def noted(self, *args):
+        result = call(self, *args)
+        losses.append(float(result.total))
+        return result
+
+    monkeypatch.setattr(trainer.KnowledgeLoss, "__call__", noted)
+    wanted = {"model": {**lora, "loras": [str(first)]}, "objective": {"segments": 0, "plan": "full"}, "steps": 1}
+    about = read_metadata(trainer.distill(config(base, "knowledge", **wanted), tmp_path / "second"))
+    assert losses[0] < 1e-10 and (about.segments, about.guidance) == (2, 2.0), "as the LoRA says"
+    with pytest.raises(ValueError, match="model.loras are kept beside the weights.*model.train is 'full'"):
+        trainer.distill(config(base, "knowledge", model={"loras": [str(first)]}), tmp_path / "third")

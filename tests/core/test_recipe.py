@@ -89,13 +89,15 @@ def test_merging_adds_the_changes_of_both(calls, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("order", ["consistency-first", "knowledge-first"])
-def test_loras_of_both_stages_belong_together(calls, tmp_path, monkeypatch, order):
-    monkeypatch.setattr(ThreeStages, "full", lambda self, weights: weights)
+def test_loras_of_both_stages_belong_together(calls, tmp_path, order):
     (files,) = make(tmp_path, order=order, model={"train": "lora"}).run().values()
     first, second = (
         ("consistency", "knowledge-r-0.1") if order == "consistency-first" else ("knowledge-r-0.1", "consistency-r-0.1")
     )
     assert files == [tmp_path / first / "lora.safetensors", tmp_path / second / "lora.safetensors"]
+    models = {name: stage.model for name, stage in calls if name in (first, second)}
+    assert models[first].loras == () and models[second].loras == (str(files[0]),)
+    assert models[second].transformer == "", "the weights stay as they are; the first LoRA is kept beside them"
 
 
 @pytest.mark.parametrize(
