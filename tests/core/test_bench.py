@@ -164,6 +164,7 @@ def test_the_commands_write_results_and_chart(tmp_path, capsys, monkeypatch):
         (["parallel", "--depth", "0"], "--depth: it is '0'"),
         (["parallel", "--ranks", "1,99"], "numbers up to 64"),
         (["parallel", "--grid", "4096", "4096", "4096"], "TiB of memory"),
+        (["parallel", "--preset", "h3", "--ranks", "1,64"], "72 x 24 x 42 tokens with 56 heads, on 64 ranks"),
         (["mixture", "--segments", "-1"], "--segments: it is '-1'"),
         (["overhead", "--seed", "1" * 5000], "--seed: it is '111"),
         (["step", "--device", "meta", "--depth", "1"], "'meta' cannot be used"),

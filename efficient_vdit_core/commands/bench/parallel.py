@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from typing import Any
 
@@ -36,11 +35,16 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parallel.add_argument(
         "--references", type=count(0, 1024), nargs="+", default=(1, 2), help="k of the sparse patterns, default: 1 2"
     )
+    parallel.add_argument(
+        "--preset",
+        choices=("h3",),
+        help="MiniMax-H3's heads and its clip of 10 s at 1344x768, in place of --grid, --heads and --references",
+    )
     return parallel
 
 
 def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
-    from ...bench.parallel import ParallelShape, measure, model_rows
+    from ...bench.parallel import ParallelShape, h3_shape, measure, model_rows
     from ...tiles import TokenGrid
 
     if not re.fullmatch(r"\d{1,2}(,\d{1,2})*", args.ranks) or max(map(int, args.ranks.split(","))) > MAX_RANKS:
@@ -50,15 +54,17 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         raise ValueError(
             f"--ranks is {quoted(args.ranks)}, expected at least one number above 1: one rank alone is timed anyway."
         )
-    tokens, width = math.prod(args.grid), 96 * args.heads
+    shape = ParallelShape(TokenGrid(*args.grid), args.depth, (None, *args.references), args.heads)
+    if args.preset:
+        shape = h3_shape(depth=args.depth)
+    tokens, width = shape.grid.tokens, shape.head_dim * shape.heads
     activations, weights = 8 * tokens * width, args.depth * 12 * width**2
     check_memory(
         4 * (activations + weights) * max(counts),
-        f"A grid of {' x '.join(map(str, args.grid))} tokens with {args.heads} heads, on {max(counts)} ranks",
+        f"A grid of {shape.grid.t} x {shape.grid.h} x {shape.grid.w} tokens with {shape.heads} heads, on {max(counts)} ranks",
         "Lower --grid, --heads, --depth or --ranks.",
     )
     device = device_named(args.device)
-    shape = ParallelShape(TokenGrid(*args.grid), args.depth, (None, *args.references), args.heads)
     rows: list[dict[str, Any]] = []
     for ranks in counts:
         devices = tuple(f"cuda:{i}" for i in range(ranks)) if device.type == "cuda" else ("cpu",) * ranks
