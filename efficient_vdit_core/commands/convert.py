@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--lora", metavar="FILE", help="with lora: a published LoRA for Wan or CogVideoX")
+    parser.add_argument(
+        "--expert", choices=("high", "low"), default="", help="with lora: which of Wan 2.2's two networks"
+    )
     parser.add_argument("--strength", type=float, default=1.0, help="of the LoRA, -10 to 10, default: %(default)s")
 
 
@@ -55,6 +58,6 @@ def _merge(args: argparse.Namespace) -> int:
     number(args.strength, "--strength", -10, 10)
     check_writable_file(args.target)
     say(f"reading {args.source}")
-    say(f"changed {merge_published(args.source, args.lora, args.target, args.strength)} tensors")
+    say(f"changed {merge_published(args.source, args.lora, args.target, args.strength, args.expert)} tensors")
     say(f"wrote {args.target}")
     return 0

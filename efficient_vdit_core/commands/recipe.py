@@ -7,12 +7,15 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..limits.quote import quoted
 from . import say
 from .arguments import count, seed_number
 from .distill import INTERRUPTED, override
+
+if TYPE_CHECKING:
+    from ..distill.work_plan import WorkPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,11 +80,15 @@ def _three_stages(args: argparse.Namespace) -> int:
     return 0
 
 
+TFLOPS = 300  # of an H100 in bf16, in published trainings of video transformers
+
+
 def _say_memory(stages: Any, size: int) -> int:
     """Bytes of each training by what they are for, and what to change where they do not fit; 1 where one does not."""
     from ..distill.memory_advice import advice, fits
     from ..distill.memory_plan import gib, plan_memory
     from ..distill.trainer import check_training
+    from ..distill.work_plan import plan_work
 
     all_fit = True
     for stage in stages.planned():
@@ -89,6 +96,7 @@ def _say_memory(stages: Any, size: int) -> int:
         plan = plan_memory(stage)
         fit = fits(plan, size)
         say(f"{stage.method}: {gib(plan.peak())}, {'fits' if fit else 'does not fit'} into {gib(size)}")
+        say(f"  {_work(plan_work(stage))}")
         for name, held in (plan.held | {f"{name}, before it": held for name, held in plan.before.items()}).items():
             if held:
                 say(f"  {name:<24} {gib(held):>12}")
@@ -98,6 +106,11 @@ def _say_memory(stages: Any, size: int) -> int:
             say(f"  {line}")
         all_fit = all_fit and fit
     return 0 if all_fit else 1
+
+
+def _work(work: WorkPlan) -> str:
+    size = f"{work.flops / 1e12:,.{1 if work.flops < 1e13 else 0}f} TFLOP"
+    return f"{work.examples:,} examples of {size}: {work.hours(TFLOPS):,.1f} hours at {TFLOPS} TFLOP/s, about what an H100 reaches"
 
 
 def gpu_bytes(text: str) -> int:

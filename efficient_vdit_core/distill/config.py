@@ -25,6 +25,7 @@ FREE = {"training.save_every", "training.tensorboard", "training.samples_every",
 SOURCES = ("tinyworld", "videos", "teacher", "captions")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 PRECISIONS = ("float32", "bf16")
+EXPERTS = ("", "high", "low")
 PLACE = "{}"  # of the caption in a template
 # Beyond these a typing mistake is more likely than a plan: years of training, days of encoding.
 MAX_TRAINING_STEPS, MAX_CLIPS = 10_000_000, 10_000_000
@@ -55,7 +56,8 @@ class ModelConfig:
     folder's.
 
     ``transformer``, with ``loras`` of earlier trainings beside it, is the teacher; the student starts from ``init``, or
-    from the teacher. train: full weights or a LoRA.
+    from the teacher. expert: high or low, which of Wan 2.2's two networks is trained, that of the noisy steps or the
+    other; each is a training of its own. train: full weights or a LoRA.
     """
 
     path: str = "tiny"
@@ -64,6 +66,7 @@ class ModelConfig:
     text_encoder: str = ""
     init: str = ""
     loras: tuple[str, ...] = ()
+    expert: str = ""
     train: str = "full"
     lora_rank: int = 16
     lora_alpha: float = 0.0
@@ -73,6 +76,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _paths(self, "model", "path", "transformer", "text_encoder", "init")
+        _expect(self.expert in EXPERTS, self, "model", "expert", "high, low or nothing")
         for name in self.loras:
             _expect(can_be_path(name), self, "model", "loras", "paths of names of 255 bytes at most")
         _between(self, "model", {"lora_rank": (1, 4096)})

@@ -102,6 +102,7 @@ class ConsistencyLoss:
         prediction: what both networks predict, of `PREDICTIONS`.
         student, target: the same weights; ``target`` runs without gradient.
         teacher: gives the guided and the unguided output.
+        serves: as `SegmentGrid` has it.
         alone: the target need not be asked where no example wants it. False among processes that compute together, each
             of which waits in every call of the student for the others.
     """
@@ -116,11 +117,12 @@ class ConsistencyLoss:
         teacher: Teacher,
         target: Predict | None = None,
         alone: bool = True,
+        serves: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.alone = alone
         self.config, self.path, self.prediction = config, path, prediction
         self.student, self.teacher, self.target = student, teacher, target or student
-        self.grid = SegmentGrid(path, config.segments, config.teacher_steps, config.data_side)
+        self.grid = SegmentGrid(path, config.segments, config.teacher_steps, config.data_side, serves)
 
     def __call__(self, x: Tensor, condition: Any, generator: torch.Generator) -> StepLoss:
         """``x`` (B, ...) float32 clean latents; ``condition`` is indexable by a bool mask (B,) through ``pick``."""

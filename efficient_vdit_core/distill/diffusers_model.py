@@ -35,12 +35,13 @@ from .comfy_names import COGVIDEOX, WAN, comfy_name
 from .config import ModelConfig
 from .features import FeatureTap
 from .lora_files import wear
-from .model import Options, visiting
+from .model import Options, serves_all, visiting
 from .texts import Encode
 
 FAMILIES = {WAN: "wan", COGVIDEOX: "cogvideox"}
 OVERRIDE = "override"
 WAN_TEXT = 512  # tokens that Wan pads its texts to
+LOW, WAN_BOUNDARY = "transformer_2", 0.875  # Wan 2.2's second network, and its text-to-video models' boundary
 WAN_5B_CHANNELS = 48  # of the latents of Wan 2.2's TI2V 5B
 
 
@@ -48,8 +49,10 @@ class DiffusersModel:
     """See `model.FamilyModel`. Raises ValueError where the folder holds another architecture."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.folder = Path(config.path)
-        self.transformer_file = Path(config.transformer) if config.transformer else self.folder / "transformer"
+        self.folder, self.expert = Path(config.path), config.expert
+        self.boundary = _boundary(self.folder, config.expert)
+        own = self.folder / (LOW if config.expert == "low" else "transformer")
+        self.transformer_file = Path(config.transformer) if config.transformer else own
         self.config = _json(self.folder / "transformer" / "config.json")
         self.kind = self.config.get("_class_name", "")
         if self.kind not in FAMILIES:
@@ -95,6 +98,12 @@ class DiffusersModel:
             module = _in_precision(getattr(diffusers, self.kind).from_config(self.config), self.dtype).train()
         wear(module, self.loras, self.comfy_name)
         return module
+
+    def serves(self, timesteps: Tensor) -> Tensor:
+        if not self.expert:
+            return serves_all(timesteps)
+        noisy = self.path.coefficients(timesteps)[1] >= self.boundary
+        return noisy if self.expert == "high" else ~noisy
 
     @property
     def text_size(self) -> tuple[int, int]:
@@ -229,6 +238,16 @@ class DiffusersModel:
 
     def config_entry(self) -> dict[str, Any]:
         return self.config
+
+
+def _boundary(folder: Path, expert: str) -> float:
+    """The noise level at and above which the first of two networks is asked; 0 for a model with one."""
+    two = (folder / LOW).is_dir()
+    if two != bool(expert):
+        found = "two networks, each a training of its own" if two else "one network"
+        advice = "Set it to high, then to low." if two else "Leave it out."
+        raise ValueError(f"{named(folder.name)} holds {found}, but model.expert is {quoted(expert)}. {advice}")
+    return float(_json(folder / "model_index.json").get("boundary_ratio") or WAN_BOUNDARY) if two else 0.0
 
 
 def _in_precision(module: Any, dtype: torch.dtype) -> Any:

@@ -7,6 +7,7 @@ there the student jumps to that segment's end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,16 +44,30 @@ class Draw:
 class SegmentGrid:
     """``teacher_steps`` sub-steps in all, rounded to a multiple of ``segments``, at least one in each.
 
-    ``data_side``: how many times more often than the others the segment next to the data is drawn.
+    ``data_side``: how many times more often than the others the segment next to the data is drawn. ``serves``: tells of
+    timesteps whether a step from there is the network's; segments that begin elsewhere are not drawn.
     """
 
-    def __init__(self, path: NoisePath, segments: int, teacher_steps: int, data_side: float = 1.0) -> None:
+    def __init__(
+        self,
+        path: NoisePath,
+        segments: int,
+        teacher_steps: int,
+        data_side: float = 1.0,
+        serves: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.segments, self.per_segment = segments, max(1, round(teacher_steps / segments))
         edges = segment_edges(segments, segments * self.per_segment, start=path.start, clean=path.clean)
         self.times = edges.flip(0)  # ascending from the clean data
         self.a, self.s = path.coefficients(self.times)
         weight = torch.ones(segments, dtype=torch.float64)
         weight[0] = data_side
+        if serves is not None:
+            weight *= serves(self.times[self.per_segment :: self.per_segment])
+        if not weight.any():
+            raise ValueError(
+                f"None of the {segments} segments begins where this network is asked. Raise segments, or train the other."
+            )
         self.bounds = (weight / weight.sum()).cumsum(0)
 
     @property

@@ -58,6 +58,7 @@ class KnowledgeLoss:
 
     Args:
         student, teacher: (z, network time (B,), condition) -> raw output.
+        serves: tells of timesteps whether a step from there is the network's; others are not learnt at.
         student_tap, teacher_tap: their attention and MLP modules, under the names ``attention`` and ``mlp``.
     """
 
@@ -71,11 +72,13 @@ class KnowledgeLoss:
         teacher: Callable[..., Tensor],
         student_tap: FeatureTap,
         teacher_tap: FeatureTap,
+        serves: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.config, self.path, self.student, self.teacher = config, path, student, teacher
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
         self._listening = ExitStack()
-        self.times = segment_edges(segments, config.steps or segments, start=path.start, clean=path.clean)[:-1]
+        times = segment_edges(segments, config.steps or segments, start=path.start, clean=path.clean)[:-1]
+        self.times = times if serves is None else times[serves(times)]
         self.a, self.s = path.coefficients(self.times)
 
     def __call__(self, x: Tensor, condition: Any, generator: torch.Generator) -> StepLoss:

@@ -7,6 +7,7 @@ fused kernels do; sparse plans are counted as dense. Under bf16 autocast all act
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +54,7 @@ def plan_memory(stage: DistillConfig, words: int = 0) -> MemoryPlan:
     """The memory of one stage's training. ``words``: tokens of the longest caption, 0 for the most that the model
     takes."""
     model, t = open_model(stage.model), stage.training
-    student = _student(stage, model)
+    student = meta_student(stage, model)
     trained = [p for p in student.parameters() if p.requires_grad]
     numbers = sum(p.numel() for p in trained)
     gradients, weights = size_of(trained), size_of([*student.parameters(), *student.buffers()])
@@ -73,7 +74,8 @@ def plan_memory(stage: DistillConfig, words: int = 0) -> MemoryPlan:
     return MemoryPlan(held, before, host)
 
 
-def _student(stage: DistillConfig, model: FamilyModel) -> nn.Module:
+def meta_student(stage: DistillConfig, model: FamilyModel) -> nn.Module:
+    """The student of a stage on the meta device."""
     student = model.skeleton().requires_grad_(True)
     if stage.model.train == "lora":
         learners = (STUDENT, FAKE) if stage.method == "score" else (STUDENT,)
@@ -85,22 +87,28 @@ def _student(stage: DistillConfig, model: FamilyModel) -> nn.Module:
 
 def _one_step(stage: DistillConfig, model: FamilyModel, words: int) -> tuple[int, int]:
     """Most bytes of activations and gradients that live at once, and the bytes of the features on the host."""
-    data, t = stage.data, stage.training
-    student = _student(stage, model)
+    t = stage.training
+    student = meta_student(stage, model)
     trained = [p for p in student.parameters() if p.requires_grad]
     gradients = size_of(trained)
     if t.precision == "bf16":
         model = open_model(replace(stage.model, dtype="bfloat16"))
         nn.Module.to(student, torch.bfloat16)  # diffusers' own warns of what no forecast needs
-    z = torch.randn(t.batch, *model.latent_shape(model.size(data.frames, data.height, data.width)), device=META)
-    longest, channels = model.text_size
-    condition = (torch.empty(t.batch, words or longest, channels, device=META), None)
-    time = torch.zeros(t.batch, device=META)
+    inputs = meta_inputs(stage, model, t.batch, words)
     layers = _Weightless()
     with LiveBytes() as counter:
         for _ in range(min(t.accumulate, 2)):  # from the second on, gradients stand beside activations
-            _backward(stage, model, student, layers, z, time, condition)
+            _backward(stage, model, student, layers, *inputs)
     return counter.peak + gradients - size_of(trained), layers.host
+
+
+def meta_inputs(stage: DistillConfig, model: FamilyModel, batch: int, words: int = 0) -> tuple[Tensor, Tensor, Any]:
+    """z, time and condition of ``batch`` examples; ``words`` as of `plan_memory`."""
+    data = stage.data
+    z = torch.randn(batch, *model.latent_shape(model.size(data.frames, data.height, data.width)), device=META)
+    longest, channels = model.text_size
+    condition = (torch.empty(batch, words or longest, channels, device=META), None)
+    return z, torch.zeros(batch, device=META), condition
 
 
 def _backward(
@@ -112,7 +120,7 @@ def _backward(
     time: Tensor,
     condition: Any,
 ) -> None:
-    options = model.options_with(_fused_attention)
+    options = model.options_with(FusedAttention())
     objective = stage.objective
     names = [name for name in ("attention", "mlp") if getattr(objective, name, 0.0)]
     with torch.no_grad():
@@ -145,7 +153,9 @@ class _Fused(torch.autograd.Function):
     """What a fused kernel allocates and keeps: q, k, v, the output and one number a row."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, did: Callable[[float], None]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        did(4.0 * q.numel() * k.shape[-2])
+        ctx.did = did
         out = torch.empty_like(q)
         rows = q.new_empty(q.shape[0], heads, q.numel() // q.shape[0] // q.shape[-1], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, rows)
@@ -154,11 +164,22 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+        ctx.did(10.0 * q.numel() * k.shape[-2])  # five products of the forward's two, one of them done again
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
 
-def _fused_attention(func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
-    return _Fused.apply(q, k, v, heads)  # pyright: ignore[reportReturnType]
+class FusedAttention:
+    """An attention override for the meta device, which allocates what fused kernels do. ``flops``: what they would have
+    computed."""
+
+    def __init__(self) -> None:
+        self.flops = 0.0
+
+    def __call__(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        return _Fused.apply(q, k, v, heads, self._did)  # pyright: ignore[reportReturnType]
+
+    def _did(self, flops: float) -> None:
+        self.flops += flops
 
 
 def gib(size: int) -> str:

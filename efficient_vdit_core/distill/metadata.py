@@ -15,7 +15,7 @@ from ..plan import TilePlan
 
 KEY = "evdit"
 WHAT, ADVICE = "The checkpoint's distillation metadata", "Distil again, or set steps by hand."
-_KINDS = {"method": str, "schedule": dict, "prediction": str, "version": str}
+_KINDS = {"method": str, "schedule": dict, "prediction": str, "version": str, "expert": str}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class DistillMetadata:
     """method: consistency or knowledge. segments: of diffusion time; steps: the sampler's. schedule, prediction: of the
     model.
     guidance: the teacher's, now inside the weights, so that the sampler's must be 1. plan: the tile plan's JSON, or
-    None.
+    None. expert: high or low, which of two networks it is, or nothing.
     """
 
     method: str
@@ -34,6 +34,7 @@ class DistillMetadata:
     guidance: float | tuple[float, float] | None = None
     plan: dict[str, Any] | None = None
     version: str = ""
+    expert: str = ""
 
     @property
     def tile_plan(self) -> TilePlan | None:

@@ -36,6 +36,15 @@ class FamilyModel(Protocol):
     def transformer_file(self) -> Path: ...
 
     @property
+    def expert(self) -> str:
+        """Which of a model's networks this is; "" where it has one, which serves all of diffusion time."""
+        ...
+
+    def serves(self, timesteps: Tensor) -> Tensor:
+        """Whether a step that begins at each of ``timesteps`` (N,) is this network's; bool (N,) on the CPU."""
+        ...
+
+    @property
     def saved_dtype(self) -> torch.dtype: ...
 
     @property
@@ -109,6 +118,11 @@ class FamilyModel(Protocol):
     def config_entry(self) -> dict[str, Any]:
         """The transformer's config.json."""
         ...
+
+
+def serves_all(timesteps: Tensor) -> Tensor:
+    """`FamilyModel.serves` of a model with one network."""
+    return torch.ones(timesteps.shape, dtype=torch.bool)
 
 
 @contextmanager

@@ -29,16 +29,20 @@ from ..video import to_frames
 from .config import ModelConfig
 from .features import FeatureTap
 from .lora_files import wear
-from .model import Options, visiting
+from .model import Options, serves_all, visiting
 from .texts import Encode
 
 
 class OpenSoraPlanModel:
     """See `model.FamilyModel`."""
 
-    family = FAMILY
+    family, expert, serves = FAMILY, "", staticmethod(serves_all)
 
     def __init__(self, config: ModelConfig) -> None:
+        if config.expert:
+            raise ValueError(
+                f"model.expert is {quoted(config.expert)}, but Open-Sora-Plan has one network. Leave it out."
+            )
         self.folder = find_model(config.path, config.text_encoder or None)
         self.transformer_file = Path(config.transformer) if config.transformer else self.folder.transformer
         if config.dtype not in DTYPES:

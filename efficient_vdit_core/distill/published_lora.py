@@ -24,13 +24,16 @@ PREFIX = "transformer."
 DOWN, UP, BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
 
 
-def merge_published(folder: str | Path, lora: str | Path, target: str | Path, strength: float = 1.0) -> int:
+def merge_published(
+    folder: str | Path, lora: str | Path, target: str | Path, strength: float = 1.0, expert: str = ""
+) -> int:
     """Writes the transformer of ``folder`` (diffusers' layout) with ``strength`` times the file ``lora`` added, for
-    ``model.transformer`` of a recipe; returns how many of its tensors were changed.
+    ``model.transformer`` of a recipe; returns how many of its tensors were changed. ``expert``: high or low, of Wan 2.2's
+    two networks.
 
     Raises ValueError where a part of the LoRA fits nothing in the model, or is of a kind that diffusers leaves out.
     """
-    model = DiffusersModel(ModelConfig(path=str(folder), family="diffusers", dtype="bfloat16"))
+    model = DiffusersModel(ModelConfig(path=str(folder), family="diffusers", dtype="bfloat16", expert=expert))
     given, about = read_state_dict(lora)
     found = _in_diffusers_names(model.kind, given, Path(lora).name)
     if lost := _left_out(given, found):

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention.state import Override
 from ..limits.numbers import whole
 from ..plan import TilePlan
+from ..sampling.schedule import segment_edges
 from ..search import ProbeRecord, check_groups, check_target, make_probe_override, parse_candidates, plan_from_record
 from ..search.candidates import sparse_candidates
 from ..search.probe import ATTENTION
@@ -79,18 +80,14 @@ def search_plans(
         return files
     folder.mkdir(parents=True, exist_ok=True)
     texts = [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
-    record = probe(
-        config,
-        model,
-        module,
-        bank,
-        texts,
-        tuple(clips.latents[0].shape),
-        segments=segments,
-        steps=steps,
-        at_once=at_once,
-        device=device,
-    )
+    shape = tuple(clips.latents[0].shape)
+    grid = {"segments": segments, "steps": steps, "at_once": at_once, "device": device}
+    if model.expert:
+        clean = torch.stack([clips.latents[i % len(clips.captions)].float() for i in range(config.captions)])
+        record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), shape[1]))
+        observe_noised(make_probe_override(record), model, module, bank, texts, clean, seed=config.seed, **grid)
+    else:
+        record = probe(config, model, module, bank, texts, shape, **grid)
     about = {"segments": segments, "steps": steps, "captions": texts, "guidance": 1.0, "seed": config.seed}
     for name, (threshold, speedup) in names.items():
         plan: TilePlan = plan_from_record(record, layers=model.layers, family=model.family, heads=model.heads, threshold=threshold,
@@ -143,3 +140,33 @@ def observe(
         network = guided(lambda z, t, c: model.predict(module, z, t, c, options(z)), some, None, 1.0)
         start = noise[first : first + at_once].to(device)
         roll_down(network, model.path, model.prediction, start, segments=segments, steps=steps)
+
+
+@torch.no_grad()
+def observe_noised(
+    override: Override,
+    model: FamilyModel,
+    module: nn.Module,
+    bank: TextBank,
+    texts: list[str],
+    clean: Tensor,
+    *,
+    seed: int,
+    segments: int,
+    steps: int,
+    at_once: int,
+    device: torch.device,
+) -> None:
+    """Ask one of two networks, which cannot sample alone, about ``clean`` latents (n, C, T, h, w) with noise on top, at
+    each of its own steps, with this attention override looking on."""
+    options = model.options_with(override)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    times = segment_edges(segments, steps, start=model.path.start, clean=model.path.clean)[:-1]
+    times = times[model.serves(times)]
+    for first in range(0, len(texts), at_once):
+        some = slice(first, first + at_once)
+        condition = bank.batch(texts[some], device)
+        for time, a, s in zip(times, *(c.tolist() for c in model.path.coefficients(times)), strict=True):
+            z = (a * clean[some] + s * noise[some]).to(device)
+            now = model.path.network_time(time[None]).to(device).expand(len(z))
+            model.predict(module, z, now, condition, options(z))

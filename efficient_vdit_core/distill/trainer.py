@@ -130,10 +130,26 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
     prediction, or the plan was made for another model."""
     segment_edges(about.segments, about.steps, start=model.path.start, clean=model.path.clean)
     if config.method in ("consistency", "score"):
-        SegmentGrid(model.path, about.segments, config.objective.teacher_steps)
+        SegmentGrid(model.path, about.segments, config.objective.teacher_steps, serves=model.serves)
         check_pair(config.objective, model.prediction)
     if about.tile_plan is not None:
         model.check_plan(about.tile_plan)
+    if model.expert:
+        check_expert(config)
+
+
+def check_expert(config: DistillConfig) -> None:
+    """Raises ValueError for what one of two networks cannot do alone: sample."""
+    what = {
+        "method score, which samples": config.method == "score",
+        f'data.source "{config.data.source}", which samples': config.data.source == "teacher",
+        "training.samples_every, which samples": bool(config.training.samples_every),
+    }
+    for name in (name for name, asked in what.items() if asked):
+        raise ValueError(
+            f"model.expert asks for one of two networks, and {name} with both. Take data.source videos, samples_every 0, and "
+            "method consistency or knowledge."
+        )
 
 
 def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tuple[nn.Module, nn.Module | None]:
@@ -204,6 +220,7 @@ def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
     return DistillMetadata(
         method=config.method, segments=segments, steps=objective.steps or segments, schedule=model.path.describe(),
         prediction=model.prediction, guidance=guidance, plan=json.loads(plan.to_json()) if plan else None, version=__version__,
+        expert=model.expert,
     )  # fmt: skip
 
 
@@ -248,7 +265,13 @@ def make_objective(
 
     if config.method == "consistency":
         return ConsistencyLoss(
-            config.objective, model.path, model.prediction, teacher=guided, student=learn, alone=alone
+            config.objective,
+            model.path,
+            model.prediction,
+            teacher=guided,
+            student=learn,
+            alone=alone,
+            serves=model.serves,
         )
     if config.method == "score":
 
@@ -265,7 +288,9 @@ def make_objective(
             students_turn=lambda: config.objective.is_students_turn(step()), own_samples=config.data.source == "captions",
         )  # fmt: skip
     taps = {"student_tap": model.tap(bare), "teacher_tap": model.tap(bare if teacher is None else teacher)}
-    return KnowledgeLoss(config.objective, model.path, segments=about.segments, teacher=teach, student=learn, **taps)
+    return KnowledgeLoss(
+        config.objective, model.path, segments=about.segments, teacher=teach, student=learn, serves=model.serves, **taps
+    )
 
 
 @contextmanager

@@ -1,10 +1,14 @@
-"""The forecast of a training's memory, against what the training itself holds: every live byte, counted on the CPU."""
+"""The forecasts of a training's memory and work, against what the training itself holds and computes: every live byte and
+product, counted on the CPU."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from small_models import opensora_plan, wan
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from efficient_vdit_core.distill import memory_plan, trainer
 from efficient_vdit_core.distill.config import DistillConfig
@@ -14,6 +18,7 @@ from efficient_vdit_core.distill.memory_advice import advice
 from efficient_vdit_core.distill.memory_plan import count_numbers, plan_memory
 from efficient_vdit_core.distill.prepare import PreparedData
 from efficient_vdit_core.distill.texts import TextBank
+from efficient_vdit_core.distill.work_plan import plan_work
 from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
 from efficient_vdit_core.training import run
 
@@ -40,14 +45,19 @@ def stage(family, folder, method, batch=8, **model):
     return DistillConfig.from_dict(values)
 
 
-def measured(config, folder, monkeypatch):
-    """The peak of two real steps: weights are read from files, which no operation makes, so they are counted by hand."""
+def stand_in(monkeypatch):
+    """Random clips and texts, and nothing written."""
     words = {t: torch.randn(WORDS, 8) for t in ("a", "")}
     data = PreparedData(ClipSet(torch.randn(2, *LATENT), [("a",)] * 2), TextBank(words), "", torch.device("cpu"))
     monkeypatch.setattr(trainer, "prepare_data", lambda *args: data)
     monkeypatch.setattr(trainer, "check_data", lambda *args: None)
     monkeypatch.setattr(trainer, "export", lambda *args, **kwargs: None)
     monkeypatch.setattr(run, "write_checkpoint", lambda *args: None)
+
+
+def measured(config, folder, monkeypatch):
+    """The peak of two real steps: weights are read from files, which no operation makes, so they are counted by hand."""
+    stand_in(monkeypatch)
     make_pair = trainer.make_pair
 
     def counted(*args):
@@ -105,3 +115,24 @@ def test_numbers_are_counted_from_the_heads_of_files(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({}))
     assert count_numbers(tmp_path) == count_numbers(tmp_path / "a.safetensors") == 20
     assert count_numbers(tmp_path / "none") == 0
+
+
+@pytest.mark.parametrize("case", ["consistency", "guidance", "checkpoints", "lora", "knowledge", "score"])
+def test_the_work_is_what_a_training_computes(case, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    family, method, model = CASES.get(case, (opensora_plan, "consistency", {}))
+    if case == "score":
+        method, model = "score", {"train": "lora", "lora_rank": 4, "gradient_checkpointing": True}
+    config = stage(family, tmp_path, method, **model)
+    # Many sub-steps: at the last of each segment the student's own target is not asked for, which the plan leaves aside.
+    finer = {"teacher_steps": 64} if method != "knowledge" else {}
+    guided = {"guidance": 3.0} if case == "guidance" else {}
+    config = replace(
+        config, objective=replace(config.objective, **finer, **guided), training=replace(config.training, steps=5)
+    )
+    work = plan_work(config, WORDS)
+    assert work.examples == 5 * 8 and work.hours(1e-9) == pytest.approx(40 * work.flops / 3.6e6)
+    stand_in(monkeypatch)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        trainer.distill(config, tmp_path / "run")
+    assert work.examples * work.flops == pytest.approx(counter.get_total_flops(), rel=0.1)

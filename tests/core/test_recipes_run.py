@@ -4,11 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_models import cogvideox, wan, wan_5b
+from small_models import cogvideox, wan, wan_5b, wan_22
 
 from efficient_vdit_core.assets import recipe_path
 from efficient_vdit_core.cli import main
@@ -19,12 +20,15 @@ from efficient_vdit_core.distill.open_model import open_model
 from efficient_vdit_core.distill.published_lora import merge_published
 from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
+from efficient_vdit_core.video import write_video
 
 # Recipe -> model, the latents of its own clips, what comes out, and its stages.
 RECIPES = {
     "wan_1_3b": (wan, (21, 60, 104), 2, ("consistency", "knowledge")),
     "wan_ti2v_5b": (wan_5b, (31, 44, 80), 2, ("consistency", "knowledge")),
     "wan_1_3b_turbo": (wan, (21, 60, 104), 1, ("knowledge",)),
+    "wan22_14b": (wan_22, (21, 60, 104), 2, ("consistency", "knowledge")),
+    "wan22_14b_turbo": (wan_22, (21, 60, 104), 1, ("knowledge",)),
     "cogvideox_2b": (cogvideox, (13, 60, 90), 1, ("knowledge",)),
 }
 SMALL = {
@@ -35,10 +39,10 @@ SMALL = {
 }  # fmt: skip
 
 
-def published(folder, rank=2, seed=3):
+def published(folder, rank=2, seed=3, expert=""):
     """A LoRA for the tiny Wan in the names that ComfyUI's users have, with biases: each layer's change, and the file."""
     generator, lora, changes = torch.Generator().manual_seed(seed), {}, {}
-    state = open_model(ModelConfig(path=str(folder), family="diffusers")).load().state_dict()
+    state = open_model(ModelConfig(path=str(folder), family="diffusers", expert=expert)).load().state_dict()
     names = {f"{a}.{theirs}": f"{b}.{ours}" for a, b in (("attn1", "self_attn"), ("attn2", "cross_attn"))
              for theirs, ours in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))}  # fmt: skip
     names |= {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
@@ -55,9 +59,23 @@ def published(folder, rank=2, seed=3):
     return changes, folder / "published.safetensors"
 
 
-def turbo(folder, out):
+def turbo(folder, out, expert=""):
     file = out / "turbo.safetensors"
-    assert main(["convert", "lora", str(folder), str(file), "--lora", str(published(Path(folder))[1])]) == 0
+    which = ["--expert", expert] if expert else []
+    assert (
+        main(
+            [
+                "convert",
+                "lora",
+                str(folder),
+                str(file),
+                "--lora",
+                str(published(Path(folder), expert=expert)[1]),
+                *which,
+            ]
+        )
+        == 0
+    )
     return file
 
 
@@ -115,13 +133,32 @@ def test_a_lora_for_another_model_and_one_that_changes_norms_are_refused(tmp_pat
     assert "--lora is missing" in capsys.readouterr().err
 
 
+def videos(folder):
+    """Two clips with captions beside them."""
+    folder.mkdir()
+    for name, text in (("a", "a red cat"), ("b", "a blue dog")):
+        frames = np.random.default_rng(len(text)).integers(0, 255, (13, 64, 64, 3), dtype=np.uint8)
+        write_video(folder / f"{name}.mp4", frames, fps=24, metadata={})
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
 @pytest.fixture(params=RECIPES)
 def recipe(request):
     return request.param, read_toml(recipe_path(request.param))
 
 
-def test_every_stage_runs_on_a_tiny_model_of_that_class(recipe, tmp_path, monkeypatch):
-    name, values = recipe
+def encode_video(frames):
+    """Latents of 13 frames of 64 x 64 pixels."""
+    return torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(int(frames.sum())))
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    [(n, e) for n, (build, *_) in RECIPES.items() for e in (("high", "low") if build is wan_22 else ("",))],
+)
+def test_every_stage_runs_on_a_tiny_model_of_that_class(name, expert, tmp_path, monkeypatch):
+    values = read_toml(recipe_path(name))
     torch.manual_seed(0)
     build, _, files, stages = RECIPES[name]
     where, words = build(tmp_path), 512 if build is not cogvideox else 5
@@ -135,10 +172,14 @@ def test_every_stage_runs_on_a_tiny_model_of_that_class(recipe, tmp_path, monkey
     monkeypatch.setattr(DiffusersModel, "text_encoder", lambda *_: encode)
     captions = tmp_path / "captions.txt"
     captions.write_text("a red cat\na blue dog\n")
-    model = {"path": where.path, "device": "cpu", "dtype": "float32", "lora_rank": 2}
-    if name == "wan_1_3b_turbo":
-        model["transformer"] = str(turbo(where.path, tmp_path))
-    small = {**SMALL, "model": model, "data": {**SMALL["data"], "captions": str(captions)}}
+    model = {"path": where.path, "device": "cpu", "dtype": "float32", "lora_rank": 2, "expert": expert}
+    if name.endswith("_turbo"):
+        model["transformer"] = str(turbo(where.path, tmp_path, expert))
+    data = {**SMALL["data"], "captions": str(captions)}
+    if expert:  # which cannot sample alone
+        data |= {"source": "videos", "folder": str(videos(tmp_path / "videos"))}
+        monkeypatch.setattr(DiffusersModel, "video_encoder", lambda *_: encode_video)
+    small = {**SMALL, "model": model, "data": data}
     merged = {s: {**values.get(s, {}), **small.get(s, {})} for s in values.keys() | small.keys() if s != "order"}
     if len(stages) == 1:
         del merged["consistency_training"]
@@ -151,7 +192,7 @@ def test_every_stage_runs_on_a_tiny_model_of_that_class(recipe, tmp_path, monkey
         with safe_open(file, "pt") as opened:
             about.append(DistillMetadata.from_entries(opened.metadata()))
             assert len(opened.keys()) > 0
-    assert [a.method for a in about] == list(stages)
+    assert [a.method for a in about] == list(stages) and {a.expert for a in about} == {expert}
     assert about[-1].tile_plan is not None and about[-1].plan == json.loads(about[-1].tile_plan.to_json())
 
 

@@ -1,8 +1,10 @@
 """Small models with random weights of each family that is trained, written into a folder."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from efficient_vdit_core.distill.config import ModelConfig
 from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
@@ -37,6 +39,21 @@ def wan_5b(folder):
     (folder / "vae").mkdir()
     (folder / "vae" / "config.json").write_text(json.dumps({"scale_factor_spatial": 16, "scale_factor_temporal": 4}))
     return wan(folder, 48)
+
+
+def wan_22(folder):
+    """Wan 2.2's 14B has two networks."""
+    config = wan(folder)
+    kind = pytest.importorskip("diffusers").WanTransformer3DModel.from_pretrained(folder / "transformer")
+    for parameter in kind.parameters():
+        parameter.data += 0.05 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+        )
+    kind.save_pretrained(folder / "transformer_2")
+    (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.875}))
+    scheduler = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 5.0}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return replace(config, expert="high")
 
 
 def cogvideox(folder):
