@@ -103,7 +103,7 @@ class ScoreLoss:
         self.edges = segment_edges(config.segments, start=path.start, clean=path.clean)  # from noise to data
 
     def __call__(self, x: Tensor, condition: Any, generator: torch.Generator) -> StepLoss:
-        """``x`` (B, ...) float32 clean latents. Every call asks the student equally often, whoever learns."""
+        """``x`` (B, ...) float32 clean latents. In each turn the networks are asked equally often, whatever is drawn."""
         stops = self._rollout(torch.randn(x.shape, generator=generator).to(x), condition)
         segment = self._segments(len(x), generator)
         draw = self._draw(segment, generator, x)

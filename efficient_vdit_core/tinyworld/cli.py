@@ -22,7 +22,14 @@ def add_arguments(subparsers: Any) -> None:
         "--out", type=Path, default=Path("runs/tiny/model"), help="folder for the model, default: %(default)s"
     )
     parts = ("text_encoder", "vae", "transformer")
-    train.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    train.add_argument(
+        "--parts",
+        nargs="+",
+        default=parts,
+        choices=(*parts, "decoder"),
+        help="decoder: that of the VAE in --out, further, so that transformers of its latents stay; default: the other three",
+    )
+    train.add_argument("--decoder-steps", type=count(1, 10_000_000), default=9000, help="default: %(default)s")
     train.add_argument("--vae-steps", type=count(1, 10_000_000), default=9000, help="default: %(default)s")
     train.add_argument("--dit-steps", type=count(1, 10_000_000), default=8000, help="default: %(default)s")
     train.add_argument(
@@ -70,8 +77,20 @@ def _train(args: argparse.Namespace) -> int:
 
     parts = tuple(args.parts)
     try:
-        train(args.run_folder, args.out, parts=parts, vae_steps=args.vae_steps, dit_steps=args.dit_steps, clips=args.clips,
-              batch=args.batch, seed=args.seed, start=args.start, bf16=args.bf16, tensorboard=args.tensorboard)  # fmt: skip
+        train(
+            args.run_folder,
+            args.out,
+            parts=parts,
+            vae_steps=args.vae_steps,
+            decoder_steps=args.decoder_steps,
+            dit_steps=args.dit_steps,
+            clips=args.clips,
+            batch=args.batch,
+            seed=args.seed,
+            start=args.start,
+            bf16=args.bf16,
+            tensorboard=args.tensorboard,
+        )
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on from {args.run_folder}")
         return INTERRUPTED

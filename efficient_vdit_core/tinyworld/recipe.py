@@ -16,6 +16,7 @@ from ..models.opensora_plan.text import TextEncoder
 from ..models.opensora_plan.vae import CausalVAE
 from ..pipeline import LATENT_SCALE
 from .export import export_text_encoder, export_transformer, export_vae, standardise_latents
+from .train_decoder import train_decoder
 from .train_dit import cache_clips, train_dit
 from .train_text import train_sentencepiece, train_text_encoder
 from .train_vae import to_model_range, train_vae
@@ -30,6 +31,7 @@ def train(
     *,
     parts: tuple[str, ...] = PARTS,
     vae_steps: int = 9000,
+    decoder_steps: int = 9000,
     dit_steps: int = 8000,
     clips: int = 6144,
     batch: int = 32,
@@ -38,7 +40,8 @@ def train(
     bf16: bool = False,
     tensorboard: bool = False,
 ) -> None:
-    """Train ``parts`` in ``run`` and write them to ``out``; parts that are left out are taken from ``out``.
+    """Train ``parts`` in ``run`` and write them to ``out``; parts that are left out are taken from ``out``. ``decoder`` is
+    that of the VAE in ``out``, trained further.
 
     ``start``: a transformer to go on from in place of a new one. ``bf16``: the VAE is trained in bfloat16, its weights
     staying in float32; three to six times as fast on a CPU that multiplies bfloat16 (AVX-512 BF16, AMX), slower on others.
@@ -51,6 +54,12 @@ def train(
         vae = train_vae(run / "vae", steps=vae_steps, seed=seed, bf16=bf16, tensorboard=tensorboard)
         standardise_latents(vae, _sample_latents(vae), LATENT_SCALE)
         export_vae(vae, out / "vae")
+    if "decoder" in parts:
+        vae = load_vae(out / "vae", dtype=torch.float32)
+        export_vae(
+            train_decoder(run / "decoder", vae, steps=decoder_steps, seed=seed, bf16=bf16, tensorboard=tensorboard),
+            out / "vae",
+        )
     if "transformer" in parts:
         # Read back what was written: the transformer learns the latents of the very file that ships.
         vae, text = (

@@ -52,13 +52,20 @@ def train_vae(
 ) -> CausalVAE:
     """Train (or resume) in ``folder`` and return the VAE with averaged weights. ``bf16``: see `recipe.train`."""
     torch.manual_seed(seed)
-    vae = _with_flat_kernels()
+    vae = CausalVAE(TINY_VAE)
+    flatten_kernels(vae)
     run = TrainingRun(
-        vae, _optimizers(vae), folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard
+        vae,
+        make_optimizers(list(vae.parameters()), 1.0),
+        folder=folder,
+        steps=steps,
+        seed=seed,
+        ema_decay=0.998,
+        tensorboard=tensorboard,
     )
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        x = to_model_range(_clips(numpy_rng(generator), *_phase(run.step / steps)))
+        x = to_model_range(random_clips(numpy_rng(generator), *_phase(run.step / steps)))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             mean, logvar = (m.float() for m in vae.moments(x))
             out = vae.decode(_off(mean, logvar, generator)).float()
@@ -66,9 +73,9 @@ def train_vae(
         return picture_error(out, x) + KL_WEIGHT * kl
 
     def evaluate(ema: dict[str, Tensor]) -> str:
-        return describe_readback(_plain_vae(ema), clips=12)
+        return describe_readback(_averaged(ema), clips=12)
 
-    return _plain_vae(run.train(loss_of, evaluate=evaluate))
+    return _averaged(run.train(loss_of, evaluate=evaluate))
 
 
 def _off(mean: Tensor, logvar: Tensor, generator: torch.Generator) -> Tensor:
@@ -110,33 +117,39 @@ class _Kernel(nn.Module):
         return kernel.flatten(1)
 
 
-def _with_flat_kernels() -> CausalVAE:
-    vae = CausalVAE(TINY_VAE)
+def flatten_kernels(vae: CausalVAE) -> None:
+    """Keep the kernels of all convolutions as matrices, in place."""
     for module in _convolutions(vae):
         parametrize.register_parametrization(module, "weight", _Kernel(module.weight.shape))
-    return vae
 
 
-def _plain_vae(state: dict[str, Tensor]) -> CausalVAE:
-    vae = _with_flat_kernels()
-    vae.load_state_dict(state)
+def plain_kernels(vae: CausalVAE) -> CausalVAE:
+    """The VAE, in place, with kernels as they were, ready for inference."""
     for module in _convolutions(vae):
         parametrize.remove_parametrizations(module, "weight")
     return vae.eval()
+
+
+def _averaged(state: dict[str, Tensor]) -> CausalVAE:
+    vae = CausalVAE(TINY_VAE)
+    flatten_kernels(vae)
+    vae.load_state_dict(state)
+    return plain_kernels(vae)
 
 
 def _convolutions(vae: CausalVAE) -> list[nn.Conv2d | nn.Conv3d]:
     return [m for m in vae.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
 
 
-def _optimizers(vae: CausalVAE) -> list[torch.optim.Optimizer]:
-    """Muon for the kernels, AdamW for the rest: a still reaches in 200 steps what AdamW alone needs 400 for."""
-    kernels = [p for p in vae.parameters() if p.ndim == 2 and min(p.shape) >= 8]
+def make_optimizers(trained: list[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the kernels, AdamW for the rest: a still reaches in 200 steps what AdamW alone needs 400 for. ``rate`` is
+    relative to that of a new VAE."""
+    kernels = [p for p in trained if p.ndim == 2 and min(p.shape) >= 8]
     chosen = {id(p) for p in kernels}
-    rest = [p for p in vae.parameters() if id(p) not in chosen]
+    rest = [p for p in trained if id(p) not in chosen]
     return [
-        torch.optim.Muon(kernels, lr=4e-3, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0),
+        torch.optim.Muon(kernels, lr=4e-3 * rate, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=2e-3 * rate, betas=(0.9, 0.99), weight_decay=0.0),
     ]
 
 
@@ -149,7 +162,7 @@ def _phase(progress: float) -> tuple[int, int]:
     return batch, frames
 
 
-def _clips(rng: np.random.Generator, count: int, frames: int) -> np.ndarray:
+def random_clips(rng: np.random.Generator, count: int, frames: int) -> np.ndarray:
     """Pieces (count, frames, H, W, 3) that start anywhere in a clip."""
     starts = rng.integers(0, FRAMES - frames + 1, size=count)
     return np.stack([render(random_scene(rng), first=int(start), frames=frames) for start in starts])

@@ -2,11 +2,13 @@ import numpy as np
 import pytest
 import torch
 
+from efficient_vdit_core.models.opensora_plan.config import VAEConfig
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
 from efficient_vdit_core.tinyworld.export import standardise_latents
+from efficient_vdit_core.tinyworld.train_decoder import train_decoder
 from efficient_vdit_core.tinyworld.train_dit import cache_clips, is_held_out
 from efficient_vdit_core.tinyworld.train_text import VOCABULARY, Captions, train_sentencepiece
-from efficient_vdit_core.tinyworld.train_vae import TINY_VAE
+from efficient_vdit_core.tinyworld.train_vae import TINY_VAE, picture_error
 from efficient_vdit_core.tinyworld.world import (
     ATTRIBUTES,
     DIRECTIONS,
@@ -113,6 +115,31 @@ def test_cached_latents_are_those_of_the_captions_beside_them(tmp_path):
     for value in vae.parameters():
         value.mul_(1.01)
     assert not torch.equal(cache_clips(vae, 1, tmp_path, seed=1).latents, first.latents)
+
+
+def test_a_decoder_trained_further_keeps_the_encoder_and_every_latent(tmp_path):
+    torch.manual_seed(0)
+    small = VAEConfig(hidden_size=8, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1, norm_num_groups=1)
+    vae = CausalVAE(small)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    after = train_decoder(tmp_path, vae, steps=1).state_dict()
+    assert after.keys() == before.keys()
+    changed = {name.split(".")[0] for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_the_pictures_error_counts_hue_slopes_and_motion():
+    x = torch.zeros(1, 3, 4, 8, 8)
+    x[..., 2:5, 2:5] = 0.5
+    assert float(picture_error(x, x)) == 0.0
+    gray, hue = torch.full_like(x, 0.1), torch.zeros_like(x)
+    hue[:, 0], hue[:, 1] = 0.1, -0.1
+    assert float(picture_error(x + hue, x)) > 1.2 * float(picture_error(x + gray, x)), "of a smaller error"
+    flickering, still = x + gray * torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None], x + gray
+    assert float(picture_error(flickering, x)) > float(picture_error(still, x))
+    stripes = x + gray * torch.tensor([1.0, -1.0] * 4)
+    assert float(picture_error(stripes, x)) > float(picture_error(still, x))
+    assert float(picture_error(still[:, :, :1], x[:, :, :1])) > 0, "stills have no motion"
 
 
 def test_a_failing_evaluation_loses_no_step(tmp_path):

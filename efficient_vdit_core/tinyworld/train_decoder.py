@@ -1,0 +1,76 @@
+"""The VAE's decoder alone, trained further on whole clips from latents that are off as a sampler's are. The encoder stays,
+and with it every latent that a transformer was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..models.opensora_plan.vae import CausalVAE
+from ..training import TrainingRun
+from .train_vae import (
+    describe_readback,
+    flatten_kernels,
+    make_optimizers,
+    numpy_rng,
+    picture_error,
+    plain_kernels,
+    random_clips,
+    to_model_range,
+)
+from .world import FRAMES
+
+# Of what is added to a latent, relative to the latents' own deviation: drawn for each clip from 0 to this.
+MAX_NOISE = 0.3
+
+
+def train_decoder(
+    folder: Path,
+    vae: CausalVAE,
+    *,
+    steps: int = 10_000,
+    seed: int = 0,
+    bf16: bool = False,
+    tensorboard: bool = False,
+) -> CausalVAE:
+    """Train (or resume) in ``folder`` from ``vae`` on; returns the VAE with its decoder's averaged weights. ``bf16``: see
+    `recipe.train`."""
+    torch.manual_seed(seed)
+    flatten_kernels(vae)
+    vae.requires_grad_(False)
+    for part in (vae.decoder, vae.post_quant_conv):
+        part.requires_grad_(True)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    run = TrainingRun(
+        vae,
+        make_optimizers(trained, 0.5),
+        folder=folder,
+        steps=steps,
+        seed=seed,
+        ema_decay=0.998,
+        tensorboard=tensorboard,
+    )
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        x = to_model_range(random_clips(numpy_rng(generator), 1, FRAMES))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                z = vae.encode(x).float()
+            share = MAX_NOISE * torch.rand((), generator=generator)
+            out = vae.decode(z + share * z.std() * torch.randn(z.shape, generator=generator)).float()
+        return picture_error(out, x)
+
+    def evaluate(ema: dict[str, Tensor]) -> str:
+        return describe_readback(_whole(vae, ema), clips=12)
+
+    return _whole(vae, run.train(loss_of, evaluate=evaluate, save_every=250, evaluate_every=2000))
+
+
+def _whole(vae: CausalVAE, trained: dict[str, Tensor]) -> CausalVAE:
+    """A plain copy with the weights that were trained."""
+    copy = CausalVAE(vae.config)
+    flatten_kernels(copy)
+    copy.load_state_dict({**vae.state_dict(), **trained})
+    return plain_kernels(copy)
