@@ -58,7 +58,7 @@ def train_with_score(
         student=student,
         fake=fake,
         teacher=lambda z, time, condition, guidance: (teacher(z, time),) * 2,
-        students_turn=lambda: config.is_students_turn(step),
+        students_step=lambda: config.students_step(step),
     )
     optimizers = [torch.optim.Adam(net.parameters(), lr=shape.rate / 2, betas=(0.5, 0.99)) for net in (fake, student)]
     turns = (steps * config.fake_steps, steps)

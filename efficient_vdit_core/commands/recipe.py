@@ -93,7 +93,8 @@ def _say_memory(stages: Any, size: int) -> int:
     all_fit = True
     for stage in stages.planned():
         check_training(stage)
-        plan = plan_memory(stage)
+        worn = stages.wears(stage)
+        plan = plan_memory(stage, worn=worn)
         fit = fits(plan, size)
         say(f"{stage.method}: {gib(plan.peak())}, {'fits' if fit else 'does not fit'} into {gib(size)}")
         say(f"  {_work(plan_work(stage))}")
@@ -102,7 +103,7 @@ def _say_memory(stages: Any, size: int) -> int:
                 say(f"  {name:<24} {gib(held):>12}")
         if plan.host:
             say(f"  {'in the host memory':<24} {gib(plan.host):>12}")
-        for line in () if fit else advice(stage, size):
+        for line in () if fit else advice(stage, size, worn):
             say(f"  {line}")
         all_fit = all_fit and fit
     return 0 if all_fit else 1
@@ -110,7 +111,7 @@ def _say_memory(stages: Any, size: int) -> int:
 
 def _work(work: WorkPlan) -> str:
     size = f"{work.flops / 1e12:,.{1 if work.flops < 1e13 else 0}f} TFLOP"
-    return f"{work.examples:,} examples of {size}: {work.hours(TFLOPS):,.1f} hours at {TFLOPS} TFLOP/s, about what an H100 reaches"
+    return f"{work.examples:,} examples of {size}: {work.hours(TFLOPS):,.1f} hours at {TFLOPS} TFLOP/s, what an H100 reaches in bf16"
 
 
 def gpu_bytes(text: str) -> int:

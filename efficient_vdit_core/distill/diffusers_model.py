@@ -245,7 +245,7 @@ def _boundary(folder: Path, expert: str) -> float:
     two = (folder / LOW).is_dir()
     if two != bool(expert):
         found = "two networks, each a training of its own" if two else "one network"
-        advice = "Set it to high, then to low." if two else "Leave it out."
+        advice = "Set it (evdit convert lora: --expert) to high, then to low." if two else "Leave it out."
         raise ValueError(f"{named(folder.name)} holds {found}, but model.expert is {quoted(expert)}. {advice}")
     return float(_json(folder / "model_index.json").get("boundary_ratio") or WAN_BOUNDARY) if two else 0.0
 

@@ -64,4 +64,6 @@ def _refuse_no_number(state: dict[str, Tensor]) -> None:
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    """In ``dtype``, but for the LoRAs' alphas, which would change their strength."""
+    cast = {name for name, value in state.items() if value.is_floating_point() and not name.endswith(".alpha")}
+    return {name: value.to(dtype) if name in cast else value for name, value in state.items()}

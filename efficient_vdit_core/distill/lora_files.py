@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def start_from(module: nn.Module, file: Path, comfy_name: Rename = str) -> None:
     for name, layer in adapted(module).items():
         own, scale = layer.part(STUDENT), layer.scales[STUDENT]
         down, up, given_scale = found.get(name, (None, None, 0.0))
-        if down is None or up is None or (down.shape, up.shape, given_scale) != (own[0].shape, own[1].shape, scale):
+        alike = math.isclose(given_scale, scale, rel_tol=1e-2)  # older files hold alpha in the weights' precision
+        if down is None or up is None or not alike or (down.shape, up.shape) != (own[0].shape, own[1].shape):
             raise ValueError(
                 f"{named(file.name)} does not fit layer {name}, which wants rank {len(own[0])} and alpha "
                 f"{scale * len(own[0]):g} as model.lora_rank and lora_alpha say. Set these to the LoRA's, or choose another."

@@ -18,22 +18,22 @@ def fits(plan: MemoryPlan, size: int, gpus: int = 1) -> bool:
     return plan.peak(gpus) <= ROOM * size
 
 
-def advice(stage: DistillConfig, size: int) -> Iterator[str]:
+def advice(stage: DistillConfig, size: int, worn: int = 0) -> Iterator[str]:
     """Changes and the peak that follows, each on top of those before it, until it fits; then how many GPUs would do
-    without them, or what is left where nothing does."""
-    before = plan_memory(stage).before
+    without them, or what is left where nothing does. ``worn`` as of `plan_memory`."""
+    before = plan_memory(stage, worn=worn).before
     largest = max(before, key=lambda name: before[name])
     if before[largest] > ROOM * size:
         yield f"the {largest} alone takes {gib(before[largest])}: fill data.cache on a larger GPU, where it runs once"
         return
     helped = False
     for text, changed in _changes(stage):
-        plan = plan_memory(changed)
+        plan = plan_memory(changed, worn=worn)
         helped = fits(plan, size)
         yield f"{text}: {gib(plan.peak())}{', fits' if helped else ''}"
         if helped:
             break
-    shared = plan_memory(_for_sharding(stage))
+    shared = plan_memory(_for_sharding(stage), worn=worn)
     gpus = next((n for n in GPUS if fits(shared, size, n)), 0)
     if gpus:
         yield f"or {gpus} GPUs under FSDP2 with gradient_checkpointing and adamw: {gib(shared.peak(gpus))} on each, fits"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .config import DistillConfig
 from .features import LayerLosses, relative_square
 from .live_bytes import LiveBytes, size_of
-from .lora import FAKE, STUDENT, add_lora
+from .lora import FAKE, STUDENT, adaptable, add_lora
 from .model import FamilyModel
 from .open_model import open_model
 
@@ -50,15 +50,15 @@ class MemoryPlan:
         return max(self.step(gpus), *self.before.values())
 
 
-def plan_memory(stage: DistillConfig, words: int = 0) -> MemoryPlan:
-    """The memory of one stage's training. ``words``: tokens of the longest caption, 0 for the most that the model
-    takes."""
+def plan_memory(stage: DistillConfig, words: int = 0, worn: int = 0) -> MemoryPlan:
+    """The memory of one stage's training. ``words``: tokens of the longest caption, 0 for the most that the model takes.
+    ``worn``: how many LoRAs of earlier stages, which do not exist yet, it will have beside its weights."""
     model, t = open_model(stage.model), stage.training
-    student = meta_student(stage, model)
+    student = meta_student(stage, model, worn)
     trained = [p for p in student.parameters() if p.requires_grad]
     numbers = sum(p.numel() for p in trained)
     gradients, weights = size_of(trained), size_of([*student.parameters(), *student.buffers()])
-    moving, host = _one_step(stage, model, words)
+    moving, host = _one_step(stage, model, words, worn)
     if t.optimizer == "adamw":  # its step takes a root of every second moment at once
         moving = max(moving, gradients + 4 * numbers)
     held = {
@@ -74,21 +74,25 @@ def plan_memory(stage: DistillConfig, words: int = 0) -> MemoryPlan:
     return MemoryPlan(held, before, host)
 
 
-def meta_student(stage: DistillConfig, model: FamilyModel) -> nn.Module:
-    """The student of a stage on the meta device."""
-    student = model.skeleton().requires_grad_(True)
+def meta_student(stage: DistillConfig, model: FamilyModel, worn: int = 0) -> nn.Module:
+    """The student of a stage on the meta device; ``worn`` as of `plan_memory`."""
+    student, rank = model.skeleton().requires_grad_(True), stage.model.lora_rank
     if stage.model.train == "lora":
         learners = (STUDENT, FAKE) if stage.method == "score" else (STUDENT,)
-        add_lora(student, stage.model.lora_rank, stage.model.lora_alpha or None, learners=learners)
+        for name in add_lora(student, rank, stage.model.lora_alpha or None, learners=learners):
+            layer = adaptable(student, name)
+            down, up = layer.part(STUDENT)
+            for _ in range(worn):
+                layer.wear(torch.empty_like(down), torch.empty_like(up), 1.0)
     if stage.model.gradient_checkpointing:
         model.checkpoint_blocks(student)
     return student
 
 
-def _one_step(stage: DistillConfig, model: FamilyModel, words: int) -> tuple[int, int]:
+def _one_step(stage: DistillConfig, model: FamilyModel, words: int, worn: int) -> tuple[int, int]:
     """Most bytes of activations and gradients that live at once, and the bytes of the features on the host."""
     t = stage.training
-    student = meta_student(stage, model)
+    student = meta_student(stage, model, worn)
     trained = [p for p in student.parameters() if p.requires_grad]
     gradients = size_of(trained)
     if t.precision == "bf16":
@@ -127,9 +131,12 @@ def _backward(
         wanted = model.predict(student, z, time, condition, options(z)).float()
     with ExitStack() as listening:
         listening.enter_context(model.tap(student).open(layers.compare, names))
-        out = model.predict(student, z, time, condition, options(z)).float()
-        total = relative_square(out, wanted) + sum(layers.mean(name) for name in names)
-        total.backward()
+        # The student's turn of score distillation asks it twice, once for each loss.
+        outs = [
+            model.predict(student, z, time, condition, options(z)).float() for _ in range(1 + (stage.method == "score"))
+        ]
+        total = sum(relative_square(out, wanted) for out in outs) + sum(layers.mean(name) for name in names)
+        total.backward()  # pyright: ignore[reportAttributeAccessIssue]
     layers.losses.clear()
 
 

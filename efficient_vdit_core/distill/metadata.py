@@ -20,7 +20,7 @@ _KINDS = {"method": str, "schedule": dict, "prediction": str, "version": str, "e
 
 @dataclass(frozen=True)
 class DistillMetadata:
-    """method: consistency or knowledge. segments: of diffusion time; steps: the sampler's. schedule, prediction: of the
+    """method: consistency, knowledge or score. segments: of diffusion time; steps: the sampler's. schedule, prediction: of the
     model.
     guidance: the teacher's, now inside the weights, so that the sampler's must be 1. plan: the tile plan's JSON, or
     None. expert: high or low, which of two networks it is, or nothing.

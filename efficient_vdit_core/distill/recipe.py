@@ -29,7 +29,7 @@ from .open_model import open_model
 from .optimizers import check_optimizer
 from .prepare import check_data, prepare_data
 from .search_stage import SearchConfig, search_plans
-from .trainer import check_objective, check_training, describe, distill
+from .trainer import check_loras, check_objective, check_training, describe, distill
 
 BASE_NEGATIVE_SHARE = 0.1
 ANY_PLAN = "full"  # in a check, for a plan that is searched later
@@ -68,6 +68,10 @@ class RecipeConfig:
             order=order, **{name: read_section(kind, values.get(name, {}), name) for name, kind in sections.items()}
         )
         precisions = recipe.consistency_training.precision, recipe.knowledge_training.precision
+        if order == "merge" and recipe.model.loras:
+            raise ValueError(
+                'order is "merge", which adds results to the model\'s own weights, but model.loras lie beside these. Take another order.'
+            )
         if order != "knowledge-only" and precisions[0] != precisions[1]:  # accelerate keeps one for the whole process
             raise ValueError(
                 f"The trainings' precisions are {' and '.join(precisions)}, expected the same. Correct the recipe."
@@ -113,6 +117,7 @@ class ThreeStages:
         for stage in self.planned():
             check_training(stage)
             check_objective(stage, model, describe(stage, model))
+            check_loras(stage, model)
             check_optimizer(stage.training)
             check_data(stage, model)
 
@@ -127,6 +132,11 @@ class ThreeStages:
             self._stage("knowledge", replace(knowledge, plan=ANY_PLAN), c.knowledge_training, ""),
         ]
         return stages[1:] if c.order == "knowledge-only" else stages
+
+    def wears(self, stage: DistillConfig) -> int:
+        """How many LoRAs of earlier stages a planned stage will have beside its weights."""
+        second = {"consistency-first": "knowledge", "knowledge-first": "consistency"}.get(self.config.order)
+        return int(self.config.model.train == "lora" and stage.method == second)
 
     def _of_base(self, objective: KnowledgeConfig) -> KnowledgeConfig:
         """For a teacher that is to be distilled later: the student learns at all of stage 1's times."""

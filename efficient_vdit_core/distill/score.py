@@ -56,9 +56,15 @@ class ScoreConfig(ConsistencyConfig):
         number(self.score_weight, "score_weight", 0, 1000, why="Correct the configuration.")
         whole(self.fake_steps, "fake_steps", 1, 100, "Correct the configuration.")
 
+    def students_step(self, step: int) -> int:
+        """Which of its own steps, counted from 1, the student takes at the run's step, counted from 0; 0 where the fake
+        score learns."""
+        turns, rest = divmod(step + 1, self.fake_steps + 1)
+        return 0 if rest else turns
+
     def is_students_turn(self, step: int) -> bool:
-        """Whether the student learns at the run's step, counted from 0, or the fake score."""
-        return step % (self.fake_steps + 1) == self.fake_steps
+        """Whether the student learns at the run's step."""
+        return self.students_step(step) > 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class ScoreLoss:
     Args:
         student, fake: raw outputs; each is asked with gradient in its own turn alone.
         teacher: gives the guided and the unguided output.
-        students_turn: whose turn it is.
+        students_step: which of its own steps the student takes now, 0 where the fake score learns.
         own_samples: the consistency loss learns from the student's own clips; ``x`` only gives their size.
     """
 
@@ -92,13 +98,13 @@ class ScoreLoss:
         student: Predict,
         fake: Predict,
         teacher: Teacher,
-        students_turn: Callable[[], bool],
+        students_step: Callable[[], int],
         own_samples: bool = False,
         alone: bool = True,
     ) -> None:
         self.config, self.path, self.prediction = config, path, prediction
         self.student, self.fake, self.teacher = student, fake, teacher
-        self.students_turn, self.own_samples = students_turn, own_samples
+        self.students_step, self.own_samples = students_step, own_samples
         self.consistency = ConsistencyLoss(config, path, prediction, student=student, teacher=teacher, alone=alone)
         self.edges = segment_edges(config.segments, start=path.start, clean=path.clean)  # from noise to data
 
@@ -110,13 +116,14 @@ class ScoreLoss:
         extra = torch.randn(x.shape, generator=generator).to(x)
         rows = torch.arange(len(x), device=x.device)
         begin, end = stops[segment.to(x.device), rows], stops[segment.to(x.device) + 1, rows]
-        if not self.students_turn():
+        number = self.students_step()
+        if not number:
             loss = self._fakes_error(end, extra, draw, condition)
-            return StepLoss(loss, {"fake score": loss})
+            return StepLoss(loss, {"fake score": loss}, averaged=0)
         result = self.consistency(stops[-1] if self.own_samples else x, condition, generator)
         score = self._towards_teacher(begin, end, segment, extra, draw, condition, generator)
         parts = {**result.parts, "consistency": result.total, "score": score}
-        return StepLoss(result.total + self.config.score_weight * score, parts)
+        return StepLoss(result.total + self.config.score_weight * score, parts, averaged=number)
 
     def _rollout(self, noise: Tensor, condition: Any) -> Tensor:
         """The student's samples (segments + 1, B, ...) at all edges, the noise first."""

@@ -55,6 +55,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     about = describe(config, model)
     check_objective(config, model, about)
     check_optimizer(config.training, sharded=is_sharding(accelerator))
+    check_loras(config, model)
     if not (folder / CONFIG).is_file():
         check_data(config, model)
     with accelerator.main_process_first():
@@ -116,7 +117,7 @@ def check_training(config: DistillConfig) -> None:
     if wanted.loras and wanted.train != "lora":
         raise ValueError(
             "model.loras are kept beside the weights of a model that a LoRA is trained for, but model.train is "
-            f"{quoted(wanted.train)}. Set it to lora, or merge them (evdit convert lora)."
+            f"{quoted(wanted.train)}. Set it to lora, or name weights that hold them."
         )
     if config.method == "score" and wanted.train != "lora":
         raise ValueError(
@@ -128,7 +129,12 @@ def check_training(config: DistillConfig) -> None:
 def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMetadata) -> None:
     """Raises ValueError where the model's schedule has no room for the steps, the loss's weight suits another
     prediction, or the plan was made for another model."""
-    segment_edges(about.segments, about.steps, start=model.path.start, clean=model.path.clean)
+    edges = segment_edges(about.segments, about.steps, start=model.path.start, clean=model.path.clean)
+    if not model.serves(edges[:-1]).any():
+        raise ValueError(
+            f"None of the {about.steps} steps begins where the {model.expert} network is asked. Raise segments or steps, or train "
+            "the other."
+        )
     if config.method in ("consistency", "score"):
         SegmentGrid(model.path, about.segments, config.objective.teacher_steps, serves=model.serves)
         check_pair(config.objective, model.prediction)
@@ -136,6 +142,20 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
         model.check_plan(about.tile_plan)
     if model.expert:
         check_expert(config)
+
+
+def check_loras(config: DistillConfig, model: FamilyModel) -> None:
+    """Raises ValueError where a LoRA that is worn, or gone on from, is missing or another model's."""
+    wanted = config.model
+    for file in filter(None, (*wanted.loras, wanted.init)):
+        if not Path(file).exists():
+            raise ValueError(f"{quoted(file, 120)} does not exist. Check model.loras and model.init.")
+    if not wanted.loras and not (wanted.init and wanted.train == "lora"):
+        return
+    student = model.skeleton()  # it wears them
+    if wanted.init:
+        add_lora(student, wanted.lora_rank, wanted.lora_alpha or None)
+        start_from(student, Path(wanted.init), model.comfy_name)
 
 
 def check_expert(config: DistillConfig) -> None:
@@ -285,7 +305,7 @@ def make_objective(
 
         return ScoreLoss(
             config.objective, model.path, model.prediction, teacher=guided, student=own, fake=fake, alone=alone,
-            students_turn=lambda: config.objective.is_students_turn(step()), own_samples=config.data.source == "captions",
+            students_step=lambda: config.objective.students_step(step()), own_samples=config.data.source == "captions",
         )  # fmt: skip
     taps = {"student_tap": model.tap(bare), "teacher_tap": model.tap(bare if teacher is None else teacher)}
     return KnowledgeLoss(

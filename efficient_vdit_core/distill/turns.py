@@ -30,11 +30,12 @@ class Turns:
         self.optimizers = {STUDENT: range(optimizers), FAKE: range(optimizers, 2 * optimizers)}
 
     def __call__(self, x: Tensor, condition: Any, generator: torch.Generator) -> StepLoss:
-        learner, idle = (STUDENT, FAKE) if self.loss.students_turn() else (FAKE, STUDENT)
+        learner, idle = (STUDENT, FAKE) if self.loss.students_step() else (FAKE, STUDENT)
         let_count(self.bare, learner)
         result = self.loss(x, condition, generator)
         total = result.total + self._nothing(idle) if self.data_parallel else result.total
-        return StepLoss(total, result.parts, lambda: let_count(self.bare, STUDENT), self.optimizers[learner])
+        release = lambda: let_count(self.bare, STUDENT)  # noqa: E731
+        return StepLoss(total, result.parts, release, self.optimizers[learner], result.averaged)
 
     def _nothing(self, learner: str) -> Tensor:
         weights = [p for name, p in self.bare.named_parameters() if is_of(learner, name)]

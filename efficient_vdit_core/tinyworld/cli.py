@@ -49,7 +49,7 @@ def add_arguments(subparsers: Any) -> None:
     train.set_defaults(run=_train)
 
     judge = subparsers.add_parser(
-        "eval", help="share of caption attributes that generated clips show, judged from pixels"
+        "eval", help="share of generated clips that are all right by their captions, judged from pixels"
     )
     judge.add_argument("--model", default="tiny", help="tiny or a folder, default: %(default)s")
     judge.add_argument(

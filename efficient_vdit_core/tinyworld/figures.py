@@ -25,14 +25,15 @@ def figures_of(clips: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str
     verdicts = [reading.verdict(scene) for reading, scene in zip(readings, scenes, strict=True)]
     right = np.array([all(verdict.values()) for verdict in verdicts], dtype=float)
     captions = [scene.caption() for scene in scenes]
-    seen = [(r, s) for r, s in zip(readings, scenes, strict=True) if r.shape is not None]
+    off_track = _finite([reading.off_track(scene) for reading, scene in zip(readings, scenes, strict=True)])
+    motions = _finite([_motion(reading) for reading in readings])
     return {
         "all_right": float(right.mean()),
         "all_right_interval": interval(right, captions),
         "columns": {name: float(np.mean([verdict[name] for verdict in verdicts])) for name in COLUMNS},
         **{name: float(np.mean([getattr(r, name) for r in readings])) for name in ("overlap", "stain", "swelling", "flicker")},
-        "off_track": float(np.median([r.off_track(s) for r, s in seen])) if seen else None,
-        "motion": float(np.mean([_motion(r) for r, _ in seen])) if seen else 0.0,
+        "off_track": float(np.median(off_track)) if len(off_track) else None,
+        "motion": float(np.mean(motions)) if len(motions) else 0.0,
         "diversity": start_spread(readings, captions),
         "clips": len(readings),
     }  # fmt: skip
@@ -62,4 +63,9 @@ def start_spread(readings: Sequence[Reading], captions: Sequence[str]) -> float:
 
 
 def _motion(reading: Reading) -> float:
-    return float(np.nanmean(np.linalg.norm(np.diff(reading.track, axis=0), axis=1)))
+    steps = _finite(np.linalg.norm(np.diff(reading.track, axis=0), axis=1))
+    return float(np.mean(steps)) if len(steps) else float("nan")
+
+
+def _finite(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    return np.asarray([value for value in values if np.isfinite(value)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .fit import CONTRAST, Fits, fit_clip
+from .fit import Fits, fit_clip
 from .world import BACKGROUNDS, COLORS, DIRECTIONS, FIRST_BOUNCE, SHAPES, SPEEDS, Scene, coverage, signed_distance
 
 # What a clip is judged by; it is *all right* where none fails.
@@ -23,7 +23,7 @@ STAINED = 0.03
 SWELLING, FLICKER = 0.05, 6.0
 # A stain is a hue that lies this far from the way between background and colour, or, further than some pixels from the
 # outline, which may be blurred, a brightness that is this far off (RGB 0..255).
-_HUE, _BRIGHTNESS, _EDGE = 40.0, CONTRAST, 4.0
+_HUE, _BRIGHTNESS, _EDGE = 25.0, 30.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,13 @@ class Reading:
     flicker: float = 0.0
 
     def off_track(self, scene: Scene) -> float:
-        """Root mean square distance in pixels from the way that the caption names, begun where the clip begins."""
-        if self.shape is None:
+        """Root mean square distance in pixels from the way that the caption names, begun where the clip begins; infinite
+        where that shows no shape."""
+        first = np.arange(min(FIRST_BOUNCE // 2, len(self.track)))
+        if not np.isfinite(self.track[first]).any():
             return float("inf")
         velocity = np.array(DIRECTIONS[scene.direction]) * SPEEDS[scene.speed]
-        first = np.arange(FIRST_BOUNCE // 2)
-        start = np.nanmedian(self.track[first] - first[: len(self.track), None] * velocity, axis=0)
+        start = np.nanmedian(self.track[first] - first[:, None] * velocity, axis=0)
         asked = replace(scene, start=(float(start[0]), float(start[1])), radius=float(np.nanmedian(self.radius)))
         apart = np.square(self.track - asked.centers(len(self.track))).sum(axis=1)
         return float(np.sqrt(np.nanmean(apart)))
@@ -126,7 +127,8 @@ def _direction(track: np.ndarray) -> str:
 
 def _speed(track: np.ndarray) -> str:
     # The median step is blind to a bounce.
-    step = float(np.nanmedian(np.abs(np.diff(track, axis=0)).max(axis=1)))
+    steps = np.abs(np.diff(track, axis=0)).max(axis=1)
+    step = float(np.median(steps[np.isfinite(steps)])) if np.isfinite(steps).any() else 0.0
     return min(SPEEDS, key=lambda name: abs(SPEEDS[name] - step))
 
 
@@ -145,7 +147,7 @@ def _stain(clip: np.ndarray, fits: Fits, best: np.ndarray) -> float:
         way = fits.color[i] - fits.background[i]
         drawn = coverage(shape, place, clip.shape[1])[0]
         error = clip[i].astype(np.float32) - (fits.background[i] + drawn[..., None] * way)
-        along = error @ way / np.linalg.norm(way)
+        along = error @ way / max(float(np.linalg.norm(way)), 1.0)
         across = np.sqrt(np.maximum(np.square(error).sum(axis=-1) - np.square(along), 0.0))
         far = np.abs(signed_distance(shape, place, clip.shape[1])[0]) > _EDGE
         shares.append(((across > _HUE) | (far & (np.abs(along) > _BRIGHTNESS))).sum() / max(drawn.sum(), 1.0))

@@ -6,6 +6,7 @@ same command.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,13 @@ def train(
         export_vae(vae, out / "vae")
     if "decoder" in parts:
         vae = load_vae(out / "vae", dtype=torch.float32)
+        stamp = hashlib.sha256(b"".join(v.numpy().tobytes() for v in vae.encoder.state_dict().values())).hexdigest()[
+            :16
+        ]
         export_vae(
-            train_decoder(run / "decoder", vae, steps=decoder_steps, seed=seed, bf16=bf16, tensorboard=tensorboard),
+            train_decoder(
+                run / f"decoder-{stamp}", vae, steps=decoder_steps, seed=seed, bf16=bf16, tensorboard=tensorboard
+            ),
             out / "vae",
         )
     if "transformer" in parts:

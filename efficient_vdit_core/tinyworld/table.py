@@ -188,8 +188,14 @@ class TinyTable:
         return figures
 
     def bounds(self) -> list[dict[str, Any]]:
-        """The rows of clips that no model made, see `Judge.bounds`."""
-        return [{"row": name, "seed": self.seed, **found} for name, found in self.judge().bounds().items()]
+        """The rows of clips that no model made, see `Judge.bounds`; from their file where that stands."""
+        file = self.folder / "rows" / "bounds.json"
+        if not file.is_file():
+            rows = [{"row": name, "seed": self.seed, **found} for name, found in self.judge().bounds().items()]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(rows, indent=1) + "\n")
+        advice = f"Delete {file.name}; the same command makes it anew."
+        return parse_json(read_text(file, "The rows of bounds"), "The rows of bounds", advice=advice)
 
     def _speed(self, plan: Any) -> dict[str, Any]:
         layers = self.judge().model.layers

@@ -30,7 +30,7 @@ def train_decoder(
     folder: Path,
     vae: CausalVAE,
     *,
-    steps: int = 10_000,
+    steps: int = 9000,
     seed: int = 0,
     bf16: bool = False,
     tensorboard: bool = False,

@@ -28,14 +28,15 @@ from .stop import StopWish, stop_wish
 class StepLoss:
     """The loss that is descended, and named ``parts`` of it for the log; a part that this batch lacks is left out.
 
-    ``release`` is called once the gradient has been taken. ``optimizers``: those that take the step, where networks learn
-    in turn; None for all.
+    ``release`` is called once the gradient has been taken. Where networks learn in turn, ``optimizers`` are those that
+    take the step, and ``averaged`` is the number of the step among those that the average takes in, 0 for none of them.
     """
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     release: Callable[[], None] = lambda: None
     optimizers: range | None = None
+    averaged: int | None = None
 
 
 LossOf = Callable[[torch.Generator], Tensor | StepLoss]
@@ -166,7 +167,7 @@ class TrainingRun:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         seen: dict[str, list[float]] = {}
-        turn = range(len(self.optimizers))
+        turn, averaged = range(len(self.optimizers)), None
         for _ in range(self.accumulate):
             result = loss_of(self.generator)
             loss = result if isinstance(result, StepLoss) else StepLoss(result)
@@ -177,7 +178,7 @@ class TrainingRun:
             self._refuse_no_number(numbers)
             (loss.total / self.accumulate).backward()
             loss.release()
-            turn = turn if loss.optimizers is None else loss.optimizers
+            turn, averaged = turn if loss.optimizers is None else loss.optimizers, loss.averaged
             for name, number in numbers.items():
                 seen.setdefault(name, []).append(number)
         norm = self._clipped()
@@ -186,7 +187,8 @@ class TrainingRun:
             self.optimizers[index].step()
         self._refuse_no_weights()
         self.step += 1
-        self.average.update(self._trained(), self.step)
+        if averaged != 0:
+            self.average.update(self._trained(), self.step if averaged is None else averaged)
         for name, numbers in {**seen, "gradient": [norm]}.items():
             value = sum(numbers) / len(numbers)
             self.means[name] = 0.98 * self.means[name] + 0.02 * value if name in self.means else value

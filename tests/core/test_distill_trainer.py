@@ -506,8 +506,8 @@ def test_a_turn_lasts_until_the_gradient_is_taken(base, checkpointing):
             model.checkpoint_blocks(module)
 
         class Loss:
-            def students_turn(self):
-                return turn == STUDENT  # noqa: B023
+            def students_step(self):
+                return int(turn == STUDENT)  # noqa: B023
 
             def __call__(self, x, condition, generator):
                 with counting(module, turn):  # noqa: B023
@@ -635,3 +635,32 @@ def test_stage_3_starts_where_the_lora_of_stage_1_ended(base, tmp_path, monkeypa
     assert losses[0] < 1e-10 and (about.segments, about.guidance) == (2, 2.0), "as the LoRA says"
     with pytest.raises(ValueError, match="model.loras are kept beside the weights.*model.train is 'full'"):
         trainer.distill(config(base, "knowledge", model={"loras": [str(first)]}), tmp_path / "third")
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 0.1), (3, 10.1), (5, 0.3)])
+def test_an_alpha_that_is_not_exact_goes_on_too(base, tmp_path, rank, alpha):
+    lora = {"train": "lora", "lora_rank": rank, "lora_alpha": alpha}
+    first = trainer.distill(config(base, steps=1, model=lora), tmp_path / "first")
+    kept = [v for name, v in read_state_dict(first)[0].items() if name.endswith(".alpha")]
+    assert {float(v) for v in kept} == {float(torch.tensor(alpha))} and kept[0].dtype == torch.float32
+    trainer.distill(config(base, "score", steps=1, model={**lora, "init": str(first)}), tmp_path / "second")
+
+
+@pytest.mark.parametrize("name", ["loras", "init"])
+def test_a_wrong_lora_is_refused_before_the_folder_is_claimed(base, tmp_path, name):
+    wrong = tmp_path / "lora.safetensors"
+    save_safetensors(wrong, {"x": torch.zeros(1)}, DistillMetadata("consistency", 2, 2).to_entry())
+    for file, message in ((tmp_path / "gone.safetensors", "does not exist"), (wrong, "no LoRA of this model")):
+        value = [str(file)] if name == "loras" else str(file)
+        with pytest.raises(ValueError, match=message):
+            trainer.distill(config(base, "score", model={name: value}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_average_counts_the_students_steps_alone(base, tmp_path):
+    """With no more than four of its own steps all of them count, whatever the fake score does in between."""
+    folder = tmp_path / "run"
+    trainer.distill(config(base, "score", steps=9, training={"ema": 0.0}), folder)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    name = next(n for n in state["ema"] if n.endswith("attn1.to_q.lora_up"))
+    assert torch.equal(state["ema"][name], state["model"][name])

@@ -13,7 +13,7 @@ from efficient_vdit_core.distill.knowledge import KnowledgeConfig, KnowledgeLoss
 from efficient_vdit_core.distill.open_model import open_model
 from efficient_vdit_core.distill.search_stage import observe_noised
 from efficient_vdit_core.distill.texts import TextBank
-from efficient_vdit_core.distill.trainer import check_expert, describe
+from efficient_vdit_core.distill.trainer import check_expert, check_objective, describe
 from efficient_vdit_core.sampling.schedule import segment_edges
 
 
@@ -123,3 +123,12 @@ def test_the_folder_and_the_setting_must_agree(tmp_path):
 def test_the_result_says_which_it_is(experts):
     config = DistillConfig.from_dict({"method": "consistency", "objective": {"segments": 4}})
     assert [describe(config, model).expert for model in experts.values()] == ["high", "low"]
+
+
+@pytest.mark.parametrize("method", ["consistency", "knowledge"])
+def test_a_network_that_no_step_begins_at_is_refused_in_every_method(tmp_path, method):
+    model = open_model(replace(wan_22(tmp_path), expert="low"))
+    objective = {"segments": 1, **({"plan": "1:3"} if method == "knowledge" else {})}
+    config = DistillConfig.from_dict({"method": method, "objective": objective, "data": {"source": "videos"}})
+    with pytest.raises(ValueError, match="None of the 1 steps begins where the low network is asked"):
+        check_objective(config, model, describe(config, model))

@@ -100,6 +100,11 @@ def test_loras_of_both_stages_belong_together(calls, tmp_path, order):
     assert models[second].transformer == "", "the weights stay as they are; the first LoRA is kept beside them"
 
 
+def test_merging_forgets_no_lora():
+    with pytest.raises(ValueError, match="order is .merge.*model.loras lie beside these"):
+        RecipeConfig.from_dict({"order": "merge", "model": {"train": "lora", "loras": ["a.safetensors"]}})
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

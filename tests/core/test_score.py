@@ -44,7 +44,7 @@ def loss_of(path, prediction, segments=3, turn=True, student=SPREAD, fake=SPREAD
     asks = gaussian_network(path, prediction, student) if isinstance(student, float) else student
     return ScoreLoss(
         config, path, prediction, student=asks, fake=gaussian_network(path, prediction, fake) if isinstance(fake, float) else fake,
-        teacher=lambda z, time, condition, guidance: (teacher(z, time),) * 2, students_turn=lambda: turn,
+        teacher=lambda z, time, condition, guidance: (teacher(z, time),) * 2, students_step=lambda: int(turn),
     )  # fmt: skip
 
 
@@ -182,6 +182,7 @@ def test_only_the_learner_gets_a_gradient_and_the_student_is_asked_equally_often
 
 def test_the_turns_come_round():
     config = ScoreConfig(fake_steps=2)
+    assert [config.students_step(step) for step in range(6)] == [0, 0, 1, 0, 0, 2]
     assert [config.is_students_turn(step) for step in range(6)] == [False, False, True] * 2
 
 

@@ -1,5 +1,6 @@
 """The reader of the tiny world: true clips pass, and a clip that was made wrong on purpose fails in that column alone."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -154,6 +155,22 @@ def test_a_shape_that_is_gone_for_a_while():
     found = read_clip(clip)
     assert found.shape == scene.shape and np.isnan(found.track[8:12]).all()
     assert not found.verdict(scene)["identity"] and found.verdict(scene)["track"]
+
+
+@pytest.mark.parametrize("gone", [slice(0, 8), slice(1, None, 2), slice(0, 20), slice(0, None)])
+def test_figures_are_numbers_whatever_is_gone(gone):
+    scene = scene_of(2)
+    clip = render(scene)
+    clip[gone] = clip[0, 0, 0]
+    found = figures_of([clip, render(scene)], [scene, scene])
+    json.loads(json.dumps(found, allow_nan=False))
+    assert found["all_right"] == 0.5 and found["off_track"] < 3
+
+
+@pytest.mark.parametrize("frames", [2, 3, 5])
+def test_a_short_clip_is_read_too(frames):
+    scene = scene_of(3)
+    assert read_clip(render(scene, frames=frames)).off_track(scene) < 0.1
 
 
 def test_held_out_scenes_are_all_different_until_there_are_no_more():

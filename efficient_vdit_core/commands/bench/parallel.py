@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     check_memory(
         4 * (activations + weights) * max(counts),
         f"A grid of {shape.grid.t} x {shape.grid.h} x {shape.grid.w} tokens with {shape.heads} heads, on {max(counts)} ranks",
-        "Lower --grid, --heads, --depth or --ranks.",
+        "Lower --depth or --ranks." if args.preset else "Lower --grid, --heads, --depth or --ranks.",
     )
     device = device_named(args.device)
     rows: list[dict[str, Any]] = []
