@@ -10,7 +10,7 @@ from . import say
 from .arguments import seed_number
 from .generate import make_video, write
 
-PROMPT = "a red square moving right slowly on a black background"
+PROMPT = "a yellow triangle moving right slowly on a navy background"
 MODEL = "tiny-8-steps-sparse"
 
 
