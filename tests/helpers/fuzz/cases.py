@@ -53,7 +53,7 @@ def warm_up() -> None:
     mixture.run = stop
     Pipeline.from_model = stop  # pyright: ignore[reportAttributeAccessIssue]
     trainer.prepare_data = recipe.distill = tiny_recipe.train = stop
-    ThreeStages.plans = table.TinyTable.measure = table.TinyTable.real = stop  # pyright: ignore[reportAttributeAccessIssue]
+    ThreeStages.plans = table.TinyTable.measure = table.TinyTable.bounds = stop  # pyright: ignore[reportAttributeAccessIssue]
     workers._start = stop
     tiny_parts()
     clips()
