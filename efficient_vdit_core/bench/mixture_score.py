@@ -48,8 +48,7 @@ def train_with_score(
     path, prediction = network_of(shape)
     teacher = exact_network(path, prediction)
     fake = copy.deepcopy(student)
-    settings = {name: value for name, value in asdict(objective_of(shape)).items()}
-    config = ScoreConfig(**settings, score_weight=weight)
+    config = ScoreConfig(**asdict(objective_of(shape)), score_weight=weight)
     step = 0
     loss = ScoreLoss(
         config,
@@ -67,13 +66,14 @@ def train_with_score(
         for optimizer, count in zip(optimizers, turns, strict=True)
     ]
     for step in range(sum(turns)):
-        learning = optimizers[config.is_students_turn(step)]
+        turn = config.is_students_turn(step)
+        learning = optimizers[turn]
         learning.zero_grad(set_to_none=True)
         loss(data(shape.batch, generator), None, generator).total.backward()
         for group in learning.param_groups:
             nn.utils.clip_grad_norm_(group["params"], 1.0)
         learning.step()
-        schedules[config.is_students_turn(step)].step()
+        schedules[turn].step()
 
 
 def spread(network: Any, shape: MixtureShape) -> dict[str, float]:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from .config import DistillConfig
 from .features import LayerLosses, relative_square
 from .live_bytes import LiveBytes, size_of
-from .lora import FAKE, STUDENT, adaptable, add_lora
+from .lora import STUDENT, adaptable
 from .model import FamilyModel
 from .open_model import open_model
+from .turns import add_learners
 
 META = torch.device("meta")
 STATES = {"adamw": 8, "adamw8bit": 2, "muon": 4}  # bytes of optimiser state for each trained number
@@ -76,10 +77,9 @@ def plan_memory(stage: DistillConfig, words: int = 0, worn: int = 0) -> MemoryPl
 
 def meta_student(stage: DistillConfig, model: FamilyModel, worn: int = 0) -> nn.Module:
     """The student of a stage on the meta device; ``worn`` as of `plan_memory`."""
-    student, rank = model.skeleton().requires_grad_(True), stage.model.lora_rank
+    student = model.skeleton().requires_grad_(True)
     if stage.model.train == "lora":
-        learners = (STUDENT, FAKE) if stage.method == "score" else (STUDENT,)
-        for name in add_lora(student, rank, stage.model.lora_alpha or None, learners=learners):
+        for name in add_learners(student, stage):
             layer = adaptable(student, name)
             down, up = layer.part(STUDENT)
             for _ in range(worn):

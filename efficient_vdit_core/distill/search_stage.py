@@ -82,12 +82,10 @@ def search_plans(
     texts = [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
     shape = tuple(clips.latents[0].shape)
     grid = {"segments": segments, "steps": steps, "at_once": at_once, "device": device}
-    if model.expert:
+    clean = None
+    if model.expert:  # it cannot sample alone
         clean = torch.stack([clips.latents[i % len(clips.captions)].float() for i in range(config.captions)])
-        record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), shape[1]))
-        observe_noised(make_probe_override(record), model, module, bank, texts, clean, seed=config.seed, **grid)
-    else:
-        record = probe(config, model, module, bank, texts, shape, **grid)
+    record = probe(config, model, module, bank, texts, shape, **grid, clean=clean)
     about = {"segments": segments, "steps": steps, "captions": texts, "guidance": 1.0, "seed": config.seed}
     for name, (threshold, speedup) in names.items():
         plan: TilePlan = plan_from_record(record, layers=model.layers, family=model.family, heads=model.heads, threshold=threshold,
@@ -108,12 +106,13 @@ def probe(
     steps: int,
     at_once: int,
     device: torch.device,
+    clean: Tensor | None = None,
 ) -> ProbeRecord:
-    """Sample latents of ``shape`` for ``texts`` densely and measure every candidate in every layer on the way."""
+    """Look on at latents of ``shape`` for ``texts``, as `observe` does, and measure every candidate in every layer."""
     record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), shape[1]))
     about = (model, module, bank, texts, shape)
-    grid = {"segments": segments, "steps": steps}
-    observe(make_probe_override(record), *about, seed=config.seed, **grid, at_once=at_once, device=device)
+    grid = {"segments": segments, "steps": steps, "at_once": at_once, "device": device}
+    observe(make_probe_override(record), *about, seed=config.seed, **grid, clean=clean)
     return record
 
 
@@ -131,42 +130,22 @@ def observe(
     steps: int,
     at_once: int,
     device: torch.device,
+    clean: Tensor | None = None,
 ) -> None:
-    """Sample latents of ``shape`` for ``texts`` without guidance, with this attention override looking on."""
+    """Sample latents of ``shape`` for ``texts`` without guidance, with this attention override looking on. With ``clean``
+    latents (n, *shape) the network is asked about these with noise on top, at each of its own steps, in place of its
+    samples."""
     options = model.options_with(override)
     noise = torch.randn(len(texts), *shape, generator=torch.Generator().manual_seed(seed))
     for first in range(0, len(texts), at_once):
-        some = bank.batch(texts[first : first + at_once], device)
-        network = guided(lambda z, t, c: model.predict(module, z, t, c, options(z)), some, None, 1.0)
-        start = noise[first : first + at_once].to(device)
-        roll_down(network, model.path, model.prediction, start, segments=segments, steps=steps)
-
-
-@torch.no_grad()
-def observe_noised(
-    override: Override,
-    model: FamilyModel,
-    module: nn.Module,
-    bank: TextBank,
-    texts: list[str],
-    clean: Tensor,
-    *,
-    seed: int,
-    segments: int,
-    steps: int,
-    at_once: int,
-    device: torch.device,
-) -> None:
-    """Ask one of two networks, which cannot sample alone, about ``clean`` latents (n, C, T, h, w) with noise on top, at
-    each of its own steps, with this attention override looking on."""
-    options = model.options_with(override)
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-    times = segment_edges(segments, steps, start=model.path.start, clean=model.path.clean)[:-1]
-    times = times[model.serves(times)]
-    for first in range(0, len(texts), at_once):
         some = slice(first, first + at_once)
         condition = bank.batch(texts[some], device)
+        network = guided(lambda z, t, c: model.predict(module, z, t, c, options(z)), condition, None, 1.0)
+        if clean is None:
+            roll_down(network, model.path, model.prediction, noise[some].to(device), segments=segments, steps=steps)
+            continue
+        times = segment_edges(segments, steps, start=model.path.start, clean=model.path.clean)[:-1]
+        times = times[model.serves(times)]
         for time, a, s in zip(times, *(c.tolist() for c in model.path.coefficients(times)), strict=True):
             z = (a * clean[some] + s * noise[some]).to(device)
-            now = model.path.network_time(time[None]).to(device).expand(len(z))
-            model.predict(module, z, now, condition, options(z))
+            network(z, model.path.network_time(time[None]).to(device).expand(len(z)))

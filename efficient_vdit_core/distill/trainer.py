@@ -30,7 +30,7 @@ from .export import export, result_file
 from .grid import SegmentGrid
 from .knowledge import KnowledgeLoss
 from .launch import make_accelerator
-from .lora import FAKE, STUDENT, add_lora, counting, is_of, lora_off
+from .lora import FAKE, STUDENT, counting, is_of, lora_off
 from .lora_files import start_from
 from .metadata import DistillMetadata, read_metadata
 from .model import FamilyModel, read_plan, sparse_options
@@ -39,7 +39,7 @@ from .optimizers import check_optimizer, make_optimizers
 from .prepare import PreparedData, check_data, prepare_data
 from .samples import write_samples
 from .score import ScoreLoss
-from .turns import Turns
+from .turns import Turns, add_learners
 
 CONFIG = "config.toml"
 
@@ -154,7 +154,7 @@ def check_loras(config: DistillConfig, model: FamilyModel) -> None:
         return
     student = model.skeleton()  # it wears them
     if wanted.init:
-        add_lora(student, wanted.lora_rank, wanted.lora_alpha or None)
+        add_learners(student, config)
         start_from(student, Path(wanted.init), model.comfy_name)
 
 
@@ -182,8 +182,7 @@ def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tu
     student = model.load("" if lora else wanted.init)
     teacher = None
     if lora:
-        learners = (STUDENT, FAKE) if config.method == "score" else (STUDENT,)
-        add_lora(student, wanted.lora_rank, wanted.lora_alpha or None, learners=learners)
+        add_learners(student, config)
         if wanted.init:
             start_from(student, Path(wanted.init), model.comfy_name)
     else:

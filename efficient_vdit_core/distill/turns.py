@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..training import StepLoss
-from .lora import FAKE, STUDENT, is_of, let_count
+from .config import DistillConfig
+from .lora import FAKE, STUDENT, add_lora, is_of, let_count
 from .score import ScoreLoss
 
-Optimizers = Sequence[torch.optim.Optimizer]
+
+def add_learners(module: nn.Module, config: DistillConfig) -> list[str]:
+    """Put the LoRAs that a run trains on ``module``: the student's, and the fake score's for score distillation; returns
+    the names of its layers."""
+    learners = (STUDENT, FAKE) if config.method == "score" else (STUDENT,)
+    return add_lora(module, config.model.lora_rank, config.model.lora_alpha or None, learners=learners)
 
 
 class Turns:

@@ -42,8 +42,7 @@ def figures_of(clips: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str
 def interval(values: np.ndarray, groups: Sequence[str], share: float = 0.95) -> tuple[float, float]:
     """Bounds between which the mean of ``values`` lies, by drawing whole ``groups`` anew: clips of one caption are alike,
     and other captions are what a reader of the table wants to know about."""
-    names = sorted(set(groups))
-    number = np.array([names.index(g) for g in groups])
+    names, number = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(number, values), np.bincount(number)
     drawn = np.random.default_rng(DRAWS_SEED).integers(len(names), size=(DRAWS, len(names)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)

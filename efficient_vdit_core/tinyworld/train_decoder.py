@@ -16,9 +16,9 @@ from .train_vae import (
     make_optimizers,
     numpy_rng,
     picture_error,
-    plain_kernels,
     random_clips,
     to_model_range,
+    vae_of,
 )
 from .world import FRAMES
 
@@ -62,15 +62,10 @@ def train_decoder(
             out = vae.decode(z + share * z.std() * torch.randn(z.shape, generator=generator)).float()
         return picture_error(out, x)
 
+    def whole(ema: dict[str, Tensor]) -> CausalVAE:
+        return vae_of(vae.config, {**vae.state_dict(), **ema})
+
     def evaluate(ema: dict[str, Tensor]) -> str:
-        return describe_readback(_whole(vae, ema), clips=12)
+        return describe_readback(whole(ema), clips=12)
 
-    return _whole(vae, run.train(loss_of, evaluate=evaluate, save_every=250, evaluate_every=2000))
-
-
-def _whole(vae: CausalVAE, trained: dict[str, Tensor]) -> CausalVAE:
-    """A plain copy with the weights that were trained."""
-    copy = CausalVAE(vae.config)
-    flatten_kernels(copy)
-    copy.load_state_dict({**vae.state_dict(), **trained})
-    return plain_kernels(copy)
+    return whole(run.train(loss_of, evaluate=evaluate, save_every=250, evaluate_every=2000))

@@ -73,9 +73,9 @@ def train_vae(
         return picture_error(out, x) + KL_WEIGHT * kl
 
     def evaluate(ema: dict[str, Tensor]) -> str:
-        return describe_readback(_averaged(ema), clips=12)
+        return describe_readback(vae_of(TINY_VAE, ema), clips=12)
 
-    return _averaged(run.train(loss_of, evaluate=evaluate))
+    return vae_of(TINY_VAE, run.train(loss_of, evaluate=evaluate))
 
 
 def _off(mean: Tensor, logvar: Tensor, generator: torch.Generator) -> Tensor:
@@ -123,18 +123,14 @@ def flatten_kernels(vae: CausalVAE) -> None:
         parametrize.register_parametrization(module, "weight", _Kernel(module.weight.shape))
 
 
-def plain_kernels(vae: CausalVAE) -> CausalVAE:
-    """The VAE, in place, with kernels as they were, ready for inference."""
+def vae_of(config: VAEConfig, state: dict[str, Tensor]) -> CausalVAE:
+    """A VAE of weights with flat kernels, its own kernels as they were, ready for inference."""
+    vae = CausalVAE(config)
+    flatten_kernels(vae)
+    vae.load_state_dict(state)
     for module in _convolutions(vae):
         parametrize.remove_parametrizations(module, "weight")
     return vae.eval()
-
-
-def _averaged(state: dict[str, Tensor]) -> CausalVAE:
-    vae = CausalVAE(TINY_VAE)
-    flatten_kernels(vae)
-    vae.load_state_dict(state)
-    return plain_kernels(vae)
 
 
 def _convolutions(vae: CausalVAE) -> list[nn.Conv2d | nn.Conv3d]:

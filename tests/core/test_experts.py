@@ -11,7 +11,7 @@ from efficient_vdit_core.distill.config import DistillConfig
 from efficient_vdit_core.distill.grid import SegmentGrid
 from efficient_vdit_core.distill.knowledge import KnowledgeConfig, KnowledgeLoss
 from efficient_vdit_core.distill.open_model import open_model
-from efficient_vdit_core.distill.search_stage import observe_noised
+from efficient_vdit_core.distill.search_stage import observe
 from efficient_vdit_core.distill.texts import TextBank
 from efficient_vdit_core.distill.trainer import check_expert, check_objective, describe
 from efficient_vdit_core.sampling.schedule import segment_edges
@@ -74,19 +74,10 @@ def test_a_search_asks_it_about_noised_clips_at_its_own_steps(experts):
         seen.append(q.shape[0])
         return func(q, k, v, *args, **kwargs)
 
-    observe_noised(
-        looks_on,
-        model,
-        module,
-        bank,
-        ["a", "b", "c"],
-        clean,
-        seed=0,
-        segments=4,
-        steps=4,
-        at_once=2,
-        device=torch.device("cpu"),
-    )
+    observe(
+        looks_on, model, module, bank, ["a", "b", "c"], tuple(clean.shape[1:]), seed=0, segments=4, steps=4, at_once=2,
+        device=torch.device("cpu"), clean=clean,
+    )  # fmt: skip
     levels = (1000 * model.path.coefficients(torch.tensor([500.0, 250.0]))[1]).tolist()
     assert [t[0] for t in times] == pytest.approx([*levels, *levels]) and [len(t) for t in times] == [2, 2, 1, 1]
     assert len(seen) >= 4 * model.layers
