@@ -5,8 +5,8 @@ WAN = ["wan", "wan with a text as long as a frame", "wan i2v", "wan fun with a r
        "wan vace twice", "wan camera", "wan humo", "wan s2v", "wan dancer", "wan dancer over the whole music", "wan scail",
        "wan scail without a pose", "wan scail 2", "wan animate"]  # fmt: skip
 HUNYUAN = ["hunyuan", "hunyuan with a reference", "hunyuan with padded text", "hunyuan 1.5"]
-LTX = ["ltx", "ltx with guides", "ltx with dropped guides", "ltx with guides of full strength", "ltx audio", "ltx audio with guides",
-       "ltx audio with a voice"]  # fmt: skip
+LTX = ["ltx", "ltx with guides", "ltx with dropped guides", "ltx with guides of full strength", "ltx audio", "ltx 2.5",
+       "ltx audio with guides", "ltx audio with a voice"]  # fmt: skip
 COGVIDEOX = ["cogvideox", "cogvideox i2v", "cogvideox 1.5"]
 MINIMAX = ["h3", "h3 of even size", "h3 with a text as long as a frame", "h3 with guidance", "h3 with first and last frame",
            "h3 with a guide and its sound", "h3 with references", "h3 with vision tokens"]  # fmt: skip

@@ -44,6 +44,10 @@ LTX_AUDIO = {
     "audio_attention_head_dim": 12,
     "audio_cross_attention_dim": 24,
 }
+LTX_25 = {
+    **LTX_AUDIO, "ff_bias": False, "audio_ff_bias": False, "use_prompt_adaln_single": False, "apply_gated_attention": True,
+    "cross_attention_adaln": True, "use_keyframes_abs_pos_embedding": True,
+}  # fmt: skip
 COGVIDEOX = {
     "image_model": "cogvideox", "num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 3, "text_embed_dim": TEXT,
     "time_embed_dim": 24, "in_channels": 16, "out_channels": 16,
@@ -267,6 +271,17 @@ def _cases() -> dict[str, Case]:
             audio=(8, 11, 16),
             conds=masked,
             batch=1,
+        ),
+        "ltx 2.5": Case(
+            "LTXAV",
+            LTX_25,
+            (128, 5, 3, 5),
+            (0, 5, 15, 0),
+            text=(7, 2 * TEXT),
+            audio=(8, 11, 16),
+            conds=masked,
+            batch=1,
+            requires="comfy.ldm.lightricks.duration_head",
         ),
         "ltx audio with guides": Case(
             "LTXAV",
