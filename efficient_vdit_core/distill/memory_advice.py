@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from .config import DistillConfig
 from .memory_plan import MemoryPlan, gib, plan_memory
+from .open_model import open_model
 
 GPUS = (2, 4, 8, 16)
 LEAST_RANK = 16
@@ -63,6 +64,9 @@ def _changes(stage: DistillConfig) -> Iterator[tuple[str, DistillConfig]]:
     if stage.training.optimizer == "adamw":
         stage = replace(stage, training=replace(stage.training, optimizer="adamw8bit"))
         yield 'training.optimizer = "adamw8bit"', stage
+    if open_model(stage.model).can_host and stage.model.train == "lora" and not stage.model.host_modulation:
+        stage = replace(stage, model=replace(stage.model, host_modulation=True))
+        yield "model.host_modulation = true", stage
     if stage.model.train == "full":
         stage = replace(stage, model=replace(stage.model, train="lora", dtype="bfloat16", init=""))
         yield 'model.train = "lora" and dtype = "bfloat16"', stage

@@ -21,6 +21,7 @@ from .features import LayerLosses, relative_square
 from .live_bytes import LiveBytes, size_of
 from .lora import STUDENT, adaptable
 from .model import FamilyModel
+from .on_host import bytes_on_host
 from .open_model import open_model
 from .turns import add_learners
 
@@ -34,7 +35,7 @@ class MemoryPlan:
     """Bytes by what they are for.
 
     ``held`` adds up to the peak of a training step; ``before`` are the weights of the parts that run and leave before
-    it starts; ``host`` is the host's memory for the teacher's features.
+    it starts; ``host`` is the host's memory for the teacher's features and for weights that stay there.
     """
 
     held: dict[str, int]
@@ -60,6 +61,7 @@ def plan_memory(stage: DistillConfig, words: int = 0, worn: int = 0) -> MemoryPl
     numbers = sum(p.numel() for p in trained)
     gradients, weights = size_of(trained), size_of([*student.parameters(), *student.buffers()])
     moving, host = _one_step(stage, model, words, worn)
+    host += bytes_on_host(student)
     if t.optimizer == "adamw":  # its step takes a root of every second moment at once
         moving = max(moving, gradients + 4 * numbers)
     held = {
@@ -70,8 +72,8 @@ def plan_memory(stage: DistillConfig, words: int = 0, worn: int = 0) -> MemoryPl
         "average": gradients,
         "activations": max(0, moving - gradients),
     }
-    kinds = {"text encoder": 2, "VAE": 4}  # bytes of each number
-    before = {name: kinds[name] * count_numbers(path) for name, path in model.parts.items()}
+    kinds = {"text encoder": 2}  # bytes of each number; VAEs are read in float32
+    before = {name: kinds.get(name, 4) * count_numbers(path) for name, path in model.parts.items()}
     return MemoryPlan(held, before, host)
 
 

@@ -17,6 +17,7 @@ from ..limits.quote import quoted
 from ..plan import TilePlan
 from ..sampling.path import NoisePath
 from ..tiles import TilePattern
+from .comfy_names import ComfyLayer
 from .features import FeatureTap
 from .texts import Encode
 
@@ -42,6 +43,26 @@ class FamilyModel(Protocol):
 
     def serves(self, timesteps: Tensor) -> Tensor:
         """Whether a step that begins at each of ``timesteps`` (N,) is this network's; bool (N,) on the CPU."""
+        ...
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model is sampled with guidance; False where its weights have it inside already."""
+        ...
+
+    @property
+    def can_host(self) -> bool:
+        """Whether ``model.host_modulation`` means something to it."""
+        ...
+
+    @property
+    def at_once(self) -> int:
+        """The most clips of a training's batch."""
+        ...
+
+    @property
+    def sound_rate(self) -> int:
+        """Samples a second of the sound that ``video_encoder``'s function takes beside the frames; 0 where it takes none."""
         ...
 
     @property
@@ -97,8 +118,9 @@ class FamilyModel(Protocol):
         """An encoder of its own on ``device``, which is free again when the encoder is."""
         ...
 
-    def video_encoder(self, device: torch.device) -> Callable[[np.ndarray], Tensor]:
-        """frames uint8 (F, H, W, 3) to latents (C, T, h, w) on the CPU; memory as of ``text_encoder``."""
+    def video_encoder(self, device: torch.device) -> Callable[..., Tensor]:
+        """frames uint8 (F, H, W, 3), and the sound float32 (2, samples) of a model that has it, to latents (C, T, h, w) on
+        the CPU; memory as of ``text_encoder``."""
         ...
 
     def video_decoder(self, device: torch.device) -> Callable[[Tensor], np.ndarray]:
@@ -106,13 +128,14 @@ class FamilyModel(Protocol):
         ...
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Frames, height and width, each what the model was trained for where it is 0."""
+        """Frames, height and width, each what the model was trained for where it is 0. Raises ValueError for a size that
+        the model cannot make."""
         ...
 
     def latent_shape(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]: ...
 
-    def comfy_name(self, layer: str) -> str:
-        """A layer's name in ComfyUI's model of this family."""
+    def comfy_layer(self, layer: str) -> ComfyLayer:
+        """Where a layer is in ComfyUI's model of this family."""
         ...
 
     def config_entry(self) -> dict[str, Any]:
@@ -123,6 +146,14 @@ class FamilyModel(Protocol):
 def serves_all(timesteps: Tensor) -> Tensor:
     """`FamilyModel.serves` of a model with one network."""
     return torch.ones(timesteps.shape, dtype=torch.bool)
+
+
+def check_frames(frames: int, holds: bool, rule: str) -> None:
+    """Raises ValueError for a number of frames, not 0, that the family's ``rule`` does not hold for."""
+    if frames and not holds:
+        raise ValueError(
+            f"data.frames is {quoted(frames)}, expected {rule}, or 0 for the model's own. Correct the configuration."
+        )
 
 
 @contextmanager

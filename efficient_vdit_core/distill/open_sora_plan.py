@@ -26,10 +26,11 @@ from ..request import SPACE, TIME
 from ..sampling.path import VPPath
 from ..tiles import TokenGrid
 from ..video import to_frames
-from .config import ModelConfig
+from .comfy_names import ComfyLayer
+from .config import MAX_BATCH, ModelConfig
 from .features import FeatureTap
 from .lora_files import wear
-from .model import Options, serves_all, visiting
+from .model import Options, check_frames, serves_all, visiting
 from .texts import Encode
 
 
@@ -37,6 +38,7 @@ class OpenSoraPlanModel:
     """See `model.FamilyModel`."""
 
     family, expert, serves = FAMILY, "", staticmethod(serves_all)
+    guided, can_host, at_once, sound_rate = True, False, MAX_BATCH, 0
 
     def __init__(self, config: ModelConfig) -> None:
         if config.expert:
@@ -64,12 +66,12 @@ class OpenSoraPlanModel:
                 f"{weights} is another model than {self.transformer_file.name}: their configurations differ. Choose another."
             )
         module.train().requires_grad_(True)
-        wear(module, self.loras, self.comfy_name)
+        wear(module, self.loras, self.comfy_layer)
         return module
 
     def skeleton(self) -> OpenSoraT2V:
         module = OpenSoraT2V(self.config, dtype=self.dtype, device="meta").train()
-        wear(module, self.loras, self.comfy_name)
+        wear(module, self.loras, self.comfy_layer)
         return module
 
     @property
@@ -140,6 +142,7 @@ class OpenSoraPlanModel:
         return self._vae
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        check_frames(frames, frames % 4 == 1, "4k + 1")
         h, w = self.config.sample_size
         return frames or (self.config.sample_size_t - 1) * TIME + 1, height or h * SPACE, width or w * SPACE
 
@@ -147,8 +150,8 @@ class OpenSoraPlanModel:
         frames, height, width = size
         return self.config.in_channels, (frames - 1) // TIME + 1, height // SPACE, width // SPACE
 
-    def comfy_name(self, layer: str) -> str:
-        return layer
+    def comfy_layer(self, layer: str) -> ComfyLayer:
+        return ComfyLayer(layer)
 
     def config_entry(self) -> dict[str, Any]:
         return self.config.to_dict()

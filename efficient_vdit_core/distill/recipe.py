@@ -222,7 +222,7 @@ class ThreeStages:
             model = open_model(self.config.model)
             base, _ = read_state_dict(model.transformer_file)
             lora, about = read_state_dict(file)
-            save_safetensors(target, merged(base, lora, model.comfy_name), {**about, **_config_of(model)})
+            save_safetensors(target, merged(base, lora, model.comfy_layer), {**about, **_config_of(model)})
         return target
 
     def _stage(self, method: str, objective: Any, training: TrainingConfig, teacher: str | Path) -> DistillConfig:

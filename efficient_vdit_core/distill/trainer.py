@@ -128,7 +128,7 @@ def check_training(config: DistillConfig) -> None:
 
 def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMetadata) -> None:
     """Raises ValueError where the model's schedule has no room for the steps, the loss's weight suits another
-    prediction, or the plan was made for another model."""
+    prediction, the plan was made for another model, or the model takes no such batch or no guidance."""
     edges = segment_edges(about.segments, about.steps, start=model.path.start, clean=model.path.clean)
     if not model.serves(edges[:-1]).any():
         raise ValueError(
@@ -140,8 +140,33 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
         check_pair(config.objective, model.prediction)
     if about.tile_plan is not None:
         model.check_plan(about.tile_plan)
+    if config.training.batch > model.at_once:
+        raise ValueError(
+            f"training.batch is {config.training.batch}, but this model takes {model.at_once} clip in a forward. Set it to "
+            f"{model.at_once} and training.accumulate to {config.training.batch * config.training.accumulate}."
+        )
+    if not model.guided:
+        check_no_guidance(config)
+    if config.model.host_modulation and not (model.can_host and config.model.train == "lora"):
+        raise ValueError(
+            "model.host_modulation keeps weights of MiniMax-H3 in the host's memory while a LoRA is trained. Leave it out for "
+            "other models, and for full training."
+        )
     if model.expert:
         check_expert(config)
+
+
+def check_no_guidance(config: DistillConfig) -> None:
+    """Raises ValueError where guidance is asked of a model whose weights have it inside."""
+    scales = {"guidance": getattr(config.objective, "guidance", None)}
+    if config.data.source == "teacher":
+        scales["data.guidance"] = None if config.data.guidance == 1 else config.data.guidance
+    for name, scale in scales.items():
+        if scale is not None:
+            advice = "Set it to 1" if name.startswith("data") else "Leave it out"
+            raise ValueError(
+                f"{name} is {quoted(scale)}, but this model's weights have guidance inside already. {advice}."
+            )
 
 
 def check_loras(config: DistillConfig, model: FamilyModel) -> None:
@@ -155,7 +180,7 @@ def check_loras(config: DistillConfig, model: FamilyModel) -> None:
     student = model.skeleton()  # it wears them
     if wanted.init:
         add_learners(student, config)
-        start_from(student, Path(wanted.init), model.comfy_name)
+        start_from(student, Path(wanted.init), model.comfy_layer)
 
 
 def check_expert(config: DistillConfig) -> None:
@@ -184,7 +209,7 @@ def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tu
     if lora:
         add_learners(student, config)
         if wanted.init:
-            start_from(student, Path(wanted.init), model.comfy_name)
+            start_from(student, Path(wanted.init), model.comfy_layer)
     else:
         teacher = model.load().eval().requires_grad_(False)
         if is_sharding(accelerator):

@@ -51,6 +51,7 @@ ALLOWED = {
         "request",
         "model_folder",
         "read_video",
+        "read_sound",
     },
     "quality": {"files", "limits", "video", "read_video"},
 }
