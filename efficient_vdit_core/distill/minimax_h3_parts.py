@@ -54,9 +54,8 @@ class H3Encoder:
 
         self.device = device
         self.vae = read_vae(folder).to(device)
-        self.sound_vae: Any = diffusers.AutoencoderKLMiniMaxH3Audio.from_pretrained(str(folder / "audio_vae")).to(
-            device
-        )
+        kind: Any = diffusers.AutoencoderKLMiniMaxH3Audio
+        self.sound_vae = kind.from_pretrained(str(folder / "audio_vae")).to(device)
 
     @torch.no_grad()
     def pictures(self, frames: np.ndarray) -> Tensor:

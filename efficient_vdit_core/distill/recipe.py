@@ -18,6 +18,7 @@ import torch
 
 from ..limits.quote import quoted
 from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from .checks import check_loras, check_objective, check_training
 from .config import DataConfig, DistillConfig, ModelConfig, TrainingConfig, read_section
 from .consistency import ConsistencyConfig
 from .export import LORA, result_file
@@ -29,7 +30,7 @@ from .open_model import open_model
 from .optimizers import check_optimizer
 from .prepare import check_data, prepare_data
 from .search_stage import SearchConfig, search_plans
-from .trainer import check_loras, check_objective, check_training, describe, distill
+from .trainer import describe, distill
 
 BASE_NEGATIVE_SHARE = 0.1
 ANY_PLAN = "full"  # in a check, for a plan that is searched later
