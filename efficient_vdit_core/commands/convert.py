@@ -1,4 +1,5 @@
-"""evdit convert: upstream weights into safetensors, a LoRA into the weights it is for, results into ComfyUI's names."""
+"""evdit convert: upstream weights into safetensors, a LoRA into the weights it is for, results into ComfyUI's names, a
+plan into ComfyUI's own choice of attention."""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ from . import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the command's options."""
-    parser.add_argument("part", choices=("vae", "text-encoder", "lora", "comfyui"), help="what the file holds")
+    parser.add_argument(
+        "part", choices=("vae", "text-encoder", "lora", "comfyui", "attention"), help="what the file holds"
+    )
     parser.add_argument(
         "source",
         metavar="IN",
         help="checkpoint.ckpt of the VAE, the folder of mT5, the folder of the model that --lora is merged into, or for comfyui "
-        "whole weights of Wan or CogVideoX that were distilled",
+        "whole weights of Wan or CogVideoX that were distilled; for attention a plan of MiniMax-H3",
     )
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--lora", metavar="FILE", help="with lora: a published LoRA for Wan, CogVideoX or MiniMax-H3")
@@ -23,6 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--expert", choices=("high", "low"), default="", help="with lora: which of Wan 2.2's two networks"
     )
     parser.add_argument("--strength", type=float, default=1.0, help="of the LoRA, -10 to 10, default: %(default)s")
+    attention = parser.add_argument_group(
+        "with attention: a LoRA that tells ComfyUI itself which layers attend sparsely"
+    )
+    attention.add_argument("--tau", type=float, default=1.0, help="of its sparse method, default: %(default)s")
+    attention.add_argument(
+        "--below", type=float, default=1.0, metavar="SHARE",
+        help="layers that compute a smaller share of their tiles under the plan are sparse, default: all that are not full",
+    )  # fmt: skip
+    attention.add_argument("--int8", action="store_true", help="the other layers attend in INT8")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         return _merge(args)
     if args.part == "comfyui":
         return _rename(args)
+    if args.part == "attention":
+        return _attention(args)
     from ..models.opensora_plan import convert
 
     convert_part = convert.convert_vae if args.part == "vae" else convert.convert_text_encoder
@@ -45,6 +59,19 @@ def _rename(args: argparse.Namespace) -> int:
 
     check_writable_file(args.target)
     say(f"renamed {convert_weights(args.source, args.target)} tensors")
+    say(f"wrote {args.target}")
+    return 0
+
+
+def _attention(args: argparse.Namespace) -> int:
+    from ..distill.attention_config import write_attention_config
+    from ..files import check_writable_file
+    from ..plan import TilePlan
+
+    check_writable_file(args.target)
+    plan = TilePlan.load(args.source)
+    sparse, layers = write_attention_config(plan, args.target, tau=args.tau, below=args.below, int8=args.int8)
+    say(f"{sparse} of {layers} layers attend sparsely")
     say(f"wrote {args.target}")
     return 0
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .average import WeightAverage
 from .checkpoint import read_checkpoint, write_checkpoint
+from .divergence import PATIENCE, DivergenceWatch
 from .sharding import cut, cut_optimizer, gathered, is_sharding, run_in_autocast
 from .stop import StopWish, stop_wish
 
@@ -86,6 +87,7 @@ class TrainingRun:
         self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.generator = torch.Generator().manual_seed(seed + self.rank)
         self.step, self.lost = 0, False
+        self.watch, self.rising = DivergenceWatch(), False
         self.means: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self.writer = _tensorboard(folder) if tensorboard and self.rank == 0 else None
@@ -116,7 +118,8 @@ class TrainingRun:
         """Run to the end (or on from the last checkpoint) and return the averaged weights.
 
         SIGTERM and Ctrl-C end the step, save and leave (SystemExit, KeyboardInterrupt). A loss or gradient that is no
-        number raises ValueError before it reaches the weights; whatever ends the run, the last whole step is saved.
+        number raises ValueError before it reaches the weights; whatever ends the run, the last whole step is saved. A loss
+        that rises and stays up raises ValueError too (`divergence`), and meanwhile nothing is saved over the state before.
         ``evaluate`` is called by process 0; by every process where the weights are sharded, since no one has them
         whole.
         """
@@ -132,6 +135,7 @@ class TrainingRun:
                 with self._kept():
                     self._one_step(loss_of)
                 bar.update()
+                self._refuse_divergence()
                 bar.set_postfix_str(f"loss {self.means['loss']:.4f}", refresh=False)
                 self._log()
                 if self._anywhere(wish.signal is not None):
@@ -189,8 +193,9 @@ class TrainingRun:
         self.step += 1
         if averaged != 0:
             self.average.update(self._trained(), self.step if averaged is None else averaged)
-        for name, numbers in {**seen, "gradient": [norm]}.items():
-            value = sum(numbers) / len(numbers)
+        values = {name: sum(numbers) / len(numbers) for name, numbers in seen.items()}
+        self.watch.add(values["loss"], {name: value for name, value in values.items() if name != "loss"})
+        for name, value in {**values, "gradient": norm}.items():
             self.means[name] = 0.98 * self.means[name] + 0.02 * value if name in self.means else value
 
     def _clipped(self) -> float:
@@ -216,6 +221,17 @@ class TrainingRun:
             f"The {first} became {wrong.get(first, 'infinite or nan in another process')} at step {self.step + 1}"
             + (f" ({parts})" if parts else "")
             + f". {self.checkpoint} keeps the last good state; resume from it with a lower learning rate."
+        )
+
+    def _refuse_divergence(self) -> None:
+        found = self.watch.diverged()
+        self.rising = self._anywhere(self.watch.rising)
+        if not self._anywhere(bool(found)):
+            return
+        kept = f"{self.checkpoint} keeps the state before it; resume" if self.checkpoint.exists() else "Start again"
+        raise ValueError(
+            f"The training diverges: the {found or 'loss of another process rose'} and stayed there for {PATIENCE} steps, to step "
+            f"{self.step}. {kept} with a lower learning rate."
         )
 
     def _refuse_no_weights(self) -> None:
@@ -254,7 +270,12 @@ class TrainingRun:
         return {name: value for name, value in self.bare.state_dict().items() if name not in frozen}
 
     def save(self) -> None:
-        """Write the whole state to a temporary file, then move it over the previous one. Called by every process."""
+        """Write the whole state to a temporary file, then move it over the previous one. Called by every process.
+
+        A state that may be a diverging run's is not put in the place of one that is not.
+        """
+        if self.rising and self.checkpoint.exists():
+            return
         random = self.generator.get_state()
         if self.processes > 1:
             random = self.accelerator.gather(random.to(self.accelerator.device)).cpu()

@@ -24,7 +24,7 @@ from efficient_vdit_core.models.opensora_plan.checkpoint import (
 from efficient_vdit_core.models.opensora_plan.text import read_text_encoder
 from efficient_vdit_core.models.opensora_plan.weights import check_weights, is_finite
 from efficient_vdit_core.tinyworld.table import TableConfig
-from efficient_vdit_core.training import TrainingRun
+from efficient_vdit_core.training import StepLoss, TrainingRun
 from efficient_vdit_core.video import to_frames
 
 READERS = {"transformer": read_transformer, "vae": read_vae, "text_encoder": read_text_encoder}
@@ -215,3 +215,39 @@ def test_the_shipped_recipe_passes(tmp_path):
     table.check(recipe)
     ThreeStages(recipe, tmp_path).check()
     assert json.dumps(table.students)
+
+
+def slope(folder, height, steps=400, save_every=50):
+    """A run whose loss at step n is ``height(n)``, with a part that rises and one that does not."""
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    run = TrainingRun(model, [optimizer], folder=folder, steps=steps, seed=0, warmup=0)
+
+    def loss_of(generator):
+        value = height(run.step) + 0.0 * model(torch.ones(1)).sum()
+        return StepLoss(value, {"still": torch.tensor(1.0), "wild": value})
+
+    run.train(loss_of, save_every=save_every)
+
+
+def test_a_loss_that_rises_and_stays_up_ends_the_run_and_keeps_the_state_before(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"diverges: the loss rose from 0\.1\d* to \S+ \(wild: from .*lower learning rate"
+    ):
+        slope(tmp_path, lambda step: 0.1 if step < 210 else 50.0)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 200
+
+
+@pytest.mark.parametrize(
+    "height",
+    [
+        lambda step: 0.1 if step < 210 or step > 250 else 50.0,  # a rise that passes
+        lambda step: 50.0 if step < 90 else 0.01 if step < 250 else 5.0,  # still below where it began
+        lambda step: 1e-6 * step,  # a student that begins as its teacher
+        lambda step: 1.0 + 0.9 * (-1) ** step,
+    ],
+    ids=["passing", "below", "from nothing", "noisy"],
+)
+def test_a_loss_that_rises_for_a_while_ends_nothing(tmp_path, height):
+    slope(tmp_path, height)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 400
