@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..attention.layout import TokenLayout
 from ..attention.override import AttentionReport, Override, make_attention_override
 from ..files import can_be_path
 from ..limits.quote import quoted
 from ..plan import TilePlan
 from ..sampling.path import NoisePath
 from ..tiles import TilePattern
+from .clip_part import ClipPart
 from .features import FeatureTap
 from .texts import Encode
 
@@ -78,6 +80,17 @@ class FamilyModel(Protocol):
     def predict(
         self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None
     ) -> Tensor: ...
+
+    def layout(self, z: Tensor) -> TokenLayout:
+        """Where the video's tokens stand in the sequence of latents z."""
+        ...
+
+    def predict_part(
+        self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any], part: ClipPart
+    ) -> Tensor:
+        """`predict` of the whole ``z`` and ``condition``, asked for the frames of ``part`` alone: the network is given
+        these, at the positions that they have in the whole."""
+        ...
 
     def check_plan(self, plan: TilePlan) -> None:
         """Raises ValueError where the plan was made for another model."""

@@ -55,6 +55,7 @@ class TrainingRun:
         accumulate: calls of ``loss_of`` whose gradients make one step.
         clip: largest norm of the gradient.
         accelerator: accelerate's Accelerator; ``run.model`` is then the prepared model.
+        alike: how many processes, one behind another, draw the same random numbers.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class TrainingRun:
         clip: float = 1.0,
         tensorboard: bool = False,
         accelerator: Any = None,
+        alike: int = 1,
     ) -> None:
         self.bare, self.steps, self.warmup, self.final_rate = model, steps, warmup, final_rate
         self.folder, self.accumulate, self.clip, self.accelerator = folder, accumulate, clip, accelerator
@@ -84,7 +86,7 @@ class TrainingRun:
         self.optimizers: list[Any] = list(prepared[1:])
         self.average = WeightAverage(self._trained(), ema_decay)
         self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
-        self.generator = torch.Generator().manual_seed(seed + self.rank)
+        self.generator = torch.Generator().manual_seed(seed + self.rank // alike)
         self.step, self.lost = 0, False
         self.means: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
