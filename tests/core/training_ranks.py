@@ -24,7 +24,7 @@ def train_on_ranks(jobs: list[dict], ranks: int = RANKS) -> list[dict]:
     """Run the jobs one after the other on ``ranks`` ranks; what process 0 tells of each.
 
     A job: name, config (of `DistillConfig`), out (a folder), sharded, stop (the step after which process 0 gets
-    SIGTERM, or 0).
+    SIGTERM, or 0), frames (latent frames of its clips, 4 where it does not say).
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "jobs.json").write_text(json.dumps(jobs))
@@ -40,17 +40,20 @@ def main(rank: int, ranks: int, folder: str) -> None:
     import torch.distributed as dist
     from accelerate.state import AcceleratorState
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
+    if ranks > 1:  # one alone is no rank, as without accelerate's launcher
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
     accelerate.Accelerator = on_cpu(accelerate.Accelerator)
     told = []
     for job in json.loads((Path(folder) / "jobs.json").read_text()):
         os.environ.update(ACCELERATE_USE_FSDP=str(job["sharded"]).lower(), FSDP_VERSION="2")
         told.append(train(job, rank))
         AcceleratorState._reset_state(reset_partial_state=True)
-        dist.barrier()
-    dist.destroy_process_group()
+        if ranks > 1:
+            dist.barrier()
+    if ranks > 1:
+        dist.destroy_process_group()
     print(json.dumps(told))
 
 
@@ -89,7 +92,7 @@ def train(job: dict, rank: int) -> dict:
     def prepare(config, model, cache, device):
         if rank == 0:
             torch.rand(7)  # whoever makes the data draws random numbers that the others do not
-        return small_data(device)
+        return small_data(device, job.get("frames", 4))
 
     def keep_dtype(module, args, kwargs):
         seen["times"].add(str((args[1] if len(args) > 1 else kwargs["timestep"]).dtype))
@@ -119,7 +122,7 @@ def count_sharded(tensors) -> int:
     return sum(hasattr(t, "to_local") and t.to_local().numel() < t.numel() for t in tensors)
 
 
-def small_data(device):
+def small_data(device, frames):
     """Random latents and text states in place of a data set's."""
     import torch
 
@@ -129,7 +132,7 @@ def small_data(device):
 
     g = torch.Generator().manual_seed(1)
     bank = TextBank({t: torch.randn(len(t) + 1, 8, generator=g) for t in ("a", "b c", "")})
-    clips = ClipSet(torch.randn(6, 4, 4, 4, 4, generator=g), [("a",), ("b c", "a")] * 3)
+    clips = ClipSet(torch.randn(6, 4, frames, 4, 4, generator=g), [("a",), ("b c", "a")] * 3)
     return PreparedData(clips, bank, "", torch.device("cpu"))
 
 
