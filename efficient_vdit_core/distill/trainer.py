@@ -58,8 +58,8 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     check_objective(config, model, about)
     check_optimizer(config.training, sharded=is_sharding(accelerator))
     check_loras(config, model)
-    check_shares(config, model)
     check_processes(config, accelerator.num_processes)
+    check_shares(config, model)
     if not (folder / CONFIG).is_file():
         check_data(config, model)
     with accelerator.main_process_first():

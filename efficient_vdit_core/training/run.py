@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .average import WeightAverage
 from .checkpoint import read_checkpoint, write_checkpoint
+from .lost_process import is_lost_process
 from .sharding import cut, cut_optimizer, gathered, is_sharding, run_in_autocast
 from .stop import StopWish, stop_wish
 
@@ -125,6 +126,7 @@ class TrainingRun:
         from tqdm import tqdm
 
         with (
+            self._together(),
             stop_wish() as wish,
             tqdm(
                 total=self.steps, initial=self.step, desc=self.folder.name, mininterval=5.0, disable=self.rank > 0
@@ -163,6 +165,20 @@ class TrainingRun:
             if self.processes == 1 and not self.lost:  # the others may be in another place, and saving needs them all
                 self.save()
             raise
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Where another process is gone, this one ends with a sentence."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            kept = f"{self.checkpoint} keeps the last state" if self.checkpoint.exists() else "Nothing was saved yet"
+            raise ValueError(
+                f"Another process of this training ended after step {self.step}, and none goes on without it: its own last "
+                f"words say why. {kept}; the same command goes on from there."
+            ) from error
 
     def _one_step(self, loss_of: LossOf) -> None:
         self._set_rates()

@@ -13,6 +13,7 @@ from small_models import cogvideox, opensora_plan, wan
 from efficient_vdit_core.attention import TokenLayout, tile_attention
 from efficient_vdit_core.attention.spans import take
 from efficient_vdit_core.distill.config import DistillConfig
+from efficient_vdit_core.distill.live_bytes import LiveBytes
 from efficient_vdit_core.distill.open_model import open_model
 from efficient_vdit_core.distill.sequence_parallel import asking, make_group
 from efficient_vdit_core.distill.trainer import describe, make_objective
@@ -183,3 +184,22 @@ def apart(training, make_loss, ranks):
     worst = max(errors, key=lambda name: errors[name])
     off = max(abs(float(shared_losses[n] - losses[n])) / abs(float(losses[n])) for n in losses)
     return {"gradient": errors[worst], "of": worst, "loss": off, "weights": len(errors)}
+
+
+@torch.enable_grad()
+def held(rank, ranks):
+    """Bytes that wait for the gradient, of this rank and of one process, by case; six frames of 64 tokens."""
+    found = {}
+    for family, checkpointed in itertools.product((opensora_plan, wan, cogvideox), (False, True)):
+        with tempfile.TemporaryDirectory() as folder:
+            training = Training(family, Path(folder), "knowledge", checkpointed=checkpointed)
+            training.x = torch.randn(2, 4, 6, 16, 16, generator=torch.Generator().manual_seed(1))
+            sizes = []
+            for group in (None, grouped(training, ranks)):
+                with LiveBytes() as counter:
+                    result = training.objective(group)()
+                    sizes.append(counter.live)
+                result.release()
+                del result
+            found[f"{family.__name__} {checkpointed}"] = sizes
+    return found

@@ -67,8 +67,10 @@ def all_runs(folder):
         job("cut 2", "full", 2, out="cut"),
         job("full parallel", "full", 1),
     ]
+    two.append(job("three", "full", 3))
+    lost = [{**job("lost", "full", 2), "dies": 2}]
     four = [job("full groups", "full", 2)]
-    ran = [*train_on_ranks(one, 1), *train_on_ranks(two, 2), *train_on_ranks(four, 4)]
+    ran = [*train_on_ranks(one, 1), *train_on_ranks(two, 2), *train_on_ranks(four, 4), *train_on_ranks(lost, 2)]
     return {run["name"]: run for run in ran}
 
 
@@ -110,3 +112,13 @@ def test_groups_are_data_parallel(runs):
 def test_a_stopped_run_goes_on_bit_for_bit(runs):
     assert runs["cut 1"]["left"] == 128 + 15 and len(runs["cut 2"]["course"]) == 2
     compare(checkpoint(runs["cut 2"]), checkpoint(runs["full shared"]), rtol=0, atol=0)
+
+
+def test_processes_that_are_no_whole_groups_are_refused_before_the_folder_is_claimed(runs):
+    assert "sequence_parallel is 3, expected a divisor of the 2 processes" in runs["three"]["left"]
+    assert not Path(runs["three"]["out"]).exists()
+
+
+def test_the_others_end_with_a_sentence_where_a_process_dies(runs):
+    assert "Another process of this training ended after step 2" in runs["lost"]["left"]
+    assert len(runs["lost"]["course"]) == 2

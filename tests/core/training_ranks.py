@@ -24,13 +24,14 @@ def train_on_ranks(jobs: list[dict], ranks: int = RANKS) -> list[dict]:
     """Run the jobs one after the other on ``ranks`` ranks; what process 0 tells of each.
 
     A job: name, config (of `DistillConfig`), out (a folder), sharded, stop (the step after which process 0 gets
-    SIGTERM, or 0), frames (latent frames of its clips, 4 where it does not say).
+    SIGTERM, or 0), dies (the step after which process 1 gets SIGKILL, or nothing), frames (latent frames of its clips, 4
+    where it does not say).
     """
+    killed = {1: -signal.SIGKILL} if any(job.get("dies") for job in jobs) else {}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "jobs.json").write_text(json.dumps(jobs))
-        printed = run_together(
-            [[sys.executable, __file__, str(rank), str(ranks), folder] for rank in range(ranks)], TIMEOUT
-        )
+        commands = [[sys.executable, __file__, str(rank), str(ranks), folder] for rank in range(ranks)]
+        printed = run_together(commands, TIMEOUT, killed)
     return json.loads(printed[0].strip().splitlines()[-1])
 
 
@@ -49,12 +50,14 @@ def main(rank: int, ranks: int, folder: str) -> None:
     for job in json.loads((Path(folder) / "jobs.json").read_text()):
         os.environ.update(ACCELERATE_USE_FSDP=str(job["sharded"]).lower(), FSDP_VERSION="2")
         told.append(train(job, rank))
+        if told[-1].get("dies"):
+            break  # there is nobody to go on with
         AcceleratorState._reset_state(reset_partial_state=True)
         if ranks > 1:
             dist.barrier()
-    if ranks > 1:
+    print(json.dumps(told), flush=True)
+    if ranks > 1 and not told[-1].get("dies"):
         dist.destroy_process_group()
-    print(json.dumps(told))
 
 
 def on_cpu(kind):
@@ -88,6 +91,8 @@ def train(job: dict, rank: int) -> dict:
             )
             if job["stop"] == self.step and rank == 0:
                 os.kill(os.getpid(), signal.SIGTERM)
+            if job.get("dies") == self.step and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def prepare(config, model, cache, device):
         if rank == 0:
