@@ -88,11 +88,14 @@ def _say_memory(stages: Any, size: int) -> int:
     from ..distill.checks import check_training
     from ..distill.memory_advice import advice, fits
     from ..distill.memory_plan import gib, plan_memory
+    from ..distill.open_model import open_model
+    from ..distill.sequence_parallel import check_shares
     from ..distill.work_plan import plan_work
 
     all_fit = True
     for stage in stages.planned():
         check_training(stage)
+        check_shares(stage, open_model(stage.model))
         worn = stages.wears(stage)
         plan = plan_memory(stage, worn=worn)
         fit = fits(plan, size)

@@ -28,7 +28,7 @@ PRECISIONS = ("float32", "bf16")
 EXPERTS = ("", "high", "low")
 PLACE = "{}"  # of the caption in a template
 # Beyond these a typing mistake is more likely than a plan: years of training, days of encoding.
-MAX_TRAINING_STEPS, MAX_CLIPS, MAX_BATCH = 10_000_000, 10_000_000, 65_536
+MAX_TRAINING_STEPS, MAX_CLIPS, MAX_BATCH, MAX_PROCESSES = 10_000_000, 10_000_000, 65_536, 1024
 
 T = TypeVar("T")
 
@@ -136,7 +136,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The optimisation. precision: float32, or bf16 for bf16 autocast over float32 weights."""
+    """The optimisation. precision: float32, or bf16 for bf16 autocast over float32 weights. sequence_parallel: how many
+    processes share out the frames of one clip; groups of so many are data parallel."""
 
     steps: int = 1000
     batch: int = 32
@@ -154,11 +155,12 @@ class TrainingConfig:
     tensorboard: bool = False
     samples_every: int = 0
     samples: tuple[str, ...] = ()
+    sequence_parallel: int = 1
 
     def __post_init__(self) -> None:
         counted = {"steps": (1, MAX_TRAINING_STEPS), "save_every": (1, MAX_TRAINING_STEPS), "warmup": (0, MAX_TRAINING_STEPS),
                    "samples_every": (0, MAX_TRAINING_STEPS), "batch": (1, MAX_BATCH), "accumulate": (1, 65_536),
-                   "seed": (0, 2**62)}  # fmt: skip
+                   "seed": (0, 2**62), "sequence_parallel": (1, MAX_PROCESSES)}  # fmt: skip
         _between(self, "training", counted)
         for name in ("weight_decay", "final_rate"):
             number(getattr(self, name), f"training.{name}", 0, 1)

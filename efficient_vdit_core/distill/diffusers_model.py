@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from ..attention.layout import TokenLayout
 from ..attention.override import FORWARD_KEY, ForwardState, Override
+from ..attention.spans import take
 from ..limits.quote import named, quoted
 from ..sampling.path import FLOW, PREDICTIONS, FlowPath, NoisePath, VPPath
 from ..tiles import TokenGrid
 from ..video import to_frames
+from .clip_part import ClipPart, unwrapped
 from .comfy_names import COGVIDEOX, WAN
 from .config import MAX_BATCH, ModelConfig
 from .diffusers_folder import DiffusersFolder, latent_statistics, read_json
@@ -72,21 +74,39 @@ class DiffusersModel(DiffusersFolder):
     def predict(
         self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None
     ) -> Tensor:
-        context, _ = condition
-        inputs: dict[str, Any] = {
-            "encoder_hidden_states": context.to(self.dtype),
-            "timestep": time,
-            "return_dict": False,
-        }
-        x = z.to(self.dtype)
+        x, context = z.to(self.dtype), condition[0].to(self.dtype)
+        return self._ask(module, x, time, context, self._rotary(z), options)
+
+    def predict_part(
+        self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any], part: ClipPart
+    ) -> Tensor:
+        x, context = z.to(self.dtype), condition[0].to(self.dtype)
+        own, rotary = x[:, :, slice(*part.frames)], self._rotary(z)
+        if self.kind == WAN:
+            with part.cut_from_whole(unwrapped(module).rope, x):
+                return self._ask(module, own, time, context, None, options)
+        rotary = rotary and (take(rotary[0], part.video, 0), take(rotary[1], part.video, 0))
+        with part.cut_from_whole(unwrapped(module).patch_embed, context, x.transpose(1, 2)):
+            return self._ask(module, own, time, context[:, slice(*part.text)], rotary, options)
+
+    def _ask(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        time: Tensor,
+        context: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        options: dict[str, Any] | None,
+    ) -> Tensor:
+        inputs: dict[str, Any] = {"encoder_hidden_states": context, "timestep": time, "return_dict": False}
         with Intercepted(options):
             if self.kind == WAN:
                 return module(hidden_states=x, **inputs)[0]
-            rotary = self._rotary(z) if self.config.get("use_rotary_positional_embeddings") else None
-            out = module(hidden_states=x.transpose(1, 2), image_rotary_emb=rotary, **inputs)[0]
-            return out.transpose(1, 2)
+            return module(hidden_states=x.transpose(1, 2), image_rotary_emb=rotary, **inputs)[0].transpose(1, 2)
 
-    def _rotary(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary(self, z: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not self.config.get("use_rotary_positional_embeddings"):
+            return None
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
         p = self.config["patch_size"]
@@ -105,17 +125,16 @@ class DiffusersModel(DiffusersFolder):
             device=z.device,
         )
 
-    def options_with(self, override: Override) -> Options:
-        p = self.config["patch_size"]
+    def layout(self, z: Tensor) -> TokenLayout:
+        p, (t, h, w) = self.config["patch_size"], z.shape[-3:]
         pt, ph, pw = p if isinstance(p, list | tuple) else (1, p, p)
+        prefix = int(self.config.get("max_text_seq_length", 0)) if self.kind == COGVIDEOX else 0
+        return TokenLayout(TokenGrid(t // pt, h // ph, w // pw), prefix=prefix)
 
-        def options(z: Tensor) -> dict[str, Any]:
-            t, h, w = z.shape[-3:]
-            prefix = int(self.config.get("max_text_seq_length", 0)) if self.kind == COGVIDEOX else 0
-            layout = TokenLayout(TokenGrid(t // pt, h // ph, w // pw), prefix=prefix)
-            return {FORWARD_KEY: ForwardState(layout), OVERRIDE: override, "total_blocks": self.layers}
-
-        return options
+    def options_with(self, override: Override) -> Options:
+        return lambda z: {
+            FORWARD_KEY: ForwardState(self.layout(z)), OVERRIDE: override, "total_blocks": self.layers
+        }  # fmt: skip
 
     def tap(self, module: nn.Module) -> FeatureTap:
         blocks: Any = module.blocks if self.kind == WAN else module.transformer_blocks

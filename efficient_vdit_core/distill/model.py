@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..attention.layout import TokenLayout
 from ..attention.override import AttentionReport, Override, make_attention_override
 from ..files import can_be_path
 from ..limits.quote import quoted
 from ..plan import TilePlan
 from ..sampling.path import NoisePath
 from ..tiles import TilePattern
+from .clip_part import ClipPart
 from .comfy_names import ComfyLayer
 from .features import FeatureTap
 from .texts import Encode
@@ -141,6 +143,26 @@ class FamilyModel(Protocol):
     def config_entry(self) -> dict[str, Any]:
         """The transformer's config.json."""
         ...
+
+
+class SharedModel(FamilyModel, Protocol):
+    """A family whose network several processes can ask together, each for its own frames of a clip."""
+
+    def layout(self, z: Tensor) -> TokenLayout:
+        """Where the video's tokens stand in the sequence of latents z."""
+        ...
+
+    def predict_part(
+        self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any], part: ClipPart
+    ) -> Tensor:
+        """`predict` of the whole ``z`` and ``condition``, asked for the frames of ``part`` alone: the network is given
+        these, at the positions that they have in the whole."""
+        ...
+
+
+def can_share(model: FamilyModel) -> TypeGuard[SharedModel]:
+    """Whether the family has what training.sequence_parallel asks."""
+    return hasattr(model, "predict_part")
 
 
 def serves_all(timesteps: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..limits.quote import quoted
 from ..model_folder import FAMILY, find_model
 from ..models.opensora_plan.checkpoint import load_transformer, load_vae, read_transformer
 from ..models.opensora_plan.text import MAX_TOKENS, TextEncoder
-from ..models.opensora_plan.transformer import OpenSoraT2V
+from ..models.opensora_plan.transformer import FIRST_FRAME, OpenSoraT2V
 from ..models.opensora_plan.vae import CausalVAE
 from ..models.opensora_plan.vae_tiling import tiled_decode, tiled_encode
 from ..pipeline import DTYPES, LATENT_SCALE
@@ -26,6 +26,7 @@ from ..request import SPACE, TIME
 from ..sampling.path import VPPath
 from ..tiles import TokenGrid
 from ..video import to_frames
+from .clip_part import ClipPart
 from .comfy_names import ComfyLayer
 from .config import MAX_BATCH, ModelConfig
 from .features import FeatureTap
@@ -88,18 +89,21 @@ class OpenSoraPlanModel:
         context, mask = condition
         return module(z.to(self.dtype), time, context, mask, options)
 
+    def layout(self, z: Tensor) -> TokenLayout:
+        p, (t, h, w) = self.config.patch_size, z.shape[-3:]
+        return TokenLayout(TokenGrid(t, -(-h // p), -(-w // p)))
+
+    def predict_part(
+        self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any], part: ClipPart
+    ) -> Tensor:
+        first, last = part.frames
+        return self.predict(module, z[:, :, first:last], time, condition, {**options, FIRST_FRAME: first})
+
     def check_plan(self, plan: TilePlan) -> None:
         plan.check_fits(family=FAMILY, layers=self.layers, heads=self.heads)
 
     def options_with(self, override: Override) -> Options:
-        p = self.config.patch_size
-
-        def options(z: Tensor) -> dict[str, Any]:
-            t, h, w = z.shape[-3:]
-            layout = TokenLayout(TokenGrid(t, -(-h // p), -(-w // p)))
-            return {FORWARD_KEY: ForwardState(layout), OVERRIDE_KEY: override}
-
-        return options
+        return lambda z: {FORWARD_KEY: ForwardState(self.layout(z)), OVERRIDE_KEY: override}
 
     def tap(self, module: nn.Module) -> FeatureTap:
         blocks: Any = module.transformer_blocks

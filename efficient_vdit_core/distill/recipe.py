@@ -23,6 +23,7 @@ from .config import DataConfig, DistillConfig, ModelConfig, TrainingConfig, read
 from .consistency import ConsistencyConfig
 from .export import LORA, result_file
 from .knowledge import KnowledgeConfig, merge_deltas
+from .launch import launched_processes
 from .lora_files import merged
 from .metadata import DistillMetadata
 from .model import FamilyModel
@@ -30,6 +31,7 @@ from .open_model import open_model
 from .optimizers import check_optimizer
 from .prepare import check_data, prepare_data
 from .search_stage import SearchConfig, search_plans
+from .sequence_parallel import check_processes, check_shares
 from .trainer import describe, distill
 
 BASE_NEGATIVE_SHARE = 0.1
@@ -121,6 +123,8 @@ class ThreeStages:
             check_loras(stage, model)
             check_optimizer(stage.training)
             check_data(stage, model)
+            check_shares(stage, model)
+            check_processes(stage, launched_processes())
 
     def planned(self) -> list[DistillConfig]:
         """The trainings' configurations as far as they are known before there are results: under no plan yet."""

@@ -6,7 +6,8 @@ export.
     folder/cache/             latents and text states
     folder/transformer/       the result as full weights, or folder/lora.safetensors
 
-More GPUs or machines: the same command under `accelerate launch`, data parallel or with FSDP2's sharded weights.
+More GPUs or machines: the same command under `accelerate launch`, data parallel or with FSDP2's sharded weights; groups
+of processes may share out each clip (`sequence_parallel`).
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from .launch import make_accelerator
 from .lora import FAKE, STUDENT, counting, is_of, lora_off
 from .lora_files import start_from
 from .metadata import DistillMetadata, read_metadata
-from .model import FamilyModel, read_plan, sparse_options
+from .model import FamilyModel, read_plan
 from .open_model import open_model
 from .optimizers import check_optimizer, make_optimizers
 from .prepare import PreparedData, check_data, prepare_data
 from .samples import write_samples
 from .score import ScoreLoss
+from .sequence_parallel import ClipGroup, asking, check_processes, check_shares, make_group
 from .turns import Turns, add_learners
 
 CONFIG = "config.toml"
@@ -55,6 +57,8 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     check_objective(config, model, about)
     check_optimizer(config.training, sharded=is_sharding(accelerator))
     check_loras(config, model)
+    check_processes(config, accelerator.num_processes)
+    check_shares(config, model)
     if not (folder / CONFIG).is_file():
         check_data(config, model)
     with accelerator.main_process_first():
@@ -67,14 +71,16 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     # Here, so that a LoRA starts alike in every process, whichever made the data.
     torch.manual_seed(config.training.seed)
     student, teacher = make_pair(config, model, accelerator)
+    group = make_group(config, model, filter(None, (student, teacher)))
     t = config.training
     optimizers = [optimizer for part in learners(student) for optimizer in make_optimizers(part, t)]
     run = TrainingRun(
         student, optimizers, folder=folder, steps=t.steps, seed=t.seed, ema_decay=t.ema, warmup=t.warmup,
         final_rate=t.final_rate, accumulate=t.accumulate, clip=t.clip, tensorboard=t.tensorboard, accelerator=accelerator,
+        alike=t.sequence_parallel,
     )  # fmt: skip
     objective = make_objective(
-        config, model, run.model, student, teacher, about, data, lambda: run.step, alone=run.processes == 1
+        config, model, run.model, student, teacher, about, data, lambda: run.step, alone=run.processes == 1, group=group
     )
     if isinstance(objective, ScoreLoss):
         data_parallel = run.processes > 1 and not run.sharded
@@ -185,26 +191,27 @@ def make_objective(
     step: Callable[[], int] = lambda: 0,
     *,
     alone: bool = True,
+    group: ClipGroup | None = None,
 ) -> Any:
     """The loss of one batch: ``objective(x, condition, generator)``. ``student`` is ``bare`` as accelerate prepared it;
     ``step`` tells how many steps of the run are done.
 
-    Without ``alone`` there are other processes, which call the networks as often as this one.
+    Without ``alone`` there are other processes, which call the networks as often as this one; those of ``group`` share its
+    clips.
     """
 
-    plan = config.objective.plan
-    sparse = sparse_options(model, read_plan(plan)) if about.plan is not None else None
-    dense_teacher = config.method in ("knowledge", "score")
+    plan = read_plan(config.objective.plan) if about.plan is not None else None
+    ask, ask_dense = asking(model, plan, group), asking(model, None, group)
+    ask_teacher = ask_dense if config.method in ("knowledge", "score") else ask
 
     def learn(z: Tensor, time: Tensor, condition: Any) -> Tensor:
-        return model.predict(student, z, time, condition, sparse(z) if sparse else None)
+        return ask(student, z, time, condition)
 
     def teach(z: Tensor, time: Tensor, condition: Any) -> Tensor:
-        options = sparse(z) if sparse and not dense_teacher else None
         if teacher is not None:
-            return model.predict(teacher, z, time, condition, options)
+            return ask_teacher(teacher, z, time, condition)
         with lora_off(bare):
-            return model.predict(student, z, time, condition, options)
+            return ask_teacher(student, z, time, condition)
 
     def guided(z: Tensor, time: Tensor, condition: Any, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
         plain = teach(z, time, condition).float()
@@ -231,16 +238,17 @@ def make_objective(
 
         def fake(z: Tensor, time: Tensor, condition: Any) -> Tensor:
             with counting(bare, FAKE):
-                return model.predict(student, z, time, condition)
+                return ask_dense(student, z, time, condition)
 
         return ScoreLoss(
             config.objective, model.path, model.prediction, teacher=guided, student=own, fake=fake, alone=alone,
             students_step=lambda: config.objective.students_step(step()), own_samples=config.data.source == "captions",
         )  # fmt: skip
-    taps = {"student_tap": model.tap(bare), "teacher_tap": model.tap(bare if teacher is None else teacher)}
     return KnowledgeLoss(
-        config.objective, model.path, segments=about.segments, teacher=teach, student=learn, serves=model.serves, **taps
-    )
+        config.objective, model.path, segments=about.segments, teacher=teach, student=learn, serves=model.serves,
+        student_tap=model.tap(bare), teacher_tap=model.tap(bare if teacher is None else teacher),
+        wire=group.wire if group else None,
+    )  # fmt: skip
 
 
 @contextmanager

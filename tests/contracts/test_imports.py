@@ -41,6 +41,8 @@ ALLOWED = {
         "files",
         "limits",
         "attention",
+        "head_patterns",
+        "parallel",
         "sampling",
         "models",
         "search",

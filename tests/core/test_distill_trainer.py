@@ -346,6 +346,7 @@ def test_configuration_survives_toml(base):
         ({"method": "knowledge", "training": {"warmup": -1}}, "training.warmup is -1"),
         ({"method": "knowledge", "training": {"learning_rate": 0}}, "training.learning_rate is 0"),
         ({"method": "knowledge", "training": {"ema": 1}}, "training.ema is 1"),
+        ({"method": "knowledge", "training": {"sequence_parallel": 0}}, "training.sequence_parallel is 0"),
         ({"method": "knowledge", "data": {"source": "web"}}, "data.source is 'web'"),
         ({"method": "knowledge", "data": {"width": 100}}, "data.width is 100"),
         ({"method": "knowledge", "data": {"clips": 0}}, "data.clips is 0"),
