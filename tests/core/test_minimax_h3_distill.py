@@ -294,6 +294,16 @@ def test_what_h3_cannot_do_is_told_before_any_work(case, h3, tmp_path):
     assert len(str(told.value)) <= 400 and not (tmp_path / "run").exists()
 
 
+def test_its_one_sequence_is_not_shared_out(h3):
+    from efficient_vdit_core.distill.memory_advice import advice
+    from efficient_vdit_core.distill.sequence_parallel import check_shares
+
+    asked = config(h3, training={"sequence_parallel": 2})
+    with pytest.raises(ValueError, match="one sequence that it does not share out. Set it to 1"):
+        check_shares(asked, h3)
+    assert not any("sequence_parallel" in line for line in advice(config(h3), 2**20))
+
+
 @pytest.mark.parametrize("missing", ["audio_vae", "audio_scheduler"])
 def test_a_folder_without_its_sound_is_told_before_any_work(missing, h3, tmp_path):
     from efficient_vdit_core.distill.trainer import distill
