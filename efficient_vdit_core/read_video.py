@@ -150,15 +150,15 @@ def _stream(path: Path) -> Iterator[np.ndarray]:
     source = ["-nostdin", "-max_pixels", str(MAX_PIXELS), "-i", f"file:{path}", "-map", "0:v:0"]
     _check_size(*_probed(source))
     strict = ["-v", "error", "-xerror", *source, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
-    with tempfile.TemporaryFile() as complaints, _ffmpeg(strict, subprocess.PIPE, complaints) as ffmpeg:
-        assert ffmpeg.stdout is not None
+    with tempfile.TemporaryFile() as complaints, ffmpeg(strict, subprocess.PIPE, complaints) as process:
+        assert process.stdout is not None
         try:
-            yield from _ppm_pictures(ffmpeg.stdout)
+            yield from _ppm_pictures(process.stdout)
         except BaseException:
-            ffmpeg.kill()
+            process.kill()
             raise
-        status = ffmpeg.wait()
-        text = _said(complaints)
+        status = process.wait()
+        text = said(complaints)
     if status or text:
         first = re.sub(r"^\[.*?\] ", "", text).splitlines()[:1] or [
             f"exit status {status}"
@@ -169,20 +169,22 @@ def _stream(path: Path) -> Iterator[np.ndarray]:
 def _probed(source: list[str]) -> tuple[int, int, int]:
     """Width, height and packets of the video as the container tells them, without decoding; 0 where it does not."""
     with tempfile.TemporaryFile() as answer:
-        with _ffmpeg(["-hide_banner", *source, "-c", "copy", "-f", "null", "-"], subprocess.DEVNULL, answer) as ffmpeg:
-            ffmpeg.wait()
-        text = _said(answer)
+        with ffmpeg(["-hide_banner", *source, "-c", "copy", "-f", "null", "-"], subprocess.DEVNULL, answer) as process:
+            process.wait()
+        text = said(answer)
     size, counts = _SIZE.search(text), _COUNT.findall(text)
     return int(size[1]) if size else 0, int(size[2]) if size else 0, int(counts[-1]) if counts else 0
 
 
-def _ffmpeg(arguments: list[str], out: int, said: Any) -> subprocess.Popen[bytes]:
+def ffmpeg(arguments: list[str], out: Any, errors: Any) -> subprocess.Popen[bytes]:
+    """imageio-ffmpeg's program at work, its output in ``out`` and its words in ``errors``."""
     import imageio_ffmpeg
 
-    return subprocess.Popen([imageio_ffmpeg.get_ffmpeg_exe(), *arguments], stdout=out, stderr=said)
+    return subprocess.Popen([imageio_ffmpeg.get_ffmpeg_exe(), *arguments], stdout=out, stderr=errors)
 
 
-def _said(file: Any) -> str:
+def said(file: Any) -> str:
+    """The words in a file that a program has written to."""
     file.seek(0)
     return file.read(2**20).decode(errors="replace").strip()
 

@@ -37,5 +37,5 @@ def preset_path(family: str) -> Path:
 
 def recipe_path(name: str) -> Path:
     """A distillation recipe in TOML: tiny; three_stage and three_stage_93 for Open-Sora-Plan; wan_1_3b, wan_1_3b_turbo,
-    wan_ti2v_5b; wan22_14b, wan22_14b_turbo; cogvideox_2b."""
+    wan_ti2v_5b; wan22_14b, wan22_14b_turbo; minimax_h3, minimax_h3_turbo; cogvideox_2b."""
     return Path(__file__).parent / "recipes" / f"{name}.toml"

@@ -53,19 +53,52 @@ def attend_lse(q: Tensor, k: Tensor, v: Tensor) -> Partial:
     time.
     """
     if not q.numel() or not k.numel():
-        return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+        return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q))
     found = sdpa_partial(q.device, q.dtype, q.shape[-1])
     return found.forward(q, k, v) if found else _plain(q, k, v)
 
 
+def attend_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+    """The gradients of q, k and v where that of the result ``out`` is ``dout``. With the out and lse of *all* keys it gives
+    what these k and v contribute. By the kernels of ``attend_lse``, or by plain matrix products where they give none."""
+    if not q.numel() or not k.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    found = sdpa_partial(q.device, q.dtype, q.shape[-1])
+    backward = found.backward if found and found.backward else _plain_backward
+    return backward(dout, q, k, v, out, lse)
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """In which the log-sum-exp of these queries is kept."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Partial:
-    rows = max(1, _PLAIN_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    exact = lse_dtype(q)
     parts = []
-    for chunk in q.split(rows, dim=2):
-        scores = (chunk.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
+    for chunk in q.split(_plain_rows(q, k), dim=2):
+        scores = (chunk.to(exact) @ k.to(exact).transpose(-1, -2)) / math.sqrt(q.shape[-1])
         lse = scores.logsumexp(-1)
         parts.append(((scores - lse[..., None]).exp().to(v.dtype) @ v, lse))
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def _plain_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+    exact, scale, rows = lse_dtype(q), 1 / math.sqrt(q.shape[-1]), _plain_rows(q, k)
+    keys, values, dq = k.to(exact), v.to(exact), []
+    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+    for of_rows in zip(*(x.split(rows, dim=2) for x in (dout, q, out, lse)), strict=True):
+        slope, chunk, result, logs = (x.to(exact) for x in of_rows)
+        weights = (chunk @ keys.transpose(-1, -2) * scale - logs[..., None]).exp()
+        slopes = weights * (slope @ values.transpose(-1, -2) - (slope * result).sum(-1, keepdim=True)) * scale
+        dq.append((slopes @ keys).to(q.dtype))
+        dk += slopes.transpose(-1, -2) @ chunk
+        dv += weights.transpose(-1, -2) @ slope
+    return torch.cat(dq, dim=2), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _plain_rows(q: Tensor, k: Tensor) -> int:
+    return max(1, _PLAIN_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
 
 
 def sdpa_partial(device: torch.device, dtype: torch.dtype, dim: int) -> PartialAttention | None:
@@ -165,16 +198,16 @@ def _what_is_wrong(run: Callable[[], dict[str, float]]) -> str:
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
-    """The attention over all keys from attentions over disjoint parts of them: sum_p out_p exp(lse_p - lse), in
-    float32."""
+    """The attention over all keys from attentions over disjoint parts of them: sum_p out_p exp(lse_p - lse), in the
+    precision of the lse."""
     if len(parts) == 1:
         return parts[0]
     lses = torch.stack([lse for _, lse in parts])
     lse = lses.logsumexp(0)
     weights = (lses - lse).exp().nan_to_num_()[..., None]  # -inf - -inf: rows without any key
-    total = parts[0][0].float() * weights[0]
+    total = parts[0][0].to(lse.dtype) * weights[0]
     for (out, _), weight in zip(parts[1:], weights[1:], strict=True):
-        total.addcmul_(out.float(), weight)
+        total.addcmul_(out.to(lse.dtype), weight)
     return total.to(parts[0][0].dtype), lse
 
 

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "whole weights of Wan or CogVideoX that were distilled; for attention a plan of MiniMax-H3",
     )
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
-    parser.add_argument("--lora", metavar="FILE", help="with lora: a published LoRA for Wan or CogVideoX")
+    parser.add_argument("--lora", metavar="FILE", help="with lora: a published LoRA for Wan, CogVideoX or MiniMax-H3")
     parser.add_argument(
         "--expert", choices=("high", "low"), default="", help="with lora: which of Wan 2.2's two networks"
     )

@@ -85,14 +85,17 @@ TFLOPS = 300  # of an H100 in bf16, in published trainings of video transformers
 
 def _say_memory(stages: Any, size: int) -> int:
     """Bytes of each training by what they are for, and what to change where they do not fit; 1 where one does not."""
+    from ..distill.checks import check_training
     from ..distill.memory_advice import advice, fits
     from ..distill.memory_plan import gib, plan_memory
-    from ..distill.trainer import check_training
+    from ..distill.open_model import open_model
+    from ..distill.sequence_parallel import check_shares
     from ..distill.work_plan import plan_work
 
     all_fit = True
     for stage in stages.planned():
         check_training(stage)
+        check_shares(stage, open_model(stage.model))
         worn = stages.wears(stage)
         plan = plan_memory(stage, worn=worn)
         fit = fits(plan, size)

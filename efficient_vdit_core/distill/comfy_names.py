@@ -1,8 +1,9 @@
-"""The names of diffusers' models in ComfyUI: of layers, for a LoRA, and of whole weights."""
+"""diffusers' models in ComfyUI: where each layer is there, for a LoRA, and the names of whole weights."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..limits.quote import named, quoted
 from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 
 WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
+MINIMAX_H3 = "MiniMaxH3Transformer3DModel"
 # Patterns in diffusers' names and what stands for them in ComfyUI, one after another.
 _WAN = (
     # Wan's own names, which ComfyUI keeps.
@@ -48,10 +50,45 @@ _COGVIDEOX = (
     (r"ff\.net\.2", "ff_out"),
     (r"^time_embedding\.", "time_embedding_"),
 )
+_MINIMAX_H3 = (
+    # MiniMax's own names, which ComfyUI keeps.
+    (r"^token_refiner\.refiner_blocks", "token_refiner.blocks"),
+    (r"^transformer_blocks", "blocks"),
+    (r"attn\.to_[qkv]", "attn.qkv_proj"),
+    (r"attn\.to_out\.0", "attn.out_proj"),
+    (r"ff\.net\.0\.proj", "mlp.fc1"),
+    (r"ff\.net\.2", "mlp.fc2"),
+)
 _PATCHES = ("patch_size", "in_channels", "text_embed_dim", "sample_width", "sample_height", "sample_frames",
             "temporal_compression_ratio", "max_text_seq_length", "spatial_interpolation_scale",
             "temporal_interpolation_scale")  # fmt: skip
-_RULES = {WAN: _WAN, COGVIDEOX: _COGVIDEOX}
+_RULES = {WAN: _WAN, COGVIDEOX: _COGVIDEOX, MINIMAX_H3: _MINIMAX_H3}
+_WHOLE = (WAN, COGVIDEOX)  # whose whole weights are renamed
+QKV = "qkv"
+
+
+@dataclass(frozen=True)
+class ComfyLayer:
+    """A linear layer's place in ComfyUI: it gives one of ``parts`` equal pieces of the outputs of the layer ``name``, in
+    the same order or with the halves of the piece swapped."""
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    swapped: bool = False
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Rows (outputs, ...) of the layer in the order that the other side has them in."""
+        return x.roll(len(x) // 2, 0) if self.swapped else x
+
+
+def comfy_layer(kind: str, layer: str) -> ComfyLayer:
+    """Where a linear layer of a model of class ``kind`` of diffusers is in ComfyUI."""
+    name = comfy_name(kind, layer)
+    if kind == MINIMAX_H3 and (found := re.search(r"attn\.to_([qkv])$", layer)):
+        return ComfyLayer(name, part=QKV.index(found[1]), parts=len(QKV))
+    # ComfyUI's SwiGLU has its gate first, diffusers' its value.
+    return ComfyLayer(name, swapped=kind == MINIMAX_H3 and name.endswith("mlp.fc1"))
 
 
 def comfy_name(kind: str, name: str) -> str:
@@ -74,7 +111,7 @@ def convert_weights(source: str | Path, target: str | Path) -> int:
     where = named(Path(source).name)
     config = parse_json(about.get("config", "{}"), f"The config in {where}", advice="Export the weights again.")
     kind = config.get("_class_name", "") if isinstance(config, dict) else ""
-    if kind not in _RULES:
+    if kind not in _WHOLE:
         raise ValueError(
             f"{where} is {quoted(kind) if kind else 'of no class that it names'}, expected whole weights of {WAN} or {COGVIDEOX} "
             "that this trainer has exported. A LoRA needs no conversion."

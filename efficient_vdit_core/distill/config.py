@@ -28,7 +28,7 @@ PRECISIONS = ("float32", "bf16")
 EXPERTS = ("", "high", "low")
 PLACE = "{}"  # of the caption in a template
 # Beyond these a typing mistake is more likely than a plan: years of training, days of encoding.
-MAX_TRAINING_STEPS, MAX_CLIPS = 10_000_000, 10_000_000
+MAX_TRAINING_STEPS, MAX_CLIPS, MAX_BATCH, MAX_PROCESSES = 10_000_000, 10_000_000, 65_536, 1024
 
 T = TypeVar("T")
 
@@ -57,7 +57,8 @@ class ModelConfig:
 
     ``transformer``, with ``loras`` of earlier trainings beside it, is the teacher; the student starts from ``init``, or
     from the teacher. expert: high or low, which of Wan 2.2's two networks is trained, that of the noisy steps or the
-    other; each is a training of its own. train: full weights or a LoRA.
+    other; each is a training of its own. train: full weights or a LoRA. host_modulation: MiniMax-H3's projections of the
+    noise level, 13 of its 33 billion weights, stay in the host's memory and are computed there.
     """
 
     path: str = "tiny"
@@ -73,6 +74,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     device: str = "auto"
     dtype: str = "float32"
+    host_modulation: bool = False
 
     def __post_init__(self) -> None:
         _paths(self, "model", "path", "transformer", "text_encoder", "init")
@@ -91,7 +93,7 @@ class DataConfig:
     negative: the text of the unconditional half of guidance; negative_share of the clips, 0 to 1, learn it instead of
     their own caption, for students that are sampled with guidance. Sizes 0 are what the model was trained for.
     template: what the model's prompts are put into, with {} where the caption goes; guidance and result are those of
-    such prompts. "" leaves captions as they are.
+    such prompts. "" leaves captions as they are. Which numbers of frames there are is the model's to say.
     """
 
     source: str = "tinyworld"
@@ -127,13 +129,6 @@ class DataConfig:
         number(self.negative_share, "data.negative_share", 0, 1)
         number(self.guidance, "data.guidance", 0, MAX_GUIDANCE)
         _between(self, "data", {"frames": (0, MAX_FRAMES), "height": (0, MAX_SIDE), "width": (0, MAX_SIDE)})
-        _expect(
-            self.frames == 0 or self.frames % 4 == 1,
-            self,
-            "data",
-            "frames",
-            "4k + 1, or 0 for the model's own",
-        )
         for name in ("height", "width"):
             multiple = getattr(self, name) % 16 == 0
             _expect(multiple, self, "data", name, "a multiple of 16, or 0 for the model's own")
@@ -141,7 +136,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The optimisation. precision: float32, or bf16 for bf16 autocast over float32 weights."""
+    """The optimisation. precision: float32, or bf16 for bf16 autocast over float32 weights. sequence_parallel: how many
+    processes share out the frames of one clip; groups of so many are data parallel."""
 
     steps: int = 1000
     batch: int = 32
@@ -159,11 +155,12 @@ class TrainingConfig:
     tensorboard: bool = False
     samples_every: int = 0
     samples: tuple[str, ...] = ()
+    sequence_parallel: int = 1
 
     def __post_init__(self) -> None:
         counted = {"steps": (1, MAX_TRAINING_STEPS), "save_every": (1, MAX_TRAINING_STEPS), "warmup": (0, MAX_TRAINING_STEPS),
-                   "samples_every": (0, MAX_TRAINING_STEPS), "batch": (1, 65_536), "accumulate": (1, 65_536),
-                   "seed": (0, 2**62)}  # fmt: skip
+                   "samples_every": (0, MAX_TRAINING_STEPS), "batch": (1, MAX_BATCH), "accumulate": (1, 65_536),
+                   "seed": (0, 2**62), "sequence_parallel": (1, MAX_PROCESSES)}  # fmt: skip
         _between(self, "training", counted)
         for name in ("weight_decay", "final_rate"):
             number(getattr(self, name), f"training.{name}", 0, 1)

@@ -21,6 +21,7 @@ from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from ..models.opensora_plan.weights import is_finite
 
 MAX_LIST = 2**28  # bytes of a file of captions
+FPS = 24  # of every model that makes sound
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
 
 Generate = Callable[[list[str], list[int]], Tensor]  # captions and the samples' numbers to latents (B, C, T, h, w)
@@ -96,10 +97,15 @@ def video_captions(folder: Path) -> dict[Path, str]:
 
 
 def encode_videos(
-    folder: Path, cache: Path, size: tuple[int, int, int], encoder: Callable[[], Callable[[np.ndarray], Tensor]]
+    folder: Path,
+    cache: Path,
+    size: tuple[int, int, int],
+    encoder: Callable[[], Callable[..., Tensor]],
+    sound_rate: int = 0,
 ) -> ClipSet:
     """Latents of a folder's videos, cut to ``size`` (frames, height, width); a video that cannot be read is named,
-    skipped and counted."""
+    skipped and counted. With a ``sound_rate`` the encoder is given the sound beside the frames, None where there is
+    none."""
     from tqdm import tqdm
 
     captions = video_captions(folder)
@@ -110,13 +116,13 @@ def encode_videos(
         target = cache / f"{video.stem}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.safetensors"
         if not target.is_file():
             try:
-                frames = read_frames(video, size)
+                clip = (read_frames(video, size), *read_sounds(video, size, sound_rate))
             except ValueError as error:
                 log.warning("%s is left out: %s", named(video.name), error)
                 broken.append(named(video.name))
                 continue
             encode = encode or encoder()
-            save_safetensors(target, {"latents": _finite(encode(frames), video.name)}, {"video": video.name})
+            save_safetensors(target, {"latents": _finite(encode(*clip), video.name)}, {"video": video.name})
         files.append(target)
         texts.append((text,))
     if broken:
@@ -139,6 +145,14 @@ def read_frames(video: Path, size: tuple[int, int, int]) -> np.ndarray:
     if len(found) < frames:
         raise ValueError(f"it has {len(found)} frames, expected at least {frames}")
     return np.stack(found)
+
+
+def read_sounds(video: Path, size: tuple[int, int, int], rate: int) -> tuple[np.ndarray | None, ...]:
+    """The sound of the frames that `read_frames` gives, for a model that takes it at ``rate``; nothing for one that does
+    not."""
+    from ..read_sound import read_sound
+
+    return (read_sound(video, size[0] / FPS, rate, FPS),) if rate else ()
 
 
 def teacher_clips(

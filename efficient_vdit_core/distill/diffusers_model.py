@@ -1,103 +1,59 @@
 """diffusers' video transformers, Wan and CogVideoX, as distillation sees them.
 
-A folder in diffusers' layout: transformer, scheduler, vae, text_encoder, tokenizer. Attention is reached through
-PyTorch's own interception of ``scaled_dot_product_attention`` (a TorchFunctionMode), so that no code of diffusers is
-replaced.
+A folder in diffusers' layout: transformer, scheduler, vae, text_encoder, tokenizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from contextvars import ContextVar
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
 from ..attention.layout import TokenLayout
 from ..attention.override import FORWARD_KEY, ForwardState, Override
-from ..limits.documents import parse_json, read_text
+from ..attention.spans import take
 from ..limits.quote import named, quoted
-from ..pipeline import DTYPES
-from ..plan import TilePlan
 from ..sampling.path import FLOW, PREDICTIONS, FlowPath, NoisePath, VPPath
 from ..tiles import TokenGrid
 from ..video import to_frames
-from .comfy_names import COGVIDEOX, WAN, comfy_name
-from .config import ModelConfig
+from .clip_part import ClipPart, unwrapped
+from .comfy_names import COGVIDEOX, WAN
+from .config import MAX_BATCH, ModelConfig
+from .diffusers_folder import DiffusersFolder, latent_statistics, read_json
 from .features import FeatureTap
-from .lora_files import wear
-from .model import Options, serves_all, visiting
+from .intercept import OVERRIDE, Intercepted
+from .model import Options, check_frames, serves_all, visiting
 from .texts import Encode
 
-FAMILIES = {WAN: "wan", COGVIDEOX: "cogvideox"}
-OVERRIDE = "override"
 WAN_TEXT = 512  # tokens that Wan pads its texts to
 LOW, WAN_BOUNDARY = "transformer_2", 0.875  # Wan 2.2's second network, and its text-to-video models' boundary
 WAN_5B_CHANNELS = 48  # of the latents of Wan 2.2's TI2V 5B
 
 
-class DiffusersModel:
-    """See `model.FamilyModel`. Raises ValueError where the folder holds another architecture."""
+class DiffusersModel(DiffusersFolder):
+    """See `model.FamilyModel`."""
+
+    FAMILIES: ClassVar = {WAN: "wan", COGVIDEOX: "cogvideox"}
+    guided, can_host, at_once, sound_rate = True, False, MAX_BATCH, 0
 
     def __init__(self, config: ModelConfig) -> None:
-        self.folder, self.expert = Path(config.path), config.expert
-        self.boundary = _boundary(self.folder, config.expert)
-        own = self.folder / (LOW if config.expert == "low" else "transformer")
-        self.transformer_file = Path(config.transformer) if config.transformer else own
-        self.config = _json(self.folder / "transformer" / "config.json")
-        self.kind = self.config.get("_class_name", "")
-        if self.kind not in FAMILIES:
-            raise ValueError(
-                f"{self.folder.name} holds a {self.kind or 'nameless model'}, expected {' or '.join(FAMILIES)}."
-            )
+        self.boundary = _boundary(Path(config.path), config.expert)
+        super().__init__(config)
+        if config.expert == "low" and not config.transformer:
+            self.transformer_file = self.folder / LOW
         if self.config.get("patch_size_t"):
             raise ValueError(
                 "This CogVideoX packs frames in time (version 1.5), which is not supported here. Use version 1.0."
             )
-        if config.dtype not in DTYPES:
-            raise ValueError(
-                f"model.dtype is {quoted(config.dtype)}, expected one of {', '.join(DTYPES)}. Correct the configuration."
-            )
-        self.family, self.dtype, self.loras = FAMILIES[self.kind], DTYPES[config.dtype], config.loras
-        self.saved_dtype = self.dtype
-        self.layers, self.heads = int(self.config["num_layers"]), int(self.config["num_attention_heads"])
         vae = self.folder / "vae" / "config.json"
         # Wan 2.2's 5B has a VAE of its own; folders of earlier ones may not say.
-        self.vae = {"scale_factor_temporal": 4, "scale_factor_spatial": 8, **(_json(vae) if vae.is_file() else {})}
-        self.path, self.prediction = _schedule(_json(self.folder / "scheduler" / "scheduler_config.json"))
-
-    def load(self, weights: str = "") -> nn.Module:
-        import diffusers
-
-        from ..models.opensora_plan.checkpoint import read_state_dict
-
-        kind = getattr(diffusers, self.kind)
-        source = Path(weights) if weights else self.transformer_file
-        if source.is_dir():
-            module = kind.from_pretrained(str(source), torch_dtype=self.dtype)
-        else:
-            module = _in_precision(kind.from_config(self.config), self.dtype)
-            module.load_state_dict(read_state_dict(source)[0])
-        module.train().requires_grad_(True)
-        wear(module, self.loras, self.comfy_name)
-        return module
-
-    def skeleton(self) -> nn.Module:
-        import diffusers
-
-        with torch.device("meta"):
-            module = _in_precision(getattr(diffusers, self.kind).from_config(self.config), self.dtype).train()
-        wear(module, self.loras, self.comfy_name)
-        return module
+        self.vae = {"scale_factor_temporal": 4, "scale_factor_spatial": 8, **(read_json(vae) if vae.is_file() else {})}
+        self.path, self.prediction = _schedule(read_json(self.folder / "scheduler" / "scheduler_config.json"))
 
     def serves(self, timesteps: Tensor) -> Tensor:
         if not self.expert:
@@ -118,21 +74,39 @@ class DiffusersModel:
     def predict(
         self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None
     ) -> Tensor:
-        context, _ = condition
-        inputs: dict[str, Any] = {
-            "encoder_hidden_states": context.to(self.dtype),
-            "timestep": time,
-            "return_dict": False,
-        }
-        x = z.to(self.dtype)
-        with _Intercepted(options):
+        x, context = z.to(self.dtype), condition[0].to(self.dtype)
+        return self._ask(module, x, time, context, self._rotary(z), options)
+
+    def predict_part(
+        self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any], part: ClipPart
+    ) -> Tensor:
+        x, context = z.to(self.dtype), condition[0].to(self.dtype)
+        own, rotary = x[:, :, slice(*part.frames)], self._rotary(z)
+        if self.kind == WAN:
+            with part.cut_from_whole(unwrapped(module).rope, x):
+                return self._ask(module, own, time, context, None, options)
+        rotary = rotary and (take(rotary[0], part.video, 0), take(rotary[1], part.video, 0))
+        with part.cut_from_whole(unwrapped(module).patch_embed, context, x.transpose(1, 2)):
+            return self._ask(module, own, time, context[:, slice(*part.text)], rotary, options)
+
+    def _ask(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        time: Tensor,
+        context: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        options: dict[str, Any] | None,
+    ) -> Tensor:
+        inputs: dict[str, Any] = {"encoder_hidden_states": context, "timestep": time, "return_dict": False}
+        with Intercepted(options):
             if self.kind == WAN:
                 return module(hidden_states=x, **inputs)[0]
-            rotary = self._rotary(z) if self.config.get("use_rotary_positional_embeddings") else None
-            out = module(hidden_states=x.transpose(1, 2), image_rotary_emb=rotary, **inputs)[0]
-            return out.transpose(1, 2)
+            return module(hidden_states=x.transpose(1, 2), image_rotary_emb=rotary, **inputs)[0].transpose(1, 2)
 
-    def _rotary(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary(self, z: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not self.config.get("use_rotary_positional_embeddings"):
+            return None
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
         p = self.config["patch_size"]
@@ -151,29 +125,22 @@ class DiffusersModel:
             device=z.device,
         )
 
-    def check_plan(self, plan: TilePlan) -> None:
-        plan.check_fits(family=self.family, layers=self.layers, heads=self.heads)
+    def layout(self, z: Tensor) -> TokenLayout:
+        p, (t, h, w) = self.config["patch_size"], z.shape[-3:]
+        pt, ph, pw = p if isinstance(p, list | tuple) else (1, p, p)
+        prefix = int(self.config.get("max_text_seq_length", 0)) if self.kind == COGVIDEOX else 0
+        return TokenLayout(TokenGrid(t // pt, h // ph, w // pw), prefix=prefix)
 
     def options_with(self, override: Override) -> Options:
-        p = self.config["patch_size"]
-        pt, ph, pw = p if isinstance(p, list | tuple) else (1, p, p)
-
-        def options(z: Tensor) -> dict[str, Any]:
-            t, h, w = z.shape[-3:]
-            prefix = int(self.config.get("max_text_seq_length", 0)) if self.kind == COGVIDEOX else 0
-            layout = TokenLayout(TokenGrid(t // pt, h // ph, w // pw), prefix=prefix)
-            return {FORWARD_KEY: ForwardState(layout), OVERRIDE: override, "total_blocks": self.layers}
-
-        return options
+        return lambda z: {
+            FORWARD_KEY: ForwardState(self.layout(z)), OVERRIDE: override, "total_blocks": self.layers
+        }  # fmt: skip
 
     def tap(self, module: nn.Module) -> FeatureTap:
         blocks: Any = module.blocks if self.kind == WAN else module.transformer_blocks
         return FeatureTap(
             {"attention": [b.attn1 for b in blocks], "mlp": [b.ffn if self.kind == WAN else b.ff for b in blocks]}
         )
-
-    def checkpoint_blocks(self, module: nn.Module) -> None:
-        module.enable_gradient_checkpointing(_checkpointed)  # pyright: ignore[reportCallIssue]
 
     def text_encoder(self, device: torch.device) -> Encode:
         pipe = self._pipeline(torch.bfloat16, vae=None).to(device)  # as the models are used; in float32 umT5 is 23 GB
@@ -192,7 +159,7 @@ class DiffusersModel:
         def encode(frames: np.ndarray) -> Tensor:
             x = torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None].to(vae.dtype) / 127.5 - 1
             latents = vae.encode(x).latent_dist.mode().float().cpu()
-            mean, deviation = _latent_statistics(vae)
+            mean, deviation = latent_statistics(vae)
             return ((latents - mean) / deviation)[0]
 
         return encode
@@ -202,7 +169,7 @@ class DiffusersModel:
 
         @torch.no_grad()
         def decode(latents: Tensor) -> np.ndarray:
-            mean, deviation = _latent_statistics(vae)
+            mean, deviation = latent_statistics(vae)
             with visiting(vae, device):
                 z = (latents[None].cpu() * deviation + mean).to(device, vae.dtype)
                 return to_frames(vae.decode(z).sample[0].cpu())
@@ -224,6 +191,7 @@ class DiffusersModel:
         return DiffusionPipeline.from_pretrained(str(self.folder), transformer=None, torch_dtype=dtype, **without)
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        check_frames(frames, frames % 4 == 1, "4k + 1")
         wan = (121, 704, 1280) if self.config["in_channels"] == WAN_5B_CHANNELS else (81, 480, 832)
         trained = (49, 480, 720) if self.kind == COGVIDEOX else wan
         return frames or trained[0], height or trained[1], width or trained[2]
@@ -233,12 +201,6 @@ class DiffusersModel:
         pixels, every = self.vae["scale_factor_spatial"], self.vae["scale_factor_temporal"]
         return int(self.config["in_channels"]), (frames - 1) // every + 1, height // pixels, width // pixels
 
-    def comfy_name(self, layer: str) -> str:
-        return comfy_name(self.kind, layer)
-
-    def config_entry(self) -> dict[str, Any]:
-        return self.config
-
 
 def _boundary(folder: Path, expert: str) -> float:
     """The noise level at and above which the first of two networks is asked; 0 for a model with one."""
@@ -247,63 +209,7 @@ def _boundary(folder: Path, expert: str) -> float:
         found = "two networks, each a training of its own" if two else "one network"
         advice = "Set it (evdit convert lora: --expert) to high, then to low." if two else "Leave it out."
         raise ValueError(f"{named(folder.name)} holds {found}, but model.expert is {quoted(expert)}. {advice}")
-    return float(_json(folder / "model_index.json").get("boundary_ratio") or WAN_BOUNDARY) if two else 0.0
-
-
-def _in_precision(module: Any, dtype: torch.dtype) -> Any:
-    """In ``dtype``, but for what diffusers' own reader keeps in float32: embeddings of time and positions, and norms."""
-    kept = set(module._keep_in_fp32_modules or ())
-    for prefix, part in module.named_modules():
-        own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-        for name, x in own:
-            if x.is_floating_point() and not kept & set(f"{prefix}.{name}".split(".")):
-                x.data = x.data.to(dtype)
-    return module
-
-
-class _Intercepted(TorchFunctionMode):
-    """Hands each attention call inside it to the options' override; without options it changes nothing."""
-
-    active: ContextVar[_Intercepted | None] = ContextVar("active", default=None)
-
-    def __init__(self, options: dict[str, Any] | None) -> None:
-        super().__init__()
-        self.options = options
-
-    def __enter__(self) -> _Intercepted:
-        self.before = self.active.set(self)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.active.reset(self.before)
-        super().__exit__(*error)
-
-    def from_here(self) -> _Intercepted:
-        """The same for what runs again later: its layers are counted on from the present one."""
-        options = self.options and {**self.options, FORWARD_KEY: replace(self.options[FORWARD_KEY])}
-        return _Intercepted(options)
-
-    def __torch_function__(
-        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.options is None or func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        q, k, v = args[:3] if len(args) >= 3 else (kwargs[name] for name in ("query", "key", "value"))
-        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-
-        def dense(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **_: Any) -> Tensor:
-            return func(q, k, v, attn_mask=mask)
-
-        shape = {"skip_reshape": True, "skip_output_reshape": True}
-        return self.options[OVERRIDE](dense, q, k, v, q.shape[1], mask=mask, transformer_options=self.options, **shape)
-
-
-def _checkpointed(block: Callable[..., Any], *inputs: Any) -> Any:
-    """Gradient checkpointing whose second run, in the backward pass, has its attention intercepted as the first had."""
-    mode = _Intercepted.active.get()
-    again = mode.from_here() if mode else nullcontext()
-    return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+    return float(read_json(folder / "model_index.json").get("boundary_ratio") or WAN_BOUNDARY) if two else 0.0
 
 
 def _schedule(values: dict[str, Any]) -> tuple[NoisePath, str]:
@@ -320,23 +226,3 @@ def _schedule(values: dict[str, Any]) -> tuple[NoisePath, str]:
     kind = CogVideoXDDIMScheduler if "CogVideoX" in values.get("_class_name", "") else DDIMScheduler
     scheduler: Any = kind.from_config(values)
     return VPPath.from_alphas_bar(scheduler.alphas_cumprod), prediction
-
-
-def _latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (1, C, 1, 1, 1) by which latents are normalised, or 0 and 1 / scaling_factor."""
-    mean, deviation = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
-    if mean and deviation:
-        return torch.tensor(mean).view(1, -1, 1, 1, 1), torch.tensor(deviation).view(1, -1, 1, 1, 1)
-    return torch.zeros(1), torch.tensor(1.0 / vae.config.scaling_factor)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(
-            f"{quoted(str(file), 120)} does not exist, expected a model folder in diffusers' layout. Check model.path."
-        )
-    what = f"{file.name} in {named(file.parent.name)}"
-    values = parse_json(read_text(file, what), what, advice="Download it again.")
-    if not isinstance(values, dict):
-        raise ValueError(f"{what} is {quoted(values)}, expected an object of settings. Download it again.")
-    return values

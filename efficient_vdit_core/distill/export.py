@@ -40,7 +40,7 @@ def export(
         return file
     entries = {**about.to_entry(), "format": "pt"}
     state = _cast(
-        comfy_lora(module, ema, model.comfy_name) if lora else {**module.state_dict(), **ema}, model.saved_dtype
+        comfy_lora(module, ema, model.comfy_layer) if lora else {**module.state_dict(), **ema}, model.saved_dtype
     )
     _refuse_no_number(state)
     if lora:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..parallel.sharding.alike import sum_over_ranks
+from ..parallel.sharding.wire import Wire
+
 Listener = Callable[[str, int, Tensor], None]  # name, layer and what the module returned
 SMALLEST = 1e-12  # of a squared norm that is divided by
 
@@ -51,10 +54,12 @@ class LayerLosses:
     """The relative square of each layer's feature against the teacher's.
 
     ``keep`` listens to the teacher, ``compare`` to the student, whose blocks may run again in the backward pass; the
-    losses (scalars, float32) are those of the first time.
+    losses (scalars, float32) are those of the first time. Where processes share out a clip, each sees its own tokens'
+    features, and ``wire`` leads to the others: the loss is that of all tokens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wire: Wire | None = None) -> None:
+        self.wire = wire
         self.waiting: dict[tuple[str, int], Tensor] = {}
         self.losses: dict[tuple[str, int], Tensor] = {}
 
@@ -62,7 +67,7 @@ class LayerLosses:
         self.waiting[name, layer] = on_host(feature.detach())
 
     def compare(self, name: str, layer: int, feature: Tensor) -> None:
-        loss = _RelativeSquare.apply(feature, self.waiting[name, layer])
+        loss = _RelativeSquare.apply(feature, self.waiting[name, layer], self.wire)
         self.losses.setdefault((name, layer), loss)  # pyright: ignore[reportArgumentType]
 
     def mean(self, name: str) -> Tensor:
@@ -81,25 +86,33 @@ def on_host(value: Tensor) -> Tensor:
 def relative_square(value: Tensor, wanted: Tensor) -> Tensor:
     """|value - wanted|^2 / |wanted|^2 over all elements, in float32; ``wanted`` may lie elsewhere and gets no
     gradient."""
-    return _RelativeSquare.apply(value, wanted)  # pyright: ignore[reportReturnType]
+    return _RelativeSquare.apply(value, wanted, None)  # pyright: ignore[reportReturnType]
 
 
 class _RelativeSquare(torch.autograd.Function):
-    """Keeps the value, which a network keeps anyway, and takes the difference a second time for the gradient."""
+    """Keeps the value, which a network keeps anyway, and takes the difference a second time for the gradient.
+
+    With a ``wire`` both squares are sums over its ranks, and the gradient is that of the sum of their losses, as
+    `parallel.sharding.alike` has it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, wanted: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, value: Tensor, wanted: Tensor, wire: Wire | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         there = wanted.to(value.device, non_blocking=True)
-        size = there.float().square().sum().clamp(min=SMALLEST)
+        squares = torch.stack([_difference(value, there).square_().sum(), there.float().square().sum()])
+        if wire is not None:
+            sum_over_ranks(squares, wire)
+        size = squares[1].clamp(min=SMALLEST)
         ctx.save_for_backward(value)
-        ctx.wanted, ctx.size = wanted, size
-        return _difference(value, there).square_().sum() / size
+        ctx.wanted, ctx.size, ctx.losses = wanted, size, 1 if wire is None else wire.size
+        return squares[0] / size
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (value,) = ctx.saved_tensors
         there = ctx.wanted.to(value.device, non_blocking=True)
-        return _difference(value, there).mul_(2.0 * grad / ctx.size).to(value.dtype), None
+        factor = 2.0 * ctx.losses * grad / ctx.size
+        return _difference(value, there).mul_(factor).to(value.dtype), None, None
 
 
 def _difference(value: Tensor, wanted: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..limits.numbers import whole
+from ..parallel.sharding.wire import Wire
 from ..sampling.path import NoisePath
 from ..sampling.schedule import segment_edges
 from ..training import StepLoss
@@ -60,6 +61,7 @@ class KnowledgeLoss:
         student, teacher: (z, network time (B,), condition) -> raw output.
         serves: tells of timesteps whether a step from there is the network's; others are not learnt at.
         student_tap, teacher_tap: their attention and MLP modules, under the names ``attention`` and ``mlp``.
+        wire: as of ``LayerLosses``, where processes share out a clip; predictions are whole on each.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class KnowledgeLoss:
         student_tap: FeatureTap,
         teacher_tap: FeatureTap,
         serves: Callable[[Tensor], Tensor] | None = None,
+        wire: Wire | None = None,
     ) -> None:
+        self.wire = wire
         self.config, self.path, self.student, self.teacher = config, path, student, teacher
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
         self._listening = ExitStack()
@@ -85,7 +89,7 @@ class KnowledgeLoss:
         """``x`` (B, ...) float32 clean latents. The parts of the result are the losses before their weights."""
         z, time = self._noised(x, generator)
         weights = {"attention": self.config.attention, "mlp": self.config.mlp}
-        names, layers = [name for name, weight in weights.items() if weight], LayerLosses()
+        names, layers = [name for name, weight in weights.items() if weight], LayerLosses(self.wire)
         self._listening.close()
         with torch.no_grad(), self.teacher_tap.open(layers.keep, names):
             expected = self.teacher(z, time, condition).float()

@@ -62,6 +62,11 @@ def fsdp_plugin(precision: str) -> Any:
     )
 
 
+def launched_processes() -> int:
+    """How many processes accelerate's launcher started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _launched_with(flag: str) -> bool:
     return os.environ.get(flag, "false").lower() in ("1", "true", "yes")
 

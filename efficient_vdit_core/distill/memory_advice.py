@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from .config import DistillConfig
 from .memory_plan import MemoryPlan, gib, plan_memory
+from .model import can_share
+from .open_model import open_model
 
 GPUS = (2, 4, 8, 16)
 LEAST_RANK = 16
@@ -37,16 +39,41 @@ def advice(stage: DistillConfig, size: int, worn: int = 0) -> Iterator[str]:
     gpus = next((n for n in GPUS if fits(shared, size, n)), 0)
     if gpus:
         yield f"or {gpus} GPUs under FSDP2 with gradient_checkpointing and adamw: {gib(shared.peak(gpus))} on each, fits"
-    elif not helped:
+    together = _sharing_clips(stage, size, worn)
+    if together:
+        yield together
+    if not (gpus or helped or together):
         activations = gib(shared.held["activations"])
         yield f"activations alone take {activations}: fewer data.frames, or a smaller data.height and data.width"
+
+
+def _sharing_clips(stage: DistillConfig, size: int, worn: int) -> str:
+    """The fewest GPUs that do where they share out each clip, weights whole on each or, where that is not enough, shared out
+    too; "" where none do."""
+    model = open_model(stage.model)
+    if not can_share(model):
+        return ""
+    most = min(model.heads, model.latent_shape(model.size(stage.data.frames, stage.data.height, stage.data.width))[1])
+    for gpus in (n for n in GPUS if n <= most):
+        for kind, weights, start in (("", 1, _checkpointed(stage)), (" under FSDP2", gpus, _for_sharding(stage))):
+            plan = plan_memory(replace(start, training=replace(start.training, sequence_parallel=gpus)), worn=worn)
+            if fits(plan, size, weights):
+                what = "gradient_checkpointing and adamw" if kind else "gradient_checkpointing"
+                return (
+                    f"or training.sequence_parallel = {gpus} on {gpus} GPUs{kind} with {what}: {gib(plan.peak(weights))} on each, "
+                    "fits"
+                )
+    return ""
+
+
+def _checkpointed(stage: DistillConfig) -> DistillConfig:
+    return replace(stage, model=replace(stage.model, gradient_checkpointing=True))
 
 
 def _for_sharding(stage: DistillConfig) -> DistillConfig:
     """8-bit Adam does not know sharded weights."""
     optimizer = stage.training.optimizer.replace("adamw8bit", "adamw")
-    model = replace(stage.model, gradient_checkpointing=True)
-    return replace(stage, model=model, training=replace(stage.training, optimizer=optimizer))
+    return replace(_checkpointed(stage), training=replace(stage.training, optimizer=optimizer))
 
 
 def _changes(stage: DistillConfig) -> Iterator[tuple[str, DistillConfig]]:
@@ -63,6 +90,9 @@ def _changes(stage: DistillConfig) -> Iterator[tuple[str, DistillConfig]]:
     if stage.training.optimizer == "adamw":
         stage = replace(stage, training=replace(stage.training, optimizer="adamw8bit"))
         yield 'training.optimizer = "adamw8bit"', stage
+    if open_model(stage.model).can_host and stage.model.train == "lora" and not stage.model.host_modulation:
+        stage = replace(stage, model=replace(stage.model, host_modulation=True))
+        yield "model.host_modulation = true", stage
     if stage.model.train == "full":
         stage = replace(stage, model=replace(stage.model, train="lora", dtype="bfloat16", init=""))
         yield 'model.train = "lora" and dtype = "bfloat16"', stage

@@ -2,7 +2,8 @@
 shapes and no memory, with every live byte counted.
 
 Counted is what tensors take; an allocator's slack, 5 to 10 % on GPUs, is not. Attention keeps q, k, v and its output, as
-fused kernels do; sparse plans are counted as dense. Under bf16 autocast all activations count as bf16.
+fused kernels do; sparse plans are counted as dense. Under bf16 autocast all activations count as bf16. Of processes that
+share out a clip, it is the one with most frames, its exchanges counted as Ulysses'.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from .features import LayerLosses, relative_square
 from .live_bytes import LiveBytes, size_of
 from .lora import STUDENT, adaptable
 from .model import FamilyModel
+from .on_host import bytes_on_host
 from .open_model import open_model
+from .sequence_parallel import largest_share
 from .turns import add_learners
 
 META = torch.device("meta")
@@ -31,10 +34,10 @@ SHARED = ("weights", "teacher", "gradients", "optimiser", "average")  # what FSD
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by what they are for.
+    """Bytes by what they are for, on each GPU.
 
     ``held`` adds up to the peak of a training step; ``before`` are the weights of the parts that run and leave before
-    it starts; ``host`` is the host's memory for the teacher's features.
+    it starts; ``host`` is the host's memory for the teacher's features and for weights that stay there.
     """
 
     held: dict[str, int]
@@ -60,6 +63,7 @@ def plan_memory(stage: DistillConfig, words: int = 0, worn: int = 0) -> MemoryPl
     numbers = sum(p.numel() for p in trained)
     gradients, weights = size_of(trained), size_of([*student.parameters(), *student.buffers()])
     moving, host = _one_step(stage, model, words, worn)
+    host += bytes_on_host(student)
     if t.optimizer == "adamw":  # its step takes a root of every second moment at once
         moving = max(moving, gradients + 4 * numbers)
     held = {
@@ -70,8 +74,8 @@ def plan_memory(stage: DistillConfig, words: int = 0, worn: int = 0) -> MemoryPl
         "average": gradients,
         "activations": max(0, moving - gradients),
     }
-    kinds = {"text encoder": 2, "VAE": 4}  # bytes of each number
-    before = {name: kinds[name] * count_numbers(path) for name, path in model.parts.items()}
+    kinds = {"text encoder": 2}  # bytes of each number; VAEs are read in float32
+    before = {name: kinds.get(name, 4) * count_numbers(path) for name, path in model.parts.items()}
     return MemoryPlan(held, before, host)
 
 
@@ -99,6 +103,9 @@ def _one_step(stage: DistillConfig, model: FamilyModel, words: int, worn: int) -
         model = open_model(replace(stage.model, dtype="bfloat16"))
         nn.Module.to(student, torch.bfloat16)  # diffusers' own warns of what no forecast needs
     inputs = meta_inputs(stage, model, t.batch, words)
+    if t.sequence_parallel > 1:  # activations are those of the frames that a process is given
+        first, last = largest_share(stage, model).frames
+        inputs = (inputs[0][:, :, first:last], *inputs[1:])
     layers = _Weightless()
     with LiveBytes() as counter:
         for _ in range(min(t.accumulate, 2)):  # from the second on, gradients stand beside activations
@@ -124,7 +131,7 @@ def _backward(
     time: Tensor,
     condition: Any,
 ) -> None:
-    options = model.options_with(FusedAttention())
+    options = model.options_with(FusedAttention(exchanging=stage.training.sequence_parallel > 1))
     objective = stage.objective
     names = [name for name in ("attention", "mlp") if getattr(objective, name, 0.0)]
     with torch.no_grad():
@@ -160,9 +167,12 @@ class _Fused(torch.autograd.Function):
     """What a fused kernel allocates and keeps: q, k, v, the output and one number a row."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, did: Callable[[float], None]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, did: Callable[[float], None], travels: bool
+    ) -> Tensor:
         did(4.0 * q.numel() * k.shape[-2])
-        ctx.did = did
+        ctx.did, ctx.travels = did, travels and q.shape == k.shape
+        _buffers(q, k, v) if ctx.travels else None
         out = torch.empty_like(q)
         rows = q.new_empty(q.shape[0], heads, q.numel() // q.shape[0] // q.shape[-1], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, rows)
@@ -172,18 +182,25 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *_ = ctx.saved_tensors
         ctx.did(10.0 * q.numel() * k.shape[-2])  # five products of the forward's two, one of them done again
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
+        slopes = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _buffers(*slopes) if ctx.travels else None
+        return *slopes, None, None, None
+
+
+def _buffers(*tensors: Tensor) -> None:
+    """What an exchange of these holds while it lasts: what is sent, what comes, and what is made of it."""
+    _ = [torch.empty_like(x) for x in tensors for _ in range(3)]
 
 
 class FusedAttention:
     """An attention override for the meta device, which allocates what fused kernels do. ``flops``: what they would have
-    computed."""
+    computed. Where processes share out a clip, ``exchanging`` their tokens takes memory too."""
 
-    def __init__(self) -> None:
-        self.flops = 0.0
+    def __init__(self, *, exchanging: bool = False) -> None:
+        self.flops, self.exchanging = 0.0, exchanging
 
     def __call__(self, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
-        return _Fused.apply(q, k, v, heads, self._did)  # pyright: ignore[reportReturnType]
+        return _Fused.apply(q, k, v, heads, self._did, self.exchanging)  # pyright: ignore[reportReturnType]
 
     def _did(self, flops: float) -> None:
         self.flops += flops

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..attention.layout import TokenLayout
 from ..attention.override import AttentionReport, Override, make_attention_override
 from ..files import can_be_path
 from ..limits.quote import quoted
 from ..plan import TilePlan
 from ..sampling.path import NoisePath
 from ..tiles import TilePattern
+from .clip_part import ClipPart
+from .comfy_names import ComfyLayer
 from .features import FeatureTap
 from .texts import Encode
 
@@ -42,6 +45,26 @@ class FamilyModel(Protocol):
 
     def serves(self, timesteps: Tensor) -> Tensor:
         """Whether a step that begins at each of ``timesteps`` (N,) is this network's; bool (N,) on the CPU."""
+        ...
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model is sampled with guidance; False where its weights have it inside already."""
+        ...
+
+    @property
+    def can_host(self) -> bool:
+        """Whether ``model.host_modulation`` means something to it."""
+        ...
+
+    @property
+    def at_once(self) -> int:
+        """The most clips of a training's batch."""
+        ...
+
+    @property
+    def sound_rate(self) -> int:
+        """Samples a second of the sound that ``video_encoder``'s function takes beside the frames; 0 where it takes none."""
         ...
 
     @property
@@ -97,8 +120,9 @@ class FamilyModel(Protocol):
         """An encoder of its own on ``device``, which is free again when the encoder is."""
         ...
 
-    def video_encoder(self, device: torch.device) -> Callable[[np.ndarray], Tensor]:
-        """frames uint8 (F, H, W, 3) to latents (C, T, h, w) on the CPU; memory as of ``text_encoder``."""
+    def video_encoder(self, device: torch.device) -> Callable[..., Tensor]:
+        """frames uint8 (F, H, W, 3), and the sound float32 (2, samples) of a model that has it, to latents (C, T, h, w) on
+        the CPU; memory as of ``text_encoder``."""
         ...
 
     def video_decoder(self, device: torch.device) -> Callable[[Tensor], np.ndarray]:
@@ -106,13 +130,14 @@ class FamilyModel(Protocol):
         ...
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Frames, height and width, each what the model was trained for where it is 0."""
+        """Frames, height and width, each what the model was trained for where it is 0. Raises ValueError for a size that
+        the model cannot make."""
         ...
 
     def latent_shape(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]: ...
 
-    def comfy_name(self, layer: str) -> str:
-        """A layer's name in ComfyUI's model of this family."""
+    def comfy_layer(self, layer: str) -> ComfyLayer:
+        """Where a layer is in ComfyUI's model of this family."""
         ...
 
     def config_entry(self) -> dict[str, Any]:
@@ -120,9 +145,37 @@ class FamilyModel(Protocol):
         ...
 
 
+class SharedModel(FamilyModel, Protocol):
+    """A family whose network several processes can ask together, each for its own frames of a clip."""
+
+    def layout(self, z: Tensor) -> TokenLayout:
+        """Where the video's tokens stand in the sequence of latents z."""
+        ...
+
+    def predict_part(
+        self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any], part: ClipPart
+    ) -> Tensor:
+        """`predict` of the whole ``z`` and ``condition``, asked for the frames of ``part`` alone: the network is given
+        these, at the positions that they have in the whole."""
+        ...
+
+
+def can_share(model: FamilyModel) -> TypeGuard[SharedModel]:
+    """Whether the family has what training.sequence_parallel asks."""
+    return hasattr(model, "predict_part")
+
+
 def serves_all(timesteps: Tensor) -> Tensor:
     """`FamilyModel.serves` of a model with one network."""
     return torch.ones(timesteps.shape, dtype=torch.bool)
+
+
+def check_frames(frames: int, holds: bool, rule: str) -> None:
+    """Raises ValueError for a number of frames, not 0, that the family's ``rule`` does not hold for."""
+    if frames and not holds:
+        raise ValueError(
+            f"data.frames is {quoted(frames)}, expected {rule}, or 0 for the model's own. Correct the configuration."
+        )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..limits.quote import quoted
 from ..model_folder import FAMILY, find_model
 from ..models.opensora_plan.checkpoint import load_transformer, load_vae, read_transformer
 from ..models.opensora_plan.text import MAX_TOKENS, TextEncoder
-from ..models.opensora_plan.transformer import OpenSoraT2V
+from ..models.opensora_plan.transformer import FIRST_FRAME, OpenSoraT2V
 from ..models.opensora_plan.vae import CausalVAE
 from ..models.opensora_plan.vae_tiling import tiled_decode, tiled_encode
 from ..pipeline import DTYPES, LATENT_SCALE
@@ -26,10 +26,12 @@ from ..request import SPACE, TIME
 from ..sampling.path import VPPath
 from ..tiles import TokenGrid
 from ..video import to_frames
-from .config import ModelConfig
+from .clip_part import ClipPart
+from .comfy_names import ComfyLayer
+from .config import MAX_BATCH, ModelConfig
 from .features import FeatureTap
 from .lora_files import wear
-from .model import Options, serves_all, visiting
+from .model import Options, check_frames, serves_all, visiting
 from .texts import Encode
 
 
@@ -37,6 +39,7 @@ class OpenSoraPlanModel:
     """See `model.FamilyModel`."""
 
     family, expert, serves = FAMILY, "", staticmethod(serves_all)
+    guided, can_host, at_once, sound_rate = True, False, MAX_BATCH, 0
 
     def __init__(self, config: ModelConfig) -> None:
         if config.expert:
@@ -64,12 +67,12 @@ class OpenSoraPlanModel:
                 f"{weights} is another model than {self.transformer_file.name}: their configurations differ. Choose another."
             )
         module.train().requires_grad_(True)
-        wear(module, self.loras, self.comfy_name)
+        wear(module, self.loras, self.comfy_layer)
         return module
 
     def skeleton(self) -> OpenSoraT2V:
         module = OpenSoraT2V(self.config, dtype=self.dtype, device="meta").train()
-        wear(module, self.loras, self.comfy_name)
+        wear(module, self.loras, self.comfy_layer)
         return module
 
     @property
@@ -86,18 +89,21 @@ class OpenSoraPlanModel:
         context, mask = condition
         return module(z.to(self.dtype), time, context, mask, options)
 
+    def layout(self, z: Tensor) -> TokenLayout:
+        p, (t, h, w) = self.config.patch_size, z.shape[-3:]
+        return TokenLayout(TokenGrid(t, -(-h // p), -(-w // p)))
+
+    def predict_part(
+        self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any], part: ClipPart
+    ) -> Tensor:
+        first, last = part.frames
+        return self.predict(module, z[:, :, first:last], time, condition, {**options, FIRST_FRAME: first})
+
     def check_plan(self, plan: TilePlan) -> None:
         plan.check_fits(family=FAMILY, layers=self.layers, heads=self.heads)
 
     def options_with(self, override: Override) -> Options:
-        p = self.config.patch_size
-
-        def options(z: Tensor) -> dict[str, Any]:
-            t, h, w = z.shape[-3:]
-            layout = TokenLayout(TokenGrid(t, -(-h // p), -(-w // p)))
-            return {FORWARD_KEY: ForwardState(layout), OVERRIDE_KEY: override}
-
-        return options
+        return lambda z: {FORWARD_KEY: ForwardState(self.layout(z)), OVERRIDE_KEY: override}
 
     def tap(self, module: nn.Module) -> FeatureTap:
         blocks: Any = module.transformer_blocks
@@ -140,6 +146,7 @@ class OpenSoraPlanModel:
         return self._vae
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        check_frames(frames, frames % 4 == 1, "4k + 1")
         h, w = self.config.sample_size
         return frames or (self.config.sample_size_t - 1) * TIME + 1, height or h * SPACE, width or w * SPACE
 
@@ -147,8 +154,8 @@ class OpenSoraPlanModel:
         frames, height, width = size
         return self.config.in_channels, (frames - 1) // TIME + 1, height // SPACE, width // SPACE
 
-    def comfy_name(self, layer: str) -> str:
-        return layer
+    def comfy_layer(self, layer: str) -> ComfyLayer:
+        return ComfyLayer(layer)
 
     def config_entry(self) -> dict[str, Any]:
         return self.config.to_dict()

@@ -47,6 +47,7 @@ def check_data(config: DistillConfig, model: FamilyModel) -> None:
         check_memory(latent * data.clips, f"data.clips = {data.clips}", "Lower it; 4096 clips are enough.")
     if data.source == "videos":
         video_captions(Path(data.folder))
+        _ = model.sound_rate  # of a VAE that may be missing
     elif data.source in ("teacher", "captions"):
         read_captions(data.captions)
     else:
@@ -67,7 +68,7 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
         clips = _tinyworld(config, model, cache)
     elif data.source == "videos":
         size = model.size(data.frames, data.height, data.width)
-        clips = encode_videos(Path(data.folder), cache, size, partial(model.video_encoder, device))
+        clips = encode_videos(Path(data.folder), cache, size, partial(model.video_encoder, device), model.sound_rate)
     elif data.source == "captions":
         shape = model.latent_shape(model.size(data.frames, data.height, data.width))
         clips = without_clips(read_captions(data.captions), shape)

@@ -18,10 +18,12 @@ import torch
 
 from ..limits.quote import quoted
 from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from .checks import check_loras, check_objective, check_training
 from .config import DataConfig, DistillConfig, ModelConfig, TrainingConfig, read_section
 from .consistency import ConsistencyConfig
 from .export import LORA, result_file
 from .knowledge import KnowledgeConfig, merge_deltas
+from .launch import launched_processes
 from .lora_files import merged
 from .metadata import DistillMetadata
 from .model import FamilyModel
@@ -29,7 +31,8 @@ from .open_model import open_model
 from .optimizers import check_optimizer
 from .prepare import check_data, prepare_data
 from .search_stage import SearchConfig, search_plans
-from .trainer import check_loras, check_objective, check_training, describe, distill
+from .sequence_parallel import check_processes, check_shares
+from .trainer import describe, distill
 
 BASE_NEGATIVE_SHARE = 0.1
 ANY_PLAN = "full"  # in a check, for a plan that is searched later
@@ -120,6 +123,8 @@ class ThreeStages:
             check_loras(stage, model)
             check_optimizer(stage.training)
             check_data(stage, model)
+            check_shares(stage, model)
+            check_processes(stage, launched_processes())
 
     def planned(self) -> list[DistillConfig]:
         """The trainings' configurations as far as they are known before there are results: under no plan yet."""
@@ -222,7 +227,7 @@ class ThreeStages:
             model = open_model(self.config.model)
             base, _ = read_state_dict(model.transformer_file)
             lora, about = read_state_dict(file)
-            save_safetensors(target, merged(base, lora, model.comfy_name), {**about, **_config_of(model)})
+            save_safetensors(target, merged(base, lora, model.comfy_layer), {**about, **_config_of(model)})
         return target
 
     def _stage(self, method: str, objective: Any, training: TrainingConfig, teacher: str | Path) -> DistillConfig:

@@ -6,7 +6,8 @@ export.
     folder/cache/             latents and text states
     folder/transformer/       the result as full weights, or folder/lora.safetensors
 
-More GPUs or machines: the same command under `accelerate launch`, data parallel or with FSDP2's sharded weights.
+More GPUs or machines: the same command under `accelerate launch`, data parallel or with FSDP2's sharded weights; groups
+of processes may share out each clip (`sequence_parallel`).
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..limits.quote import named, quoted, shortened
-from ..sampling.schedule import segment_edges
+from ..limits.quote import named, shortened
 from ..training import StepLoss, TrainingRun
 from ..training.sharding import is_sharding, shard_frozen
+from .checks import check_loras, check_objective, check_training
 from .config import DistillConfig
-from .consistency import ConsistencyLoss, check_pair
+from .consistency import ConsistencyLoss
 from .export import export, result_file
-from .grid import SegmentGrid
 from .knowledge import KnowledgeLoss
 from .launch import make_accelerator
 from .lora import FAKE, STUDENT, counting, is_of, lora_off
 from .lora_files import start_from
 from .metadata import DistillMetadata, read_metadata
-from .model import FamilyModel, read_plan, sparse_options
+from .model import FamilyModel, read_plan
 from .open_model import open_model
 from .optimizers import check_optimizer, make_optimizers
 from .prepare import PreparedData, check_data, prepare_data
 from .samples import write_samples
 from .score import ScoreLoss
+from .sequence_parallel import ClipGroup, asking, check_processes, check_shares, make_group
 from .turns import Turns, add_learners
 
 CONFIG = "config.toml"
@@ -56,6 +57,8 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     check_objective(config, model, about)
     check_optimizer(config.training, sharded=is_sharding(accelerator))
     check_loras(config, model)
+    check_processes(config, accelerator.num_processes)
+    check_shares(config, model)
     if not (folder / CONFIG).is_file():
         check_data(config, model)
     with accelerator.main_process_first():
@@ -68,14 +71,16 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     # Here, so that a LoRA starts alike in every process, whichever made the data.
     torch.manual_seed(config.training.seed)
     student, teacher = make_pair(config, model, accelerator)
+    group = make_group(config, model, filter(None, (student, teacher)))
     t = config.training
     optimizers = [optimizer for part in learners(student) for optimizer in make_optimizers(part, t)]
     run = TrainingRun(
         student, optimizers, folder=folder, steps=t.steps, seed=t.seed, ema_decay=t.ema, warmup=t.warmup,
         final_rate=t.final_rate, accumulate=t.accumulate, clip=t.clip, tensorboard=t.tensorboard, accelerator=accelerator,
+        alike=t.sequence_parallel,
     )  # fmt: skip
     objective = make_objective(
-        config, model, run.model, student, teacher, about, data, lambda: run.step, alone=run.processes == 1
+        config, model, run.model, student, teacher, about, data, lambda: run.step, alone=run.processes == 1, group=group
     )
     if isinstance(objective, ScoreLoss):
         data_parallel = run.processes > 1 and not run.sharded
@@ -104,74 +109,6 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     return result
 
 
-def check_training(config: DistillConfig) -> None:
-    """Raises ValueError where the model's settings cannot be trained."""
-    wanted = config.model
-    if wanted.train not in ("full", "lora"):
-        raise ValueError(f"model.train is {quoted(wanted.train)}, expected full or lora. Correct the configuration.")
-    if wanted.train == "full" and wanted.dtype != "float32":
-        raise ValueError(
-            f"model.dtype is {quoted(wanted.dtype)}, expected float32 for full training: small steps vanish in lower "
-            "precision. Set it to float32 with training.precision bf16, or train a LoRA."
-        )
-    if wanted.loras and wanted.train != "lora":
-        raise ValueError(
-            "model.loras are kept beside the weights of a model that a LoRA is trained for, but model.train is "
-            f"{quoted(wanted.train)}. Set it to lora, or name weights that hold them."
-        )
-    if config.method == "score" and wanted.train != "lora":
-        raise ValueError(
-            f"model.train is {quoted(wanted.train)}, expected lora for score distillation: student, fake score and teacher "
-            "are one model with two LoRAs."
-        )
-
-
-def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMetadata) -> None:
-    """Raises ValueError where the model's schedule has no room for the steps, the loss's weight suits another
-    prediction, or the plan was made for another model."""
-    edges = segment_edges(about.segments, about.steps, start=model.path.start, clean=model.path.clean)
-    if not model.serves(edges[:-1]).any():
-        raise ValueError(
-            f"None of the {about.steps} steps begins where the {model.expert} network is asked. Raise segments or steps, or train "
-            "the other."
-        )
-    if config.method in ("consistency", "score"):
-        SegmentGrid(model.path, about.segments, config.objective.teacher_steps, serves=model.serves)
-        check_pair(config.objective, model.prediction)
-    if about.tile_plan is not None:
-        model.check_plan(about.tile_plan)
-    if model.expert:
-        check_expert(config)
-
-
-def check_loras(config: DistillConfig, model: FamilyModel) -> None:
-    """Raises ValueError where a LoRA that is worn, or gone on from, is missing or another model's."""
-    wanted = config.model
-    for file in filter(None, (*wanted.loras, wanted.init)):
-        if not Path(file).exists():
-            raise ValueError(f"{quoted(file, 120)} does not exist. Check model.loras and model.init.")
-    if not wanted.loras and not (wanted.init and wanted.train == "lora"):
-        return
-    student = model.skeleton()  # it wears them
-    if wanted.init:
-        add_learners(student, config)
-        start_from(student, Path(wanted.init), model.comfy_name)
-
-
-def check_expert(config: DistillConfig) -> None:
-    """Raises ValueError for what one of two networks cannot do alone: sample."""
-    what = {
-        "method score, which samples": config.method == "score",
-        f'data.source "{config.data.source}", which samples': config.data.source == "teacher",
-        "training.samples_every, which samples": bool(config.training.samples_every),
-    }
-    for name in (name for name, asked in what.items() if asked):
-        raise ValueError(
-            f"model.expert asks for one of two networks, and {name} with both. Take data.source videos, samples_every 0, and "
-            "method consistency or knowledge."
-        )
-
-
 def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tuple[nn.Module, nn.Module | None]:
     """Student and teacher; None is the student itself with its LoRA off, which saves a copy of the model.
 
@@ -184,7 +121,7 @@ def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tu
     if lora:
         add_learners(student, config)
         if wanted.init:
-            start_from(student, Path(wanted.init), model.comfy_name)
+            start_from(student, Path(wanted.init), model.comfy_layer)
     else:
         teacher = model.load().eval().requires_grad_(False)
         if is_sharding(accelerator):
@@ -254,26 +191,27 @@ def make_objective(
     step: Callable[[], int] = lambda: 0,
     *,
     alone: bool = True,
+    group: ClipGroup | None = None,
 ) -> Any:
     """The loss of one batch: ``objective(x, condition, generator)``. ``student`` is ``bare`` as accelerate prepared it;
     ``step`` tells how many steps of the run are done.
 
-    Without ``alone`` there are other processes, which call the networks as often as this one.
+    Without ``alone`` there are other processes, which call the networks as often as this one; those of ``group`` share its
+    clips.
     """
 
-    plan = config.objective.plan
-    sparse = sparse_options(model, read_plan(plan)) if about.plan is not None else None
-    dense_teacher = config.method in ("knowledge", "score")
+    plan = read_plan(config.objective.plan) if about.plan is not None else None
+    ask, ask_dense = asking(model, plan, group), asking(model, None, group)
+    ask_teacher = ask_dense if config.method in ("knowledge", "score") else ask
 
     def learn(z: Tensor, time: Tensor, condition: Any) -> Tensor:
-        return model.predict(student, z, time, condition, sparse(z) if sparse else None)
+        return ask(student, z, time, condition)
 
     def teach(z: Tensor, time: Tensor, condition: Any) -> Tensor:
-        options = sparse(z) if sparse and not dense_teacher else None
         if teacher is not None:
-            return model.predict(teacher, z, time, condition, options)
+            return ask_teacher(teacher, z, time, condition)
         with lora_off(bare):
-            return model.predict(student, z, time, condition, options)
+            return ask_teacher(student, z, time, condition)
 
     def guided(z: Tensor, time: Tensor, condition: Any, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
         plain = teach(z, time, condition).float()
@@ -300,16 +238,17 @@ def make_objective(
 
         def fake(z: Tensor, time: Tensor, condition: Any) -> Tensor:
             with counting(bare, FAKE):
-                return model.predict(student, z, time, condition)
+                return ask_dense(student, z, time, condition)
 
         return ScoreLoss(
             config.objective, model.path, model.prediction, teacher=guided, student=own, fake=fake, alone=alone,
             students_step=lambda: config.objective.students_step(step()), own_samples=config.data.source == "captions",
         )  # fmt: skip
-    taps = {"student_tap": model.tap(bare), "teacher_tap": model.tap(bare if teacher is None else teacher)}
     return KnowledgeLoss(
-        config.objective, model.path, segments=about.segments, teacher=teach, student=learn, serves=model.serves, **taps
-    )
+        config.objective, model.path, segments=about.segments, teacher=teach, student=learn, serves=model.serves,
+        student_tap=model.tap(bare), teacher_tap=model.tap(bare if teacher is None else teacher),
+        wire=group.wire if group else None,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .average import WeightAverage
 from .checkpoint import read_checkpoint, write_checkpoint
 from .divergence import PATIENCE, DivergenceWatch
+from .lost_process import is_lost_process
 from .sharding import cut, cut_optimizer, gathered, is_sharding, run_in_autocast
 from .stop import StopWish, stop_wish
 
@@ -56,6 +57,7 @@ class TrainingRun:
         accumulate: calls of ``loss_of`` whose gradients make one step.
         clip: largest norm of the gradient.
         accelerator: accelerate's Accelerator; ``run.model`` is then the prepared model.
+        alike: how many processes, one behind another, draw the same random numbers.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class TrainingRun:
         clip: float = 1.0,
         tensorboard: bool = False,
         accelerator: Any = None,
+        alike: int = 1,
     ) -> None:
         self.bare, self.steps, self.warmup, self.final_rate = model, steps, warmup, final_rate
         self.folder, self.accumulate, self.clip, self.accelerator = folder, accumulate, clip, accelerator
@@ -85,7 +88,7 @@ class TrainingRun:
         self.optimizers: list[Any] = list(prepared[1:])
         self.average = WeightAverage(self._trained(), ema_decay)
         self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
-        self.generator = torch.Generator().manual_seed(seed + self.rank)
+        self.generator = torch.Generator().manual_seed(seed + self.rank // alike)
         self.step, self.lost = 0, False
         self.watch, self.rising = DivergenceWatch(), False
         self.means: dict[str, float] = {}
@@ -126,6 +129,7 @@ class TrainingRun:
         from tqdm import tqdm
 
         with (
+            self._together(),
             stop_wish() as wish,
             tqdm(
                 total=self.steps, initial=self.step, desc=self.folder.name, mininterval=5.0, disable=self.rank > 0
@@ -165,6 +169,20 @@ class TrainingRun:
             if self.processes == 1 and not self.lost:  # the others may be in another place, and saving needs them all
                 self.save()
             raise
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Where another process is gone, this one ends with a sentence."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            kept = f"{self.checkpoint} keeps the last state" if self.checkpoint.exists() else "Nothing was saved yet"
+            raise ValueError(
+                f"Another process of this training ended after step {self.step}, and none goes on without it: its own last "
+                f"words say why. {kept}; the same command goes on from there."
+            ) from error
 
     def _one_step(self, loss_of: LossOf) -> None:
         self._set_rates()

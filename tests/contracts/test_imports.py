@@ -41,6 +41,8 @@ ALLOWED = {
         "files",
         "limits",
         "attention",
+        "head_patterns",
+        "parallel",
         "sampling",
         "models",
         "search",
@@ -51,6 +53,7 @@ ALLOWED = {
         "request",
         "model_folder",
         "read_video",
+        "read_sound",
     },
     "quality": {"files", "limits", "video", "read_video"},
 }

@@ -12,12 +12,12 @@ HERE = Path(__file__).parent
 TIMEOUT = 400.0  # a few seconds of work; the rest is patience with a busy machine
 
 
-def run_ranks(case: str, ranks: int) -> list[dict]:
-    """Call the function ``case`` of this file's neighbour parallel_cases.py on each of ``ranks`` ranks; their results
-    in order."""
+def run_ranks(case: str, ranks: int, cases: str = "parallel_cases") -> list[dict]:
+    """Call the function ``case`` of ``cases``, a neighbour of this file, on each of ``ranks`` ranks; their results in
+    order."""
     with tempfile.TemporaryDirectory() as folder:
         printed = run_together(
-            [[sys.executable, __file__, case, str(rank), str(ranks), folder] for rank in range(ranks)], TIMEOUT
+            [[sys.executable, __file__, cases, case, str(rank), str(ranks), folder] for rank in range(ranks)], TIMEOUT
         )
     return [json.loads(out.strip().splitlines()[-1]) for out in printed]
 
@@ -30,18 +30,18 @@ def neighbour(name: str):
     return module
 
 
-def main(case: str, rank: int, ranks: int, folder: str) -> None:
+def main(cases: str, case: str, rank: int, ranks: int, folder: str) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
     with torch.no_grad():
-        result = getattr(neighbour("parallel_cases"), case)(rank, ranks)
+        result = getattr(neighbour(cases), case)(rank, ranks)
     dist.barrier()
     dist.destroy_process_group()
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])

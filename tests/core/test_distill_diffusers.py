@@ -94,12 +94,12 @@ def test_a_lora_has_the_names_of_wan_in_comfyui(wan):
     add_lora(module, 2)
     for p in (p for p in module.parameters() if p.requires_grad):
         torch.nn.init.normal_(p)
-    lora = comfy_lora(module, module.state_dict(), wan.comfy_name)
+    lora = comfy_lora(module, module.state_dict(), wan.comfy_layer)
     layers = [f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo"] + ["ffn.0", "ffn.2"]
     stems = {f"diffusion_model.blocks.{i}.{layer}" for i in range(2) for layer in layers}
     assert set(lora) == {f"{stem}.{end}" for stem in stems for end in ("lora_down.weight", "lora_up.weight", "alpha")}
     base = wan.load().state_dict()
-    changed = merged(base, lora, wan.comfy_name)
+    changed = merged(base, lora, wan.comfy_layer)
     assert sum(not torch.equal(changed[name], base[name]) for name in base) == len(stems)
 
 
@@ -118,7 +118,7 @@ def test_a_lora_has_the_names_of_cogvideox_in_comfyui(tmp_path):
     model = open_model(cogvideox(tmp_path))
     module = model.load()
     add_lora(module, 2)
-    lora = comfy_lora(module, module.state_dict(), model.comfy_name)
+    lora = comfy_lora(module, module.state_dict(), model.comfy_layer)
     layers = {name.removeprefix("diffusion_model.").removesuffix(".alpha") for name in lora if name.endswith(".alpha")}
     assert layers == {f"blocks.{i}.{x}" for i in range(4) for x in ("q", "k", "v", "attn_out", "ff_proj", "ff_out")}
 

@@ -346,8 +346,8 @@ def test_configuration_survives_toml(base):
         ({"method": "knowledge", "training": {"warmup": -1}}, "training.warmup is -1"),
         ({"method": "knowledge", "training": {"learning_rate": 0}}, "training.learning_rate is 0"),
         ({"method": "knowledge", "training": {"ema": 1}}, "training.ema is 1"),
+        ({"method": "knowledge", "training": {"sequence_parallel": 0}}, "training.sequence_parallel is 0"),
         ({"method": "knowledge", "data": {"source": "web"}}, "data.source is 'web'"),
-        ({"method": "knowledge", "data": {"frames": 30}}, "data.frames is 30"),
         ({"method": "knowledge", "data": {"width": 100}}, "data.width is 100"),
         ({"method": "knowledge", "data": {"clips": 0}}, "data.clips is 0"),
     ],
@@ -355,6 +355,12 @@ def test_configuration_survives_toml(base):
 def test_wrong_settings_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         DistillConfig.from_dict(values)
+
+
+def test_a_number_of_frames_that_the_model_cannot_make_is_named(base, tmp_path):
+    with pytest.raises(ValueError, match=r"data.frames is 30, expected 4k \+ 1, or 0 for the model's own"):
+        trainer.distill(config(base, data={"frames": 30}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_numbers_may_be_written_without_a_point():

@@ -113,11 +113,23 @@ def test_the_advice_goes_on_until_it_fits(tmp_path, monkeypatch):
     assert [line[:27] for line in advice(config, 2**22)] == ["the VAE alone takes 0.007 G"]
     monkeypatch.setattr(memory_plan, "count_numbers", lambda path: 0)
     whole = plan_memory(config)
-    *changes, gpus = advice(config, round(whole.step() / 1.5))
+    *changes, gpus, together = advice(config, round(whole.step() / 1.5))
     assert changes[0].startswith("model.gradient_checkpointing = true: ") and changes[-1].endswith(", fits")
     assert not any(line.endswith(", fits") for line in changes[:-1])
     assert gpus.startswith("or 2 GPUs under FSDP2")
+    assert together.startswith("or training.sequence_parallel = 2 on 2 GPUs with gradient_checkpointing: ")
     assert list(advice(config, 2**10))[-1].startswith("activations alone take ")
+
+
+def test_shared_out_clips_hold_a_part_of_the_activations(tmp_path):
+    """Four latent frames over two processes; every GPU has all weights."""
+    config = stage(opensora_plan, tmp_path, "knowledge", gradient_checkpointing=True)
+    wide = replace(config, data=replace(config.data, height=256, width=256), training=replace(config.training, batch=1))
+    alone, two = (
+        plan_memory(replace(wide, training=replace(wide.training, sequence_parallel=processes))) for processes in (1, 2)
+    )
+    assert 0.5 < two.held["activations"] / alone.held["activations"] < 0.75
+    assert two.held["weights"] == alone.held["weights"] and two.host == alone.host // 2
 
 
 def test_numbers_are_counted_from_the_heads_of_files(tmp_path):

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_models import cogvideox, wan, wan_5b, wan_22
+from small_models import cogvideox, minimax_h3, wan, wan_5b, wan_22
 
 from efficient_vdit_core.assets import recipe_path
 from efficient_vdit_core.cli import main
 from efficient_vdit_core.distill.config import ModelConfig, read_toml
 from efficient_vdit_core.distill.diffusers_model import DiffusersModel
 from efficient_vdit_core.distill.metadata import DistillMetadata
+from efficient_vdit_core.distill.minimax_h3 import MiniMaxH3Model
 from efficient_vdit_core.distill.open_model import open_model
 from efficient_vdit_core.distill.published_lora import merge_published
 from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
@@ -29,6 +30,8 @@ RECIPES = {
     "wan_1_3b_turbo": (wan, (21, 60, 104), 1, ("knowledge",)),
     "wan22_14b": (wan_22, (21, 60, 104), 2, ("consistency", "knowledge")),
     "wan22_14b_turbo": (wan_22, (21, 60, 104), 1, ("knowledge",)),
+    "minimax_h3": (minimax_h3, (37, 48, 84), 2, ("consistency", "knowledge")),
+    "minimax_h3_turbo": (minimax_h3, (37, 48, 84), 1, ("knowledge",)),
     "cogvideox_2b": (cogvideox, (13, 60, 90), 1, ("knowledge",)),
 }
 SMALL = {
@@ -59,7 +62,32 @@ def published(folder, rank=2, seed=3, expert=""):
     return changes, folder / "published.safetensors"
 
 
-def turbo(folder, out, expert=""):
+def published_h3(folder, rank=2, seed=3):
+    """The same for MiniMax-H3, whose q, k and v are one layer and whose feed-forward has the gate first."""
+    generator, lora, changes = torch.Generator().manual_seed(seed), {}, {}
+    blocks = {"token_refiner.blocks.0": "token_refiner.refiner_blocks.0"}
+    blocks |= {f"blocks.{i}": f"transformer_blocks.{i}" for i in range(4)}
+    sizes = {"attn.qkv_proj": (192, 48), "attn.out_proj": (48, 64), "mlp.fc1": (192, 48), "mlp.fc2": (48, 96)}
+    for ours, theirs in blocks.items():
+        for layer, (out, into) in sizes.items():
+            down, up = (torch.randn(s, generator=generator) * 0.1 for s in ((rank, into), (out, rank)))
+            lora |= {
+                f"diffusion_model.{ours}.{layer}.lora_A.weight": down,
+                f"diffusion_model.{ours}.{layer}.lora_B.weight": up,
+            }
+            change = up @ down
+            if layer == "attn.qkv_proj":
+                rows = zip("qkv", change.chunk(3), strict=True)
+                changes |= {f"{theirs}.attn.to_{part}.weight": x for part, x in rows}
+            else:
+                name = {"attn.out_proj": "attn.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}[layer]
+                gate_last = torch.cat(change.chunk(2)[::-1]) if layer == "mlp.fc1" else change
+                changes[f"{theirs}.{name}.weight"] = gate_last
+    save_safetensors(folder / "published.safetensors", lora, {})
+    return changes, folder / "published.safetensors"
+
+
+def turbo(folder, out, expert="", publish=published):
     file = out / "turbo.safetensors"
     which = ["--expert", expert] if expert else []
     assert (
@@ -70,7 +98,7 @@ def turbo(folder, out, expert=""):
                 str(folder),
                 str(file),
                 "--lora",
-                str(published(Path(folder), expert=expert)[1]),
+                str(publish(Path(folder), **({"expert": expert} if expert else {}))[1]),
                 *which,
             ]
         )
@@ -108,6 +136,38 @@ def test_a_scale_that_peft_wrote_beside_the_tensors_counts(tmp_path):
         merge_published(where.path, tmp_path / "p.safetensors", tmp_path / "out.safetensors")
         after = open_model(replace(where, transformer=str(tmp_path / "out.safetensors"))).load().state_dict()
         torch.testing.assert_close(after["blocks.0.attn1.to_q.weight"], before + 4 * up @ down, atol=5e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("alpha", "strength"), [({}, 1.0), ({"alpha": "8"}, 4.0)])
+def test_a_lora_for_minimax_h3_is_merged_with_the_alpha_that_its_file_says(alpha, strength, tmp_path):
+    """Files for it say alpha in their metadata or leave it out: then it is the rank, here 2."""
+    where = minimax_h3(tmp_path)
+    changes, lora = published_h3(tmp_path)
+    save_safetensors(lora, load_file(lora), alpha)
+    before = open_model(where).load().state_dict()
+    assert merge_published(where.path, lora, tmp_path / "out.safetensors") == len(changes) == 30
+    after = open_model(replace(where, transformer=str(tmp_path / "out.safetensors"))).load().state_dict()
+    for name, x in before.items():
+        want = x + strength * changes.get(name, torch.zeros(()))
+        torch.testing.assert_close(after[name], want, atol=1e-2, rtol=1e-2, msg=name)  # weights lie in bf16
+
+
+def test_what_cannot_be_merged_into_minimax_h3_is_told(tmp_path):
+    where = minimax_h3(tmp_path)
+    _, lora = published_h3(tmp_path)
+    state, stem = load_file(lora), "diffusion_model.blocks.0.attn.out_proj"
+    pruned = {"diffusion_model.blocks.0.adaln_proj.linear.lora_A.weight": torch.ones(2, 5),
+              "diffusion_model.blocks.0.adaln_proj.linear.lora_B.weight": torch.ones(864, 2)}  # fmt: skip
+    for more, about, says in (
+        ({f"{stem}.diff_b": torch.ones(48)}, {}, "diffusers cannot read the LoRA"),
+        ({f"{stem}.dora_scale": torch.ones(48)}, {}, "kinds that diffusers leaves out"),
+        (pruned, {}, "is for another model: 1 of its 31 changes"),
+        ({}, {"alpha": "many"}, "says that its alpha is 'many', expected a number"),
+    ):
+        save_safetensors(lora, {**state, **more}, about)
+        with pytest.raises(ValueError, match=says) as told:
+            merge_published(where.path, lora, tmp_path / "out.safetensors")
+        assert len(str(told.value)) <= 400 and not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_lora_for_another_model_and_one_that_changes_norms_are_refused(tmp_path, capsys):
@@ -169,17 +229,21 @@ def test_every_stage_runs_on_a_tiny_model_of_that_class(name, expert, tmp_path, 
         generator = torch.Generator().manual_seed(len(texts[0]))
         return torch.randn(len(texts), words, 8, generator=generator), torch.ones(len(texts), words, dtype=torch.long)
 
-    monkeypatch.setattr(DiffusersModel, "text_encoder", lambda *_: encode)
+    for kind in (DiffusersModel, MiniMaxH3Model):
+        monkeypatch.setattr(kind, "text_encoder", lambda *_: encode)
     captions = tmp_path / "captions.txt"
     captions.write_text("a red cat\na blue dog\n")
     model = {"path": where.path, "device": "cpu", "dtype": "float32", "lora_rank": 2, "expert": expert}
     if name.endswith("_turbo"):
-        model["transformer"] = str(turbo(where.path, tmp_path, expert))
+        publish = published_h3 if build is minimax_h3 else published
+        model["transformer"] = str(turbo(where.path, tmp_path, expert, publish))
     data = {**SMALL["data"], "captions": str(captions)}
+    if build is minimax_h3:
+        data |= {"frames": 22, "guidance": 1.0}
     if expert:  # which cannot sample alone
         data |= {"source": "videos", "folder": str(videos(tmp_path / "videos"))}
         monkeypatch.setattr(DiffusersModel, "video_encoder", lambda *_: encode_video)
-    small = {**SMALL, "model": model, "data": data}
+    small = {**SMALL, "model": {**values["model"], **model} if build is minimax_h3 else model, "data": data}
     merged = {s: {**values.get(s, {}), **small.get(s, {})} for s in values.keys() | small.keys() if s != "order"}
     if len(stages) == 1:
         del merged["consistency_training"]

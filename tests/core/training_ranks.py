@@ -24,13 +24,14 @@ def train_on_ranks(jobs: list[dict], ranks: int = RANKS) -> list[dict]:
     """Run the jobs one after the other on ``ranks`` ranks; what process 0 tells of each.
 
     A job: name, config (of `DistillConfig`), out (a folder), sharded, stop (the step after which process 0 gets
-    SIGTERM, or 0).
+    SIGTERM, or 0), dies (the step after which process 1 gets SIGKILL, or nothing), frames (latent frames of its clips, 4
+    where it does not say).
     """
+    killed = {1: -signal.SIGKILL} if any(job.get("dies") for job in jobs) else {}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "jobs.json").write_text(json.dumps(jobs))
-        printed = run_together(
-            [[sys.executable, __file__, str(rank), str(ranks), folder] for rank in range(ranks)], TIMEOUT
-        )
+        commands = [[sys.executable, __file__, str(rank), str(ranks), folder] for rank in range(ranks)]
+        printed = run_together(commands, TIMEOUT, killed)
     return json.loads(printed[0].strip().splitlines()[-1])
 
 
@@ -40,18 +41,23 @@ def main(rank: int, ranks: int, folder: str) -> None:
     import torch.distributed as dist
     from accelerate.state import AcceleratorState
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
+    if ranks > 1:  # one alone is no rank, as without accelerate's launcher
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
     accelerate.Accelerator = on_cpu(accelerate.Accelerator)
     told = []
     for job in json.loads((Path(folder) / "jobs.json").read_text()):
         os.environ.update(ACCELERATE_USE_FSDP=str(job["sharded"]).lower(), FSDP_VERSION="2")
         told.append(train(job, rank))
+        if told[-1].get("dies"):
+            break  # there is nobody to go on with
         AcceleratorState._reset_state(reset_partial_state=True)
-        dist.barrier()
-    dist.destroy_process_group()
-    print(json.dumps(told))
+        if ranks > 1:
+            dist.barrier()
+    print(json.dumps(told), flush=True)
+    if ranks > 1 and not told[-1].get("dies"):
+        dist.destroy_process_group()
 
 
 def on_cpu(kind):
@@ -85,11 +91,13 @@ def train(job: dict, rank: int) -> dict:
             )
             if job["stop"] == self.step and rank == 0:
                 os.kill(os.getpid(), signal.SIGTERM)
+            if job.get("dies") == self.step and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def prepare(config, model, cache, device):
         if rank == 0:
             torch.rand(7)  # whoever makes the data draws random numbers that the others do not
-        return small_data(device)
+        return small_data(device, job.get("frames", 4))
 
     def keep_dtype(module, args, kwargs):
         seen["times"].add(str((args[1] if len(args) > 1 else kwargs["timestep"]).dtype))
@@ -119,7 +127,7 @@ def count_sharded(tensors) -> int:
     return sum(hasattr(t, "to_local") and t.to_local().numel() < t.numel() for t in tensors)
 
 
-def small_data(device):
+def small_data(device, frames):
     """Random latents and text states in place of a data set's."""
     import torch
 
@@ -129,7 +137,7 @@ def small_data(device):
 
     g = torch.Generator().manual_seed(1)
     bank = TextBank({t: torch.randn(len(t) + 1, 8, generator=g) for t in ("a", "b c", "")})
-    clips = ClipSet(torch.randn(6, 4, 4, 4, 4, generator=g), [("a",), ("b c", "a")] * 3)
+    clips = ClipSet(torch.randn(6, 4, frames, 4, 4, generator=g), [("a",), ("b c", "a")] * 3)
     return PreparedData(clips, bank, "", torch.device("cpu"))
 
 

@@ -70,3 +70,23 @@ def saved(module, folder, scheduler):
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     return ModelConfig(path=str(folder), family="diffusers")
+
+
+def minimax_h3(folder, **changes):
+    """Its two schedules, and the two VAEs as far as a folder's settings tell of them."""
+    diffusers = pytest.importorskip("diffusers")
+    shape = {
+        "num_attention_heads": 2, "attention_head_dim": 32, "hidden_size": 48, "num_layers": LAYERS, "num_refiner_layers": 1,
+        "ffn_dim": 96, "text_dim": 8, "freq_dim": 32, "time_embed_hidden_dim": 48, "time_embed_dim": 24, "rope_freq_dim": 4,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    kind = diffusers.MiniMaxH3Transformer3DModel(**{**shape, **changes})
+    for name, values in {
+        "audio_scheduler/scheduler_config": {"_class_name": "MiniMaxH3Scheduler", "shift": 3.0},
+        "vae/config": {"_class_name": "AutoencoderKLMiniMaxH3"},
+        "audio_vae/config": {"_class_name": "AutoencoderKLMiniMaxH3Audio", "sampling_rate": 32000},
+    }.items():
+        file = folder / f"{name}.json"
+        file.parent.mkdir()
+        file.write_text(json.dumps(values))
+    return saved(kind, folder, {"_class_name": "MiniMaxH3Scheduler", "shift": 12.0})

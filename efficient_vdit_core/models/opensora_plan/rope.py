@@ -19,14 +19,19 @@ def rope_table(
     *,
     device: torch.device,
     angle_dtype: torch.dtype = torch.float32,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (1, t*h*w, 1, 3, head_dim / 3) in fp32, for a (t, h, w) grid of tokens in row-major order.
+    """cos and sin, each (1, t*h*w, 1, 3, head_dim / 3) in fp32, for a (t, h, w) grid of tokens in row-major order,
+    whose frames are those from number ``first`` on.
 
     ``angle_dtype`` bfloat16 rounds the angles first, as the reference model does when it runs in bfloat16.
     """
     third = head_dim // 3
     frequencies = THETA ** -(torch.arange(0, third, 2, device=device, dtype=torch.float32) / third)
-    axes = [torch.arange(n, device=device, dtype=torch.float32) / s for n, s in zip(grid, scales, strict=True)]
+    axes = [
+        torch.arange(start, start + n, device=device, dtype=torch.float32) / s
+        for start, n, s in zip((first, 0, 0), grid, scales, strict=True)
+    ]
     positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
     angles = (positions[..., None] * frequencies).to(angle_dtype).float()
     angles = torch.cat([angles, angles], dim=-1)[None, :, None]

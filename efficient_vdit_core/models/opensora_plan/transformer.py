@@ -25,6 +25,8 @@ from .rope import apply_rope, rope_table
 Attention = Callable[..., Tensor]
 Table = tuple[Tensor, Tensor]
 
+FIRST_FRAME = "evdit_first_frame"  # in transformer_options: the number in its clip of the first latent frame given
+
 
 class TimestepEmbedding(nn.Module):
     """Sinusoid of 256 channels (cosines first), then Linear, SiLU, Linear."""
@@ -204,8 +206,8 @@ class OpenSoraT2V(nn.Module):
         modulation, embedding = self.adaln_single(timestep, tokens.dtype)
         context, mask = _drop_padding(context.to(tokens.dtype), attention_mask)
         context = self.caption_projection(context)
-        rope = self._rope(grid, tokens)
         options = dict(transformer_options or {})
+        rope = self._rope(grid, tokens, options.get(FIRST_FRAME, 0))
         options.update(block_type="double", total_blocks=len(self.transformer_blocks), grid_sizes=grid)
         hooks = options.get("patches_replace", {}).get("dit", {})
         for index, block in enumerate(self.transformer_blocks):
@@ -232,12 +234,12 @@ class OpenSoraT2V(nn.Module):
         out = rearrange(out, "b (t h w) (p q c) -> b c t (h p) (w q)", t=t, h=h, w=w, p=p, q=p)
         return out[..., :height, :width]
 
-    def _rope(self, grid: tuple[int, int, int], tokens: Tensor) -> Table:
+    def _rope(self, grid: tuple[int, int, int], tokens: Tensor, first: int) -> Table:
         c = self.config
         scales = (c.interpolation_scale_t, c.interpolation_scale_h, c.interpolation_scale_w)
         # The reference rounds angles to the run's dtype; bf16 checkpoints were trained with that.
         angles = self.rope_angle_dtype or (torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32)
-        return rope_table(grid, scales, c.attention_head_dim, device=tokens.device, angle_dtype=angles)
+        return rope_table(grid, scales, c.attention_head_dim, device=tokens.device, angle_dtype=angles, first=first)
 
 
 def _run_block(block: nn.Module, args: dict[str, Any]) -> dict[str, Tensor]:

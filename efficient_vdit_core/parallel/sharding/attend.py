@@ -9,8 +9,10 @@ from ...attention import tile_attention
 from ...head_patterns import LayerPattern
 from .layout import Shard
 from .reference_broadcast import reference_broadcast_attention
+from .reference_broadcast_training import trained_reference_broadcast
 from .traffic import scheme_of
 from .ulysses import Inner, ulysses_attention
+from .ulysses_training import trained_ulysses
 from .wire import Wire
 
 SCHEMES = ("auto", "rb", "ulysses")
@@ -27,7 +29,8 @@ def sharded_attention(
     scheme: str = "auto",
     inner: Inner | None = None,
 ) -> Tensor:
-    """Attention under ``pattern`` of this rank's tokens; every rank calls it for the same layer. Forward only.
+    """Attention under ``pattern`` of this rank's tokens; every rank calls it for the same layer. Where one rank wants
+    gradients all do, and each calls their backward.
 
     Args:
         q, k, v: (B, H, n, D) with n = ``shard.tokens[wire.rank]``.
@@ -39,17 +42,20 @@ def sharded_attention(
         (B, H, n, D).
 
     Raises:
-        ValueError: a tensor has another length than the shard says, the scheme is unknown, or gradients are wanted.
+        ValueError: a tensor has another length than the shard says, or the scheme is unknown.
     """
     _check(q, k, v, shard, wire, scheme)
     scheme = scheme_of(scheme, shard, pattern, q.shape[1], q.shape[3], q.element_size())
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if scheme == "rb":
-        return reference_broadcast_attention(q, k, v, shard, pattern.kinds[0], wire)
+        by_rb = trained_reference_broadcast if trained else reference_broadcast_attention
+        return by_rb(q, k, v, shard, pattern.kinds[0], wire)
 
     def under_the_pattern(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
         return tile_attention(q, k, v, shard.layout, pattern.of_heads(first, q.shape[1]))
 
-    return ulysses_attention(q, k, v, shard, wire, inner or under_the_pattern)
+    by_ulysses = trained_ulysses if trained else ulysses_attention
+    return by_ulysses(q, k, v, shard, wire, inner or under_the_pattern)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire, scheme: str) -> None:
@@ -63,7 +69,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire, scheme: st
                 f"{name} has shape {tuple(x.shape)}, expected (batch, heads, {shard.tokens[wire.rank]}, head_dim) on rank {wire.rank}. "
                 "Slice the hidden state with the same shard."
             )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise ValueError(
-            "q, k or v wants gradients, but sharded attention is forward only. Call it under torch.no_grad()."
-        )

@@ -10,74 +10,120 @@ Shapes: B batch, H heads, n this rank's tokens, g its shared tokens, G all share
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...attention.partial import Partial, attend_lse, merge
-from ...attention.spans import put, take
+from ...attention.partial import Partial, attend_lse, lse_dtype, merge
+from ...attention.spans import Span, put, take
 from ...tiles import TilePattern
 from .layout import Shard
-from .roles import Roles, roles
+from .roles import Near, Roles, roles
 from .wire import Pending, Wire, form
 
 SHARED, HALO, ROWS = "rb shared tokens", "rb halo", "rb partial rows"
+
+Source = tuple[int, Span]  # a rank, and what it has of a frame: of its own tokens, or of the halo that it sent here
+
+
+@dataclass(frozen=True)
+class Attended:
+    """A rank's result out (B, H, n, D), its lse (B, H, n), and all ranks' shared q, k, v (B, H, G, D), () where there are
+    none."""
+
+    out: Tensor
+    lse: Tensor
+    shared: tuple[Tensor, ...] = ()
 
 
 def reference_broadcast_attention(
     q: Tensor, k: Tensor, v: Tensor, shard: Shard, pattern: TilePattern, wire: Wire
 ) -> Tensor:
-    """Attention under ``pattern`` of this rank's q, k, v (B, H, n, D); returns (B, H, n, D).
+    """Attention under ``pattern`` of this rank's q, k, v (B, H, n, D); returns (B, H, n, D). Forward only."""
+    return attended(q, k, v, shard, pattern, wire).out
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, shard: Shard, pattern: TilePattern, wire: Wire) -> Attended:
+    """``reference_broadcast_attention``, with what its gradient is made of.
 
     While the shared tokens travel, frames attend to themselves; while the partial rows travel, frames attend to the
     shared tokens.
     """
     every = roles(shard, pattern)
     mine = every[wire.rank]
-    shared = _send_shared(q, k, v, every, wire) if any(r.shared_tokens for r in every) else None
-    halo = _send_halo(k, v, every, wire) if any(r.halo for r in every) else None
+    shared = send_shared((q, k, v), every, wire) if any(r.shared_tokens for r in every) else None
+    halo = send_halo(k, v, every, wire) if any(r.halo for r in every) else None
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    _frames_alone(q, k, v, shard.layout.grid.tokens_per_frame, mine, out, lse)
-    if mine.near:
-        _near_frames(q, _held_and_received(k, v, shard, every, halo, wire), mine, out, lse)
-    elif halo is not None:
-        halo.wait()
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q))
+    size = shard.layout.grid.tokens_per_frame
+    for start, stop in mine.alone:
+        o, logs = attend_lse(*(fold(x[:, :, start:stop], size) for x in (q, k, v)))
+        out[:, :, start:stop] = unfold(o, q.shape[0])
+        lse[:, :, start:stop] = unfold(logs[..., None], q.shape[0])[..., 0]
+    received = halo.wait() if halo is not None else []
+    here, held = sources(shard, every, wire), {**dict(enumerate(received)), wire.rank: [k, v]}
+    for near in mine.near:
+        start, stop = near.piece.local_span
+        out[:, :, start:stop], lse[:, :, start:stop] = attend_lse(q[:, :, start:stop], *seen_by(near, here, held))
     if shared is None:
-        return out
-    all_q, all_k, all_v = _join_shared(q, k, v, mine, shared.wait(), wire)
+        return Attended(out, lse)
+    all_q, all_k, all_v = joined_shared((q, k, v), shared, every, wire)
     partial = attend_lse(all_q, k, v)
-    rows = _send_rows(partial, every, wire)
+    rows = send_rows(partial, every, wire)
     if mine.others:
         to_shared = attend_lse(take(q, mine.others, 2), all_k, all_v)
-        merged, _ = merge([(take(out, mine.others, 2), take(lse, mine.others, 2)), to_shared])
-        put(out, mine.others, merged, 2)
-    received = [tuple(parts) for parts in rows.wait() if parts]
-    start = sum(r.shared_tokens for r in every[: wire.rank])
-    own = tuple(x[:, :, start : start + mine.shared_tokens] for x in partial)
+        merged = merge([(take(out, mine.others, 2), take(lse, mine.others, 2)), to_shared])
+        _write(out, lse, mine.others, merged)
+    parts = [tuple(parts) for parts in rows.wait() if parts]
     if mine.shared_tokens:
-        put(out, mine.shared, merge([own, *received])[0], 2)  # pyright: ignore[reportArgumentType]
-    return out
+        own = tuple(x[:, :, slice(*shared_rows(every, wire.rank))] for x in partial)
+        _write(out, lse, mine.shared, merge([own, *parts]))  # pyright: ignore[reportArgumentType]
+    return Attended(out, lse, (all_q, all_k, all_v))
 
 
-def _send_shared(q: Tensor, k: Tensor, v: Tensor, every: tuple[Roles, ...], wire: Wire) -> Pending:
-    own = [take(x, every[wire.rank].shared, 2) for x in (q, k, v)]
+def _write(out: Tensor, lse: Tensor, spans: Sequence[Span], done: Partial) -> None:
+    put(out, spans, done[0], 2)
+    put(lse, spans, done[1], 2)
+
+
+def fold(x: Tensor, size: int) -> Tensor:
+    """Frames of ``size`` tokens (B, H, f s, D) as entries of the batch (B f, H, s, D)."""
+    return rearrange(x, "b h (f s) d -> (b f) h s d", s=size)
+
+
+def unfold(x: Tensor, batch: int) -> Tensor:
+    """The inverse of ``fold``."""
+    return rearrange(x, "(b f) h s d -> b h (f s) d", b=batch)
+
+
+def send_shared(tensors: Sequence[Tensor], every: tuple[Roles, ...], wire: Wire) -> Pending:
+    """This rank's shared tokens of ``tensors`` (B, H, n[, D]) to all others."""
+    own = [take(x, every[wire.rank].shared, 2) for x in tensors]
     others = [rank for rank in range(wire.size) if rank != wire.rank]
     sends = [own if rank in others else [] for rank in range(wire.size)]
-    receives = [[form(q, 2, every[rank].shared_tokens)] * 3 if rank in others else [] for rank in range(wire.size)]
-    return wire.start(SHARED, sends, receives, q.device)
+    receives = [
+        [form(x, 2, every[rank].shared_tokens) for x in tensors] if rank in others else [] for rank in range(wire.size)
+    ]
+    return wire.start(SHARED, sends, receives, tensors[0].device)
 
 
-def _join_shared(
-    q: Tensor, k: Tensor, v: Tensor, mine: Roles, received: list[list[Tensor]], wire: Wire
-) -> list[Tensor]:
-    """All ranks' shared q, k, v (B, H, G, D), rank by rank."""
-    received = list(received)
-    received[wire.rank] = [take(x, mine.shared, 2) for x in (q, k, v)]
-    return [torch.cat([tensors[i] for tensors in received], dim=2) for i in range(3)]
+def joined_shared(tensors: Sequence[Tensor], pending: Pending, every: tuple[Roles, ...], wire: Wire) -> list[Tensor]:
+    """All ranks' shared tokens (B, H, G[, D]) of ``tensors``, rank by rank."""
+    received = pending.wait()
+    received[wire.rank] = [take(x, every[wire.rank].shared, 2) for x in tensors]
+    return [torch.cat(parts, dim=2) for parts in zip(*received, strict=True)]
 
 
-def _send_halo(k: Tensor, v: Tensor, every: tuple[Roles, ...], wire: Wire) -> Pending:
+def shared_rows(every: tuple[Roles, ...], rank: int) -> Span:
+    """Where a rank's shared tokens stand among all of them."""
+    start = sum(r.shared_tokens for r in every[:rank])
+    return start, start + every[rank].shared_tokens
+
+
+def send_halo(k: Tensor, v: Tensor, every: tuple[Roles, ...], wire: Wire) -> Pending:
     """Keys and values to the ranks that hold the other parts of a cut frame, or a frame with it in its window."""
     sends, receives = [], []
     for rank in range(wire.size):
@@ -88,55 +134,33 @@ def _send_halo(k: Tensor, v: Tensor, every: tuple[Roles, ...], wire: Wire) -> Pe
     return wire.start(HALO, sends, receives, k.device)
 
 
-def _frames_alone(q: Tensor, k: Tensor, v: Tensor, size: int, mine: Roles, out: Tensor, lse: Tensor) -> None:
-    """Frames of ``size`` tokens that see themselves only; written into ``out`` and ``lse``."""
-    for start, stop in mine.alone:
-        frames = [rearrange(x[:, :, start:stop], "b h (f s) d -> (b f) h s d", s=size) for x in (q, k, v)]
-        o, logs = attend_lse(*frames)
-        out[:, :, start:stop] = rearrange(o, "(b f) h s d -> b h (f s) d", b=q.shape[0])
-        lse[:, :, start:stop] = rearrange(logs, "(b f) h s -> b h (f s)", b=q.shape[0])
-
-
-def _held_and_received(
-    k: Tensor, v: Tensor, shard: Shard, every: tuple[Roles, ...], halo: Pending | None, wire: Wire
-) -> dict[int, list[tuple[Tensor, Tensor]]]:
-    """Of each frame the pieces of keys and values that are here: this rank's own and those that the others sent."""
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+def sources(shard: Shard, every: tuple[Roles, ...], wire: Wire) -> dict[int, list[Source]]:
+    """Of each frame where its keys and values are that this rank has: among its own, and in what others send it."""
+    found: dict[int, list[Source]] = {}
     for piece in shard.pieces[wire.rank]:
         if piece.frame is not None:
-            start, stop = piece.local_span
-            found.setdefault(piece.frame, []).append((k[:, :, start:stop], v[:, :, start:stop]))
-    received = halo.wait() if halo is not None else []
-    for rank, tensors in enumerate(received):
+            found.setdefault(piece.frame, []).append((wire.rank, piece.local_span))
+    for rank in range(wire.size):
         done = 0
         for piece in every[rank].pieces_for(wire.rank):
             assert piece.frame is not None
-            keys, values = (x[:, :, done : done + piece.tokens] for x in tensors)
-            found.setdefault(piece.frame, []).append((keys, values))
+            found.setdefault(piece.frame, []).append((rank, (done, done + piece.tokens)))
             done += piece.tokens
     return found
 
 
-def _near_frames(
-    q: Tensor, here: dict[int, list[tuple[Tensor, Tensor]]], mine: Roles, out: Tensor, lse: Tensor
-) -> None:
-    """Pieces of frames attend to the frames that they see; written into ``out`` and ``lse``."""
-    for near in mine.near:
-        start, stop = near.piece.local_span
-        seen = [pair for frame in near.seen for pair in here[frame]]
-        keys, values = (torch.cat(parts, dim=2) for parts in zip(*seen, strict=True))
-        out[:, :, start:stop], lse[:, :, start:stop] = attend_lse(q[:, :, start:stop], keys, values)
+def seen_by(near: Near, here: dict[int, list[Source]], held: dict[int, list[Tensor]]) -> list[Tensor]:
+    """The keys and the values (B, H, m, D) that a piece of a frame sees beside the shared ones; ``held``: by rank."""
+    where = [source for frame in near.seen for source in here[frame]]
+    return [torch.cat([held[rank][i][:, :, start:stop] for rank, (start, stop) in where], dim=2) for i in range(2)]
 
 
-def _send_rows(partial: Partial, every: tuple[Roles, ...], wire: Wire) -> Pending:
-    """The partial results of other ranks' shared rows back to them."""
-    out, lse = partial
-    sends, receives, start = [], [], 0
+def send_rows(tensors: Sequence[Tensor], every: tuple[Roles, ...], wire: Wire) -> Pending:
+    """What this rank found for the shared tokens (B, H, G[, D]) of other ranks, back to them."""
+    sends, receives = [], []
     own = every[wire.rank].shared_tokens
     for rank, role in enumerate(every):
-        stop = start + role.shared_tokens
-        elsewhere = rank != wire.rank
-        sends.append([out[:, :, start:stop], lse[:, :, start:stop]] if elsewhere and role.shared_tokens else [])
-        receives.append([form(out, 2, own), form(lse, 2, own)] if elsewhere and own else [])
-        start = stop
-    return wire.start(ROWS, sends, receives, out.device)
+        rows, elsewhere = slice(*shared_rows(every, rank)), rank != wire.rank
+        sends.append([x[:, :, rows] for x in tensors] if elsewhere and role.shared_tokens else [])
+        receives.append([form(x, 2, own) for x in tensors] if elsewhere and own else [])
+    return wire.start(ROWS, sends, receives, tensors[0].device)

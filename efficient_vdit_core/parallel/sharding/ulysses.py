@@ -8,7 +8,7 @@ Shapes: B batch, H heads, h a rank's heads of a group, n this rank's tokens, N a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,13 +36,13 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire,
     Returns (B, H, n, D)."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     groups = head_groups(q.shape[1], shard)
-    forward = [_to_heads(q, k, v, shard, group, wire) for group in groups]
+    forward = [start_to_heads((q, k, v), shard, group, wire) for group in groups]
     back = []
     for group, pending in zip(groups, forward, strict=True):
         start, stop = group[wire.rank]
-        whole_q, whole_k, whole_v = _assemble(q, k, v, shard, group, pending.wait(), wire)
+        whole_q, whole_k, whole_v = joined_heads((q, k, v), shard, group, pending, wire)
         done = inner(whole_q, whole_k, whole_v, start) if stop > start else whole_q
-        back.append(_to_tokens(done, shard, group, wire))
+        back.append(start_to_tokens((done,), shard, group, wire))
         out[:, start:stop] = take(done, shard.spans[wire.rank], 2)
     for group, pending in zip(groups, back, strict=True):
         for (start, stop), tensors in zip(group, pending.wait(), strict=True):
@@ -51,36 +51,40 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire,
     return out
 
 
-def _to_heads(q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: list[Span], wire: Wire) -> Pending:
-    b, _, _, d = q.shape
+def start_to_heads(tensors: Sequence[Tensor], shard: Shard, group: list[Span], wire: Wire) -> Pending:
+    """Send this rank's tokens of ``tensors`` (B, H, n, D) to the ranks that have the heads of ``group``."""
+    b, _, _, d = tensors[0].shape
     own = group[wire.rank][1] - group[wire.rank][0]
     sends, receives = [], []
     for rank, (start, stop) in enumerate(group):
         elsewhere = rank != wire.rank
-        sends.append([x[:, start:stop] for x in (q, k, v)] if elsewhere else [])
-        receives.append([((b, own, shard.tokens[rank], d), q.dtype)] * 3 if elsewhere else [])
-    return wire.start(TO_HEADS, sends, receives, q.device)
+        sends.append([x[:, start:stop] for x in tensors] if elsewhere else [])
+        receives.append([((b, own, shard.tokens[rank], d), x.dtype) for x in tensors] if elsewhere else [])
+    return wire.start(TO_HEADS, sends, receives, tensors[0].device)
 
 
-def _assemble(
-    q: Tensor, k: Tensor, v: Tensor, shard: Shard, group: list[Span], received: list[list[Tensor]], wire: Wire
+def joined_heads(
+    tensors: Sequence[Tensor], shard: Shard, group: list[Span], pending: Pending, wire: Wire
 ) -> list[Tensor]:
-    """q, k, v (B, h, N, D) of this rank's heads in the order of the sequence."""
-    b, _, _, d = q.shape
+    """``tensors`` (B, h, N, D) of this rank's heads in the order of the sequence."""
+    b, _, _, d = tensors[0].shape
     start, stop = group[wire.rank]
-    received[wire.rank] = [x[:, start:stop] for x in (q, k, v)]
-    whole = [q.new_empty(b, stop - start, shard.layout.tokens, d) for _ in range(3)]
-    for rank, tensors in enumerate(received):
-        for full, part in zip(whole, tensors, strict=True):
+    received = pending.wait()
+    received[wire.rank] = [x[:, start:stop] for x in tensors]
+    whole = [x.new_empty(b, stop - start, shard.layout.tokens, d) for x in tensors]
+    for rank, parts in enumerate(received):
+        for full, part in zip(whole, parts, strict=True):
             put(full, shard.spans[rank], part, 2)
     return whole
 
 
-def _to_tokens(done: Tensor, shard: Shard, group: list[Span], wire: Wire) -> Pending:
-    b, _, _, d = done.shape
+def start_to_tokens(whole: Sequence[Tensor], shard: Shard, group: list[Span], wire: Wire) -> Pending:
+    """Send the tokens of ``whole`` (B, h, N, D), of this rank's heads of ``group``, to the ranks that hold them."""
+    b, _, _, d = whole[0].shape
     sends, receives = [], []
     for rank, (start, stop) in enumerate(group):
         elsewhere = rank != wire.rank
-        sends.append([take(done, shard.spans[rank], 2)] if elsewhere else [])
-        receives.append([((b, stop - start, shard.tokens[wire.rank], d), done.dtype)] if elsewhere else [])
-    return wire.start(TO_TOKENS, sends, receives, done.device)
+        sends.append([take(x, shard.spans[rank], 2) for x in whole] if elsewhere else [])
+        form = (b, stop - start, shard.tokens[wire.rank], d)
+        receives.append([(form, x.dtype) for x in whole] if elsewhere else [])
+    return wire.start(TO_TOKENS, sends, receives, whole[0].device)

@@ -1,0 +1,124 @@
+"""Whole distillations whose clips are shared out over processes, against the same ones on fewer processes."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ranks import RankCrashed  # noqa: E402
+from test_sharded_training import LORA, SMALL, apart, checkpoint, compare, save_wan, settings, start_of  # noqa: E402
+from training_ranks import train_on_ranks  # noqa: E402
+
+pytest.importorskip("accelerate")
+
+FRAMES = 5
+KINDS = {
+    "full": {"training": {"steps": 5, "clip": 0.3, "accumulate": 2}},
+    "knowledge": {
+        "method": "knowledge",
+        "objective": {"plan": "1:4~1"},
+        "model": {**LORA, "gradient_checkpointing": True},
+    },
+    "score": {
+        "method": "score",
+        "objective": {"segments": 2, "teacher_steps": 4, "guidance": 2.0, "fake_steps": 2},
+        "model": LORA,
+        "training": {"steps": 6},
+    },
+    "wan": {"method": "knowledge", "model": {"family": "diffusers", "train": "full", "gradient_checkpointing": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All runs by name: as of `test_sharded_training.runs`, which tells why a crash is tried again."""
+    for last in (False, False, True):
+        try:
+            return all_runs(tmp_path_factory.mktemp("sequence"))
+        except RankCrashed as crash:
+            if last:
+                raise
+            warnings.warn(f"Tried again, because PyTorch crashed in a rank: {crash}", stacklevel=2)
+
+
+def all_runs(folder):
+    torch.manual_seed(0)
+    base = folder / "base" / "diffusion_pytorch_model.safetensors"
+    save_safetensors(base, OpenSoraT2V(SMALL).state_dict(), {"config": json.dumps(SMALL.to_dict())})
+    save_wan(base.parent / "wan")
+
+    def job(name, kind, processes, *, sharded=False, stop=0, out=""):
+        chosen = dict(KINDS[kind])
+        chosen["training"] = {**chosen.get("training", {}), "sequence_parallel": processes}
+        place = {"config": settings(base, **chosen), "out": str(folder / (out or name))}
+        return {"name": name, **place, "sharded": sharded, "stop": stop, "frames": FRAMES}
+
+    one = [job(f"{kind} alone", kind, 1) for kind in KINDS]
+    two = [job(f"{kind} {way}", kind, 2, sharded=way == "sharded") for kind in KINDS for way in ("shared", "sharded")]
+    two += [
+        job("cut 1", "full", 2, stop=3, out="cut"),
+        job("cut 2", "full", 2, out="cut"),
+        job("full parallel", "full", 1),
+    ]
+    two.append(job("three", "full", 3))
+    lost = [{**job("lost", "full", 2), "dies": 2}]
+    four = [job("full groups", "full", 2)]
+    ran = [*train_on_ranks(one, 1), *train_on_ranks(two, 2), *train_on_ranks(four, 4), *train_on_ranks(lost, 2)]
+    return {run["name"]: run for run in ran}
+
+
+def same(got, want):
+    """Courses and exported weights to rounding."""
+    assert len(got["course"]) == len(want["course"]) > 3
+    for mine, theirs in zip(got["course"], want["course"], strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-5, abs=2e-6)
+    a, b = read_state_dict(got["file"])[0], read_state_dict(want["file"])[0]
+    assert list(a) == list(b) and read_state_dict(got["file"])[1] == read_state_dict(want["file"])[1]
+    for name, value in b.items():
+        furthest, mean = apart("", name, value)
+        torch.testing.assert_close(a[name], value, rtol=0, atol=furthest)
+        assert float((a[name] - value).abs().mean()) < mean
+    moved = [float(v.abs().max()) for n, v in a.items() if "lora_up" in n]
+    if not moved:
+        start = read_state_dict(start_of(got["config"]["model"]))[0]
+        moved = [float((a[n] - v).abs().max()) for n, v in start.items() if "attn1" in n and "to_" in n]
+    assert len(moved) > 5 and min(moved) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_with_one_clip_learn_what_one_process_learns(runs, kind):
+    same(runs[f"{kind} shared"], runs[f"{kind} alone"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clips_are_shared_out_under_sharded_weights_too(runs, kind):
+    sharded = runs[f"{kind} sharded"]
+    assert sharded["weights"] > 50 and sharded["blocks"] == SMALL.num_layers
+    same(sharded, runs[f"{kind} alone"])
+
+
+def test_groups_are_data_parallel(runs):
+    """Two groups of two, against two processes with a clip each."""
+    same(runs["full groups"], runs["full parallel"])
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(runs):
+    assert runs["cut 1"]["left"] == 128 + 15 and len(runs["cut 2"]["course"]) == 2
+    compare(checkpoint(runs["cut 2"]), checkpoint(runs["full shared"]), rtol=0, atol=0)
+
+
+def test_processes_that_are_no_whole_groups_are_refused_before_the_folder_is_claimed(runs):
+    assert "sequence_parallel is 3, expected a divisor of the 2 processes" in runs["three"]["left"]
+    assert not Path(runs["three"]["out"]).exists()
+
+
+def test_the_others_end_with_a_sentence_where_a_process_dies(runs):
+    assert "Another process of this training ended after step 2" in runs["lost"]["left"]
+    assert len(runs["lost"]["course"]) == 2
