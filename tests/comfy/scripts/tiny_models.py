@@ -45,8 +45,8 @@ LTX_AUDIO = {
     "audio_cross_attention_dim": 24,
 }
 LTX_25 = {
-    **LTX_AUDIO, "ff_bias": False, "audio_ff_bias": False, "use_prompt_adaln_single": False, "apply_gated_attention": True,
-    "cross_attention_adaln": True, "use_keyframes_abs_pos_embedding": True,
+    **LTX_AUDIO, "ff_bias": False, "audio_ff_bias": False, "apply_gated_attention": True, "cross_attention_adaln": True,
+    "use_keyframes_abs_pos_embedding": True,
 }  # fmt: skip
 COGVIDEOX = {
     "image_model": "cogvideox", "num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 3, "text_embed_dim": TEXT,
