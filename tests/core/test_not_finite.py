@@ -155,7 +155,7 @@ def test_what_overflows_in_the_files_precision_is_not_exported(tmp_path):
 BAD_NUMBERS = {
     "training": [("learning_rate", "inf"), ("learning_rate", "nan"), ("learning_rate", 0.0), ("clip", "nan"), ("weight_decay", "inf"),
                  ("steps", 10**30), ("accumulate", 10**9), ("batch", 10**9), ("seed", -1), ("warmup", -1), ("ema", "nan")],
-    "data": [("clips", 10**12), ("guidance", "nan"), ("frames", 100_001), ("frames", 30), ("width", 8192), ("seed", 2**40),
+    "data": [("clips", 10**12), ("guidance", "nan"), ("frames", 100_001), ("width", 8192), ("seed", 2**40),
              ("negative_share", "nan")],
     "model": [("lora_rank", 0), ("lora_rank", 10**9), ("lora_alpha", "inf"), ("path", "a\0b")],
     "objective": [("segments", 0), ("segments", 10**9), ("steps", 10**30), ("teacher_steps", 10**9), ("loss_scale", "nan"),
@@ -185,6 +185,7 @@ def test_settings_out_of_range_are_refused_by_name(section, name, value):
             "A batch of",
         ),
         ({"data": {"clips": 10_000_000}}, "data.clips = 10000000"),
+        ({"data": {"frames": 30}}, r"data.frames is 30, expected 4k \+ 1"),
     ],
 )
 def test_a_recipe_is_checked_to_its_end_before_it_begins(tmp_path, monkeypatch, values, message):
