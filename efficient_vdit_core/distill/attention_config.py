@@ -23,6 +23,8 @@ from ..plan import TilePlan
 SPARSE, INT8 = "comfy_kitchen_sol", "comfy_kitchen_int8"
 MAX_TAU = 100.0
 
+Method = dict[str, Any]  # its name under "attention", and what it takes
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -36,8 +38,10 @@ class Attention:
 FAMILIES = {"minimax_h3": Attention("diffusion_model.blocks.{}.attn", 50)}
 
 
-def attention_config(plan: TilePlan, *, tau: float = 1.0, below: float = 1.0, int8: bool = False) -> dict[str, Tensor]:
-    """The LoRA's tensors (uint8, one for each layer that has a say).
+def attention_config(
+    plan: TilePlan, *, tau: float = 1.0, below: float = 1.0, int8: bool = False
+) -> dict[str, list[Method]]:
+    """By module, the methods of each layer that has a say, the preferred one first.
 
     Args:
         plan: of a family in `FAMILIES`, its depth or a uniform one.
@@ -57,7 +61,7 @@ def attention_config(plan: TilePlan, *, tau: float = 1.0, below: float = 1.0, in
         )
     attention = FAMILIES[plan.family]
     plan.check_fits(layers=attention.layers)
-    otherwise = [{"attention": INT8}] if int8 else []
+    otherwise: list[Method] = [{"attention": INT8}] if int8 else []
     entries = {
         layer: [{"attention": SPARSE, "tau": tau}, *otherwise] if density < below else otherwise
         for layer, density in enumerate(_densities(plan, attention.layers))
@@ -68,14 +72,14 @@ def attention_config(plan: TilePlan, *, tau: float = 1.0, below: float = 1.0, in
             f"No layer of the plan computes less than {below:g} of its tiles, so the file would say nothing. Raise --below, or "
             "choose a sparser plan."
         )
-    return {f"{module}.comfy_attention.config": _as_bytes(entry) for module, entry in told.items()}
+    return told
 
 
 def write_attention_config(plan: TilePlan, target: str | Path, **settings: Any) -> tuple[int, int]:
     """Write `attention_config` to a .safetensors file; returns the numbers of sparse layers and of all."""
-    tensors = attention_config(plan, **settings)
-    save_safetensors(target, tensors)
-    sparse = sum(SPARSE in bytes(entry.tolist()).decode() for entry in tensors.values())
+    entries = attention_config(plan, **settings)
+    save_safetensors(target, {f"{module}.comfy_attention.config": _as_bytes(e) for module, e in entries.items()})
+    sparse = sum(entry[0]["attention"] == SPARSE for entry in entries.values())
     return sparse, FAMILIES[plan.family].layers
 
 
@@ -88,5 +92,5 @@ def _densities(plan: TilePlan, layers: int) -> list[float]:
     return [plan.pattern(layer, layers).density(plan.frames) for layer in range(layers)]
 
 
-def _as_bytes(entry: list[dict[str, Any]]) -> Tensor:
+def _as_bytes(entry: list[Method]) -> Tensor:
     return torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)

@@ -242,9 +242,9 @@ class TrainingRun:
         )
 
     def _refuse_divergence(self) -> None:
-        found = self.watch.diverged()
         self.rising = self._anywhere(self.watch.rising)
-        if not self._anywhere(bool(found)):
+        found = self.watch.diverged()
+        if not self.rising or not self._anywhere(bool(found)):  # what has diverged is rising: one question a step
             return
         kept = f"{self.checkpoint} keeps the state before it; resume" if self.checkpoint.exists() else "Start again"
         raise ValueError(

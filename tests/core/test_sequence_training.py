@@ -1,19 +1,16 @@
 """Whole distillations whose clips are shared out over processes, against the same ones on fewer processes."""
 
-import json
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
-from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
+from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ranks import RankCrashed  # noqa: E402
-from test_sharded_training import LORA, SMALL, apart, checkpoint, compare, save_wan, settings, start_of  # noqa: E402
+from ranks import through_crashes  # noqa: E402
+from test_sharded_training import LORA, SMALL, apart, checkpoint, compare, save_bases, settings, start_of  # noqa: E402
 from training_ranks import train_on_ranks  # noqa: E402
 
 pytest.importorskip("accelerate")
@@ -38,21 +35,13 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All runs by name: as of `test_sharded_training.runs`, which tells why a crash is tried again."""
-    for last in (False, False, True):
-        try:
-            return all_runs(tmp_path_factory.mktemp("sequence"))
-        except RankCrashed as crash:
-            if last:
-                raise
-            warnings.warn(f"Tried again, because PyTorch crashed in a rank: {crash}", stacklevel=2)
+    """All runs by name."""
+    return through_crashes(lambda: all_runs(tmp_path_factory.mktemp("sequence")))
 
 
 def all_runs(folder):
     torch.manual_seed(0)
-    base = folder / "base" / "diffusion_pytorch_model.safetensors"
-    save_safetensors(base, OpenSoraT2V(SMALL).state_dict(), {"config": json.dumps(SMALL.to_dict())})
-    save_wan(base.parent / "wan")
+    base = save_bases(folder / "base")
 
     def job(name, kind, processes, *, sharded=False, stop=0, out=""):
         chosen = dict(KINDS[kind])

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.sampling.path import VPPath
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ranks import RankCrashed, run_together  # noqa: E402
+from ranks import RankCrashed, run_together, through_crashes  # noqa: E402
 from rounding import drift  # noqa: E402
 from training_ranks import train_on_ranks  # noqa: E402
 
@@ -116,26 +115,21 @@ def save_wan(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All runs by name, made by one pair of ranks.
+    """All runs by name, made by one pair of ranks."""
+    return through_crashes(lambda: all_runs(tmp_path_factory.mktemp("sharded")))
 
-    Once in some hundred times a rank ends with "malloc(): unaligned tcache chunk detected" in a thread of gloo (PyTorch
-    2.13). Python code cannot do that, and GPUs do not use gloo; so a crash, and only that, is told and tried again,
-    twice.
-    """
-    for last in (False, False, True):
-        try:
-            return all_runs(tmp_path_factory.mktemp("sharded"))
-        except RankCrashed as crash:
-            if last:
-                raise
-            warnings.warn(f"Tried again, because PyTorch crashed in a rank: {crash}", stacklevel=2)
+
+def save_bases(folder):
+    """A small Open-Sora-Plan, whose file is returned, and beside it a small Wan."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_safetensors(file, OpenSoraT2V(SMALL).state_dict(), {"config": json.dumps(SMALL.to_dict())})
+    save_wan(folder / "wan")
+    return file
 
 
 def all_runs(folder):
     torch.manual_seed(0)
-    base = folder / "base" / "diffusion_pytorch_model.safetensors"
-    save_safetensors(base, OpenSoraT2V(SMALL).state_dict(), {"config": json.dumps(SMALL.to_dict())})
-    save_wan(base.parent / "wan")
+    base = save_bases(folder / "base")
 
     def job(name, chosen, sharded, *, out="", stop=0):
         return {

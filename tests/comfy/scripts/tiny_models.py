@@ -240,6 +240,7 @@ def _cases() -> dict[str, Case]:
             **pooled, "clip_vision_output": vision(9, 1152), "conditioning_byt5small": noise(1, 4, 1472)}),
     }  # fmt: skip
     dropped = 5 if comfyui_version() >= (0, 8) else 0  # earlier versions keep all guide tokens
+    with_sound: dict[str, Any] = {"text": (7, 2 * TEXT), "audio": (8, 11, 16), "batch": 1}
     ltx = {
         "ltx": Case("LTXV", LTX, (128, 5, 3, 5), (0, 5, 15, 0), conds=masked),
         "ltx with guides": Case("LTXV", LTX, (128, 7, 3, 4), (0, 5, 12, 24), conds={**masked, "guides": (2, 0)}),
@@ -267,20 +268,16 @@ def _cases() -> dict[str, Case]:
             LTX_AUDIO,
             (128, 5, 3, 5),
             (0, 5, 15, 0),
-            text=(7, 2 * TEXT),
-            audio=(8, 11, 16),
             conds=masked,
-            batch=1,
+            **with_sound,
         ),
         "ltx 2.5": Case(
             "LTXAV",
             LTX_25,
             (128, 5, 3, 5),
             (0, 5, 15, 0),
-            text=(7, 2 * TEXT),
-            audio=(8, 11, 16),
             conds=masked,
-            batch=1,
+            **with_sound,
             requires="comfy.ldm.lightricks.duration_head",
         ),
         "ltx audio with guides": Case(
@@ -288,9 +285,7 @@ def _cases() -> dict[str, Case]:
             LTX_AUDIO,
             (128, 7, 3, 4),
             (0, 5, 12, 24 - dropped),
-            text=(7, 2 * TEXT),
-            audio=(8, 11, 16),
-            batch=1,
+            **with_sound,
             conds={**masked, "guides": (2, 5)},
         ),
         "ltx audio with a voice": Case(
@@ -298,9 +293,7 @@ def _cases() -> dict[str, Case]:
             LTX_AUDIO,
             (128, 5, 3, 5),
             (0, 5, 15, 0),
-            text=(7, 2 * TEXT),
-            audio=(8, 11, 16),
-            batch=1,
+            **with_sound,
             conds={**masked, "ref_audio": {"tokens": noise(1, 4, 128)}},
         ),
     }
