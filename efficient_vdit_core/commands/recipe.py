@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..limits.quote import quoted
-from . import say
+from . import recipe_forecast, say
 from .arguments import count, seed_number
 from .distill import INTERRUPTED, override
-
-if TYPE_CHECKING:
-    from ..distill.work_plan import WorkPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "three-stage", help="consistency, search, knowledge; run it again to go on where it stopped"
     )
     stages.add_argument("--config", type=Path, required=True, metavar="FILE", help="the recipe in TOML")
-    stages.add_argument("--plan-memory", action="store_true", help="only say what each training will hold on a GPU")
-    stages.add_argument(
-        "--gpu", type=gpu_bytes, default="24GB", metavar="SIZE", help="its memory, default: %(default)s"
-    )
+    recipe_forecast.add_arguments(stages)
     table = commands.add_parser("tiny-table", help="train and judge every row on the tiny world; run it again to go on")
     plans = commands.add_parser("tiny-plans", help="judge plans by layer and by head, with and without neighbours, on the "
                                 "tiny world; run it again to go on")  # fmt: skip
@@ -74,55 +66,10 @@ def _three_stages(args: argparse.Namespace) -> int:
 
     stages = ThreeStages(RecipeConfig.from_dict(_values(args, args.config)), args.out)
     if args.plan_memory:
-        return _say_memory(stages, args.gpu)
+        return recipe_forecast.say_forecast(stages, args)
     for name, files in stages.run().items():
         say(f"{name}: {' with '.join(map(str, files))}")
     return 0
-
-
-TFLOPS = 300  # of an H100 in bf16, in published trainings of video transformers
-
-
-def _say_memory(stages: Any, size: int) -> int:
-    """Bytes of each training by what they are for, and what to change where they do not fit; 1 where one does not."""
-    from ..distill.checks import check_training
-    from ..distill.memory_advice import advice, fits
-    from ..distill.memory_plan import gib, plan_memory
-    from ..distill.open_model import open_model
-    from ..distill.sequence_parallel import check_shares
-    from ..distill.work_plan import plan_work
-
-    all_fit = True
-    for stage in stages.planned():
-        check_training(stage)
-        check_shares(stage, open_model(stage.model))
-        worn = stages.wears(stage)
-        plan = plan_memory(stage, worn=worn)
-        fit = fits(plan, size)
-        say(f"{stage.method}: {gib(plan.peak())}, {'fits' if fit else 'does not fit'} into {gib(size)}")
-        say(f"  {_work(plan_work(stage))}")
-        for name, held in (plan.held | {f"{name}, before it": held for name, held in plan.before.items()}).items():
-            if held:
-                say(f"  {name:<24} {gib(held):>12}")
-        if plan.host:
-            say(f"  {'in the host memory':<24} {gib(plan.host):>12}")
-        for line in () if fit else advice(stage, size, worn):
-            say(f"  {line}")
-        all_fit = all_fit and fit
-    return 0 if all_fit else 1
-
-
-def _work(work: WorkPlan) -> str:
-    size = f"{work.flops / 1e12:,.{1 if work.flops < 1e13 else 0}f} TFLOP"
-    return f"{work.examples:,} examples of {size}: {work.hours(TFLOPS):,.1f} hours at {TFLOPS} TFLOP/s, what an H100 reaches in bf16"
-
-
-def gpu_bytes(text: str) -> int:
-    """``24GB`` as GPUs are sold: 24 GiB."""
-    found = re.fullmatch(r"(\d{1,4}(?:\.\d{1,3})?)\s*(?:GB|GiB|G)?", text.strip(), re.IGNORECASE)
-    if not found or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"it is {quoted(text)}, expected a GPU's memory such as 24GB")
-    return round(float(found[1]) * 2**30)
 
 
 def _tiny_table(args: argparse.Namespace) -> int:

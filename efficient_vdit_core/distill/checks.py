@@ -37,6 +37,19 @@ def check_training(config: DistillConfig) -> None:
         )
 
 
+def check_hosted(config: DistillConfig, *, sharded: bool = False) -> None:
+    """Raises ValueError where nothing is there to stay in the host's memory, or FSDP2 has shared it out."""
+    asked = {"model.host_teacher": config.model.host_teacher, "training.host_average": config.training.host_average}
+    for name in (name for name, wanted in asked.items() if wanted and sharded):
+        raise ValueError(
+            f"{name} is true, but under FSDP2 every process holds its own part of teacher and average on its GPU. Leave it out."
+        )
+    if config.model.host_teacher and config.model.train == "lora":
+        raise ValueError(
+            "model.host_teacher is true, but the teacher of a LoRA is the student without it: there is no second model. Leave it out."
+        )
+
+
 def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMetadata) -> None:
     """Raises ValueError where the model's schedule has no room for the steps, the loss's weight suits another
     prediction, the plan was made for another model, or the model takes no such batch or no guidance."""

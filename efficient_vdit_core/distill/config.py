@@ -19,8 +19,11 @@ from .knowledge import KnowledgeConfig
 from .score import ScoreConfig
 
 OBJECTIVES: dict[str, type] = {"consistency": ConsistencyConfig, "knowledge": KnowledgeConfig, "score": ScoreConfig}
-# What a resumed run may change: how often things are written, never what is learnt.
-FREE = {"training.save_every", "training.tensorboard", "training.samples_every", "model.device"}
+# What a resumed run may change: how often things are written and where they lie, never what is learnt.
+FREE = {
+    "training.save_every", "training.tensorboard", "training.samples_every", "training.host_average", "model.device",
+    "model.host_teacher",
+}  # fmt: skip
 
 SOURCES = ("tinyworld", "videos", "teacher", "captions")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
@@ -58,7 +61,8 @@ class ModelConfig:
     ``transformer``, with ``loras`` of earlier trainings beside it, is the teacher; the student starts from ``init``, or
     from the teacher. expert: high or low, which of Wan 2.2's two networks is trained, that of the noisy steps or the
     other; each is a training of its own. train: full weights or a LoRA. host_modulation: MiniMax-H3's projections of the
-    noise level, 13 of its 33 billion weights, stay in the host's memory and are computed there.
+    noise level, 13 of its 33 billion weights, stay in the host's memory and are computed there. host_teacher: the teacher of
+    a full training stays there too, and its blocks come to the GPU one at a time.
     """
 
     path: str = "tiny"
@@ -75,6 +79,7 @@ class ModelConfig:
     device: str = "auto"
     dtype: str = "float32"
     host_modulation: bool = False
+    host_teacher: bool = False
 
     def __post_init__(self) -> None:
         _paths(self, "model", "path", "transformer", "text_encoder", "init")
@@ -137,7 +142,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrainingConfig:
     """The optimisation. precision: float32, or bf16 for bf16 autocast over float32 weights. sequence_parallel: how many
-    processes share out the frames of one clip; groups of so many are data parallel."""
+    processes share out the frames of one clip; groups of so many are data parallel. host_average: the average of the weights
+    is kept in the host's memory."""
 
     steps: int = 1000
     batch: int = 32
@@ -156,6 +162,7 @@ class TrainingConfig:
     samples_every: int = 0
     samples: tuple[str, ...] = ()
     sequence_parallel: int = 1
+    host_average: bool = False
 
     def __post_init__(self) -> None:
         counted = {"steps": (1, MAX_TRAINING_STEPS), "save_every": (1, MAX_TRAINING_STEPS), "warmup": (0, MAX_TRAINING_STEPS),

@@ -71,9 +71,10 @@ def _checkpointed(stage: DistillConfig) -> DistillConfig:
 
 
 def _for_sharding(stage: DistillConfig) -> DistillConfig:
-    """8-bit Adam does not know sharded weights."""
+    """8-bit Adam does not know sharded weights, and what is shared out does not wait on the host."""
     optimizer = stage.training.optimizer.replace("adamw8bit", "adamw")
-    return replace(_checkpointed(stage), training=replace(stage.training, optimizer=optimizer))
+    stage = replace(stage, model=replace(stage.model, host_teacher=False))
+    return replace(_checkpointed(stage), training=replace(stage.training, optimizer=optimizer, host_average=False))
 
 
 def _changes(stage: DistillConfig) -> Iterator[tuple[str, DistillConfig]]:
@@ -93,8 +94,15 @@ def _changes(stage: DistillConfig) -> Iterator[tuple[str, DistillConfig]]:
     if open_model(stage.model).can_host and stage.model.train == "lora" and not stage.model.host_modulation:
         stage = replace(stage, model=replace(stage.model, host_modulation=True))
         yield "model.host_modulation = true", stage
+    if stage.model.train == "full" and not stage.training.host_average:
+        stage = replace(stage, training=replace(stage.training, host_average=True))
+        yield "training.host_average = true", stage
+    if stage.model.train == "full" and not stage.model.host_teacher:
+        stage = replace(stage, model=replace(stage.model, host_teacher=True))
+        yield "model.host_teacher = true", stage
     if stage.model.train == "full":
-        stage = replace(stage, model=replace(stage.model, train="lora", dtype="bfloat16", init=""))
+        hosted = {"host_teacher": False}
+        stage = replace(stage, model=replace(stage.model, train="lora", dtype="bfloat16", init="", **hosted))
         yield 'model.train = "lora" and dtype = "bfloat16"', stage
     if stage.model.train == "lora" and stage.model.lora_rank > LEAST_RANK:
         stage = replace(stage, model=replace(stage.model, lora_rank=LEAST_RANK))

@@ -22,7 +22,7 @@ from .features import LayerLosses, relative_square
 from .live_bytes import LiveBytes, size_of
 from .lora import STUDENT, adaptable
 from .model import FamilyModel
-from .on_host import bytes_on_host
+from .on_host import bytes_on_host, largest_block
 from .open_model import open_model
 from .sequence_parallel import largest_share
 from .turns import add_learners
@@ -51,7 +51,7 @@ class MemoryPlan:
 
     def peak(self, gpus: int = 1) -> int:
         """Of the whole training on each GPU."""
-        return max(self.step(gpus), *self.before.values())
+        return max(self.step(gpus), *self.before.values(), 0)
 
 
 def plan_memory(stage: DistillConfig, words: int = 0, worn: int = 0) -> MemoryPlan:
@@ -63,20 +63,26 @@ def plan_memory(stage: DistillConfig, words: int = 0, worn: int = 0) -> MemoryPl
     numbers = sum(p.numel() for p in trained)
     gradients, weights = size_of(trained), size_of([*student.parameters(), *student.buffers()])
     moving, host = _one_step(stage, model, words, worn)
-    host += bytes_on_host(student)
+    host += bytes_on_host(student) + gradients * t.host_average + weights * stage.model.host_teacher
     if t.optimizer == "adamw":  # its step takes a root of every second moment at once
         moving = max(moving, gradients + 4 * numbers)
     held = {
         "weights": weights,
-        "teacher": 0 if stage.model.train == "lora" else weights,  # a LoRA's is the model without it
+        "teacher": _teacher(stage, student, weights),
         "gradients": gradients,
         "optimiser": STATES[t.optimizer] * numbers,
-        "average": gradients,
+        "average": 0 if t.host_average else gradients,
         "activations": max(0, moving - gradients),
     }
     kinds = {"text encoder": 2}  # bytes of each number; VAEs are read in float32
     before = {name: kinds.get(name, 4) * count_numbers(path) for name, path in model.parts.items()}
     return MemoryPlan(held, before, host)
+
+
+def _teacher(stage: DistillConfig, student: nn.Module, weights: int) -> int:
+    if stage.model.train == "lora":  # it is the model without its LoRA
+        return 0
+    return largest_block(student) if stage.model.host_teacher else weights
 
 
 def meta_student(stage: DistillConfig, model: FamilyModel, worn: int = 0) -> nn.Module:

@@ -1,9 +1,11 @@
-"""Frozen parts of a model that stay in the host's memory, where a few rows are computed faster than weights travel."""
+"""Frozen weights that stay in the host's memory: computed there, where a few rows are faster than weights travel, or sent to
+the GPU block by block."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -33,3 +35,26 @@ class OnHost(nn.Module):
 
 def bytes_on_host(module: nn.Module) -> int:
     return sum(part.size for part in module.modules() if isinstance(part, OnHost))
+
+
+def stream_blocks(module: nn.Module, device: torch.device) -> None:
+    """Keep a frozen model's weights in the host's memory; those of a block are on ``device`` while it runs, and so are those
+    of a layer outside the blocks. Blocks are what the model names in ``_no_split_modules``.
+    """
+    from accelerate import cpu_offload
+
+    cpu_offload(module, execution_device=device, preload_module_classes=block_classes(module))
+
+
+def largest_block(module: nn.Module) -> int:
+    """Bytes that `stream_blocks` has on the device at most."""
+    names = block_classes(module)
+    blocks = [m for m in module.modules() if type(m).__name__ in names]
+    inside = {id(part) for block in blocks for part in block.modules()}
+    sizes = [size_of(block.parameters()) for block in blocks]
+    sizes += [size_of(m.parameters(recurse=False)) for m in module.modules() if id(m) not in inside]
+    return max(sizes)
+
+
+def block_classes(module: nn.Module) -> list[str]:
+    return list(getattr(module, "_no_split_modules", None) or [])

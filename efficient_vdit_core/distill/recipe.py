@@ -18,21 +18,24 @@ import torch
 
 from ..limits.quote import quoted
 from ..models.opensora_plan.checkpoint import read_state_dict, save_safetensors
-from .checks import check_loras, check_objective, check_training
+from .checks import check_hosted, check_loras, check_objective, check_training
 from .config import DataConfig, DistillConfig, ModelConfig, TrainingConfig, read_section
 from .consistency import ConsistencyConfig
 from .export import LORA, result_file
 from .knowledge import KnowledgeConfig, merge_deltas
 from .launch import launched_processes
 from .lora_files import merged
+from .memory_plan import MemoryPlan
 from .metadata import DistillMetadata
 from .model import FamilyModel
 from .open_model import open_model
 from .optimizers import check_optimizer
 from .prepare import check_data, prepare_data
+from .search_plan import plan_search
 from .search_stage import SearchConfig, search_plans
 from .sequence_parallel import check_processes, check_shares
 from .trainer import describe, distill
+from .work_plan import WorkPlan
 
 BASE_NEGATIVE_SHARE = 0.1
 ANY_PLAN = "full"  # in a check, for a plan that is searched later
@@ -119,6 +122,7 @@ class ThreeStages:
         c.search.check(model.latent_shape(model.size(data.frames, data.height, data.width))[1])
         for stage in self.planned():
             check_training(stage)
+            check_hosted(stage)
             check_objective(stage, model, describe(stage, model))
             check_loras(stage, model)
             check_optimizer(stage.training)
@@ -137,6 +141,12 @@ class ThreeStages:
             self._stage("knowledge", replace(knowledge, plan=ANY_PLAN), c.knowledge_training, ""),
         ]
         return stages[1:] if c.order == "knowledge-only" else stages
+
+    def planned_search(self) -> tuple[MemoryPlan, WorkPlan]:
+        """What stage 2 will hold and compute."""
+        c = self.config
+        learnt = c.order == "consistency-first" and c.model.train == "lora"
+        return plan_search(c.search, self._search_stage(), **self._searched(c.consistency.segments), wears_lora=learnt)
 
     def wears(self, stage: DistillConfig) -> int:
         """How many LoRAs of earlier stages a planned stage will have beside its weights."""
@@ -181,11 +191,8 @@ class ThreeStages:
         c = self.config
         model = open_model(self._taught_by(weights))
         device = torch.device("cuda" if torch.cuda.is_available() and c.model.device != "cpu" else "cpu")
-        training = c.knowledge_training if c.order == "knowledge-only" else c.consistency_training
-        config = self._stage("consistency", c.consistency, training, "")
+        config = self._search_stage()
         data = prepare_data(config, model, Path(c.data.cache), device)
-        segments = segments or c.consistency.segments
-        steps = max(c.consistency.steps, segments)
         module = model.load().eval().to(device)
         return search_plans(
             c.search,
@@ -194,11 +201,20 @@ class ThreeStages:
             data.clips,
             data.bank,
             self.folder / name,
-            segments=segments,
-            steps=steps,
-            at_once=training.batch,
+            **self._searched(segments or c.consistency.segments),
+            at_once=config.training.batch,
             device=device,
         )
+
+    def _search_stage(self) -> DistillConfig:
+        """The training whose data and batch the search shares."""
+        c = self.config
+        training = c.knowledge_training if c.order == "knowledge-only" else c.consistency_training
+        return self._stage("consistency", c.consistency, training, "")
+
+    def _searched(self, segments: int) -> dict[str, int]:
+        """The schedule of the search's samples."""
+        return {"segments": segments, "steps": max(self.config.consistency.steps, segments)}
 
     def merge(self, name: str, consistency: str | Path, knowledge: str | Path) -> Path:
         """The changes of both stages added to the base: to be sampled as the first says, under the plan of the

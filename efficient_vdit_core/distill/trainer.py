@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..limits.quote import named, shortened
 from ..training import StepLoss, TrainingRun
 from ..training.sharding import is_sharding, shard_frozen
-from .checks import check_loras, check_objective, check_training
+from .checks import check_hosted, check_loras, check_objective, check_training
 from .config import DistillConfig
 from .consistency import ConsistencyLoss
 from .export import export, result_file
@@ -34,6 +34,7 @@ from .lora import FAKE, STUDENT, counting, is_of, lora_off
 from .lora_files import start_from
 from .metadata import DistillMetadata, read_metadata
 from .model import FamilyModel, read_plan
+from .on_host import stream_blocks
 from .open_model import open_model
 from .optimizers import check_optimizer, make_optimizers
 from .prepare import PreparedData, check_data, prepare_data
@@ -56,6 +57,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     about = describe(config, model)
     check_objective(config, model, about)
     check_optimizer(config.training, sharded=is_sharding(accelerator))
+    check_hosted(config, sharded=is_sharding(accelerator))
     check_loras(config, model)
     check_processes(config, accelerator.num_processes)
     check_shares(config, model)
@@ -77,7 +79,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     run = TrainingRun(
         student, optimizers, folder=folder, steps=t.steps, seed=t.seed, ema_decay=t.ema, warmup=t.warmup,
         final_rate=t.final_rate, accumulate=t.accumulate, clip=t.clip, tensorboard=t.tensorboard, accelerator=accelerator,
-        alike=t.sequence_parallel,
+        alike=t.sequence_parallel, host_average=t.host_average,
     )  # fmt: skip
     objective = make_objective(
         config, model, run.model, student, teacher, about, data, lambda: run.step, alone=run.processes == 1, group=group
@@ -112,7 +114,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
 def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tuple[nn.Module, nn.Module | None]:
     """Student and teacher; None is the student itself with its LoRA off, which saves a copy of the model.
 
-    The teacher is sharded where the student is going to be.
+    The teacher is sharded where the student is going to be, or stays on the host.
     """
     wanted = config.model
     lora = wanted.train == "lora"
@@ -124,7 +126,9 @@ def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tu
             start_from(student, Path(wanted.init), model.comfy_layer)
     else:
         teacher = model.load().eval().requires_grad_(False)
-        if is_sharding(accelerator):
+        if wanted.host_teacher:
+            stream_blocks(teacher, accelerator.device)
+        elif is_sharding(accelerator):
             shard_frozen(teacher, accelerator)
         else:
             teacher.to(accelerator.device)

@@ -41,6 +41,7 @@ DENSE = None  # the key of dense attention's seconds
 # Errors are those of the pattern, so its tiles are computed even where dense attention would be faster, and always by
 # the same backend: the same run gives the same plan.
 EXACT = "frames"
+Compare = Callable[[Tensor, Tensor], tuple[float, np.ndarray]]  # approximate and exact -> as `relative_errors`
 
 
 @dataclass
@@ -112,13 +113,18 @@ class ProbeRecord:
 
 
 def make_probe_override(
-    record: ProbeRecord, *, progress: Callable[[int], None] | None = None, previous: Override | None = None
+    record: ProbeRecord,
+    *,
+    progress: Callable[[int], None] | None = None,
+    previous: Override | None = None,
+    compare: Compare | None = None,
 ) -> Override:
     """An override for ``transformer_options["optimized_attention_override"]`` that measures into ``record``.
 
     ``progress`` is told the layer after each measured call; what it raises ends the run, and nothing is left behind.
-    ``previous``: another node's override, asked for every dense piece.
+    ``previous``: another node's override, asked for every dense piece. ``compare``: in place of `relative_errors`.
     """
+    compare = compare or relative_errors
 
     # A plain closure: ComfyUI deep-copies model options, and functions survive that as they are.
     def override(
@@ -156,7 +162,7 @@ def make_probe_override(
         out = _timed(record, layer, DENSE, q, lambda: dense.call(q, k, v, heads, mask, **form))
         exact = as_heads(out, heads, skip_output_reshape, padding)
         for pattern in record.candidates:
-            error, of_heads = _candidate_errors(record, layer, pattern, (qh, kh, vh), exact, layout, dense)
+            error, of_heads = _candidate_errors(record, layer, pattern, (qh, kh, vh), exact, layout, dense, compare)
             record.add(ATTENTION, layer, pattern, error)
             record.add_heads(layer, pattern, state.first_head, of_heads)
         if progress is not None:
@@ -173,12 +179,7 @@ def relative_error(approximate: Tensor, exact: Tensor) -> float:
 
 def relative_errors(approximate: Tensor, exact: Tensor) -> tuple[float, np.ndarray]:
     """As ``relative_error``, and the square of each head's part in it (H,); they sum to the square of the first."""
-    differences, total = [], torch.zeros((), dtype=torch.float32, device=exact.device)
-    for a, e in zip(
-        approximate.unbind(1), exact.unbind(1), strict=True
-    ):  # a head at a time: the float32 copies stay small
-        differences.append((a.float() - e.float()).square().sum())
-        total = total + e.float().square().sum()
+    differences, total = squared_errors(approximate, exact)
     wrong, norm = float(sum(differences)), float(total)
     of_heads = torch.stack(differences).double().cpu().numpy()
     if not (math.isfinite(wrong) and math.isfinite(norm)):
@@ -186,6 +187,17 @@ def relative_errors(approximate: Tensor, exact: Tensor) -> tuple[float, np.ndarr
     if not norm:
         return (math.inf if wrong else 0.0), np.where(of_heads > 0, math.inf, 0.0)
     return math.sqrt(max(wrong, 0.0)) / norm**0.5, of_heads / norm
+
+
+def squared_errors(approximate: Tensor, exact: Tensor) -> tuple[list[Tensor], Tensor]:
+    """||approximate - exact||^2 of each head of (B, H, ...), and ||exact||^2 of all."""
+    differences, total = [], torch.zeros((), dtype=torch.float32, device=exact.device)
+    for a, e in zip(
+        approximate.unbind(1), exact.unbind(1), strict=True
+    ):  # a head at a time: the float32 copies stay small
+        differences.append((a.float() - e.float()).square().sum())
+        total = total + e.float().square().sum()
+    return differences, total
 
 
 def _candidate_errors(
@@ -196,6 +208,7 @@ def _candidate_errors(
     exact: Tensor,
     layout: TokenLayout,
     dense: DenseCall,
+    compare: Compare,
 ) -> tuple[float, np.ndarray]:
     if pattern.is_full(layout.grid.t):
         return 0.0, np.zeros(exact.shape[1])
@@ -203,7 +216,7 @@ def _candidate_errors(
     approximate = tile_attention(q, k, v, layout, pattern, dense=dense, backend=EXACT)
     if record.timed:
         _time_candidate(record, layer, pattern, qkv, layout, dense)
-    return relative_errors(approximate, exact)
+    return compare(approximate, exact)
 
 
 def _time_candidate(

@@ -58,6 +58,7 @@ class TrainingRun:
         clip: largest norm of the gradient.
         accelerator: accelerate's Accelerator; ``run.model`` is then the prepared model.
         alike: how many processes, one behind another, draw the same random numbers.
+        host_average: keep the average in the host's memory; not for weights that are sharded.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class TrainingRun:
         tensorboard: bool = False,
         accelerator: Any = None,
         alike: int = 1,
+        host_average: bool = False,
     ) -> None:
         self.bare, self.steps, self.warmup, self.final_rate = model, steps, warmup, final_rate
         self.folder, self.accumulate, self.clip, self.accelerator = folder, accumulate, clip, accelerator
@@ -86,7 +88,7 @@ class TrainingRun:
         prepared = accelerator.prepare(model, *optimizers) if accelerator else (model, *optimizers)
         self.model: nn.Module = prepared[0]
         self.optimizers: list[Any] = list(prepared[1:])
-        self.average = WeightAverage(self._trained(), ema_decay)
+        self.average = WeightAverage(self._trained(), ema_decay, on_host=host_average)
         self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.generator = torch.Generator().manual_seed(seed + self.rank // alike)
         self.step, self.lost = 0, False

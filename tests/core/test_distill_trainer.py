@@ -15,6 +15,7 @@ from efficient_vdit_core.distill.config import DistillConfig, read_section, to_t
 from efficient_vdit_core.distill.data import ClipSet
 from efficient_vdit_core.distill.features import FeatureTap
 from efficient_vdit_core.distill.knowledge import KnowledgeConfig, KnowledgeLoss, merge_deltas
+from efficient_vdit_core.distill.live_bytes import size_of
 from efficient_vdit_core.distill.lora import (
     FAKE,
     STUDENT,
@@ -26,6 +27,7 @@ from efficient_vdit_core.distill.lora import (
 )
 from efficient_vdit_core.distill.lora_files import comfy_lora, merged, wear
 from efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
+from efficient_vdit_core.distill.on_host import largest_block, stream_blocks
 from efficient_vdit_core.distill.open_model import open_model
 from efficient_vdit_core.distill.prepare import PreparedData
 from efficient_vdit_core.distill.texts import TextBank
@@ -120,6 +122,49 @@ def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
     assert len(seen) == 4
     a, b = read_state_dict(whole)[0], read_state_dict(cut)[0]
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", ["consistency", "knowledge"])
+def test_what_waits_on_the_host_changes_nothing_that_is_learnt(base, tmp_path, monkeypatch, method):
+    """Also where a run goes on with it that ran out of memory before."""
+    whole = trainer.distill(config(base, method), tmp_path / "whole")
+    hosted = config(base, method, model={"host_teacher": True}, training={"host_average": True})
+    (tmp_path / "gone on").mkdir()
+    step = trainer.TrainingRun._one_step
+
+    def stop_after_two(self, loss_of):
+        if self.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(self, loss_of)
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(trainer.TrainingRun, "_one_step", stop_after_two)
+        trainer.distill(config(base, method), tmp_path / "gone on")
+    for name in ("at once", "gone on"):
+        found = trainer.distill(hosted, tmp_path / name)
+        a, b = read_state_dict(whole)[0], read_state_dict(found)[0]
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_one_block_of_a_streamed_model_is_on_the_device_at_a_time(base):
+    model = load_transformer(base).eval().requires_grad_(False)
+    z, context = torch.randn(1, 4, 4, 4, 4), torch.randn(1, 3, 8)
+    asked = (z, torch.tensor([500.0]), context, torch.ones(1, 3))
+    want = model(*asked)
+    stream_blocks(model, torch.device("cpu"))
+    sizes = []
+
+    def count(*_):
+        sizes.append(size_of(p for p in model.parameters() if p.device.type == "cpu"))
+
+    count()
+    for block in model.transformer_blocks:
+        block.attn1.register_forward_pre_hook(count)
+    assert torch.equal(model(*asked), want)
+    count()
+    # The model's own parameters, those that are in no module of it, come with its forward.
+    own = size_of(model.parameters(recurse=False))
+    assert sizes == [0, sizes[1], sizes[1], 0] and own < sizes[1] <= largest_block(model) + own
 
 
 def test_a_finished_run_is_not_run_again(base, tmp_path, monkeypatch):
@@ -373,6 +418,7 @@ def test_numbers_may_be_written_without_a_point():
         ({"train": "half"}, "train"),
         ({"dtype": "bfloat16"}, "float32"),
         ({"train": "lora", "init": "x"}, "init"),
+        ({"train": "lora", "host_teacher": True}, "there is no second model"),
         ({"device": "tpu"}, "device"),
     ],
 )

@@ -20,10 +20,12 @@ from efficient_vdit_core.distill.memory_advice import advice
 from efficient_vdit_core.distill.memory_plan import count_numbers, plan_memory
 from efficient_vdit_core.distill.open_model import open_model
 from efficient_vdit_core.distill.prepare import PreparedData
+from efficient_vdit_core.distill.search_plan import plan_search
+from efficient_vdit_core.distill.search_stage import SearchConfig, probe
 from efficient_vdit_core.distill.texts import TextBank
 from efficient_vdit_core.distill.work_plan import plan_work
 from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
-from efficient_vdit_core.training import run
+from efficient_vdit_core.training import average, run
 
 LATENT = (4, 4, 8, 8)
 WORDS = 5
@@ -66,7 +68,7 @@ def measured(config, folder, monkeypatch):
     def counted(*args):
         pair = make_pair(*args)
         for module in filter(None, pair):
-            counter.count([*module.parameters(), *module.buffers()])
+            counter.count(x for x in (*module.parameters(), *module.buffers()) if x.device.type != "meta")
         return pair
 
     monkeypatch.setattr(trainer, "make_pair", counted)
@@ -84,6 +86,8 @@ CASES = {
     "wan": (wan, "knowledge", {"gradient_checkpointing": True}),
     "score": (opensora_plan, "score", {"train": "lora", "lora_rank": 4}),
     "worn": (opensora_plan, "knowledge", {"train": "lora", "lora_rank": 4, "gradient_checkpointing": True}),
+    "hosted": (opensora_plan, "consistency", {"batch": 1, "gradient_checkpointing": True}),
+    "hosted wan": (wan, "knowledge", {"gradient_checkpointing": True}),
 }
 
 
@@ -94,8 +98,11 @@ def test_the_plan_is_what_a_training_holds(case, tmp_path, monkeypatch):
     torch.manual_seed(0)
     family, method, model = CASES[case]
     config = stage(family, tmp_path, method, **model)
+    if case.startswith("hosted"):
+        config = hosted(config)
     # The host's memory is another: what numpy holds is not counted.
-    monkeypatch.setattr(features, "on_host", lambda value: torch.from_numpy(value.numpy().copy()))
+    for module, name in ((features, "on_host"), (average, "host_copy")):
+        monkeypatch.setattr(module, name, lambda value: torch.from_numpy(value.numpy().copy()))
     plan = plan_memory(config, WORDS, worn=int(case == "worn"))
     if case == "worn":
         module = open_model(config.model).load()
@@ -105,7 +112,51 @@ def test_the_plan_is_what_a_training_holds(case, tmp_path, monkeypatch):
     peak = measured(config, tmp_path / "run", monkeypatch)
     assert plan.step() == pytest.approx(peak, rel=0.1)
     assert plan.peak() == max(plan.step(), *plan.before.values())
-    assert bool(plan.host) == (method == "knowledge")
+    assert bool(plan.host) == (method == "knowledge" or case.startswith("hosted"))
+
+
+def hosted(config):
+    return replace(
+        config, model=replace(config.model, host_teacher=True), training=replace(config.training, host_average=True)
+    )
+
+
+def test_what_waits_on_the_host_leaves_the_gpu(tmp_path):
+    """A full training's teacher but for its largest block, and its average."""
+    config = stage(opensora_plan, tmp_path, "consistency")
+    before, after = plan_memory(config), plan_memory(hosted(config))
+    assert after.held["average"] == 0 and 0 < after.held["teacher"] < before.held["teacher"] / 3
+    assert after.host == before.host + before.held["average"] + before.held["teacher"]
+    same = ("weights", "gradients", "optimiser", "activations")
+    assert all(after.held[name] == before.held[name] for name in same)
+
+
+@pytest.mark.parametrize("worn", [False, True])
+@pytest.mark.parametrize("family", [opensora_plan, wan])
+def test_the_search_holds_and_computes_what_is_planned(family, worn, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = stage(family, tmp_path, "consistency", train="lora", lora_rank=4)
+    search = SearchConfig(candidates="0,1,2~1", captions=8)
+    grid = {"segments": 2, "steps": 2}
+    memory, work = plan_search(search, config, **grid, wears_lora=worn, words=WORDS)
+    assert work.examples == 16 and memory.peak() == memory.step() == sum(memory.held.values())
+    if worn:
+        module = open_model(config.model).load()
+        add_lora(module, 4)
+        layer = open_model(config.model).comfy_layer
+        save_safetensors(tmp_path / "lora.safetensors", comfy_lora(module, module.state_dict(), layer), {})
+        config = replace(config, model=replace(config.model, loras=(str(tmp_path / "lora.safetensors"),)))
+    model = open_model(config.model)
+    module = model.load().eval()
+    bank = TextBank({"a": torch.randn(WORDS, 8)})
+    looked_at = (search, model, module, bank, ["a"] * 8, LATENT)
+    with LiveBytes() as counter:
+        counter.count([*module.parameters(), *module.buffers()])
+        probe(*looked_at, **grid, at_once=8, device=torch.device("cpu"))
+    with FlopCounterMode(display=False) as products, sdpa_kernel(SDPBackend.MATH):
+        probe(*looked_at, **grid, at_once=8, device=torch.device("cpu"))
+    assert memory.peak() == pytest.approx(counter.peak, rel=0.1)
+    assert work.flops * work.examples == pytest.approx(products.get_total_flops(), rel=0.1)
 
 
 def test_the_advice_goes_on_until_it_fits(tmp_path, monkeypatch):

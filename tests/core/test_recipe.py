@@ -186,8 +186,9 @@ def test_the_memory_is_told_before_anything_is_trained(calls, capsys, tmp_path):
     asked = ["recipe", "three-stage", "--config", str(file), "--out", str(tmp_path / "run"), "--plan-memory", "--gpu"]
     assert cli.main([*asked, "24GB"]) == 0
     told = capsys.readouterr().out
-    assert told.startswith("consistency: ") and told.count(", fits into 24.0 GiB") == 2
-    assert told.count("  activations ") == 2 and told.count("  in the host memory ") == 1
+    assert told.startswith("consistency: ") and told.count(", fits into 24.0 GiB") == 3
+    assert told.count("  activations ") == 3 and told.count("  in the host memory ") == 1
+    assert "\nsearch: " in told and "\nall: under a minute at 300 TFLOP/s\n" in told
     assert cli.main([*asked, "0.05"]) == 1
     told = capsys.readouterr().out
     assert (

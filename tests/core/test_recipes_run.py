@@ -36,7 +36,7 @@ RECIPES = {
 }
 SMALL = {
     "data": {"source": "teacher", "clips": 2, "teacher_steps": 2, "frames": 13, "height": 64, "width": 64},
-    "search": {"captions": 1, "thresholds": [0.9], "candidates": "1,2"},
+    "search": {"captions": 1, "thresholds": [0.9], "speedups": [], "candidates": "1,2"},
     "consistency_training": {"steps": 2, "optimizer": "adamw", "precision": "float32", "samples_every": 0, "accumulate": 1},
     "knowledge_training": {"steps": 2, "optimizer": "adamw", "precision": "float32", "accumulate": 1},
 }  # fmt: skip

@@ -148,6 +148,7 @@ def all_runs(folder):
             job(f"{out} 2", KINDS["full"], second, out=out),
         ]
     jobs.append(job("adamw8bit", {"training": {"optimizer": "adamw8bit"}}, True))
+    jobs.append(job("hosted", {"training": {"host_average": True}}, True))
     return {run["name"]: run for run in train_on_ranks(jobs)}
 
 
@@ -222,6 +223,10 @@ def test_samples_are_those_of_a_parallel_run(runs):
             gif.seek(gif.n_frames - 1)
             pictures.append(torch.tensor(list(gif.convert("RGB").tobytes())).float())
     assert float(pictures[0].std()) > 1 and float((pictures[0] - pictures[1]).abs().mean()) < 2
+
+
+def test_what_is_shared_out_does_not_wait_on_the_host(runs):
+    assert "training.host_average is true, but under FSDP2" in runs["hosted"]["left"]
 
 
 def test_adamw8bit_is_refused_on_sharded_weights(runs):

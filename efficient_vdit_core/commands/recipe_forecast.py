@@ -1,0 +1,104 @@
+"""evdit recipe three-stage --plan-memory: what a recipe will hold and how long it will take, before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..limits.quote import quoted
+from . import say
+from .arguments import quantity
+
+if TYPE_CHECKING:
+    from ..distill.memory_plan import MemoryPlan
+    from ..distill.recipe_forecast import Part
+
+H100 = 300.0  # TFLOP/s in bf16, in published trainings of video transformers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes --plan-memory and what it is told of the machine."""
+    parser.add_argument("--plan-memory", action="store_true",
+                        help="only say what each part will hold on a GPU, and how long it will take")  # fmt: skip
+    parser.add_argument(
+        "--gpu", type=gpu_bytes, default="24GB", metavar="SIZE", help="its memory, default: %(default)s"
+    )
+    parser.add_argument("--tflops", type=quantity(0.001, 1e6), default=H100, metavar="N",
+                        help="what the GPUs together reach in a training: an H100 300, a 4090 about 100; default: %(default)g")  # fmt: skip
+    parser.add_argument(
+        "--hours", type=quantity(0.01, 1e6), metavar="N", help="also say how many steps fit into so many hours"
+    )
+
+
+def say_forecast(stages: Any, args: argparse.Namespace) -> int:
+    """Bytes of each part by what they are for, what to change where they do not fit, and the hours; 1 where one does not
+    fit."""
+    from ..distill.checks import check_hosted, check_training
+    from ..distill.memory_advice import advice, fits
+    from ..distill.memory_plan import gib
+    from ..distill.open_model import open_model
+    from ..distill.recipe_forecast import forecast
+    from ..distill.sequence_parallel import check_shares
+
+    for stage in stages.planned():
+        check_training(stage)
+        check_hosted(stage)
+        check_shares(stage, open_model(stage.model))
+    parts, all_fit = forecast(stages), True
+    for part in parts:
+        fit = fits(part.memory, args.gpu)
+        say(f"{part.name}: {gib(part.memory.peak())}, {'fits' if fit else 'does not fit'} into {gib(args.gpu)}")
+        say(f"  {_work(part, args.tflops)}")
+        for name, size in _sizes(part.memory):
+            say(f"  {name:<24} {gib(size):>12}")
+        if not fit and part.stage:
+            for line in advice(part.stage, args.gpu, part.worn):
+                say(f"  {line}")
+        elif not fit:
+            say("  a smaller batch in the training, or fewer data.frames")
+        all_fit = all_fit and fit
+    _say_hours(parts, args)
+    return 0 if all_fit else 1
+
+
+def _sizes(plan: MemoryPlan) -> Iterator[tuple[str, int]]:
+    sizes = plan.held | {f"{name}, before it": held for name, held in plan.before.items()}
+    yield from ((name, size) for name, size in sizes.items() if size)
+    if plan.host:
+        yield "in the host memory", plan.host
+
+
+def _work(part: Part, tflops: float) -> str:
+    work, runs = part.work, f", once for each of {part.times} plans" if part.times > 1 else ""
+    size = f"{work.flops / 1e12:,.{1 if work.flops < 1e13 else 0}f} TFLOP"
+    what = "examples" if part.stage else "forwards"
+    return f"{work.examples:,} {what} of {size}: {_time(work.hours(tflops))} at {tflops:g} TFLOP/s{runs}"
+
+
+def _time(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes" if hours >= 1 / 60 else "under a minute"
+
+
+def _say_hours(parts: list[Part], args: argparse.Namespace) -> None:
+    from ..distill.recipe_forecast import steps_within
+
+    total = sum(part.hours(args.tflops) for part in parts)
+    say(f"all: {_time(total)} at {args.tflops:g} TFLOP/s")
+    if args.hours is None:
+        return
+    steps = steps_within(parts, args.hours, args.tflops)
+    if not steps or not all(steps.values()):
+        say(f"  {args.hours:g} hours are too few for a step of each training: fewer data.frames, or a smaller size")
+    elif total > args.hours:
+        changes = " ".join(f"--set {name}_training.steps={n}" for name, n in steps.items())
+        say(f"  for {args.hours:g} hours: {changes}")
+
+
+def gpu_bytes(text: str) -> int:
+    """``24GB`` as GPUs are sold: 24 GiB."""
+    found = re.fullmatch(r"(\d{1,4}(?:\.\d{1,3})?)\s*(?:GB|GiB|G)?", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"it is {quoted(text)}, expected a GPU's memory such as 24GB")
+    return round(float(found[1]) * 2**30)
