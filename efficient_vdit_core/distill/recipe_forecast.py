@@ -35,7 +35,7 @@ def forecast(stages: ThreeStages) -> list[Part]:
     parts = [Part("search", *stages.planned_search())]
     for stage in stages.planned():
         worn, times = stages.wears(stage), plans if stage.method in for_each_plan else 1
-        parts.append(Part(stage.method, plan_memory(stage, worn=worn), plan_work(stage), times, stage, worn))
+        parts.append(Part(stage.method, plan_memory(stage, worn=worn), plan_work(stage, worn=worn), times, stage, worn))
     few_steps_first = stages.config.order == "consistency-first"
     order = ("consistency", "search", "knowledge") if few_steps_first else ("search", "knowledge", "consistency")
     return sorted(parts, key=lambda part: order.index(part.name))

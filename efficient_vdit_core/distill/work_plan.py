@@ -25,10 +25,10 @@ class WorkPlan:
         return self.examples * self.flops / (tflops * 1e12) / 3600
 
 
-def plan_work(stage: DistillConfig, words: int = 0) -> WorkPlan:
-    """The work of one stage's training. ``words``: tokens of the longest caption, 0 for the most that the model takes."""
+def plan_work(stage: DistillConfig, words: int = 0, worn: int = 0) -> WorkPlan:
+    """The work of one stage's training; ``words`` and ``worn`` as of `memory_plan.plan_memory`."""
     model, t = open_model(stage.model), stage.training
-    student, inputs = meta_student(stage, model), meta_inputs(stage, model, 1, words)
+    student, inputs = meta_student(stage, model, worn), meta_inputs(stage, model, 1, words)
     attention = FusedAttention()
     options = model.options_with(attention)
 

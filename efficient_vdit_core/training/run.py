@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from .average import WeightAverage
 from .checkpoint import read_checkpoint, write_checkpoint
-from .divergence import PATIENCE, DivergenceWatch
+from .guard import Guard
 from .lost_process import is_lost_process
+from .pace import Pace
 from .sharding import cut, cut_optimizer, gathered, is_sharding, run_in_autocast
 from .stop import StopWish, stop_wish
 
@@ -41,6 +43,7 @@ class StepLoss:
     averaged: int | None = None
 
 
+CHECKPOINT = "checkpoint.pt"
 LossOf = Callable[[torch.Generator], Tensor | StepLoss]
 
 
@@ -91,8 +94,8 @@ class TrainingRun:
         self.average = WeightAverage(self._trained(), ema_decay, on_host=host_average)
         self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.generator = torch.Generator().manual_seed(seed + self.rank // alike)
-        self.step, self.lost = 0, False
-        self.watch, self.rising = DivergenceWatch(), False
+        self.step = 0
+        self.guard = Guard(folder / CHECKPOINT, self._anywhere)
         self.means: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self.writer = _tensorboard(folder) if tensorboard and self.rank == 0 else None
@@ -101,7 +104,7 @@ class TrainingRun:
 
     @property
     def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
+        return self.folder / CHECKPOINT
 
     @property
     def ema(self) -> dict[str, Tensor]:
@@ -130,6 +133,7 @@ class TrainingRun:
         """
         from tqdm import tqdm
 
+        pace = Pace(self.steps, self.step, self.processes)
         with (
             self._together(),
             stop_wish() as wish,
@@ -141,7 +145,9 @@ class TrainingRun:
                 with self._kept():
                     self._one_step(loss_of)
                 bar.update()
-                self._refuse_divergence()
+                self.guard.divergence(self.step)  # here, where nothing is saved on the way out
+                if (told := pace.after_step()) and self.rank == 0:
+                    bar.write(told, file=sys.stderr)
                 bar.set_postfix_str(f"loss {self.means['loss']:.4f}", refresh=False)
                 self._log()
                 if self._anywhere(wish.signal is not None):
@@ -168,7 +174,9 @@ class TrainingRun:
             yield
         except BaseException:
             self.generator.set_state(before)
-            if self.processes == 1 and not self.lost:  # the others may be in another place, and saving needs them all
+            if (
+                self.processes == 1 and not self.guard.lost
+            ):  # the others may be in another place, and saving needs them all
                 self.save()
             raise
 
@@ -199,22 +207,23 @@ class TrainingRun:
             numbers = dict(
                 zip(values, torch.stack([v.detach().float() for v in values.values()]).tolist(), strict=True)
             )
-            self._refuse_no_number(numbers)
+            self.guard.numbers(numbers, self.step + 1)
             (loss.total / self.accumulate).backward()
             loss.release()
             turn, averaged = turn if loss.optimizers is None else loss.optimizers, loss.averaged
             for name, number in numbers.items():
                 seen.setdefault(name, []).append(number)
         norm = self._clipped()
-        self._refuse_no_number({"gradient's norm": norm})
+        self.guard.numbers({"gradient's norm": norm}, self.step + 1)
         for index in turn:
             self.optimizers[index].step()
-        self._refuse_no_weights()
+        trained = (_local(p).detach() for p in self.bare.parameters() if p.requires_grad)
+        self.guard.weights(trained, self.step + 1)
         self.step += 1
         if averaged != 0:
             self.average.update(self._trained(), self.step if averaged is None else averaged)
         values = {name: sum(numbers) / len(numbers) for name, numbers in seen.items()}
-        self.watch.add(values["loss"], {name: value for name, value in values.items() if name != "loss"})
+        self.guard.watch.add(values["loss"], {name: value for name, value in values.items() if name != "loss"})
         for name, value in {**values, "gradient": norm}.items():
             self.means[name] = 0.98 * self.means[name] + 0.02 * value if name in self.means else value
 
@@ -229,42 +238,6 @@ class TrainingRun:
         for optimizer, bases in zip(self.optimizers, self.base_rates, strict=True):
             for group, base in zip(optimizer.param_groups, bases, strict=True):
                 group["lr"] = base * rate
-
-    def _refuse_no_number(self, values: dict[str, float]) -> None:
-        """Before the weights are touched, so that what is saved next is the last good state."""
-        wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
-        if not self._anywhere(bool(wrong)):
-            return
-        first = next(iter(wrong), "loss")
-        parts = ", ".join(name for name in wrong if name != first)
-        raise ValueError(
-            f"The {first} became {wrong.get(first, 'infinite or nan in another process')} at step {self.step + 1}"
-            + (f" ({parts})" if parts else "")
-            + f". {self.checkpoint} keeps the last good state; resume from it with a lower learning rate."
-        )
-
-    def _refuse_divergence(self) -> None:
-        self.rising = self._anywhere(self.watch.rising)
-        found = self.watch.diverged()
-        if not self.rising or not self._anywhere(bool(found)):  # what has diverged is rising: one question a step
-            return
-        kept = f"{self.checkpoint} keeps the state before it; resume" if self.checkpoint.exists() else "Start again"
-        raise ValueError(
-            f"The training diverges: the {found or 'loss of another process rose'} and stayed there for {PATIENCE} steps, to step "
-            f"{self.step}. {kept} with a lower learning rate."
-        )
-
-    def _refuse_no_weights(self) -> None:
-        # After the step there is no way back: what is saved is the last checkpoint, and it stays so.
-        trained = [_local(p).detach() for p in self.bare.parameters() if p.requires_grad]
-        total = sum(torch.linalg.vector_norm(value, 1, dtype=torch.float32) for value in trained)
-        self.lost = self._anywhere(not math.isfinite(float(total)))
-        if self.lost:
-            kept = f"{self.checkpoint} keeps an earlier state; resume" if self.checkpoint.exists() else "Start again"
-            raise ValueError(
-                f"The weights became infinite or nan at step {self.step + 1}, so nothing is exported. {kept} with a lower "
-                "learning rate."
-            )
 
     def _leave(self, wish: StopWish) -> None:
         self.save()
@@ -294,7 +267,7 @@ class TrainingRun:
 
         A state that may be a diverging run's is not put in the place of one that is not.
         """
-        if self.rising and self.checkpoint.exists():
+        if self.guard.rising and self.checkpoint.exists():
             return
         random = self.generator.get_state()
         if self.processes > 1:

@@ -13,6 +13,7 @@ from efficient_vdit_core.distill.config import DataConfig, read_toml
 from efficient_vdit_core.distill.consistency import check_pair
 from efficient_vdit_core.distill.metadata import DistillMetadata
 from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.distill.recipe_forecast import forecast, steps_within
 from efficient_vdit_core.models.opensora_plan.captions import NEGATIVE_PROMPT, TEMPLATES
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from efficient_vdit_core.search import parse_candidates
@@ -210,3 +211,25 @@ def test_mistakes_on_the_command_line_are_told(capsys, tmp_path):
     assert cli.main(["distill", "knowledge", *out, "--set", "method.x=3"]) == 2
     assert "no section" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_steps_that_a_night_has_time_for(tmp_path):
+    """Each training is shortened alike; one that is run for each of three plans counts three times."""
+    values = {
+        "search": {"thresholds": [0.1, 0.2], "speedups": [2.0]},
+        "consistency_training": {"steps": 40, "batch": 2},
+    }
+    values["knowledge_training"] = {"steps": 20, "batch": 2}
+    for order, often in (("consistency-first", (1, 3)), ("knowledge-first", (3, 3)), ("merge", (1, 3))):
+        parts = forecast(ThreeStages(RecipeConfig.from_dict({"order": order, **values}), tmp_path))
+        by_name = {part.name: part for part in parts}
+        assert (by_name["consistency"].times, by_name["knowledge"].times) == often
+        one, three = (by_name[name].work for name in ("consistency", "knowledge"))
+        search = by_name["search"].hours(0.001)
+        trained = sum(n * work.examples * work.flops for n, work in zip(often, (one, three), strict=True)) / 1e9 / 3600
+        assert steps_within(parts, search + trained / 2, 0.001) == {"consistency": 20, "knowledge": 10}
+        assert steps_within(parts, 10 * (search + trained), 0.001) == {"consistency": 40, "knowledge": 20}
+        assert steps_within(parts, search / 2, 0.001) == {}
+    assert [part.name for part in parts] == ["search", "knowledge", "consistency"]
+    alone = forecast(ThreeStages(RecipeConfig.from_dict({"order": "knowledge-only", **values}), tmp_path))
+    assert [part.name for part in alone] == ["search", "knowledge"]

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from efficient_vdit_core.distill.config import DistillConfig
+from efficient_vdit_core.distill.memory_plan import plan_memory
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks import through_crashes  # noqa: E402
+from small_models import LAYERS  # noqa: E402
 from test_sharded_training import LORA, SMALL, apart, checkpoint, compare, save_bases, settings, start_of  # noqa: E402
 from training_ranks import train_on_ranks  # noqa: E402
 
@@ -30,7 +33,12 @@ KINDS = {
         "training": {"steps": 6},
     },
     "wan": {"method": "knowledge", "model": {"family": "diffusers", "train": "full", "gradient_checkpointing": True}},
+    "cogvideox": {"method": "knowledge", "model": {"family": "diffusers", **LORA}, "beside": "cogvideox"},
 }
+WORDS = 5
+# Clips whose activations count for more than the weights, and what is told of them in pixels.
+LARGE = {"frames": 6, "side": 16, "words": WORDS, "counted": True}
+PIXELS = {"frames": 21, "height": 128, "width": 128}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,13 @@ def all_runs(folder):
         chosen = dict(KINDS[kind])
         chosen["training"] = {**chosen.get("training", {}), "sequence_parallel": processes}
         place = {"config": settings(base, **chosen), "out": str(folder / (out or name))}
-        return {"name": name, **place, "sharded": sharded, "stop": stop, "frames": FRAMES}
+        clips = {"frames": FRAMES, **({"words": WORDS} if kind == "cogvideox" else {})}
+        return {"name": name, **place, "sharded": sharded, "stop": stop, **clips}
+
+    def large(name, processes):
+        chosen = {**KINDS["knowledge"], "data": PIXELS, "training": {"steps": 2, "sequence_parallel": processes}}
+        chosen["objective"] = {"plan": "full"}  # as a forecast counts all plans
+        return {**job(name, "knowledge", 1), **LARGE, "config": settings(base, **chosen)}
 
     one = [job(f"{kind} alone", kind, 1) for kind in KINDS]
     two = [job(f"{kind} {way}", kind, 2, sharded=way == "sharded") for kind in KINDS for way in ("shared", "sharded")]
@@ -57,6 +71,8 @@ def all_runs(folder):
         job("full parallel", "full", 1),
     ]
     two.append(job("three", "full", 3))
+    one.append(large("large alone", 1))
+    two.append(large("large shared", 2))
     lost = [{**job("lost", "full", 2), "dies": 2}]
     four = [job("full groups", "full", 2)]
     ran = [*train_on_ranks(one, 1), *train_on_ranks(two, 2), *train_on_ranks(four, 4), *train_on_ranks(lost, 2)]
@@ -89,8 +105,14 @@ def test_two_processes_with_one_clip_learn_what_one_process_learns(runs, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_clips_are_shared_out_under_sharded_weights_too(runs, kind):
     sharded = runs[f"{kind} sharded"]
-    assert sharded["weights"] > 50 and sharded["blocks"] == SMALL.num_layers
+    assert sharded["weights"] > 50 and sharded["blocks"] == (LAYERS if kind == "cogvideox" else SMALL.num_layers)
     same(sharded, runs[f"{kind} alone"])
+
+
+def test_each_of_them_holds_what_is_planned(runs):
+    peaks = [runs[f"large {way}"]["peak"] for way in ("alone", "shared")]
+    plans = [plan_memory(DistillConfig.from_dict(runs[f"large {way}"]["config"]), WORDS) for way in ("alone", "shared")]
+    assert [plan.step() for plan in plans] == pytest.approx(peaks, rel=0.1) and peaks[1] < 0.75 * peaks[0]
 
 
 def test_groups_are_data_parallel(runs):

@@ -19,6 +19,7 @@ from efficient_vdit_core.sampling.path import VPPath
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks import RankCrashed, run_together, through_crashes  # noqa: E402
 from rounding import drift  # noqa: E402
+from small_models import cogvideox  # noqa: E402
 from training_ranks import train_on_ranks  # noqa: E402
 
 pytest.importorskip("accelerate")
@@ -75,9 +76,9 @@ def apart(kind, name, value):
     return 2 * STEPS, STEPS / 4
 
 
-def settings(base, method="consistency", *, objective=None, model=None, training=None):
+def settings(base, method="consistency", *, objective=None, model=None, training=None, data=None, beside="wan"):
     family = (model or {}).get("family", "opensora_plan")
-    weights = {"transformer": str(base)} if family == "opensora_plan" else {"path": str(Path(base).parent / "wan")}
+    weights = {"transformer": str(base)} if family == "opensora_plan" else {"path": str(Path(base).parent / beside)}
     default = (
         {"segments": 2, "teacher_steps": 4, "guidance": 2.0}
         if method == "consistency"
@@ -87,6 +88,7 @@ def settings(base, method="consistency", *, objective=None, model=None, training
         "method": method,
         "objective": {**default, **(objective or {})},
         "model": {**weights, "device": "cpu", **(model or {})},
+        "data": data or {},
         "training": {"steps": 4, "batch": 2, "warmup": 2, "learning_rate": 0.01, "ema": 0.5, **(training or {})},
     }
 
@@ -120,10 +122,11 @@ def runs(tmp_path_factory):
 
 
 def save_bases(folder):
-    """A small Open-Sora-Plan, whose file is returned, and beside it a small Wan."""
+    """A small Open-Sora-Plan, whose file is returned, and beside it a small Wan and a small CogVideoX."""
     file = folder / "diffusion_pytorch_model.safetensors"
     save_safetensors(file, OpenSoraT2V(SMALL).state_dict(), {"config": json.dumps(SMALL.to_dict())})
     save_wan(folder / "wan")
+    cogvideox(folder / "cogvideox")
     return file
 
 

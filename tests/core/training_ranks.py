@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 from ranks import run_together
@@ -24,8 +25,9 @@ def train_on_ranks(jobs: list[dict], ranks: int = RANKS) -> list[dict]:
     """Run the jobs one after the other on ``ranks`` ranks; what process 0 tells of each.
 
     A job: name, config (of `DistillConfig`), out (a folder), sharded, stop (the step after which process 0 gets
-    SIGTERM, or 0), dies (the step after which process 1 gets SIGKILL, or nothing), frames (latent frames of its clips, 4
-    where it does not say).
+    SIGTERM, or 0), dies (the step after which process 1 gets SIGKILL, or nothing); frames, side and words (latent frames of its
+    clips, their height and width, tokens of each text, where it says so); counted (whether the most bytes that live at once
+    are told, as ``peak``).
     """
     killed = {1: -signal.SIGKILL} if any(job.get("dies") for job in jobs) else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -76,8 +78,9 @@ def train(job: dict, rank: int) -> dict:
     import torch
     from torch.distributed.fsdp import FSDPModule
 
-    from efficient_vdit_core.distill import trainer
+    from efficient_vdit_core.distill import features, trainer
     from efficient_vdit_core.distill.config import DistillConfig
+    from efficient_vdit_core.distill.live_bytes import LiveBytes
 
     course, seen = [], {"weights": 0, "average": 0, "blocks": 0, "teacher": 0, "times": set()}
 
@@ -97,7 +100,7 @@ def train(job: dict, rank: int) -> dict:
     def prepare(config, model, cache, device):
         if rank == 0:
             torch.rand(7)  # whoever makes the data draws random numbers that the others do not
-        return small_data(device, job.get("frames", 4))
+        return data
 
     def keep_dtype(module, args, kwargs):
         seen["times"].add(str((args[1] if len(args) > 1 else kwargs["timestep"]).dtype))
@@ -106,19 +109,25 @@ def train(job: dict, rank: int) -> dict:
         student, teacher = make_both(config, model, accelerator)
         student.register_forward_pre_hook(keep_dtype, with_kwargs=True)
         seen["teacher"] = count_sharded(teacher.parameters()) if teacher else 0
+        counter.count(x for part in (student, teacher) if part for x in (*part.parameters(), *part.buffers()))
         return student, teacher
 
-    make_both, plain = trainer.make_pair, trainer.TrainingRun
+    make_both, plain, on_host = trainer.make_pair, trainer.TrainingRun, features.on_host
     trainer.TrainingRun, trainer.prepare_data, trainer.make_pair = Watched, prepare, make_pair
     trainer.check_data = lambda config, model: None  # `prepare` makes its own
+    counter, data = LiveBytes(), small_data(**{name: job[name] for name in ("frames", "side", "words") if name in job})
+    # The host's memory is another: what numpy holds is not counted.
+    features.on_host = (lambda value: torch.from_numpy(value.numpy().copy())) if job.get("counted") else on_host
     try:
-        file, left = trainer.distill(DistillConfig.from_dict(job["config"]), Path(job["out"])), None
+        with counter if job.get("counted") else nullcontext():
+            file, left = trainer.distill(DistillConfig.from_dict(job["config"]), Path(job["out"])), None
     except SystemExit as error:
         file, left = None, error.code
     except ValueError as error:
         file, left = None, str(error)
     finally:
-        trainer.TrainingRun, trainer.make_pair = plain, make_both
+        trainer.TrainingRun, trainer.make_pair, features.on_host = plain, make_both, on_host
+    seen["peak"] = counter.peak
     return {**job, **seen, "file": str(file), "left": left, "course": course, "times": sorted(seen["times"])}
 
 
@@ -127,7 +136,7 @@ def count_sharded(tensors) -> int:
     return sum(hasattr(t, "to_local") and t.to_local().numel() < t.numel() for t in tensors)
 
 
-def small_data(device, frames):
+def small_data(frames=4, side=4, words=0):
     """Random latents and text states in place of a data set's."""
     import torch
 
@@ -136,8 +145,8 @@ def small_data(device, frames):
     from efficient_vdit_core.distill.texts import TextBank
 
     g = torch.Generator().manual_seed(1)
-    bank = TextBank({t: torch.randn(len(t) + 1, 8, generator=g) for t in ("a", "b c", "")})
-    clips = ClipSet(torch.randn(6, 4, frames, 4, 4, generator=g), [("a",), ("b c", "a")] * 3)
+    bank = TextBank({t: torch.randn(words or len(t) + 1, 8, generator=g) for t in ("a", "b c", "")})
+    clips = ClipSet(torch.randn(6, 4, frames, side, side, generator=g), [("a",), ("b c", "a")] * 3)
     return PreparedData(clips, bank, "", torch.device("cpu"))
 
 

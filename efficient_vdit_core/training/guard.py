@@ -1,0 +1,62 @@
+"""Ends a training whose numbers went wrong, with what became of its state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .divergence import PATIENCE, DivergenceWatch
+
+
+class Guard:
+    """``anywhere`` says whether a flag is set in any process, so that all end together.
+
+    lost: whether the weights are no numbers any more; rising: whether the state may be a diverging run's. Neither is to be
+    saved over an earlier one.
+    """
+
+    def __init__(self, checkpoint: Path, anywhere: Callable[[bool], bool]) -> None:
+        self.checkpoint, self.anywhere = checkpoint, anywhere
+        self.watch, self.lost, self.rising = DivergenceWatch(), False, False
+
+    def numbers(self, values: dict[str, float], step: int) -> None:
+        """Raises ValueError where one of them is no number: before the weights are touched, so that what is saved next is
+        the last good state."""
+        wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if not self.anywhere(bool(wrong)):
+            return
+        first = next(iter(wrong), "loss")
+        parts = ", ".join(name for name in wrong if name != first)
+        raise ValueError(
+            f"The {first} became {wrong.get(first, 'infinite or nan in another process')} at step {step}"
+            + (f" ({parts})" if parts else "")
+            + f". {self.checkpoint} keeps the last good state; resume from it with a lower learning rate."
+        )
+
+    def weights(self, trained: Iterable[Tensor], step: int) -> None:
+        """Raises ValueError where a weight is no number: there is no way back then, and the last checkpoint stays."""
+        total = sum(torch.linalg.vector_norm(value, 1, dtype=torch.float32) for value in trained)
+        self.lost = self.anywhere(not math.isfinite(float(total)))
+        if self.lost:
+            raise ValueError(
+                f"The weights became infinite or nan at step {step}, so nothing is exported. "
+                f"{self._kept('an earlier state')} with a lower learning rate."
+            )
+
+    def divergence(self, step: int) -> None:
+        """Raises ValueError where the loss that ``watch`` follows rose and stays up."""
+        self.rising = self.anywhere(self.watch.rising)
+        found = self.watch.diverged()
+        if not self.rising or not self.anywhere(bool(found)):  # what has diverged is rising: one question a step
+            return
+        raise ValueError(
+            f"The training diverges: the {found or 'loss of another process rose'} and stayed there for {PATIENCE} steps, to step "
+            f"{step}. {self._kept('the state before it')} with a lower learning rate."
+        )
+
+    def _kept(self, what: str) -> str:
+        return f"{self.checkpoint} keeps {what}; resume" if self.checkpoint.exists() else "Start again"

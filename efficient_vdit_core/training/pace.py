@@ -1,0 +1,36 @@
+"""When a training will end and what it will cost, told once it has found its pace."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+FIRST = 3  # steps that compile, allocate and choose, and are no measure
+SECONDS = 120.0  # of steps that are one
+
+
+class Pace:
+    """Watches a run of ``steps`` steps in ``processes``, of which ``done`` were made before. ``clock``: seconds."""
+
+    def __init__(self, steps: int, done: int, processes: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+        self.left, self.processes, self.clock = steps - done, processes, clock
+        self.counted, self.start, self.told = 0, 0.0, False
+
+    def after_step(self) -> str:
+        """A line to say, once, after two minutes at full pace; else nothing."""
+        now = self.clock()
+        self.counted += 1
+        if self.counted == FIRST:
+            self.start = now
+        passed, steps = now - self.start, self.counted - FIRST
+        if self.told or steps < 1 or passed < SECONDS:
+            return ""
+        self.told = True
+        left = timedelta(seconds=passed / steps * (self.left - self.counted))
+        hours = passed / steps * self.left / 3600
+        gpus = f" on each of {self.processes}, {hours * self.processes:,.1f} together" if self.processes > 1 else ""
+        return (
+            f"{passed / steps:,.2f} s a step: it will end about {datetime.now() + left:%a %d %b %H:%M}, after {hours:,.1f} hours{gpus}, "
+            "sample videos not counted"
+        )
