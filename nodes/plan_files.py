@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..efficient_vdit_core.plan import TilePlan
 from .checked import checked
+from .comfy_bridge.distilled import LOADED_MODEL, carried_plan
 from .comfy_bridge.paths import checkpoint_files, load_plan, plan_changed, plan_names, plan_path, save_plan
 from .inputs import CATEGORY, Plan, for_page, plan_ui, search_words
 
@@ -89,12 +91,13 @@ class EVDiTLoadTilePlan(io.ComfyNode):
                 for_page(
                     io.Combo.Input(
                         "plan_name",
-                        options=[*plan_names(), *checkpoint_files()],
+                        options=[*plan_names(), *checkpoint_files(), LOADED_MODEL],
                         tooltip=(
                             'A file of models/evdit_plans, or a "(preset)": a few reference frames in all layers but the first two '
                             "and the last, about half of the attention at the model's usual length. minimax_h3 is the mild one for "
                             "turbo LoRAs, minimax_h3_strong is for weights distilled under it. Models and LoRAs that were distilled "
-                            "under a plan carry it: choose the file that you load. Press R to see new files."
+                            "under a plan carry it: choose the file that you load, or 'the loaded model' with the model connected. "
+                            "Press R to see new files."
                         ),
                     ),
                     evdit_plans=text_forms(),
@@ -107,6 +110,14 @@ class EVDiTLoadTilePlan(io.ComfyNode):
                     tooltip=(
                         'A plan as text, used in place of the file: "0:full 1-4:2:6 5-31:1:7" gives layer 0 full attention, layers 1 '
                         'to 4 two reference frames of 8; "all:2 -1:full" fits any depth. Empty = the file.'
+                    ),
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip=(
+                        "For 'the loaded model': its plan is taken from the file that it was loaded from. Unused otherwise. A LoRA's "
+                        "plan is in the LoRA's file: choose that."
                     ),
                 ),
             ],
@@ -125,12 +136,15 @@ class EVDiTLoadTilePlan(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, plan_name: str, text: str = "") -> tuple[str, float]:
+    def fingerprint_inputs(cls, plan_name: str, text: str = "", model: Any = None) -> tuple[str, float]:
         """Runs again after the file has changed."""
-        return text, 0.0 if text.strip() else plan_changed(plan_name)
+        return text, 0.0 if text.strip() or plan_name == LOADED_MODEL else plan_changed(plan_name)
 
     @classmethod
     @checked
-    def execute(cls, plan_name: str, text: str = "") -> io.NodeOutput:
-        plan = TilePlan.from_text(text) if text.strip() else load_plan(plan_name)
+    def execute(cls, plan_name: str, text: str = "", model: Any = None) -> io.NodeOutput:
+        if text.strip():
+            plan = TilePlan.from_text(text)
+        else:
+            plan = carried_plan(model) if plan_name == LOADED_MODEL else load_plan(plan_name)
         return io.NodeOutput(plan, plan.to_text(), ui=plan_ui(plan))

@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from .checked import checked
+from .comfy_bridge.distilled import LOADED_MODEL
 from .comfy_bridge.sampling import (
-    LOADED_MODEL,
     PRESET_NAMES,
     SEGMENTS,
     checkpoint_names,

@@ -24,9 +24,9 @@ from torch import Tensor
 from ...efficient_vdit_core.distill.metadata import read_metadata
 from ...efficient_vdit_core.models.opensora_plan import checkpoint, transformer
 from ...efficient_vdit_core.models.opensora_plan.config import DiTConfig
+from .distilled import DISTILLED
 from .model_sampling import SAMPLING_SETTINGS, EpsilonSampling, VelocitySampling
 from .paths import resolve
-from .sampling import DISTILLED
 
 log = logging.getLogger("efficient_vdit")
 

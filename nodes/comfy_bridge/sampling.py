@@ -15,14 +15,13 @@ from ...efficient_vdit_core.distill.metadata import DistillMetadata, read_metada
 from ...efficient_vdit_core.limits.quote import quoted
 from ...efficient_vdit_core.sampling import consistency_sigmas, sample_consistency
 from ...efficient_vdit_core.sampling.presets import PRESETS, cut, parse_sigmas
+from .distilled import LOADED_MODEL, model_metadata
 from .paths import checkpoint_files, checkpoint_path
 
 log = logging.getLogger("efficient_vdit")
 
-DISTILLED = "evdit_distilled"  # the attachment that a distilled model carries
 SEGMENTS, FROM_CHECKPOINT, MANUAL = "segments", "from checkpoint", "manual"
 PRESET_NAMES = [SEGMENTS, FROM_CHECKPOINT, MANUAL, *PRESETS]
-LOADED_MODEL = "the loaded model"
 
 
 def checkpoint_names() -> list[str]:
@@ -34,7 +33,7 @@ def checkpoint_metadata(model: Any, name: str) -> DistillMetadata:
     """What the loaded MODEL, or a file of `checkpoint_names`, was distilled for. Raises ValueError where it does not
     say."""
     if name == LOADED_MODEL:
-        found = model.get_attachment(DISTILLED)
+        found = model_metadata(model)
     else:
         found = read_metadata(path) if (path := checkpoint_path(name)) else None
     if found is None:
@@ -143,7 +142,7 @@ def _sample(
 def remarks(guider: Any, sigmas: Tensor, gamma: float) -> list[str]:
     """What is allowed but works against the way the guider's model was distilled."""
     patcher = getattr(guider, "model_patcher", None)
-    about: DistillMetadata | None = patcher.get_attachment(DISTILLED) if patcher is not None else None
+    about: DistillMetadata | None = model_metadata(patcher) if patcher is not None else None
     if about is None:
         return []
     found, cfg, steps = [], float(getattr(guider, "cfg", 1.0)), len(sigmas) - 1

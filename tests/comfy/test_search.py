@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from comfyui_server import COMFYUI
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_wan import tiny_wan
 
 from efficient_vdit_core.distill.metadata import DistillMetadata
 from efficient_vdit_core.plan import TilePlan
@@ -17,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "efficient_vdit_core" / "assets" / "tiny" / "transformer"
 FULL_LAYERS, LAYERS = (1, 4), 6
 FAMILY, HEADS = "opensora_plan", 4
+PLAN = TilePlan.from_text("0:full 1-5:1")
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +264,50 @@ def test_the_plan_that_a_lora_was_distilled_under_comes_with_it(server):
     assert shown == [plan.to_text()]
     prompt["plan"]["inputs"]["plan_name"] = "loras/mine/other.safetensors"
     assert "'loras/mine/other.safetensors' carries no plan: it was not distilled under one" in server.error(prompt)
+
+
+@pytest.fixture(scope="module")
+def distilled(server) -> dict[str, dict]:
+    """Nodes that load models whose files say that they were distilled under ``PLAN``: by this pack, and by core."""
+    about = DistillMetadata("knowledge", 8, 8, plan=json.loads(PLAN.to_json())).to_entry()
+    folder = server.base / "models" / "diffusion_models" / "distilled"
+    folder.mkdir(parents=True)
+    weights = safetensors.torch.load_file(TINY / "diffusion_pytorch_model.safetensors")
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata=about)
+    (folder / "config.json").write_bytes((TINY / "config.json").read_bytes())
+    save_file(tiny_wan(), folder / "wan.safetensors", metadata=about)
+    return {
+        "this pack's": graph("distilled/diffusion_pytorch_model.safetensors")["model"],
+        "core's": {
+            "class_type": "UNETLoader",
+            "inputs": {"unet_name": "distilled/wan.safetensors", "weight_dtype": "default"},
+        },
+    }
+
+
+def carried(loader: dict, **inputs) -> dict:
+    """The plan of a loader's MODEL, shown."""
+    return {
+        "model": loader,
+        "plan": {"class_type": "EVDiTLoadTilePlan", "inputs": {"plan_name": "the loaded model", **inputs}},
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["plan", 1]}},
+    }
+
+
+@pytest.mark.parametrize("loader", ["this pack's", "core's"])
+def test_the_plan_of_the_loaded_model_needs_no_second_file(server, distilled, loader):
+    prompt = carried(distilled[loader], model=["model", 0])
+    remembers = "cached_patcher_init" in (COMFYUI / "comfy" / "model_patcher.py").read_text(encoding="utf-8")
+    if loader == "core's" and not remembers:
+        assert "this ComfyUI does not keep its name" in server.error(prompt)
+        return
+    assert server.run(prompt)["outputs"]["show"]["text"] == [PLAN.to_text()]
+
+
+def test_a_loaded_model_without_a_plan_is_refused(server, built):
+    model = graph(built)["model"]
+    assert "The loaded model's file carries no plan" in server.error(carried(model, model=["model", 0]))
+    assert "no model is connected" in server.error(carried(model))
 
 
 def test_presets_are_listed_and_marked(server):
