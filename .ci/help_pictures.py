@@ -45,7 +45,11 @@ SHOW = """async ([kind, workflow]) => {
     ds.offset = [(420 - canvas.left) / ds.scale - node.pos[0], (260 - canvas.top) / ds.scale - node.pos[1]];
     app.canvas.deselectAll();
     app.canvas.setDirty(true, true);
-    return [420, 260 - 30 * ds.scale, node.size[0] * ds.scale, (node.size[1] + 30) * ds.scale];
+}"""
+# Once the node has grown to what it holds.
+PLACE = """kind => {
+    const node = app.graph.nodes.find(n => n.type === kind), scale = app.canvas.ds.scale;
+    return [420, 260 - 30 * scale, node.size[0] * scale, (node.size[1] + 30) * scale];
 }"""
 
 
@@ -71,8 +75,9 @@ def nodes(page: Any) -> None:
     named = {workflow["extra"]["template"]: workflow for workflow in workflows}
     for kind, template in NODES.items():
         workflow = named[template] if template else None
-        x, y, width, height = page.evaluate(SHOW, [kind, workflow])
+        page.evaluate(SHOW, [kind, workflow])
         page.wait_for_timeout(2500)
+        x, y, width, height = page.evaluate(PLACE, kind)
         clip = {"x": x - EDGE, "y": y - EDGE, "width": width + 2 * EDGE, "height": height + 2 * EDGE}
         save(Image.open(io.BytesIO(page.screenshot(clip=clip))), kind, "node")
 
