@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     say(
         f"{args.model}, {grid.t} latent frames of {grid.tokens_per_frame} tokens; relative error of the attention, mean of calls"
     )
-    say("layer  reference frames  method    density    error")
+    say(f"layer  reference frames  {'method':<24}  density    error")
     for r in rows:
-        say(f"{r['layer']:>5}  {r['reference_frames']:>16}  {r['method']:<8} {r['density']:>8.3f} {r['error']:>8.3f}")
+        say(f"{r['layer']:>5}  {r['reference_frames']:>16}  {r['method']:<24} {r['density']:>8.3f} {r['error']:>8.3f}")
     return device, rows
