@@ -43,7 +43,8 @@ class ComfyHost:
 
         if message["key"] not in self.models:
             self._load_packs(message["packs"])
-            self.models[message["key"]] = shard_model(self._build(message["prompt"], message["source"]), self.wire)
+            built = self._build(message["prompt"], message["source"])
+            self.models[message["key"]] = shard_model(built, self.wire, weights=message.get("hold", "whole"))
         for key in set(self.models) - set(message["keep"]):
             del self.models[key]
         model = self.models[message["key"]]

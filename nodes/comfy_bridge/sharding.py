@@ -23,12 +23,14 @@ from .families import Family, find_family, uncompiled
 from .module_forwards import Seat, all_keys_forward, block_forward, paths, replace_forward, whole_forward
 from .patch import Hook, dense, hook_of, install
 from .shard_rules import NOT_SHARDED, RULES, Row, ShardRule
+from .sharded_weights import share_out_weights
 from .window import Window
 
 WRAPPER_KEY = "efficient_vdit_sharding"
 SCHEME_KEY = "evdit_scheme"
 WEIGHTS_KEY = "evdit_weights"
 COUNTS_KEY = "evdit_scheme_counts"
+WHOLE_WEIGHTS, SHARDED_WEIGHTS = "whole", "sharded"
 
 
 def find_shardable(model: Any) -> tuple[Family, ShardRule]:
@@ -86,13 +88,14 @@ def clip_speedup(model: Any, clip: tuple[int, int, int], ranks: int, scheme: str
     return forward_speedup(shape, patterns, ranks, scheme, rates)
 
 
-def shard_model(model: Any, wire: Wire) -> Any:
-    """A clone of MODEL whose blocks run on this rank's tokens.
+def shard_model(model: Any, wire: Wire, *, weights: str = WHOLE_WEIGHTS) -> Any:
+    """A clone of MODEL whose blocks run on this rank's tokens, with ``weights`` as of the node's input.
 
     ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto, WEIGHTS_KEY the ranks' shares,
     default even ones; a Counter under COUNTS_KEY receives how many layers took which.
     """
     (family, rule), hook = find_shardable(model), hook_of(model)
+    model = share_out_weights(model, rule, wire) if weights == SHARDED_WEIGHTS else model
     window, preparation = (hook.window, hook.preparation) if hook else (Window(), dense())
     # The sparse override decides by the whole sequence's length, which no rank sees; its plan is asked for beforehand.
     patched = install(model, Hook(family, window, preparation, make_sharded_override))

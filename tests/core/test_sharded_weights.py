@@ -36,7 +36,7 @@ def test_a_rank_holds_its_part_and_two_blocks(facts):
         assert found["held"] < sum(blocks)
         assert found["most whole"] == 2 and found["held when removed"] == 0
         assert found["sent"] == parts * (ranks - 1)
-        assert found["weights"][0] == 10  # of 11 places
+        assert found["weights"][0] == 11  # of 12 places
 
 
 def test_no_more_than_two_blocks_are_whole_whatever_the_order(facts):

@@ -1,0 +1,171 @@
+"""ComfyUI's patcher for a MODEL whose blocks' weights are shared out over the ranks. Runs in the workers.
+
+The blocks' own parameters stay in the host's memory, as the loader made them, and are never moved: of each this rank's
+part goes to the device, patched where the MODEL has patches. All else is loaded whole by ComfyUI itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import uuid
+from functools import partial
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.model_patcher
+from comfy.model_patcher import ModelPatcher
+
+from ...efficient_vdit_core.parallel.sharding.weight_bytes import lay_out
+from ...efficient_vdit_core.parallel.sharding.weights import ShardedWeights, WeightMemory, weight_memory
+from ...efficient_vdit_core.parallel.sharding.wire import Wire
+from .families import uncompiled
+from .shard_rules import ShardRule
+
+ROOT = "diffusion_model."
+COMPILED = "torch.compile"
+# Those of ComfyUI itself; the second one, which streams weights, where ComfyUI has it.
+_PATCHERS = ("ModelPatcher", "ModelPatcherDynamic")
+# ComfyUI's own word for as much as there is.
+_ALL = 1e32
+GIB = 2**30
+
+
+class ShardedWeightsPatcher(ModelPatcher):
+    """Loads this rank's part of the blocks ``block_names`` (in the model), and counts that as the model's size.
+
+    It cannot be loaded in part, nor unloaded in part: ComfyUI then unloads it whole.
+    """
+
+    block_names: tuple[str, ...] = ()
+    wire: Wire
+    shared: ShardedWeights | None = None
+
+    @classmethod
+    def of(cls, model: ModelPatcher, block_names: tuple[str, ...], wire: Wire) -> ShardedWeightsPatcher:
+        """A clone of ``model``."""
+        patched: Any = model.clone()
+        patched.__class__ = cls  # what clones are made of, in ComfyUI too
+        patched.block_names, patched.wire = block_names, wire
+        # The same weights whole are other weights on the device.
+        patched.patches_uuid = uuid.uuid5(model.patches_uuid, "sharded weights")
+        about = memory_of(model, block_names, wire.size)
+        patched.size = mm.module_size(model.model) - about.whole + about.parts + about.room
+        return patched
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().clone(*args, **kwargs)
+        made.block_names, made.wire = self.block_names, self.wire
+        return made
+
+    def load(
+        self,
+        device_to: Any = None,
+        lowvram_model_memory: float = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,
+    ) -> None:
+        self._drop()
+        self._check_room(device_to)
+        super().load(device_to, _ALL, force_patch_weights, full_load=False)
+        with self.use_ejected():
+            for name, module in self.model.named_modules():
+                if not self._in_block(name):
+                    module._apply(lambda x: x.to(device_to), recurse=False)
+            root, blocks = self.model.diffusion_model, [self.model.get_submodule(name) for name in self.block_names]
+            self.shared = ShardedWeights(root, blocks, self.wire, device_to, self._changes(device_to))
+        self.model.model_loaded_weight_memory = self.model_size()
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
+        if unpatch_weights:
+            self._drop()
+        super().unpatch_model(device_to, unpatch_weights)
+
+    def partially_unload(self, *_: Any, **__: Any) -> int:
+        return 0
+
+    def detach(self, unpatch_all: bool = True) -> Any:
+        """Also where another clone takes over: it may hold the same weights whole."""
+        self._drop()
+        return super().detach(unpatch_all)
+
+    def _load_list(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return [entry for entry in super()._load_list(*args, **kwargs) if not self._in_block(entry[-3])]
+
+    def _in_block(self, name: str) -> bool:
+        return f"{name}.".startswith(tuple(f"{block}." for block in self.block_names))
+
+    def _changes(self, device: Any) -> dict[str, Any]:
+        """The blocks' weights that ComfyUI would patch when it loads them, and its settings of their modules."""
+        changes = {}
+        for *_, name, module, params in super()._load_list():
+            if not self._in_block(name):
+                continue
+            comfy.model_patcher.wipe_lowvram_weight(module)
+            module.comfy_force_cast_weights = self.force_cast_weights
+            if self.force_cast_weights and hasattr(module, "comfy_cast_weights"):
+                module.prev_comfy_cast_weights, module.comfy_cast_weights = module.comfy_cast_weights, True
+            for key in (f"{name}.{param}" for param in params):
+                if key in self.patches:
+                    change = partial(self.patch_weight_to_device, key, device_to=device, return_weight=True)
+                    changes[key.removeprefix(ROOT)] = change
+        return changes
+
+    def _check_room(self, device: Any) -> None:
+        if mm.is_device_cpu(device):
+            return
+        size, free = self.model_size() / GIB, mm.get_free_memory(device) / GIB
+        if size > free:
+            raise ValueError(
+                f"The weights take {size:.1f} GiB on {device} with blocks shared out over {self.wire.size} ranks, but {free:.1f} GiB are "
+                "free. Name more GPUs, load a quantised file of the model, or free that GPU."
+            )
+
+    def _drop(self) -> None:
+        if self.shared is not None:
+            self.shared.remove()
+            self.shared = None
+            self.model.model_loaded_weight_memory = 0
+
+
+def share_out_weights(model: Any, rule: ShardRule, wire: Wire) -> Any:
+    """A clone of a shardable MODEL that keeps 1/P of its blocks' weights on the device. Raises ValueError where it cannot
+    be."""
+    check_weights(model, rule)
+    if model.is_dynamic():
+        raise ValueError(
+            "The workers' ComfyUI streams weights, which cannot be shared out as well. Set weights to whole."
+        )
+    return ShardedWeightsPatcher.of(model, block_names(model, rule), wire)
+
+
+def check_weights(model: Any, rule: ShardRule) -> None:
+    """Raises ValueError where a MODEL's weights cannot be shared out."""
+    why = ""
+    names = block_names(model, rule)
+    if type(model).__name__ not in _PATCHERS or type(model).__module__ != comfy.model_patcher.__name__:
+        why = f"its loader keeps them in a way of its own ({type(model).__name__})"
+    elif hasattr(model.get_model_object("diffusion_model"), "_orig_mod") or any(
+        COMPILED in found for found in model.wrappers.values()
+    ):
+        why = "the model is compiled (torch.compile), which expects them in one place"
+    elif any(key.startswith(names) for key in model.weight_wrapper_patches):
+        why = "another node changes them in every forward pass"
+    elif "return_weight" not in inspect.signature(ModelPatcher.patch_weight_to_device).parameters:
+        why = "this ComfyUI is too old; update it"
+    if why:
+        raise ValueError(f"The weights cannot be shared out: {why}. Set weights to whole, or remove that node.")
+    for name in names:
+        lay_out(model.model.get_submodule(name))
+
+
+def block_names(model: Any, rule: ShardRule) -> tuple[str, ...]:
+    """The names in the model of all blocks of its rows."""
+    diffusion_model = uncompiled(model.get_model_object("diffusion_model"))
+    return tuple(
+        f"{ROOT}{row.path}.{number}" for row in rule.rows for number in range(len(getattr(diffusion_model, row.path, ())))
+    )
+
+
+def memory_of(model: Any, names: tuple[str, ...], ranks: int) -> WeightMemory:
+    """What the blocks take on each of ``ranks``."""
+    return weight_memory([model.model.get_submodule(name) for name in names], ranks)
