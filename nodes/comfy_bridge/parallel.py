@@ -23,6 +23,7 @@ from . import patch
 from .announce import show_on_node
 from .packing import pack
 from .recipe import import_folders, recipe
+from .sharded_weights import SHARDED_WEIGHTS, WHOLE_WEIGHTS, WeightForecast, block_names, check_weights
 from .sharding import clip_speedup, find_shardable
 
 log = logging.getLogger("efficient_vdit")
@@ -80,6 +81,7 @@ def parallelize(
     step_timeout: float,
     after_run: str,
     strict: bool,
+    weights: str,
     prompt: dict[str, Any] | None,
     node_id: str | None,
 ) -> tuple[Any, str]:
@@ -87,13 +89,17 @@ def parallelize(
     off. Raises ValueError for devices that cannot be read or that this machine has not."""
     names = parse_devices(devices)
     try:
-        find_shardable(model)
+        _, rule = find_shardable(model)
         _refuse_split_state(model)
+        if weights == SHARDED_WEIGHTS:
+            check_weights(model, rule)
         if len(names) < 2:
             raise ValueError(
                 f"One device was found ({', '.join(names)}), expected two or more: there is nothing to share out."
             )
         key, opening = recipe(prompt, node_id, NODE)
+        if weights == SHARDED_WEIGHTS:
+            key, opening = f"{key} {weights}", {**opening, "hold": weights}
         launch = Launch(names, key, opening, start_timeout, step_timeout, imports=import_folders())
         SESSION.ready(launch, mm.throw_exception_if_processing_interrupted)
     except (ValueError, RuntimeError, OSError) as error:
@@ -104,7 +110,7 @@ def parallelize(
         report = f"The model runs on one device as it was: {error}"
         show_on_node(node_id, report)
         return model, report
-    report = _report(model, launch, scheme)
+    report = _report(model, launch, scheme, weights)
     show_on_node(node_id, report.splitlines()[0])
     return _redirected(model, launch, scheme, after_run), report
 
@@ -314,11 +320,10 @@ def _offload() -> None:
         log.warning("Efficient-vDiT: the workers could not free their memory: %s", error)
 
 
-def _report(model: Any, launch: Launch, scheme: str) -> str:
+def _report(model: Any, launch: Launch, scheme: str, held: str) -> str:
     """Devices, what they measured of one another, what is shared out, and the speed-up to expect."""
-    lines = [
-        f"{len(SESSION.tests)} ranks, scheme {scheme}. The weights are whole on each device, the activations are divided."
-    ]
+    how = "whole on each device" if held == WHOLE_WEIGHTS else "shared out"
+    lines = [f"{len(SESSION.tests)} ranks, scheme {scheme}. The weights are {how}, the activations are divided."]
     weights = _weights()
     for rank, test in enumerate(SESSION.tests):
         free = "" if test["free_mib"] is None else f", {test['free_mib']} MiB free"
@@ -330,7 +335,10 @@ def _report(model: Any, launch: Launch, scheme: str) -> str:
     hook = patch.hook_of(model)
     if hook is not None and hook.report.measure is not None:
         lines.append("Sparse Attention's measure has no effect here: the workers compute each step once.")
-    return "\n".join([*lines, *_forecast(model, scheme)])
+    _, rule = find_shardable(model)
+    about = WeightForecast.of(model, block_names(model, rule), len(SESSION.tests))
+    gathered = about.gathered if held == SHARDED_WEIGHTS else 0
+    return "\n".join([*lines, about.text(held), *_forecast(model, scheme, gathered)])
 
 
 def _weights() -> tuple[int, ...]:
@@ -338,22 +346,35 @@ def _weights() -> tuple[int, ...]:
     return weights_of([test["device"] for test in SESSION.tests], [test["flops_per_second"] for test in SESSION.tests])
 
 
-def _forecast(model: Any, scheme: str) -> list[str]:
-    """Lines that say what speed-up the measured rates promise for two common clips, and where it does not pay."""
+def _forecast(model: Any, scheme: str, gathered: int) -> list[str]:
+    """Lines that say what speed-up the measured rates promise for two common clips, and where it does not pay.
+
+    ``gathered``: the bytes of weights that a rank gathers in each evaluation."""
     each = [test["flops_per_second"] for test in SESSION.tests]
     # Unlike devices finish together and are set against the fastest one; like ones wait for the slowest.
     flops, against = (sum(each) / len(each), max(each)) if _weights() else (min(each), min(each))
     link = min(test["gigabytes_per_second"] for test in SESSION.tests)
     rates = Rates("measured", flops, link * 1e9)
-    found = {
-        text: clip_speedup(model, clip, len(SESSION.tests), scheme, rates) * flops / against
-        for text, clip in CLIPS.items()
-    }
+
+    def speedups(gathered: int) -> dict[str, float]:
+        ranks = len(SESSION.tests)
+        return {
+            text: clip_speedup(model, clip, ranks, scheme, rates, gathered) * flops / against
+            for text, clip in CLIPS.items()
+        }
+
+    found, whole = speedups(gathered), speedups(0)
     texts = ", ".join(f"{value:.2f}x for {clip}" for clip, value in found.items())
+    but = " but the weights' gather" if gathered else ""
     lines = [
-        f"Expected speed-up, a model from {flops / 1e12:.2f} TFLOP/s and {link:.2f} GB/s with nothing overlapped: {texts}."
+        f"Expected speed-up, a model from {flops / 1e12:.2f} TFLOP/s and {link:.2f} GB/s with nothing overlapped{but}: {texts}."
     ]
-    if max(found.values()) < WORTH_IT:
+    if gathered and any(found[clip] < whole[clip] for clip in CLIPS):
+        texts = " and ".join(f"{value:.2f}x" for value in whole.values())
+        lines.append(
+            f"The link is slower at gathering weights than the devices compute: whole weights would give {texts}."
+        )
+    if max(whole.values()) < WORTH_IT:
         lines.append(
             "It hardly pays here: the link is too slow for these layers. A plan with fewer reference frames sends less."
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import uuid
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,12 @@ import comfy.model_patcher
 from comfy.model_patcher import ModelPatcher
 
 from ...efficient_vdit_core.parallel.sharding.weight_bytes import lay_out
-from ...efficient_vdit_core.parallel.sharding.weights import ShardedWeights, WeightMemory, weight_memory
+from ...efficient_vdit_core.parallel.sharding.weights import ShardedWeights, weight_memory
 from ...efficient_vdit_core.parallel.sharding.wire import Wire
 from .families import uncompiled
 from .shard_rules import ShardRule
 
+WHOLE_WEIGHTS, SHARDED_WEIGHTS = WEIGHTS = ["whole", "sharded"]
 ROOT = "diffusion_model."
 COMPILED = "torch.compile"
 # Those of ComfyUI itself; the second one, which streams weights, where ComfyUI has it.
@@ -48,8 +50,7 @@ class ShardedWeightsPatcher(ModelPatcher):
         patched.block_names, patched.wire = block_names, wire
         # The same weights whole are other weights on the device.
         patched.patches_uuid = uuid.uuid5(model.patches_uuid, "sharded weights")
-        about = memory_of(model, block_names, wire.size)
-        patched.size = mm.module_size(model.model) - about.whole + about.parts + about.room
+        patched.size = WeightForecast.of(model, block_names, wire.size).sharded
         return patched
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
@@ -162,10 +163,31 @@ def block_names(model: Any, rule: ShardRule) -> tuple[str, ...]:
     """The names in the model of all blocks of its rows."""
     diffusion_model = uncompiled(model.get_model_object("diffusion_model"))
     return tuple(
-        f"{ROOT}{row.path}.{number}" for row in rule.rows for number in range(len(getattr(diffusion_model, row.path, ())))
+        f"{ROOT}{row.path}.{number}"
+        for row in rule.rows
+        for number in range(len(getattr(diffusion_model, row.path, ())))
     )
 
 
-def memory_of(model: Any, names: tuple[str, ...], ranks: int) -> WeightMemory:
-    """What the blocks take on each of ``ranks``."""
-    return weight_memory([model.model.get_submodule(name) for name in names], ranks)
+@dataclass(frozen=True)
+class WeightForecast:
+    """Bytes on each of the ranks: of all weights ``whole``, of them ``sharded``; and ``gathered`` by it in each forward."""
+
+    whole: int
+    sharded: int
+    gathered: int
+
+    @classmethod
+    def of(cls, model: Any, names: tuple[str, ...], ranks: int) -> WeightForecast:
+        about = weight_memory([model.model.get_submodule(name) for name in names], ranks)
+        whole = mm.module_size(model.model)
+        return cls(whole, max(0, whole - about.whole) + about.parts + about.room, about.parts * (ranks - 1))
+
+    def text(self, weights: str) -> str:
+        """A line for the report."""
+        whole, sharded, gathered = (f"{size / GIB:.2f} GiB" for size in (self.whole, self.sharded, self.gathered))
+        if weights == WHOLE_WEIGHTS:
+            return f"Weights take {whole} on each device; with weights sharded it would be {sharded}."
+        return (
+            f"Weights take {sharded} on each device in place of {whole}; each gathers {gathered} in every evaluation."
+        )

@@ -23,14 +23,13 @@ from .families import Family, find_family, uncompiled
 from .module_forwards import Seat, all_keys_forward, block_forward, paths, replace_forward, whole_forward
 from .patch import Hook, dense, hook_of, install
 from .shard_rules import NOT_SHARDED, RULES, Row, ShardRule
-from .sharded_weights import share_out_weights
+from .sharded_weights import SHARDED_WEIGHTS, WHOLE_WEIGHTS, share_out_weights
 from .window import Window
 
 WRAPPER_KEY = "efficient_vdit_sharding"
 SCHEME_KEY = "evdit_scheme"
 WEIGHTS_KEY = "evdit_weights"
 COUNTS_KEY = "evdit_scheme_counts"
-WHOLE_WEIGHTS, SHARDED_WEIGHTS = "whole", "sharded"
 
 
 def find_shardable(model: Any) -> tuple[Family, ShardRule]:
@@ -69,8 +68,11 @@ def _why_not_these_layers(diffusion_model: Any) -> str:
     )
 
 
-def clip_speedup(model: Any, clip: tuple[int, int, int], ranks: int, scheme: str, rates: Rates) -> float:
-    """The speed-up that ``rates`` promise for a shardable MODEL and its plan on a ``clip`` of (frames, height, width)."""
+def clip_speedup(
+    model: Any, clip: tuple[int, int, int], ranks: int, scheme: str, rates: Rates, gathered: int = 0
+) -> float:
+    """The speed-up that ``rates`` promise for a shardable MODEL and its plan on a ``clip`` of (frames, height, width);
+    ``gathered`` as of ``forward_speedup``."""
     diffusion_model: Any = uncompiled(model.get_model_object("diffusion_model"))
     family, rule = find_shardable(model)
     pixels, (frames, *sides) = rule.pixels(diffusion_model), clip
@@ -85,7 +87,7 @@ def clip_speedup(model: Any, clip: tuple[int, int, int], ranks: int, scheme: str
     ]
     weights, itemsize = family.token_weights(diffusion_model) // depth, model.model.get_dtype().itemsize
     shape = LayerShape(TokenLayout(grid), heads, head_dim, itemsize, text=0, weights=weights)
-    return forward_speedup(shape, patterns, ranks, scheme, rates)
+    return forward_speedup(shape, patterns, ranks, scheme, rates, gathered)
 
 
 def shard_model(model: Any, wire: Wire, *, weights: str = WHOLE_WEIGHTS) -> Any:
