@@ -68,11 +68,14 @@ class ComfyHost:
         import comfy.model_patcher
         import comfy.patcher_extension
 
+        from .sharded_weights import ShardedWeightsPatcher, let_go
         from .sharding import COUNTS_KEY, SCHEME_KEY, WEIGHTS_KEY
 
         model = self.models[message["key"]]
         given = unpack(message["inputs"], tensors, mm.get_torch_device())
         x = given.pop("x")
+        if not isinstance(model, ShardedWeightsPatcher):
+            let_go(model.model)  # before whole weights come in the place of parts
         mm.load_models_gpu(
             [model, *model.get_nested_additional_models()], memory_required=model.memory_required(list(x.shape))
         )

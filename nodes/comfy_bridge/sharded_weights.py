@@ -27,6 +27,8 @@ ROOT = "diffusion_model."
 COMPILED = "torch.compile"
 # Those of ComfyUI itself; the second one, which streams weights, where ComfyUI has it.
 _PATCHERS = ("ModelPatcher", "ModelPatcherDynamic")
+# Where a model keeps the parts that one of its clones has loaded.
+HELD = "evdit_sharded_weights"
 # ComfyUI's own word for as much as there is.
 _ALL = 1e32
 GIB = 2**30
@@ -48,7 +50,7 @@ class ShardedWeightsPatcher(ModelPatcher):
         patched: Any = model.clone()
         patched.__class__ = cls  # what clones are made of, in ComfyUI too
         patched.block_names, patched.wire = block_names, wire
-        # The same weights whole are other weights on the device.
+        # Whole weights, to ComfyUI, are other weights: each of the two is loaded anew after the other.
         patched.patches_uuid = uuid.uuid5(model.patches_uuid, "sharded weights")
         patched.size = WeightForecast.of(model, block_names, wire.size).sharded
         return patched
@@ -58,6 +60,11 @@ class ShardedWeightsPatcher(ModelPatcher):
         made.block_names, made.wire = self.block_names, self.wire
         return made
 
+    def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
+        if not self._holds():
+            self.unpatch_model(self.offload_device)  # what another clone has loaded
+        return super().partially_load(device_to, extra_memory, force_patch_weights)
+
     def load(
         self,
         device_to: Any = None,
@@ -65,29 +72,39 @@ class ShardedWeightsPatcher(ModelPatcher):
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
-        self._drop()
+        let_go(self.model)
         self._check_room(device_to)
         super().load(device_to, _ALL, force_patch_weights, full_load=False)
+        # In a mapped file weights lie at any address, and by it a CPU's kernels round otherwise.
+        copy = mm.is_device_cpu(device_to)
         with self.use_ejected():
             for name, module in self.model.named_modules():
                 if not self._in_block(name):
-                    module._apply(lambda x: x.to(device_to), recurse=False)
+                    module._apply(lambda x: x.to(device_to, copy=copy), recurse=False)
             root, blocks = self.model.diffusion_model, [self.model.get_submodule(name) for name in self.block_names]
+            # Not bound to this clone, which the model would then keep.
+            before = root.register_forward_pre_hook(partial(_give_way, self.model, self.patches_uuid))
             self.shared = ShardedWeights(root, blocks, self.wire, device_to, self._changes(device_to))
+            self.shared.handles.append(before)
+            setattr(self.model, HELD, self.shared)
         self.model.model_loaded_weight_memory = self.model_size()
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
-            self._drop()
+            let_go(self.model)
         super().unpatch_model(device_to, unpatch_weights)
 
     def partially_unload(self, *_: Any, **__: Any) -> int:
         return 0
 
-    def detach(self, unpatch_all: bool = True) -> Any:
-        """Also where another clone takes over: it may hold the same weights whole."""
-        self._drop()
-        return super().detach(unpatch_all)
+    def __del__(self) -> None:
+        if self._holds():
+            let_go(self.model)
+            self.model.model_loaded_weight_memory = 0
+        super().__del__()
+
+    def _holds(self) -> bool:
+        return self.shared is not None and getattr(self.model, HELD, None) is self.shared
 
     def _load_list(self, *args: Any, **kwargs: Any) -> list[Any]:
         return [entry for entry in super()._load_list(*args, **kwargs) if not self._in_block(entry[-3])]
@@ -121,11 +138,19 @@ class ShardedWeightsPatcher(ModelPatcher):
                 "free. Name more GPUs, load a quantised file of the model, or free that GPU."
             )
 
-    def _drop(self) -> None:
-        if self.shared is not None:
-            self.shared.remove()
-            self.shared = None
-            self.model.model_loaded_weight_memory = 0
+
+def let_go(base: Any) -> None:
+    """Free what a clone holds of the model ``base`` and its clones, the blocks' parts, if one does."""
+    shared: ShardedWeights | None = getattr(base, HELD, None)
+    if shared is not None:
+        shared.remove()
+        setattr(base, HELD, None)
+
+
+def _give_way(base: Any, mine: uuid.UUID, *_: Any) -> None:
+    """Where a clone with whole weights has been loaded since: its weights have other patches than ``mine``."""
+    if base.current_weight_patches_uuid != mine:
+        let_go(base)
 
 
 def share_out_weights(model: Any, rule: ShardRule, wire: Wire) -> Any:

@@ -22,7 +22,19 @@ def test_a_rank_holds_its_part_two_blocks_and_what_stands_outside(ranks):
 
 
 def test_unloading_frees_them(ranks):
-    assert ranks[1]["memory"]["unloaded"] == [True, 0]
+    assert ranks[1]["memory"]["unloaded"] == [False, 0]
+
+
+def test_they_are_loaded_once_and_anew_after_another_clone(ranks):
+    """A worker asks for its model in every step; whole weights and other patches replace the parts, as does their end."""
+    assert ranks[1]["loads"] == {
+        "first": [1, True],
+        "whole": [1, False],
+        "again": [2, True],
+        "other": [3, True],
+        "the other is gone": [3, True],
+        "and nobody has it": [3, False],
+    }
 
 
 @pytest.mark.parametrize("run", ["1.0", "0.5", "again 1.0", "none"])

@@ -54,6 +54,7 @@ def shared(source, **choices):
         "start_timeout": 1,
         "step_timeout": 1,
         "after_run": "keep",
+        "weights": "whole",
         "prompt": None,
         "node_id": None,
     }

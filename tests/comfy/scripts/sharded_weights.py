@@ -3,6 +3,7 @@
 Prints JSON.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -114,7 +115,36 @@ def memory() -> dict:
         "most whole": shared.shared.most_whole,
     }
     mm.unload_all_models()
-    return {**found, "unloaded": [shared.shared is None, shared.loaded_size()]}
+    return {**found, "unloaded": [is_held(model), shared.loaded_size()]}
+
+
+def is_held(model) -> bool:
+    return getattr(model.model, weights.HELD, None) is not None
+
+
+def loads() -> dict:
+    """When parts are loaded: once for many steps of a model, and anew where another clone has come between."""
+    count, load = [], weights.ShardedWeightsPatcher.load
+    weights.ShardedWeightsPatcher.load = lambda self, *args, **kwargs: count.append(1) or load(self, *args, **kwargs)
+    model, found = loaded(state_dict(0)), {}
+    shared, other = (sharding.shard_model(source, wire, weights="sharded") for source in (model, with_lora(model, 1.0)))
+    whole = sharding.shard_model(model, wire)
+    try:
+        for words, patcher in (("first", shared), ("whole", whole), ("again", shared), ("other", other)):
+            for _ in range(3):
+                mm.load_models_gpu([patcher])
+            if words == "whole":
+                video(whole)
+            found[words] = [len(count), is_held(model)]
+        del other
+        gc.collect()
+        found["the other is gone"] = [len(count), is_held(model)]
+        del patcher
+        gc.collect()
+        found["and nobody has it"] = [len(count), is_held(model)]
+    finally:
+        weights.ShardedWeightsPatcher.load = load
+    return found
 
 
 def loras() -> dict:
@@ -150,7 +180,7 @@ def experts() -> dict:
     shared = [sharding.shard_model(model, wire, weights="sharded") for model in models]
     order = [0, 1, 0, 1]
     same = [torch.equal(video(shared[number]), whole[number]) for number in order]
-    return {"same": same, "differ": not torch.equal(*whole), "both held": all(model.shared for model in shared)}
+    return {"same": same, "differ": not torch.equal(*whole), "both held": all(is_held(model) for model in models)}
 
 
 def broken_off() -> dict:
@@ -197,7 +227,10 @@ def another_precision() -> bool:
 
 
 def mapped() -> dict:
-    """Which share of the blocks' bytes lies in pages of the file, with and without our asking, for three files."""
+    """Which share of the blocks' bytes lies in pages of the file, with and without our asking, for three files.
+
+    Videos are compared with those of weights that lie in no file: a CPU's kernels round by the address of a weight.
+    """
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         float32 = state_dict(0)
@@ -206,6 +239,7 @@ def mapped() -> dict:
             path = os.path.join(folder, f"{words}.safetensors")
             save_file(weights_of_file, path)
             copied = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float32})
+            apart = comfy.sd.load_diffusion_model_state_dict(dict(weights_of_file), {"dtype": torch.float32})
             with mapped_files.files_stay_mapped():
                 kept = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float32})
             dtypes = [{n: x.dtype for n, x in m.model.diffusion_model.named_parameters()} for m in (copied, kept)]
@@ -213,7 +247,7 @@ def mapped() -> dict:
             found[words] = {
                 "copied": share_in_file(copied, path),
                 "kept": share_in_file(kept, path),
-                "same": torch.equal(shared, video(sharding.shard_model(copied, wire))),
+                "same": torch.equal(shared, video(sharding.shard_model(apart, wire))),
                 "dtypes": dtypes[0] == dtypes[1],
             }
     return found
@@ -251,7 +285,18 @@ def refusals() -> dict:
 with torch.inference_mode():  # as ComfyUI runs its nodes
     results = {
         case.__name__: case()
-        for case in (memory, loras, bypassed, experts, broken_off, eight_bits, another_precision, mapped, refusals)
+        for case in (
+            memory,
+            loads,
+            loras,
+            bypassed,
+            experts,
+            broken_off,
+            eight_bits,
+            another_precision,
+            mapped,
+            refusals,
+        )
     }
 print(json.dumps(results))
 dist.barrier()
