@@ -23,7 +23,7 @@ from . import patch
 from .announce import show_on_node
 from .packing import pack
 from .recipe import import_folders, recipe
-from .sharded_weights import SHARDED_WEIGHTS, WHOLE_WEIGHTS, WeightForecast, block_names, check_weights
+from .sharded_weights import SHARDED_WEIGHTS, WHOLE_WEIGHTS, WeightForecast, check_weights
 from .sharding import clip_speedup, find_shardable
 
 log = logging.getLogger("efficient_vdit")
@@ -336,7 +336,7 @@ def _report(model: Any, launch: Launch, scheme: str, held: str) -> str:
     if hook is not None and hook.report.measure is not None:
         lines.append("Sparse Attention's measure has no effect here: the workers compute each step once.")
     _, rule = find_shardable(model)
-    about = WeightForecast.of(model, block_names(model, rule), len(SESSION.tests))
+    about = WeightForecast.where_possible(model, rule, len(SESSION.tests))
     gathered = about.gathered if held == SHARDED_WEIGHTS else 0
     return "\n".join([*lines, about.text(held), *_forecast(model, scheme, gathered)])
 

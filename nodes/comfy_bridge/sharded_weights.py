@@ -174,6 +174,8 @@ def check_weights(model: Any, rule: ShardRule) -> None:
         COMPILED in found for found in model.wrappers.values()
     ):
         why = "the model is compiled (torch.compile), which expects them in one place"
+    elif not mm.is_device_cpu(model.offload_device):
+        why = "ComfyUI runs with --highvram or --gpu-only and keeps all of them on the GPU; start it without"
     elif any(key.startswith(names) for key in model.weight_wrapper_patches):
         why = "another node changes them in every forward pass"
     elif "return_weight" not in inspect.signature(ModelPatcher.patch_weight_to_device).parameters:
@@ -200,7 +202,17 @@ class WeightForecast:
 
     whole: int
     sharded: int
-    gathered: int
+    gathered: int = 0
+
+    @classmethod
+    def where_possible(cls, model: Any, rule: ShardRule, ranks: int) -> WeightForecast:
+        """Where the weights cannot be shared out, such as GGUF's, they are whole either way."""
+        try:
+            check_weights(model, rule)
+        except ValueError:
+            whole = mm.module_size(model.model)
+            return cls(whole, whole)
+        return cls.of(model, block_names(model, rule), ranks)
 
     @classmethod
     def of(cls, model: Any, names: tuple[str, ...], ranks: int) -> WeightForecast:
@@ -212,7 +224,8 @@ class WeightForecast:
         """A line for the report."""
         whole, sharded, gathered = (f"{size / GIB:.2f} GiB" for size in (self.whole, self.sharded, self.gathered))
         if weights == WHOLE_WEIGHTS:
-            return f"Weights take {whole} on each device; with weights sharded it would be {sharded}."
+            but = f"; with weights sharded it would be {sharded}" if self.gathered else ""
+            return f"Weights take {whole} on each device{but}."
         return (
             f"Weights take {sharded} on each device in place of {whole}; each gathers {gathered} in every evaluation."
         )

@@ -549,6 +549,12 @@ def test_the_forecast_says_nothing_of_a_run(limits):
     assert limits["log of a forecast"] == []
 
 
+def test_tensors_of_a_foreign_class_are_held_whole(limits):
+    """What cannot be shared out is no hindrance where nobody asks for it."""
+    found = limits["foreign tensors"]
+    assert found["whole"] == "" and "A block holds a weight of class Foreign" in found["sharded"]
+
+
 def test_a_node_whose_workers_failed_runs_again(limits):
     """ComfyUI keeps the result of a node whose mark has stayed: else one device it would be for good."""
     before = ["cpu", "cpu", 0]

@@ -77,6 +77,7 @@ def test_ranks_share_the_pages_of_a_file(ranks):
         ("strange", "its loader keeps them in a way of its own (Strange)"),
         ("compiled", "the model is compiled"),
         ("wrapped", "another node changes them in every forward pass"),
+        ("high", "ComfyUI runs with --highvram or --gpu-only"),
     ],
 )
 def test_what_cannot_be_shared_out_says_why(ranks, model, why):

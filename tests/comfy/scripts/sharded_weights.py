@@ -270,11 +270,12 @@ def refusals() -> dict:
         pass
 
     model, found = loaded(state_dict(0)), {}
-    strange, compiled, wrapped = model.clone(), model.clone(), model.clone()
+    strange, compiled, wrapped, high = (model.clone() for _ in range(4))
     strange.__class__ = Strange
     compiled.add_wrapper_with_key("apply_model", "torch.compile", lambda executor, *a, **k: executor(*a, **k))
     wrapped.add_weight_wrapper(LAYERS[0], lambda weight: weight)
-    for words, source in (("strange", strange), ("compiled", compiled), ("wrapped", wrapped)):
+    high.offload_device = torch.device("cuda", 0)  # as --highvram sets it
+    for words, source in (("strange", strange), ("compiled", compiled), ("wrapped", wrapped), ("high", high)):
         try:
             sharding.shard_model(source, wire, weights="sharded")
         except ValueError as error:
