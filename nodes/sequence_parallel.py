@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..efficient_vdit_core.parallel.sharding.attend import SCHEMES
 from .checked import checked
 from .comfy_bridge.parallel import AFTER_RUN, parallelize, reachable
+from .comfy_bridge.sharded_weights import WEIGHTS
 from .inputs import CATEGORY, advanced_inputs, search_words
 
 
@@ -43,8 +44,7 @@ class EVDiTSequenceParallel(io.ComfyNode):
                     default="auto",
                     tooltip=(
                         '"auto" = the pool that runs already, else all GPUs that ComfyUI sees; or their numbers, such as "0,1". '
-                        "Weights are held whole on each, activations are divided: evenly over GPUs of one name, else by what each "
-                        "measured."
+                        "Activations are divided: evenly over GPUs of one name, else by what each measured."
                     ),
                 ),
                 io.Combo.Input(
@@ -90,6 +90,16 @@ class EVDiTSequenceParallel(io.ComfyNode):
                         "it runs on one device, and the node says why; on = the run stops with that reason."
                     ),
                 ),
+                io.Combo.Input(
+                    "weights",
+                    options=WEIGHTS,
+                    default=WEIGHTS[0],
+                    optional=True,  # a prompt that was saved before it came runs as it did
+                    tooltip=(
+                        "How the GPUs hold the model: whole = all of it on each; sharded = a part of each block on each, gathered ahead "
+                        "of the block's turn, for a model that does not fit on one GPU. No effect on the result; slower over PCIe."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -100,7 +110,10 @@ class EVDiTSequenceParallel(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Devices, free memory, measured rates, the speed-up these promise, or why there is one device.",
+                    tooltip=(
+                        "Devices, free memory, what the weights take, measured rates, the speed-up these promise, or why there is one "
+                        "device."
+                    ),
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -114,7 +127,15 @@ class EVDiTSequenceParallel(io.ComfyNode):
     @classmethod
     @checked
     def execute(
-        cls, model: Any, devices: str, scheme: str, start_timeout: int, step_timeout: int, after_run: str, strict: bool
+        cls,
+        model: Any,
+        devices: str,
+        scheme: str,
+        start_timeout: int,
+        step_timeout: int,
+        after_run: str,
+        strict: bool,
+        weights: str = WEIGHTS[0],
     ) -> io.NodeOutput:
         result = parallelize(
             model,
@@ -124,6 +145,7 @@ class EVDiTSequenceParallel(io.ComfyNode):
             step_timeout=step_timeout,
             after_run=after_run,
             strict=strict,
+            weights=weights,
             prompt=cls.hidden.prompt,
             node_id=cls.hidden.unique_id,
         )

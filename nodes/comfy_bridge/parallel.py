@@ -18,12 +18,13 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
 from ...efficient_vdit_core.parallel.pool.session import Launch, Session, parse_devices
-from ...efficient_vdit_core.parallel.sharding.forecast import Rates, weights_of
 from . import patch
 from .announce import show_on_node
 from .packing import pack
+from .parallel_report import report_of, shares_of
 from .recipe import import_folders, recipe
-from .sharding import clip_speedup, find_shardable
+from .sharded_weights import SHARDED_WEIGHTS, check_weights
+from .sharding import find_shardable
 
 log = logging.getLogger("efficient_vdit")
 
@@ -47,9 +48,6 @@ _OPTIONS_HERE = frozenset(
         patch.OVERRIDE,
     )
 )
-# The sizes (frames, height, width) that the report forecasts for.
-CLIPS = {"81 frames of 832x480": (81, 480, 832), "93 frames of 1280x720": (93, 720, 1280)}
-WORTH_IT = 1.2
 _PLAIN = (bool, int, float, str, tuple, list, dict)
 SESSION = Session()
 
@@ -80,6 +78,7 @@ def parallelize(
     step_timeout: float,
     after_run: str,
     strict: bool,
+    weights: str,
     prompt: dict[str, Any] | None,
     node_id: str | None,
 ) -> tuple[Any, str]:
@@ -87,13 +86,17 @@ def parallelize(
     off. Raises ValueError for devices that cannot be read or that this machine has not."""
     names = parse_devices(devices)
     try:
-        find_shardable(model)
+        _, rule = find_shardable(model)
         _refuse_split_state(model)
+        if weights == SHARDED_WEIGHTS:
+            check_weights(model, rule)
         if len(names) < 2:
             raise ValueError(
                 f"One device was found ({', '.join(names)}), expected two or more: there is nothing to share out."
             )
         key, opening = recipe(prompt, node_id, NODE)
+        if weights == SHARDED_WEIGHTS:
+            key, opening = f"{key} {weights}", {**opening, "hold": weights}
         launch = Launch(names, key, opening, start_timeout, step_timeout, imports=import_folders())
         SESSION.ready(launch, mm.throw_exception_if_processing_interrupted)
     except (ValueError, RuntimeError, OSError) as error:
@@ -104,7 +107,7 @@ def parallelize(
         report = f"The model runs on one device as it was: {error}"
         show_on_node(node_id, report)
         return model, report
-    report = _report(model, launch, scheme)
+    report = report_of(model, SESSION.tests, scheme, weights)
     show_on_node(node_id, report.splitlines()[0])
     return _redirected(model, launch, scheme, after_run), report
 
@@ -192,7 +195,7 @@ def _send_step(launch: Launch, scheme: str, run: Run, known: Known) -> Any:
         tensors: dict[str, Tensor] = {}
         given = {"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, "options": options, **conds}
         SESSION.ready(launch, mm.throw_exception_if_processing_interrupted)  # a pool that starts anew measures anew
-        message = {"inputs": pack(given, tensors), "scheme": scheme, "weights": _weights()}
+        message = {"inputs": pack(given, tensors), "scheme": scheme, "weights": shares_of(SESSION.tests)}
         start = time.perf_counter()
         ranks, result = SESSION.step(launch, message, tensors, mm.throw_exception_if_processing_interrupted)
         run.steps.append(time.perf_counter() - start)
@@ -312,49 +315,3 @@ def _offload() -> None:
             log.info("Efficient-vDiT: the workers have moved their models to main memory.")
     except (RuntimeError, ValueError) as error:
         log.warning("Efficient-vDiT: the workers could not free their memory: %s", error)
-
-
-def _report(model: Any, launch: Launch, scheme: str) -> str:
-    """Devices, what they measured of one another, what is shared out, and the speed-up to expect."""
-    lines = [
-        f"{len(SESSION.tests)} ranks, scheme {scheme}. The weights are whole on each device, the activations are divided."
-    ]
-    weights = _weights()
-    for rank, test in enumerate(SESSION.tests):
-        free = "" if test["free_mib"] is None else f", {test['free_mib']} MiB free"
-        peers = {True: ", direct access to all others", False: ", no direct access to some others", None: ""}[
-            test["peer_access"]
-        ]
-        part = f", {weights[rank] / sum(weights):.0%} of the tokens" if weights else ""
-        lines.append(f"rank {rank}: {test['device']}{free}, sends {test['gigabytes_per_second']:.2f} GB/s{peers}{part}")
-    hook = patch.hook_of(model)
-    if hook is not None and hook.report.measure is not None:
-        lines.append("Sparse Attention's measure has no effect here: the workers compute each step once.")
-    return "\n".join([*lines, *_forecast(model, scheme)])
-
-
-def _weights() -> tuple[int, ...]:
-    """The shares of the ranks, by what their devices measured."""
-    return weights_of([test["device"] for test in SESSION.tests], [test["flops_per_second"] for test in SESSION.tests])
-
-
-def _forecast(model: Any, scheme: str) -> list[str]:
-    """Lines that say what speed-up the measured rates promise for two common clips, and where it does not pay."""
-    each = [test["flops_per_second"] for test in SESSION.tests]
-    # Unlike devices finish together and are set against the fastest one; like ones wait for the slowest.
-    flops, against = (sum(each) / len(each), max(each)) if _weights() else (min(each), min(each))
-    link = min(test["gigabytes_per_second"] for test in SESSION.tests)
-    rates = Rates("measured", flops, link * 1e9)
-    found = {
-        text: clip_speedup(model, clip, len(SESSION.tests), scheme, rates) * flops / against
-        for text, clip in CLIPS.items()
-    }
-    texts = ", ".join(f"{value:.2f}x for {clip}" for clip, value in found.items())
-    lines = [
-        f"Expected speed-up, a model from {flops / 1e12:.2f} TFLOP/s and {link:.2f} GB/s with nothing overlapped: {texts}."
-    ]
-    if max(found.values()) < WORTH_IT:
-        lines.append(
-            "It hardly pays here: the link is too slow for these layers. A plan with fewer reference frames sends less."
-        )
-    return lines

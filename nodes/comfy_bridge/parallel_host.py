@@ -12,6 +12,7 @@ import inspect
 import logging
 import sys
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -39,11 +40,16 @@ class ComfyHost:
         if self.executor is None:
             self.executor = self._start_comfyui(message["comfyui"])
         from .forward import compute_dtype
+        from .mapped_files import files_stay_mapped
+        from .sharded_weights import SHARDED_WEIGHTS, WHOLE_WEIGHTS
         from .sharding import plan_text, shard_model
 
         if message["key"] not in self.models:
             self._load_packs(message["packs"])
-            self.models[message["key"]] = shard_model(self._build(message["prompt"], message["source"]), self.wire)
+            hold = message.get("hold", WHOLE_WEIGHTS)
+            with files_stay_mapped() if hold == SHARDED_WEIGHTS else nullcontext():
+                built = self._build(message["prompt"], message["source"])
+            self.models[message["key"]] = shard_model(built, self.wire, weights=hold)
         for key in set(self.models) - set(message["keep"]):
             del self.models[key]
         model = self.models[message["key"]]
@@ -62,11 +68,14 @@ class ComfyHost:
         import comfy.model_patcher
         import comfy.patcher_extension
 
+        from .sharded_weights import ShardedWeightsPatcher, let_go
         from .sharding import COUNTS_KEY, SCHEME_KEY, WEIGHTS_KEY
 
         model = self.models[message["key"]]
         given = unpack(message["inputs"], tensors, mm.get_torch_device())
         x = given.pop("x")
+        if not isinstance(model, ShardedWeightsPatcher):
+            let_go(model.model)  # before whole weights come in the place of parts
         mm.load_models_gpu(
             [model, *model.get_nested_additional_models()], memory_required=model.memory_required(list(x.shape))
         )

@@ -23,6 +23,7 @@ from .families import Family, find_family, uncompiled
 from .module_forwards import Seat, all_keys_forward, block_forward, paths, replace_forward, whole_forward
 from .patch import Hook, dense, hook_of, install
 from .shard_rules import NOT_SHARDED, RULES, Row, ShardRule
+from .sharded_weights import SHARDED_WEIGHTS, WHOLE_WEIGHTS, share_out_weights
 from .window import Window
 
 WRAPPER_KEY = "efficient_vdit_sharding"
@@ -67,8 +68,11 @@ def _why_not_these_layers(diffusion_model: Any) -> str:
     )
 
 
-def clip_speedup(model: Any, clip: tuple[int, int, int], ranks: int, scheme: str, rates: Rates) -> float:
-    """The speed-up that ``rates`` promise for a shardable MODEL and its plan on a ``clip`` of (frames, height, width)."""
+def clip_speedup(
+    model: Any, clip: tuple[int, int, int], ranks: int, scheme: str, rates: Rates, gathered: int = 0
+) -> float:
+    """The speed-up that ``rates`` promise for a shardable MODEL and its plan on a ``clip`` of (frames, height, width);
+    ``gathered`` as of ``forward_speedup``."""
     diffusion_model: Any = uncompiled(model.get_model_object("diffusion_model"))
     family, rule = find_shardable(model)
     pixels, (frames, *sides) = rule.pixels(diffusion_model), clip
@@ -83,16 +87,17 @@ def clip_speedup(model: Any, clip: tuple[int, int, int], ranks: int, scheme: str
     ]
     weights, itemsize = family.token_weights(diffusion_model) // depth, model.model.get_dtype().itemsize
     shape = LayerShape(TokenLayout(grid), heads, head_dim, itemsize, text=0, weights=weights)
-    return forward_speedup(shape, patterns, ranks, scheme, rates)
+    return forward_speedup(shape, patterns, ranks, scheme, rates, gathered)
 
 
-def shard_model(model: Any, wire: Wire) -> Any:
-    """A clone of MODEL whose blocks run on this rank's tokens.
+def shard_model(model: Any, wire: Wire, *, weights: str = WHOLE_WEIGHTS) -> Any:
+    """A clone of MODEL whose blocks run on this rank's tokens, with ``weights`` as of the node's input.
 
     ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto, WEIGHTS_KEY the ranks' shares,
     default even ones; a Counter under COUNTS_KEY receives how many layers took which.
     """
     (family, rule), hook = find_shardable(model), hook_of(model)
+    model = share_out_weights(model, rule, wire) if weights == SHARDED_WEIGHTS else model
     window, preparation = (hook.window, hook.preparation) if hook else (Window(), dense())
     # The sparse override decides by the whole sequence's length, which no rank sees; its plan is asked for beforehand.
     patched = install(model, Hook(family, window, preparation, make_sharded_override))

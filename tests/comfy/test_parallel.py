@@ -33,6 +33,7 @@ PARALLEL = {
     "after_run": "keep",
     "strict": True,
 }
+WEIGHTS = ("whole", "sharded")
 # Wan's text is 4096 wide; only a file of gigabytes could give it here.
 RANDOM_TEXT = """
 import torch
@@ -231,7 +232,8 @@ def test_minimax_h3_and_its_sound_on_two_ranks_are_the_same(server, scheme):
         assert same(saved(server, shared, f"h3_{scheme}{what}"), saved(server, alone, f"h3_alone_{scheme}{what}"))
 
 
-def test_a_lora_acts_in_the_workers_and_so_does_another_strength(server):
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_lora_acts_in_the_workers_and_so_does_another_strength(server, weights):
     def graph(name, strength, **kwargs):
         nodes = prompt(name, OSP, TEXT, **kwargs)
         lora = {"model": ["1", 0], "lora_name": "tiny.safetensors", "strength_model": strength}
@@ -239,11 +241,12 @@ def test_a_lora_acts_in_the_workers_and_so_does_another_strength(server):
         nodes["3"]["inputs"]["model"] = ["20", 0]
         return nodes
 
-    before = latents(server, "no_lora", OSP, TEXT, parallel=False)
+    before = latents(server, f"no_lora_{weights}", OSP, TEXT, parallel=False)
     for strength in (1.0, 0.5):
-        names = [f"lora_{kind}_{int(10 * strength)}" for kind in ("alone", "shared")]
+        names = [f"lora_{kind}_{weights}_{int(10 * strength)}" for kind in ("alone", "shared")]
         alone, shared = (
-            saved(server, server.run(graph(name, strength, parallel=name == names[1])), name) for name in names
+            saved(server, server.run(graph(name, strength, parallel=name == names[1], weights=weights)), name)
+            for name in names
         )
         assert not same(alone, before) and same(shared, alone)
         before = alone
@@ -287,11 +290,26 @@ def test_cancel_ends_the_run_and_keeps_the_pool(server):
     assert same(latents(server, "after_cancel", OSP, TEXT, steps=2), alone) and worker_pids(server) == before
 
 
-def test_after_a_cancel_another_model_runs(server):
-    latents(server, "before_another", OSP, TEXT, steps=1)
-    in_mid_run(server, prompt("cancelled", OSP, TEXT, steps=2000), lambda: server.post("/interrupt", {}))
-    alone = latents(server, "another_alone", WAN, WAN_TEXT, parallel=False, frames=9)
-    assert same(latents(server, "another", WAN, WAN_TEXT, frames=9), alone)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_after_a_cancel_another_model_runs(server, weights):
+    name, held = f"another_{weights}", {"weights": weights}
+    latents(server, f"before_{name}", OSP, TEXT, steps=1, **held)
+    in_mid_run(server, prompt("cancelled", OSP, TEXT, steps=2000, **held), lambda: server.post("/interrupt", {}))
+    alone = latents(server, f"alone_{name}", WAN, WAN_TEXT, parallel=False, frames=9)
+    assert same(latents(server, name, WAN, WAN_TEXT, frames=9, **held), alone)
+
+
+def test_sharded_weights_give_the_bits_of_whole_ones(server):
+    """A file of another kind than the built-in model's; the report tells the memory before the run."""
+    whole, events = latents(server, "whole_wan", WAN, WAN_TEXT, frames=17), []
+    graph = prompt("sharded_wan", WAN, WAN_TEXT, frames=17, weights="sharded")
+    graph["97"] = {"class_type": "PreviewAny", "inputs": {"source": ["4", 1]}}
+    assert torch.equal(saved(server, server.run(graph, events), "sharded_wan"), whole)
+    (report,) = [data["output"]["text"][0] for kind, data in events if kind == "executed" and data["node"] == "97"]
+    assert report.startswith("2 ranks, scheme auto. The weights are shared out, the activations are divided.")
+    said = r"Weights take \d+\.\d\d GiB on each device in place of \d+\.\d\d GiB; each gathers \d+\.\d\d GiB in every evaluation"
+    assert re.search(said, report), report
+    assert "with nothing overlapped but the weights' gather" in report
 
 
 def test_two_prompts_queued_at_once_get_the_same_videos_as_one_after_the_other(server):
@@ -312,11 +330,14 @@ def test_two_prompts_queued_at_once_get_the_same_videos_as_one_after_the_other(s
         assert same(saved(server, entries[name], name), alone)
 
 
-def test_a_killed_rank_is_named_and_the_next_run_works(server):
-    latents(server, "before_kill", OSP, TEXT, steps=1)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_killed_rank_is_named_and_the_next_run_works(server, weights):
+    latents(server, f"before_kill_{weights}", OSP, TEXT, steps=1, weights=weights)
     before = worker_pids(server)
     entry, seconds = in_mid_run(
-        server, prompt("kill", OSP, TEXT, steps=2000), lambda: os.kill(max(before), signal.SIGKILL)
+        server,
+        prompt("kill", OSP, TEXT, steps=2000, weights=weights),
+        lambda: os.kill(max(before), signal.SIGKILL),
     )
     (message,) = [data["exception_message"] for kind, data in entry["status"]["messages"] if kind == "execution_error"]
     assert "rank 1 ended without a word" in message and "killed by SIGKILL" in message
@@ -324,8 +345,8 @@ def test_a_killed_rank_is_named_and_the_next_run_works(server):
     assert seconds < 15.0  # the pool's own test holds the 5 s; this one runs beside a whole ComfyUI
     assert gone(before)
     # The same prompt, whose node is not run again: ComfyUI has its result.
-    alone = latents(server, "kill_alone", OSP, TEXT, parallel=False, steps=2)
-    assert same(latents(server, "after_kill", OSP, TEXT, steps=2), alone)
+    alone = latents(server, f"kill_alone_{weights}", OSP, TEXT, parallel=False, steps=2)
+    assert same(latents(server, f"after_kill_{weights}", OSP, TEXT, steps=2, weights=weights), alone)
     assert len(worker_pids(server)) == 2 and not worker_pids(server) & before
 
 
@@ -495,6 +516,12 @@ def test_a_patch_behind_the_node_is_refused(limits, name):
 def test_the_forecast_says_nothing_of_a_run(limits):
     """Its clips have fewer frames than the plan."""
     assert limits["log of a forecast"] == []
+
+
+def test_tensors_of_a_foreign_class_are_held_whole(limits):
+    """What cannot be shared out is no hindrance where nobody asks for it."""
+    found = limits["foreign tensors"]
+    assert found["whole"] == "" and "A block holds a weight of class Foreign" in found["sharded"]
 
 
 def test_a_node_whose_workers_failed_runs_again(limits):

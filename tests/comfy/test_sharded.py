@@ -41,6 +41,8 @@ def test_ranks_make_the_video_of_one_process(facts, ranks, name):
     assert found["one reference"]["effect"] > 1e-3 or name in DENSE
     assert found["no plan"]["error"] <= 1e-5 and found["unlike ranks"]["error"] <= 5e-5
     assert found["after it"] == 0.0 and found["weights same"]
+    assert found["sharded weights are the same"] and found["and whole ones after them"]
+    assert found["bytes of weights"] > 0
 
 
 @pytest.mark.parametrize("ranks", RANKS)

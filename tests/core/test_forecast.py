@@ -54,6 +54,18 @@ def test_a_forward_is_the_sum_of_its_layers():
     assert forward_speedup(LONG, [sparse, full], 4, "auto", rates) == pytest.approx(want)
 
 
+def test_gathered_weights_hide_behind_arithmetic_until_they_take_longer():
+    """A byte more than fits behind a quarter of the arithmetic begins to count."""
+    rates, patterns = GPU_RATES[2], [TilePattern(1)] * 2
+    computing = 2 * LONG.flops(patterns[0]) / rates.flops / 4
+    hidden = int(computing * rates.link * 0.99)
+    without = forward_speedup(LONG, patterns, 4, "auto", rates)
+    assert forward_speedup(LONG, patterns, 4, "auto", rates, hidden) == without
+    sent = 4 * computing / without - computing
+    want = 4 * computing / (3 * hidden / rates.link + sent)
+    assert forward_speedup(LONG, patterns, 4, "auto", rates, 3 * hidden) == pytest.approx(want)
+
+
 def test_a_layer_of_another_model_is_its_own_matrices_and_sequence():
     """MiniMax-H3: the rows before the video see all, and its matrices are not Open-Sora-Plan's."""
     layout, weights = TokenLayout(TokenGrid(72, 24, 42), 1110), 385_351_680

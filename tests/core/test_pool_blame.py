@@ -69,6 +69,24 @@ def test_a_rank_that_dies_while_the_pool_is_idle_is_named(session, rank, size):
     assert torch.equal(session.step(launch(), {}, {"x": X})[1]["sum"], 2 * X)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_dies_while_weights_are_gathered_is_named(rank):
+    """It has begun the gather of the next layer, for which the others wait; the next run starts anew."""
+    running, devices = Session(), launch(("cpu",) * 3)
+    try:
+        out, whole = running.step(devices, {"layers": 4}, {"x": X})[1]["out"]
+        assert torch.equal(out, whole)
+        before, begin = pids(running), time.monotonic()
+        message = {"layers": 4, "at": 1, "rank": rank, "trouble": "kill"}
+        with pytest.raises(PoolFault, match=f"rank {rank} ended without a word"):
+            running.step(devices, message, {"x": torch.zeros(2**10)})
+        assert time.monotonic() - begin < 5.0 and gone(before)
+        out, whole = running.step(devices, {"layers": 4}, {"x": X})[1]["out"]
+        assert torch.equal(out, whole)
+    finally:
+        running.stop()
+
+
 class Cancelled(Exception):
     pass
 

@@ -1,8 +1,9 @@
 """A model of the speed-up on hardware that is not here: arithmetic and bytes, each at a stated rate, no overlap
-assumed.
+assumed but that of gathered weights.
 
 A layer's time on P devices is its FLOPs / (P * rate) plus the bytes that a rank sends / link rate; what the runs on
-this machine took beyond that is the factor ``overhead``.
+this machine took beyond that is the factor ``overhead``. Weights that are shared out come while a block computes: the
+longer of the two counts.
 """
 
 from __future__ import annotations
@@ -85,14 +86,14 @@ def weights_of(devices: Sequence[str], rates: Sequence[float]) -> tuple[int, ...
 
 
 def forward_speedup(
-    shape: LayerShape, patterns: Iterable[LayerPattern], ranks: int, scheme: str, rates: Rates
+    shape: LayerShape, patterns: Iterable[LayerPattern], ranks: int, scheme: str, rates: Rates, gathered: int = 0
 ) -> float:
     """The same for a whole forward whose layers have ``patterns``; embeddings and the gather after the last layer are
-    left out."""
+    left out. ``gathered``: the bytes of weights that a rank gathers in it."""
     counts = Counter(patterns)
     alone = sum(count * shape.flops(pattern) for pattern, count in counts.items()) / rates.flops
     sent = sum(count * bytes_sent(shape, pattern, ranks, scheme)[1] for pattern, count in counts.items()) / rates.link
-    return alone / (alone / ranks + sent)
+    return alone / (max(alone / ranks, gathered / rates.link) + sent)
 
 
 def speedup(

@@ -36,11 +36,12 @@ class Pending:
 class Wire:
     """A process group (None: the default one) with a count of the bytes that this rank sent to others, by name.
 
-    Every rank must start the same exchanges in the same order.
+    Every rank must start the same exchanges in the same order. ``beside`` is a second group of the same ranks for what
+    travels while others wait for theirs: exchanges of one group come one after the other.
     """
 
-    def __init__(self, group: Any = None) -> None:
-        self.group = group
+    def __init__(self, group: Any = None, beside: Any = None) -> None:
+        self.group, self.beside = group, beside
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         # gloo exchanges lie in host memory only.
         self.through_host = dist.get_backend(group) == "gloo"
@@ -82,6 +83,12 @@ class Wire:
         received = torch.empty(longest * self.size, dtype=torch.uint8, device=where)
         dist.all_gather_into_tensor(received, mine, group=self.group)
         return [_unpack(part, every) for part, every in zip(received.to(device).split(longest), forms, strict=True)]
+
+    def start_gather(self, name: str, part: Tensor, row: Tensor) -> Any:
+        """Begin to fill ``row`` with every rank's ``part`` (uint8, of one length), one behind another; its ``wait`` ends
+        it. Both must stay until then, and lie in host memory where ``through_host`` is set."""
+        self.sent[name] += part.nbytes * (self.size - 1)
+        return dist.all_gather_into_tensor(row, part, group=self.beside or self.group, async_op=True)
 
 
 def _size(forms: Sequence[Form]) -> int:

@@ -54,6 +54,7 @@ def shared(source, **choices):
         "start_timeout": 1,
         "step_timeout": 1,
         "after_run": "keep",
+        "weights": "whole",
         "prompt": None,
         "node_id": None,
     }
@@ -181,7 +182,21 @@ lines = log_lines()
 shared(sparse(model))
 facts["log of a forecast"] = list(lines)
 
+
+class Foreign(torch.Tensor):
+    """As GGUF's loader has them: a class that nothing takes apart."""
+
+
 session, marks = HereInstead(model), []
+queries = model.model.diffusion_model.transformer_blocks[0].attn1.to_q
+plain, queries.weight = (
+    queries.weight,
+    torch.nn.Parameter(queries.weight.data.as_subclass(Foreign), requires_grad=False),
+)
+facts["foreign tensors"] = {
+    held: refusal(lambda held=held: shared(model, weights=held)) for held in ("whole", "sharded")
+}
+queries.weight = plain
 for fault in (RuntimeError("rank 1 ended while it started"), None, ValueError("a model that cannot be shared out")):
     session.fault = fault
     assert (shared(model, session=session, strict=False) is model) == (fault is not None)

@@ -5,40 +5,13 @@ Names of cases in $EVDIT_CASES, with commas between, run only these.
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import traceback
-from datetime import timedelta
 
-RANKS = (2, 3)
+from own_ranks import is_rank, join_ranks, start_ranks
 
-
-def start_ranks() -> dict[str, dict]:
-    """What rank 0 found on each number of ranks; every rank is this file again."""
-    found = {}
-    for ranks in RANKS:
-        with tempfile.TemporaryDirectory() as folder:
-            about = {**os.environ, "EVDIT_RANKS": str(ranks), "EVDIT_STORE": f"{folder}/store", "OMP_NUM_THREADS": "1"}
-            started = [
-                subprocess.Popen(
-                    [sys.executable, __file__],
-                    env={**about, "EVDIT_RANK": str(rank)},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                for rank in range(ranks)
-            ]
-            printed = [process.communicate() for process in started]
-            for process, (_, error) in zip(started, printed, strict=True):
-                assert process.returncode == 0, error[-4000:]
-        found[str(ranks)] = json.loads(printed[0][0].strip().splitlines()[-1])
-    return found
-
-
-if "EVDIT_RANK" not in os.environ:
-    print(json.dumps(start_ranks()))
+if not is_rank():
+    print(json.dumps(start_ranks(__file__, (2, 3))))
     sys.exit()
 
 from host import call, load_pack, torch  # noqa: E402 isort: skip
@@ -57,13 +30,7 @@ def module(ending: str):
 plans, packing = module("efficient_vdit_core.plan"), module("comfy_bridge.packing")
 sharding, tiles = module("comfy_bridge.sharding"), module("efficient_vdit_core.tiles")
 head_patterns = module("efficient_vdit_core.head_patterns")
-dist.init_process_group(
-    "gloo",
-    store=dist.FileStore(os.environ["EVDIT_STORE"], int(os.environ["EVDIT_RANKS"])),
-    rank=int(os.environ["EVDIT_RANK"]),
-    world_size=int(os.environ["EVDIT_RANKS"]),
-    timeout=timedelta(seconds=100),  # a rank that fails alone leaves the others waiting
-)
+join_ranks()
 wire, counts = module("sharding.wire").Wire(), sharding.Counter()
 module("sharding.blocks").Counter = lambda: counts  # of all forwards of a run
 
@@ -82,13 +49,13 @@ def through_the_wire(executor, x, t, c_concat=None, c_crossattn=None, control=No
     return executor(*(told.pop(name) for name in names), control, options, **told)
 
 
-def shared(source, case: Case, weights: tuple[int, ...] = ()):
+def shared(source, case: Case, weights: tuple[int, ...] = (), hold: str = "whole"):
     """What the ranks find together; ``counts`` says how many layers took which scheme.
 
     Two ranks choose the scheme themselves, three take that of the references wherever it can be. ``weights``: of
-    unlike ranks.
+    unlike ranks. ``hold``: how the ranks hold the model.
     """
-    model = sharding.shard_model(source, wire)
+    model = sharding.shard_model(source, wire, weights=hold)
     counts.clear()
     options = model.model_options["transformer_options"]
     options[sharding.SCHEME_KEY] = "auto" if wire.size == 2 else "rb"
@@ -124,6 +91,11 @@ def facts(name: str, case: Case) -> dict:
         got = shared(source, case)
         found[words] = {"error": distance(got, want), "effect": distance(want, dense), "schemes": dict(counts)}
     source = sparse(model, plans.TilePlan.uniform(1))
+    whole = shared(source, case)
+    before = wire.sent["gather of weights"]
+    found["sharded weights are the same"] = torch.equal(shared(source, case, hold="sharded"), whole)
+    found["bytes of weights"] = wire.sent["gather of weights"] - before
+    found["and whole ones after them"] = torch.equal(shared(source, case), whole)
     found["unlike ranks"] = {"error": distance(shared(source, case, (16, 7, 11)[: wire.size]), run(source, case))}
     found["no plan"] = {"error": distance(shared(model, case), dense)}
     found["after it"] = distance(run(model, case), dense)

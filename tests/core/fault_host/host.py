@@ -8,6 +8,8 @@ import time
 
 import torch
 
+from efficient_vdit_core.parallel.sharding.weights import ShardedWeights
+
 
 class Host:
     def __init__(self, settings, wire):
@@ -28,6 +30,8 @@ class Host:
 
     def step(self, message, tensors):
         x = tensors["x"]
+        if "layers" in message:
+            return {"rank": self.wire.rank}, {"out": self.through_layers(message, x)}
         if message.get("rank") == self.wire.rank:
             self.trouble(message)
         others = [r for r in range(self.wire.size) if r != self.wire.rank]
@@ -38,6 +42,18 @@ class Host:
         return {"rank": self.wire.rank, "pid": os.getpid(), "built": self.built}, {
             "sum": x + sum(got[r][0] for r in others)
         }
+
+    def through_layers(self, message, x):
+        """A model whose weights are shared out; within layer ``at`` trouble comes, while the next one is gathered."""
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(*[torch.nn.Linear(len(x), len(x)) for _ in range(message["layers"])])
+        whole = layers(x).clone()
+        shared = ShardedWeights(layers, list(layers), self.wire, x.device)
+        if message.get("rank") == self.wire.rank:
+            layers[message["at"]].register_forward_hook(lambda *_: self.trouble(message))
+        out = layers(x)
+        shared.remove()
+        return torch.stack([out, whole])
 
     def trouble(self, message):
         kind = message["trouble"]
