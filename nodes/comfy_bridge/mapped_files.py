@@ -6,6 +6,7 @@ quantised weights, which it takes as they lie in the file. It can take all so wh
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 @contextmanager
 def files_stay_mapped() -> Iterator[None]:
     """While it lasts, a diffusion model that ComfyUI loads keeps its file's pages, where they hold the precision that it
-    computes from; weights that ComfyUI converts are copies still."""
+    computes from; weights that ComfyUI converts are copies still, and all are in versions that know of no other way."""
     load = BaseModel.load_model_weights
+    if "assign" not in inspect.signature(load).parameters:
+        yield
+        return
 
     def mapped(self: Any, sd: dict[str, Tensor], unet_prefix: str = "", assign: bool = False) -> Any:
         wanted = {name: x.dtype for name, x in _plain(self.diffusion_model)}

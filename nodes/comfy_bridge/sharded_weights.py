@@ -6,7 +6,6 @@ part goes to the device, patched where the MODEL has patches. All else is loaded
 
 from __future__ import annotations
 
-import inspect
 import uuid
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,9 @@ from typing import Any
 
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.utils
 from comfy.model_patcher import ModelPatcher
+from torch import Tensor
 
 from ...efficient_vdit_core.parallel.sharding.weight_bytes import lay_out
 from ...efficient_vdit_core.parallel.sharding.weights import ShardedWeights, weight_memory
@@ -124,9 +125,15 @@ class ShardedWeightsPatcher(ModelPatcher):
                 module.prev_comfy_cast_weights, module.comfy_cast_weights = module.comfy_cast_weights, True
             for key in (f"{name}.{param}" for param in params):
                 if key in self.patches:
-                    change = partial(self.patch_weight_to_device, key, device_to=device, return_weight=True)
-                    changes[key.removeprefix(ROOT)] = change
+                    changes[key.removeprefix(ROOT)] = partial(self._patched, key, device)
         return changes
+
+    def _patched(self, key: str, device: Any) -> Tensor:
+        """A weight as ComfyUI patches it; the model keeps its own. (Not every version can give it without setting it.)"""
+        self.patch_weight_to_device(key, device_to=device)
+        made = comfy.utils.get_attr(self.model, key)
+        comfy.utils.set_attr_param(self.model, key, self.backup.pop(key).weight)
+        return made
 
     def _check_room(self, device: Any) -> None:
         if mm.is_device_cpu(device):
@@ -157,7 +164,7 @@ def share_out_weights(model: Any, rule: ShardRule, wire: Wire) -> Any:
     """A clone of a shardable MODEL that keeps 1/P of its blocks' weights on the device. Raises ValueError where it cannot
     be."""
     check_weights(model, rule)
-    if model.is_dynamic():
+    if getattr(model, "is_dynamic", lambda: False)():
         raise ValueError(
             "The workers' ComfyUI streams weights, which cannot be shared out as well. Set weights to whole."
         )
@@ -178,8 +185,6 @@ def check_weights(model: Any, rule: ShardRule) -> None:
         why = "ComfyUI runs with --highvram or --gpu-only and keeps all of them on the GPU; start it without"
     elif any(key.startswith(names) for key in model.weight_wrapper_patches):
         why = "another node changes them in every forward pass"
-    elif "return_weight" not in inspect.signature(ModelPatcher.patch_weight_to_device).parameters:
-        why = "this ComfyUI is too old; update it"
     if why:
         raise ValueError(f"The weights cannot be shared out: {why}. Set weights to whole, or remove that node.")
     for name in names:

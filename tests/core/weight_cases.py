@@ -137,6 +137,21 @@ def same(model, whole, mode=torch.no_grad):
         return all(torch.equal(model(x), whole(x)) for x in inputs())
 
 
+def marked(mode):
+    """Whether weights that ask for gradients multiply rows with gaps between them as they do whole; made in ``mode`` and
+    outside it."""
+    torch.manual_seed(0)
+    rows, same = torch.randn(4, 20, 48)[:, 5:8], []
+    for made_in in (mode, torch.enable_grad):
+        with made_in():
+            layers, whole = (nn.Sequential(*[nn.Linear(48, 48) for _ in range(3)]) for _ in range(2))
+            whole.load_state_dict(layers.state_dict())
+        with mode():
+            ShardedWeights(layers, list(layers), Wire(), CPU)
+            same.append(torch.equal(layers(rows), whole(rows)))
+    return all(same)
+
+
 def values(rank, ranks):
     found = {}
     for mode in (torch.no_grad, torch.inference_mode):
@@ -146,6 +161,7 @@ def values(rank, ranks):
         found[f"at rest under {mode.__name__}"] = all(
             x is at_rest[name] for name, x in model.named_parameters(remove_duplicate=False)
         )
+        found[f"marked for gradients, under {mode.__name__}"] = marked(mode)
     found["strides kept"] = model.doubles[0].strides == whole.doubles[0].strides
     shared.remove()
     found["same when removed"] = same(model, whole)

@@ -87,7 +87,8 @@ class ShardedWeights:
         names = {module: name for name, module in root.named_modules()}
         self.blocks = [self._fill(block, f"{names[block]}.", changed or {}) for block in blocks]
         room = max((block.part.numel() for block in self.blocks), default=0) * wire.size
-        self.seats = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(WHOLE_AT_ONCE)]
+        with torch.inference_mode(False):
+            self.seats = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(WHOLE_AT_ONCE)]
         self.landings = self.seats
         if self.rests != device:
             self.landings = [torch.empty(room, dtype=torch.uint8, pin_memory=True) for _ in self.seats]
@@ -180,18 +181,24 @@ class ShardedWeights:
             size = block.part.numel() * self.wire.size
             row[:size].copy_(self.landings[seat][:size])
         if seat not in block.made:
-            block.made[seat] = [
-                build([leaf.view(row) for leaf in weight.leaves])
-                for weight, build in zip(block.about.weights, block.builds, strict=True)
-            ]
-            for at, (x, places) in enumerate(zip(block.made[seat], block.places, strict=True)):
-                if places[0][2]:
-                    block.made[seat][at] = nn.Parameter(x, requires_grad=False)
+            block.made[seat] = self._make(block, row)
         block.resting = [[held[name] for held, name, _ in places] for places in block.places]
         for x, places in zip(block.made[seat], block.places, strict=True):
             for held, name, _ in places:
                 held[name] = x
         self.inside = number, seat
+
+    def _make(self, block: _Block, row: Tensor) -> list[Tensor]:
+        """The block's tensors within ``row``."""
+        made = []
+        with torch.inference_mode(False):
+            for weight, build, places in zip(block.about.weights, block.builds, block.places, strict=True):
+                x = build([leaf.view(row) for leaf in weight.leaves])
+                held, name, is_parameter = places[0]
+                # By this mark PyTorch chooses how to multiply, also where no gradient is taken.
+                marked = held[name].requires_grad and not held[name].is_inference()
+                made.append(nn.Parameter(x, requires_grad=marked) if is_parameter else x)
+        return made
 
     def _leave(self, number: int) -> None:
         """Give the block back what it had; ``number`` has not entered where its gather failed."""
