@@ -111,6 +111,7 @@ class Case:
         left_dense: nothing of it can become sparse.
         single: one video and no guidance, where ComfyUI itself takes no more.
         newer: settings that only versions from 0.8 on know.
+        kept: whether a noise mask keeps a part of one frame and of the sound, as for inpainting.
     """
 
     config: str
@@ -128,6 +129,7 @@ class Case:
     batch: int = 2
     single: bool = False
     newer: dict[str, Any] = field(default_factory=dict)
+    kept: bool = False
 
 
 def missing(case: Case) -> str:
@@ -325,6 +327,7 @@ def _cases() -> dict[str, Case]:
         "h3 with a guide and its sound": h3(odd, 24 + 8, single=True, conds={"minimax_keyframes": guide}),
         "h3 with references": h3(even, 6 + 6 + 4 + 8, single=True, conds={"minimax_refs": references}),
         "h3 with vision tokens": h3(even, 0, single=True, conds={"minimax_token_tags": vision_tags}),
+        "h3 with a kept part": h3(even, 0, single=True, kept=True),
     }
     odd, even = (16, 5, 5, 7), (16, 5, 4, 6)
     others = {
@@ -388,9 +391,13 @@ def inputs(case: Case) -> tuple[Any, list, Any]:
         from comfy.nested_tensor import NestedTensor  # only in versions with such a model
 
         sound = noise(case.batch, *case.audio)
+        heard = torch.ones_like(sound)
+        if case.kept:
+            noise_mask = torch.ones_like(x[:, :1])
+            noise_mask[:, :, 2, :, :3], heard[..., :2] = 0.25, 0.5
         x, noise_mask = (
             NestedTensor([x, sound]),
-            None if noise_mask is None else NestedTensor([noise_mask, torch.ones_like(sound)]),
+            None if noise_mask is None else NestedTensor([noise_mask, heard]),
         )
     return x, [[noise(1, *case.text), extra]], noise_mask
 
