@@ -1,9 +1,10 @@
 """Tiny random models under the names of the files that the templates load, for ComfyUI's own loaders.
 
-$EVDIT_FILES names a JSON of paths, by which each is recognised; what this ComfyUI has no class for is left out. Prints
-JSON, the paths written.
+$EVDIT_FILES names a JSON of paths, by which each is recognised; text encoders and what has one size only are left out.
+Prints JSON, the paths written.
 """
 
+import inspect
 import json
 import os
 from fnmatch import fnmatch
@@ -119,7 +120,9 @@ def ltx_sound() -> tuple[dict, dict]:
 def ltx_upsampler() -> tuple[dict, dict]:
     from comfy.ldm.lightricks.latent_upsampler import LatentUpsampler
 
-    return random(LatentUpsampler.from_config(UPSAMPLER, comfy.ops.disable_weight_init)), UPSAMPLER
+    make = LatentUpsampler.from_config
+    newer = {"operations": comfy.ops.disable_weight_init} if "operations" in inspect.signature(make).parameters else {}
+    return random(make(UPSAMPLER, **newer)), UPSAMPLER
 
 
 def wan_vae() -> dict:
@@ -134,7 +137,7 @@ def contents(path: Path) -> tuple[dict, dict] | None:
     if kind in ("loras", "diffusion_models", "checkpoints"):
         case = found(ADAPTED if kind == "loras" else MODELS, name)
         if case is None or missing(case):
-            return None
+            raise ValueError(f"no tiny model for {path.name} {case and missing(case)}")
         if kind == "loras":
             return lora(case), {}
         if kind == "diffusion_models":
@@ -152,10 +155,7 @@ def contents(path: Path) -> tuple[dict, dict] | None:
 
 written = []
 for file in map(Path, json.loads(Path(os.environ["EVDIT_FILES"]).read_text())):
-    try:
-        made = contents(file)
-    except ImportError:  # an older ComfyUI
-        made = None
+    made = contents(file)
     if made is None:
         continue
     tensors, config = made
