@@ -80,15 +80,17 @@ def tiny_server(in_process, tmp_path_factory):
     base = tmp_path_factory.mktemp("templates")
     shutil.copytree(Path(__file__).parent / "stand_ins", base / "custom_nodes" / "stand-ins")
     running = Server(base)
-    whole = [workflow(name) for name in EXPECTED if not _too_old(running, name)]
-    files = {base / "models" / model["directory"] / model["name"] for graph in whole for model in _models(graph)}
-    (base / "files.json").write_text(json.dumps(sorted(map(str, files))))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EVDIT_FILES", str(base / "files.json"))
-        in_process("template_files")
-    yield running
-    running.stop()
-    shutil.rmtree(base / "models")
+    try:
+        whole = [workflow(name) for name in EXPECTED if not _too_old(running, name)]
+        files = {base / "models" / model["directory"] / model["name"] for graph in whole for model in _models(graph)}
+        (base / "files.json").write_text(json.dumps(sorted(map(str, files))))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("EVDIT_FILES", str(base / "files.json"))
+            in_process("template_files")
+        yield running
+    finally:
+        running.stop()
+        shutil.rmtree(base / "models", ignore_errors=True)
 
 
 def _too_old(server, name: str) -> str:

@@ -13,7 +13,18 @@ from pathlib import Path
 from host import torch  # isort: skip
 import comfy.ops  # isort: skip
 from safetensors.torch import save_file
-from tiny_models import HUNYUAN, LTX_25, LTX_AUDIO, MINIMAX_H3, NEWER_HUNYUAN, WAN, Case, build, missing
+from tiny_models import (
+    HUNYUAN,
+    LTX_25,
+    LTX_AUDIO,
+    MINIMAX_H3,
+    NEWER_HUNYUAN,
+    WAN,
+    Case,
+    build,
+    comfyui_version,
+    missing,
+)
 
 WIDTH = 256  # of Wan and HunyuanVideo: ComfyUI takes their heads as 128 wide
 BLOCKS = [["res_x", {"num_layers": 1}], *[["compress_all", {"multiplier": 1}], ["res_x", {"num_layers": 1}]] * 3]
@@ -128,7 +139,8 @@ def ltx_upsampler() -> tuple[dict, dict]:
 def wan_vae() -> dict:
     from comfy.ldm.wan.vae import WanVAE
 
-    return random(WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[]))
+    dim = 8 if comfyui_version() >= (0, 8) else 96  # earlier ones build no other
+    return random(WanVAE(dim=dim, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[]))
 
 
 def contents(path: Path) -> tuple[dict, dict] | None:
