@@ -32,7 +32,9 @@ def _vace_order(model: Any, conds: Conds) -> tuple[int, ...]:
 
 # Matrices of a block that do not meet the video's tokens, by their path.
 _ASIDE = re.compile(
-    r"ada_?ln|mod(ulation|_x|_y)?\b|_mod\.|time|txt_|_y\b|audio|(cross_attn|attn2)\.(to_)?[kv]", re.IGNORECASE
+    r"ada_?ln|mod(ulation|_x|_y)?\b|_mod\.|time|txt_|_y\b|audio|(cross_attn|attn2)\.(to_)?[kv]"
+    r"|\b(va_)?cross_attention\.to_[kv]|\bav_cross_attention\.(to_q|out)",
+    re.IGNORECASE,
 )
 
 
@@ -209,6 +211,14 @@ FAMILIES: dict[str, Family] = {
         _at("visual_transformer_blocks.0.self_attention.head_dim"),
         "visual_transformer_blocks.0.self_attention.num_heads",
         {"double": "visual_transformer_blocks"},
+    ),
+    # As ComfyUI's pull request and Kandinsky's own nodes have it.
+    "Kandinsky6NativeAVDiT": Family(
+        "kandinsky6",
+        layouts.kandinsky6,
+        _at("visual_blocks.0.videoT.self_attention.head_dim"),
+        "visual_blocks.0.videoT.self_attention.num_heads",
+        {"double": "visual_blocks"},
     ),
 }
 

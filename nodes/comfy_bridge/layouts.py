@@ -184,6 +184,21 @@ def kandinsky5(size: Sequence[int], model: Any, text: Tensor | None, conds: Cond
     return Tokens(TokenLayout(patch_grid(size, model.patch_size)), (_length(text),))
 
 
+def kandinsky6(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """[video | reference frame], the sound, latents (B, L, C), in a stream of its own.
+
+    Kandinsky's own nodes append the reference to the latents as a last frame and say so.
+    """
+    grid, suffix = patch_grid(size, model.patch_size), _tokens(conds.get("k6_reference"), model.patch_size)
+    if conds.get("k6_reference_tail"):
+        if grid.t < 2:
+            raise UnknownLayout("its reference leaves no frame of the video")
+        grid, suffix = TokenGrid(grid.t - 1, grid.h, grid.w), grid.tokens_per_frame
+    words = (_length(text), _length(conds.get("k6_audio_context")))
+    audio = tuple(shape[1] for shape in conds.get("latent_shapes", ())[1:])
+    return Tokens(TokenLayout(grid, 0, suffix), words + audio)
+
+
 # What MiniMax-H3 packs before the target video; newer kinds may stand elsewhere or mean something else.
 _H3_BEFORE = {"text", "cond", "cond_audio", "ref_img", "ref_audio", "audio"}
 

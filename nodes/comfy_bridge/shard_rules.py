@@ -134,6 +134,7 @@ _COGVIDEOX = BlockArguments(
     ("encoder_hidden_states", "hidden_states"), {"image_rotary_emb": "hidden_states"}, spread=()
 )
 _KANDINSKY = BlockArguments(("visual_embed",), {"freqs": WHOLE}, spread=())
+_KANDINSKY_6 = BlockArguments(("visual",), {"rope_v": WHOLE}, spread=())
 
 
 def _wan(*whole: WholeModule, rows: tuple[Row, ...] = (_WAN,)) -> ShardRule:
@@ -165,6 +166,9 @@ RULES: Mapping[str, ShardRule] = {
     "CogVideoXTransformer3DModel": ShardRule((Row("blocks", _COGVIDEOX, hook=""),), pixels=_cogvideox_pixels),
     # Its hook names its hidden state as its block does not (ComfyUI 0.33), so that it cannot be used.
     "Kandinsky5": ShardRule((Row("visual_transformer_blocks", _KANDINSKY, hook=""),)),
+    "Kandinsky6NativeAVDiT": ShardRule(
+        (Row("visual_blocks", _KANDINSKY_6),), all_keys=("visual_blocks.*.av_cross_attention",)
+    ),
 }
 
 # Models that have a plan and no rule.

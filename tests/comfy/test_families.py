@@ -4,10 +4,18 @@ oracle."""
 import re
 
 import pytest
-from family_names import FAMILIES, HUNYUAN
+from family_names import FAMILIES, HUNYUAN, KANDINSKY_6
 
 # Token sequences beside the video that attend over themselves.
-WITH_OTHERS = [*HUNYUAN, "ltx audio", "ltx 2.5", "ltx audio with guides", "ltx audio with a voice", "kandinsky 5"]
+WITH_OTHERS = [
+    *HUNYUAN,
+    "ltx audio",
+    "ltx 2.5",
+    "ltx audio with guides",
+    "ltx audio with a voice",
+    "kandinsky 5",
+    *KANDINSKY_6,
+]
 CAUSAL = "it makes a few frames at a time over a cache of the earlier ones, and ComfyUI passes no attention hook there"
 # What a run and a search say of a model that is left dense.
 LEFT_DENSE = {

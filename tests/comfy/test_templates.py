@@ -37,9 +37,19 @@ def known(server, name) -> dict:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_two_forms_say_the_same(known, name):
-    converted = to_api(workflow(name), known)
-    sent = {key: {"class_type": n["class_type"], "inputs": n["inputs"]} for key, n in prompt(name).items()}
+    converted, sent = _plain(to_api(workflow(name), known)), _plain(prompt(name))
     assert converted == sent
+
+
+def _plain(nodes: dict) -> dict:
+    """Classes and inputs, these without the choice they stand in: after 0.33.0 ComfyUI moved the codec of Save Video into
+    its format, where the page puts a saved one too, and takes it beside the format from scripts as before."""
+    found = {}
+    for key, node in nodes.items():
+        inputs = {name.rpartition(".")[2]: value for name, value in node["inputs"].items()}
+        assert len(inputs) == len(node["inputs"]), node
+        found[key] = {"class_type": node["class_type"], "inputs": inputs}
+    return found
 
 
 @pytest.mark.parametrize("name", STOCK_LOADERS)

@@ -52,6 +52,13 @@ def test_runs_are_counted_in_the_tokens_that_are_held():
     assert cut_runs(None, [(0, 1)]) is None and cut_runs(runs, []) == []
 
 
+def test_what_a_run_has_for_each_token_is_cut_with_it():
+    runs = [(0, 4, 7), (4, 10, torch.arange(4, 10)), (10, None, torch.arange(10, 12))]
+    cut = cut_runs(runs, [(2, 5), (8, 12)])
+    assert [(start, stop) for start, stop, _ in cut] == [(0, 2), (2, 3), (3, 5), (5, 7)]
+    assert [each if isinstance(each, int) else each.tolist() for *_, each in cut] == [7, [4], [8, 9], [10, 11]]
+
+
 def test_tables_are_cut_on_the_axis_of_the_tokens():
     spans = [(1, 3), (5, 6)]
     for shape, axis in (((1, 6, 2), 1), ((1, 1, 6, 2), 2), ((6, 2), 0)):

@@ -9,7 +9,20 @@ LTX = ["ltx", "ltx with guides", "ltx with dropped guides", "ltx with guides of 
        "ltx audio with guides", "ltx audio with a voice"]  # fmt: skip
 COGVIDEOX = ["cogvideox", "cogvideox i2v", "cogvideox 1.5"]
 MINIMAX = ["h3", "h3 of even size", "h3 with a text as long as a frame", "h3 with guidance", "h3 with first and last frame",
-           "h3 with a guide and its sound", "h3 with references", "h3 with vision tokens"]  # fmt: skip
-FAMILIES = [*WAN, *HUNYUAN, *LTX, *MINIMAX, *COGVIDEOX, "mochi", "cosmos", "cosmos predict2", "kandinsky 5"]
+           "h3 with a guide and its sound", "h3 with references", "h3 with vision tokens",
+           "h3 with a kept part"]  # fmt: skip
+KANDINSKY_6 = ["kandinsky 6", "kandinsky 6 with a reference", "kandinsky 6 with its last frame a reference"]
+FAMILIES = [
+    *WAN,
+    *HUNYUAN,
+    *LTX,
+    *MINIMAX,
+    *COGVIDEOX,
+    "mochi",
+    "cosmos",
+    "cosmos predict2",
+    "kandinsky 5",
+    *KANDINSKY_6,
+]
 # Cases in which nothing may become sparse.
 LEFT_DENSE_NAMES = ["wan causal", "wan dancer with images as long as the video", "ltx with weaker guides"]

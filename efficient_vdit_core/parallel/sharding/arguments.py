@@ -83,7 +83,10 @@ def spread_to(modulation: Tensor, tokens: int, spans: Sequence[Span]) -> Tensor:
 
 
 def cut_runs(runs: Any, spans: Sequence[Span]) -> Any:
-    """Runs (start, stop, ...) over the tokens of ``spans``, counted in these; stop None is the end."""
+    """Runs (start, stop, ...) over the tokens of ``spans``, counted in these; stop None is the end.
+
+    A tensor in a run has an entry for each of its tokens, as MiniMax-H3's levels of noise where a mask keeps a part.
+    """
     if runs is None:
         return None
     found, done = [], 0
@@ -91,7 +94,8 @@ def cut_runs(runs: Any, spans: Sequence[Span]) -> Any:
         for start, stop, *more in runs:
             a, b = max(start, first), last if stop is None else min(stop, last)
             if a < b:
-                found.append((a - first + done, b - first + done, *more))
+                own = (each[a - start : b - start] if isinstance(each, Tensor) else each for each in more)
+                found.append((a - first + done, b - first + done, *own))
         done += last - first
     return found
 

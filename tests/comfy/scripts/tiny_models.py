@@ -77,6 +77,10 @@ KANDINSKY = {
     "image_model": "kandinsky5", "model_dim": WIDTH, "ff_dim": 96, "time_dim": 32, "in_text_dim": TEXT, "in_text_dim2": 24,
     "visual_embed_dim": 132, "num_text_blocks": 2, "num_visual_blocks": 3, "axes_dims": (8, 8, 8), "patch_size": (1, 2, 2),
 }  # fmt: skip
+KANDINSKY_6 = {
+    **KANDINSKY, "image_model": "kandinsky6", "model_dim_a": 24, "ff_dim_a": 48, "time_dim_a": 32, "head_dim_a": 12, "in_audio_dim": 40,
+    "visual_token_type_num_embeddings": 2, "rope_scale_factor": (1.0, 1.0, 1.0),
+}  # fmt: skip
 # inner 64 is wider than hidden, as in the real model; its rotary turns 24 of 32 channels.
 MINIMAX_H3 = {
     "image_model": "minimax_h3", "hidden_size": WIDTH, "num_layers": 3, "token_refiner_num_layers": 2, "num_attention_heads": HEADS,
@@ -111,6 +115,7 @@ class Case:
         left_dense: nothing of it can become sparse.
         single: one video and no guidance, where ComfyUI itself takes no more.
         newer: settings that only versions from 0.8 on know.
+        kept: whether a noise mask keeps a part of one frame and of the sound, as for inpainting.
     """
 
     config: str
@@ -128,16 +133,27 @@ class Case:
     batch: int = 2
     single: bool = False
     newer: dict[str, Any] = field(default_factory=dict)
+    kept: bool = False
 
 
 def missing(case: Case) -> str:
     """What this ComfyUI has not got of a case, "" where it has everything."""
-    if not hasattr(comfy.supported_models, case.config):
-        return case.config
     module, _, name = case.requires.partition(":")
-    if not module or importlib.util.find_spec(module) and (not name or hasattr(importlib.import_module(module), name)):
-        return ""
-    return case.requires
+    if module and not (
+        importlib.util.find_spec(module) and (not name or hasattr(importlib.import_module(module), name))
+    ):
+        return case.requires
+    return "" if config_class(case) else case.config
+
+
+def config_class(case: Case) -> type | None:
+    """ComfyUI's class, or the rebuilt one of a model that it does not ship yet."""
+    own = getattr(comfy.supported_models, case.config, None)
+    if own is None and case.config == "Kandinsky6":
+        from tiny_kandinsky6 import Kandinsky6
+
+        return Kandinsky6
+    return own
 
 
 def comfyui_version() -> tuple[int, int]:
@@ -325,8 +341,14 @@ def _cases() -> dict[str, Case]:
         "h3 with a guide and its sound": h3(odd, 24 + 8, single=True, conds={"minimax_keyframes": guide}),
         "h3 with references": h3(even, 6 + 6 + 4 + 8, single=True, conds={"minimax_refs": references}),
         "h3 with vision tokens": h3(even, 0, single=True, conds={"minimax_token_tags": vision_tags}),
+        "h3 with a kept part": h3(even, 0, single=True, kept=True),
     }
     odd, even = (16, 5, 5, 7), (16, 5, 4, 6)
+
+    def kandinsky_6(latent: tuple[int, ...], layout: tuple[int, ...], **more: Any) -> Case:
+        settings = {"conds": pooled, "audio": (9, 40), **more}
+        return Case("Kandinsky6", KANDINSKY_6, latent, layout, requires="comfy.ldm.kandinsky5", **settings)
+
     others = {
         "cogvideox": Case("CogVideoX_T2V", COGVIDEOX, odd, (7, 5, 12, 0)),
         "cogvideox i2v": Case(
@@ -351,6 +373,13 @@ def _cases() -> dict[str, Case]:
             "CosmosI2VPredict2", {**COSMOS, "image_model": "cosmos_predict2", "in_channels": 17}, even, (0, 5, 6, 0)
         ),
         "kandinsky 5": Case("Kandinsky5", KANDINSKY, even, (0, 5, 6, 0), conds=pooled),
+        "kandinsky 6": kandinsky_6(odd, (0, 5, 12, 0)),
+        "kandinsky 6 with a reference": kandinsky_6(
+            even, (0, 5, 6, 6), conds={**pooled, "k6_reference": noise(1, 16, 1, 4, 6)}
+        ),
+        "kandinsky 6 with its last frame a reference": kandinsky_6(
+            (16, 6, 4, 6), (0, 5, 6, 6), conds={**pooled, "k6_reference_tail": True}
+        ),
     }
     return {**wan, **hunyuan, **ltx, **minimax, **others}
 
@@ -363,7 +392,7 @@ def build(case: Case) -> comfy.model_patcher.ModelPatcher:
     settings = dict(case.settings)
     if case.newer and comfyui_version() >= (0, 8):
         settings.update(case.newer)
-    config = getattr(comfy.supported_models, case.config)(settings)
+    config = config_class(case)(settings)
     config.set_inference_dtype(torch.float32, None)
     torch.manual_seed(0)
     base = config.get_model({}, "", device="cpu")
@@ -388,9 +417,13 @@ def inputs(case: Case) -> tuple[Any, list, Any]:
         from comfy.nested_tensor import NestedTensor  # only in versions with such a model
 
         sound = noise(case.batch, *case.audio)
+        heard = torch.ones_like(sound)
+        if case.kept:
+            noise_mask = torch.ones_like(x[:, :1])
+            noise_mask[:, :, 2, :, :3], heard[..., :2] = 0.25, 0.5
         x, noise_mask = (
             NestedTensor([x, sound]),
-            None if noise_mask is None else NestedTensor([noise_mask, torch.ones_like(sound)]),
+            None if noise_mask is None else NestedTensor([noise_mask, heard]),
         )
     return x, [[noise(1, *case.text), extra]], noise_mask
 

@@ -7,6 +7,7 @@ import sys
 
 from host import load_pack, torch  # isort: skip
 import comfy.ops  # isort: skip
+from tiny_models import KANDINSKY_6  # isort: skip
 
 load_pack()
 (families,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.families"))
@@ -38,6 +39,19 @@ for name, (module, kind, settings) in REAL.items():
         ],
         "table": [model.weights, model.depth, model.heads, model.head_dim],
     }
+# Those without a row in that table, by the sum of a block's matrices: C wide, F in the middle, sound of A.
+C, F, A = (KANDINSKY_6[name] for name in ("model_dim", "ff_dim", "model_dim_a"))
+SUMS = {
+    "Kandinsky5": ("comfy.ldm.kandinsky5.model", {}, 32 * (6 * 1792**2 + 2 * 1792 * 7168)),
+    "Kandinsky6NativeAVDiT": ("tiny_kandinsky6", KANDINSKY_6, 3 * (8 * C**2 + 2 * C * F + 2 * C * A)),
+}
+for kind, (module, settings, want) in SUMS.items():
+    try:
+        build = getattr(importlib.import_module(module), kind)
+    except ImportError:
+        continue
+    network = build(**settings, dtype=torch.bfloat16, device="meta", operations=comfy.ops.disable_weight_init)
+    found[kind] = {"here": [families.find_family(network).token_weights(network)], "table": [want]}
 # Those that are left as they are, by the class that this ComfyUI has.
 LEFT = {"comfy.ldm.wan.model_animate2": "WanAnimate2Model", "comfy.ldm.seedvr.model": "NaDiT"}
 left = {}
