@@ -30,6 +30,8 @@ COMPILED = "torch.compile"
 _PATCHERS = ("ModelPatcher", "ModelPatcherDynamic")
 # Where a model keeps the parts that one of its clones has loaded.
 HELD = "evdit_sharded_weights"
+# And the order in which its blocks have run, whichever clone was loaded.
+ORDER = "evdit_order_of_blocks"
 # ComfyUI's own word for as much as there is.
 _ALL = 1e32
 GIB = 2**30
@@ -85,7 +87,8 @@ class ShardedWeightsPatcher(ModelPatcher):
             root, blocks = self.model.diffusion_model, [self.model.get_submodule(name) for name in self.block_names]
             # Not bound to this clone, which the model would then keep.
             before = root.register_forward_pre_hook(partial(_give_way, self.model, self.patches_uuid))
-            self.shared = ShardedWeights(root, blocks, self.wire, device_to, self._changes(device_to))
+            order = vars(self.model).setdefault(ORDER, {})
+            self.shared = ShardedWeights(root, blocks, self.wire, device_to, self._changes(device_to), order)
             self.shared.handles.append(before)
             setattr(self.model, HELD, self.shared)
         self.model.model_loaded_weight_memory = self.model_size()

@@ -18,7 +18,7 @@ def facts(request):
     return request.param, run_ranks("everything", request.param, cases="weight_cases")
 
 
-@pytest.mark.parametrize("case", ["values", "changes", "broken_off"])
+@pytest.mark.parametrize("case", ["values", "changes", "broken_off", "loaded_anew"])
 def test_every_bit_is_that_of_the_whole_model(facts, case):
     _, results = facts
     for found in results:

@@ -70,6 +70,9 @@ class ShardedWeights:
     of the pass before. ``changed`` gives weights by their names in ``root`` that differ from what the blocks hold (a LoRA
     merged), made when they are needed: no more than one of them is whole at a time while the parts are filled.
 
+    ``order`` remembers which block follows which, and must outlive this object where it may be made anew: one rank may have
+    to load a model again that others still hold, and all must expect the same block next.
+
     ``remove`` takes the hooks and the memory away. Raises ValueError for weights that cannot be taken apart.
     """
 
@@ -80,6 +83,7 @@ class ShardedWeights:
         wire: Wire,
         device: torch.device,
         changed: Mapping[str, Change] | None = None,
+        order: dict[int | None, int] | None = None,
     ) -> None:
         self.wire, self.device = wire, device
         # What gloo sends lies in the host's memory, and so do the parts there; only the room is the device's.
@@ -92,7 +96,9 @@ class ShardedWeights:
         self.landings = self.seats
         if self.rests != device:
             self.landings = [torch.empty(room, dtype=torch.uint8, pin_memory=True) for _ in self.seats]
-        self.after: dict[int | None, int] = {None: 0} | {i: i + 1 for i in range(len(self.blocks) - 1)}
+        self.after = {} if order is None else order
+        if not self.after:
+            self.after.update({None: 0} | {i: i + 1 for i in range(len(self.blocks) - 1)})
         self.arriving: _Arriving | None = None
         self.inside: tuple[int, int] | None = None  # the block that computes, and its seat
         self.before: int | None = None

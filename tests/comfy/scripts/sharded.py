@@ -15,6 +15,7 @@ if not is_rank():
     sys.exit()
 
 from host import call, load_pack, torch  # noqa: E402 isort: skip
+import comfy.model_management as mm  # noqa: E402 isort: skip
 import torch.distributed as dist  # noqa: E402 isort: skip
 from comfy.patcher_extension import WrappersMP  # noqa: E402 isort: skip
 from tiny_models import CASES, Case, build, missing, run  # noqa: E402 isort: skip
@@ -55,12 +56,25 @@ def shared(source, case: Case, weights: tuple[int, ...] = (), hold: str = "whole
     Two ranks choose the scheme themselves, three take that of the references wherever it can be. ``weights``: of
     unlike ranks. ``hold``: how the ranks hold the model.
     """
-    model = sharding.shard_model(source, wire, weights=hold)
     counts.clear()
+    return run(share(source, weights, hold), case)
+
+
+def share(source, weights: tuple[int, ...] = (), hold: str = "whole"):
+    model = sharding.shard_model(source, wire, weights=hold)
     options = model.model_options["transformer_options"]
     options[sharding.SCHEME_KEY] = "auto" if wire.size == 2 else "rb"
     options[sharding.WEIGHTS_KEY] = weights
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "through the wire", through_the_wire)
+    return model
+
+
+def after_one_rank_alone_has_unloaded(source, case: Case):
+    """Its GPU may hold more than the others': it loads its part again, and must gather what they do."""
+    model = share(source, hold="sharded")
+    run(model, case)
+    if wire.rank == 0:
+        mm.unload_all_models()
     return run(model, case)
 
 
@@ -95,6 +109,7 @@ def facts(name: str, case: Case) -> dict:
     before = wire.sent["gather of weights"]
     found["sharded weights are the same"] = torch.equal(shared(source, case, hold="sharded"), whole)
     found["bytes of weights"] = wire.sent["gather of weights"] - before
+    found["also after one rank has unloaded"] = torch.equal(after_one_rank_alone_has_unloaded(source, case), whole)
     found["and whole ones after them"] = torch.equal(shared(source, case), whole)
     found["unlike ranks"] = {"error": distance(shared(source, case, (16, 7, 11)[: wire.size]), run(source, case))}
     found["no plan"] = {"error": distance(shared(model, case), dense)}
