@@ -2,6 +2,8 @@
 
 ComfyUI maps a safetensors file and then copies it into the model, so that each rank would hold a copy of its own, save of
 quantised weights, which it takes as they lie in the file. It can take all so where it streams weights; here it is told to.
+This is the one place where a function of ComfyUI's is replaced: in a worker, which is a process of this pack's own, and only while
+it loads. No hook leads there, and without it P ranks would hold a model P times.
 """
 
 from __future__ import annotations
