@@ -12,7 +12,10 @@ pack = load_pack()
 modules = {
     name.rsplit("efficient_vdit_core.", 1)[-1]: m for name, m in sys.modules.items() if "efficient_vdit_core." in name
 }
-(bridge,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.sampling"))
+bridge, carrier = (
+    next(m for name, m in sys.modules.items() if name.endswith(f"comfy_bridge.{file}"))
+    for file in ("sampling", "distilled")
+)
 
 
 def levels(source, **inputs):
@@ -27,7 +30,7 @@ flow = model.clone()
 flow.add_object_patch("model_sampling", FlowSampling())
 distilled = model.clone()
 about = modules["distill.metadata"].DistillMetadata("consistency", 4, 8, {"kind": "vp"}, "v_prediction", 3.0)
-distilled.set_attachments(bridge.DISTILLED, about)
+distilled.set_attachments(carrier.DISTILLED, about)
 
 facts = {
     "LightX2V 4 steps": levels(flow, preset="LightX2V 4 steps"),
