@@ -109,8 +109,9 @@ def facts(name: str, case: Case) -> dict:
     before = wire.sent["gather of weights"]
     found["sharded weights are the same"] = torch.equal(shared(source, case, hold="sharded"), whole)
     found["bytes of weights"] = wire.sent["gather of weights"] - before
-    found["also after one rank has unloaded"] = torch.equal(after_one_rank_alone_has_unloaded(source, case), whole)
-    found["and whole ones after them"] = torch.equal(shared(source, case), whole)
+    if wire.size == 2:  # a third rank would add its time and nothing else
+        found["also after one rank has unloaded"] = torch.equal(after_one_rank_alone_has_unloaded(source, case), whole)
+        found["and whole ones after them"] = torch.equal(shared(source, case), whole)
     found["unlike ranks"] = {"error": distance(shared(source, case, (16, 7, 11)[: wire.size]), run(source, case))}
     found["no plan"] = {"error": distance(shared(model, case), dense)}
     found["after it"] = distance(run(model, case), dense)
