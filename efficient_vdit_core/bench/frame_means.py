@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..attention import TokenLayout
 from ..attention.frames import attend_frames
+from ..attention.layout import global_spans
 from ..attention.spans import take
 from ..tiles import TilePattern
 
@@ -27,7 +28,7 @@ def attend_with_means(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, patt
     size = layout.grid.tokens_per_frame
     for frame, seen, left in _views(layout.grid.t, pattern):
         means = [part for part in _split(left, group) if part]
-        spans = [(0, layout.prefix), *(_span(layout, f) for f in seen), (layout.tokens - layout.suffix, layout.tokens)]
+        spans = global_spans(layout, tuple(seen))
         keys, values = (
             torch.cat([take(x, spans, 2), *(_mean(x, layout, part) for part in means)], dim=2) for x in (k, v)
         )

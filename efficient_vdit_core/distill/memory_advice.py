@@ -73,8 +73,11 @@ def _checkpointed(stage: DistillConfig) -> DistillConfig:
 def _for_sharding(stage: DistillConfig) -> DistillConfig:
     """8-bit Adam does not know sharded weights, and what is shared out does not wait on the host."""
     optimizer = stage.training.optimizer.replace("adamw8bit", "adamw")
-    stage = replace(stage, model=replace(stage.model, host_teacher=False))
-    return replace(_checkpointed(stage), training=replace(stage.training, optimizer=optimizer, host_average=False))
+    return replace(
+        stage,
+        model=replace(_checkpointed(stage).model, host_teacher=False),
+        training=replace(stage.training, optimizer=optimizer, host_average=False),
+    )
 
 
 def _changes(stage: DistillConfig) -> Iterator[tuple[str, DistillConfig]]:
@@ -101,8 +104,8 @@ def _changes(stage: DistillConfig) -> Iterator[tuple[str, DistillConfig]]:
         stage = replace(stage, model=replace(stage.model, host_teacher=True))
         yield "model.host_teacher = true", stage
     if stage.model.train == "full":
-        hosted = {"host_teacher": False}
-        stage = replace(stage, model=replace(stage.model, train="lora", dtype="bfloat16", init="", **hosted))
+        lora = replace(stage.model, train="lora", dtype="bfloat16", init="", host_teacher=False)
+        stage = replace(stage, model=lora)
         yield 'model.train = "lora" and dtype = "bfloat16"', stage
     if stage.model.train == "lora" and stage.model.lora_rank > LEAST_RANK:
         stage = replace(stage, model=replace(stage.model, lora_rank=LEAST_RANK))

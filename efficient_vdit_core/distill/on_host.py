@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..training.sharding import block_classes, blocks_of
 from .live_bytes import size_of
 
 
@@ -48,13 +49,8 @@ def stream_blocks(module: nn.Module, device: torch.device) -> None:
 
 def largest_block(module: nn.Module) -> int:
     """Bytes that `stream_blocks` has on the device at most."""
-    names = block_classes(module)
-    blocks = [m for m in module.modules() if type(m).__name__ in names]
+    blocks = blocks_of(module)
     inside = {id(part) for block in blocks for part in block.modules()}
     sizes = [size_of(block.parameters()) for block in blocks]
     sizes += [size_of(m.parameters(recurse=False)) for m in module.modules() if id(m) not in inside]
     return max(sizes)
-
-
-def block_classes(module: nn.Module) -> list[str]:
-    return list(getattr(module, "_no_split_modules", None) or [])

@@ -67,10 +67,19 @@ def shard_frozen(module: nn.Module, accelerator: Any) -> None:
 
     plugin = accelerator.state.fsdp_plugin
     settings = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
-    names = set(getattr(module, "_no_split_modules", None) or [])
-    for block in [m for m in module.modules() if type(m).__name__ in names]:
+    for block in blocks_of(module):
         fully_shard(block, **settings)
     fully_shard(module, **settings)
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The blocks of a model: modules of the classes that it names in ``_no_split_modules``."""
+    names = block_classes(module)
+    return [m for m in module.modules() if type(m).__name__ in names]
+
+
+def block_classes(module: nn.Module) -> list[str]:
+    return list(getattr(module, "_no_split_modules", None) or [])
 
 
 def run_in_autocast(module: nn.Module, device: str, dtype: torch.dtype) -> None:
