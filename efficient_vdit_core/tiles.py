@@ -2,7 +2,8 @@
 
 The arrow mask ``k:T-k`` keeps the diagonal tiles (a frame attends to itself) and the rows and columns of k reference
 frames (they attend to every frame, every frame attends to them). Efficient-vDiT, arXiv 2502.06155, section 3 and Table
-1. A window widens the diagonal, which the paper does not: a frame also attends to its neighbours, ``k:T-k~window``.
+1. Beyond the paper, a window widens the diagonal: a frame also attends to its neighbours, ``k:T-k~window``. And mean frames
+stand for what is left out: a frame attends to its unseen frames as to few means over time, ``k:T-k~window+means``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from .limits.quote import quoted
 PLACEMENTS = ("strided", "first", "last", "rotating", "chunk heads")
 CHUNK = 5  # latent frames that MiniMax-H3's VAE makes of 17 pixel frames; the first of them holds one pixel frame
 MAX_WINDOW = 256  # latent frames
+MAX_MEANS = 16
+MeanFrames = dict[int, tuple[tuple[int, ...], ...]]  # by frame, the frames of each mean that it sees
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class TilePattern:
     ``last`` k, ``rotating``: strided and moved on by ``shift`` frames, around the end of the clip, or ``chunk heads``:
     spread over every fifth frame, strided where there are more than these. ``stride`` is their distance where it was
     settled by another clip, None = by this one's length. With ``window`` w a frame also
-    attends to those at most w frames away; 0 is the paper's pattern.
+    attends to those at most w frames away. With ``means`` m the clip falls into m stretches of time, and of each of them a
+    frame sees the mean of the frames that it does not attend to, keys and values at each place of the frame, as one frame
+    that counts as often as it has frames. 0 and 0 are the paper's pattern.
     """
 
     k: int | None
@@ -59,6 +64,7 @@ class TilePattern:
     shift: int = 0
     stride: int | None = None
     window: int = 0
+    means: int = 0
 
     def __post_init__(self) -> None:
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0):
@@ -73,11 +79,18 @@ class TilePattern:
             raise ValueError(
                 f"A pattern has the window {quoted(self.window)}, expected a whole number of frames from 0 to {MAX_WINDOW}."
             )
+        if type(self.means) is not int or not 0 <= self.means <= MAX_MEANS:
+            raise ValueError(
+                f"A pattern has {quoted(self.means)} mean frames, expected a whole number from 0 to {MAX_MEANS}."
+            )
 
     def is_full(self, frames: int) -> bool:
-        """True where nothing is left out of ``frames`` frames; one non-reference frame leaves nothing out either."""
+        """True where nothing is left out of ``frames`` frames: one non-reference frame leaves nothing out, nor does the
+        mean of one frame."""
         if self.k is None or frames - self.k <= 1:
             return True
+        if self.means:
+            return all(len(mean) == 1 for means in _averaged(self, frames).values() for mean in means)
         if not self.window:
             return False
         others = self._others(frames)
@@ -121,6 +134,13 @@ class TilePattern:
         others = dict.fromkeys(self._others(frames))
         return {f: tuple(g for g in range(f - self.window, f + self.window + 1) if g in others) for f in others}
 
+    def mean_frames(self, frames: int) -> MeanFrames:
+        """For every frame that is no reference frame, in order: the frames of each mean that it sees, none of them empty.
+
+        Without mean frames, and where the pattern is full, there are none.
+        """
+        return {} if not self.means or self.is_full(frames) else _averaged(self, frames)
+
     def head_groups(self, heads: int) -> dict[TilePattern, tuple[int, ...]]:
         """The ``heads`` of a call by the pattern that they follow: all alike."""
         return {self: tuple(range(heads))}
@@ -147,46 +167,57 @@ class TilePattern:
         return replace(self, placement=placement, shift=shift)
 
     def scaled(self, made_for: int | None, frames: int) -> TilePattern:
-        """The pattern for a clip of ``frames``, where it was made for a longer one of ``made_for``: the stride
-        stays."""
-        if not self.k or made_for is None or frames >= made_for:
+        """The pattern for a clip of ``frames``, where it was made for a longer one of ``made_for``: the stride stays, and
+        the length of the stretches that are averaged."""
+        if self.k is None or made_for is None or frames >= made_for:
             return self
+        means = -(-frames // self._stretch(made_for)) if self.means else 0
+        if not self.k:
+            return replace(self, means=means)
         if self.is_full(made_for):
             return replace(self, k=None)
         stride = -(-made_for // self.k)
-        return replace(self, k=-(-frames // stride), stride=stride)
+        return replace(self, k=-(-frames // stride), stride=stride, means=means)
+
+    def _stretch(self, frames: int) -> int:
+        """Frames in a stretch of time that is averaged; the last may be shorter."""
+        return -(-frames // self.means)
 
     def name(self, frames: int) -> str:
-        """The paper's name, such as ``2:6`` for 8 frames, ``2:6~1`` with a window; ``full`` where nothing is left out."""
+        """The paper's name, such as ``2:6`` for 8 frames, ``2:6~1`` with a window, ``2:6+1`` with a mean frame; ``full``
+        where nothing is left out."""
         return "full" if self.is_full(frames) else f"{self.k}:{frames - (self.k or 0)}{self._suffix}"
 
     @property
     def short_name(self) -> str:
-        """The name without the frames: ``full``, ``2`` or ``2~1``."""
+        """The name without the frames: ``full``, ``2``, ``2~1`` or ``2~1+1``."""
         return "full" if self.k is None else f"{self.k}{self._suffix}"
 
     @property
     def _suffix(self) -> str:
-        return f"~{self.window}" if self.window else ""
+        return (f"~{self.window}" if self.window else "") + (f"+{self.means}" if self.means else "")
 
     @classmethod
     def parse(cls, text: str) -> TilePattern:
-        """Read ``full``, ``k:T-k`` or a bare ``k``; the latter two may end in ``~window``."""
+        """Read ``full``, ``k:T-k`` or a bare ``k``; the latter two may end in ``~window``, ``+means`` or both."""
         cleaned = text.strip().lower()
         if cleaned == "full":
             return cls(None)
-        match = re.fullmatch(r"(\d{1,4})(?::\d{1,4})?(?:~(\d{1,4}))?", cleaned)
+        match = re.fullmatch(r"(\d{1,4})(?::\d{1,4})?(?:~(\d{1,4}))?(?:\+(\d{1,4}))?", cleaned)
         if match is None:
             raise ValueError(
-                f"The pattern {quoted(text)} cannot be read, expected 'full', 'k:T-k' such as '2:6', or '2:6~1' with neighbours "
-                "up to 1 frame away. Correct the plan."
+                f"The pattern {quoted(text)} cannot be read, expected 'full', 'k:T-k' such as '2:6', '2:6~1' with neighbours up "
+                "to 1 frame away, or '2:6+1' with 1 mean frame. Correct the plan."
             )
-        return cls(int(match[1]), window=int(match[2] or 0))
+        return cls(int(match[1]), window=int(match[2] or 0), means=int(match[3] or 0))
 
     def density(self, frames: int) -> float:
-        """Share of the frame x frame tiles that is computed, 0 to 1."""
+        """Share of the frame x frame tiles that is computed, 0 to 1; a mean frame is one."""
         seen = self.neighbours(frames)
-        return 1.0 - (len(seen) ** 2 - sum(map(len, seen.values()))) / frames**2
+        return 1.0 - (len(seen) ** 2 - sum(map(len, seen.values())) - self._mean_tiles(frames)) / frames**2
+
+    def _mean_tiles(self, frames: int) -> int:
+        return sum(map(len, self.mean_frames(frames).values()))
 
     def flop_density(self, grid: TokenGrid, extra: int = 0) -> float:
         """Share of the attention FLOPs that is computed, with ``extra`` text or other tokens that attend to all."""
@@ -196,7 +227,7 @@ class TilePattern:
     def block_sparsity(self, grid: TokenGrid, block: int = 128) -> float:
         """Share of ``block`` x ``block`` token blocks with no live element: the paper's "sparsity", 0 to 1.
 
-        Counted from block edges alone, never from an N x N mask.
+        Counted from block edges alone, never from an N x N mask. Mean frames come on top, by their area.
         """
         if self.is_full(grid.t):
             return 0.0
@@ -205,10 +236,28 @@ class TilePattern:
         spans = [(i * block // size, (min((i + 1) * block, grid.tokens) - 1) // size) for i in range(count)]
         plain = [not references.intersection(range(first, last + 1)) for first, last in spans]
         plain_before = [0, *itertools.accumulate(plain)]
-        live = count**2 - sum(plain) ** 2
+        live = count**2 - sum(plain) ** 2 + self._mean_tiles(grid.t) * (size / block) ** 2
         for (first, last), is_plain in zip(spans, plain, strict=True):
             if is_plain:
                 low = max(first - self.window, 0) * size // block
                 high = -(-min((last + 1 + self.window) * size, grid.tokens) // block)
                 live += plain_before[high] - plain_before[low]
         return 1.0 - live / count**2
+
+
+# A plain dict: torch.compile reads it while it traces, and would trace through a cache of functools.
+_AVERAGED: dict[tuple[TilePattern, int], MeanFrames] = {}
+_MOST_KEPT = 1024
+
+
+def _averaged(pattern: TilePattern, frames: int) -> MeanFrames:
+    """By frame, the unseen frames of each stretch of time, for a pattern of fewer reference frames than ``frames``."""
+    key = (pattern, frames)
+    if key not in _AVERAGED:
+        if len(_AVERAGED) >= _MOST_KEPT:
+            _AVERAGED.clear()
+        others, length = pattern._others(frames), pattern._stretch(frames)
+        stretches = [[g for g in others if g // length == i] for i in range(-(-frames // length))]
+        unseen = {f: [tuple(g for g in s if abs(g - f) > pattern.window) for s in stretches] for f in others}
+        _AVERAGED[key] = {f: tuple(mean for mean in means if mean) for f, means in unseen.items()}
+    return _AVERAGED[key]

@@ -1,6 +1,14 @@
 """Attention under a tile pattern: ``tile_attention`` checks and dispatches, each backend is a file of its own."""
 
-from .dispatch import BACKENDS, BackendStatus, available_backends, check_backend, choose_backend, tile_attention
+from .dispatch import (
+    BACKENDS,
+    BackendStatus,
+    available_backends,
+    check_backend,
+    choose_backend,
+    simplest_backend,
+    tile_attention,
+)
 from .layout import TokenLayout
 
 __all__ = [
@@ -10,5 +18,6 @@ __all__ = [
     "available_backends",
     "check_backend",
     "choose_backend",
+    "simplest_backend",
     "tile_attention",
 ]

@@ -144,7 +144,8 @@ def _trial(candidates: Mapping[str, Attend], shape: CallShape, layout: TokenLayo
     with torch.inference_mode(False), torch.set_grad_enabled(shape.gradients):
         tensors = shape.tensors(heads, layout.tokens)
         runs = {name: _run(attend, tensors, layout, pattern, shape.gradients) for name, attend in candidates.items()}
-        times: dict[str, list[float]] = {name: [] for name, run in runs.items() if _runs(name, run)}
+        certain = set(runs) if pattern.means else {"dense", "frames"}
+        times: dict[str, list[float]] = {n: [] for n, run in runs.items() if _runs(n, run, n in certain)}
         for _ in range(_REPEATS):
             for name, values in times.items():
                 values.append(seconds(runs[name], shape.device))
@@ -176,12 +177,12 @@ def _run(
     return there_and_back
 
 
-def _runs(name: str, run: Callable[[], Any]) -> bool:
-    """Whether a candidate runs here. ``dense`` and ``frames`` have no compilers; their errors are the caller's."""
+def _runs(name: str, run: Callable[[], Any], certain: bool) -> bool:
+    """Whether a candidate runs here. The errors of one that has to are the caller's."""
     try:
         run()
     except Exception as error:  # compilers raise anything
-        if name in ("dense", "frames"):
+        if certain:
             raise
         kind = type(error).__name__
         log.warning("Efficient-vDiT: the backend %s fails here and is left out: %s: %s", name, kind, error)

@@ -19,8 +19,9 @@ from .frames import attend_frames
 from .gpu import arrow_kernels_status
 from .heads import put_heads, take_heads
 from .layout import TokenLayout, check_tensors
+from .mean_frames import make_tables
 from .merge import prepare_merge
-from .partial import PartialAttention, partial_of
+from .partial import PartialAttention, attend_backward, attend_lse, partial_of
 from .parts import attend_parts
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -28,6 +29,8 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 log = logging.getLogger("efficient_vdit")
 
 BACKENDS = ("frames", "triton", "flex", "parts")
+# For mean frames, beside a dense attention that does not tell its log-sum-exp; runs wherever PyTorch does.
+_ANY_PARTIAL = PartialAttention("PyTorch's attention", attend_lse, attend_backward)
 OUT_OF_MEMORY: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # until torch 2.5
 # Attention over fewer tokens takes a millisecond or two either way: the plan is followed as it is, unmeasured.
 FEWEST_MEASURED_TOKENS = 2048
@@ -103,6 +106,8 @@ def tile_attention(
         chosen = backend if isinstance(backend, str) else backend[pattern]
         if chosen == "auto":
             chosen = choose_backend(CallShape.of(q, k, v), layout, pattern, dense=dense, dense_name=dense_name)
+        elif pattern.means:
+            check_means(chosen)
         elif chosen not in ("dense", "frames"):  # these run everywhere
             check_backend(chosen, q.device)
         chosen = "dense" if pattern.is_full(layout.grid.t) else chosen
@@ -117,6 +122,18 @@ def tile_attention(
     for alike, heads in groups.items():
         put_heads(out, heads, of_group(alike, take_heads(q, heads), take_heads(k, heads), take_heads(v, heads)))
     return out
+
+
+def simplest_backend(pattern: TilePattern) -> str:
+    """The backend that computes the pattern on any device without a trial: ``frames``, or ``parts`` for mean frames, whose
+    counts go into the log-sum-exp."""
+    return "parts" if pattern.means else "frames"
+
+
+def check_means(backend: str) -> None:
+    """Raise ValueError where the named backend cannot compute mean frames."""
+    if backend not in ("auto", "dense", "parts"):
+        raise ValueError(f"backend is {backend!r}, which computes no mean frames. Choose auto or parts.")
 
 
 def choose_backend(
@@ -146,26 +163,31 @@ def measured_choice(
 ) -> Choice:
     """The fastest backend for calls of this shape, and the times of all of them.
 
-    Not measured, and ``frames``, for fewer than ``FEWEST_MEASURED_TOKENS`` tokens, while torch.compile traces, and where
+    Not measured, and the simplest, for fewer than ``FEWEST_MEASURED_TOKENS`` tokens, while torch.compile traces, and where
     a trial finds no memory. A full pattern is ``dense``. The choice then has no times.
     """
     if pattern.is_full(layout.grid.t):
         return Choice("dense", {})
+    simplest = simplest_backend(pattern)
     if layout.tokens < FEWEST_MEASURED_TOKENS or torch.compiler.is_compiling():
-        return Choice("frames", {})
-    candidates = backend_candidates(shape, dense, dense_name)
+        return Choice(simplest, {})
+    candidates = backend_candidates(shape, dense, dense_name, pattern)
     try:
         return default_book().choose(candidates, shape, layout, pattern, dense_name)
     except OUT_OF_MEMORY:
         log.warning("Efficient-vDiT: there is no room to measure backends; the sparse attention runs as dense calls.")
-        return Choice("frames", {})
+        return Choice(simplest, {})
 
 
-def backend_candidates(shape: CallShape, dense: Dense | None = None, dense_name: str = "sdpa") -> dict[str, Attend]:
-    """``dense``, and the backends that are worth a trial for calls of this shape."""
+def backend_candidates(
+    shape: CallShape, dense: Dense | None = None, dense_name: str = "sdpa", pattern: TilePattern | None = None
+) -> dict[str, Attend]:
+    """``dense``, and the backends that are worth a trial for calls of this shape, None: under a pattern without means."""
     dense = dense or F.scaled_dot_product_attention
     every = _candidates(dense, None, dense_name)
     usable = {n for n, s in _statuses(shape.device.type).items() if s.available and fits(n, shape, dense)}
+    if pattern is not None and pattern.means:
+        usable = {simplest_backend(pattern)}
     return {name: attend for name, attend in every.items() if name == "dense" or name in usable}
 
 
@@ -195,6 +217,13 @@ def partial_for(dense: Dense, shape: CallShape) -> PartialAttention | None:
     return None if function is None else partial_of(function, shape.device, shape.dtype, shape.head_dim)
 
 
+def partial_for_means(dense: Dense, shape: CallShape) -> PartialAttention:
+    """The same for mean frames, which have no other backend: PyTorch's attention where ``dense`` does not tell its
+    log-sum-exp, or has no backward where one is wanted."""
+    found = partial_for(dense, shape)
+    return _ANY_PARTIAL if found is None or (shape.gradients and found.backward is None) else found
+
+
 def make_ready(backend: str, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: Dense) -> None:
     """Makes the index tables that a backend keeps on the device, and tries the kernels that it may call, so that no call
     has to."""
@@ -206,11 +235,13 @@ def make_ready(backend: str, shape: CallShape, layout: TokenLayout, pattern: Til
     elif backend == "parts":
         partial_for(dense, shape)
         prepare_merge(shape.device)
+        make_tables(pattern, layout, shape.device, shape.dtype)
 
 
 def _candidates(dense: Dense, max_extra_bytes: int | None, dense_name: str) -> dict[str, Attend]:
     def parts(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:
-        partial = partial_for(dense, CallShape.of(q))
+        shape = CallShape.of(q, k, v)
+        partial = partial_for_means(dense, shape) if pattern.means else partial_for(dense, shape)
         prepare_merge(q.device)
         if partial is None:
             raise ValueError(

@@ -140,9 +140,11 @@ def _over_the_video(
     backends: dict[TilePattern, str] = {}
     if not reason:
         backends = preparation.backends_of(state, call.queries(padding), layout, pattern, dense)
-        if dense.kwargs.get("scale") is not None:  # only dense calls hand on a scale of the model's own
-            backends = {p: "dense" if p.is_full(layout.grid.t) else "frames" for p in backends}
-        reason = "measured faster" if set(backends.values()) == {"dense"} else ""
+        own_scale = dense.kwargs.get("scale") is not None
+        if own_scale:  # only dense calls hand it on
+            backends = {p: "dense" if p.is_full(layout.grid.t) or p.means else "frames" for p in backends}
+        if set(backends.values()) == {"dense"}:
+            reason = "a scale of its own" if own_scale else "measured faster"
     if reason:
         report.add_dense(reason, dense.name)
         with computing(state), report.clock.taking(DENSE, _peek(call.q)):

@@ -3,8 +3,9 @@
 (a) The queries of prefix, suffix and reference frames see all keys.
 (b) The queries of other frames see the shared keys (prefix, reference frames, suffix), gathered once.
 (c) Frames see themselves and their neighbours: views, a batch of frames at a time.
+(d) Frames see the means of the frames that they leave out, where the pattern has mean frames (``mean_frames``).
 
-(b) and (c) are over disjoint keys, so their merge is exact. The backward is that of the same calls, each with the
+(b), (c) and (d) are over disjoint keys, so their merge is exact. The backward is that of the same calls, each with the
 merged result and lse of its rows (FlashAttention-2, arXiv 2307.08691, section 3.1.2: a block of keys needs no more).
 
 Shapes: B batch, H heads, N tokens, D head_dim, f frames, s tokens a frame, c neighbouring frames that each of them
@@ -25,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from ..tiles import TilePattern
 from .extra_bytes import default_extra_bytes
 from .layout import TokenLayout, global_spans, runs
+from .mean_frames import Means, means_of
 from .merge import merge_into
 from .partial import Partial, PartialAttention
 from .spans import in_rows, put, take
@@ -49,6 +51,7 @@ class Rows:
     first: int
     last: int
     near: tuple[Near, ...]
+    means: tuple[Means, ...]
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,13 @@ def attend_parts(
 
     Memory beyond the output, its lse and what ``partial`` and ``merge_into`` take inside: 2 B H g D elements for the
     shared queries and their result or the shared keys and values, and at most ``max_extra_bytes`` (None:
-    ``default_extra_bytes``) for results that are not merged yet, or what one frame takes where that is more. Autograd
+    ``default_extra_bytes``) for results that are not merged yet and mean frames, or what one frame takes where that is more. Autograd
     keeps q, k, v, the output and its lse, as it does for dense attention, and no copies. Raises ValueError where a
     gradient is wanted and there is no backward.
     """
     q, k, v = in_rows(q), in_rows(k), in_rows(v)
-    row_bytes = 2 * q.shape[0] * q.shape[1] * layout.grid.tokens_per_frame * q.shape[3] * q.element_size()
+    frame_bytes = q.shape[0] * q.shape[1] * layout.grid.tokens_per_frame * q.shape[3] * q.element_size()
+    row_bytes = (4 if pattern.means else 2) * frame_bytes  # a mean's keys and values beside its result
     limit = default_extra_bytes(q, row_bytes) if max_extra_bytes is None else max_extra_bytes
     schedule = make_schedule(layout, pattern, max(1, limit // row_bytes))
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v)):
@@ -104,7 +108,8 @@ def make_schedule(layout: TokenLayout, pattern: TilePattern, most: int) -> Sched
     for _, start, stop in runs(list(neighbours)):
         for first in range(start, stop, most):
             last = min(first + most, stop)
-            rows.append(Rows(first, last, tuple(_near(neighbours, first, last))))
+            near, means = _near(neighbours, first, last), means_of(pattern, layout, first, last)
+            rows.append(Rows(first, last, tuple(near), tuple(means)))
     return Schedule(layout, tuple(global_spans(layout, pattern.reference_frames(frames))), tuple(rows))
 
 
@@ -138,6 +143,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, partial: Parti
         for near in rows.near:
             for b in range(q.shape[0]):
                 _attend_near(out[b], lse[b], q[b], k[b], v[b], schedule, near, partial)
+        for means in rows.means:
+            for b in range(q.shape[0]):
+                _attend_means(out[b], lse[b], q[b], k[b], v[b], means, partial)
     return out, lse
 
 
@@ -161,6 +169,15 @@ def _attend_near(
     else:  # no span parts a frame's neighbours: this is all that its rows see
         rows.copy_(done)
         row_logs.copy_(logs)
+
+
+def _attend_means(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, means: Means, partial: PartialAttention
+) -> None:
+    """(d) of one batch entry (H, N, D), into ``out`` and ``lse``."""
+    queries, rows, row_logs = (_frames_of(x, means) for x in (q, out, lse[..., None]))
+    done, logs = partial.forward(queries, means.of(k), means.of(v))
+    merge_into(rows, row_logs[..., 0], done, logs + means.logs(logs))
 
 
 class _Parts(torch.autograd.Function):
@@ -210,6 +227,10 @@ def _backward(
             for b in range(q.shape[0]):
                 of_entry = [x[b] for x in (dout, q, k, v, out, lse)]
                 _near_gradients((dq[b], dk[b], dv[b]), of_entry, schedule, near, partial)
+        for means in rows.means:
+            for b in range(q.shape[0]):
+                of_entry = [x[b] for x in (dout, q, k, v, out, lse)]
+                _mean_gradients((dq[b], dk[b], dv[b]), of_entry, means, partial)
     for total, d in ((dk, dshared[0]), (dv, dshared[1])):
         for (start, stop), part in zip(spans, d.split([stop - start for start, stop in spans], dim=2), strict=True):
             total[:, :, start:stop] += part
@@ -245,6 +266,29 @@ def _near_gradients(
             first = near.seen + place
             seen = total[:, schedule.tokens(first, first + near.count)]
             seen += rearrange(d[:, :, place * size : (place + 1) * size], "f h s d -> h (f s) d")
+
+
+def _mean_gradients(
+    totals: tuple[Tensor, Tensor, Tensor], of_entry: list[Tensor], means: Means, partial: PartialAttention
+) -> None:
+    """What (d) of one batch entry contributes, added to ``totals``: dq, dk, dv (H, N, D)."""
+    assert partial.backward is not None
+    dout, q, k, v, out, lse = of_entry
+    slopes, queries, results, logs = (_frames_of(x, means) for x in (dout, q, out, lse[..., None]))
+    # The kernel's scores lack the logarithm of the count, so it is taken off the log-sum-exp instead.
+    logs = logs[..., 0] - means.logs(logs)
+    dq, dk, dv = partial.backward(slopes, queries, means.of(k), means.of(v), results, logs)
+    rows = _frames_of(totals[0], means)
+    rows += dq
+    means.add_gradient(totals[1], dk)
+    means.add_gradient(totals[2], dv)
+
+
+def _frames_of(x: Tensor, means: Means) -> Tensor:
+    """The rows of x (H, N, D) that see the means, as a view (f, H, s, D)."""
+    size = means.layout.grid.tokens_per_frame
+    start = means.layout.prefix + means.first * size
+    return _batch(x[:, start : start + means.count * size], size)
 
 
 def _batch(x: Tensor, size: int) -> Tensor:

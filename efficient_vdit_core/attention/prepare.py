@@ -18,7 +18,7 @@ from ..plan import TilePlan
 from ..tiles import TilePattern
 from .choose import CallShape
 from .dense_call import DenseCall
-from .dispatch import group_shapes, make_ready, measured_choice, partial_for
+from .dispatch import check_means, group_shapes, make_ready, measured_choice, partial_for, simplest_backend
 from .layout import TokenLayout
 from .padding import without_padding
 from .reasons import why_not_worth_it
@@ -63,7 +63,8 @@ class Preparation:
         backend: as of ``tile_attention``.
         residual_every: keep the difference to dense attention for so many steps (``residual``), 0 = never.
 
-    Raises ValueError for an unknown placement, and for rotating reference frames with a residual.
+    Raises ValueError for an unknown placement, for rotating reference frames with a residual, and for mean frames with a
+    backend that computes none.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class Preparation:
                 "A cached residual is the difference to a pattern that stays, but the placement is rotating. Set placement to "
                 "strided, or residual_every to 0."
             )
+        if any(kind.means for pattern in (*plan.patterns, plan.uniform_pattern) if pattern for kind in pattern.kinds):
+            check_means(backend)
         self.plan, self.report = plan, report
         self.residual = ResidualCache(residual_every) if residual_every else None
         self.min_tokens, self.placement, self.decline_slow, self.backend = min_tokens, placement, decline_slow, backend
@@ -177,10 +180,11 @@ class Preparation:
         chosen = self.backends.get(key)
         if chosen is None:
             chosen = "dense" if pattern.is_full(layout.grid.t) else self.backend
-            if chosen == "parts" and partial_for(dense, shape) is None:
-                text = f"{dense.name} does not tell its log-sum-exp, which the backend parts needs: frames is used."
+            if (pattern.means or chosen == "parts") and partial_for(dense, shape) is None:
+                instead = "PyTorch's attention computes mean frames" if pattern.means else "frames is used"
+                text = f"{dense.name} does not tell its log-sum-exp, which the backend parts needs: {instead}."
                 self.report.warn("parts", text)
-                chosen = "frames"
+                chosen = chosen if pattern.means else "frames"
             if chosen == "auto":
                 choice = measured_choice(shape, layout, pattern, dense=dense, dense_name=dense.name)
                 chosen = choice.backend if self.decline_slow else choice.sparse()
@@ -197,8 +201,8 @@ class Preparation:
     ) -> dict[TilePattern, str]:
         """The backend of each group of heads for a call with queries q (B, H, N, D).
 
-        Where the forward was settled and this shape was not foreseen, ``frames`` computes it, which keeps nothing; the
-        next forward is prepared for it.
+        Where the forward was settled and this shape was not foreseen, the simplest backend computes it; the next forward is
+        prepared for it.
         """
         shape = CallShape.of(q)
         if not state.settled:
@@ -208,7 +212,7 @@ class Preparation:
             with self.lock:
                 if len(self.unforeseen) < MOST_UNFORESEEN:
                     self.unforeseen.add(shape)
-        return {p: chosen or "frames" for p, chosen in found.items()}
+        return {p: chosen or simplest_backend(p) for p, chosen in found.items()}
 
     def forget(self) -> None:
         """Lets go of what a run left in memory. What was measured stays in the book on disk, and the next run is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import TokenLayout, available_backends, tile_attention
+from ..attention import TokenLayout, available_backends, simplest_backend, tile_attention
 from ..attention.choose import CallShape
 from ..attention.dispatch import fits
 from ..head_patterns import HeadPatterns, LayerPattern
@@ -29,6 +30,7 @@ PATTERNS: tuple[LayerPattern, ...] = (
     TilePattern(3),
     TilePattern(1, window=1),
     HeadPatterns((TilePattern(0, window=2), TilePattern(2))),
+    TilePattern(1, window=1, means=2),
 )
 KINDS = (("bfloat16", 128), ("bfloat16", 96), ("float16", 64), ("float32", 96))
 # The largest error relative to the largest value: four steps of the format's last bit, which sums of rounded weights
@@ -52,13 +54,17 @@ def measure(device: torch.device, *, seed: int) -> Iterator[list[dict[str, Any]]
         yield [
             {**about, "backend": name, **_errors(name, tensors, layout, pattern, want, slopes, MOST[dtype])}
             for name in named
-            if _worth(name, layout is layouts[0], pattern, dim)
+            if _worth(name, layout is layouts[0], pattern, dim) and _computes(name, pattern)
         ]
 
 
 def _worth(backend: str, first: bool, pattern: LayerPattern, dim: int) -> bool:
     """``flex`` compiles for seconds for each length, pattern and head size: one layout tells, and two sizes."""
     return backend != "flex" or (first and pattern in PATTERNS[1:3] and dim in (64, 96))
+
+
+def _computes(backend: str, pattern: LayerPattern) -> bool:
+    return all(not alike.means or backend == simplest_backend(alike) for alike in pattern.kinds)
 
 
 def _tensors(layout: TokenLayout, dtype: str, dim: int, device: torch.device, seed: int) -> list[Tensor]:
@@ -71,10 +77,39 @@ def _tensors(layout: TokenLayout, dtype: str, dim: int, device: torch.device, se
 def _definition(tensors: list[Tensor], layout: TokenLayout, pattern: LayerPattern) -> tuple[Tensor, list[Tensor]]:
     """The result in float64, and the gradients of its sum of squares."""
     q, k, v = (x.detach().double().requires_grad_() for x in tensors)
-    mask = torch.stack([_live(layout, p) for p in _by_head(pattern)]).to(q.device)
-    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
-    out = scores.softmax(-1) @ v
+    heads = []
+    for head, alike in enumerate(_by_head(pattern)):
+        of_head = (x[:, head] for x in (q, k, v))
+        heads.append(_attend(*of_head, *(x.to(q.device) for x in _sight(layout, alike))))
+    out = torch.stack(heads, dim=1)
     return out.detach(), list(torch.autograd.grad(out.square().sum(), (q, k, v)))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    """(B, N, D), over the keys (M, N) made of k, the scores (N, M) moved by ``bias``."""
+    return (q @ (keys @ k).mT / q.shape[-1] ** 0.5 + bias).softmax(-1) @ (keys @ v)
+
+
+def _sight(layout: TokenLayout, pattern: TilePattern) -> tuple[Tensor, Tensor]:
+    """What queries see, all tokens and then the mean frames: as rows of weights of the tokens (M, N), and what is added to
+    the scores (N, M), -inf where a query does not see it."""
+    size, live = layout.grid.tokens_per_frame, _live(layout, pattern)
+    keys = [torch.eye(layout.tokens).double()]
+    bias = [torch.zeros_like(keys[0]).masked_fill(~live, float("-inf"))]
+    for frame, means in pattern.mean_frames(layout.grid.t).items():
+        for mean in means:
+            parts, seen = torch.zeros(size, layout.tokens).double(), torch.full((layout.tokens, size), float("-inf"))
+            for other in mean:
+                parts[:, _tokens(layout, other)] = torch.eye(size).double() / len(mean)
+            seen[_tokens(layout, frame)] = math.log(len(mean))
+            keys.append(parts)
+            bias.append(seen)
+    return torch.cat(keys), torch.cat(bias, dim=1).double()
+
+
+def _tokens(layout: TokenLayout, frame: int) -> slice:
+    size = layout.grid.tokens_per_frame
+    return slice(layout.prefix + frame * size, layout.prefix + (frame + 1) * size)
 
 
 def _by_head(pattern: LayerPattern) -> list[TilePattern]:

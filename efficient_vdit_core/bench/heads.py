@@ -1,4 +1,4 @@
-"""Times attention whose heads differ, with and without neighbours, against dense attention: what windows and groups cost
+"""Times attention whose heads differ, with and without neighbours and mean frames, against dense attention: what these cost
 beyond their FLOPs."""
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from ..head_patterns import by_head
 from ..tiles import TilePattern, TokenGrid
 from .attention import medians
 
-WINDOWS, GROUPS, REFERENCES = (0, 1, 2), (1, 2, 4), (1, 2, 4, 6)
+NEAR = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 2))  # windows, and mean frames beside them
+GROUPS, REFERENCES = (1, 2, 4), (1, 2, 4, 6)
 # Latent frames, tokens a frame, heads, head_dim: small enough for two cores.
 SHAPES = ((24, 400, 12, 96), (21, 784, 8, 128))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,27 +24,29 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def measure(
     device: torch.device, *, repeats: int, seed: int, backend: str, report: Callable[[dict[str, Any]], None]
 ) -> list[dict[str, Any]]:
-    """One row for each dtype, shape, window and number of groups; the heads of a group stand apart, the worst case.
+    """One row for each dtype, shape, window, means and number of groups; the heads of a group stand apart, the worst case.
 
     Dense attention is timed beside each, in turn, and medians are compared. ``efficiency`` 1 is all that the FLOPs
     promise.
     """
     rows = []
-    for dtype, shape, window, groups in itertools.product(DTYPES, SHAPES, WINDOWS, GROUPS):
-        rows.append(_row(device, dtype, shape, window, groups, repeats, seed, backend))
+    for dtype, shape, near, groups in itertools.product(DTYPES, SHAPES, NEAR, GROUPS):
+        if near[1] and backend not in ("auto", "parts"):
+            continue  # only these compute mean frames
+        rows.append(_row(device, dtype, shape, near, groups, repeats, seed, backend))
         report(rows[-1])
     return rows
 
 
 def _row(
-    device: torch.device, dtype: str, shape: tuple[int, int, int, int], window: int, groups: int, repeats: int, seed: int,
-    backend: str,
+    device: torch.device, dtype: str, shape: tuple[int, int, int, int], near: tuple[int, int], groups: int, repeats: int,
+    seed: int, backend: str,
 ) -> dict[str, Any]:  # fmt: skip
-    frames, tokens, heads, head_dim = shape
+    (window, means), (frames, tokens, heads, head_dim) = near, shape
     layout, generator = TokenLayout(TokenGrid(frames, 1, tokens)), torch.Generator().manual_seed(seed)
     size = (1, heads, layout.tokens, head_dim)
     q, k, v = (torch.randn(size, generator=generator).to(device, DTYPES[dtype]) for _ in range(3))
-    patterns = [TilePattern(k, window=window) for k in REFERENCES[:groups]]
+    patterns = [TilePattern(k, window=window, means=means) for k in REFERENCES[:groups]]
     pattern = by_head(patterns[head % groups] for head in range(heads))
     runs = {
         "dense": lambda: tile_attention(q, k, v, layout, TilePattern(None)),
@@ -57,6 +60,6 @@ def _row(
     density = pattern.density(frames)
     return {
         "frames": frames, "tokens_per_frame": tokens, "heads": heads, "head_dim": head_dim, "dtype": dtype,
-        "backend": backend, "window": window, "groups": groups, "density": density, "dense_milliseconds": 1000 * dense,
+        "backend": backend, "window": window, "means": means, "groups": groups, "density": density, "dense_milliseconds": 1000 * dense,
         "milliseconds": 1000 * sparse, "speedup": dense / sparse, "efficiency": dense / sparse * density,
     }  # fmt: skip

@@ -3,8 +3,8 @@
 The peer is comfy-kitchen's ``sol_attn`` in its eager form, which defines the algorithm in full precision and runs on a
 CPU. It routes blocks of 64 keys for each block of 64 queries and head, by a threshold (sol-attn) or as the best share
 (sla), and puts one pooled term in the place of every block that it leaves out. Density is the share of blocks that it
-computes exactly; the pooled terms come on top. The arrow mask stands there as it is, and with means over time for what it leaves
-out (`frame_means`), whose density counts the means.
+computes exactly; the pooled terms come on top. The arrow mask stands there as it is, and with mean frames for what it leaves
+out, which count as frames.
 
 Shapes: q, k, v (B, H, N, D).
 """
@@ -21,14 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import TokenLayout, tile_attention
+from ..attention import TokenLayout, simplest_backend, tile_attention
 from ..search.probe import relative_error
 from ..tiles import TilePattern
-from .frame_means import attend_with_means, density_with_means
 
 BLOCK = 64
 SOL, SLA, ARROW = "sol-attn", "sla", "arrow"
-MEANS = {f"arrow, means of {group} frames": group for group in (4, 8)}
+MEANS = (1, 2, 3)  # mean frames, beside the arrow mask
 # Coarse enough not to end on the very score of a block, where rounding would decide.
 _BISECTIONS = 12
 _LEAST_VARIANCE = 1e-6
@@ -61,12 +60,12 @@ class PeerRecord:
         for count in self.references:
             pattern = TilePattern(count)
             density = pattern.flop_density(layout.grid, layout.prefix + layout.suffix)
-            found = tile_attention(q, k, v, layout, pattern, backend="frames")
-            self._note(layer, count, ARROW, density, relative_error(found, exact))
-            for method, group in MEANS.items():
-                summed_up = attend_with_means(q, k, v, layout, pattern, group)
-                share = density_with_means(layout.grid.t, pattern, group)
-                self._note(layer, count, method, share, relative_error(summed_up, exact))
+            for means in (0, *MEANS):
+                ours = TilePattern(count, means=means)
+                found = tile_attention(q, k, v, layout, ours, backend=simplest_backend(ours))
+                share = ours.flop_density(layout.grid, layout.prefix + layout.suffix)
+                method = f"{ARROW}, {means} mean frames" if means else ARROW
+                self._note(layer, count, method, share, relative_error(found, exact))
             for method in (SOL, SLA):
                 setting = _setting(q, k, method, density)
                 routed = _routed(self.attend, q, k, v, method, setting)

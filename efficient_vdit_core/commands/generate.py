@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,7 +162,7 @@ def load_plan(text: str | None, frames: int | None) -> TilePlan | None:
     from ..plan import TilePlan
     from ..tiles import TilePattern
 
-    if not re.fullmatch(r"\d{1,4}:\d{1,4}(~\d{1,4})?|full", text):
+    if not re.fullmatch(r"\d{1,4}:\d{1,4}(~\d{1,4})?(\+\d{1,4})?|full", text):
         if not Path(text).is_file():
             raise ValueError(
                 f"--plan {quoted(text, 120)} is neither a pattern such as 1:7 nor a plan file; check the path."
@@ -169,9 +170,9 @@ def load_plan(text: str | None, frames: int | None) -> TilePlan | None:
         return TilePlan.load(text)
     pattern = TilePattern.parse(text)
     if ":" in text and frames is not None:
-        k, others = map(int, text.split("~")[0].split(":"))
+        k, others = map(int, re.split(r"[~+]", text)[0].split(":"))
         if k + others != frames:
-            fitting = TilePattern(min(k, frames), window=pattern.window).name(frames)
+            fitting = replace(pattern, k=min(k, frames)).name(frames)
             raise ValueError(
                 f"--plan {quoted(text)} is a pattern for {k + others} latent frames, but this video has {frames}; "
                 f"use {fitting}."

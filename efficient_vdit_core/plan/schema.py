@@ -1,9 +1,9 @@
-"""The patterns of a plan as JSON, in two schemas.
+"""The patterns of a plan as JSON, in three schemas.
 
 Schema 1 holds the paper's patterns: ``reference_frames`` is k, null for a full layer, for each layer or for all.
 Schema 2 holds windows and heads that differ: ``patterns`` in its place, each ``{"k": 2, "window": 1}``, or a list of such
-groups with ``"heads": "0-3,7"`` for a layer whose heads differ. A plan is written in the first schema that holds it, so
-that older packs read it where they can.
+groups with ``"heads": "0-3,7"`` for a layer whose heads differ. Schema 3 holds mean frames too: ``"means": 1`` beside the
+window. A plan is written in the first schema that holds it, so that older packs read it where they can.
 """
 
 from __future__ import annotations
@@ -12,27 +12,32 @@ from typing import Any
 
 from ..head_patterns import LayerPattern, by_head, join_heads
 from ..limits.quote import quoted
-from ..tiles import MAX_WINDOW, TilePattern
+from ..tiles import MAX_MEANS, MAX_WINDOW, TilePattern
 from .text import MAX_LAYERS, MAX_REFERENCE_FRAMES, read_heads
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def patterns_to_json(patterns: tuple[LayerPattern, ...] | TilePattern) -> dict[str, Any]:
     """The schema and the field that holds ``patterns``: one a layer, or one for any depth."""
     every = (patterns,) if isinstance(patterns, TilePattern) else patterns
-    if all(isinstance(p, TilePattern) and not p.window for p in every):
+    if all(isinstance(p, TilePattern) and not p.window and not p.means for p in every):
         values = [p.k for p in every if isinstance(p, TilePattern)]
         version, name = 1, "reference_frames"
     else:
-        values, version, name = [_layer_to_json(p) for p in every], 2, "patterns"
+        version = 3 if any(kind.means for p in every for kind in p.kinds) else 2
+        values, name = [_layer_to_json(p) for p in every], "patterns"
     return {"schema_version": version, name: values[0] if isinstance(patterns, TilePattern) else values}
 
 
 def _layer_to_json(pattern: LayerPattern) -> Any:
     if isinstance(pattern, TilePattern):
-        return {"k": pattern.k, "window": pattern.window}
-    return [{"heads": join_heads(heads), "k": p.k, "window": p.window} for p, heads in pattern.groups.items()]
+        return _pattern_to_json(pattern)
+    return [{"heads": join_heads(heads), **_pattern_to_json(p)} for p, heads in pattern.groups.items()]
+
+
+def _pattern_to_json(pattern: TilePattern) -> dict[str, Any]:
+    return {"k": pattern.k, "window": pattern.window, **({"means": pattern.means} if pattern.means else {})}
 
 
 def patterns_from_json(values: dict[str, Any], heads: int | None) -> tuple[LayerPattern, ...] | TilePattern:
@@ -58,14 +63,14 @@ def _plain(value: Any, where: str) -> TilePattern:
 
 def _layer(value: Any, where: str, heads: int | None) -> LayerPattern:
     if not isinstance(value, list):
-        return _windowed(value, where)
+        return _pattern(value, where)
     if heads is None:
         raise ValueError(
             f"The plan's {where} has groups of heads, and its heads says none, expected how many the model has. Correct the file."
         )
     found: dict[int, TilePattern] = {}
     for i, group in enumerate(value):
-        pattern = _windowed(group, f"{where}[{i}]")
+        pattern = _pattern(group, f"{where}[{i}]")
         for head in _heads(group.get("heads"), f"{where}[{i}].heads", heads):
             if head in found:
                 raise ValueError(
@@ -80,17 +85,22 @@ def _layer(value: Any, where: str, heads: int | None) -> LayerPattern:
     return by_head(found[head] for head in range(heads))
 
 
-def _windowed(value: Any, where: str) -> TilePattern:
+def _pattern(value: Any, where: str) -> TilePattern:
     if not isinstance(value, dict) or "k" not in value:
         raise ValueError(
             f'The plan\'s {where} is {quoted(value)}, expected such as {{"k": 2, "window": 1}}. Correct the file.'
         )
-    window = value.get("window", 0)
-    if type(window) is not int or not 0 <= window <= MAX_WINDOW:
+    window, means = _small(value, where, "window", MAX_WINDOW), _small(value, where, "means", MAX_MEANS)
+    return TilePattern(count(value["k"], f"{where}.k"), window=window, means=means)
+
+
+def _small(value: dict[str, Any], where: str, name: str, most: int) -> int:
+    found = value.get(name, 0)
+    if type(found) is not int or not 0 <= found <= most:
         raise ValueError(
-            f"The plan's {where}.window is {quoted(window)}, expected a whole number from 0 to {MAX_WINDOW}. Correct the file."
+            f"The plan's {where}.{name} is {quoted(found)}, expected a whole number from 0 to {most}. Correct the file."
         )
-    return TilePattern(count(value["k"], f"{where}.k"), window=window)
+    return found
 
 
 def _heads(value: Any, where: str, heads: int) -> list[int]:
@@ -108,7 +118,7 @@ def _heads(value: Any, where: str, heads: int) -> list[int]:
 def _checked_version(version: Any) -> int:
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ValueError(
-            f"The plan's schema_version is {quoted(version)}, expected 1 or {SCHEMA_VERSION}. It is not a tile plan file."
+            f"The plan's schema_version is {quoted(version)}, expected 1 to {SCHEMA_VERSION}. It is not a tile plan file."
         )
     if version > SCHEMA_VERSION:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A plan as one line of text, such as ``0:full 1-4:2:6 5-31:1:7~1``; ``all:2 -1:full`` where it fits any depth.
+"""A plan as one line of text, such as ``0:full 1-4:2:6 5-31:1:7~1+1``; ``all:2 -1:full`` where it fits any depth.
 
 A layer whose heads differ names them: ``0:[0-3,7]1:7~1[4-6]full``.
 """
@@ -17,7 +17,7 @@ MAX_LAYERS = 1024
 MAX_REFERENCE_FRAMES = 1024
 ALL = "all"  # every layer
 MAX_HEADS = 1024
-PATTERN = r"(?:full|\d{1,4}(?::\d{1,4})?(?:~\d{1,4})?)"
+PATTERN = r"(?:full|\d{1,4}(?::\d{1,4})?(?:~\d{1,4})?(?:\+\d{1,4})?)"
 GROUP = rf"\[([\d,-]{{1,4000}})\]({PATTERN})"
 
 
@@ -119,7 +119,7 @@ def _read_pattern(text: str, part: str) -> tuple[LayerPattern, int | None]:
 
 
 def _read_one(text: str, part: str) -> tuple[TilePattern, int | None]:
-    pattern, counts = TilePattern.parse(text), text.split("~")[0]
+    pattern, counts = TilePattern.parse(text), re.split(r"[~+]", text)[0]
     frames = sum(map(int, counts.split(":"))) if ":" in counts else None
     if max(pattern.k or 0, frames or 0) > MAX_REFERENCE_FRAMES:
         raise ValueError(

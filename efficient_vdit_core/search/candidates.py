@@ -9,7 +9,7 @@ MAX_CANDIDATES = 16
 
 
 def parse_candidates(text: str) -> tuple[TilePattern, ...]:
-    """Read ``1,2,2~1``, numbers of reference frames with or without a window, ascending.
+    """Read ``1,2,2~1,1+1``, numbers of reference frames with or without a window and mean frames, ascending.
 
     Raises ValueError for anything else, or over 16 of them.
     """
@@ -20,14 +20,14 @@ def parse_candidates(text: str) -> tuple[TilePattern, ...]:
         found = set()
     if len(found) == 0 or any(pattern.k is None for pattern in found) or any(":" in part for part in parts):
         raise ValueError(
-            f"The candidates {quoted(text)} cannot be read, expected numbers of reference frames such as '1,2,4', or '1~1,2~1' "
-            "with neighbours up to 1 frame away."
+            f"The candidates {quoted(text)} cannot be read, expected numbers of reference frames such as '1,2,4', '1~1,2~1' with "
+            "neighbours up to 1 frame away, or '0+1,1~1+1' with 1 mean frame."
         )
     if len(found) > MAX_CANDIDATES:
         raise ValueError(
             f"{len(found)} candidates were given, expected at most {MAX_CANDIDATES}: each is computed in every layer."
         )
-    return tuple(sorted(found, key=lambda pattern: (pattern.window, pattern.k)))
+    return tuple(sorted(found, key=lambda pattern: (pattern.means, pattern.window, pattern.k)))
 
 
 def sparse_candidates(candidates: tuple[TilePattern, ...], frames: int) -> tuple[TilePattern, ...]:

@@ -74,7 +74,7 @@ def plan_from_record(
         **({"head_groups": groups} if groups > 1 else {}),
         "error": f"relative L2 of the {measure} output against dense, mean over calls",
         "costs": costs,
-        "candidates": [p.short_name if p.window else p.k for p in record.candidates],
+        "candidates": [p.short_name if p.window or p.means else p.k for p in record.candidates],
         "grid": [grid.t, grid.h, grid.w],
         "extra_tokens": extra,
         **(about or {}),

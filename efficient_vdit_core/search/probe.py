@@ -27,7 +27,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..attention import TokenLayout, choose_backend, tile_attention
+from ..attention import TokenLayout, choose_backend, simplest_backend, tile_attention
 from ..attention.choose import CallShape, wait_for
 from ..attention.dense_call import DenseCall
 from ..attention.padding import as_heads, fill_in
@@ -38,9 +38,6 @@ from .calls import layer_of_call, layout_of_call
 ATTENTION, BLOCK = "attention", "block"
 MEASURES = (ATTENTION, BLOCK)
 DENSE = None  # the key of dense attention's seconds
-# Errors are those of the pattern, so its tiles are computed even where dense attention would be faster, and always by
-# the same backend: the same run gives the same plan.
-EXACT = "frames"
 Compare = Callable[[Tensor, Tensor], tuple[float, np.ndarray]]  # approximate and exact -> as `relative_errors`
 
 
@@ -154,7 +151,7 @@ def make_probe_override(
         padding = state.masked(mask)
         qh, kh, vh = (as_heads(x, heads, skip_reshape, padding) for x in (q, k, v))
         if replaying is not None:
-            out = tile_attention(qh, kh, vh, layout, replaying, dense=dense, backend=EXACT)
+            out = tile_attention(qh, kh, vh, layout, replaying, dense=dense, backend=_exact(replaying))
             out = fill_in(out, padding)
             return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
         assert layer is not None
@@ -213,10 +210,16 @@ def _candidate_errors(
     if pattern.is_full(layout.grid.t):
         return 0.0, np.zeros(exact.shape[1])
     q, k, v = qkv
-    approximate = tile_attention(q, k, v, layout, pattern, dense=dense, backend=EXACT)
+    approximate = tile_attention(q, k, v, layout, pattern, dense=dense, backend=_exact(pattern))
     if record.timed:
         _time_candidate(record, layer, pattern, qkv, layout, dense)
     return compare(approximate, exact)
+
+
+def _exact(pattern: TilePattern) -> str:
+    """Errors are those of the pattern, so its tiles are computed even where dense attention would be faster, and always by
+    the same backend: the same run gives the same plan."""
+    return simplest_backend(pattern)
 
 
 def _time_candidate(

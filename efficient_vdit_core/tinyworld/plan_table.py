@@ -1,5 +1,5 @@
-"""Four kinds of plans on the tiny model at equal cost: by layer or by head, with or without neighbours; and what knowledge
-distillation wins back under them.
+"""Kinds of plans on the tiny model at equal cost: by layer or by head, with or without neighbours and mean frames; and what
+knowledge distillation wins back under them.
 
 folder/seed-0/plans/KIND-COST.json   the plans, all from one probing run
 folder/seed-0/rows/NAME.json         one row's figures; a finished row is never computed again
@@ -39,6 +39,7 @@ from .world import random_scene
 
 ARROW = "0,1,2,3,4"
 NEAR = ARROW + ",0~1,1~1,2~1,0~2,1~2"
+MEANS = NEAR + ",0+1,1+1,2+1,0~1+1,1~1+1,0~2+1"
 DEFAULT = "by layer, 1 2 4"  # the candidates that a search has where none are given
 KINDS = {
     DEFAULT: ("1,2,4", 1),
@@ -46,8 +47,10 @@ KINDS = {
     "by head": (ARROW, 3),
     "by layer, neighbours": (NEAR, 1),
     "by head, neighbours": (NEAR, 3),
+    "by layer, means": (MEANS, 1),
+    "by head, means": (MEANS, 3),
 }
-TRAINED = (DEFAULT, "by layer", "by head, neighbours")
+TRAINED = (DEFAULT, "by layer", "by head, neighbours", "by head, means")
 SPEEDUPS = (2.3, 3.3, 5.0)  # of the attention, by FLOPs
 STEPS = 8
 PROBED_CAPTIONS = 16
@@ -111,7 +114,7 @@ class PlanTable:
     @cached_property
     def record(self) -> ProbeRecord:
         """Errors of every candidate, from one dense run."""
-        config = SearchConfig(candidates=NEAR, captions=len(self.texts), seed=self.probing_seed)
+        config = SearchConfig(candidates=MEANS, captions=len(self.texts), seed=self.probing_seed)
         return probe(config, *self._probed, segments=STEPS, steps=STEPS, at_once=len(self.texts), device=CPU)
 
     @property

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.bench import peers
-from efficient_vdit_core.bench.frame_means import attend_with_means, density_with_means
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 LAYOUT = TokenLayout(TokenGrid(6, 8, 16))  # two blocks a frame
@@ -43,6 +42,9 @@ def test_the_share_is_what_the_peer_computes_exactly(method, density):
     assert float(seen.float().mean()) == pytest.approx(peers.routed_share(q, k, method, setting), abs=1e-6)
 
 
+MEANS = [f"arrow, {count} mean frames" for count in (1, 2, 3)]
+
+
 def test_errors_are_those_of_the_same_calls_at_the_same_density():
     def dense_peer(q, k, v, **_):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
@@ -51,24 +53,11 @@ def test_errors_are_those_of_the_same_calls_at_the_same_density():
     q, k, v = qkv()
     record.add(3, q, k, v, F.scaled_dot_product_attention(q, k, v), LAYOUT)
     rows = {row["method"]: row for row in record.rows()}
-    assert set(rows) == {peers.ARROW, peers.SOL, peers.SLA, *peers.MEANS} and {r["layer"] for r in rows.values()} == {3}
+    assert set(rows) == {peers.ARROW, *MEANS, peers.SOL, peers.SLA} and {r["layer"] for r in rows.values()} == {3}
     assert rows[peers.ARROW]["density"] == TilePattern(2).density(6)
+    assert (
+        rows[MEANS[0]]["density"] == TilePattern(2, means=1).density(6)
+        and rows[MEANS[0]]["error"] < rows[peers.ARROW]["error"]
+    )
     assert rows[peers.SOL]["density"] == pytest.approx(TilePattern(2).density(6), abs=0.06)
     assert rows[peers.SOL]["error"] < 1e-6 < 0.01 < rows[peers.ARROW]["error"]
-
-
-@pytest.mark.parametrize("pattern", [TilePattern(1), TilePattern(0, window=1), TilePattern(2, window=1)])
-def test_means_of_one_frame_are_dense_attention(pattern):
-    layout = TokenLayout(TokenGrid(5, 2, 3), prefix=2, suffix=1)
-    generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(2, 3, layout.tokens, 8, generator=generator) for _ in range(3))
-    dense = F.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(attend_with_means(q, k, v, layout, pattern, 1), dense)
-    assert density_with_means(5, pattern, 1) == 1.0
-    # Frames that are all alike lose nothing by their mean, whatever stands for how many.
-    still = torch.randn(2, 3, 6, 8, generator=generator)
-    k, v = (torch.cat([x[:, :, :2], *[still] * 5, x[:, :, -1:]], 2) for x in (k, v))
-    want = F.scaled_dot_product_attention(q, k, v)
-    for group in (2, 3, 5):
-        torch.testing.assert_close(attend_with_means(q, k, v, layout, pattern, group), want)
-        assert pattern.density(5) < density_with_means(5, pattern, group) <= 1.0

@@ -148,12 +148,13 @@ def choose_shard(layout: TokenLayout, ranks: int, patterns: Iterable[LayerPatter
     """One shard for all layers: L1 where whole frames share out evenly, else L2, else L3, for the commonest sparse
     pattern.
 
-    Full layers and those whose heads differ run on any shard, so the others count. L3 cuts frames, which costs a halo,
-    so it comes last; without such a layer there is none, and tokens are simply split evenly.
+    Full layers, those whose heads differ and those with mean frames run on any shard, so the others count. L3 cuts
+    frames, which costs a halo, so it comes last; without such a layer there is none, and tokens are simply split evenly.
     Whole frames are too coarse for shares that are not even.
     """
     frames = layout.grid.t
-    sparse = Counter(p.kinds[0] for p in patterns if len(p.kinds) == 1 and not p.is_full(frames))
+    alike = (p.kinds[0] for p in patterns if len(p.kinds) == 1 and not p.is_full(frames))
+    sparse = Counter(p for p in alike if not p.means)
     if frames % _checked(ranks) == 0 and not split.weights:
         return by_frames(layout, ranks, split)
     if not sparse:

@@ -43,9 +43,10 @@ def scheme_of(asked: str, shard: Shard, pattern: LayerPattern, heads: int, head_
     """The scheme of a layer where ``rb``, ``ulysses`` or ``auto`` was asked for: the one that sends fewer bytes in all
     (``rb`` where k P < T on even shares).
 
-    Full layers and layers whose heads differ are always ``ulysses``: under RB all heads have the same reference frames.
+    Full layers, layers whose heads differ and those with mean frames are always ``ulysses``: under RB all heads have the
+    same reference frames, and nobody sends what is left out.
     """
-    if pattern.is_full(shard.layout.grid.t) or len(pattern.kinds) != 1:
+    if pattern.is_full(shard.layout.grid.t) or len(pattern.kinds) != 1 or pattern.kinds[0].means:
         return "ulysses"
     if asked != "auto":
         return asked
