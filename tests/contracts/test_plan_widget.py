@@ -1,6 +1,7 @@
 """The page's rules for plans are those of the engine: web/js/plan_text.js and pattern.js beside plan/text.py, tiles.py and
 head_patterns.py, run by Node.js."""
 
+import itertools
 import json
 import re
 import shutil
@@ -38,6 +39,10 @@ GOOD = [
     "0-1:[0-2]1[3]full",
     "0:[0]1[1]1 1:2~0",
     "0:[1]2~1[0]1",
+    "0:1:7~1+1 1-2:2+2",
+    "all:0+1 -1:full",
+    "0:[0]1:7+1[1]2:6~1+3[2]full",
+    "all:2+0",
 ]
 GOOD += [" 1:2  0:FULL ", "0:7:1"]
 BAD = [
@@ -59,6 +64,10 @@ BAD += [
     "0-1024:2",
     "0:1~999",
     "0:1~",
+    "0:1+",
+    "0:1+99",
+    "0:1+1~1",
+    "0:full+1",
     "0:[0-1]1[3]full",
     "0:[0-1]1[1]full",
     "0:[1-0]1",
@@ -115,13 +124,13 @@ def test_both_refuse_the_same_text():
 
 @needs_node
 def test_both_place_the_same_reference_frames():
-    names = [(str(k), w) for k in range(31) for w in (0, 1, 3)]
-    every = [k + (f"~{w}" if w else "") for k, w in names]
+    names = itertools.product(map(str, range(31)), ("", "~1", "~3"), ("", "+1", "+3"))
+    every = ["".join(parts) for parts in names]
     cases = [
         (p, frames)
         for frames in range(1, 30)
         for p in ["full", *every]
-        if p == "full" or int(p.split("~")[0]) < frames + 2
+        if p == "full" or int(re.split(r"[~+]", p)[0]) < frames + 2
     ]
     body = "return data.map(([k, t]) => [referenceFrames(k, t), density(k, t), patternName(k, t), isFull(k, t)])"
     for (text, frames), (found, share, name, full) in zip(cases, in_node(body, cases), strict=True):

@@ -189,11 +189,13 @@ def test_heads_that_differ_are_timed_against_dense_attention(monkeypatch, tmp_pa
 
     monkeypatch.setattr(heads, "SHAPES", ((6, 5, 4, 16),))
     out = tmp_path / "heads.json"
-    assert main(["bench", "heads", "--repeats", "1", "--device", "cpu", "--json", str(out)]) == 0
+    assert main(["bench", "heads", "--repeats", "1", "--device", "cpu", "--backend", "parts", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 2 * len(heads.WINDOWS) * len(heads.GROUPS)
+    assert len(rows) == 2 * len(heads.NEAR) * len(heads.GROUPS)
     assert all(row["efficiency"] == pytest.approx(row["speedup"] * row["density"]) for row in rows)
-    assert {row["density"] for row in rows if (row["window"], row["groups"]) == (0, 1)} == {TilePattern(1).density(6)}
+    assert {row["density"] for row in rows if (row["window"], row["means"], row["groups"]) == (0, 0, 1)} == {
+        TilePattern(1).density(6)
+    }
 
 
 def test_one_command_tells_all_that_a_gpu_can(tmp_path):

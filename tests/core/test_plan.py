@@ -69,7 +69,7 @@ def edited(**changes) -> str:
         ("[1]", "expected an object"),
         ("{}", "schema_version"),
         (edited(schema_version="1"), "schema_version"),
-        (edited(schema_version=3), "Update the node pack"),
+        (edited(schema_version=4), "Update the node pack"),
         (edited(reference_frames=[]), "0 layers"),
         (edited(reference_frames=[1] * 10_000), "10000 layers"),
         (edited(reference_frames=[1, -2]), r"reference_frames\[1\]"),

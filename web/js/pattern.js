@@ -1,8 +1,8 @@
 /**
  * The tiles that a pattern keeps: the rules of efficient_vdit_core/tiles.py and head_patterns.py, for the page.
  *
- * A pattern is its short name: "full", "2" (k reference frames), "2~1" (and neighbours up to 1 frame away), or one for each
- * group of heads, "[0-3,7]2~1[4-6]full".
+ * A pattern is its short name: "full", "2" (k reference frames), "2~1" (and neighbours up to 1 frame away), "2~1+1" (and 1
+ * mean frame), or one for each group of heads, "[0-3,7]2~1[4-6]full".
  */
 
 export const FULL = "full";
@@ -41,19 +41,31 @@ function joinHeads(heads) {
 }
 
 function numbers(pattern) {
-  const [k, window = 0] = pattern.split("~").map(Number);
-  return { k, window };
+  const [, k, window = 0, means = 0] = /^(\d+)(?:~(\d+))?(?:\+(\d+))?$/.exec(pattern).map((part) => part && Number(part));
+  return { k, window, means };
 }
 
 /** Whether nothing is left out of `frames` latent frames. */
 export function isFull(pattern, frames) {
   return headGroups(pattern).every((group) => {
     if (group.pattern === FULL) return true;
-    const { k, window } = numbers(group.pattern);
+    const { k, window, means } = numbers(group.pattern);
     if (frames - k <= 1) return true;
-    const placed = new Set(placedFrames(k, frames));
-    const others = [...Array(frames).keys()].filter((i) => !placed.has(i));
+    if (means) return averaged(group.pattern, frames).every((row) => row.every((count) => count <= 1));
+    const others = otherFrames(k, frames);
     return window > 0 && others.at(-1) - others[0] <= window;
+  });
+}
+
+/** For each frame that is no reference frame, how many unseen frames each stretch of time has: a mean of so many. */
+function averaged(pattern, frames) {
+  const { k, window, means } = numbers(pattern);
+  const others = otherFrames(k, frames);
+  const stretch = Math.ceil(frames / means);
+  return others.map((frame) => {
+    const counts = Array(Math.ceil(frames / stretch)).fill(0);
+    for (const other of others) if (Math.abs(other - frame) > window) counts[Math.floor(other / stretch)]++;
+    return counts.filter(Boolean);
   });
 }
 
@@ -71,8 +83,8 @@ export function readableName(pattern, frames) {
 
 function nameOne(pattern, frames) {
   if (isFull(pattern, frames)) return FULL;
-  const { k, window } = numbers(pattern);
-  return `${k}:${frames - k}${window ? `~${window}` : ""}`;
+  const { k, window, means } = numbers(pattern);
+  return `${k}:${frames - k}${window ? `~${window}` : ""}${means ? `+${means}` : ""}`;
 }
 
 function placedFrames(k, frames) {
@@ -82,18 +94,24 @@ function placedFrames(k, frames) {
   return strided.length === k ? strided : all.slice(0, k).map((i) => Math.floor((i * frames) / k));
 }
 
+function otherFrames(k, frames) {
+  const placed = new Set(placedFrames(k, frames));
+  return [...Array(frames).keys()].filter((i) => !placed.has(i));
+}
+
 /** Indices of the reference frames, evenly spread, of heads that are alike. */
 export function referenceFrames(pattern, frames) {
   return isFull(pattern, frames) ? [...Array(frames).keys()] : placedFrames(numbers(pattern).k, frames);
 }
 
-/** What heads that are alike do with the tile of two frames: "reference", "own" (its window too) or "skipped". */
+/** What heads that are alike do with the tile of two frames: "reference", "own" (its window too), "mean" or "skipped". */
 export function tileKinds(pattern, frames) {
   const references = new Set(referenceFrames(pattern, frames));
-  const { window } = pattern === FULL ? { window: 0 } : numbers(pattern);
+  const { window, means } = pattern === FULL ? { window: 0, means: 0 } : numbers(pattern);
   return (row, column) => {
     if (references.has(row) || references.has(column)) return "reference";
-    return Math.abs(row - column) <= window ? "own" : "skipped";
+    if (Math.abs(row - column) <= window) return "own";
+    return means ? "mean" : "skipped";
   };
 }
 
@@ -106,7 +124,9 @@ export function density(pattern, frames) {
 function densityOne(pattern, frames) {
   if (isFull(pattern, frames)) return 1;
   const kind = tileKinds(pattern, frames);
-  let kept = 0;
-  for (let row = 0; row < frames; row++) for (let column = 0; column < frames; column++) kept += kind(row, column) !== "skipped";
+  let kept = numbers(pattern).means ? averaged(pattern, frames).flat().length : 0;
+  for (let row = 0; row < frames; row++) {
+    for (let column = 0; column < frames; column++) kept += ["reference", "own"].includes(kind(row, column));
+  }
   return kept / frames ** 2;
 }

@@ -174,7 +174,7 @@ export class PlanChart {
     this.detail.replaceChildren(
       make("b", {}, this.say("layerName", { layer })),
       make("span", {}, `${this.nameOf(pattern)}, ${percent(density(pattern, frames))}`),
-      key("reference"), key("own"), key("skipped"),
+      key("reference"), key("own"), ...(pattern.includes("+") ? [key("mean")] : []), key("skipped"),
       ...(editable ? [make("em", {}, this.say("hint"))] : []),
     );
   }
@@ -279,7 +279,7 @@ function drawTiles(svg, pattern, frames) {
   const paths = [make("path", { class: "skipped", d: everywhere })];
   for (const group of groups) {
     const kind = tileKinds(group.pattern, frames);
-    const found = { reference: "", own: "" };
+    const found = { reference: "", own: "", mean: "" };
     for (let row = 0; row < frames; row++) {
       for (let column = 0; column < frames; column++) {
         const name = kind(row, column);

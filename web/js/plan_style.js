@@ -34,6 +34,7 @@ i { flex: none; width: 9px; height: 9px; border-radius: 2px; }
 i.dashed { height: 0; border-radius: 0; border-top: 2px dashed currentColor; }
 .reference { fill: var(--pattern-full); background: var(--pattern-full); }
 .own { fill: var(--pattern-0); background: var(--pattern-0); }
+.mean { fill: color-mix(in srgb, var(--pattern-0) 45%, transparent); background: color-mix(in srgb, var(--pattern-0) 45%, transparent); }
 .skipped { fill: color-mix(in srgb, currentColor 14%, transparent); background: color-mix(in srgb, currentColor 18%, transparent); }
 .layer { display: flex; gap: 8px; }
 .tiles { flex: none; width: 84px; height: 84px; }

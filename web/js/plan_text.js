@@ -10,8 +10,9 @@ import { byHead, density, FULL, isFull, listHeads, patternName } from "./pattern
 const MAX_LAYERS = 1024;
 const MAX_HEADS = 1024;
 const MAX_WINDOW = 256;
+const MAX_MEANS = 16;
 const PART = /^(all|-?\d{1,4}|\d{1,4}-\d{1,4}):(full|\d.*|(?:\[[\d,-]+\][^[\]]+)+)$/;
-const ONE = /^(?:(full)|(\d{1,4})(?::(\d{1,4}))?(?:~(\d{1,4}))?)$/;
+const ONE = /^(?:(full)|(\d{1,4})(?::(\d{1,4}))?(?:~(\d{1,4}))?(?:\+(\d{1,4}))?)$/;
 const GROUP = /\[([\d,-]+)\]([^[\]]+)/g;
 
 /** Reads the text form. Throws an Error with {part} where it cannot. */
@@ -70,10 +71,10 @@ function readPattern(written, part) {
 
 function readOne(written, part) {
   const match = ONE.exec(written);
-  if (!match || Number(match[4] ?? 0) > MAX_WINDOW) throw unreadable(part);
-  const [, full, k, rest, window] = match;
-  const near = Number(window ?? 0) ? `~${Number(window)}` : "";
-  return { pattern: full ?? `${Number(k)}${near}`, frames: rest === undefined ? null : Number(k) + Number(rest) };
+  const [, full, k, rest, window = 0, means = 0] = match ?? [];
+  if (!match || Number(window) > MAX_WINDOW || Number(means) > MAX_MEANS) throw unreadable(part);
+  const more = [["~", window], ["+", means]].map(([sign, count]) => (Number(count) ? `${sign}${Number(count)}` : ""));
+  return { pattern: full ?? `${Number(k)}${more.join("")}`, frames: rest === undefined ? null : Number(k) + Number(rest) };
 }
 
 function unreadable(part) {
