@@ -40,9 +40,9 @@ plan and why others did not.
 SEARCH_NOTE = """## Search a plan and keep it
 
 On the tiny model: it runs with full attention at three noise levels, tries few or many reference frames, with and without neighbours \
-(`2~1`: up to 1 frame away), on every head of every layer, and takes the cheapest patterns whose error stays under the threshold. With \
-`head_groups` 1 and `candidates` 1,2,4 it is the layer-wise search of the paper. All weights ship with the pack; under a minute on a CPU. \
-Needs ComfyUI 0.3.60 or newer.
+(`1~1`: up to 1 frame away) and the mean of the frames left out (`1+1`), on every head of every layer, and takes the cheapest patterns \
+whose error stays under the threshold. With `head_groups` 1 and `candidates` 1,2,4 it is the layer-wise search of the paper. All weights \
+ship with the pack; under a minute on a CPU. Needs ComfyUI 0.3.60 or newer.
 
 **The plan** is drawn in the node after the run and saved in `models/evdit_plans` (use *Load Tile Plan* next time). *Errors of each layer* \
 is the table behind the choice; set the threshold between the layers that are to stay full and the others, or give a target speed-up.
@@ -170,7 +170,7 @@ def tiny_search() -> Graph:
         "search": Node(
             "EVDiTSearchTilePlan",
             1,
-            {"threshold": 0.2, "seed": 0, "candidates": "0,1,2,4,0~1,1~1,2~1", "head_groups": 3},
+            {"threshold": 0.2, "seed": 0, "candidates": "0,1,2,0~1,1~1,0+1,1+1,0~1+1,1~1+1", "head_groups": 3},
             measured,
         ),
         "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("model", 0), "plan": ("search", 0)}),

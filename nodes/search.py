@@ -93,8 +93,9 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                     default="1,2,4",
                     tooltip=(
                         'Numbers of reference frames to try in each layer, in latent frames, at most 16: "1,2,4". "2~1" also sees '
-                        "neighbours up to 1 frame away, which keeps motion better. Full attention is always a choice. Each adds its "
-                        "attention's time to every layer."
+                        'neighbours up to 1 frame away, which keeps motion better; "1~1+1" also sees the mean of the frames that are left '
+                        "out, which errs least at equal cost. Full attention is always a choice. Each adds its attention's time to every "
+                        "layer."
                     ),
                 ),
                 io.Conditioning.Input(

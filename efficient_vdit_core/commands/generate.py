@@ -152,7 +152,7 @@ def write(video: Video, out: Path, zoom: int, start: float) -> None:
 
 
 def load_plan(text: str | None, frames: int | None) -> TilePlan | None:
-    """A plan from "k:T-k", "k:T-k~window", "full" or a file; None stays None.
+    """A plan from "k:T-k", "k:T-k~window+means", "full" or a file; None stays None.
 
     Args:
         frames: latent frames of the video, which k:T-k must name; None skips that check.

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stages.add_argument("--config", type=Path, required=True, metavar="FILE", help="the recipe in TOML")
     recipe_forecast.add_arguments(stages)
     table = commands.add_parser("tiny-table", help="train and judge every row on the tiny world; run it again to go on")
-    plans = commands.add_parser("tiny-plans", help="judge plans by layer and by head, with and without neighbours, on the "
+    plans = commands.add_parser("tiny-plans", help="judge plans by layer and by head, with and without neighbours and mean frames, on the "
                                 "tiny world; run it again to go on")  # fmt: skip
     plans.add_argument("--seeds", type=count(1, 1000), default=3, help="default: %(default)s")
     plans.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,15 +20,18 @@ COLORS = np.array(
     [(247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107), (3, 19, 43)], dtype=np.float64
 )
 
+Marks = Callable[[np.ndarray], np.ndarray]  # where (H, W) bool -> the pixels of it that are marked
+
 
 @dataclass
 class Panel:
-    """One layer: ``share`` (T, T) of attention mass, rows are queries; a plan's ``kept`` tiles (T, T) bool; ``notes``
-    below it."""
+    """One layer: ``share`` (T, T) of attention mass, rows are queries; a plan's ``kept`` tiles (T, T) bool, and of the others
+    those that it sees in a mean, ``averaged``; ``notes`` below it."""
 
     title: str
     share: Tensor
     kept: Tensor | None = None
+    averaged: Tensor | None = None
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -40,7 +43,7 @@ def draw_panels(panels: Sequence[Panel], title: str, subtitle: str) -> np.ndarra
     width = max(columns * PANEL_WIDTH, NARROWEST)
     image = Image.new("RGB", (width, HEADER + -(-len(panels) // columns) * height), PAPER)
     draw = ImageDraw.Draw(image)
-    _header(draw, image, title, subtitle, any(p.kept is not None and not bool(p.kept.all()) for p in panels))
+    _header(draw, image, title, subtitle, _legend(panels))
     for i, panel in enumerate(panels):
         _draw_panel(draw, image, panel, (i % columns) * PANEL_WIDTH, HEADER + i // columns * height, top)
     return np.asarray(image, dtype=np.float32) / 255.0
@@ -52,24 +55,37 @@ def _columns(count: int) -> int:
     return -(-count // rows)
 
 
-def _header(draw: ImageDraw.ImageDraw, image: Image.Image, title: str, subtitle: str, hatched: bool) -> None:
+def _legend(panels: Sequence[Panel]) -> dict[str, Marks]:
+    """What the marks mean that stand in any panel."""
+    marked = [_marked(p.kept, p.averaged) for p in panels if p.kept is not None]
+    names = {_hatching: "left out by the plan", _dots: "seen in a mean"}
+    return {name: marks for marks, name in names.items() if any(bool(tiles[marks].any()) for tiles in marked)}
+
+
+def _marked(kept: Tensor, averaged: Tensor | None) -> dict[Marks, np.ndarray]:
+    """The tiles (T, T) bool under each kind of marks."""
+    means = np.zeros(kept.shape, dtype=bool) if averaged is None else averaged.numpy()
+    return {_hatching: ~kept.numpy() & ~means, _dots: means}
+
+
+def _header(draw: ImageDraw.ImageDraw, image: Image.Image, title: str, subtitle: str, legend: dict[str, Marks]) -> None:
     draw.text((MARGIN, 14), title, font=_font(25), fill=INK)
     draw.text((MARGIN, 50), subtitle, font=_font(16), fill=FAINT)
-    if hatched:
-        right, size = image.width - MARGIN, 18
-        text = "left out by the plan"
+    size = 18
+    for line, (text, marks) in enumerate(legend.items()):
+        right, upper = image.width - MARGIN, 20 + 26 * line
         left = right - int(draw.textlength(text, font=_font(16))) - size - 8
         swatch = np.full((size, size, 3), COLORS[1], dtype=np.uint8)
-        swatch[_hatching(np.ones((size, size), dtype=bool))] = EDGE
-        image.paste(Image.fromarray(swatch), (left, 20))
-        draw.rectangle((left - 1, 19, left + size, 20 + size), outline=EDGE)
-        draw.text((right, 29), text, font=_font(16), fill=INK, anchor="rm")
+        swatch[marks(np.ones((size, size), dtype=bool))] = EDGE
+        image.paste(Image.fromarray(swatch), (left, upper))
+        draw.rectangle((left - 1, upper - 1, left + size, upper + size), outline=EDGE)
+        draw.text((right, upper + 9), text, font=_font(16), fill=INK, anchor="rm")
 
 
 def _draw_panel(draw: ImageDraw.ImageDraw, image: Image.Image, panel: Panel, x: int, y: int, top: float) -> None:
     left, upper = x + LEFT, y + TOP
     draw.text((left, upper - 12), panel.title, font=_font(21), fill=INK, anchor="ls")
-    image.paste(_heat_map(panel.share, panel.kept, top), (left, upper))
+    image.paste(_heat_map(panel, top), (left, upper))
     if panel.kept is not None:
         _outline(draw, panel.kept, left, upper)
     draw.rectangle((left - 1, upper - 1, left + MAP, upper + MAP), outline=FAINT)
@@ -79,11 +95,12 @@ def _draw_panel(draw: ImageDraw.ImageDraw, image: Image.Image, panel: Panel, x: 
         draw.text((left, upper + MAP + 58 + line * LINE), note, font=_font(16), fill=INK)
 
 
-def _heat_map(share: Tensor, kept: Tensor | None, top: float) -> Image.Image:
-    at = np.arange(MAP) * len(share) // MAP
-    pixels = _colors(np.sqrt(share.double().numpy() / top))[at][:, at]
-    if kept is not None:
-        pixels[_hatching(~kept.numpy()[at][:, at])] = EDGE
+def _heat_map(panel: Panel, top: float) -> Image.Image:
+    at = np.arange(MAP) * len(panel.share) // MAP
+    pixels = _colors(np.sqrt(panel.share.double().numpy() / top))[at][:, at]
+    if panel.kept is not None:
+        for marks, tiles in _marked(panel.kept, panel.averaged).items():
+            pixels[marks(tiles[at][:, at])] = EDGE
     return Image.fromarray(pixels)
 
 
@@ -91,6 +108,12 @@ def _hatching(where: np.ndarray) -> np.ndarray:
     """The pixels of slanted lines within ``where`` (H, W) bool."""
     rows, columns = np.indices(where.shape)
     return where & ((rows + columns) % HATCH == 0)
+
+
+def _dots(where: np.ndarray) -> np.ndarray:
+    """The pixels of small dots within ``where`` (H, W) bool."""
+    rows, columns = np.indices(where.shape)
+    return where & (rows % HATCH < 2) & (columns % HATCH < 2)
 
 
 def _outline(draw: ImageDraw.ImageDraw, kept: Tensor, left: int, upper: int) -> None:

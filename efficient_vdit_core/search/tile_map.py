@@ -8,7 +8,7 @@ import numpy as np
 
 from ..plan import TilePlan
 from .draw import Panel, draw_panels
-from .tile_mass import LEVELS, TileMass, kept_tiles
+from .tile_mass import LEVELS, TileMass, averaged_tiles, kept_tiles
 
 
 def tile_map(
@@ -39,7 +39,8 @@ def tile_map(
     for layer, mass in sorted(measured.items()):
         notes = _notes(layer, mass, depth, plan, other[layer] if other else None)
         pattern = plan.pattern(layer, depth).scaled(plan.frames, frames) if plan else None
-        panels.append(Panel(f"Layer {layer}", mass.share, kept_tiles(pattern, frames) if pattern else None, notes))
+        marks = (kept_tiles(pattern, frames), averaged_tiles(pattern, frames)) if pattern else (None, None)
+        panels.append(Panel(f"Layer {layer}", mass.share, *marks, notes))
         lines += ["", f"Layer {layer}", *(f"  {note}" for note in notes)]
     subtitle = "Share of each query frame's attention, in percent; colour grows with its square root."
     return draw_panels(panels, "Attention between frames", subtitle), "\n".join(lines)
@@ -53,7 +54,8 @@ def _notes(layer: int, mass: TileMass, depth: int, plan: TilePlan | None, other:
         notes.append(f"text and other tokens {float(mass.extra.mean()):.1%}")
     if plan is not None:
         pattern = plan.pattern(layer, depth).scaled(plan.frames, frames)
-        keeps = f"keeps {mass.kept(pattern):.1%} in {pattern.density(frames):.0%} of the tiles"
+        rest = ", means of the rest" if any(alike.means for alike in pattern.kinds) else ""
+        keeps = f"keeps {mass.kept(pattern):.1%} in {pattern.density(frames):.0%} of the tiles{rest}"
         name = pattern.name(frames)
         notes += [f"plan {name} {keeps}"] if len(pattern.kinds) == 1 else [name, f"plan {keeps}"]
     if other is not None:

@@ -164,6 +164,15 @@ def kept_tiles(pattern: LayerPattern, frames: int) -> Tensor:
     return kept
 
 
+def averaged_tiles(pattern: LayerPattern, frames: int) -> Tensor:
+    """(T, T) bool: the tiles that no head computes under ``pattern``, and some head sees in a mean frame."""
+    averaged = torch.zeros(frames, frames, dtype=torch.bool)
+    for alike in pattern.kinds:
+        for frame, means in alike.mean_frames(frames).items():
+            averaged[frame, [g for mean in means for g in mean]] = True
+    return averaged & ~kept_tiles(pattern, frames)
+
+
 def choose_layers(text: str, depth: int, most: int) -> tuple[int, ...]:
     """Read ``0,5,-1`` or ``0-3`` for a model of ``depth`` layers. Raises ValueError for others, none, or over
     ``most``."""

@@ -10,7 +10,7 @@ from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.search.draw import EDGE, HEADER, LEFT, MAP, TOP
 from efficient_vdit_core.search.tile_map import tile_map
-from efficient_vdit_core.search.tile_mass import MassRecord, choose_layers, kept_tiles, make_mass_override, tile_mass
+from efficient_vdit_core.search.tile_mass import MassRecord, averaged_tiles, choose_layers, kept_tiles, make_mass_override, tile_mass
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 T, S, HEADS, DIM = 5, 6, 2, 8
@@ -120,6 +120,19 @@ def test_the_picture_shows_what_is_large_and_what_is_left_out():
     kept = kept_tiles(TilePattern(1), T).numpy()
     assert marked[~kept].min() > 0.08 > 0.04 > marked[kept].max()
     assert "plan 1:4 keeps" in text and plain.dtype == np.float32 and 0 <= plain.min() and plain.max() <= 1
+
+
+def test_what_is_seen_in_a_mean_is_dotted_and_named():
+    q, k = qk()
+    mass = tile_mass(q, k, LAYOUT, rows=S)
+    pattern = TilePattern(1, means=1)
+    averaged = averaged_tiles(pattern, T)
+    assert torch.equal(averaged, ~kept_tiles(TilePattern(1), T)) and not averaged_tiles(TilePattern(1), T).any()
+    dotted, text = tile_map({0: mass}, 6, TilePlan(uniform_pattern=pattern))
+    hatched, _ = tile_map({0: mass}, 6, TilePlan.uniform(1))
+    marked = [(np.abs(picture - np.array(EDGE) / 255).max(-1) < 0.01).mean() for picture in (dotted, hatched)]
+    assert 0 < marked[0] < marked[1]
+    assert "plan 1:4+1 keeps" in text and "of the tiles, means of the rest" in text
 
 
 def test_a_plan_for_a_longer_clip_is_drawn_as_it_would_run():

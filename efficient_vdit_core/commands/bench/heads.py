@@ -1,4 +1,4 @@
-"""evdit bench heads: heads that differ, with and without neighbours."""
+"""evdit bench heads: heads that differ, with and without neighbours and mean frames."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from .device import device_named
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
-    heads = commands.add_parser("heads", help="heads that differ, with and without neighbours, against dense attention")
+    heads = commands.add_parser(
+        "heads", help="heads that differ, with and without neighbours and mean frames, against dense attention"
+    )
     heads.add_argument(
         "--backend",
         choices=("auto", "frames", "triton", "flex", "parts"),
@@ -26,13 +28,13 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
 
     device = device_named(args.device)
     say(
-        f"{'dtype':<9} {'frames x tokens':<16} {'window':>6} {'groups':>6} {'density':>7} {'speed-up':>8} {'of ideal':>8}"
+        f"{'dtype':<9} {'frames x tokens':<16} {'window':>6} {'means':>6} {'groups':>6} {'density':>7} {'speed-up':>8} {'of ideal':>8}"
     )
 
     def row(r: dict[str, Any]) -> None:
         shape = f"{r['frames']} x {r['tokens_per_frame']}"
         say(
-            f"{r['dtype']:<9} {shape:<16} {r['window']:>6} {r['groups']:>6} {r['density']:>7.2f} {r['speedup']:>7.2f}x "
+            f"{r['dtype']:<9} {shape:<16} {r['window']:>6} {r['means']:>6} {r['groups']:>6} {r['density']:>7.2f} {r['speedup']:>7.2f}x "
             f"{r['efficiency']:>8.2f}"
         )
 
