@@ -24,12 +24,13 @@ def plans() -> dict[str, TilePlan]:
 def test_every_family_has_a_preset_of_its_name_and_others_are_stronger():
     families = {plan.family for plan in plans().values()}
     assert families == known_families() and families <= set(preset_names())
-    assert set(preset_names()) - families == {"minimax_h3_strong"}
+    assert set(preset_names()) - families == {"minimax_h3_strong", *WITH_MEANS}
 
 
 # At the longest clip that it was chosen for, a preset leaves about half of the tiles, a strong one a fifth. MiniMax-H3's
 # distance of five is set by its latents and not by that share.
 SHARES = {"minimax_h3": (0.37, 0.38), "minimax_h3_strong": (0.2, 0.21)}
+WITH_MEANS = {f"{family}_means": family for family in ("hunyuan_video", "ltx_av", "minimax_h3", "wan")}
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -38,13 +39,16 @@ def test_a_preset_is_marked_and_leaves_the_share_that_it_names(name):
     assert plan.provenance["method"] == "preset, not searched"
     assert plan.frames and f"= {plan.frames} latent frames" in plan.provenance["chosen_for"]
     density = plan.pattern(5, 30).density(plan.frames)
-    least, most = SHARES.get(name, (0.4, 0.6))
+    plain = (
+        TilePlan.load(preset_path(WITH_MEANS[name])).pattern(5, 30).density(plan.frames) if name in WITH_MEANS else 0
+    )
+    least, most = (0.2, 0.85 * plain) if plain else SHARES.get(name, (0.4, 0.6))
     assert least <= density <= most and density == pytest.approx(plan.provenance["tile_density_there"], abs=6e-4)
     assert [plan.pattern(i, 30).k for i in (0, 1, 29)] == [None] * 3 and plan.pattern(2, 30).k == plan.pattern(28, 30).k
     assert TilePlan.from_text(plan.to_text()).patterns == plan.patterns
 
 
-@pytest.mark.parametrize(("name", "distance"), [("minimax_h3", 5), ("minimax_h3_strong", 10)])
+@pytest.mark.parametrize(("name", "distance"), [("minimax_h3", 5), ("minimax_h3_strong", 10), ("minimax_h3_means", 10)])
 @pytest.mark.parametrize("frames", [2, 7, 37, 72, 107])
 def test_minimax_h3_s_reference_frames_hold_a_single_pixel_frame(name, distance, frames):
     """Of each five latent frames the first holds one pixel frame: clips of 17k + 5 frames are 5k + 2 latent ones."""

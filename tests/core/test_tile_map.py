@@ -10,7 +10,14 @@ from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.search.draw import EDGE, HEADER, LEFT, MAP, TOP
 from efficient_vdit_core.search.tile_map import tile_map
-from efficient_vdit_core.search.tile_mass import MassRecord, averaged_tiles, choose_layers, kept_tiles, make_mass_override, tile_mass
+from efficient_vdit_core.search.tile_mass import (
+    MassRecord,
+    averaged_tiles,
+    choose_layers,
+    kept_tiles,
+    make_mass_override,
+    tile_mass,
+)
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 T, S, HEADS, DIM = 5, 6, 2, 8

@@ -93,7 +93,7 @@ def facts(name: str, case: Case) -> dict:
     weights = {key: value.clone() for key, value in model.model.diffusion_model.state_dict().items()}
     pattern = tiles.TilePattern
     depth, heads = (count(model.model.diffusion_model) for count in (family.depth, family.head_count))
-    several = head_patterns.by_head([pattern(1), *[pattern(None)] * (heads - 1)])
+    several = head_patterns.by_head([pattern(1, means=1), *[pattern(None)] * (heads - 1)])
     found, dense = {}, run(model, case)
     for words, plan in (
         ("one reference", plans.TilePlan.uniform(1)),
