@@ -111,6 +111,7 @@ def check_expert(config: DistillConfig) -> None:
     """Raises ValueError for what one of two networks cannot do alone: sample."""
     what = {
         "method score, which samples": config.method == "score",
+        "objective.states on the way down": getattr(config.objective, "states", "data") != "data",
         f'data.source "{config.data.source}", which samples': config.data.source == "teacher",
         "training.samples_every, which samples": bool(config.training.samples_every),
     }

@@ -8,11 +8,13 @@ prediction. Hidden states differ in size from layer to layer, so each difference
     |v'|^2
 
 It is trained at the times at which the sampler will ask: the edges of the segments, and the sub-steps where there are
-more. Features are compared layer by layer, as `features` says; what has weight 0 is not looked at.
+more; and at noised clips, as in the paper, or at the states that one of the two meets there on its own way down from noise.
+Features are compared layer by layer, as `features` says; what has weight 0 is not looked at.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,18 +25,25 @@ import torch
 from torch import Tensor
 
 from ..limits.numbers import whole
+from ..limits.quote import quoted
 from ..parallel.sharding.wire import Wire
 from ..sampling.path import NoisePath
 from ..sampling.schedule import segment_edges
 from ..training import StepLoss
+from .consistency import pick
 from .features import FeatureTap, LayerLosses, relative_square
 from .lora_files import changed
+from .rollout import trajectory
+
+DATA, TEACHER, STUDENT = "data", "teacher", "student"
+STATES = (DATA, TEACHER, STUDENT)
 
 
 @dataclass(frozen=True)
 class KnowledgeConfig:
     """plan: ``k:T-k`` or a plan file. segments: what the teacher was distilled for, 0 = as its metadata says; steps:
-    the sampler's, 0 = segments. attention, mlp, prediction: the weights of the three losses; 0 leaves one out.
+    the sampler's, 0 = segments. attention, mlp, prediction: the weights of the three losses; 0 leaves one out. states:
+    where they are taken: at noised clips of the ``data``, or on the way down of the ``teacher`` or the ``student``.
     """
 
     plan: str = ""
@@ -43,6 +52,7 @@ class KnowledgeConfig:
     attention: float = 1.0
     mlp: float = 1.0
     prediction: float = 1.0
+    states: str = DATA
 
     def __post_init__(self) -> None:
         weights = (self.attention, self.mlp, self.prediction)
@@ -52,6 +62,10 @@ class KnowledgeConfig:
             )
         whole(self.segments, "segments", 0, 1000, "0 = as the teacher says. Correct the configuration.")
         whole(self.steps, "steps", 0, 1000, "0 = one in each segment. Correct the configuration.")
+        if self.states not in STATES:
+            raise ValueError(
+                f"states is {quoted(self.states)}, expected one of {', '.join(STATES)}. Correct the configuration."
+            )
 
 
 class KnowledgeLoss:
@@ -59,6 +73,7 @@ class KnowledgeLoss:
 
     Args:
         student, teacher: (z, network time (B,), condition) -> raw output.
+        prediction: what the raw output means, as of ``NoisePath``; asked for where the states are not the data's.
         serves: tells of timesteps whether a step from there is the network's; others are not learnt at.
         student_tap, teacher_tap: their attention and MLP modules, under the names ``attention`` and ``mlp``.
         wire: as of ``LayerLosses``, where processes share out a clip; predictions are whole on each.
@@ -74,12 +89,14 @@ class KnowledgeLoss:
         teacher: Callable[..., Tensor],
         student_tap: FeatureTap,
         teacher_tap: FeatureTap,
+        prediction: str = "",
         serves: Callable[[Tensor], Tensor] | None = None,
         wire: Wire | None = None,
     ) -> None:
         self.wire = wire
         self.config, self.path, self.student, self.teacher = config, path, student, teacher
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
+        self.prediction, self.segments = prediction, segments
         self._listening = ExitStack()
         times = segment_edges(segments, config.steps or segments, start=path.start, clean=path.clean)[:-1]
         self.times = times if serves is None else times[serves(times)]
@@ -87,10 +104,13 @@ class KnowledgeLoss:
 
     def __call__(self, x: Tensor, condition: Any, generator: torch.Generator) -> StepLoss:
         """``x`` (B, ...) float32 clean latents. The parts of the result are the losses before their weights."""
-        z, time = self._noised(x, generator)
         weights = {"attention": self.config.attention, "mlp": self.config.mlp}
         names, layers = [name for name, weight in weights.items() if weight], LayerLosses(self.wire)
         self._listening.close()
+        if self.config.states == DATA:
+            z, time = self._noised(x, generator)
+        else:
+            z, time, condition = self._met(x, condition, generator)
         with torch.no_grad(), self.teacher_tap.open(layers.keep, names):
             expected = self.teacher(z, time, condition).float()
         # Until the gradient is taken, because checkpointed blocks run again on the way.
@@ -112,6 +132,25 @@ class KnowledgeLoss:
         shape = (-1, *[1] * (x.ndim - 1))
         z = self.a[index].to(x).view(shape) * x + self.s[index].to(x).view(shape) * noise
         return z, self.path.network_time(self.times[index]).to(x.device)
+
+    def _met(self, x: Tensor, condition: Any, generator: torch.Generator) -> tuple[Tensor, Tensor, Any]:
+        """z (B, ...) and the network's time (B,) on ways down from noise, and their condition.
+
+        A way, of one of the batch's first captions, is met once at each time. So the ways cost at most as many forwards as
+        there are times, of one example for each of them.
+        """
+        count, entries = len(self.times), torch.arange(len(x))
+        way, offset = entries // count, torch.randint(count, (1,), generator=generator)
+        place, ways = (entries + offset) % count, way.unique()
+        ask, own = (self.teacher if self.config.states == TEACHER else self.student), pick(condition, ways.to(x.device))
+        noise = torch.randn((len(ways), *x.shape[1:]), generator=generator).to(x)
+        down = trajectory(
+            lambda z, time: ask(z, time, own).float(), self.path, self.prediction, noise,
+            segments=self.segments, steps=self.config.steps or self.segments,
+        )  # fmt: skip
+        states = torch.stack([noise, *(z for _, z in itertools.islice(down, count - 1))])
+        time = self.path.network_time(self.times[place]).to(x.device)
+        return states[place.to(x.device), way.to(x.device)], time, pick(condition, way.to(x.device))
 
 
 def merge_deltas(base: dict[str, Tensor], *tuned: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -251,7 +251,7 @@ def make_objective(
     return KnowledgeLoss(
         config.objective, model.path, segments=about.segments, teacher=teach, student=learn, serves=model.serves,
         student_tap=model.tap(bare), teacher_tap=model.tap(bare if teacher is None else teacher),
-        wire=group.wire if group else None,
+        prediction=model.prediction, wire=group.wire if group else None,
     )  # fmt: skip
 
 

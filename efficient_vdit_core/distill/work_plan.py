@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import DistillConfig
+from .knowledge import DATA
 from .memory_plan import FusedAttention, meta_inputs, meta_student
 from .open_model import open_model
 
@@ -47,7 +48,7 @@ def _example(stage: DistillConfig, asked: float, learnt: float) -> float:
     """FLOPs of one example, from those of a forward without gradient and of one with its backward."""
     objective = stage.objective
     if stage.method == "knowledge":
-        return asked + learnt
+        return asked + learnt + (asked if objective.states != DATA else 0.0)
     teacher = asked if objective.guidance is None else 2 * asked
     consistency = teacher + asked + learnt
     if stage.method == "consistency":

@@ -2,6 +2,7 @@
 knowledge."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -36,6 +37,7 @@ from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.sampling.path import FlowPath
 from efficient_vdit_core.training import StepLoss
 
 SMALL = DiTConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, caption_channels=8, sample_size=(4, 4), sample_size_t=4,
@@ -716,3 +718,67 @@ def test_the_average_counts_the_students_steps_alone(base, tmp_path):
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     name = next(n for n in state["ema"] if n.endswith("attn1.to_q.lora_up"))
     assert torch.equal(state["ema"][name], state["model"][name])
+
+
+@pytest.mark.parametrize("states", ["teacher", "student"])
+@pytest.mark.parametrize("batch", [3, 4, 10])
+def test_knowledge_is_learnt_at_what_a_network_meets_on_its_way(states, batch):
+    """By hand: the flow path's clean guess, put back onto the next edge with the noise that it implies."""
+    asked, path, edges = [], FlowPath(), [1.0, 0.75, 0.5, 0.25]
+    layer = torch.nn.Linear(3, 3)
+    nets = {"teacher": lambda z, time, c: z * 0.5 + c[0], "student": lambda z, time, c: layer(z) * 0 + z * 0.2 - c[0]}
+
+    def noted(name):
+        def net(z, time, condition):
+            asked.append((name, z.detach().clone(), time, condition))
+            return nets[name](z, time, condition)
+
+        return net
+
+    loss = KnowledgeLoss(
+        KnowledgeConfig(attention=0, mlp=0, states=states), path, segments=4, student=noted("student"), teacher=noted("teacher"),
+        student_tap=FeatureTap({}), teacher_tap=FeatureTap({}), prediction="flow",
+    )  # fmt: skip
+    captions = (torch.arange(batch, dtype=torch.float32)[:, None], [None])
+    loss(torch.zeros(batch, 3), captions, torch.Generator().manual_seed(4)).release()
+    *ways, (_, z, time, condition), (_, same, *_) = asked
+    assert {name for name, *_ in ways} == {states} and len(ways) == 3 and torch.equal(z, same)
+    assert ways[0][1].shape[0] == -(-batch // 4) and len(z) == batch
+    sigmas = time / path.network_time(torch.tensor([path.start], dtype=torch.float64))
+    for row, sigma in zip(range(batch), sigmas.tolist(), strict=True):
+        caption = condition[0][row]
+        assert caption == row // 4
+        state = ways[0][1][row // 4]
+        for here, there in itertools.pairwise(edges):
+            if here <= sigma + 1e-6:
+                break
+            out = nets[states](state, None, (caption,)).detach()
+            state = state - (here - there) * out
+        torch.testing.assert_close(z[row], state, atol=1e-5, rtol=1e-5)
+    if batch >= 4:
+        assert set(sigmas.tolist()) == set(edges)
+
+
+def test_a_run_on_the_students_ways_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
+    run = config(base, "knowledge", steps=4, objective={"states": "student"}, training={"save_every": 2})
+    whole, _ = read_state_dict(trainer.distill(run, tmp_path / "whole"))
+    call = KnowledgeLoss.__call__
+    calls = []
+
+    def stopped(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return call(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.KnowledgeLoss, "__call__", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.distill(run, tmp_path / "parts")
+    again, _ = read_state_dict(trainer.distill(run, tmp_path / "parts"))
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+def test_unknown_states_are_refused():
+    with pytest.raises(ValueError, match="states is 'dream', expected one of data, teacher, student"):
+        KnowledgeConfig(states="dream")
