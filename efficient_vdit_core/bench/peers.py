@@ -3,8 +3,8 @@
 The peer is comfy-kitchen's ``sol_attn`` in its eager form, which defines the algorithm in full precision and runs on a
 CPU. It routes blocks of 64 keys for each block of 64 queries and head, by a threshold (sol-attn) or as the best share
 (sla), and puts one pooled term in the place of every block that it leaves out. Density is the share of blocks that it
-computes exactly; the pooled terms come on top. The arrow mask stands there as it is, and with mean frames for what it leaves
-out, which count as frames.
+computes exactly; the pooled terms come on top. The arrow mask stands there as it is, with mean frames for what it leaves
+out, which count as frames, and as the plan that a search by head finds on other prompts and noise.
 
 Shapes: q, k, v (B, H, N, D).
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,19 @@ import torch
 from torch import Tensor
 
 from ..attention import TokenLayout, simplest_backend, tile_attention
-from ..search.probe import relative_error
+from ..head_patterns import LayerPattern
+from ..plan import TilePlan
+from ..plan.tile_plan import ANY_FAMILY
+from ..search.plan_from_record import plan_from_record
+from ..search.probe import ProbeRecord, relative_error
 from ..tiles import TilePattern
 
 BLOCK = 64
 SOL, SLA, ARROW = "sol-attn", "sla", "arrow"
 MEANS = (1, 2, 3)  # mean frames, beside the arrow mask
+SEARCHED = "plan by head"
+CANDIDATES = "0,1,2,0~1,1~1,2~1,0~2,1~2,0+1,0+3,0~1+1,0~1+3,1~1+1,1~1+3,0~2+3,1~2+3"  # of its search
+GROUPS = 3
 # Coarse enough not to end on the very score of a block, where rounding would decide.
 _BISECTIONS = 12
 _LEAST_VARIANCE = 1e-6
@@ -50,6 +57,7 @@ class PeerRecord:
 
     references: tuple[int, ...]
     attend: Callable[..., Tensor]
+    plans: Mapping[int, TilePlan] = field(default_factory=dict)  # of the same cost as so many reference frames
     layout: TokenLayout | None = None
     errors: dict[tuple[int, int, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     densities: dict[tuple[int, str], list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -66,6 +74,10 @@ class PeerRecord:
                 share = ours.flop_density(layout.grid, layout.prefix + layout.suffix)
                 method = f"{ARROW}, {means} mean frames" if means else ARROW
                 self._note(layer, count, method, share, relative_error(found, exact))
+            if count in self.plans:
+                plan = self.plans[count]
+                found = tile_attention(q, k, v, layout, plan.pattern(layer), backend=_exactly(plan.pattern(layer)))
+                self._note(layer, count, SEARCHED, plan.density(layout.grid.t), relative_error(found, exact))
             for method in (SOL, SLA):
                 setting = _setting(q, k, method, density)
                 routed = _routed(self.attend, q, k, v, method, setting)
@@ -88,6 +100,23 @@ class PeerRecord:
             }
             for (layer, count, method), values in sorted(self.errors.items())
         ]
+
+
+def searched_plans(record: ProbeRecord, references: tuple[int, ...], layers: int, heads: int) -> dict[int, TilePlan]:
+    """The plans by head of a finished probing run that cost as much as so many reference frames in every layer."""
+    assert record.layout is not None
+    grid, extra = record.layout.grid, record.layout.prefix + record.layout.suffix
+    return {
+        count: plan_from_record(
+            record, layers=layers, family=ANY_FAMILY, heads=heads, groups=GROUPS,
+            speedup=1 / TilePattern(count).flop_density(grid, extra),
+        )
+        for count in references
+    }  # fmt: skip
+
+
+def _exactly(pattern: LayerPattern) -> dict[TilePattern, str]:
+    return {alike: simplest_backend(alike) for alike in pattern.kinds}
 
 
 def routed_share(q: Tensor, k: Tensor, method: str, setting: float) -> float:

@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.bench import peers
+from efficient_vdit_core.search.candidates import parse_candidates
+from efficient_vdit_core.search.probe import ProbeRecord, make_probe_override
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 LAYOUT = TokenLayout(TokenGrid(6, 8, 16))  # two blocks a frame
@@ -59,5 +62,23 @@ def test_errors_are_those_of_the_same_calls_at_the_same_density():
         rows[MEANS[0]]["density"] == TilePattern(2, means=1).density(6)
         and rows[MEANS[0]]["error"] < rows[peers.ARROW]["error"]
     )
+    assert peers.SEARCHED not in rows
     assert rows[peers.SOL]["density"] == pytest.approx(TilePattern(2).density(6), abs=0.06)
     assert rows[peers.SOL]["error"] < 1e-6 < 0.01 < rows[peers.ARROW]["error"]
+
+
+def test_a_searched_plan_costs_no_more_and_errs_less():
+    probed = ProbeRecord(parse_candidates(peers.CANDIDATES))
+    look = make_probe_override(probed)
+    attend = lambda q, k, v, heads, **_: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
+    for seed in (1, 2):
+        options = {FORWARD_KEY: ForwardState(layout=LAYOUT, depth=1), "block_index": 0}
+        look(attend, *qkv(seed), 2, skip_reshape=True, skip_output_reshape=True, transformer_options=options)
+    plans = peers.searched_plans(probed, (1, 2), layers=1, heads=2)
+    record = peers.PeerRecord((1, 2), lambda q, k, v, **_: v, plans)
+    q, k, v = qkv()
+    record.add(0, q, k, v, F.scaled_dot_product_attention(q, k, v), LAYOUT)
+    for count in (1, 2):
+        rows = {row["method"]: row for row in record.rows() if row["reference_frames"] == count}
+        assert rows[peers.SEARCHED]["density"] <= rows[peers.ARROW]["density"] + 1e-9
+        assert rows[peers.SEARCHED]["error"] < rows[peers.ARROW]["error"]

@@ -13,12 +13,19 @@ PEERS_PROMPTS = (
     "a red circle moving right fast on a white background",
     "a blue square moving up slowly on a black background",
 )
+SEARCH_PROMPTS = (
+    "a green triangle moving left on a gray background",
+    "a yellow circle moving down slowly on a purple background",
+)
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
     peers = commands.add_parser("peers", help="the arrow mask beside ComfyUI's own sparse attention, at equal density")
     peers.add_argument("--model", default="tiny", help="a built-in model or a folder, default: %(default)s")
     peers.add_argument("--prompt", action="append", help="default: two of the tiny world")
+    peers.add_argument(
+        "--search-prompt", action="append", help="what the plans are searched on, default: two others of the tiny world"
+    )
     peers.add_argument("--frames", type=count(5, 10_000), default=93, help="default: %(default)s, 24 latent frames")
     peers.add_argument(
         "--size", type=count(64, 8192), nargs=2, default=(128, 256), metavar=("H", "W"), help="default: 128 256"
@@ -29,19 +36,26 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
-    from ...bench.peers import PeerRecord, peer
+    from ...bench.peers import CANDIDATES, PeerRecord, peer, searched_plans
     from ...pipeline import Pipeline
+    from ...search.candidates import parse_candidates
+    from ...search.probe import ProbeRecord, make_probe_override
     from ...search.watch import make_watching_override
 
-    record = PeerRecord(tuple(args.references), peer())
+    references, attend = tuple(args.references), peer()
     device = device_named(args.device)
     pipeline = Pipeline.from_model(args.model, device=str(device), dtype="float32")
     height, width = args.size
     choices = {"frames": args.frames, "height": height, "width": width, "steps": args.steps, "segments": args.steps}
-    requests = [
-        pipeline.request(prompt, guidance=1.0, seed=args.seed, **choices) for prompt in args.prompt or PEERS_PROMPTS
-    ]
-    for request in requests:
+    probed = ProbeRecord(parse_candidates(CANDIDATES))
+    for prompt in args.search_prompt or SEARCH_PROMPTS:
+        request = pipeline.request(prompt, guidance=1.0, seed=args.seed + 1, **choices)
+        pipeline.observe(request, make_probe_override(probed))
+    config = pipeline.transformer.config
+    plans = searched_plans(probed, references, config.num_layers, config.num_attention_heads)
+    record = PeerRecord(references, attend, plans)
+    for prompt in args.prompt or PEERS_PROMPTS:
+        request = pipeline.request(prompt, guidance=1.0, seed=args.seed, **choices)
         pipeline.observe(request, make_watching_override(record.add))
     rows = record.rows()
     assert record.layout is not None
