@@ -49,7 +49,7 @@ MODELS = {
         minimax_h3.DEPTH,
         minimax_h3.DEPTH * minimax_h3.WEIGHTS_PER_BLOCK,
         {name: clip.layout for name, clip in minimax_h3.CLIPS.items()},
-        ("minimax_h3", "minimax_h3_strong"),
+        ("minimax_h3", "minimax_h3_strong", "minimax_h3_means"),
     ),
     "wan_14b": Model(
         40,
@@ -57,7 +57,7 @@ MODELS = {
         40,
         11_953_766_400,
         {"832x480-81f": _clip(21, 832, 480, 16), "1280x720-81f": _clip(21, 1280, 720, 16)},
-        ("wan",),
+        ("wan", "wan_means"),
     ),
     "ltx2": Model(
         32,
@@ -69,7 +69,7 @@ MODELS = {
             "1920x1088-121f": _clip(16, 1920, 1088, 32),
             "1920x1088-241f": _clip(31, 1920, 1088, 32),
         },
-        ("ltx_av",),
+        ("ltx_av", "ltx_av_means"),
     ),
 }
 
