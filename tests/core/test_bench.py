@@ -88,12 +88,13 @@ def test_minimax_h3_s_bounds_are_amdahl_s(clip, share, bounds):
 
 def test_a_preset_s_bound_counts_its_dense_layers():
     """Wan 14B, 81 frames of 1280x720: 6:15 in 37 of 40 layers."""
-    (row,) = preset_bounds("wan_14b", "1280x720-81f")
+    row, means = preset_bounds("wan_14b", "1280x720-81f")
     tiles = 1 - 15 * 14 / 21**2
     assert row["attention_left"] == pytest.approx((37 * tiles + 3) / 40) and row["pattern"] == "6:15"
     share = row["attention_share"]
     assert row["bound"] == pytest.approx(1 / (1 - share * (1 - row["attention_left"]))) and 0.6 < share < 0.8
     assert row["int8_alone"] == pytest.approx(1 / (1 - share / 2)) and 1 < row["with_int8"] < row["bound"]
+    assert means["pattern"] == "2:19~1+3" and means["attention_left"] < row["attention_left"]
     h3 = {r["preset"]: r for r in preset_bounds("minimax_h3", "1344x768-10s")}
     assert h3["minimax_h3"]["pattern"] == "15:57" and h3["minimax_h3_strong"]["pattern"] == "8:64"
 
