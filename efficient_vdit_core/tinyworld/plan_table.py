@@ -1,7 +1,7 @@
 """Kinds of plans on the tiny model at equal cost: by layer or by head, with or without neighbours and mean frames; and what
 knowledge distillation wins back under them.
 
-folder/seed-0/plans/KIND-COST.json   the plans, all from one probing run
+folder/seed-0/plans/KIND-COST.json   the plans, from a probing run with mean frames and one without
 folder/seed-0/rows/NAME.json         one row's figures; a finished row is never computed again
 """
 
@@ -39,7 +39,7 @@ from .world import random_scene
 
 ARROW = "0,1,2,3,4"
 NEAR = ARROW + ",0~1,1~1,2~1,0~2,1~2"
-MEANS = NEAR + ",0+1,1+1,2+1,0~1+1,1~1+1,0~2+1"
+MEANS = "0,1,2,0~1,1~1,0~2,0+1,1+1,2+1,0~1+1,1~1+1,0~2+1,0+2,1+2,0~1+2,1~1+2"
 DEFAULT = "by layer, 1 2 4"  # the candidates that a search has where none are given
 KINDS = {
     DEFAULT: ("1,2,4", 1),
@@ -93,6 +93,7 @@ class PlanTable:
         self.student = assets.tiny_path("transformer", "tiny-8-steps")
         self.stages = ThreeStages(self.recipe, self.folder)
         self.model = OpenSoraPlanModel(self.recipe.model)
+        self._records: dict[str, ProbeRecord] = {}
 
     @cached_property
     def judge(self) -> Judge:
@@ -111,11 +112,15 @@ class PlanTable:
         found = (scene.caption() for scene in scenes if not is_held_out(scene))
         return [next(found) for _ in range(PROBED_CAPTIONS)]
 
-    @cached_property
-    def record(self) -> ProbeRecord:
-        """Errors of every candidate, from one dense run."""
-        config = SearchConfig(candidates=MEANS, captions=len(self.texts), seed=self.probing_seed)
-        return probe(config, *self._probed, segments=STEPS, steps=STEPS, at_once=len(self.texts), device=CPU)
+    def record(self, candidates: str) -> ProbeRecord:
+        """Errors of every candidate, from one dense run for those with mean frames and one for the others."""
+        probed = MEANS if candidates == MEANS else NEAR
+        if probed not in self._records:
+            config = SearchConfig(candidates=probed, captions=len(self.texts), seed=self.probing_seed)
+            self._records[probed] = probe(
+                config, *self._probed, segments=STEPS, steps=STEPS, at_once=len(self.texts), device=CPU
+            )
+        return replace(self._records[probed], candidates=parse_candidates(candidates))
 
     @property
     def _probed(self) -> tuple[OpenSoraPlanModel, torch.nn.Module, TextBank, list[str], tuple[int, ...]]:
@@ -135,9 +140,8 @@ class PlanTable:
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             candidates, groups = KINDS[kind]
-            record = replace(self.record, candidates=parse_candidates(candidates))
             plan_from_record(
-                record, layers=self.model.layers, family=self.model.family, heads=self.model.heads, speedup=speedup,
+                self.record(candidates), layers=self.model.layers, family=self.model.family, heads=self.model.heads, speedup=speedup,
                 groups=groups, about={"captions": self.texts, "seed": self.seed, "steps": STEPS},
             ).save(file)  # fmt: skip
         return file
@@ -164,7 +168,12 @@ class PlanTable:
         module = self._trained(row) if row.trained else self.module
         options = sparse_options(self.model, plan) if plan else None
         latents = self.judge.sample(module, steps=STEPS, options=options)
-        figures = {"row": row.name, "seed": self.seed, **self._about(plan), **self.judge.figures(latents, self.dense)}
+        figures = {
+            "row": row.name,
+            "seed": self.seed,
+            **self._about(row.kind, plan),
+            **self.judge.figures(latents, self.dense),
+        }
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(figures, indent=1) + "\n")
         return figures
@@ -180,11 +189,11 @@ class PlanTable:
         )
         return self.model.load(str(file)).eval().requires_grad_(False)
 
-    def _about(self, plan: TilePlan | None) -> dict[str, Any]:
+    def _about(self, kind: str, plan: TilePlan | None) -> dict[str, Any]:
         """The plan, its density, and its squared error of the attention before training, a mean over layers."""
         if plan is None:
             return {"plan": "dense", "density": 1.0, "squared_attention_error": 0.0}
-        errors = layer_errors(self.record, plan.patterns, self.model.heads)
+        errors = layer_errors(self.record(KINDS[kind][0]), plan.patterns, self.model.heads)
         about = {"plan": plan.to_text(), "density": plan.density(plan.frames or 1)}
         return about | {"squared_attention_error": sum(e**2 for e in errors) / len(errors)}
 
