@@ -18,6 +18,7 @@ from efficient_vdit_core.parallel.sharding.blocks import SHARDED_KEY, ShardedFor
 from efficient_vdit_core.parallel.sharding.layout import by_frames, by_references, by_tokens, choose_shard
 from efficient_vdit_core.parallel.sharding.override import make_sharded_override
 from efficient_vdit_core.parallel.sharding.reference_broadcast import reference_broadcast_attention
+from efficient_vdit_core.parallel.sharding.ulysses import ulysses_attention
 from efficient_vdit_core.parallel.sharding.wire import Wire
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
@@ -160,7 +161,7 @@ def bytes_sent(rank, ranks):
 
 
 def order(rank, ranks):
-    """The events of one RB layer with a cut frame: exchanges begin before the local work that hides them."""
+    """The events of one layer by RB, with a cut frame, and by Ulysses: exchanges begin before the work that hides them."""
     from efficient_vdit_core.parallel.sharding import reference_broadcast as rb
 
     events, plain = [], rb.attend_lse
@@ -185,7 +186,11 @@ def order(rank, ranks):
         rb.reference_broadcast_attention(*mine, shard, pattern, Watched())
     finally:
         rb.attend_lse = plain
-    return events
+    found = {"rb": events.copy()}
+    events.clear()
+    mine = [take(x, shard.spans[rank], 2) for x in tensors(layout, heads=2 * ranks)]
+    ulysses_attention(*mine, shard, Watched(), lambda q, k, v, first: events.append("attend") or q)
+    return {**found, "ulysses": events}
 
 
 def model_errors(rank, ranks):
