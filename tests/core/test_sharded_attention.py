@@ -113,6 +113,18 @@ def test_half_of_the_heads_travels_while_the_other_half_is_computed(facts):
     assert all(r["order"]["ulysses"] == want for r in results)
 
 
+def test_groups_of_ranks_attend_for_branches_of_their_own(facts):
+    """A rank alone sends nothing, and what groups send is counted on the whole wire."""
+    ranks, results = facts
+    for r in results:
+        found = list(r["group_errors"].values())
+        assert len(found) == 4 and max(case["error"] for case in found) < 1e-5
+        assert found[1]["size"] == ranks
+        counted = [case["sent"] for case in found]
+        assert (counted[0] > 0) == (found[0]["size"] > 1) and counted[1] > counted[0]
+        assert (counted[2] > counted[1]) == (found[2]["size"] > 1)
+
+
 def test_a_whole_model_runs_on_sharded_tokens(facts):
     """Every rank gets the whole result; text as long as a rank's tokens is not taken for the video."""
     ranks, results = facts

@@ -85,10 +85,22 @@ def bytes_sent(shape: LayerShape, pattern: LayerPattern, ranks: int, scheme: str
 
 def weights_of(devices: Sequence[str], rates: Sequence[float]) -> tuple[int, ...]:
     """The shares of devices by their names, in sixteenths of the fastest kind's, from FLOPs a second that each reached;
-    () where they are alike. The rates of devices of one name differ by chance alone."""
-    kinds = {name: statistics.mean(r for n, r in zip(devices, rates, strict=True) if n == name) for name in devices}
-    found = tuple(max(1, round(_FINE * kinds[name] / max(kinds.values()))) for name in devices)
+    () where they are alike."""
+    by_kind = _means_by_name(devices, rates)
+    found = tuple(max(1, round(_FINE * rate / max(by_kind))) for rate in by_kind)
     return () if len(set(found)) == 1 else found
+
+
+def rates_of(devices: Sequence[str], rates: Sequence[float]) -> tuple[float, ...]:
+    """FLOPs a second to count on: of unlike devices the mean of each kind, for they get shares by it; of like ones the
+    slowest's, for which the others wait."""
+    return _means_by_name(devices, rates) if weights_of(devices, rates) else (min(rates),) * len(devices)
+
+
+def _means_by_name(devices: Sequence[str], rates: Sequence[float]) -> tuple[float, ...]:
+    """The rates of devices of one name differ by chance alone."""
+    kinds = {name: statistics.mean(r for n, r in zip(devices, rates, strict=True) if n == name) for name in devices}
+    return tuple(kinds[name] for name in devices)
 
 
 def layer_seconds(

@@ -11,6 +11,7 @@ from .layout import Shard
 from .roles import roles
 
 LSE_BYTES = 4
+ALONE = "alone"  # the scheme of one rank, which sends nothing
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ def scheme_of(asked: str, shard: Shard, pattern: LayerPattern, heads: int, head_
     (``rb`` where k P < T on even shares).
 
     Full layers and layers whose heads differ are always ``ulysses``: under RB all heads have the same reference frames.
-    So is a rank alone, which sends nothing and attends over whole sequences.
+    One rank is ``alone``.
     """
-    if shard.ranks == 1 or pattern.is_full(shard.layout.grid.t) or len(pattern.kinds) != 1:
+    if shard.ranks == 1:
+        return ALONE
+    if pattern.is_full(shard.layout.grid.t) or len(pattern.kinds) != 1:
         return "ulysses"
     if asked != "auto":
         return asked

@@ -55,6 +55,7 @@ def shared(source, **choices):
         "step_timeout": 1,
         "after_run": "keep",
         "weights": "whole",
+        "division": "auto",
         "prompt": None,
         "node_id": None,
     }
