@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,8 @@ import comfy.model_management as mm
 from torch import Tensor
 
 from ...efficient_vdit_core.parallel.pool.session import Launch, Session
-from .branches import told
+from ...efficient_vdit_core.parallel.sharding.division import Division
+from .branches import BRANCHES_OF, told
 from .packing import pack
 from .parallel_division import Divider
 from .parallel_memory import offload
@@ -27,12 +29,27 @@ AFTER_RUN = ["keep", "offload", "stop"]
 
 @dataclass
 class Run:
-    """What one sampling run took, for the log. ``divisions``: how the evaluations of several branches were divided."""
+    """What one sampling run took, for the log.
+
+    ``divisions``: how the evaluations of several branches were divided; ``single``: the branches that came alone.
+    """
 
     steps: list[float] = field(default_factory=list)
     sent: list[int] = field(default_factory=list)
     schemes: dict[str, int] = field(default_factory=dict)
     divisions: Counter[str] = field(default_factory=Counter)
+    single: set[Any] = field(default_factory=set)
+
+    def reset(self) -> None:
+        self.steps, self.sent, self.divisions, self.single = [], [], Counter(), set()
+
+    def count_branches(self, division: Division, why: str, branches: Sequence[Any]) -> None:
+        """``why`` as of ``Divider.division``; ``branches``: the numbers of ComfyUI's conditionings in the batch."""
+        if division.branches == 1:
+            self.single.update(branches)
+            return
+        how = f"by branch on {division.text()}" if division.by_branches else "by sequence"
+        self.divisions[f"{how} ({why})" if why else how] += 1
 
     def summary(self, ranks: int) -> str:
         steady = self.steps[1:] or self.steps
@@ -41,6 +58,8 @@ class Run:
         mean, sent = 1000 * sum(steady) / len(steady), max(self.sent) / 2**20
         layers = ", ".join(f"{count} layers by {scheme}" for scheme, count in sorted(self.schemes.items()))
         divided = "".join(f"; {count} of them {how}" for how, count in sorted(self.divisions.items()))
+        if len(self.single) > 1:
+            divided += "; guidance branches came one at a time and went by sequence"
         return (
             f"{len(self.steps)} forward passes on {ranks} ranks, {mean:.0f} ms and up to {sent:.1f} MiB sent by a rank in each; "
             f"{layers}{divided}"
@@ -82,7 +101,7 @@ class Shared:
 
         def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
             self.known.check_run(executor.class_obj)
-            self.run.steps, self.run.sent, self.run.divisions = [], [], Counter()
+            self.run.reset()
             try:
                 return executor(*args, **kwargs)
             finally:
@@ -101,9 +120,7 @@ class Shared:
         self.session.ready(self.launch, mm.throw_exception_if_processing_interrupted)
         measured = Measured.of(self.session.tests)
         division, why = self.divider.division(measured, inputs, options)
-        if division.branches > 1:
-            how = f"by branch on {division.text()}" if division.by_branches else "by sequence"
-            self.run.divisions[f"{how} ({why})" if why else how] += 1
+        self.run.count_branches(division, why, options.get(BRANCHES_OF) or ())
         message = {"inputs": given, "scheme": self.scheme, "weights": measured.weights, **told(division)}
         start = time.perf_counter()
         poll = mm.throw_exception_if_processing_interrupted
