@@ -7,8 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..efficient_vdit_core.parallel.sharding.attend import SCHEMES
+from ..efficient_vdit_core.parallel.sharding.division import AUTO, DIVISIONS, SEQUENCE
 from .checked import checked
-from .comfy_bridge.parallel import AFTER_RUN, parallelize, reachable
+from .comfy_bridge.parallel import parallelize, reachable
+from .comfy_bridge.parallel_run import AFTER_RUN
 from .comfy_bridge.sharded_weights import WEIGHTS
 from .inputs import CATEGORY, advanced_inputs, search_words
 
@@ -17,7 +19,7 @@ class EVDiTSequenceParallel(io.ComfyNode):
     """MODEL in, a MODEL that the workers compute out."""
 
     @classmethod
-    @advanced_inputs("scheme", "start_timeout", "step_timeout")
+    @advanced_inputs("scheme", "start_timeout", "step_timeout", "division")
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EVDiTSequenceParallel",
@@ -100,6 +102,16 @@ class EVDiTSequenceParallel(io.ComfyNode):
                         "of the block's turn, for a model that does not fit on one GPU. No effect on the result; slower over PCIe."
                     ),
                 ),
+                io.Combo.Input(
+                    "division",
+                    options=list(DIVISIONS),
+                    default=AUTO,
+                    optional=True,
+                    tooltip=(
+                        "With CFG above 1, where both branches come in one batch: branches = half of the GPUs take each; sequence = all "
+                        "share out both; auto = the faster by forecast, which the report shows. The result differs by rounding alone."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -136,6 +148,7 @@ class EVDiTSequenceParallel(io.ComfyNode):
         after_run: str,
         strict: bool,
         weights: str = WEIGHTS[0],
+        division: str = SEQUENCE,  # what a prompt did that was saved before it came
     ) -> io.NodeOutput:
         result = parallelize(
             model,
@@ -146,6 +159,7 @@ class EVDiTSequenceParallel(io.ComfyNode):
             after_run=after_run,
             strict=strict,
             weights=weights,
+            division=division,
             prompt=cls.hidden.prompt,
             node_id=cls.hidden.unique_id,
         )

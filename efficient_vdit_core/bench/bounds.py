@@ -101,7 +101,8 @@ def preset_bounds(name: str, clip: str) -> list[dict[str, Any]]:
 
 def gpu_forecasts(name: str, clip: str) -> list[dict[str, Any]]:
     """One row for each plan (the presets, and none), number of GPUs and stated rates: how many times faster a step is
-    than on one of them under the same plan, with nothing overlapped. A model, not a measurement."""
+    than on one of them under the same plan: with nothing overlapped, and with the exchanges beside the attention as they
+    run. A model, not a measurement."""
     model = MODELS[name]
     shape = LayerShape(model.clips[clip], model.heads, model.head_dim, text=0, weights=model.weights // model.depth)
     plans = {"none": [TilePattern(None)] * model.depth, **{p: _patterns(model, clip, p) for p in model.presets}}
@@ -111,6 +112,7 @@ def gpu_forecasts(name: str, clip: str) -> list[dict[str, Any]]:
             "gpus": gpus,
             "rates": rates.name,
             "speedup": forward_speedup(shape, patterns, gpus, "auto", rates),
+            "speedup_overlapped": forward_speedup(shape, patterns, gpus, "auto", rates, overlapped=True),
         }
         for plan, patterns in plans.items()
         for gpus in (2, 4)

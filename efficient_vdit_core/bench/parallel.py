@@ -1,10 +1,11 @@
-"""Times a forward on several ranks of this machine against one, by both schemes, and carries the result to GPUs by a
-model."""
+"""Times a forward on several ranks of this machine against one, by both schemes, with whole weights and with shared out
+ones, and carries the result to GPUs by a model."""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -45,59 +46,79 @@ def h3_shape(clip: Clip = CLIPS["1344x768-10s"], depth: int = 2) -> ParallelShap
     return ParallelShape(clip.layout.grid, depth, ks, HEADS, HEAD_DIM)
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a forward: ``k`` reference frames, None = full; ``scheme`` "alone" is one rank; ``weights`` as
+    in Sequence Parallel."""
+
+    k: int | None
+    scheme: str
+    weights: str = "whole"
+
+
+def ways(ks: Sequence[int | None]) -> list[Way]:
+    """What is timed of each pattern: a rank alone, each scheme, and shared out weights by the first of them."""
+    found = []
+    for k in ks:
+        schemes = ("ulysses",) if k is None else ("rb", "ulysses")
+        found += [Way(k, "alone"), *(Way(k, scheme) for scheme in schemes), Way(k, schemes[0], "sharded")]
+    return found
+
+
 def measure(
     shape: ParallelShape, ranks: int, devices: tuple[str, ...], *, repeats: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Rows for one rank alone and for ``ranks``, by each scheme and pattern, in turns within each repeat; medians.
+    """Rows for one rank alone and for ``ranks``, by each scheme and pattern, with whole weights and with shared out ones,
+    in turns within each repeat; medians.
 
-    Raises RuntimeError where the sharded result is not the single rank's.
+    Raises RuntimeError where the sharded result is not the single rank's, or shared out weights give other bits.
     """
     config = {"num_layers": shape.depth, "num_attention_heads": shape.heads, "attention_head_dim": shape.head_dim}
     grid = [shape.grid.t, shape.grid.h, shape.grid.w]
     launch = Launch(devices, "bench", {"config": config, "grid": grid, "seed": seed}, TIMEOUT, TIMEOUT, HOST)
-    runs = [
-        (k, scheme) for k in shape.ks for scheme in (("alone", "ulysses") if k is None else ("alone", "rb", "ulysses"))
-    ]
-    times: dict[tuple[int | None, str], list[float]] = {run: [] for run in runs}
-    sent: dict[tuple[int | None, str], dict[str, Any]] = {}
+    times: dict[Way, list[float]] = {way: [] for way in ways(shape.ks)}
+    said: dict[Way, dict[str, Any]] = {}
     session = Session()
     try:
         for turn in range(repeats + 1):
-            for run in runs:
-                said, tensors = session.step(launch, {"k": run[0], "scheme": run[1]}, {})
+            for way in times:
+                answers, tensors = session.step(launch, asdict(way), {})
                 if turn:  # the first one warms up, and is compared
-                    times[run].append(max(answer["seconds"] for answer in said))
+                    times[way].append(max(answer["seconds"] for answer in answers))
                 else:
-                    sent[run] = {"bytes": max(a["bytes"] for a in said), "out": tensors["out"]}
-                    _check(sent[run]["out"], sent[run[0], "alone"]["out"])
+                    most = {name: max(a[name] for a in answers) for name in ("bytes", "gathered", "held")}
+                    said[way] = {**most, "out": tensors["out"]}
+                    _check(way, said)
         link = min(test["gigabytes_per_second"] for test in session.tests) * 1e9
     finally:
         session.stop()
     item = 4 if devices[0] == "cpu" else 2
-    return [_row(shape, ranks, run, times, sent[run]["bytes"] // shape.depth, link, item) for run in runs]
+    return [_row(shape, ranks, way, times, said[way], link, item) for way in times]
 
 
-def _check(got: torch.Tensor, want: torch.Tensor) -> None:
+def _check(way: Way, said: dict[Way, dict[str, Any]]) -> None:
+    got, want = said[way]["out"], said[Way(way.k, "alone")]["out"]
     error = float((got.float() - want.float()).abs().max() / want.float().abs().max())
     if not error < (1e-3 if got.dtype == torch.float32 else 0.1):
         raise RuntimeError(
             f"The sharded forward differs from one rank's by {error:.2g} of its largest value; its timings mean nothing."
         )
+    if way.weights == "sharded" and not torch.equal(got, said[Way(way.k, way.scheme)]["out"]):
+        raise RuntimeError("Shared out weights gave other bits than whole ones; their timings mean nothing.")
 
 
 def _row(
     shape: ParallelShape,
     ranks: int,
-    run: tuple[int | None, str],
-    times: dict[tuple[int | None, str], list[float]],
-    sent: int,
+    way: Way,
+    times: dict[Way, list[float]],
+    said: dict[str, Any],
     link: float,
     item: int,
 ) -> dict[str, Any]:
-    k, scheme = run
-    pattern, layer = TilePattern(k), shape.layer(item)
-    seconds, alone = statistics.median(times[run]), statistics.median(times[k, "alone"])
-    count = 1 if scheme == "alone" else ranks
+    pattern, layer, sent = TilePattern(way.k), shape.layer(item), said["bytes"] // shape.depth
+    seconds, alone = statistics.median(times[way]), statistics.median(times[Way(way.k, "alone")])
+    count = 1 if way.scheme == "alone" else ranks
     row = {
         "kind": "measured",
         "ranks": count,
@@ -105,14 +126,20 @@ def _row(
         "tokens_per_frame": shape.grid.tokens_per_frame,
         "depth": shape.depth,
         "pattern": pattern.name(shape.grid.t),
-        "scheme": scheme,
+        "scheme": way.scheme,
+        "weights": way.weights,
         "seconds": seconds,
         "speedup": alone / seconds,
         "bytes_per_layer": sent,
-        "bytes_formula": 0 if count == 1 else bytes_sent(layer, pattern, ranks, scheme)[1],
+        "bytes_formula": 0 if count == 1 else bytes_sent(layer, pattern, ranks, way.scheme)[1],
+        "weight_bytes": said["held"],
         "link_bytes_per_second": link,
     }
-    if count > 1:
+    if way.weights == "sharded":
+        whole = Way(way.k, way.scheme)
+        row["weight_bytes_gathered"] = said["gathered"]
+        row["seconds_over_whole"] = seconds / statistics.median(times[whole])
+    elif count > 1:
         row["overhead"] = overhead(seconds, alone, ranks, sent * shape.depth, link)
     return row
 
@@ -122,7 +149,7 @@ def model_rows(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     gave."""
     rows = []
     for scheme in ("rb", "ulysses"):
-        factors = [row["overhead"] for row in measured if row["scheme"] == scheme]
+        factors = [row["overhead"] for row in measured if row["scheme"] == scheme and "overhead" in row]
         factor = statistics.median(factors) if factors else 1.0
         for frames, grid in PAPER_GRIDS.items():
             for k in (None, 1, 2, 4):

@@ -1,5 +1,5 @@
-"""What runs in the workers of `evdit bench parallel`: Open-Sora-Plan's blocks with random weights, sharded or on rank 0
-alone."""
+"""What runs in the workers of `evdit bench parallel`: Open-Sora-Plan's blocks with random weights, on shared out tokens,
+with whole weights and with shared out ones, or on rank 0 alone."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..models.opensora_plan.config import OSP_29X720P, DiTConfig
 from ..models.opensora_plan.transformer import OpenSoraT2V
 from ..parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook
 from ..parallel.sharding.override import make_sharded_override
+from ..parallel.sharding.weights import GATHER_WEIGHTS, ShardedWeights
 from ..plan import TilePlan
 from ..tiles import TokenGrid
 
@@ -40,6 +41,7 @@ class BenchHost:
         self.model = OpenSoraT2V(config, dtype=self.dtype, device=self.device).eval()
         t, h, w = message["grid"]
         self.layout, self.depth = TokenLayout(TokenGrid(t, h, w)), config.num_layers
+        self.shared: ShardedWeights | None = None
         self.x = torch.randn(1, 4, t, 2 * h, 2 * w, dtype=self.dtype, device=self.device)
         self.text = torch.randn(1, TEXT_TOKENS, config.caption_channels, dtype=self.dtype, device=self.device)
         return {}
@@ -49,6 +51,7 @@ class BenchHost:
 
     def step(self, message: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """One forward; seconds from the moment all ranks are ready, bytes that this rank sent in its layers."""
+        self._hold(message["weights"])
         before = self.wire.sent.copy()
         dist.barrier()
         start = time.perf_counter()
@@ -62,9 +65,22 @@ class BenchHost:
         seconds = time.perf_counter() - start
         sent = self.wire.sent - before
         layers = sum(count for name, count in sent.items() if name.startswith(("rb", "ulysses")))
-        return {"seconds": seconds, "bytes": layers, "all_bytes": sum(sent.values())}, {} if out is None else {
-            "out": out
-        }
+        said = {"seconds": seconds, "bytes": layers, "gathered": sent[GATHER_WEIGHTS], "held": self._held()}
+        return said, {} if out is None else {"out": out}
+
+    def _hold(self, weights: str) -> None:
+        """Keep the blocks' weights ``whole`` or ``sharded``."""
+        if weights == "whole" and self.shared is not None:
+            self.shared.remove()
+            self.shared = None
+        elif weights == "sharded" and self.shared is None:
+            self.shared = ShardedWeights(self.model, list(self.model.transformer_blocks), self.wire, self.device)
+
+    def _held(self) -> int:
+        """Bytes of the blocks' weights that this rank computes from."""
+        if self.shared is not None:
+            return self.shared.nbytes
+        return sum(x.nbytes for x in self.model.transformer_blocks.parameters())
 
     def _options(self, message: dict[str, Any], plan: TilePlan) -> dict[str, Any]:
         if message["scheme"] == "alone":

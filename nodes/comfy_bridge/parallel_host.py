@@ -68,8 +68,9 @@ class ComfyHost:
         import comfy.model_patcher
         import comfy.patcher_extension
 
+        from .branches import DIVISION_KEY, WEIGHTS_KEY, division_of
         from .sharded_weights import ShardedWeightsPatcher, let_go
-        from .sharding import COUNTS_KEY, SCHEME_KEY, WEIGHTS_KEY
+        from .sharding import COUNTS_KEY, SCHEME_KEY
 
         model = self.models[message["key"]]
         given = unpack(message["inputs"], tensors, mm.get_torch_device())
@@ -87,7 +88,7 @@ class ComfyHost:
             comfy.patcher_extension.merge_nested_dicts(options.setdefault(kind, {}), found, copy_dict1=False)
         options.update(given.pop("options"))
         options[SCHEME_KEY], options[COUNTS_KEY] = message["scheme"], Counter()
-        options[WEIGHTS_KEY] = message.get("weights", ())
+        options[WEIGHTS_KEY], options[DIVISION_KEY] = tuple(message.get("weights", ())), division_of(message)
         before = sum(self.wire.sent.values())
         try:
             out = model.model.apply_model(x, given.pop("t"), transformer_options=options, **given)

@@ -8,17 +8,16 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...efficient_vdit_core.attention import TokenLayout
 from ...efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from ...efficient_vdit_core.parallel.sharding.blocks import (
     SHARDED_KEY,
     ShardedForward,
     block_hook,
 )
-from ...efficient_vdit_core.parallel.sharding.forecast import LayerShape, Rates, forward_speedup
 from ...efficient_vdit_core.parallel.sharding.override import make_sharded_override
 from ...efficient_vdit_core.parallel.sharding.wire import Wire
-from ...efficient_vdit_core.tiles import TilePattern, TokenGrid
+from .branches import WEIGHTS_KEY, WIRE_KEY, share_out_branches
+from .branches import WRAPPER_KEY as BRANCHES_KEY
 from .families import Family, find_family, uncompiled
 from .module_forwards import Seat, all_keys_forward, block_forward, paths, replace_forward, whole_forward
 from .patch import Hook, dense, hook_of, install
@@ -28,7 +27,6 @@ from .window import Window
 
 WRAPPER_KEY = "efficient_vdit_sharding"
 SCHEME_KEY = "evdit_scheme"
-WEIGHTS_KEY = "evdit_weights"
 COUNTS_KEY = "evdit_scheme_counts"
 
 
@@ -68,36 +66,17 @@ def _why_not_these_layers(diffusion_model: Any) -> str:
     )
 
 
-def clip_speedup(
-    model: Any, clip: tuple[int, int, int], ranks: int, scheme: str, rates: Rates, gathered: int = 0
-) -> float:
-    """The speed-up that ``rates`` promise for a shardable MODEL and its plan on a ``clip`` of (frames, height, width);
-    ``gathered`` as of ``forward_speedup``."""
-    diffusion_model: Any = uncompiled(model.get_model_object("diffusion_model"))
-    family, rule = find_shardable(model)
-    pixels, (frames, *sides) = rule.pixels(diffusion_model), clip
-    grid = TokenGrid(
-        (frames - 1) // pixels[0] + 1, *(side // size for side, size in zip(sides, pixels[1:], strict=True))
-    )
-    heads, depth = family.head_count(diffusion_model), family.depth(diffusion_model)
-    head_dim = family.head_dim(diffusion_model)
-    hook, state = hook_of(model), ForwardState(TokenLayout(grid), depth=depth)
-    patterns = [
-        TilePattern(None) if hook is None else hook.preparation.pattern_of(state, layer) for layer in range(depth)
-    ]
-    weights, itemsize = family.token_weights(diffusion_model) // depth, model.model.get_dtype().itemsize
-    shape = LayerShape(TokenLayout(grid), heads, head_dim, itemsize, text=0, weights=weights)
-    return forward_speedup(shape, patterns, ranks, scheme, rates, gathered)
-
-
 def shard_model(model: Any, wire: Wire, *, weights: str = WHOLE_WEIGHTS) -> Any:
     """A clone of MODEL whose blocks run on this rank's tokens, with ``weights`` as of the node's input.
 
     ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto, WEIGHTS_KEY the ranks' shares,
-    default even ones; a Counter under COUNTS_KEY receives how many layers took which.
+    default even ones, DIVISION_KEY which branches are whose; a Counter under COUNTS_KEY receives how many layers took
+    which scheme.
     """
     (family, rule), hook = find_shardable(model), hook_of(model)
-    model = share_out_weights(model, rule, wire) if weights == SHARDED_WEIGHTS else model
+    model = share_out_weights(model, rule, wire) if weights == SHARDED_WEIGHTS else model.clone()
+    # Outside of what looks at the tokens, which are then a group's own; inside of other nodes' wrappers, which see the batch.
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, BRANCHES_KEY, share_out_branches(wire))
     window, preparation = (hook.window, hook.preparation) if hook else (Window(), dense())
     # The sparse override decides by the whole sequence's length, which no rank sees; its plan is asked for beforehand.
     patched = install(model, Hook(family, window, preparation, make_sharded_override))
@@ -157,7 +136,7 @@ def _publish(depth: int, heads: int, wire: Wire, seat: Seat) -> Any:
             raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
         patterns = [state.owner.pattern_of(state, layer) for layer in range(depth)]
         scheme, weights = options.get(SCHEME_KEY, "auto"), options.get(WEIGHTS_KEY, ())
-        sharded = ShardedForward(state.layout, patterns, wire, scheme, heads, weights)
+        sharded = ShardedForward(state.layout, patterns, options.get(WIRE_KEY, wire), scheme, heads, weights)
         options[SHARDED_KEY] = seat.forward = sharded
         try:
             out = executor(x, t, c_concat, c_crossattn, control, options, **conds)

@@ -182,6 +182,11 @@ def test_open_sora_plan_on_two_ranks_is_the_same_video(server):
     assert same(latents(server, "three", OSP, TEXT, steps=3, scheme="ulysses"), three)
     assert same(latents(server, "rb", OSP, TEXT, steps=3, scheme="rb"), three)
     assert worker_pids(server) == started
+    # A prompt that was saved before branches were divided computes what it did.
+    assert torch.equal(latents(server, "sequence", OSP, TEXT, division="sequence"), shared)
+    assert same(latents(server, "branches", OSP, TEXT, division="auto"), alone)
+    assert "6 layers by alone; 2 of them by branch on ranks 0 and 1" in server.text()
+    assert worker_pids(server) == started
 
 
 def test_previews_show_the_run_of_all_ranks(server):
@@ -198,7 +203,8 @@ def test_previews_show_the_run_of_all_ranks(server):
 def test_wan_on_two_ranks_is_the_same_video(server):
     """CFG in two calls, for the texts differ in length; the pool holds this model beside the other."""
     alone = latents(server, "wan_alone", WAN, WAN_TEXT, parallel=False, frames=17)
-    assert same(latents(server, "wan", WAN, WAN_TEXT, frames=17), alone)
+    assert same(latents(server, "wan", WAN, WAN_TEXT, frames=17, division="branches"), alone)
+    assert "guidance branches came one at a time and went by sequence" in server.text()
 
 
 @pytest.mark.parametrize("scheme", ["rb", "ulysses"])
@@ -279,15 +285,20 @@ def test_the_shipped_workflow_with_the_node_in_it(server):
         report
     )
     assert "Sparse Attention's measure has no effect here: the workers compute each step once." in report
+    said = r"CFG above 1, .*: 2\.00x and 2\.00x by branch, [01]\.\d\dx and [01]\.\d\dx by sequence\. Taken is by sequence: division is"
+    assert re.search(said, report), report
 
 
 def test_cancel_ends_the_run_and_keeps_the_pool(server):
+    """In the midst of a run by branch; the next one goes by sequence again, and another by branch."""
     latents(server, "before_cancel", OSP, TEXT, steps=1)
-    before = worker_pids(server)
-    entry, seconds = in_mid_run(server, prompt("cancel", OSP, TEXT, steps=2000), lambda: server.post("/interrupt", {}))
+    before, long = worker_pids(server), prompt("cancel", OSP, TEXT, steps=2000, division="branches")
+    entry, seconds = in_mid_run(server, long, lambda: server.post("/interrupt", {}))
     assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]] and seconds < 15.0
     alone = latents(server, "cancel_alone", OSP, TEXT, parallel=False, steps=2)
-    assert same(latents(server, "after_cancel", OSP, TEXT, steps=2), alone) and worker_pids(server) == before
+    for division in ("sequence", "branches"):
+        assert same(latents(server, f"after_cancel_{division}", OSP, TEXT, steps=2, division=division), alone)
+    assert worker_pids(server) == before
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -336,7 +347,7 @@ def test_a_killed_rank_is_named_and_the_next_run_works(server, weights):
     before = worker_pids(server)
     entry, seconds = in_mid_run(
         server,
-        prompt("kill", OSP, TEXT, steps=2000, weights=weights),
+        prompt("kill", OSP, TEXT, steps=2000, weights=weights, division="branches"),
         lambda: os.kill(max(before), signal.SIGKILL),
     )
     (message,) = [data["exception_message"] for kind, data in entry["status"]["messages"] if kind == "execution_error"]
@@ -346,7 +357,8 @@ def test_a_killed_rank_is_named_and_the_next_run_works(server, weights):
     assert gone(before)
     # The same prompt, whose node is not run again: ComfyUI has its result.
     alone = latents(server, f"kill_alone_{weights}", OSP, TEXT, parallel=False, steps=2)
-    assert same(latents(server, f"after_kill_{weights}", OSP, TEXT, steps=2, weights=weights), alone)
+    more = {"weights": weights, "division": "branches"}
+    assert same(latents(server, f"after_kill_{weights}", OSP, TEXT, steps=2, **more), alone)
     assert len(worker_pids(server)) == 2 and not worker_pids(server) & before
 
 
@@ -471,6 +483,38 @@ def test_a_pack_outside_the_pools_folders_is_refused(facts):
 @pytest.fixture(scope="module")
 def limits(in_process):
     return in_process("parallel_limits")
+
+
+BY_BRANCH, BY_SEQUENCE = ["((0,), (1,))"], ["((0, 1),)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "said"),
+    [
+        ("auto", BY_BRANCH, "by branch (ranks 0 and 1): the faster."),
+        ("sequence", BY_SEQUENCE, "by sequence: division is sequence."),
+        ("sharded weights", BY_BRANCH, "by branch (ranks 0 and 1): the faster."),
+        (
+            "sharded weights, wrapped",
+            BY_SEQUENCE,
+            "by sequence: another node wraps the model, whose shared out weights",
+        ),
+        ("whole weights, wrapped", BY_BRANCH, "by branch (ranks 0 and 1): the faster."),
+    ],
+)
+def test_a_run_is_divided_as_the_report_foretells(limits, name, groups, said):
+    """Ranks gather sharded weights in step, which a wrapper that leaves blocks out for one branch would break."""
+    found = limits["divisions"][name]
+    assert found["groups"] == groups and f"Taken is {said}" in found["report"]
+
+
+def test_a_batch_that_cannot_be_cut_stays_together(limits):
+    assert limits["why whole"] == {
+        "nothing": "",
+        "a table": "its input table has no entry for each branch",
+        "a list of another length": "its input ref_latents has no entry for each branch",
+        "unlike branches": "4 entries are not 3 branches of one size",
+    }
 
 
 def test_hooks_and_options_before_the_node_are_no_hindrance(limits):

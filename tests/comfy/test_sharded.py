@@ -5,6 +5,9 @@ from family_names import FAMILIES, LEFT_DENSE_NAMES
 
 CASES = [*FAMILIES, *LEFT_DENSE_NAMES]
 RANKS = ("2", "3")
+GROUPS = {"2": "ranks 0 and 1", "3": "ranks 0 and 1+2", "4": "ranks 0+1 and 2+3"}
+# Their texts make two calls of a guidance's two branches, whatever their shapes.
+ONE_AT_A_TIME = ("h3 with guidance",)
 PLANS = ("one reference", "a window", "heads")
 # No rank may hold a part of these, and the model says why before its first block.
 NOT_SHARDED = {
@@ -42,8 +45,26 @@ def test_ranks_make_the_video_of_one_process(facts, ranks, name):
     assert found["no plan"]["error"] <= 1e-5 and found["unlike ranks"]["error"] <= 5e-5
     assert found["after it"] == 0.0 and found["weights same"]
     assert found["sharded weights are the same"] and found["bytes of weights"] > 0
+    if "by branch" in found:
+        check_branches(found, GROUPS[ranks], name)
     if ranks == "2":
         assert found["and whole ones after them"] and found["also after one rank has unloaded"]
+
+
+def check_branches(found, groups, name):
+    """The two branches of the guidance on groups of ranks, in each of two steps; one at a time they stay together."""
+    assert found["by branch"]["error"] <= 5e-5 and found["by branch with sharded weights"]
+    assert found["by branch"]["groups"] == ([] if name in ONE_AT_A_TIME else [groups] * 2)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan i2v", "ltx", "hunyuan", "h3 with guidance"])
+def test_groups_of_two_ranks_share_out_the_sequence_of_their_branch(facts, name):
+    check_branches(of(facts, "4", name), GROUPS["4"], name)
+
+
+def test_two_of_three_branches_go_to_three_of_four_ranks(facts):
+    found = of(facts, "4", "wan")["three branches"]
+    assert found["error"] <= 5e-5 and found["groups"] == ["ranks 0 and 1+2+3"]
 
 
 @pytest.mark.parametrize("ranks", RANKS)

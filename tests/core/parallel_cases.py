@@ -15,9 +15,11 @@ from efficient_vdit_core.models.opensora_plan.config import OSP_29X720P
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.parallel.sharding.attend import sharded_attention
 from efficient_vdit_core.parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook
+from efficient_vdit_core.parallel.sharding.division import choose_division
 from efficient_vdit_core.parallel.sharding.layout import by_frames, by_references, by_tokens, choose_shard
 from efficient_vdit_core.parallel.sharding.override import make_sharded_override
 from efficient_vdit_core.parallel.sharding.reference_broadcast import reference_broadcast_attention
+from efficient_vdit_core.parallel.sharding.ulysses import ulysses_attention
 from efficient_vdit_core.parallel.sharding.wire import Wire
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
@@ -160,7 +162,7 @@ def bytes_sent(rank, ranks):
 
 
 def order(rank, ranks):
-    """The events of one RB layer with a cut frame: exchanges begin before the local work that hides them."""
+    """The events of one layer by RB, with a cut frame, and by Ulysses: exchanges begin before the work that hides them."""
     from efficient_vdit_core.parallel.sharding import reference_broadcast as rb
 
     events, plain = [], rb.attend_lse
@@ -185,7 +187,31 @@ def order(rank, ranks):
         rb.reference_broadcast_attention(*mine, shard, pattern, Watched())
     finally:
         rb.attend_lse = plain
-    return events
+    found = {"rb": events.copy()}
+    events.clear()
+    mine = [take(x, shard.spans[rank], 2) for x in tensors(layout, heads=2 * ranks)]
+    ulysses_attention(*mine, shard, Watched(), lambda q, k, v, first: events.append("attend") or q)
+    return {**found, "ulysses": events}
+
+
+def group_errors(rank, ranks):
+    """Each group of ranks attends for its own branches of a batch, by groups that change from call to call: the worst
+    error of its tokens, and the bytes that the whole wire has counted."""
+    layout, pattern = TokenLayout(TokenGrid(8, *GRID)), TilePattern(1)
+    qkv, wire, found = [torch.cat([x, x + 1]) for x in tensors(layout)], Wire(), {}
+    want = neighbour("conftest").masked_attention(*qkv, 8, layout.grid.tokens_per_frame, [0], 0, 0, 0)
+    rates = [1.0 + 0.1 * r for r in range(ranks)]
+    for asked, branches in (("branches", 4), ("sequence", 4), ("branches", 2), ("branches", 4)):
+        division = choose_division(asked, rates, branches, lambda count, group: count / len(group))
+        part = wire.part(division.groups)
+        start, stop = (4 // branches * end for end in division.parts[division.group_of(rank)])
+        shard = choose_shard(layout, part.size, [pattern])
+        mine = [take(x[start:stop], shard.spans[part.rank], 2) for x in qkv]
+        got = sharded_attention(*mine, shard, pattern, part, scheme="rb")
+        found[f"{asked} {branches} {division.text()} {len(found)}"] = {
+            "error": worst(got, take(want[start:stop], shard.spans[part.rank], 2)), "size": part.size, "sent": sum(wire.sent.values())
+        }  # fmt: skip
+    return found
 
 
 def model_errors(rank, ranks):
@@ -226,7 +252,16 @@ def model_errors(rank, ranks):
 def everything(rank, ranks):
     return {
         case.__name__: case(rank, ranks)
-        for case in (attention_errors, window_errors, head_errors, half_errors, bytes_sent, order, model_errors)
+        for case in (
+            attention_errors,
+            window_errors,
+            head_errors,
+            half_errors,
+            bytes_sent,
+            order,
+            group_errors,
+            model_errors,
+        )
     }
 
 

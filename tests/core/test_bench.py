@@ -155,6 +155,26 @@ def test_the_commands_write_results_and_chart(tmp_path, capsys, monkeypatch):
     assert main(["bench", "plot", str(results)]) == 0 and results.with_suffix(".svg").read_text().startswith("<svg")
 
 
+def test_ranks_are_timed_with_whole_and_with_shared_out_weights(tmp_path, capsys, monkeypatch):
+    """Six blocks on two ranks: the same bits, from half of the weights and room for two whole blocks."""
+    monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    results = tmp_path / "r.json"
+    small = ["--grid", "4", "2", "2", "--heads", "1", "--depth", "6", "--references", "1", "--repeats", "1"]
+    assert main(["bench", "parallel", "--device", "cpu", *small, "--json", str(results)]) == 0
+    rows = [row for row in json.loads(results.read_text())["rows"] if row["kind"] == "measured"]
+    found = {(row["pattern"], row["scheme"], row["weights"]): row for row in rows}
+    assert len(found) == len(rows) == 3 + 4
+    for pattern, scheme in (("full", "ulysses"), ("1:3", "rb")):
+        whole, sharded = (found[pattern, scheme, weights] for weights in ("whole", "sharded"))
+        assert "weight_bytes_gathered" not in whole and sharded["bytes_per_layer"] == whole["bytes_per_layer"]
+        held = whole["weight_bytes"] * (1 / 2 + 2 / 6)
+        assert sharded["weight_bytes"] == pytest.approx(held, rel=0.01)
+        assert sharded["weight_bytes_gathered"] == pytest.approx(whole["weight_bytes"] / 2, rel=0.01)
+        assert sharded["seconds_over_whole"] == pytest.approx(sharded["seconds"] / whole["seconds"])
+    assert "of the time with whole ones" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

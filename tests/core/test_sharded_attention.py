@@ -91,13 +91,38 @@ def test_the_forecast_is_what_was_counted(facts):
         assert list(forecast) == [sum(r["bytes_sent"][name].values()) for r in results], name
 
 
-def test_exchanges_are_under_way_while_the_rank_works(facts):
+def test_every_exchange_is_under_way_while_the_rank_works(facts):
+    """Each begins before a piece of attention that does not need it, and is awaited behind that."""
     _, results = facts
     for r in results:
-        events = r["order"]
-        first, rows = events.index("start rb shared tokens"), events.index("start rb partial rows")
-        assert "attend" in events[first : events.index("wait rb shared tokens")], events
-        assert "attend" in events[rows : events.index("wait rb partial rows")], events
+        events = r["order"]["rb"]
+        for name in ("rb shared queries", "rb shared keys", "rb partial rows"):
+            start, wait = events.index(f"start {name}"), events.index(f"wait {name}")
+            assert "attend" in events[start:wait], (name, events)
+        # Frames to themselves, shared queries to this rank's keys, frames to the shared keys.
+        queries, keys = events.index("wait rb shared queries"), events.index("wait rb shared keys")
+        assert events[queries:keys].count("attend") == 1 and "start rb partial rows" in events[queries:keys]
+        assert events[keys:].count("attend") == 1
+
+
+def test_half_of_the_heads_travels_while_the_other_half_is_computed(facts):
+    """Both begin their way there first, and the first half's way back begins before the second half attends."""
+    _, results = facts
+    there, back = "ulysses to heads", "ulysses to tokens"
+    want = [f"start {there}"] * 2 + [f"wait {there}", "attend", f"start {back}"] * 2 + [f"wait {back}"] * 2
+    assert all(r["order"]["ulysses"] == want for r in results)
+
+
+def test_groups_of_ranks_attend_for_branches_of_their_own(facts):
+    """A rank alone sends nothing, and what groups send is counted on the whole wire."""
+    ranks, results = facts
+    for r in results:
+        found = list(r["group_errors"].values())
+        assert len(found) == 4 and max(case["error"] for case in found) < 1e-5
+        assert found[1]["size"] == ranks
+        counted = [case["sent"] for case in found]
+        assert (counted[0] > 0) == (found[0]["size"] > 1) and counted[1] > counted[0]
+        assert (counted[2] > counted[1]) == (found[2]["size"] > 1)
 
 
 def test_a_whole_model_runs_on_sharded_tokens(facts):

@@ -70,8 +70,9 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         new = measure(shape, ranks, devices, repeats=args.repeats, seed=args.seed)
         rows += new
         for r in new:
-            say(f"{r['ranks']} ranks  {r['pattern']:<6} {r['scheme']:<8} {r['seconds']:>8.3f} s  {r['speedup']:>5.2f}x  "
-                f"{r['bytes_per_layer'] / 2**20:>8.2f} MiB a layer and rank")  # fmt: skip
+            say(f"{r['ranks']} ranks  {r['pattern']:<6} {r['scheme']:<8} weights {r['weights']:<8}{r['seconds']:>8.3f} s  "
+                f"{r['speedup']:>5.2f}x  {r['bytes_per_layer'] / 2**20:>8.2f} MiB a layer and rank, "
+                f"{r['weight_bytes'] / 2**20:.0f} MiB of weights{_gathered(r)}")  # fmt: skip
     modelled = model_rows(rows)
     say("a model, not a measurement: speed-up on GPUs from stated rates, no overlap, overhead factor of the runs above")
     for r in modelled:
@@ -79,3 +80,13 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         say(f"{r['video_frames']} frames  {r['pattern']:<5} {r['scheme']:<8} {r['ranks']} GPUs  {r['rates']:<55} "
             f"{r['speedup']:>5.2f}x{paper}")  # fmt: skip
     return device, rows + modelled
+
+
+def _gathered(row: dict[str, Any]) -> str:
+    """What a row of shared out weights adds."""
+    if "weight_bytes_gathered" not in row:
+        return ""
+    return (
+        f", {row['weight_bytes_gathered'] / 2**20:.0f} MiB sent in a forward for gathers: "
+        f"{row['seconds_over_whole']:.2f} of the time with whole ones"
+    )

@@ -91,7 +91,8 @@ def _bounds(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         for row in gpu_forecasts(args.model, name):
             rows.append({"clip": name, "kind": "several GPUs, a model", **row})
             say(
-                f"{'':<28} {row['gpus']} GPUs, {row['rates']}, plan {row['plan']}: {row['speedup']:.2f}x of one (a model)"
+                f"{'':<28} {row['gpus']} GPUs, {row['rates']}, plan {row['plan']}: {row['speedup']:.2f}x of one, "
+                f"{row['speedup_overlapped']:.2f}x with exchanges beside the attention (a model)"
             )
         for row in bounds(CLIPS[name]) if args.model == "minimax_h3" else []:
             rows.append({"clip": name, "kind": "all layers alike", **row})

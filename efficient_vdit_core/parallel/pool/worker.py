@@ -67,7 +67,7 @@ class Worker:
             world_size=settings.ranks,
             timeout=COLLECTIVE_TIMEOUT,
         )
-        self.wire = Wire(beside=dist.new_group(timeout=COLLECTIVE_TIMEOUT))
+        self.wire = Wire(beside=dist.new_group(timeout=COLLECTIVE_TIMEOUT), timeout=COLLECTIVE_TIMEOUT)
         if settings.rank == 0:
             address = PoolAddress(settings.listen, port, settings.secret, settings.ranks, settings.devices, self.pool)
             write_pool_file(Path(settings.address_file), address)

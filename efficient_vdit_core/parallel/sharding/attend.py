@@ -10,7 +10,7 @@ from ...head_patterns import LayerPattern
 from .layout import Shard
 from .reference_broadcast import reference_broadcast_attention
 from .reference_broadcast_training import trained_reference_broadcast
-from .traffic import scheme_of
+from .traffic import ALONE, scheme_of
 from .ulysses import Inner, ulysses_attention
 from .ulysses_training import trained_ulysses
 from .wire import Wire
@@ -35,8 +35,8 @@ def sharded_attention(
     Args:
         q, k, v: (B, H, n, D) with n = ``shard.tokens[wire.rank]``.
         scheme: as of ``scheme_of``.
-        inner: what Ulysses calls on whole sequences (B, h, N, D) from a head on, default ``tile_attention`` under the
-            pattern of these heads.
+        inner: what Ulysses, and a rank alone, call on whole sequences (B, h, N, D) from a head on, default
+            ``tile_attention`` under the pattern of these heads.
 
     Returns:
         (B, H, n, D).
@@ -54,8 +54,11 @@ def sharded_attention(
     def under_the_pattern(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
         return tile_attention(q, k, v, shard.layout, pattern.of_heads(first, q.shape[1]))
 
+    inner = inner or under_the_pattern
+    if scheme == ALONE:
+        return inner(q, k, v, 0)
     by_ulysses = trained_ulysses if trained else ulysses_attention
-    return by_ulysses(q, k, v, shard, wire, inner or under_the_pattern)
+    return by_ulysses(q, k, v, shard, wire, inner)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire, scheme: str) -> None:

@@ -128,7 +128,7 @@ class ShardedForward:
         def inner(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
             return tile_attention(q, k, v, self.layout, pattern.of_heads(first, q.shape[1]), dense=dense)
 
-        return sharded_attention(q, k, v, self.shard, pattern, self.wire, scheme=scheme, inner=inner)
+        return sharded_attention(q, k, v, self.shard, pattern, self.wire, scheme=self.scheme, inner=inner)
 
     def attend_to_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of q (B, H, M, D), which every rank holds, over the k, v (B, H, n, D) of all ranks.

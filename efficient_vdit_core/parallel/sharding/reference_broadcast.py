@@ -24,7 +24,7 @@ from .layout import Shard
 from .roles import Near, Roles, roles
 from .wire import Pending, Wire, form
 
-SHARED, HALO, ROWS = "rb shared tokens", "rb halo", "rb partial rows"
+QUERIES, KEYS, HALO, ROWS = "rb shared queries", "rb shared keys", "rb halo", "rb partial rows"
 
 Source = tuple[int, Span]  # a rank, and what it has of a frame: of its own tokens, or of the halo that it sent here
 
@@ -49,13 +49,16 @@ def reference_broadcast_attention(
 def attended(q: Tensor, k: Tensor, v: Tensor, shard: Shard, pattern: TilePattern, wire: Wire) -> Attended:
     """``reference_broadcast_attention``, with what its gradient is made of.
 
-    While the shared tokens travel, frames attend to themselves; while the partial rows travel, frames attend to the
-    shared tokens.
+    Each exchange travels beside work that does not need it: the shared queries while frames attend to themselves, the
+    shared keys and values while the shared queries attend to this rank's keys, the partial rows while frames attend to
+    the shared tokens. The queries go first because the longest of these, whose results must travel back, waits for
+    nothing else.
     """
     every = roles(shard, pattern)
-    mine = every[wire.rank]
-    shared = send_shared((q, k, v), every, wire) if any(r.shared_tokens for r in every) else None
+    mine, anything_shared = every[wire.rank], any(r.shared_tokens for r in every)
+    queries = send_shared(QUERIES, (q,), every, wire) if anything_shared else None
     halo = send_halo(k, v, every, wire) if any(r.halo for r in every) else None
+    keys = send_shared(KEYS, (k, v), every, wire) if anything_shared else None
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q))
     size = shard.layout.grid.tokens_per_frame
@@ -68,11 +71,12 @@ def attended(q: Tensor, k: Tensor, v: Tensor, shard: Shard, pattern: TilePattern
     for near in mine.near:
         start, stop = near.piece.local_span
         out[:, :, start:stop], lse[:, :, start:stop] = attend_lse(q[:, :, start:stop], *seen_by(near, here, held))
-    if shared is None:
+    if queries is None or keys is None:
         return Attended(out, lse)
-    all_q, all_k, all_v = joined_shared((q, k, v), shared, every, wire)
+    (all_q,) = joined_shared((q,), queries, every, wire)
     partial = attend_lse(all_q, k, v)
     rows = send_rows(partial, every, wire)
+    all_k, all_v = joined_shared((k, v), keys, every, wire)
     if mine.others:
         to_shared = attend_lse(take(q, mine.others, 2), all_k, all_v)
         merged = merge([(take(out, mine.others, 2), take(lse, mine.others, 2)), to_shared])
@@ -99,15 +103,15 @@ def unfold(x: Tensor, batch: int) -> Tensor:
     return rearrange(x, "(b f) h s d -> b h (f s) d", b=batch)
 
 
-def send_shared(tensors: Sequence[Tensor], every: tuple[Roles, ...], wire: Wire) -> Pending:
-    """This rank's shared tokens of ``tensors`` (B, H, n[, D]) to all others."""
+def send_shared(name: str, tensors: Sequence[Tensor], every: tuple[Roles, ...], wire: Wire) -> Pending:
+    """This rank's shared tokens of ``tensors`` (B, H, n[, D]) to all others, counted under ``name``."""
     own = [take(x, every[wire.rank].shared, 2) for x in tensors]
     others = [rank for rank in range(wire.size) if rank != wire.rank]
     sends = [own if rank in others else [] for rank in range(wire.size)]
     receives = [
         [form(x, 2, every[rank].shared_tokens) for x in tensors] if rank in others else [] for rank in range(wire.size)
     ]
-    return wire.start(SHARED, sends, receives, tensors[0].device)
+    return wire.start(name, sends, receives, tensors[0].device)
 
 
 def joined_shared(tensors: Sequence[Tensor], pending: Pending, every: tuple[Roles, ...], wire: Wire) -> list[Tensor]:

@@ -36,7 +36,7 @@ from .reference_broadcast import (
 from .roles import Roles, roles
 from .wire import Wire, form
 
-HALO_BACK = "rb gradients of the halo"
+SHARED_ROWS, HALO_BACK = "rb gradients of the shared rows", "rb gradients of the halo"
 
 
 def trained_reference_broadcast(
@@ -75,7 +75,7 @@ def _gradients(
 ) -> list[Tensor]:
     """Of q, k and v (B, H, n, D): what each call contributes, added up in the precision of the lse."""
     mine, rows, (q, k, v) = every[wire.rank], (dout, found.out, found.lse), qkv
-    pending = send_shared(rows, every, wire) if found.shared else None
+    pending = send_shared(SHARED_ROWS, rows, every, wire) if found.shared else None
     totals = [torch.zeros_like(x, dtype=found.lse.dtype) for x in qkv]
     _frames_alone(totals, qkv, rows, mine, shard.layout.grid.tokens_per_frame)
     if any(role.halo for role in every):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 from ...head_patterns import LayerPattern
@@ -10,33 +11,62 @@ from .layout import Shard
 from .roles import roles
 
 LSE_BYTES = 4
+ALONE = "alone"  # the scheme of one rank, which sends nothing
+
+
+@dataclass(frozen=True)
+class RbBytes:
+    """Bytes that a rank sends in one layer by RB, in the order in which it does: shared q to all, the keys and values of
+    cut frames and of frames in another's window, shared k and v to all, partial rows and their lse."""
+
+    queries: int
+    halo: int
+    keys: int
+    rows: int
+
+    @property
+    def total(self) -> int:
+        return self.queries + self.halo + self.keys + self.rows
 
 
 @lru_cache(maxsize=256)
-def rb_bytes(
+def rb_exchanges(
     shard: Shard, pattern: TilePattern, heads: int, head_dim: int, itemsize: int, batch: int = 1
-) -> tuple[int, ...]:
-    """Bytes that each rank sends in one layer by RB: shared q, k, v to all, partial rows and their lse, the keys
-    and values of cut frames and of frames in another's window."""
+) -> tuple[RbBytes, ...]:
+    """What each rank sends in one layer by RB."""
     every = roles(shard, pattern)
-    row, total = heads * head_dim * itemsize, sum(r.shared_tokens for r in every)
+    row, total = batch * heads * head_dim * itemsize, sum(r.shared_tokens for r in every)
     sent = []
     for role in every:
         halo = sum(piece.tokens * len(peers) for piece, peers in role.halo)
-        shared, rows = 3 * role.shared_tokens * (shard.ranks - 1), total - role.shared_tokens
-        sent.append(batch * (row * (shared + rows + 2 * halo) + LSE_BYTES * heads * rows))
+        shared, rows = role.shared_tokens * (shard.ranks - 1), total - role.shared_tokens
+        sent.append(RbBytes(row * shared, 2 * row * halo, 2 * row * shared, (row + batch * LSE_BYTES * heads) * rows))
     return tuple(sent)
+
+
+def rb_bytes(
+    shard: Shard, pattern: TilePattern, heads: int, head_dim: int, itemsize: int, batch: int = 1
+) -> tuple[int, ...]:
+    """Bytes that each rank sends in one layer by RB."""
+    return tuple(sent.total for sent in rb_exchanges(shard, pattern, heads, head_dim, itemsize, batch))
 
 
 @lru_cache(maxsize=256)
-def ulysses_bytes(shard: Shard, heads: int, head_dim: int, itemsize: int, batch: int = 1) -> tuple[int, ...]:
-    """Bytes that each rank sends in one layer by Ulysses: q, k, v of the others' heads, the result of the others'
+def ulysses_exchanges(
+    shard: Shard, heads: int, head_dim: int, itemsize: int, batch: int = 1
+) -> tuple[tuple[int, int], ...]:
+    """Bytes that each rank sends in one layer by Ulysses: q, k, v of the others' heads, then the result of the others'
     tokens."""
-    sent = []
+    sent, row = [], batch * head_dim * itemsize
     for tokens, (start, stop) in zip(shard.tokens, shard.shares_of(heads), strict=True):
         own = stop - start
-        sent.append(batch * head_dim * itemsize * (3 * tokens * (heads - own) + own * (shard.layout.tokens - tokens)))
+        sent.append((row * 3 * tokens * (heads - own), row * own * (shard.layout.tokens - tokens)))
     return tuple(sent)
+
+
+def ulysses_bytes(shard: Shard, heads: int, head_dim: int, itemsize: int, batch: int = 1) -> tuple[int, ...]:
+    """Bytes that each rank sends in one layer by Ulysses."""
+    return tuple(sum(sent) for sent in ulysses_exchanges(shard, heads, head_dim, itemsize, batch))
 
 
 def scheme_of(asked: str, shard: Shard, pattern: LayerPattern, heads: int, head_dim: int, itemsize: int) -> str:
@@ -44,8 +74,10 @@ def scheme_of(asked: str, shard: Shard, pattern: LayerPattern, heads: int, head_
     (``rb`` where k P < T on even shares).
 
     Full layers, layers whose heads differ and those with mean frames are always ``ulysses``: under RB all heads have the
-    same reference frames, and nobody sends what is left out.
+    same reference frames, and nobody sends what is left out. One rank is ``alone``.
     """
+    if shard.ranks == 1:
+        return ALONE
     if pattern.is_full(shard.layout.grid.t) or len(pattern.kinds) != 1 or pattern.kinds[0].means:
         return "ulysses"
     if asked != "auto":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -37,15 +38,34 @@ class Wire:
     """A process group (None: the default one) with a count of the bytes that this rank sent to others, by name.
 
     Every rank must start the same exchanges in the same order. ``beside`` is a second group of the same ranks for what
-    travels while others wait for theirs: exchanges of one group come one after the other.
+    travels while others wait for theirs: exchanges of one group come one after the other. ``timeout``: of the groups that
+    ``parts`` makes, default PyTorch's.
     """
 
-    def __init__(self, group: Any = None, beside: Any = None) -> None:
-        self.group, self.beside = group, beside
+    def __init__(self, group: Any = None, beside: Any = None, timeout: timedelta | None = None) -> None:
+        self.group, self.beside, self.timeout = group, beside, timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         # gloo exchanges lie in host memory only.
         self.through_host = dist.get_backend(group) == "gloo"
         self.sent: Counter[str] = Counter()
+        self._parts: dict[tuple[int, ...], Wire | None] = {}  # None: of other ranks
+
+    def part(self, groups: Sequence[tuple[int, ...]]) -> Wire:
+        """The wire of this rank's group among ``groups``, which part all ranks; its bytes are counted here too.
+
+        The groups are made when they are first asked for: every rank must ask for the same ones in the same order. A wire
+        over the default group only.
+        """
+        assert self.group is None, "a part of a part"
+        if len(groups) == 1:
+            return self
+        for ranks in groups:
+            if ranks not in self._parts:
+                group = dist.new_group(list(ranks), timeout=self.timeout)
+                self._parts[ranks] = Wire(group) if self.rank in ranks else None
+        mine = next(found for ranks in groups if (found := self._parts[ranks]) is not None)
+        mine.sent = self.sent
+        return mine
 
     def start(
         self, name: str, sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Form]], device: torch.device

@@ -41,13 +41,13 @@ def log_lines() -> list[str]:
     return lines
 
 
-def sample(model, sampler, sigmas, noise, text, mask=None, seed=0):
-    """Sample without guidance through ComfyUI's own guider; returns latents."""
+def sample(model, sampler, sigmas, noise, text, mask=None, seed=0, cfg=1.0):
+    """Sample, by default without guidance, through ComfyUI's own guider; returns latents."""
     import comfy.samplers
 
     guider = comfy.samplers.CFGGuider(model)
     extra = {} if mask is None else {"attention_mask": mask}
     guider.set_conds([[text, extra]], [[text, extra]])
-    guider.set_cfg(1.0)
+    guider.set_cfg(cfg)
     with torch.inference_mode():
         return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=seed, disable_pbar=True)

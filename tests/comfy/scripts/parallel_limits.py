@@ -12,6 +12,7 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT  # isort: skip
 
 pack = load_pack()
 (bridge,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.parallel"))
+(branches,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.branches"))
 (unpack,) = (m.unpack for name, m in sys.modules.items() if name.endswith("comfy_bridge.packing"))
 (TilePlan,) = (m.TilePlan for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
 (model,) = call(pack["EVDiTModelLoader"], model_name="tiny (built in)", weight_dtype="default")
@@ -33,13 +34,14 @@ class HereInstead:
             "peer_access": None,
             "device": "cpu",
         }
-        self.tests = [test, test]
+        self.tests, self.divisions = [test, test], []
 
     def ready(self, launch, poll):
         if self.fault:
             raise self.fault
 
     def step(self, launch, message, tensors, poll):
+        self.divisions.append(message["division"]["groups"])
         given = unpack(message["inputs"], tensors, torch.device("cpu"))
         options = comfy.model_patcher.create_model_options_clone(self.source.model_options)["transformer_options"]
         options.update(given.pop("options"))
@@ -55,10 +57,12 @@ def shared(source, **choices):
         "step_timeout": 1,
         "after_run": "keep",
         "weights": "whole",
+        "division": "auto",
         "prompt": None,
         "node_id": None,
     }
-    made, _ = bridge.parallelize(source, **{"devices": "cpu,cpu", "strict": True, **more, **choices})
+    global report
+    made, report = bridge.parallelize(source, **{"devices": "cpu,cpu", "strict": True, **more, **choices})
     assert bridge.SESSION is session
     return made
 
@@ -145,8 +149,8 @@ def hooked(source):
     return patched
 
 
-def run(chosen):
-    return sample(chosen, comfy.samplers.sampler_object("euler"), sigmas, noise, text)
+def run(chosen, cfg=1.0):
+    return sample(chosen, comfy.samplers.sampler_object("euler"), sigmas, noise, text, cfg=cfg)
 
 
 def cached(source):
@@ -181,6 +185,42 @@ facts = {
 lines = log_lines()
 shared(sparse(model))
 facts["log of a forecast"] = list(lines)
+
+
+def wrapped(source):
+    """A node's wrapper around the diffusion model, which may leave its blocks out for one branch alone."""
+    patched = source.clone()
+    patched.add_wrapper_with_key(
+        "diffusion_model", "another", lambda executor, *args, **kwargs: executor(*args, **kwargs)
+    )
+    return patched
+
+
+def divided(source, **choices):
+    """The groups of a run with guidance, and the line of the report that foretells them."""
+    session = HereInstead(source)
+    run(shared(source, session=session, **choices), cfg=2.0)
+    line = next(line for line in report.splitlines() if line.startswith("CFG above 1"))
+    return {"groups": sorted({str(groups) for groups in session.divisions}), "report": line}
+
+
+facts["divisions"] = {
+    "auto": divided(model),
+    "sequence": divided(model, division="sequence"),
+    "sharded weights": divided(model, weights="sharded"),
+    "sharded weights, wrapped": divided(wrapped(model), weights="sharded"),
+    "whole weights, wrapped": divided(wrapped(model)),
+}
+x = torch.zeros(4, 16, 2, 4, 4)
+facts["why whole"] = {
+    words: branches.why_whole({"x": x, "c_crossattn": None, **inputs}, count)
+    for words, count, inputs in (
+        ("nothing", 2, {"t": x[:, 0, 0, 0, 0], "ref_latents": [x], "number": 3, "record": {"latent": x[:1]}}),
+        ("a table", 2, {"t": torch.zeros(()), "table": torch.zeros(7, 2)}),
+        ("a list of another length", 4, {"ref_latents": [x, x[:1]]}),
+        ("unlike branches", 3, {}),
+    )
+}
 
 
 class Foreign(torch.Tensor):

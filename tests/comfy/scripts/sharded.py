@@ -1,4 +1,4 @@
-"""Every native video family under a plan on 2 and on 3 CPU ranks, against one process. Prints JSON.
+"""Every native video family under a plan on 2 and on 3 CPU ranks, a few on 4, against one process. Prints JSON.
 
 Names of cases in $EVDIT_CASES, with commas between, run only these.
 """
@@ -11,7 +11,7 @@ import traceback
 from own_ranks import is_rank, join_ranks, start_ranks
 
 if not is_rank():
-    print(json.dumps(start_ranks(__file__, (2, 3))))
+    print(json.dumps(start_ranks(__file__, (2, 3, 4))))
     sys.exit()
 
 from host import call, load_pack, torch  # noqa: E402 isort: skip
@@ -30,9 +30,12 @@ def module(ending: str):
 
 plans, packing = module("efficient_vdit_core.plan"), module("comfy_bridge.packing")
 sharding, tiles = module("comfy_bridge.sharding"), module("efficient_vdit_core.tiles")
-head_patterns = module("efficient_vdit_core.head_patterns")
+head_patterns, division = module("efficient_vdit_core.head_patterns"), module("sharding.division")
+branches = module("comfy_bridge.branches")
 join_ranks()
-wire, counts = module("sharding.wire").Wire(), sharding.Counter()
+UNLIKE = (16, 7, 11)
+IN_GROUPS = ("wan", "wan i2v", "ltx", "hunyuan", "h3 with guidance")  # on four ranks
+wire, counts, divided = module("sharding.wire").Wire(), sharding.Counter(), []
 module("sharding.blocks").Counter = lambda: counts  # of all forwards of a run
 
 
@@ -50,21 +53,38 @@ def through_the_wire(executor, x, t, c_concat=None, c_crossattn=None, control=No
     return executor(*(told.pop(name) for name in names), control, options, **told)
 
 
-def shared(source, case: Case, weights: tuple[int, ...] = (), hold: str = "whole"):
-    """What the ranks find together; ``counts`` says how many layers took which scheme.
+def by_branch(executor, x, t, c_concat=None, c_crossattn=None, control=None, options=None, **conds):
+    """A forward whose guidance branches go to groups of ranks, where they come in one batch."""
+    count = len(options["cond_or_uncond"])
+    inputs = {"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, **conds}
+    chosen = division.choose_division("branches", (1.0,) * wire.size, count, lambda b, ranks: b / len(ranks))
+    if chosen.by_branches:
+        assert not branches.why_whole(inputs, count), branches.why_whole(inputs, count)
+        options = {**options, branches.DIVISION_KEY: chosen}
+        divided.append(chosen.text())
+    return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+
+
+def shared(source, case: Case, weights: tuple[int, ...] = (), hold: str = "whole", divide: bool = False):
+    """What the ranks find together; ``counts`` says how many layers took which scheme, ``divided`` which groups of ranks
+    had branches of their own.
 
     Two ranks choose the scheme themselves, three take that of the references wherever it can be. ``weights``: of
-    unlike ranks. ``hold``: how the ranks hold the model.
+    unlike ranks. ``hold``: how the ranks hold the model. ``divide``: by branch.
     """
     counts.clear()
-    return run(share(source, weights, hold), case)
+    divided.clear()
+    return run(share(source, weights, hold, divide), case)
 
 
-def share(source, weights: tuple[int, ...] = (), hold: str = "whole"):
+def share(source, weights: tuple[int, ...] = (), hold: str = "whole", divide: bool = False):
+    source = source.clone()
+    if divide:
+        source.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "by branch", by_branch)
     model = sharding.shard_model(source, wire, weights=hold)
     options = model.model_options["transformer_options"]
     options[sharding.SCHEME_KEY] = "auto" if wire.size == 2 else "rb"
-    options[sharding.WEIGHTS_KEY] = weights
+    options[branches.WEIGHTS_KEY] = weights
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "through the wire", through_the_wire)
     return model
 
@@ -94,7 +114,7 @@ def facts(name: str, case: Case) -> dict:
     pattern = tiles.TilePattern
     depth, heads = (count(model.model.diffusion_model) for count in (family.depth, family.head_count))
     several = head_patterns.by_head([pattern(1, means=1), *[pattern(None)] * (heads - 1)])
-    found, dense = {}, run(model, case)
+    found, dense, made = {}, run(model, case), {}
     for words, plan in (
         ("one reference", plans.TilePlan.uniform(1)),
         ("a window", plans.TilePlan(uniform_pattern=pattern(0, window=1))),
@@ -104,26 +124,49 @@ def facts(name: str, case: Case) -> dict:
         want = run(source, case)
         got = shared(source, case)
         found[words] = {"error": distance(got, want), "effect": distance(want, dense), "schemes": dict(counts)}
-    source = sparse(model, plans.TilePlan.uniform(1))
-    whole = shared(source, case)
+        made[words] = source, want, got
+    source, alone, whole = made["one reference"]
     before = wire.sent["gather of weights"]
     found["sharded weights are the same"] = torch.equal(shared(source, case, hold="sharded"), whole)
     found["bytes of weights"] = wire.sent["gather of weights"] - before
     if wire.size == 2:  # a third rank would add its time and nothing else
         found["also after one rank has unloaded"] = torch.equal(after_one_rank_alone_has_unloaded(source, case), whole)
         found["and whole ones after them"] = torch.equal(shared(source, case), whole)
-    found["unlike ranks"] = {"error": distance(shared(source, case, (16, 7, 11)[: wire.size]), run(source, case))}
+    found["unlike ranks"] = {"error": distance(shared(source, case, UNLIKE[: wire.size]), alone)}
+    if not case.single:
+        found |= divisions(source, case, alone)
     found["no plan"] = {"error": distance(shared(model, case), dense)}
     found["after it"] = distance(run(model, case), dense)
     found["weights same"] = all(torch.equal(v, weights[k]) for k, v in model.model.diffusion_model.state_dict().items())
     return found
 
 
+def divisions(source, case: Case, alone) -> dict:
+    """Both branches of a guidance to groups of ranks, which are unlike where there are three: whole weights and sharded
+    ones."""
+    unlike = UNLIKE[: wire.size] if wire.size == 3 else ()
+    got = shared(source, case, unlike, divide=True)
+    found = {"by branch": {"error": distance(got, alone), "groups": divided.copy()}}
+    held = shared(source, case, unlike, hold="sharded", divide=True)
+    return {**found, "by branch with sharded weights": torch.equal(held, got)}
+
+
+def in_groups_of_several(name: str, case: Case) -> dict:
+    """On four ranks: groups that share out a sequence among themselves, and a prompt of two parts."""
+    source = sparse(build(case), plans.TilePlan.uniform(1))
+    found = divisions(source, case, run(source, case))
+    if name == "wan":
+        got = run(share(source, divide=True), case, prompts=2)
+        found["three branches"] = {"error": distance(got, run(source, case, prompts=2)), "groups": divided[-1:]}
+    return found
+
+
 results = {}
 chosen = os.environ.get("EVDIT_CASES")
-for name in chosen.split(",") if chosen else CASES:
+what, names = (facts, CASES) if wire.size < 4 else (in_groups_of_several, IN_GROUPS)
+for name in chosen.split(",") if chosen else names:
     try:
-        results[name] = facts(name, CASES[name])
+        results[name] = what(name, CASES[name])
     except Exception:  # every rank meets it, or the others would wait
         results[name] = {"failed": traceback.format_exc()[-1500:]}
         print(results[name]["failed"], file=sys.stderr)

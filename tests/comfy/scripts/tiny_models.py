@@ -428,15 +428,15 @@ def inputs(case: Case) -> tuple[Any, list, Any]:
     return x, [[noise(1, *case.text), extra]], noise_mask
 
 
-def run(model, case: Case, changed: int | None = None):
+def run(model, case: Case, changed: int | None = None, prompts: int = 1):
     """Two steps with guidance through ComfyUI's own guider, flat; ``changed`` is a latent frame that gets other
-    noise."""
+    noise, ``prompts`` how many make the picture together."""
     x, cond, noise_mask = inputs(case)
     if changed is not None:
         (x.unbind()[0] if x.is_nested else x)[:, :, changed] += 1.0
     negative = [[cond[0][0] * 0.5, cond[0][1]]]
     guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(cond, negative)
+    guider.set_conds([*cond, *([cond[0][0] * 0.25 * i, cond[0][1]] for i in range(1, prompts))], negative)
     guider.set_cfg(1.0 if case.single else 2.0)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
     start = x - x if x.is_nested else torch.zeros_like(x)

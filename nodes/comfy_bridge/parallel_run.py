@@ -1,0 +1,131 @@
+"""A sampling run of a shared out MODEL as ComfyUI's process sees it: each evaluation is sent to the workers, and the log
+tells what the run took."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management as mm
+from torch import Tensor
+
+from ...efficient_vdit_core.parallel.pool.session import Launch, Session
+from ...efficient_vdit_core.parallel.sharding.division import Division
+from .branches import BRANCHES_OF, told
+from .packing import pack
+from .parallel_division import Divider
+from .parallel_memory import offload
+from .parallel_refusals import FORWARD_OPTIONS, Known
+from .shard_forecast import Measured
+
+log = logging.getLogger("efficient_vdit")
+
+AFTER_RUN = ["keep", "offload", "stop"]
+
+
+@dataclass
+class Run:
+    """What one sampling run took, for the log.
+
+    ``divisions``: how the evaluations of several branches were divided; ``single``: the branches that came alone.
+    """
+
+    steps: list[float] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)
+    schemes: dict[str, int] = field(default_factory=dict)
+    divisions: Counter[str] = field(default_factory=Counter)
+    single: set[Any] = field(default_factory=set)
+
+    def reset(self) -> None:
+        self.steps, self.sent, self.divisions, self.single = [], [], Counter(), set()
+
+    def count_branches(self, division: Division, why: str, branches: Sequence[Any]) -> None:
+        """``why`` as of ``Divider.division``; ``branches``: the numbers of ComfyUI's conditionings in the batch."""
+        if division.branches == 1:
+            self.single.update(branches)
+            return
+        how = f"by branch on {division.text()}" if division.by_branches else "by sequence"
+        self.divisions[f"{how} ({why})" if why else how] += 1
+
+    def summary(self, ranks: int) -> str:
+        steady = self.steps[1:] or self.steps
+        if not steady:
+            return "no forward pass"
+        mean, sent = 1000 * sum(steady) / len(steady), max(self.sent) / 2**20
+        layers = ", ".join(f"{count} layers by {scheme}" for scheme, count in sorted(self.schemes.items()))
+        divided = "".join(f"; {count} of them {how}" for how, count in sorted(self.divisions.items()))
+        if len(self.single) > 1:
+            divided += "; guidance branches came one at a time and went by sequence"
+        return (
+            f"{len(self.steps)} forward passes on {ranks} ranks, {mean:.0f} ms and up to {sent:.1f} MiB sent by a rank in each; "
+            f"{layers}{divided}"
+        )
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A shared out MODEL: its workers, what they know, and how they share its evaluations out."""
+
+    session: Session
+    launch: Launch
+    scheme: str
+    known: Known
+    divider: Divider
+    run: Run = field(default_factory=Run)
+
+    def evaluation(self) -> Any:
+        """An APPLY_MODEL wrapper that ends the chain: the workers compute, this process waits and listens for Cancel."""
+
+        def wrapper(
+            executor: Any,
+            x: Tensor,
+            t: Tensor,
+            c_concat: Any = None,
+            c_crossattn: Any = None,
+            control: Any = None,
+            transformer_options: dict[str, Any] | None = None,
+            **conds: Any,
+        ) -> Tensor:
+            self.known.check_evaluation(control, transformer_options or {})
+            options = {name: value for name, value in (transformer_options or {}).items() if name in FORWARD_OPTIONS}
+            return self._computed({"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, **conds}, options)
+
+        return wrapper
+
+    def around_run(self, after_run: str) -> Any:
+        """An OUTER_SAMPLE wrapper: refuses what would be lost on the way, and does what ``after_run`` says."""
+
+        def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.known.check_run(executor.class_obj)
+            self.run.reset()
+            try:
+                return executor(*args, **kwargs)
+            finally:
+                log.info("Efficient-vDiT: %s", self.run.summary(len(self.launch.devices)))
+                if after_run == "stop":
+                    self.session.stop()
+                elif after_run == "offload":
+                    offload(self.session)
+
+        return wrapper
+
+    def _computed(self, inputs: dict[str, Any], options: dict[str, Any]) -> Tensor:
+        tensors: dict[str, Tensor] = {}
+        given = pack({**inputs, "options": options}, tensors)
+        # A pool that starts anew measures anew.
+        self.session.ready(self.launch, mm.throw_exception_if_processing_interrupted)
+        measured = Measured.of(self.session.tests)
+        division, why = self.divider.division(measured, inputs, options)
+        self.run.count_branches(division, why, options.get(BRANCHES_OF) or ())
+        message = {"inputs": given, "scheme": self.scheme, "weights": measured.weights, **told(division)}
+        start = time.perf_counter()
+        poll = mm.throw_exception_if_processing_interrupted
+        ranks, result = self.session.step(self.launch, message, tensors, poll)
+        self.run.steps.append(time.perf_counter() - start)
+        self.run.sent.append(max(int(said["bytes"]) for said in ranks))
+        self.run.schemes = ranks[0]["schemes"]
+        return result["out"].to(inputs["x"].device)
