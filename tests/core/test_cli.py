@@ -299,7 +299,7 @@ def test_a_distilled_model_is_sampled_as_it_was_made(tmp_path):
         assert cli.main(["generate", "--model", "tiny-8-steps-sparse", *size, *more, "--out", str(out)]) == 0
         metas.append(read_metadata(out))
     assert (metas[0]["steps"], metas[0]["segments"], metas[0]["guidance"]) == (8, 8, 1.0)
-    assert metas[0]["plan"]["reference_frames"] == about.plan["reference_frames"] and "sparse" in metas[0]["attention"]
+    assert metas[0]["plan"]["patterns"] == about.plan["patterns"] and "sparse" in metas[0]["attention"]
     assert metas[1]["steps"] == 16 and metas[1]["plan"]["reference_frames"] is None
 
 
