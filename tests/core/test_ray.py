@@ -26,13 +26,11 @@ needs_ray = pytest.mark.skipif(
 )
 # A cluster of two nodes with room for one rank each. Where it is not ended in order, Ray leaves processes behind.
 CLUSTER = """
-import signal, tempfile
+import signal
 from ray.cluster_utils import Cluster
 cluster = Cluster()
 for _ in range(2):
-    cluster.add_node(
-        num_cpus=1, num_gpus=0, include_dashboard=False, object_store_memory=80 * 2**20, temp_dir=tempfile.gettempdir()
-    )
+    cluster.add_node(num_cpus=1, num_gpus=0, include_dashboard=False, object_store_memory=80 * 2**20)
 print("at " + cluster.address, flush=True)
 signal.pause()  # Ray answers SIGTERM
 """
@@ -61,10 +59,10 @@ def start():
 
 
 @pytest.fixture
-def cluster(start):
+def cluster(start, own_folders):
     """Where it is, the variables that let this user in, and its process."""
     own = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32}
-    process = start("-c", CLUSTER, **own, RAY_USAGE_STATS_ENABLED="0")
+    process = start("-c", CLUSTER, **own, RAY_USAGE_STATS_ENABLED="0", RAY_TMPDIR=str(own_folders / "t"))
     try:
         until(lambda: any(line.startswith("at ") for line in process.lines), process)
         address = next(line for line in process.lines if line.startswith("at ")).split()[1]
