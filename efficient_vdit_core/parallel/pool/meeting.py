@@ -39,7 +39,7 @@ def shared_store(settings: Settings) -> dist.Store:
     host, _, port = settings.store.rpartition(":")
     if settings.rank:
         return dist.TCPStore(host, int(port), settings.ranks, is_master=False)
-    # Without a socket of ours it would listen on all interfaces.
+    # Without a socket of ours it would listen on all interfaces (tests/core/test_library_faults.py).
     listener = socket.create_server((settings.listen, int(port)))
     return dist.TCPStore(
         host,

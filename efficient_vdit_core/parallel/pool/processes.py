@@ -2,6 +2,7 @@
 
 A process is started with no argument but its script's path; what it is, and every secret, it reads from its standard
 input. When the one that started it goes, however it goes, a watcher of its own ends it and removes what it left.
+torchrun's agent leaves its ranks behind where it is killed (tests/core/test_library_faults.py).
 """
 
 from __future__ import annotations

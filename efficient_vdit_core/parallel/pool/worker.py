@@ -24,10 +24,11 @@ import torch.distributed as dist
 
 from ... import __version__
 from ..sharding.wire import Wire
+from .handshake import WrongSecret, connect
 from .hub import Hub, Message
 from .logs import print_patiently
 from .meeting import FileMeeting, StoreMeeting, shared_store
-from .messages import Connection, ConnectionEnded, Tensors, WrongSecret, connect, listen
+from .messages import Connection, ConnectionEnded, Tensors, listen
 from .placed import fresh_folder
 from .pool_file import PoolAddress, hold_lock, remove_pool_file, write_pool_file
 from .preflight import check_paths
