@@ -170,7 +170,7 @@ def _ray(args: argparse.Namespace) -> Any:
     from ..parallel.pool.session import starter
 
     starter()
-    from ..parallel.pool.ray_pool import Ray
+    from ..parallel.pool.ray_pool import RayPools
 
     words = [word.strip() for word in (args.devices or "auto").lower().split(",")]
     on_cpu = all(word == "cpu" for word in words)
@@ -182,7 +182,7 @@ def _ray(args: argparse.Namespace) -> Any:
         raise ValueError(
             "--ranks is how many GPUs Ray gives, expected none with CPU ranks. Name each of them in --devices."
         )
-    return Ray(len(words) if on_cpu else args.ranks or 0, not on_cpu, COMFYUI_HOST, _imports(args), _seconds(args))
+    return RayPools(len(words) if on_cpu else args.ranks or 0, not on_cpu, COMFYUI_HOST, _imports(args), _seconds(args))
 
 
 def _imports(args: argparse.Namespace) -> tuple[str, ...]:

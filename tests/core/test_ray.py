@@ -158,6 +158,20 @@ def test_ranks_on_two_nodes_of_a_cluster(start, cluster, own_folders):
     assert process.poll() is None
 
 
+@needs_ray
+def test_the_end_of_ray_is_one_sentence(start, own_folders):
+    """Ray's own calls would wait for a minute, and then end the command without a word."""
+    command = evdit_workers(start)
+    ready(command)
+    every = family_of(command.pid)
+    os.kill(next(pid for pid in every if "gcs_server" in Path(f"/proc/{pid}/cmdline").read_text()), signal.SIGKILL)
+    until(
+        lambda: any("evdit: error: Ray has ended, and the workers with it" in line for line in command.lines),
+        seconds=10.0,
+    )
+    assert command.wait(60) and gone(every) and not list((own_folders / "t").iterdir())
+
+
 def test_ranks_on_two_machines_need_an_address(monkeypatch):
     monkeypatch.delenv("EVDIT_LISTEN", raising=False)
     with pytest.raises(
