@@ -4,6 +4,8 @@
 WANTED = (
     ("NO COMFYUI", "ComfyUI", "set COMFYUI_PATH (and COMFYUI_PYTHON) to a checkout, or put one at ~/comfy/ComfyUI"),
     ("NO CUDA", "an NVIDIA GPU", "run `pytest tests/gpu` on a machine with one"),
+    ("RAY IS NOT", "Ray", "pip install ray"),
+    ("NO SBATCH", "SLURM's parser", "apt install slurm-client"),
     ("PLAYWRIGHT", "a browser", "pip install playwright and Chromium, then run `pytest tests/e2e`"),
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +16,31 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..attention import TokenLayout, tile_attention
+from ..attention.report import AttentionReport
 from ..head_patterns import LayerPattern
-
-if TYPE_CHECKING:
-    from .families import SequenceLayout
-    from .patch import DiffusersPatch
+from .families import SequenceLayout
 
 Dense = Callable[..., Tensor]
+
+
+class Patch(Protocol):
+    """What a processor asks of the patch that has put it there."""
+
+    report: AttentionReport
+    layout: SequenceLayout | None
+    active: bool
+    min_tokens: int
+    backend: str
+
+    def pattern(self, layer: int, frames: int) -> LayerPattern:
+        """The plan's pattern of a layer."""
+        ...
 
 
 class TiledProcessor:
     """Stands in the place of ``original``; made by ``tiled``, which gives it the original's call signature."""
 
-    def __init__(self, original: Any, patch: DiffusersPatch, layer: int) -> None:
+    def __init__(self, original: Any, patch: Patch, layer: int) -> None:
         self.original, self.patch, self.layer = original, patch, layer
 
     @property
@@ -140,7 +152,7 @@ class TiledProcessor:
         return dispatch_attention_fn(q, k, v, backend=self.original._attention_backend, **options).transpose(1, 2)
 
 
-def tiled(original: Any, patch: DiffusersPatch, layer: int) -> TiledProcessor:
+def tiled(original: Any, patch: Patch, layer: int) -> TiledProcessor:
     """A processor for the place of ``original``. diffusers reads which arguments a processor takes from its
     signature."""
     return _tiled_class(type(original))(original, patch, layer)

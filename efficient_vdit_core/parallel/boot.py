@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 _PR_SET_PDEATHSIG = 1
 
@@ -40,19 +41,25 @@ def is_below_python() -> bool:
     return False
 
 
+def core(module: str) -> ModuleType:
+    """That module of the core, which goes in by its path."""
+    folder = Path(__file__).resolve().parents[1]
+    if folder.name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            folder.name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None and spec.loader is not None
+        package = importlib.util.module_from_spec(spec)
+        sys.modules[folder.name] = package
+        spec.loader.exec_module(package)
+    return importlib.import_module(f"{folder.name}.{module}")
+
+
 def main() -> None:
     if "RANK" in os.environ and sys.platform == "linux":  # other starters have a watcher, and may start from any thread
         end_with_torchrun()
-    core = Path(__file__).resolve().parents[1]
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-    spec = importlib.util.spec_from_file_location(
-        core.name, core / "__init__.py", submodule_search_locations=[str(core)]
-    )
-    assert spec is not None and spec.loader is not None
-    package = importlib.util.module_from_spec(spec)
-    sys.modules[core.name] = package
-    spec.loader.exec_module(package)
-    importlib.import_module(f"{core.name}.parallel.pool.worker").main()
+    core("parallel.pool.worker").main()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Who may import whom. Each rule is checked on the real tree, and the checker itself on small wrong examples."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,30 @@ def sources():
 def test_the_tree_keeps_the_rules():
     found = [v for path, source in sources() for v in violations(path, source)]
     assert not found, "\n".join(found)
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules that import one another in a circle, inside functions too; none where there is no circle. ``sources``: the
+    text of each by its dotted name."""
+    graph = {
+        module: {name for name, *_ in imports_of(ast.parse(text), module) if name in sources and name != module}
+        for module, text in sources.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    assert not circle({path.removesuffix(".py").replace("/", "."): source for path, source in sources()})
+
+
+def test_that_checker_sees_a_circle():
+    found = circle({"p.a": "from . import b", "p.b": "def f():\n    from .a import x", "p.c": "from .a import y"})
+    assert set(found) == {"p.a", "p.b"}
+    assert not circle({"p.a": "from . import b", "p.b": "", "p.c": "from .a import y"})
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 import socket
 import threading
+import time
 
 import pytest
 import torch
 
-from efficient_vdit_core.parallel.pool.messages import Connection, ConnectionEnded, admit, connect, listen, ticks
+from efficient_vdit_core.parallel.pool.handshake import admit, connect
+from efficient_vdit_core.parallel.pool.messages import Connection, ConnectionEnded, Late, listen, ticks
 from efficient_vdit_core.parallel.pool.secret import new_secret
 
 TENSORS = {
@@ -17,6 +19,7 @@ TENSORS = {
     "scalar": torch.tensor(3.5, dtype=torch.float64),
     "truth": torch.tensor([True, False]),
 }
+TENSORS["twice"] = TENSORS["half"]  # as where both prompts are one
 
 
 @pytest.fixture
@@ -72,26 +75,35 @@ def _received(sock):
     return connection.receive()
 
 
-@pytest.mark.parametrize("liar", ["client", "server"])
-def test_each_side_proves_the_secret(liar):
-    listener, true, false = listen("127.0.0.1"), new_secret(), new_secret()
-    refused = []
+def fault_within(seconds, call):
+    """What ``call`` raises, in that time."""
+    begin = time.monotonic()
+    with pytest.raises((ConnectionEnded, Late)) as caught:
+        call()
+    assert time.monotonic() - begin < seconds
+    return caught.type
 
-    def let_in():
-        sock, _ = listener.accept()
-        try:
-            admit(sock, false if liar == "server" else true, ticks(5))
-        except ConnectionEnded as error:
-            refused.append(error)
-        sock.close()
 
-    thread = threading.Thread(target=let_in)
-    thread.start()
-    with pytest.raises(ConnectionError):
-        connect(*listener.getsockname(), false if liar == "client" else true, timeout=5)
-    thread.join(5)
-    assert len(refused) == 1
-    listener.close()
+def test_one_who_does_not_read_is_given_up(pair):
+    """A worker that stands still, and more is sent to it than the connection holds."""
+    client, _ = pair
+    client.sock.settimeout(0.1)
+    x = {"x": torch.zeros(2**24)}
+    assert fault_within(3.0, lambda: client.send({"do": "step"}, x, ticks(0.5))) is Late and client.torn
+
+
+@pytest.mark.parametrize("part", [1, 10, 30, -1])
+def test_the_rest_of_a_message_is_not_waited_for_for_ever(pair, part):
+    client, server = pair
+    whole, other = socket.socketpair()
+    sender = Connection.__new__(Connection)
+    sender.sock, sender.lock, sender.torn = whole, threading.Lock(), False
+    sender.send({"do": "step"}, {"x": torch.zeros(100)})
+    client.sock.sendall(other.recv(2**16)[:part])
+    server.sock.settimeout(0.1)
+    assert fault_within(3.0, lambda: server.receive(ticks(0.5))) is Late and server.torn
+    whole.close()
+    other.close()
 
 
 def test_the_listener_is_on_loopback_and_the_port_is_the_systems():

@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from pools import HOST, ROOT, SAFE_TORCHRUN, SAFE_VARIABLES, START, Started, children, launch, until
+from pools import (
+    HOST,
+    ROOT,
+    SAFE_TORCHRUN,
+    SAFE_VARIABLES,
+    START,
+    Started,
+    family_of,
+    is_loopback,
+    launch,
+    listening,
+    until,
+)
 
 from efficient_vdit_core.parallel.pool.client import Pool
 from efficient_vdit_core.parallel.pool.door import MOST_UNPROVED
@@ -48,31 +60,6 @@ def session():
 
 def announced():
     return read_pool_file(default_pool_file())
-
-
-def listening(every):
-    """The addresses that these processes listen on, from the kernel's tables."""
-    inodes = set()
-    for pid in every:
-        links = [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
-        inodes |= {os.readlink(link) for link in links if os.path.islink(link)}
-    found = []
-    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            words = line.split()
-            if words[3] == "0A" and f"socket:[{words[9]}]" in inodes:
-                raw = bytes.fromhex(words[1].split(":")[0])
-                parts = [raw[i : i + 4][::-1] for i in range(0, len(raw), 4)]  # each word in the machine's order
-                found.append(socket.inet_ntop(family, b"".join(parts)))
-    return found
-
-
-def family_of(pid):
-    return [pid, *(other for child in children(pid) for other in family_of(child))]
-
-
-def is_loopback(address):
-    return address.startswith("127.") or address in ("::1",) or address.startswith("::ffff:127.")
 
 
 def run_steps(session):

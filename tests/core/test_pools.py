@@ -12,7 +12,7 @@ import pytest
 import torch
 from pools import FAULTS, ROOT, SAFE_TORCHRUN, SAFE_VARIABLES, START, Started, alive, gone, launch, ranks_of, until
 
-from efficient_vdit_core.commands.workers import run
+from efficient_vdit_core.commands.workers import add_arguments, run
 from efficient_vdit_core.parallel.pool.messages import listen
 from efficient_vdit_core.parallel.pool.pool_file import default_pool_file, read_pool_file
 from efficient_vdit_core.parallel.pool.secret import new_secret, secret_file, shared_secret
@@ -47,13 +47,15 @@ def use(session, devices, **opening):
     return [said["pid"] for said in ranks]
 
 
-def workers_command(devices="auto"):
-    return argparse.Namespace(devices=devices, start_timeout=START, imports=[], make_secret=False)
+def workers_command(*options):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(options)
 
 
 def refuses_a_second():
     with pytest.raises(ValueError, match="A pool of workers runs already"):
-        run(workers_command("cpu"))
+        run(workers_command("--devices", "cpu"))
     assert default_pool_file().exists()
 
 
@@ -192,7 +194,7 @@ def test_torchrun_on_two_nodes_is_one_pool(start):
     with pytest.raises(RuntimeError, match="ended without a word"):
         use(session, devices)
     session.stop()
-    with pytest.raises(RuntimeError, match="spanned machines is gone. Start it again"):
+    with pytest.raises(RuntimeError, match="spanned machines, .*, is gone. Start it again"):
         use(session, devices)
 
 
@@ -247,11 +249,11 @@ def test_looking_for_a_pool_writes_nothing(monkeypatch):
 
 def test_the_secret_is_made_once(capsys):
     for _ in range(2):
-        assert run(argparse.Namespace(make_secret=True)) == 0
+        assert run(workers_command("--make-secret")) == 0
     assert str(secret_file()) in capsys.readouterr().out and secret_file().stat().st_mode & 0o777 == 0o600
     secret_file().chmod(0o644)
     with pytest.raises(ValueError, match="is no secret that only you can read"):
-        run(argparse.Namespace(make_secret=True))
+        run(workers_command("--make-secret"))
 
 
 def test_a_live_pool_that_is_silent_keeps_its_file(start):

@@ -16,8 +16,9 @@ from pools import HOST, START, gone, launch
 
 from efficient_vdit_core.parallel.pool import session as session_module
 from efficient_vdit_core.parallel.pool.client import Pool, PoolFault
+from efficient_vdit_core.parallel.pool.handshake import connect
 from efficient_vdit_core.parallel.pool.hub import Hub
-from efficient_vdit_core.parallel.pool.messages import ConnectionEnded, connect, listen
+from efficient_vdit_core.parallel.pool.messages import ConnectionEnded, listen
 from efficient_vdit_core.parallel.pool.pool_file import PoolAddress, default_pool_file, read_pool_file, write_pool_file
 from efficient_vdit_core.parallel.pool.secret import new_secret
 from efficient_vdit_core.parallel.pool.session import Launch, Session, parse_devices

@@ -1,6 +1,9 @@
 """Pools for the tests: processes that start them, and what the system says of these processes."""
 
+import contextlib
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -70,6 +73,31 @@ def ranks_of(pid: int) -> list[int]:
     return [child for child in children(pid) if "boot" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
+def listening(every):
+    """The addresses that these processes listen on, from the kernel's tables."""
+    inodes = set()
+    for pid in every:
+        links = [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+        inodes |= {os.readlink(link) for link in links if os.path.islink(link)}
+    found = []
+    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in inodes:
+                raw = bytes.fromhex(words[1].split(":")[0])
+                parts = [raw[i : i + 4][::-1] for i in range(0, len(raw), 4)]  # each word in the machine's order
+                found.append(socket.inet_ntop(family, b"".join(parts)))
+    return found
+
+
+def family_of(pid):
+    return [pid, *(other for child in children(pid) for other in family_of(child))]
+
+
+def is_loopback(address):
+    return address.startswith("127.") or address in ("::1",) or address.startswith("::ffff:127.")
+
+
 class Started:
     """Starts commands of this Python; ``end`` kills them and all that they have started."""
 
@@ -77,12 +105,20 @@ class Started:
         self.processes = []
 
     def __call__(self, *command, **variables):
+        return self._start([sys.executable, *command], variables)
+
+    def bash(self, path, **variables):
+        """A script, in a process group of its own, as a terminal gives it."""
+        return self._start(["bash", str(path)], variables, start_new_session=True)
+
+    def _start(self, command, variables, **options):
         process = subprocess.Popen(
-            [sys.executable, *command],
+            command,
             env={**os.environ, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            **options,
         )
         process.lines = []
         threading.Thread(target=lambda: process.lines.extend(process.stdout), daemon=True).start()
@@ -94,5 +130,9 @@ class Started:
 
     def end(self):
         for process in self.processes:
+            every = family_of(process.pid) if process.args[0] == "bash" else []
             process.kill()
             process.wait()
+            for pid in every:  # what only a real srun would end
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ... import __version__
-from .messages import HANDSHAKE_SECONDS, ConnectionEnded, Late, Tensors, Tick, connect, ticks
+from .handshake import HANDSHAKE_SECONDS, connect
+from .messages import ConnectionEnded, Late, Tensors, Tick, ticks
 from .pool_file import PoolAddress
 
 Message = dict[str, Any]

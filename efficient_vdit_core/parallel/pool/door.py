@@ -1,7 +1,8 @@
 """Who may come in: accepts connections and has each prove the secret.
 
 Those that do not are few and short: a stranger cannot use up this process's files or threads, and where these are used
-up by something else, the door opens again once there are some.
+up by something else, the door opens again once there are some. Not multiprocessing's Listener, which one silent stranger
+shuts, nor socketserver, which spins where no file is left (tests/core/test_library_faults.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .messages import Connection, ConnectionEnded, Late, admit, hang_up, ticks
+from .handshake import admit
+from .messages import Connection, ConnectionEnded, Late, hang_up, ticks
 
 # Connections that have not proved the secret yet; one more, and the oldest of them goes.
 MOST_UNPROVED = 16

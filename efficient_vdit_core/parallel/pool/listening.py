@@ -27,6 +27,18 @@ def open_beyond_loopback(process: int) -> list[int]:
     return sorted(found)
 
 
+def processes_of_session(session: int) -> list[int]:
+    """The processes of that session; none where the system does not tell."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(entry.read_text(encoding="utf-8").rsplit(")", 1)[1].split()[3]) == session:
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue  # ended meanwhile
+    return found
+
+
 def _is_loopback(address: str) -> bool:
     if len(address) == 8:
         return address.endswith(_LOOPBACK_4)

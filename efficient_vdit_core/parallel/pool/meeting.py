@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from .private import read_private, write_private
+from .settings import Settings
 
 _KEY = "evdit/door"
 
@@ -27,8 +31,29 @@ class FileMeeting:
         return _address(read_private(self.path))
 
 
+def shared_store(settings: Settings) -> dist.Store:
+    """The store of ranks on several machines, the only thing that all of them can reach from the start. Raises OSError
+    where rank 0 cannot listen there."""
+    if not settings.store:
+        return next(dist.rendezvous("env://"))[0]  # torchrun keeps it
+    host, _, port = settings.store.rpartition(":")
+    if settings.rank:
+        return dist.TCPStore(host, int(port), settings.ranks, is_master=False)
+    # Without a socket of ours it would listen on all interfaces (tests/core/test_library_faults.py).
+    listener = socket.create_server((settings.listen, int(port)))
+    return dist.TCPStore(
+        host,
+        int(port),
+        settings.ranks,
+        True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        use_libuv=False,
+    )
+
+
 class StoreMeeting:
-    """A key of the store that torchrun keeps for ranks on several machines; waits for it as long as that store does."""
+    """A key of the store of ranks on several machines; waits for it as long as that store does."""
 
     def __init__(self, store: Any) -> None:
         self.store = store

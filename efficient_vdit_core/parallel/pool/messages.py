@@ -1,15 +1,15 @@
 """Messages between ComfyUI and the workers: JSON and raw tensors over a socket whose two ends have proved the same
-secret.
+secret. No pickle: a message can only say what JSON and plain tensor bytes can say.
 
-No pickle: a message can only say what JSON and plain tensor bytes can say.
+Not multiprocessing's Connection: once a message has begun it waits without end for one who stands still, so that neither
+Cancel nor a time-out would be heard. Not safetensors, which sends no tensor under two names
+(tests/core/test_library_faults.py).
 """
 
 from __future__ import annotations
 
-import hmac
 import json
 import math
-import secrets
 import socket
 import struct
 import threading
@@ -21,10 +21,6 @@ import torch
 from torch import Tensor
 
 MAGIC = b"EVDT"
-NONCE, DIGEST = 32, 32
-# For all of a handshake, not for each byte of it.
-HANDSHAKE_SECONDS = 5.0
-_SLICE_SECONDS = 0.1
 MAX_JSON, MAX_TENSORS = 2**26, 2**36
 _HEADER = struct.Struct(">4sQQ")
 _DTYPES = {
@@ -47,10 +43,6 @@ Tick = Callable[[], None]
 
 class ConnectionEnded(ConnectionError):
     """The other end is gone."""
-
-
-class WrongSecret(ConnectionEnded):
-    """The other end does not know the secret, or says that this one does not."""
 
 
 class Late(Exception):
@@ -97,22 +89,22 @@ class Connection:
         size = sum(x.numel() * x.element_size() for x in tensors.values())
         with self.lock:
             self.torn = True
-            _write(self.sock, _HEADER.pack(MAGIC, len(text), size) + text, tick)
+            write(self.sock, _HEADER.pack(MAGIC, len(text), size) + text, tick)
             for x in tensors.values():
-                _write(self.sock, x.flatten().view(torch.uint8).numpy().data, tick)
+                write(self.sock, x.flatten().view(torch.uint8).numpy().data, tick)
             self.torn = False
 
     def receive(self, tick: Tick | None = None) -> tuple[dict[str, Any], Tensors]:
         """The next message; waits for it. Raises ConnectionEnded, or ValueError for what is no message of ours."""
-        first = _read(self.sock, 1, tick)
+        first = read(self.sock, 1, tick)
         self.torn = True
-        magic, text_size, size = _HEADER.unpack(bytes(first) + bytes(_read(self.sock, _HEADER.size - 1, tick)))
+        magic, text_size, size = _HEADER.unpack(bytes(first) + bytes(read(self.sock, _HEADER.size - 1, tick)))
         if magic != MAGIC or text_size > MAX_JSON or size > MAX_TENSORS:
             raise ValueError(
                 "The other end of the workers' connection does not speak their protocol. Stop what uses that port."
             )
-        message = json.loads(bytes(_read(self.sock, text_size, tick)))
-        blob, tensors, done = _read(self.sock, size, tick), {}, 0
+        message = json.loads(bytes(read(self.sock, text_size, tick)))
+        blob, tensors, done = read(self.sock, size, tick), {}, 0
         self.torn = False
         for name, (kind, shape) in message.pop("_tensors").items():
             dtype = _DTYPES[kind]
@@ -142,6 +134,11 @@ class Connection:
         self.sock.close()
 
 
+def listen(host: str) -> socket.socket:
+    """A listening socket on a free port of ``host``."""
+    return socket.create_server((host, 0))
+
+
 def hang_up(sock: socket.socket) -> None:
     """End the connection; whoever waits for a byte of it wakes up."""
     try:
@@ -150,7 +147,8 @@ def hang_up(sock: socket.socket) -> None:
         pass
 
 
-def _read(sock: socket.socket, size: int, tick: Tick | None = None) -> memoryview:
+def read(sock: socket.socket, size: int, tick: Tick | None = None) -> memoryview:
+    """The next ``size`` bytes, waited for as Connection does. Raises ConnectionEnded."""
     data = memoryview(bytearray(size))
     done = 0
     while done < size:
@@ -163,7 +161,8 @@ def _read(sock: socket.socket, size: int, tick: Tick | None = None) -> memoryvie
     return data
 
 
-def _write(sock: socket.socket, data: Any, tick: Tick | None) -> None:
+def write(sock: socket.socket, data: Any, tick: Tick | None) -> None:
+    """Send all of ``data``. Raises ConnectionEnded."""
     view = memoryview(data)
     while view:
         view = view[_patiently(lambda: sock.send(view), tick) :]  # noqa: B023 - called at once
@@ -181,61 +180,3 @@ def _patiently(transfer: Callable[[], int], tick: Tick | None) -> int:
             if tick is None or not isinstance(error, TimeoutError):
                 raise ConnectionEnded(str(error)) from None
         tick()
-
-
-def connect(
-    host: str,
-    port: int,
-    secret: str,
-    *,
-    timeout: float = HANDSHAKE_SECONDS,
-    poll: Callable[[], None] | None = None,
-) -> Connection:
-    """Open a connection, prove the secret and have it proved, all in ``timeout`` seconds; ``poll`` may raise, to cancel.
-
-    Raises ConnectionError where nobody answers, WrongSecret where a stranger does.
-    """
-    sock = socket.create_connection((host, port), timeout=timeout)
-    try:
-        sock.settimeout(_SLICE_SECONDS)
-        tick = ticks(timeout, poll)
-        theirs, mine = bytes(_read(sock, NONCE, tick)), secrets.token_bytes(NONCE)
-        _write(sock, mine + _proof(secret, b"client", theirs, mine), tick)
-        try:
-            proof = bytes(_read(sock, DIGEST, tick))
-        except ConnectionEnded:
-            raise WrongSecret("what listens there does not accept the secret of the pool") from None
-        if not hmac.compare_digest(proof, _proof(secret, b"server", theirs, mine)):
-            raise WrongSecret("what listens there does not know the secret of the pool")
-    except Late:
-        sock.close()
-        raise ConnectionEnded(f"what listens there has not proved the secret in {timeout:.0f} s") from None
-    except BaseException:
-        sock.close()
-        raise
-    return Connection(sock)
-
-
-def listen(host: str) -> socket.socket:
-    """A listening socket on a free port of ``host``."""
-    return socket.create_server((host, 0))
-
-
-def admit(sock: socket.socket, secret: str, tick: Tick) -> Connection:
-    """The connection that ``sock``, just accepted, becomes where its other end proves the secret before ``tick`` raises.
-
-    Raises WrongSecret where it does not know it, ConnectionEnded where it leaves.
-    """
-    sock.settimeout(_SLICE_SECONDS)
-    mine = secrets.token_bytes(NONCE)
-    _write(sock, mine, tick)
-    answer = bytes(_read(sock, NONCE + DIGEST, tick))
-    theirs, proof = answer[:NONCE], answer[NONCE:]
-    if not hmac.compare_digest(proof, _proof(secret, b"client", mine, theirs)):
-        raise WrongSecret("what came in does not know the secret of the pool")
-    _write(sock, _proof(secret, b"server", mine, theirs), tick)
-    return Connection(sock)
-
-
-def _proof(secret: str, side: bytes, server_nonce: bytes, client_nonce: bytes) -> bytes:
-    return hmac.digest(bytes.fromhex(secret), side + server_nonce + client_nonce, "sha256")

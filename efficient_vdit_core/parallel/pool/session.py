@@ -136,7 +136,8 @@ class Session:
         self.pool = running_pool(launch.devices, launch.host.name, poll)
         if self.pool is None and launch.devices[0].startswith("rank"):
             raise RuntimeError(
-                "The pool of workers that spanned machines is gone. Start it again, or name devices of this machine."
+                "The pool of workers that spanned machines, or that Ray had placed, is gone. Start it again where `evdit workers` "
+                "does not by itself, or name devices of this machine."
             )
         if self.pool is None:
             start = self._start_on_gpus if launch.devices[0].startswith("cuda") else self._start

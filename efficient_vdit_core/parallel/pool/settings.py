@@ -17,10 +17,10 @@ class Settings:
     and ``imports``: the folders that it may load code from.
 
     ``folder``: rank 0's, where the ranks of one machine exchange addresses; empty where they span machines.
-    ``meeting``: the file that names rank 0's door, or empty for torchrun's store. ``address_file``: where rank 0
-    announces the pool, by the name ``pool``. ``listen``: the address that rank 0 listens on. ``log``: where this rank's
-    output goes, or empty where its starter shows it. ``piped``: whether a starter holds the other end of the standard
-    input.
+    ``meeting``: the file that names rank 0's door, or empty where they meet in a store: that of rank 0 at ``store``,
+    HOST:PORT, or torchrun's own where that is empty. ``address_file``: where rank 0 announces the pool, by the name
+    ``pool``. ``listen``: the address that rank 0 listens on. ``log``: where this rank's output goes, or empty where its
+    starter shows it. ``piped``: whether a starter holds the other end of the standard input.
     """
 
     rank: int
@@ -34,6 +34,7 @@ class Settings:
     pool: str
     folder: str = ""
     meeting: str = ""
+    store: str = ""
     listen: str = LOOPBACK
     log: str = ""
     devices: tuple[str, ...] = ()
@@ -43,10 +44,9 @@ class Settings:
         """Raises ValueError where this worker may not load code from ``path``."""
         check_import(path, self.imports)
 
-    def write(self, stream: IO[bytes]) -> None:
-        """Hand them to a worker; the stream stays open, and its end tells the worker that the starter is gone."""
-        stream.write(json.dumps(asdict(self)).encode() + b"\n")
-        stream.flush()
+    def line(self) -> bytes:
+        """What a worker finds first on its standard input; the end of that tells it that its starter is gone."""
+        return json.dumps(asdict(self)).encode() + b"\n"
 
     @classmethod
     def read(cls, stream: IO[bytes]) -> Settings:

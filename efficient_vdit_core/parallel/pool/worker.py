@@ -24,16 +24,19 @@ import torch.distributed as dist
 
 from ... import __version__
 from ..sharding.wire import Wire
+from .handshake import WrongSecret, connect
 from .hub import Hub, Message
 from .logs import print_patiently
-from .meeting import FileMeeting, StoreMeeting
-from .messages import Connection, ConnectionEnded, Tensors, WrongSecret, connect, listen
+from .meeting import FileMeeting, StoreMeeting, shared_store
+from .messages import Connection, ConnectionEnded, Tensors, listen
+from .placed import fresh_folder
 from .pool_file import PoolAddress, hold_lock, remove_pool_file, write_pool_file
 from .preflight import check_paths
 from .secret import secret_file
 from .self_test import self_test
 from .settings import Settings
-from .torchrun import fresh_folder, settings_from_torchrun, started_by_torchrun
+from .slurm import settings_from_slurm, started_by_slurm
+from .torchrun import settings_from_torchrun, started_by_torchrun
 
 JOIN_SECONDS = 120.0
 # A hang is noticed by ComfyUI's step_timeout, which can name the rank; this is only for ranks nobody asks any more.
@@ -53,8 +56,7 @@ class Worker:
         self.hub: Hub | None = None
         self.pool, self.folder = settings.pool, settings.folder
         self.main_thread = threading.get_ident()
-        # Among several machines torchrun's store is the only thing that all ranks can reach from the start.
-        shared = None if settings.meeting else next(dist.rendezvous("env://"))[0]
+        shared = None if settings.meeting else shared_store(settings)
         meeting = StoreMeeting(dist.PrefixStore("evdit", shared)) if shared else FileMeeting(Path(settings.meeting))
         if settings.rank == 0:
             port = self._open_hub(meeting)
@@ -248,14 +250,20 @@ def _keep_to_loopback() -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
 
 
+def _settings() -> Settings:
+    if started_by_slurm():
+        return settings_from_slurm()
+    return settings_from_torchrun() if started_by_torchrun() else Settings.read(sys.stdin.buffer)
+
+
 def main() -> None:
     """Run as a rank until told to end."""
     print_patiently()
-    settings = settings_from_torchrun() if started_by_torchrun() else Settings.read(sys.stdin.buffer)
+    settings = _settings()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # which ends a step that computes, too
     if settings.piped:
         threading.Thread(target=_end_with_starter, daemon=True).start()
-    elif sys.platform != "linux":
+    elif sys.platform != "linux":  # SLURM, which is there on Linux alone, ends what it has started
         threading.Thread(target=_end_with_torchrun, args=(os.getppid(),), daemon=True).start()
     if settings.meeting:
         _keep_to_loopback()

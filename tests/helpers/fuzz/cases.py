@@ -54,7 +54,7 @@ def warm_up() -> None:
     Pipeline.from_model = stop  # pyright: ignore[reportAttributeAccessIssue]
     trainer.prepare_data = recipe.distill = tiny_recipe.train = stop
     ThreeStages.plans = table.TinyTable.measure = table.TinyTable.bounds = stop  # pyright: ignore[reportAttributeAccessIssue]
-    workers._start = stop
+    workers._keep_running = stop
     tiny_parts()
     clips()
     tokenizer()

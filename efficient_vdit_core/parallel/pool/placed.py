@@ -1,0 +1,76 @@
+"""A worker's settings where torchrun or SLURM has placed it: the same for both, but for where the ranks meet."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass
+
+import torch
+
+from .imports import COMFYUI_HOST, usual_folders
+from .pool_file import default_pool_file
+from .private import make_private_folder, private_folder
+from .secret import shared_secret
+from .settings import LOOPBACK, Settings
+
+_RUN = "run-"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rank ``rank`` of ``ranks``, number ``local`` on machine number ``machine``. ``run`` is what the ranks of this start
+    have in common, and those of no other."""
+
+    rank: int
+    ranks: int
+    local: int
+    machine: int
+    one_machine: bool
+    run: str
+
+
+def settings_at(place: Place, store: str = "") -> Settings:
+    """The settings of the rank that was placed there; ``store`` is as in Settings.
+
+    Raises ValueError where the pool would listen to more than it must, or where there is no secret.
+    """
+    on_gpu, listen = torch.cuda.is_available(), os.environ.get("EVDIT_LISTEN", LOOPBACK)
+    if place.one_machine and listen != LOOPBACK:
+        raise ValueError(
+            f"EVDIT_LISTEN is {listen!r}, expected none: a pool on one machine listens on loopback only. Unset it."
+        )
+    make_private_folder()
+    kind = "cuda:{}" if on_gpu else "cpu"
+    return Settings(
+        rank=place.rank,
+        ranks=place.ranks,
+        # A rank that is shown its own GPU alone knows it by the number 0.
+        device=kind.format(0 if torch.cuda.device_count() == 1 else place.local),
+        backend="nccl" if on_gpu else "gloo",
+        # The first machine makes it; the others must have been given it.
+        secret=shared_secret(make=place.machine == 0),
+        host=COMFYUI_HOST,
+        imports=usual_folders(),
+        address_file=str(default_pool_file()),
+        pool=secrets.token_hex(8),
+        meeting=_meeting_file(place.run) if place.one_machine else "",
+        store=store,
+        listen=listen,  # ranks on other machines must reach rank 0; the address is the administrator's to choose
+        devices=tuple(kind.format(i) for i in range(place.ranks)) if place.one_machine else (),
+    )
+
+
+def _meeting_file(run: str) -> str:
+    return str(private_folder() / f"meeting-{hashlib.sha256(run.encode()).hexdigest()[:16]}.json")
+
+
+def fresh_folder() -> str:
+    """A folder for the pool of rank 0, which holds the user's lock; what killed pools have left goes."""
+    folder = private_folder()
+    for left in folder.glob(f"{_RUN}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=_RUN, dir=folder)
