@@ -66,8 +66,8 @@ about half a minute on a CPU. Needs ComfyUI 0.3.60 or newer.
 1. **Left: the base**, full attention, 50 steps with guidance: 100 evaluations.
 2. **Middle: few steps** (stage 1, consistency distillation): {steps} steps without guidance, {steps} evaluations. *Consistency Sigmas* \
 reads the number from the file.
-3. **Right: few steps and few tiles**: the plan that the search by head found on the middle model (stage 2), with neighbours and mean frames, \
-and weights restored under it (stage 3, knowledge distillation): {steps} evaluations with {share}.
+3. **Right: few steps and few tiles**: the plan that the search by head found on the middle model (stage 2), with neighbours and mean \
+frames, and weights restored under it (stage 3, knowledge distillation): {steps} evaluations with {share}.
 
 **Expect** the same scene three times, of much the same quality; sizes and paths may differ a little. README has the table over many \
 clips. At this size attention is a small part of a step, so the fewer steps show in the time and the plan hardly does: on a video of \
