@@ -16,11 +16,13 @@ from ..attention.choose import CallShape, seconds
 from ..attention.dispatch import fits
 from ..tiles import TilePattern, TokenGrid
 from . import paper
+from .calls import calls_alone
 from .dense import INEXACT, Dense, dense_functions, peak_flops
 from .machine import peak_extra_bytes
 from .minimax_h3 import CLIPS, HEAD_DIM, HEADS
 
 SAMPLED_ROWS = 64
+CALLS = "calls alone"
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ def presets() -> dict[str, list[Shape]]:
 
 
 def measure(
-    shape: Shape, device: torch.device, *, repeats: int, seed: int, backends: tuple[str, ...] = ()
+    shape: Shape, device: torch.device, *, repeats: int, seed: int, backends: tuple[str, ...] = (), calls: bool = False
 ) -> list[dict[str, Any]]:
-    """One row for each dense function that is installed, and one for each pattern and backend that runs on ``device``.
+    """One row for each dense function that is installed, and one for each pattern and backend that runs on ``device``;
+    with ``calls`` also one of the dense calls alone (`calls_alone`), which has no error: nobody puts them together.
 
     Every backend takes its turn in each repeat, so that a slow moment of the machine meets all of them. Speed-ups are
     over the fastest exact dense function.
@@ -100,10 +103,16 @@ def measure(
     with torch.no_grad():
         # The warm-up run tells memory and error.
         first = {key: _memory_and_error(run, q, k, v, shape, key[0], generator) for key, run in runs.items()}
-        times = medians(runs, device, repeats)
+        bounds = {
+            (count, CALLS): calls_alone(q, k, v, shape.layout, TilePattern(count))
+            for count in shape.references
+            if calls
+        }
+        times = medians({**runs, **bounds}, device, repeats)
     base = min(times[None, name] for name in dense if name not in INEXACT or len(dense) == 1)
     peak = peak_flops(device)
-    return [_row(shape, key, times[key], base, peak, *first[key]) for key in runs]
+    nothing = (None, None)
+    return [_row(shape, key, times[key], base, peak, *first.get(key, nothing)) for key in times]
 
 
 def random_tensors(shape: Shape, device: torch.device, seed: int) -> list[Tensor]:
@@ -152,7 +161,7 @@ def _row(
     base: float,
     peak: float | None,
     extra: int | None,
-    error: float,
+    error: float | None,
 ) -> dict[str, Any]:
     count, backend = key
     pattern, grid = TilePattern(count), shape.layout.grid

@@ -14,7 +14,7 @@ from efficient_vdit_core.bench.bounds import preset_bounds
 from efficient_vdit_core.bench.machine import describe_machine, peak_extra_bytes
 from efficient_vdit_core.bench.plot import draw
 from efficient_vdit_core.cli import main
-from efficient_vdit_core.tiles import TilePattern
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 SHAPE = attention.Shape(5, 37, 2, 64, "float32", (1, 2))
 CPU = torch.device("cpu")
@@ -326,3 +326,21 @@ def test_what_is_installed_is_timed_and_what_is_only_quantised_is_no_baseline(mo
     dense = {r["backend"]: r for r in rows if r["pattern"] == "full"}
     assert dense["sdpa"]["speedup"] == 1.0 and dense["sage"]["max_relative_error"] > 0.5
     assert {r["backend"] for r in rows if r["pattern"] == "1:4"} == {"frames", "frames over sdpa", "frames over sage"}
+
+
+def test_the_calls_alone_are_those_of_the_attention():
+    from efficient_vdit_core.attention import TokenLayout, tile_attention
+    from efficient_vdit_core.bench.calls import calls_alone
+
+    layout, pattern = TokenLayout(TokenGrid(6, 1, 5), 2), TilePattern(2, window=1)
+    q, k, v = (torch.randn(1, 2, layout.tokens, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    want = tile_attention(q, k, v, layout, pattern)
+    shared, *frames = calls_alone(q, k, v, layout, pattern)()
+    torch.testing.assert_close(shared, torch.cat([want[:, :, s] for s in (slice(0, 7), slice(17, 22))], 2))
+    others = [f for f in range(6) if f not in pattern.reference_frames(6)]
+    for frame, found in zip(others, frames, strict=True):
+        torch.testing.assert_close(found, want[:, :, 2 + 5 * frame : 7 + 5 * frame])
+    row = attention.measure(
+        attention.Shape(4, 6, 1, 8, "float32", (1,)), CPU, repeats=1, seed=0, backends=("frames",), calls=True
+    )[-1]
+    assert row["backend"] == attention.CALLS and row["max_relative_error"] is None and row["milliseconds"] > 0

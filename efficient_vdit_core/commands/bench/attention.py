@@ -29,11 +29,14 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )
     attention.add_argument("--heads", type=count(1, 1024), help="fewer heads than the preset has, for a small machine")
     attention.add_argument("--backends", nargs="+", default=(), help="default: all that run here")
+    attention.add_argument(
+        "--calls", action="store_true", help="also time the dense calls alone, which no assembly of them can beat"
+    )
     return attention
 
 
 def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
-    from ...bench.attention import geometric_mean, measure, presets, with_heads
+    from ...bench.attention import CALLS, geometric_mean, measure, presets, with_heads
 
     device = device_named(args.device)
     shapes = [
@@ -50,13 +53,16 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         "frames x tokens  heads      dtype     pattern  backend          ms   speed-up  ideal  efficiency  TFLOP/s  extra MiB    error"
     )
     for shape in shapes:
-        new = measure(shape, device, repeats=args.repeats, seed=args.seed, backends=tuple(args.backends))
+        new = measure(
+            shape, device, repeats=args.repeats, seed=args.seed, backends=tuple(args.backends), calls=args.calls
+        )
         rows += new
         for r in new:
+            error = "-" if r["max_relative_error"] is None else f"{r['max_relative_error']:.1e}"
             extra = "-" if r["peak_extra_bytes"] is None else f"{r['peak_extra_bytes'] / 2**20:.0f}"
             say(f"{r['frames']:>6} x {r['tokens_per_frame']:<6}  {r['heads']:>2} x {r['head_dim']:<4}  {r['dtype']:<9} {r['pattern']:<8} "
                 f"{r['backend']:<12} {r['milliseconds']:>7.1f}  {r['speedup']:>8.2f}x {r['ideal_speedup']:>6.2f} {r['efficiency']:>11.2f} "
-                f"{r['tflops_per_second']:>8.3f} {extra:>10} {r['max_relative_error']:>8.1e}")  # fmt: skip
-    sparse = [r["efficiency"] for r in rows if r["pattern"] != "full"]
+                f"{r['tflops_per_second']:>8.3f} {extra:>10} {error:>8}")  # fmt: skip
+    sparse = [r["efficiency"] for r in rows if r["pattern"] != "full" and r["backend"] != CALLS]
     say(f"efficiency against the ideal, geometric mean of {len(sparse)} rows: {geometric_mean(sparse):.3f}")
     return device, rows
