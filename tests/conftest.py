@@ -1,5 +1,10 @@
 """Says at the end of a run, in one line, what was not tested for want of something, and how to get it."""
 
+import signal
+
+# A shell has what it starts in the background ignore Ctrl-C, and so would all that the tests start and end by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # A word of a skip's reason, what is missing, and how to have it.
 WANTED = (
     ("NO COMFYUI", "ComfyUI", "set COMFYUI_PATH (and COMFYUI_PYTHON) to a checkout, or put one at ~/comfy/ComfyUI"),

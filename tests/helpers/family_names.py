@@ -24,5 +24,8 @@ FAMILIES = [
     "kandinsky 5",
     *KANDINSKY_6,
 ]
+# One case of each kind of blocks, for what is too slow for all of them.
+ONE_OF_EACH = ["wan", "wan i2v", "wan vace", "wan camera", "wan s2v", "wan scail", "wan animate", "hunyuan", "hunyuan 1.5", "ltx",
+               "ltx audio", "h3", "h3 with guidance", "cogvideox", "kandinsky 5", "kandinsky 6"]  # fmt: skip
 # Cases in which nothing may become sparse.
 LEFT_DENSE_NAMES = ["wan causal", "wan dancer with images as long as the video", "ltx with weaker guides"]

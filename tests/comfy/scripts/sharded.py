@@ -1,4 +1,5 @@
-"""Every native video family under a plan on 2 and on 3 CPU ranks, a few on 4, against one process. Prints JSON.
+"""Every native video family under a plan on 2 CPU ranks, one of each kind on 3 (with EVDIT_ALL_RANKS all), a few on 4,
+against one process. Prints JSON.
 
 Names of cases in $EVDIT_CASES, with commas between, run only these.
 """
@@ -7,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+from pathlib import Path
 
 from own_ranks import is_rank, join_ranks, start_ranks
 
@@ -19,6 +21,9 @@ import comfy.model_management as mm  # noqa: E402 isort: skip
 import torch.distributed as dist  # noqa: E402 isort: skip
 from comfy.patcher_extension import WrappersMP  # noqa: E402 isort: skip
 from tiny_models import CASES, Case, build, missing, run  # noqa: E402 isort: skip
+
+sys.path.append(str(Path(__file__).parents[2] / "helpers"))
+from family_names import ONE_OF_EACH  # noqa: E402 isort: skip
 
 pack = load_pack()
 
@@ -163,7 +168,8 @@ def in_groups_of_several(name: str, case: Case) -> dict:
 
 results = {}
 chosen = os.environ.get("EVDIT_CASES")
-what, names = (facts, CASES) if wire.size < 4 else (in_groups_of_several, IN_GROUPS)
+on_three = CASES if os.environ.get("EVDIT_ALL_RANKS") else ONE_OF_EACH
+what, names = {2: (facts, CASES), 3: (facts, on_three), 4: (in_groups_of_several, IN_GROUPS)}[wire.size]
 for name in chosen.split(",") if chosen else names:
     try:
         results[name] = what(name, CASES[name])
