@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..tiles import TilePattern
 from .extra_bytes import default_extra_bytes
-from .layout import TokenLayout, global_spans, runs
+from .layout import TokenLayout, frames_of, global_spans, runs
 from .spans import put, take
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -108,7 +108,7 @@ class _NearAndShared:
         for place in range(width):
             part = buffer[:, :, place * size : (place + 1) * size]
             for at, start, stop in runs([frames[place] for frames in seen]):
-                part[at : at + stop - start] = _frames(self.x, self.layout, start, stop)
+                part[at : at + stop - start] = frames_of(self.x, self.layout, start, stop)
         return buffer
 
     def _buffer(self, width: int, count: int) -> Tensor:
@@ -130,31 +130,23 @@ class _NearAndShared:
         return buffer
 
 
-def _frames(x: Tensor, layout: TokenLayout, first: int, last: int) -> Tensor:
-    """Frames ``first`` to ``last`` (exclusive) of x (H, N, D) as a view (f, H, s, D)."""
-    size = layout.grid.tokens_per_frame
-    start = layout.prefix + first * size
-    return rearrange(x[:, start : start + (last - first) * size], "h (f s) d -> f h s d", s=size)
-
-
 def _sliding(x: Tensor, layout: TokenLayout, first: int, count: int, width: int) -> Tensor:
     """Frames ``first`` to ``first + width`` of x (H, N, D), then the same one frame on, ``count`` times, as a view
     (f, H, c s, D)."""
-    size = layout.grid.tokens_per_frame
-    start = layout.prefix + first * size
-    video = x[:, start : start + (count - 1 + width) * size]
+    size, (start, stop) = layout.grid.tokens_per_frame, layout.span(first, first + count - 1 + width)
+    video = x[:, start:stop]
     return rearrange(video.unfold(1, width * size, size), "h f d s -> f h s d")
 
 
 def _take(x: Tensor, layout: TokenLayout, frames: list[int]) -> Tensor:
     """The frames (f, H, s, D) of x (H, N, D); a view where they stand one behind another."""
-    parts = [_frames(x, layout, first, last) for _, first, last in runs(frames)]
+    parts = [frames_of(x, layout, first, last) for _, first, last in runs(frames)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _put(out: Tensor, layout: TokenLayout, frames: list[int], done: Tensor) -> None:
     for at, first, last in runs(frames):
-        _frames(out, layout, first, last).copy_(done[at : at + last - first])
+        frames_of(out, layout, first, last).copy_(done[at : at + last - first])
 
 
 def _chunks(neighbours: dict[int, tuple[int, ...]], most: int) -> Iterator[tuple[list[int], Chunk]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from einops import rearrange
 from torch import Tensor
 
 from ..tiles import TokenGrid
@@ -25,15 +26,19 @@ class TokenLayout:
     def tokens(self) -> int:
         return self.prefix + self.grid.tokens + self.suffix
 
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """The tokens [start, stop) of frames ``first`` to ``last`` (exclusive)."""
+        size = self.grid.tokens_per_frame
+        return self.prefix + first * size, self.prefix + last * size
+
 
 def global_spans(layout: TokenLayout, references: tuple[int, ...]) -> list[tuple[int, int]]:
     """Token ranges [start, stop) that attend to all and are attended by all, neighbours joined, in order.
 
     These are the prefix, the frames named by ``references`` (ascending) and the suffix; empty ranges are left out.
     """
-    size = layout.grid.tokens_per_frame
     ranges = [(0, layout.prefix)]
-    ranges += [(layout.prefix + f * size, layout.prefix + (f + 1) * size) for f in references]
+    ranges += [layout.span(f, f + 1) for f in references]
     ranges += [(layout.tokens - layout.suffix, layout.tokens)]
     joined: list[tuple[int, int]] = []
     for start, stop in ranges:
@@ -42,6 +47,12 @@ def global_spans(layout: TokenLayout, references: tuple[int, ...]) -> list[tuple
         elif stop > start:
             joined.append((start, stop))
     return joined
+
+
+def frames_of(x: Tensor, layout: TokenLayout, first: int, last: int) -> Tensor:
+    """Frames ``first`` to ``last`` (exclusive) of x (H, N, D) as a view (f, H, s, D), s tokens a frame."""
+    start, stop = layout.span(first, last)
+    return rearrange(x[:, start:stop], "h (f s) d -> f h s d", s=layout.grid.tokens_per_frame)
 
 
 def runs(indices: Sequence[int]) -> Iterator[tuple[int, int, int]]:

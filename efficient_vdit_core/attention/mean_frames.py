@@ -95,7 +95,7 @@ def _made_tables(pattern: TilePattern, frames: int, device: torch.device, dtype:
 
 def _video(x: Tensor, layout: TokenLayout) -> Tensor:
     """The tokens of the frames of x (H, N, D)."""
-    return x[:, layout.prefix : layout.prefix + layout.grid.tokens]
+    return x[:, slice(*layout.span(0, layout.grid.t))]
 
 
 def _by_frame(weights: Tensor, x: Tensor, size: int) -> Tensor:

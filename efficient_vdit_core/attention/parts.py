@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from ..tiles import TilePattern
 from .extra_bytes import default_extra_bytes
-from .layout import TokenLayout, global_spans, runs
+from .layout import TokenLayout, frames_of, global_spans, runs
 from .mean_frames import Means, means_of
 from .merge import merge_into
 from .partial import Partial, PartialAttention
@@ -64,8 +64,7 @@ class Schedule:
 
     def tokens(self, first: int, last: int) -> slice:
         """The tokens of frames ``first`` to ``last`` (exclusive)."""
-        size = self.layout.grid.tokens_per_frame
-        return slice(self.layout.prefix + first * size, self.layout.prefix + last * size)
+        return slice(*self.layout.span(first, last))
 
 
 def attend_parts(
@@ -286,9 +285,7 @@ def _mean_gradients(
 
 def _frames_of(x: Tensor, means: Means) -> Tensor:
     """The rows of x (H, N, D) that see the means, as a view (f, H, s, D)."""
-    size = means.layout.grid.tokens_per_frame
-    start = means.layout.prefix + means.first * size
-    return _batch(x[:, start : start + means.count * size], size)
+    return frames_of(x, means.layout, means.first, means.first + means.count)
 
 
 def _batch(x: Tensor, size: int) -> Tensor:

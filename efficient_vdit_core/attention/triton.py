@@ -132,17 +132,15 @@ def _launch(
 @functools.lru_cache(maxsize=64)
 def index_tables(layout: TokenLayout, pattern: TilePattern, device: torch.device) -> tuple[Tensor, Tensor]:
     """``units`` and ``segments`` as ``arrow_kernels`` describes them; cached, so that a layer costs no upload."""
-    frames, size = layout.grid.t, layout.grid.tokens_per_frame
+    frames = layout.grid.t
     references = pattern.reference_frames(frames)
     segments = [(0, layout.tokens)]  # the first one, all tokens, is what prefix, suffix and reference frames see
     units = [(0, layout.prefix, 0, 1), (layout.tokens - layout.suffix, layout.tokens, 0, 1)]
-    units += [(layout.prefix + f * size, layout.prefix + (f + 1) * size, 0, 1) for f in references]
+    units += [(*layout.span(f, f + 1), 0, 1) for f in references]
     for f, near in pattern.neighbours(frames).items():
         # The global spans, the frame and its neighbours, joined where they touch.
         seen = global_spans(layout, tuple(sorted((*references, *near))))
-        units.append(
-            (layout.prefix + f * size, layout.prefix + (f + 1) * size, len(segments), len(segments) + len(seen))
-        )
+        units.append((*layout.span(f, f + 1), len(segments), len(segments) + len(seen)))
         segments += seen
     with torch.inference_mode(False):  # a table made in inference mode could not serve a training step later
         return torch.tensor(units, dtype=torch.int32, device=device), torch.tensor(

@@ -27,11 +27,6 @@ def calls_alone(
         calls.append((take(q, shared, 2), k, v))
     for frame, near in pattern.neighbours(layout.grid.t).items():
         seen = global_spans(layout, tuple(sorted((*references, *near))))
-        own = [_span(layout, frame)]
+        own = [layout.span(frame, frame + 1)]
         calls.append((take(q, own, 2), take(k, seen, 2).contiguous(), take(v, seen, 2).contiguous()))
     return lambda: [F.scaled_dot_product_attention(*call) for call in calls]
-
-
-def _span(layout: TokenLayout, frame: int) -> tuple[int, int]:
-    size = layout.grid.tokens_per_frame
-    return layout.prefix + frame * size, layout.prefix + (frame + 1) * size

@@ -100,16 +100,11 @@ def _sight(layout: TokenLayout, pattern: TilePattern) -> tuple[Tensor, Tensor]:
         for mean in means:
             parts, seen = torch.zeros(size, layout.tokens).double(), torch.full((layout.tokens, size), float("-inf"))
             for other in mean:
-                parts[:, _tokens(layout, other)] = torch.eye(size).double() / len(mean)
-            seen[_tokens(layout, frame)] = math.log(len(mean))
+                parts[:, slice(*layout.span(other, other + 1))] = torch.eye(size).double() / len(mean)
+            seen[slice(*layout.span(frame, frame + 1))] = math.log(len(mean))
             keys.append(parts)
             bias.append(seen)
     return torch.cat(keys), torch.cat(bias, dim=1).double()
-
-
-def _tokens(layout: TokenLayout, frame: int) -> slice:
-    size = layout.grid.tokens_per_frame
-    return slice(layout.prefix + frame * size, layout.prefix + (frame + 1) * size)
 
 
 def _by_head(pattern: LayerPattern) -> list[TilePattern]:

@@ -252,11 +252,11 @@ def loss_weight(config: ConsistencyConfig, place: Place) -> Tensor:
     return weight.clamp(max=config.max_weight)
 
 
-def pick(condition: Any, mask: Tensor) -> Any:
-    """The rows of a condition: a tensor, None, or a tuple or list of these."""
+def pick(condition: Any, rows: Tensor) -> Any:
+    """The rows of a condition, by a mask or by their numbers: a tensor, None, or a tuple or list of these."""
     if isinstance(condition, tuple | list):
-        return type(condition)(pick(c, mask) for c in condition)
-    return None if condition is None else condition[mask]
+        return type(condition)(pick(c, rows) for c in condition)
+    return None if condition is None else condition[rows]
 
 
 def _like(value: Tensor, z: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Divider:
         self.model, self.asked, self.scheme, self.gathered = model, asked, scheme, gathered
         self.family, _ = find_shardable(model)
         self.never = "division is sequence" if asked == SEQUENCE else self._why_never()
-        self.chosen: dict[tuple[TokenLayout, int, Measured], Division] = {}
+        self.chosen: dict[tuple[TokenLayout, int, Measured], tuple[Division, Seconds]] = {}
 
     def division(
         self, measured: Measured, inputs: Mapping[str, Any], options: Mapping[str, Any]
@@ -52,12 +52,12 @@ class Divider:
 
     def of(self, measured: Measured, layout: TokenLayout, branches: int) -> tuple[Division, Seconds]:
         """The division of so many branches over these tokens, and the seconds of a group."""
-        seconds = Layers.of(self.model, layout, self.gathered).seconds(measured, self.scheme)
         key = layout, branches, measured
         if key not in self.chosen:
             asked = SEQUENCE if self.never else self.asked
-            self.chosen[key] = choose_division(asked, measured.rates, branches, seconds)
-        return self.chosen[key], seconds
+            seconds = Layers.of(self.model, layout, self.gathered).seconds(measured, self.scheme)
+            self.chosen[key] = choose_division(asked, measured.rates, branches, seconds), seconds
+        return self.chosen[key]
 
     def _why_never(self) -> str:
         """Ranks gather sharded weights together: all must run the same blocks, and another node may leave some out for one

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from pools import Started
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -13,6 +14,14 @@ if TRITON_INSTALLED and not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         import triton  # noqa: F401
+
+
+@pytest.fixture
+def start():
+    """Starts a command in this environment; all are ended with the test."""
+    started = Started()
+    yield started
+    started.end()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pools import ROOT, SAFE_TORCHRUN, SAFE_VARIABLES, Started, children, gone, launch, ranks_of, until
+from pools import ROOT, SAFE_TORCHRUN, SAFE_VARIABLES, children, gone, launch, ranks_of, until
 
 from efficient_vdit_core.parallel.pool.pool_file import default_pool_file, read_pool_file
 from efficient_vdit_core.parallel.pool.session import Session
@@ -56,13 +56,6 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-
-
-@pytest.fixture
-def start():
-    started = Started()
-    yield started
-    started.end()
 
 
 def starter(start, *what):

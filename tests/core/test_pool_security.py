@@ -18,7 +18,6 @@ from pools import (
     SAFE_TORCHRUN,
     SAFE_VARIABLES,
     START,
-    Started,
     family_of,
     is_loopback,
     launch,
@@ -42,13 +41,6 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-
-
-@pytest.fixture
-def start():
-    started = Started()
-    yield started
-    started.end()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pools import FAULTS, ROOT, SAFE_TORCHRUN, SAFE_VARIABLES, START, Started, alive, gone, launch, ranks_of, until
+from pools import FAULTS, ROOT, SAFE_TORCHRUN, SAFE_VARIABLES, START, alive, gone, launch, ranks_of, until
 
 from efficient_vdit_core.commands.workers import add_arguments, run
 from efficient_vdit_core.parallel.pool.messages import listen
@@ -26,14 +26,6 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-
-
-@pytest.fixture
-def start():
-    """Starts a command in this environment; all are ended with the test."""
-    started = Started()
-    yield started
-    started.end()
 
 
 def opened(devices, **opening):

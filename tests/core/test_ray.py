@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pools import FAULTS, ROOT, Started, family_of, gone, is_loopback, launch, listening, until
+from pools import FAULTS, ROOT, family_of, gone, is_loopback, launch, listening, until
 
 from efficient_vdit_core.commands import workers
 from efficient_vdit_core.parallel.pool.pool_file import default_pool_file
@@ -49,13 +49,6 @@ def own_folders(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture
-def start():
-    started = Started()
-    yield started
-    started.end()
 
 
 @pytest.fixture

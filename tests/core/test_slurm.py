@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pools import FAULTS, ROOT, Started, alive, family_of, gone, is_loopback, launch, listening, until
+from pools import FAULTS, ROOT, alive, family_of, gone, is_loopback, launch, listening, until
 
 from efficient_vdit_core.commands import workers
 from efficient_vdit_core.parallel.pool.pool_file import default_pool_file, read_pool_file
@@ -43,13 +43,6 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("EVDIT_LISTEN", raising=False)
-
-
-@pytest.fixture
-def start():
-    started = Started()
-    yield started
-    started.end()
 
 
 def printed(capsys, *options):

@@ -212,11 +212,7 @@ def _two_part(layout: TokenLayout, ranks: int, references: tuple[int, ...], unit
     The spare units of the two parts go to different ranks (the others are dealt out from the last rank on).
     """
     shared, size = global_spans(layout, references), layout.grid.tokens_per_frame
-    others = [
-        (layout.prefix + f * size, layout.prefix + (f + 1) * size)
-        for f in range(layout.grid.t)
-        if f not in set(references)
-    ]
+    others = [layout.span(f, f + 1) for f in range(layout.grid.t) if f not in set(references)]
     count = len(others) * size // unit
     edges = [0, *sorted(split.borders), layout.tokens]
     parts = [[(a + low, b + low) for a, b in within(shared, low, high)] for low, high in itertools.pairwise(edges)]
