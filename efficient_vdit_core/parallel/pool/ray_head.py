@@ -17,7 +17,7 @@ def main() -> None:
     about = json.loads(sys.stdin.buffer.readline())
     import ray
 
-    found = ray.init(
+    ray.init(
         address="local",
         num_cpus=about["cpus"],
         num_gpus=about["gpus"],
@@ -28,7 +28,7 @@ def main() -> None:
     )
     part = about["address_file"] + ".part"
     with open(part, "w", encoding="utf-8") as file:
-        file.write(found.address_info["address"])
+        file.write(ray.get_runtime_context().gcs_address)
     os.replace(part, about["address_file"])
     sys.stdin.buffer.read()
     ray.shutdown()
