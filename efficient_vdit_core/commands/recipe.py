@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--captions", type=count(1, 10_000), default=32, help="held-out ones, three clips each, default: %(default)s"
     )
     plans.add_argument("--no-training", action="store_true", help="leave out the rows after knowledge distillation")
+    plans.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="the rows whose names hold this; may be repeated"
+    )
     residual = commands.add_parser("tiny-residual", help="what the cached residual wins back on the tiny base model")
     residual.add_argument("--captions", type=count(1, 10_000), default=32, help="held-out ones, default: %(default)s")
     residual.add_argument("--seed", type=seed_number, default=0, help="of the noise, default: %(default)s")
@@ -104,7 +107,7 @@ def _tiny_plans(args: argparse.Namespace) -> int:
     check_writable_file(args.json)
     values = _values(args, args.config or assets.recipe_path("tiny"))
     values.pop("table", None)
-    table = PlanTableConfig(captions=args.captions, seeds=args.seeds, train=not args.no_training)
+    table = PlanTableConfig(captions=args.captions, seeds=args.seeds, train=not args.no_training, only=tuple(args.only))
     say(f"{'row':<40} {'error^2':>8} {'right':>6} {'endpoint':>8} {'motion':>7} {'overlap':>7} {'density':>7}")
 
     def row(found: dict[str, Any]) -> None:

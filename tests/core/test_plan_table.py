@@ -15,7 +15,7 @@ from efficient_vdit_core.distill.recipe import RecipeConfig
 from efficient_vdit_core.search.probe import relative_error
 from efficient_vdit_core.search.watch import make_watching_override
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
-from efficient_vdit_core.tinyworld.plan_table import KINDS, SPEEDUPS, PlanTable, PlanTableConfig, Row
+from efficient_vdit_core.tinyworld.plan_table import BEST_TILES, KINDS, SPEEDUPS, PlanTable, PlanTableConfig, Row
 
 LAYOUT = TokenLayout(TokenGrid(6, 1, 5), 2, 3)
 
@@ -61,6 +61,13 @@ def test_a_clip_too_large_for_whole_scores_is_refused():
     layout = TokenLayout(TokenGrid(5, 1, 1000))
     with pytest.raises(ValueError, match="at most 4096"):
         best_tiles(*torch.zeros(3, 1, 1, layout.tokens, 8), layout, 0.5)
+
+
+def test_the_rows_that_are_asked_for_alone(tmp_path):
+    recipe = RecipeConfig.from_dict({k: v for k, v in read_toml(assets.recipe_path("tiny")).items() if k != "table"})
+    config = PlanTableConfig(captions=1, noises=1, seeds=1, only=("by head, means, 2.3x less + KD", "dense"))
+    rows = [row.name for row in PlanTable(config, recipe, tmp_path, 0).rows()]
+    assert rows == ["dense", "by head, means, 2.3x less + KD"] and not config.wants(BEST_TILES)
 
 
 def test_rows_are_judged_and_kept(tmp_path):
