@@ -49,9 +49,20 @@ KINDS = {
     "by head, neighbours": (NEAR, 3),
     "by layer, means": (MEANS, 1),
     "by head, means": (MEANS, 3),
+    "uniform 2": ("2", 1),
+    "uniform 0~1+1": ("0~1+1", 1),
+    "uniform 1+1": ("1+1", 1),
+    "uniform 0+2": ("0+2", 1),
 }
 TRAINED = (DEFAULT, "by layer", "by head, neighbours", "by head, means")
 SPEEDUPS = (2.3, 3.3, 5.0)  # of the attention, by FLOPs
+# The same pattern in every layer, at its own cost, and what is searched for that cost.
+AT_EQUAL_COST = {
+    1.88: ("uniform 2", DEFAULT, "by head, means"),
+    2.13: ("uniform 0~1+1", "by head, means"),
+    2.2: ("uniform 1+1", "by head, means"),
+    2.66: ("uniform 0+2", "by head, means"),
+}
 STEPS = 8
 PROBED_CAPTIONS = 16
 BEST_TILES = "best tiles of each head and frame (no plan can)"
@@ -121,7 +132,7 @@ class PlanTable:
 
     def record(self, candidates: str) -> ProbeRecord:
         """Errors of every candidate, from one dense run for those with mean frames and one for the others."""
-        probed = MEANS if candidates == MEANS else NEAR
+        probed = MEANS if "+" in candidates else NEAR
         if probed not in self._records:
             config = SearchConfig(candidates=probed, captions=len(self.texts), seed=self.probing_seed)
             self._records[probed] = probe(
@@ -154,12 +165,15 @@ class PlanTable:
         return file
 
     def rows(self) -> Iterator[Row]:
-        """Those that are asked for: all kinds before training first, then the trained ones, the mildest first."""
+        """Those that are asked for: all kinds before training first, then uniform plans beside searched ones, then the trained
+        ones, the mildest first."""
         return (row for row in self._all_rows() if self.table.wants(row.name))
 
     def _all_rows(self) -> Iterator[Row]:
         yield Row("dense")
-        yield from (Row(kind, speedup) for speedup in SPEEDUPS for kind in KINDS if self._reaches(kind, speedup))
+        searched = [kind for kind in KINDS if not kind.startswith("uniform")]
+        yield from (Row(kind, speedup) for speedup in SPEEDUPS for kind in searched if self._reaches(kind, speedup))
+        yield from (Row(kind, speedup) for speedup, kinds in AT_EQUAL_COST.items() for kind in kinds)
         if self.table.train:
             trained = (Row(kind, speedup, trained=True) for speedup in SPEEDUPS for kind in TRAINED)
             yield from (row for row in trained if self._reaches(row.kind, row.speedup))

@@ -15,7 +15,15 @@ from efficient_vdit_core.distill.recipe import RecipeConfig
 from efficient_vdit_core.search.probe import relative_error
 from efficient_vdit_core.search.watch import make_watching_override
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
-from efficient_vdit_core.tinyworld.plan_table import BEST_TILES, KINDS, SPEEDUPS, PlanTable, PlanTableConfig, Row
+from efficient_vdit_core.tinyworld.plan_table import (
+    AT_EQUAL_COST,
+    BEST_TILES,
+    KINDS,
+    SPEEDUPS,
+    PlanTable,
+    PlanTableConfig,
+    Row,
+)
 
 LAYOUT = TokenLayout(TokenGrid(6, 1, 5), 2, 3)
 
@@ -74,8 +82,10 @@ def test_rows_are_judged_and_kept(tmp_path):
     recipe = RecipeConfig.from_dict({k: v for k, v in read_toml(assets.recipe_path("tiny")).items() if k != "table"})
     table = PlanTable(PlanTableConfig(captions=1, noises=1, seeds=1, train=False), recipe, tmp_path, 0)
     table.texts = table.texts[:2]
-    rows = list(table.rows())
-    assert len(rows) == 1 + len(KINDS) * len(SPEEDUPS) - 2 and not any(row.trained for row in rows)
+    rows, searched = list(table.rows()), [kind for kind in KINDS if not kind.startswith("uniform")]
+    assert len(rows) == 1 + len(searched) * len(SPEEDUPS) - 2 + sum(map(len, AT_EQUAL_COST.values())) and not any(
+        row.trained for row in rows
+    )
     dense, near = table.measure(rows[0]), table.measure(Row("by head, neighbours", 3.3))
     assert dense["endpoint_error"] == 0.0 and dense["density"] == 1.0
     assert near["density"] <= 1 / 3.3 + 1e-9 and "[" in near["plan"] and "~" in near["plan"]
