@@ -244,7 +244,7 @@ def model_step(run: Run) -> Rows:
 def training(run: Run) -> Rows:
     """Seconds of a step of the tiny recipe's stages 1 and 3: what further steps add to a run."""
     from ..distill.config import DistillConfig
-    from ..distill.trainer import distill
+    from ..distill.runs.trainer import distill
 
     few, many, batch = (1, 6, 2) if run.small else (10, 60, 32)
     for method in run.in_time(("consistency", "knowledge")):

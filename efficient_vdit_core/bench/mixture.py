@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distill.consistency import ConsistencyConfig, ConsistencyLoss
-from ..distill.rollout import roll_down
+from ..distill.objectives.consistency import ConsistencyConfig, ConsistencyLoss
+from ..distill.objectives.rollout import roll_down
 from ..sampling.path import EPSILON, FLOW, FlowPath, NoisePath, V, VPPath
 
 MODES, DEVIATION = 8, 0.06

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distill.rollout import roll_down
-from ..distill.score import ScoreConfig, ScoreLoss
+from ..distill.objectives.rollout import roll_down
+from ..distill.objectives.score import ScoreConfig, ScoreLoss
 from .mixture import CENTRES, DEVIATION, MixtureShape, data, exact_network, network_of, new_student, objective_of, train
 
 SAMPLES = 4000

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..distill.consistency import WEIGHTS
+from ..distill.objectives.consistency import WEIGHTS
 from ..sampling.path import EPSILON, FLOW, V
 from .mixture import MixtureShape, exact_network, figures, network_of, new_student, objective_of, train
 

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rename(args: argparse.Namespace) -> int:
-    from ..distill.comfy_names import convert_weights
+    from ..distill.lora.comfy_names import convert_weights
     from ..files import check_writable_file
 
     check_writable_file(args.target)
@@ -64,7 +64,7 @@ def _rename(args: argparse.Namespace) -> int:
 
 
 def _attention(args: argparse.Namespace) -> int:
-    from ..distill.attention_config import write_attention_config
+    from ..distill.lora.attention_config import write_attention_config
     from ..files import check_writable_file
     from ..plan import TilePlan
 
@@ -77,7 +77,7 @@ def _attention(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from ..distill.published_lora import merge_published
+    from ..distill.families.published_lora import merge_published
     from ..files import check_writable_file
 
     if not args.lora:

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Reads the settings, trains, exports."""
     from ..distill.config import DistillConfig, read_toml
-    from ..distill.trainer import distill
+    from ..distill.runs.trainer import distill
 
     values = read_toml(args.config) if args.config else {}
     if values.setdefault("method", args.method) != args.method:

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _three_stages(args: argparse.Namespace) -> int:
-    from ..distill.recipe import RecipeConfig, ThreeStages
+    from ..distill.runs.recipe import RecipeConfig, ThreeStages
 
     stages = ThreeStages(RecipeConfig.from_dict(_values(args, args.config)), args.out)
     if args.plan_memory:
@@ -78,7 +78,7 @@ def _three_stages(args: argparse.Namespace) -> int:
 def _tiny_table(args: argparse.Namespace) -> int:
     from .. import assets
     from ..distill.config import read_section
-    from ..distill.recipe import RecipeConfig
+    from ..distill.runs.recipe import RecipeConfig
     from ..files import check_writable_file, write_text
     from ..tinyworld.chart import draw
     from ..tinyworld.table import TableConfig, run_table
@@ -100,7 +100,7 @@ def _tiny_table(args: argparse.Namespace) -> int:
 
 def _tiny_plans(args: argparse.Namespace) -> int:
     from .. import assets
-    from ..distill.recipe import RecipeConfig
+    from ..distill.runs.recipe import RecipeConfig
     from ..files import check_writable_file
     from ..tinyworld.plan_table import PlanTableConfig, run_plan_table
 

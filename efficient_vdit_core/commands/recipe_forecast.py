@@ -12,8 +12,8 @@ from . import say
 from .arguments import quantity
 
 if TYPE_CHECKING:
-    from ..distill.memory_plan import MemoryPlan
-    from ..distill.recipe_forecast import Part
+    from ..distill.forecast.memory import MemoryPlan
+    from ..distill.forecast.recipe import Part
 
 H100 = 300.0  # TFLOP/s in bf16, in published trainings of video transformers
 
@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def say_forecast(stages: Any, args: argparse.Namespace) -> int:
     """Bytes of each part by what they are for, what to change where they do not fit, and the hours; 1 where one does not
     fit."""
-    from ..distill.checks import check_hosted, check_training
-    from ..distill.memory_advice import advice, fits
-    from ..distill.memory_plan import gib
-    from ..distill.open_model import open_model
-    from ..distill.recipe_forecast import forecast
-    from ..distill.sequence_parallel import check_shares
+    from ..distill.families.open_model import open_model
+    from ..distill.forecast.advice import advice, fits
+    from ..distill.forecast.memory import gib
+    from ..distill.forecast.recipe import forecast
+    from ..distill.runs.checks import check_hosted, check_training
+    from ..distill.runs.sequence_parallel import check_shares
 
     for stage in stages.planned():
         check_training(stage)
@@ -82,7 +82,7 @@ def _time(hours: float) -> str:
 
 
 def _say_hours(parts: list[Part], args: argparse.Namespace) -> None:
-    from ..distill.recipe_forecast import steps_within
+    from ..distill.forecast.recipe import steps_within
 
     total = sum(part.hours(args.tflops) for part in parts)
     say(f"all: {_time(total)} at {args.tflops:g} TFLOP/s")

@@ -14,9 +14,9 @@ from ..limits.documents import parse_toml, read_text
 from ..limits.numbers import number, whole
 from ..limits.quote import named, quoted
 from ..request import MAX_FRAMES, MAX_GUIDANCE, MAX_SIDE
-from .consistency import ConsistencyConfig
-from .knowledge import KnowledgeConfig
-from .score import ScoreConfig
+from .objectives.consistency import ConsistencyConfig
+from .objectives.knowledge import KnowledgeConfig
+from .objectives.score import ScoreConfig
 
 OBJECTIVES: dict[str, type] = {"consistency": ConsistencyConfig, "knowledge": KnowledgeConfig, "score": ScoreConfig}
 # What a resumed run may change: how often things are written and where they lie, never what is learnt.

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..distill.model import Options
-from ..distill.open_sora_plan import OpenSoraPlanModel
-from ..distill.rollout import guided, roll_down
-from ..distill.texts import TextBank
+from ..distill.families.model import Options
+from ..distill.families.open_sora_plan import OpenSoraPlanModel
+from ..distill.families.texts import TextBank
+from ..distill.objectives.rollout import guided, roll_down
 from ..files import read_torch, write_text, write_torch
 from ..limits.documents import parse_json, read_text
 from ..pipeline import LATENT_SCALE

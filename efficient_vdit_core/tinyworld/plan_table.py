@@ -22,11 +22,11 @@ from torch import Tensor
 from .. import assets
 from ..bench.machine import describe_machine
 from ..bench.oracle import OracleRecord
-from ..distill.model import sparse_options
-from ..distill.open_sora_plan import OpenSoraPlanModel
-from ..distill.recipe import RecipeConfig, ThreeStages
-from ..distill.search_stage import SearchConfig, observe, probe
-from ..distill.texts import TextBank
+from ..distill.families.model import sparse_options
+from ..distill.families.open_sora_plan import OpenSoraPlanModel
+from ..distill.families.texts import TextBank
+from ..distill.runs.recipe import RecipeConfig, ThreeStages
+from ..distill.runs.search_stage import SearchConfig, observe, probe
 from ..files import write_text
 from ..limits.documents import parse_json, read_text
 from ..plan import TilePlan

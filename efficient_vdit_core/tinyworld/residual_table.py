@@ -20,8 +20,8 @@ from ..attention.state import FORWARD_KEY, ForwardState
 from ..attention.summary import density_of_run
 from ..bench.machine import describe_machine
 from ..distill.config import ModelConfig
-from ..distill.model import Options
-from ..distill.open_sora_plan import OpenSoraPlanModel
+from ..distill.families.model import Options
+from ..distill.families.open_sora_plan import OpenSoraPlanModel
 from ..files import write_text
 from ..plan import TilePlan
 from ..tiles import TilePattern

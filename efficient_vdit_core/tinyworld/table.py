@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..distill.model import read_plan, sparse_options
-from ..distill.open_sora_plan import OpenSoraPlanModel
-from ..distill.recipe import RecipeConfig, ThreeStages
-from ..distill.search_stage import plan_names
+from ..distill.families.model import read_plan, sparse_options
+from ..distill.families.open_sora_plan import OpenSoraPlanModel
+from ..distill.runs.recipe import RecipeConfig, ThreeStages
+from ..distill.runs.search_stage import plan_names
 from ..files import write_text
 from ..limits.documents import parse_json, read_text
 from ..limits.numbers import number, whole

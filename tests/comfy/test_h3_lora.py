@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 from small_models import minimax_h3
 from tiny_h3 import TEXT, tiny_h3
 
-from efficient_vdit_core.distill.lora import adapted, add_lora
-from efficient_vdit_core.distill.lora_files import comfy_lora
-from efficient_vdit_core.distill.minimax_h3_clip import ClipShape
-from efficient_vdit_core.distill.open_model import open_model
-from efficient_vdit_core.distill.rollout import roll_down
+from efficient_vdit_core.distill.families.minimax_h3_clip import ClipShape
+from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.lora.files import comfy_lora
+from efficient_vdit_core.distill.lora.layers import adapted, add_lora
+from efficient_vdit_core.distill.objectives.rollout import roll_down
 from efficient_vdit_core.sampling.schedule import segment_edges
 
 pytest.importorskip("diffusers")

@@ -59,7 +59,17 @@ ALLOWED = {
     "quality": {"files", "limits", "video", "read_video"},
 }
 # Rooms of a part; each may import itself and what stands here.
-ROOMS = {"parallel": {"sharding": set(), "pool": {"sharding"}}}
+ROOMS = {
+    "parallel": {"sharding": set(), "pool": {"sharding"}},
+    "distill": {
+        "lora": set(),
+        "objectives": {"lora"},
+        "families": {"lora", "objectives"},
+        "data": {"objectives", "families"},
+        "runs": {"lora", "objectives", "families", "data"},
+        "forecast": {"lora", "objectives", "families", "runs"},
+    },
+}
 BACKENDS = {"frames", "triton", "flex", "parts"}
 # Triton's kernels are functions of a module: that file imports it, and is itself imported inside functions only.
 KERNELS = {f"efficient_vdit_core/attention/{name}_kernels.py" for name in ("arrow", "merge")}
@@ -105,9 +115,10 @@ def violations(path: str, source: str) -> list[str]:
             mine, other = parts[1], name.split(".")[1]
             if mine in ALLOWED and other not in ALLOWED[mine] | {mine, "__version__"}:
                 found.append(f"{where}: {mine} imports {other}")
-            rooms, theirs = ROOMS.get(mine, {}), name.split(".")[2:3]
-            if mine == other and parts[2] in rooms and theirs and theirs[0] not in rooms[parts[2]] | {parts[2]}:
-                found.append(f"{where}: {mine}/{parts[2]} imports {mine}/{theirs[0]}")
+            rooms, room, theirs = ROOMS.get(mine, {}), "".join(parts[2:3]), name.split(".")[2:3]
+            closed = rooms.keys() - rooms[room] - {room} if room in rooms else set()
+            if mine == other and closed.intersection(theirs):
+                found.append(f"{where}: {mine}/{room} imports {mine}/{theirs[0]}")
             if parts[1] == "attention" and parts[-1] in BACKENDS and name.split(".")[-1] in BACKENDS - {parts[-1]}:
                 found.append(f"{where}: backend {parts[-1]} imports {name.split('.')[-1]}")
     for node in ast.walk(tree):

@@ -14,11 +14,10 @@ from small_models import cogvideox, opensora_plan, wan
 from efficient_vdit_core.attention import TokenLayout, tile_attention
 from efficient_vdit_core.attention.spans import take
 from efficient_vdit_core.distill.config import DistillConfig
-from efficient_vdit_core.distill.live_bytes import LiveBytes
-from efficient_vdit_core.distill.open_model import open_model
-from efficient_vdit_core.distill.sequence_parallel import asking, make_group
-from efficient_vdit_core.distill.trainer import describe, make_objective
-from efficient_vdit_core.distill.turns import add_learners
+from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.runs.sequence_parallel import asking, make_group
+from efficient_vdit_core.distill.runs.trainer import describe, make_objective
+from efficient_vdit_core.distill.runs.turns import add_learners
 from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.parallel.sharding.attend import sharded_attention
 from efficient_vdit_core.parallel.sharding.layout import by_frames, by_tokens
@@ -26,6 +25,7 @@ from efficient_vdit_core.parallel.sharding.wire import Wire
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 from efficient_vdit_core.training import StepLoss
+from efficient_vdit_core.training.live_bytes import LiveBytes
 
 HEADS, DIM = 5, 8
 PATTERNS = {

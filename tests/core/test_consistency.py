@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from efficient_vdit_core.distill.consistency import (
+from efficient_vdit_core.distill.objectives.consistency import (
     ConsistencyConfig,
     ConsistencyLoss,
     addim,
@@ -15,7 +15,7 @@ from efficient_vdit_core.distill.consistency import (
     example_losses,
     loss_weight,
 )
-from efficient_vdit_core.distill.grid import SegmentGrid
+from efficient_vdit_core.distill.objectives.grid import SegmentGrid
 from efficient_vdit_core.sampling import Denoiser, DiscreteSchedule, segment_edges
 from efficient_vdit_core.sampling.path import FlowPath, VPPath, clean_from, jump
 

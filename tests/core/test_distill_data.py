@@ -4,8 +4,8 @@ kept."""
 import pytest
 import torch
 
-from efficient_vdit_core.distill.data import encode_videos, read_captions, teacher_clips, video_captions
-from efficient_vdit_core.distill.texts import TextBank
+from efficient_vdit_core.distill.data.clips import encode_videos, read_captions, teacher_clips, video_captions
+from efficient_vdit_core.distill.families.texts import TextBank
 
 
 def videos(folder, names):
@@ -100,7 +100,7 @@ def test_the_text_encoder_leaves_when_the_texts_are_encoded(monkeypatch):
     import weakref
 
     from efficient_vdit_core.distill.config import ModelConfig
-    from efficient_vdit_core.distill.open_model import open_model
+    from efficient_vdit_core.distill.families.open_model import open_model
     from efficient_vdit_core.models.opensora_plan.text import TextEncoder
 
     made, load = [], TextEncoder.from_folder.__func__

@@ -6,12 +6,12 @@ import pytest
 import torch
 from small_models import cogvideox
 
-from efficient_vdit_core.distill.comfy_names import WAN, comfy_name
 from efficient_vdit_core.distill.config import ModelConfig
-from efficient_vdit_core.distill.lora import add_lora
-from efficient_vdit_core.distill.lora_files import comfy_lora, merged
-from efficient_vdit_core.distill.model import sparse_options
-from efficient_vdit_core.distill.open_model import open_model
+from efficient_vdit_core.distill.families.model import sparse_options
+from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.lora.comfy_names import WAN, comfy_name
+from efficient_vdit_core.distill.lora.files import comfy_lora, merged
+from efficient_vdit_core.distill.lora.layers import add_lora
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern
 

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from efficient_vdit_core.distill import export, prepare, trainer
 from efficient_vdit_core.distill.config import DistillConfig, read_section, to_toml
-from efficient_vdit_core.distill.data import ClipSet
-from efficient_vdit_core.distill.features import FeatureTap
-from efficient_vdit_core.distill.knowledge import KnowledgeConfig, KnowledgeLoss, merge_deltas
-from efficient_vdit_core.distill.live_bytes import size_of
-from efficient_vdit_core.distill.lora import (
+from efficient_vdit_core.distill.data import prepare
+from efficient_vdit_core.distill.data.clips import ClipSet
+from efficient_vdit_core.distill.data.prepare import PreparedData
+from efficient_vdit_core.distill.families.on_host import largest_block, stream_blocks
+from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.families.texts import TextBank
+from efficient_vdit_core.distill.lora.files import comfy_lora, merged, wear
+from efficient_vdit_core.distill.lora.layers import (
     FAKE,
     STUDENT,
     adapted,
@@ -26,19 +28,18 @@ from efficient_vdit_core.distill.lora import (
     is_of,
     lora_off,
 )
-from efficient_vdit_core.distill.lora_files import comfy_lora, merged, wear
 from efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
-from efficient_vdit_core.distill.on_host import largest_block, stream_blocks
-from efficient_vdit_core.distill.open_model import open_model
-from efficient_vdit_core.distill.prepare import PreparedData
-from efficient_vdit_core.distill.texts import TextBank
-from efficient_vdit_core.distill.turns import Turns
+from efficient_vdit_core.distill.objectives.features import FeatureTap
+from efficient_vdit_core.distill.objectives.knowledge import KnowledgeConfig, KnowledgeLoss, merge_deltas
+from efficient_vdit_core.distill.runs import export, trainer
+from efficient_vdit_core.distill.runs.turns import Turns
 from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.sampling.path import FlowPath
 from efficient_vdit_core.training import StepLoss
+from efficient_vdit_core.training.live_bytes import size_of
 
 SMALL = DiTConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, caption_channels=8, sample_size=(4, 4), sample_size_t=4,
                   prediction_type="v_prediction")  # fmt: skip
@@ -603,7 +604,7 @@ def test_captions_alone_are_for_score_distillation(base, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "prepare_data", prepare.prepare_data)
     encoder = lambda device: lambda texts: (torch.ones(len(texts), 3, 8), torch.ones(len(texts), 3))  # noqa: E731
     monkeypatch.setattr(
-        "efficient_vdit_core.distill.open_sora_plan.OpenSoraPlanModel.text_encoder", lambda self, d: encoder(d)
+        "efficient_vdit_core.distill.families.open_sora_plan.OpenSoraPlanModel.text_encoder", lambda self, d: encoder(d)
     )
     seen = []
     call = trainer.ConsistencyLoss.__call__

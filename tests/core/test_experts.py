@@ -7,14 +7,14 @@ import pytest
 import torch
 from small_models import wan, wan_22
 
-from efficient_vdit_core.distill.checks import check_expert, check_objective
 from efficient_vdit_core.distill.config import DistillConfig
-from efficient_vdit_core.distill.grid import SegmentGrid
-from efficient_vdit_core.distill.knowledge import KnowledgeConfig, KnowledgeLoss
-from efficient_vdit_core.distill.open_model import open_model
-from efficient_vdit_core.distill.search_stage import observe
-from efficient_vdit_core.distill.texts import TextBank
-from efficient_vdit_core.distill.trainer import describe
+from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.families.texts import TextBank
+from efficient_vdit_core.distill.objectives.grid import SegmentGrid
+from efficient_vdit_core.distill.objectives.knowledge import KnowledgeConfig, KnowledgeLoss
+from efficient_vdit_core.distill.runs.checks import check_expert, check_objective
+from efficient_vdit_core.distill.runs.search_stage import observe
+from efficient_vdit_core.distill.runs.trainer import describe
 from efficient_vdit_core.sampling.schedule import segment_edges
 
 

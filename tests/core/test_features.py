@@ -7,15 +7,15 @@ import pytest
 import torch
 from small_models import cogvideox, opensora_plan, tiny, wan
 
-from efficient_vdit_core.distill import features
-from efficient_vdit_core.distill.features import FeatureTap, LayerLosses, relative_square
-from efficient_vdit_core.distill.knowledge import KnowledgeConfig, KnowledgeLoss
-from efficient_vdit_core.distill.live_bytes import LiveBytes
-from efficient_vdit_core.distill.lora import add_lora, lora_off
-from efficient_vdit_core.distill.model import sparse_options
-from efficient_vdit_core.distill.open_model import open_model
+from efficient_vdit_core.distill.families.model import sparse_options
+from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.lora.layers import add_lora, lora_off
+from efficient_vdit_core.distill.objectives import features
+from efficient_vdit_core.distill.objectives.features import FeatureTap, LayerLosses, relative_square
+from efficient_vdit_core.distill.objectives.knowledge import KnowledgeConfig, KnowledgeLoss
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.training import StepLoss
+from efficient_vdit_core.training.live_bytes import LiveBytes
 
 FAMILIES = {f.__name__: f for f in (opensora_plan, tiny, wan, cogvideox)}
 

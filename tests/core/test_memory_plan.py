@@ -10,22 +10,23 @@ from small_models import opensora_plan, wan
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from efficient_vdit_core.distill import memory_plan, trainer
 from efficient_vdit_core.distill.config import DistillConfig
-from efficient_vdit_core.distill.data import ClipSet
-from efficient_vdit_core.distill.live_bytes import LiveBytes
-from efficient_vdit_core.distill.lora import add_lora
-from efficient_vdit_core.distill.lora_files import comfy_lora
-from efficient_vdit_core.distill.memory_advice import advice
-from efficient_vdit_core.distill.memory_plan import count_numbers, plan_memory
-from efficient_vdit_core.distill.open_model import open_model
-from efficient_vdit_core.distill.prepare import PreparedData
-from efficient_vdit_core.distill.search_plan import plan_search
-from efficient_vdit_core.distill.search_stage import SearchConfig, probe
-from efficient_vdit_core.distill.texts import TextBank
-from efficient_vdit_core.distill.work_plan import plan_work
+from efficient_vdit_core.distill.data.clips import ClipSet
+from efficient_vdit_core.distill.data.prepare import PreparedData
+from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.families.texts import TextBank
+from efficient_vdit_core.distill.forecast import memory as memory_plan
+from efficient_vdit_core.distill.forecast.advice import advice
+from efficient_vdit_core.distill.forecast.memory import count_numbers, plan_memory
+from efficient_vdit_core.distill.forecast.search import plan_search
+from efficient_vdit_core.distill.forecast.work import plan_work
+from efficient_vdit_core.distill.lora.files import comfy_lora
+from efficient_vdit_core.distill.lora.layers import add_lora
+from efficient_vdit_core.distill.runs import trainer
+from efficient_vdit_core.distill.runs.search_stage import SearchConfig, probe
 from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
 from efficient_vdit_core.training import average, run
+from efficient_vdit_core.training.live_bytes import LiveBytes
 
 LATENT = (4, 4, 8, 8)
 WORDS = 5
@@ -93,7 +94,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_plan_is_what_a_training_holds(case, tmp_path, monkeypatch):
-    from efficient_vdit_core.distill import features
+    from efficient_vdit_core.distill.objectives import features
 
     torch.manual_seed(0)
     family, method, model = CASES[case]

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from small_models import minimax_h3
 
-from efficient_vdit_core.distill.data import encode_videos
-from efficient_vdit_core.distill.minimax_h3_clip import ClipShape
-from efficient_vdit_core.distill.open_model import open_model
-from efficient_vdit_core.distill.texts import TextBank
+from efficient_vdit_core.distill.data.clips import encode_videos
+from efficient_vdit_core.distill.families.minimax_h3_clip import ClipShape
+from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.families.texts import TextBank
 from efficient_vdit_core.read_sound import read_sound
 from efficient_vdit_core.video import write_video
 

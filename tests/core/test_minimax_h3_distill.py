@@ -11,15 +11,15 @@ from safetensors import safe_open
 from small_models import LAYERS, minimax_h3
 
 from efficient_vdit_core.distill.config import DistillConfig, ModelConfig
-from efficient_vdit_core.distill.lora import adapted, add_lora
-from efficient_vdit_core.distill.lora_files import comfy_lora, merged, start_from, wear
-from efficient_vdit_core.distill.memory_advice import advice
-from efficient_vdit_core.distill.memory_plan import plan_memory
-from efficient_vdit_core.distill.minimax_h3_clip import ClipShape, latent_frames, sound_latents
-from efficient_vdit_core.distill.model import sparse_options
-from efficient_vdit_core.distill.on_host import bytes_on_host
-from efficient_vdit_core.distill.open_model import open_model
-from efficient_vdit_core.distill.rollout import roll_down, trajectory
+from efficient_vdit_core.distill.families.minimax_h3_clip import ClipShape, latent_frames, sound_latents
+from efficient_vdit_core.distill.families.model import sparse_options
+from efficient_vdit_core.distill.families.on_host import bytes_on_host
+from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.forecast.advice import advice
+from efficient_vdit_core.distill.forecast.memory import plan_memory
+from efficient_vdit_core.distill.lora.files import comfy_lora, merged, start_from, wear
+from efficient_vdit_core.distill.lora.layers import adapted, add_lora
+from efficient_vdit_core.distill.objectives.rollout import roll_down, trajectory
 from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern
@@ -283,7 +283,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_h3_cannot_do_is_told_before_any_work(case, h3, tmp_path):
-    from efficient_vdit_core.distill.trainer import distill
+    from efficient_vdit_core.distill.runs.trainer import distill
 
     captions = tmp_path / "captions.txt"
     captions.write_text("a cat\n")
@@ -295,8 +295,8 @@ def test_what_h3_cannot_do_is_told_before_any_work(case, h3, tmp_path):
 
 
 def test_its_one_sequence_is_not_shared_out(h3):
-    from efficient_vdit_core.distill.memory_advice import advice
-    from efficient_vdit_core.distill.sequence_parallel import check_shares
+    from efficient_vdit_core.distill.forecast.advice import advice
+    from efficient_vdit_core.distill.runs.sequence_parallel import check_shares
 
     asked = config(h3, training={"sequence_parallel": 2})
     with pytest.raises(ValueError, match="one sequence that it does not share out. Set it to 1"):
@@ -306,7 +306,7 @@ def test_its_one_sequence_is_not_shared_out(h3):
 
 @pytest.mark.parametrize("missing", ["audio_vae", "audio_scheduler"])
 def test_a_folder_without_its_sound_is_told_before_any_work(missing, h3, tmp_path):
-    from efficient_vdit_core.distill.trainer import distill
+    from efficient_vdit_core.distill.runs.trainer import distill
 
     (tmp_path / missing / ("config.json" if missing == "audio_vae" else "scheduler_config.json")).unlink()
     videos = tmp_path / "videos"
@@ -372,7 +372,7 @@ def test_the_real_model_has_33_billion_weights_and_13_of_them_can_stay_in_the_ho
 
 
 def test_score_distillation_takes_pictures_and_sound_too(h3, tmp_path, monkeypatch):
-    from efficient_vdit_core.distill.trainer import distill
+    from efficient_vdit_core.distill.runs.trainer import distill
 
     captions = tmp_path / "captions.txt"
     captions.write_text("a cat\n")

@@ -11,7 +11,7 @@ import torch
 from efficient_vdit_core.bench import pairs
 from efficient_vdit_core.bench.mixture import MixtureShape, data, exact_clean, run
 from efficient_vdit_core.bench.pairs import SHAPE, compare_pairs
-from efficient_vdit_core.distill.consistency import ConsistencyConfig
+from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig
 
 
 def test_the_exact_denoiser_is_the_posterior_mean():

@@ -10,10 +10,10 @@ from torch import nn
 from efficient_vdit_core.assets import recipe_path, tiny_path
 from efficient_vdit_core.cli import main
 from efficient_vdit_core.distill.config import DistillConfig, read_section, read_toml
-from efficient_vdit_core.distill.data import _finite
-from efficient_vdit_core.distill.export import export
+from efficient_vdit_core.distill.data.clips import _finite
 from efficient_vdit_core.distill.metadata import DistillMetadata
-from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.distill.runs.export import export
+from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.files import write_torch
 from efficient_vdit_core.models.opensora_plan.checkpoint import (
     read_state_dict,

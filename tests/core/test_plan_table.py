@@ -11,7 +11,7 @@ from efficient_vdit_core.attention import TokenLayout, tile_attention
 from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.bench.oracle import OracleRecord, best_tiles
 from efficient_vdit_core.distill.config import read_toml
-from efficient_vdit_core.distill.recipe import RecipeConfig
+from efficient_vdit_core.distill.runs.recipe import RecipeConfig
 from efficient_vdit_core.search.probe import relative_error
 from efficient_vdit_core.search.watch import make_watching_override
 from efficient_vdit_core.tiles import TilePattern, TokenGrid

@@ -8,12 +8,12 @@ import torch
 
 from efficient_vdit_core import cli
 from efficient_vdit_core.assets import recipe_path
-from efficient_vdit_core.distill import recipe
 from efficient_vdit_core.distill.config import DataConfig, read_toml
-from efficient_vdit_core.distill.consistency import check_pair
+from efficient_vdit_core.distill.forecast.recipe import forecast, steps_within
 from efficient_vdit_core.distill.metadata import DistillMetadata
-from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
-from efficient_vdit_core.distill.recipe_forecast import forecast, steps_within
+from efficient_vdit_core.distill.objectives.consistency import check_pair
+from efficient_vdit_core.distill.runs import recipe
+from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.models.opensora_plan.captions import NEGATIVE_PROMPT, TEMPLATES
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from efficient_vdit_core.search import parse_candidates
@@ -169,7 +169,7 @@ def test_a_template_words_each_caption_once():
 def test_settings_on_the_command_line_win(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
-        "efficient_vdit_core.distill.trainer.distill", lambda config, folder: seen.append(config) or folder
+        "efficient_vdit_core.distill.runs.trainer.distill", lambda config, folder: seen.append(config) or folder
     )
     file = tmp_path / "c.toml"
     file.write_text('method = "consistency"\n[training]\nsteps = 5\nbatch = 2\n')

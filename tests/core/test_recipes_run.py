@@ -14,13 +14,13 @@ from small_models import cogvideox, minimax_h3, opensora_plan, wan, wan_5b, wan_
 from efficient_vdit_core.assets import recipe_path
 from efficient_vdit_core.cli import main
 from efficient_vdit_core.distill.config import ModelConfig, read_toml
-from efficient_vdit_core.distill.diffusers_model import DiffusersModel
+from efficient_vdit_core.distill.families.diffusers_model import DiffusersModel
+from efficient_vdit_core.distill.families.minimax_h3 import MiniMaxH3Model
+from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanModel
+from efficient_vdit_core.distill.families.published_lora import merge_published
 from efficient_vdit_core.distill.metadata import DistillMetadata
-from efficient_vdit_core.distill.minimax_h3 import MiniMaxH3Model
-from efficient_vdit_core.distill.open_model import open_model
-from efficient_vdit_core.distill.open_sora_plan import OpenSoraPlanModel
-from efficient_vdit_core.distill.published_lora import merge_published
-from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
 from efficient_vdit_core.video import write_video
 

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from efficient_vdit_core.distill.consistency import ConsistencyConfig
-from efficient_vdit_core.distill.score import MARGIN, ScoreConfig, ScoreLoss
+from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig
+from efficient_vdit_core.distill.objectives.score import MARGIN, ScoreConfig, ScoreLoss
 from efficient_vdit_core.sampling.path import EPSILON, FLOW, FlowPath, V, VPPath
 
 PATHS = {"vp": VPPath(), "flow": FlowPath(), "flow shift 5": FlowPath(5.0)}

@@ -9,8 +9,8 @@ from small_models import opensora_plan, wan
 
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.distill.config import DistillConfig
-from efficient_vdit_core.distill.open_model import open_model
-from efficient_vdit_core.distill.sequence_parallel import check_shares, share_out
+from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.runs.sequence_parallel import check_shares, share_out
 from efficient_vdit_core.tiles import TokenGrid
 
 sys.path.insert(0, str(Path(__file__).parent))

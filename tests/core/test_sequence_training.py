@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.distill.config import DistillConfig
-from efficient_vdit_core.distill.memory_plan import plan_memory
+from efficient_vdit_core.distill.forecast.memory import plan_memory
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict
 
 sys.path.insert(0, str(Path(__file__).parent))

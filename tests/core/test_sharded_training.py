@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from efficient_vdit_core.distill.config import DistillConfig
-from efficient_vdit_core.distill.consistency import ConsistencyConfig, ConsistencyLoss
-from efficient_vdit_core.distill.launch import make_accelerator
+from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig, ConsistencyLoss
+from efficient_vdit_core.distill.runs.launch import make_accelerator
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V

@@ -6,7 +6,7 @@ import pytest
 
 from efficient_vdit_core.assets import recipe_path
 from efficient_vdit_core.distill.config import read_section, read_toml
-from efficient_vdit_core.distill.recipe import RecipeConfig
+from efficient_vdit_core.distill.runs.recipe import RecipeConfig
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tinyworld.chart import draw
 from efficient_vdit_core.tinyworld.table import TableConfig, TinyTable

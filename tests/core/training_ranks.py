@@ -78,9 +78,10 @@ def train(job: dict, rank: int) -> dict:
     import torch
     from torch.distributed.fsdp import FSDPModule
 
-    from efficient_vdit_core.distill import features, trainer
     from efficient_vdit_core.distill.config import DistillConfig
-    from efficient_vdit_core.distill.live_bytes import LiveBytes
+    from efficient_vdit_core.distill.objectives import features
+    from efficient_vdit_core.distill.runs import trainer
+    from efficient_vdit_core.training.live_bytes import LiveBytes
 
     course, seen = [], {"weights": 0, "average": 0, "blocks": 0, "teacher": 0, "times": set()}
 
@@ -140,9 +141,9 @@ def small_data(frames=4, side=4, words=0):
     """Random latents and text states in place of a data set's."""
     import torch
 
-    from efficient_vdit_core.distill.data import ClipSet
-    from efficient_vdit_core.distill.prepare import PreparedData
-    from efficient_vdit_core.distill.texts import TextBank
+    from efficient_vdit_core.distill.data.clips import ClipSet
+    from efficient_vdit_core.distill.data.prepare import PreparedData
+    from efficient_vdit_core.distill.families.texts import TextBank
 
     g = torch.Generator().manual_seed(1)
     bank = TextBank({t: torch.randn(words or len(t) + 1, 8, generator=g) for t in ("a", "b c", "")})

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from efficient_vdit_core import assets
 from efficient_vdit_core.distill.config import DistillConfig, read_section, read_toml
 from efficient_vdit_core.distill.metadata import read_metadata as distilled_metadata
-from efficient_vdit_core.distill.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.models.opensora_plan.captions import clean_caption
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, read_transformer, read_vae
 from efficient_vdit_core.models.opensora_plan.text import TextEncoder
@@ -40,7 +40,7 @@ def warm_up() -> None:
     """What costs seconds once, and the work that no case does."""
     from efficient_vdit_core.bench import attention, mixture, overhead, parallel, step
     from efficient_vdit_core.commands import workers
-    from efficient_vdit_core.distill import recipe, trainer
+    from efficient_vdit_core.distill.runs import recipe, trainer
     from efficient_vdit_core.pipeline import Pipeline
     from efficient_vdit_core.tinyworld import recipe as tiny_recipe
     from efficient_vdit_core.tinyworld import table

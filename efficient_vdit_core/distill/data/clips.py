@@ -1,0 +1,236 @@
+"""What a distillation learns from: clean latents with captions, encoded once and kept in the run's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...limits.documents import parse_json, read_text
+from ...limits.quote import named, quoted
+from ...models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from ...models.opensora_plan.weights import is_finite
+
+MAX_LIST = 2**28  # bytes of a file of captions
+FPS = 24  # of every model that makes sound
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
+
+Generate = Callable[[list[str], list[int]], Tensor]  # captions and the samples' numbers to latents (B, C, T, h, w)
+
+log = logging.getLogger("efficient_vdit")
+
+
+class LatentFiles(Sequence[Tensor]):
+    """Latents (C, T, h, w) that stay on the disk, one file each."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        file = self.files[index]
+        try:
+            return read_state_dict(file)[0]["latents"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"{named(file.name)} in the cache is damaged or half written. Delete it; the same command makes it anew."
+            ) from error
+
+
+@dataclass
+class ClipSet:
+    """Latents (each (C, T, h, w) float32, of one size) and for each the captions that say the same, any of which may be
+    drawn."""
+
+    latents: Sequence[Tensor] | Tensor
+    captions: list[tuple[str, ...]]
+
+    def texts(self) -> list[str]:
+        return sorted({text for texts in self.captions for text in texts})
+
+    def worded(self, prompt: Callable[[str], str]) -> ClipSet:
+        """The same clips with each caption as ``prompt`` words it."""
+        return ClipSet(self.latents, [tuple(map(prompt, texts)) for texts in self.captions])
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+        """(B, C, T, h, w) latents and their captions, drawn with replacement."""
+        chosen = torch.randint(len(self.captions), (size,), generator=generator).tolist()
+        words = torch.randint(2**30, (size,), generator=generator).tolist()
+        texts = [self.captions[i][w % len(self.captions[i])] for i, w in zip(chosen, words, strict=True)]
+        return torch.stack([self.latents[i].float() for i in chosen]), texts
+
+
+def video_captions(folder: Path) -> dict[Path, str]:
+    """The videos of a folder with their captions: ``name.txt`` beside each, or a ``metadata.jsonl`` of file_name and
+    text.
+
+    Raises ValueError where there are no videos, or where some have no caption; it names them.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {quoted(str(folder), 120)} with videos. Check data.folder.")
+    videos = sorted(f for f in folder.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
+    if not videos:
+        raise ValueError(
+            f"The folder {quoted(folder.name)} holds no videos, expected files ending in {', '.join(VIDEO_SUFFIXES)}."
+        )
+    listed = _listed(folder / "metadata.jsonl")
+    found = {v: listed.get(v.relative_to(folder).as_posix()) or _beside(v) for v in videos}
+    missing = [v.name for v, text in found.items() if not text]
+    if missing:
+        shown = ", ".join(map(named, missing[:3])) + ", ..." * (len(missing) > 3)
+        raise ValueError(
+            f"{len(missing)} of {len(videos)} videos have no caption ({shown}). "
+            "Put a .txt file with the caption beside each, or list them in metadata.jsonl."
+        )
+    return {v: text for v, text in found.items() if text}
+
+
+def encode_videos(
+    folder: Path,
+    cache: Path,
+    size: tuple[int, int, int],
+    encoder: Callable[[], Callable[..., Tensor]],
+    sound_rate: int = 0,
+) -> ClipSet:
+    """Latents of a folder's videos, cut to ``size`` (frames, height, width); a video that cannot be read is named,
+    skipped and counted. With a ``sound_rate`` the encoder is given the sound beside the frames, None where there is
+    none."""
+    from tqdm import tqdm
+
+    captions = video_captions(folder)
+    encode: Callable[[np.ndarray], Tensor] | None = None
+    files, texts, broken = [], [], []
+    for video, text in tqdm(captions.items(), desc="latents", mininterval=5):
+        stamp = f"{video.resolve()} {video.stat().st_mtime_ns} {size}"
+        target = cache / f"{video.stem}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.safetensors"
+        if not target.is_file():
+            try:
+                clip = (read_frames(video, size), *read_sounds(video, size, sound_rate))
+            except ValueError as error:
+                log.warning("%s is left out: %s", named(video.name), error)
+                broken.append(named(video.name))
+                continue
+            encode = encode or encoder()
+            save_safetensors(target, {"latents": _finite(encode(*clip), video.name)}, {"video": video.name})
+        files.append(target)
+        texts.append((text,))
+    if broken:
+        log.warning("%d of %d videos were left out because they cannot be read.", len(broken), len(captions))
+    if not files:
+        raise ValueError(
+            f"None of the {len(captions)} videos in {quoted(folder.name)} can be read. See the warnings above."
+        )
+    return ClipSet(LatentFiles(files), texts)
+
+
+def read_frames(video: Path, size: tuple[int, int, int]) -> np.ndarray:
+    """The first frames of a video as uint8 (F, H, W, 3), scaled to cover height and width and cropped in the middle."""
+    from PIL import Image
+
+    from ...read_video import iterate_video
+
+    frames, height, width = size
+    found = [_cover(Image.fromarray(frame), height, width) for frame in islice(iterate_video(video), frames)]
+    if len(found) < frames:
+        raise ValueError(f"it has {len(found)} frames, expected at least {frames}")
+    return np.stack(found)
+
+
+def read_sounds(video: Path, size: tuple[int, int, int], rate: int) -> tuple[np.ndarray | None, ...]:
+    """The sound of the frames that `read_frames` gives, for a model that takes it at ``rate``; nothing for one that does
+    not."""
+    from ...read_sound import read_sound
+
+    return (read_sound(video, size[0] / FPS, rate, FPS),) if rate else ()
+
+
+def teacher_clips(
+    captions: list[str],
+    count: int,
+    cache: Path,
+    settings: Sequence[Any],
+    teacher: Callable[[], Generate],
+    at_once: int = 16,
+) -> ClipSet:
+    """Latents that the teacher itself draws for the captions: no data needed. Goes on where it stopped.
+
+    ``settings``: JSON-able, what sets these samples apart from others in the cache. ``teacher()`` is asked for where
+    some are missing.
+    """
+    from tqdm import tqdm
+
+    texts = [captions[i % len(captions)] for i in range(count)]
+    stamps = [hashlib.sha256(json.dumps([text, *settings]).encode()).hexdigest()[:12] for text in texts]
+    files = [cache / f"sample-{i:06d}-{stamp}.safetensors" for i, stamp in enumerate(stamps)]
+    missing = [i for i, file in enumerate(files) if not file.is_file()]
+    generate = teacher() if missing else None
+    for start in tqdm(range(0, len(missing), at_once), desc="teacher's samples", mininterval=5, disable=not missing):
+        numbers = missing[start : start + at_once]
+        assert generate is not None
+        for number, latents in zip(numbers, generate([texts[i] for i in numbers], numbers), strict=True):
+            save_safetensors(files[number], {"latents": _finite(latents, f"The teacher's sample {number}")})
+    return ClipSet(LatentFiles(files), [(text,) for text in texts])
+
+
+def without_clips(captions: list[str], shape: tuple[int, ...]) -> ClipSet:
+    """Captions alone: each clip is zeros of ``shape`` (C, T, h, w), which take no memory."""
+    return ClipSet(torch.zeros(()).expand(len(captions), *shape), [(text,) for text in captions])
+
+
+def read_captions(path: str | Path) -> list[str]:
+    """One caption a line; empty lines are skipped. Raises ValueError where there are none."""
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file of captions {quoted(str(path), 120)}, one a line. Check data.captions.")
+    text = read_text(path, f"The file of captions {named(Path(path).name)}", limit=MAX_LIST)
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"{named(Path(path).name)} holds no captions, expected one a line.")
+    return found
+
+
+def _finite(latents: Tensor, name: str) -> Tensor:
+    """Nothing is learnt from NaN, and the cache would keep it."""
+    if not is_finite(latents):
+        raise ValueError(
+            f"{named(name)} holds NaN or infinite latents: the weights that made it are damaged, or the precision is too "
+            "low. Set model.dtype to float32, or download them again."
+        )
+    return latents
+
+
+def _listed(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        return {}
+    found = {}
+    for number, line in enumerate(read_text(file, file.name, limit=MAX_LIST).splitlines(), start=1):
+        if not line.strip():
+            continue
+        what = f"{file.name} line {number}"
+        entry = parse_json(line, what, advice="Correct it.")
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("file_name", "text")):
+            raise ValueError(f"{what} is {quoted(entry)}, expected an object with file_name and text. Correct it.")
+        found[entry["file_name"]] = entry["text"].strip()
+    return found
+
+
+def _beside(video: Path) -> str:
+    file = video.with_suffix(".txt")
+    return read_text(file, f"The caption {named(file.name)}").strip() if file.is_file() else ""
+
+
+def _cover(image: Any, height: int, width: int) -> np.ndarray:
+    scale = max(height / image.height, width / image.width)
+    resized = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), 1)
+    left, top = (resized.width - width) // 2, (resized.height - height) // 2
+    return np.asarray(resized.crop((left, top, left + width, top + height)).convert("RGB"), dtype=np.uint8)

@@ -1,0 +1,132 @@
+"""The data of a run: clips and text states, made once and kept in the run's cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...limits.memory import check_memory
+from ...models.opensora_plan.vae import CausalVAE
+from ..config import DistillConfig
+from ..families.model import FamilyModel
+from ..families.texts import TextBank
+from ..objectives.rollout import guided, roll_down
+from .clips import ClipSet, Generate, encode_videos, read_captions, teacher_clips, video_captions, without_clips
+
+
+@dataclass
+class PreparedData:
+    """``negative_text``: what guidance is measured against."""
+
+    clips: ClipSet
+    bank: TextBank
+    negative_text: str
+    device: torch.device
+
+    def negative(self, batch: int) -> Any:
+        """The unconditional half's text states and mask, repeated."""
+        context, mask = self.bank.batch([self.negative_text], self.device)
+        return context.expand(batch, -1, -1), mask.expand(batch, -1)
+
+
+def check_data(config: DistillConfig, model: FamilyModel) -> None:
+    """Raises ValueError, before any work, where the data that ``config.data`` names are not there or do not suit the
+    model."""
+    data = config.data
+    size = model.size(data.frames, data.height, data.width)
+    latent = 4 * math.prod(model.latent_shape(size))
+    # The clips of a batch, their noise and what is predicted; the network's own activations come on top.
+    check_memory(8 * latent * config.training.batch, f"A batch of {config.training.batch}", "Lower training.batch.")
+    if data.source == "tinyworld":
+        check_memory(latent * data.clips, f"data.clips = {data.clips}", "Lower it; 4096 clips are enough.")
+    if data.source == "videos":
+        video_captions(Path(data.folder))
+        _ = model.sound_rate  # of a VAE that may be missing
+    elif data.source in ("teacher", "captions"):
+        read_captions(data.captions)
+    else:
+        _tiny_vae(model)
+    if data.source == "captions" and config.method != "score":
+        raise ValueError(
+            f'data.source is "captions", which has no clips, but {config.method} distillation learns from clips. Choose '
+            "teacher, which samples them first, or method score."
+        )
+
+
+def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> PreparedData:
+    """Build or read back what ``config.data`` names."""
+    data = config.data
+    cache = Path(data.cache) if data.cache else cache
+    cache.mkdir(parents=True, exist_ok=True)
+    if data.source == "tinyworld":
+        clips = _tinyworld(config, model, cache)
+    elif data.source == "videos":
+        size = model.size(data.frames, data.height, data.width)
+        clips = encode_videos(Path(data.folder), cache, size, partial(model.video_encoder, device), model.sound_rate)
+    elif data.source == "captions":
+        shape = model.latent_shape(model.size(data.frames, data.height, data.width))
+        clips = without_clips(read_captions(data.captions), shape)
+    else:
+        clips = _from_teacher(config, model, cache, device)
+    clips = clips.worded(data.prompt)
+    texts = [*clips.texts(), data.negative, *map(data.prompt, config.training.samples)]
+    bank = TextBank.build(texts, partial(model.text_encoder, device), cache / "texts.safetensors")
+    return PreparedData(clips, bank, data.negative, device)
+
+
+def _tinyworld(config: DistillConfig, model: FamilyModel, cache: Path) -> ClipSet:
+    from ...tinyworld.train_dit import cache_clips
+
+    cached = cache_clips(_tiny_vae(model), config.data.clips, cache, seed=config.data.seed)
+    return ClipSet(cached.latents, [tuple(s.caption(i) for i in range(3)) for s in cached.scenes])
+
+
+def _tiny_vae(model: FamilyModel) -> CausalVAE:
+    from ..families.open_sora_plan import OpenSoraPlanModel
+
+    if not isinstance(model, OpenSoraPlanModel):
+        raise ValueError(
+            "data.source tinyworld is made for the tiny model of family opensora_plan. Choose videos or teacher."
+        )
+    return model.vae()
+
+
+def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> ClipSet:
+    data = config.data
+    captions = read_captions(data.captions)
+    bank = TextBank.build(
+        [*map(data.prompt, captions), data.negative], partial(model.text_encoder, device), cache / "texts.safetensors"
+    )
+    shape = model.latent_shape(model.size(data.frames, data.height, data.width))
+    source = PreparedData(ClipSet([], []), bank, data.negative, device)
+
+    def noise(number: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(data.seed * 2**32 + number))
+
+    def load_teacher() -> Generate:
+        teacher = model.load().eval().requires_grad_(False).to(device)
+
+        def generate(texts: list[str], numbers: list[int]) -> Tensor:
+            condition, negative = bank.batch([data.prompt(t) for t in texts], device), source.negative(len(texts))
+            network = guided(lambda z, t, c: model.predict(teacher, z, t, c), condition, negative, data.guidance)
+            start = torch.stack([noise(number) for number in numbers]).to(device)
+            return roll_down(network, model.path, model.prediction, start, segments=data.teacher_steps).cpu()
+
+        return generate
+
+    # Not the weights: the samples of a recipe's first teacher serve its later stages too.
+    settings = [
+        data.seed,
+        data.guidance,
+        data.negative,
+        data.teacher_steps,
+        shape,
+        *([data.template] if data.template else []),
+    ]
+    return teacher_clips(captions, data.clips, cache, settings, load_teacher, at_once=config.training.batch)

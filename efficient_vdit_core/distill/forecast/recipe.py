@@ -1,0 +1,58 @@
+"""What each part of a recipe will hold and compute, found before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import DistillConfig
+from ..runs.recipe import ThreeStages
+from ..runs.search_stage import plan_names
+from .memory import MemoryPlan, plan_memory
+from .search import plan_search
+from .work import WorkPlan, plan_work
+
+
+@dataclass(frozen=True)
+class Part:
+    """``times``: how often it runs, once for each plan or once for all. stage: a training's configuration, None of the
+    search; ``worn``: how many LoRAs of earlier stages it has beside its weights."""
+
+    name: str
+    memory: MemoryPlan
+    work: WorkPlan
+    times: int = 1
+    stage: DistillConfig | None = None
+    worn: int = 0
+
+    def hours(self, tflops: float) -> float:
+        """All its runs, on GPUs that together compute so many TFLOP a second."""
+        return self.times * self.work.hours(tflops)
+
+
+def forecast(stages: ThreeStages) -> list[Part]:
+    """The trainings and the search of a recipe, in its order."""
+    plans = len(plan_names(stages.config.search))
+    for_each_plan = {"knowledge", "consistency" if stages.config.order == "knowledge-first" else ""}
+    parts = [Part("search", *_plan_search(stages))]
+    for stage in stages.planned():
+        worn, times = stages.wears(stage), plans if stage.method in for_each_plan else 1
+        parts.append(Part(stage.method, plan_memory(stage, worn=worn), plan_work(stage, worn=worn), times, stage, worn))
+    few_steps_first = stages.config.order == "consistency-first"
+    order = ("consistency", "search", "knowledge") if few_steps_first else ("search", "knowledge", "consistency")
+    return sorted(parts, key=lambda part: order.index(part.name))
+
+
+def _plan_search(stages: ThreeStages) -> tuple[MemoryPlan, WorkPlan]:
+    c = stages.config
+    learnt = c.order == "consistency-first" and c.model.train == "lora"
+    schedule = stages.search_schedule(c.consistency.segments)
+    return plan_search(c.search, stages.search_stage(), **schedule, wears_lora=learnt)
+
+
+def steps_within(parts: list[Part], hours: float, tflops: float) -> dict[str, int]:
+    """The steps of each training with which all parts take ``hours``, each shortened alike; its own where they take less,
+    none where the search alone takes more."""
+    trainings = [part for part in parts if part.stage is not None]
+    left = hours - sum(part.hours(tflops) for part in parts if part.stage is None)
+    share = min(1.0, left / sum(part.hours(tflops) for part in trainings))
+    return {p.name: int(p.stage.training.steps * share) for p in trainings if p.stage} if share > 0 else {}

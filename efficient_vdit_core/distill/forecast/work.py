@@ -1,0 +1,58 @@
+"""How much a training will compute, found before it starts: the FLOPs of one example, counted on the meta device. Sparse
+plans are counted as dense, so that under one it takes less."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import DistillConfig
+from ..families.open_model import open_model
+from ..objectives.knowledge import DATA
+from .memory import FusedAttention, meta_inputs, meta_student
+
+
+@dataclass(frozen=True)
+class WorkPlan:
+    """examples: that the whole training sees. flops: of each."""
+
+    examples: int
+    flops: float
+
+    def hours(self, tflops: float) -> float:
+        """On one GPU that computes so many TFLOP a second."""
+        return self.examples * self.flops / (tflops * 1e12) / 3600
+
+
+def plan_work(stage: DistillConfig, words: int = 0, worn: int = 0) -> WorkPlan:
+    """The work of one stage's training; ``words`` and ``worn`` as of `memory_plan.plan_memory`."""
+    model, t = open_model(stage.model), stage.training
+    student, inputs = meta_student(stage, model, worn), meta_inputs(stage, model, 1, words)
+    attention = FusedAttention()
+    options = model.options_with(attention)
+
+    def flops(learns: bool) -> float:
+        before = attention.flops
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(learns):
+            out = model.predict(student, *inputs, options(inputs[0]))
+            if learns:
+                out.float().square().sum().backward()
+        return counter.get_total_flops() + attention.flops - before
+
+    return WorkPlan(t.steps * t.batch * t.accumulate, _example(stage, flops(False), flops(True)))
+
+
+def _example(stage: DistillConfig, asked: float, learnt: float) -> float:
+    """FLOPs of one example, from those of a forward without gradient and of one with its backward."""
+    objective = stage.objective
+    if stage.method == "knowledge":
+        return asked + learnt + (asked if objective.states != DATA else 0.0)
+    teacher = asked if objective.guidance is None else 2 * asked
+    consistency = teacher + asked + learnt
+    if stage.method == "consistency":
+        return consistency
+    rollout = objective.segments * asked
+    students_turn = rollout + consistency + teacher + asked + learnt
+    return (objective.fake_steps * (rollout + learnt) + students_turn) / (objective.fake_steps + 1)

@@ -1,0 +1,58 @@
+"""Sample videos during training: the same noise and captions every time, at the steps that the student is made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..config import DistillConfig
+from ..families.model import FamilyModel, read_plan, sparse_options
+from ..metadata import DistillMetadata
+from ..objectives.rollout import guided, roll_down
+
+if TYPE_CHECKING:
+    from ..data.prepare import PreparedData
+
+
+@torch.no_grad()
+def write_samples(
+    config: DistillConfig,
+    model: FamilyModel,
+    module: nn.Module,
+    data: PreparedData,
+    about: DistillMetadata,
+    folder: Path,
+    *,
+    write: bool = True,
+) -> str:
+    """Write one gif for each of ``training.samples`` (or the first four captions) and say where.
+
+    A process that only helps to compute them, since it holds a part of the weights, does not ``write``.
+    """
+    from ...video import write_video
+
+    texts = [config.data.prompt(t) for t in config.training.samples] or [c[0] for c in data.clips.captions[:4]]
+    shape = tuple(data.clips.latents[0].shape)
+    options = sparse_options(model, read_plan(config.objective.plan)) if about.plan is not None else None
+    decode = model.video_decoder(data.device) if write else None
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+    for number, text in enumerate(texts):
+        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(number)).to(data.device)
+        condition = data.bank.batch([text], data.device)
+        network = guided(
+            lambda z, t, c: model.predict(module, z, t, c, options(z) if options else None), condition, None, 1.0
+        )
+        z = roll_down(network, model.path, model.prediction, noise, segments=about.segments, steps=about.steps)
+        if decode is None:
+            continue
+        write_video(
+            folder / f"{number:02d}.gif",
+            decode(z[0]),
+            fps=24,
+            metadata={"prompt": text, "seed": number, "steps": about.steps},
+        )
+    return f"samples in {folder}"

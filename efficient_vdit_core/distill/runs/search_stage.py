@@ -1,0 +1,151 @@
+"""Stage 2 inside the recipe: one probing run of the few-step model on its own samples, then a plan for each target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...attention.state import Override
+from ...limits.numbers import whole
+from ...plan import TilePlan
+from ...sampling.schedule import segment_edges
+from ...search import ProbeRecord, check_groups, check_target, make_probe_override, parse_candidates, plan_from_record
+from ...search.candidates import sparse_candidates
+from ...search.probe import ATTENTION
+from ..data.clips import ClipSet
+from ..families.model import FamilyModel
+from ..families.texts import TextBank
+from ..objectives.rollout import guided, roll_down
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """thresholds: largest relative error of a layer's attention, a plan for each; speedups: of the attention, a plan
+    for each.
+
+    candidates: numbers of reference frames, or such as 2~1 with a window. captions: samples that the errors are
+    averaged over. head_groups: at most as many different patterns in a layer, over its heads; 1 is the paper's search.
+    """
+
+    thresholds: tuple[float, ...] = (0.1,)
+    speedups: tuple[float, ...] = ()
+    candidates: str = "1,2,4"
+    captions: int = 8
+    seed: int = 0
+    head_groups: int = 1
+
+    def __post_init__(self) -> None:
+        whole(self.captions, "search.captions", 1, 10_000, "Correct the configuration.")
+        whole(self.seed, "search.seed", 0, 2**62, "Correct the configuration.")
+        for name in ("thresholds", "speedups"):
+            whole(len(getattr(self, name)), f"The count of search.{name}", 0, 32, "Correct the configuration.")
+        parse_candidates(self.candidates)
+        check_groups(self.head_groups, ATTENTION)
+
+    def check(self, frames: int) -> None:
+        """Raises ValueError where a target is out of reach for a video of ``frames`` latent frames."""
+        candidates = sparse_candidates(parse_candidates(self.candidates), frames)
+        for threshold in self.thresholds:
+            check_target(threshold, 0.0, candidates, frames)
+        for speedup in self.speedups:
+            check_target(0.0, speedup, candidates, frames)
+
+
+def plan_names(config: SearchConfig) -> dict[str, tuple[float, float]]:
+    """(threshold, speed-up) of each plan, of which one is asked for, by its name."""
+    return {f"r-{r:g}": (r, 0.0) for r in config.thresholds} | {f"x-{x:g}": (0.0, x) for x in config.speedups}
+
+
+def search_plans(
+    config: SearchConfig,
+    model: FamilyModel,
+    module: nn.Module,
+    clips: ClipSet,
+    bank: TextBank,
+    folder: Path,
+    *,
+    segments: int,
+    steps: int,
+    at_once: int,
+    device: torch.device,
+) -> dict[str, Path]:
+    """Plan files by name, such as ``r-0.1`` and ``x-2.5``; those that exist are kept. ``at_once`` samples are made
+    together, as many as a training's step takes."""
+    names = plan_names(config)
+    files = {name: folder / f"{name}.json" for name in names}
+    if all(f.is_file() for f in files.values()):
+        return files
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
+    shape = tuple(clips.latents[0].shape)
+    grid = {"segments": segments, "steps": steps, "at_once": at_once, "device": device}
+    clean = None
+    if model.expert:  # it cannot sample alone
+        clean = torch.stack([clips.latents[i % len(clips.captions)].float() for i in range(config.captions)])
+    record = probe(config, model, module, bank, texts, shape, **grid, clean=clean)
+    about = {"segments": segments, "steps": steps, "captions": texts, "guidance": 1.0, "seed": config.seed}
+    for name, (threshold, speedup) in names.items():
+        plan: TilePlan = plan_from_record(record, layers=model.layers, family=model.family, heads=model.heads, threshold=threshold,
+                                          speedup=speedup, groups=config.head_groups, about=about)  # fmt: skip
+        plan.save(files[name])
+    return files
+
+
+def probe(
+    config: SearchConfig,
+    model: FamilyModel,
+    module: nn.Module,
+    bank: TextBank,
+    texts: list[str],
+    shape: tuple[int, ...],
+    *,
+    segments: int,
+    steps: int,
+    at_once: int,
+    device: torch.device,
+    clean: Tensor | None = None,
+) -> ProbeRecord:
+    """Look on at latents of ``shape`` for ``texts``, as `observe` does, and measure every candidate in every layer."""
+    record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), shape[1]))
+    about = (model, module, bank, texts, shape)
+    grid = {"segments": segments, "steps": steps, "at_once": at_once, "device": device}
+    observe(make_probe_override(record), *about, seed=config.seed, **grid, clean=clean)
+    return record
+
+
+@torch.no_grad()
+def observe(
+    override: Override,
+    model: FamilyModel,
+    module: nn.Module,
+    bank: TextBank,
+    texts: list[str],
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    segments: int,
+    steps: int,
+    at_once: int,
+    device: torch.device,
+    clean: Tensor | None = None,
+) -> None:
+    """Sample latents of ``shape`` for ``texts`` without guidance, with this attention override looking on. With ``clean``
+    latents (n, *shape) the network is asked about these with noise on top, at each of its own steps, in place of its
+    samples."""
+    options = model.options_with(override)
+    noise = torch.randn(len(texts), *shape, generator=torch.Generator().manual_seed(seed))
+    for first in range(0, len(texts), at_once):
+        some = slice(first, first + at_once)
+        condition = bank.batch(texts[some], device)
+        network = guided(lambda z, t, c: model.predict(module, z, t, c, options(z)), condition, None, 1.0)
+        if clean is None:
+            roll_down(network, model.path, model.prediction, noise[some].to(device), segments=segments, steps=steps)
+            continue
+        times = segment_edges(segments, steps, start=model.path.start, clean=model.path.clean)[:-1]
+        times = times[model.serves(times)]
+        for time, a, s in zip(times, *(c.tolist() for c in model.path.coefficients(times)), strict=True):
+            z = (a * clean[some] + s * noise[some]).to(device)
+            network(z, model.path.network_time(time[None]).to(device).expand(len(z)))

@@ -1,0 +1,266 @@
+"""One distillation run in one folder: model, data, objective and optimiser from a configuration, then checkpoint and
+export.
+
+    folder/config.toml        the configuration that the run was started with
+    folder/checkpoint.pt      everything a resumed run needs
+    folder/cache/             latents and text states
+    folder/transformer/       the result as full weights, or folder/lora.safetensors
+
+More GPUs or machines: the same command under `accelerate launch`, data parallel or with FSDP2's sharded weights; groups
+of processes may share out each clip (`sequence_parallel`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...limits.quote import named, shortened
+from ...training import StepLoss, TrainingRun
+from ...training.sharding import is_sharding, shard_frozen
+from ..config import DistillConfig
+from ..data.prepare import PreparedData, check_data, prepare_data
+from ..families.model import FamilyModel, read_plan
+from ..families.on_host import stream_blocks
+from ..families.open_model import open_model
+from ..lora.files import start_from
+from ..lora.layers import FAKE, STUDENT, counting, is_of, lora_off
+from ..metadata import DistillMetadata, read_metadata
+from ..objectives.consistency import ConsistencyLoss
+from ..objectives.knowledge import KnowledgeLoss
+from ..objectives.score import ScoreLoss
+from .checks import check_hosted, check_loras, check_objective, check_training
+from .export import export, result_file
+from .launch import make_accelerator
+from .optimizers import check_optimizer, make_optimizers
+from .samples import write_samples
+from .sequence_parallel import ClipGroup, asking, check_processes, check_shares, make_group
+from .turns import Turns, add_learners
+
+CONFIG = "config.toml"
+
+
+def distill(config: DistillConfig, folder: Path) -> Path:
+    """Run, or go on with, the distillation in ``folder``; returns the exported file.
+
+    Raises ValueError where the configuration cannot be met, or differs from the one that the folder was started with.
+    """
+    # All that can be refused is refused before the folder is claimed.
+    check_training(config)
+    accelerator, model = make_accelerator(config), open_model(config.model)
+    about = describe(config, model)
+    check_objective(config, model, about)
+    check_optimizer(config.training, sharded=is_sharding(accelerator))
+    check_hosted(config, sharded=is_sharding(accelerator))
+    check_loras(config, model)
+    check_processes(config, accelerator.num_processes)
+    check_shares(config, model)
+    if not (folder / CONFIG).is_file():
+        check_data(config, model)
+    with accelerator.main_process_first():
+        claim_folder(config, folder)
+    result = result_file(folder, lora=config.model.train == "lora")
+    if result.is_file():  # it is written at the end, whole
+        return result
+    with accelerator.main_process_first():  # the others read its cache
+        data = prepare_data(config, model, folder / "cache", accelerator.device)
+    # Here, so that a LoRA starts alike in every process, whichever made the data.
+    torch.manual_seed(config.training.seed)
+    student, teacher = make_pair(config, model, accelerator)
+    group = make_group(config, model, filter(None, (student, teacher)))
+    t = config.training
+    optimizers = [optimizer for part in learners(student) for optimizer in make_optimizers(part, t)]
+    run = TrainingRun(
+        student, optimizers, folder=folder, steps=t.steps, seed=t.seed, ema_decay=t.ema, warmup=t.warmup,
+        final_rate=t.final_rate, accumulate=t.accumulate, clip=t.clip, tensorboard=t.tensorboard, accelerator=accelerator,
+        alike=t.sequence_parallel, host_average=t.host_average,
+    )  # fmt: skip
+    objective = make_objective(
+        config, model, run.model, student, teacher, about, data, lambda: run.step, alone=run.processes == 1, group=group
+    )
+    if isinstance(objective, ScoreLoss):
+        data_parallel = run.processes > 1 and not run.sharded
+        objective = Turns(objective, student, len(optimizers) // 2, data_parallel=data_parallel)
+
+    def loss_of(generator: torch.Generator) -> StepLoss:
+        x, texts = data.clips.batch(t.batch, generator)
+        if config.data.negative_share:
+            without = torch.rand(t.batch, generator=generator) < config.data.negative_share
+            texts = [config.data.negative if w else text for w, text in zip(without.tolist(), texts, strict=True)]
+        return objective(x.to(accelerator.device), data.bank.batch(texts, accelerator.device), generator)
+
+    def evaluate(ema: dict[str, Tensor]) -> str:
+        with holding(student, ema):
+            where = folder / "samples" / f"step-{run.step:06d}"
+            return write_samples(config, model, student, data, about, where, write=run.rank == 0)
+
+    run.train(
+        loss_of,
+        save_every=t.save_every,
+        evaluate=evaluate if t.samples_every else None,
+        evaluate_every=t.samples_every or t.steps,
+    )
+    export(model, student, run.whole(run.ema), folder, about, lora=teacher is None, rank=run.rank)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tuple[nn.Module, nn.Module | None]:
+    """Student and teacher; None is the student itself with its LoRA off, which saves a copy of the model.
+
+    The teacher is sharded where the student is going to be, or stays on the host.
+    """
+    wanted = config.model
+    lora = wanted.train == "lora"
+    student = model.load("" if lora else wanted.init)
+    teacher = None
+    if lora:
+        add_learners(student, config)
+        if wanted.init:
+            start_from(student, Path(wanted.init), model.comfy_layer)
+    else:
+        teacher = model.load().eval().requires_grad_(False)
+        if wanted.host_teacher:
+            stream_blocks(teacher, accelerator.device)
+        elif is_sharding(accelerator):
+            shard_frozen(teacher, accelerator)
+        else:
+            teacher.to(accelerator.device)
+    if wanted.gradient_checkpointing:
+        model.checkpoint_blocks(student)
+    return student, teacher
+
+
+def learners(student: nn.Module) -> list[dict[str, nn.Parameter]]:
+    """The weights that are trained, by name: the student's, and the fake score's where there is one."""
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    fake = {name: p for name, p in trained.items() if is_of(FAKE, name)}
+    own = {name: p for name, p in trained.items() if name not in fake}
+    return [own, fake] if fake else [own]
+
+
+def claim_folder(config: DistillConfig, folder: Path) -> None:
+    """Save the configuration in a new folder; refuse one that was started with another."""
+    file = folder / CONFIG
+    if file.is_file():
+        differences = DistillConfig.load(file).differences(config)
+        if differences:
+            shown = shortened("; ".join(differences), 200)
+            raise ValueError(
+                f"{named(folder.name)} was started with another configuration ({shown}). Resume with the same one, "
+                "or choose a new folder."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save(file)
+
+
+def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
+    """The metadata of the result. What the run does not say itself, segments and guidance, its teacher's says."""
+    from ... import __version__
+
+    source = Path(config.model.loras[-1]) if config.model.loras else model.transformer_file
+    objective, inherited = config.objective, read_metadata(source)
+    segments = objective.segments or (inherited.segments if inherited else 0)
+    if not segments:
+        raise ValueError(
+            f"{named(source.name)} does not say for how many segments it was distilled. Set "
+            "objective.segments; for a model that is not distilled it is the number of sampling steps."
+        )
+    plan = read_plan(objective.plan) if objective.plan or config.method == "knowledge" else None
+    guidance = getattr(objective, "guidance", None)  # a teacher that has some inside hands it on
+    if guidance is None and inherited:
+        guidance = inherited.guidance
+    return DistillMetadata(
+        method=config.method, segments=segments, steps=objective.steps or segments, schedule=model.path.describe(),
+        prediction=model.prediction, guidance=guidance, plan=json.loads(plan.to_json()) if plan else None, version=__version__,
+        expert=model.expert,
+    )  # fmt: skip
+
+
+def make_objective(
+    config: DistillConfig,
+    model: FamilyModel,
+    student: nn.Module,
+    bare: nn.Module,
+    teacher: nn.Module | None,
+    about: DistillMetadata,
+    data: PreparedData,
+    step: Callable[[], int] = lambda: 0,
+    *,
+    alone: bool = True,
+    group: ClipGroup | None = None,
+) -> Any:
+    """The loss of one batch: ``objective(x, condition, generator)``. ``student`` is ``bare`` as accelerate prepared it;
+    ``step`` tells how many steps of the run are done.
+
+    Without ``alone`` there are other processes, which call the networks as often as this one; those of ``group`` share its
+    clips.
+    """
+
+    plan = read_plan(config.objective.plan) if about.plan is not None else None
+    ask, ask_dense = asking(model, plan, group), asking(model, None, group)
+    ask_teacher = ask_dense if config.method in ("knowledge", "score") else ask
+
+    def learn(z: Tensor, time: Tensor, condition: Any) -> Tensor:
+        return ask(student, z, time, condition)
+
+    def teach(z: Tensor, time: Tensor, condition: Any) -> Tensor:
+        if teacher is not None:
+            return ask_teacher(teacher, z, time, condition)
+        with lora_off(bare):
+            return ask_teacher(student, z, time, condition)
+
+    def guided(z: Tensor, time: Tensor, condition: Any, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
+        plain = teach(z, time, condition).float()
+        if guidance is None:
+            return plain, plain
+        without = teach(z, time, data.negative(len(z))).float()
+        return without + guidance.view(-1, *[1] * (z.ndim - 1)) * (plain - without), plain
+
+    if config.method == "consistency":
+        return ConsistencyLoss(
+            config.objective,
+            model.path,
+            model.prediction,
+            teacher=guided,
+            student=learn,
+            alone=alone,
+            serves=model.serves,
+        )
+    if config.method == "score":
+
+        def own(z: Tensor, time: Tensor, condition: Any) -> Tensor:
+            with counting(bare, STUDENT):
+                return learn(z, time, condition)
+
+        def fake(z: Tensor, time: Tensor, condition: Any) -> Tensor:
+            with counting(bare, FAKE):
+                return ask_dense(student, z, time, condition)
+
+        return ScoreLoss(
+            config.objective, model.path, model.prediction, teacher=guided, student=own, fake=fake, alone=alone,
+            students_step=lambda: config.objective.students_step(step()), own_samples=config.data.source == "captions",
+        )  # fmt: skip
+    return KnowledgeLoss(
+        config.objective, model.path, segments=about.segments, teacher=teach, student=learn, serves=model.serves,
+        student_tap=model.tap(bare), teacher_tap=model.tap(bare if teacher is None else teacher),
+        prediction=model.prediction, wire=group.wire if group else None,
+    )  # fmt: skip
+
+
+@contextmanager
+def holding(module: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
+    """Within it the module holds ``state``; its own weights come back afterwards."""
+    own = {name: value.detach().clone() for name, value in module.state_dict().items() if name in state}
+    module.load_state_dict(state, strict=False)
+    try:
+        yield
+    finally:
+        module.load_state_dict(own, strict=False)
