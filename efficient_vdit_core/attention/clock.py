@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .gpu import is_recording
+
 SPARSE, DENSE = "sparse", "dense"
 MOST_PENDING = 4096  # CUDA events kept before finished ones are read
 
@@ -72,7 +74,7 @@ class AttentionClock:
         with self.lock:
             self.tallies[key].calls += 1
             self.tallies[key].density += density
-        if q.is_cuda and not torch.cuda.is_current_stream_capturing():
+        if q.is_cuda and not is_recording(q.device):
             stream = torch.cuda.current_stream(q.device)
             start, end = self._event(), self._event()
             start.record(stream)

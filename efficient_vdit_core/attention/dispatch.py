@@ -16,7 +16,7 @@ from ..tiles import TilePattern
 from . import flex, triton
 from .choose import Attend, CallShape, Choice, default_book
 from .frames import attend_frames
-from .gpu import arrow_kernels_status
+from .gpu import arrow_kernels_status, is_recording
 from .heads import put_heads, take_heads
 from .layout import TokenLayout, check_tensors
 from .mean_frames import make_tables
@@ -163,13 +163,14 @@ def measured_choice(
 ) -> Choice:
     """The fastest backend for calls of this shape, and the times of all of them.
 
-    Not measured, and the simplest, for fewer than ``FEWEST_MEASURED_TOKENS`` tokens, while torch.compile traces, and where
-    a trial finds no memory. A full pattern is ``dense``. The choice then has no times.
+    Not measured, and the simplest, for fewer than ``FEWEST_MEASURED_TOKENS`` tokens, while torch.compile traces, while a
+    CUDA graph is recorded, and where a trial finds no memory. A full pattern is ``dense``. The choice then has no times.
     """
     if pattern.is_full(layout.grid.t):
         return Choice("dense", {})
     simplest = simplest_backend(pattern)
-    if layout.tokens < FEWEST_MEASURED_TOKENS or torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling() or is_recording(shape.device)
+    if layout.tokens < FEWEST_MEASURED_TOKENS or traced:
         return Choice(simplest, {})
     candidates = backend_candidates(shape, dense, dense_name, pattern)
     try:

@@ -1,4 +1,4 @@
-"""Which devices the compiled backends can run on."""
+"""Which devices the compiled backends can run on, and when a GPU records what it is told."""
 
 from __future__ import annotations
 
@@ -49,3 +49,8 @@ def arrow_kernels_status(device: torch.device | str | None = None) -> tuple[bool
         if not name.startswith("gfx9"):
             return False, f"the kernels were not made for {name}, AMD's CDNA (gfx9) is expected"
     return available, reason
+
+
+def is_recording(device: torch.device) -> bool:
+    """Whether the calls on ``device`` are being recorded into a CUDA graph: then nothing may be timed or waited for."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

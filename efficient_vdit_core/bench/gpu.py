@@ -242,26 +242,45 @@ def model_step(run: Run) -> Rows:
 
 @part(0.95)
 def training(run: Run) -> Rows:
-    """Seconds of a step of the tiny recipe's stages 1 and 3: what further steps add to a run."""
+    """The tiny recipe's stages: seconds of a step of 1 and 3, what further steps add to a run, and of a caption of 2."""
+    few, many, batch = (1, 6, 2) if run.small else (10, 60, 32)
+    for method in run.in_time(("consistency", "knowledge")):
+        took = [_trained(run, method, steps, batch) for steps in (few, few, many)]  # the first one imports and compiles
+        a_step = (took[2] - took[1]) / (many - few)
+        yield [{"stage": method, "batch": batch, "seconds_a_step": a_step, "setup_seconds": took[1]}]
+    for _ in run.in_time(("search",)):
+        took = [_searched(run, captions, batch) for captions in (batch, batch, 3 * batch)]
+        a_caption = (took[2] - took[1]) / (2 * batch)
+        yield [{"stage": "search", "batch": batch, "seconds_a_caption": a_caption, "setup_seconds": took[1]}]
+
+
+def _trained(run: Run, method: str, steps: int, batch: int) -> float:
+    """Seconds of a whole run of stage 1 or 3."""
     from ..distill.config import DistillConfig
     from ..distill.runs.trainer import distill
 
-    few, many, batch = (1, 6, 2) if run.small else (10, 60, 32)
-    for method in run.in_time(("consistency", "knowledge")):
-        took = []
-        for steps in (few, few, many):  # the first one imports, compiles and warms up
-            objective = {"guidance": 3.0} if method == "consistency" else {"plan": "1:7", "segments": 8}
-            config = DistillConfig.from_dict({
-                "method": method, "objective": objective, "model": {"path": "tiny", "device": run.device.type},
-                "data": {"source": "tinyworld", "clips": max(8, batch)},
-                "training": {"steps": steps, "batch": batch, "save_every": many, "warmup": 0},
-            })  # fmt: skip
-            with tempfile.TemporaryDirectory() as folder:
-                took.append(
-                    seconds(lambda config=config, folder=folder: distill(config, Path(folder) / "run"), run.device)
-                )
-        a_step = (took[2] - took[1]) / (many - few)
-        yield [{"stage": method, "batch": batch, "seconds_a_step": a_step, "setup_seconds": took[1]}]
+    objective = {"guidance": 3.0} if method == "consistency" else {"plan": "1:7", "segments": 8}
+    config = DistillConfig.from_dict({
+        "method": method, "objective": objective, "model": {"path": "tiny", "device": run.device.type},
+        "data": {"source": "tinyworld", "clips": max(8, batch)},
+        "training": {"steps": steps, "batch": batch, "save_every": steps, "warmup": 0},
+    })  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        return seconds(lambda: distill(config, Path(folder) / "run"), run.device)
+
+
+def _searched(run: Run, captions: int, batch: int) -> float:
+    """Seconds of stage 2 over so many captions, ``batch`` at once."""
+    from ..distill.runs.recipe import RecipeConfig, ThreeStages
+
+    recipe = RecipeConfig.from_dict({
+        "model": {"path": "tiny", "device": run.device.type}, "data": {"source": "tinyworld", "clips": max(8, batch)},
+        "consistency": {"segments": 8, "steps": 8}, "consistency_training": {"batch": batch},
+        "search": {"captions": captions},
+    })  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        stages = ThreeStages(recipe, Path(folder))
+        return seconds(lambda: stages.plans("plans", ""), run.device)
 
 
 @part(1.0)

@@ -58,6 +58,14 @@ def test_the_fastest_is_chosen_and_measured_only_once(tmp_path):
     assert again == first and len(calls) == seen
 
 
+def test_nothing_is_timed_while_a_cuda_graph_is_recorded(monkeypatch):
+    """Timing waits for the device, which ends the recording with an error."""
+    layout, shape = TokenLayout(TokenGrid(8, 20, 20)), CallShape(1, 4, 96, torch.bfloat16, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(dispatch, "default_book", lambda: pytest.fail("a trial"))
+    assert dispatch.measured_choice(shape, layout, TilePattern(2)) == Choice("frames", {})
+
+
 def test_a_backend_that_does_not_compile_is_left_out_and_named(tmp_path, caplog):
     def broken(*_):
         raise RuntimeError("Failed to find C compiler")
