@@ -14,6 +14,7 @@ sees, g shared keys.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,11 +57,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The calls of one pattern: ``spans`` of tokens that see all and are seen by all, and the other rows."""
+    """The calls of one pattern: ``spans`` of tokens that see all and are seen by all, and the other rows; for ``heads`` of
+    each slice by itself."""
 
     layout: TokenLayout
     spans: tuple[tuple[int, int], ...]
     rows: tuple[Rows, ...]
+    heads: tuple[slice, ...]
 
     def tokens(self, first: int, last: int) -> slice:
         """The tokens of frames ``first`` to ``last`` (exclusive)."""
@@ -79,17 +82,15 @@ def attend_parts(
     """Attention of q over k, v (B, H, N, D) under ``pattern``, scaled by 1 / sqrt(D). Differentiable where ``partial``
     has a backward.
 
-    Memory beyond the output, its lse and what ``partial`` and ``merge_into`` take inside: 2 B H g D elements for the
-    shared queries and their result or the shared keys and values, and at most ``max_extra_bytes`` (None:
-    ``default_extra_bytes``) for results that are not merged yet and mean frames, or what one frame takes where that is more. Autograd
-    keeps q, k, v, the output and its lse, as it does for dense attention, and no copies. Raises ValueError where a
-    gradient is wanted and there is no backward.
+    Memory beyond the output, its lse and what ``partial`` and ``merge_into`` take inside is at most ``max_extra_bytes``
+    (None: ``default_extra_bytes``), or what one head and one frame take where that is more: half for the shared queries
+    and their result, or the shared keys and values, of as many heads at once as fit; half for results that are not
+    merged yet and mean frames. A CPU where no bound is given takes all heads at once. Autograd keeps q, k, v, the output
+    and its lse, as it does for dense attention, and no copies. Raises ValueError where a gradient is wanted and there is
+    no backward.
     """
     q, k, v = in_rows(q), in_rows(k), in_rows(v)
-    frame_bytes = q.shape[0] * q.shape[1] * layout.grid.tokens_per_frame * q.shape[3] * q.element_size()
-    row_bytes = (4 if pattern.means else 2) * frame_bytes  # a mean's keys and values beside its result
-    limit = default_extra_bytes(q, row_bytes) if max_extra_bytes is None else max_extra_bytes
-    schedule = make_schedule(layout, pattern, max(1, limit // row_bytes))
+    schedule = _schedule_for(q, layout, pattern, max_extra_bytes)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v)):
         return _forward(q, k, v, schedule, partial)[0]
     if partial.backward is None:
@@ -99,17 +100,31 @@ def attend_parts(
     return _Parts.apply(q, k, v, schedule, partial)
 
 
-def make_schedule(layout: TokenLayout, pattern: TilePattern, most: int) -> Schedule:
-    """The calls of ``pattern``, at most ``most`` frames of rows in one."""
-    frames = layout.grid.t
-    neighbours = pattern.neighbours(frames)
-    rows = []
+def _schedule_for(q: Tensor, layout: TokenLayout, pattern: TilePattern, max_extra_bytes: int | None) -> Schedule:
+    """The calls for queries like q (B, H, N, D) within the bound of ``attend_parts``."""
+    spans = tuple(global_spans(layout, pattern.reference_frames(layout.grid.t)))
+    heads, token_bytes = q.shape[1], q.shape[0] * q.shape[3] * q.element_size()  # a token of one head
+    shared_bytes = 2 * token_bytes * sum(stop - start for start, stop in spans)
+    # A mean's keys and values lie beside its result.
+    row_bytes = (4 if pattern.means else 2) * token_bytes * layout.grid.tokens_per_frame
+    if max_extra_bytes is None and q.device.type == "cpu":  # its bound is that of a cache, which copies need not fit
+        limit, at_once = default_extra_bytes(q, row_bytes * heads), heads
+    else:
+        limit = (default_extra_bytes(q, 0) if max_extra_bytes is None else max_extra_bytes) // 2
+        at_once = min(heads, max(1, limit // max(1, shared_bytes)))
+        at_once = math.ceil(heads / math.ceil(heads / at_once))  # slices that are alike
+    rows = _rows(layout, pattern, max(1, limit // (row_bytes * at_once)))
+    return Schedule(layout, spans, tuple(rows), tuple(slice(h, h + at_once) for h in range(0, heads, at_once)))
+
+
+def _rows(layout: TokenLayout, pattern: TilePattern, most: int) -> Iterator[Rows]:
+    """The rows under ``pattern`` that do not see all, at most ``most`` frames of them in one."""
+    neighbours = pattern.neighbours(layout.grid.t)
     for _, start, stop in runs(list(neighbours)):
         for first in range(start, stop, most):
             last = min(first + most, stop)
             near, means = _near(neighbours, first, last), means_of(pattern, layout, first, last)
-            rows.append(Rows(first, last, tuple(near), tuple(means)))
-    return Schedule(layout, tuple(global_spans(layout, pattern.reference_frames(frames))), tuple(rows))
+            yield Rows(first, last, tuple(near), tuple(means))
 
 
 def _near(neighbours: dict[int, tuple[int, ...]], first: int, last: int) -> Iterator[Near]:
@@ -124,10 +139,19 @@ def _near(neighbours: dict[int, tuple[int, ...]], first: int, last: int) -> Iter
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, partial: PartialAttention) -> Partial:
-    """(out, lse). Each row is written by its first call, and the others are merged into it."""
+    """(out, lse)."""
     # In the order of a sequence's tokens, as the model's next layer reads them.
     out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    for heads in schedule.heads:
+        _attend_heads(*(x[:, heads] for x in (out, lse, q, k, v)), schedule=schedule, partial=partial)
+    return out, lse
+
+
+def _attend_heads(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, partial: PartialAttention
+) -> None:
+    """All calls, into ``out`` and ``lse``. Each row is written by its first call, and the others are merged into it."""
     spans = schedule.spans
     if spans:
         done = partial.forward(take(q, spans, 2), k, v)
@@ -145,7 +169,6 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, partial: Parti
         for means in rows.means:
             for b in range(q.shape[0]):
                 _attend_means(out[b], lse[b], q[b], k[b], v[b], means, partial)
-    return out, lse
 
 
 def _attend_near(
@@ -209,11 +232,22 @@ def _backward(
     spans, dq = schedule.spans, torch.empty_like(q)
     if not spans:
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    else:
+    else:  # all heads at once: the gradients of the keys are as large as they are, and stay
         of_spans = [take(x, spans, 2) for x in (dout, q, out, lse)]
         rows, dk, dv = partial.backward(of_spans[0], of_spans[1], k, v, *of_spans[2:])
         put(dq, spans, rows, 2)
         del of_spans, rows
+    for heads in schedule.heads:
+        totals, given = [[x[:, heads] for x in group] for group in ((dq, dk, dv), (dout, q, k, v, out, lse))]
+        _row_gradients(totals, given, schedule, partial)
+    return dq, dk, dv
+
+
+def _row_gradients(totals: list[Tensor], given: list[Tensor], schedule: Schedule, partial: PartialAttention) -> None:
+    """What (b), (c) and (d) contribute for some heads, added to ``totals``: dq, dk, dv. ``given``: dout, q, k, v, out and
+    lse of them."""
+    assert partial.backward is not None
+    spans, (dq, dk, dv), (dout, q, k, v, out, lse) = schedule.spans, totals, given
     shared = (take(k, spans, 2), take(v, spans, 2))
     dshared = [torch.zeros_like(x, dtype=lse.dtype) for x in shared]  # many calls add to them
     for rows in schedule.rows:
@@ -222,18 +256,15 @@ def _backward(
             dq[:, :, at], *ds = partial.backward(dout[:, :, at], q[:, :, at], *shared, out[:, :, at], lse[:, :, at])
             for total, d in zip(dshared, ds, strict=True):
                 total += d
-        for near in rows.near:
-            for b in range(q.shape[0]):
-                of_entry = [x[b] for x in (dout, q, k, v, out, lse)]
-                _near_gradients((dq[b], dk[b], dv[b]), of_entry, schedule, near, partial)
-        for means in rows.means:
-            for b in range(q.shape[0]):
-                of_entry = [x[b] for x in (dout, q, k, v, out, lse)]
-                _mean_gradients((dq[b], dk[b], dv[b]), of_entry, means, partial)
+        for b in range(q.shape[0]):
+            of_entry, into = [x[b] for x in given], (dq[b], dk[b], dv[b])
+            for near in rows.near:
+                _near_gradients(into, of_entry, schedule, near, partial)
+            for means in rows.means:
+                _mean_gradients(into, of_entry, means, partial)
     for total, d in ((dk, dshared[0]), (dv, dshared[1])):
         for (start, stop), part in zip(spans, d.split([stop - start for start, stop in spans], dim=2), strict=True):
             total[:, :, start:stop] += part
-    return dq, dk, dv
 
 
 def _near_gradients(

@@ -153,10 +153,41 @@ def test_memory_stays_under_the_stated_bound(pattern, bound, dtype):
 
     told = PartialAttention("nothing", nothing_inside)
     peak = peak_bytes(lambda: attend_parts(*tensors, layout, pattern, told, bound))
-    of_rows = min(max(bound, 2 * size * row), 2 * layout.tokens * row) * (1 + 1 / dim)
+    # Half of the bound for each, or what one head and one frame take: here heads are two.
+    of_shared = min(max(bound // 2, shared * row), 2 * shared * row)
+    of_rows = min(max(bound // 2, 2 * size * row), 2 * layout.tokens * row) * (1 + 1 / dim)
     # Shares and sums of the lse; three float32 copies of one frame where the result is of half precision.
     merging = 4 * batch * heads * size * 9 * 4 + (3 * heads * size * dim * 4 if dtype != torch.float32 else 0)
-    assert output < peak <= output + 2 * shared * row + of_rows + merging + 4096
+    assert output < peak <= output + of_shared + of_rows + merging + 4096
+
+
+@pytest.mark.parametrize(("k", "forward", "training"), [(1, 0.3, 0.5), (2, 0.3, 0.65), (4, 0.3, 0.75)])
+def test_a_layer_at_its_peak(k, forward, training):
+    """In outputs, beyond what dense attention holds that takes no memory inside: its output; with gradients also the
+    slope and three gradients."""
+
+    def back(dout, q, k, v, out, lse):
+        return tuple(torch.zeros(x.shape, dtype=q.dtype) for x in (q, k, v))
+
+    def there(q, k, v):
+        return torch.zeros(q.shape, dtype=q.dtype), torch.zeros(q.shape[:3])
+
+    layout, told = TokenLayout(TokenGrid(24, 10, 16)), PartialAttention("nothing", there, back)
+    tensors = [x.requires_grad_() for x in qkv(layout, 64, 1, 12, torch.bfloat16)]
+    output = tensors[0].nbytes
+
+    def attend():
+        return attend_parts(*tensors, layout, TilePattern(k), told, output // 4)
+
+    def train():
+        out = attend()
+        return torch.autograd.grad(out, tensors, torch.ones_like(out))
+
+    with torch.no_grad():
+        alone = peak_bytes(attend)
+    lse = output / 32
+    assert output + lse < alone <= (1 + forward) * output + lse
+    assert 5 * output + lse < peak_bytes(train) <= (5 + training) * output + lse
 
 
 def kept_bytes(attend, tensors):
