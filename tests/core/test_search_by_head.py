@@ -211,3 +211,5 @@ def test_candidates_with_windows_are_read():
     for text in ("full", "1:7", "1~", "1~-1", "~1", "1~999"):
         with pytest.raises(ValueError, match="candidates"):
             parse_candidates(text)
+    with pytest.raises(ValueError, match="'1~-1' cannot be used: .* window -1, expected .* from 0"):
+        parse_candidates("1~-1")
