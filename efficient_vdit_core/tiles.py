@@ -19,6 +19,7 @@ PLACEMENTS = ("strided", "first", "last", "rotating", "chunk heads")
 CHUNK = 5  # latent frames that MiniMax-H3's VAE makes of 17 pixel frames; the first of them holds one pixel frame
 MAX_WINDOW = 256  # latent frames
 MAX_MEANS = 16
+COUNT = r"(?:\d{1,4}|-[1-9]\d{0,3})"  # of a window or means in a text; those below 0 are read to be named
 MeanFrames = dict[int, tuple[tuple[int, ...], ...]]  # by frame, the frames of each mean that it sees
 
 
@@ -199,11 +200,14 @@ class TilePattern:
 
     @classmethod
     def parse(cls, text: str) -> TilePattern:
-        """Read ``full``, ``k:T-k`` or a bare ``k``; the latter two may end in ``~window``, ``+means`` or both."""
+        """Read ``full``, ``k:T-k`` or a bare ``k``; the latter two may end in ``~window``, ``+means`` or both.
+
+        Raises ValueError for anything else, and for a window or a number of means out of range.
+        """
         cleaned = text.strip().lower()
         if cleaned == "full":
             return cls(None)
-        match = re.fullmatch(r"(\d{1,4})(?::\d{1,4})?(?:~(\d{1,4}))?(?:\+(\d{1,4}))?", cleaned)
+        match = re.fullmatch(rf"(\d{{1,4}})(?::\d{{1,4}})?(?:~({COUNT}))?(?:\+({COUNT}))?", cleaned)
         if match is None:
             raise ValueError(
                 f"The pattern {quoted(text)} cannot be read, expected 'full', 'k:T-k' such as '2:6', '2:6~1' with neighbours up "

@@ -126,7 +126,10 @@ class EVDiTLoadTilePlan(io.ComfyNode):
                 Plan.Output(
                     "plan",
                     display_name="plan",
-                    tooltip="The plan, a pattern k:T-k (in latent frames) for each layer. Connect it to Sparse Attention.",
+                    tooltip=(
+                        "The plan, a pattern k:T-k~w+m (in latent frames) for each layer or each group of its heads. Connect it to Sparse "
+                        "Attention."
+                    ),
                 ),
                 io.String.Output(
                     "text_form",

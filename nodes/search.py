@@ -14,7 +14,7 @@ from .inputs import CATEGORY, Plan, advanced_inputs, plan_ui, search_words
 
 
 class EVDiTSearchTilePlan(io.ComfyNode):
-    """The layer-wise search (the paper's Algorithm 1) on a MODEL."""
+    """The search for each layer's and head's pattern on a MODEL; by its defaults the paper's Algorithm 1."""
 
     @classmethod
     @advanced_inputs("candidates", "costs", "error")
@@ -25,9 +25,12 @@ class EVDiTSearchTilePlan(io.ComfyNode):
             category=CATEGORY,
             **search_words("sparse", "faster", "speed up", "calibrate", "layer search"),
             description=(
-                "Runs the dense model at a few noise levels and measures, in every layer, how far each candidate pattern k:T-k "
-                "changes the attention's output. Takes the sparsest pattern under a threshold, or the plan with the least "
-                "error at a target speed-up. Connect the plan to Sparse Attention and save it with Save Tile Plan."
+                "Runs the dense model at a few noise levels and measures, in every layer and attention head, how far each candidate "
+                "pattern changes the attention's output: k reference frames, with neighbours and mean frames where asked for. "
+                "Takes the sparsest patterns under a threshold, or the plan with the least error at a target speed-up. The "
+                "defaults are the paper's: reference frames alone, one pattern k:T-k a layer. head_groups 3 with candidates such "
+                "as 0,1,0~1,1~1,0+1,1~1+1 errs much less at the same cost. Connect the plan to Sparse Attention and save it with "
+                "Save Tile Plan."
             ),
             inputs=[
                 io.Model.Input(
@@ -95,7 +98,7 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                         'Numbers of reference frames to try in each layer, in latent frames, at most 16: "1,2,4". "2~1" also sees '
                         'neighbours up to 1 frame away, which keeps motion better; "1~1+1" also sees the mean of the frames that are left '
                         "out, which errs least at equal cost. Full attention is always a choice. Each adds its attention's time to every "
-                        "layer."
+                        "layer. Without ~ and +, as in the default, they are the paper's."
                     ),
                 ),
                 io.Conditioning.Input(
@@ -149,7 +152,7 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                     tooltip=(
                         "At most as many different patterns in a layer, over its attention heads. 3 keeps more quality at the same "
                         "FLOPs, for a few more calls a layer; 1 gives all heads of a layer one pattern, as in the paper. Needs "
-                        "attention errors."
+                        "attention errors. Best with candidates that have neighbours and mean frames."
                     ),
                 ),
             ],
@@ -157,12 +160,18 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                 Plan.Output(
                     "plan",
                     display_name="plan",
-                    tooltip="A pattern k:T-k for each layer, k and T in latent frames, for this model. Connect it to Sparse Attention.",
+                    tooltip=(
+                        "A pattern for each layer, or each group of its heads, for this model: k:T-k, with neighbours ~w and mean frames "
+                        "+m where they were candidates, all in latent frames. Connect it to Sparse Attention."
+                    ),
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="The plan as text to share, its predicted FLOPs and speed-up, and every layer's errors as fractions of 1.",
+                    tooltip=(
+                        "The plan as text to share, its predicted FLOPs and speed-up, and every layer's errors, the plan's and the "
+                        "candidates', as fractions of 1."
+                    ),
                 ),
             ],
         )

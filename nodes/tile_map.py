@@ -8,10 +8,13 @@ import torch
 from comfy_api.latest import io
 
 from ..efficient_vdit_core.plan import TilePlan
-from ..efficient_vdit_core.search.tile_map import tile_map
+from ..efficient_vdit_core.search.tile_map import check_panels, tile_map
+from ..efficient_vdit_core.search.tile_mass import choose_layers
 from .checked import checked
-from .comfy_bridge.probe import MAX_MAPS, measure_tiles, model_depth
+from .comfy_bridge.probe import measure_tiles, model_depth
 from .inputs import CATEGORY, Plan, advanced_inputs, search_words
+
+MAX_MAPS = 12  # layers
 
 
 class EVDiTAttentionTileMap(io.ComfyNode):
@@ -79,7 +82,10 @@ class EVDiTAttentionTileMap(io.ComfyNode):
                 Plan.Input(
                     "plan",
                     optional=True,
-                    tooltip="Hatches the tiles that the plan leaves out; gives the share of those it keeps.",
+                    tooltip=(
+                        "Hatches the tiles that the plan leaves out; gives the share of those it keeps. Where heads of a layer "
+                        "differ, each group of them has a panel of its own."
+                    ),
                 ),
                 io.Conditioning.Input(
                     "second_prompt",
@@ -94,7 +100,10 @@ class EVDiTAttentionTileMap(io.ComfyNode):
                 io.Image.Output(
                     "map",
                     display_name="map",
-                    tooltip="A heat map for each layer: a row is a query frame, a column a key frame, colour the share in percent.",
+                    tooltip=(
+                        "A heat map for each layer and group of heads: a row is a query frame, a column a key frame, colour the share "
+                        "in percent."
+                    ),
                 ),
                 io.String.Output(
                     "report",
@@ -110,8 +119,10 @@ class EVDiTAttentionTileMap(io.ComfyNode):
         cls, model: Any, positive: Any, latent: dict[str, Any], layers: str, percent: float, seed: int, rows: int,
         plan: TilePlan | None = None, second_prompt: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
-        depth = model_depth(model, plan)  # a plan for another model is refused before the model runs
-        choices = {"layers": layers, "percent": percent, "seed": seed, "rows": rows}
+        depth = model_depth(model, plan)  # what cannot be drawn is refused before the model runs
+        chosen = choose_layers(layers, depth, MAX_MAPS)
+        check_panels(chosen, depth, plan)
+        choices = {"layers": chosen, "percent": percent, "seed": seed, "rows": rows}
         measured = measure_tiles(model, positive, latent, **choices)
         other = measure_tiles(model, second_prompt, latent, **choices) if second_prompt is not None else None
         picture, report = tile_map(measured, depth, plan, other)

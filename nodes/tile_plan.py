@@ -20,9 +20,9 @@ class EVDiTTilePlan(io.ComfyNode):
             category=CATEGORY,
             **search_words("sparse", "faster", "speed up", "sparsity", "reference frames", "arrow mask"),
             description=(
-                "Makes a sparse-attention plan k:T-k for all layers: each latent frame attends to itself and to k "
+                "Makes a sparse-attention plan k:T-k for all layers, the paper's: each latent frame attends to itself and to k "
                 "reference frames, and the reference frames attend to everything. Fits any model and length. Click a layer "
-                "of the chart to give it another pattern."
+                "of the chart to give it another pattern. Its text also holds neighbours, mean frames and heads that differ."
             ),
             inputs=[
                 io.Int.Input(
@@ -44,7 +44,8 @@ class EVDiTTilePlan(io.ComfyNode):
                     tooltip=(
                         'A plan as text, used in place of reference_frames; the chart writes it. "all:2 0-1:full" = 2 reference frames '
                         'in all layers but the first two, for any depth; "0:full 1-4:2:6 5-31:1:7" = every layer of 32, at 8 latent '
-                        "frames. Sparser layers are faster and change the video more. Empty = reference_frames everywhere."
+                        'frames; "all:1~1+1" also sees neighbours and a mean frame. Sparser layers are faster and change the video more. '
+                        "Empty = reference_frames everywhere."
                     ),
                 ),
             ],
@@ -53,7 +54,7 @@ class EVDiTTilePlan(io.ComfyNode):
                     "plan",
                     display_name="plan",
                     tooltip=(
-                        "The plan, a pattern k:T-k for each layer (k and T in latent frames). "
+                        "The plan, a pattern k:T-k~w+m for each layer or group of its heads (in latent frames). "
                         "Connect it to Sparse Attention; by itself it changes nothing."
                     ),
                 ),

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many times less attention; the plan with the least error is taken",
     )
     add("--candidates", default="1,2,4", help="numbers of reference frames to try; 2~1 also sees neighbours up to 1 frame away, "
-        "2~1+1 also the mean of the frames left out (default: %(default)s)")  # fmt: skip
+        "2~1+1 also the mean of the frames left out (default, the paper's: %(default)s)")  # fmt: skip
     add("--error", choices=("attention", "block"), default="attention", help="where it is measured: in the attention's output or, several "
         "times slower, in the whole block's (default: %(default)s)")  # fmt: skip
     add("--costs", choices=("flops", "measured"), default="flops", help="what a pattern costs; measured times differ from run to run "

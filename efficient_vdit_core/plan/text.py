@@ -11,13 +11,13 @@ from typing import Any
 
 from ..head_patterns import LayerPattern, by_head, join_heads
 from ..limits.quote import quoted
-from ..tiles import TilePattern
+from ..tiles import COUNT, TilePattern
 
 MAX_LAYERS = 1024
 MAX_REFERENCE_FRAMES = 1024
 ALL = "all"  # every layer
 MAX_HEADS = 1024
-PATTERN = r"(?:full|\d{1,4}(?::\d{1,4})?(?:~\d{1,4})?(?:\+\d{1,4})?)"
+PATTERN = rf"(?:full|\d{{1,4}}(?::\d{{1,4}})?(?:~{COUNT})?(?:\+{COUNT})?)"
 GROUP = rf"\[([\d,-]{{1,4000}})\]({PATTERN})"
 
 
@@ -79,7 +79,9 @@ Part = tuple[str, int, int, LayerPattern, "int | None"]  # as written, first and
 def _read_part(part: str) -> Part:
     """``0:full``, ``1-4:2:6``, ``5:2~1``, ``-1:full``, ``3:[0-2]1:7[3]full`` or ``all:2``; all layers are -MAX_LAYERS to
     MAX_LAYERS."""
-    match = re.fullmatch(rf"(all|-?\d{{1,4}}|\d{{1,4}}-\d{{1,4}}):({PATTERN}|(?:{GROUP}){{1,64}})", part.lower())
+    match = re.fullmatch(
+        rf"(all|-?\d{{1,4}}|\d{{1,4}}-\d{{1,4}}):({PATTERN}|(?:{GROUP}){{1,{MAX_HEADS}}})", part.lower()
+    )
     if match is None:
         raise ValueError(
             f"The plan text cannot be read at {quoted(part)}, expected parts such as '0:full', '1-4:2:6' or 'all:2'."
@@ -119,7 +121,11 @@ def _read_pattern(text: str, part: str) -> tuple[LayerPattern, int | None]:
 
 
 def _read_one(text: str, part: str) -> tuple[TilePattern, int | None]:
-    pattern, counts = TilePattern.parse(text), re.split(r"[~+]", text)[0]
+    try:
+        pattern = TilePattern.parse(text)
+    except ValueError as error:
+        raise ValueError(f"The plan text cannot be used at {quoted(part)}: {error}") from None
+    counts = re.split(r"[~+]", text)[0]
     frames = sum(map(int, counts.split(":"))) if ":" in counts else None
     if max(pattern.k or 0, frames or 0) > MAX_REFERENCE_FRAMES:
         raise ValueError(

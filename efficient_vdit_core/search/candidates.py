@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from ..limits.quote import quoted
-from ..tiles import TilePattern
+from ..tiles import COUNT, TilePattern
 
 MAX_CANDIDATES = 16
+CANDIDATE = rf"\d{{1,4}}(?:~{COUNT})?(?:\+{COUNT})?"
 
 
 def parse_candidates(text: str) -> tuple[TilePattern, ...]:
@@ -14,15 +17,15 @@ def parse_candidates(text: str) -> tuple[TilePattern, ...]:
     Raises ValueError for anything else, or over 16 of them.
     """
     parts = [part.strip() for part in text.split(",")]
-    try:
-        found = {TilePattern.parse(part) for part in parts if ":" not in part}
-    except ValueError:
-        found = set()
-    if len(found) == 0 or any(pattern.k is None for pattern in found) or any(":" in part for part in parts):
+    if not all(re.fullmatch(CANDIDATE, part) for part in parts):
         raise ValueError(
             f"The candidates {quoted(text)} cannot be read, expected numbers of reference frames such as '1,2,4', '1~1,2~1' with "
             "neighbours up to 1 frame away, or '0+1,1~1+1' with 1 mean frame."
         )
+    try:
+        found = {TilePattern.parse(part) for part in parts}
+    except ValueError as error:
+        raise ValueError(f"The candidates {quoted(text)} cannot be used: {error}") from None
     if len(found) > MAX_CANDIDATES:
         raise ValueError(
             f"{len(found)} candidates were given, expected at most {MAX_CANDIDATES}: each is computed in every layer."

@@ -5,26 +5,45 @@ from __future__ import annotations
 import math
 
 from ..plan import TilePlan
+from ..tiles import TilePattern
 
 
 def describe_plan(plan: TilePlan) -> str:
-    """A few lines and a table, one row a layer: the pattern, and each candidate's relative error."""
+    """A few lines and a table, one row a layer: the pattern, its relative error, and each candidate's."""
     about = plan.provenance
-    errors = about["errors"]
     lines = [
         f"Plan: {plan.to_text()}",
         f"Attention FLOPs: {about['attention_flop_density']:.0%} of dense; "
         f"predicted speed-up of the attention: {about['attention_speedup']:.2f}x (by {about['costs']})",
-        f"Error: {about['error']}",
+        f"Error: {about['error']}{'; of the plan the root of the mean square' if 'plan_errors' in about else ''}",
     ]
     for name, meaning in (("not_finite_layers", "not finite"), ("not_measured_layers", "not measured")):
         if about[name]:
             lines.append(f"Full because {meaning}: layer {', '.join(map(str, about[name]))}")
+    return "\n".join([*lines, "", *_table(plan)])
+
+
+def _table(plan: TilePlan) -> list[str]:
     frames = plan.frames or 1
+    errors = {TilePattern.parse(name).name(frames): found for name, found in plan.provenance["errors"].items()}
+    columns = {"plan": _plan_errors(plan), **errors}
     names = [pattern.name(frames) for pattern in plan.patterns]
-    width = max(map(len, ["pattern", *names]))
-    lines += ["", f"layer  {'pattern':<{width}}  " + "  ".join(f"k={k:<6}" for k in errors)]
+    width, widths = max(map(len, ["pattern", *names])), {name: max(len(name), 6) for name in columns}
+    lines = [f"layer  {'pattern':<{width}}  " + "  ".join(f"{name:<{widths[name]}}" for name in columns)]
     for i, name in enumerate(names):
-        row = "  ".join(f"{math.nan if values[i] is None else values[i]:<8.4f}" for values in errors.values())
-        lines.append(f"{i:>5}  {name:<{width}}  {row}".rstrip())
-    return "\n".join(lines)
+        row = "  ".join(f"{_number(values[i]):<{widths[column]}}" for column, values in columns.items())
+        lines.append(f"{i:>5}  {name:<{width}}  {row}")
+    return [line.rstrip() for line in lines]
+
+
+def _plan_errors(plan: TilePlan) -> list[float | None]:
+    """Each layer's error under its chosen patterns: measured as such where heads may differ, else its candidate's."""
+    about, frames = plan.provenance, plan.frames or 1
+    if "plan_errors" in about:
+        return about["plan_errors"]
+    names = ["" if p.is_full(frames) else p.kinds[0].short_name for p in plan.patterns]
+    return [about["errors"][name][i] if name else 0.0 for i, name in enumerate(names)]
+
+
+def _number(error: float | None) -> str:
+    return f"{math.nan if error is None else error:.4f}"

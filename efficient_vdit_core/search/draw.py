@@ -1,4 +1,4 @@
-"""Heat maps of the tile mass, as a picture: a title with the legend, and a panel for each layer."""
+"""Heat maps of the tile mass, as a picture: a title with the legend, and a panel for each layer or group of heads."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..limits.quote import shortened
+
 PANEL_WIDTH, MAP = 512, 360  # pixels: a panel, and the heat map in it
 LEFT, TOP, LINE, MARGIN, HEADER = 78, 54, 24, 22, 92
 MOST_COLUMNS, NARROWEST = 4, 640
+TITLE = 36  # characters of a panel's title, at most
 HATCH = 9  # pixels from line to line
 INK, FAINT, PAPER, EDGE = (28, 32, 40), (110, 117, 128), (255, 255, 255), (226, 110, 38)
 # Light to dark, evenly falling lightness, readable in grey and by the colour-blind.
@@ -25,8 +28,8 @@ Marks = Callable[[np.ndarray], np.ndarray]  # where (H, W) bool -> the pixels of
 
 @dataclass
 class Panel:
-    """One layer: ``share`` (T, T) of attention mass, rows are queries; a plan's ``kept`` tiles (T, T) bool, and of the others
-    those that it sees in a mean, ``averaged``; ``notes`` below it."""
+    """One layer, or heads of it: ``share`` (T, T) of attention mass, rows are queries; a plan's ``kept`` tiles (T, T) bool, and of
+    the others those that it sees in a mean, ``averaged``; ``notes`` below it."""
 
     title: str
     share: Tensor
@@ -84,7 +87,7 @@ def _header(draw: ImageDraw.ImageDraw, image: Image.Image, title: str, subtitle:
 
 def _draw_panel(draw: ImageDraw.ImageDraw, image: Image.Image, panel: Panel, x: int, y: int, top: float) -> None:
     left, upper = x + LEFT, y + TOP
-    draw.text((left, upper - 12), panel.title, font=_font(21), fill=INK, anchor="ls")
+    draw.text((left, upper - 12), shortened(panel.title, TITLE), font=_font(21), fill=INK, anchor="ls")
     image.paste(_heat_map(panel, top), (left, upper))
     if panel.kept is not None:
         _outline(draw, panel.kept, left, upper)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from ..head_patterns import LayerPattern, join_heads
 from ..plan import TilePlan
+from ..tiles import TilePattern
 from .draw import Panel, draw_panels
 from .tile_mass import LEVELS, TileMass, averaged_tiles, kept_tiles
+
+MOST_PANELS = 64  # of a picture, about 200 MB; 12 layers with 4 groups of heads each have 60
+
+
+def check_panels(layers: Iterable[int], depth: int, plan: TilePlan | None) -> None:
+    """Raise ValueError where the picture of these ``layers`` would have too many maps."""
+    kinds = [len(plan.pattern(layer, depth).kinds) if plan else 1 for layer in layers]
+    count = sum(1 if n == 1 else 1 + n for n in kinds)
+    if count > MOST_PANELS:
+        raise ValueError(
+            f"The picture would have {count} maps, one for each layer and each of its groups of heads, expected at most "
+            f"{MOST_PANELS}. Choose fewer layers, or a plan with fewer groups of heads in these."
+        )
 
 
 def tile_map(
@@ -19,6 +34,7 @@ def tile_map(
 ) -> tuple[np.ndarray, str]:
     """The picture (H, W, 3) in 0..1 and the report of the ``measured`` layers of a model with ``depth`` layers.
 
+    A layer whose heads differ under ``plan`` has a map of all heads, and one for each group of them with its tiles.
     ``other``: the same layers under a second prompt, for the overlap of important positions. Raises ValueError where
     the attention is not finite.
     """
@@ -37,23 +53,37 @@ def tile_map(
             f"Overlap of two prompts: 2|A and B| / (|A| + |B|) of the key positions, mean of {rows} query rows, all heads."
         )
     for layer, mass in sorted(measured.items()):
-        notes = _notes(layer, mass, depth, plan, other[layer] if other else None)
         pattern = plan.pattern(layer, depth).scaled(plan.frames, frames) if plan else None
-        marks = (kept_tiles(pattern, frames), averaged_tiles(pattern, frames)) if pattern else (None, None)
-        panels.append(Panel(f"Layer {layer}", mass.share, *marks, notes))
-        lines += ["", f"Layer {layer}", *(f"  {note}" for note in notes)]
+        panels += _panels(f"Layer {layer}", mass, pattern, other[layer] if other else None)
+    for panel in panels:
+        lines += ["", panel.title, *(f"  {note}" for note in panel.notes)]
     subtitle = "Share of each query frame's attention, in percent; colour grows with its square root."
     return draw_panels(panels, "Attention between frames", subtitle), "\n".join(lines)
 
 
-def _notes(layer: int, mass: TileMass, depth: int, plan: TilePlan | None, other: TileMass | None) -> list[str]:
+def _panels(title: str, mass: TileMass, pattern: LayerPattern | None, other: TileMass | None) -> list[Panel]:
+    """The map of a layer, and where its heads differ one for each group of them, with its own tiles."""
+    notes = _notes(mass, pattern, other)
+    if pattern is None or len(pattern.kinds) == 1:
+        return [_panel(title, mass, pattern.kinds[0] if pattern else None, notes)]
+    parts = [(mass.of(heads), heads, alike) for alike, heads in pattern.head_groups(len(mass.of_heads)).items()]
+    groups = [_panel(f"{title}, heads {join_heads(heads)}", part, p, _notes(part, p, None)) for part, heads, p in parts]
+    return [_panel(title, mass, None, notes), *groups]
+
+
+def _panel(title: str, mass: TileMass, pattern: TilePattern | None, notes: list[str]) -> Panel:
+    frames = len(mass.share)
+    marks = (kept_tiles(pattern, frames), averaged_tiles(pattern, frames)) if pattern else (None, None)
+    return Panel(title, mass.share, *marks, notes)
+
+
+def _notes(mass: TileMass, pattern: LayerPattern | None, other: TileMass | None) -> list[str]:
     frames = len(mass.share)
     ratio = f" ({mass.diagonal / mass.off_diagonal:.1f}x)" if mass.off_diagonal else ""
     notes = [f"own frame {mass.diagonal:.1%}, another frame {mass.off_diagonal:.2%}{ratio}"]
     if float(mass.extra.mean()) > 0:
         notes.append(f"text and other tokens {float(mass.extra.mean()):.1%}")
-    if plan is not None:
-        pattern = plan.pattern(layer, depth).scaled(plan.frames, frames)
+    if pattern is not None:
         rest = ", means of the rest" if any(alike.means for alike in pattern.kinds) else ""
         keeps = f"keeps {mass.kept(pattern):.1%} in {pattern.density(frames):.0%} of the tiles{rest}"
         name = pattern.name(frames)

@@ -6,7 +6,7 @@ Shapes: B batch, H heads, N tokens of which T frames of s are video, D head_dim,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from ..attention.state import FORWARD_KEY, ForwardState, Override
 from ..head_patterns import LayerPattern
 from ..limits.quote import quoted
 from ..plan.text import parse_layers
+from ..tiles import TilePattern
 from .calls import layer_of_call, layout_of_call
 
 LEVELS = (0.90, 0.95, 0.99)
@@ -33,14 +34,14 @@ MAX_POSITIONS = 32 * 2**20  # of important positions remembered for one layer, a
 class TileMass:
     """One layer's attention.
 
-    of_heads: (H, T, T), row i of a head the mean share of the queries of frame i in each key frame. extra: (T,), the
-    share of all heads in text and other tokens. rows: query rows measured in each frame.
+    of_heads: (H, T, T), row i of a head the mean share of the queries of frame i in each key frame. extra_of_heads:
+    (H, T), their share in text and other tokens. rows: query rows measured in each frame.
     important: (R, H, T s) uint8, for a few query rows the smallest of LEVELS whose positions hold a key, len(LEVELS)
     for none.
     """
 
     of_heads: Tensor
-    extra: Tensor
+    extra_of_heads: Tensor
     rows: int
     important: Tensor
 
@@ -48,6 +49,16 @@ class TileMass:
     def share(self) -> Tensor:
         """(T, T), the mean over the heads; each row of it and of ``extra`` sums to 1."""
         return self.of_heads.mean(0)
+
+    @property
+    def extra(self) -> Tensor:
+        """(T,), the mean over the heads of the share in text and other tokens."""
+        return self.extra_of_heads.mean(0)
+
+    def of(self, heads: Sequence[int]) -> TileMass:
+        """The attention of some heads alone."""
+        at = list(heads)
+        return TileMass(self.of_heads[at], self.extra_of_heads[at], self.rows, self.important[:, at])
 
     @property
     def diagonal(self) -> float:
@@ -139,37 +150,35 @@ def tile_mass(q: Tensor, k: Tensor, layout: TokenLayout, rows: int = 64, max_byt
     share, extra, important = [], [], []
     for frame in range(grid.t):
         at = start + frame * grid.tokens_per_frame + inside
-        of_heads, elsewhere = torch.zeros(q.shape[1], grid.t, device=q.device), torch.zeros((), device=q.device)
+        of_heads, elsewhere = (torch.zeros(q.shape[1], *last, device=q.device) for last in ((grid.t,), ()))
         for begin in range(0, rows, chunk):
             weights = _softmax_rows(q[:, :, at[begin : begin + chunk]], k)
             video = weights[..., start : start + grid.tokens]
             of_heads += reduce(video, "b h c (t s) -> h t", "sum", t=grid.t)
-            elsewhere += weights.sum() - video.sum()
+            elsewhere += weights.sum((0, 2, 3)) - video.sum((0, 2, 3))
             wanted = [r - begin for r in remembered if begin <= r < begin + chunk]
             important += [_levels(video[0, :, r]) for r in wanted]
         share.append(of_heads.cpu() / (rows * q.shape[0]))
-        extra.append(elsewhere.cpu() / (rows * q.shape[0] * q.shape[1]))
-    return TileMass(torch.stack(share, 1), torch.stack(extra), rows, torch.stack(important))
+        extra.append(elsewhere.cpu() / (rows * q.shape[0]))
+    return TileMass(torch.stack(share, 1), torch.stack(extra, 1), rows, torch.stack(important))
 
 
-def kept_tiles(pattern: LayerPattern, frames: int) -> Tensor:
-    """(T, T) bool: the tiles that any head computes under ``pattern``."""
+def kept_tiles(pattern: TilePattern, frames: int) -> Tensor:
+    """(T, T) bool: the tiles that heads of that ``pattern`` compute."""
     kept = torch.zeros(frames, frames, dtype=torch.bool)
-    for alike in pattern.kinds:
-        references = list(alike.reference_frames(frames))
-        kept[references, :] = True
-        kept[:, references] = True
-        for frame, seen in alike.neighbours(frames).items():
-            kept[frame, list(seen)] = True
+    references = list(pattern.reference_frames(frames))
+    kept[references, :] = True
+    kept[:, references] = True
+    for frame, seen in pattern.neighbours(frames).items():
+        kept[frame, list(seen)] = True
     return kept
 
 
-def averaged_tiles(pattern: LayerPattern, frames: int) -> Tensor:
-    """(T, T) bool: the tiles that no head computes under ``pattern``, and some head sees in a mean frame."""
+def averaged_tiles(pattern: TilePattern, frames: int) -> Tensor:
+    """(T, T) bool: the tiles that heads of that ``pattern`` see in a mean frame, and do not compute."""
     averaged = torch.zeros(frames, frames, dtype=torch.bool)
-    for alike in pattern.kinds:
-        for frame, means in alike.mean_frames(frames).items():
-            averaged[frame, [g for mean in means for g in mean]] = True
+    for frame, means in pattern.mean_frames(frames).items():
+        averaged[frame, [g for mean in means for g in mean]] = True
     return averaged & ~kept_tiles(pattern, frames)
 
 

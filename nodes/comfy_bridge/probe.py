@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,12 +30,11 @@ from ...efficient_vdit_core.search import (
 )
 from ...efficient_vdit_core.search.candidates import sparse_candidates
 from ...efficient_vdit_core.search.probe import BLOCK
-from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, choose_layers, make_mass_override
+from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, make_mass_override
 from .families import Family, find_family, uncompiled, why_no_family
 from .patch import Hook, dense, install
 from .window import Window
 
-MAX_MAPS = 12
 WALK_STEPS = 10  # of the schedule on which the tile map walks to its noise level
 
 
@@ -101,18 +100,24 @@ def search_plan(
 
 
 def measure_tiles(
-    model: Any, conditioning: Any, latent: dict[str, Any], *, layers: str, percent: float, seed: int, rows: int
+    model: Any,
+    conditioning: Any,
+    latent: dict[str, Any],
+    *,
+    layers: Sequence[int],
+    percent: float,
+    seed: int,
+    rows: int,
 ) -> dict[int, TileMass]:
-    """The tile mass of the chosen layers, dense and without guidance, at ``percent`` of the noise schedule.
+    """The tile mass of ``layers``, dense and without guidance, at ``percent`` of the noise schedule.
 
     Walks there from pure noise with Euler steps, so that the layers see what they see in a run.
     """
     family, network = _known_family(model)
     depth = family.depth(network)
-    chosen = choose_layers(layers, depth, MAX_MAPS)
     schedule, target = _schedule(model, WALK_STEPS), model.get_model_object("model_sampling").percent_to_sigma(percent)
     last = int((schedule[:-1] - target).abs().argmin())
-    record = MassRecord(chosen, rows=rows, active=last == 0)
+    record = MassRecord(tuple(layers), rows=rows, active=last == 0)
     progress = _Progress(last + 1, depth)
 
     def stepped(step: int, *_: Any) -> None:
@@ -124,7 +129,7 @@ def measure_tiles(
     )
     start, mask = _latent(model, latent, empty=True), latent.get("noise_mask")
     _walk(observed, conditioning, None, start, mask, schedule[: last + 2], seed, 1.0, stepped)
-    missing = [i for i in chosen if i not in record.found]
+    missing = [i for i in layers if i not in record.found]
     if missing:
         raise ValueError(
             f"The layers {missing} were not seen attending over a video ({', '.join(sorted(record.reasons)) or 'never called'}). "

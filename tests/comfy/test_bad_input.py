@@ -46,6 +46,7 @@ def refusals(in_process):
         ("plan of another family", ["wan", "opensora_plan"]),
         ("plan of another depth", ["30", "6"]),
         ("plan of other heads", ["24", "4"]),
+        ("plan by head of more heads", ["24", "4"]),
         ("window that is empty", ["0.6", "0.4", "start_percent"]),
         ("layer beyond the last", ["dense_blocks", "6"]),
         ("backend that cannot run", ["triton", "frames"]),

@@ -348,6 +348,9 @@ def test_the_tile_map_draws_the_layers_and_gives_their_shares(server, built):
         text.count("own frame 12.5%, another frame 12.50%") == 2 and "plan 2:6 keeps 53.1% in 53% of the tiles" in text
     )
     assert text.count("overlap at 90/95/99 %: 100% / 100% / 100%") == 2
+    prompt["plan"]["inputs"]["text"] = "0-4:2:6 5:[0-2]1:7[3]full"
+    (text,) = server.run(prompt)["outputs"]["text"]["text"]
+    assert "Layer 5, heads 0-2\n" in text and "plan 1:7 keeps 34.4% in 34% of the tiles" in text.split("heads 0-2")[-1]
     prompt["map"]["inputs"]["layers"] = "17"
     assert "expected 1 to 12 of the model's 6" in server.error(prompt)
     prompt["plan"]["inputs"]["text"] = "0-1:2"  # said first, before the model runs

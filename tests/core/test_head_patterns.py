@@ -186,6 +186,13 @@ class TestPlans:
         assert again.patterns == PLAN.patterns and (again.frames, again.heads) == (8, 5)
         assert TilePlan.from_text("0-1:[0-2]1[3]full").patterns == (by_head([TilePattern(1)] * 3 + [FULL]),) * 2
 
+    def test_a_line_of_text_holds_as_many_groups_as_a_plan(self):
+        kinds = [TilePattern(k) for k in range(1000)]
+        plan = TilePlan(patterns=(by_head([*kinds[:70], FULL]), by_head(kinds[:71])), frames=1001, heads=71)
+        assert TilePlan.from_text(plan.to_text()) == plan
+        most = TilePlan(patterns=(by_head([*kinds, *kinds[:24]]),), heads=1024)
+        assert TilePlan.from_text(most.to_text()) == most
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [
@@ -199,6 +206,8 @@ class TestPlans:
             ("all:[0]1[1]full", "are alike"),
             ("all:1 0:[0]1[1]full", "must stand first"),
             ("0:1~999", "window"),
+            ("0:2 1:1~-1", "'1:1~-1': .* window -1, expected .* from 0"),
+            ("0:[0]1:7+-2[1]full", "-2 mean frames"),
         ],
     )
     def test_nonsense_text_is_refused(self, text, message):

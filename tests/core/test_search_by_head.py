@@ -167,7 +167,24 @@ def test_a_plan_by_head_has_a_smaller_error_than_one_by_layer_at_the_same_cost()
     assert squared(by_heads) < squared(by_layer)
     np.testing.assert_allclose(sum(e**2 for e in by_heads.provenance["plan_errors"]), squared(by_heads), rtol=1e-4)
     assert json.loads(by_heads.to_json())["schema_version"] == 2
-    assert "heads" in describe_plan(by_heads) and "1~1" in describe_plan(by_heads)
+    assert "heads" in describe_plan(by_heads) and "1:5~1" in describe_plan(by_heads)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_report_names_the_patterns_and_tells_the_plans_own_errors(groups):
+    record = probed("1,2,1~1,0+1")
+    plan = plan_from_record(record, layers=3, family="any", speedup=1.5, groups=groups)
+    head, *rows = describe_plan(plan).split("\n\n")[1].splitlines()
+    assert head.split() == ["layer", "pattern", "plan", "1:5", "2:4", "1:5~1", "0:6+1"]
+    for layer, (row, pattern) in enumerate(zip(rows, plan.patterns, strict=True)):
+        found, *_, with_mean = map(float, row.split()[-5:])
+        assert with_mean == pytest.approx(record.error(layer, TilePattern(0, means=1), "attention"), abs=1e-4)
+        if groups == 1:
+            want = 0 if pattern.k is None else record.error(layer, pattern, "attention")
+        else:
+            parts = pattern.head_groups(HEADS).items()
+            want = sum(record.heads[layer, p].mean[list(heads)].sum() for p, heads in parts if p.k is not None) ** 0.5
+        assert found == pytest.approx(want, abs=1e-4)
 
 
 def test_a_threshold_by_head_and_layers_without_measurement():
@@ -194,3 +211,5 @@ def test_candidates_with_windows_are_read():
     for text in ("full", "1:7", "1~", "1~-1", "~1", "1~999"):
         with pytest.raises(ValueError, match="candidates"):
             parse_candidates(text)
+    with pytest.raises(ValueError, match="'1~-1' cannot be used: .* window -1, expected .* from 0"):
+        parse_candidates("1~-1")

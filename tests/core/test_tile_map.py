@@ -7,9 +7,10 @@ import torch
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
+from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.plan import TilePlan
-from efficient_vdit_core.search.draw import EDGE, HEADER, LEFT, MAP, TOP
-from efficient_vdit_core.search.tile_map import tile_map
+from efficient_vdit_core.search.draw import EDGE, HEADER, LEFT, MAP, PANEL_WIDTH, TOP
+from efficient_vdit_core.search.tile_map import check_panels, tile_map
 from efficient_vdit_core.search.tile_mass import (
     MassRecord,
     averaged_tiles,
@@ -113,6 +114,13 @@ def test_attention_that_is_not_finite_is_named():
             tile_map(measured, 6, other={2: sound, 3: broken})
 
 
+def hatching(picture, panel=0):
+    """(T, T): the share of each tile's pixels that is marked, in a panel of the first row."""
+    orange = np.abs(picture - np.array(EDGE) / 255).max(-1) < 0.01
+    left = panel * PANEL_WIDTH + LEFT
+    return orange[HEADER + TOP : HEADER + TOP + MAP, left : left + MAP].reshape(T, MAP // T, T, MAP // T).mean((1, 3))
+
+
 def test_the_picture_shows_what_is_large_and_what_is_left_out():
     q, k = qk()
     mass = tile_mass(q, k, LAYOUT, rows=S)
@@ -122,8 +130,7 @@ def test_the_picture_shows_what_is_large_and_what_is_left_out():
     heat = plain[HEADER + TOP : HEADER + TOP + MAP, LEFT : LEFT + MAP].mean(-1)
     cells = heat.reshape(T, MAP // T, T, MAP // T).mean((1, 3))
     assert cells.diagonal().max() < cells[~np.eye(T, dtype=bool)].min() - 0.5
-    orange = np.abs(hatched - np.array(EDGE) / 255).max(-1) < 0.01
-    marked = orange[HEADER + TOP : HEADER + TOP + MAP, LEFT : LEFT + MAP].reshape(T, MAP // T, T, MAP // T).mean((1, 3))
+    marked = hatching(hatched)
     kept = kept_tiles(TilePattern(1), T).numpy()
     assert marked[~kept].min() > 0.08 > 0.04 > marked[kept].max()
     assert "plan 1:4 keeps" in text and plain.dtype == np.float32 and 0 <= plain.min() and plain.max() <= 1
@@ -140,6 +147,37 @@ def test_what_is_seen_in_a_mean_is_dotted_and_named():
     marked = [(np.abs(picture - np.array(EDGE) / 255).max(-1) < 0.01).mean() for picture in (dotted, hatched)]
     assert 0 < marked[0] < marked[1]
     assert "plan 1:4+1 keeps" in text and "of the tiles, means of the rest" in text
+
+
+def test_each_group_of_heads_has_a_map_with_its_own_tiles():
+    q, k = qk()
+    plan = TilePlan(patterns=(by_head([TilePattern(1), TilePattern(0, window=1)]),), heads=HEADS)
+    picture, text = tile_map({0: tile_mass(q, k, LAYOUT, rows=S)}, 1, plan)
+    sections = dict(section.split("\n", 1) for section in text.split("\n\n")[1:])
+    assert list(sections) == ["Layer 0", "Layer 0, heads 0", "Layer 0, heads 1"]
+    assert hatching(picture).max() < 0.04  # of all heads: there is no tile that speaks for them all
+    names = ("1:4", "0:5~1")
+    live = [
+        [[i * j == 0 or i == j for j in range(T)] for i in range(T)],
+        [[abs(i - j) < 2 for j in range(T)] for i in range(T)],
+    ]
+    for head, (name, tiles) in enumerate(zip(names, map(torch.tensor, live), strict=True)):
+        share, extra = exact(q[:, [head]], k[:, [head]])
+        kept = float((share * tiles).sum(1).mean() + extra.mean())
+        assert (
+            f"plan {name} keeps {kept:.1%} in {float(tiles.double().mean()):.0%} of"
+            in sections[f"Layer 0, heads {head}"]
+        )
+        assert f"own frame {float(share.diagonal().mean()):.1%}" in sections[f"Layer 0, heads {head}"]
+        marked = hatching(picture, 1 + head)
+        assert marked[~tiles.numpy()].min() > 0.08 > 0.04 > marked[tiles.numpy()].max()
+
+
+def test_more_maps_than_a_picture_holds_are_refused():
+    plan = TilePlan(patterns=(by_head(TilePattern(k) for k in range(31)),) * 3, heads=31)
+    check_panels([0, 2], 3, plan)
+    with pytest.raises(ValueError, match="96 maps.* at most 64"):
+        check_panels([0, 1, 2], 3, plan)
 
 
 def test_a_plan_for_a_longer_clip_is_drawn_as_it_would_run():

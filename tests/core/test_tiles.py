@@ -103,6 +103,21 @@ def test_chunk_heads_are_every_fifth_frame_as_long_as_they_last(k, frames, expec
     assert TilePattern(k, placement="chunk heads").reference_frames(frames) == expected
 
 
+def test_chunk_heads_and_a_window_see_the_chunks_first_frames_and_the_neighbours():
+    pattern, frames = TilePattern(2, window=1).placed("chunk heads"), 11
+    assert pattern.reference_frames(frames) == (0, 5)  # of the heads 0, 5 and 10; strided ones would be 0 and 6
+    others = [1, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert pattern.neighbours(frames) == {f: tuple(g for g in others if abs(f - g) <= 1) for f in others}
+    live = sum(1 for i in range(frames) for j in range(frames) if {i, j} & {0, 5} or abs(i - j) <= 1)
+    assert pattern.density(frames) == pytest.approx(live / frames**2)
+
+
+@pytest.mark.parametrize(("text", "words"), [("1~-1", "window -1"), ("2:6~-12", "window -12"), ("1+-3", "-3 mean")])
+def test_a_window_or_means_below_none_are_named(text, words):
+    with pytest.raises(ValueError, match=words):
+        TilePattern.parse(text)
+
+
 def test_an_unknown_placement_is_refused():
     with pytest.raises(ValueError, match="placement is 'random'"):
         TilePattern(2).placed("random")

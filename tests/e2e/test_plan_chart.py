@@ -43,8 +43,10 @@ def test_it_fits_a_narrow_node(comfy, palette, modern):
     page = comfy.open(Comfy_ColorPalette=palette, Comfy_VueNodes_Enabled=modern).page
     if modern and comfy.version() < (1, 28):
         pytest.skip("NODES 2.0 OF THIS FRONTEND DRAW NO PACK'S OWN WIDGETS; the node works without its chart")
-    chart = plan_node(comfy, "0:full 1-4:8:16 5-12:4:20 13-20:2:22 21-31:1:23", width=220)
+    by_head = "32:[0-3,7-9,12,14,16,18]1:23~1[4-6,10-11,13]2:22+1[15]full[17]0:24"
+    chart = plan_node(comfy, f"0:full 1-4:8:16 5-12:4:20 13-20:2:22 21-31:1:23 {by_head}", width=220)
     chart.get_by_text("1:23 × 11").wait_for()
+    chart.get_by_role("option", name="Layer 32:").hover()
     comfy.picture(f"chart {palette} {'nodes2' if modern else 'classic'}")
     inside = page.evaluate(
         """() => {
@@ -154,3 +156,34 @@ def test_a_node_is_as_high_as_its_chart(comfy):
     page.wait_for_function(f"{node}.size[1] > {before} + 100")
     page.evaluate(f"(w => {{ w.value = 0.5; w.callback(0.5) }})({node}.widgets.find(w => w.name === 'threshold'))")
     page.wait_for_function(f"Math.abs({node}.size[1] - {before}) < 2")
+
+
+BY_HEAD = "0:full 1:[0-3,7]1:7~1[4-6]full 2:2:6 3:[0-5]1:7+1[6]2:6[7]full"
+
+
+def test_each_group_of_heads_has_a_map_of_its_own(comfy):
+    """Under the pointer and kept by a click, which changes such a layer only where it is in view already."""
+    page = comfy.open().page
+    chart = plan_node(comfy, BY_HEAD)
+    maps = chart.get_by_role("group", name="Layer 1:").get_by_role("img")
+    layer = chart.get_by_role("option", name="Layer 1:")
+    layer.click()
+    assert page.evaluate(TEXT) == BY_HEAD
+    assert [m.get_attribute("aria-label") for m in maps.all()] == [
+        "heads 0-3, 7: 1:7~1, 53 %. Reference frames 0",
+        "heads 4-6: full, 100 %. ",
+    ]
+    # 8 x 8 tiles: the row and the column of frame 0; of the other 7 x 7 the diagonal and its neighbours.
+    tiles = "(m, c) => m.querySelector('path.' + c).getAttribute('d').split('M').length - 1"
+    counts = [[m.evaluate(f"m => ({tiles})(m, '{c}')") for c in ("reference", "own", "skipped")] for m in maps.all()]
+    assert counts == [[15, 7 + 6 + 6, 30], [64, 0, 0]]
+    chart.get_by_role("option", name="Layer 2:").hover()
+    assert chart.get_by_role("group", name="Layer 2:").get_by_role("img").count() == 1
+    height = chart.bounding_box()["height"]
+    chart.get_by_role("option", name="Layer 3:").hover()
+    assert chart.get_by_role("group", name="Layer 3:").get_by_role("img").count() == 3
+    assert chart.bounding_box()["height"] == height
+    comfy.picture("chart by head")
+    layer.click()
+    page.wait_for_function(f"{TEXT} !== '{BY_HEAD}'")
+    assert page.evaluate(TEXT).split()[0] == "0:full" and "1:[" not in page.evaluate(TEXT)

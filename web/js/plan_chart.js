@@ -1,25 +1,16 @@
 /** The chart of a plan: layers x density, the tiles of one layer, and what the last run measured. Plain DOM and SVG. */
 
-import { density, FULL, headCount, headGroups, isFull, patternName, readableName, referenceFrames, tileKinds } from "./pattern.js";
+import { make } from "./elements.js";
+import { density, FULL, headCount, headGroups, isFull, patternName, readableName } from "./pattern.js";
 import { layerPattern } from "./plan_text.js";
 import { STYLE } from "./plan_style.js";
+import { percent, tileMaps } from "./tile_maps.js";
 
-const SVG = "http://www.w3.org/2000/svg";
 const COLORS = 6; // of --pattern-N in the style
 const KEYS = { ArrowLeft: -1, ArrowRight: 1, ArrowDown: -1, ArrowUp: 1, PageUp: 5, PageDown: -5, Home: -1e9, End: 1e9 };
 const LEAST_HEIGHT = 26; // px, until it is on the page; then `height` is what the content takes at the node's width
 const LEAST_WIDTH = 150;
 const short = (value) => (value < 100 ? Number(value.toPrecision(3)) : Math.round(value));
-const percent = (share) => `${Math.round(100 * share)} %`;
-
-/** Make an HTML or SVG element with attributes and children. */
-function make(tag, attributes = {}, ...children) {
-  const svg = ["svg", "rect", "path", "line", "g"].includes(tag);
-  const element = svg ? document.createElementNS(SVG, tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) if (value !== undefined) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
 
 export class PlanChart {
   /**
@@ -38,13 +29,13 @@ export class PlanChart {
     this.bars = make("svg", { class: "bars", role: "listbox", tabindex: "0", preserveAspectRatio: "none" });
     this.axis = make("div", { class: "axis", "aria-hidden": "true" });
     this.legend = make("div", { class: "legend" });
-    this.tiles = make("svg", { class: "tiles", role: "img" });
+    this.maps = make("div", { class: "maps", role: "group" });
     this.detail = make("div", { class: "detail" });
     this.controls = make("div", { class: "controls" });
     this.measured = make("div", { class: "measured", role: "status" });
     this.live = make("div", { class: "unseen", "aria-live": "polite" });
-    const layer = make("div", { class: "layer" }, this.tiles, this.detail);
-    this.body = make("div", { class: "body" }, this.bars, this.axis, this.legend, layer, this.controls, this.measured);
+    this.layer = make("div", { class: "layer" }, this.maps, this.detail);
+    this.body = make("div", { class: "body" }, this.bars, this.axis, this.legend, this.layer, this.controls, this.measured);
     const panel = make("div", { class: "panel", role: "group" }, this.summary, this.body, this.live);
     this.panel = panel;
     root.append(make("style", {}, STYLE), panel);
@@ -118,7 +109,7 @@ export class PlanChart {
       option.append(make("rect", { class: "hit", x: i, y: 0, width: 1, height: 100 }));
       option.append(...this.bar(pattern, i));
       option.addEventListener("pointerenter", () => this.hover(i));
-      option.addEventListener("click", (event) => this.cycle(i, event.shiftKey));
+      option.addEventListener("click", (event) => this.press(i, event.shiftKey));
       return option;
     });
     const lines = [50, 100].map((y) => make("line", { class: "grid", x1: 0, x2: depth, y1: 100 - y, y2: 100 - y }));
@@ -168,14 +159,19 @@ export class PlanChart {
     }
     this.bars.setAttribute("aria-activedescendant", `layer-${this.selected}`);
     const pattern = this.patterns[layer];
-    drawTiles(this.tiles, pattern, frames);
-    this.tiles.setAttribute("aria-label", `${this.layerText(layer)}. ${this.referenceText(pattern)}`);
+    const most = Math.max(...this.patterns.map((other) => headGroups(other).length));
+    this.layer.classList.toggle("heads", most > 1);
+    this.maps.replaceChildren(...tileMaps(pattern, frames, most, this.say));
+    this.maps.setAttribute("aria-label", this.layerText(layer));
     const key = (kind) => make("span", {}, make("i", { class: kind }), this.say(kind));
+    const means = this.patterns.some((other) => other.includes("+"));
+    const share = percent(density(pattern, frames));
+    const keeps = this.looksFirst(layer);
     this.detail.replaceChildren(
       make("b", {}, this.say("layerName", { layer })),
-      make("span", {}, `${this.nameOf(pattern)}, ${percent(density(pattern, frames))}`),
-      key("reference"), key("own"), ...(pattern.includes("+") ? [key("mean")] : []), key("skipped"),
-      ...(editable ? [make("em", {}, this.say("hint"))] : []),
+      make("span", {}, most > 1 ? share : `${this.nameOf(pattern)}, ${share}`), // the maps have their names
+      key("reference"), key("own"), ...(means ? [key("mean")] : []), key("skipped"),
+      ...(editable ? [make("em", {}, this.say(keeps ? "hintHeads" : "hint"))] : []),
     );
   }
 
@@ -188,14 +184,6 @@ export class PlanChart {
     const pattern = this.patterns[layer];
     const share = percent(density(pattern, this.state.frames));
     return this.say("layerText", { layer, name: this.nameOf(pattern), density: share });
-  }
-
-  referenceText(pattern) {
-    const { frames } = this.state;
-    if (isFull(pattern, frames)) return "";
-    const groups = headGroups(pattern).filter((group) => !isFull(group.pattern, frames));
-    const placed = groups.map((group) => referenceFrames(group.pattern, frames).join(", ") || "-");
-    return this.say("referenceText", { frames: [...new Set(placed)].join("; ") });
   }
 
   drawControls() {
@@ -244,10 +232,16 @@ export class PlanChart {
     if (this.state?.plan) this.drawLayer();
   }
 
-  cycle(layer, backwards) {
+  /** Whether a click on the layer only chooses it: what its groups of heads are is lost where it gets another pattern. */
+  looksFirst(layer) {
+    return this.chosen !== layer && headGroups(this.patterns[layer]).length > 1;
+  }
+
+  press(layer, backwards) {
+    const edits = this.state.editable && !this.looksFirst(layer);
     this.selected = this.chosen = layer;
-    if (!this.state.editable) return this.drawLayer();
-    this.actions.cycle(layer, backwards);
+    if (edits) this.actions.cycle(layer, backwards);
+    else this.drawLayer();
     this.live.textContent = this.layerText(layer);
   }
 
@@ -259,36 +253,11 @@ export class PlanChart {
       this.drawLayer();
       this.live.textContent = this.layerText(this.selected);
     } else if (event.key === "Enter" || event.key === " ") {
-      this.cycle(this.selected, event.shiftKey);
+      this.press(this.selected, event.shiftKey);
     } else {
       return;
     }
     event.preventDefault();
     event.stopPropagation();
   }
-}
-
-/** The T x T tile map: row = the frame that asks, column = the frame it sees; paler where fewer heads compute the tile. */
-function drawTiles(svg, pattern, frames) {
-  const groups = headGroups(pattern);
-  const heads = headCount(groups);
-  const side = frames > 48 ? 1 : 0.88;
-  const square = (row, column) => `M${column} ${row}h${side}v${side}h-${side}z`;
-  const places = [...Array(frames).keys()];
-  const everywhere = places.map((row) => places.map((column) => square(row, column)).join("")).join("");
-  const paths = [make("path", { class: "skipped", d: everywhere })];
-  for (const group of groups) {
-    const kind = tileKinds(group.pattern, frames);
-    const found = { reference: "", own: "", mean: "" };
-    for (let row = 0; row < frames; row++) {
-      for (let column = 0; column < frames; column++) {
-        const name = kind(row, column);
-        if (name !== "skipped") found[name] += square(row, column);
-      }
-    }
-    const opacity = groups.length > 1 ? group.count / heads : undefined;
-    for (const [name, d] of Object.entries(found)) paths.push(make("path", { class: name, d, opacity }));
-  }
-  svg.setAttribute("viewBox", `0 0 ${frames} ${frames}`);
-  svg.replaceChildren(...paths);
 }

@@ -37,7 +37,17 @@ i.dashed { height: 0; border-radius: 0; border-top: 2px dashed currentColor; }
 .mean { fill: color-mix(in srgb, var(--pattern-0) 45%, transparent); background: color-mix(in srgb, var(--pattern-0) 45%, transparent); }
 .skipped { fill: color-mix(in srgb, currentColor 14%, transparent); background: color-mix(in srgb, currentColor 18%, transparent); }
 .layer { display: flex; gap: 8px; }
+.maps { flex: none; }
 .tiles { flex: none; width: 84px; height: 84px; }
+figure { display: flex; flex-direction: column; min-width: 0; margin: 0; }
+figure b, figure span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-size: 10px; }
+figure.empty { visibility: hidden; }
+.layer.heads { flex-direction: column; gap: 5px; }
+.heads .maps {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 5px 8px; max-height: 232px; overflow-y: auto;
+}
+.heads .detail { flex-flow: row wrap; gap: 2px 9px; }
+.heads .detail em { flex: 0 0 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .detail { display: flex; flex-direction: column; min-width: 0; line-height: 1.25; }
 .detail em { font-style: normal; opacity: .75; font-size: 10px; }
 .controls { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 10px; }

@@ -45,6 +45,7 @@ facts = {
     "plan of another family": refusal(lambda: patch(TilePlan.uniform(1, family="wan"))),
     "plan of another depth": refusal(lambda: patch(TilePlan.uniform(1, layers=30))),
     "plan of other heads": refusal(lambda: patch(TilePlan.uniform(1, heads=24))),
+    "plan by head of more heads": refusal(lambda: patch(TilePlan.from_text("0-5:[0-15]1:7~1[16-23]0:8+1"))),
     "window that is empty": refusal(lambda: patch(fits, start_percent=0.6, end_percent=0.4)),
     "backend that cannot run": refusal(lambda: patch(fits, backend="triton")),
     "backend that is none": refusal(lambda: patch(fits, backend="cuda")),
