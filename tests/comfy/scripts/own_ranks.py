@@ -5,44 +5,53 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from datetime import timedelta
 
 
 def start_ranks(script: str, numbers: tuple[int, ...]) -> dict[str, dict]:
-    """What rank 0 found on each number of ranks; every rank is the script again."""
-    found = {}
-    for ranks in numbers:
-        with tempfile.TemporaryDirectory() as folder:
-            about = {**os.environ, "EVDIT_RANKS": str(ranks), "EVDIT_STORE": f"{folder}/store", "OMP_NUM_THREADS": "1"}
-            started = [
-                subprocess.Popen(
-                    [sys.executable, script],
-                    env={**about, "EVDIT_RANK": str(rank)},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                for rank in range(ranks)
-            ]
-            printed = [process.communicate() for process in started]
-            for process, (_, error) in zip(started, printed, strict=True):
-                assert process.returncode == 0, error[-4000:]
-        found[str(ranks)] = json.loads(printed[0][0].strip().splitlines()[-1])
-    return found
+    """What rank 0 tells on each number of ranks. Every rank is the script again, which goes through ``each_number``: ComfyUI
+    is loaded once a rank, not once for each number."""
+    with tempfile.TemporaryDirectory() as folder:
+        about = {**os.environ, "OMP_NUM_THREADS": "1", "EVDIT_STORE": folder}
+        about["EVDIT_RANKS"] = ",".join(map(str, sorted(numbers, reverse=True)))
+        started = [
+            subprocess.Popen(
+                [sys.executable, script],
+                env={**about, "EVDIT_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(max(numbers))
+        ]
+        printed = [process.communicate() for process in started]
+        for process, (_, error) in zip(started, printed, strict=True):
+            assert process.returncode == 0, error[-4000:]
+    told = [json.loads(line) for line in printed[0][0].strip().splitlines()[-len(numbers) :]]
+    return dict(zip(map(str, sorted(numbers, reverse=True)), told, strict=True))
 
 
 def is_rank() -> bool:
     return "EVDIT_RANK" in os.environ
 
 
-def join_ranks() -> None:
+def each_number() -> Iterator[int]:
+    """The numbers of ranks that this one works with, in a group of them; the most first, so that none waits for fewer. What
+    it found it prints as a line of JSON each time."""
     import torch.distributed as dist
 
-    ranks = int(os.environ["EVDIT_RANKS"])
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(os.environ["EVDIT_STORE"], ranks),
-        rank=int(os.environ["EVDIT_RANK"]),
-        world_size=ranks,
-        timeout=timedelta(seconds=100),  # a rank that fails alone leaves the others waiting
-    )
+    rank = int(os.environ["EVDIT_RANK"])
+    for ranks in map(int, os.environ["EVDIT_RANKS"].split(",")):
+        if rank < ranks:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(f"{os.environ['EVDIT_STORE']}/of-{ranks}", ranks),
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=100),  # a rank that fails alone leaves the others waiting
+            )
+            yield ranks
+            sys.stdout.flush()
+            dist.barrier()
+            dist.destroy_process_group()

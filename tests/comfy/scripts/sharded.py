@@ -10,7 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from own_ranks import is_rank, join_ranks, start_ranks
+from own_ranks import each_number, is_rank, start_ranks
 
 if not is_rank():
     print(json.dumps(start_ranks(__file__, (2, 3, 4))))
@@ -18,7 +18,6 @@ if not is_rank():
 
 from host import call, load_pack, torch  # noqa: E402 isort: skip
 import comfy.model_management as mm  # noqa: E402 isort: skip
-import torch.distributed as dist  # noqa: E402 isort: skip
 from comfy.patcher_extension import WrappersMP  # noqa: E402 isort: skip
 from tiny_models import CASES, Case, build, missing, run  # noqa: E402 isort: skip
 
@@ -37,10 +36,10 @@ plans, packing = module("efficient_vdit_core.plan"), module("comfy_bridge.packin
 sharding, tiles = module("comfy_bridge.sharding"), module("efficient_vdit_core.tiles")
 head_patterns, division = module("efficient_vdit_core.head_patterns"), module("sharding.division")
 branches = module("comfy_bridge.branches")
-join_ranks()
 UNLIKE = (16, 7, 11)
 IN_GROUPS = ("wan", "wan i2v", "ltx", "hunyuan", "h3 with guidance")  # on four ranks
-wire, counts, divided = module("sharding.wire").Wire(), sharding.Counter(), []
+counts, divided = sharding.Counter(), []
+wire = None  # over the ranks that work together
 module("sharding.blocks").Counter = lambda: counts  # of all forwards of a run
 
 
@@ -166,16 +165,20 @@ def in_groups_of_several(name: str, case: Case) -> dict:
     return found
 
 
-results = {}
-chosen = os.environ.get("EVDIT_CASES")
-on_three = CASES if os.environ.get("EVDIT_ALL_RANKS") else ONE_OF_EACH
-what, names = {2: (facts, CASES), 3: (facts, on_three), 4: (in_groups_of_several, IN_GROUPS)}[wire.size]
-for name in chosen.split(",") if chosen else names:
-    try:
-        results[name] = what(name, CASES[name])
-    except Exception:  # every rank meets it, or the others would wait
-        results[name] = {"failed": traceback.format_exc()[-1500:]}
-        print(results[name]["failed"], file=sys.stderr)
-print(json.dumps(results))
-dist.barrier()
-dist.destroy_process_group()
+def on_ranks(ranks: int) -> dict:
+    chosen = os.environ.get("EVDIT_CASES")
+    on_three = CASES if os.environ.get("EVDIT_ALL_RANKS") else ONE_OF_EACH
+    what, names = {2: (facts, CASES), 3: (facts, on_three), 4: (in_groups_of_several, IN_GROUPS)}[ranks]
+    results = {}
+    for name in chosen.split(",") if chosen else names:
+        try:
+            results[name] = what(name, CASES[name])
+        except Exception:  # every rank meets it, or the others would wait
+            results[name] = {"failed": traceback.format_exc()[-1500:]}
+            print(results[name]["failed"], file=sys.stderr)
+    return results
+
+
+for ranks in each_number():
+    wire = module("sharding.wire").Wire()
+    print(json.dumps(on_ranks(ranks)))

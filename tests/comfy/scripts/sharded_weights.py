@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from own_ranks import is_rank, join_ranks, start_ranks
+from own_ranks import each_number, is_rank, start_ranks
 
 if not is_rank():
     print(json.dumps(start_ranks(__file__, (2, 3))))
@@ -23,7 +23,6 @@ import comfy.model_management as mm  # noqa: E402 isort: skip
 import comfy.samplers  # noqa: E402 isort: skip
 import comfy.lora  # noqa: E402 isort: skip
 import comfy.sd  # noqa: E402 isort: skip
-import torch.distributed as dist  # noqa: E402 isort: skip
 from comfy.model_base import BaseModel  # noqa: E402 isort: skip
 from comfy.ldm.wan.model import WanModel  # noqa: E402 isort: skip
 from comfy.model_patcher import ModelPatcher  # noqa: E402 isort: skip
@@ -41,8 +40,7 @@ def module(ending: str):
 importlib.import_module(module("comfy_bridge.sharding").__name__.replace("sharding", "mapped_files"))
 sharding, weights = module("comfy_bridge.sharding"), module("comfy_bridge.sharded_weights")
 mapped_files, weight_bytes = module("comfy_bridge.mapped_files"), module("sharding.weight_bytes")
-join_ranks()
-wire = module("sharding.wire").Wire()
+wire = None  # over the ranks that work together
 # Weights of one block and of two.
 LAYERS = ("diffusion_model.blocks.1.self_attn.q.weight", "diffusion_model.blocks.0.ffn.0.weight")
 
@@ -287,22 +285,8 @@ def refusals() -> dict:
     return found
 
 
-with torch.inference_mode():  # as ComfyUI runs its nodes
-    results = {
-        case.__name__: case()
-        for case in (
-            memory,
-            loads,
-            loras,
-            bypassed,
-            experts,
-            broken_off,
-            eight_bits,
-            another_precision,
-            mapped,
-            refusals,
-        )
-    }
-print(json.dumps(results))
-dist.barrier()
-dist.destroy_process_group()
+CASES = (memory, loads, loras, bypassed, experts, broken_off, eight_bits, another_precision, mapped, refusals)
+for _ in each_number():
+    wire = module("sharding.wire").Wire()
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        print(json.dumps({case.__name__: case() for case in CASES}))
