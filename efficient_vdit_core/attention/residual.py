@@ -46,6 +46,19 @@ def why_no_residual(every: int, steps: int, whole: int = 0) -> str:
     return "" if every < steps else f"it would be renewed every {every} steps, of {steps}"
 
 
+def work_with(density: float, renewed: float) -> float:
+    """The FLOPs of sparse calls of this ``density``, of which the share ``renewed`` computes dense attention as well;
+    1 = dense."""
+    return density + renewed
+
+
+def work_of_plan(densities: Sequence[float], every: int, steps: int) -> float:
+    """The share of dense attention's FLOPs that a run of ``steps`` computes with a residual; layers of density 1 are
+    dense and keep none."""
+    renewed = -(-steps // every) / steps
+    return sum(1.0 if d == 1.0 else work_with(d, renewed) for d in densities) / len(densities)
+
+
 @dataclass(frozen=True)
 class Room:
     """Where residuals are kept, and how many bytes all of a run's take."""

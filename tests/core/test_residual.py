@@ -1,5 +1,7 @@
 """The cached residual against its definition: dense at every n-th step, sparse plus what was missing then in between."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,12 @@ from efficient_vdit_core.attention.prepare import Preparation
 from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.attention.residual import ResidualCache
 from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.summary import density_of_run
 from efficient_vdit_core.commands.generate import make_video
 from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.pipeline import Pipeline
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.search.describe import describe_plan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 LAYOUT = TokenLayout(TokenGrid(6, 1, 4), 3)
@@ -143,6 +147,20 @@ def test_the_report_knows_the_cost():
     assert run.report.density_sum / run.report.sparse == pytest.approx(density + 1 / 4)
 
 
+@pytest.mark.parametrize("every", [2, 3, 6])
+def test_a_searched_plan_tells_the_work_that_a_run_then_has(every):
+    run = Run(every)
+    for step in range(STEPS):
+        run.forward(step)
+    grid = [LAYOUT.grid.t, LAYOUT.grid.h, LAYOUT.grid.w]
+    about = {"grid": grid, "extra_tokens": LAYOUT.prefix, "attention_flop_density": 0.5, "attention_speedup": 2.0}
+    about |= {"costs": "flops", "error": "none", "errors": {}, "not_finite_layers": [], "not_measured_layers": []}
+    text = describe_plan(replace(PLAN, frames=LAYOUT.grid.t, provenance=about))
+    assert f"{every}: {density_of_run(run.report):.0%}" in text
+    full = replace(PLAN, patterns=(TilePattern(None),), frames=LAYOUT.grid.t, provenance=about)
+    assert "residual" not in describe_plan(full)
+
+
 def test_nothing_is_kept_after_a_run():
     run = Run(4)
     run.forward(0, (0, 1))
@@ -253,7 +271,7 @@ def test_a_pipeline_states_or_refuses_it_before_anything_long_starts(pipeline, m
     assert room.size == config.num_layers * 2 * tokens * width * 4  # two prompts
     monkeypatch.setattr(pipeline, "generate", lambda *_, **__: None)
     make_video(pipeline, request, TilePlan.uniform(1), residual_every=4)
-    assert f"the cached residual takes {room}" in capsys.readouterr().out and str(room) == "884736 bytes on cpu (float32)"
+    assert "the cached residual takes 884736 bytes on cpu (float32)" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.setattr(residual, "free_bytes", lambda *_: room.size)
     monkeypatch.setattr(pipeline, "_encode", lambda *_: pytest.fail("the text was encoded"))
