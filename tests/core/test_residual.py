@@ -20,6 +20,7 @@ from efficient_vdit_core.pipeline import Pipeline
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.search.describe import describe_plan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
+from efficient_vdit_core.tinyworld.residual_table import BY_HEAD
 
 LAYOUT = TokenLayout(TokenGrid(6, 1, 4), 3)
 HEADS, DIM, STEPS = 4, 8, 20
@@ -307,6 +308,14 @@ def test_the_tiny_model_ends_nearer_to_its_dense_clip(pipeline, monkeypatch):
     }
     far = {name: float((clip - clips["dense"]).norm()) for name, clip in clips.items()}
     assert far[2] < far[4] < 0.7 * far["sparse"]
+
+
+def test_the_tables_plan_by_head_fits_the_tiny_model_and_works_as_much_as_one_reference_frame(pipeline):
+    plan, config = TilePlan.from_text(BY_HEAD), pipeline.transformer.config
+    plan.check_fits(layers=config.num_layers, heads=config.num_attention_heads)
+    grid = TokenGrid(8, 4, 4)
+    work = sum(pattern.flop_density(grid) for pattern in plan.patterns) / len(plan.patterns)
+    assert work == pytest.approx(TilePattern(1).flop_density(grid), abs=0.01)
 
 
 @pytest.mark.parametrize("allowed", [True, False])
