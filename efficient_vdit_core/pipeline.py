@@ -23,6 +23,7 @@ from .attention.choose import CallShape
 from .attention.layout import TokenLayout
 from .attention.override import FORWARD_KEY, AttentionReport, ForwardState, attention_override
 from .attention.prepare import Preparation
+from .attention.residual import Room
 from .attention.sdpa import OVERRIDE_KEY
 from .limits.memory import check_memory
 from .limits.quote import quoted, reason
@@ -161,9 +162,9 @@ class Pipeline:
         request = prompt if isinstance(prompt, VideoRequest) else self.request(prompt, **choices)
         if plan is not None:
             self.check_plan(plan)
-        self._check_memory(request)
         report = AttentionReport()
         preparation = None if plan is None else Preparation(plan, report, residual_every=residual_every)
+        self._check_memory(request, preparation)
         context, mask = self._encode(request, template)
         with self._working(self.transformer):
             network = self._guided_network(request, context, mask, self._attention_options(request, mask, preparation))
@@ -196,13 +197,43 @@ class Pipeline:
         p = self.transformer.config.patch_size
         return TokenLayout(TokenGrid(t, -(-h // p), -(-w // p)))
 
-    def _check_memory(self, request: VideoRequest) -> None:
-        """Raises ValueError, before any work, where one block's tensors alone are more than is free."""
+    def residual_room(self, request: VideoRequest, plan: TilePlan, every: int) -> Room | None:
+        """Where a run would keep the cached residual, and its bytes; None where it keeps none. Raises ValueError where
+        there is no memory for it."""
+        return self._residual_room(request, Preparation(plan, AttentionReport(), residual_every=every))
+
+    def _residual_room(self, request: VideoRequest, preparation: Preparation) -> Room | None:
+        prompts = _prompts(request)
+        to_come = sum(p.nbytes for p in self.transformer.parameters() if p.device.type != self.device.type)
+        return preparation.residual_room(
+            self._state(request, prompts), self._call_shape(prompts), beside=self._block_bytes(request) + to_come
+        )
+
+    def _check_memory(self, request: VideoRequest, preparation: Preparation | None) -> None:
+        """Raises ValueError, before any work, where one block's tensors, or the cached residual beside them, are more
+        than is free."""
+        advice = "Use fewer frames or a smaller size."
+        check_memory(self._block_bytes(request), request.describe(), advice, str(self.device))
+        if preparation is not None:
+            self._residual_room(request, preparation)
+
+    def _block_bytes(self, request: VideoRequest) -> int:
+        """Queries, keys, values, the residual and its norm, and the MLP's four widths, in the weights' precision."""
+        tokens = self._layout(request).grid.tokens * _prompts(request)
+        return 9 * tokens * self.transformer.config.hidden_size * self.transformer.dtype.itemsize
+
+    def _state(self, request: VideoRequest, prompts: int, step: int = 0) -> ForwardState:
+        """What the forward of a step over so many ``prompts`` tells its attention."""
+        return ForwardState(
+            self._layout(request), depth=self.transformer.config.num_layers, step=step, steps=request.steps or 0,
+            branches=tuple((prompt, 1) for prompt in range(prompts)),
+        )  # fmt: skip
+
+    def _call_shape(self, prompts: int) -> CallShape:
         config = self.transformer.config
-        tokens = self._layout(request).grid.tokens * (1 if request.guidance == 1.0 else 2)
-        # Queries, keys, values, the residual and its norm, and the MLP's four widths, in the weights' precision.
-        needed = 9 * tokens * config.hidden_size * self.transformer.dtype.itemsize
-        check_memory(needed, request.describe(), "Use fewer frames or a smaller size.", str(self.device))
+        return CallShape(
+            prompts, config.num_attention_heads, config.attention_head_dim, self.transformer.dtype, self.device
+        )
 
     def _encode(self, request: VideoRequest, template: str | None) -> tuple[Tensor, Tensor]:
         """Text states (B, L, C) and mask (B, L) of [negative, positive], or of [positive] where guidance is off."""
@@ -211,7 +242,7 @@ class Pipeline:
         if template is not None and template not in TEMPLATES:
             raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {quoted(template)}.")
         positive = TEMPLATES[template].format(request.prompt) if template else request.prompt
-        texts = [positive] if request.guidance == 1.0 else [request.negative, positive]
+        texts = [positive] if _prompts(request) == 1 else [request.negative, positive]
         # The reference cleans twice: the second pass removes what the first one uncovers.
         cleaned = [clean_caption(clean_caption(text)) for text in texts]
         with self._working(self.text_encoder):
@@ -224,23 +255,16 @@ class Pipeline:
         """Makes the transformer_options of one forward pass, which is a step."""
         if preparation is None:
             return dict
-        layout, config = self._layout(request), self.transformer.config
         override, counted = attention_override(preparation), itertools.count()
         # Cross-attention is told from self-attention by its length; where the lengths are the same, nothing tells them
         # apart.
         longest = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1
-        told_apart = longest != layout.tokens
-        branches = tuple((prompt, 1) for prompt in range(len(mask)))
-        shape = CallShape(
-            len(mask), config.num_attention_heads, config.attention_head_dim, self.transformer.dtype, self.device
-        )
+        told_apart = longest != self._layout(request).tokens
 
         def options() -> dict[str, Any]:
-            state = ForwardState(
-                layout, told_apart, "text as long as the video", depth=config.num_layers, step=next(counted),
-                steps=request.steps or 0, branches=branches,
-            )  # fmt: skip
-            preparation.keep_residual(state, shape)
+            state = self._state(request, len(mask), next(counted))
+            state.active, state.reason = told_apart, "text as long as the video"
+            preparation.keep_residual(state, self._call_shape(len(mask)))
             return {OVERRIDE_KEY: override, FORWARD_KEY: state}
 
         return options
@@ -365,6 +389,11 @@ def _pick_dtype(dtype: str, device: str, name: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {quoted(dtype)}.")
     return DTYPES[dtype]
+
+
+def _prompts(request: VideoRequest) -> int:
+    """How many texts a step sees: guidance has two."""
+    return 1 if request.guidance == 1.0 else 2
 
 
 def _module(part: Any) -> nn.Module | None:

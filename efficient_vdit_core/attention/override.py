@@ -24,6 +24,7 @@ from .padding import as_heads, fill_in, without_padding
 from .prepare import Preparation
 from .reasons import ANOTHER_LENGTH, tokens_of, why_no_pattern, why_not_the_video
 from .report import AttentionReport
+from .residual import work_with
 from .state import FORWARD_KEY, FileAttention, ForwardState, Override, computing
 
 
@@ -151,7 +152,7 @@ def _over_the_video(
             return call.dense(dense)
     residual = state.residual if layer is not None else None
     renew = residual is not None and residual.renew
-    density = _computed_share(pattern, backends, call.heads, layout) + (1.0 if renew else 0.0)
+    density = work_with(_computed_share(pattern, backends, call.heads, layout), float(renew))
     report.add_sparse(density, _computed_by(backends, dense))
     with computing(state), report.clock.taking(SPARSE, _peek(call.q), density):
         q, k, v = call.take(padding)

@@ -23,7 +23,7 @@ from .layout import TokenLayout
 from .padding import without_padding
 from .reasons import why_not_worth_it
 from .report import AttentionReport
-from .residual import ResidualCache, why_no_residual
+from .residual import ResidualCache, Room, why_no_residual
 from .state import ForwardState
 
 MOST_REMEMBERED, MOST_UNFORESEEN = 4096, 64
@@ -102,39 +102,66 @@ class Preparation:
         ``dense_of`` gives a layer's dense attention. Measures backends that were never measured, and makes what they
         keep on the device. Call it outside of whatever records or compiles the model's blocks.
         """
-        if state.layout is None or not state.active or state.depth is None:
+        if state.layout is None or state.depth is None:
             return
         shapes = list(shapes)
+        if state.active:
+            self._settle_all(state, state.layout, shapes, dense_of)
+        if shapes:
+            self.keep_residual(state, shapes[0])
+
+    def _settle_all(
+        self, state: ForwardState, layout: TokenLayout, shapes: list[CallShape], dense_of: Callable[[int], DenseCall]
+    ) -> None:
         with self.lock:
             wanted = {*shapes, *self.unforeseen}
-        layouts = {state.layout, without_padding(state.layout, state.padding)}
-        for layer in range(state.depth):
+        layouts = {layout, without_padding(layout, state.padding)}
+        for layer in range(state.depth or 0):
             work = self.layer(state, layer)
             if not work.reason:
                 dense = dense_of(layer)
                 for shape in wanted:
-                    for layout in layouts:
+                    for found in layouts:
                         for part in work.pattern.parts(shape.heads):
-                            self.settle(shape, layout, part, dense)
-        if shapes:
-            self.keep_residual(state, shapes[0])
+                            self.settle(shape, found, part, dense)
         state.settled = True
 
     def keep_residual(self, state: ForwardState, shape: CallShape) -> None:
         """Has the forward of ``state``, whose calls look like ``shape``, renew or add the cached residual, where one is
-        kept.
+        kept. A forward that is not active yet makes room for those that follow.
 
         Raises ValueError where there is no memory for it.
         """
-        if self.residual is None or state.layout is None or not state.active or state.depth is None:
+        layers = self._layers_with_residual(state)
+        if self.residual is None or state.layout is None or not layers:
             return
-        why = why_no_residual(self.residual.every, state.steps)
+        if state.active:
+            state.residual = self.residual.begin(state.branches, layers, state.step, shape, state.layout.tokens)
+        else:
+            self.residual.reserve(state.branches, layers, shape, state.layout.tokens)
+
+    def residual_room(self, state: ForwardState, shape: CallShape, beside: int = 0) -> Room | None:
+        """Where `keep_residual` would keep it for forwards such as this one, and its bytes; None where none is kept.
+        Nothing is taken; ``beside`` as of ``ResidualCache.room``.
+
+        Raises ValueError where there is no memory for it.
+        """
+        layers = self._layers_with_residual(state)
+        if self.residual is None or state.layout is None or not layers:
+            return None
+        return self.residual.room(state.branches, layers, shape, state.layout.tokens, beside)
+
+    def _layers_with_residual(self, state: ForwardState) -> list[int]:
+        """Those that are sparse, where a run keeps one; where it does not, the report says why."""
+        if self.residual is None or state.layout is None or state.depth is None or not (state.active or state.later):
+            return []
+        why = state.no_residual or why_no_residual(self.residual.every, state.steps, state.whole)
         if why or not state.branches:
             self.report.warn("residual", f"no residual is kept: {why or 'the prompts of the batch are not known'}.")
-            return
-        layers = [layer for layer in range(state.depth) if not self.layer(state, layer).reason]
-        if layers and state.layout.grid.t > 1:
-            state.residual = self.residual.begin(state.branches, layers, state.step, shape, state.layout.tokens)
+            return []
+        if state.layout.grid.t == 1:
+            return []
+        return [layer for layer in range(state.depth) if not self.layer(state, layer).reason]
 
     def layer(self, state: ForwardState, layer: int | None, total: int | None = None) -> LayerWork:
         """What a layer does in the forward of ``state``; ``total`` is the depth where the state has none."""

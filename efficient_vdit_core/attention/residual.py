@@ -11,30 +11,64 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..limits.memory import check_memory, free_bytes, in_words
+from ..limits.memory import free_bytes, in_words
 from .choose import CallShape
 
 log = logging.getLogger("efficient_vdit")
 
 FEWEST_STEPS = 15  # with fewer, neighbouring steps are too far apart
-_SHARE_OF_FREE = 2  # of a GPU's free memory at most a half: ComfyUI moves weights there as it goes
+# Of what is free when a run begins: ComfyUI moves weights to the GPU as it goes, and main memory is not ours alone.
+_MOST_OF_GPU, _MOST_OF_MAIN = 0.5, 0.75
+_MAIN = torch.device("cpu")
 
 Branch = tuple[Hashable, int]  # what tells a prompt (and context window) from others, and its rows of the batch
+Name = tuple[Hashable, int, int]  # of a prompt, with the heads and tokens that its forwards have
 
 
-def why_no_residual(every: int, steps: int) -> str:
-    """The reason why a run of ``steps`` keeps no residual that is to be renewed ``every`` so many, "" = it does."""
+def why_no_residual(every: int, steps: int, whole: int = 0) -> str:
+    """The reason why a run of ``steps`` keeps no residual that is to be renewed ``every`` so many, "" = it does.
+
+    ``whole``: the steps of the whole schedule, where the run takes a part of it; 0 = the run takes all.
+    """
     if not steps:
         return "steps are not numbered"
-    if steps < FEWEST_STEPS:
-        return f"the schedule has {steps} steps, expected at least {FEWEST_STEPS}: few steps are too far apart"
+    whole = whole or steps
+    if whole < FEWEST_STEPS:
+        part = f", {steps} of them in this sampler" if whole != steps else ""
+        return f"the schedule has {whole} steps{part}, expected at least {FEWEST_STEPS}: few steps are too far apart"
     return "" if every < steps else f"it would be renewed every {every} steps, of {steps}"
+
+
+def work_with(density: float, renewed: float) -> float:
+    """The FLOPs of sparse calls of this ``density``, of which the share ``renewed`` computes dense attention as well;
+    1 = dense."""
+    return density + renewed
+
+
+def work_of_plan(densities: Sequence[float], every: int, steps: int) -> float:
+    """The share of dense attention's FLOPs that a run of ``steps`` computes with a residual; layers of density 1 are
+    dense and keep none."""
+    renewed = -(-steps // every) / steps
+    return sum(1.0 if d == 1.0 else work_with(d, renewed) for d in densities) / len(densities)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where residuals are kept, and how many bytes all of a run's take."""
+
+    device: torch.device
+    dtype: torch.dtype
+    size: int
+
+    def __str__(self) -> str:
+        return f"{in_words(self.size)} on {self.device} ({str(self.dtype).removeprefix('torch.')})"
 
 
 class ResidualCache:
@@ -50,8 +84,10 @@ class ResidualCache:
                 f"The residual would be renewed every {every} steps, expected 2 or more: 1 is dense attention at a higher price."
             )
         self.every, self.lock = every, threading.Lock()
-        self.kept: dict[tuple[Hashable, int], Tensor] = {}
-        self.renewed: dict[Hashable, int] = {}  # the step, by prompt
+        self.kept: dict[tuple[Name, int], Tensor] = {}
+        self.renewed: dict[Name, int] = {}  # the step
+        self.taken: Counter[torch.device] = Counter()  # bytes
+        self.free: dict[torch.device, int | None] = {}  # bytes, when the run began to take some
 
     def begin(
         self, branches: Sequence[Branch], layers: Sequence[int], step: int, shape: CallShape, tokens: int
@@ -60,41 +96,92 @@ class ResidualCache:
 
         Raises ValueError where there is none, with the bytes it takes.
         """
+        made = self.reserve(branches, layers, shape, tokens)
+        names = _names(branches, shape, tokens)
         with self.lock:
-            names = [(name, shape.heads, tokens) for name, _ in branches]
-            missing = [
-                (name, rows)
-                for name, (_, rows) in zip(names, branches, strict=True)
-                if any((name, layer) not in self.kept for layer in layers)
-            ]
-            if missing:
-                self._make_room(missing, layers, shape, tokens)
             due = [step - self.renewed.get(name, step - self.every) for name in names]
-            renew = bool(missing) or any(not 0 <= age < self.every for age in due)
+            renew = made or any(not 0 <= age < self.every for age in due)
             if renew:
                 self.renewed.update(dict.fromkeys(names, step))
         rows = [(name, count) for name, (_, count) in zip(names, branches, strict=True)]
         return ResidualForward(self, rows, renew)
 
-    def _make_room(self, branches: Sequence[Branch], layers: Sequence[int], shape: CallShape, tokens: int) -> None:
-        row = len(layers) * shape.heads * tokens * shape.head_dim
-        elements = sum(rows for _, rows in branches) * row
-        device, dtype = _place(elements, shape)
-        for name, rows in branches:
-            for layer in layers:
-                size = (rows, shape.heads, tokens, shape.head_dim)
-                self.kept[name, layer] = _zeros(size, dtype, device, shape.device)
+    def reserve(self, branches: Sequence[Branch], layers: Sequence[int], shape: CallShape, tokens: int) -> bool:
+        """Makes room for what is not kept yet, ahead of the first forward that needs it; whether there was any such.
+
+        Raises ValueError as `begin` does.
+        """
+        with self.lock:
+            missing = self._missing(branches, layers, shape, tokens)
+            if not missing:
+                return False
+            for device in {_MAIN, shape.device}:
+                self.free.setdefault(device, free_bytes(str(device)))
+            room = self._room(missing, layers, shape)
+            for name, rows in missing:
+                for layer in layers:
+                    size = (rows, shape.heads, tokens, shape.head_dim)
+                    self.kept[name, layer] = _zeros(size, room.dtype, room.device, shape.device)
+            self.taken[room.device] = room.size
+            prompts = len({name for name, _ in self.kept})
         log.info(
-            "Efficient-vDiT: the cached residual takes %s on %s (%s): %d layers, %d prompts.",
-            in_words(sum(x.nbytes for x in self.kept.values())), device, str(dtype).removeprefix("torch."), len(layers),
-            len({name for name, _ in self.kept}),
+            "Efficient-vDiT: the cached residual takes %s: %d layers, %d prompts or context windows so far.",
+            room, len(layers), prompts,
         )  # fmt: skip
+        return True
+
+    def room(
+        self, branches: Sequence[Branch], layers: Sequence[int], shape: CallShape, tokens: int, beside: int = 0
+    ) -> Room:
+        """Where `reserve` would keep them, with what is kept there already; nothing is taken.
+
+        ``beside``: bytes that others will have taken by then, where the calls are. Raises ValueError as `begin` does.
+        """
+        with self.lock:
+            return self._room(self._missing(branches, layers, shape, tokens), layers, shape, beside)
+
+    def _missing(
+        self, branches: Sequence[Branch], layers: Sequence[int], shape: CallShape, tokens: int
+    ) -> list[tuple[Name, int]]:
+        return [
+            (name, rows)
+            for name, (_, rows) in zip(_names(branches, shape, tokens), branches, strict=True)
+            if any((name, layer) not in self.kept for layer in layers)
+        ]
+
+    def _room(
+        self, branches: Sequence[tuple[Name, int]], layers: Sequence[int], shape: CallShape, beside: int = 0
+    ) -> Room:
+        """On the GPU, else in main memory, else there in half precision. All that a run has kept counts together."""
+        elements = len(layers) * shape.head_dim * sum(rows * heads * tokens for (_, heads, tokens), rows in branches)
+        half = shape.dtype if shape.dtype.itemsize <= 2 else torch.bfloat16
+        choices = [(_MAIN, shape.dtype), (_MAIN, half)]
+        if shape.device.type != "cpu":
+            choices.insert(0, (shape.device, shape.dtype))
+        refused = ""
+        for device, dtype in choices:
+            room = Room(device, dtype, self.taken[device] + elements * dtype.itemsize)
+            most = self._most(device, beside if device == shape.device else 0)
+            if most is None or room.size <= most:
+                return room
+            refused = f"{in_words(room.size)} of memory, {in_words(most)} may be taken"
+        raise ValueError(
+            f"The cached residual takes about {refused}: {_MOST_OF_MAIN:.0%} of what is free when a run begins. "
+            "Set residual_every to 0, or make more layers dense."
+        )
+
+    def _most(self, device: torch.device, beside: int) -> int | None:
+        free = self.free[device] if device in self.free else free_bytes(str(device))
+        share = _MOST_OF_MAIN if device == _MAIN else _MOST_OF_GPU
+        return None if free is None else int(max(0, free - beside) * share)
 
     def clear(self) -> None:
         """Lets go of everything."""
         with self.lock:
             self.kept.clear()
             self.renewed.clear()
+            self.taken.clear()
+            self.free.clear()
 
 
 @dataclass
@@ -105,7 +192,7 @@ class ResidualForward:
     """
 
     cache: ResidualCache
-    branches: Sequence[Branch]
+    branches: Sequence[tuple[Name, int]]
     renew: bool
     unlike: int = field(default=0)
 
@@ -142,19 +229,8 @@ class ResidualForward:
         return found if at == out.shape[0] else []
 
 
-def _place(elements: int, shape: CallShape) -> tuple[torch.device, torch.dtype]:
-    """Where so many elements are kept and in which dtype: on the GPU, else in main memory, else there in half
-    precision. Raises ValueError where nothing is large enough."""
-    half = shape.dtype if shape.dtype.itemsize <= 2 else torch.bfloat16
-    if shape.device.type != "cpu":
-        free = free_bytes(str(shape.device))
-        if free is None or elements * shape.dtype.itemsize <= free // _SHARE_OF_FREE:
-            return shape.device, shape.dtype
-    cpu, free = torch.device("cpu"), free_bytes()
-    if free is None or elements * shape.dtype.itemsize <= free // _SHARE_OF_FREE:
-        return cpu, shape.dtype
-    check_memory(elements * half.itemsize, "The cached residual", "Set residual_every to 0, or make more layers dense.")
-    return cpu, half
+def _names(branches: Sequence[Branch], shape: CallShape, tokens: int) -> list[Name]:
+    return [(name, shape.heads, tokens) for name, _ in branches]
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, calls: torch.device) -> Tensor:

@@ -66,6 +66,9 @@ class ForwardState:
         busy: a call is being computed; what it calls in turn is no call of the model.
         branches: the prompts of the batch in its order, as of ``residual.Branch``; () = not known.
         steps: how many the sampler takes, 0 = not known.
+        whole: how many the whole schedule has, where the sampler takes a part of it; 0 = it takes all.
+        later: a forward after this one will be active, where this one is not; what it needs is made ready.
+        no_residual: why none is kept, whatever the schedule; "" = one may be.
         residual: what the layers do with the cached residual, None = nothing.
         first_head: of the latest call, among its layer's heads; not 0 where a layer's heads come in several calls.
     """
@@ -90,6 +93,9 @@ class ForwardState:
     first_head: int = 0
     branches: tuple[Branch, ...] = ()
     steps: int = 0
+    whole: int = 0
+    later: bool = False
+    no_residual: str = ""
     residual: ResidualForward | None = None
 
     def again(self, **changes: Any) -> ForwardState:

@@ -122,6 +122,9 @@ def make_video(
     from tqdm import tqdm
 
     steps = request.steps or 0
+    room = pipeline.residual_room(request, plan, residual_every) if plan is not None and residual_every else None
+    if room is not None:
+        say(f"the cached residual takes {room}")
     say("encoding the prompt")
     with tqdm(total=steps, desc="sampling", unit="step", delay=0.1) as bar:
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
+from ..attention.residual import work_of_plan
 from ..plan import TilePlan
-from ..tiles import TilePattern
+from ..tiles import TilePattern, TokenGrid
+
+EVERY, STEPS = (2, 3, 4, 6), 20  # residuals and the schedule that a report gives the work for
 
 
 def describe_plan(plan: TilePlan) -> str:
@@ -15,6 +18,7 @@ def describe_plan(plan: TilePlan) -> str:
         f"Plan: {plan.to_text()}",
         f"Attention FLOPs: {about['attention_flop_density']:.0%} of dense; "
         f"predicted speed-up of the attention: {about['attention_speedup']:.2f}x (by {about['costs']})",
+        *_with_residual(plan),
         f"Error: {about['error']}{'; of the plan the root of the mean square' if 'plan_errors' in about else ''}",
     ]
     for name, meaning in (("not_finite_layers", "not finite"), ("not_measured_layers", "not measured")):
@@ -47,3 +51,14 @@ def _plan_errors(plan: TilePlan) -> list[float | None]:
 
 def _number(error: float | None) -> str:
     return f"{math.nan if error is None else error:.4f}"
+
+
+def _with_residual(plan: TilePlan) -> list[str]:
+    """What the plan costs with the cached residual, where it leaves anything out."""
+    about = plan.provenance
+    grid, extra = TokenGrid(*about["grid"]), about["extra_tokens"]
+    densities = [pattern.flop_density(grid, extra) for pattern in plan.patterns]
+    if min(densities) == 1.0:
+        return []
+    work = ", ".join(f"{every}: {work_of_plan(densities, every, STEPS):.0%}" for every in EVERY)
+    return [f"With residual_every, for models that nobody distilled, in {STEPS} steps: {work} of dense"]

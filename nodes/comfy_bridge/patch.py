@@ -27,7 +27,7 @@ from ...efficient_vdit_core.plan import TilePlan
 from .families import Family, find_family, uncompiled, why_no_family
 from .forward import call_shape, forward_state
 from .measure import computed_twice, why_not_twice
-from .window import Window, branches_of, step_of, steps_of
+from .window import Window, branches_of, step_of, steps_of, whole_steps, why_windows_move
 
 log = logging.getLogger("efficient_vdit")
 
@@ -211,12 +211,17 @@ def _publish_layout(hook: Hook) -> Callable[..., Any]:
         if state.layout is None:
             report.warn("unknown layout", f"the attention stays dense: {state.reason}.")
         elif why := hook.window.why_outside(base_model.model_sampling, options, t):
+            if hook.preparation.residual is not None:
+                state.later = state.active and hook.window.comes(base_model.model_sampling, options, t)
             state.active, state.reason = False, why
         if hook.caution:
             report.warn("caution", hook.caution)
         if hook.preparation.placement == "rotating" or hook.preparation.residual is not None:
             state.step, state.steps = step_of(options, t), steps_of(options)
             state.branches = branches_of(options, len(x))
+        if hook.preparation.residual is not None:
+            state.whole = whole_steps(base_model.model_sampling, options)
+            state.no_residual = why_windows_move(base_model, options)
         state.owner = hook.preparation
         options[OVERRIDE] = hook.over(options.get(OVERRIDE))
         _prepare(hook, base_model, state, options, x)

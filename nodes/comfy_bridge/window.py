@@ -9,6 +9,7 @@ from torch import Tensor
 
 # A step may lie on the window's edge; schedule and window round it in their own ways.
 _ROUNDING = 1 + 1e-4
+STILL = ("standard_static", "batched")  # context windows that are the same in every step
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,42 @@ class Window:
             return False
         return not self.why_outside(model_sampling, options, options["sample_sigmas"][following : following + 1])
 
+    def comes(self, model_sampling: Any, options: dict[str, Any], t: Tensor) -> bool:
+        """Whether a step after that of noise level ``t``, which is outside, is inside."""
+        if not steps_of(options):
+            return False
+        options = {**options, "sample_sigmas": options["sample_sigmas"].cpu()}
+        levels = options["sample_sigmas"][step_of(options, t) + 1 : -1]
+        return any(not self.why_outside(model_sampling, options, level) for level in levels)
+
 
 def steps_of(options: dict[str, Any]) -> int:
     """How many steps the sampler takes, 0 where there is no schedule."""
     schedule = options.get("sample_sigmas")
     return 0 if schedule is None else max(0, len(schedule) - 1)
+
+
+def whole_steps(model_sampling: Any, options: dict[str, Any]) -> int:
+    """How many steps the whole schedule has of which the sampler takes a part, as where two experts share it; all of
+    its own where it goes from noise to a clean clip, 0 where there is no schedule.
+
+    ComfyUI tells a sampler its own part only. As many as the whole noise schedule would have at its mean step.
+    """
+    steps = steps_of(options)
+    if not steps:
+        return 0
+    ends = options["sample_sigmas"][[0, -1]].tolist()
+    start, end = (_percent_of(model_sampling, level) for level in ends)
+    return round(steps / (end - start)) if end > start else steps
+
+
+def _percent_of(model_sampling: Any, level: float) -> float:
+    """Where in the noise schedule a level is reached, 0 = noise to 1 = clean: the inverse of ``percent_to_sigma``."""
+    low, high = 0.0, 1.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if model_sampling.percent_to_sigma(middle) >= level else (low, middle)
+    return (low + high) / 2
 
 
 def step_of(options: dict[str, Any], t: Tensor) -> int:
@@ -77,6 +109,18 @@ def step_of(options: dict[str, Any], t: Tensor) -> int:
         return 0
     reached = schedule.float() * _ROUNDING >= float(t.flatten()[0])
     return min(max(0, int(reached.sum()) - 1), max(0, len(schedule) - 2))
+
+
+def why_windows_move(base_model: Any, options: dict[str, Any]) -> str:
+    """Why nothing can be kept for ComfyUI's context windows from one step to the next; "" where the forward is in none,
+    or they stay."""
+    if options.get("context_window") is None:
+        return ""
+    handler = getattr(base_model.current_patcher, "model_options", {}).get("context_handler")
+    name = getattr(getattr(handler, "context_schedule", None), "name", "")
+    if not name or name in STILL:
+        return ""
+    return f"the context windows ({name}) move from step to step; choose {' or '.join(STILL)}"
 
 
 def branches_of(options: dict[str, Any], batch: int) -> tuple[tuple[Any, int], ...]:

@@ -8,7 +8,9 @@ def facts(in_process):
     return in_process("residual")
 
 
-@pytest.mark.parametrize("name", ["plain", "two forwards a step", "one forward a step", "rest of the schedule"])
+@pytest.mark.parametrize("name", [
+    "plain", "two forwards a step", "one forward a step", "rest of the schedule", "two experts", "context windows",
+])  # fmt: skip
 def test_the_clip_comes_nearer_to_the_dense_one(facts, name):
     sparse, *with_residual = facts[name]
     assert all(found < 0.6 * sparse for found in with_residual)
@@ -34,3 +36,30 @@ def test_few_steps_go_without_and_say_so(facts):
 def test_a_step_cache_beside_it(facts):
     sparse, with_residual = facts["EasyCache"]
     assert with_residual < 0.7 * sparse
+
+
+def test_two_sampler_nodes_count_as_one_schedule(facts):
+    assert facts["two experts went without"] == []
+    without = facts["two experts of few steps"]
+    assert len(without) == 2 and all("8 steps, 4 of them in this sampler" in text for text in without)
+
+
+@pytest.mark.parametrize("name", ["simple", "normal", "beta"])
+@pytest.mark.parametrize("steps", [20, 8])
+def test_a_part_of_the_schedule_tells_the_whole(facts, name, steps):
+    *halves, whole = facts["whole"][f"{name} {steps}"]
+    assert whole == steps and all((found >= 15) == (steps == 20) for found in halves)
+    assert name != "simple" or halves == [steps, steps]
+
+
+def test_context_windows_that_stay_are_told_apart_and_others_go_without(facts):
+    prompts_and_windows = 2 * 2
+    assert facts["kept of context windows"][4:] == [prompts_and_windows] * (4 * 19)
+    assert facts["moving windows as without"] and max(facts["kept of moving windows"]) == 0
+    assert "standard_uniform" in facts["moving windows said"][0]
+
+
+def test_room_is_made_at_the_first_forward_or_refused_there(facts):
+    assert facts["kept before the window"] == [1, 1, 1]  # the room is made before the model runs
+    assert facts["kept where no window comes"] == 0
+    assert "cached residual takes about" in facts["refused"] and facts["forwards before it was refused"] == 0

@@ -3,15 +3,19 @@
 import json
 import sys
 
-from host import call, load_pack, log_lines, torch  # isort: skip
+from host import call, load_pack, log_lines, nodes, torch  # isort: skip
 import comfy.model_management as mm  # isort: skip
 import comfy.samplers  # isort: skip
+from comfy_extras.nodes_context_windows import WanContextWindowsManualNode  # isort: skip
 from comfy_extras.nodes_easycache import EasyCacheNode  # isort: skip
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # isort: skip
 from tiny_models import CASES, build, noise  # isort: skip
 
 pack = load_pack()
 (plans,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
 (patch,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.patch"))
+(window,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.window"))
+(cache,) = (m for name, m in sys.modules.items() if name.endswith("attention.residual"))
 log = log_lines()
 model = build(CASES["wan"])
 x, text, longer = noise(1, 16, 9, 4, 6), noise(1, 7, 32), noise(1, 11, 32)
@@ -35,6 +39,44 @@ def run(chosen, steps=20, cfg=1.0, other=longer):
 
 def kept(chosen) -> int:
     return len(patch.hook_of(chosen).preparation.residual.kept)
+
+
+def kept_by_forward(chosen, **about) -> list[int]:
+    """How many prompts and context windows are kept at the begin of each forward of a run."""
+    found, of_run = [], patch.hook_of(chosen).preparation.residual.kept
+    look = chosen.model.diffusion_model.register_forward_pre_hook(
+        lambda *_: found.append(len({name for name, _ in of_run}))
+    )
+    try:
+        run(chosen, **about)
+    finally:
+        look.remove()
+    return found
+
+
+def two_nodes(high, low, steps, scheduler="simple"):
+    """Two nodes of ComfyUI's, each with half of the schedule, as Wan 2.2's experts have."""
+    node, half = nodes.NODE_CLASS_MAPPINGS["KSamplerAdvanced"](), steps // 2
+    about = {"noise_seed": 1, "steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": scheduler}
+    about |= {"positive": [[text, {}]], "negative": [[text, {}]]}
+    with torch.inference_mode():
+        (middle,) = node.sample(
+            high, "enable", latent_image={"samples": torch.zeros_like(x)}, start_at_step=0, end_at_step=half,
+            return_with_leftover_noise="enable", **about,
+        )  # fmt: skip
+        (end,) = node.sample(
+            low, "disable", latent_image=middle, start_at_step=half, end_at_step=10_000, return_with_leftover_noise="disable",
+            **about,
+        )  # fmt: skip
+    return end["samples"]
+
+
+def whole(scheduler, steps, shift=8.0):
+    """What the two halves of a schedule are taken for."""
+    sampling = ModelSamplingSD3().patch(model, shift)[0].get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
+    halves = sigmas[: steps // 2 + 1], sigmas[steps // 2 :], sigmas
+    return [window.whole_steps(sampling, {"sample_sigmas": part}) for part in halves]
 
 
 def work(chosen) -> str:
@@ -82,4 +124,43 @@ facts["few steps said"] = [text for text in log if "residual" in text]
 cached = EasyCacheNode.execute(model, reuse_threshold=0.5, start_percent=0.0, end_percent=1.0, verbose=False).args[0]
 exact = run(cached)
 facts["EasyCache"] = [float((run(sparse(cached, residual_every=n)) - exact).norm() / exact.norm()) for n in (0, 4)]
+
+experts = model, build(CASES["wan"])
+exact = two_nodes(*experts, 20)
+log.clear()
+found = [two_nodes(*(sparse(expert, residual_every=n) for expert in experts), 20) for n in (0, 8, 4, 2)]
+facts["two experts"] = [float((clip - exact).norm() / exact.norm()) for clip in found]
+facts["two experts went without"] = [line for line in log if "no residual" in line]
+log.clear()
+two_nodes(*(sparse(expert, residual_every=2) for expert in experts), 8)
+facts["two experts of few steps"] = [line for line in log if "no residual" in line]
+facts["whole"] = {f"{name} {n}": whole(name, n) for name in ("simple", "normal", "beta") for n in (20, 8)}
+
+
+def windows(schedule, source=model):
+    return WanContextWindowsManualNode.execute(source, 17, 4, schedule, 1, False, "pyramid", False).args[0]
+
+
+still = windows("standard_static")
+exact = run(still, cfg=3.0)
+found = [run(sparse(still, residual_every=n), cfg=3.0) for n in (0, 8, 4, 2)]
+facts["context windows"] = [float((clip - exact).norm() / exact.norm()) for clip in found]
+facts["kept of context windows"] = kept_by_forward(sparse(still, residual_every=4), cfg=3.0)
+moving = windows("standard_uniform")
+facts["moving windows as without"] = bool(torch.equal(run(sparse(moving, residual_every=4)), run(sparse(moving))))
+facts["kept of moving windows"] = kept_by_forward(sparse(moving, residual_every=4))
+facts["moving windows said"] = [line for line in log if "no residual" in line]
+
+late = {"residual_every": 4, "start_percent": 0.3}
+facts["kept before the window"] = kept_by_forward(sparse(**late))[:3]
+facts["kept where no window comes"] = max(kept_by_forward(sparse(residual_every=4, start_percent=0.99)))
+original, cache.free_bytes = cache.free_bytes, lambda *_: 1000
+forwards = []
+count = model.model.diffusion_model.register_forward_pre_hook(lambda *_: forwards.append(1))
+try:
+    run(sparse(**late))
+except ValueError as error:
+    facts["refused"] = str(error)
+count.remove()
+cache.free_bytes, facts["forwards before it was refused"] = original, len(forwards)
 print(json.dumps(facts))
