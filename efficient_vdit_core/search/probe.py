@@ -266,8 +266,9 @@ def _time_candidate(
         _timed(
             record, layer, pattern, q, lambda: tile_attention(q, k, v, layout, pattern, dense=dense, backend=backend)
         )
-        attend = partial(tile_attention, layout=layout, pattern=pattern, dense=dense, backend=backend)
-        _time_part(record, layer, pattern, qkv, attend)
+        if backend != "flex":  # all groups are one call
+            attend = partial(tile_attention, layout=layout, pattern=pattern, dense=dense, backend=backend)
+            _time_part(record, layer, pattern, qkv, attend)
 
 
 def _time_part(
