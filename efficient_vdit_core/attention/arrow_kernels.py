@@ -41,26 +41,32 @@ def _probe():
 INTERPRETED = tl.constexpr(type(_probe).__name__ == "InterpretedFunction")
 
 
-# (rows, columns, warps, stages) that compile with few or no spills for the architecture, for some head_dim or other:
-# Hopper (sm_90), Blackwell's data centre cards (sm_100), NVIDIA's others (mma.sync, some with 99 KiB of shared memory),
-# AMD's CDNA (64 KiB).
-FORWARD = {
-    "sm_90": ((128, 64, 8, 3), (128, 128, 8, 2)),
-    "sm_100": ((128, 64, 8, 3),),
-    "nvidia": ((128, 64, 8, 3), (64, 32, 4, 3)),
-    "amd": ((128, 64, 4, 1), (64, 32, 4, 2)),
+# (rows, columns, warps, stages), and the head_dims at which the compiler spills at most 64 bytes a thread and the tile can
+# be launched (`evdit bench compile`): on Hopper (sm_90), Blackwell's data centre cards (sm_100) and its others (sm_120),
+# NVIDIA's older ones (sm_80 to sm_89, some with 99 KiB of shared memory), AMD's CDNA (64 KiB). What is between two of these
+# head_dims needs no more registers than the larger.
+SIZES = (64, 96, 128)
+Tiles = dict[str, dict[tuple[int, int, int, int], tuple[int, ...]]]
+FORWARD: Tiles = {
+    "sm_90": {(128, 64, 8, 3): SIZES, (128, 128, 8, 2): (64,)},
+    "sm_100": {(128, 64, 8, 3): SIZES},
+    "sm_120": {(128, 64, 8, 3): SIZES, (64, 32, 4, 3): SIZES},
+    "nvidia": {(128, 64, 8, 3): SIZES, (64, 32, 4, 3): SIZES},
+    "amd": {(128, 64, 4, 1): SIZES, (64, 32, 4, 2): SIZES},
 }
-QUERY_GRADIENT = {
-    "sm_90": ((128, 64, 8, 2),),
-    "sm_100": ((128, 64, 8, 2),),
-    "nvidia": ((64, 64, 4, 2), (64, 32, 4, 2)),
-    "amd": ((64, 32, 4, 1),),
+QUERY_GRADIENT: Tiles = {
+    "sm_90": {(128, 64, 8, 2): SIZES},
+    "sm_100": {(128, 64, 8, 2): SIZES},
+    "sm_120": {(64, 64, 4, 2): (128,), (64, 32, 4, 2): SIZES},
+    "nvidia": {(64, 64, 4, 2): (64, 128), (64, 32, 4, 2): SIZES},
+    "amd": {(64, 32, 4, 1): SIZES},
 }
-KEY_VALUE_GRADIENT = {
-    "sm_90": ((128, 32, 8, 3), (64, 32, 4, 3)),
-    "sm_100": ((128, 32, 8, 3), (64, 32, 4, 3)),
-    "nvidia": ((64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 4, 2), (128, 32, 8, 3)),
-    "amd": ((64, 32, 4, 1),),
+KEY_VALUE_GRADIENT: Tiles = {
+    "sm_90": {(128, 32, 8, 3): SIZES, (64, 32, 4, 3): (64, 96)},
+    "sm_100": {(128, 32, 8, 3): SIZES, (64, 32, 4, 3): (64, 96)},
+    "sm_120": {(64, 64, 8, 2): (64, 128), (64, 32, 8, 2): (64, 128), (64, 16, 4, 2): SIZES, (128, 32, 8, 3): (64,)},
+    "nvidia": {(64, 64, 8, 2): (64, 128), (64, 32, 8, 2): SIZES, (64, 16, 4, 2): SIZES, (128, 32, 8, 3): SIZES},
+    "amd": {(64, 32, 4, 1): SIZES},
 }
 
 
@@ -69,11 +75,12 @@ def architecture() -> str:
     target: Any = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
         return "amd"
-    return {90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(target.arch, "nvidia")
+    return {90: "sm_90", 100: "sm_100", 103: "sm_100", 120: "sm_120", 121: "sm_120"}.get(target.arch, "nvidia")
 
 
-def _tuned(tiles: dict[str, tuple[tuple[int, int, int, int], ...]]):
-    """Autotune over the tiles of the GPU's architecture, measured once for each frame size class, head_dim and dtype.
+def _tuned(tiles: Tiles):
+    """Autotune over the tiles of the GPU's architecture and the head_dim, measured once for each frame size class, head_dim
+    and dtype.
 
     Under the interpreter there is nothing to tune: the caller passes the block sizes. On sm_100 all blocks of keys are
     masked: two ways through the loop's body would have it move the sum to another layout and back at every step.
@@ -81,12 +88,16 @@ def _tuned(tiles: dict[str, tuple[tuple[int, int, int, int], ...]]):
     if INTERPRETED:
         return lambda kernel: kernel
     configs = {
-        name: [triton.Config({"ROWS": r, "COLS": c, "MASKED": name == "sm_100"}, num_warps=w, num_stages=s) for r, c, w, s in shapes]
-        for name, shapes in tiles.items()
+        (name, size): [triton.Config({"ROWS": r, "COLS": c, "MASKED": name == "sm_100"}, num_warps=w, num_stages=s)
+                       for (r, c, w, s), sizes in shapes.items() if size in sizes]
+        for name, shapes in tiles.items() for size in SIZES
     }
-    every = [config for of_architecture in configs.values() for config in of_architecture]
-    prune = {"early_config_prune": lambda *_, **__: configs[architecture()]}
-    return triton.autotune(every, key=["size_class", "D0", "D1"], prune_configs_by=prune)
+    every = [config for offered in configs.values() for config in offered]
+
+    def offered(*_: Any, D0: int, D1: int, **__: Any) -> list[Any]:
+        return configs[architecture(), min(size for size in SIZES if size >= D0 + D1)]
+
+    return triton.autotune(every, key=["size_class", "D0", "D1"], prune_configs_by={"early_config_prune": offered})
 
 
 @triton.jit

@@ -84,7 +84,8 @@ def tile_attention(
 
     Args:
         q, k, v: (B, H, N, D) with N = ``layout.tokens``, any float dtype and strides; scores are scaled by 1 / sqrt(D).
-        pattern: one for all heads, or one for each of the H heads: those that are alike are computed together.
+        pattern: one for all heads, or one for each of the H heads: those that are alike are computed together, under
+            ``flex`` all.
         dense: plain attention of (B, H, Nq, D) over (B, H, Nk, D), default PyTorch's SDPA; ``dense_name`` tells it from
             others.
         backend: one of ``BACKENDS``; ``dense`` ignores the pattern; ``auto`` is what ``choose_backend`` says. One for
@@ -102,26 +103,43 @@ def tile_attention(
     attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes, dense_name)
     groups = pattern.head_groups(q.shape[1])
 
-    def of_group(pattern: TilePattern, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def named(pattern: TilePattern, shape: CallShape) -> str:
         chosen = backend if isinstance(backend, str) else backend[pattern]
         if chosen == "auto":
-            chosen = choose_backend(CallShape.of(q, k, v), layout, pattern, dense=dense, dense_name=dense_name)
+            chosen = choose_backend(shape, layout, pattern, dense=dense, dense_name=dense_name)
         elif pattern.means:
             check_means(chosen)
         elif chosen not in ("dense", "frames"):  # these run everywhere
             check_backend(chosen, q.device)
-        chosen = "dense" if pattern.is_full(layout.grid.t) else chosen
+        return "dense" if pattern.is_full(layout.grid.t) else chosen
+
+    def of_group(chosen: str, pattern: TilePattern, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend[chosen](q, k, v, layout, pattern)
         _check_gradient(out, {"q": q, "k": k, "v": v}, chosen, dense_name)
         return out
 
+    shapes = group_shapes(CallShape.of(q, k, v), pattern)
+    chosen = in_one_call({p: named(p, shape) for p, shape in shapes.items()}, layout.grid.t)
     if len(groups) == 1:
-        return of_group(next(iter(groups)), q, k, v)
+        ((alike, name),) = chosen.items()
+        return of_group(name, alike, q, k, v)
+    if set(chosen.values()) == {"flex"}:
+        out = flex.attend_flex(q, k, v, layout, pattern)
+        _check_gradient(out, {"q": q, "k": k, "v": v}, "flex", dense_name)
+        return out
     # In the order of a sequence's tokens, as the model's next layer reads them.
     out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     for alike, heads in groups.items():
-        put_heads(out, heads, of_group(alike, take_heads(q, heads), take_heads(k, heads), take_heads(v, heads)))
+        part = (take_heads(x, heads) for x in (q, k, v))
+        put_heads(out, heads, of_group(chosen[alike], alike, *part))
     return out
+
+
+def in_one_call(backends: dict[TilePattern, str], frames: int) -> dict[TilePattern, str]:
+    """The backend of each group of a layer's heads, where those that leave nothing out join the others under ``flex``: its
+    mask holds all groups in one call, and where it is chosen it is not far from dense attention's rate."""
+    sparse = {backend for pattern, backend in backends.items() if not pattern.is_full(frames)}
+    return dict.fromkeys(backends, "flex") if sparse == {"flex"} else backends
 
 
 def simplest_backend(pattern: TilePattern) -> str:

@@ -18,7 +18,7 @@ from ..plan import TilePlan
 from ..tiles import TilePattern
 from .clock import DENSE, SPARSE
 from .dense_call import DenseCall, function_name
-from .dispatch import tile_attention
+from .dispatch import in_one_call, tile_attention
 from .layout import TokenLayout
 from .padding import as_heads, fill_in, without_padding
 from .prepare import Preparation
@@ -153,7 +153,7 @@ def _over_the_video(
     residual = state.residual if layer is not None else None
     renew = residual is not None and residual.renew
     density = work_with(_computed_share(pattern, backends, call.heads, layout), float(renew))
-    report.add_sparse(density, _computed_by(backends, dense))
+    report.add_sparse(density, _computed_by(in_one_call(backends, layout.grid.t), dense))
     with computing(state), report.clock.taking(SPARSE, _peek(call.q), density):
         q, k, v = call.take(padding)
 

@@ -38,7 +38,7 @@ QUICK = ("sm_80", "sm_90", "sm_120")
 HEAD_DIMS = (64, 96, 128)
 ATTENTION, MERGE = ("forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel"), "merge_kernel"
 TENSOR_MEMORY = 512  # columns, sm_100
-MAX_SPILL = 64  # bytes a thread of the config that is picked
+MAX_SPILL = 64  # bytes a thread
 
 
 @dataclass(frozen=True)
@@ -69,27 +69,22 @@ class Compiled:
 
 @dataclass
 class Outcome:
-    """A case's configs in the order of its list; ``picked`` is the first without a fault, "" where there is none."""
+    """A case's configs in the order of its list, each of which may be what the tuning picks on a card."""
 
     case: Case
     configs: list[Compiled]
     crash: str = ""
 
     @property
-    def picked(self) -> str:
-        return next((c.config for c in self.configs if not c.faults), "")
-
-    @property
     def passed(self) -> bool:
-        """Whether one config is without fault, and none fails to compile or to launch."""
-        return bool(self.picked) and not any(c.error or _launch_faults(self.case, c) for c in self.configs)
+        """Whether there are configs, and none of them has a fault."""
+        return bool(self.configs) and not any(c.faults for c in self.configs)
 
     def row(self) -> dict[str, Any]:
         """For a results file."""
         return {
             **asdict(self.case),
             "passed": self.passed,
-            "picked": self.picked,
             "crash": self.crash,
             "configs": [asdict(c) for c in self.configs],
         }
@@ -137,9 +132,9 @@ def compile_cases(chosen: list[Case], jobs: int) -> Iterator[Outcome]:
 
 
 def kernels_hash() -> str:
-    """Tells one state of the kernels' sources from another."""
+    """Tells one state of the kernels' sources, and of what launches them, from another."""
     folder = Path(__file__).parents[1] / "attention"
-    sources = [(folder / f"{name}_kernels.py").read_bytes() for name in ("arrow", "merge")]
+    sources = [(folder / f"{name}.py").read_bytes() for name in ("arrow_kernels", "triton", "merge_kernels", "merge")]
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
@@ -183,9 +178,10 @@ def _configs(case: Case) -> list[dict[str, Any]]:
 
         return [block_sizes(case.head_dim)]
     from ..attention import arrow_kernels
+    from ..attention.triton import HEAD_DIMS as TILES
 
-    tuner = getattr(arrow_kernels, case.kernel)
-    return [config.all_kwargs() for config in tuner.early_config_prune(tuner.configs, {})]
+    tuner, (first, second) = getattr(arrow_kernels, case.kernel), TILES[case.head_dim]
+    return [config.all_kwargs() for config in tuner.early_config_prune(tuner.configs, {}, D0=first, D1=second)]
 
 
 def _compile(case: Case, config: dict[str, Any]) -> Compiled:
@@ -227,19 +223,13 @@ def _read(case: Case, compiled: Compiled, built: Any, log: str) -> None:
     compiled.matrix = len(re.findall(ARCHITECTURES[case.architecture][1], text))
 
 
-def _launch_faults(case: Case, compiled: Compiled) -> list[str]:
-    """Why a config cannot be launched there."""
+def _faults(case: Case, compiled: Compiled) -> list[str]:
+    """Why a config must not be offered there."""
     most, found = ARCHITECTURES[case.architecture][0], []
     if compiled.shared > most:
         found.append(f"shared memory {compiled.shared} of {most} bytes")
     if compiled.tensor_memory > TENSOR_MEMORY:
         found.append(f"tensor memory {compiled.tensor_memory} of {TENSOR_MEMORY} columns")
-    return found
-
-
-def _faults(case: Case, compiled: Compiled) -> list[str]:
-    """Why a config must not be the one that is picked."""
-    found = _launch_faults(case, compiled)
     if compiled.spill > MAX_SPILL:
         found.append(f"spills {compiled.spill} bytes")
     if case.kernel in ATTENTION:

@@ -1,4 +1,5 @@
-"""Times what the pack adds around the attention: its import, the patch, and the index work of one attention call.
+"""Times what the pack adds around the attention: its import, the patch, the index work of one attention call, and what
+telling heads apart adds to a search.
 
 Nothing of the engine is imported at the top: the import is one of the things to be timed.
 """
@@ -60,6 +61,50 @@ def measure(repeats: int) -> list[dict[str, Any]]:
         {"what": "tables of the fused kernel, once a pattern", "milliseconds": _median(tables, repeats), "limit": 5.0},
         {"what": "block mask of FlexAttention, once a pattern", "milliseconds": _median(mask, repeats), "limit": 5.0},
     ]
+
+
+def measure_search(repeats: int) -> list[dict[str, Any]]:
+    """One row: a layer's probing under six candidates with the errors of its heads, beside one that knows the layer's alone.
+    Half as much again is the limit of its time, and of the bytes of tensors."""
+    import numpy as np
+    import torch
+
+    from ..attention import TokenLayout
+    from ..attention.state import FORWARD_KEY, ForwardState
+    from ..search import ProbeRecord, make_probe_override
+    from ..tiles import TilePattern, TokenGrid
+    from ..training.live_bytes import LiveBytes
+    from .attention import medians
+
+    layout, heads = TokenLayout(TokenGrid(16, 1, 100)), 12
+    q, k, v = (torch.randn(1, heads, layout.tokens, 64) for _ in range(3))
+    candidates = tuple(TilePattern(k, window=window) for k in (1, 2, 4) for window in (0, 1))
+    options = {FORWARD_KEY: ForwardState(layout, depth=1, heads=heads)}
+
+    def dense(q: Any, k: Any, v: Any, heads: int, **_: Any) -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def of_layer(approximate: Any, exact: Any) -> tuple[float, Any]:
+        return float((approximate - exact).norm() / exact.norm()), np.zeros(heads)
+
+    def probe(compare: Any) -> None:
+        override = make_probe_override(ProbeRecord(candidates), compare=compare)
+        override(dense, q, k, v, heads, skip_reshape=True, skip_output_reshape=True, transformer_options=options)
+
+    def peak(compare: Any) -> int:
+        with LiveBytes() as bytes_held:
+            probe(compare)
+        return bytes_held.peak
+
+    with torch.no_grad():
+        times = medians({"layer": lambda: probe(of_layer), "heads": lambda: probe(None)}, q.device, repeats)
+        bytes_by_layer, bytes_by_head = peak(of_layer), peak(None)
+    row = {
+        "what": "search by head, a layer of 12 x 1600 tokens", "milliseconds": 1000 * times["heads"],
+        "limit": 1500 * times["layer"],
+        "bytes": bytes_by_head, "bytes_limit": 1.5 * bytes_by_layer,
+    }  # fmt: skip
+    return [row]
 
 
 def _median(run: Callable[[], None], repeats: int) -> float:

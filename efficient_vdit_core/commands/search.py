@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     header = ModelHeader.read(args.model, text_encoder=args.text_encoder)
     requests = [header.request(prompt, **choices) for prompt in args.prompt]
     frames = requests[0].latent_size[0]
-    record = ProbeRecord(sparse_candidates(candidates, frames), timed=args.costs == "measured")
+    timed, by_head = args.costs == "measured", args.head_groups > 1
+    record = ProbeRecord(sparse_candidates(candidates, frames), timed=timed, by_head=by_head)
     check_target(args.threshold or 0.0, args.speedup or 0.0, record.candidates, frames)
 
     say(f"loading {args.model}")

@@ -65,9 +65,12 @@ def plan_from_record(
         {p: record.cost(i, p) if measured and (i, p) in record.seconds else flops[p] for p in flops}
         for i in range(layers)
     ]
+    calls: Costs = [dict.fromkeys([*flops, FULL], 0.0) for _ in range(layers)]
     if groups > 1:
         heads = heads or next(iter(record.heads.values())).mean.shape[0]
-    patterns = _choose(record, errors, prices, threshold, speedup, groups)
+        if measured:
+            calls = [{p: record.call_cost(i, None if p == FULL else p) for p in layer} for i, layer in enumerate(calls)]
+    patterns = _choose(record, errors, prices, calls, threshold, speedup, groups)
     provenance: dict[str, Any] = {
         "method": "searched: least error at a target speed-up" if speedup else "searched: sparsest under a threshold",
         **({"target_speedup": speedup} if speedup else {"threshold": threshold}),
@@ -78,7 +81,7 @@ def plan_from_record(
         "grid": [grid.t, grid.h, grid.w],
         "extra_tokens": extra,
         **(about or {}),
-        **_predictions(patterns, flops, prices),
+        **_predictions(patterns, flops, prices, calls),
         **({"plan_errors": [_jsonable(e) for e in layer_errors(record, patterns, heads or 0)]} if groups > 1 else {}),
         "errors": {p.short_name: [_jsonable(layer[p]) for layer in found] for p in record.candidates},
         "not_finite_layers": [i for i, layer in enumerate(found) if any(map(math.isinf, layer.values()))],
@@ -86,6 +89,11 @@ def plan_from_record(
         **(
             {"measured_costs": {p.short_name: [round(price[p], 4) for price in prices] for p in flops}}
             if measured
+            else {}
+        ),
+        **(
+            {"measured_call_costs": {p.short_name: [round(call[p], 4) for call in calls] for p in [*flops, FULL]}}
+            if measured and groups > 1
             else {}
         ),
     }
@@ -103,10 +111,10 @@ def _layout(record: ProbeRecord) -> TokenLayout:
 
 
 def _choose(
-    record: ProbeRecord, errors: Costs, prices: Costs, threshold: float, speedup: float, groups: int
+    record: ProbeRecord, errors: Costs, prices: Costs, calls: Costs, threshold: float, speedup: float, groups: int
 ) -> list[LayerPattern]:
     if groups > 1:
-        return _by_head(record, errors, prices, threshold, speedup, groups)
+        return _by_head(record, errors, prices, calls, threshold, speedup, groups)
     found = (
         choose_for_speedup(errors, prices, speedup) if speedup else choose_under_threshold(errors, prices, threshold)
     )
@@ -114,11 +122,11 @@ def _choose(
 
 
 def _by_head(
-    record: ProbeRecord, errors: Costs, prices: Costs, threshold: float, speedup: float, groups: int
+    record: ProbeRecord, errors: Costs, prices: Costs, calls: Costs, threshold: float, speedup: float, groups: int
 ) -> list[LayerPattern]:
     """A layer that was not measured well stays full, as in the search by layer."""
     known = [i for i, layer in enumerate(errors) if all(map(math.isfinite, layer.values()))]
-    tables = [_table(record, i, prices[i]) for i in known]
+    tables = [_table(record, i, prices[i], calls[i]) for i in known]
     if speedup:
         # The others stay full, and what they cost is not left for these.
         budget = len(errors) / speedup - (len(errors) - len(known))
@@ -133,12 +141,15 @@ def _by_head(
     return patterns
 
 
-def _table(record: ProbeRecord, layer: int, prices: dict[TilePattern, float]) -> HeadTable:
+def _table(
+    record: ProbeRecord, layer: int, prices: dict[TilePattern, float], calls: dict[TilePattern, float]
+) -> HeadTable:
     squared = [record.heads[layer, p].mean for p in record.candidates]
     # What is as dear as dense attention, by the clock, is not worth an error.
     usable = [row if prices[p] < 1.0 else row + math.inf for p, row in zip(record.candidates, squared, strict=True)]
-    costs = [min(prices[p], 1.0) for p in record.candidates]
-    return HeadTable(np.stack([*usable, np.zeros_like(squared[0])]), np.array([*costs, 1.0]))
+    costs = np.array([*(min(prices[p], 1.0) for p in record.candidates), 1.0])
+    of_calls = np.array([calls[p] for p in [*record.candidates, FULL]])
+    return HeadTable(np.stack([*usable, np.zeros_like(squared[0])]), costs, np.minimum(of_calls, costs))
 
 
 def layer_errors(record: ProbeRecord, patterns: Sequence[LayerPattern], heads: int) -> list[float]:
@@ -151,9 +162,15 @@ def layer_errors(record: ProbeRecord, patterns: Sequence[LayerPattern], heads: i
     return found
 
 
-def _predictions(patterns: list[LayerPattern], flops: dict[TilePattern, float], prices: Costs) -> dict[str, float]:
+def _predictions(
+    patterns: list[LayerPattern], flops: dict[TilePattern, float], prices: Costs, calls: Costs
+) -> dict[str, float]:
     density = [pattern.mean({**flops, FULL: 1.0}) for pattern in patterns]
-    spent = [pattern.mean({**price, FULL: 1.0}) for pattern, price in zip(patterns, prices, strict=True)]
+    # A call's cost is within what all heads cost, and each group has it once.
+    spent = [
+        pattern.mean({**price, FULL: 1.0}) + sum(call[p] for p in pattern.kinds) - pattern.mean(call)
+        for pattern, price, call in zip(patterns, prices, calls, strict=True)
+    ]
     return {
         "attention_flop_density": round(sum(density) / len(density), 6),
         "attention_speedup": round(len(spent) / sum(spent), 4),

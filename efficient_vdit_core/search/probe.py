@@ -20,6 +20,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from torch import Tensor
 from ..attention import TokenLayout, choose_backend, simplest_backend, tile_attention
 from ..attention.choose import CallShape, wait_for
 from ..attention.dense_call import DenseCall
+from ..attention.heads import put_heads, take_heads
 from ..attention.padding import as_heads, fill_in
 from ..attention.state import FORWARD_KEY, ForwardState, Override
 from ..tiles import TilePattern
@@ -68,17 +70,23 @@ class HeadErrors:
 class ProbeRecord:
     """What a probing run found: (layer, candidate) -> one value for each call. Safe to fill from several threads.
 
-    ``timed``: also take the time of each attention call, which makes the run wait for the device.
+    ``timed``: also take the time of each attention call, which makes the run wait for the device. ``by_head``: and of a
+    call for half of the heads, from which what a group of heads costs beside its work is known.
     """
 
     candidates: tuple[TilePattern, ...]
     timed: bool = False
+    by_head: bool = False
     layout: TokenLayout | None = None
     errors: dict[str, dict[tuple[int, TilePattern], list[float]]] = field(
         default_factory=lambda: {m: defaultdict(list) for m in MEASURES}
     )
     heads: dict[tuple[int, TilePattern], HeadErrors] = field(default_factory=lambda: defaultdict(HeadErrors))
     seconds: dict[tuple[int, TilePattern | None], list[float]] = field(default_factory=lambda: defaultdict(list))
+    # Of a call for some of the heads: their share, and its seconds.
+    parts: dict[tuple[int, TilePattern | None], list[tuple[float, float]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
     dense: Counter[str] = field(default_factory=Counter)
     replaying: TilePattern | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -92,6 +100,20 @@ class ProbeRecord:
         """Time of the candidate as a share of the layer's dense time, both at their fastest call."""
         return min(self.seconds[layer, pattern]) / min(self.seconds[layer, DENSE])
 
+    def call_cost(self, layer: int, pattern: TilePattern | None) -> float:
+        """What a call costs whatever the number of its heads, as a share of the layer's dense time; 0 where no part was
+        timed.
+
+        A line through the times of all heads and of a part, both at their fastest: two groups are priced as they were
+        timed, their heads gathered. More groups gather no more than two, so they are priced a little too high.
+        """
+        if (layer, pattern) not in self.parts:
+            return 0.0
+        whole = min(self.seconds[layer, pattern])
+        share, part = min(self.parts[layer, pattern], key=lambda taken: taken[1])
+        fixed = (part - share * whole) / (1 - share)
+        return min(max(fixed, 0.0), whole) / min(self.seconds[layer, DENSE])
+
     def add(self, measure: str, layer: int, pattern: TilePattern, error: float) -> None:
         with self.lock:
             self.errors[measure][layer, pattern].append(error)
@@ -103,6 +125,10 @@ class ProbeRecord:
     def add_seconds(self, layer: int, pattern: TilePattern | None, seconds: float) -> None:
         with self.lock:
             self.seconds[layer, pattern].append(seconds)
+
+    def add_part(self, layer: int, pattern: TilePattern | None, share: float, seconds: float) -> None:
+        with self.lock:
+            self.parts[layer, pattern].append((share, seconds))
 
     def add_dense(self, reason: str) -> None:
         with self.lock:
@@ -157,6 +183,7 @@ def make_probe_override(
         assert layer is not None
         record.layout = record.layout or layout
         out = _timed(record, layer, DENSE, q, lambda: dense.call(q, k, v, heads, mask, **form))
+        _time_part(record, layer, DENSE, (qh, kh, vh), dense)
         exact = as_heads(out, heads, skip_output_reshape, padding)
         for pattern in record.candidates:
             error, of_heads = _candidate_errors(record, layer, pattern, (qh, kh, vh), exact, layout, dense, compare)
@@ -239,6 +266,30 @@ def _time_candidate(
         _timed(
             record, layer, pattern, q, lambda: tile_attention(q, k, v, layout, pattern, dense=dense, backend=backend)
         )
+        if backend != "flex":  # all groups are one call
+            attend = partial(tile_attention, layout=layout, pattern=pattern, dense=dense, backend=backend)
+            _time_part(record, layer, pattern, qkv, attend)
+
+
+def _time_part(
+    record: ProbeRecord,
+    layer: int,
+    pattern: TilePattern | None,
+    qkv: Sequence[Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> None:
+    """Takes the time of every second head, gathered and put back as a group that stands apart is."""
+    heads = tuple(range(0, qkv[0].shape[1], 2))
+    share = len(heads) / qkv[0].shape[1]
+    if not (record.timed and record.by_head) or share == 1:
+        return
+    out = torch.empty_like(qkv[0])
+    wait_for(out.device)
+    start = time.perf_counter()
+    q, k, v = (take_heads(x, heads) for x in qkv)
+    put_heads(out, heads, attend(q, k, v))
+    wait_for(out.device)
+    record.add_part(layer, pattern, share, time.perf_counter() - start)
 
 
 def _timed(

@@ -67,7 +67,7 @@ def search_plan(
     patterns, depth = parse_candidates(candidates), family.depth(network)
     start, mask = _latent(model, latent, empty=sigmas is None), latent.get("noise_mask")
     frames = _video(start).shape[2]
-    record = ProbeRecord(sparse_candidates(patterns, frames), timed=costs == "measured")
+    record = ProbeRecord(sparse_candidates(patterns, frames), timed=costs == "measured", by_head=head_groups > 1)
     check_target(threshold, speedup, record.candidates, frames)
     levels = _schedule(model, probes) if sigmas is None else sigmas
     if len(levels) < 2:

@@ -147,6 +147,13 @@ def test_a_target_speedup_is_reached(server):
     assert plan["provenance"]["attention_speedup"] >= 1.5 and plan["provenance"]["guidance"] == 5.0
 
 
+def test_measured_costs_by_head_know_what_a_group_s_call_costs(server):
+    _, plan = searched(server, searching(costs="measured", head_groups=2, seed=11))
+    about = plan["provenance"]
+    assert set(about["measured_call_costs"]) == {*about["measured_costs"], "full"}
+    assert all(len(of_layers) == LAYERS for of_layers in about["measured_call_costs"].values())
+
+
 def test_chosen_noise_levels_are_the_ones_measured(server):
     prompt = searching(sigmas=["part", 1])
     inputs = {"model": ["model", 0], "scheduler": "simple", "steps": 4, "denoise": 1.0}

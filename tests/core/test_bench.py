@@ -131,6 +131,13 @@ def test_overheads_are_named():
     assert [r["limit"] for r in rows] == [100.0, 5.0, 5.0, 5.0, 5.0] and all(r["milliseconds"] > 0 for r in rows)
 
 
+def test_a_search_by_head_takes_at_most_half_more_than_one_by_layer():
+    (row,) = overhead.measure_search(1)
+    (kept,) = json.loads((ROOT / "efficient_vdit_core/bench/results/search_by_head.json").read_text())["rows"]
+    assert row["bytes"] <= row["bytes_limit"] and kept["bytes"] <= kept["bytes_limit"]
+    assert 0 < kept["milliseconds"] <= kept["limit"]
+
+
 def test_the_chart_is_valid_and_drawn_to_scale():
     rows = attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("frames",))
     rows[1].update(speedup=2.0, ideal_speedup=4.0, paper_speedup=1.0)

@@ -10,8 +10,16 @@ import time
 import pytest
 import torch
 
-from efficient_vdit_core.attention import TokenLayout, available_backends, flex, tile_attention
-from efficient_vdit_core.attention.flex import attend_flex, block_mask, flex_status, live_and_full_tiles, token_owners
+from efficient_vdit_core.attention import TokenLayout, available_backends, dispatch, flex, tile_attention
+from efficient_vdit_core.attention.flex import (
+    attend_flex,
+    block_mask,
+    flex_status,
+    live_and_full_tiles,
+    mask_of,
+    token_owners,
+)
+from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 CPU = torch.device("cpu")
@@ -58,6 +66,38 @@ def test_the_block_mask_is_what_sampling_every_pair_finds(grid, prefix, suffix, 
     assert torch.equal(ours.mask_mod(0, 0, token[:, None], token), mask)
 
 
+# Groups that stand apart, with windows of their own, one that leaves nothing out.
+DIFFER = by_head(
+    [TilePattern(1), TilePattern(0, window=1), TilePattern(None), TilePattern(2, window=2), TilePattern(1)]
+)
+
+
+def arrow_masks(layout):
+    """(H, N, N)"""
+    return torch.stack([arrow_mask(layout, p.k, p.window) for p in DIFFER.patterns])
+
+
+@pytest.mark.parametrize(("grid", "prefix", "suffix"), SHAPES)
+@pytest.mark.parametrize("blocks", [(8, 8), (16, 8)])
+def test_heads_that_differ_have_their_own_tables_in_one_mask(grid, prefix, suffix, blocks):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    layout = TokenLayout(TokenGrid(*grid), prefix, suffix)
+    mask, n, heads = arrow_masks(layout), layout.tokens, len(DIFFER.patterns)
+    ours = mask_of(layout, DIFFER, heads, CPU, *blocks)
+    sampled = create_block_mask(lambda b, h, i, j: mask[h, i, j], None, heads, n, n, device="cpu", BLOCK_SIZE=blocks)
+    assert ours.shape == sampled.shape == (1, heads, n, n) and torch.equal(ours.to_dense(), sampled.to_dense())
+    for side in ("kv", "full_kv", "q", "full_q"):
+        number, index = getattr(ours, f"{side}_num_blocks"), getattr(ours, f"{side}_indices")
+        assert torch.equal(number, getattr(sampled, f"{side}_num_blocks")), side
+        counted = torch.arange(index.shape[-1]) < number[..., None]
+        assert torch.equal(index[counted], getattr(sampled, f"{side}_indices")[counted]), side
+    token, head = torch.arange(n), torch.arange(heads)[:, None, None]
+    assert torch.equal(ours.mask_mod(head, head, token[:, None], token), mask)
+    with pytest.raises(ValueError, match="is for 5 heads, but its attention has 4"):
+        mask_of(layout, DIFFER, 4, CPU, *blocks)
+
+
 def test_tiles_are_told_apart_by_counting_their_pairs():
     layout = TokenLayout(TokenGrid(6, 1, 13), 5, 9)
     live, full = live_and_full_tiles(token_owners(layout, TilePattern(2)), 8, 8)
@@ -88,9 +128,9 @@ def device(monkeypatch):
     return CPU
 
 
-def qkv(layout, device, dtype=torch.float32, dim=64):
+def qkv(layout, device, dtype=torch.float32, dim=64, heads=2):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, 2, layout.tokens, dim, generator=generator).to(device, dtype) for _ in range(3)]
+    return [torch.randn(2, heads, layout.tokens, dim, generator=generator).to(device, dtype) for _ in range(3)]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -103,6 +143,25 @@ def test_equals_the_masked_oracle(oracle, device, grid, prefix, suffix, k):
         *tensors, grid[0], layout.grid.tokens_per_frame, TilePattern(k).reference_frames(grid[0]), prefix, suffix
     )
     torch.testing.assert_close(attend_flex(*tensors, layout, TilePattern(k)).double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("grid", "prefix", "suffix"), [*SHAPES, ((3, 1, 130), 0, 7)])
+def test_all_groups_of_heads_are_one_call(device, monkeypatch, grid, prefix, suffix):
+    """The full one as well, under a backend for all or by group."""
+    monkeypatch.setattr(dispatch, "check_backend", lambda *_: None)
+    calls, attend = [], flex._attend
+    monkeypatch.setattr(flex, "_attend", lambda *args: calls.append(1) or attend(*args))
+    layout = TokenLayout(TokenGrid(*grid), prefix, suffix)
+    q, k, v = (x[:, :5] for x in qkv(layout, device, heads=6))
+    want = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double() for x in (q, k, v)), attn_mask=arrow_masks(layout).to(device)
+    )
+    by_group = {p: "dense" if p.is_full(grid[0]) else "flex" for p in DIFFER.kinds}
+    for backend in ("flex", by_group):
+        out = tile_attention(q, k, v, layout, DIFFER, backend=backend)
+        torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    assert len(calls) == (2 if "flex" in by_group.values() else 0)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -196,7 +255,8 @@ def test_a_kernel_that_is_wrong_is_not_used(device, monkeypatch, caplog):
     def attend(apply):
         def run(q, k, v, layout, pattern, kernel):
             assert (kernel.rows, kernel.columns) == (256, 128)
-            return apply(q, k, v, arrow_mask(layout, pattern.k).to(q.device))
+            mask = torch.stack([arrow_mask(layout, p.k, p.window) for p in getattr(pattern, "patterns", [pattern])])
+            return apply(q, k, v, mask.to(q.device))
 
         return run
 
@@ -205,6 +265,13 @@ def test_a_kernel_that_is_wrong_is_not_used(device, monkeypatch, caplog):
     assert "FlashAttention-4 is not used: it is off by" in caplog.text
     monkeypatch.setattr(flex, "_attend", attend(lambda q, k, v, mask: dense(q, k, v, attn_mask=mask)))
     assert flex.kernel_of(device, torch.float32, 64) == flex.Kernel(256, 128)
+
+    def only_alike(q, k, v, layout, pattern, kernel):
+        return dense(q, k, v, attn_mask=arrow_mask(layout, pattern.kinds[0].k).to(q.device))
+
+    monkeypatch.setattr(flex, "_attend", only_alike)
+    assert flex.kernel_of(device, torch.float32, 48) == flex.Kernel(256, 128)
+    assert flex.kernel_of(device, torch.float32, 48, differ=True) == flex.triton_kernel(device, torch.float32, 48)
 
 
 @pytest.mark.skipif(

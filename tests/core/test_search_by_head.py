@@ -21,28 +21,36 @@ LAYOUT = TokenLayout(TokenGrid(6, 1, 4), suffix=3)
 HEADS, DIM = 4, 8
 
 
-def tables(layers, heads, candidates, seed=0):
-    """Errors that fall as costs rise, as those of patterns do."""
+def tables(layers, heads, candidates, seed=0, call=0.0):
+    """Errors that fall as costs rise, as those of patterns do; of each cost ``call`` is that of a call."""
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(layers):
         costs = np.sort(rng.uniform(0.2, 0.9, candidates))
         errors = np.sort(rng.exponential(1.0, (candidates, heads)) * rng.lognormal(0, 1.5, heads), axis=0)[::-1]
-        found.append(HeadTable(np.vstack([errors, np.zeros(heads)]), np.append(costs, 1.0)))
+        found.append(
+            HeadTable(np.vstack([errors, np.zeros(heads)]), np.append(costs, 1.0), np.full(candidates + 1, call))
+        )
     return found
+
+
+def cost_of(table, chosen):
+    """A call for each group, and for each head the rest of what all heads cost."""
+    heads, groups = len(chosen), {c: list(chosen).count(c) for c in chosen}
+    return sum(table.calls[c] + n * (table.costs[c] - table.calls[c]) / heads for c, n in groups.items())
 
 
 def total(tables, chosen):
     at = np.arange(tables[0].errors.shape[1])
     errors = sum(float(t.errors[c, at].sum()) for t, c in zip(tables, chosen, strict=True))
-    costs = sum(float(t.cost_of_heads[c, at].sum()) for t, c in zip(tables, chosen, strict=True))
-    return errors, costs
+    return errors, sum(cost_of(t, c) for t, c in zip(tables, chosen, strict=True))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("call", [0.0, 0.05])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_speedup_costs_about_the_least_error_of_all_plans(groups, seed):
-    layers = tables(2, 3, 2, seed)
+def test_a_speedup_costs_about_the_least_error_of_all_plans(groups, call, seed):
+    layers = tables(2, 3, 2, seed, call)
     chosen = heads_for_speedup(layers, 1.6, groups)
     found, cost = total(layers, chosen)
     assert cost <= 2 / 1.6 + 1e-9 and all(len(set(c.tolist())) <= groups for c in chosen)
@@ -50,9 +58,41 @@ def test_a_speedup_costs_about_the_least_error_of_all_plans(groups, seed):
     every = (total(layers, [np.array(a), np.array(b)]) for a, b in itertools.product(of_layer, repeat=2))
     plans = sorted(every, key=lambda plan: plan[1])
     # One head of one layer is what the budget may miss by: six heads here, thousands in a real model.
-    step = max(1.0 / 3 * (1 - t.costs.min()) for t in layers)
+    step = call + max(1.0 / 3 * (1 - t.costs.min()) for t in layers)
     assert min(e for e, c in plans if c <= 2 / 1.6 + 1e-9) <= found + 1e-9
     assert found <= min((e for e, c in plans if c <= 2 / 1.6 - groups * step), default=np.inf) + 1e-9
+
+
+@pytest.mark.parametrize("call", [0.02, 0.08])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_threshold_costs_little_more_than_the_cheapest_of_all_choices(call, seed):
+    (table,) = tables(1, 6, 3, seed, call)
+    every = [np.array(c) for c in itertools.product(range(4), repeat=6) if len(set(c)) <= 3]
+    chosen = heads_under_threshold(table, 1.0, 3)
+    fitting = [cost_of(table, c) for c in every if table.errors[c, range(6)].sum() < 1.0]
+    assert table.errors[chosen, range(6)].sum() < 1.0
+    assert min(fitting) <= cost_of(table, chosen) + 1e-9 < 1.15 * min(fitting)
+
+
+def test_a_group_has_to_earn_its_call():
+    errors, costs = np.array([[0.0, 0.0, 9.0, 9.0], [0.1, 0.1, 4.0, 4.0], [0.0] * 4]), np.array([0.45, 0.5, 1.0])
+    two, one = (heads_for_speedup([HeadTable(errors, costs, np.full(3, call))], 1 / 0.55, 2) for call in (0.02, 0.1))
+    assert two[0].tolist() == [0, 0, 1, 1]  # 0.02 + 0.215 and 0.02 + 0.24
+    assert one[0].tolist() == [1] * 4  # 0.1 + 0.175 and 0.1 + 0.2 would be above 0.55
+
+
+@pytest.mark.parametrize("choose", [heads_for_speedup, heads_under_threshold])
+def test_at_equal_errors_the_fewest_groups_win(choose):
+    """Two candidates that are as good and as dear in every head, in an order that would mix them."""
+    errors = np.array([[0.1, 0.2, 0.1, 0.2], [0.2, 0.1, 0.2, 0.1], [0.1, 0.1, 0.1, 0.1], [0.0] * 4])
+    table = HeadTable(errors, np.array([0.5, 0.5, 0.5, 1.0]), np.full(4, 1e-3))
+    chosen = heads_for_speedup([table], 2.0, 3)[0] if choose is heads_for_speedup else choose(table, 0.7, 3)
+    assert chosen.tolist() == [2] * 4
+
+
+def test_costs_by_flops_choose_what_they_always_chose():
+    stored = [[0, 3, 0, 0, 1, 1], [0, 4, 0, 0, 3, 4], [1, 1, 1, 3, 1, 3]]
+    assert [c.tolist() for c in heads_for_speedup(tables(3, 6, 4, seed=3), 1.7, 3)] == stored
 
 
 @pytest.mark.parametrize("groups", [2, 4])
@@ -63,7 +103,7 @@ def test_many_heads_come_within_a_hundredth_of_the_lower_bound(groups):
     sets = np.array(list(itertools.combinations(range(7), groups)))
 
     def dual(price):
-        return sum(((t.errors + price * t.cost_of_heads)[sets].min(1).sum(1)).min() for t in layers) - price * 10
+        return sum(((t.errors + price * t.costs[:, None] / 24)[sets].min(1).sum(1)).min() for t in layers) - price * 10
 
     bound = max(dual(price) for price in np.geomspace(1e-3, 1e4, 400))
     assert bound <= found <= 1.01 * bound and 9.95 < cost <= 10
@@ -103,8 +143,8 @@ def qkv(seed):
     return [torch.randn(2, HEADS, LAYOUT.tokens, DIM, generator=generator) for _ in range(3)]
 
 
-def probed(candidates="1,2,1~1", layers=3, at_once=HEADS):
-    record = ProbeRecord(parse_candidates(candidates))
+def probed(candidates="1,2,1~1", layers=3, at_once=HEADS, **times):
+    record = ProbeRecord(parse_candidates(candidates), **times)
     override = make_probe_override(record)
 
     def dense(q, k, v, heads, **_):
@@ -133,6 +173,45 @@ def test_heads_errors_are_those_of_each_head_and_sum_to_the_layers():
     exact, approximate = qkv(0)[:2]
     whole, of_heads = relative_errors(approximate, exact)
     assert whole == relative_error(approximate, exact) == pytest.approx(of_heads.sum() ** 0.5, rel=1e-6)
+
+
+def test_a_call_costs_what_half_of_the_heads_cost_above_half():
+    record, pattern = ProbeRecord((TilePattern(1),), timed=True, by_head=True), TilePattern(1)
+    record.seconds[0, None], record.seconds[0, pattern] = [3.0, 2.0], [0.8]
+    assert record.call_cost(0, pattern) == 0.0  # no part was timed
+    record.parts[0, pattern] = [(0.5, 0.7), (0.5, 0.5)]
+    assert record.call_cost(0, pattern) == pytest.approx(0.1)  # 0.2 of 2 seconds, for 0.2 + 0.6 / 2 is 0.5
+    record.parts[0, pattern] = [(0.6, 0.4)]
+    assert record.call_cost(0, pattern) == 0.0  # a time below its share is chance
+    record.parts[0, pattern] = [(0.5, 5.0)]
+    assert record.call_cost(0, pattern) == record.cost(0, pattern)
+
+
+def test_measured_costs_price_each_group_in_the_choice_and_in_the_prediction():
+    record = probed(timed=True, by_head=True)
+    kinds = [None, *record.candidates]
+    assert set(record.parts) == {(layer, p) for layer in range(3) for p in kinds}
+    assert {share for taken in record.parts.values() for share, _ in taken} == {0.5}
+    assert not probed(timed=True).parts and not probed(timed=True, by_head=True, at_once=1).parts
+
+    def plan(call):
+        for layer, (p, seconds) in itertools.product(range(3), zip(kinds, (1.0, 0.4, 0.6, 0.5), strict=True)):
+            record.seconds[layer, p], record.parts[layer, p] = [seconds], [(0.5, seconds / 2 + call / 2)]
+        return plan_from_record(record, layers=3, family="any", speedup=1.7, costs="measured", groups=3)
+
+    def groups(plan):
+        return sum(len(p.kinds) for p in plan.patterns)
+
+    cheap, dear = plan(0.0), plan(0.12)
+    assert groups(dear) < groups(cheap) and dear.provenance["attention_speedup"] >= 1.7
+    assert dear.provenance["measured_call_costs"]["1"] == [0.12] * 3 == dear.provenance["measured_call_costs"]["full"]
+    seconds = {TilePattern(None): 1.0, TilePattern(1): 0.4, TilePattern(2): 0.6, TilePattern(1, window=1): 0.5}
+    spent = [
+        sum(0.12 + len(heads) * (seconds[p] - 0.12) / HEADS for p, heads in layer.head_groups(HEADS).items())
+        for layer in dear.patterns
+    ]
+    assert dear.provenance["attention_speedup"] == pytest.approx(3 / sum(spent), abs=1e-4)
+    assert plan(0.12).patterns == dear.patterns
 
 
 def test_heads_that_come_in_several_calls_are_put_together():

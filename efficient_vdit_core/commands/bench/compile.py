@@ -53,6 +53,6 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     say(f"{len(done) - len(failed)} passed, {len(failed)} failed")
     if failed:
         names = ", ".join(f"{c.kernel} {c.head_dim} on {c.architecture}" for c in failed[:6])
-        raise ValueError(f"No config of these kernels can serve: {names}. Change their tiles in arrow_kernels.py.")
+        raise ValueError(f"A config of these kernels has a fault: {names}. Change their tiles in arrow_kernels.py.")
     state = {"kernels": compile_ahead.kernels_hash()}
     return device_named("cpu"), [{**state, **outcome.row()} for outcome in done]
