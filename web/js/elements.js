@@ -1,3 +1,5 @@
+// Elements of the page, HTML and SVG alike.
+
 const SVG = "http://www.w3.org/2000/svg";
 
 /** Make an HTML or SVG element with attributes and children. */
