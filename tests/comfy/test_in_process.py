@@ -84,7 +84,8 @@ def test_it_works_beside_the_split_of_guidance_over_devices(in_process):
     if "skipped" in found:
         pytest.skip(found["skipped"])
     assert found["models"] == 2 and found["forwards"] == 2 * 3
-    assert found["difference"] <= 1e-5 * found["scale"] < 1e-3 * found["scale"] < found["effect"]
+    # Batches of one and of two round otherwise, by processor: 1.4e-5 on an Intel Xeon, below 1e-5 on an AMD EPYC.
+    assert found["difference"] <= 5e-5 * found["scale"] < 1e-3 * found["scale"] < found["effect"]
     (line,), (alone,) = found["lines"], found["lines alone"]
     assert line == alone.replace(
         "18", "36"

@@ -117,7 +117,8 @@ def searched(model, case: Case, error: str) -> list:
 def mapped(model, case: Case) -> list[int]:
     """The layers whose tile map was measured, of the first and the last."""
     latent, cond = latent_of(case)
-    return sorted(probe.measure_tiles(model, cond, latent, layers="0,-1", percent=0.0, seed=0, rows=2))
+    ends = sorted({0, probe.model_depth(model, None) - 1})
+    return sorted(probe.measure_tiles(model, cond, latent, layers=ends, percent=0.0, seed=0, rows=2))
 
 
 def left_dense(model, case: Case) -> dict:
