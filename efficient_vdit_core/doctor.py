@@ -81,12 +81,13 @@ def format_findings(findings: dict[str, Any]) -> str:
 
 
 def _format_choices(choices: dict[str, Any]) -> list[str]:
+    from .attention.choose import Choice
+
     if not choices:
         return ["  nothing yet: backends are measured at the first long call of each kind of shape"]
     lines = []
     for shapes, choice in choices.items():
-        ordered = sorted(choice["milliseconds"].items(), key=lambda entry: entry[1])
-        times = ", ".join(f"{name} {ms:.2f}" for name, ms in ordered)
+        times = Choice(**choice).times()
         why = "; no sparse backend is faster" if choice["backend"] == "dense" else ""
         lines += [f"  {choice['backend']:<16} {shapes}", f"  {'':<16} ms of a trial: {times}{why}"]
     return lines

@@ -1,11 +1,12 @@
 """Triton kernels of the arrow mask: flash attention whose key loop visits only what the mask keeps.
 
-Imported only where Triton is installed. The sequence is cut into units: the prefix, the suffix and each frame. A block
-of rows belongs to one unit, and two small tables (``triton.py`` builds them) say what a unit sees:
+Imported only where Triton is installed. The sequence is cut into units: the prefix, the suffix and each frame, which
+sees other keys under each pattern of a layer's heads. A block of rows belongs to one unit, and three small tables
+(``triton.py`` builds them) say what a unit sees, and which is computed when:
 
-    units     (2 + T, 4) int32: first token, end token, first segment, end segment; prefix, suffix, then the reference
-              frames, then the other frames
+    units     (any, 4) int32: first token, end token, first segment, end segment; prefix, suffix, then the frames
     segments  (any, 2) int32: first token, end token, end exclusive; neighbours joined
+    turns     (H T, 2) int32: head and unit of each frame, those that see most first
 
 The arrow mask is symmetric, so the same tables say which rows see a block of keys: the dK/dV kernel walks them too.
 Whole blocks of a segment run without a mask, and only its last, broken one with (MASKED: all of them). Online softmax
@@ -101,33 +102,30 @@ def _tuned(tiles: Tiles):
 
 
 @triton.jit
-def _locate(program, units, frames, references, frame_tokens, prefix, suffix, BLOCK: tl.constexpr):
+def _locate(program, units, turns, batch, heads, frame_tokens, prefix, suffix, BLOCK: tl.constexpr):
     """Head index of this program, and of its block: first token, tokens left in the unit, first and end segment.
 
-    Blocks that see all keys run longest, so those of all heads start first.
+    Blocks that see most keys run longest, so those of all batch entries and heads start first: prefix and suffix, then
+    the frames as ``turns`` has them.
     """
     prefix_blocks = tl.cdiv(prefix, BLOCK)
     outer_blocks = prefix_blocks + tl.cdiv(suffix, BLOCK)
-    frame_blocks = tl.cdiv(frame_tokens, BLOCK)
-    longest = outer_blocks + references * frame_blocks
-    others = (frames - references) * frame_blocks
-    first_of_others = tl.num_programs(0) // (longest + others) * longest
-    if program < first_of_others:
-        head = program // longest
-        block = program % longest
+    first_of_frames = batch * heads * outer_blocks
+    if program < first_of_frames:
+        head = program // outer_blocks
+        block = program % outer_blocks
+        unit = 0
+        if block >= prefix_blocks:
+            unit = 1
+            block -= prefix_blocks
     else:
-        head = (program - first_of_others) // others
-        block = longest + (program - first_of_others) % others
-    unit = 0
-    first_block = 0
-    if block >= outer_blocks:
-        unit = 2 + (block - outer_blocks) // frame_blocks
-        first_block = outer_blocks + (unit - 2) * frame_blocks
-    elif block >= prefix_blocks:
-        unit = 1
-        first_block = prefix_blocks
+        frame_blocks = tl.cdiv(frame_tokens, BLOCK)
+        frame = (program - first_of_frames) // frame_blocks
+        block = (program - first_of_frames) % frame_blocks
+        head = frame % batch * heads + tl.load(turns + 2 * (frame // batch))
+        unit = tl.load(turns + 2 * (frame // batch) + 1)
     row = units + 4 * unit
-    start = tl.load(row) + (block - first_block) * BLOCK
+    start = tl.load(row) + block * BLOCK
     return head, start, tl.load(row + 1) - start, tl.load(row + 2), tl.load(row + 3)
 
 
@@ -240,11 +238,11 @@ def _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, start, l
 
 @_tuned(FORWARD)
 @triton.jit
-def forward_kernel(q, k, v, out, lse, units, segments, q_strides, k_strides, v_strides, out_strides,
-                   heads, tokens, frames, references, frame_tokens, prefix, suffix, size_class, scale,
+def forward_kernel(q, k, v, out, lse, units, segments, turns, q_strides, k_strides, v_strides, out_strides,
+                   batch, heads, tokens, frame_tokens, prefix, suffix, size_class, scale,
                    D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
     """Rows of ``out`` (B, H, N, D) and ``lse`` (B, H, N) float32, natural log. ``scale`` multiplies q k^T, times log2 e."""
-    head, start, left, segment, last = _locate(tl.program_id(0), units, frames, references, frame_tokens, prefix, suffix, ROWS)
+    head, start, left, segment, last = _locate(tl.program_id(0), units, turns, batch, heads, frame_tokens, prefix, suffix, ROWS)
     k = _of_head(k, k_strides, head, heads)
     v = _of_head(v, v_strides, head, heads)
     q0, q1 = _load(_of_head(q, q_strides, head, heads), q_strides, start, left, D0, D1, ROWS, True)
@@ -285,13 +283,13 @@ def _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, lse, delta, k, v, k_strides, v_s
 
 @_tuned(QUERY_GRADIENT)
 @triton.jit
-def query_gradient_kernel(q, k, v, out, lse, dout, dlse, dq, delta, units, segments,
+def query_gradient_kernel(q, k, v, out, lse, dout, dlse, dq, delta, units, segments, turns,
                           q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides,
-                          heads, tokens, frames, references, frame_tokens, prefix, suffix, size_class, scale,
+                          batch, heads, tokens, frame_tokens, prefix, suffix, size_class, scale,
                           WITH_DLSE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                           MASKED: tl.constexpr):
     """dQ, and ``delta`` (B, H, N) float32 = rowsum(out * dout) - dlse, which the dK/dV kernel reads afterwards."""
-    head, start, left, segment, last = _locate(tl.program_id(0), units, frames, references, frame_tokens, prefix, suffix, ROWS)
+    head, start, left, segment, last = _locate(tl.program_id(0), units, turns, batch, heads, frame_tokens, prefix, suffix, ROWS)
     row = tl.cast(head, tl.int64) * tokens
     k = _of_head(k, k_strides, head, heads)
     v = _of_head(v, v_strides, head, heads)
@@ -340,12 +338,12 @@ def _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta, q_stri
 
 @_tuned(KEY_VALUE_GRADIENT)
 @triton.jit
-def key_value_gradient_kernel(q, k, v, lse, dout, delta, dk, dv, units, segments,
+def key_value_gradient_kernel(q, k, v, lse, dout, delta, dk, dv, units, segments, turns,
                               q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
-                              heads, tokens, frames, references, frame_tokens, prefix, suffix, size_class, scale,
+                              batch, heads, tokens, frame_tokens, prefix, suffix, size_class, scale,
                               D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
     """dK and dV of a block of keys, over all rows that see it."""
-    head, start, left, segment, last = _locate(tl.program_id(0), units, frames, references, frame_tokens, prefix, suffix, ROWS)
+    head, start, left, segment, last = _locate(tl.program_id(0), units, turns, batch, heads, frame_tokens, prefix, suffix, ROWS)
     row = tl.cast(head, tl.int64) * tokens
     q = _of_head(q, q_strides, head, heads)
     dout = _of_head(dout, dout_strides, head, heads)

@@ -28,14 +28,15 @@ from ..files import write_text
 from ..tiles import TilePattern, TokenGrid
 from .layout import TokenLayout
 
-Attend = Callable[[Tensor, Tensor, Tensor, TokenLayout, TilePattern], Tensor]
+# Over q, k, v under a layout and a TilePattern, or for some backends any LayerPattern.
+Attend = Callable[[Tensor, Tensor, Tensor, TokenLayout, Any], Tensor]
 
 log = logging.getLogger("efficient_vdit")
 
 # FLOPs of one dense trial: about a tenth of a second on two cores, ten milliseconds on a large GPU.
 _TRIAL_FLOPS = {"cpu": 2e10, "cuda": 5e12}
 _SHORTEST_FRAME = 128
-_REPEATS = 3
+_REPEATS, _MOST_SECONDS = 3, 1.0  # rounds of a trial, and when no further one is begun
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,20 @@ class CallShape:
 
 @dataclass(frozen=True)
 class Choice:
-    """The fastest backend of a shape class and the median milliseconds of every candidate in the trial."""
+    """The fastest backend of a shape class and the median milliseconds of every candidate in the trial.
+
+    ``size``: the heads and tokens of the trial, which may be fewer than those of the calls.
+    """
 
     backend: str
     milliseconds: dict[str, float]
+    size: str = ""
 
     def times(self) -> str:
-        """Milliseconds for a person, fastest first."""
+        """Milliseconds for a person, fastest first, and what took them."""
         ordered = sorted(self.milliseconds.items(), key=lambda entry: entry[1])
-        return ", ".join(f"{name} {ms:.2f}" for name, ms in ordered)
+        times = ", ".join(f"{name} {ms:.2f}" for name, ms in ordered)
+        return f"{times} ({self.size})" if self.size else times
 
     def sparse(self) -> str:
         """The fastest of those that follow the pattern; the backend itself where nothing was measured."""
@@ -146,11 +152,15 @@ def _trial(candidates: Mapping[str, Attend], shape: CallShape, layout: TokenLayo
         runs = {name: _run(attend, tensors, layout, pattern, shape.gradients) for name, attend in candidates.items()}
         certain = set(runs) if pattern.means else {"dense", "frames"}
         times: dict[str, list[float]] = {n: [] for n, run in runs.items() if _runs(n, run, n in certain)}
-        for _ in range(_REPEATS):
+        start = time.perf_counter()
+        for done in range(_REPEATS):
+            if done and time.perf_counter() - start > _MOST_SECONDS:
+                break
             for name, values in times.items():
                 values.append(seconds(runs[name], shape.device))
     medians = {name: 1000 * statistics.median(values) for name, values in times.items()}
-    return Choice(min(medians, key=lambda name: medians[name]), medians)
+    size = f"{heads} heads, {layout.grid.t} frames of {layout.grid.tokens_per_frame} tokens"
+    return Choice(min(medians, key=lambda name: medians[name]), medians, size)
 
 
 def _run(
@@ -264,7 +274,10 @@ def _read(file: Path) -> dict[str, Choice]:
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["versions"] != _versions():
             return {}
-        return {str(key): Choice(str(c["backend"]), dict(c["milliseconds"])) for key, c in kept["choices"].items()}
+        return {
+            str(key): Choice(str(c["backend"]), dict(c["milliseconds"]), str(c.get("size", "")))
+            for key, c in kept["choices"].items()
+        }
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

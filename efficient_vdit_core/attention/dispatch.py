@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..head_patterns import LayerPattern
+from ..head_patterns import LayerPattern, by_head
 from ..tiles import TilePattern
 from . import flex, triton
 from .choose import Attend, CallShape, Choice, default_book
 from .frames import attend_frames
-from .gpu import arrow_kernels_status, is_recording
+from .gpu import OUT_OF_MEMORY, arrow_kernels_status, is_recording
 from .heads import put_heads, take_heads
 from .layout import TokenLayout, check_tensors
 from .mean_frames import make_tables
@@ -29,9 +29,9 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 log = logging.getLogger("efficient_vdit")
 
 BACKENDS = ("frames", "triton", "flex", "parts")
+MANY_PATTERNS = ("triton", "flex")  # those that take heads of different patterns in one call
 # For mean frames, beside a dense attention that does not tell its log-sum-exp; runs wherever PyTorch does.
 _ANY_PARTIAL = PartialAttention("PyTorch's attention", attend_lse, attend_backward)
-OUT_OF_MEMORY: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # until torch 2.5
 # Attention over fewer tokens takes a millisecond or two either way: the plan is followed as it is, unmeasured.
 FEWEST_MEASURED_TOKENS = 2048
 
@@ -85,7 +85,7 @@ def tile_attention(
     Args:
         q, k, v: (B, H, N, D) with N = ``layout.tokens``, any float dtype and strides; scores are scaled by 1 / sqrt(D).
         pattern: one for all heads, or one for each of the H heads: those that are alike are computed together, under
-            ``flex`` all.
+            ``flex`` and ``triton`` all that they compute.
         dense: plain attention of (B, H, Nq, D) over (B, H, Nk, D), default PyTorch's SDPA; ``dense_name`` tells it from
             others.
         backend: one of ``BACKENDS``; ``dense`` ignores the pattern; ``auto`` is what ``choose_backend`` says. One for
@@ -101,7 +101,6 @@ def tile_attention(
     """
     check_tensors(q, k, v, layout)
     attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes, dense_name)
-    groups = pattern.head_groups(q.shape[1])
 
     def named(pattern: TilePattern, shape: CallShape) -> str:
         chosen = backend if isinstance(backend, str) else backend[pattern]
@@ -113,33 +112,45 @@ def tile_attention(
             check_backend(chosen, q.device)
         return "dense" if pattern.is_full(layout.grid.t) else chosen
 
-    def of_group(chosen: str, pattern: TilePattern, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attend[chosen](q, k, v, layout, pattern)
-        _check_gradient(out, {"q": q, "k": k, "v": v}, chosen, dense_name)
+    def attended(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend[call.backend](q, k, v, layout, call.pattern)
+        _check_gradient(out, {"q": q, "k": k, "v": v}, call.backend, dense_name)
         return out
 
     shapes = group_shapes(CallShape.of(q, k, v), pattern)
-    chosen = in_one_call({p: named(p, shape) for p, shape in shapes.items()}, layout.grid.t)
-    if len(groups) == 1:
-        ((alike, name),) = chosen.items()
-        return of_group(name, alike, q, k, v)
-    if set(chosen.values()) == {"flex"}:
-        out = flex.attend_flex(q, k, v, layout, pattern)
-        _check_gradient(out, {"q": q, "k": k, "v": v}, "flex", dense_name)
-        return out
+    calls = calls_of(pattern, q.shape[1], {p: named(p, shape) for p, shape in shapes.items()}, layout.grid.t)
+    if len(calls) == 1:
+        return attended(calls[0], q, k, v)
     # In the order of a sequence's tokens, as the model's next layer reads them.
     out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-    for alike, heads in groups.items():
-        part = (take_heads(x, heads) for x in (q, k, v))
-        put_heads(out, heads, of_group(chosen[alike], alike, *part))
+    for call in calls:
+        put_heads(out, call.heads, attended(call, *(take_heads(x, call.heads) for x in (q, k, v))))
     return out
 
 
-def in_one_call(backends: dict[TilePattern, str], frames: int) -> dict[TilePattern, str]:
-    """The backend of each group of a layer's heads, where those that leave nothing out join the others under ``flex``: its
-    mask holds all groups in one call, and where it is chosen it is not far from dense attention's rate."""
-    sparse = {backend for pattern, backend in backends.items() if not pattern.is_full(frames)}
-    return dict.fromkeys(backends, "flex") if sparse == {"flex"} else backends
+@dataclass(frozen=True)
+class Call:
+    """One call of a backend: the ``heads`` of a layer that it takes, ascending, and their pattern."""
+
+    backend: str
+    pattern: LayerPattern
+    heads: tuple[int, ...]
+
+
+def calls_of(pattern: LayerPattern, heads: int, backends: Mapping[TilePattern, str], frames: int) -> list[Call]:
+    """The calls that ``heads`` take, by the backend of each group of them that is alike: one for all groups that a backend
+    takes at once, else one a group.
+
+    Groups that leave nothing out join the others under ``flex`` where it computes all of those: where it is chosen it is
+    not far from dense attention's rate, which the fused kernel is.
+    """
+    groups, members = pattern.head_groups(heads), dict[tuple[str, TilePattern | None], dict[int, TilePattern]]()
+    only_flex = {backends[p] for p in groups if not p.is_full(frames)} == {"flex"}
+    for alike, of_group in groups.items():
+        name = "flex" if only_flex else backends[alike]
+        one = members.setdefault((name, None if name in MANY_PATTERNS else alike), {})
+        one.update(dict.fromkeys(of_group, alike))
+    return [Call(name, by_head(one[h] for h in sorted(one)), tuple(sorted(one))) for (name, _), one in members.items()]
 
 
 def simplest_backend(pattern: TilePattern) -> str:
@@ -243,18 +254,21 @@ def partial_for_means(dense: Dense, shape: CallShape) -> PartialAttention:
     return _ANY_PARTIAL if found is None or (shape.gradients and found.backward is None) else found
 
 
-def make_ready(backend: str, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: Dense) -> None:
-    """Makes the index tables that a backend keeps on the device, and tries the kernels that it may call, so that no call
-    has to."""
-    if backend == "triton":
-        triton.index_tables(layout, pattern, shape.device)
-    elif backend == "flex":
-        kernel = flex.kernel_of(shape.device, shape.dtype, shape.head_dim)
-        flex.block_mask(layout, pattern, shape.device, kernel.rows, kernel.columns)
-    elif backend == "parts":
+def make_ready(call: Call, shape: CallShape, layout: TokenLayout, dense: Dense) -> None:
+    """Makes the index tables that a call's backend keeps on the device, and tries the kernels that it may call, so that no
+    call has to. ``shape`` is that of the layer's calls, of all heads."""
+    shape = replace(shape, heads=len(call.heads))
+    if call.backend == "triton":
+        triton.make_ready(shape, layout, call.pattern)
+    elif call.backend == "flex":
+        kernel = flex.kernel_of(shape.device, shape.dtype, shape.head_dim, differ=len(call.pattern.kinds) > 1)
+        for pattern in call.pattern.kinds:
+            flex.block_mask(layout, pattern, shape.device, kernel.rows, kernel.columns)
+    elif call.backend == "parts":
         partial_for(dense, shape)
         prepare_merge(shape.device)
-        make_tables(pattern, layout, shape.device, shape.dtype)
+        for pattern in call.pattern.kinds:
+            make_tables(pattern, layout, shape.device, shape.dtype)
 
 
 def _candidates(dense: Dense, max_extra_bytes: int | None, dense_name: str) -> dict[str, Attend]:

@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+OUT_OF_MEMORY: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # until torch 2.5
 OLDEST = (8, 0)  # Ampere: the first with bf16 in hardware
 
 

@@ -18,7 +18,7 @@ from ..plan import TilePlan
 from ..tiles import TilePattern
 from .clock import DENSE, SPARSE
 from .dense_call import DenseCall, function_name
-from .dispatch import in_one_call, tile_attention
+from .dispatch import Call, calls_of, tile_attention
 from .layout import TokenLayout
 from .padding import as_heads, fill_in, without_padding
 from .prepare import Preparation
@@ -153,7 +153,7 @@ def _over_the_video(
     residual = state.residual if layer is not None else None
     renew = residual is not None and residual.renew
     density = work_with(_computed_share(pattern, backends, call.heads, layout), float(renew))
-    report.add_sparse(density, _computed_by(in_one_call(backends, layout.grid.t), dense))
+    report.add_sparse(density, _computed_by(calls_of(pattern, call.heads, backends, layout.grid.t), dense))
     with computing(state), report.clock.taking(SPARSE, _peek(call.q), density):
         q, k, v = call.take(padding)
 
@@ -181,11 +181,10 @@ def _computed_share(pattern: LayerPattern, backends: dict[TilePattern, str], hea
     return sum(len(members) * shares[p] for p, members in groups.items()) / heads
 
 
-def _computed_by(backends: dict[TilePattern, str], dense: DenseCall) -> str:
+def _computed_by(calls: list[Call], dense: DenseCall) -> str:
     """What computes the groups of a layer's heads, for the report."""
     by_name = {"frames": dense.name, "dense": dense.name, "parts": f"{dense.name} in parts"}
-    names = (by_name.get(backend, backend) for backend in backends.values())
-    return " and ".join(dict.fromkeys(names))
+    return " and ".join(dict.fromkeys(by_name.get(call.backend, call.backend) for call in calls))
 
 
 def _asked_by_the_file(state: ForwardState | None, options: dict[str, Any]) -> FileAttention | None:

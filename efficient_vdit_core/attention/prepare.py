@@ -18,7 +18,7 @@ from ..plan import TilePlan
 from ..tiles import TilePattern
 from .choose import CallShape
 from .dense_call import DenseCall
-from .dispatch import check_means, group_shapes, make_ready, measured_choice, partial_for, simplest_backend
+from .dispatch import calls_of, check_means, group_shapes, make_ready, measured_choice, partial_for, simplest_backend
 from .layout import TokenLayout
 from .padding import without_padding
 from .reasons import why_not_worth_it
@@ -200,9 +200,12 @@ class Preparation:
     ) -> dict[TilePattern, str]:
         """The backend of each group of heads of these calls, measured where it never was; ``dense`` only where slow
         patterns are declined, or nothing is left out."""
-        return {p: self._settle(s, layout, p, dense) for p, s in group_shapes(shape, pattern).items()}
+        backends = {p: self._backend(s, layout, p, dense) for p, s in group_shapes(shape, pattern).items()}
+        for call in calls_of(pattern, shape.heads, backends, layout.grid.t):
+            make_ready(call, shape, layout, dense)
+        return backends
 
-    def _settle(self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall) -> str:
+    def _backend(self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall) -> str:
         key = (shape, layout, pattern, dense.name)
         chosen = self.backends.get(key)
         if chosen is None:
@@ -220,7 +223,6 @@ class Preparation:
             if len(self.backends) >= MOST_REMEMBERED:
                 self.backends.clear()
             self.backends[key] = chosen
-        make_ready(chosen, shape, layout, pattern, dense)
         return chosen
 
     def backends_of(

@@ -7,26 +7,34 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..head_patterns import LayerPattern
 from ..tiles import TilePattern
-from .gpu import arrow_kernels_status
+from .choose import CallShape
+from .gpu import OUT_OF_MEMORY, arrow_kernels_status, is_recording
 from .layout import TokenLayout, check_tensors, global_spans
+
+log = logging.getLogger("efficient_vdit")
 
 # Each head_dim as two tiles, powers of two: nothing is padded.
 HEAD_DIMS = {32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
 DTYPES = (torch.bfloat16, torch.float16)  # float32 would spill kilobytes a thread; the interpreter takes it, for tests
+_TUNED: set[tuple[Any, ...]] = set()  # kinds of calls whose tiles were chosen before a run
 # Block sizes under the interpreter: small, so that small tests meet whole and broken blocks.
 INTERPRETER_BLOCKS = {"ROWS": 16, "COLS": 32, "MASKED": False}
 
 
-def attend_triton(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:
-    """Attention of q over k, v (B, H, N, D) under ``pattern``, scaled by 1 / sqrt(D). Exact and differentiable.
+def attend_triton(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: LayerPattern) -> Tensor:
+    """Attention of q over k, v (B, H, N, D) under ``pattern``, scaled by 1 / sqrt(D), in one launch also where heads differ.
+    Exact and differentiable.
 
     Any strides, bf16 or fp16, head_dim 32, 48, 64, 80, 96 or 128. Raises ValueError naming the argument that does
     not fit, or the reason why the kernel does not run here.
@@ -35,7 +43,7 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern:
 
 
 def attend_triton_lse(
-    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern
+    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: LayerPattern
 ) -> tuple[Tensor, Tensor]:
     """As ``attend_triton``, with the logarithm of each row's softmax sum: (B, H, N) float32, natural log,
     differentiable.
@@ -55,18 +63,17 @@ def _addressable(x: Tensor) -> Tensor:
 class _ArrowAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: LayerPattern
     ) -> tuple[Tensor, Tensor]:
         from .arrow_kernels import forward_kernel
 
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        tables = index_tables(layout, pattern, q.device)
+        tables = index_tables(layout, pattern, q.shape[1], q.device)
         strides = [x.stride() for x in (q, k, v, out)]
-        references = len(pattern.reference_frames(layout.grid.t))
-        _launch(forward_kernel, (q, k, v, out, lse, *tables, *strides), q, layout, references)
+        _launch(forward_kernel, (q, k, v, out, lse, *tables, *strides), q, layout)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.tables, ctx.references = layout, tables, references
+        ctx.layout, ctx.tables = layout, tables
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -87,18 +94,15 @@ class _ArrowAttention(torch.autograd.Function):
             (q, k, v, out, lse, dout, slope_of_lse, dq, delta, *ctx.tables, *strides),
             q,
             ctx.layout,
-            ctx.references,
             WITH_DLSE=dlse is not None,
         )
         strides = [x.stride() for x in (q, k, v, dout, dk, dv)]
         tensors = (q, k, v, lse, dout, delta, dk, dv, *ctx.tables, *strides)
-        _launch(key_value_gradient_kernel, tensors, q, ctx.layout, ctx.references)
+        _launch(key_value_gradient_kernel, tensors, q, ctx.layout)
         return dq, dk, dv, None, None
 
 
-def _launch(
-    kernel: Any, tensors: tuple[Any, ...], q: Tensor, layout: TokenLayout, references: int, **flags: bool
-) -> None:
+def _launch(kernel: Any, tensors: tuple[Any, ...], q: Tensor, layout: TokenLayout, **flags: bool) -> None:
     """Run ``kernel`` with one program for each block of each head, on q's device."""
     from .arrow_kernels import INTERPRETED
 
@@ -109,18 +113,7 @@ def _launch(
         blocks = [-(-length // chosen["ROWS"]) for length in (layout.prefix, layout.suffix, grid.tokens_per_frame)]
         return (batch * heads * (blocks[0] + blocks[1] + grid.t * blocks[2]),)
 
-    # Tiles are tuned once for each frame size class and, in a process with several cards, for each kind of them.
-    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-    sizes = (
-        heads,
-        tokens,
-        grid.t,
-        references,
-        grid.tokens_per_frame,
-        layout.prefix,
-        layout.suffix,
-        grid.tokens_per_frame.bit_length() + 64 * (10 * major + minor),
-    )
+    sizes = (batch, heads, tokens, grid.tokens_per_frame, layout.prefix, layout.suffix, _size_class(layout, q.device))
     scale = math.log2(math.e) / math.sqrt(dim)
     # Triton 3.10 turns the fusion of multiply-adds off by default, which the online softmax counts on.
     options = INTERPRETER_BLOCKS if INTERPRETED else {"enable_fp_fusion": True}
@@ -129,23 +122,70 @@ def _launch(
         kernel[programs](*tensors, *sizes, scale, **flags, D0=first, D1=second, **options)
 
 
-@functools.lru_cache(maxsize=64)
-def index_tables(layout: TokenLayout, pattern: TilePattern, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``units`` and ``segments`` as ``arrow_kernels`` describes them; cached, so that a layer costs no upload."""
-    frames = layout.grid.t
-    references = pattern.reference_frames(frames)
+def _size_class(layout: TokenLayout, device: torch.device) -> int:
+    """Tiles are tuned once for each: frames within a factor of two and, in a process with several cards, each kind of
+    them."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return layout.grid.tokens_per_frame.bit_length() + 64 * (10 * major + minor)
+
+
+def make_ready(shape: CallShape, layout: TokenLayout, pattern: LayerPattern) -> None:
+    """Uploads the tables of such calls, and has the tiles tuned for them where no call was: that times kernels and waits for
+    them, and must not be left to a block that may be recorded."""
+    index_tables(layout, pattern, shape.heads, shape.device)
+    if shape.device.type == "cuda" and not is_recording(shape.device):
+        about = torch.cuda.get_device_properties(shape.device)
+        _tune(shape, layout, pattern.kinds[0], about.multi_processor_count)
+
+
+def _tune(shape: CallShape, layout: TokenLayout, pattern: TilePattern, multiprocessors: int) -> None:
+    """One call like those of ``shape``, of so many heads that the blocks of one frame, which run longest where it is a
+    reference frame, keep all multiprocessors at work four times."""
+    kind = (shape.device, shape.dtype, shape.head_dim, _size_class(layout, shape.device), shape.gradients)
+    if kind in _TUNED:
+        return
+    _TUNED.add(kind)
+    blocks = math.ceil(layout.grid.tokens_per_frame / 128)
+    heads = min(shape.heads, math.ceil(4 * multiprocessors / blocks))
+    try:
+        with torch.inference_mode(False), torch.set_grad_enabled(shape.gradients):
+            tensors = replace(shape, batch=1).tensors(heads, layout.tokens)
+            out = attend_triton(*tensors, layout, pattern)
+            if shape.gradients:
+                torch.autograd.grad(out, tensors, out.detach())
+    except OUT_OF_MEMORY:
+        log.info("Efficient-vDiT: there is no room to tune the fused kernel before the run; its first call does.")
+
+
+# A call of 40 heads over 33 frames takes 20 KB; plans by head have a pattern for each layer.
+@functools.lru_cache(maxsize=256)
+def index_tables(
+    layout: TokenLayout, pattern: LayerPattern, heads: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``units``, ``segments`` and ``turns`` as ``arrow_kernels`` describes them, for calls of so many heads; cached, so that
+    a layer costs no upload. Raises ValueError where the pattern is for another number of heads."""
+    frames, every = layout.grid.t, (0, 1)
     segments = [(0, layout.tokens)]  # the first one, all tokens, is what prefix, suffix and reference frames see
-    units = [(0, layout.prefix, 0, 1), (layout.tokens - layout.suffix, layout.tokens, 0, 1)]
-    units += [(*layout.span(f, f + 1), 0, 1) for f in references]
-    for f, near in pattern.neighbours(frames).items():
-        # The global spans, the frame and its neighbours, joined where they touch.
-        seen = global_spans(layout, tuple(sorted((*references, *near))))
-        units.append((*layout.span(f, f + 1), len(segments), len(segments) + len(seen)))
-        segments += seen
+    units = [(0, layout.prefix, *every), (layout.tokens - layout.suffix, layout.tokens, *every)]
+    turns = []
+    for alike, members in pattern.head_groups(heads).items():
+        references, neighbours, first = alike.reference_frames(frames), alike.neighbours(frames), len(units)
+        for frame in range(frames):
+            seen = every
+            if frame in neighbours:
+                # The global spans, the frame and its neighbours, joined where they touch.
+                spans = global_spans(layout, tuple(sorted((*references, *neighbours[frame]))))
+                seen = (len(segments), len(segments) + len(spans))
+                segments += spans
+            units.append((*layout.span(frame, frame + 1), *seen))
+        turns += [(head, unit) for head in members for unit in range(first, len(units))]
+    seen_tokens = [sum(end - start for start, end in segments[first:last]) for _, _, first, last in units]
+    turns.sort(key=lambda turn: (-seen_tokens[turn[1]], turn))
     with torch.inference_mode(False):  # a table made in inference mode could not serve a training step later
-        return torch.tensor(units, dtype=torch.int32, device=device), torch.tensor(
-            segments, dtype=torch.int32, device=device
+        units_, segments_, turns_ = (
+            torch.tensor(x, dtype=torch.int32, device=device) for x in (units, segments, turns)
         )
+    return units_, segments_, turns_
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:

@@ -249,19 +249,19 @@ def _stand_ins() -> tuple[Any, Any, Any]:
 
 
 def _attention_arguments(case: Case) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """As ``triton.py`` launches the kernel: q, k, v as views (1, H, N, D) of (1, N, H, D), one reference frame."""
+    """As ``triton.py`` launches the kernel: q, k, v as views (1, H, N, D) of (1, N, H, D)."""
     from ..attention.triton import HEAD_DIMS as TILES
 
     (x, f, i), (heads, frames, size), dim = _stand_ins(), (24, 24, 3600), case.head_dim
     strides = (frames * size * heads * dim, dim, heads * dim, 1)
-    sizes = (heads, frames * size, frames, 2, size, 0, 0, size.bit_length(), math.log2(math.e) / math.sqrt(dim))
+    sizes = (1, heads, frames * size, size, 0, 0, size.bit_length(), math.log2(math.e) / math.sqrt(dim))
     first, second = TILES[dim]
     flags = {"D0": first, "D1": second}
     if case.kernel == "forward_kernel":
-        return (x, x, x, x, f, i, i, *[strides] * 4, *sizes), flags
+        return (x, x, x, x, f, i, i, i, *[strides] * 4, *sizes), flags
     if case.kernel == "query_gradient_kernel":
-        return (x, x, x, x, f, x, f, x, f, i, i, *[strides] * 6, *sizes), {"WITH_DLSE": False, **flags}
-    return (x, x, x, f, x, f, x, x, i, i, *[strides] * 6, *sizes), flags
+        return (x, x, x, x, f, x, f, x, f, i, i, i, *[strides] * 6, *sizes), {"WITH_DLSE": False, **flags}
+    return (x, x, x, f, x, f, x, x, i, i, i, *[strides] * 6, *sizes), flags
 
 
 def _merge_arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:

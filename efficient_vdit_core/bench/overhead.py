@@ -45,7 +45,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
 
     # Both are cached: what is timed here is the making.
     def tables() -> None:
-        attention.triton.index_tables.__wrapped__(layout, tiles.TilePattern(2), torch.device("cpu"))
+        attention.triton.index_tables.__wrapped__(layout, tiles.TilePattern(2), 24, torch.device("cpu"))
 
     def mask() -> None:
         attention.flex.block_mask.__wrapped__(layout, tiles.TilePattern(2), torch.device("cpu"))

@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...efficient_vdit_core.attention.choose import seconds, wait_for
-from ...efficient_vdit_core.attention.dispatch import OUT_OF_MEMORY
+from ...efficient_vdit_core.attention.gpu import OUT_OF_MEMORY
 from ...efficient_vdit_core.attention.measure import StepMeasure
 from ...efficient_vdit_core.attention.report import AttentionReport
 from ...efficient_vdit_core.attention.state import ForwardState

@@ -58,6 +58,15 @@ def test_the_fastest_is_chosen_and_measured_only_once(tmp_path):
     assert again == first and len(calls) == seen
 
 
+def test_no_further_round_is_begun_after_a_second(tmp_path, monkeypatch):
+    calls, run = [], candidates([], set())
+    monkeypatch.setattr(choose, "_MOST_SECONDS", 0.02)
+    book = ChoiceBook(tmp_path / "attention.json")
+    choice = book.choose(candidates(calls, set(run)), kind(), LAYOUT, TilePattern(1), "sdpa")
+    assert len(calls) == 2 * len(run)  # a first call, and one round of three that take 10 ms each
+    assert choice.size == "2 heads, 4 frames of 35 tokens" and choice.times().endswith(f"({choice.size})")
+
+
 def test_nothing_is_timed_while_a_cuda_graph_is_recorded(monkeypatch):
     """Timing waits for the device, which ends the recording with an error."""
     layout, shape = TokenLayout(TokenGrid(8, 20, 20)), CallShape(1, 4, 96, torch.bfloat16, torch.device("cuda"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.attention import TokenLayout, flex, tile_attention
+from efficient_vdit_core.attention.dispatch import calls_of
 from efficient_vdit_core.attention.override import make_attention_override
 from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
@@ -112,6 +113,26 @@ def test_the_triton_kernel_follows_windows_and_heads(oracle, triton_device, grid
     ours, theirs = (torch.autograd.grad(x.sum(), tensors) for x in (out, want))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_the_calls_that_groups_of_heads_take():
+    """A backend that takes many patterns makes one call of all that it computes; a group that leaves nothing out joins under
+    flex, and stays a dense call beside the fused kernel, which is slower at it."""
+    one, two, full = TilePattern(1), TilePattern(0, window=1), TilePattern(None)
+    pattern = by_head([one, full, two, one, two, full])
+
+    def calls(**backends):
+        chosen = {one: backends["one"], two: backends["two"], full: "dense"}
+        return {(c.backend, c.heads): c.pattern for c in calls_of(pattern, 6, chosen, frames=4)}
+
+    assert calls(one="triton", two="triton") == {
+        ("triton", (0, 2, 3, 4)): by_head([one, two, one, two]),
+        ("dense", (1, 5)): full,
+    }
+    assert calls(one="flex", two="flex") == {("flex", (0, 1, 2, 3, 4, 5)): pattern}
+    assert calls(one="parts", two="parts") == {("parts", (0, 3)): one, ("dense", (1, 5)): full, ("parts", (2, 4)): two}
+    assert calls(one="flex", two="frames") == {("flex", (0, 3)): one, ("dense", (1, 5)): full, ("frames", (2, 4)): two}
+    assert [c.heads for c in calls_of(one, 3, {one: "triton"}, frames=4)] == [(0, 1, 2)]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -12,6 +12,7 @@ from efficient_vdit_core.attention import TokenLayout, choose_backend, dispatch,
 from efficient_vdit_core.attention import triton as backend
 from efficient_vdit_core.attention.choose import CallShape
 from efficient_vdit_core.attention.triton import attend_triton, attend_triton_lse
+from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 FORWARD = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -76,6 +77,60 @@ def test_blocks_that_are_all_masked_are_the_same(score_oracle, triton_device, mo
     theirs = torch.autograd.grad(expected(score_oracle, tensors, layout, k)[0].square().sum(), tensors)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [TokenLayout(TokenGrid(4, 1, 19), 3, 5), TokenLayout(TokenGrid(5, 1, 7))], ids=str)
+def test_heads_that_differ_take_one_launch(score_oracle, triton_device, monkeypatch, layout):
+    """Groups that are mixed, a window and a head that leaves nothing out; there and back, in a batch of two."""
+    patterns = [TilePattern(1), TilePattern(0, window=1), TilePattern(1), TilePattern(None), TilePattern(2)]
+    tensors = [x.requires_grad_() for x in qkv(layout, 32, triton_device, batch=2, heads=5)]
+    launches, launch = [], backend._launch
+    monkeypatch.setattr(backend, "_launch", lambda *args, **flags: (launches.append(args[0]), launch(*args, **flags)))
+    out, lse = attend_triton_lse(*tensors, layout, by_head(patterns))
+    found = torch.autograd.grad((out.square().sum() + lse.sum()), tensors)
+    assert len(launches) == 3
+    want, want_lse = torch.empty_like(out, dtype=torch.float64), torch.empty_like(lse, dtype=torch.float64)
+    for head, pattern in enumerate(patterns):
+        q, k, v = (x[:, head : head + 1] for x in tensors)
+        grid = layout.grid
+        references = pattern.reference_frames(grid.t)
+        at = (grid.t, grid.tokens_per_frame, references, layout.prefix, layout.suffix, pattern.window)
+        scores = score_oracle(q, k, *at)
+        want[:, head : head + 1] = scores.softmax(-1) @ v.double()
+        want_lse[:, head : head + 1] = torch.logsumexp(scores, -1)
+    torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse.double(), want_lse, atol=2e-5, rtol=2e-5)
+    correct = torch.autograd.grad((want.square().sum() + want_lse.sum()), tensors)
+    for a, b in zip(found, correct, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_see_most_come_first():
+    layout = TokenLayout(TokenGrid(4, 1, 10), 2, 1)
+    pattern = by_head([TilePattern(1), TilePattern(0, window=1), TilePattern(2)])
+    units, segments, turns = (x.tolist() for x in backend.index_tables(layout, pattern, 3, torch.device("cpu")))
+    assert units[:2] == [[0, 2, 0, 1], [42, 43, 0, 1]] and segments[0] == [0, 43]
+    seen = [sum(end - start for start, end in segments[units[u][2] : units[u][3]]) for _, u in turns]
+    assert seen == sorted(seen, reverse=True) and seen[:3] == [43, 43, 43]
+    assert {(head, tuple(units[unit][:2])) for head, unit in turns} == {
+        (head, layout.span(frame, frame + 1)) for head in range(3) for frame in range(4)
+    }
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_tiles_are_tuned_before_the_run_once_a_kind(triton_device, monkeypatch, gradients):
+    monkeypatch.setattr(backend, "_TUNED", set())
+    launches, launch = [], backend._launch
+    monkeypatch.setattr(
+        backend, "_launch", lambda kernel, tensors, q, *rest, **flags: (
+            launches.append(tuple(q.shape)), launch(kernel, tensors, q, *rest, **flags)
+        )
+    )  # fmt: skip
+    shape = CallShape(2, 6, 32, torch.float32, triton_device, gradients)
+    for tokens in (20, 21, 40):  # the first two are of one class
+        backend._tune(shape, TokenLayout(TokenGrid(2, 1, tokens)), TilePattern(1), multiprocessors=1)
+    kernels = 3 if gradients else 1
+    assert launches == [(1, 4, 40, 32)] * kernels + [(1, 4, 80, 32)] * kernels
 
 
 @pytest.mark.parametrize("dtype", FORWARD)

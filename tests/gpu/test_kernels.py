@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout, available_backends, choose_backend, tile_attention
 from efficient_vdit_core.attention.choose import CallShape, default_book
-from efficient_vdit_core.attention.triton import attend_triton, attend_triton_lse
+from efficient_vdit_core.attention.triton import attend_triton, attend_triton_lse, make_ready
+from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 pytestmark = pytest.mark.gpu
@@ -128,6 +129,27 @@ def test_more_than_two_to_the_31_elements():
     last = [x[:, :, -1024:] for x in (q, k, v)]
     found = attend_triton(q, k, v, layout, TilePattern(0))[:, :, -1024:]
     torch.testing.assert_close(found, F.scaled_dot_product_attention(*last), atol=2e-2, rtol=2e-2)
+
+
+@NEEDS["triton"]
+@pytest.mark.parametrize("gradients", [False, True])
+def test_nothing_is_tuned_in_a_call_that_was_made_ready(gradients):
+    """Tuning waits for the device, which a block that is recorded must not."""
+    from efficient_vdit_core.attention import arrow_kernels
+
+    layout, pattern = TokenLayout(TokenGrid(5, 23, 33)), by_head([TilePattern(1), TilePattern(0, window=1)])
+    tensors = [x.requires_grad_(gradients) for x in qkv(layout, 64, torch.float16)]
+    make_ready(CallShape.of(*tensors), layout, pattern)
+    kernels = (
+        arrow_kernels.forward_kernel,
+        arrow_kernels.query_gradient_kernel,
+        arrow_kernels.key_value_gradient_kernel,
+    )
+    known = [len(kernel.cache) for kernel in kernels]
+    out = attend_triton(*tensors, layout, pattern)
+    if gradients:
+        torch.autograd.grad(out.sum(), tensors)
+    assert [len(kernel.cache) for kernel in kernels] == known
 
 
 def test_auto_tries_all_and_keeps_the_fastest(tmp_path, monkeypatch):
