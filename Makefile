@@ -14,8 +14,9 @@ $(STAMP): pyproject.toml constraints-dev.txt
 demo: $(STAMP)
 	$(VENV)/bin/evdit demo
 
+# Many tests wait for processes that they start: shared out, they take half the time on two cores.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

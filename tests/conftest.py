@@ -1,6 +1,11 @@
 """Says at the end of a run, in one line, what was not tested for want of something, and how to get it."""
 
+import os
 import signal
+
+# Where several processes share out the tests, each test's arithmetic, and that of the processes it starts, keeps to one core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would all that the tests start and end by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -53,12 +53,20 @@ def _of_torch() -> dict[str, Dense]:
     }
 
 
+# FlashAttention's generations: the module that holds each.
+_FLASH_ATTENTION = {
+    "flash-attn": "flash_attn",
+    "flash-attn 3": "flash_attn_interface",
+    "flash-attn 4": "flash_attn.cute",
+}
+
+
 def _of_packages() -> dict[str, Dense]:
-    found: dict[str, Dense] = {}
-    if importlib.util.find_spec("flash_attn"):
-        found["flash-attn"] = lambda q, k, v: _tokens_first("flash_attn", q, k, v)
-    if importlib.util.find_spec("flash_attn_interface"):
-        found["flash-attn 3"] = lambda q, k, v: _tokens_first("flash_attn_interface", q, k, v)
+    found: dict[str, Dense] = {
+        name: lambda q, k, v, module=module: _tokens_first(module, q, k, v)
+        for name, module in _FLASH_ATTENTION.items()
+        if importlib.util.find_spec(module.split(".")[0])
+    }
     if importlib.util.find_spec("sageattention"):
         found["sage"] = _sage
     if importlib.util.find_spec("comfy_kitchen"):

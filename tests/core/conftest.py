@@ -1,6 +1,7 @@
 """Shared by the core tests: few threads, Triton's interpreter where there is no GPU, and the slow masked oracle."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def start():
 
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(scope="module")
