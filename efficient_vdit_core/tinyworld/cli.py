@@ -44,6 +44,12 @@ def add_arguments(subparsers: Any) -> None:
         "--bf16", action="store_true", help="the VAE computes in bfloat16: faster where the CPU has AVX-512 BF16 or AMX"
     )
     train.add_argument(
+        "--prediction",
+        choices=("v_prediction", "epsilon"),
+        default="v_prediction",
+        help="what the transformer learns to say; epsilon as the paper's model, default: %(default)s",
+    )
+    train.add_argument(
         "--tensorboard", action="store_true", help="write the loss for TensorBoard into the run's folder"
     )
     train.set_defaults(run=_train)
@@ -89,6 +95,7 @@ def _train(args: argparse.Namespace) -> int:
             seed=args.seed,
             start=args.start,
             bf16=args.bf16,
+            prediction=args.prediction,
             tensorboard=args.tensorboard,
         )
     except KeyboardInterrupt:

@@ -39,13 +39,15 @@ def train(
     seed: int = 0,
     start: Path | None = None,
     bf16: bool = False,
+    prediction: str = "v_prediction",
     tensorboard: bool = False,
 ) -> None:
     """Train ``parts`` in ``run`` and write them to ``out``; parts that are left out are taken from ``out``. ``decoder`` is
     that of the VAE in ``out``, trained further.
 
-    ``start``: a transformer to go on from in place of a new one. ``bf16``: the VAE is trained in bfloat16, its weights
-    staying in float32; three to six times as fast on a CPU that multiplies bfloat16 (AVX-512 BF16, AMX), slower on others.
+    ``start``: a transformer to go on from in place of a new one. ``prediction``: as of ``train_dit``. ``bf16``: the VAE is
+    trained in bfloat16, its weights staying in float32; three to six times as fast on a CPU that multiplies bfloat16
+    (AVX-512 BF16, AMX), slower on others.
     """
     run.mkdir(parents=True, exist_ok=True)
     if "text_encoder" in parts:
@@ -83,6 +85,7 @@ def train(
             seed=seed,
             tensorboard=tensorboard,
             start=known,
+            prediction=prediction,
         )
         export_transformer(model, out / "transformer")
         load_transformer(out / "transformer")

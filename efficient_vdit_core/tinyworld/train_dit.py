@@ -1,14 +1,15 @@
-"""Trains the tiny Open-Sora-Plan transformer on cached latents of the tiny world, by v-prediction.
+"""Trains the tiny Open-Sora-Plan transformer on cached latents of the tiny world.
 
-v-prediction rather than the reference checkpoint's epsilon: at high noise the network then says what the clip will
-show, instead of copying its input, and a tiny model learns shape and motion in a fraction of the steps.
+By v-prediction rather than the reference checkpoint's epsilon: at high noise the network then says what the clip will
+show, instead of copying its input, and a tiny model learns shape and motion in a fraction of the steps. ``epsilon`` trains
+one as the reference is.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -87,16 +88,20 @@ def train_dit(
     seed: int = 0,
     tensorboard: bool = False,
     start: OpenSoraT2V | None = None,
+    prediction: str = "v_prediction",
     evaluate: Callable[[dict[str, Tensor]], str] | None = None,
 ) -> OpenSoraT2V:
     """Train (or resume) in ``folder``; returns the transformer with averaged weights.
 
-    ``start``: one that knows the world already, by the latents of another VAE, say; it is trained further.
+    ``start``: one that knows the world already, by the latents of another VAE or under another ``prediction``, say; it is
+    trained further. ``prediction``: one of ``PREDICTION_TYPES``, what the network says of a noisy clip.
     """
     torch.manual_seed(seed)
-    model = start or OpenSoraT2V(TINY_DIT)
+    model = OpenSoraT2V(replace(TINY_DIT, prediction_type=prediction))
     if start is None:
         _initialise(model)
+    else:
+        model.load_state_dict(start.state_dict())
     run = TrainingRun(
         model, _optimizers(model), folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard
     )
@@ -114,7 +119,8 @@ def train_dit(
         t = ((torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1 * 1000).long()
         a, s = alpha_bar[t].sqrt().view(-1, 1, 1, 1, 1), (1 - alpha_bar[t]).sqrt().view(-1, 1, 1, 1, 1)
         noise = torch.randn(x0.shape, generator=generator)
-        return F.mse_loss(model(a * x0 + s * noise, t.float(), context, mask), a * noise - s * x0)
+        wanted = noise if prediction == "epsilon" else a * noise - s * x0
+        return F.mse_loss(model(a * x0 + s * noise, t.float(), context, mask), wanted)
 
     model.load_state_dict(run.train(loss_of, evaluate=evaluate, save_every=250, evaluate_every=1000))
     return model.eval()

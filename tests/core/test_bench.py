@@ -226,21 +226,26 @@ def test_heads_that_differ_are_timed_against_dense_attention(monkeypatch, tmp_pa
     }
 
 
-def test_one_command_tells_all_that_a_gpu_can(tmp_path):
-    """On a CPU, with shapes that say nothing about speed: every part runs and leaves a file that names the machine.
-
-    It takes half a minute; the budget is for a busy machine.
-    """
-    command = [sys.executable, "-m", "efficient_vdit_core.cli", "bench", "gpu", "--device", "cpu", "--budget", "400"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=500)
+@pytest.mark.parametrize("parts", [[p for p in gpu.PARTS if p != "training"], ["training"]], ids=["bare", "training"])
+def test_one_command_tells_all_that_a_gpu_can(tmp_path, parts):
+    """On a CPU, with shapes that say nothing about speed: every part runs within a minute and leaves a file that names the
+    machine; all but one where diffusers is not installed."""
+    without = "import sys; sys.modules['diffusers'] = None" if parts != ["training"] else ""
+    code = f"{without}\nfrom efficient_vdit_core.cli import main\nraise SystemExit(main())"
+    command = [sys.executable, "-c", code, "bench", "gpu", "--device", "cpu", "--budget", "60", "--parts", *parts]
+    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert set(found) == set(gpu.PARTS)
+    assert set(found) == set(parts)
     for name, state in found.items():
-        assert "error" not in state and state["machine"]["versions"]["torch"] == torch.__version__, name
-    assert all(row["passed"] for row in found["exact"]["rows"]) and found["exact"]["rows"]
-    assert {"frames", "parts"} <= {row["backend"] for row in found["exact"]["rows"]}
-    assert found["tests"]["rows"] == [{"exit_code": 5, "report": "tests_gpu.xml"}]  # nothing runs there without a GPU
+        assert state.get("error", "cut").startswith("cut"), name  # a busy machine may not come to a part's end
+        assert state["rows"] and state["machine"]["versions"]["torch"] == torch.__version__, name
+    if "exact" in parts:
+        assert all(row["passed"] for row in found["exact"]["rows"])
+        assert {"frames", "parts"} <= {row["backend"] for row in found["exact"]["rows"]}
+        assert found["tests"]["rows"] == [
+            {"exit_code": 5, "report": "tests_gpu.xml"}
+        ]  # nothing runs there without a GPU
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import torch
 
 from efficient_vdit_core.models.opensora_plan.config import VAEConfig
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
+from efficient_vdit_core.tinyworld import train_dit
 from efficient_vdit_core.tinyworld.export import standardise_latents
 from efficient_vdit_core.tinyworld.train_decoder import train_decoder
 from efficient_vdit_core.tinyworld.train_dit import cache_clips, is_held_out
@@ -51,6 +52,23 @@ def test_a_part_of_a_clip_is_that_part():
 def test_an_eighth_of_the_combinations_is_held_out():
     share = np.mean([is_held_out(s) for s in scenes(4000, seed=2)])
     assert 0.05 < share < 0.25
+
+
+@pytest.mark.parametrize(("prediction", "loss"), [("epsilon", 1.0), ("v_prediction", 0.28)])
+def test_a_base_learns_what_it_is_asked_to_say(tmp_path, monkeypatch, prediction, loss):
+    """Of clips that are all zero, a network that says nothing is off by the noise, or by its share at the step's level:
+    whose mean square over all steps is that of the schedule's alpha bar, 0.28."""
+    losses, mse = [], train_dit.F.mse_loss
+    monkeypatch.setattr(train_dit.F, "mse_loss", lambda *args: losses.append(mse(*args)) or losses[-1])
+
+    class Words:
+        def encode(self, words):
+            return torch.zeros(len(words), 3, train_dit.TINY_DIT.caption_channels), torch.ones(len(words), 3)
+
+    clips = train_dit.CachedClips(torch.zeros(4, 4, 8, 8, 8), scenes(4))
+    model = train_dit.train_dit(tmp_path, clips, Words(), steps=1, batch=16, prediction=prediction)
+    assert model.config.prediction_type == prediction
+    assert losses[0].item() == pytest.approx(loss, abs=0.03)
 
 
 def test_captions_name_every_attribute_and_tokenise_without_unknowns():
