@@ -49,7 +49,7 @@ INTERPRETED = tl.constexpr(type(_probe).__name__ == "InterpretedFunction")
 SIZES = (64, 96, 128)
 Tiles = dict[str, dict[tuple[int, int, int, int], tuple[int, ...]]]
 FORWARD: Tiles = {
-    "sm_90": {(128, 64, 8, 3): SIZES, (128, 128, 8, 2): (64,)},
+    "sm_90": {(128, 64, 8, 3): SIZES, (128, 128, 8, 2): (64, 128)},
     "sm_100": {(128, 64, 8, 3): SIZES},
     "sm_120": {(128, 64, 8, 3): SIZES, (64, 32, 4, 3): SIZES},
     "nvidia": {(128, 64, 8, 3): SIZES, (64, 32, 4, 3): SIZES},
@@ -58,14 +58,14 @@ FORWARD: Tiles = {
 QUERY_GRADIENT: Tiles = {
     "sm_90": {(128, 64, 8, 2): SIZES},
     "sm_100": {(128, 64, 8, 2): SIZES},
-    "sm_120": {(64, 64, 4, 2): (128,), (64, 32, 4, 2): SIZES},
-    "nvidia": {(64, 64, 4, 2): (64, 128), (64, 32, 4, 2): SIZES},
+    "sm_120": {(64, 64, 4, 2): (64, 128), (64, 32, 4, 2): SIZES},
+    "nvidia": {(64, 64, 4, 2): SIZES, (64, 32, 4, 2): SIZES},
     "amd": {(64, 32, 4, 1): SIZES},
 }
 KEY_VALUE_GRADIENT: Tiles = {
     "sm_90": {(128, 32, 8, 3): SIZES, (64, 32, 4, 3): (64, 96)},
     "sm_100": {(128, 32, 8, 3): SIZES, (64, 32, 4, 3): (64, 96)},
-    "sm_120": {(64, 64, 8, 2): (64, 128), (64, 32, 8, 2): (64, 128), (64, 16, 4, 2): SIZES, (128, 32, 8, 3): (64,)},
+    "sm_120": {(64, 64, 8, 2): (64, 128), (64, 32, 8, 2): SIZES, (64, 16, 4, 2): SIZES, (128, 32, 8, 3): (64,)},
     "nvidia": {(64, 64, 8, 2): (64, 128), (64, 32, 8, 2): SIZES, (64, 16, 4, 2): SIZES, (128, 32, 8, 3): SIZES},
     "amd": {(64, 32, 4, 1): SIZES},
 }
@@ -102,8 +102,9 @@ def _tuned(tiles: Tiles):
 
 
 @triton.jit
-def _locate(program, units, turns, batch, heads, frame_tokens, prefix, suffix, BLOCK: tl.constexpr):
-    """Head index of this program, and of its block: first token, tokens left in the unit, first and end segment.
+def _locate(program, units, turns, batch, heads, frame_tokens, prefix, suffix, BLOCK: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Head index of this program, and of its block: first token, tokens left in the unit, first and end segment. AGAIN: read
+    anew, so that nothing of it takes a register in between.
 
     Blocks that see most keys run longest, so those of all batch entries and heads start first: prefix and suffix, then
     the frames as ``turns`` has them.
@@ -122,11 +123,11 @@ def _locate(program, units, turns, batch, heads, frame_tokens, prefix, suffix, B
         frame_blocks = tl.cdiv(frame_tokens, BLOCK)
         frame = (program - first_of_frames) // frame_blocks
         block = (program - first_of_frames) % frame_blocks
-        head = frame % batch * heads + tl.load(turns + 2 * (frame // batch))
-        unit = tl.load(turns + 2 * (frame // batch) + 1)
+        head = frame % batch * heads + tl.load(turns + 2 * (frame // batch), volatile=AGAIN)
+        unit = tl.load(turns + 2 * (frame // batch) + 1, volatile=AGAIN)
     row = units + 4 * unit
-    start = tl.load(row) + block * BLOCK
-    return head, start, tl.load(row + 1) - start, tl.load(row + 2), tl.load(row + 3)
+    start = tl.load(row, volatile=AGAIN) + block * BLOCK
+    return head, start, tl.load(row + 1, volatile=AGAIN) - start, tl.load(row + 2), tl.load(row + 3)
 
 
 @triton.jit
@@ -263,6 +264,7 @@ def forward_kernel(q, k, v, out, lse, units, segments, turns, q_strides, k_strid
     out0 = out0 / total[:, None]
     if D1 > 0:
         out1 = out1 / total[:, None]
+    head, start, left, _, _ = _locate(tl.program_id(0), units, turns, batch, heads, frame_tokens, prefix, suffix, ROWS, True)
     _store(_of_head(out, out_strides, head, heads), out_strides, start, left, out0, out1, D0, D1, ROWS)
     logs = (top + tl.math.log2(total)) * LN_2
     offset = tl.arange(0, ROWS)
@@ -318,6 +320,7 @@ def query_gradient_kernel(q, k, v, out, lse, dout, dlse, dq, delta, units, segme
                                        scale, D0, D1, ROWS, COLS, True)
     dq0 = dq0 * (scale * LN_2)
     dq1 = dq1 * (scale * LN_2)
+    head, start, left, _, _ = _locate(tl.program_id(0), units, turns, batch, heads, frame_tokens, prefix, suffix, ROWS, True)
     _store(_of_head(dq, dq_strides, head, heads), dq_strides, start, left, dq0, dq1, D0, D1, ROWS)
 
 
@@ -364,5 +367,6 @@ def key_value_gradient_kernel(q, k, v, lse, dout, delta, dk, dv, units, segments
                                                   dout_strides, whole, end - whole, scale, D0, D1, ROWS, COLS, True)
     dk0 = dk0 * (scale * LN_2)
     dk1 = dk1 * (scale * LN_2)
+    head, start, left, _, _ = _locate(tl.program_id(0), units, turns, batch, heads, frame_tokens, prefix, suffix, ROWS, True)
     _store(_of_head(dk, dk_strides, head, heads), dk_strides, start, left, dk0, dk1, D0, D1, ROWS)
     _store(_of_head(dv, dv_strides, head, heads), dv_strides, start, left, dv0, dv1, D0, D1, ROWS)

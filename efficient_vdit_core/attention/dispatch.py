@@ -144,7 +144,8 @@ def calls_of(pattern: LayerPattern, heads: int, backends: Mapping[TilePattern, s
     Groups that leave nothing out join the others under ``flex`` where it computes all of those: where it is chosen it is
     not far from dense attention's rate, which the fused kernel is.
     """
-    groups, members = pattern.head_groups(heads), dict[tuple[str, TilePattern | None], dict[int, TilePattern]]()
+    groups = pattern.head_groups(heads)
+    members: dict[tuple[str, TilePattern | None], dict[int, TilePattern]] = {}
     only_flex = {backends[p] for p in groups if not p.is_full(frames)} == {"flex"}
     for alike, of_group in groups.items():
         name = "flex" if only_flex else backends[alike]
