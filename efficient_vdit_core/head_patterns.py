@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from .tiles import TilePattern, TokenGrid
 
@@ -18,7 +19,7 @@ class HeadPatterns:
 
     patterns: tuple[TilePattern, ...]
 
-    @property
+    @cached_property
     def groups(self) -> dict[TilePattern, tuple[int, ...]]:
         """The heads of each pattern, ascending; patterns in the order of their first head."""
         found: dict[TilePattern, list[int]] = {}

@@ -145,6 +145,8 @@ def calls_of(pattern: LayerPattern, heads: int, backends: Mapping[TilePattern, s
     not far from dense attention's rate, which the fused kernel is.
     """
     groups = pattern.head_groups(heads)
+    if len(groups) == 1:
+        return [Call(backends[alike], alike, of_group) for alike, of_group in groups.items()]
     members: dict[tuple[str, TilePattern | None], dict[int, TilePattern]] = {}
     only_flex = {backends[p] for p in groups if not p.is_full(frames)} == {"flex"}
     for alike, of_group in groups.items():
