@@ -75,6 +75,27 @@ def add_arguments(subparsers: Any) -> None:
     draw.add_argument("--out", default="tinyworld.gif", metavar="FILE", help="default: %(default)s")
     draw.set_defaults(run=_render)
 
+    cross = subparsers.add_parser(
+        "crossing-render", help="draw true clips of the crossing world, two shapes that pass a bar and each other"
+    )
+    cross.add_argument("--clips", type=count(1, 1_000_000), default=8, help="default: %(default)s")
+    cross.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
+    cross.add_argument(
+        "--out",
+        type=Path,
+        default=Path("crossing"),
+        metavar="FOLDER",
+        help="for the clips, each with its caption in a .txt file beside it; default: %(default)s",
+    )
+    cross.set_defaults(run=_render_crossing)
+
+    bounds = subparsers.add_parser(
+        "crossing-bounds", help="what the judge of the crossing world says of true clips, blurred ones and those of other captions"
+    )  # fmt: skip
+    bounds.add_argument("--clips", type=count(2, 100_000), default=100, help="default: %(default)s")
+    bounds.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    bounds.set_defaults(run=_bound_crossing)
+
 
 def _train(args: argparse.Namespace) -> int:
     from ..commands import say
@@ -144,4 +165,38 @@ def _render(args: argparse.Namespace) -> int:
         check_writable(args.out), render(scene), fps=24, metadata={"prompt": scene.caption(), "seed": args.seed}
     )
     say(f"{args.out}: {scene.caption()}")
+    return 0
+
+
+def _render_crossing(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from ..commands import say
+    from ..files import write_text
+    from ..video import check_writable, write_video
+    from .crossing_world import random_scene, render
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(args.seed)
+    for number in range(args.clips):
+        scene = random_scene(rng)
+        file, caption = args.out / f"{number:05d}.mp4", scene.caption(number)
+        write_video(check_writable(file), render(scene), fps=24, metadata={"prompt": caption, "seed": args.seed})
+        write_text(file.with_suffix(".txt"), caption + "\n")
+        say(f"{file}: {caption}")
+    return 0
+
+
+def _bound_crossing(args: argparse.Namespace) -> int:
+    from ..commands import say
+    from ..files import check_writable_file, write_text
+    from .crossing_bounds import bounds
+
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        check_writable_file(args.json)
+    text = json.dumps({"command": "evdit " + shlex.join(sys.argv[1:]), **bounds(args.clips)}, indent=2)
+    if args.json:
+        write_text(args.json, text + "\n")
+    say(text)
     return 0

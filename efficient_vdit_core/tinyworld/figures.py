@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,20 +23,27 @@ def figures_of(clips: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str
     """
     readings = [read_clip(clip) for clip in clips]
     verdicts = [reading.verdict(scene) for reading, scene in zip(readings, scenes, strict=True)]
-    right = np.array([all(verdict.values()) for verdict in verdicts], dtype=float)
     captions = [scene.caption() for scene in scenes]
     off_track = _finite([reading.off_track(scene) for reading, scene in zip(readings, scenes, strict=True)])
     motions = _finite([_motion(reading) for reading in readings])
     return {
-        "all_right": float(right.mean()),
-        "all_right_interval": interval(right, captions),
-        "columns": {name: float(np.mean([verdict[name] for verdict in verdicts])) for name in COLUMNS},
+        **shares(verdicts, captions, COLUMNS),
         **{name: float(np.mean([getattr(r, name) for r in readings])) for name in ("overlap", "stain", "swelling", "flicker")},
         "off_track": float(np.median(off_track)) if len(off_track) else None,
         "motion": float(np.mean(motions)) if len(motions) else 0.0,
         "diversity": start_spread(readings, captions),
         "clips": len(readings),
     }  # fmt: skip
+
+
+def shares(verdicts: Sequence[Mapping[str, bool]], captions: Sequence[str], columns: Sequence[str]) -> dict[str, Any]:
+    """The shares of clips that pass all ``columns``, with the 95 % interval over captions, and each of them."""
+    right = np.array([all(verdict.values()) for verdict in verdicts], dtype=float)
+    return {
+        "all_right": float(right.mean()),
+        "all_right_interval": interval(right, captions),
+        "columns": {name: float(np.mean([verdict[name] for verdict in verdicts])) for name in columns},
+    }
 
 
 def interval(values: np.ndarray, groups: Sequence[str], share: float = 0.95) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ SMALLEST = 25
 # Width in pixels of the edge that is fitted, step by step: a wide one finds the place, a narrow one settles it.
 _EDGES = (8.0, 8.0, 4.0, 4.0, 2.0, 2.0, 1.0, 1.0)
 _NUDGE = 0.1  # pixels, for derivatives
+_STIFF = 1e3  # how much a known radius weighs, against some tens of pixels along an outline
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def fit_clip(clip: np.ndarray) -> Fits:
     background = np.median(_border(pixels), axis=1)
     color, seen = _colors(pixels, background)
     mask = _soft_mask(pixels, background, color) * seen[:, None, None]
-    places = np.stack([_fit(mask, shape) for shape in SHAPES], axis=1)
+    places = np.stack([fit_shape(mask, shape, start_of(mask, shape)) for shape in SHAPES], axis=1)
     drawn = np.stack([coverage(shape, places[:, i], mask.shape[-1]) for i, shape in enumerate(SHAPES)], axis=1)
     both, either = np.minimum(drawn, mask[:, None]), np.maximum(drawn, mask[:, None])
     overlap = both.sum(axis=(2, 3)) / np.maximum(either.sum(axis=(2, 3)), 1e-6)
@@ -72,29 +74,50 @@ def _soft_mask(pixels: np.ndarray, background: np.ndarray, color: np.ndarray) ->
     return np.clip(along / np.maximum(np.square(way).sum(axis=-1), 1.0), 0.0, 1.0)
 
 
-def _fit(mask: np.ndarray, shape: str) -> np.ndarray:
-    """Places (F, 3) of the shape that differ least from masks (F, H, W), by Gauss-Newton from the masks' moments."""
-    size = mask.shape[-1]
-    places = _start(mask, shape)
-    for edge in _EDGES:
-        drawn = coverage(shape, places, size, edge)
+def fit_shape(
+    mask: np.ndarray,
+    shape: str,
+    start: np.ndarray,
+    *,
+    weight: np.ndarray | None = None,
+    radius: float | None = None,
+    corner: np.ndarray | None = None,
+    size: int | None = None,
+    edges: Sequence[float] = _EDGES,
+) -> np.ndarray:
+    """Places (F, 3) of the shape that differ least from square masks (F, n, n), by Gauss-Newton from ``start``.
+
+    weight (F, n, n): 0 where a pixel says nothing, as where something else hides the shape. radius: what to hold it to,
+    where too little is seen to find it. corner (F, 2): x, y of the masks' first pixel in pictures of ``size`` pixels, for
+    masks that are cut out of them; places are within the masks. edges: the widths, step by step.
+    """
+    side = mask.shape[-1]
+    corner = np.zeros((len(mask), 2), dtype=np.float32) if corner is None else corner
+    places = start
+    for edge in edges:
+        drawn = coverage(shape, places, side, edge)
         slopes = [
-            (coverage(shape, places + _NUDGE * axis, size, edge) - drawn) / _NUDGE
+            (coverage(shape, places + _NUDGE * axis, side, edge) - drawn) / _NUDGE
             for axis in np.eye(3, dtype=np.float32)
         ]
         jacobian = np.stack([s.reshape(len(mask), -1) for s in slopes], axis=2)
         missing = (mask - drawn).reshape(len(mask), -1, 1)
-        normal = jacobian.transpose(0, 2, 1) @ jacobian + 1e-3 * np.eye(3, dtype=np.float32)
-        step = np.linalg.solve(normal, jacobian.transpose(0, 2, 1) @ missing)[..., 0]
-        places = _inside(places + np.clip(step, -4.0, 4.0), shape, size)
+        weighted = jacobian if weight is None else jacobian * weight.reshape(len(mask), -1, 1)
+        normal = weighted.transpose(0, 2, 1) @ jacobian + 1e-3 * np.eye(3, dtype=np.float32)
+        pull = weighted.transpose(0, 2, 1) @ missing
+        if radius is not None:
+            normal[:, 2, 2] += _STIFF
+            pull[:, 2, 0] += _STIFF * (radius - places[:, 2])
+        step = np.linalg.solve(normal, pull)[..., 0]
+        places = _inside(places + np.clip(step, -4.0, 4.0), shape, corner, size or side)
     return places
 
 
-def _inside(places: np.ndarray, shape: str, size: int) -> np.ndarray:
+def _inside(places: np.ndarray, shape: str, corner: np.ndarray, size: int) -> np.ndarray:
     """Places whose shape lies within the picture, as the world's do: what lies beyond it cannot be fitted."""
     radius = np.clip(places[:, 2], 1.0, size / 2)
     extent = radius * (0.9 if shape == "square" else 1.0)
-    center = np.clip(places[:, :2], extent[:, None], size - extent[:, None])
+    center = np.clip(places[:, :2] + corner, extent[:, None], size - extent[:, None]) - corner
     return np.column_stack([center, radius])
 
 
@@ -103,7 +126,7 @@ _AREAS = {"circle": np.pi, "square": 1.8**2, "triangle": 2.0}
 _LOWER = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3}
 
 
-def _start(mask: np.ndarray, shape: str) -> np.ndarray:
+def start_of(mask: np.ndarray, shape: str) -> np.ndarray:
     """Places (F, 3) by the area and the centre of gravity of masks (F, H, W)."""
     y, x = np.mgrid[0 : mask.shape[1], 0 : mask.shape[2]].astype(np.float32) + 0.5
     area = np.maximum(mask.sum(axis=(1, 2)), 1.0)

@@ -7,6 +7,7 @@ speeds in pixels a frame.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -61,10 +62,16 @@ class Scene:
     def centers(self, frames: int = FRAMES, size: int = SIZE) -> np.ndarray:
         """Centre of the shape in each frame, (F, 2) as x, y; it is reflected where its edge meets a wall."""
         velocity = np.array(DIRECTIONS[self.direction]) * SPEEDS[self.speed]
-        low, high = self.radius, size - self.radius
-        free = np.array(self.start) + np.arange(frames)[:, None] * velocity - low
-        span = high - low
-        return low + span - np.abs(free % (2 * span) - span)
+        return bouncing(self.start, velocity, self.radius, frames, size)
+
+
+def bouncing(start: Any, velocity: np.ndarray, radius: Any, frames: int, size: int) -> np.ndarray:
+    """Centres (..., F, 2) as x, y from ``start`` (..., 2) on at ``velocity`` (..., 2), reflected where the edge, ``radius``
+    (...) away, meets a wall."""
+    radius = np.asarray(radius)[..., None, None]
+    span = size - radius - radius
+    free = np.asarray(start)[..., None, :] + np.arange(frames)[:, None] * velocity[..., None, :] - radius
+    return radius + span - np.abs(free % (2 * span) - span)
 
 
 def random_scene(rng: np.random.Generator, size: int = SIZE) -> Scene:
