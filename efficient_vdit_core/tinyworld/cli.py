@@ -49,6 +49,8 @@ def add_arguments(subparsers: Any) -> None:
         default="v_prediction",
         help="what the transformer learns to say; epsilon as the paper's model, default: %(default)s",
     )
+    _add_world(train)
+    train.add_argument("--device", default="cpu", help="cpu or cuda, default: %(default)s")
     train.add_argument(
         "--tensorboard", action="store_true", help="write the loss for TensorBoard into the run's folder"
     )
@@ -67,6 +69,7 @@ def add_arguments(subparsers: Any) -> None:
         "--sampler", choices=("ddim", "euler_ancestral", "consistency"), default="ddim", help="default: %(default)s"
     )
     judge.add_argument("--plan", help="k:T-k for a uniform plan, or a plan file; dense without it")
+    _add_world(judge)
     judge.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     judge.set_defaults(run=_evaluate)
 
@@ -97,10 +100,22 @@ def add_arguments(subparsers: Any) -> None:
     bounds.set_defaults(run=_bound_crossing)
 
 
+def _add_world(command: argparse.ArgumentParser) -> None:
+    """The names of ``worlds.WORLDS``, which takes torch to import."""
+    command.add_argument(
+        "--world",
+        choices=("moving", "crossing"),
+        default="moving",
+        help="moving: one shape over a plain ground; crossing: two behind a bar, default: %(default)s",
+    )
+
+
 def _train(args: argparse.Namespace) -> int:
     from ..commands import say
+    from ..commands.bench.device import device_named
     from ..commands.distill import INTERRUPTED
     from .recipe import train
+    from .worlds import WORLDS
 
     parts = tuple(args.parts)
     try:
@@ -117,6 +132,8 @@ def _train(args: argparse.Namespace) -> int:
             start=args.start,
             bf16=args.bf16,
             prediction=args.prediction,
+            world=WORLDS[args.world],
+            device=str(device_named(args.device)),
             tensorboard=args.tensorboard,
         )
     except KeyboardInterrupt:
@@ -133,6 +150,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from ..files import check_writable_file, write_text
     from ..pipeline import Pipeline
     from .evaluate import evaluate
+    from .worlds import WORLDS
 
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +163,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         figures = evaluate(pipeline, captions=args.captions, steps=args.steps, guidance=args.guidance, sampler=args.sampler, plan=plan,
-                           progress=progress)  # fmt: skip
+                           world=WORLDS[args.world], progress=progress)  # fmt: skip
     text = json.dumps({"command": "evdit " + shlex.join(sys.argv[1:]), **figures}, indent=2)
     if args.json:
         write_text(args.json, text + "\n")

@@ -7,7 +7,7 @@ time and height, and who is in front where the two cross is the caption's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,6 +119,17 @@ def random_scene(rng: np.random.Generator) -> CrossingScene:
         for first, second in _motions(rng, shapes, colors, speeds):
             if _crossing_pixels(*((second, first) if front == 0 else (first, second))) >= CROSSING:
                 return CrossingScene((first, second), ground, front, texture)
+
+
+def random_words(rng: np.random.Generator) -> CrossingScene:
+    """A scene whose caption may say anything, evenly and at once, for a text encoder: nobody can draw it."""
+
+    def of(names: Iterable[str]) -> str:
+        return str(rng.choice(list(names)))
+
+    colors = [str(name) for name in rng.choice(list(COLORS), size=2, replace=False)]
+    first, second = (Mover(of(SHAPES), color, of(DIRECTIONS), of(SPEEDS), (0.0, 0.0), 0.0) for color in colors)
+    return CrossingScene((first, second), of(GROUNDS), int(rng.integers(2)), 0)
 
 
 def _motions(

@@ -21,10 +21,9 @@ from ..distill.objectives.rollout import guided, roll_down
 from ..files import read_torch, write_text, write_torch
 from ..limits.documents import parse_json, read_text
 from ..pipeline import LATENT_SCALE
-from .evaluate import held_out_scenes
 from .figures import figures_of
 from .train_vae import to_model_range, to_pixels
-from .world import ATTRIBUTES, Scene, random_scene, render
+from .world import ATTRIBUTES, Scene, held_out_scenes, random_scene, render
 
 AT_ONCE = 32
 TRUE_SEED = 55_001

@@ -34,8 +34,7 @@ from ..search import ProbeRecord, parse_candidates, plan_from_record
 from ..search.plan_from_record import layer_errors
 from ..search.watch import make_watching_override
 from .judge import Judge
-from .train_dit import is_held_out
-from .world import random_scene
+from .world import is_held_out, random_scene
 
 ARROW = "0,1,2,3,4"
 NEAR = ARROW + ",0~1,1~1,2~1,0~2,1~2"

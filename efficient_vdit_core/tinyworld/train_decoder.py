@@ -20,7 +20,7 @@ from .train_vae import (
     to_model_range,
     vae_of,
 )
-from .world import FRAMES
+from .worlds import MOVING, World
 
 # Of what is added to a latent, relative to the latents' own deviation: drawn for each clip from 0 to this.
 MAX_NOISE = 0.3
@@ -30,15 +30,18 @@ def train_decoder(
     folder: Path,
     vae: CausalVAE,
     *,
+    world: World = MOVING,
     steps: int = 9000,
     seed: int = 0,
     bf16: bool = False,
+    device: str = "cpu",
     tensorboard: bool = False,
 ) -> CausalVAE:
-    """Train (or resume) in ``folder`` from ``vae`` on; returns the VAE with its decoder's averaged weights. ``bf16``: see
-    `recipe.train`."""
+    """Train (or resume) in ``folder`` from ``vae`` on; returns the VAE with its decoder's averaged weights, on the CPU.
+    ``bf16``: see `recipe.train`."""
     torch.manual_seed(seed)
     flatten_kernels(vae)
+    vae.to(device)
     vae.requires_grad_(False)
     for part in (vae.decoder, vae.post_quant_conv):
         part.requires_grad_(True)
@@ -54,18 +57,18 @@ def train_decoder(
     )
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        x = to_model_range(random_clips(numpy_rng(generator), 1, FRAMES))
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        x = to_model_range(random_clips(world, numpy_rng(generator), 1, world.frames)).to(device)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
                 z = vae.encode(x).float()
-            share = MAX_NOISE * torch.rand((), generator=generator)
-            out = vae.decode(z + share * z.std() * torch.randn(z.shape, generator=generator)).float()
-        return picture_error(out, x)
+            off = MAX_NOISE * torch.rand((), generator=generator) * torch.randn(z.shape, generator=generator)
+            out = vae.decode(z + z.std() * off.to(device)).float()
+        return picture_error(out, x, world.shapes(x))
 
     def whole(ema: dict[str, Tensor]) -> CausalVAE:
         return vae_of(vae.config, {**vae.state_dict(), **ema})
 
     def evaluate(ema: dict[str, Tensor]) -> str:
-        return describe_readback(whole(ema), clips=12)
+        return describe_readback(whole(ema).to(device), world, clips=12)
 
     return whole(run.train(loss_of, evaluate=evaluate, save_every=250, evaluate_every=2000))

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from ..pipeline import LATENT_SCALE
 from ..training import TrainingRun
 from .train_text import WIDTH
 from .train_vae import numpy_rng, to_model_range
-from .world import ATTRIBUTES, Scene, random_scene, render
+from .worlds import MOVING, World
 
 TINY_DIT = DiTConfig(
     num_layers=6, num_attention_heads=4, attention_head_dim=36, caption_channels=WIDTH, sample_size=(8, 8), sample_size_t=8,
@@ -37,22 +38,25 @@ NULL_TEXT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class CachedClips:
-    """Scaled latents (n, 4, 8, 8, 8) and the scenes that they show."""
+    """Scaled latents (n, 4, T, 8, 8) and the scenes that they show."""
 
     latents: Tensor
-    scenes: list[Scene]
+    scenes: list[Any]
 
 
 @torch.no_grad()
-def cache_clips(vae: CausalVAE, count: int, folder: Path, *, seed: int = 1) -> CachedClips:
-    """Encode ``count`` clips once, or read them back from ``folder``. A held-out caption never occurs among them."""
+def cache_clips(
+    vae: CausalVAE, count: int, folder: Path, *, world: World = MOVING, seed: int = 1, device: str = "cpu"
+) -> CachedClips:
+    """Encode ``count`` clips of ``world`` once, or read them back from ``folder``. A held-out caption never occurs among
+    them. The VAE is moved to ``device``, the latents stay on the CPU."""
     from tqdm import tqdm
 
     rng = np.random.default_rng(seed)
-    scenes: list[Scene] = []
+    scenes: list[Any] = []
     while len(scenes) < count:
-        scene = random_scene(rng)
-        if not is_held_out(scene):
+        scene = world.random_scene(rng)
+        if not world.is_held_out(scene):
             scenes.append(scene)
     # Named after all that made them: latents of another count, seed or VAE must not meet these captions.
     stamp = hashlib.sha256(f"{count} {seed}".encode())
@@ -60,8 +64,9 @@ def cache_clips(vae: CausalVAE, count: int, folder: Path, *, seed: int = 1) -> C
         stamp.update(value.cpu().numpy().tobytes())
     file = folder / f"latents-{stamp.hexdigest()[:16]}.pt"
     if not file.is_file():
+        vae.to(device)
         latents = [
-            vae.encode(to_model_range(render(s)[None])) * LATENT_SCALE
+            vae.encode(to_model_range(world.render(s)[None]).to(device)).cpu() * LATENT_SCALE
             for s in tqdm(scenes, desc="latents", mininterval=5)
         ]
         write_torch(file, torch.cat(latents))
@@ -73,35 +78,33 @@ def cache_clips(vae: CausalVAE, count: int, folder: Path, *, seed: int = 1) -> C
     return CachedClips(latents, scenes)
 
 
-def is_held_out(scene: Scene) -> bool:
-    """One combination of attributes in eight is never trained on; the evaluation draws its captions from these."""
-    return sum(ord(c) for name in ATTRIBUTES for c in getattr(scene, name)) % 8 == 0
-
-
 def train_dit(
     folder: Path,
     clips: CachedClips,
     text: TextEncoder,
     *,
+    world: World = MOVING,
     steps: int = 8000,
     batch: int = 32,
     seed: int = 0,
     tensorboard: bool = False,
     start: OpenSoraT2V | None = None,
     prediction: str = "v_prediction",
+    device: str = "cpu",
     evaluate: Callable[[dict[str, Tensor]], str] | None = None,
 ) -> OpenSoraT2V:
-    """Train (or resume) in ``folder``; returns the transformer with averaged weights.
+    """Train (or resume) in ``folder``; returns the transformer with averaged weights, on the CPU.
 
     ``start``: one that knows the world already, by the latents of another VAE or under another ``prediction``, say; it is
     trained further. ``prediction``: one of ``PREDICTION_TYPES``, what the network says of a noisy clip.
     """
     torch.manual_seed(seed)
-    model = OpenSoraT2V(replace(TINY_DIT, prediction_type=prediction))
+    model = OpenSoraT2V(replace(TINY_DIT, prediction_type=prediction, sample_size_t=world.latent_frames))
     if start is None:
         _initialise(model)
     else:
         model.load_state_dict(start.state_dict())
+    model.to(device)
     run = TrainingRun(
         model, _optimizers(model), folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard
     )
@@ -114,16 +117,16 @@ def train_dit(
         words = [
             clips.scenes[i].caption(int(rng.integers(3))) if rng.random() > NULL_TEXT_SHARE else "" for i in chosen
         ]
-        context, mask = text.encode(words)
+        context, mask = (x.to(device) for x in text.encode(words))
         # Stratified timesteps: every batch sees the whole range, which halves the noise of the loss.
         t = ((torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1 * 1000).long()
         a, s = alpha_bar[t].sqrt().view(-1, 1, 1, 1, 1), (1 - alpha_bar[t]).sqrt().view(-1, 1, 1, 1, 1)
         noise = torch.randn(x0.shape, generator=generator)
-        wanted = noise if prediction == "epsilon" else a * noise - s * x0
-        return F.mse_loss(model(a * x0 + s * noise, t.float(), context, mask), wanted)
+        noisy, wanted = a * x0 + s * noise, noise if prediction == "epsilon" else a * noise - s * x0
+        return F.mse_loss(model(noisy.to(device), t.float().to(device), context, mask), wanted.to(device))
 
     model.load_state_dict(run.train(loss_of, evaluate=evaluate, save_every=250, evaluate_every=1000))
-    return model.eval()
+    return model.cpu().eval()
 
 
 def _initialise(model: OpenSoraT2V) -> None:

@@ -17,25 +17,18 @@ from torch import Tensor, nn
 from ..models.opensora_plan.text import pad_rows
 from ..training import TrainingRun
 from .train_vae import numpy_rng
-from .world import ATTRIBUTES, BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SPEEDS, random_scene
+from .worlds import MOVING, World
 
 WIDTH = 64
-VOCABULARY: dict[str, list[str]] = {
-    "shape": list(SHAPES),
-    "color": list(COLORS),
-    "direction": list(DIRECTIONS),
-    "speed": list(SPEEDS),
-    "background": list(BACKGROUNDS),
-}
 _EXTRA_TEXT = "the one big small blurry low quality worst video of clip frames shows with and is in at to from static"
 
 
-def train_sentencepiece(seed: int = 0) -> bytes:
-    """A sentencepiece model (pad 0, end 1, unknown 2 as in mT5) that spells unknown words byte by byte."""
+def train_sentencepiece(world: World = MOVING, seed: int = 0) -> bytes:
+    """Of the captions of ``world``: a sentencepiece model (pad 0, end 1, unknown 2 as in mT5) that spells unknown words byte by byte."""
     import sentencepiece
 
     rng = numpy_rng(torch.Generator().manual_seed(seed))
-    lines = [random_scene(rng).caption(i) for i in range(3000)] + [_EXTRA_TEXT] * 50
+    lines = [world.random_words(rng).caption(i) for i in range(3000)] + [_EXTRA_TEXT] * 50
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=400, hard_vocab_limit=False, byte_fallback=True,
@@ -69,29 +62,39 @@ class Captions:
         return pad_rows([[*self.processor.encode(c), 1] for c in captions])
 
 
-def train_text_encoder(folder: Path, spiece: bytes, *, steps: int = 1500, batch: int = 64, seed: int = 0) -> nn.Module:
-    """Train (or resume) in ``folder``; returns transformers' MT5EncoderModel."""
+def train_text_encoder(
+    folder: Path,
+    spiece: bytes,
+    *,
+    world: World = MOVING,
+    steps: int = 1500,
+    batch: int = 64,
+    seed: int = 0,
+    device: str = "cpu",
+) -> nn.Module:
+    """Train (or resume) in ``folder`` on captions of ``world``; returns transformers' MT5EncoderModel, on the CPU."""
     from transformers import MT5Config, MT5EncoderModel
 
     torch.manual_seed(seed)
     captions = Captions(spiece)
     encoder = MT5EncoderModel(MT5Config(**encoder_config(captions.processor.get_piece_size())))
-    heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(values)) for name, values in VOCABULARY.items()})
-    both = nn.ModuleList([encoder, heads])
+    heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(values)) for name, values in world.vocabulary.items()})
+    both = nn.ModuleList([encoder, heads]).to(device)
     optimizer = torch.optim.AdamW(both.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     run = TrainingRun(both, [optimizer], folder=folder, steps=steps, seed=seed, ema_decay=0.99)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         rng = numpy_rng(generator)
-        scenes = [random_scene(rng) for _ in range(batch)]
-        ids, mask = captions.ids([s.caption(int(rng.integers(3))) for s in scenes])
+        scenes = [world.random_words(rng) for _ in range(batch)]
+        ids, mask = (x.to(device) for x in captions.ids([s.caption(int(rng.integers(3))) for s in scenes]))
+        named = [world.named(s) for s in scenes]
         states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         losses = []
-        for name in ATTRIBUTES:
-            target = torch.tensor([VOCABULARY[name].index(getattr(s, name)) for s in scenes])[:, None].expand_as(ids)
+        for name, values in world.vocabulary.items():
+            target = torch.tensor([values.index(n[name]) for n in named], device=device)[:, None].expand_as(ids)
             loss = F.cross_entropy(heads[name](states).transpose(1, 2), target, reduction="none")
             losses.append((loss * mask).sum() / mask.sum())
         return torch.stack(losses).mean()
 
     both.load_state_dict(run.train(loss_of))
-    return encoder.eval()
+    return encoder.cpu().eval()

@@ -12,15 +12,14 @@ from torch.nn.utils import parametrize
 from ..models.opensora_plan.config import VAEConfig
 from ..models.opensora_plan.vae import CausalVAE
 from ..training import TrainingRun
-from .figures import figures_of
-from .world import FRAMES, random_scene, render
+from .worlds import MOVING, World
 
 TINY_VAE = VAEConfig(hidden_size=16, hidden_size_mult=(1, 2, 4, 4), num_res_blocks=1, norm_num_groups=1)
 
-# (share of the steps, frames, batch). Stills teach colour and shape cheaply; frames are always whole, because GroupNorm
-# averages over the picture and a shape fills far more of a crop. It averages over time too, so a VAE that never saw a
-# whole clip grows worse along it.
-PHASES = ((0.17, 1, 12), (0.33, 9, 3), (0.5, FRAMES, 2))
+# (share of the steps, frames, batch), 0 frames being a whole clip. Stills teach colour and shape cheaply; frames are always
+# whole, because GroupNorm averages over the picture and a shape fills far more of a crop. It averages over time too, so a
+# VAE that never saw a whole clip grows worse along it.
+PHASES = ((0.17, 1, 12), (0.33, 9, 3), (0.5, 0, 2))
 # A shape covers a tenth of the picture, so an even mean would spend the loss on flat background.
 SHAPE_WEIGHT = 5.0
 # Of the errors of slopes across and down the picture (blurred edges), of what changes from frame to frame (flicker), and
@@ -48,12 +47,21 @@ def to_pixels(video: Tensor) -> np.ndarray:
 
 
 def train_vae(
-    folder: Path, *, steps: int = 9000, seed: int = 0, bf16: bool = False, tensorboard: bool = False
+    folder: Path,
+    *,
+    world: World = MOVING,
+    steps: int = 9000,
+    seed: int = 0,
+    bf16: bool = False,
+    device: str = "cpu",
+    tensorboard: bool = False,
 ) -> CausalVAE:
-    """Train (or resume) in ``folder`` and return the VAE with averaged weights. ``bf16``: see `recipe.train`."""
+    """Train (or resume) in ``folder`` on clips of ``world`` and return the VAE with averaged weights, on the CPU. ``bf16``:
+    see `recipe.train`."""
     torch.manual_seed(seed)
     vae = CausalVAE(TINY_VAE)
     flatten_kernels(vae)
+    vae.to(device)
     run = TrainingRun(
         vae,
         make_optimizers(list(vae.parameters()), 1.0),
@@ -65,41 +73,42 @@ def train_vae(
     )
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        x = to_model_range(random_clips(numpy_rng(generator), *_phase(run.step / steps)))
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        clips = random_clips(world, numpy_rng(generator), *_phase(run.step / steps, world.frames))
+        x = to_model_range(clips).to(device)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             mean, logvar = (m.float() for m in vae.moments(x))
             out = vae.decode(_off(mean, logvar, generator)).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3, 4)).mean()
-        return picture_error(out, x) + KL_WEIGHT * kl
+        return picture_error(out, x, world.shapes(x)) + KL_WEIGHT * kl
 
     def evaluate(ema: dict[str, Tensor]) -> str:
-        return describe_readback(vae_of(TINY_VAE, ema), clips=12)
+        return describe_readback(vae_of(TINY_VAE, ema).to(device), world, clips=12)
 
     return vae_of(TINY_VAE, run.train(loss_of, evaluate=evaluate))
 
 
 def _off(mean: Tensor, logvar: Tensor, generator: torch.Generator) -> Tensor:
     """A latent drawn from its Gaussian, and moved further by up to ``MAX_NOISE``."""
-    share = MAX_NOISE * torch.rand(len(mean), 1, 1, 1, 1, generator=generator)
+    share = MAX_NOISE * torch.rand(len(mean), 1, 1, 1, 1, generator=generator).to(mean.device)
     spread = (0.5 * logvar).exp() + share * mean.detach().std()
-    return mean + spread * torch.randn(mean.shape, generator=generator)
+    return mean + spread * torch.randn(mean.shape, generator=generator).to(mean.device)
 
 
-def picture_error(out: Tensor, x: Tensor) -> Tensor:
-    """Error of clips (B, 3, F, H, W): of pixels, hue, slopes and, where there are several frames, of motion."""
+def picture_error(out: Tensor, x: Tensor, shapes: Tensor) -> Tensor:
+    """Error of clips (B, 3, F, H, W): of pixels, hue, slopes and, where there are several frames, of motion. ``shapes`` (B,
+    1, F, H, W): where x shows them."""
     error = out - x
     slopes = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
     motion = error.diff(dim=2).abs().mean() if error.shape[2] > 1 else 0.0
     hue = error - error.mean(dim=1, keepdim=True)
-    weight = _shape_weight(x)
+    weight = _shape_weight(shapes)
     pixels = (weight * (error.abs() + error.square() + HUE_WEIGHT * hue.abs())).mean()
     return pixels + EDGE_WEIGHT * slopes + MOTION_WEIGHT * motion
 
 
-def _shape_weight(x: Tensor) -> Tensor:
-    """Weights (B, 1, F, H, W) of mean 1: the shape counts ``SHAPE_WEIGHT`` times the background."""
-    shape = ((x - x[..., :1, :1]).abs().amax(dim=1, keepdim=True) > 0.1).float()
-    weight = 1 + (SHAPE_WEIGHT - 1) * shape
+def _shape_weight(shapes: Tensor) -> Tensor:
+    """Weights (B, 1, F, H, W) of mean 1: a shape counts ``SHAPE_WEIGHT`` times the background."""
+    weight = 1 + (SHAPE_WEIGHT - 1) * shapes.float()
     return weight / weight.mean()
 
 
@@ -127,7 +136,7 @@ def vae_of(config: VAEConfig, state: dict[str, Tensor]) -> CausalVAE:
     """A VAE of weights with flat kernels, its own kernels as they were, ready for inference."""
     vae = CausalVAE(config)
     flatten_kernels(vae)
-    vae.load_state_dict(state)
+    vae.load_state_dict({name: value.cpu() for name, value in state.items()})
     for module in _convolutions(vae):
         parametrize.remove_parametrizations(module, "weight")
     return vae.eval()
@@ -149,34 +158,33 @@ def make_optimizers(trained: list[nn.Parameter], rate: float) -> list[torch.opti
     ]
 
 
-def _phase(progress: float) -> tuple[int, int]:
-    """(batch, frames) at ``progress``, 0 to 1, through the run."""
-    for share, frames, batch in PHASES:
-        if progress < share:
-            return batch, frames
-        progress -= share
-    return batch, frames
+def _phase(progress: float, whole: int) -> tuple[int, int]:
+    """(batch, frames) at ``progress``, 0 to 1, through the run; ``whole``: the frames of a whole clip."""
+    ends = np.cumsum([share for share, _, _ in PHASES])
+    _, frames, batch = PHASES[min(int((progress >= ends).sum()), len(PHASES) - 1)]
+    return batch, frames or whole
 
 
-def random_clips(rng: np.random.Generator, count: int, frames: int) -> np.ndarray:
+def random_clips(world: World, rng: np.random.Generator, count: int, frames: int) -> np.ndarray:
     """Pieces (count, frames, H, W, 3) that start anywhere in a clip."""
-    starts = rng.integers(0, FRAMES - frames + 1, size=count)
-    return np.stack([render(random_scene(rng), first=int(start), frames=frames) for start in starts])
+    starts = rng.integers(0, world.frames - frames + 1, size=count)
+    return np.stack([world.render(world.random_scene(rng), first=int(start), frames=frames) for start in starts])
 
 
 @torch.no_grad()
-def describe_readback(vae: CausalVAE, clips: int) -> str:
+def describe_readback(vae: CausalVAE, world: World, clips: int) -> str:
     """How well ``clips`` whole clips that were never trained on come back: PSNR (dB) in all and in the first and last
-    eighth of the frames, overlap with the ideal shape, and the share that is all right."""
+    eighth of the frames, the share whose outlines are the ideal shape's, and the share that is all right."""
     rng = np.random.default_rng(10_000)
-    scenes = [random_scene(rng) for _ in range(clips)]
-    true = [to_model_range(render(scene)[None]) for scene in scenes]
-    again = [vae.decode(vae.encode(x)).clamp(-1, 1) for x in true]
+    scenes = [world.random_scene(rng) for _ in range(clips)]
+    true = [to_model_range(world.render(scene)[None]) for scene in scenes]
+    device = next(vae.parameters()).device
+    again = [vae.decode(vae.encode(x.to(device))).clamp(-1, 1).cpu() for x in true]
     error = torch.cat([(a - b).square().mean(dim=(1, 3, 4)) for a, b in zip(again, true, strict=True)]).mean(dim=0)
-    eighth = FRAMES // 8
+    eighth = world.frames // 8
     whole, first, last = (float(10 * torch.log10(4 / e.mean())) for e in (error, error[:eighth], error[-eighth:]))
-    found = figures_of([to_pixels(x)[0] for x in again], scenes)
+    found = world.figures([to_pixels(x)[0] for x in again], scenes)
     return (
-        f"PSNR {whole:.1f} dB (first frames {first:.1f}, last {last:.1f}), overlap {found['overlap']:.3f}, "
+        f"PSNR {whole:.1f} dB (first frames {first:.1f}, last {last:.1f}), outlines {found['columns']['outline']:.2f}, "
         f"all right {found['all_right']:.2f}"
     )

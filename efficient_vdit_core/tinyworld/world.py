@@ -6,6 +6,7 @@ speeds in pixels a frame.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,24 @@ def random_scene(rng: np.random.Generator, size: int = SIZE) -> Scene:
         start=(float(x), float(y)),
         radius=radius,
     )
+
+
+def is_held_out(scene: Scene) -> bool:
+    """One combination of attributes in eight is never trained on; the evaluation draws its captions from these."""
+    return sum(ord(c) for name in ATTRIBUTES for c in getattr(scene, name)) % 8 == 0
+
+
+HELD_OUT_SEED = 77_000
+
+
+def held_out_scenes(count: int) -> list[Scene]:
+    """Scenes whose combination of attributes was never trained on, in a fixed random order, from the first again after
+    all 72. Their captions count; that they start in the middle does not."""
+    combinations = itertools.product(SHAPES, COLORS, DIRECTIONS, SPEEDS, BACKGROUNDS)
+    scenes = [Scene(*names, start=(SIZE / 2, SIZE / 2), radius=12.5) for names in combinations]
+    scenes = [scene for scene in scenes if is_held_out(scene)]
+    order = np.random.default_rng(HELD_OUT_SEED).permutation(len(scenes))
+    return [scenes[order[i % len(scenes)]] for i in range(count)]
 
 
 def render(scene: Scene, frames: int = FRAMES, size: int = SIZE, first: int = 0) -> np.ndarray:

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from efficient_vdit_core.tinyworld.evaluate import held_out_scenes
 from efficient_vdit_core.tinyworld.figures import figures_of, interval
 from efficient_vdit_core.tinyworld.reader import COLUMNS, read_clip
 from efficient_vdit_core.tinyworld.world import (
@@ -18,6 +17,7 @@ from efficient_vdit_core.tinyworld.world import (
     SIZE,
     SPEEDS,
     coverage,
+    held_out_scenes,
     random_scene,
     render,
 )

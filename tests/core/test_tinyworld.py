@@ -1,15 +1,18 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from efficient_vdit_core.models.opensora_plan.config import VAEConfig
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
-from efficient_vdit_core.tinyworld import train_dit
+from efficient_vdit_core.tinyworld import train_dit, train_vae
+from efficient_vdit_core.tinyworld.crossing_world import BAR
 from efficient_vdit_core.tinyworld.export import standardise_latents
 from efficient_vdit_core.tinyworld.train_decoder import train_decoder
-from efficient_vdit_core.tinyworld.train_dit import cache_clips, is_held_out
-from efficient_vdit_core.tinyworld.train_text import VOCABULARY, Captions, train_sentencepiece
-from efficient_vdit_core.tinyworld.train_vae import TINY_VAE, picture_error
+from efficient_vdit_core.tinyworld.train_dit import cache_clips
+from efficient_vdit_core.tinyworld.train_text import Captions, train_sentencepiece, train_text_encoder
+from efficient_vdit_core.tinyworld.train_vae import TINY_VAE
 from efficient_vdit_core.tinyworld.world import (
     ATTRIBUTES,
     DIRECTIONS,
@@ -17,9 +20,12 @@ from efficient_vdit_core.tinyworld.world import (
     SIZE,
     SPEEDS,
     Scene,
+    coverage,
+    is_held_out,
     random_scene,
     render,
 )
+from efficient_vdit_core.tinyworld.worlds import MOVING, WORLDS
 from efficient_vdit_core.training import TrainingRun
 
 
@@ -54,6 +60,13 @@ def test_an_eighth_of_the_combinations_is_held_out():
     assert 0.05 < share < 0.25
 
 
+class Words:
+    """Stands for a text encoder."""
+
+    def encode(self, words):
+        return torch.zeros(len(words), 3, train_dit.TINY_DIT.caption_channels), torch.ones(len(words), 3)
+
+
 @pytest.mark.parametrize(("prediction", "loss"), [("epsilon", 1.0), ("v_prediction", 0.28)])
 def test_a_base_learns_what_it_is_asked_to_say(tmp_path, monkeypatch, prediction, loss):
     """Of clips that are all zero, a network that says nothing is off by the noise, or by its share at the step's level:
@@ -61,12 +74,9 @@ def test_a_base_learns_what_it_is_asked_to_say(tmp_path, monkeypatch, prediction
     losses, mse = [], train_dit.F.mse_loss
     monkeypatch.setattr(train_dit.F, "mse_loss", lambda *args: losses.append(mse(*args)) or losses[-1])
 
-    class Words:
-        def encode(self, words):
-            return torch.zeros(len(words), 3, train_dit.TINY_DIT.caption_channels), torch.ones(len(words), 3)
-
     clips = train_dit.CachedClips(torch.zeros(4, 4, 8, 8, 8), scenes(4))
-    model = train_dit.train_dit(tmp_path, clips, Words(), steps=1, batch=16, prediction=prediction)
+    words: Any = Words()
+    model = train_dit.train_dit(tmp_path, clips, words, steps=1, batch=16, prediction=prediction)
     assert model.config.prediction_type == prediction
     assert losses[0].item() == pytest.approx(loss, abs=0.03)
 
@@ -79,7 +89,46 @@ def test_captions_name_every_attribute_and_tokenise_without_unknowns():
         ids, mask = captions.ids([text, "", "snowy peaks"])
         assert not (ids == 2).any()
         assert ids[1].tolist()[0] == 1 and mask[1].sum() == 1
-    assert set(VOCABULARY) == set(ATTRIBUTES)
+    assert set(MOVING.vocabulary) == set(ATTRIBUTES)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+class TestEachWorld:
+    def test_what_a_caption_names_is_of_its_vocabulary(self, world):
+        rng = np.random.default_rng(5)
+        for _ in range(5):
+            scene = world.random_scene(rng)
+            named = world.named(scene)
+            assert named.keys() == world.vocabulary.keys()
+            assert all(value in world.vocabulary[name] for name, value in named.items())
+            said = {name: value for name, value in named.items() if name != "front"}
+            assert all(value in scene.caption() for value in said.values())
+
+    def test_shapes_are_told_from_the_ground(self, world):
+        rng = np.random.default_rng(6)
+        for _ in range(3):
+            scene = world.random_scene(rng)
+            shapes = world.shapes(train_vae.to_model_range(world.render(scene)[None]))[0, 0].numpy()
+            drawn = np.zeros(shapes.shape)
+            for mover in getattr(scene, "movers", (scene,)):
+                centers = mover.centers(world.frames)
+                places = np.column_stack([centers, np.full(world.frames, mover.radius)])
+                drawn = np.maximum(drawn, coverage(mover.shape, places))
+            if world.name == "crossing":
+                drawn[..., BAR] = 0
+            assert shapes[drawn > 0.9].mean() > 0.99 and shapes[drawn == 0].mean() < 0.01
+
+    def test_every_part_of_it_can_be_trained(self, tmp_path, world):
+        spiece = train_sentencepiece(world)
+        encoder = train_text_encoder(tmp_path / "text", spiece, world=world, steps=1, batch=2)
+        assert all(bool(p.isfinite().all()) for p in encoder.parameters())
+        vae = train_vae.train_vae(tmp_path / "vae", world=world, steps=1)
+        assert all(bool(p.isfinite().all()) for p in vae.parameters())
+        latents = torch.randn(2, 4, world.latent_frames, 8, 8)
+        clips = train_dit.CachedClips(latents, [world.random_scene(np.random.default_rng(i)) for i in range(2)])
+        words: Any = Words()
+        model = train_dit.train_dit(tmp_path / "dit", clips, words, world=world, steps=1, batch=2)
+        assert model.config.sample_size_t == world.latent_frames
 
 
 def make_run(folder, steps):
@@ -149,6 +198,11 @@ def test_a_decoder_trained_further_keeps_the_encoder_and_every_latent(tmp_path):
 def test_the_pictures_error_counts_hue_slopes_and_motion():
     x = torch.zeros(1, 3, 4, 8, 8)
     x[..., 2:5, 2:5] = 0.5
+    shapes = MOVING.shapes(x)
+
+    def picture_error(out, true):
+        return train_vae.picture_error(out, true, shapes[:, :, : true.shape[2]])
+
     assert float(picture_error(x, x)) == 0.0
     gray, hue = torch.full_like(x, 0.1), torch.zeros_like(x)
     hue[:, 0], hue[:, 1] = 0.1, -0.1

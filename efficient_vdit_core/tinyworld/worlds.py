@@ -1,0 +1,100 @@
+"""The two worlds by name: what draws their clips, says them and judges them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from . import crossing_world, world
+from .crossing_judge import crossing_figures
+from .figures import figures_of
+
+# In model range, -1 to 1: a pixel this far from the ground shows a shape, further than a ground's own texture goes.
+_PLAIN, _TEXTURED = 0.1, 0.4
+
+
+@dataclass(frozen=True)
+class World:
+    """A world of captioned clips, uint8 (F, 64, 64, 3).
+
+    Attributes:
+        frames: of a whole clip.
+        random_scene, held_out_scenes: scenes of a generator, and so many whose captions are never trained on.
+        random_words: a scene for its caption alone, which may be no scene that can be drawn.
+        is_held_out: whether a scene is one of those.
+        render: the clip of a scene, with ``frames`` and ``first`` a part of it.
+        figures: what clips show of the captions of scenes, `figures.figures_of` or alike.
+        vocabulary: what a caption may name, and ``named`` which of it a scene's does.
+        shapes: where clips (B, 3, F, H, W) in model range show shapes: bool (B, 1, F, H, W).
+    """
+
+    name: str
+    frames: int
+    random_scene: Callable[[np.random.Generator], Any]
+    random_words: Callable[[np.random.Generator], Any]
+    held_out_scenes: Callable[[int], list[Any]]
+    is_held_out: Callable[[Any], bool]
+    render: Callable[..., np.ndarray]
+    figures: Callable[[Sequence[np.ndarray], Sequence[Any]], dict[str, Any]]
+    vocabulary: dict[str, tuple[str, ...]]
+    named: Callable[[Any], dict[str, str]]
+    shapes: Callable[[Tensor], Tensor]
+
+    @property
+    def latent_frames(self) -> int:
+        return (self.frames - 1) // 4 + 1
+
+
+def _moving(scene: world.Scene) -> dict[str, str]:
+    return {name: getattr(scene, name) for name in world.ATTRIBUTES}
+
+
+def _on_plain_ground(clips: Tensor) -> Tensor:
+    return (clips - clips[..., :1, :1]).abs().amax(dim=1, keepdim=True) > _PLAIN
+
+
+MOVING = World(
+    "moving", world.FRAMES, world.random_scene, world.random_scene, world.held_out_scenes, world.is_held_out, world.render, figures_of,
+    {"shape": world.SHAPES, "color": tuple(world.COLORS), "direction": tuple(world.DIRECTIONS), "speed": tuple(world.SPEEDS),
+     "background": tuple(world.BACKGROUNDS)},
+    _moving, _on_plain_ground,
+)  # fmt: skip
+
+_ORDER = ("first", "second")
+_OF_A_MOVER: dict[str, tuple[str, ...]] = {
+    "shape": world.SHAPES,
+    "color": tuple(world.COLORS),
+    "direction": tuple(crossing_world.DIRECTIONS),
+    "speed": tuple(crossing_world.SPEEDS),
+}
+
+
+def _crossing(scene: crossing_world.CrossingScene) -> dict[str, str]:
+    movers = zip(_ORDER, scene.movers, strict=True)
+    of_movers = {f"{which} {name}": getattr(mover, name) for which, mover in movers for name in _OF_A_MOVER}
+    return {**of_movers, "ground": scene.ground, "front": _ORDER[scene.front]}
+
+
+def _on_textured_ground(clips: Tensor) -> Tensor:
+    """All that is unlike the median colour beside the bar, and not the bar."""
+    bar = crossing_world.BAR
+    beside = clips[..., [x for x in range(crossing_world.SIZE) if not bar.start <= x < bar.stop]]
+    ground = beside.flatten(2).median(dim=2).values[..., None, None, None]
+    found = (clips - ground).abs().amax(dim=1, keepdim=True) > _TEXTURED
+    found[..., bar] = False
+    return found
+
+
+CROSSING = World(
+    "crossing", crossing_world.FRAMES, crossing_world.random_scene, crossing_world.random_words,
+    crossing_world.held_out_scenes, crossing_world.is_held_out, crossing_world.render, crossing_figures,
+    {**{f"{which} {name}": values for which in _ORDER for name, values in _OF_A_MOVER.items()},
+     "ground": tuple(crossing_world.GROUNDS), "front": _ORDER},
+    _crossing, _on_textured_ground,
+)  # fmt: skip
+
+WORLDS = {found.name: found for found in (MOVING, CROSSING)}
