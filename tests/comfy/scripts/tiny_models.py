@@ -43,6 +43,10 @@ LTX_AUDIO = {
     "audio_num_attention_heads": 2,
     "audio_attention_head_dim": 12,
     "audio_cross_attention_dim": 24,
+    # What prepares the texts would have 709 million weights.
+    "connector_attention_head_dim": 12,
+    "connector_num_attention_heads": 2,
+    "connector_num_layers": 1,
 }
 LTX_25 = {
     **LTX_AUDIO, "ff_bias": False, "audio_ff_bias": False, "apply_gated_attention": True, "cross_attention_adaln": True,
