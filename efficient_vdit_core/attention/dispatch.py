@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..head_patterns import LayerPattern, by_head
+from ..head_patterns import LayerPattern
 from ..tiles import TilePattern
 from . import flex, triton
+from .calls import Call, calls_of
 from .choose import Attend, CallShape, Choice, default_book
 from .frames import attend_frames
 from .gpu import OUT_OF_MEMORY, arrow_kernels_status, is_recording
@@ -29,7 +30,6 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 log = logging.getLogger("efficient_vdit")
 
 BACKENDS = ("frames", "triton", "flex", "parts")
-MANY_PATTERNS = ("triton", "flex")  # those that take heads of different patterns in one call
 # For mean frames, beside a dense attention that does not tell its log-sum-exp; runs wherever PyTorch does.
 _ANY_PARTIAL = PartialAttention("PyTorch's attention", attend_lse, attend_backward)
 # Attention over fewer tokens takes a millisecond or two either way: the plan is followed as it is, unmeasured.
@@ -126,34 +126,6 @@ def tile_attention(
     for call in calls:
         put_heads(out, call.heads, attended(call, *(take_heads(x, call.heads) for x in (q, k, v))))
     return out
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a backend: the ``heads`` of a layer that it takes, ascending, and their pattern."""
-
-    backend: str
-    pattern: LayerPattern
-    heads: tuple[int, ...]
-
-
-def calls_of(pattern: LayerPattern, heads: int, backends: Mapping[TilePattern, str], frames: int) -> list[Call]:
-    """The calls that ``heads`` take, by the backend of each group of them that is alike: one for all groups that a backend
-    takes at once, else one a group.
-
-    Groups that leave nothing out join the others under ``flex`` where it computes all of those: where it is chosen it is
-    not far from dense attention's rate, which the fused kernel is.
-    """
-    groups = pattern.head_groups(heads)
-    if len(groups) == 1:
-        return [Call(backends[alike], alike, of_group) for alike, of_group in groups.items()]
-    members: dict[tuple[str, TilePattern | None], dict[int, TilePattern]] = {}
-    only_flex = {backends[p] for p in groups if not p.is_full(frames)} == {"flex"}
-    for alike, of_group in groups.items():
-        name = "flex" if only_flex else backends[alike]
-        one = members.setdefault((name, None if name in MANY_PATTERNS else alike), {})
-        one.update(dict.fromkeys(of_group, alike))
-    return [Call(name, by_head(one[h] for h in sorted(one)), tuple(sorted(one))) for (name, _), one in members.items()]
 
 
 def simplest_backend(pattern: TilePattern) -> str:

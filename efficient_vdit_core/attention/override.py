@@ -16,9 +16,10 @@ from torch import Tensor
 from ..head_patterns import LayerPattern
 from ..plan import TilePlan
 from ..tiles import TilePattern
+from .calls import Call, calls_of
 from .clock import DENSE, SPARSE
 from .dense_call import DenseCall, function_name
-from .dispatch import Call, calls_of, tile_attention
+from .dispatch import tile_attention
 from .layout import TokenLayout
 from .padding import as_heads, fill_in, without_padding
 from .prepare import Preparation

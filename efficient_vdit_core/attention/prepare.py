@@ -16,9 +16,10 @@ from torch import Tensor
 from ..head_patterns import LayerPattern
 from ..plan import TilePlan
 from ..tiles import TilePattern
+from .calls import calls_of
 from .choose import CallShape
 from .dense_call import DenseCall
-from .dispatch import calls_of, check_means, group_shapes, make_ready, measured_choice, partial_for, simplest_backend
+from .dispatch import check_means, group_shapes, make_ready, measured_choice, partial_for, simplest_backend
 from .layout import TokenLayout
 from .padding import without_padding
 from .reasons import why_not_worth_it

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.attention import TokenLayout, flex, tile_attention
-from efficient_vdit_core.attention.dispatch import calls_of
+from efficient_vdit_core.attention.calls import calls_of
 from efficient_vdit_core.attention.override import make_attention_override
 from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
