@@ -170,7 +170,7 @@ def tiny_search() -> Graph:
         "search": Node(
             "EVDiTSearchTilePlan",
             1,
-            {"threshold": 0.2, "seed": 0, "candidates": "0,1,2,0~1,1~1,0+1,1+1,0~1+1,1~1+1", "head_groups": 3},
+            {"threshold": 0.1, "seed": 0, "candidates": "0,1,2,0~1,1~1,0+1,1+1,0~1+1,1~1+1", "head_groups": 3},
             measured,
         ),
         "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("model", 0), "plan": ("search", 0)}),
