@@ -145,16 +145,12 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ..commands import say
     from ..commands.generate import load_plan
-    from ..files import check_writable_file, write_text
     from ..pipeline import Pipeline
     from .evaluate import evaluate
     from .worlds import WORLDS
 
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        check_writable_file(args.json)
+    _check_file(args.json)
     pipeline = Pipeline.from_model(args.model)
     plan = load_plan(args.plan, None)
     with tqdm(total=args.captions, desc="captions") as bar:
@@ -164,11 +160,28 @@ def _evaluate(args: argparse.Namespace) -> int:
 
         figures = evaluate(pipeline, captions=args.captions, steps=args.steps, guidance=args.guidance, sampler=args.sampler, plan=plan,
                            world=WORLDS[args.world], progress=progress)  # fmt: skip
-    text = json.dumps({"command": "evdit " + shlex.join(sys.argv[1:]), **figures}, indent=2)
-    if args.json:
-        write_text(args.json, text + "\n")
-    say(text)
+    _tell(figures, args.json)
     return 0
+
+
+def _check_file(file: Path | None) -> None:
+    """Raises before the work where the figures could not be written."""
+    from ..files import check_writable_file
+
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        check_writable_file(file)
+
+
+def _tell(figures: dict[str, Any], file: Path | None) -> None:
+    """The figures and the command that gave them, for a person and in ``file``."""
+    from ..commands import say
+    from ..files import write_text
+
+    text = json.dumps({"command": "evdit " + shlex.join(sys.argv[1:]), **figures}, indent=2)
+    if file:
+        write_text(file, text + "\n")
+    say(text)
 
 
 def _render(args: argparse.Namespace) -> int:
@@ -206,15 +219,8 @@ def _render_crossing(args: argparse.Namespace) -> int:
 
 
 def _bound_crossing(args: argparse.Namespace) -> int:
-    from ..commands import say
-    from ..files import check_writable_file, write_text
     from .crossing_bounds import bounds
 
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        check_writable_file(args.json)
-    text = json.dumps({"command": "evdit " + shlex.join(sys.argv[1:]), **bounds(args.clips)}, indent=2)
-    if args.json:
-        write_text(args.json, text + "\n")
-    say(text)
+    _check_file(args.json)
+    _tell(bounds(args.clips), args.json)
     return 0

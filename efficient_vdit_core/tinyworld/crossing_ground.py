@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .crossing_world import BAR, SIZE
+from .crossing_world import BAR, OPEN
 from .world import COLORS
 
 # A pixel differs from the ground where it is further from it than this (Euclidean, RGB 0..255): half of the least contrast
 # between a colour and a ground of the world.
 CONTRAST = 50.0
-OPEN = np.ones(SIZE, dtype=bool)  # the columns that no bar covers
-OPEN[BAR] = False
 PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
 
 

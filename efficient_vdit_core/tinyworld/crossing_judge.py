@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .crossing_ground import OPEN, Parts, opened, take_apart
+from .crossing_ground import Parts, opened, take_apart
 from .crossing_track import Sighting, follow
-from .crossing_world import BAR, BAR_COLOR, GROUNDS, SIZE, CrossingScene, Mover
+from .crossing_world import BAR, BAR_COLOR, GROUNDS, OPEN, SIZE, CrossingScene, Mover
 from .figures import shares
 from .reader import FLICKER, MOST, OFF_TRACK, STAINED, SWELLING
 from .world import SHAPES, bouncing, coverage, signed_distance

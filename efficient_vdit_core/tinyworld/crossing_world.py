@@ -45,6 +45,8 @@ TEXTURE = 6.0
 # The bar's columns of pixels, and its colour, which no shape has.
 BAR = slice(23, 41)
 BAR_COLOR = (16, 14, 14)
+OPEN = np.ones(SIZE, dtype=bool)  # the columns that it does not cover
+OPEN[BAR] = False
 
 RADII = {"circle": (5.5, 6.5), "square": (5.5, 6.5), "triangle": (6.4, 7.2)}
 # Both are seen whole and apart for IN_VIEW frames at first, and again after the bar: MARGIN pixels from it and from one
@@ -174,10 +176,8 @@ def _crossing_pixels(back: Mover, front: Mover) -> int:
     for centers in places:  # behind the bar too little is seen
         near &= (centers[:, 0] < BAR.start) | (centers[:, 0] > BAR.stop)
     behind, before = _inner(back, places[0][near]), _inner(front, places[1][near])
-    open_air = np.ones(SIZE, dtype=bool)
-    open_air[BAR] = False
-    both = behind & before & open_air
-    seen = np.minimum(_share(behind & ~before & open_air, behind), _share(before & open_air, before))
+    both = behind & before & OPEN
+    seen = np.minimum(_share(behind & ~before & OPEN, behind), _share(before & OPEN, before))
     return int(both.sum(axis=(1, 2))[seen > 0.6].sum())
 
 

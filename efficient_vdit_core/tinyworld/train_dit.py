@@ -58,8 +58,8 @@ def cache_clips(
         scene = world.random_scene(rng)
         if not world.is_held_out(scene):
             scenes.append(scene)
-    # Named after all that made them: latents of another count, seed or VAE must not meet these captions.
-    stamp = hashlib.sha256(f"{count} {seed}".encode())
+    # Named after all that made them: latents of another world, count, seed or VAE must not meet these captions.
+    stamp = hashlib.sha256(f"{world.name} {count} {seed}".encode())
     for value in vae.state_dict().values():
         stamp.update(value.cpu().numpy().tobytes())
     file = folder / f"latents-{stamp.hexdigest()[:16]}.pt"

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ..request import TIME
 from . import crossing_world, world
 from .crossing_judge import crossing_figures
 from .figures import figures_of
@@ -46,7 +48,7 @@ class World:
 
     @property
     def latent_frames(self) -> int:
-        return (self.frames - 1) // 4 + 1
+        return (self.frames - 1) // TIME + 1
 
 
 def _moving(scene: world.Scene) -> dict[str, str]:
@@ -81,12 +83,9 @@ def _crossing(scene: crossing_world.CrossingScene) -> dict[str, str]:
 
 def _on_textured_ground(clips: Tensor) -> Tensor:
     """All that is unlike the median colour beside the bar, and not the bar."""
-    bar = crossing_world.BAR
-    beside = clips[..., [x for x in range(crossing_world.SIZE) if not bar.start <= x < bar.stop]]
-    ground = beside.flatten(2).median(dim=2).values[..., None, None, None]
-    found = (clips - ground).abs().amax(dim=1, keepdim=True) > _TEXTURED
-    found[..., bar] = False
-    return found
+    beside = torch.from_numpy(crossing_world.OPEN).to(clips.device)
+    ground = clips[..., beside].flatten(2).median(dim=2).values[..., None, None, None]
+    return ((clips - ground).abs().amax(dim=1, keepdim=True) > _TEXTURED) & beside
 
 
 CROSSING = World(
