@@ -41,6 +41,9 @@ def add_arguments(subparsers: Any) -> None:
         "--start", type=Path, metavar="FOLDER", help="a transformer of the world to go on from, in place of a new one"
     )
     train.add_argument(
+        "--start-vae", type=Path, metavar="FOLDER", help="a VAE to go on from, of another world say, in place of a new one"
+    )
+    train.add_argument(
         "--bf16", action="store_true", help="the VAE computes in bfloat16: faster where the CPU has AVX-512 BF16 or AMX"
     )
     train.add_argument(
@@ -130,6 +133,7 @@ def _train(args: argparse.Namespace) -> int:
             batch=args.batch,
             seed=args.seed,
             start=args.start,
+            start_vae=args.start_vae,
             bf16=args.bf16,
             prediction=args.prediction,
             world=WORLDS[args.world],

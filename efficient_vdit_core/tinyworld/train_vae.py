@@ -55,11 +55,14 @@ def train_vae(
     bf16: bool = False,
     device: str = "cpu",
     tensorboard: bool = False,
+    start: CausalVAE | None = None,
 ) -> CausalVAE:
     """Train (or resume) in ``folder`` on clips of ``world`` and return the VAE with averaged weights, on the CPU. ``bf16``:
-    see `recipe.train`."""
+    see `recipe.train`. ``start``: a VAE of another world to go on from, of its own size."""
     torch.manual_seed(seed)
-    vae = CausalVAE(TINY_VAE)
+    vae = CausalVAE(start.config if start else TINY_VAE)
+    if start:
+        vae.load_state_dict(start.state_dict())
     flatten_kernels(vae)
     vae.to(device)
     run = TrainingRun(
@@ -82,9 +85,9 @@ def train_vae(
         return picture_error(out, x, world.shapes(x)) + KL_WEIGHT * kl
 
     def evaluate(ema: dict[str, Tensor]) -> str:
-        return describe_readback(vae_of(TINY_VAE, ema).to(device), world, clips=12)
+        return describe_readback(vae_of(vae.config, ema).to(device), world, clips=12)
 
-    return vae_of(TINY_VAE, run.train(loss_of, evaluate=evaluate))
+    return vae_of(vae.config, run.train(loss_of, evaluate=evaluate))
 
 
 def _off(mean: Tensor, logvar: Tensor, generator: torch.Generator) -> Tensor:
