@@ -33,6 +33,7 @@ class Node:
     title: str = ""
     models: list[dict[str, str]] = field(default_factory=list)
     preview: tuple[int, int] | None = None  # of a Tile Plan: the model's latent frames and layers
+    extra: int = 0  # px that it needs beside others of its class: a chart whose legend has several lines
 
 
 @dataclass

@@ -156,7 +156,7 @@ def ui_workflow(graph: Graph, info: dict[str, Any], heights: Heights) -> dict[st
         outputs = zip(info[node.kind]["output_name"], info[node.kind]["output"], strict=True)
         nodes[key] = {
             "id": numbers[key], "type": node.kind, "pos": [node.column * (COLUMN + GAP), where[node.column] + TITLE],
-            "size": [COLUMN, heights[node.kind] + EXTRA.get(node.kind, 0) - TITLE],
+            "size": [COLUMN, height_of(node, heights) - TITLE],
             "flags": {}, "order": order + 1, "mode": 0, "inputs": slots,
             "outputs": [{"name": name, "type": kind, "links": []} for name, kind in outputs],
             "properties": properties, "widgets_values": values, **({"title": node.title} if node.title else {}),
@@ -181,7 +181,12 @@ def ui_workflow(graph: Graph, info: dict[str, Any], heights: Heights) -> dict[st
 def room(node: Node, info: dict[str, Any], heights: Heights) -> int:
     """px that a node takes in its column, with the gap below it."""
     chart = CHART_EXTRA if PLAN in info[node.kind]["output"] else 0
-    return heights[node.kind] + EXTRA.get(node.kind, 0) + ROW + chart
+    return height_of(node, heights) + ROW + chart
+
+
+def height_of(node: Node, heights: Heights) -> int:
+    """px of a node with its title, before a run."""
+    return heights[node.kind] + EXTRA.get(node.kind, 0) + node.extra
 
 
 def app_mode(graph: Graph, numbers: dict[str, int]) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def tiny_tour() -> Graph:
     nodes = tiny_parts({
         "few": Node("EVDiTModelLoader", 0, {"model_name": FEW_STEPS}, title="Few steps"),
         "tuned": Node("EVDiTModelLoader", 0, {"model_name": FEW_STEPS_SPARSE}, title="Few steps, for the plan"),
-        "plan": Node("EVDiTTilePlan", 1, {"text": plan}, preview=(8, 6)),
+        "plan": Node("EVDiTTilePlan", 1, {"text": plan}, preview=(8, 6), extra=68),
         "sparse": Node("EVDiTSparseAttention", 1, {}, {"model": ("tuned", 0), "plan": ("plan", 0)}),
     })  # fmt: skip
     nodes |= tiny_sampling("model", title="base", column=3)

@@ -13,7 +13,12 @@ from ..commands.arguments import count, quantity, seed_number
 
 
 def add_arguments(subparsers: Any) -> None:
-    """Add the commands train, eval and render."""
+    """Add the commands train, eval, render, crossing-render and crossing-bounds."""
+    for add in (_add_train, _add_eval, _add_render, _add_crossing_render, _add_crossing_bounds):
+        add(subparsers)
+
+
+def _add_train(subparsers: Any) -> None:
     train = subparsers.add_parser("train", help="train the tiny models; run it again to go on where it stopped")
     train.add_argument(
         "--run", dest="run_folder", type=Path, default=Path("runs/tiny"), help="the run's state, default: %(default)s"
@@ -41,7 +46,10 @@ def add_arguments(subparsers: Any) -> None:
         "--start", type=Path, metavar="FOLDER", help="a transformer of the world to go on from, in place of a new one"
     )
     train.add_argument(
-        "--start-vae", type=Path, metavar="FOLDER", help="a VAE to go on from, of another world say, in place of a new one"
+        "--start-vae",
+        type=Path,
+        metavar="FOLDER",
+        help="a VAE to go on from, of another world say, in place of a new one",
     )
     train.add_argument(
         "--bf16", action="store_true", help="the VAE computes in bfloat16: faster where the CPU has AVX-512 BF16 or AMX"
@@ -59,6 +67,8 @@ def add_arguments(subparsers: Any) -> None:
     )
     train.set_defaults(run=_train)
 
+
+def _add_eval(subparsers: Any) -> None:
     judge = subparsers.add_parser(
         "eval", help="share of generated clips that are all right by their captions, judged from pixels"
     )
@@ -76,11 +86,15 @@ def add_arguments(subparsers: Any) -> None:
     judge.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     judge.set_defaults(run=_evaluate)
 
+
+def _add_render(subparsers: Any) -> None:
     draw = subparsers.add_parser("render", help="draw a true clip of the world with its caption")
     draw.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
     draw.add_argument("--out", default="tinyworld.gif", metavar="FILE", help="default: %(default)s")
     draw.set_defaults(run=_render)
 
+
+def _add_crossing_render(subparsers: Any) -> None:
     cross = subparsers.add_parser(
         "crossing-render", help="draw true clips of the crossing world, two shapes that pass a bar and each other"
     )
@@ -95,6 +109,8 @@ def add_arguments(subparsers: Any) -> None:
     )
     cross.set_defaults(run=_render_crossing)
 
+
+def _add_crossing_bounds(subparsers: Any) -> None:
     bounds = subparsers.add_parser(
         "crossing-bounds", help="what the judge of the crossing world says of true clips, blurred ones and those of other captions"
     )  # fmt: skip

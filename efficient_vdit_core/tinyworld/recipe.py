@@ -48,9 +48,9 @@ def train(
     """Train ``parts`` in ``run`` and write them to ``out``; parts that are left out are taken from ``out``. ``decoder`` is
     that of the VAE in ``out``, trained further.
 
-    ``start``, ``start_vae``: folders of a transformer and a VAE to go on from in place of new ones. ``prediction``: as of ``train_dit``. ``bf16``: the VAE is
-    trained in bfloat16, its weights staying in float32; three to six times as fast on a CPU that multiplies bfloat16
-    (AVX-512 BF16, AMX), slower on others. ``device``: where it is computed.
+    ``start``, ``start_vae``: folders of a transformer and a VAE to go on from in place of new ones. ``prediction``: as of
+    ``train_dit``. ``bf16``: the VAE is trained in bfloat16, its weights staying in float32; three to six times as fast on a
+    CPU that multiplies bfloat16 (AVX-512 BF16, AMX), slower on others. ``device``: where it is computed.
     """
     run.mkdir(parents=True, exist_ok=True)
     if "text_encoder" in parts:
