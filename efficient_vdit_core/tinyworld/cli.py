@@ -133,29 +133,17 @@ def _train(args: argparse.Namespace) -> int:
     from ..commands import say
     from ..commands.bench.device import device_named
     from ..commands.distill import INTERRUPTED
-    from .recipe import train
+    from .recipe import TinyRecipe
     from .worlds import WORLDS
 
-    parts = tuple(args.parts)
+    recipe = TinyRecipe(
+        args.run_folder, args.out, world=WORLDS[args.world], parts=tuple(args.parts), vae_steps=args.vae_steps,
+        decoder_steps=args.decoder_steps, dit_steps=args.dit_steps, clips=args.clips, batch=args.batch, seed=args.seed,
+        start=args.start, start_vae=args.start_vae, bf16=args.bf16, prediction=args.prediction,
+        device=str(device_named(args.device)), tensorboard=args.tensorboard,
+    )  # fmt: skip
     try:
-        train(
-            args.run_folder,
-            args.out,
-            parts=parts,
-            vae_steps=args.vae_steps,
-            decoder_steps=args.decoder_steps,
-            dit_steps=args.dit_steps,
-            clips=args.clips,
-            batch=args.batch,
-            seed=args.seed,
-            start=args.start,
-            start_vae=args.start_vae,
-            bf16=args.bf16,
-            prediction=args.prediction,
-            world=WORLDS[args.world],
-            device=str(device_named(args.device)),
-            tensorboard=args.tensorboard,
-        )
+        recipe.train()
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on from {args.run_folder}")
         return INTERRUPTED

@@ -7,11 +7,14 @@ same command.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..limits.quote import quoted
 from ..models.opensora_plan.checkpoint import load_transformer, load_vae
 from ..models.opensora_plan.text import TextEncoder
 from ..models.opensora_plan.vae import CausalVAE
@@ -24,91 +27,104 @@ from .train_vae import to_model_range, train_vae
 from .worlds import MOVING, World
 
 PARTS = ("text_encoder", "vae", "transformer")
+NEEDS = {"decoder": ("vae",), "transformer": ("text_encoder", "vae")}
 
 
-def train(
-    run: Path,
-    out: Path,
-    *,
-    world: World = MOVING,
-    parts: tuple[str, ...] = PARTS,
-    vae_steps: int = 9000,
-    decoder_steps: int = 9000,
-    dit_steps: int = 8000,
-    clips: int = 6144,
-    batch: int = 32,
-    seed: int = 0,
-    start: Path | None = None,
-    bf16: bool = False,
-    prediction: str = "v_prediction",
-    device: str = "cpu",
-    tensorboard: bool = False,
-    start_vae: Path | None = None,
-) -> None:
-    """Train ``parts`` in ``run`` and write them to ``out``; parts that are left out are taken from ``out``. ``decoder`` is
-    that of the VAE in ``out``, trained further.
+@dataclass(frozen=True)
+class TinyRecipe:
+    """What is trained in the folder ``run`` and written to ``out``.
 
-    ``start``, ``start_vae``: folders of a transformer and a VAE to go on from in place of new ones. ``prediction``: as of
-    ``train_dit``. ``bf16``: the VAE is trained in bfloat16, its weights staying in float32; three to six times as fast on a
-    CPU that multiplies bfloat16 (AVX-512 BF16, AMX), slower on others. ``device``: where it is computed.
+    parts: of ``PARTS``; what is left out is taken from ``out``. ``decoder`` is that of the VAE in ``out``, trained further.
+    start, start_vae: folders of a transformer and a VAE to go on from in place of new ones.
+    bf16: the VAE is trained in bfloat16, its weights staying in float32; three to six times as fast on a CPU that
+        multiplies bfloat16 (AVX-512 BF16, AMX), slower on others.
+    prediction: as of ``train_dit``.
+    device: where it is computed.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    if "text_encoder" in parts:
-        spiece = train_sentencepiece(world, seed)
-        encoder = train_text_encoder(run / "text_encoder", spiece, world=world, seed=seed, device=device)
-        export_text_encoder(encoder, spiece, out / "text_encoder")
-    if "vae" in parts:
+
+    run: Path
+    out: Path
+    world: World = MOVING
+    parts: tuple[str, ...] = PARTS
+    vae_steps: int = 9000
+    decoder_steps: int = 9000
+    dit_steps: int = 8000
+    clips: int = 6144
+    batch: int = 32
+    seed: int = 0
+    start: Path | None = None
+    start_vae: Path | None = None
+    bf16: bool = False
+    prediction: str = "v_prediction"
+    device: str = "cpu"
+    tensorboard: bool = False
+
+    def train(self) -> None:
+        """Train every part that is asked for, or go on with it. Raises ValueError, before any work, where a part or a
+        folder that it needs is not there."""
+        self._check()
+        self.run.mkdir(parents=True, exist_ok=True)
+        makers = {
+            "text_encoder": self._text_encoder,
+            "vae": self._vae,
+            "decoder": self._decoder,
+            "transformer": self._transformer,
+        }
+        for part, make in makers.items():
+            if part in self.parts:
+                make()
+
+    def _check(self) -> None:
+        for part in NEEDS.keys() & self.parts:
+            for need in NEEDS[part]:
+                if need not in self.parts and not (self.out / need).is_dir():
+                    raise ValueError(
+                        f"The {part} needs a {need}, and {quoted(str(self.out), 120)} has none. Add it to --parts, or take "
+                        "the --out of a run that made one."
+                    )
+        for folder in (self.start, self.start_vae):
+            if folder and not folder.exists():
+                raise ValueError(f"{quoted(str(folder), 120)} does not exist. Correct the folder to go on from.")
+
+    @property
+    def _everywhere(self) -> dict[str, Any]:
+        """What every trainer is told."""
+        return {"world": self.world, "seed": self.seed, "device": self.device}
+
+    def _text_encoder(self) -> None:
+        spiece = train_sentencepiece(self.world, self.seed)
+        encoder = train_text_encoder(self.run / "text_encoder", spiece, **self._everywhere)
+        export_text_encoder(encoder, spiece, self.out / "text_encoder")
+
+    def _vae(self) -> None:
+        start = load_vae(self.start_vae, dtype=torch.float32) if self.start_vae else None
         vae = train_vae(
-            run / "vae",
-            world=world,
-            steps=vae_steps,
-            seed=seed,
-            bf16=bf16,
-            device=device,
-            tensorboard=tensorboard,
-            start=load_vae(start_vae, dtype=torch.float32) if start_vae else None,
-        )
-        standardise_latents(vae, _sample_latents(vae, world), LATENT_SCALE)
-        export_vae(vae, out / "vae")
-    if "decoder" in parts:
-        vae = load_vae(out / "vae", dtype=torch.float32)
-        stamp = hashlib.sha256(b"".join(v.numpy().tobytes() for v in vae.encoder.state_dict().values())).hexdigest()[
-            :16
-        ]
+            self.run / "vae", steps=self.vae_steps, bf16=self.bf16, tensorboard=self.tensorboard, start=start, **self._everywhere
+        )  # fmt: skip
+        standardise_latents(vae, _sample_latents(vae, self.world), LATENT_SCALE)
+        export_vae(vae, self.out / "vae")
+
+    def _decoder(self) -> None:
+        vae = load_vae(self.out / "vae", dtype=torch.float32)
+        encoder = b"".join(v.numpy().tobytes() for v in vae.encoder.state_dict().values())
+        folder = self.run / f"decoder-{hashlib.sha256(encoder).hexdigest()[:16]}"
         trained = train_decoder(
-            run / f"decoder-{stamp}",
-            vae,
-            world=world,
-            steps=decoder_steps,
-            seed=seed,
-            bf16=bf16,
-            device=device,
-            tensorboard=tensorboard,
+            folder, vae, steps=self.decoder_steps, bf16=self.bf16, tensorboard=self.tensorboard, **self._everywhere
         )
-        export_vae(trained, out / "vae")
-    if "transformer" in parts:
+        export_vae(trained, self.out / "vae")
+
+    def _transformer(self) -> None:
         # Read back what was written: the transformer learns the latents of the very file that ships.
-        vae, text = (
-            load_vae(out / "vae", dtype=torch.float32),
-            TextEncoder.from_folder(out / "text_encoder", dtype=torch.float32),
-        )
-        cached = cache_clips(vae, clips, run, world=world, seed=seed + 1, device=device)
-        known = load_transformer(start, dtype=torch.float32).train().requires_grad_(True) if start else None
+        vae = load_vae(self.out / "vae", dtype=torch.float32)
+        text = TextEncoder.from_folder(self.out / "text_encoder", dtype=torch.float32)
+        cached = cache_clips(vae, self.clips, self.run, world=self.world, seed=self.seed + 1, device=self.device)
+        start = load_transformer(self.start, dtype=torch.float32).train().requires_grad_(True) if self.start else None
         model = train_dit(
-            run / "transformer",
-            cached,
-            text,
-            world=world,
-            steps=dit_steps,
-            batch=batch,
-            seed=seed,
-            tensorboard=tensorboard,
-            start=known,
-            prediction=prediction,
-            device=device,
-        )
-        export_transformer(model, out / "transformer")
-        load_transformer(out / "transformer")
+            self.run / "transformer", cached, text, steps=self.dit_steps, batch=self.batch, tensorboard=self.tensorboard,
+            start=start, prediction=self.prediction, **self._everywhere,
+        )  # fmt: skip
+        export_transformer(model, self.out / "transformer")
+        load_transformer(self.out / "transformer")
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def train_decoder(
     tensorboard: bool = False,
 ) -> CausalVAE:
     """Train (or resume) in ``folder`` from ``vae`` on; returns the VAE with its decoder's averaged weights, on the CPU.
-    ``bf16``: see `recipe.train`."""
+    ``bf16``: see `TinyRecipe`."""
     torch.manual_seed(seed)
     flatten_kernels(vae)
     vae.to(device)

@@ -58,7 +58,7 @@ def train_vae(
     start: CausalVAE | None = None,
 ) -> CausalVAE:
     """Train (or resume) in ``folder`` on clips of ``world`` and return the VAE with averaged weights, on the CPU. ``bf16``:
-    see `recipe.train`. ``start``: a VAE of another world to go on from, of its own size."""
+    see `TinyRecipe`. ``start``: a VAE of another world to go on from, of its own size."""
     torch.manual_seed(seed)
     vae = CausalVAE(start.config if start else TINY_VAE)
     if start:

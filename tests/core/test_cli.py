@@ -314,9 +314,9 @@ def test_a_distilled_model_is_searched_at_any_number_of_noise_levels(tmp_path):
 
 
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch, capsys, tmp_path):
-    from efficient_vdit_core.tinyworld import recipe
+    from efficient_vdit_core.tinyworld.recipe import TinyRecipe
 
-    monkeypatch.setattr(recipe, "train", lambda *args, **settings: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(TinyRecipe, "train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["tinyworld", "train", "--run", str(tmp_path / "run")]) == 130
     told = capsys.readouterr()
     assert "goes on from" in told.out and "nothing was written" not in told.err

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
 from efficient_vdit_core.tinyworld import train_dit, train_vae
 from efficient_vdit_core.tinyworld.crossing_world import BAR
 from efficient_vdit_core.tinyworld.export import standardise_latents
+from efficient_vdit_core.tinyworld.recipe import TinyRecipe
 from efficient_vdit_core.tinyworld.train_decoder import train_decoder
 from efficient_vdit_core.tinyworld.train_dit import cache_clips
 from efficient_vdit_core.tinyworld.train_text import Captions, train_sentencepiece, train_text_encoder
@@ -129,6 +131,30 @@ class TestEachWorld:
         words: Any = Words()
         model = train_dit.train_dit(tmp_path / "dit", clips, words, world=world, steps=1, batch=2)
         assert model.config.sample_size_t == world.latent_frames
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"parts": ("vae", "transformer")}, "The transformer needs a text_encoder"),
+        ({"parts": ("decoder",)}, "The decoder needs a vae"),
+        ({"start_vae": Path("nowhere")}, "'nowhere' does not exist"),
+    ],
+)
+def test_what_a_training_needs_is_asked_for_before_it_starts(tmp_path, settings, told):
+    with pytest.raises(ValueError, match=told):
+        TinyRecipe(tmp_path / "run", tmp_path / "out", **settings).train()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vae_of_another_world_is_gone_on_from(tmp_path):
+    torch.manual_seed(0)
+    small = VAEConfig(hidden_size=8, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1, norm_num_groups=1)
+    before = CausalVAE(small)
+    after = train_vae.train_vae(tmp_path, steps=1, start=before)
+    assert after.config == small
+    far = [float((after.state_dict()[name] - value).abs().max()) for name, value in before.state_dict().items()]
+    assert 0 < max(far) < 0.05
 
 
 def make_run(folder, steps):

@@ -25,6 +25,8 @@ SETTINGS = {
     "Comfy.ColorPalette": "dark",
     "Comfy.VueNodes.Enabled": False,
     "Comfy.Workflow.ShowMissingModelsWarning": False,
+    # It opens by itself where a template's models are missing, and stays open.
+    "Comfy.RightSidePanel.ShowErrorsTab": False,
     # A canvas drawn in software takes its time from everything else.
     "Comfy.Minimap.Visible": False,
     "LiteGraph.Canvas.MaximumFps": 5,

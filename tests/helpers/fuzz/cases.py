@@ -42,8 +42,8 @@ def warm_up() -> None:
     from efficient_vdit_core.commands import workers
     from efficient_vdit_core.distill.runs import recipe, trainer
     from efficient_vdit_core.pipeline import Pipeline
-    from efficient_vdit_core.tinyworld import recipe as tiny_recipe
     from efficient_vdit_core.tinyworld import table
+    from efficient_vdit_core.tinyworld.recipe import TinyRecipe
 
     def stop(*_: Any, **__: Any) -> Any:
         raise Reached
@@ -52,7 +52,8 @@ def warm_up() -> None:
         module.measure = stop
     mixture.run = stop
     Pipeline.from_model = stop  # pyright: ignore[reportAttributeAccessIssue]
-    trainer.prepare_data = recipe.distill = tiny_recipe.train = stop
+    trainer.prepare_data = recipe.distill = stop
+    TinyRecipe.train = stop  # pyright: ignore[reportAttributeAccessIssue]
     ThreeStages.plans = table.TinyTable.measure = table.TinyTable.bounds = stop  # pyright: ignore[reportAttributeAccessIssue]
     workers._keep_running = stop
     tiny_parts()
