@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"prompt: {args.prompt}")
     say(f"loading {MODEL}")
     from ..pipeline import Pipeline
-    from ..tinyworld.reader import read_clip
+    from ..tinyworld.moving.reader import read_clip
 
     pipeline = Pipeline.from_model(MODEL)
     request, plan = pipeline.request(args.prompt, seed=args.seed), pipeline.tuned_plan

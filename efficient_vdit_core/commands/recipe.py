@@ -80,8 +80,8 @@ def _tiny_table(args: argparse.Namespace) -> int:
     from ..distill.config import read_section
     from ..distill.runs.recipe import RecipeConfig
     from ..files import check_writable_file, write_text
-    from ..tinyworld.chart import draw
-    from ..tinyworld.table import TableConfig, run_table
+    from ..tinyworld.tables.chart import draw
+    from ..tinyworld.tables.stages import TableConfig, run_table
 
     for file in filter(None, (args.json, args.chart)):
         check_writable_file(file)
@@ -102,7 +102,7 @@ def _tiny_plans(args: argparse.Namespace) -> int:
     from .. import assets
     from ..distill.runs.recipe import RecipeConfig
     from ..files import check_writable_file
-    from ..tinyworld.plan_table import PlanTableConfig, run_plan_table
+    from ..tinyworld.tables.plans import PlanTableConfig, run_plan_table
 
     check_writable_file(args.json)
     values = _values(args, args.config or assets.recipe_path("tiny"))
@@ -123,7 +123,7 @@ def _tiny_plans(args: argparse.Namespace) -> int:
 
 def _tiny_residual(args: argparse.Namespace) -> int:
     from ..files import check_writable_file
-    from ..tinyworld.residual_table import run_residual_table
+    from ..tinyworld.tables.residual import run_residual_table
 
     check_writable_file(args.json)
     say(f"{'plan':<8} {'every':>5} {'work':>5} {'endpoint':>8} {'right':>6} {'motion':>7}")

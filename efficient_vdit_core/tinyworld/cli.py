@@ -133,7 +133,7 @@ def _train(args: argparse.Namespace) -> int:
     from ..commands import say
     from ..commands.bench.device import device_named
     from ..commands.distill import INTERRUPTED
-    from .recipe import TinyRecipe
+    from .train.recipe import TinyRecipe
     from .worlds import WORLDS
 
     recipe = TinyRecipe(
@@ -197,7 +197,7 @@ def _render(args: argparse.Namespace) -> int:
 
     from ..commands import say
     from ..video import check_writable, write_video
-    from .world import random_scene, render
+    from .moving.scene import random_scene, render
 
     scene = random_scene(np.random.default_rng(args.seed))
     write_video(
@@ -213,7 +213,7 @@ def _render_crossing(args: argparse.Namespace) -> int:
     from ..commands import say
     from ..files import write_text
     from ..video import check_writable, write_video
-    from .crossing_world import random_scene, render
+    from .crossing.scene import random_scene, render
 
     args.out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(args.seed)
@@ -227,7 +227,7 @@ def _render_crossing(args: argparse.Namespace) -> int:
 
 
 def _bound_crossing(args: argparse.Namespace) -> int:
-    from .crossing_bounds import bounds
+    from .crossing.bounds import bounds
 
     _check_file(args.json)
     _tell(bounds(args.clips), args.json)

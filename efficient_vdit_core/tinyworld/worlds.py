@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..request import TIME
-from . import crossing_world, world
-from .crossing_judge import crossing_figures
-from .figures import figures_of
+from .crossing import scene as crossing
+from .crossing.judge import crossing_figures
+from .moving import scene as moving
+from .moving.figures import figures_of
 
 # In model range, -1 to 1: a pixel this far from the ground shows a shape, further than a ground's own texture goes.
 _PLAIN, _TEXTURED = 0.1, 0.4
@@ -51,8 +52,8 @@ class World:
         return (self.frames - 1) // TIME + 1
 
 
-def _moving(scene: world.Scene) -> dict[str, str]:
-    return {name: getattr(scene, name) for name in world.ATTRIBUTES}
+def _moving(scene: moving.Scene) -> dict[str, str]:
+    return {name: getattr(scene, name) for name in moving.ATTRIBUTES}
 
 
 def _on_plain_ground(clips: Tensor) -> Tensor:
@@ -60,22 +61,23 @@ def _on_plain_ground(clips: Tensor) -> Tensor:
 
 
 MOVING = World(
-    "moving", world.FRAMES, world.random_scene, world.random_scene, world.held_out_scenes, world.is_held_out, world.render, figures_of,
-    {"shape": world.SHAPES, "color": tuple(world.COLORS), "direction": tuple(world.DIRECTIONS), "speed": tuple(world.SPEEDS),
-     "background": tuple(world.BACKGROUNDS)},
+    "moving", moving.FRAMES, moving.random_scene, moving.random_scene, moving.held_out_scenes, moving.is_held_out,
+    moving.render, figures_of,
+    {"shape": moving.SHAPES, "color": tuple(moving.COLORS), "direction": tuple(moving.DIRECTIONS), "speed": tuple(moving.SPEEDS),
+     "background": tuple(moving.BACKGROUNDS)},
     _moving, _on_plain_ground,
 )  # fmt: skip
 
 _ORDER = ("first", "second")
 _OF_A_MOVER: dict[str, tuple[str, ...]] = {
-    "shape": world.SHAPES,
-    "color": tuple(world.COLORS),
-    "direction": tuple(crossing_world.DIRECTIONS),
-    "speed": tuple(crossing_world.SPEEDS),
+    "shape": moving.SHAPES,
+    "color": tuple(moving.COLORS),
+    "direction": tuple(crossing.DIRECTIONS),
+    "speed": tuple(crossing.SPEEDS),
 }
 
 
-def _crossing(scene: crossing_world.CrossingScene) -> dict[str, str]:
+def _crossing(scene: crossing.CrossingScene) -> dict[str, str]:
     movers = zip(_ORDER, scene.movers, strict=True)
     of_movers = {f"{which} {name}": getattr(mover, name) for which, mover in movers for name in _OF_A_MOVER}
     return {**of_movers, "ground": scene.ground, "front": _ORDER[scene.front]}
@@ -83,16 +85,16 @@ def _crossing(scene: crossing_world.CrossingScene) -> dict[str, str]:
 
 def _on_textured_ground(clips: Tensor) -> Tensor:
     """All that is unlike the median colour beside the bar, and not the bar."""
-    beside = torch.from_numpy(crossing_world.OPEN).to(clips.device)
+    beside = torch.from_numpy(crossing.OPEN).to(clips.device)
     ground = clips[..., beside].flatten(2).median(dim=2).values[..., None, None, None]
     return ((clips - ground).abs().amax(dim=1, keepdim=True) > _TEXTURED) & beside
 
 
 CROSSING = World(
-    "crossing", crossing_world.FRAMES, crossing_world.random_scene, crossing_world.random_words,
-    crossing_world.held_out_scenes, crossing_world.is_held_out, crossing_world.render, crossing_figures,
+    "crossing", crossing.FRAMES, crossing.random_scene, crossing.random_words,
+    crossing.held_out_scenes, crossing.is_held_out, crossing.render, crossing_figures,
     {**{f"{which} {name}": values for which in _ORDER for name, values in _OF_A_MOVER.items()},
-     "ground": tuple(crossing_world.GROUNDS), "front": _ORDER},
+     "ground": tuple(crossing.GROUNDS), "front": _ORDER},
     _crossing, _on_textured_ground,
 )  # fmt: skip
 

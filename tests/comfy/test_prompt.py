@@ -3,7 +3,7 @@
 import imageio.v3 as imageio
 import numpy as np
 
-from efficient_vdit_core.tinyworld.reader import read_clip
+from efficient_vdit_core.tinyworld.moving.reader import read_clip
 
 SEEDS = (0, 1, 2)
 

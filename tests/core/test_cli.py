@@ -314,7 +314,7 @@ def test_a_distilled_model_is_searched_at_any_number_of_noise_levels(tmp_path):
 
 
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch, capsys, tmp_path):
-    from efficient_vdit_core.tinyworld.recipe import TinyRecipe
+    from efficient_vdit_core.tinyworld.train.recipe import TinyRecipe
 
     monkeypatch.setattr(TinyRecipe, "train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["tinyworld", "train", "--run", str(tmp_path / "run")]) == 130

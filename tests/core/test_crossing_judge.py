@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from efficient_vdit_core.cli import main
-from efficient_vdit_core.tinyworld.crossing_bounds import blurred
-from efficient_vdit_core.tinyworld.crossing_judge import COLUMNS, crossing_figures, read_crossing
-from efficient_vdit_core.tinyworld.crossing_world import (
+from efficient_vdit_core.tinyworld.crossing.bounds import blurred
+from efficient_vdit_core.tinyworld.crossing.judge import COLUMNS, crossing_figures, read_crossing
+from efficient_vdit_core.tinyworld.crossing.scene import (
     BAR,
     FRAMES,
     GROUNDS,
@@ -20,7 +20,7 @@ from efficient_vdit_core.tinyworld.crossing_world import (
     render,
     textured,
 )
-from efficient_vdit_core.tinyworld.world import COLORS, SHAPES, coverage
+from efficient_vdit_core.tinyworld.moving.scene import COLORS, SHAPES, coverage
 
 TIME = np.arange(FRAMES)
 

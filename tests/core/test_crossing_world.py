@@ -7,7 +7,7 @@ import pytest
 
 from efficient_vdit_core.cli import main
 from efficient_vdit_core.distill.data.clips import video_captions
-from efficient_vdit_core.tinyworld.crossing_world import (
+from efficient_vdit_core.tinyworld.crossing.scene import (
     BAR,
     BAR_COLOR,
     DIRECTIONS,
@@ -21,7 +21,7 @@ from efficient_vdit_core.tinyworld.crossing_world import (
     render,
     textured,
 )
-from efficient_vdit_core.tinyworld.world import COLORS, coverage
+from efficient_vdit_core.tinyworld.moving.scene import COLORS, coverage
 from efficient_vdit_core.video import read_metadata
 
 

@@ -23,7 +23,7 @@ from efficient_vdit_core.models.opensora_plan.checkpoint import (
 )
 from efficient_vdit_core.models.opensora_plan.text import read_text_encoder
 from efficient_vdit_core.models.opensora_plan.weights import check_weights, is_finite
-from efficient_vdit_core.tinyworld.table import TableConfig
+from efficient_vdit_core.tinyworld.tables.stages import TableConfig
 from efficient_vdit_core.training import StepLoss, TrainingRun
 from efficient_vdit_core.video import to_frames
 

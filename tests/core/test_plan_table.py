@@ -15,7 +15,7 @@ from efficient_vdit_core.distill.runs.recipe import RecipeConfig
 from efficient_vdit_core.search.probe import relative_error
 from efficient_vdit_core.search.watch import make_watching_override
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
-from efficient_vdit_core.tinyworld.plan_table import (
+from efficient_vdit_core.tinyworld.tables.plans import (
     AT_EQUAL_COST,
     BEST_TILES,
     KINDS,

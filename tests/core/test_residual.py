@@ -20,7 +20,7 @@ from efficient_vdit_core.pipeline import Pipeline
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.search.describe import describe_plan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
-from efficient_vdit_core.tinyworld.residual_table import BY_HEAD
+from efficient_vdit_core.tinyworld.tables.residual import BY_HEAD
 
 LAYOUT = TokenLayout(TokenGrid(6, 1, 4), 3)
 HEADS, DIM, STEPS = 4, 8, 20

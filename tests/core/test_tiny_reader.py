@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from efficient_vdit_core.tinyworld.figures import figures_of, interval
-from efficient_vdit_core.tinyworld.reader import COLUMNS, read_clip
-from efficient_vdit_core.tinyworld.world import (
+from efficient_vdit_core.tinyworld.moving.figures import figures_of, interval
+from efficient_vdit_core.tinyworld.moving.reader import COLUMNS, read_clip
+from efficient_vdit_core.tinyworld.moving.scene import (
     BACKGROUNDS,
     COLORS,
     DIRECTIONS,

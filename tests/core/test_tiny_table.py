@@ -8,8 +8,8 @@ from efficient_vdit_core.assets import recipe_path
 from efficient_vdit_core.distill.config import read_section, read_toml
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig
 from efficient_vdit_core.plan import TilePlan
-from efficient_vdit_core.tinyworld.chart import draw
-from efficient_vdit_core.tinyworld.table import TableConfig, TinyTable
+from efficient_vdit_core.tinyworld.tables.chart import draw
+from efficient_vdit_core.tinyworld.tables.stages import TableConfig, TinyTable
 
 
 def make_table(tmp_path):
@@ -32,7 +32,7 @@ def test_the_shipped_recipes_can_be_read(tmp_path):
 def test_speed_columns_follow_the_plan(tmp_path, monkeypatch):
     table = make_table(tmp_path)
     monkeypatch.setattr(
-        "efficient_vdit_core.tinyworld.table.attention_speeds", lambda file, counts: {1: 3.0, 2: 2.0, 4: 1.25}
+        "efficient_vdit_core.tinyworld.tables.stages.attention_speeds", lambda file, counts: {1: 3.0, 2: 2.0, 4: 1.25}
     )
     monkeypatch.setattr(table, "judge", lambda: type("J", (), {"model": type("M", (), {"layers": 6})}))
     plan = TilePlan.from_json('{"schema_version": 1, "reference_frames": [1, 1, 2, null, 4, 1]}')

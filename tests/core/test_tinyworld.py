@@ -7,15 +7,8 @@ import torch
 
 from efficient_vdit_core.models.opensora_plan.config import VAEConfig
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
-from efficient_vdit_core.tinyworld import train_dit, train_vae
-from efficient_vdit_core.tinyworld.crossing_world import BAR
-from efficient_vdit_core.tinyworld.export import standardise_latents
-from efficient_vdit_core.tinyworld.recipe import TinyRecipe
-from efficient_vdit_core.tinyworld.train_decoder import train_decoder
-from efficient_vdit_core.tinyworld.train_dit import cache_clips
-from efficient_vdit_core.tinyworld.train_text import Captions, train_sentencepiece, train_text_encoder
-from efficient_vdit_core.tinyworld.train_vae import TINY_VAE
-from efficient_vdit_core.tinyworld.world import (
+from efficient_vdit_core.tinyworld.crossing.scene import BAR
+from efficient_vdit_core.tinyworld.moving.scene import (
     ATTRIBUTES,
     DIRECTIONS,
     FIRST_BOUNCE,
@@ -27,6 +20,14 @@ from efficient_vdit_core.tinyworld.world import (
     random_scene,
     render,
 )
+from efficient_vdit_core.tinyworld.train import dit as train_dit
+from efficient_vdit_core.tinyworld.train import vae as train_vae
+from efficient_vdit_core.tinyworld.train.decoder import train_decoder
+from efficient_vdit_core.tinyworld.train.dit import cache_clips
+from efficient_vdit_core.tinyworld.train.export import standardise_latents
+from efficient_vdit_core.tinyworld.train.recipe import TinyRecipe
+from efficient_vdit_core.tinyworld.train.text import Captions, train_sentencepiece, train_text_encoder
+from efficient_vdit_core.tinyworld.train.vae import TINY_VAE
 from efficient_vdit_core.tinyworld.worlds import MOVING, WORLDS
 from efficient_vdit_core.training import TrainingRun
 

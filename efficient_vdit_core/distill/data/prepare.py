@@ -81,7 +81,7 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
 
 
 def _tinyworld(config: DistillConfig, model: FamilyModel, cache: Path) -> ClipSet:
-    from ...tinyworld.train_dit import cache_clips
+    from ...tinyworld.train.dit import cache_clips
 
     cached = cache_clips(_tiny_vae(model), config.data.clips, cache, seed=config.data.seed)
     return ClipSet(cached.latents, [tuple(s.caption(i) for i in range(3)) for s in cached.scenes])

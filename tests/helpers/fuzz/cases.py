@@ -26,7 +26,7 @@ from efficient_vdit_core.plan.text import parse_layers
 from efficient_vdit_core.quality.table import label
 from efficient_vdit_core.sampling.presets import parse_sigmas
 from efficient_vdit_core.search import parse_candidates
-from efficient_vdit_core.tinyworld.table import TableConfig
+from efficient_vdit_core.tinyworld.tables.stages import TableConfig
 from efficient_vdit_core.training.checkpoint import read_checkpoint
 
 from . import odd
@@ -42,8 +42,8 @@ def warm_up() -> None:
     from efficient_vdit_core.commands import workers
     from efficient_vdit_core.distill.runs import recipe, trainer
     from efficient_vdit_core.pipeline import Pipeline
-    from efficient_vdit_core.tinyworld import table
-    from efficient_vdit_core.tinyworld.recipe import TinyRecipe
+    from efficient_vdit_core.tinyworld.tables import stages
+    from efficient_vdit_core.tinyworld.train.recipe import TinyRecipe
 
     def stop(*_: Any, **__: Any) -> Any:
         raise Reached
@@ -54,7 +54,7 @@ def warm_up() -> None:
     Pipeline.from_model = stop  # pyright: ignore[reportAttributeAccessIssue]
     trainer.prepare_data = recipe.distill = stop
     TinyRecipe.train = stop  # pyright: ignore[reportAttributeAccessIssue]
-    ThreeStages.plans = table.TinyTable.measure = table.TinyTable.bounds = stop  # pyright: ignore[reportAttributeAccessIssue]
+    ThreeStages.plans = stages.TinyTable.measure = stages.TinyTable.bounds = stop  # pyright: ignore[reportAttributeAccessIssue]
     workers._keep_running = stop
     tiny_parts()
     clips()

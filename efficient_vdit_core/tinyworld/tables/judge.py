@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..distill.families.model import Options
-from ..distill.families.open_sora_plan import OpenSoraPlanModel
-from ..distill.families.texts import TextBank
-from ..distill.objectives.rollout import guided, roll_down
-from ..files import read_torch, write_text, write_torch
-from ..limits.documents import parse_json, read_text
-from ..pipeline import LATENT_SCALE
-from .figures import figures_of
-from .train_vae import to_model_range, to_pixels
-from .world import ATTRIBUTES, Scene, held_out_scenes, random_scene, render
+from ...distill.families.model import Options
+from ...distill.families.open_sora_plan import OpenSoraPlanModel
+from ...distill.families.texts import TextBank
+from ...distill.objectives.rollout import guided, roll_down
+from ...files import read_torch, write_text, write_torch
+from ...limits.documents import parse_json, read_text
+from ...pipeline import LATENT_SCALE
+from ..moving.figures import figures_of
+from ..moving.scene import ATTRIBUTES, Scene, held_out_scenes, random_scene, render
+from ..train.vae import to_model_range, to_pixels
 
 AT_ONCE = 32
 TRUE_SEED = 55_001
@@ -119,8 +119,8 @@ def attention_speeds(file: Path, counts: tuple[int, ...] = (1, 2, 4), repeats: i
     ``file``."""
     import json
 
-    from ..attention import TokenLayout, tile_attention
-    from ..tiles import TilePattern, TokenGrid
+    from ...attention import TokenLayout, tile_attention
+    from ...tiles import TilePattern, TokenGrid
 
     if not file.is_file():
         layout = TokenLayout(TokenGrid(8, 45, 80))

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .crossing_ground import Parts, grown, shrunk
-from .crossing_world import BAR, IN_VIEW, SIZE
-from .fit import fit_shape, start_of
-from .world import COLORS, SHAPES, coverage
+from ..moving.fit import fit_shape, start_of
+from ..moving.scene import COLORS, SHAPES, coverage
+from .ground import Parts, grown, shrunk
+from .scene import BAR, IN_VIEW, SIZE
 
 # Frames with fewer pixels of a colour do not show it. A shape of another colour than at first is one that has changed,
 # where this colour has as many pixels as half a triangle.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .world import SHAPES, coverage
+from .scene import SHAPES, coverage
 
 # A pixel differs from the background where it is further from it than this (Euclidean, RGB 0..255): half of the least
 # contrast between a colour and a background of the world.

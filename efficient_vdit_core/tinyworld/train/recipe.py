@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..limits.quote import quoted
-from ..models.opensora_plan.checkpoint import load_transformer, load_vae
-from ..models.opensora_plan.text import TextEncoder
-from ..models.opensora_plan.vae import CausalVAE
-from ..pipeline import LATENT_SCALE
+from ...limits.quote import quoted
+from ...models.opensora_plan.checkpoint import load_transformer, load_vae
+from ...models.opensora_plan.text import TextEncoder
+from ...models.opensora_plan.vae import CausalVAE
+from ...pipeline import LATENT_SCALE
+from ..worlds import MOVING, World
+from .decoder import train_decoder
+from .dit import cache_clips, train_dit
 from .export import export_text_encoder, export_transformer, export_vae, standardise_latents
-from .train_decoder import train_decoder
-from .train_dit import cache_clips, train_dit
-from .train_text import train_sentencepiece, train_text_encoder
-from .train_vae import to_model_range, train_vae
-from .worlds import MOVING, World
+from .text import train_sentencepiece, train_text_encoder
+from .vae import to_model_range, train_vae
 
 PARTS = ("text_encoder", "vae", "transformer")
 NEEDS = {"decoder": ("vae",), "transformer": ("text_encoder", "vae")}
@@ -38,7 +38,7 @@ class TinyRecipe:
     start, start_vae: folders of a transformer and a VAE to go on from in place of new ones.
     bf16: the VAE is trained in bfloat16, its weights staying in float32; three to six times as fast on a CPU that
         multiplies bfloat16 (AVX-512 BF16, AMX), slower on others.
-    prediction: as of ``train_dit``.
+    prediction: as of ``dit.train_dit``.
     device: where it is computed.
     """
 

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.choose import CallShape
-from ..attention.override import attention_override
-from ..attention.prepare import Preparation
-from ..attention.report import AttentionReport
-from ..attention.state import FORWARD_KEY, ForwardState
-from ..attention.summary import density_of_run
-from ..bench.machine import describe_machine
-from ..distill.config import ModelConfig
-from ..distill.families.model import Options
-from ..distill.families.open_sora_plan import OpenSoraPlanModel
-from ..files import write_text
-from ..plan import TilePlan
-from ..tiles import TilePattern
+from ...attention.choose import CallShape
+from ...attention.override import attention_override
+from ...attention.prepare import Preparation
+from ...attention.report import AttentionReport
+from ...attention.state import FORWARD_KEY, ForwardState
+from ...attention.summary import density_of_run
+from ...bench.machine import describe_machine
+from ...distill.config import ModelConfig
+from ...distill.families.model import Options
+from ...distill.families.open_sora_plan import OpenSoraPlanModel
+from ...files import write_text
+from ...plan import TilePlan
+from ...tiles import TilePattern
 from .judge import Judge
 
 STEPS, GUIDANCE = 20, 3.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .fit import Fits, fit_clip
-from .world import BACKGROUNDS, COLORS, DIRECTIONS, FIRST_BOUNCE, SHAPES, SPEEDS, Scene, coverage, signed_distance
+from .scene import BACKGROUNDS, COLORS, DIRECTIONS, FIRST_BOUNCE, SHAPES, SPEEDS, Scene, coverage, signed_distance
 
 # What a clip is judged by; it is *all right* where none fails.
 COLUMNS = ("shape", "color", "background", "track", "outline", "identity", "clean", "steady")

@@ -19,22 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import assets
-from ..bench.machine import describe_machine
-from ..bench.oracle import OracleRecord
-from ..distill.families.model import sparse_options
-from ..distill.families.open_sora_plan import OpenSoraPlanModel
-from ..distill.families.texts import TextBank
-from ..distill.runs.recipe import RecipeConfig, ThreeStages
-from ..distill.runs.search_stage import SearchConfig, observe, probe
-from ..files import write_text
-from ..limits.documents import parse_json, read_text
-from ..plan import TilePlan
-from ..search import ProbeRecord, parse_candidates, plan_from_record
-from ..search.plan_from_record import layer_errors
-from ..search.watch import make_watching_override
+from ... import assets
+from ...bench.machine import describe_machine
+from ...bench.oracle import OracleRecord
+from ...distill.families.model import sparse_options
+from ...distill.families.open_sora_plan import OpenSoraPlanModel
+from ...distill.families.texts import TextBank
+from ...distill.runs.recipe import RecipeConfig, ThreeStages
+from ...distill.runs.search_stage import SearchConfig, observe, probe
+from ...files import write_text
+from ...limits.documents import parse_json, read_text
+from ...plan import TilePlan
+from ...search import ProbeRecord, parse_candidates, plan_from_record
+from ...search.plan_from_record import layer_errors
+from ...search.watch import make_watching_override
+from ..moving.scene import is_held_out, random_scene
 from .judge import Judge
-from .world import is_held_out, random_scene
 
 ARROW = "0,1,2,3,4"
 NEAR = ARROW + ",0~1,1~1,2~1,0~2,1~2"

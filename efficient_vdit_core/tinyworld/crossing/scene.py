@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .world import COLORS, SHAPES, bouncing, coverage, signed_distance
+from ..moving.scene import COLORS, SHAPES, bouncing, coverage, signed_distance
 
 FRAMES, SIZE = 93, 64
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..models.opensora_plan.config import VAEConfig
-from ..models.opensora_plan.vae import CausalVAE
-from ..training import TrainingRun
-from .worlds import MOVING, World
+from ...models.opensora_plan.config import VAEConfig
+from ...models.opensora_plan.vae import CausalVAE
+from ...training import TrainingRun
+from ..worlds import MOVING, World
 
 TINY_VAE = VAEConfig(hidden_size=16, hidden_size_mult=(1, 2, 4, 4), num_res_blocks=1, norm_num_groups=1)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .crossing_world import BAR, OPEN
-from .world import COLORS
+from ..moving.scene import COLORS
+from .scene import BAR, OPEN
 
 # A pixel differs from the ground where it is further from it than this (Euclidean, RGB 0..255): half of the least contrast
 # between a colour and a ground of the world.

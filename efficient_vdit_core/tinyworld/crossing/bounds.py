@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .crossing_judge import crossing_figures
-from .crossing_world import held_out_scenes, render
+from .judge import crossing_figures
+from .scene import held_out_scenes, render
 
 SEED = 56_001
 # About what a VAE leaves: the deviation of a Gaussian in pixels, and of noise in grey levels.

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..distill.families.model import read_plan, sparse_options
-from ..distill.families.open_sora_plan import OpenSoraPlanModel
-from ..distill.runs.recipe import RecipeConfig, ThreeStages
-from ..distill.runs.search_stage import plan_names
-from ..files import write_text
-from ..limits.documents import parse_json, read_text
-from ..limits.numbers import number, whole
-from ..limits.quote import named, quoted
-from ..request import MAX_GUIDANCE
-from ..tiles import TilePattern, TokenGrid
+from ...distill.families.model import read_plan, sparse_options
+from ...distill.families.open_sora_plan import OpenSoraPlanModel
+from ...distill.runs.recipe import RecipeConfig, ThreeStages
+from ...distill.runs.search_stage import plan_names
+from ...files import write_text
+from ...limits.documents import parse_json, read_text
+from ...limits.numbers import number, whole
+from ...limits.quote import named, quoted
+from ...request import MAX_GUIDANCE
+from ...tiles import TilePattern, TokenGrid
 from .judge import Judge, attention_speeds
 
 GRID_720P = TokenGrid(8, 45, 80)  # the paper's 29 frames
@@ -228,7 +228,7 @@ def run_table(
     """Train and judge everything; ``out`` is rewritten after every row, so that a stopped run leaves what it has."""
     import torch
 
-    from ..bench.machine import describe_machine
+    from ...bench.machine import describe_machine
 
     results: dict[str, Any] = {"command": command, "machine": describe_machine(torch.device("cpu")), "rows": []}
     table.check(recipe)

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.opensora_plan.text import pad_rows
-from ..training import TrainingRun
-from .train_vae import numpy_rng
-from .worlds import MOVING, World
+from ...models.opensora_plan.text import pad_rows
+from ...training import TrainingRun
+from ..worlds import MOVING, World
+from .vae import numpy_rng
 
 WIDTH = 64
 _EXTRA_TEXT = "the one big small blurry low quality worst video of clip frames shows with and is in at to from static"

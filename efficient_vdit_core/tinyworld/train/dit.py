@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import read_torch, write_torch
-from ..models.opensora_plan.config import DiTConfig
-from ..models.opensora_plan.text import TextEncoder
-from ..models.opensora_plan.transformer import OpenSoraT2V
-from ..models.opensora_plan.vae import CausalVAE
-from ..pipeline import LATENT_SCALE
-from ..training import TrainingRun
-from .train_text import WIDTH
-from .train_vae import numpy_rng, to_model_range
-from .worlds import MOVING, World
+from ...files import read_torch, write_torch
+from ...models.opensora_plan.config import DiTConfig
+from ...models.opensora_plan.text import TextEncoder
+from ...models.opensora_plan.transformer import OpenSoraT2V
+from ...models.opensora_plan.vae import CausalVAE
+from ...pipeline import LATENT_SCALE
+from ...training import TrainingRun
+from ..worlds import MOVING, World
+from .text import WIDTH
+from .vae import numpy_rng, to_model_range
 
 TINY_DIT = DiTConfig(
     num_layers=6, num_attention_heads=4, attention_head_dim=36, caption_channels=WIDTH, sample_size=(8, 8), sample_size_t=8,

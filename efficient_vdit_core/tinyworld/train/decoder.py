@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..models.opensora_plan.vae import CausalVAE
-from ..training import TrainingRun
-from .train_vae import (
+from ...models.opensora_plan.vae import CausalVAE
+from ...training import TrainingRun
+from ..worlds import MOVING, World
+from .vae import (
     describe_readback,
     flatten_kernels,
     make_optimizers,
@@ -20,7 +21,6 @@ from .train_vae import (
     to_model_range,
     vae_of,
 )
-from .worlds import MOVING, World
 
 # Of what is added to a latent, relative to the latents' own deviation: drawn for each clip from 0 to this.
 MAX_NOISE = 0.3

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .reader import COLUMNS, Reading, read_clip
-from .world import Scene
+from .scene import Scene
 
 DRAWS, DRAWS_SEED = 2000, 0
 

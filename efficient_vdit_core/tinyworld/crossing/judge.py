@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .crossing_ground import Parts, opened, take_apart
-from .crossing_track import Sighting, follow
-from .crossing_world import BAR, BAR_COLOR, GROUNDS, OPEN, SIZE, CrossingScene, Mover
-from .figures import shares
-from .reader import FLICKER, MOST, OFF_TRACK, STAINED, SWELLING
-from .world import SHAPES, bouncing, coverage, signed_distance
+from ..moving.figures import shares
+from ..moving.reader import FLICKER, MOST, OFF_TRACK, STAINED, SWELLING
+from ..moving.scene import SHAPES, bouncing, coverage, signed_distance
+from .ground import Parts, opened, take_apart
+from .scene import BAR, BAR_COLOR, GROUNDS, OPEN, SIZE, CrossingScene, Mover
+from .track import Sighting, follow
 
 # What a clip is judged by; it is *all right* where none fails. track: each of the two is where the caption and its own
 # start lead, in every stretch that shows it, before the bar and after it. identity: what comes out is what went in. both:

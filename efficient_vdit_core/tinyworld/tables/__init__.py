@@ -1,0 +1,1 @@
+"""The tables of the tiny model: each row's clips are made, judged and kept."""

@@ -1,0 +1,1 @@
+"""How the tiny models are trained, and written in the real one's format."""
