@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .limits.quote import quoted
 from .model_folder import FAMILY, TINY, find_model, is_built_in
 from .plan import TilePlan
 from .request import GUIDANCE, SPACE, TIME, TINY_GUIDANCE, VideoRequest
@@ -28,15 +30,23 @@ class ModelHeader:
 
     @classmethod
     def read(
-        cls, model: str | Path = TINY, *, text_encoder: str | Path | None = None, transformer: str | Path | None = None
+        cls,
+        model: str | Path = TINY,
+        *,
+        text_encoder: str | Path | None = None,
+        transformer: str | Path | None = None,
+        loras: Sequence[str | Path] = (),
     ) -> ModelHeader:
         """From the files that `Pipeline.from_model` would load. Raises ValueError where one is missing or another model's."""
-        from .distill.metadata import read_metadata
+        from .distill.metadata import metadata_of
         from .models.opensora_plan.checkpoint import read_transformer_config
 
         folder = find_model(model, text_encoder)
         source = Path(transformer) if transformer else folder.transformer
-        return cls(folder.name, read_transformer_config(source), read_metadata(source))
+        for lora in loras:
+            if not Path(lora).is_file():
+                raise ValueError(f"The LoRA {quoted(str(lora), 120)} is no file. Check the path.")
+        return cls(folder.name, read_transformer_config(source), metadata_of(source, loras))
 
     def request(self, prompt: str, **choices: Any) -> VideoRequest:
         """A checked request; what is not chosen is what this model was trained for. See `VideoRequest`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -88,19 +88,22 @@ class Pipeline:
         dtype: str = "auto",
         offload: bool | None = None,
         transformer: str | Path | None = None,
+        loras: Sequence[str | Path] = (),
     ) -> Pipeline:
         """Loads a built-in model or the parts found in a folder (see `model_folder`).
 
         Args:
             transformer: other weights than the model's, such as a distilled one.
+            loras: files of ``evdit distill`` that it wears, in the order of their training.
             device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
             dtype: "auto" (float32 for tiny and on the CPU, else bfloat16), "float32", "bfloat16", "float16".
             offload: None decides by the device's free memory.
 
         Raises:
-            ValueError: a part is missing or no such model, no such device or dtype.
+            ValueError: a part is missing or no such model, no such device or dtype, a LoRA of another model.
         """
-        from .distill.metadata import read_metadata
+        from .distill.lora.files import wear
+        from .distill.metadata import metadata_of
         from .models.opensora_plan.checkpoint import load_transformer, load_vae
         from .models.opensora_plan.text import TextEncoder
 
@@ -109,13 +112,14 @@ class Pipeline:
         kind = _pick_dtype(dtype, target, folder.name)
         source = Path(transformer) if transformer else folder.transformer
         weights = load_transformer(source, dtype=kind)
+        wear(weights, loras)
         vae = load_vae(folder.vae, dtype=kind)
         # mT5 is twice the size of the transformer, so it keeps the file's dtype unless another one is asked for.
         text_dtype = None if dtype == "auto" and not folder.built_in else kind
         encoder = TextEncoder.from_folder(folder.text_encoder, dtype=text_dtype)
         self = cls(weights, vae, encoder, name=folder.name, device=target, offload=False)
         self.offload = self._must_offload() if offload is None else offload
-        self.distilled = read_metadata(source)
+        self.distilled = metadata_of(source, loras)
         return self
 
     @property

@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="other weights for it, such as evdit distill's, which set steps and guidance",
     )
+    add("--lora", action="append", default=[], metavar="FILE",
+        help="of evdit distill for the model, sets steps and guidance; may be repeated, in the order of training")  # fmt: skip
     add("--prompt", required=True, help="what the video shows")
     add("--negative", help="what it must not show (default: the reference model's text; empty for tiny)")
     add("--template", choices=("a", "b", "c"), help="put the prompt into one of the reference model's templates")
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         check_memory(size, f"{request.describe()}, enlarged {args.zoom} times,", "Lower --zoom.")
     _check_residual(args.residual_every, request.steps or 0)
     load_plan(args.plan, frames=None)
-    header = ModelHeader.read(args.model, text_encoder=args.text_encoder, transformer=args.transformer)
+    header = ModelHeader.read(args.model, text_encoder=args.text_encoder, transformer=args.transformer, loras=args.lora)
     request = header.request(args.prompt, **choices)
     plan = load_plan(args.plan, frames=request.latent_size[0]) or header.tuned_plan
     if plan:
@@ -96,8 +98,9 @@ def run(args: argparse.Namespace) -> int:
     from ..pipeline import Pipeline
 
     pipeline = Pipeline.from_model(
-        args.model, text_encoder=args.text_encoder, transformer=args.transformer, device=args.device, dtype=args.dtype
-    )
+        args.model, text_encoder=args.text_encoder, transformer=args.transformer, loras=args.lora, device=args.device,
+        dtype=args.dtype,
+    )  # fmt: skip
     write(make_video(pipeline, request, plan, args.template, args.residual_every), out, args.zoom, start)
     return 0
 

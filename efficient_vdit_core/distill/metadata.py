@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,3 +89,8 @@ def read_metadata(path: str | Path) -> DistillMetadata | None:
         raise ValueError(
             f"{named(files[0].name)} cannot be read as safetensors ({reason(error)}): it is damaged. Write or download it again."
         ) from error
+
+
+def metadata_of(weights: str | Path, loras: Sequence[str | Path] = ()) -> DistillMetadata | None:
+    """Of weights that wear LoRAs: what the last of these files says that says something."""
+    return next(filter(None, map(read_metadata, [*reversed(loras), weights])), None)

@@ -73,6 +73,10 @@ def _add_eval(subparsers: Any) -> None:
         "eval", help="share of generated clips that are all right by their captions, judged from pixels"
     )
     judge.add_argument("--model", default="tiny", help="tiny or a folder, default: %(default)s")
+    judge.add_argument("--transformer", metavar="PATH", help="other weights for it, such as evdit distill's")
+    judge.add_argument(
+        "--lora", action="append", default=[], metavar="FILE", help="of evdit distill for the model; may be repeated"
+    )
     judge.add_argument(
         "--captions", type=count(1, 100_000), default=200, help="held-out captions, default: %(default)s"
     )
@@ -159,7 +163,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from .worlds import WORLDS
 
     _check_file(args.json)
-    pipeline = Pipeline.from_model(args.model)
+    pipeline = Pipeline.from_model(args.model, transformer=args.transformer, loras=args.lora)
     plan = load_plan(args.plan, None)
     with tqdm(total=args.captions, desc="captions") as bar:
 

@@ -69,6 +69,7 @@ ROOMS = {
         "runs": {"lora", "objectives", "families", "data"},
         "forecast": {"lora", "objectives", "families", "runs"},
     },
+    "tinyworld": {"moving": set(), "crossing": {"moving"}, "train": set(), "tables": {"moving", "train"}},
 }
 BACKENDS = {"frames", "triton", "flex", "parts"}
 # Triton's kernels are functions of a module: that file imports it, and is itself imported inside functions only.

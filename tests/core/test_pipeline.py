@@ -1,10 +1,16 @@
 """Text to video with tiny random models: the plumbing against handwritten loops, and every refusal before the work."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from efficient_vdit_core import assets
+from efficient_vdit_core.distill.metadata import DistillMetadata
 from efficient_vdit_core.model_folder import find_model
+from efficient_vdit_core.model_header import ModelHeader
+from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig, VAEConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
@@ -304,3 +310,42 @@ def test_missing_parts_are_named(tmp_path, parts, words):
         (tmp_path / "model" / part).mkdir(parents=True)
     with pytest.raises(ValueError, match=words):
         find_model(tmp_path / "model")
+
+
+def test_loras_count_and_tell_how_to_sample(tmp_path):
+    """Both of a recipe: what they add is what weights with the sum have, and the last one's steps and plan are taken."""
+    source = assets.tiny_path("transformer") / "diffusion_pytorch_model.safetensors"
+    weights, entries = read_state_dict(source)
+    key, full = "transformer_blocks.3.attn1.to_v.weight", {k: v.float() for k, v in weights.items()}
+    generator = torch.Generator().manual_seed(4)
+    told = (
+        DistillMetadata("consistency", segments=4, steps=4, guidance=3.0),
+        DistillMetadata(
+            "knowledge", segments=4, steps=4, guidance=3.0, plan=json.loads(TilePlan.uniform(1, 6, frames=8).to_json())
+        ),
+    )
+    files = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
+    for rank, about, file in zip((2, 3), told, files, strict=True):
+        down, up = (torch.randn(size, generator=generator) / 4 for size in ((rank, 144), (144, rank)))
+        stem = f"diffusion_model.{key.removesuffix('.weight')}"
+        lora = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(1.0)}
+        save_safetensors(file, lora, about.to_entry())
+        full[key] = full[key] + up @ down / rank
+    summed = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_safetensors(summed, full, {**entries, **told[1].to_entry()})
+
+    worn, merged = Pipeline.from_model(loras=files), Pipeline.from_model(transformer=summed)
+    header = ModelHeader.read(loras=files)
+    request = header.request("a red circle", frames=5, height=16, width=16)
+    assert (request.steps, request.guidance) == (4, 1.0) and header.tuned_plan == worn.tuned_plan == merged.tuned_plan
+    assert header.tuned_plan.to_text() == "0-5:1:7"
+    frames = [p.generate(request, plan=p.tuned_plan).frames.astype(int) for p in (worn, merged)]
+    assert abs(frames[0] - frames[1]).max() <= 1
+    plain = Pipeline.from_model().generate(request, plan=header.tuned_plan).frames.astype(int)
+    assert abs(plain - frames[0]).max() > 1
+
+
+def test_a_lora_that_is_not_there_is_told_before_weights_are_read(monkeypatch):
+    monkeypatch.setattr("efficient_vdit_core.models.opensora_plan.checkpoint.load_transformer", None)
+    with pytest.raises(ValueError, match=r"LoRA '/nowhere.safetensors' is no file"):
+        ModelHeader.read(loras=["/nowhere.safetensors"])
