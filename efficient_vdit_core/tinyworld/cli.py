@@ -80,10 +80,14 @@ def _add_eval(subparsers: Any) -> None:
     judge.add_argument(
         "--captions", type=count(1, 100_000), default=200, help="held-out captions, default: %(default)s"
     )
-    judge.add_argument("--steps", type=count(1, 1000), default=100, help="default: %(default)s")
-    judge.add_argument("--guidance", type=quantity(0, 1000), default=3.0, help="default: %(default)s")
+    judge.add_argument("--steps", type=count(1, 1000), help="default: what the model was distilled for, else 100")
     judge.add_argument(
-        "--sampler", choices=("ddim", "euler_ancestral", "consistency"), default="ddim", help="default: %(default)s"
+        "--guidance", type=quantity(0, 1000), help="default: 1 where the model was distilled with it, else 3"
+    )
+    judge.add_argument(
+        "--sampler",
+        choices=("ddim", "euler_ancestral", "consistency"),
+        help="default: consistency where the model was distilled, else ddim",
     )
     judge.add_argument("--plan", help="k:T-k for a uniform plan, or a plan file; dense without it")
     _add_world(judge)

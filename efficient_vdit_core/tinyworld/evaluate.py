@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import __version__
 from ..pipeline import Pipeline
 from ..plan import TilePlan
+from ..request import TINY_GUIDANCE
 from .worlds import MOVING, World
+
+if TYPE_CHECKING:
+    from ..distill.metadata import DistillMetadata
 
 
 def evaluate(
     pipeline: Pipeline,
     *,
     captions: int,
-    steps: int,
-    guidance: float,
-    sampler: str = "ddim",
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
     plan: TilePlan | None = None,
     world: World = MOVING,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Generate one clip for each of ``captions`` held-out captions of ``world`` and judge it; returns its figures and the
-    set-up."""
-    scenes, clips = world.held_out_scenes(captions), []
-    for number, scene in enumerate(scenes):
-        video = pipeline.generate(
-            scene.caption(),
-            frames=world.frames,
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            plan=plan,
-            seed=number,
-        )
+    set-up. What is not said is the model's: a distilled one's own steps, else DDIM's 100 with guidance 3."""
+    choices = _choices(pipeline.distilled, steps, guidance, sampler)
+    scenes = world.held_out_scenes(captions)
+    requests = [
+        pipeline.request(scene.caption(), frames=world.frames, seed=number, **choices)
+        for number, scene in enumerate(scenes)
+    ]
+    clips = []
+    for number, request in enumerate(requests):
+        video = pipeline.generate(request, plan=plan)
         clips.append(video.frames)
         if progress:
             progress(number + 1, captions)
@@ -45,11 +47,24 @@ def evaluate(
         **world.figures(clips, scenes),
         "world": world.name,
         "captions": captions,
-        "steps": steps,
-        "guidance": guidance,
-        "sampler": sampler,
+        **{name: getattr(requests[0], name) for name in ("steps", "segments", "guidance", "sampler")},
         "plan": "dense" if plan is None else plan.to_json(),
         "first_seed": 0,
         "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": {"efficient-vdit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def _choices(
+    distilled: DistillMetadata | None, steps: int | None, guidance: float | None, sampler: str | None
+) -> dict[str, Any]:
+    """A few-step student is asked where it was trained, at the edges of its segments: of fewer, where it has fewer steps."""
+    if distilled is None:
+        return {
+            "steps": steps or 100,
+            "guidance": TINY_GUIDANCE if guidance is None else guidance,
+            "sampler": sampler or "ddim",
+        }
+    own = sampler in (None, "consistency")
+    segments = min(steps or distilled.steps, distilled.segments) if own else None
+    return {"steps": steps, "guidance": guidance, "sampler": sampler, "segments": segments}

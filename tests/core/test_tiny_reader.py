@@ -1,11 +1,13 @@
 """The reader of the tiny world: true clips pass, and a clip that was made wrong on purpose fails in that column alone."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
+from efficient_vdit_core.pipeline import Pipeline, Video
+from efficient_vdit_core.tinyworld.evaluate import evaluate
 from efficient_vdit_core.tinyworld.moving.figures import figures_of, interval
 from efficient_vdit_core.tinyworld.moving.reader import COLUMNS, read_clip
 from efficient_vdit_core.tinyworld.moving.scene import (
@@ -200,3 +202,35 @@ def test_the_interval_knows_that_clips_of_a_caption_are_alike():
     groups = np.repeat([str(i) for i in range(40)], 10)
     low, high = interval(alike, list(groups))
     assert high - low > 2.5 * 2 * half  # forty captions, not four hundred clips
+
+
+@pytest.mark.parametrize(
+    ("model", "said", "sampler", "steps", "guidance", "segments"),
+    [
+        ("tiny", {}, "ddim", 100, 3.0, None),
+        ("tiny", {"sampler": "consistency", "steps": 4}, "consistency", 4, 3.0, 4),
+        ("tiny-8-steps", {}, "consistency", 8, 1.0, 8),
+        ("tiny-8-steps", {"steps": 4}, "consistency", 4, 1.0, 4),
+        ("tiny-8-steps", {"steps": 16}, "consistency", 16, 1.0, 8),
+        ("tiny-8-steps", {"sampler": "ddim", "steps": 8, "guidance": 1.0}, "ddim", 8, 1.0, None),
+    ],
+)
+def test_a_model_is_judged_at_the_steps_that_it_was_made_for(
+    monkeypatch, model, said, sampler, steps, guidance, segments
+):
+    pipeline, scenes, asked = Pipeline.from_model(model), held_out_scenes(2), []
+
+    def generate(request, plan):
+        asked.append(request)
+        return Video(render(scenes[len(asked) - 1]), {})
+
+    monkeypatch.setattr(pipeline, "generate", generate)
+    figures = evaluate(pipeline, captions=2, **said)
+    for of in (figures, *map(asdict, asked)):
+        assert [of[name] for name in ("sampler", "steps", "guidance", "segments")] == [
+            sampler,
+            steps,
+            guidance,
+            segments,
+        ]
+    assert [request.seed for request in asked] == [0, 1] and figures["all_right"] == 1.0
