@@ -22,7 +22,7 @@ TARGET = ROOT / "web" / "dense_beside_sparse.webp"
 PROMPTS = {  # with noise under which both clips are clean
     "a yellow triangle moving right slowly on a navy background": 0,
     "a blue square moving down slowly on a black background": 2,
-    "a purple circle moving up slowly on a navy background": 3,
+    "a purple circle moving up slowly on a navy background": 2,
 }
 STEPS = 50
 SCALE, GAP, HEAD, SIDE, FOOT = 3, 6, 6, 38, 40  # px, but for SCALE
