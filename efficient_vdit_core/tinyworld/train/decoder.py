@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ...models.opensora_plan.vae import CausalVAE
-from ...training import TrainingRun
 from ..worlds import MOVING, World
 from .vae import (
     describe_readback,
     flatten_kernels,
-    make_optimizers,
+    make_run,
     numpy_rng,
     picture_error,
     random_clips,
@@ -45,16 +44,7 @@ def train_decoder(
     vae.requires_grad_(False)
     for part in (vae.decoder, vae.post_quant_conv):
         part.requires_grad_(True)
-    trained = [p for p in vae.parameters() if p.requires_grad]
-    run = TrainingRun(
-        vae,
-        make_optimizers(trained, 0.5),
-        folder=folder,
-        steps=steps,
-        seed=seed,
-        ema_decay=0.998,
-        tensorboard=tensorboard,
-    )
+    run = make_run(vae, 0.5, folder=folder, steps=steps, seed=seed, tensorboard=tensorboard)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         x = to_model_range(random_clips(world, numpy_rng(generator), 1, world.frames)).to(device)

@@ -75,9 +75,9 @@ class TinyRecipe:
                 make()
 
     def _check(self) -> None:
-        for part in NEEDS.keys() & self.parts:
-            for need in NEEDS[part]:
-                if need not in self.parts and not (self.out / need).is_dir():
+        for part, needs in NEEDS.items():
+            for need in needs:
+                if part in self.parts and need not in self.parts and not (self.out / need).is_dir():
                     raise ValueError(
                         f"The {part} needs a {need}, and {quoted(str(self.out), 120)} has none. Add it to --parts, or take "
                         "the --out of a run that made one."
