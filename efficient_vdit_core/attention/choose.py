@@ -33,9 +33,14 @@ Attend = Callable[[Tensor, Tensor, Tensor, TokenLayout, Any], Tensor]
 
 log = logging.getLogger("efficient_vdit")
 
-# FLOPs of one dense trial: about a tenth of a second on two cores, ten milliseconds on a large GPU.
-_TRIAL_FLOPS = {"cpu": 2e10, "cuda": 5e12}
+# FLOPs of one dense trial: about a tenth of a second on two cores, fifty milliseconds on a large GPU. A sixth of that picked
+# backends that lost up to 27 % at the real size (bench/results/h200).
+_TRIAL_FLOPS = {"cpu": 2e10, "cuda": 3e13}
+_FEWEST_HEADS = 4  # of long frames, they give every part of a GPU many blocks of rows
 _SHORTEST_FRAME = 128
+# Calls without a pause in between, as the layers of a model follow one another: while a GPU is at work on one the next is
+# handed over, which takes cuDNN's attention a quarter of a millisecond each.
+_CALLS = {"cuda": 2}
 _REPEATS, _MOST_SECONDS = 3, 1.0  # rounds of a trial, and when no further one is begun
 
 
@@ -147,6 +152,7 @@ def _bucket(count: int) -> int:
 
 def _trial(candidates: Mapping[str, Attend], shape: CallShape, layout: TokenLayout, pattern: TilePattern) -> Choice:
     heads, layout = trial_size(shape, layout)
+    calls = _CALLS.get(shape.device.type, 1)
     with torch.inference_mode(False), torch.set_grad_enabled(shape.gradients):
         tensors = shape.tensors(heads, layout.tokens)
         runs = {name: _run(attend, tensors, layout, pattern, shape.gradients) for name, attend in candidates.items()}
@@ -157,7 +163,7 @@ def _trial(candidates: Mapping[str, Attend], shape: CallShape, layout: TokenLayo
             if done and time.perf_counter() - start > _MOST_SECONDS:
                 break
             for name, values in times.items():
-                values.append(seconds(runs[name], shape.device))
+                values.append(seconds(runs[name], shape.device, calls))
     medians = {name: 1000 * statistics.median(values) for name, values in times.items()}
     size = f"{heads} heads, {layout.grid.t} frames of {layout.grid.tokens_per_frame} tokens"
     return Choice(min(medians, key=lambda name: medians[name]), medians, size)
@@ -201,29 +207,35 @@ def _runs(name: str, run: Callable[[], Any], certain: bool) -> bool:
 
 
 def trial_size(shape: CallShape, layout: TokenLayout) -> tuple[int, TokenLayout]:
-    """How many heads and which layout a trial uses: shorter frames first, then fewer heads, until it is quick enough.
+    """How many heads and which layout a trial uses: fewer heads first, down to a few that still fill a large GPU, then
+    shorter frames, then fewer heads again, until it is quick enough.
 
-    All heads of a call fill a large GPU as the run itself does; a single one would leave most of it idle, and favour
-    whatever has the least work to hand out.
+    The frames stay whole where they can: how well kernels do depends on their length, and a trial of short ones is over
+    before the host has handed over the calls.
     """
     budget = _TRIAL_FLOPS.get(shape.device.type, _TRIAL_FLOPS["cpu"])
-    per_head = 4.0 * shape.batch * layout.tokens**2 * shape.head_dim
-    if per_head * shape.heads > budget and layout.grid.tokens_per_frame > _SHORTEST_FRAME:
-        shrink = math.sqrt(budget / (per_head * shape.heads))
+
+    def affordable(layout: TokenLayout) -> int:
+        return int(budget / (4.0 * shape.batch * layout.tokens**2 * shape.head_dim))
+
+    heads = min(shape.heads, max(_FEWEST_HEADS, affordable(layout)))
+    if heads > affordable(layout) and layout.grid.tokens_per_frame > _SHORTEST_FRAME:
+        shrink = math.sqrt(budget / (4.0 * shape.batch * heads * layout.tokens**2 * shape.head_dim))
         size = max(_SHORTEST_FRAME, int(layout.grid.tokens_per_frame * shrink))
-        grid = TokenGrid(layout.grid.t, 1, size)
-        layout = TokenLayout(grid, int(layout.prefix * shrink), int(layout.suffix * shrink))
-        per_head = 4.0 * shape.batch * layout.tokens**2 * shape.head_dim
-    return max(1, min(shape.heads, int(budget / per_head))), layout
+        layout = TokenLayout(
+            TokenGrid(layout.grid.t, 1, size), int(layout.prefix * shrink), int(layout.suffix * shrink)
+        )
+    return max(1, min(heads, affordable(layout))), layout
 
 
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock seconds of ``run()``, the device's work included."""
+def seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Wall-clock seconds of ``run()``, the device's work included: of one among ``calls`` without a pause in between."""
     wait_for(device)
     start = time.perf_counter()
-    run()
+    for _ in range(calls):
+        run()
     wait_for(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
 def wait_for(device: torch.device) -> None:

@@ -32,6 +32,9 @@ log = logging.getLogger("efficient_vdit")
 BACKENDS = ("frames", "triton", "flex", "parts")
 # For mean frames, beside a dense attention that does not tell its log-sum-exp; runs wherever PyTorch does.
 _ANY_PARTIAL = PartialAttention("PyTorch's attention", attend_lse, attend_backward)
+# Where FlexAttention, which compiles for seconds, is left out of trials without gradients: on an H200 it took 1.2 to 1.5
+# times as long as the fused kernel in every one of 23 calls (bench/results/h200).
+_FLEX_LOSES = {(9, 0)}
 # Attention over fewer tokens takes a millisecond or two either way: the plan is followed as it is, unmeasured.
 FEWEST_MEASURED_TOKENS = 2048
 
@@ -191,6 +194,8 @@ def backend_candidates(
     dense = dense or F.scaled_dot_product_attention
     every = _candidates(dense, None, dense_name)
     usable = {n for n, s in _statuses(shape.device.type).items() if s.available and fits(n, shape, dense)}
+    if "triton" in usable and not shape.gradients and torch.cuda.get_device_capability(shape.device) in _FLEX_LOSES:
+        usable -= {"flex"}
     if pattern is not None and pattern.means:
         usable = {simplest_backend(pattern)}
     return {name: attend for name, attend in every.items() if name == "dense" or name in usable}

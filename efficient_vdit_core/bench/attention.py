@@ -17,12 +17,13 @@ from ..attention.dispatch import fits
 from ..tiles import TilePattern, TokenGrid
 from . import paper
 from .calls import calls_alone
-from .dense import INEXACT, Dense, dense_functions, peak_flops
+from .dense import INEXACT, Dense, dense_functions, peak_flops, routed_functions
 from .machine import peak_extra_bytes
 from .minimax_h3 import CLIPS, HEAD_DIM, HEADS
 
 SAMPLED_ROWS = 64
 CALLS = "calls alone"
+_LEAST_SECONDS = 0.05  # of a turn on a GPU, and of what goes before it
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,9 @@ def presets() -> dict[str, list[Shape]]:
 def measure(
     shape: Shape, device: torch.device, *, repeats: int, seed: int, backends: tuple[str, ...] = (), calls: bool = False
 ) -> list[dict[str, Any]]:
-    """One row for each dense function that is installed, and one for each pattern and backend that runs on ``device``;
-    with ``calls`` also one of the dense calls alone (`calls_alone`), which has no error: nobody puts them together.
+    """One row for each dense function that is installed, and one for each pattern and backend that runs on ``device``, also
+    for others' sparse attention at the pattern's density, which has no error: it computes something else; with ``calls``
+    also one of the dense calls alone (`calls_alone`), which has none either: nobody puts them together.
 
     Every backend takes its turn in each repeat, so that a slow moment of the machine meets all of them. Speed-ups are
     over the fastest exact dense function.
@@ -108,11 +110,22 @@ def measure(
             for count in shape.references
             if calls
         }
-        times = medians({**runs, **bounds}, device, repeats)
+        times = medians({**runs, **bounds, **_routed(q, k, v, shape)}, device, repeats)
     base = min(times[None, name] for name in dense if name not in INEXACT or len(dense) == 1)
     peak = peak_flops(device)
     nothing = (None, None)
     return [_row(shape, key, times[key], base, peak, *first.get(key, nothing)) for key in times]
+
+
+def _routed(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> dict[tuple[int | None, str], Callable[[], Tensor]]:
+    """Runs of others' sparse attention, each pattern's density being the share of blocks that they compute."""
+    return {
+        (count, name): lambda run=run, count=count: run(
+            q, k, v, TilePattern(count).flop_density(shape.layout.grid, shape.prefix)
+        )
+        for name, run in routed_functions(q).items()
+        for count in shape.references
+    }
 
 
 def random_tensors(shape: Shape, device: torch.device, seed: int) -> list[Tensor]:
@@ -128,8 +141,19 @@ def medians(runs: dict[Any, Callable[[], Any]], device: torch.device, repeats: i
     times: dict[Any, list[float]] = {key: [] for key in runs}
     for _ in range(repeats):
         for key, run in runs.items():
-            times[key].append(seconds(run, device))
+            times[key].append(_sustained(run, device))
     return {key: statistics.median(values) for key, values in times.items()}
+
+
+def _sustained(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call; on a GPU among calls without a pause in between, as the layers of a model follow one another,
+    after so many that its clock is the one at which they keep it, not at which another's run left it."""
+    first = seconds(run, device)
+    if device.type != "cuda":
+        return first
+    calls = max(1, math.ceil(_LEAST_SECONDS / first))
+    seconds(run, device, calls)
+    return seconds(run, device, calls)
 
 
 def _memory_and_error(

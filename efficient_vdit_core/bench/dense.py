@@ -89,6 +89,22 @@ def _kitchen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return importlib.import_module("comfy_kitchen").int8_attention(q, k, v, scale=None, attn_mask=None)
 
 
+def routed_functions(q: Tensor) -> dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]]:
+    """By name, the sparse attentions of others that take tensors like q (B, H, N, D) and the share of blocks to compute
+    exactly: comfy-kitchen's top-k selection, which ComfyUI's own sparse attention runs on, in its kernel for CUDA. What it
+    computes is not the arrow mask, so only its time compares."""
+    if q.device.type != "cuda" or not importlib.util.find_spec("comfy_kitchen"):
+        return {}
+    sample = q[:1, :1, : min(q.shape[2], 256)]
+    runs = _takes("kitchen sla", lambda q, k, v: _kitchen_sla(q, k, v, 0.5), sample)
+    return {"kitchen sla": _kitchen_sla} if runs else {}
+
+
+def _kitchen_sla(q: Tensor, k: Tensor, v: Tensor, share: float) -> Tensor:
+    tokens_first = (x.transpose(1, 2) for x in (q, k, v))
+    return importlib.import_module("comfy_kitchen").sol_attn(*tokens_first, topk_ratio=share).transpose(1, 2)
+
+
 # Dense FLOP/s of bfloat16 with float32 sums, as the makers print them, by a part of the card's name.
 _PEAKS = {
     "H100 PCIe": 756e12,

@@ -44,7 +44,10 @@ def measure(device: torch.device, *, seed: int) -> Iterator[list[dict[str, Any]]
     On a CPU the layouts are small. A backend that raises gets its message in ``error``; ``passed`` is False then.
     """
     layouts = LAYOUTS if device.type == "cuda" else SMALL_LAYOUTS
-    for (dtype, dim), pattern, layout in itertools.product(KINDS, PATTERNS, layouts):
+    # ``flex`` comes last: it compiles for so long that what follows it would find no time.
+    for late, (dtype, dim), pattern, layout in itertools.product((False, True), KINDS, PATTERNS, layouts):
+        if late and not _worth("flex", layout is layouts[0], pattern, dim):
+            continue
         tensors = _tensors(layout, dtype, dim, device, seed)
         want, slopes = _definition(tensors, layout, pattern)
         shape = CallShape.of(*tensors)
@@ -54,7 +57,9 @@ def measure(device: torch.device, *, seed: int) -> Iterator[list[dict[str, Any]]
         yield [
             {**about, "backend": name, **_errors(name, tensors, layout, pattern, want, slopes, MOST[dtype])}
             for name in named
-            if _worth(name, layout is layouts[0], pattern, dim) and _computes(name, pattern)
+            if (name == "flex") == late
+            and _worth(name, layout is layouts[0], pattern, dim)
+            and _computes(name, pattern)
         ]
 
 

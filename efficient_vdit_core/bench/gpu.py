@@ -183,7 +183,8 @@ def _choice(run: Run, book: ChoiceBook, shape: Shape, count: int) -> dict[str, A
         for r in run.rows.get("attention_alone", [])
         if "milliseconds" in r and _is_of(r, shape) and r["pattern"] in ("full", pattern.name(shape.frames))
     ]
-    times = {r["backend"]: r["milliseconds"] for r in alike if r["pattern"] != "full" and " over " not in r["backend"]}
+    ours = {b.name for b in available_backends(run.device)}
+    times = {r["backend"]: r["milliseconds"] for r in alike if r["pattern"] != "full" and r["backend"] in ours}
     dense = [r["milliseconds"] for r in alike if r["pattern"] == "full" and r["backend"] not in INEXACT]
     if dense:
         times["dense"] = min(dense)
@@ -261,7 +262,7 @@ def _trained(run: Run, method: str, steps: int, batch: int) -> float:
 
     objective = {"guidance": 3.0} if method == "consistency" else {"plan": "1:7", "segments": 8}
     config = DistillConfig.from_dict({
-        "method": method, "objective": objective, "model": {"path": "tiny", "device": run.device.type},
+        "method": method, "objective": objective, "model": {"path": "tiny", "device": _named(run)},
         "data": {"source": "tinyworld", "clips": max(8, batch)},
         "training": {"steps": steps, "batch": batch, "save_every": steps, "warmup": 0},
     })  # fmt: skip
@@ -269,12 +270,17 @@ def _trained(run: Run, method: str, steps: int, batch: int) -> float:
         return seconds(lambda: distill(config, Path(folder) / "run"), run.device)
 
 
+def _named(run: Run) -> str:
+    """The run's device as a distillation's configuration says it."""
+    return "cpu" if run.small else "auto"
+
+
 def _searched(run: Run, captions: int, batch: int) -> float:
     """Seconds of stage 2 over so many captions, ``batch`` at once."""
     from ..distill.runs.recipe import RecipeConfig, ThreeStages
 
     recipe = RecipeConfig.from_dict({
-        "model": {"path": "tiny", "device": run.device.type}, "data": {"source": "tinyworld", "clips": max(8, batch)},
+        "model": {"path": "tiny", "device": _named(run)}, "data": {"source": "tinyworld", "clips": max(8, batch)},
         "consistency": {"segments": 8, "steps": 8}, "consistency_training": {"batch": batch},
         "search": {"captions": captions},
     })  # fmt: skip

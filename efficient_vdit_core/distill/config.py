@@ -29,6 +29,7 @@ SOURCES = ("tinyworld", "videos", "teacher", "captions")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 PRECISIONS = ("float32", "bf16")
 EXPERTS = ("", "high", "low")
+DEVICES = ("auto", "cpu")
 PLACE = "{}"  # of the caption in a template
 # Beyond these a typing mistake is more likely than a plan: years of training, days of encoding.
 MAX_TRAINING_STEPS, MAX_CLIPS, MAX_BATCH, MAX_PROCESSES = 10_000_000, 10_000_000, 65_536, 1024
@@ -84,6 +85,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _paths(self, "model", "path", "transformer", "text_encoder", "init")
         _expect(self.expert in EXPERTS, self, "model", "expert", "high, low or nothing")
+        _expect(self.device in DEVICES, self, "model", "device", "auto or cpu; accelerate launch chooses among GPUs")
         for name in self.loras:
             _expect(can_be_path(name), self, "model", "loras", "paths of names of 255 bytes at most")
         _between(self, "model", {"lora_rank": (1, 4096)})

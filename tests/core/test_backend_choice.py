@@ -1,5 +1,6 @@
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -140,23 +141,26 @@ def test_a_time_is_the_device_s_and_not_that_of_handing_it_over(monkeypatch, kin
     order = []
     monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda *_: order.append("wait"))
     assert seconds(lambda: order.append("run"), torch.device(kind)) >= 0 and order == ["wait", "run", "wait"]
+    order.clear()
+    assert seconds(lambda: order.append("run"), torch.device(kind), 2) >= 0 and order == ["wait", "run", "run", "wait"]
 
 
-def test_trials_are_small_whatever_the_shape_and_keep_the_heads_where_they_can():
+@pytest.mark.parametrize(("device", "limit", "fewest"), [("cpu", 2e10, 1), ("cuda", 3e13, 4)], ids=("cpu", "cuda"))
+def test_trials_are_small_whatever_the_shape_and_keep_the_frames_where_they_can(device, limit, fewest):
     for layout in (
         TokenLayout(TokenGrid(24, 45, 80)),
         TokenLayout(TokenGrid(21, 30, 52), 512),
+        TokenLayout(TokenGrid(72, 24, 42), 1110),
+        TokenLayout(TokenGrid(200, 90, 160)),
         TokenLayout(TokenGrid(5, 2, 2)),
     ):
-        heads, part = trial_size(kind(heads=24, dim=96), layout)
-        flops = 4 * heads * part.tokens**2 * 96
-        assert 1 <= heads <= 24 and part.grid.t == layout.grid.t and part.tokens <= layout.tokens
-        assert flops <= 2.1e10
-    # On a GPU all 56 heads stay, over shorter frames.
-    h3 = TokenLayout(TokenGrid(37, 24, 42), prefix=714)
-    on_gpu = CallShape(1, 56, 128, torch.bfloat16, torch.device("cuda", 0))
-    heads, part = trial_size(on_gpu, h3)
-    assert heads == 56 and part.tokens < h3.tokens and 4 * heads * part.tokens**2 * 128 <= 5e12
+        heads, part = trial_size(CallShape(1, 24, 128, torch.bfloat16, torch.device(device, 0)), layout)
+        assert fewest <= heads <= 24 and part.grid.t == layout.grid.t and part.tokens <= layout.tokens
+        flops = 4 * heads * part.tokens**2 * 128
+        assert flops <= limit or (heads == 1 and part.grid.tokens_per_frame == 128)  # shorter ones are no trial
+        assert heads == 24 or 4 * (heads + 1) * part.tokens**2 * 128 > limit or heads == 4  # as many as can be
+        if 4 * 4 * layout.tokens**2 * 128 <= limit:
+            assert part == layout
 
 
 @pytest.fixture
@@ -178,6 +182,18 @@ def test_auto_follows_the_choice(book, monkeypatch):
     monkeypatch.setattr(book, "choose", lambda *_: Choice("dense", times))
     assert choose_backend(CallShape.of(tensors[0]), LAYOUT, TilePattern(1), or_dense=False) == "triton"
     assert choose_backend(CallShape.of(tensors[0]), LAYOUT, TilePattern(None)) == "dense"
+
+
+@pytest.mark.parametrize(("capability", "flex"), [((9, 0), False), ((8, 9), True)])
+def test_flex_is_not_tried_where_it_was_measured_to_lose(monkeypatch, capability, flex):
+    gpu = CallShape(1, 24, 96, torch.bfloat16, torch.device("cuda", 0))
+    every = {name: dispatch.BackendStatus(name, True, "") for name in dispatch.BACKENDS}
+    monkeypatch.setattr(dispatch, "_statuses", lambda _: every)
+    monkeypatch.setattr(dispatch, "partial_for", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert ("flex" in dispatch.backend_candidates(gpu)) == flex
+    assert "flex" in dispatch.backend_candidates(replace(gpu, gradients=True))
+    assert "flex" in dispatch.backend_candidates(replace(gpu, head_dim=256))  # which the fused kernel does not take
 
 
 def test_a_trial_without_room_leaves_the_run_alive(book, monkeypatch, caplog):
@@ -209,7 +225,7 @@ class AttendedPairs(TorchDispatchMode):
 def test_a_real_trial_prefers_the_arrow_mask_where_it_saves_most(book, monkeypatch):
     """By the work that the backends' own calls do, which no other program on the machine changes."""
 
-    def work(run, device):
+    def work(run, device, calls):
         with AttendedPairs() as pairs:
             run()
         return pairs.count

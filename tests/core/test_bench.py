@@ -148,6 +148,18 @@ def test_the_chart_is_valid_and_drawn_to_scale():
     assert widths == pytest.approx([300, 150, 600], abs=0.1)
 
 
+def test_the_chart_of_the_paper_s_rows_has_the_fastest_of_our_backends():
+    (row,) = attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("frames",))[1:2]
+    kinds = [("frames", 2.0, 3.0), ("parts", 2.5, 3.0), ("kitchen sla", 9.0, 3.0), ("triton", 8.0, None)]
+    rows = [{**row, "backend": name, "speedup": times, "paper_speedup": paper} for name, times, paper in kinds]
+    chart = draw({"machine": describe_machine(CPU), "rows": rows}, only_paper=True)
+    assert "2.50x" in chart and not any(f"{times:.2f}x" in chart for times in (2.0, 9.0, 8.0))
+    kept = json.loads((ROOT / "efficient_vdit_core/bench/results/h200/attention_alone.json").read_text())
+    assert draw(kept, only_paper=True).count("24 x 96") == 9
+    with pytest.raises(ValueError, match="no sparse row"):
+        draw({"machine": describe_machine(CPU), "rows": rows[3:]}, only_paper=True)
+
+
 def test_the_commands_write_results_and_chart(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attention, "presets", lambda: {"cpu": [SHAPE]})
     results = tmp_path / "r.json"

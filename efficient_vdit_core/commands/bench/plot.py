@@ -15,9 +15,14 @@ MAX_RESULTS = 2**26  # bytes
 
 
 def add(commands: Any) -> None:
-    plot = commands.add_parser("plot", help="draw a results file of `evdit bench attention` as SVG")
+    plot = commands.add_parser(
+        "plot", help="draw a results file of `evdit bench attention` or `evdit bench gpu` as SVG"
+    )
     plot.add_argument("file", type=Path)
     plot.add_argument("--out", type=Path, help="default: the results file's name with .svg")
+    plot.add_argument(
+        "--paper", action="store_true", help="only the rows of the paper's Table 1, the fastest backend of each"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         read_text(args.file, what, limit=MAX_RESULTS), what, advice="Make one with --json.", limit=MAX_RESULTS
     )
     try:
-        chart = draw(results)
+        chart = draw(results, only_paper=args.paper)
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{what} is no results file of `evdit bench attention`. Make one with --json.") from error
     out = args.out or args.file.with_suffix(".svg")

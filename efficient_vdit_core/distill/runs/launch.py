@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ...limits.quote import quoted
 from ..config import DistillConfig
 
 MIXED = {"float32": "no", "bf16": "bf16"}  # precision -> accelerate's name
@@ -24,10 +23,6 @@ def make_accelerator(config: DistillConfig) -> Any:
             "Distillation needs the package 'accelerate', which is missing. Install it: pip install accelerate tensorboard"
         ) from error
     precision = config.training.precision
-    if config.model.device not in ("auto", "cpu"):
-        raise ValueError(
-            f"model.device is {quoted(config.model.device)}, expected auto or cpu; accelerate launch chooses among GPUs."
-        )
     sharding = _launched_with("ACCELERATE_USE_FSDP")
     _refuse_other_engines(sharding)
     accelerator = Accelerator(
