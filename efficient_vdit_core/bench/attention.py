@@ -141,11 +141,11 @@ def medians(runs: dict[Any, Callable[[], Any]], device: torch.device, repeats: i
     times: dict[Any, list[float]] = {key: [] for key in runs}
     for _ in range(repeats):
         for key, run in runs.items():
-            times[key].append(_sustained(run, device))
+            times[key].append(sustained(run, device))
     return {key: statistics.median(values) for key, values in times.items()}
 
 
-def _sustained(run: Callable[[], Any], device: torch.device) -> float:
+def sustained(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call; on a GPU among calls without a pause in between, as the layers of a model follow one another,
     after so many that its clock is the one at which they keep it, not at which another's run left it."""
     first = seconds(run, device)

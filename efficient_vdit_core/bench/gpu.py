@@ -23,7 +23,7 @@ from ..attention.choose import CallShape, ChoiceBook, seconds
 from ..attention.dispatch import backend_candidates, fits
 from ..files import write_text
 from ..tiles import TilePattern
-from . import attention, exactness, step
+from . import attention, exactness, kernels, step
 from .attention import Shape
 from .dense import INEXACT, dense_functions
 from .machine import describe_machine, peak_extra_bytes
@@ -145,13 +145,29 @@ def machine(run: Run) -> Rows:
     yield [row]
 
 
-@part(0.2)
+@part(0.22)
 def exact(run: Run) -> Rows:
     """Every backend against the definition, there and back."""
     yield from run.in_time(exactness.measure(run.device, seed=run.seed))
 
 
-@part(0.5)
+# Few heavy calls, short frames where a reference frame parts many runs, and a small clip, whose host may be the slower one.
+PROFILED = (
+    Shape(24, 3600, 24, 96, "bfloat16", (4, 1)),
+    Shape(8, 3600, 24, 96, "bfloat16", (4, 1)),
+    Shape(37, 1008, 56, 128, "bfloat16", (8, 1), 714),
+    Shape(16, 880, 32, 128, "bfloat16", (2,)),
+)
+
+
+@part(0.3)
+def profiles(run: Run) -> Rows:
+    """Where the time of a call goes: kernels, the host, waiting."""
+    for shape in run.in_time(SMALL[:1] if run.small else PROFILED):
+        yield kernels.measure(shape, run.device, seed=run.seed)
+
+
+@part(0.55)
 def attention_alone(run: Run) -> Rows:
     """Each preset's shapes: every dense function, every backend, each in turn."""
     for shape in run.in_time(run.shapes):
@@ -162,7 +178,7 @@ def attention_alone(run: Run) -> Rows:
             torch.cuda.empty_cache() if run.device.type == "cuda" else None
 
 
-@part(0.62)
+@part(0.65)
 def choice(run: Run) -> Rows:
     """What ``auto`` chooses for the shapes above, how long it takes, and how much is lost against the best."""
     with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +218,7 @@ def _is_of(row: dict[str, Any], shape: Shape) -> bool:
     return all(row[name] == getattr(shape, name) for name in names) and row["tokens_per_frame"] == shape.tokens
 
 
-@part(0.68)
+@part(0.7)
 def memory(run: Run) -> Rows:
     """What a layer holds beside its inputs at its peak, there alone and there and back, against dense attention."""
     shape = SMALL[0] if run.small else Shape(24, 3600, 24, 96, "bfloat16", (2,))
