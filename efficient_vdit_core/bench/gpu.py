@@ -1,7 +1,7 @@
 """All that a GPU can tell about the pack, in one run under a time budget: each part writes its file row by row, so that
 a run that is cut keeps what it has.
 
-Needs torch and this repository; ``training`` needs diffusers as well, and ``tests`` pytest and a clone.
+Needs torch and this repository; ``stock_steps`` and ``training`` need diffusers as well, and ``tests`` pytest and a clone.
 """
 
 from __future__ import annotations
@@ -248,13 +248,33 @@ def _peak(run: Run, backend: str, tensors: list[Tensor], shape: Shape, kind: str
     return peak_extra_bytes(once, run.device)
 
 
-@part(0.85)
+@part(0.8)
 def model_step(run: Run) -> Rows:
     """One forward of Open-Sora-Plan with random weights, beside Amdahl's bound."""
     clips = (("29x240p", 1),) if run.small else (("29x720p", 32), ("93x720p", 32))
     for size, depth in run.in_time(clips):
         shape = step.StepShape(size, depth, (2,) if run.small else (4, 2, 1))
         yield step.measure(shape, run.device, repeats=1 if run.small else 3, seed=run.seed)
+
+
+@part(0.88)
+def stock_steps(run: Run) -> Rows:
+    """Blocks of diffusers' MiniMax-H3 (4 of 50) and Wan 14B (4 of 40) with random weights, as many reference frames as the
+    presets take."""
+    from . import minimax_h3, wan
+
+    how: dict[str, Any] = {"device": run.device, "repeats": 1 if run.small else 3, "seed": run.seed}
+    if run.small:
+        clips = [("minimax_h3", "256x256-tiny", 1, (1,))]
+    else:
+        clips = [("minimax_h3", "1344x768-10s", 4, (15, 8)), ("minimax_h3", "1344x768-5s", 4, (8, 4)),
+                 ("wan_14b", "1280x720-81f", 4, (4, 2)), ("wan_14b", "832x480-81f", 4, (4, 2))]  # fmt: skip
+    for model, clip, depth, references in run.in_time(clips):
+        if model == "wan_14b":
+            rows = wan.measure(clip, depth, references=references, dtype="bfloat16", **how)
+        else:
+            rows = minimax_h3.measure(minimax_h3.CLIPS[clip], depth, references=references, dtype="bfloat16", **how)
+        yield [{"model": model, "clip": clip, **row} for row in rows]
 
 
 @part(0.95)

@@ -7,16 +7,12 @@ a second, two tokens each.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.choose import seconds
 from ..attention.cost import StepCost
 from ..tiles import TilePattern, TokenGrid
 
@@ -96,51 +92,18 @@ def bounds(clip: Clip) -> list[dict[str, Any]]:
     return rows
 
 
-@torch.no_grad()
 def measure(
     clip: Clip, depth: int, device: torch.device, *, references: tuple[int, ...], dtype: str, repeats: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Times ``depth`` of diffusers' own blocks with random weights, dense and under uniform plans, turn by turn.
-
-    Each row has Amdahl's bound by FLOPs beside the speed-up that was seen.
-    """
-    from ..diffusers_models import apply_to_diffusers
-    from ..plan import TilePlan
+    """Times ``depth`` of diffusers' own blocks with random weights, dense and under uniform plans (`time_plans`)."""
+    from .blocks import time_plans
 
     torch.manual_seed(seed)
-    model = _model(depth).to(device, getattr(torch, dtype)).eval()
+    with torch.device(device):  # drawn there: the host takes minutes for as many weights
+        model = _model(depth).to(device, getattr(torch, dtype)).eval()
     inputs = _inputs(clip, device, getattr(torch, dtype))
-
-    def forward(count: int | None) -> Tensor:
-        if count is None:
-            return model(**inputs)[0]
-        with apply_to_diffusers(model, TilePlan.uniform(count)):
-            return model(**inputs)[0]
-
-    runs: dict[int | None, Callable[[], Tensor]] = {k: (lambda k=k: forward(k)) for k in (None, *references)}
-    times: dict[int | None, list[float]] = {k: [] for k in runs}
-    for run in runs.values():
-        run()
-    for _ in range(repeats):
-        for k, run in runs.items():
-            times[k].append(seconds(run, device))
-    dense, cost = statistics.median(times[None]), clip.cost(depth)
-    rows = []
-    for k, values in times.items():
-        pattern, taken = TilePattern(k), statistics.median(values)
-        density = pattern.flop_density(clip.layout.grid, clip.prefix)
-        rows.append(
-            {
-                "pattern": pattern.name(clip.frames),
-                "depth": depth,
-                "dtype": dtype,
-                "tokens": clip.layout.tokens,
-                "seconds": taken,
-                "speedup": dense / taken,
-                "bound": cost.bound(density),
-            }
-        )
-    return rows
+    rows = time_plans(model, inputs, clip.cost(depth), device, references=references, repeats=repeats)
+    return [{**row, "dtype": dtype} for row in rows]
 
 
 def _model(depth: int) -> Any:
@@ -173,5 +136,4 @@ def _inputs(clip: Clip, device: torch.device, dtype: torch.dtype) -> dict[str, A
         "video_indices": video,
         "audio_indices": audio,
         "text_indices": text,
-        "return_dict": False,
     }

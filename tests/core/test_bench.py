@@ -3,13 +3,15 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.choose import Choice
-from efficient_vdit_core.bench import attention, exactness, gpu, minimax_h3, overhead, paper, step
+from efficient_vdit_core.bench import attention, bounds, exactness, gpu, minimax_h3, overhead, paper, step, wan
 from efficient_vdit_core.bench.bounds import preset_bounds
 from efficient_vdit_core.bench.machine import describe_machine, peak_extra_bytes
 from efficient_vdit_core.bench.plot import draw
@@ -112,6 +114,43 @@ def test_one_block_of_minimax_h3(monkeypatch, capsys, tmp_path):
     rows = [r for r in json.loads(file.read_text())["rows"] if r["kind"] == "measured"]
     assert [r["pattern"] for r in rows] == ["full", "2:5"] and all(r["seconds"] > 0 for r in rows)
     assert rows[0]["bound"] == 1.0 < rows[1]["bound"] and "at most" in capsys.readouterr().out
+
+
+def test_one_block_of_wan_14b(monkeypatch, capsys, tmp_path):
+    import diffusers
+
+    Real = diffusers.WanTransformer3DModel  # noqa: N806
+    small = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "ffn_dim": 16,
+        "freq_dim": 8,
+        "text_dim": wan.TEXT_WIDTH,
+    }
+    monkeypatch.setattr(diffusers, "WanTransformer3DModel", lambda num_layers: Real(num_layers=num_layers, **small))
+    tiny = replace(bounds.MODELS["wan_14b"], clips={"tiny": TokenLayout(TokenGrid(5, 2, 3))})
+    monkeypatch.setitem(bounds.MODELS, "wan_14b", tiny)
+    file = tmp_path / "wan.json"
+    step_of = [
+        "bench",
+        "step",
+        "--model",
+        "wan_14b",
+        "--size",
+        "tiny",
+        "--references",
+        "1",
+        "7",
+        "--dtype",
+        "float32",
+        "--repeats",
+        "1",
+    ]
+    main([*step_of, "--depth", "1", "--device", "cpu", "--json", str(file)])
+    rows = [r for r in json.loads(file.read_text())["rows"] if r["kind"] == "measured"]
+    assert [r["pattern"] for r in rows] == ["full", "1:4"] and all(r["seconds"] > 0 for r in rows)
+    assert rows[0]["tokens"] == 30 and rows[0]["bound"] == 1.0 < rows[1]["bound"]
+    assert "measured, 1 of 40 blocks" in capsys.readouterr().out
 
 
 def test_one_step_of_a_shallow_model(monkeypatch):
@@ -238,11 +277,16 @@ def test_heads_that_differ_are_timed_against_dense_attention(monkeypatch, tmp_pa
     }
 
 
-@pytest.mark.parametrize("parts", [[p for p in gpu.PARTS if p != "training"], ["training"]], ids=["bare", "training"])
+NEED_DIFFUSERS = ["stock_steps", "training"]
+
+
+@pytest.mark.parametrize(
+    "parts", [[p for p in gpu.PARTS if p not in NEED_DIFFUSERS], NEED_DIFFUSERS], ids=["bare", "diffusers"]
+)
 def test_one_command_tells_all_that_a_gpu_can(tmp_path, parts):
     """On a CPU, with shapes that say nothing about speed: every part runs within a minute and leaves a file that names the
     machine; all but one where diffusers is not installed."""
-    without = "import sys; sys.modules['diffusers'] = None" if parts != ["training"] else ""
+    without = "import sys; sys.modules['diffusers'] = None" if parts != NEED_DIFFUSERS else ""
     code = f"{without}\nfrom efficient_vdit_core.cli import main\nraise SystemExit(main())"
     command = [sys.executable, "-c", code, "bench", "gpu", "--device", "cpu", "--budget", "60", "--parts", *parts]
     done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)

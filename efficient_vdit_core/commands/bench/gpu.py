@@ -11,10 +11,10 @@ from .. import say
 from ..arguments import count, seed_number
 from .device import device_named
 
-SHOWN = ("backend", "pattern", "frames", "tokens_per_frame", "dtype", "head_dim", "milliseconds", "host_milliseconds",
+SHOWN = ("model", "clip", "backend", "pattern", "frames", "tokens_per_frame", "dtype", "head_dim", "milliseconds", "host_milliseconds",
          "kernel_milliseconds", "speedup", "efficiency", "passed", "forward_error", "gradient_errors", "chosen", "best", "regret",
-         "trial_seconds", "size", "seconds", "amdahl_bound", "forward_bytes", "training_bytes", "stage", "seconds_a_step", "exit_code",
-         "skipped", "error")  # fmt: skip
+         "trial_seconds", "size", "seconds", "amdahl_bound", "bound", "forward_bytes", "training_bytes", "stage", "seconds_a_step",
+         "exit_code", "skipped", "error")  # fmt: skip
 
 
 def add(commands: Any) -> None:

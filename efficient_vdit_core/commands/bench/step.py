@@ -10,6 +10,8 @@ from .. import say
 from ..arguments import count
 from .device import device_named
 
+TIMED = ("minimax_h3", "wan_14b")  # of the models whose bounds are computed
+
 
 def add(commands: Any) -> argparse.ArgumentParser:
     step = commands.add_parser("step", help="one forward with random weights, beside Amdahl's bound")
@@ -17,7 +19,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "--model",
         choices=("opensora_plan", "minimax_h3", "wan_14b", "ltx2"),
         default="opensora_plan",
-        help="opensora_plan is timed, of the others bounds are computed by FLOPs, default: %(default)s",
+        help="opensora_plan is timed, of the others bounds are computed by FLOPs, and with --depth blocks of minimax_h3 and wan_14b are "
+        "timed, default: %(default)s",
     )
     step.add_argument(
         "--size",
@@ -26,7 +29,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     step.add_argument(
         "--depth",
         type=count(0, 50),
-        help="blocks to time: opensora_plan 1..32, default 32; minimax_h3 0..50, default 0 = bounds alone",
+        help="blocks to time: opensora_plan 1..32, default 32; minimax_h3 0..50 and wan_14b 0..40, default 0 = bounds alone",
     )
     step.add_argument(
         "--references", type=count(0, 1024), nargs="+", default=(4, 2, 1), help="k of the uniform plans, default: 4 2 1"
@@ -66,14 +69,14 @@ def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def _bounds(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
-    """What a step of today's models gains at most, and for MiniMax-H3 what ``--depth`` blocks gained."""
+    """What a step of today's models gains at most, and what ``--depth`` blocks of them gained."""
     from ...bench.bounds import MODELS, gpu_forecasts, preset_bounds
-    from ...bench.minimax_h3 import CLIPS, DEPTH, bounds
+    from ...bench.minimax_h3 import CLIPS, bounds
 
     depth, clips = args.depth or 0, MODELS[args.model].clips
     if args.size:
         _check_choice("--size", args.size, clips)
-    most = DEPTH if args.model == "minimax_h3" else 0
+    most = MODELS[args.model].depth if args.model in TIMED else 0
     if not 0 <= depth <= most:
         raise ValueError(f"--depth is {depth}, expected 0 (bounds alone) to {most} blocks for {args.model}.")
     if depth and not args.size:
@@ -104,12 +107,19 @@ def _bounds(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
 
 
 def _measured_blocks(args: argparse.Namespace, depth: int, device: Any) -> list[dict[str, Any]]:
-    from ...bench.minimax_h3 import CLIPS, DEPTH, measure
+    from ...bench import minimax_h3, wan
+    from ...bench.bounds import MODELS
 
-    clip = CLIPS[args.size]
-    references = tuple(k for k in args.references if k < clip.frames - 1)
-    rows = measure(clip, depth, device, references=references, dtype=args.dtype, repeats=args.repeats, seed=args.seed)
-    say(f"measured, {depth} of {DEPTH} blocks with random weights, {args.dtype}")
+    whole = MODELS[args.model]
+    references = tuple(k for k in args.references if k < whole.clips[args.size].grid.t - 1)
+    how: dict[str, Any] = {
+        "references": references, "dtype": args.dtype, "repeats": args.repeats, "seed": args.seed
+    }  # fmt: skip
+    if args.model == "wan_14b":
+        rows = wan.measure(args.size, depth, device, **how)
+    else:
+        rows = minimax_h3.measure(minimax_h3.CLIPS[args.size], depth, device, **how)
+    say(f"measured, {depth} of {whole.depth} blocks with random weights, {args.dtype}")
     for row in rows:
         say(
             f"{row['pattern']:<7} {row['seconds']:>9.3f} s  {row['speedup']:>6.2f}x of dense, bound {row['bound']:.2f}x"
