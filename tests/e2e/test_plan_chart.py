@@ -1,6 +1,9 @@
 """The chart inside Tile Plan: it shows the plan, edits its text, follows a run, and fits everywhere a node can be."""
 
+import io
+
 import pytest
+from PIL import Image
 from plan_node import TEXT, TITLE, TOLD, plan_node
 
 
@@ -143,6 +146,10 @@ def test_the_right_panel_has_no_row_for_it(comfy, modern):
     page.get_by_role("button", name="Toggle properties panel").last.click()
 
 
+def pixels(page, clip):
+    return Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB").tobytes()
+
+
 def test_a_node_is_as_high_as_its_chart(comfy):
     """It grows with the plan that a run gives, and shrinks when that plan is no longer the settings'."""
     page = comfy.open().page
@@ -154,6 +161,16 @@ def test_a_node_is_as_high_as_its_chart(comfy):
     before = page.evaluate(f"{node}.size[1]")
     page.evaluate(f"{TOLD}('executed', {{ node: String({node}.id), output: {{ evdit_plan: ['0-5:2:6'] }} }})")
     page.wait_for_function(f"{node}.size[1] > {before} + 100")
+    page.wait_for_timeout(1000)
+    left, bottom, width = page.evaluate(
+        f"(() => {{ const n = {node}, [x, y] = app.canvas.convertOffsetToCanvas([n.pos[0], n.pos[1] + n.size[1]]), "
+        "c = app.canvas.canvas.getBoundingClientRect(); return [c.left + x, c.top + y, n.size[0] * app.canvas.ds.scale] })()"
+    )
+    edge = {"x": left, "y": bottom - 12, "width": width, "height": 10}
+    seen = pixels(page, edge)
+    page.evaluate("app.canvas.setDirty(true, true)")
+    page.wait_for_timeout(500)
+    assert seen == pixels(page, edge), "the node that is drawn is lower than its chart"
     page.evaluate(f"(w => {{ w.value = 0.5; w.callback(0.5) }})({node}.widgets.find(w => w.name === 'threshold'))")
     page.wait_for_function(f"Math.abs({node}.size[1] - {before}) < 2")
 

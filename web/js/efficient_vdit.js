@@ -61,6 +61,8 @@ class NodeChart {
     for (const source of node.widgets) if (source !== widget) chain(source, "callback", () => this.changed(source));
     for (const event of ["onConfigure", "onConnectionsChange"]) chain(node, event, () => this.draw());
     chain(node, "onAdded", () => settle());
+    // The canvas makes a node higher while it draws it, when the box around it is drawn already.
+    chain(node, "onResize", () => node.graph?.setDirtyCanvas(true, true));
     this.draw();
   }
 
