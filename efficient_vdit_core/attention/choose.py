@@ -33,9 +33,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, TokenLayout, Any], Tensor]
 
 log = logging.getLogger("efficient_vdit")
 
-# FLOPs of one dense trial: about a tenth of a second on two cores, fifty milliseconds on a large GPU. A sixth of that picked
-# backends that lost up to 27 % at the real size (bench/results/h200).
-_TRIAL_FLOPS = {"cpu": 2e10, "cuda": 3e13}
+# FLOPs of one dense trial: about a tenth of a second on two cores, and on a GPU by its size, a seventh of a second on an H200.
+# There a sixteenth of that, of short frames, picked backends that lost up to 27 % at the real size (bench/results/h200).
+_TRIAL_FLOPS, _TRIAL_FLOPS_OF_A_PROCESSOR = 2e10, 6e11
 _FEWEST_HEADS = 4  # of long frames, they give every part of a GPU many blocks of rows
 _SHORTEST_FRAME = 128
 # Calls without a pause in between, as the layers of a model follow one another: while a GPU is at work on one the next is
@@ -213,7 +213,7 @@ def trial_size(shape: CallShape, layout: TokenLayout) -> tuple[int, TokenLayout]
     The frames stay whole where they can: how well kernels do depends on their length, and a trial of short ones is over
     before the host has handed over the calls.
     """
-    budget = _TRIAL_FLOPS.get(shape.device.type, _TRIAL_FLOPS["cpu"])
+    budget = _trial_flops(shape.device)
 
     def affordable(layout: TokenLayout) -> int:
         return int(budget / (4.0 * shape.batch * layout.tokens**2 * shape.head_dim))
@@ -226,6 +226,12 @@ def trial_size(shape: CallShape, layout: TokenLayout) -> tuple[int, TokenLayout]
             TokenGrid(layout.grid.t, 1, size), int(layout.prefix * shrink), int(layout.suffix * shrink)
         )
     return max(1, min(heads, affordable(layout))), layout
+
+
+def _trial_flops(device: torch.device) -> float:
+    if device.type != "cuda":
+        return _TRIAL_FLOPS
+    return _TRIAL_FLOPS_OF_A_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:

@@ -51,14 +51,15 @@ def attend_frames(
     frame_tokens = 2 * (widest + 1) * layout.grid.tokens_per_frame + 2 * shared
     chunk_bytes = frame_tokens * q.shape[3] * q.element_size()  # of a frame and head
     head_bytes = max(chunk_bytes, 2 * q.shape[0] * shared * q.shape[3] * q.element_size())
-    limit = default_extra_bytes(q, head_bytes * q.shape[1]) if max_extra_bytes is None else max_extra_bytes
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    limit = max_extra_bytes
+    if limit is None:
+        limit = default_extra_bytes(q, head_bytes * q.shape[1], gradients=gradients)
     heads = min(q.shape[1], max(1, limit // head_bytes))
     chunks = list(_chunks(neighbours, max(1, limit // (chunk_bytes * heads))))
     # In the order of a sequence's tokens, as the model's next layer reads them.
     out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-    reuse = not (
-        torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    )  # the slope of q is made of k and v
+    reuse = not gradients  # the slope of q is made of k and v
     for first in range(0, q.shape[1], heads):
         group = slice(first, first + heads)
         part = tuple(x[:, group] for x in (q, k, v))

@@ -21,17 +21,24 @@ log = logging.getLogger("efficient_vdit")
 _RUNS: dict[torch.device, bool] = {}  # whether the kernel does, by device
 
 
-def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def merge_into(
+    out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: tuple[Tensor, Tensor] | None = None
+) -> None:
     """Merges ``part`` (X, H, S, D) with its lse (X, H, S) into ``out`` and ``lse``: both are over disjoint keys, and
-    none of their rows is without any.
+    none of their rows is without any. With ``first``, a result and its lse, that is what ``part`` is merged with, and
+    ``out`` and ``lse`` are only written.
 
     out + (part - out) w, where w = sigmoid(part_lse - lse) is the share of the part's keys. On a GPU by one kernel that
     passes over the memory once, elsewhere and while torch.compile traces by PyTorch's operations: those hold three
     float32 copies of one entry of X where the tensors are of half precision.
     """
-    if _RUNS.get(out.device) and not torch.compiler.is_compiling() and out.stride(-1) == part.stride(-1) == 1:
-        _merge_fused(out, lse, part, part_lse)
+    fused = _RUNS.get(out.device) and not torch.compiler.is_compiling()
+    if fused and all(x.stride(-1) == 1 for x in (out, part, first[0] if first else out)):
+        _merge_fused(out, lse, part, part_lse, first or (out, lse))
         return
+    if first:
+        out.copy_(first[0])
+        lse.copy_(first[1])
     share = torch.sigmoid(part_lse - lse)[..., None]
     if out.dtype == share.dtype:
         out.lerp_(part, share)
@@ -50,23 +57,24 @@ def prepare_merge(device: torch.device) -> None:
     if available:
         rows, logs = torch.zeros(2, 1, 1, 3, 8, device=device), torch.zeros(2, 1, 1, 3, device=device)
         try:
-            _merge_fused(rows[0], logs[0], rows[1], logs[1])
+            _merge_fused(rows[0], logs[0], rows[1], logs[1], (rows[0], logs[0]))
         except Exception as error:  # compilers raise anything
             _RUNS[device], reason = False, f"{type(error).__name__}: {error}"
     if not _RUNS[device]:
         log.info("Efficient-vDiT: parts are merged by PyTorch's operations: %s", reason)
 
 
-def _merge_fused(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def _merge_fused(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: tuple[Tensor, Tensor]) -> None:
     from . import merge_kernels
 
     kernel: Any = merge_kernels.merge_kernel
     entries, heads, tokens, dim = out.shape
     programs = (-(-tokens // _ROWS), entries * heads)
-    strides = [x.stride()[:3] for x in (out, lse, part, part_lse)]
+    tensors = (out, lse, *first, part, part_lse)
+    strides = [x.stride()[:3] for x in tensors]
     options = {"enable_fp_fusion": True} if out.is_cuda else {}  # the interpreter has none
     with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
-        kernel[programs](out, lse, part, part_lse, heads, tokens, *strides, **block_sizes(dim), **options)
+        kernel[programs](*tensors, heads, tokens, *strides, **block_sizes(dim), **options)
 
 
 def block_sizes(dim: int) -> dict[str, Any]:

@@ -90,8 +90,11 @@ def attend_parts(
     no backward.
     """
     q, k, v = in_rows(q), in_rows(k), in_rows(v)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if max_extra_bytes is None and q.device.type != "cpu":
+        max_extra_bytes = default_extra_bytes(q, 0, gradients=gradients)
     schedule = _schedule_for(q, layout, pattern, max_extra_bytes)
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v)):
+    if not gradients:
         return _forward(q, k, v, schedule, partial)[0]
     if partial.backward is None:
         raise ValueError(
@@ -101,16 +104,16 @@ def attend_parts(
 
 
 def _schedule_for(q: Tensor, layout: TokenLayout, pattern: TilePattern, max_extra_bytes: int | None) -> Schedule:
-    """The calls for queries like q (B, H, N, D) within the bound of ``attend_parts``."""
+    """The calls for queries like q (B, H, N, D) within the bound of ``attend_parts``, None: the one for a CPU."""
     spans = tuple(global_spans(layout, pattern.reference_frames(layout.grid.t)))
     heads, token_bytes = q.shape[1], q.shape[0] * q.shape[3] * q.element_size()  # a token of one head
     shared_bytes = 2 * token_bytes * sum(stop - start for start, stop in spans)
     # A mean's keys and values lie beside its result.
     row_bytes = (4 if pattern.means else 2) * token_bytes * layout.grid.tokens_per_frame
-    if max_extra_bytes is None and q.device.type == "cpu":  # its bound is that of a cache, which copies need not fit
+    if max_extra_bytes is None:  # a CPU's bound is that of a cache, which copies need not fit
         limit, at_once = default_extra_bytes(q, row_bytes * heads), heads
     else:
-        limit = (default_extra_bytes(q, 0) if max_extra_bytes is None else max_extra_bytes) // 2
+        limit = max_extra_bytes // 2
         at_once = min(heads, max(1, limit // max(1, shared_bytes)))
         at_once = math.ceil(heads / math.ceil(heads / at_once))  # slices that are alike
     rows = _rows(layout, pattern, max(1, limit // (row_bytes * at_once)))
@@ -151,7 +154,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, partial: Parti
 def _attend_heads(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, partial: PartialAttention
 ) -> None:
-    """All calls, into ``out`` and ``lse``. Each row is written by its first call, and the others are merged into it."""
+    """All calls, into ``out`` and ``lse``. Each row is written by its first call, and the others are merged into it; where
+    one call of (c) follows for all of them, by that merge."""
     spans = schedule.spans
     if spans:
         done = partial.forward(take(q, spans, 2), k, v)
@@ -161,11 +165,15 @@ def _attend_heads(
     shared = (take(k, spans, 2), take(v, spans, 2))
     for rows in schedule.rows:
         at = schedule.tokens(rows.first, rows.last)
-        if spans:
-            out[:, :, at], lse[:, :, at] = partial.forward(q[:, :, at], *shared)
+        first = partial.forward(q[:, :, at], *shared) if spans else None
+        if first and len(rows.near) > 1:
+            out[:, :, at], lse[:, :, at] = first
+            first = None
         for near in rows.near:
             for b in range(q.shape[0]):
-                _attend_near(out[b], lse[b], q[b], k[b], v[b], schedule, near, partial)
+                before = (first[0][b], first[1][b]) if first else None
+                _attend_near(out[b], lse[b], q[b], k[b], v[b], schedule, near, partial, before)
+        del first
         for means in rows.means:
             for b in range(q.shape[0]):
                 _attend_means(out[b], lse[b], q[b], k[b], v[b], means, partial)
@@ -180,14 +188,17 @@ def _attend_near(
     schedule: Schedule,
     near: Near,
     partial: PartialAttention,
+    first: Partial | None,
 ) -> None:
-    """(c) of one batch entry (H, N, D), into ``out`` and ``lse``."""
+    """(c) of one batch entry (H, N, D), into ``out`` and ``lse``, merged with what stands there or with ``first``, of these
+    rows alone."""
     size = schedule.layout.grid.tokens_per_frame
     own = schedule.tokens(near.first, near.first + near.count)
     done, logs = partial.forward(_batch(q[:, own], size), _seen(k, schedule, near), _seen(v, schedule, near))
     rows, row_logs = _batch(out[:, own], size), _batch(lse[:, own, None], size)[..., 0]
     if schedule.spans:
-        merge_into(rows, row_logs, done, logs)
+        before = first and (_batch(first[0], size), _batch(first[1][..., None], size)[..., 0])
+        merge_into(rows, row_logs, done, logs, before)
     else:  # no span parts a frame's neighbours: this is all that its rows see
         rows.copy_(done)
         row_logs.copy_(logs)

@@ -268,4 +268,4 @@ def _merge_arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:
     """As ``merge.py`` launches it: rows are frames of 3600 tokens, 24 heads x 128."""
     x, f, _ = _stand_ins()
     rows, logs = (3600 * 24 * 128, 128, 24 * 128), (3600, 24 * 3600, 1)
-    return (x, f, x, f, 24, 3600, rows, logs, rows, logs), {}
+    return (x, f, x, f, x, f, 24, 3600, *[rows, logs] * 3), {}

@@ -161,7 +161,7 @@ def test_memory_stays_under_the_stated_bound(pattern, bound, dtype):
     assert output < peak <= output + of_shared + of_rows + merging + 4096
 
 
-@pytest.mark.parametrize(("k", "forward", "training"), [(1, 0.3, 0.5), (2, 0.3, 0.65), (4, 0.3, 0.75)])
+@pytest.mark.parametrize(("k", "forward", "training"), [(1, 0.78, 0.45), (2, 0.95, 0.6), (4, 1.03, 0.7)])
 def test_a_layer_at_its_peak(k, forward, training):
     """In outputs, beyond what dense attention holds that takes no memory inside: its output; with gradients also the
     slope and three gradients."""
@@ -176,15 +176,15 @@ def test_a_layer_at_its_peak(k, forward, training):
     tensors = [x.requires_grad_() for x in qkv(layout, 64, 1, 12, torch.bfloat16)]
     output = tensors[0].nbytes
 
-    def attend():
-        return attend_parts(*tensors, layout, TilePattern(k), told, output // 4)
+    def attend(bound):
+        return attend_parts(*tensors, layout, TilePattern(k), told, bound)
 
     def train():
-        out = attend()
+        out = attend(output // 4)
         return torch.autograd.grad(out, tensors, torch.ones_like(out))
 
     with torch.no_grad():
-        alone = peak_bytes(attend)
+        alone = peak_bytes(lambda: attend(output))
     lse = output / 32
     assert output + lse < alone <= (1 + forward) * output + lse
     assert 5 * output + lse < peak_bytes(train) <= (5 + training) * output + lse
@@ -220,6 +220,9 @@ def test_merging_is_attention_over_both():
     whole = kernel.forward(q, k, v)
     torch.testing.assert_close(out, whole[0])
     torch.testing.assert_close(lse, whole[1])
+    first, (out, lse) = kernel.forward(q, k[:, :, :2], v[:, :, :2]), (torch.full_like(x, torch.nan) for x in whole)
+    merge_into(out, lse, *other, first)
+    torch.testing.assert_close((out, lse), whole)
 
 
 @pytest.mark.usefixtures("triton_device")
@@ -235,9 +238,12 @@ def test_the_fused_merge_is_the_same(triton_device, dim):
     plain, fused = ([x.clone().unflatten(1, (frames, tokens)).transpose(0, 1) for x in (before, lse)] for _ in range(2))
     share = torch.sigmoid(part_lse - plain[1])[..., None]
     want = plain[0] + (part - plain[0]) * share, torch.logaddexp(plain[1], part_lse)
-    merge._merge_fused(*fused, part, part_lse)
-    for ours, theirs in zip(fused, want, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    apart = [torch.full_like(x, torch.nan) for x in fused]  # of other strides than what is merged
+    merge._merge_fused(*apart, part, part_lse, (fused[0], fused[1]))
+    merge._merge_fused(*fused, part, part_lse, (fused[0], fused[1]))
+    for found in (apart, fused):
+        for ours, theirs in zip(found, want, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 KERNELS = [((9, 0), "bfloat16", 96, ["flash", "efficient"]), ((7, 5), "float16", 128, ["efficient"]),
