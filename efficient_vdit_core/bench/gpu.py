@@ -169,10 +169,12 @@ def profiles(run: Run) -> Rows:
 
 @part(0.55)
 def attention_alone(run: Run) -> Rows:
-    """Each preset's shapes: every dense function, every backend, each in turn."""
+    """Each preset's shapes: every dense function, and every backend that ``auto`` would try, each in turn."""
     for shape in run.in_time(run.shapes):
+        calls = CallShape(1, shape.heads, shape.head_dim, getattr(torch, shape.dtype), run.device)
+        tried = tuple(name for name in backend_candidates(calls) if name != "dense")
         try:
-            yield attention.measure(shape, run.device, repeats=3 if run.small else 5, seed=run.seed)
+            yield attention.measure(shape, run.device, repeats=3, seed=run.seed, backends=tried)
         except RuntimeError as error:  # a card that is too small for one shape has room for others
             yield [{**asdict(shape), "error": " ".join(str(error).split())[:300]}]
             torch.cuda.empty_cache() if run.device.type == "cuda" else None
