@@ -26,6 +26,7 @@ from torch import Tensor
 from .. import __version__
 from ..files import write_text
 from ..tiles import TilePattern, TokenGrid
+from .gpu import OUT_OF_MEMORY
 from .layout import TokenLayout
 
 # Over q, k, v under a layout and a TilePattern, or for some backends any LayerPattern.
@@ -33,15 +34,18 @@ Attend = Callable[[Tensor, Tensor, Tensor, TokenLayout, Any], Tensor]
 
 log = logging.getLogger("efficient_vdit")
 
-# FLOPs of one dense trial: about a tenth of a second on two cores, and on a GPU by its size, a seventh of a second on an H200.
-# There a sixteenth of that, of short frames, picked backends that lost up to 27 % at the real size (bench/results/h200).
-_TRIAL_FLOPS, _TRIAL_FLOPS_OF_A_PROCESSOR = 2e10, 6e11
+# FLOPs of one dense trial on a CPU, about a tenth of a second on two cores; on a GPU as many as it does in so many seconds,
+# by a first try of a few. A fourteenth of what an H200 does in these, of short frames, picked backends that lost up to 27 %
+# at the real size (bench/results/h200).
+_TRIAL_FLOPS = 2e10
+_PROBE_FLOPS, _TRIAL_SECONDS = 2e12, 0.1
 _FEWEST_HEADS = 4  # of long frames, they give every part of a GPU many blocks of rows
 _SHORTEST_FRAME = 128
 # Calls without a pause in between, as the layers of a model follow one another: while a GPU is at work on one the next is
-# handed over, which takes cuDNN's attention a quarter of a millisecond each.
+# handed over.
 _CALLS = {"cuda": 2}
 _REPEATS, _MOST_SECONDS = 3, 1.0  # rounds of a trial, and when no further one is begun
+_TRIALS = 2  # what kind of trials they are: choices of another kind are made anew
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,13 @@ class Choice:
 
 
 class ChoiceBook:
-    """Choices by shape class, in memory and in ``file``; safe for several threads."""
+    """Choices by shape class, in memory and in ``file``; safe for several threads. Those of a trial that found too little
+    memory stay in memory alone."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.lock = file, threading.Lock()
         self.choices = _read(file)
+        self.cramped: set[str] = set()
 
     def choose(
         self,
@@ -111,15 +117,37 @@ class ChoiceBook:
         layout: TokenLayout,
         pattern: TilePattern,
         dense_name: str,
+        otherwise: str = "frames",
     ) -> Choice:
-        """The kept choice of this shape class, or a new trial of ``candidates`` on random tensors of a quick size."""
+        """The kept choice of this shape class, or a new trial of ``candidates`` on random tensors of a quick size. Where
+        that finds no memory it is ``otherwise``, without times."""
         key = shape_class(shape, layout, pattern, dense_name, candidates)
         with self.lock:
             if key not in self.choices:
-                found = self.choices[key] = _trial(candidates, shape, layout, pattern)
-                _write(self.file, self.choices)
+                found = self.choices[key] = self._tried(key, candidates, shape, layout, pattern, otherwise)
+                _write(self.file, {k: choice for k, choice in self.choices.items() if k not in self.cramped})
                 log.info("Efficient-vDiT: %s is fastest for %s (ms of a trial: %s)", found.backend, key, found.times())
             return self.choices[key]
+
+    def _tried(
+        self,
+        key: str,
+        candidates: Mapping[str, Attend],
+        shape: CallShape,
+        layout: TokenLayout,
+        pattern: TilePattern,
+        otherwise: str,
+    ) -> Choice:
+        try:
+            found, had_room = _trial(candidates, shape, layout, pattern)
+        except OUT_OF_MEMORY:
+            log.warning(
+                "Efficient-vDiT: there is no room to measure backends; the sparse attention runs by %s.", otherwise
+            )
+            found, had_room = Choice(otherwise, {}), False
+        if not had_room:
+            self.cramped.add(key)
+        return found
 
 
 def default_book() -> ChoiceBook:
@@ -150,14 +178,20 @@ def _bucket(count: int) -> int:
     return round(2 ** (round(2 * math.log2(count)) / 2)) if count else 0
 
 
-def _trial(candidates: Mapping[str, Attend], shape: CallShape, layout: TokenLayout, pattern: TilePattern) -> Choice:
-    heads, layout = trial_size(shape, layout)
+def _trial(
+    candidates: Mapping[str, Attend], shape: CallShape, layout: TokenLayout, pattern: TilePattern
+) -> tuple[Choice, bool]:
+    """The choice, and whether every candidate had the memory it needs."""
+    heads, layout = trial_size(shape, layout, _affordable_flops(candidates["dense"], shape, layout, pattern))
     calls = _CALLS.get(shape.device.type, 1)
     with torch.inference_mode(False), torch.set_grad_enabled(shape.gradients):
         tensors = shape.tensors(heads, layout.tokens)
         runs = {name: _run(attend, tensors, layout, pattern, shape.gradients) for name, attend in candidates.items()}
         certain = set(runs) if pattern.means else {"dense", "frames"}
-        times: dict[str, list[float]] = {n: [] for n, run in runs.items() if _runs(n, run, n in certain)}
+        cramped: list[str] = []
+        times: dict[str, list[float]] = {n: [] for n, run in runs.items() if _runs(n, run, n in certain, cramped)}
+        if cramped and set(times) <= {"dense"}:
+            raise OUT_OF_MEMORY("no backend that follows the pattern has room for a trial")
         start = time.perf_counter()
         for done in range(_REPEATS):
             if done and time.perf_counter() - start > _MOST_SECONDS:
@@ -166,7 +200,23 @@ def _trial(candidates: Mapping[str, Attend], shape: CallShape, layout: TokenLayo
                 values.append(seconds(runs[name], shape.device, calls))
     medians = {name: 1000 * statistics.median(values) for name, values in times.items()}
     size = f"{heads} heads, {layout.grid.t} frames of {layout.grid.tokens_per_frame} tokens"
-    return Choice(min(medians, key=lambda name: medians[name]), medians, size)
+    return Choice(min(medians, key=lambda name: medians[name]), medians, size), not cramped
+
+
+def _affordable_flops(dense: Attend, shape: CallShape, layout: TokenLayout, pattern: TilePattern) -> float:
+    """FLOPs of dense attention, there, that a trial is for: what the device does in ``_TRIAL_SECONDS``, the way back
+    included where gradients are wanted."""
+    if shape.device.type != "cuda":
+        return _TRIAL_FLOPS
+    heads, layout = trial_size(shape, layout, _PROBE_FLOPS)
+    with torch.inference_mode(False), torch.set_grad_enabled(shape.gradients):
+        run = _run(dense, shape.tensors(heads, layout.tokens), layout, pattern, shape.gradients)
+        run()  # kernels are chosen and built
+        return _TRIAL_SECONDS * _flops(shape, heads, layout) / seconds(run, shape.device, 3)
+
+
+def _flops(shape: CallShape, heads: int, layout: TokenLayout) -> float:
+    return 4.0 * shape.batch * heads * layout.tokens**2 * shape.head_dim
 
 
 def _run(
@@ -193,10 +243,15 @@ def _run(
     return there_and_back
 
 
-def _runs(name: str, run: Callable[[], Any], certain: bool) -> bool:
-    """Whether a candidate runs here. The errors of one that has to are the caller's."""
+def _runs(name: str, run: Callable[[], Any], certain: bool, cramped: list[str]) -> bool:
+    """Whether a candidate runs here. The errors of one that has to are the caller's, but for those of memory: it is
+    named in ``cramped`` then."""
     try:
         run()
+    except OUT_OF_MEMORY:
+        cramped.append(name)
+        log.warning("Efficient-vDiT: the backend %s has no room for a trial and is left out of it.", name)
+        return False
     except Exception as error:  # compilers raise anything
         if certain:
             raise
@@ -206,32 +261,25 @@ def _runs(name: str, run: Callable[[], Any], certain: bool) -> bool:
     return True
 
 
-def trial_size(shape: CallShape, layout: TokenLayout) -> tuple[int, TokenLayout]:
-    """How many heads and which layout a trial uses: fewer heads first, down to a few that still fill a large GPU, then
-    shorter frames, then fewer heads again, until it is quick enough.
+def trial_size(shape: CallShape, layout: TokenLayout, budget: float) -> tuple[int, TokenLayout]:
+    """How many heads and which layout a trial of ``budget`` FLOPs uses: fewer heads first, down to a few that still fill a
+    large GPU, then shorter frames, then fewer heads again.
 
     The frames stay whole where they can: how well kernels do depends on their length, and a trial of short ones is over
     before the host has handed over the calls.
     """
-    budget = _trial_flops(shape.device)
 
     def affordable(layout: TokenLayout) -> int:
-        return int(budget / (4.0 * shape.batch * layout.tokens**2 * shape.head_dim))
+        return int(budget / _flops(shape, 1, layout))
 
     heads = min(shape.heads, max(_FEWEST_HEADS, affordable(layout)))
     if heads > affordable(layout) and layout.grid.tokens_per_frame > _SHORTEST_FRAME:
-        shrink = math.sqrt(budget / (4.0 * shape.batch * heads * layout.tokens**2 * shape.head_dim))
+        shrink = math.sqrt(budget / _flops(shape, heads, layout))
         size = max(_SHORTEST_FRAME, int(layout.grid.tokens_per_frame * shrink))
         layout = TokenLayout(
             TokenGrid(layout.grid.t, 1, size), int(layout.prefix * shrink), int(layout.suffix * shrink)
         )
     return max(1, min(heads, affordable(layout))), layout
-
-
-def _trial_flops(device: torch.device) -> float:
-    if device.type != "cuda":
-        return _TRIAL_FLOPS
-    return _TRIAL_FLOPS_OF_A_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
@@ -267,6 +315,7 @@ def _versions() -> dict[str, str]:
         driver = f"{torch.version.cuda or torch.version.hip}, {_driver_version()}"
     return {
         "pack": __version__,
+        "trials": str(_TRIALS),
         "torch": torch.__version__,
         "triton": triton,
         "driver": driver,

@@ -17,7 +17,7 @@ from . import flex, triton
 from .calls import Call, calls_of
 from .choose import Attend, CallShape, Choice, default_book
 from .frames import attend_frames
-from .gpu import OUT_OF_MEMORY, arrow_kernels_status, is_recording
+from .gpu import arrow_kernels_status, is_recording
 from .heads import put_heads, take_heads
 from .layout import TokenLayout, check_tensors
 from .mean_frames import make_tables
@@ -32,9 +32,9 @@ log = logging.getLogger("efficient_vdit")
 BACKENDS = ("frames", "triton", "flex", "parts")
 # For mean frames, beside a dense attention that does not tell its log-sum-exp; runs wherever PyTorch does.
 _ANY_PARTIAL = PartialAttention("PyTorch's attention", attend_lse, attend_backward)
-# Where FlexAttention, which compiles for seconds, is left out of trials without gradients: on an H200 it took 1.2 to 1.5
-# times as long as the fused kernel in every one of 23 calls (bench/results/h200).
-_FLEX_LOSES = {(9, 0)}
+# Where FlexAttention, which compiles for seconds, is left out of trials without gradients: on an H200 (capability 9.0) it
+# took 1.2 to 1.5 times as long as the fused kernel in every one of 23 calls, bfloat16 (bench/results/h200).
+_FLEX_LOSES, _FLEX_LOSES_AT = (9, 0), (96, 128)
 # Attention over fewer tokens takes a millisecond or two either way: the plan is followed as it is, unmeasured.
 FEWEST_MEASURED_TOKENS = 2048
 
@@ -170,8 +170,8 @@ def measured_choice(
 ) -> Choice:
     """The fastest backend for calls of this shape, and the times of all of them.
 
-    Not measured, and the simplest, for fewer than ``FEWEST_MEASURED_TOKENS`` tokens, while torch.compile traces, while a
-    CUDA graph is recorded, and where a trial finds no memory. A full pattern is ``dense``. The choice then has no times.
+    Not measured, and the simplest, for fewer than ``FEWEST_MEASURED_TOKENS`` tokens, while torch.compile traces and while a
+    CUDA graph is recorded; nor where a trial finds no memory. A full pattern is ``dense``. The choice then has no times.
     """
     if pattern.is_full(layout.grid.t):
         return Choice("dense", {})
@@ -180,11 +180,9 @@ def measured_choice(
     if layout.tokens < FEWEST_MEASURED_TOKENS or traced:
         return Choice(simplest, {})
     candidates = backend_candidates(shape, dense, dense_name, pattern)
-    try:
-        return default_book().choose(candidates, shape, layout, pattern, dense_name)
-    except OUT_OF_MEMORY:
-        log.warning("Efficient-vDiT: there is no room to measure backends; the sparse attention runs as dense calls.")
-        return Choice(simplest, {})
+    # ``frames`` keeps copies for the way back.
+    otherwise = "parts" if shape.gradients and "parts" in candidates else simplest
+    return default_book().choose(candidates, shape, layout, pattern, dense_name, otherwise)
 
 
 def backend_candidates(
@@ -194,11 +192,18 @@ def backend_candidates(
     dense = dense or F.scaled_dot_product_attention
     every = _candidates(dense, None, dense_name)
     usable = {n for n, s in _statuses(shape.device.type).items() if s.available and fits(n, shape, dense)}
-    if "triton" in usable and not shape.gradients and torch.cuda.get_device_capability(shape.device) in _FLEX_LOSES:
+    if "triton" in usable and _flex_loses(shape):
         usable -= {"flex"}
     if pattern is not None and pattern.means:
         usable = {simplest_backend(pattern)}
     return {name: attend for name, attend in every.items() if name == "dense" or name in usable}
+
+
+def _flex_loses(shape: CallShape) -> bool:
+    """Whether it was measured to, beside the fused kernel. AMD's capabilities are other cards."""
+    if shape.gradients or shape.dtype != torch.bfloat16 or shape.head_dim not in _FLEX_LOSES_AT or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(shape.device) == _FLEX_LOSES
 
 
 def group_shapes(shape: CallShape, pattern: LayerPattern) -> dict[TilePattern, CallShape]:

@@ -8,9 +8,9 @@ from torch import Tensor
 # the attention of a small frame.
 _CPU_BYTES = 4 * 2**20
 # Elsewhere as much as the output: a block's feed-forward holds more than that beside its input. A quarter of it cuts the
-# calls so small that a GPU's last wave of them is half empty, and the host hands them over too slowly: on an H200 that
-# took up to 0.15 of the time, by a model of both that meets most of what was measured to 3 % (bench/results/h200 is of a
-# quarter). A training step, which has no memory to spare and larger calls in its backward, keeps to a quarter.
+# calls so small that the last round of blocks leaves much of a GPU idle: up to 0.16 of the time on an H200 by the model of
+# bench/rounds.py (what was measured there, bench/results/h200, is of a quarter). A training step, which has no memory to
+# spare and larger calls in its backward, keeps to a quarter.
 # Never by the memory that is free at the moment: the same call must allocate the same at every step.
 _LEAST_BYTES = 64 * 2**20
 _TRAINING_SHARE = 4

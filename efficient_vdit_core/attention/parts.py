@@ -93,7 +93,7 @@ def attend_parts(
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if max_extra_bytes is None and q.device.type != "cpu":
         max_extra_bytes = default_extra_bytes(q, 0, gradients=gradients)
-    schedule = _schedule_for(q, layout, pattern, max_extra_bytes)
+    schedule = schedule_for(q, layout, pattern, max_extra_bytes)
     if not gradients:
         return _forward(q, k, v, schedule, partial)[0]
     if partial.backward is None:
@@ -103,7 +103,7 @@ def attend_parts(
     return _Parts.apply(q, k, v, schedule, partial)
 
 
-def _schedule_for(q: Tensor, layout: TokenLayout, pattern: TilePattern, max_extra_bytes: int | None) -> Schedule:
+def schedule_for(q: Tensor, layout: TokenLayout, pattern: TilePattern, max_extra_bytes: int | None) -> Schedule:
     """The calls for queries like q (B, H, N, D) within the bound of ``attend_parts``, None: the one for a CPU."""
     spans = tuple(global_spans(layout, pattern.reference_frames(layout.grid.t)))
     heads, token_bytes = q.shape[1], q.shape[0] * q.shape[3] * q.element_size()  # a token of one head

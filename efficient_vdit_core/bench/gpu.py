@@ -151,33 +151,18 @@ def exact(run: Run) -> Rows:
     yield from run.in_time(exactness.measure(run.device, seed=run.seed))
 
 
-# Few heavy calls, short frames where a reference frame parts many runs, and a small clip, whose host may be the slower one.
-PROFILED = (
-    Shape(24, 3600, 24, 96, "bfloat16", (4, 1)),
-    Shape(8, 3600, 24, 96, "bfloat16", (4, 1)),
-    Shape(37, 1008, 56, 128, "bfloat16", (8, 1), 714),
-    Shape(16, 880, 32, 128, "bfloat16", (2,)),
-)
-
-
-@part(0.3)
-def profiles(run: Run) -> Rows:
-    """Where the time of a call goes: kernels, the host, waiting."""
-    for shape in run.in_time(SMALL[:1] if run.small else PROFILED):
-        yield kernels.measure(shape, run.device, seed=run.seed)
-
-
 @part(0.55)
 def attention_alone(run: Run) -> Rows:
     """Each preset's shapes: every dense function, and every backend that ``auto`` would try, each in turn."""
     for shape in run.in_time(run.shapes):
         calls = CallShape(1, shape.heads, shape.head_dim, getattr(torch, shape.dtype), run.device)
         tried = tuple(name for name in backend_candidates(calls) if name != "dense")
-        try:
-            yield attention.measure(shape, run.device, repeats=3, seed=run.seed, backends=tried)
-        except RuntimeError as error:  # a card that is too small for one shape has room for others
-            yield [{**asdict(shape), "error": " ".join(str(error).split())[:300]}]
-            torch.cuda.empty_cache() if run.device.type == "cuda" else None
+        yield _or_error(
+            lambda shape=shape, tried=tried: attention.measure(
+                shape, run.device, repeats=3, seed=run.seed, backends=tried
+            ),
+            asdict(shape),
+        )
 
 
 @part(0.65)
@@ -270,16 +255,21 @@ def stock_steps(run: Run) -> Rows:
         clips = [("minimax_h3", "256x256-tiny", 1, (1,))]
     else:
         clips = [("minimax_h3", "1344x768-10s", 4, (15, 8)), ("minimax_h3", "1344x768-5s", 4, (8, 4)),
-                 ("wan_14b", "1280x720-81f", 4, (4, 2)), ("wan_14b", "832x480-81f", 4, (4, 2))]  # fmt: skip
+                 ("wan_14b", "1280x720-81f", 4, (6, 2)), ("wan_14b", "832x480-81f", 4, (6, 2))]  # fmt: skip
     for model, clip, depth, references in run.in_time(clips):
-        if model == "wan_14b":
-            rows = wan.measure(clip, depth, references=references, dtype="bfloat16", **how)
-        else:
-            rows = minimax_h3.measure(minimax_h3.CLIPS[clip], depth, references=references, dtype="bfloat16", **how)
-        yield [{"model": model, "clip": clip, **row} for row in rows]
+        about = {"model": model, "clip": clip}
+
+        def measure(
+            model: str = model, clip: str = clip, depth: int = depth, references: tuple[int, ...] = references
+        ) -> list[dict[str, Any]]:
+            if model == "wan_14b":
+                return wan.measure(clip, depth, references=references, dtype="bfloat16", **how)
+            return minimax_h3.measure(minimax_h3.CLIPS[clip], depth, references=references, dtype="bfloat16", **how)
+
+        yield [{**about, **row} for row in _or_error(measure, about)]
 
 
-@part(0.95)
+@part(0.93)
 def training(run: Run) -> Rows:
     """The tiny recipe's stages: seconds of a step of 1 and 3, what further steps add to a run, and of a caption of 2."""
     few, many, batch = (1, 6, 2) if run.small else (10, 60, 32)
@@ -325,6 +315,32 @@ def _searched(run: Run, captions: int, batch: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         stages = ThreeStages(recipe, Path(folder))
         return seconds(lambda: stages.plans("plans", ""), run.device)
+
+
+# Few heavy calls, short frames where a reference frame parts many runs, and a small clip, whose host may be the slower one.
+PROFILED = (
+    Shape(16, 880, 32, 128, "bfloat16", (2,)),
+    Shape(8, 3600, 24, 96, "bfloat16", (4, 1)),
+    Shape(37, 1008, 56, 128, "bfloat16", (8, 1), 714),
+    Shape(24, 3600, 24, 96, "bfloat16", (4, 1)),
+)
+
+
+@part(0.97)
+def profiles(run: Run) -> Rows:
+    """Where the time of a call goes: kernels, the host, waiting. Behind all that is timed: a profiler may slow what follows."""
+    for shape in run.in_time(SMALL[:1] if run.small else PROFILED):
+        yield _or_error(lambda shape=shape: kernels.measure(shape, run.device, seed=run.seed), asdict(shape))
+
+
+def _or_error(measure: Callable[[], list[dict[str, Any]]], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows, or one that says why there are none: a card that is too small for one shape has room for others."""
+    try:
+        return measure()
+    except RuntimeError as error:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return [{**about, "error": " ".join(str(error).split())[:300]}]
 
 
 @part(1.0)

@@ -1,20 +1,22 @@
-"""Where a call's time goes: what the device computes, kernel by kernel, and what the host needs to hand it over."""
+"""Where a call's time goes: what the device computes, kernel by kernel, when it waits, and what the host needs to hand the
+call over."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ..attention import available_backends, tile_attention
+from ..attention import tile_attention
 from ..attention.choose import CallShape, wait_for
-from ..attention.dispatch import fits
+from ..attention.dispatch import backend_candidates
 from ..tiles import TilePattern
 from .attention import Shape, random_tensors, sustained
 from .calls import calls_alone
@@ -24,21 +26,13 @@ _SHOWN = 8  # kernels of a row, those that take longest
 
 
 def measure(shape: Shape, device: torch.device, *, seed: int) -> list[dict[str, Any]]:
-    """For dense attention, the dense calls of `frames` alone, and each backend that follows the patterns of ``shape``:
+    """For dense attention, the dense calls of `frames` alone, and each backend that ``auto`` would try for the patterns of
+    ``shape``:
 
-    milliseconds of a call among others without a pause, host_milliseconds that handing one over takes,
-    kernel_milliseconds, the sum of all kernels, and ``kernels``: name, calls and milliseconds of those that take
-    longest. What is left between the first and the sum of the kernels is the device waiting.
+    milliseconds of a call among others without a pause; host_milliseconds that handing one over takes; of a profile
+    kernel_milliseconds, the sum of what the device computes, span_milliseconds from its first to its last, and
+    ``kernels``: name, calls and milliseconds of those that take longest. None where the profiler saw nothing.
     """
-    q, k, v = random_tensors(shape, device, seed)
-    backends = [b.name for b in available_backends(device) if b.available and fits(b.name, CallShape.of(q))]
-    runs: dict[tuple[int | None, str], Callable[[], Any]] = {
-        (None, "dense"): lambda: F.scaled_dot_product_attention(q, k, v)
-    }
-    for count in shape.references:
-        runs[count, "calls alone"] = calls_alone(q, k, v, shape.layout, TilePattern(count))
-        for name in backends:
-            runs[count, name] = _call(q, k, v, shape, count, name)
     about = {
         "tokens_per_frame" if name == "tokens" else name: value
         for name, value in asdict(shape).items()
@@ -47,36 +41,51 @@ def measure(shape: Shape, device: torch.device, *, seed: int) -> list[dict[str, 
     with torch.no_grad():
         return [
             {**about, "pattern": TilePattern(count).name(shape.frames), "backend": name, **_profiled(run, device)}
-            for (count, name), run in runs.items()
+            for count, name, run in _runs(shape, device, seed)
         ]
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, shape: Shape, count: int, backend: str) -> Callable[[], Tensor]:
-    return lambda: tile_attention(q, k, v, shape.layout, TilePattern(count), backend=backend)
+def _runs(shape: Shape, device: torch.device, seed: int) -> Iterator[tuple[int | None, str, Callable[[], Any]]]:
+    """One after another, since some keep copies of all keys."""
+    q, k, v = random_tensors(shape, device, seed)
+    yield None, "dense", lambda: F.scaled_dot_product_attention(q, k, v)
+    for count in shape.references:
+        pattern = TilePattern(count)
+        yield count, "calls alone", calls_alone(q, k, v, shape.layout, pattern)
+        for name in backend_candidates(CallShape.of(q)):
+            if name != "dense":
+                yield count, name, lambda: tile_attention(q, k, v, shape.layout, pattern, backend=name)  # noqa: B023
 
 
 def _profiled(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     run()  # tables, tuning and compilation, once
-    milliseconds, host = 1000 * sustained(run, device), 1000 * _host_seconds(run, device)
+    host, milliseconds = 1000 * _host_seconds(run, device), 1000 * sustained(run, device)
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as found:
         for _ in range(_CALLS):
             run()
         wait_for(device)
-    times = {e.key: (e.count / _CALLS, _own_milliseconds(e, device)) for e in found.key_averages()}
-    longest = sorted(times.items(), key=lambda entry: -entry[1][1])[:_SHOWN]
+    return {"milliseconds": milliseconds, "host_milliseconds": host, **_summed(found, device)}
+
+
+def _summed(found: Any, device: torch.device) -> dict[str, Any]:
+    """Of one call. On a CPU an operation's own time, without those that it calls."""
+    on_gpu = device.type == "cuda"
+    events = [e for e in found.events() if (e.device_type == DeviceType.CPU) != on_gpu]
+    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for event in events:
+        taken = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+        totals[event.name][0] += 1
+        totals[event.name][1] += taken / 1000 / _CALLS
+    if not events:
+        return {"kernel_milliseconds": None, "span_milliseconds": None, "kernels": []}
+    span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
+    longest = sorted(totals.items(), key=lambda entry: -entry[1][1])[:_SHOWN]
     return {
-        "milliseconds": milliseconds,
-        "host_milliseconds": host,
-        "kernel_milliseconds": sum(time for _, time in times.values()),
-        "kernels": [{"name": name[:120], "calls": calls, "milliseconds": time} for name, (calls, time) in longest],
+        "kernel_milliseconds": sum(taken for _, taken in totals.values()),
+        "span_milliseconds": span / 1000 / _CALLS,
+        "kernels": [{"name": name[:120], "calls": n / _CALLS, "milliseconds": taken} for name, (n, taken) in longest],
     }
-
-
-def _own_milliseconds(event: Any, device: torch.device) -> float:
-    """Of one call, without what it called in turn."""
-    microseconds = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-    return microseconds / 1000 / _CALLS
 
 
 def _host_seconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -1,7 +1,6 @@
 import json
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,12 +145,8 @@ def test_a_time_is_the_device_s_and_not_that_of_handing_it_over(monkeypatch, kin
     assert seconds(lambda: order.append("run"), torch.device(kind), 2) >= 0 and order == ["wait", "run", "run", "wait"]
 
 
-@pytest.mark.parametrize(
-    ("device", "limit", "fewest"), [("cpu", 2e10, 1), ("cuda", 132 * 6e11, 4)], ids=("cpu", "cuda")
-)
-def test_trials_are_small_whatever_the_shape_and_keep_the_frames_where_they_can(monkeypatch, device, limit, fewest):
-    h200 = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h200)
+@pytest.mark.parametrize("budget", [2e10, 3e13])
+def test_trials_are_small_whatever_the_shape_and_keep_the_frames_where_they_can(budget):
     for layout in (
         TokenLayout(TokenGrid(24, 45, 80)),
         TokenLayout(TokenGrid(21, 30, 52), 512),
@@ -159,13 +154,32 @@ def test_trials_are_small_whatever_the_shape_and_keep_the_frames_where_they_can(
         TokenLayout(TokenGrid(200, 90, 160)),
         TokenLayout(TokenGrid(5, 2, 2)),
     ):
-        heads, part = trial_size(CallShape(1, 24, 128, torch.bfloat16, torch.device(device, 0)), layout)
-        assert fewest <= heads <= 24 and part.grid.t == layout.grid.t and part.tokens <= layout.tokens
+        heads, part = trial_size(kind(heads=24, dim=128), layout, budget)
+        assert 1 <= heads <= 24 and part.grid.t == layout.grid.t and part.tokens <= layout.tokens
         flops = 4 * heads * part.tokens**2 * 128
-        assert flops <= limit or (heads == 1 and part.grid.tokens_per_frame == 128)  # shorter ones are no trial
-        assert heads == 24 or 4 * (heads + 1) * part.tokens**2 * 128 > limit or heads == 4  # as many as can be
-        if 4 * 4 * layout.tokens**2 * 128 <= limit:
+        assert flops <= budget or (heads == 1 and part.grid.tokens_per_frame == 128)  # shorter ones are no trial
+        assert heads == 24 or 4 * (heads + 1) * part.tokens**2 * 128 > budget or heads == 4  # as many as can be
+        if 4 * 4 * layout.tokens**2 * 128 <= budget:
             assert part == layout
+
+
+def test_a_gpu_s_trial_is_a_tenth_of_a_second_of_its_own_dense_attention(monkeypatch):
+    """Of a card that does 3e13 FLOPs a second, where the way back is wanted as well."""
+    layout, shape = TokenLayout(TokenGrid(24, 45, 80)), replace(kind(heads=24, dim=96), device=torch.device("cuda", 0))
+    asked = []
+
+    def dense(q, k, v, layout, pattern):
+        asked.append(4 * q.shape[1] * q.shape[2] ** 2 * q.shape[3])
+        return q
+
+    monkeypatch.setattr(choose, "wait_for", lambda device: None)
+    monkeypatch.setattr(choose, "seconds", lambda run, device, calls=1: run() is None or asked[-1] / 3e13)
+    monkeypatch.setattr(
+        CallShape, "tensors", lambda self, heads, n: [torch.empty(1, heads, n, self.head_dim, device="meta")] * 3
+    )
+    found = choose._affordable_flops(dense, shape, layout, TilePattern(1))
+    assert found == pytest.approx(0.1 * 3e13) and len(asked) == 2 and asked[0] <= 2e12
+    assert choose._affordable_flops(dense, kind(), layout, TilePattern(1)) == 2e10 and len(asked) == 2
 
 
 @pytest.fixture
@@ -189,8 +203,11 @@ def test_auto_follows_the_choice(book, monkeypatch):
     assert choose_backend(CallShape.of(tensors[0]), LAYOUT, TilePattern(None)) == "dense"
 
 
-@pytest.mark.parametrize(("capability", "flex"), [((9, 0), False), ((8, 9), True)])
-def test_flex_is_not_tried_where_it_was_measured_to_lose(monkeypatch, capability, flex):
+@pytest.mark.parametrize(
+    ("capability", "hip", "flex"), [((9, 0), None, False), ((8, 9), None, True), ((9, 0), "6.4", True)]
+)
+def test_flex_is_not_tried_where_it_was_measured_to_lose(monkeypatch, capability, hip, flex):
+    monkeypatch.setattr(torch.version, "hip", hip)
     gpu = CallShape(1, 24, 96, torch.bfloat16, torch.device("cuda", 0))
     every = {name: dispatch.BackendStatus(name, True, "") for name in dispatch.BACKENDS}
     monkeypatch.setattr(dispatch, "_statuses", lambda _: every)
@@ -198,18 +215,35 @@ def test_flex_is_not_tried_where_it_was_measured_to_lose(monkeypatch, capability
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert ("flex" in dispatch.backend_candidates(gpu)) == flex
     assert "flex" in dispatch.backend_candidates(replace(gpu, gradients=True))
+    assert "flex" in dispatch.backend_candidates(replace(gpu, dtype=torch.float16))
     assert "flex" in dispatch.backend_candidates(replace(gpu, head_dim=256))  # which the fused kernel does not take
 
 
 def test_a_trial_without_room_leaves_the_run_alive(book, monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+    tried = []
 
     def full(*_):
-        raise dispatch.OUT_OF_MEMORY("CUDA out of memory")
+        tried.append(1)
+        raise choose.OUT_OF_MEMORY("CUDA out of memory")
 
     monkeypatch.setattr(CallShape, "tensors", full)
-    assert choose_backend(kind(), LAYOUT, TilePattern(1)) == "frames" and not book.choices
-    assert "no room to measure backends" in caplog.text
+    for gradients, backend in ((False, "frames"), (True, "parts"), (False, "frames")):
+        assert choose_backend(replace(kind(), gradients=gradients), LAYOUT, TilePattern(1)) == backend
+    assert len(tried) == 2, "a trial that found no memory is not made again at every call"
+    assert "no room to measure backends" in caplog.text and not ChoiceBook(book.file).choices
+
+
+def test_a_candidate_without_room_is_left_out_and_the_choice_is_not_kept_on_disk(book, caplog):
+    def full(*_):
+        raise choose.OUT_OF_MEMORY("CUDA out of memory")
+
+    run = {**candidates([], {"dense"}), "frames": full}
+    choice = book.choose(run, kind(), LAYOUT, TilePattern(1), "sdpa")
+    assert choice.backend != "frames" and "frames" not in choice.milliseconds and len(choice.milliseconds) > 1
+    assert "frames has no room" in caplog.text and book.choices and not ChoiceBook(book.file).choices
+    book.choose(candidates([], {"dense"}), kind(dim=16), LAYOUT, TilePattern(1), "sdpa")
+    assert len(ChoiceBook(book.file).choices) == 1
 
 
 def test_short_sequences_follow_the_plan_unmeasured(book):

@@ -1,5 +1,6 @@
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -15,6 +16,7 @@ from efficient_vdit_core.bench import attention, bounds, exactness, gpu, minimax
 from efficient_vdit_core.bench.bounds import preset_bounds
 from efficient_vdit_core.bench.machine import describe_machine, peak_extra_bytes
 from efficient_vdit_core.bench.plot import draw
+from efficient_vdit_core.bench.rounds import Rounds
 from efficient_vdit_core.cli import main
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
@@ -114,6 +116,24 @@ def test_one_block_of_minimax_h3(monkeypatch, capsys, tmp_path):
     rows = [r for r in json.loads(file.read_text())["rows"] if r["kind"] == "measured"]
     assert [r["pattern"] for r in rows] == ["full", "2:5"] and all(r["seconds"] > 0 for r in rows)
     assert rows[0]["bound"] == 1.0 < rows[1]["bound"] and "at most" in capsys.readouterr().out
+
+
+def test_the_model_of_rounds_meets_what_an_h200_took():
+    """Measured where `parts` held a quarter of the output beyond it; more of it never takes longer."""
+    rows = json.loads((ROOT / "efficient_vdit_core/bench/results/h200/attention_alone.json").read_text())["rows"]
+    off, gained = [], []
+    for shape in [shape for name in ("paper", "wan", "h3") for shape in attention.presets()[name]]:
+        sizes = (shape.frames, shape.tokens, shape.prefix)
+        alike = [r for r in rows if (r["frames"], r["tokens_per_frame"], r["prefix"]) == sizes]
+        for k in shape.references if alike else ():
+            (dense,) = [r["milliseconds"] for r in alike if r["backend"] == "cudnn_attention"]
+            took = [r for r in alike if (r["backend"], r["pattern"]) == ("parts", TilePattern(k).name(shape.frames))]
+            model, output = Rounds.measured(132, shape, dense), 2 * shape.heads * shape.layout.tokens * shape.head_dim
+            less, more = model.parts(shape, k, max(2**26, output // 4)), model.parts(shape, k, output)
+            off += [abs(less / row["milliseconds"] - 1) for row in took]
+            gained += [1 - more / less for _ in took]
+    assert len(off) == 23 and statistics.median(off) < 0.05 and max(off) < 0.14
+    assert all(gain >= 0 for gain in gained) and max(gained) > 0.15
 
 
 def test_one_block_of_wan_14b(monkeypatch, capsys, tmp_path):
@@ -296,6 +316,11 @@ def test_one_command_tells_all_that_a_gpu_can(tmp_path, parts):
     for name, state in found.items():
         assert state.get("error", "cut").startswith("cut"), name  # a busy machine may not come to a part's end
         assert state["rows"] and state["machine"]["versions"]["torch"] == torch.__version__, name
+    if "profiles" in parts:
+        for row in found["profiles"]["rows"]:
+            times = [kernel["milliseconds"] for kernel in row["kernels"]]
+            assert times == sorted(times, reverse=True) and 0 < sum(times) <= row["kernel_milliseconds"] * 1.001
+            assert any("attention" in kernel["name"] for kernel in row["kernels"]) and row["host_milliseconds"] > 0
     if "exact" in parts:
         assert all(row["passed"] for row in found["exact"]["rows"])
         assert {"frames", "parts"} <= {row["backend"] for row in found["exact"]["rows"]}

@@ -190,6 +190,30 @@ def test_a_layer_at_its_peak(k, forward, training):
     assert 5 * output + lse < peak_bytes(train) <= (5 + training) * output + lse
 
 
+@pytest.mark.parametrize("backend", ["parts", "frames"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_training_step_takes_the_smaller_bound(monkeypatch, backend, gradients):
+    from efficient_vdit_core.attention import frames, parts
+
+    asked = []
+
+    def bound(q, frame_bytes, *, gradients=False):
+        asked.append(gradients)
+        return 2**30
+
+    for module in (frames, parts):
+        monkeypatch.setattr(module, "default_extra_bytes", bound)
+    layout = TokenLayout(TokenGrid(6, 4, 4))
+    q, k, v = (torch.empty(1, 2, layout.tokens, 16, device="meta", requires_grad=gradients) for _ in range(3))
+    if backend == "frames":
+        attend_frames(q, k, v, layout, TilePattern(2), lambda q, k, v: torch.empty_like(q))
+    else:
+        back = lambda dout, q, k, v, out, lse: (q, k, v)  # noqa: E731
+        told = PartialAttention("nothing", lambda q, k, v: (torch.empty_like(q), q[..., 0].float()), back)
+        attend_parts(q, k, v, layout, TilePattern(2), told)
+    assert asked == [gradients]
+
+
 def kept_bytes(attend, tensors):
     """What autograd keeps, each memory once."""
     kept = {}

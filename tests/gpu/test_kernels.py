@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout, available_backends, choose_backend, tile_attention
 from efficient_vdit_core.attention.choose import CallShape, default_book
-from efficient_vdit_core.attention.dispatch import backend_candidates
 from efficient_vdit_core.attention.triton import attend_triton, attend_triton_lse, make_ready
 from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
@@ -159,6 +158,8 @@ def test_auto_tries_all_and_keeps_the_fastest(tmp_path, monkeypatch):
     shape = CallShape.of(qkv(layout, 96, torch.bfloat16)[0])
     chosen = choose_backend(shape, layout, TilePattern(2))
     (choice,) = default_book().choices.values()
-    assert set(choice.milliseconds) == set(backend_candidates(shape))
+    every = {"dense", *(b.name for b in available_backends(GPU) if b.available)}
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(GPU) == (9, 0)
+    assert set(choice.milliseconds) == every - ({"flex"} if hopper and "triton" in every else set())
     assert chosen == choice.backend == min(choice.milliseconds, key=choice.milliseconds.__getitem__) != "dense"
     assert (tmp_path / "attention.json").is_file()
