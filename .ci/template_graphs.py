@@ -211,73 +211,74 @@ def wan22() -> Graph:
         "text_encoders", f"{WAN21}/resolve/main/split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors"
     )
     vae = model("vae", f"{split}/vae/wan_2.1_vae.safetensors")
-    nodes: dict[str, Node] = {"plan": Node("EVDiTTilePlan", 1, {"text": plan}, preview=(21, 40))}
-    files = []
-    for noise in ("high", "low"):
-        unet = model(
-            "diffusion_models", f"{split}/diffusion_models/wan2.2_t2v_{noise}_noise_14B_fp8_scaled.safetensors"
-        )
-        lora = model("loras", f"{split}/loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_{noise}_noise.safetensors")
-        files += [unet, lora]
-        title = f"{noise} noise"
-        nodes[f"{noise}_model"] = loader("UNETLoader", "unet_name", unet, weight_dtype="default")
-        lora_link = {"model": (f"{noise}_model", 0)}
-        nodes[f"{noise}_lora"] = Node(
-            "LoraLoaderModelOnly", 0, {"lora_name": lora["name"]}, lora_link, f"Few-step LoRA, {title}", [lora]
-        )
-        sparse_links = {"model": (f"{noise}_lora", 0), "plan": ("plan", 0)}
-        # The high-noise expert sets layout and motion: its first step and more of its layers stay dense.
-        mild = {"start_percent": 0.2, "dense_blocks": "0-5,-1" if noise == "high" else ""}
-        nodes[f"{noise}_sparse"] = Node("EVDiTSparseAttention", 1, mild, sparse_links, f"Sparse Attention, {title}")
-        nodes[f"{noise}_shift"] = Node("ModelSamplingSD3", 2, {"shift": 5.0}, {"model": (f"{noise}_sparse", 0)})
-    common = {"steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
-    first = {
-        "add_noise": "enable",
-        "noise_seed": 0,
-        "start_at_step": 0,
-        "end_at_step": 2,
-        "return_with_leftover_noise": "enable",
-    }
-    second = {
-        "add_noise": "disable",
-        "noise_seed": 0,
-        "start_at_step": 2,
-        "end_at_step": 4,
-        "return_with_leftover_noise": "disable",
-    }
-    texts = {"positive": ("positive", 0), "negative": ("negative", 0)}
-    nodes |= {
+    high, of_high = _wan22_expert("high", split)
+    low, of_low = _wan22_expert("low", split)
+    nodes: dict[str, Node] = {
+        "plan": Node("EVDiTTilePlan", 1, {"text": plan}, preview=(21, 40)),
+        **high,
+        **low,
         "clip": loader("CLIPLoader", "clip_name", clip, column=2, type="wan"),
         "vae": loader("VAELoader", "vae_name", vae, column=4),
         **prompts("clip", FOX, column=2),
         "latent": Node("EmptyHunyuanLatentVideo", 2, {"width": 832, "height": 480, "length": 81}),
-        "first": Node(
-            "KSamplerAdvanced",
-            3,
-            {**common, **first},
-            {"model": ("high_shift", 0), **texts, "latent_image": ("latent", 0)},
-            "Steps 1-2",
-        ),
-        "second": Node(
-            "KSamplerAdvanced",
-            3,
-            {**common, **second},
-            {"model": ("low_shift", 0), **texts, "latent_image": ("first", 0)},
-            "Steps 3-4",
-        ),
+        "first": _wan22_steps("high", 0, 2, "latent"),
+        "second": _wan22_steps("low", 2, 4, "first"),
         **video(("second", 0), ("vae", 0), 16, column=4),
     }
+    files = (*of_high, *of_low, clip, vae)
     text = note(
         "Wan 2.2 14B: sparse attention and 4 steps",
         f"81 frames of 832x480 in 4 steps without guidance. Wan 2.2 is two models: both get the plan, with "
         f"{share(plan, 21, 40)} from a fifth of the schedule on.",
-        "\n".join(f"- `models/{f['directory']}`: [{f['name']}]({f['url']})" for f in (*files, clip, vae)),
+        "\n".join(f"- `models/{f['directory']}`: [{f['name']}]({f['url']})" for f in files),
         "About 14 GB for each of the two models, one after the other, and 7 GB for the text encoder.",
         "The high-noise model sets layout and motion, so its first step and six of its first layers stay dense: bypass its "
         "*Sparse Attention* where motion still falls apart.",
     )
     caption = ("Wan 2.2 14B", "81 frames, 832x480", f"4 steps, {part(plan, 21, 40)}")
     return Graph("wan22_sparse_4_steps", "Wan 2.2 14B faster, sparse, 4 steps", caption, text, nodes, WAN22_COLUMNS)
+
+
+def _wan22_expert(noise: str, split: str) -> tuple[dict[str, Node], list[dict[str, str]]]:
+    """One of the two models with its few-step LoRA, sparse under the node ``plan``, and its files."""
+    unet = model("diffusion_models", f"{split}/diffusion_models/wan2.2_t2v_{noise}_noise_14B_fp8_scaled.safetensors")
+    lora = model("loras", f"{split}/loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_{noise}_noise.safetensors")
+    title, lora_link = f"{noise} noise", {"model": (f"{noise}_model", 0)}
+    sparse_links = {"model": (f"{noise}_lora", 0), "plan": ("plan", 0)}
+    # The high-noise expert sets layout and motion: its first step and more of its layers stay dense.
+    mild = {"start_percent": 0.2, "dense_blocks": "0-5,-1" if noise == "high" else ""}
+    nodes = {
+        f"{noise}_model": loader("UNETLoader", "unet_name", unet, weight_dtype="default"),
+        f"{noise}_lora": Node(
+            "LoraLoaderModelOnly", 0, {"lora_name": lora["name"]}, lora_link, f"Few-step LoRA, {title}", [lora]
+        ),
+        f"{noise}_sparse": Node("EVDiTSparseAttention", 1, mild, sparse_links, f"Sparse Attention, {title}"),
+        f"{noise}_shift": Node("ModelSamplingSD3", 2, {"shift": 5.0}, {"model": (f"{noise}_sparse", 0)}),
+    }
+    return nodes, [unet, lora]
+
+
+def _wan22_steps(noise: str, start: int, end: int, latent: str) -> Node:
+    """Steps ``start`` to ``end`` of 4 by one of the two models: the first noises what the second finishes."""
+    begins = start == 0
+    widgets = {
+        "steps": 4,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "add_noise": "enable" if begins else "disable",
+        "noise_seed": 0,
+        "start_at_step": start,
+        "end_at_step": end,
+        "return_with_leftover_noise": "enable" if begins else "disable",
+    }
+    links = {
+        "model": (f"{noise}_shift", 0),
+        "positive": ("positive", 0),
+        "negative": ("negative", 0),
+        "latent_image": (latent, 0),
+    }
+    return Node("KSamplerAdvanced", 3, widgets, links, f"Steps {start + 1}-{end}")
 
 
 def hunyuan() -> Graph:
