@@ -35,7 +35,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, TokenLayout, Any], Tensor]
 log = logging.getLogger("efficient_vdit")
 
 # FLOPs of one dense trial on a CPU, about a tenth of a second on two cores; on a GPU as many as it does in so many seconds,
-# by a first try of a few. A fourteenth of what an H200 does in these, of short frames, picked backends that lost up to 27 %
+# by a first try of a few. A tenth of what an H200 does in these, of short frames, picked backends that lost up to 27 %
 # at the real size (bench/results/h200).
 _TRIAL_FLOPS = 2e10
 _PROBE_FLOPS, _TRIAL_SECONDS = 2e12, 0.1

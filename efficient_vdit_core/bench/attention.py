@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention import TokenLayout, available_backends, tile_attention
-from ..attention.choose import CallShape, seconds
+from ..attention.choose import CallShape
 from ..attention.dispatch import fits
 from ..tiles import TilePattern, TokenGrid
 from . import paper
@@ -20,10 +20,10 @@ from .calls import calls_alone
 from .dense import INEXACT, Dense, dense_functions, peak_flops, routed_functions
 from .machine import peak_extra_bytes
 from .minimax_h3 import CLIPS, HEAD_DIM, HEADS
+from .turns import medians
 
 SAMPLED_ROWS = 64
 CALLS = "calls alone"
-_LEAST_SECONDS = 0.05  # of a turn on a GPU, and of what goes before it
 
 
 @dataclass(frozen=True)
@@ -137,26 +137,6 @@ def random_tensors(shape: Shape, device: torch.device, seed: int) -> list[Tensor
     size = (1, shape.heads, shape.layout.tokens, shape.head_dim)
     dtype = getattr(torch, shape.dtype)
     return [torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in range(3)]
-
-
-def medians(runs: dict[Any, Callable[[], Any]], device: torch.device, repeats: int) -> dict[Any, float]:
-    """Median seconds of each run; they take turns, so that what else the machine does meets all alike."""
-    times: dict[Any, list[float]] = {key: [] for key in runs}
-    for _ in range(repeats):
-        for key, run in runs.items():
-            times[key].append(sustained(run, device))
-    return {key: statistics.median(values) for key, values in times.items()}
-
-
-def sustained(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call; on a GPU among calls without a pause in between, as the layers of a model follow one another,
-    after so many that its clock is the one at which they keep it, not at which another's run left it."""
-    first = seconds(run, device)
-    if device.type != "cuda":
-        return first
-    calls = max(1, math.ceil(_LEAST_SECONDS / first))
-    seconds(run, device, calls)
-    return seconds(run, device, calls)
 
 
 def _memory_and_error(

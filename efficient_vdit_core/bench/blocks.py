@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..attention.cost import StepCost
 from ..diffusers_models import apply_to_diffusers
 from ..plan import TilePlan
 from ..tiles import TilePattern
+from .turns import medians
 
 
 @torch.no_grad()
@@ -39,18 +39,14 @@ def time_plans(
             return model(**inputs, return_dict=False)[0]
 
     runs: dict[int | None, Callable[[], Tensor]] = {k: (lambda k=k: forward(k)) for k in (None, *references)}
-    times: dict[int | None, list[float]] = {k: [] for k in runs}
     for run in runs.values():
         run()
-    for _ in range(repeats):
-        for k, run in runs.items():
-            times[k].append(seconds(run, device))
-    dense, layout, rows = statistics.median(times[None]), cost.layout, []
-    for k, values in times.items():
-        pattern, taken = TilePattern(k), statistics.median(values)
+    times, layout, rows = medians(runs, device, repeats, seconds), cost.layout, []
+    for k, taken in times.items():
+        pattern = TilePattern(k)
         density = pattern.flop_density(layout.grid, layout.prefix + layout.suffix)
         rows.append({
             "pattern": pattern.name(layout.grid.t), "depth": cost.depth, "tokens": layout.tokens, "seconds": taken,
-            "speedup": dense / taken, "bound": cost.bound(density),
+            "speedup": times[None] / taken, "bound": cost.bound(density),
         })  # fmt: skip
     return rows

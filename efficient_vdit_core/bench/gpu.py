@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -248,25 +249,17 @@ def model_step(run: Run) -> Rows:
 def stock_steps(run: Run) -> Rows:
     """Blocks of diffusers' MiniMax-H3 (4 of 50) and Wan 14B (4 of 40) with random weights, as many reference frames as the
     presets take."""
-    from . import minimax_h3, wan
+    from .timed_models import MEASURES
 
-    how: dict[str, Any] = {"device": run.device, "repeats": 1 if run.small else 3, "seed": run.seed}
     if run.small:
         clips = [("minimax_h3", "256x256-tiny", 1, (1,))]
     else:
         clips = [("minimax_h3", "1344x768-10s", 4, (15, 8)), ("minimax_h3", "1344x768-5s", 4, (8, 4)),
                  ("wan_14b", "1280x720-81f", 4, (6, 2)), ("wan_14b", "832x480-81f", 4, (6, 2))]  # fmt: skip
+    how: dict[str, Any] = {"dtype": "bfloat16", "repeats": 1 if run.small else 3, "seed": run.seed}
     for model, clip, depth, references in run.in_time(clips):
-        about = {"model": model, "clip": clip}
-
-        def measure(
-            model: str = model, clip: str = clip, depth: int = depth, references: tuple[int, ...] = references
-        ) -> list[dict[str, Any]]:
-            if model == "wan_14b":
-                return wan.measure(clip, depth, references=references, dtype="bfloat16", **how)
-            return minimax_h3.measure(minimax_h3.CLIPS[clip], depth, references=references, dtype="bfloat16", **how)
-
-        yield [{**about, **row} for row in _or_error(measure, about)]
+        measure = partial(MEASURES[model], clip, depth, run.device, references=references, **how)
+        yield [{"model": model, "clip": clip, **row} for row in _or_error(measure, {})]
 
 
 @part(0.93)

@@ -12,7 +12,7 @@ import torch
 from ..attention import TokenLayout, tile_attention
 from ..head_patterns import by_head
 from ..tiles import TilePattern, TokenGrid
-from .attention import medians
+from .turns import medians
 
 NEAR = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 2))  # windows, and mean frames beside them
 GROUPS, REFERENCES = (1, 2, 4), (1, 2, 4, 6)

@@ -18,8 +18,9 @@ from ..attention import tile_attention
 from ..attention.choose import CallShape, wait_for
 from ..attention.dispatch import backend_candidates
 from ..tiles import TilePattern
-from .attention import Shape, random_tensors, sustained
+from .attention import Shape, random_tensors
 from .calls import calls_alone
+from .turns import sustained
 
 _CALLS = 3  # of one profile
 _SHOWN = 8  # kernels of a row, those that take longest

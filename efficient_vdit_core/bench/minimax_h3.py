@@ -93,16 +93,17 @@ def bounds(clip: Clip) -> list[dict[str, Any]]:
 
 
 def measure(
-    clip: Clip, depth: int, device: torch.device, *, references: tuple[int, ...], dtype: str, repeats: int, seed: int
+    clip: str, depth: int, device: torch.device, *, references: tuple[int, ...], dtype: str, repeats: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Times ``depth`` of diffusers' own blocks with random weights, dense and under uniform plans (`time_plans`)."""
+    """Times ``depth`` of diffusers' own blocks with random weights on a clip of ``CLIPS``, dense and under uniform plans
+    (`time_plans`)."""
     from .blocks import time_plans
 
     torch.manual_seed(seed)
     with torch.device(device):  # drawn there: the host takes minutes for as many weights
         model = _model(depth).to(device, getattr(torch, dtype)).eval()
-    inputs = _inputs(clip, device, getattr(torch, dtype))
-    rows = time_plans(model, inputs, clip.cost(depth), device, references=references, repeats=repeats)
+    inputs = _inputs(CLIPS[clip], device, getattr(torch, dtype))
+    rows = time_plans(model, inputs, CLIPS[clip].cost(depth), device, references=references, repeats=repeats)
     return [{**row, "dtype": dtype} for row in rows]
 
 

@@ -74,7 +74,7 @@ def measure_search(repeats: int) -> list[dict[str, Any]]:
     from ..search import ProbeRecord, make_probe_override
     from ..tiles import TilePattern, TokenGrid
     from ..training.live_bytes import LiveBytes
-    from .attention import medians
+    from .turns import medians
 
     layout, heads = TokenLayout(TokenGrid(16, 1, 100)), 12
     q, k, v = (torch.randn(1, heads, layout.tokens, 64) for _ in range(3))

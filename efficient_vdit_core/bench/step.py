@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from ..models.opensora_plan.config import OSP_29X720P, DiTConfig
 from ..models.opensora_plan.transformer import OpenSoraT2V
 from ..plan import TilePlan
 from ..tiles import TokenGrid
+from .turns import medians
 
 # name -> latent frames, height and width
 SIZES = {
@@ -66,14 +66,11 @@ def measure(shape: StepShape, device: torch.device, *, repeats: int, seed: int) 
     plans: dict[int | None, Callable[[], Tensor]] = {None: lambda: forward({})}
     for count in shape.references:
         plans[count] = lambda count=count: forward(_sparse_options(shape, count))
-    times: dict[int | None, list[float]] = {count: [] for count in plans}
     for run in plans.values():
         run()
-    for _ in range(repeats):
-        for count, run in plans.items():
-            times[count].append(seconds(run, device))
+    times = medians(plans, device, repeats, seconds)
     share = _attention_share(forward, shape, device)
-    return [_row(shape, count, values, statistics.median(times[None]), share) for count, values in times.items()]
+    return [_row(shape, count, taken, times[None], share) for count, taken in times.items()]
 
 
 def _sparse_options(shape: StepShape, count: int) -> dict[str, Any]:
@@ -97,18 +94,17 @@ def _attention_share(forward: Callable[[dict[str, Any]], Tensor], shape: StepSha
     return spent / whole
 
 
-def _row(shape: StepShape, count: int | None, values: list[float], dense: float, share: float) -> dict[str, Any]:
+def _row(shape: StepShape, count: int | None, taken: float, dense: float, share: float) -> dict[str, Any]:
     plan = TilePlan.uniform(count)
     ideal = 1 / plan.density(shape.grid.t)
-    seconds_a_forward = statistics.median(values)
     return {
         "size": shape.size,
         "depth": shape.depth,
         "dtype": shape.dtype,
         "tokens": shape.grid.tokens,
         "pattern": plan.pattern(0).name(shape.grid.t),
-        "seconds": seconds_a_forward,
-        "speedup": dense / seconds_a_forward,
+        "seconds": taken,
+        "speedup": dense / taken,
         "attention_share": share,
         "amdahl_bound": 1 / ((1 - share) + share / ideal),
         "ideal_attention_speedup": ideal,

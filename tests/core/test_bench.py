@@ -151,21 +151,7 @@ def test_one_block_of_wan_14b(monkeypatch, capsys, tmp_path):
     tiny = replace(bounds.MODELS["wan_14b"], clips={"tiny": TokenLayout(TokenGrid(5, 2, 3))})
     monkeypatch.setitem(bounds.MODELS, "wan_14b", tiny)
     file = tmp_path / "wan.json"
-    step_of = [
-        "bench",
-        "step",
-        "--model",
-        "wan_14b",
-        "--size",
-        "tiny",
-        "--references",
-        "1",
-        "7",
-        "--dtype",
-        "float32",
-        "--repeats",
-        "1",
-    ]
+    step_of = "bench step --model wan_14b --size tiny --references 1 7 --dtype float32 --repeats 1".split()
     main([*step_of, "--depth", "1", "--device", "cpu", "--json", str(file)])
     rows = [r for r in json.loads(file.read_text())["rows"] if r["kind"] == "measured"]
     assert [r["pattern"] for r in rows] == ["full", "1:4"] and all(r["seconds"] > 0 for r in rows)

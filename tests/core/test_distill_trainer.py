@@ -423,6 +423,7 @@ def test_numbers_may_be_written_without_a_point():
         ({"dtype": "bfloat16"}, "float32"),
         ({"train": "lora", "init": "x"}, "init"),
         ({"train": "lora", "host_teacher": True}, "there is no second model"),
+        ({"device": "tpu"}, "device"),
     ],
 )
 def test_impossible_models_are_refused(base, tmp_path, change, message):

@@ -10,8 +10,6 @@ from .. import say
 from ..arguments import count
 from .device import device_named
 
-TIMED = ("minimax_h3", "wan_14b")  # of the models whose bounds are computed
-
 
 def add(commands: Any) -> argparse.ArgumentParser:
     step = commands.add_parser("step", help="one forward with random weights, beside Amdahl's bound")
@@ -72,11 +70,12 @@ def _bounds(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     """What a step of today's models gains at most, and what ``--depth`` blocks of them gained."""
     from ...bench.bounds import MODELS, gpu_forecasts, preset_bounds
     from ...bench.minimax_h3 import CLIPS, bounds
+    from ...bench.timed_models import MEASURES
 
     depth, clips = args.depth or 0, MODELS[args.model].clips
     if args.size:
         _check_choice("--size", args.size, clips)
-    most = MODELS[args.model].depth if args.model in TIMED else 0
+    most = MODELS[args.model].depth if args.model in MEASURES else 0
     if not 0 <= depth <= most:
         raise ValueError(f"--depth is {depth}, expected 0 (bounds alone) to {most} blocks for {args.model}.")
     if depth and not args.size:
@@ -107,18 +106,14 @@ def _bounds(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
 
 
 def _measured_blocks(args: argparse.Namespace, depth: int, device: Any) -> list[dict[str, Any]]:
-    from ...bench import minimax_h3, wan
     from ...bench.bounds import MODELS
+    from ...bench.timed_models import MEASURES
 
     whole = MODELS[args.model]
     references = tuple(k for k in args.references if k < whole.clips[args.size].grid.t - 1)
-    how: dict[str, Any] = {
-        "references": references, "dtype": args.dtype, "repeats": args.repeats, "seed": args.seed
-    }  # fmt: skip
-    if args.model == "wan_14b":
-        rows = wan.measure(args.size, depth, device, **how)
-    else:
-        rows = minimax_h3.measure(minimax_h3.CLIPS[args.size], depth, device, **how)
+    rows = MEASURES[args.model](
+        args.size, depth, device, references=references, dtype=args.dtype, repeats=args.repeats, seed=args.seed
+    )
     say(f"measured, {depth} of {whole.depth} blocks with random weights, {args.dtype}")
     for row in rows:
         say(
