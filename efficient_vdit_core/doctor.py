@@ -81,7 +81,7 @@ def format_findings(findings: dict[str, Any]) -> str:
 
 
 def _format_choices(choices: dict[str, Any]) -> list[str]:
-    from .attention.choose import Choice
+    from .attention.trial import Choice
 
     if not choices:
         return ["  nothing yet: backends are measured at the first long call of each kind of shape"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .attention.choose import CallShape
+from .attention.call_shape import CallShape
 from .attention.layout import TokenLayout
 from .attention.override import FORWARD_KEY, AttentionReport, ForwardState, attention_override
 from .attention.prepare import Preparation

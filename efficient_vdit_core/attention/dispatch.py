@@ -14,8 +14,9 @@ from torch import Tensor
 from ..head_patterns import LayerPattern
 from ..tiles import TilePattern
 from . import flex, triton
+from .call_shape import CallShape
 from .calls import Call, calls_of
-from .choose import Attend, CallShape, Choice, default_book
+from .choose import default_book
 from .frames import attend_frames
 from .gpu import arrow_kernels_status, is_recording
 from .heads import put_heads, take_heads
@@ -24,6 +25,7 @@ from .mean_frames import make_tables
 from .merge import prepare_merge
 from .partial import PartialAttention, attend_backward, attend_lse, partial_of
 from .parts import attend_parts
+from .trial import Attend, Choice
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..head_patterns import LayerPattern
 from ..plan import TilePlan
 from ..tiles import TilePattern
+from .call_shape import CallShape
 from .calls import calls_of
-from .choose import CallShape
 from .dense_call import DenseCall
 from .dispatch import check_means, group_shapes, make_ready, measured_choice, partial_for, simplest_backend
 from .layout import TokenLayout

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..limits.memory import free_bytes, in_words
-from .choose import CallShape
+from .call_shape import CallShape
 
 log = logging.getLogger("efficient_vdit")
 

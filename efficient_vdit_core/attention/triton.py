@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ..head_patterns import LayerPattern
 from ..tiles import TilePattern
-from .choose import CallShape
+from .call_shape import CallShape
 from .gpu import OUT_OF_MEMORY, arrow_kernels_status, is_recording
 from .layout import TokenLayout, check_tensors, global_spans
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention import TokenLayout, available_backends, tile_attention
-from ..attention.choose import CallShape
+from ..attention.call_shape import CallShape
 from ..attention.dispatch import fits
 from ..tiles import TilePattern, TokenGrid
 from . import paper

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.choose import seconds
 from ..attention.cost import StepCost
 from ..diffusers_models import apply_to_diffusers
 from ..plan import TilePlan
 from ..tiles import TilePattern
+from ..timing import seconds
 from .turns import medians
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import TokenLayout, available_backends, simplest_backend, tile_attention
-from ..attention.choose import CallShape
+from ..attention.call_shape import CallShape
 from ..attention.dispatch import fits
 from ..head_patterns import HeadPatterns, LayerPattern
 from ..tiles import TilePattern, TokenGrid

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from ..attention import available_backends, tile_attention
-from ..attention.choose import CallShape, ChoiceBook, seconds
+from ..attention.call_shape import CallShape
+from ..attention.choose import ChoiceBook
 from ..attention.dispatch import backend_candidates, fits
 from ..files import write_text
 from ..tiles import TilePattern
+from ..timing import seconds
 from . import attention, exactness, kernels, step
 from .attention import Shape
 from .dense import INEXACT, dense_functions

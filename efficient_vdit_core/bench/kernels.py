@@ -15,9 +15,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ..attention import tile_attention
-from ..attention.choose import CallShape, wait_for
+from ..attention.call_shape import CallShape
 from ..attention.dispatch import backend_candidates
 from ..tiles import TilePattern
+from ..timing import wait_for
 from .attention import Shape, random_tensors
 from .calls import calls_alone
 from .turns import sustained

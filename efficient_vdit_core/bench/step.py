@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.choose import seconds
 from ..attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
 from ..attention.sdpa import OVERRIDE_KEY
 from ..limits.memory import check_memory
@@ -18,6 +17,7 @@ from ..models.opensora_plan.config import OSP_29X720P, DiTConfig
 from ..models.opensora_plan.transformer import OpenSoraT2V
 from ..plan import TilePlan
 from ..tiles import TokenGrid
+from ..timing import seconds
 from .turns import medians
 
 # name -> latent frames, height and width

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..attention.choose import seconds
+from ..timing import seconds
 
 _LEAST_SECONDS = 0.05  # of a turn on a GPU, and of what goes before it
 

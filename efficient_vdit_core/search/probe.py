@@ -29,12 +29,13 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention import TokenLayout, choose_backend, simplest_backend, tile_attention
-from ..attention.choose import CallShape, wait_for
+from ..attention.call_shape import CallShape
 from ..attention.dense_call import DenseCall
 from ..attention.heads import put_heads, take_heads
 from ..attention.padding import as_heads, fill_in
 from ..attention.state import FORWARD_KEY, ForwardState, Override
 from ..tiles import TilePattern
+from ..timing import wait_for
 from .calls import layer_of_call, layout_of_call
 
 ATTENTION, BLOCK = "attention", "block"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...efficient_vdit_core.attention.choose import CallShape
+from ...efficient_vdit_core.attention.call_shape import CallShape
 from ...efficient_vdit_core.attention.state import FileAttention, ForwardState
 from .families import Family, uncompiled
 from .layouts import UnknownLayout

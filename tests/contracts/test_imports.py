@@ -26,15 +26,17 @@ PICKLE = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
 # A part of the core may import itself and what stands here; the top-level modules above them may import all.
 ALLOWED = {
     "limits": set(),
+    "timing": set(),
+    "cache_folder": set(),
     "tiles": {"limits"},
     "files": {"limits"},
     "head_patterns": {"tiles"},
     "plan": {"tiles", "head_patterns", "files", "limits"},
-    "attention": {"tiles", "head_patterns", "plan", "files", "limits"},
+    "attention": {"tiles", "head_patterns", "plan", "files", "limits", "timing", "cache_folder"},
     "sampling": {"limits"},
     "models": {"tiles", "head_patterns", "plan", "attention", "files", "limits"},
-    "search": {"tiles", "head_patterns", "plan", "attention", "limits"},
-    "parallel": {"tiles", "head_patterns", "plan", "attention", "files", "limits"},
+    "search": {"tiles", "head_patterns", "plan", "attention", "limits", "timing"},
+    "parallel": {"tiles", "head_patterns", "plan", "attention", "files", "limits", "cache_folder"},
     "training": {"files", "limits"},
     "distill": {
         "tiles",

@@ -7,17 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_vdit_core.attention import TokenLayout, choose, choose_backend, dispatch, tile_attention
-from efficient_vdit_core.attention.choose import (
-    CallShape,
-    Choice,
-    ChoiceBook,
-    cache_folder,
-    seconds,
-    shape_class,
-    trial_size,
-)
+from efficient_vdit_core.attention import TokenLayout, choose_backend, dispatch, tile_attention, trial
+from efficient_vdit_core.attention.call_shape import CallShape
+from efficient_vdit_core.attention.choose import ChoiceBook, shape_class
+from efficient_vdit_core.attention.trial import Choice, trial_size
+from efficient_vdit_core.cache_folder import cache_folder
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
+from efficient_vdit_core.timing import seconds
 
 LAYOUT = TokenLayout(TokenGrid(4, 5, 7), prefix=3)
 
@@ -61,7 +57,7 @@ def test_the_fastest_is_chosen_and_measured_only_once(tmp_path):
 
 def test_no_further_round_is_begun_after_a_second(tmp_path, monkeypatch):
     calls, run = [], candidates([], set())
-    monkeypatch.setattr(choose, "_MOST_SECONDS", 0.02)
+    monkeypatch.setattr(trial, "_MOST_SECONDS", 0.02)
     book = ChoiceBook(tmp_path / "attention.json")
     choice = book.choose(candidates(calls, set(run)), kind(), LAYOUT, TilePattern(1), "sdpa")
     assert len(calls) == 2 * len(run)  # a first call, and one round of three that take 10 ms each
@@ -172,14 +168,13 @@ def test_a_gpu_s_trial_is_a_tenth_of_a_second_of_its_own_dense_attention(monkeyp
         asked.append(4 * q.shape[1] * q.shape[2] ** 2 * q.shape[3])
         return q
 
-    monkeypatch.setattr(choose, "wait_for", lambda device: None)
-    monkeypatch.setattr(choose, "seconds", lambda run, device, calls=1: run() is None or asked[-1] / 3e13)
+    monkeypatch.setattr(trial, "seconds", lambda run, device, calls=1: run() is None or asked[-1] / 3e13)
     monkeypatch.setattr(
         CallShape, "tensors", lambda self, heads, n: [torch.empty(1, heads, n, self.head_dim, device="meta")] * 3
     )
-    found = choose._affordable_flops(dense, shape, layout, TilePattern(1))
+    found = trial._affordable_flops(dense, shape, layout, TilePattern(1))
     assert found == pytest.approx(0.1 * 3e13) and len(asked) == 2 and asked[0] <= 2e12
-    assert choose._affordable_flops(dense, kind(), layout, TilePattern(1)) == 2e10 and len(asked) == 2
+    assert trial._affordable_flops(dense, kind(), layout, TilePattern(1)) == 2e10 and len(asked) == 2
 
 
 @pytest.fixture
@@ -225,7 +220,7 @@ def test_a_trial_without_room_leaves_the_run_alive(book, monkeypatch, caplog):
 
     def full(*_):
         tried.append(1)
-        raise choose.OUT_OF_MEMORY("CUDA out of memory")
+        raise trial.OUT_OF_MEMORY("CUDA out of memory")
 
     monkeypatch.setattr(CallShape, "tensors", full)
     for gradients, backend in ((False, "frames"), (True, "parts"), (False, "frames")):
@@ -236,7 +231,7 @@ def test_a_trial_without_room_leaves_the_run_alive(book, monkeypatch, caplog):
 
 def test_a_candidate_without_room_is_left_out_and_the_choice_is_not_kept_on_disk(book, caplog):
     def full(*_):
-        raise choose.OUT_OF_MEMORY("CUDA out of memory")
+        raise trial.OUT_OF_MEMORY("CUDA out of memory")
 
     run = {**candidates([], {"dense"}), "frames": full}
     choice = book.choose(run, kind(), LAYOUT, TilePattern(1), "sdpa")
@@ -269,7 +264,7 @@ def test_a_real_trial_prefers_the_arrow_mask_where_it_saves_most(book, monkeypat
             run()
         return pairs.count
 
-    monkeypatch.setattr(choose, "seconds", work)
+    monkeypatch.setattr(trial, "seconds", work)
     layout, pattern = TokenLayout(TokenGrid(24, 10, 20)), TilePattern(1)
     assert choose_backend(kind(dim=64), layout, pattern) in ("frames", "parts")
     (choice,) = book.choices.values()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.attention import TokenLayout
-from efficient_vdit_core.attention.choose import Choice
+from efficient_vdit_core.attention.trial import Choice
 from efficient_vdit_core.bench import attention, bounds, exactness, gpu, minimax_h3, overhead, paper, step, wan
 from efficient_vdit_core.bench.bounds import preset_bounds
 from efficient_vdit_core.bench.machine import describe_machine, peak_extra_bytes

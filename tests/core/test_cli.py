@@ -85,7 +85,8 @@ def test_doctor_tells_the_same_to_people_and_machines(tmp_path):
 
 def test_doctor_tells_what_auto_chose_and_why(tmp_path, monkeypatch):
     from efficient_vdit_core import doctor
-    from efficient_vdit_core.attention.choose import Choice, default_book
+    from efficient_vdit_core.attention.choose import default_book
+    from efficient_vdit_core.attention.trial import Choice
 
     monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path))
     assert "nothing yet: backends are measured" in doctor.format_findings(doctor.examine())

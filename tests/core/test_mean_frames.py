@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout, choose_backend, tile_attention
-from efficient_vdit_core.attention.choose import CallShape
+from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall
 from efficient_vdit_core.attention.override import make_attention_override
 from efficient_vdit_core.attention.prepare import Preparation

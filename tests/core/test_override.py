@@ -7,9 +7,9 @@ from einops import rearrange
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention import override as override_file
 from efficient_vdit_core.attention import prepare as prepare_file
-from efficient_vdit_core.attention.choose import Choice
 from efficient_vdit_core.attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
+from efficient_vdit_core.attention.trial import Choice
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 

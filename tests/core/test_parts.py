@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from efficient_vdit_core.attention import TokenLayout, available_backends, dispatch, partial, tile_attention
 from efficient_vdit_core.attention import prepare as prepare_file
-from efficient_vdit_core.attention.choose import CallShape, ChoiceBook
+from efficient_vdit_core.attention.call_shape import CallShape
+from efficient_vdit_core.attention.choose import ChoiceBook
 from efficient_vdit_core.attention.dense_call import DenseCall
 from efficient_vdit_core.attention.dispatch import choose_backend, fits, partial_for
 from efficient_vdit_core.attention.frames import attend_frames

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout, residual, tile_attention
-from efficient_vdit_core.attention.choose import CallShape
+from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.override import attention_override
 from efficient_vdit_core.attention.prepare import Preparation
 from efficient_vdit_core.attention.report import AttentionReport

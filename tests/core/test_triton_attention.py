@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout, choose_backend, dispatch, tile_attention
 from efficient_vdit_core.attention import triton as backend
-from efficient_vdit_core.attention.choose import CallShape
+from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.triton import attend_triton, attend_triton_lse
 from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid

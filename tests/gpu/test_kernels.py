@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout, available_backends, choose_backend, tile_attention
-from efficient_vdit_core.attention.choose import CallShape, default_book
+from efficient_vdit_core.attention.call_shape import CallShape
+from efficient_vdit_core.attention.choose import default_book
 from efficient_vdit_core.attention.triton import attend_triton, attend_triton_lse, make_ready
 from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid

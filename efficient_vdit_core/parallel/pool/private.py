@@ -6,7 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
-from ...attention.choose import cache_folder
+from ...cache_folder import cache_folder
 
 _MOST_BYTES = 2**16  # what is read here is a line or two
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention.choose import CallShape
+from ...attention.call_shape import CallShape
 from ...attention.override import attention_override
 from ...attention.prepare import Preparation
 from ...attention.report import AttentionReport

@@ -1,0 +1,27 @@
+"""Wall-clock times that include what the device still had to do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Wall-clock seconds of ``run()``, the device's work included: of one among ``calls`` without a pause in between."""
+    wait_for(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    wait_for(device)
+    return (time.perf_counter() - start) / calls
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when ``device`` has done all that it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type in ("mps", "xpu"):
+        getattr(torch, device.type).synchronize()
