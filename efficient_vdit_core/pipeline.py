@@ -25,9 +25,10 @@ from .attention.override import FORWARD_KEY, AttentionReport, ForwardState, atte
 from .attention.prepare import Preparation
 from .attention.residual import Room
 from .attention.sdpa import OVERRIDE_KEY
+from .devices import pick_device, pick_dtype
 from .limits.memory import check_memory
-from .limits.quote import quoted, reason
-from .model_folder import TINY, find_model, is_built_in
+from .limits.quote import quoted
+from .model_folder import TINY, find_model
 from .model_header import ModelHeader
 from .plan import TilePlan
 from .request import VideoRequest
@@ -39,9 +40,7 @@ from .video import to_frames
 if TYPE_CHECKING:
     from .distill.metadata import DistillMetadata
 
-LATENT_SCALE = 0.18215
 FPS = 24
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -109,7 +108,7 @@ class Pipeline:
 
         folder = find_model(model, text_encoder)
         target = pick_device(device)
-        kind = _pick_dtype(dtype, target, folder.name)
+        kind = pick_dtype(dtype, target, built_in=folder.built_in)
         source = Path(transformer) if transformer else folder.transformer
         weights = load_transformer(source, dtype=kind)
         wear(weights, loras)
@@ -320,6 +319,7 @@ class Pipeline:
 
     def _decode(self, z: Tensor) -> np.ndarray:
         """Latents (1, 4, T, h, w) to uint8 frames (4 (T - 1) + 1, 8 h, 8 w, 3)."""
+        from .models.opensora_plan.config import LATENT_SCALE
         from .models.opensora_plan.vae_tiling import tiled_decode
 
         with self._working(self.vae):
@@ -372,27 +372,6 @@ class Pipeline:
         finally:
             if self.offload and module is not None:
                 module.to("cpu")
-
-
-def pick_device(device: str) -> str:
-    """A device name that works here; ValueError if it does not."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device).item()  # the meta device has no values
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(
-            f"The device {quoted(device)} cannot be used ({reason(error)}); 'evdit doctor' lists what can."
-        ) from error
-    return device
-
-
-def _pick_dtype(dtype: str, device: str, name: str) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float32 if is_built_in(name) or device == "cpu" else torch.bfloat16
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {quoted(dtype)}.")
-    return DTYPES[dtype]
 
 
 def _prompts(request: VideoRequest) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...efficient_vdit_core.distill.metadata import read_metadata
 from ...efficient_vdit_core.models.opensora_plan import checkpoint, transformer
-from ...efficient_vdit_core.models.opensora_plan.config import DiTConfig
+from ...efficient_vdit_core.models.opensora_plan.config import LATENT_SCALE, DiTConfig
 from .distilled import DISTILLED
 from .model_sampling import SAMPLING_SETTINGS, EpsilonSampling, VelocitySampling
 from .paths import resolve
@@ -43,13 +43,13 @@ TEXT_MULTIPLE = 64
 
 
 class OpenSoraPlanLatent(comfy.latent_formats.LatentFormat):
-    """4 channels, 4x in time and 8x in space; scaled by 0.18215 for the transformer."""
+    """4 channels, 4x in time and 8x in space; scaled for the transformer."""
 
     latent_channels = 4
     latent_dimensions = 3
 
     def __init__(self) -> None:
-        self.scale_factor = 0.18215
+        self.scale_factor = LATENT_SCALE
         # The VAE grew out of Stable Diffusion's; its preview colours are near enough.
         self.latent_rgb_factors = comfy.latent_formats.SD15().latent_rgb_factors
 

@@ -52,7 +52,7 @@ ALLOWED = {
         "training",
         "tinyworld",
         "video",
-        "pipeline",
+        "devices",
         "request",
         "model_folder",
         "read_video",

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from efficient_vdit_core import assets
+from efficient_vdit_core.devices import pick_device
 from efficient_vdit_core.distill.metadata import DistillMetadata
 from efficient_vdit_core.model_folder import find_model
 from efficient_vdit_core.model_header import ModelHeader
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
-from efficient_vdit_core.models.opensora_plan.config import DiTConfig, VAEConfig
+from efficient_vdit_core.models.opensora_plan.config import LATENT_SCALE, DiTConfig, VAEConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
-from efficient_vdit_core.pipeline import LATENT_SCALE, Pipeline, pick_device
+from efficient_vdit_core.pipeline import Pipeline
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.request import VideoRequest
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...devices import DTYPES
 from ...limits.documents import parse_json, read_text
 from ...limits.quote import named, quoted
-from ...pipeline import DTYPES
 from ...plan import TilePlan
 from ..config import ModelConfig
 from ..lora.comfy_names import ComfyLayer, comfy_layer

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from ...attention.layout import TokenLayout
 from ...attention.override import FORWARD_KEY, ForwardState, Override
 from ...attention.sdpa import OVERRIDE_KEY
+from ...devices import DTYPES
 from ...limits.quote import quoted
 from ...model_folder import FAMILY, find_model
 from ...models.opensora_plan.checkpoint import load_transformer, load_vae, read_transformer
+from ...models.opensora_plan.config import LATENT_SCALE
 from ...models.opensora_plan.text import MAX_TOKENS, TextEncoder
 from ...models.opensora_plan.transformer import FIRST_FRAME, OpenSoraT2V
 from ...models.opensora_plan.vae import CausalVAE
 from ...models.opensora_plan.vae_tiling import tiled_decode, tiled_encode
-from ...pipeline import DTYPES, LATENT_SCALE
 from ...plan import TilePlan
 from ...request import SPACE, TIME
 from ...sampling.path import VPPath

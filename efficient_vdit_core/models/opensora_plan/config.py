@@ -14,6 +14,8 @@ from ...limits.numbers import number, whole
 from ...limits.quote import quoted
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# What the VAE's latents are multiplied by for the transformer, which sees about unit variance then.
+LATENT_SCALE = 0.18215
 
 # Each of these picks another architecture in the reference code, so any other value is refused.
 _REQUIRED_TRANSFORMER_VALUES: dict[str, tuple[Any, ...]] = {

@@ -219,7 +219,7 @@ class Decoder(nn.Module):
 
 
 class CausalVAE(nn.Module):
-    """Encoder, decoder and the two 1x1x1 convolutions around the latent. The 0.18215 scale is the caller's."""
+    """Encoder, decoder and the two 1x1x1 convolutions around the latent. `config.LATENT_SCALE` is the caller's."""
 
     def __init__(
         self, config: VAEConfig, *, dtype: torch.dtype | None = None, device: Any = None, operations: Any = nn

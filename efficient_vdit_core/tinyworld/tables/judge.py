@@ -20,7 +20,7 @@ from ...distill.families.texts import TextBank
 from ...distill.objectives.rollout import guided, roll_down
 from ...files import read_torch, write_text, write_torch
 from ...limits.documents import parse_json, read_text
-from ...pipeline import LATENT_SCALE
+from ...models.opensora_plan.config import LATENT_SCALE
 from ..moving.figures import figures_of
 from ..moving.scene import ATTRIBUTES, Scene, held_out_scenes, random_scene, render
 from ..train.vae import to_model_range, to_pixels

@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...files import read_torch, write_torch
-from ...models.opensora_plan.config import DiTConfig
+from ...models.opensora_plan.config import LATENT_SCALE, DiTConfig
 from ...models.opensora_plan.text import TextEncoder
 from ...models.opensora_plan.transformer import OpenSoraT2V
 from ...models.opensora_plan.vae import CausalVAE
-from ...pipeline import LATENT_SCALE
 from ...training import TrainingRun
 from ..worlds import MOVING, World
 from .text import WIDTH

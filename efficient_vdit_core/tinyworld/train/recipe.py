@@ -16,9 +16,9 @@ import torch
 
 from ...limits.quote import quoted
 from ...models.opensora_plan.checkpoint import load_transformer, load_vae
+from ...models.opensora_plan.config import LATENT_SCALE
 from ...models.opensora_plan.text import TextEncoder
 from ...models.opensora_plan.vae import CausalVAE
-from ...pipeline import LATENT_SCALE
 from ..worlds import MOVING, World
 from .decoder import train_decoder
 from .dit import cache_clips, train_dit
