@@ -40,10 +40,6 @@ class HeadPatterns:
         """The pattern of ``count`` heads from head ``start`` on."""
         return by_head(self.patterns[start : start + count])
 
-    def parts(self, heads: int) -> list[LayerPattern]:
-        """What the calls follow that share out the layer's heads, ``heads`` at a time."""
-        return [self.of_heads(start, heads) for start in range(0, len(self.patterns), heads)]
-
     @property
     def kinds(self) -> tuple[TilePattern, ...]:
         """The different patterns of the heads, in the order of their first head."""

@@ -23,8 +23,8 @@ from .pyav_video import write_mp4
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUFFIXES = (".mp4", ".gif", ".webp")
 MAX_METADATA = 100_000  # bytes
+LARGEST_SIDE = {".mp4": 16_384, ".gif": 65_535, ".webp": 16_383}  # pixels, of x264 and of the formats
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 _EXIF_DESCRIPTION = 0x010E
 _MOST_ATOMS = 10_000  # beside one another; a film has some dozens
@@ -51,13 +51,40 @@ def has_ffmpeg() -> bool:
 def check_writable(path: str | Path) -> Path:
     """Raises ValueError if no video can be written at `path`; called before the long work, so touches nothing."""
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in LARGEST_SIDE:
         raise ValueError(
-            f"Cannot write {quoted(str(path), 120)}: the ending must be one of {', '.join(SUFFIXES)}, as it picks the format."
+            f"Cannot write {quoted(str(path), 120)}: the ending must be one of {', '.join(LARGEST_SIDE)}, as it picks the format."
         )
     check_writable_file(path)
     _check_writer_installed(path.suffix.lower())
     return path
+
+
+def check_size(path: str | Path, height: int, width: int) -> None:
+    """Raises ValueError where the format that ``path`` asks for has no room for frames of this size."""
+    suffix = Path(path).suffix.lower()
+    if max(height, width) > LARGEST_SIDE[suffix]:
+        raise ValueError(
+            f"{suffix[1:]} holds frames of up to {LARGEST_SIDE[suffix]} pixels on a side, got {width}x{height}. Make them smaller, "
+            f"or write a {max(LARGEST_SIDE, key=lambda name: LARGEST_SIDE[name])}."
+        )
+    if suffix == ".mp4" and (height % 2 or width % 2):
+        raise ValueError(f"mp4 needs even sizes, got {width}x{height}; write a gif or webp instead.")
+
+
+def check_metadata(metadata: Mapping[str, Any], room: int = 0) -> str:
+    """``metadata`` as text for a clip. Raises ValueError where they and ``room`` further bytes are more than fits."""
+    text = json.dumps(metadata)  # ASCII only, so that every container takes it
+    if (
+        len(text) + room > MAX_METADATA
+    ):  # beyond what an argument of ffmpeg may have, unless each letter is its own bytes
+        text = json.dumps(metadata, ensure_ascii=False)
+        if (size := len(text.encode()) + room) > MAX_METADATA:
+            raise ValueError(
+                f"The metadata have {size} bytes, at most {MAX_METADATA} fit into a clip. Shorten the prompt, or write the plan as "
+                "a line: it carries no history then."
+            )
+    return text
 
 
 def frame_milliseconds(suffix: str, fps: float) -> int:
@@ -98,16 +125,9 @@ def write_video(
         raise ValueError(f"fps must lie in {MIN_FPS:g}..{MAX_FPS:g}, got {fps}: no container times frames beyond that.")
     # A webp of equal frames is a still picture, and a gif one long frame: this alone tells how many they were.
     about = {"fps": fps if isinstance(fps, int) else float(fps), "frames": len(frames), **(metadata or {})}
-    text = json.dumps(about)  # ASCII only, so that every container takes it
-    if len(text) > MAX_METADATA:  # beyond what an argument of ffmpeg may have, unless each letter is its own bytes
-        text = json.dumps(about, ensure_ascii=False)
-        if len(text.encode()) > MAX_METADATA:
-            raise ValueError(
-                f"The metadata have {len(text.encode())} bytes, at most {MAX_METADATA} fit into a clip. Shorten them."
-            )
+    text = check_metadata(about)
+    check_size(path, frames.shape[1], frames.shape[2])
     suffix = path.suffix.lower()
-    if suffix == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
-        raise ValueError(f"mp4 needs even sizes, got {frames.shape[2]}x{frames.shape[1]}; write a gif or webp instead.")
     with whole_file(path, suffix) as part:
         if suffix == ".mp4":
             (_write_mp4 if has_ffmpeg() else write_mp4)(part, frames, fps, text)

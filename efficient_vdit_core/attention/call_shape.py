@@ -29,9 +29,9 @@ class CallShape:
         return cls(q.shape[0], q.shape[1], q.shape[3], q.dtype, q.device, gradients)
 
     def tensors(self, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q, k, v (batch, heads, tokens, head_dim) of this kind."""
-        size = (self.batch, heads, tokens, self.head_dim)
-        q, k, v = (
-            torch.randn(size, device=self.device, dtype=self.dtype, requires_grad=self.gradients) for _ in range(3)
-        )
+        """Random q, k, v (batch, heads, tokens, head_dim) of this kind; the same each time, and the device's own random
+        numbers, which a run's noise may come from, stay as they are."""
+        size, generator = (self.batch, heads, tokens, self.head_dim), torch.Generator(self.device).manual_seed(0)
+        about = {"device": self.device, "dtype": self.dtype, "requires_grad": self.gradients}
+        q, k, v = (torch.randn(size, generator=generator, **about) for _ in range(3))
         return q, k, v

@@ -78,10 +78,11 @@ def shape_class(
     """A readable key; sizes within a factor of sqrt(2) share it."""
     size, extra = layout.grid.tokens_per_frame, layout.prefix + layout.suffix
     device = torch.cuda.get_device_name(shape.device) if shape.device.type == "cuda" else shape.device.type
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
     dtype, heads = str(shape.dtype).removeprefix("torch."), _bucket(shape.batch * shape.heads)
     return (
         f"{device}, {dtype}, {'/'.join(candidates)} with {dense_name}, heads {heads} x {shape.head_dim}, "
-        f"frames {pattern.name(layout.grid.t)} x {_bucket(size)}, extra {_bucket(extra)}"
+        f"frames {pattern.name(layout.grid.t)} x {_bucket(size)}, extra {_bucket(extra)}{threads}"
         f"{', forward and backward' if shape.gradients else ''}"
     )
 
@@ -109,7 +110,6 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton,
         "driver": driver,
-        "threads": str(torch.get_num_threads()),
     }
 
 
@@ -130,6 +130,8 @@ def _read(file: Path) -> dict[str, Choice]:
 
 
 def _write(file: Path, choices: dict[str, Choice]) -> None:
+    """Adds the choices to those that other processes have written meanwhile."""
+    choices = {**_read(file), **choices}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(

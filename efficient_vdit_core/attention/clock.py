@@ -48,8 +48,9 @@ class AttentionClock:
     """Takes the time of calls, safe for several threads. On a GPU by events, which are read at the end."""
 
     tallies: dict[Key, Tally] = field(default_factory=lambda: defaultdict(Tally))
-    pending: deque[tuple[Key, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
-    spare: list[torch.cuda.Event] = field(default_factory=list)
+    pending: deque[tuple[Key, torch.device, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
+    # By device: an event belongs to the one that it was first recorded on.
+    spare: dict[torch.device, list[torch.cuda.Event]] = field(default_factory=lambda: defaultdict(list))
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def reserve(self, device: torch.device, calls: int) -> None:
@@ -57,14 +58,14 @@ class AttentionClock:
         if device.type != "cuda":
             return
         with torch.cuda.device(device), self.lock:
-            while len(self.spare) < 2 * calls:
+            while len(self.spare[device]) < 2 * calls:
                 event = torch.cuda.Event(enable_timing=True)
                 event.record()  # the driver's part of an event is made by its first use
-                self.spare.append(event)
+                self.spare[device].append(event)
 
-    def _event(self) -> torch.cuda.Event:
+    def _event(self, device: torch.device) -> torch.cuda.Event:
         with self.lock:
-            return self.spare.pop() if self.spare else torch.cuda.Event(enable_timing=True)
+            return self.spare[device].pop() if self.spare[device] else torch.cuda.Event(enable_timing=True)
 
     @contextmanager
     def taking(self, kind: str, q: Tensor, density: float = 1.0) -> Iterator[None]:
@@ -76,12 +77,12 @@ class AttentionClock:
             self.tallies[key].density += density
         if q.is_cuda and not is_recording(q.device):
             stream = torch.cuda.current_stream(q.device)
-            start, end = self._event(), self._event()
+            start, end = self._event(q.device), self._event(q.device)
             start.record(stream)
             yield
             end.record(stream)
             with self.lock:
-                self.pending.append((key, start, end))
+                self.pending.append((key, q.device, start, end))
                 self._read(wait=len(self.pending) > MOST_PENDING, most=2)
         elif q.device.type == "cpu":
             begin = time.perf_counter()
@@ -115,10 +116,10 @@ class AttentionClock:
     def _read(self, *, wait: bool, most: int) -> None:
         """Adds up to ``most`` of the oldest events; those that the device has not reached yet only with ``wait``."""
         for _ in range(min(most, len(self.pending))):
-            key, start, end = self.pending[0]
+            key, device, start, end = self.pending[0]
             if not wait and not end.query():
                 return
             end.synchronize()
             self.tallies[key].seconds += start.elapsed_time(end) / 1000.0
             self.pending.popleft()
-            self.spare += (start, end)
+            self.spare[device] += (start, end)

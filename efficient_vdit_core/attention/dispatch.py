@@ -17,6 +17,7 @@ from . import flex, triton
 from .call_shape import CallShape
 from .calls import Call, calls_of
 from .choose import default_book
+from .dense_call import function_name
 from .frames import attend_frames
 from .gpu import arrow_kernels_status, is_recording
 from .heads import put_heads, take_heads
@@ -69,8 +70,8 @@ def _parts_status(device: torch.device) -> BackendStatus:
 
 
 @lru_cache
-def _statuses(device_type: str) -> dict[str, BackendStatus]:
-    return {status.name: status for status in available_backends(device_type)}
+def _statuses(device: torch.device) -> dict[str, BackendStatus]:
+    return {status.name: status for status in available_backends(device)}
 
 
 def tile_attention(
@@ -83,7 +84,7 @@ def tile_attention(
     dense: Dense | None = None,
     backend: str | Mapping[TilePattern, str] = "auto",
     max_extra_bytes: int | None = None,
-    dense_name: str = "sdpa",
+    dense_name: str | None = None,
 ) -> Tensor:
     """Attention of q over k, v under the tile mask of ``pattern`` (Efficient-vDiT section 3). Exact and differentiable.
 
@@ -92,9 +93,9 @@ def tile_attention(
         pattern: one for all heads, or one for each of the H heads: those that are alike are computed together, under
             ``flex`` and ``triton`` all that they compute.
         dense: plain attention of (B, H, Nq, D) over (B, H, Nk, D), default PyTorch's SDPA; ``dense_name`` tells it from
-            others.
-        backend: one of ``BACKENDS``; ``dense`` ignores the pattern; ``auto`` is what ``choose_backend`` says. One for
-            all heads, or by pattern.
+            others, default: the function's own name.
+        backend: one of ``BACKENDS``; ``auto`` is the fastest of them, as ``choose_backend`` measures it; ``dense`` ignores the
+            pattern. One for all heads, or by pattern.
         max_extra_bytes: bounds the copies of ``frames`` and the unmerged results of ``parts``, default: by the device.
 
     Returns:
@@ -105,12 +106,13 @@ def tile_attention(
             backend or ``dense`` gives none; the text names it and says why.
     """
     check_tensors(q, k, v, layout)
+    dense_name = dense_name or name_of(dense)
     attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes, dense_name)
 
     def named(pattern: TilePattern, shape: CallShape) -> str:
         chosen = backend if isinstance(backend, str) else backend[pattern]
         if chosen == "auto":
-            chosen = choose_backend(shape, layout, pattern, dense=dense, dense_name=dense_name)
+            chosen = choose_backend(shape, layout, pattern, dense=dense, dense_name=dense_name, or_dense=False)
         elif pattern.means:
             check_means(chosen)
         elif chosen not in ("dense", "frames"):  # these run everywhere
@@ -139,6 +141,13 @@ def simplest_backend(pattern: TilePattern) -> str:
     return "parts" if pattern.means else "frames"
 
 
+def name_of(dense: Dense | None) -> str:
+    """What tells a dense attention from others where backends are measured beside it; None is PyTorch's."""
+    if dense is None or dense is F.scaled_dot_product_attention:
+        return "sdpa"
+    return getattr(dense, "name", "") or function_name(dense)
+
+
 def check_means(backend: str) -> None:
     """Raise ValueError where the named backend cannot compute mean frames."""
     if backend not in ("auto", "dense", "parts"):
@@ -151,7 +160,7 @@ def choose_backend(
     pattern: TilePattern,
     *,
     dense: Dense | None = None,
-    dense_name: str = "sdpa",
+    dense_name: str | None = None,
     or_dense: bool = True,
 ) -> str:
     """The backend that ``auto`` means for calls of this shape: the fastest of a trial, ``dense`` where nothing beats it.
@@ -168,7 +177,7 @@ def measured_choice(
     pattern: TilePattern,
     *,
     dense: Dense | None = None,
-    dense_name: str = "sdpa",
+    dense_name: str | None = None,
 ) -> Choice:
     """The fastest backend for calls of this shape, and the times of all of them.
 
@@ -181,6 +190,7 @@ def measured_choice(
     traced = torch.compiler.is_compiling() or is_recording(shape.device)
     if layout.tokens < FEWEST_MEASURED_TOKENS or traced:
         return Choice(simplest, {})
+    dense_name = dense_name or name_of(dense)
     candidates = backend_candidates(shape, dense, dense_name, pattern)
     # ``frames`` keeps copies for the way back.
     otherwise = "parts" if shape.gradients and "parts" in candidates else simplest
@@ -188,12 +198,12 @@ def measured_choice(
 
 
 def backend_candidates(
-    shape: CallShape, dense: Dense | None = None, dense_name: str = "sdpa", pattern: TilePattern | None = None
+    shape: CallShape, dense: Dense | None = None, dense_name: str | None = None, pattern: TilePattern | None = None
 ) -> dict[str, Attend]:
     """``dense``, and the backends that are worth a trial for calls of this shape, None: under a pattern without means."""
     dense = dense or F.scaled_dot_product_attention
-    every = _candidates(dense, None, dense_name)
-    usable = {n for n, s in _statuses(shape.device.type).items() if s.available and fits(n, shape, dense)}
+    every = _candidates(dense, None, dense_name or name_of(dense))
+    usable = {n for n, s in _statuses(shape.device).items() if s.available and fits(n, shape, dense)}
     if "triton" in usable and _flex_loses(shape):
         usable -= {"flex"}
     if pattern is not None and pattern.means:
@@ -285,7 +295,7 @@ def check_backend(backend: str, device: torch.device | str) -> None:
         raise ValueError(
             f"backend is {backend!r}, expected auto, dense, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}. Choose auto."
         )
-    status = _statuses(torch.device(device).type)[backend]
+    status = _statuses(torch.device(device))[backend]
     if not status.available:
         raise ValueError(f"backend is {backend!r}, which cannot run here: {status.reason}. Choose auto or frames.")
 

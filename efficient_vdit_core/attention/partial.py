@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from .gpu import too_old
+from .gpu import OUT_OF_MEMORY, too_old
 from .sdpa import attention_sdpa
 
 Partial = tuple[Tensor, Tensor]
@@ -115,7 +115,11 @@ def _kept(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> Part
     key = (name, device, dtype, dim)
     if key not in _TRIED:
         every = [_OF_PACKAGES[name]] if name != "sdpa" else [_OF_TORCH[x] for x in kernels_for(device, dtype, dim)]
-        _TRIED[key] = next((x for x in (trusted(found, device, dtype, dim) for found in every) if x is not None), None)
+        try:
+            tried = (trusted(found, device, dtype, dim) for found in every)
+            _TRIED[key] = next((x for x in tried if x is not None), None)
+        except OUT_OF_MEMORY:  # says nothing about the kernel: the next call asks again
+            return None
     return _TRIED[key]
 
 
@@ -193,6 +197,8 @@ def _what_is_wrong(run: Callable[[], dict[str, float]]) -> str:
     """In words; "" where all that ``run`` finds is close to the definition."""
     try:
         return " and ".join(f"{name} is off by {off:.3g}" for name, off in run().items() if not off <= _TRUSTED)
+    except OUT_OF_MEMORY:
+        raise
     except Exception as error:  # packages and compilers of others raise anything
         return f"{type(error).__name__}: {error}"
 

@@ -93,15 +93,16 @@ class Preparation:
         self.lock = threading.Lock()
         self.work: dict[Any, LayerWork] = {}
         self.backends: dict[Any, str] = {}
-        self.unforeseen: set[CallShape] = set()  # shapes that calls had and no forward was prepared for
+        # Calls that no forward was prepared for: their shapes, and from which of the layer's heads on they are.
+        self.unforeseen: set[tuple[CallShape, int]] = set()
 
     def before_forward(
         self, state: ForwardState, shapes: Iterable[CallShape], dense_of: Callable[[int], DenseCall]
     ) -> None:
         """Settles the forward of ``state``: each layer's work, and for each shape of calls the backends.
 
-        ``dense_of`` gives a layer's dense attention. Measures backends that were never measured, and makes what they
-        keep on the device. Call it outside of whatever records or compiles the model's blocks.
+        ``shapes`` are of all heads; ``dense_of`` gives a layer's dense attention. Measures backends that were never
+        measured, and makes what they keep on the device. Call it outside of whatever records or compiles the model's blocks.
         """
         if state.layout is None or state.depth is None:
             return
@@ -115,16 +116,15 @@ class Preparation:
         self, state: ForwardState, layout: TokenLayout, shapes: list[CallShape], dense_of: Callable[[int], DenseCall]
     ) -> None:
         with self.lock:
-            wanted = {*shapes, *self.unforeseen}
+            wanted = {*((shape, 0) for shape in shapes), *self.unforeseen}
         layouts = {layout, without_padding(layout, state.padding)}
         for layer in range(state.depth or 0):
             work = self.layer(state, layer)
             if not work.reason:
                 dense = dense_of(layer)
-                for shape in wanted:
+                for shape, first_head in wanted:
                     for found in layouts:
-                        for part in work.pattern.parts(shape.heads):
-                            self.settle(shape, found, part, dense)
+                        self.settle(shape, found, work.pattern.of_heads(first_head, shape.heads), dense)
         state.settled = True
 
     def keep_residual(self, state: ForwardState, shape: CallShape) -> None:
@@ -241,7 +241,7 @@ class Preparation:
         if None in found.values():
             with self.lock:
                 if len(self.unforeseen) < MOST_UNFORESEEN:
-                    self.unforeseen.add(shape)
+                    self.unforeseen.add((shape, state.first_head))
         return {p: chosen or simplest_backend(p) for p, chosen in found.items()}
 
     def forget(self) -> None:

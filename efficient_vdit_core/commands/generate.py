@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..request import VideoRequest
 
 MAX_ZOOM = 16
+OTHER_METADATA = 4096  # bytes at most of what a clip says of itself beside the request and the plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,10 +74,9 @@ CHOICES = ("negative", "frames", "height", "width", "steps", "guidance", "sample
 
 def run(args: argparse.Namespace) -> int:
     """Makes and writes the video. Whatever can be refused is refused before the weights are read."""
-    from ..limits.memory import check_memory
     from ..model_header import ModelHeader
     from ..request import VideoRequest
-    from ..video import check_writable
+    from ..video import check_metadata, check_writable
 
     start = time.perf_counter()
     out = check_writable(args.out)
@@ -84,8 +85,7 @@ def run(args: argparse.Namespace) -> int:
     choices = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
     request = VideoRequest(args.prompt, **choices).check()
     if args.frames and args.height and args.width:
-        size = 3 * args.zoom**2 * request.frames * request.height * request.width
-        check_memory(size, f"{request.describe()}, enlarged {args.zoom} times,", "Lower --zoom.")
+        _check_room(request, out, args.zoom)
     _check_residual(args.residual_every, request.steps or 0)
     load_plan(args.plan, frames=None)
     header = ModelHeader.read(args.model, text_encoder=args.text_encoder, transformer=args.transformer, loras=args.lora)
@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     plan = load_plan(args.plan, frames=request.latent_size[0]) or header.tuned_plan
     if plan:
         header.check_plan(plan)
+    _check_room(request, out, args.zoom)
+    check_metadata({**asdict(request), "plan": plan and json.loads(plan.to_json())}, room=OTHER_METADATA)
 
     say(f"loading {args.model}")
     from ..pipeline import Pipeline
@@ -103,6 +105,16 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     write(make_video(pipeline, request, plan, args.template, args.residual_every), out, args.zoom, start)
     return 0
+
+
+def _check_room(request: VideoRequest, out: Path, zoom: int) -> None:
+    """Raises ValueError where the enlarged frames have no room in memory or in the file's format."""
+    from ..limits.memory import check_memory
+    from ..video import check_size
+
+    size = 3 * zoom**2 * request.frames * request.height * request.width
+    check_memory(size, f"{request.describe()}, enlarged {zoom} times,", "Lower --zoom.")
+    check_size(out, zoom * request.height, zoom * request.width)
 
 
 def _check_residual(every: int, steps: int) -> None:

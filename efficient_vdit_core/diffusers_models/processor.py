@@ -138,9 +138,24 @@ class TiledProcessor:
         zero."""
         padding = q.shape[2] - entry.tokens
         q, k, v = (x[:, :, : entry.tokens] for x in (q, k, v))
-        return F.pad(
-            tile_attention(q, k, v, entry, pattern, dense=dense, backend=self.patch.backend), (0, 0, 0, padding)
-        )
+        backend, name = self.patch.backend, self._dense_name()
+        out = tile_attention(q, k, v, entry, pattern, dense=dense, backend=backend, dense_name=name)
+        return F.pad(out, (0, 0, 0, padding))
+
+    def _dense_name(self) -> str:
+        """Tells the attention that was chosen in diffusers, for this processor or for all, from others of its."""
+        if not hasattr(self.original, "_attention_backend"):
+            return "sdpa"
+        from diffusers.models import attention_dispatch
+
+        chosen = self.original._attention_backend
+        registry = getattr(
+            attention_dispatch, "_AttentionBackendRegistry", None
+        )  # nothing public tells the one for all
+        if chosen is None and registry is not None:
+            chosen = registry.get_active_backend()[0]
+        name = getattr(chosen, "value", chosen) or "for all"
+        return "sdpa" if name == "native" else f"diffusers {name}"
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Plain attention on the backend that was chosen in diffusers."""

@@ -11,7 +11,10 @@ def free_bytes(device: str = "cpu") -> int | None:
     if device.startswith("cuda"):
         import torch
 
-        return torch.cuda.mem_get_info(device)[0]
+        # What PyTorch's allocator holds and nobody uses counts as taken for the driver.
+        stats = torch.cuda.memory_stats(device)
+        idle = stats.get("reserved_bytes.all.current", 0) - stats.get("active_bytes.all.current", 0)
+        return torch.cuda.mem_get_info(device)[0] + idle
     if device != "cpu":
         return None
     found = [size for size in (_meminfo(), *_cgroups()) if size is not None]

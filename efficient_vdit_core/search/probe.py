@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..attention import TokenLayout, choose_backend, simplest_backend, tile_attention
 from ..attention.call_shape import CallShape
+from ..attention.calls import MANY_PATTERNS
 from ..attention.dense_call import DenseCall
 from ..attention.heads import put_heads, take_heads
 from ..attention.padding import as_heads, fill_in
@@ -267,7 +268,7 @@ def _time_candidate(
         _timed(
             record, layer, pattern, q, lambda: tile_attention(q, k, v, layout, pattern, dense=dense, backend=backend)
         )
-        if backend != "flex":  # all groups are one call
+        if backend not in MANY_PATTERNS:  # these take all groups in one call
             attend = partial(tile_attention, layout=layout, pattern=pattern, dense=dense, backend=backend)
             _time_part(record, layer, pattern, qkv, attend)
 

@@ -60,6 +60,16 @@ class TileMass:
         at = list(heads)
         return TileMass(self.of_heads[at], self.extra_of_heads[at], self.rows, self.important[:, at])
 
+    def beside(self, others: TileMass) -> TileMass:
+        """The attention of these heads and of ``others`` of the layer behind them."""
+        remembered = min(len(self.important), len(others.important))
+        return TileMass(
+            torch.cat([self.of_heads, others.of_heads]),
+            torch.cat([self.extra_of_heads, others.extra_of_heads]),
+            self.rows,
+            torch.cat([self.important[:remembered], others.important[:remembered]], dim=1),
+        )
+
     @property
     def diagonal(self) -> float:
         """Mean share of a frame's own tile."""
@@ -98,6 +108,10 @@ class MassRecord:
     found: dict[int, TileMass] = field(default_factory=dict)
     reasons: set[str] = field(default_factory=set)
 
+    def add(self, layer: int, first_head: int, found: TileMass) -> None:
+        """What a call found of the layer's heads from ``first_head`` on: a node may have them attend a few at a time."""
+        self.found[layer] = self.found[layer].beside(found) if first_head else found
+
 
 def make_mass_override(
     record: MassRecord, *, progress: Callable[[int], None] | None = None, previous: Override | None = None
@@ -128,7 +142,7 @@ def make_mass_override(
         else:
             if record.active and layer in record.layers:
                 qh, kh = (as_heads(x, heads, skip_reshape, state.masked(mask)) for x in (q, k))
-                record.found[layer] = tile_mass(qh, kh, layout, record.rows)
+                record.add(layer, state.first_head, tile_mass(qh, kh, layout, record.rows))
             if progress is not None:
                 progress(layer)
         dense = DenseCall(func, previous, attn_precision, kwargs)

@@ -21,7 +21,7 @@ class Guard:
 
     def __init__(self, checkpoint: Path, anywhere: Callable[[bool], bool]) -> None:
         self.checkpoint, self.anywhere = checkpoint, anywhere
-        self.watch, self.lost, self.rising = DivergenceWatch(), False, False
+        self.watch, self.rising = DivergenceWatch(), False
 
     def numbers(self, values: dict[str, float], step: int) -> None:
         """Raises ValueError where one of them is no number: before the weights are touched, so that what is saved next is
@@ -40,8 +40,7 @@ class Guard:
     def weights(self, trained: Iterable[Tensor], step: int) -> None:
         """Raises ValueError where a weight is no number: there is no way back then, and the last checkpoint stays."""
         total = sum(torch.linalg.vector_norm(value, 1, dtype=torch.float32) for value in trained)
-        self.lost = self.anywhere(not math.isfinite(float(total)))
-        if self.lost:
+        if self.anywhere(not math.isfinite(float(total))):
             raise ValueError(
                 f"The weights became infinite or nan at step {step}, so nothing is exported. "
                 f"{self._kept('an earlier state')} with a lower learning rate."

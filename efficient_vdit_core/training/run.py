@@ -95,6 +95,7 @@ class TrainingRun:
         self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.generator = torch.Generator().manual_seed(seed + self.rank // alike)
         self.step = 0
+        self._half_made = False  # while weights are changing: neither the state before a step nor the one after it
         self.guard = Guard(folder / CHECKPOINT, self._anywhere)
         self.means: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,15 +169,15 @@ class TrainingRun:
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
-        """Where the block fails, what is saved is the state before it, its random numbers included."""
+        """Where the block fails, what is saved is the state before it, its random numbers included. In the middle of an
+        optimiser's step that state is gone, and the last checkpoint stays."""
         before = self.generator.get_state()
         try:
             yield
         except BaseException:
             self.generator.set_state(before)
-            if (
-                self.processes == 1 and not self.guard.lost
-            ):  # the others may be in another place, and saving needs them all
+            # Of several processes the others may be in another place, and saving needs them all.
+            if self.processes == 1 and not self._half_made:
                 self.save()
             raise
 
@@ -215,6 +216,7 @@ class TrainingRun:
                 seen.setdefault(name, []).append(number)
         norm = self._clipped()
         self.guard.numbers({"gradient's norm": norm}, self.step + 1)
+        self._half_made = True
         for index in turn:
             self.optimizers[index].step()
         trained = (_local(p).detach() for p in self.bare.parameters() if p.requires_grad)
@@ -222,6 +224,7 @@ class TrainingRun:
         self.step += 1
         if averaged != 0:
             self.average.update(self._trained(), self.step if averaged is None else averaged)
+        self._half_made = False
         values = {name: sum(numbers) / len(numbers) for name, numbers in seen.items()}
         self.guard.watch.add(values["loss"], {name: value for name, value in values.items() if name != "loss"})
         for name, value in {**values, "gradient": norm}.items():

@@ -136,7 +136,8 @@ def _publish(depth: int, heads: int, wire: Wire, seat: Seat) -> Any:
             raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
         patterns = [state.owner.pattern_of(state, layer) for layer in range(depth)]
         scheme, weights = options.get(SCHEME_KEY, "auto"), options.get(WEIGHTS_KEY, ())
-        sharded = ShardedForward(state.layout, patterns, options.get(WIRE_KEY, wire), scheme, heads, weights)
+        backend, at = state.owner.backend, options.get(WIRE_KEY, wire)
+        sharded = ShardedForward(state.layout, patterns, at, scheme, heads, weights, backend)
         options[SHARDED_KEY] = seat.forward = sharded
         try:
             out = executor(x, t, c_concat, c_crossattn, control, options, **conds)

@@ -188,9 +188,11 @@ def test_auto_follows_the_choice(book, monkeypatch):
     monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
     tensors = qkv()
     sparse = tile_attention(*tensors, LAYOUT, TilePattern(1), backend="frames")
-    for backend, want in (("dense", F.scaled_dot_product_attention(*tensors)), ("frames", sparse)):
-        monkeypatch.setattr(book, "choose", lambda *_, backend=backend: Choice(backend, {}))
-        assert torch.equal(tile_attention(*tensors, LAYOUT, TilePattern(1)), want)
+    for backend in ("dense", "frames"):
+        kept = Choice(backend, {"dense": 1.0 if backend == "dense" else 3.0, "frames": 2.0})
+        monkeypatch.setattr(book, "choose", lambda *_, kept=kept: kept)
+        # The pattern is what was asked for, where dense attention is faster too.
+        assert torch.equal(tile_attention(*tensors, LAYOUT, TilePattern(1)), sparse)
         assert choose_backend(CallShape.of(tensors[0]), LAYOUT, TilePattern(1)) == backend
     times = {"dense": 1.0, "frames": 3.0, "triton": 2.0}
     monkeypatch.setattr(book, "choose", lambda *_: Choice("dense", times))
@@ -271,3 +273,52 @@ def test_a_real_trial_prefers_the_arrow_mask_where_it_saves_most(book, monkeypat
     for sparse in ("frames", "parts"):
         share = choice.milliseconds[sparse] / choice.milliseconds["dense"]
         assert share == pytest.approx(pattern.flop_density(layout.grid))
+
+
+def test_each_dense_function_has_trials_of_its_own(book, monkeypatch):
+    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+
+    def other(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+    for dense in (None, F.scaled_dot_product_attention, other, None):
+        tile_attention(*qkv(), LAYOUT, TilePattern(1), dense=dense)
+    assert [key.split(" with ")[1].split(",")[0] for key in book.choices] == ["sdpa", "other"]
+
+
+def test_a_trial_leaves_the_random_numbers_of_the_run_as_they_were(book, monkeypatch):
+    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+    tensors, drawn = qkv(), []
+    tensors[0].requires_grad_()
+    for _ in range(2):  # the second time the choice is known
+        torch.manual_seed(0)
+        tile_attention(*tensors, LAYOUT, TilePattern(1))
+        drawn.append(torch.rand(3))
+    assert len(book.choices) == 1 and torch.equal(*drawn)
+
+
+def test_processes_with_other_threads_keep_each_other_s_choices(tmp_path, monkeypatch):
+    """As ComfyUI and its ranks, which read the file when they start."""
+    books = []
+    for threads in (2, 1):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        books.append((threads, ChoiceBook(tmp_path / "attention.json")))
+    for threads, one in books:
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        one.choose(candidates([], {"dense"}), kind(), LAYOUT, TilePattern(1), "sdpa")
+    assert sorted(key.split(", ")[-1] for key in ChoiceBook(tmp_path / "attention.json").choices) == [
+        "1 threads",
+        "2 threads",
+    ]
+
+
+def test_a_second_gpu_is_asked_for_itself(monkeypatch):
+    def backends(device):
+        return [dispatch.BackendStatus("triton", torch.device(device).index == 1, "the GPU is too old")]
+
+    dispatch._statuses.cache_clear()
+    monkeypatch.setattr(dispatch, "available_backends", backends)
+    with pytest.raises(ValueError, match="cannot run here: the GPU is too old"):
+        dispatch.check_backend("triton", "cuda:0")
+    dispatch.check_backend("triton", "cuda:1")
+    dispatch._statuses.cache_clear()

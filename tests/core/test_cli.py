@@ -131,6 +131,11 @@ BAD = [
     (["--gamma", "2"], "gamma must lie in 0..1"),
     (["--seed", "-1"], "seed must lie in"),
     (["--zoom", "0"], "--zoom must lie in 1..16"),
+    (["--width", "2048", "--zoom", "16", "--out", "x.webp"], "webp holds frames of up to 16383 pixels"),
+    (
+        ["--width", "2048", "--zoom", "16", "--height", "16", "--frames", "1", "--out", "x.mp4"],
+        "mp4 holds frames of up to 16384",
+    ),
     (["--plan", "1:23"], "has 8; use 1:7"),
     (["--plan", "nothing.json"], "neither a pattern such as 1:7 nor a plan file"),
     (["--model", "no-such-folder"], "There is no model at 'no-such-folder'"),

@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from efficient_vdit_core.attention import TokenLayout, flex, tile_attention
+from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.calls import calls_of
-from efficient_vdit_core.attention.override import make_attention_override
+from efficient_vdit_core.attention.dense_call import DenseCall
+from efficient_vdit_core.attention.override import attention_override, make_attention_override
+from efficient_vdit_core.attention.prepare import Preparation
 from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.head_patterns import HeadPatterns, by_head
 from efficient_vdit_core.plan import TilePlan
@@ -164,7 +168,6 @@ class TestHeadPatterns:
         assert by_head([TilePattern(2)] * 4) == TilePattern(2)
         assert list(by_head(HEADS).groups.values()) == [(0, 3), (1,), (2,), (4,)]
         assert by_head(HEADS).of_heads(3, 1) == HEADS[3] and TilePattern(2).of_heads(3, 1) == TilePattern(2)
-        assert by_head(HEADS).parts(2) == [by_head(HEADS[:2]), by_head(HEADS[2:4]), HEADS[4]]
         assert by_head(HEADS).name(8) == "heads: 2 x 1:7~1, 1 x full, 1 x 2:6, 1 x 0:8~2"
 
     def test_densities_are_means_over_the_heads(self):
@@ -294,3 +297,29 @@ def test_a_run_gives_each_head_its_pattern(oracle, at_once):
         grid, extra = layout.grid, 2
         want = [p.flop_density(grid, extra) for p in (by_head(HEADS), TilePattern(2))]
         assert report.density_sum == pytest.approx(sum(want))
+
+
+def test_a_layer_whose_heads_come_in_uneven_parts_is_prepared_for_them():
+    """As nodes that save memory have it: 5 heads as 2, 2 and 1, step after step."""
+    plan, layout = TilePlan(patterns=(by_head(HEADS),) * 2, heads=5), TokenLayout(TokenGrid(5, 1, 3))
+    preparation, tensors = Preparation(plan, AttentionReport()), qkv(layout, heads=5)
+    override = attention_override(preparation)
+    shape, dense = CallShape.of(tensors[0]), DenseCall(sdpa_attention, None, None, {})
+    for step in range(3):
+        state = ForwardState(layout, depth=2, heads=5, step=step)
+        preparation.before_forward(state, [shape], lambda _: dense)
+        options = {OVERRIDE_KEY: override, FORWARD_KEY: state}
+        for _ in range(2):
+            parts = [
+                sdpa_attention(
+                    *of_some,
+                    of_some[0].shape[1],
+                    skip_reshape=True,
+                    skip_output_reshape=True,
+                    transformer_options=options,
+                )
+                for of_some in zip(*(x.split(2, dim=1) for x in tensors), strict=True)
+            ]
+            want = tile_attention(*tensors, layout, by_head(HEADS))
+            torch.testing.assert_close(torch.cat(parts, dim=1), want, atol=1e-5, rtol=1e-5)
+    assert sorted((part.heads, first) for part, first in preparation.unforeseen) == [(1, 4), (2, 0), (2, 2)]

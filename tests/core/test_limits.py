@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from efficient_vdit_core.limits import memory
 from efficient_vdit_core.limits.documents import parse_json, parse_toml, read_text
@@ -115,3 +116,12 @@ def test_prompts_are_bounded_and_well_formed(caplog):
     assert len(checked_prompt("a" * 10**6)) == MAX_PROMPT and "cut off" in caplog.text
     with pytest.raises(ValueError, match=r"half a surrogate pair \(U\+D800\) at character 3"):
         checked_prompt("ab\ud800")
+
+
+def test_what_pytorch_holds_and_nobody_uses_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**33))
+    stats = {"reserved_bytes.all.current": 6 * 2**30, "active_bytes.all.current": 2 * 2**30}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    assert memory.free_bytes("cuda:0") == 5 * 2**30
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})  # nothing was ever taken there
+    assert memory.free_bytes("cuda:0") == 2**30

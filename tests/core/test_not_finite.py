@@ -252,3 +252,32 @@ def test_a_loss_that_rises_and_stays_up_ends_the_run_and_keeps_the_state_before(
 def test_a_loss_that_rises_for_a_while_ends_nothing(tmp_path, height):
     slope(tmp_path, height)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 400
+
+
+class Interrupted(torch.optim.SGD):
+    """Ctrl-C, a second time, when the weights are changed and the step is not over."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        if len(self.param_groups) and self.param_groups[0].setdefault("steps", 0) == 1:
+            raise KeyboardInterrupt
+        self.param_groups[0]["steps"] += 1
+
+
+def test_a_step_that_ends_in_the_middle_keeps_the_checkpoint_before_it(tmp_path):
+    model = nn.Linear(2, 1, bias=False)
+    before = []
+    run = TrainingRun(model, [Interrupted(model.parameters(), lr=0.1)], folder=tmp_path, steps=3, seed=0, warmup=0)
+
+    def loss_of(generator):
+        before.append(model.weight.detach().clone())
+        return model(torch.randn(1, 2, generator=generator)).square().sum()
+
+    with pytest.raises(KeyboardInterrupt):
+        run.train(loss_of, save_every=1)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert (
+        kept["step"] == 1
+        and torch.equal(kept["model"]["weight"], before[1])
+        and not torch.equal(model.weight, before[1])
+    )

@@ -431,3 +431,16 @@ def test_a_wrong_gradient_costs_the_way_back_alone(caplog):
         found = partial.trusted(PartialAttention("turned", cpu.forward, turned), CPU, torch.bfloat16, 64)
     assert found.forward is cpu.forward and found.backward is None
     assert "turned is not trained with in parts: the gradient of k is off by" in caplog.text
+
+
+def test_memory_that_is_missing_for_a_moment_says_nothing_about_a_kernel(monkeypatch):
+    known, key = partial._OF_TORCH["cpu"], ("sdpa", CPU, torch.float32, 40)
+
+    def full(*_):
+        raise partial.OUT_OF_MEMORY("CUDA out of memory")
+
+    monkeypatch.delitem(partial._TRIED, key, raising=False)
+    monkeypatch.setitem(partial._OF_TORCH, "cpu", PartialAttention("full", full))
+    assert sdpa_partial(*key[1:]) is None and key not in partial._TRIED
+    monkeypatch.setitem(partial._OF_TORCH, "cpu", known)
+    assert sdpa_partial(*key[1:]) is known

@@ -1,6 +1,8 @@
 """What a run reports: counts, reasons, and times that are those of the calls."""
 
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,3 +163,51 @@ def test_a_forward_beside_the_run_is_counted_nowhere():
             sdpa_attention(x, keys, keys, 2, transformer_options={OVERRIDE_KEY: override, FORWARD_KEY: state})
     assert (report.sparse, report.dense, report.clock.times()) == (0, {}, None)
     assert beside.sparse == 1 and beside.dense == {"cross-attention": 2, "outside the step window": 1}
+
+
+class OfOneDevice:
+    """Stands for a CUDA event: it belongs to the device that it was first recorded on."""
+
+    current = torch.device("cuda", 0)
+
+    def __init__(self, enable_timing=False):
+        self.device = None
+
+    def record(self, stream=None):
+        at = stream or OfOneDevice.current
+        assert self.device in (None, at), "Event device does not match recording stream's device"
+        self.device = at
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        assert self.device == end.device
+        return 1000.0
+
+
+def test_gpus_that_share_a_report_take_their_times_by_events_of_their_own(monkeypatch):
+    """As ComfyUI's clones of one model on several GPUs do."""
+
+    @contextmanager
+    def on(device):
+        OfOneDevice.current = device
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Event", OfOneDevice)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    clock = AttentionClock()
+    gpus = [torch.device("cuda", index) for index in (0, 1)]
+    for _ in range(2):
+        for gpu in gpus:
+            clock.reserve(gpu, calls=2)
+            for _ in range(3):
+                with clock.taking(SPARSE, SimpleNamespace(shape=(1, 9), is_cuda=True, device=gpu)):
+                    pass
+    times = clock.times()
+    assert times and times.sparse == pytest.approx(12.0) and clock.tallies[SPARSE, (1, 9)].calls == 12

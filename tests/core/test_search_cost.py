@@ -166,3 +166,18 @@ def test_padded_text_is_left_out_of_the_comparison(blocks, layout, padding, with
             block(tokens, {OVERRIDE_KEY: make_probe_override(record), FORWARD_KEY: state})
         found.append([record.error(0, TilePattern(k), "block" if blocks else "attention") for k in (0, 1)])
     assert found[0] == pytest.approx(found[1], rel=1e-4) and min(found[0]) > 0.05
+
+
+@pytest.mark.parametrize(("backend", "of_a_part"), [("frames", True), ("triton", False), ("flex", False)])
+def test_groups_of_heads_cost_a_call_each_only_where_they_take_one(monkeypatch, backend, of_a_part):
+    seen = []
+
+    def attend(q, *_, **__):
+        seen.append(q.shape[1])
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(probe_module, "choose_backend", lambda *args, **kwargs: backend)
+    monkeypatch.setattr(probe_module, "tile_attention", attend)
+    record = ProbeRecord(patterns(1), timed=True, by_head=True)
+    peak(make_probe_override(record), blocks=1)
+    assert (HEADS // 2 in seen) == of_a_part and HEADS in seen

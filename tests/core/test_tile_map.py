@@ -190,3 +190,22 @@ def test_layers_are_chosen_by_a_list():
     for text in ("", "6", "-7", "a", "0-5"):
         with pytest.raises(ValueError, match="layers"):
             choose_layers(text, 6, 4)
+
+
+def test_heads_that_come_in_several_calls_are_one_layer():
+    q, k = qk()
+    record, options = MassRecord((0, 1), rows=S), {}
+    options |= {OVERRIDE_KEY: make_mass_override(record), FORWARD_KEY: ForwardState(LAYOUT, heads=HEADS)}
+    for _ in range(2 * HEADS):  # of two layers, a head at a time
+        head = slice(options[FORWARD_KEY].seen_heads, options[FORWARD_KEY].seen_heads + 1)
+        sdpa_attention(q[:, head], k[:, head], k[:, head], 1, skip_reshape=True, transformer_options=options)
+    want = tile_mass(q, k, LAYOUT, rows=S)
+    for layer in (0, 1):
+        found = record.found[layer]
+        assert torch.allclose(found.of_heads, want.of_heads) and torch.allclose(
+            found.extra_of_heads, want.extra_of_heads
+        )
+        assert torch.equal(found.important, want.important)
+        assert found.kept(by_head([TilePattern(1), TilePattern(2)])) == pytest.approx(
+            want.kept(by_head([TilePattern(1), TilePattern(2)]))
+        )

@@ -210,3 +210,10 @@ def test_an_mp4_of_a_million_empty_atoms_is_no_walk_without_end(tmp_path):
     (tmp_path / "a.mp4").write_bytes((8).to_bytes(4, "big") + b"free" + (b"\0\0\0\x08free" * 200_000))
     with pytest.raises(ValueError, match="holds no metadata"):
         read_metadata(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize(("suffix", "width"), [(".webp", 16384), (".gif", 65536), (".mp4", 16386)])
+def test_frames_larger_than_the_format_holds_are_refused(tmp_path, suffix, width):
+    with pytest.raises(ValueError, match=f"holds frames of up to .* pixels on a side, got {width}x16"):
+        write_video(tmp_path / f"a{suffix}", np.zeros((1, 16, width, 3), np.uint8))
+    assert not list(tmp_path.iterdir())

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from ... import __version__
+from ...attention.gpu import OUT_OF_MEMORY
 from ..sharding.wire import Wire
 from .handshake import WrongSecret, connect
 from .hub import Hub, Message
@@ -201,7 +202,7 @@ class Worker:
 
     def _describe(self, error: BaseException) -> str:
         text = str(error).strip() or type(error).__name__
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not isinstance(error, OUT_OF_MEMORY):
             return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
         size = ""
         if self.settings.device.startswith("cuda"):

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ...attention import TokenLayout, tile_attention
+from ...attention.dense_call import DenseCall
 from ...attention.partial import attend_lse, merge
 from ...attention.spans import Span, put, take
 from ...head_patterns import LayerPattern
@@ -36,7 +37,8 @@ class ShardedForward:
     """One forward pass over sharded tokens; lives in its ``transformer_options`` under ``SHARDED_KEY``.
 
     ``patterns`` holds one pattern for each block, ``heads`` how many a block has (0 = not known), ``weights`` the ranks'
-    shares as of ``Split``. ``schemes`` counts which scheme the layers took. ``awaits`` is what the next attention call is:
+    shares as of ``Split``, ``backend`` as of ``tile_attention`` what Ulysses computes with. ``schemes`` counts which scheme
+    the layers took. ``awaits`` is what the next attention call is:
     of a block the first is its self-attention; its length cannot tell, for text may be as long.
     """
 
@@ -48,8 +50,9 @@ class ShardedForward:
         scheme: str = "auto",
         heads: int = 0,
         weights: Sequence[int] = (),
+        backend: str = "auto",
     ) -> None:
-        self.weights = tuple(weights)
+        self.weights, self.backend = tuple(weights), backend
         self.layout, self.patterns, self.wire, self.scheme, self.heads = layout, tuple(patterns), wire, scheme, heads
         self.schemes: Counter[str] = Counter()
         self._shard: Shard | None = None
@@ -118,7 +121,7 @@ class ShardedForward:
         """This rank's rows of a hidden state (B, N, C)."""
         return take(x, self.spans, x.ndim - 2).contiguous()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: DenseCall) -> Tensor:
         """Self-attention of the current block over q, k, v (B, H, n, D); ``dense`` is what single-rank attention would
         call."""
         pattern = self.patterns[self.layer]
@@ -126,7 +129,8 @@ class ShardedForward:
         self.schemes[scheme] += 1
 
         def inner(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
-            return tile_attention(q, k, v, self.layout, pattern.of_heads(first, q.shape[1]), dense=dense)
+            followed = pattern.of_heads(first, q.shape[1])
+            return tile_attention(q, k, v, self.layout, followed, dense=dense, backend=self.backend)
 
         return sharded_attention(q, k, v, self.shard, pattern, self.wire, scheme=self.scheme, inner=inner)
 
