@@ -140,9 +140,13 @@ class EVDiTLoadTilePlan(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, plan_name: str, text: str = "", model: Any = None) -> tuple[str, float]:
-        """Runs again after the file has changed."""
-        return text, 0.0 if text.strip() or plan_name == LOADED_MODEL else plan_changed(plan_name)
+    def fingerprint_inputs(
+        cls, plan_name: str | None = None, text: str | None = "", model: Any = None
+    ) -> tuple[str | None, float]:
+        """Runs again after the file has changed. What a link gives is None here, and ComfyUI compares it by itself."""
+        if plan_name in (None, LOADED_MODEL) or (text or "").strip():
+            return text, 0.0
+        return text, plan_changed(plan_name)
 
     @classmethod
     @checked

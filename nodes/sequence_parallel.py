@@ -132,7 +132,7 @@ class EVDiTSequenceParallel(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, devices: str = "auto", **_: Any) -> tuple[Any, ...]:
+    def fingerprint_inputs(cls, devices: str | None = "auto", **_: Any) -> tuple[Any, ...]:
         """Runs again where the workers may be reached that could not be before."""
         return reachable(devices)
 

@@ -6,6 +6,8 @@ CFG evaluates several conditionings; ComfyUI joins those of one shape to a batch
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from ...efficient_vdit_core.attention.spans import Span
 from ...efficient_vdit_core.parallel.sharding.division import Division
 from ...efficient_vdit_core.parallel.sharding.wire import Wire
+from .model_call import ModelCall, around_model
 
 WRAPPER_KEY = "efficient_vdit_branches"
 DIVISION_KEY, WIRE_KEY, WEIGHTS_KEY = "evdit_division", "evdit_wire", "evdit_weights"
@@ -36,33 +39,25 @@ def share_out_branches(wire: Wire) -> Any:
     """An APPLY_MODEL wrapper. ``transformer_options[DIVISION_KEY]`` says what is whose, default all branches are
     everybody's; inside it WIRE_KEY is the wire of this rank's group, and WEIGHTS_KEY the shares in it."""
 
-    def wrapper(
-        executor: Any,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Any = None,
-        c_crossattn: Any = None,
-        control: Any = None,
-        transformer_options: dict[str, Any] | None = None,
-        **conds: Any,
-    ) -> Tensor:
-        options = dict(transformer_options or {})
-        division: Division | None = options.get(DIVISION_KEY)
+    def share_out(call: ModelCall) -> Any:
+        division: Division | None = call.options.get(DIVISION_KEY)
         if division is None or not division.by_branches:
-            return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+            return call.run()
         number = division.group_of(wire.rank)
         start, stop = division.parts[number]
-        each = len(x) // division.branches
-        rows = start * each, stop * each
-        options[BRANCHES_OF] = options[BRANCHES_OF][start:stop]
-        options[WIRE_KEY] = wire.part(division.groups)
-        options[WEIGHTS_KEY] = _shares_in(division.groups[number], options.get(WEIGHTS_KEY, ()))
-        given = [cut(value, rows, len(x)) for value in (x, t, c_concat, c_crossattn)]
-        mine = {name: cut(value, rows, len(x)) for name, value in conds.items()}
-        out = executor(*given, control, options, **mine)
-        return _joined(out, division, each, wire)
+        batch, each = len(call.x), len(call.x) // division.branches
+        mine = partial(cut, rows=(start * each, stop * each), batch=batch)
+        options = {
+            **call.options,
+            BRANCHES_OF: call.options[BRANCHES_OF][start:stop],
+            WIRE_KEY: wire.part(division.groups),
+            WEIGHTS_KEY: _shares_in(division.groups[number], call.options.get(WEIGHTS_KEY, ())),
+        }
+        own = {name: mine(getattr(call, name)) for name in ("x", "t", "c_concat", "c_crossattn")}
+        conds = {name: mine(value) for name, value in call.conds.items()}
+        return _joined(replace(call, **own, options=options, conds=conds).run(), division, each, wire)
 
-    return wrapper
+    return around_model(share_out)
 
 
 def cut(value: Any, rows: Span, batch: int) -> Any:

@@ -11,15 +11,15 @@ from typing import Any
 
 import comfy.model_management as mm
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...efficient_vdit_core.parallel.pool.session import Launch, Session, parse_devices
-from . import patch
+from . import hook
 from .announce import show_on_node
 from .parallel_division import Divider
 from .parallel_memory import memory_watch
 from .parallel_refusals import IN_WORKERS, Known, refuse_split_state
-from .parallel_report import report_of
+from .parallel_report import forecast_report
 from .parallel_run import Shared
 from .recipe import import_folders, recipe
 from .sharded_weights import SHARDED_WEIGHTS, WeightForecast, check_weights
@@ -73,15 +73,16 @@ def parallelize(
         return model, report
     about = WeightForecast.where_possible(model, rule, len(SESSION.tests))
     divider = Divider(model, division, scheme, about.gathered if weights == SHARDED_WEIGHTS else 0)
-    report = report_of(model, SESSION.tests, divider, about, weights)
+    report = forecast_report(model, SESSION.tests, divider, about, weights)
     show_on_node(node_id, report.splitlines()[0])
     return _redirected(model, launch, divider, after_run), report
 
 
-def reachable(devices: str) -> tuple[Any, ...]:
-    """Changes where the same node may fare otherwise: another pool is found, or workers have failed since."""
+def reachable(devices: str | None) -> tuple[Any, ...]:
+    """Changes where the same node may fare otherwise: another pool is found, or workers have failed since. None where a
+    link gives the devices, which only the run knows."""
     try:
-        return *parse_devices(devices), SESSION.failures
+        return *(() if devices is None else parse_devices(devices)), SESSION.failures
     except ValueError as error:
         return (str(error),)
 
@@ -98,7 +99,9 @@ def _redirected(model: Any, launch: Launch, divider: Divider, after_run: str) ->
         for key in list(patched.wrappers.get(kind, {})):
             patched.remove_wrappers_with_key(kind, key)
     # No attention call comes by here, which the sparse node's report would take for a fault.
-    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, patch.WRAPPER_KEY)
+    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, hook.WRAPPER_KEY)
+    for kind in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP):
+        patched.remove_callbacks_with_key(kind, hook.WRAPPER_KEY)
     shared = Shared(SESSION, launch, divider.scheme, Known.of(patched, WRAPPER_KEY), divider)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, shared.evaluation())
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, shared.around_run(after_run))

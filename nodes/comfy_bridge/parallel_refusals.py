@@ -7,7 +7,8 @@ from typing import Any
 
 from comfy.patcher_extension import WrappersMP
 
-from . import patch
+from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
+from .hook import WRAPPER_KEY
 
 # What acts below the sampler: in the workers, where the same nodes have run. The other kinds of wrappers act here.
 IN_WORKERS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
@@ -23,7 +24,7 @@ _OPTIONS_HERE = frozenset(
         "uuids",
         "context_window",
         "multigpu_thread_device",
-        patch.OVERRIDE,
+        OVERRIDE,
     )
 )
 _PLAIN = (bool, int, float, str, tuple, list, dict)
@@ -33,7 +34,8 @@ _PLAIN = (bool, int, float, str, tuple, list, dict)
 class Known:
     """What the workers' model has too: functions of other nodes, options of every forward, and changed modules.
 
-    ``wrapper``: the key of the one wrapper that may act here in the place of theirs.
+    ``wrapper``: the key of the one wrapper that may act here in the place of theirs. ``schedule``: the model's
+    ``model_sampling``.
     """
 
     hooks: list[str]
@@ -41,12 +43,14 @@ class Known:
     modules: set[str]
     patches: dict[str, int]
     wrapper: str
+    schedule: Any
 
     @classmethod
     def of(cls, patched: Any, wrapper: str) -> Known:
         """Of a MODEL before its own wrapper is added."""
         options = dict(patched.model_options["transformer_options"])
-        return cls(_hooks(options), options, set(patched.object_patches), _counts(patched.patches), wrapper)
+        modules, schedule = set(patched.object_patches), patched.get_model_object("model_sampling")
+        return cls(_hooks(options), options, modules, _counts(patched.patches), wrapper, schedule)
 
     def check_evaluation(self, control: Any, options: dict[str, Any]) -> None:
         """Raises ValueError where the workers could not compute what this evaluation asks for."""
@@ -82,6 +86,12 @@ class Known:
                 "EVDiTSequenceParallel last, and the patch before it."
             )
 
+        if patcher.get_model_object("model_sampling") is not self.schedule:
+            raise ValueError(
+                "A node behind EVDiTSequenceParallel changes the model's noise schedule (such as ModelSamplingSD3), and the workers "
+                "compute with the one before. Place it before EVDiTSequenceParallel."
+            )
+
     def _marks(self, options: dict[str, Any]) -> list[str]:
         """The options of a forward that the MODEL has not, or that say something else there."""
         looked_at = options.keys() - _OPTIONS_HERE - set(FORWARD_OPTIONS)
@@ -96,7 +106,7 @@ def refuse_split_state(model: Any) -> None:
         (key, kind in IN_WORKERS)
         for kind, found in model.wrappers.items()
         for key in found
-        if key not in (None, patch.WRAPPER_KEY)
+        if key not in (None, WRAPPER_KEY)
     ]
     split = sorted({str(key) for key, inside in kinds if inside and (key, False) in kinds})
     if split:
@@ -116,7 +126,7 @@ def _hooks(options: dict[str, Any]) -> list[str]:
             return [name for value in found for name in walk(value, place)]
         return [f"{place}: {getattr(found, '__qualname__', type(found).__qualname__)}"]
 
-    kinds = ("patches", "patches_replace", patch.OVERRIDE)
+    kinds = ("patches", "patches_replace", OVERRIDE)
     return sorted(name for kind in kinds if kind in options for name in walk(options[kind], kind))
 
 

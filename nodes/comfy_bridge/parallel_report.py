@@ -11,7 +11,7 @@ from ...efficient_vdit_core.parallel.sharding.division import (
     choose_division,
     seconds_of,
 )
-from . import patch
+from .hook import hook_of
 from .parallel_division import Divider
 from .shard_forecast import Layers, Measured, Tests, clip_layout
 from .sharded_weights import WHOLE_WEIGHTS, WeightForecast
@@ -23,7 +23,7 @@ WORTH_IT = 1.2
 GUIDANCE = 2
 
 
-def report_of(model: Any, tests: Tests, divider: Divider, about: WeightForecast, held: str) -> str:
+def forecast_report(model: Any, tests: Tests, divider: Divider, about: WeightForecast, held: str) -> str:
     """Devices, what they measured of one another (``tests``), what is shared out, and the speed-up to expect.
 
     ``held``: how the weights are, as of the node's input; ``about``: what they take."""
@@ -38,7 +38,7 @@ def report_of(model: Any, tests: Tests, divider: Divider, about: WeightForecast,
         ]
         part = f", {weights[rank] / sum(weights):.0%} of the tokens" if weights else ""
         lines.append(f"rank {rank}: {test['device']}{free}, sends {test['gigabytes_per_second']:.2f} GB/s{peers}{part}")
-    hook = patch.hook_of(model)
+    hook = hook_of(model)
     if hook is not None and hook.report.measure is not None:
         lines.append("Sparse Attention's measure has no effect here: the workers compute each step once.")
     return "\n".join([*lines, about.text(held), *_forecast(model, measured, divider), _guidance(measured, divider)])

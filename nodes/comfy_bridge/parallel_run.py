@@ -16,6 +16,7 @@ from torch import Tensor
 from ...efficient_vdit_core.parallel.pool.session import Launch, Session
 from ...efficient_vdit_core.parallel.sharding.division import Division
 from .branches import BRANCHES_OF, told
+from .model_call import ModelCall, around_model
 from .packing import pack
 from .parallel_division import Divider
 from .parallel_memory import offload
@@ -80,21 +81,13 @@ class Shared:
     def evaluation(self) -> Any:
         """An APPLY_MODEL wrapper that ends the chain: the workers compute, this process waits and listens for Cancel."""
 
-        def wrapper(
-            executor: Any,
-            x: Tensor,
-            t: Tensor,
-            c_concat: Any = None,
-            c_crossattn: Any = None,
-            control: Any = None,
-            transformer_options: dict[str, Any] | None = None,
-            **conds: Any,
-        ) -> Tensor:
-            self.known.check_evaluation(control, transformer_options or {})
-            options = {name: value for name, value in (transformer_options or {}).items() if name in FORWARD_OPTIONS}
-            return self._computed({"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, **conds}, options)
+        def evaluate(call: ModelCall) -> Tensor:
+            self.known.check_evaluation(call.control, call.options)
+            options = {name: value for name, value in call.options.items() if name in FORWARD_OPTIONS}
+            inputs = {"x": call.x, "t": call.t, "c_concat": call.c_concat, "c_crossattn": call.c_crossattn}
+            return self._computed({**inputs, **call.conds}, options)
 
-        return wrapper
+        return around_model(evaluate)
 
     def around_run(self, after_run: str) -> Any:
         """An OUTER_SAMPLE wrapper: refuses what would be lost on the way, and does what ``after_run`` says."""

@@ -32,7 +32,8 @@ from ...efficient_vdit_core.search.candidates import sparse_candidates
 from ...efficient_vdit_core.search.probe import BLOCK
 from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, make_mass_override
 from .families import Family, find_family, uncompiled, why_no_family
-from .patch import Hook, dense, install
+from .hook import Hook, dense
+from .publish import install
 from .window import Window
 
 WALK_STEPS = 10  # of the schedule on which the tile map walks to its noise level

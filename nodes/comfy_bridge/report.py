@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...efficient_vdit_core.attention.report import AttentionReport
-from .patch import hook_of
+from .hook import hook_of
 
 
 def report_of(model: Any) -> AttentionReport:

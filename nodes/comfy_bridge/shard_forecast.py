@@ -20,7 +20,7 @@ from ...efficient_vdit_core.parallel.sharding.forecast import (
 )
 from ...efficient_vdit_core.tiles import TilePattern, TokenGrid
 from .families import uncompiled
-from .patch import hook_of
+from .hook import hook_of
 from .sharding import find_shardable
 
 Tests = Sequence[Mapping[str, Any]]  # what the ranks measured of one another

@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor
 
 from ...efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from ...efficient_vdit_core.parallel.sharding.blocks import (
@@ -19,8 +18,10 @@ from ...efficient_vdit_core.parallel.sharding.wire import Wire
 from .branches import WEIGHTS_KEY, WIRE_KEY, share_out_branches
 from .branches import WRAPPER_KEY as BRANCHES_KEY
 from .families import Family, find_family, uncompiled
+from .hook import Hook, dense, hook_of
+from .model_call import ModelCall, around_model
 from .module_forwards import Seat, all_keys_forward, block_forward, paths, replace_forward, whole_forward
-from .patch import Hook, dense, hook_of, install
+from .publish import install
 from .shard_rules import NOT_SHARDED, RULES, Row, ShardRule
 from .sharded_weights import SHARDED_WEIGHTS, WHOLE_WEIGHTS, share_out_weights
 from .window import Window
@@ -120,31 +121,21 @@ def _hook_block(patched: Any, row: Row, number: int, layer: int | None, last: bo
 def _publish(depth: int, heads: int, wire: Wire, seat: Seat) -> Any:
     """An APPLY_MODEL wrapper: says for this forward which rank holds which tokens, and every layer's pattern."""
 
-    def wrapper(
-        executor: Any,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Any = None,
-        c_crossattn: Any = None,
-        control: Any = None,
-        transformer_options: dict[str, Any] | None = None,
-        **conds: Any,
-    ) -> Any:
-        options = dict(transformer_options or {})
-        state: ForwardState = options[FORWARD_KEY]
+    def publish(call: ModelCall) -> Any:
+        state: ForwardState = call.options[FORWARD_KEY]
         if state.layout is None:
             raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
         patterns = [state.owner.pattern_of(state, layer) for layer in range(depth)]
-        scheme, weights = options.get(SCHEME_KEY, "auto"), options.get(WEIGHTS_KEY, ())
-        backend, at = state.owner.backend, options.get(WIRE_KEY, wire)
+        scheme, weights = call.options.get(SCHEME_KEY, "auto"), call.options.get(WEIGHTS_KEY, ())
+        backend, at = state.owner.backend, call.options.get(WIRE_KEY, wire)
         sharded = ShardedForward(state.layout, patterns, at, scheme, heads, weights, backend)
-        options[SHARDED_KEY] = seat.forward = sharded
+        call.options[SHARDED_KEY] = seat.forward = sharded
         try:
-            out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
+            out = call.run()
             sharded.check_done()
         finally:
             seat.forward = None
-        options.get(COUNTS_KEY, Counter()).update(sharded.schemes)
+        call.options.get(COUNTS_KEY, Counter()).update(sharded.schemes)
         return out
 
-    return wrapper
+    return around_model(publish)

@@ -201,3 +201,25 @@ def test_long_sequences_are_measured_and_what_is_declined_is_counted(facts):
         assert "0 attention calls sparse" in summary and facts["measured"]["dense"] < ROUNDING
     else:
         assert "6 attention calls sparse" in summary and facts["measured"]["sparse"] < ROUNDING
+
+
+def test_a_second_model_of_a_run_follows_its_own_plan_or_none(facts):
+    if "two models" not in facts:
+        pytest.skip("this ComfyUI has no guider for two models")
+    found = facts["two models"]
+    assert all(of_one["same"] < ROUNDING for of_one in found.values())
+    assert found["first"]["lines"] == [
+        "Efficient-vDiT: the run samples with a second model, which has no Sparse Attention and stays dense.",
+        "Efficient-vDiT: 3 attention calls sparse at mean density 0.31; dense: 3 cross-attention",
+    ]
+    (said,) = found["second"]["lines"]
+    assert "stayed dense, for its wrappers were not asked. Dual Model CFG Guider" in said
+    assert [line.split(":")[0] for line in found["both"]["lines"]] == [
+        "Efficient-vDiT",
+        "Efficient-vDiT, of the run's second model",
+    ]
+    assert all("3 attention calls sparse" in line for line in found["both"]["lines"])
+
+
+def test_a_run_without_steps_accuses_nobody(facts):
+    assert facts["no steps"] == ["Efficient-vDiT: no step was sampled."]

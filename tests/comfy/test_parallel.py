@@ -521,6 +521,11 @@ def test_hooks_and_options_before_the_node_are_no_hindrance(limits):
     assert limits["hooks before it"] == 0 and limits["an option before it"] == ""
 
 
+def test_a_schedule_that_the_workers_cannot_see_is_refused(limits):
+    assert limits["a schedule, before"] == ""
+    assert "changes the model's noise schedule" in limits["a schedule behind"]
+
+
 def test_a_guidance_that_the_workers_cannot_see_is_refused(limits):
     """LTX-2's own tell their evaluations apart by an option alone, without which they would do nothing."""
     assert "A node marks evaluations by stg_blocks" in limits["an option of some evaluations"]
@@ -573,4 +578,5 @@ def test_a_node_whose_workers_failed_runs_again(limits):
     before = ["cpu", "cpu", 0]
     failed, mended, refused = limits["marks"]
     assert failed == mended == refused == ["cpu", "cpu", 1] != before
+    assert all("nan" not in str(mark) for mark in limits["marks of links"]) and len(limits["marks of links"]) == 3
     assert limits["mark of one device"] != failed and "devices is '?'" in limits["mark of a wrong text"][0]

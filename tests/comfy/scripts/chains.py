@@ -11,6 +11,7 @@ import comfy.model_management as mm  # isort: skip
 import comfy.model_patcher  # isort: skip
 import comfy.samplers  # isort: skip
 import comfy.sd  # isort: skip
+import comfy_extras.nodes_custom_sampler as custom_sampler  # isort: skip
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode  # isort: skip
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode  # isort: skip
 from tiny_models import CASES, build, noise  # isort: skip
@@ -189,6 +190,49 @@ two, said = experts(sparse(model, 1), sparse(low, 3))
 want, _ = experts(judged(model, first_frame), judged(low, lambda *_: [0, 3, 6]))
 swapped, _ = experts(sparse(model, 3), sparse(low, 1))
 facts["experts"] = {"same": distance(two, want), "swapped": distance(swapped, want), "lines": said}
+
+# One model for the prompt and another for the negative one, in one run. A single step is linear in what the two predict.
+DualModel = getattr(custom_sampler, "Guider_DualModel", None)
+
+
+def one_step(guider, *conds):
+    lines.clear()
+    guider.set_conds(*([[cond, {}]] for cond in conds))
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 1)
+    with torch.inference_mode():
+        return guider.sample(
+            x, torch.zeros_like(x), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0
+        )
+
+
+def by_one(patcher, cond):
+    guider = comfy.samplers.CFGGuider(patcher)
+    guider.set_cfg(1.0)
+    return one_step(guider, cond, cond)
+
+
+def by_two(first, second):
+    guider = DualModel(first, second)
+    guider.set_cfg(3.0)
+    return one_step(guider, text, text * 0.5)
+
+
+def expected(first, second):
+    return 3.0 * by_one(first, text) - 2.0 * by_one(second, text * 0.5)
+
+
+if DualModel:
+    facts["two models"] = {}
+    for name, (first, second) in {
+        "first": (sparse(model), low), "second": (model, sparse(low, 3)), "both": (sparse(model), sparse(low, 3)),
+        "one": (sparse(model), sparse(model)),
+    }.items():  # fmt: skip
+        got, said = by_two(first, second), list(lines)
+        acting = low if name == "second" else second
+        facts["two models"][name] = {"same": distance(got, expected(first, acting)), "lines": said}
+
+run(sparse(model), part=slice(0, 1))
+facts["no steps"] = list(lines)
 
 # A run that is stopped before its first attention, and one whose plan is scaled and then kept from acting.
 stop = base.diffusion_model.register_forward_pre_hook(lambda *_: mm.throw_exception_if_processing_interrupted())

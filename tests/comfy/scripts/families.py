@@ -18,7 +18,7 @@ pack = load_pack()
 (plans,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
 (families,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.families"))
 (states,) = (m for name, m in sys.modules.items() if name.endswith("attention.state"))
-(patch,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.patch"))
+(hooks,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.hook"))
 (probe,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.probe"))
 lines = log_lines()
 
@@ -163,7 +163,7 @@ def facts(case: Case) -> dict:
         "frames stand": where_frames_stand(model, case) == expected_places(case),
         "finite": bool(torch.isfinite(want).all()),
         "layers": layers == list(case.layers) * ran,
-        "unforeseen": [str(shape) for shape in patch.hook_of(one).preparation.unforeseen],
+        "unforeseen": [str(shape) for shape in hooks.hook_of(one).preparation.unforeseen],
         "depth": families.find_family(diffusion_model).depth(diffusion_model),
         "calls": len(calls) == len(case.layers) * ran,
         "lines": list(lines),

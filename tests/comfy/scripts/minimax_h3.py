@@ -24,7 +24,7 @@ def module(ending: str):
     return found
 
 
-plans, layouts, patch = module("efficient_vdit_core.plan"), module("comfy_bridge.layouts"), module("comfy_bridge.patch")
+plans, layouts, hooks = module("efficient_vdit_core.plan"), module("comfy_bridge.layouts"), module("comfy_bridge.hook")
 tiles, dispatch = module("efficient_vdit_core.tiles"), module("attention.dispatch")
 frames_file, prepare_file = module("attention.frames"), module("attention.prepare")
 lines = log_lines()
@@ -161,7 +161,7 @@ for place in ("before", "behind"):
     run(chosen)
     facts[f"backend {place}"]["containers"] = taken.count("containers")  # the dense layer of two steps
     facts[f"backend {place}"]["pieces"] = taken.count("tensors")
-    facts[f"backend {place}"]["computed"] = dict(patch.hook_of(chosen).report.computed)
+    facts[f"backend {place}"]["computed"] = dict(hooks.hook_of(chosen).report.computed)
     facts[f"backend {place}"]["again"] = distance(run(again), run(judged(model, LAYERED)))
 
 
@@ -196,7 +196,7 @@ run(own, [1.0, 0.5])
 shared = prefix + 2 * size
 # Layer 1: the shared rows, and all other frames in one piece; layer 2 is dense.
 facts["own attention asked"] = [shape[2] for shape in asked] == [shared, size, prefix + frames * size]
-facts["own attention computed"] = dict(patch.hook_of(own).report.computed)
+facts["own attention computed"] = dict(hooks.hook_of(own).report.computed)
 asked.clear()
 run(sparse(wishing, LAYERED, start_percent=0.999, end_percent=1.0), [1.0, 0.5])
 facts["own attention outside the window"] = len(asked)
@@ -228,7 +228,7 @@ facts["schedule untouched"] = len(handed) == 3 and all(torch.equal(s, torch.tens
 # The steps that are sparse, by number and by percent, under every shift and for levels given by hand.
 def sparse_steps(chosen, levels):
     """Which steps of a run are sparse."""
-    report, found = patch.hook_of(chosen).report, []
+    report, found = hooks.hook_of(chosen).report, []
 
     def count(executor, *args, **kwargs):
         before = report.sparse

@@ -1,5 +1,6 @@
 """What a shared run refuses, and when its node runs again; this process stands for the workers. Prints JSON."""
 
+import copy
 import json
 
 from host import call, load_pack, log_lines, sample, torch  # isort: skip
@@ -96,6 +97,13 @@ def with_text_lora(source, strength=1.0):
     return with_lora(patched)
 
 
+def rescheduled(source):
+    """Another noise schedule, as ModelSamplingSD3 and its like set one."""
+    patched = source.clone()
+    patched.add_object_patch("model_sampling", copy.deepcopy(source.get_model_object("model_sampling")))
+    return patched
+
+
 def marking(source):
     """A guidance that tells its evaluations apart by an option of the forward alone, as LTX-2's does."""
     patched = source.clone()
@@ -177,6 +185,8 @@ facts = {
     "a second text LoRA behind": refusal(lambda: run(with_text_lora(shared(with_text_lora(model))))),
     "skipped layers, before": refusal(lambda: run(shared(skipping(model)))),
     "skipped layers, behind": refusal(lambda: run(skipping(shared(model)))),
+    "a schedule, before": refusal(lambda: run(shared(rescheduled(model)))),
+    "a schedule behind": refusal(lambda: run(rescheduled(shared(model)))),
     "a LoRA behind": refusal(lambda: run(with_lora(shared(model)))),
     "sparse attention behind": refusal(lambda: run(sparse(shared(model)))),
     "EasyCache, before": refusal(lambda: shared(cached(model))),
@@ -243,5 +253,10 @@ for fault in (RuntimeError("rank 1 ended while it started"), None, ValueError("a
     marks.append(node.fingerprint_inputs(devices="cpu,cpu", scheme="auto"))
 facts["marks"] = marks
 facts["mark of one device"] = node.fingerprint_inputs(devices="cpu")
+facts["marks of links"] = [
+    node.fingerprint_inputs(devices=None, scheme="auto"),
+    pack["EVDiTLoadTilePlan"].fingerprint_inputs(plan_name="preset: wan", text=None),
+    pack["EVDiTLoadTilePlan"].fingerprint_inputs(plan_name=None, text="all:1"),
+]
 facts["mark of a wrong text"] = node.fingerprint_inputs(devices="?")
 print(json.dumps(facts))

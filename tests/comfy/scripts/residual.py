@@ -13,7 +13,7 @@ from tiny_models import CASES, build, noise  # isort: skip
 
 pack = load_pack()
 (plans,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
-(patch,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.patch"))
+(hooks,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.hook"))
 (window,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.window"))
 (cache,) = (m for name, m in sys.modules.items() if name.endswith("attention.residual"))
 log = log_lines()
@@ -38,12 +38,12 @@ def run(chosen, steps=20, cfg=1.0, other=longer):
 
 
 def kept(chosen) -> int:
-    return len(patch.hook_of(chosen).preparation.residual.kept)
+    return len(hooks.hook_of(chosen).preparation.residual.kept)
 
 
 def kept_by_forward(chosen, **about) -> list[int]:
     """How many prompts and context windows are kept at the begin of each forward of a run."""
-    found, of_run = [], patch.hook_of(chosen).preparation.residual.kept
+    found, of_run = [], hooks.hook_of(chosen).preparation.residual.kept
     look = chosen.model.diffusion_model.register_forward_pre_hook(
         lambda *_: found.append(len({name for name, _ in of_run}))
     )

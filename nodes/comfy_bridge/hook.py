@@ -1,0 +1,92 @@
+"""What Sparse Attention puts into a MODEL: the plan made ready, and the override that follows it, under one key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...efficient_vdit_core.attention.override import attention_override
+from ...efficient_vdit_core.attention.prepare import Preparation
+from ...efficient_vdit_core.attention.report import AttentionReport
+from ...efficient_vdit_core.attention.state import Override
+from ...efficient_vdit_core.plan import TilePlan
+from .families import Family
+from .window import Window
+
+WRAPPER_KEY = "efficient_vdit"
+MOST_OVERRIDES = 16  # remembered; a node that makes a new one for each step must not fill the memory
+
+
+@dataclass(eq=False)
+class Hook:
+    """What Sparse Attention has put into one MODEL: the plan made ready, and the overrides that follow it.
+
+    ``made_for`` gives the BaseModel. ``make``: the override over another node's, default the sparse one. A search and a
+    rank put their own here, which take tensors only and settle nothing beforehand. ``weights`` as in ``StepCost``, 0 = not asked for.
+
+    Of the present run: ``running`` while its own wrapper is around it, ``beside`` while it is another MODEL's; ``asked``
+    once a forward came by; ``second_hooks`` are those of the second models that it samples with.
+    """
+
+    family: Family
+    window: Window
+    preparation: Preparation
+    make: Callable[[Override | None], Override] | None = None
+    caution: str = ""
+    weights: int = 0
+    made_for: Callable[[], Any] = lambda: None
+    made: dict[Override | None, Override] = field(default_factory=dict)
+    running: bool = False
+    beside: bool = False
+    asked: bool = False
+    second_hooks: list[Hook] = field(default_factory=list)
+
+    @property
+    def report(self) -> AttentionReport:
+        return self.preparation.report
+
+    @property
+    def plan(self) -> TilePlan:
+        return self.preparation.plan
+
+    def over(self, current: Override | None) -> Override:
+        """An override on top of ``current``, which it asks for every dense piece; ``current`` where it is ours."""
+        if current is not None and getattr(current, "preparation", None) is self.preparation:
+            return current
+        if current not in self.made:
+            if len(self.made) >= MOST_OVERRIDES:
+                self.made.clear()
+            chosen = self.make(current) if self.make else attention_override(self.preparation, previous=current)
+            # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
+            override: Any = torch.compiler.disable(chosen)
+            override.replaces, override.preparation = current, self.preparation
+            if not self.make:
+                override.container_function = _with_containers(override)
+            self.made[current] = override
+        return self.made[current]
+
+
+def dense() -> Preparation:
+    """For a hook that only tells where the tokens stand."""
+    return Preparation(TilePlan.uniform(None), AttentionReport())
+
+
+def hook_of(model: Any) -> Hook | None:
+    """What Sparse Attention has put into a MODEL, whatever other nodes did to its override since."""
+    wrappers = model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get(WRAPPER_KEY, [])
+    return getattr(wrappers[-1], "hook", None) if wrappers else None
+
+
+def _with_containers(override: Override) -> Override:
+    """The override for q, k, v in containers; ComfyUI gives it no function to fall back on, so it brings its own."""
+
+    def container_function(q: Any, k: Any, v: Any, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        return override(optimized_attention, q, k, v, heads, *args, **kwargs)
+
+    return container_function

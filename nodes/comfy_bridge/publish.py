@@ -1,0 +1,119 @@
+"""Tells each forward of a MODEL where its video tokens stand and what its attention does, before it begins."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...efficient_vdit_core.attention.cost import StepCost
+from ...efficient_vdit_core.attention.dense_call import DenseCall, function_name
+from ...efficient_vdit_core.attention.measure import StepMeasure
+from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
+from ...efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState, Override
+from .families import uncompiled
+from .forward import call_shape, forward_state
+from .hook import WRAPPER_KEY, Hook
+from .measure import computed_twice
+from .model_call import ModelCall, around_model
+from .second_model import hook_in_charge, leave_alone
+from .window import Window, branches_of, step_of, steps_of, whole_steps, why_windows_move
+
+
+def install(model: Any, hook: Hook) -> Any:
+    """A clone of MODEL with ``hook`` on it; one that the MODEL has already makes way."""
+    patched = model.clone()
+    hook.made_for = weakref.ref(patched.model)
+    options = patched.model_options["transformer_options"]
+    # A second plan takes the place of the first: two of them cannot both decide about one call. Where another node
+    # stands between them, the first stays in the chain and leaves alone what it does not own.
+    previous = options.get(OVERRIDE)
+    options[OVERRIDE] = hook.over(getattr(previous, "replaces", previous))
+    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.OUTER_SAMPLE):
+        patched.remove_wrappers_with_key(kind, WRAPPER_KEY)
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, publish_layout(hook))
+    return patched
+
+
+def publish_layout(hook: Hook) -> Any:
+    """An APPLY_MODEL wrapper: tells the override where the video tokens of this forward stand and whether it acts, and
+    settles what it will do.
+
+    It runs before whatever ComfyUI compiles or records of the model. Our override is put on top of what it finds, at
+    each forward: a node behind ours may have put its own in our place.
+    """
+
+    def publish(call: ModelCall) -> Any:
+        acting = hook_in_charge(call.model, hook)
+        if acting is None:
+            return leave_alone(call, hook).run()
+        acting.asked = True
+        state = _state(acting, call)
+        call.options[OVERRIDE] = acting.over(call.options.get(OVERRIDE))
+        _prepare(acting, state, call)
+
+        def run(state: ForwardState) -> Tensor:
+            return replace(call, options={**call.options, FORWARD_KEY: state}).run()
+
+        if acting.report.measure is not None and _wanted(acting.report.measure, acting.window, state, call):
+            return computed_twice(acting.report.measure, run, state, call.x.device)
+        return run(state)
+
+    wrapper = around_model(publish)
+    wrapper.hook = hook
+    return wrapper
+
+
+def _state(hook: Hook, call: ModelCall) -> ForwardState:
+    """Where the tokens of this forward stand, and whether and how it is sparse."""
+    report, sampling, options, t = hook.report, call.model.model_sampling, call.options, call.t
+    state = forward_state(hook.family, uncompiled(call.model.diffusion_model), call.x, call.c_crossattn, call.conds)
+    report.layout = state.layout
+    if state.layout is None:
+        report.warn("unknown layout", f"the attention stays dense: {state.reason}.")
+    elif why := hook.window.why_outside(sampling, options, t):
+        if hook.preparation.residual is not None:
+            state.later = state.active and hook.window.comes(sampling, options, t)
+        state.active, state.reason = False, why
+    if hook.caution:
+        report.warn("caution", hook.caution)
+    if hook.preparation.placement == "rotating" or hook.preparation.residual is not None:
+        state.step, state.steps = step_of(options, t), steps_of(options)
+        state.branches = branches_of(options, len(call.x))
+    if hook.preparation.residual is not None:
+        state.whole = whole_steps(sampling, options)
+        state.no_residual = why_windows_move(call.model, options)
+    state.owner = hook.preparation
+    return state
+
+
+def _wanted(measure: StepMeasure, window: Window, state: ForwardState, call: ModelCall) -> bool:
+    """Whether this forward is of the step that is computed twice."""
+    if state.layout is None or not state.active or (state.residual is not None and state.residual.renew):
+        return False
+    goes_on = window.goes_on(call.model.model_sampling, call.options, call.t)
+    return measure.wants(step_of(call.options, call.t), last=not goes_on)
+
+
+def _prepare(hook: Hook, state: ForwardState, call: ModelCall) -> None:
+    """Settles the forward's backends, and makes all that its calls keep on the device."""
+    if hook.make is not None:
+        return
+    previous: Override | None = call.options[OVERRIDE].replaces
+    # What a trial calls is no call of the model: it gets the forward's options without our own.
+    beside = {"transformer_options": {key: value for key, value in call.options.items() if key != OVERRIDE}}
+
+    dense = DenseCall(optimized_attention, previous, None, beside, function_name(previous) if previous else "")
+
+    def dense_of(layer: int) -> DenseCall:
+        return dense.as_the_file_asks(state.file_attention.get(layer), video=True)
+
+    shape = call_shape(hook.family, call.model, call.x)
+    if state.layout is not None and state.depth:
+        hook.report.cost = StepCost(state.layout, shape.heads, shape.head_dim, state.depth, hook.weights)
+    hook.preparation.before_forward(state, [shape], dense_of)
+    hook.report.clock.reserve(shape.device, state.depth or 0)

@@ -1,0 +1,72 @@
+"""What a run says in the log: one line of what was sparse, a warning where nothing was."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ...efficient_vdit_core.attention.report import AttentionReport
+from ...efficient_vdit_core.attention.summary import describe_measure
+from .hook import WRAPPER_KEY, Hook
+from .measure import why_not_twice
+
+log = logging.getLogger("efficient_vdit")
+
+# Warnings that do not say why nothing became sparse.
+NO_REASONS = {"scaled", "caution", "parts", "residual", "residual of another size", "second model"}
+
+AfterRun = Callable[[AttentionReport, int, float], None]
+
+
+def log_report(hook: Hook, depth: int, after_run: AfterRun | None) -> Callable[..., Any]:
+    """An OUTER_SAMPLE wrapper: one line in the log after each run, a warning where nothing became sparse."""
+    report = hook.report
+
+    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        report.reset()
+        hook.running, hook.asked = True, False
+        if report.measure is not None:
+            report.measure.refused = why_not_twice(executor.class_obj, WRAPPER_KEY)
+        start, complete = time.perf_counter(), False
+        try:
+            result = executor(*args, **kwargs)
+            complete = True
+            return result
+        finally:
+            report.seconds = time.perf_counter() - start
+            if after_run is not None:
+                after_run(report, depth, report.seconds)
+            _tell(hook, complete)
+            for second in hook.second_hooks:
+                log.info("Efficient-vDiT, of the run's second model: %s", second.report.summary())
+                second.preparation.forget()
+            hook.preparation.forget()
+            hook.running, hook.second_hooks = False, []
+
+    return wrapper
+
+
+def _tell(hook: Hook, complete: bool) -> None:
+    """``complete``: whether the run came to its end. One that was stopped may have ended before the first call, and one
+    without steps asks for nothing: neither is anybody's fault."""
+    report = hook.report
+    if complete and not hook.asked:
+        log.info("Efficient-vDiT: no step was sampled.")
+        return
+    if complete and not report.sparse and not report.warned - NO_REASONS:
+        report.warn("nothing sparse", _why_none(report))
+    else:
+        log.info("Efficient-vDiT: %s", report.summary())
+    if report.measure is not None:
+        log.info("Efficient-vDiT: %s", describe_measure(report))
+
+
+def _why_none(report: AttentionReport) -> str:
+    if report.dense:
+        return report.summary()
+    return (
+        "no attention call came by: another node replaces the attention of this model (patch it before this node, "
+        "or leave it out), or this ComfyUI passes no attention hook to it."
+    )

@@ -1,0 +1,58 @@
+"""Two MODELs in one run: ComfyUI's Dual Model CFG Guider runs the negative one with the wrappers of the first."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from comfy.patcher_extension import CallbacksMP
+
+from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
+from .hook import WRAPPER_KEY, Hook, hook_of
+from .model_call import ModelCall
+
+log = logging.getLogger("efficient_vdit")
+
+
+def hook_in_charge(model: Any, hook: Hook) -> Hook | None:
+    """The hook that a forward of ``model``, a BaseModel, follows in a run of the MODEL that has ``hook``: its own MODEL's,
+    None where that has none. GPUs that share out a batch run copies of the model, which have the same hook."""
+    patcher = getattr(model, "current_patcher", None)
+    own = hook if patcher is None or hook.made_for() is model else hook_of(patcher)
+    if own is not None and own is not hook and own not in hook.second_hooks:
+        own.report.reset()
+        hook.second_hooks.append(own)
+    return own
+
+
+def leave_alone(call: ModelCall, hook: Hook) -> ModelCall:
+    """A forward of a MODEL without Sparse Attention as it would be by itself."""
+    hook.report.warn(
+        "second model", "the run samples with a second model, which has no Sparse Attention and stays dense."
+    )
+    options = dict(call.options)
+    override: Any = options.pop(OVERRIDE, None)
+    if getattr(override, "preparation", None) is hook.preparation:
+        override = override.replaces
+    return replace(call, options=options if override is None else {**options, OVERRIDE: override})
+
+
+def tell_where_nobody_asks(patched: Any, hook: Hook) -> None:
+    """Has a run that samples with this MODEL, and in which none of its wrappers ever act, end with a warning."""
+
+    def before(_: Any) -> None:
+        if not hook.running:
+            hook.asked, hook.beside = False, True
+
+    def after(_: Any) -> None:
+        if hook.beside and not hook.asked:
+            log.warning(
+                "Efficient-vDiT: a model with Sparse Attention was sampled and stayed dense, for its wrappers were not asked. Dual Model "
+                "CFG Guider asks those of its first model alone: put Sparse Attention on both."
+            )
+        hook.beside = False
+
+    for kind, function in ((CallbacksMP.ON_PRE_RUN, before), (CallbacksMP.ON_CLEANUP, after)):
+        patched.remove_callbacks_with_key(kind, WRAPPER_KEY)
+        patched.add_callback_with_key(kind, WRAPPER_KEY, function)
