@@ -136,7 +136,7 @@ def routed_share(q: Tensor, k: Tensor, method: str, setting: float) -> float:
     else:
         best = max(0, min(count - 1, max(1, round(setting * count))))
         kept = scores >= scores.topk(best, dim=-1).values[..., -1:] if best else torch.zeros_like(scores).bool()
-    near = torch.arange(count)
+    near = torch.arange(count, device=kept.device)
     return float((kept | ((near[:, None] - near).abs() <= 1)).float().mean())
 
 

@@ -91,6 +91,7 @@ def _add_eval(subparsers: Any) -> None:
     )
     judge.add_argument("--plan", help="k:T-k for a uniform plan, or a plan file; dense without it")
     _add_world(judge)
+    judge.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     judge.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     judge.set_defaults(run=_evaluate)
 
@@ -167,7 +168,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from .worlds import WORLDS
 
     _check_file(args.json)
-    pipeline = Pipeline.from_model(args.model, transformer=args.transformer, loras=args.lora)
+    pipeline = Pipeline.from_model(args.model, transformer=args.transformer, loras=args.lora, device=args.device)
     plan = load_plan(args.plan, None)
     with tqdm(total=args.captions, desc="captions") as bar:
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .. import __version__
+from ..bench.machine import describe_machine
 from ..pipeline import Pipeline
 from ..plan import TilePlan
 from ..request import TINY_GUIDANCE
@@ -50,8 +47,7 @@ def evaluate(
         **{name: getattr(requests[0], name) for name in ("steps", "segments", "guidance", "sampler")},
         "plan": "dense" if plan is None else plan.to_json(),
         "first_seed": 0,
-        "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": {"efficient-vdit": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        **describe_machine(pipeline.device),
     }
 
 

@@ -47,6 +47,12 @@ class World:
     named: Callable[[Any], dict[str, str]]
     shapes: Callable[[Tensor], Tensor]
 
+    def trained_on(self, draw: Callable[[np.random.Generator], Any], rng: np.random.Generator) -> Any:
+        """The next scene of ``draw`` that is not held out."""
+        while self.is_held_out(scene := draw(rng)):
+            pass
+        return scene
+
     @property
     def latent_frames(self) -> int:
         return (self.frames - 1) // TIME + 1

@@ -22,6 +22,7 @@ from efficient_vdit_core.tinyworld.crossing.scene import (
     textured,
 )
 from efficient_vdit_core.tinyworld.moving.scene import COLORS, coverage
+from efficient_vdit_core.tinyworld.worlds import WORLDS
 from efficient_vdit_core.video import read_metadata
 
 
@@ -119,3 +120,10 @@ def test_the_command_writes_clips_with_their_captions_as_training_reads_them(tmp
     captions = [random_scene(rng).caption(0), random_scene(rng).caption(1)]
     assert list(video_captions(tmp_path).values()) == captions
     assert read_metadata(tmp_path / "00001.mp4")["prompt"] == captions[1] and captions[1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_what_is_trained_on_is_never_held_out(name):
+    world, rng = WORLDS[name], np.random.default_rng(0)
+    for draw in (world.random_scene, world.random_words):
+        assert not any(world.is_held_out(world.trained_on(draw, rng)) for _ in range(100))

@@ -24,7 +24,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     peers.add_argument("--model", default="tiny", help="a built-in model or a folder, default: %(default)s")
     peers.add_argument("--prompt", action="append", help="default: two of the tiny world")
     peers.add_argument(
-        "--search-prompt", action="append", help="what the plans are searched on, default: two others of the tiny world"
+        "--search-prompt", action="append", help="what the plans are searched on, default: two others like them"
     )
     peers.add_argument("--frames", type=count(5, 10_000), default=93, help="default: %(default)s, 24 latent frames")
     peers.add_argument(

@@ -52,11 +52,7 @@ def cache_clips(
     from tqdm import tqdm
 
     rng = np.random.default_rng(seed)
-    scenes: list[Any] = []
-    while len(scenes) < count:
-        scene = world.random_scene(rng)
-        if not world.is_held_out(scene):
-            scenes.append(scene)
+    scenes = [world.trained_on(world.random_scene, rng) for _ in range(count)]
     # Named after all that made them: latents of another world, count, seed or VAE must not meet these captions.
     stamp = hashlib.sha256(f"{world.name} {count} {seed}".encode())
     for value in vae.state_dict().values():

@@ -85,7 +85,7 @@ def train_text_encoder(
 
     def loss_of(generator: torch.Generator) -> Tensor:
         rng = numpy_rng(generator)
-        scenes = [world.random_words(rng) for _ in range(batch)]
+        scenes = [world.trained_on(world.random_words, rng) for _ in range(batch)]
         ids, mask = (x.to(device) for x in captions.ids([s.caption(int(rng.integers(3))) for s in scenes]))
         named = [world.named(s) for s in scenes]
         states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state

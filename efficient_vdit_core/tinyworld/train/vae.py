@@ -165,7 +165,8 @@ def _phase(progress: float, whole: int) -> tuple[int, int]:
 def random_clips(world: World, rng: np.random.Generator, count: int, frames: int) -> np.ndarray:
     """Pieces (count, frames, H, W, 3) that start anywhere in a clip."""
     starts = rng.integers(0, world.frames - frames + 1, size=count)
-    return np.stack([world.render(world.random_scene(rng), first=int(start), frames=frames) for start in starts])
+    scenes = [world.trained_on(world.random_scene, rng) for _ in starts]
+    return np.stack([world.render(s, first=int(start), frames=frames) for s, start in zip(scenes, starts, strict=True)])
 
 
 @torch.no_grad()
