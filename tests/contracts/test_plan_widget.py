@@ -151,7 +151,7 @@ def test_cycling_changes_one_layer_and_comes_round():
     body = """const [text, back] = data, found = []; let plan = parsePlan(text);
         for (let i = 0; i < 12; i++) { plan = cycleLayer(plan, 2, 5, plan.frames ?? 21, back); found.push(formatPlan(plan)); }
         return found"""
-    for start in ("0-4:2:19", "0-4:full", "all:2", "all:2 -3:full", "all:3 1-3:full", "0-4:[0]1:19~1[1]2:18"):
+    for start in ("0-4:2:19", "0-4:full", "0-4:2", "all:2", "all:2 -3:full", "all:3 1-3:full", "0-4:[0]1:19~1[1]2:18"):
         before = patterns(TilePlan.from_text(start), 5)
         for back in (False, True):
             texts = in_node(body, (start, back))
@@ -162,10 +162,21 @@ def test_cycling_changes_one_layer_and_comes_round():
 
 
 @needs_node
-def test_writing_out_keeps_every_layer():
-    text = in_node("return formatPlan(writeOut(parsePlan(data), 6, 8))", "all:2 0-1:full -1:full")
-    assert text == "0-1:full 2-4:2:6 5:full"
-    assert patterns(TilePlan.from_text(str(text)), 6) == patterns(TilePlan.from_text("all:2 0-1:full -1:full"), 6)
+@pytest.mark.parametrize("text", ["all:2 0-1:full -1:full", "all:2:6 0-1:full -1:full"])
+def test_writing_out_keeps_every_layer(text):
+    written = str(in_node("return formatPlan(writeOut(parsePlan(data), 6))", text))
+    assert written == {None: "0-1:full 2-4:2 5:full", 8: "0-1:full 2-4:2:6 5:full"}[TilePlan.from_text(text).frames]
+    assert patterns(TilePlan.from_text(written), 6) == patterns(TilePlan.from_text(text), 6)
+
+
+@needs_node
+def test_the_preview_length_stays_out_of_the_plan():
+    """A plan for any length is one after an edit too: at 8 latent frames it keeps as many reference frames as before."""
+    edit = "return formatPlan(cycleLayer(writeOut(parsePlan(data), 3), 1, 3, 21))"
+    for text, reference_frames in (("all:2", 2), ("all:30", 30)):
+        edited = TilePlan.from_text(str(in_node(edit, text)))
+        assert edited.frames is None and edited.pattern(1) != TilePattern(reference_frames)
+        assert edited.pattern(0) == edited.pattern(2) == TilePattern(reference_frames)
 
 
 def test_the_page_uses_official_interfaces_only():

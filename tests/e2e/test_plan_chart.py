@@ -14,9 +14,9 @@ def test_a_click_gives_a_layer_its_next_pattern(comfy):
     chart.get_by_role("option", name="Layer 5:").click()
     assert page.evaluate(TEXT) == "all:2 5:full"
     chart.get_by_role("button", name="edit each layer").click()
-    assert page.evaluate(TEXT) == "0-4:2:19 5:full 6-31:2:19"
+    assert page.evaluate(TEXT) == "0-4:2 5:full 6-31:2"
     chart.get_by_role("option", name="Layer 0:").click()
-    assert page.evaluate(TEXT) == "0:1:20 1-4:2:19 5:full 6-31:2:19"
+    assert page.evaluate(TEXT) == "0:1 1-4:2 5:full 6-31:2"
     assert page.evaluate("app.graph.serialize().nodes[0].widgets_values") == [2, page.evaluate(TEXT)]
 
 

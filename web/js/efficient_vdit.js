@@ -36,7 +36,7 @@ class NodeChart {
     this.node = node;
     this.chart = new PlanChart(say, {
       cycle: (layer, backwards) => this.write(cycleLayer(this.state.plan, layer, this.state.depth, this.state.frames, backwards)),
-      writeOut: () => this.write(writeOut(this.state.plan, this.state.depth, this.state.frames)),
+      writeOut: () => this.write(writeOut(this.state.plan, this.state.depth)),
       setFrames: (frames) => this.remember({ frames }),
       setDepth: (depth) => this.remember({ depth }),
       grown: (height) => this.grown(height),
