@@ -74,13 +74,6 @@ export function patternName(pattern, frames) {
   return headGroups(pattern).map((group) => (group.heads ? `[${group.heads}]` : "") + nameOne(group.pattern, frames)).join("");
 }
 
-/** The name for a person: "5 × 1:7~1, 3 × full" where heads differ. */
-export function readableName(pattern, frames) {
-  const groups = headGroups(pattern);
-  if (groups.length === 1) return nameOne(pattern, frames);
-  return groups.map((group) => `${group.count} × ${nameOne(group.pattern, frames)}`).join(", ");
-}
-
 function nameOne(pattern, frames) {
   if (isFull(pattern, frames)) return FULL;
   const { k, window, means } = numbers(pattern);
