@@ -25,10 +25,10 @@ def test_every_node_has_a_help_page_that_names_its_inputs(node):
     "page", sorted((ROOT / "web" / "docs").glob("*/*.md")), ids=lambda p: f"{p.parent.name} {p.stem}"
 )
 def test_a_translated_page_says_as_much(page):
-    """The same sections and table rows as the English page, in the other language."""
+    """The same sections, list entries and table rows as the English page, in the other language."""
     english = (page.parent.parent / f"{page.parent.name}.md").read_text(encoding="utf-8")
     text = page.read_text(encoding="utf-8")
-    for mark in ("\n## ", "\n| "):
+    for mark in ("\n## ", "\n### ", "\n- ", "\n| "):
         assert text.count(mark) == english.count(mark), mark
     assert CHINESE.search(text)
 
