@@ -46,7 +46,7 @@ GOOD = [
     "all:2+0",
     "0:" + "".join(f"[{head}]{head + 1}:{99 - head}" for head in range(70)),
 ]
-GOOD += [" 1:2  0:FULL ", "0:7:1"]
+GOOD += [" 1:2  0:FULL ", "0:7:1", "0:[0]7:1[1]full[2]9 1:[0]7[1]1[2]full"]
 BAD = [
     "",
     "all:2 1:3",
