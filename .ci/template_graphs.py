@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 from efficient_vdit_core.plan import TilePlan  # noqa: E402
 
 HUB = "https://huggingface.co"
@@ -16,7 +18,9 @@ WAN21, WAN22 = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged", f"{HUB}/Comfy-Org/
 FLUX_TEXT, OSP = f"{HUB}/comfyanonymous/flux_text_encoders", f"{HUB}/LanguageBind/Open-Sora-Plan-v1.2.0"
 BAD = "low quality, worst quality, blurry, distorted, static, subtitles, watermark"
 FOX = "a fox running through a snowy forest at sunrise, tracking camera, cinematic light"
-
+# Wan 2.2's high-noise expert sets layout and motion: its first step stays dense, and so do these of its blocks.
+HIGH_NOISE_DENSE = "0-5,-1"
+SHOWN_NAMES = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
 
 COLUMNS = ("1 Model", "2 Sparse attention and prompt", "3 Sampling", "4 Video")
 WAN22_COLUMNS = ("1 Models", "2 Sparse attention", "3 Prompt and size", "4 Sampling", "5 Video")
@@ -95,10 +99,19 @@ def part(plan: str, frames: int, layers: int) -> str:
     return f"{TilePlan.from_text(plan).density(frames, layers):.0%} of the attention"
 
 
-def note(title: str, what: str, files: str, cost: str, tip: str, needs: str = "0.3.60") -> str:
+def experts_share(plan: str, frames: int, layers: int) -> tuple[str, str]:
+    """What Wan 2.2's two experts compute of the self-attention: each for a note, in all 2 + 2 steps for a picture."""
+    high, low = (TilePlan.from_text(plan).with_dense(dense).density(frames, layers) for dense in (HIGH_NOISE_DENSE, ""))
+    each = f"of the self-attention the high-noise one computes {high:.0%} after a dense first step, the low-noise one {low:.0%}"
+    return each, f"{(1 + high + 2 * low) / 4:.0%} of the attention"
+
+
+def note(plan: Node, title: str, what: str, files: str, cost: str, tip: str, needs: str = "0.3.60") -> str:
+    """The text beside a template. ``plan``: the node whose chart shows the plan."""
+    shown = plan.title or SHOWN_NAMES[plan.kind]["display_name"]
     return (
         f"## {title}\n\n{what}\n\n**Files**\n\n{files}\n\n**Memory and time.** {cost}\n\n**Expect.** {tip}\n\n"
-        "Click a layer in *Tile Plan* to change it; bypass *Sparse Attention* (Ctrl+B) to compare with full attention. "
+        f"Click a layer in *{shown}* to change it; bypass *Sparse Attention* (Ctrl+B) to compare with full attention. "
         f"After the run the chart and the log tell how many calls became sparse. Needs ComfyUI {needs} or newer."
     )
 
@@ -127,6 +140,7 @@ def opensora(frames: int) -> Graph:
     }  # fmt: skip
     nodes["negative"].links = {"clip": ("plain", 0)}
     text = note(
+        nodes["plan"],
         f"Open-Sora-Plan v1.2, {frames} frames of 1280x720",
         f"The model of the Efficient-vDiT paper, as its authors recommend it (euler ancestral, 100 steps, cfg 7.5), with a plan by hand "
         f"that computes {share(plan, latent, 32)}: two full layers, the others with {plan.split(':')[-2]} reference frames of {latent}.",
@@ -195,6 +209,7 @@ def wan21() -> Graph:
         **video(("sampler", 0), ("vae", 0), 16),
     }  # fmt: skip
     text = note(
+        nodes["plan"],
         "Wan 2.1 14B: sparse attention and 4 steps",
         f"81 frames of 832x480 in 4 steps without guidance, by a step-distilled LoRA, with {share(plan, 21, 40)} computed.",
         "\n".join(f"- `models/{f['directory']}`: [{f['name']}]({f['url']})" for f in (unet, lora, clip, vae)),
@@ -226,16 +241,17 @@ def wan22() -> Graph:
         **video(("second", 0), ("vae", 0), 16, column=4),
     }
     files = (*of_high, *of_low, clip, vae)
+    each, overall = experts_share(plan, 21, 40)
     text = note(
+        nodes["plan"],
         "Wan 2.2 14B: sparse attention and 4 steps",
-        f"81 frames of 832x480 in 4 steps without guidance. Wan 2.2 is two models: both get the plan, with "
-        f"{share(plan, 21, 40)} from a fifth of the schedule on.",
+        f"81 frames of 832x480 in 4 steps without guidance. Wan 2.2 is two models, which get one plan: {each}.",
         "\n".join(f"- `models/{f['directory']}`: [{f['name']}]({f['url']})" for f in files),
         "About 14 GB for each of the two models, one after the other, and 7 GB for the text encoder.",
         "The high-noise model sets layout and motion, so its first step and six of its first layers stay dense: bypass its "
         "*Sparse Attention* where motion still falls apart.",
     )
-    caption = ("Wan 2.2 14B", "81 frames, 832x480", f"4 steps, {part(plan, 21, 40)}")
+    caption = ("Wan 2.2 14B", "81 frames, 832x480", f"4 steps, {overall}")
     return Graph("wan22_sparse_4_steps", "Wan 2.2 14B faster, sparse, 4 steps", caption, text, nodes, WAN22_COLUMNS)
 
 
@@ -245,8 +261,8 @@ def _wan22_expert(noise: str, split: str) -> tuple[dict[str, Node], list[dict[st
     lora = model("loras", f"{split}/loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_{noise}_noise.safetensors")
     title, lora_link = f"{noise} noise", {"model": (f"{noise}_model", 0)}
     sparse_links = {"model": (f"{noise}_lora", 0), "plan": ("plan", 0)}
-    # The high-noise expert sets layout and motion: its first step and more of its layers stay dense.
-    mild = {"start_percent": 0.2, "dense_blocks": "0-5,-1" if noise == "high" else ""}
+    # 0.2 of the schedule is the first of these 4 steps, which only the high-noise expert takes.
+    mild = {"start_percent": 0.2, "dense_blocks": HIGH_NOISE_DENSE if noise == "high" else ""}
     nodes = {
         f"{noise}_model": loader("UNETLoader", "unet_name", unet, weight_dtype="default"),
         f"{noise}_lora": Node(
@@ -311,6 +327,7 @@ def hunyuan() -> Graph:
         **video(("sampler", 0), ("vae", 0), 24, tiled=True),
     }  # fmt: skip
     text = note(
+        nodes["plan"],
         "HunyuanVideo with sparse attention",
         f"73 frames of 848x480 in 20 steps; {share(plan, 19, 60)} is computed after the first tenth of the schedule. Its 20 double and 40 "
         "single blocks count as layers 0 to 59; text tokens attend to all and are seen by all.",

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from template_graphs import (
+    HIGH_NOISE_DENSE,
     HUB,
     WAN21,
     WAN22,
     WAN22_COLUMNS,
     Graph,
     Node,
+    experts_share,
     loader,
     model,
     note,
-    part,
     prompts,
-    share,
     video,
 )
 
@@ -94,6 +94,7 @@ def _minimax_h3(steps: int, lora: dict[str, str], shift: float, first_frame: boo
     nodes["decode"].column, nodes["create"].links["audio"] = 3, ("sound", 0)  # beside its VAE
     bound = "1.41x" if first_frame else "1.46x"
     text = note(
+        nodes["plan"],
         f"MiniMax-H3, {task} to video: sparse attention and {steps} steps",
         f"124 frames (5 s) of 1344x768 with sound, in {steps} steps by a turbo LoRA, without guidance. The mild preset keeps the first "
         "step, the first two layers and the last dense; its reference frames are every fifth latent frame, which holds a single pixel "
@@ -202,6 +203,7 @@ def ltx23() -> Graph:
         **_ltx_two_stages(("model", 2), ("model", 2), "euler", 25),
     }  # fmt: skip
     text = note(
+        nodes["plan"],
         "LTX-2.3 in two stages, with sparse attention",
         LTX_WHAT,
         files(whole, lora, gemma, twice),
@@ -238,6 +240,7 @@ def ltx25() -> Graph:
         **_ltx_two_stages(("vae", 0), ("decode_vae", 0), "euler_ancestral", 24),
     }
     text = note(
+        nodes["plan"],
         "LTX-2.5 in two stages, with sparse attention",
         LTX_WHAT,
         files(unet, gemma, vae, sound, twice),
@@ -270,8 +273,7 @@ def wan22_image() -> Graph:
             "LoraLoaderModelOnly", 0, {"lora_name": lora["name"], "strength_model": 1.0}, {"model": (f"{noise}_model", 0)},
             f"Few-step LoRA, {noise} noise", [lora],
         )  # fmt: skip
-        # The high-noise expert sets layout and motion: its first step and more of its layers stay dense.
-        mild = {"dense_first_steps": 1, "dense_blocks": "0-5,-1"} if noise == "high" else {}
+        mild = {"dense_first_steps": 1, "dense_blocks": HIGH_NOISE_DENSE} if noise == "high" else {}
         links = {"model": (f"{noise}_lora", 0), "plan": ("plan", 0)}
         nodes[f"{noise}_sparse"] = Node("EVDiTSparseAttention", 1, mild, links, f"Sparse Attention, {noise} noise")
         nodes[f"{noise}_shift"] = Node("ModelSamplingSD3", 2, {"shift": 5.0}, {"model": (f"{noise}_sparse", 0)})
@@ -299,17 +301,18 @@ def wan22_image() -> Graph:
         "decode_vae": loader("VAELoader", "vae_name", vae, column=4),
         **video(("second", 0), ("decode_vae", 0), 16, column=4),
     }  # fmt: skip
+    each, overall = experts_share(plan, 21, 40)
     text = note(
+        nodes["plan"],
         "Wan 2.2 14B, image to video: sparse attention and 2 + 2 steps",
-        f"81 frames of 832x480 in 4 steps without guidance, two by each of Wan's two experts; both get the plan, with "
-        f"{share(plan, 21, 40)}.",
+        f"81 frames of 832x480 in 4 steps without guidance, two by each of Wan's two experts, which get one plan: {each}.",
         files(*found, clip, vae),
         "About 14 GB for each of the two experts, one after the other, and 7 GB for the text encoder. A step gains at most 1.30x at this "
         "size, by FLOPs, and 1.47x at 1280x720.",
         "The high-noise expert sets layout and motion: its first step and six of its first layers stay dense. Bypass its *Sparse "
         "Attention* (Ctrl+B) where motion still falls apart.",
     )
-    caption = ("Wan 2.2 14B", "image to video, 81 frames of 832x480", f"2 + 2 steps, {part(plan, 21, 40)}")
+    caption = ("Wan 2.2 14B", "image to video, 81 frames of 832x480", f"2 + 2 steps, {overall}")
     return Graph("wan22_image_4_steps", "Wan 2.2 14B faster, image, 4 steps", caption, text, nodes, WAN22_COLUMNS)
 
 

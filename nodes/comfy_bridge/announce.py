@@ -15,12 +15,12 @@ EVENT = "efficient_vdit.report"
 def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, int, float], None]:
     """A function to call after each run; it sends one message to the page that queued the prompt.
 
-    The message: ``node`` the execution id of Sparse Attention, ``plan`` the plan's text, ``layers`` and ``frames``
-    (latent) of the model, ``sparse`` calls, ``density`` the share of dense attention that the run computed (0 to 1),
-    ``dense`` calls by reason, ``seconds`` of sampling; ``bound``, how many times faster a step of this clip becomes at
-    most, and ``video``, the share of the sequence that can be sparse, both 0 where they are not known; ``dense_step`` and
-    ``sparse_step``, the measured seconds of a step, both 0 where none was. What was measured, or why nothing was, stands
-    on the node as well.
+    The message: ``prompt_id`` as in ComfyUI's own events, ``node`` the execution id of Sparse Attention, ``plan`` the
+    plan's text, ``layers`` and ``frames`` (latent) of the model, ``sparse`` calls, ``density`` the share of dense
+    attention that the run computed (0 to 1), ``dense`` calls by reason, ``seconds`` of sampling; ``bound``, how many
+    times faster a step of this clip becomes at most, and ``video``, the share of the sequence that can be sparse, both 0
+    where they are not known; ``dense_step`` and ``sparse_step``, the measured seconds of a step, both 0 where none was.
+    What was measured, or why nothing was, stands on the node as well.
     """
 
     def after_run(report: AttentionReport, layers: int, seconds: float) -> None:
@@ -39,7 +39,8 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
                 "dense_step": measure.dense if measure else 0.0,
                 "sparse_step": measure.sparse if measure else 0.0,
             }
-        message = {"node": node, "plan": plan, "layers": layers, "seconds": seconds, **found}
+        prompt_id = getattr(server, "last_prompt_id", None)
+        message = {"prompt_id": prompt_id, "node": node, "plan": plan, "layers": layers, "seconds": seconds, **found}
         server.send_sync(EVENT, message, server.client_id)
         if measure is not None:
             show_on_node(node, describe_measure(report))

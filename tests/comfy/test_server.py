@@ -93,6 +93,7 @@ def test_the_page_hears_of_the_progress(server, tiny_prompt):
     (report,) = [data for kind, data in events if kind == "efficient_vdit.report"]
     (sparse,) = [key for key, node in prompt.items() if node["class_type"] == "EVDiTSparseAttention"]
     assert (report["node"], report["plan"], report["frames"]) == (sparse, "all:2", 8)
+    assert report["prompt_id"] == events[-1][1]["prompt_id"]
     assert report["video"] == 1.0 and 1.0 < report["bound"] < 1 / report["density"]
     assert report["sparse"] >= 6 * steps[-1][1] and 0.5 < report["density"] < 0.55 and report["seconds"] > 0
     assert report["layers"] * steps[-1][1] <= report["sparse"]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,7 @@ GOOD = [
     "all:2+0",
     "0:" + "".join(f"[{head}]{head + 1}:{99 - head}" for head in range(70)),
 ]
-GOOD += [" 1:2  0:FULL ", "0:7:1"]
+GOOD += [" 1:2  0:FULL ", "0:7:1", "0:[0]7:1[1]full[2]9 1:[0]7[1]1[2]full"]
 BAD = [
     "",
     "all:2 1:3",
@@ -86,17 +87,21 @@ BAD += [
 ]
 
 
-def in_node(body: str, data) -> list:
-    """The JSON that a JavaScript function body returns for the data, with the module's functions in scope."""
-    plans, tiles = ((ROOT / "web" / "js" / name).as_uri() for name in ("plan_text.js", "pattern.js"))
-    code = f"import {{ parsePlan, formatPlan, layerPattern, cycleLayer, writeOut }} from '{plans}';\n"
-    code += f"import {{ referenceFrames, density, patternName, isFull }} from '{tiles}';\n"
-    code += f"const data = {json.dumps(data)};\nconsole.log(JSON.stringify((() => {{ {body} }})()));"
+def run_module(code: str) -> Any:
+    """What a JavaScript module prints, as JSON."""
     done = subprocess.run(
         [NODE or "node", "--input-type=module", "-e", code], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def in_node(body: str, data: Any) -> Any:
+    """The JSON that a JavaScript function body returns for the data, with the module's functions in scope."""
+    plans, tiles = ((ROOT / "web" / "js" / name).as_uri() for name in ("plan_text.js", "pattern.js"))
+    code = f"import {{ parsePlan, formatPlan, layerPattern, cycleLayer, writeOut }} from '{plans}';\n"
+    code += f"import {{ referenceFrames, density, patternName, isFull }} from '{tiles}';\n"
+    return run_module(code + f"const data = {json.dumps(data)};\nconsole.log(JSON.stringify((() => {{ {body} }})()));")
 
 
 def patterns(plan: TilePlan, depth: int) -> list[str]:
@@ -151,7 +156,7 @@ def test_cycling_changes_one_layer_and_comes_round():
     body = """const [text, back] = data, found = []; let plan = parsePlan(text);
         for (let i = 0; i < 12; i++) { plan = cycleLayer(plan, 2, 5, plan.frames ?? 21, back); found.push(formatPlan(plan)); }
         return found"""
-    for start in ("0-4:2:19", "0-4:full", "all:2", "all:2 -3:full", "all:3 1-3:full", "0-4:[0]1:19~1[1]2:18"):
+    for start in ("0-4:2:19", "0-4:full", "0-4:2", "all:2", "all:2 -3:full", "all:3 1-3:full", "0-4:[0]1:19~1[1]2:18"):
         before = patterns(TilePlan.from_text(start), 5)
         for back in (False, True):
             texts = in_node(body, (start, back))
@@ -162,10 +167,62 @@ def test_cycling_changes_one_layer_and_comes_round():
 
 
 @needs_node
-def test_writing_out_keeps_every_layer():
-    text = in_node("return formatPlan(writeOut(parsePlan(data), 6, 8))", "all:2 0-1:full -1:full")
-    assert text == "0-1:full 2-4:2:6 5:full"
-    assert patterns(TilePlan.from_text(str(text)), 6) == patterns(TilePlan.from_text("all:2 0-1:full -1:full"), 6)
+@pytest.mark.parametrize("text", ["all:2 0-1:full -1:full", "all:2:6 0-1:full -1:full"])
+def test_writing_out_keeps_every_layer(text):
+    written = in_node("return formatPlan(writeOut(parsePlan(data), 6))", text)
+    assert written == {None: "0-1:full 2-4:2 5:full", 8: "0-1:full 2-4:2:6 5:full"}[TilePlan.from_text(text).frames]
+    assert patterns(TilePlan.from_text(written), 6) == patterns(TilePlan.from_text(text), 6)
+
+
+@needs_node
+def test_the_preview_length_stays_out_of_the_plan():
+    """A plan for any length is one after an edit too: at 8 latent frames it keeps as many reference frames as before."""
+    edit = "return formatPlan(cycleLayer(writeOut(parsePlan(data), 3), 1, 3, 21))"
+    for text, reference_frames in (("all:2", 2), ("all:30", 30)):
+        edited = TilePlan.from_text(in_node(edit, text))
+        assert edited.frames is None and edited.pattern(1) != TilePattern(reference_frames)
+        assert edited.pattern(0) == edited.pattern(2) == TilePattern(reference_frames)
+
+
+PAGE = """
+class Element {
+  style = {}; dataset = {}; children = []; offsetWidth = 0;
+  classList = { toggle() {} };
+  setAttribute() {} addEventListener() {}
+  append(...children) { this.children.push(...children); }
+  replaceChildren(...children) { this.children = children; }
+  querySelectorAll() { return []; }
+  attachShadow() { return new Element(); }
+}
+globalThis.document = { createElement: () => new Element(), createElementNS: () => new Element() };
+globalThis.ResizeObserver = class { observe() {} };
+"""
+COUNTED = """
+import { density as counted } from './pattern_rules.js';
+export * from './pattern_rules.js';
+export const density = (...values) => { globalThis.counts++; return counted(...values); };
+"""
+
+
+@needs_node
+def test_a_draw_counts_the_tiles_of_each_pattern_once(tmp_path):
+    """A count takes T x T steps: one for each bar, or for each comparison of two, stood still for seconds on a long clip."""
+    for script in SCRIPTS:
+        if "app.js" not in script.read_text(encoding="utf-8"):
+            shutil.copy(script, tmp_path)
+    (tmp_path / "pattern.js").rename(tmp_path / "pattern_rules.js")
+    (tmp_path / "pattern.js").write_text(COUNTED, encoding="utf-8")
+    kinds = [f"{k}{near}" for k in range(1, 11) for near in ("", "~1")]
+    layer = "".join(f"[{head}]{kind}" for head, kind in enumerate(kinds))
+    code = f"""{PAGE}
+        const [chart, text] = await Promise.all(["plan_chart.js", "plan_text.js"].map((f) => import("{tmp_path.as_uri()}/" + f)));
+        globalThis.counts = 0;
+        const drawn = new chart.PlanChart((key) => key, {{}});
+        drawn.draw({{ plan: text.parsePlan("0-49:{layer}"), frames: 92, depth: 50, editable: true }});
+        console.log(JSON.stringify([globalThis.counts, drawn.bars.children.length, drawn.legend.children.length]));"""
+    counts, columns, legend = run_module(code)
+    assert (columns, legend) == (50 + 2, len(kinds))
+    assert counts <= 2 * len(kinds)  # the bars and the legend, and the maps of the one layer that is shown
 
 
 def test_the_page_uses_official_interfaces_only():

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from templates import PATHS, prompt, workflow
 
+from efficient_vdit_core.plan import TilePlan
+
 ROOT = Path(__file__).parents[2]
 SCHEMAS = json.loads((Path(__file__).parent / "schemas.json").read_text(encoding="utf-8"))
 WORKFLOWS = {name: workflow(name) for name in PATHS}
@@ -17,11 +19,17 @@ ANY = "COMFY_MATCHTYPE_V3"  # ComfyUI's type of a switch
 # Files that the page cannot download: they are made from others, and the note says how.
 BY_HAND = {"mt5-xxl-encoder.safetensors", "open_sora_plan_v1.2/checkpoint.ckpt"}
 
+NAMES = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+
 templates = pytest.mark.parametrize("name", WORKFLOWS)
 
 
 def real_nodes(name: str) -> list[dict]:
     return [node for node in WORKFLOWS[name]["nodes"] if node["type"] not in VIRTUAL]
+
+
+def gives_plan(node: dict) -> bool:
+    return any(output["type"] == "EVDIT_PLAN" for output in node["outputs"])
 
 
 def note_of(name: str) -> str:
@@ -78,6 +86,23 @@ def test_the_note_says_what_a_user_must_know(name):
     assert re.search(r"Needs ComfyUI 0\.\d+(\.\d+)? or newer", text) and text.startswith("## ")
     if any(node["properties"].get("models") for node in real_nodes(name)):
         assert all(f"**{part}" in text for part in ("Files", "Memory and time", "Expect"))
+
+
+@templates
+def test_the_note_names_the_node_that_shows_the_plan(name):
+    shown = {node.get("title") or NAMES[node["type"]]["display_name"] for node in real_nodes(name) if gives_plan(node)}
+    assert set(re.findall(r"Click a layer in \*([^*]+)\*", note_of(name))) <= shown
+
+
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if "of the self-attention" in note_of(name)])
+def test_the_note_tells_what_each_sparse_model_computes(name):
+    """The plan is the same for Wan 2.2's two experts, but not the blocks that stay dense."""
+    (shown,) = filter(gives_plan, real_nodes(name))
+    frames, depth = (shown["properties"]["evdit_preview"][size] for size in ("frames", "depth"))
+    sent = prompt(name)
+    for values in (node["inputs"] for node in sent.values() if node["class_type"] == "EVDiTSparseAttention"):
+        plan = TilePlan.from_text(sent[values["plan"][0]]["inputs"]["text"]).with_dense(values["dense_blocks"])
+        assert f"{plan.density(frames, depth):.0%}" in note_of(name), values["dense_blocks"]
 
 
 def test_each_template_is_there_for_scripts_too():

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from efficient_vdit_core.assets import tiny_path
+from efficient_vdit_core.distill.metadata import metadata_of
+from efficient_vdit_core.head_patterns import HeadPatterns
+
 ROOT = Path(__file__).parents[2]
 SCHEMAS = json.loads((Path(__file__).parent / "schemas.json").read_text(encoding="utf-8"))
 CHINESE = re.compile("[一-鿿]")
@@ -25,10 +29,10 @@ def test_every_node_has_a_help_page_that_names_its_inputs(node):
     "page", sorted((ROOT / "web" / "docs").glob("*/*.md")), ids=lambda p: f"{p.parent.name} {p.stem}"
 )
 def test_a_translated_page_says_as_much(page):
-    """The same sections and table rows as the English page, in the other language."""
+    """The same sections, list entries and table rows as the English page, in the other language."""
     english = (page.parent.parent / f"{page.parent.name}.md").read_text(encoding="utf-8")
     text = page.read_text(encoding="utf-8")
-    for mark in ("\n## ", "\n| "):
+    for mark in ("\n## ", "\n### ", "\n- ", "\n| "):
         assert text.count(mark) == english.count(mark), mark
     assert CHINESE.search(text)
 
@@ -108,6 +112,26 @@ def test_no_text_speaks_of_a_node_that_is_gone():
             SCHEMAS
         )
     assert {page.stem for page in (ROOT / "web" / "docs").glob("*.md")} == set(SCHEMAS)
+
+
+@pytest.mark.parametrize(
+    "file, by_head, neighbours, means",
+    [
+        ("EVDiTModelLoader.md", "by head", "neighbours", "mean frames"),
+        ("EVDiTModelLoader/zh.md", "按注意力头", "邻帧", "均值帧"),
+    ],
+)
+def test_the_loader_s_page_says_which_plan_the_sparse_tiny_model_carries(file, by_head, neighbours, means):
+    about = metadata_of(tiny_path("transformer", "tiny-8-steps-sparse"))
+    plan = about.tile_plan if about else None
+    assert plan and plan.frames
+    heads = [pattern for layer in plan.patterns if isinstance(layer, HeadPatterns) for pattern in layer.kinds]
+    assert any(pattern.window for pattern in heads) and any(pattern.means for pattern in heads)
+    text = (DOCS / file).read_text(encoding="utf-8")
+    (said,) = [line for line in text.splitlines() if "`tiny 8 steps sparse (built in)`" in line]
+    share = f"{100 * plan.density(plan.frames):.0f} %"
+    assert [words for words in (by_head, neighbours, means, share, "the loaded model") if words not in said] == []
+    assert not re.search(r"`\d+:", said)  # the whole plan is too long for the page, and another one is wrong
 
 
 def test_there_are_workflows():

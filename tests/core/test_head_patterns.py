@@ -210,6 +210,14 @@ class TestPlans:
         assert again.patterns == PLAN.patterns and (again.frames, again.heads) == (8, 5)
         assert TilePlan.from_text("0-1:[0-2]1[3]full").patterns == (by_head([TilePattern(1)] * 3 + [FULL]),) * 2
 
+    def test_heads_that_are_alike_at_the_plan_s_length_are_one_group_of_the_text(self):
+        """A search keeps 7 of 8 frames apart from all of them, but both are full: the page reads one plan, not two."""
+        whole, some = by_head([TilePattern(7), FULL, TilePattern(8)]), by_head([TilePattern(7), TilePattern(1), FULL])
+        text = TilePlan(patterns=(whole, some), frames=8, heads=3).to_text()
+        assert text == "0:full 1:[0,2]full[1]1:7"
+        assert TilePlan.from_text(text).patterns == (FULL, by_head([FULL, TilePattern(1), FULL]))
+        assert TilePlan.from_text(text).to_text() == text
+
     def test_a_line_of_text_holds_as_many_groups_as_a_plan(self):
         kinds = [TilePattern(k) for k in range(1000)]
         plan = TilePlan(patterns=(by_head([*kinds[:70], FULL]), by_head(kinds[:71])), frames=1001, heads=71)

@@ -14,9 +14,9 @@ def test_a_click_gives_a_layer_its_next_pattern(comfy):
     chart.get_by_role("option", name="Layer 5:").click()
     assert page.evaluate(TEXT) == "all:2 5:full"
     chart.get_by_role("button", name="edit each layer").click()
-    assert page.evaluate(TEXT) == "0-4:2:19 5:full 6-31:2:19"
+    assert page.evaluate(TEXT) == "0-4:2 5:full 6-31:2"
     chart.get_by_role("option", name="Layer 0:").click()
-    assert page.evaluate(TEXT) == "0:1:20 1-4:2:19 5:full 6-31:2:19"
+    assert page.evaluate(TEXT) == "0:1 1-4:2 5:full 6-31:2"
     assert page.evaluate("app.graph.serialize().nodes[0].widgets_values") == [2, page.evaluate(TEXT)]
 
 
@@ -205,3 +205,42 @@ def test_each_group_of_heads_has_a_map_of_its_own(comfy):
     layer.click()
     page.wait_for_function(f"{TEXT} !== '{BY_HEAD}'")
     assert page.evaluate(TEXT).split()[0] == "0:full" and "1:[" not in page.evaluate(TEXT)
+
+
+def queue(page, prompt_id: str):
+    """Queue the open tab's workflow; the server's answer names the prompt, and nothing runs."""
+    answer = {"prompt_id": prompt_id, "number": 1, "node_errors": {}}
+    page.route("**/prompt", lambda route: route.fulfill(json=answer))
+    page.evaluate("app.queuePrompt(0, 1)")
+    page.unroute("**/prompt")
+
+
+def test_a_run_is_shown_in_the_tab_that_queued_it_and_in_no_copy(comfy):
+    page = comfy.open().page
+    chart = plan_node(comfy, "0-5:2:6")
+    add = "kind => { const node = LiteGraph.createNode(kind); app.graph.add(node); return node.id }"
+    search, sparse = (page.evaluate(add, kind) for kind in ("EVDiTSearchTilePlan", "EVDiTSparseAttention"))
+    page.evaluate(f"id => void {TITLE}.connect(0, app.graph.getNodeById(id), 1)", sparse)
+    queue(page, "of the first tab")
+    # A copy in a second tab, with the same ids of the graph and its nodes: as a template has that is opened twice.
+    page.evaluate("app.loadGraphData(app.graph.serialize(), true, true, 'copy')")
+    told = f"""() => {{
+        const prompt_id = 'of the first tab', told = {TOLD};
+        told('executed', {{ prompt_id, node: '{search}', output: {{ evdit_plan: ['0-5:1:7'] }} }});
+        told('efficient_vdit.report', {{ prompt_id, node: '{sparse}', plan: '0-5:2:6', frames: 8, layers: 6, sparse: 11,
+            density: 0.5, seconds: 1, dense: {{}} }});
+    }}"""
+    page.evaluate(told)
+    page.wait_for_timeout(1000)
+    chart.get_by_text("2:6 × 6").wait_for()
+    charts = page.locator(".evdit-plan-chart:visible")
+    assert charts.get_by_text("11 sparse calls").count() == charts.get_by_text("1:7 × 6").count() == 0
+    page.evaluate("app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    charts.get_by_text("11 sparse calls").wait_for()
+    charts.get_by_text("1:7 × 6").wait_for()
+    page.evaluate("app.extensionManager.command.execute('Workspace.NextOpenedWorkflow')")
+    charts.get_by_text("11 sparse calls").wait_for(state="hidden")
+    # Its own run is shown there at once.
+    queue(page, "of the copy")
+    page.evaluate(told.replace("of the first tab", "of the copy"))
+    charts.get_by_text("11 sparse calls").wait_for()

@@ -4,6 +4,7 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { PlanChart } from "./plan_chart.js";
 import { cycleLayer, formatPlan, parsePlan, writeOut } from "./plan_text.js";
+import { followTabs, isLoaded, openTab, tabOf } from "./tabs.js";
 
 const PLAN = "EVDIT_PLAN";
 const REPORT = "efficient_vdit.report";
@@ -13,6 +14,7 @@ const CANVAS = { wheel: "processMouseWheel", pointerdown: "processMouseDown", po
 const charts = new WeakMap(); // node -> NodeChart
 const owners = new WeakMap(); // element -> its node
 const runs = new Map(); // the plan and the report of the last run, by node and settings: undo and the page's tabs make nodes anew
+const waiting = new Map(); // what runs of tabs that are not open told: {tab, act} by tab, event and node
 let files = {}; // the plans in Load Tile Plan's list, as text
 let texts = {};
 
@@ -36,7 +38,7 @@ class NodeChart {
     this.node = node;
     this.chart = new PlanChart(say, {
       cycle: (layer, backwards) => this.write(cycleLayer(this.state.plan, layer, this.state.depth, this.state.frames, backwards)),
-      writeOut: () => this.write(writeOut(this.state.plan, this.state.depth, this.state.frames)),
+      writeOut: () => this.write(writeOut(this.state.plan, this.state.depth)),
       setFrames: (frames) => this.remember({ frames }),
       setDepth: (depth) => this.remember({ depth }),
       grown: (height) => this.grown(height),
@@ -90,7 +92,7 @@ class NodeChart {
 
   /** What a run's plan and report belong to. */
   settings() {
-    return JSON.stringify([this.node.graph?.id, this.node.id, this.node.widgets.filter((w) => !advances(w)).map((w) => w.value)]);
+    return JSON.stringify([openTab(), this.node.graph?.id, this.node.id, this.node.widgets.filter((w) => !advances(w)).map((w) => w.value)]);
   }
 
   /** The last run with these settings: its plan as text, and the report of the attention that used it. */
@@ -214,17 +216,38 @@ function chartsOf(report) {
   return [...(linked ? [linked] : allCharts())].filter(({ state }) => state.plan && formatPlan(state.plan) === report.plan);
 }
 
+/** Does `act` once the tab that queued the prompt is open; the same event of a later run of that tab takes its place. */
+async function inItsTab({ prompt_id: promptId, node }, event, act) {
+  const tab = await tabOf(promptId);
+  const key = JSON.stringify([tab, event, node]);
+  waiting.delete(key); // the later one goes to the end
+  waiting.set(key, { tab, act });
+  actInOpenTab();
+}
+
+function actInOpenTab() {
+  if (!isLoaded()) return;
+  const due = [...waiting].filter(([, { tab }]) => tab === openTab());
+  for (const [key, { act }] of due) {
+    waiting.delete(key);
+    act();
+  }
+}
+
 app.registerExtension({
   name: "efficient_vdit.plan",
   beforeRegisterNodeDef(_, definition) {
     if (definition.name === "EVDiTLoadTilePlan") files = definition.input.required.plan_name[1].evdit_plans;
   },
   async setup() {
+    followTabs(actInOpenTab);
     api.addEventListener("executed", ({ detail }) => {
       const text = detail.output?.evdit_plan?.[0];
-      if (text) charts.get(findNode(detail.node))?.planMade(text);
+      if (text) inItsTab(detail, "executed", () => charts.get(findNode(detail.node))?.planMade(text));
     });
-    api.addEventListener(REPORT, ({ detail }) => chartsOf(detail).forEach((chart) => chart.ran(detail)));
+    api.addEventListener(REPORT, ({ detail }) => {
+      inItsTab(detail, REPORT, () => chartsOf(detail).forEach((chart) => chart.ran(detail)));
+    });
     app.canvas.canvas.addEventListener("litegraph:set-graph", settle);
     await loadTexts();
     for (const chart of allCharts()) chart.draw();

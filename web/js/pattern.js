@@ -71,14 +71,11 @@ function averaged(pattern, frames) {
 
 /** The name for that many frames, such as 2:6 or 2:6~1 for 8; of each group where heads differ, as in the text form. */
 export function patternName(pattern, frames) {
-  return headGroups(pattern).map((group) => (group.heads ? `[${group.heads}]` : "") + nameOne(group.pattern, frames)).join("");
-}
-
-/** The name for a person: "5 × 1:7~1, 3 × full" where heads differ. */
-export function readableName(pattern, frames) {
   const groups = headGroups(pattern);
-  if (groups.length === 1) return nameOne(pattern, frames);
-  return groups.map((group) => `${group.count} × ${nameOne(group.pattern, frames)}`).join(", ");
+  if (groups.length === 1) return nameOne(groups[0].pattern, frames);
+  const names = []; // of each head: patterns that differ may be one at this length
+  for (const group of groups) for (const head of listHeads(group.heads)) names[head] = nameOne(group.pattern, frames);
+  return byHead(names);
 }
 
 function nameOne(pattern, frames) {

@@ -1,7 +1,8 @@
 /** The chart of a plan: layers x density, the tiles of one layer, and what the last run measured. Plain DOM and SVG. */
 
 import { make } from "./elements.js";
-import { density, FULL, headCount, headGroups, isFull, patternName, readableName } from "./pattern.js";
+import { FULL, headCount, headGroups } from "./pattern.js";
+import { PatternFigures } from "./pattern_figures.js";
 import { layerPattern } from "./plan_text.js";
 import { STYLE } from "./plan_style.js";
 import { percent, tileMaps } from "./tile_maps.js";
@@ -67,7 +68,11 @@ export class PlanChart {
     this.summary.classList.toggle("note", !state.plan);
     if (!state.plan) return;
     this.patterns = [...Array(state.depth).keys()].map((i) => layerPattern(state.plan, i, state.depth));
-    const telling = this.patterns.findIndex((pattern) => !isFull(pattern, state.frames));
+    this.figures = new PatternFigures(state.frames);
+    this.sparse = this.figures.sparsePatterns(this.patterns);
+    // From the sparsest on, so that a denser pattern that comes or goes leaves the others their colours.
+    this.colors = new Map([...this.sparse].reverse().map((pattern, i) => [pattern, `var(--pattern-${i % COLORS})`]));
+    const telling = this.patterns.findIndex((pattern) => !this.figures.isFull(pattern));
     this.selected = Math.min(this.chosen ?? Math.max(telling, 0), state.depth - 1);
     this.drawSummary();
     this.drawBars();
@@ -77,23 +82,12 @@ export class PlanChart {
     this.drawMeasured();
   }
 
-  /** Sparse patterns of all heads by falling density, with full first: the colour of each is its place here. */
-  ranks() {
-    const { frames } = this.state;
-    const every = this.patterns.flatMap((pattern) => headGroups(pattern).map((group) => group.pattern));
-    const sparse = [...new Set(every.filter((pattern) => !isFull(pattern, frames)))];
-    sparse.sort((a, b) => density(b, frames) - density(a, frames));
-    return every.some((pattern) => isFull(pattern, frames)) ? [FULL, ...sparse] : sparse;
-  }
-
   color(pattern) {
-    if (isFull(pattern, this.state.frames)) return "var(--pattern-full)";
-    const sparse = this.ranks().filter((rank) => rank !== FULL);
-    return `var(--pattern-${sparse.reverse().indexOf(pattern) % COLORS})`;
+    return this.colors.get(pattern) ?? "var(--pattern-full)";
   }
 
   mean() {
-    return this.patterns.reduce((sum, pattern) => sum + density(pattern, this.state.frames), 0) / this.patterns.length;
+    return this.patterns.reduce((sum, pattern) => sum + this.figures.density(pattern), 0) / this.patterns.length;
   }
 
   drawSummary() {
@@ -101,7 +95,7 @@ export class PlanChart {
   }
 
   drawBars() {
-    const { depth, frames, editable, measured } = this.state;
+    const { depth, editable, measured } = this.state;
     this.bars.setAttribute("viewBox", `0 0 ${depth} 100`);
     this.bars.setAttribute("aria-label", this.say(editable ? "layersEditable" : "layers"));
     const columns = this.patterns.map((pattern, i) => {
@@ -128,23 +122,19 @@ export class PlanChart {
     const heads = headCount(groups);
     let y = 100;
     return groups.map((group) => {
-      const height = (100 * density(group.pattern, this.state.frames) * group.count) / heads;
+      const height = (100 * this.figures.density(group.pattern) * group.count) / heads;
       y -= height;
       return make("rect", { class: "bar", x: layer + 0.09, y, width: 0.82, height, style: `fill: ${this.color(group.pattern)}` });
     });
   }
 
   drawLegend() {
-    const { frames, measured } = this.state;
-    const entries = this.ranks().map((pattern) => {
-      const share = (other) => {
-        const groups = headGroups(other);
-        const alike = groups.filter((group) => patternName(group.pattern, frames) === patternName(pattern, frames));
-        return headCount(alike) / headCount(groups);
-      };
-      const layers = this.patterns.reduce((sum, other) => sum + share(other), 0);
-      const name = pattern === FULL ? this.say("full") : patternName(pattern, frames);
-      return make("span", {}, make("i", { style: `background: ${this.color(pattern)}` }), `${name} × ${Number(layers.toFixed(1))}`);
+    const { measured } = this.state;
+    const layers = this.figures.layersByName(this.patterns);
+    const ranks = layers.has(FULL) ? [FULL, ...this.sparse] : this.sparse;
+    const entries = ranks.map((pattern) => {
+      const count = Number(layers.get(this.figures.alike(pattern).name).toFixed(1));
+      return make("span", {}, make("i", { style: `background: ${this.color(pattern)}` }), `${this.nameOf(pattern)} × ${count}`);
     });
     if (measured?.density) entries.push(make("span", {}, make("i", { class: "dashed" }), this.say("measuredLegend")));
     this.legend.replaceChildren(...entries);
@@ -165,7 +155,7 @@ export class PlanChart {
     this.maps.setAttribute("aria-label", this.layerText(layer));
     const key = (kind) => make("span", {}, make("i", { class: kind }), this.say(kind));
     const means = this.patterns.some((other) => other.includes("+"));
-    const share = percent(density(pattern, frames));
+    const share = percent(this.figures.density(pattern));
     const keeps = this.looksFirst(layer);
     this.detail.replaceChildren(
       make("b", {}, this.say("layerName", { layer })),
@@ -176,13 +166,12 @@ export class PlanChart {
   }
 
   nameOf(pattern) {
-    const { frames } = this.state;
-    return isFull(pattern, frames) ? this.say("full") : readableName(pattern, frames);
+    return this.figures.isFull(pattern) ? this.say("full") : this.figures.readableName(pattern);
   }
 
   layerText(layer) {
     const pattern = this.patterns[layer];
-    const share = percent(density(pattern, this.state.frames));
+    const share = percent(this.figures.density(pattern));
     return this.say("layerText", { layer, name: this.nameOf(pattern), density: share });
   }
 

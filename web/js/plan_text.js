@@ -106,7 +106,7 @@ function covers(first, last, layer, depth) {
   return low <= layer && layer <= high;
 }
 
-/** A copy in which one layer has the next pattern: full, then ever sparser, then full again. */
+/** A copy in which one layer has the next pattern: full, then ever sparser at `frames` latent frames, then full again. */
 export function cycleLayer(plan, layer, depth, frames, backwards = false) {
   if (!plan.layers) return { ...plan, dense: toggleDense(plan, layer, depth) };
   const sparse = plan.layers.filter((pattern) => !isFull(pattern, frames));
@@ -114,7 +114,7 @@ export function cycleLayer(plan, layer, depth, frames, backwards = false) {
   const choices = [FULL, ...[...new Set(sparse)].sort((a, b) => density(b, frames) - density(a, frames))];
   const now = isFull(plan.layers[layer], frames) ? 0 : choices.indexOf(plan.layers[layer]);
   const next = choices[(now + (backwards ? choices.length - 1 : 1)) % choices.length];
-  return { ...plan, layers: plan.layers.with(layer, next), frames };
+  return { ...plan, layers: plan.layers.with(layer, next) };
 }
 
 function toggleDense({ dense }, layer, depth) {
@@ -125,6 +125,6 @@ function toggleDense({ dense }, layer, depth) {
 }
 
 /** The same plan with every layer of a model of `depth` layers written out. */
-export function writeOut(plan, depth, frames) {
-  return { layers: [...Array(depth).keys()].map((i) => layerPattern(plan, i, depth)), uniform: undefined, dense: [], frames };
+export function writeOut(plan, depth) {
+  return { ...plan, layers: [...Array(depth).keys()].map((i) => layerPattern(plan, i, depth)), uniform: undefined, dense: [] };
 }

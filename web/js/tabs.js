@@ -1,0 +1,52 @@
+/**
+ * The page's tabs: which is open, and which queued a prompt. A run's events come whatever tab is open by then. The id of a graph
+ * names no tab, because a copy may have the same one.
+ */
+
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+
+const NUMBER = Symbol("efficient_vdit.tab"); // kept in the page's object of a workflow, which Vue hands out plain and wrapped
+const queued = new Map(); // prompt id -> number of its tab
+let count = 0;
+let loading = null; // the number of the tab whose graph is being built: the page names it as the open one only afterwards
+let answers = Promise.resolve(); // to all requests to queue a prompt
+
+function numberOf(workflow) {
+  if (!workflow) return 0;
+  return (workflow[NUMBER] ??= ++count);
+}
+
+/** The number of the open tab; 0 where the page has none. */
+export const openTab = () => loading ?? numberOf(app.extensionManager.workflow?.activeWorkflow);
+
+/** Whether all nodes of the open tab are there. */
+export const isLoaded = () => loading === null;
+
+/** The number of the tab that queued a prompt; the open one for a prompt of before this page was loaded. */
+export async function tabOf(promptId) {
+  await answers; // an event may overtake the answer that names its prompt
+  return queued.get(promptId) ?? openTab();
+}
+
+/** Follow the page from now on. Calls `loaded` after each graph that it loads. */
+export function followTabs(loaded) {
+  const { loadGraphData } = app;
+  app.loadGraphData = async function (...values) {
+    const workflow = values[3]; // of a tab that exists; a name or nothing for a new one
+    const own = (loading = typeof workflow === "object" && workflow ? numberOf(workflow) : ++count);
+    try {
+      return await loadGraphData.apply(this, values);
+    } finally {
+      if (loading === own) loading = null;
+      loaded();
+    }
+  };
+  const { queuePrompt } = api;
+  api.queuePrompt = function (...values) {
+    const tab = openTab();
+    const answer = queuePrompt.apply(this, values);
+    answers = Promise.allSettled([answers, answer.then(({ prompt_id }) => queued.set(prompt_id, tab))]);
+    return answer;
+  };
+}
