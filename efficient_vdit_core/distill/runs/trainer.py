@@ -37,7 +37,7 @@ from ..objectives.knowledge import KnowledgeLoss
 from ..objectives.score import ScoreLoss
 from .checks import check_hosted, check_loras, check_objective, check_training
 from .export import export, result_file
-from .launch import make_accelerator
+from .launch import free_memory, make_accelerator
 from .optimizers import check_optimizer, make_optimizers
 from .samples import write_samples
 from .sequence_parallel import ClipGroup, asking, check_processes, check_shares, make_group
@@ -68,6 +68,13 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     result = result_file(folder, lora=config.model.train == "lora")
     if result.is_file():  # it is written at the end, whole
         return result
+    _train(config, model, about, folder, accelerator)
+    free_memory(accelerator)  # here, where nothing names the networks any more
+    return result
+
+
+def _train(config: DistillConfig, model: FamilyModel, about: DistillMetadata, folder: Path, accelerator: Any) -> None:
+    """All steps that are left, and the export."""
     with accelerator.main_process_first():  # the others read its cache
         data = prepare_data(config, model, folder / "cache", accelerator.device)
     # Here, so that a LoRA starts alike in every process, whichever made the data.
@@ -108,7 +115,6 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     )
     export(model, student, run.whole(run.ema), folder, about, lora=teacher is None, rank=run.rank)
     accelerator.wait_for_everyone()
-    return result
 
 
 def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tuple[nn.Module, nn.Module | None]:
