@@ -14,7 +14,7 @@ from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.training import TrainingRun
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_distill_trainer import base, config, small_data  # noqa: E402, F401
+from test_distill_trainer import any_precision, base, config, small_data  # noqa: E402, F401
 
 pytest.importorskip("accelerate")
 
@@ -28,25 +28,19 @@ def no_collector():
     gc.enable()
 
 
-@pytest.fixture(autouse=True)
-def any_precision():
-    """accelerate keeps one precision for the whole process."""
-    from accelerate.state import AcceleratorState
+pytestmark = pytest.mark.usefixtures("any_precision")
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+
+def trained(folder):
+    """What a finished run of two steps held."""
+    model = torch.nn.Linear(1, 1)
+    run = TrainingRun(model, [torch.optim.SGD(model.parameters(), lr=0.1)], folder=folder, steps=2, seed=0)
+    run.train(lambda generator: model.weight.square().sum())
+    return [weakref.ref(x) for x in (run, run.average, model)]  # PyTorch's optimisers tie the weights into a cycle
 
 
 def test_a_run_ends_with_its_last_name(tmp_path, no_collector):
-    model = torch.nn.Linear(1, 1)
-    run = TrainingRun(model, [torch.optim.SGD(model.parameters(), lr=0.1)], folder=tmp_path, steps=2, seed=0)
-    run.train(lambda generator: model.weight.square().sum())
-    held = [
-        weakref.ref(x) for x in (run, run.average, model)
-    ]  # PyTorch's optimisers keep the weights in a cycle of their own
-    del run, model
-    assert [ref() for ref in held] == [None] * len(held)
+    assert [ref() for ref in trained(tmp_path)] == [None] * 3
 
 
 @pytest.mark.parametrize(

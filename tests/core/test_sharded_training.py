@@ -167,6 +167,9 @@ def test_sharded_ranks_learn_what_parallel_ranks_learn(runs, kind):
     assert sharded["weights"] > 50 and sharded["average"] > 20
     assert (sharded["teacher"] > 50) == (KINDS[kind].get("model", {}).get("train") != "lora")
     assert sharded["times"] == ["torch.float32"], "times of 0..999 are rounded in bf16"
+    if kind in ("full", "bf16"):
+        wanted = ["torch.bfloat16" if kind == "bf16" else "torch.float32"]
+        assert parallel["teacher_computes"] == sharded["teacher_computes"] == wanted
     loose = DRIFT.get(kind, 1e-6)
     assert len(sharded["course"]) == len(parallel["course"])
     for got, wanted in zip(sharded["course"], parallel["course"], strict=True):

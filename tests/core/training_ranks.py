@@ -83,7 +83,10 @@ def train(job: dict, rank: int) -> dict:
     from efficient_vdit_core.distill.runs import trainer
     from efficient_vdit_core.training.live_bytes import LiveBytes
 
-    course, seen = [], {"weights": 0, "average": 0, "blocks": 0, "teacher": 0, "times": set()}
+    course, seen = (
+        [],
+        {"weights": 0, "average": 0, "blocks": 0, "teacher": 0, "times": set(), "teacher_computes": set()},
+    )
 
     class Watched(trainer.TrainingRun):
         def _one_step(self, loss_of):
@@ -106,10 +109,15 @@ def train(job: dict, rank: int) -> dict:
     def keep_dtype(module, args, kwargs):
         seen["times"].add(str((args[1] if len(args) > 1 else kwargs["timestep"]).dtype))
 
+    def keep_precision(module, args, out):
+        seen["teacher_computes"].add(str(out.dtype))
+
     def make_pair(config, model, accelerator):
         student, teacher = make_both(config, model, accelerator)
         student.register_forward_pre_hook(keep_dtype, with_kwargs=True)
         seen["teacher"] = count_sharded(teacher.parameters()) if teacher else 0
+        if teacher and hasattr(teacher, "transformer_blocks"):
+            teacher.transformer_blocks[0].attn1.to_q.register_forward_hook(keep_precision)
         counter.count(x for part in (student, teacher) if part for x in (*part.parameters(), *part.buffers()))
         return student, teacher
 
@@ -129,7 +137,14 @@ def train(job: dict, rank: int) -> dict:
     finally:
         trainer.TrainingRun, trainer.make_pair, features.on_host = plain, make_both, on_host
     seen["peak"] = counter.peak
-    return {**job, **seen, "file": str(file), "left": left, "course": course, "times": sorted(seen["times"])}
+    return {
+        **job,
+        **seen,
+        "file": str(file),
+        "left": left,
+        "course": course,
+        **{name: sorted(seen[name]) for name in ("times", "teacher_computes")},
+    }
 
 
 def run_recipe(job: dict, rank: int) -> dict:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...limits.quote import named, shortened
 from ...training import StepLoss, TrainingRun
-from ...training.sharding import is_sharding, shard_frozen
+from ...training.sharding import is_sharding, run_in_autocast, shard_frozen
 from ..config import DistillConfig
 from ..data.prepare import PreparedData, check_data, prepare_data
 from ..families.model import FamilyModel, read_plan
@@ -132,6 +132,8 @@ def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tu
             start_from(student, Path(wanted.init), model.comfy_layer)
     else:
         teacher = model.load().eval().requires_grad_(False)
+        if config.training.precision == "bf16":  # accelerate sees to what it prepares, which is the student alone
+            run_in_autocast(teacher, accelerator.device.type, torch.bfloat16)
         if wanted.host_teacher:
             stream_blocks(teacher, accelerator.device)
         elif is_sharding(accelerator):
@@ -257,7 +259,7 @@ def make_objective(
     return KnowledgeLoss(
         config.objective, model.path, segments=about.segments, teacher=teach, student=learn, serves=model.serves,
         student_tap=model.tap(bare), teacher_tap=model.tap(bare if teacher is None else teacher),
-        prediction=model.prediction, wire=group.wire if group else None,
+        prediction=model.prediction, wire=group.wire if group else None, alone=alone,
     )  # fmt: skip
 
 
