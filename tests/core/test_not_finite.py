@@ -154,7 +154,7 @@ def test_what_overflows_in_the_files_precision_is_not_exported(tmp_path):
 
 BAD_NUMBERS = {
     "training": [("learning_rate", "inf"), ("learning_rate", "nan"), ("learning_rate", 0.0), ("clip", "nan"), ("weight_decay", "inf"),
-                 ("steps", 10**30), ("accumulate", 10**9), ("batch", 10**9), ("seed", -1), ("warmup", -1), ("ema", "nan")],
+                 ("steps", 10**30), ("accumulate", 10**9), ("batch", 10**9), ("seed", -1), ("seed", 2**32), ("warmup", -1), ("ema", "nan")],
     "data": [("clips", 10**12), ("guidance", "nan"), ("frames", 100_001), ("width", 8192), ("seed", 2**40),
              ("negative_share", "nan")],
     "model": [("lora_rank", 0), ("lora_rank", 10**9), ("lora_alpha", "inf"), ("path", "a\0b")],

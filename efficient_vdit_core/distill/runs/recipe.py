@@ -243,7 +243,7 @@ class ThreeStages:
         return target
 
     def _stage(self, method: str, objective: Any, training: TrainingConfig, teacher: str | Path) -> DistillConfig:
-        return DistillConfig(method, objective, self._taught_by(teacher), self.config.data, training)
+        return DistillConfig(method, objective, self._taught_by(teacher), self.config.data, training, self.config.model)
 
     def _taught_by(self, teacher: str | Path) -> ModelConfig:
         """The model with another stage's result as its teacher, or as it is. A LoRA stays beside the weights, since their

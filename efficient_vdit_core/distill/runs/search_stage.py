@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.state import Override
-from ...limits.numbers import whole
+from ...limits.numbers import MAX_TORCH_SEED, whole
 from ...limits.quote import named, quoted
 from ...plan import TilePlan
 from ...sampling.schedule import segment_edges
@@ -40,7 +40,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         whole(self.captions, "search.captions", 1, 10_000, "Correct the configuration.")
-        whole(self.seed, "search.seed", 0, 2**62, "Correct the configuration.")
+        whole(self.seed, "search.seed", 0, MAX_TORCH_SEED, "Correct the configuration.")
         for name in ("thresholds", "speedups"):
             whole(len(getattr(self, name)), f"The count of search.{name}", 0, 32, "Correct the configuration.")
         parse_candidates(self.candidates)
