@@ -99,7 +99,7 @@ class TrainingRun:
         self._half_made = False  # while weights are changing: neither the state before a step nor the one after it
         self._anywhere = Anywhere(accelerator)
         # Nothing that it keeps may lead back to this run: a cycle would hold the networks until Python looks for cycles.
-        self.guard = Guard(folder / CHECKPOINT, self._anywhere)
+        self.guard = Guard(folder / CHECKPOINT, self._anywhere, steps)
         self.means: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self.writer = _tensorboard(folder) if tensorboard and self.rank == 0 else None
@@ -131,7 +131,8 @@ class TrainingRun:
 
         SIGTERM and Ctrl-C end the step, save and leave (SystemExit, KeyboardInterrupt). A loss or gradient that is no
         number raises ValueError before it reaches the weights; whatever ends the run, the last whole step is saved. A loss
-        that rises and stays up raises ValueError too (`divergence`), and meanwhile nothing is saved over the state before.
+        that rises and stays up raises ValueError too (`divergence`), also where it is up at the end; meanwhile nothing is
+        saved over the state before.
         ``evaluate`` is called by process 0; by every process where the weights are sharded, since no one has them
         whole.
         """
@@ -163,6 +164,7 @@ class TrainingRun:
                         found = evaluate(self.ema)
                     if self.rank == 0:
                         bar.write(f"step {self.step}: {self.describe()} {found}")
+        self.guard.end(self.step)
         self.save()
         return self.ema
 

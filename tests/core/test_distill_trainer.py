@@ -37,6 +37,7 @@ from efficient_vdit_core.distill.objectives.knowledge import (
     merge_deltas,
 )
 from efficient_vdit_core.distill.runs import export, trainer
+from efficient_vdit_core.distill.runs.optimizers import check_optimizer
 from efficient_vdit_core.distill.runs.turns import Turns
 from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig
@@ -265,6 +266,17 @@ def test_a_full_disk_keeps_the_previous_checkpoint(base, tmp_path, monkeypatch):
         trainer.distill(config(base, steps=2), tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob("*.tmp"))  # hidden ones are matched too
+
+
+def test_muon_takes_what_is_wide_enough(base, tmp_path, monkeypatch):
+    muon = {"optimizer": "muon"}
+    monkeypatch.setattr(trainer, "make_pair", None)
+    with pytest.raises(ValueError, match=r"optimizer is muon.*more than 6 .*rank 6.*Choose adamw"):
+        trainer.distill(config(base, model={"train": "lora", "lora_rank": 6}, training=muon), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    check_optimizer(config(base, model={"train": "lora", "lora_rank": 7}, training=muon))
+    check_optimizer(config(base, model={"lora_rank": 6}, training=muon))
 
 
 def test_lora_keeps_the_base_and_exports_comfyuis_names(base, tmp_path):

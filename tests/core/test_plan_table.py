@@ -23,6 +23,7 @@ from efficient_vdit_core.tinyworld.tables.plans import (
     PlanTable,
     PlanTableConfig,
     Row,
+    run_plan_table,
 )
 
 LAYOUT = TokenLayout(TokenGrid(6, 1, 5), 2, 3)
@@ -76,6 +77,16 @@ def test_the_rows_that_are_asked_for_alone(tmp_path):
     config = PlanTableConfig(captions=1, noises=1, seeds=1, only=("by head, means, 2.3x less + KD", "dense"))
     rows = [row.name for row in PlanTable(config, recipe, tmp_path, 0).rows()]
     assert rows == ["dense", "by head, means, 2.3x less + KD"] and not config.wants(BEST_TILES)
+
+
+def test_a_plan_table_is_checked_before_its_first_row(tmp_path):
+    values = {k: v for k, v in read_toml(assets.recipe_path("tiny")).items() if k != "table"}
+    values["knowledge_training"] = {**values["knowledge_training"], "optimizer": "muon"}
+    values["model"] = {**values.get("model", {}), "train": "lora", "lora_rank": 4, "dtype": "float32"}
+    with pytest.raises(ValueError, match="training.optimizer is muon.*rank 4"):
+        recipe, out = RecipeConfig.from_dict(values), tmp_path / "a.json"
+        run_plan_table(PlanTableConfig(seeds=1), recipe, tmp_path / "run", out, "", lambda row: None)
+    assert not (tmp_path / "run").exists() and not out.exists()
 
 
 def test_rows_are_judged_and_kept(tmp_path):

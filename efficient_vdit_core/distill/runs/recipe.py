@@ -120,7 +120,7 @@ class ThreeStages:
             check_hosted(stage)
             check_objective(stage, model, describe(stage, model))
             check_loras(stage, model)
-            check_optimizer(stage.training)
+            check_optimizer(stage)
             check_data(stage, model)
             check_shares(stage, model)
             check_processes(stage, launched_processes())

@@ -56,7 +56,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     accelerator, model = make_accelerator(config), open_model(config.model)
     about = describe(config, model)
     check_objective(config, model, about)
-    check_optimizer(config.training, sharded=is_sharding(accelerator))
+    check_optimizer(config, sharded=is_sharding(accelerator))
     check_hosted(config, sharded=is_sharding(accelerator))
     check_loras(config, model)
     check_processes(config, accelerator.num_processes)

@@ -249,6 +249,8 @@ def run_plan_table(
     has."""
     results: dict[str, Any] = {"command": command, "machine": describe_machine(CPU), "rows": []}
     tables = [PlanTable(table, recipe, folder, seed) for seed in range(table.seeds)]
+    for one in tables:
+        one.stages.check()
     for row in tables[0].rows():
         for one in tables:
             results["rows"].append(one.measure(row))
