@@ -11,22 +11,22 @@ from ..limits.documents import parse_json, read_text
 from ..limits.quote import named, quoted, shortened
 
 RECORD = "settings.json"
+ADVICE = "Go on with the same ones, or choose another folder."
 
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError where ``folder`` was begun with others. What its record does not say is as it is."""
-    found = _recorded(folder)
+def check_settings(folder: Path, settings: dict[str, Any], advice: str = ADVICE) -> None:
+    """Raises ValueError, with ``advice``, where ``folder`` was begun with others. What its record does not say is as it is."""
+    found, settings = _recorded(folder), json.loads(json.dumps(settings))  # as they are read back: tuples are lists
     differing = [f"{k}: {quoted(found[k])} -> {quoted(v)}" for k, v in settings.items() if found.get(k, v) != v]
     if differing:
         raise ValueError(
-            f"{named(folder.name)} was begun with other settings ({shortened('; '.join(differing), 200)}). Go on with the same "
-            "ones, or choose another folder."
+            f"{named(folder.name)} was begun with other settings ({shortened('; '.join(differing), 200)}). {advice}"
         )
 
 
-def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+def claim_folder(folder: Path, settings: dict[str, Any], advice: str = ADVICE) -> None:
     """`check_settings`, and keep them. A folder that has no record is taken as it is: earlier versions wrote none."""
-    check_settings(folder, settings)
+    check_settings(folder, settings, advice)
     recorded = _recorded(folder)
     if not settings.keys() <= recorded.keys():
         folder.mkdir(parents=True, exist_ok=True)

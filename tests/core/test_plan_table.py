@@ -1,6 +1,7 @@
 """The oracle of best tiles, and the table of plans on a small scale."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,3 +107,15 @@ def test_rows_are_judged_and_kept(tmp_path):
     file = tmp_path / "seed-0" / "rows" / "by-layer-3.3x-less.json"
     file.write_text(json.dumps({**arrow, "all_right": 7}))
     assert table.measure(Row("by layer", 3.3))["all_right"] == 7  # a finished row is not computed again
+    for other, changed in (
+        (PlanTableConfig(captions=2, noises=1, seeds=1), recipe),
+        (table.table, replace(recipe, knowledge=replace(recipe.knowledge, mlp=0.5))),
+    ):
+        with pytest.raises(
+            ValueError, match=r"rows was begun with other settings \((captions|knowledge\.mlp): .*delete that folder"
+        ):
+            PlanTable(other, changed, tmp_path, 0).measure(Row("by layer", 3.3))
+    moved = replace(recipe, data=replace(recipe.data, cache="elsewhere"))
+    assert PlanTable(table.table, moved, tmp_path, 0).measure(Row("by layer", 3.3))["all_right"] == 7
+    (tmp_path / "seed-0" / "rows" / "settings.json").unlink()  # as an earlier version left it
+    assert table.measure(Row("by layer", 3.3))["all_right"] == 7
