@@ -216,8 +216,10 @@ def test_a_cache_keeps_what_each_encoder_made_apart(tmp_path, monkeypatch):
     file.parent.mkdir()
     monkeypatch.setattr(OpenSoraPlanModel, "parts", {"text encoder": file.parent, "VAE": tmp_path / "none"})
     stamps = []
+    (file.parent / ".cache").mkdir()
     for byte in (0, 0, 1):  # of the same size and name; only weights differ, as those of a model that was trained on
         file.write_bytes(bytes([byte]) * (MAX_WHOLE + 1))
+        (file.parent / ".cache" / "downloaded").write_text(str(len(stamps)))
         stamps.append(text_stamp(model))
     (file.parent / "config.json").write_text("{}")
     stamps.append(text_stamp(model))

@@ -39,8 +39,11 @@ def _file_stamps(path: Path) -> bytes:
     """Of a file, whatever its name, or of all in a folder; nothing where nothing is there."""
     if path.is_file():
         return _contents(path)
-    files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
-    return b"".join(f.relative_to(path).as_posix().encode() + _contents(f) for f in files)
+    files = {f.relative_to(path): f for f in sorted(path.rglob("*")) if f.is_file()}
+    kept = {
+        name: f for name, f in files.items() if not any(part.startswith(".") for part in name.parts)
+    }  # notes of a download
+    return b"".join(name.as_posix().encode() + _contents(f) for name, f in kept.items())
 
 
 def _contents(file: Path) -> bytes:
