@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
-from ..limits.numbers import number, whole
+from ..limits.numbers import MAX_TORCH_SEED, number, whole
 from ..limits.quote import message, quoted, shortened
 
 
@@ -51,4 +51,4 @@ def quantity(low: float, high: float) -> Callable[[str], float]:
     return read
 
 
-seed_number = count(0, 2**62)  # room for the seeds that are counted on from it
+seed_number = count(0, MAX_TORCH_SEED)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ..files import can_be_path, write_text
 from ..limits.documents import parse_toml, read_text
-from ..limits.numbers import number, whole
+from ..limits.numbers import MAX_TORCH_SEED, number, whole
 from ..limits.quote import named, quoted
 from ..request import MAX_FRAMES, MAX_GUIDANCE, MAX_SIDE
 from .objectives.consistency import ConsistencyConfig
@@ -169,7 +169,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         counted = {"steps": (1, MAX_TRAINING_STEPS), "save_every": (1, MAX_TRAINING_STEPS), "warmup": (0, MAX_TRAINING_STEPS),
                    "samples_every": (0, MAX_TRAINING_STEPS), "batch": (1, MAX_BATCH), "accumulate": (1, 65_536),
-                   "seed": (0, 2**62), "sequence_parallel": (1, MAX_PROCESSES)}  # fmt: skip
+                   "seed": (0, MAX_TORCH_SEED), "sequence_parallel": (1, MAX_PROCESSES)}  # fmt: skip
         _between(self, "training", counted)
         for name in ("weight_decay", "final_rate"):
             number(getattr(self, name), f"training.{name}", 0, 1)
@@ -182,13 +182,18 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """One run: ``method`` is a name of `OBJECTIVES`, and says what ``objective`` holds."""
+    """One run: ``method`` is a name of `OBJECTIVES`, and says what ``objective`` holds.
+
+    sampled_by: the model whose samples are the data of source "teacher", where that is not the run's own teacher: of a recipe's
+    later stages it is the first one's. No setting of the file.
+    """
 
     method: str
     objective: Any
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampled_by: ModelConfig | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], method: str | None = None) -> DistillConfig:

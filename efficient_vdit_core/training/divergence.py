@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 SETTLING = 100  # steps from which a run's own scale is learnt
 FACTOR = 10.0  # times its best, and above where it began: no training that works was seen to do that
 PATIENCE = 100  # steps that it may stay there
+SHARE, LEAST = (
+    0.2,
+    10,
+)  # of a short run both take this share; fewer steps than so many tell no scale where batches are small
 SMOOTHING = 0.95
+
+
+def steps_of_watch(most: int, steps: int) -> int:
+    """``most``, or fewer in a run of so few ``steps``."""
+    return max(LEAST, min(most, round(SHARE * steps)))
 
 
 @dataclass
 class _Course:
-    """One value's way: ``began`` is its mean while it settled, ``best`` the lowest of its smoothed self since."""
+    """One value's way: ``began`` is its mean while it settled, ``highest`` the most that it was then, ``best`` the lowest of its
+    smoothed self since."""
 
+    settling: int
     seen: int = 0
     began: float = 0.0
+    highest: float = 0.0
     smooth: float = 0.0
     best: float = float("inf")
     above: int = 0
 
     def add(self, value: float) -> None:
         self.seen += 1
-        if self.seen <= SETTLING:
+        if self.seen <= self.settling:
             self.began += (value - self.began) / self.seen
-            self.smooth = self.began
+            self.smooth, self.highest = self.began, max(self.highest, value)
             return
         self.smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * value
         self.best = min(self.best, self.smooth)
-        limit = max(self.began, FACTOR * self.best)
+        few = self.settling < SETTLING  # whose mean says less of what a batch may have
+        limit = max(self.highest if few else self.began, FACTOR * self.best)
         # Of a rise that has passed the smoothed value tells for long: it is counted no further, and forgotten at last.
         self.above = self.above + (value > limit) if self.smooth > limit else 0
 
@@ -38,21 +51,22 @@ class _Course:
         return self.smooth / max(self.best, 1e-30)
 
 
-@dataclass
 class DivergenceWatch:
-    """Follows a run's loss, a step at a time, and its parts, to name the one that rose. A resumed run settles anew.
+    """Follows the loss of a run of ``steps`` steps, a step at a time, and its parts, to name the one that rose. A resumed run
+    settles anew.
 
     The loss alone decides: a part may rise for good, as the information in a VAE's latents does.
     """
 
-    loss: _Course = field(default_factory=_Course)
-    parts: dict[str, _Course] = field(default_factory=dict)
+    def __init__(self, steps: int) -> None:
+        self.settling, self.patience = steps_of_watch(SETTLING, steps), steps_of_watch(PATIENCE, steps)
+        self.loss, self.parts = _Course(self.settling), dict[str, _Course]()
 
     def add(self, loss: float, parts: dict[str, float]) -> None:
         """What they were in one step; a part may be missing in some."""
         self.loss.add(loss)
         for name, value in parts.items():
-            self.parts.setdefault(name, _Course()).add(value)
+            self.parts.setdefault(name, _Course(self.settling)).add(value)
 
     @property
     def rising(self) -> bool:
@@ -60,8 +74,12 @@ class DivergenceWatch:
         return self.loss.above > 0
 
     def diverged(self) -> str:
-        """From what to what the loss rose, and the part that rose most; "" where it has not."""
-        if self.loss.above < PATIENCE:
+        """`rise` once the loss has stayed up; "" before."""
+        return self.rise() if self.loss.above >= self.patience else ""
+
+    def rise(self) -> str:
+        """From what to what the loss rose, and the part that rose most; "" where it is not up."""
+        if not self.rising:
             return ""
         said = f"loss rose from {self.loss.best:.3g} to {self.loss.smooth:.3g}"
         if not self.parts:

@@ -9,19 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .divergence import PATIENCE, DivergenceWatch
+from .divergence import DivergenceWatch
+
+OTHERS = "loss of another process rose"
 
 
 class Guard:
-    """``anywhere`` says whether a flag is set in any process, so that all end together.
+    """Of a run of ``steps`` steps. ``anywhere`` says whether a flag is set in any process, so that all end together.
 
     lost: whether the weights are no numbers any more; rising: whether the state may be a diverging run's. Neither is to be
     saved over an earlier one.
     """
 
-    def __init__(self, checkpoint: Path, anywhere: Callable[[bool], bool]) -> None:
+    def __init__(self, checkpoint: Path, anywhere: Callable[[bool], bool], steps: int) -> None:
         self.checkpoint, self.anywhere = checkpoint, anywhere
-        self.watch, self.rising = DivergenceWatch(), False
+        self.watch, self.rising = DivergenceWatch(steps), False
 
     def numbers(self, values: dict[str, float], step: int) -> None:
         """Raises ValueError where one of them is no number: before the weights are touched, so that what is saved next is
@@ -53,8 +55,17 @@ class Guard:
         if not self.rising or not self.anywhere(bool(found)):  # what has diverged is rising: one question a step
             return
         raise ValueError(
-            f"The training diverges: the {found or 'loss of another process rose'} and stayed there for {PATIENCE} steps, to step "
-            f"{step}. {self._kept('the state before it')} with a lower learning rate."
+            f"The training diverges: the {found or OTHERS} and stayed there for {self.watch.patience} steps, to step {step}. "
+            f"{self._kept('the state before it')} with a lower learning rate."
+        )
+
+    def end(self, step: int) -> None:
+        """Raises ValueError where the run ends while its loss is up: what it would export may be a diverging run's."""
+        if not self.rising:  # as `divergence` found, of all processes
+            return
+        raise ValueError(
+            f"The training may be diverging where it ends: the {self.watch.rise() or OTHERS} by step {step}, so nothing is exported. "
+            f"{self._kept('the state before it')} with a lower learning rate."
         )
 
     def _kept(self, what: str) -> str:

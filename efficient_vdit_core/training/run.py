@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .anywhere import Anywhere
 from .average import WeightAverage
 from .checkpoint import read_checkpoint, write_checkpoint
 from .guard import Guard
@@ -96,7 +97,9 @@ class TrainingRun:
         self.generator = torch.Generator().manual_seed(seed + self.rank // alike)
         self.step = 0
         self._half_made = False  # while weights are changing: neither the state before a step nor the one after it
-        self.guard = Guard(folder / CHECKPOINT, self._anywhere)
+        self._anywhere = Anywhere(accelerator)
+        # Nothing that it keeps may lead back to this run: a cycle would hold the networks until Python looks for cycles.
+        self.guard = Guard(folder / CHECKPOINT, self._anywhere, steps)
         self.means: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self.writer = _tensorboard(folder) if tensorboard and self.rank == 0 else None
@@ -128,7 +131,8 @@ class TrainingRun:
 
         SIGTERM and Ctrl-C end the step, save and leave (SystemExit, KeyboardInterrupt). A loss or gradient that is no
         number raises ValueError before it reaches the weights; whatever ends the run, the last whole step is saved. A loss
-        that rises and stays up raises ValueError too (`divergence`), and meanwhile nothing is saved over the state before.
+        that rises and stays up raises ValueError too (`divergence`), also where it is up at the end; meanwhile nothing is
+        saved over the state before.
         ``evaluate`` is called by process 0; by every process where the weights are sharded, since no one has them
         whole.
         """
@@ -160,6 +164,7 @@ class TrainingRun:
                         found = evaluate(self.ema)
                     if self.rank == 0:
                         bar.write(f"step {self.step}: {self.describe()} {found}")
+        self.guard.end(self.step)
         self.save()
         return self.ema
 
@@ -252,13 +257,6 @@ class TrainingRun:
         if self.writer and self.step % 20 == 0:
             for name, value in self.means.items():
                 self.writer.add_scalar(name, value, self.step)
-
-    def _anywhere(self, flag: bool) -> bool:
-        """Whether the flag is set in any process: all of them must turn the same way, or the rest waits for ever."""
-        if self.processes == 1:
-            return flag
-        flags = self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device, dtype=torch.int32))
-        return bool(flags.any())
 
     def _trained(self) -> dict[str, Tensor]:
         """The state dict without frozen parameters."""

@@ -83,5 +83,5 @@ def block_classes(module: nn.Module) -> list[str]:
 
 
 def run_in_autocast(module: nn.Module, device: str, dtype: torch.dtype) -> None:
-    """Let ``module`` compute in ``dtype`` where that is safe. accelerate does this for all but FSDP2's models."""
+    """Let ``module`` compute in ``dtype`` where that is safe. accelerate does this for the models that it prepares, but for FSDP2's."""
     module.forward = torch.autocast(device, dtype)(module.forward)

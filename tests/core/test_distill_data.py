@@ -1,11 +1,21 @@
 """What a distillation learns from: videos with captions, the teacher's own samples, text states, each made once and
 kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from small_models import opensora_plan
 
+from efficient_vdit_core.distill.config import DataConfig, DistillConfig, TrainingConfig
+from efficient_vdit_core.distill.data import prepare
 from efficient_vdit_core.distill.data.clips import encode_videos, read_captions, teacher_clips, video_captions
+from efficient_vdit_core.distill.data.noise import numbered_noise
+from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanModel
+from efficient_vdit_core.distill.families.stamps import MAX_WHOLE, text_stamp
 from efficient_vdit_core.distill.families.texts import TextBank
+from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig
 
 
 def videos(folder, names):
@@ -36,6 +46,8 @@ def test_a_corrupt_video_is_named_skipped_and_counted(tmp_path, caplog):
     assert x.shape == (3, 4, 2, 2, 2) and set(texts) <= {"good one", "s"}
     encode_videos(folder, tmp_path / "cache", (5, 16, 16), encoder)
     assert len(seen) == 2, "what is cached is not encoded again"
+    encode_videos(folder, tmp_path / "cache", (5, 16, 16), encoder, stamp="another VAE")
+    assert len(seen) == 4
     with pytest.raises(ValueError, match="None of the 3"):
         encode_videos(folder, tmp_path / "cache", (9, 16, 16), encoder)
 
@@ -141,3 +153,76 @@ def test_a_line_of_metadata_that_is_none_is_named(tmp_path, line):
     with pytest.raises(ValueError, match="metadata.jsonl line 2 .*Correct it") as error:
         video_captions(tmp_path)
     assert len(str(error.value)) < 400
+
+
+def test_a_seed_counts_for_noise_where_pytorchs_takes_32_bits_of_it():
+    drawn = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in (7, 2**32 + 7)]
+    assert torch.equal(*drawn)
+    noises = [numbered_noise((64,), "teacher", number, seed) for number in (0, 1, 2**32) for seed in (0, 1, 2)]
+    noises += [numbered_noise((64,), "samples", number) for number in (0, 1, 2)]
+    assert len({tuple(noise.tolist()) for noise in noises}) == len(noises)
+    assert torch.equal(noises[1], numbered_noise((64,), "teacher", 0, 1)) and noises[0].dtype == torch.float32
+    wide = numbered_noise((4, 50_000), "teacher", 3, 1)
+    assert abs(float(wide.mean())) < 0.01 and float(wide.std()) == pytest.approx(1, abs=0.01)
+
+
+@pytest.fixture
+def sampled(tmp_path, monkeypatch):
+    """Three samples of a model, for a data seed, from one cache; and whose weights were read for them."""
+    monkeypatch.setattr(
+        OpenSoraPlanModel,
+        "text_encoder",
+        lambda *_: lambda texts: (torch.ones(len(texts), 2, 8), torch.ones(len(texts), 2)),
+    )
+    read, load = [], OpenSoraPlanModel.load
+    monkeypatch.setattr(OpenSoraPlanModel, "load", lambda self, *args: read.append(self) or load(self, *args))
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a\n")
+    about = {"source": "teacher", "captions": str(captions), "clips": 3, "teacher_steps": 2, "guidance": 1.0}
+
+    def make(model, seed=1, sampled_by=None):
+        read.clear()
+        data = DataConfig(**about, seed=seed, frames=13, height=64, width=64)
+        config = DistillConfig("consistency", ConsistencyConfig(), model, data, TrainingConfig(batch=2), sampled_by)
+        found = prepare.prepare_data(config, open_model(model), tmp_path / "cache", torch.device("cpu"))
+        return torch.stack(list(found.clips.latents)), [str(one.transformer_file) for one in read]
+
+    return make
+
+
+def test_the_teachers_samples_are_its_own_and_the_seeds(tmp_path, sampled):
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        (tmp_path / str(seed)).mkdir()
+        models.append(opensora_plan(tmp_path / str(seed), layers=1))
+    first, read = sampled(models[0])
+    assert read == [models[0].transformer]
+    again, read = sampled(models[0])
+    assert torch.equal(first, again) and read == []
+    assert not torch.equal(first, sampled(models[0], seed=2)[0])
+    other, read = sampled(models[1])
+    assert not torch.equal(first, other) and read == [models[1].transformer]
+    assert torch.equal(first, sampled(models[1], sampled_by=models[0])[0]), (
+        "a later stage's teacher learns from the first's"
+    )
+    third, read = sampled(models[1], 3, models[0])
+    assert read == [models[0].transformer] and torch.equal(third, sampled(models[0], 3)[0])
+
+
+def test_a_cache_keeps_what_each_encoder_made_apart(tmp_path, monkeypatch):
+    model = open_model(opensora_plan(tmp_path))
+    file = tmp_path / "encoder" / "model.safetensors"
+    file.parent.mkdir()
+    monkeypatch.setattr(OpenSoraPlanModel, "parts", {"text encoder": file.parent, "VAE": tmp_path / "none"})
+    stamps = []
+    (file.parent / ".cache").mkdir()
+    for byte in (0, 0, 1):  # of the same size and name; only weights differ, as those of a model that was trained on
+        file.write_bytes(bytes([byte]) * (MAX_WHOLE + 1))
+        (file.parent / ".cache" / "downloaded").write_text(str(len(stamps)))
+        stamps.append(text_stamp(model))
+    (file.parent / "config.json").write_text("{}")
+    stamps.append(text_stamp(model))
+    model.config = replace(model.config, caption_channels=9)
+    stamps.append(text_stamp(model))
+    assert stamps[0] == stamps[1] and len(set(stamps)) == 4

@@ -30,8 +30,14 @@ from efficient_vdit_core.distill.lora.layers import (
 )
 from efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
 from efficient_vdit_core.distill.objectives.features import FeatureTap
-from efficient_vdit_core.distill.objectives.knowledge import KnowledgeConfig, KnowledgeLoss, merge_deltas
+from efficient_vdit_core.distill.objectives.knowledge import (
+    KnowledgeConfig,
+    KnowledgeLoss,
+    forwards_of_ways,
+    merge_deltas,
+)
 from efficient_vdit_core.distill.runs import export, trainer
+from efficient_vdit_core.distill.runs.optimizers import check_optimizer
 from efficient_vdit_core.distill.runs.turns import Turns
 from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig
@@ -149,6 +155,36 @@ def test_what_waits_on_the_host_changes_nothing_that_is_learnt(base, tmp_path, m
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.fixture
+def any_precision():
+    """accelerate keeps one precision for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("hosted", [False, True])
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)])
+def test_student_and_teacher_compute_in_one_precision(
+    base, tmp_path, monkeypatch, any_precision, hosted, precision, dtype
+):
+    seen, make_pair = {"student": set(), "teacher": set()}, trainer.make_pair
+
+    def watched(*args):
+        pair = make_pair(*args)
+        for name, network in zip(seen, pair, strict=True):
+            layer = network.transformer_blocks[0].attn1.to_q
+            layer.register_forward_hook(lambda module, args, out, name=name: seen[name].add(out.dtype))
+        return pair
+
+    monkeypatch.setattr(trainer, "make_pair", watched)
+    run = config(base, "knowledge", steps=1, model={"host_teacher": hosted}, training={"precision": precision})
+    trainer.distill(run, tmp_path / "run")
+    assert seen == {"student": {dtype}, "teacher": {dtype}}
+
+
 def test_one_block_of_a_streamed_model_is_on_the_device_at_a_time(base):
     model = load_transformer(base).eval().requires_grad_(False)
     z, context = torch.randn(1, 4, 4, 4, 4), torch.randn(1, 3, 8)
@@ -230,6 +266,17 @@ def test_a_full_disk_keeps_the_previous_checkpoint(base, tmp_path, monkeypatch):
         trainer.distill(config(base, steps=2), tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob("*.tmp"))  # hidden ones are matched too
+
+
+def test_muon_takes_what_is_wide_enough(base, tmp_path, monkeypatch):
+    muon = {"optimizer": "muon"}
+    monkeypatch.setattr(trainer, "make_pair", None)
+    with pytest.raises(ValueError, match=r"optimizer is muon.*more than 6 .*rank 6.*Choose adamw"):
+        trainer.distill(config(base, model={"train": "lora", "lora_rank": 6}, training=muon), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    check_optimizer(config(base, model={"train": "lora", "lora_rank": 7}, training=muon))
+    check_optimizer(config(base, model={"lora_rank": 6}, training=muon))
 
 
 def test_lora_keeps_the_base_and_exports_comfyuis_names(base, tmp_path):
@@ -723,7 +770,7 @@ def test_the_average_counts_the_students_steps_alone(base, tmp_path):
 
 
 @pytest.mark.parametrize("states", ["teacher", "student"])
-@pytest.mark.parametrize("batch", [3, 4, 10])
+@pytest.mark.parametrize("batch", [1, 3, 4, 10])
 def test_knowledge_is_learnt_at_what_a_network_meets_on_its_way(states, batch):
     """By hand: the flow path's clean guess, put back onto the next edge with the noise that it implies."""
     asked, path, edges = [], FlowPath(), [1.0, 0.75, 0.5, 0.25]
@@ -744,13 +791,14 @@ def test_knowledge_is_learnt_at_what_a_network_meets_on_its_way(states, batch):
     captions = (torch.arange(batch, dtype=torch.float32)[:, None], [None])
     loss(torch.zeros(batch, 3), captions, torch.Generator().manual_seed(4)).release()
     *ways, (_, z, time, condition), (_, same, *_) = asked
-    assert {name for name, *_ in ways} == {states} and len(ways) == 3 and torch.equal(z, same)
-    assert ways[0][1].shape[0] == -(-batch // 4) and len(z) == batch
     sigmas = time / path.network_time(torch.tensor([path.start], dtype=torch.float64))
+    walked = sum(edge > float(sigmas.min()) + 1e-6 for edge in edges)  # no further than the last state that is met
+    assert {name for name, *_ in ways} <= {states} and len(ways) == walked and torch.equal(z, same)
+    assert all(len(met) == -(-batch // 4) for _, met, *_ in ways) and len(z) == batch
     for row, sigma in zip(range(batch), sigmas.tolist(), strict=True):
         caption = condition[0][row]
         assert caption == row // 4
-        state = ways[0][1][row // 4]
+        state = ways[0][1][row // 4] if ways else z[row]
         for here, there in itertools.pairwise(edges):
             if here <= sigma + 1e-6:
                 break
@@ -779,6 +827,35 @@ def test_a_run_on_the_students_ways_goes_on_bit_for_bit(base, tmp_path, monkeypa
             trainer.distill(run, tmp_path / "parts")
     again, _ = read_state_dict(trainer.distill(run, tmp_path / "parts"))
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 10])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_way_ends_at_the_last_state_that_is_met(batch, alone):
+    """Among processes it is walked to its end: all of them call the networks as often. The random numbers are the same."""
+    walked, drawn, layer = [], [], torch.nn.Linear(3, 3)
+
+    def student(z, time, condition):
+        if not torch.is_grad_enabled():
+            walked.append(len(z))
+        return layer(z)
+
+    loss = KnowledgeLoss(
+        KnowledgeConfig(attention=0, mlp=0, states="student"), FlowPath(), segments=4, student=student,
+        teacher=lambda z, time, c: z, student_tap=FeatureTap({}), teacher_tap=FeatureTap({}), prediction="flow", alone=alone,
+    )  # fmt: skip
+    captions = (torch.zeros(batch, 1), [None])
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        loss(torch.zeros(batch, 3), captions, generator).release()
+        drawn.append(int(torch.randint(2**40, (1,), generator=generator)))
+    steps = 3 * -(-batch // 4) / batch
+    expected = forwards_of_ways(batch, 4) if alone else steps
+    assert sum(walked) / 200 / batch == pytest.approx(expected, rel=0.15) and expected <= steps
+    reference = torch.Generator().manual_seed(0)
+    torch.randint(4, (1,), generator=reference)
+    torch.randn(-(-batch // 4), 3, generator=reference)
+    assert drawn[0] == int(torch.randint(2**40, (1,), generator=reference))
 
 
 def test_unknown_states_are_refused():

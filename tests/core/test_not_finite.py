@@ -154,7 +154,7 @@ def test_what_overflows_in_the_files_precision_is_not_exported(tmp_path):
 
 BAD_NUMBERS = {
     "training": [("learning_rate", "inf"), ("learning_rate", "nan"), ("learning_rate", 0.0), ("clip", "nan"), ("weight_decay", "inf"),
-                 ("steps", 10**30), ("accumulate", 10**9), ("batch", 10**9), ("seed", -1), ("warmup", -1), ("ema", "nan")],
+                 ("steps", 10**30), ("accumulate", 10**9), ("batch", 10**9), ("seed", -1), ("seed", 2**32), ("warmup", -1), ("ema", "nan")],
     "data": [("clips", 10**12), ("guidance", "nan"), ("frames", 100_001), ("width", 8192), ("seed", 2**40),
              ("negative_share", "nan")],
     "model": [("lora_rank", 0), ("lora_rank", 10**9), ("lora_alpha", "inf"), ("path", "a\0b")],
@@ -252,6 +252,30 @@ def test_a_loss_that_rises_and_stays_up_ends_the_run_and_keeps_the_state_before(
 def test_a_loss_that_rises_for_a_while_ends_nothing(tmp_path, height):
     slope(tmp_path, height)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 400
+
+
+@pytest.mark.parametrize("steps", [400, 20])
+def test_a_run_that_ends_while_its_loss_is_up_exports_nothing(tmp_path, steps):
+    """Too late for its patience; of a short run as of a long one."""
+    with pytest.raises(
+        ValueError, match=r"may be diverging where it ends: the loss rose from 0\.1\d* to .*nothing is exported"
+    ):
+        slope(tmp_path, lambda step: 0.1 if step < steps - 3 else 50.0, steps=steps, save_every=steps // 4)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == steps * 3 // 4
+
+
+def test_a_short_run_is_watched_too(tmp_path):
+    with pytest.raises(ValueError, match=r"diverges: the loss rose from .* stayed there for 10 steps, to step 30"):
+        slope(tmp_path, lambda step: 0.1 if step < 20 else 50.0, steps=40, save_every=10)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 20
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 40])
+def test_a_short_run_may_be_noisy(tmp_path, steps):
+    """As batches of one example are, each at another time of diffusion."""
+    draw = torch.Generator().manual_seed(0)
+    losses = (10 ** (3 * torch.rand(steps, generator=draw, dtype=torch.float64) - 3)).tolist()
+    slope(tmp_path, lambda step: losses[step], steps=steps)
 
 
 class Interrupted(torch.optim.SGD):

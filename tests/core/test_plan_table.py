@@ -1,6 +1,7 @@
 """The oracle of best tiles, and the table of plans on a small scale."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from efficient_vdit_core.tinyworld.tables.plans import (
     PlanTable,
     PlanTableConfig,
     Row,
+    run_plan_table,
 )
 
 LAYOUT = TokenLayout(TokenGrid(6, 1, 5), 2, 3)
@@ -78,6 +80,16 @@ def test_the_rows_that_are_asked_for_alone(tmp_path):
     assert rows == ["dense", "by head, means, 2.3x less + KD"] and not config.wants(BEST_TILES)
 
 
+def test_a_plan_table_is_checked_before_its_first_row(tmp_path):
+    values = {k: v for k, v in read_toml(assets.recipe_path("tiny")).items() if k != "table"}
+    values["knowledge_training"] = {**values["knowledge_training"], "optimizer": "muon"}
+    values["model"] = {**values.get("model", {}), "train": "lora", "lora_rank": 4, "dtype": "float32"}
+    with pytest.raises(ValueError, match="training.optimizer is muon.*rank 4"):
+        recipe, out = RecipeConfig.from_dict(values), tmp_path / "a.json"
+        run_plan_table(PlanTableConfig(seeds=1), recipe, tmp_path / "run", out, "", lambda row: None)
+    assert not (tmp_path / "run").exists() and not out.exists()
+
+
 def test_rows_are_judged_and_kept(tmp_path):
     recipe = RecipeConfig.from_dict({k: v for k, v in read_toml(assets.recipe_path("tiny")).items() if k != "table"})
     table = PlanTable(PlanTableConfig(captions=1, noises=1, seeds=1, train=False), recipe, tmp_path, 0)
@@ -95,3 +107,15 @@ def test_rows_are_judged_and_kept(tmp_path):
     file = tmp_path / "seed-0" / "rows" / "by-layer-3.3x-less.json"
     file.write_text(json.dumps({**arrow, "all_right": 7}))
     assert table.measure(Row("by layer", 3.3))["all_right"] == 7  # a finished row is not computed again
+    for other, changed in (
+        (PlanTableConfig(captions=2, noises=1, seeds=1), recipe),
+        (table.table, replace(recipe, knowledge=replace(recipe.knowledge, mlp=0.5))),
+    ):
+        with pytest.raises(
+            ValueError, match=r"rows was begun with other settings \((captions|knowledge\.mlp): .*delete that folder"
+        ):
+            PlanTable(other, changed, tmp_path, 0).measure(Row("by layer", 3.3))
+    moved = replace(recipe, data=replace(recipe.data, cache="elsewhere"))
+    assert PlanTable(table.table, moved, tmp_path, 0).measure(Row("by layer", 3.3))["all_right"] == 7
+    (tmp_path / "seed-0" / "rows" / "settings.json").unlink()  # as an earlier version left it
+    assert table.measure(Row("by layer", 3.3))["all_right"] == 7

@@ -113,6 +113,7 @@ def test_merging_forgets_no_lora():
         ({"search": {"thresholds": [-1.0]}}, "threshold is -1"),
         ({"search": {"candidates": "8"}}, "all mean full"),
         ({"knowledge_training": {"optimizer": "adamw8bit"}}, "bitsandbytes"),
+        ({"model": {"train": "lora", "lora_rank": 6}, "knowledge_training": {"optimizer": "muon"}}, "LoRA of rank 6"),
         ({"data": {"source": "videos", "folder": "gone"}}, "no folder 'gone'"),
     ],
 )
@@ -197,6 +198,8 @@ def test_the_memory_is_told_before_anything_is_trained(calls, capsys, tmp_path):
         and "  model.gradient_checkpointing = true: " in told
         and ", fits\n" in told
     )
+    changes = {line.split()[0] for line in told.splitlines() if "_training." in line}
+    assert {"consistency_training.batch", "knowledge_training.batch"} <= changes and "  training." not in told
     assert cli.main([*asked, "big"]) == 2
     assert "expected a GPU's memory such as 24GB" in capsys.readouterr().err
     assert calls == [] and not (tmp_path / "run").exists()

@@ -151,6 +151,11 @@ def all_runs(folder):
             job(f"{out} 2", KINDS["full"], second, out=out),
         ]
     jobs.append(job("adamw8bit", {"training": {"optimizer": "adamw8bit"}}, True))
+    small = {"segments": 2, "teacher_steps": 4}
+    training = settings(base)["training"]
+    recipe = {"order": "merge", "model": settings(base)["model"], "consistency": small, "consistency_training": training,
+              "search": {"captions": 1, "candidates": "1", "thresholds": [10.0]}, "knowledge_training": training}  # fmt: skip
+    jobs.append({"name": "recipe", "recipe": recipe, "out": str(folder / "recipe"), "sharded": False})
     jobs.append(job("hosted", {"training": {"host_average": True}}, True))
     return {run["name"]: run for run in train_on_ranks(jobs)}
 
@@ -162,6 +167,9 @@ def test_sharded_ranks_learn_what_parallel_ranks_learn(runs, kind):
     assert sharded["weights"] > 50 and sharded["average"] > 20
     assert (sharded["teacher"] > 50) == (KINDS[kind].get("model", {}).get("train") != "lora")
     assert sharded["times"] == ["torch.float32"], "times of 0..999 are rounded in bf16"
+    if kind in ("full", "bf16"):
+        wanted = ["torch.bfloat16" if kind == "bf16" else "torch.float32"]
+        assert parallel["teacher_computes"] == sharded["teacher_computes"] == wanted
     loose = DRIFT.get(kind, 1e-6)
     assert len(sharded["course"]) == len(parallel["course"])
     for got, wanted in zip(sharded["course"], parallel["course"], strict=True):
@@ -226,6 +234,14 @@ def test_samples_are_those_of_a_parallel_run(runs):
             gif.seek(gif.n_frames - 1)
             pictures.append(torch.tensor(list(gif.convert("RGB").tobytes())).float())
     assert float(pictures[0].std()) > 1 and float((pictures[0] - pictures[1]).abs().mean()) < 2
+
+
+def test_a_recipe_is_searched_and_merged_by_one_process(runs):
+    """It knows of the others by then, which is what gives each its own GPU."""
+    calls = [json.loads(Path(runs["recipe"]["out"], f"calls-{rank}.json").read_text()) for rank in range(2)]
+    assert calls == [[["search_plans", 2], ["save_safetensors", 2]], []]
+    ((merged,),) = runs["recipe"]["results"].values()
+    assert Path(merged).is_file()
 
 
 def test_what_is_shared_out_does_not_wait_on_the_host(runs):

@@ -1,6 +1,7 @@
 """The tiny world's table: its rows, their order, and its chart."""
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from efficient_vdit_core.assets import recipe_path
 from efficient_vdit_core.distill.config import read_section, read_toml
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.tinyworld.tables import judge
 from efficient_vdit_core.tinyworld.tables.chart import draw
 from efficient_vdit_core.tinyworld.tables.stages import TableConfig, TinyTable
 
@@ -42,7 +44,31 @@ def test_speed_columns_follow_the_plan(tmp_path, monkeypatch):
         1 / density
     )
     assert got["attention_measured_speedup"] == pytest.approx(6 / (3 / 3.0 + 1 / 2.0 + 1 + 1 / 1.25))
+    untimed = TilePlan.from_json('{"schema_version": 1, "reference_frames": [1, 1, 3, null, 4, 1]}')
+    assert table._speed(untimed)["attention_measured_speedup"] is None
     assert table._speed(None)["attention_ideal_speedup"] == 1.0
+
+
+def test_rows_of_other_settings_are_not_taken(tmp_path):
+    table = make_table(tmp_path)
+    (tmp_path / "seed-0" / "rows").mkdir(parents=True)
+    (tmp_path / "seed-0" / "rows" / "bounds.json").write_text("[]")
+    assert table.bounds() == []
+    for name, value in (("captions", 5), ("guidance", 2.0), ("reference_steps", 50), ("students", (8,))):
+        other = TinyTable(replace(table.table, **{name: value}), table.recipe, tmp_path)
+        with pytest.raises(ValueError, match=f"rows was begun with other settings .{name}: "):
+            other.bounds()
+    more = TinyTable(replace(table.table, uniform=("3:5",), seeds=1), table.recipe, tmp_path)
+    assert more.bounds() == [] and make_table(tmp_path).bounds() == []
+
+
+def test_counts_that_were_not_timed_are_timed_then(tmp_path, monkeypatch):
+    timed = []
+    speeds = lambda counts, repeats: timed.append(counts) or {count: 1.5 for count in counts}  # noqa: E731
+    monkeypatch.setattr(judge, "_time_speeds", speeds)
+    file = tmp_path / "speeds.json"
+    assert judge.attention_speeds(file, (1, 2)) == judge.attention_speeds(file, (2,)) == {1: 1.5, 2: 1.5}
+    assert judge.attention_speeds(file, (3,)) == {1: 1.5, 2: 1.5, 3: 1.5} and timed == [[1, 2], [1, 2, 3]]
 
 
 def test_the_chart_shows_every_row_once():

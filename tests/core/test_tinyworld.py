@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -5,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from efficient_vdit_core.assets import tiny_path
+from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import VAEConfig
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
 from efficient_vdit_core.tinyworld.crossing.scene import BAR
@@ -21,6 +25,7 @@ from efficient_vdit_core.tinyworld.moving.scene import (
     render,
 )
 from efficient_vdit_core.tinyworld.train import dit as train_dit
+from efficient_vdit_core.tinyworld.train import recipe as train_recipe
 from efficient_vdit_core.tinyworld.train import vae as train_vae
 from efficient_vdit_core.tinyworld.train.decoder import train_decoder
 from efficient_vdit_core.tinyworld.train.dit import cache_clips
@@ -276,3 +281,58 @@ def test_standardised_latents_decode_to_the_same_pixels():
     torch.testing.assert_close(scaled.mean(dim=(0, 2, 3, 4)), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(scaled.std(dim=(0, 2, 3, 4)), torch.ones(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(vae.decode(vae.encode(x)), before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """Begins the training of the transformer on the built-in VAE and text encoder, with some settings; it makes no step."""
+    begun = []
+    monkeypatch.setattr(train_recipe, "train_dit", lambda folder, *_, **settings: begun.append(folder))
+    monkeypatch.setattr(train_recipe, "export_transformer", lambda *_: None)
+    monkeypatch.setattr(train_recipe, "load_transformer", lambda *_, **__: torch.nn.Identity())
+    out = tmp_path / "out"
+    for part in ("vae", "text_encoder"):
+        shutil.copytree(tiny_path(part, "tiny"), out / part)
+
+    def go(**settings):
+        begun.clear()
+        TinyRecipe(tmp_path / "run", out, **{"parts": ("transformer",), "clips": 1, "dit_steps": 1, **settings}).train()
+        return begun
+
+    return go
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"prediction": "epsilon"}, "prediction: 'v_prediction' -> 'epsilon'"),
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"world": WORLDS["crossing"]}, "world: 'moving' -> 'crossing'"),
+        ({"clips": 2}, "clips: 1 -> 2"),
+        ({"batch": 7}, "batch: 32 -> 7"),
+        ({"start": Path(".")}, "start: '' -> "),
+    ],
+)
+def test_a_part_that_was_begun_with_others_is_not_gone_on_with(begin, tmp_path, settings, told):
+    assert begin() == [tmp_path / "run" / "transformer"]
+    assert len(begin(dit_steps=2, device="cpu", tensorboard=True)) == 1, "how long, and where"
+    with pytest.raises(ValueError, match=f"transformer was begun with other settings .*{told}"):
+        begin(**settings)
+    record = tmp_path / "run" / "transformer" / "settings.json"
+    kept = json.loads(record.read_text())
+    record.unlink()  # as an earlier version left it
+    assert len(begin()) == 1 and json.loads(record.read_text()) == kept
+
+
+def test_a_transformer_keeps_to_the_encoders_that_it_learnt_from(begin, tmp_path):
+    begin()
+    file = tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights, about = read_state_dict(file)
+    for part, same in (("decoder", True), ("encoder", False)):
+        name = next(name for name in weights if name.startswith(f"{part}."))
+        save_safetensors(file, {**weights, name: weights[name] + 1}, about)
+        if same:
+            begin()
+            continue
+        with pytest.raises(ValueError, match="begun with other settings .*vae_encoder"):
+            begin()

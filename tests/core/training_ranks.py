@@ -27,7 +27,7 @@ def train_on_ranks(jobs: list[dict], ranks: int = RANKS) -> list[dict]:
     A job: name, config (of `DistillConfig`), out (a folder), sharded, stop (the step after which process 0 gets
     SIGTERM, or 0), dies (the step after which process 1 gets SIGKILL, or nothing); frames, side and words (latent frames of its
     clips, their height and width, tokens of each text, where it says so); counted (whether the most bytes that live at once
-    are told, as ``peak``).
+    are told, as ``peak``). Or a recipe (of `RecipeConfig`, in place of config): see `run_recipe`.
     """
     killed = {1: -signal.SIGKILL} if any(job.get("dies") for job in jobs) else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +51,7 @@ def main(rank: int, ranks: int, folder: str) -> None:
     told = []
     for job in json.loads((Path(folder) / "jobs.json").read_text()):
         os.environ.update(ACCELERATE_USE_FSDP=str(job["sharded"]).lower(), FSDP_VERSION="2")
-        told.append(train(job, rank))
+        told.append(run_recipe(job, rank) if "recipe" in job else train(job, rank))
         if told[-1].get("dies"):
             break  # there is nobody to go on with
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -83,7 +83,10 @@ def train(job: dict, rank: int) -> dict:
     from efficient_vdit_core.distill.runs import trainer
     from efficient_vdit_core.training.live_bytes import LiveBytes
 
-    course, seen = [], {"weights": 0, "average": 0, "blocks": 0, "teacher": 0, "times": set()}
+    course, seen = (
+        [],
+        {"weights": 0, "average": 0, "blocks": 0, "teacher": 0, "times": set(), "teacher_computes": set()},
+    )
 
     class Watched(trainer.TrainingRun):
         def _one_step(self, loss_of):
@@ -106,10 +109,15 @@ def train(job: dict, rank: int) -> dict:
     def keep_dtype(module, args, kwargs):
         seen["times"].add(str((args[1] if len(args) > 1 else kwargs["timestep"]).dtype))
 
+    def keep_precision(module, args, out):
+        seen["teacher_computes"].add(str(out.dtype))
+
     def make_pair(config, model, accelerator):
         student, teacher = make_both(config, model, accelerator)
         student.register_forward_pre_hook(keep_dtype, with_kwargs=True)
         seen["teacher"] = count_sharded(teacher.parameters()) if teacher else 0
+        if teacher and hasattr(teacher, "transformer_blocks"):
+            teacher.transformer_blocks[0].attn1.to_q.register_forward_hook(keep_precision)
         counter.count(x for part in (student, teacher) if part for x in (*part.parameters(), *part.buffers()))
         return student, teacher
 
@@ -129,7 +137,41 @@ def train(job: dict, rank: int) -> dict:
     finally:
         trainer.TrainingRun, trainer.make_pair, features.on_host = plain, make_both, on_host
     seen["peak"] = counter.peak
-    return {**job, **seen, "file": str(file), "left": left, "course": course, "times": sorted(seen["times"])}
+    return {
+        **job,
+        **seen,
+        "file": str(file),
+        "left": left,
+        "course": course,
+        **{name: sorted(seen[name]) for name in ("times", "teacher_computes")},
+    }
+
+
+def run_recipe(job: dict, rank: int) -> dict:
+    """All stages; each rank leaves ``calls-RANK.json`` in the folder: what it did there, and how many processes it knew of."""
+    from accelerate.state import PartialState
+
+    from efficient_vdit_core.distill.runs import recipe, trainer
+
+    calls, data = [], small_data()
+
+    def noted(name, call):
+        def wrapped(*args, **kwargs):
+            calls.append([name, PartialState().num_processes if PartialState._shared_state else 0])
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    trainer.check_data = recipe.check_data = lambda config, model: None
+    trainer.prepare_data = recipe.prepare_data = lambda *args: data
+    before = recipe.search_plans, recipe.save_safetensors
+    recipe.search_plans, recipe.save_safetensors = (noted(call.__name__, call) for call in before)
+    try:
+        results = recipe.ThreeStages(recipe.RecipeConfig.from_dict(job["recipe"]), Path(job["out"])).run()
+    finally:
+        recipe.search_plans, recipe.save_safetensors = before
+    (Path(job["out"]) / f"calls-{rank}.json").write_text(json.dumps(calls))
+    return {**job, "results": {name: [str(file) for file in files] for name, files in results.items()}}
 
 
 def count_sharded(tensors) -> int:

@@ -102,18 +102,19 @@ def encode_videos(
     size: tuple[int, int, int],
     encoder: Callable[[], Callable[..., Tensor]],
     sound_rate: int = 0,
+    stamp: str = "",
 ) -> ClipSet:
     """Latents of a folder's videos, cut to ``size`` (frames, height, width); a video that cannot be read is named,
     skipped and counted. With a ``sound_rate`` the encoder is given the sound beside the frames, None where there is
-    none."""
+    none. ``stamp``: of the encoder, so that another's latents are not taken."""
     from tqdm import tqdm
 
     captions = video_captions(folder)
     encode: Callable[[np.ndarray], Tensor] | None = None
     files, texts, broken = [], [], []
     for video, text in tqdm(captions.items(), desc="latents", mininterval=5):
-        stamp = f"{video.resolve()} {video.stat().st_mtime_ns} {size}"
-        target = cache / f"{video.stem}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.safetensors"
+        made = f"{video.resolve()} {video.stat().st_mtime_ns} {size} {stamp}"
+        target = cache / f"{video.stem}-{hashlib.sha256(made.encode()).hexdigest()[:16]}.safetensors"
         if not target.is_file():
             try:
                 clip = (read_frames(video, size), *read_sounds(video, size, sound_rate))

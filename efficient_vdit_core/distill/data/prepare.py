@@ -15,9 +15,12 @@ from ...limits.memory import check_memory
 from ...models.opensora_plan.vae import CausalVAE
 from ..config import DistillConfig
 from ..families.model import FamilyModel
+from ..families.open_model import open_model
+from ..families.stamps import teacher_stamp, text_stamp, video_stamp
 from ..families.texts import TextBank
 from ..objectives.rollout import guided, roll_down
 from .clips import ClipSet, Generate, encode_videos, read_captions, teacher_clips, video_captions, without_clips
+from .noise import numbered_noise
 
 
 @dataclass
@@ -68,16 +71,22 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
         clips = _tinyworld(config, model, cache)
     elif data.source == "videos":
         size = model.size(data.frames, data.height, data.width)
-        clips = encode_videos(Path(data.folder), cache, size, partial(model.video_encoder, device), model.sound_rate)
+        encoder = partial(model.video_encoder, device)
+        clips = encode_videos(Path(data.folder), cache, size, encoder, model.sound_rate, video_stamp(model))
     elif data.source == "captions":
         shape = model.latent_shape(model.size(data.frames, data.height, data.width))
         clips = without_clips(read_captions(data.captions), shape)
     else:
-        clips = _from_teacher(config, model, cache, device)
+        clips = _from_teacher(config, open_model(config.sampled_by) if config.sampled_by else model, cache, device)
     clips = clips.worded(data.prompt)
     texts = [*clips.texts(), data.negative, *map(data.prompt, config.training.samples)]
-    bank = TextBank.build(texts, partial(model.text_encoder, device), cache / "texts.safetensors")
+    bank = TextBank.build(texts, partial(model.text_encoder, device), _text_file(cache, model))
     return PreparedData(clips, bank, data.negative, device)
+
+
+def _text_file(cache: Path, model: FamilyModel) -> Path:
+    """Where the cache, which other models may share, keeps this one's text states."""
+    return cache / f"texts-{text_stamp(model)}.safetensors"
 
 
 def _tinyworld(config: DistillConfig, model: FamilyModel, cache: Path) -> ClipSet:
@@ -98,16 +107,14 @@ def _tiny_vae(model: FamilyModel) -> CausalVAE:
 
 
 def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> ClipSet:
+    """Samples of ``model``: a recipe's later stages learn from those of its first teacher."""
     data = config.data
     captions = read_captions(data.captions)
     bank = TextBank.build(
-        [*map(data.prompt, captions), data.negative], partial(model.text_encoder, device), cache / "texts.safetensors"
+        [*map(data.prompt, captions), data.negative], partial(model.text_encoder, device), _text_file(cache, model)
     )
     shape = model.latent_shape(model.size(data.frames, data.height, data.width))
     source = PreparedData(ClipSet([], []), bank, data.negative, device)
-
-    def noise(number: int) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(data.seed * 2**32 + number))
 
     def load_teacher() -> Generate:
         teacher = model.load().eval().requires_grad_(False).to(device)
@@ -115,18 +122,10 @@ def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device
         def generate(texts: list[str], numbers: list[int]) -> Tensor:
             condition, negative = bank.batch([data.prompt(t) for t in texts], device), source.negative(len(texts))
             network = guided(lambda z, t, c: model.predict(teacher, z, t, c), condition, negative, data.guidance)
-            start = torch.stack([noise(number) for number in numbers]).to(device)
+            start = torch.stack([numbered_noise(shape, "teacher", n, data.seed) for n in numbers]).to(device)
             return roll_down(network, model.path, model.prediction, start, segments=data.teacher_steps).cpu()
 
         return generate
 
-    # Not the weights: the samples of a recipe's first teacher serve its later stages too.
-    settings = [
-        data.seed,
-        data.guidance,
-        data.negative,
-        data.teacher_steps,
-        shape,
-        *([data.template] if data.template else []),
-    ]
+    settings = [data.seed, data.guidance, data.negative, data.teacher_steps, shape, data.template, teacher_stamp(model)]
     return teacher_clips(captions, data.clips, cache, settings, load_teacher, at_once=config.training.batch)

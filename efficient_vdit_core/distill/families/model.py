@@ -39,6 +39,11 @@ class FamilyModel(Protocol):
     def transformer_file(self) -> Path: ...
 
     @property
+    def loras(self) -> tuple[str, ...]:
+        """Files of the LoRAs that it wears."""
+        ...
+
+    @property
     def expert(self) -> str:
         """Which of a model's networks this is; "" where it has one, which serves all of diffusion time."""
         ...

@@ -20,16 +20,16 @@ def fits(plan: MemoryPlan, size: int, gpus: int = 1) -> bool:
     return plan.peak(gpus) <= ROOM * size
 
 
-def advice(stage: DistillConfig, size: int, worn: int = 0) -> Iterator[str]:
+def advice(stage: DistillConfig, size: int, worn: int = 0, section: str = "training") -> Iterator[str]:
     """Changes and the peak that follows, each on top of those before it, until it fits; then how many GPUs would do
-    without them, or what is left where nothing does. ``worn`` as of `plan_memory`."""
+    without them, or what is left where nothing does. ``worn`` as of `plan_memory`; ``section``: where its file has the training."""
     before = plan_memory(stage, worn=worn).before
     largest = max(before, key=lambda name: before[name])
     if before[largest] > ROOM * size:
         yield f"the {largest} alone takes {gib(before[largest])}: fill data.cache on a larger GPU, where it runs once"
         return
     helped = False
-    for text, changed in _changes(stage):
+    for text, changed in _changes(stage, section):
         plan = plan_memory(changed, worn=worn)
         helped = fits(plan, size)
         yield f"{text}: {gib(plan.peak())}{', fits' if helped else ''}"
@@ -39,7 +39,7 @@ def advice(stage: DistillConfig, size: int, worn: int = 0) -> Iterator[str]:
     gpus = next((n for n in GPUS if fits(shared, size, n)), 0)
     if gpus:
         yield f"or {gpus} GPUs under FSDP2 with gradient_checkpointing and adamw: {gib(shared.peak(gpus))} on each, fits"
-    together = _sharing_clips(stage, size, worn)
+    together = _sharing_clips(stage, size, worn, section)
     if together:
         yield together
     if not (gpus or helped or together):
@@ -47,7 +47,7 @@ def advice(stage: DistillConfig, size: int, worn: int = 0) -> Iterator[str]:
         yield f"activations alone take {activations}: fewer data.frames, or a smaller data.height and data.width"
 
 
-def _sharing_clips(stage: DistillConfig, size: int, worn: int) -> str:
+def _sharing_clips(stage: DistillConfig, size: int, worn: int, section: str) -> str:
     """The fewest GPUs that do where they share out each clip, weights whole on each or, where that is not enough, shared out
     too; "" where none do."""
     model = open_model(stage.model)
@@ -60,7 +60,7 @@ def _sharing_clips(stage: DistillConfig, size: int, worn: int) -> str:
             if fits(plan, size, weights):
                 what = "gradient_checkpointing and adamw" if kind else "gradient_checkpointing"
                 return (
-                    f"or training.sequence_parallel = {gpus} on {gpus} GPUs{kind} with {what}: {gib(plan.peak(weights))} on each, "
+                    f"or {section}.sequence_parallel = {gpus} on {gpus} GPUs{kind} with {what}: {gib(plan.peak(weights))} on each, "
                     "fits"
                 )
     return ""
@@ -80,26 +80,26 @@ def _for_sharding(stage: DistillConfig) -> DistillConfig:
     )
 
 
-def _changes(stage: DistillConfig) -> Iterator[tuple[str, DistillConfig]]:
+def _changes(stage: DistillConfig, section: str) -> Iterator[tuple[str, DistillConfig]]:
     if not stage.model.gradient_checkpointing:
         stage = replace(stage, model=replace(stage.model, gradient_checkpointing=True))
         yield "model.gradient_checkpointing = true", stage
     if stage.training.batch > 1:
         t = stage.training
         stage = replace(stage, training=replace(t, batch=1, accumulate=t.accumulate * t.batch))
-        yield f"training.batch = 1 and accumulate = {stage.training.accumulate}", stage
+        yield f"{section}.batch = 1 and accumulate = {stage.training.accumulate}", stage
     if stage.training.precision == "float32":
         stage = replace(stage, training=replace(stage.training, precision="bf16"))
-        yield 'training.precision = "bf16"', stage
+        yield f'{section}.precision = "bf16" (in both trainings of a recipe)', stage
     if stage.training.optimizer == "adamw":
         stage = replace(stage, training=replace(stage.training, optimizer="adamw8bit"))
-        yield 'training.optimizer = "adamw8bit"', stage
+        yield f'{section}.optimizer = "adamw8bit"', stage
     if open_model(stage.model).can_host and stage.model.train == "lora" and not stage.model.host_modulation:
         stage = replace(stage, model=replace(stage.model, host_modulation=True))
         yield "model.host_modulation = true", stage
     if stage.model.train == "full" and not stage.training.host_average:
         stage = replace(stage, training=replace(stage.training, host_average=True))
-        yield "training.host_average = true", stage
+        yield f"{section}.host_average = true", stage
     if stage.model.train == "full" and not stage.model.host_teacher:
         stage = replace(stage, model=replace(stage.model, host_teacher=True))
         yield "model.host_teacher = true", stage

@@ -1,5 +1,5 @@
 """How much a training will compute, found before it starts: the FLOPs of one example, counted on the meta device. Sparse
-plans are counted as dense, so that under one it takes less."""
+plans are counted as dense, so that under one it takes less; one process is reckoned with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import DistillConfig
 from ..families.open_model import open_model
-from ..objectives.knowledge import DATA
+from ..objectives.knowledge import DATA, forwards_of_ways
 from .memory import FusedAttention, meta_inputs, meta_student
 
 
@@ -48,7 +48,9 @@ def _example(stage: DistillConfig, asked: float, learnt: float) -> float:
     """FLOPs of one example, from those of a forward without gradient and of one with its backward."""
     objective = stage.objective
     if stage.method == "knowledge":
-        return asked + learnt + (asked if objective.states != DATA else 0.0)
+        times = objective.steps or objective.segments
+        ways = forwards_of_ways(stage.training.batch, times) if objective.states != DATA else 0.0
+        return asked + learnt + ways * asked
     teacher = asked if objective.guidance is None else 2 * asked
     consistency = teacher + asked + learnt
     if stage.method == "consistency":

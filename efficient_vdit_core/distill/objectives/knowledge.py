@@ -77,6 +77,7 @@ class KnowledgeLoss:
         serves: tells of timesteps whether a step from there is the network's; others are not learnt at.
         student_tap, teacher_tap: their attention and MLP modules, under the names ``attention`` and ``mlp``.
         wire: as of ``LayerLosses``, where processes share out a clip; predictions are whole on each.
+        alone: whether no other process trains along: those call the networks as often as this one, whatever each has drawn.
     """
 
     def __init__(
@@ -92,8 +93,9 @@ class KnowledgeLoss:
         prediction: str = "",
         serves: Callable[[Tensor], Tensor] | None = None,
         wire: Wire | None = None,
+        alone: bool = True,
     ) -> None:
-        self.wire = wire
+        self.wire, self.alone = wire, alone
         self.config, self.path, self.student, self.teacher = config, path, student, teacher
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
         self.prediction, self.segments = prediction, segments
@@ -136,8 +138,8 @@ class KnowledgeLoss:
     def _met(self, x: Tensor, condition: Any, generator: torch.Generator) -> tuple[Tensor, Tensor, Any]:
         """z (B, ...) and the network's time (B,) on ways down from noise, and their condition.
 
-        A way, of one of the batch's first captions, is met once at each time. So the ways cost at most as many forwards as
-        there are times, of one example for each of them.
+        A way, of one of the batch's first captions, is met once at each time. The ways go as far as the last place where
+        one is met: see `forwards_of_ways`.
         """
         count, entries = len(self.times), torch.arange(len(x))
         way, offset = entries // count, torch.randint(count, (1,), generator=generator)
@@ -148,9 +150,17 @@ class KnowledgeLoss:
             lambda z, time: ask(z, time, own).float(), self.path, self.prediction, noise,
             segments=self.segments, steps=self.config.steps or self.segments,
         )  # fmt: skip
-        states = torch.stack([noise, *(z for _, z in itertools.islice(down, count - 1))])
+        last = int(place.max()) if self.alone else count - 1
+        states = torch.stack([noise, *(z for _, z in itertools.islice(down, last))])
         time = self.path.network_time(self.times[place]).to(x.device)
         return states[place.to(x.device), way.to(x.device)], time, pick(condition, way.to(x.device))
+
+
+def forwards_of_ways(batch: int, times: int) -> float:
+    """How many forwards an example costs, in the mean, to find the states that a network meets on its way, where one process
+    trains with ``batch`` examples a step and the sampler has ``times`` steps."""
+    lasts = [max((entry + offset) % times for entry in range(min(batch, times))) for offset in range(times)]
+    return math.ceil(batch / times) * sum(lasts) / times / batch
 
 
 def merge_deltas(base: dict[str, Tensor], *tuned: dict[str, Tensor]) -> dict[str, Tensor]:

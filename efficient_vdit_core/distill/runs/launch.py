@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -55,6 +56,21 @@ def fsdp_plugin(precision: str) -> Any:
         # That way of loading takes every entry of the state dict for a weight, and knows transformers' models only.
         cpu_ram_efficient_loading=False,
     )
+
+
+def by_first_process(accelerator: Any, make: Callable[[], None]) -> None:
+    """What the first process makes alone, while the others wait for it."""
+    if accelerator.is_main_process:
+        make()
+    accelerator.wait_for_everyone()
+
+
+def free_memory(accelerator: Any) -> None:
+    """Give back what no name holds any more, on the GPU too: the next stage of a recipe loads a model of its own."""
+    from accelerate.utils import release_memory
+
+    accelerator.free_memory()  # it lets go of what it prepared, but only after it has looked for what is free
+    release_memory()  # Python's collector first: accelerate ties networks in bf16, and hosted ones, into cycles
 
 
 def launched_processes() -> int:

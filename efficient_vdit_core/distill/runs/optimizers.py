@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import TrainingConfig
+from ..config import DistillConfig, TrainingConfig
+
+MUON_ABOVE = 6  # rows and columns; what is narrower has no directions to even out
 
 
 def make_optimizers(trained: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[torch.optim.Optimizer]:
@@ -18,16 +20,25 @@ def make_optimizers(trained: Mapping[str, nn.Parameter], config: TrainingConfig)
         return [torch.optim.AdamW(trained.values(), **settings)]
     if config.optimizer == "adamw8bit":
         return [_adamw8bit()(trained.values(), **settings)]
-    matrices = {name: p for name, p in trained.items() if "blocks." in name and p.ndim == 2 and min(p.shape) > 6}
+    matrices = {
+        name: p for name, p in trained.items() if "blocks." in name and p.ndim == 2 and min(p.shape) > MUON_ABOVE
+    }
     rest = [p for name, p in trained.items() if name not in matrices]
     muon = torch.optim.Muon(list(matrices.values()), lr=config.learning_rate, weight_decay=config.weight_decay, momentum=0.95,
                             adjust_lr_fn="match_rms_adamw")  # fmt: skip
     return [muon, torch.optim.AdamW(rest, **settings)] if rest else [muon]
 
 
-def check_optimizer(config: TrainingConfig, *, sharded: bool = False) -> None:
-    """Raises ValueError where the optimiser cannot work on ``sharded`` weights, or its package is missing."""
-    if config.optimizer == "adamw8bit":
+def check_optimizer(config: DistillConfig, *, sharded: bool = False) -> None:
+    """Raises ValueError where the optimiser cannot work on ``sharded`` weights, finds none that suit it, or its package is
+    missing."""
+    optimizer, wanted = config.training.optimizer, config.model
+    if optimizer == "muon" and wanted.train == "lora" and wanted.lora_rank <= MUON_ABOVE:
+        raise ValueError(
+            f"training.optimizer is muon, which takes matrices of more than {MUON_ABOVE} rows and columns, but those of a LoRA of "
+            f"rank {wanted.lora_rank} have fewer. Choose adamw, or a model.lora_rank above {MUON_ABOVE}."
+        )
+    if optimizer == "adamw8bit":
         if sharded:
             raise ValueError(
                 "training.optimizer is adamw8bit, whose kernels do not know FSDP2's sharded weights. Choose adamw."

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...limits.quote import quoted
 from ...models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from ..config import DataConfig, DistillConfig, ModelConfig, TrainingConfig, read_section
@@ -28,9 +26,9 @@ from ..objectives.consistency import ConsistencyConfig
 from ..objectives.knowledge import KnowledgeConfig, merge_deltas
 from .checks import check_hosted, check_loras, check_objective, check_training
 from .export import LORA, result_file
-from .launch import launched_processes
+from .launch import by_first_process, free_memory, launched_processes, make_accelerator
 from .optimizers import check_optimizer
-from .search_stage import SearchConfig, search_plans
+from .search_stage import SearchConfig, found_plans, search_plans
 from .sequence_parallel import check_processes, check_shares
 from .trainer import describe, distill
 
@@ -122,7 +120,7 @@ class ThreeStages:
             check_hosted(stage)
             check_objective(stage, model, describe(stage, model))
             check_loras(stage, model)
-            check_optimizer(stage.training)
+            check_optimizer(stage)
             check_data(stage, model)
             check_shares(stage, model)
             check_processes(stage, launched_processes())
@@ -178,24 +176,28 @@ class ThreeStages:
         return distill(replace(stage, data=replace(stage.data, negative_share=share)), self.folder / name)
 
     def plans(self, name: str, weights: str | Path, segments: int = 0) -> dict[str, Path]:
-        """Stage 2 of a model's weights in the subfolder ``name``; the plan files."""
-        c = self.config
-        model = open_model(self._taught_by(weights))
-        device = torch.device("cuda" if torch.cuda.is_available() and c.model.device != "cpu" else "cpu")
-        config = self.search_stage()
-        data = prepare_data(config, model, Path(c.data.cache), device)
-        module = model.load().eval().to(device)
-        return search_plans(
-            c.search,
-            model,
-            module,
-            data.clips,
-            data.bank,
-            self.folder / name,
-            **self.search_schedule(segments or c.consistency.segments),
-            at_once=config.training.batch,
-            device=device,
-        )
+        """Stage 2 of a model's weights in the subfolder ``name``; the plan files. Of several processes one searches."""
+        config, folder = self.search_stage(), self.folder / name
+        accelerator = make_accelerator(config)  # before a network is moved: it gives each process its own device
+
+        def search() -> None:
+            model = open_model(self._taught_by(weights))
+            data = prepare_data(config, model, Path(self.config.data.cache), accelerator.device)
+            search_plans(
+                self.config.search,
+                model,
+                model.load().eval().to(accelerator.device),
+                data.clips,
+                data.bank,
+                folder,
+                **self.search_schedule(segments or self.config.consistency.segments),
+                at_once=config.training.batch,
+                device=accelerator.device,
+            )
+
+        by_first_process(accelerator, search)
+        free_memory(accelerator)
+        return found_plans(self.config.search, folder)
 
     def search_stage(self) -> DistillConfig:
         """The training whose data and batch the search shares."""
@@ -211,6 +213,10 @@ class ThreeStages:
         """The changes of both stages added to the base: to be sampled as the first says, under the plan of the
         second."""
         target = result_file(self.folder / name, lora=False)
+        by_first_process(make_accelerator(self.search_stage()), lambda: self._merge(target, consistency, knowledge))
+        return target
+
+    def _merge(self, target: Path, consistency: str | Path, knowledge: str | Path) -> None:
         model = open_model(self.config.model)
         base, _ = read_state_dict(model.transformer_file)
         (few, about), (sparse, about_plan) = (read_state_dict(self.full(file)) for file in (consistency, knowledge))
@@ -222,7 +228,6 @@ class ThreeStages:
         save_safetensors(
             target, merge_deltas(base, few, sparse), {**replace(steps, plan=plan.plan).to_entry(), **_config_of(model)}
         )
-        return target
 
     def full(self, weights: str | Path) -> Path:
         """Full weights of a stage's result, to be added to others: itself, or the base with its LoRA merged."""
@@ -238,7 +243,7 @@ class ThreeStages:
         return target
 
     def _stage(self, method: str, objective: Any, training: TrainingConfig, teacher: str | Path) -> DistillConfig:
-        return DistillConfig(method, objective, self._taught_by(teacher), self.config.data, training)
+        return DistillConfig(method, objective, self._taught_by(teacher), self.config.data, training, self.config.model)
 
     def _taught_by(self, teacher: str | Path) -> ModelConfig:
         """The model with another stage's result as its teacher, or as it is. A LoRA stays beside the weights, since their

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..config import DistillConfig
+from ..data.noise import numbered_noise
 from ..families.model import FamilyModel, read_plan, sparse_options
 from ..metadata import DistillMetadata
 from ..objectives.rollout import guided, roll_down
@@ -41,7 +42,7 @@ def write_samples(
     if write:
         folder.mkdir(parents=True, exist_ok=True)
     for number, text in enumerate(texts):
-        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(number)).to(data.device)
+        noise = numbered_noise((1, *shape), "samples", number).to(data.device)
         condition = data.bank.batch([text], data.device)
         network = guided(
             lambda z, t, c: model.predict(module, z, t, c, options(z) if options else None), condition, None, 1.0

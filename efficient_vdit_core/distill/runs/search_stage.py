@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.state import Override
-from ...limits.numbers import whole
+from ...limits.numbers import MAX_TORCH_SEED, whole
+from ...limits.quote import named, quoted
 from ...plan import TilePlan
 from ...sampling.schedule import segment_edges
 from ...search import ProbeRecord, check_groups, check_target, make_probe_override, parse_candidates, plan_from_record
@@ -39,7 +40,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         whole(self.captions, "search.captions", 1, 10_000, "Correct the configuration.")
-        whole(self.seed, "search.seed", 0, 2**62, "Correct the configuration.")
+        whole(self.seed, "search.seed", 0, MAX_TORCH_SEED, "Correct the configuration.")
         for name in ("thresholds", "speedups"):
             whole(len(getattr(self, name)), f"The count of search.{name}", 0, 32, "Correct the configuration.")
         parse_candidates(self.candidates)
@@ -59,6 +60,23 @@ def plan_names(config: SearchConfig) -> dict[str, tuple[float, float]]:
     return {f"r-{r:g}": (r, 0.0) for r in config.thresholds} | {f"x-{x:g}": (0.0, x) for x in config.speedups}
 
 
+def plan_files(config: SearchConfig, folder: Path) -> dict[str, Path]:
+    """Where the search in ``folder`` keeps each plan."""
+    return {name: folder / f"{name}.json" for name in plan_names(config)}
+
+
+def found_plans(config: SearchConfig, folder: Path) -> dict[str, Path]:
+    """The plan files of a search that another process may have made. Raises ValueError where they are not to be seen."""
+    files = plan_files(config, folder)
+    missing = [file.name for file in files.values() if not file.is_file()]
+    if missing:
+        raise ValueError(
+            f"The first process searched the plans, but {named(missing[0])} is not in {quoted(str(folder), 120)} here. Put --out on "
+            "a disk that all machines share."
+        )
+    return files
+
+
 def search_plans(
     config: SearchConfig,
     model: FamilyModel,
@@ -74,8 +92,7 @@ def search_plans(
 ) -> dict[str, Path]:
     """Plan files by name, such as ``r-0.1`` and ``x-2.5``; those that exist are kept. ``at_once`` samples are made
     together, as many as a training's step takes."""
-    names = plan_names(config)
-    files = {name: folder / f"{name}.json" for name in names}
+    names, files = plan_names(config), plan_files(config, folder)
     if all(f.is_file() for f in files.values()):
         return files
     folder.mkdir(parents=True, exist_ok=True)

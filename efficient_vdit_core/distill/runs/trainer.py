@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...limits.quote import named, shortened
 from ...training import StepLoss, TrainingRun
-from ...training.sharding import is_sharding, shard_frozen
+from ...training.sharding import is_sharding, run_in_autocast, shard_frozen
 from ..config import DistillConfig
 from ..data.prepare import PreparedData, check_data, prepare_data
 from ..families.model import FamilyModel, read_plan
@@ -37,7 +37,7 @@ from ..objectives.knowledge import KnowledgeLoss
 from ..objectives.score import ScoreLoss
 from .checks import check_hosted, check_loras, check_objective, check_training
 from .export import export, result_file
-from .launch import make_accelerator
+from .launch import free_memory, make_accelerator
 from .optimizers import check_optimizer, make_optimizers
 from .samples import write_samples
 from .sequence_parallel import ClipGroup, asking, check_processes, check_shares, make_group
@@ -56,7 +56,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     accelerator, model = make_accelerator(config), open_model(config.model)
     about = describe(config, model)
     check_objective(config, model, about)
-    check_optimizer(config.training, sharded=is_sharding(accelerator))
+    check_optimizer(config, sharded=is_sharding(accelerator))
     check_hosted(config, sharded=is_sharding(accelerator))
     check_loras(config, model)
     check_processes(config, accelerator.num_processes)
@@ -68,6 +68,13 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     result = result_file(folder, lora=config.model.train == "lora")
     if result.is_file():  # it is written at the end, whole
         return result
+    _train(config, model, about, folder, accelerator)
+    free_memory(accelerator)  # here, where nothing names the networks any more
+    return result
+
+
+def _train(config: DistillConfig, model: FamilyModel, about: DistillMetadata, folder: Path, accelerator: Any) -> None:
+    """All steps that are left, and the export."""
     with accelerator.main_process_first():  # the others read its cache
         data = prepare_data(config, model, folder / "cache", accelerator.device)
     # Here, so that a LoRA starts alike in every process, whichever made the data.
@@ -108,7 +115,6 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     )
     export(model, student, run.whole(run.ema), folder, about, lora=teacher is None, rank=run.rank)
     accelerator.wait_for_everyone()
-    return result
 
 
 def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tuple[nn.Module, nn.Module | None]:
@@ -126,6 +132,8 @@ def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tu
             start_from(student, Path(wanted.init), model.comfy_layer)
     else:
         teacher = model.load().eval().requires_grad_(False)
+        if config.training.precision == "bf16":  # accelerate sees to what it prepares, which is the student alone
+            run_in_autocast(teacher, accelerator.device.type, torch.bfloat16)
         if wanted.host_teacher:
             stream_blocks(teacher, accelerator.device)
         elif is_sharding(accelerator):
@@ -251,7 +259,7 @@ def make_objective(
     return KnowledgeLoss(
         config.objective, model.path, segments=about.segments, teacher=teach, student=learn, serves=model.serves,
         student_tap=model.tap(bare), teacher_tap=model.tap(bare if teacher is None else teacher),
-        prediction=model.prediction, wire=group.wire if group else None,
+        prediction=model.prediction, wire=group.wire if group else None, alone=alone,
     )  # fmt: skip
 
 

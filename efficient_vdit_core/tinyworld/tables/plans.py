@@ -2,7 +2,7 @@
 knowledge distillation wins back under them.
 
 folder/seed-0/plans/KIND-COST.json   the plans, from a probing run with mean frames and one without
-folder/seed-0/rows/NAME.json         one row's figures; a finished row is never computed again
+folder/seed-0/rows/NAME.json         one row's figures; a finished row is never computed again, and belongs to rows/settings.json
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ...search.plan_from_record import layer_errors
 from ...search.watch import make_watching_override
 from ..moving.scene import is_held_out, random_scene
 from .judge import Judge
+from .rows import claim_rows
 
 ARROW = "0,1,2,3,4"
 NEAR = ARROW + ",0~1,1~1,2~1,0~2,1~2"
@@ -177,8 +178,13 @@ class PlanTable:
     def _reaches(self, kind: str, speedup: float) -> bool:
         return min(p.density(self.shape[1]) for p in parse_candidates(KINDS[kind][0])) <= 1 / speedup
 
+    def claim(self) -> None:
+        """Raises ValueError where the finished rows are those of other settings."""
+        claim_rows(self.folder / "rows", self.recipe, captions=self.table.captions, noises=self.table.noises)
+
     def measure(self, row: Row) -> dict[str, Any]:
         """One row's figures, from its file where that stands."""
+        self.claim()
         file = self.folder / "rows" / f"{_file_name(row.name)}.json"
         if file.is_file():
             return parse_json(
@@ -249,6 +255,9 @@ def run_plan_table(
     has."""
     results: dict[str, Any] = {"command": command, "machine": describe_machine(CPU), "rows": []}
     tables = [PlanTable(table, recipe, folder, seed) for seed in range(table.seeds)]
+    for one in tables:
+        one.stages.check()
+        one.claim()
     for row in tables[0].rows():
         for one in tables:
             results["rows"].append(one.measure(row))

@@ -1,7 +1,7 @@
 """The tiny world's table: every stage of the recipe, trained and judged, row by row, resumable at any point.
 
 folder/seed-0/consistency-8/...   the runs, see `distill.recipe`
-folder/seed-0/rows/NAME.json      one row's figures; a finished row is never computed again
+folder/seed-0/rows/NAME.json      one row's figures; a finished row is never computed again, and belongs to rows/settings.json
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ...limits.quote import named, quoted
 from ...request import MAX_GUIDANCE
 from ...tiles import TilePattern, TokenGrid
 from .judge import Judge, attention_speeds
+from .rows import claim_rows
 
 GRID_720P = TokenGrid(8, 45, 80)  # the paper's 29 frames
 
@@ -166,8 +167,15 @@ class TinyTable:
             self._judge = Judge(model, captions=self.table.captions, noises=self.table.noises, seed=self.seed)
         return self._judge
 
+    def claim(self) -> None:
+        """Raises ValueError where the finished rows, or the reference beside them, are those of other settings."""
+        names = ("captions", "noises", "guidance", "reference_steps", "students", "headline")
+        judged = {name: getattr(self.table, name) for name in names}
+        claim_rows(self.folder / "rows", self.recipe, **judged)
+
     def measure(self, row: Row) -> dict[str, Any]:
         """One row's figures, from its file where that stands."""
+        self.claim()
         file = self.folder / "rows" / (row.name.replace(" ", "-").replace(":", "-").replace(",", "") + ".json")
         if file.is_file():
             what = f"The row {named(file.name)}"
@@ -189,10 +197,10 @@ class TinyTable:
 
     def bounds(self) -> list[dict[str, Any]]:
         """The rows of clips that no model made, see `Judge.bounds`; from their file where that stands."""
+        self.claim()
         file = self.folder / "rows" / "bounds.json"
         if not file.is_file():
             rows = [{"row": name, "seed": self.seed, **found} for name, found in self.judge().bounds().items()]
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(rows, indent=1) + "\n")
         advice = f"Delete {file.name}; the same command makes it anew."
         return parse_json(read_text(file, "The rows of bounds"), "The rows of bounds", advice=advice)
@@ -206,10 +214,10 @@ class TinyTable:
         counts = tuple(sorted({p.k for p in plain if p.k is not None and not p.is_full(GRID_720P.t)}))
         measured = attention_speeds(self.folder.parent / "attention-720p.json", tuple(sorted({1, 2, 4, *counts})))
         density = sum(p.density(GRID_720P.t) for p in patterns) / layers
-        # Windows and heads that differ are not timed; a plan that has them claims no measured speed-up.
-        share = (
-            sum(1 / measured[p.k] if p.k in measured else 1.0 for p in plain) / layers if len(plain) == layers else None
-        )
+        speeds = [1.0 if p.k is None or p.is_full(GRID_720P.t) else measured.get(p.k) for p in plain]
+        # Windows and heads that differ are not timed; a plan that has what is not timed claims no measured speed-up.
+        timed = len(plain) == layers and None not in speeds
+        share = sum(1 / speed for speed in speeds if speed) / layers if timed else None
         names = [p.name(GRID_720P.t) for p in patterns]
         return {
             "plan": " ".join(names), "sparsity": 1 - density,
@@ -232,9 +240,11 @@ def run_table(
 
     results: dict[str, Any] = {"command": command, "machine": describe_machine(torch.device("cpu")), "rows": []}
     table.check(recipe)
-    for seed in range(table.seeds):
-        one = TinyTable(table, recipe, folder, seed)
+    tables = [TinyTable(table, recipe, folder, seed) for seed in range(table.seeds)]
+    for one in tables:
         one.stages.check()
+        one.claim()
+    for seed, one in enumerate(tables):
         if seed == 0:
             for found in one.bounds():
                 results["rows"].append(found)

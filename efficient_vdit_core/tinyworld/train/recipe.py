@@ -1,7 +1,7 @@
 """The whole recipe of the tiny models: text encoder, VAE, cached latents, transformer, export.
 
 Every part keeps its state in a folder of the run and goes on from there, so a stopped run is started again with the
-same command.
+same command. A part that was begun with another world, seed, prediction, start or other data is refused.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ...limits.quote import quoted
 from ...models.opensora_plan.checkpoint import load_transformer, load_vae
 from ...models.opensora_plan.config import LATENT_SCALE
 from ...models.opensora_plan.text import TextEncoder
 from ...models.opensora_plan.vae import CausalVAE
+from ..record import check_settings, claim_folder
 from ..worlds import MOVING, World
 from .decoder import train_decoder
 from .dit import cache_clips, train_dit
@@ -85,6 +87,18 @@ class TinyRecipe:
         for folder in (self.start, self.start_vae):
             if folder and not folder.exists():
                 raise ValueError(f"{quoted(str(folder), 120)} does not exist. Correct the folder to go on from.")
+        for part in set(self.parts) & set(PARTS):  # the decoder's folder is named after what it is of
+            check_settings(self.run / part, self._settings(part))
+
+    def _settings(self, part: str) -> dict[str, Any]:
+        """What a part that was begun with others cannot go on with. For how many steps and where it is computed may change."""
+        everywhere = {"world": self.world.name, "seed": self.seed}
+        if part == "vae":
+            return {**everywhere, "start": _place(self.start_vae)}
+        if part == "transformer":
+            own = {"start": _place(self.start), "prediction": self.prediction, "clips": self.clips, "batch": self.batch}
+            return {**everywhere, **own}
+        return everywhere
 
     @property
     def _everywhere(self) -> dict[str, Any]:
@@ -92,11 +106,13 @@ class TinyRecipe:
         return {"world": self.world, "seed": self.seed, "device": self.device}
 
     def _text_encoder(self) -> None:
+        claim_folder(self.run / "text_encoder", self._settings("text_encoder"))
         spiece = train_sentencepiece(self.world, self.seed)
         encoder = train_text_encoder(self.run / "text_encoder", spiece, **self._everywhere)
         export_text_encoder(encoder, spiece, self.out / "text_encoder")
 
     def _vae(self) -> None:
+        claim_folder(self.run / "vae", self._settings("vae"))
         start = load_vae(self.start_vae, dtype=torch.float32) if self.start_vae else None
         vae = train_vae(
             self.run / "vae", steps=self.vae_steps, bf16=self.bf16, tensorboard=self.tensorboard, start=start, **self._everywhere
@@ -106,8 +122,8 @@ class TinyRecipe:
 
     def _decoder(self) -> None:
         vae = load_vae(self.out / "vae", dtype=torch.float32)
-        encoder = b"".join(v.numpy().tobytes() for v in vae.encoder.state_dict().values())
-        folder = self.run / f"decoder-{hashlib.sha256(encoder).hexdigest()[:16]}"
+        folder = self.run / f"decoder-{_digest(vae.encoder)}"
+        claim_folder(folder, self._settings("decoder"))
         trained = train_decoder(
             folder, vae, steps=self.decoder_steps, bf16=self.bf16, tensorboard=self.tensorboard, **self._everywhere
         )
@@ -117,6 +133,9 @@ class TinyRecipe:
         # Read back what was written: the transformer learns the latents of the very file that ships.
         vae = load_vae(self.out / "vae", dtype=torch.float32)
         text = TextEncoder.from_folder(self.out / "text_encoder", dtype=torch.float32)
+        # Of the VAE the encoder alone: a decoder that was trained further leaves all latents as they were.
+        read_back = {"vae_encoder": _digest(vae.encoder), "text_encoder": _digest(text.model)}
+        claim_folder(self.run / "transformer", {**self._settings("transformer"), **read_back})
         cached = cache_clips(vae, self.clips, self.run, world=self.world, seed=self.seed + 1, device=self.device)
         start = load_transformer(self.start, dtype=torch.float32).train().requires_grad_(True) if self.start else None
         model = train_dit(
@@ -125,6 +144,15 @@ class TinyRecipe:
         )  # fmt: skip
         export_transformer(model, self.out / "transformer")
         load_transformer(self.out / "transformer")
+
+
+def _place(folder: Path | None) -> str:
+    return str(folder.resolve()) if folder else ""
+
+
+def _digest(module: nn.Module) -> str:
+    weights = b"".join(value.numpy().tobytes() for value in module.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -1,0 +1,44 @@
+"""What a folder's contents were made with, kept beside them, so that others are neither gone on from nor taken for these."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..files import write_text
+from ..limits.documents import parse_json, read_text
+from ..limits.quote import named, quoted, shortened
+
+RECORD = "settings.json"
+ADVICE = "Go on with the same ones, or choose another folder."
+
+
+def check_settings(folder: Path, settings: dict[str, Any], advice: str = ADVICE) -> None:
+    """Raises ValueError, with ``advice``, where ``folder`` was begun with others. What its record does not say is as it is."""
+    found, settings = _recorded(folder), json.loads(json.dumps(settings))  # as they are read back: tuples are lists
+    differing = [f"{k}: {quoted(found[k])} -> {quoted(v)}" for k, v in settings.items() if found.get(k, v) != v]
+    if differing:
+        raise ValueError(
+            f"{named(folder.name)} was begun with other settings ({shortened('; '.join(differing), 200)}). {advice}"
+        )
+
+
+def claim_folder(folder: Path, settings: dict[str, Any], advice: str = ADVICE) -> None:
+    """`check_settings`, and keep them. A folder that has no record is taken as it is: earlier versions wrote none."""
+    check_settings(folder, settings, advice)
+    recorded = _recorded(folder)
+    if not settings.keys() <= recorded.keys():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / RECORD, json.dumps({**recorded, **settings}, indent=1) + "\n")
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    file = folder / RECORD
+    if not file.is_file():
+        return {}
+    what = f"{RECORD} in {named(folder.name)}"
+    found = parse_json(read_text(file, what), what, advice="Delete it where the folder's settings are known.")
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is no table of settings. Delete it where the folder's settings are known.")
+    return found
