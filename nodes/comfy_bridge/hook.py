@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ...efficient_vdit_core.attention.override import attention_override
@@ -75,6 +75,14 @@ class Hook:
 def dense() -> Preparation:
     """For a hook that only tells where the tokens stand."""
     return Preparation(TilePlan.uniform(None), AttentionReport())
+
+
+def take_off(patched: Any) -> None:
+    """Has a MODEL that a hook was put into neither act nor tell of its runs any more; its override stays."""
+    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.OUTER_SAMPLE):
+        patched.remove_wrappers_with_key(kind, WRAPPER_KEY)
+    for kind in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP):
+        patched.remove_callbacks_with_key(kind, WRAPPER_KEY)
 
 
 def hook_of(model: Any) -> Hook | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import comfy.model_management as mm
 import torch
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import WrappersMP
 
 from ...efficient_vdit_core.parallel.pool.session import Launch, Session, parse_devices
 from . import hook
@@ -99,9 +99,7 @@ def _redirected(model: Any, launch: Launch, divider: Divider, after_run: str) ->
         for key in list(patched.wrappers.get(kind, {})):
             patched.remove_wrappers_with_key(kind, key)
     # No attention call comes by here, which the sparse node's report would take for a fault.
-    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, hook.WRAPPER_KEY)
-    for kind in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP):
-        patched.remove_callbacks_with_key(kind, hook.WRAPPER_KEY)
+    hook.take_off(patched)
     shared = Shared(SESSION, launch, divider.scheme, Known.of(patched, WRAPPER_KEY), divider)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, shared.evaluation())
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, shared.around_run(after_run))

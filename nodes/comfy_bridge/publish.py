@@ -17,7 +17,7 @@ from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from ...efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState, Override
 from .families import uncompiled
 from .forward import call_shape, forward_state
-from .hook import WRAPPER_KEY, Hook
+from .hook import WRAPPER_KEY, Hook, take_off
 from .measure import computed_twice
 from .model_call import ModelCall, around_model
 from .second_model import hook_in_charge, leave_alone
@@ -33,8 +33,7 @@ def install(model: Any, hook: Hook) -> Any:
     # stands between them, the first stays in the chain and leaves alone what it does not own.
     previous = options.get(OVERRIDE)
     options[OVERRIDE] = hook.over(getattr(previous, "replaces", previous))
-    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.OUTER_SAMPLE):
-        patched.remove_wrappers_with_key(kind, WRAPPER_KEY)
+    take_off(patched)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, publish_layout(hook))
     return patched
 

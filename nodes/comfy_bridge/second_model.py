@@ -54,5 +54,4 @@ def tell_where_nobody_asks(patched: Any, hook: Hook) -> None:
         hook.beside = False
 
     for kind, function in ((CallbacksMP.ON_PRE_RUN, before), (CallbacksMP.ON_CLEANUP, after)):
-        patched.remove_callbacks_with_key(kind, WRAPPER_KEY)
         patched.add_callback_with_key(kind, WRAPPER_KEY, function)

@@ -310,7 +310,7 @@ def begin(tmp_path, monkeypatch):
         ({"world": WORLDS["crossing"]}, "world: 'moving' -> 'crossing'"),
         ({"clips": 2}, "clips: 1 -> 2"),
         ({"batch": 7}, "batch: 32 -> 7"),
-        ({"start": Path(".")}, "start: '' -> "),
+        ({"start": tiny_path("transformer", "tiny")}, "start: '' -> "),
     ],
 )
 def test_a_part_that_was_begun_with_others_is_not_gone_on_with(begin, tmp_path, settings, told):

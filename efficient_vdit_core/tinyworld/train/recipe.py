@@ -94,9 +94,14 @@ class TinyRecipe:
         """What a part that was begun with others cannot go on with. For how many steps and where it is computed may change."""
         everywhere = {"world": self.world.name, "seed": self.seed}
         if part == "vae":
-            return {**everywhere, "start": _place(self.start_vae)}
+            return {**everywhere, "start": _contents(self.start_vae)}
         if part == "transformer":
-            own = {"start": _place(self.start), "prediction": self.prediction, "clips": self.clips, "batch": self.batch}
+            own = {
+                "start": _contents(self.start),
+                "prediction": self.prediction,
+                "clips": self.clips,
+                "batch": self.batch,
+            }
             return {**everywhere, **own}
         return everywhere
 
@@ -146,8 +151,10 @@ class TinyRecipe:
         load_transformer(self.out / "transformer")
 
 
-def _place(folder: Path | None) -> str:
-    return str(folder.resolve()) if folder else ""
+def _contents(folder: Path | None) -> str:
+    """Tells the weights of one model's folder from another's, wherever they lie; "" for none."""
+    files = sorted(folder.glob("*.safetensors")) if folder else []
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16] if files else ""
 
 
 def _digest(module: nn.Module) -> str:

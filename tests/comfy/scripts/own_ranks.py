@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 
 def start_ranks(script: str, numbers: tuple[int, ...]) -> dict[str, dict]:
@@ -15,20 +16,17 @@ def start_ranks(script: str, numbers: tuple[int, ...]) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as folder:
         about = {**os.environ, "OMP_NUM_THREADS": "1", "EVDIT_STORE": folder}
         about["EVDIT_RANKS"] = ",".join(map(str, sorted(numbers, reverse=True)))
-        started = [
-            subprocess.Popen(
-                [sys.executable, script],
-                env={**about, "EVDIT_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(max(numbers))
-        ]
-        printed = [process.communicate() for process in started]
-        for process, (_, error) in zip(started, printed, strict=True):
-            assert process.returncode == 0, error[-4000:]
-    told = [json.loads(line) for line in printed[0][0].strip().splitlines()[-len(numbers) :]]
+        # Into files: a rank that waits for its full pipe to be read would have the others wait for it.
+        files = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(max(numbers))]
+        started = []
+        for rank, (out, error) in enumerate(files):
+            with out.open("w") as told_to, error.open("w") as complains_to:
+                own = {**about, "EVDIT_RANK": str(rank)}
+                started.append(subprocess.Popen([sys.executable, script], env=own, stdout=told_to, stderr=complains_to))
+        for process, (_, error) in zip(started, files, strict=True):
+            assert process.wait() == 0, error.read_text()[-4000:]
+        lines = files[0][0].read_text().strip().splitlines()
+    told = [json.loads(line) for line in lines[-len(numbers) :]]
     return dict(zip(map(str, sorted(numbers, reverse=True)), told, strict=True))
 
 

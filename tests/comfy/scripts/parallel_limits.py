@@ -255,7 +255,7 @@ facts["marks"] = marks
 facts["mark of one device"] = node.fingerprint_inputs(devices="cpu")
 facts["marks of links"] = [
     node.fingerprint_inputs(devices=None, scheme="auto"),
-    pack["EVDiTLoadTilePlan"].fingerprint_inputs(plan_name="preset: wan", text=None),
+    pack["EVDiTLoadTilePlan"].fingerprint_inputs(plan_name="the loaded model", text=None),
     pack["EVDiTLoadTilePlan"].fingerprint_inputs(plan_name=None, text="all:1"),
 ]
 facts["mark of a wrong text"] = node.fingerprint_inputs(devices="?")
