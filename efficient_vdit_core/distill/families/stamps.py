@@ -39,11 +39,10 @@ def _file_stamps(path: Path) -> bytes:
     """Of a file, whatever its name, or of all in a folder; nothing where nothing is there."""
     if path.is_file():
         return _contents(path)
-    files = {f.relative_to(path): f for f in sorted(path.rglob("*")) if f.is_file()}
-    kept = {
-        name: f for name, f in files.items() if not any(part.startswith(".") for part in name.parts)
-    }  # notes of a download
-    return b"".join(name.as_posix().encode() + _contents(f) for name, f in kept.items())
+    files = [(f.relative_to(path), f) for f in sorted(path.rglob("*")) if f.is_file()]
+    # Hidden ones are a download's own notes.
+    kept = [(name, f) for name, f in files if not any(part.startswith(".") for part in name.parts)]
+    return b"".join(name.as_posix().encode() + _contents(f) for name, f in kept)
 
 
 def _contents(file: Path) -> bytes:
