@@ -84,7 +84,6 @@ def tile_attention(
     dense: Dense | None = None,
     backend: str | Mapping[TilePattern, str] = "auto",
     max_extra_bytes: int | None = None,
-    dense_name: str | None = None,
 ) -> Tensor:
     """Attention of q over k, v under the tile mask of ``pattern`` (Efficient-vDiT section 3). Exact and differentiable.
 
@@ -92,8 +91,8 @@ def tile_attention(
         q, k, v: (B, H, N, D) with N = ``layout.tokens``, any float dtype and strides; scores are scaled by 1 / sqrt(D).
         pattern: one for all heads, or one for each of the H heads: those that are alike are computed together, under
             ``flex`` and ``triton`` all that they compute.
-        dense: plain attention of (B, H, Nq, D) over (B, H, Nk, D), default PyTorch's SDPA; ``dense_name`` tells it from
-            others, default: the function's own name.
+        dense: plain attention of (B, H, Nq, D) over (B, H, Nk, D), default PyTorch's SDPA. Its ``name``, where it has one,
+            tells it from others, or the function's own name.
         backend: one of ``BACKENDS``; ``auto`` is the fastest of them, as ``choose_backend`` measures it; ``dense`` ignores the
             pattern. One for all heads, or by pattern.
         max_extra_bytes: bounds the copies of ``frames`` and the unmerged results of ``parts``, default: by the device.
@@ -106,13 +105,13 @@ def tile_attention(
             backend or ``dense`` gives none; the text names it and says why.
     """
     check_tensors(q, k, v, layout)
-    dense_name = dense_name or name_of(dense)
-    attend = _candidates(dense or F.scaled_dot_product_attention, max_extra_bytes, dense_name)
+    dense = dense or F.scaled_dot_product_attention
+    attend = _candidates(dense, max_extra_bytes)
 
     def named(pattern: TilePattern, shape: CallShape) -> str:
         chosen = backend if isinstance(backend, str) else backend[pattern]
         if chosen == "auto":
-            chosen = choose_backend(shape, layout, pattern, dense=dense, dense_name=dense_name, or_dense=False)
+            chosen = choose_backend(shape, layout, pattern, dense=dense, or_dense=False)
         elif pattern.means:
             check_means(chosen)
         elif chosen not in ("dense", "frames"):  # these run everywhere
@@ -121,7 +120,7 @@ def tile_attention(
 
     def attended(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend[call.backend](q, k, v, layout, call.pattern)
-        _check_gradient(out, {"q": q, "k": k, "v": v}, call.backend, dense_name)
+        _check_gradient(out, {"q": q, "k": k, "v": v}, call.backend, dense)
         return out
 
     shapes = group_shapes(CallShape.of(q, k, v), pattern)
@@ -160,14 +159,13 @@ def choose_backend(
     pattern: TilePattern,
     *,
     dense: Dense | None = None,
-    dense_name: str | None = None,
     or_dense: bool = True,
 ) -> str:
     """The backend that ``auto`` means for calls of this shape: the fastest of a trial, ``dense`` where nothing beats it.
 
     Without ``or_dense`` it is the fastest that follows the pattern.
     """
-    choice = measured_choice(shape, layout, pattern, dense=dense, dense_name=dense_name)
+    choice = measured_choice(shape, layout, pattern, dense=dense)
     return choice.backend if or_dense else choice.sparse()
 
 
@@ -177,7 +175,6 @@ def measured_choice(
     pattern: TilePattern,
     *,
     dense: Dense | None = None,
-    dense_name: str | None = None,
 ) -> Choice:
     """The fastest backend for calls of this shape, and the times of all of them.
 
@@ -190,19 +187,18 @@ def measured_choice(
     traced = torch.compiler.is_compiling() or is_recording(shape.device)
     if layout.tokens < FEWEST_MEASURED_TOKENS or traced:
         return Choice(simplest, {})
-    dense_name = dense_name or name_of(dense)
-    candidates = backend_candidates(shape, dense, dense_name, pattern)
+    candidates = backend_candidates(shape, dense, pattern)
     # ``frames`` keeps copies for the way back.
     otherwise = "parts" if shape.gradients and "parts" in candidates else simplest
-    return default_book().choose(candidates, shape, layout, pattern, dense_name, otherwise)
+    return default_book().choose(candidates, shape, layout, pattern, name_of(dense), otherwise)
 
 
 def backend_candidates(
-    shape: CallShape, dense: Dense | None = None, dense_name: str | None = None, pattern: TilePattern | None = None
+    shape: CallShape, dense: Dense | None = None, pattern: TilePattern | None = None
 ) -> dict[str, Attend]:
     """``dense``, and the backends that are worth a trial for calls of this shape, None: under a pattern without means."""
     dense = dense or F.scaled_dot_product_attention
-    every = _candidates(dense, None, dense_name or name_of(dense))
+    every = _candidates(dense, None)
     usable = {n for n, s in _statuses(shape.device).items() if s.available and fits(n, shape, dense)}
     if "triton" in usable and _flex_loses(shape):
         usable -= {"flex"}
@@ -268,14 +264,14 @@ def make_ready(call: Call, shape: CallShape, layout: TokenLayout, dense: Dense) 
             make_tables(pattern, layout, shape.device, shape.dtype)
 
 
-def _candidates(dense: Dense, max_extra_bytes: int | None, dense_name: str) -> dict[str, Attend]:
+def _candidates(dense: Dense, max_extra_bytes: int | None) -> dict[str, Attend]:
     def parts(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, pattern: TilePattern) -> Tensor:
         shape = CallShape.of(q, k, v)
         partial = partial_for_means(dense, shape) if pattern.means else partial_for(dense, shape)
         prepare_merge(q.device)
         if partial is None:
             raise ValueError(
-                f"backend is 'parts', and the dense attention {dense_name} does not tell its log-sum-exp for {q.dtype} of "
+                f"backend is 'parts', and the dense attention {name_of(dense)} does not tell its log-sum-exp for {q.dtype} of "
                 f"head_dim {q.shape[3]}. Choose auto or frames."
             )
         return attend_parts(q, k, v, layout, pattern, partial, max_extra_bytes)
@@ -300,12 +296,12 @@ def check_backend(backend: str, device: torch.device | str) -> None:
         raise ValueError(f"backend is {backend!r}, which cannot run here: {status.reason}. Choose auto or frames.")
 
 
-def _check_gradient(out: Tensor, tensors: dict[str, Tensor], backend: str, dense_name: str) -> None:
+def _check_gradient(out: Tensor, tensors: dict[str, Tensor], backend: str, dense: Dense) -> None:
     """A dense function without a backward would end the graph here, and training would go on without these
     gradients."""
     wanting = [name for name, x in tensors.items() if x.requires_grad]
     if wanting and torch.is_grad_enabled() and not out.requires_grad:
-        used = f"{backend} with {dense_name}" if backend in ("dense", "frames") else backend
+        used = f"{backend} with {name_of(dense)}" if backend in ("dense", "frames") else backend
         raise ValueError(
             f"{wanting[0]} requires a gradient, and the backend {used} gives none. "
             "Hand in a dense function with a backward, or call it under torch.no_grad()."

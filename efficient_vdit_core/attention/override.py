@@ -159,7 +159,7 @@ def _over_the_video(
         q, k, v = call.take(padding)
 
         def sparse() -> Tensor:
-            return tile_attention(q, k, v, layout, pattern, dense=dense, backend=backends, dense_name=dense.name)
+            return tile_attention(q, k, v, layout, pattern, dense=dense, backend=backends)
 
         if residual is None or layer is None:
             out = sparse()

@@ -217,7 +217,7 @@ class Preparation:
                 self.report.warn("parts", text)
                 chosen = chosen if pattern.means else "frames"
             if chosen == "auto":
-                choice = measured_choice(shape, layout, pattern, dense=dense, dense_name=dense.name)
+                choice = measured_choice(shape, layout, pattern, dense=dense)
                 chosen = choice.backend if self.decline_slow else choice.sparse()
                 if choice.milliseconds:
                     self.report.add_trial(pattern.name(layout.grid.t), choice.times())

@@ -37,6 +37,43 @@ class Patch(Protocol):
         ...
 
 
+class _ChosenAttention:
+    """Plain attention on the backend that was chosen in diffusers, for the processor ``original`` or for all."""
+
+    def __init__(self, original: Any, options: dict[str, Any]) -> None:
+        self.original, self.options = original, options
+
+    @property
+    def name(self) -> str:
+        """Tells it from others of diffusers' where backends are measured beside it."""
+        if not hasattr(self.original, "_attention_backend"):
+            return "sdpa"
+        from diffusers.models import attention_dispatch
+
+        chosen = self.original._attention_backend
+        registry = getattr(
+            attention_dispatch, "_AttentionBackendRegistry", None
+        )  # nothing public tells the one for all
+        if chosen is None and registry is not None:
+            chosen = registry.get_active_backend()[0]
+        name = getattr(chosen, "value", chosen) or "for all"
+        return "sdpa" if name == "native" else f"diffusers {name}"
+
+    @property
+    def function(self) -> Dense | None:
+        """PyTorch's, where it computes this: what ``parts`` asks, which wants the log-sum-exp too."""
+        return F.scaled_dot_product_attention if self.name == "sdpa" else None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        options = {**self.options, **options}
+        if not hasattr(self.original, "_attention_backend"):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # diffusers has (B, N, H, D)
+        return dispatch_attention_fn(q, k, v, backend=self.original._attention_backend, **options).transpose(1, 2)
+
+
 class TiledProcessor:
     """Stands in the place of ``original``; made by ``tiled``, which gives it the original's call signature."""
 
@@ -115,12 +152,14 @@ class TiledProcessor:
     ) -> Tensor:
         """Stands for ``scaled_dot_product_attention``, with its arguments and their names."""
         q, k, v = query, key, value
-        dense = functools.partial(self._dense, dropout_p=dropout_p, is_causal=is_causal, **options)
+        dense = _ChosenAttention(self.original, {"dropout_p": dropout_p, "is_causal": is_causal, **options})
         reason = ""
         if q.shape != k.shape or q.shape[2] != layout.tokens or len(layout.entries) not in (1, q.shape[0]):
             reason = "another sequence length"
         elif is_causal or (attn_mask is not None and not layout.masked):
             reason = "masked"
+        elif dropout_p or options.get("scale") not in (None, q.shape[3] ** -0.5):
+            reason = "dropout or a scale of its own"
         if reason:
             self.patch.report.add_dense(reason)
             return dense(q, k, v, attn_mask=attn_mask)
@@ -138,33 +177,8 @@ class TiledProcessor:
         zero."""
         padding = q.shape[2] - entry.tokens
         q, k, v = (x[:, :, : entry.tokens] for x in (q, k, v))
-        backend, name = self.patch.backend, self._dense_name()
-        out = tile_attention(q, k, v, entry, pattern, dense=dense, backend=backend, dense_name=name)
+        out = tile_attention(q, k, v, entry, pattern, dense=dense, backend=self.patch.backend)
         return F.pad(out, (0, 0, 0, padding))
-
-    def _dense_name(self) -> str:
-        """Tells the attention that was chosen in diffusers, for this processor or for all, from others of its."""
-        if not hasattr(self.original, "_attention_backend"):
-            return "sdpa"
-        from diffusers.models import attention_dispatch
-
-        chosen = self.original._attention_backend
-        registry = getattr(
-            attention_dispatch, "_AttentionBackendRegistry", None
-        )  # nothing public tells the one for all
-        if chosen is None and registry is not None:
-            chosen = registry.get_active_backend()[0]
-        name = getattr(chosen, "value", chosen) or "for all"
-        return "sdpa" if name == "native" else f"diffusers {name}"
-
-    def _dense(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """Plain attention on the backend that was chosen in diffusers."""
-        if not hasattr(self.original, "_attention_backend"):
-            return F.scaled_dot_product_attention(q, k, v, **options)
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # diffusers has (B, N, H, D)
-        return dispatch_attention_fn(q, k, v, backend=self.original._attention_backend, **options).transpose(1, 2)
 
 
 def tiled(original: Any, patch: Patch, layer: int) -> TiledProcessor:

@@ -227,11 +227,11 @@ class DistillConfig:
     def save(self, path: str | Path) -> None:
         write_text(path, to_toml(self.to_dict()))
 
-    def differences(self, other: DistillConfig) -> list[str]:
-        """``section.key: this -> other`` of all that differs and matters for what is learnt."""
+    def differences(self, other: DistillConfig) -> dict[str, str]:
+        """``this -> other`` by ``section.key``, of all that differs and matters for what is learnt."""
         mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
         keys = sorted((mine.keys() | theirs.keys()) - FREE)
-        return [f"{k}: {quoted(mine.get(k))} -> {quoted(theirs.get(k))}" for k in keys if mine.get(k) != theirs.get(k)]
+        return {k: f"{quoted(mine.get(k))} -> {quoted(theirs.get(k))}" for k in keys if mine.get(k) != theirs.get(k)}
 
 
 def read_section(kind: type[T], values: Any, section: str) -> T:

@@ -261,7 +261,7 @@ def _time_candidate(
 ) -> None:
     """Takes the time of the backend that a run would choose; where that is dense attention, dense attention's time."""
     q, k, v = qkv
-    backend = choose_backend(CallShape.of(q), layout, pattern, dense=dense, dense_name=dense.name)
+    backend = choose_backend(CallShape.of(q), layout, pattern, dense=dense)
     if backend == "dense":
         record.add_seconds(layer, pattern, record.seconds[layer, DENSE][-1])
     else:

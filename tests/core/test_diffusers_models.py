@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from efficient_vdit_core.assets import preset_path
+from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.diffusers_models import apply_to_diffusers
-from efficient_vdit_core.diffusers_models.families import FAMILIES
+from efficient_vdit_core.diffusers_models.families import FAMILIES, SequenceLayout
+from efficient_vdit_core.diffusers_models.processor import tiled
 from efficient_vdit_core.plan import TilePlan
-from efficient_vdit_core.tiles import TilePattern
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -610,6 +613,44 @@ def test_the_backend_chosen_in_diffusers_computes_the_dense_pieces(monkeypatch):
     assert all(
         m.get_processor()._attention_backend == "_native_math" for _, m in FAMILIES[type(model).__name__].modules(model)
     )
+
+
+def test_parts_computes_a_plan_where_diffusers_attends_by_pytorch(masked):
+    model, inputs = build("wan", 2)
+    with torch.no_grad():
+        want = masked("wan", model, inputs, [0])
+        with apply_to_diffusers(model, TilePlan.uniform(1), backend="parts"):
+            torch.testing.assert_close(run(model, inputs), want, atol=2e-5, rtol=2e-5)
+            model.set_attention_backend("_native_math")
+            try:
+                with pytest.raises(ValueError, match="diffusers _native_math does not tell its log-sum-exp"):
+                    run(model, inputs)
+            finally:
+                model.reset_attention_backend()
+
+
+@pytest.mark.parametrize(
+    ("options", "dense"), [({}, 0), ({"scale": 6**-0.5}, 0), ({"scale": 0.1}, 1), ({"dropout_p": 0.5}, 1)]
+)
+def test_attention_that_is_scaled_or_dropped_otherwise_stays_dense(options, dense):
+    """The tile backends know neither."""
+    q, k, v = rand(3, 1, 2, 12, 6, seed=3)
+    report, layout = AttentionReport(), TokenLayout(TokenGrid(3, 2, 2))
+    patch = SimpleNamespace(
+        report=report, layout=SequenceLayout(12, (layout,)), active=True, min_tokens=0, backend="frames",
+        pattern=lambda layer, frames: TilePattern(1),
+    )  # fmt: skip
+
+    class Original:
+        def __call__(self):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+
+    original = Original()
+    torch.manual_seed(0)
+    out = tiled(original, patch, 0)()
+    torch.manual_seed(0)
+    assert torch.equal(out, original()) == bool(dense)
+    assert sum(report.dense.values()) == dense and report.sparse == 1 - dense
 
 
 def test_a_processor_says_what_arguments_it_takes():

@@ -37,6 +37,7 @@ from efficient_vdit_core.distill.objectives.knowledge import (
     merge_deltas,
 )
 from efficient_vdit_core.distill.runs import export, trainer
+from efficient_vdit_core.distill.runs.claim import claim_run
 from efficient_vdit_core.distill.runs.optimizers import check_optimizer
 from efficient_vdit_core.distill.runs.turns import Turns
 from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
@@ -226,12 +227,30 @@ def test_the_weights_are_written_last(base, tmp_path, monkeypatch):
 
 
 def test_a_resume_with_another_configuration_is_refused(base, tmp_path):
-    trainer.claim_folder(config(base), tmp_path / "run")
-    trainer.claim_folder(
-        config(base, training={"save_every": 7}), tmp_path / "run"
-    )  # only how often something is written
-    with pytest.raises(ValueError, match=r"objective\.segments: 2 -> 3; training\.learning_rate: 0\.01 -> 0\.5"):
-        trainer.claim_folder(config(base, objective={"segments": 3}, training={"learning_rate": 0.5}), tmp_path / "run")
+    claim_run(config(base), tmp_path / "run")
+    claim_run(config(base, training={"save_every": 7}), tmp_path / "run")  # only how often something is written
+    with pytest.raises(ValueError, match=r"objective\.segments: 2 -> 3; training\.learning_rate: 0\.01 -> 0\.001"):
+        claim_run(config(base, objective={"segments": 3}, training={"learning_rate": 0.001}), tmp_path / "run")
+
+
+def test_a_run_goes_on_with_a_lower_rate_but_not_with_a_higher_one(base, tmp_path):
+    folder = tmp_path / "run"
+    trainer.distill(config(base, steps=4), folder).unlink()  # as if it had ended before the export
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "step": 2}, folder / "checkpoint.pt")
+    with pytest.raises(
+        ValueError, match=r"started with another configuration \(training\.learning_rate: 0\.01 -> 0\.5\)"
+    ):
+        trainer.distill(config(base, steps=4, training={"learning_rate": 0.5}), folder)
+    trainer.distill(config(base, steps=4, training={"learning_rate": 0.001}), folder)
+    after = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert after["step"] == 4
+    rates = [max(g["lr"] for o in s["optimizers"] for g in o["param_groups"]) for s in (state, after)]
+    assert rates[1] == pytest.approx(rates[0] / 10)
+    kept = [DistillConfig.load(folder / name).training.learning_rate for name in ("config.1.toml", "config.toml")]
+    assert kept == [0.01, 0.001]
+    with pytest.raises(ValueError, match="was made with another configuration"):  # it is finished
+        trainer.distill(config(base, steps=4, training={"learning_rate": 0.0001}), folder)
 
 
 def test_a_loss_that_is_no_number_names_step_and_segment(base, tmp_path, monkeypatch):

@@ -139,8 +139,8 @@ def test_deep_copies_share_the_report():
 def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend):
     measured, used = [], []
 
-    def choose(shape, layout, pattern, *, dense, dense_name):
-        measured.append(dense_name)
+    def choose(shape, layout, pattern, *, dense):
+        measured.append(dense.name)
         q, k, v = shape.tensors(1, 7)  # a trial may take fewer heads and tokens
         assert dense(q, k, v).shape == (2, 1, 7, 16)
         return Choice(
@@ -162,7 +162,7 @@ def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend):
 def test_measurements_over_another_override_are_kept_apart(monkeypatch):
     names = []
     monkeypatch.setattr(
-        prepare_file, "measured_choice", lambda *_, dense_name, **__: names.append(dense_name) or Choice("frames", {})
+        prepare_file, "measured_choice", lambda *_, dense: names.append(dense.name) or Choice("frames", {})
     )
 
     def sage(func, *args, **kwargs):

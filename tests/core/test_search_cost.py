@@ -105,10 +105,10 @@ def test_the_trial_behind_a_measured_cost_is_the_run_s_own(monkeypatch):
     """Under the same name, and of fewer heads, which some of ComfyUI's backends take from the argument alone."""
     names = []
 
-    def choose(shape, layout, pattern, *, dense, dense_name):
+    def choose(shape, layout, pattern, *, dense):
         q, k, v = shape.tensors(1, layout.tokens)
         assert dense(q, k, v).shape == q.shape
-        names.append(dense_name)
+        names.append(dense.name)
         return "dense"
 
     def by_argument(q, k, v, heads, *, skip_reshape, **_):

@@ -1,7 +1,7 @@
 """One distillation run in one folder: model, data, objective and optimiser from a configuration, then checkpoint and
 export.
 
-    folder/config.toml        the configuration that the run was started with
+    folder/config.toml        the configuration of the run, see claim.py
     folder/checkpoint.pt      everything a resumed run needs
     folder/cache/             latents and text states
     folder/transformer/       the result as full weights, or folder/lora.safetensors
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...limits.quote import named, shortened
+from ...limits.quote import named
 from ...training import StepLoss, TrainingRun
 from ...training.sharding import is_sharding, run_in_autocast, shard_frozen
 from ..config import DistillConfig
@@ -36,14 +36,13 @@ from ..objectives.consistency import ConsistencyLoss
 from ..objectives.knowledge import KnowledgeLoss
 from ..objectives.score import ScoreLoss
 from .checks import check_hosted, check_loras, check_objective, check_training
+from .claim import CONFIG, claim_run
 from .export import export, result_file
 from .launch import free_memory, make_accelerator
 from .optimizers import check_optimizer, make_optimizers
 from .samples import write_samples
 from .sequence_parallel import ClipGroup, asking, check_processes, check_shares, make_group
 from .turns import Turns, add_learners
-
-CONFIG = "config.toml"
 
 
 def distill(config: DistillConfig, folder: Path) -> Path:
@@ -63,9 +62,9 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     check_shares(config, model)
     if not (folder / CONFIG).is_file():
         check_data(config, model)
-    with accelerator.main_process_first():
-        claim_folder(config, folder)
     result = result_file(folder, lora=config.model.train == "lora")
+    with accelerator.main_process_first():
+        claim_run(config, folder, finished=result.is_file())
     if result.is_file():  # it is written at the end, whole
         return result
     _train(config, model, about, folder, accelerator)
@@ -151,22 +150,6 @@ def learners(student: nn.Module) -> list[dict[str, nn.Parameter]]:
     fake = {name: p for name, p in trained.items() if is_of(FAKE, name)}
     own = {name: p for name, p in trained.items() if name not in fake}
     return [own, fake] if fake else [own]
-
-
-def claim_folder(config: DistillConfig, folder: Path) -> None:
-    """Save the configuration in a new folder; refuse one that was started with another."""
-    file = folder / CONFIG
-    if file.is_file():
-        differences = DistillConfig.load(file).differences(config)
-        if differences:
-            shown = shortened("; ".join(differences), 200)
-            raise ValueError(
-                f"{named(folder.name)} was started with another configuration ({shown}). Resume with the same one, "
-                "or choose a new folder."
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save(file)
 
 
 def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
