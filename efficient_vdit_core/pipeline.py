@@ -5,7 +5,6 @@ Shapes: latents z (1, 4, T, H/8, W/8) float32, variance-preserving; with guidanc
 
 from __future__ import annotations
 
-import itertools
 import logging
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -19,22 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .attention.call_shape import CallShape
-from .attention.layout import TokenLayout
-from .attention.override import FORWARD_KEY, AttentionReport, ForwardState, attention_override
+from .attention.override import FORWARD_KEY, AttentionReport, ForwardState
 from .attention.prepare import Preparation
 from .attention.residual import Room
 from .attention.sdpa import OVERRIDE_KEY
 from .devices import pick_device, pick_dtype
-from .limits.memory import check_memory
 from .limits.quote import quoted
 from .model_folder import TINY, find_model
 from .model_header import ModelHeader
 from .plan import TilePlan
 from .request import VideoRequest
+from .run_shape import RunShape
 from .sampling import Denoiser, DiscreteSchedule, consistency_sigmas, sample_consistency
 from .sampling.reference import sample_reference
-from .tiles import TokenGrid
 from .video import to_frames
 
 if TYPE_CHECKING:
@@ -167,10 +163,11 @@ class Pipeline:
             self.check_plan(plan)
         report = AttentionReport()
         preparation = None if plan is None else Preparation(plan, report, residual_every=residual_every)
-        self._check_memory(request, preparation)
+        shape = self._shape(request)
+        shape.check_memory(preparation)
         context, mask = self._encode(request, template)
         with self._working(self.transformer):
-            network = self._guided_network(request, context, mask, self._attention_options(request, mask, preparation))
+            network = self._guided_network(request, context, mask, shape.attention_options(mask, preparation))
             z = self._sample(request, network, progress)
         if not bool(z.isfinite().all()):
             raise ValueError(
@@ -183,7 +180,7 @@ class Pipeline:
     def observe(self, request: VideoRequest, override: Callable[..., Tensor]) -> None:
         """Samples latents as `generate` does, with this attention override looking on, and throws them away."""
         context, mask = self._encode(request, None)
-        layout = self._layout(request)
+        layout = self._shape(request).layout
         with self._working(self.transformer):
             options = lambda: {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(layout)}  # noqa: E731
             self._sample(request, self._guided_network(request, context, mask, options), None)
@@ -195,48 +192,13 @@ class Pipeline:
         )
         return sigmas[:-1].tolist()
 
-    def _layout(self, request: VideoRequest) -> TokenLayout:
-        t, h, w = request.latent_size
-        p = self.transformer.config.patch_size
-        return TokenLayout(TokenGrid(t, -(-h // p), -(-w // p)))
+    def _shape(self, request: VideoRequest) -> RunShape:
+        return RunShape(self.transformer, self.device, request)
 
     def residual_room(self, request: VideoRequest, plan: TilePlan, every: int) -> Room | None:
         """Where a run would keep the cached residual, and its bytes; None where it keeps none. Raises ValueError where
         there is no memory for it."""
-        return self._residual_room(request, Preparation(plan, AttentionReport(), residual_every=every))
-
-    def _residual_room(self, request: VideoRequest, preparation: Preparation) -> Room | None:
-        prompts = _prompts(request)
-        to_come = sum(p.nbytes for p in self.transformer.parameters() if p.device.type != self.device.type)
-        return preparation.residual_room(
-            self._state(request, prompts), self._call_shape(prompts), beside=self._block_bytes(request) + to_come
-        )
-
-    def _check_memory(self, request: VideoRequest, preparation: Preparation | None) -> None:
-        """Raises ValueError, before any work, where one block's tensors, or the cached residual beside them, are more
-        than is free."""
-        advice = "Use fewer frames or a smaller size."
-        check_memory(self._block_bytes(request), request.describe(), advice, str(self.device))
-        if preparation is not None:
-            self._residual_room(request, preparation)
-
-    def _block_bytes(self, request: VideoRequest) -> int:
-        """Queries, keys, values, the residual and its norm, and the MLP's four widths, in the weights' precision."""
-        tokens = self._layout(request).grid.tokens * _prompts(request)
-        return 9 * tokens * self.transformer.config.hidden_size * self.transformer.dtype.itemsize
-
-    def _state(self, request: VideoRequest, prompts: int, step: int = 0) -> ForwardState:
-        """What the forward of a step over so many ``prompts`` tells its attention."""
-        return ForwardState(
-            self._layout(request), depth=self.transformer.config.num_layers, step=step, steps=request.steps or 0,
-            branches=tuple((prompt, 1) for prompt in range(prompts)),
-        )  # fmt: skip
-
-    def _call_shape(self, prompts: int) -> CallShape:
-        config = self.transformer.config
-        return CallShape(
-            prompts, config.num_attention_heads, config.attention_head_dim, self.transformer.dtype, self.device
-        )
+        return self._shape(request).residual_room(Preparation(plan, AttentionReport(), residual_every=every))
 
     def _encode(self, request: VideoRequest, template: str | None) -> tuple[Tensor, Tensor]:
         """Text states (B, L, C) and mask (B, L) of [negative, positive], or of [positive] where guidance is off."""
@@ -245,32 +207,12 @@ class Pipeline:
         if template is not None and template not in TEMPLATES:
             raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {quoted(template)}.")
         positive = TEMPLATES[template].format(request.prompt) if template else request.prompt
-        texts = [positive] if _prompts(request) == 1 else [request.negative, positive]
+        texts = [request.negative, positive][-self._shape(request).prompts :]
         # The reference cleans twice: the second pass removes what the first one uncovers.
         cleaned = [clean_caption(clean_caption(text)) for text in texts]
         with self._working(self.text_encoder):
             context, mask = self.text_encoder.encode(cleaned)
         return context.to(self.device), mask.to(self.device)
-
-    def _attention_options(
-        self, request: VideoRequest, mask: Tensor, preparation: Preparation | None
-    ) -> Callable[[], dict[str, Any]]:
-        """Makes the transformer_options of one forward pass, which is a step."""
-        if preparation is None:
-            return dict
-        override, counted = attention_override(preparation), itertools.count()
-        # Cross-attention is told from self-attention by its length; where the lengths are the same, nothing tells them
-        # apart.
-        longest = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1
-        told_apart = longest != self._layout(request).tokens
-
-        def options() -> dict[str, Any]:
-            state = self._state(request, len(mask), next(counted))
-            state.active, state.reason = told_apart, "text as long as the video"
-            preparation.keep_residual(state, self._call_shape(len(mask)))
-            return {OVERRIDE_KEY: override, FORWARD_KEY: state}
-
-        return options
 
     def _guided_network(
         self, request: VideoRequest, context: Tensor, mask: Tensor, options: Callable[[], dict[str, Any]]
@@ -372,11 +314,6 @@ class Pipeline:
         finally:
             if self.offload and module is not None:
                 module.to("cpu")
-
-
-def _prompts(request: VideoRequest) -> int:
-    """How many texts a step sees: guidance has two."""
-    return 1 if request.guidance == 1.0 else 2
 
 
 def _module(part: Any) -> nn.Module | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -94,7 +95,7 @@ class TrainingRun:
         self.optimizers: list[Any] = list(prepared[1:])
         self.average = WeightAverage(self._trained(), ema_decay, on_host=host_average)
         self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
-        self.generator = torch.Generator().manual_seed(seed + self.rank // alike)
+        self.generator = torch.Generator().manual_seed(seed_of(seed, self.rank // alike))
         self.step = 0
         self._half_made = False  # while weights are changing: neither the state before a step nor the one after it
         self._anywhere = Anywhere(accelerator)
@@ -311,6 +312,12 @@ class TrainingRun:
                 "Delete it to train anew."
             ) from error
         self.step = state["step"]
+
+
+def seed_of(seed: int, share: int) -> int:
+    """What the processes of one ``share`` of the batch draw from; the first as a run of one process does. Sums would not do:
+    the second process of a run would draw as the first of the next seed's."""
+    return seed if share == 0 else int(np.random.SeedSequence([seed, share]).generate_state(1)[0])
 
 
 def _local(value: Tensor) -> Tensor:

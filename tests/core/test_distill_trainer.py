@@ -47,6 +47,7 @@ from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.sampling.path import FlowPath
 from efficient_vdit_core.training import StepLoss
 from efficient_vdit_core.training.live_bytes import size_of
+from efficient_vdit_core.training.run import seed_of
 
 SMALL = DiTConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, caption_channels=8, sample_size=(4, 4), sample_size_t=4,
                   prediction_type="v_prediction")  # fmt: skip
@@ -224,6 +225,11 @@ def test_the_weights_are_written_last(base, tmp_path, monkeypatch):
     assert [f.name for f in (tmp_path / "run" / "transformer").iterdir()] == ["config.json"], (
         "weights without it would end the run"
     )
+
+
+def test_no_process_draws_what_one_of_another_seed_draws():
+    seeds = [seed_of(seed, share) for seed in range(20) for share in range(8)]
+    assert len(set(seeds)) == len(seeds) and seeds[::8] == list(range(20))
 
 
 def test_a_resume_with_another_configuration_is_refused(base, tmp_path):
