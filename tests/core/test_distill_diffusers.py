@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from small_models import cogvideox
+from small_models import cogvideox, wan_22
+from small_models import wan as small_wan
 
 from efficient_vdit_core.distill.config import ModelConfig
 from efficient_vdit_core.distill.families.model import sparse_options
@@ -164,7 +165,7 @@ def test_the_text_encoder_is_read_in_bf16(wan, monkeypatch):
         def encode_prompt(self, texts, **settings):
             return (torch.zeros(len(texts), 3, 8, dtype=torch.bfloat16),)
 
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **kw: read.append(kw) or Pipe())
+    monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", lambda *args, **kw: read.append(kw) or Pipe())
     context, mask = wan.text_encoder(torch.device("cpu"))(["a", "b"])
     assert context.shape == (2, 3, 8) and mask.shape == (2, 3)
     assert read[0]["torch_dtype"] == torch.bfloat16 and read[0]["vae"] is None
@@ -181,11 +182,9 @@ def test_videos_go_through_wans_own_vae(wan, tmp_path, monkeypatch):
     diffusers.WanPipeline(
         tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=None
     ).save_pretrained(tmp_path)
-    read, from_pretrained = [], diffusers.DiffusionPipeline.from_pretrained
+    read, from_pretrained = [], diffusers.WanPipeline.from_pretrained
     monkeypatch.setattr(
-        diffusers.DiffusionPipeline,
-        "from_pretrained",
-        lambda *args, **kw: read.append(kw) or from_pretrained(*args, **kw),
+        diffusers.WanPipeline, "from_pretrained", lambda *args, **kw: read.append(kw) or from_pretrained(*args, **kw)
     )
 
     frames = torch.randint(0, 256, (9, 32, 48, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
@@ -199,3 +198,20 @@ def test_videos_go_through_wans_own_vae(wan, tmp_path, monkeypatch):
         video = torch.from_numpy(wan.video_decoder(torch.device("cpu"))(latents))
     assert (video.permute(3, 0, 1, 2).float() - (pixels + 1) * 127.5).abs().max() <= 0.51
     assert len(read) == 2
+
+
+@pytest.mark.parametrize("networks", [("transformer",), ("transformer", "transformer_2")])
+def test_what_encodes_and_decodes_is_read_without_the_networks(tmp_path, networks):
+    """Of Wan 2.2's 14 billion weights each, in float32, beside a VAE."""
+    config = wan_22(tmp_path) if len(networks) == 2 else small_wan(tmp_path)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+    diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, scheduler=diffusers.UniPCMultistepScheduler(), transformer=None
+    ).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    listed = {name: ["diffusers", "WanTransformer3DModel"] for name in networks}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, **listed, "boundary_ratio": 0.875}))
+    loaded = open_model(config)._pipeline(torch.float32, text_encoder=None, tokenizer=None).components
+    assert [name for name, part in loaded.items() if isinstance(part, torch.nn.Module)] == ["vae"]

@@ -5,6 +5,7 @@ A folder in diffusers' layout: transformer, scheduler, vae, text_encoder, tokeni
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ from .model import Options, check_frames, serves_all, visiting
 from .texts import Encode
 
 WAN_TEXT = 512  # tokens that Wan pads its texts to
+PIPELINES = {WAN: "WanPipeline", COGVIDEOX: "CogVideoXPipeline"}
 LOW, WAN_BOUNDARY = "transformer_2", 0.875  # Wan 2.2's second network, and its text-to-video models' boundary
 WAN_5B_CHANNELS = 48  # of the latents of Wan 2.2's TI2V 5B
 
@@ -185,10 +187,14 @@ class DiffusersModel(DiffusersFolder):
         return self._pipeline(torch.float32, text_encoder=None, tokenizer=None).vae
 
     def _pipeline(self, dtype: torch.dtype, **without: None) -> Any:
-        """diffusers' pipeline without the transformer, and without what else is None."""
-        from diffusers import DiffusionPipeline
+        """diffusers' pipeline without its transformers, and without what else is None."""
+        import diffusers
 
-        return DiffusionPipeline.from_pretrained(str(self.folder), transformer=None, torch_dtype=dtype, **without)
+        # By its own class: asked of DiffusionPipeline, what is None is loaded all the same where the class has it optional.
+        kind = getattr(diffusers, PIPELINES[self.kind])
+        networks = {"transformer", "transformer_2"} & inspect.signature(kind.__init__).parameters.keys()
+        without |= dict.fromkeys(networks)
+        return kind.from_pretrained(str(self.folder), torch_dtype=dtype, **without)
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         check_frames(frames, frames % 4 == 1, "4k + 1")
