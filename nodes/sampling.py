@@ -9,8 +9,10 @@ from comfy_api.latest import io
 from .checked import checked
 from .comfy_bridge.distilled import LOADED_MODEL
 from .comfy_bridge.sampling import (
+    FROM_CHECKPOINT,
     PRESET_NAMES,
     SEGMENTS,
+    checkpoint_changed,
     checkpoint_names,
     consistency_sampler,
     cut_sigmas,
@@ -131,6 +133,11 @@ class EVDiTConsistencySigmas(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, preset: str | None = None, checkpoint: str | None = None, **others: Any) -> float:
+        """Runs again after the file has changed. What a link gives is None here, and ComfyUI compares it by itself."""
+        return checkpoint_changed(checkpoint) if preset == FROM_CHECKPOINT and checkpoint else 0.0
 
     @classmethod
     @checked

@@ -164,7 +164,7 @@ def _over_the_video(
         if residual is None or layer is None:
             out = sparse()
         else:
-            out = residual.attend(layer, state.first_head, sparse, lambda: dense(q, k, v))
+            out = residual.attend((layer, state.visit), state.first_head, sparse, lambda: dense(q, k, v))
             if residual.unlike:
                 text = "attention of another batch or size than the latents' goes without the cached residual."
                 preparation.report.warn("residual of another size", text)

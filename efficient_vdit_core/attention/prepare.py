@@ -24,7 +24,7 @@ from .layout import TokenLayout
 from .padding import without_padding
 from .reasons import why_not_worth_it
 from .report import AttentionReport
-from .residual import ResidualCache, Room, why_no_residual
+from .residual import Place, ResidualCache, Room, why_no_residual
 from .state import ForwardState
 
 MOST_REMEMBERED, MOST_UNFORESEEN = 4096, 64
@@ -118,14 +118,17 @@ class Preparation:
         with self.lock:
             wanted = {*((shape, 0) for shape in shapes), *self.unforeseen}
         layouts = {layout, without_padding(layout, state.padding)}
+        slow = set()
         for layer in range(state.depth or 0):
             work = self.layer(state, layer)
             if not work.reason:
-                dense = dense_of(layer)
+                dense, backends = dense_of(layer), set[str]()
                 for shape, first_head in wanted:
                     for found in layouts:
-                        self.settle(shape, found, work.pattern.of_heads(first_head, shape.heads), dense)
-        state.settled = True
+                        pattern = work.pattern.of_heads(first_head, shape.heads)
+                        backends.update(self.settle(shape, found, pattern, dense).values())
+                slow |= {layer} if backends == {"dense"} else set()
+        state.slow, state.settled = frozenset(slow), True
 
     def keep_residual(self, state: ForwardState, shape: CallShape) -> None:
         """Has the forward of ``state``, whose calls look like ``shape``, renew or add the cached residual, where one is
@@ -133,13 +136,13 @@ class Preparation:
 
         Raises ValueError where there is no memory for it.
         """
-        layers = self._layers_with_residual(state)
-        if self.residual is None or state.layout is None or not layers:
+        places = self._places_with_residual(state)
+        if self.residual is None or state.layout is None or not places:
             return
         if state.active:
-            state.residual = self.residual.begin(state.branches, layers, state.step, shape, state.layout.tokens)
+            state.residual = self.residual.begin(state.branches, places, state.step, shape, state.layout.tokens)
         else:
-            self.residual.reserve(state.branches, layers, shape, state.layout.tokens)
+            self.residual.reserve(state.branches, places, shape, state.layout.tokens)
 
     def residual_room(self, state: ForwardState, shape: CallShape, beside: int = 0) -> Room | None:
         """Where `keep_residual` would keep it for forwards such as this one, and its bytes; None where none is kept.
@@ -147,13 +150,13 @@ class Preparation:
 
         Raises ValueError where there is no memory for it.
         """
-        layers = self._layers_with_residual(state)
-        if self.residual is None or state.layout is None or not layers:
+        places = self._places_with_residual(state)
+        if self.residual is None or state.layout is None or not places:
             return None
-        return self.residual.room(state.branches, layers, shape, state.layout.tokens, beside)
+        return self.residual.room(state.branches, places, shape, state.layout.tokens, beside)
 
-    def _layers_with_residual(self, state: ForwardState) -> list[int]:
-        """Those that are sparse, where a run keeps one; where it does not, the report says why."""
+    def _places_with_residual(self, state: ForwardState) -> list[Place]:
+        """Those of the sparse layers, where a run keeps one; where it does not, the report says why."""
         if self.residual is None or state.layout is None or state.depth is None or not (state.active or state.later):
             return []
         why = state.no_residual or why_no_residual(self.residual.every, state.steps, state.whole)
@@ -162,7 +165,8 @@ class Preparation:
             return []
         if state.layout.grid.t == 1:
             return []
-        return [layer for layer in range(state.depth) if not self.layer(state, layer).reason]
+        sparse = [layer for layer in range(state.depth) if not self.layer(state, layer).reason]
+        return state.places(layer for layer in sparse if layer not in state.slow)
 
     def layer(self, state: ForwardState, layer: int | None, total: int | None = None) -> LayerWork:
         """What a layer does in the forward of ``state``; ``total`` is the depth where the state has none."""
@@ -217,14 +221,26 @@ class Preparation:
                 self.report.warn("parts", text)
                 chosen = chosen if pattern.means else "frames"
             if chosen == "auto":
-                choice = measured_choice(shape, layout, pattern, dense=dense)
-                chosen = choice.backend if self.decline_slow else choice.sparse()
-                if choice.milliseconds:
-                    self.report.add_trial(pattern.name(layout.grid.t), choice.times())
+                chosen = self._fastest(shape, layout, pattern, dense)
             if len(self.backends) >= MOST_REMEMBERED:
                 self.backends.clear()
             self.backends[key] = chosen
         return chosen
+
+    def _fastest(self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall) -> str:
+        """The backend that a trial finds fastest; the simplest where another node's attention fails in one, which asks it before
+        the model runs."""
+        try:
+            choice = measured_choice(shape, layout, pattern, dense=dense)
+        except Exception as error:
+            if dense.previous is None:
+                raise
+            why = f"{dense.name} cannot be timed before the model runs ({type(error).__name__}: {error})"
+            self.report.warn("trial", f"{why}: no backend is measured beside it.")
+            return simplest_backend(pattern)
+        if choice.milliseconds:
+            self.report.add_trial(pattern.name(layout.grid.t), choice.times())
+        return choice.backend if self.decline_slow else choice.sparse()
 
     def backends_of(
         self, state: ForwardState, q: Tensor, layout: TokenLayout, pattern: LayerPattern, dense: DenseCall

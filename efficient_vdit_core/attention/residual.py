@@ -28,6 +28,7 @@ FEWEST_STEPS = 15  # with fewer, neighbouring steps are too far apart
 _MOST_OF_GPU, _MOST_OF_MAIN = 0.5, 0.75
 _MAIN = torch.device("cpu")
 
+Place = tuple[int, int]  # a layer, and which of its calls in a forward
 Branch = tuple[Hashable, int]  # what tells a prompt (and context window) from others, and its rows of the batch
 Name = tuple[Hashable, int, int]  # of a prompt, with the heads and tokens that its forwards have
 
@@ -84,19 +85,19 @@ class ResidualCache:
                 f"The residual would be renewed every {every} steps, expected 2 or more: 1 is dense attention at a higher price."
             )
         self.every, self.lock = every, threading.Lock()
-        self.kept: dict[tuple[Name, int], Tensor] = {}
+        self.kept: dict[tuple[Name, Place], Tensor] = {}
         self.renewed: dict[Name, int] = {}  # the step
         self.taken: Counter[torch.device] = Counter()  # bytes
         self.free: dict[torch.device, int | None] = {}  # bytes, when the run began to take some
 
     def begin(
-        self, branches: Sequence[Branch], layers: Sequence[int], step: int, shape: CallShape, tokens: int
+        self, branches: Sequence[Branch], places: Sequence[Place], step: int, shape: CallShape, tokens: int
     ) -> ResidualForward:
-        """For one forward over ``tokens``, whose calls look like ``shape``: makes room for what its ``layers`` keep.
+        """For one forward over ``tokens``, whose calls look like ``shape``: makes room for what is kept at its ``places``.
 
         Raises ValueError where there is none, with the bytes it takes.
         """
-        made = self.reserve(branches, layers, shape, tokens)
+        made = self.reserve(branches, places, shape, tokens)
         names = _names(branches, shape, tokens)
         with self.lock:
             due = [step - self.renewed.get(name, step - self.every) for name in names]
@@ -106,54 +107,54 @@ class ResidualCache:
         rows = [(name, count) for name, (_, count) in zip(names, branches, strict=True)]
         return ResidualForward(self, rows, renew)
 
-    def reserve(self, branches: Sequence[Branch], layers: Sequence[int], shape: CallShape, tokens: int) -> bool:
+    def reserve(self, branches: Sequence[Branch], places: Sequence[Place], shape: CallShape, tokens: int) -> bool:
         """Makes room for what is not kept yet, ahead of the first forward that needs it; whether there was any such.
 
         Raises ValueError as `begin` does.
         """
         with self.lock:
-            missing = self._missing(branches, layers, shape, tokens)
+            missing = self._missing(branches, places, shape, tokens)
             if not missing:
                 return False
             for device in {_MAIN, shape.device}:
                 self.free.setdefault(device, free_bytes(str(device)))
-            room = self._room(missing, layers, shape)
+            room = self._room(missing, places, shape)
             for name, rows in missing:
-                for layer in layers:
+                for place in places:
                     size = (rows, shape.heads, tokens, shape.head_dim)
-                    self.kept[name, layer] = _zeros(size, room.dtype, room.device, shape.device)
+                    self.kept[name, place] = _zeros(size, room.dtype, room.device, shape.device)
             self.taken[room.device] = room.size
             prompts = len({name for name, _ in self.kept})
         log.info(
             "Efficient-vDiT: the cached residual takes %s: %d layers, %d prompts or context windows so far.",
-            room, len(layers), prompts,
+            room, len({layer for layer, _ in places}), prompts,
         )  # fmt: skip
         return True
 
     def room(
-        self, branches: Sequence[Branch], layers: Sequence[int], shape: CallShape, tokens: int, beside: int = 0
+        self, branches: Sequence[Branch], places: Sequence[Place], shape: CallShape, tokens: int, beside: int = 0
     ) -> Room:
         """Where `reserve` would keep them, with what is kept there already; nothing is taken.
 
         ``beside``: bytes that others will have taken by then, where the calls are. Raises ValueError as `begin` does.
         """
         with self.lock:
-            return self._room(self._missing(branches, layers, shape, tokens), layers, shape, beside)
+            return self._room(self._missing(branches, places, shape, tokens), places, shape, beside)
 
     def _missing(
-        self, branches: Sequence[Branch], layers: Sequence[int], shape: CallShape, tokens: int
+        self, branches: Sequence[Branch], places: Sequence[Place], shape: CallShape, tokens: int
     ) -> list[tuple[Name, int]]:
         return [
             (name, rows)
             for name, (_, rows) in zip(_names(branches, shape, tokens), branches, strict=True)
-            if any((name, layer) not in self.kept for layer in layers)
+            if any((name, place) not in self.kept for place in places)
         ]
 
     def _room(
-        self, branches: Sequence[tuple[Name, int]], layers: Sequence[int], shape: CallShape, beside: int = 0
+        self, branches: Sequence[tuple[Name, int]], places: Sequence[Place], shape: CallShape, beside: int = 0
     ) -> Room:
         """On the GPU, else in main memory, else there in half precision. All that a run has kept counts together."""
-        elements = len(layers) * shape.head_dim * sum(rows * heads * tokens for (_, heads, tokens), rows in branches)
+        elements = len(places) * shape.head_dim * sum(rows * heads * tokens for (_, heads, tokens), rows in branches)
         half = shape.dtype if shape.dtype.itemsize <= 2 else torch.bfloat16
         choices = [(_MAIN, shape.dtype), (_MAIN, half)]
         if shape.device.type != "cpu":
@@ -196,13 +197,15 @@ class ResidualForward:
     renew: bool
     unlike: int = field(default=0)
 
-    def attend(self, layer: int, first_head: int, sparse: Callable[[], Tensor], dense: Callable[[], Tensor]) -> Tensor:
+    def attend(
+        self, place: Place, first_head: int, sparse: Callable[[], Tensor], dense: Callable[[], Tensor]
+    ) -> Tensor:
         """A call's result (B, h, N, D) from both ways to compute it, for heads ``first_head`` on of a layer.
 
         Padding behind the tokens may be left out, so N may be smaller than was foreseen.
         """
         out = sparse()
-        parts = self._parts(layer, first_head, out)
+        parts = self._parts(place, first_head, out)
         if not parts:
             self.unlike += 1
             return out
@@ -215,11 +218,11 @@ class ResidualForward:
             kept.copy_(exact[rows] - out[rows], non_blocking=True)
         return exact
 
-    def _parts(self, layer: int, first_head: int, out: Tensor) -> list[tuple[slice, Tensor]]:
+    def _parts(self, place: Place, first_head: int, out: Tensor) -> list[tuple[slice, Tensor]]:
         """The rows of each prompt in ``out``, and what is kept for them; nothing where they do not fit."""
         found, at = [], 0
         for name, rows in self.branches:
-            kept = self.cache.kept.get((name, layer))
+            kept = self.cache.kept.get((name, place))
             if kept is None or first_head + out.shape[1] > kept.shape[1] or out.shape[3] != kept.shape[3]:
                 return []
             if out.shape[2] > kept.shape[2]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .layout import TokenLayout
 from .report import AttentionReport
-from .residual import Branch, ResidualForward
+from .residual import Branch, Place, ResidualForward
 
 FORWARD_KEY = "evdit"
 
@@ -53,12 +54,13 @@ class ForwardState:
         depth: the number of layers, None where the model says it itself.
         heads: the attention heads of a layer, 0 = unknown. A call over fewer is a part of its layer.
         offsets: the first layer of each ``block_type``, where a model restarts ``block_index``.
-        order: the layer of each self-attention call in turn, for models that give no ``block_index``; () = one a layer.
+        order: the layer of each self-attention call in turn; () = one a layer.
         padding: where the text's padding stands in the sequence, which a mask leaves out; empty where nothing is
             masked.
         step: sampling step, 0 = first; moves rotating reference frames.
         file_attention: by layer, what the checkpoint asks for.
         settled: backends were chosen before the forward, and none may be measured within it.
+        slow: layers whose pattern was found slower than dense attention then, so that they stay dense.
         calls: self-attentions over the video so far, each over all heads.
         owner: the plan's ``Preparation`` that this is for, None = any. A plan that another node still calls leaves the
             attention alone.
@@ -71,6 +73,7 @@ class ForwardState:
         no_residual: why none is kept, whatever the schedule; "" = one may be.
         residual: what the layers do with the cached residual, None = nothing.
         first_head: of the latest call, among its layer's heads; not 0 where a layer's heads come in several calls.
+        visit: of the latest call, how often its layer had attended before it: another stream of the model's.
     """
 
     layout: TokenLayout | None
@@ -85,12 +88,15 @@ class ForwardState:
     step: int = 0
     file_attention: Mapping[int, FileAttention] = field(default_factory=dict)
     settled: bool = False
+    slow: frozenset[int] = frozenset()
     calls: int = 0
     owner: Any = None
     report: AttentionReport | None = None
     busy: bool = False
     seen_heads: int = 0
     first_head: int = 0
+    visit: int = 0
+    visits: Counter[int] = field(default_factory=Counter)
     branches: tuple[Branch, ...] = ()
     steps: int = 0
     whole: int = 0
@@ -100,25 +106,45 @@ class ForwardState:
 
     def again(self, **changes: Any) -> ForwardState:
         """The same forward from its first call on, beside this one or after it."""
-        return replace(self, calls=0, seen_heads=0, first_head=0, **changes)
+        return replace(self, calls=0, seen_heads=0, first_head=0, visit=0, visits=Counter(), **changes)
 
     def next_layer(self, options: Mapping[str, Any], heads: int = 0) -> int | None:
         """The layer of this self-attention over ``heads``: given by the model, else counted. None beyond the last."""
-        counted, self.first_head = self.calls, self.seen_heads
+        given, self.first_head = self.given_layer(options), self.seen_heads
+        layer = self._counted_layer() if given is None else given
+        if layer is not None and not self.first_head:
+            self.visit = self.visits[layer]
+            self.visits[layer] += 1
         if 0 < heads < self.heads:
             self.seen_heads += heads
         if not self.seen_heads or self.seen_heads >= self.heads:
             self.calls, self.seen_heads = self.calls + 1, 0
-        if (given := self.given_layer(options)) is not None:
-            return given
+        return layer
+
+    def _counted_layer(self) -> int | None:
         if self.order:
-            return self.order[counted] if counted < len(self.order) else None
-        return counted if self.depth is None or counted < self.depth else None
+            return self.order[self.calls] if self.calls < len(self.order) else None
+        return self.calls if self.depth is None or self.calls < self.depth else None
+
+    def count_from(self, layer: int) -> None:
+        """The next call is the first of ``layer``, however many blocks before it were left out."""
+        self.calls = sum(before < layer for before in self.order) if self.order else layer
+        self.seen_heads = 0
+
+    def places(self, layers: Iterable[int]) -> list[Place]:
+        """Every call of these layers in a forward."""
+        calls = Counter(self.order or range(self.depth or 0))
+        return [(layer, visit) for layer in layers for visit in range(calls[layer])]
 
     def given_layer(self, options: Mapping[str, Any]) -> int | None:
         """The layer that the model names for any of its calls; None where it names none."""
         index = options.get("block_index")
         return None if index is None else index + self.offsets.get(options.get("block_type", ""), 0)
+
+    def named(self, layer: int) -> dict[str, Any]:
+        """What the model says of a layer's calls, as `given_layer` reads it."""
+        start, kind = max(((first, kind) for kind, first in self.offsets.items() if first <= layer), default=(0, ""))
+        return {"block_index": layer - start, "block_type": kind, "total_blocks": self.depth}
 
     def masks_padding_alone(self, layout: TokenLayout, mask: Tensor) -> bool:
         """Whether this is the mask of the text's padding: one row of keys for all queries."""

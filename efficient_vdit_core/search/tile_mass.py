@@ -140,7 +140,7 @@ def make_mass_override(
         if state is None or layout is None or layer is None:
             record.reasons.add(reason)
         else:
-            if record.active and layer in record.layers:
+            if record.active and layer in record.layers and not state.visit:  # the video's stream alone
                 qh, kh = (as_heads(x, heads, skip_reshape, state.masked(mask)) for x in (q, k))
                 record.add(layer, state.first_head, tile_mass(qh, kh, layout, record.rows))
             if progress is not None:
@@ -206,7 +206,10 @@ def choose_layers(text: str, depth: int, most: int) -> tuple[int, ...]:
             f"The layers {quoted(text)} cannot be read, expected a list such as '0,5,-1' or '0-3'."
         ) from None
     chosen = [
-        i for first, last in ranges for i in ((first + depth,) if first < 0 else range(first, min(last, depth) + 1))
+        i
+        for first, last in ranges
+        # Beyond the model one is enough to be refused, however many were asked for.
+        for i in ((first + depth,) if first < 0 else range(first, max(first, min(last, depth)) + 1))
     ]
     if not chosen or not all(0 <= i < depth for i in chosen) or len(set(chosen)) > most:
         raise ValueError(

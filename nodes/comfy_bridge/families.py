@@ -73,7 +73,7 @@ class Family:
         head_dim: the size of a head in the attention over the video.
         heads: path of the head count from the model.
         blocks: where the model keeps its layers, by ComfyUI's ``block_type``, in the order in which they run.
-        order: the layer of each self-attention call, for versions of ComfyUI that give no ``block_index``.
+        order: the layer of each self-attention call of a forward.
         hook_since: the first ComfyUI version in which the class passes the attention override on; "" = all supported.
         caution: what the user should know before a plan goes over this model, "" where there is nothing.
         chunk_heads: whether every fifth latent frame begins a chunk of the VAE and holds one pixel frame.
@@ -175,7 +175,7 @@ FAMILIES: dict[str, Family] = {
     "VaceWanModel": Family("wan", layouts.wan, _WAN_HEAD, order=_vace_order),
     "CameraWanModel": Family("wan", layouts.wan, _WAN_HEAD),
     # Its face attention goes over 5 keys a frame and by no hook: left as it is.
-    "AnimateWanModel": Family("wan", layouts.wan, _WAN_HEAD),
+    "AnimateWanModel": Family("wan", layouts.wan_animate, _WAN_HEAD),
     "WanDancerModel": Family("wan", layouts.wan, _WAN_HEAD),
     "SCAILWanModel": Family("wan", layouts.wan_pose, _WAN_HEAD),
     "SCAIL2WanModel": Family("wan", layouts.wan_pose, _WAN_HEAD),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,15 @@ def wan(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> T
     return Tokens(
         TokenLayout(patch_grid(size, model.patch_size), prefix, suffix), (_length(text), image, _length(text) + image)
     )
+
+
+def wan_animate(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
+    """[reference image | video]: the pose, which is added to the video alone, is as much shorter."""
+    found, pose = wan(size, model, text, conds), conds.get("pose_latents")
+    grid = found.layout.grid
+    if pose is None or pose.shape[2] != grid.t - 1 or grid.t < 2:
+        return found
+    return replace(found, layout=TokenLayout(TokenGrid(grid.t - 1, grid.h, grid.w), grid.tokens_per_frame))
 
 
 def wan_reference(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:

@@ -34,6 +34,7 @@ from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, make_m
 from .families import Family, find_family, uncompiled, why_no_family
 from .hook import Hook, dense
 from .publish import install
+from .unit_variance import at_unit_variance
 from .window import Window
 
 WALK_STEPS = 10  # of the schedule on which the tile map walks to its noise level
@@ -226,14 +227,7 @@ def _video(latent: Any) -> Tensor:
 
 
 def _euler(model: Any, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
-    """Euler steps; CogVideoX, which scales no latents itself, is handed them at unit variance, as VOIDSampler does."""
-
-    def at_unit_variance(x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
-        return model(x / (1 + sigma.view(-1, *(1,) * (x.ndim - 1)) ** 2).sqrt(), sigma, **args)
-
-    scales_none = getattr(comfy.model_sampling, "V_PREDICTION_DDPM", ())  # since ComfyUI knows CogVideoX
-    own = isinstance(model.inner_model.inner_model.model_sampling, scales_none)
-    return sample_euler(at_unit_variance if own else model, x, sigmas, **options)
+    return sample_euler(at_unit_variance(model), x, sigmas, **options)
 
 
 def _walk(

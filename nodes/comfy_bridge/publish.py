@@ -20,6 +20,7 @@ from .forward import call_shape, forward_state
 from .hook import WRAPPER_KEY, Hook, take_off
 from .measure import computed_twice
 from .model_call import ModelCall, around_model
+from .replaced_blocks import counting_blocks
 from .second_model import hook_in_charge, leave_alone
 from .window import Window, branches_of, step_of, steps_of, whole_steps, why_windows_move
 
@@ -56,7 +57,7 @@ def publish_layout(hook: Hook) -> Any:
         _prepare(acting, state, call)
 
         def run(state: ForwardState) -> Tensor:
-            return replace(call, options={**call.options, FORWARD_KEY: state}).run()
+            return replace(call, options={**counting_blocks(call.options, state), FORWARD_KEY: state}).run()
 
         if acting.report.measure is not None and _wanted(acting.report.measure, acting.window, state, call):
             return computed_twice(acting.report.measure, run, state, call.x.device)
@@ -103,12 +104,13 @@ def _prepare(hook: Hook, state: ForwardState, call: ModelCall) -> None:
     if hook.make is not None:
         return
     previous: Override | None = call.options[OVERRIDE].replaces
+    name = function_name(previous) if previous else ""
     # What a trial calls is no call of the model: it gets the forward's options without our own.
-    beside = {"transformer_options": {key: value for key, value in call.options.items() if key != OVERRIDE}}
-
-    dense = DenseCall(optimized_attention, previous, None, beside, function_name(previous) if previous else "")
+    beside = {key: value for key, value in call.options.items() if key != OVERRIDE}
 
     def dense_of(layer: int) -> DenseCall:
+        options = {"transformer_options": {**beside, **state.named(layer)}}
+        dense = DenseCall(optimized_attention, previous, None, options, name)
         return dense.as_the_file_asks(state.file_attention.get(layer), video=True)
 
     shape = call_shape(hook.family, call.model, call.x)

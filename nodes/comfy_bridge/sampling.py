@@ -17,6 +17,7 @@ from ...efficient_vdit_core.sampling import consistency_sigmas, sample_consisten
 from ...efficient_vdit_core.sampling.presets import PRESETS, cut, parse_sigmas
 from .distilled import LOADED_MODEL, model_metadata
 from .paths import checkpoint_files, checkpoint_path
+from .unit_variance import at_unit_variance
 
 log = logging.getLogger("efficient_vdit")
 
@@ -27,6 +28,12 @@ PRESET_NAMES = [SEGMENTS, FROM_CHECKPOINT, MANUAL, *PRESETS]
 def checkpoint_names() -> list[str]:
     """The loaded model, then the files that may say what they were distilled for."""
     return [LOADED_MODEL, *checkpoint_files()]
+
+
+def checkpoint_changed(name: str) -> float:
+    """When the file behind a name of `checkpoint_names` was changed; 0 where there is none."""
+    path = None if name == LOADED_MODEL else checkpoint_path(name)
+    return path.stat().st_mtime if path else 0.0
 
 
 def checkpoint_metadata(model: Any, name: str) -> DistillMetadata:
@@ -126,7 +133,7 @@ def _sample(
 
     with torch.no_grad():
         return sample_consistency(
-            model,
+            at_unit_variance(model),
             x,
             sigmas,
             extra_args,

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .replaced_blocks import replaced_blocks
+
 # A step may lie on the window's edge; schedule and window round it in their own ways.
 _ROUNDING = 1 + 1e-4
 STILL = ("standard_static", "batched")  # context windows that are the same in every step
@@ -124,7 +126,8 @@ def why_windows_move(base_model: Any, options: dict[str, Any]) -> str:
 
 
 def branches_of(options: dict[str, Any], batch: int) -> tuple[tuple[Any, int], ...]:
-    """The prompts in a forward's batch: what tells each from others, its context window included, and its rows.
+    """The prompts in a forward's batch: what tells each from others, and its rows. Its context window does too, and the blocks
+    that other nodes replace: guidance may ask a prompt once more without some of them.
 
     () where ComfyUI does not say, or the batch does not share out evenly.
     """
@@ -133,4 +136,4 @@ def branches_of(options: dict[str, Any], batch: int) -> tuple[tuple[Any, int], .
         return ()
     window = options.get("context_window")
     frames = tuple(getattr(window, "index_list", ())) if window is not None else ()
-    return tuple(((name, frames), batch // len(names)) for name in names)
+    return tuple(((name, frames, replaced_blocks(options)), batch // len(names)) for name in names)

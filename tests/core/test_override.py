@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from einops import rearrange
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention import override as override_file
 from efficient_vdit_core.attention import prepare as prepare_file
+from efficient_vdit_core.attention.call_shape import CallShape
+from efficient_vdit_core.attention.dense_call import DenseCall
 from efficient_vdit_core.attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.attention.trial import Choice
@@ -157,6 +160,58 @@ def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend):
     assert used == ["frames"] and report.sparse == 1
     assert measured == (["attention_sdpa"] if backend == "auto" else [])
     assert report.trials == ({"1:4": "dense 1.00, frames 2.00"} if backend == "auto" else {})
+
+
+def test_another_node_s_attention_that_fails_in_a_trial_does_not_end_the_run(monkeypatch, caplog):
+    def trial(*_, dense):
+        q = torch.randn(1, 2, 7, 16)
+        return Choice("frames", {"frames": 1.0}) if dense(q, q, q) is None else None
+
+    def reads(func, *args, transformer_options, **kwargs):
+        assert transformer_options["block_of_this_call"] == 0
+        return func(*args, **kwargs)
+
+    monkeypatch.setattr(prepare_file, "measured_choice", trial)
+    override = make_attention_override(TilePlan.uniform(1), AttentionReport(), previous=reads)
+    with pytest.raises(KeyError):  # what it asks for is there while the model runs
+        call(override, flat(), ForwardState(LAYOUT, settled=True))
+    preparation = prepare_file.Preparation(TilePlan.uniform(1), AttentionReport())
+    dense = DenseCall(sdpa_attention, reads, None, {"transformer_options": {}}, "reads")
+    shape = CallShape(2, 2, 16, torch.float32, torch.device("cpu"))
+    assert set(preparation.settle(shape, LAYOUT, TilePattern(1), dense).values()) == {"frames"}
+    assert (
+        "reads over sdpa_attention cannot be timed before the model runs (KeyError: 'block_of_this_call')"
+        in caplog.text
+    )
+    with pytest.raises(TypeError):  # ComfyUI's own attention has no reason to fail
+        preparation.settle(replace(shape, heads=1), LAYOUT, TilePattern(1), replace(dense, previous=None, func=None))
+
+
+def test_layers_are_counted_past_blocks_that_were_left_out():
+    state = ForwardState(LAYOUT, depth=4, heads=2)
+    assert [state.next_layer({}, 2) for _ in range(2)] == [0, 1]
+    state.count_from(3)
+    assert [state.next_layer({}, 2) for _ in range(2)] == [3, None]
+    streams = ForwardState(LAYOUT, depth=3, order=(0, 0, 1, 2, 2))
+    streams.count_from(1)
+    assert [streams.next_layer({}) for _ in range(4)] == [1, 2, 2, None]
+
+
+def test_a_layer_that_attends_again_is_told_from_its_first_call():
+    state = ForwardState(LAYOUT, depth=2, heads=4, order=(0, 0, 1))
+    seen = []
+    for index, heads in ((0, 3), (0, 1), (0, 4), (1, 2), (1, 2)):
+        layer = state.next_layer({"block_index": index}, heads)
+        seen.append((layer, state.visit, state.first_head))
+    assert seen == [(0, 0, 0), (0, 0, 3), (0, 1, 0), (1, 0, 0), (1, 0, 2)]
+    assert state.places([0, 1]) == [(0, 0), (0, 1), (1, 0)]
+    assert state.again().next_layer({"block_index": 0}, 4) == 0 and state.again().visit == 0
+
+
+@pytest.mark.parametrize("offsets", [{"": 0}, {"double": 0, "single": 3}, {"double": 0}])
+def test_what_the_model_says_of_a_layer_is_read_as_that_layer(offsets):
+    state = ForwardState(LAYOUT, depth=5, offsets=offsets)
+    assert [state.given_layer(state.named(layer)) for layer in range(5)] == list(range(5))
 
 
 def test_measurements_over_another_override_are_kept_apart(monkeypatch):

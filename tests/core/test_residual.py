@@ -6,14 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from efficient_vdit_core.attention import TokenLayout, residual, tile_attention
+from efficient_vdit_core.attention import TokenLayout, prepare, residual, tile_attention
 from efficient_vdit_core.attention.call_shape import CallShape
+from efficient_vdit_core.attention.dense_call import DenseCall
 from efficient_vdit_core.attention.override import attention_override
 from efficient_vdit_core.attention.prepare import Preparation
 from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.attention.residual import ResidualCache
+from efficient_vdit_core.attention.sdpa import sdpa_attention
 from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.summary import density_of_run
+from efficient_vdit_core.attention.trial import Choice
 from efficient_vdit_core.commands.generate import make_video
 from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.pipeline import Pipeline
@@ -27,6 +30,7 @@ HEADS, DIM, STEPS = 4, 8, 20
 MIXED = by_head([TilePattern(1, window=1), TilePattern(2), TilePattern(2), TilePattern(None)])
 PLAN = TilePlan(patterns=(TilePattern(1), MIXED, TilePattern(None)), heads=HEADS)
 SHAPE = CallShape(1, HEADS, DIM, torch.float32, torch.device("cpu"))
+EIGHT = [(layer, 0) for layer in range(8)]
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +171,7 @@ def test_nothing_is_kept_after_a_run():
     run = Run(4)
     run.forward(0, (0, 1))
     kept = run.preparation.residual.kept
-    assert {layer for _, layer in kept} == {0, 1} and all(
+    assert {place for _, place in kept} == {(0, 0), (1, 0)} and all(
         x.shape == (1, HEADS, LAYOUT.tokens, DIM) for x in kept.values()
     )
     run.preparation.forget()
@@ -189,14 +193,14 @@ def test_schedules_that_it_is_not_for_stay_as_they_are(caplog, steps, reason):
 
 def test_a_call_of_another_size_stays_without():
     cache = ResidualCache(2)
-    forward = cache.begin([("a", 1)], [0], 0, SHAPE, 10)
+    forward = cache.begin([("a", 1)], [(0, 0)], 0, SHAPE, 10)
     sparse, exact = torch.zeros(1, HEADS, 10, DIM), torch.ones(1, HEADS, 10, DIM)
-    assert torch.equal(forward.attend(0, 0, lambda: sparse, lambda: exact), exact)
+    assert torch.equal(forward.attend((0, 0), 0, lambda: sparse, lambda: exact), exact)
     for other in (torch.zeros(2, HEADS, 10, DIM), torch.zeros(1, HEADS, 11, DIM), torch.zeros(1, HEADS, 10, 2 * DIM)):
-        assert forward.attend(0, 0, lambda other=other: other, lambda: exact) is other
-    assert forward.attend(5, 0, lambda: sparse, lambda: exact) is sparse and forward.unlike == 4
+        assert forward.attend((0, 0), 0, lambda other=other: other, lambda: exact) is other
+    assert forward.attend((5, 0), 0, lambda: sparse, lambda: exact) is sparse and forward.unlike == 4
     shorter = torch.zeros(1, 2, 7, DIM)  # without padding, and two of the heads
-    cache.begin([("a", 1)], [0], 1, SHAPE, 10).attend(0, 2, lambda: shorter, lambda: exact)
+    cache.begin([("a", 1)], [(0, 0)], 1, SHAPE, 10).attend((0, 0), 2, lambda: shorter, lambda: exact)
     assert bool((shorter == 1).all())
 
 
@@ -220,7 +224,7 @@ def test_it_takes_half_precision_where_memory_is_short(monkeypatch, caplog, free
     monkeypatch.setattr(residual, "free_bytes", lambda *_: free)
     caplog.set_level("INFO", "efficient_vdit")
     cache = ResidualCache(2)
-    cache.begin([("a", 1), ("b", 1)], range(8), 0, SHAPE, 1000)
+    cache.begin([("a", 1), ("b", 1)], EIGHT, 0, SHAPE, 1000)
     assert {x.dtype for x in cache.kept.values()} == {place}
     assert "cached residual takes" in caplog.text and "8 layers, 2 prompts" in caplog.text
 
@@ -231,7 +235,7 @@ def test_it_is_refused_with_the_number_where_there_is_no_room(monkeypatch):
         ValueError,
         match=r"cached residual takes about 3.9 MiB of memory, 3.8 MiB may be taken: 75% of .* Set residual_every to 0",
     ):
-        ResidualCache(2).begin([("a", 1)], range(8), 0, SHAPE, 8000)
+        ResidualCache(2).begin([("a", 1)], EIGHT, 0, SHAPE, 8000)
 
 
 def test_prompts_and_windows_that_come_one_by_one_count_together(monkeypatch):
@@ -239,14 +243,14 @@ def test_prompts_and_windows_that_come_one_by_one_count_together(monkeypatch):
     monkeypatch.setattr(residual, "free_bytes", lambda *_: 4_000_000)
     cache = ResidualCache(2)
     for name in "ab":
-        cache.begin([(name, 1)], range(8), 0, SHAPE, 1000)
+        cache.begin([(name, 1)], EIGHT, 0, SHAPE, 1000)
     assert cache.taken == {torch.device("cpu"): 2_048_000}
-    cache.begin([("c", 1)], range(8), 0, SHAPE, 900)  # 2,969,600 with it
-    assert cache.room([("d", 1)], range(1), SHAPE, 100).dtype is torch.float32
+    cache.begin([("c", 1)], EIGHT, 0, SHAPE, 900)  # 2,969,600 with it
+    assert cache.room([("d", 1)], EIGHT[:1], SHAPE, 100).dtype is torch.float32
     with pytest.raises(ValueError, match="about 3.3 MiB of memory, 2.9 MiB may be taken"):
-        cache.begin([("d", 1)], range(8), 0, SHAPE, 1000)  # 512,000 more in half precision
+        cache.begin([("d", 1)], EIGHT, 0, SHAPE, 1000)  # 512,000 more in half precision
     cache.clear()
-    cache.begin([("d", 1)], range(8), 0, SHAPE, 1000)
+    cache.begin([("d", 1)], EIGHT, 0, SHAPE, 1000)
 
 
 def test_a_gpu_keeps_half_of_what_is_free_and_main_memory_a_quarter(monkeypatch):
@@ -255,7 +259,7 @@ def test_a_gpu_keeps_half_of_what_is_free_and_main_memory_a_quarter(monkeypatch)
     shape, cache = CallShape(1, HEADS, DIM, torch.float32, torch.device("cuda:0")), ResidualCache(2)
 
     def place(beside=0, tokens=1000):
-        room = cache.room([("a", 1)], range(8), shape, tokens, beside)
+        room = cache.room([("a", 1)], EIGHT, shape, tokens, beside)
         return str(room.device), room.dtype, room.size
 
     assert place() == ("cuda:0", torch.float32, 1_024_000)
@@ -332,3 +336,14 @@ def test_main_memory_is_pinned_for_a_gpu_where_the_system_allows_it(monkeypatch,
     monkeypatch.setattr(torch, "zeros", zeros)
     got = residual._zeros((2, 3), torch.float32, torch.device("cpu"), torch.device("cuda"))
     assert got.shape == (2, 3) and asked == ([True] if allowed else [True, False])
+
+
+def test_layers_that_were_measured_faster_dense_keep_nothing(monkeypatch):
+    """They would hold memory for what they never compute."""
+    for faster, kept in (("dense", 0), ("frames", 2)):
+        choice = Choice(faster, {"dense": 2.0, "frames": 2.0, faster: 1.0})
+        monkeypatch.setattr(prepare, "measured_choice", lambda *_, choice=choice, **__: choice)
+        preparation = Preparation(PLAN, AttentionReport(), residual_every=4, decline_slow=True)
+        state = ForwardState(LAYOUT, depth=3, heads=HEADS, steps=STEPS, branches=(("a", 1),))
+        preparation.before_forward(state, [SHAPE], lambda layer: DenseCall(sdpa_attention, None, None, {}))
+        assert len(preparation.residual.kept) == kept

@@ -94,7 +94,7 @@ def where_frames_stand(model, case: Case) -> list[list[int]]:
         return seen[0]
 
     before, last = first_queries(None), case.latent[1] - 1
-    moved = [min((t + 1) * case.patch_t - 1, last) for t in range(frames)]
+    moved = [min((case.before + t + 1) * case.patch_t - 1, last) for t in range(frames)]
     return [(first_queries(t) != before).any(-1).any(0).nonzero().flatten().tolist() for t in moved]
 
 

@@ -115,6 +115,7 @@ class Case:
         conds: entries of the conditioning.
         padding: where masked text stands in the sequence.
         patch_t: latent frames in a token.
+        before: latent frames that stand before the video and are none of it.
         requires: a module of ComfyUI, or a name in one; a version that has not got it skips the case.
         left_dense: nothing of it can become sparse.
         single: one video and no guidance, where ComfyUI itself takes no more.
@@ -132,6 +133,7 @@ class Case:
     audio: tuple[int, ...] = ()
     padding: range = range(0)
     patch_t: int = 1
+    before: int = 0
     requires: str = ""
     left_dense: bool = False
     batch: int = 2
@@ -240,8 +242,8 @@ def _cases() -> dict[str, Case]:
             "reference_latents": [noise(1, 16, 1, 4, 8)] * 3, "pose_video_latent": noise(1, 16, 5, 2, 4), "ref_mask_flag": False,
             "driving_mask_28ch": noise(1, 5, 28, 2, 4), "ref_mask_28ch": noise(1, 8, 28, 4, 8)}),
         "wan causal": Case("WAN21_CausalAR_T2V", WAN, even, (0, 5, 6, 0), left_dense=True),
-        "wan animate": Case("WAN22_Animate", {**WAN, "model_type": "animate", "in_dim": 36, "num_layers": 5}, even, (0, 5, 6, 0),
-                            tuple(range(5)), conds={"pose_video_latent": noise(1, 16, 4, 4, 6)}, batch=1),
+        "wan animate": Case("WAN22_Animate", {**WAN, "model_type": "animate", "in_dim": 36, "num_layers": 5}, even, (6, 4, 6, 0),
+                            tuple(range(5)), conds={"pose_video_latent": noise(1, 16, 4, 4, 6)}, batch=1, before=1),
     }  # fmt: skip
     text_first = comfyui_version() >= (0, 14)
 

@@ -1,0 +1,104 @@
+"""Forwards in which a layer attends twice (VACE) or not at all (skip layer guidance). Prints JSON."""
+
+import json
+import sys
+from dataclasses import replace
+
+from host import call, load_pack, torch  # isort: skip
+import comfy.samplers  # isort: skip
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT  # isort: skip
+from tiny_models import CASES, build, inputs, missing, noise  # isort: skip
+
+pack = load_pack()
+
+
+def module(name):
+    return next(m for full, m in sys.modules.items() if full.endswith(name))
+
+
+plans, states = module("efficient_vdit_core.plan"), module("attention.state")
+mass, probe = module("search.tile_mass"), module("comfy_bridge.probe")
+
+
+def run(model, case, steps=16):
+    x, asked, _ = inputs(case)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(asked, [[asked[0][0] * 0.5, asked[0][1]]])
+    guider.set_cfg(2.0)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    start = x - x if x.is_nested else torch.zeros_like(x)
+    with torch.inference_mode():
+        return guider.sample(x, start, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
+
+
+def sparse(model, plan, **changes):
+    settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0, **changes}
+    return call(pack["EVDiTSparseAttention"], model=model, plan=plan, **settings)[0]
+
+
+def skipping(model, layers):
+    return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, layers, "").args[0]
+
+
+def distances(model, case, plan, around=lambda m: m):
+    """From the dense clip: of the sparse one, and with a residual renewed every fourth step."""
+    exact = run(around(model), case)
+    found = [run(around(sparse(model, plan, residual_every=every)), case) for every in (0, 4)]
+    return [float((clip - exact).norm() / exact.norm()) for clip in found]
+
+
+def layers_seen(name):
+    """The layer that each call of a step is taken for, where guidance asks once more without layer 0."""
+    case, seen = CASES[name], []
+    original = states.ForwardState.next_layer
+
+    def next_layer(self, options, heads=0):
+        seen.append(original(self, options, heads))
+        return seen[-1]
+
+    states.ForwardState.next_layer = next_layer
+    try:
+        run(skipping(sparse(build(case), plans.TilePlan.uniform(1)), "0"), case, steps=1)
+    finally:
+        states.ForwardState.next_layer = original
+    return seen
+
+
+def tile_map(model, case):
+    """How many calls the tile map measures, and the layers that it tells of."""
+    found, original = [], mass.tile_mass
+    mass.tile_mass = lambda *args, **kwargs: found.append(original(*args, **kwargs)) or found[-1]
+    x, asked, _ = inputs(case)
+    try:
+        kept = probe.measure_tiles(model, asked, {"samples": x}, layers=(0, 1, 2, 3), percent=0.5, seed=0, rows=64)
+    finally:
+        mass.tile_mass = original
+    return len(found), list(kept)
+
+
+one = plans.TilePlan.uniform(1)
+vace = CASES["wan vace"]
+frames, size = vace.latent[1], vace.latent[2:]
+vace = replace(
+    vace,
+    conds={
+        "vace_frames": [noise(1, 32, frames, *size)], "vace_mask": [torch.ones(1, 64, frames, *size)], "vace_strength": [1.0],
+    },
+)  # fmt: skip
+tiny_vace, wan = build(vace), build(CASES["wan"])
+uneven = plans.TilePlan(
+    patterns=tuple(module("efficient_vdit_core.tiles").TilePattern(k) for k in (1, 0, 2, 0, 1, None))
+)
+ltx = replace(CASES["ltx"], settings={**CASES["ltx"].settings, "num_layers": 6})
+facts = {
+    "vace": distances(tiny_vace, vace, one),
+    "vace tile map": tile_map(tiny_vace, vace),
+    "wan, a layer skipped": distances(wan, CASES["wan"], one, lambda m: skipping(m, "1")),
+    "ltx, a layer skipped": distances(build(ltx), ltx, uneven, lambda m: skipping(m, "1")),
+    "layers": {
+        name: layers_seen(name)
+        for name in ("wan", "ltx", "mochi", "h3 with guidance")
+        if name in CASES and not missing(CASES[name])
+    },
+}
+print(json.dumps(facts))
