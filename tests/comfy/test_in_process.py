@@ -71,6 +71,17 @@ def test_the_sampler_warns_only_where_something_works_against_the_model(few_step
     assert warnings["half of it"] == []
 
 
+def test_cogvideox_is_sampled_as_by_its_own_sampler(few_steps):
+    if "cogvideox against its own sampler" not in few_steps:
+        pytest.skip("this ComfyUI has no CogVideoX")
+    assert few_steps["cogvideox against its own sampler"] < 1e-4
+
+
+def test_levels_of_a_checkpoint_are_read_again_where_its_file_has_changed(few_steps):
+    assert few_steps["marks"] == [0.0] * 4
+    assert few_steps["mark of a file"] == few_steps["when it was changed"]
+
+
 @pytest.mark.parametrize("size", ["even", "odd"])
 def test_a_tiny_wan_equals_the_masked_oracle(in_process, size, _cache={}):  # noqa: B006
     if not _cache:

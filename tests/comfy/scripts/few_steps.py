@@ -1,11 +1,13 @@
 """Presets, metadata and warnings of the few-step nodes. Prints JSON."""
 
 import json
+import pathlib
 import sys
 
 from host import call, load_pack, torch  # isort: skip
 import comfy.model_sampling as ms  # isort: skip
 import comfy.samplers  # isort: skip
+from tiny_models import CASES, build, inputs, missing  # isort: skip
 
 pack = load_pack()
 (model,) = call(pack["EVDiTModelLoader"], model_name="tiny (built in)", weight_dtype="default")
@@ -48,9 +50,9 @@ wrong = {
     "no metadata": {"preset": "from checkpoint"},
     "empty part": {"start_step": 4},
 }
-for name, inputs in wrong.items():
+for name, changes in wrong.items():
     try:
-        levels(model, **inputs)
+        levels(model, **changes)
         facts["refused"][name] = False
     except ValueError as error:
         facts["refused"][name] = len(str(error)) > 20
@@ -65,4 +67,35 @@ for name, (source, steps, cfg, gamma) in cases.items():
     guider.inner_model = source.model
     sigmas = torch.tensor(levels(model, segments=steps, steps=steps))
     facts["warnings"][name] = bridge.remarks(guider, sigmas[:3] if name == "half of it" else sigmas, gamma)
+
+
+def on_cogvideox(sampler):
+    """A clip of CogVideoX, whose network takes latents at unit variance and whose schedule scales none."""
+    x, asked, _ = inputs(CASES["cogvideox"])
+    guider = comfy.samplers.CFGGuider(cogvideox)
+    guider.set_conds(asked, asked)
+    guider.set_cfg(1.0)
+    with torch.inference_mode():
+        return guider.sample(
+            x, torch.zeros_like(x), sampler, torch.tensor(levels(cogvideox)), disable_pbar=True, seed=0
+        )
+
+
+if not missing(CASES["cogvideox"]):
+    from comfy_extras.nodes_void import VOID_DDIM
+
+    cogvideox, ours = build(CASES["cogvideox"]), call(pack["EVDiTConsistencySampler"], gamma=0.0, noise_seed=0)[0]
+    stock = on_cogvideox(VOID_DDIM())
+    facts["cogvideox against its own sampler"] = float((on_cogvideox(ours) - stock).abs().max() / stock.abs().max())
+
+node = pack["EVDiTConsistencySigmas"]
+marks = [node.fingerprint_inputs(preset="from checkpoint", checkpoint=source) for source in (bridge.LOADED_MODEL, None)]
+facts["marks"] = [
+    *marks,
+    node.fingerprint_inputs(model=None, segments=4),
+    node.fingerprint_inputs(preset="segments", checkpoint="x"),
+]
+original, bridge.checkpoint_path = bridge.checkpoint_path, lambda _: pathlib.Path(__file__)
+facts["mark of a file"] = node.fingerprint_inputs(preset="from checkpoint", checkpoint="x", model=None)
+bridge.checkpoint_path, facts["when it was changed"] = original, pathlib.Path(__file__).stat().st_mtime
 print(json.dumps(facts))
