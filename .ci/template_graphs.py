@@ -50,7 +50,9 @@ class Graph:
     note: str
     nodes: dict[str, Node]  # by a name of their own, from top to bottom in each column
     columns: tuple[str, ...] = COLUMNS  # titles of the groups
-    app: tuple[tuple[str, str], ...] = ()  # of a template that opens as an app: node and widget of each input
+    app: tuple[
+        tuple[str, str, str], ...
+    ] = ()  # of a template that opens as an app: node, widget and label of each input
 
 
 def model(directory: str, url: str, name: str = "") -> dict[str, str]:
@@ -103,7 +105,8 @@ def experts_share(plan: str, frames: int, layers: int) -> tuple[str, str]:
     """What Wan 2.2's two experts compute of the self-attention: each for a note, in all 2 + 2 steps for a picture."""
     high, low = (TilePlan.from_text(plan).with_dense(dense).density(frames, layers) for dense in (HIGH_NOISE_DENSE, ""))
     each = f"of the self-attention the high-noise one computes {high:.0%} after a dense first step, the low-noise one {low:.0%}"
-    return each, f"{(1 + high + 2 * low) / 4:.0%} of the attention"
+    overall = f"{(1 + high + 2 * low) / 4:.0%}"
+    return f"{each}; over all four steps {overall}", f"{overall} of their attention"
 
 
 def note(plan: Node, title: str, what: str, files: str, cost: str, tip: str, needs: str = "0.3.60") -> str:
@@ -217,7 +220,7 @@ def wan21() -> Graph:
         "The look of full attention with small changes of motion. The LoRA sets the quality of 4 steps; it was not trained for a plan.",
     )
     caption = ("Wan 2.1 14B", "81 frames, 832x480", f"4 steps, {part(plan, 21, 40)}")
-    return Graph("wan21_sparse_4_steps", "Wan 2.1 14B faster, sparse, 4 steps", caption, text, nodes)
+    return Graph("wan21_sparse_4_steps", "Wan 2.1 14B faster, text, 4 steps", caption, text, nodes)
 
 
 def wan22() -> Graph:
@@ -252,7 +255,7 @@ def wan22() -> Graph:
         "*Sparse Attention* where motion still falls apart.",
     )
     caption = ("Wan 2.2 14B", "81 frames, 832x480", f"4 steps, {overall}")
-    return Graph("wan22_sparse_4_steps", "Wan 2.2 14B faster, sparse, 4 steps", caption, text, nodes, WAN22_COLUMNS)
+    return Graph("wan22_sparse_4_steps", "Wan 2.2 14B faster, text, 4 steps", caption, text, nodes, WAN22_COLUMNS)
 
 
 def _wan22_expert(noise: str, split: str) -> tuple[dict[str, Node], list[dict[str, str]]]:
@@ -336,7 +339,7 @@ def hunyuan() -> Graph:
         "The same scene as with full attention; fine motion differs. More reference frames hold it closer.",
     )
     caption = ("HunyuanVideo", "73 frames, 848x480", part(plan, 19, 60))
-    return Graph("hunyuan_video_sparse", "HunyuanVideo faster, sparse", caption, text, nodes)
+    return Graph("hunyuan_video_sparse", "HunyuanVideo faster, text, 20 steps", caption, text, nodes)
 
 
 def downloaded_graphs() -> Iterator[Graph]:

@@ -133,6 +133,7 @@ def ui_workflow(graph: Graph, info: dict[str, Any], heights: Heights) -> dict[st
     first = sum(room(node, info, heights) for node in graph.nodes.values() if node.column == 0) - ROW
     note, start = note_node(graph, len(graph.nodes) + 1, first)
     nodes, where = {}, {c: start if c == 0 else 0 for c in range(9)}
+    labels = {(node, widget): {"label": label} for node, widget, label in graph.app}
     for order, (key, node) in enumerate(graph.nodes.items()):
         inputs, values = inputs_of(info, node.kind), []
         slots: list[dict[str, Any]] = []
@@ -143,7 +144,7 @@ def ui_workflow(graph: Graph, info: dict[str, Any], heights: Heights) -> dict[st
             elif widget:
                 if name not in prompt[str(numbers[key])]["inputs"]:
                     continue
-                slot["widget"] = {"name": name}
+                slot |= {"widget": {"name": name}, **labels.get((key, name), {})}
                 values += [prompt[str(numbers[key])]["inputs"][name]] + (["fixed"] if control else [])
             slots.append(slot)
         ours = node.kind.startswith("EVDiT")
@@ -193,7 +194,7 @@ def app_mode(graph: Graph, numbers: dict[str, int]) -> dict[str, Any]:
     """What makes the page open a template as an app: its inputs and outputs."""
     if not graph.app:
         return {}
-    inputs = [[str(numbers[node]), widget] for node, widget in graph.app]
+    inputs = [[str(numbers[node]), widget] for node, widget, _ in graph.app]
     outputs = [str(numbers[key]) for key, node in graph.nodes.items() if node.kind.startswith("Save")]
     return {"linearMode": True, "linearData": {"inputs": inputs, "outputs": outputs}}
 
@@ -220,9 +221,14 @@ def note_node(graph: Graph, number: int, first: int) -> tuple[dict[str, Any], in
         "id": number, "type": "MarkdownNote", "pos": [left, TITLE], "size": [width, note_height(graph, width)], "flags": {},
         "order": 0, "mode": 0, "inputs": [], "outputs": [], "title": "About this workflow",
         "properties": {"cnr_id": "comfy-core", "ver": CORE_VERSION},
-        "widgets_values": [graph.note],
+        "widgets_values": [without_code(graph.note)],
     }  # fmt: skip
     return note, start if above else 0
+
+
+def without_code(text: str) -> str:
+    """Names in bold: Nodes 2.0 shows a note's code in dark blue on a coloured ground, which nobody can read."""
+    return re.sub("`([^`]+)`", lambda name: f"**{name[1].replace('~', chr(92) + '~')}**", text)
 
 
 def note_height(graph: Graph, width: int) -> int:

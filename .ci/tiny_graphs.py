@@ -11,10 +11,16 @@ from efficient_vdit_core.distill.metadata import read_metadata
 
 TINY, FEW_STEPS, FEW_STEPS_SPARSE = (f"{name.replace('-', ' ')} (built in)" for name in assets.TINY_MODELS)
 
-TINY_NOTE = """## Tiny text to video
+# What none of the templates may leave open, since all of them compare.
+TOO_SMALL = """**This model is too small to get faster**: attention is hardly a part of its step. It shows what changes in the \
+picture, not the speed; for that take the templates from 07 on."""
+
+TINY_NOTE = f"""## Tiny text to video
 
 Makes 29 frames of 64x64 coloured shapes from a sentence, with sparse attention, on a CPU. All weights ship with the pack; nothing is \
 downloaded. Needs ComfyUI 0.3.60 or newer.
+
+{TOO_SMALL}
 
 **Prompt**: a shape (circle, square, triangle ...), a colour, a direction, a speed and a background, such as
 *a red circle moving right fast on a white background*.
@@ -27,22 +33,26 @@ chart and the log tell how many attention calls became sparse.
 and cfg 1."""
 
 
-COMPARE_NOTE = """## Dense beside sparse, on the tiny model
+COMPARE_NOTE = f"""## Dense beside sparse, on the tiny model
 
 Samples the same prompt and noise twice, with full attention and with the plan, and compares the two videos frame by frame. All weights \
 ship with the pack; about a minute on a CPU. Needs ComfyUI 0.3.60 or newer.
+
+{TOO_SMALL}
 
 **Read the picture**: both videos, their difference (brightened), PSNR over time. *What became sparse* tells how many calls followed the \
 plan and why others did not.
 
 **Try**: fewer reference frames in *Tile Plan*, or layers 0 and -1 kept full with the line `all:1 0:full -1:full`."""
 
-SEARCH_NOTE = """## Search a plan and keep it
+SEARCH_NOTE = f"""## Search a plan and keep it
 
 On the tiny model: it runs with full attention at three noise levels, tries few or many reference frames, with and without neighbours \
 (`1~1`: up to 1 frame away) and the mean of the frames left out (`1+1`), on every head of every layer, and takes the cheapest patterns \
 whose error stays under the threshold. With `head_groups` 1 and `candidates` 1,2,4 it is the layer-wise search of the paper. All weights \
 ship with the pack; under a minute on a CPU. Needs ComfyUI 0.3.60 or newer.
+
+{TOO_SMALL}
 
 **The plan** is drawn in the node after the run and saved in `models/evdit_plans` (use *Load Tile Plan* next time). *Errors of each layer* \
 is the table behind the choice; set the threshold between the layers that are to stay full and the others, or give a target speed-up.
@@ -82,11 +92,13 @@ SEARCH_COLUMNS = ("1 Model and prompt", "2 Search", "3 Sampling and map", "4 Vid
 MAP_COLUMNS = ("1 Model", "2 Plan and prompts", "3 Measure", "4 Result")
 
 # model, size, gain
-APP_NOTE = """## Before and after, as an app
+APP_NOTE = f"""## Before and after, as an app
 
 Opens in App Mode: type a prompt, choose how many reference frames stay (fewer is faster and changes more) and how long the clip is, and \
 run. The same noise gives the video twice, side by side: full attention left, sparse attention right. All weights ship with the pack; \
 seconds on a CPU. Needs ComfyUI 0.25.0 or newer.
+
+{TOO_SMALL}
 
 **A slider** stands at the end, in Nodes 2.0 (the classic canvas has none): leave App Mode and move the mouse over *Dense | sparse*. Full \
 attention is left of the line, sparse right; the arrows choose the frame of each.
@@ -248,7 +260,11 @@ def tiny_app() -> Graph:
         ),
         "slider": Node("ImageCompare", 4, {}, {"image_a": ("decode_dense", 0), "image_b": ("decode", 0)}, "Dense | sparse"),
     }  # fmt: skip
-    inputs = (("positive", "text"), ("plan", "reference_frames"), ("latent", "length"))
+    inputs = (
+        ("positive", "text", "prompt"),
+        ("plan", "reference_frames", "reference frames (fewer = faster, changes more)"),
+        ("latent", "length", "frames"),
+    )
     return Graph("tiny_app", "Tiny, before and after", APP_CAPTION, APP_NOTE, nodes, COMPARE_COLUMNS, inputs)
 
 
