@@ -127,6 +127,23 @@ def test_what_a_later_stage_would_refuse_is_refused_at_once(calls, tmp_path, mon
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"knowledge_training": {"host_average": True}}, "host_average is true, but under FSDP2"),
+        ({"model": {"host_teacher": True}}, "host_teacher is true, but under FSDP2"),
+        ({"knowledge_training": {"optimizer": "adamw8bit"}}, "do not know FSDP2's sharded weights"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_of_sharded_weights_is_refused_at_once(
+    calls, tmp_path, monkeypatch, values, message
+):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **values).run()
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
         ({"order": "backwards"}, "order is 'backwards'"),
         ({"table": {}}, "'table'"),
         ({"search": {"k": 1}}, "'k'"),

@@ -26,7 +26,7 @@ from ..objectives.consistency import ConsistencyConfig
 from ..objectives.knowledge import KnowledgeConfig, merge_deltas
 from .checks import check_hosted, check_loras, check_objective, check_training
 from .export import LORA, result_file
-from .launch import by_first_process, free_memory, launched_processes, make_accelerator
+from .launch import by_first_process, free_memory, launched_processes, launched_sharding, make_accelerator
 from .optimizers import check_optimizer
 from .search_stage import SearchConfig, found_plans, search_plans
 from .sequence_parallel import check_processes, check_shares
@@ -117,10 +117,10 @@ class ThreeStages:
         c.search.check(model.latent_shape(model.size(data.frames, data.height, data.width))[1])
         for stage in self.planned():
             check_training(stage)
-            check_hosted(stage)
+            check_hosted(stage, sharded=launched_sharding())
             check_objective(stage, model, describe(stage, model))
             check_loras(stage, model)
-            check_optimizer(stage)
+            check_optimizer(stage, sharded=launched_sharding())
             check_data(stage, model)
             check_shares(stage, model)
             check_processes(stage, launched_processes())
