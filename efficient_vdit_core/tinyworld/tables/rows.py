@@ -8,7 +8,7 @@ from typing import Any
 
 from ...distill.config import FREE
 from ...distill.runs.recipe import RecipeConfig
-from ..record import claim_folder
+from ...folder_record import claim_folder
 
 PLACES = FREE | {"data.cache"}
 

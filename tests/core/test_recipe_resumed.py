@@ -1,0 +1,91 @@
+"""A recipe that is started again: with other settings of the search, or with another model."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from efficient_vdit_core.distill.runs import recipe, search_stage, trainer
+from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_distill_trainer import base, small_data  # noqa: E402, F401
+
+pytest.importorskip("accelerate")
+
+
+@pytest.fixture
+def values(base, monkeypatch):  # noqa: F811
+    """A recipe of a step for each training, on the small model."""
+    monkeypatch.setattr(recipe, "prepare_data", trainer.prepare_data)
+    monkeypatch.setattr(recipe, "check_data", lambda config, model: None)
+    monkeypatch.setattr(trainer, "check_data", lambda config, model: None)
+    training = {"steps": 1, "batch": 2, "learning_rate": 0.01}
+    return {
+        "model": {"transformer": str(base), "device": "cpu"},
+        "consistency": {"segments": 2, "teacher_steps": 4},
+        "consistency_training": training,
+        "search": {"captions": 1, "candidates": "1", "thresholds": [10.0]},
+        "knowledge_training": training,
+    }
+
+
+def run(values, folder, **sections):
+    changed = {name: {**values[name], **section} for name, section in sections.items()}
+    return ThreeStages(RecipeConfig.from_dict({**values, **changed}), folder).run()
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """The candidates of each probing run that is made."""
+    found, probe = [], search_stage.probe
+    monkeypatch.setattr(
+        search_stage, "probe", lambda config, *args, **kw: found.append(config.candidates) or probe(config, *args, **kw)
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"candidates": "1,2"}, {"captions": 2}, {"seed": 1}, {"head_groups": 2}],
+    ids=lambda change: next(iter(change)),
+)
+def test_plans_of_another_search_are_not_taken(values, tmp_path, searches, change):
+    run(values, tmp_path / "run")
+    (name,) = change
+    with pytest.raises(
+        ValueError, match=rf"plans was begun with other settings \(search\.{name}: .*delete that folder"
+    ):
+        run(values, tmp_path / "run", search=change)
+    assert searches == ["1"]
+
+
+def test_plans_of_another_teacher_are_not_taken(values, tmp_path):
+    stages = ThreeStages(RecipeConfig.from_dict(values), tmp_path / "run")
+    (plan,) = stages.plans("plans", "").values()
+    weights, entries = read_state_dict(values["model"]["transformer"])
+    other = tmp_path / "other" / "diffusion_pytorch_model.safetensors"
+    save_safetensors(other, {name: 2 * value for name, value in weights.items()}, entries)
+    with pytest.raises(ValueError, match=r"plans was begun with other settings \(model: "):
+        stages.plans("plans", other)
+    (plan.parent / "settings.json").unlink()  # as an earlier version left it
+    assert stages.plans("plans", other) == {"r-10": plan}
+
+
+def test_a_further_target_leaves_the_plans_that_stand(values, tmp_path, searches):
+    run(values, tmp_path / "run")
+    plan = tmp_path / "run" / "plans" / "r-10.json"
+    before = plan.read_bytes(), plan.stat().st_mtime_ns
+    assert list(run(values, tmp_path / "run", search={"thresholds": [10.0, 1e-9]})) == ["r-10", "r-1e-09"]
+    assert (plan.read_bytes(), plan.stat().st_mtime_ns) == before and searches == ["1", "1"]
+
+
+def test_a_search_that_was_stopped_binds_nobody(values, tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(search_stage, "probe", stopped)
+        run(values, tmp_path / "run")
+    assert list(run(values, tmp_path / "run", search={"candidates": "1,2"})) == ["r-10"]
