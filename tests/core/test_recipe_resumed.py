@@ -1,16 +1,20 @@
-"""A recipe that is started again: with other settings of the search, or with another model."""
+"""A recipe that is started again: from another place, with other settings, or with another plan under the same name."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from efficient_vdit_core.distill.runs import recipe, search_stage, trainer
+from efficient_vdit_core.distill.runs.claim import claim_run
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from efficient_vdit_core.plan import TilePlan
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_distill_trainer import base, small_data  # noqa: E402, F401
+from test_distill_trainer import base, config, small_data  # noqa: E402, F401
 
 pytest.importorskip("accelerate")
 
@@ -89,3 +93,48 @@ def test_a_search_that_was_stopped_binds_nobody(values, tmp_path, monkeypatch):
         patched.setattr(search_stage, "probe", stopped)
         run(values, tmp_path / "run")
     assert list(run(values, tmp_path / "run", search={"candidates": "1,2"})) == ["r-10"]
+
+
+def test_a_recipe_goes_on_wherever_its_folder_is(values, tmp_path, monkeypatch):
+    """Named by another path, and moved; what is finished is not made again."""
+    monkeypatch.chdir(tmp_path)
+    (made,) = run(values, Path("runs") / "vdit").values()
+    contents = made[0].read_bytes()
+    monkeypatch.setattr(trainer, "make_objective", None)
+    assert run(values, tmp_path / "runs" / "vdit") == {"r-10": [tmp_path / made[0]]}
+    shutil.move("runs", "elsewhere")
+    assert run(values, tmp_path / "elsewhere" / "vdit")["r-10"][0].read_bytes() == contents
+
+
+def test_a_plan_that_changed_under_a_run_is_refused_by_what_it_computes(base, tmp_path):  # noqa: F811
+    file, folder = tmp_path / "plan.json", tmp_path / "run"
+    TilePlan.uniform(2).save(file)
+    named = config(base, "knowledge", objective={"plan": str(file)})
+    claim_run(named, folder)
+    TilePlan.uniform(1).save(file)
+    with pytest.raises(ValueError, match=r"objective\.plan: 'all:2' -> 'all:1'.*its plan is plan\.json there"):
+        claim_run(named, folder)
+    claim_run(config(base, "knowledge", objective={"plan": str(folder / "plan.json")}), folder)
+    claim_run(config(base, "knowledge", objective={"plan": "2:6"}), folder)
+
+
+def test_weights_that_changed_under_a_run_are_refused(base, tmp_path):  # noqa: F811
+    claim_run(config(base), tmp_path / "run")
+    weights, entries = read_state_dict(base)
+    save_safetensors(base, {name: torch.zeros_like(value) for name, value in weights.items()}, entries)
+    with pytest.raises(ValueError, match=r"model\.transformer: 'weights \w+' -> 'weights \w+'"):
+        claim_run(config(base), tmp_path / "run")
+
+
+def test_a_run_without_a_record_keeps_to_its_paths(base, tmp_path):  # noqa: F811
+    """As an earlier version left it."""
+    first, second, folder = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "run"
+    for file in (first, second):
+        TilePlan.uniform(2).save(file)
+    claim_run(config(base, "knowledge", objective={"plan": str(first)}), folder)
+    for name in ("settings.json", "plan.json"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match=r"objective\.plan: .*a\.json' -> "):
+        claim_run(config(base, "knowledge", objective={"plan": str(second)}), folder)
+    claim_run(config(base, "knowledge", objective={"plan": str(first)}), folder)
+    claim_run(config(base, "knowledge", objective={"plan": str(second)}), folder)

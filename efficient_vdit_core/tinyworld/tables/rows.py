@@ -10,8 +10,6 @@ from ...distill.config import FREE
 from ...distill.runs.recipe import RecipeConfig
 from ...folder_record import claim_folder
 
-PLACES = FREE | {"data.cache"}
-
 
 def claim_rows(folder: Path, recipe: RecipeConfig, **judged: Any) -> None:
     """Raises ValueError where the rows in ``folder`` are another recipe's or were ``judged`` otherwise. Which rows there are may
@@ -27,5 +25,5 @@ def _learnt(recipe: RecipeConfig) -> dict[str, Any]:
     for section, values in asdict(recipe).items():
         if isinstance(values, dict):
             kind = "training" if section.endswith("_training") else section
-            flat |= {f"{section}.{key}": value for key, value in values.items() if f"{kind}.{key}" not in PLACES}
+            flat |= {f"{section}.{key}": value for key, value in values.items() if f"{kind}.{key}" not in FREE}
     return flat
