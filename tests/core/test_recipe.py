@@ -27,7 +27,7 @@ def calls(monkeypatch):
     """Every stage leaves its name in a file instead of training."""
     found = []
 
-    def distill(config, folder):
+    def distill(config, folder, *, any_rate):
         found.append((folder.name, config))
         lora = config.model.train == "lora"
         file = folder / "lora.safetensors" if lora else folder / "transformer" / "diffusion_pytorch_model.safetensors"

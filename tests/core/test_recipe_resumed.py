@@ -106,6 +106,22 @@ def test_a_recipe_goes_on_wherever_its_folder_is(values, tmp_path, monkeypatch):
     assert run(values, tmp_path / "elsewhere" / "vdit")["r-10"][0].read_bytes() == contents
 
 
+def test_a_lower_rate_for_the_plan_that_diverged_leaves_what_is_finished(values, tmp_path, caplog):
+    values["search"]["thresholds"] = [10.0, 1e-9]
+    made = run(values, tmp_path / "run")
+    first, second = (files[0] for files in made.values())
+    contents = first.read_bytes()
+    second.unlink()  # as if it had diverged
+    with pytest.raises(ValueError, match=r"knowledge-r-1e-09 was started with another .*learning_rate: 0\.01 -> 0\.02"):
+        run(values, tmp_path / "run", knowledge_training={"learning_rate": 0.02})
+    assert run(values, tmp_path / "run", knowledge_training={"learning_rate": 0.001}) == made
+    assert first.read_bytes() == contents and second.is_file()
+    told = "knowledge-r-10 was finished with training.learning_rate = 0.01, and is kept as it is."
+    assert told in caplog.messages and (second.parents[1] / "config.1.toml").is_file()
+    with pytest.raises(ValueError, match=r"was made with another configuration .*training\.seed: 0 -> 1"):
+        run(values, tmp_path / "run", knowledge_training={"learning_rate": 0.001, "seed": 1})
+
+
 def test_a_plan_that_changed_under_a_run_is_refused_by_what_it_computes(base, tmp_path):  # noqa: F811
     file, folder = tmp_path / "plan.json", tmp_path / "run"
     TilePlan.uniform(2).save(file)
