@@ -1,4 +1,4 @@
-"""What several processes that train together must decide alike."""
+"""What several processes that train together must decide alike, and what each of them puts into their one checkpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,20 @@ class Anywhere:
     accelerator: Any = None
 
     def __call__(self, flag: bool) -> bool:
-        if self.accelerator is None or self.accelerator.num_processes == 1:
-            return flag
-        flags = self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device, dtype=torch.int32))
-        return bool(flags.any())
+        return bool(self.of_each(torch.tensor([flag], dtype=torch.int32)).any())
+
+    @property
+    def processes(self) -> int:
+        return self.accelerator.num_processes if self.accelerator else 1
+
+    def of_each(self, value: Tensor) -> Tensor:
+        """``value`` (n) of every process, one after the other, on the CPU. Called by all of them, with as many numbers."""
+        if self.processes == 1:
+            return value
+        return self.accelerator.gather(value.to(self.accelerator.device)).cpu()
+
+    def own(self, values: Tensor) -> Tensor:
+        """This process's part of what `of_each` gave."""
+        rank = self.accelerator.process_index if self.accelerator else 0
+        # A copy: from a view that begins within its storage, PyTorch would read another generator's state.
+        return values.view(self.processes, -1)[rank].clone()

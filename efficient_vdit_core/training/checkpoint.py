@@ -12,6 +12,7 @@ from ..files import read_torch, write_torch
 from ..limits.quote import named
 
 _KINDS: dict[str, type] = {"model": dict, "ema": dict, "optimizers": list, "generator": Tensor, "step": int}
+_OPTIONAL: dict[str, type] = {"watch": Tensor}  # earlier versions wrote none
 
 
 def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
@@ -38,7 +39,7 @@ def read_checkpoint(file: Path, names: Collection[str], *, processes: int, rando
     """
     shown = named(str(file))
     state = read_torch(file, f"Delete {shown} to train anew.", mmap=mmap)
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in _KINDS.items()):
+    if not _is_state(state):
         raise ValueError(f"{shown} is no checkpoint of a training run, or a damaged one. Delete it to train anew.")
     count = state["generator"].numel() // random
     if count != processes:
@@ -51,3 +52,10 @@ def read_checkpoint(file: Path, names: Collection[str], *, processes: int, rando
             f"{shown} trains other weights than this run ({len(odd)} differ, such as {named(str(odd[0]))}). Choose another folder."
         )
     return state
+
+
+def _is_state(state: Any) -> bool:
+    if not isinstance(state, dict):
+        return False
+    kinds = _KINDS | {name: kind for name, kind in _OPTIONAL.items() if name in state}
+    return all(isinstance(state.get(name), kind) for name, kind in kinds.items())

@@ -52,11 +52,13 @@ class _Course:
 
 
 class DivergenceWatch:
-    """Follows the loss of a run of ``steps`` steps, a step at a time, and its parts, to name the one that rose. A resumed run
-    settles anew.
+    """Follows the loss of a run of ``steps`` steps, a step at a time, and its parts, to name the one that rose.
 
-    The loss alone decides: a part may rise for good, as the information in a VAE's latents does.
+    The loss alone decides: a part may rise for good, as the information in a VAE's latents does. So of a resumed run the
+    parts settle anew, but never the loss: its scale would be learnt from the very rise that ended the run before.
     """
+
+    NUMBERS = 6  # of a ``state``
 
     def __init__(self, steps: int) -> None:
         self.settling, self.patience = steps_of_watch(SETTLING, steps), steps_of_watch(PATIENCE, steps)
@@ -67,6 +69,15 @@ class DivergenceWatch:
         self.loss.add(loss)
         for name, value in parts.items():
             self.parts.setdefault(name, _Course(self.settling)).add(value)
+
+    def state(self) -> list[float]:
+        """What is known of the loss, for `restore`."""
+        course = self.loss
+        return [course.seen, course.began, course.highest, course.smooth, course.best, course.above]
+
+    def restore(self, state: list[float]) -> None:
+        seen, began, highest, smooth, best, above = state
+        self.loss = _Course(self.settling, int(seen), began, highest, smooth, best, int(above))
 
     @property
     def rising(self) -> bool:
@@ -82,7 +93,8 @@ class DivergenceWatch:
         if not self.rising:
             return ""
         said = f"loss rose from {self.loss.best:.3g} to {self.loss.smooth:.3g}"
-        if not self.parts:
+        settled = {name: part for name, part in self.parts.items() if part.seen > part.settling}
+        if not settled:
             return said
-        name, part = max(self.parts.items(), key=lambda item: item[1].rise)
+        name, part = max(settled.items(), key=lambda item: item[1].rise)
         return f"{said} ({name}: from {part.best:.3g} to {part.smooth:.3g})"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .anywhere import Anywhere
 from .divergence import DivergenceWatch
 
 OTHERS = "loss of another process rose"
@@ -21,9 +22,21 @@ class Guard:
     saved over an earlier one.
     """
 
-    def __init__(self, checkpoint: Path, anywhere: Callable[[bool], bool], steps: int) -> None:
+    def __init__(self, checkpoint: Path, anywhere: Anywhere, steps: int) -> None:
         self.checkpoint, self.anywhere = checkpoint, anywhere
         self.watch, self.rising = DivergenceWatch(steps), False
+
+    def state(self) -> Tensor:
+        """What the watches of all processes know, each of losses of its own, for `restore`. Called by all of them."""
+        return self.anywhere.of_each(torch.tensor(self.watch.state(), dtype=torch.float64))
+
+    def restore(self, state: Tensor | None) -> None:
+        """Go on judging by ``state``. Where a checkpoint has none, as those of earlier versions, or has it of another number
+        of processes, the watch settles anew."""
+        if state is None or state.numel() != self.anywhere.processes * self.watch.NUMBERS:
+            return
+        self.watch.restore(self.anywhere.own(state).tolist())
+        self.rising = self.anywhere(self.watch.rising)
 
     def numbers(self, values: dict[str, float], step: int) -> None:
         """Raises ValueError where one of them is no number: before the weights are touched, so that what is saved next is

@@ -271,14 +271,12 @@ class TrainingRun:
         """
         if self.guard.rising and self.checkpoint.exists():
             return
-        random = self.generator.get_state()
-        if self.processes > 1:
-            random = self.accelerator.gather(random.to(self.accelerator.device)).cpu()
         state = self.whole({
             "model": self._trained(),
             "ema": self.ema,
             "optimizers": [o.state_dict() for o in self.optimizers],
-            "generator": random,  # of all processes, one after the other
+            "generator": self._anywhere.of_each(self.generator.get_state()),
+            "watch": self.guard.state(),
             "step": self.step,
         })  # fmt: skip
         if self.rank:
@@ -304,13 +302,13 @@ class TrainingRun:
                 self.ema[name].copy_(value)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-            # A copy: from a view that begins within its storage, PyTorch would read another state.
-            self.generator.set_state(state["generator"].view(self.processes, -1)[self.rank].clone())
+            self.generator.set_state(self._anywhere.own(state["generator"]))
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self.checkpoint} holds weights, an optimiser or random numbers of another shape than this run's. "
                 "Delete it to train anew."
             ) from error
+        self.guard.restore(state.get("watch"))
         self.step = state["step"]
 
 

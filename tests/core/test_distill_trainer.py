@@ -656,8 +656,10 @@ def test_a_turn_lasts_until_the_gradient_is_taken(base, checkpointing):
 
 def test_a_lora_goes_on_from_one_of_its_own_rank(base, tmp_path):
     first = trainer.distill(config(base, model={"train": "lora", "lora_rank": 3}), tmp_path / "first")
-    still = config(base, "score", steps=1, model={"init": str(first)}, training={"ema": 0.0})
-    second = trainer.distill(still, tmp_path / "second")  # a step of the fake score, none of the student
+    still = {"ema": 0.0, "learning_rate": 1e-30}
+    second = trainer.distill(
+        config(base, "score", steps=3, model={"init": str(first)}, training=still), tmp_path / "second"
+    )
     a, b = read_state_dict(first)[0], read_state_dict(second)[0]
     assert list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
     with pytest.raises(ValueError, match=r"lora.safetensors does not fit layer .* wants rank 2 and alpha 2"):
@@ -667,6 +669,12 @@ def test_a_lora_goes_on_from_one_of_its_own_rank(base, tmp_path):
 def test_score_distillation_asks_for_a_lora(base, tmp_path):
     with pytest.raises(ValueError, match="model.train is 'full', expected lora for score distillation"):
         trainer.distill(config(base, "score", model={"train": "full"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_that_takes_no_step_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match=r"training\.steps is 2, of which the student takes none: it takes one in 3"):
+        trainer.distill(config(base, "score", steps=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -771,7 +779,7 @@ def test_an_alpha_that_is_not_exact_goes_on_too(base, tmp_path, rank, alpha):
     first = trainer.distill(config(base, steps=1, model=lora), tmp_path / "first")
     kept = [v for name, v in read_state_dict(first)[0].items() if name.endswith(".alpha")]
     assert {float(v) for v in kept} == {float(torch.tensor(alpha))} and kept[0].dtype == torch.float32
-    trainer.distill(config(base, "score", steps=1, model={**lora, "init": str(first)}), tmp_path / "second")
+    trainer.distill(config(base, "score", steps=3, model={**lora, "init": str(first)}), tmp_path / "second")
 
 
 @pytest.mark.parametrize("name", ["loras", "init"])

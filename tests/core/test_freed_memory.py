@@ -62,7 +62,7 @@ def test_a_finished_training_holds_no_network(base, tmp_path, monkeypatch, no_co
         return pair
 
     monkeypatch.setattr(trainer, "make_pair", noted)
-    trainer.distill(config(base, method, steps=2, **changes), tmp_path / "run")
+    trainer.distill(config(base, method, steps=3, **changes), tmp_path / "run")
     assert len(held) > 20 and all(ref() is None for ref in held)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -136,6 +138,13 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):
         run(tmp_path, good_steps=3)
 
 
+def test_a_watch_that_is_none_is_refused(tmp_path):
+    run(tmp_path, good_steps=3)
+    write_torch(tmp_path / "checkpoint.pt", {**torch.load(tmp_path / "checkpoint.pt", weights_only=True), "watch": "x"})
+    with pytest.raises(ValueError, match=r"is no checkpoint of a training run.*Delete it"):
+        run(tmp_path, good_steps=3)
+
+
 def test_nothing_is_exported_where_the_average_is_not_finite(tmp_path):
     module = nn.Linear(2, 2)
     model = type("M", (), {"saved_dtype": torch.float32, "config_entry": lambda self: {}})()
@@ -218,10 +227,10 @@ def test_the_shipped_recipe_passes(tmp_path):
     assert json.dumps(table.students)
 
 
-def slope(folder, height, steps=400, save_every=50):
+def slope(folder, height, steps=400, save_every=50, rate=1e-6):
     """A run whose loss at step n is ``height(n)``, with a part that rises and one that does not."""
     model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     run = TrainingRun(model, [optimizer], folder=folder, steps=steps, seed=0, warmup=0)
 
     def loss_of(generator):
@@ -262,6 +271,44 @@ def test_a_run_that_ends_while_its_loss_is_up_exports_nothing(tmp_path, steps):
     ):
         slope(tmp_path, lambda step: 0.1 if step < steps - 3 else 50.0, steps=steps, save_every=steps // 4)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == steps * 3 // 4
+
+
+@pytest.mark.parametrize("rise", [210, 330, 390], ids=["early", "too late to settle anew", "near the end"])
+def test_the_same_command_again_exports_no_more_than_before(tmp_path, rise):
+    """Nor does a lower rate that is still too high: the scale of the loss is that of the steps before its rise."""
+    for rate in (1e-6, 1e-6, 1e-7):
+        with pytest.raises(ValueError, match=r"diverg.*: the loss rose from 0\.1\d* to "):
+            slope(tmp_path, lambda step: 0.1 if step < rise else 50.0 * (step - rise + 1), rate=rate)
+        assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == rise // 50 * 50
+
+
+def test_a_run_that_was_saved_while_its_loss_was_up_is_not_exported_either(tmp_path):
+    """Where nothing was saved before the rise, Ctrl-C saves what there is."""
+
+    def height(step):
+        if step == 399:
+            os.kill(os.getpid(), signal.SIGINT)
+        return 0.1 if step < 390 else 50.0
+
+    with pytest.raises(KeyboardInterrupt):
+        slope(tmp_path, height, save_every=500)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 400
+    with pytest.raises(ValueError, match=r"may be diverging where it ends: the loss rose from 0\.1"):
+        slope(tmp_path, height, save_every=500)
+
+
+@pytest.mark.parametrize(
+    "watch", [None, torch.zeros(12, dtype=torch.float64)], ids=["of an earlier version", "of two processes"]
+)
+def test_a_checkpoint_without_a_watch_of_this_process_settles_anew(tmp_path, watch):
+    slope(tmp_path, lambda step: 0.1, steps=400)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state["step"] = 150
+    _ = state.pop("watch") if watch is None else state.update(watch=watch)
+    write_torch(tmp_path / "checkpoint.pt", state)
+    slope(tmp_path, lambda step: 50.0)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["step"] == 400 and kept["watch"].tolist() == [250, 50.0, 50.0, 50.0, 50.0, 0]
 
 
 def test_a_short_run_is_watched_too(tmp_path):

@@ -33,5 +33,15 @@ def test_processes_cost_together():
     assert "after 2.8 hours on each of 8, 22.2 together" in line
 
 
+def test_steps_that_a_stop_would_not_wait_for_are_told(monkeypatch):
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    long = dict(seconds=25.0, steps=1000, processes=8)
+    assert "leave 30 s to end such a step and save: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in "".join(told(**long))
+    for other in ({"seconds": 15.0}, {"processes": 1}):
+        assert "SIGTERM" not in "".join(told(**long | other))
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    assert "SIGTERM" not in "".join(told(**long))
+
+
 def test_a_run_of_a_minute_says_nothing():
     assert not any(told(0.1, 100))

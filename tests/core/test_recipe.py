@@ -27,7 +27,7 @@ def calls(monkeypatch):
     """Every stage leaves its name in a file instead of training."""
     found = []
 
-    def distill(config, folder):
+    def distill(config, folder, *, any_rate):
         found.append((folder.name, config))
         lora = config.model.train == "lora"
         file = folder / "lora.safetensors" if lora else folder / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -119,6 +119,23 @@ def test_merging_forgets_no_lora():
 )
 def test_what_a_later_stage_would_refuse_is_refused_at_once(calls, tmp_path, monkeypatch, values, message):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **values).run()
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"knowledge_training": {"host_average": True}}, "host_average is true, but under FSDP2"),
+        ({"model": {"host_teacher": True}}, "host_teacher is true, but under FSDP2"),
+        ({"knowledge_training": {"optimizer": "adamw8bit"}}, "do not know FSDP2's sharded weights"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_of_sharded_weights_is_refused_at_once(
+    calls, tmp_path, monkeypatch, values, message
+):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **values).run()
     assert calls == []

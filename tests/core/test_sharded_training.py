@@ -216,6 +216,8 @@ def test_a_stopped_run_goes_on_whichever_way_it_is_started_again(runs, ways, as_
     assert first["left"] == 128 + 15 and (len(first["course"]), len(second["course"])) == (4, 1)
     tolerance = {"rtol": 0, "atol": 0} if as_if == "sharded" else {"rtol": 1e-3, "atol": 5e-4}
     compare(checkpoint(second), checkpoint(whole), **tolerance)
+    mine, others = checkpoint(second)["watch"].view(2, -1).tolist()
+    assert mine[0] == others[0] == 5 and mine[1:] != others[1:], "each judges by losses of its own, before the stop too"
     compare(read_state_dict(second["file"])[0], read_state_dict(whole["file"])[0], **tolerance)
 
 

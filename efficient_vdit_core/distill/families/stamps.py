@@ -4,6 +4,7 @@ files. Reading them whole would take minutes."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from .model import FamilyModel
@@ -25,6 +26,12 @@ def video_stamp(model: FamilyModel) -> str:
 def teacher_stamp(model: FamilyModel) -> str:
     """Of what draws samples for captions: the transformer, the LoRAs that it wears, and the text encoder."""
     return _stamp(model.family, text_stamp(model), model.transformer_file, *map(Path, model.loras))
+
+
+def weights_stamp(files: Iterable[Path]) -> str:
+    """Of weights in files or folders, in this order; "" of none."""
+    found = list(files)
+    return _stamp(*found) if found else ""
 
 
 def _stamp(*parts: object) -> str:

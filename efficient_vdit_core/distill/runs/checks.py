@@ -52,7 +52,8 @@ def check_hosted(config: DistillConfig, *, sharded: bool = False) -> None:
 
 def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMetadata) -> None:
     """Raises ValueError where the model's schedule has no room for the steps, the loss's weight suits another
-    prediction, the plan was made for another model, or the model takes no such batch or no guidance."""
+    prediction, the plan was made for another model, the student takes no step, or the model takes no such batch or no
+    guidance."""
     edges = segment_edges(about.segments, about.steps, start=model.path.start, clean=model.path.clean)
     if not model.serves(edges[:-1]).any():
         raise ValueError(
@@ -62,6 +63,8 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
     if config.method in ("consistency", "score"):
         SegmentGrid(model.path, about.segments, config.objective.teacher_steps, serves=model.serves)
         check_pair(config.objective, model.prediction)
+    if config.method == "score":
+        check_turns(config)
     if about.tile_plan is not None:
         model.check_plan(about.tile_plan)
     if config.training.batch > model.at_once:
@@ -78,6 +81,17 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
         )
     if model.expert:
         check_expert(config)
+
+
+def check_turns(config: DistillConfig) -> None:
+    """Raises ValueError where the fake score alone would learn."""
+    steps, round_of_turns = config.training.steps, config.objective.fake_steps + 1
+    if steps < round_of_turns:
+        raise ValueError(
+            f"training.steps is {steps}, of which the student takes none: it takes one in {round_of_turns}, after "
+            f"{config.objective.fake_steps} of the fake score (objective.fake_steps). Set training.steps to {round_of_turns} times as many "
+            "as the student is to take."
+        )
 
 
 def check_no_guidance(config: DistillConfig) -> None:

@@ -24,7 +24,7 @@ def make_accelerator(config: DistillConfig) -> Any:
             "Distillation needs the package 'accelerate', which is missing. Install it: pip install accelerate tensorboard"
         ) from error
     precision = config.training.precision
-    sharding = _launched_with("ACCELERATE_USE_FSDP")
+    sharding = launched_sharding()
     _refuse_other_engines(sharding)
     accelerator = Accelerator(
         mixed_precision=MIXED[precision], cpu=config.model.device == "cpu",
@@ -76,6 +76,11 @@ def free_memory(accelerator: Any) -> None:
 def launched_processes() -> int:
     """How many processes accelerate's launcher started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_sharding() -> bool:
+    """Whether they are to share out the weights by FSDP2; known before there is an accelerator."""
+    return _launched_with("ACCELERATE_USE_FSDP")
 
 
 def _launched_with(flag: str) -> bool:

@@ -26,7 +26,7 @@ from ..objectives.consistency import ConsistencyConfig
 from ..objectives.knowledge import KnowledgeConfig, merge_deltas
 from .checks import check_hosted, check_loras, check_objective, check_training
 from .export import LORA, result_file
-from .launch import by_first_process, free_memory, launched_processes, make_accelerator
+from .launch import by_first_process, free_memory, launched_processes, launched_sharding, make_accelerator
 from .optimizers import check_optimizer
 from .search_stage import SearchConfig, found_plans, search_plans
 from .sequence_parallel import check_processes, check_shares
@@ -117,10 +117,10 @@ class ThreeStages:
         c.search.check(model.latent_shape(model.size(data.frames, data.height, data.width))[1])
         for stage in self.planned():
             check_training(stage)
-            check_hosted(stage)
+            check_hosted(stage, sharded=launched_sharding())
             check_objective(stage, model, describe(stage, model))
             check_loras(stage, model)
-            check_optimizer(stage)
+            check_optimizer(stage, sharded=launched_sharding())
             check_data(stage, model)
             check_shares(stage, model)
             check_processes(stage, launched_processes())
@@ -159,7 +159,7 @@ class ThreeStages:
         )
         if init:
             stage = replace(stage, model=replace(stage.model, init=str(init)))
-        return distill(stage, self.folder / name)
+        return self._train(name, stage)
 
     def knowledge(self, name: str, teacher: str | Path, plan: str | Path, **changes: Any) -> Path:
         """Stage 3 in the subfolder ``name``, under a plan file or pattern.
@@ -170,10 +170,10 @@ class ThreeStages:
         c = self.config
         objective = replace(c.knowledge, plan=str(plan), **changes)
         if teacher:
-            return distill(self._stage("knowledge", objective, c.knowledge_training, teacher), self.folder / name)
+            return self._train(name, self._stage("knowledge", objective, c.knowledge_training, teacher))
         stage = self._stage("knowledge", self._of_base(objective), c.knowledge_training, "")
         share = c.data.negative_share or (BASE_NEGATIVE_SHARE if c.consistency.guidance is not None else 0.0)
-        return distill(replace(stage, data=replace(stage.data, negative_share=share)), self.folder / name)
+        return self._train(name, replace(stage, data=replace(stage.data, negative_share=share)))
 
     def plans(self, name: str, weights: str | Path, segments: int = 0) -> dict[str, Path]:
         """Stage 2 of a model's weights in the subfolder ``name``; the plan files. Of several processes one searches."""
@@ -241,6 +241,11 @@ class ThreeStages:
             lora, about = read_state_dict(file)
             save_safetensors(target, merged(base, lora, model.comfy_layer), {**about, **_config_of(model)})
         return target
+
+    def _train(self, name: str, stage: DistillConfig) -> Path:
+        """A training in the subfolder ``name``. One section is for the trainings under all plans: where its rate is lowered
+        for the one that diverged, those that are finished stay."""
+        return distill(stage, self.folder / name, any_rate=True)
 
     def _stage(self, method: str, objective: Any, training: TrainingConfig, teacher: str | Path) -> DistillConfig:
         return DistillConfig(method, objective, self._taught_by(teacher), self.config.data, training, self.config.model)

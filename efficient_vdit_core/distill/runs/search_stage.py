@@ -1,14 +1,20 @@
-"""Stage 2 inside the recipe: one probing run of the few-step model on its own samples, then a plan for each target."""
+"""Stage 2 inside the recipe: one probing run of the few-step model on its own samples, then a plan for each target.
+
+folder/r-0.1.json      a plan; one that stands is never searched again
+folder/settings.json   what the plans were searched with: their names tell the targets alone
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...attention.state import Override
+from ...folder_record import check_settings, claim_folder
 from ...limits.numbers import MAX_TORCH_SEED, whole
 from ...limits.quote import named, quoted
 from ...plan import TilePlan
@@ -18,8 +24,11 @@ from ...search.candidates import sparse_candidates
 from ...search.probe import ATTENTION
 from ..data.clips import ClipSet
 from ..families.model import FamilyModel
+from ..families.stamps import teacher_stamp
 from ..families.texts import TextBank
 from ..objectives.rollout import guided, roll_down
+
+SEARCHED = "Go on with the same ones; to search anew, delete that folder and those of the trainings under its plans."
 
 
 @dataclass(frozen=True)
@@ -91,24 +100,60 @@ def search_plans(
     device: torch.device,
 ) -> dict[str, Path]:
     """Plan files by name, such as ``r-0.1`` and ``x-2.5``; those that exist are kept. ``at_once`` samples are made
-    together, as many as a training's step takes."""
-    names, files = plan_names(config), plan_files(config, folder)
-    if all(f.is_file() for f in files.values()):
-        return files
-    folder.mkdir(parents=True, exist_ok=True)
+    together, as many as a training's step takes.
+
+    Raises ValueError where those that exist were searched with other settings, or of another model.
+    """
+    files = plan_files(config, folder)
+    missing = {name: target for name, target in plan_names(config).items() if not files[name].is_file()}
+    settings = search_settings(config, model, clips, segments=segments, steps=steps)
+    check_settings(folder, settings, SEARCHED)
+    grid = {"segments": segments, "steps": steps, "at_once": at_once, "device": device}
+    plans = _search(config, missing, model, module, clips, bank, **grid) if missing else {}
+    claim_folder(folder, settings, SEARCHED)  # not before: a search that was stopped has left nothing to go on from
+    for name, plan in plans.items():
+        plan.save(files[name])
+    return files
+
+
+def search_settings(
+    config: SearchConfig, model: FamilyModel, clips: ClipSet, *, segments: int, steps: int
+) -> dict[str, Any]:
+    """All that the plan for a target depends on. Of the clips it is their size: the trainings keep to the rest."""
+    asked = {
+        f"search.{name}": value for name, value in asdict(config).items() if name not in ("thresholds", "speedups")
+    }
+    schedule = {"segments": segments, "steps": steps}
+    return {**asked, **schedule, "latents": list(clips.latents[0].shape), "model": teacher_stamp(model)}
+
+
+def _search(
+    config: SearchConfig,
+    targets: dict[str, tuple[float, float]],
+    model: FamilyModel,
+    module: nn.Module,
+    clips: ClipSet,
+    bank: TextBank,
+    *,
+    segments: int,
+    steps: int,
+    at_once: int,
+    device: torch.device,
+) -> dict[str, TilePlan]:
+    """A plan for each of the ``targets`` (threshold, speed-up), by its name, from one probing run."""
     texts = [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
     shape = tuple(clips.latents[0].shape)
-    grid = {"segments": segments, "steps": steps, "at_once": at_once, "device": device}
     clean = None
     if model.expert:  # it cannot sample alone
         clean = torch.stack([clips.latents[i % len(clips.captions)].float() for i in range(config.captions)])
+    grid = {"segments": segments, "steps": steps, "at_once": at_once, "device": device}
     record = probe(config, model, module, bank, texts, shape, **grid, clean=clean)
     about = {"segments": segments, "steps": steps, "captions": texts, "guidance": 1.0, "seed": config.seed}
-    for name, (threshold, speedup) in names.items():
-        plan: TilePlan = plan_from_record(record, layers=model.layers, family=model.family, heads=model.heads, threshold=threshold,
-                                          speedup=speedup, groups=config.head_groups, about=about)  # fmt: skip
-        plan.save(files[name])
-    return files
+    of_model = {"layers": model.layers, "family": model.family, "heads": model.heads, "groups": config.head_groups}
+    return {
+        name: plan_from_record(record, threshold=threshold, speedup=speedup, **of_model, about=about)
+        for name, (threshold, speedup) in targets.items()
+    }
 
 
 def probe(

@@ -1,7 +1,7 @@
 """One distillation run in one folder: model, data, objective and optimiser from a configuration, then checkpoint and
 export.
 
-    folder/config.toml        the configuration of the run, see claim.py
+    folder/config.toml        the configuration of the run, see claim.py; what its plan and weights held, see contents.py
     folder/checkpoint.pt      everything a resumed run needs
     folder/cache/             latents and text states
     folder/transformer/       the result as full weights, or folder/lora.safetensors
@@ -45,8 +45,9 @@ from .sequence_parallel import ClipGroup, asking, check_processes, check_shares,
 from .turns import Turns, add_learners
 
 
-def distill(config: DistillConfig, folder: Path) -> Path:
-    """Run, or go on with, the distillation in ``folder``; returns the exported file.
+def distill(config: DistillConfig, folder: Path, *, any_rate: bool = False) -> Path:
+    """Run, or go on with, the distillation in ``folder``; returns the exported file. With ``any_rate`` that of a finished run
+    whatever its learning rate was: trainings that share a configuration go on with a lower one where a single one diverged.
 
     Raises ValueError where the configuration cannot be met, or differs from the one that the folder was started with.
     """
@@ -64,7 +65,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
         check_data(config, model)
     result = result_file(folder, lora=config.model.train == "lora")
     with accelerator.main_process_first():
-        claim_run(config, folder, finished=result.is_file())
+        claim_run(config, folder, finished=result.is_file(), any_rate=any_rate)
     if result.is_file():  # it is written at the end, whole
         return result
     _train(config, model, about, folder, accelerator)

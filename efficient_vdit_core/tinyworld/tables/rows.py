@@ -8,9 +8,7 @@ from typing import Any
 
 from ...distill.config import FREE
 from ...distill.runs.recipe import RecipeConfig
-from ..record import claim_folder
-
-PLACES = FREE | {"data.cache"}
+from ...folder_record import claim_folder
 
 
 def claim_rows(folder: Path, recipe: RecipeConfig, **judged: Any) -> None:
@@ -27,5 +25,5 @@ def _learnt(recipe: RecipeConfig) -> dict[str, Any]:
     for section, values in asdict(recipe).items():
         if isinstance(values, dict):
             kind = "training" if section.endswith("_training") else section
-            flat |= {f"{section}.{key}": value for key, value in values.items() if f"{kind}.{key}" not in PLACES}
+            flat |= {f"{section}.{key}": value for key, value in values.items() if f"{kind}.{key}" not in FREE}
     return flat

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...folder_record import check_settings, claim_folder
 from ...limits.quote import quoted
 from ...models.opensora_plan.checkpoint import load_transformer, load_vae
 from ...models.opensora_plan.config import LATENT_SCALE
 from ...models.opensora_plan.text import TextEncoder
 from ...models.opensora_plan.vae import CausalVAE
-from ..record import check_settings, claim_folder
 from ..worlds import MOVING, World
 from .decoder import train_decoder
 from .dit import cache_clips, train_dit

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
-from ..limits.documents import parse_json, read_text
-from ..limits.quote import named, quoted, shortened
+from .files import write_text
+from .limits.documents import parse_json, read_text
+from .limits.quote import named, quoted, shortened
 
 RECORD = "settings.json"
 ADVICE = "Go on with the same ones, or choose another folder."
@@ -16,7 +16,7 @@ ADVICE = "Go on with the same ones, or choose another folder."
 
 def check_settings(folder: Path, settings: dict[str, Any], advice: str = ADVICE) -> None:
     """Raises ValueError, with ``advice``, where ``folder`` was begun with others. What its record does not say is as it is."""
-    found, settings = _recorded(folder), json.loads(json.dumps(settings))  # as they are read back: tuples are lists
+    found, settings = settings_of(folder), json.loads(json.dumps(settings))  # as they are read back: tuples are lists
     differing = [f"{k}: {quoted(found[k])} -> {quoted(v)}" for k, v in settings.items() if found.get(k, v) != v]
     if differing:
         raise ValueError(
@@ -27,13 +27,14 @@ def check_settings(folder: Path, settings: dict[str, Any], advice: str = ADVICE)
 def claim_folder(folder: Path, settings: dict[str, Any], advice: str = ADVICE) -> None:
     """`check_settings`, and keep them. A folder that has no record is taken as it is: earlier versions wrote none."""
     check_settings(folder, settings, advice)
-    recorded = _recorded(folder)
+    recorded = settings_of(folder)
     if not settings.keys() <= recorded.keys():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RECORD, json.dumps({**recorded, **settings}, indent=1) + "\n")
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
+def settings_of(folder: Path) -> dict[str, Any]:
+    """What the folder's record says; nothing where it has none. Raises ValueError where that cannot be read."""
     file = folder / RECORD
     if not file.is_file():
         return {}

@@ -1,0 +1,156 @@
+"""A recipe that is started again: from another place, with other settings, or with another plan under the same name."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from efficient_vdit_core.distill.runs import recipe, search_stage, trainer
+from efficient_vdit_core.distill.runs.claim import claim_run
+from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from efficient_vdit_core.plan import TilePlan
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_distill_trainer import base, config, small_data  # noqa: E402, F401
+
+pytest.importorskip("accelerate")
+
+
+@pytest.fixture
+def values(base, monkeypatch):  # noqa: F811
+    """A recipe of a step for each training, on the small model."""
+    monkeypatch.setattr(recipe, "prepare_data", trainer.prepare_data)
+    monkeypatch.setattr(recipe, "check_data", lambda config, model: None)
+    monkeypatch.setattr(trainer, "check_data", lambda config, model: None)
+    training = {"steps": 1, "batch": 2, "learning_rate": 0.01}
+    return {
+        "model": {"transformer": str(base), "device": "cpu"},
+        "consistency": {"segments": 2, "teacher_steps": 4},
+        "consistency_training": training,
+        "search": {"captions": 1, "candidates": "1", "thresholds": [10.0]},
+        "knowledge_training": training,
+    }
+
+
+def run(values, folder, **sections):
+    changed = {name: {**values[name], **section} for name, section in sections.items()}
+    return ThreeStages(RecipeConfig.from_dict({**values, **changed}), folder).run()
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """The candidates of each probing run that is made."""
+    found, probe = [], search_stage.probe
+    monkeypatch.setattr(
+        search_stage, "probe", lambda config, *args, **kw: found.append(config.candidates) or probe(config, *args, **kw)
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"candidates": "1,2"}, {"captions": 2}, {"seed": 1}, {"head_groups": 2}],
+    ids=lambda change: next(iter(change)),
+)
+def test_plans_of_another_search_are_not_taken(values, tmp_path, searches, change):
+    run(values, tmp_path / "run")
+    (name,) = change
+    with pytest.raises(
+        ValueError, match=rf"plans was begun with other settings \(search\.{name}: .*delete that folder"
+    ):
+        run(values, tmp_path / "run", search=change)
+    assert searches == ["1"]
+
+
+def test_plans_of_another_teacher_are_not_taken(values, tmp_path):
+    stages = ThreeStages(RecipeConfig.from_dict(values), tmp_path / "run")
+    (plan,) = stages.plans("plans", "").values()
+    weights, entries = read_state_dict(values["model"]["transformer"])
+    other = tmp_path / "other" / "diffusion_pytorch_model.safetensors"
+    save_safetensors(other, {name: 2 * value for name, value in weights.items()}, entries)
+    with pytest.raises(ValueError, match=r"plans was begun with other settings \(model: "):
+        stages.plans("plans", other)
+    (plan.parent / "settings.json").unlink()  # as an earlier version left it
+    assert stages.plans("plans", other) == {"r-10": plan}
+
+
+def test_a_further_target_leaves_the_plans_that_stand(values, tmp_path, searches):
+    run(values, tmp_path / "run")
+    plan = tmp_path / "run" / "plans" / "r-10.json"
+    before = plan.read_bytes(), plan.stat().st_mtime_ns
+    assert list(run(values, tmp_path / "run", search={"thresholds": [10.0, 1e-9]})) == ["r-10", "r-1e-09"]
+    assert (plan.read_bytes(), plan.stat().st_mtime_ns) == before and searches == ["1", "1"]
+
+
+def test_a_search_that_was_stopped_binds_nobody(values, tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(search_stage, "probe", stopped)
+        run(values, tmp_path / "run")
+    assert list(run(values, tmp_path / "run", search={"candidates": "1,2"})) == ["r-10"]
+
+
+def test_a_recipe_goes_on_wherever_its_folder_is(values, tmp_path, monkeypatch):
+    """Named by another path, and moved; what is finished is not made again."""
+    monkeypatch.chdir(tmp_path)
+    (made,) = run(values, Path("runs") / "vdit").values()
+    contents = made[0].read_bytes()
+    monkeypatch.setattr(trainer, "make_objective", None)
+    assert run(values, tmp_path / "runs" / "vdit") == {"r-10": [tmp_path / made[0]]}
+    shutil.move("runs", "elsewhere")
+    assert run(values, tmp_path / "elsewhere" / "vdit")["r-10"][0].read_bytes() == contents
+
+
+def test_a_lower_rate_for_the_plan_that_diverged_leaves_what_is_finished(values, tmp_path, caplog):
+    values["search"]["thresholds"] = [10.0, 1e-9]
+    made = run(values, tmp_path / "run")
+    first, second = (files[0] for files in made.values())
+    contents = first.read_bytes()
+    second.unlink()  # as if it had diverged
+    with pytest.raises(ValueError, match=r"knowledge-r-1e-09 was started with another .*learning_rate: 0\.01 -> 0\.02"):
+        run(values, tmp_path / "run", knowledge_training={"learning_rate": 0.02})
+    assert run(values, tmp_path / "run", knowledge_training={"learning_rate": 0.001}) == made
+    assert first.read_bytes() == contents and second.is_file()
+    told = "knowledge-r-10 was finished with training.learning_rate = 0.01, and is kept as it is."
+    assert told in caplog.messages and (second.parents[1] / "config.1.toml").is_file()
+    with pytest.raises(ValueError, match=r"was made with another configuration .*training\.seed: 0 -> 1"):
+        run(values, tmp_path / "run", knowledge_training={"learning_rate": 0.001, "seed": 1})
+
+
+def test_a_plan_that_changed_under_a_run_is_refused_by_what_it_computes(base, tmp_path):  # noqa: F811
+    file, folder = tmp_path / "plan.json", tmp_path / "run"
+    TilePlan.uniform(2).save(file)
+    named = config(base, "knowledge", objective={"plan": str(file)})
+    claim_run(named, folder)
+    TilePlan.uniform(1).save(file)
+    with pytest.raises(ValueError, match=r"objective\.plan: 'all:2' -> 'all:1'.*its plan is plan\.json there"):
+        claim_run(named, folder)
+    claim_run(config(base, "knowledge", objective={"plan": str(folder / "plan.json")}), folder)
+    claim_run(config(base, "knowledge", objective={"plan": "2:6"}), folder)
+
+
+def test_weights_that_changed_under_a_run_are_refused(base, tmp_path):  # noqa: F811
+    claim_run(config(base), tmp_path / "run")
+    weights, entries = read_state_dict(base)
+    save_safetensors(base, {name: torch.zeros_like(value) for name, value in weights.items()}, entries)
+    with pytest.raises(ValueError, match=r"model\.transformer: 'weights \w+' -> 'weights \w+'"):
+        claim_run(config(base), tmp_path / "run")
+
+
+def test_a_run_without_a_record_keeps_to_its_paths(base, tmp_path):  # noqa: F811
+    """As an earlier version left it."""
+    first, second, folder = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "run"
+    for file in (first, second):
+        TilePlan.uniform(2).save(file)
+    claim_run(config(base, "knowledge", objective={"plan": str(first)}), folder)
+    for name in ("settings.json", "plan.json"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match=r"objective\.plan: .*a\.json' -> "):
+        claim_run(config(base, "knowledge", objective={"plan": str(second)}), folder)
+    claim_run(config(base, "knowledge", objective={"plan": str(first)}), folder)
+    claim_run(config(base, "knowledge", objective={"plan": str(second)}), folder)
