@@ -33,10 +33,19 @@ def test_the_keyboard_does_the_same(comfy):
     assert page.evaluate("app.graph.nodes.length") == 1
 
 
-def test_nonsense_is_named_and_the_node_stays(comfy):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0:2 5-3:2", "“5-3:2” names layers that do not ascend"),
+        ("0:2:6 5:1:7", "leaves out layer 1: name each from 0 to 5"),
+        ("all:2~99+99", "“all:2~99+99” has 99 mean frames, expected 0 to 16"),
+        ("0:two", "cannot be read at “0:two”. Example: all:6 0-1:full -1:full"),
+    ],
+)
+def test_nonsense_is_named_and_the_node_stays(comfy, text, said):
     comfy.open()
-    chart = plan_node(comfy, "0:2 5-3:2")
-    chart.get_by_text("5-3:2").wait_for()
+    chart = plan_node(comfy, text)
+    chart.locator(".wrong", has_text=said).wait_for()
 
 
 @pytest.mark.parametrize("palette", ["dark", "light"])

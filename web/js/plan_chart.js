@@ -57,8 +57,8 @@ export class PlanChart {
 
   /**
    * Draw anew.
-   * @param {{plan?: object, note?: string, frames: number, depth: number, editable: boolean, fixedFrames: boolean,
-   *          measured?: object}} state a plan, or a note that says why there is none
+   * @param {{plan?: object, note?: string, wrong?: boolean, frames: number, depth: number, editable: boolean,
+   *          fixedFrames: boolean, measured?: object}} state a plan, or a note that says why there is none: what is wrong
    */
   draw(state) {
     this.state = state;
@@ -66,6 +66,7 @@ export class PlanChart {
     this.body.hidden = !state.plan;
     this.summary.textContent = state.note ?? "";
     this.summary.classList.toggle("note", !state.plan);
+    this.summary.classList.toggle("wrong", !!state.wrong);
     if (!state.plan) return;
     this.patterns = [...Array(state.depth).keys()].map((i) => layerPattern(state.plan, i, state.depth));
     this.figures = new PatternFigures(state.frames);
