@@ -288,7 +288,7 @@ def test_every_text_of_the_chart_is_there(language):
     source = "\n".join(path.read_text(encoding="utf-8") for path in SCRIPTS)
     texts = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["efficientVDiT"]
     asked = set(re.findall(r'\bsay\((?:\w+ \? )?"(\w+)"', source)) | set(re.findall(r'\bkey\("(\w+)"', source))
-    asked |= set(re.findall(r'\bsay\(\w+ \? "\w+" : "(\w+)"', source))
+    asked |= set(itertools.chain(*re.findall(r'\bsay\([^()]+ \? "(\w+)" : "(\w+)"', source)))
     asked |= set(re.findall(r'\bwrong\("(\w+)"', source)) | set(re.findall(r'\bonlyNumber\(.*, "(\w+)"\)', source))
     asked |= {name + part for name in re.findall(r'\bnumber\("(\w+)"', source) for part in ("", "Title")}
     assert asked == set(texts)

@@ -1,6 +1,7 @@
 """The chart inside Tile Plan: it shows the plan, edits its text, follows a run, and fits everywhere a node can be."""
 
 import io
+import re
 
 import pytest
 from PIL import Image
@@ -18,6 +19,20 @@ def test_a_click_gives_a_layer_its_next_pattern(comfy):
     chart.get_by_role("option", name="Layer 0:").click()
     assert page.evaluate(TEXT) == "0:1 1-4:2 5:full 6-31:2"
     assert page.evaluate("app.graph.serialize().nodes[0].widgets_values") == [2, page.evaluate(TEXT)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0-31:22:85", "made for 107 latent frames"),
+        ("0-1:1:0", "made for 1 latent frame"),
+        ("all:2", "· 21 latent frames"),
+    ],
+)
+def test_the_length_that_a_plan_was_made_for_is_told(comfy, text, said):
+    comfy.open()
+    chart = plan_node(comfy, text)
+    chart.get_by_text(re.compile(f"of attention .*{said}$")).wait_for()
 
 
 def test_the_keyboard_does_the_same(comfy):

@@ -92,7 +92,9 @@ export class PlanChart {
   }
 
   drawSummary() {
-    this.summary.textContent = this.say("summary", { density: percent(this.mean()), frames: this.state.frames });
+    const { frames, fixedFrames } = this.state;
+    const length = this.say(frames === 1 ? "latentFrame" : "latentFrames", { frames });
+    this.summary.textContent = this.say(fixedFrames ? "summaryMadeFor" : "summary", { density: percent(this.mean()), frames: length });
   }
 
   drawBars() {
