@@ -154,7 +154,7 @@ def test_each_group_of_heads_has_a_map_with_its_own_tiles():
     plan = TilePlan(patterns=(by_head([TilePattern(1), TilePattern(0, window=1)]),), heads=HEADS)
     picture, text = tile_map({0: tile_mass(q, k, LAYOUT, rows=S)}, 1, plan)
     sections = dict(section.split("\n", 1) for section in text.split("\n\n")[1:])
-    assert list(sections) == ["Layer 0", "Layer 0, heads 0", "Layer 0, heads 1"]
+    assert list(sections) == ["Layer 0", "Layer 0, head 0", "Layer 0, head 1"]
     assert hatching(picture).max() < 0.04  # of all heads: there is no tile that speaks for them all
     names = ("1:4", "0:5~1")
     live = [
@@ -166,9 +166,9 @@ def test_each_group_of_heads_has_a_map_with_its_own_tiles():
         kept = float((share * tiles).sum(1).mean() + extra.mean())
         assert (
             f"plan {name} keeps {kept:.1%} in {float(tiles.double().mean()):.0%} of"
-            in sections[f"Layer 0, heads {head}"]
+            in sections[f"Layer 0, head {head}"]
         )
-        assert f"own frame {float(share.diagonal().mean()):.1%}" in sections[f"Layer 0, heads {head}"]
+        assert f"own frame {float(share.diagonal().mean()):.1%}" in sections[f"Layer 0, head {head}"]
         marked = hatching(picture, 1 + head)
         assert marked[~tiles.numpy()].min() > 0.08 > 0.04 > marked[tiles.numpy()].max()
 

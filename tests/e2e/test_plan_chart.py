@@ -224,6 +224,8 @@ def test_each_group_of_heads_has_a_map_of_its_own(comfy):
     height = chart.bounding_box()["height"]
     chart.get_by_role("option", name="Layer 3:").hover()
     assert chart.get_by_role("group", name="Layer 3:").get_by_role("img").count() == 3
+    assert chart.get_by_text("head 6", exact=True).count() == 1
+    assert chart.locator(".legend").inner_text().split("\n")[:2] == ["layers:", "full × 1.5"]
     assert chart.bounding_box()["height"] == height
     comfy.picture("chart by head")
     layer.click()

@@ -140,7 +140,7 @@ export class PlanChart {
       return make("span", {}, make("i", { style: `background: ${this.color(pattern)}` }), `${this.nameOf(pattern)} × ${count}`);
     });
     if (measured?.density) entries.push(make("span", {}, make("i", { class: "dashed" }), this.say("measuredLegend")));
-    this.legend.replaceChildren(...entries);
+    this.legend.replaceChildren(make("span", { title: this.say("legendTitle") }, this.say("legend")), ...entries);
   }
 
   drawLayer() {
