@@ -295,3 +295,10 @@ def test_every_text_of_the_chart_is_there(language):
     english = json.loads((ROOT / "locales" / "en" / "main.json").read_text(encoding="utf-8"))["efficientVDiT"]
     for key, text in texts.items():
         assert text and set(re.findall(r"\{\w+\}", text)) == set(re.findall(r"\{\w+\}", english[key])), key
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize(("key", "gain"), [("bound", "{bound}"), ("timed", "{gain}")])
+def test_a_line_that_may_be_cut_begins_with_the_gain(language, key, gain):
+    text = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["efficientVDiT"][key]
+    assert re.findall(r"\{\w+\}", text)[0] == gain
