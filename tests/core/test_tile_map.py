@@ -1,8 +1,11 @@
 """The tile map's numbers against an explicit N x N softmax, and what its picture shows."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from PIL import ImageDraw
 
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState
@@ -171,6 +174,27 @@ def test_each_group_of_heads_has_a_map_with_its_own_tiles():
         assert f"own frame {float(share.diagonal().mean()):.1%}" in sections[f"Layer 0, head {head}"]
         marked = hatching(picture, 1 + head)
         assert marked[~tiles.numpy()].min() > 0.08 > 0.04 > marked[tiles.numpy()].max()
+
+
+def test_every_text_stays_in_the_picture_and_off_the_others(monkeypatch):
+    """The longest notes there are: many groups of heads, text tokens, neighbours, means, a second prompt."""
+    boxes, write = [], ImageDraw.ImageDraw.text
+
+    def recorded(draw, xy, text, *args, **options):
+        if text != "query: latent frame":  # is turned, in a picture of its own
+            box = draw.textbbox(xy, text, font=options["font"], anchor=options.get("anchor"))
+            boxes.append((text, box))
+            assert 0 <= box[0] and 0 <= box[1] and box[2] <= draw.im.size[0] and box[3] <= draw.im.size[1], text
+        return write(draw, xy, text, *args, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", recorded)
+    mass = tile_mass(*qk(), LAYOUT, rows=S)
+    by_heads = by_head([TilePattern(1), TilePattern(0, window=1, means=1)])
+    for plan in (TilePlan(patterns=(by_heads,) * 2, heads=HEADS), TilePlan(uniform_pattern=by_heads.kinds[1]), None):
+        boxes.clear()
+        tile_map({0: mass, 1: mass}, 2, plan, {0: mass, 1: mass})
+        for (a, (left, top, right, bottom)), (b, other) in itertools.combinations(boxes, 2):
+            assert left >= other[2] or right <= other[0] or top >= other[3] or bottom <= other[1], (a, b)
 
 
 def test_more_maps_than_a_picture_holds_are_refused():
