@@ -42,7 +42,7 @@ DRAWN = {"IMAGECOMPARE": ["", ""]}  # widgets that only draw: a workflow holds n
 COLUMN, NOTE, GAP, ROW, TITLE = 340, 400, 60, 30, 30  # px: widths, between columns, between nodes, of a node's title
 # px that a node needs beside what it has when it is new: for its text, and for what it shows after a run
 EXTRA = {
-    "CLIPTextEncode": 40, "PreviewImage": 300, "SaveVideo": 280, "PreviewAny": 60, "EVDiTSearchTilePlan": 230, "ImageCompare": 120,
+    "CLIPTextEncode": 40, "PreviewImage": 300, "SaveVideo": 280, "PreviewAny": 60, "EVDiTSearchTilePlan": 270, "ImageCompare": 120,
 }  # fmt: skip
 CHART_EXTRA, PLAN = 36, "EVDIT_PLAN"  # px of the last run's figures in the chart of every node that gives a plan
 LETTER, LINE = 5.7, 17  # px of a note's text

@@ -15,6 +15,9 @@ CATEGORY = "Efficient-vDiT"
 SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 Define = Callable[[type[io.ComfyNode]], io.Schema]
 
+# What someone types who wants a faster video and knows no node of ours: it finds the two that do it.
+SPEED_WORDS = ("faster", "speed", "speed up", "accelerate", "efficient", "sparse", "wan")
+
 Input = TypeVar("Input", bound=io.Input)
 
 # Carries an efficient_vdit_core.plan.TilePlan between nodes.

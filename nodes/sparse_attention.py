@@ -13,7 +13,7 @@ from .checked import checked
 from .comfy_bridge.announce import announce_to_page
 from .comfy_bridge.patch import patch_attention
 from .comfy_bridge.window import Window
-from .inputs import CATEGORY, Plan, advanced_inputs, search_words
+from .inputs import CATEGORY, SPEED_WORDS, Plan, advanced_inputs, search_words
 
 
 class EVDiTSparseAttention(io.ComfyNode):
@@ -36,12 +36,8 @@ class EVDiTSparseAttention(io.ComfyNode):
             display_name="Sparse Attention",
             category=CATEGORY,
             **search_words(
-                "faster",
-                "speed up",
-                "speed",
-                "accelerate",
+                *SPEED_WORDS,
                 "optimize",
-                "sparse",
                 "wan faster",
                 "minimax faster",
                 "h3 faster",

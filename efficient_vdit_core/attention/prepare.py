@@ -216,10 +216,13 @@ class Preparation:
         if chosen is None:
             chosen = "dense" if pattern.is_full(layout.grid.t) else self.backend
             if (pattern.means or chosen == "parts") and partial_for(dense, shape) is None:
-                instead = "PyTorch's attention computes mean frames" if pattern.means else "frames is used"
-                text = f"{dense.name} does not tell its log-sum-exp, which the backend parts needs: {instead}."
-                self.report.warn("parts", text)
-                chosen = chosen if pattern.means else "frames"
+                if pattern.means:
+                    text = f"PyTorch's attention computes mean frames, and {dense.name} all other calls; nothing to do."
+                    self.report.note("mean frames", text)
+                else:
+                    text = f"{dense.name} does not tell its log-sum-exp, which the backend parts needs: frames is used."
+                    self.report.warn("parts", text)
+                    chosen = "frames"
             if chosen == "auto":
                 chosen = self._fastest(shape, layout, pattern, dense)
             if len(self.backends) >= MOST_REMEMBERED:

@@ -25,6 +25,7 @@ class AttentionReport:
     computed: Counter[str] = field(default_factory=Counter)  # calls over the video by what computed them
     trials: dict[str, str] = field(default_factory=dict)  # by pattern: the backends' times where auto measured them
     warned: set[str] = field(default_factory=set)
+    noted: set[str] = field(default_factory=set)
     layout: TokenLayout | None = None  # of the last forward; None before the first, or where it is not known
     cost: StepCost | None = None  # of the last forward, where the model's matrices are known
     seconds: float = 0.0  # that the last sampling took, 0 before its end
@@ -53,11 +54,18 @@ class AttentionReport:
 
     def warn(self, about: str, text: str) -> None:
         """Log ``text``, once a run for each ``about``."""
+        self._log_once(logging.WARNING, self.warned, about, text)
+
+    def note(self, about: str, text: str) -> None:
+        """The same for what is good to know and asks nothing of the user."""
+        self._log_once(logging.INFO, self.noted, about, text)
+
+    def _log_once(self, level: int, said: set[str], about: str, text: str) -> None:
         with self.lock:
-            if about in self.warned:
+            if about in said:
                 return
-            self.warned.add(about)
-        log.warning("Efficient-vDiT: %s", text)
+            said.add(about)
+        log.log(level, "Efficient-vDiT: %s", text)
 
     def reset(self) -> None:
         with self.lock:
@@ -67,6 +75,7 @@ class AttentionReport:
             self.computed.clear()
             self.trials.clear()
             self.warned.clear()
+            self.noted.clear()
         self.clock.reset()
         if self.measure is not None:
             self.measure.reset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +15,7 @@ from ..limits.quote import shortened
 
 PANEL_WIDTH, MAP = 512, 360  # pixels: a panel, and the heat map in it
 LEFT, TOP, LINE, MARGIN, HEADER = 78, 54, 24, 22, 92
+NOTE = PANEL_WIDTH - LEFT - 10  # widest line of a panel's notes
 MOST_COLUMNS, NARROWEST = 4, 640
 TITLE = 36  # characters of a panel's title, at most
 HATCH = 9  # pixels from line to line
@@ -42,14 +44,33 @@ def draw_panels(panels: Sequence[Panel], title: str, subtitle: str) -> np.ndarra
     """The picture (H, W, 3) float32 in 0..1. Colours are the square root of the share, on one scale for all panels."""
     top = max(float(p.share.max()) for p in panels) or 1.0
     columns = _columns(len(panels))
-    height = TOP + MAP + 58 + max(len(p.notes) for p in panels) * LINE + MARGIN
+    notes = [_wrapped(panel.notes) for panel in panels]
+    height = TOP + MAP + 58 + max(map(len, notes)) * LINE + MARGIN
     width = max(columns * PANEL_WIDTH, NARROWEST)
     image = Image.new("RGB", (width, HEADER + -(-len(panels) // columns) * height), PAPER)
     draw = ImageDraw.Draw(image)
     _header(draw, image, title, subtitle, _legend(panels))
     for i, panel in enumerate(panels):
-        _draw_panel(draw, image, panel, (i % columns) * PANEL_WIDTH, HEADER + i // columns * height, top)
+        x, y = (i % columns) * PANEL_WIDTH, HEADER + i // columns * height
+        _draw_panel(draw, image, panel, x, y, top)
+        for line, note in enumerate(notes[i]):
+            draw.text((x + LEFT, y + TOP + MAP + 58 + line * LINE), note, font=_font(16), fill=INK)
     return np.asarray(image, dtype=np.float32) / 255.0
+
+
+def _wrapped(notes: Sequence[str]) -> list[str]:
+    """The notes in lines that end within their panel; what goes on is set in."""
+    lines: list[str] = []
+    for note in notes:
+        first, *words = note.split(" ")
+        lines.append(first)
+        for word in words:
+            longer = f"{lines[-1]} {word}"
+            if _font(16).getlength(longer) <= NOTE:
+                lines[-1] = longer
+            else:
+                lines.append(f"    {word}")
+    return lines
 
 
 def _columns(count: int) -> int:
@@ -94,8 +115,6 @@ def _draw_panel(draw: ImageDraw.ImageDraw, image: Image.Image, panel: Panel, x: 
     draw.rectangle((left - 1, upper - 1, left + MAP, upper + MAP), outline=FAINT)
     _axes(draw, image, len(panel.share), left, upper)
     _color_bar(draw, image, left + MAP + 16, upper, top)
-    for line, note in enumerate(panel.notes):
-        draw.text((left, upper + MAP + 58 + line * LINE), note, font=_font(16), fill=INK)
 
 
 def _heat_map(panel: Panel, top: float) -> Image.Image:
@@ -171,5 +190,6 @@ def _colors(values: np.ndarray) -> np.ndarray:
     return mixed.round().astype(np.uint8)
 
 
+@lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)

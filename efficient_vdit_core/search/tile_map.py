@@ -66,9 +66,11 @@ def _panels(title: str, mass: TileMass, pattern: LayerPattern | None, other: Til
     notes = _notes(mass, pattern, other)
     if pattern is None or len(pattern.kinds) == 1:
         return [_panel(title, mass, pattern.kinds[0] if pattern else None, notes)]
-    parts = [(mass.of(heads), heads, alike) for alike, heads in pattern.head_groups(len(mass.of_heads)).items()]
-    groups = [_panel(f"{title}, heads {join_heads(heads)}", part, p, _notes(part, p, None)) for part, heads, p in parts]
-    return [_panel(title, mass, None, notes), *groups]
+    panels = [_panel(title, mass, None, notes)]
+    for alike, heads in pattern.head_groups(len(mass.of_heads)).items():
+        part, noun = mass.of(heads), "head" if len(heads) == 1 else "heads"
+        panels.append(_panel(f"{title}, {noun} {join_heads(heads)}", part, alike, _notes(part, alike, None)))
+    return panels
 
 
 def _panel(title: str, mass: TileMass, pattern: TilePattern | None, notes: list[str]) -> Panel:

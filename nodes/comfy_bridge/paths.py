@@ -17,6 +17,8 @@ BUILT_IN_MODELS = {f"{name.replace('-', ' ')} (built in)": name for name in asse
 PLANS = "evdit_plans"  # the model folder of plan files
 CHECKPOINTS = ("diffusion_models", "loras")
 PRESET = " (preset)"
+# A new Load Tile Plan starts on the first entry of its list, which should fit the models that most people have.
+FIRST_FAMILIES = ("minimax_h3", "wan", "ltx")
 
 folder_paths.add_model_folder_path(PLANS, str(Path(folder_paths.models_dir) / PLANS))
 
@@ -57,9 +59,14 @@ def checkpoint_path(name: str) -> Path | None:
 
 
 def plan_names() -> list[str]:
-    """The plan files in models/evdit_plans, then the presets that come with the pack."""
+    """The presets that come with the pack, then the plan files in models/evdit_plans."""
+    presets = sorted(assets.preset_names(), key=_family_rank)
     files = [name for name in folder_paths.get_filename_list(PLANS) if name.endswith(".json")]
-    return [*files, *(name + PRESET for name in assets.preset_names())]
+    return [*(name + PRESET for name in presets), *files]
+
+
+def _family_rank(preset: str) -> int:
+    return next((i for i, family in enumerate(FIRST_FAMILIES) if preset.startswith(family)), len(FIRST_FAMILIES))
 
 
 def plan_path(name: str) -> Path:

@@ -318,9 +318,16 @@ def test_a_loaded_model_without_a_plan_is_refused(server, built):
 
 
 def test_presets_are_listed_and_marked(server):
+    """A new node starts on the first entry: what was saved last, of whatever model, must not be that."""
+    folder = server.base / "models" / "evdit_plans"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "a_saved_plan.json").write_text(TilePlan.uniform(1).to_json(), encoding="utf-8")
     kind, *rest = server.get("/object_info/EVDiTLoadTilePlan")["EVDiTLoadTilePlan"]["input"]["required"]["plan_name"]
     options = kind if isinstance(kind, list) else rest[0]["options"]
-    assert {"wan (preset)", "hunyuan_video (preset)", "opensora_plan (preset)"} <= set(options)
+    assert {"hunyuan_video (preset)", "opensora_plan (preset)"} <= set(options)
+    presets = [name for name in options if name.endswith(" (preset)")]
+    assert options[: len(presets)] == presets and "a_saved_plan.json" in options
+    assert [presets.index(f"{name} (preset)") for name in ("minimax_h3", "wan", "ltx_av")] == [0, 3, 5]
 
 
 @pytest.mark.parametrize("prefix", ["../out", "/var/out", "a/b", "", "..", "x" * 101])

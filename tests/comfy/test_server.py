@@ -171,6 +171,14 @@ def test_what_a_user_types_finds_a_node(server, word):
     assert any(word in node["search_aliases"] for node in ours)
 
 
+@pytest.mark.parametrize("node", ["EVDiTSparseAttention", "EVDiTLoadTilePlan"])
+def test_who_wants_a_faster_video_finds_the_two_nodes_that_do_it(server, node):
+    found = server.get("/object_info")[node].get("search_aliases")
+    if found is None:
+        pytest.skip("THIS COMFYUI KNOWS NO SEARCH WORDS: nodes are found by their names")
+    assert {"faster", "speed", "speed up", "accelerate", "efficient", "wan"} <= set(found)
+
+
 def test_what_few_change_is_shown_on_demand(server):
     inputs = server.get("/object_info")["EVDiTSparseAttention"]["input"]
     fields = {**inputs["required"], **inputs["optional"]}

@@ -47,50 +47,52 @@ GOOD = [
     "0:" + "".join(f"[{head}]{head + 1}:{99 - head}" for head in range(70)),
 ]
 GOOD += [" 1:2  0:FULL ", "0:7:1", "0:[0]7:1[1]full[2]9 1:[0]7[1]1[2]full"]
-BAD = [
-    "",
-    "all:2 1:3",
-    "0:2 all:1",
-    "all:1 all:2",
-    "1:2",
-    "0:2 0:3",
-    "0:2:6 1:2:7",
-    "-1:2",
-    "3-1:2",
-    "0:x",
-    "0",
-    "0:2;1:3",
-]
-BAD += [
-    "0:99999",
-    "0-1024:2",
-    "0:1~999",
-    "0:1~",
-    "0:1~-1",
-    "0:1+-1",
-    "0:1+",
-    "0:1+99",
-    "0:1+1~1",
-    "0:full+1",
-    "0:[0-1]1[3]full",
-    "0:[0-1]1[1]full",
-    "0:[1-0]1",
-    "0:[0-9999]1",
-    "0:[]1",
-]
-BAD += [
-    "0:[0]1[1]2:6[2]2:7",
-    "0:[0]1:7[1]full 1:[0]1:7[1]2:6[2]full",
-    "all:[0]1[1]full",
-    "all:1 0:[0]1[1]full",
-    "0:[0]1[x]2",
-]
+# What the page says of a text that is no plan -> what the engine says, and such texts.
+BAD = {
+    "unreadable": (
+        "(cannot be read|cannot be used|has 0 parts)",
+        [
+            "",
+            "0:x",
+            "0",
+            "0:2;1:3",
+            "0:99999",
+            "0:1~",
+            "0:1+",
+            "0:1+1~1",
+            "0:full+1",
+            "0:[]1",
+            "0:[0]1[x]2",
+            "0:[1-0]1",
+            "0:[0-9999]1",
+        ],
+    ),
+    "windowRange": (
+        "cannot be used at .* has the window .*, expected a whole number of frames from 0 to",
+        ["0:1~999", "0:1~-1", "0:[0]1[1]2~257", "all:2~999+99"],
+    ),
+    "meansRange": (
+        "cannot be used at .* mean frames, expected a whole number from 0 to",
+        ["0:1+-1", "0:1+99", "all:2~99+99"],
+    ),
+    "tooManyFrames": ("asks for more than 1024 frames", ["all:1025", "0:9999", "0:1000:25", "0:[0]1[1]2:1023"]),
+    "leavesOutLayer": ("leaves out layer", ["1:2", "0:2:6 5:1:7", "99:full", "0:1 2-3:full 9:1"]),
+    "layerTwice": ("is named twice", ["0:2 0:3", "0-3:2 5:1 2-4:full"]),
+    "layersAscend": ("expected ascending ones", ["3-1:2", "0-1024:2", "1024:full", "all:2 -1024:full"]),
+    "fromTheEnd": ("counts from the end", ["-1:2", "0:full -1:full"]),
+    "allFirst": ("must stand first and once", ["all:2 1:3", "0:2 all:1", "all:1 all:2", "all:1 0:[0]1[1]full"]),
+    "allAlike": ("the heads of 'all:...' are alike", ["all:[0]1[1]full"]),
+    "leavesOutHead": ("leaves out head", ["0:[0-1]1[3]full", "0:[1]2"]),
+    "headTwice": ("names head . twice", ["0:[0-1]1[1]full"]),
+    "twoLengths": ("speaks of", ["0:2:6 1:2:7", "0:[0]1[1]2:6[2]2:7", "all:2:6 0:1:8 1:full"]),
+    "twoHeadCounts": ("heads, expected one number", ["0:[0]1:7[1]full 1:[0]1:7[1]2:6[2]full"]),
+}
 
 
 def run_module(code: str) -> Any:
     """What a JavaScript module prints, as JSON."""
     done = subprocess.run(
-        [NODE or "node", "--input-type=module", "-e", code], capture_output=True, text=True, timeout=60
+        [NODE or "node", "--input-type=module"], input=code, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -120,14 +122,53 @@ def test_both_read_and_write_the_same_text():
         assert (found, frames, again) == (patterns(plan, depth), plan.frames, plan.to_text()), text
 
 
+REFUSE = """return data.map(text => { try { parsePlan(text); return ['read', {}] }
+    catch (error) { return [error.why ?? `crash: ${error}`, error.values] } })"""
+
+
 @needs_node
-def test_both_refuse_the_same_text():
-    body = """return data.map(text => { try { parsePlan(text); return 'read' }
-        catch (error) { return error.part === undefined ? 'crash' : 'refused' } })"""
-    assert in_node(body, BAD) == ["refused"] * len(BAD)
-    for text in BAD:
-        with pytest.raises(ValueError):
+@pytest.mark.parametrize("why", BAD)
+def test_both_refuse_the_same_text_for_the_same_reason(why):
+    """The page's message holds the same numbers: the layer, the head or the count that is wrong, and the range."""
+    said, texts = BAD[why]
+    for text, (found, values) in zip(texts, in_node(REFUSE, texts), strict=True):
+        with pytest.raises(ValueError, match=said) as error:
             TilePlan.from_text(text)
+        assert found == why, text
+        numbers = [str(value) for name, value in values.items() if name != "part"]
+        assert [number for number in numbers if number not in str(error.value)] == [], text
+
+
+@needs_node
+def test_both_judge_any_text_alike():
+    """Every two parts of these pieces, and every good text without one of its letters."""
+    where = ["all", "0", "1", "-1", "0-1", "2-1", "1023"]
+    what = [
+        "full",
+        "2",
+        "2:6",
+        "1:7~1+1",
+        "1025",
+        "2~300",
+        "2+17",
+        "[0]1[1]full",
+        "[0-1]1[1]2",
+        "[1]2",
+        "[0]2:6[1]1:8",
+        "[0]1[1]2[2]full",
+    ]
+    parts = [":".join(pair) for pair in itertools.product(where, what)]
+    texts = [" ".join(pair) for pair in itertools.product(parts, ["", *parts])]
+    texts += [text[:i] + text[i + 1 :] for text in GOOD for i in range(len(text))]
+    found = [why for why, _ in in_node(REFUSE, texts)]
+    for text, why in zip(texts, found, strict=True):
+        try:
+            TilePlan.from_text(text)
+        except ValueError as error:
+            assert why in BAD and re.search(BAD[why][0], str(error)), (text, why, str(error))
+        else:
+            assert why == "read", text
+    assert set(BAD) | {"read"} == set(found)
 
 
 @needs_node
@@ -221,7 +262,7 @@ def test_a_draw_counts_the_tiles_of_each_pattern_once(tmp_path):
         drawn.draw({{ plan: text.parsePlan("0-49:{layer}"), frames: 92, depth: 50, editable: true }});
         console.log(JSON.stringify([globalThis.counts, drawn.bars.children.length, drawn.legend.children.length]));"""
     counts, columns, legend = run_module(code)
-    assert (columns, legend) == (50 + 2, len(kinds))
+    assert (columns, legend) == (50 + 2, 1 + len(kinds))  # with the lines of the grid, and with what is counted
     assert counts <= 2 * len(kinds)  # the bars and the legend, and the maps of the one layer that is shown
 
 
@@ -247,9 +288,17 @@ def test_every_text_of_the_chart_is_there(language):
     source = "\n".join(path.read_text(encoding="utf-8") for path in SCRIPTS)
     texts = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["efficientVDiT"]
     asked = set(re.findall(r'\bsay\((?:\w+ \? )?"(\w+)"', source)) | set(re.findall(r'\bkey\("(\w+)"', source))
-    asked |= set(re.findall(r'\bsay\(\w+ \? "\w+" : "(\w+)"', source))
+    asked |= set(itertools.chain(*re.findall(r'\bsay\([^()]+ \? "(\w+)" : "(\w+)"', source)))
+    asked |= set(re.findall(r'\bwrong\("(\w+)"', source)) | set(re.findall(r'\bonlyNumber\(.*, "(\w+)"\)', source))
     asked |= {name + part for name in re.findall(r'\bnumber\("(\w+)"', source) for part in ("", "Title")}
     assert asked == set(texts)
     english = json.loads((ROOT / "locales" / "en" / "main.json").read_text(encoding="utf-8"))["efficientVDiT"]
     for key, text in texts.items():
         assert text and set(re.findall(r"\{\w+\}", text)) == set(re.findall(r"\{\w+\}", english[key])), key
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize(("key", "gain"), [("bound", "{bound}"), ("timed", "{gain}")])
+def test_a_line_that_may_be_cut_begins_with_the_gain(language, key, gain):
+    text = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["efficientVDiT"][key]
+    assert re.findall(r"\{\w+\}", text)[0] == gain

@@ -1,8 +1,11 @@
 """The tile map's numbers against an explicit N x N softmax, and what its picture shows."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from PIL import ImageDraw
 
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState
@@ -154,7 +157,7 @@ def test_each_group_of_heads_has_a_map_with_its_own_tiles():
     plan = TilePlan(patterns=(by_head([TilePattern(1), TilePattern(0, window=1)]),), heads=HEADS)
     picture, text = tile_map({0: tile_mass(q, k, LAYOUT, rows=S)}, 1, plan)
     sections = dict(section.split("\n", 1) for section in text.split("\n\n")[1:])
-    assert list(sections) == ["Layer 0", "Layer 0, heads 0", "Layer 0, heads 1"]
+    assert list(sections) == ["Layer 0", "Layer 0, head 0", "Layer 0, head 1"]
     assert hatching(picture).max() < 0.04  # of all heads: there is no tile that speaks for them all
     names = ("1:4", "0:5~1")
     live = [
@@ -166,11 +169,32 @@ def test_each_group_of_heads_has_a_map_with_its_own_tiles():
         kept = float((share * tiles).sum(1).mean() + extra.mean())
         assert (
             f"plan {name} keeps {kept:.1%} in {float(tiles.double().mean()):.0%} of"
-            in sections[f"Layer 0, heads {head}"]
+            in sections[f"Layer 0, head {head}"]
         )
-        assert f"own frame {float(share.diagonal().mean()):.1%}" in sections[f"Layer 0, heads {head}"]
+        assert f"own frame {float(share.diagonal().mean()):.1%}" in sections[f"Layer 0, head {head}"]
         marked = hatching(picture, 1 + head)
         assert marked[~tiles.numpy()].min() > 0.08 > 0.04 > marked[tiles.numpy()].max()
+
+
+def test_every_text_stays_in_the_picture_and_off_the_others(monkeypatch):
+    """The longest notes there are: many groups of heads, text tokens, neighbours, means, a second prompt."""
+    boxes, write = [], ImageDraw.ImageDraw.text
+
+    def recorded(draw, xy, text, *args, **options):
+        if text != "query: latent frame":  # is turned, in a picture of its own
+            box = draw.textbbox(xy, text, font=options["font"], anchor=options.get("anchor"))
+            boxes.append((text, box))
+            assert 0 <= box[0] and 0 <= box[1] and box[2] <= draw.im.size[0] and box[3] <= draw.im.size[1], text
+        return write(draw, xy, text, *args, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", recorded)
+    mass = tile_mass(*qk(), LAYOUT, rows=S)
+    by_heads = by_head([TilePattern(1), TilePattern(0, window=1, means=1)])
+    for plan in (TilePlan(patterns=(by_heads,) * 2, heads=HEADS), TilePlan(uniform_pattern=by_heads.kinds[1]), None):
+        boxes.clear()
+        tile_map({0: mass, 1: mass}, 2, plan, {0: mass, 1: mass})
+        for (a, (left, top, right, bottom)), (b, other) in itertools.combinations(boxes, 2):
+            assert left >= other[2] or right <= other[0] or top >= other[3] or bottom <= other[1], (a, b)
 
 
 def test_more_maps_than_a_picture_holds_are_refused():

@@ -1,22 +1,10 @@
 """Templates open so that they can be read: nothing lies over anything, and the classic canvas draws its text."""
 
 import pytest
+from overlaps import OVERLAPS
 from templates import GRAPHS
 
 READABLE = 8 / 14  # the scale below which the classic canvas draws no text
-OVERLAPS = """() => {
-    const { scale } = app.canvas.ds;
-    const shown = app.graph.nodes.map(n => {
-        const element = document.querySelector(`[data-node-id="${n.id}"]`);
-        if (!element) return [n.title, ...n.boundingRect];
-        const { x, y, width, height } = element.getBoundingClientRect();
-        return [n.title, x / scale, y / scale, width / scale, height / scale];
-    });
-    const px = 0.5; // positions come back from the screen, rounded: nodes that touch do not lie over one another
-    const over = ([, ax, ay, aw, ah], [, bx, by, bw, bh]) =>
-        ax + px < bx + bw && bx + px < ax + aw && ay + px < by + bh && by + px < ay + ah;
-    return shown.flatMap((a, i) => shown.slice(i + 1).filter(b => over(a, b)).map(b => [a[0], b[0]]));
-}"""
 
 
 @pytest.fixture(params=[False, True], ids=["classic", "nodes2"], scope="module")

@@ -1,6 +1,7 @@
 """The chart inside Tile Plan: it shows the plan, edits its text, follows a run, and fits everywhere a node can be."""
 
 import io
+import re
 
 import pytest
 from PIL import Image
@@ -20,6 +21,20 @@ def test_a_click_gives_a_layer_its_next_pattern(comfy):
     assert page.evaluate("app.graph.serialize().nodes[0].widgets_values") == [2, page.evaluate(TEXT)]
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0-31:22:85", "made for 107 latent frames"),
+        ("0-1:1:0", "made for 1 latent frame"),
+        ("all:2", "· 21 latent frames"),
+    ],
+)
+def test_the_length_that_a_plan_was_made_for_is_told(comfy, text, said):
+    comfy.open()
+    chart = plan_node(comfy, text)
+    chart.get_by_text(re.compile(f"of attention .*{said}$")).wait_for()
+
+
 def test_the_keyboard_does_the_same(comfy):
     page = comfy.open().page
     chart = plan_node(comfy, "0-3:2:6")
@@ -33,10 +48,19 @@ def test_the_keyboard_does_the_same(comfy):
     assert page.evaluate("app.graph.nodes.length") == 1
 
 
-def test_nonsense_is_named_and_the_node_stays(comfy):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0:2 5-3:2", "“5-3:2” names layers that do not ascend"),
+        ("0:2:6 5:1:7", "leaves out layer 1: name each from 0 to 5"),
+        ("all:2~99+99", "“all:2~99+99” has 99 mean frames, expected 0 to 16"),
+        ("0:two", "cannot be read at “0:two”. Example: all:6 0-1:full -1:full"),
+    ],
+)
+def test_nonsense_is_named_and_the_node_stays(comfy, text, said):
     comfy.open()
-    chart = plan_node(comfy, "0:2 5-3:2")
-    chart.get_by_text("5-3:2").wait_for()
+    chart = plan_node(comfy, text)
+    chart.locator(".wrong", has_text=said).wait_for()
 
 
 @pytest.mark.parametrize("palette", ["dark", "light"])
@@ -200,6 +224,8 @@ def test_each_group_of_heads_has_a_map_of_its_own(comfy):
     height = chart.bounding_box()["height"]
     chart.get_by_role("option", name="Layer 3:").hover()
     assert chart.get_by_role("group", name="Layer 3:").get_by_role("img").count() == 3
+    assert chart.get_by_text("head 6", exact=True).count() == 1
+    assert chart.locator(".legend").inner_text().split("\n")[:2] == ["layers:", "full × 1.5"]
     assert chart.bounding_box()["height"] == height
     comfy.picture("chart by head")
     layer.click()

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from comfyui_server import ENDINGS, RUN_TIMEOUT
+from overlaps import OVERLAPS
 from templates import GRAPHS
 
 NAMES = GRAPHS
@@ -79,6 +80,7 @@ def test_the_template_opens_and_runs(comfy, name):
     if name in TOLD:
         chart.get_by_text(re.compile(f"Last run: {TOLD[name]}")).wait_for()
     assert chart.get_by_role("option").count() == 6
+    assert page.evaluate(OVERLAPS) == []  # nodes have grown to what they show now
     comfy.picture(f"{name} after the run")
     if name == TINY:
         assert list((comfy.server.base / "output" / "video").glob("*.mp4"))

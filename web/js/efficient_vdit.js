@@ -126,8 +126,8 @@ class NodeChart {
         const [ownFrames, ownDepth] = [plan.frames ?? frames, plan.layers?.length ?? depth];
         Object.assign(this.state, { plan, editable, frames: ownFrames, depth: ownDepth, fixedFrames: !!plan.frames });
       } catch (error) {
-        if (error.part === undefined) throw error;
-        this.state.note = say("unreadable", { part: error.part });
+        if (error.why === undefined) throw error;
+        Object.assign(this.state, { note: say(error.why, error.values), wrong: true });
       }
     }
     this.chart.draw(this.state);

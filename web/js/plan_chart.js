@@ -57,8 +57,8 @@ export class PlanChart {
 
   /**
    * Draw anew.
-   * @param {{plan?: object, note?: string, frames: number, depth: number, editable: boolean, fixedFrames: boolean,
-   *          measured?: object}} state a plan, or a note that says why there is none
+   * @param {{plan?: object, note?: string, wrong?: boolean, frames: number, depth: number, editable: boolean,
+   *          fixedFrames: boolean, measured?: object}} state a plan, or a note that says why there is none: what is wrong
    */
   draw(state) {
     this.state = state;
@@ -66,6 +66,7 @@ export class PlanChart {
     this.body.hidden = !state.plan;
     this.summary.textContent = state.note ?? "";
     this.summary.classList.toggle("note", !state.plan);
+    this.summary.classList.toggle("wrong", !!state.wrong);
     if (!state.plan) return;
     this.patterns = [...Array(state.depth).keys()].map((i) => layerPattern(state.plan, i, state.depth));
     this.figures = new PatternFigures(state.frames);
@@ -91,7 +92,9 @@ export class PlanChart {
   }
 
   drawSummary() {
-    this.summary.textContent = this.say("summary", { density: percent(this.mean()), frames: this.state.frames });
+    const { frames, fixedFrames } = this.state;
+    const length = this.say(frames === 1 ? "latentFrame" : "latentFrames", { frames });
+    this.summary.textContent = this.say(fixedFrames ? "summaryMadeFor" : "summary", { density: percent(this.mean()), frames: length });
   }
 
   drawBars() {
@@ -137,7 +140,7 @@ export class PlanChart {
       return make("span", {}, make("i", { style: `background: ${this.color(pattern)}` }), `${this.nameOf(pattern)} × ${count}`);
     });
     if (measured?.density) entries.push(make("span", {}, make("i", { class: "dashed" }), this.say("measuredLegend")));
-    this.legend.replaceChildren(...entries);
+    this.legend.replaceChildren(make("span", { title: this.say("legendTitle") }, this.say("legend")), ...entries);
   }
 
   drawLayer() {

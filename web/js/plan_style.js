@@ -18,6 +18,7 @@ export const STYLE = `
 .body { display: flex; flex-direction: column; gap: 5px; }
 .summary { font-weight: 600; }
 .summary.note { font-weight: 400; opacity: .85; }
+.summary.wrong { color: color-mix(in oklab, var(--error-text, #f44) 75%, var(--text)); opacity: 1; overflow-wrap: anywhere; }
 .bars { display: block; width: 100%; height: 60px; border-radius: 3px; outline-offset: 2px; }
 .bars:focus { outline: none; }
 .bars:focus-visible { outline: 2px solid var(--pattern-0); }

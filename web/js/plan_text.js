@@ -9,44 +9,66 @@ import { byHead, density, FULL, isFull, listHeads, patternName } from "./pattern
 
 const MAX_LAYERS = 1024;
 const MAX_HEADS = 1024;
+const MAX_FRAMES = 1024;
 const MAX_WINDOW = 256;
 const MAX_MEANS = 16;
+const SIGNED = "-[1-9]\\d{0,3}|\\d{1,4}"; // counts below 0 are read to be named
 const PART = /^(all|-?\d{1,4}|\d{1,4}-\d{1,4}):(full|\d.*|(?:\[[\d,-]+\][^[\]]+)+)$/;
-const ONE = /^(?:(full)|(\d{1,4})(?::(\d{1,4}))?(?:~(\d{1,4}))?(?:\+(\d{1,4}))?)$/;
+const ONE = new RegExp(`^(?:(full)|(\\d{1,4})(?::(\\d{1,4}))?(?:~(${SIGNED}))?(?:\\+(${SIGNED}))?)$`);
 const GROUP = /\[([\d,-]+)\]([^[\]]+)/g;
 
-/** Reads the text form. Throws an Error with {part} where it cannot. */
+/** Reads the text form. Throws an Error with {why, values} where it cannot: a text of locales/<language>/main.json. */
 export function parsePlan(text) {
   const words = text.trim().split(/\s+/).filter(Boolean);
+  if (!words.length || words.length > MAX_LAYERS) throw wrong("unreadable", { part: text });
   const parts = words.map(readPart);
-  const [lengths, heads] = ["frames", "heads"].map((name) => new Set(parts.map((p) => p[name]).filter(Boolean)));
-  if (!parts.length || parts.length > MAX_LAYERS || lengths.size > 1 || heads.size > 1) throw unreadable(text);
-  const frames = lengths.values().next().value ?? null;
-  if (parts.some((p) => p.all)) {
-    const [head, ...rest] = parts;
-    const wrong = rest.find((p) => p.all || p.pattern !== FULL);
-    if (!head.all || wrong || head.heads) throw unreadable((wrong ?? head).part);
-    return { layers: null, uniform: head.pattern, dense: rest.map((p) => [p.first, p.last]), frames };
-  }
+  const frames = onlyNumber(parts.map((p) => p.frames), "twoLengths");
+  return { frames, ...(parts.some((p) => p.all) ? readUniform(parts) : readLayers(parts)) };
+}
+
+/** Why a text is no plan. */
+function wrong(why, { part, ...values } = {}) {
+  const short = part?.length > 40 ? `${part.slice(0, 40)}...` : part;
+  return Object.assign(new Error(`plan text: ${why}`), { why, values: { part: short, ...values } });
+}
+
+/** The one number that is said, or null; two are wrong. */
+function onlyNumber(said, why) {
+  const [first, second] = [...new Set(said.filter(Boolean))].sort((a, b) => a - b);
+  if (second) throw wrong(why, { first, second });
+  return first ?? null;
+}
+
+function readUniform([head, ...rest]) {
+  if (!head.all || rest.some((p) => p.all || p.pattern !== FULL)) throw wrong("allFirst");
+  if (head.heads) throw wrong("allAlike", { part: head.part });
+  return { layers: null, uniform: head.pattern, dense: rest.map((p) => [p.first, p.last]) };
+}
+
+function readLayers(parts) {
   const layers = [];
-  for (const p of parts) {
-    for (let i = p.first; i <= p.last; i++) {
-      if (i < 0 || i in layers) throw unreadable(p.part);
-      layers[i] = p.pattern;
+  for (const { part, pattern, first, last } of parts) {
+    if (first < 0) throw wrong("fromTheEnd", { part });
+    for (let layer = first; layer <= last; layer++) {
+      if (layer in layers) throw wrong("layerTwice", { part, layer });
+      layers[layer] = pattern;
     }
   }
-  for (let i = 0; i < layers.length; i++) if (!(i in layers)) throw unreadable(`${i}:?`);
-  return { layers, uniform: undefined, dense: [], frames };
+  const layer = layers.findIndex((pattern) => !pattern);
+  if (layer >= 0) throw wrong("leavesOutLayer", { layer, last: layers.length - 1 });
+  onlyNumber(parts.map((p) => p.heads), "twoHeadCounts");
+  return { layers, uniform: undefined, dense: [] };
 }
 
 function readPart(part) {
   const match = PART.exec(part.toLowerCase());
-  if (!match) throw unreadable(part);
+  if (!match) throw wrong("unreadable", { part });
   const [, where, written] = match;
   const pattern = { part, ...readPattern(written, part) };
   if (where === "all") return { ...pattern, all: true };
   const [first, last = first] = where.startsWith("-") ? [Number(where)] : where.split("-").map(Number);
-  if (last < first || Math.max(Math.abs(first), Math.abs(last)) >= MAX_LAYERS) throw unreadable(part);
+  const most = MAX_LAYERS - 1;
+  if (last < first || Math.max(Math.abs(first), Math.abs(last)) > most) throw wrong("layersAscend", { part, most });
   return { ...pattern, first, last };
 }
 
@@ -54,31 +76,33 @@ function readPart(part) {
 function readPattern(written, part) {
   if (!written.startsWith("[")) return readOne(written, part);
   const found = [];
-  let frames = null;
+  const lengths = [];
   for (const [, heads, name] of written.matchAll(GROUP)) {
     const one = readOne(name, part);
-    if (frames && one.frames && frames !== one.frames) throw unreadable(part);
-    frames ??= one.frames;
+    lengths.push(one.frames);
     for (const head of listHeads(heads)) {
-      if (!(head < MAX_HEADS) || head in found) throw unreadable(part);
+      if (!(head < MAX_HEADS)) throw wrong("unreadable", { part });
+      if (head in found) throw wrong("headTwice", { part, head });
       found[head] = one.pattern;
     }
   }
-  for (let head = 0; head < found.length; head++) if (!(head in found)) throw unreadable(part);
+  const head = found.findIndex((pattern) => !pattern);
+  if (head >= 0) throw wrong("leavesOutHead", { part, head });
+  const frames = onlyNumber(lengths, "twoLengths");
   const pattern = byHead(found);
   return { pattern, frames, heads: pattern.startsWith("[") ? found.length : null };
 }
 
 function readOne(written, part) {
   const match = ONE.exec(written);
-  const [, full, k, rest, window = 0, means = 0] = match ?? [];
-  if (!match || Number(window) > MAX_WINDOW || Number(means) > MAX_MEANS) throw unreadable(part);
-  const more = [["~", window], ["+", means]].map(([sign, count]) => (Number(count) ? `${sign}${Number(count)}` : ""));
-  return { pattern: full ?? `${Number(k)}${more.join("")}`, frames: rest === undefined ? null : Number(k) + Number(rest) };
-}
-
-function unreadable(part) {
-  return Object.assign(new Error(`plan text: ${part}`), { part: part.length > 40 ? `${part.slice(0, 40)}...` : part });
+  if (!match) throw wrong("unreadable", { part });
+  const [, full, k, rest] = match;
+  const [window, means] = [match[4], match[5]].map((count) => Number(count ?? 0));
+  if (window < 0 || window > MAX_WINDOW) throw wrong("windowRange", { part, count: window, most: MAX_WINDOW });
+  if (means < 0 || means > MAX_MEANS) throw wrong("meansRange", { part, count: means, most: MAX_MEANS });
+  const frames = rest === undefined ? null : Number(k) + Number(rest);
+  if (Math.max(Number(k ?? 0), frames) > MAX_FRAMES) throw wrong("tooManyFrames", { part, most: MAX_FRAMES });
+  return { pattern: full ?? `${Number(k)}${window ? `~${window}` : ""}${means ? `+${means}` : ""}`, frames };
 }
 
 /** The text form of a plan; parsePlan's inverse. */

@@ -16,7 +16,7 @@ export function tileMaps(pattern, frames, places, say) {
   const maps = headGroups(pattern).map((group) => {
     const name = isFull(group.pattern, frames) ? say("full") : patternName(group.pattern, frames);
     const share = `${name}, ${percent(density(group.pattern, frames))}`;
-    const heads = group.heads ? say("heads", { heads: group.heads.replaceAll(",", ", ") }) : say("allHeads");
+    const heads = headsText(group, say);
     const map = drawTiles(group.pattern, frames);
     map.setAttribute("aria-label", `${heads}: ${share}. ${referenceText(group.pattern, frames, say)}`);
     const caption = places > 1 ? [make("b", {}, share), make("span", {}, heads)] : [];
@@ -24,6 +24,10 @@ export function tileMaps(pattern, frames, places, say) {
   });
   while (maps.length < places) maps.push(emptyPlace(frames));
   return maps;
+}
+
+function headsText({ count, heads }, say) {
+  return heads ? say(count === 1 ? "head" : "heads", { heads: heads.replaceAll(",", ", ") }) : say("allHeads");
 }
 
 function referenceText(pattern, frames, say) {
