@@ -86,7 +86,7 @@ def _notes(mass: TileMass, pattern: LayerPattern | None, other: TileMass | None)
     if float(mass.extra.mean()) > 0:
         notes.append(f"text and other tokens {float(mass.extra.mean()):.1%}")
     if pattern is not None:
-        rest = ", means of the rest" if any(alike.means for alike in pattern.kinds) else ""
+        rest = ", rest in means" if any(alike.means for alike in pattern.kinds) else ""
         keeps = f"keeps {mass.kept(pattern):.1%} in {pattern.density(frames):.0%} of the tiles{rest}"
         name = pattern.name(frames)
         notes += [f"plan {name} {keeps}"] if len(pattern.kinds) == 1 else [name, f"plan {keeps}"]

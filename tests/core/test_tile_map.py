@@ -12,7 +12,7 @@ from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.plan import TilePlan
-from efficient_vdit_core.search.draw import EDGE, HEADER, LEFT, MAP, PANEL_WIDTH, TOP
+from efficient_vdit_core.search.draw import EDGE, HEADER, LEFT, MAP, PANEL_WIDTH, TOP, Panel, draw_panels
 from efficient_vdit_core.search.tile_map import check_panels, tile_map
 from efficient_vdit_core.search.tile_mass import (
     MassRecord,
@@ -149,7 +149,7 @@ def test_what_is_seen_in_a_mean_is_dotted_and_named():
     hatched, _ = tile_map({0: mass}, 6, TilePlan.uniform(1))
     marked = [(np.abs(picture - np.array(EDGE) / 255).max(-1) < 0.01).mean() for picture in (dotted, hatched)]
     assert 0 < marked[0] < marked[1]
-    assert "plan 1:4+1 keeps" in text and "of the tiles, means of the rest" in text
+    assert "plan 1:4+1 keeps" in text and "of the tiles, rest in means" in text
 
 
 def test_each_group_of_heads_has_a_map_with_its_own_tiles():
@@ -177,7 +177,6 @@ def test_each_group_of_heads_has_a_map_with_its_own_tiles():
 
 
 def test_every_text_stays_in_the_picture_and_off_the_others(monkeypatch):
-    """The longest notes there are: many groups of heads, text tokens, neighbours, means, a second prompt."""
     boxes, write = [], ImageDraw.ImageDraw.text
 
     def recorded(draw, xy, text, *args, **options):
@@ -190,9 +189,13 @@ def test_every_text_stays_in_the_picture_and_off_the_others(monkeypatch):
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", recorded)
     mass = tile_mass(*qk(), LAYOUT, rows=S)
     by_heads = by_head([TilePattern(1), TilePattern(0, window=1, means=1)])
-    for plan in (TilePlan(patterns=(by_heads,) * 2, heads=HEADS), TilePlan(uniform_pattern=by_heads.kinds[1]), None):
+    long = Panel("Layer 0", mass.share, notes=["heads: " + ", ".join(["12 x 22:85~1+12"] * 9), "own frame 17.9%"])
+    for draw in (
+        lambda: tile_map({0: mass, 1: mass}, 2, TilePlan(patterns=(by_heads,) * 2, heads=HEADS), {0: mass, 1: mass}),
+        lambda: draw_panels([long] * 3, "Attention between frames", "Share of each query frame's attention"),
+    ):
         boxes.clear()
-        tile_map({0: mass, 1: mass}, 2, plan, {0: mass, 1: mass})
+        draw()
         for (a, (left, top, right, bottom)), (b, other) in itertools.combinations(boxes, 2):
             assert left >= other[2] or right <= other[0] or top >= other[3] or bottom <= other[1], (a, b)
 
