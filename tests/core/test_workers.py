@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pools import HOST, START, gone, launch
+from pools import HOST, START, gone, hub_of, launch
 
 from efficient_vdit_core.parallel.pool import session as session_module
 from efficient_vdit_core.parallel.pool.client import Pool, PoolFault
 from efficient_vdit_core.parallel.pool.handshake import connect
-from efficient_vdit_core.parallel.pool.hub import Hub
 from efficient_vdit_core.parallel.pool.messages import ConnectionEnded, listen
 from efficient_vdit_core.parallel.pool.pool_file import PoolAddress, default_pool_file, read_pool_file, write_pool_file
 from efficient_vdit_core.parallel.pool.secret import new_secret
@@ -43,13 +42,6 @@ def session():
 
 def pids(session):
     return [process.pid for process in session.workers.processes]
-
-
-def hub_of(listener, secret, ranks, run_here):
-    """A hub in this process, which a fault does not end."""
-    hub = Hub(listener, secret, ranks, run_here, str, host=HOST.name, about_pool={}, clean_up=lambda: None)
-    hub.end = lambda status: None
-    return hub
 
 
 def step(session, chosen=None, **message):

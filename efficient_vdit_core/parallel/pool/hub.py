@@ -87,7 +87,8 @@ class Hub:
             self.answers[rank] = message
             if "error" in message and self.request.get("do") in TOGETHER:
                 self._fault(rank, message)
-            elif len(self.answers) == self.ranks:
+            # Once there is a fault the pool ends; an answer would have the next request bear the blame.
+            if len(self.answers) == self.ranks and not self.faults:
                 every = [self.answers[r] for r in range(self.ranks)]
                 self._tell_main({"id": self.request["id"], "ranks": every}, self.tensors)
                 self.lock.notify_all()
