@@ -1,10 +1,12 @@
 """Rank 0's switchboard, with ranks that answer what the test says, when it says so."""
 
 import threading
+import time
 
 import pytest
 from pools import HOST, hub_of, until
 
+from efficient_vdit_core.parallel.pool import hub
 from efficient_vdit_core.parallel.pool.client import Pool, PoolFault
 from efficient_vdit_core.parallel.pool.handshake import connect
 from efficient_vdit_core.parallel.pool.messages import ConnectionEnded, listen
@@ -12,6 +14,7 @@ from efficient_vdit_core.parallel.pool.pool_file import PoolAddress
 from efficient_vdit_core.parallel.pool.secret import new_secret
 
 BROKEN = {"error": "KeyError: 'a layer'", "mistake": False, "traceback": "KeyError"}
+MISTAKE = {"error": "Write a longer prompt.", "mistake": True, "traceback": "ValueError"}
 
 
 class Ranks:
@@ -58,3 +61,51 @@ def test_a_fault_is_told_once_where_the_other_rank_ends_after_it(ranks):
     with pytest.raises(PoolFault, match=r"^rank 0: KeyError: 'a layer'"):
         pool.ask({"do": "step"}, timeout=5.0)
     assert not pool.usable
+
+
+def test_a_mistake_of_one_rank_ends_the_pool_without_a_traceback(ranks, monkeypatch):
+    """The others wait for it. It is their end that is told, but the sentence says what to do."""
+    monkeypatch.setattr(hub, "GATHER_MISTAKES_SECONDS", 0.2)
+    ended = threading.Event()
+    ranks.says = [lambda message: MISTAKE, lambda message: ended.wait() and {}]
+    with pytest.raises(PoolFault, match=r"^rank 0: Write a longer prompt\.$"):
+        Pool(ranks.address, HOST.name).ask({"do": "step"}, timeout=5.0)
+    ended.set()
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({**MISTAKE, "error": "Name more devices."}, "rank 0: Write a longer prompt.\nrank 1: Name more devices."),
+        (BROKEN, "rank 0: Write a longer prompt.\nrank 1: KeyError: 'a layer'\nKeyError"),
+    ],
+)
+def test_ranks_that_fail_in_different_ways_end_the_pool_at_once(ranks, other, told):
+    """They may have stopped at different places, with something on its way between them."""
+
+    def say_later(message):
+        until(lambda: ranks.hub.faults)
+        return other
+
+    ranks.says = [lambda message: MISTAKE, say_later]
+    begin = time.monotonic()
+    with pytest.raises(PoolFault) as caught:
+        Pool(ranks.address, HOST.name).ask({"do": "step"}, timeout=20.0)
+    assert str(caught.value) == told and time.monotonic() - begin < hub.GATHER_MISTAKES_SECONDS
+
+
+def test_what_all_ranks_say_is_told_once(ranks):
+    ranks.says = [lambda message: BROKEN] * 2
+    with pytest.raises(PoolFault, match=r"^ranks 0, 1: KeyError: 'a layer'\nKeyError$"):
+        Pool(ranks.address, HOST.name).ask({"do": "step"}, timeout=5.0)
+
+
+def test_a_mistake_of_all_ranks_leaves_room_for_the_next_fault(ranks):
+    pool = Pool(ranks.address, HOST.name)
+    for _ in range(2):
+        ranks.says = [lambda message: MISTAKE] * 2
+        with pytest.raises(ValueError, match=r"^Write a longer prompt\. \(rank 0 of 2\)$"):
+            pool.ask({"do": "step"}, timeout=5.0)
+    ranks.says = [lambda message: BROKEN, lambda message: {}]
+    with pytest.raises(PoolFault, match="^rank 0: KeyError"):
+        pool.ask({"do": "step"}, timeout=5.0)

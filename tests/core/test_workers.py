@@ -176,6 +176,15 @@ def test_an_exception_comes_with_its_traceback(session):
         step(session, trouble="raise", rank=1)
 
 
+def test_a_mistake_that_all_ranks_find_is_told_once_and_the_pool_lives(session):
+    """None of them waits for another."""
+    step(session)
+    before = pids(session)
+    with pytest.raises(ValueError, match=r"^The prompt is too short.* Write a longer one\. \(rank 0 of 2\)$"):
+        step(session, trouble="mistake", rank="all")
+    assert torch.equal(step(session)[1]["sum"], 2 * X) and pids(session) == before
+
+
 def test_out_of_memory_names_device_and_size(session):
     step(session)
     with pytest.raises(PoolFault, match=r"rank 1: out of memory on cpu: Tried to allocate 2\.00 GiB"):

@@ -148,11 +148,8 @@ class Pool:
     def _lost(self, faults: list[Message]) -> PoolFault:
         self.usable = False
         self.connection.close()
-        words = [
-            f"rank {f['rank']}: {f['error']}" + (f"\n{f['traceback']}" if "traceback" in f else "") for f in faults
-        ]
         lost = tuple(f["rank"] for f in faults if f.get("lost")) if faults else (0,)
-        return PoolFault("\n".join(words) or "rank 0 ended without a word", lost)
+        return PoolFault("\n".join(_words(faults)) or "rank 0 ended without a word", lost)
 
     def close(self) -> None:
         """Leave the pool running for others."""
@@ -167,3 +164,12 @@ class Pool:
         except ConnectionEnded:
             pass
         self.close()
+
+
+def _words(faults: list[Message]) -> list[str]:
+    """What the ranks said, each sentence once. A mistake needs no traceback: its sentence says what to do."""
+    said: dict[str, set[int]] = {}
+    for fault in faults:
+        detail = "" if fault.get("mistake") or "traceback" not in fault else f"\n{fault['traceback']}"
+        said.setdefault(f"{fault['error']}{detail}", set()).add(fault["rank"])
+    return [f"rank{'s' * (len(who) > 1)} {', '.join(map(str, sorted(who)))}: {text}" for text, who in said.items()]

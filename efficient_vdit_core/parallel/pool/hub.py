@@ -7,10 +7,12 @@ for.
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +25,13 @@ Message = dict[str, Any]
 # How long other ranks' words are awaited after the first fault: one that lost its peer may speak before the loss is
 # seen.
 GATHER_FAULTS_SECONDS = 0.5
+# And after a mistake, which usually all ranks find; before it each may have loaded a model.
+GATHER_MISTAKES_SECONDS = 5.0
 WHERE_SECONDS = 0.8
 # How long the next ComfyUI is kept waiting for the end of the one before to be noticed.
 LEAVE_SECONDS = 1.0
 FATAL_EXIT = 3
-# Requests in which ranks wait for one another: where one fails, the others would wait for ever.
+# Requests in which ranks wait for one another: where one fails, the others would wait for ever, unless all fail alike.
 TOGETHER = ("self-test", "step")
 
 
@@ -61,8 +65,10 @@ class Hub:
         self.tensors: Tensors = {}
         self.places: dict[int, str] = {}
         self.faults: list[tuple[int, Message]] = []
+        self.give_up_at = math.inf
         self.backlog: queue.Queue[tuple[Message, Tensors]] = queue.Queue()
-        threading.Thread(target=self._pass_on, daemon=True).start()
+        for work in (self._pass_on, self._give_up):
+            threading.Thread(target=work, daemon=True).start()
         self.door = Door(listener, secret, self._enter)
 
     def wait_for_ranks(self, seconds: float) -> None:
@@ -87,20 +93,37 @@ class Hub:
             self.answers[rank] = message
             if "error" in message and self.request.get("do") in TOGETHER:
                 self._fault(rank, message)
-            # Once there is a fault the pool ends; an answer would have the next request bear the blame.
-            if len(self.answers) == self.ranks and not self.faults:
-                every = [self.answers[r] for r in range(self.ranks)]
-                self._tell_main({"id": self.request["id"], "ranks": every}, self.tensors)
-                self.lock.notify_all()
+            if len(self.answers) == self.ranks:
+                self._conclude()
+
+    def _conclude(self) -> None:
+        """All ranks have answered."""
+        if self._one_mistake():
+            self.faults, self.give_up_at = [], math.inf
+        if self.faults:  # nobody else is awaited; an answer now would have the next request bear the blame
+            self.give_up_at = 0.0
+        else:
+            every = [self.answers[r] for r in range(self.ranks)]
+            self._tell_main({"id": self.request["id"], "ranks": every}, self.tensors)
+        self.lock.notify_all()
+
+    def _one_mistake(self) -> bool:
+        """Whether all ranks have stopped over the same mistake of the user: at the same place, so that none waits for
+        another and nothing is on its way between them."""
+        mistakes = [message["error"] for _, message in self.faults if message.get("mistake")]
+        return len(mistakes) == len(self.faults) == self.ranks and len(set(mistakes)) == 1
 
     def _fault(self, rank: int, message: Message) -> None:
+        seconds = GATHER_MISTAKES_SECONDS if message.get("mistake") else GATHER_FAULTS_SECONDS
         self.faults.append((rank, message))
-        if len(self.faults) == 1:
-            threading.Timer(GATHER_FAULTS_SECONDS, self._give_up).start()
+        self.give_up_at = min(self.give_up_at, time.monotonic() + seconds)
+        self.lock.notify_all()
 
     def _give_up(self) -> None:
-        """Ranks that wait for a lost one would wait for ever: say who failed, and end them all."""
+        """Ranks that wait for a lost one would wait for ever: when it is time, say who failed, and end them all."""
         with self.lock:
+            while (left := self.give_up_at - time.monotonic()) > 0.0:
+                self.lock.wait(min(left, threading.TIMEOUT_MAX))
             # Where a rank was lost, what the others say is only that they miss it.
             faults = [fault for fault in self.faults if fault[1].get("lost")] or self.faults
             self._tell_main(

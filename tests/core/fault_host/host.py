@@ -32,7 +32,7 @@ class Host:
         x = tensors["x"]
         if "layers" in message:
             return {"rank": self.wire.rank}, {"out": self.through_layers(message, x)}
-        if message.get("rank") == self.wire.rank:
+        if message.get("rank") in (self.wire.rank, "all"):
             self.trouble(message)
         others = [r for r in range(self.wire.size) if r != self.wire.rank]
         for _ in range(message.get("rounds", 1)):
@@ -70,5 +70,7 @@ class Host:
             print("a line of the log\n" * 50000, flush=True)
         if kind == "raise":
             raise KeyError("a layer that is not there")
+        if kind == "mistake":
+            raise ValueError("The prompt is too short to be shared out. Write a longer one.")
         if kind == "memory":
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
