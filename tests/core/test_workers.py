@@ -78,6 +78,24 @@ def test_a_model_that_cannot_be_built_is_refused_and_the_pool_lives(session):
     assert pids(session) == before
 
 
+@pytest.mark.parametrize("trouble", [{"trouble": "refuse", "rank": 1}, {"trouble": "differ"}])
+def test_a_fifth_model_that_fails_costs_neither_the_first_nor_the_pool(session, trouble):
+    """A rank that has built it has let go of the first, without which the next step would end the pool."""
+    for key in "abcd":
+        step(session, launch(key=key))
+    before = pids(session)
+    with pytest.raises(ValueError, match="NoSuchNode is missing|different plans"):
+        step(session, launch(key="fails", opening=trouble))
+    for key in "abcd":
+        assert torch.equal(step(session, launch(key=key))[1]["sum"], 2 * X) and pids(session) == before
+
+
+def test_the_model_that_was_not_used_for_longest_makes_way(session):
+    for key in "abcdae":
+        ranks, _ = step(session, launch(key=key))
+    assert all(set(said["held"]) == set("acde") for said in ranks)
+
+
 def test_plans_that_differ_between_ranks_are_refused(session):
     """Each rank runs the nodes before; a search that measures times finds another plan in each, and their exchanges
     would not match."""

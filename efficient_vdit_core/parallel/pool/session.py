@@ -54,7 +54,7 @@ class Session:
         self.pool: Pool | None = None
         self.workers: Any = None
         self.devices: tuple[str, ...] = ()
-        self.opened: list[str] = []
+        self.opened: list[str] = []  # the models that the workers hold, the one used last at the end
         self.tests: list[Message] = []
         self.failures = 0
 
@@ -71,21 +71,28 @@ class Session:
                     raise
             assert self.pool is not None
             if launch.key not in self.opened:
-                wanted = [*self.opened[-MODELS_KEPT + 1 :], launch.key]
-                about = {"do": "open", "key": launch.key, "keep": wanted, **launch.opening}
-                built, _ = self._ask(about, None, launch.start_timeout, poll)
-                if len({said.get("plan") for said in built}) > 1:
-                    raise ValueError(
-                        "The workers' models have different plans, expected the same in each: a search before this node found something "
-                        "else in each of them. Save the plan of one search, and load it."
-                    )
-                if len(dtypes := {str(said.get("dtype")) for said in built}) > 1:
-                    raise ValueError(
-                        f"The workers' devices compute this model in {' and '.join(sorted(dtypes))}, expected one precision: what they "
-                        "exchange would not fit. Choose one in the model loader (weight_dtype), or name devices of one generation."
-                    )
-                self.opened = wanted
+                self._open(launch, poll)
+            self.opened.remove(launch.key)
+            self.opened.append(launch.key)
             return self.pool
+
+    def _open(self, launch: Launch, poll: Poll | None) -> None:
+        """Have the workers build the launch's model, and let go of the one that was not used for longest."""
+        # Before they are asked: those that succeed let go of it, also where another one then fails.
+        self.opened = self.opened[-MODELS_KEPT + 1 :]
+        about = {"do": "open", "key": launch.key, "keep": [*self.opened, launch.key], **launch.opening}
+        built, _ = self._ask(about, None, launch.start_timeout, poll)
+        if len({said.get("plan") for said in built}) > 1:
+            raise ValueError(
+                "The workers' models have different plans, expected the same in each: a search before this node found something "
+                "else in each of them. Save the plan of one search, and load it."
+            )
+        if len(dtypes := {str(said.get("dtype")) for said in built}) > 1:
+            raise ValueError(
+                f"The workers' devices compute this model in {' and '.join(sorted(dtypes))}, expected one precision: what they "
+                "exchange would not fit. Choose one in the model loader (weight_dtype), or name devices of one generation."
+            )
+        self.opened.append(launch.key)
 
     def step(self, launch: Launch, message: Message, tensors: Tensors, poll: Poll | None = None) -> Answers:
         """One forward pass on the pool: every rank's answer, and rank 0's tensors."""
