@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .backend import backend_for
 from .client import Answers, Message, Poll, Pool, PoolFault
 from .imports import COMFYUI_HOST, Host
 from .messages import Tensors
@@ -155,7 +156,7 @@ class Session:
 
     def _start_on_gpus(self, launch: Launch, poll: Poll | None) -> None:
         for backend, peer_to_peer in _GPU_ATTEMPTS:
-            if backend == "nccl" and not torch.distributed.is_nccl_available():
+            if backend == "nccl" and backend_for(launch.devices[0]) == "gloo":
                 continue
             try:
                 return self._start(launch, poll, backend, peer_to_peer)
