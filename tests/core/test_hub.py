@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 from pools import HOST, hub_of, until
 
 from efficient_vdit_core.parallel.pool import hub
@@ -23,6 +24,7 @@ class Ranks:
     def __init__(self):
         listener, secret = listen("127.0.0.1"), new_secret()
         self.says = [lambda message: {}, lambda message: {}]
+        self.result = {}
         self.address = PoolAddress(*listener.getsockname(), secret, 2)
         self.hub = hub_of(listener, secret, 2, self._here)
         self.other = connect(*listener.getsockname(), secret)
@@ -31,7 +33,7 @@ class Ranks:
         threading.Thread(target=self._there, daemon=True).start()
 
     def _here(self, message, _):
-        threading.Thread(target=lambda: self.hub.answer(0, self.says[0](message)), daemon=True).start()
+        threading.Thread(target=lambda: self.hub.answer(0, self.says[0](message), self.result), daemon=True).start()
 
     def _there(self):
         try:
@@ -109,3 +111,46 @@ def test_a_mistake_of_all_ranks_leaves_room_for_the_next_fault(ranks):
     ranks.says = [lambda message: BROKEN, lambda message: {}]
     with pytest.raises(PoolFault, match="^rank 0: KeyError"):
         pool.ask({"do": "step"}, timeout=5.0)
+
+
+def test_the_end_of_one_comfyui_takes_no_result_from_the_next(ranks):
+    """The pool then asks itself to offload, which the next one has not asked for."""
+    first, go_on, answers = Pool(ranks.address, HOST.name), threading.Event(), []
+    with ranks.hub.lock:
+        ranks.hub.main = None  # as a failed answer leaves it
+    second = Pool(ranks.address, HOST.name)
+    ranks.says[0], ranks.result = lambda message: go_on.wait() and {}, {"out": torch.arange(4.0)}
+    asking = threading.Thread(target=lambda: answers.append(second.ask({"do": "step"}, timeout=20.0)), daemon=True)
+    asking.start()
+    until(lambda: ranks.hub.request)
+    first.close()
+    until(lambda: ranks.hub.backlog)
+    go_on.set()
+    asking.join(20.0)
+    assert torch.equal(answers[0][1]["out"], ranks.result["out"])
+
+
+def test_a_result_that_nobody_waits_for_is_not_sent(ranks):
+    """It would fill the connection, and what was asked behind it would not be heard of until somebody reads."""
+    pool, go_on, done = Pool(ranks.address, HOST.name), threading.Event(), []
+
+    def say(message):
+        if message["do"] == "step":
+            go_on.wait()
+        else:
+            done.append(message["do"])
+        return {}
+
+    def cancel():
+        if ranks.hub.request:
+            raise KeyboardInterrupt
+
+    ranks.says[0], ranks.result = say, {"out": torch.zeros(2**23)}
+    with pytest.raises(KeyboardInterrupt):
+        pool.ask({"do": "step"}, timeout=20.0, poll=cancel)
+    assert pool.ask({"do": "offload"}, timeout=20.0, wait=False) == ([], {}) and not done
+    until(lambda: ranks.hub.backlog)
+    go_on.set()
+    until(lambda: done, seconds=20.0)
+    ranks.result = {}
+    assert pool.ask({"do": "self-test"}, timeout=20.0) == ([{}, {}], {})

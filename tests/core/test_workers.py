@@ -351,7 +351,8 @@ def test_the_end_of_one_comfyui_does_not_cut_off_the_next():
     hub = hub_of(listener, secret, 1, lambda message, _: hub.answer(0, {}))
     address = PoolAddress(*listener.getsockname(), secret, 1)
     first = Pool(address, HOST.name)
-    hub.main = None  # as a failed answer leaves it
+    with hub.lock:
+        hub.main = None  # as a failed answer leaves it
     second = Pool(address, HOST.name)
     first.close()
     time.sleep(0.3)

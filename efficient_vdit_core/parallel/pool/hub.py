@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 import os
-import queue
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from ... import __version__
 from .door import Door
 from .messages import Connection, ConnectionEnded, Tensors
+from .request import POOLS_OWN
 
 Message = dict[str, Any]
 
@@ -66,7 +67,7 @@ class Hub:
         self.places: dict[int, str] = {}
         self.faults: list[tuple[int, Message]] = []
         self.give_up_at = math.inf
-        self.backlog: queue.Queue[tuple[Message, Tensors]] = queue.Queue()
+        self.backlog: deque[tuple[Message, Tensors]] = deque()
         for work in (self._pass_on, self._give_up):
             threading.Thread(target=work, daemon=True).start()
         self.door = Door(listener, secret, self._enter)
@@ -104,7 +105,10 @@ class Hub:
             self.give_up_at = 0.0
         else:
             every = [self.answers[r] for r in range(self.ranks)]
-            self._tell_main({"id": self.request["id"], "ranks": every}, self.tensors)
+            # Who has asked for more no longer waits for this: a large result would fill the connection until the next run.
+            awaited = all(message["id"] == POOLS_OWN for message, _ in self.backlog)
+            self._tell_main({"id": self.request["id"], "ranks": every}, self.tensors if awaited else {})
+            self.request = {}
         self.lock.notify_all()
 
     def _one_mistake(self) -> bool:
@@ -173,7 +177,7 @@ class Hub:
                 self._fault(rank, {"error": f"rank {rank} ended without a word", "lost": True})
 
     def _welcome(self, hello: Message, connection: Connection) -> bool:
-        """Whether this ComfyUI may use the pool; it is told why not."""
+        """Whether this ComfyUI may use the pool; it is told why not, or whether the ranks still work for another."""
         refusal = ""
         if hello.get("host") != self.host:
             refusal = f"its workers run {self.host}, expected {hello.get('host')}: end them first"
@@ -182,9 +186,11 @@ class Hub:
         with self.lock:
             if not self.lock.wait_for(lambda: self.main is None, LEAVE_SECONDS):
                 refusal = "another ComfyUI uses these workers"
-            if not refusal:
+            if refusal:
+                connection.send({"refused": refusal})
+            else:
+                connection.send({"welcome": True, "busy": bool(self.request or self.backlog)})
                 self.main = connection
-        connection.send({"refused": refusal} if refusal else {"welcome": True})
         return not refusal
 
     def _serve_main(self, connection: Connection) -> None:
@@ -196,21 +202,25 @@ class Hub:
                 elif message["do"] == "where":
                     connection.send({"id": message["id"], "where": self._ask_where()})
                 else:
-                    self.backlog.put((message, tensors))
+                    self._put(message, tensors)
         finally:
             with self.lock:
                 if self.main is connection:
                     self.main = None
-                    self.lock.notify_all()
-            self.backlog.put(({"do": "offload", "id": 0}, {}))  # nobody else would free the devices
+                self._put({"do": "offload", "id": POOLS_OWN}, {})  # nobody else would free the devices
+
+    def _put(self, message: Message, tensors: Tensors) -> None:
+        with self.lock:
+            self.backlog.append((message, tensors))
+            self.lock.notify_all()
 
     def _pass_on(self) -> None:
         """Hands ComfyUI's requests to all ranks, one after another."""
         while True:
-            message, tensors = self.backlog.get()
             with self.lock:
                 # A cancelled step is still being computed; its answers must not mix with the next one's.
-                self.lock.wait_for(lambda: not self.request or len(self.answers) == self.ranks)
+                self.lock.wait_for(lambda: self.backlog and not self.request)
+                message, tensors = self.backlog.popleft()
                 self.request, self.answers, self.tensors = message, {}, {}
             for rank, peer in self.peers.items():
                 try:

@@ -102,12 +102,13 @@ class Session:
             return self._ask({**message, "do": "step", "key": launch.key}, tensors, launch.step_timeout, poll)
 
     def offload(self, timeout: float = 60.0) -> bool:
-        """Have the workers free their devices; the models stay in main memory. Returns whether there are workers."""
+        """Have the workers free their devices; the models stay in main memory. Returns whether they have: behind a step
+        that was cancelled they do it later, for a run's end must not wait for that."""
         with self.lock:
             if self.pool is None or not self.pool.usable or not self.opened:
                 return False
-            self._ask({"do": "offload"}, None, timeout, None)
-            return True
+            ranks, _ = self._ask({"do": "offload"}, None, timeout, None, wait=False)
+            return bool(ranks)
 
     def stop(self, *, gently: bool = True) -> None:
         """End workers that were started here, ``gently`` where they still listen; leave a pool that others started."""
@@ -118,14 +119,16 @@ class Session:
                 self.workers.stop(gently=gently)
             self.pool, self.workers, self.opened, self.tests = None, None, [], []
 
-    def _ask(self, message: Message, tensors: Tensors | None, timeout: float, poll: Poll | None) -> Answers:
+    def _ask(
+        self, message: Message, tensors: Tensors | None, timeout: float, poll: Poll | None, *, wait: bool = True
+    ) -> Answers:
         assert self.pool is not None
         try:
-            return self.pool.ask(message, tensors, timeout=timeout, poll=poll)
+            return self.pool.ask(message, tensors, timeout=timeout, poll=poll, wait=wait)
         except PoolFault as fault:
             text = self._with_last_lines(fault)
             self.stop(gently=False)
-            raise PoolFault(text, fault.lost) from None
+            raise PoolFault(text, fault.lost, runs_on=fault.runs_on) from None
 
     def _with_last_lines(self, fault: PoolFault) -> str:
         """The fault, with how the lost ranks' processes ended and the end of their logs, where these are on this
@@ -138,10 +141,15 @@ class Session:
             for rank in fault.lost:
                 how = self.workers.ended().get(rank, "still running")
                 lines.append(f"rank {rank}: {how}; its last lines:\n{self.workers.last_lines(rank)}")
-        return "\n".join([*lines, "The workers are started anew with the next run."])
+        if fault.runs_on and self.workers is None:
+            lines.append("They were left running: wait until they are less busy, or end them where they were started.")
+        else:
+            lines.append("The workers are started anew with the next run.")
+        return "\n".join(lines)
 
     def _find_or_start(self, launch: Launch, poll: Poll | None) -> None:
-        self.pool = running_pool(launch.devices, launch.host.name, poll)
+        patience = max(launch.start_timeout, launch.step_timeout)
+        self.pool = running_pool(launch.devices, launch.host.name, poll, patience=patience)
         if self.pool is None and launch.devices[0].startswith("rank"):
             raise RuntimeError(
                 "The pool of workers that spanned machines, or that Ray had placed, is gone. Start it again where `evdit workers` "
@@ -190,7 +198,9 @@ def starter() -> Any:
         ) from None
 
 
-def running_pool(devices: tuple[str, ...], host: str = COMFYUI_HOST.name, poll: Poll | None = None) -> Pool | None:
+def running_pool(
+    devices: tuple[str, ...], host: str = COMFYUI_HOST.name, poll: Poll | None = None, *, patience: float = 600.0
+) -> Pool | None:
     """The pool that `evdit workers` or torchrun runs, if it has these devices; a file left by one that is gone is
     removed.
 
@@ -201,7 +211,7 @@ def running_pool(devices: tuple[str, ...], host: str = COMFYUI_HOST.name, poll: 
     if address is None or _names(address) != devices:
         return None
     try:
-        return Pool(address, host, poll)
+        return Pool(address, host, poll, patience=patience)
     except OSError as error:
         if is_held(path):
             raise PoolFault(
