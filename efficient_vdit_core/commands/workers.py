@@ -148,11 +148,11 @@ class _Local:
         self.title = f"{len(self.devices)} workers are ready on {', '.join(self.devices)}"
 
     def start(self, seconds: float) -> Any:
+        from ..parallel.pool.backend import backend_for
         from ..parallel.pool.imports import COMFYUI_HOST
         from ..parallel.pool.pool_file import default_pool_file
 
-        backend = "nccl" if self.devices[0].startswith("cuda") else "gloo"
-        path = default_pool_file()
+        backend, path = backend_for(self.devices[0]), default_pool_file()
         workers = self.starter.Workers(self.devices, backend, COMFYUI_HOST, self.imports, address_file=path)
         try:
             workers.wait(seconds)

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pools import HOST, START, gone, launch
+from pools import HOST, START, gone, hub_of, launch
 
 from efficient_vdit_core.parallel.pool import session as session_module
 from efficient_vdit_core.parallel.pool.client import Pool, PoolFault
 from efficient_vdit_core.parallel.pool.handshake import connect
-from efficient_vdit_core.parallel.pool.hub import Hub
 from efficient_vdit_core.parallel.pool.messages import ConnectionEnded, listen
 from efficient_vdit_core.parallel.pool.pool_file import PoolAddress, default_pool_file, read_pool_file, write_pool_file
 from efficient_vdit_core.parallel.pool.secret import new_secret
@@ -43,13 +42,6 @@ def session():
 
 def pids(session):
     return [process.pid for process in session.workers.processes]
-
-
-def hub_of(listener, secret, ranks, run_here):
-    """A hub in this process, which a fault does not end."""
-    hub = Hub(listener, secret, ranks, run_here, str, host=HOST.name, about_pool={}, clean_up=lambda: None)
-    hub.end = lambda status: None
-    return hub
 
 
 def step(session, chosen=None, **message):
@@ -84,6 +76,24 @@ def test_a_model_that_cannot_be_built_is_refused_and_the_pool_lives(session):
         step(session, launch(key="bad", opening={"trouble": "refuse", "rank": 1}))
     step(session)
     assert pids(session) == before
+
+
+@pytest.mark.parametrize("trouble", [{"trouble": "refuse", "rank": 1}, {"trouble": "differ"}])
+def test_a_fifth_model_that_fails_costs_neither_the_first_nor_the_pool(session, trouble):
+    """A rank that has built it has let go of the first, without which the next step would end the pool."""
+    for key in "abcd":
+        step(session, launch(key=key))
+    before = pids(session)
+    with pytest.raises(ValueError, match="NoSuchNode is missing|different plans"):
+        step(session, launch(key="fails", opening=trouble))
+    for key in "abcd":
+        assert torch.equal(step(session, launch(key=key))[1]["sum"], 2 * X) and pids(session) == before
+
+
+def test_the_model_that_was_not_used_for_longest_makes_way(session):
+    for key in "abcdae":
+        ranks, _ = step(session, launch(key=key))
+    assert all(set(said["held"]) == set("acde") for said in ranks)
 
 
 def test_plans_that_differ_between_ranks_are_refused(session):
@@ -182,6 +192,15 @@ def test_an_exception_comes_with_its_traceback(session):
     step(session)
     with pytest.raises(PoolFault, match=r"(?s)rank 1: KeyError: 'a layer that is not there'.*host\.py.*in trouble"):
         step(session, trouble="raise", rank=1)
+
+
+def test_a_mistake_that_all_ranks_find_is_told_once_and_the_pool_lives(session):
+    """None of them waits for another."""
+    step(session)
+    before = pids(session)
+    with pytest.raises(ValueError, match=r"^The prompt is too short.* Write a longer one\. \(rank 0 of 2\)$"):
+        step(session, trouble="mistake", rank="all")
+    assert torch.equal(step(session)[1]["sum"], 2 * X) and pids(session) == before
 
 
 def test_out_of_memory_names_device_and_size(session):
@@ -332,7 +351,8 @@ def test_the_end_of_one_comfyui_does_not_cut_off_the_next():
     hub = hub_of(listener, secret, 1, lambda message, _: hub.answer(0, {}))
     address = PoolAddress(*listener.getsockname(), secret, 1)
     first = Pool(address, HOST.name)
-    hub.main = None  # as a failed answer leaves it
+    with hub.lock:
+        hub.main = None  # as a failed answer leaves it
     second = Pool(address, HOST.name)
     first.close()
     time.sleep(0.3)

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+from efficient_vdit_core.parallel.pool.hub import Hub
 from efficient_vdit_core.parallel.pool.imports import Host
 from efficient_vdit_core.parallel.pool.session import Launch
 
@@ -26,6 +27,13 @@ START = 300.0
 def launch(devices=("cpu", "cpu"), **changes):
     given = {"key": "model", "opening": {}, "start_timeout": START, "step_timeout": START, "host": HOST, **changes}
     return Launch(devices, **given)
+
+
+def hub_of(listener, secret, ranks, run_here):
+    """A hub in this process, which a fault does not end."""
+    hub = Hub(listener, secret, ranks, run_here, str, host=HOST.name, about_pool={}, clean_up=lambda: None)
+    hub.end = lambda status: None
+    return hub
 
 
 def alive(pid: int) -> bool:

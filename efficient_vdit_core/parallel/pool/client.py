@@ -3,14 +3,16 @@ rank."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ... import __version__
 from .handshake import HANDSHAKE_SECONDS, connect
 from .messages import ConnectionEnded, Late, Tensors, Tick, ticks
 from .pool_file import PoolAddress
+from .request import POOLS_OWN, Request
 
 Message = dict[str, Any]
 Poll = Callable[[], None]
@@ -25,31 +27,44 @@ _SETTINGS = {"open": "start_timeout", "step": "step_timeout"}
 
 class PoolFault(RuntimeError):
     """The pool is gone, or had to be given up; a new one must be started. ``lost``: the ranks that ended without a
-    word."""
+    word. ``runs_on``: whether it was left running, where others have started it."""
 
-    def __init__(self, text: str, lost: tuple[int, ...] = ()) -> None:
+    def __init__(self, text: str, lost: tuple[int, ...] = (), *, runs_on: bool = False) -> None:
         super().__init__(text)
-        self.lost = lost
+        self.lost, self.runs_on = lost, runs_on
+
+
+class _Fatal(Exception):
+    """The pool says that it ends, and of each rank what it died of."""
+
+    def __init__(self, faults: list[Message]) -> None:
+        super().__init__()
+        self.faults = faults
 
 
 class Pool:
     """A connection to a running pool whose workers build models with the class named ``host``.
 
-    ``poll`` is called while it waits for the pool, and may raise, to cancel. Raises ConnectionError where none answers
-    at ``address``, PoolFault where it refuses.
+    ``poll`` is called while it waits for the pool, and may raise, to cancel. Where the pool still works for a ComfyUI that
+    has left, the first request waits for that first, ``patience`` seconds at most. Raises ConnectionError where none
+    answers at ``address``, PoolFault where it refuses.
     """
 
-    def __init__(self, address: PoolAddress, host: str, poll: Poll | None = None) -> None:
+    def __init__(self, address: PoolAddress, host: str, poll: Poll | None = None, *, patience: float = 600.0) -> None:
         self.address, self.usable = address, True
-        self.ids = itertools.count(1)
+        self.ids = itertools.count(POOLS_OWN + 1)
+        # What the pool has not answered yet. It answers in this order, and also what was cancelled.
+        self.owed: list[Request] = []
         self.connection = connect(address.host, address.port, address.secret, poll=poll)
         try:
-            self._introduce(host, ticks(HANDSHAKE_SECONDS, poll))
+            welcome = self._introduce(host, ticks(HANDSHAKE_SECONDS, poll))
         except BaseException:
             self.close()
             raise
+        if welcome["busy"]:
+            self.owed.append(Request(POOLS_OWN, patience, _SETTINGS["step"], ours=False))
 
-    def _introduce(self, host: str, tick: Tick) -> None:
+    def _introduce(self, host: str, tick: Tick) -> Message:
         self.connection.sock.settimeout(_POLL_SECONDS)
         try:
             self.connection.send({"role": "main", "version": __version__, "host": host}, tick=tick)
@@ -58,78 +73,117 @@ class Pool:
             raise ConnectionEnded("the pool of workers does not answer") from None
         if "refused" in answer:
             raise PoolFault(f"The pool of workers cannot be used: {answer['refused']}.")
+        return answer
 
     @property
     def ranks(self) -> int:
         return self.address.ranks
 
     def ask(
-        self, message: Message, tensors: Tensors | None = None, *, timeout: float, poll: Poll | None = None
+        self,
+        message: Message,
+        tensors: Tensors | None = None,
+        *,
+        timeout: float,
+        poll: Poll | None = None,
+        wait: bool = True,
     ) -> Answers:
         """Every rank's answer, and rank 0's tensors.
 
-        ``poll`` is called ten times a second and may raise, to cancel: the ranks finish that request unheard. Raises
-        ValueError for a user's mistake that a rank found, RuntimeError for its other errors, PoolFault where the pool
-        is lost, each with the rank's own words.
+        ``poll`` is called ten times a second and may raise, to cancel: the ranks finish that request unheard, and the
+        next one waits for them, on the time of the cancelled one. Without ``wait`` it is only sent where it would have to
+        wait so, and the answers are none. Raises ValueError for a user's mistake that a rank found, RuntimeError for its
+        other errors, PoolFault where the pool is lost, each with the rank's own words.
         """
-        number = next(self.ids)
-        try:
-            tick = ticks(timeout, poll)
-            answer = self._fault_unread()
-            result: Tensors = {}
-            if answer is None:
-                self.connection.send({**message, "id": number}, tensors, tick)
-                answer, result = self._await(number, tick)
-        except Late:
-            raise self._hangs(timeout, _SETTINGS.get(message["do"])) from None
-        except ConnectionEnded:
-            answer, result = self._last_words(), {}
-        finally:
-            if self.connection.torn:
-                self.close()
-        if answer.get("fatal"):
-            raise self._lost(answer["faults"])
-        ranks: list[Message] = answer["ranks"]
+        do = message["do"]
+        request = Request(next(self.ids), timeout, _SETTINGS.get(do, ""), ours=do != "self-test")
+        message = {**message, "id": request.number}
+        with self._faults_raised(request):
+            self._read_what_lies_here(ticks(timeout, poll))
+            if self.owed and not wait:
+                return self._send_unheard(message, request)
+            self._settle(poll)
+            self.connection.send(message, tensors, request.tick(poll))
+            self.owed.append(request)
+            answer, result = self._settle(poll)
+        return self._judged(answer["ranks"]), result
+
+    def _judged(self, ranks: list[Message]) -> list[Message]:
+        """The ranks' answers. Raises what the first of them reports that failed."""
         failed = [(rank, said) for rank, said in enumerate(ranks) if "error" in said]
         if failed:
             rank, said = failed[0]
             kind = ValueError if said["mistake"] else RuntimeError
             detail = "" if said["mistake"] else f"\n{said['traceback']}"
             raise kind(f"{said['error']} (rank {rank} of {self.ranks}){detail}")
-        return ranks, result
+        return ranks
 
-    def _fault_unread(self) -> Message | None:
-        """What the pool has said since the last request, if it is a fault: it may have lost a rank while it was idle."""
-        while self.connection.unread():
-            answer, _ = self.connection.receive(ticks(_LAST_WORDS_SECONDS))
-            if answer.get("fatal"):
-                return answer
-        return None
-
-    def _last_words(self) -> Message:
-        """The fault that a pool has told of before its connection ended; it may lie here unread."""
-        nothing: Message = {"fatal": True, "faults": []}
+    @contextlib.contextmanager
+    def _faults_raised(self, request: Request) -> Iterator[None]:
+        """Raises PoolFault where what is done within, for ``request``, takes too long or the pool is lost."""
         try:
-            return self._fault_unread() or nothing
+            yield
+        except Late:
+            raise self._hangs(self.owed[0] if self.owed else request, request) from None
+        except _Fatal as fatal:
+            raise self._lost(fatal.faults) from None
+        except ConnectionEnded:
+            raise self._lost(self._last_words()) from None
+        finally:
+            if self.connection.torn:
+                self.close()
+
+    def _settle(self, poll: Poll | None) -> tuple[Message, Tensors]:
+        """Wait for all that the pool owes, each on its own time; the last answer."""
+        answer, tensors = {}, {}
+        while self.owed:
+            answer, tensors = self._receive(self.owed[0].tick(poll))
+        return answer, tensors
+
+    def _receive(self, tick: Tick) -> tuple[Message, Tensors]:
+        answer, tensors = self.connection.receive(tick)
+        if answer.get("fatal"):
+            raise _Fatal(answer["faults"])
+        if self.owed and answer.get("id") == self.owed[0].number:
+            del self.owed[0]
+        return answer, tensors
+
+    def _send_unheard(self, message: Message, request: Request) -> Answers:
+        """Send what nobody waits for. A rank 0 that does not even take this hangs, which leaves the connection torn."""
+        with contextlib.suppress(Late):
+            self.connection.send(message, tick=ticks(_LAST_WORDS_SECONDS))
+            self.owed.append(request)
+        return [], {}
+
+    def _read_what_lies_here(self, tick: Tick) -> None:
+        """What the pool has said since the last request: it may have lost a rank while it was idle."""
+        while self.connection.unread():
+            self._receive(tick)
+
+    def _last_words(self) -> list[Message]:
+        """The faults that a pool has told of before its connection ended; they may lie here unread."""
+        try:
+            self._read_what_lies_here(ticks(_LAST_WORDS_SECONDS))
+        except _Fatal as fatal:
+            return fatal.faults
         except (Late, ConnectionEnded, ValueError):
-            return nothing
+            pass
+        return []
 
-    def _await(self, number: int, tick: Tick) -> tuple[Message, Tensors]:
-        while True:
-            answer, tensors = self.connection.receive(tick)
-            if answer.get("id") == number or answer.get("fatal"):
-                return answer, tensors
-            # else the answer to something that was cancelled
-
-    def _hangs(self, timeout: float, setting: str | None) -> PoolFault:
+    def _hangs(self, late: Request, request: Request) -> PoolFault:
         """After a timeout: which rank does not answer, or what all of them are doing."""
         places = self._places()
         silent = [rank for rank in range(self.ranks) if str(rank) not in places]
         who = f"rank {silent[0]} does not answer" if silent else "all ranks answer but none has finished"
-        advice = f" Raise {setting} if it takes that long." if setting else ""
+        what = "" if late is request else " what was asked of them before"
+        advice = f" Raise {late.setting} if it takes that long." if late.setting else ""
         stacks = "".join(f"\nrank {rank} is at\n{place}" for rank, place in sorted(places.items()))
-        self.end()
-        return PoolFault(f"The workers did not finish in {timeout:.0f} s: {who}.{advice}{stacks}")
+        if late.ours:
+            self.end()
+        else:
+            self.close()
+        text = f"The workers did not finish{what} in {late.seconds:.0f} s: {who}.{advice}{stacks}"
+        return PoolFault(text, runs_on=not late.ours)
 
     def _places(self) -> dict[str, str]:
         """Where each rank that answers is. Rank 0 passes the question on: without it there are none."""
@@ -148,11 +202,8 @@ class Pool:
     def _lost(self, faults: list[Message]) -> PoolFault:
         self.usable = False
         self.connection.close()
-        words = [
-            f"rank {f['rank']}: {f['error']}" + (f"\n{f['traceback']}" if "traceback" in f else "") for f in faults
-        ]
         lost = tuple(f["rank"] for f in faults if f.get("lost")) if faults else (0,)
-        return PoolFault("\n".join(words) or "rank 0 ended without a word", lost)
+        return PoolFault("\n".join(_words(faults)) or "rank 0 ended without a word", lost)
 
     def close(self) -> None:
         """Leave the pool running for others."""
@@ -167,3 +218,12 @@ class Pool:
         except ConnectionEnded:
             pass
         self.close()
+
+
+def _words(faults: list[Message]) -> list[str]:
+    """What the ranks said, each sentence once. A mistake needs no traceback: its sentence says what to do."""
+    said: dict[str, set[int]] = {}
+    for fault in faults:
+        detail = "" if fault.get("mistake") or "traceback" not in fault else f"\n{fault['traceback']}"
+        said.setdefault(f"{fault['error']}{detail}", set()).add(fault["rank"])
+    return [f"rank{'s' * (len(who) > 1)} {', '.join(map(str, sorted(who)))}: {text}" for text, who in said.items()]

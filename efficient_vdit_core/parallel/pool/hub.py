@@ -7,27 +7,32 @@ for.
 
 from __future__ import annotations
 
+import math
 import os
-import queue
 import socket
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from ... import __version__
 from .door import Door
 from .messages import Connection, ConnectionEnded, Tensors
+from .request import POOLS_OWN
 
 Message = dict[str, Any]
 
 # How long other ranks' words are awaited after the first fault: one that lost its peer may speak before the loss is
 # seen.
 GATHER_FAULTS_SECONDS = 0.5
+# And after a mistake, which usually all ranks find; before it each may have loaded a model.
+GATHER_MISTAKES_SECONDS = 5.0
 WHERE_SECONDS = 0.8
 # How long the next ComfyUI is kept waiting for the end of the one before to be noticed.
 LEAVE_SECONDS = 1.0
 FATAL_EXIT = 3
-# Requests in which ranks wait for one another: where one fails, the others would wait for ever.
+# Requests in which ranks wait for one another: where one fails, the others would wait for ever, unless all fail alike.
 TOGETHER = ("self-test", "step")
 
 
@@ -61,8 +66,10 @@ class Hub:
         self.tensors: Tensors = {}
         self.places: dict[int, str] = {}
         self.faults: list[tuple[int, Message]] = []
-        self.backlog: queue.Queue[tuple[Message, Tensors]] = queue.Queue()
-        threading.Thread(target=self._pass_on, daemon=True).start()
+        self.give_up_at = math.inf
+        self.backlog: deque[tuple[Message, Tensors]] = deque()
+        for work in (self._pass_on, self._give_up):
+            threading.Thread(target=work, daemon=True).start()
         self.door = Door(listener, secret, self._enter)
 
     def wait_for_ranks(self, seconds: float) -> None:
@@ -87,19 +94,40 @@ class Hub:
             self.answers[rank] = message
             if "error" in message and self.request.get("do") in TOGETHER:
                 self._fault(rank, message)
-            elif len(self.answers) == self.ranks:
-                every = [self.answers[r] for r in range(self.ranks)]
-                self._tell_main({"id": self.request["id"], "ranks": every}, self.tensors)
-                self.lock.notify_all()
+            if len(self.answers) == self.ranks:
+                self._conclude()
+
+    def _conclude(self) -> None:
+        """All ranks have answered."""
+        if self._one_mistake():
+            self.faults, self.give_up_at = [], math.inf
+        if self.faults:  # nobody else is awaited; an answer now would have the next request bear the blame
+            self.give_up_at = 0.0
+        else:
+            every = [self.answers[r] for r in range(self.ranks)]
+            # Who has asked for more no longer waits for this: a large result would fill the connection until the next run.
+            awaited = all(message["id"] == POOLS_OWN for message, _ in self.backlog)
+            self._tell_main({"id": self.request["id"], "ranks": every}, self.tensors if awaited else {})
+            self.request = {}
+        self.lock.notify_all()
+
+    def _one_mistake(self) -> bool:
+        """Whether all ranks have stopped over the same mistake of the user: at the same place, so that none waits for
+        another and nothing is on its way between them."""
+        mistakes = [message["error"] for _, message in self.faults if message.get("mistake")]
+        return len(mistakes) == len(self.faults) == self.ranks and len(set(mistakes)) == 1
 
     def _fault(self, rank: int, message: Message) -> None:
+        seconds = GATHER_MISTAKES_SECONDS if message.get("mistake") else GATHER_FAULTS_SECONDS
         self.faults.append((rank, message))
-        if len(self.faults) == 1:
-            threading.Timer(GATHER_FAULTS_SECONDS, self._give_up).start()
+        self.give_up_at = min(self.give_up_at, time.monotonic() + seconds)
+        self.lock.notify_all()
 
     def _give_up(self) -> None:
-        """Ranks that wait for a lost one would wait for ever: say who failed, and end them all."""
+        """Ranks that wait for a lost one would wait for ever: when it is time, say who failed, and end them all."""
         with self.lock:
+            while (left := self.give_up_at - time.monotonic()) > 0.0:
+                self.lock.wait(min(left, threading.TIMEOUT_MAX))
             # Where a rank was lost, what the others say is only that they miss it.
             faults = [fault for fault in self.faults if fault[1].get("lost")] or self.faults
             self._tell_main(
@@ -149,7 +177,7 @@ class Hub:
                 self._fault(rank, {"error": f"rank {rank} ended without a word", "lost": True})
 
     def _welcome(self, hello: Message, connection: Connection) -> bool:
-        """Whether this ComfyUI may use the pool; it is told why not."""
+        """Whether this ComfyUI may use the pool; it is told why not, or whether the ranks still work for another."""
         refusal = ""
         if hello.get("host") != self.host:
             refusal = f"its workers run {self.host}, expected {hello.get('host')}: end them first"
@@ -158,9 +186,11 @@ class Hub:
         with self.lock:
             if not self.lock.wait_for(lambda: self.main is None, LEAVE_SECONDS):
                 refusal = "another ComfyUI uses these workers"
-            if not refusal:
+            if refusal:
+                connection.send({"refused": refusal})
+            else:
+                connection.send({"welcome": True, "busy": bool(self.request or self.backlog)})
                 self.main = connection
-        connection.send({"refused": refusal} if refusal else {"welcome": True})
         return not refusal
 
     def _serve_main(self, connection: Connection) -> None:
@@ -172,21 +202,25 @@ class Hub:
                 elif message["do"] == "where":
                     connection.send({"id": message["id"], "where": self._ask_where()})
                 else:
-                    self.backlog.put((message, tensors))
+                    self._put(message, tensors)
         finally:
             with self.lock:
                 if self.main is connection:
                     self.main = None
-                    self.lock.notify_all()
-            self.backlog.put(({"do": "offload", "id": 0}, {}))  # nobody else would free the devices
+                self._put({"do": "offload", "id": POOLS_OWN}, {})  # nobody else would free the devices
+
+    def _put(self, message: Message, tensors: Tensors) -> None:
+        with self.lock:
+            self.backlog.append((message, tensors))
+            self.lock.notify_all()
 
     def _pass_on(self) -> None:
         """Hands ComfyUI's requests to all ranks, one after another."""
         while True:
-            message, tensors = self.backlog.get()
             with self.lock:
                 # A cancelled step is still being computed; its answers must not mix with the next one's.
-                self.lock.wait_for(lambda: not self.request or len(self.answers) == self.ranks)
+                self.lock.wait_for(lambda: self.backlog and not self.request)
+                message, tensors = self.backlog.popleft()
                 self.request, self.answers, self.tensors = message, {}, {}
             for rank, peer in self.peers.items():
                 try:

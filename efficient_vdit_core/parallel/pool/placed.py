@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .backend import backend_for
 from .imports import COMFYUI_HOST, usual_folders
 from .pool_file import default_pool_file
 from .private import make_private_folder, private_folder
@@ -45,12 +46,13 @@ def settings_at(place: Place, store: str = "") -> Settings:
         )
     make_private_folder()
     kind = "cuda:{}" if on_gpu else "cpu"
+    # A rank that is shown its own GPU alone knows it by the number 0.
+    device = kind.format(0 if torch.cuda.device_count() == 1 else place.local)
     return Settings(
         rank=place.rank,
         ranks=place.ranks,
-        # A rank that is shown its own GPU alone knows it by the number 0.
-        device=kind.format(0 if torch.cuda.device_count() == 1 else place.local),
-        backend="nccl" if on_gpu else "gloo",
+        device=device,
+        backend=backend_for(device),
         # The first machine makes it; the others must have been given it.
         secret=shared_secret(make=place.machine == 0),
         host=COMFYUI_HOST,

@@ -15,6 +15,7 @@ from typing import Any
 
 from ... import __version__
 from ...limits.quote import reason
+from .backend import backend_for
 from .pool_file import default_pool_file, read_pool_file, remove_pool_file
 from .processes import BOOT, Processes
 from .ray_cluster import Ray
@@ -69,13 +70,14 @@ class RayWorkers:
         shared_secret(make=True)
         meet = self._meet(Counter(a["machine"] for a in about), len({a["node"] for a in about}))
         beside = Counter(a["node"] for a in about)
+        device = "cuda:0" if self.engine.on_gpu else "cpu"  # Ray shows a rank its own GPU alone
         started = []
         for rank, actor in enumerate(self.actors):
             settings = Settings(
                 rank=rank,
                 ranks=len(self.actors),
-                device="cuda:0" if self.engine.on_gpu else "cpu",  # Ray shows a rank its own GPU alone
-                backend="nccl" if self.engine.on_gpu else "gloo",
+                device=device,
+                backend=backend_for(device),
                 secret="",
                 host=self.engine.host,
                 imports=self.engine.imports,

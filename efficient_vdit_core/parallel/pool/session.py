@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .backend import backend_for
 from .client import Answers, Message, Poll, Pool, PoolFault
 from .imports import COMFYUI_HOST, Host
 from .messages import Tensors
@@ -54,7 +55,7 @@ class Session:
         self.pool: Pool | None = None
         self.workers: Any = None
         self.devices: tuple[str, ...] = ()
-        self.opened: list[str] = []
+        self.opened: list[str] = []  # the models that the workers hold, the one used last at the end
         self.tests: list[Message] = []
         self.failures = 0
 
@@ -71,21 +72,28 @@ class Session:
                     raise
             assert self.pool is not None
             if launch.key not in self.opened:
-                wanted = [*self.opened[-MODELS_KEPT + 1 :], launch.key]
-                about = {"do": "open", "key": launch.key, "keep": wanted, **launch.opening}
-                built, _ = self._ask(about, None, launch.start_timeout, poll)
-                if len({said.get("plan") for said in built}) > 1:
-                    raise ValueError(
-                        "The workers' models have different plans, expected the same in each: a search before this node found something "
-                        "else in each of them. Save the plan of one search, and load it."
-                    )
-                if len(dtypes := {str(said.get("dtype")) for said in built}) > 1:
-                    raise ValueError(
-                        f"The workers' devices compute this model in {' and '.join(sorted(dtypes))}, expected one precision: what they "
-                        "exchange would not fit. Choose one in the model loader (weight_dtype), or name devices of one generation."
-                    )
-                self.opened = wanted
+                self._open(launch, poll)
+            self.opened.remove(launch.key)
+            self.opened.append(launch.key)
             return self.pool
+
+    def _open(self, launch: Launch, poll: Poll | None) -> None:
+        """Have the workers build the launch's model, and let go of the one that was not used for longest."""
+        # Before they are asked: those that succeed let go of it, also where another one then fails.
+        self.opened = self.opened[-MODELS_KEPT + 1 :]
+        about = {"do": "open", "key": launch.key, "keep": [*self.opened, launch.key], **launch.opening}
+        built, _ = self._ask(about, None, launch.start_timeout, poll)
+        if len({said.get("plan") for said in built}) > 1:
+            raise ValueError(
+                "The workers' models have different plans, expected the same in each: a search before this node found something "
+                "else in each of them. Save the plan of one search, and load it."
+            )
+        if len(dtypes := {str(said.get("dtype")) for said in built}) > 1:
+            raise ValueError(
+                f"The workers' devices compute this model in {' and '.join(sorted(dtypes))}, expected one precision: what they "
+                "exchange would not fit. Choose one in the model loader (weight_dtype), or name devices of one generation."
+            )
+        self.opened.append(launch.key)
 
     def step(self, launch: Launch, message: Message, tensors: Tensors, poll: Poll | None = None) -> Answers:
         """One forward pass on the pool: every rank's answer, and rank 0's tensors."""
@@ -94,12 +102,13 @@ class Session:
             return self._ask({**message, "do": "step", "key": launch.key}, tensors, launch.step_timeout, poll)
 
     def offload(self, timeout: float = 60.0) -> bool:
-        """Have the workers free their devices; the models stay in main memory. Returns whether there are workers."""
+        """Have the workers free their devices; the models stay in main memory. Returns whether they have: behind a step
+        that was cancelled they do it later, for a run's end must not wait for that."""
         with self.lock:
             if self.pool is None or not self.pool.usable or not self.opened:
                 return False
-            self._ask({"do": "offload"}, None, timeout, None)
-            return True
+            ranks, _ = self._ask({"do": "offload"}, None, timeout, None, wait=False)
+            return bool(ranks)
 
     def stop(self, *, gently: bool = True) -> None:
         """End workers that were started here, ``gently`` where they still listen; leave a pool that others started."""
@@ -110,14 +119,16 @@ class Session:
                 self.workers.stop(gently=gently)
             self.pool, self.workers, self.opened, self.tests = None, None, [], []
 
-    def _ask(self, message: Message, tensors: Tensors | None, timeout: float, poll: Poll | None) -> Answers:
+    def _ask(
+        self, message: Message, tensors: Tensors | None, timeout: float, poll: Poll | None, *, wait: bool = True
+    ) -> Answers:
         assert self.pool is not None
         try:
-            return self.pool.ask(message, tensors, timeout=timeout, poll=poll)
+            return self.pool.ask(message, tensors, timeout=timeout, poll=poll, wait=wait)
         except PoolFault as fault:
             text = self._with_last_lines(fault)
             self.stop(gently=False)
-            raise PoolFault(text, fault.lost) from None
+            raise PoolFault(text, fault.lost, runs_on=fault.runs_on) from None
 
     def _with_last_lines(self, fault: PoolFault) -> str:
         """The fault, with how the lost ranks' processes ended and the end of their logs, where these are on this
@@ -130,10 +141,15 @@ class Session:
             for rank in fault.lost:
                 how = self.workers.ended().get(rank, "still running")
                 lines.append(f"rank {rank}: {how}; its last lines:\n{self.workers.last_lines(rank)}")
-        return "\n".join([*lines, "The workers are started anew with the next run."])
+        if fault.runs_on and self.workers is None:
+            lines.append("They were left running: wait until they are less busy, or end them where they were started.")
+        else:
+            lines.append("The workers are started anew with the next run.")
+        return "\n".join(lines)
 
     def _find_or_start(self, launch: Launch, poll: Poll | None) -> None:
-        self.pool = running_pool(launch.devices, launch.host.name, poll)
+        patience = max(launch.start_timeout, launch.step_timeout)
+        self.pool = running_pool(launch.devices, launch.host.name, poll, patience=patience)
         if self.pool is None and launch.devices[0].startswith("rank"):
             raise RuntimeError(
                 "The pool of workers that spanned machines, or that Ray had placed, is gone. Start it again where `evdit workers` "
@@ -148,7 +164,7 @@ class Session:
 
     def _start_on_gpus(self, launch: Launch, poll: Poll | None) -> None:
         for backend, peer_to_peer in _GPU_ATTEMPTS:
-            if backend == "nccl" and not torch.distributed.is_nccl_available():
+            if backend == "nccl" and backend_for(launch.devices[0]) == "gloo":
                 continue
             try:
                 return self._start(launch, poll, backend, peer_to_peer)
@@ -182,7 +198,9 @@ def starter() -> Any:
         ) from None
 
 
-def running_pool(devices: tuple[str, ...], host: str = COMFYUI_HOST.name, poll: Poll | None = None) -> Pool | None:
+def running_pool(
+    devices: tuple[str, ...], host: str = COMFYUI_HOST.name, poll: Poll | None = None, *, patience: float = 600.0
+) -> Pool | None:
     """The pool that `evdit workers` or torchrun runs, if it has these devices; a file left by one that is gone is
     removed.
 
@@ -193,7 +211,7 @@ def running_pool(devices: tuple[str, ...], host: str = COMFYUI_HOST.name, poll: 
     if address is None or _names(address) != devices:
         return None
     try:
-        return Pool(address, host, poll)
+        return Pool(address, host, poll, patience=patience)
     except OSError as error:
         if is_held(path):
             raise PoolFault(

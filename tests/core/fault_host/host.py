@@ -13,12 +13,13 @@ from efficient_vdit_core.parallel.sharding.weights import ShardedWeights
 
 class Host:
     def __init__(self, settings, wire):
-        self.settings, self.wire, self.built = settings, wire, []
+        self.settings, self.wire, self.built, self.held = settings, wire, [], []
 
     def open(self, message):
         if message.get("trouble") == "refuse" and self.wire.rank == message["rank"]:
             raise ValueError("the node NoSuchNode is missing here")
         self.built.append(message["key"])
+        self.held = [key for key in (*self.held, message["key"]) if key in message["keep"]]
         alone = str(self.wire.rank)
         return {
             "plan": alone if message.get("trouble") == "differ" else "same",
@@ -27,21 +28,23 @@ class Host:
 
     def offload(self):
         self.built.append("offloaded")
+        print("offloaded", file=sys.stderr, flush=True)
 
     def step(self, message, tensors):
         x = tensors["x"]
+        if message["key"] not in self.held:
+            raise KeyError(message["key"])
         if "layers" in message:
             return {"rank": self.wire.rank}, {"out": self.through_layers(message, x)}
-        if message.get("rank") == self.wire.rank:
+        if message.get("rank") in (self.wire.rank, "all"):
             self.trouble(message)
         others = [r for r in range(self.wire.size) if r != self.wire.rank]
         for _ in range(message.get("rounds", 1)):
             sends = [[x] if r in others else [] for r in range(self.wire.size)]
             forms = [[(tuple(x.shape), x.dtype)] if r in others else [] for r in range(self.wire.size)]
             got = self.wire.start("test", sends, forms, x.device).wait()
-        return {"rank": self.wire.rank, "pid": os.getpid(), "built": self.built}, {
-            "sum": x + sum(got[r][0] for r in others)
-        }
+        said = {"rank": self.wire.rank, "pid": os.getpid(), "built": self.built, "held": self.held}
+        return said, {"sum": x + sum(got[r][0] for r in others)}
 
     def through_layers(self, message, x):
         """A model whose weights are shared out; within layer ``at`` trouble comes, while the next one is gathered."""
@@ -70,5 +73,7 @@ class Host:
             print("a line of the log\n" * 50000, flush=True)
         if kind == "raise":
             raise KeyError("a layer that is not there")
+        if kind == "mistake":
+            raise ValueError("The prompt is too short to be shared out. Write a longer one.")
         if kind == "memory":
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
