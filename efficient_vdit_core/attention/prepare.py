@@ -118,16 +118,20 @@ class Preparation:
         with self.lock:
             wanted = {*((shape, 0) for shape in shapes), *self.unforeseen}
         layouts = {layout, without_padding(layout, state.padding)}
-        slow = set()
+        slow = set[int]()
         for layer in range(state.depth or 0):
             work = self.layer(state, layer)
-            if not work.reason:
-                dense, backends = dense_of(layer), set[str]()
-                for shape, first_head in wanted:
-                    for found in layouts:
-                        pattern = work.pattern.of_heads(first_head, shape.heads)
-                        backends.update(self.settle(shape, found, pattern, dense).values())
-                slow |= {layer} if backends == {"dense"} else set()
+            if work.reason:
+                continue
+            dense = dense_of(layer)
+            backends = {
+                backend
+                for shape, first_head in wanted
+                for found in layouts
+                for backend in self.settle(shape, found, work.pattern.of_heads(first_head, shape.heads), dense).values()
+            }
+            if backends == {"dense"}:
+                slow.add(layer)
         state.slow, state.settled = frozenset(slow), True
 
     def keep_residual(self, state: ForwardState, shape: CallShape) -> None:

@@ -8,16 +8,17 @@ from typing import Any
 from ...efficient_vdit_core.attention.state import ForwardState
 
 Block = tuple[Any, ...]  # such as ("double_block", 3)
+Replacement = Callable[..., Any]
 
 
 def replaced_blocks(options: dict[str, Any]) -> tuple[Block, ...]:
     """Which, as ComfyUI keys them."""
-    return tuple(sorted(options.get("patches_replace", {}).get("dit", {}), key=str))
+    return tuple(sorted(_replacements(options), key=str))
 
 
 def counting_blocks(options: dict[str, Any], state: ForwardState) -> dict[str, Any]:
     """``options`` under which ``state`` counts on behind a block whose replacement does not ask its attention."""
-    replaced = options.get("patches_replace", {}).get("dit", {})
+    replaced = _replacements(options)
     layers = {block: _layer(block, state) for block in replaced}
     counting = {block: _counted(replaced[block], state, at) for block, at in layers.items() if at is not None}
     if not counting:
@@ -25,15 +26,21 @@ def counting_blocks(options: dict[str, Any], state: ForwardState) -> dict[str, A
     return {**options, "patches_replace": {**options["patches_replace"], "dit": {**replaced, **counting}}}
 
 
+def _replacements(options: dict[str, Any]) -> dict[Block, Replacement]:
+    return options.get("patches_replace", {}).get("dit", {})
+
+
 def _layer(block: Block, state: ForwardState) -> int | None:
-    """The layer that a block is; None where the model has blocks of several types, and this is of none of them."""
-    kind, number = str(block[0]).removesuffix("_block"), int(block[1])
-    if kind in state.offsets:
-        return state.offsets[kind] + number
-    return number if len(state.offsets) < 2 else None
+    """The layer that a block is; None for what is no numbered block, and where the model has blocks of several types and this
+    is of none of them."""
+    match block:
+        case (str(kind), int(number), *_):
+            start = state.offsets.get(kind.removesuffix("_block"), 0 if len(state.offsets) < 2 else None)
+            return None if start is None else start + number
+    return None
 
 
-def _counted(replacement: Callable[..., Any], state: ForwardState, layer: int) -> Callable[..., Any]:
+def _counted(replacement: Replacement, state: ForwardState, layer: int) -> Replacement:
     def run(*args: Any, **kwargs: Any) -> Any:
         state.count_from(layer)
         out = replacement(*args, **kwargs)

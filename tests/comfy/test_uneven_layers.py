@@ -20,6 +20,10 @@ def test_the_tile_map_is_of_the_video_and_not_of_a_control_stream(facts):
     assert layers == list(range(measured))
 
 
+def test_what_is_no_numbered_block_is_left_alone(facts):
+    assert facts["a key of its own"] == 0.0
+
+
 def test_layers_are_counted_past_those_that_guidance_skips(facts):
     assert {"wan", "ltx"} <= facts["layers"].keys()
     for name, seen in facts["layers"].items():

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from pools import Started
+from pools import Started, X, launch
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -23,6 +23,24 @@ def start():
     started = Started()
     yield started
     started.end()
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache folder, and with it a pool file, of this test's own, for workers of one thread each."""
+    monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def session(own_cache):
+    """Two workers that have computed a step."""
+    from efficient_vdit_core.parallel.pool.session import Session
+
+    running = Session()
+    running.step(launch(), {}, {"x": X})
+    yield running
+    running.stop()
 
 
 @pytest.fixture(autouse=True, scope="session")

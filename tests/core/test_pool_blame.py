@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from pools import HOST, START, gone, launch
+from pools import HOST, START, X, gone, launch
 
 from efficient_vdit_core.parallel.pool import session as session_module
 from efficient_vdit_core.parallel.pool.client import PoolFault
@@ -23,22 +23,8 @@ from efficient_vdit_core.parallel.pool.secret import new_secret
 from efficient_vdit_core.parallel.pool.session import Session
 from efficient_vdit_core.parallel.pool.start_workers import Workers
 
-X = torch.arange(4.0)
+pytestmark = pytest.mark.usefixtures("own_cache")
 STEP_TIMEOUT = 1.0
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture
-def session():
-    running = Session()
-    running.step(launch(), {}, {"x": X})
-    yield running
-    running.stop()
 
 
 def pids(session):

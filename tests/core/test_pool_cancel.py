@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from pools import HOST, START, gone, launch, until
+from pools import HOST, START, X, gone, launch, until
 
 from efficient_vdit_core.parallel.pool import session as session_module
 from efficient_vdit_core.parallel.pool.client import PoolFault
@@ -14,21 +14,7 @@ from efficient_vdit_core.parallel.pool.pool_file import default_pool_file
 from efficient_vdit_core.parallel.pool.session import Session
 from efficient_vdit_core.parallel.pool.start_workers import Workers
 
-X = torch.arange(4.0)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture
-def session():
-    running = Session()
-    running.step(launch(), {}, {"x": X})
-    yield running
-    running.stop()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 from efficient_vdit_core.parallel.pool.hub import Hub
 from efficient_vdit_core.parallel.pool.imports import Host
 from efficient_vdit_core.parallel.pool.session import Launch
@@ -22,6 +24,7 @@ SAFE_TORCHRUN = ("--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file")
 SAFE_VARIABLES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # Patience with a busy machine; the faults themselves have their own limits.
 START = 300.0
+X = torch.arange(4.0)  # what a step is given
 
 
 def launch(devices=("cpu", "cpu"), **changes):

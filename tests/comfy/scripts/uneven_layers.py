@@ -76,6 +76,14 @@ def tile_map(model, case):
     return len(found), list(kept)
 
 
+def beside_a_key_of_its_own(model, case):
+    """How far a clip is moved by a replacement whose key is no numbered block, which no model asks for."""
+    follows = sparse(model, one)
+    marked = follows.clone()
+    marked.model_options["transformer_options"]["patches_replace"] = {"dit": {("a node's own",): None, "another": None}}
+    return float((run(marked, case, steps=1) - run(follows, case, steps=1)).norm())
+
+
 one = plans.TilePlan.uniform(1)
 vace = CASES["wan vace"]
 frames, size = vace.latent[1], vace.latent[2:]
@@ -92,6 +100,7 @@ uneven = plans.TilePlan(
 ltx = replace(CASES["ltx"], settings={**CASES["ltx"].settings, "num_layers": 6})
 facts = {
     "vace": distances(tiny_vace, vace, one),
+    "a key of its own": beside_a_key_of_its_own(wan, CASES["wan"]),
     "vace tile map": tile_map(tiny_vace, vace),
     "wan, a layer skipped": distances(wan, CASES["wan"], one, lambda m: skipping(m, "1")),
     "ltx, a layer skipped": distances(build(ltx), ltx, uneven, lambda m: skipping(m, "1")),
