@@ -52,6 +52,16 @@ def advanced_inputs(*names: str) -> Callable[[Define], Define]:
     return decorate
 
 
+def where_known(**fields: Any) -> dict[str, Any]:
+    """Those fields of ``io.Schema`` that this version of ComfyUI has."""
+    return {name: value for name, value in fields.items() if name in SCHEMA_FIELDS}
+
+
 def search_words(*words: str) -> dict[str, Any]:
-    """Words under which the page's search finds a node too, for ``io.Schema``. Earlier versions of ComfyUI know none."""
-    return {"search_aliases": list(words)} if "search_aliases" in SCHEMA_FIELDS else {}
+    """Words under which the page's search finds a node too."""
+    return where_known(search_aliases=list(words))
+
+
+def plan_is_told_again() -> dict[str, Any]:
+    """A page that was loaded anew is told the plan of a run that is taken from the cache, and can draw it."""
+    return where_known(has_intermediate_output=True)

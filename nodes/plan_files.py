@@ -12,7 +12,7 @@ from ..efficient_vdit_core.plan import TilePlan
 from .checked import checked
 from .comfy_bridge.distilled import LOADED_MODEL, carried_plan
 from .comfy_bridge.paths import checkpoint_files, load_plan, plan_changed, plan_names, plan_path, save_plan
-from .inputs import CATEGORY, SPEED_WORDS, Plan, for_page, plan_ui, search_words
+from .inputs import CATEGORY, SPEED_WORDS, Plan, for_page, plan_is_told_again, plan_ui, search_words
 
 
 @lru_cache(maxsize=1024)
@@ -82,6 +82,7 @@ class EVDiTLoadTilePlan(io.ComfyNode):
             display_name="Load Tile Plan",
             category=CATEGORY,
             **search_words(*SPEED_WORDS, "preset", "wan faster"),
+            **plan_is_told_again(),
             description=(
                 "Loads a plan from models/evdit_plans, a preset for a model family (careful values chosen by hand, not "
                 "searched), the plan that a distilled model or LoRA carries, or a line of text. Sparse Attention checks that "

@@ -10,7 +10,7 @@ from ..efficient_vdit_core.search.by_head import MAX_GROUPS
 from ..efficient_vdit_core.search.describe import describe_plan
 from .checked import checked
 from .comfy_bridge.probe import search_plan
-from .inputs import CATEGORY, Plan, advanced_inputs, plan_ui, search_words
+from .inputs import CATEGORY, Plan, advanced_inputs, plan_is_told_again, plan_ui, search_words
 
 
 class EVDiTSearchTilePlan(io.ComfyNode):
@@ -24,6 +24,7 @@ class EVDiTSearchTilePlan(io.ComfyNode):
             display_name="Search Tile Plan",
             category=CATEGORY,
             **search_words("sparse", "faster", "speed up", "calibrate", "layer search"),
+            **plan_is_told_again(),
             description=(
                 "Runs the dense model at a few noise levels and measures, in every layer and attention head, how far each candidate "
                 "pattern changes the attention's output: k reference frames, with neighbours and mean frames where asked for. "

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..efficient_vdit_core.plan import TilePlan
 from .checked import checked
-from .inputs import CATEGORY, Plan, plan_ui, search_words
+from .inputs import CATEGORY, Plan, plan_is_told_again, plan_ui, search_words
 
 
 class EVDiTTilePlan(io.ComfyNode):
@@ -19,6 +19,7 @@ class EVDiTTilePlan(io.ComfyNode):
             display_name="Tile Plan",
             category=CATEGORY,
             **search_words("sparse", "faster", "speed up", "sparsity", "reference frames", "arrow mask"),
+            **plan_is_told_again(),
             description=(
                 "Makes a sparse-attention plan k:T-k for all layers, the paper's: each latent frame attends to itself and to k "
                 "reference frames, and the reference frames attend to everything. Fits any model and length. Click a layer "

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ..limits.quote import shortened
 
-PANEL_WIDTH, MAP = 512, 360  # pixels: a panel, and the heat map in it
-LEFT, TOP, LINE, MARGIN, HEADER = 78, 54, 24, 22, 92
-NOTE = PANEL_WIDTH - LEFT - 10  # widest line of a panel's notes
+SMALLEST, LARGEST, TILE = 360, 720, 6  # pixels: the side of a heat map, as long as its tiles want
+LEFT, RIGHT, TOP, BOTTOM, LINE, MARGIN, HEADER = 78, 74, 54, 58, 24, 22, 92
 MOST_COLUMNS, NARROWEST = 4, 640
 TITLE = 36  # characters of a panel's title, at most
 HATCH = 9  # pixels from line to line
@@ -43,30 +42,36 @@ class Panel:
 def draw_panels(panels: Sequence[Panel], title: str, subtitle: str) -> np.ndarray:
     """The picture (H, W, 3) float32 in 0..1. Colours are the square root of the share, on one scale for all panels."""
     top = max(float(p.share.max()) for p in panels) or 1.0
-    columns = _columns(len(panels))
-    notes = [_wrapped(panel.notes) for panel in panels]
-    height = TOP + MAP + 58 + max(map(len, notes)) * LINE + MARGIN
-    width = max(columns * PANEL_WIDTH, NARROWEST)
+    columns, side = _columns(len(panels)), _side(max(len(p.share) for p in panels))
+    panel_width = LEFT + side + RIGHT
+    notes = [_wrapped(panel.notes, side + RIGHT - 10) for panel in panels]
+    height = TOP + side + BOTTOM + max(map(len, notes)) * LINE + MARGIN
+    width = max(columns * panel_width, NARROWEST)
     image = Image.new("RGB", (width, HEADER + -(-len(panels) // columns) * height), PAPER)
     draw = ImageDraw.Draw(image)
     _header(draw, image, title, subtitle, _legend(panels))
     for i, panel in enumerate(panels):
-        x, y = (i % columns) * PANEL_WIDTH, HEADER + i // columns * height
-        _draw_panel(draw, image, panel, x, y, top)
+        left, upper = (i % columns) * panel_width + LEFT, HEADER + i // columns * height + TOP
+        _draw_panel(draw, image, panel, left, upper, side, top)
         for line, note in enumerate(notes[i]):
-            draw.text((x + LEFT, y + TOP + MAP + 58 + line * LINE), note, font=_font(16), fill=INK)
+            draw.text((left, upper + side + BOTTOM + line * LINE), note, font=_font(16), fill=INK)
     return np.asarray(image, dtype=np.float32) / 255.0
 
 
-def _wrapped(notes: Sequence[str]) -> list[str]:
-    """The notes in lines that end within their panel; what goes on is set in."""
+def _side(frames: int) -> int:
+    """Pixels of a heat map: in smaller tiles a long clip's marks would hide the colours between them."""
+    return min(max(SMALLEST, TILE * frames), LARGEST)
+
+
+def _wrapped(notes: Sequence[str], width: int) -> list[str]:
+    """The notes in lines of at most ``width`` pixels; what goes on is set in."""
     lines: list[str] = []
     for note in notes:
         first, *words = note.split(" ")
         lines.append(first)
         for word in words:
             longer = f"{lines[-1]} {word}"
-            if _font(16).getlength(longer) <= NOTE:
+            if _font(16).getlength(longer) <= width:
                 lines[-1] = longer
             else:
                 lines.append(f"    {word}")
@@ -106,19 +111,21 @@ def _header(draw: ImageDraw.ImageDraw, image: Image.Image, title: str, subtitle:
         draw.text((right, upper + 9), text, font=_font(16), fill=INK, anchor="rm")
 
 
-def _draw_panel(draw: ImageDraw.ImageDraw, image: Image.Image, panel: Panel, x: int, y: int, top: float) -> None:
-    left, upper = x + LEFT, y + TOP
+def _draw_panel(
+    draw: ImageDraw.ImageDraw, image: Image.Image, panel: Panel, left: int, upper: int, side: int, top: float
+) -> None:
+    """The panel whose heat map has its corner at (left, upper), and ``side`` pixels."""
     draw.text((left, upper - 12), shortened(panel.title, TITLE), font=_font(21), fill=INK, anchor="ls")
-    image.paste(_heat_map(panel, top), (left, upper))
+    image.paste(_heat_map(panel, side, top), (left, upper))
     if panel.kept is not None:
-        _outline(draw, panel.kept, left, upper)
-    draw.rectangle((left - 1, upper - 1, left + MAP, upper + MAP), outline=FAINT)
-    _axes(draw, image, len(panel.share), left, upper)
-    _color_bar(draw, image, left + MAP + 16, upper, top)
+        _outline(draw, panel.kept, left, upper, side)
+    draw.rectangle((left - 1, upper - 1, left + side, upper + side), outline=FAINT)
+    _axes(draw, image, len(panel.share), left, upper, side)
+    _color_bar(draw, image, left + side + 16, upper, side, top)
 
 
-def _heat_map(panel: Panel, top: float) -> Image.Image:
-    at = np.arange(MAP) * len(panel.share) // MAP
+def _heat_map(panel: Panel, side: int, top: float) -> Image.Image:
+    at = np.arange(side) * len(panel.share) // side
     pixels = _colors(np.sqrt(panel.share.double().numpy() / top))[at][:, at]
     if panel.kept is not None:
         for marks, tiles in _marked(panel.kept, panel.averaged).items():
@@ -138,10 +145,10 @@ def _dots(where: np.ndarray) -> np.ndarray:
     return where & (rows % HATCH < 2) & (columns % HATCH < 2)
 
 
-def _outline(draw: ImageDraw.ImageDraw, kept: Tensor, left: int, upper: int) -> None:
+def _outline(draw: ImageDraw.ImageDraw, kept: Tensor, left: int, upper: int, side: int) -> None:
     """A line wherever a kept tile meets one that is left out."""
     frames = len(kept)
-    at = [-(-i * MAP // frames) for i in range(frames + 1)]
+    at = [-(-i * side // frames) for i in range(frames + 1)]
     for i in range(frames):
         for j in range(frames):
             if i + 1 < frames and bool(kept[i, j] != kept[i + 1, j]):
@@ -150,24 +157,24 @@ def _outline(draw: ImageDraw.ImageDraw, kept: Tensor, left: int, upper: int) -> 
                 draw.line((left + at[j + 1], upper + at[i], left + at[j + 1], upper + at[i + 1]), fill=EDGE)
 
 
-def _axes(draw: ImageDraw.ImageDraw, image: Image.Image, frames: int, left: int, upper: int) -> None:
+def _axes(draw: ImageDraw.ImageDraw, image: Image.Image, frames: int, left: int, upper: int, side: int) -> None:
     step = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100, frames) if frames / s <= 12)
     for frame in range(0, frames, step):
-        middle = int((frame + 0.5) * MAP / frames)
-        draw.text((left + middle, upper + MAP + 6), str(frame), font=_font(15), fill=FAINT, anchor="ma")
+        middle = int((frame + 0.5) * side / frames)
+        draw.text((left + middle, upper + side + 6), str(frame), font=_font(15), fill=FAINT, anchor="ma")
         draw.text((left - 7, upper + middle), str(frame), font=_font(15), fill=FAINT, anchor="rm")
-    draw.text((left + MAP // 2, upper + MAP + 26), "key: latent frame", font=_font(15), fill=INK, anchor="ma")
+    draw.text((left + side // 2, upper + side + 26), "key: latent frame", font=_font(15), fill=INK, anchor="ma")
     words = Image.new("RGB", (150, 22), PAPER)
     ImageDraw.Draw(words).text((75, 11), "query: latent frame", font=_font(15), fill=INK, anchor="mm")
-    image.paste(words.rotate(90, expand=True), (left - 62, upper + MAP // 2 - 75))
+    image.paste(words.rotate(90, expand=True), (left - 62, upper + side // 2 - 75))
 
 
-def _color_bar(draw: ImageDraw.ImageDraw, image: Image.Image, left: int, upper: int, top: float) -> None:
-    bar = _colors(np.linspace(1.0, 0.0, MAP))[:, None].repeat(14, axis=1)
+def _color_bar(draw: ImageDraw.ImageDraw, image: Image.Image, left: int, upper: int, side: int, top: float) -> None:
+    bar = _colors(np.linspace(1.0, 0.0, side))[:, None].repeat(14, axis=1)
     image.paste(Image.fromarray(bar), (left, upper))
-    draw.rectangle((left - 1, upper - 1, left + 14, upper + MAP), outline=FAINT)
+    draw.rectangle((left - 1, upper - 1, left + 14, upper + side), outline=FAINT)
     for value in _round_shares(top):
-        y = upper + (1.0 - math.sqrt(value / top)) * (MAP - 1)
+        y = upper + (1.0 - math.sqrt(value / top)) * (side - 1)
         draw.line((left + 14, y, left + 17, y), fill=FAINT)
         draw.text((left + 20, y), f"{100 * value:g} %", font=_font(13), fill=FAINT, anchor="lm")
 

@@ -12,7 +12,7 @@ from ..tiles import TilePattern
 from .draw import Panel, draw_panels
 from .tile_mass import LEVELS, TileMass, averaged_tiles, kept_tiles
 
-MOST_PANELS = 64  # of a picture, about 200 MB; 12 layers with 4 groups of heads each have 60
+MOST_PANELS = 64  # of a picture, 200 to 600 MB; 12 layers with 4 groups of heads each have 60
 
 
 def check_panels(layers: Iterable[int], depth: int, plan: TilePlan | None) -> None:

@@ -12,7 +12,7 @@ from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.plan import TilePlan
-from efficient_vdit_core.search.draw import EDGE, HEADER, LEFT, MAP, PANEL_WIDTH, TOP, Panel, draw_panels
+from efficient_vdit_core.search.draw import EDGE, HEADER, LEFT, RIGHT, SMALLEST, TOP, Panel, draw_panels
 from efficient_vdit_core.search.tile_map import check_panels, tile_map
 from efficient_vdit_core.search.tile_mass import (
     MassRecord,
@@ -25,6 +25,7 @@ from efficient_vdit_core.search.tile_mass import (
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 T, S, HEADS, DIM = 5, 6, 2, 8
+MAP = SMALLEST  # pixels of a short clip's heat map
 LAYOUT = TokenLayout(TokenGrid(T, 2, 3), prefix=3, suffix=4)
 FRAME = torch.tensor([-1] * 3 + [f for f in range(T) for _ in range(S)] + [-1] * 4)
 
@@ -120,7 +121,7 @@ def test_attention_that_is_not_finite_is_named():
 def hatching(picture, panel=0):
     """(T, T): the share of each tile's pixels that is marked, in a panel of the first row."""
     orange = np.abs(picture - np.array(EDGE) / 255).max(-1) < 0.01
-    left = panel * PANEL_WIDTH + LEFT
+    left = panel * (LEFT + MAP + RIGHT) + LEFT
     return orange[HEADER + TOP : HEADER + TOP + MAP, left : left + MAP].reshape(T, MAP // T, T, MAP // T).mean((1, 3))
 
 
@@ -137,6 +138,18 @@ def test_the_picture_shows_what_is_large_and_what_is_left_out():
     kept = kept_tiles(TilePattern(1), T).numpy()
     assert marked[~kept].min() > 0.08 > 0.04 > marked[kept].max()
     assert "plan 1:4 keeps" in text and plain.dtype == np.float32 and 0 <= plain.min() and plain.max() <= 1
+
+
+def test_a_long_clip_s_colours_are_seen_between_the_marks():
+    """Of MiniMax-H3's 107 latent frames each has room in which its tile is not all edge."""
+    frames = 107
+    share = torch.full((frames, frames), 1 / frames)
+    kept = kept_tiles(TilePattern(22), frames)
+    picture = draw_panels([Panel("Layer 0", share, kept)], "", "")
+    side = 6 * frames
+    orange = (np.abs(picture - np.array(EDGE) / 255).max(-1) < 0.01)[HEADER + TOP :, LEFT:][:side, :side]
+    marked = orange.reshape(frames, 6, frames, 6).mean((1, 3))
+    assert marked[kept.numpy()].max() < 0.5 and marked[~kept.numpy()].mean() > 0.15
 
 
 def test_what_is_seen_in_a_mean_is_dotted_and_named():
