@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-
-from server import PromptServer
+from typing import Any
 
 from ...efficient_vdit_core.attention.report import AttentionReport
 from ...efficient_vdit_core.attention.summary import density_of_run, describe_measure
@@ -24,8 +24,8 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
     """
 
     def after_run(report: AttentionReport, layers: int, seconds: float) -> None:
-        server = getattr(PromptServer, "instance", None)
-        if server is None or server.client_id is None:  # sent to nobody, it would reach every page
+        server = _server()
+        if server is None:
             return
         density, cost, measure = density_of_run(report), report.cost, report.measure
         with report.lock:
@@ -50,6 +50,13 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
 
 def show_on_node(node: str | None, text: str) -> None:
     """Show ``text`` on the node of that execution id, on the page that queued the prompt."""
-    server = getattr(PromptServer, "instance", None)
-    if node is not None and server is not None and server.client_id is not None:
+    server = _server()
+    if node is not None and server is not None:
         server.send_progress_text(text, node, server.client_id)
+
+
+def _server() -> Any:
+    """ComfyUI's server, where a page queued the prompt: what is sent to nobody would reach every page. None in a worker or a
+    script too, which would take a second to load it."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    return server if server is not None and server.client_id is not None else None

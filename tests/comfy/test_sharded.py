@@ -1,6 +1,7 @@
 """Every native video family on 2 ranks of this CPU, and one of each kind of blocks on 3, for two steps, against one process.
 
-EVDIT_ALL_RANKS=1 takes all of them to 3 ranks, which is minutes more.
+One of each kind also meets a window, sharded weights by branch, and a rank that unloads. EVDIT_ALL_RANKS=1 takes all of them
+through all of it, which is minutes more.
 """
 
 import os
@@ -10,11 +11,11 @@ from family_names import FAMILIES, LEFT_DENSE_NAMES, ONE_OF_EACH
 
 CASES = [*FAMILIES, *LEFT_DENSE_NAMES]
 RANKS = ("2", "3")
-ON_THREE = CASES if os.environ.get("EVDIT_ALL_RANKS") else ONE_OF_EACH
+THOROUGH = CASES if os.environ.get("EVDIT_ALL_RANKS") else ONE_OF_EACH
 GROUPS = {"2": "ranks 0 and 1", "3": "ranks 0 and 1+2", "4": "ranks 0+1 and 2+3"}
 # Their texts make two calls of a guidance's two branches, whatever their shapes.
 ONE_AT_A_TIME = ("h3 with guidance",)
-PLANS = ("one reference", "a window", "heads")
+PLANS = ("one reference", "heads")
 # No rank may hold a part of these, and the model says why before its first block.
 NOT_SHARDED = {
     "wan causal": "CausalWanModel cannot be sharded: ",
@@ -44,7 +45,7 @@ def of(facts, ranks, name):
     ("ranks", "name"),
     [
         (ranks, name)
-        for ranks, names in (("2", CASES), ("3", ON_THREE))
+        for ranks, names in (("2", CASES), ("3", THOROUGH))
         for name in names
         if name not in (*NOT_SHARDED, *MASKED)
     ],
@@ -52,7 +53,7 @@ def of(facts, ranks, name):
 def test_ranks_make_the_video_of_one_process(facts, ranks, name):
     found = of(facts, ranks, name)
     assert "failed" not in found, found["failed"]
-    for plan in PLANS:  # CogVideoX's large scores make 3e-5 of float32's rounding, the others stay below 1e-6
+    for plan in (*PLANS, *(["a window"] if name in THOROUGH else [])):  # CogVideoX's large scores make 3e-5 of float32's rounding, the others stay below 1e-6
         assert found[plan]["error"] <= 5e-5, plan
     assert found["one reference"]["effect"] > 1e-3 or name in DENSE
     assert found["no plan"]["error"] <= 1e-5 and found["unlike ranks"]["error"] <= 5e-5
@@ -60,13 +61,14 @@ def test_ranks_make_the_video_of_one_process(facts, ranks, name):
     assert found["sharded weights are the same"] and found["bytes of weights"] > 0
     if "by branch" in found:
         check_branches(found, GROUPS[ranks], name)
-    if ranks == "2":
+    if ranks == "2" and name in THOROUGH:
         assert found["and whole ones after them"] and found["also after one rank has unloaded"]
 
 
 def check_branches(found, groups, name):
     """The two branches of the guidance on groups of ranks, in each of two steps; one at a time they stay together."""
-    assert found["by branch"]["error"] <= 5e-5 and found["by branch with sharded weights"]
+    assert found["by branch"]["error"] <= 5e-5
+    assert found.get("by branch with sharded weights", name not in THOROUGH)
     assert found["by branch"]["groups"] == ([] if name in ONE_AT_A_TIME else [groups] * 2)
 
 

@@ -83,15 +83,19 @@ def work(chosen) -> str:
     return call(pack["EVDiTReport"], model=chosen)[0].splitlines()[1]
 
 
-def distances(**about):
-    """From the dense clip: of the sparse one, and with a residual renewed every 8, 4 and 2 steps."""
-    exact = run(model, **about)
-    found = [run(sparse(residual_every=every), **about) for every in (0, 8, 4, 2)]
+def distances(sampled=run, sources=model, renewed=(4,), **about):
+    """From the dense clip: of the sparse one, and with a residual ``renewed`` every so many steps."""
+    exact = sampled(sources, **about)
+    found = [sampled(with_residual(sources, every), **about) for every in (0, *renewed)]
     return [float((clip - exact).norm() / exact.norm()) for clip in found]
 
 
+def with_residual(sources, every):
+    return [with_residual(one, every) for one in sources] if isinstance(sources, list) else sparse(sources, residual_every=every)
+
+
 facts = {
-    "plain": distances(),
+    "plain": distances(renewed=(8, 4, 2)),
     "two forwards a step": distances(cfg=3.0),
     "one forward a step": distances(cfg=3.0, other=noise(1, 7, 32)),
     "rest of the schedule": distances(steps=30),
@@ -122,17 +126,14 @@ facts["few steps"] = bool(torch.equal(run(residual, steps=8), run(sparse(), step
 run(residual, steps=8)
 facts["few steps said"] = [text for text in log if "residual" in text]
 cached = EasyCacheNode.execute(model, reuse_threshold=0.5, start_percent=0.0, end_percent=1.0, verbose=False).args[0]
-exact = run(cached)
-facts["EasyCache"] = [float((run(sparse(cached, residual_every=n)) - exact).norm() / exact.norm()) for n in (0, 4)]
+facts["EasyCache"] = distances(sources=cached)
 
-experts = model, build(CASES["wan"])
-exact = two_nodes(*experts, 20)
+experts = [model, build(CASES["wan"])]
 log.clear()
-found = [two_nodes(*(sparse(expert, residual_every=n) for expert in experts), 20) for n in (0, 8, 4, 2)]
-facts["two experts"] = [float((clip - exact).norm() / exact.norm()) for clip in found]
+facts["two experts"] = distances(lambda both: two_nodes(*both, 20), experts)
 facts["two experts went without"] = [line for line in log if "no residual" in line]
 log.clear()
-two_nodes(*(sparse(expert, residual_every=2) for expert in experts), 8)
+two_nodes(*with_residual(experts, 2), 8)
 facts["two experts of few steps"] = [line for line in log if "no residual" in line]
 facts["whole"] = {f"{name} {n}": whole(name, n) for name in ("simple", "normal", "beta") for n in (20, 8)}
 
@@ -142,9 +143,7 @@ def windows(schedule, source=model):
 
 
 still = windows("standard_static")
-exact = run(still, cfg=3.0)
-found = [run(sparse(still, residual_every=n), cfg=3.0) for n in (0, 8, 4, 2)]
-facts["context windows"] = [float((clip - exact).norm() / exact.norm()) for clip in found]
+facts["context windows"] = distances(sources=still, cfg=3.0)
 facts["kept of context windows"] = kept_by_forward(sparse(still, residual_every=4), cfg=3.0)
 moving = windows("standard_uniform")
 facts["moving windows as without"] = bool(torch.equal(run(sparse(moving, residual_every=4)), run(sparse(moving))))

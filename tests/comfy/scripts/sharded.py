@@ -1,5 +1,5 @@
-"""Every native video family under a plan on 2 CPU ranks, one of each kind on 3 (with EVDIT_ALL_RANKS all), a few on 4,
-against one process. Prints JSON.
+"""Every native video family under plans on 2 CPU ranks, one of each kind on 3 and under all that may differ (with
+EVDIT_ALL_RANKS all of them), a few on 4, against one process. Prints JSON.
 
 Names of cases in $EVDIT_CASES, with commas between, run only these.
 """
@@ -37,6 +37,7 @@ sharding, tiles = module("comfy_bridge.sharding"), module("efficient_vdit_core.t
 head_patterns, division = module("efficient_vdit_core.head_patterns"), module("sharding.division")
 branches = module("comfy_bridge.branches")
 UNLIKE = (16, 7, 11)
+THOROUGH = CASES if os.environ.get("EVDIT_ALL_RANKS") else ONE_OF_EACH
 IN_GROUPS = ("wan", "wan i2v", "ltx", "hunyuan", "h3 with guidance")  # on four ranks
 counts, divided = sharding.Counter(), []
 wire = None  # over the ranks that work together
@@ -117,9 +118,10 @@ def facts(name: str, case: Case) -> dict:
     depth, heads = (count(model.model.diffusion_model) for count in (family.depth, family.head_count))
     several = head_patterns.by_head([pattern(1, means=1), *[pattern(None)] * (heads - 1)])
     found, dense, made = {}, run(model, case), {}
+    thorough = name in THOROUGH
     for words, plan in (
         ("one reference", plans.TilePlan.uniform(1)),
-        ("a window", plans.TilePlan(uniform_pattern=pattern(0, window=1))),
+        *([("a window", plans.TilePlan(uniform_pattern=pattern(0, window=1)))] if thorough else []),
         ("heads", plans.TilePlan(patterns=(several,) * depth, heads=heads)),
     ):
         source = sparse(model, plan)
@@ -131,24 +133,26 @@ def facts(name: str, case: Case) -> dict:
     before = wire.sent["gather of weights"]
     found["sharded weights are the same"] = torch.equal(shared(source, case, hold="sharded"), whole)
     found["bytes of weights"] = wire.sent["gather of weights"] - before
-    if wire.size == 2:  # a third rank would add its time and nothing else
+    if wire.size == 2 and thorough:  # a third rank would add its time and nothing else
         found["also after one rank has unloaded"] = torch.equal(after_one_rank_alone_has_unloaded(source, case), whole)
         found["and whole ones after them"] = torch.equal(shared(source, case), whole)
     found["unlike ranks"] = {"error": distance(shared(source, case, UNLIKE[: wire.size]), alone)}
     if not case.single:
-        found |= divisions(source, case, alone)
+        found |= divisions(source, case, alone, thorough)
     found["no plan"] = {"error": distance(shared(model, case), dense)}
     found["after it"] = distance(run(model, case), dense)
     found["weights same"] = all(torch.equal(v, weights[k]) for k, v in model.model.diffusion_model.state_dict().items())
     return found
 
 
-def divisions(source, case: Case, alone) -> dict:
-    """Both branches of a guidance to groups of ranks, which are unlike where there are three: whole weights and sharded
-    ones."""
+def divisions(source, case: Case, alone, thorough: bool = True) -> dict:
+    """Both branches of a guidance to groups of ranks, which are unlike where there are three: whole weights, and where it is
+    ``thorough`` sharded ones."""
     unlike = UNLIKE[: wire.size] if wire.size == 3 else ()
     got = shared(source, case, unlike, divide=True)
-    found = {"by branch": {"error": distance(got, alone), "groups": divided.copy()}}
+    found: dict = {"by branch": {"error": distance(got, alone), "groups": divided.copy()}}
+    if not thorough:
+        return found
     held = shared(source, case, unlike, hold="sharded", divide=True)
     return {**found, "by branch with sharded weights": torch.equal(held, got)}
 
@@ -165,8 +169,7 @@ def in_groups_of_several(name: str, case: Case) -> dict:
 
 def on_ranks(ranks: int) -> dict:
     chosen = os.environ.get("EVDIT_CASES")
-    on_three = CASES if os.environ.get("EVDIT_ALL_RANKS") else ONE_OF_EACH
-    what, names = {2: (facts, CASES), 3: (facts, on_three), 4: (in_groups_of_several, IN_GROUPS)}[ranks]
+    what, names = {2: (facts, CASES), 3: (facts, THOROUGH), 4: (in_groups_of_several, IN_GROUPS)}[ranks]
     results = {}
     for name in chosen.split(",") if chosen else names:
         if missing(CASES[name]):
