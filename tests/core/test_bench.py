@@ -12,7 +12,18 @@ import torch
 
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.trial import Choice
-from efficient_vdit_core.bench import attention, bounds, exactness, gpu, minimax_h3, overhead, paper, step, wan
+from efficient_vdit_core.bench import (
+    attention,
+    bounds,
+    exactness,
+    gpu,
+    minimax_h3,
+    overhead,
+    paper,
+    step,
+    timed_models,
+    wan,
+)
 from efficient_vdit_core.bench.bounds import preset_bounds
 from efficient_vdit_core.bench.machine import describe_machine, peak_extra_bytes
 from efficient_vdit_core.bench.plot import draw
@@ -41,6 +52,61 @@ def test_a_wrong_result_shows_in_the_error(monkeypatch):
     )
     rows = attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("frames",))
     assert rows[0]["max_relative_error"] < 1e-5 and min(r["max_relative_error"] for r in rows[1:]) > 0.05
+
+
+def failing(monkeypatch, backend):
+    """That backend raises as a kernel's launch does, which is no RuntimeError."""
+    attend = attention.tile_attention
+
+    class OutOfResources(Exception):
+        pass
+
+    def tile_attention(*args, **how):
+        if how["backend"] == backend:
+            raise OutOfResources("shared memory,\nRequired: 114688")
+        return attend(*args, **how)
+
+    monkeypatch.setattr(attention, "tile_attention", tile_attention)
+    return "OutOfResources: shared memory, Required: 114688"
+
+
+def test_a_backend_that_fails_costs_no_other_its_times(monkeypatch, tmp_path, capsys):
+    why = failing(monkeypatch, "parts")
+    rows = attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("parts", "frames"))
+    assert [(r["pattern"], r["backend"]) for r in rows if "speedup" in r] == [
+        ("full", "sdpa"), ("1:4", "frames"), ("2:3", "frames")
+    ]  # fmt: skip
+    assert [(r["pattern"], r["backend"], r["error"]) for r in rows if "error" in r] == [
+        ("1:4", "parts", why), ("2:3", "parts", why)
+    ]  # fmt: skip
+    assert draw({"rows": rows, "machine": describe_machine(CPU)}).count("frames, ") == 2
+    monkeypatch.setattr(attention, "presets", lambda: {"cpu": [SHAPE]})
+    command = ["bench", "attention", "--device", "cpu", "--repeats", "1", "--backends"]
+    assert main([*command, "parts", "frames"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(why) == 2 and "geometric mean of 2 rows" in said
+    assert main([*command, "parts"]) != 0
+    assert f"No backend runs here: {why}" in capsys.readouterr().err
+
+
+def test_without_any_dense_attention_there_is_nothing_to_compare_with(monkeypatch):
+    def broken(q, k, v):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(attention, "dense_functions", lambda q: {"sdpa": broken})
+    with pytest.raises(RuntimeError, match="No dense attention runs here .*RuntimeError: no kernel image"):
+        attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("frames",))
+
+
+def test_others_sparse_attention_is_not_in_the_mean_of_ours(monkeypatch, capsys):
+    def other(q, k, v, share):
+        return q
+
+    monkeypatch.setattr(attention, "routed_functions", lambda q: {"kitchen sla": other})
+    monkeypatch.setattr(attention, "presets", lambda: {"cpu": [SHAPE]})
+    assert main(["bench", "attention", "--device", "cpu", "--repeats", "1", "--backends", "frames"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("kitchen sla") == 2 and "geometric mean of 2 rows" in said
 
 
 def test_the_paper_preset_is_table_1():
@@ -351,6 +417,30 @@ def test_a_part_that_fails_or_takes_long_costs_no_other(fake_parts, tmp_path):
     assert [name for name in gpu.PARTS if not found[name]["complete"]] == ["fails", "endless"] == list(run.incomplete)
     assert 10 < len(found["endless"]["rows"]) <= 50
     assert found["late"]["rows"] == [{"row": "the only one"}] and found["last"]["rows"] == [{"row": 1}]
+
+
+def test_what_fails_in_a_part_costs_it_no_other_row(monkeypatch, tmp_path):
+    """A backend whose kernel does not launch, and a model that diffusers does not have yet."""
+    run = gpu.Run(CPU, 0, 100, tmp_path)
+    monkeypatch.setattr(gpu, "SMALL", gpu.SMALL[:1])
+    why = failing(monkeypatch, "parts")
+    monkeypatch.setattr(gpu, "tile_attention", attention.tile_attention)
+
+    def missing(*_, **__):
+        raise ImportError("cannot import name 'MiniMaxH3Transformer3DModel'")
+
+    monkeypatch.setattr(
+        timed_models, "MEASURES", {"minimax_h3": missing, "wan_14b": lambda *_, **__: [{"seconds": 1.0}]}
+    )
+    gpu.run_parts(run, ["attention_alone", "memory"], lambda name, row: None)
+    monkeypatch.setattr(gpu.Run, "small", False)
+    gpu.run_parts(run, ["stock_steps"], lambda name, row: None)
+    assert not run.incomplete
+    errors = {name: [row.get("error") for row in rows] for name, rows in run.rows.items()}
+    assert errors["attention_alone"] == [None, None, None, why, why]
+    assert errors["memory"] == [None, None, why]
+    name = "ImportError: cannot import name 'MiniMaxH3Transformer3DModel'"
+    assert errors["stock_steps"] == [name, name, None, None]
 
 
 def test_what_is_not_begun_in_time_has_a_file_that_says_so(fake_parts, tmp_path):
