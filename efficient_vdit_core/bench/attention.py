@@ -122,7 +122,7 @@ def measure(
     if not compared:
         raise RuntimeError(f"No dense attention runs here to compare with: {failed[None, next(iter(dense))]}")
     base = min(times[None, name] for name in [n for n in compared if n not in INEXACT] or compared)
-    peak = peak_flops(device)
+    peak = peak_flops(device, q.dtype)
     nothing = (None, None)
     rows = [_row(shape, key, times[key], base, peak, *first.get(key, nothing)) for key in times]
     return rows + [{**_about(shape, key), "error": why} for key, why in failed.items()]

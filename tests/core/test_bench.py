@@ -25,6 +25,7 @@ from efficient_vdit_core.bench import (
     wan,
 )
 from efficient_vdit_core.bench.bounds import preset_bounds
+from efficient_vdit_core.bench.dense import peak_flops
 from efficient_vdit_core.bench.machine import describe_machine, peak_extra_bytes
 from efficient_vdit_core.bench.plot import draw
 from efficient_vdit_core.bench.rounds import Rounds
@@ -495,6 +496,21 @@ def test_what_is_installed_is_timed_and_what_is_only_quantised_is_no_baseline(mo
     dense = {r["backend"]: r for r in rows if r["pattern"] == "full"}
     assert dense["sdpa"]["speedup"] == 1.0 and dense["sage"]["max_relative_error"] > 0.5
     assert {r["backend"] for r in rows if r["pattern"] == "1:4"} == {"frames", "frames over sdpa", "frames over sage"}
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165), ("AMD Instinct MI300X", 1307), ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 5090 D", None), ("NVIDIA H100 NVL", None),
+    ],
+)  # fmt: skip
+def test_the_share_of_a_peak_is_told_of_the_card_and_dtype_that_it_is_of(monkeypatch, name, teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found = peak_flops(torch.device("cuda"), torch.bfloat16)
+    assert found == (teraflops and teraflops * 1e12)
+    assert peak_flops(torch.device("cuda"), torch.float32) is None
 
 
 def test_the_calls_alone_are_those_of_the_attention():
