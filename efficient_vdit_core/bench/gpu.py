@@ -41,13 +41,14 @@ Rows = Iterator[list[dict[str, Any]]]  # a few at a time: what was found togethe
 
 @dataclass
 class Run:
-    """A run's device, seed and time. ``rows`` holds what each part found."""
+    """A run's device, seed and time, and the ``command`` that it is for, "" = none. ``rows`` holds what each part found."""
 
     device: torch.device
     seed: int
     budget: float
     out: Path
     clock: Callable[[], float] = time.monotonic
+    command: str = ""
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     incomplete: dict[str, str] = field(default_factory=dict)  # parts, and why
     until: float = 0.0  # when the part that runs begins nothing new
@@ -94,7 +95,12 @@ def run_parts(run: Run, names: Iterable[str], say: Callable[[str, dict[str, Any]
 
     ``complete`` is False in the file of a part that did not come to its end, and ``error`` says why.
     """
-    about = {"seed": run.seed, "budget_seconds": run.budget, "machine": describe_machine(run.device)}
+    about = {
+        "command": run.command,
+        "seed": run.seed,
+        "budget_seconds": run.budget,
+        "machine": describe_machine(run.device),
+    }
     for name in names:
         rows = run.rows.setdefault(name, [])
         state: dict[str, Any] = {"part": name, **about, "complete": False, "rows": rows}

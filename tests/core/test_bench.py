@@ -369,6 +369,7 @@ def test_one_command_tells_all_that_a_gpu_can(tmp_path, parts):
     for name, state in found.items():
         assert state.get("error", "cut").startswith("cut"), name  # a busy machine may not come to a part's end
         assert state["rows"] and state["machine"]["versions"]["torch"] == torch.__version__, name
+        assert state["command"].startswith("evdit bench gpu --device cpu --budget 60 --parts"), name
     if "profiles" in parts:
         for row in found["profiles"]["rows"]:
             times = [kernel["milliseconds"] for kernel in row["kernels"]]
