@@ -17,6 +17,7 @@ from efficient_vdit_core.bench import (
     bounds,
     exactness,
     gpu,
+    kernels,
     minimax_h3,
     overhead,
     paper,
@@ -434,13 +435,15 @@ def test_what_fails_in_a_part_costs_it_no_other_row(monkeypatch, tmp_path):
     monkeypatch.setattr(
         timed_models, "MEASURES", {"minimax_h3": missing, "wan_14b": lambda *_, **__: [{"seconds": 1.0}]}
     )
-    gpu.run_parts(run, ["attention_alone", "memory"], lambda name, row: None)
+    monkeypatch.setattr(kernels, "tile_attention", attention.tile_attention)
+    gpu.run_parts(run, ["attention_alone", "memory", "profiles"], lambda name, row: None)
     monkeypatch.setattr(gpu.Run, "small", False)
     gpu.run_parts(run, ["stock_steps"], lambda name, row: None)
     assert not run.incomplete
     errors = {name: [row.get("error") for row in rows] for name, rows in run.rows.items()}
     assert errors["attention_alone"] == [None, None, None, why, why]
     assert errors["memory"] == [None, None, why]
+    assert errors["profiles"] == [None, None, None, why, None, None, why]
     name = "ImportError: cannot import name 'MiniMaxH3Transformer3DModel'"
     assert errors["stock_steps"] == [name, name, None, None]
 
