@@ -14,6 +14,7 @@ from torch import Tensor
 from ..head_patterns import LayerPattern
 from ..tiles import TilePattern
 from . import flex, triton
+from .autocast import autocast
 from .call_shape import CallShape
 from .calls import Call, calls_of
 from .choose import default_book
@@ -88,7 +89,8 @@ def tile_attention(
     """Attention of q over k, v under the tile mask of ``pattern`` (Efficient-vDiT section 3). Exact and differentiable.
 
     Args:
-        q, k, v: (B, H, N, D) with N = ``layout.tokens``, any float dtype and strides; scores are scaled by 1 / sqrt(D).
+        q, k, v: (B, H, N, D) with N = ``layout.tokens``, any float dtype and strides, under autocast cast as PyTorch's
+            attention does; scores are scaled by 1 / sqrt(D).
         pattern: one for all heads, or one for each of the H heads: those that are alike are computed together, under
             ``flex`` and ``triton`` all that they compute.
         dense: plain attention of (B, H, Nq, D) over (B, H, Nk, D), default PyTorch's SDPA. Its ``name``, where it has one,
@@ -104,6 +106,7 @@ def tile_attention(
         ValueError: an argument does not fit, the backend cannot run here, or an argument requires a gradient and the
             backend or ``dense`` gives none; the text names it and says why.
     """
+    q, k, v = autocast(q, k, v)
     check_tensors(q, k, v, layout)
     dense = dense or F.scaled_dot_product_attention
     attend = _candidates(dense, max_extra_bytes)

@@ -99,9 +99,19 @@ def _video(x: Tensor, layout: TokenLayout) -> Tensor:
 
 
 def _by_frame(weights: Tensor, x: Tensor, size: int) -> Tensor:
-    """``weights`` (g, f) over the frames of x (H, f s, D): (g, H, s, D). Copies nothing of x in either order of memory."""
-    if x.stride(0) > x.stride(1):  # heads are outermost
+    """``weights`` (g, f) over the frames of x (H, f s, D), whose channels are neighbours: (g, H, s, D). Copies nothing of x,
+    whatever the order of its heads and tokens: it may be a part of the heads, or of a tensor that holds q, k and v."""
+    (heads, _, dim), (to_head, to_token, _) = x.shape, x.stride()
+    if to_token == dim:  # a head's tokens are neighbours
         found = weights @ rearrange(x, "h (f s) d -> h f (s d)", s=size)
         return rearrange(found, "h g (s d) -> g h s d", s=size)
-    found = weights @ rearrange(x, "h (f s) d -> f (s h d)", s=size)
-    return rearrange(found, "g (s h d) -> g h s d", s=size, h=x.shape[0])
+    if to_head == dim and to_token == heads * dim:  # a token's heads, and tokens
+        found = weights @ rearrange(x, "h (f s) d -> f (s h d)", s=size)
+        return rearrange(found, "g (s h d) -> g h s d", s=size, h=heads)
+    if to_head == dim or heads == 1:  # a token's heads, and tokens stand apart
+        found = weights @ rearrange(x, "h (f s) d -> s f (h d)", s=size)
+        return rearrange(found, "s g (h d) -> g h s d", h=heads)
+    out = x.new_empty(len(weights), heads, size, dim)
+    for head in range(heads):
+        out[:, head : head + 1] = _by_frame(weights, x[head : head + 1], size)
+    return out

@@ -18,12 +18,14 @@ from ..tiles import TilePattern, TokenGrid
 from . import paper
 from .calls import calls_alone
 from .dense import INEXACT, Dense, dense_functions, peak_flops, routed_functions
+from .failures import failures
 from .machine import peak_extra_bytes
 from .minimax_h3 import CLIPS, HEAD_DIM, HEADS
 from .turns import medians
 
 SAMPLED_ROWS = 64
 CALLS = "calls alone"
+Key = tuple[int | None, str]  # reference frames, None = dense, and a backend's or a dense function's name
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def measure(
     also one of the dense calls alone (`calls_alone`), which has none either: nobody puts them together.
 
     Every backend takes its turn in each repeat, so that a slow moment of the machine meets all of them. Speed-ups are
-    over the fastest exact dense function.
+    over the fastest exact dense function. What fails here has a row with its ``error`` in place of times. Raises
+    RuntimeError where no dense function runs.
     """
     generator = torch.Generator().manual_seed(seed)
     q, k, v = random_tensors(shape, device, seed)
@@ -93,34 +96,39 @@ def measure(
         b.name for b in available_backends(device) if b.available and fits(b.name, CallShape.of(q))
     )
     dense = dense_functions(q)
-    runs: dict[tuple[int | None, str], Callable[[], Tensor]] = {
-        (None, name): lambda run=run: run(q, k, v) for name, run in dense.items()
-    }
+    runs: dict[Key, Callable[[], Tensor]] = {(None, name): lambda run=run: run(q, k, v) for name, run in dense.items()}
     for count in shape.references:
         for name in named:
             runs[count, name] = _call(q, k, v, shape.layout, count, name)
         if "frames" in named and len(dense) > 1:  # PyTorch's choice is what ``frames`` alone calls
             for name, run in dense.items():
                 runs[count, f"frames over {name}"] = _call(q, k, v, shape.layout, count, "frames", run)
+    first: dict[Key, tuple[int | None, float]] = {}  # the warm-up run tells memory and error
+
+    def warm_up(key: Key) -> None:
+        first[key] = _memory_and_error(runs[key], q, k, v, shape, key[0], generator)
+
     with torch.no_grad():
-        # The warm-up run tells memory and error.
-        first = {key: _memory_and_error(run, q, k, v, shape, key[0], generator) for key, run in runs.items()}
+        failed = failures(runs, warm_up)
         bounds = {
             (count, CALLS): calls_alone(q, k, v, shape.layout, TilePattern(count))
             for count in shape.references
             if calls
         }
         others = {**bounds, **_routed(q, k, v, shape)}
-        for run in others.values():
-            run()
-        times = medians({**runs, **others}, device, repeats)
-    base = min(times[None, name] for name in dense if name not in INEXACT or len(dense) == 1)
-    peak = peak_flops(device)
+        failed |= failures(others, lambda key: others[key]())
+        times = medians({key: run for key, run in {**runs, **others}.items() if key not in failed}, device, repeats)
+    compared = [name for name in dense if (None, name) in times]
+    if not compared:
+        raise RuntimeError(f"No dense attention runs here to compare with: {failed[None, next(iter(dense))]}")
+    base = min(times[None, name] for name in [n for n in compared if n not in INEXACT] or compared)
+    peak = peak_flops(device, q.dtype)
     nothing = (None, None)
-    return [_row(shape, key, times[key], base, peak, *first.get(key, nothing)) for key in times]
+    rows = [_row(shape, key, times[key], base, peak, *first.get(key, nothing)) for key in times]
+    return rows + [{**_about(shape, key), "error": why} for key, why in failed.items()]
 
 
-def _routed(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> dict[tuple[int | None, str], Callable[[], Tensor]]:
+def _routed(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> dict[Key, Callable[[], Tensor]]:
     """Runs of others' sparse attention, each pattern's density being the share of blocks that they compute."""
     return {
         (count, name): lambda run=run, count=count: run(
@@ -163,27 +171,19 @@ def _call(
 
 def _row(
     shape: Shape,
-    key: tuple[int | None, str],
+    key: Key,
     time: float,
     base: float,
     peak: float | None,
     extra: int | None,
     error: float | None,
 ) -> dict[str, Any]:
-    count, backend = key
-    pattern, grid = TilePattern(count), shape.layout.grid
+    count, pattern, grid = key[0], TilePattern(key[0]), shape.layout.grid
     density = pattern.flop_density(grid, shape.prefix)
     flops = 4.0 * shape.heads * shape.head_dim * shape.layout.tokens**2 * density
     ideal = 1 / density
     return {
-        "frames": shape.frames,
-        "tokens_per_frame": shape.tokens,
-        "prefix": shape.prefix,
-        "heads": shape.heads,
-        "head_dim": shape.head_dim,
-        "dtype": shape.dtype,
-        "pattern": pattern.name(shape.frames),
-        "backend": backend,
+        **_about(shape, key),
         "milliseconds": 1000 * time,
         "tflops_per_second": flops / time / 1e12,
         "of_peak_flops": flops / time / peak if peak else None,
@@ -194,6 +194,20 @@ def _row(
         "peak_extra_bytes": extra,
         "max_relative_error": error,
         "paper_speedup": paper.speedup(shape.frames, count) if shape.tokens == 3600 and shape.head_dim == 96 else None,
+    }
+
+
+def _about(shape: Shape, key: Key) -> dict[str, Any]:
+    count, backend = key
+    return {
+        "frames": shape.frames,
+        "tokens_per_frame": shape.tokens,
+        "prefix": shape.prefix,
+        "heads": shape.heads,
+        "head_dim": shape.head_dim,
+        "dtype": shape.dtype,
+        "pattern": TilePattern(count).name(shape.frames),
+        "backend": backend,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from collections.abc import Callable
 
 import torch
@@ -105,7 +106,7 @@ def _kitchen_sla(q: Tensor, k: Tensor, v: Tensor, share: float) -> Tensor:
     return importlib.import_module("comfy_kitchen").sol_attn(*tokens_first, topk_ratio=share).transpose(1, 2)
 
 
-# Dense FLOP/s of bfloat16 with float32 sums, as the makers print them, by a part of the card's name.
+# Dense FLOP/s of halves with float32 sums, as the makers print them, by words of the card's name.
 _PEAKS = {
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -119,9 +120,13 @@ _PEAKS = {
 }
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that the card's maker prints, None where it is not known here."""
-    if device.type != "cuda":
+# Whole words, for an RTX A1000 is no A100; cards that carry the name of a faster one say it behind.
+_SLOWER = r"(?! (?:D|NVL|Laptop)\b)"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that the card's maker prints, None where it is not known here for this card and dtype."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in _PEAKS.items() if part in name), None)
+    return next((flops for words, flops in _PEAKS.items() if re.search(rf"\b{words}\b{_SLOWER}", name)), None)

@@ -16,6 +16,7 @@ from ..attention.call_shape import CallShape
 from ..attention.dispatch import fits
 from ..head_patterns import HeadPatterns, LayerPattern
 from ..tiles import TilePattern, TokenGrid
+from .failures import brief
 
 # Frames that end inside a block of 128 behind a prefix, two whole blocks, and far shorter ones beside a long text.
 LAYOUTS = (
@@ -142,7 +143,7 @@ def _errors(
         out = tile_attention(q, k, v, layout, pattern, backend=backend)
         found = torch.autograd.grad(out.double().square().sum(), (q, k, v))
     except Exception as error:  # compilers raise anything, and the other rows are worth having
-        return {"passed": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        return {"passed": False, "error": brief(error)}
     forward = _relative(out, want)
     backward = {name: _relative(a, b) for name, a, b in zip("qkv", found, slopes, strict=True)}
     # The gradient of the squares carries the result's own error and its own.

@@ -29,6 +29,7 @@ from ..timing import seconds
 from . import attention, exactness, kernels, step
 from .attention import Shape
 from .dense import INEXACT, dense_functions
+from .failures import brief
 from .machine import describe_machine, peak_extra_bytes
 
 PRESETS = ("paper", "wan", "h3")
@@ -40,13 +41,14 @@ Rows = Iterator[list[dict[str, Any]]]  # a few at a time: what was found togethe
 
 @dataclass
 class Run:
-    """A run's device, seed and time. ``rows`` holds what each part found."""
+    """A run's device, seed and time, and the ``command`` that it is for, "" = none. ``rows`` holds what each part found."""
 
     device: torch.device
     seed: int
     budget: float
     out: Path
     clock: Callable[[], float] = time.monotonic
+    command: str = ""
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     incomplete: dict[str, str] = field(default_factory=dict)  # parts, and why
     until: float = 0.0  # when the part that runs begins nothing new
@@ -93,7 +95,12 @@ def run_parts(run: Run, names: Iterable[str], say: Callable[[str, dict[str, Any]
 
     ``complete`` is False in the file of a part that did not come to its end, and ``error`` says why.
     """
-    about = {"seed": run.seed, "budget_seconds": run.budget, "machine": describe_machine(run.device)}
+    about = {
+        "command": run.command,
+        "seed": run.seed,
+        "budget_seconds": run.budget,
+        "machine": describe_machine(run.device),
+    }
     for name in names:
         rows = run.rows.setdefault(name, [])
         state: dict[str, Any] = {"part": name, **about, "complete": False, "rows": rows}
@@ -106,7 +113,7 @@ def run_parts(run: Run, names: Iterable[str], say: Callable[[str, dict[str, Any]
                     say(name, row)
                 _write(file, state)
         except Exception as error:  # a part that fails must not cost the parts behind it
-            run.incomplete[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"
+            run.incomplete[name] = brief(error, 2000)
         if why := run.incomplete.get(name):
             state["error"] = why
             say(name, {"error": why})
@@ -175,7 +182,8 @@ def choice(run: Run) -> Rows:
         book = ChoiceBook(Path(folder) / "attention.json")
         pairs = [(shape, count) for shape in run.shapes for count in shape.references]
         for one, count in run.in_time(pairs):
-            yield [_choice(run, book, one, count)]
+            about = {**asdict(one), "references": (count,)}
+            yield _or_error(lambda one=one, count=count: [_choice(run, book, one, count)], about)
 
 
 def _choice(run: Run, book: ChoiceBook, shape: Shape, count: int) -> dict[str, Any]:
@@ -223,8 +231,8 @@ def memory(run: Run) -> Rows:
                     **{f"{kind}_bytes": _peak(run, backend, tensors, shape, kind) for kind in ("forward", "training")},
                 }
             ]
-        except (RuntimeError, ValueError) as error:  # no room, or no way back
-            yield [{**row, "error": " ".join(str(error).split())[:300]}]
+        except Exception as error:  # no room, no way back, or no kernel
+            yield [{**row, "error": brief(error)}]
 
 
 def _peak(run: Run, backend: str, tensors: list[Tensor], shape: Shape, kind: str) -> int | None:
@@ -244,7 +252,9 @@ def model_step(run: Run) -> Rows:
     clips = (("29x240p", 1),) if run.small else (("29x720p", 32), ("93x720p", 32))
     for size, depth in run.in_time(clips):
         shape = step.StepShape(size, depth, (2,) if run.small else (4, 2, 1))
-        yield step.measure(shape, run.device, repeats=1 if run.small else 3, seed=run.seed)
+        repeats = 1 if run.small else 3
+        measure = partial(step.measure, shape, run.device, repeats=repeats, seed=run.seed)
+        yield _or_error(measure, {"size": size, "depth": depth})
 
 
 @part(0.88)
@@ -329,13 +339,15 @@ def profiles(run: Run) -> Rows:
 
 
 def _or_error(measure: Callable[[], list[dict[str, Any]]], about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows, or one that says why there are none: a card that is too small for one shape has room for others."""
+    """The rows, or one that says why there are none: a card that is too small for one shape has room for others, and a model
+    that diffusers does not have yet costs no other."""
     try:
         return measure()
-    except RuntimeError as error:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return [{**about, "error": " ".join(str(error).split())[:300]}]
+    except Exception as error:  # of other kinds than RuntimeError where a package is too old, or Triton compiles
+        found = [{**about, "error": brief(error)}]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # behind the error, whose frames hold tensors
+    return found
 
 
 @part(1.0)

@@ -21,6 +21,7 @@ from ..tiles import TilePattern
 from ..timing import wait_for
 from .attention import Shape, random_tensors
 from .calls import calls_alone
+from .failures import brief
 from .turns import sustained
 
 _CALLS = 3  # of one profile
@@ -33,7 +34,8 @@ def measure(shape: Shape, device: torch.device, *, seed: int) -> list[dict[str, 
 
     milliseconds of a call among others without a pause; host_milliseconds that handing one over takes; of a profile
     kernel_milliseconds, the sum of what the device computes, span_milliseconds from its first to its last, and
-    ``kernels``: name, calls and milliseconds of those that take longest. None where the profiler saw nothing.
+    ``kernels``: name, calls and milliseconds of those that take longest. None where the profiler saw nothing. What fails
+    has its ``error`` instead.
     """
     about = {
         "tokens_per_frame" if name == "tokens" else name: value
@@ -42,7 +44,7 @@ def measure(shape: Shape, device: torch.device, *, seed: int) -> list[dict[str, 
     }
     with torch.no_grad():
         return [
-            {**about, "pattern": TilePattern(count).name(shape.frames), "backend": name, **_profiled(run, device)}
+            {**about, "pattern": TilePattern(count).name(shape.frames), "backend": name, **_told(run, device)}
             for count, name, run in _runs(shape, device, seed)
         ]
 
@@ -57,6 +59,13 @@ def _runs(shape: Shape, device: torch.device, seed: int) -> Iterator[tuple[int |
         for name in backend_candidates(CallShape.of(q)):
             if name != "dense":
                 yield count, name, lambda: tile_attention(q, k, v, shape.layout, pattern, backend=name)  # noqa: B023
+
+
+def _told(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    try:
+        return _profiled(run, device)
+    except Exception as error:
+        return {"error": brief(error)}
 
 
 def _profiled(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:

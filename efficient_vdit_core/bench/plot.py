@@ -16,7 +16,7 @@ def draw(results: dict[str, Any], *, only_paper: bool = False) -> str:
 
     ``only_paper``: the rows of the paper's Table 1, the fastest of our backends for each.
     """
-    rows = [row for row in results["rows"] if row["pattern"] != "full"]
+    rows = [row for row in results["rows"] if row["pattern"] != "full" and "speedup" in row]
     if only_paper:
         rows = _fastest([row for row in rows if row.get("paper_speedup") and row["backend"] in BACKENDS])
     if not rows:

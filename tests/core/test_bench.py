@@ -12,8 +12,21 @@ import torch
 
 from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.trial import Choice
-from efficient_vdit_core.bench import attention, bounds, exactness, gpu, minimax_h3, overhead, paper, step, wan
+from efficient_vdit_core.bench import (
+    attention,
+    bounds,
+    exactness,
+    gpu,
+    kernels,
+    minimax_h3,
+    overhead,
+    paper,
+    step,
+    timed_models,
+    wan,
+)
 from efficient_vdit_core.bench.bounds import preset_bounds
+from efficient_vdit_core.bench.dense import peak_flops
 from efficient_vdit_core.bench.machine import describe_machine, peak_extra_bytes
 from efficient_vdit_core.bench.plot import draw
 from efficient_vdit_core.bench.rounds import Rounds
@@ -41,6 +54,61 @@ def test_a_wrong_result_shows_in_the_error(monkeypatch):
     )
     rows = attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("frames",))
     assert rows[0]["max_relative_error"] < 1e-5 and min(r["max_relative_error"] for r in rows[1:]) > 0.05
+
+
+def failing(monkeypatch, backend):
+    """That backend raises as a kernel's launch does, which is no RuntimeError."""
+    attend = attention.tile_attention
+
+    class OutOfResources(Exception):
+        pass
+
+    def tile_attention(*args, **how):
+        if how["backend"] == backend:
+            raise OutOfResources("shared memory,\nRequired: 114688")
+        return attend(*args, **how)
+
+    monkeypatch.setattr(attention, "tile_attention", tile_attention)
+    return "OutOfResources: shared memory, Required: 114688"
+
+
+def test_a_backend_that_fails_costs_no_other_its_times(monkeypatch, tmp_path, capsys):
+    why = failing(monkeypatch, "parts")
+    rows = attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("parts", "frames"))
+    assert [(r["pattern"], r["backend"]) for r in rows if "speedup" in r] == [
+        ("full", "sdpa"), ("1:4", "frames"), ("2:3", "frames")
+    ]  # fmt: skip
+    assert [(r["pattern"], r["backend"], r["error"]) for r in rows if "error" in r] == [
+        ("1:4", "parts", why), ("2:3", "parts", why)
+    ]  # fmt: skip
+    assert draw({"rows": rows, "machine": describe_machine(CPU)}).count("frames, ") == 2
+    monkeypatch.setattr(attention, "presets", lambda: {"cpu": [SHAPE]})
+    command = ["bench", "attention", "--device", "cpu", "--repeats", "1", "--backends"]
+    assert main([*command, "parts", "frames"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(why) == 2 and "geometric mean of 2 rows" in said
+    assert main([*command, "parts"]) != 0
+    assert f"No backend runs here: {why}" in capsys.readouterr().err
+
+
+def test_without_any_dense_attention_there_is_nothing_to_compare_with(monkeypatch):
+    def broken(q, k, v):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(attention, "dense_functions", lambda q: {"sdpa": broken})
+    with pytest.raises(RuntimeError, match="No dense attention runs here .*RuntimeError: no kernel image"):
+        attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("frames",))
+
+
+def test_others_sparse_attention_is_not_in_the_mean_of_ours(monkeypatch, capsys):
+    def other(q, k, v, share):
+        return q
+
+    monkeypatch.setattr(attention, "routed_functions", lambda q: {"kitchen sla": other})
+    monkeypatch.setattr(attention, "presets", lambda: {"cpu": [SHAPE]})
+    assert main(["bench", "attention", "--device", "cpu", "--repeats", "1", "--backends", "frames"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("kitchen sla") == 2 and "geometric mean of 2 rows" in said
 
 
 def test_the_paper_preset_is_table_1():
@@ -302,6 +370,7 @@ def test_one_command_tells_all_that_a_gpu_can(tmp_path, parts):
     for name, state in found.items():
         assert state.get("error", "cut").startswith("cut"), name  # a busy machine may not come to a part's end
         assert state["rows"] and state["machine"]["versions"]["torch"] == torch.__version__, name
+        assert state["command"].startswith("evdit bench gpu --device cpu --budget 60 --parts"), name
     if "profiles" in parts:
         for row in found["profiles"]["rows"]:
             times = [kernel["milliseconds"] for kernel in row["kernels"]]
@@ -351,6 +420,32 @@ def test_a_part_that_fails_or_takes_long_costs_no_other(fake_parts, tmp_path):
     assert [name for name in gpu.PARTS if not found[name]["complete"]] == ["fails", "endless"] == list(run.incomplete)
     assert 10 < len(found["endless"]["rows"]) <= 50
     assert found["late"]["rows"] == [{"row": "the only one"}] and found["last"]["rows"] == [{"row": 1}]
+
+
+def test_what_fails_in_a_part_costs_it_no_other_row(monkeypatch, tmp_path):
+    """A backend whose kernel does not launch, and a model that diffusers does not have yet."""
+    run = gpu.Run(CPU, 0, 100, tmp_path)
+    monkeypatch.setattr(gpu, "SMALL", gpu.SMALL[:1])
+    why = failing(monkeypatch, "parts")
+    monkeypatch.setattr(gpu, "tile_attention", attention.tile_attention)
+
+    def missing(*_, **__):
+        raise ImportError("cannot import name 'MiniMaxH3Transformer3DModel'")
+
+    monkeypatch.setattr(
+        timed_models, "MEASURES", {"minimax_h3": missing, "wan_14b": lambda *_, **__: [{"seconds": 1.0}]}
+    )
+    monkeypatch.setattr(kernels, "tile_attention", attention.tile_attention)
+    gpu.run_parts(run, ["attention_alone", "memory", "profiles"], lambda name, row: None)
+    monkeypatch.setattr(gpu.Run, "small", False)
+    gpu.run_parts(run, ["stock_steps"], lambda name, row: None)
+    assert not run.incomplete
+    errors = {name: [row.get("error") for row in rows] for name, rows in run.rows.items()}
+    assert errors["attention_alone"] == [None, None, None, why, why]
+    assert errors["memory"] == [None, None, why]
+    assert errors["profiles"] == [None, None, None, why, None, None, why]
+    name = "ImportError: cannot import name 'MiniMaxH3Transformer3DModel'"
+    assert errors["stock_steps"] == [name, name, None, None]
 
 
 def test_what_is_not_begun_in_time_has_a_file_that_says_so(fake_parts, tmp_path):
@@ -405,6 +500,21 @@ def test_what_is_installed_is_timed_and_what_is_only_quantised_is_no_baseline(mo
     dense = {r["backend"]: r for r in rows if r["pattern"] == "full"}
     assert dense["sdpa"]["speedup"] == 1.0 and dense["sage"]["max_relative_error"] > 0.5
     assert {r["backend"] for r in rows if r["pattern"] == "1:4"} == {"frames", "frames over sdpa", "frames over sage"}
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165), ("AMD Instinct MI300X", 1307), ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 5090 D", None), ("NVIDIA H100 NVL", None),
+    ],
+)  # fmt: skip
+def test_the_share_of_a_peak_is_told_of_the_card_and_dtype_that_it_is_of(monkeypatch, name, teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found = peak_flops(torch.device("cuda"), torch.bfloat16)
+    assert found == (teraflops and teraflops * 1e12)
+    assert peak_flops(torch.device("cuda"), torch.float32) is None
 
 
 def test_the_calls_alone_are_those_of_the_attention():

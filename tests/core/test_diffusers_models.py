@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from efficient_vdit_core.assets import preset_path
 from efficient_vdit_core.attention import TokenLayout
@@ -537,6 +538,26 @@ def test_a_plan_for_a_longer_clip_keeps_its_stride_and_says_so_once(masked, capl
     assert (
         "made for 45 latent frames and the run has 5" in record.getMessage() and "1 instead of 9" in record.getMessage()
     )
+
+
+class _NormsAsOnCuda(TorchFunctionMode):
+    """There autocast has norms in float32; on a CPU it leaves them alone."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out.float() if func in (F.rms_norm, F.layer_norm) else out
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_the_autocast_of_a_gpu(family):
+    """As a training in bf16 has it: a model's q and k are float32, its v is not."""
+    model, inputs = build(family)
+    with torch.autocast("cpu", torch.bfloat16), _NormsAsOnCuda():
+        dense = run(model, inputs)
+        with apply_to_diffusers(model, TilePlan.uniform(2)) as patch:
+            sparse = run(model, inputs)
+    assert sparse.dtype == dense.dtype and patch.report.sparse == calls_of(family)
+    assert torch.isfinite(sparse).all() and not torch.equal(sparse, dense)
 
 
 @pytest.mark.parametrize("family", ["wan", "wan_vace", "hunyuan_video", "ltx", "ltx2", "minimax_h3", "kandinsky5"])

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_models import cogvideox, wan_22
 from small_models import wan as small_wan
 
 from efficient_vdit_core.distill.config import ModelConfig
+from efficient_vdit_core.distill.families.intercept import OVERRIDE, Intercepted
 from efficient_vdit_core.distill.families.model import sparse_options
 from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.lora.comfy_names import WAN, comfy_name
@@ -215,3 +217,18 @@ def test_what_encodes_and_decodes_is_read_without_the_networks(tmp_path, network
     (tmp_path / "model_index.json").write_text(json.dumps({**index, **listed, "boundary_ratio": 0.875}))
     loaded = open_model(config)._pipeline(torch.float32, text_encoder=None, tokenizer=None).components
     assert [name for name, part in loaded.items() if isinstance(part, torch.nn.Module)] == ["vae"]
+
+
+def test_what_is_intercepted_has_the_dtype_of_autocast():
+    """On CUDA a norm gives float32 there: q and k come in another dtype than v, by which no backend may be chosen."""
+    seen = []
+
+    def override(dense, q, k, v, heads, **_):
+        seen.append([x.dtype for x in (q, k, v)])
+        return dense(q, k, v, heads)
+
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16), Intercepted({OVERRIDE: override}):
+        positional = F.scaled_dot_product_attention(q, k, v.to(torch.bfloat16))
+        named = F.scaled_dot_product_attention(query=q, key=k, value=v)
+    assert seen == [[torch.bfloat16] * 3] * 2 and torch.equal(positional, named)

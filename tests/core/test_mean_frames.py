@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from efficient_vdit_core.attention import TokenLayout, choose_backend, tile_attention
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall
+from efficient_vdit_core.attention.mean_frames import means_of
 from efficient_vdit_core.attention.override import make_attention_override
+from efficient_vdit_core.attention.partial import PartialAttention
+from efficient_vdit_core.attention.parts import attend_parts
 from efficient_vdit_core.attention.prepare import Preparation
 from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
@@ -23,6 +26,7 @@ from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.search.candidates import parse_candidates
 from efficient_vdit_core.search.probe import ProbeRecord, make_probe_override
 from efficient_vdit_core.tiles import MAX_MEANS, TilePattern, TokenGrid
+from efficient_vdit_core.training.live_bytes import LiveBytes
 
 PATTERNS = [TilePattern(k, window=w, means=m) for k, w, m in itertools.product((0, 1, 3), (0, 1), (1, 2, 3))]
 LAYOUT = TokenLayout(TokenGrid(9, 2, 3), 2, 1)
@@ -113,6 +117,45 @@ def test_a_table_made_in_inference_mode_serves_a_training_step():
     tensors[1].requires_grad_()
     tile_attention(*tensors, layout, pattern).sum().backward()
     assert tensors[1].grad is not None
+
+
+# Tensors (B, H, N, D) of the numbers of x, by the order in memory.
+ORDERS = {
+    "heads, tokens": lambda x: x.contiguous(),
+    "tokens, heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "tokens, q k v, heads": lambda x: torch.stack([x.transpose(1, 2)] * 3, 2)[:, :, 1].transpose(1, 2),
+    "tokens, heads, q k v": lambda x: torch.stack([x.transpose(1, 2)] * 3, 3)[:, :, :, 1].transpose(1, 2),
+    "heads, tokens, q k v": lambda x: torch.stack([x] * 3, 3)[:, :, :, 1],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("heads", [slice(0, 6), slice(2, 5), slice(5, 6)], ids=["all heads", "some", "one"])
+def test_keys_are_averaged_as_they_lie(order, heads):
+    """Nothing is copied but, in the rarest orders, a head's result into that of all."""
+    (means,) = means_of(TilePattern(0, means=1), LAYOUT, 0, 9)
+    plain = qkv(LAYOUT, heads=6, batch=1)[0]
+    keys, want = order(plain)[0, heads], means.of(plain[0, heads])
+    with LiveBytes() as held:
+        found = means.of(keys)
+    torch.testing.assert_close(found, want)
+    assert found.nbytes <= held.peak <= found.nbytes * (1 + 1 / len(keys))
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("share", [4, 2, 1])  # 4: a call takes half of the heads
+def test_memory_stays_under_the_stated_bound(order, share):
+    layout, pattern = TokenLayout(TokenGrid(16, 8, 8)), TilePattern(2, means=2)
+    tensors = [order(x) for x in qkv(layout, 64, 1, 8, torch.float32)]
+
+    def nothing_inside(q, k, v):
+        return torch.empty(q.shape), torch.empty(q.shape[:3])
+
+    output = 8 * layout.tokens * 64 * 4
+    with LiveBytes() as held:
+        attend_parts(*tensors, layout, pattern, PartialAttention("nothing", nothing_inside), output // share)
+    lse = output // 64
+    assert output + lse < held.peak <= output + lse + output // share + lse
 
 
 def test_a_still_video_loses_nothing():

@@ -234,3 +234,26 @@ def test_a_gradient_that_would_be_lost_is_refused(backend, name):
     with torch.no_grad():
         assert not attend(sage).requires_grad
     assert attend(F.scaled_dot_product_attention).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("backend", "pattern"),
+    [("frames", TilePattern(2)), ("parts", TilePattern(2, window=1)), ("auto", TilePattern(2, means=2)), ("dense", TilePattern(2))],
+)  # fmt: skip
+def test_autocast_casts_as_for_pytorch_s_attention(backend, pattern):
+    """On CUDA a norm gives float32 there, a matrix halves: q and k come in another dtype than v."""
+    layout = TokenLayout(TokenGrid(9, 1, 5), 2)
+    q, k, v = (torch.randn(1, 2, layout.tokens, 8).requires_grad_() for _ in range(3))
+    mixed = (q, k.to(torch.float16), v.to(torch.bfloat16))
+    want = tile_attention(*(x.to(torch.bfloat16) for x in mixed), layout, pattern, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in ((q, k, v), mixed):
+            out = tile_attention(*given, layout, pattern, backend=backend)
+            assert out.dtype == F.scaled_dot_product_attention(*given).dtype == torch.bfloat16
+        exact = [x.double() for x in (q, k, v)]
+        assert tile_attention(*exact, layout, pattern, backend=backend).dtype == torch.float64
+    assert torch.equal(out, want)
+    slopes = torch.autograd.grad(out.float().sum(), (q, k, v))
+    assert [x.dtype for x in slopes] == [torch.float32] * 3
+    with pytest.raises(ValueError, match="k is torch.float16"):
+        tile_attention(*mixed, layout, pattern, backend=backend)

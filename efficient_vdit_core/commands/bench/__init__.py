@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 from ...files import check_writable_file, write_text
 from ..arguments import count, seed_number
 from . import attention, compile, gpu, heads, mixture, overhead, parallel, peers, plot, step
+from .command_line import command_line
 
 # Each has add(commands), its arguments, and run(args) -> (device, rows).
 BENCHES = {
@@ -57,5 +56,10 @@ def results(device: Any, rows: list[dict[str, Any]], seed: int, repeats: int) ->
     """A results file: the figures with hardware, versions and command."""
     from ...bench.machine import describe_machine
 
-    command = "evdit " + shlex.join(sys.argv[1:])
-    return {"command": command, "seed": seed, "repeats": repeats, "machine": describe_machine(device), "rows": rows}
+    return {
+        "command": command_line(),
+        "seed": seed,
+        "repeats": repeats,
+        "machine": describe_machine(device),
+        "rows": rows,
+    }

@@ -36,7 +36,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
-    from ...bench.attention import CALLS, geometric_mean, measure, presets, with_heads
+    from ...bench.attention import geometric_mean, measure, presets, with_heads
 
     device = device_named(args.device)
     shapes = [
@@ -58,11 +58,23 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         )
         rows += new
         for r in new:
-            error = "-" if r["max_relative_error"] is None else f"{r['max_relative_error']:.1e}"
-            extra = "-" if r["peak_extra_bytes"] is None else f"{r['peak_extra_bytes'] / 2**20:.0f}"
-            say(f"{r['frames']:>6} x {r['tokens_per_frame']:<6}  {r['heads']:>2} x {r['head_dim']:<4}  {r['dtype']:<9} {r['pattern']:<8} "
-                f"{r['backend']:<12} {r['milliseconds']:>7.1f}  {r['speedup']:>8.2f}x {r['ideal_speedup']:>6.2f} {r['efficiency']:>11.2f} "
-                f"{r['tflops_per_second']:>8.3f} {extra:>10} {error:>8}")  # fmt: skip
-    sparse = [r["efficiency"] for r in rows if r["pattern"] != "full" and r["backend"] != CALLS]
+            about = (
+                f"{r['frames']:>6} x {r['tokens_per_frame']:<6}  {r['heads']:>2} x {r['head_dim']:<4}  {r['dtype']:<9} "
+                f"{r['pattern']:<8} {r['backend']:<12}"
+            )
+            say(f"{about} {_figures(r) if 'milliseconds' in r else r['error']}")
+    # What has no error computes something else, or puts nothing together.
+    sparse = [r["efficiency"] for r in rows if r["pattern"] != "full" and r.get("max_relative_error") is not None]
+    if not sparse:
+        raise ValueError(f"No backend runs here: {rows[-1]['error']}. Name others by --backends.")
     say(f"efficiency against the ideal, geometric mean of {len(sparse)} rows: {geometric_mean(sparse):.3f}")
     return device, rows
+
+
+def _figures(r: dict[str, Any]) -> str:
+    error = "-" if r["max_relative_error"] is None else f"{r['max_relative_error']:.1e}"
+    extra = "-" if r["peak_extra_bytes"] is None else f"{r['peak_extra_bytes'] / 2**20:.0f}"
+    return (
+        f"{r['milliseconds']:>7.1f}  {r['speedup']:>8.2f}x {r['ideal_speedup']:>6.2f} {r['efficiency']:>11.2f} "
+        f"{r['tflops_per_second']:>8.3f} {extra:>10} {error:>8}"
+    )

@@ -9,6 +9,7 @@ from typing import Any
 from ...limits.quote import quoted
 from .. import say
 from ..arguments import count, seed_number
+from .command_line import command_line
 from .device import device_named
 
 SHOWN = ("model", "clip", "backend", "pattern", "frames", "tokens_per_frame", "dtype", "head_dim", "milliseconds", "host_milliseconds",
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         if name not in PARTS:
             raise ValueError(f"--parts has {quoted(name)}, expected some of {', '.join(PARTS)}.")
     args.out.mkdir(parents=True, exist_ok=True)
-    found = Run(device_named(args.device), args.seed, args.budget, args.out)
+    found = Run(device_named(args.device), args.seed, args.budget, args.out, command=command_line())
     run_parts(found, names, _tell)
     say(f"{found.spent:.0f} s; results in {args.out}")
     for name, why in found.incomplete.items():

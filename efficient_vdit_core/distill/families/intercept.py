@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from ...attention.autocast import autocast
 from ...attention.override import FORWARD_KEY
 
 OVERRIDE = "override"
@@ -47,7 +48,8 @@ class Intercepted(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.options is None or func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        q, k, v = args[:3] if len(args) >= 3 else (kwargs[name] for name in ("query", "key", "value"))
+        # Cast here: backends are chosen, and halves travel between ranks, by what the call is computed in.
+        q, k, v = autocast(*(args[:3] if len(args) >= 3 else (kwargs[name] for name in ("query", "key", "value"))))
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
 
         def dense(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **_: Any) -> Tensor:
