@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -56,48 +57,80 @@ def plan_from_record(
     """
     check_groups(groups, measure)
     layout = _layout(record)
-    grid, extra = layout.grid, layout.prefix + layout.suffix
-    flops = {p: p.flop_density(grid, extra) for p in record.candidates}
-    found = [{p: record.error(i, p, measure) for p in record.candidates} for i in range(layers)]
-    errors = [e if all(map(math.isfinite, e.values())) else dict.fromkeys(e, math.inf) for e in found]
-    measured = costs == MEASURED
-    prices = [
-        {p: record.cost(i, p) if measured and (i, p) in record.seconds else flops[p] for p in flops}
-        for i in range(layers)
-    ]
-    calls: Costs = [dict.fromkeys([*flops, FULL], 0.0) for _ in range(layers)]
+    figures = _figures(record, layout, layers, measure, costs, groups)
     if groups > 1:
         heads = heads or next(iter(record.heads.values())).mean.shape[0]
-        if measured:
-            calls = [{p: record.call_cost(i, None if p == FULL else p) for p in layer} for i, layer in enumerate(calls)]
-    patterns = _choose(record, errors, prices, calls, threshold, speedup, groups)
-    provenance: dict[str, Any] = {
+    patterns = _choose(record, figures, threshold, speedup, groups)
+    provenance = {
         "method": "searched: least error at a target speed-up" if speedup else "searched: sparsest under a threshold",
         **({"target_speedup": speedup} if speedup else {"threshold": threshold}),
         **({"head_groups": groups} if groups > 1 else {}),
         "error": f"relative L2 of the {measure} output against dense, mean over calls",
         "costs": costs,
         "candidates": [p.short_name if p.window or p.means else p.k for p in record.candidates],
-        "grid": [grid.t, grid.h, grid.w],
-        "extra_tokens": extra,
+        "grid": [layout.grid.t, layout.grid.h, layout.grid.w],
+        "extra_tokens": layout.prefix + layout.suffix,
         **(about or {}),
-        **_predictions(patterns, flops, prices, calls),
+        **_predictions(patterns, figures),
         **({"plan_errors": [_jsonable(e) for e in layer_errors(record, patterns, heads or 0)]} if groups > 1 else {}),
-        "errors": {p.short_name: [_jsonable(layer[p]) for layer in found] for p in record.candidates},
+        **_told(figures),
+    }
+    return TilePlan(patterns=tuple(patterns), family=family, frames=layout.grid.t, heads=heads, provenance=provenance)
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """What the run found of each pattern, by layer.
+
+    Attributes:
+        found: errors as measured: nan where nothing was, inf where something was not finite.
+        prices: of all heads under one pattern, as a share of dense attention.
+        calls: what a call costs whatever the number of its heads, as the same share; zeros where that is not known.
+        flops: of each candidate, as a share of dense attention's.
+        measured, by_head: whether prices and calls are times, and whether heads may differ.
+    """
+
+    found: Costs
+    prices: Costs
+    calls: Costs
+    flops: dict[TilePattern, float]
+    measured: bool
+    by_head: bool
+
+    @property
+    def errors(self) -> Costs:
+        """As found; all inf in a layer that was not measured well, so that it stays full."""
+        return [e if all(map(math.isfinite, e.values())) else dict.fromkeys(e, math.inf) for e in self.found]
+
+
+def _figures(record: ProbeRecord, layout: TokenLayout, layers: int, measure: str, costs: str, groups: int) -> _Figures:
+    flops = {p: p.flop_density(layout.grid, layout.prefix + layout.suffix) for p in record.candidates}
+    found = [{p: record.error(i, p, measure) for p in record.candidates} for i in range(layers)]
+    measured, by_head = costs == MEASURED, groups > 1
+    prices = [
+        {p: record.cost(i, p) if measured and (i, p) in record.seconds else flops[p] for p in flops}
+        for i in range(layers)
+    ]
+    calls: Costs = [dict.fromkeys([*flops, FULL], 0.0) for _ in range(layers)]
+    if measured and by_head:
+        calls = [{p: record.call_cost(i, None if p == FULL else p) for p in layer} for i, layer in enumerate(calls)]
+    return _Figures(found, prices, calls, flops, measured, by_head)
+
+
+def _told(figures: _Figures) -> dict[str, Any]:
+    """The figures for the provenance."""
+    found, flops = figures.found, figures.flops
+    told: dict[str, Any] = {
+        "errors": {p.short_name: [_jsonable(layer[p]) for layer in found] for p in flops},
         "not_finite_layers": [i for i, layer in enumerate(found) if any(map(math.isinf, layer.values()))],
         "not_measured_layers": [i for i, layer in enumerate(found) if all(map(math.isnan, layer.values()))],
-        **(
-            {"measured_costs": {p.short_name: [round(price[p], 4) for price in prices] for p in flops}}
-            if measured
-            else {}
-        ),
-        **(
-            {"measured_call_costs": {p.short_name: [round(call[p], 4) for call in calls] for p in [*flops, FULL]}}
-            if measured and groups > 1
-            else {}
-        ),
     }
-    return TilePlan(patterns=tuple(patterns), family=family, frames=grid.t, heads=heads, provenance=provenance)
+    if figures.measured:
+        told["measured_costs"] = {p.short_name: [round(price[p], 4) for price in figures.prices] for p in flops}
+    if figures.measured and figures.by_head:
+        options = [*flops, FULL]
+        told["measured_call_costs"] = {p.short_name: [round(call[p], 4) for call in figures.calls] for p in options}
+    return told
 
 
 def _layout(record: ProbeRecord) -> TokenLayout:
@@ -111,10 +144,11 @@ def _layout(record: ProbeRecord) -> TokenLayout:
 
 
 def _choose(
-    record: ProbeRecord, errors: Costs, prices: Costs, calls: Costs, threshold: float, speedup: float, groups: int
+    record: ProbeRecord, figures: _Figures, threshold: float, speedup: float, groups: int
 ) -> list[LayerPattern]:
     if groups > 1:
-        return _by_head(record, errors, prices, calls, threshold, speedup, groups)
+        return _by_head(record, figures, threshold, speedup, groups)
+    errors, prices = figures.errors, figures.prices
     found = (
         choose_for_speedup(errors, prices, speedup) if speedup else choose_under_threshold(errors, prices, threshold)
     )
@@ -122,11 +156,12 @@ def _choose(
 
 
 def _by_head(
-    record: ProbeRecord, errors: Costs, prices: Costs, calls: Costs, threshold: float, speedup: float, groups: int
+    record: ProbeRecord, figures: _Figures, threshold: float, speedup: float, groups: int
 ) -> list[LayerPattern]:
     """A layer that was not measured well stays full, as in the search by layer."""
+    errors = figures.errors
     known = [i for i, layer in enumerate(errors) if all(map(math.isfinite, layer.values()))]
-    tables = [_table(record, i, prices[i], calls[i]) for i in known]
+    tables = [_table(record, i, figures.prices[i], figures.calls[i]) for i in known]
     if speedup:
         # The others stay full, and what they cost is not left for these.
         budget = len(errors) / speedup - (len(errors) - len(known))
@@ -162,14 +197,12 @@ def layer_errors(record: ProbeRecord, patterns: Sequence[LayerPattern], heads: i
     return found
 
 
-def _predictions(
-    patterns: list[LayerPattern], flops: dict[TilePattern, float], prices: Costs, calls: Costs
-) -> dict[str, float]:
-    density = [pattern.mean({**flops, FULL: 1.0}) for pattern in patterns]
+def _predictions(patterns: list[LayerPattern], figures: _Figures) -> dict[str, float]:
+    density = [pattern.mean({**figures.flops, FULL: 1.0}) for pattern in patterns]
     # A call's cost is within what all heads cost, and each group has it once.
     spent = [
         pattern.mean({**price, FULL: 1.0}) + sum(call[p] for p in pattern.kinds) - pattern.mean(call)
-        for pattern, price, call in zip(patterns, prices, calls, strict=True)
+        for pattern, price, call in zip(patterns, figures.prices, figures.calls, strict=True)
     ]
     return {
         "attention_flop_density": round(sum(density) / len(density), 6),

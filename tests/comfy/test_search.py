@@ -82,7 +82,9 @@ def searched(server, prompt: dict) -> tuple[str, dict]:
 
 def test_a_page_that_is_loaded_anew_is_told_the_plan_that_comes_from_the_cache(server):
     if not server.get("/object_info/EVDiTSearchTilePlan")["EVDiTSearchTilePlan"].get("has_intermediate_output"):
-        pytest.skip("THIS COMFYUI TELLS NO PAGE WHAT IT TAKES FROM ITS CACHE: the chart stays empty until the search runs again")
+        pytest.skip(
+            "THIS COMFYUI TELLS NO PAGE WHAT IT TAKES FROM ITS CACHE: the chart stays empty until the search runs again"
+        )
     told = []
     for _ in range(2):  # each by a page of its own
         events = []

@@ -15,8 +15,9 @@ from efficient_vdit_core.attention import TokenLayout, tile_attention
 from efficient_vdit_core.attention.spans import take
 from efficient_vdit_core.distill.config import DistillConfig
 from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.runs.objective import make_objective
 from efficient_vdit_core.distill.runs.sequence_parallel import asking, make_group
-from efficient_vdit_core.distill.runs.trainer import describe, make_objective
+from efficient_vdit_core.distill.runs.trainer import describe
 from efficient_vdit_core.distill.runs.turns import add_learners
 from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.parallel.sharding.attend import sharded_attention

@@ -29,6 +29,7 @@ from efficient_vdit_core.distill.lora.layers import (
     lora_off,
 )
 from efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
+from efficient_vdit_core.distill.objectives.consistency import ConsistencyLoss
 from efficient_vdit_core.distill.objectives.features import FeatureTap
 from efficient_vdit_core.distill.objectives.knowledge import (
     KnowledgeConfig,
@@ -116,7 +117,7 @@ def test_the_result_loads_and_says_what_it_is(base, tmp_path):
 def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
     whole = trainer.distill(config(base), tmp_path / "whole")
     seen = []
-    compare = trainer.ConsistencyLoss.compare
+    compare = ConsistencyLoss.compare
 
     def stop_after_two(self, *args):
         seen.append(compare(self, *args))
@@ -124,7 +125,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return seen[-1]
 
-    monkeypatch.setattr(trainer.ConsistencyLoss, "compare", stop_after_two)
+    monkeypatch.setattr(ConsistencyLoss, "compare", stop_after_two)
     with pytest.raises(SystemExit) as left:
         trainer.distill(config(base), tmp_path / "cut")
     assert left.value.code == 128 + signal.SIGTERM and len(seen) == 2
@@ -261,7 +262,7 @@ def test_a_run_goes_on_with_a_lower_rate_but_not_with_a_higher_one(base, tmp_pat
 
 def test_a_loss_that_is_no_number_names_step_and_segment(base, tmp_path, monkeypatch):
     run = config(base, objective={"segments": 4, "teacher_steps": 4, "guidance": None})
-    grid_losses = trainer.ConsistencyLoss.compare
+    grid_losses = ConsistencyLoss.compare
 
     def spoiled(self, x, target, draw):
         if len(calls) == 2:
@@ -271,7 +272,7 @@ def test_a_loss_that_is_no_number_names_step_and_segment(base, tmp_path, monkeyp
         return grid_losses(self, x, target, draw)
 
     calls = []
-    monkeypatch.setattr(trainer.ConsistencyLoss, "compare", spoiled)
+    monkeypatch.setattr(ConsistencyLoss, "compare", spoiled)
     with pytest.raises(ValueError, match=r"loss became nan at step 3 \(segment 2\)"):
         trainer.distill(run, tmp_path / "run")
     kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -688,8 +689,8 @@ def test_captions_alone_are_for_score_distillation(base, tmp_path, monkeypatch):
         "efficient_vdit_core.distill.families.open_sora_plan.OpenSoraPlanModel.text_encoder", lambda self, d: encoder(d)
     )
     seen = []
-    call = trainer.ConsistencyLoss.__call__
-    monkeypatch.setattr(trainer.ConsistencyLoss, "__call__", lambda self, x, *a: seen.append(x) or call(self, x, *a))
+    call = ConsistencyLoss.__call__
+    monkeypatch.setattr(ConsistencyLoss, "__call__", lambda self, x, *a: seen.append(x) or call(self, x, *a))
     file = trainer.distill(config(base, "score", steps=3, data=data), tmp_path / "run")
     assert read_metadata(file).method == "score"
     assert [tuple(x.shape) for x in seen] == [(4, 4, 4, 4, 4)] and float(seen[0].std()) > 0.1, (
@@ -758,14 +759,14 @@ def test_stage_3_starts_where_the_lora_of_stage_1_ended(base, tmp_path, monkeypa
     lora = {"train": "lora", "lora_rank": 3}
     first = trainer.distill(config(base, model=lora), tmp_path / "first")
     losses = []
-    call = trainer.KnowledgeLoss.__call__
+    call = KnowledgeLoss.__call__
 
     def noted(self, *args):
         result = call(self, *args)
         losses.append(float(result.total))
         return result
 
-    monkeypatch.setattr(trainer.KnowledgeLoss, "__call__", noted)
+    monkeypatch.setattr(KnowledgeLoss, "__call__", noted)
     wanted = {"model": {**lora, "loras": [str(first)]}, "objective": {"segments": 0, "plan": "full"}, "steps": 1}
     about = read_metadata(trainer.distill(config(base, "knowledge", **wanted), tmp_path / "second"))
     assert losses[0] < 1e-10 and (about.segments, about.guidance) == (2, 2.0), "as the LoRA says"
@@ -855,7 +856,7 @@ def test_a_run_on_the_students_ways_goes_on_bit_for_bit(base, tmp_path, monkeypa
         return call(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.KnowledgeLoss, "__call__", stopped)
+        patch.setattr(KnowledgeLoss, "__call__", stopped)
         with pytest.raises(KeyboardInterrupt):
             trainer.distill(run, tmp_path / "parts")
     again, _ = read_state_dict(trainer.distill(run, tmp_path / "parts"))

@@ -13,7 +13,7 @@ of processes may share out each clip (`sequence_parallel`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,22 @@ from ...limits.quote import named
 from ...training import StepLoss, TrainingRun
 from ...training.sharding import is_sharding, run_in_autocast, shard_frozen
 from ..config import DistillConfig
-from ..data.prepare import PreparedData, check_data, prepare_data
+from ..data.prepare import check_data, prepare_data
 from ..families.model import FamilyModel, read_plan
 from ..families.on_host import stream_blocks
 from ..families.open_model import open_model
 from ..lora.files import start_from
-from ..lora.layers import FAKE, STUDENT, counting, is_of, lora_off
+from ..lora.layers import FAKE, is_of
 from ..metadata import DistillMetadata, read_metadata
-from ..objectives.consistency import ConsistencyLoss
-from ..objectives.knowledge import KnowledgeLoss
 from ..objectives.score import ScoreLoss
 from .checks import check_hosted, check_loras, check_objective, check_training
 from .claim import CONFIG, claim_run
 from .export import export, result_file
 from .launch import free_memory, make_accelerator
+from .objective import make_objective
 from .optimizers import check_optimizer, make_optimizers
 from .samples import write_samples
-from .sequence_parallel import ClipGroup, asking, check_processes, check_shares, make_group
+from .sequence_parallel import check_processes, check_shares, make_group
 from .turns import Turns, add_learners
 
 
@@ -173,77 +172,6 @@ def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
         method=config.method, segments=segments, steps=objective.steps or segments, schedule=model.path.describe(),
         prediction=model.prediction, guidance=guidance, plan=json.loads(plan.to_json()) if plan else None, version=__version__,
         expert=model.expert,
-    )  # fmt: skip
-
-
-def make_objective(
-    config: DistillConfig,
-    model: FamilyModel,
-    student: nn.Module,
-    bare: nn.Module,
-    teacher: nn.Module | None,
-    about: DistillMetadata,
-    data: PreparedData,
-    step: Callable[[], int] = lambda: 0,
-    *,
-    alone: bool = True,
-    group: ClipGroup | None = None,
-) -> Any:
-    """The loss of one batch: ``objective(x, condition, generator)``. ``student`` is ``bare`` as accelerate prepared it;
-    ``step`` tells how many steps of the run are done.
-
-    Without ``alone`` there are other processes, which call the networks as often as this one; those of ``group`` share its
-    clips.
-    """
-
-    plan = read_plan(config.objective.plan) if about.plan is not None else None
-    ask, ask_dense = asking(model, plan, group), asking(model, None, group)
-    ask_teacher = ask_dense if config.method in ("knowledge", "score") else ask
-
-    def learn(z: Tensor, time: Tensor, condition: Any) -> Tensor:
-        return ask(student, z, time, condition)
-
-    def teach(z: Tensor, time: Tensor, condition: Any) -> Tensor:
-        if teacher is not None:
-            return ask_teacher(teacher, z, time, condition)
-        with lora_off(bare):
-            return ask_teacher(student, z, time, condition)
-
-    def guided(z: Tensor, time: Tensor, condition: Any, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
-        plain = teach(z, time, condition).float()
-        if guidance is None:
-            return plain, plain
-        without = teach(z, time, data.negative(len(z))).float()
-        return without + guidance.view(-1, *[1] * (z.ndim - 1)) * (plain - without), plain
-
-    if config.method == "consistency":
-        return ConsistencyLoss(
-            config.objective,
-            model.path,
-            model.prediction,
-            teacher=guided,
-            student=learn,
-            alone=alone,
-            serves=model.serves,
-        )
-    if config.method == "score":
-
-        def own(z: Tensor, time: Tensor, condition: Any) -> Tensor:
-            with counting(bare, STUDENT):
-                return learn(z, time, condition)
-
-        def fake(z: Tensor, time: Tensor, condition: Any) -> Tensor:
-            with counting(bare, FAKE):
-                return ask_dense(student, z, time, condition)
-
-        return ScoreLoss(
-            config.objective, model.path, model.prediction, teacher=guided, student=own, fake=fake, alone=alone,
-            students_step=lambda: config.objective.students_step(step()), own_samples=config.data.source == "captions",
-        )  # fmt: skip
-    return KnowledgeLoss(
-        config.objective, model.path, segments=about.segments, teacher=teach, student=learn, serves=model.serves,
-        student_tap=model.tap(bare), teacher_tap=model.tap(bare if teacher is None else teacher),
-        prediction=model.prediction, wire=group.wire if group else None, alone=alone,
     )  # fmt: skip
 
 

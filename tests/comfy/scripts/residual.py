@@ -91,7 +91,11 @@ def distances(sampled=run, sources=model, renewed=(4,), **about):
 
 
 def with_residual(sources, every):
-    return [with_residual(one, every) for one in sources] if isinstance(sources, list) else sparse(sources, residual_every=every)
+    return (
+        [with_residual(one, every) for one in sources]
+        if isinstance(sources, list)
+        else sparse(sources, residual_every=every)
+    )
 
 
 facts = {
