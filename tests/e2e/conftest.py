@@ -82,16 +82,20 @@ class ComfyPage:
             status, _ = self.server.post("/settings", wanted)
             assert status == 200
             self.settings = wanted
-            self.page.goto(f"http://127.0.0.1:{self.server.port}")
-            self.page.wait_for_function(
-                "window.app?.extensionManager && window.app.graph && !document.querySelector('#splash-loader')"
-            )
-            self.page.wait_for_function("!!window.LiteGraph?.registered_node_types?.EVDiTTilePlan")
+            self.load()
         # The page opens with what it showed last.
         self.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
         self.page.wait_for_function("app.graph.nodes.length === 0")
         self.page.evaluate("app.canvas.ds.reset()")
         return self
+
+    def load(self):
+        """The page anew, with the workflow that it showed last."""
+        self.page.goto(f"http://127.0.0.1:{self.server.port}")
+        self.page.wait_for_function(
+            "window.app?.extensionManager && window.app.graph && !document.querySelector('#splash-loader')"
+        )
+        self.page.wait_for_function("!!window.LiteGraph?.registered_node_types?.EVDiTTilePlan")
 
     def version(self) -> tuple[int, ...]:
         """Of the page, as numbers to compare."""
