@@ -1,5 +1,6 @@
 """The evdit command as its users meet it: in its own process."""
 
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from efficient_vdit_core import cli
-from efficient_vdit_core.commands import generate
+from efficient_vdit_core.commands import generate, say
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.video import read_metadata
 
@@ -57,6 +58,13 @@ def test_generate_writes_a_video_that_tells_how_it_was_made(tmp_path):
     assert f"wrote {out}: 29 frames of 128x128 at 24 fps" in done.stdout
     assert "12 attention calls sparse" in done.stdout and "took" in done.stdout  # 6 layers, 2 steps
     assert [p.name for p in tmp_path.iterdir()] == ["x.webp"]
+
+
+def test_names_beyond_the_code_page_of_a_pipe_do_not_end_a_command(monkeypatch):
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline="")
+    monkeypatch.setattr("sys.stdout", pipe)
+    say("writing 视频é.webp")  # before it is written
+    assert pipe.buffer.getvalue() == rb"writing \u89c6\u9891" + "é.webp\n".encode("cp1252")
 
 
 def test_demo_makes_a_clip_with_all_switched_on(tmp_path):
