@@ -82,6 +82,14 @@ def test_one_shard_stands_for_its_model(shards, weights):
         checkpoint.load_transformer(shards[1])
 
 
+def test_a_neighbours_configuration_is_not_the_files(folder, weights):
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel", "num_layers": 30}))
+    save_file(weights, folder / "alone.safetensors")
+    assert checkpoint.read_transformer_config(folder / "alone.safetensors") == checkpoint.OSP_29X720P
+    with pytest.raises(ValueError, match="2 layers, but the configuration says num_layers=32"):  # as published
+        checkpoint.read_transformer(folder / "alone.safetensors")
+
+
 def test_endings_in_capitals_are_read(tmp_path, weights):
     save_file(weights, tmp_path / "A.SAFETENSORS", metadata={"config": json.dumps(DIT.to_dict())})
     assert same(checkpoint.load_transformer(tmp_path / "A.SAFETENSORS"), weights)

@@ -7,7 +7,7 @@ is that of the published checkpoints. Loading is strict: a file either is the mo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,14 @@ from ...files import read_torch, whole_file
 from ...limits.documents import parse_json, read_text
 from ...limits.quote import named, quoted, reason
 from .config import OSP_29X720P, OSP_VAE, DiTConfig, VAEConfig
-from .detect import check_depth, check_transformer_config, check_transformer_keys, check_vae_keys, unify_names
+from .detect import (
+    TRANSFORMER_KINDS,
+    check_depth,
+    check_transformer_config,
+    check_transformer_keys,
+    check_vae_keys,
+    unify_names,
+)
 from .transformer import OpenSoraT2V
 from .vae import CausalVAE
 from .weights import check_weights
@@ -48,7 +55,7 @@ def read_transformer(path: str | Path) -> tuple[dict[str, Tensor], DiTConfig]:
     """State dict under the reference names, and the configuration. Raises ValueError for any other model's file."""
     state_dict, metadata = read_state_dict(path)
     state_dict = unify_names(state_dict)
-    values = _config_values(path, metadata)
+    values = _config_values(path, metadata, TRANSFORMER_KINDS)
     with _naming(path):
         check_transformer_config(values)
         check_transformer_keys(state_dict)
@@ -64,7 +71,8 @@ def read_transformer_config(path: str | Path) -> DiTConfig:
     file = _weights_file(Path(path))
     if file.name.endswith(".safetensors.index.json"):
         file = min(_shards_of(file)[1])
-    values = _config_values(path, _safetensors_metadata(file) if file.suffix.lower() in _SAFETENSORS else {})
+    metadata = _safetensors_metadata(file) if file.suffix.lower() in _SAFETENSORS else {}
+    values = _config_values(path, metadata, TRANSFORMER_KINDS)
     with _naming(path):
         check_transformer_config(values)
         return DiTConfig.from_dict(values) if values else OSP_29X720P
@@ -240,7 +248,9 @@ def _pick_weights(content: Any) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
-def _config_values(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _config_values(path: str | Path, metadata: Mapping[str, str], kinds: Collection[str] = ()) -> dict[str, Any]:
+    """The file's own configuration, else that of config.json; of one beside a file only where it says its
+    kind, one of ``kinds``."""
     path = Path(path)
     beside = (path if path.is_dir() else path.parent) / "config.json"
     text, where = (metadata["config"], "metadata") if "config" in metadata else (None, beside.name)
@@ -248,10 +258,11 @@ def _config_values(path: str | Path, metadata: Mapping[str, str]) -> dict[str, A
     if text is None and beside.is_file():
         text = read_text(beside, what)
     values = parse_json(text, what, advice="Download it again.") if text else {}
+    if not isinstance(values, dict):
+        return {}
     # A folder that collects many models' files may hold a config.json of something else.
-    return (
-        values if isinstance(values, dict) and (path.is_dir() or where == "metadata" or "_class_name" in values) else {}
-    )
+    kind = values.get("_class_name")
+    return values if path.is_dir() or where == "metadata" or (kind in kinds if kinds else kind) else {}
 
 
 def _check_manifest(state_dict: Mapping[str, Tensor], kind: Any, config: Any, part: str, path: str | Path) -> None:
