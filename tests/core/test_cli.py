@@ -122,6 +122,29 @@ def test_doctor_survives_a_broken_installation(monkeypatch):
     assert "problems" in doctor.format_findings(findings)
 
 
+def test_doctor_tells_of_packages_that_are_here_and_do_not_work(monkeypatch):
+    from efficient_vdit_core import doctor, video
+
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    monkeypatch.setattr(video, "has_ffmpeg", lambda: False)  # imageio-ffmpeg without its program
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "av" else "1.0")
+    no_video, no_text = doctor.examine()["problems"]
+    assert "No .mp4 can be written" in no_video
+    assert re.search(r"text encoder's packages do not load \(ModuleNotFoundError: .*sentencepiece", no_text)
+
+
+def test_a_package_that_does_not_load_is_told_in_one_line(monkeypatch, capsys):
+    def run(args):
+        try:
+            raise OSError("undefined symbol: cuda")
+        except OSError as error:
+            raise ImportError("Could not import module 'MT5EncoderModel'.") from error
+
+    monkeypatch.setattr(generate, "run", run)
+    assert cli.main([*TINY, "--out", "x.gif"]) == 1
+    assert "a package does not load (undefined symbol: cuda); 'evdit doctor'" in capsys.readouterr().err
+
+
 BAD = [
     (["--out", "x.avi"], "must be one of .mp4, .gif, .webp"),
     (["--out", "no/x.mp4"], "does not exist"),
