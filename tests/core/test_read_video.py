@@ -114,6 +114,13 @@ def test_equal_frames_are_not_lost(tmp_path, frames, suffix, fps):
     assert len(read_video(write_video(tmp_path / f"a{suffix}", still, fps=fps))) == 29
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_a_frame_of_no_time_makes_its_neighbours_no_longer(tmp_path, frames, suffix):
+    first, *rest = map(Image.fromarray, frames[:4])
+    first.save(tmp_path / f"a{suffix}", save_all=True, append_images=rest, duration=[100, 0, 100, 200])
+    assert len(read_video(tmp_path / f"a{suffix}")) == 5
+
+
 def test_a_frame_of_hours_is_not_repeated_into_gigabytes(tmp_path, frames):
     images = [Image.fromarray(frame) for frame in frames[:2]]
     images[0].save(tmp_path / "a.webp", save_all=True, append_images=images[1:], duration=[1, 2**24 - 1])
