@@ -320,6 +320,15 @@ def test_convert_refuses_what_it_cannot_read(tmp_path, capsys, part):
     assert not (tmp_path / "x.safetensors").exists()
 
 
+@pytest.mark.parametrize("part", ["vae", "text-encoder"])
+def test_convert_refuses_a_target_before_it_reads(tmp_path, capsys, part):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    for target in ("file/x.safetensors", "folder.safetensors"):
+        assert cli.main(["convert", part, str(tmp_path / "none.ckpt"), str(tmp_path / target)]) == 2
+        assert "Cannot write" in capsys.readouterr().err
+
+
 def test_a_distilled_model_is_sampled_as_it_was_made(tmp_path):
     """Steps, guidance and plan come from the file; --plan full and --steps go over them."""
     from efficient_vdit_core import assets
