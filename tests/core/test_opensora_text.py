@@ -193,6 +193,17 @@ def test_a_configuration_of_another_depth_is_named(folder, tmp_path):
         TextEncoder.from_folder(tmp_path)
 
 
+def test_one_part_of_an_encoder_is_not_converted(folder, tmp_path):
+    weights, config, _ = read_text_encoder(folder)
+    late = ("encoder.block.1.layer.1.DenseReluDense.wo.weight", "encoder.final_layer_norm.weight")
+    torch.save({k: v for k, v in weights.items() if k not in late}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "spiece.model").write_bytes((folder / "spiece.model").read_bytes())
+    with pytest.raises(ValueError, match=r"lacks 2 of the encoder's tensors, .*: it is one part of several"):
+        convert.convert_text_encoder(tmp_path / "pytorch_model-00001-of-00002.bin", tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 def test_no_prompts_are_refused(folder):
     with pytest.raises(ValueError, match="no prompts"):
         TextEncoder.from_folder(folder).encode([])

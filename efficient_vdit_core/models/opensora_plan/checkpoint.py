@@ -156,7 +156,8 @@ def _weights_file(path: Path) -> Path:
         found = found or sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
         if not found:
             raise ValueError(
-                f"The folder {quoted(path.name)} holds no weights: expected {WEIGHT_NAMES[0]} or checkpoint.ckpt. Choose another."
+                f"The folder {quoted(path.name)} holds no weights: expected {WEIGHT_NAMES[0]}, {WEIGHT_NAMES[1]} or {WEIGHT_NAMES[2]}. "
+                "Choose another; of a pytorch_model.bin 'evdit convert text-encoder' makes such a file."
             )
         return _whole_model(found[0])
     if not path.is_file():

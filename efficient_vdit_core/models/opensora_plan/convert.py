@@ -41,7 +41,7 @@ def _torch_file(folder: Path) -> Path:
     if len(found) != 1:
         raise ValueError(
             f"The folder {quoted(folder.name)} holds {len(found)} files pytorch_model*.bin, expected one. "
-            "Download google/mt5-xxl as a whole, or name the file."
+            "Download google/mt5-xxl as it is published, in one file, or safetensors."
         )
     return found[0]
 

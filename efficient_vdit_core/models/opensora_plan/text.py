@@ -212,3 +212,23 @@ def _check(weights: dict[str, Tensor], config: dict[str, Any], name: str) -> Non
             f"{name} is not the encoder that its configuration describes: {depth} layers, not {config['num_layers']}. "
             "Keep its config.json beside it, or download both again."
         )
+    missing = sorted(_names(depth) - weights.keys())
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} of the encoder's tensors, such as {named(missing[0])}: it is one part of several, or "
+            "damaged. Use the whole encoder in one file, or safetensors with their index beside them."
+        )
+
+
+def _names(layers: int) -> set[str]:
+    """What the tensors of an encoder with gated feed-forward layers are called."""
+    attention = [f"0.SelfAttention.{part}" for part in "qkvo"]
+    parts = [
+        *attention,
+        "0.layer_norm",
+        *(f"1.DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo")),
+        "1.layer_norm",
+    ]
+    names = {f"encoder.block.{i}.layer.{part}.weight" for i in range(layers) for part in parts}
+    position = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    return {"shared.weight", "encoder.final_layer_norm.weight", position, *names}
