@@ -14,7 +14,7 @@ from typing import Any
 
 from . import __version__
 from .commands.arguments import Parser, one_line
-from .limits.quote import quoted, reason
+from .limits.quote import first_cause, quoted, reason
 
 # name -> its help; each is a module of `commands` with add_arguments(parser) and run(args) -> exit status
 COMMANDS = {
@@ -63,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             else f"{what} could not be read or written ({said}); check the path and the room there"
         )
         return _fail(f"error: {text}", 2 if isinstance(error, MISTAKEN_PATHS) else 1)
+    except ImportError as error:
+        if debug:
+            raise
+        return _fail(
+            f"error: a package does not load ({reason(first_cause(error), 200)}); 'evdit doctor' tells which", 1
+        )
     except (RuntimeError, MemoryError) as error:
         memory = isinstance(error, MemoryError) or re.search(
             "out of memory|can't allocate memory", str(error), re.IGNORECASE

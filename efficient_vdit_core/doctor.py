@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from . import __version__
+from .limits.quote import first_cause, reason
 
 # name on PyPI -> what it is for; the first group is what the built-in model needs
 NEEDED = {
@@ -43,8 +44,10 @@ def examine() -> dict[str, Any]:
     for name in NEEDED:
         if packages[name]["version"] is None:
             problems.append(f"The package {name!r} is missing; it is needed for {NEEDED[name]}: pip install {name}.")
-    if not any(packages[name]["version"] for name in ("imageio-ffmpeg", "av")):
+    if not packages["av"]["version"] and not _guarded(_ffmpeg, problems, "ffmpeg"):
         problems.append("No .mp4 can be written or read: pip install av, or write .gif and .webp.")
+    if packages["transformers"]["version"] and packages["sentencepiece"]["version"]:
+        problems += _why_no_text_encoder()
     return {
         "versions": {
             "efficient-vdit": __version__,
@@ -107,6 +110,27 @@ def _guarded(look: Any, problems: list[str], what: str) -> Any:
     except Exception as error:  # whatever an import or a driver raises
         problems.append(f"Could not examine {what}: {type(error).__name__}: {error}")
         return None
+
+
+def _ffmpeg() -> bool:
+    from .video import has_ffmpeg
+
+    return has_ffmpeg()
+
+
+def _why_no_text_encoder() -> list[str]:
+    """Its packages may be here and not load: transformers brings in others, such as a torchaudio for another torch."""
+    try:
+        from transformers import MT5EncoderModel  # noqa: F401 # pyright: ignore[reportUnusedImport]
+
+        import sentencepiece  # noqa: F401 # pyright: ignore[reportUnusedImport] # isort: skip
+    except Exception as error:  # whatever an import raises
+        why = first_cause(error)
+        return [
+            f"The text encoder's packages do not load ({type(why).__name__}: {reason(why)}). Install what this names anew, with "
+            "transformers and sentencepiece."
+        ]
+    return []
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -79,7 +79,9 @@ def _in_folder(folder: Path, text_encoder: str | Path | None) -> ModelFolder:
     if (folder / "transformer").exists():
         return ModelFolder(name, folder / "transformer", folder / "vae", folder / "text_encoder")
     if _holds_weights(folder):  # one resolution of the hub repository; the shared parts lie beside it
-        root = folder if (folder / "vae").exists() else folder.resolve().parent
+        # A link to another disk has them beside itself, or beside what it stands for.
+        roots = (folder, folder.absolute().parent, folder.resolve().parent)
+        root = next((root for root in roots if (root / "vae").exists()), roots[1])
         return ModelFolder(name, folder, root / "vae", root / "text_encoder")
     present = [n for n in HUB_FOLDERS if (folder / n).is_dir()]
     if len(present) == 1:

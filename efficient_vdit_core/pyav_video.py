@@ -19,7 +19,7 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
     _, height, width, _ = frames.shape
     rate = Fraction(fps).limit_denominator(100_000)
     try:
-        with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        with av.open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
             container.metadata["comment"] = comment
             stream = container.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -38,7 +38,7 @@ def read_frames(path: Path, check: Callable[[int, int, int], None]) -> Iterator[
     """
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(f"file:{path}") as container:
         if not container.streams.video:
             raise ValueError("it has no pictures")
         stream = container.streams.video[0]
@@ -61,4 +61,6 @@ def read_frames(path: Path, check: Callable[[int, int, int], None]) -> Iterator[
 def _pixels(frame: Any) -> np.ndarray:
     if frame.is_corrupt:
         raise ValueError(f"its frame at {frame.time} s is damaged")
-    return frame.to_ndarray(format="rgb24")
+    pixels = frame.to_ndarray(format="rgb24")
+    # Phones store what they filmed upright as lying pictures and the angle to turn them by, counter-clockwise.
+    return np.ascontiguousarray(np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90)))

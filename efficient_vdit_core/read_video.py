@@ -23,6 +23,7 @@ from .video import MAX_FPS, MIN_FPS, PACKAGES, frame_milliseconds, has_ffmpeg, i
 MAX_PIXELS = 2**25  # of a frame: 8K
 MAX_FRAMES = 10_000  # of a clip
 MAX_CLIP = 2**32  # pixels of all frames: 2,000 of 1080p
+_UNTIMED = 100  # milliseconds
 _ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 _SIZE = re.compile(r"Video: [^\n]*?, (\d{1,6})x(\d{1,6})\b")
 _COUNT = re.compile(r"frame=\s*(\d+)")
@@ -123,9 +124,10 @@ def _animation(path: Path) -> Iterator[np.ndarray]:
 
 
 def _duration(frame: Any) -> int:
-    """In milliseconds, at least 1; a webp tells it once the frame is decoded."""
+    """In milliseconds, at least 1; a webp tells it once the frame is decoded. One of no time lasts as long as browsers show it,
+    or each of its neighbours would count as a hundred frames."""
     frame.load()
-    return max(1, int(frame.info.get("duration") or 1))
+    return max(1, int(frame.info.get("duration") or _UNTIMED))
 
 
 def _own_words(path: Path) -> tuple[int, int]:

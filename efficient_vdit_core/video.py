@@ -171,7 +171,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, text: str) -> None:
 
     count, height, width, _ = frames.shape
     writer = imageio_ffmpeg.write_frames(
-        str(path),
+        f"file:{path}",  # what stands before a colon in a path would be taken for a protocol
         (width, height),
         codec="libx264",
         quality=8,
@@ -201,7 +201,7 @@ def _write_animation(path: Path, frames: np.ndarray, fps: float, text: str) -> N
         options |= {"duration": frame_milliseconds(path.suffix, fps), "comment": text.encode()}
     else:
         exif = Image.Exif()
-        exif[_EXIF_DESCRIPTION] = text
+        exif[_EXIF_DESCRIPTION] = text.encode()  # of a text Pillow would keep what is ASCII
         options |= {"duration": frame_milliseconds(path.suffix, fps), "lossless": True, "exif": exif}
     images[0].save(path, **options)
 
@@ -214,7 +214,7 @@ def _image_comment(path: Path) -> str:
         with Image.open(path) as image:
             if path.suffix.lower() == ".gif":
                 return image.info["comment"].decode()
-            return str(image.getexif()[_EXIF_DESCRIPTION])
+            return str(image.getexif()[_EXIF_DESCRIPTION]).encode("latin-1").decode()  # Pillow reads bytes as that
 
 
 def _mp4_comment(path: Path) -> str:

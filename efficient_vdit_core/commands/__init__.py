@@ -11,6 +11,9 @@ from ..limits.quote import printable
 
 
 def say(text: str = "") -> None:
-    """A line for the user, on standard output."""
-    sys.stdout.write(printable(text) + "\n")
+    """A line for the user, on standard output. What its encoding lacks is escaped: a name must not end a command, whose
+    result may still be unwritten. A pipe on Windows has a code page of some 200 letters."""
+    line = printable(text) + "\n"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding))
     sys.stdout.flush()

@@ -80,7 +80,7 @@ def read_metadata(path: str | Path) -> DistillMetadata | None:
 
     path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or not files[0].is_file() or files[0].suffix not in (".safetensors", ".sft"):
+    if not files or not files[0].is_file() or files[0].suffix.lower() not in (".safetensors", ".sft"):
         return None
     try:
         with safe_open(files[0], framework="pt") as opened:

@@ -28,7 +28,7 @@ def read_text(path: str | Path, what: str, *, limit: int = MAX_BYTES) -> str:
         data = file.read(limit + 1)
     _check_size(len(data), what, limit)
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # Windows' editors begin such a text with a mark that no parser takes
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} is no UTF-8 text (at byte {error.start}). Save it as UTF-8.") from None
 

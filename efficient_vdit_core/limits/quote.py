@@ -60,6 +60,13 @@ def message(text: str) -> str:
     return shortened(printable(shortened(text, 4 * MESSAGE)), MESSAGE)
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """What was raised first, where others were raised because of it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def reason(error: BaseException, room: int = _REASON) -> str:
     """The first line of another library's message, without its full stop; its kind, where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

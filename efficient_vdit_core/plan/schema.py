@@ -64,9 +64,10 @@ def _plain(value: Any, where: str) -> TilePattern:
 def _layer(value: Any, where: str, heads: int | None) -> LayerPattern:
     if not isinstance(value, list):
         return _pattern(value, where)
-    if heads is None:
+    if not heads:
         raise ValueError(
-            f"The plan's {where} has groups of heads, and its heads says none, expected how many the model has. Correct the file."
+            f"The plan's {where} has groups of heads, and its heads says {quoted(heads)}, expected how many the model has. "
+            "Correct the file."
         )
     found: dict[int, TilePattern] = {}
     for i, group in enumerate(value):

@@ -1,5 +1,6 @@
 """The evdit command as its users meet it: in its own process."""
 
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from efficient_vdit_core import cli
-from efficient_vdit_core.commands import generate
+from efficient_vdit_core.commands import generate, say
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.video import read_metadata
 
@@ -57,6 +58,13 @@ def test_generate_writes_a_video_that_tells_how_it_was_made(tmp_path):
     assert f"wrote {out}: 29 frames of 128x128 at 24 fps" in done.stdout
     assert "12 attention calls sparse" in done.stdout and "took" in done.stdout  # 6 layers, 2 steps
     assert [p.name for p in tmp_path.iterdir()] == ["x.webp"]
+
+
+def test_names_beyond_the_code_page_of_a_pipe_do_not_end_a_command(monkeypatch):
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline="")
+    monkeypatch.setattr("sys.stdout", pipe)
+    say("writing 视频é.webp")  # before it is written
+    assert pipe.buffer.getvalue() == rb"writing \u89c6\u9891" + "é.webp\n".encode("cp1252")
 
 
 def test_demo_makes_a_clip_with_all_switched_on(tmp_path):
@@ -112,6 +120,29 @@ def test_doctor_survives_a_broken_installation(monkeypatch):
     assert any("'torch' is missing" in p for p in findings["problems"])
     assert any("ZeroDivisionError" in p for p in findings["problems"])
     assert "problems" in doctor.format_findings(findings)
+
+
+def test_doctor_tells_of_packages_that_are_here_and_do_not_work(monkeypatch):
+    from efficient_vdit_core import doctor, video
+
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    monkeypatch.setattr(video, "has_ffmpeg", lambda: False)  # imageio-ffmpeg without its program
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "av" else "1.0")
+    no_video, no_text = doctor.examine()["problems"]
+    assert "No .mp4 can be written" in no_video
+    assert re.search(r"text encoder's packages do not load \(ModuleNotFoundError: .*sentencepiece", no_text)
+
+
+def test_a_package_that_does_not_load_is_told_in_one_line(monkeypatch, capsys):
+    def run(args):
+        try:
+            raise OSError("undefined symbol: cuda")
+        except OSError as error:
+            raise ImportError("Could not import module 'MT5EncoderModel'.") from error
+
+    monkeypatch.setattr(generate, "run", run)
+    assert cli.main([*TINY, "--out", "x.gif"]) == 1
+    assert "a package does not load (undefined symbol: cuda); 'evdit doctor'" in capsys.readouterr().err
 
 
 BAD = [
@@ -287,6 +318,15 @@ def test_convert_refuses_what_it_cannot_read(tmp_path, capsys, part):
     assert cli.main(["convert", part, str(tmp_path / "checkpoint.ckpt"), str(tmp_path / "x.safetensors")]) == 2
     assert capsys.readouterr().err.startswith("evdit: error: ")
     assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize("part", ["vae", "text-encoder"])
+def test_convert_refuses_a_target_before_it_reads(tmp_path, capsys, part):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    for target in ("file/x.safetensors", "folder.safetensors"):
+        assert cli.main(["convert", part, str(tmp_path / "none.ckpt"), str(tmp_path / target)]) == 2
+        assert "Cannot write" in capsys.readouterr().err
 
 
 def test_a_distilled_model_is_sampled_as_it_was_made(tmp_path):

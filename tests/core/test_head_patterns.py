@@ -271,9 +271,10 @@ class TestPlans:
         assert len(str(error.value)) < 400
 
     def test_groups_need_the_number_of_heads(self):
-        values = json.loads(PLAN.to_json()) | {"heads": None}
-        with pytest.raises(ValueError, match="heads says none"):
-            TilePlan.from_json(json.dumps(values))
+        for heads, layer in ((None, [{"heads": "0", "k": 1}]), (0, [])):
+            values = json.loads(PLAN.to_json()) | {"heads": heads, "patterns": [layer]}
+            with pytest.raises(ValueError, match=f"heads says {heads}"):
+                TilePlan.from_json(json.dumps(values))
         with pytest.raises(ValueError, match="layers of 5 heads and says that it is for 4"):
             TilePlan(patterns=(by_head(HEADS),), heads=4)
 

@@ -86,6 +86,11 @@ def test_files_that_are_no_text(tmp_path, content, said):
         read_text(tmp_path / "a", "It", limit=100)
 
 
+def test_the_mark_that_windows_puts_before_a_text_is_none_of_it(tmp_path):
+    (tmp_path / "a").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert parse_json(read_text(tmp_path / "a", "It"), "It", advice="") == {"a": 1}
+
+
 @pytest.mark.parametrize("value", [0, 11, True, 1.0, "1", None, 10**5000, math.nan], ids=short)
 def test_numbers_that_are_not_whole_or_out_of_range(value):
     with pytest.raises(ValueError, match="^steps is .*, expected a whole number from 1 to 10"):

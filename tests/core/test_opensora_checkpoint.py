@@ -59,6 +59,49 @@ def test_shards_and_a_missing_shard(tmp_path, weights):
         checkpoint.load_transformer(tmp_path)
 
 
+@pytest.fixture
+def shards(tmp_path, weights):
+    """Two of them as diffusers writes them, and their index, beside another model's file."""
+    names, stem = sorted(weights), "diffusion_pytorch_model"
+    files = [f"{stem}-{i:05}-of-00002.safetensors" for i in (1, 2)]
+    about = {"config": json.dumps(DIT.to_dict())}
+    for i, file in enumerate(files):
+        save_file({n: weights[n] for n in names[i::2]}, tmp_path / file, metadata=about)
+    index = {"weight_map": {n: files[i] for i in (0, 1) for n in names[i::2]}}
+    (tmp_path / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"x": torch.zeros(1)}, tmp_path / "another.safetensors")
+    return [tmp_path / file for file in files]
+
+
+def test_one_shard_stands_for_its_model(shards, weights):
+    for shard in shards:
+        assert same(checkpoint.load_transformer(shard), weights)
+        assert checkpoint.read_transformer_config(shard) == DIT
+    (shards[0].parent / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"part 2 of 2 .*index\.json, which names all of them, is not beside it"):
+        checkpoint.load_transformer(shards[1])
+
+
+def test_a_neighbours_configuration_is_not_the_files(folder, weights):
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel", "num_layers": 30}))
+    save_file(weights, folder / "alone.safetensors")
+    assert checkpoint.read_transformer_config(folder / "alone.safetensors") == checkpoint.OSP_29X720P
+    with pytest.raises(ValueError, match="2 layers, but the configuration says num_layers=32"):  # as published
+        checkpoint.read_transformer(folder / "alone.safetensors")
+
+
+def test_endings_in_capitals_are_read(tmp_path, weights):
+    save_file(weights, tmp_path / "A.SAFETENSORS", metadata={"config": json.dumps(DIT.to_dict())})
+    assert same(checkpoint.load_transformer(tmp_path / "A.SAFETENSORS"), weights)
+
+
+def test_a_shape_beyond_64_bits_is_a_damaged_file(tmp_path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        checkpoint.read_transformer(tmp_path / "a.safetensors")
+
+
 def test_exported_names_are_understood(folder, weights):
     def renamed(name):
         for new, old in (

@@ -137,16 +137,39 @@ def test_conversion_to_bf16_halves_the_file(folder, tmp_path):
 
 
 def test_missing_tokenizer_and_other_encoders(folder, tmp_path):
-    weights, _, _ = read_text_encoder(folder)
+    weights, config, _ = read_text_encoder(folder)
     save_file(weights, tmp_path / "no_tokenizer.safetensors")
-    with pytest.raises(ValueError, match="spiece.model"):
+    with pytest.raises(ValueError, match=r"\(250112, 4096\)"):  # to such a file no tokenizer is worth the search
         read_text_encoder(tmp_path / "no_tokenizer.safetensors")
-    (tmp_path / "spiece.model").write_bytes((folder / "spiece.model").read_bytes())
-    with pytest.raises(ValueError, match=r"\(250112, 4096\)"):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has no tokenizer"):
         read_text_encoder(tmp_path / "no_tokenizer.safetensors")
     save_file({"text_model.x": torch.zeros(1)}, tmp_path / "clip.safetensors")
     with pytest.raises(ValueError, match="not an mT5 encoder"):
         read_text_encoder(tmp_path / "clip.safetensors")
+
+
+def test_the_embedding_under_its_second_name(folder, tmp_path):
+    weights, config, spiece = read_text_encoder(folder)
+    tied = {"encoder.embed_tokens.weight": weights["shared.weight"], "spiece_model": spiece}
+    rest = {name: value for name, value in weights.items() if name != "shared.weight"}
+    save_file({**rest, **tied}, tmp_path / "a.safetensors", metadata={"config": json.dumps(config)})
+    assert torch.equal(read_text_encoder(tmp_path / "a.safetensors")[0]["shared.weight"], weights["shared.weight"])
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float8_e4m3fn])
+def test_what_mt5_cannot_be_computed_in_is_bfloat16(folder, tmp_path, kind):
+    weights, config, spiece = read_text_encoder(folder)
+    # Products of a size that float16 cannot hold, as the full encoder has them; the norms make it none of the results.
+    large = {name: (500 if ".wi_" in name and kind == torch.float16 else 1) * v for name, v in weights.items()}
+    files = {}
+    for name, dtype in (("wide", torch.float32), ("narrow", kind)):
+        files[name] = tmp_path / f"{name}.safetensors"
+        cast = {k: v.to(dtype) for k, v in large.items()}
+        save_file({**cast, "spiece_model": spiece}, files[name], metadata={"config": json.dumps(config)})
+    wide, narrow = (TextEncoder.from_folder(files[name]).encode(["a red circle"])[0] for name in files)
+    assert narrow.dtype == torch.bfloat16
+    assert (narrow.float() - wide).abs().mean() < 0.1 * wide.abs().mean()
 
 
 def test_a_tokenizer_that_git_left_out_is_named(folder, tmp_path):
@@ -168,6 +191,17 @@ def test_a_configuration_of_another_depth_is_named(folder, tmp_path):
     )
     with pytest.raises(ValueError, match="not the encoder that its configuration describes"):
         TextEncoder.from_folder(tmp_path)
+
+
+def test_one_part_of_an_encoder_is_not_converted(folder, tmp_path):
+    weights, config, _ = read_text_encoder(folder)
+    late = ("encoder.block.1.layer.1.DenseReluDense.wo.weight", "encoder.final_layer_norm.weight")
+    torch.save({k: v for k, v in weights.items() if k not in late}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "spiece.model").write_bytes((folder / "spiece.model").read_bytes())
+    with pytest.raises(ValueError, match=r"lacks 2 of the encoder's tensors, .*: it is one part of several"):
+        convert.convert_text_encoder(tmp_path / "pytorch_model-00001-of-00002.bin", tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_no_prompts_are_refused(folder):

@@ -292,6 +292,9 @@ def test_parts_are_found_in_every_layout(tmp_path):
     assert hub == find_model(tmp_path / "hub/29x720p")
     assert (hub.name, hub.vae) == ("29x720p", tmp_path / "hub/vae")
     assert find_model(tmp_path / "hub", tmp_path / "other").text_encoder == tmp_path / "other"
+    (tmp_path / "hub/29x720p").rename(tmp_path / "disk")
+    (tmp_path / "hub/29x720p").symlink_to(tmp_path / "disk", target_is_directory=True)
+    assert find_model(tmp_path / "hub/29x720p").vae == tmp_path / "hub/vae"  # beside the link
     (tmp_path / "hub/93x720p").mkdir()
     with pytest.raises(ValueError, match="holds 2 models .*name one"):
         find_model(tmp_path / "hub")

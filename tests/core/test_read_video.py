@@ -98,11 +98,27 @@ def test_names_that_ffmpeg_would_take_for_something_else(tmp_path, frames, monke
     assert len(read_video("-i 50%d:x.mp4")) == 13
 
 
+@pytest.mark.parametrize("angle", [90, 180, 270])
+def test_what_a_phone_filmed_stands_upright(tmp_path, frames, angle):
+    path, turned = write_video(tmp_path / "a.mp4", frames[:1]), tmp_path / "b.mp4"
+    arguments = ["-v", "error", "-display_rotation", str(angle), "-i", str(path), "-c", "copy", str(turned)]
+    with reading.ffmpeg(arguments, None, None) as process:
+        assert process.wait() == 0
+    assert np.abs(read_video(turned)[0] - np.rot90(read_video(path)[0], angle // 90).astype(float)).mean() < 4
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 @pytest.mark.parametrize("fps", [24, 8, 30])
 def test_equal_frames_are_not_lost(tmp_path, frames, suffix, fps):
     still = np.repeat(frames[:1], 29, axis=0)
     assert len(read_video(write_video(tmp_path / f"a{suffix}", still, fps=fps))) == 29
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_a_frame_of_no_time_makes_its_neighbours_no_longer(tmp_path, frames, suffix):
+    first, *rest = map(Image.fromarray, frames[:4])
+    first.save(tmp_path / f"a{suffix}", save_all=True, append_images=rest, duration=[100, 0, 100, 200])
+    assert len(read_video(tmp_path / f"a{suffix}")) == 5
 
 
 def test_a_frame_of_hours_is_not_repeated_into_gigabytes(tmp_path, frames):

@@ -37,6 +37,20 @@ def codec(request, monkeypatch):
         monkeypatch.setattr(video, "has_ffmpeg", lambda: False)
 
 
+def test_a_folder_that_looks_like_a_protocol(tmp_path, frames, monkeypatch, codec):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run:1").mkdir()
+    assert read_metadata(write_video("run:1/a.mp4", frames))["frames"] == 9
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
+def test_the_longest_prompts_of_other_letters_come_back(tmp_path, frames, suffix):
+    prompt = "\U0001f534" * 8192  # as escapes of ASCII they would not fit
+    assert read_metadata(write_video(tmp_path / f"a{suffix}", frames, metadata={"prompt": prompt + "x" * 2000}))[
+        "prompt"
+    ].startswith(prompt)
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", ".MP4"])
 def test_frames_and_metadata_come_back(tmp_path, frames, suffix, codec):
     path = write_video(tmp_path / f"clip{suffix}", frames, fps=8, metadata=METADATA)

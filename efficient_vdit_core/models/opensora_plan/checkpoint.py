@@ -6,7 +6,8 @@ is that of the published checkpoints. Loading is strict: a file either is the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,21 @@ from ...files import read_torch, whole_file
 from ...limits.documents import parse_json, read_text
 from ...limits.quote import named, quoted, reason
 from .config import OSP_29X720P, OSP_VAE, DiTConfig, VAEConfig
-from .detect import check_depth, check_transformer_config, check_transformer_keys, check_vae_keys, unify_names
+from .detect import (
+    TRANSFORMER_KINDS,
+    check_depth,
+    check_transformer_config,
+    check_transformer_keys,
+    check_vae_keys,
+    unify_names,
+)
 from .transformer import OpenSoraT2V
 from .vae import CausalVAE
 from .weights import check_weights
 
 MAX_INDEX = 2**25  # bytes: a name and a file for each tensor of a model
+_SAFETENSORS = (".safetensors", ".sft")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "checkpoint.ckpt")
 
 
@@ -45,7 +55,7 @@ def read_transformer(path: str | Path) -> tuple[dict[str, Tensor], DiTConfig]:
     """State dict under the reference names, and the configuration. Raises ValueError for any other model's file."""
     state_dict, metadata = read_state_dict(path)
     state_dict = unify_names(state_dict)
-    values = _config_values(path, metadata)
+    values = _config_values(path, metadata, TRANSFORMER_KINDS)
     with _naming(path):
         check_transformer_config(values)
         check_transformer_keys(state_dict)
@@ -60,8 +70,9 @@ def read_transformer_config(path: str | Path) -> DiTConfig:
     """The configuration alone; no weights are read. Raises ValueError for any other model's file."""
     file = _weights_file(Path(path))
     if file.name.endswith(".safetensors.index.json"):
-        file = next(iter(sorted(file.parent.glob("*.safetensors"))), file)
-    values = _config_values(path, _safetensors_metadata(file) if file.suffix in (".safetensors", ".sft") else {})
+        file = min(_shards_of(file)[1])
+    metadata = _safetensors_metadata(file) if file.suffix.lower() in _SAFETENSORS else {}
+    values = _config_values(path, metadata, TRANSFORMER_KINDS)
     with _naming(path):
         check_transformer_config(values)
         return DiTConfig.from_dict(values) if values else OSP_29X720P
@@ -81,7 +92,8 @@ def read_vae(path: str | Path) -> tuple[dict[str, Tensor], VAEConfig]:
 
 
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a .safetensors file, an index of shards, a .ckpt, or a folder that holds one of these.
+    """Tensors and metadata of a .safetensors file, an index of shards or one of these, a .ckpt, or a folder that holds one
+    of these.
 
     A .ckpt is read by ``torch.load(weights_only=True)``; of its content the averaged weights are taken where there are
     any.
@@ -89,9 +101,9 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     file = _weights_file(Path(path))
     if file.name.endswith(".safetensors.index.json"):
         return _read_shards(file)
-    if file.suffix in (".safetensors", ".sft"):
+    if file.suffix.lower() in _SAFETENSORS:
         return _read_safetensors(file)
-    if file.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if file.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         return _pick_weights(read_torch_file(file)), {}
     raise ValueError(
         f"{named(file.name)} is not a weights file: expected .safetensors, .safetensors.index.json or .ckpt. Choose another file."
@@ -144,12 +156,27 @@ def _weights_file(path: Path) -> Path:
         found = found or sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
         if not found:
             raise ValueError(
-                f"The folder {quoted(path.name)} holds no weights: expected {WEIGHT_NAMES[0]} or checkpoint.ckpt. Choose another."
+                f"The folder {quoted(path.name)} holds no weights: expected {WEIGHT_NAMES[0]}, {WEIGHT_NAMES[1]} or {WEIGHT_NAMES[2]}. "
+                "Choose another; of a pytorch_model.bin 'evdit convert text-encoder' makes such a file."
             )
-        return found[0]
+        return _whole_model(found[0])
     if not path.is_file():
         raise ValueError(f"{quoted(str(path), 120)} does not exist. Check the path.")
-    return path
+    return _whole_model(path)
+
+
+def _whole_model(file: Path) -> Path:
+    """The index beside a file that is one shard of several, else the file. ComfyUI lists shards, and no index."""
+    shard = _SHARD.fullmatch(file.name)
+    if shard is None or int(shard[3]) < 2:
+        return file
+    index = file.with_name(f"{shard[1]}.safetensors.index.json")
+    if not index.is_file():
+        raise ValueError(
+            f"{named(file.name)} is part {int(shard[2])} of {int(shard[3])} of a model, and {named(index.name)}, which names all of "
+            "them, is not beside it. Download that file and every part into one folder."
+        )
+    return index
 
 
 @contextmanager
@@ -159,7 +186,7 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:  # the last of shapes beyond PyTorch's integers
         raise ValueError(
             f"{named(file.name)} cannot be read as safetensors ({reason(error)}). The file is cut short or damaged; download it again."
         ) from error
@@ -175,7 +202,8 @@ def _safetensors_metadata(file: Path) -> dict[str, str]:
         return dict(opened.metadata() or {})
 
 
-def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _shards_of(index: Path) -> tuple[set[str], set[Path]]:
+    """The names of a model's tensors and the files that hold them. Raises ValueError where one is not beside the index."""
     what = f"The index of shards {named(index.name)}"
     values = parse_json(read_text(index, what, limit=MAX_INDEX), what, advice="Download it again.", limit=MAX_INDEX)
     names = values.get("weight_map") if isinstance(values, dict) else None
@@ -188,13 +216,18 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{named(index.name)} names {len(shards)} shards, but {', '.join(map(named, missing[:2]))} "
             f"{'is' if len(missing) == 1 else f'and so on, {len(missing)} in all, are'} not beside it. Download what is missing."
         )
+    return set(names), {index.parent / shard for shard in shards}
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    names, shards = _shards_of(index)
     state_dict: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
-    for shard in shards:
-        tensors, found = _read_safetensors(index.parent / shard)
+    for shard in sorted(shards):
+        tensors, found = _read_safetensors(shard)
         state_dict.update(tensors)
         metadata.update(found)
-    absent = sorted(set(names) - set(state_dict))
+    absent = sorted(names - set(state_dict))
     if absent:
         raise ValueError(
             f"The shards of {named(index.name)} lack {len(absent)} tensors, such as {named(absent[0])}. Download them again."
@@ -216,7 +249,9 @@ def _pick_weights(content: Any) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
-def _config_values(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _config_values(path: str | Path, metadata: Mapping[str, str], kinds: Collection[str] = ()) -> dict[str, Any]:
+    """The file's own configuration, else that of config.json; of one beside a file only where it says its
+    kind, one of ``kinds``."""
     path = Path(path)
     beside = (path if path.is_dir() else path.parent) / "config.json"
     text, where = (metadata["config"], "metadata") if "config" in metadata else (None, beside.name)
@@ -224,10 +259,11 @@ def _config_values(path: str | Path, metadata: Mapping[str, str]) -> dict[str, A
     if text is None and beside.is_file():
         text = read_text(beside, what)
     values = parse_json(text, what, advice="Download it again.") if text else {}
+    if not isinstance(values, dict):
+        return {}
     # A folder that collects many models' files may hold a config.json of something else.
-    return (
-        values if isinstance(values, dict) and (path.is_dir() or where == "metadata" or "_class_name" in values) else {}
-    )
+    kind = values.get("_class_name")
+    return values if path.is_dir() or where == "metadata" or (kind in kinds if kinds else kind) else {}
 
 
 def _check_manifest(state_dict: Mapping[str, Tensor], kind: Any, config: Any, part: str, path: str | Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ...files import check_writable_file
 from ...limits.quote import quoted
 from .checkpoint import read_vae, save_safetensors
 from .text import SPIECE_KEY, read_text_encoder
@@ -14,8 +15,9 @@ from .text import SPIECE_KEY, read_text_encoder
 
 def convert_vae(source: str | Path, target: str | Path) -> None:
     """Write the VAE of a .ckpt (averaged weights where it has them) as one safetensors file with its configuration."""
+    target = _checked_target(target)
     state_dict, config = read_vae(source)
-    save_safetensors(_checked_target(target), state_dict, {"config": json.dumps(config.to_dict()), "format": "pt"})
+    save_safetensors(target, state_dict, {"config": json.dumps(config.to_dict()), "format": "pt"})
 
 
 def convert_text_encoder(source: str | Path, target: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -39,7 +41,7 @@ def _torch_file(folder: Path) -> Path:
     if len(found) != 1:
         raise ValueError(
             f"The folder {quoted(folder.name)} holds {len(found)} files pytorch_model*.bin, expected one. "
-            "Download google/mt5-xxl as a whole, or name the file."
+            "Download google/mt5-xxl as it is published, in one file, or safetensors."
         )
     return found[0]
 
@@ -48,4 +50,7 @@ def _checked_target(target: str | Path) -> Path:
     target = Path(target)
     if target.suffix != ".safetensors":
         raise ValueError(f"The target {quoted(target.name)} does not end in .safetensors. Choose such a name.")
+    # Before tens of GB are read. Its folder may be new: then the one in which that will be made is asked.
+    made = next(folder for folder in target.absolute().parents if folder.exists())
+    check_writable_file(made / target.name)
     return target

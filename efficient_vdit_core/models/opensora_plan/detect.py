@@ -21,6 +21,9 @@ _RENAMES = (
     (r"(attn[12])\.proj_out\.", r"\1.to_out.0."),
 )
 
+# What config.json calls the transformer, and its relatives, which may differ from it in nothing else.
+TRANSFORMER_KINDS = ("OpenSoraT2V", "AllegroTransformer3DModel", "OpenSoraInpaint", "LatteT2V", "OpenSoraT2V_v1_3")
+
 # Marks that ComfyUI's save nodes add beside a model's own tensors.
 _SAVE_MARKS = ("v_pred", "ztsnr")
 

@@ -54,6 +54,8 @@ def read_text_encoder(path: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     folder = path if path.is_dir() else path.parent
     config = _checked_config(_config_values(metadata, folder / "config.json"), named(path.name))
     spiece = state_dict.pop(SPIECE_KEY, None)
+    weights = {name: value for name, value in state_dict.items() if not name.startswith(("decoder.", "lm_head."))}
+    _check(weights, config, named(path.name))  # before the tokenizer, which another encoder need not bring
     if spiece is None:
         beside = folder / "spiece.model"
         if not beside.is_file():
@@ -63,8 +65,6 @@ def read_text_encoder(path: str | Path) -> tuple[dict[str, Tensor], dict[str, An
             )
         spiece = torch.frombuffer(bytearray(beside.read_bytes() or b"\n"), dtype=torch.uint8)
     _processor(spiece, named(path.name))
-    weights = {name: value for name, value in state_dict.items() if not name.startswith(("decoder.", "lm_head."))}
-    _check(weights, config, named(path.name))
     check_weights(weights, path.name)
     return weights, config, spiece
 
@@ -87,11 +87,14 @@ class TextEncoder:
 
     @classmethod
     def from_folder(cls, path: str | Path, dtype: torch.dtype | None = None, device: Any = "cpu") -> TextEncoder:
-        """Load a folder or file; ``dtype`` None keeps the file's."""
+        """Load a folder or file; ``dtype`` None keeps the file's. In place of float16, in which mT5's feed-forward layers
+        overflow, and of 8 bits, in which nothing is computed, it is bfloat16."""
         from transformers import MT5Config, MT5EncoderModel
 
         weights, config, spiece = read_text_encoder(path)
         dtype = dtype or weights["shared.weight"].dtype
+        if dtype.itemsize == 1 or dtype == torch.float16:
+            dtype = torch.bfloat16
         with torch.device("meta"):
             model = MT5EncoderModel(MT5Config(**config))
         cast = {name: value.to(device=device, dtype=dtype) for name, value in weights.items()}
@@ -188,7 +191,9 @@ def _checked_config(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check(weights: dict[str, Tensor], config: dict[str, Any], name: str) -> None:
-    weights.pop("encoder.embed_tokens.weight", None)
+    tied = weights.pop("encoder.embed_tokens.weight", None)
+    if tied is not None:  # the same tensor under a second name, which some tools keep in place of the first
+        weights.setdefault("shared.weight", tied)
     embedding = weights.get("shared.weight")
     if embedding is None or "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" not in weights:
         raise ValueError(
@@ -207,3 +212,23 @@ def _check(weights: dict[str, Tensor], config: dict[str, Any], name: str) -> Non
             f"{name} is not the encoder that its configuration describes: {depth} layers, not {config['num_layers']}. "
             "Keep its config.json beside it, or download both again."
         )
+    missing = sorted(_names(depth) - weights.keys())
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} of the encoder's tensors, such as {named(missing[0])}: it is one part of several, or "
+            "damaged. Use the whole encoder in one file, or safetensors with their index beside them."
+        )
+
+
+def _names(layers: int) -> set[str]:
+    """What the tensors of an encoder with gated feed-forward layers are called."""
+    attention = [f"0.SelfAttention.{part}" for part in "qkvo"]
+    parts = [
+        *attention,
+        "0.layer_norm",
+        *(f"1.DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo")),
+        "1.layer_norm",
+    ]
+    names = {f"encoder.block.{i}.layer.{part}.weight" for i in range(layers) for part in parts}
+    position = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    return {"shared.weight", "encoder.final_layer_norm.weight", position, *names}
