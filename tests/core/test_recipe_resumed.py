@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanModel
 from efficient_vdit_core.distill.runs import recipe, search_stage, trainer
 from efficient_vdit_core.distill.runs.claim import claim_run
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
@@ -96,11 +97,12 @@ def test_a_search_that_was_stopped_binds_nobody(values, tmp_path, monkeypatch):
 
 
 def test_a_recipe_goes_on_wherever_its_folder_is(values, tmp_path, monkeypatch):
-    """Named by another path, and moved; what is finished is not made again."""
+    """Named by another path, and moved; what is finished is not made again, and no network loaded for it."""
     monkeypatch.chdir(tmp_path)
     (made,) = run(values, Path("runs") / "vdit").values()
     contents = made[0].read_bytes()
     monkeypatch.setattr(trainer, "make_objective", None)
+    monkeypatch.setattr(OpenSoraPlanModel, "load", None)
     assert run(values, tmp_path / "runs" / "vdit") == {"r-10": [tmp_path / made[0]]}
     shutil.move("runs", "elsewhere")
     assert run(values, tmp_path / "elsewhere" / "vdit")["r-10"][0].read_bytes() == contents

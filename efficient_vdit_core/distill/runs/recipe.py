@@ -186,7 +186,7 @@ class ThreeStages:
             search_plans(
                 self.config.search,
                 model,
-                model.load().eval().to(accelerator.device),
+                lambda: model.load().eval().to(accelerator.device),
                 data.clips,
                 data.bank,
                 folder,

@@ -6,6 +6,7 @@ folder/settings.json   what the plans were searched with: their names tell the t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def found_plans(config: SearchConfig, folder: Path) -> dict[str, Path]:
 def search_plans(
     config: SearchConfig,
     model: FamilyModel,
-    module: nn.Module,
+    load: Callable[[], nn.Module],
     clips: ClipSet,
     bank: TextBank,
     folder: Path,
@@ -99,8 +100,8 @@ def search_plans(
     at_once: int,
     device: torch.device,
 ) -> dict[str, Path]:
-    """Plan files by name, such as ``r-0.1`` and ``x-2.5``; those that exist are kept. ``at_once`` samples are made
-    together, as many as a training's step takes.
+    """Plan files by name, such as ``r-0.1`` and ``x-2.5``; those that exist are kept, and the network is loaded
+    only where one is missing. ``at_once`` samples are made together, as many as a training's step takes.
 
     Raises ValueError where those that exist were searched with other settings, or of another model.
     """
@@ -109,7 +110,7 @@ def search_plans(
     settings = search_settings(config, model, clips, segments=segments, steps=steps)
     check_settings(folder, settings, SEARCHED)
     grid = {"segments": segments, "steps": steps, "at_once": at_once, "device": device}
-    plans = _search(config, missing, model, module, clips, bank, **grid) if missing else {}
+    plans = _search(config, missing, model, load(), clips, bank, **grid) if missing else {}
     claim_folder(folder, settings, SEARCHED)  # not before: a search that was stopped has left nothing to go on from
     for name, plan in plans.items():
         plan.save(files[name])
