@@ -37,8 +37,8 @@ class EVDiTSequenceParallel(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     tooltip=(
-                        "MiniMax-H3, Wan 2.1 and 2.2, LTX and LTX-2, HunyuanVideo, CogVideoX, Kandinsky 5 or Open-Sora-Plan, with "
-                        "LoRAs and Sparse Attention before it. It is not changed."
+                        "MiniMax-H3, Wan 2.1 and 2.2, LTX and LTX-2, HunyuanVideo, CogVideoX, Kandinsky 5 and 6 or Open-Sora-Plan, "
+                        "with LoRAs and Sparse Attention before it. It is not changed."
                     ),
                 ),
                 io.String.Input(

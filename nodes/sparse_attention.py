@@ -49,7 +49,7 @@ class EVDiTSparseAttention(io.ComfyNode):
             description=(
                 "Applies a tile plan to the self-attention of a video model: MiniMax-H3, Wan 2.1 and 2.2 with their variants, "
                 "LTX-Video and LTX-2, HunyuanVideo and 1.5, Open-Sora-Plan v1.2, CogVideoX, Mochi, Cosmos, Cosmos Predict2, "
-                "Kandinsky 5. The whole step gains less than its attention does: the report says how much at most. Uses the "
+                "Kandinsky 5 and 6. The whole step gains less than its attention does: the report says how much at most. Uses the "
                 "attention backend that ComfyUI runs with, or a fused kernel where that measures faster. The log tells after "
                 "each run how many calls became sparse, and why others did not."
             ),
@@ -137,8 +137,8 @@ class EVDiTSparseAttention(io.ComfyNode):
                     tooltip=(
                         "What computes the sparse attention; the result is the same to rounding. auto = the fastest of a short "
                         "trial, measured once for each kind of shape and kept. frames = ComfyUI's own attention backend, on any "
-                        "device. triton = one fused kernel, on NVIDIA GPUs from Ampere on. flex = PyTorch's FlexAttention, compiled. "
-                        "parts = the same backend's attention over parts of the keys, merged, where it tells what a merge needs "
+                        "device. triton = one fused kernel, on NVIDIA GPUs from Ampere on and AMD's CDNA. flex = PyTorch's FlexAttention, "
+                        "compiled. parts = the same backend's attention over parts of the keys, merged, where it tells what a merge needs "
                         "(PyTorch's, flash-attn, SageAttention), else frames. One that cannot run here is refused."
                     ),
                 ),
