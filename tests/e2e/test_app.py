@@ -1,4 +1,4 @@
-"""The template that opens as an app: its three inputs are there, and a run shows the video; as a graph, a slider."""
+"""The template that opens as an app: its three inputs are there in words, and a run shows the video; as a graph, a slider."""
 
 import pytest
 from comfyui_server import RUN_TIMEOUT
@@ -22,8 +22,8 @@ def test_it_opens_as_an_app_and_runs(fresh):
     skip = page.get_by_role("button", name="Skip")  # the page's own tour of apps, once
     if skip.count():
         skip.first.click()
-    for name in ("text", "reference_frames", "length"):
-        page.get_by_text(name, exact=True).first.wait_for()
+    for label in ("prompt", "reference frames (fewer = faster, changes more)", "frames"):
+        page.get_by_text(label, exact=True).first.wait_for()
     page.get_by_role("button", name="Run").last.click()
     page.locator("video").first.wait_for(timeout=1000 * RUN_TIMEOUT)
     fresh.picture("app after the run")
