@@ -85,10 +85,11 @@ def test_a_page_that_is_loaded_anew_is_told_the_plan_that_comes_from_the_cache(s
         pytest.skip(
             "THIS COMFYUI TELLS NO PAGE WHAT IT TAKES FROM ITS CACHE: the chart stays empty until the search runs again"
         )
-    told = []
+    prompt, told = searching(seed=11), []
+    prompt["save"]["inputs"]["filename_prefix"] = "told again"
     for _ in range(2):  # each by a page of its own
         events = []
-        assert server.run(searching(seed=11), events)["status"]["status_str"] == "success"
+        assert server.run(prompt, events)["status"]["status_str"] == "success"
         told.append([d["output"]["evdit_plan"] for kind, d in events if kind == "executed" and d["node"] == "search"])
     assert "search" not in [data.get("node") for kind, data in events if kind == "executing"]
     assert told[0] == told[1] and len(told[1]) == 1
