@@ -1,11 +1,14 @@
 """The reader of the tiny world: true clips pass, and a clip that was made wrong on purpose fails in that column alone."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from efficient_vdit_core import tinyworld
 from efficient_vdit_core.pipeline import Pipeline, Video
 from efficient_vdit_core.tinyworld.evaluate import evaluate
 from efficient_vdit_core.tinyworld.moving.figures import figures_of, interval
@@ -209,6 +212,14 @@ def test_the_interval_knows_that_clips_of_a_caption_are_alike():
     [
         ("tiny", {}, "ddim", 100, 3.0, None),
         ("tiny", {"sampler": "consistency", "steps": 4}, "consistency", 4, 3.0, 4),
+        (
+            "folder",
+            {},
+            "ddim",
+            100,
+            3.0,
+            None,
+        ),  # guided by no caption, as it was trained, whatever its folder is called
         ("tiny-8-steps", {}, "consistency", 8, 1.0, 8),
         ("tiny-8-steps", {"steps": 4}, "consistency", 4, 1.0, 4),
         ("tiny-8-steps", {"steps": 16}, "consistency", 16, 1.0, 8),
@@ -216,8 +227,14 @@ def test_the_interval_knows_that_clips_of_a_caption_are_alike():
     ],
 )
 def test_a_model_is_judged_at_the_steps_that_it_was_made_for(
-    monkeypatch, model, said, sampler, steps, guidance, segments
+    monkeypatch, tmp_path, model, said, sampler, steps, guidance, segments
 ):
+    if model == "folder":
+        model = shutil.copytree(
+            Path(tinyworld.__file__).parents[1] / "assets" / "tiny",
+            tmp_path / "trained",
+            ignore=shutil.ignore_patterns("transformer_*"),
+        )
     pipeline, scenes, asked = Pipeline.from_model(model), held_out_scenes(2), []
 
     def generate(request, plan):
@@ -233,4 +250,5 @@ def test_a_model_is_judged_at_the_steps_that_it_was_made_for(
             guidance,
             segments,
         ]
-    assert [request.seed for request in asked] == [0, 1] and figures["all_right"] == 1.0
+    assert [request.seed for request in asked] == [0, 1] and {request.negative for request in asked} == {""}
+    assert figures["all_right"] == 1.0
