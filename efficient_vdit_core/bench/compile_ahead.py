@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ..limits.quote import first_cause
+
 KIB = 1024
 # Shared memory that one program may have, as the driver reports it (AMD: LDS of a workgroup), and the matrix instruction.
 ARCHITECTURES = {
@@ -195,9 +197,8 @@ def _compile(case: Case, config: dict[str, Any]) -> Compiled:
         with contextlib.redirect_stdout(log):
             built = kernel.warmup(*arguments, grid=(1,), **flags, **config, enable_fp_fusion=True)
     except Exception as error:  # the compiler raises anything
-        while error.__cause__ is not None:  # Triton wraps the cause in the source lines of every caller
-            error = error.__cause__
-        compiled.error = f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[-200:]}"
+        why = first_cause(error)  # Triton wraps it in the source lines of every caller
+        compiled.error = f"does not compile: {type(why).__name__}: {' '.join(str(why).split())[-200:]}"
     else:
         _read(case, compiled, built, log.getvalue())
     compiled.seconds = round(time.perf_counter() - start, 1)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 from . import recipe_forecast, say
 from .arguments import count, seed_number
+from .command_line import command_line
 from .distill import INTERRUPTED, override
 
 
@@ -90,9 +89,7 @@ def _tiny_table(args: argparse.Namespace) -> int:
     say(
         f"{'row':<36} {'right':>6} {'95 %':>13} {'overlap':>7} {'endpoint':>8} {'motion':>7} {'divers.':>7} {'sparse':>6}"
     )
-    results = run_table(
-        table, RecipeConfig.from_dict(values), args.out, args.json, "evdit " + shlex.join(sys.argv[1:]), _say_row
-    )
+    results = run_table(table, RecipeConfig.from_dict(values), args.out, args.json, command_line(), _say_row)
     if args.chart:
         write_text(args.chart, draw(results))
     return 0
@@ -117,7 +114,7 @@ def _tiny_plans(args: argparse.Namespace) -> int:
             f"{found['density']:>7.2f}"
         )
 
-    run_plan_table(table, RecipeConfig.from_dict(values), args.out, args.json, "evdit " + shlex.join(sys.argv[1:]), row)
+    run_plan_table(table, RecipeConfig.from_dict(values), args.out, args.json, command_line(), row)
     return 0
 
 
@@ -134,7 +131,7 @@ def _tiny_residual(args: argparse.Namespace) -> int:
             f"{found['motion']:>7.3f}"
         )
 
-    run_residual_table(args.captions, args.seed, args.json, "evdit " + shlex.join(sys.argv[1:]), row)
+    run_residual_table(args.captions, args.seed, args.json, command_line(), row)
     return 0
 
 

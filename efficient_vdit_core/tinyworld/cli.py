@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 from ..commands.arguments import count, quantity, seed_number
+from ..commands.command_line import command_line
 
 
 def add_arguments(subparsers: Any) -> None:
@@ -195,7 +194,7 @@ def _tell(figures: dict[str, Any], file: Path | None) -> None:
     from ..commands import say
     from ..files import write_text
 
-    text = json.dumps({"command": "evdit " + shlex.join(sys.argv[1:]), **figures}, indent=2)
+    text = json.dumps({"command": command_line(), **figures}, indent=2)
     if file:
         write_text(file, text + "\n")
     say(text)

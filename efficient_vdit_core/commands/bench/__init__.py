@@ -9,8 +9,8 @@ from typing import Any
 
 from ...files import check_writable_file, write_text
 from ..arguments import count, seed_number
+from ..command_line import command_line
 from . import attention, compile, gpu, heads, mixture, overhead, parallel, peers, plot, step
-from .command_line import command_line
 
 # Each has add(commands), its arguments, and run(args) -> (device, rows).
 BENCHES = {

@@ -9,7 +9,7 @@ from typing import Any
 from ...limits.quote import quoted
 from .. import say
 from ..arguments import count, seed_number
-from .command_line import command_line
+from ..command_line import command_line
 from .device import device_named
 
 SHOWN = ("model", "clip", "backend", "pattern", "frames", "tokens_per_frame", "dtype", "head_dim", "milliseconds", "host_milliseconds",
