@@ -60,11 +60,13 @@ def cache_clips(
     file = folder / f"latents-{stamp.hexdigest()[:16]}.pt"
     if not file.is_file():
         vae.to(device)
-        latents = [
-            vae.encode(to_model_range(world.render(s)[None]).to(device)).cpu() * LATENT_SCALE
-            for s in tqdm(scenes, desc="latents", mininterval=5)
-        ]
-        write_torch(file, torch.cat(latents))
+        latents = torch.empty(0)
+        for number, scene in enumerate(tqdm(scenes, desc="latents", mininterval=5)):
+            latent = vae.encode(to_model_range(world.render(scene)[None]).to(device))[0] * LATENT_SCALE
+            if number == 0:  # at once: small latents among the VAE's large buffers kept the heap from shrinking
+                latents = torch.empty(count, *latent.shape)
+            latents[number] = latent
+        write_torch(file, latents)
     latents = read_torch(file, "Delete it; the same command makes it anew.")
     if not isinstance(latents, Tensor) or len(latents) != count:
         raise ValueError(
