@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Draws web/icon.png and web/banner.png: an arrow mask as SVG, made a PNG by Chromium. Usage: python .ci/pictures.py
-[CHROMIUM]"""
+"""Draws web/icon.png, web/banner.png and web/arrow_mask.png: arrow masks as SVG, made PNGs by Chromium. Usage, in the
+project's environment: python .ci/pictures.py [CHROMIUM]"""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from PIL import Image
+
+from efficient_vdit_core.tiles import TilePattern
 
 WEB = Path(__file__).parents[1] / "web"
 GOLD, BLUE, NIGHT = ("#ffd166", "#f78c3b"), ("#7cc6ff", "#3a7bfd"), ("#1b2233", "#0b0e16")
@@ -78,8 +82,51 @@ def banner() -> str:
     return page(1260, 540, defs, glow + text + tile_map(x, y, size, 12, {0, 4, 8}))
 
 
-def draw(name: str, svg: str, chromium: str) -> None:
-    """Write web/<name>.png at the SVG's own size."""
+def mask(x: float, y: float, size: float, frames: int, pattern: TilePattern) -> str:
+    """The T x T tiles of a pattern: those of the reference frames gold, of a frame and its neighbours blue, of means pale,
+    the rest dim."""
+    step, cells = size / frames, []
+    references = set() if pattern.is_full(frames) else set(pattern.reference_frames(frames))
+    near, means = pattern.neighbours(frames), pattern.mean_frames(frames)
+    for query in range(frames):
+        for key in range(frames):
+            averaged = any(key in mean for mean in means.get(query, ()))
+            if query in references or key in references:
+                fill, opacity = GOLD[1], 1.0
+            elif pattern.is_full(frames) or key in near[query]:
+                fill, opacity = BLUE[0], 1.0
+            else:
+                fill, opacity = ("#b48cf2", 0.45) if averaged else ("#8fa3c8", 0.1)
+            at = f'x="{x + (key + 0.07) * step:.2f}" y="{y + (query + 0.07) * step:.2f}"'
+            shape = f'width="{step * 0.86:.2f}" height="{step * 0.86:.2f}" rx="{step * 0.2:.2f}"'
+            cells.append(f'<rect {at} {shape} fill="{fill}" fill-opacity="{opacity}"/>')
+    return "".join(cells)
+
+
+def arrow_mask() -> str:
+    """What a layer computes of a clip of 21 latent frames, in full, under the arrow mask and under one with means."""
+    frames, size, gap, top, left = 21, 330, 70, 84, 96
+    masks = (
+        ("Full attention", TilePattern(None), "every frame sees every frame"),
+        ("Arrow mask 6:15", TilePattern(6), "itself and 6 reference frames"),
+        ("2:19~1+3", TilePattern(2, window=1, means=3), "2, its neighbours, and 3 means of the rest"),
+    )
+    words = f'font-family="{FONT}" text-anchor="middle"'
+    text = ""
+    for column, (title, pattern, what) in enumerate(masks):
+        x = left + column * (size + gap)
+        text += mask(x, top, size, frames, pattern)
+        centre, share = x + size / 2, f"{100 * pattern.density(frames):.0f} % of the tiles"
+        text += f'<text x="{centre}" y="52" {words} font-size="26" font-weight="700" fill="#f4f7ff">{title}</text>'
+        text += f'<text x="{centre}" y="{top + size + 34}" {words} font-size="18" fill="#a9b6d3">{what}</text>'
+        text += f'<text x="{centre}" y="{top + size + 60}" {words} font-size="18" fill="#a9b6d3">{share}</text>'
+    down = f'{words} font-size="16" fill="#8494b8" transform="rotate(-90 66 {top + size / 2})"'
+    text += f'<text x="66" y="{top + size / 2}" {down}>a frame asks (81 frames of Wan are 21)</text>'
+    return page(left + 3 * size + 2 * gap + 50, top + size + 86, "", text)
+
+
+def draw(name: str, svg: str, chromium: str, colors: int = 0) -> None:
+    """Write web/<name>.png at the SVG's own size, in so many ``colors`` where they are given: a fifth of the bytes."""
     width, height = (svg.split(f'{key}="')[1].split('"')[0] for key in ("width", "height"))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "picture.html"
@@ -90,9 +137,14 @@ def draw(name: str, svg: str, chromium: str) -> None:
         subprocess.run(
             [chromium, *options, f"--screenshot={WEB / name}.png", source.as_uri()], check=True, capture_output=True
         )
+    if colors:
+        with Image.open(WEB / f"{name}.png") as picture:
+            few = picture.convert("RGB").quantize(colors)
+        few.save(WEB / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":
     browser = sys.argv[1] if len(sys.argv) > 1 else "chromium"
     draw("icon", icon(), browser)
     draw("banner", banner(), browser)
+    draw("arrow_mask", arrow_mask(), browser, colors=64)
