@@ -182,6 +182,54 @@ def test_one_segment_is_a_plain_consistency_model():
     torch.testing.assert_close(target, torch.full((9, 4), 7.0), rtol=1e-3, atol=1e-3)
 
 
+def walk_to_the_end(loss, z, index, clean_of):
+    """z at the end of the segment of grid point ``index``, by DDIM steps of the teacher alone."""
+    a, s = loss.grid.a, loss.grid.s
+    for i in range(index, (index - 1) // loss.grid.per_segment * loss.grid.per_segment, -1):
+        z = ddim(z, clean_of(z, a[i], s[i]), a[i], s[i], a[i - 1], s[i - 1])
+    return z
+
+
+@pytest.mark.parametrize("name", ["vp", "flow", "flow shift 5"])
+@pytest.mark.parametrize("segments", [1, 3, 8])
+def test_a_teacher_that_walks_on_is_followed_to_the_segments_end(name, segments):
+    """The student's jump lands where the teacher's steps do, which are taken one by one here."""
+    loss = loss_for(name, segments, 5 * segments, gaussian, target="teacher")
+    loss.target = None  # the student must not be asked
+    draw = every(loss.grid)
+    z = torch.randn(loss.grid.steps, 4, dtype=torch.float64, generator=generator())
+    x = loss.target_of(z, None, draw)
+    for i in range(loss.grid.steps):
+        here, end = draw.at, draw.end
+        landed = ddim(z[i], x[i], here.a[i], here.s[i], end.a[i], end.s[i])
+        torch.testing.assert_close(landed, walk_to_the_end(loss, z[i], i + 1, gaussian), rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_that_walks_on_is_asked_alike_in_every_process():
+    """Those that share a sharded network wait for one another in each call, wherever their examples stand."""
+    calls, targets, drawn = {}, {}, ((1,), (4,), (2, 5), (8, 4))
+    for alone in (True, False):
+        for places in drawn:
+            loss = loss_for("flow", 2, 8, gaussian, target="teacher")
+            loss.alone, teacher, count = alone, loss.teacher, []
+            loss.teacher = lambda *args, teacher=teacher, count=count: count.append(len(args[0])) or teacher(*args)
+            z = torch.randn(len(places), 3, dtype=torch.float64, generator=generator(7))
+            targets[alone, places] = loss.target_of(z, None, loss.grid.at(torch.tensor(places)))
+            calls[alone, places] = len(count)
+    assert [calls[False, places] for places in drawn] == [4, 4, 4, 4]
+    assert [calls[True, places] for places in drawn] == [1, 4, 2, 4]
+    assert all(torch.equal(targets[True, places], targets[False, places]) for places in drawn)
+
+
+def test_guidance_goes_with_its_examples_on_the_way():
+    loss = loss_for("flow", 1, 3, gaussian, target="teacher")
+    asked, teacher = [], loss.teacher
+    loss.teacher = lambda z, time, c, g: asked.append((c.tolist(), g.tolist())) or teacher(z, time, c, g)
+    z = torch.randn(3, 2, dtype=torch.float64, generator=generator())
+    loss.target_of(z, torch.tensor([10, 20, 30]), loss.grid.at(torch.tensor([3, 1, 2])), torch.tensor([1.0, 2.0, 3.0]))
+    assert asked == [([10, 20, 30], [1.0, 2.0, 3.0]), ([10, 30], [1.0, 3.0]), ([10], [1.0])]
+
+
 @pytest.mark.parametrize("segments", [*range(1, 13), 20, 50])
 @pytest.mark.parametrize("path", [PATHS["vp"], PATHS["flow shift 5"]], ids=["vp", "flow"])
 def test_training_ends_where_the_sampler_starts(path, segments):

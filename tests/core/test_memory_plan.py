@@ -191,16 +191,17 @@ def test_numbers_are_counted_from_the_heads_of_files(tmp_path):
     assert count_numbers(tmp_path / "none") == 0
 
 
-@pytest.mark.parametrize("case", ["consistency", "guidance", "checkpoints", "lora", "knowledge", "score"])
+@pytest.mark.parametrize("case", ["consistency", "guidance", "walk", "checkpoints", "lora", "knowledge", "score"])
 def test_the_work_is_what_a_training_computes(case, tmp_path, monkeypatch):
     torch.manual_seed(0)
     family, method, model = CASES.get(case, (opensora_plan, "consistency", {}))
     config = stage(family, tmp_path, method, **model)
     # Many sub-steps: at the last of each segment the student's own target is not asked for, which the plan leaves aside.
     finer = {"teacher_steps": 64} if method != "knowledge" else {}
-    guided = {"guidance": 3.0} if case == "guidance" else {}
+    guided = {"guidance": 3.0} if case in ("guidance", "walk") else {}
+    walking = {"target": "teacher"} if case == "walk" else {}
     config = replace(
-        config, objective=replace(config.objective, **finer, **guided), training=replace(config.training, steps=5)
+        config, objective=replace(config.objective, **finer, **guided, **walking), training=replace(config.training, steps=5)
     )
     work = plan_work(config, WORDS)
     assert work.examples == 5 * 8 and work.hours(1e-9) == pytest.approx(40 * work.flops / 3.6e6)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import DistillConfig
 from ..families.open_model import open_model
+from ..objectives.consistency import TEACHER
 from ..objectives.knowledge import DATA, forwards_of_ways
 from .memory import FusedAttention, meta_inputs, meta_student
 
@@ -52,7 +53,9 @@ def _example(stage: DistillConfig, asked: float, learnt: float) -> float:
         ways = forwards_of_ways(stage.training.batch, times) if objective.states != DATA else 0.0
         return asked + learnt + ways * asked
     teacher = asked if objective.guidance is None else 2 * asked
-    consistency = teacher + asked + learnt
+    per_segment = max(1, round(objective.teacher_steps / objective.segments))
+    walk = teacher * (per_segment + 1) / 2  # the mean over a segment's places
+    consistency = learnt + (walk if objective.target == TEACHER else teacher + asked)
     if stage.method == "consistency":
         return consistency
     rollout = objective.segments * asked

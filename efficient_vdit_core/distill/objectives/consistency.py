@@ -9,6 +9,9 @@ from t' lands. Written out, that target is a blend (a: signal, s: noise, "end": 
 
 and lam = 1 where t' is the end. The paper's own form inverts a DDIM step, which in bf16 loses all digits; the
 blend is exact in float32. The target's weights are the student's own, without gradient.
+
+Or the teacher answers at t' too, by its next step, and so on to the segment's end (``target = "teacher"``): then x* is
+exact, where a student's own errors pile up from the segment's end to its beginning.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from .grid import Draw, Place, SegmentGrid
 LOSSES = ("norm", "squared", "huber")
 WEIGHTS = ("inverse_variance", "inverse_sigma", "snr", "none", "sqrt_snr")
 SPACES = ("x", "z")
+STUDENT, TEACHER = "student", "teacher"
+TARGETS = (STUDENT, TEACHER)
 
 log = logging.getLogger("efficient_vdit")
 
@@ -60,6 +65,8 @@ class ConsistencyConfig:
     12).
     data_side: how many times more often the hardest segment, next to the data, is drawn.
     plan: a tile plan (``k:T-k`` or a file) under which both networks run, where knowledge distillation came first.
+    target: who answers from t' on: the student, or the teacher, who walks on to the segment's end. That is exact, and asks
+        the teacher up to ``teacher_steps / segments`` times for each example, in the mean half as often.
     """
 
     segments: int = 8
@@ -74,9 +81,10 @@ class ConsistencyConfig:
     addim: bool = False
     data_side: float = 1.0
     plan: str = ""
+    target: str = STUDENT
 
     def __post_init__(self) -> None:
-        for name, choices in (("loss", LOSSES), ("weight", WEIGHTS), ("space", SPACES)):
+        for name, choices in (("loss", LOSSES), ("weight", WEIGHTS), ("space", SPACES), ("target", TARGETS)):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} is {quoted(getattr(self, name))}, expected one of {', '.join(choices)}. Correct the configuration."
@@ -100,11 +108,11 @@ class ConsistencyLoss:
 
     Args:
         prediction: what both networks predict, of `PREDICTIONS`.
-        student, target: the same weights; ``target`` runs without gradient.
+        student, target: the same weights; ``target`` runs without gradient, and not at all where the teacher walks on.
         teacher: gives the guided and the unguided output.
         serves: as `SegmentGrid` has it.
-        alone: the target need not be asked where no example wants it. False among processes that compute together, each
-            of which waits in every call of the student for the others.
+        alone: nobody need be asked where no example wants it. False among processes that compute together, each of which
+            waits in every call of a network for the others.
     """
 
     def __init__(
@@ -135,9 +143,13 @@ class ConsistencyLoss:
         return self.compare(self._clean(z, out, draw.at), target, draw)
 
     @torch.no_grad()
-    def target_of(self, z: Tensor, condition: Any, draw: Draw, guidance: Tensor | None = None) -> Tensor:
-        """x* (B, ...) float32 for z at ``draw.at``."""
-        guided, plain = self.teacher(z, self._time(draw.at, z), condition, guidance)
+    def target_of(
+        self, z: Tensor, condition: Any, draw: Draw, guidance: Tensor | None = None, further: int | None = None
+    ) -> Tensor:
+        """x* (B, ...) float32 for z at ``draw.at``. ``further``: how many more steps of the teacher can follow there,
+        by itself as many as a segment has."""
+        further = self.grid.per_segment - 1 if further is None else further
+        guided, _ = self.teacher(z, self._time(draw.at, z), condition, guidance)
         x_teacher = self._clean(z, guided, draw.at)
         lam = _like(blend(draw), z)
         if not self.config.addim:
@@ -145,18 +157,26 @@ class ConsistencyLoss:
             extra = None
         else:
             z_below, extra = addim(z, x_teacher, draw)
-        asked = ~draw.first  # the student is asked only where its answer counts
+        asked = ~draw.first  # below it somebody is asked only where the answer counts
         if not asked.any():
-            if self.alone:
+            if self.alone or (self.config.target == TEACHER and not further):
                 return x_teacher if extra is None else x_teacher + extra
             asked[0] = True  # its answer counts nothing, lam being 1
         rest = asked.to(z.device)
-        x_student = x_teacher.clone()
-        time, part = self._time(draw.below, z)[rest], pick(condition, rest)
-        place = Place(*(value[asked] for value in (draw.below.time, draw.below.a, draw.below.s)))
-        x_student[rest] = self._clean(z_below[rest], self.target(z_below[rest], time, part), place)
-        target = lam * x_teacher + (1 - lam) * x_student
+        x_below = x_teacher.clone()
+        x_below[rest] = self._below(
+            z_below[rest], pick(condition, rest), self.grid.at((draw.index[asked] - 1).clamp(min=1)),
+            pick(guidance, rest), further - 1,
+        )  # fmt: skip
+        target = lam * x_teacher + (1 - lam) * x_below
         return target if extra is None else target + extra
+
+    def _below(self, z: Tensor, condition: Any, draw: Draw, guidance: Tensor | None, further: int) -> Tensor:
+        """The clean data that lead from ``draw.at`` to the segment's end: at once as the student says, or as the teacher
+        gets there."""
+        if self.config.target == TEACHER:
+            return self.target_of(z, condition, draw, guidance, further)
+        return self._clean(z, self.target(z, self._time(draw.at, z), condition), draw.at)
 
     def compare(self, x: Tensor, target: Tensor, draw: Draw) -> StepLoss:
         """The weighted loss of the student's clean prediction x, and its mean in each segment."""

@@ -31,9 +31,10 @@ class Draw:
     """Where each of B examples stands: at ``at``, one teacher step above ``below``, in ``segment`` (0 = data) that ends
     at ``end``.
 
-    ``first`` marks those whose step already ends at the segment's end.
+    ``first`` marks those whose step already ends at the segment's end; ``index`` is the grid point that they stand on.
     """
 
+    index: Tensor
     segment: Tensor
     at: Place
     below: Place
@@ -86,7 +87,7 @@ class SegmentGrid:
         """The draw at grid points ``index`` (B,), 1 to ``steps``."""
         segment = (index - 1) // self.per_segment
         end = segment * self.per_segment
-        return Draw(segment, self._place(index), self._place(index - 1), self._place(end), index - 1 == end)
+        return Draw(index, segment, self._place(index), self._place(index - 1), self._place(end), index - 1 == end)
 
     def _place(self, index: Tensor) -> Place:
         return Place(self.times[index], self.a[index], self.s[index])
