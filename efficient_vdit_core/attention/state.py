@@ -150,10 +150,6 @@ class ForwardState:
         """Whether this is the mask of the text's padding: one row of keys for all queries."""
         return len(self.padding) > 0 and mask.numel() == mask.shape[-1] == layout.tokens
 
-    def masks_a_part(self, tokens: int, mask: Tensor | None) -> bool:
-        """Whether a mask weighs all ``tokens`` for a part of the queries: how LTX gives guides another strength."""
-        return mask is not None and self.layout is not None and tokens == self.layout.tokens
-
     def masked(self, mask: Tensor | None) -> range:
         """The tokens that a call with this mask leaves out."""
         return range(0) if mask is None else self.padding
