@@ -31,7 +31,8 @@ from ..attention.attention_call import AttentionCall, override_by
 from ..attention.call_shape import CallShape
 from ..attention.calls import MANY_PATTERNS
 from ..attention.dense_call import DenseCall
-from ..attention.heads import put_heads, take_heads
+from ..attention.layout import spans_of
+from ..attention.spans import put, take
 from ..attention.state import Override
 from ..tiles import TilePattern
 from ..timing import wait_for
@@ -261,15 +262,15 @@ def _time_part(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> None:
     """Takes the time of every second head, gathered and put back as a group that stands apart is."""
-    heads = tuple(range(0, qkv[0].shape[1], 2))
+    heads = spans_of(range(0, qkv[0].shape[1], 2))
     share = len(heads) / qkv[0].shape[1]
     if not (record.timed and record.by_head) or share == 1:
         return
     out = torch.empty_like(qkv[0])
     wait_for(out.device)
     start = time.perf_counter()
-    q, k, v = (take_heads(x, heads) for x in qkv)
-    put_heads(out, heads, attend(q, k, v))
+    q, k, v = (take(x, heads, 1) for x in qkv)
+    put(out, heads, attend(q, k, v), 1)
     wait_for(out.device)
     record.add_part(layer, pattern, share, time.perf_counter() - start)
 
