@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -55,20 +55,14 @@ class ClipComparison:
         return {**values, "identical": math.isinf(self.psnr)}
 
 
-class Frames(Protocol):
-    """A clip whose frames (H, W, 3) come one by one, each time anew: of a file, which need not fit into memory."""
-
-    def __iter__(self) -> Iterator[Tensor]: ...
-
-
 def compare_clips(
-    a: Tensor | Frames, b: Tensor | Frames, *, lpips: bool = True, progress: Callable[[int, int], None] | None = None
+    a: Iterable[Tensor], b: Iterable[Tensor], *, lpips: bool = True, progress: Callable[[int, int], None] | None = None
 ) -> ClipComparison:
     """Compares b with a.
 
     Args:
-        a, b: (F, H, W, 3) each, or their frames, uint8, or float with 0..1 from black to white; values beyond are
-            clipped as a screen does.
+        a, b: (F, H, W, 3) each, or their frames one by one, as of a file that need not fit into memory: uint8, or float
+            with 0..1 from black to white; values beyond are clipped as a screen does.
         lpips: measure it too where the package ``lpips`` and its weights are on this machine.
         progress: called with (frames done, all frames, 0 where that is not known yet) after each; what it raises ends
             the comparison.

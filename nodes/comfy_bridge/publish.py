@@ -116,5 +116,5 @@ def _prepare(hook: Hook, state: ForwardState, call: ModelCall) -> None:
     shape = call_shape(hook.family, call.model, call.x)
     if state.layout is not None and state.depth:
         hook.report.cost = StepCost(state.layout, shape.heads, shape.head_dim, state.depth, hook.weights)
-    hook.preparation.before_forward(state, [shape], dense_of)
+    hook.preparation.before_forward(state, shape, dense_of)
     hook.report.clock.reserve(shape.device, state.depth or 0)
