@@ -45,6 +45,14 @@ def test_context_windows_are_clips_of_their_own(facts):
     assert len(facts["window lines"]) == 1 and "sparse at mean density 0.52; dense: " in facts["window lines"][0]
 
 
+def test_context_windows_of_a_clip_whose_sound_is_not_made_are_sparse_too(facts):
+    if "windows without sound" not in facts:
+        pytest.skip("this ComfyUI has no LTX-2")
+    assert facts["windows without sound"] == [
+        "Efficient-vDiT: 6 attention calls sparse at mean density 0.52; dense: 6 cross-attention"
+    ]
+
+
 def test_a_window_that_brings_the_first_frame_has_one_frame_more(facts):
     if "anchored frames" not in facts:
         pytest.skip("this ComfyUI puts no first frame before its context windows")
