@@ -33,6 +33,11 @@ def test_reference_frames_stand_where_asked(facts, place):
     assert facts[f"placement {place}"] < ROUNDING < facts["rotating differs"]
 
 
+def test_the_steps_of_levels_that_rise_are_counted_in_their_order(facts):
+    dense = "9 cross-attention, 3 outside the step window"
+    assert facts["rising"] == [f"Efficient-vDiT: 6 attention calls sparse at mean density 0.31; dense: {dense}"] * 2
+
+
 def test_guidance_in_two_forwards_counts_layers_anew_in_each(facts):
     assert facts["split forwards"] == 4
     assert facts["split lines"] == [

@@ -94,6 +94,12 @@ rotating = run(sparse(model, placement="rotating"), steps=3)
 facts["placement rotating"] = distance(rotating, run(judged(model, moving), steps=3))
 facts["rotating differs"] = distance(rotating, run(sparse(model), steps=3))
 
+# Noise levels that rise, as FlipSigmas gives them to turn a clip into noise: three steps.
+facts["rising"] = []
+for choice in ({"dense_first_steps": 1}, {"dense_last_steps": 1}):
+    run(sparse(model, **choice), steps=4, cfg=1.0, part=[3, 2, 1, 0])
+    facts["rising"] += lines
+
 # Guidance in two forwards a step, as texts of different lengths need it.
 longer = noise(1, 11, 32)
 split = run(sparse(model), negative=longer)
