@@ -65,7 +65,7 @@ def _over_the_video(preparation: Preparation, call: AttentionCall, state: Forwar
     """A self-attention over the video: under its layer's pattern, or dense with the reason counted. ``whole`` is the layout
     with its padding."""
     report = _counted_by(preparation, state)
-    layer = state.next_layer(call.options, call.heads)
+    layer = _layer_computed_again(preparation, state) if state.ended else state.next_layer(call.options, call.heads)
     work = preparation.layer(state, layer, call.options.get("total_blocks"))
     for note in work.notes:
         preparation.report.warn(*note)
@@ -103,6 +103,18 @@ def _over_the_video(preparation: Preparation, call: AttentionCall, state: Forwar
                 text = "attention of another batch or size than the latents' goes without the cached residual."
                 preparation.report.warn("residual of another size", text)
     return call.give(out, padding)
+
+
+def _layer_computed_again(preparation: Preparation, state: ForwardState) -> int:
+    """Of a block that is computed again by itself: nothing tells which one it is, so all layers must be alike. Raises
+    ValueError where they are not."""
+    work = [preparation.layer(state, layer) for layer in range(state.depth or 0)]
+    if len({(of_layer.pattern, of_layer.reason) for of_layer in work}) > 1:
+        raise ValueError(
+            "Gradient checkpointing computes single blocks again, and nothing tells which layers of the plan these are, which differ. "
+            "Set checkpoint_depth to 1, switch gradient checkpointing off, or take one pattern for all layers."
+        )
+    return 0
 
 
 def _counted_by(preparation: Preparation, state: ForwardState | None) -> AttentionReport:
