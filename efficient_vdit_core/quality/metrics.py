@@ -81,7 +81,7 @@ def compare_clips(
     for index, pair in enumerate(_pairs(a, b)):
         perceptual = perceptual or find_lpips(pair[0].device)
         height, width = pair[0].shape[:2]
-        now = _unit(pair[0], index, "first"), _unit(pair[1], index, "second")
+        now = _finite_unit(pair[0], index, "first"), _finite_unit(pair[1], index, "second")
         errors.append(_mean_square(now[0] - now[1]))
         similar.append(ssim(*now))
         if before is not None:
@@ -178,16 +178,17 @@ def _pairs(a: Iterable[Tensor], b: Iterable[Tensor]) -> Iterator[tuple[Tensor, T
         yield one, two
 
 
-def _unit(frame: Tensor, index: int, name: str) -> Tensor:
+def unit(frame: Tensor) -> Tensor:
     """One frame, float32 in 0..1."""
-    if frame.dtype == torch.uint8:
-        return frame.float() / 255
-    frame = frame.float()
+    return frame.float() / 255 if frame.dtype == torch.uint8 else frame.float().clamp(0, 1)
+
+
+def _finite_unit(frame: Tensor, index: int, name: str) -> Tensor:
     if not bool(frame.isfinite().all()):
         raise ValueError(
             f"Frame {index} of the {name} clip holds NaN or infinite values, expected 0 to 1. Its generation failed."
         )
-    return frame.clamp(0, 1)
+    return unit(frame)
 
 
 def _mean_square(x: Tensor) -> float:

@@ -18,7 +18,6 @@ from ..tiles import TilePattern
 C = TypeVar("C", bound=Hashable)  # candidates
 
 FLOPS, MEASURED = "flops", "measured"
-COSTS = (FLOPS, MEASURED)
 # Above this many partial plans, costs are rounded up to a grid of COST_STEPS a layer: still within the budget.
 MAX_PARTIAL_PLANS, COST_STEPS = 50_000, 4096
 
