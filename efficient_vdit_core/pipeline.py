@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .attention.override import FORWARD_KEY, AttentionReport, ForwardState
 from .attention.prepare import Preparation
+from .attention.report import AttentionReport
 from .attention.residual import Room
 from .attention.sdpa import OVERRIDE_KEY
+from .attention.state import FORWARD_KEY, ForwardState
 from .devices import pick_device, pick_dtype
 from .limits.quote import quoted
 from .model_folder import TINY, find_model

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from .attention.call_shape import CallShape
 from .attention.layout import TokenLayout
-from .attention.override import FORWARD_KEY, ForwardState, attention_override
+from .attention.override import attention_override
 from .attention.prepare import Preparation
 from .attention.residual import Room
 from .attention.sdpa import OVERRIDE_KEY
+from .attention.state import FORWARD_KEY, ForwardState
 from .limits.memory import check_memory
 from .request import VideoRequest
 from .tiles import TokenGrid

@@ -150,10 +150,6 @@ class TilePattern:
         """The pattern of some of a layer's heads."""
         return self
 
-    def parts(self, heads: int) -> list[TilePattern]:
-        """What the calls follow that share out a layer's heads, ``heads`` at a time."""
-        return [self]
-
     def mean(self, values: Mapping[TilePattern, float]) -> float:
         """The mean of ``values`` by pattern over a layer's heads."""
         return values[self]

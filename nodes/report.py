@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..efficient_vdit_core.attention.summary import summarize_run
 from .checked import checked
-from .comfy_bridge.report import report_of
+from .comfy_bridge.hook import report_of
 from .inputs import CATEGORY, search_words
 
 log = logging.getLogger("efficient_vdit")

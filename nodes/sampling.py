@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..efficient_vdit_core.sampling.presets import cut
 from .checked import checked
 from .comfy_bridge.distilled import LOADED_MODEL
 from .comfy_bridge.sampling import (
@@ -15,7 +16,6 @@ from .comfy_bridge.sampling import (
     checkpoint_changed,
     checkpoint_names,
     consistency_sampler,
-    cut_sigmas,
     preset_sigmas,
 )
 from .inputs import CATEGORY, advanced_inputs, search_words
@@ -154,7 +154,7 @@ class EVDiTConsistencySigmas(io.ComfyNode):
         end_step: int = MAX_STEP,
     ) -> io.NodeOutput:
         levels = preset_sigmas(model, preset, segments, steps, shift=shift, sigmas=manual_sigmas, checkpoint=checkpoint)
-        return io.NodeOutput(cut_sigmas(levels, start_step, end_step))
+        return io.NodeOutput(cut(levels, start_step, end_step))
 
 
 class EVDiTConsistencySampler(io.ComfyNode):

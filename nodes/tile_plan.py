@@ -65,5 +65,5 @@ class EVDiTTilePlan(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, reference_frames: int, text: str = "") -> io.NodeOutput:
-        plan = TilePlan.from_text(text) if text.strip() else TilePlan.uniform(reference_frames, layers=None)
+        plan = TilePlan.from_text(text) if text.strip() else TilePlan.uniform(reference_frames)
         return io.NodeOutput(plan, ui=plan_ui(plan))

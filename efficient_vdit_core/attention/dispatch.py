@@ -21,12 +21,12 @@ from .choose import default_book
 from .dense_call import function_name
 from .frames import attend_frames
 from .gpu import arrow_kernels_status, is_recording
-from .heads import put_heads, take_heads
-from .layout import TokenLayout, check_tensors
+from .layout import TokenLayout, check_tensors, result_like, spans_of
 from .mean_frames import make_tables
 from .merge import prepare_merge
 from .partial import PartialAttention, attend_backward, attend_lse, partial_of
 from .parts import attend_parts
+from .spans import put, take
 from .trial import Attend, Choice
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -130,10 +130,10 @@ def tile_attention(
     calls = calls_of(pattern, q.shape[1], {p: named(p, shape) for p, shape in shapes.items()}, layout.grid.t)
     if len(calls) == 1:
         return attended(calls[0], q, k, v)
-    # In the order of a sequence's tokens, as the model's next layer reads them.
-    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    out = result_like(q)
     for call in calls:
-        put_heads(out, call.heads, attended(call, *(take_heads(x, call.heads) for x in (q, k, v))))
+        heads = spans_of(call.heads)
+        put(out, heads, attended(call, *(take(x, heads, 1) for x in (q, k, v))), 1)
     return out
 
 

@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ..tiles import TilePattern
 from .extra_bytes import default_extra_bytes
-from .layout import TokenLayout, frames_of, global_spans, runs
+from .layout import TokenLayout, frames_of, global_spans, result_like, runs, sliding_frames
 from .spans import put, take
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -57,8 +56,7 @@ def attend_frames(
         limit = default_extra_bytes(q, head_bytes * q.shape[1], gradients=gradients)
     heads = min(q.shape[1], max(1, limit // head_bytes))
     chunks = list(_chunks(neighbours, max(1, limit // (chunk_bytes * heads))))
-    # In the order of a sequence's tokens, as the model's next layer reads them.
-    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    out = result_like(q)
     reuse = not gradients  # the slope of q is made of k and v
     for first in range(0, q.shape[1], heads):
         group = slice(first, first + heads)
@@ -104,7 +102,7 @@ class _NearAndShared:
     def of(self, seen: Chunk) -> Tensor:
         first, width, size = seen[0][0], len(seen[0]), self.layout.grid.tokens_per_frame
         if not self.spans and seen == [tuple(range(f, f + width)) for f in range(first, first + len(seen))]:
-            return _sliding(self.x, self.layout, first, len(seen), width)
+            return sliding_frames(self.x, self.layout, first, len(seen), width)
         buffer = self._buffer(width, len(seen))
         for place in range(width):
             part = buffer[:, :, place * size : (place + 1) * size]
@@ -129,14 +127,6 @@ class _NearAndShared:
             buffer[:, :, at : at + stop - start] = self.x[:, start:stop]
             at += stop - start
         return buffer
-
-
-def _sliding(x: Tensor, layout: TokenLayout, first: int, count: int, width: int) -> Tensor:
-    """Frames ``first`` to ``first + width`` of x (H, N, D), then the same one frame on, ``count`` times, as a view
-    (f, H, c s, D)."""
-    size, (start, stop) = layout.grid.tokens_per_frame, layout.span(first, first + count - 1 + width)
-    video = x[:, start:stop]
-    return rearrange(video.unfold(1, width * size, size), "h f d s -> f h s d")
 
 
 def _take(x: Tensor, layout: TokenLayout, frames: list[int]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -55,6 +56,18 @@ def frames_of(x: Tensor, layout: TokenLayout, first: int, last: int) -> Tensor:
     return rearrange(x[:, start:stop], "h (f s) d -> f h s d", s=layout.grid.tokens_per_frame)
 
 
+def sliding_frames(x: Tensor, layout: TokenLayout, first: int, count: int, width: int) -> Tensor:
+    """Frames ``first`` to ``first + width`` (exclusive) of x (H, N, D), then the same one frame on, ``count`` times, as a view
+    (f, H, width s, D)."""
+    size, (start, stop) = layout.grid.tokens_per_frame, layout.span(first, first + count - 1 + width)
+    return rearrange(x[:, start:stop].unfold(1, width * size, size), "h f d s -> f h s d")
+
+
+def result_like(q: Tensor) -> Tensor:
+    """An empty (B, H, N, D) in the order of a sequence's tokens, as the model's next layer reads them."""
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
 def runs(indices: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """(place in the list, first, last + 1) of each run of consecutive ones among ascending ``indices``: slices, where a
     list of indices would have to travel to the device."""
@@ -63,6 +76,11 @@ def runs(indices: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         if i == len(indices) or indices[i] != indices[i - 1] + 1:
             yield start, indices[start], indices[i - 1] + 1
             start = i
+
+
+def spans_of(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """The runs of ascending ``indices`` as ranges [first, last + 1), for ``spans.take`` and ``put``."""
+    return [(first, last) for _, first, last in runs(indices)]
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:

@@ -20,12 +20,9 @@ def without_padding(layout: TokenLayout, padding: range) -> TokenLayout:
 
 
 def as_heads(x: Tensor, heads: int, skip_reshape: bool, padding: range = range(0)) -> Tensor:
-    """(B, H, N, D) without the tokens of ``padding``, from that form with ``skip_reshape``, else from (B, N, H * D)."""
-    return leave_out(x if skip_reshape else rearrange(x, "b n (h d) -> b h n d", h=heads), padding)
-
-
-def leave_out(x: Tensor, padding: range) -> Tensor:
-    """(B, H, N, D) without the tokens of ``padding``; a view where nothing stands behind them."""
+    """(B, H, N, D) without the tokens of ``padding``, from that form with ``skip_reshape``, else from (B, N, H * D); a view
+    where nothing stands behind them."""
+    x = x if skip_reshape else rearrange(x, "b n (h d) -> b h n d", h=heads)
     if not padding:
         return x
     before, behind = x[:, :, : padding.start], x[:, :, padding.stop :]
@@ -33,7 +30,7 @@ def leave_out(x: Tensor, padding: range) -> Tensor:
 
 
 def fill_in(x: Tensor, padding: range) -> Tensor:
-    """The inverse of ``leave_out``, with zeros."""
+    """(B, H, N, D) with zeros as the tokens of ``padding``, which ``as_heads`` left out."""
     if not padding:
         return x
     zeros = x.new_zeros(*x.shape[:2], len(padding), x.shape[3])

@@ -26,10 +26,10 @@ from torch.autograd.function import once_differentiable
 
 from ..tiles import TilePattern
 from .extra_bytes import default_extra_bytes
-from .layout import TokenLayout, frames_of, global_spans, runs
+from .layout import TokenLayout, frames_of, global_spans, result_like, runs, sliding_frames
 from .mean_frames import Means, means_of
 from .merge import merge_into
-from .partial import Partial, PartialAttention
+from .partial import Partial, PartialAttention, lse_dtype
 from .spans import in_rows, put, take
 
 
@@ -143,9 +143,8 @@ def _near(neighbours: dict[int, tuple[int, ...]], first: int, last: int) -> Iter
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, partial: PartialAttention) -> Partial:
     """(out, lse)."""
-    # In the order of a sequence's tokens, as the model's next layer reads them.
-    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    out = result_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q))
     for heads in schedule.heads:
         _attend_heads(*(x[:, heads] for x in (out, lse, q, k, v)), schedule=schedule, partial=partial)
     return out, lse
@@ -192,12 +191,14 @@ def _attend_near(
 ) -> None:
     """(c) of one batch entry (H, N, D), into ``out`` and ``lse``, merged with what stands there or with ``first``, of these
     rows alone."""
-    size = schedule.layout.grid.tokens_per_frame
-    own = schedule.tokens(near.first, near.first + near.count)
-    done, logs = partial.forward(_batch(q[:, own], size), _seen(k, schedule, near), _seen(v, schedule, near))
-    rows, row_logs = _batch(out[:, own], size), _batch(lse[:, own, None], size)[..., 0]
+    queries, rows, row_logs = (_rows_of(x, schedule.layout, near) for x in (q, out, lse[..., None]))
+    done, logs = partial.forward(queries, _seen(k, schedule.layout, near), _seen(v, schedule.layout, near))
+    row_logs = row_logs[..., 0]
     if schedule.spans:
-        before = first and (_batch(first[0], size), _batch(first[1][..., None], size)[..., 0])
+        before = first and (
+            rearrange(first[0], "h (f s) d -> f h s d", f=near.count),
+            rearrange(first[1], "h (f s) -> f h s", f=near.count),
+        )
         merge_into(rows, row_logs, done, logs, before)
     else:  # no span parts a frame's neighbours: this is all that its rows see
         rows.copy_(done)
@@ -208,7 +209,7 @@ def _attend_means(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, means: Means, partial: PartialAttention
 ) -> None:
     """(d) of one batch entry (H, N, D), into ``out`` and ``lse``."""
-    queries, rows, row_logs = (_frames_of(x, means) for x in (q, out, lse[..., None]))
+    queries, rows, row_logs = (_rows_of(x, means.layout, means) for x in (q, out, lse[..., None]))
     done, logs = partial.forward(queries, means.of(k), means.of(v))
     merge_into(rows, row_logs[..., 0], done, logs + means.logs(logs))
 
@@ -287,17 +288,11 @@ def _near_gradients(
 ) -> None:
     """What (c) of one batch entry contributes, added to ``totals``: dq, dk, dv (H, N, D)."""
     assert partial.backward is not None
-    size, (dout, q, k, v, out, lse) = schedule.layout.grid.tokens_per_frame, of_entry
-    own = schedule.tokens(near.first, near.first + near.count)
-    dq, *ds = partial.backward(
-        _batch(dout[:, own], size),
-        _batch(q[:, own], size),
-        _seen(k, schedule, near),
-        _seen(v, schedule, near),
-        _batch(out[:, own], size),
-        _batch(lse[:, own, None], size)[..., 0],
-    )
-    rows = _batch(totals[0][:, own], size)
+    layout, (dout, q, k, v, out, lse) = schedule.layout, of_entry
+    slopes, queries, results, logs = (_rows_of(x, layout, near) for x in (dout, q, out, lse[..., None]))
+    keys, values = (_seen(x, layout, near) for x in (k, v))
+    dq, *ds = partial.backward(slopes, queries, keys, values, results, logs[..., 0])
+    rows, size = _rows_of(totals[0], layout, near), layout.grid.tokens_per_frame
     if schedule.spans:
         rows += dq
     else:
@@ -315,28 +310,21 @@ def _mean_gradients(
     """What (d) of one batch entry contributes, added to ``totals``: dq, dk, dv (H, N, D)."""
     assert partial.backward is not None
     dout, q, k, v, out, lse = of_entry
-    slopes, queries, results, logs = (_frames_of(x, means) for x in (dout, q, out, lse[..., None]))
+    slopes, queries, results, logs = (_rows_of(x, means.layout, means) for x in (dout, q, out, lse[..., None]))
     # The kernel's scores lack the logarithm of the count, so it is taken off the log-sum-exp instead.
     logs = logs[..., 0] - means.logs(logs)
     dq, dk, dv = partial.backward(slopes, queries, means.of(k), means.of(v), results, logs)
-    rows = _frames_of(totals[0], means)
+    rows = _rows_of(totals[0], means.layout, means)
     rows += dq
     means.add_gradient(totals[1], dk)
     means.add_gradient(totals[2], dv)
 
 
-def _frames_of(x: Tensor, means: Means) -> Tensor:
-    """The rows of x (H, N, D) that see the means, as a view (f, H, s, D)."""
-    return frames_of(x, means.layout, means.first, means.first + means.count)
+def _rows_of(x: Tensor, layout: TokenLayout, seeing: Near | Means) -> Tensor:
+    """The rows of x (H, N, D) of the frames that see so, as a view (f, H, s, D)."""
+    return frames_of(x, layout, seeing.first, seeing.first + seeing.count)
 
 
-def _batch(x: Tensor, size: int) -> Tensor:
-    """Frames of ``size`` tokens (H, f s, D) as a view (f, H, s, D)."""
-    return rearrange(x, "h (f s) d -> f h s d", s=size)
-
-
-def _seen(x: Tensor, schedule: Schedule, near: Near) -> Tensor:
+def _seen(x: Tensor, layout: TokenLayout, near: Near) -> Tensor:
     """The keys (or values) that ``near`` frames see, of x (H, N, D), as a view (f, H, c s, D)."""
-    size = schedule.layout.grid.tokens_per_frame
-    every = x[:, schedule.tokens(near.seen, near.seen + near.count - 1 + near.width)]
-    return rearrange(every.unfold(1, near.width * size, size), "h f d s -> f h s d")
+    return sliding_frames(x, layout, near.seen, near.count, near.width)

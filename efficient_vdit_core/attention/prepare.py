@@ -7,7 +7,7 @@ allocations and replay them at the next step, and a tensor that it does not see 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,27 +96,23 @@ class Preparation:
         # Calls that no forward was prepared for: their shapes, and from which of the layer's heads on they are.
         self.unforeseen: set[tuple[CallShape, int]] = set()
 
-    def before_forward(
-        self, state: ForwardState, shapes: Iterable[CallShape], dense_of: Callable[[int], DenseCall]
-    ) -> None:
-        """Settles the forward of ``state``: each layer's work, and for each shape of calls the backends.
+    def before_forward(self, state: ForwardState, shape: CallShape, dense_of: Callable[[int], DenseCall]) -> None:
+        """Settles the forward of ``state``: each layer's work and, for its calls, the backends.
 
-        ``shapes`` are of all heads; ``dense_of`` gives a layer's dense attention. Measures backends that were never
+        ``shape`` is of all heads; ``dense_of`` gives a layer's dense attention. Measures backends that were never
         measured, and makes what they keep on the device. Call it outside of whatever records or compiles the model's blocks.
         """
         if state.layout is None or state.depth is None:
             return
-        shapes = list(shapes)
         if state.active:
-            self._settle_all(state, state.layout, shapes, dense_of)
-        if shapes:
-            self.keep_residual(state, shapes[0])
+            self._settle_all(state, state.layout, shape, dense_of)
+        self.keep_residual(state, shape)
 
     def _settle_all(
-        self, state: ForwardState, layout: TokenLayout, shapes: list[CallShape], dense_of: Callable[[int], DenseCall]
+        self, state: ForwardState, layout: TokenLayout, shape: CallShape, dense_of: Callable[[int], DenseCall]
     ) -> None:
         with self.lock:
-            wanted = {*((shape, 0) for shape in shapes), *self.unforeseen}
+            wanted = {(shape, 0), *self.unforeseen}
         layouts = {layout, without_padding(layout, state.padding)}
         slow = set[int]()
         for layer in range(state.depth or 0):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from ..head_patterns import LayerPattern
+from .attention_call import AttentionCall
 from .layout import TokenLayout
 from .state import ForwardState
 
@@ -16,28 +15,20 @@ FEWEST_FRAMES = 4
 HIGHEST_DENSITY = 0.9
 
 
-def tokens_of(shape: Sequence[int], skip_reshape: bool) -> int:
-    """N of (B, H, N, D) with ``skip_reshape``, else of (B, N, H * D)."""
-    return shape[2 if skip_reshape else 1]
-
-
-def why_not_the_video(
-    state: ForwardState | None, q: Sequence[int], k: Sequence[int], mask: Tensor | None, skip_reshape: bool
-) -> str:
-    """The reason why this is no self-attention over the video; an empty text where it is.
-
-    q and k are shapes: (B, H, N, D) with ``skip_reshape``, else (B, N, H * D).
-    """
+def why_not_the_video(call: AttentionCall) -> str:
+    """The reason why this is no self-attention over the video; an empty text where it is."""
+    state = call.state
     if state is None:
         return "no token grid"
-    if tuple(k) != tuple(q):
-        return "masked" if state.masks_a_part(tokens_of(k, skip_reshape), mask) else "cross-attention"
+    if call.crosses:
+        # How LTX gives guides another strength: a mask weighs all tokens for a part of the queries.
+        a_part = call.mask is not None and state.layout is not None and call.keys == state.layout.tokens
+        return "masked" if a_part else "cross-attention"
     if state.layout is None:
         return state.reason
-    tokens = tokens_of(q, skip_reshape)
-    if tokens == state.layout.tokens:
+    if call.tokens == state.layout.tokens:
         return ""
-    return "text or audio alone" if tokens in state.others else ANOTHER_LENGTH
+    return "text or audio alone" if call.tokens in state.others else ANOTHER_LENGTH
 
 
 def why_no_pattern(state: ForwardState, layout: TokenLayout, mask: Tensor | None) -> str:

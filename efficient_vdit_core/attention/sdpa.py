@@ -12,27 +12,12 @@ from torch import Tensor
 OVERRIDE_KEY = "optimized_attention_override"
 
 
-def sdpa_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    mask: Tensor | None = None,
-    attn_precision: Any = None,
-    skip_reshape: bool = False,
-    skip_output_reshape: bool = False,
-    **kwargs: Any,
-) -> Tensor:
-    """Attention of q over k, v; an override in ``transformer_options`` is asked first, as ComfyUI does.
-
-    q, k, v are (B, N, heads * D), or (B, heads, N, D) with ``skip_reshape``. Returns (B, N, heads * D), or
-    (B, heads, N, D) with ``skip_output_reshape``. ``mask`` is additive or boolean and broadcasts to (B, H, Nq, Nk).
-    """
-    shape = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """As ``attention_sdpa``; an override in ``transformer_options`` is asked first, as ComfyUI does."""
     override: Callable[..., Tensor] | None = (kwargs.get("transformer_options") or {}).get(OVERRIDE_KEY)
     if override is not None:
-        return override(attention_sdpa, q, k, v, heads, mask=mask, attn_precision=attn_precision, **shape, **kwargs)
-    return attention_sdpa(q, k, v, heads, mask=mask, **shape)
+        return override(attention_sdpa, q, k, v, heads, mask=mask, **kwargs)
+    return attention_sdpa(q, k, v, heads, mask=mask, **kwargs)
 
 
 def attention_sdpa(
@@ -46,7 +31,11 @@ def attention_sdpa(
     skip_output_reshape: bool = False,
     **_: Any,
 ) -> Tensor:
-    """PyTorch's own, in ComfyUI's calling convention; ``sdpa_attention`` without an override."""
+    """PyTorch's attention of q over k, v.
+
+    q, k, v are (B, N, heads * D), or (B, heads, N, D) with ``skip_reshape``. Returns (B, N, heads * D), or
+    (B, heads, N, D) with ``skip_output_reshape``. ``mask`` is additive or boolean and broadcasts to (B, H, Nq, Nk).
+    """
     if not skip_reshape:
         q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -73,6 +73,8 @@ class ForwardState:
         no_residual: why none is kept, whatever the schedule; "" = one may be.
         residual: what the layers do with the cached residual, None = nothing.
         first_head: of the latest call, among its layer's heads; not 0 where a layer's heads come in several calls.
+        ended: the model's forward is over, which is told in training alone: a call that comes still is of a block that is
+            computed again by itself.
         visit: of the latest call, how often its layer had attended before it: another stream of the model's.
     """
 
@@ -103,10 +105,11 @@ class ForwardState:
     later: bool = False
     no_residual: str = ""
     residual: ResidualForward | None = None
+    ended: bool = False
 
     def again(self, **changes: Any) -> ForwardState:
         """The same forward from its first call on, beside this one or after it."""
-        return replace(self, calls=0, seen_heads=0, first_head=0, visit=0, visits=Counter(), **changes)
+        return replace(self, calls=0, seen_heads=0, first_head=0, visit=0, visits=Counter(), ended=False, **changes)
 
     def next_layer(self, options: Mapping[str, Any], heads: int = 0) -> int | None:
         """The layer of this self-attention over ``heads``: given by the model, else counted. None beyond the last."""
@@ -131,6 +134,17 @@ class ForwardState:
         self.calls = sum(before < layer for before in self.order) if self.order else layer
         self.seen_heads = 0
 
+    @contextmanager
+    def counting_anew(self) -> Iterator[None]:
+        """Within it runs the model's forward, which a training step may compute again for its gradients."""
+        self.calls = self.seen_heads = self.first_head = self.visit = 0
+        self.visits.clear()
+        self.ended = False
+        try:
+            yield
+        finally:
+            self.ended = True
+
     def places(self, layers: Iterable[int]) -> list[Place]:
         """Every call of these layers in a forward."""
         calls = Counter(self.order or range(self.depth or 0))
@@ -149,10 +163,6 @@ class ForwardState:
     def masks_padding_alone(self, layout: TokenLayout, mask: Tensor) -> bool:
         """Whether this is the mask of the text's padding: one row of keys for all queries."""
         return len(self.padding) > 0 and mask.numel() == mask.shape[-1] == layout.tokens
-
-    def masks_a_part(self, tokens: int, mask: Tensor | None) -> bool:
-        """Whether a mask weighs all ``tokens`` for a part of the queries: how LTX gives guides another strength."""
-        return mask is not None and self.layout is not None and tokens == self.layout.tokens
 
     def masked(self, mask: Tensor | None) -> range:
         """The tokens that a call with this mask leaves out."""

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.override import FORWARD_KEY, ForwardState, make_attention_override
+from ..attention.override import make_attention_override
 from ..attention.report import AttentionReport
 from ..attention.sdpa import OVERRIDE_KEY
+from ..attention.state import FORWARD_KEY, ForwardState
 from ..models.opensora_plan.config import OSP_29X720P, DiTConfig
 from ..models.opensora_plan.transformer import OpenSoraT2V
 from ..parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook

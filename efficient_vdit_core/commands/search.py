@@ -101,12 +101,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_target(args: argparse.Namespace) -> None:
-    from ..search import choose_for_speedup, choose_under_threshold
+    from ..search.select import check_threshold, choose_for_speedup
 
     if args.speedup is not None:
         choose_for_speedup([{0: 0.0}], [{0: 0.0}], args.speedup)
     else:
-        choose_under_threshold([], [], args.threshold)
+        check_threshold(args.threshold)
 
 
 def _search(pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRequest], record: ProbeRecord) -> Any:

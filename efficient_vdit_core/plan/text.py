@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..head_patterns import LayerPattern, by_head, join_heads
 from ..limits.quote import quoted
@@ -78,28 +78,33 @@ def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
-Part = tuple[str, int, int, LayerPattern, "int | None"]  # as written, first and last layer, pattern, latent frames
+class Part(NamedTuple):
+    """A part of the line: as written, its layers (None: all), their pattern, and the latent frames that it speaks of."""
+
+    text: str
+    layers: range | None
+    pattern: LayerPattern
+    frames: int | None
 
 
-def _read_part(part: str) -> Part:
-    """``0:full``, ``1-4:2:6``, ``5:2~1``, ``-1:full``, ``3:[0-2]1:7[3]full`` or ``all:2``; all layers are -MAX_LAYERS to
-    MAX_LAYERS."""
+def _read_part(text: str) -> Part:
+    """``0:full``, ``1-4:2:6``, ``5:2~1``, ``-1:full``, ``3:[0-2]1:7[3]full`` or ``all:2``."""
     match = re.fullmatch(
-        rf"(all|-?\d{{1,4}}|\d{{1,4}}-\d{{1,4}}):({PATTERN}|(?:{GROUP}){{1,{MAX_HEADS}}})", part.lower()
+        rf"(all|-?\d{{1,4}}|\d{{1,4}}-\d{{1,4}}):({PATTERN}|(?:{GROUP}){{1,{MAX_HEADS}}})", text.lower()
     )
     if match is None:
         raise ValueError(
-            f"The plan text cannot be read at {quoted(part)}, expected parts such as '0:full', '1-4:2:6' or 'all:2'."
+            f"The plan text cannot be read at {quoted(text)}, expected parts such as '0:full', '1-4:2:6' or 'all:2'."
         )
-    layers, pattern, frames = match[1], *_read_pattern(match[2], part)
+    layers, pattern = match[1], _read_pattern(match[2], text)
     if layers == ALL:
-        return part, -MAX_LAYERS, MAX_LAYERS, pattern, frames
+        return Part(text, None, *pattern)
     first, last = (int(layers), int(layers)) if layers.lstrip("-").isdigit() else map(int, layers.split("-"))
     if last < first or max(abs(first), abs(last)) >= MAX_LAYERS:
         raise ValueError(
             f"The plan text names the layers {quoted(layers)}, expected ascending ones from 0 to {MAX_LAYERS - 1}."
         )
-    return part, first, last, pattern, frames
+    return Part(text, range(first, last + 1), *pattern)
 
 
 def _read_pattern(text: str, part: str) -> tuple[LayerPattern, int | None]:
@@ -152,32 +157,34 @@ def read_heads(text: str) -> list[int]:
 
 
 def _from_parts(parts: list[Part]) -> dict[str, Any]:
-    lengths = {frames for *_, frames in parts if frames}
+    lengths = {part.frames for part in parts if part.frames}
     if len(lengths) > 1:
         found = " and of ".join(map(str, sorted(lengths)))
         raise ValueError(f"The plan text speaks of {found} latent frames, expected the same number in all parts.")
-    frames = lengths.pop() if lengths else None
-    if any(first == -MAX_LAYERS for _, first, *_ in parts):
-        (_, _, _, uniform, _), *rest = parts
-        if parts[0][1] != -MAX_LAYERS or any(
-            first == -MAX_LAYERS or pattern != TilePattern(None) for _, first, _, pattern, _ in rest
-        ):
-            raise ValueError(
-                "In a plan text, 'all:...' must stand first and once, and only parts such as '-1:full' may follow."
-            )
-        if not isinstance(uniform, TilePattern):
-            raise ValueError(
-                f"In a plan text, the heads of 'all:...' are alike; name the layers in {quoted(parts[0][0])}."
-            )
-        dense = tuple((first, last) for _, first, last, *_ in rest)
-        return {"uniform_pattern": uniform, "dense_layers": dense, "frames": frames}
+    fields = _uniform(parts) if any(part.layers is None for part in parts) else _by_layer(parts)
+    return {**fields, "frames": lengths.pop() if lengths else None}
+
+
+def _uniform(parts: list[Part]) -> dict[str, Any]:
+    every, *rest = parts
+    dense = [part.layers for part in rest if part.layers is not None and part.pattern == TilePattern(None)]
+    if every.layers is not None or len(dense) < len(rest):
+        raise ValueError(
+            "In a plan text, 'all:...' must stand first and once, and only parts such as '-1:full' may follow."
+        )
+    if not isinstance(every.pattern, TilePattern):
+        raise ValueError(f"In a plan text, the heads of 'all:...' are alike; name the layers in {quoted(every.text)}.")
+    return {"uniform_pattern": every.pattern, "dense_layers": tuple((layers[0], layers[-1]) for layers in dense)}
+
+
+def _by_layer(parts: list[Part]) -> dict[str, Any]:
     layers: dict[int, LayerPattern] = {}
-    for part, first, last, pattern, _ in parts:
-        for layer in range(first, last + 1):
+    for part in parts:
+        for layer in part.layers or ():
             if layer in layers or layer < 0:
                 reason = "counts from the end, which only follows 'all:...'" if layer < 0 else "is named twice"
-                raise ValueError(f"In the plan text, layer {layer} of {quoted(part)} {reason}.")
-            layers[layer] = pattern
+                raise ValueError(f"In the plan text, layer {layer} of {quoted(part.text)} {reason}.")
+            layers[layer] = part.pattern
     missing = next((i for i in range(max(layers) + 1) if i not in layers), None)
     if missing is not None:
         raise ValueError(f"The plan text leaves out layer {missing}, expected every layer from 0 to {max(layers)}.")
@@ -186,5 +193,4 @@ def _from_parts(parts: list[Part]) -> dict[str, Any]:
         raise ValueError(
             f"The plan text has layers of {' and of '.join(map(str, sorted(heads)))} heads, expected one number."
         )
-    patterns = tuple(layers[i] for i in sorted(layers))
-    return {"patterns": patterns, "frames": frames, "heads": heads.pop() if heads else None}
+    return {"patterns": tuple(layers[i] for i in sorted(layers)), "heads": heads.pop() if heads else None}

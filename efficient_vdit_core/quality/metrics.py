@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -55,20 +55,14 @@ class ClipComparison:
         return {**values, "identical": math.isinf(self.psnr)}
 
 
-class Frames(Protocol):
-    """A clip whose frames (H, W, 3) come one by one, each time anew: of a file, which need not fit into memory."""
-
-    def __iter__(self) -> Iterator[Tensor]: ...
-
-
 def compare_clips(
-    a: Tensor | Frames, b: Tensor | Frames, *, lpips: bool = True, progress: Callable[[int, int], None] | None = None
+    a: Iterable[Tensor], b: Iterable[Tensor], *, lpips: bool = True, progress: Callable[[int, int], None] | None = None
 ) -> ClipComparison:
     """Compares b with a.
 
     Args:
-        a, b: (F, H, W, 3) each, or their frames, uint8, or float with 0..1 from black to white; values beyond are
-            clipped as a screen does.
+        a, b: (F, H, W, 3) each, or their frames one by one, as of a file that need not fit into memory: uint8, or float
+            with 0..1 from black to white; values beyond are clipped as a screen does.
         lpips: measure it too where the package ``lpips`` and its weights are on this machine.
         progress: called with (frames done, all frames, 0 where that is not known yet) after each; what it raises ends
             the comparison.
@@ -87,7 +81,7 @@ def compare_clips(
     for index, pair in enumerate(_pairs(a, b)):
         perceptual = perceptual or find_lpips(pair[0].device)
         height, width = pair[0].shape[:2]
-        now = _unit(pair[0], index, "first"), _unit(pair[1], index, "second")
+        now = _finite_unit(pair[0], index, "first"), _finite_unit(pair[1], index, "second")
         errors.append(_mean_square(now[0] - now[1]))
         similar.append(ssim(*now))
         if before is not None:
@@ -184,16 +178,17 @@ def _pairs(a: Iterable[Tensor], b: Iterable[Tensor]) -> Iterator[tuple[Tensor, T
         yield one, two
 
 
-def _unit(frame: Tensor, index: int, name: str) -> Tensor:
+def unit(frame: Tensor) -> Tensor:
     """One frame, float32 in 0..1."""
-    if frame.dtype == torch.uint8:
-        return frame.float() / 255
-    frame = frame.float()
+    return frame.float() / 255 if frame.dtype == torch.uint8 else frame.float().clamp(0, 1)
+
+
+def _finite_unit(frame: Tensor, index: int, name: str) -> Tensor:
     if not bool(frame.isfinite().all()):
         raise ValueError(
             f"Frame {index} of the {name} clip holds NaN or infinite values, expected 0 to 1. Its generation failed."
         )
-    return frame.clamp(0, 1)
+    return unit(frame)
 
 
 def _mean_square(x: Tensor) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .metrics import ClipComparison
+from .metrics import ClipComparison, unit
 from .table import clip_size, decibels, label, metrics_rows
 
 MAX_FRAMES = 12
@@ -131,11 +131,11 @@ def _draw_rows(canvas: _Canvas, left: float, size: tuple[int, int], clips: tuple
             canvas.text(left, y + 10, f"x {amplify:g}", color=_FAINT)
     for column, index in enumerate(shown):
         x = left + _LABELS + column * (width + _GAP)
-        first, second = (_unit(clip[index]) for clip in clips)
+        first, second = (unit(clip[index]) for clip in clips)
         for row, frame in enumerate((first, second, _heat((first - second).abs().mean(-1) * amplify))):
             canvas.paste(frame, x, _MARGIN + row * (height + _GAP), size)
-        label = f"frame {index}" if width >= 60 else str(index)
-        canvas.text(x + width / 2, _MARGIN + 3 * (height + _GAP) + 8, label, color=_FAINT, anchor="mm", size=12)
+        number = f"frame {index}" if width >= 60 else str(index)
+        canvas.text(x + width / 2, _MARGIN + 3 * (height + _GAP) + 8, number, color=_FAINT, anchor="mm", size=12)
 
 
 def _draw_table(
@@ -192,11 +192,6 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(s for s in (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0) if span / s <= 4)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(i * step, 6) for i in range(first, max(last, first + 2) + 1)]
-
-
-def _unit(frame: Tensor) -> Tensor:
-    """One frame in 0..1."""
-    return frame.float() / 255 if frame.dtype == torch.uint8 else frame.float().clamp(0, 1)
 
 
 def _heat(x: Tensor) -> Tensor:

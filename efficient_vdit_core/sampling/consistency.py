@@ -74,7 +74,6 @@ def sample_consistency(
     gamma: float = 0.0,
     noise_seed: int = 0,
     renoise: Renoise | None = None,
-    noise_sampler: NoiseSampler | None = None,
     trange: Callable[..., Iterable[int]] | None = None,
 ) -> Tensor:
     """Samples with len(sigmas) - 1 evaluations of the model.
@@ -88,7 +87,6 @@ def sample_consistency(
         gamma: 0..1, the share of fresh noise (see the table above).
         noise_seed: seed of the fresh noise; unused at gamma 0.
         renoise: (sigma, noise, x0) -> noised x0, the model's own rule; VE if None. Must be linear in noise.
-        noise_sampler: (sigma, sigma_next) -> unit noise, in place of the seeded stream.
         trange: trange(n, disable=...) -> the steps, for a progress bar.
 
     Returns:
@@ -103,7 +101,7 @@ def sample_consistency(
         raise ValueError(f"The sampler needs at least two sigmas, got {len(sigmas)}; ask for one step or more.")
     extra_args = extra_args or {}
     renoise = renoise or ve_renoise
-    draw = noise_sampler or seeded_noise(x, noise_seed)
+    draw = seeded_noise(x, noise_seed)
     last_is_clean = float(sigmas[-1]) == 0.0  # read once: each read of a sigma waits for the device
     steps = len(sigmas) - 1
     batch = x.new_ones([x.shape[0]])

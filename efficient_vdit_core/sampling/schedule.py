@@ -23,31 +23,20 @@ MAX_EDGES = 10_000
 
 
 class DiscreteSchedule:
-    """The trained noise levels of a variance-preserving model with linear betas.
+    """The 1000 noise levels that Open-Sora-Plan v1.2 was trained at, with linear betas."""
 
-    Args:
-        beta_start, beta_end: first and last beta; the defaults are those of Open-Sora-Plan v1.2.
-        timesteps: number of trained levels.
-    """
-
-    def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, timesteps: int = 1000) -> None:
-        if timesteps < 2:
-            raise ValueError(f"A schedule needs at least 2 timesteps, got {timesteps}.")
-        betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+    def __init__(self) -> None:
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         alphas_bar = torch.cumprod(1.0 - betas, dim=0)
-        self.sigmas = ((1.0 - alphas_bar) / alphas_bar).sqrt()  # (timesteps,) float64, ascending
+        self.sigmas = ((1.0 - alphas_bar) / alphas_bar).sqrt()  # (1000,) float64, ascending
         self.log_sigmas = self.sigmas.log()
-
-    @property
-    def sigma_min(self) -> float:
-        return float(self.sigmas[0])
 
     @property
     def sigma_max(self) -> float:
         return float(self.sigmas[-1])
 
     def sigma(self, timestep: Tensor | float) -> Tensor:
-        """VE sigma of a timestep in 0..timesteps-1, fractions allowed, log-linear between levels, clamped outside.
+        """VE sigma of a timestep in 0..999, fractions allowed, log-linear between levels, clamped outside.
 
         Returns a float32 tensor of the timestep's shape, on its device.
         """
@@ -58,7 +47,7 @@ class DiscreteSchedule:
         return torch.lerp(log_sigmas[low], log_sigmas[high], t.frac()).exp().float()
 
     def timestep(self, sigma: Tensor | float) -> Tensor:
-        """The fractional timestep of a sigma: the inverse of `sigma`, clamped to 0..timesteps-1.
+        """The fractional timestep of a sigma: the inverse of `sigma`, clamped to 0..999.
 
         Returns a float32 tensor of sigma's shape, on its device.
         """

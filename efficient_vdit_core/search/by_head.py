@@ -95,13 +95,14 @@ def _least(wanted: list[_Sum], limited: list[_Sum], budget: float, groups: int) 
 
 def _least_limited(wanted: list[_Sum], limited: list[_Sum], groups: int) -> list[np.ndarray]:
     """The same where only the limit counts; what may not be used, by an infinite ``wanted``, stays out."""
-    return [_cheapest(_Sum(w.each * 0, w.kinds * 0), u, 1.0, groups) for w, u in zip(wanted, limited, strict=True)]
+    free = [_Sum(np.where(np.isfinite(w.each), 0.0, math.inf), np.zeros_like(w.kinds)) for w in wanted]
+    return [_cheapest(w, u, 1.0, groups) for w, u in zip(free, limited, strict=True)]
 
 
 def _cheapest(wanted: _Sum, limited: _Sum, price: float, groups: int) -> np.ndarray:
     """The candidate of every head (H,) with the least ``wanted`` + ``price`` x ``limited``, of at most ``groups`` kinds,
     and of the fewest where that is all the same."""
-    value = np.nan_to_num(wanted.each + price * limited.each, nan=np.inf)
+    value = wanted.each + price * limited.each
     kinds = wanted.kinds + price * limited.kinds
     # A kind that costs nothing is never better left out.
     sizes = range(1, groups + 1) if kinds.any() else (groups,)

@@ -15,7 +15,7 @@ from ..plan import TilePlan
 from ..tiles import TilePattern
 from .by_head import MAX_GROUPS, HeadTable, heads_for_speedup, heads_under_threshold
 from .probe import ATTENTION, ProbeRecord
-from .select import FLOPS, MEASURED, choose_for_speedup, choose_under_threshold
+from .select import FLOPS, MEASURED, check_threshold, choose_for_speedup, choose_under_threshold
 
 FULL = TilePattern(None)
 Costs = list[dict[TilePattern, float]]  # or errors, of each layer
@@ -58,9 +58,13 @@ def plan_from_record(
     check_groups(groups, measure)
     layout = _layout(record)
     figures = _figures(record, layout, layers, measure, costs, groups)
+    own_errors = {}
     if groups > 1:
-        heads = heads or next(iter(record.heads.values())).mean.shape[0]
-    patterns = _choose(record, figures, threshold, speedup, groups)
+        heads = every = int(heads or next(iter(record.heads.values())).mean.shape[0])
+        patterns = _by_head(record, figures, every, threshold, speedup, groups)
+        own_errors = {"plan_errors": [_jsonable(e) for e in layer_errors(record, patterns, every)]}
+    else:
+        patterns = _by_layer(figures, threshold, speedup)
     provenance = {
         "method": "searched: least error at a target speed-up" if speedup else "searched: sparsest under a threshold",
         **({"target_speedup": speedup} if speedup else {"threshold": threshold}),
@@ -72,7 +76,7 @@ def plan_from_record(
         "extra_tokens": layout.prefix + layout.suffix,
         **(about or {}),
         **_predictions(patterns, figures),
-        **({"plan_errors": [_jsonable(e) for e in layer_errors(record, patterns, heads or 0)]} if groups > 1 else {}),
+        **own_errors,
         **_told(figures),
     }
     return TilePlan(patterns=tuple(patterns), family=family, frames=layout.grid.t, heads=heads, provenance=provenance)
@@ -143,11 +147,7 @@ def _layout(record: ProbeRecord) -> TokenLayout:
     )
 
 
-def _choose(
-    record: ProbeRecord, figures: _Figures, threshold: float, speedup: float, groups: int
-) -> list[LayerPattern]:
-    if groups > 1:
-        return _by_head(record, figures, threshold, speedup, groups)
+def _by_layer(figures: _Figures, threshold: float, speedup: float) -> list[LayerPattern]:
     errors, prices = figures.errors, figures.prices
     found = (
         choose_for_speedup(errors, prices, speedup) if speedup else choose_under_threshold(errors, prices, threshold)
@@ -156,35 +156,29 @@ def _choose(
 
 
 def _by_head(
-    record: ProbeRecord, figures: _Figures, threshold: float, speedup: float, groups: int
+    record: ProbeRecord, figures: _Figures, heads: int, threshold: float, speedup: float, groups: int
 ) -> list[LayerPattern]:
-    """A layer that was not measured well stays full, as in the search by layer."""
-    errors = figures.errors
-    known = [i for i, layer in enumerate(errors) if all(map(math.isfinite, layer.values()))]
-    tables = [_table(record, i, figures.prices[i], figures.calls[i]) for i in known]
+    tables = [_table(record, layer, figures, heads) for layer in range(len(figures.found))]
     if speedup:
-        # The others stay full, and what they cost is not left for these.
-        budget = len(errors) / speedup - (len(errors) - len(known))
-        chosen = heads_for_speedup(tables, len(tables) / budget if budget > 0 else math.inf, groups) if tables else []
+        chosen = heads_for_speedup(tables, speedup, groups)
     else:
-        choose_under_threshold([], [], threshold)
+        check_threshold(threshold)
         chosen = [heads_under_threshold(table, threshold, groups) for table in tables]
     options = [*record.candidates, FULL]
-    patterns: list[LayerPattern] = [FULL] * len(errors)
-    for layer, heads in zip(known, chosen, strict=True):
-        patterns[layer] = by_head(options[candidate] for candidate in heads)
-    return patterns
+    return [by_head(options[candidate] for candidate in of_heads) for of_heads in chosen]
 
 
-def _table(
-    record: ProbeRecord, layer: int, prices: dict[TilePattern, float], calls: dict[TilePattern, float]
-) -> HeadTable:
-    squared = [record.heads[layer, p].mean for p in record.candidates]
-    # What is as dear as dense attention, by the clock, is not worth an error.
-    usable = [row if prices[p] < 1.0 else row + math.inf for p, row in zip(record.candidates, squared, strict=True)]
+def _table(record: ProbeRecord, layer: int, figures: _Figures, heads: int) -> HeadTable:
+    """A layer that was not measured well has no candidate that may be used, as in the search by layer; nor is one worth an
+    error that is as dear as dense attention, by the clock."""
+    errors, prices, calls = (of_layers[layer] for of_layers in (figures.errors, figures.prices, figures.calls))
+    usable = [
+        record.heads[layer, p].mean if prices[p] < 1.0 and math.isfinite(errors[p]) else np.full(heads, math.inf)
+        for p in record.candidates
+    ]
     costs = np.array([*(min(prices[p], 1.0) for p in record.candidates), 1.0])
     of_calls = np.array([calls[p] for p in [*record.candidates, FULL]])
-    return HeadTable(np.stack([*usable, np.zeros_like(squared[0])]), costs, np.minimum(of_calls, costs))
+    return HeadTable(np.stack([*usable, np.zeros(heads)]), costs, np.minimum(of_calls, costs))
 
 
 def layer_errors(record: ProbeRecord, patterns: Sequence[LayerPattern], heads: int) -> list[float]:

@@ -21,20 +21,19 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ..attention import TokenLayout, choose_backend, simplest_backend, tile_attention
+from ..attention.attention_call import AttentionCall, override_by
 from ..attention.call_shape import CallShape
 from ..attention.calls import MANY_PATTERNS
 from ..attention.dense_call import DenseCall
-from ..attention.heads import put_heads, take_heads
-from ..attention.padding import as_heads, fill_in
-from ..attention.state import FORWARD_KEY, ForwardState, Override
+from ..attention.layout import spans_of
+from ..attention.spans import put, take
+from ..attention.state import Override
 from ..tiles import TilePattern
 from ..timing import wait_for
 from .calls import layer_of_call, layout_of_call
@@ -151,51 +150,33 @@ def make_probe_override(
     """
     compare = compare or relative_errors
 
-    # A plain closure: ComfyUI deep-copies model options, and functions survive that as they are.
-    def override(
-        func: Override,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: int,
-        mask: Tensor | None = None,
-        attn_precision: Any = None,
-        skip_reshape: bool = False,
-        skip_output_reshape: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        dense = DenseCall(func, previous, attn_precision, kwargs)
-        form = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
-        options = kwargs.get("transformer_options") or {}
-        state: ForwardState | None = options.get(FORWARD_KEY)
-        layout, reason = layout_of_call(state, q, k, mask, skip_reshape)
-        replaying, layer = record.replaying, None
+    def answer(call: AttentionCall) -> Tensor:
+        state, (layout, reason) = call.state, layout_of_call(call)
+        replaying, layer, dense = record.replaying, None, call.asked
         if layout is not None and replaying is None:
-            layer, reason = layer_of_call(state, options, heads)
+            layer, reason = layer_of_call(call)
         if state is None or layout is None or reason:
             if replaying is None:
                 record.add_dense(reason)
-            return dense.call(q, k, v, heads, mask, **form)
-        padding = state.masked(mask)
-        qh, kh, vh = (as_heads(x, heads, skip_reshape, padding) for x in (q, k, v))
+            return call.dense()
+        padding = state.masked(call.mask)
         if replaying is not None:
-            out = tile_attention(qh, kh, vh, layout, replaying, dense=dense, backend=_exact(replaying))
-            out = fill_in(out, padding)
-            return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
+            out = tile_attention(*call.take(padding), layout, replaying, dense=dense, backend=_exact(replaying))
+            return call.give(out, padding)
         assert layer is not None
         record.layout = record.layout or layout
-        out = _timed(record, layer, DENSE, q, lambda: dense.call(q, k, v, heads, mask, **form))
-        _time_part(record, layer, DENSE, (qh, kh, vh), dense)
-        exact = as_heads(out, heads, skip_output_reshape, padding)
+        out = _timed(record, layer, DENSE, call.query, call.dense)
+        exact, qkv = call.given(out, padding), call.take(padding)
+        _time_part(record, layer, DENSE, qkv, dense)
         for pattern in record.candidates:
-            error, of_heads = _candidate_errors(record, layer, pattern, (qh, kh, vh), exact, layout, dense, compare)
+            error, of_heads = _candidate_errors(record, layer, pattern, qkv, exact, layout, dense, compare)
             record.add(ATTENTION, layer, pattern, error)
             record.add_heads(layer, pattern, state.first_head, of_heads)
         if progress is not None:
             progress(layer)
         return out
 
-    return override
+    return override_by(answer, previous)
 
 
 def relative_error(approximate: Tensor, exact: Tensor) -> float:
@@ -281,15 +262,15 @@ def _time_part(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> None:
     """Takes the time of every second head, gathered and put back as a group that stands apart is."""
-    heads = tuple(range(0, qkv[0].shape[1], 2))
+    heads = spans_of(range(0, qkv[0].shape[1], 2))
     share = len(heads) / qkv[0].shape[1]
     if not (record.timed and record.by_head) or share == 1:
         return
     out = torch.empty_like(qkv[0])
     wait_for(out.device)
     start = time.perf_counter()
-    q, k, v = (take_heads(x, heads) for x in qkv)
-    put_heads(out, heads, attend(q, k, v))
+    q, k, v = (take(x, heads, 1) for x in qkv)
+    put(out, heads, attend(q, k, v), 1)
     wait_for(out.device)
     record.add_part(layer, pattern, share, time.perf_counter() - start)
 

@@ -18,7 +18,6 @@ from ..tiles import TilePattern
 C = TypeVar("C", bound=Hashable)  # candidates
 
 FLOPS, MEASURED = "flops", "measured"
-COSTS = (FLOPS, MEASURED)
 # Above this many partial plans, costs are rounded up to a grid of COST_STEPS a layer: still within the budget.
 MAX_PARTIAL_PLANS, COST_STEPS = 50_000, 4096
 
@@ -29,20 +28,25 @@ def check_target(threshold: float, speedup: float, candidates: Sequence[TilePatt
     ``speedup`` 0 stands for the ``threshold``; ``frames`` are latent ones. Extra tokens only make a pattern dearer.
     """
     if not speedup:
-        choose_under_threshold([], [], threshold)
+        check_threshold(threshold)
         return
     costs = {pattern: pattern.density(frames) for pattern in candidates}
     choose_for_speedup([dict.fromkeys(costs, 0.0)], [costs], speedup)
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise ValueError for what is no relative error."""
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise ValueError(
+            f"The threshold is {threshold}, expected a relative error from 0 up; 0 keeps every layer full."
+        )
 
 
 def choose_under_threshold(
     errors: Sequence[dict[C, float]], costs: Sequence[dict[C, float]], threshold: float
 ) -> list[C | None]:
     """For each layer the cheapest candidate whose error is below ``threshold``, or full attention."""
-    if not (math.isfinite(threshold) and threshold >= 0):
-        raise ValueError(
-            f"The threshold is {threshold}, expected a relative error from 0 up; 0 keeps every layer full."
-        )
+    check_threshold(threshold)
     chosen: list[C | None] = []
     for layer, costs_here in zip(errors, costs, strict=True):
         fitting = [p for p in layer if layer[p] < threshold and costs_here[p] < 1.0]

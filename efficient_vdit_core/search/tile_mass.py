@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from einops import reduce
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.dense_call import DenseCall
-from ..attention.padding import as_heads
-from ..attention.state import FORWARD_KEY, ForwardState, Override
+from ..attention.attention_call import AttentionCall, override_by
+from ..attention.state import Override
 from ..head_patterns import LayerPattern
 from ..limits.quote import quoted
 from ..plan.text import parse_layers
@@ -121,34 +119,21 @@ def make_mass_override(
     ``progress`` is told the layer of each self-attention over the video; what it raises ends the run.
     """
 
-    def override(
-        func: Override,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: int,
-        mask: Tensor | None = None,
-        attn_precision: Any = None,
-        skip_reshape: bool = False,
-        skip_output_reshape: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        options = kwargs.get("transformer_options") or {}
-        state: ForwardState | None = options.get(FORWARD_KEY)
-        layout, reason = layout_of_call(state, q, k, mask, skip_reshape)
-        layer, reason = layer_of_call(state, options, heads) if layout is not None else (None, reason)
+    def answer(call: AttentionCall) -> Tensor:
+        state, (layout, reason) = call.state, layout_of_call(call)
+        layer, reason = layer_of_call(call) if layout is not None else (None, reason)
+        out = call.dense()
         if state is None or layout is None or layer is None:
             record.reasons.add(reason)
-        else:
-            if record.active and layer in record.layers and not state.visit:  # the video's stream alone
-                qh, kh = (as_heads(x, heads, skip_reshape, state.masked(mask)) for x in (q, k))
-                record.add(layer, state.first_head, tile_mass(qh, kh, layout, record.rows))
-            if progress is not None:
-                progress(layer)
-        dense = DenseCall(func, previous, attn_precision, kwargs)
-        return dense.call(q, k, v, heads, mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
+            return out
+        if record.active and layer in record.layers and not state.visit:  # the video's stream alone
+            q, k, _ = call.take(state.masked(call.mask))
+            record.add(layer, state.first_head, tile_mass(q, k, layout, record.rows))
+        if progress is not None:
+            progress(layer)
+        return out
 
-    return override
+    return override_by(answer, previous)
 
 
 def tile_mass(q: Tensor, k: Tensor, layout: TokenLayout, rows: int = 64, max_bytes: int = MAX_BYTES) -> TileMass:

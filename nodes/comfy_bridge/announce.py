@@ -12,7 +12,7 @@ from ...efficient_vdit_core.attention.summary import density_of_run, describe_me
 EVENT = "efficient_vdit.report"
 
 
-def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, int, float], None]:
+def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, int], None]:
     """A function to call after each run; it sends one message to the page that queued the prompt.
 
     The message: ``prompt_id`` as in ComfyUI's own events, ``node`` the execution id of Sparse Attention, ``plan`` the
@@ -23,7 +23,7 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
     What was measured, or why nothing was, stands on the node as well.
     """
 
-    def after_run(report: AttentionReport, layers: int, seconds: float) -> None:
+    def after_run(report: AttentionReport, layers: int) -> None:
         server = _server()
         if server is None:
             return
@@ -31,6 +31,7 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
         with report.lock:
             found = {
                 "frames": report.layout.grid.t if report.layout else 0,
+                "seconds": report.seconds,
                 "sparse": report.sparse,
                 "density": density if report.sparse else 0.0,
                 "dense": dict(report.dense),
@@ -40,7 +41,7 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
                 "sparse_step": measure.sparse if measure else 0.0,
             }
         prompt_id = getattr(server, "last_prompt_id", None)
-        message = {"prompt_id": prompt_id, "node": node, "plan": plan, "layers": layers, "seconds": seconds, **found}
+        message = {"prompt_id": prompt_id, "node": node, "plan": plan, "layers": layers, **found}
         server.send_sync(EVENT, message, server.client_id)
         if measure is not None:
             show_on_node(node, describe_measure(report))

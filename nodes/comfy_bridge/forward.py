@@ -16,8 +16,10 @@ from .layouts import UnknownLayout
 def forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, conds: dict[str, Any]) -> ForwardState:
     """Where the video tokens of a forward on latents ``x`` stand; a state without a layout, with the reason, where
     unknown."""
-    # Video with audio comes packed into one tensor, and the shapes beside it.
-    size = conds["latent_shapes"][0] if "latent_shapes" in conds else x.shape
+    # Video with audio comes packed into one tensor, and the shapes beside it. Of video alone they are told too, but context
+    # windows do not keep to them.
+    shapes = conds.get("latent_shapes", ())
+    size = shapes[0] if len(shapes) > 1 else x.shape
     try:
         if len(size) != 5:
             raise UnknownLayout(

@@ -91,6 +91,17 @@ def hook_of(model: Any) -> Hook | None:
     return getattr(wrappers[-1], "hook", None) if wrappers else None
 
 
+def report_of(model: Any) -> AttentionReport:
+    """The counts that Sparse Attention keeps. Raises ValueError where the MODEL has not been through that node."""
+    hook = hook_of(model)
+    if hook is None:
+        raise ValueError(
+            "The model has no sparse attention, expected the output of Sparse Attention with a supported model. Connect that "
+            "node's model, or one that comes from it."
+        )
+    return hook.report
+
+
 def _with_containers(override: Override) -> Override:
     """The override for q, k, v in containers; ComfyUI gives it no function to fall back on, so it brings its own."""
 

@@ -45,7 +45,7 @@ def patch_attention(
         backend: what computes the sparse attention, ``auto`` or one of ``attention.BACKENDS``.
         measure: one step of each run is computed dense as well, and the report tells both times.
         residual_every: sparse layers keep their difference to dense attention for so many steps, 0 = never.
-        after_run: called after each sampling with its counts, the number of layers, and the seconds it took.
+        after_run: called after each sampling with its counts and the number of layers.
 
     Raises:
         ValueError: the window is empty, the plan is for another model, the backend cannot run here, or the model's

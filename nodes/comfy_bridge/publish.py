@@ -6,6 +6,7 @@ import weakref
 from dataclasses import replace
 from typing import Any
 
+import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -57,7 +58,8 @@ def publish_layout(hook: Hook) -> Any:
         _prepare(acting, state, call)
 
         def run(state: ForwardState) -> Tensor:
-            return replace(call, options={**counting_blocks(call.options, state), FORWARD_KEY: state}).run()
+            options = {**counting_blocks(call.options, state), FORWARD_KEY: state}
+            return replace(call, options=counted_anew(options, state) if torch.is_grad_enabled() else options).run()
 
         if acting.report.measure is not None and _wanted(acting.report.measure, acting.window, state, call):
             return computed_twice(acting.report.measure, run, state, call.x.device)
@@ -66,6 +68,19 @@ def publish_layout(hook: Hook) -> Any:
     wrapper = around_model(publish)
     wrapper.hook = hook
     return wrapper
+
+
+def counted_anew(options: dict[str, Any], state: ForwardState) -> dict[str, Any]:
+    """``options`` under which the model counts its layers anew where a training step has it computed again, as gradient
+    checkpointing does."""
+
+    def forward(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        with state.counting_anew():
+            return executor(*args, **kwargs)
+
+    wrappers = options.get("wrappers", {})
+    of_model = {**wrappers.get(WrappersMP.DIFFUSION_MODEL, {}), WRAPPER_KEY: [forward]}
+    return {**options, "wrappers": {**wrappers, WrappersMP.DIFFUSION_MODEL: of_model}}
 
 
 def _state(hook: Hook, call: ModelCall) -> ForwardState:
@@ -116,5 +131,5 @@ def _prepare(hook: Hook, state: ForwardState, call: ModelCall) -> None:
     shape = call_shape(hook.family, call.model, call.x)
     if state.layout is not None and state.depth:
         hook.report.cost = StepCost(state.layout, shape.heads, shape.head_dim, state.depth, hook.weights)
-    hook.preparation.before_forward(state, [shape], dense_of)
+    hook.preparation.before_forward(state, shape, dense_of)
     hook.report.clock.reserve(shape.device, state.depth or 0)

@@ -17,7 +17,7 @@ log = logging.getLogger("efficient_vdit")
 # Warnings that do not say why nothing became sparse.
 NO_REASONS = {"scaled", "caution", "parts", "residual", "residual of another size", "second model"}
 
-AfterRun = Callable[[AttentionReport, int, float], None]
+AfterRun = Callable[[AttentionReport, int], None]
 
 
 def log_report(hook: Hook, depth: int, after_run: AfterRun | None) -> Callable[..., Any]:
@@ -37,7 +37,7 @@ def log_report(hook: Hook, depth: int, after_run: AfterRun | None) -> Callable[.
         finally:
             report.seconds = time.perf_counter() - start
             if after_run is not None:
-                after_run(report, depth, report.seconds)
+                after_run(report, depth)
             _tell(hook, complete)
             for second in hook.second_hooks:
                 log.info("Efficient-vDiT, of the run's second model: %s", second.report.summary())

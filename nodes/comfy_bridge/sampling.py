@@ -14,7 +14,7 @@ from torch import Tensor
 from ...efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
 from ...efficient_vdit_core.limits.quote import quoted
 from ...efficient_vdit_core.sampling import consistency_sigmas, sample_consistency
-from ...efficient_vdit_core.sampling.presets import PRESETS, cut, parse_sigmas
+from ...efficient_vdit_core.sampling.presets import PRESETS, parse_sigmas
 from .distilled import LOADED_MODEL, model_metadata
 from .paths import checkpoint_files, checkpoint_path
 from .unit_variance import at_unit_variance
@@ -98,11 +98,6 @@ def model_consistency_sigmas(model: Any, segments: int, steps: int, shift: float
     return consistency_sigmas(sampling.sigma, segments, steps, start=start, clean=clean)
 
 
-def cut_sigmas(sigmas: Tensor, start_step: int, end_step: int) -> Tensor:
-    """The steps from ``start_step`` up to ``end_step``."""
-    return cut(sigmas, start_step, end_step)
-
-
 def consistency_sampler(gamma: float, noise_seed: int) -> KSAMPLER:
     """A SAMPLER that re-noises by the rule of the model it is used with."""
     return KSAMPLER(_sample, extra_options={"gamma": gamma, "noise_seed": noise_seed})
@@ -128,22 +123,10 @@ def _sample(
     for remark in remarks(model.inner_model, sigmas, gamma):
         log.warning(remark)
 
-    def renoise(sigma: Tensor, noise: Tensor, x0: Tensor) -> Tensor:
-        return sampling.noise_scaling(sigma, noise, x0)
-
-    with torch.no_grad():
-        return sample_consistency(
-            at_unit_variance(model),
-            x,
-            sigmas,
-            extra_args,
-            callback,
-            disable,
-            gamma=gamma,
-            noise_seed=noise_seed,
-            renoise=renoise,
-            trange=trange,
-        )
+    return sample_consistency(
+        at_unit_variance(model), x, sigmas, extra_args, callback, disable,
+        gamma=gamma, noise_seed=noise_seed, renoise=sampling.noise_scaling, trange=trange,
+    )  # fmt: skip
 
 
 def remarks(guider: Any, sigmas: Tensor, gamma: float) -> list[str]:

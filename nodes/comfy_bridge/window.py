@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .replaced_blocks import replaced_blocks
@@ -104,12 +105,15 @@ def _percent_of(model_sampling: Any, level: float) -> float:
 def step_of(options: dict[str, Any], t: Tensor) -> int:
     """The step of the schedule that noise level ``t`` belongs to, 0 = first; 0 where there is no schedule.
 
-    A level between two steps, as samplers of higher order ask for, belongs to the step that has begun.
+    A level between two steps, as samplers of higher order ask for, belongs to the step that has begun. Levels may rise, as
+    where a clip is turned into noise.
     """
     schedule = options.get("sample_sigmas")
     if schedule is None:
         return 0
-    reached = schedule.float() * _ROUNDING >= float(t.flatten()[0])
+    levels, level = schedule.float(), float(t.flatten()[0])
+    falls = levels[0] >= levels[-1]
+    reached = torch.where(falls, levels * _ROUNDING >= level, levels <= level * _ROUNDING)
     return min(max(0, int(reached.sum()) - 1), max(0, len(schedule) - 2))
 
 

@@ -33,6 +33,11 @@ def test_reference_frames_stand_where_asked(facts, place):
     assert facts[f"placement {place}"] < ROUNDING < facts["rotating differs"]
 
 
+def test_the_steps_of_levels_that_rise_are_counted_in_their_order(facts):
+    dense = "9 cross-attention, 3 outside the step window"
+    assert facts["rising"] == [f"Efficient-vDiT: 6 attention calls sparse at mean density 0.31; dense: {dense}"] * 2
+
+
 def test_guidance_in_two_forwards_counts_layers_anew_in_each(facts):
     assert facts["split forwards"] == 4
     assert facts["split lines"] == [
@@ -43,6 +48,14 @@ def test_guidance_in_two_forwards_counts_layers_anew_in_each(facts):
 def test_context_windows_are_clips_of_their_own(facts):
     assert facts["window frames"] == [5]
     assert len(facts["window lines"]) == 1 and "sparse at mean density 0.52; dense: " in facts["window lines"][0]
+
+
+def test_context_windows_of_a_clip_whose_sound_is_not_made_are_sparse_too(facts):
+    if "windows without sound" not in facts:
+        pytest.skip("this ComfyUI has no LTX-2")
+    assert facts["windows without sound"] == [
+        "Efficient-vDiT: 6 attention calls sparse at mean density 0.52; dense: 6 cross-attention"
+    ]
 
 
 def test_a_window_that_brings_the_first_frame_has_one_frame_more(facts):

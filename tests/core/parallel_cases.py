@@ -7,9 +7,10 @@ import torch
 from parallel_ranks import neighbour
 
 from efficient_vdit_core.attention import TokenLayout
-from efficient_vdit_core.attention.override import FORWARD_KEY, ForwardState, make_attention_override
+from efficient_vdit_core.attention.override import make_attention_override
 from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.attention.spans import take
+from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.models.opensora_plan.config import OSP_29X720P
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V

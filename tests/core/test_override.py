@@ -10,8 +10,10 @@ from efficient_vdit_core.attention import override as override_file
 from efficient_vdit_core.attention import prepare as prepare_file
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall
-from efficient_vdit_core.attention.override import FORWARD_KEY, AttentionReport, ForwardState, make_attention_override
+from efficient_vdit_core.attention.override import make_attention_override
+from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
+from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.trial import Choice
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid

@@ -345,5 +345,5 @@ def test_layers_that_were_measured_faster_dense_keep_nothing(monkeypatch):
         monkeypatch.setattr(prepare, "measured_choice", lambda *_, choice=choice, **__: choice)
         preparation = Preparation(PLAN, AttentionReport(), residual_every=4, decline_slow=True)
         state = ForwardState(LAYOUT, depth=3, heads=HEADS, steps=STEPS, branches=(("a", 1),))
-        preparation.before_forward(state, [SHAPE], lambda layer: DenseCall(sdpa_attention, None, None, {}))
+        preparation.before_forward(state, SHAPE, lambda layer: DenseCall(sdpa_attention, None, None, {}))
         assert len(preparation.residual.kept) == kept

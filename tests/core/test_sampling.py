@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.sampling import Denoiser, DiscreteSchedule, consistency_sigmas, sample_consistency
-from efficient_vdit_core.sampling.consistency import NOISE_SEED_OFFSET
+from efficient_vdit_core.sampling.consistency import NOISE_SEED_OFFSET, seeded_noise
 
 SIGMAS = consistency_sigmas(DiscreteSchedule().sigma, 4, 6)
 SHAPE = (2, 4, 3, 5, 5)
@@ -22,11 +22,6 @@ def start(sigmas=SIGMAS):
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(7)) * sigmas[0]
 
 
-def noises(seed):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda sigma, sigma_next: torch.randn(SHAPE, generator=generator)
-
-
 def test_gamma_0_equals_a_handwritten_euler_bit_for_bit():
     x = start()
     for sigma, sigma_next in zip(SIGMAS[:-1], SIGMAS[1:], strict=True):
@@ -36,23 +31,23 @@ def test_gamma_0_equals_a_handwritten_euler_bit_for_bit():
 
 
 def test_gamma_1_equals_a_handwritten_lcm_bit_for_bit():
-    x, noise = start(), noises(3)
+    x, noise = start(), seeded_noise(start(), 3)
     for sigma, sigma_next in zip(SIGMAS[:-1], SIGMAS[1:], strict=True):
         x = gaussian(x, sigma * torch.ones(2))
         if sigma_next > 0:
             x = x + sigma_next * noise(sigma, sigma_next)
-    assert torch.equal(sample_consistency(gaussian, start(), SIGMAS, gamma=1.0, noise_sampler=noises(3)), x)
+    assert torch.equal(sample_consistency(gaussian, start(), SIGMAS, gamma=1.0, noise_seed=3), x)
 
 
 @pytest.mark.parametrize("gamma", [0.3, 0.75])
 def test_gamma_between_jumps_below_and_renoises(gamma):
-    x, noise = start(), noises(3)
+    x, noise = start(), seeded_noise(start(), 3)
     for sigma, sigma_next in zip(SIGMAS[:-1], SIGMAS[1:], strict=True):
         x0, down = gaussian(x, sigma * torch.ones(2)), (1 - gamma) * sigma_next
         x = x0 + down * (x - x0) / sigma
         if sigma_next > 0:
             x = x + (sigma_next**2 - down**2).sqrt() * noise(sigma, sigma_next)
-    out = sample_consistency(gaussian, start(), SIGMAS, gamma=gamma, noise_sampler=noises(3))
+    out = sample_consistency(gaussian, start(), SIGMAS, gamma=gamma, noise_seed=3)
     torch.testing.assert_close(out, x, rtol=1e-4, atol=1e-4)
 
 
@@ -70,8 +65,8 @@ def test_flow_models_mix_noise_by_their_noise_to_signal_ratio(gamma):
     ratio = (1 - gamma) * 0.6 / 0.4
     down = ratio / (1 + ratio)
     scale = 0.4 / (1 - down)
-    expected = scale * flow_renoise(down, e, x0) + (0.6**2 - (scale * down) ** 2) ** 0.5 * noises(3)(0, 0)
-    out = sample_consistency(lambda x, s: x0, x, sigmas, gamma=gamma, renoise=flow_renoise, noise_sampler=noises(3))
+    expected = scale * flow_renoise(down, e, x0) + (0.6**2 - (scale * down) ** 2) ** 0.5 * seeded_noise(x, 3)(0, 0)
+    out = sample_consistency(lambda x, s: x0, x, sigmas, gamma=gamma, renoise=flow_renoise, noise_seed=3)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -276,6 +276,15 @@ def test_a_threshold_by_head_and_layers_without_measurement():
     assert set(full.patterns) == {TilePattern(None)}
 
 
+@pytest.mark.parametrize("speedup", [2.0, 3.5])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_target_that_layers_without_measurement_put_out_of_reach_is_named_as_it_was_set(groups, speedup):
+    record = probed("1", layers=2)
+    reach = 3 / (1 + 2 * TilePattern(1).flop_density(LAYOUT.grid, LAYOUT.suffix))
+    with pytest.raises(ValueError, match=f"is {speedup:g}x, but these candidates reach at most {reach:.2f}x"):
+        plan_from_record(record, layers=3, family="any", speedup=speedup, groups=groups)
+
+
 @pytest.mark.parametrize(
     ("groups", "measure", "message"),
     [(0, "attention", "1 to 4"), (5, "attention", "1 to 4"), (2, BLOCK, "no head has")],

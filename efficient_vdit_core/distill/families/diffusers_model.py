@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.layout import TokenLayout
-from ...attention.override import FORWARD_KEY, ForwardState, Override
 from ...attention.spans import take
+from ...attention.state import FORWARD_KEY, ForwardState, Override
 from ...limits.quote import named, quoted
 from ...sampling.path import FLOW, PREDICTIONS, FlowPath, NoisePath, VPPath
 from ...tiles import TokenGrid

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ...attention.autocast import autocast
-from ...attention.override import FORWARD_KEY
+from ...attention.state import FORWARD_KEY
 
 OVERRIDE = "override"
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.layout import TokenLayout
-from ...attention.override import FORWARD_KEY, ForwardState, Override
+from ...attention.state import FORWARD_KEY, ForwardState, Override
 from ...limits.numbers import number
 from ...limits.quote import named, quoted
 from ...sampling.path import FLOW, FlowPath

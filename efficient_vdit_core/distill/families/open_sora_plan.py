@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.layout import TokenLayout
-from ...attention.override import FORWARD_KEY, ForwardState, Override
 from ...attention.sdpa import OVERRIDE_KEY
+from ...attention.state import FORWARD_KEY, ForwardState, Override
 from ...devices import DTYPES
 from ...limits.quote import quoted
 from ...model_folder import FAMILY, find_model

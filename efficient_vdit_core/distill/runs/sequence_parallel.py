@@ -16,13 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from torch import Tensor, nn
 
 from ...attention import tile_attention
-from ...attention.dense_call import DenseCall
+from ...attention.attention_call import AttentionCall, override_by
 from ...attention.layout import TokenLayout
-from ...attention.padding import as_heads
 from ...attention.prepare import Preparation
 from ...attention.report import AttentionReport
 from ...attention.state import ForwardState, Override
@@ -76,33 +74,18 @@ class ClipGroup:
     def _attention(self, shard: Shard, pattern_of: Callable[[TokenLayout, int], LayerPattern]) -> Override:
         """An attention override under which a layer's self-attention goes over the processes."""
 
-        def override(
-            func: Override,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            heads: int,
-            mask: Tensor | None = None,
-            attn_precision: Any = None,
-            skip_reshape: bool = False,
-            skip_output_reshape: bool = False,
-            **kwargs: Any,
-        ) -> Tensor:
-            dense = DenseCall(func, None, attn_precision, kwargs)
+        def answer(call: AttentionCall) -> Tensor:
             layer, self._layer = self._layer, None
             if layer is None:
-                form = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
-                return dense.call(q, k, v, heads, mask, **form)
+                return call.dense()
             pattern = pattern_of(shard.layout, layer)
 
             def inner(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
-                return tile_attention(q, k, v, shard.layout, pattern.of_heads(first, q.shape[1]), dense=dense)
+                return tile_attention(q, k, v, shard.layout, pattern.of_heads(first, q.shape[1]), dense=call.asked)
 
-            q, k, v = (as_heads(x, heads, skip_reshape) for x in (q, k, v))
-            out = sharded_attention(q, k, v, shard, pattern, self.wire, inner=inner)
-            return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")
+            return call.give(sharded_attention(*call.take(), shard, pattern, self.wire, inner=inner))
 
-        return override
+        return override_by(answer)
 
 
 def asking(model: FamilyModel, plan: TilePlan | None, group: ClipGroup | None) -> Ask:

@@ -14,7 +14,7 @@ import comfy.sd  # isort: skip
 import comfy_extras.nodes_custom_sampler as custom_sampler  # isort: skip
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode  # isort: skip
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode  # isort: skip
-from tiny_models import CASES, build, noise  # isort: skip
+from tiny_models import CASES, build, missing, noise  # isort: skip
 
 OVERRIDE = "optimized_attention_override"
 pack = load_pack()
@@ -34,17 +34,18 @@ def sparse(source, k=1, **changes):
     return call(pack["EVDiTSparseAttention"], model=source, plan=plans.TilePlan.uniform(k), **settings)[0]
 
 
-def run(chosen, steps=2, negative=text * 0.5, cfg=2.0, part=slice(None), latent=None):
+def run(chosen, steps=2, negative=text * 0.5, cfg=2.0, part=slice(None), latent=None, start=None, prompt=None):
     """``part`` of the noise levels, on ``latent`` as another sampler left it."""
     forwards.clear()
     lines.clear()
     guider = comfy.samplers.CFGGuider(chosen)
-    guider.set_conds([[text, {}]], [[negative, {}]])
+    guider.set_conds(prompt or [[text, {}]], prompt or [[negative, {}]])
     guider.set_cfg(cfg)
     sigmas = comfy.samplers.calculate_sigmas(chosen.get_model_object("model_sampling"), "simple", steps)[part]
-    start = (x, torch.zeros_like(x)) if latent is None else (torch.zeros_like(x), latent)
+    start = x if start is None else start
+    given = (start, torch.zeros_like(start)) if latent is None else (torch.zeros_like(start), latent)
     with torch.inference_mode():
-        return guider.sample(*start, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
+        return guider.sample(*given, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
 
 
 def distance(a, b):
@@ -93,6 +94,12 @@ rotating = run(sparse(model, placement="rotating"), steps=3)
 facts["placement rotating"] = distance(rotating, run(judged(model, moving), steps=3))
 facts["rotating differs"] = distance(rotating, run(sparse(model), steps=3))
 
+# Noise levels that rise, as FlipSigmas gives them to turn a clip into noise: three steps.
+facts["rising"] = []
+for choice in ({"dense_first_steps": 1}, {"dense_last_steps": 1}):
+    run(sparse(model, **choice), steps=4, cfg=1.0, part=[3, 2, 1, 0])
+    facts["rising"] += lines
+
 # Guidance in two forwards a step, as texts of different lengths need it.
 longer = noise(1, 11, 32)
 split = run(sparse(model), negative=longer)
@@ -115,6 +122,13 @@ if "causal_window_fix" in known:  # puts the clip's first frame before the later
     got_anchored = run(sparse(anchored))
     facts["anchored frames"] = sorted({shape[2] for shape in forwards})
     facts["windows anchored"] = distance(got_anchored, run(judged(anchored, first_frame)))
+# LTX-2 without sound: what its conditioning says of the latents' shapes is of the whole clip.
+silent = CASES["ltx audio"]
+if not missing(silent):
+    clip, words = noise(1, 128, 9, 3, 5), noise(1, *silent.text)
+    in_windows = ContextWindowsManualNode.execute(build(silent), **settings).args[0]
+    run(sparse(in_windows), steps=1, cfg=1.0, start=clip, prompt=[[words, silent.conds]])
+    facts["windows without sound"] = list(lines)
 facts["windows behind"] = distance(run(ContextWindowsManualNode.execute(sparse(model), **settings).args[0]), got)
 
 # EasyCache and LazyCache skip whole evaluations; those that remain are sparse. A huge threshold skips all that may be.
