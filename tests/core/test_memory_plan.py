@@ -4,6 +4,7 @@ product, counted on the CPU."""
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from small_models import opensora_plan, wan
@@ -16,6 +17,7 @@ from efficient_vdit_core.distill.data.prepare import PreparedData
 from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.families.texts import TextBank
 from efficient_vdit_core.distill.forecast import memory as memory_plan
+from efficient_vdit_core.distill.forecast import search as search_plan
 from efficient_vdit_core.distill.forecast.advice import advice
 from efficient_vdit_core.distill.forecast.memory import count_numbers, plan_memory
 from efficient_vdit_core.distill.forecast.search import plan_search
@@ -158,6 +160,26 @@ def test_the_search_holds_and_computes_what_is_planned(family, worn, tmp_path, m
         probe(*looked_at, **grid, at_once=8, device=torch.device("cpu"))
     assert memory.peak() == pytest.approx(counter.peak, rel=0.1)
     assert work.flops * work.examples == pytest.approx(products.get_total_flops(), rel=0.1)
+
+
+def test_the_search_looks_at_one_layer_for_its_memory_and_at_all_for_its_work(tmp_path, monkeypatch):
+    """Each with two candidates; where the feed-forward sets the peak, what probing holds does not show in it."""
+    config, compared = stage(opensora_plan, tmp_path, "consistency"), []
+    monkeypatch.setattr(search_plan, "_compared", lambda a, e: compared.append(len(a)) or (0.0, np.zeros(a.shape[1])))
+    plan_search(SearchConfig(candidates="1,2"), config, segments=2, steps=2, wears_lora=False, words=WORDS)
+    assert compared == [config.training.batch] * 2 + [1] * 2 * open_model(config.model).layers
+
+
+def test_one_step_is_looked_at_once_whatever_is_stored_elsewhere(tmp_path, monkeypatch):
+    """Optimiser, average and teacher on the host change no activation; full-size models take seconds a step."""
+    config, steps = stage(opensora_plan, tmp_path, "consistency"), []
+    backward = memory_plan._backward
+    monkeypatch.setattr(memory_plan, "_backward", lambda *args: steps.append(1) or backward(*args))
+    muon = replace(config, training=replace(config.training, optimizer="muon", steps=9))
+    found = [plan_memory(asked, WORDS).held["activations"] for asked in (config, muon, hosted(config))]
+    assert len(set(found)) == 1 and len(steps) == 1
+    plan_memory(replace(config, training=replace(config.training, batch=1)), WORDS)
+    assert len(steps) == 2
 
 
 def test_the_advice_goes_on_until_it_fits(tmp_path, monkeypatch):

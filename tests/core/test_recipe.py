@@ -9,6 +9,7 @@ import torch
 from efficient_vdit_core import cli
 from efficient_vdit_core.assets import recipe_path
 from efficient_vdit_core.distill.config import DataConfig, read_toml
+from efficient_vdit_core.distill.forecast import recipe as forecast_parts
 from efficient_vdit_core.distill.forecast.recipe import forecast, steps_within
 from efficient_vdit_core.distill.metadata import DistillMetadata
 from efficient_vdit_core.distill.objectives.consistency import check_pair
@@ -222,6 +223,20 @@ def test_the_memory_is_told_before_anything_is_trained(calls, capsys, tmp_path):
     assert calls == [] and not (tmp_path / "run").exists()
 
 
+def test_a_part_is_told_before_the_next_is_looked_at(monkeypatch, capsys, tmp_path):
+    """A full-size model takes seconds for each, and a slow processor minutes."""
+    told = []
+    plan_search = forecast_parts.plan_search
+    monkeypatch.setattr(
+        forecast_parts, "plan_search", lambda *a, **k: told.append(capsys.readouterr().out) or plan_search(*a, **k)
+    )
+    file = tmp_path / "c.toml"
+    file.write_text("[consistency_training]\nbatch = 2\n[knowledge_training]\nbatch = 2\n")
+    asked = ["recipe", "three-stage", "--config", str(file), "--out", str(tmp_path / "run"), "--plan-memory"]
+    assert cli.main(asked) == 0
+    assert told[0].startswith("consistency: ") and "search" not in told[0]
+
+
 def test_mistakes_on_the_command_line_are_told(capsys, tmp_path):
     out = ["--out", str(tmp_path / "run")]
     assert cli.main(["distill", "consistency", *out, "--set", "steps"]) == 2
@@ -241,7 +256,7 @@ def test_the_steps_that_a_night_has_time_for(tmp_path):
     }
     values["knowledge_training"] = {"steps": 20, "batch": 2}
     for order, often in (("consistency-first", (1, 3)), ("knowledge-first", (3, 3)), ("merge", (1, 3))):
-        parts = forecast(ThreeStages(RecipeConfig.from_dict({"order": order, **values}), tmp_path))
+        parts = list(forecast(ThreeStages(RecipeConfig.from_dict({"order": order, **values}), tmp_path)))
         by_name = {part.name: part for part in parts}
         assert (by_name["consistency"].times, by_name["knowledge"].times) == often
         one, three = (by_name[name].work for name in ("consistency", "knowledge"))
