@@ -114,12 +114,14 @@ def test_merging_forgets_no_lora():
         ({"search": {"thresholds": [-1.0]}}, "threshold is -1"),
         ({"search": {"candidates": "8"}}, "all mean full"),
         ({"knowledge_training": {"optimizer": "adamw8bit"}}, "bitsandbytes"),
+        ({"knowledge_training": {"tensorboard": True}}, "needs the package 'tensorboard'"),
         ({"model": {"train": "lora", "lora_rank": 6}, "knowledge_training": {"optimizer": "muon"}}, "LoRA of rank 6"),
         ({"data": {"source": "videos", "folder": "gone"}}, "no folder 'gone'"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_at_once(calls, tmp_path, monkeypatch, values, message):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    for package in ("bitsandbytes", "tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **values).run()
     assert calls == []
