@@ -17,18 +17,16 @@ from ...search.probe import squared_errors
 from ...training.live_bytes import LiveBytes, size_of
 from ..config import DistillConfig
 from ..families.on_host import bytes_on_host
-from ..families.open_model import open_model
 from ..runs.search_stage import SearchConfig
-from .memory import FusedAttention, MemoryPlan, meta_inputs, meta_student
+from .memory import FusedAttention, MemoryPlan, meta_inputs, meta_student, opened
 from .work import WorkPlan
 
 
 def plan_search(
-    search: SearchConfig, stage: DistillConfig, *, segments: int, steps: int, wears_lora: bool, words: int = 0
+    search: SearchConfig, stage: DistillConfig, *, segments: int, steps: int, wears_lora: bool
 ) -> tuple[MemoryPlan, WorkPlan]:
-    """Of a search on the model of ``stage``, which may wear an earlier stage's LoRA, with samples of ``steps`` steps.
-    ``words``: tokens of the longest caption, 0 for the most that the model takes."""
-    model, batch = open_model(stage.model), stage.training.batch
+    """Of a search on the model of ``stage``, which may wear an earlier stage's LoRA, with samples of ``steps`` steps."""
+    model, batch = opened(stage.model), stage.training.batch
     module = meta_student(stage, model) if wears_lora else model.skeleton()  # the LoRA that it trains is as large
     frames = model.latent_shape(model.size(stage.data.frames, stage.data.height, stage.data.width))[1]
     record = ProbeRecord(sparse_candidates(parse_candidates(search.candidates), frames))
@@ -42,14 +40,14 @@ def plan_search(
         model.predict(module, *inputs, model.options_with(override)(inputs[0])).float()
 
     with torch.no_grad():
-        inputs = meta_inputs(stage, model, batch, words)
+        inputs = meta_inputs(stage, model, batch)
         with LiveBytes() as counter:
             before = torch.empty_like(inputs[0])  # what the network said in the step before
             counter.count([inputs[0], inputs[2][0], before])
             forward(inputs, probing_one_layer)  # the next ones hold as much, after it has let go
         attention.flops = 0.0
         with FlopCounterMode(display=False) as products:
-            forward(meta_inputs(stage, model, 1, words), probing)
+            forward(meta_inputs(stage, model, 1), probing)
     weights = size_of([*module.parameters(), *module.buffers()])
     held = {"weights": weights, "activations": counter.peak}
     flops = products.get_total_flops() + attention.flops

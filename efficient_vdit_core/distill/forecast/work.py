@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import DistillConfig
-from ..families.open_model import open_model
 from ..objectives.knowledge import DATA, forwards_of_ways
-from .memory import FusedAttention, meta_inputs, meta_student
+from .memory import FusedAttention, meta_inputs, meta_student, opened
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,10 @@ class WorkPlan:
         return self.examples * self.flops / (tflops * 1e12) / 3600
 
 
-def plan_work(stage: DistillConfig, words: int = 0, worn: int = 0) -> WorkPlan:
-    """The work of one stage's training; ``words`` and ``worn`` as of `memory_plan.plan_memory`."""
-    model, t = open_model(stage.model), stage.training
-    student, inputs = meta_student(stage, model, worn), meta_inputs(stage, model, 1, words)
+def plan_work(stage: DistillConfig, worn: int = 0) -> WorkPlan:
+    """The work of one stage's training; ``worn`` as of `memory.plan_memory`."""
+    model, t = opened(stage.model), stage.training
+    student, inputs = meta_student(stage, model, worn), meta_inputs(stage, model, 1)
     attention = FusedAttention()
     with FlopCounterMode(display=False) as counter:
         out = model.predict(student, *inputs, model.options_with(attention)(inputs[0]))
