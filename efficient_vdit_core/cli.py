@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import __version__
+from .commands import INTERRUPTED
 from .commands.arguments import Parser, one_line
 from .limits.quote import first_cause, quoted, reason
 
@@ -32,7 +33,6 @@ COMMANDS = {
 }
 TINYWORLD = "tinyworld"
 MISTAKEN_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from ..parallel.pool.imports import Host
 from ..parallel.pool.session import Launch, Session
 from ..parallel.sharding.forecast import GPU_RATES, LayerShape, bytes_sent, overhead, speedup
 from ..tiles import TilePattern, TokenGrid
-from .minimax_h3 import CLIPS, HEAD_DIM, HEADS, Clip
+from .minimax_h3 import CLIPS, HEAD_DIM, HEADS
 from .paper import PARALLEL_SPEEDUP
 
 HOST = Host("", "bench.parallel_host", "BenchHost")
@@ -39,9 +39,10 @@ class ParallelShape:
         return LayerShape(TokenLayout(self.grid), self.heads, self.head_dim, itemsize)
 
 
-def h3_shape(clip: Clip = CLIPS["1344x768-10s"], depth: int = 2) -> ParallelShape:
-    """MiniMax-H3's heads and its video, under as many reference frames as its presets have (strides 10 and 5). The text
+def h3_shape(depth: int) -> ParallelShape:
+    """MiniMax-H3's heads and its video of 10 s, under as many reference frames as its presets have (strides 10 and 5). The text
     and the sound before the video, a twentieth of the sequence, are left out, and the width is that of all heads."""
+    clip = CLIPS["1344x768-10s"]
     ks = (None, -(-clip.frames // 10), -(-clip.frames // 5))
     return ParallelShape(clip.layout.grid, depth, ks, HEADS, HEAD_DIM)
 

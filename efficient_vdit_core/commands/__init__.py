@@ -9,6 +9,8 @@ import sys
 
 from ..limits.quote import printable
 
+INTERRUPTED = 130  # the status after Ctrl-C, by the shell's convention: 128 + SIGINT
+
 
 def say(text: str = "") -> None:
     """A line for the user, on standard output. What its encoding lacks is escaped: a name must not end a command, whose

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..limits.quote import named, quoted
-from . import say
-
-INTERRUPTED = 130  # as the shell counts Ctrl-C
+from . import INTERRUPTED, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

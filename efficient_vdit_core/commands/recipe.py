@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import recipe_forecast, say
+from . import INTERRUPTED, recipe_forecast, say
 from .arguments import count, seed_number
 from .command_line import command_line
-from .distill import INTERRUPTED, override
+from .distill import override
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

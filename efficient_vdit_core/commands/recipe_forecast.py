@@ -38,7 +38,7 @@ def say_forecast(stages: Any, args: argparse.Namespace) -> int:
     from ..distill.families.open_model import open_model
     from ..distill.forecast.advice import advice, fits
     from ..distill.forecast.memory import gib
-    from ..distill.forecast.recipe import forecast
+    from ..distill.forecast.recipe import Part, forecast
     from ..distill.runs.checks import check_hosted, check_training
     from ..distill.runs.sequence_parallel import check_shares
 
@@ -46,8 +46,9 @@ def say_forecast(stages: Any, args: argparse.Namespace) -> int:
         check_training(stage)
         check_hosted(stage)
         check_shares(stage, open_model(stage.model))
-    parts, all_fit = forecast(stages), True
-    for part in parts:
+    parts, all_fit = list[Part](), True
+    for part in forecast(stages):
+        parts.append(part)
         fit = fits(part.memory, args.gpu)
         say(f"{part.name}: {gib(part.memory.peak())}, {'fits' if fit else 'does not fit'} into {gib(args.gpu)}")
         say(f"  {_work(part, args.tflops)}")

@@ -138,9 +138,8 @@ def _add_world(command: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from ..commands import say
+    from ..commands import INTERRUPTED, say
     from ..commands.bench.device import device_named
-    from ..commands.distill import INTERRUPTED
     from .train.recipe import TinyRecipe
     from .worlds import WORLDS
 

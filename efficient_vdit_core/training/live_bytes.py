@@ -4,12 +4,11 @@ included, what a GPU's allocator would tell."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
@@ -21,9 +20,10 @@ class LiveBytes(TorchDispatchMode):
         self._counted: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        self.count(t for t in tree_leaves(out) if isinstance(t, Tensor) and id(t.untyped_storage()) not in before)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        before = {id(t.untyped_storage()) for given in (args, kwargs.values()) for t in _tensors(given)}
+        self.count(t for t in _tensors(out) if id(t.untyped_storage()) not in before)
         return out
 
     def count(self, tensors: Iterable[Tensor]) -> None:
@@ -39,6 +39,15 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         self._counted.discard(key)
         self.live -= size
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Of what an operation takes or returns. PyTorch's own walk over trees takes a third of a count's time."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        for each in value:
+            yield from _tensors(each)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

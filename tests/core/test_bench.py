@@ -351,6 +351,19 @@ def test_heads_that_differ_are_timed_against_dense_attention(monkeypatch, tmp_pa
     }
 
 
+def test_ctrl_c_leaves_the_parts_that_were_measured_and_says_where(monkeypatch, capsys, tmp_path):
+    def interrupted(run):
+        yield [{"seconds": 1.0}]
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gpu.PARTS, "memory", (interrupted, 1.0))
+    asked = ["bench", "gpu", "--device", "cpu", "--parts", "memory", "--out", str(tmp_path)]
+    assert main(asked) == 130
+    told = capsys.readouterr()
+    assert f"results so far in {tmp_path}" in told.out and "nothing was written" not in told.err
+    assert json.loads((tmp_path / "memory.json").read_text())["rows"] == [{"seconds": 1.0}]
+
+
 NEED_DIFFUSERS = ["stock_steps", "training"]
 
 

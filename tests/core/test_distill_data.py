@@ -14,7 +14,7 @@ from efficient_vdit_core.distill.data.noise import numbered_noise
 from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanModel
 from efficient_vdit_core.distill.families.stamps import MAX_WHOLE, text_stamp
-from efficient_vdit_core.distill.families.texts import TextBank
+from efficient_vdit_core.distill.families.texts import AT_ONCE, TextBank
 from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig
 
 
@@ -105,6 +105,44 @@ def test_text_states_are_kept_and_padded(tmp_path):
     assert asked == [["ab", ""], ["c"]]
     context, mask = bank.batch(["c", "ab"])
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1]] and float(context[0, 2].abs().sum()) == 0
+
+
+def test_what_was_encoded_before_ctrl_c_is_kept(tmp_path):
+    """A T5 takes seconds for a caption on a processor, and hours for a training's."""
+    asked = []
+
+    def encoder(stop):
+        def encode(texts):
+            if len(asked) == stop:
+                raise KeyboardInterrupt
+            asked.append(texts)
+            return torch.ones(len(texts), 1, 3), torch.ones(len(texts), 1, dtype=torch.long)
+
+        return lambda: encode
+
+    texts, file = [f"caption {i}" for i in range(AT_ONCE + 1)], tmp_path / "texts.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        TextBank.build(texts, encoder(1), file)
+    TextBank.build(texts, encoder(9), file)
+    assert asked == [texts[:AT_ONCE], texts[AT_ONCE:]]
+
+
+def test_a_video_may_have_a_name_as_long_as_a_file_system_takes(tmp_path):
+    """As downloads named after a title do, three bytes to each Chinese letter."""
+    folder, name = tmp_path / "videos", "\u89c6\u9891" * 41
+    folder.mkdir()
+    videos(folder, [f"{name}.gif"])
+    (folder / f"{name}.txt").write_text("long")
+    clips = encode_videos(folder, tmp_path / "cache", (5, 16, 16), lambda: lambda frames: torch.ones(4, 2, 2, 2))
+    assert clips.captions == [("long",)]
+
+
+def test_the_marks_that_a_mac_leaves_beside_videos_are_no_videos(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "a.txt").write_text("a cat")
+    for name in ("._a.mp4", "._a.txt"):
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X\xff")
+    assert video_captions(tmp_path) == {tmp_path / "a.mp4": "a cat"}
 
 
 def test_the_text_encoder_leaves_when_the_texts_are_encoded(monkeypatch):

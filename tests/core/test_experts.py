@@ -13,7 +13,7 @@ from efficient_vdit_core.distill.families.texts import TextBank
 from efficient_vdit_core.distill.objectives.grid import SegmentGrid
 from efficient_vdit_core.distill.objectives.knowledge import KnowledgeConfig, KnowledgeLoss
 from efficient_vdit_core.distill.runs.checks import check_expert, check_objective
-from efficient_vdit_core.distill.runs.search_stage import observe
+from efficient_vdit_core.distill.runs.search_stage import WatchedRun
 from efficient_vdit_core.distill.runs.trainer import describe
 from efficient_vdit_core.sampling.schedule import segment_edges
 
@@ -75,10 +75,8 @@ def test_a_search_asks_it_about_noised_clips_at_its_own_steps(experts):
         seen.append(q.shape[0])
         return func(q, k, v, *args, **kwargs)
 
-    observe(
-        looks_on, model, module, bank, ["a", "b", "c"], tuple(clean.shape[1:]), seed=0, segments=4, steps=4, at_once=2,
-        device=torch.device("cpu"), clean=clean,
-    )  # fmt: skip
+    texts, shape = ["a", "b", "c"], tuple(clean.shape[1:])
+    WatchedRun(model, module, bank, texts, shape, 4, 4, 2, torch.device("cpu"), clean).watch(looks_on, 0)
     levels = (1000 * model.path.coefficients(torch.tensor([500.0, 250.0]))[1]).tolist()
     assert [t[0] for t in times] == pytest.approx([*levels, *levels]) and [len(t) for t in times] == [2, 2, 1, 1]
     assert len(seen) >= 4 * model.layers

@@ -4,6 +4,7 @@ product, counted on the CPU."""
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from small_models import opensora_plan, wan
@@ -13,9 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from efficient_vdit_core.distill.config import DistillConfig
 from efficient_vdit_core.distill.data.clips import ClipSet
 from efficient_vdit_core.distill.data.prepare import PreparedData
+from efficient_vdit_core.distill.families import open_sora_plan
+from efficient_vdit_core.distill.families.diffusers_model import DiffusersModel
 from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanModel
 from efficient_vdit_core.distill.families.texts import TextBank
 from efficient_vdit_core.distill.forecast import memory as memory_plan
+from efficient_vdit_core.distill.forecast import search as search_plan
 from efficient_vdit_core.distill.forecast.advice import advice
 from efficient_vdit_core.distill.forecast.memory import count_numbers, plan_memory
 from efficient_vdit_core.distill.forecast.search import plan_search
@@ -23,13 +28,20 @@ from efficient_vdit_core.distill.forecast.work import plan_work
 from efficient_vdit_core.distill.lora.files import comfy_lora
 from efficient_vdit_core.distill.lora.layers import add_lora
 from efficient_vdit_core.distill.runs import trainer
-from efficient_vdit_core.distill.runs.search_stage import SearchConfig, probe
+from efficient_vdit_core.distill.runs.search_stage import SearchConfig, WatchedRun, probe
 from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
 from efficient_vdit_core.training import average, run
 from efficient_vdit_core.training.live_bytes import LiveBytes
 
 LATENT = (4, 4, 8, 8)
 WORDS = 5
+
+
+@pytest.fixture(autouse=True)
+def short_captions(monkeypatch):
+    """As many tokens as those that `stand_in` trains with, of as many channels."""
+    for kind in (OpenSoraPlanModel, DiffusersModel):
+        monkeypatch.setattr(kind, "text_size", (WORDS, 8))
 
 
 def stage(family, folder, method, batch=8, **model):
@@ -104,7 +116,7 @@ def test_the_plan_is_what_a_training_holds(case, tmp_path, monkeypatch):
     # The host's memory is another: what numpy holds is not counted.
     for module, name in ((features, "on_host"), (average, "host_copy")):
         monkeypatch.setattr(module, name, lambda value: torch.from_numpy(value.numpy().copy()))
-    plan = plan_memory(config, WORDS, worn=int(case == "worn"))
+    plan = plan_memory(config, worn=int(case == "worn"))
     if case == "worn":
         module = open_model(config.model).load()
         add_lora(module, 4)
@@ -139,7 +151,7 @@ def test_the_search_holds_and_computes_what_is_planned(family, worn, tmp_path, m
     config = stage(family, tmp_path, "consistency", train="lora", lora_rank=4)
     search = SearchConfig(candidates="0,1,2~1", captions=8)
     grid = {"segments": 2, "steps": 2}
-    memory, work = plan_search(search, config, **grid, wears_lora=worn, words=WORDS)
+    memory, work = plan_search(search, config, **grid, wears_lora=worn)
     assert work.examples == 16 and memory.peak() == memory.step() == sum(memory.held.values())
     if worn:
         module = open_model(config.model).load()
@@ -150,14 +162,44 @@ def test_the_search_holds_and_computes_what_is_planned(family, worn, tmp_path, m
     model = open_model(config.model)
     module = model.load().eval()
     bank = TextBank({"a": torch.randn(WORDS, 8)})
-    looked_at = (search, model, module, bank, ["a"] * 8, LATENT)
+    watched = WatchedRun(model, module, bank, ["a"] * 8, LATENT, **grid, at_once=8, device=torch.device("cpu"))
     with LiveBytes() as counter:
         counter.count([*module.parameters(), *module.buffers()])
-        probe(*looked_at, **grid, at_once=8, device=torch.device("cpu"))
+        probe(search, watched)
     with FlopCounterMode(display=False) as products, sdpa_kernel(SDPBackend.MATH):
-        probe(*looked_at, **grid, at_once=8, device=torch.device("cpu"))
+        probe(search, watched)
     assert memory.peak() == pytest.approx(counter.peak, rel=0.1)
     assert work.flops * work.examples == pytest.approx(products.get_total_flops(), rel=0.1)
+
+
+def test_the_search_looks_at_one_layer_for_its_memory_and_at_all_for_its_work(tmp_path, monkeypatch):
+    """Each with two candidates; where the feed-forward sets the peak, what probing holds does not show in it."""
+    config, compared = stage(opensora_plan, tmp_path, "consistency"), []
+    monkeypatch.setattr(search_plan, "_compared", lambda a, e: compared.append(len(a)) or (0.0, np.zeros(a.shape[1])))
+    plan_search(SearchConfig(candidates="1,2"), config, segments=2, steps=2, wears_lora=False)
+    assert compared == [config.training.batch] * 2 + [1] * 2 * open_model(config.model).layers
+
+
+def test_one_step_is_looked_at_once_whatever_is_stored_elsewhere(tmp_path, monkeypatch):
+    """Optimiser, average and teacher on the host change no activation; full-size models take seconds a step."""
+    config, steps = stage(opensora_plan, tmp_path, "consistency"), []
+    backward = memory_plan._backward
+    monkeypatch.setattr(memory_plan, "_backward", lambda *args: steps.append(1) or backward(*args))
+    muon = replace(config, training=replace(config.training, optimizer="muon", steps=9))
+    found = [plan_memory(asked).held["activations"] for asked in (config, muon, hosted(config))]
+    assert len(set(found)) == 1 and len(steps) == 1
+    plan_memory(replace(config, training=replace(config.training, batch=1)))
+    assert len(steps) == 2
+
+
+def test_a_forecast_looks_at_the_weights_once_for_each_way_to_load_them(tmp_path, monkeypatch):
+    """Open-Sora-Plan's adapter looks at every one, 11 GB of them at full size."""
+    config, read = stage(opensora_plan, tmp_path, "consistency"), []
+    read_transformer = open_sora_plan.read_transformer
+    monkeypatch.setattr(open_sora_plan, "read_transformer", lambda path: read.append(1) or read_transformer(path))
+    monkeypatch.setattr(memory_plan, "count_numbers", lambda path: 0)
+    asked = [plan_memory(config), plan_work(config), *advice(config, 2**10)]
+    assert len(asked) > 8 and len(read) <= 8
 
 
 def test_the_advice_goes_on_until_it_fits(tmp_path, monkeypatch):
@@ -173,8 +215,9 @@ def test_the_advice_goes_on_until_it_fits(tmp_path, monkeypatch):
     assert list(advice(config, 2**10))[-1].startswith("activations alone take ")
 
 
-def test_shared_out_clips_hold_a_part_of_the_activations(tmp_path):
-    """Four latent frames over two processes; every GPU has all weights."""
+def test_shared_out_clips_hold_a_part_of_the_activations(tmp_path, monkeypatch):
+    """Four latent frames over two processes; every GPU has all weights, and the whole caption, of full length here."""
+    monkeypatch.undo()
     config = stage(opensora_plan, tmp_path, "knowledge", gradient_checkpointing=True)
     wide = replace(config, data=replace(config.data, height=256, width=256), training=replace(config.training, batch=1))
     alone, two = (
@@ -203,7 +246,7 @@ def test_the_work_is_what_a_training_computes(case, tmp_path, monkeypatch):
     config = replace(
         config, objective=replace(config.objective, **finer, **guided, **walking), training=replace(config.training, steps=5)
     )
-    work = plan_work(config, WORDS)
+    work = plan_work(config)
     assert work.examples == 5 * 8 and work.hours(1e-9) == pytest.approx(40 * work.flops / 3.6e6)
     stand_in(monkeypatch)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -217,9 +260,7 @@ def test_states_on_the_way_cost_small_batches_more(tmp_path):
 
     def flops(states, batch):
         objective = replace(config.objective, segments=8, states=states)
-        return plan_work(
-            replace(config, objective=objective, training=replace(config.training, batch=batch)), WORDS
-        ).flops
+        return plan_work(replace(config, objective=objective, training=replace(config.training, batch=batch))).flops
 
     of_ways = [flops("student", batch) - flops("data", batch) for batch in (1, 8)]
     assert of_ways[0] == pytest.approx(4 * of_ways[1]) and of_ways[1] > 0

@@ -393,7 +393,7 @@ def test_score_distillation_takes_pictures_and_sound_too(h3, tmp_path, monkeypat
 def test_a_forecast_counts_what_is_in_the_hosts_memory_there(h3):
     plain = config(h3, "knowledge", training={"precision": "float32"})
     hosted = replace(plain, model=replace(plain.model, host_modulation=True))
-    before, after = (plan_memory(stage, WORDS) for stage in (plain, hosted))
+    before, after = (plan_memory(stage) for stage in (plain, hosted))
     moved = bytes_on_host(open_model(hosted.model).skeleton())
     assert before.held["weights"] - after.held["weights"] == after.host - before.host == moved > 0
     assert [line for line in advice(plain, 2**18) if line.startswith("model.host_modulation = true")]

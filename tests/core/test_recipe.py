@@ -9,6 +9,7 @@ import torch
 from efficient_vdit_core import cli
 from efficient_vdit_core.assets import recipe_path
 from efficient_vdit_core.distill.config import DataConfig, read_toml
+from efficient_vdit_core.distill.forecast import recipe as forecast_parts
 from efficient_vdit_core.distill.forecast.recipe import forecast, steps_within
 from efficient_vdit_core.distill.metadata import DistillMetadata
 from efficient_vdit_core.distill.objectives.consistency import check_pair
@@ -113,12 +114,14 @@ def test_merging_forgets_no_lora():
         ({"search": {"thresholds": [-1.0]}}, "threshold is -1"),
         ({"search": {"candidates": "8"}}, "all mean full"),
         ({"knowledge_training": {"optimizer": "adamw8bit"}}, "bitsandbytes"),
+        ({"knowledge_training": {"tensorboard": True}}, "needs the package 'tensorboard'"),
         ({"model": {"train": "lora", "lora_rank": 6}, "knowledge_training": {"optimizer": "muon"}}, "LoRA of rank 6"),
         ({"data": {"source": "videos", "folder": "gone"}}, "no folder 'gone'"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_at_once(calls, tmp_path, monkeypatch, values, message):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    for package in ("bitsandbytes", "tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **values).run()
     assert calls == []
@@ -222,6 +225,20 @@ def test_the_memory_is_told_before_anything_is_trained(calls, capsys, tmp_path):
     assert calls == [] and not (tmp_path / "run").exists()
 
 
+def test_a_part_is_told_before_the_next_is_looked_at(monkeypatch, capsys, tmp_path):
+    """A full-size model takes seconds for each, and a slow processor minutes."""
+    told = []
+    plan_search = forecast_parts.plan_search
+    monkeypatch.setattr(
+        forecast_parts, "plan_search", lambda *a, **k: told.append(capsys.readouterr().out) or plan_search(*a, **k)
+    )
+    file = tmp_path / "c.toml"
+    file.write_text("[consistency_training]\nbatch = 2\n[knowledge_training]\nbatch = 2\n")
+    asked = ["recipe", "three-stage", "--config", str(file), "--out", str(tmp_path / "run"), "--plan-memory"]
+    assert cli.main(asked) == 0
+    assert told[0].startswith("consistency: ") and "search" not in told[0]
+
+
 def test_mistakes_on_the_command_line_are_told(capsys, tmp_path):
     out = ["--out", str(tmp_path / "run")]
     assert cli.main(["distill", "consistency", *out, "--set", "steps"]) == 2
@@ -241,7 +258,7 @@ def test_the_steps_that_a_night_has_time_for(tmp_path):
     }
     values["knowledge_training"] = {"steps": 20, "batch": 2}
     for order, often in (("consistency-first", (1, 3)), ("knowledge-first", (3, 3)), ("merge", (1, 3))):
-        parts = forecast(ThreeStages(RecipeConfig.from_dict({"order": order, **values}), tmp_path))
+        parts = list(forecast(ThreeStages(RecipeConfig.from_dict({"order": order, **values}), tmp_path)))
         by_name = {part.name: part for part in parts}
         assert (by_name["consistency"].times, by_name["knowledge"].times) == often
         one, three = (by_name[name].work for name in ("consistency", "knowledge"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.distill.config import DistillConfig
+from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanModel
 from efficient_vdit_core.distill.forecast.memory import plan_memory
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict
 
@@ -109,9 +110,10 @@ def test_clips_are_shared_out_under_sharded_weights_too(runs, kind):
     same(sharded, runs[f"{kind} alone"])
 
 
-def test_each_of_them_holds_what_is_planned(runs):
+def test_each_of_them_holds_what_is_planned(runs, monkeypatch):
+    monkeypatch.setattr(OpenSoraPlanModel, "text_size", (WORDS, 8))
     peaks = [runs[f"large {way}"]["peak"] for way in ("alone", "shared")]
-    plans = [plan_memory(DistillConfig.from_dict(runs[f"large {way}"]["config"]), WORDS) for way in ("alone", "shared")]
+    plans = [plan_memory(DistillConfig.from_dict(runs[f"large {way}"]["config"])) for way in ("alone", "shared")]
     assert [plan.step() for plan in plans] == pytest.approx(peaks, rel=0.1) and peaks[1] < 0.75 * peaks[0]
 
 

@@ -64,7 +64,7 @@ def test_rows_of_other_settings_are_not_taken(tmp_path):
 
 def test_counts_that_were_not_timed_are_timed_then(tmp_path, monkeypatch):
     timed = []
-    speeds = lambda counts, repeats: timed.append(counts) or {count: 1.5 for count in counts}  # noqa: E731
+    speeds = lambda counts: timed.append(counts) or {count: 1.5 for count in counts}  # noqa: E731
     monkeypatch.setattr(judge, "_time_speeds", speeds)
     file = tmp_path / "speeds.json"
     assert judge.attention_speeds(file, (1, 2)) == judge.attention_speeds(file, (2,)) == {1: 1.5, 2: 1.5}

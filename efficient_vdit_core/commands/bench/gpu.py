@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...limits.quote import quoted
-from .. import say
+from .. import INTERRUPTED, say
 from ..arguments import count, seed_number
 from ..command_line import command_line
 from .device import device_named
@@ -41,7 +41,11 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--parts has {quoted(name)}, expected some of {', '.join(PARTS)}.")
     args.out.mkdir(parents=True, exist_ok=True)
     found = Run(device_named(args.device), args.seed, args.budget, args.out, command=command_line())
-    run_parts(found, names, _tell)
+    try:
+        run_parts(found, names, _tell)
+    except KeyboardInterrupt:
+        say(f"interrupted; results so far in {args.out}")
+        return INTERRUPTED
     say(f"{found.spent:.0f} s; results in {args.out}")
     for name, why in found.incomplete.items():
         say(f"not complete: {name}: {why}")

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
             f"--ranks is {quoted(args.ranks)}, expected at least one number above 1: one rank alone is timed anyway."
         )
     own = ParallelShape(TokenGrid(*args.grid), args.depth, (None, *args.references), args.heads)
-    shape = h3_shape(depth=args.depth) if args.preset else own
+    shape = h3_shape(args.depth) if args.preset else own
     tokens, width = shape.grid.tokens, shape.head_dim * shape.heads
     activations, weights = 8 * tokens * width, args.depth * 12 * width**2
     check_memory(

@@ -21,6 +21,7 @@ from ...models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from ...models.opensora_plan.weights import is_finite
 
 MAX_LIST = 2**28  # bytes of a file of captions
+MAX_STEM = 200  # bytes of a video's name in that of its latents, which may have 255
 FPS = 24  # of every model that makes sound
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
 
@@ -79,7 +80,9 @@ def video_captions(folder: Path) -> dict[Path, str]:
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {quoted(str(folder), 120)} with videos. Check data.folder.")
-    videos = sorted(f for f in folder.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
+    # ._NAME is what a Mac notes of a file, on disks that are not its own.
+    named_so = (f for f in folder.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
+    videos = sorted(f for f in named_so if not f.name.startswith("._"))
     if not videos:
         raise ValueError(
             f"The folder {quoted(folder.name)} holds no videos, expected files ending in {', '.join(VIDEO_SUFFIXES)}."
@@ -114,7 +117,8 @@ def encode_videos(
     files, texts, broken = [], [], []
     for video, text in tqdm(captions.items(), desc="latents", mininterval=5):
         made = f"{video.resolve()} {video.stat().st_mtime_ns} {size} {stamp}"
-        target = cache / f"{video.stem}-{hashlib.sha256(made.encode()).hexdigest()[:16]}.safetensors"
+        stem = video.stem.encode()[:MAX_STEM].decode(errors="ignore")
+        target = cache / f"{stem}-{hashlib.sha256(made.encode()).hexdigest()[:16]}.safetensors"
         if not target.is_file():
             try:
                 clip = (read_frames(video, size), *read_sounds(video, size, sound_rate))

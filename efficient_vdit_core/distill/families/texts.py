@@ -33,16 +33,18 @@ class TextBank:
         missing = [t for t in wanted if t not in states]
         if missing:
             encode = encoder()
-            for start in range(0, len(missing), AT_ONCE):
-                part = missing[start : start + AT_ONCE]
-                context, mask = encode(part)
-                states.update(
-                    {t: c[: int(m.sum())].clone() for t, c, m in zip(part, context.cpu(), mask.cpu(), strict=True)}
-                )
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                names = list(states)
-                save_safetensors(file, {str(i): states[t] for i, t in enumerate(names)}, {"texts": json.dumps(names)})
+            try:
+                for start in range(0, len(missing), AT_ONCE):
+                    part = missing[start : start + AT_ONCE]
+                    context, mask = encode(part)
+                    states.update(
+                        {t: c[: int(m.sum())].clone() for t, c, m in zip(part, context.cpu(), mask.cpu(), strict=True)}
+                    )
+            finally:  # what was encoded before Ctrl-C is not encoded again
+                if file is not None and states:
+                    names = list(states)
+                    tensors = {str(i): states[t] for i, t in enumerate(names)}
+                    save_safetensors(file, tensors, {"texts": json.dumps(names)})
         return cls({t: states[t] for t in wanted})
 
     def batch(self, texts: list[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from ..config import DistillConfig
 from ..families.model import can_share
-from ..families.open_model import open_model
-from .memory import MemoryPlan, gib, plan_memory
+from .memory import MemoryPlan, gib, opened, plan_memory
 
 GPUS = (2, 4, 8, 16)
 LEAST_RANK = 16
@@ -50,7 +49,7 @@ def advice(stage: DistillConfig, size: int, worn: int = 0, section: str = "train
 def _sharing_clips(stage: DistillConfig, size: int, worn: int, section: str) -> str:
     """The fewest GPUs that do where they share out each clip, weights whole on each or, where that is not enough, shared out
     too; "" where none do."""
-    model = open_model(stage.model)
+    model = opened(stage.model)
     if not can_share(model):
         return ""
     most = min(model.heads, model.latent_shape(model.size(stage.data.frames, stage.data.height, stage.data.width))[1])
@@ -94,7 +93,7 @@ def _changes(stage: DistillConfig, section: str) -> Iterator[tuple[str, DistillC
     if stage.training.optimizer == "adamw":
         stage = replace(stage, training=replace(stage.training, optimizer="adamw8bit"))
         yield f'{section}.optimizer = "adamw8bit"', stage
-    if open_model(stage.model).can_host and stage.model.train == "lora" and not stage.model.host_modulation:
+    if opened(stage.model).can_host and stage.model.train == "lora" and not stage.model.host_modulation:
         stage = replace(stage, model=replace(stage.model, host_modulation=True))
         yield "model.host_modulation = true", stage
     if stage.model.train == "full" and not stage.training.host_average:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...training.live_bytes import LiveBytes, size_of
-from ..config import DistillConfig
+from ..config import DistillConfig, TrainingConfig
 from ..families.model import FamilyModel
 from ..families.on_host import bytes_on_host, largest_block
 from ..families.open_model import open_model
@@ -28,6 +29,7 @@ from ..runs.sequence_parallel import largest_share
 from ..runs.turns import add_learners
 
 META = torch.device("meta")
+opened = lru_cache(maxsize=32)(open_model)  # a forecast asks dozens of times, and some adapters look at every weight
 STATES = {"adamw": 8, "adamw8bit": 2, "muon": 4}  # bytes of optimiser state for each trained number
 SHARED = ("weights", "teacher", "gradients", "optimiser", "average")  # what FSDP2 shares out
 
@@ -54,15 +56,15 @@ class MemoryPlan:
         return max(self.step(gpus), *self.before.values(), 0)
 
 
-def plan_memory(stage: DistillConfig, words: int = 0, worn: int = 0) -> MemoryPlan:
-    """The memory of one stage's training. ``words``: tokens of the longest caption, 0 for the most that the model takes.
-    ``worn``: how many LoRAs of earlier stages, which do not exist yet, it will have beside its weights."""
-    model, t = open_model(stage.model), stage.training
+def plan_memory(stage: DistillConfig, worn: int = 0) -> MemoryPlan:
+    """The memory of one stage's training, with captions as long as the model takes them. ``worn``: how many LoRAs of earlier
+    stages, which do not exist yet, it will have beside its weights."""
+    model, t = opened(stage.model), stage.training
     student = meta_student(stage, model, worn)
     trained = [p for p in student.parameters() if p.requires_grad]
     numbers = sum(p.numel() for p in trained)
     gradients, weights = size_of(trained), size_of([*student.parameters(), *student.buffers()])
-    moving, host = _one_step(stage, model, words, worn)
+    moving, host = _one_step(_asked_of_a_step(stage), worn)
     host += bytes_on_host(student) + gradients * t.host_average + weights * stage.model.host_teacher
     if t.optimizer == "adamw":  # its step takes a root of every second moment at once
         moving = max(moving, gradients + 4 * numbers)
@@ -99,32 +101,43 @@ def meta_student(stage: DistillConfig, model: FamilyModel, worn: int = 0) -> nn.
     return student
 
 
-def _one_step(stage: DistillConfig, model: FamilyModel, words: int, worn: int) -> tuple[int, int]:
+@lru_cache(maxsize=64)
+def _one_step(stage: DistillConfig, worn: int) -> tuple[int, int]:
     """Most bytes of activations and gradients that live at once, and the bytes of the features on the host."""
-    t = stage.training
+    t, model = stage.training, opened(stage.model)
     student = meta_student(stage, model, worn)
     trained = [p for p in student.parameters() if p.requires_grad]
     gradients = size_of(trained)
     if t.precision == "bf16":
-        model = open_model(replace(stage.model, dtype="bfloat16"))
+        model = opened(replace(stage.model, dtype="bfloat16"))
         nn.Module.to(student, torch.bfloat16)  # diffusers' own warns of what no forecast needs
-    inputs = meta_inputs(stage, model, t.batch, words)
+    inputs = meta_inputs(stage, model, t.batch)
     if t.sequence_parallel > 1:  # activations are those of the frames that a process is given
         first, last = largest_share(stage, model).frames
         inputs = (inputs[0][:, :, first:last], *inputs[1:])
     layers = _Weightless()
     with LiveBytes() as counter:
-        for _ in range(min(t.accumulate, 2)):  # from the second on, gradients stand beside activations
-            _backward(stage, model, student, layers, *inputs)
+        if t.accumulate > 1:  # from the second batch on, gradients stand beside activations
+            for p in trained:
+                p.grad = torch.empty_like(p)
+        _backward(stage, model, student, layers, *inputs)
     return counter.peak + gradients - size_of(trained), layers.host
 
 
-def meta_inputs(stage: DistillConfig, model: FamilyModel, batch: int, words: int = 0) -> tuple[Tensor, Tensor, Any]:
-    """z, time and condition of ``batch`` examples; ``words`` as of `plan_memory`."""
+def _asked_of_a_step(stage: DistillConfig) -> DistillConfig:
+    """``stage`` without what a step's activations do not depend on: much of the advice differs in that alone."""
+    t = stage.training
+    training = TrainingConfig(
+        batch=t.batch, accumulate=min(t.accumulate, 2), precision=t.precision, sequence_parallel=t.sequence_parallel
+    )
+    return replace(stage, model=replace(stage.model, host_teacher=False), training=training)
+
+
+def meta_inputs(stage: DistillConfig, model: FamilyModel, batch: int) -> tuple[Tensor, Tensor, Any]:
+    """z, time and condition of ``batch`` examples, captions as long as the model takes them."""
     data = stage.data
     z = torch.randn(batch, *model.latent_shape(model.size(data.frames, data.height, data.width)), device=META)
-    longest, channels = model.text_size
-    condition = (torch.empty(batch, words or longest, channels, device=META), None)
+    condition = (torch.empty(batch, *model.text_size, device=META), None)
     return z, torch.zeros(batch, device=META), condition
 
 
@@ -140,8 +153,7 @@ def _backward(
     options = model.options_with(FusedAttention(exchanging=stage.training.sequence_parallel > 1))
     objective = stage.objective
     names = [name for name in ("attention", "mlp") if getattr(objective, name, 0.0)]
-    with torch.no_grad():
-        wanted = model.predict(student, z, time, condition, options(z)).float()
+    wanted = torch.empty_like(z, dtype=torch.float32)  # the teacher's forward never holds more than the student's
     with ExitStack() as listening:
         listening.enter_context(model.tap(student).open(layers.compare, names))
         # The student's turn of score distillation asks it twice, once for each loss.

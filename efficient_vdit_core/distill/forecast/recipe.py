@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..config import DistillConfig
@@ -29,17 +30,18 @@ class Part:
         return self.times * self.work.hours(tflops)
 
 
-def forecast(stages: ThreeStages) -> list[Part]:
-    """The trainings and the search of a recipe, in its order."""
-    plans = len(plan_names(stages.config.search))
-    for_each_plan = {"knowledge", "consistency" if stages.config.order == "knowledge-first" else ""}
-    parts = [Part("search", *_plan_search(stages))]
-    for stage in stages.planned():
-        worn, times = stages.wears(stage), plans if stage.method in for_each_plan else 1
-        parts.append(Part(stage.method, plan_memory(stage, worn=worn), plan_work(stage, worn=worn), times, stage, worn))
-    few_steps_first = stages.config.order == "consistency-first"
-    order = ("consistency", "search", "knowledge") if few_steps_first else ("search", "knowledge", "consistency")
-    return sorted(parts, key=lambda part: order.index(part.name))
+def forecast(stages: ThreeStages) -> Iterator[Part]:
+    """The trainings and the search of a recipe, in its order, each as it is found: that takes a large model seconds."""
+    order, trainings = stages.config.order, {stage.method: stage for stage in stages.planned()}
+    few_steps_first = ("consistency", "search", "knowledge")
+    for name in few_steps_first if order == "consistency-first" else ("search", "knowledge", "consistency"):
+        if name == "search":
+            yield Part(name, *_plan_search(stages))
+        elif stage := trainings.get(name):
+            worn = stages.wears(stage)
+            for_each_plan = name == "knowledge" or order == "knowledge-first"
+            times = len(plan_names(stages.config.search)) if for_each_plan else 1
+            yield Part(name, plan_memory(stage, worn=worn), plan_work(stage, worn=worn), times, stage, worn)
 
 
 def _plan_search(stages: ThreeStages) -> tuple[MemoryPlan, WorkPlan]:

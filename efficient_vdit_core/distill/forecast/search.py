@@ -1,12 +1,15 @@
-"""What stage 2 will hold on its GPU and compute, found before it starts: one probing forward on the meta device."""
+"""What stage 2 will hold on its GPU and compute, found before it starts, by probing forwards on the meta device."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...attention.state import Override
 from ...sampling.schedule import segment_edges
 from ...search import ProbeRecord, make_probe_override, parse_candidates
 from ...search.candidates import sparse_candidates
@@ -14,31 +17,40 @@ from ...search.probe import squared_errors
 from ...training.live_bytes import LiveBytes, size_of
 from ..config import DistillConfig
 from ..families.on_host import bytes_on_host
-from ..families.open_model import open_model
 from ..runs.search_stage import SearchConfig
-from .memory import FusedAttention, MemoryPlan, meta_inputs, meta_student
+from .memory import FusedAttention, MemoryPlan, meta_inputs, meta_student, opened
 from .work import WorkPlan
 
 
 def plan_search(
-    search: SearchConfig, stage: DistillConfig, *, segments: int, steps: int, wears_lora: bool, words: int = 0
+    search: SearchConfig, stage: DistillConfig, *, segments: int, steps: int, wears_lora: bool
 ) -> tuple[MemoryPlan, WorkPlan]:
-    """Of a search on the model of ``stage``, which may wear an earlier stage's LoRA, with samples of ``steps`` steps.
-    ``words``: tokens of the longest caption, 0 for the most that the model takes."""
-    model, batch = open_model(stage.model), stage.training.batch
+    """Of a search on the model of ``stage``, which may wear an earlier stage's LoRA, with samples of ``steps`` steps."""
+    model, batch = opened(stage.model), stage.training.batch
     module = meta_student(stage, model) if wears_lora else model.skeleton()  # the LoRA that it trains is as large
-    inputs = meta_inputs(stage, model, batch, words)
-    frames = inputs[0].shape[2]
+    frames = model.latent_shape(model.size(stage.data.frames, stage.data.height, stage.data.width))[1]
     record = ProbeRecord(sparse_candidates(parse_candidates(search.candidates), frames))
     attention = FusedAttention()
-    options = model.options_with(make_probe_override(record, previous=attention, compare=_compared))
-    with torch.no_grad(), LiveBytes() as counter, FlopCounterMode(display=False) as products:
-        before = torch.empty_like(inputs[0])  # what the network said in the step before
-        counter.count([inputs[0], inputs[2][0], before])
-        model.predict(module, *inputs, options(inputs[0])).float()
+    probing = make_probe_override(record, previous=attention, compare=_compared)
+
+    def probing_one_layer(*args: Any, **kwargs: Any) -> Tensor:
+        return (attention if record.heads else probing)(*args, **kwargs)
+
+    def forward(inputs: tuple[Tensor, Tensor, Any], override: Override) -> None:
+        model.predict(module, *inputs, model.options_with(override)(inputs[0])).float()
+
+    with torch.no_grad():
+        inputs = meta_inputs(stage, model, batch)
+        with LiveBytes() as counter:
+            before = torch.empty_like(inputs[0])  # what the network said in the step before
+            counter.count([inputs[0], inputs[2][0], before])
+            forward(inputs, probing_one_layer)  # the next ones hold as much, after it has let go
+        attention.flops = 0.0
+        with FlopCounterMode(display=False) as products:
+            forward(meta_inputs(stage, model, 1), probing)
     weights = size_of([*module.parameters(), *module.buffers()])
     held = {"weights": weights, "activations": counter.peak}
-    flops = (products.get_total_flops() + attention.flops) / batch
+    flops = products.get_total_flops() + attention.flops
     times = segment_edges(segments, steps, start=model.path.start, clean=model.path.clean)[:-1]
     forwards = int(model.serves(times).sum())
     return MemoryPlan(held, {}, bytes_on_host(module)), WorkPlan(search.captions * forwards, flops)

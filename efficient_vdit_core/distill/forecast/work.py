@@ -5,14 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import DistillConfig
-from ..families.open_model import open_model
 from ..objectives.consistency import TEACHER
 from ..objectives.knowledge import DATA, forwards_of_ways
-from .memory import FusedAttention, meta_inputs, meta_student
+from .memory import FusedAttention, meta_inputs, meta_student, opened
 
 
 @dataclass(frozen=True)
@@ -27,22 +25,17 @@ class WorkPlan:
         return self.examples * self.flops / (tflops * 1e12) / 3600
 
 
-def plan_work(stage: DistillConfig, words: int = 0, worn: int = 0) -> WorkPlan:
-    """The work of one stage's training; ``words`` and ``worn`` as of `memory_plan.plan_memory`."""
-    model, t = open_model(stage.model), stage.training
-    student, inputs = meta_student(stage, model, worn), meta_inputs(stage, model, 1, words)
+def plan_work(stage: DistillConfig, worn: int = 0) -> WorkPlan:
+    """The work of one stage's training; ``worn`` as of `memory.plan_memory`."""
+    model, t = opened(stage.model), stage.training
+    student, inputs = meta_student(stage, model, worn), meta_inputs(stage, model, 1)
     attention = FusedAttention()
-    options = model.options_with(attention)
-
-    def flops(learns: bool) -> float:
-        before = attention.flops
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(learns):
-            out = model.predict(student, *inputs, options(inputs[0]))
-            if learns:
-                out.float().square().sum().backward()
-        return counter.get_total_flops() + attention.flops - before
-
-    return WorkPlan(t.steps * t.batch * t.accumulate, _example(stage, flops(False), flops(True)))
+    with FlopCounterMode(display=False) as counter:
+        out = model.predict(student, *inputs, model.options_with(attention)(inputs[0]))
+        asked = counter.get_total_flops() + attention.flops
+        out.float().square().sum().backward()
+        learnt = counter.get_total_flops() + attention.flops
+    return WorkPlan(t.steps * t.batch * t.accumulate, _example(stage, asked, learnt))
 
 
 def _example(stage: DistillConfig, asked: float, learnt: float) -> float:

@@ -121,6 +121,17 @@ def check_loras(config: DistillConfig, model: FamilyModel) -> None:
         start_from(student, Path(wanted.init), model.comfy_layer)
 
 
+def check_tensorboard(config: DistillConfig) -> None:
+    """Raises ValueError where its package is missing, which would be seen after the data were made."""
+    if config.training.tensorboard:
+        try:
+            import tensorboard  # noqa: F401 # pyright: ignore[reportUnusedImport]
+        except ImportError as error:
+            raise ValueError(
+                "training.tensorboard is true, which needs the package 'tensorboard'. Install it, or set it to false."
+            ) from error
+
+
 def check_expert(config: DistillConfig) -> None:
     """Raises ValueError for what one of two networks cannot do alone: sample."""
     what = {

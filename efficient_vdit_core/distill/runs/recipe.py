@@ -24,13 +24,10 @@ from ..lora.files import merged
 from ..metadata import DistillMetadata
 from ..objectives.consistency import ConsistencyConfig
 from ..objectives.knowledge import KnowledgeConfig, merge_deltas
-from .checks import check_hosted, check_loras, check_objective, check_training
 from .export import LORA, result_file
 from .launch import by_first_process, free_memory, launched_processes, launched_sharding, make_accelerator
-from .optimizers import check_optimizer
 from .search_stage import SearchConfig, found_plans, search_plans
-from .sequence_parallel import check_processes, check_shares
-from .trainer import describe, distill
+from .trainer import check_run, distill
 
 BASE_NEGATIVE_SHARE = 0.1
 ANY_PLAN = "full"  # in a check, for a plan that is searched later
@@ -116,14 +113,8 @@ class ThreeStages:
         model = open_model(c.model)
         c.search.check(model.latent_shape(model.size(data.frames, data.height, data.width))[1])
         for stage in self.planned():
-            check_training(stage)
-            check_hosted(stage, sharded=launched_sharding())
-            check_objective(stage, model, describe(stage, model))
-            check_loras(stage, model)
-            check_optimizer(stage, sharded=launched_sharding())
+            check_run(stage, model, sharded=launched_sharding(), processes=launched_processes())
             check_data(stage, model)
-            check_shares(stage, model)
-            check_processes(stage, launched_processes())
 
     def planned(self) -> list[DistillConfig]:
         """The trainings' configurations as far as they are known before there are results: under no plan yet."""

@@ -109,8 +109,16 @@ def search_plans(
     missing = {name: target for name, target in plan_names(config).items() if not files[name].is_file()}
     settings = search_settings(config, model, clips, segments=segments, steps=steps)
     check_settings(folder, settings, SEARCHED)
-    grid = {"segments": segments, "steps": steps, "at_once": at_once, "device": device}
-    plans = _search(config, missing, model, load(), clips, bank, **grid) if missing else {}
+    plans = {}
+    if missing:
+        texts = [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
+        clean = None
+        if model.expert:  # it cannot sample alone
+            clean = torch.stack([clips.latents[i % len(clips.captions)].float() for i in range(config.captions)])
+        shape = tuple(clips.latents[0].shape)
+        plans = _search(
+            config, missing, WatchedRun(model, load(), bank, texts, shape, segments, steps, at_once, device, clean)
+        )
     claim_folder(folder, settings, SEARCHED)  # not before: a search that was stopped has left nothing to go on from
     for name, plan in plans.items():
         plan.save(files[name])
@@ -128,28 +136,50 @@ def search_settings(
     return {**asked, **schedule, "latents": list(clips.latents[0].shape), "model": teacher_stamp(model)}
 
 
-def _search(
-    config: SearchConfig,
-    targets: dict[str, tuple[float, float]],
-    model: FamilyModel,
-    module: nn.Module,
-    clips: ClipSet,
-    bank: TextBank,
-    *,
-    segments: int,
-    steps: int,
-    at_once: int,
-    device: torch.device,
-) -> dict[str, TilePlan]:
+@dataclass(frozen=True)
+class WatchedRun:
+    """What a search looks at: samples of ``shape`` (C, T, h, w) that ``module`` makes for ``texts`` without guidance,
+    ``at_once`` of them together, in ``steps`` steps over ``segments``.
+
+    With ``clean`` latents (n, *shape) the network is asked about these with noise on top, at each of its own steps, in
+    place of its samples.
+    """
+
+    model: FamilyModel
+    module: nn.Module
+    bank: TextBank
+    texts: list[str]
+    shape: tuple[int, ...]
+    segments: int
+    steps: int
+    at_once: int
+    device: torch.device
+    clean: Tensor | None = None
+
+    @torch.no_grad()
+    def watch(self, override: Override, seed: int) -> None:
+        """Run it with this attention override looking on; ``seed``: of the noise."""
+        model, device, options = self.model, self.device, self.model.options_with(override)
+        noise = torch.randn(len(self.texts), *self.shape, generator=torch.Generator().manual_seed(seed))
+        grid = {"segments": self.segments, "steps": self.steps}
+        for first in range(0, len(self.texts), self.at_once):
+            some = slice(first, first + self.at_once)
+            condition = self.bank.batch(self.texts[some], device)
+            network = guided(lambda z, t, c: model.predict(self.module, z, t, c, options(z)), condition, None, 1.0)
+            if self.clean is None:
+                roll_down(network, model.path, model.prediction, noise[some].to(device), **grid)
+                continue
+            times = segment_edges(**grid, start=model.path.start, clean=model.path.clean)[:-1]
+            times = times[model.serves(times)]
+            for time, a, s in zip(times, *(c.tolist() for c in model.path.coefficients(times)), strict=True):
+                z = (a * self.clean[some] + s * noise[some]).to(device)
+                network(z, model.path.network_time(time[None]).to(device).expand(len(z)))
+
+
+def _search(config: SearchConfig, targets: dict[str, tuple[float, float]], run: WatchedRun) -> dict[str, TilePlan]:
     """A plan for each of the ``targets`` (threshold, speed-up), by its name, from one probing run."""
-    texts = [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
-    shape = tuple(clips.latents[0].shape)
-    clean = None
-    if model.expert:  # it cannot sample alone
-        clean = torch.stack([clips.latents[i % len(clips.captions)].float() for i in range(config.captions)])
-    grid = {"segments": segments, "steps": steps, "at_once": at_once, "device": device}
-    record = probe(config, model, module, bank, texts, shape, **grid, clean=clean)
-    about = {"segments": segments, "steps": steps, "captions": texts, "guidance": 1.0, "seed": config.seed}
+    record, model = probe(config, run), run.model
+    about = {"segments": run.segments, "steps": run.steps, "captions": run.texts, "guidance": 1.0, "seed": config.seed}
     of_model = {"layers": model.layers, "family": model.family, "heads": model.heads, "groups": config.head_groups}
     return {
         name: plan_from_record(record, threshold=threshold, speedup=speedup, **of_model, about=about)
@@ -157,58 +187,8 @@ def _search(
     }
 
 
-def probe(
-    config: SearchConfig,
-    model: FamilyModel,
-    module: nn.Module,
-    bank: TextBank,
-    texts: list[str],
-    shape: tuple[int, ...],
-    *,
-    segments: int,
-    steps: int,
-    at_once: int,
-    device: torch.device,
-    clean: Tensor | None = None,
-) -> ProbeRecord:
-    """Look on at latents of ``shape`` for ``texts``, as `observe` does, and measure every candidate in every layer."""
-    record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), shape[1]))
-    about = (model, module, bank, texts, shape)
-    grid = {"segments": segments, "steps": steps, "at_once": at_once, "device": device}
-    observe(make_probe_override(record), *about, seed=config.seed, **grid, clean=clean)
+def probe(config: SearchConfig, run: WatchedRun) -> ProbeRecord:
+    """Measure every candidate in every layer of a run."""
+    record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), run.shape[1]))
+    run.watch(make_probe_override(record), config.seed)
     return record
-
-
-@torch.no_grad()
-def observe(
-    override: Override,
-    model: FamilyModel,
-    module: nn.Module,
-    bank: TextBank,
-    texts: list[str],
-    shape: tuple[int, ...],
-    *,
-    seed: int,
-    segments: int,
-    steps: int,
-    at_once: int,
-    device: torch.device,
-    clean: Tensor | None = None,
-) -> None:
-    """Sample latents of ``shape`` for ``texts`` without guidance, with this attention override looking on. With ``clean``
-    latents (n, *shape) the network is asked about these with noise on top, at each of its own steps, in place of its
-    samples."""
-    options = model.options_with(override)
-    noise = torch.randn(len(texts), *shape, generator=torch.Generator().manual_seed(seed))
-    for first in range(0, len(texts), at_once):
-        some = slice(first, first + at_once)
-        condition = bank.batch(texts[some], device)
-        network = guided(lambda z, t, c: model.predict(module, z, t, c, options(z)), condition, None, 1.0)
-        if clean is None:
-            roll_down(network, model.path, model.prediction, noise[some].to(device), segments=segments, steps=steps)
-            continue
-        times = segment_edges(segments, steps, start=model.path.start, clean=model.path.clean)[:-1]
-        times = times[model.serves(times)]
-        for time, a, s in zip(times, *(c.tolist() for c in model.path.coefficients(times)), strict=True):
-            z = (a * clean[some] + s * noise[some]).to(device)
-            network(z, model.path.network_time(time[None]).to(device).expand(len(z)))

@@ -33,7 +33,7 @@ from ..lora.files import start_from
 from ..lora.layers import FAKE, is_of
 from ..metadata import DistillMetadata, read_metadata
 from ..objectives.score import ScoreLoss
-from .checks import check_hosted, check_loras, check_objective, check_training
+from .checks import check_hosted, check_loras, check_objective, check_tensorboard, check_training
 from .claim import CONFIG, claim_run
 from .export import export, result_file
 from .launch import free_memory, make_accelerator
@@ -51,15 +51,8 @@ def distill(config: DistillConfig, folder: Path, *, any_rate: bool = False) -> P
     Raises ValueError where the configuration cannot be met, or differs from the one that the folder was started with.
     """
     # All that can be refused is refused before the folder is claimed.
-    check_training(config)
     accelerator, model = make_accelerator(config), open_model(config.model)
-    about = describe(config, model)
-    check_objective(config, model, about)
-    check_optimizer(config, sharded=is_sharding(accelerator))
-    check_hosted(config, sharded=is_sharding(accelerator))
-    check_loras(config, model)
-    check_processes(config, accelerator.num_processes)
-    check_shares(config, model)
+    about = check_run(config, model, sharded=is_sharding(accelerator), processes=accelerator.num_processes)
     if not (folder / CONFIG).is_file():
         check_data(config, model)
     result = result_file(folder, lora=config.model.train == "lora")
@@ -70,6 +63,21 @@ def distill(config: DistillConfig, folder: Path, *, any_rate: bool = False) -> P
     _train(config, model, about, folder, accelerator)
     free_memory(accelerator)  # here, where nothing names the networks any more
     return result
+
+
+def check_run(config: DistillConfig, model: FamilyModel, *, sharded: bool, processes: int) -> DistillMetadata:
+    """What the result will say of itself. Raises ValueError for what so many processes, ``sharded`` by FSDP2 or not, cannot
+    do, before they have done anything."""
+    check_training(config)
+    about = describe(config, model)
+    check_objective(config, model, about)
+    check_optimizer(config, sharded=sharded)
+    check_hosted(config, sharded=sharded)
+    check_loras(config, model)
+    check_processes(config, processes)
+    check_shares(config, model)
+    check_tensorboard(config)
+    return about
 
 
 def _train(config: DistillConfig, model: FamilyModel, about: DistillMetadata, folder: Path, accelerator: Any) -> None:

@@ -37,18 +37,16 @@ _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "checkpoint.ckpt")
 
 
-def load_transformer(
-    path: str | Path, dtype: torch.dtype | None = None, device: Any = "cpu", **build: Any
-) -> OpenSoraT2V:
+def load_transformer(path: str | Path, dtype: torch.dtype | None = None) -> OpenSoraT2V:
     """The transformer of a file or folder, in ``dtype`` (the file's own where None), ready for inference."""
     state_dict, config = read_transformer(path)
-    return _filled(OpenSoraT2V, config, state_dict, dtype, device, build)
+    return _filled(OpenSoraT2V, config, state_dict, dtype)
 
 
-def load_vae(path: str | Path, dtype: torch.dtype | None = None, device: Any = "cpu", **build: Any) -> CausalVAE:
+def load_vae(path: str | Path, dtype: torch.dtype | None = None) -> CausalVAE:
     """The VAE of a file or folder, in ``dtype`` (the file's own where None), ready for inference."""
     state_dict, config = read_vae(path)
-    return _filled(CausalVAE, config, state_dict, dtype, device, build)
+    return _filled(CausalVAE, config, state_dict, dtype)
 
 
 def read_transformer(path: str | Path) -> tuple[dict[str, Tensor], DiTConfig]:
@@ -282,14 +280,10 @@ def _check_manifest(state_dict: Mapping[str, Tensor], kind: Any, config: Any, pa
         )
 
 
-def _filled(
-    kind: Any, config: Any, state_dict: dict[str, Tensor], dtype: torch.dtype | None, device: Any, build: dict[str, Any]
-) -> Any:
+def _filled(kind: Any, config: Any, state_dict: dict[str, Tensor], dtype: torch.dtype | None) -> Any:
     dtype = dtype or next(iter(state_dict.values())).dtype
     with torch.device("meta"):
-        model: nn.Module = kind(config, dtype=dtype, **build)
+        model: nn.Module = kind(config, dtype=dtype)
     # Tensors are taken over as they are: a second copy of the model never exists.
-    model.load_state_dict(
-        {name: value.to(device=device, dtype=dtype) for name, value in state_dict.items()}, assign=True
-    )
+    model.load_state_dict({name: value.to(dtype) for name, value in state_dict.items()}, assign=True)
     return model.eval().requires_grad_(False)

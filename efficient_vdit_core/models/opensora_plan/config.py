@@ -200,7 +200,6 @@ class VAEConfig:
 
 
 OSP_29X720P = DiTConfig(sample_size_t=8)
-OSP_93X720P = DiTConfig(sample_size_t=24)
 OSP_VAE = VAEConfig()
 
 ConfigT = TypeVar("ConfigT", DiTConfig, VAEConfig)

@@ -46,14 +46,14 @@ def shares(verdicts: Sequence[Mapping[str, bool]], captions: Sequence[str], colu
     }
 
 
-def interval(values: np.ndarray, groups: Sequence[str], share: float = 0.95) -> tuple[float, float]:
-    """Bounds between which the mean of ``values`` lies, by drawing whole ``groups`` anew: clips of one caption are alike,
-    and other captions are what a reader of the table wants to know about."""
+def interval(values: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
+    """Bounds between which the mean of ``values`` lies 95 of 100 times, by drawing whole ``groups`` anew: clips of one
+    caption are alike, and other captions are what a reader of the table wants to know about."""
     names, number = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(number, values), np.bincount(number)
     drawn = np.random.default_rng(DRAWS_SEED).integers(len(names), size=(DRAWS, len(names)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -1,6 +1,6 @@
 """Clips of one coloured shape that moves over a plain background and bounces off the walls.
 
-A clip is uint8 (F, H, W, 3), 29 frames of 64 x 64 by default. Positions are in pixels, x to the right and y down;
+A clip is uint8 (F, H, W, 3), 29 frames of 64 x 64. Positions are in pixels, x to the right and y down;
 speeds in pixels a frame.
 """
 
@@ -60,10 +60,10 @@ class Scene:
         words = {name: getattr(self, name) for name in ATTRIBUTES}
         return _TEMPLATES[template % len(_TEMPLATES)].format(**words)
 
-    def centers(self, frames: int = FRAMES, size: int = SIZE) -> np.ndarray:
+    def centers(self, frames: int = FRAMES) -> np.ndarray:
         """Centre of the shape in each frame, (F, 2) as x, y; it is reflected where its edge meets a wall."""
         velocity = np.array(DIRECTIONS[self.direction]) * SPEEDS[self.speed]
-        return bouncing(self.start, velocity, self.radius, frames, size)
+        return bouncing(self.start, velocity, self.radius, frames, SIZE)
 
 
 def bouncing(start: Any, velocity: np.ndarray, radius: Any, frames: int, size: int) -> np.ndarray:
@@ -75,10 +75,10 @@ def bouncing(start: Any, velocity: np.ndarray, radius: Any, frames: int, size: i
     return radius + span - np.abs(free % (2 * span) - span)
 
 
-def random_scene(rng: np.random.Generator, size: int = SIZE) -> Scene:
+def random_scene(rng: np.random.Generator) -> Scene:
     """A scene with every attribute drawn evenly."""
     radius = float(rng.uniform(11, 14))
-    low, high = radius, size - radius
+    low, high = radius, SIZE - radius
     direction, speed = str(rng.choice(list(DIRECTIONS))), str(rng.choice(list(SPEEDS)))
     travel = np.array(DIRECTIONS[direction]) * SPEEDS[speed] * FIRST_BOUNCE
     lows = np.maximum(low, low - travel)
@@ -113,11 +113,11 @@ def held_out_scenes(count: int) -> list[Scene]:
     return [scenes[order[i % len(scenes)]] for i in range(count)]
 
 
-def render(scene: Scene, frames: int = FRAMES, size: int = SIZE, first: int = 0) -> np.ndarray:
-    """Frames ``first`` to ``first + frames`` as uint8 (F, size, size, 3), edges anti-aliased over one pixel."""
-    centers = scene.centers(first + frames, size)[first:]
+def render(scene: Scene, frames: int = FRAMES, first: int = 0) -> np.ndarray:
+    """Frames ``first`` to ``first + frames`` as uint8 (F, H, W, 3), edges anti-aliased over one pixel."""
+    centers = scene.centers(first + frames)[first:]
     places = np.column_stack([centers, np.full(len(centers), scene.radius)])
-    drawn = coverage(scene.shape, places, size)[..., None]
+    drawn = coverage(scene.shape, places)[..., None]
     color, background = np.array(COLORS[scene.color]), np.array(BACKGROUNDS[scene.background])
     return np.round(background + drawn * (color - background)).astype(np.uint8)
 

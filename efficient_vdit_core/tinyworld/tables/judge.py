@@ -54,7 +54,6 @@ class Judge:
         steps: int,
         guidance: float = 1.0,
         options: Options | None = None,
-        progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Latents (n, C, T, h, w) of all clips by ``steps`` deterministic jumps."""
         out = []
@@ -64,8 +63,6 @@ class Judge:
             negative = (context.expand(len(texts), -1, -1), mask.expand(len(texts), -1))
             network = guided(self._predictor(module, options), self.bank.batch(texts), negative, guidance)
             out.append(roll_down(network, self.model.path, self.model.prediction, noise, segments=steps))
-            if progress:
-                progress(len(texts))
         return torch.cat(out)
 
     def _predictor(self, module: nn.Module, options: Options | None) -> Callable[[Tensor, Tensor, Any], Tensor]:
@@ -115,18 +112,18 @@ def _restarted(scene: Scene, rng: np.random.Generator) -> Scene:
             return replace(other, **{name: getattr(scene, name) for name in ATTRIBUTES})
 
 
-def attention_speeds(file: Path, counts: tuple[int, ...] = (1, 2, 4), repeats: int = 2) -> dict[int, float]:
+def attention_speeds(file: Path, counts: tuple[int, ...]) -> dict[int, float]:
     """Measured speed-up over dense of one attention head at 29 frames of 720p (8 x 3600 tokens, head_dim 96), by reference
     frames; kept in ``file``, and timed anew where one of ``counts`` is not in it."""
     found = _kept_speeds(file) if file.is_file() else {}
     if not found.keys() >= set(counts):
-        found = _time_speeds(sorted({*counts, *found}), repeats)
+        found = _time_speeds(sorted({*counts, *found}))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(found))
     return found
 
 
-def _time_speeds(counts: list[int], repeats: int) -> dict[int, float]:
+def _time_speeds(counts: list[int]) -> dict[int, float]:
     from ...attention import TokenLayout, tile_attention
     from ...tiles import TilePattern, TokenGrid
 
@@ -135,7 +132,7 @@ def _time_speeds(counts: list[int], repeats: int) -> dict[int, float]:
 
     def seconds(count: int | None) -> float:
         times = []
-        for _ in range(repeats):
+        for _ in range(2):
             start = time.perf_counter()
             tile_attention(q, k, v, layout, TilePattern(count), backend="frames")
             times.append(time.perf_counter() - start)

@@ -26,16 +26,15 @@ from ...distill.families.model import sparse_options
 from ...distill.families.open_sora_plan import OpenSoraPlanModel
 from ...distill.families.texts import TextBank
 from ...distill.runs.recipe import RecipeConfig, ThreeStages
-from ...distill.runs.search_stage import SearchConfig, observe, probe
+from ...distill.runs.search_stage import SearchConfig, WatchedRun, probe
 from ...files import write_text
-from ...limits.documents import parse_json, read_text
 from ...plan import TilePlan
 from ...search import ProbeRecord, parse_candidates, plan_from_record
 from ...search.plan_from_record import layer_errors
 from ...search.watch import make_watching_override
 from ..moving.scene import is_held_out, random_scene
 from .judge import Judge
-from .rows import claim_rows
+from .rows import claim_rows, kept
 
 ARROW = "0,1,2,3,4"
 NEAR = ARROW + ",0~1,1~1,2~1,0~2,1~2"
@@ -133,18 +132,13 @@ class PlanTable:
         probed = MEANS if "+" in candidates else NEAR
         if probed not in self._records:
             config = SearchConfig(candidates=probed, captions=len(self.texts), seed=self.probing_seed)
-            self._records[probed] = probe(
-                config, *self._probed, segments=STEPS, steps=STEPS, at_once=len(self.texts), device=CPU
-            )
+            self._records[probed] = probe(config, self._probed)
         return replace(self._records[probed], candidates=parse_candidates(candidates))
 
-    @property
-    def _probed(self) -> tuple[OpenSoraPlanModel, torch.nn.Module, TextBank, list[str], tuple[int, ...]]:
-        return self.model, self.module, self.bank, self.texts, self.shape
-
     @cached_property
-    def bank(self) -> TextBank:
-        return TextBank.build([*self.texts, ""], partial(self.model.text_encoder, CPU))
+    def _probed(self) -> WatchedRun:
+        bank, texts = TextBank.build([*self.texts, ""], partial(self.model.text_encoder, CPU)), self.texts
+        return WatchedRun(self.model, self.module, bank, texts, self.shape, STEPS, STEPS, len(texts), CPU)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -185,24 +179,15 @@ class PlanTable:
     def measure(self, row: Row) -> dict[str, Any]:
         """One row's figures, from its file where that stands."""
         self.claim()
-        file = self.folder / "rows" / f"{_file_name(row.name)}.json"
-        if file.is_file():
-            return parse_json(
-                read_text(file, "The row"), "The row", advice=f"Delete {file.name}; the same command makes it anew."
-            )
+        return kept(self.folder / "rows" / f"{_file_name(row.name)}.json", lambda: self._figures(row))
+
+    def _figures(self, row: Row) -> dict[str, Any]:
         plan = TilePlan.load(self.plan(row.kind, row.speedup)) if row.speedup else None
         module = self._trained(row) if row.trained else self.module
         options = sparse_options(self.model, plan) if plan else None
         latents = self.judge.sample(module, steps=STEPS, options=options)
-        figures = {
-            "row": row.name,
-            "seed": self.seed,
-            **self._about(row.kind, plan),
-            **self.judge.figures(latents, self.dense),
-        }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(figures, indent=1) + "\n")
-        return figures
+        about, found = self._about(row.kind, plan), self.judge.figures(latents, self.dense)
+        return {"row": row.name, "seed": self.seed, **about, **found}
 
     @cached_property
     def dense(self) -> Tensor:
@@ -226,21 +211,9 @@ class PlanTable:
     def oracle(self) -> dict[str, Any]:
         """The squared error of the attention where each head and query frame keeps its best tiles, at each cost."""
         record = OracleRecord(tuple(1 / s for s in SPEEDUPS))
-        observe(
-            make_watching_override(record.add),
-            *self._probed,
-            seed=self.probing_seed,
-            segments=STEPS,
-            steps=STEPS,
-            at_once=len(self.texts),
-            device=CPU,
-        )
+        self._probed.watch(make_watching_override(record.add), self.probing_seed)
         errors = {f"{s:g}": record.squared(1 / s) for s in SPEEDUPS}
-        return {
-            "row": BEST_TILES,
-            "seed": self.seed,
-            "squared_attention_error": errors,
-        }
+        return {"row": BEST_TILES, "seed": self.seed, "squared_attention_error": errors}
 
 
 def run_plan_table(

@@ -1,14 +1,19 @@
-"""The settings that a table's finished rows depend on, kept beside them: a row that stands is never computed again."""
+"""A table's finished rows: one that stands is never computed again, and the settings that all depend on are kept beside them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ...distill.config import FREE
 from ...distill.runs.recipe import RecipeConfig
+from ...files import write_text
 from ...folder_record import claim_folder
+from ...limits.documents import parse_json, read_text
+from ...limits.quote import named
 
 
 def claim_rows(folder: Path, recipe: RecipeConfig, **judged: Any) -> None:
@@ -17,6 +22,17 @@ def claim_rows(folder: Path, recipe: RecipeConfig, **judged: Any) -> None:
     claim_folder(
         folder, {**judged, **_learnt(recipe)}, "To judge anew, delete that folder; the trainings beside it stay."
     )
+
+
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What ``file`` holds as JSON, which is made where it is not there yet. Raises ValueError where it is damaged."""
+    if not file.is_file():
+        found = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(found, indent=1) + "\n")
+        return found
+    what = f"The row {named(file.name)}"
+    return parse_json(read_text(file, what), what, advice="Delete it; the same command makes it anew.")
 
 
 def _learnt(recipe: RecipeConfig) -> dict[str, Any]:

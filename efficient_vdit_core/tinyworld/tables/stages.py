@@ -17,13 +17,12 @@ from ...distill.families.open_sora_plan import OpenSoraPlanModel
 from ...distill.runs.recipe import RecipeConfig, ThreeStages
 from ...distill.runs.search_stage import plan_names
 from ...files import write_text
-from ...limits.documents import parse_json, read_text
 from ...limits.numbers import number, whole
-from ...limits.quote import named, quoted
+from ...limits.quote import quoted
 from ...request import MAX_GUIDANCE
 from ...tiles import TilePattern, TokenGrid
 from .judge import Judge, attention_speeds
-from .rows import claim_rows
+from .rows import claim_rows, kept
 
 GRID_720P = TokenGrid(8, 45, 80)  # the paper's 29 frames
 
@@ -176,10 +175,10 @@ class TinyTable:
     def measure(self, row: Row) -> dict[str, Any]:
         """One row's figures, from its file where that stands."""
         self.claim()
-        file = self.folder / "rows" / (row.name.replace(" ", "-").replace(":", "-").replace(",", "") + ".json")
-        if file.is_file():
-            what = f"The row {named(file.name)}"
-            return parse_json(read_text(file, what), what, advice="Delete it; the same command makes it anew.")
+        name = row.name.replace(" ", "-").replace(":", "-").replace(",", "")
+        return kept(self.folder / "rows" / f"{name}.json", lambda: self._figures(row))
+
+    def _figures(self, row: Row) -> dict[str, Any]:
         weights, plan = row.weights(), row.plan() if row.plan else None
         judge, t = self.judge(), self.table
         tile_plan = read_plan(str(plan)) if plan else None
@@ -188,22 +187,18 @@ class TinyTable:
         base = judge.model.load().eval().requires_grad_(False)
         reference = judge.reference(base, t.reference_steps, t.guidance, self.folder / "rows" / "reference.pt")
         latents = judge.sample(module, steps=row.steps, guidance=row.guidance, options=options)
-        figures = {
+        return {
             "row": row.name, "seed": self.seed, "steps": row.steps, "guidance": row.guidance,
             "evaluations": row.steps * (1 if row.guidance == 1.0 else 2), **judge.figures(latents, reference), **self._speed(tile_plan),
         }  # fmt: skip
-        write_text(file, json.dumps(figures, indent=1) + "\n")
-        return figures
 
     def bounds(self) -> list[dict[str, Any]]:
         """The rows of clips that no model made, see `Judge.bounds`; from their file where that stands."""
         self.claim()
-        file = self.folder / "rows" / "bounds.json"
-        if not file.is_file():
-            rows = [{"row": name, "seed": self.seed, **found} for name, found in self.judge().bounds().items()]
-            write_text(file, json.dumps(rows, indent=1) + "\n")
-        advice = f"Delete {file.name}; the same command makes it anew."
-        return parse_json(read_text(file, "The rows of bounds"), "The rows of bounds", advice=advice)
+        return kept(
+            self.folder / "rows" / "bounds.json",
+            lambda: [{"row": name, "seed": self.seed, **found} for name, found in self.judge().bounds().items()],
+        )
 
     def _speed(self, plan: Any) -> dict[str, Any]:
         layers = self.judge().model.layers

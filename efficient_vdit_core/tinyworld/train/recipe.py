@@ -163,7 +163,7 @@ def _digest(module: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _sample_latents(vae: CausalVAE, world: World, count: int = 64) -> torch.Tensor:
+def _sample_latents(vae: CausalVAE, world: World) -> torch.Tensor:
     rng = np.random.default_rng(5)
-    clips = (world.render(world.random_scene(rng)) for _ in range(count))
+    clips = (world.render(world.random_scene(rng)) for _ in range(64))
     return torch.cat([vae.encode(to_model_range(clip[None])) for clip in clips])
