@@ -244,7 +244,9 @@ def test_the_work_is_what_a_training_computes(case, tmp_path, monkeypatch):
     guided = {"guidance": 3.0} if case in ("guidance", "walk") else {}
     walking = {"target": "teacher"} if case == "walk" else {}
     config = replace(
-        config, objective=replace(config.objective, **finer, **guided, **walking), training=replace(config.training, steps=5)
+        config,
+        objective=replace(config.objective, **finer, **guided, **walking),
+        training=replace(config.training, steps=5),
     )
     work = plan_work(config)
     assert work.examples == 5 * 8 and work.hours(1e-9) == pytest.approx(40 * work.flops / 3.6e6)
