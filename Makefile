@@ -16,7 +16,7 @@ demo: $(STAMP)
 
 # Many tests wait for processes that they start: shared out, they take half the time on two cores.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 30
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
