@@ -1,7 +1,7 @@
 """Every native video family on 2 ranks of this CPU, and one of each kind of blocks on 3, for two steps, against one process.
 
-One of each kind also meets a window, sharded weights by branch, and a rank that unloads. EVDIT_ALL_RANKS=1 takes all of them
-through all of it, which is minutes more.
+One of each kind also meets a window, heads that differ, ranks that are unlike, sharded weights by branch, and a rank that
+unloads. EVDIT_ALL_RANKS=1 takes all of them through all of it, which is minutes more.
 """
 
 import os
@@ -15,7 +15,7 @@ THOROUGH = CASES if os.environ.get("EVDIT_ALL_RANKS") else ONE_OF_EACH
 GROUPS = {"2": "ranks 0 and 1", "3": "ranks 0 and 1+2", "4": "ranks 0+1 and 2+3"}
 # Their texts make two calls of a guidance's two branches, whatever their shapes.
 ONE_AT_A_TIME = ("h3 with guidance",)
-PLANS = ("one reference", "heads")
+PLANS = ("one reference", "a window", "heads")  # of the last two, one of each kind
 # No rank may hold a part of these, and the model says why before its first block.
 NOT_SHARDED = {
     "wan causal": "CausalWanModel cannot be sharded: ",
@@ -53,11 +53,13 @@ def of(facts, ranks, name):
 def test_ranks_make_the_video_of_one_process(facts, ranks, name):
     found = of(facts, ranks, name)
     assert "failed" not in found, found["failed"]
-    plans = [*PLANS, *(["a window"] if name in THOROUGH else [])]
-    for plan in plans:  # CogVideoX's large scores make 3e-5 of float32's rounding, the others stay below 1e-6
+    # CogVideoX's large scores make 3e-5 of float32's rounding, the others stay below 1e-6.
+    for plan in PLANS if name in THOROUGH else PLANS[:1]:
         assert found[plan]["error"] <= 5e-5, plan
     assert found["one reference"]["effect"] > 1e-3 or name in DENSE
-    assert found["no plan"]["error"] <= 1e-5 and found["unlike ranks"]["error"] <= 5e-5
+    assert found["no plan"]["error"] <= 1e-5
+    if name in THOROUGH:
+        assert found["unlike ranks"]["error"] <= 5e-5
     assert found["after it"] == 0.0 and found["weights same"]
     assert found["sharded weights are the same"] and found["bytes of weights"] > 0
     if "by branch" in found:
