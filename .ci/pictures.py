@@ -7,6 +7,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -15,6 +16,7 @@ from efficient_vdit_core.tiles import TilePattern
 
 WEB = Path(__file__).parents[1] / "web"
 GOLD, BLUE, NIGHT = ("#ffd166", "#f78c3b"), ("#7cc6ff", "#3a7bfd"), ("#1b2233", "#0b0e16")
+DIM = "#8fa3c8", 0.1
 FONT = "Inter, 'Liberation Sans', Arial, sans-serif"
 
 
@@ -25,19 +27,28 @@ def gradient(name: str, colors: tuple[str, str], x: float, y: float, size: float
     return f'<linearGradient id="{name}" {where}>{stops}</linearGradient>'
 
 
-def tile_map(x: float, y: float, size: float, frames: int, references: set[int]) -> str:
-    """The T x T tiles of a plan: reference rows and columns gold, own frames blue, the rest dim."""
-    step = size / frames
-    side, cells = step * 0.86, []
+def tiles(x: float, y: float, size: float, frames: int, paint: Callable[[int, int], tuple[str, float]]) -> str:
+    """T x T tiles; ``paint`` tells fill and opacity by row and column."""
+    step, cells = size / frames, []
+    side = step * 0.86
     for row in range(frames):
         for column in range(frames):
-            kept = row in references or column in references
-            fill = "url(#gold)" if kept else "url(#blue)" if row == column else "#8fa3c8"
-            opacity = 1 if kept or row == column else 0.1
+            fill, opacity = paint(row, column)
             left, top = x + column * step + step * 0.07, y + row * step + step * 0.07
             at = f'x="{left:.2f}" y="{top:.2f}" width="{side:.2f}" height="{side:.2f}" rx="{step * 0.2:.2f}"'
             cells.append(f'<rect {at} fill="{fill}" fill-opacity="{opacity}"/>')
     return "".join(cells)
+
+
+def tile_map(x: float, y: float, size: float, frames: int, references: set[int]) -> str:
+    """The T x T tiles of a plan: reference rows and columns gold, own frames blue, the rest dim."""
+
+    def paint(row: int, column: int) -> tuple[str, float]:
+        if row in references or column in references:
+            return "url(#gold)", 1
+        return ("url(#blue)", 1) if row == column else DIM
+
+    return tiles(x, y, size, frames, paint)
 
 
 def page(width: int, height: int, defs: str, body: str) -> str:
@@ -85,22 +96,17 @@ def banner() -> str:
 def mask(x: float, y: float, size: float, frames: int, pattern: TilePattern) -> str:
     """The T x T tiles of a pattern: those of the reference frames gold, of a frame and its neighbours blue, of means pale,
     the rest dim."""
-    step, cells = size / frames, []
     references = set() if pattern.is_full(frames) else set(pattern.reference_frames(frames))
     near, means = pattern.neighbours(frames), pattern.mean_frames(frames)
-    for query in range(frames):
-        for key in range(frames):
-            averaged = any(key in mean for mean in means.get(query, ()))
-            if query in references or key in references:
-                fill, opacity = GOLD[1], 1.0
-            elif pattern.is_full(frames) or key in near[query]:
-                fill, opacity = BLUE[0], 1.0
-            else:
-                fill, opacity = ("#b48cf2", 0.45) if averaged else ("#8fa3c8", 0.1)
-            at = f'x="{x + (key + 0.07) * step:.2f}" y="{y + (query + 0.07) * step:.2f}"'
-            shape = f'width="{step * 0.86:.2f}" height="{step * 0.86:.2f}" rx="{step * 0.2:.2f}"'
-            cells.append(f'<rect {at} {shape} fill="{fill}" fill-opacity="{opacity}"/>')
-    return "".join(cells)
+
+    def paint(query: int, key: int) -> tuple[str, float]:
+        if query in references or key in references:
+            return GOLD[1], 1
+        if pattern.is_full(frames) or key in near[query]:
+            return BLUE[0], 1
+        return ("#b48cf2", 0.45) if any(key in mean for mean in means.get(query, ())) else DIM
+
+    return tiles(x, y, size, frames, paint)
 
 
 def arrow_mask() -> str:
