@@ -249,7 +249,7 @@ def _peak(run: Run, backend: str, tensors: list[Tensor], shape: Shape, kind: str
 @part(0.8)
 def model_step(run: Run) -> Rows:
     """One forward of Open-Sora-Plan with random weights, beside Amdahl's bound."""
-    clips = (("29x240p", 1),) if run.small else (("29x720p", 32), ("93x720p", 32))
+    clips = (("9x128p", 1),) if run.small else (("29x720p", 32), ("93x720p", 32))
     for size, depth in run.in_time(clips):
         shape = step.StepShape(size, depth, (2,) if run.small else (4, 2, 1))
         repeats = 1 if run.small else 3
@@ -277,7 +277,7 @@ def stock_steps(run: Run) -> Rows:
 @part(0.93)
 def training(run: Run) -> Rows:
     """The tiny recipe's stages: seconds of a step of 1 and 3, what further steps add to a run, and of a caption of 2."""
-    few, many, batch = (1, 6, 2) if run.small else (10, 60, 32)
+    few, many, batch = (1, 2, 1) if run.small else (10, 60, 32)
     for method in run.in_time(("consistency", "knowledge")):
         took = [_trained(run, method, steps, batch) for steps in (few, few, many)]  # the first one imports and compiles
         a_step = (took[2] - took[1]) / (many - few)
@@ -296,7 +296,7 @@ def _trained(run: Run, method: str, steps: int, batch: int) -> float:
     objective = {"guidance": 3.0} if method == "consistency" else {"plan": "1:7", "segments": 8}
     config = DistillConfig.from_dict({
         "method": method, "objective": objective, "model": {"path": "tiny", "device": _named(run)},
-        "data": {"source": "tinyworld", "clips": max(8, batch)},
+        "data": {"source": "tinyworld", "clips": batch},
         "training": {"steps": steps, "batch": batch, "save_every": steps, "warmup": 0},
     })  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -313,7 +313,7 @@ def _searched(run: Run, captions: int, batch: int) -> float:
     from ..distill.runs.recipe import RecipeConfig, ThreeStages
 
     recipe = RecipeConfig.from_dict({
-        "model": {"path": "tiny", "device": _named(run)}, "data": {"source": "tinyworld", "clips": max(8, batch)},
+        "model": {"path": "tiny", "device": _named(run)}, "data": {"source": "tinyworld", "clips": batch},
         "consistency": {"segments": 8, "steps": 8}, "consistency_training": {"batch": batch},
         "search": {"captions": captions},
     })  # fmt: skip

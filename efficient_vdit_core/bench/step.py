@@ -24,6 +24,7 @@ from .turns import medians
 
 # name -> latent frames, height and width
 SIZES = {
+    "9x128p": (3, 16, 16),  # for a CPU
     "29x240p": (8, 30, 54),
     "29x480p": (8, 60, 80),
     "29x720p": (8, 90, 160),

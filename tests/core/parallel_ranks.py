@@ -1,8 +1,6 @@
-"""Gloo ranks on this CPU for the tests: `run_ranks` starts them, and this file is also what each of them runs."""
+"""Gloo ranks on this CPU for the tests: `run_ranks` starts them, and `compute` is what each of them runs."""
 
 import importlib.util
-import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,10 +14,7 @@ def run_ranks(case: str, ranks: int, cases: str = "parallel_cases") -> list[dict
     """Call the function ``case`` of ``cases``, a neighbour of this file, on each of ``ranks`` ranks; their results in
     order."""
     with tempfile.TemporaryDirectory() as folder:
-        printed = run_together(
-            [[sys.executable, __file__, cases, case, str(rank), str(ranks), folder] for rank in range(ranks)], TIMEOUT
-        )
-    return [json.loads(out.strip().splitlines()[-1]) for out in printed]
+        return run_together(compute, [(cases, case, rank, ranks, folder) for rank in range(ranks)], TIMEOUT)
 
 
 def neighbour(name: str):
@@ -30,7 +25,7 @@ def neighbour(name: str):
     return module
 
 
-def main(cases: str, case: str, rank: int, ranks: int, folder: str) -> None:
+def compute(cases: str, case: str, rank: int, ranks: int, folder: str) -> dict:
     import torch
     import torch.distributed as dist
 
@@ -40,8 +35,4 @@ def main(cases: str, case: str, rank: int, ranks: int, folder: str) -> None:
         result = getattr(neighbour(cases), case)(rank, ranks)
     dist.barrier()
     dist.destroy_process_group()
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    return result

@@ -371,19 +371,18 @@ NEED_DIFFUSERS = ["stock_steps", "training"]
     "parts", [[p for p in gpu.PARTS if p not in NEED_DIFFUSERS], NEED_DIFFUSERS], ids=["bare", "diffusers"]
 )
 def test_one_command_tells_all_that_a_gpu_can(tmp_path, parts):
-    """On a CPU, with shapes that say nothing about speed: every part runs within a minute and leaves a file that names the
-    machine; all but one where diffusers is not installed."""
+    """On a CPU, with shapes that say nothing about speed: every part runs and leaves a file that names the machine; all but
+    two where diffusers is not installed. Most of the time is patience with a busy machine."""
     without = "import sys; sys.modules['diffusers'] = None" if parts != NEED_DIFFUSERS else ""
     code = f"{without}\nfrom efficient_vdit_core.cli import main\nraise SystemExit(main())"
-    command = [sys.executable, "-c", code, "bench", "gpu", "--device", "cpu", "--budget", "60", "--parts", *parts]
-    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", code, "bench", "gpu", "--device", "cpu", "--budget", "600", "--parts", *parts]
+    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert set(found) == set(parts)
     for name, state in found.items():
-        assert state.get("error", "cut").startswith("cut"), name  # a busy machine may not come to a part's end
-        assert state["rows"] and state["machine"]["versions"]["torch"] == torch.__version__, name
-        assert state["command"].startswith("evdit bench gpu --device cpu --budget 60 --parts"), name
+        assert state["complete"] and state["rows"] and state["machine"]["versions"]["torch"] == torch.__version__, name
+        assert state["command"].startswith("evdit bench gpu --device cpu --budget 600 --parts"), name
     if "profiles" in parts:
         for row in found["profiles"]["rows"]:
             times = [kernel["milliseconds"] for kernel in row["kernels"]]

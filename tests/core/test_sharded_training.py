@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -297,9 +298,13 @@ def test_a_target_that_nobody_wants_is_asked_among_processes(addim):
 
 
 @pytest.mark.parametrize(
-    ("end", "kind"), [("import os; os.abort()", RankCrashed), ("raise ValueError", AssertionError)]
+    ("work", "well", "badly", "kind", "message"),
+    [
+        (signal.raise_signal, signal.SIGCONT, signal.SIGABRT, RankCrashed, "rank 1, exit -6"),
+        (int, "1", "x", AssertionError, "invalid literal for int"),
+    ],
 )
-def test_a_crash_is_told_from_a_failure(end, kind):
-    with pytest.raises(AssertionError) as caught:
-        run_together([[sys.executable, "-c", code] for code in ("pass", end)], timeout=60)
+def test_a_crash_is_told_from_a_failure(work, well, badly, kind, message):
+    with pytest.raises(AssertionError, match=message) as caught:
+        run_together(work, [(well,), (badly,)], timeout=60)
     assert caught.type is kind

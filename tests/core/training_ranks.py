@@ -1,5 +1,5 @@
-"""Distillation on gloo ranks of this CPU for the tests: `train_on_ranks` starts them, and this file is what each of
-them runs.
+"""Distillation on gloo ranks of this CPU for the tests: `train_on_ranks` starts them, and `train_all` is what each
+of them runs.
 
 accelerate shards on GPUs only: under `--use_fsdp` on CPUs it takes the plugin and stays data parallel. `OnCPU` sets the
 two attributes that it would set on GPUs; all that follows (accelerate's preparation, PyTorch's fully_shard) is their
@@ -9,7 +9,6 @@ own code.
 import json
 import os
 import signal
-import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,13 +30,10 @@ def train_on_ranks(jobs: list[dict], ranks: int = RANKS) -> list[dict]:
     """
     killed = {1: -signal.SIGKILL} if any(job.get("dies") for job in jobs) else {}
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "jobs.json").write_text(json.dumps(jobs))
-        commands = [[sys.executable, __file__, str(rank), str(ranks), folder] for rank in range(ranks)]
-        printed = run_together(commands, TIMEOUT, killed)
-    return json.loads(printed[0].strip().splitlines()[-1])
+        return run_together(train_all, [(jobs, rank, ranks, folder) for rank in range(ranks)], TIMEOUT, killed)[0]
 
 
-def main(rank: int, ranks: int, folder: str) -> None:
+def train_all(jobs: list[dict], rank: int, ranks: int, folder: str) -> list[dict]:
     import accelerate
     import torch
     import torch.distributed as dist
@@ -49,7 +45,7 @@ def main(rank: int, ranks: int, folder: str) -> None:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
     accelerate.Accelerator = on_cpu(accelerate.Accelerator)
     told = []
-    for job in json.loads((Path(folder) / "jobs.json").read_text()):
+    for job in jobs:
         os.environ.update(ACCELERATE_USE_FSDP=str(job["sharded"]).lower(), FSDP_VERSION="2")
         told.append(run_recipe(job, rank) if "recipe" in job else train(job, rank))
         if told[-1].get("dies"):
@@ -57,9 +53,9 @@ def main(rank: int, ranks: int, folder: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         if ranks > 1:
             dist.barrier()
-    print(json.dumps(told), flush=True)
     if ranks > 1 and not told[-1].get("dies"):
         dist.destroy_process_group()
+    return told
 
 
 def on_cpu(kind):
@@ -191,7 +187,3 @@ def small_data(frames=4, side=4, words=0):
     bank = TextBank({t: torch.randn(words or len(t) + 1, 8, generator=g) for t in ("a", "b c", "")})
     clips = ClipSet(torch.randn(6, 4, frames, side, side, generator=g), [("a",), ("b c", "a")] * 3)
     return PreparedData(clips, bank, "", torch.device("cpu"))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

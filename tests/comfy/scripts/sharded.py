@@ -8,21 +8,15 @@ import json
 import os
 import sys
 import traceback
-from pathlib import Path
 
-from own_ranks import each_number, is_rank, start_ranks
+from own_ranks import on_ranks
 
-if not is_rank():
-    print(json.dumps(start_ranks(__file__, (2, 3, 4))))
-    sys.exit()
+from host import call, load_pack, torch  # isort: skip
+import comfy.model_management as mm  # isort: skip
+from comfy.patcher_extension import WrappersMP  # isort: skip
+from tiny_models import CASES, Case, build, missing, run  # isort: skip
 
-from host import call, load_pack, torch  # noqa: E402 isort: skip
-import comfy.model_management as mm  # noqa: E402 isort: skip
-from comfy.patcher_extension import WrappersMP  # noqa: E402 isort: skip
-from tiny_models import CASES, Case, build, missing, run  # noqa: E402 isort: skip
-
-sys.path.append(str(Path(__file__).parents[2] / "helpers"))
-from family_names import ONE_OF_EACH  # noqa: E402 isort: skip
+from family_names import ONE_OF_EACH  # isort: skip
 
 pack = load_pack()
 
@@ -168,7 +162,9 @@ def in_groups_of_several(name: str, case: Case) -> dict:
     return found
 
 
-def on_ranks(ranks: int) -> dict:
+def all_cases(ranks: int) -> dict:
+    global wire
+    wire = module("sharding.wire").Wire()
     chosen = os.environ.get("EVDIT_CASES")
     what, names = {2: (facts, CASES), 3: (facts, THOROUGH), 4: (in_groups_of_several, IN_GROUPS)}[ranks]
     results = {}
@@ -184,6 +180,4 @@ def on_ranks(ranks: int) -> dict:
     return results
 
 
-for ranks in each_number():
-    wire = module("sharding.wire").Wire()
-    print(json.dumps(on_ranks(ranks)))
+print(json.dumps({str(ranks): on_ranks(all_cases, ranks) for ranks in (2, 3, 4)}))

@@ -12,22 +12,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-from own_ranks import each_number, is_rank, start_ranks
+from own_ranks import on_ranks
 
-if not is_rank():
-    print(json.dumps(start_ranks(__file__, (2, 3))))
-    sys.exit()
-
-from host import load_pack, sample, torch  # noqa: E402 isort: skip
-import comfy.model_management as mm  # noqa: E402 isort: skip
-import comfy.samplers  # noqa: E402 isort: skip
-import comfy.lora  # noqa: E402 isort: skip
-import comfy.sd  # noqa: E402 isort: skip
-from comfy.model_base import BaseModel  # noqa: E402 isort: skip
-from comfy.ldm.wan.model import WanModel  # noqa: E402 isort: skip
-from comfy.model_patcher import ModelPatcher  # noqa: E402 isort: skip
-from comfy.ops import disable_weight_init  # noqa: E402 isort: skip
-from safetensors.torch import save_file  # noqa: E402 isort: skip
+from host import load_pack, sample, torch  # isort: skip
+import comfy.model_management as mm  # isort: skip
+import comfy.samplers  # isort: skip
+import comfy.lora  # isort: skip
+import comfy.sd  # isort: skip
+from comfy.model_base import BaseModel  # isort: skip
+from comfy.ldm.wan.model import WanModel  # isort: skip
+from comfy.model_patcher import ModelPatcher  # isort: skip
+from comfy.ops import disable_weight_init  # isort: skip
+from safetensors.torch import save_file  # isort: skip
 
 load_pack()
 
@@ -286,7 +282,13 @@ def refusals() -> dict:
 
 
 CASES = (memory, loads, loras, bypassed, experts, broken_off, eight_bits, another_precision, mapped, refusals)
-for _ in each_number():
+
+
+def all_cases(ranks: int) -> dict:
+    global wire
     wire = module("sharding.wire").Wire()
     with torch.inference_mode():  # as ComfyUI runs its nodes
-        print(json.dumps({case.__name__: case() for case in CASES}))
+        return {case.__name__: case() for case in CASES}
+
+
+print(json.dumps({str(ranks): on_ranks(all_cases, ranks) for ranks in (2, 3)}))
