@@ -17,7 +17,7 @@ demo: $(STAMP)
 # Many tests wait for processes that they start: shared out, they take half the time on two cores. With two threads each they
 # would spin for one another.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 30
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile --durations 30
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -25,3 +25,10 @@ def test_single_blocks_of_a_plan_whose_layers_differ_are_refused(facts, name):
     if name not in facts:
         pytest.skip("this ComfyUI has not got the model")
     assert "Set checkpoint_depth to 1" in facts[name]["blocks"]
+
+
+@pytest.mark.parametrize("name", ["wan", "cosmos", "cogvideox"])
+def test_no_residual_is_kept_while_a_model_is_trained(facts, name):
+    if name not in facts:
+        pytest.skip("this ComfyUI has not got the model")
+    assert facts[name]["residual"] == 0.0

@@ -93,6 +93,19 @@ def test_the_template_opens_and_runs(comfy, name):
         assert list((comfy.server.base / "output" / "video").glob("*.mp4"))
 
 
+def test_the_report_of_a_run_stays_where_its_plan_came_from_the_cache(comfy):
+    """The page hears of such a plan last."""
+    for seed in (50, 51):
+        page = comfy.open().page
+        comfy.template(TINY)
+        page.evaluate(FEW)
+        page.evaluate(SEED, seed)
+        run(page)
+        page.wait_for_timeout(1000)  # whatever comes behind the end of the run
+        chart = page.locator(".evdit-plan-chart:visible").first
+        chart.get_by_text(re.compile(f"Last run: {SPARSE}")).wait_for()
+
+
 def test_a_page_that_is_loaded_anew_draws_the_plan_that_comes_from_the_cache(comfy):
     page = comfy.open().page
     comfy.template("tiny_search_a_plan")

@@ -147,9 +147,10 @@ class NodeChart {
     this.draw();
   }
 
+  /** The page hears of a plan that the server had cached after the report of the run. */
   planMade(text) {
-    const { plan, report } = this.run();
-    runs.set(this.settings(), { plan: text, report: plan === text ? report : undefined });
+    const { report } = this.run();
+    runs.set(this.settings(), { plan: text, report: report?.plan === text ? report : undefined });
     this.draw();
   }
 

@@ -27,13 +27,13 @@ if "checkpoint_depth" not in {field.id for field in known}:
     sys.exit()
 
 
-def trained(case, plan, depth):
+def trained(case, plan, depth, images=1, residual_every=0):
     """The LoRA, or what was refused; ``depth`` of gradient checkpointing, 0 = none."""
     model = build(case)
     model.cached_patcher_init = (lambda disable_dynamic=False: build(case), ())
     sparse = call(
         pack["EVDiTSparseAttention"], model=model, plan=plans.TilePlan.from_text(plan), start_percent=0.0, end_percent=1.0,
-        dense_blocks="", min_tokens=0, decline_slow=False,
+        dense_blocks="", min_tokens=0, decline_slow=False, residual_every=residual_every,
     )[0]  # fmt: skip
     x, prompt, _ = inputs(case)
     settings = {**SETTINGS, "gradient_checkpointing": depth > 0, "checkpoint_depth": max(depth, 1)}
@@ -41,7 +41,7 @@ def trained(case, plan, depth):
     torch.manual_seed(0)
     try:
         found = TrainLoraNode.execute(
-            model=[sparse], latents=[{"samples": x[:1]}], positive=[prompt], **{k: [v] for k, v in settings.items()}
+            model=[sparse], latents=[{"samples": x[:1].repeat(images, *[1] * (x.ndim - 1))}], positive=[prompt], **{k: [v] for k, v in settings.items()}
         )
     except (ValueError, RuntimeError) as error:
         return str(error)
@@ -67,5 +67,7 @@ for name in ("wan", "cosmos", "cogvideox"):
         "effect": difference(trained(CASES[name], "all:full", 0), plain),
         "blocks alike": difference(trained(CASES[name], alike, 2), trained(CASES[name], alike, 0)),
         "blocks": trained(CASES[name], mixed, 2),
+        # As many images as a schedule has steps that would keep one.
+        "residual": difference(trained(CASES[name], mixed, 0, 16, 2), trained(CASES[name], mixed, 0, 16)),
     }
 print(json.dumps(facts))
