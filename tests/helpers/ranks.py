@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -63,14 +64,13 @@ def run_together(
     context = context or _context()
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / str(rank) for rank in range(len(arguments))]
-        started = [
-            context.Process(target=_rank, args=(work, given, place))
-            for given, place in zip(arguments, places, strict=True)
-        ]
+        started: list[BaseProcess] = []
         end = time.monotonic() + timeout
         try:
-            for process in started:
+            for given, place in zip(arguments, places, strict=True):
+                process = context.Process(target=_rank, args=(work, given, place))
                 process.start()
+                started.append(process)
             for process in started:
                 process.join(max(0.0, end - time.monotonic()))
         finally:

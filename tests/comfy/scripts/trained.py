@@ -36,12 +36,13 @@ def trained(case, plan, depth, images=1, residual_every=0):
         dense_blocks="", min_tokens=0, decline_slow=False, residual_every=residual_every,
     )[0]  # fmt: skip
     x, prompt, _ = inputs(case)
+    latents = {"samples": x[:1].repeat(images, *[1] * (x.ndim - 1))}
     settings = {**SETTINGS, "gradient_checkpointing": depth > 0, "checkpoint_depth": max(depth, 1)}
     lines.clear()
     torch.manual_seed(0)
     try:
         found = TrainLoraNode.execute(
-            model=[sparse], latents=[{"samples": x[:1].repeat(images, *[1] * (x.ndim - 1))}], positive=[prompt], **{k: [v] for k, v in settings.items()}
+            model=[sparse], latents=[latents], positive=[prompt], **{k: [v] for k, v in settings.items()}
         )
     except (ValueError, RuntimeError) as error:
         return str(error)
