@@ -1,10 +1,10 @@
 """Gloo ranks on this CPU for the tests: `run_ranks` starts them, and `compute` is what each of them runs."""
 
 import importlib.util
-import tempfile
+from functools import partial
 from pathlib import Path
 
-from ranks import run_together
+from ranks import run_group
 
 HERE = Path(__file__).parent
 TIMEOUT = 400.0  # a few seconds of work; the rest is patience with a busy machine
@@ -13,8 +13,7 @@ TIMEOUT = 400.0  # a few seconds of work; the rest is patience with a busy machi
 def run_ranks(case: str, ranks: int, cases: str = "parallel_cases") -> list[dict]:
     """Call the function ``case`` of ``cases``, a neighbour of this file, on each of ``ranks`` ranks; their results in
     order."""
-    with tempfile.TemporaryDirectory() as folder:
-        return run_together(compute, [(cases, case, rank, ranks, folder) for rank in range(ranks)], TIMEOUT)
+    return run_group(partial(compute, cases, case), ranks, TIMEOUT)
 
 
 def neighbour(name: str):
@@ -25,14 +24,9 @@ def neighbour(name: str):
     return module
 
 
-def compute(cases: str, case: str, rank: int, ranks: int, folder: str) -> dict:
+def compute(cases: str, case: str, rank: int, ranks: int) -> dict:
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
     with torch.no_grad():
-        result = getattr(neighbour(cases), case)(rank, ranks)
-    dist.barrier()
-    dist.destroy_process_group()
-    return result
+        return getattr(neighbour(cases), case)(rank, ranks)

@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -85,6 +86,31 @@ def run_together(
             ]
             raise (RankCrashed if {-signal.SIGABRT, -signal.SIGSEGV} & set(found) else AssertionError)("\n".join(said))
         return [json.loads(_answer(place).read_text()) if _answer(place).exists() else None for place in places]
+
+
+def run_group(
+    work: Callable[[int, int], Any],
+    ranks: int,
+    timeout: float,
+    context: BaseContext | None = None,
+    patience: timedelta | None = None,
+) -> list[Any]:
+    """`run_together` of ``work(rank, ranks)`` in a gloo group, whose ranks wait ``patience`` for one another, default
+    PyTorch's."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = [(work, folder, rank, ranks, patience) for rank in range(ranks)]
+        return run_together(_in_group, given, timeout, context=context)
+
+
+def _in_group(work: Callable[[int, int], Any], folder: str, rank: int, ranks: int, patience: timedelta | None) -> Any:
+    import torch.distributed as dist
+
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=patience)
+    found = work(rank, ranks)
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
 
 
 def _context() -> BaseContext:
