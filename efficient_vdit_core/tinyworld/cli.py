@@ -50,6 +50,23 @@ def _add_train(subparsers: Any) -> None:
         metavar="FOLDER",
         help="a VAE to go on from, of another world say, in place of a new one",
     )
+    for flag, highest, what in (
+        ("--latent-channels", 64, "latent channels"),
+        ("--res-blocks", 8, "residual blocks a stage"),
+    ):
+        train.add_argument(
+            flag,
+            type=count(1, highest),
+            metavar="N",
+            help=f"{what} of the VAE; one to go on from is given more; default: as it has",
+        )
+    train.add_argument(
+        "--vae-rate",
+        type=quantity(0.001, 10),
+        default=1.0,
+        metavar="X",
+        help="the VAE's learning rate, relative to what suits a new one; less for one to go on from, default: %(default)s",
+    )
     train.add_argument(
         "--bf16", action="store_true", help="the VAE computes in bfloat16: faster where the CPU has AVX-512 BF16 or AMX"
     )
@@ -146,7 +163,8 @@ def _train(args: argparse.Namespace) -> int:
     recipe = TinyRecipe(
         args.run_folder, args.out, world=WORLDS[args.world], parts=tuple(args.parts), vae_steps=args.vae_steps,
         decoder_steps=args.decoder_steps, dit_steps=args.dit_steps, clips=args.clips, batch=args.batch, seed=args.seed,
-        start=args.start, start_vae=args.start_vae, bf16=args.bf16, prediction=args.prediction,
+        start=args.start, start_vae=args.start_vae, latent_channels=args.latent_channels, res_blocks=args.res_blocks,
+        vae_rate=args.vae_rate, bf16=args.bf16, prediction=args.prediction,
         device=str(device_named(args.device)), tensorboard=args.tensorboard,
     )  # fmt: skip
     try:

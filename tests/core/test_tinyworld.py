@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.assets import tiny_path
-from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import VAEConfig
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
 from efficient_vdit_core.tinyworld.crossing.scene import BAR
@@ -30,6 +30,7 @@ from efficient_vdit_core.tinyworld.train import vae as train_vae
 from efficient_vdit_core.tinyworld.train.decoder import train_decoder
 from efficient_vdit_core.tinyworld.train.dit import cache_clips
 from efficient_vdit_core.tinyworld.train.export import standardise_latents
+from efficient_vdit_core.tinyworld.train.grow import grown
 from efficient_vdit_core.tinyworld.train.recipe import TinyRecipe
 from efficient_vdit_core.tinyworld.train.text import Captions, train_sentencepiece, train_text_encoder
 from efficient_vdit_core.tinyworld.train.vae import TINY_VAE
@@ -130,13 +131,13 @@ class TestEachWorld:
         spiece = train_sentencepiece(world)
         encoder = train_text_encoder(tmp_path / "text", spiece, world=world, steps=1, batch=2)
         assert all(bool(p.isfinite().all()) for p in encoder.parameters())
-        vae = train_vae.train_vae(tmp_path / "vae", world=world, steps=1)
+        vae = train_vae.train_vae(tmp_path / "vae", CausalVAE(TINY_VAE), world=world, steps=1)
         assert all(bool(p.isfinite().all()) for p in vae.parameters())
-        latents = torch.randn(2, 4, world.latent_frames, 8, 8)
+        latents = torch.randn(2, 6, world.latent_frames, 8, 8)
         clips = train_dit.CachedClips(latents, [world.random_scene(np.random.default_rng(i)) for i in range(2)])
         words: Any = Words()
         model = train_dit.train_dit(tmp_path / "dit", clips, words, world=world, steps=1, batch=2)
-        assert model.config.sample_size_t == world.latent_frames
+        assert model.config.sample_size_t == world.latent_frames and model.config.in_channels == 6
 
 
 @pytest.mark.parametrize(
@@ -153,14 +154,44 @@ def test_what_a_training_needs_is_asked_for_before_it_starts(tmp_path, settings,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_vae_of_another_world_is_gone_on_from(tmp_path):
+SMALL_VAE = VAEConfig(hidden_size=8, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1, norm_num_groups=1)
+
+
+def test_a_vae_is_gone_on_from(tmp_path):
     torch.manual_seed(0)
-    small = VAEConfig(hidden_size=8, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1, norm_num_groups=1)
-    before = CausalVAE(small)
-    after = train_vae.train_vae(tmp_path, steps=1, start=before)
-    assert after.config == small
-    far = [float((after.state_dict()[name] - value).abs().max()) for name, value in before.state_dict().items()]
+    vae = CausalVAE(SMALL_VAE)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    after = train_vae.train_vae(tmp_path, vae, steps=1)
+    assert after.config == SMALL_VAE
+    far = [float((after.state_dict()[name] - value).abs().max()) for name, value in before.items()]
     assert 0 < max(far) < 0.05
+
+
+@torch.no_grad()
+def test_a_vae_with_more_channels_and_blocks_does_as_before_and_learns_by_them(tmp_path):
+    torch.manual_seed(0)
+    vae = CausalVAE(SMALL_VAE)
+    more = grown(vae, 6, 2)
+    x = torch.randn(2, 3, 5, 16, 16)
+    (mean, logvar), (further_mean, further_logvar) = vae.moments(x), more.moments(x)
+    torch.testing.assert_close(further_mean[:, :4], mean)
+    torch.testing.assert_close(further_logvar[:, :4], logvar)
+    torch.testing.assert_close(more.decode(further_mean), vae.decode(mean))
+    torch.testing.assert_close(grown(vae, res_blocks=2).decode(mean), vae.decode(mean))
+    deviation = further_mean.std(dim=(0, 2, 3, 4))
+    assert deviation[4:].min() > 0.1 * deviation[:4].mean(), "of the size of the others"
+    assert bool((further_logvar[:, 4:].mul(0.5).exp() < 0.1 * deviation[4:].view(-1, 1, 1, 1)).all()), "and certain"
+
+    with torch.enable_grad():
+        after = train_vae.train_vae(tmp_path, more.requires_grad_(True), steps=2)
+    assert after.config.embed_dim == 6 and bool(after.decoder.conv_in.conv.weight[:, 4:].any())
+    assert bool(after.state_dict()["decoder.up.0.block.2.conv2.conv.weight"].any())
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (4, 1)])
+def test_a_vae_is_not_made_to_forget(sizes):
+    with pytest.raises(ValueError, match="has 4 latent channels and 2 residual blocks a stage"):
+        grown(grown(CausalVAE(SMALL_VAE), res_blocks=2), *sizes)
 
 
 def make_run(folder, steps):
@@ -218,8 +249,7 @@ def test_cached_latents_are_those_of_the_captions_beside_them(tmp_path):
 
 def test_a_decoder_trained_further_keeps_the_encoder_and_every_latent(tmp_path):
     torch.manual_seed(0)
-    small = VAEConfig(hidden_size=8, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1, norm_num_groups=1)
-    vae = CausalVAE(small)
+    vae = CausalVAE(SMALL_VAE)
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     after = train_decoder(tmp_path, vae, steps=1).state_dict()
     assert after.keys() == before.keys()
@@ -281,6 +311,17 @@ def test_standardised_latents_decode_to_the_same_pixels():
     torch.testing.assert_close(scaled.mean(dim=(0, 2, 3, 4)), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(scaled.std(dim=(0, 2, 3, 4)), torch.ones(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(vae.decode(vae.encode(x)), before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_transformer_goes_on_from_one_of_latents_with_fewer_channels(tmp_path):
+    start = load_transformer(tiny_path("transformer", "tiny"), dtype=torch.float32)
+    latents = torch.randn(2, 6, MOVING.latent_frames, 8, 8)
+    clips = train_dit.CachedClips(latents, [random_scene(np.random.default_rng(i)) for i in range(2)])
+    words: Any = Words()
+    after = train_dit.train_dit(tmp_path, clips, words, start=start, steps=1, batch=2).state_dict()
+    for name, value in start.state_dict().items():
+        of_latents = name in ("pos_embed.proj.weight", "proj_out.weight", "proj_out.bias")
+        assert (after[name].shape != value.shape) if of_latents else (after[name] - value).abs().max() < 0.05
 
 
 @pytest.fixture

@@ -33,11 +33,12 @@ TINY_DIT = DiTConfig(
     interpolation_scale_t=1.0, interpolation_scale_h=1.0, interpolation_scale_w=1.0, prediction_type="v_prediction",
 )  # fmt: skip
 NULL_TEXT_SHARE = 0.1
+_OF_LATENTS = ("pos_embed.proj.weight", "proj_out.weight", "proj_out.bias")
 
 
 @dataclass(frozen=True)
 class CachedClips:
-    """Scaled latents (n, 4, T, 8, 8) and the scenes that they show."""
+    """Scaled latents (n, C, T, 8, 8) and the scenes that they show."""
 
     latents: Tensor
     scenes: list[Any]
@@ -93,14 +94,22 @@ def train_dit(
     """Train (or resume) in ``folder``; returns the transformer with averaged weights, on the CPU.
 
     ``start``: one that knows the world already, by the latents of another VAE or under another ``prediction``, say; it is
-    trained further. ``prediction``: one of ``PREDICTION_TYPES``, what the network says of a noisy clip.
+    trained further, but for what reads and writes latents of another number of channels, which begins anew.
+    ``prediction``: one of ``PREDICTION_TYPES``, what the network says of a noisy clip.
     """
     torch.manual_seed(seed)
-    model = OpenSoraT2V(replace(TINY_DIT, prediction_type=prediction, sample_size_t=world.latent_frames))
-    if start is None:
-        _initialise(model)
-    else:
-        model.load_state_dict(start.state_dict())
+    channels = clips.latents.shape[1]
+    config = replace(
+        TINY_DIT,
+        prediction_type=prediction,
+        sample_size_t=world.latent_frames,
+        in_channels=channels,
+        out_channels=channels,
+    )
+    model = OpenSoraT2V(config)
+    _initialise(model)
+    if start is not None:
+        _take_over(model, start)
     model.to(device)
     run = TrainingRun(
         model, _optimizers(model), folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard
@@ -132,6 +141,14 @@ def _initialise(model: OpenSoraT2V) -> None:
     for name, parameter in model.named_parameters():
         if any(part in name for part in zeroed):
             nn.init.zeros_(parameter)
+
+
+def _take_over(model: OpenSoraT2V, start: OpenSoraT2V) -> None:
+    """Copy the weights of ``start``, but for those of latents that have another number of channels."""
+    weights = start.state_dict()
+    if start.config.in_channels != model.config.in_channels:
+        weights = {**weights, **{name: model.state_dict()[name] for name in _OF_LATENTS}}
+    model.load_state_dict(weights)
 
 
 def _optimizers(model: OpenSoraT2V) -> list[torch.optim.Optimizer]:

@@ -25,8 +25,9 @@ from ..worlds import MOVING, World
 from .decoder import train_decoder
 from .dit import cache_clips, train_dit
 from .export import export_text_encoder, export_transformer, export_vae, standardise_latents
+from .grow import grown
 from .text import train_sentencepiece, train_text_encoder
-from .vae import to_model_range, train_vae
+from .vae import TINY_VAE, to_model_range, train_vae
 
 PARTS = ("text_encoder", "vae", "transformer")
 NEEDS = {"decoder": ("vae",), "transformer": ("text_encoder", "vae")}
@@ -38,6 +39,8 @@ class TinyRecipe:
 
     parts: of ``PARTS``; what is left out is taken from ``out``. ``decoder`` is that of the VAE in ``out``, trained further.
     start, start_vae: folders of a transformer and a VAE to go on from in place of new ones.
+    latent_channels, res_blocks: of the VAE; by default those of the one to go on from, or of ``TINY_VAE``.
+    vae_rate: as ``rate`` of `train_vae`.
     bf16: the VAE is trained in bfloat16, its weights staying in float32; three to six times as fast on a CPU that
         multiplies bfloat16 (AVX-512 BF16, AMX), slower on others.
     prediction: as of ``dit.train_dit``.
@@ -56,6 +59,9 @@ class TinyRecipe:
     seed: int = 0
     start: Path | None = None
     start_vae: Path | None = None
+    latent_channels: int | None = None
+    res_blocks: int | None = None
+    vae_rate: float = 1.0
     bf16: bool = False
     prediction: str = "v_prediction"
     device: str = "cpu"
@@ -87,6 +93,8 @@ class TinyRecipe:
         for folder in (self.start, self.start_vae):
             if folder and not folder.exists():
                 raise ValueError(f"{quoted(str(folder), 120)} does not exist. Correct the folder to go on from.")
+        if "vae" in self.parts:
+            self._begun_vae()  # refuses what it cannot begin with
         for part in set(self.parts) & set(PARTS):  # the decoder's folder is named after what it is of
             check_settings(self.run / part, self._settings(part))
 
@@ -94,7 +102,8 @@ class TinyRecipe:
         """What a part that was begun with others cannot go on with. For how many steps and where it is computed may change."""
         everywhere = {"world": self.world.name, "seed": self.seed}
         if part == "vae":
-            return {**everywhere, "start": _contents(self.start_vae)}
+            own = {"latent_channels": self.latent_channels, "res_blocks": self.res_blocks, "rate": self.vae_rate}
+            return {**everywhere, "start": _contents(self.start_vae), **own}
         if part == "transformer":
             own = {
                 "start": _contents(self.start),
@@ -116,11 +125,16 @@ class TinyRecipe:
         encoder = train_text_encoder(self.run / "text_encoder", spiece, **self._everywhere)
         export_text_encoder(encoder, spiece, self.out / "text_encoder")
 
+    def _begun_vae(self) -> CausalVAE:
+        torch.manual_seed(self.seed)
+        start = load_vae(self.start_vae, dtype=torch.float32) if self.start_vae else CausalVAE(TINY_VAE)
+        return grown(start, self.latent_channels, self.res_blocks)
+
     def _vae(self) -> None:
         claim_folder(self.run / "vae", self._settings("vae"))
-        start = load_vae(self.start_vae, dtype=torch.float32) if self.start_vae else None
         vae = train_vae(
-            self.run / "vae", steps=self.vae_steps, bf16=self.bf16, tensorboard=self.tensorboard, start=start, **self._everywhere
+            self.run / "vae", self._begun_vae(), steps=self.vae_steps, bf16=self.bf16, rate=self.vae_rate,
+            tensorboard=self.tensorboard, **self._everywhere,
         )  # fmt: skip
         standardise_latents(vae, _sample_latents(vae, self.world), LATENT_SCALE)
         export_vae(vae, self.out / "vae")
