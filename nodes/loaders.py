@@ -47,7 +47,7 @@ class EVDiTModelLoader(io.ComfyNode):
                 io.Model.Output(
                     "model",
                     display_name="model",
-                    tooltip="An ordinary MODEL, latents of 4 channels, 4x in time and 8x in space. For Sparse Attention and every sampler.",
+                    tooltip="An ordinary MODEL; latents are 4x in time and 8x in space. For Sparse Attention and every sampler.",
                 ),
             ],
         )

@@ -43,15 +43,16 @@ TEXT_MULTIPLE = 64
 
 
 class OpenSoraPlanLatent(comfy.latent_formats.LatentFormat):
-    """4 channels, 4x in time and 8x in space; scaled for the transformer."""
+    """4x in time and 8x in space; scaled for the transformer. 4 channels but for models that were trained on more."""
 
-    latent_channels = 4
     latent_dimensions = 3
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 4) -> None:
+        self.latent_channels = channels
         self.scale_factor = LATENT_SCALE
-        # The VAE grew out of Stable Diffusion's; its preview colours are near enough.
-        self.latent_rgb_factors = comfy.latent_formats.SD15().latent_rgb_factors
+        # The VAE grew out of Stable Diffusion's; its preview colours are near enough. Further channels show nothing.
+        factors = comfy.latent_formats.SD15().latent_rgb_factors[:channels]
+        self.latent_rgb_factors = [*factors, *[[0.0, 0.0, 0.0]] * (channels - len(factors))]
 
 
 class OpenSoraT2V(transformer.OpenSoraT2V):
@@ -99,7 +100,7 @@ class OpenSoraPlan(comfy.model_base.BaseModel):
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """Text and its mask. Called before the first step, so a latent that does not fit is refused here."""
-        _check_latent(kwargs.get("noise"))
+        self._check_latent(kwargs.get("noise"))
         conds = super().extra_conds(**kwargs)
         text = kwargs.get("cross_attn")
         if text is not None:
@@ -108,6 +109,15 @@ class OpenSoraPlan(comfy.model_base.BaseModel):
             conds["c_crossattn"] = comfy.conds.CONDRegular(text)
             conds["attention_mask"] = comfy.conds.CONDRegular(mask)
         return conds
+
+    def _check_latent(self, noise: Tensor | None) -> None:
+        channels = self.latent_format.latent_channels
+        if noise is not None and (noise.ndim != 5 or noise.shape[1] != channels):
+            raise ValueError(
+                f"The latent has shape {tuple(noise.shape)}, expected (batch, {channels}, frames, height, width): it was encoded by "
+                "another VAE. Encode with the VAE of Load Open-Sora-Plan VAE, or start from an empty video latent "
+                "(EmptyHunyuanLatentVideo)."
+            )
 
     def _check_text(self, text: Tensor) -> None:
         expected = self.diffusion_model.config.caption_channels
@@ -128,6 +138,10 @@ class OpenSoraPlanConfig(comfy.supported_models_base.BASE):
     supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
     # Megabytes of activations per latent element and byte, over 0.01: about 1.5 GiB in bf16 at 8 x 90 x 160.
     memory_usage_factor = 0.65
+
+    def __init__(self, unet_config: dict[str, Any]) -> None:
+        super().__init__(unet_config)
+        self.latent_format = OpenSoraPlanLatent(unet_config["config"].in_channels)
 
     def get_model(self, state_dict: dict[str, Tensor], prefix: str = "", device: Any = None) -> OpenSoraPlan:
         return OpenSoraPlan(self, device=device)
@@ -174,13 +188,3 @@ def padded_text(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     mask = F.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
     extra = -text.shape[1] % TEXT_MULTIPLE
     return F.pad(text, (0, 0, 0, extra)), F.pad(mask, (0, extra))
-
-
-def _check_latent(noise: Tensor | None) -> None:
-    if noise is None:
-        return
-    if noise.ndim != 5 or noise.shape[1] != OpenSoraPlanLatent.latent_channels:
-        raise ValueError(
-            f"The latent has shape {tuple(noise.shape)}, expected (batch, 4, frames, height, width): it was encoded by another "
-            "VAE. Encode with the VAE of Load Open-Sora-Plan VAE, or start from an empty video latent (EmptyHunyuanLatentVideo)."
-        )

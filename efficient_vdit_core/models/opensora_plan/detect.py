@@ -93,10 +93,12 @@ def check_transformer_keys(state_dict: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"Its patch embedding has shape {tuple(patch.shape)}, expected 2D patches: it is another version. {_ADVICE}"
         )
-    if patch.shape[1] != 4:
+    of_patch = patch.shape[2] * patch.shape[3]
+    if patch.shape[1] * of_patch != state_dict["proj_out.weight"].shape[0]:
         raise ValueError(
-            f"Its patch embedding takes {patch.shape[1]} channels, expected 4: this is the image-to-video model (93x480p_i2v), "
-            f"which is not supported. {_ADVICE}"
+            f"Its patch embedding takes {patch.shape[1]} channels, expected as many as come out, "
+            f"{state_dict['proj_out.weight'].shape[0] // of_patch}: this is the image-to-video model (93x480p_i2v), which is not "
+            f"supported. {_ADVICE}"
         )
 
 
