@@ -68,7 +68,9 @@ def _add_train(subparsers: Any) -> None:
         help="the VAE's learning rate, relative to what suits a new one; less for one to go on from, default: %(default)s",
     )
     train.add_argument(
-        "--bf16", action="store_true", help="the VAE computes in bfloat16: faster where the CPU has AVX-512 BF16 or AMX"
+        "--bf16",
+        action="store_true",
+        help="VAE and transformer compute in bfloat16: faster where the CPU has AVX-512 BF16 or AMX",
     )
     train.add_argument(
         "--prediction",

@@ -136,7 +136,8 @@ class TestEachWorld:
         latents = torch.randn(2, 6, world.latent_frames, 8, 8)
         clips = train_dit.CachedClips(latents, [world.random_scene(np.random.default_rng(i)) for i in range(2)])
         words: Any = Words()
-        model = train_dit.train_dit(tmp_path / "dit", clips, words, world=world, steps=1, batch=2)
+        model = train_dit.train_dit(tmp_path / "dit", clips, words, world=world, steps=1, batch=2, bf16=True)
+        assert all(p.dtype == torch.float32 and bool(p.isfinite().all()) for p in model.parameters())
         assert model.config.sample_size_t == world.latent_frames and model.config.in_channels == 6
 
 

@@ -88,6 +88,7 @@ def train_dit(
     tensorboard: bool = False,
     start: OpenSoraT2V | None = None,
     prediction: str = "v_prediction",
+    bf16: bool = False,
     device: str = "cpu",
     evaluate: Callable[[dict[str, Tensor]], str] | None = None,
 ) -> OpenSoraT2V:
@@ -95,7 +96,7 @@ def train_dit(
 
     ``start``: one that knows the world already, by the latents of another VAE or under another ``prediction``, say; it is
     trained further, but for what reads and writes latents of another number of channels, which begins anew.
-    ``prediction``: one of ``PREDICTION_TYPES``, what the network says of a noisy clip.
+    ``prediction``: one of ``PREDICTION_TYPES``, what the network says of a noisy clip. ``bf16``: see `TinyRecipe`.
     """
     torch.manual_seed(seed)
     channels = clips.latents.shape[1]
@@ -129,7 +130,9 @@ def train_dit(
         a, s = alpha_bar[t].sqrt().view(-1, 1, 1, 1, 1), (1 - alpha_bar[t]).sqrt().view(-1, 1, 1, 1, 1)
         noise = torch.randn(x0.shape, generator=generator)
         noisy, wanted = a * x0 + s * noise, noise if prediction == "epsilon" else a * noise - s * x0
-        return F.mse_loss(model(noisy.to(device), t.float().to(device), context, mask), wanted.to(device))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            said = model(noisy.to(device), t.float().to(device), context, mask).float()
+        return F.mse_loss(said, wanted.to(device))
 
     model.load_state_dict(run.train(loss_of, evaluate=evaluate, save_every=250, evaluate_every=1000))
     return model.cpu().eval()

@@ -41,8 +41,8 @@ class TinyRecipe:
     start, start_vae: folders of a transformer and a VAE to go on from in place of new ones.
     latent_channels, res_blocks: of the VAE; by default those of the one to go on from, or of ``TINY_VAE``.
     vae_rate: as ``rate`` of `train_vae`.
-    bf16: the VAE is trained in bfloat16, its weights staying in float32; three to six times as fast on a CPU that
-        multiplies bfloat16 (AVX-512 BF16, AMX), slower on others.
+    bf16: VAE and transformer are trained in bfloat16, their weights staying in float32; on a CPU that multiplies bfloat16
+        the VAE takes half to a sixth of the time (AVX-512 BF16, AMX), on others more.
     prediction: as of ``dit.train_dit``.
     device: where it is computed.
     """
@@ -159,7 +159,7 @@ class TinyRecipe:
         start = load_transformer(self.start, dtype=torch.float32).train().requires_grad_(True) if self.start else None
         model = train_dit(
             self.run / "transformer", cached, text, steps=self.dit_steps, batch=self.batch, tensorboard=self.tensorboard,
-            start=start, prediction=self.prediction, **self._everywhere,
+            start=start, prediction=self.prediction, bf16=self.bf16, **self._everywhere,
         )  # fmt: skip
         export_transformer(model, self.out / "transformer")
         load_transformer(self.out / "transformer")
