@@ -32,6 +32,7 @@ from .request import VideoRequest
 from .run_shape import RunShape
 from .sampling import Denoiser, DiscreteSchedule, consistency_sigmas, sample_consistency
 from .sampling.reference import sample_reference
+from .search.output import Around, once
 from .video import to_frames
 
 if TYPE_CHECKING:
@@ -178,13 +179,14 @@ class Pipeline:
         return Video(frames, self._metadata(request, plan, template, report, residual_every), report)
 
     @torch.inference_mode()
-    def observe(self, request: VideoRequest, override: Callable[..., Tensor]) -> None:
-        """Samples latents as `generate` does, with this attention override looking on, and throws them away."""
+    def observe(self, request: VideoRequest, override: Callable[..., Tensor], around: Around = once) -> None:
+        """Samples latents as `generate` does, with this attention override looking on, and throws them away. ``around``
+        computes each forward, as often as it likes, and returns what it gives."""
         context, mask = self._encode(request, None)
         layout = self._shape(request).layout
         with self._working(self.transformer):
             options = lambda: {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(layout)}  # noqa: E731
-            self._sample(request, self._guided_network(request, context, mask, options), None)
+            self._sample(request, self._guided_network(request, context, mask, options, around), None)
 
     def noise_levels(self, request: VideoRequest) -> list[float]:
         """The sigmas at which the consistency sampler evaluates the model."""
@@ -216,14 +218,20 @@ class Pipeline:
         return context.to(self.device), mask.to(self.device)
 
     def _guided_network(
-        self, request: VideoRequest, context: Tensor, mask: Tensor, options: Callable[[], dict[str, Any]]
+        self,
+        request: VideoRequest,
+        context: Tensor,
+        mask: Tensor,
+        options: Callable[[], dict[str, Any]],
+        around: Around = once,
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """network(z (1, ...), timestep (1,)) -> the raw prediction after classifier-free guidance, float32."""
 
         def network(z: Tensor, timestep: Tensor) -> Tensor:
             n = len(context)
             inputs = z.to(self.transformer.dtype).expand(n, -1, -1, -1, -1)
-            out = self.transformer(inputs, timestep.float().expand(n), context, mask, options()).float()
+            given = inputs, timestep.float().expand(n), context, mask
+            out = around(lambda: self.transformer(*given, options())).float()
             if n == 1:
                 return out
             negative, positive = out.chunk(2)

@@ -128,12 +128,13 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "error",
-                    options=["attention", "block"],
+                    options=["attention", "block", "output"],
                     default="attention",
                     optional=True,
                     tooltip=(
-                        "Where the relative error is measured: in the attention's output, or in what the whole block returns, several "
-                        "times slower since each block runs again for each candidate. Block errors are smaller: lower the threshold."
+                        "Where the relative error is measured: in the attention's output; in what the whole block returns, several times "
+                        "slower; or in the model's own output, which finds the best plans but takes a forward for each layer and "
+                        "candidate. Block and output errors are smaller: lower the threshold, or set target_speedup."
                     ),
                 ),
                 io.Sigmas.Input(
@@ -152,8 +153,8 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "At most as many different patterns in a layer, over its attention heads. 3 keeps more quality at the same "
-                        "FLOPs, for a few more calls a layer; 1 gives all heads of a layer one pattern, as in the paper. Needs "
-                        "attention errors. Best with candidates that have neighbours and mean frames."
+                        "FLOPs, for a few more calls a layer; 1 gives all heads of a layer one pattern, as in the paper. Not with "
+                        "block errors. Best with candidates that have neighbours and mean frames."
                     ),
                 ),
             ],

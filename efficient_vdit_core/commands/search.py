@@ -11,6 +11,10 @@ from ..limits.quote import quoted
 from . import say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
     from ..pipeline import Pipeline
     from ..request import VideoRequest
     from ..search import ProbeRecord
@@ -51,8 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--candidates", default="1,2,4", help="numbers of reference frames to try; 2~1 also sees neighbours up to 1 frame away, "
         "2~1+1 also the mean of the frames left out (default, the paper's: %(default)s)")  # fmt: skip
-    add("--error", choices=("attention", "block"), default="attention", help="where it is measured: in the attention's output or, several "
-        "times slower, in the whole block's (default: %(default)s)")  # fmt: skip
+    add("--error", choices=("attention", "block", "output"), default="attention", help="where it is measured: in the attention's output; "
+        "several times slower, in the whole block's; or in the model's, by a forward for each layer and candidate, which finds "
+        "the best plans (default: %(default)s)")  # fmt: skip
     add("--costs", choices=("flops", "measured"), default="flops", help="what a pattern costs; measured times differ from run to run "
         "(default: %(default)s)")  # fmt: skip
     add("--head-groups", type=int, default=1, metavar="G", help="at most as many different patterns in a layer, over its heads, 1..4; "
@@ -114,7 +119,7 @@ def _search(pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRe
     from ..search import plan_from_record
     from ..search.describe import describe_plan
 
-    _measure(pipeline, requests, record, with_blocks=args.error == "block")
+    _measure(pipeline, requests, record, args.error)
     config = pipeline.transformer.config
     about = {
         "model": pipeline.name,
@@ -132,21 +137,25 @@ def _search(pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRe
     return plan
 
 
-def _measure(pipeline: Pipeline, requests: list[Any], record: ProbeRecord, with_blocks: bool) -> None:
+def _measure(pipeline: Pipeline, requests: list[Any], record: ProbeRecord, error: str) -> None:
     """One dense sampling of ``probes`` steps for each prompt, behind a progress bar."""
     from tqdm import tqdm
 
-    from ..search import make_probe_override, replay_blocks
+    from ..search import make_probe_override, measure_output, replay_blocks
 
     blocks = list(pipeline.transformer.transformer_blocks)
-    total = len(requests) * (requests[0].steps or 0) * len(blocks)
+    each = 1 + len(record.candidates) if error == "output" else 1
+    total = len(requests) * (requests[0].steps or 0) * len(blocks) * each
     with tqdm(total=total, desc="probing", unit="layer") as bar, ExitStack() as stack:
 
         def progress(layer: int) -> None:
             bar.update(1)
 
+        def around(forward: Callable[[], Tensor]) -> Tensor:
+            return measure_output(record, forward, progress) if error == "output" else forward()
+
         override = make_probe_override(record, progress=progress)
-        if with_blocks:
+        if error == "block":
             stack.enter_context(replay_blocks(blocks, record))
         for request in requests:
-            pipeline.observe(request, override)
+            pipeline.observe(request, override, around)

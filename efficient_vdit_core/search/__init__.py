@@ -3,6 +3,7 @@ follows."""
 
 from .blocks import replay_blocks
 from .candidates import parse_candidates
+from .output import measure_output
 from .plan_from_record import check_groups, plan_from_record
 from .probe import ProbeRecord, make_probe_override
 from .select import check_target, choose_for_speedup, choose_under_threshold
@@ -14,6 +15,7 @@ __all__ = [
     "choose_for_speedup",
     "choose_under_threshold",
     "make_probe_override",
+    "measure_output",
     "parse_candidates",
     "plan_from_record",
     "replay_blocks",

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .probe import BLOCK, ProbeRecord, relative_error
+from .probe import BLOCK, ProbeRecord, Replay, flat, relative_error
 
 
 @contextmanager
@@ -44,15 +43,15 @@ def _hooks(layer: int, record: ProbeRecord) -> tuple[Callable[..., None], Callab
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         (kept,) = inputs
         inputs.clear()
-        exact = _flat(output)
+        exact = flat(output)
         for pattern in record.candidates:
             positional, named = _copied(*kept)
-            record.replaying = pattern
+            record.replaying = Replay(pattern)
             try:
                 approximate = module.forward(*positional, **named)
             finally:
                 record.replaying = None
-            record.add(BLOCK, layer, pattern, relative_error(_flat(approximate), exact))
+            record.add(BLOCK, layer, pattern, relative_error(flat(approximate), exact))
 
     return before, after
 
@@ -69,9 +68,3 @@ def _copy(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_copy(v) for v in value)
     return dict(value) if type(value) is dict else value
-
-
-def _flat(output: Any) -> Tensor:
-    """A block's tensors as one of shape (1, 1, n)."""
-    tensors = [output] if isinstance(output, Tensor) else [t for t in output if isinstance(t, Tensor)]
-    return torch.cat([t.flatten() for t in tensors])[None, None]

@@ -14,10 +14,15 @@ from ..head_patterns import LayerPattern, by_head
 from ..plan import TilePlan
 from ..tiles import TilePattern
 from .by_head import MAX_GROUPS, HeadTable, heads_for_speedup, heads_under_threshold
-from .probe import ATTENTION, ProbeRecord
+from .probe import ATTENTION, BLOCK, OUTPUT, ProbeRecord
 from .select import FLOPS, MEASURED, check_threshold, choose_for_speedup, choose_under_threshold
 
 FULL = TilePattern(None)
+_ERRORS = {
+    ATTENTION: "relative L2 of the attention output against dense, mean over calls",
+    BLOCK: "relative L2 of the block output against dense, mean over calls",
+    OUTPUT: "relative L2 of the model's output against dense, that layer alone under the pattern, mean over forwards",
+}
 Costs = list[dict[TilePattern, float]]  # or errors, of each layer
 
 
@@ -27,10 +32,10 @@ def check_groups(groups: int, measure: str) -> None:
         raise ValueError(
             f"head_groups is {groups!r}, expected 1 to {MAX_GROUPS}; 1 gives all heads of a layer one pattern."
         )
-    if groups > 1 and measure != ATTENTION:
+    if groups > 1 and measure == BLOCK:
         raise ValueError(
             f"head_groups is {groups} and the error is that of the {measure}, which no head has of its own. "
-            "Measure the attention, or set head_groups to 1."
+            "Measure the attention or the output, or set head_groups to 1."
         )
 
 
@@ -50,7 +55,7 @@ def plan_from_record(
     """The plan of a finished probing run, by ``threshold`` or, where it is not 0, by target ``speedup`` of the
     attention.
 
-    ``measure``: attention or block errors; ``costs``: by FLOPs or as measured; ``groups``: at most as many different
+    ``measure``: attention, block or output errors; ``costs``: by FLOPs or as measured; ``groups``: at most as many different
     patterns in a layer, over its heads (1: the paper's search by layer). A layer without a measurement, or with one that
     is not finite, stays full and is named in the provenance, which also holds all errors, the predicted FLOP density and
     speed-up, and what ``about`` adds (sigmas, seed, ...).
@@ -61,15 +66,15 @@ def plan_from_record(
     own_errors = {}
     if groups > 1:
         heads = every = int(heads or next(iter(record.heads.values())).mean.shape[0])
-        patterns = _by_head(record, figures, every, threshold, speedup, groups)
-        own_errors = {"plan_errors": [_jsonable(e) for e in layer_errors(record, patterns, every)]}
+        patterns = _by_head(record, figures, every, threshold, speedup, groups, measure)
+        own_errors = {"plan_errors": [_jsonable(e) for e in layer_errors(record, patterns, every, measure)]}
     else:
         patterns = _by_layer(figures, threshold, speedup)
     provenance = {
         "method": "searched: least error at a target speed-up" if speedup else "searched: sparsest under a threshold",
         **({"target_speedup": speedup} if speedup else {"threshold": threshold}),
         **({"head_groups": groups} if groups > 1 else {}),
-        "error": f"relative L2 of the {measure} output against dense, mean over calls",
+        "error": _ERRORS[measure],
         "costs": costs,
         "candidates": [p.short_name if p.window or p.means else p.k for p in record.candidates],
         "grid": [layout.grid.t, layout.grid.h, layout.grid.w],
@@ -156,9 +161,15 @@ def _by_layer(figures: _Figures, threshold: float, speedup: float) -> list[Layer
 
 
 def _by_head(
-    record: ProbeRecord, figures: _Figures, heads: int, threshold: float, speedup: float, groups: int
+    record: ProbeRecord,
+    figures: _Figures,
+    heads: int,
+    threshold: float,
+    speedup: float,
+    groups: int,
+    measure: str,
 ) -> list[LayerPattern]:
-    tables = [_table(record, layer, figures, heads) for layer in range(len(figures.found))]
+    tables = [_table(record, layer, figures, heads, measure) for layer in range(len(figures.found))]
     if speedup:
         chosen = heads_for_speedup(tables, speedup, groups)
     else:
@@ -168,12 +179,12 @@ def _by_head(
     return [by_head(options[candidate] for candidate in of_heads) for of_heads in chosen]
 
 
-def _table(record: ProbeRecord, layer: int, figures: _Figures, heads: int) -> HeadTable:
+def _table(record: ProbeRecord, layer: int, figures: _Figures, heads: int, measure: str) -> HeadTable:
     """A layer that was not measured well has no candidate that may be used, as in the search by layer; nor is one worth an
     error that is as dear as dense attention, by the clock."""
     errors, prices, calls = (of_layers[layer] for of_layers in (figures.errors, figures.prices, figures.calls))
     usable = [
-        record.heads[layer, p].mean if prices[p] < 1.0 and math.isfinite(errors[p]) else np.full(heads, math.inf)
+        record.of_heads(layer, p, measure) if prices[p] < 1.0 and math.isfinite(errors[p]) else np.full(heads, math.inf)
         for p in record.candidates
     ]
     costs = np.array([*(min(prices[p], 1.0) for p in record.candidates), 1.0])
@@ -181,12 +192,14 @@ def _table(record: ProbeRecord, layer: int, figures: _Figures, heads: int) -> He
     return HeadTable(np.stack([*usable, np.zeros(heads)]), costs, np.minimum(of_calls, costs))
 
 
-def layer_errors(record: ProbeRecord, patterns: Sequence[LayerPattern], heads: int) -> list[float]:
+def layer_errors(
+    record: ProbeRecord, patterns: Sequence[LayerPattern], heads: int, measure: str = ATTENTION
+) -> list[float]:
     """Each layer's relative error under its heads' patterns, as measured in the run of ``record``."""
     found = []
     for layer, pattern in enumerate(patterns):
         sparse = {p: members for p, members in pattern.head_groups(heads).items() if p.k is not None}
-        parts = (float(record.heads[layer, p].mean[list(members)].sum()) for p, members in sparse.items())
+        parts = (float(record.of_heads(layer, p, measure)[list(members)].sum()) for p, members in sparse.items())
         found.append(math.sqrt(sum(parts)))
     return found
 

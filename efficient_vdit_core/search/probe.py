@@ -21,6 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +39,8 @@ from ..tiles import TilePattern
 from ..timing import wait_for
 from .calls import layer_of_call, layout_of_call
 
-ATTENTION, BLOCK = "attention", "block"
-MEASURES = (ATTENTION, BLOCK)
+ATTENTION, BLOCK, OUTPUT = "attention", "block", "output"
+MEASURES = (ATTENTION, BLOCK, OUTPUT)
 DENSE = None  # the key of dense attention's seconds
 Compare = Callable[[Tensor, Tensor], tuple[float, np.ndarray]]  # approximate and exact -> as `relative_errors`
 
@@ -67,6 +68,18 @@ class HeadErrors:
         return self.sums / (np.maximum(self.calls, 1) * len(self.sums))
 
 
+@dataclass(frozen=True)
+class Replay:
+    """What is computed again: attention under ``pattern`` in every call, of one block, or in those of ``layer`` alone."""
+
+    pattern: TilePattern
+    layer: int | None = None
+
+    def holds(self, layer: int | None) -> bool:
+        """Whether a call of ``layer`` follows the pattern."""
+        return self.layer is None or self.layer == layer
+
+
 @dataclass
 class ProbeRecord:
     """What a probing run found: (layer, candidate) -> one value for each call. Safe to fill from several threads.
@@ -89,13 +102,32 @@ class ProbeRecord:
         default_factory=lambda: defaultdict(list)
     )
     dense: Counter[str] = field(default_factory=Counter)
-    replaying: TilePattern | None = None
+    replaying: Replay | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def error(self, layer: int, pattern: TilePattern, measure: str = ATTENTION) -> float:
         """Mean error of a layer over its calls; inf where one was not finite, NaN where there was none."""
         found = self.errors[measure].get((layer, pattern))
         return sum(found) / len(found) if found else math.nan
+
+    def squared(self, layer: int, pattern: TilePattern, measure: str) -> float:
+        """The mean of the error's square."""
+        found = self.errors[measure][layer, pattern]
+        return sum(error**2 for error in found) / len(found)
+
+    @property
+    def layers(self) -> list[int]:
+        """Those whose attention was measured."""
+        return sorted({layer for layer, _ in self.errors[ATTENTION]})
+
+    def of_heads(self, layer: int, pattern: TilePattern, measure: str = ATTENTION) -> np.ndarray:
+        """Squared errors of the heads (H,), whose sum is the layer's; one that no head has of its own is shared out as the
+        attention's is."""
+        attention = self.heads[layer, pattern].mean
+        total = attention.sum()
+        if measure == ATTENTION or not total:
+            return attention
+        return attention * (self.squared(layer, pattern, measure) / total)
 
     def cost(self, layer: int, pattern: TilePattern) -> float:
         """Time of the candidate as a share of the layer's dense time, both at their fastest call."""
@@ -152,16 +184,20 @@ def make_probe_override(
 
     def answer(call: AttentionCall) -> Tensor:
         state, (layout, reason) = call.state, layout_of_call(call)
-        replaying, layer, dense = record.replaying, None, call.asked
-        if layout is not None and replaying is None:
+        replay, layer, dense = record.replaying, None, call.asked
+        if layout is not None and (replay is None or replay.layer is not None):
             layer, reason = layer_of_call(call)
         if state is None or layout is None or reason:
-            if replaying is None:
+            if replay is None:
                 record.add_dense(reason)
             return call.dense()
         padding = state.masked(call.mask)
-        if replaying is not None:
-            out = tile_attention(*call.take(padding), layout, replaying, dense=dense, backend=_exact(replaying))
+        if replay is not None:
+            if not replay.holds(layer) or replay.pattern.is_full(layout.grid.t):
+                return call.dense()
+            out = tile_attention(
+                *call.take(padding), layout, replay.pattern, dense=dense, backend=_exact(replay.pattern)
+            )
             return call.give(out, padding)
         assert layer is not None
         record.layout = record.layout or layout
@@ -194,6 +230,12 @@ def relative_errors(approximate: Tensor, exact: Tensor) -> tuple[float, np.ndarr
     if not norm:
         return (math.inf if wrong else 0.0), np.where(of_heads > 0, math.inf, 0.0)
     return math.sqrt(max(wrong, 0.0)) / norm**0.5, of_heads / norm
+
+
+def flat(output: Any) -> Tensor:
+    """The tensors of a module's output as one of shape (1, 1, n)."""
+    tensors = [output] if isinstance(output, Tensor) else [t for t in output if isinstance(t, Tensor)]
+    return torch.cat([t.flatten() for t in tensors])[None, None]
 
 
 def squared_errors(approximate: Tensor, exact: Tensor) -> tuple[list[Tensor], Tensor]:

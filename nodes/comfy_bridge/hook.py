@@ -16,6 +16,7 @@ from ...efficient_vdit_core.attention.prepare import Preparation
 from ...efficient_vdit_core.attention.report import AttentionReport
 from ...efficient_vdit_core.attention.state import Override
 from ...efficient_vdit_core.plan import TilePlan
+from ...efficient_vdit_core.search.output import Around
 from .families import Family
 from .window import Window
 
@@ -28,7 +29,8 @@ class Hook:
     """What Sparse Attention has put into one MODEL: the plan made ready, and the overrides that follow it.
 
     ``made_for`` gives the BaseModel. ``make``: the override over another node's, default the sparse one. A search and a
-    rank put their own here, which take tensors only and settle nothing beforehand. ``weights`` as in ``StepCost``, 0 = not asked for.
+    rank put their own here, which take tensors only and settle nothing beforehand. ``around`` computes each forward, as often as it
+    likes; None: once. ``weights`` as in ``StepCost``, 0 = not asked for.
 
     Of the present run: ``running`` while its own wrapper is around it, ``beside`` while it is another MODEL's; ``asked``
     once a forward came by; ``second_hooks`` are those of the second models that it samples with.
@@ -40,6 +42,7 @@ class Hook:
     make: Callable[[Override | None], Override] | None = None
     caution: str = ""
     weights: int = 0
+    around: Around | None = None
     made_for: Callable[[], Any] = lambda: None
     made: dict[Override | None, Override] = field(default_factory=dict)
     running: bool = False

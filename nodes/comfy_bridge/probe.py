@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import comfy.model_management as mm
@@ -24,12 +25,14 @@ from ...efficient_vdit_core.search import (
     check_groups,
     check_target,
     make_probe_override,
+    measure_output,
     parse_candidates,
     plan_from_record,
     replay_blocks,
 )
 from ...efficient_vdit_core.search.candidates import sparse_candidates
-from ...efficient_vdit_core.search.probe import BLOCK
+from ...efficient_vdit_core.search.output import Around
+from ...efficient_vdit_core.search.probe import BLOCK, OUTPUT
 from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, make_mass_override
 from .families import Family, find_family, uncompiled, why_no_family
 from .hook import Hook, dense
@@ -76,9 +79,13 @@ def search_plan(
         raise ValueError(
             f"sigmas has {len(levels)} noise levels, expected at least 2: the model is run at all but the last."
         )
-    progress = _Progress(len(levels) - 1, depth)
+    again = len(record.candidates) if error == OUTPUT else 0
+    progress = _Progress(len(levels) - 1, depth, again)
     probing = _observed(
-        model, family, lambda previous: make_probe_override(record, progress=progress.layer, previous=previous)
+        model,
+        family,
+        lambda previous: make_probe_override(record, progress=progress.layer, previous=previous),
+        around=partial(measure_output, record, progress=progress.again) if again else None,
     )
     with replay_blocks(_blocks(model, family), record) if error == BLOCK else nullcontext():
         _walk(probing, positive, negative, start, mask, levels, seed, cfg, progress.step)
@@ -151,21 +158,33 @@ def model_depth(model: Any, plan: TilePlan | None) -> int:
 
 
 class _Progress:
-    """The node's progress bar over steps x layers; each layer is also where a user's Cancel takes effect."""
+    """The node's progress bar over steps x layers, each of which is also where a user's Cancel takes effect; ``again``: how
+    many forwards more a step has for each layer."""
 
-    def __init__(self, steps: int, depth: int) -> None:
-        self.bar, self.total, self.depth = comfy.utils.ProgressBar(steps * depth), steps * depth, depth
-        self.steps = self.layers = 0
+    def __init__(self, steps: int, depth: int, again: int = 0) -> None:
+        self.depth, self.each = depth, depth * (1 + again)
+        self.total = steps * self.each
+        self.bar = comfy.utils.ProgressBar(self.total)
+        self.steps = self.layers = self.forwards = 0
 
     def layer(self, layer: int) -> None:
-        mm.throw_exception_if_processing_interrupted()
         # With guidance a layer may be called once for both prompts or once for each.
         self.layers = max(self.layers, layer + 1)
-        self.bar.update_absolute(min(self.steps * self.depth + self.layers, self.total), self.total)
+        self._tell()
+
+    def again(self, _: int) -> None:
+        """Before one of the further forwards."""
+        self.forwards += 1
+        self._tell()
 
     def step(self, step: int, *_: Any) -> None:
-        self.steps, self.layers = step + 1, 0
-        self.bar.update_absolute(self.steps * self.depth, self.total)
+        self.steps, self.layers, self.forwards = step + 1, 0, 0
+        self._tell()
+
+    def _tell(self) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        done = self.steps * self.each + self.layers + self.forwards
+        self.bar.update_absolute(min(done, self.total), self.total)
 
 
 def _schedule(model: Any, steps: int) -> Tensor:
@@ -190,12 +209,14 @@ def _blocks(model: Any, family: Family) -> list[torch.nn.Module]:
     return family.layers(network)
 
 
-def _observed(model: Any, family: Family, make: Callable[[Override | None], Override]) -> Any:
+def _observed(
+    model: Any, family: Family, make: Callable[[Override | None], Override], around: Around | None = None
+) -> Any:
     """A clone that publishes its token layout as a sparse one does, with ``make``'s override in place of the sparse
     one."""
     if why := family.why_no_hook():
         raise ValueError(f"The model's attention cannot be measured: {why}. Update ComfyUI.")
-    clone = install(model, Hook(family, Window(), dense(), make))
+    clone = install(model, Hook(family, Window(), dense(), make, around=around))
     # Uncompiled: the measuring within blocks would be compiled for every candidate anew.
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
     return clone

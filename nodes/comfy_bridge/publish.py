@@ -63,6 +63,8 @@ def publish_layout(hook: Hook) -> Any:
 
         if acting.report.measure is not None and _wanted(acting.report.measure, acting.window, state, call):
             return computed_twice(acting.report.measure, run, state, call.x.device)
+        if acting.around is not None:
+            return acting.around(lambda: run(state.again()))
         return run(state)
 
     wrapper = around_model(publish)

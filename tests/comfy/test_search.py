@@ -148,6 +148,19 @@ def test_the_block_errors_find_the_same(server, built):
     assert [k is None for k in plan["reference_frames"]] == [i in FULL_LAYERS for i in range(LAYERS)]
 
 
+@pytest.mark.parametrize("head_groups", [1, 2])
+def test_the_output_s_errors_find_the_same(server, built, head_groups):
+    events = []
+    prompt = searching(built, error="output", threshold=0.002, head_groups=head_groups)
+    assert server.run(prompt, events)["status"]["status_str"] == "success"
+    _, plan = searched(server, prompt)
+    kept = TilePlan.from_json(json.dumps(plan)).patterns
+    assert [p.is_full(plan["frames"]) for p in kept] == [i in FULL_LAYERS for i in range(LAYERS)]
+    assert "model's output" in plan["provenance"]["error"]
+    steps = [d["max"] for kind, d in events if kind == "progress" and d["node"] == "search"]
+    assert set(steps) == {2 * LAYERS * 3}, "a forward for each layer and each of two candidates"
+
+
 def test_the_same_seed_gives_the_same_bytes(server):
     # Written in another order, the same candidates pass ComfyUI's cache and mean the same.
     first, second = (searched(server, searching(candidates=text, threshold=0.3))[1] for text in ("1,2", "2,1"))

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,11 +20,12 @@ from efficient_vdit_core.search import (
     choose_for_speedup,
     choose_under_threshold,
     make_probe_override,
+    measure_output,
     parse_candidates,
     plan_from_record,
     replay_blocks,
 )
-from efficient_vdit_core.search.probe import BLOCK
+from efficient_vdit_core.search.probe import BLOCK, OUTPUT
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 FRAMES, SIZE, HEADS, DIM = 6, 3, 2, 8
@@ -131,6 +133,62 @@ def test_block_errors_are_those_of_a_run_with_that_block_sparse():
             float((want - dense).norm() / dense.norm()), rel=1e-4, abs=1e-6
         )
     assert [p.k for p in plan(record, layers=2, threshold=0.05, measure=BLOCK).patterns] == [0, None]
+
+
+def probed_by_output(model, candidates=(0, 1, 2), progress=None):
+    """The record of one clip, whose forwards are counted from their first call on each time, and what the run gave."""
+    record = ProbeRecord(patterns(*candidates))
+    override = make_probe_override(record)
+    return record, measure_output(record, lambda: model(clip(), override), progress)
+
+
+def only(layer, pattern, layers=5):
+    """The plan under which one layer alone is sparse."""
+    return TilePlan(tuple(pattern if i == layer else TilePattern(None) for i in range(layers)))
+
+
+def test_output_errors_are_those_of_a_run_with_that_layer_sparse():
+    model = Model()
+    dense = model(clip(), None)
+    record, out = probed_by_output(model)
+    assert torch.equal(out, dense), "the run goes on undisturbed"
+    for layer, k in itertools.product(range(5), (0, 1, 2)):
+        sparse = model(clip(), make_attention_override(only(layer, TilePattern(k)), AttentionReport()))
+        want = float((sparse - dense).norm() / dense.norm())
+        assert record.error(layer, TilePattern(k), OUTPUT) == pytest.approx(want, rel=1e-4, abs=1e-6)
+        of_heads = record.of_heads(layer, TilePattern(k), OUTPUT)
+        assert of_heads.sum() == pytest.approx(want**2, rel=1e-3, abs=1e-9)
+        attention = record.of_heads(layer, TilePattern(k))
+        np.testing.assert_allclose(of_heads * attention.sum(), attention * of_heads.sum(), rtol=1e-4, atol=1e-12)
+    assert record.dense == {"cross-attention": 5}, "the further forwards are counted nowhere"
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("most", [1, 3])
+def test_what_the_output_says_decides_where_it_is_asked_for(most, groups):
+    """Two layers err alike in their attention, and only one of them can stay full."""
+    record, _ = probed_by_output(Model())
+    for layer, k in itertools.product(range(5), (0, 1, 2)):
+        error = record.error(layer, TilePattern(k))
+        record.errors[OUTPUT][layer, TilePattern(k)] = [error * (100.0 if layer == most else 1.0)]
+    chosen = plan(record, speedup=2.0, measure=OUTPUT, groups=groups, heads=HEADS)
+    assert [p.is_full(FRAMES) for p in chosen.patterns] == [i == most for i in range(5)]
+    assert "model's output" in chosen.provenance["error"]
+
+
+def test_cancelling_between_forwards_leaves_nothing_behind():
+    told = []
+
+    def stop(layer):
+        told.append(layer)
+        if layer == 2:
+            raise KeyboardInterrupt
+
+    model, record = Model(), ProbeRecord(patterns(0, 1))
+    override = make_probe_override(record)
+    with pytest.raises(KeyboardInterrupt):
+        measure_output(record, lambda: model(clip(), override), stop)
+    assert told == [0, 0, 1, 1, 2] and record.replaying is None
 
 
 def test_cancelling_leaves_nothing_behind():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,18 @@ from ...limits.numbers import MAX_TORCH_SEED, whole
 from ...limits.quote import named, quoted
 from ...plan import TilePlan
 from ...sampling.schedule import segment_edges
-from ...search import ProbeRecord, check_groups, check_target, make_probe_override, parse_candidates, plan_from_record
+from ...search import (
+    ProbeRecord,
+    check_groups,
+    check_target,
+    make_probe_override,
+    measure_output,
+    parse_candidates,
+    plan_from_record,
+)
 from ...search.candidates import sparse_candidates
-from ...search.probe import ATTENTION
+from ...search.output import Around, once
+from ...search.probe import ATTENTION, OUTPUT
 from ..data.clips import ClipSet
 from ..families.model import FamilyModel
 from ..families.stamps import teacher_stamp
@@ -34,11 +44,12 @@ SEARCHED = "Go on with the same ones; to search anew, delete that folder and tho
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """thresholds: largest relative error of a layer's attention, a plan for each; speedups: of the attention, a plan
+    """thresholds: largest relative error of a layer, a plan for each; speedups: of the attention, a plan
     for each.
 
     candidates: numbers of reference frames, or such as 2~1 with a window. captions: samples that the errors are
     averaged over. head_groups: at most as many different patterns in a layer, over its heads; 1 is the paper's search.
+    error: "attention", or "output" for what each layer's pattern does to the model's own output: a forward for each layer and candidate.
     """
 
     thresholds: tuple[float, ...] = (0.1,)
@@ -47,6 +58,7 @@ class SearchConfig:
     captions: int = 8
     seed: int = 0
     head_groups: int = 1
+    error: str = ATTENTION
 
     def __post_init__(self) -> None:
         whole(self.captions, "search.captions", 1, 10_000, "Correct the configuration.")
@@ -54,7 +66,11 @@ class SearchConfig:
         for name in ("thresholds", "speedups"):
             whole(len(getattr(self, name)), f"The count of search.{name}", 0, 32, "Correct the configuration.")
         parse_candidates(self.candidates)
-        check_groups(self.head_groups, ATTENTION)
+        check_groups(self.head_groups, self.error)
+        if self.error not in (ATTENTION, OUTPUT):
+            raise ValueError(
+                f"search.error is {quoted(self.error)}, expected attention or output. Correct the configuration."
+            )
 
     def check(self, frames: int) -> None:
         """Raises ValueError where a target is out of reach for a video of ``frames`` latent frames."""
@@ -157,15 +173,20 @@ class WatchedRun:
     clean: Tensor | None = None
 
     @torch.no_grad()
-    def watch(self, override: Override, seed: int) -> None:
-        """Run it with this attention override looking on; ``seed``: of the noise."""
+    def watch(self, override: Override, seed: int, around: Around = once) -> None:
+        """Run it with this attention override looking on; ``seed``: of the noise. ``around`` computes each forward, as often
+        as it likes, and returns what it gives."""
         model, device, options = self.model, self.device, self.model.options_with(override)
         noise = torch.randn(len(self.texts), *self.shape, generator=torch.Generator().manual_seed(seed))
         grid = {"segments": self.segments, "steps": self.steps}
         for first in range(0, len(self.texts), self.at_once):
             some = slice(first, first + self.at_once)
             condition = self.bank.batch(self.texts[some], device)
-            network = guided(lambda z, t, c: model.predict(self.module, z, t, c, options(z)), condition, None, 1.0)
+
+            def predict(z: Tensor, t: Tensor, c: Any) -> Tensor:
+                return around(lambda: model.predict(self.module, z, t, c, options(z)))
+
+            network = guided(predict, condition, None, 1.0)
             if self.clean is None:
                 roll_down(network, model.path, model.prediction, noise[some].to(device), **grid)
                 continue
@@ -181,6 +202,7 @@ def _search(config: SearchConfig, targets: dict[str, tuple[float, float]], run: 
     record, model = probe(config, run), run.model
     about = {"segments": run.segments, "steps": run.steps, "captions": run.texts, "guidance": 1.0, "seed": config.seed}
     of_model = {"layers": model.layers, "family": model.family, "heads": model.heads, "groups": config.head_groups}
+    of_model["measure"] = config.error
     return {
         name: plan_from_record(record, threshold=threshold, speedup=speedup, **of_model, about=about)
         for name, (threshold, speedup) in targets.items()
@@ -190,5 +212,6 @@ def _search(config: SearchConfig, targets: dict[str, tuple[float, float]], run: 
 def probe(config: SearchConfig, run: WatchedRun) -> ProbeRecord:
     """Measure every candidate in every layer of a run."""
     record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), run.shape[1]))
-    run.watch(make_probe_override(record), config.seed)
+    around: Around = partial(measure_output, record) if config.error == OUTPUT else once
+    run.watch(make_probe_override(record), config.seed, around)
     return record

@@ -31,6 +31,7 @@ from ...files import write_text
 from ...plan import TilePlan
 from ...search import ProbeRecord, parse_candidates, plan_from_record
 from ...search.plan_from_record import layer_errors
+from ...search.probe import ATTENTION, OUTPUT
 from ...search.watch import make_watching_override
 from ..moving.scene import is_held_out, random_scene
 from .judge import Judge
@@ -49,16 +50,18 @@ KINDS = {
     "by layer, means": (MEANS, 1),
     "by head, means": (MEANS, 3),
 }
+# By what it does to the model's output, in place of the attention's error.
+BY_OUTPUT = "by head, means, by the output"
 UNIFORM = {f"uniform {pattern}": (pattern, 1) for pattern in ("2", "0~1+1", "1+1", "0+2")}
-ALL_KINDS = KINDS | UNIFORM
+ALL_KINDS = KINDS | UNIFORM | {BY_OUTPUT: KINDS["by head, means"]}
 TRAINED = (DEFAULT, "by layer", "by head, neighbours", "by head, means")
 SPEEDUPS = (2.3, 3.3, 5.0)  # of the attention, by FLOPs
 # The same pattern in every layer, at its own cost, and what is searched for that cost.
 AT_EQUAL_COST = {
-    1.88: ("uniform 2", DEFAULT, "by head, means"),
-    2.13: ("uniform 0~1+1", "by head, means"),
-    2.2: ("uniform 1+1", "by head, means"),
-    2.66: ("uniform 0+2", "by head, means"),
+    1.88: ("uniform 2", DEFAULT, "by head, means", BY_OUTPUT),
+    2.13: ("uniform 0~1+1", "by head, means", BY_OUTPUT),
+    2.2: ("uniform 1+1", "by head, means", BY_OUTPUT),
+    2.66: ("uniform 0+2", "by head, means", BY_OUTPUT),
 }
 STEPS = 8
 PROBED_CAPTIONS = 16
@@ -108,7 +111,7 @@ class PlanTable:
         self.student = assets.tiny_path("transformer", "tiny-8-steps")
         self.stages = ThreeStages(self.recipe, self.folder)
         self.model = OpenSoraPlanModel(self.recipe.model)
-        self._records: dict[str, ProbeRecord] = {}
+        self._records: dict[tuple[str, str], ProbeRecord] = {}
 
     @cached_property
     def judge(self) -> Judge:
@@ -127,11 +130,11 @@ class PlanTable:
         found = (scene.caption() for scene in scenes if not is_held_out(scene))
         return [next(found) for _ in range(PROBED_CAPTIONS)]
 
-    def record(self, candidates: str) -> ProbeRecord:
+    def record(self, candidates: str, error: str = ATTENTION) -> ProbeRecord:
         """Errors of every candidate, from one dense run for those with mean frames and one for the others."""
-        probed = MEANS if "+" in candidates else NEAR
+        probed = MEANS if "+" in candidates else NEAR, error
         if probed not in self._records:
-            config = SearchConfig(candidates=probed, captions=len(self.texts), seed=self.probing_seed)
+            config = SearchConfig(candidates=probed[0], captions=len(self.texts), seed=self.probing_seed, error=error)
             self._records[probed] = probe(config, self._probed)
         return replace(self._records[probed], candidates=parse_candidates(candidates))
 
@@ -150,9 +153,10 @@ class PlanTable:
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             candidates, groups = ALL_KINDS[kind]
+            error = OUTPUT if kind == BY_OUTPUT else ATTENTION
             plan_from_record(
-                self.record(candidates), layers=self.model.layers, family=self.model.family, heads=self.model.heads, speedup=speedup,
-                groups=groups, about={"captions": self.texts, "seed": self.seed, "steps": STEPS},
+                self.record(candidates, error), layers=self.model.layers, family=self.model.family, heads=self.model.heads,
+                speedup=speedup, measure=error, groups=groups, about={"captions": self.texts, "seed": self.seed, "steps": STEPS},
             ).save(file)  # fmt: skip
         return file
 
