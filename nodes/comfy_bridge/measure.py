@@ -20,19 +20,20 @@ from ...efficient_vdit_core.timing import seconds, wait_for
 SHORT = 1.0  # seconds; below it a forward's time is that of the best of three
 
 
-def why_not_twice(guider: Any, own: str) -> str:
-    """Why one more forward would change a run, "" where none is known to; ``own`` is the key of our own wrappers.
+def why_not_twice(patcher: Any, model_options: dict[str, Any], own: str) -> str:
+    """Why one more forward would change a run of the MODEL under these options, "" where none is known to; ``own`` is the key
+    of our own wrappers.
 
     A node that wraps the whole sampling and each forward under one key keeps a state of the run, as EasyCache does;
     what a function around ComfyUI's call of the model keeps, as TeaCache does, cannot be known.
     """
-    wrappers = guider.model_patcher.wrappers
+    wrappers = patcher.wrappers
     around, inside = (
         {key for kind in kinds for key, found in wrappers.get(kind, {}).items() if found}
         for kinds in ((WrappersMP.OUTER_SAMPLE,), (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL))
     )
     names = sorted(str(key) for key in (around & inside) - {own, None})
-    if "model_function_wrapper" in guider.model_options:
+    if "model_function_wrapper" in model_options:
         names.append("a node around the model's forwards")
     if not names:
         return ""

@@ -35,7 +35,8 @@ from ...efficient_vdit_core.search.output import Around
 from ...efficient_vdit_core.search.probe import BLOCK, OUTPUT
 from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, make_mass_override
 from .families import Family, find_family, uncompiled, why_no_family
-from .hook import Hook, dense
+from .hook import WRAPPER_KEY, Hook, dense
+from .measure import why_not_twice
 from .publish import install
 from .unit_variance import at_unit_variance
 from .window import Window
@@ -69,6 +70,8 @@ def search_plan(
     """
     family, network = _known_family(model)
     check_groups(head_groups, error)
+    if error == OUTPUT:
+        _check_forwards(model)
     patterns, depth = parse_candidates(candidates), family.depth(network)
     start, mask = _latent(model, latent, empty=sigmas is None), latent.get("noise_mask")
     frames = _video(start).shape[2]
@@ -207,6 +210,14 @@ def _blocks(model: Any, family: Family) -> list[torch.nn.Module]:
             "it, or set error to attention."
         )
     return family.layers(network)
+
+
+def _check_forwards(model: Any) -> None:
+    """Raises ValueError where a forward is not the same when it is computed again."""
+    if why := why_not_twice(model, model.model_options, WRAPPER_KEY):
+        raise ValueError(
+            f"The model's output cannot be measured: {why}. Search before that node, or set error to attention."
+        )
 
 
 def _observed(

@@ -28,7 +28,8 @@ def log_report(hook: Hook, depth: int, after_run: AfterRun | None) -> Callable[.
         report.reset()
         hook.running, hook.asked = True, False
         if report.measure is not None:
-            report.measure.refused = why_not_twice(executor.class_obj, WRAPPER_KEY)
+            guider = executor.class_obj
+            report.measure.refused = why_not_twice(guider.model_patcher, guider.model_options, WRAPPER_KEY)
         start, complete = time.perf_counter(), False
         try:
             result = executor(*args, **kwargs)

@@ -161,6 +161,16 @@ def test_the_output_s_errors_find_the_same(server, built, head_groups):
     assert set(steps) == {2 * LAYERS * 3}, "a forward for each layer and each of two candidates"
 
 
+def test_the_output_is_not_measured_where_a_node_leaves_forwards_out(server):
+    prompt = searching(error="output")
+    settings = {"reuse_threshold": 0.2, "start_percent": 0.1, "end_percent": 1.0, "verbose": False}
+    prompt["cached"] = {"class_type": "EasyCache", "inputs": {"model": ["model", 0], **settings}}
+    prompt["search"]["inputs"]["model"] = ["cached", 0]
+    status = server.run(prompt)["status"]
+    (told,) = [data["exception_message"] for kind, data in status["messages"] if kind == "execution_error"]
+    assert "easycache may keep something of each forward" in told and "set error to attention" in told
+
+
 def test_the_same_seed_gives_the_same_bytes(server):
     # Written in another order, the same candidates pass ComfyUI's cache and mean the same.
     first, second = (searched(server, searching(candidates=text, threshold=0.3))[1] for text in ("1,2", "2,1"))
