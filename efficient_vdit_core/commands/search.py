@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,6 @@ from ..limits.quote import quoted
 from . import say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
     from ..pipeline import Pipeline
     from ..request import VideoRequest
     from ..search import ProbeRecord
@@ -142,20 +139,20 @@ def _measure(pipeline: Pipeline, requests: list[Any], record: ProbeRecord, error
     from tqdm import tqdm
 
     from ..search import make_probe_override, measure_output, replay_blocks
+    from ..search.output import once
+    from ..search.probe import BLOCK, OUTPUT
 
     blocks = list(pipeline.transformer.transformer_blocks)
-    each = 1 + len(record.candidates) if error == "output" else 1
+    each = 1 + len(record.candidates) if error == OUTPUT else 1
     total = len(requests) * (requests[0].steps or 0) * len(blocks) * each
     with tqdm(total=total, desc="probing", unit="layer") as bar, ExitStack() as stack:
 
         def progress(layer: int) -> None:
             bar.update(1)
 
-        def around(forward: Callable[[], Tensor]) -> Tensor:
-            return measure_output(record, forward, progress) if error == "output" else forward()
-
         override = make_probe_override(record, progress=progress)
-        if error == "block":
+        around = partial(measure_output, record, progress=progress) if error == OUTPUT else once
+        if error == BLOCK:
             stack.enter_context(replay_blocks(blocks, record))
         for request in requests:
             pipeline.observe(request, override, around)

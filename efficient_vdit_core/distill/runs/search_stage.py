@@ -202,9 +202,10 @@ def _search(config: SearchConfig, targets: dict[str, tuple[float, float]], run: 
     record, model = probe(config, run), run.model
     about = {"segments": run.segments, "steps": run.steps, "captions": run.texts, "guidance": 1.0, "seed": config.seed}
     of_model = {"layers": model.layers, "family": model.family, "heads": model.heads, "groups": config.head_groups}
-    of_model["measure"] = config.error
     return {
-        name: plan_from_record(record, threshold=threshold, speedup=speedup, **of_model, about=about)
+        name: plan_from_record(
+            record, threshold=threshold, speedup=speedup, measure=config.error, **of_model, about=about
+        )
         for name, (threshold, speedup) in targets.items()
     }
 
