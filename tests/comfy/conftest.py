@@ -1,13 +1,11 @@
 """One ComfyUI server for all tests of this folder, and scripts run by ComfyUI's own python."""
 
-import json
-import os
-import subprocess
 import warnings
 from pathlib import Path
 
 import pytest
-from comfyui_server import COMFYUI, PYTHON, ROOT, RUN_TIMEOUT, Server, to_api, why_no_comfyui
+from comfyui_scripts import Scripts
+from comfyui_server import Server, to_api, why_no_comfyui
 from templates import workflow
 
 
@@ -32,24 +30,9 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="session")
 def in_process(tmp_path_factory):
     """Runs a script of scripts/ with ComfyUI's python inside the checkout; returns the JSON of its last line."""
-    cache = tmp_path_factory.mktemp("measured")
-
-    def run(name: str) -> dict:
-        script = Path(__file__).parent / "scripts" / f"{name}.py"
-        own = {"PYTHONPATH": str(COMFYUI), "EVDIT_PACK": str(ROOT), "EVDIT_CACHE_DIR": str(cache)}
-        environment = {"OMP_NUM_THREADS": "2", **os.environ, **own}
-        done = subprocess.run(
-            [str(PYTHON), str(script)],
-            cwd=COMFYUI,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=RUN_TIMEOUT,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return json.loads(done.stdout.strip().splitlines()[-1])
-
-    return run
+    scripts = Scripts({"EVDIT_CACHE_DIR": str(tmp_path_factory.mktemp("measured"))})
+    yield scripts.run
+    scripts.stop()
 
 
 @pytest.fixture(scope="session")

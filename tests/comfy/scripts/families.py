@@ -4,6 +4,7 @@ JSON.
 Names of cases in $EVDIT_CASES, with commas between, run only these.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -75,6 +76,10 @@ def masked_oracle(case: Case, calls: list):
     return override
 
 
+class SeenEnough(Exception):
+    """Nothing after this call matters."""
+
+
 def where_frames_stand(model, case: Case) -> list[list[int]]:
     """For each latent frame the tokens whose queries change with it, in the first attention call over the whole
     sequence."""
@@ -84,13 +89,15 @@ def where_frames_stand(model, case: Case) -> list[list[int]]:
     def override(func, q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
         if q.shape == k.shape and q.shape[2 if skip_reshape else 1] == prefix + frames * size + suffix:
             seen.append(q.transpose(1, 2).flatten(2) if skip_reshape else q)
+            raise SeenEnough
         return func(q, k, v, heads, mask=mask, skip_reshape=skip_reshape, **kwargs)
 
     def first_queries(changed: int | None) -> torch.Tensor:
         seen.clear()
         watched = model.clone()
         watched.model_options["transformer_options"][OVERRIDE] = override
-        run(watched, case, changed)
+        with contextlib.suppress(SeenEnough):
+            run(watched, case, changed)
         return seen[0]
 
     before, last = first_queries(None), case.latent[1] - 1

@@ -1,6 +1,7 @@
 """Loads ComfyUI (CPU) and the pack in this process, as ComfyUI itself does, for the other scripts here."""
 
 import asyncio
+import functools
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ PACK = os.environ["EVDIT_PACK"]
 torch.manual_seed(0)
 
 
+@functools.cache
 def load_pack() -> dict:
     """The pack's node classes by id."""
     assert asyncio.run(nodes.load_custom_node(PACK, module_parent="custom_nodes")), "the pack did not load"
