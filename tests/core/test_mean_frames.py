@@ -178,12 +178,13 @@ def test_heads_with_and_without():
 
 
 def test_torch_compile_traces_it_whole():
-    tensors, pattern = qkv(LAYOUT, dtype=torch.float32), TilePattern(2, window=1, means=2)
-    tile_attention(*tensors, LAYOUT, pattern)  # as a run is: prepared before its blocks are traced
+    layout, pattern = TokenLayout(TokenGrid(6, 2, 3), 2, 1), TilePattern(2, window=1, means=2)  # each frame is traced
+    tensors = qkv(layout, dtype=torch.float32)
+    tile_attention(*tensors, layout, pattern)  # as a run is: prepared before its blocks are traced
     compiled = torch.compile(
-        lambda *x: tile_attention(*x, LAYOUT, pattern, backend="parts"), backend="eager", fullgraph=True
+        lambda *x: tile_attention(*x, layout, pattern, backend="parts"), backend="eager", fullgraph=True
     )
-    torch.testing.assert_close(compiled(*tensors), definition(*tensors, LAYOUT, pattern).float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compiled(*tensors), definition(*tensors, layout, pattern).float(), atol=1e-5, rtol=1e-5)
 
 
 class TestPattern:
