@@ -164,7 +164,10 @@ def in_groups_of_several(name: str, case: Case) -> dict:
     found = divisions(source, case, by_one_process(source, case))
     if name == "wan":
         got = run(share(source, divide=True), case, prompts=2)
-        found["three branches"] = {"error": distance(got, by_one_process(source, case, prompts=2)), "groups": divided[-1:]}
+        found["three branches"] = {
+            "error": distance(got, by_one_process(source, case, prompts=2)),
+            "groups": divided[-1:],
+        }
     return found
 
 
