@@ -133,8 +133,8 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Where the relative error is measured: in the attention's output; in what the whole block returns, several times "
-                        "slower; or in the model's own output, which finds the best plans but takes a forward for each layer and "
-                        "candidate. Block and output errors are smaller: lower the threshold, or set target_speedup."
+                        "slower; or in the model's own output, which found the best plans of the built-in model but takes a forward "
+                        "for each layer and candidate. Block and output errors are smaller: lower the threshold, or set target_speedup."
                     ),
                 ),
                 io.Sigmas.Input(

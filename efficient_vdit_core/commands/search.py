@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--candidates", default="1,2,4", help="numbers of reference frames to try; 2~1 also sees neighbours up to 1 frame away, "
         "2~1+1 also the mean of the frames left out (default, the paper's: %(default)s)")  # fmt: skip
     add("--error", choices=("attention", "block", "output"), default="attention", help="where it is measured: in the attention's output; "
-        "several times slower, in the whole block's; or in the model's, by a forward for each layer and candidate, which finds "
-        "the best plans (default: %(default)s)")  # fmt: skip
+        "several times slower, in the whole block's; or in the model's, by a forward for each layer and candidate, which found "
+        "the built-in model's best plans (default: %(default)s)")  # fmt: skip
     add("--costs", choices=("flops", "measured"), default="flops", help="what a pattern costs; measured times differ from run to run "
         "(default: %(default)s)")  # fmt: skip
     add("--head-groups", type=int, default=1, metavar="G", help="at most as many different patterns in a layer, over its heads, 1..4; "

@@ -21,6 +21,17 @@ def test_a_click_gives_a_layer_its_next_pattern(comfy):
     assert page.evaluate("app.graph.serialize().nodes[0].widgets_values") == [2, page.evaluate(TEXT)]
 
 
+def test_a_click_counts_where_the_chart_is_drawn_anew_meanwhile(comfy):
+    """As when another node tells the length between the button's way down and up."""
+    page = comfy.open().page
+    layer = plan_node(comfy, "all:2").get_by_role("option", name="Layer 5:")
+    layer.hover()
+    page.mouse.down()
+    page.evaluate("app.graph.nodes[0].onConnectionsChange()")
+    page.mouse.up()
+    page.wait_for_function(f"{TEXT} === 'all:2 5:full'")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

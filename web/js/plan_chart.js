@@ -28,6 +28,8 @@ export class PlanChart {
     const root = this.element.attachShadow({ mode: "open" });
     this.summary = make("div", { class: "summary" });
     this.bars = make("svg", { class: "bars", role: "listbox", tabindex: "0", preserveAspectRatio: "none" });
+    this.columns = []; // of a layer each: its option of the list, and in that the share that it computes
+    this.lines = make("g", {}); // over the columns
     this.axis = make("div", { class: "axis", "aria-hidden": "true" });
     this.legend = make("div", { class: "legend" });
     this.maps = make("div", { class: "maps", role: "group" });
@@ -99,24 +101,34 @@ export class PlanChart {
 
   drawBars() {
     const { depth, editable, measured } = this.state;
-    this.bars.setAttribute("viewBox", `0 0 ${depth} 100`);
+    if (this.columns.length !== depth) this.layColumns(depth);
     this.bars.setAttribute("aria-label", this.say(editable ? "layersEditable" : "layers"));
-    const columns = this.patterns.map((pattern, i) => {
-      const option = make("g", { id: `layer-${i}`, role: "option", "aria-label": this.layerText(i), class: "column" });
-      option.append(make("rect", { class: "hit", x: i, y: 0, width: 1, height: 100 }));
-      option.append(...this.bar(pattern, i));
-      option.addEventListener("pointerenter", () => this.hover(i));
-      option.addEventListener("click", (event) => this.press(i, event.shiftKey));
-      return option;
-    });
+    for (const [i, { option, share }] of this.columns.entries()) {
+      option.setAttribute("aria-label", this.layerText(i));
+      share.replaceChildren(...this.bar(this.patterns[i], i));
+    }
     const lines = [50, 100].map((y) => make("line", { class: "grid", x1: 0, x2: depth, y1: 100 - y, y2: 100 - y }));
     if (measured?.density) {
       const y = 100 - 100 * measured.density;
       lines.push(make("line", { class: "measured-line", x1: 0, x2: depth, y1: y, y2: y }));
     }
-    this.bars.replaceChildren(...columns, ...lines);
+    this.lines.replaceChildren(...lines);
     this.bars.classList.toggle("editable", editable);
     this.axis.replaceChildren(make("span", {}, "0"), make("span", {}, this.say("axis")), make("span", {}, String(depth - 1)));
+  }
+
+  /** One column a layer. They stay while the depth does: a click on one that is drawn anew between down and up is lost. */
+  layColumns(depth) {
+    this.columns = [...Array(depth).keys()].map((i) => {
+      const share = make("g", { class: "share" });
+      const hit = make("rect", { class: "hit", x: i, y: 0, width: 1, height: 100 });
+      const option = make("g", { id: `layer-${i}`, role: "option", class: "column" }, hit, share);
+      option.addEventListener("pointerenter", () => this.hover(i));
+      option.addEventListener("click", (event) => this.press(i, event.shiftKey));
+      return { option, share };
+    });
+    this.bars.setAttribute("viewBox", `0 0 ${depth} 100`);
+    this.bars.replaceChildren(...this.columns.map(({ option }) => option), this.lines);
   }
 
   /** A layer's bar, split by its groups of heads; the height of each is its part of the attention that is computed. */
@@ -146,9 +158,9 @@ export class PlanChart {
   drawLayer() {
     const { frames, editable } = this.state;
     const layer = this.hovered ?? this.selected;
-    for (const [i, column] of [...this.bars.querySelectorAll(".column")].entries()) {
-      column.classList.toggle("selected", i === layer);
-      column.setAttribute("aria-selected", String(i === this.selected));
+    for (const [i, { option }] of this.columns.entries()) {
+      option.classList.toggle("selected", i === layer);
+      option.setAttribute("aria-selected", String(i === this.selected));
     }
     this.bars.setAttribute("aria-activedescendant", `layer-${this.selected}`);
     const pattern = this.patterns[layer];

@@ -23,6 +23,7 @@ export const STYLE = `
 .bars:focus { outline: none; }
 .bars:focus-visible { outline: 2px solid var(--pattern-0); }
 .bars .hit { fill: transparent; }
+.bars .share { pointer-events: none; }
 .bars.editable .column { cursor: pointer; }
 .column.selected .hit { fill: color-mix(in srgb, currentColor 22%, transparent); }
 .bars line { vector-effect: non-scaling-stroke; pointer-events: none; }
