@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...training.muon import MUON_ABOVE, is_for_muon, muon_and_adamw
 from ..config import DistillConfig, TrainingConfig
-
-MUON_ABOVE = 6  # rows and columns; what is narrower has no directions to even out
 
 
 def make_optimizers(trained: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[torch.optim.Optimizer]:
@@ -20,13 +19,9 @@ def make_optimizers(trained: Mapping[str, nn.Parameter], config: TrainingConfig)
         return [torch.optim.AdamW(trained.values(), **settings)]
     if config.optimizer == "adamw8bit":
         return [_adamw8bit()(trained.values(), **settings)]
-    matrices = {
-        name: p for name, p in trained.items() if "blocks." in name and p.ndim == 2 and min(p.shape) > MUON_ABOVE
-    }
-    rest = [p for name, p in trained.items() if name not in matrices]
-    muon = torch.optim.Muon(list(matrices.values()), lr=config.learning_rate, weight_decay=config.weight_decay, momentum=0.95,
-                            adjust_lr_fn="match_rms_adamw")  # fmt: skip
-    return [muon, torch.optim.AdamW(rest, **settings)] if rest else [muon]
+    matrices = [p for name, p in trained.items() if "blocks." in name and is_for_muon(p)]
+    rate, decay = config.learning_rate, config.weight_decay
+    return muon_and_adamw(matrices, trained.values(), rates=(rate, rate), decays=(decay, decay))
 
 
 def check_optimizer(config: DistillConfig, *, sharded: bool = False) -> None:

@@ -24,6 +24,7 @@ from ...models.opensora_plan.text import TextEncoder
 from ...models.opensora_plan.transformer import OpenSoraT2V
 from ...models.opensora_plan.vae import CausalVAE
 from ...training import TrainingRun
+from ...training.muon import is_for_muon, muon_and_adamw
 from ..worlds import MOVING, World
 from .text import WIDTH
 from .vae import numpy_rng, to_model_range
@@ -156,10 +157,5 @@ def _take_over(model: OpenSoraT2V, start: OpenSoraT2V) -> None:
 
 def _optimizers(model: OpenSoraT2V) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest: twice the progress a step of AdamW alone at this size."""
-    matrices = [p for p in model.transformer_blocks.parameters() if p.ndim == 2 and min(p.shape) > 6]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0),
-    ]
+    matrices = filter(is_for_muon, model.transformer_blocks.parameters())
+    return muon_and_adamw(matrices, model.parameters(), rates=(1e-3, 1e-3), decays=(0.01, 0.0))
