@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.assets import tiny_path
+from efficient_vdit_core.files import write_torch
 from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import VAEConfig
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
@@ -25,12 +26,13 @@ from efficient_vdit_core.tinyworld.moving.scene import (
     render,
 )
 from efficient_vdit_core.tinyworld.train import dit as train_dit
+from efficient_vdit_core.tinyworld.train import latents
 from efficient_vdit_core.tinyworld.train import recipe as train_recipe
 from efficient_vdit_core.tinyworld.train import vae as train_vae
 from efficient_vdit_core.tinyworld.train.decoder import train_decoder
-from efficient_vdit_core.tinyworld.train.dit import cache_clips
 from efficient_vdit_core.tinyworld.train.export import standardise_latents
 from efficient_vdit_core.tinyworld.train.grow import grown
+from efficient_vdit_core.tinyworld.train.latents import cache_clips
 from efficient_vdit_core.tinyworld.train.recipe import TinyRecipe
 from efficient_vdit_core.tinyworld.train.text import Captions, train_sentencepiece, train_text_encoder
 from efficient_vdit_core.tinyworld.train.vae import TINY_VAE
@@ -246,6 +248,45 @@ def test_cached_latents_are_those_of_the_captions_beside_them(tmp_path):
     for value in vae.parameters():
         value.mul_(1.01)
     assert not torch.equal(cache_clips(vae, 1, tmp_path, seed=1).latents, first.latents)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The clips that a VAE encodes, and an encoding that ends as by Ctrl-C once ``ends`` were."""
+    found = {"count": 0, "ends": 100}
+    encode = CausalVAE.encode
+
+    def counted(self, pixels):
+        if found["count"] == found["ends"]:
+            raise KeyboardInterrupt
+        found["count"] += 1
+        return encode(self, pixels)
+
+    monkeypatch.setattr(CausalVAE, "encode", counted)
+    monkeypatch.setattr(latents, "A_FILE", 2)
+    return found
+
+
+def test_latents_that_were_encoded_outlive_ctrl_c(tmp_path, encoded):
+    torch.manual_seed(0)
+    vae = CausalVAE(SMALL_VAE).eval().requires_grad_(False)
+    whole = cache_clips(vae, 5, tmp_path / "whole").latents
+    encoded |= {"count": 0, "ends": 3}
+    with pytest.raises(KeyboardInterrupt):
+        cache_clips(vae, 5, tmp_path)
+    encoded["ends"] = 100
+    assert torch.equal(cache_clips(vae, 5, tmp_path).latents, whole) and encoded["count"] == 3 + 3
+    vae.decoder.conv_out.conv.weight.mul_(2.0)  # latents are the encoder's
+    assert torch.equal(cache_clips(vae, 5, tmp_path).latents, whole) and encoded["count"] == 3 + 3
+
+
+def test_a_damaged_file_of_latents_is_named(tmp_path, encoded):
+    vae = CausalVAE(SMALL_VAE).eval().requires_grad_(False)
+    cache_clips(vae, 3, tmp_path)
+    second = sorted(tmp_path.glob("*/*.pt"))[1]
+    write_torch(second, torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="0001.pt in the cache does not hold 1 latents. Delete it"):
+        cache_clips(vae, 3, tmp_path)
 
 
 def test_a_decoder_trained_further_keeps_the_encoder_and_every_latent(tmp_path):

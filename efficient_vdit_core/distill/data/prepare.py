@@ -90,7 +90,7 @@ def _text_file(cache: Path, model: FamilyModel) -> Path:
 
 
 def _tinyworld(config: DistillConfig, model: FamilyModel, cache: Path) -> ClipSet:
-    from ...tinyworld.train.dit import cache_clips
+    from ...tinyworld.train.latents import cache_clips
 
     cached = cache_clips(_tiny_vae(model), config.data.clips, cache, seed=config.data.seed)
     return ClipSet(cached.latents, [tuple(s.caption(i) for i in range(3)) for s in cached.scenes])

@@ -7,27 +7,23 @@ one as the reference is.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...files import read_torch, write_torch
-from ...models.opensora_plan.config import LATENT_SCALE, DiTConfig
+from ...models.opensora_plan.config import DiTConfig
 from ...models.opensora_plan.text import TextEncoder
 from ...models.opensora_plan.transformer import OpenSoraT2V
-from ...models.opensora_plan.vae import CausalVAE
 from ...training import TrainingRun
 from ...training.muon import is_for_muon, muon_and_adamw
 from ..worlds import MOVING, World
+from .latents import CachedClips
 from .text import WIDTH
-from .vae import numpy_rng, to_model_range
+from .vae import numpy_rng
 
 TINY_DIT = DiTConfig(
     num_layers=6, num_attention_heads=4, attention_head_dim=36, caption_channels=WIDTH, sample_size=(8, 8), sample_size_t=8,
@@ -35,46 +31,6 @@ TINY_DIT = DiTConfig(
 )  # fmt: skip
 NULL_TEXT_SHARE = 0.1
 _OF_LATENTS = ("pos_embed.proj.weight", "proj_out.weight", "proj_out.bias")
-
-
-@dataclass(frozen=True)
-class CachedClips:
-    """Scaled latents (n, C, T, 8, 8) and the scenes that they show."""
-
-    latents: Tensor
-    scenes: list[Any]
-
-
-@torch.no_grad()
-def cache_clips(
-    vae: CausalVAE, count: int, folder: Path, *, world: World = MOVING, seed: int = 1, device: str = "cpu"
-) -> CachedClips:
-    """Encode ``count`` clips of ``world`` once, or read them back from ``folder``. A held-out caption never occurs among
-    them. The VAE is moved to ``device``, the latents stay on the CPU."""
-    from tqdm import tqdm
-
-    rng = np.random.default_rng(seed)
-    scenes = [world.trained_on(world.random_scene, rng) for _ in range(count)]
-    # Named after all that made them: latents of another world, count, seed or VAE must not meet these captions.
-    stamp = hashlib.sha256(f"{world.name} {count} {seed}".encode())
-    for value in vae.state_dict().values():
-        stamp.update(value.cpu().numpy().tobytes())
-    file = folder / f"latents-{stamp.hexdigest()[:16]}.pt"
-    if not file.is_file():
-        vae.to(device)
-        latents = torch.empty(0)
-        for number, scene in enumerate(tqdm(scenes, desc="latents", mininterval=5)):
-            latent = vae.encode(to_model_range(world.render(scene)[None]).to(device))[0] * LATENT_SCALE
-            if number == 0:  # at once: small latents among the VAE's large buffers kept the heap from shrinking
-                latents = torch.empty(count, *latent.shape)
-            latents[number] = latent
-        write_torch(file, latents)
-    latents = read_torch(file, "Delete it; the same command makes it anew.")
-    if not isinstance(latents, Tensor) or len(latents) != count:
-        raise ValueError(
-            f"{file.name} in the cache does not hold {count} latents. Delete it; the same command makes it anew."
-        )
-    return CachedClips(latents, scenes)
 
 
 def train_dit(

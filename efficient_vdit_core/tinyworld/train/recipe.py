@@ -23,9 +23,10 @@ from ...models.opensora_plan.text import TextEncoder
 from ...models.opensora_plan.vae import CausalVAE
 from ..worlds import MOVING, World
 from .decoder import train_decoder
-from .dit import cache_clips, train_dit
+from .dit import train_dit
 from .export import export_text_encoder, export_transformer, export_vae, standardise_latents
 from .grow import grown
+from .latents import cache_clips
 from .text import train_sentencepiece, train_text_encoder
 from .vae import TINY_VAE, to_model_range, train_vae
 
