@@ -199,6 +199,11 @@ class EVDiTSparseAttention(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str | None:
+        """The node's id, at which ComfyUI's cache does not look: a MODEL kept under another one tells its runs to that."""
+        return cls.hidden.unique_id if cls.hidden else None
+
+    @classmethod
     @checked
     def execute(
         cls,

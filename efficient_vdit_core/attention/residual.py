@@ -86,7 +86,7 @@ class ResidualCache:
             )
         self.every, self.lock = every, threading.Lock()
         self.kept: dict[tuple[Name, Place], Tensor] = {}
-        self.renewed: dict[Name, int] = {}  # the step
+        self.renewed: dict[Name, int] = {}  # the step, once a call has: a step cache may skip the forward that was to
         self.taken: Counter[torch.device] = Counter()  # bytes
         self.free: dict[torch.device, int | None] = {}  # bytes, when the run began to take some
 
@@ -102,10 +102,8 @@ class ResidualCache:
         with self.lock:
             due = [step - self.renewed.get(name, step - self.every) for name in names]
             renew = made or any(not 0 <= age < self.every for age in due)
-            if renew:
-                self.renewed.update(dict.fromkeys(names, step))
         rows = [(name, count) for name, (_, count) in zip(names, branches, strict=True)]
-        return ResidualForward(self, rows, renew)
+        return ResidualForward(self, rows, step, renew)
 
     def reserve(self, branches: Sequence[Branch], places: Sequence[Place], shape: CallShape, tokens: int) -> bool:
         """Makes room for what is not kept yet, ahead of the first forward that needs it; whether there was any such.
@@ -187,13 +185,14 @@ class ResidualCache:
 
 @dataclass
 class ResidualForward:
-    """What one forward does with the cache: ``renew`` its residuals, or add them.
+    """What the forward of a ``step`` does with the cache: ``renew`` its residuals, or add them.
 
     ``unlike``: calls whose batch or size was not foreseen, which stayed without.
     """
 
     cache: ResidualCache
     branches: Sequence[tuple[Name, int]]
+    step: int
     renew: bool
     unlike: int = field(default=0)
 
@@ -216,6 +215,8 @@ class ResidualForward:
         exact = dense()
         for rows, kept in parts:
             kept.copy_(exact[rows] - out[rows], non_blocking=True)
+        with self.cache.lock:
+            self.cache.renewed.update({name: self.step for name, _ in self.branches})
         return exact
 
     def _parts(self, place: Place, first_head: int, out: Tensor) -> list[tuple[slice, Tensor]]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import uuid
+import weakref
 from typing import Any
 
 import comfy.model_management as mm
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...efficient_vdit_core.parallel.pool.session import Launch, Session, parse_devices
 from . import hook
@@ -48,7 +49,7 @@ def parallelize(
 ) -> tuple[Any, str]:
     """A clone of MODEL that the workers compute, and a report; the MODEL itself where it cannot be so and ``strict`` is
     off. Raises ValueError for devices that cannot be read or that this machine has not."""
-    names = parse_devices(devices)
+    names, asked = parse_devices(devices), False
     try:
         _, rule = find_shardable(model)
         refuse_split_state(model)
@@ -58,13 +59,14 @@ def parallelize(
             raise ValueError(
                 f"One device was found ({', '.join(names)}), expected two or more: there is nothing to share out."
             )
+        asked = True  # what stands in the way from here on may be mended outside of the prompt
         key, opening = recipe(prompt, node_id, NODE)
         if weights == SHARDED_WEIGHTS:
             key, opening = f"{key} {weights}", {**opening, "hold": weights}
         launch = Launch(names, key, opening, start_timeout, step_timeout, imports=import_folders())
         SESSION.ready(launch, mm.throw_exception_if_processing_interrupted)
     except (ValueError, RuntimeError, OSError) as error:
-        SESSION.failures += not isinstance(error, ValueError)
+        SESSION.failures += asked
         if strict:
             raise
         log.warning("Efficient-vDiT: the model runs on one device: %s", error)
@@ -100,9 +102,10 @@ def _redirected(model: Any, launch: Launch, divider: Divider, after_run: str) ->
             patched.remove_wrappers_with_key(kind, key)
     # No attention call comes by here, which the sparse node's report would take for a fault.
     hook.take_off(patched)
-    shared = Shared(SESSION, launch, divider.scheme, Known.of(patched, WRAPPER_KEY), divider)
+    shared = Shared(weakref.ref(model.model), SESSION, launch, divider.scheme, Known.of(patched, WRAPPER_KEY), divider)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, shared.evaluation())
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, shared.around_run(after_run))
+    patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, WRAPPER_KEY, shared.before_run)
     patched.set_additional_models(WRAPPER_KEY, [memory_watch(SESSION)])
     return patched
 

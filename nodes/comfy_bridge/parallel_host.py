@@ -29,6 +29,7 @@ class ComfyHost:
         self.settings, self.wire = settings, wire
         self.models: dict[str, Any] = {}
         self.executor: Any = None
+        self.files: dict[str, list[int]] = {}  # size and time of those that models were built of
         self.kept: list[Any] = []
         self.current = ""
 
@@ -46,6 +47,7 @@ class ComfyHost:
 
         if message["key"] not in self.models:
             self._load_packs(message["packs"])
+            self._forget_replaced(message["files"])
             hold = message.get("hold", WHOLE_WEIGHTS)
             with files_stay_mapped() if hold == SHARDED_WEIGHTS else nullcontext():
                 built = self._build(message["prompt"], message["source"])
@@ -123,6 +125,12 @@ class ComfyHost:
             # Of the limits only the kinds of cache that are not used here make use; each version asks for more of them.
             extra = {"cache_type": execution.CacheType.CLASSIC, "cache_args": defaultdict(int)}
         return execution.PromptExecutor(instance, **extra)
+
+    def _forget_replaced(self, files: dict[str, list[int]]) -> None:
+        """Have ComfyUI read a file anew that was replaced under its name, which its own cache does not look at."""
+        if any(self.files.get(path, about) != about for path, about in files.items()):
+            self.executor.reset()
+        self.files |= files
 
     def _load_packs(self, packs: dict[str, str]) -> None:
         nodes = importlib.import_module("nodes")

@@ -6,11 +6,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management as mm
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...efficient_vdit_core.parallel.pool.session import Launch, Session
@@ -25,6 +26,10 @@ from .shard_forecast import Measured
 
 log = logging.getLogger("efficient_vdit")
 
+SECOND_MODEL = (
+    "The run samples with two models (such as Dual Model CFG Guider's), and the workers can be asked for one: the other would be "
+    "computed with its weights. Bypass EVDiTSequenceParallel."
+)
 AFTER_RUN = ["keep", "offload", "stop"]
 
 
@@ -32,9 +37,11 @@ AFTER_RUN = ["keep", "offload", "stop"]
 class Run:
     """What one sampling run took, for the log.
 
-    ``divisions``: how the evaluations of several branches were divided; ``single``: the branches that came alone.
+    ``going``: whether one goes on, with all that acts around it here. ``divisions``: how the evaluations of several branches
+    were divided; ``single``: the branches that came alone.
     """
 
+    going: bool = False
     steps: list[float] = field(default_factory=list)
     sent: list[int] = field(default_factory=list)
     schemes: dict[str, int] = field(default_factory=dict)
@@ -69,8 +76,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Shared:
-    """A shared out MODEL: its workers, what they know, and how they share its evaluations out."""
+    """A shared out MODEL: the BaseModel of its own (a weak reference), its workers, what they know, and how they share its
+    evaluations out."""
 
+    made_for: Callable[[], Any]
     session: Session
     launch: Launch
     scheme: str
@@ -82,12 +91,20 @@ class Shared:
         """An APPLY_MODEL wrapper that ends the chain: the workers compute, this process waits and listens for Cancel."""
 
         def evaluate(call: ModelCall) -> Tensor:
+            if call.model is not self.made_for() and not _acts_on(wrapper, call.model):
+                raise ValueError(SECOND_MODEL)
             self.known.check_evaluation(call.control, call.options)
             options = {name: value for name, value in call.options.items() if name in FORWARD_OPTIONS}
             inputs = {"x": call.x, "t": call.t, "c_concat": call.c_concat, "c_crossattn": call.c_crossattn}
             return self._computed({**inputs, **call.conds}, options)
 
-        return around_model(evaluate)
+        wrapper = around_model(evaluate)
+        return wrapper
+
+    def before_run(self, _: Any) -> None:
+        """An ON_PRE_RUN callback: refuses a run in which nothing of this MODEL acts, whose LoRAs would be missing too."""
+        if not self.run.going:
+            raise ValueError(SECOND_MODEL)
 
     def around_run(self, after_run: str) -> Any:
         """An OUTER_SAMPLE wrapper: refuses what would be lost on the way, and does what ``after_run`` says."""
@@ -95,9 +112,11 @@ class Shared:
         def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
             self.known.check_run(executor.class_obj)
             self.run.reset()
+            self.run.going = True
             try:
                 return executor(*args, **kwargs)
             finally:
+                self.run.going = False
                 log.info("Efficient-vDiT: %s", self.run.summary(len(self.launch.devices)))
                 if after_run == "stop":
                     self.session.stop()
@@ -122,3 +141,10 @@ class Shared:
         self.run.sent.append(max(int(said["bytes"]) for said in ranks))
         self.run.schemes = ranks[0]["schemes"]
         return result["out"].to(inputs["x"].device)
+
+
+def _acts_on(wrapper: Any, model: Any) -> bool:
+    """Whether ``wrapper`` is that of the MODEL which has loaded ``model``: GPUs that share out a batch run copies of one."""
+    patcher = getattr(model, "current_patcher", None)
+    found = {} if patcher is None else patcher.wrappers.get(WrappersMP.APPLY_MODEL, {})
+    return any(wrapper in functions for functions in found.values())

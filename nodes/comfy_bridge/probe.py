@@ -233,6 +233,10 @@ def _observed(
     return clone
 
 
+# Where a latent has them, ComfyUI's samplers take an empty one to the size that the model's own latents would have.
+_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+
+
 def _latent(model: Any, latent: dict[str, Any], *, empty: bool) -> Any:
     """The first entry of the latents' batch (1, C, T, H, W) with the model's channels; zeros of its size where
     ``empty``.
@@ -246,7 +250,9 @@ def _latent(model: Any, latent: dict[str, Any], *, empty: bool) -> Any:
     if samples.is_nested:
         start = type(samples)([torch.zeros_like(x[:1]) if empty else x[:1] for x in samples.unbind()])
     else:
-        start = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1]) if empty else samples[:1])
+        ratios = {name: latent[name] for name in _RATIOS if latent.get(name) is not None}
+        first = torch.zeros_like(samples[:1]) if empty else samples[:1]
+        start = comfy.sample.fix_empty_latent_channels(model, first, **ratios)
     if _video(start).ndim != 5:
         raise ValueError(
             f"The latent has shape {tuple(samples.shape)}, expected a video's: (batch, channels, frames, height, width)."

@@ -42,7 +42,8 @@ def recipe(prompt: dict[str, Any] | None, node_id: str | None, node_name: str) -
     about = _about()
     folders = [about["root"], str(PACK), *packs.values()]
     paths = {**dict.fromkeys(folders), **{path: size for path, (size, _) in about_files.items()}}
-    return key, {"comfyui": about, "prompt": part, "source": source, "packs": packs, "paths": paths}
+    opening = {"comfyui": about, "prompt": part, "source": source, "packs": packs, "paths": paths, "files": about_files}
+    return key, opening
 
 
 def import_folders() -> tuple[str, ...]:

@@ -94,7 +94,7 @@ class _MT5Tokenizer(sd1_clip.SDTokenizer):
             pad_token=PAD,
             tokenizer_data=data,
         )
-        self.warned = False
+        self.told: list[Any] = []  # what was last said to be cut: samplers may ask for a prompt more than once
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> Any:
         # The quality words of Open-Sora-Plan stand in brackets that mean nothing; "(word:1.2)" must not be a weight.
@@ -105,9 +105,9 @@ class _MT5Tokenizer(sd1_clip.SDTokenizer):
     def _cut(self, row: list[Any]) -> list[Any]:
         if len(row) <= MAX_TOKENS:
             return row
-        if not self.warned:
+        if self.told != row:
             log.warning("The prompt has %d tokens, the model reads %d: the end of it is cut off.", len(row), MAX_TOKENS)
-            self.warned = True
+            self.told = row
         return [*row[: MAX_TOKENS - 1], row[-1]]
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -103,6 +103,16 @@ def test_it_works_beside_the_split_of_guidance_over_devices(in_process):
     )  # both devices' calls are counted; without the split both texts share a batch
 
 
+def test_a_search_and_a_map_look_at_the_size_that_is_sampled(in_process):
+    """Also where the empty latent is another family's."""
+    found = in_process("latent_of_another_ratio")
+    assert found["searched"] == found["mapped"] == found["sampled"]
+
+
+def test_each_prompt_that_is_cut_is_told(in_process):
+    assert [len(lines) for lines in in_process("long_prompts")] == [1, 0, 1, 0]
+
+
 def test_the_vae_has_all_that_this_comfyui_asks_of_one(in_process):
     found = in_process("vae")
     assert found["missing"] == [] and found["said"] == [] and len(found["said of none"]) == 1

@@ -47,3 +47,7 @@ def test_a_cancelled_measurement_leaves_nothing_behind(facts):
 
 def test_without_memory_for_a_dense_forward_the_run_goes_on(facts):
     assert facts["no memory"]["same"] and facts["no memory"]["line"].endswith(NOT + "a dense step found no memory")
+
+
+def test_a_run_that_is_cancelled_before_its_first_sparse_call_leaves_the_page_its_last_numbers(facts):
+    assert len(facts["told"]) == 1 and facts["told"][0] > 0

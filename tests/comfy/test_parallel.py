@@ -475,6 +475,10 @@ def test_a_node_that_a_worker_lacks_is_named(facts):
     assert "UNETLoader" in facts["invalid"] and "gone.safetensors" in facts["invalid"]
 
 
+def test_a_file_that_was_replaced_under_its_name_is_read_anew(facts):
+    assert facts["mean weight"]["replaced"] == pytest.approx(3 * facts["mean weight"]["wan"])
+
+
 def test_a_pack_outside_the_pools_folders_is_refused(facts):
     """What the workers import is fixed when they start; a message cannot add to it."""
     assert "The workers may not import" in facts["another folder"]
@@ -535,6 +539,15 @@ def test_another_nodes_attention_behind_is_refused(limits):
     assert "stands behind EVDiTSequenceParallel" in limits["attention behind"] and limits["attention before it"] == ""
 
 
+def test_a_second_model_in_a_run_is_refused(limits):
+    """Dual Model CFG Guider runs its negative model with the wrappers of the first: the workers would compute with that one's
+    weights, or nothing would, without the LoRAs that they hold."""
+    if "two models" not in limits:
+        pytest.skip("this ComfyUI has no guider of two models")
+    assert all("The run samples with two models" in said for said in limits["two models"].values())
+    assert limits["one model as two"] == limits["after a refusal"] == 0
+
+
 def test_a_model_whose_weights_are_streamed_stays_on_its_device(limits):
     """ComfyUI's patcher for it knows no CPU."""
     assert limits["where weights are streamed"] == ["cpu", "the GPU"]
@@ -575,8 +588,7 @@ def test_tensors_of_a_foreign_class_are_held_whole(limits):
 
 def test_a_node_whose_workers_failed_runs_again(limits):
     """ComfyUI keeps the result of a node whose mark has stayed: else one device it would be for good."""
-    before = ["cpu", "cpu", 0]
-    failed, mended, refused = limits["marks"]
-    assert failed == mended == refused == ["cpu", "cpu", 1] != before
+    assert limits["marks"] == [["cpu", "cpu", failures] for failures in (1, 1, 2, 2)]
+    failed = limits["marks"][0]
     assert all("nan" not in str(mark) for mark in limits["marks of links"]) and len(limits["marks of links"]) == 3
     assert limits["mark of one device"] != failed and "devices is '?'" in limits["mark of a wrong text"][0]

@@ -103,6 +103,23 @@ def test_the_page_hears_of_the_progress(server, tiny_prompt):
     assert made["evdit_plan"] == ["all:2"]
 
 
+def test_a_node_of_another_id_hears_of_its_own_run(server, tiny_prompt):
+    """As where it has become part of a subgraph: ComfyUI's cache would give it the MODEL that tells the old one."""
+    nodes = []
+    for inside in ("", "99:"):
+        renamed = {f"{inside}{key}": node for key, node in tiny_prompt().items()}
+        for node in renamed.values():
+            links = {name: [f"{inside}{x[0]}", x[1]] for name, x in node["inputs"].items() if isinstance(x, list)}
+            node["inputs"].update(links)
+        find(renamed, "EVDiTConsistencySigmas").update(segments=3, steps=3)
+        find(renamed, "RandomNoise").update(noise_seed=len(inside))
+        events = []
+        assert server.run(renamed, events)["status"]["status_str"] == "success"
+        (report,) = [data for kind, data in events if kind == "efficient_vdit.report"]
+        nodes.append((report["node"], renamed.get(report["node"], {}).get("class_type")))
+    assert [kind for _, kind in nodes] == ["EVDiTSparseAttention"] * 2
+
+
 def test_a_measured_step_stands_on_the_node_and_in_the_message(server, tiny_prompt):
     events, prompt = [], tiny_prompt()
     find(prompt, "EVDiTConsistencySigmas").update(segments=3, steps=3)

@@ -59,12 +59,12 @@ class Run:
         self.preparation = Preparation(plan, self.report, residual_every=every, **settings)
         self.override = attention_override(self.preparation)
 
-    def forward(self, step, prompts=(0,), *, at_once=HEADS, steps=STEPS, names=None, **about):
+    def forward(self, step, prompts=(0,), *, at_once=HEADS, steps=STEPS, names=None, layers=3, **about):
         branches = tuple((name, 1) for name in names or prompts)
         state = ForwardState(LAYOUT, depth=3, heads=HEADS, step=step, steps=steps, branches=branches, **about)
         self.preparation.keep_residual(state, SHAPE)
         found = {}
-        for layer in range(3):
+        for layer in range(layers):
             tensors = [torch.cat(x) for x in zip(*(qkv(step, p, layer) for p in prompts), strict=True)]
             parts = []
             for first in range(0, HEADS, at_once):
@@ -119,6 +119,15 @@ def test_steps_that_a_cache_skips_age_the_residual():
     run = Run(4)
     for step, renewed in ((0, 0), (3, 0), (5, 5), (6, 5), (12, 12)):
         check(run.forward(step), step, renewed)
+
+
+def test_a_forward_that_a_cache_skips_renews_nothing():
+    """EasyCache leaves out what is within the model, of which the forward has been told by then."""
+    run = Run(4)
+    check(run.forward(0), 0, 0)
+    run.forward(4, layers=0)
+    check(run.forward(5), 5, 5)
+    check(run.forward(8), 8, 5)
 
 
 def test_a_window_of_steps_begins_with_dense_attention():

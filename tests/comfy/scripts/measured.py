@@ -10,6 +10,7 @@ from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode  # isort: 
 from tiny_models import CASES, build, noise  # isort: skip
 
 pack = load_pack()
+(patch,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.patch"))
 (plans,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
 log = log_lines()
 model = build(CASES["wan"])
@@ -120,6 +121,17 @@ def no_memory(*_):
     if len(forwards) == 2:
         raise torch.cuda.OutOfMemoryError("none left")
 
+
+# What the page is told: of a run that is cancelled before its first sparse call, nothing.
+told = []
+telling = patch.patch_attention(model, plans.TilePlan.uniform(1), after_run=lambda found, _: told.append(found.sparse))
+run(telling)
+stop = model.model.diffusion_model.register_forward_pre_hook(lambda *_: mm.interrupt_current_processing())
+try:
+    run(telling)
+except mm.InterruptProcessingException:
+    facts["told"] = told
+stop.remove()
 
 stop = model.model.diffusion_model.register_forward_pre_hook(no_memory)
 got = run(measuring)

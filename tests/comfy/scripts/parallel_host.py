@@ -38,7 +38,7 @@ def load_core():
     spec.loader.exec_module(sys.modules["efficient_vdit_core"])
 
 
-def save_wan(path):
+def save_wan(path, scale):
     """A tiny random Wan as a file that ComfyUI's own loader recognises."""
     import torch
     from comfy.ldm.wan.model import WanModel
@@ -50,7 +50,8 @@ def save_wan(path):
                      cross_attn_norm=True, model_type="t2v", operations=disable_weight_init, dtype=torch.float32)  # fmt: skip
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    save_file({name: x.contiguous() for name, x in model.state_dict().items()}, path)
+    save_file({name: x * scale for name, x in model.state_dict().items()}, f"{path}.new")
+    os.replace(f"{path}.new", path)
 
 
 def rank_main(rank, folder):
@@ -74,14 +75,16 @@ def rank_main(rank, folder):
         "input": folder,
     }
     packs = dict.fromkeys(("EVDiTModelLoader", "EVDiTTilePlan", "EVDiTSparseAttention"), PACK)
-    facts = {}
+    facts, files = {}, {}
 
     def opened(key, graph, source):
-        said = host.open(
-            {"key": key, "keep": [key], "comfyui": about, "packs": packs, "prompt": graph, "source": source}
-        )
+        about_graph = {"comfyui": about, "packs": packs, "prompt": graph, "source": source, "files": files}
+        said = host.open({"key": key, "keep": [key], **about_graph})
         facts[f"plan of {key}"] = said["plan"]
         host.models["plain"] = host.kept[-1]
+
+    def mean_weight(key):
+        return float(host.models[key].model.diffusion_model.blocks[0].self_attn.q.weight.abs().mean())
 
     def compare(name, x, text, levels, references=None):
         worst = 0.0
@@ -104,10 +107,16 @@ def rank_main(rank, folder):
         }
         opened("osp", prompt(tiny), ["3", 0])
         compare("osp", torch.randn(2, 4, 5, 6, 8), torch.randn(2, 9, 64), [torch.tensor([3.0, 3.0])])
-        if rank == 0:
-            save_wan(f"{folder}/wan.safetensors")
-        dist.barrier()
-        torch.manual_seed(2)  # the ranks' inputs must be the same, and one of them has just drawn a model
+
+        def save(scale):
+            if rank == 0:
+                save_wan(file, scale)
+            dist.barrier()
+            torch.manual_seed(2)  # the ranks' inputs must be the same, and one of them has just drawn a model
+            files[file] = [os.stat(file).st_size, os.stat(file).st_mtime_ns]
+
+        file = f"{folder}/wan.safetensors"
+        save(1.0)
         opened("wan", prompt(wan("wan.safetensors")), ["3", 0])
         x = torch.randn(1, 16, 5, 6, 8)
         compare("wan", x, torch.randn(1, 7, 4096), [torch.tensor([0.7])])
@@ -121,6 +130,11 @@ def rank_main(rank, folder):
         model.process_timestep = lambda t, **_: t[:, None] * torch.linspace(0.5, 1.0, 5)
         host.models["wan by frame"] = host.models["wan"]
         compare("wan by frame", x, torch.randn(1, 7, 4096), [torch.tensor([0.7])])
+        opened("wan", prompt(wan("wan.safetensors")), ["3", 0])
+        facts["mean weight"] = {"wan": mean_weight("wan")}
+        save(3.0)
+        opened("replaced", prompt(wan("wan.safetensors")), ["3", 0])
+        facts["mean weight"]["replaced"] = mean_weight("replaced")
         wrong = {
             "missing": prompt({"class_type": "NoSuchNode", "inputs": {}}),
             "invalid": prompt(wan("gone.safetensors")),
@@ -131,7 +145,9 @@ def rank_main(rank, folder):
             except ValueError as error:
                 facts[name] = str(error)
         try:
-            host.open({"key": "else", "keep": [], "packs": {"Other": folder}, "prompt": {}, "source": ["1", 0]})
+            host.open(
+                {"key": "else", "keep": [], "packs": {"Other": folder}, "prompt": {}, "source": ["1", 0], "files": {}}
+            )
         except ValueError as error:
             facts["another folder"] = str(error)
     dist.barrier()

@@ -9,7 +9,10 @@ import sys  # isort: skip
 import comfy.model_patcher  # isort: skip
 import comfy.samplers  # isort: skip
 from comfy_extras.nodes_easycache import EasyCacheNode  # isort: skip
+from comfy_extras import nodes_custom_sampler  # isort: skip
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT  # isort: skip
+
+Guider_DualModel = getattr(nodes_custom_sampler, "Guider_DualModel", None)
 
 pack = load_pack()
 (bridge,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.parallel"))
@@ -192,6 +195,26 @@ facts = {
     "EasyCache, before": refusal(lambda: shared(cached(model))),
     "EasyCache, behind": refusal(lambda: run(cached(shared(model)))),
 }
+
+
+def of_two_models(first, second):
+    guider = Guider_DualModel(first, second)
+    guider.set_conds([[text, {}]], [[text, {}]])
+    guider.set_cfg(4.0)
+    euler = comfy.samplers.sampler_object("euler")
+    return guider.sample(noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True)
+
+
+if Guider_DualModel:  # not in older versions
+    (another,) = call(pack["EVDiTModelLoader"], model_name="tiny (built in)", weight_dtype="default")
+    facts["two models"] = {
+        "both shared": refusal(lambda: of_two_models(shared(model), shared(another))),
+        "the first shared": refusal(lambda: of_two_models(shared(model), another)),
+        "the second shared": refusal(lambda: of_two_models(model, shared(with_lora(another)))),
+    }
+    one = shared(model)
+    facts["one model as two"] = float((of_two_models(one, one) - of_two_models(model, model)).abs().max())
+    facts["after a refusal"] = float((run(one) - run(model)).abs().max())
 lines = log_lines()
 shared(sparse(model))
 facts["log of a forecast"] = list(lines)
@@ -247,9 +270,15 @@ facts["foreign tensors"] = {
     held: refusal(lambda held=held: shared(model, weights=held)) for held in ("whole", "sharded")
 }
 queries.weight = plain
-for fault in (RuntimeError("rank 1 ended while it started"), None, ValueError("a model that cannot be shared out")):
+for fault, source in (
+    (RuntimeError("rank 1 ended while it started"), model),
+    (None, model),
+    (ValueError("no pool of workers is running"), model),  # which the user mends outside of the prompt
+    (None, cached(model)),  # and this within it
+):
     session.fault = fault
-    assert (shared(model, session=session, strict=False) is model) == (fault is not None)
+    made = shared(source, session=session, strict=False)
+    assert (made is source) == (fault is not None or source is not model)
     marks.append(node.fingerprint_inputs(devices="cpu,cpu", scheme="auto"))
 facts["marks"] = marks
 facts["mark of one device"] = node.fingerprint_inputs(devices="cpu")
