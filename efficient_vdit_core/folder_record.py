@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .files import write_text
@@ -14,9 +16,13 @@ RECORD = "settings.json"
 ADVICE = "Go on with the same ones, or choose another folder."
 
 
-def check_settings(folder: Path, settings: dict[str, Any], advice: str = ADVICE) -> None:
-    """Raises ValueError, with ``advice``, where ``folder`` was begun with others. What its record does not say is as it is."""
+def check_settings(
+    folder: Path, settings: dict[str, Any], advice: str = ADVICE, before: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Raises ValueError, with ``advice``, where ``folder`` was begun with others. What its record does not say is as it is, but for
+    what is in ``before``: settings that came later than the first records, and what they were until then."""
     found, settings = settings_of(folder), json.loads(json.dumps(settings))  # as they are read back: tuples are lists
+    found = {**before, **found} if found else found
     differing = [f"{k}: {quoted(found[k])} -> {quoted(v)}" for k, v in settings.items() if found.get(k, v) != v]
     if differing:
         raise ValueError(
@@ -24,9 +30,11 @@ def check_settings(folder: Path, settings: dict[str, Any], advice: str = ADVICE)
         )
 
 
-def claim_folder(folder: Path, settings: dict[str, Any], advice: str = ADVICE) -> None:
+def claim_folder(
+    folder: Path, settings: dict[str, Any], advice: str = ADVICE, before: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """`check_settings`, and keep them. A folder that has no record is taken as it is: earlier versions wrote none."""
-    check_settings(folder, settings, advice)
+    check_settings(folder, settings, advice, before)
     recorded = settings_of(folder)
     if not settings.keys() <= recorded.keys():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """What a distillation learns from: videos with captions, the teacher's own samples, text states, each made once and
 kept."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -264,3 +265,12 @@ def test_a_cache_keeps_what_each_encoder_made_apart(tmp_path, monkeypatch):
     model.config = replace(model.config, caption_channels=9)
     stamps.append(text_stamp(model))
     assert stamps[0] == stamps[1] and len(set(stamps)) == 4
+
+
+def test_the_tiny_worlds_clips_are_of_one_length():
+    """A model of the crossing world would learn from clips of the other one, and their captions."""
+    values = {"method": "consistency", "objective": {}, "model": {"path": "tiny"}, "training": {"steps": 1}}
+    for frames, told in ((29, ""), (93, "clips of 8 latent frames, and the run is of 24. Set data.frames to 29")):
+        config = DistillConfig.from_dict({**values, "data": {"source": "tinyworld", "clips": 1, "frames": frames}})
+        with nullcontext() if not told else pytest.raises(ValueError, match=told):
+            prepare.check_data(config, open_model(config.model))

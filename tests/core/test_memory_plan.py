@@ -144,12 +144,19 @@ def test_what_waits_on_the_host_leaves_the_gpu(tmp_path):
     assert all(after.held[name] == before.held[name] for name in same)
 
 
-@pytest.mark.parametrize("worn", [False, True])
-@pytest.mark.parametrize("family", [opensora_plan, wan])
-def test_the_search_holds_and_computes_what_is_planned(family, worn, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "worn", "error"),
+    [
+        (opensora_plan, False, "attention"),
+        (opensora_plan, True, "output"),
+        (wan, True, "attention"),
+        (wan, False, "output"),
+    ],
+)
+def test_the_search_holds_and_computes_what_is_planned(family, worn, error, tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = stage(family, tmp_path, "consistency", train="lora", lora_rank=4)
-    search = SearchConfig(candidates="0,1,2~1", captions=8)
+    search = SearchConfig(candidates="0,1,2~1", captions=8, error=error)
     grid = {"segments": 2, "steps": 2}
     memory, work = plan_search(search, config, **grid, wears_lora=worn)
     assert work.examples == 16 and memory.peak() == memory.step() == sum(memory.held.values())

@@ -1,5 +1,6 @@
 """A recipe that is started again: from another place, with other settings, or with another plan under the same name."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -64,6 +65,16 @@ def test_plans_of_another_search_are_not_taken(values, tmp_path, searches, chang
     ):
         run(values, tmp_path / "run", search=change)
     assert searches == ["1"]
+
+
+def test_plans_from_before_there_was_another_error_are_the_attentions(values, tmp_path, searches):
+    run(values, tmp_path / "run")
+    record = tmp_path / "run" / "plans" / "settings.json"
+    before = {name: value for name, value in json.loads(record.read_text()).items() if name != "search.error"}
+    record.write_text(json.dumps(before))
+    with pytest.raises(ValueError, match="plans was begun with other settings .*search.error: 'attention' -> 'output'"):
+        run(values, tmp_path / "run", search={"error": "output"})
+    assert json.loads(record.read_text()) == before and searches == ["1"]
 
 
 def test_plans_of_another_teacher_are_not_taken(values, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,14 @@ import torch
 
 from efficient_vdit_core.assets import tiny_path
 from efficient_vdit_core.files import write_torch
-from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
+from efficient_vdit_core.models.opensora_plan.checkpoint import (
+    load_transformer,
+    load_vae,
+    read_state_dict,
+    save_safetensors,
+)
 from efficient_vdit_core.models.opensora_plan.config import VAEConfig
+from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
 from efficient_vdit_core.tinyworld.crossing.scene import BAR
 from efficient_vdit_core.tinyworld.moving.scene import (
@@ -30,7 +37,7 @@ from efficient_vdit_core.tinyworld.train import latents
 from efficient_vdit_core.tinyworld.train import recipe as train_recipe
 from efficient_vdit_core.tinyworld.train import vae as train_vae
 from efficient_vdit_core.tinyworld.train.decoder import train_decoder
-from efficient_vdit_core.tinyworld.train.export import standardise_latents
+from efficient_vdit_core.tinyworld.train.export import export_transformer, standardise_latents
 from efficient_vdit_core.tinyworld.train.grow import grown
 from efficient_vdit_core.tinyworld.train.latents import cache_clips
 from efficient_vdit_core.tinyworld.train.recipe import TinyRecipe
@@ -149,6 +156,7 @@ class TestEachWorld:
         ({"parts": ("vae", "transformer")}, "The transformer needs a text_encoder"),
         ({"parts": ("decoder",)}, "The decoder needs a vae"),
         ({"start_vae": Path("nowhere")}, "'nowhere' does not exist"),
+        ({"start": tiny_path("vae", "tiny")}, "transformer"),
     ],
 )
 def test_what_a_training_needs_is_asked_for_before_it_starts(tmp_path, settings, told):
@@ -419,3 +427,68 @@ def test_a_transformer_keeps_to_the_encoders_that_it_learnt_from(begin, tmp_path
             continue
         with pytest.raises(ValueError, match="begun with other settings .*vae_encoder"):
             begin()
+
+
+def test_a_start_of_another_shape_is_refused_before_anything_is_trained(tmp_path):
+    config = replace(train_dit.TINY_DIT, num_layers=2)
+    export_transformer(OpenSoraT2V(config), tmp_path / "start")
+    with pytest.raises(
+        ValueError, match="transformer of another shape than the tiny one: 2 blocks of 4 x 36, expected 6"
+    ):
+        TinyRecipe(tmp_path / "run", tmp_path / "out", start=tmp_path / "start").train()
+    other = replace(train_dit.TINY_DIT, in_channels=8, out_channels=8, sample_size_t=24, prediction_type="epsilon")
+    export_transformer(OpenSoraT2V(other), tmp_path / "may")
+    train_dit.check_start(tmp_path / "may")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_the_run_would_replace_is_refused(begin, tmp_path):
+    for start in (tmp_path / "out" / "vae", tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors"):
+        with pytest.raises(ValueError, match="what the run goes on from, and what it will write"):
+            begin(parts=("vae",), start_vae=start)
+
+
+def test_a_start_is_known_by_its_weights(tmp_path):
+    folder = tiny_path("vae", "tiny")
+    weights, about = read_state_dict(folder)
+    again = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_safetensors(again, dict(reversed(weights.items())), {**about, "other": "bytes"})
+    assert len({train_recipe._contents(path) for path in (folder, again, tmp_path)}) == 1
+    save_safetensors(again, {**weights, "quant_conv.conv.bias": weights["quant_conv.conv.bias"] + 1}, about)
+    assert train_recipe._contents(again) != train_recipe._contents(folder)
+
+
+def test_a_vae_is_not_trained_further_under_a_transformer(begin, tmp_path):
+    begin()
+    (tmp_path / "run" / "vae").mkdir()
+    write_torch(tmp_path / "run" / "vae" / "checkpoint.pt", {"step": 5})
+    with pytest.raises(ValueError, match="learnt the latents of the VAE after 5 steps, and 9 are asked for"):
+        begin(parts=("vae",), vae_steps=9)
+
+
+def test_a_repeated_run_leaves_the_decoder_that_was_trained_since(begin, tmp_path, monkeypatch):
+    file = tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors"
+    trained = load_vae(file, dtype=torch.float32)
+    monkeypatch.setattr(train_recipe, "train_vae", lambda *_, **__: trained)
+    monkeypatch.setattr(train_recipe, "_sample_latents", lambda vae, _: torch.randn(4, 4, 2, 2, 2))
+    weights, about = read_state_dict(file)
+    name = next(name for name in weights if name.startswith("decoder."))
+    save_safetensors(file, {**weights, name: weights[name] + 1}, about)
+    begin(parts=("vae",))
+    assert torch.equal(read_state_dict(file)[0][name], weights[name] + 1)
+    next(trained.encoder.parameters()).data += 1
+    begin(parts=("vae",))
+    assert torch.equal(read_state_dict(file)[0][name], weights[name]), "another VAE is written"
+
+
+def test_a_record_from_before_a_setting_tells_what_it_was(begin, tmp_path):
+    folder = tmp_path / "run" / "vae"
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps({"world": "moving", "seed": 0, "start": ""}))
+    with pytest.raises(ValueError, match="vae was begun with other settings .*latent_channels: None -> 8"):
+        begin(parts=("vae",), latent_channels=8)
+
+
+def test_a_new_vae_may_have_fewer_channels(tmp_path):
+    made = TinyRecipe(tmp_path, tmp_path, latent_channels=2)._begun_vae()
+    assert made.config == replace(TINY_VAE, z_channels=2, embed_dim=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ def check_data(config: DistillConfig, model: FamilyModel) -> None:
     # The clips of a batch, their noise and what is predicted; the network's own activations come on top.
     check_memory(8 * latent * config.training.batch, f"A batch of {config.training.batch}", "Lower training.batch.")
     if data.source == "tinyworld":
+        _check_tinyworld(model.latent_shape(size))
         check_memory(latent * data.clips, f"data.clips = {data.clips}", "Lower it; 4096 clips are enough.")
     if data.source == "videos":
         video_captions(Path(data.folder))
@@ -94,6 +96,16 @@ def _tinyworld(config: DistillConfig, model: FamilyModel, cache: Path) -> ClipSe
 
     cached = cache_clips(_tiny_vae(model), config.data.clips, cache, seed=config.data.seed)
     return ClipSet(cached.latents, [tuple(s.caption(i) for i in range(3)) for s in cached.scenes])
+
+
+def _check_tinyworld(latents: Sequence[int]) -> None:
+    from ...tinyworld.worlds import MOVING
+
+    if latents[1] != MOVING.latent_frames:
+        raise ValueError(
+            f"data.source tinyworld has clips of {MOVING.latent_frames} latent frames, and the run is of {latents[1]}. Set data.frames to "
+            f"{MOVING.frames}, or choose videos or teacher for a model of another world."
+        )
 
 
 def _tiny_vae(model: FamilyModel) -> CausalVAE:

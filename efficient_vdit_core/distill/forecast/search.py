@@ -13,7 +13,7 @@ from ...attention.state import Override
 from ...sampling.schedule import segment_edges
 from ...search import ProbeRecord, make_probe_override, parse_candidates
 from ...search.candidates import sparse_candidates
-from ...search.probe import squared_errors
+from ...search.probe import OUTPUT, squared_errors
 from ...training.live_bytes import LiveBytes, size_of
 from ..config import DistillConfig
 from ..families.on_host import bytes_on_host
@@ -39,18 +39,26 @@ def plan_search(
     def forward(inputs: tuple[Tensor, Tensor, Any], override: Override) -> None:
         model.predict(module, *inputs, model.options_with(override)(inputs[0])).float()
 
+    def work_of_one(override: Override) -> float:
+        attention.flops = 0.0
+        with FlopCounterMode(display=False) as products:
+            forward(meta_inputs(stage, model, 1), override)
+        return products.get_total_flops() + attention.flops
+
     with torch.no_grad():
         inputs = meta_inputs(stage, model, batch)
         with LiveBytes() as counter:
             before = torch.empty_like(inputs[0])  # what the network said in the step before
-            counter.count([inputs[0], inputs[2][0], before])
+            exact = (
+                [torch.empty_like(inputs[0])] if search.error == OUTPUT else []
+            )  # of this step, while layers are sparse
+            counter.count([inputs[0], inputs[2][0], before, *exact])
             forward(inputs, probing_one_layer)  # the next ones hold as much, after it has let go
-        attention.flops = 0.0
-        with FlopCounterMode(display=False) as products:
-            forward(meta_inputs(stage, model, 1), probing)
+        flops = work_of_one(probing)
+        if search.error == OUTPUT:  # each of its further forwards is one as it is, but for a layer
+            flops += model.layers * len(record.candidates) * work_of_one(attention)
     weights = size_of([*module.parameters(), *module.buffers()])
     held = {"weights": weights, "activations": counter.peak}
-    flops = products.get_total_flops() + attention.flops
     times = segment_edges(segments, steps, start=model.path.start, clean=model.path.clean)[:-1]
     forwards = int(model.serves(times).sum())
     return MemoryPlan(held, {}, bytes_on_host(module)), WorkPlan(search.captions * forwards, flops)

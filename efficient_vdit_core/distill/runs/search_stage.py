@@ -39,6 +39,7 @@ from ..families.stamps import teacher_stamp
 from ..families.texts import TextBank
 from ..objectives.rollout import guided, roll_down
 
+BEFORE = {"search.error": ATTENTION}  # of searches that were made before there was another
 SEARCHED = "Go on with the same ones; to search anew, delete that folder and those of the trainings under its plans."
 
 
@@ -124,7 +125,7 @@ def search_plans(
     files = plan_files(config, folder)
     missing = {name: target for name, target in plan_names(config).items() if not files[name].is_file()}
     settings = search_settings(config, model, clips, segments=segments, steps=steps)
-    check_settings(folder, settings, SEARCHED)
+    check_settings(folder, settings, SEARCHED, BEFORE)
     plans = {}
     if missing:
         texts = [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
@@ -135,7 +136,9 @@ def search_plans(
         plans = _search(
             config, missing, WatchedRun(model, load(), bank, texts, shape, segments, steps, at_once, device, clean)
         )
-    claim_folder(folder, settings, SEARCHED)  # not before: a search that was stopped has left nothing to go on from
+    claim_folder(
+        folder, settings, SEARCHED, BEFORE
+    )  # not before: a search that was stopped has left nothing to go on from
     for name, plan in plans.items():
         plan.save(files[name])
     return files
@@ -172,6 +175,17 @@ class WatchedRun:
     device: torch.device
     clean: Tensor | None = None
 
+    @property
+    def times(self) -> Tensor:
+        """Those of the run's steps at which the network is asked."""
+        edges = segment_edges(self.segments, self.steps, start=self.model.path.start, clean=self.model.path.clean)[:-1]
+        return edges[self.model.serves(edges)]
+
+    @property
+    def forwards(self) -> int:
+        """Of all texts."""
+        return len(self.times) * -(-len(self.texts) // self.at_once)
+
     @torch.no_grad()
     def watch(self, override: Override, seed: int, around: Around = once) -> None:
         """Run it with this attention override looking on; ``seed``: of the noise. ``around`` computes each forward, as often
@@ -190,8 +204,7 @@ class WatchedRun:
             if self.clean is None:
                 roll_down(network, model.path, model.prediction, noise[some].to(device), **grid)
                 continue
-            times = segment_edges(**grid, start=model.path.start, clean=model.path.clean)[:-1]
-            times = times[model.serves(times)]
+            times = self.times
             for time, a, s in zip(times, *(c.tolist() for c in model.path.coefficients(times)), strict=True):
                 z = (a * self.clean[some] + s * noise[some]).to(device)
                 network(z, model.path.network_time(time[None]).to(device).expand(len(z)))
@@ -213,6 +226,16 @@ def _search(config: SearchConfig, targets: dict[str, tuple[float, float]], run: 
 def probe(config: SearchConfig, run: WatchedRun) -> ProbeRecord:
     """Measure every candidate in every layer of a run."""
     record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), run.shape[1]))
-    around: Around = partial(measure_output, record) if config.error == OUTPUT else once
-    run.watch(make_probe_override(record), config.seed, around)
+    if config.error != OUTPUT:
+        run.watch(make_probe_override(record), config.seed)
+        return record
+    from tqdm import tqdm
+
+    total = run.forwards * run.model.layers * len(record.candidates)
+    with tqdm(total=total, desc="search", mininterval=5) as bar:
+
+        def count(_: int) -> None:
+            bar.update()
+
+        run.watch(make_probe_override(record), config.seed, partial(measure_output, record, progress=count))
     return record

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...limits.quote import quoted
+from ...models.opensora_plan.checkpoint import read_transformer_config
 from ...models.opensora_plan.config import DiTConfig
 from ...models.opensora_plan.text import TextEncoder
 from ...models.opensora_plan.transformer import OpenSoraT2V
@@ -30,6 +32,8 @@ TINY_DIT = DiTConfig(
     interpolation_scale_t=1.0, interpolation_scale_h=1.0, interpolation_scale_w=1.0, prediction_type="v_prediction",
 )  # fmt: skip
 NULL_TEXT_SHARE = 0.1
+# What a transformer to go on from may have otherwise.
+_MAY_DIFFER = ("in_channels", "out_channels", "sample_size", "sample_size_t", "prediction_type")
 _OF_LATENTS = ("pos_embed.proj.weight", "proj_out.weight", "proj_out.bias")
 
 
@@ -101,6 +105,17 @@ def _initialise(model: OpenSoraT2V) -> None:
     for name, parameter in model.named_parameters():
         if any(part in name for part in zeroed):
             nn.init.zeros_(parameter)
+
+
+def check_start(path: Path) -> None:
+    """Raises ValueError where the transformer in a file or folder is not one that `train_dit` can go on from."""
+    config = read_transformer_config(path)
+    if replace(config, **{name: getattr(TINY_DIT, name) for name in _MAY_DIFFER}) != TINY_DIT:
+        raise ValueError(
+            f"{quoted(str(path), 120)} holds a transformer of another shape than the tiny one: {config.num_layers} blocks of "
+            f"{config.num_attention_heads} x {config.attention_head_dim}, expected {TINY_DIT.num_layers} of "
+            f"{TINY_DIT.num_attention_heads} x {TINY_DIT.attention_head_dim} for texts of {TINY_DIT.caption_channels}. Correct --start."
+        )
 
 
 def _take_over(model: OpenSoraT2V, start: OpenSoraT2V) -> None:

@@ -7,7 +7,9 @@ same command. A part that was begun with another world, seed, prediction, start 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...folder_record import check_settings, claim_folder
+from ...files import read_torch
+from ...folder_record import check_settings, claim_folder, settings_of
 from ...limits.quote import quoted
-from ...models.opensora_plan.checkpoint import load_transformer, load_vae
+from ...models.opensora_plan.checkpoint import load_transformer, load_vae, read_state_dict
 from ...models.opensora_plan.config import LATENT_SCALE
 from ...models.opensora_plan.text import TextEncoder
 from ...models.opensora_plan.vae import CausalVAE
+from ...training.run import CHECKPOINT
 from ..worlds import MOVING, World
 from .decoder import train_decoder
-from .dit import train_dit
+from .dit import check_start, train_dit
 from .export import export_text_encoder, export_transformer, export_vae, standardise_latents
 from .grow import grown
 from .latents import cache_clips
@@ -31,6 +35,8 @@ from .text import train_sentencepiece, train_text_encoder
 from .vae import TINY_VAE, to_model_range, train_vae
 
 PARTS = ("text_encoder", "vae", "transformer")
+# Of a VAE's run, what settings were before there were others.
+BEFORE = {"latent_channels": None, "res_blocks": None, "rate": 1.0}
 NEEDS = {"decoder": ("vae",), "transformer": ("text_encoder", "vae")}
 
 
@@ -91,13 +97,39 @@ class TinyRecipe:
                         f"The {part} needs a {need}, and {quoted(str(self.out), 120)} has none. Add it to --parts, or take "
                         "the --out of a run that made one."
                     )
-        for folder in (self.start, self.start_vae):
-            if folder and not folder.exists():
-                raise ValueError(f"{quoted(str(folder), 120)} does not exist. Correct the folder to go on from.")
+        for part, start in (("transformer", self.start), ("vae", self.start_vae)):
+            self._check_start(part, start)
         if "vae" in self.parts:
             self._begun_vae()  # refuses what it cannot begin with
+        if "transformer" in self.parts and self.start:
+            check_start(self.start)
         for part in set(self.parts) & set(PARTS):  # the decoder's folder is named after what it is of
-            check_settings(self.run / part, self._settings(part))
+            check_settings(self.run / part, self._settings(part), before=BEFORE)
+        if "vae" in self.parts:
+            self._check_latents()
+
+    def _check_start(self, part: str, start: Path | None) -> None:
+        if not start:
+            return
+        if not start.exists():
+            raise ValueError(f"{quoted(str(start), 120)} does not exist. Correct the folder to go on from.")
+        if part in self.parts and start.resolve().is_relative_to((self.out / part).resolve()):
+            raise ValueError(
+                f"{quoted(str(start), 120)} is what the run goes on from, and what it will write. Choose another --out, or copy it."
+            )
+
+    def _check_latents(self) -> None:
+        """Refuse to train a VAE further whose latents a transformer has learnt."""
+        checkpoint = self.run / "vae" / CHECKPOINT
+        if "vae_encoder" not in settings_of(self.run / "transformer") or not checkpoint.is_file():
+            return
+        trained = read_torch(checkpoint, f"Delete {checkpoint} to train anew.", mmap=True)["step"]
+        if trained < self.vae_steps:
+            raise ValueError(
+                f"The transformer in {quoted(str(self.run), 120)} has learnt the latents of the VAE after {trained} steps, and "
+                f"{self.vae_steps} are asked for. Leave the vae out of --parts, set --vae-steps as it was, or choose another --run and "
+                "--out."
+            )
 
     def _settings(self, part: str) -> dict[str, Any]:
         """What a part that was begun with others cannot go on with. For how many steps and where it is computed may change."""
@@ -128,15 +160,22 @@ class TinyRecipe:
 
     def _begun_vae(self) -> CausalVAE:
         torch.manual_seed(self.seed)
-        start = load_vae(self.start_vae, dtype=torch.float32) if self.start_vae else CausalVAE(TINY_VAE)
-        return grown(start, self.latent_channels, self.res_blocks)
+        if self.start_vae:
+            return grown(load_vae(self.start_vae, dtype=torch.float32), self.latent_channels, self.res_blocks)
+        channels = self.latent_channels or TINY_VAE.embed_dim
+        blocks = self.res_blocks or TINY_VAE.num_res_blocks
+        return CausalVAE(replace(TINY_VAE, z_channels=channels, embed_dim=channels, num_res_blocks=blocks))
 
     def _vae(self) -> None:
-        claim_folder(self.run / "vae", self._settings("vae"))
+        claim_folder(self.run / "vae", self._settings("vae"), before=BEFORE)
         vae = train_vae(
             self.run / "vae", self._begun_vae(), steps=self.vae_steps, bf16=self.bf16, rate=self.vae_rate,
             tensorboard=self.tensorboard, **self._everywhere,
         )  # fmt: skip
+        if (self.out / "vae").is_dir() and _digest(load_vae(self.out / "vae").encoder) == _digest(
+            deepcopy(vae.encoder).half()
+        ):
+            return  # it is there, and its decoder may have been trained further since
         standardise_latents(vae, _sample_latents(vae, self.world), LATENT_SCALE)
         export_vae(vae, self.out / "vae")
 
@@ -166,15 +205,19 @@ class TinyRecipe:
         load_transformer(self.out / "transformer")
 
 
-def _contents(folder: Path | None) -> str:
-    """Tells the weights of one model's folder from another's, wherever they lie; "" for none."""
-    files = sorted(folder.glob("*.safetensors")) if folder else []
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16] if files else ""
+def _contents(path: Path | None) -> str:
+    """Tells the weights of one model's file or folder from another's, wherever they lie; "" for none. The same weights may be
+    written in other bytes."""
+    weights = read_state_dict(path)[0] if path else {}
+    return _stamp(weights[name] for name in sorted(weights)) if weights else ""
 
 
 def _digest(module: nn.Module) -> str:
-    weights = b"".join(value.numpy().tobytes() for value in module.state_dict().values())
-    return hashlib.sha256(weights).hexdigest()[:16]
+    return _stamp(module.state_dict().values())
+
+
+def _stamp(weights: Iterable[torch.Tensor]) -> str:
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights)).hexdigest()[:16]
 
 
 @torch.no_grad()
