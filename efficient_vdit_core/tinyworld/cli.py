@@ -12,8 +12,8 @@ from ..commands.command_line import command_line
 
 
 def add_arguments(subparsers: Any) -> None:
-    """Add the commands train, eval, render, crossing-render and crossing-bounds."""
-    for add in (_add_train, _add_eval, _add_render, _add_crossing_render, _add_crossing_bounds):
+    """Add the commands train, eval, read-back, render, crossing-render and crossing-bounds."""
+    for add in (_add_train, _add_eval, _add_read_back, _add_render, _add_crossing_render, _add_crossing_bounds):
         add(subparsers)
 
 
@@ -112,6 +112,18 @@ def _add_eval(subparsers: Any) -> None:
     judge.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     judge.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     judge.set_defaults(run=_evaluate)
+
+
+def _add_read_back(subparsers: Any) -> None:
+    back = subparsers.add_parser(
+        "read-back",
+        help="how well true clips come back that are encoded and decoded: the most that a transformer can reach",
+    )
+    back.add_argument("--vae", type=Path, metavar="PATH", help="its folder or file; default: the built-in one")
+    back.add_argument("--clips", type=count(1, 100_000), default=40, help="default: %(default)s")
+    _add_world(back)
+    back.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    back.set_defaults(run=_read_back)
 
 
 def _add_render(subparsers: Any) -> None:
@@ -250,6 +262,22 @@ def _render_crossing(args: argparse.Namespace) -> int:
         write_video(check_writable(file), render(scene), fps=24, metadata={"prompt": caption, "seed": args.seed})
         write_text(file.with_suffix(".txt"), caption + "\n")
         say(f"{file}: {caption}")
+    return 0
+
+
+def _read_back(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..assets import tiny_path
+    from ..bench.machine import describe_machine
+    from ..models.opensora_plan.checkpoint import load_vae
+    from .train.vae import read_back
+    from .worlds import WORLDS
+
+    _check_file(args.json)
+    vae = load_vae(args.vae or tiny_path("vae", "tiny"), dtype=torch.float32)
+    machine = describe_machine(torch.device("cpu"))
+    _tell({"machine": machine, "world": args.world, **read_back(vae, WORLDS[args.world], args.clips)}, args.json)
     return 0
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from efficient_vdit_core.assets import tiny_path
+from efficient_vdit_core.cli import main
 from efficient_vdit_core.files import write_torch
 from efficient_vdit_core.models.opensora_plan.checkpoint import (
     load_transformer,
@@ -492,3 +494,15 @@ def test_a_record_from_before_a_setting_tells_what_it_was(begin, tmp_path):
 def test_a_new_vae_may_have_fewer_channels(tmp_path):
     made = TinyRecipe(tmp_path, tmp_path, latent_channels=2)._begun_vae()
     assert made.config == replace(TINY_VAE, z_channels=2, embed_dim=2)
+
+
+def test_what_comes_back_of_a_vae_is_told_and_kept(tmp_path, capsys):
+    assert main(["tinyworld", "read-back", "--clips", "1", "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert json.loads(capsys.readouterr().out) == found and found["world"] == "moving" and found["clips"] == 1
+    scene = MOVING.random_scene(np.random.default_rng(10_000))
+    true = train_vae.to_model_range(MOVING.render(scene)[None])
+    vae = load_vae(tiny_path("vae", "tiny"), dtype=torch.float32)
+    with torch.no_grad():
+        error = F.mse_loss(vae.decode(vae.encode(true)).clamp(-1, 1), true)
+    assert found["psnr"] == pytest.approx(float(10 * torch.log10(4 / error)), rel=1e-4)

@@ -127,8 +127,8 @@ class TinyRecipe:
         if trained < self.vae_steps:
             raise ValueError(
                 f"The transformer in {quoted(str(self.run), 120)} has learnt the latents of the VAE after {trained} steps, and "
-                f"{self.vae_steps} are asked for. Leave the vae out of --parts, set --vae-steps as it was, or choose another --run and "
-                "--out."
+                f"{self.vae_steps} are asked for. Leave the vae out of --parts, set --vae-steps as it was, delete the transformer's "
+                "folder there, or choose another --run and --out."
             )
 
     def _settings(self, part: str) -> dict[str, Any]:

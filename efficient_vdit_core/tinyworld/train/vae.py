@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,19 +171,26 @@ def random_clips(world: World, rng: np.random.Generator, count: int, frames: int
 
 
 @torch.no_grad()
-def describe_readback(vae: CausalVAE, world: World, clips: int) -> str:
-    """How well ``clips`` whole clips that were never trained on come back: PSNR (dB) in all and in the first and last
-    eighth of the frames, the share whose outlines are the ideal shape's, and the share that is all right."""
+def read_back(vae: CausalVAE, world: World, clips: int) -> dict[str, Any]:
+    """How well ``clips`` whole clips come back that are encoded and decoded: ``psnr`` (dB) in all, ``psnr_first`` and
+    ``psnr_last`` in the first and last eighth of the frames, and the world's own figures of them."""
     rng = np.random.default_rng(10_000)
     scenes = [world.random_scene(rng) for _ in range(clips)]
-    true = [to_model_range(world.render(scene)[None]) for scene in scenes]
-    device = next(vae.parameters()).device
-    again = [vae.decode(vae.encode(x.to(device))).clamp(-1, 1).cpu() for x in true]
-    error = torch.cat([(a - b).square().mean(dim=(1, 3, 4)) for a, b in zip(again, true, strict=True)]).mean(dim=0)
-    eighth = world.frames // 8
-    whole, first, last = (float(10 * torch.log10(4 / e.mean())) for e in (error, error[:eighth], error[-eighth:]))
-    found = world.figures([to_pixels(x)[0] for x in again], scenes)
+    device, errors, again = next(vae.parameters()).device, [], []
+    for scene in scenes:
+        true = to_model_range(world.render(scene)[None]).to(device)
+        made = vae.decode(vae.encode(true)).clamp(-1, 1)
+        errors.append((made - true).square().mean(dim=(1, 3, 4)).cpu())
+        again.append(to_pixels(made.cpu())[0])
+    error, eighth = torch.cat(errors).mean(dim=0), world.frames // 8
+    parts = {"psnr": error, "psnr_first": error[:eighth], "psnr_last": error[-eighth:]}
+    return {name: float(10 * torch.log10(4 / e.mean())) for name, e in parts.items()} | world.figures(again, scenes)
+
+
+def describe_readback(vae: CausalVAE, world: World, clips: int) -> str:
+    """`read_back` in a line."""
+    found = read_back(vae, world, clips)
     return (
-        f"PSNR {whole:.1f} dB (first frames {first:.1f}, last {last:.1f}), outlines {found['columns']['outline']:.2f}, "
-        f"all right {found['all_right']:.2f}"
+        f"PSNR {found['psnr']:.1f} dB (first frames {found['psnr_first']:.1f}, last {found['psnr_last']:.1f}), "
+        f"outlines {found['columns']['outline']:.2f}, all right {found['all_right']:.2f}"
     )
