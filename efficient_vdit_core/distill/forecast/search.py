@@ -49,9 +49,8 @@ def plan_search(
         inputs = meta_inputs(stage, model, batch)
         with LiveBytes() as counter:
             before = torch.empty_like(inputs[0])  # what the network said in the step before
-            exact = (
-                [torch.empty_like(inputs[0])] if search.error == OUTPUT else []
-            )  # of this step, while layers are sparse
+            # What it says in this one, beside what it says with a layer sparse.
+            exact = [torch.empty_like(inputs[0])] if search.error == OUTPUT else []
             counter.count([inputs[0], inputs[2][0], before, *exact])
             forward(inputs, probing_one_layer)  # the next ones hold as much, after it has let go
         flops = work_of_one(probing)

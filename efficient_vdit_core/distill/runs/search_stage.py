@@ -136,9 +136,8 @@ def search_plans(
         plans = _search(
             config, missing, WatchedRun(model, load(), bank, texts, shape, segments, steps, at_once, device, clean)
         )
-    claim_folder(
-        folder, settings, SEARCHED, BEFORE
-    )  # not before: a search that was stopped has left nothing to go on from
+    # Not before: a search that was stopped has left nothing to go on from.
+    claim_folder(folder, settings, SEARCHED, BEFORE)
     for name, plan in plans.items():
         plan.save(files[name])
     return files

@@ -172,9 +172,8 @@ class TinyRecipe:
             self.run / "vae", self._begun_vae(), steps=self.vae_steps, bf16=self.bf16, rate=self.vae_rate,
             tensorboard=self.tensorboard, **self._everywhere,
         )  # fmt: skip
-        if (self.out / "vae").is_dir() and _digest(load_vae(self.out / "vae").encoder) == _digest(
-            deepcopy(vae.encoder).half()
-        ):
+        written = deepcopy(vae.encoder).half()
+        if (self.out / "vae").is_dir() and _digest(load_vae(self.out / "vae").encoder) == _digest(written):
             return  # it is there, and its decoder may have been trained further since
         standardise_latents(vae, _sample_latents(vae, self.world), LATENT_SCALE)
         export_vae(vae, self.out / "vae")
