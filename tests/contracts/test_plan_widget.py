@@ -260,9 +260,10 @@ def test_a_draw_counts_the_tiles_of_each_pattern_once(tmp_path):
         globalThis.counts = 0;
         const drawn = new chart.PlanChart((key) => key, {{}});
         drawn.draw({{ plan: text.parsePlan("0-49:{layer}"), frames: 92, depth: 50, editable: true }});
-        console.log(JSON.stringify([globalThis.counts, drawn.columns.length, drawn.legend.children.length]));"""
-    counts, columns, legend = run_module(code)
-    assert (columns, legend) == (50, 1 + len(kinds))  # with what is counted
+        const children = (element) => element.children.length;
+        console.log(JSON.stringify([globalThis.counts, ...[drawn.bars, drawn.lines, drawn.legend].map(children)]));"""
+    counts, *children = run_module(code)
+    assert children == [50 + 1, 2, 1 + len(kinds)]  # with the lines' group, those of the grid, and what is counted
     assert counts <= 2 * len(kinds)  # the bars and the legend, and the maps of the one layer that is shown
 
 

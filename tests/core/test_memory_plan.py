@@ -148,7 +148,9 @@ def test_what_waits_on_the_host_leaves_the_gpu(tmp_path):
     ("family", "worn", "error"),
     [
         (opensora_plan, False, "attention"),
+        (opensora_plan, True, "attention"),
         (opensora_plan, True, "output"),
+        (wan, False, "attention"),
         (wan, True, "attention"),
         (wan, False, "output"),
     ],

@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...attention.state import Override
-from ...sampling.schedule import segment_edges
 from ...search import ProbeRecord, make_probe_override, parse_candidates
 from ...search.candidates import sparse_candidates
 from ...search.probe import OUTPUT, squared_errors
 from ...training.live_bytes import LiveBytes, size_of
 from ..config import DistillConfig
 from ..families.on_host import bytes_on_host
-from ..runs.search_stage import SearchConfig
+from ..runs.search_stage import SearchConfig, asked_times
 from .memory import FusedAttention, MemoryPlan, meta_inputs, meta_student, opened
 from .work import WorkPlan
 
@@ -58,9 +57,8 @@ def plan_search(
             flops += model.layers * len(record.candidates) * work_of_one(attention)
     weights = size_of([*module.parameters(), *module.buffers()])
     held = {"weights": weights, "activations": counter.peak}
-    times = segment_edges(segments, steps, start=model.path.start, clean=model.path.clean)[:-1]
-    forwards = int(model.serves(times).sum())
-    return MemoryPlan(held, {}, bytes_on_host(module)), WorkPlan(search.captions * forwards, flops)
+    examples = search.captions * len(asked_times(model, segments, steps))
+    return MemoryPlan(held, {}, bytes_on_host(module)), WorkPlan(examples, flops)
 
 
 def _compared(approximate: Tensor, exact: Tensor) -> tuple[float, np.ndarray]:

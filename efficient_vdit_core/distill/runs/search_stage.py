@@ -154,6 +154,12 @@ def search_settings(
     return {**asked, **schedule, "latents": list(clips.latents[0].shape), "model": teacher_stamp(model)}
 
 
+def asked_times(model: FamilyModel, segments: int, steps: int) -> Tensor:
+    """The times at which a network is asked that samples in ``steps`` steps over ``segments``; an expert, at its own alone."""
+    edges = segment_edges(segments, steps, start=model.path.start, clean=model.path.clean)[:-1]
+    return edges[model.serves(edges)]
+
+
 @dataclass(frozen=True)
 class WatchedRun:
     """What a search looks at: samples of ``shape`` (C, T, h, w) that ``module`` makes for ``texts`` without guidance,
@@ -177,8 +183,7 @@ class WatchedRun:
     @property
     def times(self) -> Tensor:
         """Those of the run's steps at which the network is asked."""
-        edges = segment_edges(self.segments, self.steps, start=self.model.path.start, clean=self.model.path.clean)[:-1]
-        return edges[self.model.serves(edges)]
+        return asked_times(self.model, self.segments, self.steps)
 
     @property
     def forwards(self) -> int:

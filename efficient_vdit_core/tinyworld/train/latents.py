@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def cache_clips(
     them. The VAE is moved to ``device``, the latents stay on the CPU. ValueError where a file of them is damaged."""
     rng = np.random.default_rng(seed)
     scenes = [world.trained_on(world.random_scene, rng) for _ in range(count)]
-    files = folder / f"latents-{_stamp(vae, f'{world.name} {count} {seed}')}"
+    # Named after all that made them: latents of another world, count, seed or encoder must not meet these captions.
+    encoder = [*vae.encoder.state_dict().values(), *vae.quant_conv.state_dict().values()]
+    files = folder / f"latents-{stamp_of(encoder, f'{world.name} {count} {seed}')}"
     parts = {files / f"{first // A_FILE:04}.pt": scenes[first : first + A_FILE] for first in range(0, count, A_FILE)}
     missing = {file: part for file, part in parts.items() if not file.is_file()}
     if missing:
@@ -69,10 +72,9 @@ def _read(file: Path, count: int) -> Tensor:
     return latents
 
 
-def _stamp(vae: CausalVAE, about: str) -> str:
-    """Of all that makes the latents: those of another world, count, seed or encoder must not meet these captions."""
+def stamp_of(weights: Iterable[Tensor], about: str = "") -> str:
+    """Tells weights, in their order, from others; ``about``: what else is to be told apart by it."""
     stamp = hashlib.sha256(about.encode())
-    for part in (vae.encoder, vae.quant_conv):
-        for value in part.state_dict().values():
-            stamp.update(value.cpu().numpy().tobytes())
+    for value in weights:
+        stamp.update(value.cpu().numpy().tobytes())
     return stamp.hexdigest()[:16]

@@ -6,8 +6,6 @@ same command. A part that was begun with another world, seed, prediction, start 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +28,7 @@ from .decoder import train_decoder
 from .dit import check_start, train_dit
 from .export import export_text_encoder, export_transformer, export_vae, standardise_latents
 from .grow import grown
-from .latents import cache_clips
+from .latents import cache_clips, stamp_of
 from .text import train_sentencepiece, train_text_encoder
 from .vae import TINY_VAE, to_model_range, train_vae
 
@@ -208,15 +206,11 @@ def _contents(path: Path | None) -> str:
     """Tells the weights of one model's file or folder from another's, wherever they lie; "" for none. The same weights may be
     written in other bytes."""
     weights = read_state_dict(path)[0] if path else {}
-    return _stamp(weights[name] for name in sorted(weights)) if weights else ""
+    return stamp_of(weights[name] for name in sorted(weights)) if weights else ""
 
 
 def _digest(module: nn.Module) -> str:
-    return _stamp(module.state_dict().values())
-
-
-def _stamp(weights: Iterable[torch.Tensor]) -> str:
-    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights)).hexdigest()[:16]
+    return stamp_of(module.state_dict().values())
 
 
 @torch.no_grad()
