@@ -14,6 +14,7 @@ from efficient_vdit_core.distill.runs.claim import claim_run
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.search import output
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_distill_trainer import base, config, small_data  # noqa: E402, F401
@@ -105,6 +106,60 @@ def test_a_search_that_was_stopped_binds_nobody(values, tmp_path, monkeypatch):
         patched.setattr(search_stage, "probe", stopped)
         run(values, tmp_path / "run")
     assert list(run(values, tmp_path / "run", search={"candidates": "1,2"})) == ["r-10"]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The errors of the output that are measured, the fourth of which may be interrupted."""
+    found, measure = [], output.relative_error
+
+    def measuring(approximate, exact):
+        if measuring.stop and len(found) == 3:
+            raise KeyboardInterrupt
+        found.append(measure(approximate, exact))
+        return found[-1]
+
+    measuring.stop = False
+    monkeypatch.setattr(output, "relative_error", measuring)
+    return found, measuring
+
+
+def test_a_search_by_the_output_goes_on_where_it_was_stopped(values, tmp_path, measured):
+    found, measuring = measured
+    by_output = {**values["search"], "error": "output", "candidates": "0,1", "captions": 3}
+    values = {**values, "search": by_output}
+    run(values, tmp_path / "whole")
+    whole = [*found]
+    assert len(whole) > 6 and len(set(whole)) > 3
+    found.clear()
+    measuring.stop = True
+    with pytest.raises(KeyboardInterrupt):
+        run(values, tmp_path / "run")
+    measuring.stop = False
+    with pytest.raises(ValueError, match=r"plans was begun with other settings \(search.candidates: '0,1' -> '1'"):
+        run(values, tmp_path / "run", search={"candidates": "1"})
+    run(values, tmp_path / "run")
+    assert found == whole, "none is measured twice"
+    plans = [tmp_path / name / "plans" / "r-10.json" for name in ("run", "whole")]
+    assert plans[0].read_bytes() == plans[1].read_bytes()
+
+    run(values, tmp_path / "run", search={"thresholds": [10.0, 1e-9]})
+    assert found == whole, "a further target needs no further forward"
+
+
+def test_errors_of_other_batches_are_measured_anew(values, tmp_path, measured):
+    found, _ = measured
+    values = {**values, "search": {**values["search"], "error": "output", "captions": 3}}
+    stages = [
+        ThreeStages(RecipeConfig.from_dict({**values, "consistency_training": {**values["consistency_training"], "batch": n}}), tmp_path)
+        for n in (2, 3)
+    ]  # fmt: skip
+    stages[0].plans("plans", "")
+    of_two = len(found)
+    (tmp_path / "plans" / "r-10.json").unlink()
+    stages[1].plans("plans", "")
+    assert 2 * (len(found) - of_two) == of_two, "one forward holds all three samples, where there were two"
+    assert sorted(file.name for file in (tmp_path / "plans").glob("*.pt")) == ["errors-of-2.pt", "errors-of-3.pt"]
 
 
 def test_a_recipe_goes_on_wherever_its_folder_is(values, tmp_path, monkeypatch):

@@ -159,6 +159,8 @@ class TestEachWorld:
         ({"parts": ("decoder",)}, "The decoder needs a vae"),
         ({"start_vae": Path("nowhere")}, "'nowhere' does not exist"),
         ({"start": tiny_path("vae", "tiny")}, "transformer"),
+        ({"parts": ("text_encoder",), "res_blocks": 2}, "--res-blocks is for the vae, which is not trained"),
+        ({"parts": ("text_encoder", "vae"), "prediction": "epsilon"}, "--prediction is for the transformer, which is"),
     ],
 )
 def test_what_a_training_needs_is_asked_for_before_it_starts(tmp_path, settings, told):

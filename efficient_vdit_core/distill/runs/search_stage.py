@@ -2,11 +2,14 @@
 
 folder/r-0.1.json      a plan; one that stands is never searched again
 folder/settings.json   what the plans were searched with: their names tell the targets alone
+folder/errors-of-4.pt  what a search by the model's output has measured, 4 samples at once: it goes on from there, and so does
+                       one for further targets
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +34,7 @@ from ...search import (
     plan_from_record,
 )
 from ...search.candidates import sparse_candidates
-from ...search.output import Around, once
+from ...search.output import Around, KeptErrors, once
 from ...search.probe import ATTENTION, OUTPUT
 from ..data.clips import ClipSet
 from ..families.model import FamilyModel
@@ -126,17 +129,19 @@ def search_plans(
     missing = {name: target for name, target in plan_names(config).items() if not files[name].is_file()}
     settings = search_settings(config, model, clips, segments=segments, steps=steps)
     check_settings(folder, settings, SEARCHED, BEFORE)
-    plans = {}
+    by_output, plans = config.error == OUTPUT, {}
     if missing:
+        if by_output:
+            claim_folder(folder, settings, SEARCHED, BEFORE)
         texts = [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
         clean = None
         if model.expert:  # it cannot sample alone
             clean = torch.stack([clips.latents[i % len(clips.captions)].float() for i in range(config.captions)])
         shape = tuple(clips.latents[0].shape)
-        plans = _search(
-            config, missing, WatchedRun(model, load(), bank, texts, shape, segments, steps, at_once, device, clean)
-        )
-    # Not before: a search that was stopped has left nothing to go on from.
+        run = WatchedRun(model, load(), bank, texts, shape, segments, steps, at_once, device, clean)
+        with KeptErrors(folder / f"errors-of-{at_once}.pt") if by_output else nullcontext() as kept:
+            plans = _search(config, missing, run, kept)
+    # Not before: a search by the attention that was stopped has left nothing to go on from.
     claim_folder(folder, settings, SEARCHED, BEFORE)
     for name, plan in plans.items():
         plan.save(files[name])
@@ -214,9 +219,11 @@ class WatchedRun:
                 network(z, model.path.network_time(time[None]).to(device).expand(len(z)))
 
 
-def _search(config: SearchConfig, targets: dict[str, tuple[float, float]], run: WatchedRun) -> dict[str, TilePlan]:
+def _search(
+    config: SearchConfig, targets: dict[str, tuple[float, float]], run: WatchedRun, kept: KeptErrors | None
+) -> dict[str, TilePlan]:
     """A plan for each of the ``targets`` (threshold, speed-up), by its name, from one probing run."""
-    record, model = probe(config, run), run.model
+    record, model = probe(config, run, kept), run.model
     about = {"segments": run.segments, "steps": run.steps, "captions": run.texts, "guidance": 1.0, "seed": config.seed}
     of_model = {"layers": model.layers, "family": model.family, "heads": model.heads, "groups": config.head_groups}
     return {
@@ -227,8 +234,8 @@ def _search(config: SearchConfig, targets: dict[str, tuple[float, float]], run: 
     }
 
 
-def probe(config: SearchConfig, run: WatchedRun) -> ProbeRecord:
-    """Measure every candidate in every layer of a run."""
+def probe(config: SearchConfig, run: WatchedRun, kept: KeptErrors | None = None) -> ProbeRecord:
+    """Measure every candidate in every layer of a run; ``kept``: errors of the output that an earlier one measured."""
     record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), run.shape[1]))
     if config.error != OUTPUT:
         run.watch(make_probe_override(record), config.seed)
@@ -241,5 +248,5 @@ def probe(config: SearchConfig, run: WatchedRun) -> ProbeRecord:
         def count(_: int) -> None:
             bar.update()
 
-        run.watch(make_probe_override(record), config.seed, partial(measure_output, record, progress=count))
+        run.watch(make_probe_override(record), config.seed, partial(measure_output, record, progress=count, kept=kept))
     return record

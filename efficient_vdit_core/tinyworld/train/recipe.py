@@ -36,6 +36,11 @@ PARTS = ("text_encoder", "vae", "transformer")
 # Of a VAE's run, what settings were before there were others.
 BEFORE = {"latent_channels": None, "res_blocks": None, "rate": 1.0}
 NEEDS = {"decoder": ("vae",), "transformer": ("text_encoder", "vae")}
+# What makes another model of a part, and so must not be asked for where the part is not trained.
+OF_PART = {
+    "vae": ("start_vae", "latent_channels", "res_blocks", "vae_rate"),
+    "transformer": ("start", "prediction"),
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,12 @@ class TinyRecipe:
                     raise ValueError(
                         f"The {part} needs a {need}, and {quoted(str(self.out), 120)} has none. Add it to --parts, or take "
                         "the --out of a run that made one."
+                    )
+        for part in OF_PART.keys() - set(self.parts):
+            for name in OF_PART[part]:
+                if getattr(self, name) != getattr(TinyRecipe, name):
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} is for the {part}, which is not trained. Leave it out, or add {part} to --parts."
                     )
         for part, start in (("transformer", self.start), ("vae", self.start_vae)):
             self._check_start(part, start)
