@@ -61,10 +61,14 @@ class ModelHeader:
             "negative": self._default_negative(),
         }
         chosen = {k: v for k, v in choices.items() if v is not None}
-        if self.distilled and chosen.get("sampler", VideoRequest.sampler) == "consistency":
-            about = self.distilled
+        if (about := self.distilled) and about.guidance is not None:
+            defaults["guidance"] = 1.0
+            if chosen.get("guidance", 1.0) != 1.0:
+                log.warning(
+                    "guidance is %g, but it is already inside this distilled model: set it to 1.", chosen["guidance"]
+                )
+        if about and chosen.get("sampler", VideoRequest.sampler) == "consistency":
             defaults.update(segments=about.segments, steps=max(about.steps, about.segments))
-            defaults.update({} if about.guidance is None else {"guidance": 1.0})
         asked = VideoRequest(prompt, **{**defaults, **chosen})
         request = asked.check()
         for remark in asked.remarks():

@@ -160,6 +160,14 @@ class Pipeline:
         Raises:
             ValueError: what was asked for cannot be made; raised before sampling starts.
         """
+        if isinstance(prompt, VideoRequest) and choices:
+            raise ValueError(
+                f"{', '.join(choices)} cannot be chosen beside a request, which says it all. Ask for another request."
+            )
+        if residual_every and plan is None:
+            raise ValueError(
+                f"residual_every is {residual_every}, but there is no plan that leaves anything out. Give a plan."
+            )
         request = prompt if isinstance(prompt, VideoRequest) else self.request(prompt, **choices)
         if plan is not None:
             self.check_plan(plan)
@@ -209,7 +217,9 @@ class Pipeline:
 
         if template is not None and template not in TEMPLATES:
             raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {quoted(template)}.")
-        positive = TEMPLATES[template].format(request.prompt) if template else request.prompt
+        # Empty text stays empty: it is the unconditional prompt of the training.
+        into = TEMPLATES[template] if template and request.prompt.strip() else "{}"
+        positive = into.format(request.prompt)
         texts = [request.negative, positive][-self._shape(request).prompts :]
         # The reference cleans twice: the second pass removes what the first one uncovers.
         cleaned = [clean_caption(clean_caption(text)) for text in texts]

@@ -17,6 +17,7 @@ MAX_GUIDANCE = 1000.0
 MAX_FRAMES = 4 * (1024 - 1) + 1  # a plan has at most 1024 latent frames
 MAX_SIDE = 4096  # pixels
 SPACE, TIME = 8, 4  # pixels and frames that one latent stands for
+WHOLE = ("frames", "height", "width", "steps", "segments", "seed")
 SIZE_MULTIPLE = 16  # SPACE times the transformer's patch of 2
 
 
@@ -63,6 +64,10 @@ class VideoRequest:
         """The complete request; ValueError says what does not fit and what would."""
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {quoted(self.sampler)}.")
+        for name in WHOLE:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{name} is {quoted(value)}, expected a whole number.")
         prompts = {"prompt": checked_prompt(self.prompt), "negative": checked_prompt(self.negative)}
         complete = replace(self, **prompts, steps=DEFAULT_STEPS[self.sampler] if self.steps is None else self.steps)
         _check_size(complete)

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from ..efficient_vdit_core.limits.numbers import number
-from ..efficient_vdit_core.limits.quote import message, quoted, reason
+from ..efficient_vdit_core.limits.quote import message, quoted, reason, shortened
 from ..efficient_vdit_core.plan import TilePlan
 
 P = ParamSpec("P")
@@ -32,6 +32,7 @@ def checked(execute: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[A
         for spec in (getattr(cls, "SCHEMA", None) or cls.define_schema()).inputs:
             if spec.id in given and not (spec.optional and given[spec.id] is None):
                 check_input(spec, given[spec.id])
+                check_choice(cls, spec, given[spec.id])
         try:
             return execute(cls, *args, **kwargs)
         except ValueError as error:
@@ -59,6 +60,19 @@ def check_input(spec: Any, value: Any) -> None:
         raise ValueError(
             f"{spec.id} is {quoted(value)}, expected a {kind}. Connect it to the output of a node that gives a {kind}; it "
             "cannot be written into the prompt."
+        )
+
+
+def check_choice(cls: Any, spec: Any, value: Any) -> None:
+    """Raises ValueError where a list of the node ``cls`` does not hold ``value``: ComfyUI looks at what was chosen, not at
+    what a link brings."""
+    if spec.get_io_type() != "COMBO" or value in spec.options:
+        return
+    now = next(s.options for s in cls.define_schema().inputs if s.id == spec.id)  # a list of files grows
+    if value not in now:
+        choices = ", ".join(map(str, now))
+        raise ValueError(
+            f"{spec.id} is {quoted(value)}, expected one of {shortened(choices, 200)}. Choose one of the list."
         )
 
 

@@ -47,8 +47,14 @@ def _of_a_thousand(arguments: Mapping[str, Any]) -> float:
 
 
 def _of_one(arguments: Mapping[str, Any]) -> float:
-    """Timesteps are noise levels themselves."""
-    return float(torch.as_tensor(arguments["timestep"]).max())
+    """Timesteps are noise levels themselves, but for those of EDM schedulers, whose logarithms alone do not tell which."""
+    level = float(torch.as_tensor(arguments["timestep"]).max())
+    if not 0.0 <= level <= 1.0:
+        raise ValueError(
+            f"The timestep is {level:g}, expected a noise level from 0 to 1: this pipeline's scheduler, as that of Cosmos 1.0, gives the "
+            "model another number. Apply the plan with start 0 and end 1."
+        )
+    return level
 
 
 def _minimax_h3_level(arguments: Mapping[str, Any]) -> float:

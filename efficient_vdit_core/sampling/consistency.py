@@ -15,6 +15,7 @@ models mix the same two noises, so there (1 - gamma) multiplies the noise-to-sig
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,11 +24,6 @@ import torch
 from torch import Tensor
 
 Renoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-NoiseSampler = Callable[[Tensor, Tensor], Tensor]
-
-# The starting noise usually comes from a generator with the same small seeds (0, 1, ...). Without an offset the first
-# fresh noise would be the starting noise once more, and re-noising would change nothing.
-NOISE_SEED_OFFSET = 0x5EED_F00D
 
 
 def ve_renoise(sigma: Tensor, noise: Tensor, x0: Tensor) -> Tensor:
@@ -35,14 +31,16 @@ def ve_renoise(sigma: Tensor, noise: Tensor, x0: Tensor) -> Tensor:
     return x0 + sigma * noise
 
 
-def seeded_noise(x: Tensor, noise_seed: int) -> NoiseSampler:
-    """A stream of unit noise shaped as x, drawn in float32 on the CPU: the same on every device and dtype."""
-    generator = torch.Generator(device="cpu").manual_seed((noise_seed + NOISE_SEED_OFFSET) % 2**64)
+def fresh_noise(x: Tensor, noise_seed: int, level: float) -> Tensor:
+    """Unit noise shaped as x that is added up to a noise level, drawn in float32 on the CPU: the same on every device and
+    dtype, and whichever part of the steps is run.
 
-    def draw(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator, dtype=torch.float32).to(device=x.device, dtype=x.dtype)
-
-    return draw
+    A stream that each run began anew would give a second expert's steps the first one's noise once more, which their latent
+    holds already; one of the bare seed, the starting noise, whose seed is often the same.
+    """
+    digest = hashlib.sha256(f"{noise_seed} {level:.5g}".encode()).digest()  # in digits that rounding leaves alone
+    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:4], "big"))
+    return torch.randn(x.shape, generator=generator, dtype=torch.float32).to(device=x.device, dtype=x.dtype)
 
 
 def _step(
@@ -85,7 +83,7 @@ def sample_consistency(
         callback: called after each evaluation with {"x", "i", "sigma", "sigma_hat", "denoised"}.
         disable: hides the progress bar that `trange` draws.
         gamma: 0..1, the share of fresh noise (see the table above).
-        noise_seed: seed of the fresh noise; unused at gamma 0.
+        noise_seed: seed of the fresh noise, which is one for each level; unused at gamma 0.
         renoise: (sigma, noise, x0) -> noised x0, the model's own rule; VE if None. Must be linear in noise.
         trange: trange(n, disable=...) -> the steps, for a progress bar.
 
@@ -101,8 +99,7 @@ def sample_consistency(
         raise ValueError(f"The sampler needs at least two sigmas, got {len(sigmas)}; ask for one step or more.")
     extra_args = extra_args or {}
     renoise = renoise or ve_renoise
-    draw = seeded_noise(x, noise_seed)
-    last_is_clean = float(sigmas[-1]) == 0.0  # read once: each read of a sigma waits for the device
+    levels = sigmas.tolist()  # read once: each read of a sigma waits for the device
     steps = len(sigmas) - 1
     batch = x.new_ones([x.shape[0]])
     for i in trange(steps, disable=disable) if trange else range(steps):
@@ -110,7 +107,6 @@ def sample_consistency(
         x0 = model(x, sigma * batch, **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": x0})
-        ends_clean = last_is_clean and i == steps - 1
-        noise = None if gamma == 0.0 or ends_clean else draw(sigma, sigma_next)
+        noise = fresh_noise(x, noise_seed, levels[i + 1]) if gamma and levels[i + 1] else None
         x = _step(x, x0, sigma, sigma_next, gamma, renoise, noise)
     return x

@@ -8,6 +8,7 @@ NVIDIA's rCM, TrigFlow angles atan(80), 1.5, 1.4, 1.0; Lightricks' distilled LTX
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,16 @@ PRESETS: dict[str, Preset] = {
     **{f"rCM {n} step{'s' * (n > 1)}": Preset(rcm(n), 1.0) for n in (1, 2, 3, 4)},
     "LTX distilled 8 steps": Preset((1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0), 0.0),
 }
+
+
+def preset_of(sigmas: Sequence[float]) -> str | None:
+    """The preset whose levels these are, all or one expert's part of them; None where there is none."""
+    for name, preset in PRESETS.items():
+        for start in range(len(preset.sigmas) - len(sigmas) + 1):
+            part = preset.sigmas[start : start + len(sigmas)]
+            if all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(part, sigmas, strict=True)):
+                return name
+    return None
 
 
 def parse_sigmas(text: str) -> Tensor:

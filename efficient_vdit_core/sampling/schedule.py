@@ -53,15 +53,19 @@ class DiscreteSchedule:
         """
         s = torch.as_tensor(sigma)
         log_sigmas = self._table(s.device)
-        log_s = s.to(log_sigmas).log().clamp(log_sigmas[0], log_sigmas[-1])
-        high = torch.searchsorted(log_sigmas, log_s).clamp(1, len(log_sigmas) - 1)
-        low = high - 1
-        weight = (log_s - log_sigmas[low]) / (log_sigmas[high] - log_sigmas[low])
-        return (low + weight).float()
+        return fractional_level(log_sigmas, s.to(log_sigmas).log()).float()
 
     def _table(self, device: torch.device) -> Tensor:
         """log_sigmas on a device, in float64 where it has that."""
         return self.log_sigmas.to(device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+
+
+def fractional_level(log_sigmas: Tensor, log_sigma: Tensor) -> Tensor:
+    """Where values of any shape lie in an ascending table (N,), 0 to N - 1, linear between its entries, clamped outside."""
+    log_sigma = log_sigma.clamp(log_sigmas[0], log_sigmas[-1]).contiguous()
+    high = torch.searchsorted(log_sigmas, log_sigma).clamp(1, len(log_sigmas) - 1)
+    low = high - 1
+    return low + (log_sigma - log_sigmas[low]) / (log_sigmas[high] - log_sigmas[low])
 
 
 def segment_edges(

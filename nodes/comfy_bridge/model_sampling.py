@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from comfy.model_sampling import EPS, V_PREDICTION, ModelSamplingDiscrete
 from torch import Tensor
+
+from ...efficient_vdit_core.sampling.schedule import fractional_level
 
 # ComfyUI's name "sqrt_linear" stands for betas that are linear themselves (diffusers' "linear").
 SAMPLING_SETTINGS: dict[str, Any] = {
@@ -26,11 +27,7 @@ class FractionalTimesteps(ModelSamplingDiscrete):
     def timestep(self, sigma: Tensor) -> Tensor:
         """sigma of any shape -> timesteps 0..999 of that shape, the inverse of `sigma`."""
         log_sigmas: Tensor = self.log_sigmas  # pyright: ignore[reportAssignmentType]
-        level = sigma.to(log_sigmas.device).float().log().clamp(log_sigmas[0], log_sigmas[-1])
-        high = torch.searchsorted(log_sigmas, level.contiguous()).clamp(1, len(log_sigmas) - 1)
-        low = high - 1
-        share = (level - log_sigmas[low]) / (log_sigmas[high] - log_sigmas[low])
-        return (low + share).to(sigma.device)
+        return fractional_level(log_sigmas, sigma.to(log_sigmas.device).float().log()).to(sigma.device)
 
 
 class EpsilonSampling(FractionalTimesteps, EPS):

@@ -12,7 +12,6 @@ import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management as mm
-import comfy.model_patcher
 import comfy.supported_models_base
 import comfy.utils
 import torch
@@ -26,6 +25,7 @@ from ...efficient_vdit_core.models.opensora_plan import checkpoint, transformer
 from ...efficient_vdit_core.models.opensora_plan.config import LATENT_SCALE, DiTConfig
 from .distilled import DISTILLED
 from .model_sampling import SAMPLING_SETTINGS, EpsilonSampling, VelocitySampling
+from .patchers import patcher_class
 from .paths import resolve
 
 log = logging.getLogger("efficient_vdit")
@@ -70,6 +70,10 @@ class OpenSoraT2V(transformer.OpenSoraT2V):
             for module in self.modules():
                 if hasattr(module, "comfy_cast_weights"):
                     module.to(dtype)
+                    # With dynamic memory a layer has no weights yet, and says what they shall become.
+                    for name in ("weight_comfy_model_dtype", "bias_comfy_model_dtype"):
+                        if hasattr(module, name):
+                            setattr(module, name, dtype)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -165,10 +169,8 @@ def load_model(name: str, weight_dtype: str, disable_dynamic: bool = False) -> A
         )
     model_config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, load_device, supported))
     model = model_config.get_model(state_dict, device=offload_device)
+    loaded = patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(state_dict, "")
-    plain = comfy.model_patcher.ModelPatcher
-    patcher = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
-    loaded = patcher(model, load_device=load_device, offload_device=offload_device)
     # How newer versions of ComfyUI load the weights once more, for another GPU.
     loaded.cached_patcher_init = (load_model, (name, weight_dtype))
     distilled = read_metadata(path)

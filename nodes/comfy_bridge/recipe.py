@@ -33,7 +33,7 @@ def recipe(prompt: dict[str, Any] | None, node_id: str | None, node_name: str) -
             f"The model of {node_name} comes from a node that the queued prompt does not hold. Connect a loader or a patch."
         )
     part = upstream(prompt, str(source[0]))
-    files = model_files(part)
+    files = named_files(part)
     # A file that was replaced under its old name makes another model.
     about_files = {path: [found.st_size, found.st_mtime_ns] for path in files for found in [Path(path).stat()]}
     key = hashlib.sha256(json.dumps([part, source, about_files], sort_keys=True).encode()).hexdigest()
@@ -66,21 +66,20 @@ def upstream(prompt: dict[str, Any], node_id: str) -> dict[str, Any]:
     return found
 
 
-def model_files(part: dict[str, Any]) -> list[str]:
-    """The files that the nodes' inputs name, as ComfyUI finds them in its model folders."""
+def named_files(part: dict[str, Any]) -> list[str]:
+    """The files that the nodes' inputs name, as ComfyUI finds them in its model folders and among its inputs."""
     texts = {
         value
         for node in part.values()
         for value in node["inputs"].values()
         if isinstance(value, str) and 0 < len(value) < 256
     }
+    texts = {text for text in texts if "." in text}
     found = {
-        folder_paths.get_full_path(folder, text)
-        for folder in folder_paths.folder_names_and_paths
-        for text in texts
-        if "." in text
+        folder_paths.get_full_path(folder, text) for folder in folder_paths.folder_names_and_paths for text in texts
     }
-    return sorted(path for path in found if path)
+    found |= {folder_paths.get_annotated_filepath(text) for text in texts}
+    return sorted(path for path in found if path and Path(path).is_file())
 
 
 def pack_of(kind: str) -> str | None:

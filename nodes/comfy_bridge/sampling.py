@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import comfy.model_sampling
 import torch
 from comfy.k_diffusion.sampling import trange
 from comfy.model_sampling import CONST, EPS, ModelSamplingDiscrete, ModelSamplingDiscreteFlow, ModelSamplingFlux
@@ -14,12 +15,14 @@ from torch import Tensor
 from ...efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
 from ...efficient_vdit_core.limits.quote import quoted
 from ...efficient_vdit_core.sampling import consistency_sigmas, sample_consistency
-from ...efficient_vdit_core.sampling.presets import PRESETS, parse_sigmas
+from ...efficient_vdit_core.sampling.presets import PRESETS, parse_sigmas, preset_of
 from .distilled import LOADED_MODEL, model_metadata
 from .paths import checkpoint_files, checkpoint_path
-from .unit_variance import at_unit_variance
+from .unit_variance import SCALES_NONE, at_unit_variance
 
 log = logging.getLogger("efficient_vdit")
+
+IMAGE_TO_IMAGE: Any = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())  # a flow that is given no noise
 
 SEGMENTS, FROM_CHECKPOINT, MANUAL = "segments", "from checkpoint", "manual"
 PRESET_NAMES = [SEGMENTS, FROM_CHECKPOINT, MANUAL, *PRESETS]
@@ -115,14 +118,20 @@ def _sample(
     noise_seed: int,
 ) -> Tensor:
     sampling = model.inner_model.inner_model.model_sampling
-    if gamma and not isinstance(sampling, (EPS, CONST)):
+    renoises = isinstance(sampling, (EPS, CONST, SCALES_NONE)) and not isinstance(sampling, IMAGE_TO_IMAGE)
+    if gamma and not renoises:
         raise ValueError(
             f"The model's noise schedule is {_kinds(sampling)}, expected an epsilon, v or flow model: fresh noise cannot be "
             "added to others. Set gamma to 0."
         )
-    for remark in remarks(model.inner_model, sigmas, gamma):
-        log.warning(remark)
-
+    try:
+        for remark in remarks(model.inner_model, sigmas, gamma):
+            log.warning(remark)
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # the file was replaced, or says something else: the weights are loaded all the same
+        log.warning("What the model was distilled for is not known: %s", error)
     return sample_consistency(
         at_unit_variance(model), x, sigmas, extra_args, callback, disable,
         gamma=gamma, noise_seed=noise_seed, renoise=sampling.noise_scaling, trange=trange,
@@ -134,7 +143,7 @@ def remarks(guider: Any, sigmas: Tensor, gamma: float) -> list[str]:
     patcher = getattr(guider, "model_patcher", None)
     about: DistillMetadata | None = model_metadata(patcher) if patcher is not None else None
     if about is None:
-        return []
+        return _remarks_on_preset(sigmas, gamma)
     found, cfg, steps = [], float(getattr(guider, "cfg", 1.0)), len(sigmas) - 1
     if cfg != 1.0 and about.guidance is not None:
         found.append(f"cfg is {cfg:g}, but guidance is already inside this distilled model: set cfg to 1.")
@@ -149,6 +158,16 @@ def remarks(guider: Any, sigmas: Tensor, gamma: float) -> list[str]:
             "gamma is 1, but this model was distilled for deterministic jumps: set gamma to 0 for its best quality."
         )
     return found
+
+
+def _remarks_on_preset(sigmas: Tensor, gamma: float) -> list[str]:
+    name = preset_of(sigmas.tolist())
+    if name is None or PRESETS[name].gamma == gamma:
+        return []
+    made_for = PRESETS[name].gamma
+    return [
+        f"gamma is {gamma:g}, but models with the levels of {name!r} were made for {made_for:g}: set gamma to {made_for:g}."
+    ]
 
 
 def _kinds(sampling: Any) -> str:

@@ -32,8 +32,13 @@ TEMPLATE_NAMES = [NO_TEMPLATE, *captions.TEMPLATES]
 MAX_TOKENS = captions.MAX_TOKENS
 
 
-def load_text_encoder(name: str, *, template: str = NO_TEMPLATE, clean: bool = True) -> comfy.sd.CLIP:
-    """A CLIP from a list entry. Raises ValueError where the file is no mT5 encoder or its tokenizer is missing."""
+def load_text_encoder(
+    name: str, template: str = NO_TEMPLATE, clean: bool = True, *, disable_dynamic: bool = False
+) -> comfy.sd.CLIP:
+    """A CLIP from a list entry; ``disable_dynamic`` as in ComfyUI's own loaders.
+
+    Raises ValueError where the file is no mT5 encoder or its tokenizer is missing.
+    """
     weights, config, spiece = captions.read_text_encoder(resolve("text_encoders", name, "text_encoder"))
     config = comfy_config(config)
     # Large fp32 files are stored as ComfyUI prefers (fp16); activations are fp32 in any case.
@@ -46,6 +51,7 @@ def load_text_encoder(name: str, *, template: str = NO_TEMPLATE, clean: bool = T
         tokenizer_data={"spiece_model": spiece},
         parameters=comfy.utils.calculate_parameters(weights),
         model_options={"dtype": dtype},
+        **({"disable_dynamic": True} if disable_dynamic else {}),  # older versions know no dynamic memory
     )
     missing, unexpected = clip.load_sd(weights)
     if missing or unexpected:
@@ -53,7 +59,12 @@ def load_text_encoder(name: str, *, template: str = NO_TEMPLATE, clean: bool = T
             f"{named(name)} does not hold the encoder that its configuration describes: {len(missing)} tensors are missing and "
             f"{len(unexpected)} unknown, such as {named(min([*missing, *unexpected]))}. Use an mT5 encoder in its original form."
         )
+    clip.patcher.cached_patcher_init = (_reload_patcher, (name, template, clean))  # how ComfyUI loads it once more
     return clip
+
+
+def _reload_patcher(name: str, template: str, clean: bool, disable_dynamic: bool = False) -> Any:
+    return load_text_encoder(name, template, clean, disable_dynamic=disable_dynamic).patcher
 
 
 def comfy_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import comfy.model_management as mm
-import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.utils
@@ -23,6 +23,7 @@ from torch import Tensor
 from ...efficient_vdit_core.models.opensora_plan import checkpoint, vae_tiling
 from ...efficient_vdit_core.models.opensora_plan.config import VAEConfig
 from ...efficient_vdit_core.models.opensora_plan.vae import CausalVAE
+from .patchers import patcher_class
 from .paths import resolve
 
 log = logging.getLogger("efficient_vdit")
@@ -30,10 +31,16 @@ log = logging.getLogger("efficient_vdit")
 TIME, SPACE = 4, 8
 
 
-def load_vae(name: str) -> comfy.sd.VAE:
-    """A VAE from a list entry. Raises ValueError where the file is not the v1.2 VAE."""
-    state_dict, config = checkpoint.read_vae(resolve("vae", name, "vae"))
-    return OpenSoraPlanVAE(state_dict, config)
+def load_vae(name: str, disable_dynamic: bool = False) -> comfy.sd.VAE:
+    """A VAE from a list entry; ``disable_dynamic`` as in ComfyUI's own loaders. Raises ValueError where the file is not the
+    v1.2 VAE."""
+    vae = OpenSoraPlanVAE(*checkpoint.read_vae(resolve("vae", name, "vae")), disable_dynamic=disable_dynamic)
+    vae.patcher.cached_patcher_init = (_reload_patcher, (name,))  # how ComfyUI loads it once more, for another GPU
+    return vae
+
+
+def _reload_patcher(name: str, disable_dynamic: bool = False) -> Any:
+    return load_vae(name, disable_dynamic).patcher
 
 
 class FirstStage(CausalVAE):
@@ -71,14 +78,13 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
     to which each version of ComfyUI adds, and stops; the network and what belongs to it are set here.
     """
 
-    def __init__(self, state_dict: dict[str, Tensor], config: VAEConfig) -> None:
+    def __init__(self, state_dict: dict[str, Tensor], config: VAEConfig, disable_dynamic: bool = False) -> None:
         with _no_complaint():
             super().__init__(sd={})
         self.first_stage_model = FirstStage(config, operations=comfy.ops.disable_weight_init).eval()
         self.first_stage_model.load_state_dict(state_dict)
-        self.told: set[tuple[int, int]] = set()
         self._describe(config)
-        self._place()
+        self._place(disable_dynamic)
 
     def _describe(self, config: VAEConfig) -> None:
         """Sizes, value ranges and memory needs."""
@@ -100,14 +106,15 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
         self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
         self.working_dtypes = [torch.bfloat16, torch.float32]
 
-    def _place(self) -> None:
+    def _place(self, disable_dynamic: bool) -> None:
         """Devices and dtype, as the stock constructor chooses them."""
         self.device = mm.vae_device()
         self.output_device = mm.intermediate_device()
         self.vae_dtype = mm.vae_dtype(self.device, self.working_dtypes)
         self.first_stage_model.to(self.vae_dtype)
-        patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-        self.patcher = patcher(self.first_stage_model, load_device=self.device, offload_device=mm.vae_offload_device())
+        self.patcher = patcher_class(disable_dynamic)(
+            self.first_stage_model, load_device=self.device, offload_device=mm.vae_offload_device()
+        )
         self.size = mm.module_size(self.first_stage_model)
 
     def decode_tiled_3d(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -119,7 +126,6 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
         overlap: tuple[int, int, int] = (1, 4, 4),
     ) -> Tensor:
         """Latents (B, 4, t, h, w) to pixels (B, 3, F, H, W) in [0, 1]; tile sizes and overlap in latent units."""
-        self._tell_overlap(tile_x, overlap)
         tiles = len(vae_tiling.latent_chunks(samples.shape[2], tile_t)) * _tiles_in_frame(samples, tile_x, 1)
         network = SimpleNamespace(decode=self._on_tiles(self.first_stage_model.decode, tiles))
         pixels = vae_tiling.tiled_decode(network, samples, latent_size=tile_x, latent_frames=tile_t)  # pyright: ignore[reportArgumentType]
@@ -134,7 +140,6 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
         overlap: tuple[int, int, int] = (1, 64, 64),
     ) -> Tensor:
         """Pixels (B, 3, F, H, W) in [0, 1] to latents (B, 4, t, h, w); tile sizes and overlap in frames and pixels."""
-        self._tell_overlap(tile_x, overlap)
         frames = (tile_t + TIME - 1) // TIME
         tiles = len(vae_tiling.pixel_chunks(samples.shape[2], frames)) * _tiles_in_frame(
             samples, tile_x // SPACE, SPACE
@@ -154,14 +159,6 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
             return result
 
         return run
-
-    def _tell_overlap(self, tile: int, overlap: tuple[int, int, int]) -> None:
-        asked = (overlap[0], overlap[-1])
-        if asked != (1, int(tile * vae_tiling.OVERLAP)) and asked not in self.told:
-            self.told.add(asked)
-            log.info(
-                "This VAE tiles by Open-Sora-Plan's rule: overlaps of an eighth of the tile, and one latent frame in time."
-            )
 
 
 @contextmanager

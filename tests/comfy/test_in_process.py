@@ -55,7 +55,9 @@ def test_a_checkpoint_tells_its_levels(few_steps):
     assert few_steps["from the loaded model"] == few_steps["4 segments, 8 steps"]
 
 
-@pytest.mark.parametrize("name", ["flow preset on a v model", "shift on a v model", "no metadata", "empty part"])
+@pytest.mark.parametrize(
+    "name", ["flow preset on a v model", "shift on a v model", "no metadata", "empty part", "unknown preset"]
+)
 def test_levels_that_do_not_fit_are_refused(few_steps, name):
     assert few_steps["refused"][name]
 
@@ -75,6 +77,31 @@ def test_cogvideox_is_sampled_as_by_its_own_sampler(few_steps):
     if "cogvideox against its own sampler" not in few_steps:
         pytest.skip("this ComfyUI has no CogVideoX")
     assert few_steps["cogvideox against its own sampler"] < 1e-4
+    assert few_steps["cogvideox re-noised"]
+
+
+def test_what_a_mask_keeps_reaches_cogvideox_at_unit_variance(few_steps):
+    if "cogvideox masked" not in few_steps:
+        pytest.skip("this ComfyUI has no CogVideoX")
+    found = few_steps["cogvideox masked"]
+    assert len(found["spreads"]) == 4 and found["kept"] < 1e-4
+    for kept, made in found["spreads"]:
+        assert 0.7 < kept < 1.4 and 0.5 < made < 2
+
+
+def test_two_experts_give_what_one_run_gives(few_steps):
+    """Also with fresh noise at every step."""
+    assert few_steps["two experts against one"] < 1e-4
+
+
+def test_levels_that_were_made_for_fresh_noise_are_told(few_steps):
+    (line,) = few_steps["said of the preset"]
+    assert line.startswith("gamma is 0, but models with the levels of 'rCM 4 steps' were made for 1")
+
+
+def test_a_file_that_cannot_be_read_any_more_stops_no_sampling(few_steps):
+    assert few_steps["sampled all the same"] == 0
+    assert few_steps["said of the file"].startswith("What the model was distilled for is not known: ")
 
 
 def test_levels_of_a_checkpoint_are_read_again_where_its_file_has_changed(few_steps):
@@ -118,3 +145,22 @@ def test_the_vae_has_all_that_this_comfyui_asks_of_one(in_process):
     assert found["missing"] == [] and found["said"] == [] and len(found["said of none"]) == 1
     assert found["shapes"] == [[1, 9, 32, 32, 3], [1, 9, 64, 64, 3]]
     assert found["range"] == [0.0, 1.0, 0.0, 1.0]
+    assert found["still"] == 0, "one frame, in tiles after memory ran out"
+
+
+def test_the_loaders_parts_are_loaded_once_more_where_comfyui_asks(in_process):
+    """Without its dynamic memory: for hooks on weights, and for another GPU."""
+    found = in_process("dynamic_memory")
+    assert found["reloaded"] == {"model": True, "clip": True, "vae": True}
+
+
+def test_workers_keep_no_model_of_an_input_that_was_replaced(in_process):
+    found = in_process("recipe_key")
+    assert found["same"] and found["replaced"] and found["files"] == [["reference.png"]] * 3
+
+
+def test_fp8_weights_become_fp8_with_dynamic_memory_too(in_process):
+    found = in_process("dynamic_memory")
+    if "fp8" not in found:
+        pytest.skip("this ComfyUI has no dynamic memory")
+    assert found["fp8"] == ["torch.float8_e4m3fn"] and found["bf16"] == ["torch.bfloat16"]

@@ -577,6 +577,20 @@ def test_the_window_knows_each_family_s_way_to_say_the_noise_level(family, start
     assert handle.report.sparse == sparse
 
 
+def test_a_time_that_does_not_tell_the_noise_level_is_refused():
+    """Cosmos 1.0's scheduler gives a quarter of the logarithm: 1.096 for a sigma of 80."""
+    model, inputs = build("cosmos", 1)
+    early = {**inputs, "timestep": torch.full_like(inputs["timestep"], 1.096)}
+    late = {**inputs, "timestep": torch.full_like(inputs["timestep"], -0.33)}
+    for given in (early, late):
+        with torch.no_grad(), apply_to_diffusers(model, TilePlan.uniform(1), start=0.2):
+            with pytest.raises(ValueError, match="Apply the plan with start 0 and end 1"):
+                run(model, given)
+        with torch.no_grad(), apply_to_diffusers(model, TilePlan.uniform(1)) as handle:
+            run(model, given)
+        assert handle.report.sparse == 3
+
+
 def test_a_class_that_is_left_dense_is_refused_with_its_reason():
     mochi = diffusers.MochiTransformer3DModel(num_attention_heads=2, attention_head_dim=16, num_layers=1)
     with pytest.raises(ValueError, match="MochiTransformer3DModel, which stays dense: it attends for each batch entry"):

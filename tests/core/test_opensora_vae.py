@@ -97,6 +97,13 @@ def test_latent_chunks(frames, chunks):
 def test_pixel_chunks():
     assert vae_tiling.pixel_chunks(93) == [(0, 29), (28, 57), (56, 85), (84, 93)]
     assert vae_tiling.pixel_chunks(29) == [(0, 29)]
+    assert vae_tiling.pixel_chunks(9, 1) == [(0, 5), (4, 9)], "no chunk has less than two latents"
+
+
+def test_latent_chunks_of_any_size():
+    for size in (1, 2, 8):
+        assert vae_tiling.latent_chunks(1, size) == [(0, 1)]
+    assert vae_tiling.latent_chunks(3, 1) == [(0, 2), (1, 3)]
 
 
 def test_one_tile_equals_no_tiling(vae):

@@ -218,6 +218,8 @@ def test_other_sizes_work_and_say_so(pipeline, caplog):
 def test_template_is_filled_in(pipeline):
     pipeline.generate("A  dog", steps=1, template="a", guidance=1.0)
     assert pipeline.text_encoder.seen == ["masterpiece , best quality , ultra-detailed , a dog."]
+    pipeline.generate(" ", steps=1, template="a", guidance=1.0)
+    assert pipeline.text_encoder.seen == [""], "the unconditional prompt of the training"
 
 
 def test_prompts_of_any_length_work(pipeline, caplog):
@@ -245,6 +247,10 @@ def test_prompts_of_any_length_work(pipeline, caplog):
         ({"guidance": float("inf")}, "guidance is"),
         ({"seed": -1}, "seed must lie in"),
         ({"seed": 2**64}, "seed must lie in"),
+        ({"seed": 1.5}, "seed is 1.5, expected a whole number"),
+        ({"frames": 29.0}, "frames is 29.0, expected a whole number"),
+        ({"steps": 8.5}, "steps is 8.5, expected a whole number"),
+        ({"residual_every": 6}, "residual_every is 6, but there is no plan"),
         ({"sampler": "euler"}, "sampler must be one of"),
         ({"template": "z"}, "template must be one of"),
         ({"plan": TilePlan.uniform(1, layers=7)}, "layers"),
@@ -256,6 +262,22 @@ def test_what_cannot_be_made_is_refused_before_the_model_runs(pipeline, monkeypa
     with pytest.raises(ValueError, match=words):
         pipeline.generate("dog", **choices)
     assert not spy.calls
+
+
+def test_nothing_is_chosen_beside_a_request(pipeline):
+    request = pipeline.request("dog", steps=1)
+    with pytest.raises(ValueError, match="seed, steps cannot be chosen beside a request"):
+        pipeline.generate(request, seed=7, steps=4)
+
+
+def test_guidance_that_is_inside_the_weights_is_not_added_again(caplog):
+    header = ModelHeader.read("tiny-8-steps")
+    for sampler in ("consistency", "ddim", "euler_ancestral"):
+        assert header.request("dog", sampler=sampler).guidance == 1.0
+    assert header.request("dog", sampler="ddim").steps == 100 and not caplog.records
+    assert ModelHeader.read("tiny").request("dog", sampler="ddim").guidance == 3.0
+    header.request("dog", guidance=7.0)
+    assert "already inside this distilled model" in caplog.text
 
 
 def test_settings_that_do_nothing_are_named():

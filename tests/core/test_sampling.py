@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.sampling import Denoiser, DiscreteSchedule, consistency_sigmas, sample_consistency
-from efficient_vdit_core.sampling.consistency import NOISE_SEED_OFFSET, seeded_noise
+from efficient_vdit_core.sampling.consistency import fresh_noise
 
 SIGMAS = consistency_sigmas(DiscreteSchedule().sigma, 4, 6)
 SHAPE = (2, 4, 3, 5, 5)
@@ -31,22 +31,22 @@ def test_gamma_0_equals_a_handwritten_euler_bit_for_bit():
 
 
 def test_gamma_1_equals_a_handwritten_lcm_bit_for_bit():
-    x, noise = start(), seeded_noise(start(), 3)
+    x = start()
     for sigma, sigma_next in zip(SIGMAS[:-1], SIGMAS[1:], strict=True):
         x = gaussian(x, sigma * torch.ones(2))
         if sigma_next > 0:
-            x = x + sigma_next * noise(sigma, sigma_next)
+            x = x + sigma_next * fresh_noise(x, 3, float(sigma_next))
     assert torch.equal(sample_consistency(gaussian, start(), SIGMAS, gamma=1.0, noise_seed=3), x)
 
 
 @pytest.mark.parametrize("gamma", [0.3, 0.75])
 def test_gamma_between_jumps_below_and_renoises(gamma):
-    x, noise = start(), seeded_noise(start(), 3)
+    x = start()
     for sigma, sigma_next in zip(SIGMAS[:-1], SIGMAS[1:], strict=True):
         x0, down = gaussian(x, sigma * torch.ones(2)), (1 - gamma) * sigma_next
         x = x0 + down * (x - x0) / sigma
         if sigma_next > 0:
-            x = x + (sigma_next**2 - down**2).sqrt() * noise(sigma, sigma_next)
+            x = x + (sigma_next**2 - down**2).sqrt() * fresh_noise(x, 3, float(sigma_next))
     out = sample_consistency(gaussian, start(), SIGMAS, gamma=gamma, noise_seed=3)
     torch.testing.assert_close(out, x, rtol=1e-4, atol=1e-4)
 
@@ -65,7 +65,7 @@ def test_flow_models_mix_noise_by_their_noise_to_signal_ratio(gamma):
     ratio = (1 - gamma) * 0.6 / 0.4
     down = ratio / (1 + ratio)
     scale = 0.4 / (1 - down)
-    expected = scale * flow_renoise(down, e, x0) + (0.6**2 - (scale * down) ** 2) ** 0.5 * seeded_noise(x, 3)(0, 0)
+    expected = scale * flow_renoise(down, e, x0) + (0.6**2 - (scale * down) ** 2) ** 0.5 * fresh_noise(x, 3, 0.6)
     out = sample_consistency(lambda x, s: x0, x, sigmas, gamma=gamma, renoise=flow_renoise, noise_seed=3)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
@@ -175,8 +175,7 @@ def test_starting_noise_of_the_same_seed_is_not_drawn_again():
         noise_seed=11,
         renoise=lambda sigma, noise, x0: drawn.append(noise) or x0,
     )
-    assert not torch.allclose(drawn[0], same)
-    assert NOISE_SEED_OFFSET != 0
+    assert abs(torch.corrcoef(torch.stack([drawn[0].flatten(), same.flatten()]))[0, 1]) < 0.2
 
 
 @pytest.mark.parametrize("seed", [-1, 0, 2**64 - 1])
@@ -206,6 +205,24 @@ def test_a_run_may_stop_above_zero():
     whole = sample_consistency(gaussian, start(), SIGMAS)
     half = sample_consistency(gaussian, start(), SIGMAS[:4])
     assert torch.equal(sample_consistency(gaussian, half, SIGMAS[3:]), whole)
+
+
+@pytest.mark.parametrize("gamma", [0.3, 1.0])
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_two_experts_add_the_noise_of_one_run(gamma, at):
+    """Each runs a part of the steps with the same seed."""
+    options = {"gamma": gamma, "noise_seed": 11}
+    whole = sample_consistency(gaussian, start(), SIGMAS, **options)
+    first = sample_consistency(gaussian, start(), SIGMAS[: at + 1], **options)
+    assert torch.equal(sample_consistency(gaussian, first, SIGMAS[at:], **options), whole)
+
+
+def test_every_level_has_a_noise_of_its_own():
+    noises = torch.stack([fresh_noise(start(), 11, float(sigma)).flatten() for sigma in SIGMAS[:-1]])
+    alike = torch.corrcoef(noises) - torch.eye(len(noises))
+    assert alike.abs().max() < 0.2
+    other = torch.nextafter(SIGMAS[1], SIGMAS[0])
+    assert torch.equal(fresh_noise(start(), 11, float(other)), fresh_noise(start(), 11, float(SIGMAS[1])))
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.1, float("nan")])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from efficient_vdit_core.sampling.presets import PRESETS, cut, parse_sigmas, shifted
+from efficient_vdit_core.sampling.presets import PRESETS, cut, parse_sigmas, preset_of, shifted
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,13 @@ def test_every_preset_descends_to_zero_and_has_its_steps(preset):
     assert 0.0 <= preset.gamma <= 1.0
     name = next(n for n, p in PRESETS.items() if p is preset)
     assert f" {len(preset.sigmas) - 1} step" in name
+
+
+def test_a_preset_is_known_by_its_levels():
+    for name, preset in PRESETS.items():
+        assert preset_of(torch.tensor(preset.sigmas).tolist()) == name
+    assert preset_of(PRESETS["rCM 4 steps"].sigmas[1:4]) == "rCM 4 steps", "as one expert has them"
+    assert preset_of((1.0, 0.5, 0.0)) is None and preset_of(shifted(4, 8.0)) is None
 
 
 def test_shift_one_is_even():

@@ -175,7 +175,6 @@ class OpenSoraT2V(nn.Module):
         self.config = config
         self.dtype = dtype or torch.get_default_dtype()
         self.patch_size = (1, config.patch_size, config.patch_size)
-        self.rope_angle_dtype: torch.dtype | None = None
         self.gradient_checkpointing = False
         self.pos_embed = PatchEmbed(config, **build)
         self.adaln_single = AdaLayerNormSingle(dim, **build)
@@ -238,7 +237,7 @@ class OpenSoraT2V(nn.Module):
         c = self.config
         scales = (c.interpolation_scale_t, c.interpolation_scale_h, c.interpolation_scale_w)
         # The reference rounds angles to the run's dtype; bf16 checkpoints were trained with that.
-        angles = self.rope_angle_dtype or (torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32)
+        angles = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32
         return rope_table(grid, scales, c.attention_head_dim, device=tokens.device, angle_dtype=angles, first=first)
 
 

@@ -21,13 +21,13 @@ OVERLAP = 0.125
 
 
 def latent_chunks(frames: int, size: int = LATENT_FRAMES) -> list[tuple[int, int]]:
-    """Latent frame ranges that are decoded together: ``size`` each, starting every ``size`` - 1."""
-    return _chunks(frames, size - 1)
+    """Latent frame ranges that are decoded together: ``size`` each, at least 2, starting every ``size`` - 1."""
+    return _chunks(frames, max(size, 2) - 1)
 
 
 def pixel_chunks(frames: int, size: int = LATENT_FRAMES) -> list[tuple[int, int]]:
-    """Pixel frame ranges that are encoded together: 4 (size - 1) + 1 each, overlapping by one frame."""
-    return _chunks(frames, TIME_FACTOR * (size - 1))
+    """Pixel frame ranges that are encoded together: 4 (size - 1) + 1 each, of at least 2 latents, overlapping by one frame."""
+    return _chunks(frames, TIME_FACTOR * (max(size, 2) - 1))
 
 
 def tiled_decode(

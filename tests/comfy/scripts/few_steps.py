@@ -4,7 +4,7 @@ import json
 import pathlib
 import sys
 
-from host import call, load_pack, torch  # isort: skip
+from host import call, load_pack, log_lines, torch  # isort: skip
 import comfy.model_sampling as ms  # isort: skip
 import comfy.samplers  # isort: skip
 from tiny_models import CASES, build, inputs, missing  # isort: skip
@@ -45,6 +45,7 @@ facts = {
     "warnings": {},
 }
 wrong = {
+    "unknown preset": {"preset": "LightX2V 4 step"},
     "flow preset on a v model": {"preset": "FastWan 3 steps"},
     "shift on a v model": {"shift": 3.0},
     "no metadata": {"preset": "from checkpoint"},
@@ -69,24 +70,67 @@ for name, (source, steps, cfg, gamma) in cases.items():
     facts["warnings"][name] = bridge.remarks(guider, sigmas[:3] if name == "half of it" else sigmas, gamma)
 
 
-def on_cogvideox(sampler):
-    """A clip of CogVideoX, whose network takes latents at unit variance and whose schedule scales none."""
-    x, asked, _ = inputs(CASES["cogvideox"])
-    guider = comfy.samplers.CFGGuider(cogvideox)
+def ours(gamma):
+    return call(pack["EVDiTConsistencySampler"], gamma=gamma, noise_seed=0)[0]
+
+
+def on(family, source, sampler, sigmas, noise=None, latent=None, **options):
+    """A clip of a tiny model without guidance, from ``noise`` on zeros by default."""
+    x, asked, _ = inputs(CASES[family])
+    x = x if noise is None else noise
+    guider = comfy.samplers.CFGGuider(source)
     guider.set_conds(asked, asked)
     guider.set_cfg(1.0)
     with torch.inference_mode():
-        return guider.sample(
-            x, torch.zeros_like(x), sampler, torch.tensor(levels(cogvideox)), disable_pbar=True, seed=0
-        )
+        start = torch.zeros_like(x) if latent is None else latent
+        return guider.sample(x, start, sampler, torch.tensor(sigmas), disable_pbar=True, seed=0, **options)
+
+
+def off(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def seen_of_a_mask(source, latent, mask):
+    """How far the latents that the network is given spread, kept half and made half, at each step."""
+    spreads, half = [], latent.shape[-1] // 2
+
+    def look(apply, given):
+        x = given["input"]
+        spreads.append([float(x[..., :half].std()), float(x[..., half:].std())])
+        return apply(x, given["timestep"], **given["c"])
+
+    watched = source.clone()
+    watched.set_model_unet_function_wrapper(look)
+    out = on("cogvideox", watched, ours(0.0), levels(source), latent=latent, denoise_mask=mask)
+    return {"spreads": spreads, "kept": float((out - latent)[..., :half].abs().max())}
 
 
 if not missing(CASES["cogvideox"]):
     from comfy_extras.nodes_void import VOID_DDIM
 
-    cogvideox, ours = build(CASES["cogvideox"]), call(pack["EVDiTConsistencySampler"], gamma=0.0, noise_seed=0)[0]
-    stock = on_cogvideox(VOID_DDIM())
-    facts["cogvideox against its own sampler"] = float((on_cogvideox(ours) - stock).abs().max() / stock.abs().max())
+    # Its network takes latents at unit variance, and its schedule scales none.
+    cogvideox = build(CASES["cogvideox"])
+    clip = on("cogvideox", cogvideox, VOID_DDIM(), levels(cogvideox))
+    facts["cogvideox against its own sampler"] = off(on("cogvideox", cogvideox, ours(0.0), levels(cogvideox)), clip)
+    facts["cogvideox re-noised"] = bool(on("cogvideox", cogvideox, ours(0.5), levels(cogvideox)).isfinite().all())
+    half = torch.ones(1, 1, *clip.shape[2:])
+    half[..., : clip.shape[-1] // 2] = 0
+    facts["cogvideox masked"] = seen_of_a_mask(cogvideox, torch.randn(clip.shape), half)
+
+wan = build(CASES["wan"])
+parts = [
+    levels(wan, preset="rCM 4 steps", start_step=start, end_step=end) for start, end in ((0, 1000), (0, 1), (1, 1000))
+]
+whole, first = (on("wan", wan, ours(1.0), part) for part in parts[:2])
+facts["two experts against one"] = off(
+    on("wan", wan, ours(1.0), parts[2], noise=torch.zeros_like(first), latent=first), whole
+)
+lines = log_lines()
+on("wan", wan, ours(0.0), parts[0])
+facts["said of the preset"], known = list(lines), bridge.model_metadata
+bridge.model_metadata = lambda _: modules["distill.metadata"].DistillMetadata.from_entries({"evdit": "half a"})
+facts["sampled all the same"] = off(on("wan", wan, ours(1.0), parts[0]), whole)
+bridge.model_metadata, facts["said of the file"] = known, lines[-1]
 
 node = pack["EVDiTConsistencySigmas"]
 marks = [node.fingerprint_inputs(preset="from checkpoint", checkpoint=source) for source in (bridge.LOADED_MODEL, None)]

@@ -61,14 +61,17 @@ facts["chained equals alone"] = difference(run(patched(1, chained)), sparse)
 facts["chained calls"] = len(calls)
 
 
-# The stock sampler is handed the very stream of fresh noise that ours draws.
-(stream,) = (
-    m.seeded_noise for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.sampling.consistency")
+# The stock sampler is handed the very noise that ours draws.
+(fresh_noise,) = (
+    m.fresh_noise for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.sampling.consistency")
 )
 
 
 def lcm(chosen, x, levels, extra_args=None, callback=None, disable=None, **_):
-    return k_diffusion.sample_lcm(chosen, x, levels, extra_args, callback, disable, noise_sampler=stream(x, 0))
+    def noise(sigma, sigma_next):
+        return fresh_noise(x, 0, float(sigma_next))
+
+    return k_diffusion.sample_lcm(chosen, x, levels, extra_args, callback, disable, noise_sampler=noise)
 
 
 def ours(gamma):
