@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,13 +82,14 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
         clips = _from_teacher(config, open_model(config.sampled_by) if config.sampled_by else model, cache, device)
     clips = clips.worded(data.prompt)
     texts = [*clips.texts(), data.negative, *map(data.prompt, config.training.samples)]
-    bank = TextBank.build(texts, partial(model.text_encoder, device), _text_file(cache, model))
+    bank = _text_bank(texts, model, cache, device)
     return PreparedData(clips, bank, data.negative, device)
 
 
-def _text_file(cache: Path, model: FamilyModel) -> Path:
-    """Where the cache, which other models may share, keeps this one's text states."""
-    return cache / f"texts-{text_stamp(model)}.safetensors"
+def _text_bank(texts: Iterable[str], model: FamilyModel, cache: Path, device: torch.device) -> TextBank:
+    """From the model's own file in the cache, which other models may share."""
+    file = cache / f"texts-{text_stamp(model)}.safetensors"
+    return TextBank.build(texts, partial(model.text_encoder, device), file, model.text_padding)
 
 
 def _tinyworld(config: DistillConfig, model: FamilyModel, cache: Path) -> ClipSet:
@@ -122,9 +123,7 @@ def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device
     """Samples of ``model``: a recipe's later stages learn from those of its first teacher."""
     data = config.data
     captions = read_captions(data.captions)
-    bank = TextBank.build(
-        [*map(data.prompt, captions), data.negative], partial(model.text_encoder, device), _text_file(cache, model)
-    )
+    bank = _text_bank([*map(data.prompt, captions), data.negative], model, cache, device)
     shape = model.latent_shape(model.size(data.frames, data.height, data.width))
     source = PreparedData(ClipSet([], []), bank, data.negative, device)
 

@@ -70,6 +70,10 @@ class DiffusersModel(DiffusersFolder):
         return int(self.config["max_text_seq_length"]), int(self.config["text_embed_dim"])
 
     @property
+    def text_padding(self) -> int:
+        return WAN_TEXT if self.kind == WAN else 0
+
+    @property
     def parts(self) -> dict[str, Path]:
         return {"text encoder": self.folder / "text_encoder", "VAE": self.folder / "vae"}
 
@@ -149,8 +153,11 @@ class DiffusersModel(DiffusersFolder):
 
         @torch.no_grad()
         def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
-            context = pipe.encode_prompt(texts, do_classifier_free_guidance=False, device=device)[0]
-            return context, torch.ones(context.shape[:2], dtype=torch.long)
+            rows = self.text_size[0]  # diffusers' own default for Wan is 226, but the model is sampled with 512
+            context = pipe.encode_prompt(
+                texts, do_classifier_free_guidance=False, max_sequence_length=rows, device=device
+            )[0]
+            return context, context.any(-1).long()  # Wan's padding is zeros; CogVideoX's is as good as words
 
         return encode
 

@@ -99,6 +99,11 @@ class FamilyModel(Protocol):
         ...
 
     @property
+    def text_padding(self) -> int:
+        """The rows to which it pads a text's states with zeros that are attended to; 0 where a mask leaves padding out."""
+        ...
+
+    @property
     def parts(self) -> dict[str, Path]:
         """Where the ``text encoder`` and the ``VAE`` lie."""
         ...

@@ -40,7 +40,7 @@ class OpenSoraPlanModel:
     """See `model.FamilyModel`."""
 
     family, expert, serves = FAMILY, "", staticmethod(serves_all)
-    guided, can_host, at_once, sound_rate = True, False, MAX_BATCH, 0
+    guided, can_host, at_once, sound_rate, text_padding = True, False, MAX_BATCH, 0, 0
 
     def __init__(self, config: ModelConfig) -> None:
         if config.expert:
