@@ -4,8 +4,10 @@ kept."""
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from recorded import record
 from small_models import opensora_plan
 
 from efficient_vdit_core.distill.config import DataConfig, DistillConfig, TrainingConfig
@@ -17,11 +19,10 @@ from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanMode
 from efficient_vdit_core.distill.families.stamps import MAX_WHOLE, text_stamp
 from efficient_vdit_core.distill.families.texts import AT_ONCE, TextBank
 from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig
+from efficient_vdit_core.video import write_video
 
 
 def videos(folder, names):
-    from efficient_vdit_core.video import write_video
-
     torch.manual_seed(0)
     for name in names:
         write_video(folder / name, torch.randint(0, 255, (5, 20, 32, 3), dtype=torch.uint8).numpy(), fps=8)
@@ -51,6 +52,26 @@ def test_a_corrupt_video_is_named_skipped_and_counted(tmp_path, caplog):
     assert len(seen) == 4
     with pytest.raises(ValueError, match="None of the 3"):
         encode_videos(folder, tmp_path / "cache", (9, 16, 16), encoder)
+
+
+def test_videos_are_brought_to_the_models_rate_and_none_is_taken_without_one(tmp_path, caplog):
+    pytest.importorskip("imageio_ffmpeg")
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    still = np.arange(16, dtype=np.uint8).repeat(20 * 32 * 3).reshape(16, 20, 32, 3) * 16
+    write_video(folder / "fast.gif", still, fps=20)
+    record(folder / "screen.webm", sound=False)
+    for name in ("fast", "screen"):
+        (folder / f"{name}.txt").write_text(name)
+    seen = {}
+
+    def encoder(fps):
+        return lambda: lambda frames: seen.setdefault(fps, []).append(frames[:, 0, 0, 0]) or torch.ones(4, 2, 2, 2)
+
+    found = {fps: encode_videos(folder, tmp_path / "cache", (5, 16, 16), encoder(fps), fps=fps) for fps in (0, 10.0)}
+    assert found[0].captions == [("fast",)] and "screen.webm is left out: its frame rate is not told" in caplog.text
+    assert found[10.0].captions == [("fast",), ("screen",)]
+    assert seen[0][0].tolist() == [0, 16, 32, 48, 64] and seen[10.0][0].tolist() == [0, 32, 64, 96, 128]
 
 
 def test_missing_captions_are_listed(tmp_path):

@@ -1,15 +1,19 @@
 """What MiniMax-H3 is trained on: clips with their sound through both VAEs, and prompts, against diffusers' own by hand."""
 
 import subprocess
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from recorded import record
 from small_models import minimax_h3
 
+from efficient_vdit_core.distill.config import DistillConfig
 from efficient_vdit_core.distill.data.clips import encode_videos
+from efficient_vdit_core.distill.data.prepare import check_data
 from efficient_vdit_core.distill.families.minimax_h3_clip import ClipShape
 from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.families.texts import TextBank
@@ -49,11 +53,26 @@ def test_sound_is_read_as_long_as_the_pictures_last(tmp_path):
     assert read_sound(with_sound(tmp_path / "b.mp4", tone=False), 1.0, 32000, 24) is None
     with pytest.raises(ValueError, match="has 30 frames a second, expected 24"):
         read_sound(with_sound(tmp_path / "c.mp4", fps=30), 0.5, 32000, 24)
+    assert read_sound(tmp_path / "c.mp4", 0.5, 32000, 0).shape == (2, 16000), "whose pictures are brought to a rate"
     whole = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    assert (
-        read_sound(tmp_path / "cut.mp4", 0.5, 32000, 24) is None
-    )  # nothing in it can be told; its pictures are refused
+    for untold in (tmp_path / "cut.mp4", record(tmp_path / "r.webm", rate=60)):
+        with pytest.raises(ValueError, match="a frame rate that is not told, or varies, expected 24"):
+            read_sound(untold, 0.5, 32000, 24)
+
+
+def test_pictures_at_another_rate_than_the_sounds_are_refused(h3_with_vaes, tmp_path):
+    h3, *_ = h3_with_vaes
+    with_sound(tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_text("a")
+    values = {
+        "method": "consistency",
+        "data": {"source": "videos", "folder": str(tmp_path), "frames": 22, "height": 96, "width": 160},
+    }
+    for fps, told in ((0, ""), (24, ""), (16, "data.fps is 16, but the model's pictures come at 24 a second")):
+        values["data"]["fps"] = fps
+        with nullcontext() if not told else pytest.raises(ValueError, match=told):
+            check_data(DistillConfig.from_dict({**values, "training": {"batch": 1}}), h3)
 
 
 @pytest.fixture

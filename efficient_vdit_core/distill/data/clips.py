@@ -106,22 +106,24 @@ def encode_videos(
     encoder: Callable[[], Callable[..., Tensor]],
     sound_rate: int = 0,
     stamp: str = "",
+    fps: float = 0.0,
 ) -> ClipSet:
     """Latents of a folder's videos, cut to ``size`` (frames, height, width); a video that cannot be read is named,
     skipped and counted. With a ``sound_rate`` the encoder is given the sound beside the frames, None where there is
-    none. ``stamp``: of the encoder, so that another's latents are not taken."""
+    none. ``stamp``: of the encoder, so that another's latents are not taken. ``fps``: what videos are brought to; 0 takes
+    their own frames."""
     from tqdm import tqdm
 
     captions = video_captions(folder)
     encode: Callable[[np.ndarray], Tensor] | None = None
     files, texts, broken = [], [], []
     for video, text in tqdm(captions.items(), desc="latents", mininterval=5):
-        made = f"{video.resolve()} {video.stat().st_mtime_ns} {size} {stamp}"
+        made = f"{video.resolve()} {video.stat().st_mtime_ns} {size} {stamp}" + (f" {fps}" if fps else "")
         stem = video.stem.encode()[:MAX_STEM].decode(errors="ignore")
         target = cache / f"{stem}-{hashlib.sha256(made.encode()).hexdigest()[:16]}.safetensors"
         if not target.is_file():
             try:
-                clip = (read_frames(video, size), *read_sounds(video, size, sound_rate))
+                clip = (read_frames(video, size, fps), *read_sounds(video, size, sound_rate, fps))
             except ValueError as error:
                 log.warning("%s is left out: %s", named(video.name), error)
                 broken.append(named(video.name))
@@ -139,25 +141,30 @@ def encode_videos(
     return ClipSet(LatentFiles(files), texts)
 
 
-def read_frames(video: Path, size: tuple[int, int, int]) -> np.ndarray:
-    """The first frames of a video as uint8 (F, H, W, 3), scaled to cover height and width and cropped in the middle."""
+def read_frames(video: Path, size: tuple[int, int, int], fps: float = 0.0) -> np.ndarray:
+    """The first frames of a video as uint8 (F, H, W, 3), at ``fps`` or the file's own constant rate, scaled to cover height and
+    width and cropped in the middle."""
     from PIL import Image
 
-    from ...read_video import iterate_video
+    from ...read_video import check_steady, iterate_video
 
     frames, height, width = size
-    found = [_cover(Image.fromarray(frame), height, width) for frame in islice(iterate_video(video), frames)]
+    found = [_cover(Image.fromarray(frame), height, width) for frame in islice(iterate_video(video, fps), frames)]
+    if not fps:
+        check_steady(video)
     if len(found) < frames:
-        raise ValueError(f"it has {len(found)} frames, expected at least {frames}")
+        raise ValueError(
+            f"it has {len(found)} frames{f' at {fps:g} a second' if fps else ''}, expected at least {frames}"
+        )
     return np.stack(found)
 
 
-def read_sounds(video: Path, size: tuple[int, int, int], rate: int) -> tuple[np.ndarray | None, ...]:
+def read_sounds(video: Path, size: tuple[int, int, int], rate: int, fps: float = 0.0) -> tuple[np.ndarray | None, ...]:
     """The sound of the frames that `read_frames` gives, for a model that takes it at ``rate``; nothing for one that does
     not."""
     from ...read_sound import read_sound
 
-    return (read_sound(video, size[0] / FPS, rate, FPS),) if rate else ()
+    return (read_sound(video, size[0] / FPS, rate, 0 if fps else FPS),) if rate else ()
 
 
 def teacher_clips(

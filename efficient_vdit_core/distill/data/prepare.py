@@ -20,7 +20,7 @@ from ..families.open_model import open_model
 from ..families.stamps import teacher_stamp, text_stamp, video_stamp
 from ..families.texts import TextBank
 from ..objectives.rollout import guided, roll_down
-from .clips import ClipSet, Generate, encode_videos, read_captions, teacher_clips, video_captions, without_clips
+from .clips import FPS, ClipSet, Generate, encode_videos, read_captions, teacher_clips, video_captions, without_clips
 from .noise import numbered_noise
 
 
@@ -52,7 +52,12 @@ def check_data(config: DistillConfig, model: FamilyModel) -> None:
         check_memory(latent * data.clips, f"data.clips = {data.clips}", "Lower it; 4096 clips are enough.")
     if data.source == "videos":
         video_captions(Path(data.folder))
-        _ = model.sound_rate  # of a VAE that may be missing
+        rate = model.sound_rate  # of a VAE that may be missing
+        if rate and data.fps not in (0, FPS):
+            raise ValueError(
+                f"data.fps is {data.fps:g}, but the model's pictures come at {FPS} a second, or its sound would not keep pace. Set it "
+                f"to {FPS}, or to 0 for videos that have it."
+            )
     elif data.source in ("teacher", "captions"):
         read_captions(data.captions)
     else:
@@ -74,7 +79,7 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
     elif data.source == "videos":
         size = model.size(data.frames, data.height, data.width)
         encoder = partial(model.video_encoder, device)
-        clips = encode_videos(Path(data.folder), cache, size, encoder, model.sound_rate, video_stamp(model))
+        clips = encode_videos(Path(data.folder), cache, size, encoder, model.sound_rate, video_stamp(model), data.fps)
     elif data.source == "captions":
         shape = model.latent_shape(model.size(data.frames, data.height, data.width))
         clips = without_clips(read_captions(data.captions), shape)
