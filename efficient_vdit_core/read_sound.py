@@ -36,7 +36,24 @@ def read_sound(path: str | Path, seconds: float, rate: int, fps: float) -> np.nd
         )
     if "Audio:" not in about:
         return None
-    wanted = ["-map", "0:a:0", "-t", str(seconds), "-ac", str(CHANNELS), "-ar", str(rate), "-f", "f32le", "-"]
+    # Silence stands for what the file has no sound of, before its begin as well: `iterate_video` repeats a first picture that
+    # comes later than the file begins.
+    filled = "aresample=async=1:first_pts=0"
+    wanted = [
+        "-map",
+        "0:a:0",
+        "-af",
+        filled,
+        "-t",
+        str(seconds),
+        "-ac",
+        str(CHANNELS),
+        "-ar",
+        str(rate),
+        "-f",
+        "f32le",
+        "-",
+    ]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as complaints:
         with ffmpeg(["-v", "error", "-xerror", *source, *wanted], out, complaints) as process:
             status = process.wait()

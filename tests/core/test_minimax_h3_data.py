@@ -18,6 +18,7 @@ from efficient_vdit_core.distill.families.minimax_h3_clip import ClipShape
 from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.families.texts import TextBank
 from efficient_vdit_core.read_sound import read_sound
+from efficient_vdit_core.read_video import read_video
 from efficient_vdit_core.video import write_video
 
 diffusers = pytest.importorskip("diffusers")
@@ -59,6 +60,36 @@ def test_sound_is_read_as_long_as_the_pictures_last(tmp_path):
     for untold in (tmp_path / "cut.mp4", record(tmp_path / "r.webm", rate=60)):
         with pytest.raises(ValueError, match="a frame rate that is not told, or varies, expected 24"):
             read_sound(untold, 0.5, 32000, 24)
+
+
+@pytest.mark.parametrize("late", ["sound", "pictures"])
+def test_sound_keeps_its_place_beside_the_pictures(tmp_path, late):
+    """In a file one of the two may begin after the other."""
+    import imageio_ffmpeg
+
+    source, path = with_sound(tmp_path / "a.mp4", frames=12), tmp_path / "late.mkv"
+    streams = ["0:a", "1:v"] if late == "pictures" else ["0:v", "1:a"]
+    arguments = [
+        "-i",
+        source,
+        "-itsoffset",
+        "0.25",
+        "-i",
+        source,
+        "-map",
+        streams[0],
+        "-map",
+        streams[1],
+        "-c",
+        "copy",
+        path,
+    ]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, arguments)], check=True)
+    sound, pictures = read_sound(path, 18 / 24, 32000, 24), read_video(path)
+    begins = int((np.abs(sound[0]) > 0.1).argmax()) / 32000
+    changes = int((np.abs(np.diff(pictures.astype(int), axis=0)).mean((1, 2, 3)) > 10).argmax())
+    expected = (0.25, 0) if late == "sound" else (0, 6)
+    assert begins == pytest.approx(expected[0], abs=0.03) and changes == expected[1]
 
 
 def test_pictures_at_another_rate_than_the_sounds_are_refused(h3_with_vaes, tmp_path):

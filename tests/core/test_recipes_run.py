@@ -202,7 +202,7 @@ def videos(folder):
     folder.mkdir()
     for name, text in (("a", "a red cat"), ("b", "a blue dog")):
         frames = np.random.default_rng(len(text)).integers(0, 255, (13, 64, 64, 3), dtype=np.uint8)
-        write_video(folder / f"{name}.mp4", frames, fps=24, metadata={})
+        write_video(folder / f"{name}.mp4", frames, fps=16, metadata={})
         (folder / f"{name}.txt").write_text(text)
     return folder
 
