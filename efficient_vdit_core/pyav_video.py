@@ -58,11 +58,10 @@ def read_frames(path: Path, check: Callable[[int, int, int], None], fps: float =
             raise ValueError("it has no pictures")
         stream = container.streams.video[0]
         stream.codec_context.options = {"err_detect": "explode"}
-        expected, rate = stream.frames, stream.base_rate or stream.average_rate or Fraction(1)
-        check(stream.codec_context.width, stream.codec_context.height, expected)
-        count, held, start, end = 0, None, 0.0, 0.0
-        for frame in container.decode(stream):
-            count += 1
+        rate = stream.base_rate or stream.average_rate or Fraction(1)
+        check(stream.codec_context.width, stream.codec_context.height, stream.frames)
+        held, start, end = None, 0.0, 0.0
+        for frame in _decoded(container, stream):
             pixels, now = _pixels(frame), frame.time or 0.0
             if held is not None:  # how long it lasts, the next one tells
                 yield from [held] * (
@@ -72,8 +71,19 @@ def read_frames(path: Path, check: Callable[[int, int, int], None], fps: float =
             end = now + (float(frame.duration * frame.time_base) if frame.duration else 1 / float(rate))
         if held is not None:
             yield from [held] * (times_shown(start, end, fps) if fps else 1)
-    if count < expected:
-        raise ValueError(f"{count} of its {expected} frames can be decoded")
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """All frames that are to be shown. A clip that was cut without coding it anew still holds the frames before its begin, on
+    which others build, and counts them."""
+    count = hidden = 0
+    for packet in container.demux(stream):
+        hidden += packet.is_discard
+        for frame in packet.decode():
+            count += 1
+            yield frame
+    if count < stream.frames - hidden:
+        raise ValueError(f"{count} of its {stream.frames - hidden} frames can be decoded")
 
 
 def _pixels(frame: Any) -> np.ndarray:

@@ -39,23 +39,9 @@ def read_sound(path: str | Path, seconds: float, rate: int, fps: float) -> np.nd
     # Silence stands for what the file has no sound of, before its begin as well: `iterate_video` repeats a first picture that
     # comes later than the file begins.
     filled = "aresample=async=1:first_pts=0"
-    wanted = [
-        "-map",
-        "0:a:0",
-        "-af",
-        filled,
-        "-t",
-        str(seconds),
-        "-ac",
-        str(CHANNELS),
-        "-ar",
-        str(rate),
-        "-f",
-        "f32le",
-        "-",
-    ]
+    wanted = ["-map", "0:a:0", "-af", filled, "-t", str(seconds), "-ac", str(CHANNELS), "-ar", str(rate)]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as complaints:
-        with ffmpeg(["-v", "error", "-xerror", *source, *wanted], out, complaints) as process:
+        with ffmpeg(["-v", "error", "-xerror", *source, *wanted, "-f", "f32le", "-"], out, complaints) as process:
             status = process.wait()
         if status or said(complaints):
             raise ValueError(f"{name} holds sound that cannot be read. It is damaged, or half written; make it again.")

@@ -126,6 +126,17 @@ def test_a_recording_without_a_rate_is_known_and_read_by_its_times(tmp_path, fra
         check_steady(write_video(tmp_path / name, frames))
 
 
+def test_a_clip_that_was_cut_without_coding_it_anew_is_whole(tmp_path, frames):
+    path, cut = write_video(tmp_path / "a.mp4", np.concatenate([frames] * 3), fps=13), tmp_path / "b.mp4"
+    arguments = ["-v", "error", "-ss", "1.5", "-i", str(path), "-c", "copy", str(cut)]
+    with reading.ffmpeg(arguments, None, None) as process:
+        assert process.wait() == 0
+    assert 18 <= len(read_video(cut)) <= 20
+    cut.write_bytes(cut.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match="damaged"):
+        read_video(cut)
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 @pytest.mark.parametrize("fps", [24, 8, 30])
 def test_equal_frames_are_not_lost(tmp_path, frames, suffix, fps):
