@@ -250,6 +250,13 @@ def sampled(tmp_path, monkeypatch):
     return make
 
 
+def test_the_teachers_samples_are_the_noise_schedules(tmp_path, sampled, monkeypatch):
+    model = opensora_plan(tmp_path, layers=1)
+    sampled(model)
+    monkeypatch.setattr(OpenSoraPlanModel, "schedules", [8.0])
+    assert sampled(model)[1] == [model.transformer] and sampled(model)[1] == []
+
+
 def test_the_teachers_samples_are_its_own_and_the_seeds(tmp_path, sampled):
     models = []
     for seed in (0, 1):

@@ -143,5 +143,6 @@ def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device
 
         return generate
 
-    settings = [data.seed, data.guidance, data.negative, data.teacher_steps, shape, data.template, teacher_stamp(model)]
+    asked = [data.seed, data.guidance, data.negative, data.teacher_steps, shape, data.template]
+    settings = [*asked, teacher_stamp(model), *model.schedules]
     return teacher_clips(captions, data.clips, cache, settings, load_teacher, at_once=config.training.batch)

@@ -64,6 +64,10 @@ class DiffusersModel(DiffusersFolder):
         return noisy if self.expert == "high" else ~noisy
 
     @property
+    def schedules(self) -> list[Any]:
+        return [self.prediction, self.path.describe()]
+
+    @property
     def text_size(self) -> tuple[int, int]:
         if self.kind == WAN:
             return WAN_TEXT, int(self.config["text_dim"])

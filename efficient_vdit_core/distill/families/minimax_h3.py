@@ -86,6 +86,10 @@ class MiniMaxH3Model(DiffusersFolder):
         return int(read_json(self.folder / "audio_vae" / "config.json").get("sampling_rate", 32000))
 
     @property
+    def schedules(self) -> list[Any]:
+        return [self.shift, self.sound_shift]
+
+    @property
     def text_size(self) -> tuple[int, int]:
         return WORDS, int(self.config["text_dim"])
 

@@ -36,6 +36,11 @@ class FamilyModel(Protocol):
     def prediction(self) -> str: ...
 
     @property
+    def schedules(self) -> list[Any]:
+        """What files of its folder say of noise and prediction, JSON-able; nothing where the family itself does."""
+        ...
+
+    @property
     def transformer_file(self) -> Path: ...
 
     @property

@@ -77,6 +77,10 @@ class OpenSoraPlanModel:
         return module
 
     @property
+    def schedules(self) -> list[Any]:
+        return []
+
+    @property
     def text_size(self) -> tuple[int, int]:
         return MAX_TOKENS, self.config.caption_channels
 
