@@ -292,6 +292,15 @@ def test_norms_stay_in_float32_as_diffusers_reads_them(tmp_path):
     assert {n: x.dtype for n, x in all_of(model.skeleton()).items()} == {n: x.dtype for n, x in own.items()}
 
 
+@pytest.mark.parametrize(("build", "multiple"), [(wan_5b, 32), (wan, 16), (cogvideox, 16)])
+def test_a_size_of_which_no_whole_tokens_can_be_made_is_refused_at_once(tmp_path, build, multiple):
+    model = open_model(build(tmp_path))
+    assert model.size(5, 22 * multiple, 0)[1] == 22 * multiple
+    told = f"data.height is .*a multiple of {multiple}, .* Set it to {22 * multiple} or {23 * multiple}"
+    with pytest.raises(ValueError, match=told):
+        model.size(5, 22 * multiple + multiple // 2, 0)
+
+
 def test_a_step_s_time_may_stand_at_every_token_of_the_5b(tmp_path):
     """diffusers' pipeline gives the 5B a time for each token; where they are all alike, one for the video is the same."""
     model = open_model(wan_5b(tmp_path))

@@ -28,7 +28,7 @@ from ..objectives.features import FeatureTap
 from .clip_part import ClipPart, unwrapped
 from .diffusers_folder import DiffusersFolder, latent_statistics, read_json
 from .intercept import OVERRIDE, Intercepted
-from .model import Options, check_frames, serves_all, visiting
+from .model import Options, check_frames, check_sides, serves_all, visiting
 from .texts import Encode
 
 WAN_TEXT = 512  # tokens that Wan pads its texts to
@@ -209,6 +209,8 @@ class DiffusersModel(DiffusersFolder):
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         check_frames(frames, frames % 4 == 1, "4k + 1")
+        p = self.config["patch_size"]
+        check_sides(height, width, self.vae["scale_factor_spatial"] * (p if isinstance(p, int) else p[-1]))
         wan = (121, 704, 1280) if self.config["in_channels"] == WAN_5B_CHANNELS else (81, 480, 832)
         trained = (49, 480, 720) if self.kind == COGVIDEOX else wan
         return frames or trained[0], height or trained[1], width or trained[2]

@@ -195,6 +195,18 @@ def check_frames(frames: int, holds: bool, rule: str) -> None:
         )
 
 
+def check_sides(height: int, width: int, multiple: int) -> None:
+    """Raises ValueError for pixels of which the family's network cannot make whole tokens."""
+    for name, length in (("height", height), ("width", width)):
+        if length % multiple:
+            low = length // multiple * multiple
+            nearest = f"{low} or {low + multiple}" if low else f"{multiple}"
+            raise ValueError(
+                f"data.{name} is {length}, expected a multiple of {multiple}, or 0 for the model's own: a token is that many pixels "
+                f"high and wide. Set it to {nearest}."
+            )
+
+
 @contextmanager
 def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Within it the module, which lives on the CPU, is on ``device``."""
