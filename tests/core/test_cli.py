@@ -320,13 +320,29 @@ def test_convert_refuses_what_it_cannot_read(tmp_path, capsys, part):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-@pytest.mark.parametrize("part", ["vae", "text-encoder"])
+@pytest.mark.parametrize("part", ["vae", "text-encoder", "lora", "comfyui", "attention"])
 def test_convert_refuses_a_target_before_it_reads(tmp_path, capsys, part):
     (tmp_path / "file").touch()
     (tmp_path / "folder.safetensors").mkdir()
     for target in ("file/x.safetensors", "folder.safetensors"):
         assert cli.main(["convert", part, str(tmp_path / "none.ckpt"), str(tmp_path / target)]) == 2
         assert "Cannot write" in capsys.readouterr().err
+    assert cli.main(["convert", part, str(tmp_path / "none.ckpt"), str(tmp_path / "x.ckpt")]) == 2
+    assert "does not end in .safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "told"),
+    [
+        ("attention", ["--lora", "nosuch"], "--lora is given with convert attention, expected convert lora"),
+        ("vae", ["--strength", "1"], "--strength is given with convert vae, expected convert lora"),
+        ("comfyui", ["--expert", "low"], "--expert is given with convert comfyui, expected convert lora"),
+        ("lora", ["--int8"], "--int8 is given with convert lora, expected convert attention"),
+    ],
+)
+def test_convert_refuses_options_that_it_would_not_hear(tmp_path, capsys, part, options, told):
+    assert cli.main(["convert", part, "none", str(tmp_path / "x.safetensors"), *options]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_distilled_model_is_sampled_as_it_was_made(tmp_path):
