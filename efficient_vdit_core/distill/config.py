@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import types
 import typing
@@ -287,11 +288,10 @@ def to_toml(values: dict[str, Any]) -> str:
 
 
 def _toml(value: Any) -> str:
-    import json
-
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False) if not isinstance(value, float) else repr(value)
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, float) else repr(value)
+    return text.replace("\x7f", "\\u007f")  # the one control character that JSON lets stand and TOML does not
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a distillation learns from: videos with captions, the teacher's own samples, text states, each made once and
 kept."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanMode
 from efficient_vdit_core.distill.families.stamps import MAX_WHOLE, text_stamp
 from efficient_vdit_core.distill.families.texts import AT_ONCE, TextBank
 from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig
+from efficient_vdit_core.limits.documents import MAX_VALUES
 from efficient_vdit_core.video import write_video
 
 
@@ -213,6 +215,26 @@ def test_a_line_of_metadata_that_is_none_is_named(tmp_path, line):
     with pytest.raises(ValueError, match="metadata.jsonl line 2 .*Correct it") as error:
         video_captions(tmp_path)
     assert len(str(error.value)) < 400
+
+
+def test_a_caption_may_hold_marks_that_python_counts_as_ends_of_lines(tmp_path):
+    odd = ["a cat\u2028on a mat", "a dog\x85runs", "a \x1cbird"]
+    (tmp_path / "c.txt").write_bytes("\r\n".join([*odd, ""]).encode())
+    assert read_captions(tmp_path / "c.txt") == odd
+    for number in range(3):
+        (tmp_path / f"{number}.mp4").touch()
+    entries = ({"file_name": f"{n}.mp4", "text": text} for n, text in enumerate(odd))
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    (tmp_path / "metadata.jsonl").write_bytes("\n".join(lines).encode())
+    assert list(video_captions(tmp_path).values()) == odd
+
+
+def test_more_captions_are_kept_than_a_document_may_hold_values(tmp_path, monkeypatch):
+    names, file = list(map(str, range(MAX_VALUES + 1))), tmp_path / "texts.safetensors"
+    file.touch()
+    kept = dict.fromkeys(names, torch.ones(1, 1)), {"texts": json.dumps(names)}
+    monkeypatch.setattr("efficient_vdit_core.distill.families.texts.read_state_dict", lambda _: kept)
+    assert len(TextBank.build(names, lambda: None, file).states) == MAX_VALUES + 1
 
 
 def test_a_seed_counts_for_noise_where_pytorchs_takes_32_bits_of_it():

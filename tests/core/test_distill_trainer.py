@@ -491,7 +491,7 @@ def test_merged_deltas_add_up():
 def test_configuration_survives_toml(base):
     import tomllib
 
-    written = config(base, objective={"guidance": [1.0, 5.0]}, training={"samples": ['say "hi"', "b\\c"]})
+    written = config(base, objective={"guidance": [1.0, 5.0]}, training={"samples": ['say "hi"', "b\\c", "\x7f\x1f"]})
     assert DistillConfig.from_dict(tomllib.loads(to_toml(written.to_dict()))) == written
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -205,7 +206,7 @@ def read_captions(path: str | Path) -> list[str]:
     if not Path(path).is_file():
         raise ValueError(f"There is no file of captions {quoted(str(path), 120)}, one a line. Check data.captions.")
     text = read_text(path, f"The file of captions {named(Path(path).name)}", limit=MAX_LIST)
-    found = [line.strip() for line in text.splitlines() if line.strip()]
+    found = [line.strip() for line in _lines(text) if line.strip()]
     if not found:
         raise ValueError(f"{named(Path(path).name)} holds no captions, expected one a line.")
     return found
@@ -221,11 +222,16 @@ def _finite(latents: Tensor, name: str) -> Tensor:
     return latents
 
 
+def _lines(text: str) -> list[str]:
+    """As editors and JSON Lines count them. Python's own splitlines would also cut at marks that may stand within a caption."""
+    return re.split(r"\r?\n", text)
+
+
 def _listed(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     found = {}
-    for number, line in enumerate(read_text(file, file.name, limit=MAX_LIST).splitlines(), start=1):
+    for number, line in enumerate(_lines(read_text(file, file.name, limit=MAX_LIST)), start=1):
         if not line.strip():
             continue
         what = f"{file.name} line {number}"

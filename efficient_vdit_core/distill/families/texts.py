@@ -63,7 +63,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     """What ``build`` wrote. Raises ValueError where that is damaged."""
     try:
         tensors, metadata = read_state_dict(file)
-        texts = parse_json(metadata.get("texts", ""), "The list of texts", advice="", limit=MAX_LIST)
+        texts = parse_json(metadata.get("texts", ""), "The list of texts", advice="", limit=MAX_LIST, values=MAX_LIST)
         return {text: tensors[str(i)] for i, text in enumerate(texts)}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
