@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from recorded import record
 from small_models import opensora_plan
 
@@ -74,6 +75,18 @@ def test_videos_are_brought_to_the_models_rate_and_none_is_taken_without_one(tmp
     assert found[0].captions == [("fast",)] and "screen.webm is left out: its frame rate is not told" in caplog.text
     assert found[10.0].captions == [("fast",), ("screen",)]
     assert seen[0][0].tolist() == [0, 16, 32, 48, 64] and seen[10.0][0].tolist() == [0, 32, 64, 96, 128]
+
+
+def test_nothing_that_is_listed_is_left_out_quietly(tmp_path, caplog):
+    videos(tmp_path, ["a.webp", "b.gif"])
+    for name in ("c.m4v", "d.mpg", "e.wmv"):
+        (tmp_path / name).touch()
+    Image.new("RGB", (8, 8)).save(tmp_path / "preview.webp")
+    listed = ("a.webp", "b.gif", "c.m4v", "d.mpg", "e.wmv", "gone.mp4")
+    lines = [json.dumps({"file_name": name, "text": "x"}) for name in listed]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert [v.name for v in video_captions(tmp_path)] == ["a.webp", "b.gif", "c.m4v", "d.mpg"]
+    assert "2 of 6 files that metadata.jsonl lists are not used, such as e.wmv: " in caplog.text
 
 
 def test_missing_captions_are_listed(tmp_path):

@@ -24,7 +24,7 @@ from ...models.opensora_plan.weights import is_finite
 MAX_LIST = 2**28  # bytes of a file of captions
 MAX_STEM = 200  # bytes of a video's name in that of its latents, which may have 255
 FPS = 24  # of every model that makes sound
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi", ".mpg", ".gif", ".webp")
 
 Generate = Callable[[list[str], list[int]], Tensor]  # captions and the samples' numbers to latents (B, C, T, h, w)
 
@@ -75,7 +75,7 @@ class ClipSet:
 
 def video_captions(folder: Path) -> dict[Path, str]:
     """The videos of a folder with their captions: ``name.txt`` beside each, or a ``metadata.jsonl`` of file_name and
-    text.
+    text. What is listed and not used is told of.
 
     Raises ValueError where there are no videos, or where some have no caption; it names them.
     """
@@ -83,13 +83,19 @@ def video_captions(folder: Path) -> dict[Path, str]:
         raise ValueError(f"There is no folder {quoted(str(folder), 120)} with videos. Check data.folder.")
     # ._NAME is what a Mac notes of a file, on disks that are not its own.
     named_so = (f for f in folder.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
-    videos = sorted(f for f in named_so if not f.name.startswith("._"))
+    videos = sorted(f for f in named_so if not f.name.startswith("._") and not _is_picture(f))
     if not videos:
         raise ValueError(
             f"The folder {quoted(folder.name)} holds no videos, expected files ending in {', '.join(VIDEO_SUFFIXES)}."
         )
     listed = _listed(folder / "metadata.jsonl")
-    found = {v: listed.get(v.relative_to(folder).as_posix()) or _beside(v) for v in videos}
+    names = {v: v.relative_to(folder).as_posix() for v in videos}
+    if unused := sorted(listed.keys() - names.values()):
+        log.warning(
+            "%d of %d files that metadata.jsonl lists are not used, such as %s: they are not in the folder, or of another kind than %s.",
+            len(unused), len(listed), named(unused[0]), ", ".join(VIDEO_SUFFIXES),
+        )  # fmt: skip
+    found = {v: listed.get(name) or _beside(v) for v, name in names.items()}
     missing = [v.name for v, text in found.items() if not text]
     if missing:
         shown = ", ".join(map(named, missing[:3])) + ", ..." * (len(missing) > 3)
@@ -220,6 +226,19 @@ def _finite(latents: Tensor, name: str) -> Tensor:
             "low. Set model.dtype to float32, or download them again."
         )
     return latents
+
+
+def _is_picture(file: Path) -> bool:
+    """Whether a .webp stands still, as a preview that lies beside its video does."""
+    from PIL import Image
+
+    if file.suffix.lower() != ".webp":
+        return False
+    try:
+        with Image.open(file) as image:
+            return not getattr(image, "is_animated", False)
+    except Exception:  # a damaged one is named when it is read
+        return False
 
 
 def _lines(text: str) -> list[str]:
