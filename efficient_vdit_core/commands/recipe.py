@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         return RECIPES[args.recipe_command](args)
     except KeyboardInterrupt:
+        if getattr(args, "plan_memory", False):
+            raise
         resumes = getattr(args, "out", None)
         say(
             f"interrupted; the same command goes on from {resumes}"
