@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Converts one file."""
+    refuse_unheard(args, _PARTS_OF, args.part, "convert")
     from ..models.opensora_plan import convert
 
-    refuse_unheard(args, _PARTS_OF, args.part, "convert")
     convert.check_target(args.target)
     if args.part == "lora":
         return _merge(args)
