@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _plain_warnings():
             return int(args.run(args) or 0)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", INTERRUPTED)
+        return _fail("interrupted; what was finished before stays, and no file is half written", INTERRUPTED)
     except ValueError as error:
         if debug:
             raise

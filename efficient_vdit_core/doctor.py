@@ -22,8 +22,8 @@ NEEDED = {
     "pillow": "gif and webp",
 }
 OPTIONAL = {
-    "imageio": "reading videos to train on",
-    "imageio-ffmpeg": "mp4",
+    "imageio": "the tests; this pack's own code does without",
+    "imageio-ffmpeg": "mp4, and reading videos to train on",
     "av": "mp4, where imageio-ffmpeg is missing",
     "diffusers": "the samplers ddim and euler_ancestral",
     "ftfy": "cleaning prompts as the reference does",

@@ -22,7 +22,7 @@ _FORGOTTEN = 3600.0  # seconds without a write, after which nobody is writing a 
 def check_writable_file(path: str | Path) -> Path:
     """Raises ValueError if no file can be written at `path`; called before the long work, so touches nothing."""
     path = Path(path)
-    name, folder = quoted(str(path), 120), quoted(str(path.parent), 120)
+    name = quoted(str(path), 120)
     try:
         size = len(os.fsencode(path.name))
     except UnicodeEncodeError:
@@ -33,9 +33,11 @@ def check_writable_file(path: str | Path) -> Path:
         raise ValueError(f"Cannot write {name}: its name has {size} bytes, at most {NAME_BYTES} fit; shorten it.")
     if path.is_dir():
         raise ValueError(f"Cannot write {name}: it is a folder; name a file in it.")
-    if not path.parent.is_dir():
+    real = Path(os.path.realpath(path)).parent  # where a symbolic link leads to
+    folder = quoted(str(real if path.is_symlink() else path.parent), 120)
+    if not real.is_dir():
         raise ValueError(f"Cannot write {name}: the folder {folder} does not exist; create it first.")
-    if not os.access(path.parent, os.W_OK):
+    if not os.access(real, os.W_OK):
         raise ValueError(f"Cannot write {name}: no permission in {folder}; choose another folder.")
     return path
 
@@ -55,9 +57,10 @@ def whole_file(path: str | Path, ending: str = ".tmp", *, new: bool = False) -> 
     ``ending`` is for writers that choose the format by it. With ``new`` a file of that name is left alone and
     FileExistsError raised.
     Where writing fails (a full disk, Ctrl-C) a file of that name stays as it was, and nothing else is left behind; what
-    a killed process left is removed at the next write beside it.
+    a killed process left is removed at the next write beside it. Where ``path`` is a symbolic link, all this is so of the file
+    that it leads to.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     _remove_forgotten(path.parent)
     part = path.with_name(f".evdit-{uuid.uuid4().hex[:12]}{ending}")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -30,8 +31,22 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
         raise OSError(f"FFmpeg could not finish the video ({error}); is the disk full?") from error
 
 
-def read_frames(path: Path, check: Callable[[int, int, int], None]) -> Iterator[np.ndarray]:
-    """The frames (H, W, 3) uint8 one by one, at the container's constant rate: one that lasts longer is repeated.
+def times_shown(start: float, end: float, fps: float) -> int:
+    """How often a frame that lasts from ``start`` to ``end`` in seconds comes at ``fps``, as ffmpeg's filter of that name rounds."""
+    return math.floor(end * fps + 0.5) - math.floor(start * fps + 0.5)
+
+
+def read_rates(path: Path) -> tuple[float, float]:
+    """Mean and constant frames a second as the container tells them; 0 where it does not."""
+    import av
+
+    with av.open(f"file:{path}") as container:
+        stream = container.streams.video[0]
+        return float(stream.average_rate or 0), float(stream.base_rate or 0)
+
+
+def read_frames(path: Path, check: Callable[[int, int, int], None], fps: float = 0.0) -> Iterator[np.ndarray]:
+    """The frames (H, W, 3) uint8 one by one, at ``fps`` or the container's constant rate: one that lasts longer is repeated.
 
     ``check`` is told width, height and number of frames before any is decoded, and refuses by raising. Raises ValueError
     where one is damaged or missing.
@@ -43,19 +58,32 @@ def read_frames(path: Path, check: Callable[[int, int, int], None]) -> Iterator[
             raise ValueError("it has no pictures")
         stream = container.streams.video[0]
         stream.codec_context.options = {"err_detect": "explode"}
-        expected, rate = stream.frames, stream.base_rate or stream.average_rate or Fraction(1)
-        check(stream.codec_context.width, stream.codec_context.height, expected)
-        count, held, start = 0, None, 0.0
-        for frame in container.decode(stream):
-            count += 1
+        rate = stream.base_rate or stream.average_rate or Fraction(1)
+        check(stream.codec_context.width, stream.codec_context.height, stream.frames)
+        held, start, end = None, 0.0, 0.0
+        for frame in _decoded(container, stream):
             pixels, now = _pixels(frame), frame.time or 0.0
             if held is not None:  # how long it lasts, the next one tells
-                yield from [held] * max(1, round((now - start) * float(rate)))
+                yield from [held] * (
+                    times_shown(start, now, fps) if fps else max(1, round((now - start) * float(rate)))
+                )
             held, start = pixels, now
+            end = now + (float(frame.duration * frame.time_base) if frame.duration else 1 / float(rate))
         if held is not None:
-            yield held
-    if count < expected:
-        raise ValueError(f"{count} of its {expected} frames can be decoded")
+            yield from [held] * (times_shown(start, end, fps) if fps else 1)
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """All frames that are to be shown. A clip that was cut without coding it anew still holds the frames before its begin, on
+    which others build, and counts them."""
+    count = hidden = 0
+    for packet in container.demux(stream):
+        hidden += packet.is_discard
+        for frame in packet.decode():
+            count += 1
+            yield frame
+    if count < stream.frames - hidden:
+        raise ValueError(f"{count} of its {stream.frames - hidden} frames can be decoded")
 
 
 def _pixels(frame: Any) -> np.ndarray:

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from .limits.memory import check_memory
 from .limits.quote import quoted, reason
-from .pyav_video import read_frames
+from .pyav_video import read_frames, read_rates, times_shown
 from .video import MAX_FPS, MIN_FPS, PACKAGES, frame_milliseconds, has_ffmpeg, install, read_metadata
 
 MAX_PIXELS = 2**25  # of a frame: 8K
@@ -27,6 +28,8 @@ _UNTIMED = 100  # milliseconds
 _ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 _SIZE = re.compile(r"Video: [^\n]*?, (\d{1,6})x(\d{1,6})\b")
 _COUNT = re.compile(r"frame=\s*(\d+)")
+_RATES = re.compile(r"Video: [^\n]*?(?:, ([\d.]+k?) fps)?, ([\d.]+k?) tbr\b")
+_UNEVEN = 0.1  # share by which the constant rate may be another than the mean one
 
 
 class TooLarge(ValueError):
@@ -44,11 +47,12 @@ def read_video(path: str | Path) -> np.ndarray:
     return np.stack(frames)
 
 
-def iterate_video(path: str | Path) -> Iterator[np.ndarray]:
+def iterate_video(path: str | Path, fps: float = 0.0) -> Iterator[np.ndarray]:
     """The frames one by one, uint8 (H, W, 3), RGB: animations (gif, webp, apng) with Pillow, everything else with
     ffmpeg or PyAV.
 
-    A rate that varies becomes the constant one of the container, frames that last longer are repeated.
+    A rate that varies becomes ``fps``, by the frames' own times, or without it the constant one of the container: frames that
+    last longer are repeated.
 
     Raises ValueError where the file is missing, damaged, no video, or larger than the bounds above.
     """
@@ -58,7 +62,7 @@ def iterate_video(path: str | Path) -> Iterator[np.ndarray]:
         raise ValueError(f"There is no file {name}; check the path.")
     count, size = 0, None
     try:
-        for frame in _frames(path):
+        for frame in _frames(path, fps):
             if size is not None and frame.shape != size:
                 raise ValueError("its frames differ in size")
             count, size = count + 1, frame.shape
@@ -82,10 +86,27 @@ def iterate_video(path: str | Path) -> Iterator[np.ndarray]:
         raise ValueError(f"{name} holds no frames. It is damaged, half written or of another kind; make it again.")
 
 
-def _frames(path: Path) -> Iterator[np.ndarray]:
+def check_steady(path: Path) -> None:
+    """Raises ValueError where the constant rate of the container is not that of the frames: what a browser records counts
+    thousandths of a second, and each frame would come dozens of times. An animation says how long each lasts."""
     if path.suffix.lower() in _ANIMATIONS:
-        return _animation(path)
-    return _stream(path) if has_ffmpeg() else read_frames(path, _check_size)
+        return
+    mean, constant = (
+        told_rates(told(["-hide_banner", "-nostdin", "-i", f"file:{path}"])) if has_ffmpeg() else read_rates(path)
+    )
+    if not is_steady(mean, constant):
+        raise ValueError("its frame rate is not told, or varies. Set data.fps to the model's, or convert it")
+
+
+def is_steady(mean: float, constant: float) -> bool:
+    """Whether frames that come ``mean`` times a second, 0 where that is not told, are hardly repeated at a ``constant`` rate."""
+    return 0 < mean and abs(constant - mean) <= _UNEVEN * mean
+
+
+def _frames(path: Path, fps: float) -> Iterator[np.ndarray]:
+    if path.suffix.lower() in _ANIMATIONS:
+        return _animation(path, fps)
+    return _stream(path, fps) if has_ffmpeg() else read_frames(path, _check_size, fps)
 
 
 def _check_size(width: int, height: int, frames: int) -> None:
@@ -97,9 +118,9 @@ def _check_size(width: int, height: int, frames: int) -> None:
         raise TooLarge(f"it has {frames:,} frames of {width}x{height}, at most {MAX_CLIP:,} pixels are read in all.")
 
 
-def _animation(path: Path) -> Iterator[np.ndarray]:
+def _animation(path: Path, fps: float) -> Iterator[np.ndarray]:
     """Writers of animations join equal frames into one that lasts longer; here each is as long as the file's own rate
-    says, or the shortest."""
+    says, or the shortest, or as it takes at ``fps``."""
     from PIL import Image, ImageSequence
 
     with warnings.catch_warnings():
@@ -116,6 +137,9 @@ def _animation(path: Path) -> Iterator[np.ndarray]:
         repeats = [max(1, round(duration / unit)) for duration in durations]
         if len(repeats) == 1:
             repeats = [own_count or repeats[0]]
+        if fps:
+            ends = [unit / 1000 * end for end in accumulate(repeats, initial=0)]
+            repeats = [times_shown(*times, fps) for times in pairwise(ends)]
         _check_size(image.width, image.height, sum(repeats))
         for frame, repeat in zip(ImageSequence.Iterator(image), repeats, strict=True):
             pixels = np.asarray(frame.convert("RGB"))
@@ -147,11 +171,12 @@ def _within(value: Any, low: float, high: float) -> float:
     return float(value) if usable else 0.0
 
 
-def _stream(path: Path) -> Iterator[np.ndarray]:
+def _stream(path: Path, fps: float) -> Iterator[np.ndarray]:
     """ffmpeg hands over PPM pictures, whose headers tell their size; any complaint of its decoder ends the reading."""
     source = ["-nostdin", "-max_pixels", str(MAX_PIXELS), "-i", f"file:{path}", "-map", "0:v:0"]
     _check_size(*_probed(source))
-    strict = ["-v", "error", "-xerror", *source, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
+    rate = ["-vf", f"fps={fps}"] if fps else []
+    strict = ["-v", "error", "-xerror", *source, *rate, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
     with tempfile.TemporaryFile() as complaints, ffmpeg(strict, subprocess.PIPE, complaints) as process:
         assert process.stdout is not None
         try:
@@ -170,12 +195,24 @@ def _stream(path: Path) -> Iterator[np.ndarray]:
 
 def _probed(source: list[str]) -> tuple[int, int, int]:
     """Width, height and packets of the video as the container tells them, without decoding; 0 where it does not."""
-    with tempfile.TemporaryFile() as answer:
-        with ffmpeg(["-hide_banner", *source, "-c", "copy", "-f", "null", "-"], subprocess.DEVNULL, answer) as process:
-            process.wait()
-        text = said(answer)
+    text = told(["-hide_banner", *source, "-c", "copy", "-f", "null", "-"])
     size, counts = _SIZE.search(text), _COUNT.findall(text)
     return int(size[1]) if size else 0, int(size[2]) if size else 0, int(counts[-1]) if counts else 0
+
+
+def told_rates(about: str) -> tuple[float, float]:
+    """Mean and constant frames a second in what ffmpeg tells of a file; 0 where it does not."""
+    found = _RATES.search(about)
+    mean, constant = found.groups("0") if found else ("0", "0")
+    return float(mean.replace("k", "e3")), float(constant.replace("k", "e3"))
+
+
+def told(arguments: list[str]) -> str:
+    """What ffmpeg says of its work, whether it succeeds or not."""
+    with tempfile.TemporaryFile() as answer:
+        with ffmpeg(arguments, subprocess.DEVNULL, answer) as process:
+            process.wait()
+        return said(answer)
 
 
 def ffmpeg(arguments: list[str], out: Any, errors: Any) -> subprocess.Popen[bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from ..limits.numbers import MAX_TORCH_SEED, number, whole
@@ -49,6 +49,17 @@ def quantity(low: float, high: float) -> Callable[[str], float]:
             ) from None
 
     return read
+
+
+def refuse_unheard(args: argparse.Namespace, heard_by: Mapping[str, Sequence[str]], chosen: str, named: str) -> None:
+    """Raises ValueError for an option, None where it was not given, that speaks to other choices than the ``chosen`` one.
+    ``named``: what stands before a choice."""
+    for option, choices in heard_by.items():
+        if getattr(args, option) is not None and chosen not in choices:
+            raise ValueError(
+                f"--{option.replace('_', '-')} is given with {named} {chosen}, expected {named} {' or '.join(choices)}. Leave one of "
+                "them out."
+            )
 
 
 seed_number = count(0, MAX_TORCH_SEED)

@@ -7,6 +7,10 @@ import argparse
 
 from ..limits.numbers import number
 from . import say
+from .arguments import refuse_unheard
+
+_SETTINGS = ("tau", "below", "int8")  # of an attention config
+_PARTS_OF = {name: ("lora",) for name in ("lora", "expert", "strength")} | {name: ("attention",) for name in _SETTINGS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,31 +26,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--lora", metavar="FILE", help="with lora: a published LoRA for Wan, CogVideoX or MiniMax-H3")
-    parser.add_argument(
-        "--expert", choices=("high", "low"), default="", help="with lora: which of Wan 2.2's two networks"
-    )
-    parser.add_argument("--strength", type=float, default=1.0, help="of the LoRA, -10 to 10, default: %(default)s")
+    parser.add_argument("--expert", choices=("high", "low"), help="with lora: which of Wan 2.2's two networks")
+    parser.add_argument("--strength", type=float, help="of the LoRA, -10 to 10, default: 1.0")
     attention = parser.add_argument_group(
         "with attention: a LoRA that tells ComfyUI itself which layers attend sparsely"
     )
-    attention.add_argument("--tau", type=float, default=1.0, help="of its sparse method, default: %(default)s")
+    attention.add_argument("--tau", type=float, help="of its sparse method, default: 1.0")
     attention.add_argument(
-        "--below", type=float, default=1.0, metavar="SHARE",
+        "--below", type=float, metavar="SHARE",
         help="layers that compute a smaller share of their tiles under the plan are sparse, default: all that are not full",
     )  # fmt: skip
-    attention.add_argument("--int8", action="store_true", help="the other layers attend in INT8")
+    attention.add_argument("--int8", action="store_true", default=None, help="the other layers attend in INT8")
 
 
 def run(args: argparse.Namespace) -> int:
     """Converts one file."""
+    refuse_unheard(args, _PARTS_OF, args.part, "convert")
+    from ..models.opensora_plan import convert
+
+    convert.check_target(args.target)
     if args.part == "lora":
         return _merge(args)
     if args.part == "comfyui":
         return _rename(args)
     if args.part == "attention":
         return _attention(args)
-    from ..models.opensora_plan import convert
-
     convert_part = convert.convert_vae if args.part == "vae" else convert.convert_text_encoder
     convert_part(args.source, args.target)
     say(f"wrote {args.target}")
@@ -55,9 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _rename(args: argparse.Namespace) -> int:
     from ..distill.lora.comfy_names import convert_weights
-    from ..files import check_writable_file
 
-    check_writable_file(args.target)
     say(f"renamed {convert_weights(args.source, args.target)} tensors")
     say(f"wrote {args.target}")
     return 0
@@ -65,12 +67,11 @@ def _rename(args: argparse.Namespace) -> int:
 
 def _attention(args: argparse.Namespace) -> int:
     from ..distill.lora.attention_config import write_attention_config
-    from ..files import check_writable_file
     from ..plan import TilePlan
 
-    check_writable_file(args.target)
     plan = TilePlan.load(args.source)
-    sparse, layers = write_attention_config(plan, args.target, tau=args.tau, below=args.below, int8=args.int8)
+    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    sparse, layers = write_attention_config(plan, args.target, **given)
     say(f"{sparse} of {layers} layers attend sparsely")
     say(f"wrote {args.target}")
     return 0
@@ -78,13 +79,11 @@ def _attention(args: argparse.Namespace) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     from ..distill.families.published_lora import merge_published
-    from ..files import check_writable_file
 
     if not args.lora:
         raise ValueError("Of what is to be merged --lora is missing. Name the LoRA's .safetensors file.")
-    number(args.strength, "--strength", -10, 10)
-    check_writable_file(args.target)
+    strength = number(1.0 if args.strength is None else args.strength, "--strength", -10, 10)
     say(f"reading {args.source}")
-    say(f"changed {merge_published(args.source, args.lora, args.target, args.strength, args.expert)} tensors")
+    say(f"changed {merge_published(args.source, args.lora, args.target, strength, args.expert or '')} tensors")
     say(f"wrote {args.target}")
     return 0

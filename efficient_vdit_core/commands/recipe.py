@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         return RECIPES[args.recipe_command](args)
     except KeyboardInterrupt:
+        if getattr(args, "plan_memory", False):
+            raise
         resumes = getattr(args, "out", None)
         say(
             f"interrupted; the same command goes on from {resumes}"
@@ -69,6 +71,7 @@ def _three_stages(args: argparse.Namespace) -> int:
     stages = ThreeStages(RecipeConfig.from_dict(_values(args, args.config)), args.out)
     if args.plan_memory:
         return recipe_forecast.say_forecast(stages, args)
+    recipe_forecast.refuse_alone(args)
     for name, files in stages.run().items():
         say(f"{name}: {' with '.join(map(str, files))}")
     return 0
@@ -136,18 +139,16 @@ def _tiny_residual(args: argparse.Namespace) -> int:
 
 
 def _say_row(row: dict[str, Any]) -> None:
-    def figure(name: str, form: str) -> str:
+    def figure(name: str, width: int, form: str = ".3f") -> str:
         value = row.get(name)
-        return format(
-            "-" if value is None else value, form if value is not None else ">" + form.lstrip(">").split(".")[0]
-        )
+        return f"{'-' if value is None else format(value, form):>{width}}"
 
     name = row["row"] + (f" (seed {row['seed']})" if row["seed"] else "")
     low, high = row["all_right_interval"]
     say(
-        f"{name:<36} {figure('all_right', '>6.3f')} {low:>6.3f}-{high:.3f} {figure('overlap', '>7.3f')} "
-        f"{figure('endpoint_error', '>8.3f')} {figure('motion', '>7.3f')} {figure('diversity', '>7.2f')} "
-        f"{figure('sparsity', '>6.2f')}"
+        f"{name:<36} {figure('all_right', 6)} {low:>6.3f}-{high:.3f} {figure('overlap', 7)} "
+        f"{figure('endpoint_error', 8)} {figure('motion', 7)} {figure('diversity', 7, '.2f')} "
+        f"{figure('sparsity', 6, '.2f')}"
     )
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..distill.forecast.memory import MemoryPlan
     from ..distill.forecast.recipe import Part
 
+GPU = "24GB"
 H100 = 300.0  # TFLOP/s in bf16, in published trainings of video transformers
 
 
@@ -22,14 +23,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes --plan-memory and what it is told of the machine."""
     parser.add_argument("--plan-memory", action="store_true",
                         help="only say what each part will hold on a GPU, and how long it will take")  # fmt: skip
-    parser.add_argument(
-        "--gpu", type=gpu_bytes, default="24GB", metavar="SIZE", help="its memory, default: %(default)s"
-    )
-    parser.add_argument("--tflops", type=quantity(0.001, 1e6), default=H100, metavar="N",
-                        help="what the GPUs together reach in a training: an H100 300, a 4090 about 100; default: %(default)g")  # fmt: skip
+    parser.add_argument("--gpu", type=gpu_bytes, metavar="SIZE", help=f"its memory, default: {GPU}")
+    parser.add_argument("--tflops", type=quantity(0.001, 1e6), metavar="N",
+                        help=f"what the GPUs together reach in a training: an H100 300, a 4090 about 100; default: {H100:g}")  # fmt: skip
     parser.add_argument(
         "--hours", type=quantity(0.01, 1e6), metavar="N", help="also say how many steps fit into so many hours"
     )
+
+
+def refuse_alone(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option that --plan-memory alone hears: who gives it does not expect the training to start."""
+    for name in ("gpu", "tflops", "hours"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name} is given without --plan-memory, and would change nothing of the training. Add --plan-memory, or leave it "
+                "out."
+            )
 
 
 def say_forecast(stages: Any, args: argparse.Namespace) -> int:
@@ -46,21 +55,22 @@ def say_forecast(stages: Any, args: argparse.Namespace) -> int:
         check_training(stage)
         check_hosted(stage)
         check_shares(stage, open_model(stage.model))
+    gpu, tflops = args.gpu or gpu_bytes(GPU), args.tflops or H100
     parts, all_fit = list[Part](), True
     for part in forecast(stages):
         parts.append(part)
-        fit = fits(part.memory, args.gpu)
-        say(f"{part.name}: {gib(part.memory.peak())}, {'fits' if fit else 'does not fit'} into {gib(args.gpu)}")
-        say(f"  {_work(part, args.tflops)}")
+        fit = fits(part.memory, gpu)
+        say(f"{part.name}: {gib(part.memory.peak())}, {'fits' if fit else 'does not fit'} into {gib(gpu)}")
+        say(f"  {_work(part, tflops)}")
         for name, size in _sizes(part.memory):
             say(f"  {name:<24} {gib(size):>12}")
         if not fit and part.stage:
-            for line in advice(part.stage, args.gpu, part.worn, f"{part.stage.method}_training"):
+            for line in advice(part.stage, gpu, part.worn, f"{part.stage.method}_training"):
                 say(f"  {line}")
         elif not fit:
             say("  a smaller batch in the training, or fewer data.frames")
         all_fit = all_fit and fit
-    _say_hours(parts, args)
+    _say_hours(parts, tflops, args.hours)
     return 0 if all_fit else 1
 
 
@@ -82,19 +92,19 @@ def _time(hours: float) -> str:
     return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes" if hours >= 1 / 60 else "under a minute"
 
 
-def _say_hours(parts: list[Part], args: argparse.Namespace) -> None:
+def _say_hours(parts: list[Part], tflops: float, hours: float | None) -> None:
     from ..distill.forecast.recipe import steps_within
 
-    total = sum(part.hours(args.tflops) for part in parts)
-    say(f"all: {_time(total)} at {args.tflops:g} TFLOP/s")
-    if args.hours is None:
+    total = sum(part.hours(tflops) for part in parts)
+    say(f"all: {_time(total)} at {tflops:g} TFLOP/s")
+    if hours is None:
         return
-    steps = steps_within(parts, args.hours, args.tflops)
+    steps = steps_within(parts, hours, tflops)
     if not steps or not all(steps.values()):
-        say(f"  {args.hours:g} hours are too few for a step of each training: fewer data.frames, or a smaller size")
-    elif total > args.hours:
+        say(f"  {hours:g} hours are too few for a step of each training: fewer data.frames, or a smaller size")
+    elif total > hours:
         changes = " ".join(f"--set {name}_training.steps={n}" for name, n in steps.items())
-        say(f"  for {args.hours:g} hours: {changes}")
+        say(f"  for {hours:g} hours: {changes}")
 
 
 def gpu_bytes(text: str) -> int:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import check_writable_file
 from ..limits.quote import quoted
 from . import say
 
@@ -73,10 +74,13 @@ def run(args: argparse.Namespace) -> int:
     from ..search.candidates import sparse_candidates
 
     out = Path(args.out)
-    if out.exists() or not out.parent.is_dir() or out.suffix != ".json":
+    if out.suffix != ".json":
+        raise ValueError(f"--out is {quoted(args.out, 120)}, but must end in .json. Choose such a name.")
+    if out.exists():
         raise ValueError(
-            f"--out {quoted(args.out, 120)} must end in .json, lie in an existing folder and not exist yet."
+            f"--out {quoted(args.out, 120)} exists already, and no plan is written over. Choose another name."
         )
+    check_writable_file(out)
     candidates = parse_candidates(args.candidates)
     if not 1 <= args.probes <= MAX_PROBES:
         raise ValueError(f"--probes must lie in 1..{MAX_PROBES}, got {quoted(args.probes)}.")

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..limits.quote import quoted
 from . import say
-from .arguments import count, quantity
+from .arguments import count, quantity, refuse_unheard
 
 _CHECK_SECONDS = 0.5
 # The options that speak to some engines only.
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     already."""
     from ..parallel.pool.secret import secret_file, shared_secret
 
-    _refuse_others_options(args)
+    refuse_unheard(args, _ENGINES_OF, args.engine, "--engine")
     if args.make_secret:
         shared_secret(make=True)
         say(
@@ -104,16 +104,6 @@ def run(args: argparse.Namespace) -> int:
         if engine is not None:
             engine.stop()
     return 0
-
-
-def _refuse_others_options(args: argparse.Namespace) -> None:
-    """Raises ValueError for an option that the chosen engine would not hear."""
-    for name, engines in _ENGINES_OF.items():
-        if getattr(args, name) is not None and args.engine not in engines:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is given with --engine {args.engine}, expected --engine {' or '.join(engines)}. Leave "
-                "one of them out."
-            )
 
 
 def _seconds(args: argparse.Namespace) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import types
 import typing
@@ -14,6 +15,7 @@ from ..limits.documents import parse_toml, read_text
 from ..limits.numbers import MAX_TORCH_SEED, number, whole
 from ..limits.quote import named, quoted
 from ..request import MAX_FRAMES, MAX_GUIDANCE, MAX_SIDE
+from ..video import MAX_FPS
 from .objectives.consistency import ConsistencyConfig
 from .objectives.knowledge import KnowledgeConfig
 from .objectives.score import ScoreConfig
@@ -100,7 +102,8 @@ class DataConfig:
     negative: the text of the unconditional half of guidance; negative_share of the clips, 0 to 1, learn it instead of
     their own caption, for students that are sampled with guidance. Sizes 0 are what the model was trained for.
     template: what the model's prompts are put into, with {} where the caption goes; guidance and result are those of
-    such prompts. "" leaves captions as they are. Which numbers of frames there are is the model's to say.
+    such prompts. "" leaves captions as they are. Which numbers of frames there are is the model's to say. fps: the frames a
+    second that videos are brought to, the model's; 0 takes each file's own frames, whatever their rate.
     """
 
     source: str = "tinyworld"
@@ -117,6 +120,7 @@ class DataConfig:
     teacher_steps: int = 50
     guidance: float = 3.0
     template: str = ""
+    fps: float = 0.0
 
     def prompt(self, caption: str) -> str:
         """The text that is encoded for a caption."""
@@ -135,6 +139,7 @@ class DataConfig:
         _between(self, "data", {"clips": (1, MAX_CLIPS), "teacher_steps": (1, 1000), "seed": (0, 2**31 - 1)})
         number(self.negative_share, "data.negative_share", 0, 1)
         number(self.guidance, "data.guidance", 0, MAX_GUIDANCE)
+        number(self.fps, "data.fps", 0, MAX_FPS)
         _between(self, "data", {"frames": (0, MAX_FRAMES), "height": (0, MAX_SIDE), "width": (0, MAX_SIDE)})
         for name in ("height", "width"):
             multiple = getattr(self, name) % 16 == 0
@@ -283,11 +288,10 @@ def to_toml(values: dict[str, Any]) -> str:
 
 
 def _toml(value: Any) -> str:
-    import json
-
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False) if not isinstance(value, float) else repr(value)
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, float) else repr(value)
+    return text.replace("\x7f", "\\u007f")  # the one control character that JSON lets stand and TOML does not
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -33,11 +33,11 @@ def read_text(path: str | Path, what: str, *, limit: int = MAX_BYTES) -> str:
         raise ValueError(f"{what} is no UTF-8 text (at byte {error.start}). Save it as UTF-8.") from None
 
 
-def parse_json(text: str | bytes, what: str, *, advice: str, limit: int = MAX_BYTES) -> Any:
+def parse_json(text: str | bytes, what: str, *, advice: str, limit: int = MAX_BYTES, values: int = MAX_VALUES) -> Any:
     """The value of a JSON text.
 
     Args:
-        what: begins the message: "The plan". advice: ends it: what to do.
+        what: begins the message: "The plan". advice: ends it: what to do. limit: bytes. values: of all lists and objects.
 
     Raises:
         ValueError: it is no JSON, too large or too deep, or holds a number that is not finite.
@@ -51,7 +51,7 @@ def parse_json(text: str | bytes, what: str, *, advice: str, limit: int = MAX_BY
         raise ValueError(f"{what} is not valid JSON (it is no UTF-8). {advice}") from None
     except (json.JSONDecodeError, _Unusable) as error:
         raise ValueError(f"{what} is not valid JSON ({reason(error, 80)}). {advice}") from None
-    _check_shape(value, what, advice)
+    _check_shape(value, what, advice, values)
     return value
 
 
@@ -75,7 +75,7 @@ def parse_toml(text: str, what: str, *, advice: str = "Correct the file.") -> di
         raise ValueError(f"{what} is not valid TOML: {reason(error, 80)}. {advice}") from None
     except ValueError:
         raise ValueError(f"{what} is not valid TOML: a number has too many digits. {advice}") from None
-    _check_shape(values, what, advice)
+    _check_shape(values, what, advice, MAX_VALUES)
     return values
 
 
@@ -105,14 +105,14 @@ def _check_size(size: int, what: str, limit: int) -> None:
         raise ValueError(f"{what} is larger than {limit:,} bytes, which no such file has. Choose another file.")
 
 
-def _check_shape(value: Any, what: str, advice: str) -> None:
+def _check_shape(value: Any, what: str, advice: str, values: int) -> None:
     """Level by level, without recursion: what is deeper than the parser's own stack allows is seen here too."""
     level, count = [value], 0
     for _ in range(MAX_DEPTH + 1):
         level = [child for parent in level for child in _children(parent)]
         count += len(level)
-        if count > MAX_VALUES:
-            raise ValueError(f"{what} holds more than {MAX_VALUES:,} values, which no such file has. {advice}")
+        if count > values:
+            raise ValueError(f"{what} holds more than {values:,} values, which no such file has. {advice}")
         if not level:
             return
     raise ValueError(f"{what} is nested deeper than {MAX_DEPTH} levels. {advice}")

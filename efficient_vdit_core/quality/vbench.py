@@ -85,13 +85,16 @@ def write_vbench_layout(clips: Sequence[str | Path], out: str | Path, prompts: M
                 f"The clip {quoted(str(path), 120)} is named {count} times; it would count as often. Name it once."
             )
     found = [_describe(path, prompts or {}) for path in paths]
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    # In an empty folder that is there: it may be the one that a shell stands in, and the one above need not be the user's.
+    part = Path(tempfile.mkdtemp(prefix=".evdit-", dir=out if out.is_dir() else out.parent))
     try:
         _fill(part, paths, found)
-        part.chmod(0o755)  # mkdtemp makes folders private
         if out.is_dir():
-            out.rmdir()
-        part.rename(out)
+            for made in list(part.iterdir()):
+                made.rename(out / made.name)
+        else:
+            part.chmod(0o755)  # mkdtemp makes folders private
+            part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
@@ -114,8 +117,7 @@ def _check_out(out: str | Path) -> Path:
         raise ValueError(
             f"Cannot lay clips out in {quoted(str(out), 120)}: it exists and is no empty folder. Name a new one."
         )
-    if not out.exists():
-        check_writable_file(out)
+    check_writable_file(out / README if out.is_dir() else out)
     return out
 
 

@@ -174,6 +174,18 @@ class TrainingRun:
         return ", ".join(f"{name} {value:.4f}" for name, value in sorted(self.means.items()))
 
     @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model holds the average; its own weights come back afterwards. Until they are back, nothing is saved."""
+        own = {name: value.detach().clone() for name, value in self.bare.state_dict().items() if name in self.ema}
+        self._half_made = True
+        try:
+            self.bare.load_state_dict(self.ema, strict=False)
+            yield
+        finally:
+            self.bare.load_state_dict(own, strict=False)
+            self._half_made = False
+
+    @contextmanager
     def _kept(self) -> Iterator[None]:
         """Where the block fails, what is saved is the state before it, its random numbers included. In the middle of an
         optimiser's step that state is gone, and the last checkpoint stays."""

@@ -289,7 +289,9 @@ def test_ctrl_c_stops_at_once_and_leaves_nothing(tmp_path):
     start = time.monotonic()
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted; nothing was written" in rest and "Traceback" not in rest
+    assert (
+        "interrupted; what was finished before stays, and no file is half written" in rest and "Traceback" not in rest
+    )
     assert time.monotonic() - start < 30
     assert not list(tmp_path.iterdir())
 
@@ -320,13 +322,29 @@ def test_convert_refuses_what_it_cannot_read(tmp_path, capsys, part):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-@pytest.mark.parametrize("part", ["vae", "text-encoder"])
+@pytest.mark.parametrize("part", ["vae", "text-encoder", "lora", "comfyui", "attention"])
 def test_convert_refuses_a_target_before_it_reads(tmp_path, capsys, part):
     (tmp_path / "file").touch()
     (tmp_path / "folder.safetensors").mkdir()
     for target in ("file/x.safetensors", "folder.safetensors"):
         assert cli.main(["convert", part, str(tmp_path / "none.ckpt"), str(tmp_path / target)]) == 2
         assert "Cannot write" in capsys.readouterr().err
+    assert cli.main(["convert", part, str(tmp_path / "none.ckpt"), str(tmp_path / "x.ckpt")]) == 2
+    assert "does not end in .safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "told"),
+    [
+        ("attention", ["--lora", "nosuch"], "--lora is given with convert attention, expected convert lora"),
+        ("vae", ["--strength", "1"], "--strength is given with convert vae, expected convert lora"),
+        ("comfyui", ["--expert", "low"], "--expert is given with convert comfyui, expected convert lora"),
+        ("lora", ["--int8"], "--int8 is given with convert lora, expected convert attention"),
+    ],
+)
+def test_convert_refuses_options_that_it_would_not_hear(tmp_path, capsys, part, options, told):
+    assert cli.main(["convert", part, "none", str(tmp_path / "x.safetensors"), *options]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_distilled_model_is_sampled_as_it_was_made(tmp_path):
@@ -365,7 +383,38 @@ def test_an_interrupted_training_says_how_to_go_on(monkeypatch, capsys, tmp_path
     monkeypatch.setattr(TinyRecipe, "train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["tinyworld", "train", "--run", str(tmp_path / "run")]) == 130
     told = capsys.readouterr()
-    assert "goes on from" in told.out and "nothing was written" not in told.err
+    assert "goes on from" in told.out and not told.err
+
+
+def test_a_forecast_that_is_interrupted_has_nothing_to_go_on_from(monkeypatch, capsys, tmp_path):
+    from efficient_vdit_core.commands import recipe_forecast
+
+    monkeypatch.setattr(recipe_forecast, "say_forecast", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    (tmp_path / "c.toml").touch()
+    asked = [
+        "recipe",
+        "three-stage",
+        "--config",
+        str(tmp_path / "c.toml"),
+        "--out",
+        str(tmp_path / "run"),
+        "--plan-memory",
+    ]
+    assert cli.main(asked) == 130
+    told = capsys.readouterr()
+    assert "interrupted" in told.err and "goes on" not in told.out + told.err
+
+
+def test_a_search_that_could_not_write_is_refused_before_it(monkeypatch, capsys, tmp_path):
+    (tmp_path / "there.json").touch()
+    cases = (("no/x.json", "does not exist"), ("x.txt", "must end in .json"), ("there.json", "exists already"))
+    for name, told in cases:
+        asked = ["search", "--prompt", "x", "--threshold", "0.2", "--model", "none", "--out", str(tmp_path / name)]
+        assert cli.main(asked) == 2
+        assert told in capsys.readouterr().err
+    monkeypatch.setattr("efficient_vdit_core.files.os.access", lambda *_: False)
+    assert cli.main([*asked[:-1], str(tmp_path / "x.json")]) == 2
+    assert "no permission" in capsys.readouterr().err
 
 
 def test_built_in_models_are_named_where_one_is_not_known(capsys):

@@ -169,6 +169,16 @@ def test_a_layout_that_cannot_be_is_refused_and_leaves_nothing(tmp_path, clip, c
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_clips_are_laid_out_in_the_empty_folder_that_one_stands_in(tmp_path, clip, monkeypatch):
+    (tmp_path / "here").mkdir()
+    source = str(clip("a.mp4", prompt="x"))
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["eval", "vbench-layout", source, "--out", "."]) == 0
+    made = sorted(file.name for file in Path.cwd().iterdir())
+    assert main(["eval", "vbench-layout", source, "--out", str(tmp_path / "new")]) == 0
+    assert made == sorted(file.name for file in (tmp_path / "new").iterdir()) and len(made) > 2
+
+
 def test_an_interrupted_layout_leaves_nothing(tmp_path, clip, monkeypatch):
     from efficient_vdit_core.quality import vbench
 

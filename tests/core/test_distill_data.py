@@ -1,11 +1,15 @@
 """What a distillation learns from: videos with captions, the teacher's own samples, text states, each made once and
 kept."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from recorded import record
 from small_models import opensora_plan
 
 from efficient_vdit_core.distill.config import DataConfig, DistillConfig, TrainingConfig
@@ -17,11 +21,11 @@ from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanMode
 from efficient_vdit_core.distill.families.stamps import MAX_WHOLE, text_stamp
 from efficient_vdit_core.distill.families.texts import AT_ONCE, TextBank
 from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig
+from efficient_vdit_core.limits.documents import MAX_VALUES
+from efficient_vdit_core.video import write_video
 
 
 def videos(folder, names):
-    from efficient_vdit_core.video import write_video
-
     torch.manual_seed(0)
     for name in names:
         write_video(folder / name, torch.randint(0, 255, (5, 20, 32, 3), dtype=torch.uint8).numpy(), fps=8)
@@ -51,6 +55,38 @@ def test_a_corrupt_video_is_named_skipped_and_counted(tmp_path, caplog):
     assert len(seen) == 4
     with pytest.raises(ValueError, match="None of the 3"):
         encode_videos(folder, tmp_path / "cache", (9, 16, 16), encoder)
+
+
+def test_videos_are_brought_to_the_models_rate_and_none_is_taken_without_one(tmp_path, caplog):
+    pytest.importorskip("imageio_ffmpeg")
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    still = np.arange(16, dtype=np.uint8).repeat(20 * 32 * 3).reshape(16, 20, 32, 3) * 16
+    write_video(folder / "fast.gif", still, fps=20)
+    record(folder / "screen.webm", sound=False)
+    for name in ("fast", "screen"):
+        (folder / f"{name}.txt").write_text(name)
+    seen = {}
+
+    def encoder(fps):
+        return lambda: lambda frames: seen.setdefault(fps, []).append(frames[:, 0, 0, 0]) or torch.ones(4, 2, 2, 2)
+
+    found = {fps: encode_videos(folder, tmp_path / "cache", (5, 16, 16), encoder(fps), fps=fps) for fps in (0, 10.0)}
+    assert found[0].captions == [("fast",)] and "screen.webm is left out: its frame rate is not told" in caplog.text
+    assert found[10.0].captions == [("fast",), ("screen",)]
+    assert seen[0][0].tolist() == [0, 16, 32, 48, 64] and seen[10.0][0].tolist() == [0, 32, 64, 96, 128]
+
+
+def test_nothing_that_is_listed_is_left_out_quietly(tmp_path, caplog):
+    videos(tmp_path, ["a.webp", "b.gif"])
+    for name in ("c.m4v", "d.mpg", "e.wmv"):
+        (tmp_path / name).touch()
+    Image.new("RGB", (8, 8)).save(tmp_path / "preview.webp")
+    listed = ("a.webp", "b.gif", "c.m4v", "d.mpg", "e.wmv", "gone.mp4")
+    lines = [json.dumps({"file_name": name, "text": "x"}) for name in listed]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert [v.name for v in video_captions(tmp_path)] == ["a.webp", "b.gif", "c.m4v", "d.mpg"]
+    assert "2 of 6 files that metadata.jsonl lists are not used, such as e.wmv: " in caplog.text
 
 
 def test_missing_captions_are_listed(tmp_path):
@@ -194,6 +230,26 @@ def test_a_line_of_metadata_that_is_none_is_named(tmp_path, line):
     assert len(str(error.value)) < 400
 
 
+def test_a_caption_may_hold_marks_that_python_counts_as_ends_of_lines(tmp_path):
+    odd = ["a cat\u2028on a mat", "a dog\x85runs", "a \x1cbird"]
+    (tmp_path / "c.txt").write_bytes("\r\n".join([*odd, ""]).encode())
+    assert read_captions(tmp_path / "c.txt") == odd
+    for number in range(3):
+        (tmp_path / f"{number}.mp4").touch()
+    entries = ({"file_name": f"{n}.mp4", "text": text} for n, text in enumerate(odd))
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    (tmp_path / "metadata.jsonl").write_bytes("\n".join(lines).encode())
+    assert list(video_captions(tmp_path).values()) == odd
+
+
+def test_more_captions_are_kept_than_a_document_may_hold_values(tmp_path, monkeypatch):
+    names, file = list(map(str, range(MAX_VALUES + 1))), tmp_path / "texts.safetensors"
+    file.touch()
+    kept = dict.fromkeys(names, torch.ones(1, 1)), {"texts": json.dumps(names)}
+    monkeypatch.setattr("efficient_vdit_core.distill.families.texts.read_state_dict", lambda _: kept)
+    assert len(TextBank.build(names, lambda: None, file).states) == MAX_VALUES + 1
+
+
 def test_a_seed_counts_for_noise_where_pytorchs_takes_32_bits_of_it():
     drawn = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in (7, 2**32 + 7)]
     assert torch.equal(*drawn)
@@ -227,6 +283,13 @@ def sampled(tmp_path, monkeypatch):
         return torch.stack(list(found.clips.latents)), [str(one.transformer_file) for one in read]
 
     return make
+
+
+def test_the_teachers_samples_are_the_noise_schedules(tmp_path, sampled, monkeypatch):
+    model = opensora_plan(tmp_path, layers=1)
+    sampled(model)
+    monkeypatch.setattr(OpenSoraPlanModel, "schedules", [8.0])
+    assert sampled(model)[1] == [model.transformer] and sampled(model)[1] == []
 
 
 def test_the_teachers_samples_are_its_own_and_the_seeds(tmp_path, sampled):
@@ -264,7 +327,9 @@ def test_a_cache_keeps_what_each_encoder_made_apart(tmp_path, monkeypatch):
     stamps.append(text_stamp(model))
     model.config = replace(model.config, caption_channels=9)
     stamps.append(text_stamp(model))
-    assert stamps[0] == stamps[1] and len(set(stamps)) == 4
+    monkeypatch.setattr(OpenSoraPlanModel, "text_padding", 512)
+    stamps.append(text_stamp(model))
+    assert stamps[0] == stamps[1] and len(set(stamps)) == 5
 
 
 def test_the_tiny_worlds_clips_are_of_one_length():

@@ -9,6 +9,7 @@ from small_models import cogvideox, wan_22
 from small_models import wan as small_wan
 
 from efficient_vdit_core.distill.config import ModelConfig
+from efficient_vdit_core.distill.data.prepare import _text_bank
 from efficient_vdit_core.distill.families.intercept import OVERRIDE, Intercepted
 from efficient_vdit_core.distill.families.model import sparse_options
 from efficient_vdit_core.distill.families.open_model import open_model
@@ -171,6 +172,33 @@ def test_the_text_encoder_is_read_in_bf16(wan, monkeypatch):
     context, mask = wan.text_encoder(torch.device("cpu"))(["a", "b"])
     assert context.shape == (2, 3, 8) and mask.shape == (2, 3)
     assert read[0]["torch_dtype"] == torch.bfloat16 and read[0]["vae"] is None
+
+
+def wans_pipeline(wan):
+    """Its text encoder and tokenizer alone, with a word for each letter."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1, "b": 2}, unk_token="b"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    torch.manual_seed(3)
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=4, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).eval()
+    scheduler = diffusers.UniPCMultistepScheduler()
+    pipe = diffusers.WanPipeline(tokenizer, encoder, vae=None, scheduler=scheduler, transformer=None)  # pyright: ignore
+    wan._pipeline = lambda *_, **__: pipe
+    return pipe
+
+
+def test_wan_learns_from_the_text_states_that_it_is_sampled_with(wan, tmp_path):
+    """512 rows, zeros behind the words, which the network attends to as well; the cache keeps the words alone."""
+    pipe, prompts = wans_pipeline(wan), ["ab", "a" * 300 + "b"]
+    device = torch.device("cpu")
+    expected = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512, device=device)[0]
+    bank = _text_bank(prompts, wan, tmp_path, device)
+    torch.testing.assert_close(bank.batch(prompts)[0], expected.detach())
+    assert [len(bank.states[p]) for p in prompts] == [2, 301]
+    assert wan.text_padding == wan.text_size[0] == 512
 
 
 def test_videos_go_through_wans_own_vae(wan, tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ from efficient_vdit_core.distill.objectives.knowledge import (
 from efficient_vdit_core.distill.runs import export, trainer
 from efficient_vdit_core.distill.runs.claim import claim_run
 from efficient_vdit_core.distill.runs.optimizers import check_optimizer
+from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.distill.runs.turns import Turns
 from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig
@@ -338,6 +339,47 @@ def test_lora_off_is_the_base_and_merged_is_lora_on(base):
     torch.testing.assert_close(plain(*inputs), out, rtol=1e-4, atol=1e-5)
 
 
+def exported_lora(base, folder, seed=0, size=0.05):
+    """A LoRA of random numbers for the weights in ``base``."""
+    settings = config(base, model={"train": "lora", "lora_rank": 3})
+    model = open_model(settings.model)
+    student, _ = trainer.make_pair(settings, model, None)
+    g = torch.Generator().manual_seed(seed)
+    ema = {n: size * torch.randn(p.shape, generator=g) for n, p in student.named_parameters() if p.requires_grad}
+    return export.export(model, student, ema, folder, trainer.describe(settings, model), lora=True)
+
+
+def rewritten(base, file, change):
+    """The weights in ``base`` as another program may keep them."""
+    weights, about = read_state_dict(base)
+    save_safetensors(file, dict(change(name, value) for name, value in weights.items()), about)
+    return file
+
+
+def test_what_is_learnt_is_kept_in_16_bits_beside_weights_of_8(base, tmp_path):
+    small = rewritten(base, tmp_path / "8.safetensors", lambda name, value: (name, value.to(torch.float8_e4m3fn)))
+    lora = read_state_dict(exported_lora(small, tmp_path / "run", size=4e-4))[0]
+    found = [value for name, value in lora.items() if "lora_up" in name]
+    assert all(value.dtype == torch.bfloat16 and value.count_nonzero() == value.numel() for value in found)
+
+
+def test_stages_are_merged_into_weights_under_comfyuis_names(base, tmp_path):
+    named_so = rewritten(
+        base, tmp_path / "comfy.safetensors", lambda name, value: (f"model.diffusion_model.{name}", value)
+    )
+    loras = [exported_lora(named_so, tmp_path / str(seed), seed) for seed in (1, 2)]
+    values = {"order": "merge", "model": {"transformer": str(named_so), "train": "lora", "lora_rank": 3}}
+    found = read_state_dict(ThreeStages(RecipeConfig.from_dict(values), tmp_path / "run").merge("merged", *loras))[0]
+    expected = read_state_dict(base)[0]
+    for lora in loras:
+        expected = merged(expected, read_state_dict(lora)[0])
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(
+        ValueError, match=r"have none of 20 layers that the LoRA changes, such as 'diffusion_model\.trans"
+    ):
+        merged(read_state_dict(named_so)[0], read_state_dict(loras[0])[0])
+
+
 def test_a_lora_keeps_its_input_once_and_in_its_own_precision():
     module = torch.nn.Sequential(torch.nn.Linear(16, 16, dtype=torch.bfloat16))
     add_lora(module, 2, targets="0$")
@@ -449,7 +491,7 @@ def test_merged_deltas_add_up():
 def test_configuration_survives_toml(base):
     import tomllib
 
-    written = config(base, objective={"guidance": [1.0, 5.0]}, training={"samples": ['say "hi"', "b\\c"]})
+    written = config(base, objective={"guidance": [1.0, 5.0]}, training={"samples": ['say "hi"', "b\\c", "\x7f\x1f"]})
     assert DistillConfig.from_dict(tomllib.loads(to_toml(written.to_dict()))) == written
 
 

@@ -109,6 +109,19 @@ def test_half_a_torch_file_is_told_from_a_whole_one(tmp_path):
         read_torch(tmp_path / "a.pt", "Delete it.")
 
 
+def test_a_symbolic_link_stays_one_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name in ("there", "new"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    (tmp_path / "disk" / "there").write_text("old")
+    for name in ("there", "new"):
+        write_text(check_writable_file(tmp_path / name), name)
+        assert (tmp_path / name).is_symlink() and (tmp_path / "disk" / name).read_text() == name
+    (tmp_path / "gone").symlink_to(tmp_path / "none" / "gone")
+    with pytest.raises(ValueError, match="the folder .*none' does not exist"):
+        check_writable_file(tmp_path / "gone")
+
+
 def test_nothing_is_left_where_writing_fails(tmp_path):
     with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "a"):
         raise KeyboardInterrupt

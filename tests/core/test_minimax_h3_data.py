@@ -1,19 +1,24 @@
 """What MiniMax-H3 is trained on: clips with their sound through both VAEs, and prompts, against diffusers' own by hand."""
 
 import subprocess
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from recorded import record
 from small_models import minimax_h3
 
+from efficient_vdit_core.distill.config import DistillConfig
 from efficient_vdit_core.distill.data.clips import encode_videos
+from efficient_vdit_core.distill.data.prepare import check_data
 from efficient_vdit_core.distill.families.minimax_h3_clip import ClipShape
 from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.families.texts import TextBank
 from efficient_vdit_core.read_sound import read_sound
+from efficient_vdit_core.read_video import read_video
 from efficient_vdit_core.video import write_video
 
 diffusers = pytest.importorskip("diffusers")
@@ -49,11 +54,56 @@ def test_sound_is_read_as_long_as_the_pictures_last(tmp_path):
     assert read_sound(with_sound(tmp_path / "b.mp4", tone=False), 1.0, 32000, 24) is None
     with pytest.raises(ValueError, match="has 30 frames a second, expected 24"):
         read_sound(with_sound(tmp_path / "c.mp4", fps=30), 0.5, 32000, 24)
+    assert read_sound(tmp_path / "c.mp4", 0.5, 32000, 0).shape == (2, 16000), "whose pictures are brought to a rate"
     whole = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    assert (
-        read_sound(tmp_path / "cut.mp4", 0.5, 32000, 24) is None
-    )  # nothing in it can be told; its pictures are refused
+    for untold in (tmp_path / "cut.mp4", record(tmp_path / "r.webm", rate=60)):
+        with pytest.raises(ValueError, match="a frame rate that is not told, or varies, expected 24"):
+            read_sound(untold, 0.5, 32000, 24)
+
+
+@pytest.mark.parametrize("late", ["sound", "pictures"])
+def test_sound_keeps_its_place_beside_the_pictures(tmp_path, late):
+    """In a file one of the two may begin after the other."""
+    import imageio_ffmpeg
+
+    source, path = with_sound(tmp_path / "a.mp4", frames=12), tmp_path / "late.mkv"
+    streams = ["0:a", "1:v"] if late == "pictures" else ["0:v", "1:a"]
+    arguments = [
+        "-i",
+        source,
+        "-itsoffset",
+        "0.25",
+        "-i",
+        source,
+        "-map",
+        streams[0],
+        "-map",
+        streams[1],
+        "-c",
+        "copy",
+        path,
+    ]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, arguments)], check=True)
+    sound, pictures = read_sound(path, 18 / 24, 32000, 24), read_video(path)
+    begins = int((np.abs(sound[0]) > 0.1).argmax()) / 32000
+    changes = int((np.abs(np.diff(pictures.astype(int), axis=0)).mean((1, 2, 3)) > 10).argmax())
+    expected = (0.25, 0) if late == "sound" else (0, 6)
+    assert begins == pytest.approx(expected[0], abs=0.03) and changes == expected[1]
+
+
+def test_pictures_at_another_rate_than_the_sounds_are_refused(h3_with_vaes, tmp_path):
+    h3, *_ = h3_with_vaes
+    with_sound(tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_text("a")
+    values = {
+        "method": "consistency",
+        "data": {"source": "videos", "folder": str(tmp_path), "frames": 22, "height": 96, "width": 160},
+    }
+    for fps, told in ((0, ""), (24, ""), (16, "data.fps is 16, but the model's pictures come at 24 a second")):
+        values["data"]["fps"] = fps
+        with nullcontext() if not told else pytest.raises(ValueError, match=told):
+            check_data(DistillConfig.from_dict({**values, "training": {"batch": 1}}), h3)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from small_models import LAYERS, minimax_h3
 
 from efficient_vdit_core.distill.config import DistillConfig, ModelConfig
-from efficient_vdit_core.distill.families.minimax_h3_clip import ClipShape, latent_frames, sound_latents
+from efficient_vdit_core.distill.families.minimax_h3_clip import PATCH, ClipShape, latent_frames, sound_latents
 from efficient_vdit_core.distill.families.model import sparse_options
 from efficient_vdit_core.distill.families.on_host import bytes_on_host
 from efficient_vdit_core.distill.families.open_model import open_model
@@ -162,8 +162,8 @@ def test_a_plan_leaves_words_and_sound_exact_forward_and_backward(h3, ks, monkey
         options = None if by_mask else sparse_options(h3, plan)(z)
         with monkeypatch.context() as patch:
             if by_mask:
-                prefix = WORDS + SHAPE.sound_rows
-                patch.setattr(F, "scaled_dot_product_attention", oracle(plan.patterns, prefix, (T, SHAPE.frame_rows)))
+                prefix, rows = WORDS + SHAPE.sound_rows, SHAPE.h // PATCH * (SHAPE.w // PATCH)
+                patch.setattr(F, "scaled_dot_product_attention", oracle(plan.patterns, prefix, (T, rows)))
             out = h3.predict(module, z, time, given, options)
         (out * weight).sum().backward()
         found.append([out.detach(), *(p.grad for p in module.parameters() if p.grad is not None)])

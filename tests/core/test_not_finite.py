@@ -352,3 +352,38 @@ def test_a_step_that_ends_in_the_middle_keeps_the_checkpoint_before_it(tmp_path)
         and torch.equal(kept["model"]["weight"], before[1])
         and not torch.equal(model.weight, before[1])
     )
+
+
+@pytest.mark.parametrize(
+    "interrupted", [0, 1, 2], ids=["while sampling", "while the average goes in", "while it goes out"]
+)
+def test_no_mixture_of_weights_and_their_average_is_kept(tmp_path, interrupted):
+    """A second Ctrl-C while samples are made, and a third while weights are copied."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    run = TrainingRun(model, [torch.optim.SGD(model.parameters(), lr=0.1)], folder=tmp_path, steps=4, seed=0, warmup=0)
+    load, calls = model.load_state_dict, []
+
+    def half(state, **options):
+        calls.append(len(calls) + 1)
+        if calls[-1] != interrupted:
+            return load(state, **options)
+        load(dict(list(state.items())[:2]), **options)
+        raise KeyboardInterrupt
+
+    def evaluate(_):
+        own.update({name: value.clone() for name, value in model.state_dict().items()})
+        model.load_state_dict = half
+        with run.averaged():
+            raise KeyboardInterrupt
+
+    own = {}
+    with pytest.raises(KeyboardInterrupt):
+        run.train(
+            lambda g: model(torch.randn(1, 2, generator=g)).square().sum(),
+            save_every=2,
+            evaluate=evaluate,
+            evaluate_every=3,
+        )
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["step"] == (2 if interrupted == 2 else 3)
+    assert interrupted == 2 or all(torch.equal(value, own[name]) for name, value in kept["model"].items())

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from PIL import Image
+from recorded import record
 
 from efficient_vdit_core import read_video as reading
 from efficient_vdit_core import video as writing
-from efficient_vdit_core.read_video import iterate_video, read_video
+from efficient_vdit_core.read_video import check_steady, iterate_video, read_video
 from efficient_vdit_core.video import write_video
 
 pytest.importorskip("imageio_ffmpeg")
@@ -105,6 +106,35 @@ def test_what_a_phone_filmed_stands_upright(tmp_path, frames, angle):
     with reading.ffmpeg(arguments, None, None) as process:
         assert process.wait() == 0
     assert np.abs(read_video(turned)[0] - np.rot90(read_video(path)[0], angle // 90).astype(float)).mean() < 4
+
+
+@pytest.mark.parametrize(("suffix", "own"), [(".mp4", 24), (".gif", 20), (".webp", 20)])
+def test_frames_are_brought_to_a_rate_by_their_times(tmp_path, frames, suffix, own):
+    path = write_video(tmp_path / f"a{suffix}", frames[:12], fps=own)
+    every = read_video(path)
+    half, twice, same = (np.stack(list(iterate_video(path, fps))) for fps in (own / 2, 2 * own, own))
+    assert np.array_equal(half, every[::2]) and np.array_equal(same, every)
+    assert np.array_equal(twice[:22], every.repeat(2, axis=0)[:22])  # how long the last one lasts, mp4 tells roughly
+
+
+def test_a_recording_without_a_rate_is_known_and_read_by_its_times(tmp_path, frames):
+    path = record(tmp_path / "a.webm", rate=30)
+    with pytest.raises(ValueError, match=r"rate is not told, or varies\. Set data\.fps"):
+        check_steady(path)
+    assert 15 <= sum(1 for _ in iterate_video(path, 16)) <= 17
+    for name in ("b.mp4", "b.gif"):
+        check_steady(write_video(tmp_path / name, frames))
+
+
+def test_a_clip_that_was_cut_without_coding_it_anew_is_whole(tmp_path, frames):
+    path, cut = write_video(tmp_path / "a.mp4", np.concatenate([frames] * 3), fps=13), tmp_path / "b.mp4"
+    arguments = ["-v", "error", "-ss", "1.5", "-i", str(path), "-c", "copy", str(cut)]
+    with reading.ffmpeg(arguments, None, None) as process:
+        assert process.wait() == 0
+    assert 18 <= len(read_video(cut)) <= 20
+    cut.write_bytes(cut.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match="damaged"):
+        read_video(cut)
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])

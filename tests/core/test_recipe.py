@@ -222,6 +222,9 @@ def test_the_memory_is_told_before_anything_is_trained(calls, capsys, tmp_path):
     assert {"consistency_training.batch", "knowledge_training.batch"} <= changes and "  training." not in told
     assert cli.main([*asked, "big"]) == 2
     assert "expected a GPU's memory such as 24GB" in capsys.readouterr().err
+    for option, value in (("--gpu", "24GB"), ("--tflops", "100"), ("--hours", "10")):
+        assert cli.main([*asked[:-2], option, value]) == 2
+        assert f"{option} is given without --plan-memory" in capsys.readouterr().err
     assert calls == [] and not (tmp_path / "run").exists()
 
 

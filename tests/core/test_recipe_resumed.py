@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import wan
 
+from efficient_vdit_core.distill.config import DistillConfig
+from efficient_vdit_core.distill.data.clips import ClipSet
+from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanModel
+from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig
 from efficient_vdit_core.distill.runs import recipe, search_stage, trainer
 from efficient_vdit_core.distill.runs.claim import claim_run
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.distill.runs.search_stage import SearchConfig
 from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.search import output
@@ -208,6 +214,34 @@ def test_weights_that_changed_under_a_run_are_refused(base, tmp_path):  # noqa: 
     save_safetensors(base, {name: torch.zeros_like(value) for name, value in weights.items()}, entries)
     with pytest.raises(ValueError, match=r"model\.transformer: 'weights \w+' -> 'weights \w+'"):
         claim_run(config(base), tmp_path / "run")
+
+
+def test_what_changed_in_the_models_folder_under_a_run_is_refused(tmp_path):
+    """And a search under another schedule is another."""
+    model, folder = wan(tmp_path / "model"), tmp_path / "run"
+    started = DistillConfig("consistency", ConsistencyConfig(segments=2), model)
+    clips = ClipSet(torch.zeros(1, 4, 3, 4, 4), [("a",)])
+    stamp = lambda: search_stage.search_settings(SearchConfig(), open_model(model), clips, segments=4, steps=4)  # noqa: E731
+    claim_run(started, folder)
+    claim_run(started, folder)
+    before, file = stamp(), tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    kept = file.read_text()
+    file.write_text(json.dumps({**json.loads(kept), "flow_shift": 8.0}))
+    with pytest.raises(ValueError, match=r"the schedule in model\.path: .*1\.0.* -> .*8\.0"):
+        claim_run(started, folder)
+    assert stamp()["schedules"] != before["schedules"]
+    file.write_text(kept)
+    assert stamp() == before
+    module = open_model(model).load()
+    module.load_state_dict({name: 2 * x for name, x in module.state_dict().items()})
+    module.save_pretrained(tmp_path / "model" / "transformer")
+    with pytest.raises(ValueError, match=r"the transformer in model\.path: 'weights .* -> 'weights"):
+        claim_run(started, folder)
+    record = json.loads((folder / "settings.json").read_text())
+    old = {name: value for name, value in record.items() if "in model.path" not in name}
+    (folder / "settings.json").write_text(json.dumps(old))
+    claim_run(started, folder)  # as earlier versions left it
+    assert json.loads((folder / "settings.json").read_text()).keys() == record.keys()
 
 
 def test_a_run_without_a_record_keeps_to_its_paths(base, tmp_path):  # noqa: F811

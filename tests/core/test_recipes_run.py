@@ -202,7 +202,7 @@ def videos(folder):
     folder.mkdir()
     for name, text in (("a", "a red cat"), ("b", "a blue dog")):
         frames = np.random.default_rng(len(text)).integers(0, 255, (13, 64, 64, 3), dtype=np.uint8)
-        write_video(folder / f"{name}.mp4", frames, fps=24, metadata={})
+        write_video(folder / f"{name}.mp4", frames, fps=16, metadata={})
         (folder / f"{name}.txt").write_text(text)
     return folder
 
@@ -290,6 +290,15 @@ def test_norms_stay_in_float32_as_diffusers_reads_them(tmp_path):
         torch.equal(read[n], x) and read[n].dtype == x.dtype for n, x in own.items()
     )
     assert {n: x.dtype for n, x in all_of(model.skeleton()).items()} == {n: x.dtype for n, x in own.items()}
+
+
+@pytest.mark.parametrize(("build", "multiple"), [(wan_5b, 32), (wan, 16), (cogvideox, 16)])
+def test_a_size_of_which_no_whole_tokens_can_be_made_is_refused_at_once(tmp_path, build, multiple):
+    model = open_model(build(tmp_path))
+    assert model.size(5, 22 * multiple, 0)[1] == 22 * multiple
+    told = f"data.height is .*a multiple of {multiple}, .* Set it to {22 * multiple} or {23 * multiple}"
+    with pytest.raises(ValueError, match=told):
+        model.size(5, 22 * multiple + multiple // 2, 0)
 
 
 def test_a_step_s_time_may_stand_at_every_token_of_the_5b(tmp_path):

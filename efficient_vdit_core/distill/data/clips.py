@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +24,7 @@ from ...models.opensora_plan.weights import is_finite
 MAX_LIST = 2**28  # bytes of a file of captions
 MAX_STEM = 200  # bytes of a video's name in that of its latents, which may have 255
 FPS = 24  # of every model that makes sound
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi", ".mpg", ".gif", ".webp")
 
 Generate = Callable[[list[str], list[int]], Tensor]  # captions and the samples' numbers to latents (B, C, T, h, w)
 
@@ -74,7 +75,7 @@ class ClipSet:
 
 def video_captions(folder: Path) -> dict[Path, str]:
     """The videos of a folder with their captions: ``name.txt`` beside each, or a ``metadata.jsonl`` of file_name and
-    text.
+    text. What is listed and not used is told of.
 
     Raises ValueError where there are no videos, or where some have no caption; it names them.
     """
@@ -82,13 +83,19 @@ def video_captions(folder: Path) -> dict[Path, str]:
         raise ValueError(f"There is no folder {quoted(str(folder), 120)} with videos. Check data.folder.")
     # ._NAME is what a Mac notes of a file, on disks that are not its own.
     named_so = (f for f in folder.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
-    videos = sorted(f for f in named_so if not f.name.startswith("._"))
+    videos = sorted(f for f in named_so if not f.name.startswith("._") and not _is_picture(f))
     if not videos:
         raise ValueError(
             f"The folder {quoted(folder.name)} holds no videos, expected files ending in {', '.join(VIDEO_SUFFIXES)}."
         )
     listed = _listed(folder / "metadata.jsonl")
-    found = {v: listed.get(v.relative_to(folder).as_posix()) or _beside(v) for v in videos}
+    names = {v: v.relative_to(folder).as_posix() for v in videos}
+    if unused := sorted(listed.keys() - names.values()):
+        log.warning(
+            "%d of %d files that metadata.jsonl lists are not used, such as %s: they are not in the folder, or of another kind than %s.",
+            len(unused), len(listed), named(unused[0]), ", ".join(VIDEO_SUFFIXES),
+        )  # fmt: skip
+    found = {v: listed.get(name) or _beside(v) for v, name in names.items()}
     missing = [v.name for v, text in found.items() if not text]
     if missing:
         shown = ", ".join(map(named, missing[:3])) + ", ..." * (len(missing) > 3)
@@ -106,22 +113,24 @@ def encode_videos(
     encoder: Callable[[], Callable[..., Tensor]],
     sound_rate: int = 0,
     stamp: str = "",
+    fps: float = 0.0,
 ) -> ClipSet:
     """Latents of a folder's videos, cut to ``size`` (frames, height, width); a video that cannot be read is named,
     skipped and counted. With a ``sound_rate`` the encoder is given the sound beside the frames, None where there is
-    none. ``stamp``: of the encoder, so that another's latents are not taken."""
+    none. ``stamp``: of the encoder, so that another's latents are not taken. ``fps``: what videos are brought to; 0 takes
+    their own frames."""
     from tqdm import tqdm
 
     captions = video_captions(folder)
     encode: Callable[[np.ndarray], Tensor] | None = None
     files, texts, broken = [], [], []
     for video, text in tqdm(captions.items(), desc="latents", mininterval=5):
-        made = f"{video.resolve()} {video.stat().st_mtime_ns} {size} {stamp}"
+        made = f"{video.resolve()} {video.stat().st_mtime_ns} {size} {stamp}" + (f" {fps}" if fps else "")
         stem = video.stem.encode()[:MAX_STEM].decode(errors="ignore")
         target = cache / f"{stem}-{hashlib.sha256(made.encode()).hexdigest()[:16]}.safetensors"
         if not target.is_file():
             try:
-                clip = (read_frames(video, size), *read_sounds(video, size, sound_rate))
+                clip = (read_frames(video, size, fps), *read_sounds(video, size, sound_rate, fps))
             except ValueError as error:
                 log.warning("%s is left out: %s", named(video.name), error)
                 broken.append(named(video.name))
@@ -139,25 +148,30 @@ def encode_videos(
     return ClipSet(LatentFiles(files), texts)
 
 
-def read_frames(video: Path, size: tuple[int, int, int]) -> np.ndarray:
-    """The first frames of a video as uint8 (F, H, W, 3), scaled to cover height and width and cropped in the middle."""
+def read_frames(video: Path, size: tuple[int, int, int], fps: float = 0.0) -> np.ndarray:
+    """The first frames of a video as uint8 (F, H, W, 3), at ``fps`` or the file's own constant rate, scaled to cover height and
+    width and cropped in the middle."""
     from PIL import Image
 
-    from ...read_video import iterate_video
+    from ...read_video import check_steady, iterate_video
 
     frames, height, width = size
-    found = [_cover(Image.fromarray(frame), height, width) for frame in islice(iterate_video(video), frames)]
+    found = [_cover(Image.fromarray(frame), height, width) for frame in islice(iterate_video(video, fps), frames)]
+    if not fps:
+        check_steady(video)
     if len(found) < frames:
-        raise ValueError(f"it has {len(found)} frames, expected at least {frames}")
+        raise ValueError(
+            f"it has {len(found)} frames{f' at {fps:g} a second' if fps else ''}, expected at least {frames}"
+        )
     return np.stack(found)
 
 
-def read_sounds(video: Path, size: tuple[int, int, int], rate: int) -> tuple[np.ndarray | None, ...]:
+def read_sounds(video: Path, size: tuple[int, int, int], rate: int, fps: float = 0.0) -> tuple[np.ndarray | None, ...]:
     """The sound of the frames that `read_frames` gives, for a model that takes it at ``rate``; nothing for one that does
     not."""
     from ...read_sound import read_sound
 
-    return (read_sound(video, size[0] / FPS, rate, FPS),) if rate else ()
+    return (read_sound(video, size[0] / FPS, rate, 0 if fps else FPS),) if rate else ()
 
 
 def teacher_clips(
@@ -198,7 +212,7 @@ def read_captions(path: str | Path) -> list[str]:
     if not Path(path).is_file():
         raise ValueError(f"There is no file of captions {quoted(str(path), 120)}, one a line. Check data.captions.")
     text = read_text(path, f"The file of captions {named(Path(path).name)}", limit=MAX_LIST)
-    found = [line.strip() for line in text.splitlines() if line.strip()]
+    found = [line.strip() for line in _lines(text) if line.strip()]
     if not found:
         raise ValueError(f"{named(Path(path).name)} holds no captions, expected one a line.")
     return found
@@ -214,11 +228,29 @@ def _finite(latents: Tensor, name: str) -> Tensor:
     return latents
 
 
+def _is_picture(file: Path) -> bool:
+    """Whether a .webp stands still, as a preview that lies beside its video does."""
+    from PIL import Image
+
+    if file.suffix.lower() != ".webp":
+        return False
+    try:
+        with Image.open(file) as image:
+            return not getattr(image, "is_animated", False)
+    except Exception:  # a damaged one is named when it is read
+        return False
+
+
+def _lines(text: str) -> list[str]:
+    """As editors and JSON Lines count them. Python's own splitlines would also cut at marks that may stand within a caption."""
+    return re.split(r"\r?\n", text)
+
+
 def _listed(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     found = {}
-    for number, line in enumerate(read_text(file, file.name, limit=MAX_LIST).splitlines(), start=1):
+    for number, line in enumerate(_lines(read_text(file, file.name, limit=MAX_LIST)), start=1):
         if not line.strip():
             continue
         what = f"{file.name} line {number}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..families.open_model import open_model
 from ..families.stamps import teacher_stamp, text_stamp, video_stamp
 from ..families.texts import TextBank
 from ..objectives.rollout import guided, roll_down
-from .clips import ClipSet, Generate, encode_videos, read_captions, teacher_clips, video_captions, without_clips
+from .clips import FPS, ClipSet, Generate, encode_videos, read_captions, teacher_clips, video_captions, without_clips
 from .noise import numbered_noise
 
 
@@ -52,7 +52,12 @@ def check_data(config: DistillConfig, model: FamilyModel) -> None:
         check_memory(latent * data.clips, f"data.clips = {data.clips}", "Lower it; 4096 clips are enough.")
     if data.source == "videos":
         video_captions(Path(data.folder))
-        _ = model.sound_rate  # of a VAE that may be missing
+        rate = model.sound_rate  # of a VAE that may be missing
+        if rate and data.fps not in (0, FPS):
+            raise ValueError(
+                f"data.fps is {data.fps:g}, but the model's pictures come at {FPS} a second, or its sound would not keep pace. Set it "
+                f"to {FPS}, or to 0 for videos that have it."
+            )
     elif data.source in ("teacher", "captions"):
         read_captions(data.captions)
     else:
@@ -74,7 +79,7 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
     elif data.source == "videos":
         size = model.size(data.frames, data.height, data.width)
         encoder = partial(model.video_encoder, device)
-        clips = encode_videos(Path(data.folder), cache, size, encoder, model.sound_rate, video_stamp(model))
+        clips = encode_videos(Path(data.folder), cache, size, encoder, model.sound_rate, video_stamp(model), data.fps)
     elif data.source == "captions":
         shape = model.latent_shape(model.size(data.frames, data.height, data.width))
         clips = without_clips(read_captions(data.captions), shape)
@@ -82,13 +87,14 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
         clips = _from_teacher(config, open_model(config.sampled_by) if config.sampled_by else model, cache, device)
     clips = clips.worded(data.prompt)
     texts = [*clips.texts(), data.negative, *map(data.prompt, config.training.samples)]
-    bank = TextBank.build(texts, partial(model.text_encoder, device), _text_file(cache, model))
+    bank = _text_bank(texts, model, cache, device)
     return PreparedData(clips, bank, data.negative, device)
 
 
-def _text_file(cache: Path, model: FamilyModel) -> Path:
-    """Where the cache, which other models may share, keeps this one's text states."""
-    return cache / f"texts-{text_stamp(model)}.safetensors"
+def _text_bank(texts: Iterable[str], model: FamilyModel, cache: Path, device: torch.device) -> TextBank:
+    """From the model's own file in the cache, which other models may share."""
+    file = cache / f"texts-{text_stamp(model)}.safetensors"
+    return TextBank.build(texts, partial(model.text_encoder, device), file, model.text_padding)
 
 
 def _tinyworld(config: DistillConfig, model: FamilyModel, cache: Path) -> ClipSet:
@@ -122,9 +128,7 @@ def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device
     """Samples of ``model``: a recipe's later stages learn from those of its first teacher."""
     data = config.data
     captions = read_captions(data.captions)
-    bank = TextBank.build(
-        [*map(data.prompt, captions), data.negative], partial(model.text_encoder, device), _text_file(cache, model)
-    )
+    bank = _text_bank([*map(data.prompt, captions), data.negative], model, cache, device)
     shape = model.latent_shape(model.size(data.frames, data.height, data.width))
     source = PreparedData(ClipSet([], []), bank, data.negative, device)
 
@@ -139,5 +143,6 @@ def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device
 
         return generate
 
-    settings = [data.seed, data.guidance, data.negative, data.teacher_steps, shape, data.template, teacher_stamp(model)]
+    asked = [data.seed, data.guidance, data.negative, data.teacher_steps, shape, data.template]
+    settings = [*asked, teacher_stamp(model), *model.schedules]
     return teacher_clips(captions, data.clips, cache, settings, load_teacher, at_once=config.training.batch)

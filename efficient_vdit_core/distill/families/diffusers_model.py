@@ -28,7 +28,7 @@ from ..objectives.features import FeatureTap
 from .clip_part import ClipPart, unwrapped
 from .diffusers_folder import DiffusersFolder, latent_statistics, read_json
 from .intercept import OVERRIDE, Intercepted
-from .model import Options, check_frames, serves_all, visiting
+from .model import Options, check_frames, check_sides, serves_all, visiting
 from .texts import Encode
 
 WAN_TEXT = 512  # tokens that Wan pads its texts to
@@ -64,10 +64,18 @@ class DiffusersModel(DiffusersFolder):
         return noisy if self.expert == "high" else ~noisy
 
     @property
+    def schedules(self) -> list[Any]:
+        return [self.prediction, self.path.describe()]
+
+    @property
     def text_size(self) -> tuple[int, int]:
         if self.kind == WAN:
             return WAN_TEXT, int(self.config["text_dim"])
         return int(self.config["max_text_seq_length"]), int(self.config["text_embed_dim"])
+
+    @property
+    def text_padding(self) -> int:
+        return WAN_TEXT if self.kind == WAN else 0
 
     @property
     def parts(self) -> dict[str, Path]:
@@ -149,8 +157,11 @@ class DiffusersModel(DiffusersFolder):
 
         @torch.no_grad()
         def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
-            context = pipe.encode_prompt(texts, do_classifier_free_guidance=False, device=device)[0]
-            return context, torch.ones(context.shape[:2], dtype=torch.long)
+            rows = self.text_size[0]  # diffusers' own default for Wan is 226, but the model is sampled with 512
+            context = pipe.encode_prompt(
+                texts, do_classifier_free_guidance=False, max_sequence_length=rows, device=device
+            )[0]
+            return context, context.any(-1).long()  # Wan's padding is zeros; CogVideoX's is as good as words
 
         return encode
 
@@ -198,6 +209,8 @@ class DiffusersModel(DiffusersFolder):
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         check_frames(frames, frames % 4 == 1, "4k + 1")
+        p = self.config["patch_size"]
+        check_sides(height, width, self.vae["scale_factor_spatial"] * (p if isinstance(p, int) else p[-1]))
         wan = (121, 704, 1280) if self.config["in_channels"] == WAN_5B_CHANNELS else (81, 480, 832)
         trained = (49, 480, 720) if self.kind == COGVIDEOX else wan
         return frames or trained[0], height or trained[1], width or trained[2]

@@ -44,7 +44,7 @@ from .minimax_h3_clip import (
     to_rows,
 )
 from .minimax_h3_parts import H3Encoder, h3_pictures, h3_text_encoder, read_vae
-from .model import Options, check_frames, serves_all
+from .model import Options, check_frames, check_sides, serves_all
 from .on_host import OnHost
 from .texts import Encode
 
@@ -59,7 +59,7 @@ class MiniMaxH3Model(DiffusersFolder):
 
     FAMILIES: ClassVar = {MINIMAX_H3: "minimax_h3"}
     guided, can_host, at_once, serves = False, True, 1, staticmethod(serves_all)
-    prediction = FLOW
+    prediction, text_padding = FLOW, 0
 
     def __init__(self, config: ModelConfig) -> None:
         if config.expert:
@@ -86,6 +86,10 @@ class MiniMaxH3Model(DiffusersFolder):
         return int(read_json(self.folder / "audio_vae" / "config.json").get("sampling_rate", 32000))
 
     @property
+    def schedules(self) -> list[Any]:
+        return [self.shift, self.sound_shift]
+
+    @property
     def text_size(self) -> tuple[int, int]:
         return WORDS, int(self.config["text_dim"])
 
@@ -96,12 +100,7 @@ class MiniMaxH3Model(DiffusersFolder):
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         check_frames(frames, frames % CHUNK == FIRST, f"{CHUNK}k + {FIRST}")
-        side = PIXELS * PATCH
-        for name, length in (("height", height), ("width", width)):
-            if length % side:
-                raise ValueError(
-                    f"data.{name} is {length}, expected a multiple of {side}, or 0 for the model's own. Correct the configuration."
-                )
+        check_sides(height, width, PIXELS * PATCH)
         return frames or TRAINED[0], height or TRAINED[1], width or TRAINED[2]
 
     def latent_shape(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]:

@@ -53,10 +53,6 @@ class ClipShape:
         return SIDES * sound_latents(self.t)
 
     @property
-    def frame_rows(self) -> int:
-        return self.h // PATCH * (self.w // PATCH)
-
-    @property
     def state(self) -> tuple[int, int, int, int]:
         sound = -(-self.sound_rows * self.sound_channels // (self.t * self.h * self.w))
         return self.channels + sound, self.t, self.h, self.w

@@ -36,6 +36,11 @@ class FamilyModel(Protocol):
     def prediction(self) -> str: ...
 
     @property
+    def schedules(self) -> list[Any]:
+        """What files of its folder say of noise and prediction, JSON-able; nothing where the family itself does."""
+        ...
+
+    @property
     def transformer_file(self) -> Path: ...
 
     @property
@@ -73,7 +78,9 @@ class FamilyModel(Protocol):
         ...
 
     @property
-    def saved_dtype(self) -> torch.dtype: ...
+    def saved_dtype(self) -> torch.dtype:
+        """What results are written in: 16 bits at least."""
+        ...
 
     @property
     def family(self) -> str: ...
@@ -96,6 +103,11 @@ class FamilyModel(Protocol):
     @property
     def text_size(self) -> tuple[int, int]:
         """Longest text in tokens, and the channels of a text state."""
+        ...
+
+    @property
+    def text_padding(self) -> int:
+        """The rows to which it pads a text's states with zeros that are attended to; 0 where a mask leaves padding out."""
         ...
 
     @property
@@ -181,6 +193,18 @@ def check_frames(frames: int, holds: bool, rule: str) -> None:
         raise ValueError(
             f"data.frames is {quoted(frames)}, expected {rule}, or 0 for the model's own. Correct the configuration."
         )
+
+
+def check_sides(height: int, width: int, multiple: int) -> None:
+    """Raises ValueError for pixels of which the family's network cannot make whole tokens."""
+    for name, length in (("height", height), ("width", width)):
+        if length % multiple:
+            low = length // multiple * multiple
+            nearest = f"{low} or {low + multiple}" if low else f"{multiple}"
+            raise ValueError(
+                f"data.{name} is {length}, expected a multiple of {multiple}, or 0 for the model's own: a token is that many pixels "
+                f"high and wide. Set it to {nearest}."
+            )
 
 
 @contextmanager

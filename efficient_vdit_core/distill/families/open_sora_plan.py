@@ -40,7 +40,7 @@ class OpenSoraPlanModel:
     """See `model.FamilyModel`."""
 
     family, expert, serves = FAMILY, "", staticmethod(serves_all)
-    guided, can_host, at_once, sound_rate = True, False, MAX_BATCH, 0
+    guided, can_host, at_once, sound_rate, text_padding = True, False, MAX_BATCH, 0, 0
 
     def __init__(self, config: ModelConfig) -> None:
         if config.expert:
@@ -55,8 +55,9 @@ class OpenSoraPlanModel:
             )
         self.dtype, self.loras = DTYPES[config.dtype], config.loras
         state_dict, self.config = read_transformer(self.transformer_file)
-        # Merged weights may hold some in float32.
-        self.saved_dtype = min((value.dtype for value in state_dict.values()), key=lambda dtype: dtype.itemsize)
+        # Merged weights may hold some in float32. In 8 bits most of what is learnt would become 0.
+        smallest = min((value.dtype for value in state_dict.values()), key=lambda dtype: dtype.itemsize)
+        self.saved_dtype = smallest if smallest.itemsize > 1 else torch.bfloat16
         self.path, self.prediction = VPPath(), self.config.prediction_type
         self.layers, self.heads = self.config.num_layers, self.config.num_attention_heads
         self._vae: CausalVAE | None = None
@@ -75,6 +76,10 @@ class OpenSoraPlanModel:
         module = OpenSoraT2V(self.config, dtype=self.dtype, device="meta").train()
         wear(module, self.loras, self.comfy_layer)
         return module
+
+    @property
+    def schedules(self) -> list[Any]:
+        return []
 
     @property
     def text_size(self) -> tuple[int, int]:

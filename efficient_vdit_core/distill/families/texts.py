@@ -19,13 +19,15 @@ Encode = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 
 class TextBank:
-    """Text states by caption. ``batch`` pads them: (B, L, C) and the mask (B, L), 1 = word."""
+    """Text states by caption. ``batch`` pads them, to at least ``padding`` rows: (B, L, C) and the mask (B, L), 1 = word."""
 
-    def __init__(self, states: dict[str, Tensor]) -> None:
-        self.states = states
+    def __init__(self, states: dict[str, Tensor], padding: int = 0) -> None:
+        self.states, self.padding = states, padding
 
     @classmethod
-    def build(cls, texts: Iterable[str], encoder: Callable[[], Encode], file: Path | None = None) -> TextBank:
+    def build(
+        cls, texts: Iterable[str], encoder: Callable[[], Encode], file: Path | None = None, padding: int = 0
+    ) -> TextBank:
         """Encode the distinct ``texts`` that ``file`` does not hold yet; ``encoder()`` loads the encoder where it is
         needed."""
         wanted = list(dict.fromkeys(texts))
@@ -45,11 +47,11 @@ class TextBank:
                     names = list(states)
                     tensors = {str(i): states[t] for i, t in enumerate(names)}
                     save_safetensors(file, tensors, {"texts": json.dumps(names)})
-        return cls({t: states[t] for t in wanted})
+        return cls({t: states[t] for t in wanted}, padding)
 
     def batch(self, texts: list[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         rows = [self.states[t] for t in texts]
-        longest = max(map(len, rows))
+        longest = max(self.padding, *map(len, rows))
         context = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
         mask = torch.zeros(len(rows), longest, dtype=torch.long)
         for i, row in enumerate(rows):
@@ -61,7 +63,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     """What ``build`` wrote. Raises ValueError where that is damaged."""
     try:
         tensors, metadata = read_state_dict(file)
-        texts = parse_json(metadata.get("texts", ""), "The list of texts", advice="", limit=MAX_LIST)
+        texts = parse_json(metadata.get("texts", ""), "The list of texts", advice="", limit=MAX_LIST, values=MAX_LIST)
         return {text: tensors[str(i)] for i, text in enumerate(texts)}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

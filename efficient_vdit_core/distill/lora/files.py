@@ -120,8 +120,11 @@ def _read(module: nn.Module, file: Path, place: Place) -> dict[str, tuple[Tensor
 
 
 def merged(base: dict[str, Tensor], lora: dict[str, Tensor], place: Place = ComfyLayer) -> dict[str, Tensor]:
-    """Full weights: ``base`` with a file of ``comfy_lora`` added, in the base's precision where that holds the change."""
-    out = dict(base)
+    """Full weights: ``base`` with a file of ``comfy_lora`` added, in the base's precision where that holds the change.
+
+    Raises ValueError where a layer that the file changes is not in ``base``.
+    """
+    out, unused = dict(base), {key.rpartition(".alpha")[0] for key in lora if key.endswith(".alpha")}
     for name, value in base.items():
         there = place(name.removesuffix(".weight"))
         stem = COMFY_PREFIX + there.name
@@ -130,6 +133,12 @@ def merged(base: dict[str, Tensor], lora: dict[str, Tensor], place: Place = Comf
             scale = float(lora[f"{stem}.alpha"]) / len(down)
             down, up = _piece(down, up, there)
             out[name] = changed(value, scale * up @ down)
+            unused.discard(stem)
+    if unused:
+        raise ValueError(
+            f"The weights have none of {len(unused)} layers that the LoRA changes, such as {quoted(min(unused))}: it is of another "
+            "model. Choose the one that it was trained on."
+        )
     return out
 
 

@@ -1,5 +1,6 @@
-"""The plan and the weights that a run's configuration names by a path. What is learnt depends on what they hold, not on where
-they lie: a file may change under a run that is not finished, and a recipe's folder may move with all that is in it.
+"""The plan, the weights and the noise schedules that a run's configuration names by a path. What is learnt depends on what
+they hold, not on where they lie: a file may change under a run that is not finished, and a recipe's folder may move with all
+that is in it.
 
 folder/settings.json   what they held when the folder was claimed
 folder/plan.json       the plan itself, should its own file change
@@ -7,12 +8,14 @@ folder/plan.json       the plan itself, should its own file change
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ...folder_record import claim_folder, settings_of
 from ...limits.quote import quoted
 from ..config import DistillConfig
 from ..families.model import read_plan
+from ..families.open_model import open_model
 from ..families.stamps import weights_stamp
 
 PLAN, PLAN_COPY = "objective.plan", "plan.json"
@@ -35,11 +38,14 @@ def keep_contents(config: DistillConfig, folder: Path) -> None:
 
 
 def _contents(config: DistillConfig) -> dict[str, str]:
-    """By section and key; an empty text where nothing is named. Of a plan it is what is computed, not where it is from."""
-    model, plan = config.model, config.objective.plan
-    weights = {"transformer": [model.transformer], "init": [model.init], "loras": model.loras}
+    """By section and key, or in words what lies in model.path; an empty text where nothing is named. Of a plan it is what is
+    computed, not where it is from."""
+    model, plan, found = config.model, config.objective.plan, open_model(config.model)
+    weights = {"model.transformer": [model.transformer], "model.init": [model.init], "model.loras": model.loras}
+    weights["the transformer in model.path"] = [] if model.transformer else [found.transformer_file]
     stamps = {name: weights_stamp(map(Path, filter(None, files))) for name, files in weights.items()}
     return {
         PLAN: read_plan(plan).to_text() if plan else "",
-        **{f"model.{name}": f"weights {stamp}" if stamp else "" for name, stamp in stamps.items()},
+        **{name: f"weights {stamp}" if stamp else "" for name, stamp in stamps.items()},
+        "the schedule in model.path": json.dumps(found.schedules),
     }

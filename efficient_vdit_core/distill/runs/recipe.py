@@ -14,8 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ...limits.quote import quoted
 from ...models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from ...models.opensora_plan.detect import unify_names
 from ..config import DataConfig, DistillConfig, ModelConfig, TrainingConfig, read_section
 from ..data.prepare import check_data, prepare_data
 from ..families.model import FamilyModel
@@ -209,7 +212,7 @@ class ThreeStages:
 
     def _merge(self, target: Path, consistency: str | Path, knowledge: str | Path) -> None:
         model = open_model(self.config.model)
-        base, _ = read_state_dict(model.transformer_file)
+        base = _base_of(model)
         (few, about), (sparse, about_plan) = (read_state_dict(self.full(file)) for file in (consistency, knowledge))
         steps, plan = (DistillMetadata.from_entries(entries) for entries in (about, about_plan))
         if steps is None or plan is None:
@@ -228,7 +231,7 @@ class ThreeStages:
         target = result_file(file.parent, lora=False)
         if not target.is_file():
             model = open_model(self.config.model)
-            base, _ = read_state_dict(model.transformer_file)
+            base = _base_of(model)
             lora, about = read_state_dict(file)
             save_safetensors(target, merged(base, lora, model.comfy_layer), {**about, **_config_of(model)})
         return target
@@ -255,6 +258,11 @@ class ThreeStages:
 def _result(first: Path, second: Path) -> list[Path]:
     """What is to be loaded: full weights hold both stages, a LoRA holds its own."""
     return [first, second] if second.name == LORA else [second]
+
+
+def _base_of(model: FamilyModel) -> dict[str, Tensor]:
+    """The weights that all stages change, under the names that results have."""
+    return unify_names(read_state_dict(model.transformer_file)[0])
 
 
 def _config_of(model: FamilyModel) -> dict[str, str]:

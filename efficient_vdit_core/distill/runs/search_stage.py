@@ -155,8 +155,8 @@ def search_settings(
     asked = {
         f"search.{name}": value for name, value in asdict(config).items() if name not in ("thresholds", "speedups")
     }
-    schedule = {"segments": segments, "steps": steps}
-    return {**asked, **schedule, "latents": list(clips.latents[0].shape), "model": teacher_stamp(model)}
+    asked |= {"segments": segments, "steps": steps, "latents": list(clips.latents[0].shape)}
+    return {**asked, "model": teacher_stamp(model), "schedules": model.schedules}
 
 
 def asked_times(model: FamilyModel, segments: int, steps: int) -> Tensor:

@@ -13,8 +13,6 @@ of processes may share out each clip (`sequence_parallel`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +107,8 @@ def _train(config: DistillConfig, model: FamilyModel, about: DistillMetadata, fo
             texts = [config.data.negative if w else text for w, text in zip(without.tolist(), texts, strict=True)]
         return objective(x.to(accelerator.device), data.bank.batch(texts, accelerator.device), generator)
 
-    def evaluate(ema: dict[str, Tensor]) -> str:
-        with holding(student, ema):
+    def evaluate(_: dict[str, Tensor]) -> str:
+        with run.averaged():
             where = folder / "samples" / f"step-{run.step:06d}"
             return write_samples(config, model, student, data, about, where, write=run.rank == 0)
 
@@ -181,14 +179,3 @@ def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
         prediction=model.prediction, guidance=guidance, plan=json.loads(plan.to_json()) if plan else None, version=__version__,
         expert=model.expert,
     )  # fmt: skip
-
-
-@contextmanager
-def holding(module: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
-    """Within it the module holds ``state``; its own weights come back afterwards."""
-    own = {name: value.detach().clone() for name, value in module.state_dict().items() if name in state}
-    module.load_state_dict(state, strict=False)
-    try:
-        yield
-    finally:
-        module.load_state_dict(own, strict=False)

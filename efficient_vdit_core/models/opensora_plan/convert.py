@@ -15,7 +15,7 @@ from .text import SPIECE_KEY, read_text_encoder
 
 def convert_vae(source: str | Path, target: str | Path) -> None:
     """Write the VAE of a .ckpt (averaged weights where it has them) as one safetensors file with its configuration."""
-    target = _checked_target(target)
+    target = check_target(target)
     state_dict, config = read_vae(source)
     save_safetensors(target, state_dict, {"config": json.dumps(config.to_dict()), "format": "pt"})
 
@@ -26,7 +26,7 @@ def convert_text_encoder(source: str | Path, target: str | Path, *, dtype: torch
     ``source`` is a folder with the weights (.bin or safetensors), spiece.model and config.json, or the weights file in
     it.
     """
-    source, target = Path(source), _checked_target(target)
+    source, target = Path(source), check_target(target)
     if source.is_dir() and not any(source.glob("*.safetensors*")):
         source = _torch_file(source)
     weights, config, spiece = read_text_encoder(source)
@@ -34,6 +34,17 @@ def convert_text_encoder(source: str | Path, target: str | Path, *, dtype: torch
         # One tensor at a time: the memory-mapped original and its copy never stand side by side.
         weights[name] = weights[name].to(dtype)
     save_safetensors(target, {**weights, SPIECE_KEY: spiece}, {"config": json.dumps(config), "format": "pt"})
+
+
+def check_target(target: str | Path) -> Path:
+    """Raises ValueError where no safetensors file can be written there."""
+    target = Path(target)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"The target {quoted(target.name)} does not end in .safetensors. Choose such a name.")
+    # Before tens of GB are read. Its folder may be new: then the one in which that will be made is asked.
+    made = next(folder for folder in target.absolute().parents if folder.exists())
+    check_writable_file(made / target.name)
+    return target
 
 
 def _torch_file(folder: Path) -> Path:
@@ -44,13 +55,3 @@ def _torch_file(folder: Path) -> Path:
             "Download google/mt5-xxl as it is published, in one file, or safetensors."
         )
     return found[0]
-
-
-def _checked_target(target: str | Path) -> Path:
-    target = Path(target)
-    if target.suffix != ".safetensors":
-        raise ValueError(f"The target {quoted(target.name)} does not end in .safetensors. Choose such a name.")
-    # Before tens of GB are read. Its folder may be new: then the one in which that will be made is asked.
-    made = next(folder for folder in target.absolute().parents if folder.exists())
-    check_writable_file(made / target.name)
-    return target
