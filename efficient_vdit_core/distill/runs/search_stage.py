@@ -34,13 +34,14 @@ from ...search import (
     plan_from_record,
 )
 from ...search.candidates import sparse_candidates
-from ...search.output import Around, KeptErrors, once
+from ...search.output import Around, once
 from ...search.probe import ATTENTION, OUTPUT
 from ..data.clips import ClipSet
 from ..families.model import FamilyModel
 from ..families.stamps import teacher_stamp
 from ..families.texts import TextBank
 from ..objectives.rollout import guided, roll_down
+from .kept_errors import KeptErrors
 
 BEFORE = {"search.error": ATTENTION}  # of searches that were made before there was another
 SEARCHED = "Go on with the same ones; to search anew, delete that folder and those of the trainings under its plans."
@@ -248,5 +249,6 @@ def probe(config: SearchConfig, run: WatchedRun, kept: KeptErrors | None = None)
         def count(_: int) -> None:
             bar.update()
 
-        run.watch(make_probe_override(record), config.seed, partial(measure_output, record, progress=count, kept=kept))
+        keep = kept.next if kept else None
+        run.watch(make_probe_override(record), config.seed, partial(measure_output, record, progress=count, keep=keep))
     return record
