@@ -407,3 +407,5 @@ def test_the_tile_map_draws_the_layers_and_gives_their_shares(server, built):
     assert "expected 1 to 12 of the model's 6" in server.error(prompt)
     prompt["plan"]["inputs"]["text"] = "0-1:2"  # said first, before the model runs
     assert "The plan has 2 layers, but the model has 6" in server.error(prompt)
+    prompt["plan"]["inputs"]["text"] = "all:2 40:full"
+    assert "the plan names layer 40, but the model has 6" in server.error(prompt)
