@@ -9,6 +9,7 @@ SET = """([kind, name, value]) => {
     widget.value = value;
     widget.callback?.(value);
 }"""
+CONTROL = "app.graph.nodes[0].widgets.find(w => w.name === 'seed').linkedWidgets[0]"
 CHANGED = "app.api.dispatchEvent(new CustomEvent('graphChanged'))"  # as the page says after a click or a key
 
 
@@ -91,6 +92,9 @@ def test_a_plan_belongs_to_the_settings_that_were_queued(page):
     page.evaluate(SET, ["EVDiTSearchTilePlan", "threshold", 0.2])
     shown(page).get_by_text("2:6 × 6").wait_for()
     shown(page).get_by_text("11 sparse calls").wait_for()
+    page.evaluate(f"(w => {{ w.value = 'increment'; w.callback?.(w.value) }})({CONTROL})")
+    page.wait_for_timeout(500)
+    shown(page).get_by_text("11 sparse calls").wait_for()
 
 
 def test_a_file_is_drawn_as_the_last_run_read_it(page):
@@ -143,3 +147,11 @@ def test_a_click_counts_where_a_number_is_linked(comfy):
     chart.get_by_role("option", name="Layer 3:").click()
     assert page.evaluate(f"{plan}.widgets.find(w => w.name === 'text').value") == "all:6 3:full"
     chart.get_by_text("6:15 × 31").wait_for()
+
+
+@pytest.mark.parametrize("kind", ["EVDiTSearchTilePlan", "EVDiTAttentionTileMap"])
+def test_what_takes_minutes_keeps_its_seed(page, kind):
+    if not page.evaluate("!!LiteGraph.registered_node_types.SeedNode"):
+        pytest.skip("THIS COMFYUI KNOWS NO SEED THAT STAYS: new nodes start on randomize")
+    page.evaluate(ADD, kind)
+    assert page.evaluate(CONTROL + ".value") == "fixed"

@@ -33,8 +33,11 @@ async function loadTexts() {
   texts = { ...all.en?.efficientVDiT, ...all[language]?.efficientVDiT };
 }
 
-/** Whether the page itself sets this widget once a run is queued, at times after that run's end: what is shown is still that run's. */
-const advances = (widget) => widget.linkedWidgets?.length || widget.name === "control_after_generate";
+/**
+ * Whether the page itself sets this widget of a node once a run is queued, at times after that run's end, or it says how: what
+ * is shown is still that run's.
+ */
+const advances = (widget, node) => widget.linkedWidgets?.length || node.widgets.some((other) => other.linkedWidgets?.includes(widget));
 
 /** Whether only the user sets this widget of a node that gives a value; its first linked one says what the page does with it. */
 const isHeld = (widget) => ["fixed", undefined].includes(widget.linkedWidgets?.[0]?.value);
@@ -94,7 +97,7 @@ class NodeChart {
   }
 
   changed(source) {
-    if (!advances(source)) this.draw();
+    if (!advances(source, this.node)) this.draw();
   }
 
   /** The node, whichever object it is by now. */
@@ -105,7 +108,7 @@ class NodeChart {
   /** What a run's plan and report belong to: the node with the values that it has or is given, as far as the page knows them. */
   settings() {
     const { graph, inputs = [], widgets } = this.node;
-    const own = widgets.filter((widget) => !advances(widget));
+    const own = widgets.filter((widget) => !advances(widget, this.node));
     const links = inputs.filter((input) => input.widget).map((input) => input.link);
     const given = links.flatMap((link) => [...behind(graph, link)].flatMap((origin) => origin.widgets.filter(isHeld)));
     return JSON.stringify([this.place(), ...[own, given].map((every) => every.map(({ value }) => value))]);
