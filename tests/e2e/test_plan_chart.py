@@ -25,6 +25,7 @@ def test_a_click_counts_where_the_chart_is_drawn_anew_meanwhile(comfy):
     """As when another node tells the length between the button's way down and up."""
     page = comfy.open().page
     layer = plan_node(comfy, "all:2").get_by_role("option", name="Layer 5:")
+    page.wait_for_timeout(500)  # the node takes its chart's height, which moves what is under the pointer
     layer.hover()
     page.mouse.down()
     page.evaluate("app.graph.nodes[0].onConnectionsChange()")
