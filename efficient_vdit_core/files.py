@@ -6,7 +6,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,9 @@ def write_bytes(path: str | Path, data: bytes, *, new: bool = False) -> None:
         part.write_bytes(data)
 
 
-def write_numbered(folder: Path, prefix: str, text: str, ending: str = ".json") -> str:
-    """Writes ``PREFIX_00001.json``, or under the next free number, and returns the name. Overwrites nothing, and takes
-    the name together with the whole content: a process that is killed leaves no empty file.
+def write_numbered(folder: Path, prefix: str, text: str, ending: str = ".json", *, beside: Sequence[Path] = ()) -> str:
+    """Writes ``PREFIX_00001.json``, or under the next number that is free there and in the folders ``beside``, and returns the
+    name. Overwrites nothing, and takes the name together with the whole content: a process that is killed leaves no empty file.
 
     Raises ValueError where ``prefix`` is more than a plain file name.
     """
@@ -108,7 +108,7 @@ def write_numbered(folder: Path, prefix: str, text: str, ending: str = ".json") 
         )
     for number in range(1, MAX_NUMBER + 1):
         path = folder / f"{prefix}_{number:05}{ending}"
-        if path.exists():
+        if any((place / path.name).exists() for place in (folder, *beside)):
             continue
         with suppress(FileExistsError):  # another process was faster
             write_text(path, text, new=True)

@@ -19,7 +19,7 @@ PLACEMENTS = ("strided", "first", "last", "rotating", "chunk heads")
 CHUNK = 5  # latent frames that MiniMax-H3's VAE makes of 17 pixel frames; the first of them holds one pixel frame
 MAX_WINDOW = 256  # latent frames
 MAX_MEANS = 16
-COUNT = r"(?:\d{1,4}|-[1-9]\d{0,3})"  # of a window or means in a text; those below 0 are read to be named
+COUNT = r"(?:[0-9]{1,4}|-[1-9][0-9]{0,3})"  # of a window or means in a text; those below 0 are read to be named
 MeanFrames = dict[int, tuple[tuple[int, ...], ...]]  # by frame, the frames of each mean that it sees
 
 
@@ -165,7 +165,7 @@ class TilePattern:
 
     def scaled(self, made_for: int | None, frames: int) -> TilePattern:
         """The pattern for a clip of ``frames``, where it was made for a longer one of ``made_for``: the stride stays, and
-        the length of the stretches that are averaged."""
+        the length of the stretches that are averaged; of reference frames that are spread evenly, their share."""
         if self.k is None or made_for is None or frames >= made_for:
             return self
         means = -(-frames // self._stretch(made_for)) if self.means else 0
@@ -174,6 +174,8 @@ class TilePattern:
         if self.is_full(made_for):
             return replace(self, k=None)
         stride = -(-made_for // self.k)
+        if len(range(0, made_for, stride)) != self.k:  # spread evenly there, at no one distance
+            return replace(self, k=-(-self.k * frames // made_for), means=means)
         return replace(self, k=-(-frames // stride), stride=stride, means=means)
 
     def _stretch(self, frames: int) -> int:
@@ -203,7 +205,7 @@ class TilePattern:
         cleaned = text.strip().lower()
         if cleaned == "full":
             return cls(None)
-        match = re.fullmatch(rf"(\d{{1,4}})(?::\d{{1,4}})?(?:~({COUNT}))?(?:\+({COUNT}))?", cleaned)
+        match = re.fullmatch(rf"([0-9]{{1,4}})(?::[0-9]{{1,4}})?(?:~({COUNT}))?(?:\+({COUNT}))?", cleaned)
         if match is None:
             raise ValueError(
                 f"The pattern {quoted(text)} cannot be read, expected 'full', 'k:T-k' such as '2:6', '2:6~1' with neighbours up "

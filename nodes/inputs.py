@@ -20,6 +20,9 @@ SPEED_WORDS = ("faster", "speed", "speed up", "accelerate", "efficient", "sparse
 
 Input = TypeVar("Input", bound=io.Input)
 
+# A seed's control on a new node: a search or a map is made again only when it is asked for. Earlier ComfyUI know only "randomize".
+SEED_STAYS: Any = getattr(getattr(io, "ControlAfterGenerate", None), "fixed", True)
+
 # Carries an efficient_vdit_core.plan.TilePlan between nodes.
 Plan = io.Custom("EVDIT_PLAN")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..efficient_vdit_core.limits.quote import quoted
 from ..efficient_vdit_core.plan import TilePlan
 from .checked import checked
 from .comfy_bridge.distilled import LOADED_MODEL, carried_plan
@@ -31,6 +32,10 @@ def text_forms() -> dict[str, str]:
         except (OSError, ValueError):
             continue
     return found
+
+
+def plan_choices() -> list[str]:
+    return [*plan_names(), *checkpoint_files(), LOADED_MODEL]
 
 
 class EVDiTSaveTilePlan(io.ComfyNode):
@@ -92,7 +97,7 @@ class EVDiTLoadTilePlan(io.ComfyNode):
                 for_page(
                     io.Combo.Input(
                         "plan_name",
-                        options=[*plan_names(), *checkpoint_files(), LOADED_MODEL],
+                        options=plan_choices(),
                         tooltip=(
                             'A file of models/evdit_plans, or a "(preset)": a few reference frames in all layers but the first two '
                             "and the last, about half of the attention at the model's usual length. minimax_h3 is the mild one for "
@@ -139,6 +144,13 @@ class EVDiTLoadTilePlan(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, plan_name: str | None = None, text: str | None = "") -> bool | str:
+        """In place of ComfyUI's own check of the list: with a text the file is not read. What a link gives is None here."""
+        if plan_name is None or text is None or text.strip() or plan_name in plan_choices():
+            return True
+        return f"{quoted(plan_name)} is not in the list. Choose another, press R where it is new, or give its plan as text."
 
     @classmethod
     def fingerprint_inputs(

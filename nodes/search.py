@@ -10,7 +10,7 @@ from ..efficient_vdit_core.search.by_head import MAX_GROUPS
 from ..efficient_vdit_core.search.describe import describe_plan
 from .checked import checked
 from .comfy_bridge.probe import search_plan
-from .inputs import CATEGORY, Plan, advanced_inputs, plan_is_told_again, plan_ui, search_words
+from .inputs import CATEGORY, SEED_STAYS, Plan, advanced_inputs, plan_is_told_again, plan_ui, search_words
 
 
 class EVDiTSearchTilePlan(io.ComfyNode):
@@ -56,7 +56,7 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
+                    control_after_generate=SEED_STAYS,
                     tooltip="Seed of the starting noise, 0 to 2^64 - 1. The same seed gives the same plan (except with measured costs).",
                 ),
                 io.Int.Input(

@@ -12,7 +12,7 @@ from ..efficient_vdit_core.search.tile_map import check_panels, tile_map
 from ..efficient_vdit_core.search.tile_mass import choose_layers
 from .checked import checked
 from .comfy_bridge.probe import measure_tiles, model_depth
-from .inputs import CATEGORY, Plan, advanced_inputs, search_words
+from .inputs import CATEGORY, SEED_STAYS, Plan, advanced_inputs, search_words
 
 MAX_MAPS = 12  # layers
 
@@ -66,7 +66,7 @@ class EVDiTAttentionTileMap(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
+                    control_after_generate=SEED_STAYS,
                     tooltip="Seed of the starting noise, 0 to 2^64 - 1. The same seed gives the same map.",
                 ),
                 io.Int.Input(

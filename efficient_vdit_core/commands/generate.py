@@ -180,7 +180,7 @@ def load_plan(text: str | None, frames: int | None) -> TilePlan | None:
     from ..plan import TilePlan
     from ..tiles import TilePattern
 
-    if not re.fullmatch(r"\d{1,4}:\d{1,4}(~\d{1,4})?(\+\d{1,4})?|full", text):
+    if not re.fullmatch(r"[0-9]{1,4}:[0-9]{1,4}(~[0-9]{1,4})?(\+[0-9]{1,4})?|full", text):
         if not Path(text).is_file():
             raise ValueError(
                 f"--plan {quoted(text, 120)} is neither a pattern such as 1:7 nor a plan file; check the path."

@@ -17,8 +17,8 @@ MAX_LAYERS = 1024
 MAX_REFERENCE_FRAMES = 1024
 ALL = "all"  # every layer
 MAX_HEADS = 1024
-PATTERN = rf"(?:full|\d{{1,4}}(?::\d{{1,4}})?(?:~{COUNT})?(?:\+{COUNT})?)"
-GROUP = rf"\[([\d,-]{{1,4000}})\]({PATTERN})"
+PATTERN = rf"(?:full|[0-9]{{1,4}}(?::[0-9]{{1,4}})?(?:~{COUNT})?(?:\+{COUNT})?)"
+GROUP = rf"\[([0-9,-]{{1,4000}})\]({PATTERN})"
 
 
 def write_layers(patterns: Sequence[LayerPattern], frames: int | None) -> str:
@@ -68,7 +68,7 @@ def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
     """Read ``0-2,5,-1`` as inclusive ranges; negative indices count from the end and stand alone."""
     ranges = []
     for part in filter(None, (p.strip() for p in text.split(","))):
-        match = re.fullmatch(r"(-?\d{1,4})|(\d{1,4})\s*-\s*(\d{1,4})", part)
+        match = re.fullmatch(r"(-?[0-9]{1,4})|([0-9]{1,4})\s*-\s*([0-9]{1,4})", part)
         first, last = (int(match[1] or match[2]), int(match[1] or match[3])) if match else (1, 0)
         if last < first:
             raise ValueError(
@@ -90,7 +90,7 @@ class Part(NamedTuple):
 def _read_part(text: str) -> Part:
     """``0:full``, ``1-4:2:6``, ``5:2~1``, ``-1:full``, ``3:[0-2]1:7[3]full`` or ``all:2``."""
     match = re.fullmatch(
-        rf"(all|-?\d{{1,4}}|\d{{1,4}}-\d{{1,4}}):({PATTERN}|(?:{GROUP}){{1,{MAX_HEADS}}})", text.lower()
+        rf"(all|-?[0-9]{{1,4}}|[0-9]{{1,4}}-[0-9]{{1,4}}):({PATTERN}|(?:{GROUP}){{1,{MAX_HEADS}}})", text.lower()
     )
     if match is None:
         raise ValueError(
@@ -148,7 +148,7 @@ def read_heads(text: str) -> list[int]:
     """``0-2,5`` as heads. Raises ValueError for anything else, or beyond ``MAX_HEADS``."""
     found: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < MAX_HEADS:
             raise ValueError(f"The heads {quoted(text)} cannot be read, expected such as '0-3,7', below {MAX_HEADS}.")

@@ -75,7 +75,8 @@ class TilePlan:
         return replace(self, dense_layers=self.dense_layers + parse_layers(layers))
 
     def check_fits(self, *, family: str | None = None, layers: int | None = None, heads: int | None = None) -> None:
-        """Raise ValueError where the plan was made for another model family, depth or head count."""
+        """Raise ValueError where the plan was made for another model family, depth or head count, or its dense layers are not
+        all in the model."""
         if family and self.family not in (ANY_FAMILY, family):
             raise ValueError(
                 f"The plan was made for the model family {quoted(self.family)}, but the model is {quoted(family)}. "
@@ -86,11 +87,21 @@ class TilePlan:
                 f"The plan has {len(self.patterns)} layers, but the model has {layers}. It was made for another model; "
                 "choose a plan of the right depth, or a uniform one."
             )
+        if layers is not None:
+            self._check_dense_layers(layers)
         if heads is not None and self.heads not in (None, heads):
             raise ValueError(
                 f"The plan was made for {self.heads} attention heads, but the model has {heads}. "
                 "Choose a plan for this model, or a uniform one."
             )
+
+    def _check_dense_layers(self, depth: int) -> None:
+        for edge in {edge for pair in self.dense_layers for edge in pair}:
+            if not -depth <= edge < depth:
+                raise ValueError(
+                    f"dense_blocks or the plan names layer {edge}, but the model has {depth} layers: 0 to {depth - 1}, or -{depth} "
+                    "to -1 counted from the end. Correct whichever it is."
+                )
 
     def density(self, frames: int, layers: int | None = None) -> float:
         """Mean share of frame x frame tiles computed over all layers, at ``frames`` latent frames."""

@@ -8,7 +8,7 @@ from ..limits.quote import quoted
 from ..tiles import COUNT, TilePattern
 
 MAX_CANDIDATES = 16
-CANDIDATE = rf"\d{{1,4}}(?:~{COUNT})?(?:\+{COUNT})?"
+CANDIDATE = rf"[0-9]{{1,4}}(?:~{COUNT})?(?:\+{COUNT})?"
 
 
 def parse_candidates(text: str) -> tuple[TilePattern, ...]:

@@ -147,14 +147,12 @@ def _dots(where: np.ndarray) -> np.ndarray:
 
 def _outline(draw: ImageDraw.ImageDraw, kept: Tensor, left: int, upper: int, side: int) -> None:
     """A line wherever a kept tile meets one that is left out."""
-    frames = len(kept)
+    tiles, frames = kept.numpy(), len(kept)
     at = [-(-i * side // frames) for i in range(frames + 1)]
-    for i in range(frames):
-        for j in range(frames):
-            if i + 1 < frames and bool(kept[i, j] != kept[i + 1, j]):
-                draw.line((left + at[j], upper + at[i + 1], left + at[j + 1], upper + at[i + 1]), fill=EDGE)
-            if j + 1 < frames and bool(kept[i, j] != kept[i, j + 1]):
-                draw.line((left + at[j + 1], upper + at[i], left + at[j + 1], upper + at[i + 1]), fill=EDGE)
+    for i, j in np.argwhere(tiles[:-1] != tiles[1:]):
+        draw.line((left + at[j], upper + at[i + 1], left + at[j + 1], upper + at[i + 1]), fill=EDGE)
+    for i, j in np.argwhere(tiles[:, :-1] != tiles[:, 1:]):
+        draw.line((left + at[j + 1], upper + at[i], left + at[j + 1], upper + at[i + 1]), fill=EDGE)
 
 
 def _axes(draw: ImageDraw.ImageDraw, image: Image.Image, frames: int, left: int, upper: int, side: int) -> None:

@@ -63,7 +63,6 @@ def patch_attention(
         return model.clone()
     depth = family.depth(diffusion_model)
     plan.check_fits(family=family.name, layers=depth, heads=family.head_count(diffusion_model))
-    _check_dense_layers(plan, depth)
     if placement == "chunk heads" and not family.chunk_heads:
         raise ValueError(
             f"placement is 'chunk heads', latent frames of one pixel frame, which MiniMax-H3 has and {family.name} has not. "
@@ -81,12 +80,3 @@ def patch_attention(
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, log_report(hook, depth, after_run))
     tell_where_nobody_asks(patched, hook)
     return patched
-
-
-def _check_dense_layers(plan: TilePlan, depth: int) -> None:
-    for edge in {edge for pair in plan.dense_layers for edge in pair}:
-        if not -depth <= edge < depth:
-            raise ValueError(
-                f"dense_blocks or the plan names layer {edge}, but the model has {depth} layers: 0 to {depth - 1}, or -{depth} "
-                "to -1 counted from the end. Correct whichever it is."
-            )

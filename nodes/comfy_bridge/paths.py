@@ -20,7 +20,13 @@ PRESET = " (preset)"
 # A new Load Tile Plan starts on the first entry of its list, which should fit the models that most people have.
 FIRST_FAMILIES = ("minimax_h3", "wan", "ltx")
 
-folder_paths.add_model_folder_path(PLANS, str(Path(folder_paths.models_dir) / PLANS))
+
+def _own_folder() -> Path:
+    """Where plans are saved; extra_model_paths.yaml may name more folders, which then stand before it in ComfyUI's list."""
+    return Path(folder_paths.models_dir) / PLANS
+
+
+folder_paths.add_model_folder_path(PLANS, str(_own_folder()))
 
 
 def file_names(folder: str) -> list[str]:
@@ -107,15 +113,17 @@ def _carrier(name: str) -> Path | None:
 
 
 def save_plan(plan: TilePlan, prefix: str) -> str:
-    """Write PREFIX_00001.json, or the next free number, into models/evdit_plans and return its name. Overwrites
-    nothing.
+    """Write PREFIX_00001.json, or the next number that no folder of plans has, into models/evdit_plans and return its name.
+    Overwrites nothing.
 
     Raises ValueError where ``prefix`` is more than a plain file name.
     """
-    folder = Path(folder_paths.get_folder_paths(PLANS)[0])
+    folder = _own_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return write_numbered(folder, prefix, plan.to_json())
+        return write_numbered(
+            folder, prefix, plan.to_json(), beside=[Path(place) for place in folder_paths.get_folder_paths(PLANS)]
+        )
     except OSError as error:
         raise ValueError(
             f"The plan could not be saved in models/{PLANS} ({error.strerror or reason(error)}). Make room there, or let "

@@ -70,6 +70,12 @@ def test_a_plan_that_finds_no_room_leaves_no_file(refusals):
     assert refusals["saved"] == ["plan_00001.json"]
 
 
+def test_a_plan_is_saved_in_the_models_folder_under_a_name_that_no_other_folder_has(refusals):
+    found = refusals["beside another folder"]
+    assert found["name"] == "plan_00003.json" and found["there"] == ["plan_00002.json"]
+    assert found["here"] == ["plan_00001.json", "plan_00003.json"]
+
+
 def test_an_unknown_model_stays_dense_and_the_log_says_so(refusals):
     found = refusals["unknown model"]
     assert not found["hooked"]

@@ -246,6 +246,22 @@ def test_a_saved_plan_loads_runs_and_is_reported(server, built, found):
     assert "time:" in text and "from the dense calls of this run" in text
 
 
+def test_a_plan_as_text_needs_no_file(server):
+    """A graph that someone shared names a file that is not here."""
+    load = {"class_type": "EVDiTLoadTilePlan", "inputs": {"plan_name": "nope_00001.json", "text": "all:2"}}
+    prompt = {"plan": load, "text": {"class_type": "PreviewAny", "inputs": {"source": ["plan", 1]}}}
+    assert server.run(prompt)["outputs"]["text"]["text"] == ["all:2"]
+    for text in ("", " "):
+        load["inputs"]["text"] = text
+        status, answer = server.post("/prompt", {"prompt": prompt})
+        assert status == 400 and "'nope_00001.json' is not in the list" in json.dumps(answer["node_errors"])
+    load["inputs"]["text"] = ["given", 0]  # not known before the run
+    prompt["given"] = {"class_type": "PrimitiveString", "inputs": {"value": "all:3"}}
+    assert server.run(prompt)["outputs"]["text"]["text"] == ["all:3"]
+    prompt["given"]["inputs"]["value"] = ""
+    assert "was not found" in server.error(prompt)
+
+
 def test_a_run_in_which_nothing_became_sparse_is_warned_of(server, built):
     prompt = sampling(built, ["plan", 0])
     prompt["plan"] = {
@@ -407,3 +423,5 @@ def test_the_tile_map_draws_the_layers_and_gives_their_shares(server, built):
     assert "expected 1 to 12 of the model's 6" in server.error(prompt)
     prompt["plan"]["inputs"]["text"] = "0-1:2"  # said first, before the model runs
     assert "The plan has 2 layers, but the model has 6" in server.error(prompt)
+    prompt["plan"]["inputs"]["text"] = "all:2 40:full"
+    assert "the plan names layer 40, but the model has 6" in server.error(prompt)

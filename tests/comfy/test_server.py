@@ -196,6 +196,14 @@ def test_who_wants_a_faster_video_finds_the_two_nodes_that_do_it(server, node):
     assert {"faster", "speed", "speed up", "accelerate", "efficient", "wan"} <= set(found)
 
 
+@pytest.mark.parametrize("node", ["EVDiTSearchTilePlan", "EVDiTAttentionTileMap"])
+def test_what_takes_minutes_is_not_made_again_under_another_seed(server, node):
+    if not server.get("/object_info").get("SeedNode"):
+        pytest.skip("THIS COMFYUI KNOWS NO SEED THAT STAYS: new nodes start on randomize")
+    seed = server.get(f"/object_info/{node}")[node]["input"]["required"]["seed"][1]
+    assert seed["control_after_generate"] == "fixed"
+
+
 def test_what_few_change_is_shown_on_demand(server):
     inputs = server.get("/object_info")["EVDiTSparseAttention"]["input"]
     fields = {**inputs["required"], **inputs["optional"]}

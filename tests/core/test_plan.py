@@ -48,6 +48,13 @@ def test_a_plan_for_another_model_is_refused(asked, message):
         layered().check_fits(**asked)
 
 
+@pytest.mark.parametrize(("dense", "layer"), [("40", "40"), ("0-6", "6"), ("-7", "-7")])
+def test_a_plan_that_keeps_a_layer_full_which_the_model_lacks_is_refused(dense, layer):
+    TilePlan.uniform(2).with_dense("0-5,-6").check_fits(layers=6)
+    with pytest.raises(ValueError, match=f"names layer {layer}, but the model has 6 layers"):
+        TilePlan.uniform(2).with_dense(dense).check_fits(layers=6)
+
+
 def test_a_layer_beyond_the_plan_is_refused():
     with pytest.raises(ValueError, match="Layer 3"):
         layered().pattern(3)

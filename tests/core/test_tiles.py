@@ -54,7 +54,7 @@ def test_names_and_parsing():
     assert TilePattern.parse("Full") == TilePattern(None)
 
 
-@pytest.mark.parametrize("text", ["", "a:b", "-1:3", "1:2:3", "99999", "1.5"])
+@pytest.mark.parametrize("text", ["", "a:b", "-1:3", "1:2:3", "99999", "1.5", "２", "1~２"])
 def test_unreadable_patterns_are_refused(text):
     with pytest.raises(ValueError, match="cannot be read"):
         TilePattern.parse(text)
@@ -130,3 +130,16 @@ def test_an_unknown_placement_is_refused():
 )  # fmt: skip
 def test_a_plan_for_a_longer_clip_keeps_the_distance_between_reference_frames(k, made_for, frames, expected):
     assert TilePattern(k).scaled(made_for, frames).k == expected
+
+
+@pytest.mark.parametrize(("k", "made_for"), [(8, 33), (10, 21), (20, 26), (12, 22), (14, 37)])
+def test_a_plan_whose_reference_frames_are_spread_evenly_keeps_their_share(k, made_for):
+    """No stride meets that many: at the next one a clip of a frame less lost up to a fifth of its tiles."""
+    pattern = TilePattern(k)
+    for frames in range(1, made_for):
+        scaled = pattern.scaled(made_for, frames)
+        assert scaled.k == -(-k * frames // made_for)
+        assert len(scaled.reference_frames(frames)) == scaled.k or scaled.is_full(frames)
+    assert pattern.scaled(made_for, made_for - 1).density(made_for - 1) == pytest.approx(
+        pattern.density(made_for), abs=0.05
+    )

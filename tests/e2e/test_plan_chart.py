@@ -5,7 +5,7 @@ import re
 
 import pytest
 from PIL import Image
-from plan_node import TEXT, TITLE, TOLD, plan_node
+from plan_node import TEXT, TITLE, TOLD, plan_node, queue
 
 
 def test_a_click_gives_a_layer_its_next_pattern(comfy):
@@ -25,6 +25,7 @@ def test_a_click_counts_where_the_chart_is_drawn_anew_meanwhile(comfy):
     """As when another node tells the length between the button's way down and up."""
     page = comfy.open().page
     layer = plan_node(comfy, "all:2").get_by_role("option", name="Layer 5:")
+    page.wait_for_timeout(500)  # the node takes its chart's height, which moves what is under the pointer
     layer.hover()
     page.mouse.down()
     page.evaluate("app.graph.nodes[0].onConnectionsChange()")
@@ -96,6 +97,22 @@ def test_it_fits_a_narrow_node(comfy, palette, modern):
     assert inside
     # Nodes 2.0 have a least width of their own.
     assert modern or page.evaluate(f"{TITLE}.size[0]") <= 221
+
+
+def test_it_stays_where_the_canvas_is_switched_to_nodes_2_and_back(comfy):
+    page = comfy.open(Comfy_VueNodes_Enabled=False).page
+    if comfy.version() < (1, 49):
+        pytest.skip(
+            "THIS FRONTEND'S RIGHT PANEL TAKES THE CHART OF THE CLASSIC CANVAS UNLESS NODES 2.0 LEAVE IT OUT TOO"
+        )
+    chart = plan_node(comfy, "0-3:2:6")
+    for modern in (True, False):
+        page.evaluate("modern => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', modern)", modern)
+        page.wait_for_function(f"!!LiteGraph.vueNodesMode === {str(modern).lower()}")
+        page.wait_for_timeout(2000)
+        chart.get_by_text("2:6 × 4").wait_for(timeout=10_000)
+    chart.get_by_role("option", name="Layer 1:").click()
+    assert page.evaluate(TEXT) == "0:2:6 1:1:7 2-3:2:6"
 
 
 def test_it_draws_inside_a_subgraph(comfy):
@@ -242,14 +259,6 @@ def test_each_group_of_heads_has_a_map_of_its_own(comfy):
     layer.click()
     page.wait_for_function(f"{TEXT} !== '{BY_HEAD}'")
     assert page.evaluate(TEXT).split()[0] == "0:full" and "1:[" not in page.evaluate(TEXT)
-
-
-def queue(page, prompt_id: str):
-    """Queue the open tab's workflow; the server's answer names the prompt, and nothing runs."""
-    answer = {"prompt_id": prompt_id, "number": 1, "node_errors": {}}
-    page.route("**/prompt", lambda route: route.fulfill(json=answer))
-    page.evaluate("app.queuePrompt(0, 1)")
-    page.unroute("**/prompt")
 
 
 def test_a_run_is_shown_in_the_tab_that_queued_it_and_in_no_copy(comfy):

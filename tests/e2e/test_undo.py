@@ -92,8 +92,10 @@ def test_a_click_in_a_subgraph_after_undo(comfy, renderer):
 
 
 def test_two_graphs_with_a_plan_under_one_number(comfy, renderer):
+    """Of one text, because some pages give the widgets of one number one value."""
     page = comfy.page
-    chart = plan_node(comfy, "0-3:2:6")
+    chart = plan_node(comfy, "all:2")
+    page.evaluate(f"{TITLE}.properties.evdit_preview = {{ frames: 8, depth: 4 }}")
     page.evaluate(f"void app.graph.convertToSubgraph(new Set([{TITLE}]))")
     page.evaluate(
         """() => {
@@ -101,15 +103,16 @@ def test_two_graphs_with_a_plan_under_one_number(comfy, renderer):
             outer.id = app.graph.nodes[0].subgraph.nodes[0].id;
             if (app.graph.getNodeById(outer.id)) throw Error('taken');
             app.graph.add(outer);
+            outer.properties.evdit_preview = { frames: 8, depth: 6 };
             const widget = outer.widgets.find(w => w.name === 'text');
-            widget.value = '0-5:1:7';
+            widget.value = 'all:2';
             widget.callback(widget.value);
         }"""
     )
     page.evaluate("(n => app.canvas.openSubgraph(n.subgraph, n))(app.graph.nodes.find(n => n.subgraph))")
     chart.get_by_text("2:6 × 4").wait_for()
     page.evaluate("app.canvas.setGraph(app.graph)")
-    chart.get_by_text("1:7 × 6").wait_for()
+    chart.get_by_text("2:6 × 6").wait_for()
 
 
 def test_the_figures_of_the_last_run_outlive_undo(comfy, renderer):
@@ -148,3 +151,32 @@ def test_a_searched_plan_outlives_undo(comfy, renderer):
     # Under other settings it is not their plan.
     page.evaluate(f"(w => {{ w.value = 0.5; w.callback(0.5) }})({search}.widgets.find(w => w.name === 'threshold'))")
     chart.get_by_text("drawn here after a run").wait_for()
+
+
+def test_a_run_is_no_step_of_undo(comfy, renderer):
+    """But for the room that its figures take in the node, when it is the first."""
+    page = comfy.page
+    chart = plan_node(comfy, "all:2")
+    sparse = page.evaluate(
+        f"(s => {{ app.graph.add(s); {TITLE}.connect(0, s, 1); return s.id }})(LiteGraph.createNode('EVDiTSparseAttention'))"
+    )
+    report = {"node": str(sparse), "plan": "all:2", "sparse": 11, "density": 0.5, "seconds": 1, "dense": {}}
+
+    def run(frames: int, layers: int):
+        told = {**report, "frames": frames, "layers": layers}
+        page.evaluate(f"detail => {TOLD}('efficient_vdit.report', detail)", told)
+        chart.get_by_text(f"2:{frames - 2} × {layers}").wait_for()
+        record(page)
+
+    run(frames=9, layers=7)
+    before = page.evaluate(f"{TRACKER}.undoQueue.length")
+    run(frames=8, layers=6)
+    assert page.evaluate(f"{TRACKER}.undoQueue.length") == before
+    # The plan's next edit is drawn at the run's length, and at the user's own once there is one.
+    chart.get_by_role("option", name="Layer 1:").click()
+    chart.get_by_text("2:6 × 5").wait_for()
+    length = chart.get_by_role("spinbutton").first
+    length.fill("11")
+    length.press("Tab")
+    chart.get_by_text("2:9 × 5").wait_for()
+    assert page.evaluate(f"{TITLE}.properties.evdit_preview") == {"frames": 11, "depth": 6}

@@ -44,7 +44,7 @@ FEW = """app.graph.nodes.filter(n => n.type === 'EVDiTConsistencySigmas')
     .forEach(n => n.widgets.filter(w => ['segments', 'steps'].includes(w.name)).forEach(w => { w.value = 2 }))"""
 SEED = """seed => app.graph.nodes.filter(n => n.type === 'RandomNoise')
     .forEach(n => { n.widgets.find(w => w.name === 'noise_seed').value = 100 + seed })"""
-FIXED = """app.graph.nodes.flatMap(n => n.widgets ?? []).filter(w => w.name === 'control_after_generate')
+FIXED = """app.graph.nodes.flatMap(n => n.widgets ?? []).flatMap(w => w.linkedWidgets ?? [])
     .forEach(w => { w.value = 'fixed' })"""
 # What the chart tells after the run: 6 layers, 2 steps; with and without the prompt at once, or one after the other.
 SPARSE = "(12|24) sparse calls, 53 %"

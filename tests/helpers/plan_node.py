@@ -23,3 +23,11 @@ def plan_node(comfy, text: str = "", width: int = 320):
     chart = comfy.page.locator(".evdit-plan-chart:visible")
     chart.first.wait_for()
     return chart.first
+
+
+def queue(page, prompt_id: str):
+    """Queue the open tab's workflow; the server's answer names the prompt, and nothing runs."""
+    answer = {"prompt_id": prompt_id, "number": 1, "node_errors": {}}
+    page.route("**/prompt", lambda route: route.fulfill(json=answer))
+    page.evaluate("app.queuePrompt(0, 1)")
+    page.unroute("**/prompt")

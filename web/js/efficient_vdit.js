@@ -2,18 +2,22 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { allNodes, behind, findNode } from "./graphs.js";
 import { PlanChart } from "./plan_chart.js";
 import { cycleLayer, formatPlan, parsePlan, writeOut } from "./plan_text.js";
-import { followTabs, isLoaded, openTab, tabOf } from "./tabs.js";
+import { followTabs, isLoaded, openTab, queued } from "./tabs.js";
 
 const PLAN = "EVDIT_PLAN";
 const REPORT = "efficient_vdit.report";
 const MARGIN = 8; // px around the chart
-const USUAL = { frames: 21, depth: 32 }; // of the preview, until a run tells: 81 video frames, the paper's model
+const USUAL = { frames: 21, depth: 32 }; // of the preview, until a run or the user tells: 81 video frames, the paper's model
 const CANVAS = { wheel: "processMouseWheel", pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
+const [MAJOR, MINOR] = (window.__COMFYUI_FRONTEND_VERSION__ ?? "0.0").split(".").map(Number);
+const KNOWS_HIDE_IN_PANEL = MAJOR > 1 || MINOR >= 49; // 1.45 does not
 const charts = new WeakMap(); // node -> NodeChart
 const owners = new WeakMap(); // element -> its node
 const runs = new Map(); // the plan and the report of the last run, by node and settings: undo and the page's tabs make nodes anew
+const sizes = new Map(); // the latent frames and layers of the last run, by node
 const waiting = new Map(); // what runs of tabs that are not open told: {tab, act} by tab, event and node
 let files = {}; // the plans in Load Tile Plan's list, as text
 let texts = {};
@@ -29,8 +33,14 @@ async function loadTexts() {
   texts = { ...all.en?.efficientVDiT, ...all[language]?.efficientVDiT };
 }
 
-/** Whether the page itself sets this widget once a run is queued, at times after that run's end: what is shown is still that run's. */
-const advances = (widget) => widget.linkedWidgets?.length || widget.name === "control_after_generate";
+/**
+ * Whether the page itself sets this widget of a node once a run is queued, at times after that run's end, or it says how: what
+ * is shown is still that run's.
+ */
+const advances = (widget, node) => widget.linkedWidgets?.length || node.widgets.some((other) => other.linkedWidgets?.includes(widget));
+
+/** Whether only the user sets this widget of a node that gives a value; its first linked one says what the page does with it. */
+const isHeld = (widget) => ["fixed", undefined].includes(widget.linkedWidgets?.[0]?.value);
 
 /** One node and its chart: reads the node's widgets, writes the text widget. */
 class NodeChart {
@@ -46,7 +56,7 @@ class NodeChart {
     owners.set(this.chart.element, node);
     const options = { serialize: false, hideOnZoom: false, hideInPanel: true, getValue: () => "", setValue: () => {} };
     // Earlier pages know this word alone, and Nodes 2.0 take it for themselves as well: there the panel keeps its empty row.
-    Object.defineProperty(options, "canvasOnly", { get: () => !LiteGraph.vueNodesMode, enumerable: true });
+    if (!KNOWS_HIDE_IN_PANEL) options.canvasOnly = !LiteGraph.vueNodesMode;
     options.getMinHeight = options.getMaxHeight = () => this.chart.height + 2 * MARGIN;
     options.margin = MARGIN;
     const widget = node.addDOMWidget("tile_plan_chart", "tile_plan_chart", this.chart.element, options);
@@ -87,12 +97,21 @@ class NodeChart {
   }
 
   changed(source) {
-    if (!advances(source)) this.draw();
+    if (!advances(source, this.node)) this.draw();
   }
 
-  /** What a run's plan and report belong to. */
+  /** The node, whichever object it is by now. */
+  place() {
+    return JSON.stringify([openTab(), this.node.graph?.id, this.node.id]);
+  }
+
+  /** What a run's plan and report belong to: the node with the values that it has or is given, as far as the page knows them. */
   settings() {
-    return JSON.stringify([openTab(), this.node.graph?.id, this.node.id, this.node.widgets.filter((w) => !advances(w)).map((w) => w.value)]);
+    const { graph, inputs = [], widgets } = this.node;
+    const own = widgets.filter((widget) => !advances(widget, this.node));
+    const links = inputs.filter((input) => input.widget).map((input) => input.link);
+    const given = links.flatMap((link) => [...behind(graph, link)].flatMap((origin) => origin.widgets.filter(isHeld)));
+    return JSON.stringify([this.place(), ...[own, given].map((every) => every.map(({ value }) => value))]);
   }
 
   /** The last run with these settings: its plan as text, and the report of the attention that used it. */
@@ -100,23 +119,42 @@ class NodeChart {
     return runs.get(this.settings()) ?? {};
   }
 
+  /** What a run that is queued now will belong to, once it has ended. */
+  current() {
+    return { settings: this.settings(), file: this.file(), plan: this.state.plan && formatPlan(this.state.plan) };
+  }
+
+  /** The plan's text as the user wrote it in the node; empty where another node gives it. */
+  text() {
+    return this.linked("text") ? "" : String(this.widget("text")?.value ?? "").trim();
+  }
+
+  /** The entry of the list that the plan is read from, if it is. */
+  file() {
+    return this.text() || this.linked("text") || this.linked("plan_name") ? undefined : this.widget("plan_name")?.value;
+  }
+
   /** The plan's text as the widgets say it, or as a run with these settings gave it; null where neither does. */
   source() {
     const { plan: executed = null } = this.run();
-    if (this.linked("text") || this.linked("reference_frames")) return executed;
-    const text = String(this.widget("text")?.value ?? "").trim();
-    if (text) return text;
     const uniform = this.widget("reference_frames");
-    if (uniform) return `all:${uniform.value}`;
-    return this.linked("plan_name") ? executed : (files[this.widget("plan_name")?.value] ?? executed);
+    if (this.text()) return this.text();
+    if (this.linked("text") || this.linked("reference_frames")) return executed;
+    return uniform ? `all:${uniform.value}` : (files[this.file()] ?? executed);
+  }
+
+  /** The latent frames and layers of a plan that names none: those of the last run, or that the user asked for. */
+  preview() {
+    return { ...USUAL, ...this.node.properties?.evdit_preview, ...sizes.get(this.place()) };
   }
 
   draw() {
-    const { frames, depth } = { ...USUAL, ...this.node.properties?.evdit_preview };
+    const { frames, depth } = this.preview();
     const text = this.source();
+    this.drawn = this.settings();
     // The text takes the place of reference_frames; let it be seen.
     const uniform = this.widget("reference_frames");
-    if (uniform) uniform.disabled = this.linked("text") || !!String(this.widget("text")?.value ?? "").trim();
+    if (uniform) uniform.disabled = this.linked("text") || !!this.text();
     this.state = { frames, depth, editable: false, measured: this.run().report };
     if (text === null) this.state.note = say("afterRun");
     else {
@@ -143,22 +181,26 @@ class NodeChart {
   }
 
   remember(values) {
-    this.node.properties.evdit_preview = { ...USUAL, ...this.node.properties.evdit_preview, ...values };
+    this.node.properties.evdit_preview = { ...this.preview(), ...values };
+    sizes.delete(this.place());
     this.draw();
   }
 
-  /** The page hears of a plan that the server had cached after the report of the run. */
-  planMade(text) {
-    const { report } = this.run();
-    runs.set(this.settings(), { plan: text, report: report?.plan === text ? report : undefined });
+  /** The page hears of a plan that the server had cached after the report of the run. `queued`: `current` of that time. */
+  planMade(text, queued) {
+    const { report } = runs.get(queued.settings) ?? {};
+    runs.set(queued.settings, { plan: text, report: report?.plan === text ? report : undefined });
+    if (queued.file in files) files[queued.file] = text; // as it is now, whatever the page read
     this.draw();
   }
 
-  /** What sparse attention did with this plan. */
-  ran(report) {
-    runs.set(this.settings(), { ...this.run(), report });
-    if (report.frames && report.layers) this.remember({ frames: report.frames, depth: report.layers });
-    else this.draw();
+  /** What sparse attention did with a plan, if it was this one. */
+  ran(report, queued) {
+    const run = runs.get(queued.settings);
+    if ((run?.plan ?? queued.plan) !== report.plan) return;
+    runs.set(queued.settings, { ...run, report });
+    if (report.frames && report.layers) sizes.set(this.place(), { frames: report.frames, depth: report.layers });
+    this.draw();
   }
 }
 
@@ -190,39 +232,27 @@ function settle() {
   });
 }
 
-/** The node of an execution id; "1:2:3" is node 3 in the subgraph 2 in the subgraph 1. */
-function findNode(executionId) {
-  let graph = app.rootGraph ?? app.graph;
-  let node;
-  for (const id of String(executionId).split(":")) {
-    node = graph?.getNodeById(Number(id));
-    graph = node?.subgraph;
-  }
-  return node;
-}
-
 /** All charts, in subgraphs too. */
-function* allCharts(graph = app.rootGraph ?? app.graph) {
-  for (const node of graph.nodes) {
-    if (charts.has(node)) yield charts.get(node);
-    if (node.subgraph) yield* allCharts(node.subgraph);
-  }
-}
+const allCharts = () => [...allNodes()].map((node) => charts.get(node)).filter(Boolean);
 
-/** The charts that show the plan which a Sparse Attention node ran with: the one linked to it, else (from outside its subgraph) any. */
+/** The charts whose plan a Sparse Attention node may have run with: those behind its input, or all where the page has no such node. */
 function chartsOf(report) {
   const node = findNode(report.node);
-  const slot = node?.inputs?.findIndex((input) => input.type === PLAN) ?? -1;
-  const linked = slot < 0 ? undefined : charts.get(node.getInputNode(slot));
-  return [...(linked ? [linked] : allCharts())].filter(({ state }) => state.plan && formatPlan(state.plan) === report.plan);
+  const input = node?.inputs?.find(({ type }) => type === PLAN);
+  if (!input) return allCharts();
+  const origins = [...behind(node.graph, input.link, (origin) => charts.has(origin))];
+  return origins.map((origin) => charts.get(origin.node)).filter(Boolean);
 }
 
-/** Does `act` once the tab that queued the prompt is open; the same event of a later run of that tab takes its place. */
+/**
+ * Does `act` once the tab that queued the prompt is open, with what each chart was by then; the same event of a later run of
+ * that tab takes its place.
+ */
 async function inItsTab({ prompt_id: promptId, node }, event, act) {
-  const tab = await tabOf(promptId);
+  const { tab, kept } = await queued(promptId);
   const key = JSON.stringify([tab, event, node]);
   waiting.delete(key); // the later one goes to the end
-  waiting.set(key, { tab, act });
+  waiting.set(key, { tab, act: () => act((chart) => kept?.get(chart.place()) ?? chart.current()) });
   actInOpenTab();
 }
 
@@ -241,20 +271,28 @@ app.registerExtension({
     if (definition.name === "EVDiTLoadTilePlan") files = definition.input.required.plan_name[1].evdit_plans;
   },
   async setup() {
-    followTabs(actInOpenTab);
+    followTabs(actInOpenTab, () => new Map(allCharts().map((chart) => [chart.place(), chart.current()])));
     api.addEventListener("executed", ({ detail }) => {
       const text = detail.output?.evdit_plan?.[0];
-      if (text) inItsTab(detail, "executed", () => charts.get(findNode(detail.node))?.planMade(text));
+      if (!text) return;
+      inItsTab(detail, "executed", (whenQueued) => {
+        const chart = charts.get(findNode(detail.node));
+        chart?.planMade(text, whenQueued(chart));
+      });
     });
     api.addEventListener(REPORT, ({ detail }) => {
-      inItsTab(detail, REPORT, () => chartsOf(detail).forEach((chart) => chart.ran(detail)));
+      inItsTab(detail, REPORT, (whenQueued) => chartsOf(detail).forEach((chart) => chart.ran(detail, whenQueued(chart))));
+    });
+    // No widget of its own tells a node that a value which it is given has changed.
+    api.addEventListener("graphChanged", () => {
+      for (const chart of allCharts()) if (chart.drawn !== chart.settings()) chart.draw();
     });
     app.canvas.canvas.addEventListener("litegraph:set-graph", settle);
     await loadTexts();
     for (const chart of allCharts()) chart.draw();
   },
   nodeCreated(node) {
-    const gives = node.outputs?.some((output) => output.type === PLAN);
+    const gives = !node.subgraph && node.outputs?.some((output) => output.type === PLAN); // the node inside has the chart
     if (gives && !charts.has(node)) charts.set(node, new NodeChart(node));
   },
 });

@@ -45,17 +45,27 @@ function numbers(pattern) {
   return { k, window, means };
 }
 
-/** Whether nothing is left out of `frames` latent frames. */
-export function isFull(pattern, frames) {
-  return headGroups(pattern).every((group) => {
-    if (group.pattern === FULL) return true;
-    const { k, window, means } = numbers(group.pattern);
-    if (frames - k <= 1) return true;
-    if (means) return averaged(group.pattern, frames).every((row) => row.every((count) => count <= 1));
-    const others = otherFrames(k, frames);
-    return window > 0 && others.at(-1) - others[0] <= window;
-  });
+/** A rule of a pattern and a number of frames, applied once to each: it takes T x T steps, and a draw asks the same in every bar. */
+function once(rule) {
+  const known = new Map();
+  return (pattern, frames) => {
+    const key = `${pattern} ${frames}`;
+    if (!known.has(key)) known.set(key, rule(pattern, frames));
+    return known.get(key);
+  };
 }
+
+/** Whether nothing is left out of `frames` latent frames. */
+export const isFull = (pattern, frames) => headGroups(pattern).every((group) => isFullOne(group.pattern, frames));
+
+const isFullOne = once((pattern, frames) => {
+  if (pattern === FULL) return true;
+  const { k, window, means } = numbers(pattern);
+  if (frames - k <= 1) return true;
+  if (means) return averaged(pattern, frames).every((row) => row.every((count) => count <= 1));
+  const others = otherFrames(k, frames);
+  return window > 0 && others.at(-1) - others[0] <= window;
+});
 
 /** For each frame that is no reference frame, how many unseen frames each stretch of time has: a mean of so many. */
 function averaged(pattern, frames) {
@@ -118,7 +128,7 @@ export function density(pattern, frames) {
   return groups.reduce((sum, group) => sum + group.count * densityOne(group.pattern, frames), 0) / headCount(groups);
 }
 
-function densityOne(pattern, frames) {
+const densityOne = once((pattern, frames) => {
   if (isFull(pattern, frames)) return 1;
   const kind = tileKinds(pattern, frames);
   let kept = numbers(pattern).means ? averaged(pattern, frames).flat().length : 0;
@@ -126,4 +136,4 @@ function densityOne(pattern, frames) {
     for (let column = 0; column < frames; column++) kept += ["reference", "own"].includes(kind(row, column));
   }
   return kept / frames ** 2;
-}
+});

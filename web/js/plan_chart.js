@@ -1,8 +1,8 @@
 /** The chart of a plan: layers x density, the tiles of one layer, and what the last run measured. Plain DOM and SVG. */
 
 import { make } from "./elements.js";
-import { FULL, headCount, headGroups } from "./pattern.js";
-import { PatternFigures } from "./pattern_figures.js";
+import { density, FULL, headCount, headGroups, isFull, patternName } from "./pattern.js";
+import { layersByName, readableName, sparsePatterns } from "./pattern_figures.js";
 import { layerPattern } from "./plan_text.js";
 import { STYLE } from "./plan_style.js";
 import { percent, tileMaps } from "./tile_maps.js";
@@ -71,11 +71,10 @@ export class PlanChart {
     this.summary.classList.toggle("wrong", !!state.wrong);
     if (!state.plan) return;
     this.patterns = [...Array(state.depth).keys()].map((i) => layerPattern(state.plan, i, state.depth));
-    this.figures = new PatternFigures(state.frames);
-    this.sparse = this.figures.sparsePatterns(this.patterns);
+    this.sparse = sparsePatterns(this.patterns, state.frames);
     // From the sparsest on, so that a denser pattern that comes or goes leaves the others their colours.
     this.colors = new Map([...this.sparse].reverse().map((pattern, i) => [pattern, `var(--pattern-${i % COLORS})`]));
-    const telling = this.patterns.findIndex((pattern) => !this.figures.isFull(pattern));
+    const telling = this.patterns.findIndex((pattern) => !isFull(pattern, state.frames));
     this.selected = Math.min(this.chosen ?? Math.max(telling, 0), state.depth - 1);
     this.drawSummary();
     this.drawBars();
@@ -89,8 +88,13 @@ export class PlanChart {
     return this.colors.get(pattern) ?? "var(--pattern-full)";
   }
 
+  /** The share of a layer's tiles, or of some of its heads', that is computed. */
+  share(pattern) {
+    return density(pattern, this.state.frames);
+  }
+
   mean() {
-    return this.patterns.reduce((sum, pattern) => sum + this.figures.density(pattern), 0) / this.patterns.length;
+    return this.patterns.reduce((sum, pattern) => sum + this.share(pattern), 0) / this.patterns.length;
   }
 
   drawSummary() {
@@ -137,18 +141,18 @@ export class PlanChart {
     const heads = headCount(groups);
     let y = 100;
     return groups.map((group) => {
-      const height = (100 * this.figures.density(group.pattern) * group.count) / heads;
+      const height = (100 * this.share(group.pattern) * group.count) / heads;
       y -= height;
       return make("rect", { class: "bar", x: layer + 0.09, y, width: 0.82, height, style: `fill: ${this.color(group.pattern)}` });
     });
   }
 
   drawLegend() {
-    const { measured } = this.state;
-    const layers = this.figures.layersByName(this.patterns);
+    const { frames, measured } = this.state;
+    const layers = layersByName(this.patterns, frames);
     const ranks = layers.has(FULL) ? [FULL, ...this.sparse] : this.sparse;
     const entries = ranks.map((pattern) => {
-      const count = Number(layers.get(this.figures.alike(pattern).name).toFixed(1));
+      const count = Number(layers.get(patternName(pattern, frames)).toFixed(1));
       return make("span", {}, make("i", { style: `background: ${this.color(pattern)}` }), `${this.nameOf(pattern)} × ${count}`);
     });
     if (measured?.density) entries.push(make("span", {}, make("i", { class: "dashed" }), this.say("measuredLegend")));
@@ -170,7 +174,7 @@ export class PlanChart {
     this.maps.setAttribute("aria-label", this.layerText(layer));
     const key = (kind) => make("span", {}, make("i", { class: kind }), this.say(kind));
     const means = this.patterns.some((other) => other.includes("+"));
-    const share = percent(this.figures.density(pattern));
+    const share = percent(this.share(pattern));
     const keeps = this.looksFirst(layer);
     this.detail.replaceChildren(
       make("b", {}, this.say("layerName", { layer })),
@@ -181,12 +185,13 @@ export class PlanChart {
   }
 
   nameOf(pattern) {
-    return this.figures.isFull(pattern) ? this.say("full") : this.figures.readableName(pattern);
+    const { frames } = this.state;
+    return isFull(pattern, frames) ? this.say("full") : readableName(pattern, frames);
   }
 
   layerText(layer) {
     const pattern = this.patterns[layer];
-    const share = percent(this.figures.density(pattern));
+    const share = percent(this.share(pattern));
     return this.say("layerText", { layer, name: this.nameOf(pattern), density: share });
   }
 

@@ -7,7 +7,7 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const NUMBER = Symbol("efficient_vdit.tab"); // kept in the page's object of a workflow, which Vue hands out plain and wrapped
-const queued = new Map(); // prompt id -> number of its tab
+const prompts = new Map(); // by prompt id, what `queued` gives
 let count = 0;
 let loading = null; // the number of the tab whose graph is being built: the page names it as the open one only afterwards
 let answers = Promise.resolve(); // to all requests to queue a prompt
@@ -23,14 +23,14 @@ export const openTab = () => loading ?? numberOf(app.extensionManager.workflow?.
 /** Whether all nodes of the open tab are there. */
 export const isLoaded = () => loading === null;
 
-/** The number of the tab that queued a prompt; the open one for a prompt of before this page was loaded. */
-export async function tabOf(promptId) {
+/** Of a prompt, the number of the tab that queued it and what was kept of it; the open one for a prompt of before this page was loaded. */
+export async function queued(promptId) {
   await answers; // an event may overtake the answer that names its prompt
-  return queued.get(promptId) ?? openTab();
+  return prompts.get(promptId) ?? { tab: openTab() };
 }
 
-/** Follow the page from now on. Calls `loaded` after each graph that it loads. */
-export function followTabs(loaded) {
+/** Follow the page from now on. Calls `loaded` after each graph that it loads, and keeps what `keep` gives when a prompt is queued. */
+export function followTabs(loaded, keep) {
   const { loadGraphData } = app;
   app.loadGraphData = async function (...values) {
     const workflow = values[3]; // of a tab that exists; a name or nothing for a new one
@@ -44,9 +44,9 @@ export function followTabs(loaded) {
   };
   const { queuePrompt } = api;
   api.queuePrompt = function (...values) {
-    const tab = openTab();
+    const prompt = { tab: openTab(), kept: keep() };
     const answer = queuePrompt.apply(this, values);
-    answers = Promise.allSettled([answers, answer.then(({ prompt_id }) => queued.set(prompt_id, tab))]);
+    answers = Promise.allSettled([answers, answer.then(({ prompt_id }) => prompts.set(prompt_id, prompt))]);
     return answer;
   };
 }

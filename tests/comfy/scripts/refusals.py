@@ -66,7 +66,8 @@ facts["unknown model"] = {
     "hooked": "optimized_attention_override" in left.model_options["transformer_options"],
 }
 # A disk that is full: the plan's name is free again.
-with tempfile.TemporaryDirectory() as folder:
+with tempfile.TemporaryDirectory() as models, tempfile.TemporaryDirectory() as shared:
+    folder_paths.models_dir, folder = models, os.path.join(models, "evdit_plans")
     folder_paths.folder_names_and_paths["evdit_plans"] = ([folder], {".json"})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -79,6 +80,11 @@ with tempfile.TemporaryDirectory() as folder:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     call(pack["EVDiTSaveTilePlan"], plan=fits, filename_prefix="plan")
     facts["saved"] = os.listdir(folder)
+    # A folder of extra_model_paths.yaml, which comes first in ComfyUI's list.
+    folder_paths.folder_names_and_paths["evdit_plans"] = ([shared, folder], {".json"})
+    fits.save(os.path.join(shared, "plan_00002.json"))
+    (name,) = call(pack["EVDiTSaveTilePlan"], plan=fits, filename_prefix="plan")
+    facts["beside another folder"] = {"name": name, "there": os.listdir(shared), "here": sorted(os.listdir(folder))}
 control = refusal(lambda: run(noise, text))
 assert control == {"message": "", "evaluations": 2}, (control, PACK)
 print(json.dumps(facts))

@@ -1,0 +1,157 @@
+"""What a run tells is shown in the chart whose plan it used, with the settings that were queued."""
+
+import pytest
+from plan_node import TITLE, TOLD, plan_node, queue
+
+ADD = "kind => { const node = LiteGraph.createNode(kind); app.graph.add(node); return node.id }"
+SET = """([kind, name, value]) => {
+    const widget = app.graph.nodes.find(n => n.type === kind).widgets.find(w => w.name === name);
+    widget.value = value;
+    widget.callback?.(value);
+}"""
+CONTROL = "app.graph.nodes[0].widgets.find(w => w.name === 'seed').linkedWidgets[0]"
+CHANGED = "app.api.dispatchEvent(new CustomEvent('graphChanged'))"  # as the page says after a click or a key
+
+
+@pytest.fixture
+def page(comfy):
+    return comfy.open().page
+
+
+def shown(page):
+    return page.locator(".evdit-plan-chart:visible")
+
+
+def told_report(page, node, plan: str, calls: int, prompt: str = ""):
+    page.evaluate(
+        f"detail => {TOLD}('efficient_vdit.report', detail)",
+        {
+            "prompt_id": prompt,
+            "node": str(node),
+            "plan": plan,
+            "frames": 8,
+            "layers": 6,
+            "sparse": calls,
+            "density": 0.5,
+        }
+        | {"seconds": 1, "dense": {}},
+    )
+
+
+def told_plan(page, node, plan: str, prompt: str = ""):
+    page.evaluate(
+        f"detail => {TOLD}('executed', detail)",
+        {"prompt_id": prompt, "node": str(node), "output": {"evdit_plan": [plan]}},
+    )
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes2"])
+def test_a_plan_in_a_subgraph_shows_the_run_inside_alone(comfy, modern):
+    page = comfy.open(Comfy_VueNodes_Enabled=modern).page
+    plan_node(comfy, "0-5:2:6")
+    sparse = page.evaluate(ADD, "EVDiTSparseAttention")
+    page.evaluate(f"id => void {TITLE}.connect(0, app.graph.getNodeById(id), 1)", sparse)
+    page.evaluate(f"void app.graph.convertToSubgraph(new Set([{TITLE}]))")
+    shown(page).first.wait_for(state="hidden")
+    assert page.evaluate("app.graph.nodes.flatMap(n => n.widgets ?? []).every(w => w.name !== 'tile_plan_chart')")
+    told_report(page, sparse, "0-5:2:6", 11)
+    page.evaluate("(n => app.canvas.openSubgraph(n.subgraph, n))(app.graph.nodes.find(n => n.subgraph))")
+    shown(page).get_by_text("11 sparse calls").wait_for()
+
+
+def test_a_run_is_shown_behind_a_reroute_and_in_no_other_chart(comfy, page):
+    plan_node(comfy, "all:2")
+    other, reroute, sparse = (page.evaluate(ADD, kind) for kind in ("EVDiTTilePlan", "Reroute", "EVDiTSparseAttention"))
+    page.evaluate(
+        """ids => {
+            const [other, reroute, sparse] = ids.map(id => app.graph.getNodeById(id));
+            other.pos = [700, 150];
+            other.connect(0, reroute, 0);
+            reroute.connect(0, sparse, 1);
+        }""",
+        [other, reroute, sparse],
+    )
+    told_report(page, sparse, "all:2", 11)
+    shown(page).get_by_text("11 sparse calls").wait_for()
+    assert shown(page).count() == 2
+    assert shown(page).get_by_text("11 sparse calls").count() == 1
+    page.evaluate("id => app.graph.remove(app.graph.getNodeById(id))", other)
+    shown(page).get_by_text("11 sparse calls").wait_for(state="hidden")
+
+
+def test_a_plan_belongs_to_the_settings_that_were_queued(page):
+    search = page.evaluate(ADD, "EVDiTSearchTilePlan")
+    sparse = page.evaluate(ADD, "EVDiTSparseAttention")
+    page.evaluate("([a, b]) => void app.graph.getNodeById(a).connect(0, app.graph.getNodeById(b), 1)", [search, sparse])
+    queue(page, "first")
+    page.evaluate(SET, ["EVDiTSearchTilePlan", "threshold", 0.9])
+    told_plan(page, search, "0-5:2:6", "first")
+    told_report(page, sparse, "0-5:2:6", 11, "first")
+    page.wait_for_timeout(1000)
+    shown(page).get_by_text("drawn here after a run").wait_for()
+    page.evaluate(SET, ["EVDiTSearchTilePlan", "threshold", 0.2])
+    shown(page).get_by_text("2:6 × 6").wait_for()
+    shown(page).get_by_text("11 sparse calls").wait_for()
+    page.evaluate(f"(w => {{ w.value = 'increment'; w.callback?.(w.value) }})({CONTROL})")
+    page.wait_for_timeout(500)
+    shown(page).get_by_text("11 sparse calls").wait_for()
+
+
+def test_a_file_is_drawn_as_the_last_run_read_it(page):
+    load = page.evaluate(ADD, "EVDiTLoadTilePlan")
+    page.evaluate(SET, ["EVDiTLoadTilePlan", "plan_name", "mochi (preset)"])
+    told_plan(page, load, "0-5:1:7")
+    shown(page).get_by_text("1:7 × 6").wait_for()
+
+
+def test_a_plan_of_a_number_that_has_changed_is_not_shown(comfy, page):
+    plan_node(comfy)
+    number = page.evaluate(ADD, "PrimitiveInt")
+    page.evaluate(SET, ["PrimitiveInt", "value", 6])
+    page.evaluate(
+        f"id => void app.graph.getNodeById(id).connect(0, {TITLE}, {TITLE}.inputs.findIndex(i => i.name === 'reference_frames'))",
+        number,
+    )
+    told_plan(page, page.evaluate(f"{TITLE}.id"), "all:6")
+    shown(page).get_by_text("6:15 × 32").wait_for()
+    page.evaluate(SET, ["PrimitiveInt", "value", 1])
+    page.evaluate(CHANGED)
+    shown(page).get_by_text("drawn here after a run").wait_for()
+    page.evaluate(SET, ["PrimitiveInt", "value", 6])
+    page.evaluate(CHANGED)
+    shown(page).get_by_text("6:15 × 32").wait_for()
+
+
+def test_a_click_counts_where_a_number_is_linked(comfy):
+    """As in the blueprint: the text that it writes takes the number's place in the run, and here."""
+    page = comfy.open().page
+    page.evaluate(
+        """name => app.api.fetchApi('/global_subgraphs').then(r => r.json()).then(all => {
+            const id = Object.keys(all).find(id => all[id].name === name);
+            return app.api.fetchApi('/global_subgraphs/' + id).then(r => r.json());
+        }).then(({ data }) => app.loadGraphData(JSON.parse(data)))""",
+        "Faster video model",
+    )
+    page.evaluate("(n => app.canvas.openSubgraph(n.subgraph, n))(app.graph.nodes.find(n => n.subgraph))")
+    plan = "app.canvas.graph.nodes.find(n => n.type === 'EVDiTTilePlan')"
+    outer = "app.rootGraph.nodes.find(n => n.subgraph)"
+    told_plan(page, page.evaluate(f"`${{{outer}.id}}:${{{plan}.id}}`"), "all:6")
+    chart = shown(page).first
+    chart.get_by_text("6:15 × 32").wait_for()
+    for value, said in ((3, "drawn here after a run"), (6, "6:15 × 32")):
+        page.evaluate(f"value => {{ {outer}.widgets.find(w => w.name === 'reference_frames').value = value }}", value)
+        page.evaluate(CHANGED)
+        chart.get_by_text(said).wait_for()
+    page.evaluate(f"app.canvas.ds.reset(); {plan}.pos = [300, 100]; app.canvas.setDirty(true, true)")
+    page.wait_for_timeout(1000)
+    chart.get_by_role("option", name="Layer 3:").click()
+    assert page.evaluate(f"{plan}.widgets.find(w => w.name === 'text').value") == "all:6 3:full"
+    chart.get_by_text("6:15 × 31").wait_for()
+
+
+@pytest.mark.parametrize("kind", ["EVDiTSearchTilePlan", "EVDiTAttentionTileMap"])
+def test_what_takes_minutes_keeps_its_seed(page, kind):
+    if not page.evaluate("!!LiteGraph.registered_node_types.SeedNode"):
+        pytest.skip("THIS COMFYUI KNOWS NO SEED THAT STAYS: new nodes start on randomize")
+    page.evaluate(ADD, kind)
+    assert page.evaluate(CONTROL + ".value") == "fixed"
