@@ -248,7 +248,9 @@ def test_each_group_of_heads_has_a_map_of_its_own(comfy):
     assert counts == [[15, 7 + 6 + 6, 30], [64, 0, 0]]
     chart.get_by_role("option", name="Layer 2:").hover()
     assert chart.get_by_role("group", name="Layer 2:").get_by_role("img").count() == 1
-    page.evaluate("document.fonts.ready")  # with the page's own font the text takes another line
+    # With the page's own fonts the text takes other lines, and those that it has not used yet are not on their way.
+    page.evaluate("Promise.all([...document.fonts].map((font) => font.load()))")
+    page.wait_for_timeout(100)
     height = chart.bounding_box()["height"]
     chart.get_by_role("option", name="Layer 3:").hover()
     assert chart.get_by_role("group", name="Layer 3:").get_by_role("img").count() == 3
