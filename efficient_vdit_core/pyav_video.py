@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+UNEVEN = 0.1  # share by which a constant rate may be another than the mean one
 CRF = 10  # what imageio-ffmpeg makes of the quality 8
 
 
@@ -36,13 +37,26 @@ def times_shown(start: float, end: float, fps: float) -> int:
     return math.floor(end * fps + 0.5) - math.floor(start * fps + 0.5)
 
 
+def is_steady(mean: float, constant: float) -> bool:
+    """Whether frames that come ``mean`` times a second, 0 where that is not told, are hardly repeated at a ``constant`` rate."""
+    return 0 < mean and abs(constant - mean) <= UNEVEN * mean
+
+
+def frame_rates(mean: float, constant: float) -> tuple[float, float]:
+    """Both rates of the frames, where the constant one may count fields, two in a frame, as MPEG's does."""
+    return mean, constant / 2 if is_steady(2 * mean, constant) else constant
+
+
 def read_rates(path: Path) -> tuple[float, float]:
     """Mean and constant frames a second as the container tells them; 0 where it does not."""
     import av
 
     with av.open(f"file:{path}") as container:
-        stream = container.streams.video[0]
-        return float(stream.average_rate or 0), float(stream.base_rate or 0)
+        return _rates(container.streams.video[0])
+
+
+def _rates(stream: Any) -> tuple[float, float]:
+    return frame_rates(float(stream.average_rate or 0), float(stream.base_rate or 0))
 
 
 def read_frames(path: Path, check: Callable[[int, int, int], None], fps: float = 0.0) -> Iterator[np.ndarray]:
@@ -58,17 +72,15 @@ def read_frames(path: Path, check: Callable[[int, int, int], None], fps: float =
             raise ValueError("it has no pictures")
         stream = container.streams.video[0]
         stream.codec_context.options = {"err_detect": "explode"}
-        rate = stream.base_rate or stream.average_rate or Fraction(1)
+        rate = next(filter(None, reversed(_rates(stream))), 1.0)  # the constant one, where it is told
         check(stream.codec_context.width, stream.codec_context.height, stream.frames)
         held, start, end = None, 0.0, 0.0
         for frame in _decoded(container, stream):
             pixels, now = _pixels(frame), frame.time or 0.0
             if held is not None:  # how long it lasts, the next one tells
-                yield from [held] * (
-                    times_shown(start, now, fps) if fps else max(1, round((now - start) * float(rate)))
-                )
+                yield from [held] * (times_shown(start, now, fps) if fps else max(1, round((now - start) * rate)))
             held, start = pixels, now
-            end = now + (float(frame.duration * frame.time_base) if frame.duration else 1 / float(rate))
+            end = now + (float(frame.duration * frame.time_base) if frame.duration else 1 / rate)
         if held is not None:
             yield from [held] * (times_shown(start, end, fps) if fps else 1)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from .limits.memory import check_memory
 from .limits.quote import quoted, reason
-from .pyav_video import read_frames, read_rates, times_shown
+from .pyav_video import frame_rates, is_steady, read_frames, read_rates, times_shown
 from .video import MAX_FPS, MIN_FPS, PACKAGES, frame_milliseconds, has_ffmpeg, install, read_metadata
 
 MAX_PIXELS = 2**25  # of a frame: 8K
@@ -29,7 +29,6 @@ _ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 _SIZE = re.compile(r"Video: [^\n]*?, (\d{1,6})x(\d{1,6})\b")
 _COUNT = re.compile(r"frame=\s*(\d+)")
 _RATES = re.compile(r"Video: [^\n]*?(?:, ([\d.]+k?) fps)?, ([\d.]+k?) tbr\b")
-_UNEVEN = 0.1  # share by which the constant rate may be another than the mean one
 
 
 class TooLarge(ValueError):
@@ -96,11 +95,6 @@ def check_steady(path: Path) -> None:
     )
     if not is_steady(mean, constant):
         raise ValueError("its frame rate is not told, or varies. Set data.fps to the model's, or convert it")
-
-
-def is_steady(mean: float, constant: float) -> bool:
-    """Whether frames that come ``mean`` times a second, 0 where that is not told, are hardly repeated at a ``constant`` rate."""
-    return 0 < mean and abs(constant - mean) <= _UNEVEN * mean
 
 
 def _frames(path: Path, fps: float) -> Iterator[np.ndarray]:
@@ -203,8 +197,8 @@ def _probed(source: list[str]) -> tuple[int, int, int]:
 def told_rates(about: str) -> tuple[float, float]:
     """Mean and constant frames a second in what ffmpeg tells of a file; 0 where it does not."""
     found = _RATES.search(about)
-    mean, constant = found.groups("0") if found else ("0", "0")
-    return float(mean.replace("k", "e3")), float(constant.replace("k", "e3"))
+    texts = found.groups("0") if found else ("0", "0")
+    return frame_rates(*(float(text.replace("k", "e3")) for text in texts))
 
 
 def told(arguments: list[str]) -> str:

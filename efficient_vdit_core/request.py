@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .limits.memory import check_memory
 from .limits.numbers import MAX_SEED, number, whole
@@ -64,18 +66,27 @@ class VideoRequest:
         """The complete request; ValueError says what does not fit and what would."""
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {quoted(self.sampler)}.")
-        for name in WHOLE:
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{name} is {quoted(value)}, expected a whole number.")
+        whole_numbers = {name: _whole(getattr(self, name), name) for name in WHOLE}
         prompts = {"prompt": checked_prompt(self.prompt), "negative": checked_prompt(self.negative)}
-        complete = replace(self, **prompts, steps=DEFAULT_STEPS[self.sampler] if self.steps is None else self.steps)
+        complete = replace(self, **prompts, **whole_numbers)
+        if complete.steps is None:
+            complete = replace(complete, steps=DEFAULT_STEPS[self.sampler])
         _check_size(complete)
         # As float32 from the VAE, then as bytes; what the model itself takes comes on top.
         check_memory(
             5 * 3 * self.frames * self.height * self.width, self.describe(), "Use fewer frames or a smaller size."
         )
         return _check_sampling(complete)
+
+
+def _whole(value: Any, name: str) -> int | None:
+    """An int, of NumPy's too; None stays."""
+    if value is None:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {quoted(value)}, expected a whole number.") from None
 
 
 def _check_size(request: VideoRequest) -> None:

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,26 @@ def write_vbench_layout(clips: Sequence[str | Path], out: str | Path, prompts: M
     try:
         _fill(part, paths, found)
         if out.is_dir():
-            for made in list(part.iterdir()):
-                made.rename(out / made.name)
+            _move_contents(part, out)
         else:
             part.chmod(0o755)  # mkdtemp makes folders private
             part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
+
+
+def _move_contents(source: Path, target: Path) -> None:
+    """All of it or, on any error or Ctrl-C, nothing."""
+    names = [made.name for made in source.iterdir()]
+    try:
+        for name in names:
+            (source / name).rename(target / name)
+    except BaseException:
+        for name in names:
+            with suppress(FileNotFoundError):
+                (target / name).rename(source / name)
+        raise
 
 
 def clip_names(prompts: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,16 @@ def named_files(part: dict[str, Any]) -> list[str]:
     found = {
         folder_paths.get_full_path(folder, text) for folder in folder_paths.folder_names_and_paths for text in texts
     }
-    found |= {folder_paths.get_annotated_filepath(text) for text in texts}
-    return sorted(path for path in found if path and Path(path).is_file())
+    return sorted(filter(None, [*found, *map(_input_file, texts)]))
+
+
+def _input_file(text: str) -> str | None:
+    """The file among ComfyUI's inputs that a text names, if it names one."""
+    try:
+        path = folder_paths.get_annotated_filepath(text)
+    except ValueError:  # of another folder
+        return None
+    return path if os.path.isfile(path) else None
 
 
 def pack_of(kind: str) -> str | None:

@@ -179,6 +179,25 @@ def test_clips_are_laid_out_in_the_empty_folder_that_one_stands_in(tmp_path, cli
     assert made == sorted(file.name for file in (tmp_path / "new").iterdir()) and len(made) > 2
 
 
+def test_a_layout_that_cannot_be_moved_whole_leaves_the_empty_folder(tmp_path, clip, monkeypatch):
+    (tmp_path / "out").mkdir()
+    source, moved, rename = str(clip("a.mp4", prompt="x")), [], Path.rename
+
+    def stops(self, target):
+        if target.parent.name == "out":
+            if len(moved) == 2:
+                raise OSError("no room")
+            moved.append(target)
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", stops)
+        assert main(["eval", "vbench-layout", source, "--out", str(tmp_path / "out")]) != 0
+        assert len(moved) == 2
+        moved.clear()
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_an_interrupted_layout_leaves_nothing(tmp_path, clip, monkeypatch):
     from efficient_vdit_core.quality import vbench
 

@@ -82,6 +82,7 @@ def test_nothing_that_is_listed_is_left_out_quietly(tmp_path, caplog):
     for name in ("c.m4v", "d.mpg", "e.wmv"):
         (tmp_path / name).touch()
     Image.new("RGB", (8, 8)).save(tmp_path / "preview.webp")
+    (tmp_path / "c.webp").write_bytes((tmp_path / "a.webp").read_bytes())  # one that moves
     listed = ("a.webp", "b.gif", "c.m4v", "d.mpg", "e.wmv", "gone.mp4")
     lines = [json.dumps({"file_name": name, "text": "x"}) for name in listed]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
@@ -234,6 +235,8 @@ def test_a_caption_may_hold_marks_that_python_counts_as_ends_of_lines(tmp_path):
     odd = ["a cat\u2028on a mat", "a dog\x85runs", "a \x1cbird"]
     (tmp_path / "c.txt").write_bytes("\r\n".join([*odd, ""]).encode())
     assert read_captions(tmp_path / "c.txt") == odd
+    (tmp_path / "mac.txt").write_bytes(b"one\rtwo\r\nthree\nfour")
+    assert read_captions(tmp_path / "mac.txt") == ["one", "two", "three", "four"]
     for number in range(3):
         (tmp_path / f"{number}.mp4").touch()
     entries = ({"file_name": f"{n}.mp4", "text": text} for n, text in enumerate(odd))
@@ -327,9 +330,22 @@ def test_a_cache_keeps_what_each_encoder_made_apart(tmp_path, monkeypatch):
     stamps.append(text_stamp(model))
     model.config = replace(model.config, caption_channels=9)
     stamps.append(text_stamp(model))
-    monkeypatch.setattr(OpenSoraPlanModel, "text_padding", 512)
-    stamps.append(text_stamp(model))
-    assert stamps[0] == stamps[1] and len(set(stamps)) == 5
+    assert stamps[0] == stamps[1] and len(set(stamps)) == 4
+
+
+def test_texts_that_were_padded_to_fewer_rows_are_encoded_anew(tmp_path, monkeypatch):
+    model, encoded = open_model(opensora_plan(tmp_path)), []
+
+    def encoder(self, device):
+        return lambda texts: encoded.extend(texts) or (torch.ones(len(texts), 3, 8), torch.ones(len(texts), 3).long())
+
+    monkeypatch.setattr(OpenSoraPlanModel, "text_encoder", encoder)
+    monkeypatch.setattr(OpenSoraPlanModel, "parts", {"text encoder": tmp_path / "none"})
+    for rows, longest in ((0, 3), (0, 3), (512, 512), (512, 512)):
+        monkeypatch.setattr(OpenSoraPlanModel, "text_padding", rows)
+        bank = prepare._text_bank(["a cat"], model, tmp_path / "cache", torch.device("cpu"))
+        assert bank.batch(["a cat"])[0].shape == (1, longest, 8)
+    assert encoded == ["a cat"] * 2
 
 
 def test_the_tiny_worlds_clips_are_of_one_length():

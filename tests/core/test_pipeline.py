@@ -264,6 +264,11 @@ def test_what_cannot_be_made_is_refused_before_the_model_runs(pipeline, monkeypa
     assert not spy.calls
 
 
+def test_numbers_of_numpy_are_numbers(pipeline):
+    request = pipeline.request("dog", seed=np.int64(5), steps=np.int32(2))
+    assert (request.seed, request.steps) == (5, 2) and type(request.seed) is int
+
+
 def test_nothing_is_chosen_beside_a_request(pipeline):
     request = pipeline.request("dog", steps=1)
     with pytest.raises(ValueError, match="seed, steps cannot be chosen beside a request"):

@@ -7,7 +7,7 @@ from recorded import record
 
 from efficient_vdit_core import read_video as reading
 from efficient_vdit_core import video as writing
-from efficient_vdit_core.read_video import check_steady, iterate_video, read_video
+from efficient_vdit_core.read_video import check_steady, iterate_video, read_video, told_rates
 from efficient_vdit_core.video import write_video
 
 pytest.importorskip("imageio_ffmpeg")
@@ -124,6 +124,17 @@ def test_a_recording_without_a_rate_is_known_and_read_by_its_times(tmp_path, fra
     assert 15 <= sum(1 for _ in iterate_video(path, 16)) <= 17
     for name in ("b.mp4", "b.gif"):
         check_steady(write_video(tmp_path / name, frames))
+
+
+def test_a_rate_that_counts_fields_is_constant(tmp_path, frames):
+    """MPEG's 24 frames a second are 48 of the container's, and each comes once."""
+    source, path = write_video(tmp_path / "a.mp4", np.concatenate([frames] * 4), fps=24), tmp_path / "b.mpg"
+    with reading.ffmpeg(["-v", "error", "-i", str(source), str(path)], None, None) as process:
+        assert process.wait() == 0
+    check_steady(path)
+    assert len(read_video(path)) == 4 * len(frames)
+    assert told_rates("Video: h264, yuv420p, 64x48, 25 fps, 50 tbr, 12800 tbn") == (25, 25)
+    assert told_rates("Video: vp8, yuv420p, 64x48, 1k tbr, 1k tbn") == (0, 1000)
 
 
 def test_a_clip_that_was_cut_without_coding_it_anew_is_whole(tmp_path, frames):

@@ -40,7 +40,7 @@ async function loadTexts() {
 const advances = (widget, node) => widget.linkedWidgets?.length || node.widgets.some((other) => other.linkedWidgets?.includes(widget));
 
 /** Whether only the user sets this widget of a node that gives a value; its first linked one says what the page does with it. */
-const isHeld = (widget) => ["fixed", undefined].includes(widget.linkedWidgets?.[0]?.value);
+const isHeld = (widget) => ["fixed", undefined].includes(widget?.linkedWidgets?.[0]?.value);
 
 /** One node and its chart: reads the node's widgets, writes the text widget. */
 class NodeChart {
@@ -241,7 +241,8 @@ function chartsOf(report) {
   const input = node?.inputs?.find(({ type }) => type === PLAN);
   if (!input) return allCharts();
   const origins = [...behind(node.graph, input.link, (origin) => charts.has(origin))];
-  return origins.map((origin) => charts.get(origin.node)).filter(Boolean);
+  const found = origins.map((origin) => charts.get(origin.node)).filter(Boolean);
+  return found.length ? found : allCharts(); // other packs' nodes bring a value without a link
 }
 
 /**

@@ -37,7 +37,7 @@ export function* behind(graph, linkId, ends = () => false, seen = new Set()) {
     for (const inner of node.subgraph.outputs[slot]?.linkIds ?? []) yield* behind(node.subgraph, inner, ends, seen);
   } else if (node) {
     yield { node, widgets: node.widgets ?? [] };
-    if (!ends(node)) for (const input of node.inputs) yield* behind(graph, input.link, ends, seen);
+    if (!ends(node)) for (const input of node.inputs ?? []) yield* behind(graph, input.link, ends, seen);
   } else {
     for (const outer of allNodes()) if (outer.subgraph === graph) yield* behindInput(outer, outer.inputs[slot], ends, seen);
   }

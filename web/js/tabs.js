@@ -44,7 +44,12 @@ export function followTabs(loaded, keep) {
   };
   const { queuePrompt } = api;
   api.queuePrompt = function (...values) {
-    const prompt = { tab: openTab(), kept: keep() };
+    const prompt = { tab: openTab() };
+    try {
+      prompt.kept = keep();
+    } catch (error) {
+      console.error("Efficient-vDiT", error); // of a picture; the prompt is queued all the same
+    }
     const answer = queuePrompt.apply(this, values);
     answers = Promise.allSettled([answers, answer.then(({ prompt_id }) => prompts.set(prompt_id, prompt))]);
     return answer;

@@ -83,7 +83,7 @@ def video_captions(folder: Path) -> dict[Path, str]:
         raise ValueError(f"There is no folder {quoted(str(folder), 120)} with videos. Check data.folder.")
     # ._NAME is what a Mac notes of a file, on disks that are not its own.
     named_so = (f for f in folder.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
-    videos = sorted(f for f in named_so if not f.name.startswith("._") and not _is_picture(f))
+    videos = sorted(f for f in named_so if not f.name.startswith("._") and not _is_preview(f))
     if not videos:
         raise ValueError(
             f"The folder {quoted(folder.name)} holds no videos, expected files ending in {', '.join(VIDEO_SUFFIXES)}."
@@ -228,12 +228,14 @@ def _finite(latents: Tensor, name: str) -> Tensor:
     return latents
 
 
-def _is_picture(file: Path) -> bool:
-    """Whether a .webp stands still, as a preview that lies beside its video does."""
+def _is_preview(file: Path) -> bool:
+    """Whether a .webp stands still, or lies beside a video of its name."""
     from PIL import Image
 
     if file.suffix.lower() != ".webp":
         return False
+    if any(file.with_suffix(suffix).is_file() for suffix in VIDEO_SUFFIXES if suffix != ".webp"):
+        return True
     try:
         with Image.open(file) as image:
             return not getattr(image, "is_animated", False)
@@ -243,7 +245,7 @@ def _is_picture(file: Path) -> bool:
 
 def _lines(text: str) -> list[str]:
     """As editors and JSON Lines count them. Python's own splitlines would also cut at marks that may stand within a caption."""
-    return re.split(r"\r?\n", text)
+    return re.split(r"\r\n|\r|\n", text)
 
 
 def _listed(file: Path) -> dict[str, str]:

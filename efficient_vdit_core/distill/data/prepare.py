@@ -93,7 +93,8 @@ def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device:
 
 def _text_bank(texts: Iterable[str], model: FamilyModel, cache: Path, device: torch.device) -> TextBank:
     """From the model's own file in the cache, which other models may share."""
-    file = cache / f"texts-{text_stamp(model)}.safetensors"
+    rows = f"-{model.text_padding}" if model.text_padding else ""  # earlier versions padded Wan's to fewer
+    file = cache / f"texts-{text_stamp(model)}{rows}.safetensors"
     return TextBank.build(texts, partial(model.text_encoder, device), file, model.text_padding)
 
 
@@ -144,5 +145,6 @@ def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device
         return generate
 
     asked = [data.seed, data.guidance, data.negative, data.teacher_steps, shape, data.template]
-    settings = [*asked, teacher_stamp(model), *model.schedules]
+    padding = [model.text_padding] if model.text_padding else []
+    settings = [*asked, teacher_stamp(model), *padding, *model.schedules]
     return teacher_clips(captions, data.clips, cache, settings, load_teacher, at_once=config.training.batch)

@@ -14,9 +14,8 @@ MAX_WHOLE = 2**18  # bytes of a file that is read whole, as a config.json is
 
 
 def text_stamp(model: FamilyModel) -> str:
-    """Of what encodes captions, and of the padding."""
-    padding = [model.text_padding] if model.text_padding else []
-    return _stamp(model.family, *model.text_size, model.parts["text encoder"], *padding)
+    """Of what encodes captions."""
+    return _stamp(model.family, *model.text_size, model.parts["text encoder"])
 
 
 def video_stamp(model: FamilyModel) -> str:

@@ -10,13 +10,16 @@ import folder_paths  # isort: skip
 
 load_pack()
 (bridge,) = (module for name, module in sys.modules.items() if name.endswith("comfy_bridge.recipe"))
+NO_INPUTS = {
+    "name": "a cat. and a dog", "path": "/data/models/other.safetensors", "above": "../other.png", "long": "猫4.0" * 60,
+}  # fmt: skip
 prompt = {
     "1": {"class_type": "LoadImage", "inputs": {"image": "reference.png"}},
     "2": {
         "class_type": "EVDiTModelLoader",
         "inputs": {"model_name": "tiny (built in)", "weight_dtype": "default"},
     },
-    "3": {"class_type": "ModelPatch", "inputs": {"model": ["2", 0], "image": ["1", 0], "name": "a cat. and a dog"}},
+    "3": {"class_type": "ModelPatch", "inputs": {"model": ["2", 0], "image": ["1", 0], **NO_INPUTS}},
     "4": {"class_type": "EVDiTSequenceParallel", "inputs": {"model": ["3", 0]}},
 }
 with tempfile.TemporaryDirectory() as folder:
