@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import comfy.model_management as mm
-import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -38,6 +37,7 @@ from .families import Family, find_family, uncompiled, why_no_family
 from .hook import WRAPPER_KEY, Hook, dense
 from .measure import why_not_twice
 from .publish import install
+from .sampling import IMAGE_TO_IMAGE
 from .unit_variance import at_unit_variance
 from .window import Window
 
@@ -244,8 +244,7 @@ def _latent(model: Any, latent: dict[str, Any], *, empty: bool) -> Any:
     What a noise mask keeps is content, and so is what FlowRVS starts from in place of noise: such latents stay as they
     are. Video with audio comes as a nested tensor, and stays one.
     """
-    without_noise = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())  # in versions with such a model
-    from_latent = isinstance(model.get_model_object("model_sampling"), without_noise)
+    from_latent = isinstance(model.get_model_object("model_sampling"), IMAGE_TO_IMAGE)
     samples, empty = latent["samples"], empty and not from_latent and "noise_mask" not in latent
     if samples.is_nested:
         start = type(samples)([torch.zeros_like(x[:1]) if empty else x[:1] for x in samples.unbind()])

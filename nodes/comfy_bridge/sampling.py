@@ -22,7 +22,9 @@ from .unit_variance import SCALES_NONE, at_unit_variance
 
 log = logging.getLogger("efficient_vdit")
 
-IMAGE_TO_IMAGE: Any = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())  # a flow that is given no noise
+IMAGE_TO_IMAGE: Any = getattr(
+    comfy.model_sampling, "IMG_TO_IMG_FLOW", ()
+)  # given no noise; in versions with such a model
 
 SEGMENTS, FROM_CHECKPOINT, MANUAL = "segments", "from checkpoint", "manual"
 PRESET_NAMES = [SEGMENTS, FROM_CHECKPOINT, MANUAL, *PRESETS]
@@ -127,10 +129,8 @@ def _sample(
     try:
         for remark in remarks(model.inner_model, sigmas, gamma):
             log.warning(remark)
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # the file was replaced, or says something else: the weights are loaded all the same
+    except (ValueError, OSError) as error:
+        # The file was replaced, or says something else: the weights are loaded all the same.
         log.warning("What the model was distilled for is not known: %s", error)
     return sample_consistency(
         at_unit_variance(model), x, sigmas, extra_args, callback, disable,
