@@ -10,6 +10,7 @@ import platform
 import select
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
+        self.folder: tempfile.TemporaryDirectory[str] | None = None  # a process that is killed cannot remove its own
 
     def run(self, kind: str, seed: int) -> dict[str, Any]:
         """The judged case; "bad" where it took too long or too much, or ended its process."""
@@ -56,7 +58,9 @@ class Worker:
             for pipe in (self.process.stdin, self.process.stdout):
                 if pipe:
                     pipe.close()
-        self.process = None
+        if self.folder is not None:
+            self.folder.cleanup()
+        self.process = self.folder = None
 
     def _ended(self, why: str) -> dict[str, Any]:
         self.stop()
@@ -65,7 +69,8 @@ class Worker:
     def _started(self) -> subprocess.Popen[bytes]:
         if self.process is None:
             path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
-            environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+            self.folder = tempfile.TemporaryDirectory(prefix="fuzz-")
+            environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": self.folder.name}
             command = [sys.executable, *PROGRAM]
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=ROOT
