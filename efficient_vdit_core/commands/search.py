@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     frames = requests[0].latent_size[0]
     timed, by_head = args.costs == "measured", args.head_groups > 1
     record = ProbeRecord(sparse_candidates(candidates, frames), timed=timed, by_head=by_head)
-    check_target(args.threshold or 0.0, args.speedup or 0.0, record.candidates, frames)
+    check_target(args.threshold or 0.0, args.speedup or 0.0, record.candidates, frames, args.costs)
 
     say(f"loading {args.model}")
     from ..pipeline import Pipeline
@@ -120,7 +120,7 @@ def _search(pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRe
     from ..search import plan_from_record
     from ..search.describe import describe_plan
 
-    _measure(pipeline, requests, record, args.error)
+    _measure(pipeline, args, requests, record)
     config = pipeline.transformer.config
     about = {
         "model": pipeline.name,
@@ -138,25 +138,26 @@ def _search(pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRe
     return plan
 
 
-def _measure(pipeline: Pipeline, requests: list[Any], record: ProbeRecord, error: str) -> None:
+def _measure(pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRequest], record: ProbeRecord) -> None:
     """One dense sampling of ``probes`` steps for each prompt, behind a progress bar."""
     from tqdm import tqdm
 
-    from ..search import make_probe_override, measure_output, replay_blocks
+    from ..search import check_reach, make_probe_override, measure_output, replay_blocks
     from ..search.output import once
     from ..search.probe import BLOCK, OUTPUT
 
     blocks = list(pipeline.transformer.transformer_blocks)
-    each = 1 + len(record.candidates) if error == OUTPUT else 1
+    each = 1 + len(record.candidates) if args.error == OUTPUT else 1
     total = len(requests) * (requests[0].steps or 0) * len(blocks) * each
     with tqdm(total=total, desc="probing", unit="layer") as bar, ExitStack() as stack:
 
         def progress(layer: int) -> None:
             bar.update(1)
 
-        override = make_probe_override(record, progress=progress)
-        around = partial(measure_output, record, progress=progress) if error == OUTPUT else once
-        if error == BLOCK:
+        begun = partial(check_reach, args.speedup or 0.0, record.candidates, args.costs)
+        override = make_probe_override(record, progress=progress, begun=begun)
+        around = partial(measure_output, record, progress=progress) if args.error == OUTPUT else once
+        if args.error == BLOCK:
             stack.enter_context(replay_blocks(blocks, record))
         for request in requests:
             pipeline.observe(request, override, around)

@@ -8,6 +8,7 @@ window. A plan is written in the first schema that holds it, so that older packs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..head_patterns import LayerPattern, by_head, join_heads
@@ -16,6 +17,8 @@ from ..tiles import MAX_MEANS, MAX_WINDOW, TilePattern
 from .text import MAX_LAYERS, MAX_REFERENCE_FRAMES, read_heads
 
 SCHEMA_VERSION = 3
+BESIDE = ("schema_version", "family", "frames", "heads", "dense_layers", "provenance")  # the patterns
+OF_PATTERN = ("k", "window", "means")
 
 
 def patterns_to_json(patterns: tuple[LayerPattern, ...] | TilePattern) -> dict[str, Any]:
@@ -44,6 +47,7 @@ def patterns_from_json(values: dict[str, Any], heads: int | None) -> tuple[Layer
     """The inverse, for a plan of ``heads``. Raises ValueError that names the field and what is wrong with it."""
     version = _checked_version(values.get("schema_version"))
     name = "reference_frames" if version == 1 else "patterns"
+    _check_fields(values, (*BESIDE, name), "plan")
     found = values.get(name, [])
     read = _plain if version == 1 else lambda value, where: _layer(value, where, heads)
     if not isinstance(found, list):
@@ -71,7 +75,7 @@ def _layer(value: Any, where: str, heads: int | None) -> LayerPattern:
         )
     found: dict[int, TilePattern] = {}
     for i, group in enumerate(value):
-        pattern = _pattern(group, f"{where}[{i}]")
+        pattern = _pattern(group, f"{where}[{i}]", ("heads", *OF_PATTERN))
         for head in _heads(group.get("heads"), f"{where}[{i}].heads", heads):
             if head in found:
                 raise ValueError(
@@ -86,11 +90,20 @@ def _layer(value: Any, where: str, heads: int | None) -> LayerPattern:
     return by_head(found[head] for head in range(heads))
 
 
-def _pattern(value: Any, where: str) -> TilePattern:
+def _check_fields(values: dict[str, Any], known: Sequence[str], where: str) -> None:
+    """Raises ValueError for any other field: one that is misspelt would change the plan without a word."""
+    if unknown := sorted(values.keys() - set(known)):
+        raise ValueError(
+            f"The {where} has a field {quoted(unknown[0])}, expected {', '.join(known)}. Correct its name or take it out."
+        )
+
+
+def _pattern(value: Any, where: str, fields: Sequence[str] = OF_PATTERN) -> TilePattern:
     if not isinstance(value, dict) or "k" not in value:
         raise ValueError(
             f'The plan\'s {where} is {quoted(value)}, expected such as {{"k": 2, "window": 1}}. Correct the file.'
         )
+    _check_fields(value, fields, f"plan's {where}")
     window, means = _small(value, where, "window", MAX_WINDOW), _small(value, where, "means", MAX_MEANS)
     return TilePattern(count(value["k"], f"{where}.k"), window=window, means=means)
 

@@ -6,11 +6,12 @@ from .candidates import parse_candidates
 from .output import measure_output
 from .plan_from_record import check_groups, plan_from_record
 from .probe import ProbeRecord, make_probe_override
-from .select import check_target, choose_for_speedup, choose_under_threshold
+from .select import check_reach, check_target, choose_for_speedup, choose_under_threshold
 
 __all__ = [
     "ProbeRecord",
     "check_groups",
+    "check_reach",
     "check_target",
     "choose_for_speedup",
     "choose_under_threshold",

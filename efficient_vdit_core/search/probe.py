@@ -18,10 +18,10 @@ import math
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from .calls import layer_of_call, layout_of_call
 ATTENTION, BLOCK, OUTPUT = "attention", "block", "output"
 MEASURES = (ATTENTION, BLOCK, OUTPUT)
 DENSE = None  # the key of dense attention's seconds
+Out = TypeVar("Out")
 Compare = Callable[[Tensor, Tensor], tuple[float, np.ndarray]]  # approximate and exact -> as `relative_errors`
 
 
@@ -102,6 +103,7 @@ class ProbeRecord:
         default_factory=lambda: defaultdict(list)
     )
     dense: Counter[str] = field(default_factory=Counter)
+    ran: set[Any] = field(default_factory=set)  # the kinds of calls that were made once without the clock
     replaying: Replay | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -172,13 +174,15 @@ def make_probe_override(
     record: ProbeRecord,
     *,
     progress: Callable[[int], None] | None = None,
+    begun: Callable[[TokenLayout], None] | None = None,
     previous: Override | None = None,
     compare: Compare | None = None,
 ) -> Override:
     """An override for ``transformer_options["optimized_attention_override"]`` that measures into ``record``.
 
-    ``progress`` is told the layer after each measured call; what it raises ends the run, and nothing is left behind.
-    ``previous``: another node's override, asked for every dense piece. ``compare``: in place of `relative_errors`.
+    ``begun`` is told before the first call is measured where the video stands, and ``progress`` the layer after each measured
+    call; what they raise ends the run, and nothing is left behind. ``previous``: another node's override, asked for every
+    dense piece. ``compare``: in place of `relative_errors`.
     """
     compare = compare or relative_errors
 
@@ -200,10 +204,12 @@ def make_probe_override(
             )
             return call.give(out, padding)
         assert layer is not None
+        if record.layout is None and begun is not None:
+            begun(layout)
         record.layout = record.layout or layout
-        out = _timed(record, layer, DENSE, call.query, call.dense)
+        out = _timed(record, layer, DENSE, "dense", call.query, call.dense)
         exact, qkv = call.given(out, padding), call.take(padding)
-        _time_part(record, layer, DENSE, qkv, dense)
+        _time_part(record, layer, DENSE, "dense", qkv, dense)
         for pattern in record.candidates:
             error, of_heads = _candidate_errors(record, layer, pattern, qkv, exact, layout, dense, compare)
             record.add(ATTENTION, layer, pattern, error)
@@ -283,23 +289,21 @@ def _time_candidate(
     dense: DenseCall,
 ) -> None:
     """Takes the time of the backend that a run would choose; where that is dense attention, dense attention's time."""
-    q, k, v = qkv
-    backend = choose_backend(CallShape.of(q), layout, pattern, dense=dense)
+    backend = choose_backend(CallShape.of(qkv[0]), layout, pattern, dense=dense)
     if backend == "dense":
         record.add_seconds(layer, pattern, record.seconds[layer, DENSE][-1])
-    else:
-        _timed(
-            record, layer, pattern, q, lambda: tile_attention(q, k, v, layout, pattern, dense=dense, backend=backend)
-        )
-        if backend not in MANY_PATTERNS:  # these take all groups in one call
-            attend = partial(tile_attention, layout=layout, pattern=pattern, dense=dense, backend=backend)
-            _time_part(record, layer, pattern, qkv, attend)
+        return
+    attend = partial(tile_attention, layout=layout, pattern=pattern, dense=dense, backend=backend)
+    _timed(record, layer, pattern, backend, qkv[0], lambda: attend(*qkv))
+    if backend not in MANY_PATTERNS:  # these take all groups in one call
+        _time_part(record, layer, pattern, backend, qkv, attend)
 
 
 def _time_part(
     record: ProbeRecord,
     layer: int,
     pattern: TilePattern | None,
+    backend: str,
     qkv: Sequence[Tensor],
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> None:
@@ -309,22 +313,40 @@ def _time_part(
     if not (record.timed and record.by_head) or share == 1:
         return
     out = torch.empty_like(qkv[0])
-    wait_for(out.device)
-    start = time.perf_counter()
-    q, k, v = (take(x, heads, 1) for x in qkv)
-    put(out, heads, attend(q, k, v), 1)
-    wait_for(out.device)
-    record.add_part(layer, pattern, share, time.perf_counter() - start)
+
+    def attend_a_part() -> None:
+        q, k, v = (take(x, heads, 1) for x in qkv)
+        put(out, heads, attend(q, k, v), 1)
+
+    _, seconds = _by_the_clock(record, ("part", backend, pattern, out.shape, out.dtype), out.device, attend_a_part)
+    record.add_part(layer, pattern, share, seconds)
 
 
 def _timed(
-    record: ProbeRecord, layer: int, pattern: TilePattern | None, like: Tensor, run: Callable[[], Tensor]
+    record: ProbeRecord,
+    layer: int,
+    pattern: TilePattern | None,
+    backend: str,
+    like: Tensor,
+    run: Callable[[], Tensor],
 ) -> Tensor:
     if not record.timed:
         return run()
-    wait_for(like.device)
+    out, seconds = _by_the_clock(record, (backend, pattern, like.shape, like.dtype), like.device, run)
+    record.add_seconds(layer, pattern, seconds)
+    return out
+
+
+def _by_the_clock(
+    record: ProbeRecord, kind: Hashable, device: torch.device, run: Callable[[], Out]
+) -> tuple[Out, float]:
+    """What ``run`` gives, and its seconds. The first of a kind is made once before, as it may have to compile: its layer would
+    pay for all of them."""
+    if kind not in record.ran:
+        run()
+        record.ran.add(kind)
+    wait_for(device)
     start = time.perf_counter()
     out = run()
-    wait_for(like.device)
-    record.add_seconds(layer, pattern, time.perf_counter() - start)
-    return out
+    wait_for(device)
+    return out, time.perf_counter() - start

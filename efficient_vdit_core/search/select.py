@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ..attention import TokenLayout
 from ..tiles import TilePattern
 
 C = TypeVar("C", bound=Hashable)  # candidates
@@ -22,16 +23,40 @@ FLOPS, MEASURED = "flops", "measured"
 MAX_PARTIAL_PLANS, COST_STEPS = 50_000, 4096
 
 
-def check_target(threshold: float, speedup: float, candidates: Sequence[TilePattern], frames: int) -> None:
+def check_target(
+    threshold: float, speedup: float, candidates: Sequence[TilePattern], frames: int, costs: str = FLOPS
+) -> None:
     """Raise ValueError for a target that means nothing or is out of reach whatever the errors, before a model runs.
 
-    ``speedup`` 0 stands for the ``threshold``; ``frames`` are latent ones. Extra tokens only make a pattern dearer.
+    ``speedup`` 0 stands for the ``threshold``; ``frames`` are latent ones. Extra tokens only make a pattern dearer, of which
+    `check_reach` tells once they are known. By the clock (``costs`` measured) a pattern may take less than its share of
+    FLOPs, so that nothing is out of reach before it is timed.
     """
     if not speedup:
         check_threshold(threshold)
-        return
-    costs = {pattern: pattern.density(frames) for pattern in candidates}
+    elif costs == MEASURED:
+        check_speedup(speedup)
+    else:
+        _check_reach(speedup, {pattern: pattern.density(frames) for pattern in candidates})
+
+
+def check_reach(speedup: float, candidates: Sequence[TilePattern], costs: str, layout: TokenLayout) -> None:
+    """As `check_target`, where a run has shown what stands beside the video."""
+    if speedup and costs == FLOPS:
+        extra = layout.prefix + layout.suffix
+        _check_reach(speedup, {pattern: pattern.flop_density(layout.grid, extra) for pattern in candidates})
+
+
+def _check_reach(speedup: float, costs: dict[TilePattern, float]) -> None:
     choose_for_speedup([dict.fromkeys(costs, 0.0)], [costs], speedup)
+
+
+def check_speedup(speedup: float) -> None:
+    """Raise ValueError for what is no speed-up."""
+    if not (math.isfinite(speedup) and speedup >= 1):
+        raise ValueError(
+            f"The target speed-up is {speedup}, expected a number from 1 up: how many times less attention."
+        )
 
 
 def check_threshold(threshold: float) -> None:
@@ -63,10 +88,7 @@ def choose_for_speedup(
     Exact (a multiple-choice knapsack over the undominated partial plans), up to a cost grid of 1/4096 of a layer where
     there are very many of them. Raises ValueError where even the cheapest choice is too slow.
     """
-    if not (math.isfinite(speedup) and speedup >= 1):
-        raise ValueError(
-            f"The target speed-up is {speedup}, expected a number from 1 up: how many times less attention."
-        )
+    check_speedup(speedup)
     options = [_options(e, c) for e, c in zip(errors, costs, strict=True)]
     budget = len(options) / speedup * (1 + 1e-12)
     cheapest = [min(cost for cost, _, _ in layer) for layer in options]

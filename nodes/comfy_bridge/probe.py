@@ -22,6 +22,7 @@ from ...efficient_vdit_core.plan import TilePlan
 from ...efficient_vdit_core.search import (
     ProbeRecord,
     check_groups,
+    check_reach,
     check_target,
     make_probe_override,
     measure_output,
@@ -76,7 +77,8 @@ def search_plan(
     start, mask = _latent(model, latent, empty=sigmas is None), latent.get("noise_mask")
     frames = _video(start).shape[2]
     record = ProbeRecord(sparse_candidates(patterns, frames), timed=costs == "measured", by_head=head_groups > 1)
-    check_target(threshold, speedup, record.candidates, frames)
+    check_target(threshold, speedup, record.candidates, frames, costs)
+    begun = partial(check_reach, speedup, record.candidates, costs)
     levels = _schedule(model, probes) if sigmas is None else sigmas
     if len(levels) < 2:
         raise ValueError(
@@ -87,7 +89,7 @@ def search_plan(
     probing = _observed(
         model,
         family,
-        lambda previous: make_probe_override(record, progress=progress.layer, previous=previous),
+        lambda previous: make_probe_override(record, progress=progress.layer, begun=begun, previous=previous),
         around=partial(measure_output, record, progress=progress.again) if again else None,
     )
     with replay_blocks(_blocks(model, family), record) if error == BLOCK else nullcontext():

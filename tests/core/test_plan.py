@@ -64,6 +64,10 @@ def edited(**changes) -> str:
     return json.dumps({**json.loads(layered().to_json()), **changes})
 
 
+def by_schema_3(*patterns) -> str:
+    return json.dumps({"schema_version": 3, "heads": 2, "patterns": patterns, "provenance": {"anything": "goes"}})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -92,6 +96,14 @@ def edited(**changes) -> str:
         (edited(dense_layers=[[5, 2]]), "dense_layers"),
         (edited(dense_layers=[[0, -1]]), "dense_layers"),
         (edited(dense_layers=[[0, 1024]]), "dense_layers"),
+        (
+            edited(dense_layer=[[0, 2]]),
+            "The plan has a field 'dense_layer', expected schema_version, .*reference_frames",
+        ),
+        (edited(patterns=[]), "The plan has a field 'patterns'"),
+        (by_schema_3({"k": 2, "windw": 3}), r"patterns\[0\] has a field 'windw', expected k, window, means"),
+        (by_schema_3({"k": 2, "heads": "0"}), r"patterns\[0\] has a field 'heads'"),
+        (by_schema_3([{"k": 2, "head": "0-1"}]), r"patterns\[0\]\[0\] has a field 'head', expected heads, k"),
     ],
 )
 def test_nonsense_is_refused_by_name(text, message):

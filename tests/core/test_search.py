@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import time
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,15 +20,19 @@ from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.search import (
     ProbeRecord,
+    check_reach,
+    check_target,
     choose_for_speedup,
     choose_under_threshold,
     make_probe_override,
     measure_output,
     parse_candidates,
     plan_from_record,
+    probe,
     replay_blocks,
 )
 from efficient_vdit_core.search.probe import BLOCK, OUTPUT
+from efficient_vdit_core.search.select import FLOPS, MEASURED
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 FRAMES, SIZE, HEADS, DIM = 6, 3, 2, 8
@@ -238,6 +245,59 @@ def test_measured_costs_decide_where_they_are_asked_for():
     assert chosen.provenance["measured_costs"]["0"] == [2.0] * 5
 
 
+def test_a_first_call_that_compiles_is_not_charged_to_its_layer(monkeypatch):
+    """One probe and two give the same plan: each kind of call is made once before its time is taken."""
+    ran = Counter()
+
+    def compiled(kind, attend):
+        def call(*given, **options):
+            ran[kind] += 1
+            time.sleep(0.2 if ran[kind] == 1 else 0.0)
+            return attend(*given, **options)
+
+        return call
+
+    monkeypatch.setattr(probe, "choose_backend", lambda *_, **__: "parts")
+    real = probe.tile_attention
+
+    def attend(*given, backend, **options):
+        kind = (options.get("pattern") or given[4]) if backend == "parts" else None
+        return (compiled(kind, real) if kind else real)(*given, backend=backend, **options)
+
+    monkeypatch.setattr(probe, "tile_attention", attend)
+    monkeypatch.setattr(probe, "_exact", lambda _: "frames")
+    record, model = ProbeRecord(patterns(0, 1), timed=True, by_head=True), Model()
+    model(clip(), make_probe_override(record))
+    assert ran.keys() == set(patterns(0, 1))
+    assert max(max(taken) for taken in record.seconds.values()) < 0.2
+
+
+def test_a_target_out_of_reach_ends_the_run_at_its_first_measured_call():
+    """What stands beside the video is known only there, and makes every pattern dearer."""
+    beside, candidates = TokenLayout(TokenGrid(FRAMES, 1, SIZE), prefix=LAYOUT.grid.tokens), patterns(0, 1)
+    check_target(0.0, 2.0, candidates, FRAMES)
+    record, measured = ProbeRecord(candidates), []
+    begun = partial(check_reach, 2.0, candidates, FLOPS)
+    override = make_probe_override(record, begun=begun, progress=measured.append)
+    x = torch.randn(2, beside.tokens, HEADS * DIM)
+    options = {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(beside)}
+    with pytest.raises(ValueError, match=r"2x, but these candidates reach at most 1\.\d+x"):
+        sdpa_attention(x, x, x, HEADS, transformer_options=options)
+    assert not measured and not record.layers
+    Model()(clip(), make_probe_override(record, begun=begun, progress=measured.append))  # text alone beside it
+    assert len(measured) == 5
+
+
+def test_by_the_clock_nothing_is_out_of_reach_before_it_is_timed():
+    check_target(0.0, 30.0, patterns(2), FRAMES, MEASURED)
+    check_reach(30.0, patterns(2), MEASURED, LAYOUT)
+    for speedup in (math.nan, 0.5):
+        with pytest.raises(ValueError, match="speed-up"):
+            check_target(0.0, speedup, patterns(2), FRAMES, MEASURED)
+    with pytest.raises(ValueError, match="at most"):
+        check_target(0.0, 30.0, patterns(2), FRAMES)
+
+
 def test_nothing_to_search_says_why():
     record = ProbeRecord(patterns(1))
     Model()(clip(), make_probe_override(record), TokenLayout(TokenGrid(1, 4, 5)))
@@ -289,6 +349,11 @@ def test_the_threshold_takes_the_cheapest_that_passes(seed, threshold):
     for i, k in enumerate(choose_under_threshold(errors, costs, threshold)):
         passing = [c for c in errors[i] if errors[i][c] < threshold and costs[i][c] < 1]
         assert (k is None and not passing) or (k in passing and costs[i][k] == min(costs[i][c] for c in passing))
+
+
+def test_an_error_as_large_as_the_threshold_does_not_pass():
+    assert choose_under_threshold([{1: 0.3}], [{1: 0.5}], 0.3) == [None]
+    assert choose_under_threshold([{1: 0.3}], [{1: 0.5}], 0.31) == [1]
 
 
 @pytest.mark.parametrize("value", [math.nan, -1.0, math.inf])

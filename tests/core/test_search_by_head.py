@@ -205,13 +205,15 @@ def test_measured_costs_price_each_group_in_the_choice_and_in_the_prediction():
     cheap, dear = plan(0.0), plan(0.12)
     assert groups(dear) < groups(cheap) and dear.provenance["attention_speedup"] >= 1.7
     assert dear.provenance["measured_call_costs"]["1"] == [0.12] * 3 == dear.provenance["measured_call_costs"]["full"]
-    seconds = {TilePattern(None): 1.0, TilePattern(1): 0.4, TilePattern(2): 0.6, TilePattern(1, window=1): 0.5}
-    spent = [
-        sum(0.12 + len(heads) * (seconds[p] - 0.12) / HEADS for p, heads in layer.head_groups(HEADS).items())
-        for layer in dear.patterns
-    ]
-    assert dear.provenance["attention_speedup"] == pytest.approx(3 / sum(spent), abs=1e-4)
     assert plan(0.12).patterns == dear.patterns
+    seconds = {TilePattern(None): 1.0, TilePattern(1): 0.4, TilePattern(2): 0.6, TilePattern(1, window=1): 0.5}
+    for call in (0.03, 0.12):
+        spent = [
+            sum(call + len(heads) * (seconds[p] - call) / HEADS for p, heads in layer.head_groups(HEADS).items())
+            for layer in plan(call).patterns
+        ]
+        assert plan(call).provenance["attention_speedup"] == pytest.approx(3 / sum(spent), abs=1e-4)
+    assert groups(plan(0.03)) > 3  # a layer of several groups, or the price of a call would not be in it
 
 
 def test_heads_that_come_in_several_calls_are_put_together():

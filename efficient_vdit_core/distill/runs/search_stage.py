@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...attention import TokenLayout
 from ...attention.state import Override
 from ...folder_record import check_settings, claim_folder
 from ...limits.numbers import MAX_TORCH_SEED, whole
@@ -27,6 +28,7 @@ from ...sampling.schedule import segment_edges
 from ...search import (
     ProbeRecord,
     check_groups,
+    check_reach,
     check_target,
     make_probe_override,
     measure_output,
@@ -36,6 +38,7 @@ from ...search import (
 from ...search.candidates import sparse_candidates
 from ...search.output import Around, once
 from ...search.probe import ATTENTION, OUTPUT
+from ...search.select import FLOPS
 from ..data.clips import ClipSet
 from ..families.model import FamilyModel
 from ..families.stamps import teacher_stamp
@@ -238,8 +241,14 @@ def _search(
 def probe(config: SearchConfig, run: WatchedRun, kept: KeptErrors | None = None) -> ProbeRecord:
     """Measure every candidate in every layer of a run; ``kept``: errors of the output that an earlier one measured."""
     record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), run.shape[1]))
+
+    def begun(layout: TokenLayout) -> None:
+        for speedup in config.speedups:
+            check_reach(speedup, record.candidates, FLOPS, layout)
+
+    override = make_probe_override(record, begun=begun)
     if config.error != OUTPUT:
-        run.watch(make_probe_override(record), config.seed)
+        run.watch(override, config.seed)
         return record
     from tqdm import tqdm
 
@@ -250,5 +259,5 @@ def probe(config: SearchConfig, run: WatchedRun, kept: KeptErrors | None = None)
             bar.update()
 
         keep = kept.next if kept else None
-        run.watch(make_probe_override(record), config.seed, partial(measure_output, record, progress=count, keep=keep))
+        run.watch(override, config.seed, partial(measure_output, record, progress=count, keep=keep))
     return record
