@@ -130,6 +130,41 @@ def test_the_end_of_one_comfyui_takes_no_result_from_the_next(ranks):
     assert torch.equal(answers[0][1]["out"], ranks.result["out"])
 
 
+class Cancelled(Exception):
+    pass
+
+
+@pytest.mark.parametrize("way", ["sent", "received"])
+def test_cancel_waits_for_the_end_of_a_message(ranks, way):
+    """One that is broken off cannot be taken up again, and the pool would be lost with its models. It is said once."""
+    pool, said = Pool(ranks.address, HOST.name), []
+    large = torch.zeros(2**24)
+
+    def cancel():
+        if pool.connection.torn and (way == "sent") != bool(pool.owed) and not said:
+            said.append(True)
+            raise Cancelled
+
+    ranks.result = {"out": large} if way == "received" else {}
+    begin = time.monotonic()
+    with pytest.raises(Cancelled):
+        pool.ask({"do": "step"}, {"x": large} if way == "sent" else {}, timeout=20.0, poll=cancel)
+    assert said and pool.usable and time.monotonic() - begin < 2.0
+    ranks.result = {"out": torch.arange(4.0)}
+    assert torch.equal(pool.ask({"do": "step"}, timeout=20.0)[1]["out"], torch.arange(4.0))
+
+
+def test_what_was_cancelled_already_is_not_sent(ranks):
+    pool = Pool(ranks.address, HOST.name)
+    with pytest.raises(Cancelled):
+        pool.ask({"do": "step"}, timeout=20.0, poll=raise_cancelled)
+    assert not pool.owed and pool.ask({"do": "step"}, timeout=20.0) == ([{}, {}], {})
+
+
+def raise_cancelled():
+    raise Cancelled
+
+
 def test_a_result_that_nobody_waits_for_is_not_sent(ranks):
     """It would fill the connection, and what was asked behind it would not be heard of until somebody reads."""
     pool, go_on, done = Pool(ranks.address, HOST.name), threading.Event(), []

@@ -121,7 +121,8 @@ def test_cancel_leaves_the_pool_alive(session):
     before = pids(session)
 
     def cancel():
-        raise KeyboardInterrupt
+        if session.pool.owed:  # the step is on its way
+            raise KeyboardInterrupt
 
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

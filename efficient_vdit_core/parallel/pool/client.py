@@ -12,7 +12,7 @@ from ... import __version__
 from .handshake import HANDSHAKE_SECONDS, connect
 from .messages import ConnectionEnded, Late, Tensors, Tick, ticks
 from .pool_file import PoolAddress
-from .request import POOLS_OWN, Request
+from .request import POOLS_OWN, Cancel, Request
 
 Message = dict[str, Any]
 Poll = Callable[[], None]
@@ -90,22 +90,22 @@ class Pool:
     ) -> Answers:
         """Every rank's answer, and rank 0's tensors.
 
-        ``poll`` is called ten times a second and may raise, to cancel: the ranks finish that request unheard, and the
-        next one waits for them, on the time of the cancelled one. Without ``wait`` it is only sent where it would have to
-        wait so, and the answers are none. Raises ValueError for a user's mistake that a rank found, RuntimeError for its
+        ``poll`` is called ten times a second and may raise, to cancel, which waits for the end of a message that is on its
+        way: the ranks finish that request unheard, and the next one waits for them, on the time of the cancelled one.
+        Without ``wait`` it is only sent where it would have to wait so, and the answers are none. Raises ValueError for a user's mistake that a rank found, RuntimeError for its
         other errors, PoolFault where the pool is lost, each with the rank's own words.
         """
         do = message["do"]
         request = Request(next(self.ids), timeout, _SETTINGS.get(do, ""), ours=do != "self-test")
-        message = {**message, "id": request.number}
+        message, cancel = {**message, "id": request.number}, Cancel(poll, self.connection)
         with self._faults_raised(request):
-            self._read_what_lies_here(ticks(timeout, poll))
+            self._read_what_lies_here(ticks(timeout, cancel))
             if self.owed and not wait:
                 return self._send_unheard(message, request)
-            self._settle(poll)
-            self.connection.send(message, tensors, request.tick(poll))
+            self._settle(cancel)
+            self.connection.send(message, tensors, request.tick(cancel))
             self.owed.append(request)
-            answer, result = self._settle(poll)
+            answer, result = self._settle(cancel)
         return self._judged(answer["ranks"]), result
 
     def _judged(self, ranks: list[Message]) -> list[Message]:
@@ -133,11 +133,13 @@ class Pool:
             if self.connection.torn:
                 self.close()
 
-    def _settle(self, poll: Poll | None) -> tuple[Message, Tensors]:
-        """Wait for all that the pool owes, each on its own time; the last answer."""
+    def _settle(self, cancel: Cancel) -> tuple[Message, Tensors]:
+        """Wait for all that the pool owes, each on its own time; the last answer. Between messages Cancel is heard."""
         answer, tensors = {}, {}
+        cancel()
         while self.owed:
-            answer, tensors = self._receive(self.owed[0].tick(poll))
+            answer, tensors = self._receive(self.owed[0].tick(cancel))
+            cancel()
         return answer, tensors
 
     def _receive(self, tick: Tick) -> tuple[Message, Tensors]:
