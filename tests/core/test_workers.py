@@ -296,7 +296,9 @@ def test_a_stranger_is_not_let_in(session):
 
 def test_a_second_comfyui_is_refused(session):
     step(session)
-    with pytest.raises(PoolFault, match="another ComfyUI uses these workers"):
+    with pytest.raises(
+        PoolFault, match=r"another ComfyUI uses these workers: end it, or run it with after_run set to stop\."
+    ):
         Pool(session.pool.address, HOST.name)
 
 
