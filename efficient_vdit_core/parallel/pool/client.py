@@ -92,8 +92,9 @@ class Pool:
 
         ``poll`` is called ten times a second and may raise, to cancel, which waits for the end of a message that is on its
         way: the ranks finish that request unheard, and the next one waits for them, on the time of the cancelled one.
-        Without ``wait`` it is only sent where it would have to wait so, and the answers are none. Raises ValueError for a user's mistake that a rank found, RuntimeError for its
-        other errors, PoolFault where the pool is lost, each with the rank's own words.
+        Without ``wait`` it is only sent where it would have to wait so, and the answers are none. Raises ValueError for a
+        user's mistake that a rank found, RuntimeError for its other errors, PoolFault where the pool is lost, each with the
+        rank's own words.
         """
         do = message["do"]
         request = Request(next(self.ids), timeout, _SETTINGS.get(do, ""), ours=do != "self-test")

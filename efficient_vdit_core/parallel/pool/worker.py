@@ -128,7 +128,10 @@ class Worker:
                 reason = str(error)  # a file that an earlier pool has left; this one's comes
             time.sleep(0.1)
         else:
-            raise TimeoutError(f"Rank {self.settings.rank} did not reach rank 0 in {JOIN_SECONDS:.0f} s: {reason}.")
+            address = "" if self.settings.meeting else ", and see whether this machine reaches the EVDIT_LISTEN there"
+            raise TimeoutError(
+                f"Rank {self.settings.rank} did not reach rank 0 in {JOIN_SECONDS:.0f} s: {reason}. Look at rank 0's log{address}."
+            )
         self.connection.send({"role": "rank", "rank": self.settings.rank, "version": __version__})
         about, _ = self.connection.receive()
         self.pool, self.folder = about["pool"], about["folder"]
