@@ -8,7 +8,8 @@ import torch
 from pools import HOST, hub_of, until
 
 from efficient_vdit_core.parallel.pool import hub
-from efficient_vdit_core.parallel.pool.client import Pool, PoolFault
+from efficient_vdit_core.parallel.pool.client import Pool
+from efficient_vdit_core.parallel.pool.faults import PoolFault
 from efficient_vdit_core.parallel.pool.handshake import connect
 from efficient_vdit_core.parallel.pool.messages import ConnectionEnded, listen
 from efficient_vdit_core.parallel.pool.pool_file import PoolAddress

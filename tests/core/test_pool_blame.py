@@ -17,7 +17,7 @@ from pools import HOST, START, X, gone, launch
 
 from efficient_vdit_core.parallel.pool import session as session_module
 from efficient_vdit_core.parallel.pool import start_workers
-from efficient_vdit_core.parallel.pool.client import PoolFault
+from efficient_vdit_core.parallel.pool.faults import PoolFault
 from efficient_vdit_core.parallel.pool.messages import listen
 from efficient_vdit_core.parallel.pool.pool_file import PoolAddress, default_pool_file, read_pool_file, write_pool_file
 from efficient_vdit_core.parallel.pool.secret import new_secret

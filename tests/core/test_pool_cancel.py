@@ -10,7 +10,7 @@ from pools import HOST, START, X, gone, launch, until
 
 from efficient_vdit_core.parallel.pool import request
 from efficient_vdit_core.parallel.pool import session as session_module
-from efficient_vdit_core.parallel.pool.client import PoolFault
+from efficient_vdit_core.parallel.pool.faults import PoolFault
 from efficient_vdit_core.parallel.pool.pool_file import default_pool_file
 from efficient_vdit_core.parallel.pool.session import Session
 from efficient_vdit_core.parallel.pool.start_workers import Workers

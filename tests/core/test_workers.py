@@ -15,7 +15,8 @@ import torch
 from pools import HOST, START, gone, hub_of, launch
 
 from efficient_vdit_core.parallel.pool import session as session_module
-from efficient_vdit_core.parallel.pool.client import Pool, PoolFault
+from efficient_vdit_core.parallel.pool.client import Pool
+from efficient_vdit_core.parallel.pool.faults import PoolFault
 from efficient_vdit_core.parallel.pool.handshake import connect
 from efficient_vdit_core.parallel.pool.messages import ConnectionEnded, listen
 from efficient_vdit_core.parallel.pool.pool_file import PoolAddress, default_pool_file, read_pool_file, write_pool_file

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from .backend import backend_for
-from .client import Answers, Message, Poll, Pool, PoolFault
+from .client import Answers, Message, Poll, Pool
+from .faults import PoolFault
 from .imports import COMFYUI_HOST, Host
 from .messages import Tensors
 from .pool_file import PoolAddress, default_pool_file, is_held, read_pool_file, remove_pool_file

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .client import PoolFault
+from .faults import PoolFault
 from .imports import Host
 from .meeting import met_file
 from .pool_file import PoolAddress, read_pool_file
