@@ -205,7 +205,7 @@ def _keep_running(engine: Any, seconds: float) -> None:
 
 def _pool_runs() -> bool:
     """Whether one does, on whatever devices; the file of one that is gone is removed."""
-    from ..parallel.pool.client import PoolFault
+    from ..parallel.pool.faults import PoolFault
     from ..parallel.pool.session import parse_devices, running_pool
 
     try:

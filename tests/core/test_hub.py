@@ -8,7 +8,8 @@ import torch
 from pools import HOST, hub_of, until
 
 from efficient_vdit_core.parallel.pool import hub
-from efficient_vdit_core.parallel.pool.client import Pool, PoolFault
+from efficient_vdit_core.parallel.pool.client import Pool
+from efficient_vdit_core.parallel.pool.faults import PoolFault
 from efficient_vdit_core.parallel.pool.handshake import connect
 from efficient_vdit_core.parallel.pool.messages import ConnectionEnded, listen
 from efficient_vdit_core.parallel.pool.pool_file import PoolAddress
@@ -128,6 +129,41 @@ def test_the_end_of_one_comfyui_takes_no_result_from_the_next(ranks):
     go_on.set()
     asking.join(20.0)
     assert torch.equal(answers[0][1]["out"], ranks.result["out"])
+
+
+class Cancelled(Exception):
+    pass
+
+
+@pytest.mark.parametrize("way", ["sent", "received"])
+def test_cancel_waits_for_the_end_of_a_message(ranks, way):
+    """One that is broken off cannot be taken up again, and the pool would be lost with its models. It is said once."""
+    pool, said = Pool(ranks.address, HOST.name), []
+    large = torch.zeros(2**24)
+
+    def cancel():
+        if pool.connection.torn and (way == "sent") != bool(pool.owed) and not said:
+            said.append(True)
+            raise Cancelled
+
+    ranks.result = {"out": large} if way == "received" else {}
+    begin = time.monotonic()
+    with pytest.raises(Cancelled):
+        pool.ask({"do": "step"}, {"x": large} if way == "sent" else {}, timeout=20.0, poll=cancel)
+    assert said and pool.usable and time.monotonic() - begin < 2.0
+    ranks.result = {"out": torch.arange(4.0)}
+    assert torch.equal(pool.ask({"do": "step"}, timeout=20.0)[1]["out"], torch.arange(4.0))
+
+
+def test_what_was_cancelled_already_is_not_sent(ranks):
+    pool = Pool(ranks.address, HOST.name)
+    with pytest.raises(Cancelled):
+        pool.ask({"do": "step"}, timeout=20.0, poll=raise_cancelled)
+    assert not pool.owed and pool.ask({"do": "step"}, timeout=20.0) == ([{}, {}], {})
+
+
+def raise_cancelled():
+    raise Cancelled
 
 
 def test_a_result_that_nobody_waits_for_is_not_sent(ranks):

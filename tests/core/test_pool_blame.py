@@ -16,7 +16,8 @@ import torch
 from pools import HOST, START, X, gone, launch
 
 from efficient_vdit_core.parallel.pool import session as session_module
-from efficient_vdit_core.parallel.pool.client import PoolFault
+from efficient_vdit_core.parallel.pool import start_workers
+from efficient_vdit_core.parallel.pool.faults import PoolFault
 from efficient_vdit_core.parallel.pool.messages import listen
 from efficient_vdit_core.parallel.pool.pool_file import PoolAddress, default_pool_file, read_pool_file, write_pool_file
 from efficient_vdit_core.parallel.pool.secret import new_secret
@@ -75,6 +76,63 @@ def test_a_rank_that_dies_while_weights_are_gathered_is_named(rank):
 
 class Cancelled(Exception):
     pass
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """The backends by which two ranks were started, as on GPUs that NCCL joins."""
+    tried = []
+
+    class Counted(Workers):
+        def __init__(self, devices, backend, *rest, **options):
+            tried.append(backend)
+            super().__init__(devices, backend, *rest, **options)
+
+    monkeypatch.setattr(start_workers, "Workers", Counted)
+    monkeypatch.setattr(session_module, "backend_for", lambda _: "nccl")
+    return tried
+
+
+def other_boot(monkeypatch, tmp_path, code):
+    """Ranks that run ``code`` alone."""
+    (tmp_path / "other_boot.py").write_text(code, encoding="utf-8")
+    monkeypatch.setattr(start_workers, "BOOT", tmp_path / "other_boot.py")
+
+
+def test_a_package_that_is_missing_is_not_blamed_on_the_driver(starts, tmp_path, monkeypatch):
+    other_boot(monkeypatch, tmp_path, "import a_package_that_is_not_there")
+    with pytest.raises(
+        RuntimeError, match="(?s)^Rank . ended while it started.*No module named 'a_package_that_is_not_there'$"
+    ):
+        Session().ready(launch(("cuda:0", "cuda:1")))
+    assert starts == ["nccl"]
+
+
+def test_a_start_that_hangs_takes_its_time_once(starts, tmp_path, monkeypatch):
+    other_boot(monkeypatch, tmp_path, "import time; time.sleep(60)")
+    with pytest.raises(TimeoutError, match="not ready after 1 s. Raise start_timeout"):
+        Session().ready(launch(("cuda:0", "cuda:1"), start_timeout=1.0))
+    assert starts == ["nccl"]
+
+
+def test_ranks_that_met_and_make_no_group_try_the_next_backend(starts, monkeypatch):
+    monkeypatch.setattr(session_module, "_GPU_ATTEMPTS", (("no_such", True), ("gloo", True)))
+    session = Session()
+    session._start_on_gpus(launch(), None)
+    assert starts == ["no_such", "gloo"] and len(session.tests) == 2
+    session.stop()
+
+
+def test_what_the_last_backend_failed_of_is_told(starts, monkeypatch):
+    """In the rank's own last line, behind which Python has nothing to add."""
+    monkeypatch.setattr(session_module, "_GPU_ATTEMPTS", (("no_such", True), ("no_such", False)))
+    said = (
+        r"(?s)exchange data by NCCL or gloo\. Run on one device.* the last, by no_such without peer access, ended so:\n"
+        r"Rank . ended while it started \(exit status 1\):\n.*Error: [^\n]*no_such[^\n]*$"
+    )
+    with pytest.raises(RuntimeError, match=said):
+        Session()._start_on_gpus(launch(), None)
+    assert starts == ["no_such", "no_such"]
 
 
 @pytest.fixture

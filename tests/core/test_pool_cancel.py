@@ -8,8 +8,9 @@ import pytest
 import torch
 from pools import HOST, START, X, gone, launch, until
 
+from efficient_vdit_core.parallel.pool import request
 from efficient_vdit_core.parallel.pool import session as session_module
-from efficient_vdit_core.parallel.pool.client import PoolFault
+from efficient_vdit_core.parallel.pool.faults import PoolFault
 from efficient_vdit_core.parallel.pool.pool_file import default_pool_file
 from efficient_vdit_core.parallel.pool.session import Session
 from efficient_vdit_core.parallel.pool.start_workers import Workers
@@ -83,6 +84,37 @@ def test_a_model_is_built_in_its_time_behind_a_cancelled_step(session):
     before = pids(session.workers)
     cancelled_step(session, 3.0)
     assert computes(session, launch(key="other", start_timeout=1.5)) and pids(session.workers) == before
+
+
+@pytest.mark.parametrize("pressed", ["before", "amid"])
+def test_cancel_keeps_the_workers_whose_inputs_are_larger_than_what_a_socket_holds(session, pressed):
+    """Their models would have to be loaded again."""
+    before, said = pids(session.workers), []
+
+    def cancel():
+        if pressed == "before" or (session.pool.connection.torn and not said):
+            said.append(True)
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        session.step(launch(), {}, {"x": torch.zeros(12 * 2**20)}, cancel)
+    assert said and computes(session) and pids(session.workers) == before
+
+
+def test_cancel_does_not_wait_for_a_worker_that_stands_still_amid_a_message(session, monkeypatch):
+    monkeypatch.setattr(request, "MESSAGE_SECONDS", 0.5)
+    before, said = pids(session.workers), []
+
+    def cancel():
+        if session.pool.connection.torn and not said:
+            said.append(time.monotonic())
+            raise Cancelled
+
+    os.kill(before[0], signal.SIGSTOP)
+    with pytest.raises(Cancelled):
+        session.step(launch(), {}, {"x": torch.zeros(12 * 2**20)}, cancel)
+    assert 0.5 <= time.monotonic() - said[0] < 2.0
+    assert computes(session) and gone(before)
 
 
 def test_the_wait_for_a_cancelled_step_is_cancelled_as_well(session):

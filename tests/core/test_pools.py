@@ -13,10 +13,12 @@ import torch
 from pools import FAULTS, ROOT, SAFE_TORCHRUN, SAFE_VARIABLES, START, alive, gone, launch, ranks_of, until
 
 from efficient_vdit_core.commands.workers import add_arguments, run
+from efficient_vdit_core.parallel.pool import worker
 from efficient_vdit_core.parallel.pool.messages import listen
 from efficient_vdit_core.parallel.pool.pool_file import default_pool_file, read_pool_file
 from efficient_vdit_core.parallel.pool.secret import new_secret, secret_file, shared_secret
 from efficient_vdit_core.parallel.pool.session import Session, parse_devices
+from efficient_vdit_core.parallel.pool.torchrun import settings_from_torchrun
 
 X = torch.arange(4.0)
 
@@ -188,6 +190,33 @@ def test_torchrun_on_two_nodes_is_one_pool(start):
     session.stop()
     with pytest.raises(RuntimeError, match="spanned machines, .*, is gone. Start it again"):
         use(session, devices)
+
+
+@pytest.mark.parametrize("given", [None, ""])
+def test_torchrun_on_several_machines_needs_an_address(monkeypatch, given):
+    """At once, and on the first machine alone: the others are not reached."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "EVDIT_LISTEN": given}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match=r"on several machines, expected EVDIT_LISTEN: the address .* Set it, or start no"
+    ):
+        settings_from_torchrun()
+    assert not default_pool_file().parent.exists()
+    shared_secret(make=True)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("GROUP_RANK", "1")
+    assert settings_from_torchrun().rank == 1
+
+
+def test_an_address_that_the_other_machines_do_not_reach_is_named(monkeypatch):
+    """Such as a loopback one."""
+    monkeypatch.setattr(worker, "JOIN_SECONDS", 0.3)
+    with listen("127.0.0.1") as shut:
+        door = shut.getsockname()
+    rank, meeting = worker.Worker.__new__(worker.Worker), argparse.Namespace(find=lambda: door)
+    rank.settings = argparse.Namespace(rank=1, secret=new_secret(), meeting="")
+    with pytest.raises(TimeoutError, match="refused. Look at rank 0's log, .* reaches the EVDIT_LISTEN there"):
+        rank._enter_hub(meeting)
 
 
 def test_the_file_of_a_pool_that_is_gone_names_no_devices(start, monkeypatch):

@@ -1,5 +1,4 @@
-"""ComfyUI's end of a pool: asks the workers, waits without deafness to Cancel, and says what went wrong in which
-rank."""
+"""ComfyUI's end of a pool: asks the workers, and waits without deafness to Cancel or to what went wrong in which rank."""
 
 from __future__ import annotations
 
@@ -9,10 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ... import __version__
+from .faults import Fatal, PoolFault, fault_of_hanging, fault_of_lost
 from .handshake import HANDSHAKE_SECONDS, connect
 from .messages import ConnectionEnded, Late, Tensors, Tick, ticks
 from .pool_file import PoolAddress
-from .request import POOLS_OWN, Request
+from .request import POOLS_OWN, Cancel, Request
 
 Message = dict[str, Any]
 Poll = Callable[[], None]
@@ -23,23 +23,6 @@ _POLL_SECONDS = 0.1
 _LAST_WORDS_SECONDS, _WHERE_SECONDS = 1.0, 1.2
 # The node's input that says how long a request may take.
 _SETTINGS = {"open": "start_timeout", "step": "step_timeout"}
-
-
-class PoolFault(RuntimeError):
-    """The pool is gone, or had to be given up; a new one must be started. ``lost``: the ranks that ended without a
-    word. ``runs_on``: whether it was left running, where others have started it."""
-
-    def __init__(self, text: str, lost: tuple[int, ...] = (), *, runs_on: bool = False) -> None:
-        super().__init__(text)
-        self.lost, self.runs_on = lost, runs_on
-
-
-class _Fatal(Exception):
-    """The pool says that it ends, and of each rank what it died of."""
-
-    def __init__(self, faults: list[Message]) -> None:
-        super().__init__()
-        self.faults = faults
 
 
 class Pool:
@@ -90,22 +73,23 @@ class Pool:
     ) -> Answers:
         """Every rank's answer, and rank 0's tensors.
 
-        ``poll`` is called ten times a second and may raise, to cancel: the ranks finish that request unheard, and the
-        next one waits for them, on the time of the cancelled one. Without ``wait`` it is only sent where it would have to
-        wait so, and the answers are none. Raises ValueError for a user's mistake that a rank found, RuntimeError for its
-        other errors, PoolFault where the pool is lost, each with the rank's own words.
+        ``poll`` is called ten times a second and may raise, to cancel, which waits for the end of a message that is on its
+        way: the ranks finish that request unheard, and the next one waits for them, on the time of the cancelled one.
+        Without ``wait`` it is only sent where it would have to wait so, and the answers are none. Raises ValueError for a
+        user's mistake that a rank found, RuntimeError for its other errors, PoolFault where the pool is lost, each with the
+        rank's own words.
         """
         do = message["do"]
         request = Request(next(self.ids), timeout, _SETTINGS.get(do, ""), ours=do != "self-test")
-        message = {**message, "id": request.number}
+        message, cancel = {**message, "id": request.number}, Cancel(poll, self.connection)
         with self._faults_raised(request):
-            self._read_what_lies_here(ticks(timeout, poll))
+            self._read_what_lies_here(ticks(timeout, cancel))
             if self.owed and not wait:
                 return self._send_unheard(message, request)
-            self._settle(poll)
-            self.connection.send(message, tensors, request.tick(poll))
+            self._settle(cancel)
+            self.connection.send(message, tensors, request.tick(cancel))
             self.owed.append(request)
-            answer, result = self._settle(poll)
+            answer, result = self._settle(cancel)
         return self._judged(answer["ranks"]), result
 
     def _judged(self, ranks: list[Message]) -> list[Message]:
@@ -125,7 +109,7 @@ class Pool:
             yield
         except Late:
             raise self._hangs(self.owed[0] if self.owed else request, request) from None
-        except _Fatal as fatal:
+        except Fatal as fatal:
             raise self._lost(fatal.faults) from None
         except ConnectionEnded:
             raise self._lost(self._last_words()) from None
@@ -133,17 +117,19 @@ class Pool:
             if self.connection.torn:
                 self.close()
 
-    def _settle(self, poll: Poll | None) -> tuple[Message, Tensors]:
-        """Wait for all that the pool owes, each on its own time; the last answer."""
+    def _settle(self, cancel: Cancel) -> tuple[Message, Tensors]:
+        """Wait for all that the pool owes, each on its own time; the last answer. Between messages Cancel is heard."""
         answer, tensors = {}, {}
+        cancel()
         while self.owed:
-            answer, tensors = self._receive(self.owed[0].tick(poll))
+            answer, tensors = self._receive(self.owed[0].tick(cancel))
+            cancel()
         return answer, tensors
 
     def _receive(self, tick: Tick) -> tuple[Message, Tensors]:
         answer, tensors = self.connection.receive(tick)
         if answer.get("fatal"):
-            raise _Fatal(answer["faults"])
+            raise Fatal(answer["faults"])
         if self.owed and answer.get("id") == self.owed[0].number:
             del self.owed[0]
         return answer, tensors
@@ -164,26 +150,20 @@ class Pool:
         """The faults that a pool has told of before its connection ended; they may lie here unread."""
         try:
             self._read_what_lies_here(ticks(_LAST_WORDS_SECONDS))
-        except _Fatal as fatal:
+        except Fatal as fatal:
             return fatal.faults
         except (Late, ConnectionEnded, ValueError):
             pass
         return []
 
     def _hangs(self, late: Request, request: Request) -> PoolFault:
-        """After a timeout: which rank does not answer, or what all of them are doing."""
-        places = self._places()
-        silent = [rank for rank in range(self.ranks) if str(rank) not in places]
-        who = f"rank {silent[0]} does not answer" if silent else "all ranks answer but none has finished"
-        what = "" if late is request else " what was asked of them before"
-        advice = f" Raise {late.setting} if it takes that long." if late.setting else ""
-        stacks = "".join(f"\nrank {rank} is at\n{place}" for rank, place in sorted(places.items()))
+        """After a timeout of ``late``: ends the pool, or leaves it where it hangs over the work of another ComfyUI."""
+        fault = fault_of_hanging(late, request, self._places(), self.ranks)
         if late.ours:
             self.end()
         else:
             self.close()
-        text = f"The workers did not finish{what} in {late.seconds:.0f} s: {who}.{advice}{stacks}"
-        return PoolFault(text, runs_on=not late.ours)
+        return fault
 
     def _places(self) -> dict[str, str]:
         """Where each rank that answers is. Rank 0 passes the question on: without it there are none."""
@@ -200,10 +180,8 @@ class Pool:
             return {}
 
     def _lost(self, faults: list[Message]) -> PoolFault:
-        self.usable = False
-        self.connection.close()
-        lost = tuple(f["rank"] for f in faults if f.get("lost")) if faults else (0,)
-        return PoolFault("\n".join(_words(faults)) or "rank 0 ended without a word", lost)
+        self.close()
+        return fault_of_lost(faults)
 
     def close(self) -> None:
         """Leave the pool running for others."""
@@ -218,12 +196,3 @@ class Pool:
         except ConnectionEnded:
             pass
         self.close()
-
-
-def _words(faults: list[Message]) -> list[str]:
-    """What the ranks said, each sentence once. A mistake needs no traceback: its sentence says what to do."""
-    said: dict[str, set[int]] = {}
-    for fault in faults:
-        detail = "" if fault.get("mistake") or "traceback" not in fault else f"\n{fault['traceback']}"
-        said.setdefault(f"{fault['error']}{detail}", set()).add(fault["rank"])
-    return [f"rank{'s' * (len(who) > 1)} {', '.join(map(str, sorted(who)))}: {text}" for text, who in said.items()]

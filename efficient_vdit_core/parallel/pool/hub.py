@@ -185,7 +185,7 @@ class Hub:
             refusal = f"the workers are version {__version__} of Efficient-vDiT, ComfyUI has {hello.get('version')}: start them anew"
         with self.lock:
             if not self.lock.wait_for(lambda: self.main is None, LEAVE_SECONDS):
-                refusal = "another ComfyUI uses these workers"
+                refusal = "another ComfyUI uses these workers: end it, or run it with after_run set to stop"
             if refusal:
                 connection.send({"refused": refusal})
             else:

@@ -31,6 +31,12 @@ class FileMeeting:
         return _address(read_private(self.path))
 
 
+def met_file(folder: str, rank: int) -> Path:
+    """What a rank leaves in its starter's ``folder`` once it has met the others: what ends it after that lies between
+    them."""
+    return Path(folder, f"met-{rank}")
+
+
 def shared_store(settings: Settings) -> dist.Store:
     """The store of ranks on several machines, the only thing that all of them can reach from the start. Raises OSError
     where rank 0 cannot listen there."""

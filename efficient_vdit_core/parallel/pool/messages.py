@@ -67,7 +67,7 @@ class Connection:
 
     Where the socket has a timeout, ``tick`` is called whenever it has passed without a byte, and between the parts of a
     message; it may raise: between messages that does no harm, within one it leaves the connection ``torn``, of no more
-    use.
+    use, as it is until the message's end.
     """
 
     def __init__(self, sock: socket.socket) -> None:

@@ -16,7 +16,7 @@ from .imports import COMFYUI_HOST, usual_folders
 from .pool_file import default_pool_file
 from .private import make_private_folder, private_folder
 from .secret import shared_secret
-from .settings import LOOPBACK, Settings
+from .settings import LOOPBACK, Settings, address_for_others
 
 _RUN = "run-"
 
@@ -37,15 +37,11 @@ class Place:
 def settings_at(place: Place, store: str = "") -> Settings:
     """The settings of the rank that was placed there; ``store`` is as in Settings.
 
-    Raises ValueError where the pool would listen to more than it must, or where there is no secret.
+    Raises ValueError where the pool would listen to more than it must, or to less, or where there is no secret.
     """
-    on_gpu, listen = torch.cuda.is_available(), os.environ.get("EVDIT_LISTEN", LOOPBACK)
-    if place.one_machine and listen != LOOPBACK:
-        raise ValueError(
-            f"EVDIT_LISTEN is {listen!r}, expected none: a pool on one machine listens on loopback only. Unset it."
-        )
+    listen = _listen(place)
     make_private_folder()
-    kind = "cuda:{}" if on_gpu else "cpu"
+    kind = "cuda:{}" if torch.cuda.is_available() else "cpu"
     # A rank that is shown its own GPU alone knows it by the number 0.
     device = kind.format(0 if torch.cuda.device_count() == 1 else place.local)
     return Settings(
@@ -61,9 +57,21 @@ def settings_at(place: Place, store: str = "") -> Settings:
         pool=secrets.token_hex(8),
         meeting=_meeting_file(place.run) if place.one_machine else "",
         store=store,
-        listen=listen,  # ranks on other machines must reach rank 0; the address is the administrator's to choose
+        listen=listen,
         devices=tuple(kind.format(i) for i in range(place.ranks)) if place.one_machine else (),
     )
+
+
+def _listen(place: Place) -> str:
+    """The address that rank 0 listens on; the other machines have no use for one."""
+    if place.machine == 0 and not place.one_machine:
+        return address_for_others("The ranks were placed on several machines")
+    listen = os.environ.get("EVDIT_LISTEN", LOOPBACK)
+    if place.one_machine and listen != LOOPBACK:
+        raise ValueError(
+            f"EVDIT_LISTEN is {listen!r}, expected none: a pool on one machine listens on loopback only. Unset it."
+        )
+    return listen
 
 
 def _meeting_file(run: str) -> str:

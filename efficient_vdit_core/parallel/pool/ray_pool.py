@@ -20,7 +20,7 @@ from .pool_file import default_pool_file, read_pool_file, remove_pool_file
 from .processes import BOOT, Processes
 from .ray_cluster import Ray
 from .secret import shared_secret
-from .settings import LOOPBACK, Settings
+from .settings import Settings, address_for_others
 
 _ANSWER_SECONDS, _STOP_SECONDS = 10.0, 5.0
 # What the one who starts a pool says to its ranks by the environment; on other machines Ray's own would be there.
@@ -95,12 +95,7 @@ class RayWorkers:
         if nodes == 1:
             self.folder = Processes(self.pool, default_pool_file())
             return {"folder": str(self.folder.folder), "meeting": str(self.folder.folder / "meeting.json")}
-        listen = os.environ.get("EVDIT_LISTEN", LOOPBACK)
-        if "EVDIT_LISTEN" not in os.environ:
-            raise ValueError(
-                f"Ray has placed the ranks on {', '.join(machines)}, expected EVDIT_LISTEN: the address by which the others reach "
-                "this machine. Set it, or name no more ranks than this machine has room for."
-            )
+        listen = address_for_others(f"Ray has placed the ranks on {', '.join(machines)}")
         with socket.create_server((listen, 0)) as free:
             port = free.getsockname()[1]
         return {"store": f"{listen}:{port}", "listen": listen}

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from .backend import backend_for
-from .client import Answers, Message, Poll, Pool, PoolFault
+from .client import Answers, Message, Poll, Pool
+from .faults import PoolFault
 from .imports import COMFYUI_HOST, Host
 from .messages import Tensors
 from .pool_file import PoolAddress, default_pool_file, is_held, read_pool_file, remove_pool_file
@@ -163,17 +164,22 @@ class Session:
         self.devices = launch.devices
 
     def _start_on_gpus(self, launch: Launch, poll: Poll | None) -> None:
+        """By the first backend that works. What keeps a rank from meeting the others, such as a package that is missing, is
+        no fault of a backend's and is raised at once. So is a time-out: GPUs talk in the self-test first."""
+        last = ""
         for backend, peer_to_peer in _GPU_ATTEMPTS:
             if backend == "nccl" and backend_for(launch.devices[0]) == "gloo":
                 continue
             try:
                 return self._start(launch, poll, backend, peer_to_peer)
-            except (RuntimeError, TimeoutError) as error:
+            except PoolFault as fault:
                 how = backend if peer_to_peer else f"{backend} without peer access"
-                log.warning("Efficient-vDiT: the GPUs could not talk over %s: %s", how, error)
+                log.warning("Efficient-vDiT: the GPUs could not talk over %s: %s", how, fault)
+                last = f"the last, by {how}, ended so:\n{fault}"
                 self.stop()
         raise RuntimeError(
-            "The GPUs could not exchange data by NCCL or gloo; the log says why. Run on one device, or mend the driver."
+            "The GPUs could not exchange data by NCCL or gloo. Run on one device, or mend the driver. The log has each attempt; "
+            f"{last}"
         )
 
     def _start(self, launch: Launch, poll: Poll | None, backend: str = "gloo", peer_to_peer: bool = True) -> None:

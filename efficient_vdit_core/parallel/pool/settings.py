@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from .imports import Host, check_import
 
 LOOPBACK = "127.0.0.1"
+
+
+def address_for_others(placed: str) -> str:
+    """The address that rank 0, on this machine, listens on for those of others, which only the user can choose. Raises
+    ValueError where no EVDIT_LISTEN says it; ``placed`` says who is where."""
+    address = os.environ.get("EVDIT_LISTEN", "")
+    if not address:
+        raise ValueError(
+            f"{placed}, expected EVDIT_LISTEN: the address by which the others reach this machine. Set it, or start no more ranks "
+            "than this machine has room for."
+        )
+    return address
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .faults import PoolFault
 from .imports import Host
+from .meeting import met_file
 from .pool_file import PoolAddress, read_pool_file
 from .processes import BOOT, Processes, environment_of_ranks, full, has_room
 from .secret import new_secret
@@ -53,19 +55,21 @@ class Workers(Processes):
             self.start(BOOT, settings.line(), environment)
 
     def wait(self, seconds: float, poll: Callable[[], None] | None = None) -> PoolAddress:
-        """The pool's address once all ranks have met. Raises RuntimeError naming the rank that ended, TimeoutError if
-        none did, OSError where the folder for temporary files has become full."""
+        """The pool's address once all ranks are in one group. Raises RuntimeError naming the rank that ended, which is a
+        PoolFault where it had met the others, TimeoutError if none did, OSError where the folder for temporary files has become
+        full."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             address = read_pool_file(self.address_file)
             if address is not None and address.pool == self.pool:
                 return address
             for rank, how in self.ended().items():
+                kind = PoolFault if met_file(str(self.folder), rank).exists() else RuntimeError
                 words, no_room = self.last_lines(rank), not has_room(self.folder)
                 self.stop()
                 if no_room:
                     raise OSError(full(self.folder.parent))
-                raise RuntimeError(f"Rank {rank} ended while it started ({how}):\n{words}")
+                raise kind(f"Rank {rank} ended while it started ({how}):\n{words}")
             if poll is not None:
                 poll()
             time.sleep(0.05)

@@ -28,7 +28,7 @@ from ..sharding.wire import Wire
 from .handshake import WrongSecret, connect
 from .hub import Hub, Message
 from .logs import print_patiently
-from .meeting import FileMeeting, StoreMeeting, shared_store
+from .meeting import FileMeeting, StoreMeeting, met_file, shared_store
 from .messages import Connection, ConnectionEnded, Tensors, listen
 from .placed import fresh_folder
 from .pool_file import PoolAddress, hold_lock, remove_pool_file, write_pool_file
@@ -63,6 +63,8 @@ class Worker:
             port = self._open_hub(meeting)
         else:
             self._enter_hub(meeting)
+        if settings.folder:
+            met_file(settings.folder, settings.rank).touch()
         dist.init_process_group(
             settings.backend,
             store=shared or dist.FileStore(str(Path(self.folder) / "store"), settings.ranks),
@@ -128,7 +130,10 @@ class Worker:
                 reason = str(error)  # a file that an earlier pool has left; this one's comes
             time.sleep(0.1)
         else:
-            raise TimeoutError(f"Rank {self.settings.rank} did not reach rank 0 in {JOIN_SECONDS:.0f} s: {reason}.")
+            address = "" if self.settings.meeting else ", and see whether this machine reaches the EVDIT_LISTEN there"
+            raise TimeoutError(
+                f"Rank {self.settings.rank} did not reach rank 0 in {JOIN_SECONDS:.0f} s: {reason}. Look at rank 0's log{address}."
+            )
         self.connection.send({"role": "rank", "rank": self.settings.rank, "version": __version__})
         about, _ = self.connection.receive()
         self.pool, self.folder = about["pool"], about["folder"]
@@ -212,7 +217,10 @@ class Worker:
 
 
 def _end_with_starter() -> None:
-    sys.stdin.buffer.read()  # the starter's watcher does this too, whatever this interpreter is doing, and cleans up
+    # Not by sys.stdin, whose lock would be held where this process ends by an error, which Python takes for one of its own.
+    while os.read(0, 1):
+        pass
+    # The starter's watcher does this too, whatever this interpreter is doing, and cleans up.
     os._exit(0)
 
 
