@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable_file
 from ..limits.quote import quoted
-from . import say
+from . import INTERRUPTED, say
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..search import ProbeRecord
 
 MAX_PROBES = 100
+ERRORS = "errors.pt"
+MEASURED = "Ask for the same, or delete that folder: all is measured anew then."
 CHOICES = ("negative", "frames", "height", "width", "guidance", "seed")
 
 
@@ -96,14 +98,53 @@ def run(args: argparse.Namespace) -> int:
     timed, by_head = args.costs == "measured", args.head_groups > 1
     record = ProbeRecord(sparse_candidates(candidates, frames), timed=timed, by_head=by_head)
     check_target(args.threshold or 0.0, args.speedup or 0.0, record.candidates, frames, args.costs)
+    kept = _claimed_folder(args, out, requests, record) if args.error == "output" else None
 
     say(f"loading {args.model}")
     from ..pipeline import Pipeline
 
     pipeline = Pipeline.from_model(args.model, text_encoder=args.text_encoder, device=args.device, dtype=args.dtype)
-    _search(pipeline, args, requests, record).save(out)
+    try:
+        _search(pipeline, args, requests, record, kept).save(out)
+    except KeyboardInterrupt:
+        if kept is None:
+            raise
+        say(f"interrupted; the same command goes on from {kept}")
+        return INTERRUPTED
+    if kept is not None:
+        _clear(kept)
     say(f"wrote {out}")
     return 0
+
+
+def _claimed_folder(args: argparse.Namespace, out: Path, requests: list[VideoRequest], record: ProbeRecord) -> Path:
+    """A folder beside the plan to come, where a search by the output keeps what it has measured until the plan is written. Raises
+    ValueError where one was begun that measures something else; the target is no part of it."""
+    from ..distill.families.stamps import weights_stamp
+    from ..folder_record import claim_folder
+    from ..model_folder import find_model
+
+    folder, model = out.with_suffix(".measured"), find_model(args.model, args.text_encoder)
+    asked = {name: getattr(requests[0], name) for name in (*CHOICES, "steps")}
+    measured = {
+        **asked,
+        "prompts": args.prompt,
+        "candidates": [pattern.short_name for pattern in record.candidates],
+        "dtype": args.dtype,
+        "model": weights_stamp([model.transformer, model.text_encoder]),
+    }
+    claim_folder(folder, measured, MEASURED)
+    return folder
+
+
+def _clear(folder: Path) -> None:
+    """Takes away what was kept, and the folder where nothing else is in it."""
+    from ..folder_record import RECORD
+
+    for name in (ERRORS, RECORD):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _check_target(args: argparse.Namespace) -> None:
@@ -115,12 +156,14 @@ def _check_target(args: argparse.Namespace) -> None:
         check_threshold(args.threshold)
 
 
-def _search(pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRequest], record: ProbeRecord) -> Any:
+def _search(
+    pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRequest], record: ProbeRecord, kept: Path | None
+) -> Any:
     from ..model_folder import FAMILY
     from ..search import plan_from_record
     from ..search.describe import describe_plan
 
-    _measure(pipeline, args, requests, record)
+    _measure(pipeline, args, requests, record, kept)
     config = pipeline.transformer.config
     about = {
         "model": pipeline.name,
@@ -138,10 +181,14 @@ def _search(pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRe
     return plan
 
 
-def _measure(pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRequest], record: ProbeRecord) -> None:
-    """One dense sampling of ``probes`` steps for each prompt, behind a progress bar."""
+def _measure(
+    pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRequest], record: ProbeRecord, kept: Path | None
+) -> None:
+    """One dense sampling of ``probes`` steps for each prompt, behind a progress bar. Errors of the output are kept in the
+    folder ``kept``, and known from there."""
     from tqdm import tqdm
 
+    from ..distill.runs.kept_errors import KeptErrors
     from ..search import check_reach, make_probe_override, measure_output, replay_blocks
     from ..search.output import once
     from ..search.probe import BLOCK, OUTPUT
@@ -156,7 +203,10 @@ def _measure(pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoR
 
         begun = partial(check_reach, args.speedup or 0.0, record.candidates, args.costs)
         override = make_probe_override(record, progress=progress, begun=begun)
-        around = partial(measure_output, record, progress=progress) if args.error == OUTPUT else once
+        around = once
+        if kept is not None:
+            keep = stack.enter_context(KeptErrors(kept / ERRORS)).next
+            around = partial(measure_output, record, progress=progress, keep=keep)
         if args.error == BLOCK:
             stack.enter_context(replay_blocks(blocks, record))
         for request in requests:

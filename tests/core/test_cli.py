@@ -377,6 +377,39 @@ def test_a_distilled_model_is_searched_at_any_number_of_noise_levels(tmp_path):
     assert TilePlan.load(out).density(8, 6) < 0.7
 
 
+def test_a_search_by_the_output_goes_on_where_it_was_interrupted(monkeypatch, capsys, tmp_path):
+    from efficient_vdit_core.search import output
+
+    measured, measure = [], output.relative_error
+
+    def measuring(*given):
+        if measuring.stop and len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append(measure(*given))
+        return measured[-1]
+
+    def asked(name, *more):
+        size = ["--prompt", "a red circle", "--height", "16", "--width", "16", "--guidance", "1"]
+        by_output = ["--error", "output", "--candidates", "0,1", "--probes", "1", "--speedup", "1.5"]
+        return ["search", *size, *by_output, "--out", str(tmp_path / name), *more]
+
+    monkeypatch.setattr(output, "relative_error", measuring)
+    measuring.stop = False
+    assert cli.main(asked("whole.json")) == 0
+    whole = [*measured]
+    measured.clear()
+    measuring.stop = True
+    assert cli.main(asked("plan.json")) == 130 and not (tmp_path / "plan.json").exists()
+    assert f"the same command goes on from {tmp_path / 'plan.measured'}" in capsys.readouterr().out
+    measuring.stop = False
+    assert cli.main(asked("plan.json", "--seed", "3")) == 2
+    assert "plan.measured was begun with other settings (seed: 0 -> 3)" in capsys.readouterr().err
+    assert cli.main(asked("plan.json")) == 0
+    assert measured == whole and len(whole) == 12, "none is measured twice"
+    assert (tmp_path / "plan.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json", "whole.json"]
+
+
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     from efficient_vdit_core.tinyworld.train.recipe import TinyRecipe
 
