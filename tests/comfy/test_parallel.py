@@ -485,6 +485,42 @@ def test_a_pack_outside_the_pools_folders_is_refused(facts):
 
 
 @pytest.fixture(scope="module")
+def steps(in_process):
+    return in_process("worker_step")
+
+
+def test_a_rank_asks_its_device_for_its_part_alone(steps):
+    """And for the hidden state of all tokens, which each has behind the last block."""
+    asked = steps["asked"]
+    by_ranks = list(asked["by ranks"].values())
+    assert by_ranks[0] == asked["whole"] and by_ranks == sorted(by_ranks, reverse=True)
+    for size, found in asked["by ranks"].items():
+        assert 1.0 <= found * int(size) / asked["whole"] < 1.5
+    fast, slow = asked["by weights"]
+    assert asked["whole"] * 3 / 4 <= fast < asked["whole"] and asked["whole"] / 4 <= slow < fast
+    assert asked["by branch, two ranks"] == asked["whole"] / 2
+    of_four = asked["by branch, four unlike ranks"]
+    assert of_four[0] == of_four[1] > of_four[2] == of_four[3] >= asked["whole"] / 8
+
+
+def test_a_rank_asks_for_what_comfyui_counts_beside_the_video(steps):
+    assert steps["asked"]["with text"] == steps["asked"]["whole with text"] > steps["asked"]["whole"]
+
+
+def test_runs_begin_and_end_for_other_nodes_in_a_worker(steps):
+    """A step tells of which run it is; the last one ends when the devices are freed."""
+    first, other = ([found[f"model {number}"] for found in steps["runs"].values()] for number in (0, 1))
+    assert first == [{"on_pre_run": 2, "on_cleanup": 1}, *[{"on_pre_run": 2, "on_cleanup": 2}] * 2]
+    assert other == [{}, {"on_pre_run": 1}, {"on_pre_run": 1, "on_cleanup": 1}]
+
+
+def test_inputs_arrive_as_they_were(steps):
+    assert steps["packed"] == [0.0, 1.0, 2.0, 3]
+    for key, named in (("0", "0"), ("_tensor", "'_tensor'")):
+        assert f"The input options.blocks of the model has the key {named}, expected a text" in steps["keys"][key]
+
+
+@pytest.fixture(scope="module")
 def limits(in_process):
     return in_process("parallel_limits")
 
