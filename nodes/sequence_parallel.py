@@ -109,7 +109,8 @@ class EVDiTSequenceParallel(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "With CFG above 1, where both branches come in one batch: branches = half of the GPUs take each; sequence = all "
-                        "share out both; auto = the faster by forecast, which the report shows. The result differs by rounding alone."
+                        "share out both; auto = the faster by forecast, or sequence where another node acts inside the model. The result "
+                        "differs by rounding alone, unless such a node needs both branches at once."
                     ),
                 ),
             ],

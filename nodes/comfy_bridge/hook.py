@@ -14,6 +14,7 @@ from torch import Tensor
 from ...efficient_vdit_core.attention.override import attention_override
 from ...efficient_vdit_core.attention.prepare import Preparation
 from ...efficient_vdit_core.attention.report import AttentionReport
+from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from ...efficient_vdit_core.attention.state import Override
 from ...efficient_vdit_core.plan import TilePlan
 from ...efficient_vdit_core.search.output import Around
@@ -92,6 +93,14 @@ def hook_of(model: Any) -> Hook | None:
     """What Sparse Attention has put into a MODEL, whatever other nodes did to its override since."""
     wrappers = model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get(WRAPPER_KEY, [])
     return getattr(wrappers[-1], "hook", None) if wrappers else None
+
+
+def attention_of_others(model: Any) -> Override | None:
+    """Another node's override of a MODEL's attention, ours over it or not; None where there is none."""
+    override = model.model_options["transformer_options"].get(OVERRIDE)
+    while hasattr(override, "preparation"):
+        override = override.replaces
+    return override
 
 
 def report_of(model: Any) -> AttentionReport:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...efficient_vdit_core.attention import TokenLayout
+from ...efficient_vdit_core.models.opensora_plan.transformer import text_length
 from ...efficient_vdit_core.tiles import TokenGrid
 
 Conds = Mapping[str, Any]
@@ -60,7 +61,7 @@ def _tokens(latents: Tensor | None, patch: Sequence[int]) -> int:
 def open_sora_plan(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
     """The text is cut behind its last real token."""
     mask = conds.get("attention_mask")
-    length = _length(text) if mask is None else int(mask.any(0).nonzero().max()) + 1
+    length = _length(text) if mask is None else text_length(mask)
     return Tokens(TokenLayout(patch_grid(size, model.patch_size)), (length,))
 
 

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TENSOR, _TUPLE, _RECORD = "_tensor", "_tuple", "_record"
+_TENSOR, _TUPLE, _RECORD = _MARKS = "_tensor", "_tuple", "_record"
 # Classes of ComfyUI's whose objects only hold data; they arrive as bare records of the same fields.
 _RECORDS = (("comfy.ldm.minimax.model", "PackedLayout"),)
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """``value`` with each tensor replaced by its name in ``tensors``. Raises ValueError naming what is neither data nor
-    tensor."""
+    """``value`` with each tensor replaced by its number in ``tensors``. Raises ValueError where something is neither data nor
+    tensor, or a key is no text; ``name``, by dots, says where."""
     if isinstance(value, Tensor):
-        tensors[name] = value
-        return {_TENSOR: name}
+        number = str(len(tensors))
+        tensors[number] = value
+        return {_TENSOR: number}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -27,11 +28,10 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     if (type(value).__module__, type(value).__name__) in _RECORDS:
         return {_RECORD: pack(vars(value), tensors, name)}
     if isinstance(value, dict):
-        return {str(key): pack(part, tensors, f"{name}.{key}") for key, part in value.items()}
-    raise ValueError(
-        f"The input {name.lstrip('.')} of the model is a {type(value).__name__}, which cannot be sent to the workers. "
-        "Remove the node that adds it, or bypass EVDiTSequenceParallel."
-    )
+        if odd := [key for key in value if not isinstance(key, str) or key in _MARKS]:
+            raise _unsendable(name, f"has the key {odd[0]!r}, expected a text other than {', '.join(_MARKS)}")
+        return {key: pack(part, tensors, f"{name}.{key}") for key, part in value.items()}
+    raise _unsendable(name, f"is a {type(value).__name__}")
 
 
 def unpack(value: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
@@ -47,3 +47,10 @@ def unpack(value: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
     if _RECORD in value:
         return SimpleNamespace(**unpack(value[_RECORD], tensors, device))
     return {key: unpack(part, tensors, device) for key, part in value.items()}
+
+
+def _unsendable(name: str, why: str) -> ValueError:
+    return ValueError(
+        f"The input {name.lstrip('.')} of the model {why}, which cannot be sent to the workers. Remove the node that adds it, or "
+        "bypass EVDiTSequenceParallel."
+    )

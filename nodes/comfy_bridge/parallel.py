@@ -18,7 +18,7 @@ from ...efficient_vdit_core.parallel.pool.session import Launch, Session, parse_
 from . import hook
 from .announce import show_on_node
 from .parallel_division import Divider
-from .parallel_memory import memory_watch
+from .parallel_memory import MemoryWatch
 from .parallel_refusals import IN_WORKERS, Known, refuse_split_state
 from .parallel_report import forecast_report
 from .parallel_run import Shared
@@ -77,7 +77,8 @@ def parallelize(
     divider = Divider(model, division, scheme, about.gathered if weights == SHARDED_WEIGHTS else 0)
     report = forecast_report(model, SESSION.tests, divider, about, weights)
     show_on_node(node_id, report.splitlines()[0])
-    return _redirected(model, launch, divider, after_run), report
+    size = about.sharded if weights == SHARDED_WEIGHTS else about.whole
+    return _redirected(model, launch, divider, after_run, size), report
 
 
 def reachable(devices: str | None) -> tuple[Any, ...]:
@@ -89,11 +90,13 @@ def reachable(devices: str | None) -> tuple[Any, ...]:
         return (str(error),)
 
 
-def _redirected(model: Any, launch: Launch, divider: Divider, after_run: str) -> Any:
-    """The clone: its weights rest unpatched, for the workers hold patched ones of their own."""
+def _redirected(model: Any, launch: Launch, divider: Divider, after_run: str, size: int) -> Any:
+    """The clone: its weights rest unpatched, for the workers hold patched ones of their own, ``size`` bytes each."""
     patched = model.clone()
-    # Where ComfyUI streams weights they come to the GPU when they are used, and such a patcher knows no CPU.
-    if not getattr(patched, "is_dynamic", lambda: False)():
+    if getattr(patched, "is_dynamic", lambda: False)():
+        # Streamed weights come to the GPU when they are used, and such a patcher knows no CPU. ComfyUI makes room for them.
+        size = 0
+    else:
         patched.load_device = torch.device("cpu")
     patched.patches = _patches_here(model)
     patched.patches_uuid = uuid.uuid4()
@@ -102,12 +105,19 @@ def _redirected(model: Any, launch: Launch, divider: Divider, after_run: str) ->
             patched.remove_wrappers_with_key(kind, key)
     # No attention call comes by here, which the sparse node's report would take for a fault.
     hook.take_off(patched)
-    shared = Shared(weakref.ref(model.model), SESSION, launch, divider.scheme, Known.of(patched, WRAPPER_KEY), divider)
+    watch = MemoryWatch.of(SESSION, size if _beside_us(launch.devices) else 0)
+    known = Known.of(patched, WRAPPER_KEY)
+    shared = Shared(weakref.ref(model.model), SESSION, launch, divider.scheme, known, divider, watch.model)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, shared.evaluation())
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, shared.around_run(after_run))
     patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, WRAPPER_KEY, shared.before_run)
-    patched.set_additional_models(WRAPPER_KEY, [memory_watch(SESSION)])
+    patched.set_additional_models(WRAPPER_KEY, [watch])
     return patched
+
+
+def _beside_us(devices: tuple[str, ...]) -> bool:
+    """Whether one of a pool's ``devices`` is ComfyUI's own; where they have no names, rank 0 is on this machine."""
+    return str(mm.get_torch_device()) in devices or devices[0].startswith("rank")
 
 
 def _patches_here(model: Any) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP, get_all_wrappers
 
 from ...efficient_vdit_core.attention import TokenLayout
+from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from ...efficient_vdit_core.parallel.sharding.division import (
+    AUTO,
     SEQUENCE,
     Division,
     Seconds,
@@ -19,6 +21,8 @@ from ...efficient_vdit_core.parallel.sharding.division import (
 from .branches import BRANCHES_OF, why_whole
 from .families import uncompiled
 from .forward import forward_state
+from .hook import attention_of_others
+from .parallel_refusals import hooks_of
 from .shard_forecast import Layers, Measured
 from .sharding import find_shardable
 
@@ -61,8 +65,22 @@ class Divider:
 
     def _why_never(self) -> str:
         """Ranks gather sharded weights together: all must run the same blocks, and another node may leave some out for one
-        branch alone."""
-        places = {"wrappers": self.model.wrappers}, self.model.model_options["transformer_options"]
-        if self.gathered and any(get_all_wrappers(WrappersMP.DIFFUSION_MODEL, place) for place in places):
+        branch alone. What acts inside the model may also set one branch off against the other, as NAG does."""
+        if self.gathered and _wrapped(self.model):
             return "another node wraps the model, whose shared out weights all ranks gather in step"
+        if self.asked == AUTO and _others_act_inside(self.model):
+            return "another node acts inside the model and may need both branches at once"
         return ""
+
+
+def _wrapped(model: Any) -> bool:
+    places = {"wrappers": model.wrappers}, model.model_options["transformer_options"]
+    return any(get_all_wrappers(WrappersMP.DIFFUSION_MODEL, place) for place in places)
+
+
+def _others_act_inside(model: Any) -> bool:
+    """Whether other nodes' functions are given a forward's batch, or a part of the model is theirs."""
+    options = model.model_options["transformer_options"]
+    hooks = hooks_of({name: value for name, value in options.items() if name != OVERRIDE})
+    replaced = any(name.startswith("diffusion_model.") for name in model.object_patches)
+    return bool(hooks) or replaced or attention_of_others(model) is not None or _wrapped(model)

@@ -31,7 +31,8 @@ class ComfyHost:
         self.executor: Any = None
         self.files: dict[str, list[int]] = {}  # size and time of those that models were built of
         self.kept: list[Any] = []
-        self.current = ""
+        self.running: Any = None  # the model of the run that goes on
+        self.run = ""
 
     def open(self, message: dict[str, Any]) -> dict[str, Any]:
         """Build the model of ``message["key"]``, unless it is there, and tell its plan and the precision it computes in.
@@ -53,19 +54,22 @@ class ComfyHost:
                 built = self._build(message["prompt"], message["source"])
             self.models[message["key"]] = shard_model(built, self.wire, weights=hold)
         for key in set(self.models) - set(message["keep"]):
-            del self.models[key]
+            if self.models.pop(key) is self.running:
+                self._end_run()
         model = self.models[message["key"]]
         return {"plan": plan_text(model), "dtype": str(compute_dtype(model.model))}
 
     def offload(self) -> None:
         """Free the device; the weights stay in main memory."""
         mm = importlib.import_module("comfy.model_management")
+        self._end_run()
         _let_go_of_weights()
         mm.unload_all_models()
         mm.soft_empty_cache()
 
     def step(self, message: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """One forward pass; every rank returns the same denoised latents, rank 0's are used."""
+        """One forward pass; every rank returns the same denoised latents, rank 0's are used. ``message["run"]`` names the
+        sampling run that it belongs to."""
         import comfy.model_management as mm
         import comfy.model_patcher
         import comfy.patcher_extension
@@ -73,31 +77,41 @@ class ComfyHost:
         from .branches import DIVISION_KEY, WEIGHTS_KEY, division_of
         from .sharded_weights import ShardedWeightsPatcher, let_go
         from .sharding import COUNTS_KEY, SCHEME_KEY
+        from .step_memory import part_of, step_memory
 
-        model = self.models[message["key"]]
+        model, run = self.models[message["key"]], message.get("run", "")
+        weights, division = tuple(message.get("weights", ())), division_of(message)
         given = unpack(message["inputs"], tensors, mm.get_torch_device())
-        x = given.pop("x")
+        if model is not self.running or run != self.run:
+            self._end_run()
         if not isinstance(model, ShardedWeightsPatcher):
             let_go(model.model)  # before whole weights come in the place of parts
+        part = part_of(self.wire.rank, self.wire.size, len(given["x"]), weights, division)
         mm.load_models_gpu(
-            [model, *model.get_nested_additional_models()], memory_required=model.memory_required(list(x.shape))
+            [model, *model.get_nested_additional_models()], memory_required=step_memory(model, given, *part)
         )
-        if self.current != message["key"]:
+        if self.running is None:
             model.pre_run()
-            self.current = message["key"]
+            self.running, self.run = model, run
         options = comfy.model_patcher.create_model_options_clone(model.model_options)["transformer_options"]
         for kind, found in (("wrappers", model.wrappers), ("callbacks", model.callbacks)):
             comfy.patcher_extension.merge_nested_dicts(options.setdefault(kind, {}), found, copy_dict1=False)
         options.update(given.pop("options"))
         options[SCHEME_KEY], options[COUNTS_KEY] = message["scheme"], Counter()
-        options[WEIGHTS_KEY], options[DIVISION_KEY] = tuple(message.get("weights", ())), division_of(message)
+        options[WEIGHTS_KEY], options[DIVISION_KEY] = weights, division
         before = sum(self.wire.sent.values())
         try:
-            out = model.model.apply_model(x, given.pop("t"), transformer_options=options, **given)
+            out = model.model.apply_model(given.pop("x"), given.pop("t"), transformer_options=options, **given)
         except BaseException:
             _let_go_of_weights()
             raise
         return {"bytes": sum(self.wire.sent.values()) - before, "schemes": options[COUNTS_KEY]}, {"out": out}
+
+    def _end_run(self) -> None:
+        """What ComfyUI does behind each run: other nodes forget what they keep for it."""
+        if self.running is not None:
+            self.running.cleanup()
+        self.running, self.run = None, ""
 
     def _start_comfyui(self, about: dict[str, Any]) -> Any:
         """Import ComfyUI with the options and folders of the one that asked; returns its executor."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
+import comfy.utils
 from comfy.patcher_extension import WrappersMP
 
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
@@ -12,6 +14,7 @@ from .hook import WRAPPER_KEY
 
 # What acts below the sampler: in the workers, where the same nodes have run. The other kinds of wrappers act here.
 IN_WORKERS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
+_AROUND = WrappersMP.DIFFUSION_MODEL
 # Options of a forward that the workers' own hooks may read.
 FORWARD_OPTIONS = ("sigmas", "sample_sigmas", "cond_or_uncond")
 # Others that ComfyUI sets: callables, which are looked at by themselves, and what acts in this process alone.
@@ -28,20 +31,26 @@ _OPTIONS_HERE = frozenset(
     )
 )
 _PLAIN = (bool, int, float, str, tuple, list, dict)
+# Object patches of the network, and of the precision that it computes in.
+_OBJECTS_IN_WORKERS = ("diffusion_model", "manual_cast_dtype")
+# Older versions copy the objects among a MODEL's options with it, all but functions.
+_OBJECTS_STAY = hasattr(comfy.utils, "deepcopy_list_dict")
+
+# What other nodes have put somewhere, by place.
+Found = dict[tuple[Any, ...], Any]
 
 
 @dataclass(frozen=True)
 class Known:
-    """What the workers' model has too: functions of other nodes, options of every forward, and changed modules.
+    """What the workers' model has too: functions of other nodes, options of every forward, and what changes the network.
 
     ``wrapper``: the key of the one wrapper that may act here in the place of theirs. ``schedule``: the model's
     ``model_sampling``.
     """
 
-    hooks: list[str]
+    hooks: Found
     options: dict[str, Any]
-    modules: set[str]
-    patches: dict[str, int]
+    changes: Found
     wrapper: str
     schedule: Any
 
@@ -49,8 +58,7 @@ class Known:
     def of(cls, patched: Any, wrapper: str) -> Known:
         """Of a MODEL before its own wrapper is added."""
         options = dict(patched.model_options["transformer_options"])
-        modules, schedule = set(patched.object_patches), patched.get_model_object("model_sampling")
-        return cls(_hooks(options), options, modules, _counts(patched.patches), wrapper, schedule)
+        return cls(hooks_of(options), options, _changes(patched), wrapper, patched.get_model_object("model_sampling"))
 
     def check_evaluation(self, control: Any, options: dict[str, Any]) -> None:
         """Raises ValueError where the workers could not compute what this evaluation asks for."""
@@ -63,7 +71,7 @@ class Known:
                 f"A node marks evaluations by {', '.join(marks)}: a guidance by layers or between sound and video, or one that stands "
                 "behind EVDiTSequenceParallel. The workers cannot see that. Remove it, or place it before."
             )
-        if _hooks(options) != self.hooks:
+        if not _same(hooks_of(options), self.hooks):
             raise ValueError(
                 "A node hooks the model's blocks in some of its evaluations (such as skip-layer or perturbed-attention guidance), or "
                 "stands behind EVDiTSequenceParallel: the workers cannot see that. Remove it, or bypass EVDiTSequenceParallel."
@@ -79,13 +87,12 @@ class Known:
                 )
         patcher = guider.model_patcher
         wrappers = {key for kind in IN_WORKERS for key in patcher.wrappers.get(kind, {})}
-        modules = [name for name in set(patcher.object_patches) - self.modules if name.startswith("diffusion_model")]
-        if _counts(patcher.patches) != self.patches or modules or wrappers != {self.wrapper}:
+        hooks = hooks_of(patcher.model_options["transformer_options"])
+        if not (_same(_changes(patcher), self.changes) and _same(hooks, self.hooks)) or wrappers != {self.wrapper}:
             raise ValueError(
-                "A LoRA or another patch stands between EVDiTSequenceParallel and the sampler, where the workers cannot see it. Place "
+                "A LoRA or another patch stands behind EVDiTSequenceParallel, where the workers cannot see it. Place "
                 "EVDiTSequenceParallel last, and the patch before it."
             )
-
         if patcher.get_model_object("model_sampling") is not self.schedule:
             raise ValueError(
                 "A node behind EVDiTSequenceParallel changes the model's noise schedule (such as ModelSamplingSD3), and the workers "
@@ -116,22 +123,34 @@ def refuse_split_state(model: Any) -> None:
         )
 
 
-def _hooks(options: dict[str, Any]) -> list[str]:
-    """The places in a forward's ``transformer_options`` where functions of other nodes hook in, and their names."""
-
-    def walk(found: Any, place: str) -> list[str]:
-        if isinstance(found, dict):
-            return [name for key, value in found.items() for name in walk(value, f"{place} {key}")]
-        if isinstance(found, list):
-            return [name for value in found for name in walk(value, place)]
-        return [f"{place}: {getattr(found, '__qualname__', type(found).__qualname__)}"]
-
-    kinds = ("patches", "patches_replace", OVERRIDE)
-    return sorted(name for kind in kinds if kind in options for name in walk(options[kind], kind))
+def hooks_of(options: dict[str, Any]) -> Found:
+    """The functions of other nodes that a forward's ``transformer_options`` hook in, and those around the network."""
+    places = {kind: options[kind] for kind in ("patches", "patches_replace", OVERRIDE) if kind in options}
+    places[_AROUND] = options.get("wrappers", {}).get(_AROUND, {})
+    return {place: x if _OBJECTS_STAY else _what_stays(x) for place, x in _found(places).items()}
 
 
-def _counts(patches: dict[str, Any]) -> dict[str, int]:
-    return {key: len(found) for key, found in patches.items()}
+def _what_stays(found: Any) -> Any:
+    return found if isinstance(found, FunctionType) else getattr(found, "__func__", type(found))
+
+
+def _changes(patcher: Any) -> Found:
+    """What a MODEL has put on its network: LoRAs, merged or bypassed, functions over weights, and replaced objects."""
+    objects = {name: x for name, x in patcher.object_patches.items() if name.startswith(_OBJECTS_IN_WORKERS)}
+    kinds = (patcher.patches, patcher.injections, patcher.weight_wrapper_patches, objects)
+    return _found(dict(enumerate(kinds)))
+
+
+def _found(value: Any, place: tuple[Any, ...] = ()) -> Found:
+    if not isinstance(value, dict | list):
+        return {place: value}
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return {at: x for key, part in parts for at, x in _found(part, (*place, key)).items()}
+
+
+def _same(one: Found, other: Found) -> bool:
+    """Whether both have the very same things in the same places: one name can stand for two settings of a node."""
+    return one.keys() == other.keys() and all(one[place] is other[place] for place in one)
 
 
 def _differ(one: Any, other: Any) -> bool:

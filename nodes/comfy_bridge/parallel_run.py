@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from .branches import BRANCHES_OF, told
 from .model_call import ModelCall, around_model
 from .packing import pack
 from .parallel_division import Divider
-from .parallel_memory import offload
+from .parallel_memory import WorkersWeights, offload
 from .parallel_refusals import FORWARD_OPTIONS, Known
 from .shard_forecast import Measured
 
@@ -37,10 +38,11 @@ AFTER_RUN = ["keep", "offload", "stop"]
 class Run:
     """What one sampling run took, for the log.
 
-    ``going``: whether one goes on, with all that acts around it here. ``divisions``: how the evaluations of several branches
-    were divided; ``single``: the branches that came alone.
+    ``name``: no other run's, of no process that uses the pool. ``going``: whether one goes on, with all that acts around it
+    here. ``divisions``: how the evaluations of several branches were divided; ``single``: the branches that came alone.
     """
 
+    name: str = ""
     going: bool = False
     steps: list[float] = field(default_factory=list)
     sent: list[int] = field(default_factory=list)
@@ -49,6 +51,7 @@ class Run:
     single: set[Any] = field(default_factory=set)
 
     def reset(self) -> None:
+        self.name = uuid.uuid4().hex
         self.steps, self.sent, self.divisions, self.single = [], [], Counter(), set()
 
     def count_branches(self, division: Division, why: str, branches: Sequence[Any]) -> None:
@@ -76,8 +79,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Shared:
-    """A shared out MODEL: the BaseModel of its own (a weak reference), its workers, what they know, and how they share its
-    evaluations out."""
+    """A shared out MODEL: the BaseModel of its own (a weak reference), its workers, what they know, how they share its
+    evaluations out, and what stands for their weights here."""
 
     made_for: Callable[[], Any]
     session: Session
@@ -85,6 +88,7 @@ class Shared:
     scheme: str
     known: Known
     divider: Divider
+    weights: WorkersWeights
     run: Run = field(default_factory=Run)
 
     def evaluation(self) -> Any:
@@ -133,10 +137,12 @@ class Shared:
         measured = Measured.of(self.session.tests)
         division, why = self.divider.division(measured, inputs, options)
         self.run.count_branches(division, why, options.get(BRANCHES_OF) or ())
-        message = {"inputs": given, "scheme": self.scheme, "weights": measured.weights, **told(division)}
+        about = {"run": self.run.name, "scheme": self.scheme, "weights": measured.weights}
+        message = {"inputs": given, **about, **told(division)}
         start = time.perf_counter()
         poll = mm.throw_exception_if_processing_interrupted
         ranks, result = self.session.step(self.launch, message, tensors, poll)
+        self.weights.arrived()
         self.run.steps.append(time.perf_counter() - start)
         self.run.sent.append(max(int(said["bytes"]) for said in ranks))
         self.run.schemes = ranks[0]["schemes"]

@@ -9,7 +9,14 @@ def facts(in_process):
 
 
 @pytest.mark.parametrize(
-    "name", ["all frames equal dense", "all layers dense equal dense", "min_tokens keeps dense", "source after all"]
+    "name",
+    [
+        "all frames equal dense",
+        "all layers dense equal dense",
+        "min_tokens keeps dense",
+        "no words, all frames equal dense",
+        "source after all",
+    ],
 )
 def test_dense_stays_dense_to_the_bit(facts, name):
     assert facts[name] == 0

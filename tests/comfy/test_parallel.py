@@ -485,6 +485,42 @@ def test_a_pack_outside_the_pools_folders_is_refused(facts):
 
 
 @pytest.fixture(scope="module")
+def steps(in_process):
+    return in_process("worker_step")
+
+
+def test_a_rank_asks_its_device_for_its_part_alone(steps):
+    """And for the hidden state of all tokens, which each has behind the last block."""
+    asked = steps["asked"]
+    by_ranks = list(asked["by ranks"].values())
+    assert by_ranks[0] == asked["whole"] and by_ranks == sorted(by_ranks, reverse=True)
+    for size, found in asked["by ranks"].items():
+        assert 1.0 <= found * int(size) / asked["whole"] < 1.5
+    fast, slow = asked["by weights"]
+    assert asked["whole"] * 3 / 4 <= fast < asked["whole"] and asked["whole"] / 4 <= slow < fast
+    assert asked["by branch, two ranks"] == asked["whole"] / 2
+    of_four = asked["by branch, four unlike ranks"]
+    assert of_four[0] == of_four[1] > of_four[2] == of_four[3] >= asked["whole"] / 8
+
+
+def test_a_rank_asks_for_what_comfyui_counts_beside_the_video(steps):
+    assert steps["asked"]["with text"] == steps["asked"]["whole with text"] > steps["asked"]["whole"]
+
+
+def test_runs_begin_and_end_for_other_nodes_in_a_worker(steps):
+    """A step tells of which run it is; the last one ends when the devices are freed."""
+    first, other = ([found[f"model {number}"] for found in steps["runs"].values()] for number in (0, 1))
+    assert first == [{"on_pre_run": 2, "on_cleanup": 1}, *[{"on_pre_run": 2, "on_cleanup": 2}] * 2]
+    assert other == [{}, {"on_pre_run": 1}, {"on_pre_run": 1, "on_cleanup": 1}]
+
+
+def test_inputs_arrive_as_they_were(steps):
+    assert steps["packed"] == [0.0, 1.0, 2.0, 3]
+    for key, named in (("0", "0"), ("_tensor", "'_tensor'")):
+        assert f"The input options.blocks of the model has the key {named}, expected a text" in steps["keys"][key]
+
+
+@pytest.fixture(scope="module")
 def limits(in_process):
     return in_process("parallel_limits")
 
@@ -503,13 +539,38 @@ BY_BRANCH, BY_SEQUENCE = ["((0,), (1,))"], ["((0, 1),)"]
             BY_SEQUENCE,
             "by sequence: another node wraps the model, whose shared out weights",
         ),
-        ("whole weights, wrapped", BY_BRANCH, "by branch (ranks 0 and 1): the faster."),
+        ("whole weights, wrapped", BY_BRANCH, "by branch (ranks 0 and 1): division is branches."),
+        ("sparse", BY_BRANCH, "by branch (ranks 0 and 1): the faster."),
+        ("a LoRA", BY_BRANCH, "by branch (ranks 0 and 1): the faster."),
+        (
+            "branches, one set off against the other",
+            BY_BRANCH,
+            "by branch (ranks 0 and 1): division is branches.",
+        ),
     ],
 )
 def test_a_run_is_divided_as_the_report_foretells(limits, name, groups, said):
     """Ranks gather sharded weights in step, which a wrapper that leaves blocks out for one branch would break."""
     found = limits["divisions"][name]
     assert found["groups"] == groups and f"Taken is {said}" in found["report"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "one set off against the other",
+        "attention",
+        "attention under sparse",
+        "a replaced part",
+        "a patch",
+        "whole weights, wrapped, auto",
+    ],
+)
+def test_auto_keeps_branches_together_where_another_node_may_look_at_both(limits, name):
+    """Guidance such as NAG acts where both are in the batch; parted, it would do nothing."""
+    found, why = limits["divisions"][name], "another node acts inside the model and may need both branches at once"
+    assert found["groups"] == BY_SEQUENCE and f"Taken is by sequence: {why}." in found["report"]
+    assert f"by sequence ({why})" in found["log"]
 
 
 def test_a_batch_that_cannot_be_cut_stays_together(limits):
@@ -573,6 +634,32 @@ def test_a_cache_between_sampler_and_model_is_refused(limits):
 @pytest.mark.parametrize("name", ["a LoRA behind", "sparse attention behind", "EasyCache, behind"])
 def test_a_patch_behind_the_node_is_refused(limits, name):
     assert "where the workers cannot see it. Place EVDiTSequenceParallel last" in limits[name]
+
+
+def test_each_run_has_a_name_of_its_own(limits):
+    assert limits["names of two runs"] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("way", ["scaling", "replacing", "bypassing", "weighing", "computing"])
+def test_nothing_behind_the_node_is_lost(limits, way):
+    """Nor where the same node stands before as well, with another setting: the names are then the same."""
+    found = limits["by every way"][way]
+    said = "where the workers cannot see it. Place EVDiTSequenceParallel last"
+    assert said in found["behind"] and said in found["behind another setting"]
+    assert found["before"] == found["before, copied behind"] == ""
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_comfyui_makes_room_for_the_weights_of_the_worker_on_its_gpu(limits, weights):
+    """Once: they are there until the workers are offloaded, or others start."""
+    found, size = limits["room on ComfyUI's GPU"][weights], limits["forecast"][weights]
+    assert size > 2**20
+    for when in ("before the first run", "offloaded", "other workers"):
+        assert found[when] - found["behind it"] >= size
+
+
+def test_comfyui_makes_no_room_where_no_worker_is(limits):
+    assert limits["room where no worker is"] < 100
 
 
 def test_the_forecast_says_nothing_of_a_run(limits):

@@ -251,6 +251,12 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
+def text_length(mask: Tensor) -> int:
+    """How many tokens of the text a mask (B, L) leaves, up to the last word of all rows; one where there is no word."""
+    words = mask.any(0).nonzero()
+    return int(words.max()) + 1 if len(words) else 1
+
+
 def _drop_padding(context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Cut padding that all rows share; what is left unequal becomes an additive mask (B, 1, 1, L)."""
     if mask is None:
@@ -260,9 +266,8 @@ def _drop_padding(context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor 
             f"The text mask covers {mask.shape[1]} tokens, expected {context.shape[1]} as the text has. "
             "Text and mask must come from the same encoding."
         )
-    used = mask.bool()
-    longest = int(used.any(0).nonzero().max()) + 1 if used.any() else 1
-    context, used = context[:, :longest], used[:, :longest]
+    longest = text_length(mask)
+    context, used = context[:, :longest], mask[:, :longest].bool()
     if used.all():
         return context, None
     bias = torch.zeros(used.shape, dtype=context.dtype, device=context.device).masked_fill(~used, -10000.0)

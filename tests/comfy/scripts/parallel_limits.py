@@ -6,8 +6,10 @@ import json
 from host import call, load_pack, log_lines, sample, torch  # isort: skip
 import sys  # isort: skip
 
+import comfy.model_management as mm  # isort: skip
 import comfy.model_patcher  # isort: skip
 import comfy.samplers  # isort: skip
+from comfy.patcher_extension import PatcherInjection  # isort: skip
 from comfy_extras.nodes_easycache import EasyCacheNode  # isort: skip
 from comfy_extras import nodes_custom_sampler  # isort: skip
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT  # isort: skip
@@ -18,6 +20,9 @@ pack = load_pack()
 (bridge,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.parallel"))
 (branches,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.branches"))
 (unpack,) = (m.unpack for name, m in sys.modules.items() if name.endswith("comfy_bridge.packing"))
+(memory,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.parallel_memory"))
+(sharding,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.sharding"))
+(forecast,) = (m.WeightForecast for name, m in sys.modules.items() if name.endswith("comfy_bridge.sharded_weights"))
 (TilePlan,) = (m.TilePlan for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
 (model,) = call(pack["EVDiTModelLoader"], model_name="tiny (built in)", weight_dtype="default")
 (sigmas,) = call(pack["EVDiTConsistencySigmas"], model=model, segments=2, steps=2)
@@ -38,7 +43,7 @@ class HereInstead:
             "peer_access": None,
             "device": "cpu",
         }
-        self.tests, self.divisions = [test, test], []
+        self.tests, self.divisions, self.runs, self.pool = [test, test], [], [], object()
 
     def ready(self, launch, poll):
         if self.fault:
@@ -46,11 +51,15 @@ class HereInstead:
 
     def step(self, launch, message, tensors, poll):
         self.divisions.append(message["division"]["groups"])
+        self.runs.append(message.get("run"))
         given = unpack(message["inputs"], tensors, torch.device("cpu"))
         options = comfy.model_patcher.create_model_options_clone(self.source.model_options)["transformer_options"]
         options.update(given.pop("options"))
         out = self.source.model.apply_model(given.pop("x"), given.pop("t"), transformer_options=options, **given)
         return [{"bytes": 0, "schemes": {}}] * 2, {"out": out}
+
+    def offload(self):
+        return True
 
 
 def shared(source, **choices):
@@ -139,6 +148,57 @@ def attending(source):
     return patched
 
 
+def scaling(source, scale=1.0):
+    """Attention by a node that is set to ``scale``: its function has the same name at each setting."""
+    patched = source.clone()
+    patched.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *args, **kwargs: (
+        func(*args, **kwargs) * scale
+    )
+    return patched
+
+
+def replacing(source, scale=1.0):
+    """An object patch of a block's part, in the same way."""
+    patched, part = source.clone(), source.model.diffusion_model.transformer_blocks[0].ff
+    forward = type(part).forward
+    patched.add_object_patch(
+        "diffusion_model.transformer_blocks.0.ff.forward",
+        lambda *args, **kwargs: forward(part, *args, **kwargs) * scale,
+    )
+    return patched
+
+
+def bypassing(source, scale=1.0):
+    """A LoRA beside the weights, as ComfyUI's bypass loaders inject it."""
+    patched, part = source.clone(), source.model.diffusion_model.transformer_blocks[0].ff
+    forward = part.forward
+
+    def inject(_):
+        part.forward = lambda *args, **kwargs: forward(*args, **kwargs) * scale
+
+    def eject(_):
+        part.forward = forward
+
+    patched.set_injections("bypass_lora", [PatcherInjection(inject=inject, eject=eject)])
+    return patched
+
+
+def weighing(source, scale=1.0):
+    """A function over a weight."""
+    patched = source.clone()
+    patched.add_weight_wrapper(
+        "diffusion_model.transformer_blocks.0.attn1.to_q.weight", lambda weight, **_: weight * scale
+    )
+    return patched
+
+
+def computing(source, scale=1.0):
+    """Another precision, as Model Compute Dtype sets it."""
+    patched = source.clone()
+    patched.set_model_compute_dtype(torch.float32 if scale == 1.0 else torch.bfloat16)
+    return patched
+
+
 def streaming(source):
     """A MODEL whose weights ComfyUI streams, which it does on NVIDIA."""
     patched = source.clone()
@@ -195,6 +255,15 @@ facts = {
     "EasyCache, before": refusal(lambda: shared(cached(model))),
     "EasyCache, behind": refusal(lambda: run(cached(shared(model)))),
 }
+facts["by every way"] = {
+    act.__name__: {
+        "behind": refusal(lambda act=act: run(act(shared(model), 0.5))),
+        "behind another setting": refusal(lambda act=act: run(act(shared(act(model)), 0.5))),
+        "before": refusal(lambda act=act: run(shared(act(model)))),
+        "before, copied behind": refusal(lambda act=act: run(shared(act(model)).clone())),
+    }
+    for act in (scaling, replacing, bypassing, weighing, computing)
+}
 
 
 def of_two_models(first, second):
@@ -229,12 +298,28 @@ def wrapped(source):
     return patched
 
 
+def setting_off(source):
+    """A hook that sets a prompt's branch off against the other, as NAG does, and acts where both are in the batch."""
+    patched = source.clone()
+
+    def hook(args, extra):
+        out, branches = extra["original_block"](args), args["transformer_options"]["cond_or_uncond"]
+        if sorted(branches) != [0, 1]:
+            return out
+        parts = dict(zip(branches, out["img"].chunk(2), strict=True))
+        parts[0] = 2.0 * parts[0] - parts[1]
+        return {**out, "img": torch.cat([parts[branch] for branch in branches])}
+
+    patched.set_model_patch_replace(hook, "dit", "double_block", 1)
+    return patched
+
+
 def divided(source, **choices):
-    """The groups of a run with guidance, and the line of the report that foretells them."""
+    """The groups of a run with guidance, the line of the report that foretells them, and the log's last."""
     session = HereInstead(source)
     run(shared(source, session=session, **choices), cfg=2.0)
     line = next(line for line in report.splitlines() if line.startswith("CFG above 1"))
-    return {"groups": sorted({str(groups) for groups in session.divisions}), "report": line}
+    return {"groups": sorted({str(groups) for groups in session.divisions}), "report": line, "log": lines[-1]}
 
 
 facts["divisions"] = {
@@ -242,8 +327,65 @@ facts["divisions"] = {
     "sequence": divided(model, division="sequence"),
     "sharded weights": divided(model, weights="sharded"),
     "sharded weights, wrapped": divided(wrapped(model), weights="sharded"),
-    "whole weights, wrapped": divided(wrapped(model)),
+    "whole weights, wrapped": divided(wrapped(model), division="branches"),
+    "whole weights, wrapped, auto": divided(wrapped(model)),
+    "sparse": divided(sparse(model)),
+    "a LoRA": divided(with_lora(model)),
+    "branches, one set off against the other": divided(setting_off(model), division="branches"),
+    "one set off against the other": divided(setting_off(model)),
+    "attention": divided(attending(model)),
+    "attention under sparse": divided(sparse(attending(model))),
+    "a replaced part": divided(replacing(model)),
+    "a patch": divided(hooked(model)),
 }
+
+
+class Asked(Exception):
+    """What ComfyUI wants to be free on its GPU; the run ends there."""
+
+
+def ask(size, *_, **__):
+    raise Asked(size)
+
+
+def wanted(made):
+    """The bytes that ComfyUI frees on its GPU before a run of a shared out MODEL."""
+    (watch,) = made.get_nested_additional_models()
+    here, free = watch.load_device, mm.free_memory
+    watch.load_device, mm.free_memory = torch.device("cuda:0"), ask
+    watch.model.device = watch.load_device  # as behind the first loading
+    mm.current_loaded_models.clear()  # which keep their devices
+    try:
+        run(made)
+    except Asked as asked:
+        return float(asked.args[0])
+    finally:
+        watch.load_device, mm.free_memory, watch.model.device = here, free, here
+
+
+made = shared(model)
+run(made)
+first = set(bridge.SESSION.runs)
+run(made)
+every = set(bridge.SESSION.runs)
+facts["names of two runs"] = [len(first), len(every - first), len(every)]
+facts["room on ComfyUI's GPU"] = {}
+for held in ("whole", "sharded"):
+    made = shared(model, weights=held)
+    seen = {"before the first run": wanted(made)}
+    run(made)
+    seen["behind it"] = wanted(made)
+    memory.offload(bridge.SESSION)
+    seen["offloaded"] = wanted(made)
+    run(made)
+    bridge.SESSION.pool = object()
+    seen["other workers"] = wanted(made)
+    facts["room on ComfyUI's GPU"][held] = seen
+about = forecast.where_possible(model, sharding.find_shardable(model)[1], 2)
+facts["forecast"] = {"whole": about.whole, "sharded": about.sharded}
+mm.get_torch_device, there = lambda: torch.device("cuda:7"), mm.get_torch_device
+facts["room where no worker is"] = shared(model).get_nested_additional_models()[0].model_size()
+mm.get_torch_device = there
 x = torch.zeros(4, 16, 2, 4, 4)
 facts["why whole"] = {
     words: branches.why_whole({"x": x, "c_crossattn": None, **inputs}, count)

@@ -12,6 +12,7 @@ pack = load_pack()
 (model,) = call(pack["EVDiTModelLoader"], model_name="tiny (built in)", weight_dtype="default")
 noise = torch.randn(1, 4, 8, 8, 8)
 text, mask = torch.randn(1, 9, 64), torch.ones(1, 9, dtype=torch.long)
+no_words = torch.zeros_like(mask)
 (sigmas,) = call(pack["EVDiTConsistencySigmas"], model=model, segments=4, steps=4)
 euler = comfy.samplers.sampler_object("euler")
 
@@ -22,7 +23,7 @@ def patched(k, source=model, **changes):
     return call(pack["EVDiTSparseAttention"], model=source, plan=plan, **choices)[0]
 
 
-def run(chosen, sampler=euler):
+def run(chosen, sampler=euler, mask=mask):
     return sample(chosen, sampler, sigmas, noise, text, mask)
 
 
@@ -44,6 +45,7 @@ facts = {
     "source after all": difference(run(model), dense),
     "source weights same": all(torch.equal(v, weights_before[k]) for k, v in model.model.state_dict().items()),
     "source options same": repr(model.model_options) == repr(options_before),
+    "no words, all frames equal dense": difference(run(patched(8), mask=no_words), run(model, mask=no_words)),
     "shifts across 4 steps": float((dense - noise).abs().max()),
 }
 
