@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .dense_call import DenseCall, function_name
 from .padding import as_heads, fill_in
+from .sdpa import CROSS_KEY
 from .state import FORWARD_KEY, ForwardState, Override
 
 
@@ -54,8 +55,8 @@ class AttentionCall:
 
     @property
     def crosses(self) -> bool:
-        """Whether the keys are of another shape than the queries."""
-        return self.query.shape != _peek(self.k).shape
+        """Whether the model says so, or the keys are of another shape than the queries."""
+        return CROSS_KEY in self.options or self.query.shape != _peek(self.k).shape
 
     def dense(self, by: DenseCall | None = None) -> Tensor:
         """As it was asked for, or ``by`` another attention."""

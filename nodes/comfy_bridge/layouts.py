@@ -58,10 +58,8 @@ def _tokens(latents: Tensor | None, patch: Sequence[int]) -> int:
 
 
 def open_sora_plan(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
-    """The text is cut behind its last real token."""
-    mask = conds.get("attention_mask")
-    length = _length(text) if mask is None else int(mask.any(0).nonzero().max()) + 1
-    return Tokens(TokenLayout(patch_grid(size, model.patch_size)), (length,))
+    """The video alone. The model says itself which calls cross to the text, so that its length need not tell."""
+    return Tokens(TokenLayout(patch_grid(size, model.patch_size)))
 
 
 def wan(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...attention.sdpa import sdpa_attention
+from ...attention.sdpa import CROSS_KEY, sdpa_attention
 from .config import DiTConfig
 from .rope import apply_rope, rope_table
 
@@ -95,7 +95,8 @@ class AttentionLayer(nn.Module):
         q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
         if rope is not None:
             q, k = (apply_rope(t.unflatten(-1, (self.heads, -1)), rope).flatten(-2) for t in (q, k))
-        out = self.attention(q, k, v, self.heads, mask=mask, transformer_options=transformer_options)
+        options = transformer_options if context is None else {**transformer_options, CROSS_KEY: True}
+        out = self.attention(q, k, v, self.heads, mask=mask, transformer_options=options)
         return self.to_out[0](out)
 
 
