@@ -177,7 +177,7 @@ class Pipeline:
         shape.check_memory(preparation)
         context, mask = self._encode(request, template)
         with self._working(self.transformer):
-            network = self._guided_network(request, context, mask, shape.attention_options(mask, preparation))
+            network = self._guided_network(request, context, mask, shape.attention_options(preparation))
             z = self._sample(request, network, progress)
         if not bool(z.isfinite().all()):
             raise ValueError(

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .attention.call_shape import CallShape
 from .attention.layout import TokenLayout
@@ -70,19 +69,14 @@ class RunShape:
         to_come = sum(p.nbytes for p in self.transformer.parameters() if p.device.type != self.device.type)
         return preparation.residual_room(self.state(), self.calls, beside=self.block_bytes + to_come)
 
-    def attention_options(self, mask: Tensor, preparation: Preparation | None) -> Callable[[], dict[str, Any]]:
-        """Makes the transformer_options of one forward pass, which is a step. ``mask``: (B, L) of the texts."""
+    def attention_options(self, preparation: Preparation | None) -> Callable[[], dict[str, Any]]:
+        """Makes the transformer_options of one forward pass, which is a step."""
         if preparation is None:
             return dict
         override, counted = attention_override(preparation), itertools.count()
-        # Cross-attention is told from self-attention by its length; where the lengths are the same, nothing tells them
-        # apart.
-        longest = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1
-        told_apart = longest != self.layout.tokens
 
         def options() -> dict[str, Any]:
             state = self.state(next(counted))
-            state.active, state.reason = told_apart, "text as long as the video"
             preparation.keep_residual(state, self.calls)
             return {OVERRIDE_KEY: override, FORWARD_KEY: state}
 

@@ -255,11 +255,13 @@ _MOST_KEPT = 1024
 def _averaged(pattern: TilePattern, frames: int) -> MeanFrames:
     """By frame, the unseen frames of each stretch of time, for a pattern of fewer reference frames than ``frames``."""
     key = (pattern, frames)
-    if key not in _AVERAGED:
+    averaged = _AVERAGED.get(key)
+    if averaged is None:
         if len(_AVERAGED) >= _MOST_KEPT:
             _AVERAGED.clear()
         others, length = pattern._others(frames), pattern._stretch(frames)
         stretches = [[g for g in others if g // length == i] for i in range(-(-frames // length))]
         unseen = {f: [tuple(g for g in s if abs(g - f) > pattern.window) for s in stretches] for f in others}
-        _AVERAGED[key] = {f: tuple(mean for mean in means if mean) for f, means in unseen.items()}
-    return _AVERAGED[key]
+        averaged = {f: tuple(mean for mean in means if mean) for f, means in unseen.items()}
+        _AVERAGED[key] = averaged
+    return averaged

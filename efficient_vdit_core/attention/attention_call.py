@@ -9,8 +9,10 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
+from .call_shape import CallShape
 from .dense_call import DenseCall, function_name
 from .padding import as_heads, fill_in
+from .sdpa import CROSS_KEY
 from .state import FORWARD_KEY, ForwardState, Override
 
 
@@ -54,18 +56,19 @@ class AttentionCall:
 
     @property
     def crosses(self) -> bool:
-        """Whether the keys are of another shape than the queries."""
-        return self.query.shape != _peek(self.k).shape
+        """Whether the model says so, or the keys are of another shape than the queries."""
+        return CROSS_KEY in self.options or self.query.shape != _peek(self.k).shape
 
     def dense(self, by: DenseCall | None = None) -> Tensor:
         """As it was asked for, or ``by`` another attention."""
         form = {"skip_reshape": self.skip_reshape, "skip_output_reshape": self.skip_output_reshape}
         return (by or self.asked).call(self.q, self.k, self.v, self.heads, self.mask, **form)
 
-    def queries(self, padding: range) -> Tensor:
-        """A view with the shape, strides, dtype and device of the queries (B, H, N, D) without padding."""
-        shaped = as_heads(self.query, self.heads, self.skip_reshape)
-        return shaped[:, :, : shaped.shape[2] - len(padding)]
+    @property
+    def shape(self) -> CallShape:
+        """What backends are chosen by."""
+        q, k, v = (as_heads(_peek(x), self.heads, self.skip_reshape) for x in (self.q, self.k, self.v))
+        return CallShape.of(q, k, v)
 
     def take(self, padding: range = range(0)) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as (B, H, N, D) without padding, out of their containers. Nothing else can be asked of the call then but

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .autocast import autocast_dtype
+
 
 @dataclass(frozen=True)
 class CallShape:
@@ -24,9 +26,9 @@ class CallShape:
 
     @classmethod
     def of(cls, q: Tensor, *others: Tensor) -> CallShape:
-        """The shape of calls with queries like q (B, H, N, D), and keys and values like ``others``."""
+        """The shape of calls with queries like q (B, H, N, D), and keys and values like ``others``, as autocast has them."""
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *others))
-        return cls(q.shape[0], q.shape[1], q.shape[3], q.dtype, q.device, gradients)
+        return cls(q.shape[0], q.shape[1], q.shape[3], autocast_dtype(q), q.device, gradients)
 
     def tensors(self, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random q, k, v (batch, heads, tokens, head_dim) of this kind; the same each time, and the device's own random

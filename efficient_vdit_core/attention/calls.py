@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..head_patterns import LayerPattern, by_head
 from ..tiles import TilePattern
 
-MANY_PATTERNS = ("triton", "flex")  # backends that take heads of different patterns in one call
+MANY_PATTERNS = ("dense", "triton", "flex")  # what takes heads of different patterns in one call
 
 
 @dataclass(frozen=True)

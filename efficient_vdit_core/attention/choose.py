@@ -1,6 +1,7 @@
 """Which backend is fastest here: measured once for each device, dtype and class of shapes, and kept on disk.
 
-The choice is a property of the machine, so the file is thrown away when torch, triton, the driver or the pack change.
+The choice is a property of the machine, so the file is thrown away when torch, triton, the driver, a package that dense
+attention may run by, or the pack change.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ from .trial import Attend, Choice, trial
 log = logging.getLogger("efficient_vdit")
 
 _TRIALS = 2  # what kind of trials they are: choices of another kind are made anew
+# Whose attention a run may be measured beside, and what compiles ours.
+_PACKAGES = (
+    "triton", "triton-windows", "sageattention", "sageattn3", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers",
+    "comfy-kitchen",
+)  # fmt: skip
 
 
 class ChoiceBook:
@@ -97,20 +103,25 @@ def _driver_version() -> int:
 
 
 def _versions() -> dict[str, str]:
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
     driver = "none"
     if torch.cuda.is_available():
         driver = f"{torch.version.cuda or torch.version.hip}, {_driver_version()}"
+    installed = {package: _version(package) for package in _PACKAGES}
     return {
         "pack": __version__,
         "trials": str(_TRIALS),
         "torch": torch.__version__,
-        "triton": triton,
         "driver": driver,
+        **{package: found for package, found in installed.items() if found},
     }
+
+
+def _version(package: str) -> str:
+    """Empty where the package is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _read(file: Path) -> dict[str, Choice]:

@@ -12,6 +12,7 @@ from .state import FileAttention, Override
 
 # ComfyUI's own way to another attention function for one model; other overrides may do more than call it.
 _CHOSEN = "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override"
+_LOW_PRECISION = "low_precision_attention"  # a keyword of ComfyUI's attention functions
 
 
 def function_name(function: Override) -> str:
@@ -41,7 +42,17 @@ class DenseCall:
     def name(self) -> str:
         """Tells one dense attention from another where backends are measured against it."""
         own = getattr(self.func, "__name__", type(self.func).__name__)
-        return f"{self.previous_name or function_name(self.previous)} over {own}" if self.previous else own
+        name = f"{self.previous_name or function_name(self.previous)} over {own}" if self.previous else own
+        return f"{name} in full precision" if self.precise else name
+
+    @property
+    def precise(self) -> bool:
+        """Whether the call forbids ComfyUI's functions to compute in lower precision than its tensors'."""
+        return self.kwargs.get(_LOW_PRECISION, True) is False
+
+    def at(self, precise: bool) -> DenseCall:
+        """The same attention for calls that ask for full precision, or for those that do not."""
+        return self if precise == self.precise else replace(self, kwargs={**self.kwargs, _LOW_PRECISION: not precise})
 
     @property
     def function(self) -> Override | None:

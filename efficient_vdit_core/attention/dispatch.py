@@ -24,7 +24,7 @@ from .gpu import arrow_kernels_status, is_recording
 from .layout import TokenLayout, check_tensors, result_like, spans_of
 from .mean_frames import make_tables
 from .merge import prepare_merge
-from .partial import PartialAttention, attend_backward, attend_lse, partial_of
+from .partial import PartialAttention, attend_backward, attend_lse, computes_precisely, partial_of
 from .parts import attend_parts
 from .spans import put, take
 from .trial import Attend, Choice
@@ -143,6 +143,14 @@ def simplest_backend(pattern: TilePattern) -> str:
     return "parts" if pattern.means else "frames"
 
 
+def unmeasured_backend(shape: CallShape, pattern: TilePattern, dense: Dense | None = None) -> str:
+    """What computes calls of this shape where no trial could be made: the simplest backend, and in training ``parts`` where
+    it runs, as ``frames`` keeps copies for the way back."""
+    dense = dense or F.scaled_dot_product_attention
+    trains = shape.gradients and _statuses(shape.device)["parts"].available and fits("parts", shape, dense)
+    return "parts" if trains else simplest_backend(pattern)
+
+
 def name_of(dense: Dense | None) -> str:
     """What tells a dense attention from others where backends are measured beside it; None is PyTorch's."""
     if dense is None or dense is F.scaled_dot_product_attention:
@@ -186,13 +194,10 @@ def measured_choice(
     """
     if pattern.is_full(layout.grid.t):
         return Choice("dense", {})
-    simplest = simplest_backend(pattern)
     traced = torch.compiler.is_compiling() or is_recording(shape.device)
     if layout.tokens < FEWEST_MEASURED_TOKENS or traced:
-        return Choice(simplest, {})
-    candidates = backend_candidates(shape, dense, pattern)
-    # ``frames`` keeps copies for the way back.
-    otherwise = "parts" if shape.gradients and "parts" in candidates else simplest
+        return Choice(simplest_backend(pattern), {})
+    candidates, otherwise = backend_candidates(shape, dense, pattern), unmeasured_backend(shape, pattern, dense)
     return default_book().choose(candidates, shape, layout, pattern, name_of(dense), otherwise)
 
 
@@ -240,7 +245,11 @@ def partial_for(dense: Dense, shape: CallShape) -> PartialAttention | None:
     """What ``parts`` makes its calls with in place of ``dense``, for calls of this shape; None where nothing tells the
     log-sum-exp of what ``dense`` computes. It is tried once and kept."""
     function = getattr(dense, "function", dense)
-    return None if function is None else partial_of(function, shape.device, shape.dtype, shape.head_dim)
+    if function is None:
+        return None
+    if getattr(dense, "precise", False) and computes_precisely(function):
+        function = F.scaled_dot_product_attention
+    return partial_of(function, shape.device, shape.dtype, shape.head_dim)
 
 
 def partial_for_means(dense: Dense, shape: CallShape) -> PartialAttention:

@@ -271,6 +271,12 @@ def _heads(
         return torch.tensor(of_head, device=device), owners, windows
 
 
+def forget_masks() -> None:
+    """Frees what masks keep on the device; each is made again where it is needed."""
+    block_mask.cache_clear()
+    _heads.cache_clear()
+
+
 def token_owners(layout: TokenLayout, pattern: TilePattern) -> Tensor:
     """(N,) int32: each token's frame; -1 for those that see all and are seen by all (prefix, suffix, reference
     frames)."""

@@ -76,11 +76,12 @@ def make_tables(pattern: TilePattern, layout: TokenLayout, device: torch.device,
 def _tables(pattern: TilePattern, frames: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """By place: each frame's weights (places, T, T), rows that sum to 1, and the logarithms of its counts (places, T)."""
     key = (pattern, frames, device, dtype)
-    if key not in _TABLES:
+    tables = _TABLES.get(key)
+    if tables is None:
         if len(_TABLES) >= _MOST_KEPT:
             _TABLES.clear()
-        _TABLES[key] = _made_tables(*key)
-    return _TABLES[key]
+        tables = _TABLES[key] = _made_tables(*key)
+    return tables
 
 
 def _made_tables(pattern: TilePattern, frames: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ def _over_the_video(preparation: Preparation, call: AttentionCall, state: Forwar
     layout, pattern = without_padding(whole, padding), work.pattern.of_heads(state.first_head, call.heads)
     backends: dict[TilePattern, str] = {}
     if not reason:
-        backends = preparation.backends_of(state, call.queries(padding), layout, pattern, dense)
+        backends = preparation.backends_of(state, call.shape, layout, pattern, dense)
         own_scale = dense.kwargs.get("scale") is not None
         if own_scale:  # only dense calls hand it on
             backends = {p: "dense" if p.is_full(layout.grid.t) or p.means else "frames" for p in backends}

@@ -290,6 +290,11 @@ _CALLS_TORCH = ((_COMFYUI, "attention_pytorch"), (attention_sdpa.__module__, att
 _TRIED: dict[tuple[str, torch.device, torch.dtype, int], PartialAttention | None] = {}
 
 
+def computes_precisely(function: Callable[..., Tensor]) -> bool:
+    """Whether this is ComfyUI's function for SageAttention, which calls PyTorch's where full precision is asked for."""
+    return (getattr(function, "__module__", ""), getattr(function, "__name__", "")) == (_COMFYUI, "attention_sage")
+
+
 def partial_of(
     function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, dim: int
 ) -> PartialAttention | None:

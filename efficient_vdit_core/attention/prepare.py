@@ -11,15 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from ..head_patterns import LayerPattern
 from ..plan import TilePlan
 from ..tiles import TilePattern
 from .call_shape import CallShape
 from .calls import calls_of
 from .dense_call import DenseCall
-from .dispatch import check_means, group_shapes, make_ready, measured_choice, partial_for, simplest_backend
+from .dispatch import check_means, group_shapes, make_ready, measured_choice, partial_for, unmeasured_backend
+from .flex import forget_masks
 from .layout import TokenLayout
 from .padding import without_padding
 from .reasons import why_not_worth_it
@@ -93,8 +92,9 @@ class Preparation:
         self.lock = threading.Lock()
         self.work: dict[Any, LayerWork] = {}
         self.backends: dict[Any, str] = {}
-        # Calls that no forward was prepared for: their shapes, and from which of the layer's heads on they are.
-        self.unforeseen: set[tuple[CallShape, int]] = set()
+        # Calls that no forward was prepared for: their shapes, from which of the layer's heads on they are, and whether they
+        # ask for full precision.
+        self.unforeseen: set[tuple[CallShape, int, bool]] = set()
 
     def before_forward(self, state: ForwardState, shape: CallShape, dense_of: Callable[[int], DenseCall]) -> None:
         """Settles the forward of ``state``: each layer's work and, for its calls, the backends.
@@ -112,7 +112,7 @@ class Preparation:
         self, state: ForwardState, layout: TokenLayout, shape: CallShape, dense_of: Callable[[int], DenseCall]
     ) -> None:
         with self.lock:
-            wanted = {(shape, 0), *self.unforeseen}
+            wanted = {(shape, 0, False), *self.unforeseen}
         layouts = {layout, without_padding(layout, state.padding)}
         slow = set[int]()
         for layer in range(state.depth or 0):
@@ -122,9 +122,11 @@ class Preparation:
             dense = dense_of(layer)
             backends = {
                 backend
-                for shape, first_head in wanted
+                for shape, first_head, precise in wanted
                 for found in layouts
-                for backend in self.settle(shape, found, work.pattern.of_heads(first_head, shape.heads), dense).values()
+                for backend in self.settle(
+                    shape, found, work.pattern.of_heads(first_head, shape.heads), dense.at(precise)
+                ).values()
             }
             if backends == {"dense"}:
                 slow.add(layer)
@@ -175,12 +177,14 @@ class Preparation:
             return BEYOND
         step = state.step if self.placement == "rotating" else 0
         key = (state.layout, layer, state.depth or total, step)
-        if key not in self.work:
+        work = self.work.get(key)
+        if work is None:
+            work = self._work(state.layout, layer, state.depth or total, step)
             with self.lock:
                 if len(self.work) >= MOST_REMEMBERED:
                     self.work.clear()
-                self.work[key] = self._work(state.layout, layer, state.depth or total, step)
-        return self.work[key]
+                self.work[key] = work
+        return work
 
     def _work(self, layout: TokenLayout, layer: int, depth: int | None, step: int) -> LayerWork:
         pattern, notes = pattern_for_frames(self.plan, layer, depth, layout.grid.t)
@@ -231,8 +235,8 @@ class Preparation:
         return chosen
 
     def _fastest(self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall) -> str:
-        """The backend that a trial finds fastest; the simplest where another node's attention fails in one, which asks it before
-        the model runs."""
+        """The backend that a trial finds fastest; that of no trial where another node's attention fails in one, which asks it
+        before the model runs."""
         try:
             choice = measured_choice(shape, layout, pattern, dense=dense)
         except Exception as error:
@@ -240,28 +244,31 @@ class Preparation:
                 raise
             why = f"{dense.name} cannot be timed before the model runs ({type(error).__name__}: {error})"
             self.report.warn("trial", f"{why}: no backend is measured beside it.")
-            return simplest_backend(pattern)
+            return unmeasured_backend(shape, pattern, dense)
         if choice.milliseconds:
             self.report.add_trial(pattern.name(layout.grid.t), choice.times())
         return choice.backend if self.decline_slow else choice.sparse()
 
     def backends_of(
-        self, state: ForwardState, q: Tensor, layout: TokenLayout, pattern: LayerPattern, dense: DenseCall
+        self, state: ForwardState, shape: CallShape, layout: TokenLayout, pattern: LayerPattern, dense: DenseCall
     ) -> dict[TilePattern, str]:
-        """The backend of each group of heads for a call with queries q (B, H, N, D).
+        """The backend of each group of heads for a call of this shape.
 
-        Where the forward was settled and this shape was not foreseen, the simplest backend computes it; the next forward is
+        Where the forward was settled and the call was not foreseen, what needs no trial computes it; the next forward is
         prepared for it.
         """
-        shape = CallShape.of(q)
         if not state.settled:
             return self.settle(shape, layout, pattern, dense)
-        found = {p: self.backends.get((s, layout, p, dense.name)) for p, s in group_shapes(shape, pattern).items()}
+        shapes = group_shapes(shape, pattern)
+        found = {p: self.backends.get((s, layout, p, dense.name)) for p, s in shapes.items()}
         if None in found.values():
             with self.lock:
                 if len(self.unforeseen) < MOST_UNFORESEEN:
-                    self.unforeseen.add((shape, state.first_head))
-        return {p: chosen or simplest_backend(p) for p, chosen in found.items()}
+                    self.unforeseen.add((shape, state.first_head, dense.precise))
+        return {p: chosen or self._unmeasured(shapes[p], p, dense) for p, chosen in found.items()}
+
+    def _unmeasured(self, shape: CallShape, pattern: TilePattern, dense: DenseCall) -> str:
+        return "frames" if self.backend == "frames" else unmeasured_backend(shape, pattern, dense)
 
     def forget(self) -> None:
         """Lets go of what a run left in memory. What was measured stays in the book on disk, and the next run is
@@ -269,6 +276,7 @@ class Preparation:
         with self.lock:
             self.work.clear()
             self.backends.clear()
+        forget_masks()
         if self.residual is not None:
             self.residual.clear()
 

@@ -10,6 +10,9 @@ from einops import rearrange
 from torch import Tensor
 
 OVERRIDE_KEY = "optimized_attention_override"
+# In transformer_options, set where a model says itself that a call crosses to the text: its length tells that only where it
+# is not the video's.
+CROSS_KEY = "evdit_crosses"
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:

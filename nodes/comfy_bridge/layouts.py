@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ...efficient_vdit_core.attention import TokenLayout
-from ...efficient_vdit_core.models.opensora_plan.transformer import text_length
 from ...efficient_vdit_core.tiles import TokenGrid
 
 Conds = Mapping[str, Any]
@@ -59,10 +58,8 @@ def _tokens(latents: Tensor | None, patch: Sequence[int]) -> int:
 
 
 def open_sora_plan(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:
-    """The text is cut behind its last real token."""
-    mask = conds.get("attention_mask")
-    length = _length(text) if mask is None else text_length(mask)
-    return Tokens(TokenLayout(patch_grid(size, model.patch_size)), (length,))
+    """The video alone. The model says itself which calls cross to the text, so that its length need not tell."""
+    return Tokens(TokenLayout(patch_grid(size, model.patch_size)))
 
 
 def wan(size: Sequence[int], model: Any, text: Tensor | None, conds: Conds) -> Tokens:

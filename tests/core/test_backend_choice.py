@@ -1,13 +1,14 @@
 import json
 import time
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_vdit_core.attention import TokenLayout, choose_backend, dispatch, tile_attention, trial
+from efficient_vdit_core.attention import TokenLayout, choose, choose_backend, dispatch, tile_attention, trial
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.choose import ChoiceBook, shape_class
 from efficient_vdit_core.attention.trial import Choice, trial_size
@@ -102,10 +103,43 @@ def test_another_shape_dense_function_or_version_is_measured_anew(tmp_path, capl
         f"{choice.backend} is fastest for cpu, float32" in caplog.text
         and f"(ms of a trial: {choice.times()})" in caplog.text
     )
-    kept = json.loads(book.file.read_text())
-    kept["versions"]["torch"] = "0.0"
-    book.file.write_text(json.dumps(kept))
-    assert not ChoiceBook(book.file).choices
+    assert ChoiceBook(book.file).choices
+
+
+INSTALLED = {"triton": "3.0", "sageattention": "2.0", "flash-attn": "2.8", "comfy-kitchen": "0.1"}
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "updated"),
+    [
+        (choose, "__version__", "9.9"),
+        (choose, "_TRIALS", 99),
+        (choose, "_driver_version", lambda: 13000),
+        (torch, "__version__", "9.9"),
+        (torch.version, "cuda", "99.0"),
+        *[(INSTALLED, package, "9.9") for package in INSTALLED],
+        (INSTALLED, "xformers", "0.1"),
+    ],
+)
+def test_choices_are_made_anew_where_anything_they_were_measured_with_is_another(
+    tmp_path, monkeypatch, where, name, updated
+):
+    def version(package):
+        if package not in INSTALLED:
+            raise PackageNotFoundError(package)
+        return INSTALLED[package]
+
+    monkeypatch.setattr(choose, "version", version)
+    monkeypatch.setattr(choose, "_driver_version", lambda: 12000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    file, kept = tmp_path / "attention.json", {"a shape": Choice("frames", {"frames": 1.0})}
+    choose._write(file, kept)
+    assert choose._read(file) == kept
+    if where is INSTALLED:
+        monkeypatch.setitem(where, name, updated)
+    else:
+        monkeypatch.setattr(where, name, updated)
+    assert choose._read(file) == {}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import cogvideox, wan_22
+from small_models import cogvideox, opensora_plan, wan_22
 from small_models import wan as small_wan
 
+from efficient_vdit_core.attention.override import make_attention_override
+from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.distill.config import ModelConfig
 from efficient_vdit_core.distill.data.prepare import _text_bank
 from efficient_vdit_core.distill.families.intercept import OVERRIDE, Intercepted
@@ -74,6 +76,25 @@ def test_plans_reach_wans_self_attention_alone(wan):
     assert not torch.allclose(other, sparse, atol=1e-4), "the second layer's pattern counts too"
     with pytest.raises(ValueError, match="layers"):
         sparse_options(wan, TilePlan.uniform(1, layers=3))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("length", [47, 48, 49])
+@pytest.mark.parametrize("family", [opensora_plan, small_wan])
+def test_text_as_long_as_the_video_is_not_taken_for_video(tmp_path, family, length, checkpointed):
+    """Nor where a block is computed again for its gradients."""
+    model = open_model(family(tmp_path))
+    module, z = model.load(), torch.randn(1, 4, 4, 6, 8)  # 4 frames of 3 x 4 tokens
+    if checkpointed:
+        model.checkpoint_blocks(module)
+    plan, report = TilePlan.uniform(1), AttentionReport()
+    options = model.options_with(make_attention_override(plan, report))(z)
+    text = torch.randn(1, length, 8), torch.ones(1, length, dtype=torch.long)
+    out = model.predict(module, z, torch.tensor([500.0]), text, options)
+    assert report.sparse == model.layers and report.dense == {"cross-attention": model.layers}
+    out.sum().backward()
+    times = 1 + checkpointed
+    assert report.sparse == times * model.layers and report.dense == {"cross-attention": times * model.layers}
 
 
 @pytest.mark.parametrize("plan", [None, TilePlan(patterns=(TilePattern(1), TilePattern(None)), family="wan")])

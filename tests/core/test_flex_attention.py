@@ -19,7 +19,10 @@ from efficient_vdit_core.attention.flex import (
     mask_of,
     token_owners,
 )
+from efficient_vdit_core.attention.prepare import Preparation
+from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.head_patterns import by_head
+from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 CPU = torch.device("cpu")
@@ -315,3 +318,12 @@ def test_a_cpu_is_refused_with_the_reason():
         with pytest.raises(ValueError, match="no backward, compiles for a minute and is no faster than frames. Choose"):
             attend(*tensors, layout, TilePattern(1))
     assert ("flex", False) in [(b.name, b.available) for b in available_backends("cpu")]
+
+
+@pytest.mark.parametrize("pattern", [TilePattern(1), by_head([TilePattern(1), TilePattern(2)])])
+def test_a_run_that_has_ended_keeps_no_masks_on_the_device(pattern):
+    layout = TokenLayout(TokenGrid(6, 2, 3))
+    flex.mask_of(layout, pattern, 2, torch.device("cpu"))
+    assert flex.block_mask.cache_info().currsize
+    Preparation(TilePlan.uniform(1), AttentionReport()).forget()
+    assert flex.block_mask.cache_info().currsize == 0 and flex._heads.cache_info().currsize == 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.attention import TokenLayout, flex, tile_attention
+from efficient_vdit_core.attention import prepare as prepare_file
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.calls import calls_of
 from efficient_vdit_core.attention.dense_call import DenseCall
@@ -15,6 +16,7 @@ from efficient_vdit_core.attention.prepare import Preparation
 from efficient_vdit_core.attention.report import AttentionReport
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.trial import Choice
 from efficient_vdit_core.head_patterns import HeadPatterns, by_head
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
@@ -136,7 +138,27 @@ def test_the_calls_that_groups_of_heads_take():
     assert calls(one="flex", two="flex") == {("flex", (0, 1, 2, 3, 4, 5)): pattern}
     assert calls(one="parts", two="parts") == {("parts", (0, 3)): one, ("dense", (1, 5)): full, ("parts", (2, 4)): two}
     assert calls(one="flex", two="frames") == {("flex", (0, 3)): one, ("dense", (1, 5)): full, ("frames", (2, 4)): two}
+    assert calls(one="dense", two="frames") == {
+        ("dense", (0, 1, 3, 5)): by_head([one, full, one, full]),
+        ("frames", (2, 4)): two,
+    }
+    assert calls(one="dense", two="dense") == {("dense", (0, 1, 2, 3, 4, 5)): pattern}
     assert [c.heads for c in calls_of(one, 3, {one: "triton"}, frames=4)] == [(0, 1, 2)]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_heads_that_stay_dense_are_one_call_whatever_their_patterns(oracle, sparse):
+    layout, seen = TokenLayout(TokenGrid(8, 2, 3), 2), []
+    order = [FULL, TilePattern(8), TilePattern(1 if sparse else 9), TilePattern(10)]
+    tensors = qkv(layout, heads=4)
+
+    def dense(q, k, v):
+        seen.append(q.shape[1])
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    out = tile_attention(*tensors, layout, by_head(order), dense=dense, backend="frames")
+    torch.testing.assert_close(out.double(), expected(oracle, tensors, layout, order), atol=1e-5, rtol=1e-5)
+    assert [heads for heads in seen if heads > 1] == [3 if sparse else 4]  # the sparse head's calls are its own
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -331,4 +353,20 @@ def test_a_layer_whose_heads_come_in_uneven_parts_is_prepared_for_them():
             ]
             want = tile_attention(*tensors, layout, by_head(HEADS))
             torch.testing.assert_close(torch.cat(parts, dim=1), want, atol=1e-5, rtol=1e-5)
-    assert sorted((part.heads, first) for part, first in preparation.unforeseen) == [(1, 4), (2, 0), (2, 2)]
+    assert sorted((part.heads, first) for part, first, _ in preparation.unforeseen) == [(1, 4), (2, 0), (2, 2)]
+
+
+def test_the_density_of_a_layer_counts_heads_that_were_measured_faster_dense_as_dense(monkeypatch):
+    layout, report = TokenLayout(TokenGrid(8, 2, 3), 2), AttentionReport()
+    order = [TilePattern(1), TilePattern(2), TilePattern(2), TilePattern(1)]
+
+    def measured(shape, layout, pattern, *, dense):
+        return Choice("dense" if pattern.k == 2 else "frames", {"dense": 1.0, "frames": 1.0})
+
+    monkeypatch.setattr(prepare_file, "measured_choice", measured)
+    plan = TilePlan(patterns=(by_head(order),), heads=4, frames=8)
+    override = make_attention_override(plan, report, decline_slow=True)
+    form = {"skip_reshape": True, "transformer_options": {FORWARD_KEY: ForwardState(layout, depth=1, heads=4)}}
+    override(sdpa_attention, *qkv(layout, heads=4), 4, **form)
+    assert report.sparse == 1
+    assert report.density_sum == pytest.approx((TilePattern(1).flop_density(layout.grid, 2) + 1.0) / 2)

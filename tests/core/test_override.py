@@ -1,18 +1,22 @@
 import copy
+import sys
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from einops import rearrange
 
-from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core import tiles as tiles_file
+from efficient_vdit_core.attention import TokenLayout, mean_frames
 from efficient_vdit_core.attention import override as override_file
 from efficient_vdit_core.attention import prepare as prepare_file
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall
-from efficient_vdit_core.attention.override import make_attention_override
+from efficient_vdit_core.attention.override import attention_override, make_attention_override
 from efficient_vdit_core.attention.report import AttentionReport
-from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
+from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, attention_sdpa, sdpa_attention
 from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.trial import Choice
 from efficient_vdit_core.plan import TilePlan
@@ -85,6 +89,13 @@ def test_whatever_is_not_ours_stays_dense_and_is_counted(reason, change, monkeyp
     out = call(override, (q, k, v), change.get("state", ForwardState(LAYOUT)), mask=change.get("mask"))
     assert torch.equal(out, sdpa_attention(q, k, v, HEADS, mask=change.get("mask")))
     assert dict(report.dense) == {reason: 1} and report.sparse == 0
+
+
+def test_four_frames_are_not_too_few():
+    report = AttentionReport()
+    override = make_attention_override(TilePlan.uniform(1), report, decline_slow=True)
+    call(override, flat(), ForwardState(TokenLayout(TokenGrid(4, 2, 3), suffix=6)))
+    assert report.sparse == 1 and not report.dense
 
 
 def test_layers_are_given_or_counted():
@@ -162,6 +173,73 @@ def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend):
     assert used == ["frames"] and report.sparse == 1
     assert measured == (["attention_sdpa"] if backend == "auto" else [])
     assert report.trials == ({"1:4": "dense 1.00, frames 2.00"} if backend == "auto" else {})
+
+
+@pytest.mark.parametrize("wanting", ["q", "k", "v", ""])
+def test_a_backend_is_chosen_by_what_the_call_is_computed_in(monkeypatch, wanting):
+    """Which under autocast is neither q's dtype nor v's, and by the gradient that any of them wants."""
+    shapes = []
+    monkeypatch.setattr(
+        prepare_file, "measured_choice", lambda shape, *_, **__: shapes.append(shape) or Choice("frames", {})
+    )
+    q, k, v = flat()
+    tensors = {"q": q, "k": k, "v": v.to(torch.bfloat16)}
+    for name in wanting:
+        tensors[name].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call(
+            make_attention_override(TilePlan.uniform(1), AttentionReport()), tensors.values(), ForwardState(LAYOUT)
+        )
+    assert [(s.batch, s.heads, s.head_dim, s.dtype, s.gradients) for s in shapes] == [
+        (2, HEADS, 16, torch.bfloat16, bool(wanting))
+    ]
+    assert out.dtype == torch.bfloat16 and out.requires_grad == bool(wanting)
+
+
+@pytest.mark.parametrize("backend", ["auto", "parts", "frames"])
+def test_a_training_step_that_was_not_foreseen_keeps_no_copies(monkeypatch, backend):
+    monkeypatch.setattr(prepare_file, "measured_choice", lambda *_, **__: Choice("frames", {}))
+    preparation = prepare_file.Preparation(TilePlan.uniform(2), AttentionReport(), backend=backend)
+    state, override = ForwardState(LAYOUT, depth=3, heads=HEADS), attention_override(preparation)
+    shape = CallShape(2, HEADS, 16, torch.float32, torch.device("cpu"))
+    preparation.before_forward(state, shape, lambda _: DenseCall(attention_sdpa, None, None, {}))
+    chosen = []
+    original = override_file.tile_attention
+    monkeypatch.setattr(
+        override_file, "tile_attention", lambda *a, **kw: chosen.extend(kw["backend"].values()) or original(*a, **kw)
+    )
+    q, k, v = flat()
+    call(override, (q, k, v), state)  # as it was foreseen
+    call(override, (q.requires_grad_(), k, v), state)
+    q, k, v = (x.detach().to(torch.bfloat16) for x in (q, k, v))
+    call(override, (q, k, v), state)  # not foreseen, and nothing comes back
+    foreseen = "parts" if backend == "parts" else "frames"
+    assert chosen == [foreseen, "frames" if backend == "frames" else "parts", "frames"]
+
+
+def test_threads_that_ask_for_a_layer_are_not_disturbed_by_one_that_forgets(monkeypatch):
+    preparation, state = prepare_file.Preparation(TilePlan.uniform(2), AttentionReport()), ForwardState(LAYOUT, depth=4)
+    mean, ended = TilePattern(1, means=1), threading.Event()
+
+    def forget():
+        while not ended.is_set():
+            preparation.forget()
+            tiles_file._AVERAGED.clear()
+            mean_frames._TABLES.clear()
+
+    before, thread = sys.getswitchinterval(), threading.Thread(target=forget)
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            assert preparation.layer(state, 1).density < 1
+            assert mean.mean_frames(5)
+            mean_frames.make_tables(mean, LAYOUT, torch.device("cpu"), torch.float32)
+    finally:
+        ended.set()
+        thread.join()
+        sys.setswitchinterval(before)
 
 
 def test_another_node_s_attention_that_fails_in_a_trial_does_not_end_the_run(monkeypatch, caplog):

@@ -17,10 +17,14 @@ from efficient_vdit_core.attention.dense_call import DenseCall
 from efficient_vdit_core.attention.dispatch import choose_backend, fits, partial_for
 from efficient_vdit_core.attention.frames import attend_frames
 from efficient_vdit_core.attention.merge import merge_into
+from efficient_vdit_core.attention.override import attention_override, make_attention_override
 from efficient_vdit_core.attention.partial import PartialAttention, kernels_for, partial_of, sdpa_partial
 from efficient_vdit_core.attention.parts import attend_parts
 from efficient_vdit_core.attention.prepare import Preparation
 from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.attention.sdpa import attention_sdpa
+from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.trial import Choice
 from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
@@ -76,6 +80,19 @@ def test_gradients(oracle, pattern, prefix, suffix):
         ours = torch.autograd.grad((parts(tensors, layout, pattern, bound) * weight).sum(), tensors)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_gradients_of_shared_keys_are_not_added_up_in_half_precision(oracle):
+    """Each frame's rows add to them: to what 64 frames have added, bfloat16 would add next to nothing."""
+    layout, pattern = TokenLayout(TokenGrid(64, 1, 2)), TilePattern(1)
+    tensors = [x.requires_grad_() for x in qkv(layout, 16, batch=1, dtype=torch.bfloat16)]
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    theirs = torch.autograd.grad(expected(oracle, exact, layout, pattern).sum(), exact)
+    ours = torch.autograd.grad(parts(tensors, layout, pattern, 1).float().sum(), tensors)
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        shared = slice(0, layout.grid.tokens_per_frame)
+        error = (a.double() - b)[:, :, shared].norm() / b[:, :, shared].norm()
+        assert error < 0.007, float(error)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
@@ -344,6 +361,53 @@ def test_the_packages_that_comfyui_calls_are_called_for_their_lse(oracle, stand_
     ):
         tile_attention(*tensors, layout, pattern, dense=dense, backend="parts")
     assert "its log-sum-exp is off by" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["frames", "parts", "auto"])
+def test_a_call_that_asks_for_full_precision_never_reaches_sageattention(oracle, stand_in, monkeypatch, backend):
+    """ComfyUI's function for it calls PyTorch's there; and such calls are told apart from the others where one of them was
+    prepared."""
+    low = []
+
+    def attention_sage(q, k, v, heads, low_precision_attention=True, **_):
+        low.append(low_precision_attention)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    attention_sage.__module__ = partial._COMFYUI
+    stand_in("sageattention", 1.0)
+    monkeypatch.setattr(sys.modules["sageattention"], "sageattn", lambda *_, **__: pytest.fail("SageAttention"))
+    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+    layout, tensors = TokenLayout(TokenGrid(6, 2, 3)), qkv(TokenLayout(TokenGrid(6, 2, 3)))
+    override = make_attention_override(TilePlan.uniform(1), AttentionReport(), backend=backend)
+    form = {
+        "skip_reshape": True,
+        "skip_output_reshape": True,
+        "transformer_options": {FORWARD_KEY: ForwardState(layout)},
+    }
+    out = override(attention_sage, *tensors, 2, low_precision_attention=False, **form)
+    want = expected(oracle, tensors, layout, TilePattern(1)).float()
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    assert not any(low) and (low or backend == "parts")
+
+
+def test_calls_that_ask_for_full_precision_are_prepared_and_measured_by_themselves(monkeypatch):
+    names = []
+    monkeypatch.setattr(
+        prepare_file, "measured_choice", lambda *_, dense: names.append(dense.name) or Choice("parts", {"parts": 1.0})
+    )
+    layout, shape = TokenLayout(TokenGrid(6, 2, 3)), CallShape(2, 2, 32, torch.float32, CPU)
+    preparation = Preparation(TilePlan.uniform(1), report := AttentionReport())
+    override, dense = attention_override(preparation), DenseCall(attention_sdpa, None, None, {})
+    for step in range(2):
+        state = ForwardState(layout, depth=1, heads=2, step=step)
+        preparation.before_forward(state, shape, lambda _: dense)
+        form = {"skip_reshape": True, "transformer_options": {FORWARD_KEY: state}}
+        override(attention_sdpa, *qkv(layout), 2, low_precision_attention=False, **form)
+    assert names == ["attention_sdpa", "attention_sdpa in full precision"]
+    assert dict(report.computed) == {
+        "attention_sdpa in full precision": 1,
+        "attention_sdpa in full precision in parts": 1,
+    }
 
 
 def test_only_what_runs_in_the_end_is_replaced():

@@ -1,12 +1,15 @@
 """Text to video with tiny random models: the plumbing against handwritten loops, and every refusal before the work."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from efficient_vdit_core import assets
+from efficient_vdit_core.attention import TokenLayout, tile_attention
 from efficient_vdit_core.devices import pick_device
 from efficient_vdit_core.distill.metadata import DistillMetadata
 from efficient_vdit_core.model_folder import find_model
@@ -18,6 +21,9 @@ from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
 from efficient_vdit_core.pipeline import Pipeline
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.request import VideoRequest
+from efficient_vdit_core.search import ProbeRecord, make_probe_override
+from efficient_vdit_core.search.probe import ATTENTION
+from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 CHANNELS = 16
@@ -179,15 +185,33 @@ def test_full_plan_equals_dense_and_a_sparse_one_differs(pipeline):
     assert full.report.sparse == 0
 
 
-def test_text_as_long_as_the_video_is_not_taken_for_video(pipeline):
-    make = lambda prompt, plan: pipeline.generate(prompt, steps=1, frames=9, guidance=1.0, plan=plan)  # noqa: E731
-    as_long = "x" * 17  # and the end token: 18, as many as 3 frames of 2 x 3 tokens
-    sparse = make(as_long, TilePlan.uniform(1))
-    assert np.array_equal(sparse.frames, make(as_long, None).frames)
-    assert sparse.report.sparse == 0 and sparse.report.dense["text as long as the video"] == 2 * 2, (
-        "both kinds of attention in two layers"
-    )
-    assert make(as_long + "x", TilePlan.uniform(1)).report.sparse == 2
+LENGTHS = pytest.mark.parametrize("letters", [16, 17, 18])  # and the end token: 18 are 3 frames of 2 x 3 tokens
+
+
+@LENGTHS
+def test_text_as_long_as_the_video_is_not_taken_for_video(pipeline, letters):
+    make = lambda plan: pipeline.generate("x" * letters, steps=1, frames=9, guidance=1.0, plan=plan)  # noqa: E731
+    sparse = make(TilePlan.uniform(1))
+    assert sparse.report.sparse == 2 and sparse.report.dense == {"cross-attention": 2}, "in two layers"
+    assert not np.array_equal(sparse.frames, make(None).frames)
+
+
+@LENGTHS
+def test_a_search_with_text_as_long_as_the_video_measures_the_video_alone(pipeline, letters):
+    pattern, want, calls = TilePattern(1), [], itertools.count()
+    record, layout = ProbeRecord((pattern,)), TokenLayout(TokenGrid(3, 2, 3))
+    probe = make_probe_override(record)
+
+    def looking(func, q, k, v, heads, mask=None, **kwargs):
+        if next(calls) % 2 == 0:  # a block's self-attention comes first
+            split = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+            dense, sparse = F.scaled_dot_product_attention(*split), tile_attention(*split, layout, pattern)
+            want.append([float((sparse - dense).norm() / dense.norm())])
+        return probe(func, q, k, v, heads, mask=mask, **kwargs)
+
+    pipeline.observe(pipeline.request("x" * letters, steps=1, frames=9, guidance=1.0), looking)
+    assert [record.errors[ATTENTION][layer, pattern] for layer in range(2)] == [pytest.approx(x) for x in want]
+    assert record.dense == {"cross-attention": 2}
 
 
 def test_metadata_tells_all_that_made_the_video(pipeline):

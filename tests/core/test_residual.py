@@ -356,3 +356,10 @@ def test_layers_that_were_measured_faster_dense_keep_nothing(monkeypatch):
         state = ForwardState(LAYOUT, depth=3, heads=HEADS, steps=STEPS, branches=(("a", 1),))
         preparation.before_forward(state, SHAPE, lambda layer: DenseCall(sdpa_attention, None, None, {}))
         assert len(preparation.residual.kept) == kept
+
+
+def test_a_second_run_over_the_same_steps_begins_with_dense_attention():
+    """Of a sampler that goes back to more noise: what a later step left is not its own."""
+    run = Run(4)
+    for step, renewed in ((5, 5), (6, 5), (2, 2), (3, 2)):
+        check(run.forward(step), step, renewed)

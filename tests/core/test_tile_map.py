@@ -66,6 +66,17 @@ def test_the_kept_share_is_that_of_the_tiles_and_the_text():
     assert mass.kept(TilePattern(None)) == pytest.approx(1.0, abs=1e-6)
 
 
+def test_the_kept_share_weighs_each_head_the_same():
+    q, k = torch.randn(2, 1, 3, LAYOUT.tokens, DIM, generator=torch.Generator().manual_seed(0)) * 2
+    patterns, shares = [TilePattern(1), TilePattern(2), TilePattern(1)], []
+    for head, references in enumerate(((0,), (0, 3), (0,))):
+        share, extra = exact(q[:, head : head + 1], k[:, head : head + 1])
+        live = torch.tensor([[i == j or i in references or j in references for j in range(T)] for i in range(T)])
+        shares.append(float((share * live).sum(1).mean() + extra.mean()))
+    assert patterns[1].reference_frames(T) == (0, 3)
+    assert tile_mass(q, k, LAYOUT, rows=S).kept(by_head(patterns)) == pytest.approx(sum(shares) / 3, abs=1e-6)
+
+
 def test_the_overlap_counts_shared_positions():
     q, k = qk(batch=1)
     a, b = tile_mass(q, k, LAYOUT, rows=S), tile_mass(*qk(1, 1), LAYOUT, rows=S)

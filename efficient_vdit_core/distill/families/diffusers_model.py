@@ -27,7 +27,7 @@ from ..lora.comfy_names import COGVIDEOX, WAN
 from ..objectives.features import FeatureTap
 from .clip_part import ClipPart, unwrapped
 from .diffusers_folder import DiffusersFolder, latent_statistics, read_json
-from .intercept import OVERRIDE, Intercepted
+from .intercept import OVERRIDE, Intercepted, crosses
 from .model import Options, check_frames, check_sides, serves_all, visiting
 from .texts import Encode
 
@@ -56,6 +56,18 @@ class DiffusersModel(DiffusersFolder):
         # Wan 2.2's 5B has a VAE of its own; folders of earlier ones may not say.
         self.vae = {"scale_factor_temporal": 4, "scale_factor_spatial": 8, **(read_json(vae) if vae.is_file() else {})}
         self.path, self.prediction = _schedule(read_json(self.folder / "scheduler" / "scheduler_config.json"))
+
+    def load(self, weights: str = "") -> nn.Module:
+        return self._telling(super().load(weights))
+
+    def skeleton(self) -> nn.Module:
+        return self._telling(super().skeleton())
+
+    def _telling(self, module: Any) -> nn.Module:
+        """The same module, which tells its attention to the text from that over the video."""
+        for block in module.blocks if self.kind == WAN else ():
+            crosses(block.attn2)
+        return module
 
     def serves(self, timesteps: Tensor) -> Tensor:
         if not self.expert:

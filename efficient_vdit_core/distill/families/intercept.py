@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ...attention.autocast import autocast
+from ...attention.sdpa import CROSS_KEY
 from ...attention.state import FORWARD_KEY
 
 OVERRIDE = "override"
@@ -27,7 +28,7 @@ class Intercepted(TorchFunctionMode):
 
     def __init__(self, options: dict[str, Any] | None) -> None:
         super().__init__()
-        self.options = options
+        self.options, self.crossing = options, False
 
     def __enter__(self) -> Intercepted:
         self.before = self.active.set(self)
@@ -56,7 +57,20 @@ class Intercepted(TorchFunctionMode):
             return func(q, k, v, attn_mask=mask)
 
         shape = {"skip_reshape": True, "skip_output_reshape": True}
-        return self.options[OVERRIDE](dense, q, k, v, q.shape[1], mask=mask, transformer_options=self.options, **shape)
+        options = {**self.options, CROSS_KEY: True} if self.crossing else self.options
+        return self.options[OVERRIDE](dense, q, k, v, q.shape[1], mask=mask, transformer_options=options, **shape)
+
+
+def crosses(attention: nn.Module) -> None:
+    """Has the calls within this module told as cross-attention, which nothing in a call tells where the text is as long as
+    the video."""
+
+    def tell(crossing: bool) -> None:
+        if mode := Intercepted.active.get():
+            mode.crossing = crossing
+
+    attention.register_forward_pre_hook(lambda *_: tell(True))
+    attention.register_forward_hook(lambda *_: tell(False), always_call=True)
 
 
 def checkpointed(block: Callable[..., Any], *inputs: Any) -> Any:

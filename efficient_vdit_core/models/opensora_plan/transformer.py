@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...attention.sdpa import sdpa_attention
+from ...attention.sdpa import CROSS_KEY, sdpa_attention
 from .config import DiTConfig
 from .rope import apply_rope, rope_table
 
@@ -95,7 +95,8 @@ class AttentionLayer(nn.Module):
         q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
         if rope is not None:
             q, k = (apply_rope(t.unflatten(-1, (self.heads, -1)), rope).flatten(-2) for t in (q, k))
-        out = self.attention(q, k, v, self.heads, mask=mask, transformer_options=transformer_options)
+        options = transformer_options if context is None else {**transformer_options, CROSS_KEY: True}
+        out = self.attention(q, k, v, self.heads, mask=mask, transformer_options=options)
         return self.to_out[0](out)
 
 
@@ -251,12 +252,6 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
-def text_length(mask: Tensor) -> int:
-    """How many tokens of the text a mask (B, L) leaves, up to the last word of all rows; one where there is no word."""
-    words = mask.any(0).nonzero()
-    return int(words.max()) + 1 if len(words) else 1
-
-
 def _drop_padding(context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Cut padding that all rows share; what is left unequal becomes an additive mask (B, 1, 1, L)."""
     if mask is None:
@@ -266,8 +261,9 @@ def _drop_padding(context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor 
             f"The text mask covers {mask.shape[1]} tokens, expected {context.shape[1]} as the text has. "
             "Text and mask must come from the same encoding."
         )
-    longest = text_length(mask)
-    context, used = context[:, :longest], mask[:, :longest].bool()
+    used = mask.bool()
+    longest = int(used.any(0).nonzero().max()) + 1 if used.any() else 1
+    context, used = context[:, :longest], used[:, :longest]
     if used.all():
         return context, None
     bias = torch.zeros(used.shape, dtype=context.dtype, device=context.device).masked_fill(~used, -10000.0)
