@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, chooses and writes. Whatever can be refused is refused before the weights are read."""
+    """Measures, chooses and writes. Whatever can be refused is refused before the weights are read. A search by the output keeps
+    what it has measured in a folder beside the plan to come, until that is written."""
+    from ..folder_record import claim_folder
     from ..model_header import ModelHeader
     from ..request import VideoRequest
     from ..search import ProbeRecord, check_groups, check_target, parse_candidates
@@ -98,53 +101,58 @@ def run(args: argparse.Namespace) -> int:
     timed, by_head = args.costs == "measured", args.head_groups > 1
     record = ProbeRecord(sparse_candidates(candidates, frames), timed=timed, by_head=by_head)
     check_target(args.threshold or 0.0, args.speedup or 0.0, record.candidates, frames, args.costs)
-    kept = _claimed_folder(args, out, requests, record) if args.error == "output" else None
-
-    say(f"loading {args.model}")
-    from ..pipeline import Pipeline
-
-    pipeline = Pipeline.from_model(args.model, text_encoder=args.text_encoder, device=args.device, dtype=args.dtype)
+    kept = out.with_suffix(".measured") if args.error == "output" else None
+    if kept is not None:
+        claim_folder(kept, _measured(args, requests, record), MEASURED)
     try:
-        _search(pipeline, args, requests, record, kept).save(out)
+        with _kept_until_written(kept):
+            say(f"loading {args.model}")
+            from ..pipeline import Pipeline
+
+            pipeline = Pipeline.from_model(
+                args.model, text_encoder=args.text_encoder, device=args.device, dtype=args.dtype
+            )
+            _search(pipeline, args, requests, record, kept).save(out)
     except KeyboardInterrupt:
-        if kept is None:
+        if kept is None or not kept.is_dir():
             raise
         say(f"interrupted; the same command goes on from {kept}")
         return INTERRUPTED
-    if kept is not None:
-        _clear(kept)
     say(f"wrote {out}")
     return 0
 
 
-def _claimed_folder(args: argparse.Namespace, out: Path, requests: list[VideoRequest], record: ProbeRecord) -> Path:
-    """A folder beside the plan to come, where a search by the output keeps what it has measured until the plan is written. Raises
-    ValueError where one was begun that measures something else; the target is no part of it."""
+def _measured(args: argparse.Namespace, requests: list[VideoRequest], record: ProbeRecord) -> dict[str, Any]:
+    """All that a search by the output measures; the target is no part of it."""
     from ..distill.families.stamps import weights_stamp
-    from ..folder_record import claim_folder
     from ..model_folder import find_model
 
-    folder, model = out.with_suffix(".measured"), find_model(args.model, args.text_encoder)
-    asked = {name: getattr(requests[0], name) for name in (*CHOICES, "steps")}
-    measured = {
-        **asked,
+    model = find_model(args.model, args.text_encoder)
+    return {
+        **{name: getattr(requests[0], name) for name in (*CHOICES, "steps")},
         "prompts": args.prompt,
         "candidates": [pattern.short_name for pattern in record.candidates],
         "dtype": args.dtype,
         "model": weights_stamp([model.transformer, model.text_encoder]),
     }
-    claim_folder(folder, measured, MEASURED)
-    return folder
 
 
-def _clear(folder: Path) -> None:
-    """Takes away what was kept, and the folder where nothing else is in it."""
+@contextmanager
+def _kept_until_written(folder: Path | None) -> Iterator[None]:
+    """Takes the folder's own files away at the end, and it where nothing else is in it: unless the plan was not written, and
+    something has been measured."""
     from ..folder_record import RECORD
 
-    for name in (ERRORS, RECORD):
-        (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):
-        folder.rmdir()
+    written = False
+    try:
+        yield
+        written = True
+    finally:
+        if folder is not None and (written or not (folder / ERRORS).is_file()):
+            for name in (ERRORS, RECORD):
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _check_target(args: argparse.Namespace) -> None:

@@ -94,7 +94,7 @@ def _check_fields(values: dict[str, Any], known: Sequence[str], where: str) -> N
     """Raises ValueError for any other field: one that is misspelt would change the plan without a word."""
     if unknown := sorted(values.keys() - set(known)):
         raise ValueError(
-            f"The {where} has a field {quoted(unknown[0])}, expected {', '.join(known)}. Correct its name or take it out."
+            f"The {where} has a field {quoted(unknown[0])}, expected {', '.join(known)}. Correct its name; notes go into provenance."
         )
 
 

@@ -105,7 +105,7 @@ def _redirected(model: Any, launch: Launch, divider: Divider, after_run: str, si
             patched.remove_wrappers_with_key(kind, key)
     # No attention call comes by here, which the sparse node's report would take for a fault.
     hook.take_off(patched)
-    watch = MemoryWatch.of(SESSION, size if _beside_us(launch.devices) else 0)
+    watch = MemoryWatch.of(SESSION, launch.key, size if _beside_us(launch.devices) else 0)
     known = Known.of(patched, WRAPPER_KEY)
     shared = Shared(weakref.ref(model.model), SESSION, launch, divider.scheme, known, divider, watch.model)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, shared.evaluation())

@@ -62,10 +62,12 @@ class ComfyHost:
     def offload(self) -> None:
         """Free the device; the weights stay in main memory."""
         mm = importlib.import_module("comfy.model_management")
-        self._end_run()
-        _let_go_of_weights()
-        mm.unload_all_models()
-        mm.soft_empty_cache()
+        try:
+            self._end_run()
+        finally:  # whatever another node's clean-up does
+            _let_go_of_weights()
+            mm.unload_all_models()
+            mm.soft_empty_cache()
 
     def step(self, message: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """One forward pass; every rank returns the same denoised latents, rank 0's are used. ``message["run"]`` names the
@@ -109,9 +111,9 @@ class ComfyHost:
 
     def _end_run(self) -> None:
         """What ComfyUI does behind each run: other nodes forget what they keep for it."""
-        if self.running is not None:
-            self.running.cleanup()
-        self.running, self.run = None, ""
+        ended, self.running, self.run = self.running, None, ""
+        if ended is not None:
+            ended.cleanup()
 
     def _start_comfyui(self, about: dict[str, Any]) -> Any:
         """Import ComfyUI with the options and folders of the one that asked; returns its executor."""

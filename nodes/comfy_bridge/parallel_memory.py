@@ -19,7 +19,7 @@ log = logging.getLogger("efficient_vdit")
 WATCH_KEY = "efficient_vdit_parallel"
 # ComfyUI's own word for as much as there is.
 _ALL = 1e32
-_WEIGHTS: weakref.WeakSet[WorkersWeights] = weakref.WeakSet()
+_WEIGHTS: weakref.WeakValueDictionary[tuple[Session, str], WorkersWeights] = weakref.WeakValueDictionary()
 
 
 class WorkersWeights(nn.Module):
@@ -32,7 +32,6 @@ class WorkersWeights(nn.Module):
         super().__init__()
         self.number = nn.Parameter(torch.zeros(1), requires_grad=False)
         self.session, self.pool = session, None
-        _WEIGHTS.add(self)
 
     def arrived(self) -> None:
         """A step was computed with them."""
@@ -48,9 +47,12 @@ class MemoryWatch(ModelPatcher):
     it frees its memory, they free theirs. It is unloaded as a whole."""
 
     @classmethod
-    def of(cls, session: Session, size: int) -> MemoryWatch:
-        """``size``: the bytes of weights that a worker holds on ComfyUI's device, 0 where none does."""
-        watch = cls(WorkersWeights(session), mm.get_torch_device(), torch.device("cpu"), size)
+    def of(cls, session: Session, key: str, size: int) -> MemoryWatch:
+        """``size``: the bytes of weights that a worker holds on ComfyUI's device, 0 where none does. ``key`` names them in the
+        pool: all watches of the same ones are clones to ComfyUI, which lets one make way for another without a word to the workers.
+        """
+        weights = _WEIGHTS.setdefault((session, key), WorkersWeights(session))
+        watch = cls(weights, mm.get_torch_device(), torch.device("cpu"), size)
         watch.add_callback_with_key(CallbacksMP.ON_DETACH, WATCH_KEY, _on_detach)
         return watch
 
@@ -77,6 +79,6 @@ def offload(session: Session) -> None:
             log.info("Efficient-vDiT: the workers have moved their models to main memory.")
     except (RuntimeError, ValueError) as error:
         log.warning("Efficient-vDiT: the workers could not free their memory: %s", error)
-    for weights in _WEIGHTS:
+    for weights in list(_WEIGHTS.values()):
         if weights.session is session:
             weights.pool = None

@@ -651,11 +651,12 @@ def test_nothing_behind_the_node_is_lost(limits, way):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_comfyui_makes_room_for_the_weights_of_the_worker_on_its_gpu(limits, weights):
-    """Once: they are there until the workers are offloaded, or others start."""
+    """Once: they are there until the workers are offloaded, or others start, whatever else the node is set to."""
     found, size = limits["room on ComfyUI's GPU"][weights], limits["forecast"][weights]
     assert size > 2**20
     for when in ("before the first run", "offloaded", "other workers"):
         assert found[when] - found["behind it"] >= size
+    assert found["by the node with another choice"] == found["behind it"]
 
 
 def test_comfyui_makes_no_room_where_no_worker_is(limits):

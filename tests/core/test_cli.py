@@ -402,6 +402,12 @@ def test_a_search_by_the_output_goes_on_where_it_was_interrupted(monkeypatch, ca
     assert cli.main(asked("plan.json")) == 130 and not (tmp_path / "plan.json").exists()
     assert f"the same command goes on from {tmp_path / 'plan.measured'}" in capsys.readouterr().out
     measuring.stop = False
+    with monkeypatch.context() as loading:
+        loading.setattr(
+            "efficient_vdit_core.pipeline.Pipeline.from_model",
+            lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
+        assert cli.main(asked("misspelt.json")) == 130 and not (tmp_path / "misspelt.measured").exists()
     assert cli.main(asked("plan.json", "--seed", "3")) == 2
     assert "plan.measured was begun with other settings (seed: 0 -> 3)" in capsys.readouterr().err
     assert cli.main(asked("plan.json")) == 0

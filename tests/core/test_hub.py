@@ -147,10 +147,9 @@ def test_cancel_waits_for_the_end_of_a_message(ranks, way):
             raise Cancelled
 
     ranks.result = {"out": large} if way == "received" else {}
-    begin = time.monotonic()
     with pytest.raises(Cancelled):
         pool.ask({"do": "step"}, {"x": large} if way == "sent" else {}, timeout=20.0, poll=cancel)
-    assert said and pool.usable and time.monotonic() - begin < 2.0
+    assert said and pool.usable
     ranks.result = {"out": torch.arange(4.0)}
     assert torch.equal(pool.ask({"do": "step"}, timeout=20.0)[1]["out"], torch.arange(4.0))
 

@@ -64,13 +64,18 @@ class Intercepted(TorchFunctionMode):
 def crosses(attention: nn.Module) -> None:
     """Has the calls within this module told as cross-attention, which nothing in a call tells where the text is as long as
     the video."""
+    attention.register_forward_pre_hook(_begins_to_cross)
+    attention.register_forward_hook(_crossed, always_call=True)
 
-    def tell(crossing: bool) -> None:
-        if mode := Intercepted.active.get():
-            mode.crossing = crossing
 
-    attention.register_forward_pre_hook(lambda *_: tell(True))
-    attention.register_forward_hook(lambda *_: tell(False), always_call=True)
+def _begins_to_cross(*_: object) -> None:
+    if mode := Intercepted.active.get():
+        mode.crossing = True
+
+
+def _crossed(*_: object) -> None:
+    if mode := Intercepted.active.get():
+        mode.crossing = False
 
 
 def checkpointed(block: Callable[..., Any], *inputs: Any) -> Any:

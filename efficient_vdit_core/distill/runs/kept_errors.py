@@ -16,7 +16,7 @@ SAVE_EVERY = 60.0  # seconds; a process that is killed loses as much
 class KeptErrors:
     """Errors in the order in which a search measures them, kept in a file: one that was stopped goes on where it was.
 
-    As a context it writes the file at its end, however it ends.
+    As a context it writes the file at its end, however it ends, unless there is nothing to keep.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,7 +28,8 @@ class KeptErrors:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._save()
+        if self.errors:
+            self._save()
 
     def next(self, measure: Callable[[], float]) -> float:
         """The next one, which is measured where it is not kept."""

@@ -375,6 +375,9 @@ for held in ("whole", "sharded"):
     seen = {"before the first run": wanted(made)}
     run(made)
     seen["behind it"] = wanted(made)
+    seen["by the node with another choice"] = wanted(
+        shared(model, weights=held, scheme="ulysses", session=bridge.SESSION)
+    )
     memory.offload(bridge.SESSION)
     seen["offloaded"] = wanted(made)
     run(made)
