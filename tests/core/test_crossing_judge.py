@@ -210,6 +210,15 @@ class TestFaults:
         drawing.ground += np.where(TIME % 2, 8.0, 0.0)[:, None, None, None]
         assert fails(drawing.clip(), scene) == ["steady"]
 
+    def test_flashes(self, scene):
+        _, hidden = passed_behind(scene)
+        black = Drawing(scene).clip()
+        black[hidden : hidden + 4] = 0
+        assert fails(black, scene) == ["steady"]
+        bright = Drawing(scene)
+        bright.ground[40:42] += 40.0
+        assert fails(bright.clip(), scene) == ["steady"]
+
 
 def test_a_wavy_outline():
     scene = SCENES[0]

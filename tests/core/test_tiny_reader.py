@@ -143,6 +143,31 @@ def test_unsteady_sizes_and_colours(seed):
     assert fails_only(draw(scene, color=paint), scene, "steady")
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_background_that_turns_into_another(seed):
+    scene = scene_of(seed)
+    for turns in (16, 24):
+        clip = np.concatenate([render(scene)[:turns], render(other(BACKGROUNDS, "background", scene))[turns:]])
+        assert fails_only(clip, scene, "background")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_flashes_and_a_background_that_flickers(seed):
+    scene = scene_of(seed)
+    clip = render(scene)
+    for flash in (slice(9, 10), slice(9, 11)):
+        flashing = clip.copy()
+        flashing[flash] = render(other(BACKGROUNDS, "background", scene))[flash]
+        assert fails_only(flashing, scene, "steady")
+    beside = np.abs(clip.astype(int) - np.array(BACKGROUNDS[scene.background])).max(-1, keepdims=True) == 0
+    towards = np.where(np.array(BACKGROUNDS[scene.background]) > 127, -8, 8)
+    flickering = clip + np.where(np.arange(FRAMES) % 2, 1, 0)[:, None, None, None] * beside * towards
+    assert fails_only(flickering.astype(np.uint8), scene, "steady")
+    paint = np.array(COLORS[scene.color], float)
+    paints = paint + np.where(np.arange(FRAMES) % 2, 8.0, 0.0)[:, None] * np.where(paint > 127, -1, 1)
+    assert fails_only(draw(scene, color=paints), scene, "steady")
+
+
 def test_nothing_and_a_wrong_shape_of_array():
     scene = scene_of(0)
     empty = read_clip(np.full((5, SIZE, SIZE, 3), 12, np.uint8))

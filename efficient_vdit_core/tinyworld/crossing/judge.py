@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..moving.figures import shares
-from ..moving.reader import FLICKER, MOST, OFF_TRACK, STAINED, SWELLING
+from ..moving.reader import FLASH, FLICKER, MOST, OFF_TRACK, STAINED, SWELLING, restlessness
 from ..moving.scene import SHAPES, bouncing, coverage, signed_distance
 from .ground import Parts, opened, take_apart
 from .scene import BAR, BAR_COLOR, GROUNDS, OPEN, SIZE, CrossingScene, Mover
@@ -93,7 +93,7 @@ class CrossingReading:
             "both": all(gone(seen[i], seen[1 - i]) <= GONE for i in range(2)),
             "order": crossed >= CROSSED and fronts[scene.front] >= AGREED * crossed,
             "clean": self.stain <= STAINED,
-            "steady": self.swelling <= SWELLING and self.flicker <= FLICKER,
+            "steady": self.swelling <= SWELLING and self.flicker <= FLICKER and self.flash <= FLASH,
         }
 
     @property
@@ -110,12 +110,20 @@ class CrossingReading:
     @property
     def flicker(self) -> float:
         """Mean change from frame to frame, in grey levels, of the colour, ground's or shape's, that changes most."""
-        changes = [np.abs(np.diff(self.shift, axis=0)).mean()]
+        return float(max(change.mean() for change in self._changes()))
+
+    @property
+    def flash(self) -> float:
+        """The largest of these changes."""
+        return float(max(change.max() for change in self._changes()))
+
+    def _changes(self) -> list[np.ndarray]:
+        """As `restlessness` has them, of the ground and of each shape where two frames show it whole."""
+        changes = [np.abs(np.diff(self.shift, axis=0)).mean(axis=1)]
         for sighting in self.sightings or ():
             follows = sighting.whole[1:] & sighting.whole[:-1]
-            if follows.any():
-                changes.append(np.abs(np.diff(sighting.paint, axis=0)[follows]).mean())
-        return float(max(changes))
+            changes.append(np.abs(np.diff(sighting.paint, axis=0)[follows]).mean(axis=1))
+        return [restlessness(change) for change in changes]
 
 
 def read_crossing(clip: np.ndarray) -> CrossingReading:

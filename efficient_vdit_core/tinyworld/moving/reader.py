@@ -19,8 +19,9 @@ MOST, OVERLAP = 0.9, 0.8
 OFF_TRACK = 2.0
 # Largest share of stained pixels, relative to the shape's area.
 STAINED = 0.03
-# Largest deviation of the size over the clip, relative to its mean, and largest change of colours from frame to frame.
-SWELLING, FLICKER = 0.05, 6.0
+# Largest deviation of the size over the clip, relative to its mean, and largest change of a colour from frame to frame, in the
+# mean and in any but one.
+SWELLING, FLICKER, FLASH = 0.05, 6.0, 25.0
 # A stain is a hue that lies this far from the way between background and colour, or, further than some pixels from the
 # outline, which may be blurred, a brightness that is this far off (RGB 0..255).
 _HUE, _BRIGHTNESS, _EDGE = 25.0, 30.0, 4.0
@@ -32,9 +33,10 @@ class Reading:
 
     track (F, 2): centre x, y in pixels, nan where a frame shows none; radius (F,) likewise. overlap: mean over frames of
     the soft intersection over union with the ideal shape that fits best. same: share of the frames that show this shape
-    in this color. outlined: share of the frames whose overlap reaches ``OVERLAP``. stain: stained pixels relative to
-    the shape's area. swelling: deviation of the size relative to its mean. flicker: mean change of the two colours from
-    frame to frame, in grey levels.
+    in this color. lasts: share of the frames that show this background. outlined: share of the frames whose overlap reaches
+    ``OVERLAP``. stain: stained pixels relative to the shape's area. swelling: deviation of the size relative to its mean.
+    flicker: mean change from frame to frame, in grey levels, of the colour, background's or shape's, that changes most;
+    flash: the largest change; both as `restlessness` has them.
     """
 
     shape: str | None
@@ -46,10 +48,12 @@ class Reading:
     radius: np.ndarray
     overlap: float = 0.0
     same: float = 0.0
+    lasts: float = 0.0
     outlined: float = 0.0
     stain: float = 0.0
     swelling: float = 0.0
     flicker: float = 0.0
+    flash: float = 0.0
 
     def off_track(self, scene: Scene) -> float:
         """Root mean square distance in pixels from the way that the caption names, begun where the clip begins; infinite
@@ -65,17 +69,18 @@ class Reading:
 
     def verdict(self, scene: Scene) -> dict[str, bool]:
         """Whether the clip passes each of ``COLUMNS`` for the scene's caption; where it starts is its own matter."""
+        background = self.background == scene.background and self.lasts >= MOST
         if self.shape is None:
-            return dict.fromkeys(COLUMNS, False) | {"background": self.background == scene.background}
+            return dict.fromkeys(COLUMNS, False) | {"background": background}
         return {
             "shape": self.shape == scene.shape,
             "color": self.color == scene.color,
-            "background": self.background == scene.background,
+            "background": background,
             "track": self.off_track(scene) <= OFF_TRACK,
             "outline": self.outlined >= MOST,
             "identity": self.same >= MOST,
             "clean": self.stain <= STAINED,
-            "steady": self.swelling <= SWELLING and self.flicker <= FLICKER,
+            "steady": self.swelling <= SWELLING and self.flicker <= FLICKER and self.flash <= FLASH,
         }
 
 
@@ -87,10 +92,12 @@ def read_clip(clip: np.ndarray) -> Reading:
             "The reader follows a shape over time; pass a whole clip."
         )
     fits = fit_clip(clip)
-    background = _most([_nearest(value, BACKGROUNDS) for value in fits.background])
+    backgrounds = [_nearest(value, BACKGROUNDS) for value in fits.background]
+    background = _most(backgrounds)
+    lasts = backgrounds.count(background) / len(clip)
     if fits.seen.sum() * 2 <= len(clip):
         nowhere = np.full((len(clip), 2), np.nan)
-        return Reading(None, None, None, None, background, nowhere, nowhere[:, 0])
+        return Reading(None, None, None, None, background, nowhere, nowhere[:, 0], lasts=lasts)
     best = fits.overlap.argmax(axis=1)
     shapes, colors = [SHAPES[i] for i in best], [_nearest(value, COLORS) for value in fits.color]
     seen = [pair for pair, there in zip(zip(shapes, colors, strict=True), fits.seen, strict=True) if there]
@@ -98,15 +105,24 @@ def read_clip(clip: np.ndarray) -> Reading:
     places = np.where(fits.seen[:, None], fits.places[np.arange(len(clip)), best], np.nan)
     track = places[:, :2]
     overlap = fits.overlap.max(axis=1)
+    changes = [np.abs(np.diff(color, axis=0)).mean(axis=1) for color in (fits.background, fits.color[fits.seen])]
     return Reading(
         shape, color, _direction(track), _speed(track), background, track, places[:, 2],
         overlap=float(overlap.mean()),
         same=sum(pair == (shape, color) for pair in seen) / len(clip),
+        lasts=lasts,
         outlined=float((overlap >= OVERLAP).mean()),
         stain=_stain(clip, fits, best),
         swelling=_swelling(fits, best),
-        flicker=float(np.mean([np.abs(np.diff(c, axis=0)).mean() for c in (fits.background, fits.color[fits.seen])])),
+        flicker=float(max(restlessness(change).mean() for change in changes)),
+        flash=float(max(restlessness(change).max() for change in changes)),
     )  # fmt: skip
+
+
+def restlessness(changes: np.ndarray) -> np.ndarray:
+    """The changes from frame to frame but for the largest: what turns into another changes once, which is for other columns to
+    judge, and what flashes twice, out and back."""
+    return np.sort(changes)[:-1] if len(changes) > 1 else np.zeros(1)
 
 
 def _nearest(value: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
