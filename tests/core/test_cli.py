@@ -240,6 +240,15 @@ def test_errors_show_their_traceback_on_request():
         cli.main(["bench", "overhead", "--repeats", "0", "--debug"])
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_debug_may_stand_at_any_place(tmp_path, capsys, place):
+    command = ["tinyworld", "render", "--out", str(tmp_path / "clip.gif")]
+    assert cli.main([*command[:place], "--debug", *command[place:]]) == 0
+    assert (tmp_path / "clip.gif").is_file()
+    with pytest.raises(ValueError, match="the following arguments are required: COMMAND"):
+        cli.main(["--debug", "tinyworld"])
+
+
 def test_other_failures_of_the_machine_are_one_line_too(monkeypatch, capsys):
     def run_into(error):
         monkeypatch.setattr(generate, "run", lambda args: (_ for _ in ()).throw(error))
