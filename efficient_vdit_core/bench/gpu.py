@@ -51,6 +51,7 @@ class Run:
     command: str = ""
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     incomplete: dict[str, str] = field(default_factory=dict)  # parts, and why
+    failed: set[str] = field(default_factory=set)  # those of them that raised, the others had no time
     until: float = 0.0  # when the part that runs begins nothing new
     was_cut: bool = False
 
@@ -113,6 +114,7 @@ def run_parts(run: Run, names: Iterable[str], say: Callable[[str, dict[str, Any]
                     say(name, row)
                 _write(file, state)
         except Exception as error:  # a part that fails must not cost the parts behind it
+            run.failed.add(name)
             run.incomplete[name] = brief(error, 2000)
         if why := run.incomplete.get(name):
             state["error"] = why

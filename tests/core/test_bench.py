@@ -364,6 +364,36 @@ def test_ctrl_c_leaves_the_parts_that_were_measured_and_says_where(monkeypatch, 
     assert json.loads((tmp_path / "memory.json").read_text())["rows"] == [{"seconds": 1.0}]
 
 
+def asked_for(part, folder):
+    return ["bench", "gpu", "--device", "cpu", "--out", str(folder), "--parts", part]
+
+
+def test_a_check_that_raises_is_not_exact(monkeypatch, capsys, tmp_path):
+    def raises(run):
+        yield [{"backend": "parts", "passed": True}]
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(gpu.PARTS, "exact", (raises, 0.22))
+    assert main(asked_for("exact", tmp_path)) == 2
+    assert "Not exact here: the check failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("spent", "why"), [(9.0, "cut: its share"), (11.0, "not begun: the budget")])
+def test_a_check_without_time_is_not_complete_which_is_no_fault(monkeypatch, capsys, tmp_path, spent, why):
+    monkeypatch.setattr(gpu.Run, "spent", spent)
+    assert main([*asked_for("exact", tmp_path), "--budget", "10"]) == 0
+    told = capsys.readouterr()
+    assert f"not complete: exact: {why}" in told.out and not told.err
+
+
+def test_parts_run_in_their_order_and_once(monkeypatch, tmp_path):
+    ran = []
+    for name in ("machine", "memory"):
+        monkeypatch.setitem(gpu.PARTS, name, (lambda run, name=name: ran.append(name) or iter(()), 1.0))
+    main([*asked_for("memory", tmp_path), "machine", "memory"])
+    assert ran == ["machine", "memory"]
+
+
 NEED_DIFFUSERS = ["stock_steps", "training"]
 
 
