@@ -496,6 +496,27 @@ def test_what_is_not_begun_in_time_has_a_file_that_says_so(fake_parts, tmp_path)
     assert not last["complete"] and not last["rows"] and last["ended_after_seconds"] > 3
 
 
+def test_a_run_without_time_leaves_the_rows_of_the_one_before(fake_parts, tmp_path):
+    def run(budget, clock):
+        gpu.run_parts(gpu.Run(CPU, 0, budget, tmp_path, clock), list(gpu.PARTS), lambda name, row: None)
+        return {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+
+    before = run(100, fake_parts)
+    assert run(0, fake_parts) == before and before["late"]["rows"]
+
+
+def test_an_interrupted_run_without_rows_leaves_those_of_the_one_before(monkeypatch, tmp_path):
+    def interrupted(run):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setitem(gpu.PARTS, "memory", (lambda run: iter([[{"seconds": 1.0}]]), 1.0))
+    assert main(asked_for("memory", tmp_path)) == 0
+    monkeypatch.setitem(gpu.PARTS, "memory", (interrupted, 1.0))
+    assert main(asked_for("memory", tmp_path)) == 130
+    assert json.loads((tmp_path / "memory.json").read_text())["complete"]
+
+
 def test_a_backend_that_is_wrong_or_raises_is_named(monkeypatch):
     def wrong(q, k, v, layout, pattern, backend):
         if backend == "parts":
