@@ -202,6 +202,14 @@ def test_what_the_header_tells_is_refused_before_the_weights_are_read(tmp_path, 
     assert words in capsys.readouterr().err
 
 
+def test_a_plan_for_another_world_is_refused_before_the_weights_are_read(monkeypatch, capsys):
+    from efficient_vdit_core.pipeline import Pipeline
+
+    monkeypatch.setattr(Pipeline, "from_model", lambda *_, **__: pytest.fail("the weights were read"))
+    assert cli.main(["tinyworld", "eval", "--world", "crossing", "--plan", "1:7"]) == 2
+    assert "has 24; use 1:23" in capsys.readouterr().err
+
+
 def test_a_path_that_does_not_exist_is_the_users_mistake(tmp_path, capsys):
     assert cli.main(["bench", "plot", str(tmp_path / "gone.json")]) == 2
     assert "gone.json" in capsys.readouterr().err
