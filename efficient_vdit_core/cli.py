@@ -39,11 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 1 where the machine fails, 2 for a mistake of the user, 130 after
     Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug, args = "--debug" in argv, argparse.Namespace()
+    words = [word for word in argv if word != "--debug"]  # it may stand before or behind any command
+    debug, args = len(words) < len(argv), argparse.Namespace()
     try:
-        args = build_parser(argv).parse_args(
-            [word for word in argv if word != "--debug"]
-        )  # it may stand behind any command
+        args = build_parser(words).parse_args(words)
         with _plain_warnings():
             return int(args.run(args) or 0)
     except KeyboardInterrupt:

@@ -51,6 +51,7 @@ class Run:
     command: str = ""
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     incomplete: dict[str, str] = field(default_factory=dict)  # parts, and why
+    failed: set[str] = field(default_factory=set)  # those of them that raised, the others had no time
     until: float = 0.0  # when the part that runs begins nothing new
     was_cut: bool = False
 
@@ -93,7 +94,8 @@ def part(share: float) -> Callable[[Callable[[Run], Rows]], Callable[[Run], Rows
 def run_parts(run: Run, names: Iterable[str], say: Callable[[str, dict[str, Any]], None]) -> None:
     """Runs the parts in their order, each into ``<out>/<part>.json``; ``say`` hears of every row.
 
-    ``complete`` is False in the file of a part that did not come to its end, and ``error`` says why.
+    ``complete`` is False in the file of a part that did not come to its end, and ``error`` says why. A file that is there
+    stays until the part has rows, or has failed: one without time tells nothing that is worth another run's rows.
     """
     about = {
         "command": run.command,
@@ -105,7 +107,6 @@ def run_parts(run: Run, names: Iterable[str], say: Callable[[str, dict[str, Any]
         rows = run.rows.setdefault(name, [])
         state: dict[str, Any] = {"part": name, **about, "complete": False, "rows": rows}
         file = run.out / f"{name}.json"
-        _write(file, state)
         try:
             for found in _run_part(run, name):
                 rows += found
@@ -113,11 +114,13 @@ def run_parts(run: Run, names: Iterable[str], say: Callable[[str, dict[str, Any]
                     say(name, row)
                 _write(file, state)
         except Exception as error:  # a part that fails must not cost the parts behind it
+            run.failed.add(name)
             run.incomplete[name] = brief(error, 2000)
         if why := run.incomplete.get(name):
             state["error"] = why
             say(name, {"error": why})
-        _write(file, {**state, "complete": not why, "ended_after_seconds": round(run.spent, 1)})
+        if rows or name in run.failed or not file.exists():
+            _write(file, {**state, "complete": not why, "ended_after_seconds": round(run.spent, 1)})
         gc.collect()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -198,15 +198,16 @@ def _evaluate(args: argparse.Namespace) -> int:
     from .worlds import WORLDS
 
     _check_file(args.json)
+    world = WORLDS[args.world]
+    plan = load_plan(args.plan, world.latent_frames)
     pipeline = Pipeline.from_model(args.model, transformer=args.transformer, loras=args.lora, device=args.device)
-    plan = load_plan(args.plan, None)
     with tqdm(total=args.captions, desc="captions") as bar:
 
         def progress(done: int, _: int) -> None:
             bar.update(done - bar.n)
 
         figures = evaluate(pipeline, captions=args.captions, steps=args.steps, guidance=args.guidance, sampler=args.sampler, plan=plan,
-                           world=WORLDS[args.world], progress=progress)  # fmt: skip
+                           world=world, progress=progress)  # fmt: skip
     _tell(figures, args.json)
     return 0
 

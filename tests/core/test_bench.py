@@ -364,6 +364,36 @@ def test_ctrl_c_leaves_the_parts_that_were_measured_and_says_where(monkeypatch, 
     assert json.loads((tmp_path / "memory.json").read_text())["rows"] == [{"seconds": 1.0}]
 
 
+def asked_for(part, folder):
+    return ["bench", "gpu", "--device", "cpu", "--out", str(folder), "--parts", part]
+
+
+def test_a_check_that_raises_is_not_exact(monkeypatch, capsys, tmp_path):
+    def raises(run):
+        yield [{"backend": "parts", "passed": True}]
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(gpu.PARTS, "exact", (raises, 0.22))
+    assert main(asked_for("exact", tmp_path)) == 2
+    assert "Not exact here: the check failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("spent", "why"), [(9.0, "cut: its share"), (11.0, "not begun: the budget")])
+def test_a_check_without_time_is_not_complete_which_is_no_fault(monkeypatch, capsys, tmp_path, spent, why):
+    monkeypatch.setattr(gpu.Run, "spent", spent)
+    assert main([*asked_for("exact", tmp_path), "--budget", "10"]) == 0
+    told = capsys.readouterr()
+    assert f"not complete: exact: {why}" in told.out and not told.err
+
+
+def test_parts_run_in_their_order_and_once(monkeypatch, tmp_path):
+    ran = []
+    for name in ("machine", "memory"):
+        monkeypatch.setitem(gpu.PARTS, name, (lambda run, name=name: ran.append(name) or iter(()), 1.0))
+    main([*asked_for("memory", tmp_path), "machine", "memory"])
+    assert ran == ["machine", "memory"]
+
+
 NEED_DIFFUSERS = ["stock_steps", "training"]
 
 
@@ -464,6 +494,27 @@ def test_what_is_not_begun_in_time_has_a_file_that_says_so(fake_parts, tmp_path)
     gpu.run_parts(gpu.Run(CPU, 0, 3, tmp_path, fake_parts), list(gpu.PARTS), lambda name, row: None)
     last = json.loads((tmp_path / "last.json").read_text())
     assert not last["complete"] and not last["rows"] and last["ended_after_seconds"] > 3
+
+
+def test_a_run_without_time_leaves_the_rows_of_the_one_before(fake_parts, tmp_path):
+    def run(budget, clock):
+        gpu.run_parts(gpu.Run(CPU, 0, budget, tmp_path, clock), list(gpu.PARTS), lambda name, row: None)
+        return {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+
+    before = run(100, fake_parts)
+    assert run(0, fake_parts) == before and before["late"]["rows"]
+
+
+def test_an_interrupted_run_without_rows_leaves_those_of_the_one_before(monkeypatch, tmp_path):
+    def interrupted(run):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setitem(gpu.PARTS, "memory", (lambda run: iter([[{"seconds": 1.0}]]), 1.0))
+    assert main(asked_for("memory", tmp_path)) == 0
+    monkeypatch.setitem(gpu.PARTS, "memory", (interrupted, 1.0))
+    assert main(asked_for("memory", tmp_path)) == 130
+    assert json.loads((tmp_path / "memory.json").read_text())["complete"]
 
 
 def test_a_backend_that_is_wrong_or_raises_is_named(monkeypatch):

@@ -202,6 +202,14 @@ def test_what_the_header_tells_is_refused_before_the_weights_are_read(tmp_path, 
     assert words in capsys.readouterr().err
 
 
+def test_a_plan_for_another_world_is_refused_before_the_weights_are_read(monkeypatch, capsys):
+    from efficient_vdit_core.pipeline import Pipeline
+
+    monkeypatch.setattr(Pipeline, "from_model", lambda *_, **__: pytest.fail("the weights were read"))
+    assert cli.main(["tinyworld", "eval", "--world", "crossing", "--plan", "1:7"]) == 2
+    assert "has 24; use 1:23" in capsys.readouterr().err
+
+
 def test_a_path_that_does_not_exist_is_the_users_mistake(tmp_path, capsys):
     assert cli.main(["bench", "plot", str(tmp_path / "gone.json")]) == 2
     assert "gone.json" in capsys.readouterr().err
@@ -238,6 +246,15 @@ def test_errors_show_their_traceback_on_request():
         cli.main([*TINY, "--out", "x.gif", "--frames", "30", "--debug"])
     with pytest.raises(ValueError, match="--repeats: it is '0'"):
         cli.main(["bench", "overhead", "--repeats", "0", "--debug"])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_debug_may_stand_at_any_place(tmp_path, capsys, place):
+    command = ["tinyworld", "render", "--out", str(tmp_path / "clip.gif")]
+    assert cli.main([*command[:place], "--debug", *command[place:]]) == 0
+    assert (tmp_path / "clip.gif").is_file()
+    with pytest.raises(ValueError, match="the following arguments are required: COMMAND"):
+        cli.main(["--debug", "tinyworld"])
 
 
 def test_other_failures_of_the_machine_are_one_line_too(monkeypatch, capsys):
