@@ -58,13 +58,18 @@ class Pair:
         x = torch.randn(2, 4, 4, 8, 8, generator=g)
         return x, (torch.randn(2, 5, width, generator=g), torch.ones(2, 5, dtype=torch.long))
 
+    def hooks(self):
+        """Of the student's modules, of which a family's own tell what their calls are."""
+        return [list(m._forward_hooks) for m in self.student.modules()]
+
     def gradients(self, loss):
         """Losses by name and gradients by weight, of the loss's first batch."""
         self.student.zero_grad(set_to_none=True)
+        own = self.hooks()
         result = loss(*self.inputs(), torch.Generator().manual_seed(0))
         result.total.backward()
         result.release()
-        assert not any(m._forward_hooks for m in self.student.modules())
+        assert self.hooks() == own, "the loss leaves none behind"
         return {"total": result.total, **result.parts}, {n: p.grad for n, p in self.student.named_parameters()}
 
 
