@@ -156,10 +156,10 @@ def _kept_until_written(folder: Path | None) -> Iterator[None]:
 
 
 def _check_target(args: argparse.Namespace) -> None:
-    from ..search.select import check_threshold, choose_for_speedup
+    from ..search.select import check_speedup, check_threshold
 
     if args.speedup is not None:
-        choose_for_speedup([{0: 0.0}], [{0: 0.0}], args.speedup)
+        check_speedup(args.speedup)
     else:
         check_threshold(args.threshold)
 

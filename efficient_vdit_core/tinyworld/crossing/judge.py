@@ -119,11 +119,11 @@ class CrossingReading:
 
     def _changes(self) -> list[np.ndarray]:
         """As `restlessness` has them, of the ground and of each shape where two frames show it whole."""
-        changes = [np.abs(np.diff(self.shift, axis=0)).mean(axis=1)]
+        changes = [restlessness(np.diff(self.shift, axis=0))]
         for sighting in self.sightings or ():
             follows = sighting.whole[1:] & sighting.whole[:-1]
-            changes.append(np.abs(np.diff(sighting.paint, axis=0)[follows]).mean(axis=1))
-        return [restlessness(change) for change in changes]
+            changes.append(restlessness(np.diff(sighting.paint, axis=0)[follows]))
+        return changes
 
 
 def read_crossing(clip: np.ndarray) -> CrossingReading:

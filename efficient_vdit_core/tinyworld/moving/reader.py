@@ -105,7 +105,7 @@ def read_clip(clip: np.ndarray) -> Reading:
     places = np.where(fits.seen[:, None], fits.places[np.arange(len(clip)), best], np.nan)
     track = places[:, :2]
     overlap = fits.overlap.max(axis=1)
-    changes = [np.abs(np.diff(color, axis=0)).mean(axis=1) for color in (fits.background, fits.color[fits.seen])]
+    changes = [restlessness(np.diff(color, axis=0)) for color in (fits.background, fits.color[fits.seen])]
     return Reading(
         shape, color, _direction(track), _speed(track), background, track, places[:, 2],
         overlap=float(overlap.mean()),
@@ -114,14 +114,15 @@ def read_clip(clip: np.ndarray) -> Reading:
         outlined=float((overlap >= OVERLAP).mean()),
         stain=_stain(clip, fits, best),
         swelling=_swelling(fits, best),
-        flicker=float(max(restlessness(change).mean() for change in changes)),
-        flash=float(max(restlessness(change).max() for change in changes)),
+        flicker=float(max(change.mean() for change in changes)),
+        flash=float(max(change.max() for change in changes)),
     )  # fmt: skip
 
 
-def restlessness(changes: np.ndarray) -> np.ndarray:
-    """The changes from frame to frame but for the largest: what turns into another changes once, which is for other columns to
-    judge, and what flashes twice, out and back."""
+def restlessness(steps: np.ndarray) -> np.ndarray:
+    """How much a colour changes from frame to frame, of its differences (n, 3), but for the largest: what turns into another
+    changes once, which is for other columns to judge, and what flashes twice, out and back."""
+    changes = np.abs(steps).mean(axis=1)
     return np.sort(changes)[:-1] if len(changes) > 1 else np.zeros(1)
 
 
