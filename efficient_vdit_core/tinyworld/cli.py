@@ -37,9 +37,14 @@ def _add_train(subparsers: Any) -> None:
     train.add_argument("--vae-steps", type=count(1, 10_000_000), default=9000, help="default: %(default)s")
     train.add_argument("--dit-steps", type=count(1, 10_000_000), default=8000, help="default: %(default)s")
     train.add_argument(
-        "--clips", type=count(1, 1_000_000), default=6144, help="clips to learn from, default: %(default)s"
+        "--clips",
+        type=count(1, 1_000_000),
+        default=6144,
+        help="clips that the transformer learns from, default: %(default)s",
     )
-    train.add_argument("--batch", type=count(1, 65_536), default=32, help="default: %(default)s")
+    train.add_argument(
+        "--batch", type=count(1, 65_536), default=32, help="clips in a step of the transformer, default: %(default)s"
+    )
     train.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
     train.add_argument(
         "--start", type=Path, metavar="FOLDER", help="a transformer of the world to go on from, in place of a new one"

@@ -161,9 +161,15 @@ class TestEachWorld:
         ({"start": tiny_path("vae", "tiny")}, "transformer"),
         ({"parts": ("text_encoder",), "res_blocks": 2}, "--res-blocks is for the vae, which is not trained"),
         ({"parts": ("text_encoder", "vae"), "prediction": "epsilon"}, "--prediction is for the transformer, which is"),
+        ({"parts": ("text_encoder",), "vae_steps": 1}, "--vae-steps is for the vae, which is not trained"),
+        ({"decoder_steps": 1}, "--decoder-steps is for the decoder, which is not trained"),
+        ({"parts": ("vae", "decoder"), "dit_steps": 1}, "--dit-steps is for the transformer, which is not"),
+        ({"parts": ("vae",), "clips": 1}, "--clips is for the transformer, which is not"),
+        ({"parts": ("vae",), "batch": 1}, "--batch is for the transformer, which is not"),
     ],
 )
-def test_what_a_training_needs_is_asked_for_before_it_starts(tmp_path, settings, told):
+def test_what_a_training_needs_is_asked_for_before_it_starts(tmp_path, monkeypatch, settings, told):
+    monkeypatch.setattr(train_recipe, "claim_folder", lambda *_, **__: pytest.fail("it started"))
     with pytest.raises(ValueError, match=told):
         TinyRecipe(tmp_path / "run", tmp_path / "out", **settings).train()
     assert not list(tmp_path.iterdir())
@@ -380,7 +386,8 @@ def test_a_transformer_goes_on_from_one_of_latents_with_fewer_channels(tmp_path)
 
 @pytest.fixture
 def begin(tmp_path, monkeypatch):
-    """Begins the training of the transformer on the built-in VAE and text encoder, with some settings; it makes no step."""
+    """Begins the training of the transformer on the built-in VAE and text encoder, or of other parts, with some settings; the
+    transformer makes no step."""
     begun = []
     monkeypatch.setattr(train_recipe, "train_dit", lambda folder, *_, **settings: begun.append(folder))
     monkeypatch.setattr(train_recipe, "export_transformer", lambda *_: None)
@@ -389,9 +396,10 @@ def begin(tmp_path, monkeypatch):
     for part in ("vae", "text_encoder"):
         shutil.copytree(tiny_path(part, "tiny"), out / part)
 
-    def go(**settings):
+    def go(parts=("transformer",), **settings):
         begun.clear()
-        TinyRecipe(tmp_path / "run", out, **{"parts": ("transformer",), "clips": 1, "dit_steps": 1, **settings}).train()
+        short = {"clips": 1, "dit_steps": 1} if "transformer" in parts else {}
+        TinyRecipe(tmp_path / "run", out, parts=parts, **{**short, **settings}).train()
         return begun
 
     return go

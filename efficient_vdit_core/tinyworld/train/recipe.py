@@ -36,10 +36,11 @@ PARTS = ("text_encoder", "vae", "transformer")
 # Of a VAE's run, what settings were before there were others.
 BEFORE = {"latent_channels": None, "res_blocks": None, "rate": 1.0}
 NEEDS = {"decoder": ("vae",), "transformer": ("text_encoder", "vae")}
-# What makes another model of a part, and so must not be asked for where the part is not trained.
+# What one part alone hears, and so must not be asked for where the part is not trained.
 OF_PART = {
-    "vae": ("start_vae", "latent_channels", "res_blocks", "vae_rate"),
-    "transformer": ("start", "prediction"),
+    "vae": ("start_vae", "latent_channels", "res_blocks", "vae_rate", "vae_steps"),
+    "decoder": ("decoder_steps",),
+    "transformer": ("start", "prediction", "dit_steps", "clips", "batch"),
 }
 
 
@@ -54,6 +55,7 @@ class TinyRecipe:
     bf16: VAE and transformer are trained in bfloat16, their weights staying in float32; on a CPU that multiplies bfloat16
         the VAE takes half to a sixth of the time (AVX-512 BF16, AMX), on others more.
     prediction: as of ``dit.train_dit``.
+    clips, batch: of the transformer: clips to learn from, and of them in a step.
     device: where it is computed.
     """
 
@@ -100,9 +102,9 @@ class TinyRecipe:
                         f"The {part} needs a {need}, and {quoted(str(self.out), 120)} has none. Add it to --parts, or take "
                         "the --out of a run that made one."
                     )
-        for part in OF_PART.keys() - set(self.parts):
-            for name in OF_PART[part]:
-                if getattr(self, name) != getattr(TinyRecipe, name):
+        for part, names in OF_PART.items():
+            for name in names:
+                if part not in self.parts and getattr(self, name) != getattr(TinyRecipe, name):
                     raise ValueError(
                         f"--{name.replace('_', '-')} is for the {part}, which is not trained. Leave it out, or add {part} to --parts."
                     )
