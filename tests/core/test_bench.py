@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.attention import TokenLayout, dispatch
 from efficient_vdit_core.attention.trial import Choice
 from efficient_vdit_core.bench import (
     attention,
@@ -327,6 +327,17 @@ def test_ranks_are_timed_with_whole_and_with_shared_out_weights(tmp_path, capsys
 )
 def test_mistakes_are_named_before_anything_is_timed(arguments, says, capsys):
     assert main(["bench", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("fraems", "backend is 'fraems', expected auto, dense, "), ("triton", "which cannot run here: ")]
+)
+def test_backends_are_checked_before_dense_attention_is_timed(monkeypatch, capsys, name, says):
+    here = [replace(status, available=status.name != "triton") for status in dispatch.available_backends("cpu")]
+    monkeypatch.setattr(dispatch, "_statuses", lambda device: {status.name: status for status in here})
+    monkeypatch.setattr(attention, "measure", lambda *_, **__: pytest.fail("it began"))
+    assert main(["bench", "attention", "--device", "cpu", "--backends", "frames", name]) == 2
     assert says in capsys.readouterr().err
 
 

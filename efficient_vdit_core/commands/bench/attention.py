@@ -36,9 +36,13 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    from ...attention import check_backend
     from ...bench.attention import geometric_mean, measure, presets, with_heads
 
     device = device_named(args.device)
+    for name in args.backends:
+        if name not in ("auto", "dense"):  # these run everywhere
+            check_backend(name, device)
     shapes = [
         s for s in with_heads(presets()[args.preset], args.heads)
         if (not args.frames or s.frames in args.frames) and (not args.tokens or s.tokens in args.tokens)
