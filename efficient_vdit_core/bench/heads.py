@@ -4,7 +4,7 @@ beyond their FLOPs."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,21 +21,16 @@ SHAPES = ((24, 400, 12, 96), (21, 784, 8, 128))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def measure(
-    device: torch.device, *, repeats: int, seed: int, backend: str, report: Callable[[dict[str, Any]], None]
-) -> list[dict[str, Any]]:
+def measure(device: torch.device, *, repeats: int, seed: int, backend: str) -> Iterator[dict[str, Any]]:
     """One row for each dtype, shape, window, means and number of groups; the heads of a group stand apart, the worst case.
 
     Dense attention is timed beside each, in turn, and medians are compared. ``efficiency`` 1 is all that the FLOPs
     promise.
     """
-    rows = []
     for dtype, shape, near, groups in itertools.product(DTYPES, SHAPES, NEAR, GROUPS):
         if near[1] and backend not in ("auto", "parts"):
             continue  # only these compute mean frames
-        rows.append(_row(device, dtype, shape, near, groups, repeats, seed, backend))
-        report(rows[-1])
-    return rows
+        yield _row(device, dtype, shape, near, groups, repeats, seed, backend)
 
 
 def _row(

@@ -28,9 +28,11 @@ from efficient_vdit_core.bench import (
 from efficient_vdit_core.bench.bounds import preset_bounds
 from efficient_vdit_core.bench.dense import peak_flops
 from efficient_vdit_core.bench.machine import describe_machine, peak_extra_bytes
+from efficient_vdit_core.bench.mixture_score import energy_distance
 from efficient_vdit_core.bench.plot import draw
 from efficient_vdit_core.bench.rounds import Rounds
 from efficient_vdit_core.cli import main
+from efficient_vdit_core.commands import bench as commands
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 SHAPE = attention.Shape(5, 37, 2, 64, "float32", (1, 2))
@@ -341,6 +343,16 @@ def test_backends_are_checked_before_dense_attention_is_timed(monkeypatch, capsy
     assert says in capsys.readouterr().err
 
 
+def test_the_backend_of_heads_is_checked_before_dense_attention_is_timed(monkeypatch, capsys):
+    from efficient_vdit_core.bench import heads
+
+    here = [replace(status, available=status.name != "triton") for status in dispatch.available_backends("cpu")]
+    monkeypatch.setattr(dispatch, "_statuses", lambda device: {status.name: status for status in here})
+    monkeypatch.setattr(heads, "measure", lambda *_, **__: pytest.fail("it began"))
+    assert main(["bench", "heads", "--device", "cpu", "--backend", "triton"]) == 2
+    assert "which cannot run here: " in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_result_is_named(tmp_path, capsys):
     for text in ("{", "{}", '{"rows": []}'):
         (tmp_path / "x.json").write_text(text)
@@ -360,6 +372,49 @@ def test_heads_that_differ_are_timed_against_dense_attention(monkeypatch, tmp_pa
     assert {row["density"] for row in rows if (row["window"], row["means"], row["groups"]) == (0, 0, 1)} == {
         TilePattern(1).density(6)
     }
+
+
+def test_rows_that_were_measured_outlive_ctrl_c(monkeypatch, capsys, tmp_path):
+    from efficient_vdit_core.bench import heads
+
+    kept, seen = heads.measure, []
+
+    def interrupted(*args, **choices):
+        for row in kept(*args, **choices):
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+            seen.append(row)
+            yield row
+
+    monkeypatch.setattr(heads, "SHAPES", ((6, 5, 4, 16),))
+    monkeypatch.setattr(heads, "measure", interrupted)
+    out = tmp_path / "heads.json"
+    assert main(["bench", "heads", "--repeats", "1", "--device", "cpu", "--json", str(out)]) == 130
+    found = json.loads(out.read_text())
+    assert found["rows"] == seen and len(seen) == 2 and found["complete"] is False
+    assert "what was finished before stays" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("bench", "heard"), [("heads", {"repeats": 1, "seed": 5}), ("overhead", {"repeats": 1}), ("mixture", {"seed": 5})]
+)
+def test_a_results_file_names_the_settings_that_its_bench_hears(monkeypatch, tmp_path, bench, heard):
+    row = {"efficiency": 1.0}
+    monkeypatch.setattr(commands.BENCHES[bench], "run", lambda args, device: iter([[row], [row]]))
+    out = tmp_path / "r.json"
+    assert main(["bench", bench, "--repeats", "1", "--seed", "5", "--device", "cpu", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert {name: found[name] for name in ("repeats", "seed") if name in found} == heard
+    assert found["complete"] is True and found["rows"] == [row, row]
+
+
+def test_the_energy_distance_of_one_distribution_is_0_in_the_mean():
+    """Of 200 pairs of samples; with each point a pair of itself it would be 0.053, 27 deviations of the mean above 0."""
+    generator = torch.Generator().manual_seed(0)
+    found = torch.tensor([energy_distance(*torch.randn(2, 64, 2, generator=generator)) for _ in range(200)])
+    assert abs(float(found.mean())) < 3 * float(found.std()) / 200**0.5
+    apart = energy_distance(torch.zeros(9, 2), torch.tensor([3.0, 4.0]).expand(9, 2))
+    assert apart == pytest.approx(10)
 
 
 def test_ctrl_c_leaves_the_parts_that_were_measured_and_says_where(monkeypatch, capsys, tmp_path):

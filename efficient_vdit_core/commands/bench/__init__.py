@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from ...files import check_writable_file, write_text
 from ..arguments import count, seed_number
 from ..command_line import command_line
 from . import attention, compile, gpu, heads, mixture, overhead, parallel, peers, plot, step
+from .device import device_named
 
-# Each has add(commands), its arguments, and run(args) -> (device, rows).
+# Each has add(commands), its arguments; HEARS, those of COMMON that change what it does; and run(args, device), which
+# yields rows as they are measured.
 BENCHES = {
     "attention": attention,
     "step": step,
@@ -23,6 +26,11 @@ BENCHES = {
     "heads": heads,
     "compile": compile,
 }
+COMMON: dict[str, tuple[Callable[[str], Any], Any, str]] = {
+    "repeats": (count(1, 10_000), 5, "runs whose median counts, default: %(default)s"),
+    "seed": (seed_number, 0, "default: %(default)s"),
+    "device": (str, "auto", "auto, cpu or cuda, default: %(default)s"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,36 +38,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
     for bench in BENCHES.values():
         command = bench.add(commands)
-        command.add_argument(
-            "--repeats", type=count(1, 10_000), default=5, help="runs whose median counts, default: %(default)s"
-        )
-        command.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
-        command.add_argument("--device", default="auto", help="auto, cpu or cuda, default: %(default)s")
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+        for name, (type_, default, text) in COMMON.items():
+            text = text if name in bench.HEARS else "nothing here depends on it"
+            command.add_argument(f"--{name}", type=type_, default=default, help=text)
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the results there, as they come")
     gpu.add(commands)
     plot.add(commands)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Times what was asked for and prints a table; ``--json`` keeps the figures with hardware, versions and command."""
+    """Times what was asked for and prints a table; ``--json`` keeps the figures with hardware, versions and command. Rows
+    are written as they come: what ends a bench before its end costs none that was measured, and leaves ``complete``
+    False."""
     if args.bench_command in ("gpu", "plot"):  # these write files of their own
         return {"gpu": gpu, "plot": plot}[args.bench_command].run(args)
     if args.json:
         check_writable_file(args.json)
-    device, rows = BENCHES[args.bench_command].run(args)
+    bench = BENCHES[args.bench_command]
+    device = device_named(args.device if "device" in bench.HEARS else "cpu")
+    rows: list[dict[str, Any]] = []
+    for new in bench.run(args, device):
+        rows += new
+        if args.json:
+            _write(args, device, rows, complete=False)
     if args.json:
-        write_text(args.json, json.dumps(results(device, rows, args.seed, args.repeats), indent=1) + "\n")
+        _write(args, device, rows, complete=True)
     return 0
 
 
-def results(device: Any, rows: list[dict[str, Any]], seed: int, repeats: int) -> dict[str, Any]:
-    """A results file: the figures with hardware, versions and command."""
+def _write(args: argparse.Namespace, device: Any, rows: list[dict[str, Any]], complete: bool) -> None:
     from ...bench.machine import describe_machine
 
-    return {
+    heard = BENCHES[args.bench_command].HEARS
+    head = {
         "command": command_line(),
-        "seed": seed,
-        "repeats": repeats,
+        **{name: getattr(args, name) for name in COMMON if name in heard and name != "device"},
         "machine": describe_machine(device),
-        "rows": rows,
+        "complete": complete,
     }
+    write_text(args.json, json.dumps({**head, "rows": rows}, indent=1) + "\n")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 from .. import say
 from ..arguments import count
-from .device import device_named
+
+HEARS = ("repeats", "seed", "device")
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -35,11 +37,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
     return attention
 
 
-def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]:
     from ...attention import check_backend
     from ...bench.attention import geometric_mean, measure, presets, with_heads
 
-    device = device_named(args.device)
     for name in args.backends:
         if name not in ("auto", "dense"):  # these run everywhere
             check_backend(name, device)
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
             shape, device, repeats=args.repeats, seed=args.seed, backends=tuple(args.backends), calls=args.calls
         )
         rows += new
+        yield new
         for r in new:
             about = (
                 f"{r['frames']:>6} x {r['tokens_per_frame']:<6}  {r['heads']:>2} x {r['head_dim']:<4}  {r['dtype']:<9} "
@@ -72,7 +74,6 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     if not sparse:
         raise ValueError(f"No backend runs here: {rows[-1]['error']}. Name others by --backends.")
     say(f"efficiency against the ideal, geometric mean of {len(sparse)} rows: {geometric_mean(sparse):.3f}")
-    return device, rows
 
 
 def _figures(r: dict[str, Any]) -> str:

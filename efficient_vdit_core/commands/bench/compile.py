@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from .. import say
 from ..arguments import count
-from .device import device_named
+
+HEARS = ()
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -26,7 +28,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     return compile_
 
 
-def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]:
     """Raises ValueError where a kernel fails for an architecture, after all were compiled."""
     try:
         from ...bench import compile_ahead
@@ -36,9 +38,10 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     chosen = every if args.archs == ["all"] else tuple(args.archs or compile_ahead.QUICK)
     if unknown := set(chosen) - set(every):
         raise ValueError(f"--archs has {sorted(unknown)[0]!r}, expected some of {', '.join(every)}, or all.")
-    done = []
+    done, state = [], {"kernels": compile_ahead.kernels_hash()}
     for outcome in compile_ahead.compile_cases(compile_ahead.cases(chosen, tuple(args.dims)), args.jobs):
         done.append(outcome)
+        yield [{**state, **outcome.row()}]
         case = outcome.case
         say(
             f"{'ok  ' if outcome.passed else 'FAIL'} {case.architecture:<8} {case.kernel:<26} {case.head_dim:>3}  {outcome.crash}"
@@ -54,5 +57,3 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     if failed:
         names = ", ".join(f"{c.kernel} {c.head_dim} on {c.architecture}" for c in failed[:6])
         raise ValueError(f"A config of these kernels has a fault: {names}. Change their tiles in arrow_kernels.py.")
-    state = {"kernels": compile_ahead.kernels_hash()}
-    return device_named("cpu"), [{**state, **outcome.row()} for outcome in done]

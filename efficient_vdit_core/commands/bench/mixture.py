@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 from .. import say
 from ..arguments import count
-from .device import device_named
+
+HEARS = ("seed",)
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -31,54 +33,47 @@ def add(commands: Any) -> argparse.ArgumentParser:
     return mixture
 
 
-def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]:
     from ...bench.mixture import MixtureShape, run
 
-    if args.pairs:
-        return device_named("cpu"), _pairs(args)
-    if args.score:
-        return device_named("cpu"), _score(args)
-    rows = []
+    if args.pairs or args.score:
+        yield from _pairs(args) if args.pairs else _score(args)
+        return
     say("path  segments  loss    seed   distilled: error  off %   undistilled: error  off %")
     for path in ("flow", "vp"):
         for segments in args.segments:
             for space in ("x", "z"):
                 for seed in range(args.seed, args.seed + args.seeds):
                     row = run(MixtureShape(path=path, segments=segments, space=space), seed)
-                    rows.append(row)
+                    yield [row]
                     one, other = row["distilled"], row["undistilled"]
                     say(f"{path:<5} {segments:>8}  {space:<6} {seed:>5}   {one['endpoint_error']:>16.3f} {one['off_percent']:>6.1f}   "
                         f"{other['endpoint_error']:>18.3f} {other['off_percent']:>6.1f}")  # fmt: skip
-    return device_named("cpu"), rows
 
 
-def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _pairs(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     from ...bench.pairs import compare_pairs
 
-    rows = []
     say("prediction    loss     weight            seed   start: error  off %   distilled: error  off %")
     for seed in range(args.seed, args.seed + args.seeds):
         for row in compare_pairs(seed):
-            rows.append(row)
+            yield [row]
             one, other = row["start"], row["distilled"]
             say(f"{row['prediction']:<13} {row['loss']:<8} {row['weight']:<16} {seed:>5}   {one['endpoint_error']:>12.3f} "
                 f"{one['off_percent']:>6.1f}   {other['endpoint_error']:>16.3f} {other['off_percent']:>6.1f}")  # fmt: skip
-    return rows
 
 
-def _score(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _score(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     from dataclasses import replace
 
     from ...bench.mixture_score import SHAPE, compare
 
-    rows = []
     say("path  segments  seed  score's weight  energy distance  off %  deviation  rarest mode")
     for path in ("flow", "vp"):
         for segments in (2, 4):
             for seed in range(args.seed, args.seed + args.seeds):
                 for row in compare(seed, replace(SHAPE, path=path, segments=segments)):
-                    rows.append(row)
+                    yield [row]
                     weight = "undistilled" if row["score_weight"] is None else f"{row['score_weight']:g}"
                     say(f"{path:<5} {segments:>8}  {seed:>4}  {weight:>14}  {row['energy_distance']:>15.4f}  {row['off_percent']:>5.1f}  "
                         f"{row['deviation']:>9.2f}  {row['rarest_mode']:>11.2f}")  # fmt: skip
-    return rows

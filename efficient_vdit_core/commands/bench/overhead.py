@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 from .. import say
-from .device import device_named
+
+HEARS = ("repeats",)
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -15,10 +17,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
     return overhead
 
 
-def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]:
     from ...bench.overhead import measure, measure_search
 
     rows = measure_search(args.repeats) if args.search else measure(args.repeats)
     for r in rows:
         say(f"{r['what']:<50} {r['milliseconds']:>8.2f} ms, limit {r['limit']:g} ms")
-    return device_named("cpu"), rows
+    yield rows

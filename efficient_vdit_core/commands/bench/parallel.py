@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from ...limits.memory import check_memory
 from ...limits.quote import quoted
 from .. import say
 from ..arguments import count
-from .device import device_named
 
+HEARS = ("repeats", "seed", "device")
 MAX_RANKS = 64
 
 
@@ -43,7 +44,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     return parallel
 
 
-def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]:
     from ...bench.parallel import ParallelShape, h3_shape, measure, model_rows
     from ...tiles import TokenGrid
 
@@ -63,23 +64,23 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         f"A grid of {shape.grid.t} x {shape.grid.h} x {shape.grid.w} tokens with {shape.heads} heads, on {max(counts)} ranks",
         "Lower --depth or --ranks." if args.preset else "Lower --grid, --heads, --depth or --ranks.",
     )
-    device = device_named(args.device)
     rows: list[dict[str, Any]] = []
     for ranks in counts:
         devices = tuple(f"cuda:{i}" for i in range(ranks)) if device.type == "cuda" else ("cpu",) * ranks
         new = measure(shape, ranks, devices, repeats=args.repeats, seed=args.seed)
         rows += new
+        yield new
         for r in new:
             say(f"{r['ranks']} ranks  {r['pattern']:<6} {r['scheme']:<8} weights {r['weights']:<8}{r['seconds']:>8.3f} s  "
                 f"{r['speedup']:>5.2f}x  {r['bytes_per_layer'] / 2**20:>8.2f} MiB a layer and rank, "
                 f"{r['weight_bytes'] / 2**20:.0f} MiB of weights{_gathered(r)}")  # fmt: skip
     modelled = model_rows(rows)
+    yield modelled
     say("a model, not a measurement: speed-up on GPUs from stated rates, no overlap, overhead factor of the runs above")
     for r in modelled:
         paper = f", the paper's {r['paper_speedup']:.2f}x" if r["paper_speedup"] else ""
         say(f"{r['video_frames']} frames  {r['pattern']:<5} {r['scheme']:<8} {r['ranks']} GPUs  {r['rates']:<55} "
             f"{r['speedup']:>5.2f}x{paper}")  # fmt: skip
-    return device, rows + modelled
 
 
 def _gathered(row: dict[str, Any]) -> str:

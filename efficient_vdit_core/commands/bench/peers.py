@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 from .. import say
 from ..arguments import count
-from .device import device_named
+
+HEARS = ("seed", "device")
 
 PEERS_PROMPTS = (
     "a red circle moving right fast on a white background",
@@ -35,7 +37,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     return peers
 
 
-def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]:
     from ...bench.peers import CANDIDATES, PeerRecord, peer, searched_plans
     from ...pipeline import Pipeline
     from ...search.candidates import parse_candidates
@@ -43,7 +45,6 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     from ...search.watch import make_watching_override
 
     references, attend = tuple(args.references), peer()
-    device = device_named(args.device)
     pipeline = Pipeline.from_model(args.model, device=str(device), dtype="float32")
     height, width = args.size
     choices = {"frames": args.frames, "height": height, "width": width, "steps": args.steps, "segments": args.steps}
@@ -66,4 +67,4 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     say(f"layer  reference frames  {'method':<24}  density    error")
     for r in rows:
         say(f"{r['layer']:>5}  {r['reference_frames']:>16}  {r['method']:<24} {r['density']:>8.3f} {r['error']:>8.3f}")
-    return device, rows
+    yield rows

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .. import say
 from ..arguments import count
-from .device import device_named
+
+HEARS = ("repeats", "seed", "device")
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -38,16 +39,16 @@ def add(commands: Any) -> argparse.ArgumentParser:
     return step
 
 
-def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]:
     from ...bench.step import SIZES, StepShape, measure
 
     if args.model != "opensora_plan":
-        return _bounds(args)
+        yield from _bounds(args, device)
+        return
     size, depth = args.size or "29x720p", 32 if args.depth is None else args.depth
     _check_choice("--size", size, SIZES)
     if not 1 <= depth <= 32:
         raise ValueError(f"--depth is {depth}, expected 1 to 32 blocks.")
-    device = device_named(args.device)
     shape = StepShape(size, depth, tuple(args.references), args.dtype)
     rows = measure(shape, device, repeats=args.repeats, seed=args.seed)
     first = rows[0]
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         say(
             f"{r['pattern']:<7} {r['seconds']:>9.3f} s  {r['speedup']:>6.2f}x of dense, Amdahl's bound {r['amdahl_bound']:.2f}x"
         )
-    return device, rows
+    yield rows
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -66,7 +67,7 @@ def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}.")
 
 
-def _bounds(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+def _bounds(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]:
     """What a step of today's models gains at most, and what ``--depth`` blocks of them gained."""
     from ...bench.bounds import MODELS, gpu_forecasts, preset_bounds
     from ...bench.minimax_h3 import CLIPS, bounds
@@ -80,7 +81,7 @@ def _bounds(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         raise ValueError(f"--depth is {depth}, expected 0 (bounds alone) to {most} blocks for {args.model}.")
     if depth and not args.size:
         raise ValueError("--depth times blocks of one clip, and --size is missing. Name one, such as 1344x768-5s.")
-    device, rows = device_named(args.device), []
+    rows = []
     say("bounds by FLOPs, no measurement: attention at the matrices' rate, and at twice it (INT8 attention)")
     for name in [args.size] if args.size else clips:
         for row in preset_bounds(args.model, name):
@@ -102,7 +103,9 @@ def _bounds(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
                 f"{'':<28} {row['pattern']:<7} in all layers leaves {row['attention_left']:>4.0%}: at most {row['bound']:.2f}x, "
                 f"with INT8 attention {row['bound_with_int8_attention']:.2f}x"
             )
-    return device, rows + (_measured_blocks(args, depth, device) if depth else [])
+    yield rows
+    if depth:
+        yield _measured_blocks(args, depth, device)
 
 
 def _measured_blocks(args: argparse.Namespace, depth: int, device: Any) -> list[dict[str, Any]]:
