@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...files import write_text
 from ...models.opensora_plan.checkpoint import save_safetensors
 from ...models.opensora_plan.text import SPIECE_KEY
 from ...models.opensora_plan.transformer import OpenSoraT2V
@@ -57,4 +58,4 @@ def _write(
 ) -> None:
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
     save_safetensors(folder / name, cast, {"config": json.dumps(config), "format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
