@@ -26,6 +26,9 @@ from .parallel_refusals import hooks_of
 from .shard_forecast import Layers, Measured
 from .sharding import find_shardable
 
+# ComfyUI puts what a file asks of a module's attention there; it looks at no branch.
+ATTENTION_OF_A_FILE = ".comfy_attention"
+
 
 class Divider:
     """For the evaluations of one MODEL. ``asked``: one of ``DIVISIONS``; ``gathered``: the bytes of weights that a rank
@@ -82,5 +85,7 @@ def _others_act_inside(model: Any) -> bool:
     """Whether other nodes' functions are given a forward's batch, or a part of the model is theirs."""
     options = model.model_options["transformer_options"]
     hooks = hooks_of({name: value for name, value in options.items() if name != OVERRIDE})
-    replaced = any(name.startswith("diffusion_model.") for name in model.object_patches)
+    replaced = any(
+        name.startswith("diffusion_model.") and not name.endswith(ATTENTION_OF_A_FILE) for name in model.object_patches
+    )
     return bool(hooks) or replaced or attention_of_others(model) is not None or _wrapped(model)

@@ -12,6 +12,7 @@ import inspect
 import logging
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -133,11 +134,12 @@ class ComfyHost:
         folder_paths.set_input_directory(about["input"])
         execution, nodes, server = (importlib.import_module(name) for name in ("execution", "nodes", "server"))
         # Packs register routes when they are imported; this server never listens.
-        instance = server.PromptServer(asyncio.new_event_loop())
+        assets = {"asset_manager": NoAssets()} if _takes(server.PromptServer, "asset_manager") else {}
+        instance = server.PromptServer(asyncio.new_event_loop(), **assets)
         asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
         nodes.NODE_CLASS_MAPPINGS[CAPTURE] = _capture_node(self.kept)
         extra = {}
-        if "cache_args" in inspect.signature(execution.PromptExecutor.__init__).parameters:
+        if _takes(execution.PromptExecutor, "cache_args"):
             # Of the limits only the kinds of cache that are not used here make use; each version asks for more of them.
             extra = {"cache_type": execution.CacheType.CLASSIC, "cache_args": defaultdict(int)}
         return execution.PromptExecutor(instance, **extra)
@@ -187,6 +189,19 @@ class ComfyHost:
                 f"The node {failed['node_type']} failed in the workers: {failed.get('exception_message', 'interrupted')}"
             )
         return self.kept[-1]
+
+
+class NoAssets:
+    """What later versions of ComfyUI (0.36) keep their assets by, for a server that never listens: it keeps none."""
+
+    enabled = False
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def _takes(kind: type, argument: str) -> bool:
+    return argument in inspect.signature(kind.__init__).parameters
 
 
 def _let_go_of_weights() -> None:

@@ -56,6 +56,8 @@ class ShardRule:
         whole: the modules that take all tokens.
         all_keys: the attentions whose keys are the video's and whose queries every rank has.
         patches: ComfyUI's patches that its blocks ask, which expect whole tensors.
+        hooks_place_tokens: what another node hooks in at a block is told where all tokens stand (MiniMax-H3's ``layout``,
+            from ComfyUI 0.34 on), and may place its own there.
         pixels: the video's frames and pixels in a token (T, H, W), of a model.
     """
 
@@ -63,6 +65,7 @@ class ShardRule:
     whole: tuple[WholeModule, ...] = ()
     all_keys: tuple[str, ...] = ()
     patches: frozenset[str] = frozenset()
+    hooks_place_tokens: bool = False
     pixels: Callable[[Any], tuple[int, int, int]] = lambda _: (4, 16, 16)
 
 
@@ -143,7 +146,7 @@ def _wan(*whole: WholeModule, rows: tuple[Row, ...] = (_WAN,)) -> ShardRule:
 
 RULES: Mapping[str, ShardRule] = {
     "OpenSoraT2V": ShardRule((Row("transformer_blocks"),)),
-    "MiniMaxH3Model": ShardRule((Row("blocks", _H3),), pixels=lambda _: (4, 32, 32)),
+    "MiniMaxH3Model": ShardRule((Row("blocks", _H3),), hooks_place_tokens=True, pixels=lambda _: (4, 32, 32)),
     "WanModel": _wan(),
     "CameraWanModel": _wan(),
     "SCAILWanModel": _wan(),

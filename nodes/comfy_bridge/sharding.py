@@ -22,6 +22,7 @@ from .hook import Hook, dense, hook_of
 from .model_call import ModelCall, around_model
 from .module_forwards import Seat, all_keys_forward, block_forward, paths, replace_forward, whole_forward
 from .publish import install
+from .replaced_blocks import replaced_blocks
 from .shard_rules import NOT_SHARDED, RULES, Row, ShardRule
 from .sharded_weights import SHARDED_WEIGHTS, WHOLE_WEIGHTS, share_out_weights
 from .window import Window
@@ -48,11 +49,17 @@ def find_shardable(model: Any) -> tuple[Family, ShardRule]:
             "Sparse Attention keeps a residual (residual_every), which no rank holds. Set residual_every to 0, or bypass "
             "EVDiTSequenceParallel."
         )
-    patches = sorted(rule.patches & set(model.model_options["transformer_options"].get("patches", {})))
+    options = model.model_options["transformer_options"]
+    patches = sorted(rule.patches & set(options.get("patches", {})))
     if patches:
         raise ValueError(
             f"Another node patches what the layers give ({', '.join(patches)}), as InfiniteTalk does, and expects the whole video "
             "there, which no rank holds. Bypass that node, or EVDiTSequenceParallel."
+        )
+    if rule.hooks_place_tokens and replaced_blocks(options):
+        raise ValueError(
+            f"Another node replaces blocks of {name}, as its Fun ControlNet does, and may place what it adds by the whole sequence's "
+            "tokens, which no rank holds. Bypass that node, or EVDiTSequenceParallel."
         )
     return family, rule
 

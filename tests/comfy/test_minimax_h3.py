@@ -53,6 +53,15 @@ def test_a_dense_call_gets_its_containers_as_they_are(facts, place):
     assert facts[f"backend {place}"]["containers"] == 2  # the dense layer of two steps
 
 
+def test_blocks_that_another_node_replaces_are_not_shared_out(facts):
+    """ComfyUI tells such a node where the whole sequence's tokens stand; its Fun ControlNet adds its own there."""
+    assert facts["sharding"]["alone"] == ""
+    assert (
+        "Another node replaces blocks of MiniMaxH3Model, as its Fun ControlNet does"
+        in facts["sharding"]["replaced blocks"]
+    )
+
+
 def test_the_attention_that_a_file_asks_for_computes_its_layers(facts):
     assert facts["own attention asked"]
     assert facts["own attention computed"].pop("of_the_file") == 2

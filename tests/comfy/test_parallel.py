@@ -470,6 +470,11 @@ def test_both_schemes_were_used(facts):
     assert facts["osp"]["by"]["rb partial rows"] and facts["osp"]["by"]["ulysses to heads"]
 
 
+def test_a_server_that_asks_for_who_keeps_assets_is_told_that_nobody_does(facts):
+    """As that of ComfyUI 0.36; here one of the two ranks has it."""
+    assert facts["assets"][1]
+
+
 def test_a_node_that_a_worker_lacks_is_named(facts):
     assert "The node NoSuchNode is missing in the workers" in facts["missing"]
     assert "UNETLoader" in facts["invalid"] and "gone.safetensors" in facts["invalid"]
@@ -542,6 +547,7 @@ BY_BRANCH, BY_SEQUENCE = ["((0,), (1,))"], ["((0, 1),)"]
         ("whole weights, wrapped", BY_BRANCH, "by branch (ranks 0 and 1): division is branches."),
         ("sparse", BY_BRANCH, "by branch (ranks 0 and 1): the faster."),
         ("a LoRA", BY_BRANCH, "by branch (ranks 0 and 1): the faster."),
+        ("a file's own attention", BY_BRANCH, "by branch (ranks 0 and 1): the faster."),
         (
             "branches, one set off against the other",
             BY_BRANCH,

@@ -26,6 +26,7 @@ def module(ending: str):
 
 plans, layouts, hooks = module("efficient_vdit_core.plan"), module("comfy_bridge.layouts"), module("comfy_bridge.hook")
 tiles, dispatch = module("efficient_vdit_core.tiles"), module("attention.dispatch")
+sharding = module("comfy_bridge.sharding")
 frames_file, prepare_file = module("attention.frames"), module("attention.prepare")
 lines = log_lines()
 case = CASES["h3 with guidance"]
@@ -202,6 +203,17 @@ run(sparse(wishing, LAYERED, start_percent=0.999, end_percent=1.0), [1.0, 0.5])
 facts["own attention outside the window"] = len(asked)
 for i in (1, 2):
     del network.blocks[i].attn.comfy_attention
+
+
+def refusal(chosen):
+    try:
+        sharding.find_shardable(chosen)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+facts["sharding"] = {"alone": refusal(model), "replaced blocks": refusal(wishing)}
 
 
 # Wrappers around and below ours, with arguments that do not exist yet.

@@ -3,12 +3,15 @@
 Run without arguments it starts one copy of itself for each rank; rank 0 prints JSON.
 """
 
+import importlib
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 RANKS = 2
@@ -54,12 +57,35 @@ def save_wan(path, scale):
     os.replace(f"{path}.new", path)
 
 
+def ask_for_assets():
+    """Have ComfyUI's server ask for who keeps its assets, as that of 0.36 does."""
+    find = importlib.import_module
+
+    def found(name, package=None):
+        module = find(name, package)
+        if name != "server" or "asset_manager" in inspect.signature(module.PromptServer).parameters:
+            return module
+
+        class Server(module.PromptServer):
+            def __init__(self, loop, asset_manager):
+                super().__init__(loop)
+                self.asset_manager = asset_manager
+                asset_manager.register_routes(self.app, self.user_manager)
+                asset_manager.set_event_sink(self.send_sync)
+
+        return types.SimpleNamespace(PromptServer=Server)
+
+    importlib.import_module = found
+
+
 def rank_main(rank, folder):
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     load_core()
+    if rank == 1:  # the other has the server of the ComfyUI that is here
+        ask_for_assets()
     from efficient_vdit_core.parallel.pool.imports import COMFYUI_HOST
     from efficient_vdit_core.parallel.pool.settings import Settings
     from efficient_vdit_core.parallel.sharding.wire import Wire
@@ -150,7 +176,9 @@ def rank_main(rank, folder):
             )
         except ValueError as error:
             facts["another folder"] = str(error)
-    dist.barrier()
+    facts["assets"] = [None] * RANKS
+    keeper = getattr(host.executor.server, "asset_manager", None)
+    dist.all_gather_object(facts["assets"], keeper is not None and not keeper.enabled)
     if rank == 0:
         print(json.dumps(facts))
 

@@ -168,6 +168,15 @@ def replacing(source, scale=1.0):
     return patched
 
 
+def wishing(source):
+    """The attention that a file asks for, as ComfyUI's LoRA loaders set it from 0.34 on."""
+    patched, asked = source.clone(), torch.nn.Identity()
+    asked.function = None  # such as a precision alone
+    source.model.diffusion_model.transformer_blocks[0].attn1.comfy_attention = asked
+    patched.add_object_patch("diffusion_model.transformer_blocks.0.attn1.comfy_attention", asked)
+    return patched
+
+
 def bypassing(source, scale=1.0):
     """A LoRA beside the weights, as ComfyUI's bypass loaders inject it."""
     patched, part = source.clone(), source.model.diffusion_model.transformer_blocks[0].ff
@@ -331,6 +340,7 @@ facts["divisions"] = {
     "whole weights, wrapped, auto": divided(wrapped(model)),
     "sparse": divided(sparse(model)),
     "a LoRA": divided(with_lora(model)),
+    "a file's own attention": divided(wishing(model)),
     "branches, one set off against the other": divided(setting_off(model), division="branches"),
     "one set off against the other": divided(setting_off(model)),
     "attention": divided(attending(model)),
