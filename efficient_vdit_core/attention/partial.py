@@ -105,8 +105,10 @@ def sdpa_partial(device: torch.device, dtype: torch.dtype, dim: int) -> PartialA
     """The kernel of ``scaled_dot_product_attention`` that tells its lse, for head_dim ``dim``; None where none does.
 
     The one that PyTorch would choose comes first. Each is tried on a few tokens before it is trusted; the answer is
-    kept.
+    kept. The meta device has no values to try: there it is a GPU's, whose memory and FLOPs are asked for.
     """
+    if device.type == "meta":
+        return _OF_TORCH["flash"]
     return _kept("sdpa", device, dtype, dim)
 
 

@@ -169,6 +169,16 @@ def test_cogvideox_has_its_schedule_and_layout(tmp_path):
     assert not torch.allclose(sparse, dense, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", [small_wan, cogvideox])
+def test_an_image_to_video_model_is_refused_at_once(family, tmp_path):
+    """Its picture stands in further channels, of which no clip of a training has any."""
+    family(tmp_path)
+    file = tmp_path / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "in_channels": 9}))
+    with pytest.raises(ValueError, match="takes 9 channels and makes 4: .* only text-to-video models are trained"):
+        open_model(ModelConfig(path=str(tmp_path), family="diffusers"))
+
+
 def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))

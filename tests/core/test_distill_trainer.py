@@ -434,6 +434,20 @@ def test_knowledge_inherits_segments_and_changes_the_student_alone(base, tmp_pat
         trainer.distill(config(base, "knowledge", objective={"segments": 0}), tmp_path / "other")
 
 
+def test_knowledge_keeps_the_steps_that_its_teacher_was_made_for(base, tmp_path):
+    """Twice as many as segments: the plan's training learns at all of them, and its result says so."""
+    dense = trainer.distill(config(base, steps=1, objective={"segments": 2, "steps": 4}), tmp_path / "dense")
+    run = config(dense, "knowledge", steps=1, objective={"segments": 0})
+    about = read_metadata(trainer.distill(run, tmp_path / "sparse"))
+    assert about is not None and (about.segments, about.steps) == (2, 4)
+    model = open_model(run.model)
+    student, teacher = model.load(), model.load()
+    data = trainer.prepare_data(None, None, None, None)
+    assert len(trainer.make_objective(run, model, student, student, teacher, about, data).times) == 4
+    for objective, steps in (({"segments": 2, "steps": 2}, 2), ({"segments": 3}, 3)):  # its own word goes first
+        assert trainer.describe(config(dense, "knowledge", objective=objective), model).steps == steps
+
+
 def test_knowledge_distillation_brings_the_sparse_model_nearer(base, tmp_path):
     run = config(base, "knowledge", steps=15, training={"learning_rate": 0.005})
     model = open_model(run.model)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from small_models import opensora_plan, wan
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from efficient_vdit_core.attention import partial
 from efficient_vdit_core.distill.config import DistillConfig
 from efficient_vdit_core.distill.data.clips import ClipSet
 from efficient_vdit_core.distill.data.prepare import PreparedData
@@ -144,6 +145,10 @@ def test_what_waits_on_the_host_leaves_the_gpu(tmp_path):
     assert all(after.held[name] == before.held[name] for name in same)
 
 
+def flops_of_sdpa(q, k, v, *_, out_shape=None, **__):
+    return sdpa_flop_count(q, k, v)
+
+
 @pytest.mark.parametrize(
     ("family", "worn", "error"),
     [
@@ -158,7 +163,8 @@ def test_what_waits_on_the_host_leaves_the_gpu(tmp_path):
 def test_the_search_holds_and_computes_what_is_planned(family, worn, error, tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = stage(family, tmp_path, "consistency", train="lora", lora_rank=4)
-    search = SearchConfig(candidates="0,1,2~1", captions=8, error=error)
+    monkeypatch.setattr(partial, "_plain", lambda *_: pytest.fail("what no GPU computes so"))
+    search = SearchConfig(candidates="0,1+1,2~1", captions=8, error=error)
     grid = {"segments": 2, "steps": 2}
     memory, work = plan_search(search, config, **grid, wears_lora=worn)
     assert work.examples == 16 and memory.peak() == memory.step() == sum(memory.held.values())
@@ -172,10 +178,12 @@ def test_the_search_holds_and_computes_what_is_planned(family, worn, error, tmp_
     module = model.load().eval()
     bank = TextBank({"a": torch.randn(WORDS, 8)})
     watched = WatchedRun(model, module, bank, ["a"] * 8, LATENT, **grid, at_once=8, device=torch.device("cpu"))
+    probe(search, watched)  # kernels are tried once
     with LiveBytes() as counter:
         counter.count([*module.parameters(), *module.buffers()])
         probe(search, watched)
-    with FlopCounterMode(display=False) as products, sdpa_kernel(SDPBackend.MATH):
+    of_parts = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flops_of_sdpa}  # is not counted
+    with FlopCounterMode(display=False, custom_mapping=of_parts) as products, sdpa_kernel(SDPBackend.MATH):
         probe(search, watched)
     assert memory.peak() == pytest.approx(counter.peak, rel=0.1)
     assert work.flops * work.examples == pytest.approx(products.get_total_flops(), rel=0.1)

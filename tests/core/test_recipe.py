@@ -102,6 +102,38 @@ def test_loras_of_both_stages_belong_together(calls, tmp_path, order):
     assert models[second].transformer == "", "the weights stay as they are; the first LoRA is kept beside them"
 
 
+@pytest.mark.parametrize(
+    ("consistency", "asked", "steps"),
+    [({}, {}, 4), ({"steps": 8}, {}, 8), ({}, {"steps": 6}, 6), ({"steps": 8}, {"steps": 6}, 6)],
+)
+def test_a_plan_alone_is_searched_and_trained_at_the_samplers_steps(calls, tmp_path, consistency, asked, steps):
+    """Without a stage 1 behind it there are no other times: neither does its result say more steps than are taken."""
+    consistency = {"segments": 4, "teacher_steps": 12, **consistency}
+    stages = make(tmp_path, order="knowledge-only", consistency=consistency, knowledge=asked)
+    stages.run()
+    ((_, stage),) = calls[1:]
+    assert (stage.objective.segments, stage.objective.steps) == (4, steps)
+    assert stages.search_schedule(4) == {"segments": 4, "steps": steps}
+    (planned,) = stages.planned()
+    assert planned.objective.steps == steps
+
+
+def test_the_steps_of_stage_1_are_foretold_of_stage_3(tmp_path):
+    stages = make(tmp_path, consistency={"segments": 4, "steps": 8, "teacher_steps": 12})
+    assert [stage.objective.steps for stage in stages.planned()] == [8, 8]
+
+
+def test_merging_counts_no_change_twice():
+    with pytest.raises(ValueError, match="both begin with model.init, whose changes would count twice"):
+        RecipeConfig.from_dict({"order": "merge", "model": {"init": "a.safetensors"}})
+
+
+@pytest.mark.parametrize("order", ["merge", "knowledge-first"])
+def test_steps_that_the_order_does_not_hear_are_refused(order):
+    with pytest.raises(ValueError, match="knowledge.steps is 6, but with the order"):
+        RecipeConfig.from_dict({"order": order, "knowledge": {"steps": 6}})
+
+
 def test_merging_forgets_no_lora():
     with pytest.raises(ValueError, match="order is .merge.*model.loras lie beside these"):
         RecipeConfig.from_dict({"order": "merge", "model": {"train": "lora", "loras": ["a.safetensors"]}})
@@ -113,6 +145,7 @@ def test_merging_forgets_no_lora():
         ({"search": {"speedups": [50.0]}}, "at most"),
         ({"search": {"thresholds": [-1.0]}}, "threshold is -1"),
         ({"search": {"candidates": "8"}}, "all mean full"),
+        ({"search": {"thresholds": []}}, "no plan would be searched"),
         ({"knowledge_training": {"optimizer": "adamw8bit"}}, "bitsandbytes"),
         ({"knowledge_training": {"tensorboard": True}}, "needs the package 'tensorboard'"),
         ({"model": {"train": "lora", "lora_rank": 6}, "knowledge_training": {"optimizer": "muon"}}, "LoRA of rank 6"),

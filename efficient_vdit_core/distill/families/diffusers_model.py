@@ -52,6 +52,12 @@ class DiffusersModel(DiffusersFolder):
             raise ValueError(
                 "This CogVideoX packs frames in time (version 1.5), which is not supported here. Use version 1.0."
             )
+        given, made = self.config["in_channels"], self.config.get("out_channels") or self.config["in_channels"]
+        if given != made:
+            raise ValueError(
+                f"The transformer of {named(self.folder.name)} takes {given} channels and makes {made}: the others are of a picture, as "
+                "image-to-video models have it, and only text-to-video models are trained. Choose one of these."
+            )
         vae = self.folder / "vae" / "config.json"
         # Wan 2.2's 5B has a VAE of its own; folders of earlier ones may not say.
         self.vae = {"scale_factor_temporal": 4, "scale_factor_spatial": 8, **(read_json(vae) if vae.is_file() else {})}

@@ -41,8 +41,8 @@ STATES = (DATA, TEACHER, STUDENT)
 
 @dataclass(frozen=True)
 class KnowledgeConfig:
-    """plan: ``k:T-k`` or a plan file. segments: what the teacher was distilled for, 0 = as its metadata says; steps:
-    the sampler's, 0 = segments. attention, mlp, prediction: the weights of the three losses; 0 leaves one out. states:
+    """plan: ``k:T-k`` or a plan file. segments: what the teacher was distilled for, and steps: the sampler's, 0 =
+    as its metadata says, or one in each segment. attention, mlp, prediction: the weights of the three losses; 0 leaves one out. states:
     where they are taken: at noised clips of the ``data``, or on the way down of the ``teacher`` or the ``student``.
     """
 
@@ -61,7 +61,9 @@ class KnowledgeConfig:
                 f"The losses' weights are {weights}, expected numbers from 0 up and one above. Correct the configuration."
             )
         whole(self.segments, "segments", 0, 1000, "0 = as the teacher says. Correct the configuration.")
-        whole(self.steps, "steps", 0, 1000, "0 = one in each segment. Correct the configuration.")
+        whole(
+            self.steps, "steps", 0, 1000, "0 = as the teacher says, or one in each segment. Correct the configuration."
+        )
         if self.states not in STATES:
             raise ValueError(
                 f"states is {quoted(self.states)}, expected one of {', '.join(STATES)}. Correct the configuration."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ def make_objective(
             students_step=lambda: config.objective.students_step(step()), own_samples=config.data.source == "captions",
         )  # fmt: skip
     return KnowledgeLoss(
-        config.objective, model.path, segments=about.segments, teacher=networks.teach, student=networks.learn,
+        replace(config.objective, steps=about.steps), model.path, segments=about.segments, teacher=networks.teach, student=networks.learn,
         serves=model.serves, student_tap=model.tap(bare), teacher_tap=model.tap(bare if teacher is None else teacher),
         prediction=model.prediction, wire=group.wire if group else None, alone=alone,
     )  # fmt: skip

@@ -73,6 +73,16 @@ class RecipeConfig:
             raise ValueError(
                 'order is "merge", which adds results to the model\'s own weights, but model.loras lie beside these. Take another order.'
             )
+        if order == "merge" and recipe.model.init:
+            raise ValueError(
+                'order is "merge", which adds what both trainings changed, and both begin with model.init, whose changes would count '
+                "twice. Make full weights of it for model.transformer, or take another order."
+            )
+        if order in ("knowledge-first", "merge") and recipe.knowledge.steps:
+            raise ValueError(
+                f"knowledge.steps is {recipe.knowledge.steps}, but with the order {order} the plan's training learns at all of stage "
+                "1's times, because few steps are taught to it later. Leave it out."
+            )
         if order != "knowledge-only" and precisions[0] != precisions[1]:  # accelerate keeps one for the whole process
             raise ValueError(
                 f"The trainings' precisions are {' and '.join(precisions)}, expected the same. Correct the recipe."
@@ -115,6 +125,11 @@ class ThreeStages:
         c, data = self.config, self.config.data
         model = open_model(c.model)
         c.search.check(model.latent_shape(model.size(data.frames, data.height, data.width))[1])
+        if not (c.search.thresholds or c.search.speedups):
+            raise ValueError(
+                "search.thresholds and search.speedups are empty, so that no plan would be searched and none trained. Name one; "
+                "`evdit distill consistency` is stage 1 alone."
+            )
         for stage in self.planned():
             check_run(stage, model, sharded=launched_sharding(), processes=launched_processes())
             check_data(stage, model)
@@ -123,7 +138,9 @@ class ThreeStages:
         """The trainings' configurations as far as they are known before there are results: under no plan yet."""
         c = self.config
         knowledge = replace(c.knowledge, plan="", segments=c.knowledge.segments or c.consistency.segments)
-        if c.order != "consistency-first":
+        if c.order == "consistency-first":  # what stage 1's result will say
+            knowledge = replace(knowledge, steps=knowledge.steps or c.consistency.steps)
+        else:
             knowledge = self._of_base(knowledge)
         stages = [
             self._stage("consistency", replace(c.consistency, plan=""), c.consistency_training, ""),
@@ -137,8 +154,11 @@ class ThreeStages:
         return int(self.config.model.train == "lora" and stage.method == second)
 
     def _of_base(self, objective: KnowledgeConfig) -> KnowledgeConfig:
-        """For a teacher that is to be distilled later: the student learns at all of stage 1's times."""
+        """For a teacher that nobody distilled: the student learns at the sampler's times, and where few steps are taught to it
+        later, at all of stage 1's."""
         segments = objective.segments or self.config.consistency.segments
+        if self.config.order == "knowledge-only":
+            return replace(objective, segments=segments, steps=self.search_schedule(segments)["steps"])
         steps = segments * max(1, round(self.config.consistency.teacher_steps / segments))
         return replace(objective, segments=segments, steps=steps)
 
@@ -200,8 +220,10 @@ class ThreeStages:
         return self._stage("consistency", c.consistency, training, "")
 
     def search_schedule(self, segments: int) -> dict[str, int]:
-        """The schedule of the search's samples."""
-        return {"segments": segments, "steps": max(self.config.consistency.steps, segments)}
+        """The schedule of the search's samples: that of the model that the plan is for."""
+        c = self.config
+        asked = c.knowledge.steps if c.order == "knowledge-only" else 0
+        return {"segments": segments, "steps": asked or max(c.consistency.steps, segments)}
 
     def merge(self, name: str, consistency: str | Path, knowledge: str | Path) -> Path:
         """The changes of both stages added to the base: to be sampled as the first says, under the plan of the

@@ -159,7 +159,8 @@ def learners(student: nn.Module) -> list[dict[str, nn.Parameter]]:
 
 
 def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
-    """The metadata of the result. What the run does not say itself, segments and guidance, its teacher's says."""
+    """The metadata of the result. What the run does not say itself, segments and guidance, its teacher's says; of a plan's
+    training also the steps, which do not change by it."""
     from ... import __version__
 
     source = Path(config.model.loras[-1]) if config.model.loras else model.transformer_file
@@ -170,12 +171,14 @@ def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
             f"{named(source.name)} does not say for how many segments it was distilled. Set "
             "objective.segments; for a model that is not distilled it is the number of sampling steps."
         )
+    kept = inherited if config.method == "knowledge" and inherited and inherited.segments == segments else None
+    steps = objective.steps or (kept.steps if kept else segments)
     plan = read_plan(objective.plan) if objective.plan or config.method == "knowledge" else None
     guidance = getattr(objective, "guidance", None)  # a teacher that has some inside hands it on
     if guidance is None and inherited:
         guidance = inherited.guidance
     return DistillMetadata(
-        method=config.method, segments=segments, steps=objective.steps or segments, schedule=model.path.describe(),
+        method=config.method, segments=segments, steps=steps, schedule=model.path.describe(),
         prediction=model.prediction, guidance=guidance, plan=json.loads(plan.to_json()) if plan else None, version=__version__,
         expert=model.expert,
     )  # fmt: skip
