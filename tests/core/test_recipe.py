@@ -146,6 +146,7 @@ def test_merging_forgets_no_lora():
         ({"search": {"thresholds": [-1.0]}}, "threshold is -1"),
         ({"search": {"candidates": "8"}}, "all mean full"),
         ({"search": {"thresholds": []}}, "no plan would be searched"),
+        ({"search": {"speedups": [2.0, 2.0000001]}}, "agree in six digits"),
         ({"knowledge_training": {"optimizer": "adamw8bit"}}, "bitsandbytes"),
         ({"knowledge_training": {"tensorboard": True}}, "needs the package 'tensorboard'"),
         ({"model": {"train": "lora", "lora_rank": 6}, "knowledge_training": {"optimizer": "muon"}}, "LoRA of rank 6"),

@@ -34,7 +34,7 @@ def export(
     lora: bool,
     rank: int = 0,
 ) -> Path:
-    """Write the result in the precision of the teacher's file, 16 bits at least, and return its path; only process 0 writes."""
+    """Write the result in the model's ``saved_dtype`` and return its path; only process 0 writes."""
     file = result_file(folder, lora=lora)
     if rank:
         return file

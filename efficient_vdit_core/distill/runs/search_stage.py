@@ -73,6 +73,10 @@ class SearchConfig:
         whole(self.seed, "search.seed", 0, MAX_TORCH_SEED, "Correct the configuration.")
         for name in ("thresholds", "speedups"):
             whole(len(getattr(self, name)), f"The count of search.{name}", 0, 32, "Correct the configuration.")
+        if len(plan_names(self)) < len(self.thresholds) + len(self.speedups):
+            raise ValueError(
+                "Two of search.thresholds or search.speedups agree in six digits, by which plans are named. Leave one out."
+            )
         parse_candidates(self.candidates)
         check_groups(self.head_groups, self.error)
         if self.error not in (ATTENTION, OUTPUT):
