@@ -33,6 +33,7 @@ from efficient_vdit_core.bench.plot import draw
 from efficient_vdit_core.bench.rounds import Rounds
 from efficient_vdit_core.cli import main
 from efficient_vdit_core.commands import bench as commands
+from efficient_vdit_core.commands.bench.verdict import Verdict
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 SHAPE = attention.Shape(5, 37, 2, 64, "float32", (1, 2))
@@ -389,10 +390,25 @@ def test_rows_that_were_measured_outlive_ctrl_c(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(heads, "SHAPES", ((6, 5, 4, 16),))
     monkeypatch.setattr(heads, "measure", interrupted)
     out = tmp_path / "heads.json"
+    out.write_text("those of a whole run")
     assert main(["bench", "heads", "--repeats", "1", "--device", "cpu", "--json", str(out)]) == 130
-    found = json.loads(out.read_text())
+    found = json.loads((tmp_path / "heads.json.part").read_text())
     assert found["rows"] == seen and len(seen) == 2 and found["complete"] is False
-    assert "what was finished before stays" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "heads.json.part" in said.out and "what was finished before stays" in said.err
+    assert out.read_text() == "those of a whole run"
+
+
+def test_what_a_bench_finds_wrong_is_told_behind_all_its_rows(monkeypatch, tmp_path, capsys):
+    def faulty(args, device):
+        yield [{"passed": False}]
+        raise Verdict("A config has a fault.")
+
+    monkeypatch.setattr(commands.BENCHES["compile"], "run", faulty)
+    out = tmp_path / "compiled.json"
+    assert main(["bench", "compile", "--json", str(out)]) == 2
+    assert json.loads(out.read_text())["complete"] is True and [file.name for file in tmp_path.iterdir()] == [out.name]
+    assert "A config has a fault." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

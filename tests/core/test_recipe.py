@@ -123,6 +123,22 @@ def test_the_steps_of_stage_1_are_foretold_of_stage_3(tmp_path):
     assert [stage.objective.steps for stage in stages.planned()] == [8, 8]
 
 
+def test_a_plans_own_segments_are_those_of_its_search(calls, tmp_path):
+    """Two networks or stages of one recipe may be told apart by them; steps of others do not fit."""
+    consistency = {"segments": 2, "steps": 3, "teacher_steps": 12}
+    alone = make(tmp_path, order="knowledge-only", consistency=consistency, knowledge={"segments": 4, "steps": 6})
+    assert alone.segments == 4 and alone.search_schedule(alone.segments) == {"segments": 4, "steps": 6}
+    (planned,) = alone.planned()
+    assert (planned.objective.segments, planned.objective.steps) == (4, 6)
+    behind = make(tmp_path, consistency=consistency, knowledge={"segments": 4}).planned()[1].objective
+    assert (behind.segments, behind.steps) == (4, 0)
+
+
+def test_without_a_target_nothing_is_foretold_either(tmp_path):
+    with pytest.raises(ValueError, match="no plan would be searched"):
+        next(forecast(make(tmp_path, search={"thresholds": []})))
+
+
 def test_merging_counts_no_change_twice():
     with pytest.raises(ValueError, match="both begin with model.init, whose changes would count twice"):
         RecipeConfig.from_dict({"order": "merge", "model": {"init": "a.safetensors"}})

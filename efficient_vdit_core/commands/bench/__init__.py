@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ...files import check_writable_file, write_text
+from .. import say
 from ..arguments import count, seed_number
 from ..command_line import command_line
 from . import attention, compile, gpu, heads, mixture, overhead, parallel, peers, plot, step
 from .device import device_named
+from .verdict import Verdict
 
 # Each has add(commands), its arguments; HEARS, those of COMMON that change what it does; and run(args, device), which
 # yields rows as they are measured.
@@ -41,32 +43,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for name, (type_, default, text) in COMMON.items():
             text = text if name in bench.HEARS else "nothing here depends on it"
             command.add_argument(f"--{name}", type=type_, default=default, help=text)
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the results there, as they come")
+        command.add_argument(
+            "--json", type=Path, metavar="FILE", help="write the results there; what comes before Ctrl-C, to FILE.part"
+        )
     gpu.add(commands)
     plot.add(commands)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Times what was asked for and prints a table; ``--json`` keeps the figures with hardware, versions and command. Rows
-    are written as they come: what ends a bench before its end costs none that was measured, and leaves ``complete``
-    False."""
+    """Times what was asked for and prints a table; ``--json`` keeps the figures with hardware, versions and command. Until
+    all is measured they stand in FILE.part: what ends a bench early costs no row that it has, and no older results."""
     if args.bench_command in ("gpu", "plot"):  # these write files of their own
         return {"gpu": gpu, "plot": plot}[args.bench_command].run(args)
     if args.json:
         check_writable_file(args.json)
-    bench = BENCHES[args.bench_command]
+    bench, rows, verdict = BENCHES[args.bench_command], [], None
     device = device_named(args.device if "device" in bench.HEARS else "cpu")
-    rows: list[dict[str, Any]] = []
-    for new in bench.run(args, device):
-        rows += new
-        if args.json:
-            _write(args, device, rows, complete=False)
-    if args.json:
-        _write(args, device, rows, complete=True)
+    part = args.json and args.json.with_name(f"{args.json.name}.part")
+    try:
+        for new in bench.run(args, device):
+            rows += new
+            if part:
+                write_text(part, _results(args, device, rows, complete=False))
+    except Verdict as error:
+        verdict = error
+    except BaseException:
+        if part and rows:
+            say(f"rows so far in {part}")
+        raise
+    if part:
+        write_text(part, _results(args, device, rows, complete=True))
+        part.replace(args.json)
+    if verdict:
+        raise verdict
     return 0
 
 
-def _write(args: argparse.Namespace, device: Any, rows: list[dict[str, Any]], complete: bool) -> None:
+def _results(args: argparse.Namespace, device: Any, rows: list[dict[str, Any]], complete: bool) -> str:
+    """A results file: the figures with hardware, versions and command."""
     from ...bench.machine import describe_machine
 
     heard = BENCHES[args.bench_command].HEARS
@@ -76,4 +90,4 @@ def _write(args: argparse.Namespace, device: Any, rows: list[dict[str, Any]], co
         "machine": describe_machine(device),
         "complete": complete,
     }
-    write_text(args.json, json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    return json.dumps({**head, "rows": rows}, indent=1) + "\n"

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import say
 from ..arguments import count
+from .verdict import Verdict
 
 HEARS = ("repeats", "seed", "device")
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]
     # What has no error computes something else, or puts nothing together.
     sparse = [r["efficiency"] for r in rows if r["pattern"] != "full" and r.get("max_relative_error") is not None]
     if not sparse:
-        raise ValueError(f"No backend runs here: {rows[-1]['error']}. Name others by --backends.")
+        raise Verdict(f"No backend runs here: {rows[-1]['error']}. Name others by --backends.")
     say(f"efficiency against the ideal, geometric mean of {len(sparse)} rows: {geometric_mean(sparse):.3f}")
 
 

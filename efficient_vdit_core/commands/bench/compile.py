@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import say
 from ..arguments import count
+from .verdict import Verdict
 
 HEARS = ()
 
@@ -56,4 +57,4 @@ def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]
     say(f"{len(done) - len(failed)} passed, {len(failed)} failed")
     if failed:
         names = ", ".join(f"{c.kernel} {c.head_dim} on {c.architecture}" for c in failed[:6])
-        raise ValueError(f"A config of these kernels has a fault: {names}. Change their tiles in arrow_kernels.py.")
+        raise Verdict(f"A config of these kernels has a fault: {names}. Change their tiles in arrow_kernels.py.")

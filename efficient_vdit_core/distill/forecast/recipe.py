@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..config import DistillConfig
 from ..runs.recipe import ThreeStages
-from ..runs.search_stage import plan_names
+from ..runs.search_stage import check_targets, plan_names
 from .memory import MemoryPlan, plan_memory
 from .search import plan_search
 from .work import WorkPlan, plan_work
@@ -32,6 +32,7 @@ class Part:
 
 def forecast(stages: ThreeStages) -> Iterator[Part]:
     """The trainings and the search of a recipe, in its order, each as it is found: that takes a large model seconds."""
+    check_targets(stages.config.search)
     order, trainings = stages.config.order, {stage.method: stage for stage in stages.planned()}
     few_steps_first = ("consistency", "search", "knowledge")
     for name in few_steps_first if order == "consistency-first" else ("search", "knowledge", "consistency"):
@@ -47,7 +48,7 @@ def forecast(stages: ThreeStages) -> Iterator[Part]:
 def _plan_search(stages: ThreeStages) -> tuple[MemoryPlan, WorkPlan]:
     c = stages.config
     learnt = c.order == "consistency-first" and c.model.train == "lora"
-    schedule = stages.search_schedule(c.consistency.segments)
+    schedule = stages.search_schedule(stages.segments)
     return plan_search(c.search, stages.search_stage(), **schedule, wears_lora=learnt)
 
 

@@ -41,9 +41,11 @@ STATES = (DATA, TEACHER, STUDENT)
 
 @dataclass(frozen=True)
 class KnowledgeConfig:
-    """plan: ``k:T-k`` or a plan file. segments: what the teacher was distilled for, and steps: the sampler's, 0 =
-    as its metadata says, or one in each segment. attention, mlp, prediction: the weights of the three losses; 0 leaves one out. states:
-    where they are taken: at noised clips of the ``data``, or on the way down of the ``teacher`` or the ``student``.
+    """plan: ``k:T-k`` or a plan file.
+    segments: what the teacher was distilled for, 0 = as its metadata says.
+    steps: the sampler's, 0 = as the metadata says of as many segments, else one in each.
+    attention, mlp, prediction: the weights of the three losses; 0 leaves one out.
+    states: where they are taken: at noised clips of the ``data``, or on the way down of the ``teacher`` or the ``student``.
     """
 
     plan: str = ""

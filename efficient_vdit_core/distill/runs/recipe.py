@@ -29,7 +29,7 @@ from ..objectives.consistency import ConsistencyConfig
 from ..objectives.knowledge import KnowledgeConfig, merge_deltas
 from .export import LORA, result_file
 from .launch import by_first_process, free_memory, launched_processes, launched_sharding, make_accelerator
-from .search_stage import SearchConfig, found_plans, search_plans
+from .search_stage import SearchConfig, check_targets, found_plans, search_plans
 from .trainer import check_run, distill
 
 BASE_NEGATIVE_SHARE = 0.1
@@ -100,6 +100,7 @@ class ThreeStages:
 
     def run(self) -> dict[str, list[Path]]:
         """Results by the plan's name: full weights, or the LoRAs of both stages, which belong together."""
+        check_targets(self.config.search)
         self.check()
         c = self.config
         if c.order == "consistency-first":
@@ -109,8 +110,9 @@ class ThreeStages:
                 name: _result(dense, self.knowledge(f"knowledge-{name}", dense, plan)) for name, plan in plans.items()
             }
         plans = self.plans("plans", "")
-        tuned = {name: self.knowledge(f"knowledge-{name}", "", plan) for name, plan in plans.items()}
-        if c.order == "knowledge-only":
+        alone = c.order == "knowledge-only"
+        tuned = {name: self.knowledge(f"knowledge-{name}", "", plan, alone=alone) for name, plan in plans.items()}
+        if alone:
             return {name: [file] for name, file in tuned.items()}
         if c.order == "knowledge-first":
             return {
@@ -125,11 +127,6 @@ class ThreeStages:
         c, data = self.config, self.config.data
         model = open_model(c.model)
         c.search.check(model.latent_shape(model.size(data.frames, data.height, data.width))[1])
-        if not (c.search.thresholds or c.search.speedups):
-            raise ValueError(
-                "search.thresholds and search.speedups are empty, so that no plan would be searched and none trained. Name one; "
-                "`evdit distill consistency` is stage 1 alone."
-            )
         for stage in self.planned():
             check_run(stage, model, sharded=launched_sharding(), processes=launched_processes())
             check_data(stage, model)
@@ -138,10 +135,10 @@ class ThreeStages:
         """The trainings' configurations as far as they are known before there are results: under no plan yet."""
         c = self.config
         knowledge = replace(c.knowledge, plan="", segments=c.knowledge.segments or c.consistency.segments)
-        if c.order == "consistency-first":  # what stage 1's result will say
+        if c.order != "consistency-first":
+            knowledge = self._of_base(knowledge, alone=c.order == "knowledge-only")
+        elif knowledge.segments == c.consistency.segments:  # what stage 1's result will say
             knowledge = replace(knowledge, steps=knowledge.steps or c.consistency.steps)
-        else:
-            knowledge = self._of_base(knowledge)
         stages = [
             self._stage("consistency", replace(c.consistency, plan=""), c.consistency_training, ""),
             self._stage("knowledge", replace(knowledge, plan=ANY_PLAN), c.knowledge_training, ""),
@@ -153,11 +150,17 @@ class ThreeStages:
         second = {"consistency-first": "knowledge", "knowledge-first": "consistency"}.get(self.config.order)
         return int(self.config.model.train == "lora" and stage.method == second)
 
-    def _of_base(self, objective: KnowledgeConfig) -> KnowledgeConfig:
-        """For a teacher that nobody distilled: the student learns at the sampler's times, and where few steps are taught to it
-        later, at all of stage 1's."""
+    @property
+    def segments(self) -> int:
+        """Of the model that the plans are for."""
+        c = self.config
+        return c.order == "knowledge-only" and c.knowledge.segments or c.consistency.segments
+
+    def _of_base(self, objective: KnowledgeConfig, *, alone: bool) -> KnowledgeConfig:
+        """For a teacher that nobody distilled: the student learns at all times of the consistency that is taught to it later,
+        or ``alone`` at the sampler's."""
         segments = objective.segments or self.config.consistency.segments
-        if self.config.order == "knowledge-only":
+        if alone:
             return replace(objective, segments=segments, steps=self.search_schedule(segments)["steps"])
         steps = segments * max(1, round(self.config.consistency.teacher_steps / segments))
         return replace(objective, segments=segments, steps=steps)
@@ -175,17 +178,19 @@ class ThreeStages:
             stage = replace(stage, model=replace(stage.model, init=str(init)))
         return self._train(name, stage)
 
-    def knowledge(self, name: str, teacher: str | Path, plan: str | Path, **changes: Any) -> Path:
+    def knowledge(
+        self, name: str, teacher: str | Path, plan: str | Path, *, alone: bool = False, **changes: Any
+    ) -> Path:
         """Stage 3 in the subfolder ``name``, under a plan file or pattern.
 
-        A base teacher is to be distilled later: it learns at all of stage 1's times, and without captions for the
-            guidance.
+        A base teacher's student is to be distilled later, unless ``alone``: it learns at all of stage 1's times. Both learn
+            without captions too, for the guidance.
         """
         c = self.config
         objective = replace(c.knowledge, plan=str(plan), **changes)
         if teacher:
             return self._train(name, self._stage("knowledge", objective, c.knowledge_training, teacher))
-        stage = self._stage("knowledge", self._of_base(objective), c.knowledge_training, "")
+        stage = self._stage("knowledge", self._of_base(objective, alone=alone), c.knowledge_training, "")
         share = c.data.negative_share or (BASE_NEGATIVE_SHARE if c.consistency.guidance is not None else 0.0)
         return self._train(name, replace(stage, data=replace(stage.data, negative_share=share)))
 
@@ -204,7 +209,7 @@ class ThreeStages:
                 data.clips,
                 data.bank,
                 folder,
-                **self.search_schedule(segments or self.config.consistency.segments),
+                **self.search_schedule(segments or self.segments),
                 at_once=config.training.batch,
                 device=accelerator.device,
             )

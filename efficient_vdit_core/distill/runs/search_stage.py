@@ -93,6 +93,15 @@ class SearchConfig:
             check_target(0.0, speedup, candidates, frames)
 
 
+def check_targets(config: SearchConfig) -> None:
+    """Raises ValueError where no plan is asked for."""
+    if not plan_names(config):
+        raise ValueError(
+            "search.thresholds and search.speedups are empty, so that no plan would be searched and none trained. Name one; "
+            "`evdit distill consistency` is stage 1 alone."
+        )
+
+
 def plan_names(config: SearchConfig) -> dict[str, tuple[float, float]]:
     """(threshold, speed-up) of each plan, of which one is asked for, by its name."""
     return {f"r-{r:g}": (r, 0.0) for r in config.thresholds} | {f"x-{x:g}": (0.0, x) for x in config.speedups}

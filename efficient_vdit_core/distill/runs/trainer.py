@@ -13,6 +13,7 @@ of processes may share out each clip (`sequence_parallel`).
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ def distill(config: DistillConfig, folder: Path, *, any_rate: bool = False) -> P
     # All that can be refused is refused before the folder is claimed.
     accelerator, model = make_accelerator(config), open_model(config.model)
     about = check_run(config, model, sharded=is_sharding(accelerator), processes=accelerator.num_processes)
+    if config.method == "knowledge" and about.steps != about.segments:
+        # Written down with the rest, so that no run goes on at other times than it was begun at.
+        config = replace(config, objective=replace(config.objective, steps=about.steps))
     if not (folder / CONFIG).is_file():
         check_data(config, model)
     result = result_file(folder, lora=config.model.train == "lora")

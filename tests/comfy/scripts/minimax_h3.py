@@ -213,7 +213,9 @@ def refusal(chosen):
     return ""
 
 
-facts["sharding"] = {"alone": refusal(model), "replaced blocks": refusal(wishing)}
+replacing = model.clone()
+replacing.set_model_patch_replace(named(0), "dit", "double_block", 0)
+facts["sharding"] = {"alone": refusal(model), "replaced blocks": refusal(replacing)}
 
 
 # Wrappers around and below ours, with arguments that do not exist yet.
