@@ -154,7 +154,8 @@ class ThreeStages:
     def segments(self) -> int:
         """Of the model that the plans are for."""
         c = self.config
-        return c.order == "knowledge-only" and c.knowledge.segments or c.consistency.segments
+        own = c.knowledge.segments if c.order == "knowledge-only" else 0
+        return own or c.consistency.segments
 
     def _of_base(self, objective: KnowledgeConfig, *, alone: bool) -> KnowledgeConfig:
         """For a teacher that nobody distilled: the student learns at all times of the consistency that is taught to it later,
