@@ -304,6 +304,6 @@ def partial_of(
     flash-attn and SageAttention. None for others, whose lse nobody tells."""
     name, module = getattr(function, "__name__", ""), getattr(function, "__module__", "")
     if function is F.scaled_dot_product_attention or (module, name) in _CALLS_TORCH:
-        return _kept("sdpa", device, dtype, dim)
+        return sdpa_partial(device, dtype, dim)
     # Node packs have functions of the same names, which may call other kernels.
     return _kept(name, device, dtype, dim) if module == _COMFYUI and name in _OF_PACKAGES else None

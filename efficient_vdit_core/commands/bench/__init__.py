@@ -55,11 +55,11 @@ def run(args: argparse.Namespace) -> int:
     all is measured they stand in FILE.part: what ends a bench early costs no row that it has, and no older results."""
     if args.bench_command in ("gpu", "plot"):  # these write files of their own
         return {"gpu": gpu, "plot": plot}[args.bench_command].run(args)
-    if args.json:
-        check_writable_file(args.json)
+    part = args.json and args.json.with_name(f"{args.json.name}.part")
+    for file in filter(None, (args.json, part)):
+        check_writable_file(file)
     bench, rows, verdict = BENCHES[args.bench_command], [], None
     device = device_named(args.device if "device" in bench.HEARS else "cpu")
-    part = args.json and args.json.with_name(f"{args.json.name}.part")
     try:
         for new in bench.run(args, device):
             rows += new
@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
             say(f"rows so far in {part}")
         raise
     if part:
-        write_text(part, _results(args, device, rows, complete=True))
-        part.replace(args.json)
+        write_text(args.json, _results(args, device, rows, complete=True))
+        part.unlink(missing_ok=True)
     if verdict:
         raise verdict
     return 0
