@@ -53,3 +53,12 @@ def sample(model, sampler, sigmas, noise, text, mask=None, seed=0, cfg=1.0):
     guider.set_cfg(cfg)
     with torch.inference_mode():
         return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=seed, disable_pbar=True)
+
+
+def refusal(act) -> str:
+    """What a ValueError says; "" where there is none."""
+    try:
+        act()
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import replace
 
-from host import call, load_pack, log_lines, torch  # isort: skip
+from host import call, load_pack, log_lines, refusal, torch  # isort: skip
 import comfy.model_patcher  # isort: skip
 import comfy.ops  # isort: skip
 import comfy.samplers  # isort: skip
@@ -104,17 +104,14 @@ def distance(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
-def refusal(chosen) -> str:
-    try:
-        sharding.find_shardable(chosen)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 patched = model.clone()
 patched.set_model_patch(lambda args: args, "double_block")
-facts = {"sharding": [refusal(model), refusal(speaking(model, 1)[0]), refusal(speaking(model, 2)[0]), refusal(patched)]}
+facts = {
+    "sharding": [
+        refusal(lambda chosen=chosen: sharding.find_shardable(chosen))
+        for chosen in (model, speaking(model, 1)[0], speaking(model, 2)[0], patched)
+    ]
+}
 for speakers in (1, 2):
     source, cond = speaking(model, speakers)
     judge = source.clone()

@@ -5,7 +5,7 @@ import json
 import sys
 import types
 
-from host import call, load_pack, log_lines, torch  # isort: skip
+from host import call, load_pack, log_lines, refusal, torch  # isort: skip
 import comfy.samplers  # isort: skip
 import comfy.sd  # isort: skip
 import comfy.ldm.modules.attention as attention  # isort: skip
@@ -205,17 +205,12 @@ for i in (1, 2):
     del network.blocks[i].attn.comfy_attention
 
 
-def refusal(chosen):
-    try:
-        sharding.find_shardable(chosen)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 replacing = model.clone()
 replacing.set_model_patch_replace(named(0), "dit", "double_block", 0)
-facts["sharding"] = {"alone": refusal(model), "replaced blocks": refusal(replacing)}
+facts["sharding"] = {
+    "alone": refusal(lambda: sharding.find_shardable(model)),
+    "replaced blocks": refusal(lambda: sharding.find_shardable(replacing)),
+}
 
 
 # Wrappers around and below ours, with arguments that do not exist yet.

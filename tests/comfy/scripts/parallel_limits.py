@@ -3,7 +3,7 @@
 import copy
 import json
 
-from host import call, load_pack, log_lines, sample, torch  # isort: skip
+from host import call, load_pack, log_lines, refusal, sample, torch  # isort: skip
 import sys  # isort: skip
 
 import comfy.model_management as mm  # isort: skip
@@ -235,14 +235,6 @@ def run(chosen, cfg=1.0):
 
 def cached(source):
     return call(EasyCacheNode, model=source, reuse_threshold=0.2, start_percent=0.0, end_percent=1.0, verbose=False)[0]
-
-
-def refusal(act):
-    try:
-        act()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 facts = {
