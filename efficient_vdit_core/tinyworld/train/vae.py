@@ -50,6 +50,12 @@ def to_pixels(video: Tensor) -> np.ndarray:
     return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """``x``, pictures, clips or kernels, with the channels of a pixel side by side: on a CPU convolutions there and back take two thirds of
+    the time."""
+    return x.contiguous(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last)
+
+
 def train_vae(
     folder: Path,
     vae: CausalVAE,
@@ -71,7 +77,7 @@ def train_vae(
 
     def loss_of(generator: torch.Generator) -> Tensor:
         clips = random_clips(world, numpy_rng(generator), *_phase(run.step / steps, world.frames))
-        x = to_model_range(clips).to(device)
+        x = channels_last(to_model_range(clips).to(device))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             mean, logvar = (m.float() for m in vae.moments(x))
             out = vae.decode(_off(mean, logvar, generator)).float()
@@ -120,7 +126,7 @@ class _Kernel(nn.Module):
         self.shape = shape
 
     def forward(self, matrix: Tensor) -> Tensor:
-        return matrix.view(self.shape)
+        return channels_last(matrix.view(self.shape))
 
     def right_inverse(self, kernel: Tensor) -> Tensor:
         return kernel.flatten(1)
@@ -139,6 +145,7 @@ def vae_of(config: VAEConfig, state: dict[str, Tensor]) -> CausalVAE:
     vae.load_state_dict({name: value.cpu() for name, value in state.items()})
     for module in _convolutions(vae):
         parametrize.remove_parametrizations(module, "weight")
+        module.weight.data = module.weight.data.contiguous()
     return vae.eval()
 
 
