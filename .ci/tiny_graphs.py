@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from template_graphs import Graph, Node, prompts, share, video
 
 from efficient_vdit_core import assets
-from efficient_vdit_core.distill.metadata import read_metadata
+from efficient_vdit_core.models.distilled import read_metadata
 
 TINY, FEW_STEPS, FEW_STEPS_SPARSE = (f"{name.replace('-', ' ')} (built in)" for name in assets.TINY_MODELS)
 

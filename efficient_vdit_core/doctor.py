@@ -84,7 +84,7 @@ def format_findings(findings: dict[str, Any]) -> str:
 
 
 def _format_choices(choices: dict[str, Any]) -> list[str]:
-    from .attention.trial import Choice
+    from .attention.autotune.trial import Choice
 
     if not choices:
         return ["  nothing yet: backends are measured at the first long call of each kind of shape"]
@@ -113,7 +113,7 @@ def _guarded(look: Any, problems: list[str], what: str) -> Any:
 
 
 def _ffmpeg() -> bool:
-    from .video import has_ffmpeg
+    from .media.video import has_ffmpeg
 
     return has_ffmpeg()
 
@@ -156,7 +156,7 @@ def _backends() -> list[dict[str, Any]]:
 def _choices() -> dict[str, Any]:
     from dataclasses import asdict
 
-    from .attention.choose import default_book
+    from .attention.autotune.choose import default_book
 
     return {shapes: asdict(choice) for shapes, choice in default_book().choices.items()}
 

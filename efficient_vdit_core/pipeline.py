@@ -18,25 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .attention.prepare import Preparation
-from .attention.report import AttentionReport
-from .attention.residual import Room
+from .attention.hook.prepare import Preparation
+from .attention.hook.residual import Room
+from .attention.hook.state import FORWARD_KEY, ForwardState
+from .attention.report.report import AttentionReport
 from .attention.sdpa import OVERRIDE_KEY
-from .attention.state import FORWARD_KEY, ForwardState
-from .devices import pick_device, pick_dtype
+from .generation.devices import pick_device, pick_dtype
+from .generation.model_folder import TINY, find_model
+from .generation.model_header import ModelHeader
+from .generation.request import VideoRequest
+from .generation.run_shape import RunShape
 from .limits.quote import quoted
-from .model_folder import TINY, find_model
-from .model_header import ModelHeader
+from .media.video import to_frames
 from .plan import TilePlan
-from .request import VideoRequest
-from .run_shape import RunShape
 from .sampling import Denoiser, DiscreteSchedule, consistency_sigmas, sample_consistency
 from .sampling.reference import sample_reference
 from .search.output import Around, once
-from .video import to_frames
 
 if TYPE_CHECKING:
-    from .distill.metadata import DistillMetadata
+    from .models.distilled import DistillMetadata
 
 FPS = 24
 
@@ -99,8 +99,8 @@ class Pipeline:
         Raises:
             ValueError: a part is missing or no such model, no such device or dtype, a LoRA of another model.
         """
-        from .distill.lora.files import wear
-        from .distill.metadata import metadata_of
+        from .distill.lora.files import attach_frozen
+        from .models.distilled import metadata_of
         from .models.opensora_plan.checkpoint import load_transformer, load_vae
         from .models.opensora_plan.text import TextEncoder
 
@@ -109,7 +109,7 @@ class Pipeline:
         kind = pick_dtype(dtype, target, built_in=folder.built_in)
         source = Path(transformer) if transformer else folder.transformer
         weights = load_transformer(source, dtype=kind)
-        wear(weights, loras)
+        attach_frozen(weights, loras)
         vae = load_vae(folder.vae, dtype=kind)
         # mT5 is twice the size of the transformer, so it keeps the file's dtype unless another one is asked for.
         text_dtype = None if dtype == "auto" and not folder.built_in else kind

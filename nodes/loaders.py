@@ -5,10 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .checked import checked
-from .comfy_bridge.open_sora_plan import WEIGHT_DTYPES, load_model
+from .comfy_bridge.opensora_plan.model import WEIGHT_DTYPES, load_model
+from .comfy_bridge.opensora_plan.text_encoder import TEMPLATE_NAMES, load_text_encoder
+from .comfy_bridge.opensora_plan.vae import load_vae
 from .comfy_bridge.paths import BUILT_IN, file_names
-from .comfy_bridge.text_encoder import TEMPLATE_NAMES, load_text_encoder
-from .comfy_bridge.vae import load_vae
 from .inputs import CATEGORY, advanced_inputs, search_words
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..efficient_vdit_core.attention.summary import summarize_run
+from ..efficient_vdit_core.attention.report.summary import summarize_run
 from .checked import checked
 from .comfy_bridge.hook import report_of
 from .inputs import CATEGORY, search_words

@@ -9,9 +9,9 @@ from comfy_api.latest import io
 from ..efficient_vdit_core.parallel.sharding.attend import SCHEMES
 from ..efficient_vdit_core.parallel.sharding.division import AUTO, DIVISIONS, SEQUENCE
 from .checked import checked
-from .comfy_bridge.parallel import parallelize, reachable
-from .comfy_bridge.parallel_run import AFTER_RUN
-from .comfy_bridge.sharded_weights import WEIGHTS
+from .comfy_bridge.parallel.model import parallelize, reachable
+from .comfy_bridge.parallel.run import AFTER_RUN
+from .comfy_bridge.parallel.sharded_weights import WEIGHTS
 from .inputs import CATEGORY, advanced_inputs, search_words
 
 

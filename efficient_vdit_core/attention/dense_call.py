@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .state import FileAttention, Override
+from .hook.state import FileAttention, Override
 
 # ComfyUI's own way to another attention function for one model; other overrides may do more than call it.
 _CHOSEN = "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override"

@@ -11,23 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..head_patterns import LayerPattern
+from ..plan.head_patterns import LayerPattern
 from ..tiles import TilePattern
-from . import flex, triton
 from .autocast import autocast
+from .autotune.choose import default_book
+from .autotune.trial import Attend, Choice
+from .backends import flex, triton
+from .backends.frames import attend_frames
+from .backends.head_calls import Call, calls_of
+from .backends.mean_frames import make_tables
+from .backends.merge import prepare_merge
+from .backends.partial import PartialAttention, attend_backward, attend_lse, computes_precisely, partial_of
+from .backends.parts import attend_parts
+from .backends.spans import put, take
 from .call_shape import CallShape
-from .calls import Call, calls_of
-from .choose import default_book
 from .dense_call import function_name
-from .frames import attend_frames
 from .gpu import arrow_kernels_status, is_recording
 from .layout import TokenLayout, check_tensors, result_like, spans_of
-from .mean_frames import make_tables
-from .merge import prepare_merge
-from .partial import PartialAttention, attend_backward, attend_lse, computes_precisely, partial_of
-from .parts import attend_parts
-from .spans import put, take
-from .trial import Attend, Choice
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 

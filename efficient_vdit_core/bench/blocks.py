@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.cost import StepCost
+from ..attention.report.cost import StepCost
 from ..diffusers_models import apply_to_diffusers
 from ..plan import TilePlan
 from ..tiles import TilePattern

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..assets import preset_path
 from ..attention import TokenLayout
-from ..attention.cost import StepCost
-from ..head_patterns import LayerPattern
+from ..attention.report.cost import StepCost
 from ..parallel.sharding.forecast import GPU_RATES, LayerShape, forward_speedup
 from ..plan import TilePlan
+from ..plan.head_patterns import LayerPattern
 from ..tiles import TilePattern, TokenGrid
 from . import minimax_h3
 

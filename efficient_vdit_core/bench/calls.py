@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import TokenLayout
+from ..attention.backends.spans import take
 from ..attention.layout import global_spans
-from ..attention.spans import take
 from ..tiles import TilePattern
 
 

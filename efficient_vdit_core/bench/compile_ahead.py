@@ -135,7 +135,7 @@ def compile_cases(chosen: list[Case], jobs: int) -> Iterator[Outcome]:
 
 def kernels_hash() -> str:
     """Tells one state of the kernels' sources, and of what launches them, from another."""
-    folder = Path(__file__).parents[1] / "attention"
+    folder = Path(__file__).parents[1] / "attention" / "backends"
     sources = [(folder / f"{name}.py").read_bytes() for name in ("arrow_kernels", "triton", "merge_kernels", "merge")]
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
@@ -176,18 +176,18 @@ def _send_outcome(case: Case, sender: Connection) -> None:
 def _configs(case: Case) -> list[dict[str, Any]]:
     """The keyword arguments of each config that the kernel would be tuned over there."""
     if case.kernel == MERGE:
-        from ..attention.merge import block_sizes
+        from ..attention.backends.merge import block_sizes
 
         return [block_sizes(case.head_dim)]
-    from ..attention import arrow_kernels
-    from ..attention.triton import HEAD_DIMS as TILES
+    from ..attention.backends import arrow_kernels
+    from ..attention.backends.triton import HEAD_DIMS as TILES
 
     tuner, (first, second) = getattr(arrow_kernels, case.kernel), TILES[case.head_dim]
     return [config.all_kwargs() for config in tuner.early_config_prune(tuner.configs, {}, D0=first, D1=second)]
 
 
 def _compile(case: Case, config: dict[str, Any]) -> Compiled:
-    from ..attention import arrow_kernels, merge_kernels
+    from ..attention.backends import arrow_kernels, merge_kernels
 
     name = " ".join(f"{key} {value}" for key, value in config.items() if value not in (None, False))
     compiled, start, log = Compiled(name), time.perf_counter(), io.StringIO()
@@ -251,7 +251,7 @@ def _stand_ins() -> tuple[Any, Any, Any]:
 
 def _attention_arguments(case: Case) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """As ``triton.py`` launches the kernel: q, k, v as views (1, H, N, D) of (1, N, H, D)."""
-    from ..attention.triton import HEAD_DIMS as TILES
+    from ..attention.backends.triton import HEAD_DIMS as TILES
 
     (x, f, i), (heads, frames, size), dim = _stand_ins(), (24, 24, 3600), case.head_dim
     strides = (frames * size * heads * dim, dim, heads * dim, 1)

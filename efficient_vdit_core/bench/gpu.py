@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ..attention import available_backends, tile_attention
+from ..attention.autotune.choose import ChoiceBook
 from ..attention.call_shape import CallShape
-from ..attention.choose import ChoiceBook
 from ..attention.dispatch import backend_candidates, fits
-from ..files import write_text
+from ..storage.files import write_text
 from ..tiles import TilePattern
 from ..timing import seconds
 from . import attention, exactness, kernels, step

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..attention import TokenLayout, tile_attention
-from ..head_patterns import by_head
+from ..plan.head_patterns import by_head
 from ..tiles import TilePattern, TokenGrid
 from .turns import medians
 

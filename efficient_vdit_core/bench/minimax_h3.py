@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..attention import TokenLayout
-from ..attention.cost import StepCost
+from ..attention.report.cost import StepCost
 from ..tiles import TilePattern, TokenGrid
 
 HEADS, HEAD_DIM, DEPTH, WIDTH, FEED_FORWARD = 56, 128, 50, 5376, 14336

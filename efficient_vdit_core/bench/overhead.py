@@ -14,7 +14,7 @@ from typing import Any
 
 ENGINE = (
     "attention",
-    "attention.override",
+    "attention.hook.override",
     "plan",
     "sampling.consistency",
     "models.opensora_plan.transformer",
@@ -70,7 +70,7 @@ def measure_search(repeats: int) -> list[dict[str, Any]]:
     import torch
 
     from ..attention import TokenLayout
-    from ..attention.state import FORWARD_KEY, ForwardState
+    from ..attention.hook.state import FORWARD_KEY, ForwardState
     from ..search import ProbeRecord, make_probe_override
     from ..tiles import TilePattern, TokenGrid
     from ..training.live_bytes import LiveBytes

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.override import make_attention_override
-from ..attention.report import AttentionReport
+from ..attention.hook.override import make_attention_override
+from ..attention.hook.state import FORWARD_KEY, ForwardState
+from ..attention.report.report import AttentionReport
 from ..attention.sdpa import OVERRIDE_KEY
-from ..attention.state import FORWARD_KEY, ForwardState
 from ..models.opensora_plan.config import OSP_29X720P, DiTConfig
 from ..models.opensora_plan.transformer import OpenSoraT2V
 from ..parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook
@@ -29,8 +29,8 @@ TEXT_TOKENS = 100
 class BenchHost:
     """One thread a rank, float32 on a CPU; bfloat16 on GPUs."""
 
-    def __init__(self, settings: Any, wire: Any) -> None:
-        self.wire, self.device = wire, torch.device(settings.device)
+    def __init__(self, settings: Any, comm: Any) -> None:
+        self.comm, self.device = comm, torch.device(settings.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def open(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -53,18 +53,18 @@ class BenchHost:
     def step(self, message: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """One forward; seconds from the moment all ranks are ready, bytes that this rank sent in its layers."""
         self._hold(message["weights"])
-        before = self.wire.sent.copy()
+        before = self.comm.sent.copy()
         dist.barrier()
         start = time.perf_counter()
         out = None
-        if message["scheme"] != "alone" or self.wire.rank == 0:
+        if message["scheme"] != "alone" or self.comm.rank == 0:
             plan = TilePlan.uniform(message["k"])
             options, timestep = self._options(message, plan), torch.full((1,), 500.0, device=self.device)
             out = self.model(self.x, timestep, self.text, transformer_options=options)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - start
-        sent = self.wire.sent - before
+        sent = self.comm.sent - before
         layers = sum(count for name, count in sent.items() if name.startswith(("rb", "ulysses")))
         said = {"seconds": seconds, "bytes": layers, "gathered": sent[GATHER_WEIGHTS], "held": self._held()}
         return said, {} if out is None else {"out": out}
@@ -75,7 +75,7 @@ class BenchHost:
             self.shared.remove()
             self.shared = None
         elif weights == "sharded" and self.shared is None:
-            self.shared = ShardedWeights(self.model, list(self.model.transformer_blocks), self.wire, self.device)
+            self.shared = ShardedWeights(self.model, list(self.model.transformer_blocks), self.comm, self.device)
 
     def _held(self) -> int:
         """Bytes of the blocks' weights that this rank computes from."""
@@ -92,7 +92,7 @@ class BenchHost:
         patterns = [plan.pattern(i, self.depth) for i in range(self.depth)]
         return {
             OVERRIDE_KEY: make_sharded_override(),
-            SHARDED_KEY: ShardedForward(self.layout, patterns, self.wire, message["scheme"]),
+            SHARDED_KEY: ShardedForward(self.layout, patterns, self.comm, message["scheme"]),
             "patches_replace": {
                 "dit": {("double_block", i): block_hook(i, last=i == self.depth - 1) for i in range(self.depth)}
             },

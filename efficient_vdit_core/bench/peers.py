@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..attention import TokenLayout, simplest_backend, tile_attention
-from ..head_patterns import LayerPattern
 from ..plan import TilePlan
+from ..plan.head_patterns import LayerPattern
 from ..plan.tile_plan import ANY_FAMILY
 from ..search.plan_from_record import plan_from_record
 from ..search.probe import ProbeRecord, relative_error

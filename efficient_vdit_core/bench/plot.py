@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..attention.dispatch import BACKENDS
-from ..svg import PALE, bar, legend, picture, words
+from ..media.svg import PALE, bar, legend, picture, words
 
 WIDTH, ROW, TOP, LEFT, RIGHT = 860, 44, 86, 190, 70
 MEASURED, PAPER, IDEAL = "#2563eb", "#f59e0b", "#94a3b8"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention.parts import schedule_for
+from ..attention.backends.parts import schedule_for
 from ..tiles import TilePattern
 from .attention import Shape
 

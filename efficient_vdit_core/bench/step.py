@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.override import make_attention_override
-from ..attention.report import AttentionReport
+from ..attention.hook.override import make_attention_override
+from ..attention.hook.state import FORWARD_KEY, ForwardState
+from ..attention.report.report import AttentionReport
 from ..attention.sdpa import OVERRIDE_KEY
-from ..attention.state import FORWARD_KEY, ForwardState
 from ..limits.memory import check_memory
 from ..models.opensora_plan.config import OSP_29X720P, DiTConfig
 from ..models.opensora_plan.transformer import OpenSoraT2V

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..attention.cost import StepCost
+from ..attention.report.cost import StepCost
 from .blocks import time_plans
 from .bounds import MODELS
 

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import check_writable_file, write_bytes, write_text
 from ..limits.quote import quoted
+from ..storage.files import check_writable_file, write_bytes, write_text
 from . import say
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from ..quality.picture import shown_frames
 
     try:
-        from ..read_video import iterate_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
+        from ..media.read_video import iterate_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
     except ImportError:
         raise ValueError(
             "The registry's build of the pack reads no videos. Use ComfyUI's node Compare Videos, or a clone."
@@ -75,7 +75,7 @@ class _File:
     def __iter__(self) -> Iterator[Tensor]:
         import torch
 
-        from ..read_video import iterate_video
+        from ..media.read_video import iterate_video
 
         return (torch.from_numpy(frame.copy()) for frame in iterate_video(self.path))
 
@@ -119,7 +119,7 @@ def _warn_of_other_settings(a: str, b: str) -> None:
 
 
 def _metadata(path: str) -> dict[str, Any]:
-    from ..video import read_metadata
+    from ..media.video import read_metadata
 
     try:
         return read_metadata(path)

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Makes the clip, writes it, and tells what the analytic reader sees in it."""
-    from ..video import check_writable
+    from ..media.video import check_writable
 
     start = time.perf_counter()
     out = check_writable(args.out)

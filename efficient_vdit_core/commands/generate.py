@@ -10,14 +10,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..generation.request import GUIDANCE, SAMPLERS, TINY_GUIDANCE
 from ..limits.quote import quoted
-from ..request import GUIDANCE, SAMPLERS, TINY_GUIDANCE
 from . import say
 
 if TYPE_CHECKING:
+    from ..generation.request import VideoRequest
     from ..pipeline import Pipeline, Video
     from ..plan import TilePlan
-    from ..request import VideoRequest
 
 MAX_ZOOM = 16
 OTHER_METADATA = 4096  # bytes at most of what a clip says of itself beside the request and the plan
@@ -74,9 +74,9 @@ CHOICES = ("negative", "frames", "height", "width", "steps", "guidance", "sample
 
 def run(args: argparse.Namespace) -> int:
     """Makes and writes the video. Whatever can be refused is refused before the weights are read."""
-    from ..model_header import ModelHeader
-    from ..request import VideoRequest
-    from ..video import check_metadata, check_writable
+    from ..generation.model_header import ModelHeader
+    from ..generation.request import VideoRequest
+    from ..media.video import check_metadata, check_writable
 
     start = time.perf_counter()
     out = check_writable(args.out)
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 def _check_room(request: VideoRequest, out: Path, zoom: int) -> None:
     """Raises ValueError where the enlarged frames have no room in memory or in the file's format."""
     from ..limits.memory import check_memory
-    from ..video import check_size
+    from ..media.video import check_size
 
     size = 3 * zoom**2 * request.frames * request.height * request.width
     check_memory(size, f"{request.describe()}, enlarged {zoom} times,", "Lower --zoom.")
@@ -118,7 +118,7 @@ def _check_room(request: VideoRequest, out: Path, zoom: int) -> None:
 
 
 def _check_residual(every: int, steps: int) -> None:
-    from ..attention.residual import ResidualCache, why_no_residual
+    from ..attention.hook.residual import ResidualCache, why_no_residual
 
     if every:
         ResidualCache(every)
@@ -156,7 +156,7 @@ def make_video(
 
 def write(video: Video, out: Path, zoom: int, start: float) -> None:
     """Writes the file and tells what it holds, how sparse the attention was and how long all took."""
-    from ..video import write_video
+    from ..media.video import write_video
 
     say(f"writing {out}")
     frames = video.frames.repeat(zoom, axis=1).repeat(zoom, axis=2)

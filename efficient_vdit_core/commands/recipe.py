@@ -81,7 +81,7 @@ def _tiny_table(args: argparse.Namespace) -> int:
     from .. import assets
     from ..distill.config import read_section
     from ..distill.runs.recipe import RecipeConfig
-    from ..files import check_writable_file, write_text
+    from ..storage.files import check_writable_file, write_text
     from ..tinyworld.tables.chart import draw
     from ..tinyworld.tables.stages import TableConfig, run_table
 
@@ -101,7 +101,7 @@ def _tiny_table(args: argparse.Namespace) -> int:
 def _tiny_plans(args: argparse.Namespace) -> int:
     from .. import assets
     from ..distill.runs.recipe import RecipeConfig
-    from ..files import check_writable_file
+    from ..storage.files import check_writable_file
     from ..tinyworld.tables.plans import PlanTableConfig, run_plan_table
 
     check_writable_file(args.json)
@@ -122,7 +122,7 @@ def _tiny_plans(args: argparse.Namespace) -> int:
 
 
 def _tiny_residual(args: argparse.Namespace) -> int:
-    from ..files import check_writable_file
+    from ..storage.files import check_writable_file
     from ..tinyworld.tables.residual import run_residual_table
 
     check_writable_file(args.json)

@@ -65,7 +65,7 @@ def say_forecast(stages: Any, args: argparse.Namespace) -> int:
         for name, size in _sizes(part.memory):
             say(f"  {name:<24} {gib(size):>12}")
         if not fit and part.stage:
-            for line in advice(part.stage, gpu, part.worn, f"{part.stage.method}_training"):
+            for line in advice(part.stage, gpu, part.frozen, f"{part.stage.method}_training"):
                 say(f"  {line}")
         elif not fit:
             say("  a smaller batch in the training, or fewer data.frames")

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import check_writable_file
 from ..limits.quote import quoted
+from ..storage.files import check_writable_file
 from . import INTERRUPTED, say
 
 if TYPE_CHECKING:
+    from ..generation.request import VideoRequest
     from ..pipeline import Pipeline
-    from ..request import VideoRequest
     from ..search import ProbeRecord
 
 MAX_PROBES = 100
@@ -72,11 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, chooses and writes. Whatever can be refused is refused before the weights are read. A search by the output keeps
     what it has measured in a folder beside the plan to come, until that is written."""
-    from ..folder_record import claim_folder
-    from ..model_header import ModelHeader
-    from ..request import VideoRequest
+    from ..generation.model_header import ModelHeader
+    from ..generation.request import VideoRequest
     from ..search import ProbeRecord, check_groups, check_target, parse_candidates
     from ..search.candidates import sparse_candidates
+    from ..storage.folder_record import claim_folder
 
     out = Path(args.out)
     if out.suffix != ".json":
@@ -124,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _measured(args: argparse.Namespace, requests: list[VideoRequest], record: ProbeRecord) -> dict[str, Any]:
     """All that a search by the output measures; the target is no part of it."""
-    from ..distill.families.stamps import weights_stamp
-    from ..model_folder import find_model
+    from ..distill.families.fingerprints import weights_stamp
+    from ..generation.model_folder import find_model
 
     model = find_model(args.model, args.text_encoder)
     return {
@@ -141,7 +141,7 @@ def _measured(args: argparse.Namespace, requests: list[VideoRequest], record: Pr
 def _kept_until_written(folder: Path | None) -> Iterator[None]:
     """Takes the folder's own files away at the end, and it where nothing else is in it: unless the plan was not written, and
     something has been measured."""
-    from ..folder_record import RECORD
+    from ..storage.folder_record import RECORD
 
     written = False
     try:
@@ -167,7 +167,7 @@ def _check_target(args: argparse.Namespace) -> None:
 def _search(
     pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRequest], record: ProbeRecord, kept: Path | None
 ) -> Any:
-    from ..model_folder import FAMILY
+    from ..generation.model_folder import FAMILY
     from ..search import plan_from_record
     from ..search.describe import describe_plan
 

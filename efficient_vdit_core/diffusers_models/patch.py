@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.prepare import pattern_for_frames
-from ..attention.report import AttentionReport
-from ..head_patterns import LayerPattern
+from ..attention.hook.prepare import pattern_for_frames
+from ..attention.report.report import AttentionReport
 from ..plan import TilePlan
+from ..plan.head_patterns import LayerPattern
 from .families import DiffusersFamily, SequenceLayout, find_family
 from .processor import TiledProcessor, tiled
 

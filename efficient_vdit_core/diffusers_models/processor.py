@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..attention import TokenLayout, tile_attention
-from ..attention.report import AttentionReport
-from ..head_patterns import LayerPattern
+from ..attention.report.report import AttentionReport
+from ..plan.head_patterns import LayerPattern
 from .families import SequenceLayout
 
 Dense = Callable[..., Tensor]

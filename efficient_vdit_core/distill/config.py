@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..files import can_be_path, write_text
+from ..generation.request import MAX_FRAMES, MAX_GUIDANCE, MAX_SIDE
 from ..limits.documents import parse_toml, read_text
 from ..limits.numbers import MAX_TORCH_SEED, number, whole
 from ..limits.quote import named, quoted
-from ..request import MAX_FRAMES, MAX_GUIDANCE, MAX_SIDE
-from ..video import MAX_FPS
+from ..media.video import MAX_FPS
+from ..storage.files import can_be_path, write_text
 from .objectives.consistency import ConsistencyConfig
 from .objectives.knowledge import KnowledgeConfig
 from .objectives.score import ScoreConfig

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..head_patterns import LayerPattern, by_head, join_heads
 from ..limits.quote import quoted
 from ..tiles import MAX_MEANS, MAX_WINDOW, TilePattern
+from .head_patterns import LayerPattern, by_head, join_heads
 from .text import MAX_LAYERS, MAX_REFERENCE_FRAMES, read_heads
 
 SCHEMA_VERSION = 3

@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..head_patterns import LayerPattern, by_head, join_heads
 from ..limits.quote import quoted
 from ..tiles import COUNT, TilePattern
+from .head_patterns import LayerPattern, by_head, join_heads
 
 MAX_LAYERS = 1024
 MAX_REFERENCE_FRAMES = 1024

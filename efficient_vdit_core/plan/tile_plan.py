@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
-from ..head_patterns import HeadPatterns, LayerPattern
 from ..limits.documents import parse_json, read_text
 from ..limits.quote import named, quoted
+from ..storage.files import write_text
 from ..tiles import TilePattern
+from .head_patterns import HeadPatterns, LayerPattern
 from .schema import count, patterns_from_json, patterns_to_json, ranges, typed
 from .text import parse_layers, read_plan, write_layers, write_uniform
 

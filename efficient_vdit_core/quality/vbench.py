@@ -18,10 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..files import check_writable_file
 from ..limits.quote import named, quoted
-from ..read_video import iterate_video, read_video
-from ..video import read_metadata, write_video
+from ..media.read_video import iterate_video, read_video
+from ..media.video import read_metadata, write_video
+from ..storage.files import check_writable_file
 
 VIDEOS, PROMPTS, CLIPS, README = "videos", "prompts.json", "clips.json", "README.md"
 _READ_BY_VBENCH = (".mp4", ".gif")

@@ -105,7 +105,7 @@ class FlowPath:
         return {"kind": self.kind, "shift": self.shift, "multiplier": self.start}
 
 
-def clean_from(prediction: str, z: Tensor, out: Tensor, a: Tensor, s: Tensor) -> Tensor:
+def predict_x0(prediction: str, z: Tensor, out: Tensor, a: Tensor, s: Tensor) -> Tensor:
     """The clean data that a network's raw output stands for; a and s broadcast to z.
 
     ``epsilon`` divides by a and so loses precision near pure noise; ``v_prediction`` and ``flow`` divide by nothing.
@@ -115,6 +115,6 @@ def clean_from(prediction: str, z: Tensor, out: Tensor, a: Tensor, s: Tensor) ->
     return a * z - s * out if prediction == V else z - s * out
 
 
-def jump(z: Tensor, x: Tensor, a: Tensor, s: Tensor, a_to: Tensor, s_to: Tensor) -> Tensor:
+def ddim_step(z: Tensor, x: Tensor, a: Tensor, s: Tensor, a_to: Tensor, s_to: Tensor) -> Tensor:
     """DDIM from (a, s) to (a_to, s_to) with the clean prediction x; for a flow this is the Euler step."""
     return a_to * x + s_to / s * (z - a * x)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..attention import TokenLayout
-from ..attention.attention_call import AttentionCall
-from ..attention.padding import without_padding
-from ..attention.reasons import why_no_pattern, why_not_the_video
+from ..attention.hook.attention_call import AttentionCall
+from ..attention.hook.padding import without_padding
+from ..attention.hook.reasons import why_no_pattern, why_not_the_video
 
 
 def layer_of_call(call: AttentionCall) -> tuple[int | None, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..attention.residual import work_of_plan
+from ..attention.hook.residual import work_of_plan
 from ..plan import TilePlan
 from ..tiles import TilePattern, TokenGrid
 

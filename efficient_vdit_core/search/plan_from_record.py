@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..attention import TokenLayout
-from ..head_patterns import LayerPattern, by_head
 from ..plan import TilePlan
+from ..plan.head_patterns import LayerPattern, by_head
 from ..tiles import TilePattern
 from .by_head import MAX_GROUPS, HeadTable, heads_for_speedup, heads_under_threshold
 from .probe import ATTENTION, BLOCK, OUTPUT, ProbeRecord

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from ..attention import TokenLayout, choose_backend, simplest_backend, tile_attention
-from ..attention.attention_call import AttentionCall, override_by
+from ..attention.backends.head_calls import MANY_PATTERNS
+from ..attention.backends.spans import put, take
 from ..attention.call_shape import CallShape
-from ..attention.calls import MANY_PATTERNS
 from ..attention.dense_call import DenseCall
+from ..attention.hook.attention_call import AttentionCall, override_by
+from ..attention.hook.state import Override
 from ..attention.layout import spans_of
-from ..attention.spans import put, take
-from ..attention.state import Override
 from ..tiles import TilePattern
 from ..timing import wait_for
 from .calls import layer_of_call, layout_of_call

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from ..head_patterns import LayerPattern, join_heads
 from ..plan import TilePlan
+from ..plan.head_patterns import LayerPattern, join_heads
 from ..tiles import TilePattern
 from .draw import Panel, draw_panels
 from .tile_mass import LEVELS, TileMass, averaged_tiles, kept_tiles

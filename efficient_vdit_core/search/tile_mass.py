@@ -15,10 +15,10 @@ from einops import reduce
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..attention.attention_call import AttentionCall, override_by
-from ..attention.state import Override
-from ..head_patterns import LayerPattern
+from ..attention.hook.attention_call import AttentionCall, override_by
+from ..attention.hook.state import Override
 from ..limits.quote import quoted
+from ..plan.head_patterns import LayerPattern
 from ..plan.text import parse_layers
 from ..tiles import TilePattern
 from .calls import layer_of_call, layout_of_call

@@ -219,7 +219,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _check_file(file: Path | None) -> None:
     """Raises before the work where the figures could not be written."""
-    from ..files import check_writable_file
+    from ..storage.files import check_writable_file
 
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def _check_file(file: Path | None) -> None:
 def _tell(figures: dict[str, Any], file: Path | None) -> None:
     """The figures and the command that gave them, for a person and in ``file``."""
     from ..commands import say
-    from ..files import write_text
+    from ..storage.files import write_text
 
     text = json.dumps({"command": command_line(), **figures}, indent=2)
     if file:
@@ -241,7 +241,7 @@ def _render(args: argparse.Namespace) -> int:
     import numpy as np
 
     from ..commands import say
-    from ..video import check_writable, write_video
+    from ..media.video import check_writable, write_video
     from .moving.scene import random_scene, render
 
     scene = random_scene(np.random.default_rng(args.seed))
@@ -256,8 +256,8 @@ def _render_crossing(args: argparse.Namespace) -> int:
     import numpy as np
 
     from ..commands import say
-    from ..files import write_text
-    from ..video import check_writable, write_video
+    from ..media.video import check_writable, write_video
+    from ..storage.files import write_text
     from .crossing.scene import random_scene, render
 
     args.out.mkdir(parents=True, exist_ok=True)

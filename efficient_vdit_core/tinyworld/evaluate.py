@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..bench.machine import describe_machine
+from ..generation.request import TINY_GUIDANCE
 from ..pipeline import Pipeline
 from ..plan import TilePlan
-from ..request import TINY_GUIDANCE
 from .worlds import MOVING, World
 
 if TYPE_CHECKING:
-    from ..distill.metadata import DistillMetadata
+    from ..models.distilled import DistillMetadata
 
 
 def evaluate(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..request import TIME
+from ..generation.request import TIME
 from .crossing import scene as crossing
 from .crossing.judge import crossing_figures
 from .moving import scene as moving

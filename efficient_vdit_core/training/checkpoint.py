@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import read_torch, write_torch
 from ..limits.quote import named
+from ..storage.files import read_torch, write_torch
 
 _KINDS: dict[str, type] = {"model": dict, "ema": dict, "optimizers": list, "generator": Tensor, "step": int}
 _OPTIONAL: dict[str, type] = {"watch": Tensor}  # earlier versions wrote none

@@ -9,40 +9,40 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .anywhere import Anywhere
 from .divergence import DivergenceWatch
+from .processes import Processes
 
 OTHERS = "loss of another process rose"
 
 
 class Guard:
-    """Of a run of ``steps`` steps. ``anywhere`` says whether a flag is set in any process, so that all end together.
+    """Of a run of ``steps`` steps. ``processes``: those that train, which all end together.
 
     lost: whether the weights are no numbers any more; rising: whether the state may be a diverging run's. Neither is to be
     saved over an earlier one.
     """
 
-    def __init__(self, checkpoint: Path, anywhere: Anywhere, steps: int) -> None:
-        self.checkpoint, self.anywhere = checkpoint, anywhere
+    def __init__(self, checkpoint: Path, processes: Processes, steps: int) -> None:
+        self.checkpoint, self.processes = checkpoint, processes
         self.watch, self.rising = DivergenceWatch(steps), False
 
     def state(self) -> Tensor:
         """What the watches of all processes know, each of losses of its own, for `restore`. Called by all of them."""
-        return self.anywhere.of_each(torch.tensor(self.watch.state(), dtype=torch.float64))
+        return self.processes.gather(torch.tensor(self.watch.state(), dtype=torch.float64))
 
     def restore(self, state: Tensor | None) -> None:
         """Go on judging by ``state``. Where a checkpoint has none, as those of earlier versions, or has it of another number
         of processes, the watch settles anew."""
-        if state is None or state.numel() != self.anywhere.processes * self.watch.NUMBERS:
+        if state is None or state.numel() != self.processes.count * self.watch.NUMBERS:
             return
-        self.watch.restore(self.anywhere.own(state).tolist())
-        self.rising = self.anywhere(self.watch.rising)
+        self.watch.restore(self.processes.local(state).tolist())
+        self.rising = self.processes.any(self.watch.rising)
 
     def numbers(self, values: dict[str, float], step: int) -> None:
         """Raises ValueError where one of them is no number: before the weights are touched, so that what is saved next is
         the last good state."""
         wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
-        if not self.anywhere(bool(wrong)):
+        if not self.processes.any(bool(wrong)):
             return
         first = next(iter(wrong), "loss")
         parts = ", ".join(name for name in wrong if name != first)
@@ -55,7 +55,7 @@ class Guard:
     def weights(self, trained: Iterable[Tensor], step: int) -> None:
         """Raises ValueError where a weight is no number: there is no way back then, and the last checkpoint stays."""
         total = sum(torch.linalg.vector_norm(value, 1, dtype=torch.float32) for value in trained)
-        if self.anywhere(not math.isfinite(float(total))):
+        if self.processes.any(not math.isfinite(float(total))):
             raise ValueError(
                 f"The weights became infinite or nan at step {step}, so nothing is exported. "
                 f"{self._kept('an earlier state')} with a lower learning rate."
@@ -63,9 +63,9 @@ class Guard:
 
     def divergence(self, step: int) -> None:
         """Raises ValueError where the loss that ``watch`` follows rose and stays up."""
-        self.rising = self.anywhere(self.watch.rising)
+        self.rising = self.processes.any(self.watch.rising)
         found = self.watch.diverged()
-        if not self.rising or not self.anywhere(bool(found)):  # what has diverged is rising: one question a step
+        if not self.rising or not self.processes.any(bool(found)):  # what has diverged is rising: one question a step
             return
         raise ValueError(
             f"The training diverges: the {found or OTHERS} and stayed there for {self.watch.patience} steps, to step {step}. "

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .anywhere import Anywhere
 from .average import WeightAverage
 from .checkpoint import read_checkpoint, write_checkpoint
+from .fsdp import cut, cut_optimizer, gathered, is_sharding, run_in_autocast
 from .guard import Guard
 from .lost_process import is_lost_process
 from .pace import Pace
-from .sharding import cut, cut_optimizer, gathered, is_sharding, run_in_autocast
-from .stop import StopWish, stop_wish
+from .processes import Processes
+from .stop_request import StopRequest, stop_request
 
 
 @dataclass
@@ -98,9 +98,9 @@ class TrainingRun:
         self.generator = torch.Generator().manual_seed(seed_of(seed, self.rank // alike))
         self.step = 0
         self._half_made = False  # while weights are changing: neither the state before a step nor the one after it
-        self._anywhere = Anywhere(accelerator)
+        self._all = Processes(accelerator)
         # Nothing that it keeps may lead back to this run: a cycle would hold the networks until Python looks for cycles.
-        self.guard = Guard(folder / CHECKPOINT, self._anywhere, steps)
+        self.guard = Guard(folder / CHECKPOINT, self._all, steps)
         self.means: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self.writer = _tensorboard(folder) if tensorboard and self.rank == 0 else None
@@ -142,7 +142,7 @@ class TrainingRun:
         pace = Pace(self.steps, self.step, self.processes)
         with (
             self._together(),
-            stop_wish() as wish,
+            stop_request() as asked,
             tqdm(
                 total=self.steps, initial=self.step, desc=self.folder.name, mininterval=5.0, disable=self.rank > 0
             ) as bar,
@@ -156,8 +156,8 @@ class TrainingRun:
                     bar.write(told, file=sys.stderr)
                 bar.set_postfix_str(f"loss {self.means['loss']:.4f}", refresh=False)
                 self._log()
-                if self._anywhere(wish.signal is not None):
-                    self._leave(wish)
+                if self._all.any(asked.signal is not None):
+                    self._leave(asked)
                 if self.step % save_every == 0:
                     self.save()
                 if evaluate and self.step % evaluate_every == 0 and (self.sharded or self.rank == 0):
@@ -260,9 +260,9 @@ class TrainingRun:
             for group, base in zip(optimizer.param_groups, bases, strict=True):
                 group["lr"] = base * rate
 
-    def _leave(self, wish: StopWish) -> None:
+    def _leave(self, asked: StopRequest) -> None:
         self.save()
-        if wish.signal == signal.SIGINT:
+        if asked.signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
 
@@ -287,7 +287,7 @@ class TrainingRun:
             "model": self._trained(),
             "ema": self.ema,
             "optimizers": [o.state_dict() for o in self.optimizers],
-            "generator": self._anywhere.of_each(self.generator.get_state()),
+            "generator": self._all.gather(self.generator.get_state()),
             "watch": self.guard.state(),
             "step": self.step,
         })  # fmt: skip
@@ -314,7 +314,7 @@ class TrainingRun:
                 self.ema[name].copy_(value)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-            self.generator.set_state(self._anywhere.own(state["generator"]))
+            self.generator.set_state(self._all.local(state["generator"]))
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self.checkpoint} holds weights, an optimiser or random numbers of another shape than this run's. "

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ...efficient_vdit_core.attention.report import AttentionReport
-from ...efficient_vdit_core.attention.summary import density_of_run, describe_measure
+from ...efficient_vdit_core.attention.report.report import AttentionReport
+from ...efficient_vdit_core.attention.report.summary import density_of_run, describe_measure
 
 EVENT = "efficient_vdit.report"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
 from ...efficient_vdit_core.limits.quote import quoted
+from ...efficient_vdit_core.models.distilled import DistillMetadata, read_metadata
 from ...efficient_vdit_core.plan import TilePlan
 
 DISTILLED = "evdit_distilled"  # the attachment of models that this pack loads

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...efficient_vdit_core.attention.call_shape import CallShape
-from ...efficient_vdit_core.attention.state import FileAttention, ForwardState
+from ...efficient_vdit_core.attention.hook.state import FileAttention, ForwardState
 from .families import Family, uncompiled
 from .layouts import UnknownLayout
 

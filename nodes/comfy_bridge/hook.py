@@ -11,11 +11,11 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ...efficient_vdit_core.attention.override import attention_override
-from ...efficient_vdit_core.attention.prepare import Preparation
-from ...efficient_vdit_core.attention.report import AttentionReport
+from ...efficient_vdit_core.attention.hook.override import attention_override
+from ...efficient_vdit_core.attention.hook.prepare import Preparation
+from ...efficient_vdit_core.attention.hook.state import Override
+from ...efficient_vdit_core.attention.report.report import AttentionReport
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
-from ...efficient_vdit_core.attention.state import Override
 from ...efficient_vdit_core.plan import TilePlan
 from ...efficient_vdit_core.search.output import Around
 from .families import Family

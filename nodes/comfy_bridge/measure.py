@@ -12,9 +12,9 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...efficient_vdit_core.attention.gpu import OUT_OF_MEMORY
-from ...efficient_vdit_core.attention.measure import StepMeasure
-from ...efficient_vdit_core.attention.report import AttentionReport
-from ...efficient_vdit_core.attention.state import ForwardState
+from ...efficient_vdit_core.attention.hook.state import ForwardState
+from ...efficient_vdit_core.attention.report.measure import StepMeasure
+from ...efficient_vdit_core.attention.report.report import AttentionReport
 from ...efficient_vdit_core.timing import seconds, wait_for
 
 SHORT = 1.0  # seconds; below it a forward's time is that of the best of three

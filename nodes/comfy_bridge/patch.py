@@ -8,9 +8,9 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 
 from ...efficient_vdit_core.attention import check_backend
-from ...efficient_vdit_core.attention.measure import StepMeasure
-from ...efficient_vdit_core.attention.prepare import Preparation
-from ...efficient_vdit_core.attention.report import AttentionReport
+from ...efficient_vdit_core.attention.hook.prepare import Preparation
+from ...efficient_vdit_core.attention.report.measure import StepMeasure
+from ...efficient_vdit_core.attention.report.report import AttentionReport
 from ...efficient_vdit_core.plan import TilePlan
 from .families import find_family, uncompiled, why_no_family
 from .hook import WRAPPER_KEY, Hook

@@ -7,10 +7,10 @@ from pathlib import Path
 import folder_paths
 
 from ...efficient_vdit_core import assets
-from ...efficient_vdit_core.distill.metadata import read_metadata
-from ...efficient_vdit_core.files import write_numbered
 from ...efficient_vdit_core.limits.quote import quoted, reason
+from ...efficient_vdit_core.models.distilled import read_metadata
 from ...efficient_vdit_core.plan import TilePlan
+from ...efficient_vdit_core.storage.files import write_numbered
 
 BUILT_IN = "tiny (built in)"
 BUILT_IN_MODELS = {f"{name.replace('-', ' ')} (built in)": name for name in assets.TINY_MODELS}

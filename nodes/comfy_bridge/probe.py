@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
-from ...efficient_vdit_core.attention.state import Override
+from ...efficient_vdit_core.attention.hook.state import Override
 from ...efficient_vdit_core.plan import TilePlan
 from ...efficient_vdit_core.search import (
     ProbeRecord,

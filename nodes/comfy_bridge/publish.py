@@ -11,11 +11,11 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...efficient_vdit_core.attention.cost import StepCost
 from ...efficient_vdit_core.attention.dense_call import DenseCall, function_name
-from ...efficient_vdit_core.attention.measure import StepMeasure
+from ...efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState, Override
+from ...efficient_vdit_core.attention.report.cost import StepCost
+from ...efficient_vdit_core.attention.report.measure import StepMeasure
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
-from ...efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState, Override
 from .families import uncompiled
 from .forward import call_shape, forward_state
 from .hook import WRAPPER_KEY, Hook, take_off

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...efficient_vdit_core.attention.state import ForwardState
+from ...efficient_vdit_core.attention.hook.state import ForwardState
 
 Block = tuple[Any, ...]  # such as ("double_block", 3)
 Replacement = Callable[..., Any]

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ...efficient_vdit_core.attention.report import AttentionReport
-from ...efficient_vdit_core.attention.summary import describe_measure
+from ...efficient_vdit_core.attention.report.report import AttentionReport
+from ...efficient_vdit_core.attention.report.summary import describe_measure
 from .hook import WRAPPER_KEY, Hook
 from .measure import why_not_twice
 

@@ -12,8 +12,8 @@ from comfy.model_sampling import CONST, EPS, ModelSamplingDiscrete, ModelSamplin
 from comfy.samplers import KSAMPLER
 from torch import Tensor
 
-from ...efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
 from ...efficient_vdit_core.limits.quote import quoted
+from ...efficient_vdit_core.models.distilled import DistillMetadata, read_metadata
 from ...efficient_vdit_core.sampling import consistency_sigmas, sample_consistency
 from ...efficient_vdit_core.sampling.presets import PRESETS, parse_sigmas, preset_of
 from .distilled import LOADED_MODEL, model_metadata

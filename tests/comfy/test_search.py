@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_wan import tiny_wan
 
-from efficient_vdit_core.distill.metadata import DistillMetadata
+from efficient_vdit_core.models.distilled import DistillMetadata
 from efficient_vdit_core.plan import TilePlan
 
 ROOT = Path(__file__).parents[2]

@@ -27,43 +27,41 @@ PICKLE = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
 ALLOWED = {
     "limits": set(),
     "timing": set(),
-    "cache_folder": set(),
+    "storage": {"limits"},
     "tiles": {"limits"},
-    "files": {"limits"},
-    "folder_record": {"files", "limits"},
-    "head_patterns": {"tiles"},
-    "plan": {"tiles", "head_patterns", "files", "limits"},
-    "attention": {"tiles", "head_patterns", "plan", "files", "limits", "timing", "cache_folder"},
+    "plan": {"tiles", "storage", "limits"},
+    "attention": {"tiles", "plan", "storage", "limits", "timing"},
     "sampling": {"limits"},
-    "models": {"tiles", "head_patterns", "plan", "attention", "files", "limits"},
-    "search": {"tiles", "head_patterns", "plan", "attention", "limits", "timing"},
-    "parallel": {"tiles", "head_patterns", "plan", "attention", "files", "limits", "cache_folder"},
-    "training": {"files", "limits"},
+    "media": {"storage", "limits"},
+    "models": {"tiles", "plan", "attention", "storage", "limits"},
+    "search": {"tiles", "plan", "attention", "limits", "timing"},
+    "parallel": {"tiles", "plan", "attention", "storage", "limits"},
+    "training": {"storage", "limits"},
+    "quality": {"media", "storage", "limits"},
     "distill": {
         "tiles",
         "plan",
-        "files",
-        "folder_record",
-        "limits",
         "attention",
-        "head_patterns",
-        "parallel",
         "sampling",
         "models",
         "search",
+        "parallel",
         "training",
         "tinyworld",
-        "video",
-        "devices",
-        "request",
-        "model_folder",
-        "read_video",
-        "read_sound",
+        "generation",
+        "media",
+        "storage",
+        "limits",
     },
-    "quality": {"files", "limits", "video", "read_video"},
 }
 # Rooms of a part; each may import itself and what stands here.
 ROOMS = {
+    "attention": {
+        "backends": set(),
+        "autotune": set(),
+        "report": set(),
+        "hook": {"backends", "report"},
+    },
     "parallel": {"sharding": set(), "pool": {"sharding"}},
     "distill": {
         "lora": set(),
@@ -77,7 +75,7 @@ ROOMS = {
 }
 BACKENDS = {"frames", "triton", "flex", "parts"}
 # Triton's kernels are functions of a module: that file imports it, and is itself imported inside functions only.
-KERNELS = {f"efficient_vdit_core/attention/{name}_kernels.py" for name in ("arrow", "merge")}
+KERNELS = {f"efficient_vdit_core/attention/backends/{name}_kernels.py" for name in ("arrow", "merge")}
 
 
 def imports_of(tree: ast.AST, module: str):
@@ -124,7 +122,11 @@ def violations(path: str, source: str) -> list[str]:
             closed = rooms.keys() - rooms[room] - {room} if room in rooms else set()
             if mine == other and closed.intersection(theirs):
                 found.append(f"{where}: {mine}/{room} imports {mine}/{theirs[0]}")
-            if parts[1] == "attention" and parts[-1] in BACKENDS and name.split(".")[-1] in BACKENDS - {parts[-1]}:
+            if (
+                parts[1:3] == ["attention", "backends"]
+                and parts[-1] in BACKENDS
+                and name.split(".")[-1] in BACKENDS - {parts[-1]}
+            ):
                 found.append(f"{where}: backend {parts[-1]} imports {name.split('.')[-1]}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -190,7 +192,7 @@ def test_that_checker_sees_a_circle():
         ("efficient_vdit_core/tiles.py", "from .attention import x"),
         ("efficient_vdit_core/sampling/a.py", "from ..tiles import x"),
         ("efficient_vdit_core/sampling/a.py", "from ..models.b import x"),
-        ("efficient_vdit_core/attention/triton.py", "from .frames import x"),
+        ("efficient_vdit_core/attention/backends/triton.py", "from .frames import x"),
         ("efficient_vdit_core/parallel/sharding/a.py", "from ..pool.messages import x"),
         ("efficient_vdit_core/parallel/sharding/a.py", "from .. import pool"),
         ("efficient_vdit_core/parallel/pool/a.py", "from ...models import x"),
@@ -211,9 +213,9 @@ def test_the_checker_sees_a_violation(path, source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("efficient_vdit_core/attention/frames.py", "from ..tiles import TokenGrid"),
-        ("efficient_vdit_core/parallel/pool/a.py", "from ..sharding.wire import Wire"),
-        ("efficient_vdit_core/parallel/sharding/a.py", "from .wire import Wire"),
+        ("efficient_vdit_core/attention/backends/frames.py", "from ..tiles import TokenGrid"),
+        ("efficient_vdit_core/parallel/pool/a.py", "from ..sharding.communicator import Communicator"),
+        ("efficient_vdit_core/parallel/sharding/a.py", "from .communicator import Communicator"),
         ("efficient_vdit_core/a.py", "def f():\n    import diffusers"),
         ("nodes/comfy_bridge/a.py", "import comfy.ops\nimport folder_paths"),
         ("nodes/loader.py", "from comfy_api.latest import io"),

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.plan.head_patterns import by_head
 from efficient_vdit_core.plan.text import write_layers
 from efficient_vdit_core.tiles import TilePattern
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from efficient_vdit_core.assets import tiny_path
-from efficient_vdit_core.distill.metadata import metadata_of
-from efficient_vdit_core.head_patterns import HeadPatterns
+from efficient_vdit_core.models.distilled import metadata_of
+from efficient_vdit_core.plan.head_patterns import HeadPatterns
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = json.loads((Path(__file__).parent / "schemas.json").read_text(encoding="utf-8"))

@@ -60,7 +60,7 @@ def triton_device():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        from efficient_vdit_core.attention import arrow_kernels
+        from efficient_vdit_core.attention.backends import arrow_kernels
 
         assert arrow_kernels.INTERPRETED.value, "something imported arrow_kernels before, compiled"
         dispatch._statuses.cache_clear()

@@ -7,22 +7,22 @@ import torch
 from parallel_ranks import neighbour
 
 from efficient_vdit_core.attention import TokenLayout
-from efficient_vdit_core.attention.override import make_attention_override
-from efficient_vdit_core.attention.report import AttentionReport
-from efficient_vdit_core.attention.spans import take
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
-from efficient_vdit_core.head_patterns import by_head
+from efficient_vdit_core.attention.backends.spans import take
+from efficient_vdit_core.attention.hook.override import make_attention_override
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.models.opensora_plan.config import OSP_29X720P
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.parallel.sharding.attend import sharded_attention
 from efficient_vdit_core.parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook
+from efficient_vdit_core.parallel.sharding.communicator import Communicator
 from efficient_vdit_core.parallel.sharding.division import choose_division
 from efficient_vdit_core.parallel.sharding.layout import by_frames, by_references, by_tokens, choose_shard
 from efficient_vdit_core.parallel.sharding.override import make_sharded_override
 from efficient_vdit_core.parallel.sharding.reference_broadcast import reference_broadcast_attention
 from efficient_vdit_core.parallel.sharding.ulysses import ulysses_attention
-from efficient_vdit_core.parallel.sharding.wire import Wire
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.plan.head_patterns import by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 BATCH, HEADS, DIM, GRID = 2, 5, 8, (1, 5)
@@ -52,7 +52,7 @@ def wanted(layout, k, qkv, window=0, _cache={}):  # noqa: B006
 
 def attention_errors(rank, ranks):
     """Worst error on this rank's tokens for every (T, k, layout, scheme), with and without prefix and suffix."""
-    wire, found = Wire(), {}
+    comm, found = Communicator(), {}
     for frames, (prefix, suffix) in itertools.product((5, 8, 21, 24), ((0, 0), (3, 2))):
         if frames > 8 and prefix:
             continue
@@ -69,11 +69,11 @@ def attention_errors(rank, ranks):
                 for scheme in schemes:
                     if name == "L1" and k > 2:
                         continue  # who holds the references has been seen
-                    got = sharded_attention(*mine, shard, pattern, wire, scheme=scheme)
+                    got = sharded_attention(*mine, shard, pattern, comm, scheme=scheme)
                     found[f"T={frames}+{prefix + suffix} k={k} {name} {scheme}"] = worst(got, want)
                 if k == frames:  # full layers go to Ulysses; RB is exact there too
                     found[f"T={frames} k={k} {name} plain rb"] = worst(
-                        reference_broadcast_attention(*mine, shard, pattern, wire), want
+                        reference_broadcast_attention(*mine, shard, pattern, comm), want
                     )
     return found
 
@@ -88,18 +88,18 @@ def window_errors(rank, ranks):
             pattern = TilePattern(k, window=window)
             if pattern.is_full(frames):
                 continue
-            shard, wire = BUILDS[name](layout, ranks, pattern), Wire()
+            shard, comm = BUILDS[name](layout, ranks, pattern), Communicator()
             mine = [take(x, shard.spans[rank], 2) for x in qkv]
-            got = sharded_attention(*mine, shard, pattern, wire, scheme="rb")
+            got = sharded_attention(*mine, shard, pattern, comm, scheme="rb")
             case = f"T={frames} {k}~{window} {name}"
             found[case] = {"error": worst(got, take(wanted(layout, k, qkv, window), shard.spans[rank], 2)),
-                           "sent": sum(wire.sent.values()), "halo": wire.sent["rb halo"]}  # fmt: skip
+                           "sent": sum(comm.sent.values()), "halo": comm.sent["rb halo"]}  # fmt: skip
     return found
 
 
 def head_errors(rank, ranks):
     """Worst error on this rank's tokens for a layer whose heads differ, with neighbours: they go by Ulysses."""
-    wire, found = Wire(), {}
+    comm, found = Communicator(), {}
     oracle = neighbour("conftest").masked_attention
     every = [
         TilePattern(1, window=1),
@@ -120,7 +120,7 @@ def head_errors(rank, ranks):
         shard = choose_shard(layout, ranks, [pattern, TilePattern(2)])
         mine = [take(x, shard.spans[rank], 2) for x in qkv]
         for scheme in ("auto", "rb"):
-            got = sharded_attention(*mine, shard, pattern, wire, scheme=scheme)
+            got = sharded_attention(*mine, shard, pattern, comm, scheme=scheme)
             found[f"T={frames} by head {scheme}"] = worst(got, take(want, shard.spans[rank], 2))
     return found
 
@@ -128,13 +128,13 @@ def head_errors(rank, ranks):
 def half_errors(rank, ranks):
     """The same in bfloat16, partial rows sent as bfloat16: the worst error of RB beside Ulysses', in units of the largest
     value."""
-    wire, found = Wire(), {}
+    comm, found = Communicator(), {}
     layout = TokenLayout(TokenGrid(21, *GRID))
     qkv = tensors(layout, dtype=torch.bfloat16)
     shard = by_tokens(layout, ranks, TilePattern(2))
     mine, want = [take(x, shard.spans[rank], 2) for x in qkv], take(wanted(layout, 2, qkv), shard.spans[rank], 2)
     for scheme in ("rb", "ulysses"):
-        got = sharded_attention(*mine, shard, TilePattern(2), wire, scheme=scheme)
+        got = sharded_attention(*mine, shard, TilePattern(2), comm, scheme=scheme)
         found[scheme] = worst(got, want) / float(want.abs().max())
     return found
 
@@ -156,9 +156,9 @@ def bytes_sent(rank, ranks):
         shard = BUILDS[name](layout, ranks, pattern)
         mine = [take(x, shard.spans[rank], 2) for x in tensors(layout, heads=12, dtype=torch.bfloat16)]
         for scheme in ("rb", "ulysses"):
-            wire = Wire()
-            sharded_attention(*mine, shard, pattern, wire, scheme=scheme)
-            found[f"{frames} {k} {name} {scheme}"] = dict(wire.sent)
+            comm = Communicator()
+            sharded_attention(*mine, shard, pattern, comm, scheme=scheme)
+            found[f"{frames} {k} {name} {scheme}"] = dict(comm.sent)
     return found
 
 
@@ -168,7 +168,7 @@ def order(rank, ranks):
 
     events, plain = [], rb.attend_lse
 
-    class Watched(Wire):
+    class Watched(Communicator):
         def start(self, name, *rest):
             events.append(f"start {name}")
             pending = super().start(name, *rest)
@@ -197,20 +197,20 @@ def order(rank, ranks):
 
 def group_errors(rank, ranks):
     """Each group of ranks attends for its own branches of a batch, by groups that change from call to call: the worst
-    error of its tokens, and the bytes that the whole wire has counted."""
+    error of its tokens, and the bytes that the whole communicator has counted."""
     layout, pattern = TokenLayout(TokenGrid(8, *GRID)), TilePattern(1)
-    qkv, wire, found = [torch.cat([x, x + 1]) for x in tensors(layout)], Wire(), {}
+    qkv, comm, found = [torch.cat([x, x + 1]) for x in tensors(layout)], Communicator(), {}
     want = neighbour("conftest").masked_attention(*qkv, 8, layout.grid.tokens_per_frame, [0], 0, 0, 0)
     rates = [1.0 + 0.1 * r for r in range(ranks)]
     for asked, branches in (("branches", 4), ("sequence", 4), ("branches", 2), ("branches", 4)):
         division = choose_division(asked, rates, branches, lambda count, group: count / len(group))
-        part = wire.part(division.groups)
+        part = comm.part(division.groups)
         start, stop = (4 // branches * end for end in division.parts[division.group_of(rank)])
         shard = choose_shard(layout, part.size, [pattern])
         mine = [take(x[start:stop], shard.spans[part.rank], 2) for x in qkv]
         got = sharded_attention(*mine, shard, pattern, part, scheme="rb")
         found[f"{asked} {branches} {division.text()} {len(found)}"] = {
-            "error": worst(got, take(want[start:stop], shard.spans[part.rank], 2)), "size": part.size, "sent": sum(wire.sent.values())
+            "error": worst(got, take(want[start:stop], shard.spans[part.rank], 2)), "size": part.size, "sent": sum(comm.sent.values())
         }  # fmt: skip
     return found
 
@@ -233,7 +233,7 @@ def model_errors(rank, ranks):
         patterns = [plan.pattern(i, layers) for i in range(layers)]
         sparse = make_attention_override(plan, AttentionReport())
         whole = {"optimized_attention_override": sparse, FORWARD_KEY: ForwardState(layout)}
-        state = ShardedForward(layout, patterns, Wire(), scheme)
+        state = ShardedForward(layout, patterns, Communicator(), scheme)
         sharded = {
             "optimized_attention_override": make_sharded_override(),
             SHARDED_KEY: state,

@@ -12,18 +12,18 @@ import torch.distributed as dist
 from small_models import cogvideox, opensora_plan, wan
 
 from efficient_vdit_core.attention import TokenLayout, tile_attention
-from efficient_vdit_core.attention.spans import take
+from efficient_vdit_core.attention.backends.spans import take
 from efficient_vdit_core.distill.config import DistillConfig
 from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.runs.alternating import add_learners
 from efficient_vdit_core.distill.runs.objective import make_objective
 from efficient_vdit_core.distill.runs.sequence_parallel import asking, make_group
 from efficient_vdit_core.distill.runs.trainer import describe
-from efficient_vdit_core.distill.runs.turns import add_learners
-from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.parallel.sharding.attend import sharded_attention
+from efficient_vdit_core.parallel.sharding.communicator import Communicator
 from efficient_vdit_core.parallel.sharding.layout import by_frames, by_tokens
-from efficient_vdit_core.parallel.sharding.wire import Wire
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.plan.head_patterns import by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 from efficient_vdit_core.training import StepLoss
 from efficient_vdit_core.training.live_bytes import LiveBytes
@@ -45,7 +45,7 @@ PATTERNS = {
 
 def attention_gradients(rank, ranks):
     """The worst error of this rank's result and of its gradients of q, k and v, in float64, by case."""
-    found, wire = {}, Wire()
+    found, comm = {}, Communicator()
     for frames, (prefix, suffix) in ((5, (3, 2)), (8, (0, 0)), (11, (4, 0))):
         layout = TokenLayout(TokenGrid(frames, 2, 3), prefix, suffix)
         generator = torch.Generator().manual_seed(frames)
@@ -57,7 +57,7 @@ def attention_gradients(rank, ranks):
             for kind, shard in {"whole": by_frames(layout, ranks), "cut": by_tokens(layout, ranks, cut)}.items():
                 mine = lambda x: take(x, shard.spans[rank], 2)  # noqa: B023,E731
                 for scheme in ("rb", "ulysses"):
-                    attend = lambda *x: sharded_attention(*x, shard, pattern, wire, scheme=scheme)  # noqa: B023,E731
+                    attend = lambda *x: sharded_attention(*x, shard, pattern, comm, scheme=scheme)  # noqa: B023,E731
                     got = differentiated(attend, [mine(x) for x in qkv], mine(slope))
                     errors = [float((a - mine(b)).abs().max()) for a, b in zip(got, want, strict=True)]
                     found[f"T={frames} {name} {kind} {scheme}"] = max(errors)

@@ -8,7 +8,7 @@ import torch
 from efficient_vdit_core.commands import workers
 from efficient_vdit_core.parallel.pool import start_workers
 from efficient_vdit_core.parallel.pool.backend import backend_for
-from efficient_vdit_core.parallel.pool.placed import Place, settings_at
+from efficient_vdit_core.parallel.pool.placement import Placement, settings_at
 
 CHOICES = [(True, "nccl"), (False, "gloo")]
 
@@ -34,7 +34,7 @@ def test_gpus_exchange_by_nccl_where_there_is_one(monkeypatch, has, expected):
 @pytest.mark.parametrize(("has", "expected"), CHOICES)
 def test_a_rank_that_torchrun_or_slurm_has_placed(monkeypatch, has, expected):
     have_nccl(monkeypatch, has)
-    settings = settings_at(Place(rank=1, ranks=2, local=1, machine=0, one_machine=True, run="test"))
+    settings = settings_at(Placement(rank=1, ranks=2, local=1, machine=0, one_machine=True, run="test"))
     assert (settings.device, settings.backend) == ("cuda:1", expected)
 
 

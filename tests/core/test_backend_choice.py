@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_vdit_core.attention import TokenLayout, choose, choose_backend, dispatch, tile_attention, trial
+from efficient_vdit_core.attention import TokenLayout, choose_backend, dispatch, tile_attention
+from efficient_vdit_core.attention.autotune import choose, trial
+from efficient_vdit_core.attention.autotune.choose import ChoiceBook, shape_class
+from efficient_vdit_core.attention.autotune.trial import Choice, trial_size
 from efficient_vdit_core.attention.call_shape import CallShape
-from efficient_vdit_core.attention.choose import ChoiceBook, shape_class
-from efficient_vdit_core.attention.trial import Choice, trial_size
-from efficient_vdit_core.cache_folder import cache_folder
+from efficient_vdit_core.storage.cache_folder import cache_folder
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 from efficient_vdit_core.timing import seconds
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.attention import TokenLayout, dispatch
-from efficient_vdit_core.attention.trial import Choice
+from efficient_vdit_core.attention.autotune.trial import Choice
 from efficient_vdit_core.bench import (
     attention,
     bounds,

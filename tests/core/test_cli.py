@@ -14,8 +14,8 @@ import pytest
 
 from efficient_vdit_core import cli
 from efficient_vdit_core.commands import generate, say
+from efficient_vdit_core.media.video import read_metadata
 from efficient_vdit_core.plan import TilePlan
-from efficient_vdit_core.video import read_metadata
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -93,8 +93,8 @@ def test_doctor_tells_the_same_to_people_and_machines(tmp_path):
 
 def test_doctor_tells_what_auto_chose_and_why(tmp_path, monkeypatch):
     from efficient_vdit_core import doctor
-    from efficient_vdit_core.attention.choose import default_book
-    from efficient_vdit_core.attention.trial import Choice
+    from efficient_vdit_core.attention.autotune.choose import default_book
+    from efficient_vdit_core.attention.autotune.trial import Choice
 
     monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path))
     assert "nothing yet: backends are measured" in doctor.format_findings(doctor.examine())
@@ -123,7 +123,8 @@ def test_doctor_survives_a_broken_installation(monkeypatch):
 
 
 def test_doctor_tells_of_packages_that_are_here_and_do_not_work(monkeypatch):
-    from efficient_vdit_core import doctor, video
+    from efficient_vdit_core import doctor
+    from efficient_vdit_core.media import video
 
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     monkeypatch.setattr(video, "has_ffmpeg", lambda: False)  # imageio-ffmpeg without its program
@@ -367,7 +368,7 @@ def test_convert_refuses_options_that_it_would_not_hear(tmp_path, capsys, part, 
 def test_a_distilled_model_is_sampled_as_it_was_made(tmp_path):
     """Steps, guidance and plan come from the file; --plan full and --steps go over them."""
     from efficient_vdit_core import assets
-    from efficient_vdit_core.distill.metadata import read_metadata as read_distilled
+    from efficient_vdit_core.models.distilled import read_metadata as read_distilled
 
     about = read_distilled(assets.tiny_path("transformer", "tiny-8-steps-sparse"))
     assert about is not None and about.tile_plan is not None
@@ -468,7 +469,7 @@ def test_a_search_that_could_not_write_is_refused_before_it(monkeypatch, capsys,
         asked = ["search", "--prompt", "x", "--threshold", "0.2", "--model", "none", "--out", str(tmp_path / name)]
         assert cli.main(asked) == 2
         assert told in capsys.readouterr().err
-    monkeypatch.setattr("efficient_vdit_core.files.os.access", lambda *_: False)
+    monkeypatch.setattr("efficient_vdit_core.storage.files.os.access", lambda *_: False)
     assert cli.main([*asked[:-1], str(tmp_path / "x.json")]) == 2
     assert "no permission" in capsys.readouterr().err
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from efficient_vdit_core.cli import main
+from efficient_vdit_core.media.read_video import read_video
+from efficient_vdit_core.media.video import read_metadata, write_video
 from efficient_vdit_core.quality.vbench import DIMENSIONS, clip_names
-from efficient_vdit_core.read_video import read_video
-from efficient_vdit_core.video import read_metadata, write_video
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -31,7 +31,7 @@ def clip(tmp_path):
 
 def test_a_build_without_the_video_reader_says_what_to_do(monkeypatch, capsys):
     """The registry's archive, which starts no process."""
-    monkeypatch.setitem(sys.modules, "efficient_vdit_core.read_video", None)
+    monkeypatch.setitem(sys.modules, "efficient_vdit_core.media.read_video", None)
     assert main(["compare", "a.webp", "b.webp"]) != 0
     assert "Compare Videos" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ from efficient_vdit_core.distill.objectives.consistency import (
 )
 from efficient_vdit_core.distill.objectives.grid import SegmentGrid
 from efficient_vdit_core.sampling import Denoiser, DiscreteSchedule, segment_edges
-from efficient_vdit_core.sampling.path import FlowPath, VPPath, clean_from, jump
+from efficient_vdit_core.sampling.path import FlowPath, VPPath, ddim_step, predict_x0
 
 PATHS = {"vp": VPPath(), "flow": FlowPath(), "flow shift 5": FlowPath(5.0), "flow shift 17": FlowPath(17.0)}
 PREDICTION = {"vp": "v_prediction", "flow": "flow", "flow shift 5": "flow", "flow shift 17": "flow"}
@@ -51,9 +51,11 @@ def test_ddim_there_and_back(path):
     (a, a_to), (s, s_to) = path.coefficients(torch.tensor([0.7, 0.3]) * path.start)
     z, x = torch.randn(2, 5, dtype=torch.float64, generator=generator())
     torch.testing.assert_close(
-        inverse_ddim(jump(z, x, a, s, a_to, s_to), z, a, s, a_to, s_to), x, rtol=1e-10, atol=1e-10
+        inverse_ddim(ddim_step(z, x, a, s, a_to, s_to), z, a, s, a_to, s_to), x, rtol=1e-10, atol=1e-10
     )
-    assert torch.equal(jump(z, x, a, s, a, s), z) or torch.allclose(jump(z, x, a, s, a, s), z, rtol=0, atol=1e-15)
+    assert torch.equal(ddim_step(z, x, a, s, a, s), z) or torch.allclose(
+        ddim_step(z, x, a, s, a, s), z, rtol=0, atol=1e-15
+    )
 
 
 def test_path_of_the_schedule_keeps_its_levels():
@@ -72,8 +74,8 @@ def test_the_jump_is_the_samplers_step(prediction):
     """The same step in variance-preserving and in the sampler's VE coordinates."""
     (a, a_to), (s, s_to) = VPPath().coefficients(torch.tensor([700.0, 450.0]))
     z, out = torch.randn(2, 3, 8, generator=generator(1)).unbind(0)
-    mine = jump(
-        z, clean_from(prediction, z, out, a.float(), s.float()), a.float(), s.float(), a_to.float(), s_to.float()
+    mine = ddim_step(
+        z, predict_x0(prediction, z, out, a.float(), s.float()), a.float(), s.float(), a_to.float(), s_to.float()
     )
     ve, ve_to = (s / a).float(), (s_to / a_to).float()
     x = z * (1 + ve**2).sqrt()
@@ -86,7 +88,7 @@ def test_flow_jump_is_eulers_step():
     path = FlowPath(5.0)
     (a, a_to), (s, s_to) = path.coefficients(torch.tensor([700.0, 450.0]))
     z, u = torch.randn(2, 8, dtype=torch.float64, generator=generator(1))
-    torch.testing.assert_close(jump(z, clean_from("flow", z, u, a, s), a, s, a_to, s_to), z + (s_to - s) * u)
+    torch.testing.assert_close(ddim_step(z, predict_x0("flow", z, u, a, s), a, s, a_to, s_to), z + (s_to - s) * u)
     assert float(path.network_time(torch.tensor([500.0]))) == pytest.approx(1000 * 5 * 0.5 / 3)
 
 
@@ -329,7 +331,7 @@ def test_addim_restores_the_variance_that_ddim_loses():
     draw = SegmentGrid(PATHS["vp"], 4, 16).at(torch.tensor([10, 16]))
     z, x = torch.randn(2, 2, dims, dtype=torch.float64, generator=generator()).unbind(0)
     moved, extra = addim(z, x, draw)
-    plain = jump(z, x, *(c[:, None] for c in (draw.at.a, draw.at.s, draw.below.a, draw.below.s)))
+    plain = ddim_step(z, x, *(c[:, None] for c in (draw.at.a, draw.at.s, draw.below.a, draw.below.s)))
     a_t, s_t, a_s, s_s = draw.at.a, draw.at.s, draw.below.a, draw.below.s
     variance = 0.1 / (2 + (a_t / s_t) ** 2)
     noise = (z - a_t[:, None] * x) / s_t[:, None]

@@ -7,6 +7,7 @@ import pytest
 
 from efficient_vdit_core.cli import main
 from efficient_vdit_core.distill.data.clips import video_captions
+from efficient_vdit_core.media.video import read_metadata
 from efficient_vdit_core.tinyworld.crossing.scene import (
     BAR,
     BAR_COLOR,
@@ -23,7 +24,6 @@ from efficient_vdit_core.tinyworld.crossing.scene import (
 )
 from efficient_vdit_core.tinyworld.moving.scene import COLORS, coverage
 from efficient_vdit_core.tinyworld.worlds import WORLDS
-from efficient_vdit_core.video import read_metadata
 
 
 def scenes(count, seed=0):

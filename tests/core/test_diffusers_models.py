@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from efficient_vdit_core.assets import preset_path
 from efficient_vdit_core.attention import TokenLayout
-from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.diffusers_models import apply_to_diffusers
 from efficient_vdit_core.diffusers_models.families import FAMILIES, SequenceLayout
 from efficient_vdit_core.diffusers_models.processor import tiled

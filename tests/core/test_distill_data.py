@@ -16,13 +16,13 @@ from efficient_vdit_core.distill.config import DataConfig, DistillConfig, Traini
 from efficient_vdit_core.distill.data import prepare
 from efficient_vdit_core.distill.data.clips import encode_videos, read_captions, teacher_clips, video_captions
 from efficient_vdit_core.distill.data.noise import numbered_noise
+from efficient_vdit_core.distill.families.fingerprints import MAX_WHOLE, text_stamp
 from efficient_vdit_core.distill.families.open_model import open_model
-from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanModel
-from efficient_vdit_core.distill.families.stamps import MAX_WHOLE, text_stamp
+from efficient_vdit_core.distill.families.opensora_plan import OpenSoraPlanModel
 from efficient_vdit_core.distill.families.texts import AT_ONCE, TextBank
 from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig
 from efficient_vdit_core.limits.documents import MAX_VALUES
-from efficient_vdit_core.video import write_video
+from efficient_vdit_core.media.video import write_video
 
 
 def videos(folder, names):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from small_models import cogvideox, opensora_plan, wan_22
 from small_models import wan as small_wan
 
-from efficient_vdit_core.attention.override import make_attention_override
-from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.attention.hook.override import make_attention_override
+from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.distill.config import ModelConfig
 from efficient_vdit_core.distill.data.prepare import _text_bank
 from efficient_vdit_core.distill.families.intercept import OVERRIDE, Intercepted

@@ -15,20 +15,19 @@ from efficient_vdit_core.distill.config import DistillConfig, read_section, to_t
 from efficient_vdit_core.distill.data import prepare
 from efficient_vdit_core.distill.data.clips import ClipSet
 from efficient_vdit_core.distill.data.prepare import PreparedData
-from efficient_vdit_core.distill.families.on_host import largest_block, stream_blocks
+from efficient_vdit_core.distill.families.cpu_offload import largest_block, stream_blocks
 from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.families.texts import TextBank
-from efficient_vdit_core.distill.lora.files import comfy_lora, merged, wear
+from efficient_vdit_core.distill.lora.files import attach_frozen, comfy_lora, merged
 from efficient_vdit_core.distill.lora.layers import (
     FAKE,
     STUDENT,
+    active_adapter,
     adapted,
     add_lora,
-    counting,
-    is_of,
+    belongs_to,
     lora_off,
 )
-from efficient_vdit_core.distill.metadata import DistillMetadata, read_metadata
 from efficient_vdit_core.distill.objectives.consistency import ConsistencyLoss
 from efficient_vdit_core.distill.objectives.features import FeatureTap
 from efficient_vdit_core.distill.objectives.knowledge import (
@@ -38,15 +37,17 @@ from efficient_vdit_core.distill.objectives.knowledge import (
     merge_deltas,
 )
 from efficient_vdit_core.distill.runs import export, trainer
-from efficient_vdit_core.distill.runs.claim import claim_run
+from efficient_vdit_core.distill.runs.alternating import AlternatingLoss
 from efficient_vdit_core.distill.runs.optimizers import check_optimizer
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
-from efficient_vdit_core.distill.runs.turns import Turns
-from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, read_state_dict, save_safetensors
+from efficient_vdit_core.distill.runs.resume_check import claim_run
+from efficient_vdit_core.models.distilled import DistillMetadata, read_metadata
+from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.sampling.path import FlowPath
+from efficient_vdit_core.storage.weight_files import read_state_dict, save_safetensors
 from efficient_vdit_core.training import StepLoss
 from efficient_vdit_core.training.live_bytes import size_of
 from efficient_vdit_core.training.run import seed_of
@@ -699,17 +700,17 @@ def test_a_turn_lasts_until_the_gradient_is_taken(base, checkpointing):
                 return int(turn == STUDENT)  # noqa: B023
 
             def __call__(self, x, condition, generator):
-                with counting(module, turn):  # noqa: B023
+                with active_adapter(module, turn):  # noqa: B023
                     out = model.predict(module, x, torch.tensor([3.0]), condition)  # noqa: B023
                 return StepLoss(out.square().sum())
 
         z = torch.randn(1, 4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-        result = Turns(Loss(), module, 1, data_parallel=False)(z, (torch.ones(1, 2, 8), None), None)
+        result = AlternatingLoss(Loss(), module, 1, data_parallel=False)(z, (torch.ones(1, 2, 8), None), None)
         result.total.backward()
         result.release()
         grads[turn] = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
         idle = FAKE if turn == STUDENT else STUDENT
-        assert all((g is None) == is_of(idle, name) for name, g in grads[turn].items())
+        assert all((g is None) == belongs_to(idle, name) for name, g in grads[turn].items())
         assert result.optimizers == (range(1) if turn == STUDENT else range(1, 2))
         assert {layer.learner for layer in adapted(module).values()} == {STUDENT}
         assert len({float(g.norm()) for g in grads[turn].values() if g is not None}) > 20
@@ -746,7 +747,7 @@ def test_captions_alone_are_for_score_distillation(base, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "prepare_data", prepare.prepare_data)
     encoder = lambda device: lambda texts: (torch.ones(len(texts), 3, 8), torch.ones(len(texts), 3))  # noqa: E731
     monkeypatch.setattr(
-        "efficient_vdit_core.distill.families.open_sora_plan.OpenSoraPlanModel.text_encoder", lambda self, d: encoder(d)
+        "efficient_vdit_core.distill.families.opensora_plan.OpenSoraPlanModel.text_encoder", lambda self, d: encoder(d)
     )
     seen = []
     call = ConsistencyLoss.__call__
@@ -771,11 +772,11 @@ def test_what_is_worn_counts_whatever_learns_and_is_frozen(base, tmp_path):
     inputs = (torch.randn(1, 4, 4, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 8))
     assert not torch.allclose(whole(*inputs), load_transformer(base)(*inputs), atol=1e-4)
     for learner in (STUDENT, None):
-        with counting(module, learner):
+        with active_adapter(module, learner):
             torch.testing.assert_close(module(*inputs), whole(*inputs), rtol=1e-4, atol=1e-5)
     trained = {name.rpartition(".")[2] for name, p in module.named_parameters() if p.requires_grad}
     assert trained == {"lora_down", "lora_up"}
-    assert len(comfy_lora(module, module.state_dict())) == 3 * 20, "what is worn is in its own file"
+    assert len(comfy_lora(module, module.state_dict())) == 3 * 20, "what is frozen is in its own file"
 
 
 def test_a_change_that_weights_in_bf16_would_lose_is_worn_whole(tmp_path):
@@ -788,10 +789,10 @@ def test_a_change_that_weights_in_bf16_would_lose_is_worn_whole(tmp_path):
     save_safetensors(file, {f"diffusion_model.0.{name}": value for name, value in lora.items()}, {})
     weights = merged({"0.weight": layer.weight.detach()}, read_state_dict(file)[0])["0.weight"]
     assert torch.equal(weights.bfloat16(), layer.weight), "a step of bf16 at 1 is 1 / 128"
-    wear(module, [file])
+    attach_frozen(module, [file])
     with torch.autocast("cpu", torch.bfloat16):
-        worn = module.get_submodule("0").part("worn0")
-        assert torch.equal(worn[1].detach() @ worn[0].detach(), up @ down)
+        frozen = module.get_submodule("0").part("frozen0")
+        assert torch.equal(frozen[1].detach() @ frozen[0].detach(), up @ down)
     both = torch.nn.functional.linear(x, layer.weight.float() + up @ down)
     got = module.get_submodule("0").float()(x)
     torch.testing.assert_close(got, both)

@@ -3,13 +3,7 @@
 import pytest
 
 from efficient_vdit_core.attention import TokenLayout
-from efficient_vdit_core.parallel.sharding.division import (
-    DIVISIONS,
-    Division,
-    by_sequence,
-    choose_division,
-    seconds_of,
-)
+from efficient_vdit_core.parallel.sharding.division import DIVISIONS, Division, by_sequence, choose_division, seconds_of
 from efficient_vdit_core.parallel.sharding.forecast import GPU_RATES, LayerShape, Rates, forward_seconds, rates_of
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from efficient_vdit_core.files import (
+from efficient_vdit_core.storage.files import (
     check_writable_file,
     read_torch,
     whole_file,

@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 
-from efficient_vdit_core.attention import TokenLayout, available_backends, dispatch, flex, tile_attention
-from efficient_vdit_core.attention.flex import (
+from efficient_vdit_core.attention import TokenLayout, available_backends, dispatch, tile_attention
+from efficient_vdit_core.attention.backends import flex
+from efficient_vdit_core.attention.backends.flex import (
     attend_flex,
     block_mask,
     flex_status,
@@ -19,10 +20,10 @@ from efficient_vdit_core.attention.flex import (
     mask_of,
     token_owners,
 )
-from efficient_vdit_core.attention.prepare import Preparation
-from efficient_vdit_core.attention.report import AttentionReport
-from efficient_vdit_core.head_patterns import by_head
+from efficient_vdit_core.attention.hook.prepare import Preparation
+from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.plan.head_patterns import by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 CPU = torch.device("cpu")

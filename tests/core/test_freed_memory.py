@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanModel
+from efficient_vdit_core.distill.families.opensora_plan import OpenSoraPlanModel
 from efficient_vdit_core.distill.runs import recipe, trainer
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
 from efficient_vdit_core.training import TrainingRun

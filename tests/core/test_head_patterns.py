@@ -6,19 +6,20 @@ import json
 import pytest
 import torch
 
-from efficient_vdit_core.attention import TokenLayout, flex, tile_attention
-from efficient_vdit_core.attention import prepare as prepare_file
+from efficient_vdit_core.attention import TokenLayout, tile_attention
+from efficient_vdit_core.attention.autotune.trial import Choice
+from efficient_vdit_core.attention.backends import flex
+from efficient_vdit_core.attention.backends.head_calls import calls_of
 from efficient_vdit_core.attention.call_shape import CallShape
-from efficient_vdit_core.attention.calls import calls_of
 from efficient_vdit_core.attention.dense_call import DenseCall
-from efficient_vdit_core.attention.override import attention_override, make_attention_override
-from efficient_vdit_core.attention.prepare import Preparation
-from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.attention.hook import prepare as prepare_file
+from efficient_vdit_core.attention.hook.override import attention_override, make_attention_override
+from efficient_vdit_core.attention.hook.prepare import Preparation
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
-from efficient_vdit_core.attention.trial import Choice
-from efficient_vdit_core.head_patterns import HeadPatterns, by_head
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.plan.head_patterns import HeadPatterns, by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 FULL = TilePattern(None)

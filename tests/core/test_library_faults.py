@@ -19,7 +19,7 @@ import torch.distributed as dist
 from pools import children, gone, until
 from safetensors.torch import save
 
-from efficient_vdit_core.parallel.pool.listening import open_beyond_loopback
+from efficient_vdit_core.parallel.pool.open_ports import open_beyond_loopback
 
 KEY = b"k" * 32
 BLOCKED_SECONDS = 1.0

@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout, choose_backend, tile_attention
+from efficient_vdit_core.attention.backends.mean_frames import means_of
+from efficient_vdit_core.attention.backends.partial import PartialAttention
+from efficient_vdit_core.attention.backends.parts import attend_parts
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall
-from efficient_vdit_core.attention.mean_frames import means_of
-from efficient_vdit_core.attention.override import make_attention_override
-from efficient_vdit_core.attention.partial import PartialAttention
-from efficient_vdit_core.attention.parts import attend_parts
-from efficient_vdit_core.attention.prepare import Preparation
-from efficient_vdit_core.attention.report import AttentionReport
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
-from efficient_vdit_core.head_patterns import by_head
+from efficient_vdit_core.attention.hook.override import make_attention_override
+from efficient_vdit_core.attention.hook.prepare import Preparation
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.parallel.sharding.layout import by_frames, choose_shard
 from efficient_vdit_core.parallel.sharding.traffic import scheme_of
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.plan.head_patterns import by_head
 from efficient_vdit_core.search.candidates import parse_candidates
 from efficient_vdit_core.search.probe import ProbeRecord, make_probe_override
 from efficient_vdit_core.tiles import MAX_MEANS, TilePattern, TokenGrid

@@ -11,14 +11,14 @@ from small_models import SHAPE, opensora_plan, wan
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from efficient_vdit_core.attention import partial
+from efficient_vdit_core.attention.backends import partial
 from efficient_vdit_core.distill.config import DistillConfig
 from efficient_vdit_core.distill.data.clips import ClipSet
 from efficient_vdit_core.distill.data.prepare import PreparedData
-from efficient_vdit_core.distill.families import open_sora_plan
+from efficient_vdit_core.distill.families import opensora_plan as open_sora_plan
 from efficient_vdit_core.distill.families.diffusers_model import DiffusersModel
 from efficient_vdit_core.distill.families.open_model import open_model
-from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanModel
+from efficient_vdit_core.distill.families.opensora_plan import OpenSoraPlanModel
 from efficient_vdit_core.distill.families.texts import TextBank
 from efficient_vdit_core.distill.forecast import memory as memory_plan
 from efficient_vdit_core.distill.forecast import search as search_plan
@@ -30,7 +30,7 @@ from efficient_vdit_core.distill.lora.files import comfy_lora
 from efficient_vdit_core.distill.lora.layers import add_lora
 from efficient_vdit_core.distill.runs import trainer
 from efficient_vdit_core.distill.runs.search_stage import SearchConfig, WatchedRun, probe
-from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
+from efficient_vdit_core.storage.weight_files import save_safetensors
 from efficient_vdit_core.training import average, run
 from efficient_vdit_core.training.live_bytes import LiveBytes
 
@@ -99,7 +99,7 @@ CASES = {
     "knowledge": (opensora_plan, "knowledge", {"train": "lora", "lora_rank": 4, "gradient_checkpointing": True}),
     "wan": (wan, "knowledge", {"gradient_checkpointing": True}),
     "score": (opensora_plan, "score", {"train": "lora", "lora_rank": 4}),
-    "worn": (opensora_plan, "knowledge", {"train": "lora", "lora_rank": 4, "gradient_checkpointing": True}),
+    "frozen": (opensora_plan, "knowledge", {"train": "lora", "lora_rank": 4, "gradient_checkpointing": True}),
     "hosted": (opensora_plan, "consistency", {"batch": 1, "gradient_checkpointing": True}),
     "hosted wan": (wan, "knowledge", {"gradient_checkpointing": True}),
 }
@@ -117,8 +117,8 @@ def test_the_plan_is_what_a_training_holds(case, tmp_path, monkeypatch):
     # The host's memory is another: what numpy holds is not counted.
     for module, name in ((features, "on_host"), (average, "host_copy")):
         monkeypatch.setattr(module, name, lambda value: torch.from_numpy(value.numpy().copy()))
-    plan = plan_memory(config, worn=int(case == "worn"))
-    if case == "worn":
+    plan = plan_memory(config, frozen=int(case == "frozen"))
+    if case == "frozen":
         module = open_model(config.model).load()
         add_lora(module, 4)
         save_safetensors(tmp_path / "lora.safetensors", comfy_lora(module, module.state_dict()), {})
@@ -150,7 +150,7 @@ def flops_of_sdpa(q, k, v, *_, out_shape=None, **__):
 
 
 @pytest.mark.parametrize(
-    ("family", "worn", "error"),
+    ("family", "frozen", "error"),
     [
         (opensora_plan, False, "attention"),
         (opensora_plan, True, "attention"),
@@ -160,15 +160,15 @@ def flops_of_sdpa(q, k, v, *_, out_shape=None, **__):
         (wan, False, "output"),
     ],
 )
-def test_the_search_holds_and_computes_what_is_planned(family, worn, error, tmp_path, monkeypatch):
+def test_the_search_holds_and_computes_what_is_planned(family, frozen, error, tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = stage(family, tmp_path, "consistency", train="lora", lora_rank=4)
     monkeypatch.setattr(partial, "_plain", lambda *_: pytest.fail("what no GPU computes so"))
     search = SearchConfig(candidates="0,1+1,2~1", captions=8, error=error)
     grid = {"segments": 2, "steps": 2}
-    memory, work = plan_search(search, config, **grid, wears_lora=worn)
+    memory, work = plan_search(search, config, **grid, wears_lora=frozen)
     assert work.examples == 16 and memory.peak() == memory.step() == sum(memory.held.values())
-    if worn:
+    if frozen:
         module = open_model(config.model).load()
         add_lora(module, 4)
         layer = open_model(config.model).comfy_layer

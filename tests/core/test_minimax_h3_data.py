@@ -17,9 +17,9 @@ from efficient_vdit_core.distill.data.prepare import check_data
 from efficient_vdit_core.distill.families.minimax_h3_clip import ClipShape
 from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.families.texts import TextBank
-from efficient_vdit_core.read_sound import read_sound
-from efficient_vdit_core.read_video import read_video
-from efficient_vdit_core.video import write_video
+from efficient_vdit_core.media.read_sound import read_sound
+from efficient_vdit_core.media.read_video import read_video
+from efficient_vdit_core.media.video import write_video
 
 diffusers = pytest.importorskip("diffusers")
 SHAPE = ClipShape(24, 32, 7, 6, 10)  # of 22 frames of 96 x 160 pixels

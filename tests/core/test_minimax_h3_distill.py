@@ -11,17 +11,17 @@ from safetensors import safe_open
 from small_models import LAYERS, minimax_h3
 
 from efficient_vdit_core.distill.config import DistillConfig, ModelConfig
+from efficient_vdit_core.distill.families.cpu_offload import bytes_on_host
 from efficient_vdit_core.distill.families.minimax_h3_clip import PATCH, ClipShape, latent_frames, sound_latents
 from efficient_vdit_core.distill.families.model import sparse_options
-from efficient_vdit_core.distill.families.on_host import bytes_on_host
 from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.forecast.advice import advice
 from efficient_vdit_core.distill.forecast.memory import plan_memory
-from efficient_vdit_core.distill.lora.files import comfy_lora, merged, start_from, wear
+from efficient_vdit_core.distill.lora.files import attach_frozen, comfy_lora, merged, start_from
 from efficient_vdit_core.distill.lora.layers import adapted, add_lora
 from efficient_vdit_core.distill.objectives.rollout import roll_down, trajectory
-from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.storage.weight_files import save_safetensors
 from efficient_vdit_core.tiles import TilePattern
 
 diffusers = pytest.importorskip("diffusers")
@@ -224,13 +224,13 @@ def test_a_lora_is_read_back_as_it_was_written(h3, tmp_path):
     with torch.no_grad():
         expected = h3.predict(module, z, time, given)
         assert float((h3.predict(h3.load().eval(), z, time, given) - expected).abs().max()) > 0.1
-        worn, started, whole = (h3.load().eval() for _ in range(3))
-        wear(worn, [file], h3.comfy_layer)
-        ranks = {len(layer.part(layer.worn[0])[0]) for layer in adapted(worn).values()}
+        frozen, started, whole = (h3.load().eval() for _ in range(3))
+        attach_frozen(frozen, [file], h3.comfy_layer)
+        ranks = {len(layer.part(layer.frozen[0])[0]) for layer in adapted(frozen).values()}
         add_lora(started, 2, 3.0)
         start_from(started, file, h3.comfy_layer)
         whole.load_state_dict(merged(whole.state_dict(), lora, h3.comfy_layer))
-        for other in (worn, started, whole):
+        for other in (frozen, started, whole):
             torch.testing.assert_close(h3.predict(other, z, time, given), expected, atol=1e-5, rtol=1e-4)
     assert ranks == {2}
 
@@ -241,13 +241,13 @@ def test_a_lora_of_one_layer_in_comfyui_serves_all_three_of_diffusers(h3, tmp_pa
     lora = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(6.0)}
     save_safetensors(tmp_path / "lora.safetensors", lora, {})
     module, base = h3.load(), h3.load().state_dict()
-    wear(module, [tmp_path / "lora.safetensors"], h3.comfy_layer)
+    attach_frozen(module, [tmp_path / "lora.safetensors"], h3.comfy_layer)
     change = (up @ down).chunk(3)
     found = merged(base, lora, h3.comfy_layer)
     for i, name in enumerate("qkv"):
         weight = f"transformer_blocks.1.attn.to_{name}.weight"
         torch.testing.assert_close(found[weight], base[weight] + change[i])
-        worn_down, worn_up = module.get_submodule(weight.removesuffix(".weight")).part("worn0")
+        worn_down, worn_up = module.get_submodule(weight.removesuffix(".weight")).part("frozen0")
         torch.testing.assert_close(worn_up @ worn_down, change[i])
 
 

@@ -13,21 +13,17 @@ from efficient_vdit_core.assets import recipe_path, tiny_path
 from efficient_vdit_core.cli import main
 from efficient_vdit_core.distill.config import DistillConfig, read_section, read_toml
 from efficient_vdit_core.distill.data.clips import _finite
-from efficient_vdit_core.distill.metadata import DistillMetadata
 from efficient_vdit_core.distill.runs.export import export
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
-from efficient_vdit_core.files import write_torch
-from efficient_vdit_core.models.opensora_plan.checkpoint import (
-    read_state_dict,
-    read_transformer,
-    read_vae,
-    save_safetensors,
-)
+from efficient_vdit_core.media.video import to_frames
+from efficient_vdit_core.models.distilled import DistillMetadata
+from efficient_vdit_core.models.opensora_plan.checkpoint import read_transformer, read_vae
 from efficient_vdit_core.models.opensora_plan.text import read_text_encoder
 from efficient_vdit_core.models.opensora_plan.weights import check_weights, is_finite
+from efficient_vdit_core.storage.files import write_torch
+from efficient_vdit_core.storage.weight_files import read_state_dict, save_safetensors
 from efficient_vdit_core.tinyworld.tables.stages import TableConfig
 from efficient_vdit_core.training import StepLoss, TrainingRun
-from efficient_vdit_core.video import to_frames
 
 READERS = {"transformer": read_transformer, "vae": read_vae, "text_encoder": read_text_encoder}
 

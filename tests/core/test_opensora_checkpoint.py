@@ -10,6 +10,7 @@ from efficient_vdit_core.models.opensora_plan import checkpoint, convert
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig, VAEConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
+from efficient_vdit_core.storage import weight_files
 
 DIT = DiTConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=12, caption_channels=8, interpolation_scale_h=1.25
@@ -39,7 +40,7 @@ def test_a_folder_a_file_and_metadata(folder, weights, tmp_path):
     for path in (folder, folder / NAME):
         model = checkpoint.load_transformer(path)
         assert model.config == DIT and same(model, weights) and not model.training
-    checkpoint.save_safetensors(tmp_path / "alone" / "x.safetensors", weights, {"config": json.dumps(DIT.to_dict())})
+    weight_files.save_safetensors(tmp_path / "alone" / "x.safetensors", weights, {"config": json.dumps(DIT.to_dict())})
     assert checkpoint.load_transformer(tmp_path / "alone" / "x.safetensors").config == DIT
     assert [f.name for f in (tmp_path / "alone").iterdir()] == ["x.safetensors"]
     assert checkpoint.load_transformer(folder, dtype=torch.bfloat16).proj_out.weight.dtype == torch.bfloat16
@@ -124,7 +125,7 @@ def test_what_comfyui_saved_loads_again(folder, weights):
 
 def test_a_written_file_may_be_read_by_whom_a_new_file_may(tmp_path):
     (tmp_path / "plain").touch()
-    checkpoint.save_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
+    weight_files.save_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plain", "x.safetensors"]
 
@@ -133,16 +134,16 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
     import resource
 
     file = tmp_path / "x.safetensors"
-    checkpoint.save_safetensors(file, {"a": torch.ones(2)})
+    weight_files.save_safetensors(file, {"a": torch.ones(2)})
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match="x.safetensors could not be written"):
-            checkpoint.save_safetensors(file, {"a": torch.zeros(1000)})
+            weight_files.save_safetensors(file, {"a": torch.zeros(1000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert checkpoint.read_state_dict(file)[0]["a"].tolist() == [1, 1] and [f.name for f in tmp_path.iterdir()] == [
+    assert weight_files.read_state_dict(file)[0]["a"].tolist() == [1, 1] and [f.name for f in tmp_path.iterdir()] == [
         file.name
     ]
 
@@ -259,7 +260,7 @@ def test_converting_a_training_checkpoint(training_checkpoint, tmp_path):
 
 def test_files_of_before_pytorch_1_6_are_read(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    assert checkpoint.read_state_dict(tmp_path / "old.bin")[0]["a"].tolist() == [1, 1]
+    assert weight_files.read_state_dict(tmp_path / "old.bin")[0]["a"].tolist() == [1, 1]
 
 
 class Malicious:

@@ -5,10 +5,10 @@ import torch
 from rounding import worst
 
 from efficient_vdit_core.attention import TokenLayout
-from efficient_vdit_core.attention.override import make_attention_override
-from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.attention.hook.override import make_attention_override
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.models.opensora_plan.config import OSP_29X720P, DiTConfig
 from efficient_vdit_core.models.opensora_plan.rope import apply_rope, rope_table
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V

@@ -9,16 +9,17 @@ import torch
 from einops import rearrange
 
 from efficient_vdit_core import tiles as tiles_file
-from efficient_vdit_core.attention import TokenLayout, mean_frames
-from efficient_vdit_core.attention import override as override_file
-from efficient_vdit_core.attention import prepare as prepare_file
+from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.attention.autotune.trial import Choice
+from efficient_vdit_core.attention.backends import mean_frames
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall
-from efficient_vdit_core.attention.override import attention_override, make_attention_override
-from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.attention.hook import override as override_file
+from efficient_vdit_core.attention.hook import prepare as prepare_file
+from efficient_vdit_core.attention.hook.override import attention_override, make_attention_override
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, attention_sdpa, sdpa_attention
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
-from efficient_vdit_core.attention.trial import Choice
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 

@@ -9,24 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from efficient_vdit_core.attention import TokenLayout, available_backends, dispatch, partial, tile_attention
-from efficient_vdit_core.attention import prepare as prepare_file
+from efficient_vdit_core.attention import TokenLayout, available_backends, dispatch, tile_attention
+from efficient_vdit_core.attention.autotune.choose import ChoiceBook
+from efficient_vdit_core.attention.autotune.trial import Choice
+from efficient_vdit_core.attention.backends import partial
+from efficient_vdit_core.attention.backends.frames import attend_frames
+from efficient_vdit_core.attention.backends.merge import merge_into
+from efficient_vdit_core.attention.backends.partial import PartialAttention, kernels_for, partial_of, sdpa_partial
+from efficient_vdit_core.attention.backends.parts import attend_parts
 from efficient_vdit_core.attention.call_shape import CallShape
-from efficient_vdit_core.attention.choose import ChoiceBook
 from efficient_vdit_core.attention.dense_call import DenseCall
 from efficient_vdit_core.attention.dispatch import choose_backend, fits, partial_for
-from efficient_vdit_core.attention.frames import attend_frames
-from efficient_vdit_core.attention.merge import merge_into
-from efficient_vdit_core.attention.override import attention_override, make_attention_override
-from efficient_vdit_core.attention.partial import PartialAttention, kernels_for, partial_of, sdpa_partial
-from efficient_vdit_core.attention.parts import attend_parts
-from efficient_vdit_core.attention.prepare import Preparation
-from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.attention.hook import prepare as prepare_file
+from efficient_vdit_core.attention.hook.override import attention_override, make_attention_override
+from efficient_vdit_core.attention.hook.prepare import Preparation
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.attention.sdpa import attention_sdpa
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
-from efficient_vdit_core.attention.trial import Choice
-from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.plan.head_patterns import by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 CPU = torch.device("cpu")
@@ -211,7 +212,7 @@ def test_a_layer_at_its_peak(k, forward, training):
 @pytest.mark.parametrize("backend", ["parts", "frames"])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_training_step_takes_the_smaller_bound(monkeypatch, backend, gradients):
-    from efficient_vdit_core.attention import frames, parts
+    from efficient_vdit_core.attention.backends import frames, parts
 
     asked = []
 
@@ -270,7 +271,7 @@ def test_merging_is_attention_over_both():
 @pytest.mark.usefixtures("triton_device")
 @pytest.mark.parametrize("dim", [16, 40, 96])
 def test_the_fused_merge_is_the_same(triton_device, dim):
-    from efficient_vdit_core.attention import merge
+    from efficient_vdit_core.attention.backends import merge
 
     frames, tokens = 3, 37
     before = torch.randn(2, frames * tokens, dim, device=triton_device)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.bench import peers
 from efficient_vdit_core.search.candidates import parse_candidates
 from efficient_vdit_core.search.probe import ProbeRecord, make_probe_override

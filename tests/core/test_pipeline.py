@@ -10,19 +10,19 @@ import torch.nn.functional as F
 
 from efficient_vdit_core import assets
 from efficient_vdit_core.attention import TokenLayout, tile_attention
-from efficient_vdit_core.devices import pick_device
-from efficient_vdit_core.distill.metadata import DistillMetadata
-from efficient_vdit_core.model_folder import find_model
-from efficient_vdit_core.model_header import ModelHeader
-from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from efficient_vdit_core.generation.devices import pick_device
+from efficient_vdit_core.generation.model_folder import find_model
+from efficient_vdit_core.generation.model_header import ModelHeader
+from efficient_vdit_core.generation.request import VideoRequest
+from efficient_vdit_core.models.distilled import DistillMetadata
 from efficient_vdit_core.models.opensora_plan.config import LATENT_SCALE, DiTConfig, VAEConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
 from efficient_vdit_core.pipeline import Pipeline
 from efficient_vdit_core.plan import TilePlan
-from efficient_vdit_core.request import VideoRequest
 from efficient_vdit_core.search import ProbeRecord, make_probe_override
 from efficient_vdit_core.search.probe import ATTENTION
+from efficient_vdit_core.storage.weight_files import read_state_dict, save_safetensors
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
@@ -389,12 +389,12 @@ def test_loras_count_and_tell_how_to_sample(tmp_path):
     summed = tmp_path / "diffusion_pytorch_model.safetensors"
     save_safetensors(summed, full, {**entries, **told[1].to_entry()})
 
-    worn, merged = Pipeline.from_model(loras=files), Pipeline.from_model(transformer=summed)
+    frozen, merged = Pipeline.from_model(loras=files), Pipeline.from_model(transformer=summed)
     header = ModelHeader.read(loras=files)
     request = header.request("a red circle", frames=5, height=16, width=16)
-    assert (request.steps, request.guidance) == (4, 1.0) and header.tuned_plan == worn.tuned_plan == merged.tuned_plan
+    assert (request.steps, request.guidance) == (4, 1.0) and header.tuned_plan == frozen.tuned_plan == merged.tuned_plan
     assert header.tuned_plan.to_text() == "0-5:1:7"
-    frames = [p.generate(request, plan=p.tuned_plan).frames.astype(int) for p in (worn, merged)]
+    frames = [p.generate(request, plan=p.tuned_plan).frames.astype(int) for p in (frozen, merged)]
     assert abs(frames[0] - frames[1]).max() <= 1
     plain = Pipeline.from_model().generate(request, plan=header.tuned_plan).frames.astype(int)
     assert abs(plain - frames[0]).max() > 1

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from efficient_vdit_core import assets
 from efficient_vdit_core.attention import TokenLayout, tile_attention
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.bench.oracle import OracleRecord, best_tiles
 from efficient_vdit_core.distill.config import read_toml
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pools import HOST, START, X, gone, launch, until
 
-from efficient_vdit_core.parallel.pool import request
+from efficient_vdit_core.parallel.pool import pending_request as request
 from efficient_vdit_core.parallel.pool import session as session_module
 from efficient_vdit_core.parallel.pool.faults import PoolFault
 from efficient_vdit_core.parallel.pool.pool_file import default_pool_file

@@ -25,8 +25,8 @@ from pools import (
     until,
 )
 
+from efficient_vdit_core.parallel.pool.acceptor import MOST_UNPROVED
 from efficient_vdit_core.parallel.pool.client import Pool
-from efficient_vdit_core.parallel.pool.door import MOST_UNPROVED
 from efficient_vdit_core.parallel.pool.imports import check_import, usual_folders
 from efficient_vdit_core.parallel.pool.messages import listen
 from efficient_vdit_core.parallel.pool.pool_file import default_pool_file, read_pool_file

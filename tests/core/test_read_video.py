@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 from recorded import record
 
-from efficient_vdit_core import read_video as reading
-from efficient_vdit_core import video as writing
-from efficient_vdit_core.read_video import check_steady, iterate_video, read_video, told_rates
-from efficient_vdit_core.video import write_video
+from efficient_vdit_core.media import read_video as reading
+from efficient_vdit_core.media import video as writing
+from efficient_vdit_core.media.read_video import check_steady, iterate_video, read_video, told_rates
+from efficient_vdit_core.media.video import write_video
 
 pytest.importorskip("imageio_ffmpeg")
 

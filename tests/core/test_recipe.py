@@ -11,13 +11,13 @@ from efficient_vdit_core.assets import recipe_path
 from efficient_vdit_core.distill.config import DataConfig, read_toml
 from efficient_vdit_core.distill.forecast import recipe as forecast_parts
 from efficient_vdit_core.distill.forecast.recipe import forecast, steps_within
-from efficient_vdit_core.distill.metadata import DistillMetadata
 from efficient_vdit_core.distill.objectives.consistency import check_pair
 from efficient_vdit_core.distill.runs import recipe
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.models.distilled import DistillMetadata
 from efficient_vdit_core.models.opensora_plan.captions import NEGATIVE_PROMPT, TEMPLATES
-from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from efficient_vdit_core.search import parse_candidates
+from efficient_vdit_core.storage.weight_files import read_state_dict, save_safetensors
 from efficient_vdit_core.tiles import TokenGrid
 
 PLAN = {"schema_version": 1, "reference_frames": 1}

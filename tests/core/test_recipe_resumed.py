@@ -12,15 +12,15 @@ from small_models import wan
 from efficient_vdit_core.distill.config import DistillConfig
 from efficient_vdit_core.distill.data.clips import ClipSet
 from efficient_vdit_core.distill.families.open_model import open_model
-from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanModel
+from efficient_vdit_core.distill.families.opensora_plan import OpenSoraPlanModel
 from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig
 from efficient_vdit_core.distill.runs import recipe, search_stage, trainer
-from efficient_vdit_core.distill.runs.claim import claim_run
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.distill.runs.resume_check import claim_run
 from efficient_vdit_core.distill.runs.search_stage import SearchConfig
-from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.search import output
+from efficient_vdit_core.storage.weight_files import read_state_dict, save_safetensors
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_distill_trainer import base, config, small_data  # noqa: E402, F401

@@ -17,12 +17,12 @@ from efficient_vdit_core.distill.config import ModelConfig, read_toml
 from efficient_vdit_core.distill.families.diffusers_model import DiffusersModel
 from efficient_vdit_core.distill.families.minimax_h3 import MiniMaxH3Model
 from efficient_vdit_core.distill.families.open_model import open_model
-from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanModel
+from efficient_vdit_core.distill.families.opensora_plan import OpenSoraPlanModel
 from efficient_vdit_core.distill.families.published_lora import merge_published
-from efficient_vdit_core.distill.metadata import DistillMetadata
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
-from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
-from efficient_vdit_core.video import write_video
+from efficient_vdit_core.media.video import write_video
+from efficient_vdit_core.models.distilled import DistillMetadata
+from efficient_vdit_core.storage.weight_files import save_safetensors
 
 # Recipe -> model, the latents of its own clips, what comes out, and its stages.
 RECIPES = {

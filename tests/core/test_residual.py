@@ -6,21 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from efficient_vdit_core.attention import TokenLayout, prepare, residual, tile_attention
+from efficient_vdit_core.attention import TokenLayout, tile_attention
+from efficient_vdit_core.attention.autotune.trial import Choice
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall
-from efficient_vdit_core.attention.override import attention_override
-from efficient_vdit_core.attention.prepare import Preparation
-from efficient_vdit_core.attention.report import AttentionReport
-from efficient_vdit_core.attention.residual import ResidualCache
+from efficient_vdit_core.attention.hook import prepare, residual
+from efficient_vdit_core.attention.hook.override import attention_override
+from efficient_vdit_core.attention.hook.prepare import Preparation
+from efficient_vdit_core.attention.hook.residual import ResidualCache
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.report.report import AttentionReport
+from efficient_vdit_core.attention.report.summary import density_of_run
 from efficient_vdit_core.attention.sdpa import sdpa_attention
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
-from efficient_vdit_core.attention.summary import density_of_run
-from efficient_vdit_core.attention.trial import Choice
 from efficient_vdit_core.commands.generate import make_video
-from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.pipeline import Pipeline
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.plan.head_patterns import by_head
 from efficient_vdit_core.search.describe import describe_plan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 from efficient_vdit_core.tinyworld.tables.residual import BY_HEAD

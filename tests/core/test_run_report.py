@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from efficient_vdit_core.attention import TokenLayout
-from efficient_vdit_core.attention.clock import DENSE, SPARSE, AttentionClock, Tally
-from efficient_vdit_core.attention.cost import StepCost
-from efficient_vdit_core.attention.measure import StepMeasure
-from efficient_vdit_core.attention.override import make_attention_override
-from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.attention.hook.override import make_attention_override
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.report.clock import DENSE, SPARSE, AttentionClock, Tally
+from efficient_vdit_core.attention.report.cost import StepCost
+from efficient_vdit_core.attention.report.measure import StepMeasure
+from efficient_vdit_core.attention.report.report import AttentionReport
+from efficient_vdit_core.attention.report.summary import describe_bound, describe_measure, summarize_run
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
-from efficient_vdit_core.attention.summary import describe_bound, describe_measure, summarize_run
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from efficient_vdit_core.attention import TokenLayout
-from efficient_vdit_core.attention.override import make_attention_override
-from efficient_vdit_core.attention.report import AttentionReport
+from efficient_vdit_core.attention.hook.override import make_attention_override
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.search import (
     ProbeRecord,

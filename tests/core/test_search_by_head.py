@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from efficient_vdit_core.attention import TokenLayout, tile_attention
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
-from efficient_vdit_core.head_patterns import HeadPatterns
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
+from efficient_vdit_core.plan.head_patterns import HeadPatterns
 from efficient_vdit_core.search import ProbeRecord, make_probe_override, parse_candidates, plan_from_record
 from efficient_vdit_core.search.by_head import HeadTable, heads_for_speedup, heads_under_threshold
 from efficient_vdit_core.search.describe import describe_plan

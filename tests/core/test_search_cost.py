@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_vdit_core.attention import TokenLayout, extra_bytes
+from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.attention.backends import workspace as extra_bytes
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.search import ProbeRecord, make_probe_override, replay_blocks
 from efficient_vdit_core.search import probe as probe_module
 from efficient_vdit_core.search.tile_mass import MassRecord, make_mass_override

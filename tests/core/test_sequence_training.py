@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from efficient_vdit_core.distill.config import DistillConfig
-from efficient_vdit_core.distill.families.open_sora_plan import OpenSoraPlanModel
+from efficient_vdit_core.distill.families.opensora_plan import OpenSoraPlanModel
 from efficient_vdit_core.distill.forecast.memory import plan_memory
-from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict
+from efficient_vdit_core.storage.weight_files import read_state_dict
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks import through_crashes  # noqa: E402

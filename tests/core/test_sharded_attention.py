@@ -114,7 +114,7 @@ def test_half_of_the_heads_travels_while_the_other_half_is_computed(facts):
 
 
 def test_groups_of_ranks_attend_for_branches_of_their_own(facts):
-    """A rank alone sends nothing, and what groups send is counted on the whole wire."""
+    """A rank alone sends nothing, and what groups send is counted on the whole communicator."""
     ranks, results = facts
     for r in results:
         found = list(r["group_errors"].values())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from efficient_vdit_core.attention import TokenLayout
-from efficient_vdit_core.attention.spans import take
+from efficient_vdit_core.attention.backends.spans import take
 from efficient_vdit_core.parallel.sharding.arguments import BlockArguments, cut_runs, cut_table, numbers_of, spread_to
 from efficient_vdit_core.parallel.sharding.blocks import ShardedForward, block_hook
 from efficient_vdit_core.parallel.sharding.override import make_sharded_override
@@ -16,8 +16,8 @@ JOINT = BlockArguments(("txt", "img"), spread=())
 
 
 def forward(layout, ranks=2, rank=0, heads=0):
-    wire = SimpleNamespace(rank=rank, size=ranks)
-    return ShardedForward(layout, [TilePattern(1)] * 3, wire, heads=heads)
+    comm = SimpleNamespace(rank=rank, size=ranks)
+    return ShardedForward(layout, [TilePattern(1)] * 3, comm, heads=heads)
 
 
 def entries(modulation, tokens):

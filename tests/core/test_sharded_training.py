@@ -12,10 +12,10 @@ import torch
 from efficient_vdit_core.distill.config import DistillConfig
 from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig, ConsistencyLoss
 from efficient_vdit_core.distill.runs.launch import make_accelerator
-from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.sampling.path import VPPath
+from efficient_vdit_core.storage.weight_files import read_state_dict, save_safetensors
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks import RankCrashed, run_together, through_crashes  # noqa: E402

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from efficient_vdit_core.attention import TokenLayout, available_backends, tile_attention
-from efficient_vdit_core.attention.frames import default_extra_bytes
+from efficient_vdit_core.attention.backends.frames import default_extra_bytes
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

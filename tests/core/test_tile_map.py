@@ -8,10 +8,10 @@ import torch
 from PIL import ImageDraw
 
 from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
-from efficient_vdit_core.attention.state import FORWARD_KEY, ForwardState
-from efficient_vdit_core.head_patterns import by_head
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.plan.head_patterns import by_head
 from efficient_vdit_core.search.draw import EDGE, HEADER, LEFT, RIGHT, SMALLEST, TOP, Panel, draw_panels
 from efficient_vdit_core.search.tile_map import check_panels, tile_map
 from efficient_vdit_core.search.tile_mass import (

@@ -11,16 +11,12 @@ import torch.nn.functional as F
 
 from efficient_vdit_core.assets import tiny_path
 from efficient_vdit_core.cli import main
-from efficient_vdit_core.files import write_torch
-from efficient_vdit_core.models.opensora_plan.checkpoint import (
-    load_transformer,
-    load_vae,
-    read_state_dict,
-    save_safetensors,
-)
+from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer, load_vae
 from efficient_vdit_core.models.opensora_plan.config import VAEConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
+from efficient_vdit_core.storage.files import write_torch
+from efficient_vdit_core.storage.weight_files import read_state_dict, save_safetensors
 from efficient_vdit_core.tinyworld.crossing.scene import BAR
 from efficient_vdit_core.tinyworld.moving.scene import (
     ATTRIBUTES,

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout, choose_backend, dispatch, tile_attention
-from efficient_vdit_core.attention import triton as backend
+from efficient_vdit_core.attention.backends import triton as backend
+from efficient_vdit_core.attention.backends.triton import attend_triton, attend_triton_lse
 from efficient_vdit_core.attention.call_shape import CallShape
-from efficient_vdit_core.attention.triton import attend_triton, attend_triton_lse
-from efficient_vdit_core.head_patterns import by_head
+from efficient_vdit_core.plan.head_patterns import by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 FORWARD = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from efficient_vdit_core import video
-from efficient_vdit_core.video import check_writable, read_metadata, write_video
+from efficient_vdit_core.media import video
+from efficient_vdit_core.media.video import check_writable, read_metadata, write_video
 
 imageio = pytest.importorskip("imageio.v3")
 pytest.importorskip("imageio_ffmpeg")

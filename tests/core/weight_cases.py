@@ -6,8 +6,8 @@ import copy
 import torch
 from torch import nn
 
+from efficient_vdit_core.parallel.sharding.communicator import Communicator
 from efficient_vdit_core.parallel.sharding.weights import GATHER_WEIGHTS, ShardedWeights, weight_memory
-from efficient_vdit_core.parallel.sharding.wire import Wire
 
 WIDTH = 33
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ class Model(nn.Module):
         return self.leave(x)
 
 
-class Watched(Wire):
+class Watched(Communicator):
     """Notes when a gather starts and is awaited."""
 
     def __init__(self, events):
@@ -120,11 +120,11 @@ class Watched(Wire):
         return Work()
 
 
-def made(wire=None, **kwargs):
+def made(comm=None, **kwargs):
     torch.manual_seed(0)
     model = Model().requires_grad_(False).eval()
     whole = copy.deepcopy(model)
-    return model, whole, ShardedWeights(model, model.blocks(), wire or Wire(), CPU, **kwargs)
+    return model, whole, ShardedWeights(model, model.blocks(), comm or Communicator(), CPU, **kwargs)
 
 
 def inputs(count=3):
@@ -147,7 +147,7 @@ def marked(mode):
             layers, whole = (nn.Sequential(*[nn.Linear(48, 48) for _ in range(3)]) for _ in range(2))
             whole.load_state_dict(layers.state_dict())
         with mode():
-            ShardedWeights(layers, list(layers), Wire(), CPU)
+            ShardedWeights(layers, list(layers), Communicator(), CPU)
             same.append(torch.equal(layers(rows), whole(rows)))
     return all(same)
 
@@ -180,7 +180,7 @@ def memory(rank, ranks):
     ]
     model(inputs()[0])
     told = weight_memory(model.blocks(), ranks)
-    sent = shared.wire.sent[GATHER_WEIGHTS]
+    sent = shared.comm.sent[GATHER_WEIGHTS]
     found = {
         "blocks": blocks, "held": shared.nbytes, "told": [told.whole, told.parts, told.room], "sent": sent,
         "most whole": shared.most_whole, "weights": [len(block.about.weights) for block in shared.blocks],
@@ -212,7 +212,7 @@ def changes(rank, ranks):
             module.weight = nn.Parameter(module.weight + delta * (name == "again"), requires_grad=False)
         source = model.doubles[1].again.weight
         changed = {"doubles.1.again.weight": lambda source=source, delta=delta: source + delta}
-        shared = ShardedWeights(model, model.blocks(), Wire(), CPU, changed)
+        shared = ShardedWeights(model, model.blocks(), Communicator(), CPU, changed)
         found[str(strength)] = same(model, whole)
         shared.remove()
         found[f"{strength} is not the model's"] = not same(model, whole)
@@ -249,7 +249,7 @@ def loaded_anew(rank, ranks):
     found = {"first": same(model, whole)}
     if rank == 0:
         shared.remove()
-        ShardedWeights(model, model.blocks(), Wire(), CPU, order=order)
+        ShardedWeights(model, model.blocks(), Communicator(), CPU, order=order)
     return {**found, "after it": same(model, whole)}
 
 

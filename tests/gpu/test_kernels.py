@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from efficient_vdit_core.attention import TokenLayout, available_backends, choose_backend, tile_attention
+from efficient_vdit_core.attention.autotune.choose import default_book
+from efficient_vdit_core.attention.backends.triton import attend_triton, attend_triton_lse, make_ready
 from efficient_vdit_core.attention.call_shape import CallShape
-from efficient_vdit_core.attention.choose import default_book
-from efficient_vdit_core.attention.triton import attend_triton, attend_triton_lse, make_ready
-from efficient_vdit_core.head_patterns import by_head
+from efficient_vdit_core.plan.head_patterns import by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 pytestmark = pytest.mark.gpu
@@ -136,7 +136,7 @@ def test_more_than_two_to_the_31_elements():
 @pytest.mark.parametrize("gradients", [False, True])
 def test_nothing_is_tuned_in_a_call_that_was_made_ready(gradients):
     """Tuning waits for the device, which a block that is recorded must not."""
-    from efficient_vdit_core.attention import arrow_kernels
+    from efficient_vdit_core.attention.backends import arrow_kernels
 
     layout, pattern = TokenLayout(TokenGrid(5, 23, 33)), by_head([TilePattern(1), TilePattern(0, window=1)])
     tensors = [x.requires_grad_(gradients) for x in qkv(layout, 64, torch.float16)]

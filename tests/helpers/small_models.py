@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from efficient_vdit_core.distill.config import ModelConfig
-from efficient_vdit_core.models.opensora_plan.checkpoint import save_safetensors
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
+from efficient_vdit_core.storage.weight_files import save_safetensors
 
 LAYERS = 4
 SHAPE = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": LAYERS}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...files import check_writable_file, write_text
+from ...storage.files import check_writable_file, write_text
 from .. import say
 from ..arguments import count, seed_number
 from ..command_line import command_line

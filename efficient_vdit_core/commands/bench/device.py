@@ -9,6 +9,6 @@ def device_named(name: str) -> Any:
     """The torch.device of ``--device``; raises ValueError where it is none, or not here."""
     import torch
 
-    from ...devices import pick_device
+    from ...generation.devices import pick_device
 
     return torch.device(pick_device(name))

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ...files import write_text
 from ...limits.documents import parse_json, read_text
 from ...limits.quote import named
+from ...storage.files import write_text
 from .. import say
 
 MAX_RESULTS = 2**26  # bytes

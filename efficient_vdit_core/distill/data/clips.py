@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...limits.documents import parse_json, read_text
 from ...limits.quote import named, quoted
-from ...models.opensora_plan.checkpoint import read_state_dict, save_safetensors
 from ...models.opensora_plan.weights import is_finite
+from ...storage.weight_files import read_state_dict, save_safetensors
 
 MAX_LIST = 2**28  # bytes of a file of captions
 MAX_STEM = 200  # bytes of a video's name in that of its latents, which may have 255
@@ -153,7 +153,7 @@ def read_frames(video: Path, size: tuple[int, int, int], fps: float = 0.0) -> np
     width and cropped in the middle."""
     from PIL import Image
 
-    from ...read_video import check_steady, iterate_video
+    from ...media.read_video import check_steady, iterate_video
 
     frames, height, width = size
     found = [_cover(Image.fromarray(frame), height, width) for frame in islice(iterate_video(video, fps), frames)]
@@ -169,7 +169,7 @@ def read_frames(video: Path, size: tuple[int, int, int], fps: float = 0.0) -> np
 def read_sounds(video: Path, size: tuple[int, int, int], rate: int, fps: float = 0.0) -> tuple[np.ndarray | None, ...]:
     """The sound of the frames that `read_frames` gives, for a model that takes it at ``rate``; nothing for one that does
     not."""
-    from ...read_sound import read_sound
+    from ...media.read_sound import read_sound
 
     return (read_sound(video, size[0] / FPS, rate, 0 if fps else FPS),) if rate else ()
 

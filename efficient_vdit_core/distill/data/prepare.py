@@ -15,9 +15,9 @@ from torch import Tensor
 from ...limits.memory import check_memory
 from ...models.opensora_plan.vae import CausalVAE
 from ..config import DistillConfig
+from ..families.fingerprints import teacher_stamp, text_stamp, video_stamp
 from ..families.model import FamilyModel
 from ..families.open_model import open_model
-from ..families.stamps import teacher_stamp, text_stamp, video_stamp
 from ..families.texts import TextBank
 from ..objectives.rollout import guided, roll_down
 from .clips import FPS, ClipSet, Generate, encode_videos, read_captions, teacher_clips, video_captions, without_clips
@@ -116,7 +116,7 @@ def _check_tinyworld(latents: Sequence[int]) -> None:
 
 
 def _tiny_vae(model: FamilyModel) -> CausalVAE:
-    from ..families.open_sora_plan import OpenSoraPlanModel
+    from ..families.opensora_plan import OpenSoraPlanModel
 
     if not isinstance(model, OpenSoraPlanModel):
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...attention.spans import Span, take
+from ...attention.backends.spans import Span, take
 from ...parallel.sharding.layout import Shard, within
 
 

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...devices import DTYPES
+from ...generation.devices import DTYPES
 from ...limits.documents import parse_json, read_text
 from ...limits.quote import named, quoted
 from ...plan import TilePlan
 from ..config import ModelConfig
 from ..lora.comfy_names import ComfyLayer, comfy_layer
-from ..lora.files import wear
+from ..lora.files import attach_frozen
 from .intercept import checkpointed
 
 
@@ -47,14 +47,14 @@ class DiffusersFolder:
         else:
             module = self._from_file(kind, source)
         module.train().requires_grad_(True)
-        wear(module, self.loras, self.comfy_layer)
+        attach_frozen(module, self.loras, self.comfy_layer)
         return module
 
     def _from_file(self, kind: Any, file: Path) -> nn.Module:
         """Made without weights first: those that a class starts with are in float32, more than the host may have."""
         from accelerate import init_empty_weights
 
-        from ...models.opensora_plan.checkpoint import read_state_dict
+        from ...storage.weight_files import read_state_dict
 
         with init_empty_weights(include_buffers=False):
             module = _in_precision(kind.from_config(self.config), self.dtype)
@@ -70,7 +70,7 @@ class DiffusersFolder:
 
         with torch.device("meta"):
             module = _in_precision(getattr(diffusers, self.kind).from_config(self.config), self.dtype).train()
-        wear(module, self.loras, self.comfy_layer)
+        attach_frozen(module, self.loras, self.comfy_layer)
         return module
 
     def check_plan(self, plan: TilePlan) -> None:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...attention.backends.spans import take
+from ...attention.hook.state import FORWARD_KEY, ForwardState, Override
 from ...attention.layout import TokenLayout
-from ...attention.spans import take
-from ...attention.state import FORWARD_KEY, ForwardState, Override
 from ...limits.quote import named, quoted
+from ...media.video import to_frames
 from ...sampling.path import FLOW, PREDICTIONS, FlowPath, NoisePath, VPPath
 from ...tiles import TokenGrid
-from ...video import to_frames
 from ..config import MAX_BATCH, ModelConfig
 from ..lora.comfy_names import COGVIDEOX, WAN
 from ..objectives.features import FeatureTap

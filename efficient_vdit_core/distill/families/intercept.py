@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ...attention.autocast import autocast
+from ...attention.hook.state import FORWARD_KEY
 from ...attention.sdpa import CROSS_KEY
-from ...attention.state import FORWARD_KEY
 
 OVERRIDE = "override"
 

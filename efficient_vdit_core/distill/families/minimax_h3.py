@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...attention.hook.state import FORWARD_KEY, ForwardState, Override
 from ...attention.layout import TokenLayout
-from ...attention.state import FORWARD_KEY, ForwardState, Override
 from ...limits.numbers import number
 from ...limits.quote import named, quoted
 from ...sampling.path import FLOW, FlowPath
@@ -28,6 +28,7 @@ from ...tiles import TokenGrid
 from ..config import ModelConfig
 from ..lora.comfy_names import MINIMAX_H3
 from ..objectives.features import FeatureTap
+from .cpu_offload import OnHost
 from .diffusers_folder import DiffusersFolder, read_json
 from .intercept import OVERRIDE, Intercepted
 from .minimax_h3_clip import (
@@ -45,7 +46,6 @@ from .minimax_h3_clip import (
 )
 from .minimax_h3_parts import H3Encoder, h3_pictures, h3_text_encoder, read_vae
 from .model import Options, check_frames, check_sides, serves_all
-from .on_host import OnHost
 from .texts import Encode
 
 TRAINED = (124, 768, 1344)  # frames, height and width that diffusers' blocks make where none are asked for

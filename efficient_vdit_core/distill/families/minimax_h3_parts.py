@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...video import to_frames
+from ...media.video import to_frames
 from .diffusers_folder import latent_statistics
 from .minimax_h3_clip import SIDES
 from .model import visiting

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...attention.hook.override import AttentionReport, Override, make_attention_override
 from ...attention.layout import TokenLayout
-from ...attention.override import AttentionReport, Override, make_attention_override
-from ...files import can_be_path
 from ...limits.quote import quoted
 from ...plan import TilePlan
 from ...sampling.path import NoisePath
+from ...storage.files import can_be_path
 from ...tiles import TilePattern
 from ..lora.comfy_names import ComfyLayer
 from ..objectives.features import FeatureTap

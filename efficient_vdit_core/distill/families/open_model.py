@@ -13,7 +13,7 @@ from .model import FamilyModel
 def open_model(config: ModelConfig) -> FamilyModel:
     """The family's adapter; weights are at most mapped into memory, not read."""
     if config.family == "opensora_plan":
-        from .open_sora_plan import OpenSoraPlanModel
+        from .opensora_plan import OpenSoraPlanModel
 
         return OpenSoraPlanModel(config)
     if config.family == "diffusers":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...limits.documents import parse_json
 from ...limits.quote import named, quoted, shortened
-from ...models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from ...storage.weight_files import read_state_dict, save_safetensors
 from ..config import ModelConfig
 from ..lora.comfy_names import COGVIDEOX, MINIMAX_H3, WAN
 from ..lora.files import changed

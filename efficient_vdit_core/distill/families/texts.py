@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...limits.documents import parse_json
-from ...models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from ...storage.weight_files import read_state_dict, save_safetensors
 
 AT_ONCE = 32
 MAX_LIST = 2**28  # bytes of all captions

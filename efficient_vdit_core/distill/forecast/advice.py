@@ -19,26 +19,26 @@ def fits(plan: MemoryPlan, size: int, gpus: int = 1) -> bool:
     return plan.peak(gpus) <= ROOM * size
 
 
-def advice(stage: DistillConfig, size: int, worn: int = 0, section: str = "training") -> Iterator[str]:
+def advice(stage: DistillConfig, size: int, frozen: int = 0, section: str = "training") -> Iterator[str]:
     """Changes and the peak that follows, each on top of those before it, until it fits; then how many GPUs would do
-    without them, or what is left where nothing does. ``worn`` as of `plan_memory`; ``section``: where its file has the training."""
-    before = plan_memory(stage, worn=worn).before
+    without them, or what is left where nothing does. ``frozen`` as of `plan_memory`; ``section``: where its file has the training."""
+    before = plan_memory(stage, frozen=frozen).before
     largest = max(before, key=lambda name: before[name])
     if before[largest] > ROOM * size:
         yield f"the {largest} alone takes {gib(before[largest])}: fill data.cache on a larger GPU, where it runs once"
         return
     helped = False
     for text, changed in _changes(stage, section):
-        plan = plan_memory(changed, worn=worn)
+        plan = plan_memory(changed, frozen=frozen)
         helped = fits(plan, size)
         yield f"{text}: {gib(plan.peak())}{', fits' if helped else ''}"
         if helped:
             break
-    shared = plan_memory(_for_sharding(stage), worn=worn)
+    shared = plan_memory(_for_sharding(stage), frozen=frozen)
     gpus = next((n for n in GPUS if fits(shared, size, n)), 0)
     if gpus:
         yield f"or {gpus} GPUs under FSDP2 with gradient_checkpointing and adamw: {gib(shared.peak(gpus))} on each, fits"
-    together = _sharing_clips(stage, size, worn, section)
+    together = _sharing_clips(stage, size, frozen, section)
     if together:
         yield together
     if not (gpus or helped or together):
@@ -46,7 +46,7 @@ def advice(stage: DistillConfig, size: int, worn: int = 0, section: str = "train
         yield f"activations alone take {activations}: fewer data.frames, or a smaller data.height and data.width"
 
 
-def _sharing_clips(stage: DistillConfig, size: int, worn: int, section: str) -> str:
+def _sharing_clips(stage: DistillConfig, size: int, frozen: int, section: str) -> str:
     """The fewest GPUs that do where they share out each clip, weights whole on each or, where that is not enough, shared out
     too; "" where none do."""
     model = opened(stage.model)
@@ -55,7 +55,7 @@ def _sharing_clips(stage: DistillConfig, size: int, worn: int, section: str) -> 
     most = min(model.heads, model.latent_shape(model.size(stage.data.frames, stage.data.height, stage.data.width))[1])
     for gpus in (n for n in GPUS if n <= most):
         for kind, weights, start in (("", 1, _checkpointed(stage)), (" under FSDP2", gpus, _for_sharding(stage))):
-            plan = plan_memory(replace(start, training=replace(start.training, sequence_parallel=gpus)), worn=worn)
+            plan = plan_memory(replace(start, training=replace(start.training, sequence_parallel=gpus)), frozen=frozen)
             if fits(plan, size, weights):
                 what = "gradient_checkpointing and adamw" if kind else "gradient_checkpointing"
                 return (

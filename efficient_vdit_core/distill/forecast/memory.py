@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from ...training.live_bytes import LiveBytes, size_of
 from ..config import DistillConfig, TrainingConfig
+from ..families.cpu_offload import bytes_on_host, largest_block
 from ..families.model import FamilyModel
-from ..families.on_host import bytes_on_host, largest_block
 from ..families.open_model import open_model
 from ..lora.layers import STUDENT, adaptable
 from ..objectives.features import LayerLosses, relative_square
+from ..runs.alternating import add_learners
 from ..runs.sequence_parallel import largest_share
-from ..runs.turns import add_learners
 
 META = torch.device("meta")
 opened = lru_cache(maxsize=32)(open_model)  # a forecast asks dozens of times, and some adapters look at every weight
@@ -56,15 +56,15 @@ class MemoryPlan:
         return max(self.step(gpus), *self.before.values(), 0)
 
 
-def plan_memory(stage: DistillConfig, worn: int = 0) -> MemoryPlan:
-    """The memory of one stage's training, with captions as long as the model takes them. ``worn``: how many LoRAs of earlier
+def plan_memory(stage: DistillConfig, frozen: int = 0) -> MemoryPlan:
+    """The memory of one stage's training, with captions as long as the model takes them. ``frozen``: how many LoRAs of earlier
     stages, which do not exist yet, it will have beside its weights."""
     model, t = opened(stage.model), stage.training
-    student = meta_student(stage, model, worn)
+    student = meta_student(stage, model, frozen)
     trained = [p for p in student.parameters() if p.requires_grad]
     numbers = sum(p.numel() for p in trained)
     gradients, weights = size_of(trained), size_of([*student.parameters(), *student.buffers()])
-    moving, host = _one_step(_asked_of_a_step(stage), worn)
+    moving, host = _one_step(_asked_of_a_step(stage), frozen)
     host += bytes_on_host(student) + gradients * t.host_average + weights * stage.model.host_teacher
     if t.optimizer == "adamw":  # its step takes a root of every second moment at once
         moving = max(moving, gradients + 4 * numbers)
@@ -87,25 +87,25 @@ def _teacher(stage: DistillConfig, student: nn.Module, weights: int) -> int:
     return largest_block(student) if stage.model.host_teacher else weights
 
 
-def meta_student(stage: DistillConfig, model: FamilyModel, worn: int = 0) -> nn.Module:
-    """The student of a stage on the meta device; ``worn`` as of `plan_memory`."""
+def meta_student(stage: DistillConfig, model: FamilyModel, frozen: int = 0) -> nn.Module:
+    """The student of a stage on the meta device; ``frozen`` as of `plan_memory`."""
     student = model.skeleton().requires_grad_(True)
     if stage.model.train == "lora":
         for name in add_learners(student, stage):
             layer = adaptable(student, name)
             down, up = layer.part(STUDENT)
-            for _ in range(worn):
-                layer.wear(torch.empty_like(down), torch.empty_like(up), 1.0)
+            for _ in range(frozen):
+                layer.attach_frozen(torch.empty_like(down), torch.empty_like(up), 1.0)
     if stage.model.gradient_checkpointing:
         model.checkpoint_blocks(student)
     return student
 
 
 @lru_cache(maxsize=64)
-def _one_step(stage: DistillConfig, worn: int) -> tuple[int, int]:
+def _one_step(stage: DistillConfig, frozen: int) -> tuple[int, int]:
     """Most bytes of activations and gradients that live at once, and the bytes of the features on the host."""
     t, model = stage.training, opened(stage.model)
-    student = meta_student(stage, model, worn)
+    student = meta_student(stage, model, frozen)
     trained = [p for p in student.parameters() if p.requires_grad]
     gradients = size_of(trained)
     if t.precision == "bf16":

@@ -16,14 +16,14 @@ from .work import WorkPlan, plan_work
 @dataclass(frozen=True)
 class Part:
     """``times``: how often it runs, once for each plan or once for all. stage: a training's configuration, None of the
-    search; ``worn``: how many LoRAs of earlier stages it has beside its weights."""
+    search; ``frozen``: how many LoRAs of earlier stages it has beside its weights."""
 
     name: str
     memory: MemoryPlan
     work: WorkPlan
     times: int = 1
     stage: DistillConfig | None = None
-    worn: int = 0
+    frozen: int = 0
 
     def hours(self, tflops: float) -> float:
         """All its runs, on GPUs that together compute so many TFLOP a second."""
@@ -39,10 +39,10 @@ def forecast(stages: ThreeStages) -> Iterator[Part]:
         if name == "search":
             yield Part(name, *_plan_search(stages))
         elif stage := trainings.get(name):
-            worn = stages.wears(stage)
+            frozen = stages.frozen_loras(stage)
             for_each_plan = name == "knowledge" or order == "knowledge-first"
             times = len(plan_names(stages.config.search)) if for_each_plan else 1
-            yield Part(name, plan_memory(stage, worn=worn), plan_work(stage, worn=worn), times, stage, worn)
+            yield Part(name, plan_memory(stage, frozen=frozen), plan_work(stage, frozen=frozen), times, stage, frozen)
 
 
 def _plan_search(stages: ThreeStages) -> tuple[MemoryPlan, WorkPlan]:

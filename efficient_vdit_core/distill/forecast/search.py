@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...attention.state import Override
+from ...attention.hook.state import Override
 from ...search import ProbeRecord, make_probe_override, parse_candidates
 from ...search.candidates import sparse_candidates
 from ...search.probe import OUTPUT, squared_errors
 from ...training.live_bytes import LiveBytes, size_of
 from ..config import DistillConfig
-from ..families.on_host import bytes_on_host
+from ..families.cpu_offload import bytes_on_host
 from ..runs.search_stage import SearchConfig, asked_times
 from .memory import FusedAttention, MemoryPlan, meta_inputs, meta_student, opened
 from .work import WorkPlan

@@ -25,10 +25,10 @@ class WorkPlan:
         return self.examples * self.flops / (tflops * 1e12) / 3600
 
 
-def plan_work(stage: DistillConfig, worn: int = 0) -> WorkPlan:
-    """The work of one stage's training; ``worn`` as of `memory.plan_memory`."""
+def plan_work(stage: DistillConfig, frozen: int = 0) -> WorkPlan:
+    """The work of one stage's training; ``frozen`` as of `memory.plan_memory`."""
     model, t = opened(stage.model), stage.training
-    student, inputs = meta_student(stage, model, worn), meta_inputs(stage, model, 1)
+    student, inputs = meta_student(stage, model, frozen), meta_inputs(stage, model, 1)
     attention = FusedAttention()
     with FlopCounterMode(display=False) as counter:
         out = model.predict(student, *inputs, model.options_with(attention)(inputs[0]))

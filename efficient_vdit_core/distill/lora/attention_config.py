@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ...limits.numbers import number
-from ...models.opensora_plan.checkpoint import save_safetensors
 from ...plan import TilePlan
+from ...storage.weight_files import save_safetensors
 
 SPARSE, INT8 = "comfy_kitchen_sol", "comfy_kitchen_int8"
 MAX_TAU = 100.0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...limits.documents import parse_json
 from ...limits.quote import named, quoted
-from ...models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from ...storage.weight_files import read_state_dict, save_safetensors
 
 WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
 MINIMAX_H3 = "MiniMaxH3Transformer3DModel"

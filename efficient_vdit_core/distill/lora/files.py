@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...limits.quote import named, quoted
-from ...models.opensora_plan.checkpoint import read_state_dict
+from ...storage.weight_files import read_state_dict
 from .comfy_names import ComfyLayer
 from .layers import STUDENT, LoRALinear, adaptable, adapted
 
@@ -82,14 +82,14 @@ def start_from(module: nn.Module, file: Path, place: Place = ComfyLayer) -> None
         own[1].data.copy_(up)
 
 
-def wear(module: nn.Module, files: Sequence[str | Path], place: Place = ComfyLayer) -> None:
+def attach_frozen(module: nn.Module, files: Sequence[str | Path], place: Place = ComfyLayer) -> None:
     """Put files of `comfy_lora` on the module, beside its weights: in their precision a small change would be lost.
 
     Raises ValueError where a file is for another model.
     """
     for file in map(Path, files):
         for name, (down, up, scale) in _read(module, file, place).items():
-            adaptable(module, name).wear(down, up, scale)
+            adaptable(module, name).attach_frozen(down, up, scale)
 
 
 def _read(module: nn.Module, file: Path, place: Place) -> dict[str, tuple[Tensor, Tensor, float]]:

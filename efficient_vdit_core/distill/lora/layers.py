@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 TARGETS = r"\.(to_[qkv]|to_out\.0|proj|net\.0\.proj|net\.2)$"  # attention and feed-forward of transformer blocks
 STUDENT, FAKE = "lora", "fake"  # the names of what learns
-WORN = "worn"
+FROZEN = "frozen"
 
 
 class LoRALinear(nn.Module):
@@ -23,7 +23,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.scales: dict[str, float] = {}
-        self.worn: tuple[str, ...] = ()
+        self.frozen: tuple[str, ...] = ()
         self.learner: str | None = None
 
     def learn(self, name: str, rank: int, alpha: float) -> None:
@@ -34,12 +34,12 @@ class LoRALinear(nn.Module):
         self._add(name, down, nn.Parameter(torch.zeros(self.base.out_features, rank, **factory)), alpha / rank)
         self.learner = self.learner or name
 
-    def wear(self, down: Tensor, up: Tensor, scale: float) -> None:
+    def attach_frozen(self, down: Tensor, up: Tensor, scale: float) -> None:
         """Add a frozen part, down (rank, in) and up (out, rank)."""
-        name = f"{WORN}{len(self.worn)}"
+        name = f"{FROZEN}{len(self.frozen)}"
         parts = (value.to(self.base.weight.device, torch.float32) for value in (down, up))
         self._add(name, *(nn.Parameter(value, requires_grad=False) for value in parts), scale=scale)
-        self.worn += (name,)
+        self.frozen += (name,)
 
     def _add(self, name: str, down: nn.Parameter, up: nn.Parameter, scale: float) -> None:
         self.register_parameter(f"{name}_down", down)
@@ -52,7 +52,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
-        for name in (*self.worn, *([self.learner] if self.learner else [])):
+        for name in (*self.frozen, *([self.learner] if self.learner else [])):
             down, up = self.part(name)
             # In the input's precision: a copy of it in float32 would be kept for the gradient in every layer.
             low = F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
@@ -104,28 +104,28 @@ def adapted(module: nn.Module) -> dict[str, LoRALinear]:
     return {name: m for name, m in module.named_modules() if isinstance(m, LoRALinear)}
 
 
-def is_of(learner: str, weight: str) -> bool:
+def belongs_to(learner: str, weight: str) -> bool:
     """Whether the weight of this name belongs to the learner."""
     return weight.rpartition(".")[2] in (f"{learner}_down", f"{learner}_up")
 
 
-def let_count(module: nn.Module, learner: str | None) -> None:
+def set_active(module: nn.Module, learner: str | None) -> None:
     """From now on this learner counts, or none."""
     for layer in adapted(module).values():
         layer.learner = learner
 
 
 @contextmanager
-def counting(module: nn.Module, learner: str | None) -> Iterator[None]:
+def active_adapter(module: nn.Module, learner: str | None) -> Iterator[None]:
     """Within it this learner counts, or none; then the one that did before."""
     before = next(layer.learner for layer in adapted(module).values())
-    let_count(module, learner)
+    set_active(module, learner)
     try:
         yield
     finally:
-        let_count(module, before)
+        set_active(module, before)
 
 
 def lora_off(module: nn.Module) -> AbstractContextManager[None]:
     """Within it the module is the one that the LoRA was put on, with all that it wears."""
-    return counting(module, None)
+    return active_adapter(module, None)

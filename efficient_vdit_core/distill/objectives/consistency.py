@@ -24,10 +24,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...generation.request import MAX_GUIDANCE
 from ...limits.numbers import number, whole
 from ...limits.quote import quoted
-from ...request import MAX_GUIDANCE
-from ...sampling.path import EPSILON, NoisePath, clean_from, jump
+from ...sampling.path import EPSILON, NoisePath, ddim_step, predict_x0
 from ...training import StepLoss
 from .grid import Draw, Place, SegmentGrid
 
@@ -153,7 +153,7 @@ class ConsistencyLoss:
         x_teacher = self._clean(z, guided, draw.at)
         lam = _like(blend(draw), z)
         if not self.config.addim:
-            z_below = jump(z, x_teacher, *_pair(draw.at, z), *_pair(draw.below, z))
+            z_below = ddim_step(z, x_teacher, *_pair(draw.at, z), *_pair(draw.below, z))
             extra = None
         else:
             z_below, extra = addim(z, x_teacher, draw)
@@ -193,7 +193,7 @@ class ConsistencyLoss:
         return StepLoss(losses.mean(), parts)
 
     def _clean(self, z: Tensor, out: Tensor, place: Place) -> Tensor:
-        return clean_from(self.prediction, z, out.float(), *_pair(place, z))
+        return predict_x0(self.prediction, z, out.float(), *_pair(place, z))
 
     def _time(self, place: Place, z: Tensor) -> Tensor:
         return self.path.network_time(place.time).to(z.device)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...parallel.sharding.alike import sum_over_ranks
-from ...parallel.sharding.wire import Wire
+from ...parallel.sharding.communicator import Communicator
+from ...parallel.sharding.replicated import sum_over_ranks
 
 Listener = Callable[[str, int, Tensor], None]  # name, layer and what the module returned
 SMALLEST = 1e-12  # of a squared norm that is divided by
@@ -55,11 +55,11 @@ class LayerLosses:
 
     ``keep`` listens to the teacher, ``compare`` to the student, whose blocks may run again in the backward pass; the
     losses (scalars, float32) are those of the first time. Where processes share out a clip, each sees its own tokens'
-    features, and ``wire`` leads to the others: the loss is that of all tokens.
+    features, and ``comm`` leads to the others: the loss is that of all tokens.
     """
 
-    def __init__(self, wire: Wire | None = None) -> None:
-        self.wire = wire
+    def __init__(self, comm: Communicator | None = None) -> None:
+        self.comm = comm
         self.waiting: dict[tuple[str, int], Tensor] = {}
         self.losses: dict[tuple[str, int], Tensor] = {}
 
@@ -67,7 +67,7 @@ class LayerLosses:
         self.waiting[name, layer] = on_host(feature.detach())
 
     def compare(self, name: str, layer: int, feature: Tensor) -> None:
-        loss = _RelativeSquare.apply(feature, self.waiting[name, layer], self.wire)
+        loss = _RelativeSquare.apply(feature, self.waiting[name, layer], self.comm)
         self.losses.setdefault((name, layer), loss)  # pyright: ignore[reportArgumentType]
 
     def mean(self, name: str) -> Tensor:
@@ -92,19 +92,19 @@ def relative_square(value: Tensor, wanted: Tensor) -> Tensor:
 class _RelativeSquare(torch.autograd.Function):
     """Keeps the value, which a network keeps anyway, and takes the difference a second time for the gradient.
 
-    With a ``wire`` both squares are sums over its ranks, and the gradient is that of the sum of their losses, as
+    With a ``comm`` both squares are sums over its ranks, and the gradient is that of the sum of their losses, as
     `parallel.sharding.alike` has it.
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, wanted: Tensor, wire: Wire | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, value: Tensor, wanted: Tensor, comm: Communicator | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         there = wanted.to(value.device, non_blocking=True)
         squares = torch.stack([_difference(value, there).square_().sum(), there.float().square().sum()])
-        if wire is not None:
-            sum_over_ranks(squares, wire)
+        if comm is not None:
+            sum_over_ranks(squares, comm)
         size = squares[1].clamp(min=SMALLEST)
         ctx.save_for_backward(value)
-        ctx.wanted, ctx.size, ctx.losses = wanted, size, 1 if wire is None else wire.size
+        ctx.wanted, ctx.size, ctx.losses = wanted, size, 1 if comm is None else comm.size
         return squares[0] / size
 
     @staticmethod

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...limits.numbers import whole
 from ...limits.quote import quoted
-from ...parallel.sharding.wire import Wire
+from ...parallel.sharding.communicator import Communicator
 from ...sampling.path import NoisePath
 from ...sampling.schedule import segment_edges
 from ...training import StepLoss
@@ -80,7 +80,7 @@ class KnowledgeLoss:
         prediction: what the raw output means, as of ``NoisePath``; asked for where the states are not the data's.
         serves: tells of timesteps whether a step from there is the network's; others are not learnt at.
         student_tap, teacher_tap: their attention and MLP modules, under the names ``attention`` and ``mlp``.
-        wire: as of ``LayerLosses``, where processes share out a clip; predictions are whole on each.
+        comm: as of ``LayerLosses``, where processes share out a clip; predictions are whole on each.
         alone: whether no other process trains along: those call the networks as often as this one, whatever each has drawn.
     """
 
@@ -96,10 +96,10 @@ class KnowledgeLoss:
         teacher_tap: FeatureTap,
         prediction: str = "",
         serves: Callable[[Tensor], Tensor] | None = None,
-        wire: Wire | None = None,
+        comm: Communicator | None = None,
         alone: bool = True,
     ) -> None:
-        self.wire, self.alone = wire, alone
+        self.comm, self.alone = comm, alone
         self.config, self.path, self.student, self.teacher = config, path, student, teacher
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
         self.prediction, self.segments = prediction, segments
@@ -111,7 +111,7 @@ class KnowledgeLoss:
     def __call__(self, x: Tensor, condition: Any, generator: torch.Generator) -> StepLoss:
         """``x`` (B, ...) float32 clean latents. The parts of the result are the losses before their weights."""
         weights = {"attention": self.config.attention, "mlp": self.config.mlp}
-        names, layers = [name for name, weight in weights.items() if weight], LayerLosses(self.wire)
+        names, layers = [name for name, weight in weights.items() if weight], LayerLosses(self.comm)
         self._listening.close()
         if self.config.states == DATA:
             z, time = self._noised(x, generator)

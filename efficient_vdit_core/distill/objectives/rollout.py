@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...sampling.path import NoisePath, clean_from, jump
+from ...sampling.path import NoisePath, ddim_step, predict_x0
 from ...sampling.schedule import segment_edges
 
 Predict = Callable[[Tensor, Tensor, Any], Tensor]
@@ -60,5 +60,5 @@ def trajectory(
     for i, (here, there) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
         (a, s), (a_to, s_to) = ((noise.new_tensor(v) for v in pair) for pair in (here, there))
         out = network(z, path.network_time(times[i : i + 1]).to(z.device).expand(len(z)))
-        z = jump(z, clean_from(prediction, z, out, a, s), a, s, a_to, s_to)
+        z = ddim_step(z, predict_x0(prediction, z, out, a, s), a, s, a_to, s_to)
         yield float(times[i + 1]), z

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ...limits.numbers import number, whole
-from ...sampling.path import NoisePath, clean_from
+from ...sampling.path import NoisePath, predict_x0
 from ...sampling.schedule import segment_edges
 from ...training import StepLoss
 from .consistency import ConsistencyConfig, ConsistencyLoss, Predict, Teacher
@@ -151,7 +151,7 @@ class ScoreLoss:
     def _fakes_error(self, end: Tensor, extra: Tensor, draw: _Draw, condition: Any) -> Tensor:
         """How far the fake score is from the student's samples ``end`` (B, ...)."""
         z = draw.signal * end + draw.noise * extra
-        x = clean_from(self.prediction, z, self.fake(z, draw.time, condition).float(), draw.a, draw.s)
+        x = predict_x0(self.prediction, z, self.fake(z, draw.time, condition).float(), draw.a, draw.s)
         noise = (z - draw.a * x) / draw.s
         return (draw.noise / draw.s * noise - extra).square().mean()
 
@@ -170,7 +170,7 @@ class ScoreLoss:
         way = self._way(end, extra, draw, condition, generator)
         a, s = (c.to(begin).view(draw.a.shape) for c in self.path.coefficients(self.edges[segment]))
         time = self.path.network_time(self.edges[segment]).to(begin.device)
-        x = clean_from(self.prediction, begin, self.student(begin, time, condition).float(), a, s)
+        x = predict_x0(self.prediction, begin, self.student(begin, time, condition).float(), a, s)
         return 0.5 * (x - (x - way).detach()).square().mean()
 
     @torch.no_grad()
@@ -184,5 +184,5 @@ class ScoreLoss:
 
     def _end_of(self, z: Tensor, out: Tensor, draw: _Draw) -> Tensor:
         """E[z_e | z] by a network's raw output at z."""
-        x = clean_from(self.prediction, z, out.float(), draw.a, draw.s)
+        x = predict_x0(self.prediction, z, out.float(), draw.a, draw.s)
         return (z - (draw.noise / draw.s).square() * (z - draw.a * x)) / draw.signal

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...limits.quote import quoted
+from ...models.distilled import DistillMetadata
 from ...sampling.schedule import segment_edges
 from ..config import DistillConfig
 from ..families.model import FamilyModel
 from ..lora.files import start_from
-from ..metadata import DistillMetadata
 from ..objectives.consistency import check_pair
 from ..objectives.grid import SegmentGrid
-from .turns import add_learners
+from .alternating import add_learners
 
 
 def check_training(config: DistillConfig) -> None:
@@ -108,7 +108,7 @@ def check_no_guidance(config: DistillConfig) -> None:
 
 
 def check_loras(config: DistillConfig, model: FamilyModel) -> None:
-    """Raises ValueError where a LoRA that is worn, or gone on from, is missing or another model's."""
+    """Raises ValueError where a frozen LoRA, or one gone on from, is missing or another model's."""
     wanted = config.model
     for file in filter(None, (*wanted.loras, wanted.init)):
         if not Path(file).exists():

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...files import write_text
 from ...limits.quote import named
-from ...models.opensora_plan.checkpoint import save_safetensors
+from ...models.distilled import DistillMetadata
 from ...models.opensora_plan.weights import is_finite
+from ...storage.files import write_text
+from ...storage.weight_files import save_safetensors
 from ..families.model import FamilyModel
 from ..lora.files import comfy_lora
-from ..metadata import DistillMetadata
 
 WEIGHTS, LORA = "diffusion_pytorch_model.safetensors", "lora.safetensors"
 

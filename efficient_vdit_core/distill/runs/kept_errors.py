@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ...files import read_torch, write_torch
+from ...storage.files import read_torch, write_torch
 
 SAVE_EVERY = 60.0  # seconds; a process that is killed loses as much
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...models.distilled import DistillMetadata
 from ..config import DistillConfig
 from ..data.prepare import PreparedData
 from ..families.model import FamilyModel, read_plan
-from ..lora.layers import FAKE, STUDENT, counting, lora_off
-from ..metadata import DistillMetadata
+from ..lora.layers import FAKE, STUDENT, active_adapter, lora_off
 from ..objectives.consistency import ConsistencyLoss
 from ..objectives.knowledge import KnowledgeLoss
 from ..objectives.score import ScoreLoss
@@ -57,12 +57,12 @@ class Networks:
 
     def learn_alone(self, z: Tensor, time: Tensor, condition: Any) -> Tensor:
         """The student's LoRA without that of the fake score."""
-        with counting(self.bare, STUDENT):
+        with active_adapter(self.bare, STUDENT):
             return self.learn(z, time, condition)
 
     def fake(self, z: Tensor, time: Tensor, condition: Any) -> Tensor:
         """The score of the student's own clips, by a LoRA of its own."""
-        with counting(self.bare, FAKE):
+        with active_adapter(self.bare, FAKE):
             return self.ask_dense(self.student, z, time, condition)
 
 
@@ -102,5 +102,5 @@ def make_objective(
     return KnowledgeLoss(
         replace(config.objective, steps=about.steps), model.path, segments=about.segments, teacher=networks.teach, student=networks.learn,
         serves=model.serves, student_tap=model.tap(bare), teacher_tap=model.tap(bare if teacher is None else teacher),
-        prediction=model.prediction, wire=group.wire if group else None, alone=alone,
+        prediction=model.prediction, comm=group.comm if group else None, alone=alone,
     )  # fmt: skip

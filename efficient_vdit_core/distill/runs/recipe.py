@@ -17,14 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from ...limits.quote import quoted
-from ...models.opensora_plan.checkpoint import read_state_dict, save_safetensors
+from ...models.distilled import DistillMetadata
 from ...models.opensora_plan.detect import unify_names
+from ...storage.weight_files import read_state_dict, save_safetensors
 from ..config import DataConfig, DistillConfig, ModelConfig, TrainingConfig, read_section
 from ..data.prepare import check_data, prepare_data
 from ..families.model import FamilyModel
 from ..families.open_model import open_model
 from ..lora.files import merged
-from ..metadata import DistillMetadata
 from ..objectives.consistency import ConsistencyConfig
 from ..objectives.knowledge import KnowledgeConfig, merge_deltas
 from .export import LORA, result_file
@@ -145,7 +145,7 @@ class ThreeStages:
         ]
         return stages[1:] if c.order == "knowledge-only" else stages
 
-    def wears(self, stage: DistillConfig) -> int:
+    def frozen_loras(self, stage: DistillConfig) -> int:
         """How many LoRAs of earlier stages a planned stage will have beside its weights."""
         second = {"consistency-first": "knowledge", "knowledge-first": "consistency"}.get(self.config.order)
         return int(self.config.model.train == "lora" and stage.method == second)

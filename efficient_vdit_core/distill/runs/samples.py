@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ...models.distilled import DistillMetadata
 from ..config import DistillConfig
 from ..data.noise import numbered_noise
 from ..families.model import FamilyModel, read_plan, sparse_options
-from ..metadata import DistillMetadata
 from ..objectives.rollout import guided, roll_down
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def write_samples(
 
     A process that only helps to compute them, since it holds a part of the weights, does not ``write``.
     """
-    from ...video import write_video
+    from ...media.video import write_video
 
     texts = [config.data.prompt(t) for t in config.training.samples] or [c[0] for c in data.clips.captions[:4]]
     shape = tuple(data.clips.latents[0].shape)

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import TokenLayout
-from ...attention.state import Override
-from ...folder_record import check_settings, claim_folder
+from ...attention.hook.state import Override
 from ...limits.numbers import MAX_TORCH_SEED, whole
 from ...limits.quote import named, quoted
 from ...plan import TilePlan
@@ -39,9 +38,10 @@ from ...search.candidates import sparse_candidates
 from ...search.output import Around, once
 from ...search.probe import ATTENTION, OUTPUT
 from ...search.select import FLOPS
+from ...storage.folder_record import check_settings, claim_folder
 from ..data.clips import ClipSet
+from ..families.fingerprints import teacher_stamp
 from ..families.model import FamilyModel
-from ..families.stamps import teacher_stamp
 from ..families.texts import TextBank
 from ..objectives.rollout import guided, roll_down
 from .kept_errors import KeptErrors

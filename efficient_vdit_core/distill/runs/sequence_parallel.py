@@ -19,17 +19,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...attention import tile_attention
-from ...attention.attention_call import AttentionCall, override_by
+from ...attention.hook.attention_call import AttentionCall, override_by
+from ...attention.hook.prepare import Preparation
+from ...attention.hook.state import ForwardState, Override
 from ...attention.layout import TokenLayout
-from ...attention.prepare import Preparation
-from ...attention.report import AttentionReport
-from ...attention.state import ForwardState, Override
-from ...head_patterns import LayerPattern
-from ...parallel.sharding.alike import joined
+from ...attention.report.report import AttentionReport
 from ...parallel.sharding.attend import sharded_attention
+from ...parallel.sharding.communicator import Communicator
 from ...parallel.sharding.layout import Shard, by_frames
-from ...parallel.sharding.wire import Wire
+from ...parallel.sharding.replicated import joined
 from ...plan import TilePlan
+from ...plan.head_patterns import LayerPattern
 from ...tiles import TilePattern
 from ..config import DistillConfig
 from ..families.clip_part import ClipPart
@@ -42,8 +42,8 @@ Ask = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]  # network, z, time, co
 class ClipGroup:
     """The processes that share one clip, as this one sees them: every network is asked by all of them at once."""
 
-    def __init__(self, model: SharedModel, wire: Wire) -> None:
-        self.model, self.wire = model, wire
+    def __init__(self, model: SharedModel, comm: Communicator) -> None:
+        self.model, self.comm = model, comm
         self._layer: int | None = None  # whose self-attention runs now, until it has attended
 
     def listen(self, module: nn.Module) -> None:
@@ -63,11 +63,11 @@ class ClipGroup:
         pattern_of = patterns(plan, self.model.layers)
 
         def ask(module: nn.Module, z: Tensor, time: Tensor, condition: Any) -> Tensor:
-            shard = share_out(self.model.layout(z), z.shape[2], self.wire.size)
+            shard = share_out(self.model.layout(z), z.shape[2], self.comm.size)
             options = self.model.options_with(self._attention(shard, pattern_of))(z)
-            parts = [ClipPart(shard, rank) for rank in range(self.wire.size)]
-            out = self.model.predict_part(module, z, time, condition, options, parts[self.wire.rank])
-            return joined(out, [part.frames for part in parts], 2, self.wire)
+            parts = [ClipPart(shard, rank) for rank in range(self.comm.size)]
+            out = self.model.predict_part(module, z, time, condition, options, parts[self.comm.rank])
+            return joined(out, [part.frames for part in parts], 2, self.comm)
 
         return ask
 
@@ -83,7 +83,7 @@ class ClipGroup:
             def inner(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
                 return tile_attention(q, k, v, shard.layout, pattern.of_heads(first, q.shape[1]), dense=call.asked)
 
-            return call.give(sharded_attention(*call.take(), shard, pattern, self.wire, inner=inner))
+            return call.give(sharded_attention(*call.take(), shard, pattern, self.comm, inner=inner))
 
         return override_by(answer)
 
@@ -185,7 +185,7 @@ def make_group(config: DistillConfig, model: FamilyModel, networks: Iterable[nn.
         return None
     # As patient as the processes' own group: one of them writes samples while the others wait.
     group, _ = dist.new_subgroups(group_size=size, timeout=PATIENCE)
-    made = ClipGroup(_shared(model), Wire(group))
+    made = ClipGroup(_shared(model), Communicator(group))
     for network in networks:
         made.listen(network)
     return made

@@ -21,26 +21,26 @@ import torch
 from torch import Tensor, nn
 
 from ...limits.quote import named
+from ...models.distilled import DistillMetadata, read_metadata
 from ...training import StepLoss, TrainingRun
-from ...training.sharding import is_sharding, run_in_autocast, shard_frozen
+from ...training.fsdp import is_sharding, run_in_autocast, shard_frozen
 from ..config import DistillConfig
 from ..data.prepare import check_data, prepare_data
+from ..families.cpu_offload import stream_blocks
 from ..families.model import FamilyModel, read_plan
-from ..families.on_host import stream_blocks
 from ..families.open_model import open_model
 from ..lora.files import start_from
-from ..lora.layers import FAKE, is_of
-from ..metadata import DistillMetadata, read_metadata
+from ..lora.layers import FAKE, belongs_to
 from ..objectives.score import ScoreLoss
+from .alternating import AlternatingLoss, add_learners
 from .checks import check_hosted, check_loras, check_objective, check_tensorboard, check_training
-from .claim import CONFIG, claim_run
 from .export import export, result_file
 from .launch import free_memory, make_accelerator
 from .objective import make_objective
 from .optimizers import check_optimizer, make_optimizers
+from .resume_check import CONFIG, claim_run
 from .samples import write_samples
 from .sequence_parallel import check_processes, check_shares, make_group
-from .turns import Turns, add_learners
 
 
 def distill(config: DistillConfig, folder: Path, *, any_rate: bool = False) -> Path:
@@ -102,7 +102,7 @@ def _train(config: DistillConfig, model: FamilyModel, about: DistillMetadata, fo
     )
     if isinstance(objective, ScoreLoss):
         data_parallel = run.processes > 1 and not run.sharded
-        objective = Turns(objective, student, len(optimizers) // 2, data_parallel=data_parallel)
+        objective = AlternatingLoss(objective, student, len(optimizers) // 2, data_parallel=data_parallel)
 
     def loss_of(generator: torch.Generator) -> StepLoss:
         x, texts = data.clips.batch(t.batch, generator)
@@ -157,7 +157,7 @@ def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tu
 def learners(student: nn.Module) -> list[dict[str, nn.Parameter]]:
     """The weights that are trained, by name: the student's, and the fake score's where there is one."""
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    fake = {name: p for name, p in trained.items() if is_of(FAKE, name)}
+    fake = {name: p for name, p in trained.items() if belongs_to(FAKE, name)}
     own = {name: p for name, p in trained.items() if name not in fake}
     return [own, fake] if fake else [own]
 

@@ -1,4 +1,4 @@
-"""Turns upstream pickles into safetensors, once: the VAE's checkpoint.ckpt and mT5's pytorch_model.bin."""
+"""AlternatingLoss upstream pickles into safetensors, once: the VAE's checkpoint.ckpt and mT5's pytorch_model.bin."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ...files import check_writable_file
 from ...limits.quote import quoted
-from .checkpoint import read_vae, save_safetensors
+from ...storage.files import check_writable_file
+from ...storage.weight_files import save_safetensors
+from .checkpoint import read_vae
 from .text import SPIECE_KEY, read_text_encoder
 
 

@@ -17,8 +17,8 @@ from ...limits.documents import parse_json, read_text
 from ...limits.numbers import number, whole
 from ...limits.quote import named, quoted
 from ...limits.texts import checked_prompt
+from ...storage.weight_files import read_state_dict
 from .captions import NEGATIVE_PROMPT, TEMPLATES, clean_caption
-from .checkpoint import read_state_dict
 from .weights import check_weights
 
 __all__ = ["NEGATIVE_PROMPT", "TEMPLATES", "TextEncoder", "clean_caption", "read_text_encoder"]

@@ -11,8 +11,8 @@ from ... import __version__
 from .faults import Fatal, PoolFault, fault_of_hanging, fault_of_lost
 from .handshake import HANDSHAKE_SECONDS, connect
 from .messages import ConnectionEnded, Late, Tensors, Tick, ticks
+from .pending_request import POOLS_OWN, Cancel, Request
 from .pool_file import PoolAddress
-from .request import POOLS_OWN, Cancel, Request
 
 Message = dict[str, Any]
 Poll = Callable[[], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .request import Request
+from .pending_request import Request
 
 Fault = dict[str, Any]
 

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ... import __version__
-from .door import Door
+from .acceptor import Acceptor
 from .messages import Connection, ConnectionEnded, Tensors
-from .request import POOLS_OWN
+from .pending_request import POOLS_OWN
 
 Message = dict[str, Any]
 
@@ -70,7 +70,7 @@ class Hub:
         self.backlog: deque[tuple[Message, Tensors]] = deque()
         for work in (self._pass_on, self._give_up):
             threading.Thread(target=work, daemon=True).start()
-        self.door = Door(listener, secret, self._enter)
+        self.door = Acceptor(listener, secret, self._enter)
 
     def wait_for_ranks(self, seconds: float) -> None:
         """Returns once every other rank is connected. Raises TimeoutError naming the ones that are not, RuntimeError

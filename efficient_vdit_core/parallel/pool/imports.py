@@ -47,7 +47,7 @@ class Host:
         return getattr(importlib.import_module(f"{package}.{module}"), self.name)
 
 
-COMFYUI_HOST = Host(str(PACK), "nodes.comfy_bridge.parallel_host", "ComfyHost")
+COMFYUI_HOST = Host(str(PACK), "nodes.comfy_bridge.parallel.host", "ComfyHost")
 
 
 def usual_folders() -> tuple[str, ...]:

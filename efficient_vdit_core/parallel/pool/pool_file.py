@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .private import private_folder, read_private, write_private
+from .private_files import private_folder, read_private, write_private
 from .secret import is_secret
 
 _LOCK_TRIES = 20

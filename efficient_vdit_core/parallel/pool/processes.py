@@ -47,7 +47,7 @@ class Processes:
         try:
             # Without the variables and packages of this Python, which it does not need.
             self.watcher = _popen(
-                [sys.executable, "-I", "-S", str(Path(__file__).with_name("watch.py"))], subprocess.DEVNULL
+                [sys.executable, "-I", "-S", str(Path(__file__).with_name("watchdog.py"))], subprocess.DEVNULL
             )
             about = {"folder": str(self.folder), "address_file": str(self.address_file), "pool": pool}
             _tell(self.watcher, json.dumps(about).encode() + b"\n")

@@ -15,8 +15,8 @@ from typing import Any
 
 from ...limits.quote import quoted, reason
 from .imports import Host
-from .listening import open_beyond_loopback, processes_of_session
-from .private import write_private
+from .open_ports import open_beyond_loopback, processes_of_session
+from .private_files import write_private
 from .processes import BOOT, Processes
 from .secret import new_secret
 

@@ -10,7 +10,7 @@ from typing import Any
 from ... import __version__
 from .imports import Host
 from .pool_file import default_pool_file
-from .private import make_private_folder
+from .private_files import make_private_folder
 from .processes import BOOT, Processes, environment_of_ranks
 from .secret import shared_secret
 from .settings import Settings

@@ -10,7 +10,7 @@ import re
 import secrets
 from pathlib import Path
 
-from .private import private_folder, read_private, write_private
+from .private_files import private_folder, read_private, write_private
 
 
 def new_secret() -> str:

@@ -8,33 +8,33 @@ from typing import Any
 
 import torch
 
-from ..sharding.wire import Wire, form
+from ..sharding.communicator import Communicator, form
 
 MEGABYTES = 8
 # Side of the matrices by which a device's arithmetic is timed: 0.3 ms on a large GPU, 20 ms on a CPU core.
 _SIDE = {"cuda": 4096, "cpu": 512}
 
 
-def self_test(wire: Wire, device: torch.device) -> dict[str, Any]:
+def self_test(comm: Communicator, device: torch.device) -> dict[str, Any]:
     """Sends 8 MiB to every rank and checks what came; gigabytes a second sent by this rank, FLOPs a second, and its
     device.
 
     Raises RuntimeError where the data that arrived is not what was sent.
     """
-    payload = torch.full((MEGABYTES * 2**20 // 4,), float(wire.rank), device=device)
-    others = [rank for rank in range(wire.size) if rank != wire.rank]
+    payload = torch.full((MEGABYTES * 2**20 // 4,), float(comm.rank), device=device)
+    others = [rank for rank in range(comm.size) if rank != comm.rank]
     best = float("inf")
     for _ in range(2):  # the first one also opens the connections
         start = time.perf_counter()
-        sends = [[payload] if rank in others else [] for rank in range(wire.size)]
-        receives = [[form(payload, 0, payload.numel())] if rank in others else [] for rank in range(wire.size)]
-        received = wire.start("self-test", sends, receives, device).wait()
+        sends = [[payload] if rank in others else [] for rank in range(comm.size)]
+        receives = [[form(payload, 0, payload.numel())] if rank in others else [] for rank in range(comm.size)]
+        received = comm.start("self-test", sends, receives, device).wait()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     for rank in others:
         if not bool((received[rank][0] == float(rank)).all()):
-            raise RuntimeError(f"What rank {rank} sent did not arrive unchanged at rank {wire.rank}.")
+            raise RuntimeError(f"What rank {rank} sent did not arrive unchanged at rank {comm.rank}.")
     return {
         "gigabytes_per_second": len(others) * payload.numel() * 4 / best / 1e9,
         "flops_per_second": _flops_per_second(device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from .placed import Place, settings_at
+from .placement import Placement, settings_at
 from .settings import Settings
 
 # Set by the script, with HOST:PORT of the ranks' store; a step of another script is none of ours.
@@ -28,5 +28,5 @@ def settings_from_slurm() -> Settings:
         )
     rank, ranks, local, machine, machines = (int(variables[name]) for name in names)
     run = " ".join(variables.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    place = Place(rank, ranks, local, machine, machines == 1, f"slurm {run}")
+    place = Placement(rank, ranks, local, machine, machines == 1, f"slurm {run}")
     return settings_at(place, "" if place.one_machine else variables[STORE])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from .faults import PoolFault
 from .imports import Host
-from .meeting import met_file
 from .pool_file import PoolAddress, read_pool_file
 from .processes import BOOT, Processes, environment_of_ranks, full, has_room
+from .rendezvous import joined_file
 from .secret import new_secret
 from .settings import Settings
 
@@ -64,7 +64,7 @@ class Workers(Processes):
             if address is not None and address.pool == self.pool:
                 return address
             for rank, how in self.ended().items():
-                kind = PoolFault if met_file(str(self.folder), rank).exists() else RuntimeError
+                kind = PoolFault if joined_file(str(self.folder), rank).exists() else RuntimeError
                 words, no_room = self.last_lines(rank), not has_room(self.folder)
                 self.stop()
                 if no_room:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from .listening import open_beyond_loopback
-from .placed import Place, settings_at
+from .open_ports import open_beyond_loopback
+from .placement import Placement, settings_at
 from .settings import Settings
 
 COMMAND = (
@@ -32,7 +32,7 @@ def settings_from_torchrun() -> Settings:
         _refuse_open_store(ranks)
     names = ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     return settings_at(
-        Place(
+        Placement(
             rank=int(variables["RANK"]),
             ranks=ranks,
             local=int(variables.get("LOCAL_RANK", "0")),

@@ -24,15 +24,15 @@ import torch.distributed as dist
 
 from ... import __version__
 from ...attention.gpu import OUT_OF_MEMORY
-from ..sharding.wire import Wire
+from ..sharding.communicator import Communicator
 from .handshake import WrongSecret, connect
 from .hub import Hub, Message
 from .logs import print_patiently
-from .meeting import FileMeeting, StoreMeeting, met_file, shared_store
 from .messages import Connection, ConnectionEnded, Tensors, listen
-from .placed import fresh_folder
+from .placement import fresh_folder
 from .pool_file import PoolAddress, hold_lock, remove_pool_file, write_pool_file
 from .preflight import check_paths
+from .rendezvous import FileRendezvous, StoreRendezvous, joined_file, shared_store
 from .secret import secret_file
 from .self_test import self_test
 from .settings import Settings
@@ -58,13 +58,15 @@ class Worker:
         self.pool, self.folder = settings.pool, settings.folder
         self.main_thread = threading.get_ident()
         shared = None if settings.meeting else shared_store(settings)
-        meeting = StoreMeeting(dist.PrefixStore("evdit", shared)) if shared else FileMeeting(Path(settings.meeting))
+        meeting = (
+            StoreRendezvous(dist.PrefixStore("evdit", shared)) if shared else FileRendezvous(Path(settings.meeting))
+        )
         if settings.rank == 0:
             port = self._open_hub(meeting)
         else:
             self._enter_hub(meeting)
         if settings.folder:
-            met_file(settings.folder, settings.rank).touch()
+            joined_file(settings.folder, settings.rank).touch()
         dist.init_process_group(
             settings.backend,
             store=shared or dist.FileStore(str(Path(self.folder) / "store"), settings.ranks),
@@ -72,7 +74,7 @@ class Worker:
             world_size=settings.ranks,
             timeout=COLLECTIVE_TIMEOUT,
         )
-        self.wire = Wire(beside=dist.new_group(timeout=COLLECTIVE_TIMEOUT), timeout=COLLECTIVE_TIMEOUT)
+        self.comm = Communicator(beside=dist.new_group(timeout=COLLECTIVE_TIMEOUT), timeout=COLLECTIVE_TIMEOUT)
         if settings.rank == 0:
             address = PoolAddress(settings.listen, port, settings.secret, settings.ranks, settings.devices, self.pool)
             write_pool_file(Path(settings.address_file), address)
@@ -187,11 +189,11 @@ class Worker:
 
     def _do(self, message: Message, tensors: Tensors) -> tuple[Message, Tensors]:
         if message["do"] == "self-test":
-            return self_test(self.wire, torch.device(self.settings.device)), {}
+            return self_test(self.comm, torch.device(self.settings.device)), {}
         if message["do"] == "open":
             check_paths(message.get("paths", {}))
             if self.host is None:
-                self.host = self.settings.host.load()(self.settings, self.wire)
+                self.host = self.settings.host.load()(self.settings, self.comm)
             return self.host.open(message), {}
         if message["do"] == "offload":
             if self.host is not None:

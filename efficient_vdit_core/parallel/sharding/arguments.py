@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention.spans import Span, take
+from ...attention.backends.spans import Span, take
 
 WHOLE = ""  # the sequence itself, where one of its streams could be named
 

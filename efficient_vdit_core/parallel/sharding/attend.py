@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ...attention import tile_attention
-from ...head_patterns import LayerPattern
+from ...plan.head_patterns import LayerPattern
+from .communicator import Communicator
 from .layout import Shard
 from .reference_broadcast import reference_broadcast_attention
 from .reference_broadcast_training import trained_reference_broadcast
 from .traffic import ALONE, scheme_of
 from .ulysses import Inner, ulysses_attention
 from .ulysses_training import trained_ulysses
-from .wire import Wire
 
 SCHEMES = ("auto", "rb", "ulysses")
 
@@ -24,7 +24,7 @@ def sharded_attention(
     v: Tensor,
     shard: Shard,
     pattern: LayerPattern,
-    wire: Wire,
+    comm: Communicator,
     *,
     scheme: str = "auto",
     inner: Inner | None = None,
@@ -33,7 +33,7 @@ def sharded_attention(
     gradients all do, and each calls their backward.
 
     Args:
-        q, k, v: (B, H, n, D) with n = ``shard.tokens[wire.rank]``.
+        q, k, v: (B, H, n, D) with n = ``shard.tokens[comm.rank]``.
         scheme: as of ``scheme_of``.
         inner: what Ulysses, and a rank alone, call on whole sequences (B, h, N, D) from a head on, default
             ``tile_attention`` under the pattern of these heads.
@@ -44,12 +44,12 @@ def sharded_attention(
     Raises:
         ValueError: a tensor has another length than the shard says, or the scheme is unknown.
     """
-    _check(q, k, v, shard, wire, scheme)
+    _check(q, k, v, shard, comm, scheme)
     scheme = scheme_of(scheme, shard, pattern, q.shape[1], q.shape[3], q.element_size())
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if scheme == "rb":
         by_rb = trained_reference_broadcast if trained else reference_broadcast_attention
-        return by_rb(q, k, v, shard, pattern.kinds[0], wire)
+        return by_rb(q, k, v, shard, pattern.kinds[0], comm)
 
     def under_the_pattern(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
         return tile_attention(q, k, v, shard.layout, pattern.of_heads(first, q.shape[1]))
@@ -58,17 +58,17 @@ def sharded_attention(
     if scheme == ALONE:
         return inner(q, k, v, 0)
     by_ulysses = trained_ulysses if trained else ulysses_attention
-    return by_ulysses(q, k, v, shard, wire, inner)
+    return by_ulysses(q, k, v, shard, comm, inner)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire, scheme: str) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, shard: Shard, comm: Communicator, scheme: str) -> None:
     if scheme not in SCHEMES:
         raise ValueError(f"scheme is {scheme!r}, expected one of {', '.join(SCHEMES)}.")
-    if shard.ranks != wire.size:
-        raise ValueError(f"The shard has {shard.ranks} parts, expected {wire.size}: one for each rank of the group.")
+    if shard.ranks != comm.size:
+        raise ValueError(f"The shard has {shard.ranks} parts, expected {comm.size}: one for each rank of the group.")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4 or x.shape[2] != shard.tokens[wire.rank] or x.shape != q.shape:
+        if x.ndim != 4 or x.shape[2] != shard.tokens[comm.rank] or x.shape != q.shape:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, expected (batch, heads, {shard.tokens[wire.rank]}, head_dim) on rank {wire.rank}. "
+                f"{name} has shape {tuple(x.shape)}, expected (batch, heads, {shard.tokens[comm.rank]}, head_dim) on rank {comm.rank}. "
                 "Slice the hidden state with the same shard."
             )

@@ -16,15 +16,15 @@ from typing import Any
 from torch import Tensor
 
 from ...attention import TokenLayout, tile_attention
+from ...attention.backends.partial import attend_lse, merge
+from ...attention.backends.spans import Span, put, take
 from ...attention.dense_call import DenseCall
-from ...attention.partial import attend_lse, merge
-from ...attention.spans import Span, put, take
-from ...head_patterns import LayerPattern
+from ...plan.head_patterns import LayerPattern
 from .arguments import WHOLE, BlockArguments, cut_runs, cut_table, spread_to, tokens_of, with_tokens
 from .attend import sharded_attention
+from .communicator import Communicator, form
 from .layout import Shard, Split, choose_shard, within
 from .traffic import scheme_of
-from .wire import Wire, form
 
 SHARDED_KEY = "evdit_sharded"
 GATHER, KEYS = "gather of hidden states", "partial rows over sharded keys"
@@ -46,14 +46,14 @@ class ShardedForward:
         self,
         layout: TokenLayout,
         patterns: Sequence[LayerPattern],
-        wire: Wire,
+        comm: Communicator,
         scheme: str = "auto",
         heads: int = 0,
         weights: Sequence[int] = (),
         backend: str = "auto",
     ) -> None:
         self.weights, self.backend = tuple(weights), backend
-        self.layout, self.patterns, self.wire, self.scheme, self.heads = layout, tuple(patterns), wire, scheme, heads
+        self.layout, self.patterns, self.comm, self.scheme, self.heads = layout, tuple(patterns), comm, scheme, heads
         self.schemes: Counter[str] = Counter()
         self._shard: Shard | None = None
         self.layer = -1
@@ -74,7 +74,7 @@ class ShardedForward:
     @property
     def spans(self) -> tuple[Span, ...]:
         """What this rank holds of the sequence."""
-        return self.shard.spans[self.wire.rank]
+        return self.shard.spans[self.comm.rank]
 
     def begin(self, layer: int | None) -> None:
         """The next attention call is the self-attention of ``layer``; None = of the layer before, once more."""
@@ -132,7 +132,7 @@ class ShardedForward:
             followed = pattern.of_heads(first, q.shape[1])
             return tile_attention(q, k, v, self.layout, followed, dense=dense, backend=self.backend)
 
-        return sharded_attention(q, k, v, self.shard, pattern, self.wire, scheme=self.scheme, inner=inner)
+        return sharded_attention(q, k, v, self.shard, pattern, self.comm, scheme=self.scheme, inner=inner)
 
     def attend_to_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of q (B, H, M, D), which every rank holds, over the k, v (B, H, n, D) of all ranks.
@@ -140,7 +140,7 @@ class ShardedForward:
         The ranks exchange their partial results, and merge them in one order: the result is the same on each.
         """
         mine = attend_lse(q, k, v)
-        parts = self.wire.gather(KEYS, mine, [[form(x, 2, x.shape[2]) for x in mine]] * self.wire.size)
+        parts = self.comm.gather(KEYS, mine, [[form(x, 2, x.shape[2]) for x in mine]] * self.comm.size)
         return merge([(out, lse) for out, lse in parts])[0]
 
     def _streams(self, args: dict[str, Any], hidden: tuple[str, ...], whole: bool) -> dict[str, Span]:
@@ -156,7 +156,7 @@ class ShardedForward:
             self.streams[hidden] = found
             if self._shard is None:
                 self._shard = self._share_out([start for start, _ in found.values() if start])
-        elif self._shard is None or sum(lengths) != self._shard.tokens[self.wire.rank] or hidden not in self.streams:
+        elif self._shard is None or sum(lengths) != self._shard.tokens[self.comm.rank] or hidden not in self.streams:
             raise ValueError(
                 f"A block was given hidden states of {' + '.join(map(str, lengths))} tokens, expected {self.tokens} for "
                 f"{self.layout}: another node adds or drops tokens. Remove it, or bypass EVDiTSequenceParallel."
@@ -164,13 +164,13 @@ class ShardedForward:
         return self.streams[hidden]
 
     def _share_out(self, borders: list[int]) -> Shard:
-        shard = _shared_out(self.layout, self.wire.size, self.patterns, Split(tuple(borders), self.weights))
+        shard = _shared_out(self.layout, self.comm.size, self.patterns, Split(tuple(borders), self.weights))
         if borders and not all(
             within(spans, 0, borders[0]) and within(spans, borders[0], self.tokens) for spans in shard.spans
         ):
             raise ValueError(
                 f"The {borders[0]} + {self.tokens - borders[0]} tokens of text and video cannot be shared out over "
-                f"{self.wire.size} ranks: one would get nothing of them. Write a longer prompt, the negative one too, or take "
+                f"{self.comm.size} ranks: one would get nothing of them. Write a longer prompt, the negative one too, or take "
                 "fewer devices."
             )
         return shard
@@ -181,7 +181,7 @@ class ShardedForward:
             [form(x, x.ndim - 2, sum(b - a for a, b in spans)) for x, spans in zip(states, held, strict=True)]
             for held in every
         ]
-        parts = self.wire.gather(GATHER, states, forms)
+        parts = self.comm.gather(GATHER, states, forms)
         joined = []
         for number, (x, (start, stop)) in enumerate(zip(states, streams, strict=True)):
             whole = x.new_empty(*x.shape[:-2], stop - start, x.shape[-1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ...attention.spans import Span
+from ...attention.backends.spans import Span
 from .layout import even_shares, weighted_shares
 
 AUTO, SEQUENCE, BRANCHES = DIVISIONS = ("auto", "sequence", "branches")

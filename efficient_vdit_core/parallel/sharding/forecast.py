@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...attention import TokenLayout
-from ...head_patterns import LayerPattern
+from ...plan.head_patterns import LayerPattern
 from ...tiles import TilePattern
 from .layout import Shard, choose_shard
 from .timeline import RbWork, rb_seconds, ulysses_seconds

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...attention import TokenLayout
+from ...attention.backends.spans import Span
 from ...attention.layout import global_spans
-from ...attention.spans import Span
-from ...head_patterns import LayerPattern
+from ...plan.head_patterns import LayerPattern
 from ...tiles import TilePattern
 
 

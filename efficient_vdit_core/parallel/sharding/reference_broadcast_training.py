@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...attention.partial import attend_backward
-from ...attention.spans import Span, in_rows, take
+from ...attention.backends.partial import attend_backward
+from ...attention.backends.spans import Span, in_rows, take
 from ...tiles import TilePattern
+from .communicator import Communicator, form
 from .layout import Shard
 from .reference_broadcast import (
     Attended,
@@ -34,27 +35,26 @@ from .reference_broadcast import (
     unfold,
 )
 from .roles import Roles, roles
-from .wire import Wire, form
 
 SHARED_ROWS, HALO_BACK = "rb gradients of the shared rows", "rb gradients of the halo"
 
 
 def trained_reference_broadcast(
-    q: Tensor, k: Tensor, v: Tensor, shard: Shard, pattern: TilePattern, wire: Wire
+    q: Tensor, k: Tensor, v: Tensor, shard: Shard, pattern: TilePattern, comm: Communicator
 ) -> Tensor:
     """``reference_broadcast_attention`` with gradients."""
-    return _ReferenceBroadcast.apply(q, k, v, shard, pattern, wire)  # pyright: ignore[reportReturnType]
+    return _ReferenceBroadcast.apply(q, k, v, shard, pattern, comm)  # pyright: ignore[reportReturnType]
 
 
 class _ReferenceBroadcast(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, pattern: TilePattern, wire: Wire
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, pattern: TilePattern, comm: Communicator
     ) -> Tensor:
         q, k, v = in_rows(q), in_rows(k), in_rows(v)
-        found = attended(q, k, v, shard, pattern, wire)
+        found = attended(q, k, v, shard, pattern, comm)
         ctx.save_for_backward(q, k, v, found.out, found.lse, *found.shared)
-        ctx.shard, ctx.every, ctx.wire = shard, roles(shard, pattern), wire
+        ctx.shard, ctx.every, ctx.comm = shard, roles(shard, pattern), comm
         return found.out
 
     @staticmethod
@@ -62,7 +62,7 @@ class _ReferenceBroadcast(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *shared = ctx.saved_tensors
         found = Attended(out, lse, tuple(shared))
-        return *_gradients(in_rows(dout), (q, k, v), found, ctx.shard, ctx.every, ctx.wire), None, None, None
+        return *_gradients(in_rows(dout), (q, k, v), found, ctx.shard, ctx.every, ctx.comm), None, None, None
 
 
 def _gradients(
@@ -71,18 +71,18 @@ def _gradients(
     found: Attended,
     shard: Shard,
     every: tuple[Roles, ...],
-    wire: Wire,
+    comm: Communicator,
 ) -> list[Tensor]:
     """Of q, k and v (B, H, n, D): what each call contributes, added up in the precision of the lse."""
-    mine, rows, (q, k, v) = every[wire.rank], (dout, found.out, found.lse), qkv
-    pending = send_shared(SHARED_ROWS, rows, every, wire) if found.shared else None
+    mine, rows, (q, k, v) = every[comm.rank], (dout, found.out, found.lse), qkv
+    pending = send_shared(SHARED_ROWS, rows, every, comm) if found.shared else None
     totals = [torch.zeros_like(x, dtype=found.lse.dtype) for x in qkv]
     _frames_alone(totals, qkv, rows, mine, shard.layout.grid.tokens_per_frame)
     if any(role.halo for role in every):
-        _near_frames(totals, qkv, rows, shard, every, wire)
+        _near_frames(totals, qkv, rows, shard, every, comm)
     if pending is not None:
         all_q, all_k, all_v = found.shared
-        shared = joined_shared(rows, pending, every, wire)
+        shared = joined_shared(rows, pending, every, comm)
         dq, dk, dv = attend_backward(shared[0], all_q, k, v, shared[1].contiguous(), shared[2])
         totals[1] += dk
         totals[2] += dv
@@ -93,8 +93,8 @@ def _gradients(
             _add(totals[0], mine.others, dq)
             for total, d in zip(back[1:], ds, strict=True):
                 total += d
-        own = [x[:, :, slice(*shared_rows(every, wire.rank))] for x in back]
-        for parts in [own, *(parts for parts in send_rows(back, every, wire).wait() if parts)]:
+        own = [x[:, :, slice(*shared_rows(every, comm.rank))] for x in back]
+        for parts in [own, *(parts for parts in send_rows(back, every, comm).wait() if parts)]:
             for total, part in zip(totals, parts, strict=True):
                 _add(total, mine.shared, part)
     return [total.to(x.dtype) for total, x in zip(totals, qkv, strict=True)]
@@ -117,15 +117,15 @@ def _near_frames(
     rows: tuple[Tensor, ...],
     shard: Shard,
     every: tuple[Roles, ...],
-    wire: Wire,
+    comm: Communicator,
 ) -> None:
     """Pieces of frames over the frames that they see; the gradients of the halo go back to those who sent it."""
     q, k, v = qkv
-    received, here = send_halo(k, v, every, wire).wait(), sources(shard, every, wire)
-    held = {**dict(enumerate(received)), wire.rank: [k, v]}
+    received, here = send_halo(k, v, every, comm).wait(), sources(shard, every, comm)
+    held = {**dict(enumerate(received)), comm.rank: [k, v]}
     slopes = {rank: [torch.zeros_like(x, dtype=totals[0].dtype) for x in parts] for rank, parts in enumerate(received)}
-    slopes[wire.rank] = totals[1:]
-    for near in every[wire.rank].near:
+    slopes[comm.rank] = totals[1:]
+    for near in every[comm.rank].near:
         start, stop = near.piece.local_span
         dout, out, lse = (x[:, :, start:stop] for x in rows)
         keys, values = seen_by(near, here, held)
@@ -136,10 +136,10 @@ def _near_frames(
             for total, d in zip(slopes[rank], ds, strict=True):
                 total[:, :, first:last] += d[:, :, done : done + last - first]
             done += last - first
-    sends = [[] if rank == wire.rank else slopes[rank] for rank in range(wire.size)]
-    spans = [[piece.local_span for piece in every[wire.rank].pieces_for(rank)] for rank in range(wire.size)]
+    sends = [[] if rank == comm.rank else slopes[rank] for rank in range(comm.size)]
+    spans = [[piece.local_span for piece in every[comm.rank].pieces_for(rank)] for rank in range(comm.size)]
     receives = [[form(totals[1], 2, sum(b - a for a, b in mine))] * 2 if mine else [] for mine in spans]
-    for mine, parts in zip(spans, wire.start(HALO_BACK, sends, receives, k.device).wait(), strict=True):
+    for mine, parts in zip(spans, comm.start(HALO_BACK, sends, receives, k.device).wait(), strict=True):
         for total, part in zip(totals[1:], parts, strict=False):
             _add(total, mine, part)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ...head_patterns import LayerPattern
+from ...plan.head_patterns import LayerPattern
 from ...tiles import TilePattern
 from .layout import Shard
 from .roles import roles

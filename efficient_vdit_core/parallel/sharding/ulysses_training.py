@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...attention.spans import take
+from ...attention.backends.spans import take
+from .communicator import Communicator
 from .layout import Shard
 from .ulysses import Inner, joined_heads, start_to_heads, start_to_tokens
-from .wire import Wire
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Swap:
 
     shard: Shard
     heads: int
-    wire: Wire
+    comm: Communicator
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -37,20 +37,20 @@ class Swap:
 
     def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """(B, H, n, D) of this rank's tokens to (B, h, N, D) of its heads."""
-        pending = start_to_heads(tensors, self.shard, self.spans, self.wire)
-        return joined_heads(tensors, self.shard, self.spans, pending, self.wire)
+        pending = start_to_heads(tensors, self.shard, self.spans, self.comm)
+        return joined_heads(tensors, self.shard, self.spans, pending, self.comm)
 
     def to_tokens(self, whole: Sequence[Tensor]) -> list[Tensor]:
         """(B, h, N, D) of this rank's heads to (B, H, n, D) of its tokens."""
-        parts = start_to_tokens(whole, self.shard, self.spans, self.wire).wait()
-        parts[self.wire.rank] = [take(x, self.shard.spans[self.wire.rank], 2) for x in whole]
+        parts = start_to_tokens(whole, self.shard, self.spans, self.comm).wait()
+        parts[self.comm.rank] = [take(x, self.shard.spans[self.comm.rank], 2) for x in whole]
         return [torch.cat(of_heads, dim=1) for of_heads in zip(*parts, strict=True)]
 
 
-def trained_ulysses(q: Tensor, k: Tensor, v: Tensor, shard: Shard, wire: Wire, inner: Inner) -> Tensor:
+def trained_ulysses(q: Tensor, k: Tensor, v: Tensor, shard: Shard, comm: Communicator, inner: Inner) -> Tensor:
     """``ulysses_attention`` with gradients; ``inner`` must have them too."""
-    swap = Swap(shard, q.shape[1], wire)
-    start, stop = swap.spans[wire.rank]
+    swap = Swap(shard, q.shape[1], comm)
+    start, stop = swap.spans[comm.rank]
     whole_q, whole_k, whole_v = _ToHeads.apply(q, k, v, swap)  # pyright: ignore[reportGeneralTypeIssues]
     done = inner(whole_q, whole_k, whole_v, start) if stop > start else whole_q
     return _ToTokens.apply(done, swap)  # pyright: ignore[reportReturnType]

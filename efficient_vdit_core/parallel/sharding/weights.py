@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .communicator import Communicator
 from .weight_bytes import ALIGNMENT, BlockBytes, bytes_of, lay_out, take_apart, weights_of
-from .wire import Wire
 
 GATHER_WEIGHTS = "gather of weights"
 # The block that computes, and the one that comes.
@@ -80,17 +80,17 @@ class ShardedWeights:
         self,
         root: nn.Module,
         blocks: Sequence[nn.Module],
-        wire: Wire,
+        comm: Communicator,
         device: torch.device,
         changed: Mapping[str, Change] | None = None,
         order: dict[int | None, int] | None = None,
     ) -> None:
-        self.wire, self.device = wire, device
+        self.comm, self.device = comm, device
         # What gloo sends lies in the host's memory, and so do the parts there; only the room is the device's.
-        self.rests = torch.device("cpu") if wire.through_host else device
+        self.rests = torch.device("cpu") if comm.through_host else device
         names = {module: name for name, module in root.named_modules()}
         self.blocks = [self._fill(block, f"{names[block]}.", changed or {}) for block in blocks]
-        room = max((block.part.numel() for block in self.blocks), default=0) * wire.size
+        room = max((block.part.numel() for block in self.blocks), default=0) * comm.size
         with torch.inference_mode(False):
             self.seats = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(WHOLE_AT_ONCE)]
         self.landings = self.seats
@@ -128,8 +128,8 @@ class ShardedWeights:
     def _fill(self, module: nn.Module, prefix: str, changed: Mapping[str, Change]) -> _Block:
         mine = {name[len(prefix) :]: change for name, change in changed.items() if name.startswith(prefix)}
         about, current = lay_out(module, mine), dict(weights_of(module))
-        size = _part(about.nbytes, self.wire.size)
-        first = size * self.wire.rank
+        size = _part(about.nbytes, self.comm.size)
+        first = size * self.comm.rank
         part, builds, places = torch.zeros(size, dtype=torch.uint8, device=self.rests), [], []
         for weight in about.weights:
             name = weight.names[0]
@@ -160,8 +160,8 @@ class ShardedWeights:
 
     def _start(self, number: int, seat: int) -> None:
         part = self.blocks[number].part
-        row = self.landings[seat][: part.numel() * self.wire.size]
-        self.arriving = _Arriving(number, seat, self.wire.start_gather(GATHER_WEIGHTS, part, row))
+        row = self.landings[seat][: part.numel() * self.comm.size]
+        self.arriving = _Arriving(number, seat, self.comm.start_gather(GATHER_WEIGHTS, part, row))
 
     def _enter(self, number: int) -> None:
         self.after[self.before], self.before = number, number
@@ -184,7 +184,7 @@ class ShardedWeights:
         """Give the block its whole weights."""
         block, row = self.blocks[number], self.seats[seat]
         if self.landings is not self.seats:
-            size = block.part.numel() * self.wire.size
+            size = block.part.numel() * self.comm.size
             row[:size].copy_(self.landings[seat][:size])
         if seat not in block.made:
             block.made[seat] = self._make(block, row)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from ...svg import INK, PALE, bar, legend, picture, words
+from ...media.svg import INK, PALE, bar, legend, picture, words
 
 WIDTH, ROW, TOP, LEFT, RIGHT = 860, 26, 84, 270, 190
 BASE, FEW, SPARSE, TUNED, REAL = "#94a3b8", "#2563eb", "#f59e0b", "#16a34a", "#cbd5e1"

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ...distill.families.model import Options
-from ...distill.families.open_sora_plan import OpenSoraPlanModel
+from ...distill.families.opensora_plan import OpenSoraPlanModel
 from ...distill.families.texts import TextBank
 from ...distill.objectives.rollout import guided, roll_down
-from ...files import read_torch, write_text, write_torch
 from ...limits.documents import parse_json, read_text
 from ...models.opensora_plan.config import LATENT_SCALE
+from ...storage.files import read_torch, write_text, write_torch
 from ..moving.figures import figures_of
 from ..moving.scene import ATTRIBUTES, Scene, held_out_scenes, random_scene, render
 from ..train.vae import to_model_range, to_pixels

@@ -23,16 +23,16 @@ from ... import assets
 from ...bench.machine import describe_machine
 from ...bench.oracle import OracleRecord
 from ...distill.families.model import sparse_options
-from ...distill.families.open_sora_plan import OpenSoraPlanModel
+from ...distill.families.opensora_plan import OpenSoraPlanModel
 from ...distill.families.texts import TextBank
 from ...distill.runs.recipe import RecipeConfig, ThreeStages
 from ...distill.runs.search_stage import SearchConfig, WatchedRun, probe
-from ...files import write_text
 from ...plan import TilePlan
 from ...search import ProbeRecord, parse_candidates, plan_from_record
 from ...search.plan_from_record import layer_errors
 from ...search.probe import ATTENTION, OUTPUT
 from ...search.watch import make_watching_override
+from ...storage.files import write_text
 from ..moving.scene import is_held_out, random_scene
 from .judge import Judge
 from .rows import claim_rows, kept

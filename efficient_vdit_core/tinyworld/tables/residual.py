@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from ...attention.call_shape import CallShape
-from ...attention.override import attention_override
-from ...attention.prepare import Preparation
-from ...attention.report import AttentionReport
-from ...attention.state import FORWARD_KEY, ForwardState
-from ...attention.summary import density_of_run
+from ...attention.hook.override import attention_override
+from ...attention.hook.prepare import Preparation
+from ...attention.hook.state import FORWARD_KEY, ForwardState
+from ...attention.report.report import AttentionReport
+from ...attention.report.summary import density_of_run
 from ...bench.machine import describe_machine
 from ...distill.config import ModelConfig
 from ...distill.families.model import Options
-from ...distill.families.open_sora_plan import OpenSoraPlanModel
-from ...files import write_text
+from ...distill.families.opensora_plan import OpenSoraPlanModel
 from ...plan import TilePlan
+from ...storage.files import write_text
 from ...tiles import TilePattern
 from .judge import Judge
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from ...distill.config import FREE
 from ...distill.runs.recipe import RecipeConfig
-from ...files import write_text
-from ...folder_record import claim_folder
 from ...limits.documents import parse_json, read_text
 from ...limits.quote import named
+from ...storage.files import write_text
+from ...storage.folder_record import claim_folder
 
 
 def claim_rows(folder: Path, recipe: RecipeConfig, **judged: Any) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ...distill.families.model import read_plan, sparse_options
-from ...distill.families.open_sora_plan import OpenSoraPlanModel
+from ...distill.families.opensora_plan import OpenSoraPlanModel
 from ...distill.runs.recipe import RecipeConfig, ThreeStages
 from ...distill.runs.search_stage import plan_names
-from ...files import write_text
+from ...generation.request import MAX_GUIDANCE
 from ...limits.numbers import number, whole
 from ...limits.quote import quoted
-from ...request import MAX_GUIDANCE
+from ...storage.files import write_text
 from ...tiles import TilePattern, TokenGrid
 from .judge import Judge, attention_speeds
 from .rows import claim_rows, kept

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...files import write_text
-from ...models.opensora_plan.checkpoint import save_safetensors
 from ...models.opensora_plan.text import SPIECE_KEY
 from ...models.opensora_plan.transformer import OpenSoraT2V
 from ...models.opensora_plan.vae import CausalVAE
+from ...storage.files import write_text
+from ...storage.weight_files import save_safetensors
 from .text import encoder_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

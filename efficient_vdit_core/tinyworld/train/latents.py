@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...files import read_torch, write_torch
 from ...models.opensora_plan.config import LATENT_SCALE
 from ...models.opensora_plan.vae import CausalVAE
+from ...storage.files import read_torch, write_torch
 from ..worlds import MOVING, World
 from .vae import to_model_range
 

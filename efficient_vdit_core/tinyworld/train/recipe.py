@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...files import read_torch
-from ...folder_record import check_settings, claim_folder, settings_of
 from ...limits.quote import quoted
-from ...models.opensora_plan.checkpoint import load_transformer, load_vae, read_state_dict
+from ...models.opensora_plan.checkpoint import load_transformer, load_vae
 from ...models.opensora_plan.config import LATENT_SCALE
 from ...models.opensora_plan.text import TextEncoder
 from ...models.opensora_plan.vae import CausalVAE
+from ...storage.files import read_torch
+from ...storage.folder_record import check_settings, claim_folder, settings_of
+from ...storage.weight_files import read_state_dict
 from ...training.run import CHECKPOINT
 from ..worlds import MOVING, World
 from .decoder import train_decoder

@@ -31,7 +31,7 @@ class FlowSampling(ms.ModelSamplingDiscreteFlow, ms.CONST):
 flow = model.clone()
 flow.add_object_patch("model_sampling", FlowSampling())
 distilled = model.clone()
-about = modules["distill.metadata"].DistillMetadata("consistency", 4, 8, {"kind": "vp"}, "v_prediction", 3.0)
+about = modules["models.distilled"].DistillMetadata("consistency", 4, 8, {"kind": "vp"}, "v_prediction", 3.0)
 distilled.set_attachments(carrier.DISTILLED, about)
 
 facts = {
@@ -128,7 +128,7 @@ facts["two experts against one"] = off(
 lines = log_lines()
 on("wan", wan, ours(0.0), parts[0])
 facts["said of the preset"], known = list(lines), bridge.model_metadata
-bridge.model_metadata = lambda _: modules["distill.metadata"].DistillMetadata.from_entries({"evdit": "half a"})
+bridge.model_metadata = lambda _: modules["models.distilled"].DistillMetadata.from_entries({"evdit": "half a"})
 facts["sampled all the same"] = off(on("wan", wan, ours(1.0), parts[0]), whole)
 bridge.model_metadata, facts["said of the file"] = known, lines[-1]
 

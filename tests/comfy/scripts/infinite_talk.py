@@ -22,7 +22,7 @@ OVERRIDE = "optimized_attention_override"
 FRAMES, SIZE, DIM = 5, 6, 80  # the audio's attention has 40 heads
 pack = load_pack()
 (plans,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
-(sharding,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.sharding"))
+(sharding,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.parallel.sharding"))
 lines = log_lines()
 
 

@@ -26,8 +26,8 @@ def module(ending: str):
 
 plans, layouts, hooks = module("efficient_vdit_core.plan"), module("comfy_bridge.layouts"), module("comfy_bridge.hook")
 tiles, dispatch = module("efficient_vdit_core.tiles"), module("attention.dispatch")
-sharding = module("comfy_bridge.sharding")
-frames_file, prepare_file = module("attention.frames"), module("attention.prepare")
+sharding = module("comfy_bridge.parallel.sharding")
+frames_file, prepare_file = module("attention.backends.frames"), module("attention.hook.prepare")
 lines = log_lines()
 case = CASES["h3 with guidance"]
 model = build(case)
@@ -338,7 +338,7 @@ del network.blocks[0].attn.to_gate_compress
 
 # What the blocks allocate. Measured by trials as on a GPU, and bounded as there.
 dispatch.FEWEST_MEASURED_TOKENS = 0
-for backend_file in (frames_file, module("attention.parts")):
+for backend_file in (frames_file, module("attention.backends.parts")):
     backend_file.default_extra_bytes = lambda q, frame_bytes, gradients=False: q.numel() * q.element_size()
 wide = Case("MiniMaxH3", {**case.settings, "attention_head_dim": 32, "ffn_hidden_size": 128}, (24, 12, 8, 8), (25, 12, 16, 0),
             audio=(32, 2, 9), batch=1)  # fmt: skip

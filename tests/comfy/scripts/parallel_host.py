@@ -88,12 +88,12 @@ def rank_main(rank, folder):
         ask_for_assets()
     from efficient_vdit_core.parallel.pool.imports import COMFYUI_HOST
     from efficient_vdit_core.parallel.pool.settings import Settings
-    from efficient_vdit_core.parallel.sharding.wire import Wire
+    from efficient_vdit_core.parallel.sharding.communicator import Communicator
 
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
-    wire = Wire()
+    comm = Communicator()
     settings = Settings(rank, RANKS, "cpu", "gloo", "", COMFYUI_HOST, (COMFYUI, PACK), "", "")
-    host = COMFYUI_HOST.load()(settings, wire)
+    host = COMFYUI_HOST.load()(settings, comm)
     about = {
         "root": COMFYUI,
         "argv": ["--cpu"],
@@ -123,7 +123,7 @@ def rank_main(rank, folder):
             plain = host.step({"key": "plain", "inputs": inputs, "scheme": "auto"}, tensors)[1]["out"]
             said, out = host.step({"key": name, "inputs": inputs, "scheme": "auto"}, tensors)
             worst = max(worst, float((out["out"] - plain).abs().max() / plain.abs().max()))
-        facts[name] = {"error": worst, "bytes": said["bytes"], "by": dict(wire.sent)}
+        facts[name] = {"error": worst, "bytes": said["bytes"], "by": dict(comm.sent)}
 
     torch.manual_seed(1)
     with torch.inference_mode():

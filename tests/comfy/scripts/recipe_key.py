@@ -9,7 +9,7 @@ from host import load_pack  # isort: skip
 import folder_paths  # isort: skip
 
 load_pack()
-(bridge,) = (module for name, module in sys.modules.items() if name.endswith("comfy_bridge.recipe"))
+(bridge,) = (module for name, module in sys.modules.items() if name.endswith("comfy_bridge.parallel.worker_graph"))
 NO_INPUTS = {
     "name": "a cat. and a dog", "path": "/data/models/other.safetensors", "above": "../other.png", "long": "猫4.0" * 60,
 }  # fmt: skip

@@ -26,15 +26,15 @@ def module(ending: str):
     return found
 
 
-plans, packing = module("efficient_vdit_core.plan"), module("comfy_bridge.packing")
-sharding, tiles = module("comfy_bridge.sharding"), module("efficient_vdit_core.tiles")
-head_patterns, division = module("efficient_vdit_core.head_patterns"), module("sharding.division")
-branches = module("comfy_bridge.branches")
+plans, packing = module("efficient_vdit_core.plan"), module("comfy_bridge.parallel.packing")
+sharding, tiles = module("comfy_bridge.parallel.sharding"), module("efficient_vdit_core.tiles")
+head_patterns, division = module("efficient_vdit_core.plan.head_patterns"), module("sharding.division")
+branches = module("comfy_bridge.parallel.branches")
 UNLIKE = (16, 7, 11)
 THOROUGH = CASES if os.environ.get("EVDIT_ALL_RANKS") else ONE_OF_EACH
 IN_GROUPS = ("wan", "wan i2v", "ltx", "hunyuan", "h3 with guidance")  # on four ranks
 counts, divided = sharding.Counter(), []
-wire = None  # over the ranks that work together
+comm = None  # over the ranks that work together
 module("sharding.blocks").Counter = lambda: counts  # of all forwards of a run
 
 
@@ -43,7 +43,7 @@ def sparse(model, plan):
     return call(pack["EVDiTSparseAttention"], model=model, plan=plan, **settings)[0]
 
 
-def through_the_wire(executor, x, t, c_concat=None, c_crossattn=None, control=None, options=None, **conds):
+def through_the_workers(executor, x, t, c_concat=None, c_crossattn=None, control=None, options=None, **conds):
     """A forward whose inputs went to a worker and arrived there."""
     tensors = {}
     given = {"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, **conds}
@@ -56,7 +56,7 @@ def by_branch(executor, x, t, c_concat=None, c_crossattn=None, control=None, opt
     """A forward whose guidance branches go to groups of ranks, where they come in one batch."""
     count = len(options["cond_or_uncond"])
     inputs = {"x": x, "t": t, "c_concat": c_concat, "c_crossattn": c_crossattn, **conds}
-    chosen = division.choose_division("branches", (1.0,) * wire.size, count, lambda b, ranks: b / len(ranks))
+    chosen = division.choose_division("branches", (1.0,) * comm.size, count, lambda b, ranks: b / len(ranks))
     if chosen.by_branches:
         assert not branches.why_whole(inputs, count), branches.why_whole(inputs, count)
         options = {**options, branches.DIVISION_KEY: chosen}
@@ -80,11 +80,11 @@ def share(source, weights: tuple[int, ...] = (), hold: str = "whole", divide: bo
     source = source.clone()
     if divide:
         source.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "by branch", by_branch)
-    model = sharding.shard_model(source, wire, weights=hold)
+    model = sharding.shard_model(source, comm, weights=hold)
     options = model.model_options["transformer_options"]
-    options[sharding.SCHEME_KEY] = "auto" if wire.size == 2 else "rb"
+    options[sharding.SCHEME_KEY] = "auto" if comm.size == 2 else "rb"
     options[branches.WEIGHTS_KEY] = weights
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "through the wire", through_the_wire)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "through the workers", through_the_workers)
     return model
 
 
@@ -92,19 +92,19 @@ def after_one_rank_alone_has_unloaded(source, case: Case):
     """Its GPU may hold more than the others': it loads its part again, and must gather what they do."""
     model = share(source, hold="sharded")
     run(model, case)
-    if wire.rank == 0:
+    if comm.rank == 0:
         mm.unload_all_models()
     return run(model, case)
 
 
 def by_one_process(model, case: Case, **more):
     """What one process finds: rank 0, which tells. The others go on to the next run and wait there."""
-    return run(model, case, **more) if wire.rank == 0 else None
+    return run(model, case, **more) if comm.rank == 0 else None
 
 
 def distance(a, b) -> float:
     """Between what ranks and one process find, or two runs of one process."""
-    return float((a - b).abs().max() / b.abs().max()) if wire.rank == 0 else 0.0
+    return float((a - b).abs().max() / b.abs().max()) if comm.rank == 0 else 0.0
 
 
 def facts(name: str, case: Case) -> dict:
@@ -130,14 +130,14 @@ def facts(name: str, case: Case) -> dict:
         found[words] = {"error": distance(got, want), "effect": distance(want, dense), "schemes": dict(counts)}
         made[words] = source, want, got
     source, alone, whole = made["one reference"]
-    before = wire.sent["gather of weights"]
+    before = comm.sent["gather of weights"]
     found["sharded weights are the same"] = torch.equal(shared(source, case, hold="sharded"), whole)
-    found["bytes of weights"] = wire.sent["gather of weights"] - before
-    if wire.size == 2 and thorough:  # a third rank would add its time and nothing else
+    found["bytes of weights"] = comm.sent["gather of weights"] - before
+    if comm.size == 2 and thorough:  # a third rank would add its time and nothing else
         found["also after one rank has unloaded"] = torch.equal(after_one_rank_alone_has_unloaded(source, case), whole)
         found["and whole ones after them"] = torch.equal(shared(source, case), whole)
     if thorough:
-        found["unlike ranks"] = {"error": distance(shared(source, case, UNLIKE[: wire.size]), alone)}
+        found["unlike ranks"] = {"error": distance(shared(source, case, UNLIKE[: comm.size]), alone)}
     if not case.single:
         found |= divisions(source, case, alone, thorough)
     found["no plan"] = {"error": distance(shared(model, case), dense)}
@@ -149,7 +149,7 @@ def facts(name: str, case: Case) -> dict:
 def divisions(source, case: Case, alone, thorough: bool = True) -> dict:
     """Both branches of a guidance to groups of ranks, which are unlike where there are three: whole weights, and where it is
     ``thorough`` sharded ones."""
-    unlike = UNLIKE[: wire.size] if wire.size == 3 else ()
+    unlike = UNLIKE[: comm.size] if comm.size == 3 else ()
     got = shared(source, case, unlike, divide=True)
     found: dict = {"by branch": {"error": distance(got, alone), "groups": divided.copy()}}
     if not thorough:
@@ -172,8 +172,8 @@ def in_groups_of_several(name: str, case: Case) -> dict:
 
 
 def all_cases(ranks: int) -> dict:
-    global wire
-    wire = module("sharding.wire").Wire()
+    global comm
+    comm = module("sharding.communicator").Communicator()
     chosen = os.environ.get("EVDIT_CASES")
     what, names = {2: (facts, CASES), 3: (facts, THOROUGH), 4: (in_groups_of_several, IN_GROUPS)}[ranks]
     results = {}

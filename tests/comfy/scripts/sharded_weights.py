@@ -33,10 +33,10 @@ def module(ending: str):
     return found
 
 
-importlib.import_module(module("comfy_bridge.sharding").__name__.replace("sharding", "mapped_files"))
-sharding, weights = module("comfy_bridge.sharding"), module("comfy_bridge.sharded_weights")
-mapped_files, weight_bytes = module("comfy_bridge.mapped_files"), module("sharding.weight_bytes")
-wire = None  # over the ranks that work together
+importlib.import_module(module("comfy_bridge.parallel.sharding").__name__.replace("sharding", "mapped_files"))
+sharding, weights = module("comfy_bridge.parallel.sharding"), module("comfy_bridge.parallel.sharded_weights")
+mapped_files, weight_bytes = module("comfy_bridge.parallel.mapped_files"), module("sharding.weight_bytes")
+comm = None  # over the ranks that work together
 # Weights of one block and of two.
 LAYERS = ("diffusion_model.blocks.1.self_attn.q.weight", "diffusion_model.blocks.0.ffn.0.weight")
 
@@ -92,13 +92,13 @@ def video(model) -> torch.Tensor:
 
 def both(model) -> tuple[torch.Tensor, torch.Tensor]:
     """What the ranks make with whole and with shared out weights."""
-    return tuple(video(sharding.shard_model(model, wire, weights=held)) for held in weights.WEIGHTS)
+    return tuple(video(sharding.shard_model(model, comm, weights=held)) for held in weights.WEIGHTS)
 
 
 def memory() -> dict:
     """ComfyUI's own count, and the tensors that lie on the device; on this CPU the blocks' own copy is the host's."""
     model = loaded(state_dict(0))
-    shared = sharding.shard_model(model, wire, weights="sharded")
+    shared = sharding.shard_model(model, comm, weights="sharded")
     video(shared)
     blocks = [mm.module_size(block) for block in model.model.diffusion_model.blocks]
     whole = mm.module_size(model.model)
@@ -123,8 +123,8 @@ def loads() -> dict:
     count, load = [], weights.ShardedWeightsPatcher.load
     weights.ShardedWeightsPatcher.load = lambda self, *args, **kwargs: count.append(1) or load(self, *args, **kwargs)
     model, found = loaded(state_dict(0)), {}
-    shared, other = (sharding.shard_model(source, wire, weights="sharded") for source in (model, with_lora(model, 1.0)))
-    whole = sharding.shard_model(model, wire)
+    shared, other = (sharding.shard_model(source, comm, weights="sharded") for source in (model, with_lora(model, 1.0)))
+    whole = sharding.shard_model(model, comm)
     try:
         for words, patcher in (("first", shared), ("whole", whole), ("again", shared), ("other", other)):
             for _ in range(3):
@@ -164,7 +164,7 @@ def bypassed() -> bool:
     lora = {f"{name}.lora_A.weight": torch.randn(4, 256, generator=random),
             f"{name}.lora_B.weight": torch.randn(256, 4, generator=random)}  # fmt: skip
     changed, _ = comfy.sd.load_bypass_lora_for_models(model, None, lora, 1.0, 0.0)
-    plain = video(sharding.shard_model(model, wire))
+    plain = video(sharding.shard_model(model, comm))
     whole, shared = both(changed)
     return torch.equal(whole, shared) and not torch.equal(plain, shared)
 
@@ -172,8 +172,8 @@ def bypassed() -> bool:
 def experts() -> dict:
     """Two models of one run in turn, both in memory; each keeps its own parts."""
     models = [loaded(state_dict(seed)) for seed in (0, 1)]
-    whole = [video(sharding.shard_model(model, wire)) for model in models]
-    shared = [sharding.shard_model(model, wire, weights="sharded") for model in models]
+    whole = [video(sharding.shard_model(model, comm)) for model in models]
+    shared = [sharding.shard_model(model, comm, weights="sharded") for model in models]
     order = [0, 1, 0, 1]
     same = [torch.equal(video(shared[number]), whole[number]) for number in order]
     return {"same": same, "differ": not torch.equal(*whole), "both held": all(is_held(model) for model in models)}
@@ -182,8 +182,8 @@ def experts() -> dict:
 def broken_off() -> dict:
     """A run that ends within a block, then another model, then the first one again."""
     model, other = loaded(state_dict(0)), loaded(state_dict(1))
-    whole = [video(sharding.shard_model(m, wire)) for m in (model, other)]
-    shared = [sharding.shard_model(m, wire, weights="sharded") for m in (model, other)]
+    whole = [video(sharding.shard_model(m, comm)) for m in (model, other)]
+    shared = [sharding.shard_model(m, comm, weights="sharded") for m in (model, other)]
 
     def stop(*_):
         raise mm.InterruptProcessingException
@@ -241,11 +241,11 @@ def mapped() -> dict:
             with mapped_files.files_stay_mapped():
                 kept = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float32})
             dtypes = [{n: x.dtype for n, x in m.model.diffusion_model.named_parameters()} for m in (copied, kept)]
-            shared = video(sharding.shard_model(kept, wire, weights="sharded"))
+            shared = video(sharding.shard_model(kept, comm, weights="sharded"))
             found[words] = {
                 "copied": share_in_file(copied, path),
                 "kept": share_in_file(kept, path),
-                "same": torch.equal(shared, video(sharding.shard_model(apart, wire))),
+                "same": torch.equal(shared, video(sharding.shard_model(apart, comm))),
                 "dtypes": dtypes[0] == dtypes[1],
             }
     return found
@@ -275,7 +275,7 @@ def refusals() -> dict:
     high.offload_device = torch.device("cuda", 0)  # as --highvram sets it
     for words, source in (("strange", strange), ("compiled", compiled), ("wrapped", wrapped), ("high", high)):
         try:
-            sharding.shard_model(source, wire, weights="sharded")
+            sharding.shard_model(source, comm, weights="sharded")
         except ValueError as error:
             found[words] = str(error)
     return found
@@ -285,8 +285,8 @@ CASES = (memory, loads, loras, bypassed, experts, broken_off, eight_bits, anothe
 
 
 def all_cases(ranks: int) -> dict:
-    global wire
-    wire = module("sharding.wire").Wire()
+    global comm
+    comm = module("sharding.communicator").Communicator()
     with torch.inference_mode():  # as ComfyUI runs its nodes
         return {case.__name__: case() for case in CASES}
 

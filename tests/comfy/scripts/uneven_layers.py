@@ -16,7 +16,7 @@ def module(name):
     return next(m for full, m in sys.modules.items() if full.endswith(name))
 
 
-plans, states = module("efficient_vdit_core.plan"), module("attention.state")
+plans, states = module("efficient_vdit_core.plan"), module("attention.hook.state")
 mass, probe = module("search.tile_mass"), module("comfy_bridge.probe")
 
 

@@ -19,13 +19,13 @@ def module(ending):
     return found
 
 
-__import__(module("comfy_bridge.parallel").__package__ + ".parallel_host")
-host, packing, sharding = (module(f"comfy_bridge.{name}") for name in ("parallel_host", "packing", "sharding"))
+__import__(module("comfy_bridge.parallel.model").__package__ + ".host")
+host, packing, sharding = (module(f"comfy_bridge.parallel.{name}") for name in ("host", "packing", "sharding"))
 (model,) = call(pack["EVDiTModelLoader"], model_name="tiny (built in)", weight_dtype="default")
 
 
 class Alone:
-    """The wire of one rank; of more than one it computes nothing."""
+    """The comm of one rank; of more than one it computes nothing."""
 
     through_host = True
 
@@ -37,9 +37,9 @@ class Alone:
 
 
 def worker(*models, **about):
-    wire = Alone(**about)
-    found = host.ComfyHost(SimpleNamespace(device="cpu"), wire)
-    found.models = {f"model {number}": sharding.shard_model(chosen, wire) for number, chosen in enumerate(models)}
+    comm = Alone(**about)
+    found = host.ComfyHost(SimpleNamespace(device="cpu"), comm)
+    found.models = {f"model {number}": sharding.shard_model(chosen, comm) for number, chosen in enumerate(models)}
     return found
 
 

@@ -12,15 +12,15 @@ from efficient_vdit_core.parallel.sharding.weights import ShardedWeights
 
 
 class Host:
-    def __init__(self, settings, wire):
-        self.settings, self.wire, self.built, self.held = settings, wire, [], []
+    def __init__(self, settings, comm):
+        self.settings, self.comm, self.built, self.held = settings, comm, [], []
 
     def open(self, message):
-        if message.get("trouble") == "refuse" and self.wire.rank == message["rank"]:
+        if message.get("trouble") == "refuse" and self.comm.rank == message["rank"]:
             raise ValueError("the node NoSuchNode is missing here")
         self.built.append(message["key"])
         self.held = [key for key in (*self.held, message["key"]) if key in message["keep"]]
-        alone = str(self.wire.rank)
+        alone = str(self.comm.rank)
         return {
             "plan": alone if message.get("trouble") == "differ" else "same",
             "dtype": f"float of rank {alone}" if message.get("trouble") == "precision" else "float",
@@ -35,15 +35,15 @@ class Host:
         if message["key"] not in self.held:
             raise KeyError(message["key"])
         if "layers" in message:
-            return {"rank": self.wire.rank}, {"out": self.through_layers(message, x)}
-        if message.get("rank") in (self.wire.rank, "all"):
+            return {"rank": self.comm.rank}, {"out": self.through_layers(message, x)}
+        if message.get("rank") in (self.comm.rank, "all"):
             self.trouble(message)
-        others = [r for r in range(self.wire.size) if r != self.wire.rank]
+        others = [r for r in range(self.comm.size) if r != self.comm.rank]
         for _ in range(message.get("rounds", 1)):
-            sends = [[x] if r in others else [] for r in range(self.wire.size)]
-            forms = [[(tuple(x.shape), x.dtype)] if r in others else [] for r in range(self.wire.size)]
-            got = self.wire.start("test", sends, forms, x.device).wait()
-        said = {"rank": self.wire.rank, "pid": os.getpid(), "built": self.built, "held": self.held}
+            sends = [[x] if r in others else [] for r in range(self.comm.size)]
+            forms = [[(tuple(x.shape), x.dtype)] if r in others else [] for r in range(self.comm.size)]
+            got = self.comm.start("test", sends, forms, x.device).wait()
+        said = {"rank": self.comm.rank, "pid": os.getpid(), "built": self.built, "held": self.held}
         return said, {"sum": x + sum(got[r][0] for r in others)}
 
     def through_layers(self, message, x):
@@ -51,8 +51,8 @@ class Host:
         torch.manual_seed(0)
         layers = torch.nn.Sequential(*[torch.nn.Linear(len(x), len(x)) for _ in range(message["layers"])])
         whole = layers(x).clone()
-        shared = ShardedWeights(layers, list(layers), self.wire, x.device)
-        if message.get("rank") == self.wire.rank:
+        shared = ShardedWeights(layers, list(layers), self.comm, x.device)
+        if message.get("rank") == self.comm.rank:
             layers[message["at"]].register_forward_hook(lambda *_: self.trouble(message))
         out = layers(x)
         shared.remove()
@@ -60,7 +60,7 @@ class Host:
 
     def trouble(self, message):
         kind = message["trouble"]
-        print(f"rank {self.wire.rank} was asked for {kind}", file=sys.stderr, flush=True)
+        print(f"rank {self.comm.rank} was asked for {kind}", file=sys.stderr, flush=True)
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "stop":

@@ -16,16 +16,17 @@ from safetensors.torch import save
 
 from efficient_vdit_core import assets
 from efficient_vdit_core.distill.config import DistillConfig, read_section, read_toml
-from efficient_vdit_core.distill.metadata import read_metadata as distilled_metadata
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.models.distilled import read_metadata as distilled_metadata
 from efficient_vdit_core.models.opensora_plan.captions import clean_caption
-from efficient_vdit_core.models.opensora_plan.checkpoint import read_state_dict, read_transformer, read_vae
+from efficient_vdit_core.models.opensora_plan.checkpoint import read_transformer, read_vae
 from efficient_vdit_core.models.opensora_plan.text import TextEncoder
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.plan.text import parse_layers
 from efficient_vdit_core.quality.table import label
 from efficient_vdit_core.sampling.presets import parse_sigmas
 from efficient_vdit_core.search import parse_candidates
+from efficient_vdit_core.storage.weight_files import read_state_dict
 from efficient_vdit_core.tinyworld.tables.stages import TableConfig
 from efficient_vdit_core.training.checkpoint import read_checkpoint
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from efficient_vdit_core.read_video import iterate_video
-from efficient_vdit_core.video import read_metadata, write_video
+from efficient_vdit_core.media.read_video import iterate_video
+from efficient_vdit_core.media.video import read_metadata, write_video
 
 from . import odd
 from .command import Call, evdit

@@ -1,0 +1,149 @@
+"""Decides call by call whether a model's attention becomes sparse, and counts what it decided and why.
+
+Speaks ComfyUI's attention-override protocol without importing ComfyUI, so that the same function serves the native
+models there and the engine's own pipeline. All state of one forward pass lives in its ``transformer_options``; what a
+layer does was settled before the forward (``prepare``), or is at its first call where nobody prepared it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...plan import TilePlan
+from ...plan.head_patterns import LayerPattern
+from ...tiles import TilePattern
+from ..backends.head_calls import Call, calls_of
+from ..dense_call import DenseCall
+from ..dispatch import tile_attention
+from ..layout import TokenLayout
+from ..report.clock import DENSE, SPARSE
+from ..report.report import AttentionReport
+from .attention_call import AttentionCall, override_by
+from .padding import without_padding
+from .prepare import Preparation
+from .reasons import ANOTHER_LENGTH, why_no_pattern, why_not_the_video
+from .residual import work_with
+from .state import FileAttention, ForwardState, Override, computing
+
+
+def make_attention_override(
+    plan: TilePlan, report: AttentionReport, *, previous: Override | None = None, **settings: Any
+) -> Override:
+    """An override for ``transformer_options["optimized_attention_override"]``, for a model that nobody prepares.
+
+    ``previous`` is another node's override, asked for every dense piece; ``settings`` are those of ``Preparation``.
+    """
+    return attention_override(Preparation(plan, report, **settings), previous=previous)
+
+
+def attention_override(preparation: Preparation, *, previous: Override | None = None) -> Override:
+    """An override under a plan: self-attention over the published token layout runs under the plan's pattern;
+    everything else goes to ``previous`` (another node's override) or to the backend untouched."""
+
+    def answer(call: AttentionCall) -> Tensor:
+        state = call.state
+        if state is not None and (state.busy or state.owner not in (None, preparation)):
+            return call.dense()
+        reason = why_not_the_video(call)
+        if state is not None and state.layout is not None:
+            if not reason:
+                return _over_the_video(preparation, call, state, state.layout)
+            if reason == ANOTHER_LENGTH:
+                _warn_of_length(call.tokens, state.layout, preparation.report)
+        _counted_by(preparation, state).add_dense(reason)
+        with computing(state):
+            return call.dense(call.asked.as_the_file_asks(_asked_by_the_file(call), video=False))
+
+    override: Any = override_by(answer, previous)
+    override.pattern_of, override.preparation = preparation.pattern_of, preparation
+    return override
+
+
+def _over_the_video(preparation: Preparation, call: AttentionCall, state: ForwardState, whole: TokenLayout) -> Tensor:
+    """A self-attention over the video: under its layer's pattern, or dense with the reason counted. ``whole`` is the layout
+    with its padding."""
+    report = _counted_by(preparation, state)
+    layer = _layer_computed_again(preparation, state) if state.ended else state.next_layer(call.options, call.heads)
+    work = preparation.layer(state, layer, call.options.get("total_blocks"))
+    for note in work.notes:
+        preparation.report.warn(*note)
+    dense = call.asked.as_the_file_asks(_asked_by_the_file(call), video=True)
+    reason = why_no_pattern(state, whole, call.mask) or work.reason
+    padding = state.masked(call.mask)
+    layout, pattern = without_padding(whole, padding), work.pattern.of_heads(state.first_head, call.heads)
+    backends: dict[TilePattern, str] = {}
+    if not reason:
+        backends = preparation.backends_of(state, call.shape, layout, pattern, dense)
+        own_scale = dense.kwargs.get("scale") is not None
+        if own_scale:  # only dense calls hand it on
+            backends = {p: "dense" if p.is_full(layout.grid.t) or p.means else "frames" for p in backends}
+        if set(backends.values()) == {"dense"}:
+            reason = "a scale of its own" if own_scale else "measured faster"
+    if reason:
+        report.add_dense(reason, dense.name)
+        with computing(state), report.clock.taking(DENSE, call.query):
+            return call.dense(dense)
+    residual = state.residual if layer is not None else None
+    renew = residual is not None and residual.renew
+    density = work_with(_computed_share(pattern, backends, call.heads, layout), float(renew))
+    report.add_sparse(density, _computed_by(calls_of(pattern, call.heads, backends, layout.grid.t), dense))
+    with computing(state), report.clock.taking(SPARSE, call.query, density):
+        q, k, v = call.take(padding)
+
+        def sparse() -> Tensor:
+            return tile_attention(q, k, v, layout, pattern, dense=dense, backend=backends)
+
+        if residual is None or layer is None:
+            out = sparse()
+        else:
+            out = residual.attend((layer, state.visit), state.first_head, sparse, lambda: dense(q, k, v))
+            if residual.unlike:
+                text = "attention of another batch or size than the latents' goes without the cached residual."
+                preparation.report.warn("residual of another size", text)
+    return call.give(out, padding)
+
+
+def _layer_computed_again(preparation: Preparation, state: ForwardState) -> int:
+    """Of a block that is computed again by itself: nothing tells which one it is, so all layers must be alike. Raises
+    ValueError where they are not."""
+    work = [preparation.layer(state, layer) for layer in range(state.depth or 0)]
+    if len({(of_layer.pattern, of_layer.reason) for of_layer in work}) > 1:
+        raise ValueError(
+            "Gradient checkpointing computes single blocks again, and nothing tells which layers of the plan these are, which differ. "
+            "Set checkpoint_depth to 1, switch gradient checkpointing off, or take one pattern for all layers."
+        )
+    return 0
+
+
+def _counted_by(preparation: Preparation, state: ForwardState | None) -> AttentionReport:
+    return preparation.report if state is None or state.report is None else state.report
+
+
+def _computed_share(pattern: LayerPattern, backends: dict[TilePattern, str], heads: int, layout: TokenLayout) -> float:
+    """The share of dense FLOPs; heads that were measured faster dense are."""
+    extra, groups = layout.prefix + layout.suffix, pattern.head_groups(heads)
+    shares = {p: 1.0 if backends[p] == "dense" else p.flop_density(layout.grid, extra) for p in groups}
+    return sum(len(members) * shares[p] for p, members in groups.items()) / heads
+
+
+def _computed_by(calls: list[Call], dense: DenseCall) -> str:
+    """What computes the groups of a layer's heads, for the report."""
+    by_name = {"frames": dense.name, "dense": dense.name, "parts": f"{dense.name} in parts"}
+    return " and ".join(dict.fromkeys(by_name.get(call.backend, call.backend) for call in calls))
+
+
+def _asked_by_the_file(call: AttentionCall) -> FileAttention | None:
+    state = call.state
+    layer = state.given_layer(call.options) if state is not None and state.file_attention else None
+    return state.file_attention.get(layer) if state is not None and layer is not None else None
+
+
+def _warn_of_length(tokens: int, layout: TokenLayout, report: AttentionReport) -> None:
+    report.warn(
+        ANOTHER_LENGTH,
+        f"attention over {tokens} tokens stays dense: the video and the tokens beside it should be {layout.tokens} "
+        f"({layout.prefix} + {layout.grid.t} frames of {layout.grid.tokens_per_frame} + {layout.suffix}). "
+        "Another node may add or drop tokens.",
+    )

@@ -1,0 +1,302 @@
+"""A plan made ready for a forward: what every layer does, and with which backend, settled before its first block.
+
+Nothing is measured inside a block, and nothing that outlives the block is allocated there: ComfyUI may record a block's
+allocations and replay them at the next step, and a tensor that it does not see freed is lost to it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ...plan import TilePlan
+from ...plan.head_patterns import LayerPattern
+from ...tiles import TilePattern
+from ..backends.flex import forget_masks
+from ..backends.head_calls import calls_of
+from ..call_shape import CallShape
+from ..dense_call import DenseCall
+from ..dispatch import check_means, group_shapes, make_ready, measured_choice, partial_for, unmeasured_backend
+from ..layout import TokenLayout
+from ..report.report import AttentionReport
+from .padding import without_padding
+from .reasons import why_not_worth_it
+from .residual import Place, ResidualCache, Room, why_no_residual
+from .state import ForwardState
+
+MOST_REMEMBERED, MOST_UNFORESEEN = 4096, 64
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What a layer does with its self-attention over the video.
+
+    ``reason`` says why it stays dense, "" = it follows ``pattern`` at ``density``, the share of dense FLOPs. ``notes``
+    are warnings (about, text) that a run gives once.
+    """
+
+    pattern: LayerPattern
+    reason: str
+    density: float
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+BEYOND = LayerWork(
+    TilePattern(None),
+    "more calls than layers",
+    1.0,
+    (("more calls than layers", "the model attends more often than it has layers: the rest stays dense."),),
+)
+
+
+class Preparation:
+    """One plan on one model, as its forwards need it. Safe for several threads.
+
+    Args:
+        plan: which frames each layer attends to.
+        report: what is counted and warned of.
+        min_tokens: calls with fewer video tokens stay dense.
+        placement: where the reference frames stand, one of ``tiles.PLACEMENTS``.
+        decline_slow: patterns that would not be faster than dense, by rule or as measured, stay dense.
+        backend: as of ``tile_attention``.
+        residual_every: keep the difference to dense attention for so many steps (``residual``), 0 = never.
+
+    Raises ValueError for an unknown placement, for rotating reference frames with a residual, and for mean frames with a
+    backend that computes none.
+    """
+
+    def __init__(
+        self,
+        plan: TilePlan,
+        report: AttentionReport,
+        *,
+        min_tokens: int = 0,
+        placement: str = "strided",
+        decline_slow: bool = False,
+        backend: str = "auto",
+        residual_every: int = 0,
+    ) -> None:
+        TilePattern(None).placed(placement)  # refuses an unknown one now, and not in the middle of a run
+        if residual_every and placement == "rotating":
+            raise ValueError(
+                "A cached residual is the difference to a pattern that stays, but the placement is rotating. Set placement to "
+                "strided, or residual_every to 0."
+            )
+        if any(kind.means for pattern in (*plan.patterns, plan.uniform_pattern) if pattern for kind in pattern.kinds):
+            check_means(backend)
+        self.plan, self.report = plan, report
+        self.residual = ResidualCache(residual_every) if residual_every else None
+        self.min_tokens, self.placement, self.decline_slow, self.backend = min_tokens, placement, decline_slow, backend
+        self.lock = threading.Lock()
+        self.work: dict[Any, LayerWork] = {}
+        self.backends: dict[Any, str] = {}
+        # Calls that no forward was prepared for: their shapes, from which of the layer's heads on they are, and whether they
+        # ask for full precision.
+        self.unforeseen: set[tuple[CallShape, int, bool]] = set()
+
+    def before_forward(self, state: ForwardState, shape: CallShape, dense_of: Callable[[int], DenseCall]) -> None:
+        """Settles the forward of ``state``: each layer's work and, for its calls, the backends.
+
+        ``shape`` is of all heads; ``dense_of`` gives a layer's dense attention. Measures backends that were never
+        measured, and makes what they keep on the device. Call it outside of whatever records or compiles the model's blocks.
+        """
+        if state.layout is None or state.depth is None:
+            return
+        if state.active:
+            self._settle_all(state, state.layout, shape, dense_of)
+        self.keep_residual(state, shape)
+
+    def _settle_all(
+        self, state: ForwardState, layout: TokenLayout, shape: CallShape, dense_of: Callable[[int], DenseCall]
+    ) -> None:
+        with self.lock:
+            wanted = {(shape, 0, False), *self.unforeseen}
+        layouts = {layout, without_padding(layout, state.padding)}
+        slow = set[int]()
+        for layer in range(state.depth or 0):
+            work = self.layer(state, layer)
+            if work.reason:
+                continue
+            dense = dense_of(layer)
+            backends = {
+                backend
+                for shape, first_head, precise in wanted
+                for found in layouts
+                for backend in self.settle(
+                    shape, found, work.pattern.of_heads(first_head, shape.heads), dense.at(precise)
+                ).values()
+            }
+            if backends == {"dense"}:
+                slow.add(layer)
+        state.slow, state.settled = frozenset(slow), True
+
+    def keep_residual(self, state: ForwardState, shape: CallShape) -> None:
+        """Has the forward of ``state``, whose calls look like ``shape``, renew or add the cached residual, where one is
+        kept. A forward that is not active yet makes room for those that follow.
+
+        Raises ValueError where there is no memory for it.
+        """
+        places = self._places_with_residual(state)
+        if self.residual is None or state.layout is None or not places:
+            return
+        if state.active:
+            state.residual = self.residual.begin(state.branches, places, state.step, shape, state.layout.tokens)
+        else:
+            self.residual.reserve(state.branches, places, shape, state.layout.tokens)
+
+    def residual_room(self, state: ForwardState, shape: CallShape, beside: int = 0) -> Room | None:
+        """Where `keep_residual` would keep it for forwards such as this one, and its bytes; None where none is kept.
+        Nothing is taken; ``beside`` as of ``ResidualCache.room``.
+
+        Raises ValueError where there is no memory for it.
+        """
+        places = self._places_with_residual(state)
+        if self.residual is None or state.layout is None or not places:
+            return None
+        return self.residual.room(state.branches, places, shape, state.layout.tokens, beside)
+
+    def _places_with_residual(self, state: ForwardState) -> list[Place]:
+        """Those of the sparse layers, where a run keeps one; where it does not, the report says why."""
+        if self.residual is None or state.layout is None or state.depth is None or not (state.active or state.later):
+            return []
+        why = state.no_residual or why_no_residual(self.residual.every, state.steps, state.whole)
+        if why or not state.branches:
+            self.report.warn("residual", f"no residual is kept: {why or 'the prompts of the batch are not known'}.")
+            return []
+        if state.layout.grid.t == 1:
+            return []
+        sparse = [layer for layer in range(state.depth) if not self.layer(state, layer).reason]
+        return state.places(layer for layer in sparse if layer not in state.slow)
+
+    def layer(self, state: ForwardState, layer: int | None, total: int | None = None) -> LayerWork:
+        """What a layer does in the forward of ``state``; ``total`` is the depth where the state has none."""
+        assert state.layout is not None
+        if layer is None:
+            return BEYOND
+        step = state.step if self.placement == "rotating" else 0
+        key = (state.layout, layer, state.depth or total, step)
+        work = self.work.get(key)
+        if work is None:
+            work = self._work(state.layout, layer, state.depth or total, step)
+            with self.lock:
+                if len(self.work) >= MOST_REMEMBERED:
+                    self.work.clear()
+                self.work[key] = work
+        return work
+
+    def _work(self, layout: TokenLayout, layer: int, depth: int | None, step: int) -> LayerWork:
+        pattern, notes = pattern_for_frames(self.plan, layer, depth, layout.grid.t)
+        pattern = pattern.placed(self.placement, step)
+        density = pattern.flop_density(layout.grid, layout.prefix + layout.suffix)
+        return LayerWork(pattern, why_not_worth_it(layout, pattern, self.min_tokens, self.decline_slow), density, notes)
+
+    def density(self, state: ForwardState) -> float:
+        """The share of dense attention's FLOPs that all layers of an active forward compute, 0 to 1."""
+        work = [self.layer(state, layer) for layer in range(state.depth or 0)]
+        return sum(1.0 if w.reason else w.density for w in work) / len(work) if work else 1.0
+
+    def pattern_of(self, state: ForwardState, layer: int) -> LayerPattern:
+        """A layer's pattern, for those who must know it before its attention is called; full where it stays dense."""
+        if state.layout is None or state.layout.grid.t == 1 or not state.active:
+            return TilePattern(None)
+        work = self.layer(state, layer)
+        return TilePattern(None) if work.reason else work.pattern
+
+    def settle(
+        self, shape: CallShape, layout: TokenLayout, pattern: LayerPattern, dense: DenseCall
+    ) -> dict[TilePattern, str]:
+        """The backend of each group of heads of these calls, measured where it never was; ``dense`` only where slow
+        patterns are declined, or nothing is left out."""
+        backends = {p: self._backend(s, layout, p, dense) for p, s in group_shapes(shape, pattern).items()}
+        for call in calls_of(pattern, shape.heads, backends, layout.grid.t):
+            make_ready(call, shape, layout, dense)
+        return backends
+
+    def _backend(self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall) -> str:
+        key = (shape, layout, pattern, dense.name)
+        chosen = self.backends.get(key)
+        if chosen is None:
+            chosen = "dense" if pattern.is_full(layout.grid.t) else self.backend
+            if (pattern.means or chosen == "parts") and partial_for(dense, shape) is None:
+                if pattern.means:
+                    text = f"PyTorch's attention computes mean frames, and {dense.name} all other calls; nothing to do."
+                    self.report.note("mean frames", text)
+                else:
+                    text = f"{dense.name} does not tell its log-sum-exp, which the backend parts needs: frames is used."
+                    self.report.warn("parts", text)
+                    chosen = "frames"
+            if chosen == "auto":
+                chosen = self._fastest(shape, layout, pattern, dense)
+            if len(self.backends) >= MOST_REMEMBERED:
+                self.backends.clear()
+            self.backends[key] = chosen
+        return chosen
+
+    def _fastest(self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall) -> str:
+        """The backend that a trial finds fastest; that of no trial where another node's attention fails in one, which asks it
+        before the model runs."""
+        try:
+            choice = measured_choice(shape, layout, pattern, dense=dense)
+        except Exception as error:
+            if dense.previous is None:
+                raise
+            why = f"{dense.name} cannot be timed before the model runs ({type(error).__name__}: {error})"
+            self.report.warn("trial", f"{why}: no backend is measured beside it.")
+            return unmeasured_backend(shape, pattern, dense)
+        if choice.milliseconds:
+            self.report.add_trial(pattern.name(layout.grid.t), choice.times())
+        return choice.backend if self.decline_slow else choice.sparse()
+
+    def backends_of(
+        self, state: ForwardState, shape: CallShape, layout: TokenLayout, pattern: LayerPattern, dense: DenseCall
+    ) -> dict[TilePattern, str]:
+        """The backend of each group of heads for a call of this shape.
+
+        Where the forward was settled and the call was not foreseen, what needs no trial computes it; the next forward is
+        prepared for it.
+        """
+        if not state.settled:
+            return self.settle(shape, layout, pattern, dense)
+        shapes = group_shapes(shape, pattern)
+        found = {p: self.backends.get((s, layout, p, dense.name)) for p, s in shapes.items()}
+        if None in found.values():
+            with self.lock:
+                if len(self.unforeseen) < MOST_UNFORESEEN:
+                    self.unforeseen.add((shape, state.first_head, dense.precise))
+        return {p: chosen or self._unmeasured(shapes[p], p, dense) for p, chosen in found.items()}
+
+    def _unmeasured(self, shape: CallShape, pattern: TilePattern, dense: DenseCall) -> str:
+        return "frames" if self.backend == "frames" else unmeasured_backend(shape, pattern, dense)
+
+    def forget(self) -> None:
+        """Lets go of what a run left in memory. What was measured stays in the book on disk, and the next run is
+        prepared for the shapes that this one met."""
+        with self.lock:
+            self.work.clear()
+            self.backends.clear()
+        forget_masks()
+        if self.residual is not None:
+            self.residual.clear()
+
+
+def pattern_for_frames(
+    plan: TilePlan, layer: int, depth: int | None, frames: int
+) -> tuple[LayerPattern, tuple[tuple[str, str], ...]]:
+    """The plan's pattern of a layer for a run of ``frames`` latent frames, and notes where it is not the plan's own."""
+    planned = plan.pattern(layer, depth)
+    pattern = planned.scaled(plan.frames, frames)
+    now, then = (sorted({p.k for p in x.kinds if p.k is not None}) for x in (pattern, planned))
+    if now != then and pattern != planned:
+        counts = " and ".join(map(str, now)) or "all", " and ".join(map(str, then))
+        text = (
+            f"the plan was made for {plan.frames} latent frames and the run has {frames}: the distance between reference "
+            f"frames is kept, so that there are fewer of them (layer {layer}: {counts[0]} instead of {counts[1]})."
+        )
+        return pattern, (("scaled", text),)
+    most = max(then, default=0)
+    if most > frames > 1:
+        text = f"the plan has {most} reference frames and the run {frames} latent frames: full attention."
+        return pattern, (("k above the frames", text),)
+    return pattern, ()

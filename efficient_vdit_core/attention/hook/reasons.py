@@ -1,0 +1,53 @@
+"""Why an attention call stays dense: one ladder, asked by runs, searches and forecasts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...plan.head_patterns import LayerPattern
+from ..layout import TokenLayout
+from .attention_call import AttentionCall
+from .state import ForwardState
+
+ANOTHER_LENGTH = "another sequence length"
+# Below this many latent frames, or above this share of dense FLOPs, two attention calls take as long as one.
+FEWEST_FRAMES = 4
+HIGHEST_DENSITY = 0.9
+
+
+def why_not_the_video(call: AttentionCall) -> str:
+    """The reason why this is no self-attention over the video; an empty text where it is."""
+    state = call.state
+    if state is None:
+        return "no token grid"
+    if call.crosses:
+        # How LTX gives guides another strength: a mask weighs all tokens for a part of the queries.
+        a_part = call.mask is not None and state.layout is not None and call.keys == state.layout.tokens
+        return "masked" if a_part else "cross-attention"
+    if state.layout is None:
+        return state.reason
+    if call.tokens == state.layout.tokens:
+        return ""
+    return "text or audio alone" if call.tokens in state.others else ANOTHER_LENGTH
+
+
+def why_no_pattern(state: ForwardState, layout: TokenLayout, mask: Tensor | None) -> str:
+    """The reason why no pattern goes over this self-attention over the video; an empty text where one can."""
+    if layout.grid.t == 1:
+        return "a single frame"
+    if mask is not None and not state.masks_padding_alone(layout, mask):
+        return "masked"
+    return "" if state.active else state.reason
+
+
+def why_not_worth_it(layout: TokenLayout, pattern: LayerPattern, min_tokens: int, decline_slow: bool) -> str:
+    """The reason why this pattern is not put over a layer of this layout; an empty text where it is."""
+    if layout.grid.tokens < min_tokens:
+        return "below min_tokens"
+    if pattern.is_full(layout.grid.t):
+        return "full in the plan"
+    if decline_slow and layout.grid.t < FEWEST_FRAMES:
+        return "too few frames to pay"
+    if decline_slow and pattern.flop_density(layout.grid, layout.prefix + layout.suffix) > HIGHEST_DENSITY:
+        return "too dense to pay"
+    return ""

@@ -1,0 +1,88 @@
+"""What a run made sparse, what it left dense, and why."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+
+from ..layout import TokenLayout
+from .clock import AttentionClock
+from .cost import StepCost
+from .measure import StepMeasure
+
+log = logging.getLogger("efficient_vdit")
+
+
+@dataclass
+class AttentionReport:
+    """Counts of a run, safe to fill from several threads."""
+
+    sparse: int = 0
+    density_sum: float = 0.0
+    dense: Counter[str] = field(default_factory=Counter)
+    computed: Counter[str] = field(default_factory=Counter)  # calls over the video by what computed them
+    trials: dict[str, str] = field(default_factory=dict)  # by pattern: the backends' times where auto measured them
+    warned: set[str] = field(default_factory=set)
+    noted: set[str] = field(default_factory=set)
+    layout: TokenLayout | None = None  # of the last forward; None before the first, or where it is not known
+    cost: StepCost | None = None  # of the last forward, where the model's matrices are known
+    seconds: float = 0.0  # that the last sampling took, 0 before its end
+    clock: AttentionClock = field(default_factory=AttentionClock)
+    measure: StepMeasure | None = None  # where a step of each run is computed dense as well
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add_sparse(self, density: float, computed: str) -> None:
+        """A call under a pattern; ``computed`` names the backend, or the dense function of its pieces."""
+        with self.lock:
+            self.sparse += 1
+            self.density_sum += density
+            self.computed[computed] += 1
+
+    def add_dense(self, reason: str, computed: str = "") -> None:
+        """A dense call; ``computed`` names the function of one over the video."""
+        with self.lock:
+            self.dense[reason] += 1
+            if computed:
+                self.computed[computed] += 1
+
+    def add_trial(self, pattern: str, times: str) -> None:
+        """What a trial of the backends found for calls under ``pattern``."""
+        with self.lock:
+            self.trials[pattern] = times
+
+    def warn(self, about: str, text: str) -> None:
+        """Log ``text``, once a run for each ``about``."""
+        self._log_once(logging.WARNING, self.warned, about, text)
+
+    def note(self, about: str, text: str) -> None:
+        """The same for what is good to know and asks nothing of the user."""
+        self._log_once(logging.INFO, self.noted, about, text)
+
+    def _log_once(self, level: int, said: set[str], about: str, text: str) -> None:
+        with self.lock:
+            if about in said:
+                return
+            said.add(about)
+        log.log(level, "Efficient-vDiT: %s", text)
+
+    def reset(self) -> None:
+        with self.lock:
+            self.sparse, self.density_sum, self.seconds = 0, 0.0, 0.0
+            self.layout = self.cost = None
+            self.dense.clear()
+            self.computed.clear()
+            self.trials.clear()
+            self.warned.clear()
+            self.noted.clear()
+        self.clock.reset()
+        if self.measure is not None:
+            self.measure.reset()
+
+    def summary(self) -> str:
+        """One line: how many calls became sparse, at what mean density, and why the others stayed dense."""
+        with self.lock:
+            kept = f" at mean density {self.density_sum / self.sparse:.2f}" if self.sparse else ""
+            why = ", ".join(f"{count} {reason}" for reason, count in self.dense.most_common())
+            return f"{self.sparse} attention calls sparse{kept}; dense: {why or 'none'}"

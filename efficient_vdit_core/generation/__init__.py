@@ -1,0 +1,1 @@
+"""What one generation asks for, and what it runs on."""

@@ -1,0 +1,234 @@
+"""Reads the frames of a clip: all of them, or an error. A damaged file never passes for a shorter or a greyer clip.
+
+Sizes are read before pixels, and frames come one by one: a file of a few hundred bytes can stand for terabytes.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ..limits.memory import check_memory
+from ..limits.quote import quoted, reason
+from .pyav_video import frame_rates, is_steady, read_frames, read_rates, times_shown
+from .video import MAX_FPS, MIN_FPS, PACKAGES, frame_milliseconds, has_ffmpeg, install, read_metadata
+
+MAX_PIXELS = 2**25  # of a frame: 8K
+MAX_FRAMES = 10_000  # of a clip
+MAX_CLIP = 2**32  # pixels of all frames: 2,000 of 1080p
+_UNTIMED = 100  # milliseconds
+_ANIMATIONS = (".gif", ".webp", ".png", ".apng")
+_SIZE = re.compile(r"Video: [^\n]*?, (\d{1,6})x(\d{1,6})\b")
+_COUNT = re.compile(r"frame=\s*(\d+)")
+_RATES = re.compile(r"Video: [^\n]*?(?:, ([\d.]+k?) fps)?, ([\d.]+k?) tbr\b")
+
+
+class TooLarge(ValueError):
+    """A clip beyond the bounds above; its message says which."""
+
+
+def read_video(path: str | Path) -> np.ndarray:
+    """All frames at once, uint8 (F, H, W, 3); see `iterate_video`. ValueError also where they are more than is free."""
+    frames: list[np.ndarray] = []
+    for frame in iterate_video(path):
+        frames.append(frame)
+        if len(frames) % 16 == 0:  # they are copied into one array at the end
+            size = 2 * len(frames) * frame.nbytes
+            check_memory(size, f"{quoted(str(path), 120)} with its frames so far", "Cut it, or make it smaller.")
+    return np.stack(frames)
+
+
+def iterate_video(path: str | Path, fps: float = 0.0) -> Iterator[np.ndarray]:
+    """The frames one by one, uint8 (H, W, 3), RGB: animations (gif, webp, apng) with Pillow, everything else with
+    ffmpeg or PyAV.
+
+    A rate that varies becomes ``fps``, by the frames' own times, or without it the constant one of the container: frames that
+    last longer are repeated.
+
+    Raises ValueError where the file is missing, damaged, no video, or larger than the bounds above.
+    """
+    path = Path(path)
+    name = quoted(str(path), 120)
+    if not path.is_file():
+        raise ValueError(f"There is no file {name}; check the path.")
+    count, size = 0, None
+    try:
+        for frame in _frames(path, fps):
+            if size is not None and frame.shape != size:
+                raise ValueError("its frames differ in size")
+            count, size = count + 1, frame.shape
+            _check_size(frame.shape[1], frame.shape[0], count)
+            yield frame
+    except ImportError as error:
+        raise ValueError(
+            f"Reading {path.suffix} needs the package {PACKAGES.get(error.name or '', error.name)!r}, which is missing. "
+            f"{install(error.name)}"
+        ) from error
+    except TooLarge as error:
+        raise ValueError(f"{name} cannot be read: {error} Cut it, or make it smaller.") from None
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # Pillow alone names a broken file in a dozen ways, IndexError among them
+        said = reason(error) if isinstance(error, OSError | ValueError) else "its pictures are cut short"
+        raise ValueError(
+            f"{name} cannot be read as a video ({said}). It is damaged, half written or of another kind; make it again."
+        ) from error
+    if not count:
+        raise ValueError(f"{name} holds no frames. It is damaged, half written or of another kind; make it again.")
+
+
+def check_steady(path: Path) -> None:
+    """Raises ValueError where the constant rate of the container is not that of the frames: what a browser records counts
+    thousandths of a second, and each frame would come dozens of times. An animation says how long each lasts."""
+    if path.suffix.lower() in _ANIMATIONS:
+        return
+    mean, constant = (
+        told_rates(told(["-hide_banner", "-nostdin", "-i", f"file:{path}"])) if has_ffmpeg() else read_rates(path)
+    )
+    if not is_steady(mean, constant):
+        raise ValueError("its frame rate is not told, or varies. Set data.fps to the model's, or convert it")
+
+
+def _frames(path: Path, fps: float) -> Iterator[np.ndarray]:
+    if path.suffix.lower() in _ANIMATIONS:
+        return _animation(path, fps)
+    return _stream(path, fps) if has_ffmpeg() else read_frames(path, _check_size, fps)
+
+
+def _check_size(width: int, height: int, frames: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise TooLarge(f"its frames are {width}x{height}, at most {MAX_PIXELS:,} pixels are read.")
+    if frames > MAX_FRAMES:
+        raise TooLarge(f"it has {frames:,} frames at its constant rate, at most {MAX_FRAMES:,} are read.")
+    if frames * width * height > MAX_CLIP:
+        raise TooLarge(f"it has {frames:,} frames of {width}x{height}, at most {MAX_CLIP:,} pixels are read in all.")
+
+
+def _animation(path: Path, fps: float) -> Iterator[np.ndarray]:
+    """Writers of animations join equal frames into one that lasts longer; here each is as long as the file's own rate
+    says, or the shortest, or as it takes at ``fps``."""
+    from PIL import Image, ImageSequence
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is lower
+        try:
+            image: Any = Image.open(path)
+        except Image.DecompressionBombError:
+            raise TooLarge(f"its frames have more than {MAX_PIXELS:,} pixels.") from None
+    with image:
+        _check_size(image.width, image.height, getattr(image, "n_frames", 1))
+        durations = [_duration(frame) for frame in ImageSequence.Iterator(image)]
+        own_unit, own_count = _own_words(path)
+        unit = own_unit or min(durations)
+        repeats = [max(1, round(duration / unit)) for duration in durations]
+        if len(repeats) == 1:
+            repeats = [own_count or repeats[0]]
+        if fps:
+            ends = [unit / 1000 * end for end in accumulate(repeats, initial=0)]
+            repeats = [times_shown(*times, fps) for times in pairwise(ends)]
+        _check_size(image.width, image.height, sum(repeats))
+        for frame, repeat in zip(ImageSequence.Iterator(image), repeats, strict=True):
+            pixels = np.asarray(frame.convert("RGB"))
+            for _ in range(repeat):
+                yield pixels
+
+
+def _duration(frame: Any) -> int:
+    """In milliseconds, at least 1; a webp tells it once the frame is decoded. One of no time lasts as long as browsers show it,
+    or each of its neighbours would count as a hundred frames."""
+    frame.load()
+    return max(1, int(frame.info.get("duration") or _UNTIMED))
+
+
+def _own_words(path: Path) -> tuple[int, int]:
+    """Milliseconds of a frame and number of frames where `write_video` wrote the file, else 0: nothing else tells how
+    many equal frames a clip has that stands still."""
+    try:
+        metadata = read_metadata(path)
+    except ValueError:
+        return 0, 0
+    fps, count = _within(metadata.get("fps"), MIN_FPS, MAX_FPS), _within(metadata.get("frames"), 1, MAX_FRAMES)
+    return frame_milliseconds(path.suffix.lower(), fps) if fps else 0, int(count)
+
+
+def _within(value: Any, low: float, high: float) -> float:
+    """A number that stands in a file, or 0 where it is none or out of range."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    return float(value) if usable else 0.0
+
+
+def _stream(path: Path, fps: float) -> Iterator[np.ndarray]:
+    """ffmpeg hands over PPM pictures, whose headers tell their size; any complaint of its decoder ends the reading."""
+    source = ["-nostdin", "-max_pixels", str(MAX_PIXELS), "-i", f"file:{path}", "-map", "0:v:0"]
+    _check_size(*_probed(source))
+    rate = ["-vf", f"fps={fps}"] if fps else []
+    strict = ["-v", "error", "-xerror", *source, *rate, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
+    with tempfile.TemporaryFile() as complaints, ffmpeg(strict, subprocess.PIPE, complaints) as process:
+        assert process.stdout is not None
+        try:
+            yield from _ppm_pictures(process.stdout)
+        except BaseException:
+            process.kill()
+            raise
+        status = process.wait()
+        text = said(complaints)
+    if status or text:
+        first = re.sub(r"^\[.*?\] ", "", text).splitlines()[:1] or [
+            f"exit status {status}"
+        ]  # without "[h264 @ 0x5575c0]"
+        raise ValueError(f"ffmpeg: {first[0].rstrip('.')}")
+
+
+def _probed(source: list[str]) -> tuple[int, int, int]:
+    """Width, height and packets of the video as the container tells them, without decoding; 0 where it does not."""
+    text = told(["-hide_banner", *source, "-c", "copy", "-f", "null", "-"])
+    size, counts = _SIZE.search(text), _COUNT.findall(text)
+    return int(size[1]) if size else 0, int(size[2]) if size else 0, int(counts[-1]) if counts else 0
+
+
+def told_rates(about: str) -> tuple[float, float]:
+    """Mean and constant frames a second in what ffmpeg tells of a file; 0 where it does not."""
+    found = _RATES.search(about)
+    texts = found.groups("0") if found else ("0", "0")
+    return frame_rates(*(float(text.replace("k", "e3")) for text in texts))
+
+
+def told(arguments: list[str]) -> str:
+    """What ffmpeg says of its work, whether it succeeds or not."""
+    with tempfile.TemporaryFile() as answer:
+        with ffmpeg(arguments, subprocess.DEVNULL, answer) as process:
+            process.wait()
+        return said(answer)
+
+
+def ffmpeg(arguments: list[str], out: Any, errors: Any) -> subprocess.Popen[bytes]:
+    """imageio-ffmpeg's program at work, its output in ``out`` and its words in ``errors``."""
+    import imageio_ffmpeg
+
+    return subprocess.Popen([imageio_ffmpeg.get_ffmpeg_exe(), *arguments], stdout=out, stderr=errors)
+
+
+def said(file: Any) -> str:
+    """The words in a file that a program has written to."""
+    file.seek(0)
+    return file.read(2**20).decode(errors="replace").strip()
+
+
+def _ppm_pictures(stream: IO[bytes]) -> Iterator[np.ndarray]:
+    """Each (H, W, 3) uint8; ends before a picture that is not whole, as ffmpeg's own message then says why."""
+    while stream.readline() == b"P6\n":
+        width, height = map(int, stream.readline().split())
+        _check_size(width, height, 1)
+        stream.readline()  # 255, the value of white
+        data = stream.read(width * height * 3)
+        if len(data) < width * height * 3:
+            return
+        yield np.frombuffer(data, np.uint8).reshape(height, width, 3)

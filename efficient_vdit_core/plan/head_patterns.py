@@ -1,0 +1,93 @@
+"""A layer whose attention heads follow different tile patterns.
+
+The paper gives a layer one pattern; heads of one layer differ far more than layers do. Where all heads are alike the
+pattern is a plain ``TilePattern``, which fits any number of heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..tiles import TilePattern, TokenGrid
+
+
+@dataclass(frozen=True)
+class HeadPatterns:
+    """One pattern for each head of a layer, in their order; made by ``by_head``."""
+
+    patterns: tuple[TilePattern, ...]
+
+    @cached_property
+    def groups(self) -> dict[TilePattern, tuple[int, ...]]:
+        """The heads of each pattern, ascending; patterns in the order of their first head."""
+        found: dict[TilePattern, list[int]] = {}
+        for head, pattern in enumerate(self.patterns):
+            found.setdefault(pattern, []).append(head)
+        return {pattern: tuple(heads) for pattern, heads in found.items()}
+
+    def head_groups(self, heads: int) -> dict[TilePattern, tuple[int, ...]]:
+        """The ``heads`` of a call by the pattern that they follow. Raises ValueError for another number of heads."""
+        if len(self.patterns) != heads:
+            raise ValueError(
+                f"The layer's pattern is for {len(self.patterns)} heads, but its attention has {heads}. "
+                "Choose a plan that was made for this model."
+            )
+        return self.groups
+
+    def of_heads(self, start: int, count: int) -> LayerPattern:
+        """The pattern of ``count`` heads from head ``start`` on."""
+        return by_head(self.patterns[start : start + count])
+
+    @property
+    def kinds(self) -> tuple[TilePattern, ...]:
+        """The different patterns of the heads, in the order of their first head."""
+        return tuple(self.groups)
+
+    def is_full(self, frames: int) -> bool:
+        """True where no head leaves anything out of ``frames`` frames."""
+        return all(pattern.is_full(frames) for pattern in self.kinds)
+
+    def density(self, frames: int) -> float:
+        """Mean share of the frame x frame tiles that is computed, 0 to 1."""
+        return self.mean({pattern: pattern.density(frames) for pattern in self.kinds})
+
+    def flop_density(self, grid: TokenGrid, extra: int = 0) -> float:
+        """Mean over the heads, as of ``TilePattern``."""
+        return self.mean({pattern: pattern.flop_density(grid, extra) for pattern in self.kinds})
+
+    def mean(self, values: Mapping[TilePattern, float]) -> float:
+        """The mean of ``values`` by pattern over the heads."""
+        return sum(len(heads) * values[pattern] for pattern, heads in self.groups.items()) / len(self.patterns)
+
+    def placed(self, placement: str, shift: int = 0) -> LayerPattern:
+        """The same patterns, standing elsewhere. Raises ValueError for an unknown placement."""
+        return by_head(pattern.placed(placement, shift) for pattern in self.patterns)
+
+    def scaled(self, made_for: int | None, frames: int) -> LayerPattern:
+        """Each head's pattern for a clip of ``frames``, as of ``TilePattern``."""
+        return by_head(pattern.scaled(made_for, frames) for pattern in self.patterns)
+
+    def name(self, frames: int) -> str:
+        """Such as ``heads: 5 x 1:7~1, 3 x full``."""
+        counts = (f"{len(heads)} x {pattern.name(frames)}" for pattern, heads in self.groups.items())
+        return f"heads: {', '.join(counts)}"
+
+
+# A worker may hold two copies of this package, whose classes are not the same: what computes asks the pattern, by the
+# methods that both have, and never for its class.
+LayerPattern = TilePattern | HeadPatterns
+
+
+def join_heads(heads: tuple[int, ...]) -> str:
+    """Ascending (0, 1, 2, 5) as ``0-2,5``."""
+    starts = [h for h in heads if h - 1 not in heads]
+    ends = [h for h in heads if h + 1 not in heads]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def by_head(patterns: Iterable[TilePattern]) -> LayerPattern:
+    """A layer's pattern from one for each head; a plain one where all heads are alike."""
+    every = tuple(patterns)
+    return every[0] if len(set(every)) == 1 else HeadPatterns(every)

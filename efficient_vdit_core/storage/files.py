@@ -1,0 +1,167 @@
+"""Writes files so that nothing is lost: refused early where it cannot work, and whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..limits.quote import named, quoted, reason
+
+NAME_BYTES = 255  # of a file's name, not characters: what Linux, macOS and Windows have in common
+MAX_NUMBER = 99_999
+_PART = re.compile(r"\.evdit-[0-9a-f]{12}\.\w+")
+_FORGOTTEN = 3600.0  # seconds without a write, after which nobody is writing a part any more
+
+
+def check_writable_file(path: str | Path) -> Path:
+    """Raises ValueError if no file can be written at `path`; called before the long work, so touches nothing."""
+    path = Path(path)
+    name = quoted(str(path), 120)
+    try:
+        size = len(os.fsencode(path.name))
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"Cannot write {name}: half a surrogate pair stands for no letter; choose another name."
+        ) from None
+    if size > NAME_BYTES:
+        raise ValueError(f"Cannot write {name}: its name has {size} bytes, at most {NAME_BYTES} fit; shorten it.")
+    if path.is_dir():
+        raise ValueError(f"Cannot write {name}: it is a folder; name a file in it.")
+    real = Path(os.path.realpath(path)).parent  # where a symbolic link leads to
+    folder = quoted(str(real if path.is_symlink() else path.parent), 120)
+    if not real.is_dir():
+        raise ValueError(f"Cannot write {name}: the folder {folder} does not exist; create it first.")
+    if not os.access(real, os.W_OK):
+        raise ValueError(f"Cannot write {name}: no permission in {folder}; choose another folder.")
+    return path
+
+
+def can_be_path(text: str) -> bool:
+    """Whether a file system could hold this path; others fail with an error of the system's, wherever they are used."""
+    try:
+        return "\0" not in text and all(len(os.fsencode(part)) <= NAME_BYTES for part in Path(text).parts)
+    except UnicodeEncodeError:
+        return False
+
+
+@contextmanager
+def whole_file(path: str | Path, ending: str = ".tmp", *, new: bool = False) -> Iterator[Path]:
+    """A hidden file beside ``path`` to write; it takes the place of ``path`` at the end, once it is on the disk.
+
+    ``ending`` is for writers that choose the format by it. With ``new`` a file of that name is left alone and
+    FileExistsError raised.
+    Where writing fails (a full disk, Ctrl-C) a file of that name stays as it was, and nothing else is left behind; what
+    a killed process left is removed at the next write beside it. Where ``path`` is a symbolic link, all this is so of the file
+    that it leads to.
+    """
+    path = Path(os.path.realpath(path))
+    _remove_forgotten(path.parent)
+    part = path.with_name(f".evdit-{uuid.uuid4().hex[:12]}{ending}")
+    try:
+        part.touch(exist_ok=False)
+        mode = part.stat().st_mode
+        yield part
+        part.chmod(mode)  # some writers, such as safetensors', make their own file, which nobody else may read
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        if new:
+            _name_once(part, path)
+        else:
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str, *, new: bool = False) -> None:
+    """Writes `text` as UTF-8; a file of that name is replaced only once the new one is whole, or with ``new`` kept."""
+    write_bytes(path, text.encode(errors="replace"), new=new)  # half a surrogate pair becomes a question mark
+
+
+def write_bytes(path: str | Path, data: bytes, *, new: bool = False) -> None:
+    """Writes `data`; a file of that name is replaced only once the new one is whole, or with ``new`` kept."""
+    with whole_file(path, new=new) as part:
+        part.write_bytes(data)
+
+
+def write_numbered(folder: Path, prefix: str, text: str, ending: str = ".json", *, beside: Sequence[Path] = ()) -> str:
+    """Writes ``PREFIX_00001.json``, or under the next number that is free there and in the folders ``beside``, and returns the
+    name. Overwrites nothing, and takes the name together with the whole content: a process that is killed leaves no empty file.
+
+    Raises ValueError where ``prefix`` is more than a plain file name.
+    """
+    if not re.fullmatch(r"\w[\w .-]{0,99}", prefix):
+        raise ValueError(
+            f"filename_prefix is {quoted(prefix)}, expected a plain name of up to 100 letters, digits, spaces, dots, dashes or "
+            "underscores that begins with a letter or digit: these files are saved in one folder."
+        )
+    size, room = len(prefix.encode()), NAME_BYTES - len(f"_{MAX_NUMBER}{ending}")
+    if size > room:
+        raise ValueError(
+            f"filename_prefix is {quoted(prefix)}, {size} bytes in UTF-8, expected at most {room}: a letter that is not "
+            "Latin takes two to four. Shorten it."
+        )
+    for number in range(1, MAX_NUMBER + 1):
+        path = folder / f"{prefix}_{number:05}{ending}"
+        if any((place / path.name).exists() for place in (folder, *beside)):
+            continue
+        with suppress(FileExistsError):  # another process was faster
+            write_text(path, text, new=True)
+            return path.name
+    raise ValueError(
+        f"All {MAX_NUMBER:,} names {quoted(prefix + '_00001' + ending)} and so on are taken. Choose another prefix."
+    )
+
+
+def write_torch(path: str | Path, state: Any) -> None:
+    """Writes ``torch.save``'s form of `state`, whole; OSError where there is no room, which PyTorch calls otherwise."""
+    import torch
+
+    try:
+        with whole_file(path) as part:
+            torch.save(state, part)
+    except RuntimeError as error:
+        raise OSError(
+            f"{named(Path(path).name)} could not be written ({reason(error)}). Make room there and start the same command again."
+        ) from error
+
+
+def read_torch(path: str | Path, advice: str, *, mmap: bool = False) -> Any:
+    """What a file of ``torch.save`` holds: tensors and plain containers only, never code. ValueError ends with
+    ``advice``."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # PyTorch names a broken file in a dozen ways
+        raise ValueError(
+            f"{named(Path(path).name)} cannot be read: it is damaged, half written, or holds more than tensors, which "
+            f"this project never unpickles. {advice}"
+        ) from error
+
+
+def _name_once(part: Path, path: Path) -> None:
+    """Gives a finished part its name, unless there is a file of that name; both in one step of the file system."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links, as on exFAT
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.rename(part, path)
+
+
+def _remove_forgotten(folder: Path) -> None:
+    """Parts of a process that was killed: each may be as large as a checkpoint."""
+    now = time.time()
+    with suppress(OSError):  # the folder is not there or not readable: the write itself says so
+        for entry in os.scandir(folder):
+            with suppress(OSError):  # another process removes it too
+                if _PART.fullmatch(entry.name) and now - entry.stat(follow_symlinks=False).st_mtime > _FORGOTTEN:
+                    os.unlink(entry.path)

@@ -1,0 +1,1 @@
+"""Sequence parallelism in ComfyUI: its side, and what runs in the workers."""
