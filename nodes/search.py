@@ -6,10 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..efficient_vdit_core.search import SearchSettings, parse_candidates
 from ..efficient_vdit_core.search.by_head import MAX_GROUPS
 from ..efficient_vdit_core.search.describe import describe_plan
 from .checked import checked
-from .comfy_bridge.probe import search_plan
+from .comfy_bridge.probe import ProbeSampling, check_searchable, search_plan
 from .inputs import CATEGORY, SEED_STAYS, Plan, advanced_inputs, plan_is_told_again, plan_ui, search_words
 
 
@@ -185,9 +186,9 @@ class EVDiTSearchTilePlan(io.ComfyNode):
         candidates: str, negative: Any = None, cfg: float = 5.0, costs: str = "flops", error: str = "attention",
         sigmas: Any = None, head_groups: int = 1,
     ) -> io.NodeOutput:  # fmt: skip
-        plan = search_plan(
-            model, positive, negative, latent, seed=seed, probes=probes, threshold=threshold, speedup=target_speedup,
-            candidates=candidates, cfg=cfg, costs=costs, error=error, sigmas=sigmas,
-            head_groups=head_groups,
-        )  # fmt: skip
+        check_searchable(model, error)  # said before what the widgets hold
+        patterns = parse_candidates(candidates)
+        settings = SearchSettings(patterns, threshold, target_speedup, error, costs, head_groups)
+        sampling = ProbeSampling(seed, probes, cfg, sigmas)
+        plan = search_plan(model, positive, negative, latent, settings, sampling)
         return io.NodeOutput(plan, describe_plan(plan), ui=plan_ui(plan))

@@ -27,6 +27,7 @@ from ..plan.head_patterns import LayerPattern
 from ..plan.tile_plan import ANY_FAMILY
 from ..search.plan_from_record import plan_from_record
 from ..search.probe import ProbeRecord, relative_error
+from ..search.settings import SearchSettings
 from ..tiles import TilePattern
 
 BLOCK = 64
@@ -106,13 +107,12 @@ def searched_plans(record: ProbeRecord, references: tuple[int, ...], layers: int
     """The plans by head of a finished probing run that cost as much as so many reference frames in every layer."""
     assert record.layout is not None
     grid, extra = record.layout.grid, record.layout.prefix + record.layout.suffix
-    return {
-        count: plan_from_record(
-            record, layers=layers, family=ANY_FAMILY, heads=heads, groups=GROUPS,
-            speedup=1 / TilePattern(count).flop_density(grid, extra),
-        )
-        for count in references
-    }  # fmt: skip
+    plans = {}
+    for count in references:
+        speedup = 1 / TilePattern(count).flop_density(grid, extra)
+        settings = SearchSettings(record.candidates, speedup=speedup, head_groups=GROUPS)
+        plans[count] = plan_from_record(record, settings, layers=layers, family=ANY_FAMILY, heads=heads)
+    return plans
 
 
 def _exactly(pattern: LayerPattern) -> dict[TilePattern, str]:

@@ -16,7 +16,8 @@ from . import INTERRUPTED, say
 if TYPE_CHECKING:
     from ..generation.request import VideoRequest
     from ..pipeline import Pipeline
-    from ..search import ProbeRecord
+    from ..plan import TilePlan
+    from ..search import ProbeRecord, SearchSettings
 
 MAX_PROBES = 100
 ERRORS = "errors.pt"
@@ -74,8 +75,6 @@ def run(args: argparse.Namespace) -> int:
     what it has measured in a folder beside the plan to come, until that is written."""
     from ..generation.model_header import ModelHeader
     from ..generation.request import VideoRequest
-    from ..search import ProbeRecord, check_groups, check_target, parse_candidates
-    from ..search.candidates import sparse_candidates
     from ..storage.folder_record import claim_folder
 
     out = Path(args.out)
@@ -86,22 +85,15 @@ def run(args: argparse.Namespace) -> int:
             f"--out {quoted(args.out, 120)} exists already, and no plan is written over. Choose another name."
         )
     check_writable_file(out)
-    candidates = parse_candidates(args.candidates)
-    if not 1 <= args.probes <= MAX_PROBES:
-        raise ValueError(f"--probes must lie in 1..{MAX_PROBES}, got {quoted(args.probes)}.")
-    check_groups(args.head_groups, args.error)
-    _check_target(args)
+    settings = _settings(args)
     choices = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
     choices |= {"steps": args.probes, "segments": args.probes}  # also where the model was distilled for another number
     for prompt in args.prompt:
         VideoRequest(prompt, **choices).check()
     header = ModelHeader.read(args.model, text_encoder=args.text_encoder)
     requests = [header.request(prompt, **choices) for prompt in args.prompt]
-    frames = requests[0].latent_size[0]
-    timed, by_head = args.costs == "measured", args.head_groups > 1
-    record = ProbeRecord(sparse_candidates(candidates, frames), timed=timed, by_head=by_head)
-    check_target(args.threshold or 0.0, args.speedup or 0.0, record.candidates, frames, args.costs)
-    kept = out.with_suffix(".measured") if args.error == "output" else None
+    record = settings.record(requests[0].latent_size[0])
+    kept = out.with_suffix(".measured") if settings.error == "output" else None
     if kept is not None:
         claim_folder(kept, _measured(args, requests, record), MEASURED)
     try:
@@ -112,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
             pipeline = Pipeline.from_model(
                 args.model, text_encoder=args.text_encoder, device=args.device, dtype=args.dtype
             )
-            _search(pipeline, args, requests, record, kept).save(out)
+            _measure(pipeline, requests, settings, record, kept)
+            _plan(pipeline, args.prompt, requests[0], settings, record).save(out)
     except KeyboardInterrupt:
         if kept is None or not kept.is_dir():
             raise
@@ -120,6 +113,23 @@ def run(args: argparse.Namespace) -> int:
         return INTERRUPTED
     say(f"wrote {out}")
     return 0
+
+
+def _settings(args: argparse.Namespace) -> SearchSettings:
+    """Raises ValueError for what no search can be, whatever the model."""
+    from ..search import SearchSettings, parse_candidates
+    from ..search.select import check_speedup, check_threshold
+
+    candidates = parse_candidates(args.candidates)
+    if not 1 <= args.probes <= MAX_PROBES:
+        raise ValueError(f"--probes must lie in 1..{MAX_PROBES}, got {quoted(args.probes)}.")
+    threshold, speedup = args.threshold or 0.0, args.speedup or 0.0
+    settings = SearchSettings(candidates, threshold, speedup, args.error, args.costs, args.head_groups)
+    if args.speedup is not None:
+        check_speedup(args.speedup)  # 0 is none here
+    else:
+        check_threshold(args.threshold)
+    return settings
 
 
 def _measured(args: argparse.Namespace, requests: list[VideoRequest], record: ProbeRecord) -> dict[str, Any]:
@@ -155,67 +165,55 @@ def _kept_until_written(folder: Path | None) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _check_target(args: argparse.Namespace) -> None:
-    from ..search.select import check_speedup, check_threshold
-
-    if args.speedup is not None:
-        check_speedup(args.speedup)
-    else:
-        check_threshold(args.threshold)
-
-
-def _search(
-    pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRequest], record: ProbeRecord, kept: Path | None
-) -> Any:
+def _plan(
+    pipeline: Pipeline, prompts: list[str], request: VideoRequest, settings: SearchSettings, record: ProbeRecord
+) -> TilePlan:
+    """The plan of what was measured, told as well. ``request``: that of any prompt."""
     from ..generation.model_folder import FAMILY
     from ..search import plan_from_record
     from ..search.describe import describe_plan
 
-    _measure(pipeline, args, requests, record, kept)
     config = pipeline.transformer.config
     about = {
         "model": pipeline.name,
-        "prompts": args.prompt,
-        "negative": requests[0].negative,
-        "guidance": requests[0].guidance,
-        "seed": requests[0].seed,
-        "sigmas": [round(s, 6) for s in pipeline.noise_levels(requests[0])],
+        "prompts": prompts,
+        "negative": request.negative,
+        "guidance": request.guidance,
+        "seed": request.seed,
+        "sigmas": [round(s, 6) for s in pipeline.noise_levels(request)],
     }
-    plan = plan_from_record(
-        record, layers=config.num_layers, family=FAMILY, heads=config.num_attention_heads, threshold=args.threshold or 0.0,
-        speedup=args.speedup or 0.0, measure=args.error, costs=args.costs, groups=args.head_groups, about=about,
-    )  # fmt: skip
+    of_model = {"layers": config.num_layers, "family": FAMILY, "heads": config.num_attention_heads}
+    plan = plan_from_record(record, settings, **of_model, about=about)
     say(describe_plan(plan))
     return plan
 
 
 def _measure(
-    pipeline: Pipeline, args: argparse.Namespace, requests: list[VideoRequest], record: ProbeRecord, kept: Path | None
+    pipeline: Pipeline, requests: list[VideoRequest], settings: SearchSettings, record: ProbeRecord, kept: Path | None
 ) -> None:
     """One dense sampling of ``probes`` steps for each prompt, behind a progress bar. Errors of the output are kept in the
     folder ``kept``, and known from there."""
     from tqdm import tqdm
 
     from ..distill.runs.kept_errors import KeptErrors
-    from ..search import check_reach, make_probe_override, measure_output, replay_blocks
+    from ..search import make_probe_override, measure_output, replay_blocks
     from ..search.output import once
     from ..search.probe import BLOCK, OUTPUT
 
     blocks = list(pipeline.transformer.transformer_blocks)
-    each = 1 + len(record.candidates) if args.error == OUTPUT else 1
+    each = 1 + len(record.candidates) if settings.error == OUTPUT else 1
     total = len(requests) * (requests[0].steps or 0) * len(blocks) * each
     with tqdm(total=total, desc="probing", unit="layer") as bar, ExitStack() as stack:
 
         def progress(layer: int) -> None:
             bar.update(1)
 
-        begun = partial(check_reach, args.speedup or 0.0, record.candidates, args.costs)
-        override = make_probe_override(record, progress=progress, begun=begun)
+        override = make_probe_override(record, progress=progress, begun=settings.check_reach)
         around = once
         if kept is not None:
             keep = stack.enter_context(KeptErrors(kept / ERRORS)).next
             around = partial(measure_output, record, progress=progress, keep=keep)
-        if args.error == BLOCK:
+        if settings.error == BLOCK:
             stack.enter_context(replay_blocks(blocks, record))
         for request in requests:
             pipeline.observe(request, override, around)

@@ -4,15 +4,14 @@ follows."""
 from .blocks import replay_blocks
 from .candidates import parse_candidates
 from .output import measure_output
-from .plan_from_record import check_groups, plan_from_record
+from .plan_from_record import plan_from_record
 from .probe import ProbeRecord, make_probe_override
-from .select import check_reach, check_target, choose_for_speedup, choose_under_threshold
+from .select import choose_for_speedup, choose_under_threshold
+from .settings import SearchSettings
 
 __all__ = [
     "ProbeRecord",
-    "check_groups",
-    "check_reach",
-    "check_target",
+    "SearchSettings",
     "choose_for_speedup",
     "choose_under_threshold",
     "make_probe_override",

@@ -13,9 +13,10 @@ from ..attention import TokenLayout
 from ..plan import TilePlan
 from ..plan.head_patterns import LayerPattern, by_head
 from ..tiles import TilePattern
-from .by_head import MAX_GROUPS, HeadTable, heads_for_speedup, heads_under_threshold
+from .by_head import HeadTable, heads_for_speedup, heads_under_threshold
 from .probe import ATTENTION, BLOCK, OUTPUT, ProbeRecord
-from .select import FLOPS, MEASURED, check_threshold, choose_for_speedup, choose_under_threshold
+from .select import check_threshold, choose_for_speedup, choose_under_threshold
+from .settings import SearchSettings
 
 FULL = TilePattern(None)
 _ERRORS = {
@@ -26,56 +27,32 @@ _ERRORS = {
 Costs = list[dict[TilePattern, float]]  # or errors, of each layer
 
 
-def check_groups(groups: int, measure: str) -> None:
-    """Raise ValueError where heads cannot be told apart as asked."""
-    if type(groups) is not int or not 1 <= groups <= MAX_GROUPS:
-        raise ValueError(
-            f"head_groups is {groups!r}, expected 1 to {MAX_GROUPS}; 1 gives all heads of a layer one pattern."
-        )
-    if groups > 1 and measure == BLOCK:
-        raise ValueError(
-            f"head_groups is {groups} and the error is that of the {measure}, which no head has of its own. "
-            "Measure the attention or the output, or set head_groups to 1."
-        )
-
-
 def plan_from_record(
     record: ProbeRecord,
+    settings: SearchSettings,
     *,
     layers: int,
     family: str,
     heads: int | None = None,
-    threshold: float = 0.0,
-    speedup: float = 0.0,
-    measure: str = ATTENTION,
-    costs: str = FLOPS,
-    groups: int = 1,
     about: dict[str, Any] | None = None,
 ) -> TilePlan:
-    """The plan of a finished probing run, by ``threshold`` or, where it is not 0, by target ``speedup`` of the
-    attention.
+    """The plan that ``settings`` ask for, from a finished probing run of a model of so many ``layers`` and ``heads``.
 
-    ``measure``: attention, block or output errors; ``costs``: by FLOPs or as measured; ``groups``: at most as many different
-    patterns in a layer, over its heads (1: the paper's search by layer). A layer without a measurement, or with one that
-    is not finite, stays full and is named in the provenance, which also holds all errors, the predicted FLOP density and
-    speed-up, and what ``about`` adds (sigmas, seed, ...).
+    A layer without a measurement, or with one that is not finite, stays full and is named in the provenance, which also
+    holds all errors, the predicted FLOP density and speed-up, and what ``about`` adds (sigmas, seed, ...). Raises ValueError
+    where nothing was seen, or the target is out of reach.
     """
-    check_groups(groups, measure)
     layout = _layout(record)
-    figures = _figures(record, layout, layers, measure, costs, groups)
+    figures = _figures(record, layout, layers, settings)
     own_errors = {}
-    if groups > 1:
+    if settings.by_head:
         heads = every = int(heads or next(iter(record.heads.values())).mean.shape[0])
-        patterns = _by_head(record, figures, every, threshold, speedup, groups, measure)
-        own_errors = {"plan_errors": [_jsonable(e) for e in layer_errors(record, patterns, every, measure)]}
+        patterns = _by_head(record, figures, every, settings)
+        own_errors = {"plan_errors": [_jsonable(e) for e in layer_errors(record, patterns, every, settings.error)]}
     else:
-        patterns = _by_layer(figures, threshold, speedup)
+        patterns = _by_layer(figures, settings)
     provenance = {
-        "method": "searched: least error at a target speed-up" if speedup else "searched: sparsest under a threshold",
-        **({"target_speedup": speedup} if speedup else {"threshold": threshold}),
-        **({"head_groups": groups} if groups > 1 else {}),
-        "error": _ERRORS[measure],
-        "costs": costs,
+        **_aim(settings),
         "candidates": [p.short_name if p.window or p.means else p.k for p in record.candidates],
         "grid": [layout.grid.t, layout.grid.h, layout.grid.w],
         "extra_tokens": layout.prefix + layout.suffix,
@@ -85,6 +62,18 @@ def plan_from_record(
         **_told(figures),
     }
     return TilePlan(patterns=tuple(patterns), family=family, frames=layout.grid.t, heads=heads, provenance=provenance)
+
+
+def _aim(settings: SearchSettings) -> dict[str, Any]:
+    """What was asked for, for the provenance."""
+    speedup, groups = settings.speedup, settings.head_groups
+    return {
+        "method": "searched: least error at a target speed-up" if speedup else "searched: sparsest under a threshold",
+        **({"target_speedup": speedup} if speedup else {"threshold": settings.threshold}),
+        **({"head_groups": groups} if settings.by_head else {}),
+        "error": _ERRORS[settings.error],
+        "costs": settings.costs,
+    }
 
 
 @dataclass(frozen=True)
@@ -112,10 +101,10 @@ class _Figures:
         return [e if all(map(math.isfinite, e.values())) else dict.fromkeys(e, math.inf) for e in self.found]
 
 
-def _figures(record: ProbeRecord, layout: TokenLayout, layers: int, measure: str, costs: str, groups: int) -> _Figures:
+def _figures(record: ProbeRecord, layout: TokenLayout, layers: int, settings: SearchSettings) -> _Figures:
     flops = {p: p.flop_density(layout.grid, layout.prefix + layout.suffix) for p in record.candidates}
-    found = [{p: record.error(i, p, measure) for p in record.candidates} for i in range(layers)]
-    measured, by_head = costs == MEASURED, groups > 1
+    found = [{p: record.error(i, p, settings.error) for p in record.candidates} for i in range(layers)]
+    measured, by_head = settings.measured, settings.by_head
     prices = [
         {p: record.cost(i, p) if measured and (i, p) in record.seconds else flops[p] for p in flops}
         for i in range(layers)
@@ -152,29 +141,22 @@ def _layout(record: ProbeRecord) -> TokenLayout:
     )
 
 
-def _by_layer(figures: _Figures, threshold: float, speedup: float) -> list[LayerPattern]:
+def _by_layer(figures: _Figures, settings: SearchSettings) -> list[LayerPattern]:
     errors, prices = figures.errors, figures.prices
-    found = (
-        choose_for_speedup(errors, prices, speedup) if speedup else choose_under_threshold(errors, prices, threshold)
-    )
+    if settings.speedup:
+        found = choose_for_speedup(errors, prices, settings.speedup)
+    else:
+        found = choose_under_threshold(errors, prices, settings.threshold)
     return [pattern or FULL for pattern in found]
 
 
-def _by_head(
-    record: ProbeRecord,
-    figures: _Figures,
-    heads: int,
-    threshold: float,
-    speedup: float,
-    groups: int,
-    measure: str,
-) -> list[LayerPattern]:
-    tables = [_table(record, layer, figures, heads, measure) for layer in range(len(figures.found))]
-    if speedup:
-        chosen = heads_for_speedup(tables, speedup, groups)
+def _by_head(record: ProbeRecord, figures: _Figures, heads: int, settings: SearchSettings) -> list[LayerPattern]:
+    tables = [_table(record, layer, figures, heads, settings.error) for layer in range(len(figures.found))]
+    if settings.speedup:
+        chosen = heads_for_speedup(tables, settings.speedup, settings.head_groups)
     else:
-        check_threshold(threshold)
-        chosen = [heads_under_threshold(table, threshold, groups) for table in tables]
+        check_threshold(settings.threshold)
+        chosen = [heads_under_threshold(table, settings.threshold, settings.head_groups) for table in tables]
     options = [*record.candidates, FULL]
     return [by_head(options[candidate] for candidate in of_heads) for of_heads in chosen]
 

@@ -13,42 +13,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..attention import TokenLayout
-from ..tiles import TilePattern
-
 C = TypeVar("C", bound=Hashable)  # candidates
 
 FLOPS, MEASURED = "flops", "measured"
 # Above this many partial plans, costs are rounded up to a grid of COST_STEPS a layer: still within the budget.
 MAX_PARTIAL_PLANS, COST_STEPS = 50_000, 4096
-
-
-def check_target(
-    threshold: float, speedup: float, candidates: Sequence[TilePattern], frames: int, costs: str = FLOPS
-) -> None:
-    """Raise ValueError for a target that means nothing or is out of reach whatever the errors, before a model runs.
-
-    ``speedup`` 0 stands for the ``threshold``; ``frames`` are latent ones. Extra tokens only make a pattern dearer, of which
-    `check_reach` tells once they are known. By the clock (``costs`` measured) a pattern may take less than its share of
-    FLOPs, so that nothing is out of reach before it is timed.
-    """
-    if not speedup:
-        check_threshold(threshold)
-    elif costs == MEASURED:
-        check_speedup(speedup)
-    else:
-        _check_reach(speedup, {pattern: pattern.density(frames) for pattern in candidates})
-
-
-def check_reach(speedup: float, candidates: Sequence[TilePattern], costs: str, layout: TokenLayout) -> None:
-    """As `check_target`, where a run has shown what stands beside the video."""
-    if speedup and costs == FLOPS:
-        extra = layout.prefix + layout.suffix
-        _check_reach(speedup, {pattern: pattern.flop_density(layout.grid, extra) for pattern in candidates})
-
-
-def _check_reach(speedup: float, costs: dict[TilePattern, float]) -> None:
-    choose_for_speedup([dict.fromkeys(costs, 0.0)], [costs], speedup)
 
 
 def check_speedup(speedup: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,17 +21,12 @@ from torch import Tensor
 from ...efficient_vdit_core.attention.hook.state import Override
 from ...efficient_vdit_core.plan import TilePlan
 from ...efficient_vdit_core.search import (
-    ProbeRecord,
-    check_groups,
-    check_reach,
-    check_target,
+    SearchSettings,
     make_probe_override,
     measure_output,
-    parse_candidates,
     plan_from_record,
     replay_blocks,
 )
-from ...efficient_vdit_core.search.candidates import sparse_candidates
 from ...efficient_vdit_core.search.output import Around
 from ...efficient_vdit_core.search.probe import BLOCK, OUTPUT
 from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, make_mass_override
@@ -45,72 +41,73 @@ from .window import Window
 WALK_STEPS = 10  # of the schedule on which the tile map walks to its noise level
 
 
+@dataclass(frozen=True)
+class ProbeSampling:
+    """How a search runs the model: Euler steps from the noise of ``seed`` with guidance ``cfg``.
+
+    ``sigmas`` (default: ``probes`` steps of the model's own schedule) are the noise levels; it is run at all but the last.
+    """
+
+    seed: int
+    probes: int
+    cfg: float = 1.0
+    sigmas: Tensor | None = None
+
+    def levels(self, model: Any) -> Tensor:
+        """Raises ValueError where the model would not be run at any."""
+        levels = _schedule(model, self.probes) if self.sigmas is None else self.sigmas
+        if len(levels) < 2:
+            raise ValueError(
+                f"sigmas has {len(levels)} noise levels, expected at least 2: the model is run at all but the last."
+            )
+        return levels
+
+
+def check_searchable(model: Any, error: str) -> None:
+    """Raises ValueError where a MODEL is unknown, or its output's errors are to be measured and a forward is not the same when
+    it is computed again."""
+    _known_family(model)
+    if error == OUTPUT and (why := why_not_twice(model, model.model_options, WRAPPER_KEY)):
+        raise ValueError(
+            f"The model's output cannot be measured: {why}. Search before that node, or set error to attention."
+        )
+
+
 def search_plan(
     model: Any,
     positive: Any,
     negative: Any,
     latent: dict[str, Any],
-    *,
-    seed: int,
-    probes: int,
-    threshold: float,
-    speedup: float,
-    candidates: str,
-    cfg: float,
-    costs: str,
-    error: str,
-    sigmas: Tensor | None,
-    head_groups: int = 1,
+    settings: SearchSettings,
+    sampling: ProbeSampling,
 ) -> TilePlan:
-    """A plan for MODEL from one dense sampling with Euler steps, each of which is measured in every layer.
+    """A plan for a MODEL that `check_searchable` lets pass, from one dense sampling, each step of which is measured in every
+    layer.
 
-    ``sigmas`` (default: ``probes`` steps of the model's own schedule) are the noise levels, and ``latent`` is noised to
-    the first of them. Where it has a noise mask, as image to video and guide frames do, that is kept to, as in
-    sampling. ``negative`` None samples without guidance. ``head_groups``: at most as many patterns in a layer,
-    over its heads. Raises ValueError where the model is unknown or nothing fits.
+    ``latent`` is noised to the first noise level. Where it has a noise mask, as image to video and guide frames do, that is
+    kept to, as in sampling. ``negative`` None samples without guidance. Raises ValueError where nothing fits.
     """
     family, network = _known_family(model)
-    check_groups(head_groups, error)
-    if error == OUTPUT:
-        _check_forwards(model)
-    patterns, depth = parse_candidates(candidates), family.depth(network)
-    start, mask = _latent(model, latent, empty=sigmas is None), latent.get("noise_mask")
-    frames = _video(start).shape[2]
-    record = ProbeRecord(sparse_candidates(patterns, frames), timed=costs == "measured", by_head=head_groups > 1)
-    check_target(threshold, speedup, record.candidates, frames, costs)
-    begun = partial(check_reach, speedup, record.candidates, costs)
-    levels = _schedule(model, probes) if sigmas is None else sigmas
-    if len(levels) < 2:
-        raise ValueError(
-            f"sigmas has {len(levels)} noise levels, expected at least 2: the model is run at all but the last."
-        )
-    again = len(record.candidates) if error == OUTPUT else 0
-    progress = _Progress(len(levels) - 1, depth, again)
+    start, mask = _latent(model, latent, empty=sampling.sigmas is None), latent.get("noise_mask")
+    record, levels = settings.record(_video(start).shape[2]), sampling.levels(model)
+    again = len(record.candidates) if settings.error == OUTPUT else 0
+    progress = _Progress(len(levels) - 1, family.depth(network), again)
+    begun = settings.check_reach
     probing = _observed(
         model,
         family,
         lambda previous: make_probe_override(record, progress=progress.layer, begun=begun, previous=previous),
         around=partial(measure_output, record, progress=progress.again) if again else None,
     )
-    with replay_blocks(_blocks(model, family), record) if error == BLOCK else nullcontext():
-        _walk(probing, positive, negative, start, mask, levels, seed, cfg, progress.step)
+    with replay_blocks(_blocks(model, family), record) if settings.error == BLOCK else nullcontext():
+        _walk(probing, positive, negative, start, mask, levels, sampling.seed, sampling.cfg, progress.step)
     about = {
         "sigmas": [round(float(s), 6) for s in levels[:-1]],
-        "seed": seed,
-        "guidance": 1.0 if negative is None else cfg,
+        "seed": sampling.seed,
+        "guidance": 1.0 if negative is None else sampling.cfg,
     }
-    return plan_from_record(
-        record,
-        layers=depth,
-        family=family.name,
-        heads=family.head_count(network),
-        threshold=threshold,
-        speedup=speedup,
-        measure=error,
-        costs=costs,
-        groups=head_groups,
-        about=about,
-    )
+    of_model = {"layers": progress.depth, "family": family.name, "heads": family.head_count(network)}
+    return plan_from_record(record, settings, **of_model, about=about)
 
 
 def measure_tiles(
@@ -212,14 +209,6 @@ def _blocks(model: Any, family: Family) -> list[torch.nn.Module]:
             "it, or set error to attention."
         )
     return family.layers(network)
-
-
-def _check_forwards(model: Any) -> None:
-    """Raises ValueError where a forward is not the same when it is computed again."""
-    if why := why_not_twice(model, model.model_options, WRAPPER_KEY):
-        raise ValueError(
-            f"The model's output cannot be measured: {why}. Search before that node, or set error to attention."
-        )
 
 
 def _observed(

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,8 +18,7 @@ from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.search import (
     ProbeRecord,
-    check_reach,
-    check_target,
+    SearchSettings,
     choose_for_speedup,
     choose_under_threshold,
     make_probe_override,
@@ -30,7 +29,7 @@ from efficient_vdit_core.search import (
     replay_blocks,
 )
 from efficient_vdit_core.search.probe import BLOCK, OUTPUT
-from efficient_vdit_core.search.select import FLOPS, MEASURED
+from efficient_vdit_core.search.select import MEASURED
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 FRAMES, SIZE, HEADS, DIM = 6, 3, 2, 8
@@ -90,8 +89,10 @@ def probed(model=None, candidates=(0, 1, 2), blocks=False, **changes):
     return record
 
 
-def plan(record, layers=5, **choice):
-    return plan_from_record(record, layers=layers, family="any", **choice)
+def plan(record, layers=5, heads=None, **choice):
+    return plan_from_record(
+        record, SearchSettings(record.candidates, **choice), layers=layers, family="any", heads=heads
+    )
 
 
 def test_exactly_the_layers_that_look_at_other_frames_stay_full():
@@ -137,7 +138,7 @@ def test_block_errors_are_those_of_a_run_with_that_block_sparse():
         assert record.errors[BLOCK][layer, TilePattern(1)][0] == pytest.approx(
             float((want - dense).norm() / dense.norm()), rel=1e-4, abs=1e-6
         )
-    assert [p.k for p in plan(record, layers=2, threshold=0.05, measure=BLOCK).patterns] == [0, None]
+    assert [p.k for p in plan(record, layers=2, threshold=0.05, error=BLOCK).patterns] == [0, None]
 
 
 def probed_by_output(model, candidates=(0, 1, 2), progress=None):
@@ -176,7 +177,7 @@ def test_what_the_output_says_decides_where_it_is_asked_for(most, groups):
     for layer, k in itertools.product(range(5), (0, 1, 2)):
         error = record.error(layer, TilePattern(k))
         record.errors[OUTPUT][layer, TilePattern(k)] = [error * (100.0 if layer == most else 1.0)]
-    chosen = plan(record, speedup=2.0, measure=OUTPUT, groups=groups, heads=HEADS)
+    chosen = plan(record, speedup=2.0, error=OUTPUT, head_groups=groups, heads=HEADS)
     assert [p.is_full(FRAMES) for p in chosen.patterns] == [i == most for i in range(5)]
     assert "model's output" in chosen.provenance["error"]
 
@@ -267,9 +268,8 @@ def test_a_first_call_that_compiles_is_not_charged_to_its_layer(monkeypatch):
 def test_a_target_out_of_reach_ends_the_run_at_its_first_measured_call():
     """What stands beside the video is known only there, and makes every pattern dearer."""
     beside, candidates = TokenLayout(TokenGrid(FRAMES, 1, SIZE), prefix=LAYOUT.grid.tokens), patterns(0, 1)
-    check_target(0.0, 2.0, candidates, FRAMES)
-    record, measured = ProbeRecord(candidates), []
-    begun = partial(check_reach, 2.0, candidates, FLOPS)
+    settings = SearchSettings(candidates, speedup=2.0)
+    record, measured, begun = settings.record(FRAMES), [], settings.check_reach
     override = make_probe_override(record, begun=begun, progress=measured.append)
     x = torch.randn(2, beside.tokens, HEADS * DIM)
     options = {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(beside)}
@@ -281,13 +281,14 @@ def test_a_target_out_of_reach_ends_the_run_at_its_first_measured_call():
 
 
 def test_by_the_clock_nothing_is_out_of_reach_before_it_is_timed():
-    check_target(0.0, 30.0, patterns(2), FRAMES, MEASURED)
-    check_reach(30.0, patterns(2), MEASURED, LAYOUT)
+    by_the_clock = SearchSettings(patterns(2), speedup=30.0, costs=MEASURED)
+    by_the_clock.check(FRAMES)
+    by_the_clock.check_reach(LAYOUT)
     for speedup in (math.nan, 0.5):
         with pytest.raises(ValueError, match="speed-up"):
-            check_target(0.0, speedup, patterns(2), FRAMES, MEASURED)
+            replace(by_the_clock, speedup=speedup).check(FRAMES)
     with pytest.raises(ValueError, match="at most"):
-        check_target(0.0, 30.0, patterns(2), FRAMES)
+        SearchSettings(patterns(2), speedup=30.0).check(FRAMES)
 
 
 def test_nothing_to_search_says_why():

@@ -11,7 +11,13 @@ import torch
 from efficient_vdit_core.attention import TokenLayout, tile_attention
 from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.plan.head_patterns import HeadPatterns
-from efficient_vdit_core.search import ProbeRecord, make_probe_override, parse_candidates, plan_from_record
+from efficient_vdit_core.search import (
+    ProbeRecord,
+    SearchSettings,
+    make_probe_override,
+    parse_candidates,
+    plan_from_record,
+)
 from efficient_vdit_core.search.by_head import HeadTable, heads_for_speedup, heads_under_threshold
 from efficient_vdit_core.search.describe import describe_plan
 from efficient_vdit_core.search.probe import BLOCK, HeadErrors, relative_error, relative_errors
@@ -161,6 +167,10 @@ def probed(candidates="1,2,1~1", layers=3, at_once=HEADS, **times):
     return record
 
 
+def planned(record, layers=3, **choice):
+    return plan_from_record(record, SearchSettings(record.candidates, **choice), layers=layers, family="any")
+
+
 def test_heads_errors_are_those_of_each_head_and_sum_to_the_layers():
     record, pattern = probed(), TilePattern(1, window=1)
     want = np.zeros(HEADS)
@@ -197,7 +207,7 @@ def test_measured_costs_price_each_group_in_the_choice_and_in_the_prediction():
     def plan(call):
         for layer, (p, seconds) in itertools.product(range(3), zip(kinds, (1.0, 0.4, 0.6, 0.5), strict=True)):
             record.seconds[layer, p], record.parts[layer, p] = [seconds], [(0.5, seconds / 2 + call / 2)]
-        return plan_from_record(record, layers=3, family="any", speedup=1.7, costs="measured", groups=3)
+        return planned(record, speedup=1.7, costs="measured", head_groups=3)
 
     def groups(plan):
         return sum(len(p.kinds) for p in plan.patterns)
@@ -227,8 +237,7 @@ def test_heads_that_come_in_several_calls_are_put_together():
 
 def test_a_plan_by_head_has_a_smaller_error_than_one_by_layer_at_the_same_cost():
     record = probed()
-    choice = {"layers": 3, "family": "any", "speedup": 1.5}
-    by_layer, by_heads = (plan_from_record(record, groups=groups, **choice) for groups in (1, 3))
+    by_layer, by_heads = (planned(record, speedup=1.5, head_groups=groups) for groups in (1, 3))
     assert (
         any(isinstance(p, HeadPatterns) for p in by_heads.patterns)
         and by_heads.heads == HEADS
@@ -254,7 +263,7 @@ def test_a_plan_by_head_has_a_smaller_error_than_one_by_layer_at_the_same_cost()
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_report_names_the_patterns_and_tells_the_plans_own_errors(groups):
     record = probed("1,2,1~1,0+1")
-    plan = plan_from_record(record, layers=3, family="any", speedup=1.5, groups=groups)
+    plan = planned(record, speedup=1.5, head_groups=groups)
     head, *rows = describe_plan(plan).split("\n\n")[1].splitlines()
     assert head.split() == ["layer", "pattern", "plan", "1:5", "2:4", "1:5~1", "0:6+1"]
     for layer, (row, pattern) in enumerate(zip(rows, plan.patterns, strict=True)):
@@ -270,11 +279,11 @@ def test_the_report_names_the_patterns_and_tells_the_plans_own_errors(groups):
 
 def test_a_threshold_by_head_and_layers_without_measurement():
     record = probed(layers=2)
-    plan = plan_from_record(record, layers=3, family="any", threshold=0.6, groups=2)
+    plan = planned(record, threshold=0.6, head_groups=2)
     assert plan.patterns[2] == TilePattern(None) and plan.provenance["not_measured_layers"] == [2]
     assert all(error < 0.6 for error in plan.provenance["plan_errors"])
     assert plan.provenance["attention_flop_density"] < 1
-    full = plan_from_record(record, layers=2, family="any", threshold=0.0, groups=2)
+    full = planned(record, layers=2, threshold=0.0, head_groups=2)
     assert set(full.patterns) == {TilePattern(None)}
 
 
@@ -284,7 +293,7 @@ def test_a_target_that_layers_without_measurement_put_out_of_reach_is_named_as_i
     record = probed("1", layers=2)
     reach = 3 / (1 + 2 * TilePattern(1).flop_density(LAYOUT.grid, LAYOUT.suffix))
     with pytest.raises(ValueError, match=f"is {speedup:g}x, but these candidates reach at most {reach:.2f}x"):
-        plan_from_record(record, layers=3, family="any", speedup=speedup, groups=groups)
+        planned(record, speedup=speedup, head_groups=groups)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +302,7 @@ def test_a_target_that_layers_without_measurement_put_out_of_reach_is_named_as_i
 )
 def test_what_heads_cannot_be_told_apart_by_is_refused(groups, measure, message):
     with pytest.raises(ValueError, match=message):
-        plan_from_record(probed(), layers=3, family="any", speedup=1.5, groups=groups, measure=measure)
+        SearchSettings(parse_candidates("1"), speedup=1.5, head_groups=groups, error=measure)
 
 
 def test_candidates_with_windows_are_read():

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...attention.hook.state import Override
-from ...search import ProbeRecord, make_probe_override, parse_candidates
-from ...search.candidates import sparse_candidates
+from ...search import make_probe_override
 from ...search.probe import OUTPUT, squared_errors
 from ...training.live_bytes import LiveBytes, size_of
 from ..config import DistillConfig
@@ -28,7 +27,7 @@ def plan_search(
     model, batch = opened(stage.model), stage.training.batch
     module = meta_student(stage, model) if wears_lora else model.skeleton()  # the LoRA that it trains is as large
     frames = model.latent_shape(model.size(stage.data.frames, stage.data.height, stage.data.width))[1]
-    record = ProbeRecord(sparse_candidates(parse_candidates(search.candidates), frames))
+    record = search.settings().record(frames)
     attention = FusedAttention()
     probing = make_probe_override(record, previous=attention, compare=_compared)
 

@@ -26,18 +26,14 @@ from ...plan import TilePlan
 from ...sampling.schedule import segment_edges
 from ...search import (
     ProbeRecord,
-    check_groups,
-    check_reach,
-    check_target,
+    SearchSettings,
     make_probe_override,
     measure_output,
     parse_candidates,
     plan_from_record,
 )
-from ...search.candidates import sparse_candidates
 from ...search.output import Around, once
 from ...search.probe import ATTENTION, OUTPUT
-from ...search.select import FLOPS
 from ...storage.folder_record import check_settings, claim_folder
 from ..data.clips import ClipSet
 from ..families.fingerprints import teacher_stamp
@@ -77,8 +73,7 @@ class SearchConfig:
             raise ValueError(
                 "Two of search.thresholds or search.speedups agree in six digits, by which plans are named. Leave one out."
             )
-        parse_candidates(self.candidates)
-        check_groups(self.head_groups, self.error)
+        self.settings()  # refuses what cannot be used
         if self.error not in (ATTENTION, OUTPUT):
             raise ValueError(
                 f"search.error is {quoted(self.error)}, expected attention or output. Correct the configuration."
@@ -86,11 +81,14 @@ class SearchConfig:
 
     def check(self, frames: int) -> None:
         """Raises ValueError where a target is out of reach for a video of ``frames`` latent frames."""
-        candidates = sparse_candidates(parse_candidates(self.candidates), frames)
-        for threshold in self.thresholds:
-            check_target(threshold, 0.0, candidates, frames)
-        for speedup in self.speedups:
-            check_target(0.0, speedup, candidates, frames)
+        self.settings().check(frames)
+        for target in plan_names(self).values():
+            self.settings(*target).check(frames)
+
+    def settings(self, threshold: float = 0.0, speedup: float = 0.0) -> SearchSettings:
+        """The search for one target. Raises ValueError where the candidates or head groups cannot be used."""
+        candidates = parse_candidates(self.candidates)
+        return SearchSettings(candidates, threshold, speedup, self.error, head_groups=self.head_groups)
 
 
 def check_targets(config: SearchConfig) -> None:
@@ -242,22 +240,20 @@ def _search(
     """A plan for each of the ``targets`` (threshold, speed-up), by its name, from one probing run."""
     record, model = probe(config, run, kept), run.model
     about = {"segments": run.segments, "steps": run.steps, "captions": run.texts, "guidance": 1.0, "seed": config.seed}
-    of_model = {"layers": model.layers, "family": model.family, "heads": model.heads, "groups": config.head_groups}
+    of_model = {"layers": model.layers, "family": model.family, "heads": model.heads}
     return {
-        name: plan_from_record(
-            record, threshold=threshold, speedup=speedup, measure=config.error, **of_model, about=about
-        )
-        for name, (threshold, speedup) in targets.items()
+        name: plan_from_record(record, config.settings(*target), **of_model, about=about)
+        for name, target in targets.items()
     }
 
 
 def probe(config: SearchConfig, run: WatchedRun, kept: KeptErrors | None = None) -> ProbeRecord:
     """Measure every candidate in every layer of a run; ``kept``: errors of the output that an earlier one measured."""
-    record = ProbeRecord(sparse_candidates(parse_candidates(config.candidates), run.shape[1]))
+    record = config.settings().record(run.shape[1])
 
     def begun(layout: TokenLayout) -> None:
-        for speedup in config.speedups:
-            check_reach(speedup, record.candidates, FLOPS, layout)
+        for target in plan_names(config).values():
+            config.settings(*target).check_reach(layout)
 
     override = make_probe_override(record, begun=begun)
     if config.error != OUTPUT:

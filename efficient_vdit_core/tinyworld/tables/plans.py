@@ -28,7 +28,7 @@ from ...distill.families.texts import TextBank
 from ...distill.runs.recipe import RecipeConfig, ThreeStages
 from ...distill.runs.search_stage import SearchConfig, WatchedRun, probe
 from ...plan import TilePlan
-from ...search import ProbeRecord, parse_candidates, plan_from_record
+from ...search import ProbeRecord, SearchSettings, parse_candidates, plan_from_record
 from ...search.plan_from_record import layer_errors
 from ...search.probe import ATTENTION, OUTPUT
 from ...search.watch import make_watching_override
@@ -154,10 +154,11 @@ class PlanTable:
             file.parent.mkdir(parents=True, exist_ok=True)
             candidates, groups = ALL_KINDS[kind]
             error = OUTPUT if kind == BY_OUTPUT else ATTENTION
-            plan_from_record(
-                self.record(candidates, error), layers=self.model.layers, family=self.model.family, heads=self.model.heads,
-                speedup=speedup, measure=error, groups=groups, about={"captions": self.texts, "seed": self.seed, "steps": STEPS},
-            ).save(file)  # fmt: skip
+            record, model = self.record(candidates, error), self.model
+            settings = SearchSettings(record.candidates, speedup=speedup, error=error, head_groups=groups)
+            about = {"captions": self.texts, "seed": self.seed, "steps": STEPS}
+            of_model = {"layers": model.layers, "family": model.family, "heads": model.heads}
+            plan_from_record(record, settings, **of_model, about=about).save(file)
         return file
 
     def rows(self) -> Iterator[Row]:

@@ -17,6 +17,7 @@ from tiny_models import CASES, build, noise  # isort: skip
 BACKEND = os.environ.get("EVDIT_COMPILER", "eager")
 pack = load_pack()
 (probe,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.probe"))
+(search,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.search"))
 lines = log_lines()
 
 model = build(CASES["wan"])
@@ -93,10 +94,8 @@ for name, compile_ in (("node", by_node), ("blocks", by_block)):
 
 def searched(chosen, error: str) -> list:
     latent = {"samples": torch.zeros_like(x)}
-    plan = probe.search_plan(
-        chosen, [[text, {}]], None, latent, seed=0, probes=2, threshold=0.0, speedup=0.0, candidates="1", cfg=1.0, costs="flops",
-        error=error, sigmas=None,
-    )  # fmt: skip
+    settings = search.SearchSettings(search.parse_candidates("1"), error=error)
+    plan = probe.search_plan(chosen, [[text, {}]], None, latent, settings, probe.ProbeSampling(seed=0, probes=2))
     return plan.provenance["errors"]["1"]
 
 

@@ -21,6 +21,7 @@ pack = load_pack()
 (states,) = (m for name, m in sys.modules.items() if name.endswith("attention.hook.state"))
 (hooks,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.hook"))
 (probe,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.probe"))
+(search,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.search"))
 lines = log_lines()
 
 
@@ -114,10 +115,8 @@ def latent_of(case: Case) -> tuple[dict, list]:
 def searched(model, case: Case, error: str) -> list:
     """The errors of k = 1 that a search measures at one noise level, a layer each."""
     latent, cond = latent_of(case)
-    plan = probe.search_plan(
-        model, cond, None, latent, seed=0, probes=1, threshold=0.0, speedup=0.0, candidates="1", cfg=1.0, costs="flops",
-        error=error, sigmas=None,
-    )  # fmt: skip
+    settings = search.SearchSettings(search.parse_candidates("1"), error=error)
+    plan = probe.search_plan(model, cond, None, latent, settings, probe.ProbeSampling(seed=0, probes=1))
     return plan.provenance["errors"]["1"]
 
 
