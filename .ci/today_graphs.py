@@ -97,9 +97,9 @@ def _minimax_h3(steps: int, lora: dict[str, str], shift: float, first_frame: boo
     text = note(
         nodes["plan"],
         f"MiniMax-H3, {task} to video: sparse attention and {steps} steps",
-        f"124 frames (5 s) of 1344x768 with sound, in {steps} steps by a turbo LoRA, without guidance. The mild preset keeps the first "
-        "step, the first two layers and the last dense; its reference frames are every fifth latent frame, which holds a single pixel "
-        "frame. Text, sound and keyframes stay exact.",
+        f"124 frames (5 s) of 1344x768 with sound, in {steps} steps by a turbo LoRA, without guidance. *Sparse Attention* keeps the first "
+        "step dense, the mild preset the first two layers and the last; its reference frames are every fifth latent frame, which holds a "
+        "single pixel frame. Text, sound and keyframes stay exact.",
         files(unet, lora, clip, vae, audio),
         f"About 20 GB for the model, 15 GB for the text encoder, one after the other. Under this plan a step gains at most {bound}, by "
         f"FLOPs; 10 s gain at most {of_10_s}, 15 s {of_15_s}. With INT8 attention (ComfyUI's *Model Attention Backend*, before or "

@@ -51,8 +51,8 @@ def _preset_inputs() -> list[Any]:
             step=0.01,
             optional=True,
             tooltip=(
-                "For 'segments' on flow models: shift of time, 0 to 100. 0 keeps the model's own; higher spends more of the levels "
-                "near pure noise. Must be what the model was distilled for."
+                "For 'segments' on flow models, and for 'from checkpoint' where the file names none: shift of time, 0 to 100. 0 keeps "
+                "the model's own; higher spends more of the levels near pure noise. Must be what the model was distilled for."
             ),
         ),
         io.String.Input(
@@ -129,7 +129,10 @@ class EVDiTConsistencySigmas(io.ComfyNode):
                 io.Sigmas.Output(
                     "sigmas",
                     display_name="sigmas",
-                    tooltip="steps + 1 noise levels, descending to 0, in the model's own units. For SamplerCustom(Advanced).",
+                    tooltip=(
+                        "Noise levels in the model's own units, one more than the steps that are taken; the last is 0, unless end_step "
+                        "or manual_sigmas end above it. For SamplerCustom(Advanced)."
+                    ),
                 ),
             ],
         )

@@ -50,13 +50,13 @@ def measure(device: torch.device, *, seed: int) -> Iterator[list[dict[str, Any]]
         if late and not _worth("flex", layout is layouts[0], pattern, dim):
             continue
         tensors = _tensors(layout, dtype, dim, device, seed)
-        want, slopes = _definition(tensors, layout, pattern)
+        want, gradients = _definition(tensors, layout, pattern)
         shape = CallShape.of(*tensors)
         about = {"frames": layout.grid.t, "tokens_per_frame": layout.grid.tokens_per_frame, "prefix": layout.prefix,
                  "suffix": layout.suffix, "pattern": pattern.name(layout.grid.t), "dtype": dtype, "head_dim": dim}  # fmt: skip
         named = [b.name for b in available_backends(device) if b.available and fits(b.name, shape)]
         yield [
-            {**about, "backend": name, **_errors(name, tensors, layout, pattern, want, slopes, MOST[dtype])}
+            {**about, "backend": name, **_errors(name, tensors, layout, pattern, want, gradients, MOST[dtype])}
             for name in named
             if (name == "flex") == late
             and _worth(name, layout is layouts[0], pattern, dim)
@@ -135,7 +135,7 @@ def _errors(
     layout: TokenLayout,
     pattern: LayerPattern,
     want: Tensor,
-    slopes: list[Tensor],
+    gradients: list[Tensor],
     most: float,
 ) -> dict[str, Any]:
     q, k, v = tensors
@@ -145,7 +145,7 @@ def _errors(
     except Exception as error:  # compilers raise anything, and the other rows are worth having
         return {"passed": False, "error": brief(error)}
     forward = _relative(out, want)
-    backward = {name: _relative(a, b) for name, a, b in zip("qkv", found, slopes, strict=True)}
+    backward = {name: _relative(a, b) for name, a, b in zip("qkv", found, gradients, strict=True)}
     # The gradient of the squares carries the result's own error and its own.
     passed = forward <= most and all(error <= 4 * most for error in backward.values())
     return {"passed": passed, "forward_error": forward, "gradient_errors": backward, "most": most}

@@ -1,8 +1,8 @@
 """Where the three parts of a model lie: in the built-in tiny model, a diffusers folder, or a copy of the hub
 repository.
 
-tiny                          the model that ships with this package, or one of its distilled forms
-(`assets.TINY_MODELS`) DIR/transformer, DIR/vae, DIR/text_encoder
+tiny                          a model that ships with the package (`assets.TINY_MODELS`)
+DIR/transformer, DIR/vae, DIR/text_encoder
 DIR/29x720p, ..., DIR/vae     the hub repository: name the resolution, DIR/29x720p
 """
 

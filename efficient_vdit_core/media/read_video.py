@@ -181,9 +181,8 @@ def _stream(path: Path, fps: float) -> Iterator[np.ndarray]:
         status = process.wait()
         text = said(complaints)
     if status or text:
-        first = re.sub(r"^\[.*?\] ", "", text).splitlines()[:1] or [
-            f"exit status {status}"
-        ]  # without "[h264 @ 0x5575c0]"
+        # Without "[h264 @ 0x5575c0]".
+        first = re.sub(r"^\[.*?\] ", "", text).splitlines()[:1] or [f"exit status {status}"]
         raise ValueError(f"ffmpeg: {first[0].rstrip('.')}")
 
 

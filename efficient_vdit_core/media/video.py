@@ -75,9 +75,8 @@ def check_size(path: str | Path, height: int, width: int) -> None:
 def check_metadata(metadata: Mapping[str, Any], room: int = 0) -> str:
     """``metadata`` as text for a clip. Raises ValueError where they and ``room`` further bytes are more than fits."""
     text = json.dumps(metadata)  # ASCII only, so that every container takes it
-    if (
-        len(text) + room > MAX_METADATA
-    ):  # beyond what an argument of ffmpeg may have, unless each letter is its own bytes
+    # Beyond what an argument of ffmpeg may have, unless each letter is its own bytes.
+    if len(text) + room > MAX_METADATA:
         text = json.dumps(metadata, ensure_ascii=False)
         if (size := len(text.encode()) + room) > MAX_METADATA:
             raise ValueError(

@@ -58,7 +58,7 @@ def read_plan(text: str) -> dict[str, Any]:
 
     Raises ValueError that names the part that cannot be read, is missing or is said twice.
     """
-    words = text.split()
+    words = text.replace("\ufeff", " ").split()  # a byte-order mark, which a text from a file may bring
     if not 1 <= len(words) <= MAX_LAYERS:
         raise ValueError(f"The plan text has {len(words)} parts, expected 1 to {MAX_LAYERS} such as '0:full 1-4:2:6'.")
     return _from_parts([_read_part(part) for part in words])

@@ -2,9 +2,8 @@
 
 One step goes from sigma to the next sigma s' with the prediction x0 and the direction d = (x - x0) / sigma:
 
-    gamma = 0   x' = x + d * (s' - sigma)                 the deterministic jump of Multistep Consistency Models (=
-    DDIM,
-                                                          = k-diffusion's `euler`)
+    gamma = 0   x' = x + d * (s' - sigma)                 the deterministic jump of Multistep Consistency Models
+                                                          (DDIM, k-diffusion's `euler`)
     gamma = 1   x' = renoise(s', noise, x0)               fresh noise at every step, as LCM
     between     jump to (1 - gamma) * s', then add fresh noise up to s' (TCD, Zheng et al. 2024), in VE sigmas:
                 x' = x0 + (1 - gamma) * s' * d + sqrt(1 - (1 - gamma)^2) * s' * noise

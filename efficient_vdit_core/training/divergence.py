@@ -7,10 +7,8 @@ from dataclasses import dataclass
 SETTLING = 100  # steps from which a run's own scale is learnt
 FACTOR = 10.0  # times its best, and above where it began: no training that works was seen to do that
 PATIENCE = 100  # steps that it may stay there
-SHARE, LEAST = (
-    0.2,
-    10,
-)  # of a short run both take this share; fewer steps than so many tell no scale where batches are small
+# Of a short run both take this share; fewer steps than so many tell no scale where batches are small.
+SHARE, LEAST = 0.2, 10
 SMOOTHING = 0.95
 
 

@@ -37,9 +37,8 @@ def log_report(hook: Hook, depth: int, after_run: AfterRun | None) -> Callable[.
             return result
         finally:
             report.seconds = time.perf_counter() - start
-            if after_run is not None and (
-                report.sparse or (complete and hook.asked)
-            ):  # else the page keeps the last run's
+            # Else the page keeps the last run's.
+            if after_run is not None and (report.sparse or (complete and hook.asked)):
                 after_run(report, depth)
             _tell(hook, complete)
             for second in hook.second_hooks:

@@ -22,9 +22,8 @@ from .unit_variance import SCALES_NONE, at_unit_variance
 
 log = logging.getLogger("efficient_vdit")
 
-IMAGE_TO_IMAGE: Any = getattr(
-    comfy.model_sampling, "IMG_TO_IMG_FLOW", ()
-)  # given no noise; in versions with such a model
+# Given no noise; in versions with such a model.
+IMAGE_TO_IMAGE: Any = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())
 
 SEGMENTS, FROM_CHECKPOINT, MANUAL = "segments", "from checkpoint", "manual"
 PRESET_NAMES = [SEGMENTS, FROM_CHECKPOINT, MANUAL, *PRESETS]

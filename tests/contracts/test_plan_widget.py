@@ -46,7 +46,7 @@ GOOD = [
     "all:2+0",
     "0:" + "".join(f"[{head}]{head + 1}:{99 - head}" for head in range(70)),
 ]
-GOOD += [" 1:2  0:FULL ", "0:7:1", "0:[0]7:1[1]full[2]9 1:[0]7[1]1[2]full"]
+GOOD += [" 1:2  0:FULL ", "\ufeff0:full 1:2", "0:full\x1c1:2\x85", "0:7:1", "0:[0]7:1[1]full[2]9 1:[0]7[1]1[2]full"]
 # What the page says of a text that is no plan -> what the engine says, and such texts.
 BAD = {
     "unreadable": (
@@ -236,6 +236,7 @@ class Element {
   append(...children) { this.children.push(...children); }
   replaceChildren(...children) { this.children = children; }
   querySelectorAll() { return []; }
+  matches() { return false; }
   attachShadow() { return new Element(); }
 }
 globalThis.document = { createElement: () => new Element(), createElementNS: () => new Element() };
@@ -291,7 +292,7 @@ def test_every_text_of_the_chart_is_there(language):
     asked = set(re.findall(r'\bsay\((?:\w+ \? )?"(\w+)"', source)) | set(re.findall(r'\bkey\("(\w+)"', source))
     asked |= set(itertools.chain(*re.findall(r'\bsay\([^()]+ \? "(\w+)" : "(\w+)"', source)))
     asked |= set(re.findall(r'\bwrong\("(\w+)"', source)) | set(re.findall(r'\bonlyNumber\(.*, "(\w+)"\)', source))
-    asked |= {name + part for name in re.findall(r'\bnumber\("(\w+)"', source) for part in ("", "Title")}
+    asked |= {name + part for name in re.findall(r'\bnumberField\("(\w+)"', source) for part in ("", "Title")}
     assert asked == set(texts)
     english = json.loads((ROOT / "locales" / "en" / "main.json").read_text(encoding="utf-8"))["efficientVDiT"]
     for key, text in texts.items():

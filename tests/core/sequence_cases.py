@@ -50,26 +50,26 @@ def attention_gradients(rank, ranks):
         layout = TokenLayout(TokenGrid(frames, 2, 3), prefix, suffix)
         generator = torch.Generator().manual_seed(frames)
         draw = lambda: torch.randn(2, HEADS, layout.tokens, DIM, generator=generator, dtype=torch.float64)  # noqa: B023,E731
-        slope, *qkv = (draw() for _ in range(4))
+        dout, *qkv = (draw() for _ in range(4))
         for name, pattern in PATTERNS.items():
-            want = differentiated(lambda *x: tile_attention(*x, layout, pattern), qkv, slope)  # noqa: B023
+            want = differentiated(lambda *x: tile_attention(*x, layout, pattern), qkv, dout)  # noqa: B023
             cut = TilePattern(2) if name == "heads" else pattern
             for kind, shard in {"whole": by_frames(layout, ranks), "cut": by_tokens(layout, ranks, cut)}.items():
                 mine = lambda x: take(x, shard.spans[rank], 2)  # noqa: B023,E731
                 for scheme in ("rb", "ulysses"):
                     attend = lambda *x: sharded_attention(*x, shard, pattern, comm, scheme=scheme)  # noqa: B023,E731
-                    got = differentiated(attend, [mine(x) for x in qkv], mine(slope))
+                    got = differentiated(attend, [mine(x) for x in qkv], mine(dout))
                     errors = [float((a - mine(b)).abs().max()) for a, b in zip(got, want, strict=True)]
                     found[f"T={frames} {name} {kind} {scheme}"] = max(errors)
     return found
 
 
 @torch.enable_grad()
-def differentiated(attend, qkv, slope):
+def differentiated(attend, qkv, dout):
     """The result, and the gradients of q, k and v."""
     qkv = [x.clone().requires_grad_() for x in qkv]
     out = attend(*qkv)
-    return [out.detach(), *torch.autograd.grad(out, qkv, slope)]
+    return [out.detach(), *torch.autograd.grad(out, qkv, dout)]
 
 
 FRAMES, WORDS = 5, 5
@@ -141,12 +141,12 @@ class Training:
 
     def linear(self, group):
         """A loss that no rounding to float32 enters."""
-        ask, slope = (
+        ask, dout = (
             asking(self.model, PLAN, group),
             torch.randn(self.x.shape, generator=torch.Generator().manual_seed(7)),
         )
         time, z = torch.tensor([100.0, 700.0]), self.x.to(self.model.dtype)
-        return lambda: StepLoss((ask(self.student, z, time, self.condition) * slope).sum())
+        return lambda: StepLoss((ask(self.student, z, time, self.condition) * dout).sum())
 
 
 def grouped(training, ranks):

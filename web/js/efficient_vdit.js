@@ -3,8 +3,9 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { allNodes, behind, findNode } from "./graphs.js";
-import { PlanChart } from "./plan_chart.js";
+import { MOST, PlanChart } from "./plan_chart.js";
 import { cycleLayer, formatPlan, parsePlan, writeOut } from "./plan_text.js";
+import { Recent } from "./recent.js";
 import { followTabs, isLoaded, openTab, queued } from "./tabs.js";
 
 const PLAN = "EVDIT_PLAN";
@@ -16,7 +17,7 @@ const [MAJOR, MINOR] = (window.__COMFYUI_FRONTEND_VERSION__ ?? "0.0").split(".")
 const KNOWS_HIDE_IN_PANEL = MAJOR > 1 || MINOR >= 49; // 1.45 does not
 const charts = new WeakMap(); // node -> NodeChart
 const owners = new WeakMap(); // element -> its node
-const runs = new Map(); // the plan and the report of the last run, by node and settings: undo and the page's tabs make nodes anew
+const runs = new Recent(); // the plan and the report of the last run, by node and settings: undo and the page's tabs make nodes anew
 const sizes = new Map(); // the latent frames and layers of the last run, by node
 const waiting = new Map(); // what runs of tabs that are not open told: {tab, act} by tab, event and node
 let files = {}; // the plans in Load Tile Plan's list, as text
@@ -143,20 +144,31 @@ class NodeChart {
     return uniform ? `all:${uniform.value}` : (files[this.file()] ?? executed);
   }
 
+  /** Why there is no text: a run will tell it, or none can. */
+  missing() {
+    const file = this.file();
+    const listed = this.widget("plan_name")?.options?.values;
+    if (file === undefined || !Array.isArray(listed)) return { note: say("afterRun") };
+    if (!listed.includes(file)) return { note: say("planGone", { file }), wrong: true };
+    return /(\.json|\(preset\))$/.test(file) ? { note: say("planUnreadable", { file }), wrong: true } : { note: say("afterRun") };
+  }
+
   /** The latent frames and layers of a plan that names none: those of the last run, or that the user asked for. */
   preview() {
-    return { ...USUAL, ...this.node.properties?.evdit_preview, ...sizes.get(this.place()) };
+    const kept = Object.entries(this.node.properties?.evdit_preview ?? {}); // of a file, which may say anything
+    const usable = kept.filter(([, value]) => Number.isInteger(value) && value >= 1 && value <= MOST);
+    return { ...USUAL, ...Object.fromEntries(usable), ...sizes.get(this.place()) };
   }
 
   draw() {
     const { frames, depth } = this.preview();
     const text = this.source();
     this.drawn = this.settings();
-    // The text takes the place of reference_frames; let it be seen.
-    const uniform = this.widget("reference_frames");
-    if (uniform) uniform.disabled = this.linked("text") || !!this.text();
+    // The text takes the place of the other; let it be seen.
+    const replaced = this.widget("reference_frames") ?? this.widget("plan_name");
+    if (replaced) replaced.disabled = this.linked("text") || !!this.text();
     this.state = { frames, depth, editable: false, measured: this.run().report };
-    if (text === null) this.state.note = say("afterRun");
+    if (text === null) Object.assign(this.state, this.missing());
     else {
       try {
         const plan = parsePlan(text);
@@ -235,6 +247,10 @@ function settle() {
 /** All charts, in subgraphs too. */
 const allCharts = () => [...allNodes()].map((node) => charts.get(node)).filter(Boolean);
 
+function drawAll() {
+  for (const chart of allCharts()) chart.draw();
+}
+
 /** The charts whose plan a Sparse Attention node may have run with: those behind its input, or all where the page has no such node. */
 function chartsOf(report) {
   const node = findNode(report.node);
@@ -289,9 +305,14 @@ app.registerExtension({
       for (const chart of allCharts()) if (chart.drawn !== chart.settings()) chart.draw();
     });
     app.canvas.canvas.addEventListener("litegraph:set-graph", settle);
-    await loadTexts();
-    for (const chart of allCharts()) chart.draw();
+    const speak = async () => {
+      await loadTexts();
+      drawAll();
+    };
+    app.ui.settings.addEventListener("Comfy.Locale.change", speak);
+    await speak();
   },
+  refreshComboInNodes: () => drawAll(), // R: a file may hold another plan now
   nodeCreated(node) {
     const gives = !node.subgraph && node.outputs?.some((output) => output.type === PLAN); // the node inside has the chart
     if (gives && !charts.has(node)) charts.set(node, new NodeChart(node));

@@ -11,6 +11,7 @@ const COLORS = 6; // of --pattern-N in the style
 const KEYS = { ArrowLeft: -1, ArrowRight: 1, ArrowDown: -1, ArrowUp: 1, PageUp: 5, PageDown: -5, Home: -1e9, End: 1e9 };
 const LEAST_HEIGHT = 26; // px, until it is on the page; then `height` is what the content takes at the node's width
 const LEAST_WIDTH = 150;
+export const MOST = 256; // latent frames or layers of a preview
 const short = (value) => (value < 100 ? Number(value.toPrecision(3)) : Math.round(value));
 
 export class PlanChart {
@@ -35,6 +36,10 @@ export class PlanChart {
     this.maps = make("div", { class: "maps", role: "group" });
     this.detail = make("div", { class: "detail" });
     this.controls = make("div", { class: "controls" });
+    this.framesField = this.numberField("frames", (value) => this.actions.setFrames(value));
+    this.depthField = this.numberField("depth", (value) => this.actions.setDepth(value));
+    this.button = make("button", { type: "button" });
+    this.button.addEventListener("click", () => this.actions.writeOut());
     this.measured = make("div", { class: "measured", role: "status" });
     this.live = make("div", { class: "unseen", "aria-live": "polite" });
     this.layer = make("div", { class: "layer" }, this.maps, this.detail);
@@ -75,6 +80,7 @@ export class PlanChart {
     // From the sparsest on, so that a denser pattern that comes or goes leaves the others their colours.
     this.colors = new Map([...this.sparse].reverse().map((pattern, i) => [pattern, `var(--pattern-${i % COLORS})`]));
     const telling = this.patterns.findIndex((pattern) => !isFull(pattern, state.frames));
+    if (this.hovered >= state.depth) this.hovered = null; // the pointer may rest where a shorter plan has no layer
     this.selected = Math.min(this.chosen ?? Math.max(telling, 0), state.depth - 1);
     this.drawSummary();
     this.drawBars();
@@ -195,23 +201,39 @@ export class PlanChart {
     return this.say("layerText", { layer, name: this.nameOf(pattern), density: share });
   }
 
+  /** What shows a number of the preview. Its field stays while the chart is drawn anew: it may have the focus, or be left for the button. */
+  numberField(key, act) {
+    const input = make("input", { type: "number", min: 1, max: MOST });
+    const name = make("span");
+    const label = make("label", {}, name, input);
+    input.addEventListener("change", () => {
+      input.value = Math.min(MOST, Math.max(1, Math.round(Number(input.value)) || 1));
+      act(Number(input.value));
+    });
+    // The page sees no text box in the chart: its keys, and what is pasted, would act on the graph. But Ctrl+Enter is to run it.
+    for (const type of ["copy", "cut", "paste"]) input.addEventListener(type, (event) => event.stopPropagation());
+    input.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) event.stopPropagation();
+    });
+    return (value) => {
+      name.textContent = this.say(key);
+      input.setAttribute("aria-label", this.say(key));
+      input.title = this.say(`${key}Title`);
+      if (!input.matches(":focus")) input.value = value;
+      return label;
+    };
+  }
+
   drawControls() {
     const { plan, frames, depth, fixedFrames, editable } = this.state;
-    const children = [];
-    const number = (key, value, max, act) => {
-      const input = make("input", { type: "number", min: 1, max, value, "aria-label": this.say(key), title: this.say(`${key}Title`) });
-      input.addEventListener("change", () => act(Math.min(max, Math.max(1, Math.round(Number(input.value)) || 1))));
-      input.addEventListener("keydown", (event) => event.stopPropagation());
-      children.push(make("label", {}, this.say(key), input));
-    };
-    if (!fixedFrames) number("frames", frames, 256, this.actions.setFrames);
-    if (!plan.layers) number("depth", depth, 256, this.actions.setDepth);
-    if (!plan.layers && editable) {
-      const button = make("button", { type: "button", title: this.say("writeOutTitle") }, this.say("writeOut"));
-      button.addEventListener("click", () => this.actions.writeOut());
-      children.push(button);
-    }
-    this.controls.replaceChildren(...children);
+    const shown = [];
+    if (!fixedFrames) shown.push(this.framesField(frames));
+    if (!plan.layers) shown.push(this.depthField(depth));
+    if (!plan.layers && editable) shown.push(this.button);
+    this.button.textContent = this.say("writeOut");
+    this.button.title = this.say("writeOutTitle");
+    const before = [...this.controls.children];
+    if (shown.length !== before.length || shown.some((field, i) => field !== before[i])) this.controls.replaceChildren(...shown);
   }
 
   drawMeasured() {

@@ -15,11 +15,12 @@ const MAX_MEANS = 16;
 const SIGNED = "-[1-9]\\d{0,3}|\\d{1,4}"; // counts below 0 are read to be named
 const PART = /^(all|-?\d{1,4}|\d{1,4}-\d{1,4}):(full|\d.*|(?:\[[\d,-]+\][^[\]]+)+)$/;
 const ONE = new RegExp(`^(?:(full)|(\\d{1,4})(?::(\\d{1,4}))?(?:~(${SIGNED}))?(?:\\+(${SIGNED}))?)$`);
+const SPACE = /[\s\x1c-\x1f\x85]+/; // what Python and JavaScript take for space
 const GROUP = /\[([\d,-]+)\]([^[\]]+)/g;
 
 /** Reads the text form. Throws an Error with {why, values} where it cannot: a text of locales/<language>/main.json. */
 export function parsePlan(text) {
-  const words = text.trim().split(/\s+/).filter(Boolean);
+  const words = text.split(SPACE).filter(Boolean);
   if (!words.length || words.length > MAX_LAYERS) throw wrong("unreadable", { part: text });
   const parts = words.map(readPart);
   const frames = onlyNumber(parts.map((p) => p.frames), "twoLengths");

@@ -5,9 +5,10 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { Recent } from "./recent.js";
 
 const NUMBER = Symbol("efficient_vdit.tab"); // kept in the page's object of a workflow, which Vue hands out plain and wrapped
-const prompts = new Map(); // by prompt id, what `queued` gives
+const prompts = new Recent(); // by prompt id, what `queued` gives
 let count = 0;
 let loading = null; // the number of the tab whose graph is being built: the page names it as the open one only afterwards
 let answers = Promise.resolve(); // to all requests to queue a prompt
@@ -51,7 +52,8 @@ export function followTabs(loaded, keep) {
       console.error("Efficient-vDiT", error); // of a picture; the prompt is queued all the same
     }
     const answer = queuePrompt.apply(this, values);
-    answers = Promise.allSettled([answers, answer.then(({ prompt_id }) => prompts.set(prompt_id, prompt))]);
+    const known = answer.then(({ prompt_id }) => prompts.set(prompt_id, prompt));
+    answers = Promise.allSettled([answers, known]).then(() => {}); // what they gave would be kept, each within the next
     return answer;
   };
 }

@@ -123,7 +123,7 @@ def _run(
     """One call, and with ``gradients`` the way back through it."""
     if not gradients:
         return lambda: attend(*tensors, layout, pattern)
-    slope = tensors[1].detach()  # as good as any: times do not hang on numbers
+    dout = tensors[1].detach()  # as good as any: times do not hang on numbers
 
     def there_and_back() -> Any:
         out = attend(*tensors, layout, pattern)
@@ -132,7 +132,7 @@ def _run(
                 "A gradient is wanted, and the dense attention gives none. Hand in a dense function with a backward, or call it "
                 "under torch.no_grad()."
             )
-        return torch.autograd.grad(out, tensors, slope)
+        return torch.autograd.grad(out, tensors, dout)
 
     return there_and_back
 

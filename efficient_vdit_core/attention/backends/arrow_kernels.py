@@ -1,15 +1,15 @@
 """Triton kernels of the arrow mask: flash attention whose key loop visits only what the mask keeps.
 
-Imported only where Triton is installed. The sequence is cut into units: the prefix, the suffix and each frame, which
-sees other keys under each pattern of a layer's heads. A block of rows belongs to one unit, and three small tables
-(``triton.py`` builds them) say what a unit sees, and which is computed when:
+Imported only where Triton is installed. The sequence is cut into spans: the prefix, the suffix and each frame, which
+sees other keys under each pattern of a layer's heads. A block of rows belongs to one span, and three small tables
+(``triton.py`` builds them) say what a span sees, and which is computed when:
 
-    units     (any, 4) int32: first token, end token, first segment, end segment; prefix, suffix, then the frames
-    segments  (any, 2) int32: first token, end token, end exclusive; neighbours joined
-    turns     (H T, 2) int32: head and unit of each frame, those that see most first
+    spans       (any, 4) int32: first token, end token, first key range, end key range; prefix, suffix, then the frames
+    key_ranges  (any, 2) int32: first token, end token, end exclusive; neighbours joined
+    schedule    (H T, 2) int32: head and span of each frame, those that see most first
 
 The arrow mask is symmetric, so the same tables say which rows see a block of keys: the dK/dV kernel walks them too.
-Whole blocks of a segment run without a mask, and only its last, broken one with (MASKED: all of them). Online softmax
+Whole blocks of a key range run without a mask, and only its last, broken one with (MASKED: all of them). Online softmax
 and recomputation in the backward follow FlashAttention-2 (arXiv 2307.08691), in base 2: the scale is folded into one multiply-add.
 
 head_dim is D0 + D1, two tiles whose widths are powers of two (96 = 64 + 32), so nothing is padded; D1 = 0 where one is
@@ -102,12 +102,12 @@ def _tuned(tiles: Tiles):
 
 
 @triton.jit
-def _locate(program, units, turns, batch, heads, frame_tokens, prefix, suffix, BLOCK: tl.constexpr, AGAIN: tl.constexpr = False):
-    """Head index of this program, and of its block: first token, tokens left in the unit, first and end segment. AGAIN: read
+def _locate(program, spans, schedule, batch, heads, frame_tokens, prefix, suffix, BLOCK: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Head index of this program, and of its block: first token, tokens left in the span, first and end key range. AGAIN: read
     anew, so that nothing of it takes a register in between.
 
     Blocks that see most keys run longest, so those of all batch entries and heads start first: prefix and suffix, then
-    the frames as ``turns`` has them.
+    the frames as ``schedule`` has them.
     """
     prefix_blocks = tl.cdiv(prefix, BLOCK)
     outer_blocks = prefix_blocks + tl.cdiv(suffix, BLOCK)
@@ -115,17 +115,17 @@ def _locate(program, units, turns, batch, heads, frame_tokens, prefix, suffix, B
     if program < first_of_frames:
         head = program // outer_blocks
         block = program % outer_blocks
-        unit = 0
+        span = 0
         if block >= prefix_blocks:
-            unit = 1
+            span = 1
             block -= prefix_blocks
     else:
         frame_blocks = tl.cdiv(frame_tokens, BLOCK)
         frame = (program - first_of_frames) // frame_blocks
         block = (program - first_of_frames) % frame_blocks
-        head = frame % batch * heads + tl.load(turns + 2 * (frame // batch), volatile=AGAIN)
-        unit = tl.load(turns + 2 * (frame // batch) + 1, volatile=AGAIN)
-    row = units + 4 * unit
+        head = frame % batch * heads + tl.load(schedule + 2 * (frame // batch), volatile=AGAIN)
+        span = tl.load(schedule + 2 * (frame // batch) + 1, volatile=AGAIN)
+    row = spans + 4 * span
     start = tl.load(row, volatile=AGAIN) + block * BLOCK
     return head, start, tl.load(row + 1, volatile=AGAIN) - start, tl.load(row + 2), tl.load(row + 3)
 
@@ -208,145 +208,145 @@ def _scores(a0, a1, b0, b1, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.const
 
 
 @triton.jit
-def _accumulate(sum0, sum1, weights, x0, x1, D1: tl.constexpr):
-    """sum + weights x, for both tiles."""
-    weights = weights.to(x0.dtype)
-    sum0 = _dot(weights, x0, sum0)
+def _accumulate(sum0, sum1, p, x0, x1, D1: tl.constexpr):
+    """sum + p x, for both tiles."""
+    p = p.to(x0.dtype)
+    sum0 = _dot(p, x0, sum0)
     if D1 > 0:
-        sum1 = _dot(weights, x1, sum1)
+        sum1 = _dot(p, x1, sum1)
     return sum0, sum1
 
 
 @triton.jit
-def _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, start, left, scale,
+def _attend(out0, out1, m_i, l_i, q0, q1, k, v, k_strides, v_strides, start, left, scale,
             D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr):
     """One step of the online softmax: out, running maximum (base 2) and sum after the COLS keys from ``start``."""
     k0, k1 = _load(k, k_strides, start, left, D0, D1, COLS, EDGE)
     scores = _scores(q0, q1, k0, k1, D1, ROWS, COLS)
     if EDGE:
         scores = tl.where(tl.arange(0, COLS)[None, :] < left, scores, float("-inf"))
-    highest = tl.maximum(top, tl.max(scores, 1) * scale)
-    weights = tl.math.exp2(scores * scale - highest[:, None])
-    shrink = tl.math.exp2(top - highest)
-    total = total * shrink + tl.sum(weights, 1)
-    out0 = out0 * shrink[:, None]
+    m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+    p = tl.math.exp2(scores * scale - m_new[:, None])
+    alpha = tl.math.exp2(m_i - m_new)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    out0 = out0 * alpha[:, None]
     if D1 > 0:
-        out1 = out1 * shrink[:, None]
+        out1 = out1 * alpha[:, None]
     v0, v1 = _load(v, v_strides, start, left, D0, D1, COLS, EDGE)
-    out0, out1 = _accumulate(out0, out1, weights, v0, v1, D1)
-    return out0, out1, highest, total
+    out0, out1 = _accumulate(out0, out1, p, v0, v1, D1)
+    return out0, out1, m_new, l_i
 
 
 @_tuned(FORWARD)
 @triton.jit
-def forward_kernel(q, k, v, out, lse, units, segments, turns, q_strides, k_strides, v_strides, out_strides,
+def forward_kernel(q, k, v, out, lse, spans, key_ranges, schedule, q_strides, k_strides, v_strides, out_strides,
                    batch, heads, tokens, frame_tokens, prefix, suffix, size_class, scale,
                    D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
     """Rows of ``out`` (B, H, N, D) and ``lse`` (B, H, N) float32, natural log. ``scale`` multiplies q k^T, times log2 e."""
-    head, start, left, segment, last = _locate(tl.program_id(0), units, turns, batch, heads, frame_tokens, prefix, suffix, ROWS)
+    head, start, left, key_range, last = _locate(tl.program_id(0), spans, schedule, batch, heads, frame_tokens, prefix, suffix, ROWS)
     k = _of_head(k, k_strides, head, heads)
     v = _of_head(v, v_strides, head, heads)
     q0, q1 = _load(_of_head(q, q_strides, head, heads), q_strides, start, left, D0, D1, ROWS, True)
     out0, out1 = _zeros(D0, D1, ROWS)
-    top = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for index in range(segment, last):
-        first = tl.load(segments + 2 * index)
-        end = tl.load(segments + 2 * index + 1)
+    m_i = tl.full([ROWS], LOWEST, tl.float32)
+    l_i = tl.zeros([ROWS], tl.float32)
+    for index in range(key_range, last):
+        first = tl.load(key_ranges + 2 * index)
+        end = tl.load(key_ranges + 2 * index + 1)
         whole = end if MASKED else first + (end - first) // COLS * COLS
         for at in range(first, whole, COLS):
-            out0, out1, top, total = _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, at, end - at, scale,
+            out0, out1, m_i, l_i = _attend(out0, out1, m_i, l_i, q0, q1, k, v, k_strides, v_strides, at, end - at, scale,
                                              D0, D1, ROWS, COLS, MASKED)
         if not MASKED:
             if whole < end:
-                out0, out1, top, total = _attend(out0, out1, top, total, q0, q1, k, v, k_strides, v_strides, whole, end - whole,
+                out0, out1, m_i, l_i = _attend(out0, out1, m_i, l_i, q0, q1, k, v, k_strides, v_strides, whole, end - whole,
                                                  scale, D0, D1, ROWS, COLS, True)
-    out0 = out0 / total[:, None]
+    out0 = out0 / l_i[:, None]
     if D1 > 0:
-        out1 = out1 / total[:, None]
-    head, start, left, _, _ = _locate(tl.program_id(0), units, turns, batch, heads, frame_tokens, prefix, suffix, ROWS, True)
+        out1 = out1 / l_i[:, None]
+    head, start, left, _, _ = _locate(tl.program_id(0), spans, schedule, batch, heads, frame_tokens, prefix, suffix, ROWS, True)
     _store(_of_head(out, out_strides, head, heads), out_strides, start, left, out0, out1, D0, D1, ROWS)
-    logs = (top + tl.math.log2(total)) * LN_2
+    row_lse = (m_i + tl.math.log2(l_i)) * LN_2
     offset = tl.arange(0, ROWS)
-    tl.store(lse + tl.cast(head, tl.int64) * tokens + start + offset, logs, mask=offset < left)
+    tl.store(lse + tl.cast(head, tl.int64) * tokens + start + offset, row_lse, mask=offset < left)
 
 
 @triton.jit
-def _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, lse, delta, k, v, k_strides, v_strides, start, left, scale,
+def _dq_step(dq0, dq1, q0, q1, dout0, dout1, lse, delta, k, v, k_strides, v_strides, start, left, scale,
                 D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr):
     k0, k1 = _load(k, k_strides, start, left, D0, D1, COLS, EDGE)
     v0, v1 = _load(v, v_strides, start, left, D0, D1, COLS, EDGE)
-    weights = tl.math.exp2(_scores(q0, q1, k0, k1, D1, ROWS, COLS) * scale - lse[:, None])
+    p = tl.math.exp2(_scores(q0, q1, k0, k1, D1, ROWS, COLS) * scale - lse[:, None])
     if EDGE:
-        weights = tl.where(tl.arange(0, COLS)[None, :] < left, weights, 0.0)
-    slopes = weights * (_scores(dout0, dout1, v0, v1, D1, ROWS, COLS) - delta[:, None])
-    return _accumulate(dq0, dq1, slopes, k0, k1, D1)
+        p = tl.where(tl.arange(0, COLS)[None, :] < left, p, 0.0)
+    ds = p * (_scores(dout0, dout1, v0, v1, D1, ROWS, COLS) - delta[:, None])
+    return _accumulate(dq0, dq1, ds, k0, k1, D1)
 
 
 @_tuned(QUERY_GRADIENT)
 @triton.jit
-def query_gradient_kernel(q, k, v, out, lse, dout, dlse, dq, delta, units, segments, turns,
+def query_gradient_kernel(q, k, v, out, lse, dout, dlse, dq, delta, spans, key_ranges, schedule,
                           q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides,
                           batch, heads, tokens, frame_tokens, prefix, suffix, size_class, scale,
                           WITH_DLSE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                           MASKED: tl.constexpr):
     """dQ, and ``delta`` (B, H, N) float32 = rowsum(out * dout) - dlse, which the dK/dV kernel reads afterwards."""
-    head, start, left, segment, last = _locate(tl.program_id(0), units, turns, batch, heads, frame_tokens, prefix, suffix, ROWS)
+    head, start, left, key_range, last = _locate(tl.program_id(0), spans, schedule, batch, heads, frame_tokens, prefix, suffix, ROWS)
     row = tl.cast(head, tl.int64) * tokens
     k = _of_head(k, k_strides, head, heads)
     v = _of_head(v, v_strides, head, heads)
     q0, q1 = _load(_of_head(q, q_strides, head, heads), q_strides, start, left, D0, D1, ROWS, True)
     out0, out1 = _load(_of_head(out, out_strides, head, heads), out_strides, start, left, D0, D1, ROWS, True)
     dout0, dout1 = _load(_of_head(dout, dout_strides, head, heads), dout_strides, start, left, D0, D1, ROWS, True)
-    slope = tl.sum(out0.to(tl.float32) * dout0.to(tl.float32), 1)
+    row_delta = tl.sum(out0.to(tl.float32) * dout0.to(tl.float32), 1)
     if D1 > 0:
-        slope += tl.sum(out1.to(tl.float32) * dout1.to(tl.float32), 1)
+        row_delta += tl.sum(out1.to(tl.float32) * dout1.to(tl.float32), 1)
     if WITH_DLSE:
-        slope -= _load_rows(dlse + row, start, left, ROWS, True)
+        row_delta -= _load_rows(dlse + row, start, left, ROWS, True)
     offset = tl.arange(0, ROWS)
-    tl.store(delta + row + start + offset, slope, mask=offset < left)
-    logs = _load_rows(lse + row, start, left, ROWS, True) * LOG2_E
+    tl.store(delta + row + start + offset, row_delta, mask=offset < left)
+    lse_2 = _load_rows(lse + row, start, left, ROWS, True) * LOG2_E
     dq0, dq1 = _zeros(D0, D1, ROWS)
-    for index in range(segment, last):
-        first = tl.load(segments + 2 * index)
-        end = tl.load(segments + 2 * index + 1)
+    for index in range(key_range, last):
+        first = tl.load(key_ranges + 2 * index)
+        end = tl.load(key_ranges + 2 * index + 1)
         whole = end if MASKED else first + (end - first) // COLS * COLS
         for at in range(first, whole, COLS):
-            dq0, dq1 = _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, logs, slope, k, v, k_strides, v_strides, at, end - at, scale,
+            dq0, dq1 = _dq_step(dq0, dq1, q0, q1, dout0, dout1, lse_2, row_delta, k, v, k_strides, v_strides, at, end - at, scale,
                                    D0, D1, ROWS, COLS, MASKED)
         if not MASKED:
             if whole < end:
-                dq0, dq1 = _slope_of_q(dq0, dq1, q0, q1, dout0, dout1, logs, slope, k, v, k_strides, v_strides, whole, end - whole,
+                dq0, dq1 = _dq_step(dq0, dq1, q0, q1, dout0, dout1, lse_2, row_delta, k, v, k_strides, v_strides, whole, end - whole,
                                        scale, D0, D1, ROWS, COLS, True)
     dq0 = dq0 * (scale * LN_2)
     dq1 = dq1 * (scale * LN_2)
-    head, start, left, _, _ = _locate(tl.program_id(0), units, turns, batch, heads, frame_tokens, prefix, suffix, ROWS, True)
+    head, start, left, _, _ = _locate(tl.program_id(0), spans, schedule, batch, heads, frame_tokens, prefix, suffix, ROWS, True)
     _store(_of_head(dq, dq_strides, head, heads), dq_strides, start, left, dq0, dq1, D0, D1, ROWS)
 
 
 @triton.jit
-def _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta, q_strides, dout_strides, start, left, scale,
+def _dkv_step(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta, q_strides, dout_strides, start, left, scale,
                  D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr):
     """Here ROWS are keys, which stay, and COLS are queries, which pass. Missing queries are zero and add nothing."""
     q0, q1 = _load(q, q_strides, start, left, D0, D1, COLS, EDGE)
-    logs = _load_rows(lse, start, left, COLS, EDGE) * LOG2_E
-    weights = tl.math.exp2(_scores(k0, k1, q0, q1, D1, ROWS, COLS) * scale - logs[None, :])
+    lse_2 = _load_rows(lse, start, left, COLS, EDGE) * LOG2_E
+    p = tl.math.exp2(_scores(k0, k1, q0, q1, D1, ROWS, COLS) * scale - lse_2[None, :])
     dout0, dout1 = _load(dout, dout_strides, start, left, D0, D1, COLS, EDGE)
-    dv0, dv1 = _accumulate(dv0, dv1, weights, dout0, dout1, D1)
-    delta_of_rows = _load_rows(delta, start, left, COLS, EDGE)
-    slopes = weights * (_scores(v0, v1, dout0, dout1, D1, ROWS, COLS) - delta_of_rows[None, :])
-    dk0, dk1 = _accumulate(dk0, dk1, slopes, q0, q1, D1)
+    dv0, dv1 = _accumulate(dv0, dv1, p, dout0, dout1, D1)
+    row_delta = _load_rows(delta, start, left, COLS, EDGE)
+    ds = p * (_scores(v0, v1, dout0, dout1, D1, ROWS, COLS) - row_delta[None, :])
+    dk0, dk1 = _accumulate(dk0, dk1, ds, q0, q1, D1)
     return dk0, dk1, dv0, dv1
 
 
 @_tuned(KEY_VALUE_GRADIENT)
 @triton.jit
-def key_value_gradient_kernel(q, k, v, lse, dout, delta, dk, dv, units, segments, turns,
+def key_value_gradient_kernel(q, k, v, lse, dout, delta, dk, dv, spans, key_ranges, schedule,
                               q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
                               batch, heads, tokens, frame_tokens, prefix, suffix, size_class, scale,
                               D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
     """dK and dV of a block of keys, over all rows that see it."""
-    head, start, left, segment, last = _locate(tl.program_id(0), units, turns, batch, heads, frame_tokens, prefix, suffix, ROWS)
+    head, start, left, key_range, last = _locate(tl.program_id(0), spans, schedule, batch, heads, frame_tokens, prefix, suffix, ROWS)
     row = tl.cast(head, tl.int64) * tokens
     q = _of_head(q, q_strides, head, heads)
     dout = _of_head(dout, dout_strides, head, heads)
@@ -354,19 +354,19 @@ def key_value_gradient_kernel(q, k, v, lse, dout, delta, dk, dv, units, segments
     v0, v1 = _load(_of_head(v, v_strides, head, heads), v_strides, start, left, D0, D1, ROWS, True)
     dk0, dk1 = _zeros(D0, D1, ROWS)
     dv0, dv1 = _zeros(D0, D1, ROWS)
-    for index in range(segment, last):
-        first = tl.load(segments + 2 * index)
-        end = tl.load(segments + 2 * index + 1)
+    for index in range(key_range, last):
+        first = tl.load(key_ranges + 2 * index)
+        end = tl.load(key_ranges + 2 * index + 1)
         whole = end if MASKED else first + (end - first) // COLS * COLS
         for at in range(first, whole, COLS):
-            dk0, dk1, dv0, dv1 = _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse + row, delta + row, q_strides,
+            dk0, dk1, dv0, dv1 = _dkv_step(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse + row, delta + row, q_strides,
                                               dout_strides, at, end - at, scale, D0, D1, ROWS, COLS, MASKED)
         if not MASKED:
             if whole < end:
-                dk0, dk1, dv0, dv1 = _slope_of_kv(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse + row, delta + row, q_strides,
+                dk0, dk1, dv0, dv1 = _dkv_step(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse + row, delta + row, q_strides,
                                                   dout_strides, whole, end - whole, scale, D0, D1, ROWS, COLS, True)
     dk0 = dk0 * (scale * LN_2)
     dk1 = dk1 * (scale * LN_2)
-    head, start, left, _, _ = _locate(tl.program_id(0), units, turns, batch, heads, frame_tokens, prefix, suffix, ROWS, True)
+    head, start, left, _, _ = _locate(tl.program_id(0), spans, schedule, batch, heads, frame_tokens, prefix, suffix, ROWS, True)
     _store(_of_head(dk, dk_strides, head, heads), dk_strides, start, left, dk0, dk1, D0, D1, ROWS)
     _store(_of_head(dv, dv_strides, head, heads), dv_strides, start, left, dv0, dv1, D0, D1, ROWS)

@@ -57,7 +57,7 @@ def attend_frames(
     heads = min(q.shape[1], max(1, limit // head_bytes))
     chunks = list(_chunks(neighbours, max(1, limit // (chunk_bytes * heads))))
     out = result_like(q)
-    reuse = not gradients  # the slope of q is made of k and v
+    reuse = not gradients  # the gradient of q is made of k and v
     for first in range(0, q.shape[1], heads):
         group = slice(first, first + heads)
         part = tuple(x[:, group] for x in (q, k, v))

@@ -88,12 +88,12 @@ def _plain_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     keys, values, dq = k.to(exact), v.to(exact), []
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
     for of_rows in zip(*(x.split(rows, dim=2) for x in (dout, q, out, lse)), strict=True):
-        slope, chunk, result, logs = (x.to(exact) for x in of_rows)
-        weights = (chunk @ keys.transpose(-1, -2) * scale - logs[..., None]).exp()
-        slopes = weights * (slope @ values.transpose(-1, -2) - (slope * result).sum(-1, keepdim=True)) * scale
-        dq.append((slopes @ keys).to(q.dtype))
-        dk += slopes.transpose(-1, -2) @ chunk
-        dv += weights.transpose(-1, -2) @ slope
+        do, queries, o, row_lse = (x.to(exact) for x in of_rows)
+        p = (queries @ keys.transpose(-1, -2) * scale - row_lse[..., None]).exp()
+        ds = p * (do @ values.transpose(-1, -2) - (do * o).sum(-1, keepdim=True)) * scale
+        dq.append((ds @ keys).to(q.dtype))
+        dk += ds.transpose(-1, -2) @ queries
+        dv += p.transpose(-1, -2) @ do
     return torch.cat(dq, dim=2), dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -154,21 +154,21 @@ def trusted(partial: PartialAttention, device: torch.device, dtype: torch.dtype,
     generator, lengths = torch.Generator().manual_seed(0), (131, 197, 197, 131)  # which end inside every block
     drawn = (torch.randn(1, n, 2, dim, generator=generator).to(device, dtype) for n in lengths)
     q, k, v, dout = (x.transpose(1, 2) for x in drawn)
-    want, want_lse, slopes = _definition(*(x.double() for x in (q, k, v, dout)))
+    want, want_lse, gradients = _definition(*(x.double() for x in (q, k, v, dout)))
     done: list[Partial] = []
 
     def forward() -> dict[str, float]:
         done.append(partial.forward(q, k, v))
         (out, lse), *_ = done
-        return {"its result": _furthest(out, want), "its log-sum-exp": _furthest(lse, want_lse)}
+        return {"its result": _max_abs_error(out, want), "its log-sum-exp": _max_abs_error(lse, want_lse)}
 
     def backward() -> dict[str, float]:
         assert partial.backward is not None
         # Rows that are gathered lie in another order than those of a kernel's own result.
         found = partial.backward(dout, q, k, v, done[0][0].contiguous(), done[0][1])
         return {
-            f"the gradient of {name}": _furthest(a, b) / float(b.abs().max())
-            for name, a, b in zip("qkv", found, slopes, strict=True)
+            f"the gradient of {name}": _max_abs_error(a, b) / float(b.abs().max())
+            for name, a, b in zip("qkv", found, gradients, strict=True)
         }
 
     with torch.no_grad():
@@ -185,13 +185,13 @@ def _definition(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, 
     """The result, its lse, and the gradients of q, k and v where the result's is ``dout``."""
     scale = 1 / math.sqrt(q.shape[-1])
     scores = q @ k.transpose(-1, -2) * scale
-    weights = scores.softmax(-1)
-    out, lse = weights @ v, scores.logsumexp(-1)
-    slopes = weights * (dout @ v.transpose(-1, -2) - (dout * out).sum(-1, keepdim=True)) * scale
-    return out, lse, (slopes @ k, slopes.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ dout)
+    p = scores.softmax(-1)
+    out, lse = p @ v, scores.logsumexp(-1)
+    ds = p * (dout @ v.transpose(-1, -2) - (dout * out).sum(-1, keepdim=True)) * scale
+    return out, lse, (ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dout)
 
 
-def _furthest(found: Tensor, want: Tensor) -> float:
+def _max_abs_error(found: Tensor, want: Tensor) -> float:
     return float((found.double() - want).abs().max())
 
 
@@ -224,9 +224,8 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 
 
 def _cpu_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-    lse = (
-        lse.transpose(1, 2).contiguous().transpose(1, 2)
-    )  # it reads the lse as it writes it: in the order of (B, N, H)
+    # It reads the lse as it writes it: in the order of (B, N, H).
+    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, False)
 
 

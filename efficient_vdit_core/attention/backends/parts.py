@@ -289,9 +289,9 @@ def _near_gradients(
     """What (c) of one batch entry contributes, added to ``totals``: dq, dk, dv (H, N, D)."""
     assert partial.backward is not None
     layout, (dout, q, k, v, out, lse) = schedule.layout, of_entry
-    slopes, queries, results, logs = (_rows_of(x, layout, near) for x in (dout, q, out, lse[..., None]))
+    douts, queries, outs, lses = (_rows_of(x, layout, near) for x in (dout, q, out, lse[..., None]))
     keys, values = (_seen(x, layout, near) for x in (k, v))
-    dq, *ds = partial.backward(slopes, queries, keys, values, results, logs[..., 0])
+    dq, *ds = partial.backward(douts, queries, keys, values, outs, lses[..., 0])
     rows, size = _rows_of(totals[0], layout, near), layout.grid.tokens_per_frame
     if schedule.spans:
         rows += dq
@@ -310,10 +310,10 @@ def _mean_gradients(
     """What (d) of one batch entry contributes, added to ``totals``: dq, dk, dv (H, N, D)."""
     assert partial.backward is not None
     dout, q, k, v, out, lse = of_entry
-    slopes, queries, results, logs = (_rows_of(x, means.layout, means) for x in (dout, q, out, lse[..., None]))
+    douts, queries, outs, lses = (_rows_of(x, means.layout, means) for x in (dout, q, out, lse[..., None]))
     # The kernel's scores lack the logarithm of the count, so it is taken off the log-sum-exp instead.
-    logs = logs[..., 0] - means.logs(logs)
-    dq, dk, dv = partial.backward(slopes, queries, means.of(k), means.of(v), results, logs)
+    lses = lses[..., 0] - means.logs(lses)
+    dq, dk, dv = partial.backward(douts, queries, means.of(k), means.of(v), outs, lses)
     rows = _rows_of(totals[0], means.layout, means)
     rows += dq
     means.add_gradient(totals[1], dk)

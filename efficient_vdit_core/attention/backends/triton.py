@@ -87,11 +87,11 @@ class _ArrowAttention(torch.autograd.Function):
             return None, None, None, None, None
         dout = torch.zeros_like(out) if dout is None else _addressable(dout)
         dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
-        slope_of_lse = delta if dlse is None else dlse.contiguous()  # not read where WITH_DLSE is False
+        dlse_or_delta = delta if dlse is None else dlse.contiguous()  # not read where WITH_DLSE is False
         strides = [x.stride() for x in (q, k, v, out, dout, dq)]
         _launch(
             query_gradient_kernel,
-            (q, k, v, out, lse, dout, slope_of_lse, dq, delta, *ctx.tables, *strides),
+            (q, k, v, out, lse, dout, dlse_or_delta, dq, delta, *ctx.tables, *strides),
             q,
             ctx.layout,
             WITH_DLSE=dlse is not None,
@@ -162,30 +162,30 @@ def _tune(shape: CallShape, layout: TokenLayout, pattern: TilePattern, multiproc
 def index_tables(
     layout: TokenLayout, pattern: LayerPattern, heads: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``units``, ``segments`` and ``turns`` as ``arrow_kernels`` describes them, for calls of so many heads; cached, so that
+    """``spans``, ``key_ranges`` and ``schedule`` as ``arrow_kernels`` describes them, for calls of so many heads; cached, so that
     a layer costs no upload. Raises ValueError where the pattern is for another number of heads."""
     frames, every = layout.grid.t, (0, 1)
-    segments = [(0, layout.tokens)]  # the first one, all tokens, is what prefix, suffix and reference frames see
-    units = [(0, layout.prefix, *every), (layout.tokens - layout.suffix, layout.tokens, *every)]
-    turns = []
+    key_ranges = [(0, layout.tokens)]  # the first one, all tokens, is what prefix, suffix and reference frames see
+    spans = [(0, layout.prefix, *every), (layout.tokens - layout.suffix, layout.tokens, *every)]
+    schedule = []
     for alike, members in pattern.head_groups(heads).items():
-        references, neighbours, first = alike.reference_frames(frames), alike.neighbours(frames), len(units)
+        references, neighbours, first = alike.reference_frames(frames), alike.neighbours(frames), len(spans)
         for frame in range(frames):
             seen = every
             if frame in neighbours:
                 # The global spans, the frame and its neighbours, joined where they touch.
-                spans = global_spans(layout, tuple(sorted((*references, *neighbours[frame]))))
-                seen = (len(segments), len(segments) + len(spans))
-                segments += spans
-            units.append((*layout.span(frame, frame + 1), *seen))
-        turns += [(head, unit) for head in members for unit in range(first, len(units))]
-    seen_tokens = [sum(end - start for start, end in segments[first:last]) for _, _, first, last in units]
-    turns.sort(key=lambda turn: (-seen_tokens[turn[1]], turn))
+                seen_spans = global_spans(layout, tuple(sorted((*references, *neighbours[frame]))))
+                seen = (len(key_ranges), len(key_ranges) + len(seen_spans))
+                key_ranges += seen_spans
+            spans.append((*layout.span(frame, frame + 1), *seen))
+        schedule += [(head, span) for head in members for span in range(first, len(spans))]
+    seen_tokens = [sum(end - start for start, end in key_ranges[first:last]) for _, _, first, last in spans]
+    schedule.sort(key=lambda entry: (-seen_tokens[entry[1]], entry))
     with torch.inference_mode(False):  # a table made in inference mode could not serve a training step later
-        units_, segments_, turns_ = (
-            torch.tensor(x, dtype=torch.int32, device=device) for x in (units, segments, turns)
+        spans_, key_ranges_, schedule_ = (
+            torch.tensor(x, dtype=torch.int32, device=device) for x in (spans, key_ranges, schedule)
         )
-    return units_, segments_, turns_
+    return spans_, key_ranges_, schedule_
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:

@@ -108,9 +108,8 @@ class Connection:
         self.torn = False
         for name, (kind, shape) in message.pop("_tensors").items():
             dtype = _DTYPES[kind]
-            part = bytearray(
-                blob[done : done + math.prod(shape) * dtype.itemsize]
-            )  # a copy: it must begin at a whole element
+            # A copy: it must begin at a whole element.
+            part = bytearray(blob[done : done + math.prod(shape) * dtype.itemsize])
             tensors[name] = torch.frombuffer(part, dtype=dtype).view(shape) if part else torch.empty(shape, dtype=dtype)
             done += len(part)
         return message, tensors

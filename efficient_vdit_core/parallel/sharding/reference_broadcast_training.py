@@ -88,8 +88,8 @@ def _gradients(
         totals[2] += dv
         back = [dq.to(totals[0].dtype), *(torch.zeros_like(x, dtype=totals[0].dtype) for x in (all_k, all_v))]
         if mine.others:
-            slope, rest, result, logs = (take(x, mine.others, 2) for x in (dout, q, found.out, found.lse))
-            dq, *ds = attend_backward(slope, rest, all_k, all_v, result.contiguous(), logs)
+            do, rest, o, row_lse = (take(x, mine.others, 2) for x in (dout, q, found.out, found.lse))
+            dq, *ds = attend_backward(do, rest, all_k, all_v, o.contiguous(), row_lse)
             _add(totals[0], mine.others, dq)
             for total, d in zip(back[1:], ds, strict=True):
                 total += d
@@ -106,8 +106,8 @@ def _frames_alone(
     for start, stop in mine.alone:
         dout, out, lse = (x[:, :, start:stop] for x in (*rows[:2], rows[2][..., None]))
         of_rows = (fold(x, size) for x in (dout, *(x[:, :, start:stop] for x in qkv), out, lse))
-        slope, q, k, v, result, logs = of_rows
-        for total, d in zip(totals, attend_backward(slope, q, k, v, result, logs[..., 0]), strict=True):
+        do, q, k, v, o, row_lse = of_rows
+        for total, d in zip(totals, attend_backward(do, q, k, v, o, row_lse[..., 0]), strict=True):
             total[:, :, start:stop] += unfold(d, dout.shape[0])
 
 
@@ -123,8 +123,8 @@ def _near_frames(
     q, k, v = qkv
     received, here = send_halo(k, v, every, comm).wait(), sources(shard, every, comm)
     held = {**dict(enumerate(received)), comm.rank: [k, v]}
-    slopes = {rank: [torch.zeros_like(x, dtype=totals[0].dtype) for x in parts] for rank, parts in enumerate(received)}
-    slopes[comm.rank] = totals[1:]
+    halos = {rank: [torch.zeros_like(x, dtype=totals[0].dtype) for x in parts] for rank, parts in enumerate(received)}
+    halos[comm.rank] = totals[1:]
     for near in every[comm.rank].near:
         start, stop = near.piece.local_span
         dout, out, lse = (x[:, :, start:stop] for x in rows)
@@ -133,10 +133,10 @@ def _near_frames(
         totals[0][:, :, start:stop] += dq
         done = 0
         for rank, (first, last) in (source for frame in near.seen for source in here[frame]):
-            for total, d in zip(slopes[rank], ds, strict=True):
+            for total, d in zip(halos[rank], ds, strict=True):
                 total[:, :, first:last] += d[:, :, done : done + last - first]
             done += last - first
-    sends = [[] if rank == comm.rank else slopes[rank] for rank in range(comm.size)]
+    sends = [[] if rank == comm.rank else halos[rank] for rank in range(comm.size)]
     spans = [[piece.local_span for piece in every[comm.rank].pieces_for(rank)] for rank in range(comm.size)]
     receives = [[form(totals[1], 2, sum(b - a for a, b in mine))] * 2 if mine else [] for mine in spans]
     for mine, parts in zip(spans, comm.start(HALO_BACK, sends, receives, k.device).wait(), strict=True):

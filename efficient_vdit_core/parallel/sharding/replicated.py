@@ -44,6 +44,6 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         start, stop = ctx.share
-        return slope.narrow(ctx.dim, start, stop - start) * ctx.ranks, None, None, None
+        return grad.narrow(ctx.dim, start, stop - start) * ctx.ranks, None, None, None

@@ -64,8 +64,8 @@ class _ToHeads(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.swap.to_tokens(slopes), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.swap.to_tokens(grads), None
 
 
 class _ToTokens(torch.autograd.Function):
@@ -76,5 +76,5 @@ class _ToTokens(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
-        return ctx.swap.to_heads((slope,))[0], None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.swap.to_heads((grad,))[0], None
