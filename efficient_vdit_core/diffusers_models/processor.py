@@ -16,6 +16,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..attention import TokenLayout, tile_attention
+from ..attention.report.reason_names import (
+    ANOTHER_LENGTH,
+    BELOW_MIN_TOKENS,
+    DROPOUT_OR_OWN_SCALE,
+    FULL,
+    MASKED,
+    NO_GRID,
+    NO_SDPA,
+    OUTSIDE_THE_WINDOW,
+    SHARDED_BY_DIFFUSERS,
+    SINGLE_FRAME,
+)
 from ..attention.report.report import AttentionReport
 from ..plan.head_patterns import LayerPattern
 from .families import SequenceLayout
@@ -109,22 +121,22 @@ class TiledProcessor:
         with mode:
             out = self._on_torch()(*args, **kwargs)
         if not mode.asked:
-            report.add_dense("no call of scaled_dot_product_attention")
+            report.add_dense(NO_SDPA)
         return out
 
     def _why_dense(self, layout: SequenceLayout | None) -> str:
         """The reason why this call stays dense, or an empty text where it may become sparse."""
         if layout is None:
-            return "no token grid"
+            return NO_GRID
         if not self.patch.active:
-            return "outside the step window"
+            return OUTSIDE_THE_WINDOW
         if layout.grid.t == 1:
-            return "a single frame"
+            return SINGLE_FRAME
         if self._pattern(layout).is_full(layout.grid.t):
-            return "full in the plan"
+            return FULL
         if getattr(self.original, "_parallel_config", None) is not None:
-            return "sharded by diffusers"
-        return "below min_tokens" if layout.tokens < self.patch.min_tokens else ""
+            return SHARDED_BY_DIFFUSERS
+        return BELOW_MIN_TOKENS if layout.tokens < self.patch.min_tokens else ""
 
     def _pattern(self, layout: SequenceLayout) -> LayerPattern:
         return self.patch.pattern(self.layer, layout.grid.t)
@@ -155,11 +167,11 @@ class TiledProcessor:
         dense = _ChosenAttention(self.original, {"dropout_p": dropout_p, "is_causal": is_causal, **options})
         reason = ""
         if q.shape != k.shape or q.shape[2] != layout.tokens or len(layout.entries) not in (1, q.shape[0]):
-            reason = "another sequence length"
+            reason = ANOTHER_LENGTH
         elif is_causal or (attn_mask is not None and not layout.masked):
-            reason = "masked"
+            reason = MASKED
         elif dropout_p or options.get("scale") not in (None, q.shape[3] ** -0.5):
-            reason = "dropout or a scale of its own"
+            reason = DROPOUT_OR_OWN_SCALE
         if reason:
             self.patch.report.add_dense(reason)
             return dense(q, k, v, attn_mask=attn_mask)

@@ -6,12 +6,13 @@ from ..attention import TokenLayout
 from ..attention.hook.attention_call import AttentionCall
 from ..attention.hook.padding import without_padding
 from ..attention.hook.reasons import why_no_pattern, why_not_the_video
+from ..attention.report.reason_names import BEYOND_THE_LAYERS
 
 
 def layer_of_call(call: AttentionCall) -> tuple[int | None, str]:
     """The layer of a self-attention over the video, counted on, or None and the reason why it is none."""
     layer = call.state.next_layer(call.options, call.heads) if call.state else None
-    return layer, "" if layer is not None else "beyond the last layer"
+    return layer, "" if layer is not None else BEYOND_THE_LAYERS
 
 
 def layout_of_call(call: AttentionCall) -> tuple[TokenLayout | None, str]:

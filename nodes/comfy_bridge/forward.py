@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...efficient_vdit_core.attention.call_shape import CallShape
 from ...efficient_vdit_core.attention.hook.state import FileAttention, ForwardState
+from ...efficient_vdit_core.attention.report.reason_names import AS_LONG_AS_THE_VIDEO
 from .families import Family, uncompiled
 from .layouts import UnknownLayout
 
@@ -40,7 +41,7 @@ def forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, co
     )
     if found.layout.tokens in state.others:
         # Cross-attention is told from self-attention by its length; here the lengths are the same.
-        state.active, state.reason = False, "text or audio as long as the video"
+        state.active, state.reason = False, AS_LONG_AS_THE_VIDEO
     return state
 
 

@@ -19,11 +19,12 @@ from ..dense_call import DenseCall
 from ..dispatch import tile_attention
 from ..layout import TokenLayout
 from ..report.clock import DENSE, SPARSE
+from ..report.reason_names import ANOTHER_LENGTH, MEASURED_FASTER, OWN_SCALE
 from ..report.report import AttentionReport
 from .attention_call import AttentionCall, override_by
 from .padding import without_padding
 from .prepare import Preparation
-from .reasons import ANOTHER_LENGTH, why_no_pattern, why_not_the_video
+from .reasons import why_no_pattern, why_not_the_video
 from .residual import work_with
 from .state import FileAttention, ForwardState, Override, computing
 
@@ -80,7 +81,7 @@ def _over_the_video(preparation: Preparation, call: AttentionCall, state: Forwar
         if own_scale:  # only dense calls hand it on
             backends = {p: "dense" if p.is_full(layout.grid.t) or p.means else "frames" for p in backends}
         if set(backends.values()) == {"dense"}:
-            reason = "a scale of its own" if own_scale else "measured faster"
+            reason = OWN_SCALE if own_scale else MEASURED_FASTER
     if reason:
         report.add_dense(reason, dense.name)
         with computing(state), report.clock.taking(DENSE, call.query):

@@ -20,6 +20,7 @@ from ..call_shape import CallShape
 from ..dense_call import DenseCall
 from ..dispatch import check_means, group_shapes, make_ready, measured_choice, partial_for, unmeasured_backend
 from ..layout import TokenLayout
+from ..report.reason_names import BEYOND_THE_LAYERS
 from ..report.report import AttentionReport
 from .padding import without_padding
 from .reasons import why_not_worth_it
@@ -45,9 +46,9 @@ class LayerWork:
 
 BEYOND = LayerWork(
     TilePattern(None),
-    "more calls than layers",
+    BEYOND_THE_LAYERS,
     1.0,
-    (("more calls than layers", "the model attends more often than it has layers: the rest stays dense."),),
+    ((BEYOND_THE_LAYERS, "the model attends more often than it has layers: the rest stays dense."),),
 )
 
 

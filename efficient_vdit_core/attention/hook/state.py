@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layout import TokenLayout
+from ..report.reason_names import OUTSIDE_THE_WINDOW
 from ..report.report import AttentionReport
 from .residual import Branch, Place, ResidualForward
 
@@ -80,7 +81,7 @@ class ForwardState:
 
     layout: TokenLayout | None
     active: bool = True
-    reason: str = "outside the step window"
+    reason: str = OUTSIDE_THE_WINDOW
     others: frozenset[int] = frozenset()
     depth: int | None = None
     heads: int = 0
