@@ -48,7 +48,7 @@ def why_no_pattern(state: ForwardState, layout: TokenLayout, mask: Tensor | None
         return SINGLE_FRAME
     if mask is not None and not state.masks_padding_alone(layout, mask):
         return MASKED
-    return "" if state.active else state.reason
+    return state.reason
 
 
 def why_not_worth_it(layout: TokenLayout, pattern: LayerPattern, min_tokens: int, decline_slow: bool) -> str:
