@@ -16,7 +16,7 @@ from torch import Tensor
 from ...plan import TilePlan
 from ...plan.head_patterns import LayerPattern
 from ...tiles import TilePattern
-from ..backends.head_calls import Call, calls_of
+from ..backends.head_calls import calls_of
 from ..dense_call import DenseCall
 from ..dispatch import tile_attention
 from ..layout import TokenLayout
@@ -119,7 +119,7 @@ def _compute(
     report, residual, padding = _counted_by(preparation, state), state.residual, state.masked(call.mask)
     renew = residual is not None and residual.renew
     density = work_with(_computed_share(it, call.heads), float(renew))
-    report.add_sparse(density, _computed_by(calls_of(it.pattern, call.heads, it.backends, it.layout.grid.t), dense))
+    report.add_sparse(density, computed_by(it.pattern, call.heads, it.backends, it.layout.grid.t, dense.name))
     with state.computing(), report.clock.taking(SPARSE, call.query, density):
         q, k, v = call.take(padding)
 
@@ -160,9 +160,10 @@ def _computed_share(it: _Sparse, heads: int) -> float:
     return sum(len(members) * shares[p] for p, members in groups.items()) / heads
 
 
-def _computed_by(calls: list[Call], dense: DenseCall) -> str:
-    """What computes the groups of a layer's heads, for the report."""
-    by_name = {"frames": dense.name, "dense": dense.name, "parts": f"{dense.name} in parts"}
+def computed_by(pattern: LayerPattern, heads: int, backends: dict[TilePattern, str], frames: int, dense: str) -> str:
+    """What computes the groups of a layer's heads, for the report; ``dense`` names the dense attention."""
+    by_name = {"frames": dense, "dense": dense, "parts": f"{dense} in parts"}
+    calls = calls_of(pattern, heads, backends, frames)
     return " and ".join(dict.fromkeys(by_name.get(call.backend, call.backend) for call in calls))
 
 
