@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.hook.prepare import pattern_for_frames
+from ..attention.hook.prepare import Preparation
+from ..attention.hook.state import ForwardState
+from ..attention.report.reason_names import OUTSIDE_THE_WINDOW
 from ..attention.report.report import AttentionReport
 from ..plan import TilePlan
-from ..plan.head_patterns import LayerPattern
 from .families import DiffusersFamily, SequenceLayout, find_family
 from .processor import TiledProcessor, tiled
 
@@ -42,11 +43,11 @@ class DiffusersPatch:
         min_tokens: int,
         backend: str,
     ) -> None:
-        self.report = AttentionReport()
-        self.min_tokens, self.backend = min_tokens, backend
-        self.layout: SequenceLayout | None = None
-        self.active = True
-        self._family, self._plan, self._window, self._config = family, plan, window, transformer.config
+        self.report, self.min_tokens = AttentionReport(), min_tokens
+        self.preparation = Preparation(plan, self.report, backend=backend)
+        self.sequence: SequenceLayout | None = None
+        self.entries: tuple[ForwardState, ...] = ()
+        self._family, self._window, self._config = family, window, transformer.config
         self._forward = inspect.signature(type(transformer).forward)
         self._replaced: list[tuple[Any, TiledProcessor]] = []
         self._depth = family.depth(transformer)
@@ -57,13 +58,6 @@ class DiffusersPatch:
         # Kept out of torch.compile: it reads timesteps, and each new value would compile the model anew.
         hook: Any = torch.compiler.disable(self._read_forward)
         self._hook = transformer.register_forward_pre_hook(hook, with_kwargs=True)
-
-    def pattern(self, layer: int, frames: int) -> LayerPattern:
-        """The plan's pattern of a layer, for as many latent frames as this forward has."""
-        pattern, notes = pattern_for_frames(self._plan, layer, self._depth, frames)
-        for note in notes:
-            self.report.warn(*note)
-        return pattern
 
     def remove(self) -> None:
         """Puts the processors back that were there before. One that was replaced by someone else meanwhile stays."""
@@ -82,8 +76,10 @@ class DiffusersPatch:
     def _read_forward(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook: where the video tokens of this forward stand, and whether it lies in the window."""
         arguments = self._forward.bind(transformer, *args, **kwargs).arguments
-        self.layout = self._family.layout(arguments, self._config)
-        self.active = self._in_window(arguments)
+        reason = "" if self._in_window(arguments) else OUTSIDE_THE_WINDOW
+        self.sequence = self._family.layout(arguments, self._config)
+        layouts = self.sequence.entries if self.sequence is not None else ()
+        self.entries = tuple(ForwardState(layout, reason, depth=self._depth) for layout in layouts)
 
     def _in_window(self, arguments: Mapping[str, Any]) -> bool:
         """Reads the noise level from the device, so only where a window was asked for, and once a forward."""
@@ -120,8 +116,8 @@ def apply_to_diffusers(
         A handle with ``report`` and ``remove()``, also a context manager.
 
     Raises:
-        ValueError: the class is not known, the plan was made for another model, the window is empty, or the transformer
-            has a plan already.
+        ValueError: the class is not known, the plan was made for another model, the window is empty, the backend computes
+            no mean frames and the plan has some, or the transformer has a plan already.
     """
     transformer = getattr(transformer, "_orig_mod", transformer)  # what torch.compile wrapped
     family = find_family(transformer)

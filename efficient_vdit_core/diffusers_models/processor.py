@@ -16,8 +16,23 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..attention import TokenLayout, tile_attention
-from ..attention.report.report import AttentionReport
+from ..attention.call_shape import CallShape
+from ..attention.dispatch import choose_backend, group_shapes
+from ..attention.hook.override import computed_by
+from ..attention.hook.prepare import LayerWork, Preparation
+from ..attention.hook.reasons import why_no_pattern
+from ..attention.hook.state import ForwardState
+from ..attention.report.reason_names import (
+    ANOTHER_LENGTH,
+    BELOW_MIN_TOKENS,
+    DROPOUT_OR_OWN_SCALE,
+    MASKED,
+    NO_GRID,
+    NO_SDPA,
+    SHARDED_BY_DIFFUSERS,
+)
 from ..plan.head_patterns import LayerPattern
+from ..tiles import TilePattern
 from .families import SequenceLayout
 
 Dense = Callable[..., Tensor]
@@ -26,15 +41,10 @@ Dense = Callable[..., Tensor]
 class Patch(Protocol):
     """What a processor asks of the patch that has put it there."""
 
-    report: AttentionReport
-    layout: SequenceLayout | None
-    active: bool
+    preparation: Preparation
     min_tokens: int
-    backend: str
-
-    def pattern(self, layer: int, frames: int) -> LayerPattern:
-        """The plan's pattern of a layer."""
-        ...
+    sequence: SequenceLayout | None  # of the present forward, None where it is not known
+    entries: tuple[ForwardState, ...]  # what it tells each entry of the batch; one where all are alike
 
 
 class _ChosenAttention:
@@ -100,34 +110,30 @@ class TiledProcessor:
 
     def attend(self, *args: Any, **kwargs: Any) -> Any:
         """The original's result, its attention sparse where nothing speaks against it."""
-        report, layout = self.patch.report, self.patch.layout
-        reason = self._why_dense(layout)
-        if reason or layout is None:
+        report, sequence = self.patch.preparation.report, self.patch.sequence
+        work = [self.patch.preparation.layer(state, self.layer) for state in self.patch.entries]
+        reason = self._why_dense(sequence, work)
+        if reason or sequence is None:
             report.add_dense(reason)
             return self.original(*args, **kwargs)
-        mode = _AnswerAttention(functools.partial(self._answer, layout))
+        mode = _AnswerAttention(functools.partial(self._answer, sequence, work))
         with mode:
             out = self._on_torch()(*args, **kwargs)
         if not mode.asked:
-            report.add_dense("no call of scaled_dot_product_attention")
+            report.add_dense(NO_SDPA)
         return out
 
-    def _why_dense(self, layout: SequenceLayout | None) -> str:
+    def _why_dense(self, sequence: SequenceLayout | None, work: list[LayerWork]) -> str:
         """The reason why this call stays dense, or an empty text where it may become sparse."""
-        if layout is None:
-            return "no token grid"
-        if not self.patch.active:
-            return "outside the step window"
-        if layout.grid.t == 1:
-            return "a single frame"
-        if self._pattern(layout).is_full(layout.grid.t):
-            return "full in the plan"
+        if sequence is None:
+            return NO_GRID
+        for note in work[0].notes:
+            self.patch.preparation.report.warn(*note)
+        if reason := why_no_pattern(self.patch.entries[0], sequence.entries[0], None) or work[0].reason:
+            return reason
         if getattr(self.original, "_parallel_config", None) is not None:
-            return "sharded by diffusers"
-        return "below min_tokens" if layout.tokens < self.patch.min_tokens else ""
-
-    def _pattern(self, layout: SequenceLayout) -> LayerPattern:
-        return self.patch.pattern(self.layer, layout.grid.t)
+            return SHARDED_BY_DIFFUSERS
+        return BELOW_MIN_TOKENS if sequence.tokens < self.patch.min_tokens else ""
 
     def _on_torch(self) -> Any:
         """The original, asking PyTorch for its attention whatever backend was chosen: there it can be answered."""
@@ -141,7 +147,8 @@ class TiledProcessor:
 
     def _answer(
         self,
-        layout: SequenceLayout,
+        sequence: SequenceLayout,
+        work: list[LayerWork],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -150,35 +157,45 @@ class TiledProcessor:
         is_causal: bool = False,
         **options: Any,
     ) -> Tensor:
-        """Stands for ``scaled_dot_product_attention``, with its arguments and their names."""
-        q, k, v = query, key, value
+        """Stands for ``scaled_dot_product_attention``, with its arguments and their names. ``work`` is that of each entry
+        of the batch, or one."""
+        q, k, v, report = query, key, value, self.patch.preparation.report
         dense = _ChosenAttention(self.original, {"dropout_p": dropout_p, "is_causal": is_causal, **options})
         reason = ""
-        if q.shape != k.shape or q.shape[2] != layout.tokens or len(layout.entries) not in (1, q.shape[0]):
-            reason = "another sequence length"
-        elif is_causal or (attn_mask is not None and not layout.masked):
-            reason = "masked"
+        if q.shape != k.shape or q.shape[2] != sequence.tokens or len(work) not in (1, q.shape[0]):
+            reason = ANOTHER_LENGTH
+        elif is_causal or (attn_mask is not None and not sequence.masked):
+            reason = MASKED
         elif dropout_p or options.get("scale") not in (None, q.shape[3] ** -0.5):
-            reason = "dropout or a scale of its own"
+            reason = DROPOUT_OR_OWN_SCALE
         if reason:
-            self.patch.report.add_dense(reason)
+            report.add_dense(reason)
             return dense(q, k, v, attn_mask=attn_mask)
-        pattern = self._pattern(layout)
-        self.patch.report.add_sparse(pattern.density(layout.grid.t), self.patch.backend)
-        if len(layout.entries) == 1:
-            return self._sparse(q, k, v, layout.entries[0], pattern, dense)
-        rows = zip(layout.entries, q.split(1), k.split(1), v.split(1), strict=True)
-        return torch.cat([self._sparse(q, k, v, entry, pattern, dense) for entry, q, k, v in rows])
+        rows = [(q, k, v)] if len(work) == 1 else zip(q.split(1), k.split(1), v.split(1), strict=True)
+        found = [
+            self._sparse(*qkv, entry, of_entry.pattern, dense)
+            for qkv, entry, of_entry in zip(rows, sequence.entries, work, strict=True)
+        ]
+        computed = " and ".join(dict.fromkeys(name for _, name in found))
+        report.add_sparse(sum(of_entry.density for of_entry in work) / len(work), computed)
+        return found[0][0] if len(found) == 1 else torch.cat([out for out, _ in found])
 
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, entry: TokenLayout, pattern: LayerPattern, dense: Dense
-    ) -> Tensor:
-        """Attention of all but the padding behind ``entry``. The rows of padding, which no token ever reads, are
-        zero."""
-        padding = q.shape[2] - entry.tokens
+        self, q: Tensor, k: Tensor, v: Tensor, entry: TokenLayout, pattern: LayerPattern, dense: _ChosenAttention
+    ) -> tuple[Tensor, str]:
+        """Attention of all but the padding behind ``entry``, and what computed it. The rows of padding, which no token
+        ever reads, are zero."""
+        padding, asked = q.shape[2] - entry.tokens, self.patch.preparation.backend
         q, k, v = (x[:, :, : entry.tokens] for x in (q, k, v))
-        out = tile_attention(q, k, v, entry, pattern, dense=dense, backend=self.patch.backend)
-        return F.pad(out, (0, 0, 0, padding))
+
+        def backend(shape: CallShape, pattern: TilePattern) -> str:
+            if asked == "auto":
+                return choose_backend(shape, entry, pattern, dense=dense, or_dense=False)
+            return "dense" if pattern.is_full(entry.grid.t) else asked
+
+        backends = {p: backend(shape, p) for p, shape in group_shapes(CallShape.of(q, k, v), pattern).items()}
+        out = tile_attention(q, k, v, entry, pattern, dense=dense, backend=backends)
+        return F.pad(out, (0, 0, 0, padding)), computed_by(pattern, q.shape[1], backends, entry.grid.t, dense.name)
 
 
 def tiled(original: Any, patch: Patch, layer: int) -> TiledProcessor:

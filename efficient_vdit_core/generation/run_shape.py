@@ -76,8 +76,7 @@ class RunShape:
         override, counted = attention_override(preparation), itertools.count()
 
         def options() -> dict[str, Any]:
-            state = self.state(next(counted))
-            preparation.keep_residual(state, self.calls)
+            state = preparation.keep_residual(self.state(next(counted)), self.calls)
             return {OVERRIDE_KEY: override, FORWARD_KEY: state}
 
         return options

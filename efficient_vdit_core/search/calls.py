@@ -6,12 +6,15 @@ from ..attention import TokenLayout
 from ..attention.hook.attention_call import AttentionCall
 from ..attention.hook.padding import without_padding
 from ..attention.hook.reasons import why_no_pattern, why_not_the_video
+from ..attention.hook.state import CallPlace
+from ..attention.report.reason_names import BEYOND_THE_LAYERS
 
 
-def layer_of_call(call: AttentionCall) -> tuple[int | None, str]:
-    """The layer of a self-attention over the video, counted on, or None and the reason why it is none."""
-    layer = call.state.next_layer(call.options, call.heads) if call.state else None
-    return layer, "" if layer is not None else "beyond the last layer"
+def place_of_call(call: AttentionCall) -> tuple[CallPlace | None, str]:
+    """Where a self-attention over the video stands in its forward, counted on, or None and the reason why it is of no
+    layer."""
+    place = call.state.next_call(call.options, call.heads) if call.state else None
+    return place, "" if place is not None else BEYOND_THE_LAYERS
 
 
 def layout_of_call(call: AttentionCall) -> tuple[TokenLayout | None, str]:

@@ -37,7 +37,7 @@ from ..attention.hook.state import Override
 from ..attention.layout import spans_of
 from ..tiles import TilePattern
 from ..timing import wait_for
-from .calls import layer_of_call, layout_of_call
+from .calls import layout_of_call, place_of_call
 
 ATTENTION, BLOCK, OUTPUT = "attention", "block", "output"
 MEASURES = (ATTENTION, BLOCK, OUTPUT)
@@ -188,22 +188,23 @@ def make_probe_override(
 
     def answer(call: AttentionCall) -> Tensor:
         state, (layout, reason) = call.state, layout_of_call(call)
-        replay, layer, dense = record.replaying, None, call.asked
+        replay, place, dense = record.replaying, None, call.asked
         if layout is not None and (replay is None or replay.layer is not None):
-            layer, reason = layer_of_call(call)
+            place, reason = place_of_call(call)
         if state is None or layout is None or reason:
             if replay is None:
                 record.add_dense(reason)
             return call.dense()
         padding = state.masked(call.mask)
         if replay is not None:
-            if not replay.holds(layer) or replay.pattern.is_full(layout.grid.t):
+            if not replay.holds(place and place.layer) or replay.pattern.is_full(layout.grid.t):
                 return call.dense()
             out = tile_attention(
                 *call.take(padding), layout, replay.pattern, dense=dense, backend=_exact(replay.pattern)
             )
             return call.give(out, padding)
-        assert layer is not None
+        assert place is not None
+        layer = place.layer
         if record.layout is None and begun is not None:
             begun(layout)
         record.layout = record.layout or layout
@@ -213,7 +214,7 @@ def make_probe_override(
         for pattern in record.candidates:
             error, of_heads = _candidate_errors(record, layer, pattern, qkv, exact, layout, dense, compare)
             record.add(ATTENTION, layer, pattern, error)
-            record.add_heads(layer, pattern, state.first_head, of_heads)
+            record.add_heads(layer, pattern, place.first_head, of_heads)
         if progress is not None:
             progress(layer)
         return out

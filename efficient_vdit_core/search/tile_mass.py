@@ -21,7 +21,7 @@ from ..limits.quote import quoted
 from ..plan.head_patterns import LayerPattern
 from ..plan.text import parse_layers
 from ..tiles import TilePattern
-from .calls import layer_of_call, layout_of_call
+from .calls import layout_of_call, place_of_call
 
 LEVELS = (0.90, 0.95, 0.99)
 MAX_BYTES = 256 * 2**20
@@ -121,16 +121,16 @@ def make_mass_override(
 
     def answer(call: AttentionCall) -> Tensor:
         state, (layout, reason) = call.state, layout_of_call(call)
-        layer, reason = layer_of_call(call) if layout is not None else (None, reason)
+        place, reason = place_of_call(call) if layout is not None else (None, reason)
         out = call.dense()
-        if state is None or layout is None or layer is None:
+        if state is None or layout is None or place is None:
             record.reasons.add(reason)
             return out
-        if record.active and layer in record.layers and not state.visit:  # the video's stream alone
+        if record.active and place.layer in record.layers and not place.visit:  # the video's stream alone
             q, k, _ = call.take(state.masked(call.mask))
-            record.add(layer, state.first_head, tile_mass(q, k, layout, record.rows))
+            record.add(place.layer, place.first_head, tile_mass(q, k, layout, record.rows))
         if progress is not None:
-            progress(layer)
+            progress(place.layer)
         return out
 
     return override_by(answer, previous)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..attention import TokenLayout
 from ..attention.hook.attention_call import AttentionCall, override_by
 from ..attention.hook.state import Override
-from .calls import layer_of_call, layout_of_call
+from .calls import layout_of_call, place_of_call
 
 # The layer, q, k, v and the dense result, all (B, H, N, D), and where the video stands.
 Watch = Callable[[int, Tensor, Tensor, Tensor, Tensor, TokenLayout], None]
@@ -20,10 +20,10 @@ def make_watching_override(watch: Watch) -> Override:
 
     def answer(call: AttentionCall) -> Tensor:
         layout, _ = layout_of_call(call)
-        layer = layer_of_call(call)[0] if layout is not None else None
+        place = place_of_call(call)[0] if layout is not None else None
         out = call.dense()
-        if layout is not None and layer is not None:
-            watch(layer, *call.take(), call.given(out), layout)
+        if layout is not None and place is not None:
+            watch(place.layer, *call.take(), call.given(out), layout)
         return out
 
     return override_by(answer)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...efficient_vdit_core.attention.call_shape import CallShape
 from ...efficient_vdit_core.attention.hook.state import FileAttention, ForwardState
+from ...efficient_vdit_core.attention.report.reason_names import AS_LONG_AS_THE_VIDEO
 from .families import Family, uncompiled
 from .layouts import UnknownLayout
 
@@ -27,10 +28,13 @@ def forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, co
             )
         found = family.layout(size, model, text, conds)
     except UnknownLayout as error:
-        return ForwardState(None, active=False, reason=str(error))
-    state = ForwardState(
+        return ForwardState(None, reason=str(error))
+    others = frozenset(found.others)
+    return ForwardState(
         found.layout,
-        others=frozenset(found.others),
+        # Cross-attention is told from self-attention by its length; here the lengths are the same.
+        reason=AS_LONG_AS_THE_VIDEO if found.layout.tokens in others else "",
+        others=others,
         depth=family.depth(model),
         heads=family.head_count(model),
         offsets=family.offsets(model),
@@ -38,10 +42,6 @@ def forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, co
         padding=found.padding,
         file_attention=file_attention(family, model),
     )
-    if found.layout.tokens in state.others:
-        # Cross-attention is told from self-attention by its length; here the lengths are the same.
-        state.active, state.reason = False, "text or audio as long as the video"
-    return state
 
 
 def call_shape(family: Family, base_model: Any, x: Tensor) -> CallShape:

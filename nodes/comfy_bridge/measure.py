@@ -17,6 +17,7 @@ from ...efficient_vdit_core.attention.report.measure import StepMeasure
 from ...efficient_vdit_core.attention.report.report import AttentionReport
 from ...efficient_vdit_core.timing import seconds, wait_for
 
+DENSE = "measured dense beside the run"
 SHORT = 1.0  # seconds; below it a forward's time is that of the best of three
 
 
@@ -58,7 +59,7 @@ def computed_twice(
     try:
         if measure.cold:
             beside()
-        dense = _shortest(beside(active=False), lambda: beside(active=False))
+        dense = _shortest(beside(reason=DENSE), lambda: beside(reason=DENSE))
     except OUT_OF_MEMORY:
         measure.refused = "a dense step found no memory"
         dense = 0.0

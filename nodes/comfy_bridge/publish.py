@@ -55,7 +55,7 @@ def publish_layout(hook: Hook) -> Any:
         acting.asked = True
         state = _state(acting, call)
         call.options[OVERRIDE] = acting.over(call.options.get(OVERRIDE))
-        _prepare(acting, state, call)
+        state = _prepared(acting, state, call)
 
         def run(state: ForwardState) -> Tensor:
             options = {**counting_blocks(call.options, state), FORWARD_KEY: state}
@@ -77,7 +77,7 @@ def counted_anew(options: dict[str, Any], state: ForwardState) -> dict[str, Any]
     checkpointing does."""
 
     def forward(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        with state.counting_anew():
+        with state.counter.anew():
             return executor(*args, **kwargs)
 
     wrappers = options.get("wrappers", {})
@@ -93,19 +93,17 @@ def _state(hook: Hook, call: ModelCall) -> ForwardState:
     if state.layout is None:
         report.warn("unknown layout", f"the attention stays dense: {state.reason}.")
     elif why := hook.window.why_outside(sampling, options, t):
-        if hook.preparation.residual is not None:
-            state.later = state.active and hook.window.comes(sampling, options, t)
-        state.active, state.reason = False, why
+        later = hook.preparation.residual is not None and state.active and hook.window.comes(sampling, options, t)
+        state = replace(state, later=later, reason=why)
     if hook.caution:
         report.warn("caution", hook.caution)
     if hook.preparation.placement == "rotating" or hook.preparation.residual is not None:
-        state.step, state.steps = step_of(options, t), steps_of(options)
-        state.branches = branches_of(options, len(call.x))
+        branches = branches_of(options, len(call.x))
+        state = replace(state, step=step_of(options, t), steps=steps_of(options), branches=branches)
     if hook.preparation.residual is not None:
-        state.whole = whole_steps(sampling, options)
-        state.no_residual = why_windows_move(call.model, options)
-    state.owner = hook.preparation
-    return state
+        why = why_windows_move(call.model, options)
+        state = replace(state, whole=whole_steps(sampling, options), no_residual=why)
+    return replace(state, owner=hook.preparation)
 
 
 def _wanted(measure: StepMeasure, window: Window, state: ForwardState, call: ModelCall) -> bool:
@@ -116,10 +114,10 @@ def _wanted(measure: StepMeasure, window: Window, state: ForwardState, call: Mod
     return measure.wants(step_of(call.options, call.t), last=not goes_on)
 
 
-def _prepare(hook: Hook, state: ForwardState, call: ModelCall) -> None:
-    """Settles the forward's backends, and makes all that its calls keep on the device."""
+def _prepared(hook: Hook, state: ForwardState, call: ModelCall) -> ForwardState:
+    """The forward with its backends settled, and all made that its calls keep on the device."""
     if hook.make is not None:
-        return
+        return state
     previous: Override | None = call.options[OVERRIDE].replaces
     name = function_name(previous) if previous else ""
     # What a trial calls is no call of the model: it gets the forward's options without our own.
@@ -133,5 +131,6 @@ def _prepare(hook: Hook, state: ForwardState, call: ModelCall) -> None:
     shape = call_shape(hook.family, call.model, call.x)
     if state.layout is not None and state.depth:
         hook.report.cost = StepCost(state.layout, shape.heads, shape.head_dim, state.depth, hook.weights)
-    hook.preparation.before_forward(state, shape, dense_of)
+    state = hook.preparation.before_forward(state, shape, dense_of)
     hook.report.clock.reserve(shape.device, state.depth or 0)
+    return state

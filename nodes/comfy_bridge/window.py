@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...efficient_vdit_core.attention.report.reason_names import NO_STEP_NUMBERS, OUTSIDE_THE_WINDOW
 from .replaced_blocks import replaced_blocks
 
 # A step may lie on the window's edge; schedule and window round it in their own ways.
@@ -47,15 +48,15 @@ class Window:
             high, low = (model_sampling.percent_to_sigma(p) for p in (self.start, self.end))
             level = float(t.flatten()[0])
             if not low * _ROUNDING < level <= high * _ROUNDING:
-                return "outside the step window"
+                return OUTSIDE_THE_WINDOW
         if not (self.dense_first_steps or self.dense_last_steps):
             return ""
         steps = steps_of(options)
         if not steps:
-            return "steps are not numbered"
+            return NO_STEP_NUMBERS
         step = step_of(options, t)
         inside = self.dense_first_steps <= step < steps - self.dense_last_steps
-        return "" if inside else "outside the step window"
+        return "" if inside else OUTSIDE_THE_WINDOW
 
     def goes_on(self, model_sampling: Any, options: dict[str, Any], t: Tensor) -> bool:
         """Whether the step after that of noise level ``t``, which is inside, is inside as well."""

@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from efficient_vdit_core.assets import preset_path
 from efficient_vdit_core.attention import TokenLayout
+from efficient_vdit_core.attention.hook.prepare import Preparation
+from efficient_vdit_core.attention.hook.state import ForwardState
 from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.diffusers_models import apply_to_diffusers
 from efficient_vdit_core.diffusers_models.families import FAMILIES, SequenceLayout
@@ -675,8 +677,8 @@ def test_attention_that_is_scaled_or_dropped_otherwise_stays_dense(options, dens
     q, k, v = rand(3, 1, 2, 12, 6, seed=3)
     report, layout = AttentionReport(), TokenLayout(TokenGrid(3, 2, 2))
     patch = SimpleNamespace(
-        report=report, layout=SequenceLayout(12, (layout,)), active=True, min_tokens=0, backend="frames",
-        pattern=lambda layer, frames: TilePattern(1),
+        preparation=Preparation(TilePlan.uniform(1), report, backend="frames"), min_tokens=0,
+        sequence=SequenceLayout(12, (layout,)), entries=(ForwardState(layout),),
     )  # fmt: skip
 
     class Original:
@@ -689,6 +691,26 @@ def test_attention_that_is_scaled_or_dropped_otherwise_stays_dense(options, dens
     torch.manual_seed(0)
     assert torch.equal(out, original()) == bool(dense)
     assert sum(report.dense.values()) == dense and report.sparse == 1 - dense
+
+
+@pytest.mark.parametrize(
+    ("family", "backend", "computed"), [("cogvideox", "auto", "sdpa"), ("wan", "parts", "sdpa in parts")]
+)
+def test_the_report_counts_the_work_and_names_what_computed_it(family, backend, computed):
+    """The work with the text beside the video, and never "auto"."""
+    model, inputs = build(family)
+    layout = TokenLayout(TokenGrid(FRAMES, HEIGHT, WIDTH), prefix=PREFIX.get(family, 0))
+    with torch.no_grad(), apply_to_diffusers(model, TilePlan.uniform(1), backend=backend) as handle:
+        run(model, inputs)
+    assert handle.report.density_sum == pytest.approx(3 * TilePattern(1).flop_density(layout.grid, layout.prefix))
+    assert dict(handle.report.computed) == {computed: 3}
+
+
+def test_mean_frames_are_refused_with_a_backend_that_computes_none():
+    model, _ = build("wan", 1)
+    with pytest.raises(ValueError, match="backend is 'frames', which computes no mean frames"):
+        apply_to_diffusers(model, TilePlan(patterns=(TilePattern(1, means=1),) * 3), backend="frames")
+    apply_to_diffusers(model, TilePlan.uniform(1)).remove()
 
 
 def test_a_processor_says_what_arguments_it_takes():

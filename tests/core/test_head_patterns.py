@@ -339,7 +339,7 @@ def test_a_layer_whose_heads_come_in_uneven_parts_is_prepared_for_them():
     shape, dense = CallShape.of(tensors[0]), DenseCall(sdpa_attention, None, None, {})
     for step in range(3):
         state = ForwardState(layout, depth=2, heads=5, step=step)
-        preparation.before_forward(state, shape, lambda _: dense)
+        state = preparation.before_forward(state, shape, lambda _: dense)
         options = {OVERRIDE_KEY: override, FORWARD_KEY: state}
         for _ in range(2):
             parts = [

@@ -60,7 +60,7 @@ def test_sparse_in_every_tensor_form(oracle, skip_reshape, skip_output_reshape):
         ("another sequence length", {"tokens": 12}),
         ("a single frame", {"state": ForwardState(TokenLayout(TokenGrid(1, 5, 6)))}),
         ("masked", {"mask": torch.zeros(1, 1, 1, 30)}),
-        ("outside the step window", {"state": ForwardState(LAYOUT, active=False)}),
+        ("outside the step window", {"state": ForwardState(LAYOUT, reason="outside the step window")}),
         ("below min_tokens", {"min_tokens": 31}),
         (
             "below min_tokens",
@@ -68,7 +68,7 @@ def test_sparse_in_every_tensor_form(oracle, skip_reshape, skip_output_reshape):
         ),
         ("full in the plan", {"plan": TilePlan.uniform(4)}),
         ("text or audio alone", {"tokens": 12, "state": ForwardState(LAYOUT, others=frozenset({12}))}),
-        ("unexplained", {"state": ForwardState(None, active=False, reason="unexplained")}),
+        ("unexplained", {"state": ForwardState(None, reason="unexplained")}),
         ("too dense to pay", {"plan": TilePlan.uniform(3), "slow": True}),
         ("too few frames to pay", {"state": ForwardState(TokenLayout(TokenGrid(3, 2, 5))), "slow": True}),
         ("measured faster", {"slow": True, "fastest": "dense"}),
@@ -203,7 +203,7 @@ def test_a_training_step_that_was_not_foreseen_keeps_no_copies(monkeypatch, back
     preparation = prepare_file.Preparation(TilePlan.uniform(2), AttentionReport(), backend=backend)
     state, override = ForwardState(LAYOUT, depth=3, heads=HEADS), attention_override(preparation)
     shape = CallShape(2, HEADS, 16, torch.float32, torch.device("cpu"))
-    preparation.before_forward(state, shape, lambda _: DenseCall(attention_sdpa, None, None, {}))
+    state = preparation.before_forward(state, shape, lambda _: DenseCall(attention_sdpa, None, None, {}))
     chosen = []
     original = override_file.tile_attention
     monkeypatch.setattr(
@@ -270,23 +270,21 @@ def test_another_node_s_attention_that_fails_in_a_trial_does_not_end_the_run(mon
 
 def test_layers_are_counted_past_blocks_that_were_left_out():
     state = ForwardState(LAYOUT, depth=4, heads=2)
-    assert [state.next_layer({}, 2) for _ in range(2)] == [0, 1]
+    assert [state.next_call({}, 2) for _ in range(2)] == [(0, 0, 0), (1, 0, 0)]
     state.count_from(3)
-    assert [state.next_layer({}, 2) for _ in range(2)] == [3, None]
+    assert [state.next_call({}, 2) for _ in range(2)] == [(3, 0, 0), None]
     streams = ForwardState(LAYOUT, depth=3, order=(0, 0, 1, 2, 2))
     streams.count_from(1)
-    assert [streams.next_layer({}) for _ in range(4)] == [1, 2, 2, None]
+    assert [streams.next_call({}) for _ in range(4)] == [(1, 0, 0), (2, 0, 0), (2, 1, 0), None]
 
 
 def test_a_layer_that_attends_again_is_told_from_its_first_call():
     state = ForwardState(LAYOUT, depth=2, heads=4, order=(0, 0, 1))
-    seen = []
-    for index, heads in ((0, 3), (0, 1), (0, 4), (1, 2), (1, 2)):
-        layer = state.next_layer({"block_index": index}, heads)
-        seen.append((layer, state.visit, state.first_head))
+    calls = ((0, 3), (0, 1), (0, 4), (1, 2), (1, 2))
+    seen = [state.next_call({"block_index": index}, heads) for index, heads in calls]
     assert seen == [(0, 0, 0), (0, 0, 3), (0, 1, 0), (1, 0, 0), (1, 0, 2)]
     assert state.places([0, 1]) == [(0, 0), (0, 1), (1, 0)]
-    assert state.again().next_layer({"block_index": 0}, 4) == 0 and state.again().visit == 0
+    assert state.again().next_call({"block_index": 0}, 4) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("offsets", [{"": 0}, {"double": 0, "single": 3}, {"double": 0}])
@@ -348,7 +346,7 @@ def test_a_mask_over_all_tokens_for_a_part_of_the_queries_is_masked_and_no_layer
     call(override, (x[:, :20], x, x), state, mask=torch.zeros(1, 1, 1, 30))
     call(override, (x[:, 20:], x, x), state, mask=torch.zeros(1, 1, 10, 30))
     call(override, (x, x[:, :7], x[:, :7]), state, mask=torch.zeros(1, 1, 1, 7))  # a masked text
-    assert dict(report.dense) == {"masked": 2, "cross-attention": 1} and state.calls == 0
+    assert dict(report.dense) == {"masked": 2, "cross-attention": 1} and state.counter.calls == 0
 
 
 def test_a_mask_for_each_query_is_no_padding():

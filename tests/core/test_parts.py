@@ -401,7 +401,7 @@ def test_calls_that_ask_for_full_precision_are_prepared_and_measured_by_themselv
     override, dense = attention_override(preparation), DenseCall(attention_sdpa, None, None, {})
     for step in range(2):
         state = ForwardState(layout, depth=1, heads=2, step=step)
-        preparation.before_forward(state, shape, lambda _: dense)
+        state = preparation.before_forward(state, shape, lambda _: dense)
         form = {"skip_reshape": True, "transformer_options": {FORWARD_KEY: state}}
         override(attention_sdpa, *qkv(layout), 2, low_precision_attention=False, **form)
     assert names == ["attention_sdpa", "attention_sdpa in full precision"]

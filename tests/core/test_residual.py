@@ -63,7 +63,7 @@ class Run:
     def forward(self, step, prompts=(0,), *, at_once=HEADS, steps=STEPS, names=None, layers=3, **about):
         branches = tuple((name, 1) for name in names or prompts)
         state = ForwardState(LAYOUT, depth=3, heads=HEADS, step=step, steps=steps, branches=branches, **about)
-        self.preparation.keep_residual(state, SHAPE)
+        state = self.preparation.keep_residual(state, SHAPE)
         found = {}
         for layer in range(layers):
             tensors = [torch.cat(x) for x in zip(*(qkv(step, p, layer) for p in prompts), strict=True)]
@@ -133,16 +133,16 @@ def test_a_forward_that_a_cache_skips_renews_nothing():
 
 def test_a_window_of_steps_begins_with_dense_attention():
     run = Run(4)
-    outside = run.forward(0, active=False)
+    outside = run.forward(0, reason="outside")
     torch.testing.assert_close(outside[0, 0], F.scaled_dot_product_attention(*qkv(0, 0, 0)))
     check(run.forward(2), 2, 2)
 
 
 def test_room_is_made_before_the_window_opens_and_only_where_it_will():
     run = Run(4)
-    run.forward(0, active=False)
+    run.forward(0, reason="outside")
     assert not run.preparation.residual.kept
-    run.forward(0, active=False, later=True)
+    run.forward(0, reason="outside", later=True)
     assert len(run.preparation.residual.kept) == 2  # layers
     check(run.forward(3), 3, 3)
     check(run.forward(4), 4, 3)
@@ -151,7 +151,7 @@ def test_room_is_made_before_the_window_opens_and_only_where_it_will():
 def test_a_run_without_room_is_refused_before_its_window_opens(monkeypatch):
     monkeypatch.setattr(residual, "free_bytes", lambda *_: 1000)
     with pytest.raises(ValueError, match="cached residual takes about"):
-        Run(4).forward(0, active=False, later=True)
+        Run(4).forward(0, reason="outside", later=True)
 
 
 def test_the_report_knows_the_cost():

@@ -159,7 +159,10 @@ def test_a_forward_beside_the_run_is_counted_nowhere():
     report, beside = AttentionReport(), AttentionReport()
     override = make_attention_override(TilePlan.uniform(1), report)
     x = torch.randn(1, LAYOUT.tokens, 16)
-    for state in (ForwardState(LAYOUT, report=beside), ForwardState(LAYOUT, report=beside, active=False)):
+    for state in (
+        ForwardState(LAYOUT, report=beside),
+        ForwardState(LAYOUT, report=beside, reason="outside the step window"),
+    ):
         for keys in (x, x[:, :5]):
             sdpa_attention(x, keys, keys, 2, transformer_options={OVERRIDE_KEY: override, FORWARD_KEY: state})
     assert (report.sparse, report.dense, report.clock.times()) == (0, {}, None)

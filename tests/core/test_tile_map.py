@@ -248,7 +248,8 @@ def test_heads_that_come_in_several_calls_are_one_layer():
     record, options = MassRecord((0, 1), rows=S), {}
     options |= {OVERRIDE_KEY: make_mass_override(record), FORWARD_KEY: ForwardState(LAYOUT, heads=HEADS)}
     for _ in range(2 * HEADS):  # of two layers, a head at a time
-        head = slice(options[FORWARD_KEY].seen_heads, options[FORWARD_KEY].seen_heads + 1)
+        seen = options[FORWARD_KEY].counter.seen_heads
+        head = slice(seen, seen + 1)
         sdpa_attention(q[:, head], k[:, head], k[:, head], 1, skip_reshape=True, transformer_options=options)
     want = tile_mass(q, k, LAYOUT, rows=S)
     for layer in (0, 1):

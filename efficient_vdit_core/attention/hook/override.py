@@ -7,6 +7,8 @@ layer does was settled before the forward (``prepare``), or is at its first call
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,18 +16,19 @@ from torch import Tensor
 from ...plan import TilePlan
 from ...plan.head_patterns import LayerPattern
 from ...tiles import TilePattern
-from ..backends.head_calls import Call, calls_of
+from ..backends.head_calls import calls_of
 from ..dense_call import DenseCall
 from ..dispatch import tile_attention
 from ..layout import TokenLayout
 from ..report.clock import DENSE, SPARSE
+from ..report.reason_names import ANOTHER_LENGTH, MEASURED_FASTER, OWN_SCALE
 from ..report.report import AttentionReport
 from .attention_call import AttentionCall, override_by
 from .padding import without_padding
 from .prepare import Preparation
-from .reasons import ANOTHER_LENGTH, why_no_pattern, why_not_the_video
+from .reasons import why_no_pattern, why_not_the_video
 from .residual import work_with
-from .state import FileAttention, ForwardState, Override, computing
+from .state import CallPlace, FileAttention, ForwardState, Override
 
 
 def make_attention_override(
@@ -44,7 +47,7 @@ def attention_override(preparation: Preparation, *, previous: Override | None = 
 
     def answer(call: AttentionCall) -> Tensor:
         state = call.state
-        if state is not None and (state.busy or state.owner not in (None, preparation)):
+        if state is not None and (state.counter.busy or state.owner not in (None, preparation)):
             return call.dense()
         reason = why_not_the_video(call)
         if state is not None and state.layout is not None:
@@ -53,7 +56,7 @@ def attention_override(preparation: Preparation, *, previous: Override | None = 
             if reason == ANOTHER_LENGTH:
                 _warn_of_length(call.tokens, state.layout, preparation.report)
         _counted_by(preparation, state).add_dense(reason)
-        with computing(state):
+        with nullcontext() if state is None else state.computing():
             return call.dense(call.asked.as_the_file_asks(_asked_by_the_file(call), video=False))
 
     override: Any = override_by(answer, previous)
@@ -61,51 +64,79 @@ def attention_override(preparation: Preparation, *, previous: Override | None = 
     return override
 
 
+@dataclass(frozen=True)
+class _Sparse:
+    """What a sparse call does: its place, where its tokens stand without padding, and the pattern and backends of its
+    heads."""
+
+    place: CallPlace
+    layout: TokenLayout
+    pattern: LayerPattern
+    backends: dict[TilePattern, str]
+
+
 def _over_the_video(preparation: Preparation, call: AttentionCall, state: ForwardState, whole: TokenLayout) -> Tensor:
     """A self-attention over the video: under its layer's pattern, or dense with the reason counted. ``whole`` is the layout
     with its padding."""
+    dense = call.asked.as_the_file_asks(_asked_by_the_file(call), video=True)
+    sparse, reason = _decide(preparation, call, state, whole, dense)
+    if sparse is not None:
+        return _compute(preparation, call, state, sparse, dense)
     report = _counted_by(preparation, state)
-    layer = _layer_computed_again(preparation, state) if state.ended else state.next_layer(call.options, call.heads)
+    report.add_dense(reason, dense.name)
+    with state.computing(), report.clock.taking(DENSE, call.query):
+        return call.dense(dense)
+
+
+def _decide(
+    preparation: Preparation, call: AttentionCall, state: ForwardState, whole: TokenLayout, dense: DenseCall
+) -> tuple[_Sparse | None, str]:
+    """How this call of the forward becomes sparse, or None and the reason why it stays dense. Counts it."""
+    again = state.counter.ended
+    place = _computed_again(preparation, state) if again else state.next_call(call.options, call.heads)
+    layer = None if place is None else place.layer
     work = preparation.layer(state, layer, call.options.get("total_blocks"))
     for note in work.notes:
         preparation.report.warn(*note)
-    dense = call.asked.as_the_file_asks(_asked_by_the_file(call), video=True)
     reason = why_no_pattern(state, whole, call.mask) or work.reason
-    padding = state.masked(call.mask)
-    layout, pattern = without_padding(whole, padding), work.pattern.of_heads(state.first_head, call.heads)
-    backends: dict[TilePattern, str] = {}
-    if not reason:
-        backends = preparation.backends_of(state, call.shape, layout, pattern, dense)
-        own_scale = dense.kwargs.get("scale") is not None
-        if own_scale:  # only dense calls hand it on
-            backends = {p: "dense" if p.is_full(layout.grid.t) or p.means else "frames" for p in backends}
-        if set(backends.values()) == {"dense"}:
-            reason = "a scale of its own" if own_scale else "measured faster"
-    if reason:
-        report.add_dense(reason, dense.name)
-        with computing(state), report.clock.taking(DENSE, call.query):
-            return call.dense(dense)
-    residual = state.residual if layer is not None else None
+    if reason or place is None:
+        return None, reason
+    layout = without_padding(whole, state.masked(call.mask))
+    pattern = work.pattern.of_heads(place.first_head, call.heads)
+    backends = preparation.backends_of(state, call.shape, layout, pattern, dense, place.first_head)
+    own_scale = dense.kwargs.get("scale") is not None
+    if own_scale:  # only dense calls hand it on
+        backends = {p: "dense" if p.is_full(layout.grid.t) or p.means else "frames" for p in backends}
+    if set(backends.values()) == {"dense"}:
+        return None, OWN_SCALE if own_scale else MEASURED_FASTER
+    return _Sparse(place, layout, pattern, backends), ""
+
+
+def _compute(
+    preparation: Preparation, call: AttentionCall, state: ForwardState, it: _Sparse, dense: DenseCall
+) -> Tensor:
+    """The call under its pattern, with the cached residual where one is kept."""
+    report, residual, padding = _counted_by(preparation, state), state.residual, state.masked(call.mask)
     renew = residual is not None and residual.renew
-    density = work_with(_computed_share(pattern, backends, call.heads, layout), float(renew))
-    report.add_sparse(density, _computed_by(calls_of(pattern, call.heads, backends, layout.grid.t), dense))
-    with computing(state), report.clock.taking(SPARSE, call.query, density):
+    density = work_with(_computed_share(it, call.heads), float(renew))
+    report.add_sparse(density, computed_by(it.pattern, call.heads, it.backends, it.layout.grid.t, dense.name))
+    with state.computing(), report.clock.taking(SPARSE, call.query, density):
         q, k, v = call.take(padding)
 
         def sparse() -> Tensor:
-            return tile_attention(q, k, v, layout, pattern, dense=dense, backend=backends)
+            return tile_attention(q, k, v, it.layout, it.pattern, dense=dense, backend=it.backends)
 
-        if residual is None or layer is None:
+        if residual is None:
             out = sparse()
         else:
-            out = residual.attend((layer, state.visit), state.first_head, sparse, lambda: dense(q, k, v))
+            out = residual.attend(it.place[:2], it.place.first_head, sparse, lambda: dense(q, k, v))
             if residual.unlike:
                 text = "attention of another batch or size than the latents' goes without the cached residual."
                 preparation.report.warn("residual of another size", text)
     return call.give(out, padding)
 
 
-def _layer_computed_again(preparation: Preparation, state: ForwardState) -> int:
+def _computed_again(preparation: Preparation, state: ForwardState) -> CallPlace:
     """Of a block that is computed again by itself: nothing tells which one it is, so all layers must be alike. Raises
     ValueError where they are not."""
     work = [preparation.layer(state, layer) for layer in range(state.depth or 0)]
@@ -114,23 +145,25 @@ def _layer_computed_again(preparation: Preparation, state: ForwardState) -> int:
             "Gradient checkpointing computes single blocks again, and nothing tells which layers of the plan these are, which differ. "
             "Set checkpoint_depth to 1, switch gradient checkpointing off, or take one pattern for all layers."
         )
-    return 0
+    return CallPlace(0, 0, 0)
 
 
 def _counted_by(preparation: Preparation, state: ForwardState | None) -> AttentionReport:
     return preparation.report if state is None or state.report is None else state.report
 
 
-def _computed_share(pattern: LayerPattern, backends: dict[TilePattern, str], heads: int, layout: TokenLayout) -> float:
+def _computed_share(it: _Sparse, heads: int) -> float:
     """The share of dense FLOPs; heads that were measured faster dense are."""
-    extra, groups = layout.prefix + layout.suffix, pattern.head_groups(heads)
-    shares = {p: 1.0 if backends[p] == "dense" else p.flop_density(layout.grid, extra) for p in groups}
+    layout, groups = it.layout, it.pattern.head_groups(heads)
+    extra = layout.prefix + layout.suffix
+    shares = {p: 1.0 if it.backends[p] == "dense" else p.flop_density(layout.grid, extra) for p in groups}
     return sum(len(members) * shares[p] for p, members in groups.items()) / heads
 
 
-def _computed_by(calls: list[Call], dense: DenseCall) -> str:
-    """What computes the groups of a layer's heads, for the report."""
-    by_name = {"frames": dense.name, "dense": dense.name, "parts": f"{dense.name} in parts"}
+def computed_by(pattern: LayerPattern, heads: int, backends: dict[TilePattern, str], frames: int, dense: str) -> str:
+    """What computes the groups of a layer's heads, for the report; ``dense`` names the dense attention."""
+    by_name = {"frames": dense, "dense": dense, "parts": f"{dense} in parts"}
+    calls = calls_of(pattern, heads, backends, frames)
     return " and ".join(dict.fromkeys(by_name.get(call.backend, call.backend) for call in calls))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...plan import TilePlan
@@ -20,6 +20,7 @@ from ..call_shape import CallShape
 from ..dense_call import DenseCall
 from ..dispatch import check_means, group_shapes, make_ready, measured_choice, partial_for, unmeasured_backend
 from ..layout import TokenLayout
+from ..report.reason_names import BEYOND_THE_LAYERS
 from ..report.report import AttentionReport
 from .padding import without_padding
 from .reasons import why_not_worth_it
@@ -45,9 +46,9 @@ class LayerWork:
 
 BEYOND = LayerWork(
     TilePattern(None),
-    "more calls than layers",
+    BEYOND_THE_LAYERS,
     1.0,
-    (("more calls than layers", "the model attends more often than it has layers: the rest stays dense."),),
+    ((BEYOND_THE_LAYERS, "the model attends more often than it has layers: the rest stays dense."),),
 )
 
 
@@ -96,21 +97,25 @@ class Preparation:
         # ask for full precision.
         self.unforeseen: set[tuple[CallShape, int, bool]] = set()
 
-    def before_forward(self, state: ForwardState, shape: CallShape, dense_of: Callable[[int], DenseCall]) -> None:
-        """Settles the forward of ``state``: each layer's work and, for its calls, the backends.
+    def before_forward(
+        self, state: ForwardState, shape: CallShape, dense_of: Callable[[int], DenseCall]
+    ) -> ForwardState:
+        """The forward of ``state`` settled: each layer's work and, for its calls, the backends.
 
         ``shape`` is of all heads; ``dense_of`` gives a layer's dense attention. Measures backends that were never
         measured, and makes what they keep on the device. Call it outside of whatever records or compiles the model's blocks.
         """
         if state.layout is None or state.depth is None:
-            return
+            return state
         if state.active:
-            self._settle_all(state, state.layout, shape, dense_of)
-        self.keep_residual(state, shape)
+            slow = self._settle_all(state, state.layout, shape, dense_of)
+            state = replace(state, slow=slow, settled=True)
+        return self.keep_residual(state, shape)
 
     def _settle_all(
         self, state: ForwardState, layout: TokenLayout, shape: CallShape, dense_of: Callable[[int], DenseCall]
-    ) -> None:
+    ) -> frozenset[int]:
+        """Every layer's backends; the layers that stay dense by them."""
         with self.lock:
             wanted = {(shape, 0, False), *self.unforeseen}
         layouts = {layout, without_padding(layout, state.padding)}
@@ -130,21 +135,22 @@ class Preparation:
             }
             if backends == {"dense"}:
                 slow.add(layer)
-        state.slow, state.settled = frozenset(slow), True
+        return frozenset(slow)
 
-    def keep_residual(self, state: ForwardState, shape: CallShape) -> None:
-        """Has the forward of ``state``, whose calls look like ``shape``, renew or add the cached residual, where one is
+    def keep_residual(self, state: ForwardState, shape: CallShape) -> ForwardState:
+        """The forward of ``state``, whose calls look like ``shape``, renewing or adding the cached residual, where one is
         kept. A forward that is not active yet makes room for those that follow.
 
         Raises ValueError where there is no memory for it.
         """
         places = self._places_with_residual(state)
         if self.residual is None or state.layout is None or not places:
-            return
+            return state
         if state.active:
-            state.residual = self.residual.begin(state.branches, places, state.step, shape, state.layout.tokens)
-        else:
-            self.residual.reserve(state.branches, places, shape, state.layout.tokens)
+            begun = self.residual.begin(state.branches, places, state.step, shape, state.layout.tokens)
+            return replace(state, residual=begun)
+        self.residual.reserve(state.branches, places, shape, state.layout.tokens)
+        return state
 
     def residual_room(self, state: ForwardState, shape: CallShape, beside: int = 0) -> Room | None:
         """Where `keep_residual` would keep it for forwards such as this one, and its bytes; None where none is kept.
@@ -250,9 +256,15 @@ class Preparation:
         return choice.backend if self.decline_slow else choice.sparse()
 
     def backends_of(
-        self, state: ForwardState, shape: CallShape, layout: TokenLayout, pattern: LayerPattern, dense: DenseCall
+        self,
+        state: ForwardState,
+        shape: CallShape,
+        layout: TokenLayout,
+        pattern: LayerPattern,
+        dense: DenseCall,
+        first_head: int = 0,
     ) -> dict[TilePattern, str]:
-        """The backend of each group of heads for a call of this shape.
+        """The backend of each group of heads for a call of this shape, from ``first_head`` of its layer on.
 
         Where the forward was settled and the call was not foreseen, what needs no trial computes it; the next forward is
         prepared for it.
@@ -264,7 +276,7 @@ class Preparation:
         if None in found.values():
             with self.lock:
                 if len(self.unforeseen) < MOST_UNFORESEEN:
-                    self.unforeseen.add((shape, state.first_head, dense.precise))
+                    self.unforeseen.add((shape, first_head, dense.precise))
         return {p: chosen or self._unmeasured(shapes[p], p, dense) for p, chosen in found.items()}
 
     def _unmeasured(self, shape: CallShape, pattern: TilePattern, dense: DenseCall) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...limits.memory import free_bytes, in_words
 from ..call_shape import CallShape
+from ..report.reason_names import NO_STEP_NUMBERS
 
 log = logging.getLogger("efficient_vdit")
 
@@ -39,7 +40,7 @@ def why_no_residual(every: int, steps: int, whole: int = 0) -> str:
     ``whole``: the steps of the whole schedule, where the run takes a part of it; 0 = the run takes all.
     """
     if not steps:
-        return "steps are not numbered"
+        return NO_STEP_NUMBERS
     whole = whole or steps
     if whole < FEWEST_STEPS:
         part = f", {steps} of them in this sampler" if whole != steps else ""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from .cost import StepCost
+from .reason_names import NOT_OVER_THE_VIDEO
 from .report import AttentionReport
 
 _MOST_TRIALS = 3  # lines about them
-# Not self-attention over the video, so no plan could make it sparse.
-NOT_OURS = ("cross-attention", "another sequence length", "no token grid", "text or audio alone")
 
 
 def summarize_run(report: AttentionReport) -> tuple[str, bool]:
@@ -18,8 +17,8 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
     with report.lock:
         sparse, reasons = report.sparse, report.dense.most_common()
         computed, cost, trials = report.computed.most_common(), report.cost, list(report.trials.items())
-    ours = [(reason, count) for reason, count in reasons if reason not in NOT_OURS]
-    others = [(reason, count) for reason, count in reasons if reason in NOT_OURS]
+    ours = [(reason, count) for reason, count in reasons if reason not in NOT_OVER_THE_VIDEO]
+    others = [(reason, count) for reason, count in reasons if reason in NOT_OVER_THE_VIDEO]
     dense = sum(count for _, count in ours)
     if not sparse and not reasons:
         return (
@@ -50,7 +49,7 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
 def density_of_run(report: AttentionReport) -> float:
     """The share of dense attention's FLOPs that the last run computed over the video, dense calls included; 0 to 1."""
     with report.lock:
-        dense = sum(count for reason, count in report.dense.items() if reason not in NOT_OURS)
+        dense = sum(count for reason, count in report.dense.items() if reason not in NOT_OVER_THE_VIDEO)
         return (report.density_sum + dense) / (report.sparse + dense) if report.sparse else 1.0
 
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ...attention.autocast import autocast
-from ...attention.hook.state import FORWARD_KEY
+from ...attention.hook.state import FORWARD_KEY, ForwardState
 from ...attention.sdpa import CROSS_KEY
 
 OVERRIDE = "override"
@@ -40,8 +40,10 @@ class Intercepted(TorchFunctionMode):
 
     def from_here(self) -> Intercepted:
         """The same for what runs again later: its layers are counted on from the present one."""
-        options = self.options and {**self.options, FORWARD_KEY: replace(self.options[FORWARD_KEY])}
-        return Intercepted(options)
+        if self.options is None:
+            return Intercepted(None)
+        state: ForwardState = self.options[FORWARD_KEY]
+        return Intercepted({**self.options, FORWARD_KEY: replace(state, counter=state.counter.copy())})
 
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

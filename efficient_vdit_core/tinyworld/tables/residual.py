@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,10 @@ def guided_options(model: OpenSoraPlanModel, preparation: Preparation) -> Option
         if step % STEPS == 0 and branch == 0:
             preparation.forget()  # the next clips begin
         found = plain(z)
-        state: ForwardState = found[FORWARD_KEY]
-        state.depth, state.step, state.steps, state.branches = model.layers, step % STEPS, STEPS, ((branch, len(z)),)
+        state: ForwardState = replace(
+            found[FORWARD_KEY], depth=model.layers, step=step % STEPS, steps=STEPS, branches=((branch, len(z)),)
+        )
         shape = CallShape(len(z), model.heads, model.config.attention_head_dim, torch.float32, CPU)
-        preparation.keep_residual(state, shape)
-        return found
+        return {**found, FORWARD_KEY: preparation.keep_residual(state, shape)}
 
     return options

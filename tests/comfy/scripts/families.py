@@ -26,15 +26,16 @@ lines = log_lines()
 
 
 counted: list[int | None] = []  # the layers of the calls over the video
-next_layer = states.ForwardState.next_layer
+next_call = states.ForwardState.next_call
 
 
 def counting(self, options, heads=0):
-    counted.append(next_layer(self, options, heads))
-    return counted[-1]
+    place = next_call(self, options, heads)
+    counted.append(place and place.layer)
+    return place
 
 
-states.ForwardState.next_layer = counting
+states.ForwardState.next_call = counting
 
 
 def patched(model, k: int):

@@ -376,7 +376,7 @@ facts["allocations"] = {"dense": record(recorded), "sparse": record(arrow)}
 facts["allocations"]["sparse"]["lines"] = list(lines)
 # As it would be if nobody prepared the forward: the trial of backends would fall into the first block.
 dispatch.default_book().choices.clear()
-prepare_file.Preparation.before_forward = lambda *_: None
+prepare_file.Preparation.before_forward = lambda _, state, *__: state
 facts["allocations"]["unprepared"] = record(sparse(recorded, few, decline_slow=False))
 left, recorder = [], AllocationRecorder()
 with recorder, recorder.block() as results:

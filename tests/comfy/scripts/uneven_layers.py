@@ -50,17 +50,18 @@ def distances(model, case, plan, around=lambda m: m):
 def layers_seen(name):
     """The layer that each call of a step is taken for, where guidance asks once more without layer 0."""
     case, seen = CASES[name], []
-    original = states.ForwardState.next_layer
+    original = states.ForwardState.next_call
 
-    def next_layer(self, options, heads=0):
-        seen.append(original(self, options, heads))
-        return seen[-1]
+    def next_call(self, options, heads=0):
+        place = original(self, options, heads)
+        seen.append(place and place.layer)
+        return place
 
-    states.ForwardState.next_layer = next_layer
+    states.ForwardState.next_call = next_call
     try:
         run(skipping(sparse(build(case), plans.TilePlan.uniform(1)), "0"), case, steps=1)
     finally:
-        states.ForwardState.next_layer = original
+        states.ForwardState.next_call = original
     return seen
 
 

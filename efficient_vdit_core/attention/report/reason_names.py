@@ -1,0 +1,28 @@
+"""Why an attention call stays dense, by name. Reports count by these texts, and users read them as they are."""
+
+from __future__ import annotations
+
+NO_GRID = "no token grid"
+CROSS_ATTENTION = "cross-attention"
+ALONE = "text or audio alone"
+ANOTHER_LENGTH = "another sequence length"
+# Not self-attention over the video, so no plan could make it sparse.
+NOT_OVER_THE_VIDEO = (CROSS_ATTENTION, ANOTHER_LENGTH, NO_GRID, ALONE)
+
+AS_LONG_AS_THE_VIDEO = "text or audio as long as the video"
+OUTSIDE_THE_WINDOW = "outside the step window"
+NO_STEP_NUMBERS = "steps are not numbered"
+MASKED = "masked"
+SINGLE_FRAME = "a single frame"
+BEYOND_THE_LAYERS = "more calls than layers"
+BELOW_MIN_TOKENS = "below min_tokens"
+FULL = "full in the plan"
+TOO_FEW_FRAMES = "too few frames to pay"
+TOO_DENSE = "too dense to pay"
+MEASURED_FASTER = "measured faster"
+OWN_SCALE = "a scale of its own"
+
+# Of diffusers' transformers alone.
+DROPOUT_OR_OWN_SCALE = "dropout or a scale of its own"
+SHARDED_BY_DIFFUSERS = "sharded by diffusers"
+NO_SDPA = "no call of scaled_dot_product_attention"
