@@ -16,6 +16,8 @@ ENGINE = (
     "attention",
     "attention.hook.override",
     "plan",
+    "attention.backends.triton",
+    "attention.backends.flex",
     "sampling.consistency",
     "models.opensora_plan.transformer",
     "models.opensora_plan.vae",
@@ -29,7 +31,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
     start = time.perf_counter()
     modules = [importlib.import_module(f"..{name}", __package__) for name in ENGINE]
     imported = 1000 * (time.perf_counter() - start)
-    attention, override, plan = modules[:3]
+    attention, override, plan, triton, flex = modules[:5]
     tiles = importlib.import_module("..tiles", __package__)
     layout = attention.TokenLayout(tiles.TokenGrid(24, 45, 80))
     # Tensors without memory: what is left is the work of Python and of PyTorch's dispatcher.
@@ -45,10 +47,10 @@ def measure(repeats: int) -> list[dict[str, Any]]:
 
     # Both are cached: what is timed here is the making.
     def tables() -> None:
-        attention.triton.index_tables.__wrapped__(layout, tiles.TilePattern(2), 24, torch.device("cpu"))
+        triton.index_tables.__wrapped__(layout, tiles.TilePattern(2), 24, torch.device("cpu"))
 
     def mask() -> None:
-        attention.flex.block_mask.__wrapped__(layout, tiles.TilePattern(2), torch.device("cpu"))
+        flex.block_mask.__wrapped__(layout, tiles.TilePattern(2), torch.device("cpu"))
 
     return [
         {"what": "import of the engine beyond torch", "milliseconds": imported, "limit": 100.0},
