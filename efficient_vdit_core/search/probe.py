@@ -1,6 +1,6 @@
 """Measures, inside a running dense model, what each candidate pattern would do to each layer's attention.
 
-Speaks ComfyUI's attention-override protocol, as ``attention.override`` does, and returns the dense result: the run goes
+Speaks ComfyUI's attention-override protocol, as ``attention.hook.override`` does, and returns the dense result: the run goes
 on undisturbed. Only attention is computed again, one candidate after another, so memory is that of a dense run and
 one attention output.
 
