@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from . import __version__
 from .commands import INTERRUPTED
@@ -30,8 +29,8 @@ COMMANDS = {
     "convert": "turn upstream weights into safetensors",
     "distill": "train a few-step model, or a sparse one, from a model",
     "recipe": "run all three stages, or the tiny world's whole table",
+    "tinyworld": "train, evaluate and render the tiny world that the built-in model knows",
 }
-TINYWORLD = "tinyworld"
 MISTAKEN_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in argv if word != "--debug"]  # it may stand before or behind any command
     debug, args = len(words) < len(argv), argparse.Namespace()
     try:
-        args = build_parser(words).parse_args(words)
+        args = build_parser().parse_args(words)
         with _plain_warnings():
             return int(args.run(args) or 0)
     except KeyboardInterrupt:
@@ -78,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"error: the device ran out of memory; use {advice}", 1)
 
 
-def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The parser of all commands; `argv` tells which one needs its own, slower, description."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = Parser(prog="evdit", description="Efficient-vDiT: fast video diffusion transformers.")
     parser.add_argument("--version", action="version", version=f"evdit {__version__}")
     debug = Parser(add_help=False)
@@ -90,17 +89,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=text, description=command.__doc__, parents=[debug])
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
-    _add_tinyworld(subparsers, argv, debug)
     return parser
-
-
-def _add_tinyworld(subparsers: Any, argv: Sequence[str], debug: Parser) -> None:
-    """Its commands train, eval and render; their code imports torch, so it is read only when asked for."""
-    text = "train, evaluate and render the tiny world that the built-in model knows"
-    parser = subparsers.add_parser(TINYWORLD, help=text, description=text, parents=[debug])
-    if TINYWORLD in argv[:1]:
-        commands = parser.add_subparsers(dest="tinyworld_command", required=True, metavar="COMMAND")
-        importlib.import_module(".tinyworld.cli", __package__).add_arguments(commands)
 
 
 def _fail(text: str, status: int) -> int:

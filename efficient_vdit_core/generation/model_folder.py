@@ -50,7 +50,7 @@ def find_model(model: str | Path, text_encoder: str | Path | None = None) -> Mod
     if is_built_in(str(model)) and not Path(model).is_dir():
         found = ModelFolder(str(model), *(assets.tiny_path(part, str(model)) for part in assets.TINY_PARTS))
     else:
-        found = _in_folder(Path(model), text_encoder)
+        found = _in_folder(Path(model))
     if text_encoder is not None:
         found = ModelFolder(found.name, found.transformer, found.vae, Path(text_encoder))
     for part in ("transformer", "vae", "text_encoder"):
@@ -69,7 +69,7 @@ _ADVICE = {
 }
 
 
-def _in_folder(folder: Path, text_encoder: str | Path | None) -> ModelFolder:
+def _in_folder(folder: Path) -> ModelFolder:
     if not folder.is_dir():
         raise ValueError(
             f"There is no model at {quoted(str(folder), 120)}: expected one of {', '.join(assets.TINY_MODELS)} or a folder with the "

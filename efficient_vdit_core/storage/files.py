@@ -89,7 +89,7 @@ def write_bytes(path: str | Path, data: bytes, *, new: bool = False) -> None:
         part.write_bytes(data)
 
 
-def write_numbered(folder: Path, prefix: str, text: str, ending: str = ".json", *, beside: Sequence[Path] = ()) -> str:
+def write_numbered(folder: Path, prefix: str, text: str, *, beside: Sequence[Path] = ()) -> str:
     """Writes ``PREFIX_00001.json``, or under the next number that is free there and in the folders ``beside``, and returns the
     name. Overwrites nothing, and takes the name together with the whole content: a process that is killed leaves no empty file.
 
@@ -100,21 +100,21 @@ def write_numbered(folder: Path, prefix: str, text: str, ending: str = ".json", 
             f"filename_prefix is {quoted(prefix)}, expected a plain name of up to 100 letters, digits, spaces, dots, dashes or "
             "underscores that begins with a letter or digit: these files are saved in one folder."
         )
-    size, room = len(prefix.encode()), NAME_BYTES - len(f"_{MAX_NUMBER}{ending}")
+    size, room = len(prefix.encode()), NAME_BYTES - len(f"_{MAX_NUMBER}.json")
     if size > room:
         raise ValueError(
             f"filename_prefix is {quoted(prefix)}, {size} bytes in UTF-8, expected at most {room}: a letter that is not "
             "Latin takes two to four. Shorten it."
         )
     for number in range(1, MAX_NUMBER + 1):
-        path = folder / f"{prefix}_{number:05}{ending}"
+        path = folder / f"{prefix}_{number:05}.json"
         if any((place / path.name).exists() for place in (folder, *beside)):
             continue
         with suppress(FileExistsError):  # another process was faster
             write_text(path, text, new=True)
             return path.name
     raise ValueError(
-        f"All {MAX_NUMBER:,} names {quoted(prefix + '_00001' + ending)} and so on are taken. Choose another prefix."
+        f"All {MAX_NUMBER:,} names {quoted(prefix + '_00001.json')} and so on are taken. Choose another prefix."
     )
 
 

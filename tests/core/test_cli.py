@@ -92,9 +92,9 @@ def test_doctor_tells_the_same_to_people_and_machines(tmp_path):
 
 
 def test_doctor_tells_what_auto_chose_and_why(tmp_path, monkeypatch):
-    from efficient_vdit_core import doctor
     from efficient_vdit_core.attention.autotune.choose import default_book
     from efficient_vdit_core.attention.autotune.trial import Choice
+    from efficient_vdit_core.commands import doctor
 
     monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path))
     assert "nothing yet: backends are measured" in doctor.format_findings(doctor.examine())
@@ -112,7 +112,7 @@ def test_doctor_tells_what_auto_chose_and_why(tmp_path, monkeypatch):
 
 
 def test_doctor_survives_a_broken_installation(monkeypatch):
-    from efficient_vdit_core import doctor
+    from efficient_vdit_core.commands import doctor
 
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     monkeypatch.setattr(doctor, "_devices", lambda: 1 / 0)
@@ -123,7 +123,7 @@ def test_doctor_survives_a_broken_installation(monkeypatch):
 
 
 def test_doctor_tells_of_packages_that_are_here_and_do_not_work(monkeypatch):
-    from efficient_vdit_core import doctor
+    from efficient_vdit_core.commands import doctor
     from efficient_vdit_core.media import video
 
     monkeypatch.setitem(sys.modules, "sentencepiece", None)

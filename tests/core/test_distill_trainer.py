@@ -78,7 +78,7 @@ def small_data(monkeypatch):
         return PreparedData(clips, bank, "", torch.device("cpu"))
 
     monkeypatch.setattr(trainer, "prepare_data", prepare)
-    monkeypatch.setattr("efficient_vdit_core.distill.data.prepare._check_tinyworld", lambda _: None)
+    monkeypatch.setattr("efficient_vdit_core.distill.data.tiny_world._check_length", lambda _: None)
 
 
 def config(base, method="consistency", *, steps=4, objective=None, model=None, training=None, data=None):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from efficient_vdit_core import files
+from efficient_vdit_core.storage import files
 files.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
 files.write_numbered(Path(sys.argv[1]), "plan", "{}")
 """

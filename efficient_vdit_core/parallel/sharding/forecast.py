@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ...attention import TokenLayout
 from ...plan.head_patterns import LayerPattern
 from ...tiles import TilePattern
-from .layout import Shard, choose_shard
+from .layout import choose_shard
 from .timeline import RbWork, rb_seconds, ulysses_seconds
 from .traffic import rb_bytes, rb_exchanges, scheme_of, ulysses_bytes, ulysses_exchanges
 
@@ -122,14 +122,14 @@ def layer_seconds(
     shard = choose_shard(shape.layout, ranks, [pattern])
     about = (shape.heads, shape.head_dim, shape.itemsize)
     if scheme_of(scheme, shard, pattern, *about) == "rb":
-        work = _rb_work(shape, shard, pattern.kinds[0], attention, arithmetic)
+        work = _rb_work(shape, pattern.kinds[0], attention, arithmetic)
         beside = max(rb_seconds(work, sent, rates.link) for sent in rb_exchanges(shard, pattern.kinds[0], *about))
     else:
         beside = max(ulysses_seconds(attention, *sent, rates.link) for sent in ulysses_exchanges(shard, *about))
     return everything - attention + beside
 
 
-def _rb_work(shape: LayerShape, shard: Shard, pattern: TilePattern, attention: float, arithmetic: float) -> RbWork:
+def _rb_work(shape: LayerShape, pattern: TilePattern, attention: float, arithmetic: float) -> RbWork:
     """A rank's even part of the attention, cut where RB cuts it."""
     size, tokens = shape.layout.grid.tokens_per_frame, shape.layout.tokens
     shared = tokens - (shape.layout.grid.t - len(pattern.reference_frames(shape.layout.grid.t))) * size
