@@ -61,9 +61,8 @@ class _ChosenAttention:
         from diffusers.models import attention_dispatch
 
         chosen = self.original._attention_backend
-        registry = getattr(
-            attention_dispatch, "_AttentionBackendRegistry", None
-        )  # nothing public tells the one for all
+        # Nothing public tells the one for all.
+        registry = getattr(attention_dispatch, "_AttentionBackendRegistry", None)
         if chosen is None and registry is not None:
             chosen = registry.get_active_backend()[0]
         name = getattr(chosen, "value", chosen) or "for all"

@@ -248,9 +248,8 @@ def flat(output: Any) -> Tensor:
 def squared_errors(approximate: Tensor, exact: Tensor) -> tuple[list[Tensor], Tensor]:
     """||approximate - exact||^2 of each head of (B, H, ...), and ||exact||^2 of all."""
     differences, total = [], torch.zeros((), dtype=torch.float32, device=exact.device)
-    for a, e in zip(
-        approximate.unbind(1), exact.unbind(1), strict=True
-    ):  # a head at a time: the float32 copies stay small
+    # A head at a time: the float32 copies stay small.
+    for a, e in zip(approximate.unbind(1), exact.unbind(1), strict=True):
         differences.append((a.float() - e.float()).square().sum())
         total = total + e.float().square().sum()
     return differences, total

@@ -69,7 +69,7 @@ def starter(start, *what):
 
 def nothing_left(process, ranks, folder):
     """Kill the starter; whether all that it had is gone in 5 s."""
-    watchers = [child for child in children(process.pid) if "watch.py" in Path(f"/proc/{child}/cmdline").read_text()]
+    watchers = [child for child in children(process.pid) if "watchdog.py" in Path(f"/proc/{child}/cmdline").read_text()]
     assert len(watchers) == 1
     process.kill()
     begin = time.monotonic()

@@ -110,8 +110,8 @@ def test_the_store_of_several_machines_holds_no_secret(start):
     until(announced, *every)
     stranger = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=5))
     values = {key: stranger.get(key) for key in stranger.list_keys()}
-    door = [value for key, value in values.items() if key.endswith("evdit/door")]
-    assert len(door) == 1 and announced().port in json.loads(door[0])  # what it looked for is there
+    acceptor = [value for key, value in values.items() if key.endswith("evdit/acceptor")]
+    assert len(acceptor) == 1 and announced().port in json.loads(acceptor[0])  # what it looked for is there
     assert announced().secret == secret
     for key, value in values.items():
         assert secret.encode() not in value and bytes.fromhex(secret) not in value and secret not in key

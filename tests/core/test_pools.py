@@ -213,10 +213,10 @@ def test_an_address_that_the_other_machines_do_not_reach_is_named(monkeypatch):
     monkeypatch.setattr(worker, "JOIN_SECONDS", 0.3)
     with listen("127.0.0.1") as shut:
         door = shut.getsockname()
-    rank, meeting = worker.Worker.__new__(worker.Worker), argparse.Namespace(find=lambda: door)
-    rank.settings = argparse.Namespace(rank=1, secret=new_secret(), meeting="")
+    rank, rendezvous = worker.Worker.__new__(worker.Worker), argparse.Namespace(find=lambda: door)
+    rank.settings = argparse.Namespace(rank=1, secret=new_secret(), rendezvous="")
     with pytest.raises(TimeoutError, match="refused. Look at rank 0's log, .* reaches the EVDIT_LISTEN there"):
-        rank._enter_hub(meeting)
+        rank._enter_hub(rendezvous)
 
 
 def test_the_file_of_a_pool_that_is_gone_names_no_devices(start, monkeypatch):

@@ -1,7 +1,7 @@
 """Who may come in: accepts connections and has each prove the secret.
 
 Those that do not are few and short: a stranger cannot use up this process's files or threads, and where these are used
-up by something else, the door opens again once there are some. Not multiprocessing's Listener, which one silent stranger
+up by something else, it accepts again once there are some. Not multiprocessing's Listener, which one silent stranger
 shuts, nor socketserver, which spins where no file is left (tests/core/test_library_faults.py).
 """
 

@@ -70,7 +70,7 @@ class Hub:
         self.backlog: deque[tuple[Message, Tensors]] = deque()
         for work in (self._pass_on, self._give_up):
             threading.Thread(target=work, daemon=True).start()
-        self.door = Acceptor(listener, secret, self._enter)
+        self.acceptor = Acceptor(listener, secret, self._enter)
 
     def wait_for_ranks(self, seconds: float) -> None:
         """Returns once every other rank is connected. Raises TimeoutError naming the ones that are not, RuntimeError

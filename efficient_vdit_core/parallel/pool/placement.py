@@ -55,7 +55,7 @@ def settings_at(place: Placement, store: str = "") -> Settings:
         imports=usual_folders(),
         address_file=str(default_pool_file()),
         pool=secrets.token_hex(8),
-        meeting=_meeting_file(place.run) if place.one_machine else "",
+        rendezvous=_rendezvous_file(place.run) if place.one_machine else "",
         store=store,
         listen=listen,
         devices=tuple(kind.format(i) for i in range(place.ranks)) if place.one_machine else (),
@@ -74,8 +74,8 @@ def _listen(place: Placement) -> str:
     return listen
 
 
-def _meeting_file(run: str) -> str:
-    return str(private_folder() / f"meeting-{hashlib.sha256(run.encode()).hexdigest()[:16]}.json")
+def _rendezvous_file(run: str) -> str:
+    return str(private_folder() / f"rendezvous-{hashlib.sha256(run.encode()).hexdigest()[:16]}.json")
 
 
 def fresh_folder() -> str:

@@ -94,7 +94,7 @@ class RayWorkers:
         """Where the ranks meet: in a folder of this machine's, or in rank 0's store."""
         if nodes == 1:
             self.folder = Processes(self.pool, default_pool_file())
-            return {"folder": str(self.folder.folder), "meeting": str(self.folder.folder / "meeting.json")}
+            return {"folder": str(self.folder.folder), "rendezvous": str(self.folder.folder / "rendezvous.json")}
         listen = address_for_others(f"Ray has placed the ranks on {', '.join(machines)}")
         with socket.create_server((listen, 0)) as free:
             port = free.getsockname()[1]

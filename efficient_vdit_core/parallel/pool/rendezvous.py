@@ -1,4 +1,4 @@
-"""Where the ranks of a pool find rank 0's door: an address, which is no secret."""
+"""Where the ranks of a pool find rank 0: its address, which is no secret."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch.distributed as dist
 from .private_files import read_private, write_private
 from .settings import Settings
 
-_KEY = "evdit/door"
+_KEY = "evdit/acceptor"
 
 Address = tuple[str, int]
 
 
 class FileRendezvous:
-    """A file of the user's, for ranks on one machine. One that an earlier pool has left names a door that is shut."""
+    """A file of the user's, for ranks on one machine. One that an earlier pool has left names an address where nobody listens."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -30,7 +30,7 @@ class Settings:
     and ``imports``: the folders that it may load code from.
 
     ``folder``: rank 0's, where the ranks of one machine exchange addresses; empty where they span machines.
-    ``meeting``: the file that names rank 0's door, or empty where they meet in a store: that of rank 0 at ``store``,
+    ``rendezvous``: the file that names rank 0's address, or empty where they meet in a store: that of rank 0 at ``store``,
     HOST:PORT, or torchrun's own where that is empty. ``address_file``: where rank 0 announces the pool, by the name
     ``pool``. ``listen``: the address that rank 0 listens on. ``log``: where this rank's output goes, or empty where its
     starter shows it. ``piped``: whether a starter holds the other end of the standard input.
@@ -46,7 +46,7 @@ class Settings:
     address_file: str
     pool: str
     folder: str = ""
-    meeting: str = ""
+    rendezvous: str = ""
     store: str = ""
     listen: str = LOOPBACK
     log: str = ""

@@ -47,7 +47,7 @@ class Workers(Processes):
                 address_file=str(self.address_file),
                 pool=self.pool,
                 folder=str(self.folder),
-                meeting=str(self.folder / "meeting.json"),
+                rendezvous=str(self.folder / "rendezvous.json"),
                 log=str(self.log(rank)),
                 devices=tuple(devices),
                 piped=True,

@@ -57,14 +57,14 @@ class Worker:
         self.hub: Hub | None = None
         self.pool, self.folder = settings.pool, settings.folder
         self.main_thread = threading.get_ident()
-        shared = None if settings.meeting else shared_store(settings)
-        meeting = (
-            StoreRendezvous(dist.PrefixStore("evdit", shared)) if shared else FileRendezvous(Path(settings.meeting))
+        shared = None if settings.rendezvous else shared_store(settings)
+        rendezvous = (
+            StoreRendezvous(dist.PrefixStore("evdit", shared)) if shared else FileRendezvous(Path(settings.rendezvous))
         )
         if settings.rank == 0:
-            port = self._open_hub(meeting)
+            port = self._open_hub(rendezvous)
         else:
-            self._enter_hub(meeting)
+            self._enter_hub(rendezvous)
         if settings.folder:
             joined_file(settings.folder, settings.rank).touch()
         dist.init_process_group(
@@ -89,12 +89,12 @@ class Worker:
             else:
                 self.connection.send(answer)
 
-    def _open_hub(self, meeting: Any) -> int:
-        """Rank 0: open the door, say where it is, and wait for the others; returns its port."""
+    def _open_hub(self, rendezvous: Any) -> int:
+        """Rank 0: listen, say where, and wait for the others; returns its port."""
         s = self.settings
         self.lock = hold_lock(Path(s.address_file))
         Path(s.address_file).unlink(missing_ok=True)  # that of a pool that was killed
-        if s.meeting and not s.folder:
+        if s.rendezvous and not s.folder:
             self.folder = fresh_folder()
         listener = listen(s.listen)
         port = listener.getsockname()[1]
@@ -111,20 +111,20 @@ class Worker:
         )
         hub = self.hub
         threading.Thread(target=_end_when_asked, args=(_hear_signals(), lambda: hub.end(0)), daemon=True).start()
-        meeting.announce((s.listen, port))
+        rendezvous.announce((s.listen, port))
         self.hub.wait_for_ranks(JOIN_SECONDS)
         return port
 
-    def _enter_hub(self, meeting: Any) -> None:
-        """Any other rank: find rank 0's door, and listen to it from then on."""
+    def _enter_hub(self, rendezvous: Any) -> None:
+        """Any other rank: find rank 0, and listen to it from then on."""
         end, reason = time.monotonic() + JOIN_SECONDS, "it has not said where it is"
         while time.monotonic() < end:
             try:
-                if door := meeting.find():
-                    self.connection = connect(door[0], door[1], self.settings.secret)
+                if address := rendezvous.find():
+                    self.connection = connect(address[0], address[1], self.settings.secret)
                     break
             except ConnectionError as error:
-                if isinstance(error, WrongSecret) and not self.settings.meeting:
+                if isinstance(error, WrongSecret) and not self.settings.rendezvous:
                     raise ValueError(
                         f"Rank 0 has another secret than this machine. Copy {secret_file()} from its machine to this one, "
                         "with its mode 0600, and start the pool anew."
@@ -132,7 +132,9 @@ class Worker:
                 reason = str(error)  # a file that an earlier pool has left; this one's comes
             time.sleep(0.1)
         else:
-            address = "" if self.settings.meeting else ", and see whether this machine reaches the EVDIT_LISTEN there"
+            address = (
+                "" if self.settings.rendezvous else ", and see whether this machine reaches the EVDIT_LISTEN there"
+            )
             raise TimeoutError(
                 f"Rank {self.settings.rank} did not reach rank 0 in {JOIN_SECONDS:.0f} s: {reason}. Look at rank 0's log{address}."
             )
@@ -164,8 +166,8 @@ class Worker:
     def _clean_up(self) -> None:
         """Remove what the pool has left on this machine; a starter removes its folder itself."""
         remove_pool_file(Path(self.settings.address_file), self.pool)
-        if self.settings.meeting and not self.settings.piped:
-            Path(self.settings.meeting).unlink(missing_ok=True)
+        if self.settings.rendezvous and not self.settings.piped:
+            Path(self.settings.rendezvous).unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def where(self) -> str:
@@ -276,7 +278,7 @@ def main() -> None:
         threading.Thread(target=_end_with_starter, daemon=True).start()
     elif sys.platform != "linux":  # SLURM, which is there on Linux alone, ends what it has started
         threading.Thread(target=_end_with_torchrun, args=(os.getppid(),), daemon=True).start()
-    if settings.meeting:
+    if settings.rendezvous:
         _keep_to_loopback()
     if settings.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(settings.device))
