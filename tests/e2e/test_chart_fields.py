@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from plan_node import TEXT, plan_node
+from plan_node import NOTICE, SET, TEXT, plan_node
 
 RENDERERS = pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes2"])
 HEARD = """type => {
@@ -17,13 +17,6 @@ def opened(comfy, modern: bool):
     if modern and comfy.version() < (1, 28):
         pytest.skip("NODES 2.0 OF THIS FRONTEND DRAW NO PACK'S OWN WIDGETS; the node works without its chart")
     return page
-
-
-def set_text(page, text: str):
-    page.evaluate(
-        f"text => {{ const w = {TEXT.removesuffix('.value')}; w.value = text; w.callback?.(text); }}",
-        text,
-    )
 
 
 @RENDERERS
@@ -83,7 +76,7 @@ def test_the_pointer_may_rest_where_a_shorter_plan_has_no_layer(comfy, modern):
     page = opened(comfy, modern)
     chart = plan_node(comfy, "all:2")
     chart.get_by_role("option", name="Layer 20:").hover()
-    set_text(page, "0-5:2:6")
+    page.evaluate(SET, ["EVDiTTilePlan", "text", "0-5:2:6"])
     chart.get_by_text("2:6 × 6").wait_for()
     chart.locator(".detail b", has_text=re.compile("^Layer [0-5]$")).wait_for()
 
@@ -97,7 +90,7 @@ def test_a_click_shows_that_the_file_is_not_used_any_more(comfy):
     assert page.evaluate(disabled) is False
     chart.get_by_role("option", name="Layer 5:").click()
     page.wait_for_function(disabled)
-    page.evaluate("(w => { w.value = ''; w.callback(''); })(app.graph.nodes[0].widgets.find(w => w.name === 'text'))")
+    page.evaluate(SET, ["EVDiTLoadTilePlan", "text", ""])
     page.wait_for_function(f"!({disabled})")
 
 
@@ -105,7 +98,7 @@ def test_a_file_that_is_not_in_the_list_is_named(comfy):
     page = comfy.open().page
     page.evaluate("void app.graph.add(LiteGraph.createNode('EVDiTLoadTilePlan'))")
     chart = page.locator(".evdit-plan-chart:visible").first
-    page.evaluate("(w => { w.value = 'gone.json'; w.callback('gone.json'); })(app.graph.nodes[0].widgets[0])")
+    page.evaluate(SET, ["EVDiTLoadTilePlan", "plan_name", "gone.json"])
     chart.locator(".wrong", has_text="gone.json is not among the plans").wait_for()
 
 
@@ -115,9 +108,7 @@ def test_the_chart_changes_its_language_with_the_page(comfy, modern):
     chart = plan_node(comfy, "all:2")
     chart.get_by_text("of attention", exact=False).first.wait_for()
     # The page builds the graph anew in the other language, from what it has noticed of it.
-    page.evaluate(
-        "(t => (t.captureCanvasState ?? t.checkState).call(t))(app.extensionManager.workflow.activeWorkflow.changeTracker)"
-    )
+    page.evaluate(NOTICE)
     page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'zh')")
     chart.get_by_text("个潜帧", exact=False).first.wait_for()
     page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")

@@ -1,14 +1,9 @@
 """What a run tells is shown in the chart whose plan it used, with the settings that were queued."""
 
 import pytest
-from plan_node import TITLE, TOLD, plan_node, queue
+from plan_node import SET, TITLE, TOLD, plan_node, queue
 
 ADD = "kind => { const node = LiteGraph.createNode(kind); app.graph.add(node); return node.id }"
-SET = """([kind, name, value]) => {
-    const widget = app.graph.nodes.find(n => n.type === kind).widgets.find(w => w.name === name);
-    widget.value = value;
-    widget.callback?.(value);
-}"""
 CONTROL = "app.graph.nodes[0].widgets.find(w => w.name === 'seed').linkedWidgets[0]"
 CHANGED = "app.api.dispatchEvent(new CustomEvent('graphChanged'))"  # as the page says after a click or a key
 

@@ -1,9 +1,8 @@
 """Undo and redo make every node anew. The chart on the page must be the new node's, on the classic canvas and in Nodes 2.0."""
 
 import pytest
-from plan_node import TEXT, TITLE, TOLD, plan_node
+from plan_node import NOTICE, TEXT, TITLE, TOLD, TRACKER, plan_node
 
-TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
 PROMPT = """app.graphToPrompt().then(({ output }) =>
     Object.values(output).find(n => n.class_type === 'EVDiTTilePlan')?.inputs.text)"""
 
@@ -17,7 +16,7 @@ def renderer(comfy, request):
 def record(page):
     """What the page does after a click or a key. First Nodes 2.0 measure what is new; changes soon after count as the same."""
     page.wait_for_timeout(500)
-    page.evaluate(f"(tracker => (tracker.captureCanvasState ?? tracker.checkState).call(tracker))({TRACKER})")
+    page.evaluate(NOTICE)
     page.wait_for_timeout(200)
 
 

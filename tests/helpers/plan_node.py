@@ -4,6 +4,14 @@ TITLE = "app.graph.nodes.find(n => n.type === 'EVDiTTilePlan')"
 TEXT = f"{TITLE}.widgets.find(w => w.name === 'text').value"
 TOLD = "((type, detail) => app.api.dispatchEvent(new CustomEvent(type, { detail })))"  # as if the server had sent it
 
+SET = """([kind, name, value]) => {
+    const widget = app.graph.nodes.find(n => n.type === kind).widgets.find(w => w.name === name);
+    widget.value = value;
+    widget.callback?.(value);
+}"""
+TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
+NOTICE = f"(tracker => (tracker.captureCanvasState ?? tracker.checkState).call(tracker))({TRACKER})"  # as the page does after a click
+
 
 def plan_node(comfy, text: str = "", width: int = 320):
     """Add one to the open workflow; returns the chart's locator."""

@@ -194,8 +194,6 @@ def block_mask(
 ) -> BlockMask:
     """FlexAttention's BlockMask of the pattern in blocks of ``rows`` x ``columns``, the same for every batch entry and
     head. Cached."""
-    from torch.nn.attention.flex_attention import BlockMask
-
     with torch.inference_mode(False):  # a mask made in inference mode could not serve a training step later
         owner = token_owners(layout, pattern)
         live, full = live_and_full_tiles(owner, rows, columns, pattern.window)
@@ -212,11 +210,21 @@ def block_mask(
         of_query, of_key = owner[query], owner[key]
         return ((of_query - of_key).abs() <= window) | (of_query < 0) | (of_key < 0)
 
+    return _mask_from(layout.tokens, (kv, full_kv, q, full_q), (rows, columns), sees)
+
+
+def _mask_from(
+    tokens: int, tables: tuple[list[Tensor], ...], block: tuple[int, int], sees: Callable[..., Tensor]
+) -> BlockMask:
+    """A mask whose ``tables`` are counts and indices of blocks: of partial and full keys, then of partial and full queries."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    kv, full_kv, q, full_q = tables
     return BlockMask(
-        seq_lengths=(layout.tokens, layout.tokens),
+        seq_lengths=(tokens, tokens),
         kv_num_blocks=kv[0], kv_indices=kv[1], full_kv_num_blocks=full_kv[0], full_kv_indices=full_kv[1],
         q_num_blocks=q[0], q_indices=q[1], full_q_num_blocks=full_q[0], full_q_indices=full_q[1],
-        BLOCK_SIZE=(rows, columns), mask_mod=sees,
+        BLOCK_SIZE=block, mask_mod=sees,
     )  # fmt: skip
 
 
@@ -230,8 +238,6 @@ def mask_of(
 ) -> BlockMask:
     """The mask of a call of ``heads``: that of their one pattern, or one whose tables (1, H, b) and (1, H, b, c) are those of
     each head. Raises ValueError for another number of heads."""
-    from torch.nn.attention.flex_attention import BlockMask
-
     groups = pattern.head_groups(heads)
     masks = [block_mask(layout, p, device, rows, columns) for p in groups]
     if len(masks) == 1:
@@ -250,12 +256,7 @@ def mask_of(
         of_query, of_key = owner[head, query], owner[head, key]
         return ((of_query - of_key).abs() <= window[head]) | (of_query < 0) | (of_key < 0)
 
-    return BlockMask(
-        seq_lengths=(layout.tokens, layout.tokens),
-        kv_num_blocks=kv[0], kv_indices=kv[1], full_kv_num_blocks=full_kv[0], full_kv_indices=full_kv[1],
-        q_num_blocks=q[0], q_indices=q[1], full_q_num_blocks=full_q[0], full_q_indices=full_q[1],
-        BLOCK_SIZE=(rows, columns), mask_mod=sees,
-    )  # fmt: skip
+    return _mask_from(layout.tokens, (kv, full_kv, q, full_q), (rows, columns), sees)
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...models.opensora_plan.vae import CausalVAE
 from ..worlds import MOVING, World
 from .vae import (
+    channels_last,
     describe_readback,
     flatten_kernels,
     make_run,
@@ -47,7 +48,7 @@ def train_decoder(
     run = make_run(vae, 0.5, folder=folder, steps=steps, seed=seed, tensorboard=tensorboard)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        x = to_model_range(random_clips(world, numpy_rng(generator), 1, world.frames)).to(device)
+        x = channels_last(to_model_range(random_clips(world, numpy_rng(generator), 1, world.frames)).to(device))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
                 z = vae.encode(x).float()

@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 
-from host import call, load_pack, log_lines, torch  # isort: skip
+from host import call, follow_layers, load_pack, log_lines, torch  # isort: skip
 from tiny_models import CASES, Case, build, inputs, missing, run  # isort: skip
 
 OVERRIDE = "optimized_attention_override"
@@ -26,16 +26,7 @@ lines = log_lines()
 
 
 counted: list[int | None] = []  # the layers of the calls over the video
-next_call = states.ForwardState.next_call
-
-
-def counting(self, options, heads=0):
-    place = next_call(self, options, heads)
-    counted.append(place and place.layer)
-    return place
-
-
-states.ForwardState.next_call = counting
+follow_layers(states, counted)
 
 
 def patched(model, k: int):

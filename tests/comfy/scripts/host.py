@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 sys.argv = [sys.argv[0], "--cpu"]
 import comfy.options  # noqa: E402
@@ -30,6 +31,19 @@ def load_pack() -> dict:
 def call(kind, **inputs):
     """A V3 node's result: the tuple of its outputs."""
     return kind.execute(**inputs).args
+
+
+def follow_layers(states, seen: list) -> Callable[[], None]:
+    """Puts the layer of every call over the video into ``seen``, None beyond the last. What it returns ends that."""
+    original = states.ForwardState.next_call
+
+    def next_call(self, options, heads=0):
+        place = original(self, options, heads)
+        seen.append(place and place.layer)
+        return place
+
+    states.ForwardState.next_call = next_call
+    return lambda: setattr(states.ForwardState, "next_call", original)
 
 
 def log_lines() -> list[str]:

@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import replace
 
-from host import call, load_pack, torch  # isort: skip
+from host import call, follow_layers, load_pack, torch  # isort: skip
 import comfy.samplers  # isort: skip
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT  # isort: skip
 from tiny_models import CASES, build, inputs, missing, noise  # isort: skip
@@ -50,18 +50,11 @@ def distances(model, case, plan, around=lambda m: m):
 def layers_seen(name):
     """The layer that each call of a step is taken for, where guidance asks once more without layer 0."""
     case, seen = CASES[name], []
-    original = states.ForwardState.next_call
-
-    def next_call(self, options, heads=0):
-        place = original(self, options, heads)
-        seen.append(place and place.layer)
-        return place
-
-    states.ForwardState.next_call = next_call
+    unfollow = follow_layers(states, seen)
     try:
         run(skipping(sparse(build(case), plans.TilePlan.uniform(1)), "0"), case, steps=1)
     finally:
-        states.ForwardState.next_call = original
+        unfollow()
     return seen
 
 
