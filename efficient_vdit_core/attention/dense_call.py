@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 from torch import Tensor
@@ -12,24 +16,64 @@ from .hook.state import FileAttention, Override
 
 # ComfyUI's own way to another attention function for one model; other overrides may do more than call it.
 _CHOSEN = "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override"
+_MOST_HELD = 64  # functions behind a function that are looked at
 _LOW_PRECISION = "low_precision_attention"  # a keyword of ComfyUI's attention functions
 
 
 def function_name(function: Override) -> str:
     """Tells one attention function from another: a closure, as nodes install them, with the function that it holds."""
     name = getattr(function, "__name__", type(function).__name__)
-    held = inspect.getclosurevars(function).nonlocals.values() if inspect.isfunction(function) else ()
+    held = _held(function).values() if inspect.isfunction(function) else ()
     inner = sorted(
         {f.__name__ for f in held if inspect.isfunction(f) and f is not getattr(function, "__wrapped__", None)}
     )
     return f"{name} of {', '.join(inner)}" if inner else name
 
 
+def function_code(function: Any) -> str:
+    """Tells attention functions of one name apart, for those who remember what they took: a factory gives every kernel the
+    same name. "" for a function that holds nothing. Numbers do not count: a node may keep its step in one."""
+    if inspect.isfunction(function) and not function.__closure__:
+        return ""
+    return sha256("\n".join(_traits(function, set())).encode()).hexdigest()[:6]
+
+
+def _traits(thing: Any, seen: set[int]) -> Iterator[str]:
+    """Where a function is written, the words that it holds, and the same of the functions that it holds."""
+    if id(thing) in seen or len(seen) >= _MOST_HELD:
+        return
+    seen.add(id(thing))
+    place = thing if hasattr(thing, "__qualname__") else type(thing)
+    yield f"{place.__module__} {place.__qualname__} {getattr(getattr(thing, '__code__', None), 'co_firstlineno', '')}"
+    for name, value in _held(thing).items():
+        if isinstance(value, str | bool):
+            yield f"{name} {value!r:.80}"
+        elif inspect.isroutine(value) or isinstance(value, functools.partial):
+            yield name
+            yield from _traits(value, seen)
+
+
+def _held(thing: Any) -> dict[str, Any]:
+    """What a closure, a partial call, a method or an object holds; a cell that is empty is left out."""
+    if isinstance(thing, functools.partial):
+        return {"function": thing.func, **dict(zip("0123456789", thing.args, strict=False)), **thing.keywords}
+    if inspect.ismethod(thing):
+        return {"function": thing.__func__, **_held(thing.__self__)}
+    if not inspect.isfunction(thing):
+        return dict(getattr(thing, "__dict__", {}))
+    held = {}
+    for name, cell in zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True):
+        with suppress(ValueError):
+            held[name] = cell.cell_contents
+    return held
+
+
 @dataclass(frozen=True)
 class DenseCall:
     """The attention that a call asked for: another node's override, or the function that ComfyUI runs with.
 
-    ``previous`` is that override and ``previous_name`` what to call it; ``kwargs`` go along with each call.
+    ``previous`` is that override, ``previous_name`` what to call it and ``previous_code`` its `function_code`; ``kwargs`` go
+    along with each call.
     """
 
     func: Override
@@ -37,13 +81,26 @@ class DenseCall:
     precision: Any
     kwargs: dict[str, Any]
     previous_name: str = ""
+    previous_code: str = ""
+
+    @classmethod
+    def over(cls, func: Override, previous: Override | None, precision: Any, kwargs: dict[str, Any]) -> DenseCall:
+        """One that is named here; where many are made, they are named once."""
+        name, code = (function_name(previous), function_code(previous)) if previous is not None else ("", "")
+        return cls(func, previous, precision, kwargs, name, code)
 
     @property
     def name(self) -> str:
-        """Tells one dense attention from another where backends are measured against it."""
+        """What to call this attention."""
         own = getattr(self.func, "__name__", type(self.func).__name__)
         name = f"{self.previous_name or function_name(self.previous)} over {own}" if self.previous else own
         return f"{name} in full precision" if self.precise else name
+
+    @property
+    def identity(self) -> str:
+        """Its name, and what tells it from others of that name where backends are measured against it."""
+        codes = function_code(self.func), self.previous_code or (function_code(self.previous) if self.previous else "")
+        return " ".join([self.name, *filter(None, codes)])
 
     @property
     def precise(self) -> bool:
@@ -61,7 +118,7 @@ class DenseCall:
             return self.func
         if getattr(self.previous, "__qualname__", "") != _CHOSEN or not inspect.isfunction(self.previous):
             return None
-        return inspect.getclosurevars(self.previous).nonlocals.get("optimized_attention")
+        return _held(self.previous).get("optimized_attention")
 
     def as_the_file_asks(self, asked: FileAttention | None, *, video: bool) -> DenseCall:
         """By the function that the checkpoint asks for in this layer, as where nobody overrides it; another node's override

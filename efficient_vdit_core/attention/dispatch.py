@@ -25,7 +25,7 @@ from .backends.partial import PartialAttention, attend_backward, attend_lse, com
 from .backends.parts import attend_parts
 from .backends.spans import put, take
 from .call_shape import CallShape
-from .dense_call import function_name
+from .dense_call import function_code, function_name
 from .gpu import arrow_kernels_status, is_recording
 from .layout import TokenLayout, check_tensors, result_like, spans_of
 
@@ -152,10 +152,29 @@ def unmeasured_backend(shape: CallShape, pattern: TilePattern, dense: Dense | No
 
 
 def name_of(dense: Dense | None) -> str:
-    """What tells a dense attention from others where backends are measured beside it; None is PyTorch's."""
+    """What to call a dense attention; None is PyTorch's."""
     if dense is None or dense is F.scaled_dot_product_attention:
         return "sdpa"
     return getattr(dense, "name", "") or function_name(dense)
+
+
+def identity_of(dense: Dense | None) -> str:
+    """What tells a dense attention from others where backends are measured beside it."""
+    if dense is None or dense is F.scaled_dot_product_attention:
+        return "sdpa"
+    return getattr(dense, "identity", "") or f"{name_of(dense)} {function_code(dense)}".strip()
+
+
+def describe_call(call: Call, shape: CallShape, dense: Dense | None) -> str:
+    """What computes a call, for a person. ``shape`` is that of the layer's calls, of all heads."""
+    if call.backend in ("dense", "frames"):
+        return name_of(dense)
+    if call.backend != "parts":
+        return call.backend
+    of_call = replace(shape, heads=len(call.heads))
+    means = any(kind.means for kind in call.pattern.kinds)
+    falls_back = means and dense is not None and partial_for_means(dense, of_call) is _ANY_PARTIAL
+    return f"{_ANY_PARTIAL.name if falls_back else name_of(dense)} in parts"
 
 
 def check_means(backend: str) -> None:
@@ -198,7 +217,12 @@ def measured_choice(
     if layout.tokens < FEWEST_MEASURED_TOKENS or traced:
         return Choice(simplest_backend(pattern), {})
     candidates, otherwise = backend_candidates(shape, dense, pattern), unmeasured_backend(shape, pattern, dense)
-    return default_book().choose(candidates, shape, layout, pattern, name_of(dense), otherwise)
+    return default_book().choose(candidates, shape, layout, pattern, identity_of(dense), otherwise)
+
+
+def forget_cramped() -> None:
+    """Trials that found too little memory are made again where they are asked for next: a run is over."""
+    default_book().forget_cramped()
 
 
 def backend_candidates(

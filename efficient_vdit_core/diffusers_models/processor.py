@@ -192,9 +192,10 @@ class TiledProcessor:
                 return choose_backend(shape, entry, pattern, dense=dense, or_dense=False)
             return "dense" if pattern.is_full(entry.grid.t) else asked
 
-        backends = {p: backend(shape, p) for p, shape in group_shapes(CallShape.of(q, k, v), pattern).items()}
+        shape = CallShape.of(q, k, v)
+        backends = {p: backend(of_group, p) for p, of_group in group_shapes(shape, pattern).items()}
         out = tile_attention(q, k, v, entry, pattern, dense=dense, backend=backends)
-        return F.pad(out, (0, 0, 0, padding)), computed_by(pattern, q.shape[1], backends, entry.grid.t, dense.name)
+        return F.pad(out, (0, 0, 0, padding)), computed_by(pattern, shape, backends, entry.grid.t, dense)
 
 
 def tiled(original: Any, patch: Patch, layer: int) -> TiledProcessor:

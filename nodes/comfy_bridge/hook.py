@@ -31,10 +31,12 @@ class Hook:
 
     ``made_for`` gives the BaseModel. ``make``: the override over another node's, default the sparse one. A search and a
     rank put their own here, which take tensors only and settle nothing beforehand. ``around`` computes each forward, as often as it
-    likes; None: once. ``weights`` as in ``StepCost``, 0 = not asked for.
+    likes; None: once. ``weights`` as in ``StepCost``, 0 = not asked for. ``after_run`` is called after each sampling that it
+    took part in.
 
     Of the present run: ``running`` while its own wrapper is around it, ``beside`` while it is another MODEL's; ``asked``
-    once a forward came by; ``second_hooks`` are those of the second models that it samples with.
+    once a forward came by; ``why_once`` says why no forward may be computed twice; ``second_hooks`` are those of the second
+    models that it samples with.
     """
 
     family: Family
@@ -44,11 +46,13 @@ class Hook:
     caution: str = ""
     weights: int = 0
     around: Around | None = None
+    after_run: Callable[[], None] = lambda: None
     made_for: Callable[[], Any] = lambda: None
-    made: dict[Override | None, Override] = field(default_factory=dict)
+    made: dict[int, Override] = field(default_factory=dict)  # by the id of what each is over, and keeps alive
     running: bool = False
     beside: bool = False
     asked: bool = False
+    why_once: str = ""
     second_hooks: list[Hook] = field(default_factory=list)
 
     @property
@@ -63,7 +67,8 @@ class Hook:
         """An override on top of ``current``, which it asks for every dense piece; ``current`` where it is ours."""
         if current is not None and getattr(current, "preparation", None) is self.preparation:
             return current
-        if current not in self.made:
+        # By identity: another node's override may be any object, with an equality of its own or without a hash.
+        if id(current) not in self.made:
             if len(self.made) >= MOST_OVERRIDES:
                 self.made.clear()
             chosen = self.make(current) if self.make else attention_override(self.preparation, previous=current)
@@ -72,8 +77,8 @@ class Hook:
             override.replaces, override.preparation = current, self.preparation
             if not self.make:
                 override.container_function = _with_containers(override)
-            self.made[current] = override
-        return self.made[current]
+            self.made[id(current)] = override
+        return self.made[id(current)]
 
 
 def dense() -> Preparation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
@@ -15,7 +16,7 @@ from ...efficient_vdit_core.plan import TilePlan
 from .families import find_family, uncompiled, why_no_family
 from .hook import WRAPPER_KEY, Hook
 from .publish import install
-from .run_log import AfterRun, log_report
+from .run_log import log_report
 from .second_model import tell_where_nobody_asks
 from .window import Window
 
@@ -33,7 +34,7 @@ def patch_attention(
     backend: str = "auto",
     measure: bool = False,
     residual_every: int = 0,
-    after_run: AfterRun | None = None,
+    after_run: Callable[[AttentionReport, int], None] | None = None,
 ) -> Any:
     """A clone of MODEL whose self-attention follows the plan.
 
@@ -76,7 +77,9 @@ def patch_attention(
     hook = Hook(
         family, window, preparation, None, family.caution(diffusion_model), family.token_weights(diffusion_model)
     )
+    if after_run is not None:
+        hook.after_run = lambda: after_run(report, depth)
     patched = install(model, hook)
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, log_report(hook, depth, after_run))
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, log_report(hook))
     tell_where_nobody_asks(patched, hook)
     return patched

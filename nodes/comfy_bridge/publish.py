@@ -11,8 +11,8 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...efficient_vdit_core.attention.dense_call import DenseCall, function_name
-from ...efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState, Override
+from ...efficient_vdit_core.attention.dense_call import DenseCall
+from ...efficient_vdit_core.attention.hook.state import FORWARD_KEY, CallCounter, ForwardState, Override
 from ...efficient_vdit_core.attention.report.cost import StepCost
 from ...efficient_vdit_core.attention.report.measure import StepMeasure
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
@@ -22,7 +22,7 @@ from .hook import WRAPPER_KEY, Hook, take_off
 from .measure import computed_twice
 from .model_call import ModelCall, around_model
 from .replaced_blocks import counting_blocks
-from .second_model import hook_in_charge, leave_alone
+from .second_model import hook_in_charge, leave_alone, without
 from .window import Window, branches_of, step_of, steps_of, whole_steps, why_windows_move
 
 
@@ -54,7 +54,8 @@ def publish_layout(hook: Hook) -> Any:
             return leave_alone(call, hook).run()
         acting.asked = True
         state = _state(acting, call)
-        call.options[OVERRIDE] = acting.over(call.options.get(OVERRIDE))
+        found = call.options.get(OVERRIDE)
+        call.options[OVERRIDE] = acting.over(found if acting is hook else without(found, hook))
         state = _prepared(acting, state, call)
 
         def run(state: ForwardState) -> Tensor:
@@ -119,14 +120,16 @@ def _prepared(hook: Hook, state: ForwardState, call: ModelCall) -> ForwardState:
     if hook.make is not None:
         return state
     previous: Override | None = call.options[OVERRIDE].replaces
-    name = function_name(previous) if previous else ""
-    # What a trial calls is no call of the model: it gets the forward's options without our own.
+    # What a trial calls is no call of the model: it gets the forward's options without our own override, which stands aside
+    # where a node behind it kept it.
     beside = {key: value for key, value in call.options.items() if key != OVERRIDE}
+    beside[FORWARD_KEY] = ForwardState(None, counter=CallCounter(busy=True))
+
+    over_previous = DenseCall.over(optimized_attention, previous, None, {})
 
     def dense_of(layer: int) -> DenseCall:
         options = {"transformer_options": {**beside, **state.named(layer)}}
-        dense = DenseCall(optimized_attention, previous, None, options, name)
-        return dense.as_the_file_asks(state.file_attention.get(layer), video=True)
+        return replace(over_previous, kwargs=options).as_the_file_asks(state.file_attention.get(layer), video=True)
 
     shape = call_shape(hook.family, call.model, call.x)
     if state.layout is not None and state.depth:

@@ -17,42 +17,48 @@ log = logging.getLogger("efficient_vdit")
 # Warnings that do not say why nothing became sparse.
 NO_REASONS = {"scaled", "caution", "parts", "residual", "residual of another size", "second model"}
 
-AfterRun = Callable[[AttentionReport, int], None]
 
-
-def log_report(hook: Hook, depth: int, after_run: AfterRun | None) -> Callable[..., Any]:
+def log_report(hook: Hook) -> Callable[..., Any]:
     """An OUTER_SAMPLE wrapper: one line in the log after each run, a warning where nothing became sparse."""
     report = hook.report
 
     def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         report.reset()
         hook.running, hook.asked = True, False
+        guider = executor.class_obj
+        hook.why_once = why_not_twice(guider.model_patcher, guider.model_options, WRAPPER_KEY)
         if report.measure is not None:
-            guider = executor.class_obj
-            report.measure.refused = why_not_twice(guider.model_patcher, guider.model_options, WRAPPER_KEY)
+            report.measure.refused = hook.why_once
         start, complete = time.perf_counter(), False
         try:
             result = executor(*args, **kwargs)
             complete = True
             return result
         finally:
-            report.seconds = time.perf_counter() - start
-            # Else the page keeps the last run's.
-            if after_run is not None and (report.sparse or (complete and hook.asked)):
-                after_run(report, depth)
-            _tell(hook, complete)
-            for second in hook.second_hooks:
-                log.info("Efficient-vDiT, of the run's second model: %s", second.report.summary())
-                second.preparation.forget()
-            hook.preparation.forget()
-            hook.running, hook.second_hooks = False, []
+            try:
+                _tell(hook, complete, time.perf_counter() - start)
+            finally:
+                for own in (hook, *hook.second_hooks):
+                    own.preparation.forget()
+                hook.running, hook.second_hooks = False, []
 
     return wrapper
 
 
-def _tell(hook: Hook, complete: bool) -> None:
-    """``complete``: whether the run came to its end. One that was stopped may have ended before the first call, and one
-    without steps asks for nothing: neither is anybody's fault."""
+def _tell(hook: Hook, complete: bool, taken: float) -> None:
+    """To the nodes and in the log. ``complete``: whether the run, of ``taken`` seconds, came to its end."""
+    for own in (hook, *hook.second_hooks):
+        own.report.seconds = taken
+        if own.report.sparse or (complete and own.asked):  # else the page keeps the last run's
+            own.after_run()
+    _log(hook, complete)
+    for second in hook.second_hooks:
+        log.info("Efficient-vDiT, of the run's second model: %s", second.report.summary())
+
+
+def _log(hook: Hook, complete: bool) -> None:
+    """A run that was stopped may have ended before the first call, and one without steps asks for nothing: neither is
+    anybody's fault."""
     report = hook.report
     if complete and not hook.asked:
         log.info("Efficient-vDiT: no step was sampled.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,8 @@ def hook_in_charge(model: Any, hook: Hook) -> Hook | None:
     patcher = getattr(model, "current_patcher", None)
     own = hook if patcher is None or hook.made_for() is model else hook_of(patcher)
     if own is not None and own is not hook and own not in hook.second_hooks:
-        own.report.reset()
+        if own.report.measure is not None:
+            own.report.measure.refused = hook.why_once
         hook.second_hooks.append(own)
     return own
 
@@ -32,10 +34,13 @@ def leave_alone(call: ModelCall, hook: Hook) -> ModelCall:
         "second model", "the run samples with a second model, which has no Sparse Attention and stays dense."
     )
     options = dict(call.options)
-    override: Any = options.pop(OVERRIDE, None)
-    if getattr(override, "preparation", None) is hook.preparation:
-        override = override.replaces
+    override = without(options.pop(OVERRIDE, None), hook)
     return replace(call, options=options if override is None else {**options, OVERRIDE: override})
+
+
+def without(override: Any, hook: Hook) -> Any:
+    """The override that the first MODEL's ``hook`` was put over, where it is on top; None where there is none."""
+    return override.replaces if getattr(override, "preparation", None) is hook.preparation else override
 
 
 def tell_where_nobody_asks(patched: Any, hook: Hook) -> None:
@@ -43,13 +48,16 @@ def tell_where_nobody_asks(patched: Any, hook: Hook) -> None:
 
     def before(_: Any) -> None:
         if not hook.running:
+            hook.report.reset()
             hook.asked, hook.beside = False, True
 
     def after(_: Any) -> None:
-        if hook.beside and not hook.asked:
+        # ComfyUI cleans up while an error or a Cancel passes by too; then there may have been nothing to ask yet.
+        if hook.beside and not hook.asked and sys.exc_info()[0] is None:
             log.warning(
-                "Efficient-vDiT: a model with Sparse Attention was sampled and stayed dense, for its wrappers were not asked. Dual Model "
-                "CFG Guider asks those of its first model alone: put Sparse Attention on both."
+                "Efficient-vDiT: the plan of this run's second model was not asked for. Where both are the same loaded model, the first "
+                "one's plan held; else the second stayed dense, for Dual Model CFG Guider asks the wrappers of its first model alone: "
+                "put Sparse Attention on both."
             )
         hook.beside = False
 

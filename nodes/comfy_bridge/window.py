@@ -114,8 +114,11 @@ def step_of(options: dict[str, Any], t: Tensor) -> int:
         return 0
     levels, level = schedule.float(), float(t.flatten()[0])
     falls = levels[0] >= levels[-1]
+    # Schedules begin with steps that lie closer together than what is rounded away.
+    told = torch.isclose(levels, levels.new_tensor(level), rtol=1e-6, atol=0.0).nonzero()
     reached = torch.where(falls, levels * _ROUNDING >= level, levels <= level * _ROUNDING)
-    return min(max(0, int(reached.sum()) - 1), max(0, len(schedule) - 2))
+    step = int(told[-1]) if len(told) else int(reached.sum()) - 1
+    return min(max(0, step), max(0, len(schedule) - 2))
 
 
 def why_windows_move(base_model: Any, options: dict[str, Any]) -> str:

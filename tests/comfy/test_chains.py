@@ -226,12 +226,44 @@ def test_a_second_model_of_a_run_follows_its_own_plan_or_none(facts):
         "Efficient-vDiT: 3 attention calls sparse at mean density 0.31; dense: 3 cross-attention",
     ]
     (said,) = found["second"]["lines"]
-    assert "stayed dense, for its wrappers were not asked. Dual Model CFG Guider" in said
+    assert "second model was not asked for" in said and "Dual Model CFG Guider" in said
     assert [line.split(":")[0] for line in found["both"]["lines"]] == [
         "Efficient-vDiT",
         "Efficient-vDiT, of the run's second model",
     ]
     assert all("3 attention calls sparse" in line for line in found["both"]["lines"])
+
+
+def test_the_second_model_is_told_and_names_what_computed_it_alone(facts):
+    if "two models" not in facts:
+        pytest.skip("this ComfyUI has no guider for two models")
+    both = facts["both told"]
+    assert both["told"] == [["first", 3], ["second", 3]]
+    assert both["computed"][0] == both["computed"][1]  # not "override over ..."
+    assert "easycache may keep something" in both["measure"]
+
+
+def test_a_second_model_of_a_run_that_is_stopped_is_no_fault(facts):
+    if "two models" not in facts:
+        pytest.skip("this ComfyUI has no guider for two models")
+    assert not any("not asked" in line for line in facts["both stopped"]["lines"])
+    assert facts["both stopped"]["sparse"] == 0  # those of the run before are gone
+
+
+def test_what_fails_after_a_run_keeps_nothing_of_it(facts):
+    assert facts["broken announcement"] == {"running": False, "kept": 0}
+
+
+def test_an_override_without_a_hash_is_chained_too(facts):
+    assert facts["odd override"] < ROUNDING
+
+
+def test_a_trial_s_calls_are_none_of_the_model_s(facts):
+    assert facts["a trial's calls"] and not any("token grid" in line for line in facts["a trial's calls"])
+
+
+def test_steps_that_lie_close_together_are_told_apart(facts):
+    assert facts["steps"] == list(range(100))
 
 
 def test_a_run_without_steps_accuses_nobody(facts):

@@ -13,6 +13,9 @@ from efficient_vdit_core.attention.autotune import choose, trial
 from efficient_vdit_core.attention.autotune.choose import ChoiceBook, shape_class
 from efficient_vdit_core.attention.autotune.trial import Choice, trial_size
 from efficient_vdit_core.attention.call_shape import CallShape
+from efficient_vdit_core.attention.hook.prepare import Preparation
+from efficient_vdit_core.attention.report.report import AttentionReport
+from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.storage.cache_folder import cache_folder
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 from efficient_vdit_core.timing import seconds
@@ -143,7 +146,19 @@ def test_choices_are_made_anew_where_anything_they_were_measured_with_is_another
     assert choose._read(file) == {}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
+def kept(backend="frames", **milliseconds):
+    """The text of a file with one choice."""
+    choices = {"a shape": {"backend": backend, "milliseconds": milliseconds}}
+    return json.dumps({"versions": choose._versions(), "choices": choices})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "{}", "null", "[" * 100_000, kept(), kept("sage", frames=1.0), kept("dense", dense=1.0),
+        kept(frames="soon"), kept(frames=None), kept(frames=-1.0), kept(frames=float("nan")),
+    ],
+)  # fmt: skip
 def test_a_broken_file_is_named_and_replaced(tmp_path, caplog, text):
     file = tmp_path / "attention.json"
     file.write_text(text)
@@ -264,6 +279,16 @@ def test_a_trial_without_room_leaves_the_run_alive(book, monkeypatch, caplog):
         assert choose_backend(replace(kind(), gradients=gradients), LAYOUT, TilePattern(1)) == backend
     assert len(tried) == 2, "a trial that found no memory is not made again at every call"
     assert "no room to measure backends" in caplog.text and not ChoiceBook(book.file).choices
+    Preparation(TilePlan.uniform(1), AttentionReport()).forget()  # the run is over, and there may be room by the next
+    assert choose_backend(kind(), LAYOUT, TilePattern(1)) == "frames" and len(tried) == 3
+
+
+def test_a_kept_choice_among_other_backends_than_run_here_is_made_anew(book):
+    """As in a file that was written by hand."""
+    run = candidates([], {"dense"})
+    key = shape_class(kind(), LAYOUT, TilePattern(1), "sdpa", run)
+    book.choices[key] = Choice("old", {"dense": 2.0, "old": 1.0})
+    assert set(book.choose(run, kind(), LAYOUT, TilePattern(1), "sdpa").milliseconds) == set(run)
 
 
 def test_a_candidate_without_room_is_left_out_and_the_choice_is_not_kept_on_disk(book, caplog):

@@ -1,4 +1,5 @@
 import copy
+import functools
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.autotune.trial import Choice
 from efficient_vdit_core.attention.backends import mean_frames
 from efficient_vdit_core.attention.call_shape import CallShape
-from efficient_vdit_core.attention.dense_call import DenseCall
+from efficient_vdit_core.attention.dense_call import DenseCall, function_name
 from efficient_vdit_core.attention.hook import override as override_file
 from efficient_vdit_core.attention.hook import prepare as prepare_file
 from efficient_vdit_core.attention.hook.override import attention_override, make_attention_override
@@ -140,6 +141,50 @@ def test_a_first_plan_below_another_node_s_override_leaves_the_attention_to_the_
     assert torch.equal(call(second, flat(), state), call(alone, flat(), ForwardState(LAYOUT)))
     assert reports[1].summary() == "1 attention calls sparse at mean density 0.52; dense: 1 full in the plan"
     assert not reports[0].sparse and not reports[0].dense
+
+
+def kernel(mode, step=0):
+    """A factory's kernel, as nodes install theirs: every one has the same name."""
+
+    def sage_func(func, *args, **kwargs):
+        return func(*args, **kwargs) if mode and step >= 0 else None
+
+    return sage_func
+
+
+def test_kernels_of_one_name_are_told_apart_and_a_counter_is_none():
+    def identity(previous):
+        return DenseCall.over(attention_sdpa, previous, None, {}).identity
+
+    assert identity(None) == "attention_sdpa"
+    first = identity(kernel("auto"))
+    assert first == identity(kernel("auto", step=7)) == identity(kernel("auto")) != identity(kernel("sageattn3"))
+    assert first.startswith("sage_func over attention_sdpa ")
+    bound = functools.partial(kernel("auto"), kind="a"), functools.partial(kernel("auto"), kind="b")
+    assert len({first, *map(identity, bound)}) == 3
+
+
+def test_an_override_with_an_empty_cell_is_called_by_its_name():
+    def make():
+        def later(func, *args, **kwargs):
+            return held(func, *args, **kwargs)
+
+        yield later
+        held = later
+
+    later = next(make())
+    assert function_name(later) == "later" and DenseCall.over(attention_sdpa, later, None, {}).function is None
+
+
+def test_the_report_names_what_computes_mean_frames():
+    """Nobody knows the log-sum-exp of another node's attention."""
+    names = []
+    for previous in (None, kernel("auto")):
+        report = AttentionReport()
+        override = make_attention_override(TilePlan.from_text("all:1+1"), report, previous=previous)
+        call(override, flat(), ForwardState(LAYOUT))
+        names += report.computed
+    assert names == ["attention_sdpa in parts", "PyTorch's attention in parts"]
 
 
 def test_deep_copies_share_the_report():

@@ -52,6 +52,15 @@ def test_a_run_without_dense_calls_claims_a_bound_and_no_measurement():
     assert "all dense" not in text
 
 
+def test_more_work_than_dense_attention_s_is_called_slower():
+    """As of steps that renew a cached residual."""
+    report = ran(1)
+    report.density_sum, report.cost = 1.25, StepCost(LAYOUT, 2, 8, 1, 100)
+    text, _ = summarize_run(report)
+    assert "attention alone at least 1.25x slower, by FLOPs" in text
+    assert f"a step at 125% of it is at least {1 / report.cost.bound(1.25):.2f}x slower, by FLOPs" in text
+
+
 def test_the_bound_is_amdahl_s_for_this_clip():
     """MiniMax-H3, 1344x768, 5 s: 37 latent frames of 1008 tokens behind 714 of text and sound; 19.27 billion weights
     meet each token. Under 8:29 a step becomes at most 1.50x faster."""

@@ -252,7 +252,10 @@ export class PlanChart {
       : "";
     // What was measured takes the place of the bound.
     const gain = measured.bound && !timed
-      ? this.say("bound", { video: percent(measured.video), bound: measured.bound.toFixed(2) })
+      ? this.say(measured.bound < 1 ? "slower" : "bound", {
+          video: percent(measured.video),
+          bound: Math.max(measured.bound, 1 / measured.bound).toFixed(2),
+        })
       : "";
     const lines = [[undefined, text], [timed, timed], [gain, gain], [why, why]].filter(([, line]) => line);
     this.measured.replaceChildren(...lines.map(([title, line]) => make("span", { title }, line)));

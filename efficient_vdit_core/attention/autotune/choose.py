@@ -15,10 +15,12 @@ from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ... import __version__
+from ...limits.documents import parse_json, read_text
 from ...storage.cache_folder import cache_folder
 from ...storage.files import write_text
 from ...tiles import TilePattern
@@ -28,7 +30,7 @@ from .trial import Attend, Choice, trial
 
 log = logging.getLogger("efficient_vdit")
 
-_TRIALS = 2  # what kind of trials they are: choices of another kind are made anew
+_TRIALS = 3  # what kind of trials they are: choices of another kind are made anew
 # Whose attention a run may be measured beside, and what compiles ours.
 _PACKAGES = (
     "triton", "triton-windows", "sageattention", "sageattn3", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers",
@@ -36,9 +38,12 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+_MOST_BYTES = 2**23  # an entry has 300; those of many models and sizes gather
+
+
 class ChoiceBook:
     """Choices by shape class, in memory and in ``file``; safe for several threads. Those of a trial that found too little
-    memory stay in memory alone."""
+    memory stay in memory alone, until `forget_cramped`."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.lock = file, threading.Lock()
@@ -58,14 +63,25 @@ class ChoiceBook:
         that finds no memory it is ``otherwise``, without times."""
         key = shape_class(shape, layout, pattern, dense_name, candidates)
         with self.lock:
-            if key not in self.choices:
+            kept = self.choices.get(key)
+            if kept is None or not set(kept.milliseconds) <= set(candidates):
                 found, had_room = trial(candidates, shape, layout, pattern, otherwise)
                 self.choices[key] = found
                 if not had_room:
                     self.cramped.add(key)
                 _write(self.file, {k: choice for k, choice in self.choices.items() if k not in self.cramped})
-                log.info("Efficient-vDiT: %s is fastest for %s (ms of a trial: %s)", found.backend, key, found.times())
+                if found.milliseconds:
+                    log.info(
+                        "Efficient-vDiT: %s is fastest for %s (ms of a trial: %s)", found.backend, key, found.times()
+                    )
             return self.choices[key]
+
+    def forget_cramped(self) -> None:
+        """The next call of a shape class whose trial found too little memory is tried again: there may be more by then."""
+        with self.lock:
+            for key in self.cramped:
+                del self.choices[key]
+            self.cramped.clear()
 
 
 def default_book() -> ChoiceBook:
@@ -126,18 +142,25 @@ def _version(package: str) -> str:
 
 def _read(file: Path) -> dict[str, Choice]:
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        if not file.exists():
+            return {}
+        what = "What was measured of backends"
+        kept = parse_json(read_text(file, what, limit=_MOST_BYTES), what, advice="", limit=_MOST_BYTES)
         if kept["versions"] != _versions():
             return {}
-        return {
-            str(key): Choice(str(c["backend"]), dict(c["milliseconds"]), str(c.get("size", "")))
-            for key, c in kept["choices"].items()
-        }
-    except FileNotFoundError:
-        return {}
+        return {str(key): _choice(value) for key, value in kept["choices"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("Efficient-vDiT: %s cannot be read (%s); backends are measured anew.", file, error)
         return {}
+
+
+def _choice(kept: dict[str, Any]) -> Choice:
+    """Raises ValueError and the like where no trial has left this."""
+    times = {str(name): float(ms) for name, ms in kept["milliseconds"].items()}
+    choice = Choice(str(kept["backend"]), times, str(kept.get("size", "")))
+    if choice.backend not in times or not set(times) - {"dense"} or min(times.values()) <= 0:
+        raise ValueError(f"{choice} is no choice of a trial")
+    return choice
 
 
 def _write(file: Path, choices: dict[str, Choice]) -> None:

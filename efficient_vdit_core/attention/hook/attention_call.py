@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..call_shape import CallShape
-from ..dense_call import DenseCall, function_name
+from ..dense_call import DenseCall, function_code, function_name
 from ..sdpa import CROSS_KEY
 from .padding import as_heads, fill_in
 from .state import FORWARD_KEY, ForwardState, Override
@@ -94,7 +94,7 @@ class AttentionCall:
 def override_by(answer: Callable[[AttentionCall], Tensor], previous: Override | None = None) -> Override:
     """An override for ``transformer_options["optimized_attention_override"]`` that answers calls by ``answer``; ``previous``
     is another node's, asked for all that is dense."""
-    previous_name = function_name(previous) if previous is not None else ""
+    name, code = (function_name(previous), function_code(previous)) if previous is not None else ("", "")
 
     # A plain closure: ComfyUI deep-copies model options, and functions survive that as they are.
     def override(
@@ -109,7 +109,7 @@ def override_by(answer: Callable[[AttentionCall], Tensor], previous: Override | 
         skip_output_reshape: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        asked = DenseCall(func, previous, attn_precision, kwargs, previous_name)
+        asked = DenseCall(func, previous, attn_precision, kwargs, name, code)
         return answer(AttentionCall(q, k, v, heads, mask, skip_reshape, skip_output_reshape, asked))
 
     return override

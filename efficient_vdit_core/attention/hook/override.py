@@ -17,8 +17,9 @@ from ...plan import TilePlan
 from ...plan.head_patterns import LayerPattern
 from ...tiles import TilePattern
 from ..backends.head_calls import calls_of
+from ..call_shape import CallShape
 from ..dense_call import DenseCall
-from ..dispatch import tile_attention
+from ..dispatch import Dense, describe_call, tile_attention
 from ..layout import TokenLayout
 from ..report.clock import DENSE, SPARSE
 from ..report.reason_names import ANOTHER_LENGTH, MEASURED_FASTER, OWN_SCALE
@@ -119,7 +120,7 @@ def _compute(
     report, residual, padding = _counted_by(preparation, state), state.residual, state.masked(call.mask)
     renew = residual is not None and residual.renew
     density = work_with(_computed_share(it, call.heads), float(renew))
-    report.add_sparse(density, computed_by(it.pattern, call.heads, it.backends, it.layout.grid.t, dense.name))
+    report.add_sparse(density, computed_by(it.pattern, call.shape, it.backends, it.layout.grid.t, dense))
     with state.computing(), report.clock.taking(SPARSE, call.query, density):
         q, k, v = call.take(padding)
 
@@ -160,11 +161,12 @@ def _computed_share(it: _Sparse, heads: int) -> float:
     return sum(len(members) * shares[p] for p, members in groups.items()) / heads
 
 
-def computed_by(pattern: LayerPattern, heads: int, backends: dict[TilePattern, str], frames: int, dense: str) -> str:
-    """What computes the groups of a layer's heads, for the report; ``dense`` names the dense attention."""
-    by_name = {"frames": dense, "dense": dense, "parts": f"{dense} in parts"}
-    calls = calls_of(pattern, heads, backends, frames)
-    return " and ".join(dict.fromkeys(by_name.get(call.backend, call.backend) for call in calls))
+def computed_by(
+    pattern: LayerPattern, shape: CallShape, backends: dict[TilePattern, str], frames: int, dense: Dense
+) -> str:
+    """What computes the groups of a layer's heads, for the report."""
+    calls = calls_of(pattern, shape.heads, backends, frames)
+    return " and ".join(dict.fromkeys(describe_call(call, shape, dense) for call in calls))
 
 
 def _asked_by_the_file(call: AttentionCall) -> FileAttention | None:

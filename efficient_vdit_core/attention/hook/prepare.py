@@ -18,7 +18,15 @@ from ..backends.flex import forget_masks
 from ..backends.head_calls import calls_of
 from ..call_shape import CallShape
 from ..dense_call import DenseCall
-from ..dispatch import check_means, group_shapes, make_ready, measured_choice, partial_for, unmeasured_backend
+from ..dispatch import (
+    check_means,
+    forget_cramped,
+    group_shapes,
+    make_ready,
+    measured_choice,
+    partial_for,
+    unmeasured_backend,
+)
 from ..layout import TokenLayout
 from ..report.reason_names import BEYOND_THE_LAYERS
 from ..report.report import AttentionReport
@@ -221,7 +229,7 @@ class Preparation:
         return backends
 
     def _backend(self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall) -> str:
-        key = (shape, layout, pattern, dense.name)
+        key = (shape, layout, pattern, dense.identity)
         chosen = self.backends.get(key)
         if chosen is None:
             chosen = "dense" if pattern.is_full(layout.grid.t) else self.backend
@@ -272,7 +280,8 @@ class Preparation:
         if not state.settled:
             return self.settle(shape, layout, pattern, dense)
         shapes = group_shapes(shape, pattern)
-        found = {p: self.backends.get((s, layout, p, dense.name)) for p, s in shapes.items()}
+        identity = dense.identity
+        found = {p: self.backends.get((s, layout, p, identity)) for p, s in shapes.items()}
         if None in found.values():
             with self.lock:
                 if len(self.unforeseen) < MOST_UNFORESEEN:
@@ -289,6 +298,7 @@ class Preparation:
             self.work.clear()
             self.backends.clear()
         forget_masks()
+        forget_cramped()
         if self.residual is not None:
             self.residual.clear()
 

@@ -64,7 +64,7 @@ def describe_bound(cost: StepCost, density: float) -> list[str]:
     ]
     share, bound = cost.attention_share(), cost.bound(density)
     lines.append(
-        f"  attention is {share:.0%} of a dense step's FLOPs here: a step at {density:.0%} of it is at most {bound:.2f}x faster, by FLOPs"
+        f"  attention is {share:.0%} of a dense step's FLOPs here: a step at {density:.0%} of it is {_at_most(bound)}, by FLOPs"
     )
     return lines
 
@@ -78,13 +78,21 @@ def describe_measure(report: AttentionReport) -> str:
         return "Not measured: no step became sparse"
     if not measure.forwards:
         return f"Not measured: {measure.refused or 'the run ended before its second sparse step'}"
-    gain = measure.dense / measure.sparse
-    change = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
     forwards = f", {measure.forwards} forwards of the model" if measure.forwards > 1 else ""
+    steps = f"a dense step {_seconds(measure.dense)}, a sparse step {_seconds(measure.sparse)}"
     return (
-        f"Measured in this run: a dense step {_seconds(measure.dense)}, a sparse step {_seconds(measure.sparse)}: {change} "
+        f"Measured in this run: {steps}: {_faster(measure.dense / measure.sparse)} "
         f"(step {(measure.step or 0) + 1}{forwards}, computed both ways)"
     )
+
+
+def _faster(gain: float) -> str:
+    return f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
+
+
+def _at_most(gain: float) -> str:
+    """Steps that renew a cached residual compute more than dense attention does."""
+    return f"{'at most' if gain >= 1 else 'at least'} {_faster(gain)}"
 
 
 def _seconds(value: float) -> str:
@@ -103,10 +111,10 @@ def _times(report: AttentionReport, density: float) -> list[str]:
     if times.measured:
         lines.append(
             f"  all dense: {times.all_dense:.2f} s, from the dense calls of this run, so this attention was "
-            f"{times.all_dense / spent:.2f}x faster"
+            f"{_faster(times.all_dense / spent)}"
         )
     else:
         lines.append(
-            f"  attention alone at most {1 / density:.2f}x faster, by FLOPs: no dense call of this size was timed in this run"
+            f"  attention alone {_at_most(1 / density)}, by FLOPs: no dense call of this size was timed in this run"
         )
     return lines

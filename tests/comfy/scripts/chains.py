@@ -4,11 +4,13 @@ import inspect
 import json
 import sys
 import threading
+from dataclasses import dataclass
 
 from host import call, load_pack, log_lines, torch  # isort: skip
 import comfy.ldm.modules.attention as attention  # isort: skip
 import comfy.model_management as mm  # isort: skip
 import comfy.model_patcher  # isort: skip
+import comfy.model_sampling  # isort: skip
 import comfy.samplers  # isort: skip
 import comfy.sd  # isort: skip
 import comfy_extras.nodes_custom_sampler as custom_sampler  # isort: skip
@@ -19,6 +21,9 @@ from tiny_models import CASES, build, missing, noise  # isort: skip
 OVERRIDE = "optimized_attention_override"
 pack = load_pack()
 (plans,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
+(patching,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.patch"))
+(hooks,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.hook"))
+(windows_of_steps,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.window"))
 lines = log_lines()
 
 model = build(CASES["wan"])
@@ -99,6 +104,12 @@ facts["rising"] = []
 for choice in ({"dense_first_steps": 1}, {"dense_last_steps": 1}):
     run(sparse(model, **choice), steps=4, cfg=1.0, part=[3, 2, 1, 0])
     facts["rising"] += lines
+
+# Steps that lie closer together than a window's edge is rounded to.
+sampling = comfy.model_sampling.ModelSamplingDiscreteFlow()
+sampling.set_parameters(shift=12.0, multiplier=1000)
+schedule = comfy.samplers.calculate_sigmas(sampling, "beta", 100)
+facts["steps"] = [windows_of_steps.step_of({"sample_sigmas": schedule}, level[None]) for level in schedule[:-1]]
 
 # Guidance in two forwards a step, as texts of different lengths need it.
 longer = noise(1, 11, 32)
@@ -185,6 +196,26 @@ facts["the second node counts behind another"] = distance(
     run(sparse(between, 9)), dense
 )  # 9 of 9 frames: full attention
 
+
+@dataclass
+class Odd:
+    """An override that has an equality of its own, and no hash."""
+
+    calls: int = 0
+
+    def __call__(self, func, *args, **kwargs):
+        return func(*args, **kwargs)
+
+
+odd = model.clone()
+odd.model_options["transformer_options"][OVERRIDE] = Odd()
+facts["odd override"] = distance(run(sparse(odd)), alone)
+
+# Careful nodes once more, over so many tokens that backends are tried: what a trial calls is no call of the model.
+large = noise(1, 16, 9, 32, 32)
+run(chained, steps=1, cfg=1.0, start=large)
+facts["a trial's calls"] = list(lines)
+
 # Two experts share a run, as in Wan 2.2 14B: the second goes on where the first stopped.
 low = build(CASES["wan"])
 with torch.no_grad():
@@ -237,6 +268,13 @@ def expected(first, second):
 
 if DualModel:
     facts["two models"] = {}
+    told: list[str] = []
+
+    def telling(source, name, **settings):
+        return patching.patch_attention(
+            source, plans.TilePlan.uniform(1), after_run=lambda found, _: told.append((name, found.sparse)), **settings
+        )
+
     for name, (first, second) in {
         "first": (sparse(model), low), "second": (model, sparse(low, 3)), "both": (sparse(model), sparse(low, 3)),
         "one": (sparse(model), sparse(model)),
@@ -244,6 +282,27 @@ if DualModel:
         got, said = by_two(first, second), list(lines)
         acting = low if name == "second" else second
         facts["two models"][name] = {"same": distance(got, expected(first, acting)), "lines": said}
+    first, second = telling(model, "first"), telling(low, "second", measure=True)
+    by_two(EasyCacheNode.execute(first, **choices).args[0], second)
+    reports = [hooks.report_of(patcher) for patcher in (first, second)]
+    facts["both told"] = {
+        "told": told, "computed": [list(report.computed) for report in reports], "measure": reports[1].measure.refused,
+    }  # fmt: skip
+    stop = base.diffusion_model.register_forward_pre_hook(lambda *_: mm.throw_exception_if_processing_interrupted())
+    mm.interrupt_current_processing()
+    try:
+        by_two(first, second)
+    except mm.InterruptProcessingException:
+        facts["both stopped"] = {"lines": list(lines), "sparse": reports[1].sparse}
+    stop.remove()
+
+# What follows a run fails: its memory is let go of all the same.
+broken = patching.patch_attention(model, plans.TilePlan.uniform(1), after_run=lambda *_: 1 / 0)
+try:
+    run(broken)
+except ZeroDivisionError:
+    hook = hooks.hook_of(broken)
+    facts["broken announcement"] = {"running": hook.running, "kept": len(hook.preparation.work)}
 
 run(sparse(model), part=slice(0, 1))
 facts["no steps"] = list(lines)
