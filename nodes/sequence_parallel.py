@@ -130,6 +130,7 @@ class EVDiTSequenceParallel(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            not_idempotent=True,  # its id counts in the cache, which older ComfyUIs do not tell from hidden
         )
 
     @classmethod

@@ -196,6 +196,7 @@ class EVDiTSparseAttention(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # its id counts in the cache, which older ComfyUIs do not tell from hidden
         )
 
     @classmethod
