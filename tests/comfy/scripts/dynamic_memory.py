@@ -1,8 +1,12 @@
 """The loaders where ComfyUI keeps weights in its dynamic memory, as on a GPU. Prints JSON."""
 
+import importlib.util
 import json
 
-from host import call, load_pack, torch  # isort: skip
+from host import call, load_pack, skip, torch  # isort: skip
+
+if not importlib.util.find_spec("comfy.memory_management"):
+    skip("this ComfyUI has no dynamic memory")
 import comfy.memory_management as memory  # isort: skip
 
 pack = load_pack()

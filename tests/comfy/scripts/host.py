@@ -2,10 +2,12 @@
 
 import asyncio
 import functools
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 sys.argv = [sys.argv[0], "--cpu"]
 import comfy.options  # noqa: E402
@@ -26,6 +28,12 @@ def load_pack() -> dict:
     """The pack's node classes by id."""
     assert asyncio.run(nodes.load_custom_node(PACK, module_parent="custom_nodes")), "the pack did not load"
     return {name: kind for name, kind in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("EVDiT")}
+
+
+def skip(reason: str) -> NoReturn:
+    """Ends the script: this ComfyUI lacks what it looks at."""
+    print(json.dumps({"skipped": reason}))
+    sys.exit()
 
 
 def call(kind, **inputs):

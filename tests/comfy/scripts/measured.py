@@ -126,7 +126,8 @@ def no_memory(*_):
 told = []
 telling = patch.patch_attention(model, plans.TilePlan.uniform(1), after_run=lambda found, _: told.append(found.sparse))
 run(telling)
-stop = model.model.diffusion_model.register_forward_pre_hook(lambda *_: mm.interrupt_current_processing())
+stop = model.model.diffusion_model.register_forward_pre_hook(lambda *_: mm.throw_exception_if_processing_interrupted())
+mm.interrupt_current_processing()
 try:
     run(telling)
 except mm.InterruptProcessingException:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from inspect import signature
 
 from host import call, load_pack, log_lines, nodes, torch  # isort: skip
 import comfy.model_management as mm  # isort: skip
@@ -143,7 +144,10 @@ facts["whole"] = {f"{name} {n}": whole(name, n) for name in ("simple", "normal",
 
 
 def windows(schedule, source=model):
-    return WanContextWindowsManualNode.execute(source, 17, 4, schedule, 1, False, "pyramid", False).args[0]
+    asked = [source, 17, 4, schedule, 1, False, "pyramid", False]  # older ones have no freenoise
+    return WanContextWindowsManualNode.execute(
+        *asked[: len(signature(WanContextWindowsManualNode.execute).parameters)]
+    ).args[0]
 
 
 still = windows("standard_static")

@@ -4,12 +4,11 @@ import importlib.util
 import json
 import sys
 
-from host import call, load_pack, log_lines, torch  # isort: skip
+from host import call, load_pack, log_lines, skip, torch  # isort: skip
 from tiny_models import CASES, build, inputs, missing  # isort: skip
 
 if not importlib.util.find_spec("comfy_extras.nodes_train"):
-    print(json.dumps({"skipped": "this ComfyUI trains no LoRA"}))
-    sys.exit()
+    skip("this ComfyUI trains no LoRA")
 from comfy_extras.nodes_train import TrainLoraNode  # isort: skip
 
 pack = load_pack()
@@ -20,11 +19,12 @@ SETTINGS = {
     "loss_function": "MSE", "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False,
     "algorithm": "LoRA", "offloading": False, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False,
 }  # fmt: skip
-known = TrainLoraNode.define_schema().inputs
-SETTINGS = {name: value for name, value in SETTINGS.items() if name in {field.id for field in known}}
-if "checkpoint_depth" not in {field.id for field in known}:
-    print(json.dumps({"skipped": "this ComfyUI's Train LoRA checkpoints in no chosen depth"}))
-    sys.exit()
+known = (
+    {field.id for field in TrainLoraNode.define_schema().inputs} if hasattr(TrainLoraNode, "define_schema") else set()
+)
+SETTINGS = {name: value for name, value in SETTINGS.items() if name in known}
+if "checkpoint_depth" not in known:
+    skip("this ComfyUI's Train LoRA checkpoints in no chosen depth")
 
 
 def trained(case, plan, depth, images=1, residual_every=0):
