@@ -1,6 +1,7 @@
 """The chart inside Tile Plan: it shows the plan, edits its text, follows a run, and fits everywhere a node can be."""
 
 import io
+import math
 import re
 
 import pytest
@@ -261,6 +262,24 @@ def test_each_group_of_heads_has_a_map_of_its_own(comfy):
     layer.click()
     page.wait_for_function(f"{TEXT} !== '{BY_HEAD}'")
     assert page.evaluate(TEXT).split()[0] == "0:full" and "1:[" not in page.evaluate(TEXT)
+
+
+def test_a_long_clip_s_map_covers_each_tile_once_in_few_pieces(comfy):
+    """A piece for each of a million tiles took seconds to draw."""
+    comfy.open()
+    chart = plan_node(comfy, "0-5:8:1016~3")
+    found = chart.locator("svg.tiles").first.evaluate(
+        """map => Object.fromEntries([...map.querySelectorAll("path")].map(path => {
+             const pieces = [...path.getAttribute("d").matchAll(/M\\d+ \\d+h(\\d+)v1h/g)];
+             return [path.classList[0], [pieces.length, pieces.reduce((sum, piece) => sum + Number(piece[1]), 0)]];
+           }))"""
+    )
+    refers = {math.floor(i / 128) * 128 for i in range(1024)}
+    others = [i for i in range(1024) if i not in refers]
+    own = sum(abs(a - b) <= 3 for a in others for b in others)
+    tiles = {"reference": 1024**2 - 1016**2, "own": own, "skipped": 1016**2 - own, "mean": 0}
+    assert {kind: area for kind, (_, area) in found.items()} == tiles
+    assert sum(count for count, _ in found.values()) < 30_000
 
 
 def test_a_run_is_shown_in_the_tab_that_queued_it_and_in_no_copy(comfy):

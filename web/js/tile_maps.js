@@ -39,13 +39,17 @@ function emptyPlace(frames) {
   return make("figure", { class: "empty", "aria-hidden": "true" }, map, make("b", {}, FULL), make("span", {}, FULL));
 }
 
-/** Row = the frame that asks, column = the frame it sees. */
+/** Row = the frame that asks, column = the frame it sees. Where tiles touch, those of a kind that follow one another are one piece. */
 function drawTiles(pattern, frames) {
-  const side = frames > 48 ? 1 : 0.88;
+  const gap = frames > 48 ? 0 : 0.12;
   const kind = tileKinds(pattern, frames);
   const found = { skipped: "", reference: "", own: "", mean: "" };
   for (let row = 0; row < frames; row++) {
-    for (let column = 0; column < frames; column++) found[kind(row, column)] += `M${column} ${row}h${side}v${side}h-${side}z`;
+    const kinds = Array.from({ length: frames }, (_, column) => kind(row, column));
+    for (let start = 0, end = 1; start < frames; start = end, end++) {
+      while (!gap && kinds[end] === kinds[start]) end++;
+      found[kinds[start]] += `M${start} ${row}h${end - start - gap}v${1 - gap}h-${end - start - gap}z`;
+    }
   }
   const paths = Object.entries(found).map(([name, d]) => make("path", { class: name, d }));
   return make("svg", { class: "tiles", role: "img", viewBox: `0 0 ${frames} ${frames}` }, ...paths);
