@@ -15,6 +15,7 @@ from .shown import HDR, is_square, square_size, upright, warn_of_hdr
 
 UNEVEN = 0.1  # share by which a constant rate may be another than the mean one
 CRF = 10  # what imageio-ffmpeg makes of the quality 8
+BT709, TV_RANGE = 1, 1  # FFmpeg's numbers of HD's colours and of values from 16 to 235
 _TRANSFERS = dict(zip((16, 18), HDR, strict=True))  # by FFmpeg's numbers
 
 
@@ -29,8 +30,14 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
             container.metadata["comment"] = comment
             stream = container.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            codec = stream.codec_context
+            codec.colorspace = codec.color_primaries = codec.color_trc = BT709  # or players guess by the height
+            codec.color_range = TV_RANGE
             for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                picture = picture.reformat(format="yuv420p", dst_colorspace="itu709")
+                picture.colorspace, picture.color_range = BT709, TV_RANGE
+                container.mux(stream.encode(picture))
             container.mux(stream.encode())
     except av.FFmpegError as error:
         raise OSError(f"FFmpeg could not finish the video ({error}); is the disk full?") from error
