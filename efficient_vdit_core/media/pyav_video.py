@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .pyav_log import no_complaints
+from .shown import HDR, is_square, square_size, upright, warn_of_hdr
+
 UNEVEN = 0.1  # share by which a constant rate may be another than the mean one
 CRF = 10  # what imageio-ffmpeg makes of the quality 8
+BT709, TV_RANGE = 1, 1  # FFmpeg's numbers of HD's colours and of values from 16 to 235
+_TRANSFERS = dict(zip((16, 18), HDR, strict=True))  # by FFmpeg's numbers
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
@@ -25,8 +30,14 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
             container.metadata["comment"] = comment
             stream = container.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            codec = stream.codec_context
+            codec.colorspace = codec.color_primaries = codec.color_trc = BT709  # or players guess by the height
+            codec.color_range = TV_RANGE
             for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                picture = picture.reformat(format="yuv420p", dst_colorspace="itu709")
+                picture.colorspace, picture.color_range = BT709, TV_RANGE
+                container.mux(stream.encode(picture))
             container.mux(stream.encode())
     except av.FFmpegError as error:
         raise OSError(f"FFmpeg could not finish the video ({error}); is the disk full?") from error
@@ -67,20 +78,28 @@ def read_frames(path: Path, check: Callable[[int, int, int], None], fps: float =
     """
     import av
 
-    with av.open(f"file:{path}") as container:
+    with no_complaints():
+        opened = av.open(f"file:{path}")
+    with opened as container:
         if not container.streams.video:
             raise ValueError("it has no pictures")
         stream = container.streams.video[0]
-        stream.codec_context.options = {"err_detect": "explode"}
+        codec = stream.codec_context
+        codec.options = {"err_detect": "explode"}
+        codec.thread_count = 1  # of another thread no complaint is heard, and it would wait for Python's lock
         rate = next(filter(None, reversed(_rates(stream))), 1.0)  # the constant one, where it is told
-        check(stream.codec_context.width, stream.codec_context.height, stream.frames)
+        aspect = float(stream.sample_aspect_ratio or 1)
+        check(*square_size(codec.width, codec.height, aspect), stream.frames)
+        if codec.color_trc in _TRANSFERS:
+            warn_of_hdr(str(path), _TRANSFERS[codec.color_trc])
         held, start, end = None, 0.0, 0.0
         for frame in _decoded(container, stream):
-            pixels, now = _pixels(frame), frame.time or 0.0
+            pixels, now = _pixels(frame, aspect), frame.time or 0.0
             if held is not None:  # how long it lasts, the next one tells
                 yield from [held] * (times_shown(start, now, fps) if fps else max(1, round((now - start) * rate)))
             held, start = pixels, now
-            end = now + (float(frame.duration * frame.time_base) if frame.duration else 1 / rate)
+            lasts = getattr(frame, "duration", 0)  # from PyAV 15 on
+            end = now + (float(lasts * frame.time_base) if lasts else 1 / rate)
         if held is not None:
             yield from [held] * (times_shown(start, end, fps) if fps else 1)
 
@@ -89,18 +108,38 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
     """All frames that are to be shown. A clip that was cut without coding it anew still holds the frames before its begin, on
     which others build, and counts them."""
     count = hidden = 0
-    for packet in container.demux(stream):
+    packets = container.demux(stream)
+    while True:
+        with no_complaints():
+            packet = next(packets, None)
+            frames = [] if packet is None else packet.decode()
+        if packet is None:
+            break
         hidden += packet.is_discard
-        for frame in packet.decode():
-            count += 1
-            yield frame
+        count += len(frames)
+        yield from frames
     if count < stream.frames - hidden:
         raise ValueError(f"{count} of its {stream.frames - hidden} frames can be decoded")
 
 
-def _pixels(frame: Any) -> np.ndarray:
+def _pixels(frame: Any, aspect: float) -> np.ndarray:
     if frame.is_corrupt:
         raise ValueError(f"its frame at {frame.time} s is damaged")
-    pixels = frame.to_ndarray(format="rgb24")
-    # Phones store what they filmed upright as lying pictures and the angle to turn them by, counter-clockwise.
-    return np.ascontiguousarray(np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90)))
+    width, height = square_size(frame.width, frame.height, aspect)
+    # Before its version 17, PyAV takes a frame for BT.601 unless told what it says itself, and that something else is wanted.
+    way = {"src_colorspace": frame.colorspace, "dst_colorspace": "itu601", "src_color_range": frame.color_range}
+    if not is_square(aspect):
+        way["interpolation"] = "BICUBIC"  # as ffmpeg does
+    pixels = frame.to_ndarray(format="rgb24", width=width, height=height, **way)
+    return np.ascontiguousarray(upright(pixels, _display_matrix(frame)))
+
+
+def _display_matrix(frame: Any) -> Sequence[float]:
+    """Of 9 numbers, as FFmpeg's, whatever their unit."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV tells of none where it does not know one of a frame's side data, such as a photo's EXIF
+        angle = math.radians(frame.rotation)
+        a, b = math.cos(angle), math.sin(angle)
+        return a, -b, 0, b, a, 0, 0, 0, 1
+    return (1, 0, 0, 0, 1, 0, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32).tolist()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..limits.quote import quoted
-from .read_video import ffmpeg, is_steady, said, told, told_rates
+from .read_video import ffmpeg, is_steady, said, told_rates, told_streams
 from .video import has_ffmpeg, install
 
 CHANNELS = 2
@@ -26,22 +26,22 @@ def read_sound(path: str | Path, seconds: float, rate: int, fps: float) -> np.nd
         raise ValueError(
             f"Reading sound needs the package 'imageio-ffmpeg', which is missing. {install('imageio_ffmpeg')}"
         )
-    source = ["-nostdin", "-i", f"file:{path}"]
-    about = told(["-hide_banner", *source])
-    mean, constant = told_rates(about)
+    streams = told_streams(path)
+    mean, constant = told_rates(streams)
     if fps and not (is_steady(mean, constant) and abs(mean - fps) <= 0.01 * fps):
         found = f"{mean:g} frames a second" if is_steady(mean, constant) else "a frame rate that is not told, or varies"
         raise ValueError(
             f"{name} has {found}, expected {fps:g} as the model knows them. Set data.fps = {fps:g}, or convert it."
         )
-    if "Audio:" not in about:
+    if ": Audio: " not in streams:
         return None
     # Silence stands for what the file has no sound of, before its begin as well: `iterate_video` repeats a first picture that
     # comes later than the file begins.
     filled = "aresample=async=1:first_pts=0"
-    wanted = ["-map", "0:a:0", "-af", filled, "-t", str(seconds), "-ac", str(CHANNELS), "-ar", str(rate)]
+    wanted = ["-map", "0:a:0", "-af", filled, "-t", str(seconds), "-ac", str(CHANNELS), "-ar", str(rate), "-f", "f32le"]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as complaints:
-        with ffmpeg(["-v", "error", "-xerror", *source, *wanted, "-f", "f32le", "-"], out, complaints) as process:
+        strict = ["-v", "error", "-xerror", "-nostdin", "-i", f"file:{path}", *wanted, "-"]
+        with ffmpeg(strict, out, complaints) as process:
             status = process.wait()
         if status or said(complaints):
             raise ValueError(f"{name} holds sound that cannot be read. It is damaged, or half written; make it again.")

@@ -19,6 +19,7 @@ import numpy as np
 from ..limits.memory import check_memory
 from ..limits.quote import quoted, reason
 from .pyav_video import frame_rates, is_steady, read_frames, read_rates, times_shown
+from .shown import HDR, SQUARE, is_square, square_size, warn_of_hdr
 from .video import MAX_FPS, MIN_FPS, PACKAGES, frame_milliseconds, has_ffmpeg, install, read_metadata
 
 MAX_PIXELS = 2**25  # of a frame: 8K
@@ -26,8 +27,11 @@ MAX_FRAMES = 10_000  # of a clip
 MAX_CLIP = 2**32  # pixels of all frames: 2,000 of 1080p
 _UNTIMED = 100  # milliseconds
 _ANIMATIONS = (".gif", ".webp", ".png", ".apng")
+_STREAM = re.compile(r"^ *Stream #\d+:\d+.*", re.M)
 _SIZE = re.compile(r"Video: [^\n]*?, (\d{1,6})x(\d{1,6})\b")
-_COUNT = re.compile(r"frame=\s*(\d+)")
+_ASPECT = re.compile(r"\bSAR (\d+):(\d+)")
+_TRANSFER = re.compile("|".join(HDR))
+_COUNT = re.compile(r"(?:^|[\r\n])frame=\s*(\d+)")
 _RATES = re.compile(r"Video: [^\n]*?(?:, ([\d.]+k?) fps)?, ([\d.]+k?) tbr\b")
 
 
@@ -90,9 +94,7 @@ def check_steady(path: Path) -> None:
     thousandths of a second, and each frame would come dozens of times. An animation says how long each lasts."""
     if path.suffix.lower() in _ANIMATIONS:
         return
-    mean, constant = (
-        told_rates(told(["-hide_banner", "-nostdin", "-i", f"file:{path}"])) if has_ffmpeg() else read_rates(path)
-    )
+    mean, constant = told_rates(told_streams(path)) if has_ffmpeg() else read_rates(path)
     if not is_steady(mean, constant):
         raise ValueError("its frame rate is not told, or varies. Set data.fps to the model's, or convert it")
 
@@ -168,9 +170,13 @@ def _within(value: Any, low: float, high: float) -> float:
 def _stream(path: Path, fps: float) -> Iterator[np.ndarray]:
     """ffmpeg hands over PPM pictures, whose headers tell their size; any complaint of its decoder ends the reading."""
     source = ["-nostdin", "-max_pixels", str(MAX_PIXELS), "-i", f"file:{path}", "-map", "0:v:0"]
-    _check_size(*_probed(source))
-    rate = ["-vf", f"fps={fps}"] if fps else []
-    strict = ["-v", "error", "-xerror", *source, *rate, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
+    about = told(["-hide_banner", *source, "-c", "copy", "-f", "null", "-"])
+    _check_size(*_probed(about))
+    if found := _TRANSFER.search(_pictures(about)):
+        warn_of_hdr(str(path), found[0])
+    filters = [f"fps={fps}"] * bool(fps) + [SQUARE] * (not is_square(_aspect(about)))
+    changed = ["-vf", ",".join(filters)] if filters else []
+    strict = ["-v", "error", "-xerror", *source, *changed, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
     with tempfile.TemporaryFile() as complaints, ffmpeg(strict, subprocess.PIPE, complaints) as process:
         assert process.stdout is not None
         try:
@@ -186,11 +192,34 @@ def _stream(path: Path, fps: float) -> Iterator[np.ndarray]:
         raise ValueError(f"ffmpeg: {first[0].rstrip('.')}")
 
 
-def _probed(source: list[str]) -> tuple[int, int, int]:
-    """Width, height and packets of the video as the container tells them, without decoding; 0 where it does not."""
-    text = told(["-hide_banner", *source, "-c", "copy", "-f", "null", "-"])
-    size, counts = _SIZE.search(text), _COUNT.findall(text)
-    return int(size[1]) if size else 0, int(size[2]) if size else 0, int(counts[-1]) if counts else 0
+def _probed(about: str) -> tuple[int, int, int]:
+    """Width, height and packets of the video as ffmpeg's words on a copy tell them, without decoding; 0 where they do not."""
+    size, counts = _SIZE.match(_pictures(about)), _COUNT.findall(about)
+    width, height = square_size(int(size[1]), int(size[2]), _aspect(about)) if size else (0, 0)
+    return width, height, int(counts[-1]) if counts else 0
+
+
+def _aspect(about: str) -> float:
+    """How many times as wide as high pixels are; 0 where ffmpeg does not tell. The container's word comes behind the codec's."""
+    found = _ASPECT.findall(_pictures(about))
+    return int(found[-1][0]) / max(1, int(found[-1][1])) if found else 0.0
+
+
+def _pictures(about: str) -> str:
+    """From "Video:" on, what ffmpeg tells of the first stream of pictures; nothing where there is none."""
+    found = re.search(r"Video: .*", stream_lines(about))
+    return found[0] if found else ""
+
+
+def stream_lines(about: str) -> str:
+    """The lines on streams in what ffmpeg tells. Beside them stand comments, with prompts that may speak of "Video:" too; it
+    indents what follows a line's end in one by a colon."""
+    return "\n".join(_STREAM.findall(about))
+
+
+def told_streams(path: str | Path) -> str:
+    """What ffmpeg tells of a file's streams, a line each."""
+    return stream_lines(told(["-hide_banner", "-nostdin", "-i", f"file:{path}"]))
 
 
 def told_rates(about: str) -> tuple[float, float]:

@@ -27,6 +27,14 @@ MAX_METADATA = 100_000  # bytes
 LARGEST_SIDE = {".mp4": 16_384, ".gif": 65_535, ".webp": 16_383}  # pixels, of x264 and of the formats
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 _EXIF_DESCRIPTION = 0x010E
+# Where a file does not tell its colours, players take what is high for HD's, BT.709, and ffmpeg everything for BT.601.
+# An old ffmpeg hears of them by its options, a new one by its frames.
+_TAGS = ("colorspace", "color_primaries", "color_trc")
+_COLOURS = [
+    "-vf",
+    "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p,setparams=color_primaries=bt709:color_trc=bt709",
+    *(word for tag in _TAGS for word in (f"-{tag}", "bt709")),
+]
 _MOST_ATOMS = 10_000  # beside one another; a film has some dozens
 PACKAGES = {"PIL": "pillow", "imageio_ffmpeg": "imageio-ffmpeg"}  # module -> its name on PyPI, where they differ
 
@@ -108,8 +116,8 @@ def write_video(
     """Writes all of `frames` (F, H, W, 3) uint8 or, on any error or Ctrl-C, nothing.
 
     Args:
-        path: the ending picks the format. mp4 is H.264 4:2:0, so height and width must be even; gif and webp are
-            written as loops. A gif counts time in 1/100 s, so its rate is rounded (24 fps become 25).
+        path: the ending picks the format. mp4 is H.264 4:2:0 in the colours of BT.709, so height and width must be even; gif
+            and webp are written as loops. A gif counts time in 1/100 s, so its rate is rounded (24 fps become 25).
         fps: frames per second, 0.01 to 1000; a gif holds at most 100.
         metadata: anything that JSON can hold; ``fps`` and ``frames`` are added where it says nothing of it.
 
@@ -177,7 +185,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, text: str) -> None:
         macro_block_size=1,
         fps=fps,  # pyright: ignore[reportArgumentType] # fractions are fine: it goes to ffmpeg as text
         ffmpeg_log_level="error",
-        output_params=["-metadata", f"comment={text}", "-movflags", "+faststart"],
+        output_params=[*_COLOURS, "-metadata", f"comment={text}", "-movflags", "+faststart"],
     )
     writer.send(None)
     try:

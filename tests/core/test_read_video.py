@@ -1,5 +1,9 @@
 """Clips come back whole, or are refused by name."""
 
+import logging
+from itertools import islice, product
+from threading import Thread
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +11,7 @@ from recorded import record
 
 from efficient_vdit_core.media import read_video as reading
 from efficient_vdit_core.media import video as writing
+from efficient_vdit_core.media.read_sound import read_sound
 from efficient_vdit_core.media.read_video import check_steady, iterate_video, read_video, told_rates
 from efficient_vdit_core.media.video import write_video
 
@@ -29,6 +34,13 @@ def frames():
     for i in range(13):
         out[i, 8:20, 2 + 3 * i : 12 + 3 * i] = (220, 200, 180)
     return out
+
+
+def changed(source, target, *arguments, first=()):
+    """``target``, made by ffmpeg of ``source``."""
+    with reading.ffmpeg(["-v", "error", *first, "-i", str(source), *arguments, str(target)], None, None) as process:
+        assert process.wait() == 0
+    return target
 
 
 @pytest.mark.parametrize("fps", [24, 23.976, 0.5])
@@ -63,6 +75,84 @@ def test_a_file_cut_short_is_refused_and_not_read_as_a_shorter_clip(tmp_path, fr
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(ValueError, match=f"a{suffix}' .* damaged"):
         read_video(path)
+
+
+@pytest.fixture(scope="module")
+def webm(tmp_path_factory, frames):
+    """Of 39 frames at 13 a second, a cluster each half second; Matroska does not count them."""
+    source = tmp_path_factory.mktemp("webm") / "a.webm"
+    pixels = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "50x34", "-r", "13"]
+    (raw := source.with_name("a.raw")).write_bytes(np.concatenate([frames] * 3).tobytes())
+    return changed(raw, source, "-c:v", "libvpx", "-b:v", "500k", "-cluster_time_limit", "500", first=pixels)
+
+
+def test_a_matroska_cut_short_is_refused_too(tmp_path, webm):
+    whole, path = webm.read_bytes(), tmp_path / "cut.webm"
+    clusters = [at for at in range(len(whole)) if whole.startswith(b"\x1f\x43\xb6\x75", at)]
+    assert len(read_video(webm)) == 39 and len(clusters) > 3
+    for end in (clusters[2], clusters[3] + 200, len(whole) // 2):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match="ended prematurely.* damaged"):
+            read_video(path)
+
+
+def test_a_hole_in_a_matroska_is_not_filled_by_repeats(tmp_path, webm):
+    """Each time that it is read, by threads at once and while another clip's frames come in turn."""
+    data, path = bytearray(webm.read_bytes()), tmp_path / "hole.webm"
+    data[len(data) // 2 : len(data) * 6 // 10] = bytes(len(data) * 6 // 10 - len(data) // 2)
+    path.write_bytes(data)
+    told, other = [], iterate_video(webm)
+
+    def refused(beside=()):
+        beside = iter(beside)
+        try:
+            for _ in iterate_video(path):
+                next(beside, None)
+        except ValueError as error:
+            told.append(str(error))
+        assert len(read_video(webm)) == 39
+
+    for beside in ((), (), islice(other, 20)):
+        refused(beside)
+    for thread in (threads := [Thread(target=refused) for _ in range(4)]):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(told) == 7 and all("damaged" in text for text in told)
+    assert 19 <= len(list(other)) < 39
+
+
+def test_pyavs_log_is_left_as_it_was(tmp_path, webm, caplog):
+    av = pytest.importorskip("av")
+    before = av.logging.get_level(), av.logging.get_skip_repeated()
+    (tmp_path / "cut.webm").write_bytes(webm.read_bytes()[:-3000])
+    with pytest.raises(ValueError, match="damaged"):
+        read_video(tmp_path / "cut.webm")
+    assert (av.logging.get_level(), av.logging.get_skip_repeated()) == before and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "Video: a cat, 99999x99999 pixels",
+        "Video: a scene, 25 tbr",
+        "Audio: waves crash",
+        "a\n  Stream #0:0: Video: h264, yuv420p, 99999x9999 [SAR 9:1 DAR 9:1], 25 fps, 50 tbr\n  Stream #0:1: Audio: aac\n"
+        "  Stream #0:2: Video: hevc, yuv420p10le(tv, bt2020nc/bt2020/smpte2084)\nframe=99999",
+    ],
+)
+def test_a_prompt_that_speaks_of_streams_is_none(tmp_path, frames, comment, caplog):
+    path = changed(
+        write_video(tmp_path / "a.mp4", frames, fps=13),
+        tmp_path / "b.mp4",
+        "-c",
+        "copy",
+        "-metadata",
+        f"comment={comment}",
+    )
+    assert read_video(path).shape == frames.shape and not caplog.records
+    check_steady(path)
+    assert read_sound(path, 1.0, 16000, 13) is None
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "a.mkv"])
@@ -106,6 +196,86 @@ def test_what_a_phone_filmed_stands_upright(tmp_path, frames, angle):
     with reading.ffmpeg(arguments, None, None) as process:
         assert process.wait() == 0
     assert np.abs(read_video(turned)[0] - np.rot90(read_video(path)[0], angle // 90).astype(float)).mean() < 4
+
+
+def test_what_is_mirrored_stands_as_players_show_it(tmp_path, frames):
+    path = write_video(tmp_path / "a.mp4", frames[:1])
+    plain, shown = read_video(path)[0].astype(float), []
+    for angle, mirrors in product((0, 90, 180, 270), ((), ("-display_hflip",), ("-display_vflip",))):
+        turned = changed(
+            path, tmp_path / "b.mp4", "-y", "-c", "copy", first=["-display_rotation", str(angle), *mirrors]
+        )
+        (picture,) = read_video(turned)
+        stood = [np.rot90(way, angle // 90) for way in (plain, plain[:, ::-1], plain[::-1])]
+        ways = (
+            stood[:1] if not mirrors else stood[1:]
+        )  # of the two mirrors, ffmpeg's option mirrors before the turn or after
+        assert min(np.abs(picture - way).mean() for way in ways if way.shape == picture.shape) < 4
+        shown.append(picture)
+    assert np.abs(shown[1] - plain[:, ::-1]).mean() < 4 and np.abs(shown[2] - plain[::-1]).mean() < 4
+
+
+def test_a_photos_own_orientation_is_followed(tmp_path, frames):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its left side
+    Image.fromarray(frames[0]).save(tmp_path / "a.jpg", exif=exif)
+    Image.fromarray(frames[0]).save(tmp_path / "b.jpg")
+    assert np.array_equal(read_video(tmp_path / "a.jpg")[0], np.rot90(read_video(tmp_path / "b.jpg")[0], -1))
+
+
+def test_a_slanted_picture_is_turned_or_refused(tmp_path, frames, codec):
+    path = write_video(tmp_path / "a.mp4", frames[:1])
+    turned = changed(path, tmp_path / "b.mp4", "-c", "copy", first=["-display_rotation", "30"])
+    if reading.has_ffmpeg():
+        assert read_video(turned).shape == read_video(path).shape
+    else:
+        with pytest.raises(ValueError, match="turned by an angle that is no right one"):
+            read_video(turned)
+
+
+@pytest.mark.parametrize(("aspect", "size"), [("2/1", (34, 100)), ("3/4", (45, 50)), ("1280/1281", (34, 50))])
+def test_pixels_become_square(tmp_path, frames, monkeypatch, aspect, size):
+    told = ["-c", "copy", "-bsf:v", f"h264_metadata=sample_aspect_ratio={aspect}"]
+    plain = write_video(tmp_path / "a.mp4", frames[:3])
+    path = changed(plain, tmp_path / "b.mp4", *told)
+    back = read_video(path)
+    assert back.shape == (3, *size, 3)
+    wide = np.stack([np.asarray(Image.fromarray(frame).resize(size[::-1])) for frame in read_video(plain)])
+    assert np.abs(back - wide.astype(float)).mean() < 6
+    assert next(iterate_video(path, 48)).shape == back.shape[1:]
+    upright = changed(path, tmp_path / "c.mp4", "-c", "copy", first=["-display_rotation", "90"])
+    assert read_video(upright).shape == (3, *size[::-1], 3)
+    monkeypatch.setattr(reading, "MAX_PIXELS", size[0] * size[1] - 1)
+    monkeypatch.setattr(reading, "_ppm_pictures", lambda stream: pytest.fail("a picture was decoded"))
+    with pytest.raises(ValueError, match=f"its frames are {size[1]}x{size[0]}"):
+        read_video(path)
+
+
+def test_the_containers_word_on_pixels_stands_above_the_codecs(tmp_path, frames):
+    path = changed(write_video(tmp_path / "a.mp4", frames[:3]), tmp_path / "b.mp4", "-vf", "setsar=2")
+    assert read_video(changed(path, tmp_path / "c.mkv", "-c", "copy", "-aspect", "50:17")).shape == (3, 34, 100, 3)
+    assert read_video(changed(path, tmp_path / "d.mkv", "-c", "copy", "-aspect", "75:17")).shape == (3, 34, 150, 3)
+
+
+@pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67", "bt709"])
+def test_hdr_is_named_once(tmp_path, frames, caplog, transfer):
+    hdr = ["-colorspace", "bt2020nc", "-color_primaries", "bt2020", "-color_trc", transfer]
+    tagged = f"setparams=colorspace=bt2020nc:color_primaries=bt2020:color_trc={transfer}"
+    path = changed(write_video(tmp_path / "a.mp4", frames), tmp_path / "b.mp4", "-vf", tagged, *hdr)
+    for _ in range(2):
+        assert len(read_video(path)) == len(frames)
+    found = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(found) == (transfer != "bt709") and all("b.mp4' is HDR footage" in t and transfer in t for t in found)
+
+
+def test_what_tells_no_colours_is_read_as_ever(tmp_path, frames):
+    """As BT.601, whatever its size: what this program wrote before it told them."""
+    flat = np.full((1, 720, 64, 3), (220, 40, 40), np.uint8)
+    (tmp_path / "a.raw").write_bytes(flat.tobytes())
+    pixels = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "64x720", "-r", "24"]
+    untagged = changed(tmp_path / "a.raw", tmp_path / "a.mp4", "-pix_fmt", "yuv420p", first=pixels)
+    assert "bt709" not in reading.told_streams(untagged)
+    assert np.abs(read_video(untagged).astype(int) - flat).max() <= 4
 
 
 @pytest.mark.parametrize(("suffix", "own"), [(".mp4", 24), (".gif", 20), (".webp", 20)])

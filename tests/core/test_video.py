@@ -1,8 +1,11 @@
 """Videos are written whole or not at all, and carry their metadata."""
 
+import re
+
 import numpy as np
 import pytest
 
+from efficient_vdit_core.media import read_video as reading
 from efficient_vdit_core.media import video
 from efficient_vdit_core.media.video import check_writable, read_metadata, write_video
 
@@ -60,6 +63,25 @@ def test_frames_and_metadata_come_back(tmp_path, frames, suffix, codec):
     tolerance = {".webp": 0.01, ".gif": 6.0}.get(suffix, 12.0)  # mp4 loses colour resolution at edges
     assert np.abs(back.astype(float) - frames).mean() < tolerance
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("reader", ["imageio_ffmpeg", "av"])
+@pytest.mark.parametrize("height", [48, 720])
+def test_colours_are_those_that_players_show(tmp_path, monkeypatch, codec, reader, height):
+    """Players follow the file's word; without one they take what is high for HD's colours."""
+    pytest.importorskip(reader)
+    monkeypatch.setattr(reading, "has_ffmpeg", lambda: reader == "imageio_ffmpeg")
+    colours = np.array(
+        [(220, 40, 40), (0, 200, 0), (20, 40, 230), (240, 210, 10), (128, 128, 128), (250, 250, 250)], np.uint8
+    )
+    width = height // 9 * 16
+    frame = colours[np.arange(width) * 6 // width][None].repeat(height, axis=0)
+    path = write_video(tmp_path / "a.mp4", frame[None])
+    assert re.search(r"\(tv, bt709[,)]", reading.told_streams(path)), (
+        "matrix, primaries and curve, or a browser guesses"
+    )
+    back = reading.read_video(path)[0, height // 2, width // 12 :: width // 6][:6]
+    assert np.abs(back.astype(int) - colours).max() <= 4
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
