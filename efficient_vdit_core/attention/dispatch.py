@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -17,7 +17,7 @@ from .autocast import autocast
 from .autotune.choose import default_book
 from .autotune.trial import Attend, Choice
 from .backends import flex, triton
-from .backends.frames import attend_frames
+from .backends.frames import Dense, attend_frames
 from .backends.head_calls import Call, calls_of
 from .backends.mean_frames import make_tables
 from .backends.merge import prepare_merge
@@ -28,8 +28,6 @@ from .call_shape import CallShape
 from .dense_call import function_code, function_name
 from .gpu import arrow_kernels_status, is_recording
 from .layout import TokenLayout, check_tensors, result_like, spans_of
-
-Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 log = logging.getLogger("efficient_vdit")
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+from ..attention.dispatch import Dense
 
 log = logging.getLogger("efficient_vdit")
 
