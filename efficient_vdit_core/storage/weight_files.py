@@ -39,6 +39,12 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     )
 
 
+def files_of(path: str | Path) -> set[Path]:
+    """The files that `read_state_dict` reads of a path: an index with its shards, or the one file."""
+    file = _weights_file(Path(path))
+    return {file, *_shards_of(file)[1]} if file.name.endswith(".safetensors.index.json") else {file}
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of what `read_state_dict` reads; no weights are read. A .ckpt has none."""
     file = _weights_file(Path(path))

@@ -352,6 +352,38 @@ def test_convert_refuses_a_target_before_it_reads(tmp_path, capsys, part):
 
 
 @pytest.mark.parametrize(
+    ("part", "source", "target"),
+    [
+        ("comfyui", "a.safetensors", "./a.safetensors"),
+        ("comfyui", "a.safetensors", "link.safetensors"),
+        ("comfyui", "m.safetensors.index.json", "m-00002-of-00002.safetensors"),
+        ("comfyui", "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"),
+        ("vae", "vae", "vae/x.safetensors"),
+        ("lora", ".", "vae/x.safetensors"),
+        ("lora", ".", "vae/link.safetensors"),
+        ("lora", "vae", "a.safetensors"),
+    ],
+)
+def test_convert_never_writes_over_what_it_reads(tmp_path, monkeypatch, capsys, part, source, target):
+    from safetensors.torch import save
+
+    monkeypatch.chdir(tmp_path)
+    Path("vae").mkdir()
+    shards = [f"m-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for name in ("a.safetensors", "vae/x.safetensors", *shards):
+        Path(name).write_bytes(save({}))
+    Path("m.safetensors.index.json").write_text(json.dumps({"weight_map": {"b": shards[0], "c": shards[1]}}))
+    Path("link.safetensors").symlink_to(tmp_path / "a.safetensors")
+    Path("vae/link.safetensors").symlink_to(tmp_path / "a.safetensors")
+    for module, write in (("distill.lora.comfy_names", "convert_weights"), ("models.opensora_plan.convert", "convert_vae"),
+                          ("distill.families.published_lora", "merge_published")):  # fmt: skip
+        monkeypatch.setattr(f"efficient_vdit_core.{module}.{write}", lambda *_: pytest.fail("it was written"))
+    lora = ["--lora", "a.safetensors"] if part == "lora" else []
+    assert cli.main(["convert", part, source, target, *lora]) == 2
+    assert "which are read, and would be written over. Choose another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("part", "options", "told"),
     [
         ("attention", ["--lora", "nosuch"], "--lora is given with convert attention, expected convert lora"),
