@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import INTERRUPTED, recipe_forecast, say
-from .arguments import count, seed_number
+from .arguments import check_chart, count, seed_number
 from .command_line import command_line
 from .distill import override
 
@@ -85,8 +85,9 @@ def _tiny_table(args: argparse.Namespace) -> int:
     from ..tinyworld.tables.chart import draw
     from ..tinyworld.tables.stages import TableConfig, run_table
 
-    for file in filter(None, (args.json, args.chart)):
-        check_writable_file(file)
+    check_writable_file(args.json)
+    if args.chart:
+        check_chart(args.chart, "--chart", args.json)
     values = _values(args, args.config or assets.recipe_path("tiny"))
     table = read_section(TableConfig, values.pop("table", {}), "table")
     say(

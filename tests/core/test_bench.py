@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -288,6 +289,13 @@ def test_the_commands_write_results_and_chart(tmp_path, capsys, monkeypatch):
     )
     assert "geometric mean of" in capsys.readouterr().out
     assert main(["bench", "plot", str(results)]) == 0 and results.with_suffix(".svg").read_text().startswith("<svg")
+    results.with_suffix(".svg").unlink()
+    results.with_suffix(".svg").symlink_to(results)
+    chart = ["recipe", "tiny-table", "--out", str(tmp_path / "runs"), "--json", str(results), "--chart"]
+    for command in (["bench", "plot", str(results)], ["bench", "plot", str(results), "--out", str(results)],
+                    [*chart, str(results)], [*chart, str(results.with_suffix(".svg"))]):  # fmt: skip
+        assert main(command) == 2 and json.loads(results.read_text()) == kept
+        assert re.search("must end in .svg|the file of the results", capsys.readouterr().err)
 
 
 def test_ranks_are_timed_with_whole_and_with_shared_out_weights(tmp_path, capsys, monkeypatch):
