@@ -40,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora", action="append", default=[], metavar="FILE",
         help="of evdit distill for the model, sets steps and guidance; may be repeated, in the order of training")  # fmt: skip
     add("--prompt", required=True, help="what the video shows")
-    add("--negative", help="what it must not show (default: the reference model's text; empty for tiny)")
+    add(
+        "--negative",
+        help="what it must not show, which takes guidance above 1 (default: the reference model's text; empty for tiny)",
+    )
     add("--template", choices=("a", "b", "c"), help="put the prompt into one of the reference model's templates")
     add("--frames", type=int, help="number of frames, 4k+1 (default: as the model was trained)")
     add("--height", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     for prompt in args.prompt:
         VideoRequest(prompt, **choices).check()
     header = ModelHeader.read(args.model, text_encoder=args.text_encoder)
-    requests = [header.request(prompt, **choices) for prompt in args.prompt]
+    requests = header.requests(args.prompt, **choices)
     record = settings.record(requests[0].latent_size[0])
     kept = out.with_suffix(".measured") if settings.error == "output" else None
     if kept is not None:
