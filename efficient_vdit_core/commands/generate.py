@@ -89,13 +89,14 @@ def run(args: argparse.Namespace) -> int:
     request = VideoRequest(args.prompt, **choices).check()
     if args.frames and args.height and args.width:
         _check_room(request, out, args.zoom)
-    _check_residual(args.residual_every, request.steps or 0)
     load_plan(args.plan, frames=None)
     header = ModelHeader.read(args.model, text_encoder=args.text_encoder, transformer=args.transformer, loras=args.lora)
     request = header.request(args.prompt, **choices)
     plan = load_plan(args.plan, frames=request.latent_size[0]) or header.tuned_plan
     if plan:
         header.check_plan(plan)
+    if args.residual_every:
+        _check_residual(args.residual_every, request, plan, header.config.num_layers)
     _check_room(request, out, args.zoom)
     check_metadata({**asdict(request), "plan": plan and json.loads(plan.to_json())}, room=OTHER_METADATA)
 
@@ -120,13 +121,19 @@ def _check_room(request: VideoRequest, out: Path, zoom: int) -> None:
     check_size(out, zoom * request.height, zoom * request.width)
 
 
-def _check_residual(every: int, steps: int) -> None:
+def _check_residual(every: int, request: VideoRequest, plan: TilePlan | None, layers: int) -> None:
+    """Raises ValueError where the cached residual would do nothing."""
     from ..attention.hook.residual import ResidualCache, why_no_residual
 
-    if every:
+    flag = f"--residual-every {quoted(every)} does not fit"
+    try:
         ResidualCache(every)
-        if why := why_no_residual(every, steps):
-            raise ValueError(f"--residual-every {every} does not fit: {why}.")
+    except ValueError as error:
+        raise ValueError(f"{flag}. {error}") from None
+    if plan is None or all(plan.pattern(i, layers).is_full(request.latent_size[0]) for i in range(layers)):
+        raise ValueError(f"{flag}: no layer leaves anything out. Give a --plan that does, or leave it out.")
+    if why := why_no_residual(every, request.steps or 0):
+        raise ValueError(f"{flag}: {why}.")
 
 
 def make_video(

@@ -190,6 +190,15 @@ EARLY = [
     (["generate", "--plan", "3:9"], "has 8; use 3:5"),
     (["generate", "--model", "tiny-8-steps", "--steps", "4"], "steps must be at least segments"),
     (["search", "--speedup", "99"], "reach at most"),
+    (["generate", "--residual-every", "6"], "--residual-every 6 does not fit: no layer leaves anything out"),
+    (["generate", "--residual-every", "6", "--plan", "full"], "--residual-every 6 does not fit: no layer leaves"),
+    (["generate", "--residual-every", "6", "--plan", "7:0", "--frames", "25"], "does not fit: no layer leaves"),
+    (["generate", "--residual-every", "-3", "--plan", "1:7"], "--residual-every -3 does not fit. The residual would"),
+    (["generate", "--residual-every", "3", "--model", "tiny-8-steps-sparse"], "the schedule has 8 steps, expected"),
+    (
+        ["generate", "--residual-every", "20", "--plan", "1:7"],
+        "does not fit: it would be renewed every 20 steps, of 20",
+    ),
 ]
 
 
