@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..generation.request import GUIDANCE, SAMPLERS, TINY_GUIDANCE
+from ..limits.numbers import MAX_TORCH_SEED
 from ..limits.quote import quoted
 from . import say
 
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--residual-every", type=int, default=0, metavar="N", help="every N steps compute the dense attention too and add the "
         "difference in between, for 15 steps and more; 0 = never (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, help="0..2^64-1 (default: 0)")
+    add("--seed", type=int, help=f"0 to {MAX_TORCH_SEED:,} (default: 0)")
     add("--out", required=True, metavar="FILE", help="the ending picks the format: .mp4, .gif, .webp")
     add("--zoom", type=int, default=1, help="enlarge the written video 1..16 times, pixel by pixel (default: 1)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..limits.numbers import MAX_TORCH_SEED
 from ..limits.quote import quoted
 from ..storage.files import check_writable_file
 from . import INTERRUPTED, say
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)")  # fmt: skip
     add("--head-groups", type=int, default=1, metavar="G", help="at most as many different patterns in a layer, over its heads, 1..4; "
         "3 keeps more quality at the same cost, 1 is the paper's search by layer (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, help="0..2^64-1 (default: 0)")
+    add("--seed", type=int, help=f"0 to {MAX_TORCH_SEED:,} (default: 0)")
     add("--out", required=True, metavar="FILE", help="the plan file, .json; must not exist yet")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")

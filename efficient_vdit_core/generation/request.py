@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..limits.memory import check_memory
-from ..limits.numbers import MAX_SEED, number, whole
+from ..limits.numbers import MAX_TORCH_SEED, number, whole
 from ..limits.quote import quoted
 from ..limits.texts import checked_prompt
 
@@ -124,8 +124,10 @@ def _check_sampling(request: VideoRequest) -> VideoRequest:
     number(request.guidance, "guidance", 0, MAX_GUIDANCE, why="1 switches it off.")
     if request.guidance == 1.0:
         request = replace(request, negative="")
-    if not 0 <= request.seed <= MAX_SEED:
-        raise ValueError(f"seed must lie in 0..2^64-1, got {quoted(request.seed)}.")
+    if not 0 <= request.seed <= MAX_TORCH_SEED:
+        raise ValueError(
+            f"seed must lie in 0..{MAX_TORCH_SEED:,}, got {quoted(request.seed)}: PyTorch repeats smaller ones above that."
+        )
     if request.sampler != "consistency":
         return replace(request, segments=None, gamma=0.0)
     from ..sampling import segment_edges

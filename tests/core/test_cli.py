@@ -162,6 +162,7 @@ BAD = [
     (["--segments", "30", "--steps", "20"], "steps must be at least segments"),
     (["--gamma", "2"], "gamma must lie in 0..1"),
     (["--seed", "-1"], "seed must lie in"),
+    (["--seed", "4294967296"], "seed must lie in 0..4,293,918,720, got 4294967296: PyTorch repeats smaller ones"),
     (["--zoom", "0"], "--zoom must lie in 1..16"),
     (["--width", "2048", "--zoom", "16", "--out", "x.webp"], "webp holds frames of up to 16383 pixels"),
     (
@@ -190,6 +191,7 @@ EARLY = [
     (["generate", "--plan", "3:9"], "has 8; use 3:5"),
     (["generate", "--model", "tiny-8-steps", "--steps", "4"], "steps must be at least segments"),
     (["search", "--speedup", "99"], "reach at most"),
+    (["search", "--speedup", "2", "--seed", "4294967296"], "seed must lie in 0..4,293,918,720"),
     (["generate", "--residual-every", "6"], "--residual-every 6 does not fit: no layer leaves anything out"),
     (["generate", "--residual-every", "6", "--plan", "full"], "--residual-every 6 does not fit: no layer leaves"),
     (["generate", "--residual-every", "6", "--plan", "7:0", "--frames", "25"], "does not fit: no layer leaves"),
