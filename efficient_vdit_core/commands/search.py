@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..limits.numbers import MAX_TORCH_SEED
 from ..limits.quote import quoted
-from ..storage.files import check_writable_file
+from ..storage.files import check_writable_file, write_numbered, write_text
 from . import INTERRUPTED, say
 
 if TYPE_CHECKING:
@@ -106,14 +106,28 @@ def run(args: argparse.Namespace) -> int:
                 args.model, text_encoder=args.text_encoder, device=args.device, dtype=args.dtype
             )
             _measure(pipeline, requests, settings, record, kept)
-            _plan(pipeline, args.prompt, requests[0], settings, record).save(out)
+            written = _save(_plan(pipeline, args.prompt, requests[0], settings, record), out)
     except KeyboardInterrupt:
         if kept is None or not kept.is_dir():
             raise
         say(f"interrupted; the same command goes on from {kept}")
         return INTERRUPTED
-    say(f"wrote {out}")
+    say(f"wrote {written}")
     return 0
+
+
+def _save(plan: TilePlan, out: Path) -> Path:
+    """Writes the plan and returns where: beside a file that has come to lie at ``out`` meanwhile, under a number."""
+    text = plan.to_json()
+    try:
+        write_text(out, text, new=True)
+        return out
+    except FileExistsError:
+        say(f"{out} has come to lie there meanwhile and stays as it is")
+    try:
+        return out.with_name(write_numbered(out.parent, out.stem, text))
+    except ValueError:  # too long a name for a number behind it, say
+        return out.with_name(write_numbered(out.parent, "plan", text))
 
 
 def _settings(args: argparse.Namespace) -> SearchSettings:

@@ -477,6 +477,20 @@ def test_a_search_by_the_output_goes_on_where_it_was_interrupted(monkeypatch, ca
     assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json", "whole.json"]
 
 
+@pytest.mark.parametrize(("name", "beside"), [("plan", "plan_00001.json"), ("p" * 250, "plan_00001.json")])
+def test_a_plan_is_not_written_over_one_that_appeared_meanwhile(monkeypatch, capsys, tmp_path, name, beside):
+    from efficient_vdit_core.commands import search
+    from efficient_vdit_core.pipeline import Pipeline
+
+    out = tmp_path / f"{name}.json"
+    monkeypatch.setattr(Pipeline, "from_model", lambda *_, **__: out.write_text("another"))
+    monkeypatch.setattr(search, "_measure", lambda *_: None)
+    monkeypatch.setattr(search, "_plan", lambda *_: TilePlan.uniform(1))
+    assert cli.main(["search", "--prompt", "a red circle", "--speedup", "2", "--out", str(out)]) == 0
+    assert out.read_text() == "another" and TilePlan.load(tmp_path / beside) == TilePlan.uniform(1)
+    assert f"wrote {tmp_path / beside}" in capsys.readouterr().out
+
+
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     from efficient_vdit_core.tinyworld.train.recipe import TinyRecipe
 
