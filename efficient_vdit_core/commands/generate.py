@@ -49,20 +49,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=int, help="number of frames, 4k+1 (default: as the model was trained)")
     add("--height", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
     add("--width", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
-    add("--steps", type=int, help="evaluations of the model, 1..1000 (default: 20, or 100 for ddim, euler_ancestral)")
+    add("--steps", type=int, help="evaluations of the model, 1..1000 (default: 100 for ddim, euler_ancestral; for consistency what "
+        "the weights were distilled for, else 20)")  # fmt: skip
     add(
         "--guidance",
         type=float,
-        help=f"classifier-free guidance, 1 is off (default: {TINY_GUIDANCE:g} for tiny, else {GUIDANCE:g})",
+        help="classifier-free guidance, 1 is off (default: 1 where it was distilled into the weights, else "
+        f"{TINY_GUIDANCE:g} for tiny, {GUIDANCE:g} for others)",
     )
     add("--sampler", choices=SAMPLERS, default="consistency", help="default: %(default)s")
-    add("--segments", type=int, help="consistency: segments of diffusion time, 1..steps (default: steps)")
+    add("--segments", type=int, help="consistency: segments of diffusion time, 1..steps (default: what the weights were "
+        "distilled for, else steps)")  # fmt: skip
     add("--gamma", type=float, help="consistency: share of fresh noise, 0 deterministic .. 1 as LCM (default: 0)")
     add(
         "--plan",
         metavar="K:T-K|FILE",
-        help="sparse attention: 1:7 is 1 reference frame of 8, or a plan file "
-        "; full = dense (default: what the weights were distilled for, else dense)",
+        help="sparse attention: a pattern, 1:7 is 1 reference frame of 8, full is dense; or a plan file (default: what the weights "
+        "were distilled for, else dense)",
     )
     add("--residual-every", type=int, default=0, metavar="N", help="every N steps compute the dense attention too and add the "
         "difference in between, for 15 steps and more; 0 = never (default: %(default)s)")  # fmt: skip

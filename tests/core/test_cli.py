@@ -175,10 +175,12 @@ BAD = [
     (["--model", "."], "is no model folder"),
     (["--device", "cuda:99"], "cannot be used"),
     (["--text-encoder", "gone"], "'gone' does not exist"),
+    (["--plan", "a" * 5000], "(File name too long); check the path\n"),
+    (["--model", "a/" * 2500], "(File name too long); check the path\n"),
 ]
 
 
-@pytest.mark.parametrize("args, words", BAD, ids=[" ".join(a) for a, _ in BAD])
+@pytest.mark.parametrize("args, words", BAD, ids=[" ".join(a)[:60] for a, _ in BAD])
 def test_a_mistake_gives_one_sentence_and_no_file(tmp_path, monkeypatch, capsys, args, words):
     monkeypatch.chdir(tmp_path)
     assert cli.main([*TINY, "--out", "x.gif", *args]) == 2
