@@ -37,7 +37,7 @@ PARTS = ("text_encoder", "vae", "transformer")
 # Of a VAE's run, what settings were before there were others.
 BEFORE = {"latent_channels": None, "res_blocks": None, "rate": 1.0}
 NEEDS = {"decoder": ("vae",), "transformer": ("text_encoder", "vae")}
-# What one part alone hears, and so must not be asked for where the part is not trained.
+# What these parts alone hear, and so must not be asked for where none of them is trained.
 OF_PARTS = {
     ("vae",): ("start_vae", "latent_channels", "res_blocks", "vae_rate", "vae_steps"),
     ("decoder",): ("decoder_steps",),
