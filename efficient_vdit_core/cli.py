@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import re
@@ -53,14 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug:
             raise
-        what = quoted(str(error.filename), 160) if error.filename else "a file"
-        said = error.strerror or reason(error, 240)
-        text = (
-            said
-            if not error.strerror
-            else f"{what} could not be read or written ({said}); check the path and the room there"
-        )
-        return _fail(f"error: {text}", 2 if isinstance(error, MISTAKEN_PATHS) else 1)
+        return _fail(*_failed_file(error))
     except ImportError as error:
         if debug:
             raise
@@ -90,6 +84,17 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser
+
+
+def _failed_file(error: OSError) -> tuple[str, int]:
+    """What is said of it, and the exit status."""
+    mistaken = isinstance(error, MISTAKEN_PATHS) or error.errno == errno.ENAMETOOLONG
+    text = reason(error, 240)
+    if error.strerror:
+        what = quoted(str(error.filename), 160) if error.filename else "a file"
+        advice = "check the path" if mistaken else "check the path and the room there"
+        text = f"{what} could not be read or written ({error.strerror}); {advice}"
+    return f"error: {text}", 2 if mistaken else 1
 
 
 def _fail(text: str, status: int) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from ..limits.numbers import MAX_TORCH_SEED, number, whole
 from ..limits.quote import message, quoted, shortened
+from ..storage.files import check_writable_file
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +63,16 @@ def refuse_unheard(args: argparse.Namespace, heard_by: Mapping[str, Sequence[str
                 f"--{option.replace('_', '-')} is given with {named} {chosen}, expected {named} {' or '.join(choices)}. Leave one of "
                 "them out."
             )
+
+
+def check_chart(chart: Path, option: str, results: Path) -> Path:
+    """The file that ``option`` names for a chart of ``results``. Raises ValueError where it cannot be written, or would take
+    the place of measurements."""
+    if chart.suffix != ".svg":
+        raise ValueError(f"{option} is {quoted(str(chart), 120)}, but must end in .svg. Choose such a name.")
+    if os.path.realpath(chart) == os.path.realpath(results):
+        raise ValueError(f"{option} is {quoted(str(chart), 120)}, the file of the results. Choose another name.")
+    return check_writable_file(chart)
 
 
 seed_number = count(0, MAX_TORCH_SEED)

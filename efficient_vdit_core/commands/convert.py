@@ -4,8 +4,11 @@ plan into ComfyUI's own choice of attention."""
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 from ..limits.numbers import number
+from ..limits.quote import quoted
 from . import say
 from .arguments import refuse_unheard
 
@@ -24,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint.ckpt of the VAE, the folder of mT5, the folder of the model that --lora is merged into, or for comfyui "
         "whole weights of Wan or CogVideoX that were distilled; for attention a plan of MiniMax-H3",
     )
-    parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("target", metavar="OUT", help="the .safetensors file to write, none of those that are read")
     parser.add_argument("--lora", metavar="FILE", help="with lora: a published LoRA for Wan, CogVideoX or MiniMax-H3")
     parser.add_argument("--expert", choices=("high", "low"), help="with lora: which of Wan 2.2's two networks")
     parser.add_argument("--strength", type=float, help="of the LoRA, -10 to 10, default: 1.0")
@@ -44,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     refuse_unheard(args, _PARTS_OF, args.part, "convert")
     from ..models.opensora_plan import convert
 
-    convert.check_target(args.target)
+    target = convert.check_target(args.target)
+    for source in filter(None, (args.source, args.lora)):
+        _check_apart(Path(source), target)
     if args.part == "lora":
         return _merge(args)
     if args.part == "comfyui":
@@ -55,6 +60,21 @@ def run(args: argparse.Namespace) -> int:
     convert_part(args.source, args.target)
     say(f"wrote {args.target}")
     return 0
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    """Raises ValueError where the target is the source, a shard of it, or there already in the folder that is read: what was
+    made from it would take its place."""
+    from ..storage.weight_files import files_of
+
+    read = files_of(source) if source.is_file() else {source}
+    # A link is written through: what it leads to counts as well as the place where it lies.
+    written = Path(os.path.realpath(target)), Path(os.path.realpath(target.parent)) / target.name
+    if target.exists() and any(w.is_relative_to(os.path.realpath(r)) for w in written for r in read):
+        raise ValueError(
+            f"The target {quoted(str(target), 120)} is among the files of {quoted(str(source), 120)}, which are read, and would be "
+            "written over. Choose another name."
+        )
 
 
 def _rename(args: argparse.Namespace) -> int:

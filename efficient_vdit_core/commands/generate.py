@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..generation.request import GUIDANCE, SAMPLERS, TINY_GUIDANCE
+from ..limits.numbers import MAX_TORCH_SEED
 from ..limits.quote import quoted
 from . import say
 
@@ -40,29 +41,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora", action="append", default=[], metavar="FILE",
         help="of evdit distill for the model, sets steps and guidance; may be repeated, in the order of training")  # fmt: skip
     add("--prompt", required=True, help="what the video shows")
-    add("--negative", help="what it must not show (default: the reference model's text; empty for tiny)")
+    add(
+        "--negative",
+        help="what it must not show, which takes guidance above 1 (default: the reference model's text; empty for tiny)",
+    )
     add("--template", choices=("a", "b", "c"), help="put the prompt into one of the reference model's templates")
     add("--frames", type=int, help="number of frames, 4k+1 (default: as the model was trained)")
     add("--height", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
     add("--width", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
-    add("--steps", type=int, help="evaluations of the model, 1..1000 (default: 20, or 100 for ddim, euler_ancestral)")
+    add("--steps", type=int, help="evaluations of the model, 1..1000 (default: 100 for ddim, euler_ancestral; for consistency what "
+        "the weights were distilled for, else 20)")  # fmt: skip
     add(
         "--guidance",
         type=float,
-        help=f"classifier-free guidance, 1 is off (default: {TINY_GUIDANCE:g} for tiny, else {GUIDANCE:g})",
+        help="classifier-free guidance, 1 is off (default: 1 where it was distilled into the weights, else "
+        f"{TINY_GUIDANCE:g} for tiny, {GUIDANCE:g} for others)",
     )
     add("--sampler", choices=SAMPLERS, default="consistency", help="default: %(default)s")
-    add("--segments", type=int, help="consistency: segments of diffusion time, 1..steps (default: steps)")
+    add("--segments", type=int, help="consistency: segments of diffusion time, 1..steps (default: what the weights were "
+        "distilled for, else steps)")  # fmt: skip
     add("--gamma", type=float, help="consistency: share of fresh noise, 0 deterministic .. 1 as LCM (default: 0)")
     add(
         "--plan",
         metavar="K:T-K|FILE",
-        help="sparse attention: 1:7 is 1 reference frame of 8, or a plan file "
-        "; full = dense (default: what the weights were distilled for, else dense)",
+        help="sparse attention: a pattern, 1:7 is 1 reference frame of 8, full is dense; or a plan file (default: what the weights "
+        "were distilled for, else dense)",
     )
     add("--residual-every", type=int, default=0, metavar="N", help="every N steps compute the dense attention too and add the "
         "difference in between, for 15 steps and more; 0 = never (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, help="0..2^64-1 (default: 0)")
+    add("--seed", type=int, help=f"0 to {MAX_TORCH_SEED:,} (default: 0)")
     add("--out", required=True, metavar="FILE", help="the ending picks the format: .mp4, .gif, .webp")
     add("--zoom", type=int, default=1, help="enlarge the written video 1..16 times, pixel by pixel (default: 1)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -86,13 +93,14 @@ def run(args: argparse.Namespace) -> int:
     request = VideoRequest(args.prompt, **choices).check()
     if args.frames and args.height and args.width:
         _check_room(request, out, args.zoom)
-    _check_residual(args.residual_every, request.steps or 0)
     load_plan(args.plan, frames=None)
     header = ModelHeader.read(args.model, text_encoder=args.text_encoder, transformer=args.transformer, loras=args.lora)
     request = header.request(args.prompt, **choices)
     plan = load_plan(args.plan, frames=request.latent_size[0]) or header.tuned_plan
     if plan:
         header.check_plan(plan)
+    if args.residual_every:
+        _check_residual(args.residual_every, request, plan, header.config.num_layers)
     _check_room(request, out, args.zoom)
     check_metadata({**asdict(request), "plan": plan and json.loads(plan.to_json())}, room=OTHER_METADATA)
 
@@ -117,13 +125,19 @@ def _check_room(request: VideoRequest, out: Path, zoom: int) -> None:
     check_size(out, zoom * request.height, zoom * request.width)
 
 
-def _check_residual(every: int, steps: int) -> None:
+def _check_residual(every: int, request: VideoRequest, plan: TilePlan | None, layers: int) -> None:
+    """Raises ValueError where the cached residual would do nothing."""
     from ..attention.hook.residual import ResidualCache, why_no_residual
 
-    if every:
+    flag = f"--residual-every {quoted(every)} does not fit"
+    try:
         ResidualCache(every)
-        if why := why_no_residual(every, steps):
-            raise ValueError(f"--residual-every {every} does not fit: {why}.")
+    except ValueError as error:
+        raise ValueError(f"{flag}. {error}") from None
+    if plan is None or all(plan.pattern(i, layers).is_full(request.latent_size[0]) for i in range(layers)):
+        raise ValueError(f"{flag}: no layer leaves anything out. Give a --plan that does, or leave it out.")
+    if why := why_no_residual(every, request.steps or 0):
+        raise ValueError(f"{flag}: {why}.")
 
 
 def make_video(

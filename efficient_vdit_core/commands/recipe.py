@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from . import INTERRUPTED, recipe_forecast, say
-from .arguments import count, seed_number
+from .arguments import check_chart, count, seed_number
 from .command_line import command_line
 from .distill import override
+from .results import results_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     residual.add_argument("--captions", type=count(1, 10_000), default=32, help="held-out ones, default: %(default)s")
     residual.add_argument("--seed", type=seed_number, default=0, help="of the noise, default: %(default)s")
     residual.add_argument("--json", type=Path, default=Path("tiny-residual.json"), metavar="FILE",
-                          help="results, default: %(default)s")  # fmt: skip
+                          help="results; rows so far stand in FILE.part; default: %(default)s")  # fmt: skip
     for command in (table, plans):
         command.add_argument(
             "--config", type=Path, metavar="FILE", help="default: the recipe that comes with the package"
         )
         command.add_argument("--json", type=Path, default=Path(f"{command.prog.split()[-1]}.json"), metavar="FILE",
-                             help="results, default: %(default)s")  # fmt: skip
+                             help="results; rows so far stand in FILE.part; default: %(default)s")  # fmt: skip
     table.add_argument("--chart", type=Path, metavar="FILE", help="also draw them, as .svg")
     for command in (stages, table, plans):
         command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the runs' folder")
@@ -54,14 +55,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         return RECIPES[args.recipe_command](args)
     except KeyboardInterrupt:
-        if getattr(args, "plan_memory", False):
+        if getattr(args, "plan_memory", False) or "out" not in args:  # there is nothing to go on from
             raise
-        resumes = getattr(args, "out", None)
-        say(
-            f"interrupted; the same command goes on from {resumes}"
-            if resumes
-            else f"interrupted; {args.json} has the rows so far"
-        )
+        say(f"interrupted; the same command goes on from {args.out}")
         return INTERRUPTED
 
 
@@ -81,18 +77,19 @@ def _tiny_table(args: argparse.Namespace) -> int:
     from .. import assets
     from ..distill.config import read_section
     from ..distill.runs.recipe import RecipeConfig
-    from ..storage.files import check_writable_file, write_text
+    from ..storage.files import write_text
     from ..tinyworld.tables.chart import draw
     from ..tinyworld.tables.stages import TableConfig, run_table
 
-    for file in filter(None, (args.json, args.chart)):
-        check_writable_file(file)
+    if args.chart:
+        check_chart(args.chart, "--chart", args.json)
     values = _values(args, args.config or assets.recipe_path("tiny"))
     table = read_section(TableConfig, values.pop("table", {}), "table")
     say(
         f"{'row':<36} {'right':>6} {'95 %':>13} {'overlap':>7} {'endpoint':>8} {'motion':>7} {'divers.':>7} {'sparse':>6}"
     )
-    results = run_table(table, RecipeConfig.from_dict(values), args.out, args.json, command_line(), _say_row)
+    with results_file(args.json) as out:
+        results = run_table(table, RecipeConfig.from_dict(values), args.out, out, command_line(), _say_row)
     if args.chart:
         write_text(args.chart, draw(results))
     return 0
@@ -101,10 +98,8 @@ def _tiny_table(args: argparse.Namespace) -> int:
 def _tiny_plans(args: argparse.Namespace) -> int:
     from .. import assets
     from ..distill.runs.recipe import RecipeConfig
-    from ..storage.files import check_writable_file
     from ..tinyworld.tables.plans import PlanTableConfig, run_plan_table
 
-    check_writable_file(args.json)
     values = _values(args, args.config or assets.recipe_path("tiny"))
     values.pop("table", None)
     table = PlanTableConfig(captions=args.captions, seeds=args.seeds, train=not args.no_training, only=tuple(args.only))
@@ -117,15 +112,14 @@ def _tiny_plans(args: argparse.Namespace) -> int:
             f"{found['density']:>7.2f}"
         )
 
-    run_plan_table(table, RecipeConfig.from_dict(values), args.out, args.json, command_line(), row)
+    with results_file(args.json) as out:
+        run_plan_table(table, RecipeConfig.from_dict(values), args.out, out, command_line(), row)
     return 0
 
 
 def _tiny_residual(args: argparse.Namespace) -> int:
-    from ..storage.files import check_writable_file
     from ..tinyworld.tables.residual import run_residual_table
 
-    check_writable_file(args.json)
     say(f"{'plan':<8} {'every':>5} {'work':>5} {'endpoint':>8} {'right':>6} {'motion':>7}")
 
     def row(found: dict[str, Any]) -> None:
@@ -134,7 +128,8 @@ def _tiny_residual(args: argparse.Namespace) -> int:
             f"{found['motion']:>7.3f}"
         )
 
-    run_residual_table(args.captions, args.seed, args.json, command_line(), row)
+    with results_file(args.json) as out:
+        run_residual_table(args.captions, args.seed, out, command_line(), row)
     return 0
 
 

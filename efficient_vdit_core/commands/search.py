@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..limits.numbers import MAX_TORCH_SEED
 from ..limits.quote import quoted
-from ..storage.files import check_writable_file
+from ..storage.files import check_writable_file, write_numbered, write_text
 from . import INTERRUPTED, say
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)")  # fmt: skip
     add("--head-groups", type=int, default=1, metavar="G", help="at most as many different patterns in a layer, over its heads, 1..4; "
         "3 keeps more quality at the same cost, 1 is the paper's search by layer (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, help="0..2^64-1 (default: 0)")
+    add("--seed", type=int, help=f"0 to {MAX_TORCH_SEED:,} (default: 0)")
     add("--out", required=True, metavar="FILE", help="the plan file, .json; must not exist yet")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     for prompt in args.prompt:
         VideoRequest(prompt, **choices).check()
     header = ModelHeader.read(args.model, text_encoder=args.text_encoder)
-    requests = [header.request(prompt, **choices) for prompt in args.prompt]
+    requests = header.requests(args.prompt, **choices)
     record = settings.record(requests[0].latent_size[0])
     kept = out.with_suffix(".measured") if settings.error == "output" else None
     if kept is not None:
@@ -105,14 +106,28 @@ def run(args: argparse.Namespace) -> int:
                 args.model, text_encoder=args.text_encoder, device=args.device, dtype=args.dtype
             )
             _measure(pipeline, requests, settings, record, kept)
-            _plan(pipeline, args.prompt, requests[0], settings, record).save(out)
+            written = _save(_plan(pipeline, args.prompt, requests[0], settings, record), out)
     except KeyboardInterrupt:
         if kept is None or not kept.is_dir():
             raise
         say(f"interrupted; the same command goes on from {kept}")
         return INTERRUPTED
-    say(f"wrote {out}")
+    say(f"wrote {written}")
     return 0
+
+
+def _save(plan: TilePlan, out: Path) -> Path:
+    """Writes the plan and returns where: beside a file that has come to lie at ``out`` meanwhile, under a number."""
+    text = plan.to_json()
+    try:
+        write_text(out, text, new=True)
+        return out
+    except FileExistsError:
+        say(f"{out} has come to lie there meanwhile and stays as it is")
+    try:
+        return out.with_name(write_numbered(out.parent, out.stem, text))
+    except ValueError:  # too long a name for a number behind it, say
+        return out.with_name(write_numbered(out.parent, "plan", text))
 
 
 def _settings(args: argparse.Namespace) -> SearchSettings:

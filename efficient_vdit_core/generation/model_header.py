@@ -50,40 +50,56 @@ class ModelHeader:
 
     def request(self, prompt: str, **choices: Any) -> VideoRequest:
         """A checked request; what is not chosen is what this model was trained for. See `VideoRequest`."""
-        trained = {
+        return self.requests([prompt], **choices)[0]
+
+    def requests(self, prompts: Sequence[str], **choices: Any) -> list[VideoRequest]:
+        """A request for each prompt; what is to be remarked on several of them is logged once."""
+        chosen = {k: v for k, v in choices.items() if v is not None}
+        defaults = self._defaults(chosen)
+        asked = [VideoRequest(prompt, **{**defaults, **chosen}) for prompt in prompts]
+        requests = [one.check() for one in asked]
+        remarks = [remark for one in asked for remark in one.remarks()]
+        for remark in dict.fromkeys([*self._guidance_remarks(chosen), *remarks, *map(self._size_remark, requests)]):
+            if remark:
+                log.warning(remark)
+        return requests
+
+    @property
+    def _trained(self) -> dict[str, int]:
+        """The clip that the model was trained for: frames, and pixels."""
+        return {
             "frames": (self.config.sample_size_t - 1) * TIME + 1,
             "height": self.config.sample_size[0] * SPACE,
             "width": self.config.sample_size[1] * SPACE,
         }
-        defaults = {
-            **trained,
-            "guidance": TINY_GUIDANCE if is_built_in(self.name) else GUIDANCE,
-            "negative": self._default_negative(),
-        }
-        chosen = {k: v for k, v in choices.items() if v is not None}
-        if (about := self.distilled) and about.guidance is not None:
-            defaults["guidance"] = 1.0
-            if chosen.get("guidance", 1.0) != 1.0:
-                log.warning(
-                    "guidance is %g, but it is already inside this distilled model: set it to 1.", chosen["guidance"]
-                )
+
+    def _defaults(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        """What a request has where it is not chosen."""
+        about = self.distilled
+        guidance = TINY_GUIDANCE if is_built_in(self.name) else GUIDANCE
+        if about and about.guidance is not None:
+            guidance = 1.0
+        defaults = {**self._trained, "guidance": guidance}
+        if chosen.get("guidance", guidance) != 1.0:
+            defaults["negative"] = self._default_negative()
         if about and chosen.get("sampler", VideoRequest.sampler) == "consistency":
-            defaults.update(segments=about.segments, steps=max(about.steps, about.segments))
-        asked = VideoRequest(prompt, **{**defaults, **chosen})
-        request = asked.check()
-        for remark in asked.remarks():
-            log.warning(remark)
-        if any(getattr(request, k) != v for k, v in trained.items()):
-            log.warning(
-                "%dx%d with %d frames is not what this model was trained for (%dx%d with %d), so expect less.",
-                request.width,
-                request.height,
-                request.frames,
-                trained["width"],
-                trained["height"],
-                trained["frames"],
-            )
-        return request
+            defaults |= {"segments": about.segments, "steps": max(about.steps, about.segments)}
+        return defaults
+
+    def _guidance_remarks(self, chosen: dict[str, Any]) -> list[str]:
+        inside = self.distilled is not None and self.distilled.guidance is not None
+        if not inside or chosen.get("guidance", 1.0) == 1.0:
+            return []
+        return [f"guidance is {chosen['guidance']:g}, but it is already inside this distilled model: set it to 1."]
+
+    def _size_remark(self, request: VideoRequest) -> str:
+        trained = self._trained
+        if all(getattr(request, name) == size for name, size in trained.items()):
+            return ""
+        return (
+            f"{request.width}x{request.height} with {request.frames} frames is not what this model was trained for "
+            f"({trained['width']}x{trained['height']} with {trained['frames']}), so expect less."
+        )
 
     @property
     def tuned_plan(self) -> TilePlan | None:

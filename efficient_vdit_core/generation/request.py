@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..limits.memory import check_memory
-from ..limits.numbers import MAX_SEED, number, whole
+from ..limits.numbers import MAX_TORCH_SEED, number, whole
 from ..limits.quote import quoted
 from ..limits.texts import checked_prompt
 
@@ -28,7 +28,8 @@ class VideoRequest:
     """One video. `check` fills in what is None and refuses what cannot be made.
 
     frames: 4 k + 1, as the VAE turns k + 1 latent frames into 4 k + 1. height, width: pixels, multiples of 16.
-    steps: evaluations of the model (two forwards each with guidance). guidance: classifier-free, 1 is off.
+    steps: evaluations of the model (two forwards each with guidance). guidance: classifier-free, 1 is off, and then `check`
+    empties ``negative``, which the model is never asked with.
     segments, gamma: of the consistency sampler; segments None means one for each step.
     """
 
@@ -58,6 +59,8 @@ class VideoRequest:
         found = []
         if not self.prompt.strip():
             found.append("The prompt is empty, so nothing tells the model what to show; give it a text.")
+        if self.guidance == 1.0 and self.negative:
+            found.append("The negative prompt does nothing: guidance is 1, so that the model is never asked with it.")
         if self.sampler != "consistency" and (self.segments is not None or self.gamma != 0.0):
             found.append(f"segments and gamma belong to the consistency sampler; {self.sampler} ignores them.")
         return found
@@ -119,8 +122,12 @@ def _check_sampling(request: VideoRequest) -> VideoRequest:
             f"steps must lie in 1..{MAX_STEPS}, got {quoted(steps)}: the model knows {MAX_STEPS} noise levels."
         )
     number(request.guidance, "guidance", 0, MAX_GUIDANCE, why="1 switches it off.")
-    if not 0 <= request.seed <= MAX_SEED:
-        raise ValueError(f"seed must lie in 0..2^64-1, got {quoted(request.seed)}.")
+    if request.guidance == 1.0:
+        request = replace(request, negative="")
+    if not 0 <= request.seed <= MAX_TORCH_SEED:
+        raise ValueError(
+            f"seed must lie in 0..{MAX_TORCH_SEED:,}, got {quoted(request.seed)}: PyTorch repeats smaller ones above that."
+        )
     if request.sampler != "consistency":
         return replace(request, segments=None, gamma=0.0)
     from ..sampling import segment_edges

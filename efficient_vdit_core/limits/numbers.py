@@ -7,7 +7,6 @@ from typing import Any
 
 from .quote import quoted
 
-MAX_SEED = 2**64 - 1
 # PyTorch's generator on the CPU takes the low 32 bits: a larger seed gives what a smaller one does. There is room for the seeds
 # that are counted on from it, one for each process or clip.
 MAX_TORCH_SEED = 2**32 - 2**20

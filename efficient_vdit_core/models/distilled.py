@@ -10,8 +10,9 @@ from typing import Any
 
 from ..limits.documents import parse_json
 from ..limits.numbers import whole
-from ..limits.quote import named, quoted, reason
+from ..limits.quote import quoted
 from ..plan import TilePlan
+from ..storage import weight_files
 
 KEY = "evdit"
 WHAT, ADVICE = "The checkpoint's distillation metadata", "Distil again, or set steps by hand."
@@ -74,21 +75,9 @@ def _is_guidance(value: Any) -> bool:
 
 
 def read_metadata(path: str | Path) -> DistillMetadata | None:
-    """The metadata of a safetensors file, or of the first one in a folder, without reading its weights; None where it
-    has none."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or not files[0].is_file() or files[0].suffix.lower() not in (".safetensors", ".sft"):
-        return None
-    try:
-        with safe_open(files[0], framework="pt") as opened:
-            return DistillMetadata.from_entries(opened.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(
-            f"{named(files[0].name)} cannot be read as safetensors ({reason(error)}): it is damaged. Write or download it again."
-        ) from error
+    """What the weights that are loaded from a file or a folder say, none of which are read; None where they say nothing, or
+    there are none. Raises ValueError for a damaged file."""
+    return DistillMetadata.from_entries(weight_files.read_metadata(path)) if weight_files.find_weights(path) else None
 
 
 def metadata_of(weights: str | Path, loras: Sequence[str | Path] = ()) -> DistillMetadata | None:

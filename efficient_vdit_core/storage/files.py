@@ -33,6 +33,8 @@ def check_writable_file(path: str | Path) -> Path:
         raise ValueError(f"Cannot write {name}: its name has {size} bytes, at most {NAME_BYTES} fit; shorten it.")
     if path.is_dir():
         raise ValueError(f"Cannot write {name}: it is a folder; name a file in it.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"Cannot write {name}: it is a device or a pipe, and would be replaced; name a file.")
     real = Path(os.path.realpath(path)).parent  # where a symbolic link leads to
     folder = quoted(str(real if path.is_symlink() else path.parent), 120)
     if not real.is_dir():
@@ -58,18 +60,18 @@ def whole_file(path: str | Path, ending: str = ".tmp", *, new: bool = False) -> 
     FileExistsError raised.
     Where writing fails (a full disk, Ctrl-C) a file of that name stays as it was, and nothing else is left behind; what
     a killed process left is removed at the next write beside it. Where ``path`` is a symbolic link, all this is so of the file
-    that it leads to.
+    that it leads to. Who may read and write a file that is replaced may also do so with the new one.
     """
     path = Path(os.path.realpath(path))
     _remove_forgotten(path.parent)
     part = path.with_name(f".evdit-{uuid.uuid4().hex[:12]}{ending}")
     try:
         part.touch(exist_ok=False)
-        mode = part.stat().st_mode
+        mode = (path if path.is_file() else part).stat().st_mode
         yield part
-        part.chmod(mode)  # some writers, such as safetensors', make their own file, which nobody else may read
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
+        part.chmod(mode)  # some writers, such as safetensors', make their own file, which nobody else may read
         if new:
             _name_once(part, path)
         else:

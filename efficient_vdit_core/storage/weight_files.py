@@ -39,12 +39,30 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     )
 
 
+def files_of(path: str | Path) -> set[Path]:
+    """The files that `read_state_dict` reads of a path: an index with its shards, or the one file."""
+    file = _weights_file(Path(path))
+    return {file, *_shards_of(file)[1]} if file.name.endswith(".safetensors.index.json") else {file}
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of what `read_state_dict` reads; no weights are read. A .ckpt has none."""
     file = _weights_file(Path(path))
     if file.name.endswith(".safetensors.index.json"):
         file = min(_shards_of(file)[1])
     return _safetensors_metadata(file) if file.suffix.lower() in _SAFETENSORS else {}
+
+
+def find_weights(path: str | Path) -> Path | None:
+    """The file that `read_state_dict` reads of a path, an index for what is in shards; None where there is none. Raises
+    ValueError for a shard without its index."""
+    path = Path(path)
+    if not path.is_dir():
+        return _whole_model(path) if path.is_file() else None
+    names = [*WEIGHT_NAMES, *(f"{n}.index.json" for n in WEIGHT_NAMES[:2])]
+    found = [path / n for n in names if (path / n).is_file()]
+    found = found or sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+    return _whole_model(found[0]) if found else None
 
 
 def save_safetensors(
@@ -78,19 +96,15 @@ def read_torch_file(file: Path) -> Any:
 
 
 def _weights_file(path: Path) -> Path:
-    if path.is_dir():
-        names = [*WEIGHT_NAMES, *(f"{n}.index.json" for n in WEIGHT_NAMES[:2])]
-        found = [path / n for n in names if (path / n).is_file()]
-        found = found or sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
-        if not found:
-            raise ValueError(
-                f"The folder {quoted(path.name)} holds no weights: expected {WEIGHT_NAMES[0]}, {WEIGHT_NAMES[1]} or {WEIGHT_NAMES[2]}. "
-                "Choose another; of a pytorch_model.bin 'evdit convert text-encoder' makes such a file."
-            )
-        return _whole_model(found[0])
-    if not path.is_file():
+    file = find_weights(path)
+    if file is None and path.is_dir():
+        raise ValueError(
+            f"The folder {quoted(path.name)} holds no weights: expected {WEIGHT_NAMES[0]}, {WEIGHT_NAMES[1]} or {WEIGHT_NAMES[2]}. "
+            "Choose another; of a pytorch_model.bin 'evdit convert text-encoder' makes such a file."
+        )
+    if file is None:
         raise ValueError(f"{quoted(str(path), 120)} does not exist. Check the path.")
-    return _whole_model(path)
+    return file
 
 
 def _whole_model(file: Path) -> Path:

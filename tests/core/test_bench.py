@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -288,6 +289,13 @@ def test_the_commands_write_results_and_chart(tmp_path, capsys, monkeypatch):
     )
     assert "geometric mean of" in capsys.readouterr().out
     assert main(["bench", "plot", str(results)]) == 0 and results.with_suffix(".svg").read_text().startswith("<svg")
+    results.with_suffix(".svg").unlink()
+    results.with_suffix(".svg").symlink_to(results)
+    chart = ["recipe", "tiny-table", "--out", str(tmp_path / "runs"), "--json", str(results), "--chart"]
+    for command in (["bench", "plot", str(results)], ["bench", "plot", str(results), "--out", str(results)],
+                    [*chart, str(results)], [*chart, str(results.with_suffix(".svg"))]):  # fmt: skip
+        assert main(command) == 2 and json.loads(results.read_text()) == kept
+        assert re.search("must end in .svg|the file of the results", capsys.readouterr().err)
 
 
 def test_ranks_are_timed_with_whole_and_with_shared_out_weights(tmp_path, capsys, monkeypatch):
@@ -322,6 +330,9 @@ def test_ranks_are_timed_with_whole_and_with_shared_out_weights(tmp_path, capsys
         (["parallel", "--grid", "4096", "4096", "4096"], "TiB of memory"),
         (["parallel", "--preset", "h3", "--ranks", "1,64"], "72 x 24 x 42 tokens with 56 heads, on 64 ranks"),
         (["mixture", "--segments", "-1"], "--segments: it is '-1'"),
+        (["mixture", "--pairs", "--score"], "--score: not allowed with argument --pairs"),
+        (["mixture", "--pairs", "--segments", "8"], "--segments is given with --pairs, which has its own"),
+        (["mixture", "--segments", "8", "--score"], "--segments is given with --score, which has its own"),
         (["overhead", "--seed", "1" * 5000], "--seed: it is '111"),
         (["step", "--device", "meta", "--depth", "1"], "'meta' cannot be used"),
         (["plot", "gone.json"], "'gone.json' is no file"),

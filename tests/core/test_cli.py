@@ -162,6 +162,7 @@ BAD = [
     (["--segments", "30", "--steps", "20"], "steps must be at least segments"),
     (["--gamma", "2"], "gamma must lie in 0..1"),
     (["--seed", "-1"], "seed must lie in"),
+    (["--seed", "4294967296"], "seed must lie in 0..4,293,918,720, got 4294967296: PyTorch repeats smaller ones"),
     (["--zoom", "0"], "--zoom must lie in 1..16"),
     (["--width", "2048", "--zoom", "16", "--out", "x.webp"], "webp holds frames of up to 16383 pixels"),
     (
@@ -174,10 +175,12 @@ BAD = [
     (["--model", "."], "is no model folder"),
     (["--device", "cuda:99"], "cannot be used"),
     (["--text-encoder", "gone"], "'gone' does not exist"),
+    (["--plan", "a" * 5000], "(File name too long); check the path\n"),
+    (["--model", "a/" * 2500], "(File name too long); check the path\n"),
 ]
 
 
-@pytest.mark.parametrize("args, words", BAD, ids=[" ".join(a) for a, _ in BAD])
+@pytest.mark.parametrize("args, words", BAD, ids=[" ".join(a)[:60] for a, _ in BAD])
 def test_a_mistake_gives_one_sentence_and_no_file(tmp_path, monkeypatch, capsys, args, words):
     monkeypatch.chdir(tmp_path)
     assert cli.main([*TINY, "--out", "x.gif", *args]) == 2
@@ -190,6 +193,16 @@ EARLY = [
     (["generate", "--plan", "3:9"], "has 8; use 3:5"),
     (["generate", "--model", "tiny-8-steps", "--steps", "4"], "steps must be at least segments"),
     (["search", "--speedup", "99"], "reach at most"),
+    (["search", "--speedup", "2", "--seed", "4294967296"], "seed must lie in 0..4,293,918,720"),
+    (["generate", "--residual-every", "6"], "--residual-every 6 does not fit: no layer leaves anything out"),
+    (["generate", "--residual-every", "6", "--plan", "full"], "--residual-every 6 does not fit: no layer leaves"),
+    (["generate", "--residual-every", "6", "--plan", "7:0", "--frames", "25"], "does not fit: no layer leaves"),
+    (["generate", "--residual-every", "-3", "--plan", "1:7"], "--residual-every -3 does not fit. The residual would"),
+    (["generate", "--residual-every", "3", "--model", "tiny-8-steps-sparse"], "the schedule has 8 steps, expected"),
+    (
+        ["generate", "--residual-every", "20", "--plan", "1:7"],
+        "does not fit: it would be renewed every 20 steps, of 20",
+    ),
 ]
 
 
@@ -352,6 +365,38 @@ def test_convert_refuses_a_target_before_it_reads(tmp_path, capsys, part):
 
 
 @pytest.mark.parametrize(
+    ("part", "source", "target"),
+    [
+        ("comfyui", "a.safetensors", "./a.safetensors"),
+        ("comfyui", "a.safetensors", "link.safetensors"),
+        ("comfyui", "m.safetensors.index.json", "m-00002-of-00002.safetensors"),
+        ("comfyui", "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"),
+        ("vae", "vae", "vae/x.safetensors"),
+        ("lora", ".", "vae/x.safetensors"),
+        ("lora", ".", "vae/link.safetensors"),
+        ("lora", "vae", "a.safetensors"),
+    ],
+)
+def test_convert_never_writes_over_what_it_reads(tmp_path, monkeypatch, capsys, part, source, target):
+    from safetensors.torch import save
+
+    monkeypatch.chdir(tmp_path)
+    Path("vae").mkdir()
+    shards = [f"m-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for name in ("a.safetensors", "vae/x.safetensors", *shards):
+        Path(name).write_bytes(save({}))
+    Path("m.safetensors.index.json").write_text(json.dumps({"weight_map": {"b": shards[0], "c": shards[1]}}))
+    Path("link.safetensors").symlink_to(tmp_path / "a.safetensors")
+    Path("vae/link.safetensors").symlink_to(tmp_path / "a.safetensors")
+    for module, write in (("distill.lora.comfy_names", "convert_weights"), ("models.opensora_plan.convert", "convert_vae"),
+                          ("distill.families.published_lora", "merge_published")):  # fmt: skip
+        monkeypatch.setattr(f"efficient_vdit_core.{module}.{write}", lambda *_: pytest.fail("it was written"))
+    lora = ["--lora", "a.safetensors"] if part == "lora" else []
+    assert cli.main(["convert", part, source, target, *lora]) == 2
+    assert "which are read, and would be written over. Choose another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("part", "options", "told"),
     [
         ("attention", ["--lora", "nosuch"], "--lora is given with convert attention, expected convert lora"),
@@ -432,6 +477,20 @@ def test_a_search_by_the_output_goes_on_where_it_was_interrupted(monkeypatch, ca
     assert measured == whole and len(whole) == 12, "none is measured twice"
     assert (tmp_path / "plan.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json", "whole.json"]
+
+
+@pytest.mark.parametrize(("name", "beside"), [("plan", "plan_00001.json"), ("p" * 250, "plan_00001.json")])
+def test_a_plan_is_not_written_over_one_that_appeared_meanwhile(monkeypatch, capsys, tmp_path, name, beside):
+    from efficient_vdit_core.commands import search
+    from efficient_vdit_core.pipeline import Pipeline
+
+    out = tmp_path / f"{name}.json"
+    monkeypatch.setattr(Pipeline, "from_model", lambda *_, **__: out.write_text("another"))
+    monkeypatch.setattr(search, "_measure", lambda *_: None)
+    monkeypatch.setattr(search, "_plan", lambda *_: TilePlan.uniform(1))
+    assert cli.main(["search", "--prompt", "a red circle", "--speedup", "2", "--out", str(out)]) == 0
+    assert out.read_text() == "another" and TilePlan.load(tmp_path / beside) == TilePlan.uniform(1)
+    assert f"wrote {tmp_path / beside}" in capsys.readouterr().out
 
 
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch, capsys, tmp_path):

@@ -630,6 +630,18 @@ def test_damaged_metadata_is_refused(text):
 
 def test_no_metadata_is_none(tmp_path):
     assert DistillMetadata.from_entries({}) is None and read_metadata(Path(tmp_path)) is None
+    assert read_metadata(tmp_path / "not there") is None
+
+
+@pytest.mark.parametrize("beside", ["a-few-steps.safetensors", "a.safetensors.index.json"])
+def test_the_metadata_are_those_of_the_weights_that_are_loaded(tmp_path, beside):
+    about = {"method": "consistency", "segments": 8, "steps": 8}
+    save_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", {"x": torch.zeros(1)})
+    save_safetensors(tmp_path / "a-few-steps.safetensors", {"x": torch.ones(1)}, {"evdit": json.dumps(about)})
+    index = tmp_path / "a.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "a-few-steps.safetensors"}}))
+    assert read_state_dict(tmp_path)[0]["x"] == 0 and read_metadata(tmp_path) is None
+    assert read_state_dict(tmp_path / beside)[0]["x"] == 1 and read_metadata(tmp_path / beside).segments == 8
 
 
 def test_the_pipeline_samples_a_distilled_model_as_it_was_made(base, tmp_path):

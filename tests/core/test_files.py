@@ -87,6 +87,25 @@ def test_a_name_too_long_is_refused_before_the_work(tmp_path):
         check_writable_file(tmp_path / ("视" * 100))
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
+def test_a_pipe_or_a_device_is_refused_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", Path(os.devnull)):
+        with pytest.raises(ValueError, match="it is a device or a pipe, and would be replaced; name a file"):
+            check_writable_file(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows of a file's mode only whether it is read-only")
+@pytest.mark.parametrize("mode", [0o600, 0o666, 0o444])
+def test_a_file_that_is_written_anew_keeps_its_mode(tmp_path, mode):
+    file = tmp_path / "a"
+    file.write_text("old")
+    file.chmod(mode)
+    write_text(file, "new")
+    assert file.read_text() == "new" and file.stat().st_mode & 0o777 == mode
+
+
 def test_a_full_disk_is_an_error_of_the_system(tmp_path):
     resource = pytest.importorskip("resource")
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

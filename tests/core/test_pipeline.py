@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -312,6 +313,18 @@ def test_guidance_that_is_inside_the_weights_is_not_added_again(caplog):
 def test_settings_that_do_nothing_are_named():
     assert "ignores" in VideoRequest("dog", sampler="ddim", gamma=0.5).remarks()[0]
     assert VideoRequest("dog").remarks() == []
+
+
+def test_a_negative_prompt_without_guidance_is_told_once_and_not_claimed(caplog):
+    for name in ("tiny", "tiny-8-steps"):
+        requests = ModelHeader.read(name).requests(["dog", "cat"], negative="bird", guidance=1.0)
+        assert [(request.prompt, request.negative) for request in requests] == [("dog", ""), ("cat", "")]
+        assert [record.message.split(":")[0] for record in caplog.records] == ["The negative prompt does nothing"]
+        caplog.clear()
+    large = replace(ModelHeader.read("tiny"), name="large")
+    assert large.request("dog", guidance=1.0).negative == "" and not caplog.records
+    assert large.request("dog").negative and large.request("dog", negative="bird").negative == "bird"
+    assert not caplog.records
 
 
 def test_a_result_that_is_not_finite_is_reported(pipeline, monkeypatch):

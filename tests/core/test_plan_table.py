@@ -11,11 +11,14 @@ from efficient_vdit_core import assets
 from efficient_vdit_core.attention import TokenLayout, tile_attention
 from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.bench.oracle import OracleRecord, best_tiles
+from efficient_vdit_core.cli import main
 from efficient_vdit_core.distill.config import read_toml
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig
 from efficient_vdit_core.search.probe import relative_error
 from efficient_vdit_core.search.watch import make_watching_override
+from efficient_vdit_core.storage.rows_file import RowsFile
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
+from efficient_vdit_core.tinyworld.tables import residual, stages
 from efficient_vdit_core.tinyworld.tables.plans import (
     AT_EQUAL_COST,
     BEST_TILES,
@@ -86,8 +89,64 @@ def test_a_plan_table_is_checked_before_its_first_row(tmp_path):
     values["model"] = {**values.get("model", {}), "train": "lora", "lora_rank": 4, "dtype": "float32"}
     with pytest.raises(ValueError, match="training.optimizer is muon.*rank 4"):
         recipe, out = RecipeConfig.from_dict(values), tmp_path / "a.json"
-        run_plan_table(PlanTableConfig(seeds=1), recipe, tmp_path / "run", out, "", lambda row: None)
+        run_plan_table(PlanTableConfig(seeds=1), recipe, tmp_path / "run", RowsFile(out), "", lambda row: None)
     assert not (tmp_path / "run").exists() and not out.exists()
+
+
+FIGURES = {
+    name: 1.0 for name in ("endpoint_error", "all_right", "motion", "overlap", "density", "squared_attention_error")
+}
+
+
+@pytest.mark.parametrize("table", ["tiny-plans", "tiny-table", "tiny-residual"])
+def test_rows_so_far_stand_beside_older_results(tmp_path, monkeypatch, capsys, table):
+    seen = []
+
+    def measure(*given, **_):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(given)
+        return {"row": "a", "seed": 0, "all_right_interval": (0, 1), **FIGURES}
+
+    class Judge:
+        def __init__(self, *_, **__): ...
+
+        def sample(self, *_, **__): ...
+
+        figures = measure
+
+    monkeypatch.setattr(PlanTable, "measure", measure)
+    monkeypatch.setattr(stages.TinyTable, "measure", measure)
+    monkeypatch.setattr(stages.TinyTable, "bounds", lambda *_: [])
+    monkeypatch.setattr(residual, "Judge", Judge)
+    monkeypatch.setattr(residual, "density_of_run", lambda _: 1.0)
+    out, part = tmp_path / "a.json", tmp_path / "a.json.part"
+    out.write_text("those of a whole run")
+    folder = [] if table == "tiny-residual" else ["--out", str(tmp_path / "run")]
+    assert main(["recipe", table, *folder, "--json", str(out)]) == 130
+    assert out.read_text() == "those of a whole run" and f"rows so far in {part}" in capsys.readouterr().out
+    found = json.loads(part.read_text())
+    assert len(found["rows"]) == 2 and found["complete"] is False
+    assert main(["recipe", table, *folder, "--json", str(tmp_path / "b.json")]) == 130
+    assert "rows so far" not in capsys.readouterr().out
+
+
+def test_a_whole_table_takes_the_place_of_older_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(PlanTable, "measure", lambda *_: {"row": "a", "seed": 0, **FIGURES})
+    command, out = ["recipe", "tiny-plans", "--out", str(tmp_path / "run"), "--seeds", "1"], tmp_path / "a.json"
+    out.write_text("older ones")
+    assert main([*command, "--only", "dense", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert len(found["rows"]) == 1 and found["complete"] is True and not out.with_name("a.json.part").exists()
+
+
+def test_a_name_of_no_row_is_refused(tmp_path, capsys):
+    command, out = ["recipe", "tiny-plans", "--out", str(tmp_path / "run")], tmp_path / "a.json"
+    out.write_text("older ones")
+    for only in (["nosuchrow"], ["dense", "--only", "+ KD", "--no-training"]):
+        assert main([*command, "--json", str(out), "--only", *only]) == 2
+        assert "which is in the name of no row that is measured here, such as" in capsys.readouterr().err
+    assert out.read_text() == "older ones" and not (tmp_path / "run").exists()
 
 
 def test_rows_are_judged_and_kept(tmp_path):

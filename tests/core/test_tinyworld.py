@@ -162,6 +162,8 @@ class TestEachWorld:
         ({"parts": ("vae", "decoder"), "dit_steps": 1}, "--dit-steps is for the transformer, which is not"),
         ({"parts": ("vae",), "clips": 1}, "--clips is for the transformer, which is not"),
         ({"parts": ("vae",), "batch": 1}, "--batch is for the transformer, which is not"),
+        ({"parts": ("text_encoder",), "bf16": True}, "--bf16 is for the vae or decoder or transformer, which is not"),
+        ({"parts": ("text_encoder",), "tensorboard": True}, "--tensorboard is for the vae or decoder or transformer"),
     ],
 )
 def test_what_a_training_needs_is_asked_for_before_it_starts(tmp_path, monkeypatch, settings, told):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...storage.files import check_writable_file, write_text
-from .. import say
 from ..arguments import count, seed_number
 from ..command_line import command_line
+from ..results import results_file
 from . import attention, compile, gpu, heads, mixture, overhead, parallel, peers, plot, step
 from .device import device_named
 from .verdict import Verdict
@@ -55,39 +53,28 @@ def run(args: argparse.Namespace) -> int:
     all is measured they stand in FILE.part: what ends a bench early costs no row that it has, and no older results."""
     if args.bench_command in ("gpu", "plot"):  # these write files of their own
         return {"gpu": gpu, "plot": plot}[args.bench_command].run(args)
-    part = args.json and args.json.with_name(f"{args.json.name}.part")
-    for file in filter(None, (args.json, part)):
-        check_writable_file(file)
     bench, rows, verdict = BENCHES[args.bench_command], [], None
-    device = device_named(args.device if "device" in bench.HEARS else "cpu")
-    try:
-        for new in bench.run(args, device):
-            rows += new
-            if part:
-                write_text(part, _results(args, device, rows, complete=False))
-    except Verdict as error:
-        verdict = error
-    except BaseException:
-        if part and rows:
-            say(f"rows so far in {part}")
-        raise
-    if part:
-        write_text(args.json, _results(args, device, rows, complete=True))
-        part.unlink(missing_ok=True)
+    with results_file(args.json) as results:
+        device = device_named(args.device if "device" in bench.HEARS else "cpu")
+        try:
+            for new in bench.run(args, device):
+                rows += new
+                results.keep(_about(args, device), rows)
+        except Verdict as error:
+            verdict = error
+        results.finish(_about(args, device), rows)
     if verdict:
         raise verdict
     return 0
 
 
-def _results(args: argparse.Namespace, device: Any, rows: list[dict[str, Any]], complete: bool) -> str:
-    """A results file: the figures with hardware, versions and command."""
+def _about(args: argparse.Namespace, device: Any) -> dict[str, Any]:
+    """What a results file says beside its figures: hardware, versions and command."""
     from ...bench.machine import describe_machine
 
     heard = BENCHES[args.bench_command].HEARS
-    head = {
+    return {
         "command": command_line(),
         **{name: getattr(args, name) for name in COMMON if name in heard and name != "device"},
         "machine": describe_machine(device),
-        "complete": complete,
     }
-    return json.dumps({**head, "rows": rows}, indent=1) + "\n"

@@ -10,22 +10,22 @@ from .. import say
 from ..arguments import count
 
 HEARS = ("seed",)
+SEGMENTS = (1, 2, 4, 8, 16)
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
     mixture = commands.add_parser(
         "mixture", help="consistency distillation of a 2-D mixture against the exact solution"
     )
-    mixture.add_argument(
-        "--segments", type=count(1, 64), nargs="+", default=(1, 2, 4, 8, 16), help="default: 1 2 4 8 16"
-    )
+    mixture.add_argument("--segments", type=count(1, 64), nargs="+", help=f"default: {' '.join(map(str, SEGMENTS))}")
     mixture.add_argument("--seeds", type=count(1, 1000), default=3, help="default: %(default)s")
-    mixture.add_argument(
+    instead = mixture.add_mutually_exclusive_group()
+    instead.add_argument(
         "--pairs",
         action="store_true",
         help="instead, every weight under every loss for epsilon, v and flow, 8 segments",
     )
-    mixture.add_argument(
+    instead.add_argument(
         "--score",
         action="store_true",
         help="instead, what the score's term adds at 2 and 4 segments: samples against the true distribution",
@@ -37,11 +37,15 @@ def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]
     from ...bench.mixture import MixtureShape, run
 
     if args.pairs or args.score:
+        if args.segments is not None:
+            raise ValueError(
+                f"--segments is given with {'--pairs' if args.pairs else '--score'}, which has its own. Leave one of them out."
+            )
         yield from _pairs(args) if args.pairs else _score(args)
         return
     say("path  segments  loss    seed   distilled: error  off %   undistilled: error  off %")
     for path in ("flow", "vp"):
-        for segments in args.segments:
+        for segments in args.segments or SEGMENTS:
             for space in ("x", "z"):
                 for seed in range(args.seed, args.seed + args.seeds):
                     row = run(MixtureShape(path=path, segments=segments, space=space), seed)

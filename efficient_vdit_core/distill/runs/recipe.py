@@ -68,26 +68,32 @@ class RecipeConfig:
         recipe = cls(
             order=order, **{name: read_section(kind, values.get(name, {}), name) for name, kind in sections.items()}
         )
-        precisions = recipe.consistency_training.precision, recipe.knowledge_training.precision
-        if order == "merge" and recipe.model.loras:
+        recipe._check_order()
+        return recipe
+
+    def _check_order(self) -> None:
+        """Raises ValueError where what the sections ask for is not to be had in this order."""
+        precisions = self.consistency_training.precision, self.knowledge_training.precision
+        if self.order == "merge" and self.model.loras:
             raise ValueError(
                 'order is "merge", which adds results to the model\'s own weights, but model.loras lie beside these. Take another order.'
             )
-        if order == "merge" and recipe.model.init:
+        if self.order == "merge" and self.model.init:
             raise ValueError(
                 'order is "merge", which adds what both trainings changed, and both begin with model.init, whose changes would count '
                 "twice. Make full weights of it for model.transformer, or take another order."
             )
-        if order in ("knowledge-first", "merge") and recipe.knowledge.steps:
+        if self.order in ("knowledge-first", "merge") and self.knowledge.steps:
             raise ValueError(
-                f"knowledge.steps is {recipe.knowledge.steps}, but with the order {order} the plan's training learns at all of stage "
+                f"knowledge.steps is {self.knowledge.steps}, but with the order {self.order} the plan's training learns at all of stage "
                 "1's times, because few steps are taught to it later. Leave it out."
             )
-        if order != "knowledge-only" and precisions[0] != precisions[1]:  # accelerate keeps one for the whole process
+        if (
+            self.order != "knowledge-only" and precisions[0] != precisions[1]
+        ):  # accelerate keeps one for the whole process
             raise ValueError(
                 f"The trainings' precisions are {' and '.join(precisions)}, expected the same. Correct the recipe."
             )
-        return recipe
 
 
 class ThreeStages:

@@ -7,7 +7,6 @@ folder/seed-0/rows/NAME.json         one row's figures; a finished row is never 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,12 +26,13 @@ from ...distill.families.opensora_plan import OpenSoraPlanModel
 from ...distill.families.texts import TextBank
 from ...distill.runs.recipe import RecipeConfig, ThreeStages
 from ...distill.runs.search_stage import SearchConfig, WatchedRun, probe
+from ...limits.quote import quoted
 from ...plan import TilePlan
 from ...search import ProbeRecord, SearchSettings, parse_candidates, plan_from_record
 from ...search.plan_from_record import layer_errors
 from ...search.probe import ATTENTION, OUTPUT
 from ...search.watch import make_watching_override
-from ...storage.files import write_text
+from ...storage.rows_file import RowsFile
 from ..moving.scene import is_held_out, random_scene
 from .judge import Judge
 from .rows import claim_rows, kept
@@ -166,6 +166,16 @@ class PlanTable:
         ones, the mildest first."""
         return (row for row in self._all_rows() if self.table.wants(row.name))
 
+    def check_names(self) -> None:
+        """Raises ValueError where a text of ``only`` is in the name of no row."""
+        names = [*(row.name for row in self._all_rows()), BEST_TILES]
+        for text in self.table.only:
+            if not any(text in name for name in names):
+                raise ValueError(
+                    f"--only is {quoted(text)}, which is in the name of no row that is measured here, such as {quoted(names[1])}. "
+                    "Correct it."
+                )
+
     def _all_rows(self) -> Iterator[Row]:
         yield Row("dense")
         yield from (Row(kind, speedup) for speedup in SPEEDUPS for kind in KINDS if self._reaches(kind, speedup))
@@ -225,25 +235,26 @@ def run_plan_table(
     table: PlanTableConfig,
     recipe: RecipeConfig,
     folder: Path,
-    out: Path,
+    out: RowsFile,
     command: str,
     report: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Measures, and trains, everything; ``out`` is rewritten after every row, so that a stopped run leaves what it
-    has."""
-    results: dict[str, Any] = {"command": command, "machine": describe_machine(CPU), "rows": []}
+    """Measures, and trains, everything; ``out`` keeps every row, so that a stopped run leaves what it has. Raises ValueError
+    before the first where a recipe or a name of ``only`` cannot be."""
+    about, rows = {"command": command, "machine": describe_machine(CPU)}, []
     tables = [PlanTable(table, recipe, folder, seed) for seed in range(table.seeds)]
+    tables[0].check_names()
     for one in tables:
         one.stages.check()
         one.claim()
     for row in tables[0].rows():
         for one in tables:
-            results["rows"].append(one.measure(row))
-            report(results["rows"][-1])
-            write_text(out, json.dumps(results, indent=1) + "\n")
+            rows.append(one.measure(row))
+            out.keep(about, rows)
+            report(rows[-1])
     if table.wants(BEST_TILES):
-        results["rows"] += [one.oracle() for one in tables]
-    write_text(out, json.dumps(results, indent=1) + "\n")
+        rows += [one.oracle() for one in tables]
+    out.finish(about, rows)
 
 
 def _file_name(text: str) -> str:

@@ -4,10 +4,8 @@ the work of the attention."""
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from ...distill.config import ModelConfig
 from ...distill.families.model import Options
 from ...distill.families.opensora_plan import OpenSoraPlanModel
 from ...plan import TilePlan
-from ...storage.files import write_text
+from ...storage.rows_file import RowsFile
 from ...tiles import TilePattern
 from .judge import Judge
 
@@ -45,25 +43,25 @@ CPU = torch.device("cpu")
 
 
 def run_residual_table(
-    captions: int, seed: int, out: Path, command: str, report: Callable[[dict[str, Any]], None]
+    captions: int, seed: int, out: RowsFile, command: str, report: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Samples, judges and measures every plan with every residual; ``out`` is rewritten after every row."""
+    """Samples, judges and measures every plan with every residual; ``out`` keeps every row."""
     model = OpenSoraPlanModel(ModelConfig(path="tiny", device="cpu"))
     judge = Judge(model, captions=captions, noises=1, seed=seed)
     base = model.load().eval().requires_grad_(False)
-    results: dict[str, Any] = {
+    rows: list[dict[str, Any]] = []
+    about = {
         "command": command,
         "machine": describe_machine(CPU),
         "steps": STEPS,
         "guidance": GUIDANCE,
         "by_head": BY_HEAD,
-        "rows": [],
     }
 
     def add(row: dict[str, Any], latents: Tensor, dense: Tensor) -> None:
-        results["rows"].append({**row, **judge.figures(latents, dense)})
-        report(results["rows"][-1])
-        write_text(out, json.dumps(results, indent=1) + "\n")
+        rows.append({**row, **judge.figures(latents, dense)})
+        out.keep(about, rows)
+        report(rows[-1])
 
     dense = judge.sample(base, steps=STEPS, guidance=GUIDANCE)
     add({"plan": "dense", "every": 0, "work": 1.0}, dense, dense)
@@ -72,6 +70,7 @@ def run_residual_table(
         preparation = Preparation(plan, counts, residual_every=every)
         latents = judge.sample(base, steps=STEPS, guidance=GUIDANCE, options=guided_options(model, preparation))
         add({"plan": name, "every": every, "work": density_of_run(counts)}, latents, dense)
+    out.finish(about, rows)
 
 
 def guided_options(model: OpenSoraPlanModel, preparation: Preparation) -> Options:

@@ -6,7 +6,6 @@ folder/seed-0/rows/NAME.json      one row's figures; a finished row is never com
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from ...distill.runs.search_stage import plan_names
 from ...generation.request import MAX_GUIDANCE
 from ...limits.numbers import number, whole
 from ...limits.quote import quoted
-from ...storage.files import write_text
+from ...storage.rows_file import RowsFile
 from ...tiles import TilePattern, TokenGrid
 from .judge import Judge, attention_speeds
 from .rows import claim_rows, kept
@@ -224,16 +223,18 @@ def run_table(
     table: TableConfig,
     recipe: RecipeConfig,
     folder: Path,
-    out: Path,
+    out: RowsFile,
     command: str,
     report: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Train and judge everything; ``out`` is rewritten after every row, so that a stopped run leaves what it has."""
+    """Train and judge everything; ``out`` keeps every row, so that a stopped run leaves what it has. Returns what the finished
+    file holds."""
     import torch
 
     from ...bench.machine import describe_machine
 
-    results: dict[str, Any] = {"command": command, "machine": describe_machine(torch.device("cpu")), "rows": []}
+    about: dict[str, Any] = {"command": command, "machine": describe_machine(torch.device("cpu"))}
+    rows: list[dict[str, Any]] = []
     table.check(recipe)
     tables = [TinyTable(table, recipe, folder, seed) for seed in range(table.seeds)]
     for one in tables:
@@ -242,12 +243,13 @@ def run_table(
     for seed, one in enumerate(tables):
         if seed == 0:
             for found in one.bounds():
-                results["rows"].append(found)
+                rows.append(found)
                 report(found)
         for row in one.rows():
             if seed and not row.headline:
                 continue
-            results["rows"].append(one.measure(row))
-            report(results["rows"][-1])
-            write_text(out, json.dumps(results, indent=1) + "\n")
-    return results
+            rows.append(one.measure(row))
+            out.keep(about, rows)
+            report(rows[-1])
+    out.finish(about, rows)
+    return {**about, "rows": rows}

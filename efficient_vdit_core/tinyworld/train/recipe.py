@@ -37,11 +37,12 @@ PARTS = ("text_encoder", "vae", "transformer")
 # Of a VAE's run, what settings were before there were others.
 BEFORE = {"latent_channels": None, "res_blocks": None, "rate": 1.0}
 NEEDS = {"decoder": ("vae",), "transformer": ("text_encoder", "vae")}
-# What one part alone hears, and so must not be asked for where the part is not trained.
-OF_PART = {
-    "vae": ("start_vae", "latent_channels", "res_blocks", "vae_rate", "vae_steps"),
-    "decoder": ("decoder_steps",),
-    "transformer": ("start", "prediction", "dit_steps", "clips", "batch"),
+# What these parts alone hear, and so must not be asked for where none of them is trained.
+OF_PARTS = {
+    ("vae",): ("start_vae", "latent_channels", "res_blocks", "vae_rate", "vae_steps"),
+    ("decoder",): ("decoder_steps",),
+    ("transformer",): ("start", "prediction", "dit_steps", "clips", "batch"),
+    ("vae", "decoder", "transformer"): ("bf16", "tensorboard"),
 }
 
 
@@ -103,11 +104,13 @@ class TinyRecipe:
                         f"The {part} needs a {need}, and {quoted(str(self.out), 120)} has none. Add it to --parts, or take "
                         "the --out of a run that made one."
                     )
-        for part, names in OF_PART.items():
+        for parts, names in OF_PARTS.items():
             for name in names:
-                if part not in self.parts and getattr(self, name) != getattr(TinyRecipe, name):
+                if not set(parts) & set(self.parts) and getattr(self, name) != getattr(TinyRecipe, name):
+                    for_them = " or ".join(parts)
                     raise ValueError(
-                        f"--{name.replace('_', '-')} is for the {part}, which is not trained. Leave it out, or add {part} to --parts."
+                        f"--{name.replace('_', '-')} is for the {for_them}, which is not trained. Leave it out, or add {for_them} to "
+                        "--parts."
                     )
         for part, start in (("transformer", self.start), ("vae", self.start_vae)):
             self._check_start(part, start)
