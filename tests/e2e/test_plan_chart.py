@@ -163,12 +163,12 @@ def test_wheel_and_middle_button_move_the_canvas_there_too(comfy):
     page.mouse.move(x + 30, y + 20)
     page.mouse.move(x + 60, y + 40)
     page.mouse.up(button="middle")
-    page.wait_for_function(f"app.canvas.ds.offset[0] >= {before[0]} + 55", timeout=10_000)
+    page.wait_for_function(f"app.canvas.ds.offset[0] >= {before[0]} + 55")
     page.mouse.move(x, y)  # the button is up
     assert page.evaluate("app.canvas.ds.offset[0]") >= before[0] + 55
     scale = page.evaluate("app.canvas.ds.scale")
     page.mouse.wheel(0, -300)
-    page.wait_for_function(f"app.canvas.ds.scale > {scale}", timeout=10_000)
+    page.wait_for_function(f"app.canvas.ds.scale > {scale}")
 
 
 @pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes2"])
