@@ -24,7 +24,7 @@ OBJECTIVES: dict[str, type] = {"consistency": ConsistencyConfig, "knowledge": Kn
 # What a resumed run may change: how often things are written and where they lie, never what is learnt.
 FREE = {
     "training.save_every", "training.tensorboard", "training.samples_every", "training.host_average", "model.device",
-    "model.host_teacher", "data.cache",
+    "model.host_teacher", "model.host_modulation", "model.gradient_checkpointing", "data.cache",
 }  # fmt: skip
 
 SOURCES = ("tinyworld", "videos", "teacher", "captions")

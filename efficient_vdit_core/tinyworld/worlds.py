@@ -25,7 +25,7 @@ class World:
     """A world of captioned clips, uint8 (F, 64, 64, 3).
 
     Attributes:
-        frames: of a whole clip.
+        frames, size: of a whole clip, and the pixels of its height and width.
         random_scene, held_out_scenes: scenes of a generator, and so many whose captions are never trained on.
         random_words: a scene for its caption alone, which may be no scene that can be drawn.
         is_held_out: whether a scene is one of those.
@@ -46,6 +46,7 @@ class World:
     vocabulary: dict[str, tuple[str, ...]]
     named: Callable[[Any], dict[str, str]]
     shapes: Callable[[Tensor], Tensor]
+    size: int = 64
 
     def trained_on(self, draw: Callable[[np.random.Generator], Any], rng: np.random.Generator) -> Any:
         """The next scene of ``draw`` that is not held out."""

@@ -83,6 +83,10 @@ def test_nothing_that_is_listed_is_left_out_quietly(tmp_path, caplog):
         (tmp_path / name).touch()
     Image.new("RGB", (8, 8)).save(tmp_path / "preview.webp")
     (tmp_path / "c.webp").write_bytes((tmp_path / "a.webp").read_bytes())  # one that moves
+    progress = tmp_path / "run" / "samples" / "step-000002"  # of a training that keeps its state here
+    progress.mkdir(parents=True)
+    videos(progress, ["00.gif"])
+    (tmp_path / "run" / "config.toml").touch()
     listed = ("a.webp", "b.gif", "c.m4v", "d.mpg", "e.wmv", "gone.mp4")
     lines = [json.dumps({"file_name": name, "text": "x"}) for name in listed]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
@@ -348,10 +352,14 @@ def test_texts_that_were_padded_to_fewer_rows_are_encoded_anew(tmp_path, monkeyp
     assert encoded == ["a cat"] * 2
 
 
-def test_the_tiny_worlds_clips_are_of_one_length():
+def test_the_tiny_worlds_clips_are_of_one_size():
     """A model of the crossing world would learn from clips of the other one, and their captions."""
     values = {"method": "consistency", "objective": {}, "model": {"path": "tiny"}, "training": {"steps": 1}}
-    for frames, told in ((29, ""), (93, "clips of 8 latent frames, and the run is of 24. Set data.frames to 29")):
-        config = DistillConfig.from_dict({**values, "data": {"source": "tinyworld", "clips": 1, "frames": frames}})
+    for size, told in (
+        ({"frames": 29}, ""),
+        ({"frames": 93}, "clips of 8 latent frames, and the run is of 24. Set data.frames to 29"),
+        ({"frames": 29, "height": 32, "width": 48}, "clips of 64 x 64 pixels, and the run is of 48 x 32. Leave out"),
+    ):
+        config = DistillConfig.from_dict({**values, "data": {"source": "tinyworld", "clips": 1, **size}})
         with nullcontext() if not told else pytest.raises(ValueError, match=told):
             prepare.check_data(config, open_model(config.model))

@@ -78,7 +78,7 @@ def small_data(monkeypatch):
         return PreparedData(clips, bank, "", torch.device("cpu"))
 
     monkeypatch.setattr(trainer, "prepare_data", prepare)
-    monkeypatch.setattr("efficient_vdit_core.distill.data.tiny_world._check_length", lambda _: None)
+    monkeypatch.setattr("efficient_vdit_core.distill.data.tiny_world._check_size", lambda _: None)
 
 
 def config(base, method="consistency", *, steps=4, objective=None, model=None, training=None, data=None):
@@ -813,9 +813,17 @@ def test_a_change_that_weights_in_bf16_would_lose_is_worn_whole(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lora: {f"x{k}": v for k, v in lora.items()}, "no LoRA of this model.*20 layers do not fit"),
-        (lambda lora: {}, "no LoRA of this model as evdit distill writes it. Choose"),
-        (lambda lora: {k: v[:, :5] if "lora_down" in k else v for k, v in lora.items()}, "layers do not fit"),
+        (lambda lora: {f"x{k}": v for k, v in lora.items()}, "no LoRA of this model.*21 of its parts do not fit"),
+        (lambda lora: {}, "no LoRA of this model as evdit distill writes it .1 of its parts do not fit, such as 'x'"),
+        (lambda lora: {k: v[:, :5] if "lora_down" in k else v for k, v in lora.items()}, "of its parts do not fit"),
+        (
+            lambda lora: {**lora, "diffusion_model.transformer_blocks.0.attn1.to_q.diff_b": torch.ones(1)},
+            "2 of its parts",
+        ),
+        (
+            lambda lora: dict(list(lora.items())[:-3] + [i for i in list(lora.items())[-3:] if "alpha" not in i[0]]),
+            "3 of its",
+        ),
     ],
 )
 def test_a_lora_of_another_model_is_not_worn(base, tmp_path, change, message):
@@ -825,6 +833,41 @@ def test_a_lora_of_another_model_is_not_worn(base, tmp_path, change, message):
     save_safetensors(file, {"x": torch.zeros(1), **change(comfy_lora(module, module.state_dict()))}, {})
     with pytest.raises(ValueError, match=message):
         open_model(config(base, model={"loras": [str(file)]}).model).load()
+
+
+@pytest.mark.parametrize("layer", ["proj_out", "caption_projection.linear_1"])
+def test_a_student_learns_beside_a_lora_of_more_layers_than_its_own(base, tmp_path, layer):
+    """Such as one of a style, behind the student's layers or before all of them."""
+    module = load_transformer(base)
+    add_lora(module, 2, targets=rf"(\.to_q|{layer})$")
+    file = tmp_path / "style.safetensors"
+    save_safetensors(file, comfy_lora(module, module.state_dict()), {})
+    wanted = {"train": "lora", "lora_rank": 2, "loras": [str(file)]}
+    made = trainer.distill(config(base, model=wanted, steps=1), tmp_path / "run")
+    assert len(read_state_dict(made)[0]) == 3 * 20
+
+
+def test_a_lora_that_says_nothing_leaves_what_its_model_says(base, tmp_path):
+    """A style on a model that was distilled with guidance inside: the result has it inside too."""
+    few = trainer.distill(config(base, steps=1), tmp_path / "few")
+    module = load_transformer(base)
+    add_lora(module, 2)
+    style = tmp_path / "style.safetensors"
+    save_safetensors(style, comfy_lora(module, module.state_dict()), {})
+    lora = {"transformer": str(few), "train": "lora", "lora_rank": 2, "loras": [str(style)]}
+    wanted = config(base, "knowledge", model=lora, objective={"segments": 0, "plan": "full"})
+    about, said = trainer.describe(wanted, open_model(wanted.model)), read_metadata(few)
+    assert said is not None and (about.segments, about.guidance) == (said.segments, said.guidance) == (2, 2.0)
+
+
+def test_float16_is_refused_for_a_lora_too(base, tmp_path):
+    with pytest.raises(ValueError, match="model.dtype is 'float16', in which the losses' gradients"):
+        trainer.distill(config(base, model={"train": "lora", "dtype": "float16"}), tmp_path / "run")
+
+
+def test_a_run_that_found_no_memory_goes_on_with_checkpointed_gradients(base, tmp_path):
+    trainer.distill(config(base, steps=1), tmp_path / "run")
+    trainer.distill(config(base, steps=1, model={"gradient_checkpointing": True}), tmp_path / "run")
 
 
 def test_stage_3_starts_where_the_lora_of_stage_1_ended(base, tmp_path, monkeypatch):

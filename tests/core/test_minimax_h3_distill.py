@@ -226,7 +226,7 @@ def test_a_lora_is_read_back_as_it_was_written(h3, tmp_path):
         assert float((h3.predict(h3.load().eval(), z, time, given) - expected).abs().max()) > 0.1
         frozen, started, whole = (h3.load().eval() for _ in range(3))
         attach_frozen(frozen, [file], h3.comfy_layer)
-        ranks = {len(layer.part(layer.frozen[0])[0]) for layer in adapted(frozen).values()}
+        ranks = {len(layer.part(layer.frozen[0])[0]) for layer in adapted(frozen, "frozen0").values()}
         add_lora(started, 2, 3.0)
         start_from(started, file, h3.comfy_layer)
         whole.load_state_dict(merged(whole.state_dict(), lora, h3.comfy_layer))

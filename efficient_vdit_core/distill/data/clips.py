@@ -83,7 +83,7 @@ def video_captions(folder: Path) -> dict[Path, str]:
         raise ValueError(f"There is no folder {quoted(str(folder), 120)} with videos. Check data.folder.")
     # ._NAME is what a Mac notes of a file, on disks that are not its own.
     named_so = (f for f in folder.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
-    videos = sorted(f for f in named_so if not f.name.startswith("._") and not _is_preview(f))
+    videos = sorted(f for f in named_so if not f.name.startswith("._") and not _is_preview(f) and not _is_sample(f))
     if not videos:
         raise ValueError(
             f"The folder {quoted(folder.name)} holds no videos, expected files ending in {', '.join(VIDEO_SUFFIXES)}."
@@ -226,6 +226,11 @@ def _finite(latents: Tensor, name: str) -> Tensor:
             "low. Set model.dtype to float32, or download them again."
         )
     return latents
+
+
+def _is_sample(file: Path) -> bool:
+    """Whether it is what a training in this folder shows of its progress (`runs.samples`)."""
+    return file.parent.parent.name == "samples" and (file.parents[2] / "config.toml").is_file()
 
 
 def _is_preview(file: Path) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...generation.request import SPACE
 from ...limits.memory import check_memory
 from ...models.opensora_plan.vae import CausalVAE
 from ...tinyworld.train.latents import cache_clips
@@ -21,7 +22,7 @@ from .clips import ClipSet
 def check_tinyworld(config: DistillConfig, model: FamilyModel) -> None:
     data = config.data
     shape = model.latent_shape(model.size(data.frames, data.height, data.width))
-    _check_length(shape[1])
+    _check_size(shape)
     check_memory(4 * math.prod(shape) * data.clips, f"data.clips = {data.clips}", "Lower it; 4096 clips are enough.")
     _vae(model)
 
@@ -31,11 +32,17 @@ def tinyworld_clips(config: DistillConfig, model: FamilyModel, cache: Path, devi
     return ClipSet(cached.latents, [tuple(s.caption(i) for i in range(3)) for s in cached.scenes])
 
 
-def _check_length(frames: int) -> None:
+def _check_size(latents: tuple[int, ...]) -> None:
+    _, frames, height, width = latents
     if frames != MOVING.latent_frames:
         raise ValueError(
             f"data.source tinyworld has clips of {MOVING.latent_frames} latent frames, and the run is of {frames}. Set data.frames to "
             f"{MOVING.frames}, or choose videos or teacher for a model of another world."
+        )
+    if {height, width} != {MOVING.size // SPACE}:
+        raise ValueError(
+            f"data.source tinyworld has clips of {MOVING.size} x {MOVING.size} pixels, and the run is of {SPACE * width} x "
+            f"{SPACE * height}. Leave out data.height and data.width."
         )
 
 

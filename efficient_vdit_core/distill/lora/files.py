@@ -101,8 +101,9 @@ def _read(module: nn.Module, file: Path, place: Place) -> dict[str, tuple[Tensor
             there = place(name)
             linear = layer.base if isinstance(layer, LoRALinear) else layer
             layers.setdefault(COMFY_PREFIX + there.name, []).append((name, linear, there))
-    found, wrong = {}, []
-    for key in sorted({key.rpartition(".alpha")[0] for key in lora if key.endswith(".alpha")}):
+    stems, wrong = _stems(lora)
+    found = {}
+    for key in stems:
         down, up = (lora.get(f"{key}.lora_{part}.weight") for part in ("down", "up"))
         sizes = {(linear.in_features, there.parts * linear.out_features) for _, linear, there in layers.get(key, [])}
         if down is None or up is None or sizes != {(down.shape[1], up.shape[0])}:
@@ -113,18 +114,32 @@ def _read(module: nn.Module, file: Path, place: Place) -> dict[str, tuple[Tensor
     if wrong or not found:
         raise ValueError(
             f"{named(file.name)} is no LoRA of this model as evdit distill writes it"
-            + (f" ({len(wrong)} layers do not fit, such as {quoted(wrong[0])})" if wrong else "")
+            + (f" ({len(wrong)} of its parts do not fit, such as {quoted(wrong[0])})" if wrong else "")
             + ". Choose another."
         )
     return found
 
 
+def _stems(lora: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """The layers that a file changes, and those of its keys that are no part of a low-rank change of one: a file of others may
+    have some without an alpha, or changes of biases."""
+    stems = sorted(key.removesuffix(".alpha") for key in lora if key.endswith(".alpha"))
+    known = {stem + part for stem in stems for part in (".alpha", ".lora_down.weight", ".lora_up.weight")}
+    return stems, sorted(lora.keys() - known)
+
+
 def merged(base: dict[str, Tensor], lora: dict[str, Tensor], place: Place = ComfyLayer) -> dict[str, Tensor]:
     """Full weights: ``base`` with a file of ``comfy_lora`` added, in the base's precision where that holds the change.
 
-    Raises ValueError where a layer that the file changes is not in ``base``.
+    Raises ValueError where a layer that the file changes is not in ``base``, or not all of the file is a LoRA's.
     """
-    out, unused = dict(base), {key.rpartition(".alpha")[0] for key in lora if key.endswith(".alpha")}
+    stems, others = _stems(lora)
+    if others:
+        raise ValueError(
+            f"The LoRA has {len(others)} parts that are none of a low-rank change with an alpha, such as {quoted(others[0])}, and "
+            "would lose them. Choose one that evdit distill wrote."
+        )
+    out, unused = dict(base), set(stems)
     for name, value in base.items():
         there = place(name.removesuffix(".weight"))
         stem = COMFY_PREFIX + there.name

@@ -99,9 +99,9 @@ def adaptable(module: nn.Module, name: str) -> LoRALinear:
     return wrapped
 
 
-def adapted(module: nn.Module) -> dict[str, LoRALinear]:
-    """The layers that have adapters, by name."""
-    return {name: m for name, m in module.named_modules() if isinstance(m, LoRALinear)}
+def adapted(module: nn.Module, part: str = STUDENT) -> dict[str, LoRALinear]:
+    """The layers that have this part, by name; others may wear what is frozen alone."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, LoRALinear) and part in m.scales}
 
 
 def belongs_to(learner: str, weight: str) -> bool:

@@ -93,7 +93,7 @@ class _RelativeSquare(torch.autograd.Function):
     """Keeps the value, which a network keeps anyway, and takes the difference a second time for the gradient.
 
     With a ``comm`` both squares are sums over its ranks, and the gradient is that of the sum of their losses, as
-    `parallel.sharding.alike` has it.
+    `parallel.sharding.replicated` has it.
     """
 
     @staticmethod

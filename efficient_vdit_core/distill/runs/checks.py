@@ -25,6 +25,10 @@ def check_training(config: DistillConfig) -> None:
             f"model.dtype is {quoted(wanted.dtype)}, expected float32 for full training: small steps vanish in lower "
             "precision. Set it to float32 with training.precision bf16, or train a LoRA."
         )
+    if wanted.dtype == "float16":
+        raise ValueError(
+            "model.dtype is 'float16', in which the losses' gradients are smaller than its smallest number. Set it to bfloat16 or float32."
+        )
     if wanted.loras and wanted.train != "lora":
         raise ValueError(
             "model.loras are kept beside the weights of a model that a LoRA is trained for, but model.train is "

@@ -1,7 +1,7 @@
 """One distillation run in one folder: model, data, objective and optimiser from a configuration, then checkpoint and
 export.
 
-    folder/config.toml        the configuration of the run, see claim.py; what its plan and weights held, see contents.py
+    folder/config.toml        the configuration of the run, see resume_check.py; what its plan and weights held, see referenced_files.py
     folder/checkpoint.pt      everything a resumed run needs
     folder/cache/             latents and text states
     folder/transformer/       the result as full weights, or folder/lora.safetensors
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...limits.quote import named
-from ...models.distilled import DistillMetadata, read_metadata
+from ...models.distilled import DistillMetadata, metadata_of
 from ...training import StepLoss, TrainingRun
 from ...training.fsdp import is_sharding, run_in_autocast, shard_frozen
 from ..config import DistillConfig
@@ -167,10 +167,10 @@ def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
     training also the steps, which do not change by it."""
     from ... import __version__
 
-    source = Path(config.model.loras[-1]) if config.model.loras else model.transformer_file
-    objective, inherited = config.objective, read_metadata(source)
+    objective, inherited = config.objective, metadata_of(model.transformer_file, config.model.loras)
     segments = objective.segments or (inherited.segments if inherited else 0)
     if not segments:
+        source = Path(config.model.loras[-1]) if config.model.loras else model.transformer_file
         raise ValueError(
             f"{named(source.name)} does not say for how many segments it was distilled. Set "
             "objective.segments; for a model that is not distilled it is the number of sampling steps."

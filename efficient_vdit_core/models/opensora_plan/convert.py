@@ -1,4 +1,4 @@
-"""AlternatingLoss upstream pickles into safetensors, once: the VAE's checkpoint.ckpt and mT5's pytorch_model.bin."""
+"""Turns upstream pickles into safetensors, once: the VAE's checkpoint.ckpt and mT5's pytorch_model.bin."""
 
 from __future__ import annotations
 

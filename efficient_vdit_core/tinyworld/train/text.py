@@ -50,7 +50,7 @@ def encoder_config(vocab_size: int) -> dict[str, Any]:
 
 
 class Captions:
-    """AlternatingLoss captions into padded ids and masks."""
+    """Turns captions into padded ids and masks."""
 
     def __init__(self, spiece: bytes) -> None:
         import sentencepiece
