@@ -101,6 +101,33 @@ def test_it_holds_nothing_else(files):
     assert not [f for f in files if f.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pyc", ".log")]
 
 
+# Whoever imports one of these says what to do without it.
+LEFT_OUT = {
+    "bench/compile_ahead.py", "media/read_sound.py", "media/read_video.py", "parallel/pool/processes.py", "parallel/pool/ray_cluster.py",
+    "parallel/pool/ray_head.py", "parallel/pool/ray_pool.py", "parallel/pool/ray_rank.py", "parallel/pool/start_workers.py",
+}  # fmt: skip
+
+
+def imported(file: Path) -> set[Path]:
+    """The modules and packages of the pack that a file imports, without ".py"."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            inner = {module / alias.name for alias in node.names}
+            found |= {m for m in inner if (ROOT / m).is_dir() or (ROOT / f"{m}.py").is_file()} or {module}
+    return found
+
+
+def test_the_core_is_whole_but_for_what_starts_processes(files):
+    names = {f.relative_to("efficient_vdit_core").as_posix() for f in files if f.parts[0] == "efficient_vdit_core"}
+    core = ROOT / "efficient_vdit_core"
+    assert {f.relative_to(core).as_posix() for f in core.rglob("*.py")} - names == LEFT_OUT
+    modules = {f.with_suffix("") for f in files} | {folder for f in files for folder in f.parents}
+    missing = {module for f in files if f.suffix == ".py" for module in imported(f)} - modules
+    assert {f"{m.relative_to('efficient_vdit_core').as_posix()}.py" for m in missing} <= LEFT_OUT
+
+
 def test_it_is_small(files):
     assert sum((ROOT / f).stat().st_size for f in files) < 30e6
 

@@ -2,27 +2,20 @@
 
 import shutil
 import subprocess
-from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
-def ignored(path: str, patterns: list[str]) -> bool:
-    """The part of gitignore's syntax that .comfyignore uses: folders with a slash at the end, and file patterns."""
-    return any(
-        path.startswith(p) or f"/{p}" in f"/{path}" if p.endswith("/") else fnmatch(Path(path).name, p)
-        for p in patterns
-    )
-
-
 def archive() -> list[Path]:
     """Relative paths. Files that are not committed yet count as well, unless git ignores them."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
-    patterns = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return [Path(name) for name in listed if name and not ignored(name, patterns) and (ROOT / name).is_file()]
+    left_out = set(_listed("--ignored", "--exclude-from=.comfyignore"))
+    return [Path(name) for name in _listed("--exclude-standard") if name not in left_out and (ROOT / name).is_file()]
+
+
+def _listed(*options: str) -> list[str]:
+    command = ["git", "ls-files", "--cached", "--others", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def install(folder: Path, *, whole: bool = False) -> None:
