@@ -58,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if debug:
             raise
-        return _fail(
-            f"error: a package does not load ({reason(first_cause(error), 200)}); 'evdit doctor' tells which", 1
-        )
+        return _fail(_failed_import(error), 1)
     except (RuntimeError, MemoryError) as error:
         memory = isinstance(error, MemoryError) or re.search(
             "out of memory|can't allocate memory", str(error), re.IGNORECASE
@@ -84,6 +82,14 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser
+
+
+def _failed_import(error: ImportError) -> str:
+    cause = first_cause(error)
+    lacking = getattr(cause, "name", None) or ""
+    if isinstance(cause, ModuleNotFoundError) and lacking.split(".")[0] == __package__:
+        return f"error: this build of the pack lacks {lacking}; use a clone of the repository, or install the pack anew"
+    return f"error: a package does not load ({reason(cause, 200)}); 'evdit doctor' tells which"
 
 
 def _failed_file(error: OSError) -> tuple[str, int]:

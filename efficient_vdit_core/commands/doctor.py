@@ -98,10 +98,10 @@ def format_findings(findings: dict[str, Any]) -> str:
 
 
 def _format_choices(choices: dict[str, Any]) -> list[str]:
-    from ..attention.autotune.trial import Choice
-
     if not choices:
         return ["  nothing yet: backends are measured at the first long call of each kind of shape"]
+    from ..attention.autotune.trial import Choice  # needs torch, which the doctor may have found missing
+
     lines = []
     for shapes, choice in choices.items():
         times = Choice(**choice).times()

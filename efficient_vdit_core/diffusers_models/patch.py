@@ -92,7 +92,7 @@ class DiffusersPatch:
 
 def apply_to_diffusers(
     transformer: Any,
-    plan: TilePlan,
+    plan: TilePlan | str,
     *,
     start: float = 0.0,
     end: float = 1.0,
@@ -105,7 +105,7 @@ def apply_to_diffusers(
         transformer: ``pipe.transformer`` of a class in ``families.FAMILIES``: MiniMax-H3, Wan with VACE and Animate,
             SkyReels V2, ChronoEdit, LTX-Video, LTX-2, HunyuanVideo, CogVideoX, Kandinsky 5, Cosmos or Allegro. Its
             weights stay as they are.
-        plan: one pattern a layer, or a uniform one. HunyuanVideo's layers are its double blocks, then its single
+        plan: one pattern a layer, or a uniform one, or the text of either. HunyuanVideo's layers are its double blocks, then its single
             blocks.
         start, end: part of the noise schedule that becomes sparse, 0 (pure noise) to 1, as 1 - the video's noise level
             (its timestep, on the scale of the model).
@@ -130,5 +130,6 @@ def apply_to_diffusers(
         raise ValueError(
             "The transformer has a tile plan already; call remove() of that handle before applying another one."
         )
+    plan = TilePlan.from_text(plan) if isinstance(plan, str) else plan
     plan.check_fits(family=family.name, layers=family.depth(transformer), heads=family.heads(transformer.config))
     return DiffusersPatch(transformer, family, plan, (start, end), min_tokens, backend)

@@ -186,6 +186,11 @@ def _by_layer(parts: list[Part]) -> dict[str, Any]:
                 raise ValueError(f"In the plan text, layer {layer} of {quoted(part.text)} {reason}.")
             layers[layer] = part.pattern
     missing = next((i for i in range(max(layers) + 1) if i not in layers), None)
+    if missing is not None and len(layers) == 1:
+        raise ValueError(
+            f"The plan text leaves out layer {missing}: {quoted(parts[0].text)} is a pattern for layer {max(layers)} alone. For one "
+            f"pattern in all layers write {quoted('all:' + parts[0].text)}."
+        )
     if missing is not None:
         raise ValueError(f"The plan text leaves out layer {missing}, expected every layer from 0 to {max(layers)}.")
     heads = {len(p.patterns) for p in layers.values() if not isinstance(p, TilePattern)}

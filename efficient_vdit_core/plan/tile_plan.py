@@ -83,6 +83,11 @@ class TilePlan:
                 "Choose a plan for this model, or a uniform one."
             )
         if layers is not None and self.patterns and len(self.patterns) != layers:
+            if len(self.patterns) == 1:
+                raise ValueError(
+                    f"The plan has a pattern for layer 0 alone, but the model has {layers} layers. A text for all of them begins with "
+                    "all:, as all:2:6 does."
+                )
             raise ValueError(
                 f"The plan has {len(self.patterns)} layers, but the model has {layers}. It was made for another model; "
                 "choose a plan of the right depth, or a uniform one."

@@ -134,6 +134,27 @@ def test_doctor_tells_of_packages_that_are_here_and_do_not_work(monkeypatch):
     assert re.search(r"text encoder's packages do not load \(ModuleNotFoundError: .*sentencepiece", no_text)
 
 
+def test_doctor_needs_nothing_of_what_it_finds_missing():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'einops')));"
+        "from efficient_vdit_core.commands.doctor import examine, format_findings; print(format_findings(examine()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Could not examine devices: ModuleNotFoundError: import of torch halted" in done.stdout
+    assert "nothing yet: backends are measured" in done.stdout
+
+
+def test_a_build_without_a_module_of_the_pack_is_told(monkeypatch, capsys):
+    """As where an archive leaves one out by mistake."""
+
+    def run(args):
+        raise ModuleNotFoundError("No module named 'x'", name="efficient_vdit_core.distill.runs")
+
+    monkeypatch.setattr(generate, "run", run)
+    assert cli.main([*TINY, "--out", "x.gif"]) == 1
+    assert "this build of the pack lacks efficient_vdit_core.distill.runs; use a clone" in capsys.readouterr().err
+
+
 def test_a_package_that_does_not_load_is_told_in_one_line(monkeypatch, capsys):
     def run(args):
         try:

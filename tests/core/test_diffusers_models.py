@@ -400,7 +400,7 @@ def test_all_frames_as_reference_frames_is_dense(family):
     model, inputs = build(family)
     with torch.no_grad():
         want = run(model, inputs)
-        with apply_to_diffusers(model, TilePlan.uniform(FRAMES)) as handle:
+        with apply_to_diffusers(model, f"all:{FRAMES}") as handle:
             torch.testing.assert_close(run(model, inputs), want, atol=1e-5, rtol=1e-5)
     assert dict(handle.report.dense) == {"full in the plan": calls_of(family)}
 

@@ -173,6 +173,7 @@ def test_text_says_dense_layers_of_a_layered_plan():
         ("0:1 " + "x" * 10_000, "xxx[.]{3}"),
         ("0:2:6 1:2:7", "8 and of 9 latent frames"),
         ("0:1 2:1", "leaves out layer 1"),
+        ("2:6", "leaves out layer 0: '2:6' is a pattern for layer 2 alone. .* write 'all:2:6'"),
         ("0-2:1 1:2", "layer 1 of '1:2' is named twice"),
         ("0:1 -1:full", "counts from the end"),
         ("all:1 0:2", "must stand first"),

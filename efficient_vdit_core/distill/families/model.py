@@ -229,6 +229,6 @@ def read_plan(text: str) -> TilePlan:
         return TilePlan.load(text)
     if not text or text.endswith(".json"):
         raise ValueError(
-            f"The plan is {quoted(text)}, expected a plan file or a pattern such as 2:6. Search a plan, or name one."
+            f"The plan (objective.plan) is {quoted(text)}, expected a plan file or a pattern such as 2:6. Search a plan, or name one."
         )
     return TilePlan(uniform_pattern=TilePattern.parse(text))
