@@ -40,7 +40,7 @@ def alone_in(folder: Path, accelerator: Any) -> Iterator[None]:
 
 
 def claim_run(config: DistillConfig, folder: Path, *, finished: bool = False, any_rate: bool = False) -> None:
-    """Save the configuration in a new folder, with what the plan and the weights hold that it names. Raises ValueError for
+    """Save the configuration in a new folder, with what the plan, the weights and the data hold that it names. Raises ValueError for
     a folder that was started with another.
 
     Where the rate alone is lower than before and the run is not ``finished``, the new configuration takes the place of the

@@ -1,7 +1,7 @@
 """One distillation run in one folder: model, data, objective and optimiser from a configuration, then checkpoint and
 export.
 
-    folder/config.toml        the configuration of the run, see claim.py; what its plan and weights held, see contents.py
+    folder/config.toml        the configuration of the run, see claim.py; what it names held, see referenced_files.py
     folder/checkpoint.pt      everything a resumed run needs
     folder/cache/             latents and text states
     folder/transformer/       the result as full weights, or folder/lora.safetensors
