@@ -79,6 +79,9 @@ def check_run(config: DistillConfig, model: FamilyModel, *, sharded: bool, proce
     check_optimizer(config, sharded=sharded)
     check_hosted(config, sharded=sharded)
     check_loras(config, model)
+    model.check_weights()
+    if config.model.train == "full" and config.model.init:
+        model.check_weights(config.model.init)
     check_processes(config, processes)
     check_shares(config, model)
     check_tensorboard(config)
