@@ -53,6 +53,19 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return _safetensors_metadata(file) if file.suffix.lower() in _SAFETENSORS else {}
 
 
+def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that `read_state_dict` reads, by name; of safetensors no weights are read."""
+    file = _weights_file(Path(path))
+    shards = file.name.endswith(".safetensors.index.json")
+    if not shards and file.suffix.lower() not in _SAFETENSORS:
+        return {name: tuple(x.shape) for name, x in read_state_dict(file)[0].items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for part in sorted(_shards_of(file)[1]) if shards else [file]:
+        with _opened(part) as opened:
+            found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
 def find_weights(path: str | Path) -> Path | None:
     """The file that `read_state_dict` reads of a path, an index for what is in shards; None where there is none. Raises
     ValueError for a shard without its index."""

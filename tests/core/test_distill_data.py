@@ -16,6 +16,7 @@ from efficient_vdit_core.distill.config import DataConfig, DistillConfig, Traini
 from efficient_vdit_core.distill.data import prepare
 from efficient_vdit_core.distill.data.clips import encode_videos, read_captions, teacher_clips, video_captions
 from efficient_vdit_core.distill.data.noise import numbered_noise
+from efficient_vdit_core.distill.families import texts
 from efficient_vdit_core.distill.families.fingerprints import MAX_WHOLE, text_stamp
 from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.families.opensora_plan import OpenSoraPlanModel
@@ -167,6 +168,21 @@ def test_what_was_encoded_before_ctrl_c_is_kept(tmp_path):
         TextBank.build(texts, encoder(1), file)
     TextBank.build(texts, encoder(9), file)
     assert asked == [texts[:AT_ONCE], texts[AT_ONCE:]]
+
+
+def test_a_process_that_is_killed_loses_a_minute_of_encoding(tmp_path, monkeypatch):
+    """SIGTERM runs no `finally`."""
+    monkeypatch.setattr(texts, "SAVE_EVERY", 0.0)
+    names, file, kept = [f"caption {i}" for i in range(AT_ONCE + 1)], tmp_path / "texts.safetensors", []
+
+    def encode(part):
+        if file.is_file():
+            kept.append(TextBank.build(names[:AT_ONCE], lambda: None, file))
+        return torch.ones(len(part), 1, 3), torch.ones(len(part), 1, dtype=torch.long)
+
+    TextBank.build(names, lambda: encode, file)
+    assert len(kept) == 1, "the first ones stood in the file while the last was encoded"
+    assert len(TextBank.build(names, lambda: None, file).states) == AT_ONCE + 1
 
 
 def test_a_video_may_have_a_name_as_long_as_a_file_system_takes(tmp_path):

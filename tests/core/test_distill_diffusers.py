@@ -1,6 +1,7 @@
 """The adapter for diffusers' transformers, on tiny random ones."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from small_models import wan as small_wan
 
 from efficient_vdit_core.attention.hook.override import make_attention_override
 from efficient_vdit_core.attention.report.report import AttentionReport
-from efficient_vdit_core.distill.config import ModelConfig
+from efficient_vdit_core.distill.config import DistillConfig, ModelConfig
 from efficient_vdit_core.distill.data.prepare import _text_bank
 from efficient_vdit_core.distill.families.intercept import OVERRIDE, Intercepted
 from efficient_vdit_core.distill.families.model import sparse_options
@@ -18,7 +19,10 @@ from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.lora.comfy_names import WAN, comfy_name
 from efficient_vdit_core.distill.lora.files import comfy_lora, merged
 from efficient_vdit_core.distill.lora.layers import add_lora
+from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig
+from efficient_vdit_core.distill.runs.trainer import check_run
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.storage.weight_files import save_safetensors
 from efficient_vdit_core.tiles import TilePattern
 
 diffusers = pytest.importorskip("diffusers")
@@ -36,6 +40,31 @@ def wan(tmp_path):
     scheduler = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 5.0}
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     return open_model(ModelConfig(path=str(tmp_path), family="diffusers"))
+
+
+@pytest.mark.parametrize("name", ["transformer", "init"])
+def test_weights_that_do_not_fit_are_refused_before_any_work(wan, tmp_path, name):
+    """With the first odd tensor, and a word where its name is ComfyUI's."""
+    state, file = wan.load().state_dict(), tmp_path / "other.safetensors"
+    first = "blocks.0.attn1.norm_k.weight"
+
+    def check(tensors):
+        save_safetensors(file, tensors)
+        made = DistillConfig("consistency", ConsistencyConfig(segments=2), replace(wan_config, **{name: str(file)}))
+        check_run(made, open_model(made.model), sharded=False, processes=1)
+
+    wan_config = ModelConfig(path=str(tmp_path), family="diffusers", device="cpu", train="full")
+    check(state)
+    with pytest.raises(
+        ValueError, match=r"'model\.diffusion_model\.blocks\.0.* is none of .* are ComfyUI's, not diffusers'"
+    ):
+        check({f"model.diffusion_model.{comfy_name(WAN, n)}": x for n, x in state.items()})
+    with pytest.raises(
+        ValueError, match=rf"other\.safetensors does not hold the weights .*'{first}' is missing\. Check"
+    ):
+        check({n: x for n, x in state.items() if n != first})
+    with pytest.raises(ValueError, match=rf"'{first}' has shape \(3,\), expected \(24,\)"):
+        check({**state, first: torch.ones(3)})
 
 
 def inputs():

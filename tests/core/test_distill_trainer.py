@@ -2,6 +2,7 @@
 knowledge."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -40,13 +41,14 @@ from efficient_vdit_core.distill.runs import export, trainer
 from efficient_vdit_core.distill.runs.alternating import AlternatingLoss
 from efficient_vdit_core.distill.runs.optimizers import check_optimizer
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
-from efficient_vdit_core.distill.runs.resume_check import claim_run
+from efficient_vdit_core.distill.runs.resume_check import alone_in, claim_run
 from efficient_vdit_core.models.distilled import DistillMetadata, read_metadata
 from efficient_vdit_core.models.opensora_plan.checkpoint import load_transformer
 from efficient_vdit_core.models.opensora_plan.config import DiTConfig
 from efficient_vdit_core.models.opensora_plan.transformer import OpenSoraT2V
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.sampling.path import FlowPath
+from efficient_vdit_core.storage.locks import locked
 from efficient_vdit_core.storage.weight_files import read_state_dict, save_safetensors
 from efficient_vdit_core.training import StepLoss
 from efficient_vdit_core.training.live_bytes import size_of
@@ -241,6 +243,47 @@ def test_a_resume_with_another_configuration_is_refused(base, tmp_path):
     claim_run(config(base, training={"save_every": 7}), tmp_path / "run")  # only how often something is written
     with pytest.raises(ValueError, match=r"objective\.segments: 2 -> 3; training\.learning_rate: 0\.01 -> 0\.001"):
         claim_run(config(base, objective={"segments": 3}, training={"learning_rate": 0.001}), tmp_path / "run")
+
+
+def test_a_folder_in_which_another_run_trains_is_refused_until_that_ends(base, tmp_path, monkeypatch):
+    folder, second = tmp_path / "run", []
+    train = trainer._train
+
+    def meanwhile(*args):
+        monkeypatch.setattr(trainer, "_train", train)
+        with pytest.raises(ValueError, match="Another process trains in run"):
+            trainer.distill(config(base, steps=1), folder)
+        second.append("refused")
+        train(*args)
+
+    monkeypatch.setattr(trainer, "_train", meanwhile)
+    result = trainer.distill(config(base, steps=1), folder)
+    assert second == ["refused"] and trainer.distill(config(base, steps=1), folder) == result
+
+
+def test_processes_of_one_run_hear_alike_that_another_is_in_its_folder(tmp_path):
+    class Second:
+        is_main_process, num_processes, device, told = False, 2, "cpu", 1
+
+        def gather(self, value):
+            return torch.tensor([self.told, *value.tolist()])
+
+    with pytest.raises(ValueError, match="Another process trains"), alone_in(tmp_path / "run", Second()):
+        pass
+    Second.told = 0
+    with alone_in(tmp_path / "run", Second()):
+        assert not (tmp_path / "run").exists(), "only process 0 locks"
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def none_here(*_):
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", none_here)
+    with locked(tmp_path / "lock") as first, locked(tmp_path / "lock") as second:
+        assert first and second
 
 
 def test_a_run_goes_on_with_a_lower_rate_but_not_with_a_higher_one(base, tmp_path):

@@ -3,13 +3,15 @@
 import json
 import shutil
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from small_models import wan
 
-from efficient_vdit_core.distill.config import DistillConfig
+from efficient_vdit_core.distill.config import DataConfig, DistillConfig
 from efficient_vdit_core.distill.data.clips import ClipSet
 from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.families.opensora_plan import OpenSoraPlanModel
@@ -214,6 +216,45 @@ def test_weights_that_changed_under_a_run_are_refused(base, tmp_path):  # noqa: 
     save_safetensors(base, {name: torch.zeros_like(value) for name, value in weights.items()}, entries)
     with pytest.raises(ValueError, match=r"model\.transformer: 'weights \w+' -> 'weights \w+'"):
         claim_run(config(base), tmp_path / "run")
+
+
+@pytest.mark.parametrize("source", ["teacher", "videos"])
+def test_data_that_changed_under_a_run_are_refused(base, tmp_path, source):  # noqa: F811
+    folder, data = tmp_path / "run", tmp_path / "data"
+    data.mkdir()
+    for name in ("a", "b"):
+        (data / f"{name}.mp4").write_bytes(b"1234")
+        (data / f"{name}.txt").write_text(f"{name}\n")
+    section = (
+        {"source": source, "captions": str(data / "a.txt")}
+        if source == "teacher"
+        else {"source": source, "folder": str(data)}
+    )
+    started = replace(config(base), data=DataConfig(**section))
+    claim_run(started, folder)
+    claim_run(started, folder)
+    (data / "a.txt").write_text("another\n")
+    with pytest.raises(ValueError, match=r"run was started with another configuration \(data: '. \w+ \(\w+\)' -> "):
+        claim_run(started, folder)
+    (data / "a.txt").write_text("a\n")
+    (data / "b.mp4").write_bytes(b"12345")
+    with pytest.raises(ValueError, match=r"data: '2 videos") if source == "videos" else nullcontext():
+        claim_run(started, folder)
+    record = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({name: x for name, x in record.items() if name != "data"}))
+    claim_run(started, folder)  # as earlier versions left it
+    shutil.rmtree(data)
+    claim_run(started, folder, finished=True)  # what is finished needs none
+
+
+def test_a_search_by_the_output_tells_the_texts_it_measured_from_others(tmp_path):
+    model = open_model(wan(tmp_path / "model"))
+    clips = [ClipSet(torch.zeros(1, 4, 3, 4, 4), [(text,)]) for text in "ab"]
+    for error, same in (("output", False), ("attention", True)):
+        first, second = (
+            search_stage.search_settings(SearchConfig(error=error), model, c, segments=4, steps=4) for c in clips
+        )
+        assert (first == second) is same
 
 
 def test_what_changed_in_the_models_folder_under_a_run_is_refused(tmp_path):

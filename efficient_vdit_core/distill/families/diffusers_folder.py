@@ -12,9 +12,10 @@ from ...generation.devices import DTYPES
 from ...limits.documents import parse_json, read_text
 from ...limits.quote import named, quoted
 from ...plan import TilePlan
+from ...storage.weight_files import read_shapes, read_state_dict
 from ..config import ModelConfig
-from ..lora.comfy_names import ComfyLayer, comfy_layer
-from ..lora.files import attach_frozen
+from ..lora.comfy_names import ComfyLayer, comfy_layer, comfy_name
+from ..lora.files import COMFY_PREFIX, attach_frozen
 from .intercept import checkpointed
 
 
@@ -54,8 +55,6 @@ class DiffusersFolder:
         """Made without weights first: those that a class starts with are in float32, more than the host may have."""
         from accelerate import init_empty_weights
 
-        from ...storage.weight_files import read_state_dict
-
         with init_empty_weights(include_buffers=False):
             module = _in_precision(kind.from_config(self.config), self.dtype)
         wanted = {name: x.dtype for name, x in module.state_dict().items()}
@@ -66,12 +65,22 @@ class DiffusersFolder:
         return module
 
     def skeleton(self) -> nn.Module:
+        module = self._hollow()
+        attach_frozen(module, self.loras, self.comfy_layer)
+        return module
+
+    def check_weights(self, weights: str = "") -> None:
+        source = Path(weights) if weights else self.transformer_file
+        if not source.is_dir():  # diffusers reads its own folders
+            wanted = {name: tuple(x.shape) for name, x in self._hollow().state_dict().items()}
+            check_shapes(self.kind, wanted, source)
+
+    def _hollow(self) -> nn.Module:
+        """Without LoRAs, and without weights."""
         import diffusers
 
         with torch.device("meta"):
-            module = _in_precision(getattr(diffusers, self.kind).from_config(self.config), self.dtype).train()
-        attach_frozen(module, self.loras, self.comfy_layer)
-        return module
+            return _in_precision(getattr(diffusers, self.kind).from_config(self.config), self.dtype).train()
 
     def check_plan(self, plan: TilePlan) -> None:
         plan.check_fits(family=self.family, layers=self.layers, heads=self.heads)
@@ -92,6 +101,26 @@ def latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
     if mean and deviation:
         return torch.tensor(mean).view(1, -1, 1, 1, 1), torch.tensor(deviation).view(1, -1, 1, 1, 1)
     return torch.zeros(1), torch.tensor(1.0 / vae.config.scaling_factor)
+
+
+def check_shapes(kind: str, wanted: dict[str, tuple[int, ...]], file: Path) -> None:
+    """Raises ValueError where the tensors in a file are not those of a model of class ``kind``, ``wanted`` by name."""
+    found = read_shapes(file)
+    unknown, missing = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
+    differing = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
+    advice = "Check model.transformer and model.init."
+    if unknown:
+        what = f"{quoted(unknown[0])} is none of its tensors"
+        comfy = {comfy_name(kind, name) for name in wanted} - wanted.keys()
+        if any(name.removeprefix("model.").removeprefix(COMFY_PREFIX) in comfy for name in unknown):
+            advice = f"The names in it are ComfyUI's, not diffusers', which are needed here. {advice}"
+    elif missing:
+        what = f"{quoted(missing[0])} is missing"
+    elif differing:
+        what = f"{quoted(differing[0])} has shape {found[differing[0]]}, expected {wanted[differing[0]]}"
+    else:
+        return
+    raise ValueError(f"{named(file.name)} does not hold the weights of this {kind}: {what}. {advice}")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -100,6 +100,10 @@ class FamilyModel(Protocol):
         """The transformer on the meta device: shapes and precisions, no weights."""
         ...
 
+    def check_weights(self, weights: str = "") -> None:
+        """Raises ValueError where the file, or the model's own, holds other tensors than `load` takes; before it is read."""
+        ...
+
     @property
     def text_size(self) -> tuple[int, int]:
         """Longest text in tokens, and the channels of a text state."""

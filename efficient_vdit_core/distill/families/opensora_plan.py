@@ -19,7 +19,7 @@ from ...generation.request import SPACE, TIME
 from ...limits.quote import quoted
 from ...media.video import to_frames
 from ...models.opensora_plan.checkpoint import load_transformer, load_vae, read_transformer
-from ...models.opensora_plan.config import LATENT_SCALE
+from ...models.opensora_plan.config import LATENT_SCALE, DiTConfig
 from ...models.opensora_plan.text import MAX_TOKENS, TextEncoder
 from ...models.opensora_plan.transformer import FIRST_FRAME, OpenSoraT2V
 from ...models.opensora_plan.vae import CausalVAE
@@ -64,10 +64,7 @@ class OpenSoraPlanModel:
 
     def load(self, weights: str = "") -> OpenSoraT2V:
         module = load_transformer(weights or self.transformer_file, dtype=self.dtype)
-        if module.config != self.config:
-            raise ValueError(
-                f"{weights} is another model than {self.transformer_file.name}: their configurations differ. Choose another."
-            )
+        self._check_same(module.config, weights)
         module.train().requires_grad_(True)
         attach_frozen(module, self.loras, self.comfy_layer)
         return module
@@ -76,6 +73,16 @@ class OpenSoraPlanModel:
         module = OpenSoraT2V(self.config, dtype=self.dtype, device="meta").train()
         attach_frozen(module, self.loras, self.comfy_layer)
         return module
+
+    def check_weights(self, weights: str = "") -> None:
+        if weights:  # its own are looked at when it is opened
+            self._check_same(read_transformer(weights)[1], weights)
+
+    def _check_same(self, config: DiTConfig, weights: str) -> None:
+        if config != self.config:
+            raise ValueError(
+                f"{weights} is another model than {self.transformer_file.name}: their configurations differ. Choose another."
+            )
 
     @property
     def schedules(self) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from ...storage.weight_files import read_state_dict, save_safetensors
 
 AT_ONCE = 32
 MAX_LIST = 2**28  # bytes of all captions
+SAVE_EVERY = 60.0  # seconds; a process that is killed loses as much
+SAVING = 0.05  # share of the time that may go into it: each time all is written, which may be gigabytes
 
 Encode = Callable[[list[str]], tuple[Tensor, Tensor]]
 
@@ -34,19 +37,7 @@ class TextBank:
         states = _read(file) if file is not None and file.is_file() else {}
         missing = [t for t in wanted if t not in states]
         if missing:
-            encode = encoder()
-            try:
-                for start in range(0, len(missing), AT_ONCE):
-                    part = missing[start : start + AT_ONCE]
-                    context, mask = encode(part)
-                    states.update(
-                        {t: c[: int(m.sum())].clone() for t, c, m in zip(part, context.cpu(), mask.cpu(), strict=True)}
-                    )
-            finally:  # what was encoded before Ctrl-C is not encoded again
-                if file is not None and states:
-                    names = list(states)
-                    tensors = {str(i): states[t] for i, t in enumerate(names)}
-                    save_safetensors(file, tensors, {"texts": json.dumps(names)})
+            _encode(missing, encoder(), states, file)
         return cls({t: states[t] for t in wanted}, padding)
 
     def batch(self, texts: list[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -57,6 +48,31 @@ class TextBank:
         for i, row in enumerate(rows):
             context[i, : len(row)], mask[i, : len(row)] = row, 1
         return context.to(device), mask.to(device)
+
+
+def _encode(missing: list[str], encode: Encode, states: dict[str, Tensor], file: Path | None) -> None:
+    """Put the states of ``missing`` into ``states``, and these into ``file`` from time to time."""
+    saved, pause = time.monotonic(), SAVE_EVERY
+    try:
+        for start in range(0, len(missing), AT_ONCE):
+            part = missing[start : start + AT_ONCE]
+            context, mask = encode(part)
+            states.update(
+                {t: c[: int(m.sum())].clone() for t, c, m in zip(part, context.cpu(), mask.cpu(), strict=True)}
+            )
+            begun = time.monotonic()
+            if file is not None and begun >= saved + pause:
+                _write(states, file)
+                saved = time.monotonic()
+                pause = max(SAVE_EVERY, (saved - begun) / SAVING)
+    finally:  # what was encoded before Ctrl-C is not encoded again
+        if file is not None and states:
+            _write(states, file)
+
+
+def _write(states: dict[str, Tensor], file: Path) -> None:
+    names = list(states)
+    save_safetensors(file, {str(i): states[t] for i, t in enumerate(names)}, {"texts": json.dumps(names)})
 
 
 def _read(file: Path) -> dict[str, Tensor]:

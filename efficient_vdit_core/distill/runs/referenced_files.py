@@ -1,4 +1,4 @@
-"""The plan, the weights and the noise schedules that a run's configuration names by a path. What is learnt depends on what
+"""The plan, the weights, the noise schedules and the data that a run's configuration names by a path. What is learnt depends on what
 they hold, not on where they lie: a file may change under a run that is not finished, and a recipe's folder may move with all
 that is in it.
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from ...limits.quote import quoted
 from ...storage.folder_record import claim_folder, settings_of
 from ..config import DistillConfig
+from ..data.stamp import data_stamp
 from ..families.fingerprints import weights_stamp
 from ..families.model import read_plan
 from ..families.open_model import open_model
@@ -31,7 +32,7 @@ def changes(before: DistillConfig, config: DistillConfig, folder: Path) -> dict[
 
 
 def keep_contents(config: DistillConfig, folder: Path) -> None:
-    """Keep what the plan and the weights hold now, unless the folder has it already."""
+    """Keep what the plan, the weights and the data hold now, unless the folder has it already."""
     claim_folder(folder, _contents(config))
     if config.objective.plan and not (folder / PLAN_COPY).is_file():
         read_plan(config.objective.plan).save(folder / PLAN_COPY)
@@ -44,8 +45,10 @@ def _contents(config: DistillConfig) -> dict[str, str]:
     weights = {"model.transformer": [model.transformer], "model.init": [model.init], "model.loras": model.loras}
     weights["the transformer in model.path"] = [] if model.transformer else [found.transformer_file]
     stamps = {name: weights_stamp(map(Path, filter(None, files))) for name, files in weights.items()}
+    data = data_stamp(config.data)
     return {
         PLAN: read_plan(plan).to_text() if plan else "",
         **{name: f"weights {stamp}" if stamp else "" for name, stamp in stamps.items()},
         "the schedule in model.path": json.dumps(found.schedules),
+        **({"data": data} if data else {}),
     }

@@ -36,6 +36,7 @@ from ...search.output import Around, once
 from ...search.probe import ATTENTION, OUTPUT
 from ...storage.folder_record import check_settings, claim_folder
 from ..data.clips import ClipSet
+from ..data.stamp import texts_stamp
 from ..families.fingerprints import teacher_stamp
 from ..families.model import FamilyModel
 from ..families.texts import TextBank
@@ -148,7 +149,7 @@ def search_plans(
     if missing:
         if by_output:
             claim_folder(folder, settings, SEARCHED, BEFORE)
-        texts = [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
+        texts = sampled_texts(config, clips)
         clean = None
         if model.expert:  # it cannot sample alone
             clean = torch.stack([clips.latents[i % len(clips.captions)].float() for i in range(config.captions)])
@@ -171,7 +172,14 @@ def search_settings(
         f"search.{name}": value for name, value in asdict(config).items() if name not in ("thresholds", "speedups")
     }
     asked |= {"segments": segments, "steps": steps, "latents": list(clips.latents[0].shape)}
+    if config.error == OUTPUT:  # what was measured is kept by its place in the search alone
+        asked["captions"] = texts_stamp(sampled_texts(config, clips))
     return {**asked, "model": teacher_stamp(model), "schedules": model.schedules}
+
+
+def sampled_texts(config: SearchConfig, clips: ClipSet) -> list[str]:
+    """What the samples that a search looks at are made for."""
+    return [clips.captions[i % len(clips.captions)][0] for i in range(config.captions)]
 
 
 def asked_times(model: FamilyModel, segments: int, steps: int) -> Tensor:

@@ -1,7 +1,7 @@
 """One distillation run in one folder: model, data, objective and optimiser from a configuration, then checkpoint and
 export.
 
-    folder/config.toml        the configuration of the run, see resume_check.py; what its plan and weights held, see referenced_files.py
+    folder/config.toml        the configuration of the run, see resume_check.py; what it names held, see referenced_files.py
     folder/checkpoint.pt      everything a resumed run needs
     folder/cache/             latents and text states
     folder/transformer/       the result as full weights, or folder/lora.safetensors
@@ -13,6 +13,7 @@ of processes may share out each clip (`sequence_parallel`).
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from .export import export, result_file
 from .launch import free_memory, make_accelerator
 from .objective import make_objective
 from .optimizers import check_optimizer, make_optimizers
-from .resume_check import CONFIG, claim_run
+from .resume_check import CONFIG, alone_in, claim_run
 from .samples import write_samples
 from .sequence_parallel import check_processes, check_shares, make_group
 
@@ -58,11 +59,13 @@ def distill(config: DistillConfig, folder: Path, *, any_rate: bool = False) -> P
     if not (folder / CONFIG).is_file():
         check_data(config, model)
     result = result_file(folder, lora=config.model.train == "lora")
-    with accelerator.main_process_first():
-        claim_run(config, folder, finished=result.is_file(), any_rate=any_rate)
-    if result.is_file():  # it is written at the end, whole
-        return result
-    _train(config, model, about, folder, accelerator)
+    # A finished run is only read, and so are folders where nothing can be written.
+    with nullcontext() if result.is_file() else alone_in(folder, accelerator):
+        with accelerator.main_process_first():
+            claim_run(config, folder, finished=result.is_file(), any_rate=any_rate)
+        if result.is_file():  # it is written at the end, whole
+            return result
+        _train(config, model, about, folder, accelerator)
     free_memory(accelerator)  # here, where nothing names the networks any more
     return result
 
@@ -76,6 +79,9 @@ def check_run(config: DistillConfig, model: FamilyModel, *, sharded: bool, proce
     check_optimizer(config, sharded=sharded)
     check_hosted(config, sharded=sharded)
     check_loras(config, model)
+    model.check_weights()
+    if config.model.train == "full" and config.model.init:
+        model.check_weights(config.model.init)
     check_processes(config, processes)
     check_shares(config, model)
     check_tensorboard(config)

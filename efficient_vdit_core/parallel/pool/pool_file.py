@@ -7,17 +7,13 @@ one that is gone.
 from __future__ import annotations
 
 import json
-import os
-import sys
-import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ...storage.locks import is_locked, take_lock
 from .private_files import private_folder, read_private, write_private
 from .secret import is_secret
-
-_LOCK_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -81,41 +77,16 @@ def hold_lock(path: Path) -> int:
     """Mark this process as rank 0 of the pool that ``path`` announces, until it ends. Raises RuntimeError where another
     is."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT, 0o600)
-    for _ in range(_LOCK_TRIES):  # who only asks whether it is held holds it for a moment
-        if _try_lock(descriptor):
-            return descriptor
-        time.sleep(0.05)
-    os.close(descriptor)
-    raise RuntimeError("A pool of workers runs already, and ComfyUI finds one only. Use it, or end it first.")
+    descriptor = take_lock(_lock_path(path))
+    if descriptor is None:
+        raise RuntimeError("A pool of workers runs already, and ComfyUI finds one only. Use it, or end it first.")
+    return descriptor
 
 
 def is_held(path: Path) -> bool:
     """Whether rank 0 of the pool that ``path`` announces lives, on this machine or on one that shares the folder."""
-    try:
-        descriptor = os.open(_lock_path(path), os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        return not _try_lock(descriptor)
-    finally:
-        os.close(descriptor)
+    return is_locked(_lock_path(path))
 
 
 def _lock_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.lock")
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
