@@ -99,7 +99,9 @@ class DenseCall:
     @property
     def identity(self) -> str:
         """Its name, and what tells it from others of that name where backends are measured against it."""
-        codes = function_code(self.func), self.previous_code or (function_code(self.previous) if self.previous else "")
+        # ComfyUI gives an override the function itself, and everyone else the one that looks for overrides around it.
+        own = function_code(inspect.unwrap(self.func))
+        codes = own, self.previous_code or (function_code(self.previous) if self.previous else "")
         return " ".join([self.name, *filter(None, codes)])
 
     @property

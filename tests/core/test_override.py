@@ -160,6 +160,8 @@ def test_kernels_of_one_name_are_told_apart_and_a_counter_is_none():
     first = identity(kernel("auto"))
     assert first == identity(kernel("auto", step=7)) == identity(kernel("auto")) != identity(kernel("sageattn3"))
     assert first.startswith("sage_func over attention_sdpa ")
+    around = functools.wraps(attention_sdpa)(lambda *args: attention_sdpa(*args) if first else None)
+    assert DenseCall.over(around, None, None, {}).identity == identity(None)
     bound = functools.partial(kernel("auto"), kind="a"), functools.partial(kernel("auto"), kind="b")
     assert len({first, *map(identity, bound)}) == 3
 
