@@ -83,12 +83,6 @@ class DenseCall:
     previous_name: str = ""
     previous_code: str = ""
 
-    @classmethod
-    def over(cls, func: Override, previous: Override | None, precision: Any, kwargs: dict[str, Any]) -> DenseCall:
-        """One that is named here; where many are made, they are named once."""
-        name, code = (function_name(previous), function_code(previous)) if previous is not None else ("", "")
-        return cls(func, previous, precision, kwargs, name, code)
-
     @property
     def name(self) -> str:
         """What to call this attention."""

@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...efficient_vdit_core.attention.dense_call import DenseCall
-from ...efficient_vdit_core.attention.hook.state import FORWARD_KEY, CallCounter, ForwardState, Override
+from ...efficient_vdit_core.attention.hook.state import FORWARD_KEY, CallCounter, ForwardState
 from ...efficient_vdit_core.attention.report.cost import StepCost
 from ...efficient_vdit_core.attention.report.measure import StepMeasure
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
@@ -119,17 +119,15 @@ def _prepared(hook: Hook, state: ForwardState, call: ModelCall) -> ForwardState:
     """The forward with its backends settled, and all made that its calls keep on the device."""
     if hook.make is not None:
         return state
-    previous: Override | None = call.options[OVERRIDE].replaces
     # What a trial calls is no call of the model: it gets the forward's options without our own override, which stands aside
     # where a node behind it kept it.
     beside = {key: value for key, value in call.options.items() if key != OVERRIDE}
     beside[FORWARD_KEY] = ForwardState(None, counter=CallCounter(busy=True))
 
-    over_previous = DenseCall.over(optimized_attention, previous, None, {})
-
     def dense_of(layer: int) -> DenseCall:
         options = {"transformer_options": {**beside, **state.named(layer)}}
-        return replace(over_previous, kwargs=options).as_the_file_asks(state.file_attention.get(layer), video=True)
+        dense: DenseCall = call.options[OVERRIDE].asked(optimized_attention, None, options)
+        return dense.as_the_file_asks(state.file_attention.get(layer), video=True)
 
     shape = call_shape(hook.family, call.model, call.x)
     if state.layout is not None and state.depth:

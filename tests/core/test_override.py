@@ -154,14 +154,14 @@ def kernel(mode, step=0):
 
 def test_kernels_of_one_name_are_told_apart_and_a_counter_is_none():
     def identity(previous):
-        return DenseCall.over(attention_sdpa, previous, None, {}).identity
+        return DenseCall(attention_sdpa, previous, None, {}).identity
 
     assert identity(None) == "attention_sdpa"
     first = identity(kernel("auto"))
     assert first == identity(kernel("auto", step=7)) == identity(kernel("auto")) != identity(kernel("sageattn3"))
     assert first.startswith("sage_func over attention_sdpa ")
     around = functools.wraps(attention_sdpa)(lambda *args: attention_sdpa(*args) if first else None)
-    assert DenseCall.over(around, None, None, {}).identity == identity(None)
+    assert DenseCall(around, None, None, {}).identity == identity(None)
     bound = functools.partial(kernel("auto"), kind="a"), functools.partial(kernel("auto"), kind="b")
     assert len({first, *map(identity, bound)}) == 3
 
@@ -175,7 +175,7 @@ def test_an_override_with_an_empty_cell_is_called_by_its_name():
         held = later
 
     later = next(make())
-    assert function_name(later) == "later" and DenseCall.over(attention_sdpa, later, None, {}).function is None
+    assert function_name(later) == "later" and DenseCall(attention_sdpa, later, None, {}).function is None
 
 
 def test_the_report_names_what_computes_mean_frames():

@@ -93,8 +93,12 @@ class AttentionCall:
 
 def override_by(answer: Callable[[AttentionCall], Tensor], previous: Override | None = None) -> Override:
     """An override for ``transformer_options["optimized_attention_override"]`` that answers calls by ``answer``; ``previous``
-    is another node's, asked for all that is dense."""
+    is another node's, asked for all that is dense. Its ``asked`` gives the dense attention of such calls to those who prepare them."""
+    # Once: what another node's function holds may change as it is called.
     name, code = (function_name(previous), function_code(previous)) if previous is not None else ("", "")
+
+    def asked(func: Override, precision: Any, kwargs: dict[str, Any]) -> DenseCall:
+        return DenseCall(func, previous, precision, kwargs, name, code)
 
     # A plain closure: ComfyUI deep-copies model options, and functions survive that as they are.
     def override(
@@ -109,10 +113,12 @@ def override_by(answer: Callable[[AttentionCall], Tensor], previous: Override | 
         skip_output_reshape: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        asked = DenseCall(func, previous, attn_precision, kwargs, name, code)
-        return answer(AttentionCall(q, k, v, heads, mask, skip_reshape, skip_output_reshape, asked))
+        dense = asked(func, attn_precision, kwargs)
+        return answer(AttentionCall(q, k, v, heads, mask, skip_reshape, skip_output_reshape, dense))
 
-    return override
+    answering: Any = override
+    answering.asked = asked
+    return answering
 
 
 def _peek(x: Any) -> Tensor:
