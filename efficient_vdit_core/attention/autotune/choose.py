@@ -31,14 +31,12 @@ from .trial import Attend, Choice, trial
 log = logging.getLogger("efficient_vdit")
 
 _TRIALS = 3  # what kind of trials they are: choices of another kind are made anew
+_MOST_BYTES = 2**23  # of the file: an entry has 300, and those of many models and sizes gather
 # Whose attention a run may be measured beside, and what compiles ours.
 _PACKAGES = (
     "triton", "triton-windows", "sageattention", "sageattn3", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers",
     "comfy-kitchen",
 )  # fmt: skip
-
-
-_MOST_BYTES = 2**23  # an entry has 300; those of many models and sizes gather
 
 
 class ChoiceBook:
