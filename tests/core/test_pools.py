@@ -127,6 +127,8 @@ def test_torchrun_on_one_machine_is_one_pool(start, end):
     session = Session()
     ranks = use(session, ("cpu", "cpu"))
     assert session.workers is None and ranks == ranks_of(command.pid)
+    said = f"2 workers are ready; ComfyUI finds them by {default_pool_file()}"
+    until(lambda: said in "".join(command.lines), command)
     refuses_a_second()
     session.stop()
     command.send_signal(end)

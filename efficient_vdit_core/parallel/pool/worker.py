@@ -78,6 +78,7 @@ class Worker:
         if settings.rank == 0:
             address = PoolAddress(settings.listen, port, settings.secret, settings.ranks, settings.devices, self.pool)
             write_pool_file(Path(settings.address_file), address)
+            self._say_ready()
 
     def serve(self) -> None:
         """Answer requests for ever."""
@@ -88,6 +89,12 @@ class Worker:
                 self.hub.answer(0, answer, result)
             else:
                 self.connection.send(answer)
+
+    def _say_ready(self) -> None:
+        """Rank 0, where no starter says it."""
+        if not self.settings.piped:
+            found_by = self.settings.address_file
+            print(f"{self.settings.ranks} workers are ready; ComfyUI finds them by {found_by}.", flush=True)  # noqa: T201
 
     def _open_hub(self, rendezvous: Any) -> int:
         """Rank 0: listen, say where, and wait for the others; returns its port."""
