@@ -97,6 +97,22 @@ def test_a_base_learns_what_it_is_asked_to_say(tmp_path, monkeypatch, prediction
     assert losses[0].item() == pytest.approx(loss, abs=0.03)
 
 
+def test_beginnings_of_clips_come_first_where_that_is_asked_for(tmp_path, monkeypatch):
+    """The first quarter of them, half of them, whole ones; and a network of whole ones is what comes out."""
+    latents, mse, seen = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(2, 4, 8, 8, 8), train_dit.F.mse_loss, []
+    monkeypatch.setattr(train_dit.F, "mse_loss", lambda said, wanted: seen.append(wanted) or mse(said, wanted))
+    clips = train_dit.CachedClips(latents, scenes(2))
+    words: Any = Words()
+    model = train_dit.train_dit(tmp_path, clips, words, steps=10, batch=2, short_first=True)
+    assert [wanted.shape[2] for wanted in seen] == [2] * 5 + [4] * 3 + [8] * 2
+    assert model.config.sample_size_t == 8
+    for (
+        wanted
+    ) in seen:  # at the noisiest of the levels, -s x0 is what is wanted but for noise: the frames from the first on
+        means = wanted[1].mean(dim=(0, 2, 3))
+        assert (means.diff() < 0).all() and means[0].abs() < 0.3
+
+
 def test_captions_name_every_attribute_and_tokenise_without_unknowns():
     captions = Captions(train_sentencepiece())
     for i, scene in enumerate(scenes(30, seed=3)):
@@ -411,6 +427,7 @@ def begin(tmp_path, monkeypatch):
         ({"world": WORLDS["crossing"]}, "world: 'moving' -> 'crossing'"),
         ({"clips": 2}, "clips: 1 -> 2"),
         ({"batch": 7}, "batch: 32 -> 7"),
+        ({"short_first": True}, "short_first: False -> True"),
         ({"start": tiny_path("transformer", "tiny")}, "start: '' -> "),
     ],
 )

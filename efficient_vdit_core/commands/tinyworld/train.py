@@ -42,6 +42,11 @@ def add(commands: Any) -> None:
         default="v_prediction",
         help="what the transformer learns to say; epsilon as the paper's model, default: %(default)s",
     )
+    train.add_argument(
+        "--short-first",
+        action="store_true",
+        help="the transformer learns the first quarter of clips for half of its steps, then half clips, then whole ones: for long clips",
+    )
     add_world(train)
     train.add_argument("--device", default="cpu", help="cpu or cuda, default: %(default)s")
     train.add_argument(
@@ -103,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         args.run_folder, args.out, world=WORLDS[args.world], parts=tuple(args.parts), vae_steps=args.vae_steps,
         decoder_steps=args.decoder_steps, dit_steps=args.dit_steps, clips=args.clips, batch=args.batch, seed=args.seed,
         start=args.start, start_vae=args.start_vae, latent_channels=args.latent_channels, res_blocks=args.res_blocks,
-        vae_rate=args.vae_rate, bf16=args.bf16, prediction=args.prediction,
+        vae_rate=args.vae_rate, bf16=args.bf16, prediction=args.prediction, short_first=args.short_first,
         device=str(device_named(args.device)), tensorboard=args.tensorboard,
     )  # fmt: skip
     try:

@@ -34,14 +34,14 @@ from .text import train_sentencepiece, train_text_encoder
 from .vae import TINY_VAE, to_model_range, train_vae
 
 PARTS = ("text_encoder", "vae", "transformer")
-# Of a VAE's run, what settings were before there were others.
-BEFORE = {"latent_channels": None, "res_blocks": None, "rate": 1.0}
+# What settings of a part were before there were any.
+BEFORE = {"latent_channels": None, "res_blocks": None, "rate": 1.0, "short_first": False}
 NEEDS = {"decoder": ("vae",), "transformer": ("text_encoder", "vae")}
 # What these parts alone hear, and so must not be asked for where none of them is trained.
 OF_PARTS = {
     ("vae",): ("start_vae", "latent_channels", "res_blocks", "vae_rate", "vae_steps"),
     ("decoder",): ("decoder_steps",),
-    ("transformer",): ("start", "prediction", "dit_steps", "clips", "batch"),
+    ("transformer",): ("start", "prediction", "dit_steps", "clips", "batch", "short_first"),
     ("vae", "decoder", "transformer"): ("bf16", "tensorboard"),
 }
 
@@ -58,6 +58,7 @@ class TinyRecipe:
         the VAE takes half to a sixth of the time (AVX-512 BF16, AMX), on others more.
     prediction: as of ``dit.train_dit``.
     clips, batch: of the transformer: clips to learn from, and of them in a step.
+    short_first: the transformer learns beginnings of clips first, as ``dit.SHORT_FIRST`` has them.
     device: where it is computed.
     """
 
@@ -78,6 +79,7 @@ class TinyRecipe:
     vae_rate: float = 1.0
     bf16: bool = False
     prediction: str = "v_prediction"
+    short_first: bool = False
     device: str = "cpu"
     tensorboard: bool = False
 
@@ -158,6 +160,7 @@ class TinyRecipe:
                 "prediction": self.prediction,
                 "clips": self.clips,
                 "batch": self.batch,
+                "short_first": self.short_first,
             }
             return {**everywhere, **own}
         return everywhere
@@ -208,12 +211,12 @@ class TinyRecipe:
         text = TextEncoder.from_folder(self.out / "text_encoder", dtype=torch.float32)
         # Of the VAE the encoder alone: a decoder that was trained further leaves all latents as they were.
         read_back = {"vae_encoder": _digest(vae.encoder), "text_encoder": _digest(text.model)}
-        claim_folder(self.run / "transformer", {**self._settings("transformer"), **read_back})
+        claim_folder(self.run / "transformer", {**self._settings("transformer"), **read_back}, before=BEFORE)
         cached = cache_clips(vae, self.clips, self.run, world=self.world, seed=self.seed + 1, device=self.device)
         start = load_transformer(self.start, dtype=torch.float32).train().requires_grad_(True) if self.start else None
         model = train_dit(
             self.run / "transformer", cached, text, steps=self.dit_steps, batch=self.batch, tensorboard=self.tensorboard,
-            start=start, prediction=self.prediction, bf16=self.bf16, **self._everywhere,
+            start=start, prediction=self.prediction, bf16=self.bf16, short_first=self.short_first, **self._everywhere,
         )  # fmt: skip
         export_transformer(model, self.out / "transformer")
         load_transformer(self.out / "transformer")
