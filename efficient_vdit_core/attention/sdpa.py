@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .cpu_halves import attend, suits
+
 OVERRIDE_KEY = "optimized_attention_override"
 # In transformer_options, set where a model says itself that a call crosses to the text: its length tells that only where it
 # is not the video's.
@@ -41,5 +43,5 @@ def attention_sdpa(
     """
     if not skip_reshape:
         q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = attend(q, k, v, mask) if suits(q, k, v) else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")

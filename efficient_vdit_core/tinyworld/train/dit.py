@@ -16,14 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attention.sdpa import OVERRIDE_KEY
 from ...limits.quote import quoted
 from ...models.opensora_plan.checkpoint import read_transformer_config
 from ...models.opensora_plan.config import DiTConfig
 from ...models.opensora_plan.text import TextEncoder
 from ...models.opensora_plan.transformer import OpenSoraT2V
 from ...training import TrainingRun
-from ...training.cpu_attention import cpu_attention
 from ...training.muon import is_for_muon, muon_and_adamw
 from ..worlds import MOVING, World
 from .latents import CachedClips
@@ -84,8 +82,6 @@ def train_dit(
     run = TrainingRun(
         model, _optimizers(model), folder=folder, steps=steps, seed=seed, ema_decay=0.998, tensorboard=tensorboard
     )
-    # PyTorch's attention is slow there, above all its gradient; in float32 it is not.
-    options = {OVERRIDE_KEY: cpu_attention} if bf16 and torch.device(device).type == "cpu" else {}
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
 
     def loss_of(generator: torch.Generator) -> Tensor:
@@ -103,7 +99,7 @@ def train_dit(
         noise = torch.randn(x0.shape, generator=generator)
         noisy, wanted = a * x0 + s * noise, noise if prediction == "epsilon" else a * noise - s * x0
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            said = model(noisy.to(device), t.float().to(device), context, mask, options).float()
+            said = model(noisy.to(device), t.float().to(device), context, mask).float()
         return F.mse_loss(said, wanted.to(device))
 
     model.load_state_dict(run.train(loss_of, evaluate=evaluate, save_every=250, evaluate_every=1000))
