@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..generation.request import GUIDANCE, SAMPLERS, TINY_GUIDANCE
+from ..generation.request import GUIDANCE, GUIDANCE_29X480P, SAMPLERS, TINY_GUIDANCE
 from ..limits.numbers import MAX_TORCH_SEED
 from ..limits.quote import quoted
 from . import say
@@ -49,13 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=int, help="number of frames, 4k+1 (default: as the model was trained)")
     add("--height", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
     add("--width", type=int, help="pixels, a multiple of 16 (default: as the model was trained)")
-    add("--steps", type=int, help="evaluations of the model, 1..1000 (default: 100 for ddim, euler_ancestral; for consistency what "
-        "the weights were distilled for, else 20)")  # fmt: skip
+    add("--steps", type=int, help="evaluations of the model, 1..1000 (default: 100 for ddim, euler_ancestral, which take 2 at least; "
+        "for consistency what the weights were distilled for, else 20)")  # fmt: skip
     add(
         "--guidance",
         type=float,
         help="classifier-free guidance, 1 is off (default: 1 where it was distilled into the weights, else "
-        f"{TINY_GUIDANCE:g} for tiny, {GUIDANCE:g} for others)",
+        f"{TINY_GUIDANCE:g} for tiny, {GUIDANCE_29X480P:g} for 29x480p, {GUIDANCE:g} for others)",
     )
     add("--sampler", choices=SAMPLERS, default="consistency", help="default: %(default)s")
     add("--segments", type=int, help="consistency: segments of diffusion time, 1..steps (default: what the weights were "

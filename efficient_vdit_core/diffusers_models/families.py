@@ -126,9 +126,10 @@ def _cogvideox(arguments: Mapping[str, Any], config: Any) -> SequenceLayout:
 def _hunyuan_video(arguments: Mapping[str, Any], config: Any) -> SequenceLayout:
     """[video | text | padding], with another length of text in each batch entry; latents (B, C, T, H, W)."""
     grid = _grid(arguments["hidden_states"], (config.patch_size_t, config.patch_size, config.patch_size))
-    # Read from the device once a forward, not once a layer.
-    lengths = arguments["encoder_attention_mask"].sum(dim=1).tolist()
-    entries = tuple(TokenLayout(grid, suffix=int(length)) for length in lengths)
+    # Read from the device once a forward, not once a layer. In integers, as the model counts: some pipelines give the mask in
+    # bf16, whose sums are not exact above 256.
+    lengths = arguments["encoder_attention_mask"].sum(dim=1, dtype=torch.int).tolist()
+    entries = tuple(TokenLayout(grid, suffix=length) for length in lengths)
     alike = len(set(entries)) == 1
     return SequenceLayout(
         grid.tokens + arguments["encoder_hidden_states"].shape[1], entries[:1] if alike else entries, masked=True

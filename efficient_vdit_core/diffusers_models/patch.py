@@ -11,16 +11,15 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..attention.hook.prepare import Preparation
 from ..attention.hook.state import ForwardState
-from ..attention.report.reason_names import OUTSIDE_THE_WINDOW
+from ..attention.report.reason_names import OUTSIDE_THE_WINDOW, REPLACED
 from ..attention.report.report import AttentionReport
 from ..plan import TilePlan
 from .families import DiffusersFamily, SequenceLayout, find_family
-from .processor import TiledProcessor, tiled
+from .processor import TiledProcessor, not_compiled, tiled
 
 # A step may lie on the window's edge; schedule and window round it in their own ways.
 _ROUNDING = 1 + 1e-4
@@ -55,8 +54,7 @@ class DiffusersPatch:
             processor = tiled(attention.get_processor(), self, layer)
             attention.set_processor(processor)
             self._replaced.append((attention, processor))
-        # Kept out of torch.compile: it reads timesteps, and each new value would compile the model anew.
-        hook: Any = torch.compiler.disable(self._read_forward)
+        hook: Any = not_compiled(self._read_forward)
         self._hook = transformer.register_forward_pre_hook(hook, with_kwargs=True)
 
     def remove(self) -> None:
@@ -66,6 +64,8 @@ class DiffusersPatch:
             if attention.get_processor() is processor:
                 attention.set_processor(processor.original)
         self._replaced.clear()
+        # What others have kept of it, as fused projections do, is dense where it is put back.
+        self.sequence, self.entries = None, ()
 
     def __enter__(self) -> DiffusersPatch:
         return self
@@ -75,11 +75,25 @@ class DiffusersPatch:
 
     def _read_forward(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook: where the video tokens of this forward stand, and whether it lies in the window."""
+        self._tell_replaced()
         arguments = self._forward.bind(transformer, *args, **kwargs).arguments
         reason = "" if self._in_window(arguments) else OUTSIDE_THE_WINDOW
         self.sequence = self._family.layout(arguments, self._config)
         layouts = self.sequence.entries if self.sequence is not None else ()
         self.entries = tuple(ForwardState(layout, reason, depth=self._depth) for layout in layouts)
+
+    def _tell_replaced(self) -> None:
+        """Counts the calls of this forward that the plan lost with its processors, and says it once."""
+        lost = sum(attention.get_processor() is not processor for attention, processor in self._replaced)
+        if not lost:
+            return
+        for _ in range(lost):
+            self.report.add_dense(REPLACED)
+        self.report.warn(
+            "processors",
+            f"{lost} of {len(self._replaced)} attention processors were replaced after the plan was applied, as fuse_qkv_projections() "
+            "and set_attn_processor() do, and the plan does not act there: call remove() of its handle and apply it again.",
+        )
 
     def _in_window(self, arguments: Mapping[str, Any]) -> bool:
         """Reads the noise level from the device, so only where a window was asked for, and once a forward."""
@@ -100,6 +114,9 @@ def apply_to_diffusers(
     backend: str = "auto",
 ) -> DiffusersPatch:
     """Makes the self-attention of a diffusers video transformer follow ``plan``, in place, until the handle is removed.
+
+    Apply it last: attention processors that are set afterwards (``fuse_qkv_projections``, ``set_attn_processor``) take its place,
+    and the report says so. With ``torch.compile`` leave ``fullgraph`` out: a plan's calls are counted outside of the graph.
 
     Args:
         transformer: ``pipe.transformer`` of a class in ``families.FAMILIES``: MiniMax-H3, Wan with VACE and Animate,

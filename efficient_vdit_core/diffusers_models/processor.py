@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -204,10 +205,17 @@ def tiled(original: Any, patch: Patch, layer: int) -> TiledProcessor:
     return _tiled_class(type(original))(original, patch, layer)
 
 
+def not_compiled(function: Callable[..., Any]) -> Any:
+    """``function`` kept out of torch.compile: it counts calls and reads timesteps, and each new value would compile the model
+    anew."""
+    said: dict[str, Any] = {"reason": "a tile plan counts its calls: compile without fullgraph"}
+    known = "reason" in inspect.signature(torch.compiler.disable).parameters  # from PyTorch 2.7 on
+    return torch.compiler.disable(function, **said if known else {})
+
+
 @functools.cache
 def _tiled_class(kind: type) -> type[TiledProcessor]:
-    # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
-    attend = torch.compiler.disable(TiledProcessor.attend)
+    attend = not_compiled(TiledProcessor.attend)
     return type(f"Tiled{kind.__name__}", (TiledProcessor,), {"__call__": functools.wraps(kind.__call__)(attend)})
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..limits.quote import quoted
 from ..plan import TilePlan
 from .model_folder import FAMILY, TINY, find_model, is_built_in
-from .request import GUIDANCE, SPACE, TIME, TINY_GUIDANCE, VideoRequest
+from .request import GUIDANCE, GUIDANCE_29X480P, SPACE, TIME, TINY_GUIDANCE, VideoRequest
 
 if TYPE_CHECKING:
     from ..models.distilled import DistillMetadata
@@ -76,7 +76,8 @@ class ModelHeader:
     def _defaults(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """What a request has where it is not chosen."""
         about = self.distilled
-        guidance = TINY_GUIDANCE if is_built_in(self.name) else GUIDANCE
+        small = (self.config.sample_size_t, *self.config.sample_size) == (8, 60, 80)
+        guidance = TINY_GUIDANCE if is_built_in(self.name) else GUIDANCE_29X480P if small else GUIDANCE
         if about and about.guidance is not None:
             guidance = 1.0
         defaults = {**self._trained, "guidance": guidance}

@@ -13,8 +13,13 @@ from ..limits.texts import checked_prompt
 
 SAMPLERS = ("consistency", "ddim", "euler_ancestral")
 DEFAULT_STEPS = {"consistency": 20, "ddim": 100, "euler_ancestral": 100}
-TINY_GUIDANCE, GUIDANCE = 3.0, 7.5  # of the built-in model, and as the reference model recommends
+# Of the built-in model, and as the reference model's makers recommend, who ask for less of their 29x480p.
+TINY_GUIDANCE, GUIDANCE, GUIDANCE_29X480P = 3.0, 7.5, 2.5
 MAX_STEPS = 1000
+# diffusers gives a single step the timestep of the clean end, 0.
+FEWEST_STEPS = {"consistency": 1, "ddim": 2, "euler_ancestral": 2}
+FULL_NOISE = 900  # timestep from which on 2 % of the data are left at most
+FITTING_DDIM_STEPS = "10, 20, 25, 50, 100, 250, 500"
 MAX_GUIDANCE = 1000.0
 MAX_FRAMES = 4 * (1024 - 1) + 1  # a plan has at most 1024 latent frames
 MAX_SIDE = 4096  # pixels
@@ -28,8 +33,8 @@ class VideoRequest:
     """One video. `check` fills in what is None and refuses what cannot be made.
 
     frames: 4 k + 1, as the VAE turns k + 1 latent frames into 4 k + 1. height, width: pixels, multiples of 16.
-    steps: evaluations of the model (two forwards each with guidance). guidance: classifier-free, 1 is off, and then `check`
-    empties ``negative``, which the model is never asked with.
+    steps: evaluations of the model (two forwards each with guidance); ddim and euler_ancestral take 2 at least.
+    guidance: classifier-free, 1 is off, and then `check` empties ``negative``, which the model is never asked with.
     segments, gamma: of the consistency sampler; segments None means one for each step.
     """
 
@@ -63,6 +68,11 @@ class VideoRequest:
             found.append("The negative prompt does nothing: guidance is 1, so that the model is never asked with it.")
         if self.sampler != "consistency" and (self.segments is not None or self.gamma != 0.0):
             found.append(f"segments and gamma belong to the consistency sampler; {self.sampler} ignores them.")
+        if self.sampler == "ddim" and (begin := _ddim_begin(self.steps)) < FULL_NOISE:
+            found.append(
+                f"ddim in {self.steps} steps begins at {begin} of {MAX_STEPS - 1}, below pure noise, so expect less; with "
+                f"{FITTING_DDIM_STEPS} it begins at {FULL_NOISE} or above."
+            )
         return found
 
     def check(self) -> VideoRequest:
@@ -80,6 +90,12 @@ class VideoRequest:
             5 * 3 * self.frames * self.height * self.width, self.describe(), "Use fewer frames or a smaller size."
         )
         return _check_sampling(complete)
+
+
+def _ddim_begin(steps: int | None) -> int:
+    """The first timestep of DDIM's own spacing, which ends at 0 and so begins below the last one."""
+    steps = steps or DEFAULT_STEPS["ddim"]
+    return (steps - 1) * (MAX_STEPS // steps)
 
 
 def _whole(value: Any, name: str) -> int | None:
@@ -117,6 +133,12 @@ def _check_size(request: VideoRequest) -> None:
 
 def _check_sampling(request: VideoRequest) -> VideoRequest:
     steps = request.steps or 0
+    fewest = FEWEST_STEPS[request.sampler]
+    if 1 <= steps < fewest:
+        raise ValueError(
+            f"steps must lie in {fewest}..{MAX_STEPS} for {request.sampler}, got {steps}: a single step would begin at the clean end "
+            f"and leave the noise as it is; use {fewest} or more, or the sampler consistency."
+        )
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(
             f"steps must lie in 1..{MAX_STEPS}, got {quoted(steps)}: the model knows {MAX_STEPS} noise levels."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..limits.documents import parse_json
-from ..limits.numbers import whole
+from ..limits.numbers import number, whole
 from ..limits.quote import quoted
 from ..plan import TilePlan
 from ..storage import weight_files
@@ -61,6 +61,8 @@ class DistillMetadata:
             raise ValueError(f"{WHAT} is damaged ({quoted(values)}). {ADVICE}")
         whole(known["steps"], f"{WHAT} is damaged: steps", 1, 1000, ADVICE)
         whole(known["segments"], f"{WHAT} is damaged: segments", 1, known["steps"], ADVICE)
+        if "shift" in (schedule := known.get("schedule", {})):
+            number(schedule["shift"], f"{WHAT} is damaged: its shift", 0, 100, above=True, why=ADVICE)
         if isinstance(known.get("guidance"), list):
             known["guidance"] = tuple(known["guidance"])
         found = cls(**known)

@@ -27,6 +27,7 @@ def sample_reference(
         network: network(z, timestep (B,) float32) -> epsilon or v.
         noise: (B, ...) unit noise.
         sampler: "ddim" or "euler_ancestral".
+        steps: 2 at least; one alone would be at timestep 0, the clean end.
         generator: CPU generator of the noise that euler_ancestral adds.
         callback: called with the number of steps done.
 

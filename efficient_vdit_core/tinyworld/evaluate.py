@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..bench.machine import describe_machine
@@ -30,11 +31,9 @@ def evaluate(
     set-up. What is not said is the model's: a distilled one's own steps, else DDIM's 100 with guidance 3."""
     choices = _choices(pipeline.distilled, steps, guidance, sampler)
     scenes = world.held_out_scenes(captions)
-    requests = [
-        # Without a caption a tiny model was trained on none, not on the negative prompt of the large ones.
-        pipeline.request(scene.caption(), negative="", frames=world.frames, seed=number, **choices)
-        for number, scene in enumerate(scenes)
-    ]
+    # Without a caption a tiny model was trained on none, not on the negative prompt of the large ones.
+    asked = pipeline.header.requests([scene.caption() for scene in scenes], negative="", frames=world.frames, **choices)
+    requests = [replace(request, seed=number) for number, request in enumerate(asked)]
     clips = []
     for number, request in enumerate(requests):
         video = pipeline.generate(request, plan=plan)

@@ -473,6 +473,56 @@ def test_padding_of_the_text_is_never_attended_to():
         torch.testing.assert_close(run(model, inputs), run(model, other), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("live", "text"), [(301, 310), (303, 303)])
+@torch.no_grad()
+def test_a_mask_in_bf16_counts_long_texts_exactly(live, text):
+    """Image-to-video pipelines give the mask in the transformer's dtype; bf16 knows only even numbers above 256."""
+    model, inputs = build("hunyuan_video", 1)
+    inputs["encoder_hidden_states"] = rand(1, text, 8, seed=2)
+    out = []
+    for dtype in (torch.int64, torch.bfloat16):
+        mask = (torch.arange(text) < live)[None].to(dtype)
+        with apply_to_diffusers(model, TilePlan.uniform(1)) as handle:
+            out.append(run(model, {**inputs, "encoder_attention_mask": mask}))
+        assert handle.report.sparse == 3
+    assert torch.equal(*out)
+
+
+@torch.no_grad()
+def test_processors_that_were_replaced_later_are_told_and_counted(caplog):
+    model, inputs = build("cogvideox", 1)
+    dense = run(model, inputs)
+    handle = apply_to_diffusers(model, TilePlan.uniform(1))
+    sparse = run(model, inputs)
+    model.fuse_qkv_projections()
+    for _ in range(2):
+        torch.testing.assert_close(run(model, inputs), dense, atol=1e-5, rtol=1e-5)
+    assert (handle.report.sparse, dict(handle.report.dense)) == (3, {"another attention processor": 6})
+    (record,) = caplog.records
+    assert "3 of 3 attention processors" in record.getMessage() and "apply it again" in record.getMessage()
+    handle.remove()
+    with apply_to_diffusers(model, TilePlan.uniform(1)):
+        torch.testing.assert_close(run(model, inputs), sparse, atol=1e-5, rtol=1e-5)
+    model.unfuse_qkv_projections()  # which has kept the processors of the removed plan
+    torch.testing.assert_close(run(model, inputs), dense, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_plan_of_which_some_processors_were_replaced_goes_on_again_after_remove():
+    model, inputs = build("wan", 1)
+    before = model.blocks[0].attn1.get_processor()
+    handle = apply_to_diffusers(model, TilePlan.uniform(1))
+    sparse = run(model, inputs)
+    model.blocks[0].attn1.set_processor(before)
+    run(model, inputs)
+    assert (handle.report.sparse, dict(handle.report.dense)) == (5, {"another attention processor": 1})
+    with pytest.raises(ValueError, match=r"has a tile plan already; call remove\(\)"):
+        apply_to_diffusers(model, TilePlan.uniform(1))
+    handle.remove()
+    with apply_to_diffusers(model, TilePlan.uniform(1)) as handle:
+        assert torch.equal(run(model, inputs), sparse) and not handle.report.dense
+
+
 @pytest.mark.parametrize(
     ("family", "change", "reason"),
     [
@@ -736,6 +786,17 @@ def test_compiled_models_see_the_plan_and_the_window():
                 torch.testing.assert_close(run(compiled, early), want, atol=1e-5, rtol=1e-5)
                 torch.testing.assert_close(run(compiled, late), dense, atol=1e-5, rtol=1e-5)
     assert handle.report.sparse == 3 and handle.report.dense["outside the step window"] == 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif("reason" not in inspect.signature(torch.compiler.disable).parameters, reason="an older PyTorch")
+@torch.no_grad()
+def test_a_whole_graph_is_refused_with_what_to_do():
+    torch._dynamo.reset()
+    model, inputs = build("wan", 1)
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager", fullgraph=True)
+    with apply_to_diffusers(model, TilePlan.uniform(1)), pytest.raises(Exception, match="compile without fullgraph"):
+        run(model, inputs)
     torch._dynamo.reset()
 
 

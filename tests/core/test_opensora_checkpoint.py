@@ -91,6 +91,40 @@ def test_a_neighbours_configuration_is_not_the_files(folder, weights):
         checkpoint.read_transformer(folder / "alone.safetensors")
 
 
+@pytest.mark.parametrize(
+    "beside", [None, {**DIT.to_dict(), "_class_name": None}, {"_class_name": "WanTransformer3DModel"}]
+)
+def test_weights_without_a_configuration_say_what_they_are_taken_for(tmp_path, beside, caplog):
+    save_file({"a": torch.zeros(1)}, tmp_path / "osp_480p.safetensors")
+    if beside:
+        (tmp_path / "config.json").write_text(json.dumps(beside))
+    for _ in range(2):  # by the header and by the pipeline
+        assert checkpoint.read_transformer_config(tmp_path / "osp_480p.safetensors") == checkpoint.OSP_29X720P
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "osp_480p.safetensors" in record.getMessage()
+    assert "29x720p" in record.getMessage() and "config.json" in record.getMessage()
+
+
+def test_weights_with_a_configuration_say_nothing(folder, caplog):
+    checkpoint.read_transformer(folder / NAME)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("left_out", [True, False])
+def test_scales_that_are_left_out_are_null(left_out):
+    """As in the reference's constructor: they follow from the size that the weights were trained for."""
+    scales = {} if left_out else {f"interpolation_scale_{axis}": None for axis in "thw"}
+    of = lambda **size: DiTConfig.from_dict({"_class_name": "OpenSoraT2V", **size, **scales})  # noqa: E731
+    small = of(sample_size=[60, 80], sample_size_t=24)
+    assert (small.interpolation_scale_t, small.interpolation_scale_h, small.interpolation_scale_w) == (1.5, 2.0, 2.0)
+    square = of(sample_size=60, sample_size_t=17)
+    assert square.sample_size == (60, 60)
+    assert (square.interpolation_scale_t, square.interpolation_scale_h, square.interpolation_scale_w) == (2.0, 2.0, 1.5)
+    said = DiTConfig.from_dict({"sample_size": [60, 80], "interpolation_scale_h": 1.0})
+    assert said.interpolation_scale_h == 1.0
+    assert DiTConfig.from_dict(small.to_dict()) == small
+
+
 def test_endings_in_capitals_are_read(tmp_path, weights):
     save_file(weights, tmp_path / "A.SAFETENSORS", metadata={"config": json.dumps(DIT.to_dict())})
     assert same(checkpoint.load_transformer(tmp_path / "A.SAFETENSORS"), weights)
@@ -203,7 +237,7 @@ def test_other_configurations_are_named(folder, change, message):
 
 @pytest.mark.parametrize(
     "change",
-    [{"num_layers": "2"}, {"sample_size": 90}, {"sample_size_t": None}, {"norm_eps": "1e-6"}, {"patch_size": None}],
+    [{"num_layers": "2"}, {"sample_size": "90"}, {"sample_size_t": None}, {"norm_eps": "1e-6"}, {"patch_size": None}],
 )
 def test_values_of_another_kind_are_named(folder, change):
     ((name, _),) = change.items()
@@ -256,6 +290,19 @@ def test_converting_a_training_checkpoint(training_checkpoint, tmp_path):
     assert loaded.config == VAE and same(loaded, averaged)
     with pytest.raises(ValueError, match="does not end in .safetensors"):
         convert.convert_vae(folder, tmp_path / "vae.bin")
+
+
+def test_another_models_configuration_is_not_the_vaes(training_checkpoint, tmp_path):
+    """In a folder that collects VAEs, as ComfyUI's has them."""
+    folder, averaged, _, _ = training_checkpoint
+    other = {**VAE.to_dict(), "_class_name": "AutoencoderKL", "hidden_size": 8}
+    (folder / "config.json").write_text(json.dumps(other))
+    alone = folder / "alone.safetensors"
+    weight_files.save_safetensors(alone, averaged, {})
+    with pytest.raises(ValueError, match=r"expected \(128"):  # as published
+        checkpoint.load_vae(alone)
+    (folder / "config.json").write_text(json.dumps(VAE.to_dict()))
+    assert same(checkpoint.load_vae(alone), averaged)
 
 
 def test_files_of_before_pytorch_1_6_are_read(tmp_path):

@@ -31,6 +31,11 @@ GOLDEN = [
         "low quality, normal quality, artifacts, signature, watermark, username, blurry.",
     ),
     ("一只猫 在草地上 https://a.com/x #123 hello.jpg 640x480", "一只猫 在草地上"),
+    # As the reference has it: quotes and signs at an edge stay where a space stood beside them.
+    ("123456 - “smart”", '"smart"'),
+    (") , 'quoted' 50% ...", "'quoted' 50%"),
+    ("x;y, x.jpg -- 192.168.0.1", "x;y,"),
+    ("50% _ x.jpg : /", "50% _"),
     ("", ""),
 ]
 

@@ -264,6 +264,11 @@ def test_prompts_of_any_length_work(pipeline, caplog):
         ({"width": 0}, "width must be"),
         ({"steps": 0}, "steps must lie in 1..1000"),
         ({"steps": 1001, "sampler": "ddim"}, "steps must lie in 1..1000"),
+        (
+            {"steps": 1, "sampler": "ddim"},
+            "steps must lie in 2..1000 for ddim, got 1: .* use 2 or more, or the sampler consistency",
+        ),
+        ({"steps": 1, "sampler": "euler_ancestral"}, "steps must lie in 2..1000 for euler_ancestral, got 1"),
         ({"steps": 4, "segments": 5}, "steps must be at least segments"),
         ({"segments": 0}, "segments must be at least 1"),
         ({"gamma": 1.5}, "gamma must lie in 0..1"),
@@ -313,6 +318,36 @@ def test_guidance_that_is_inside_the_weights_is_not_added_again(caplog):
 def test_settings_that_do_nothing_are_named():
     assert "ignores" in VideoRequest("dog", sampler="ddim", gamma=0.5).remarks()[0]
     assert VideoRequest("dog").remarks() == []
+
+
+def test_steps_of_ddim_that_do_not_begin_at_noise_are_named(caplog):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler()
+    told = set()
+    for steps in range(2, 1001):
+        scheduler.set_timesteps(steps)
+        first = int(scheduler.timesteps[0])
+        remarks = VideoRequest("dog", sampler="ddim", steps=steps).remarks()
+        assert len(remarks) == (first < 900), steps
+        assert not remarks or f"begins at {first} of 999" in remarks[0]
+        told |= {steps} if remarks else set()
+    assert {8, 9, 300} <= told and not {10, 20, 25, 50, 100, 250, 500} & told
+    assert "10, 20, 25, 50, 100, 250, 500" in VideoRequest("dog", sampler="ddim", steps=8).remarks()[0]
+    for sampler in ("euler_ancestral", "consistency"):
+        assert not VideoRequest("dog", sampler=sampler, steps=8).remarks()
+    assert not VideoRequest("dog", sampler="ddim").remarks()  # what the sampler has then begins at noise
+    ModelHeader.read("tiny").requests(["a", "b", "c"], sampler="ddim", steps=8)
+    (record,) = caplog.records
+    assert "begins at 875 of 999" in record.getMessage()
+
+
+def test_the_small_short_weights_have_less_guidance():
+    """29x480p alone of the published weights, as its maker advises."""
+    tiny = ModelHeader.read("tiny")
+    for size, frames, guidance in (((60, 80), 8, 2.5), ((60, 80), 24, 7.5), ((90, 160), 8, 7.5), ((90, 160), 24, 7.5)):
+        header = ModelHeader("large", replace(tiny.config, sample_size=size, sample_size_t=frames))
+        assert header.request("dog").guidance == guidance and header.request("dog", guidance=4.0).guidance == 4.0
+        assert header.request("dog").negative
 
 
 def test_a_negative_prompt_without_guidance_is_told_once_and_not_claimed(caplog):

@@ -252,7 +252,7 @@ def test_the_interval_knows_that_clips_of_a_caption_are_alike():
     ],
 )
 def test_a_model_is_judged_at_the_steps_that_it_was_made_for(
-    monkeypatch, tmp_path, model, said, sampler, steps, guidance, segments
+    monkeypatch, tmp_path, caplog, model, said, sampler, steps, guidance, segments
 ):
     if model == "folder":
         model = shutil.copytree(
@@ -277,3 +277,4 @@ def test_a_model_is_judged_at_the_steps_that_it_was_made_for(
         ]
     assert [request.seed for request in asked] == [0, 1] and {request.negative for request in asked} == {""}
     assert figures["all_right"] == 1.0
+    assert len(caplog.records) == (sampler == "ddim" and steps == 8)  # once, not for each caption

@@ -100,10 +100,10 @@ def clean_caption(text: str) -> str:
         text = re.sub(pattern, replacement, text)
     if len(re.findall(r"(?:\-|\_)", text)) > 3:
         text = re.sub(r"(?:\-|\_)", " ", text)
-    text = html.unescape(html.unescape(_with_mended_encoding(text))).strip()
+    text = html.unescape(html.unescape(_with_mended_encoding(text)))
     for pattern, replacement in _LATE_RULES:
         text = re.sub(pattern, replacement, text)
-    text = text.strip()
+    # The reference drops what strip() gives here, so that a space at an edge keeps these rules from the text; so does this.
     text = re.sub(r"^[\"\']([\w\W]+)[\"\']$", r"\1", text)
     text = re.sub(r"^[\'\_,\-\:;]", r"", text)
     text = re.sub(r"[\'\_,\-\:\-\+]$", r"", text)

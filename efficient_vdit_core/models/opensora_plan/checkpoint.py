@@ -6,6 +6,7 @@ is that of the published checkpoints. Loading is strict: a file either is the mo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from ...storage.weight_files import read_metadata, read_state_dict
 from .config import OSP_29X720P, OSP_VAE, DiTConfig, VAEConfig
 from .detect import (
     TRANSFORMER_KINDS,
+    VAE_KINDS,
     check_depth,
     check_transformer_config,
     check_transformer_keys,
@@ -29,6 +31,9 @@ from .detect import (
 from .transformer import OpenSoraT2V
 from .vae import CausalVAE
 from .weights import check_weights
+
+log = logging.getLogger("efficient_vdit")
+_taken_as_published: set[Path] = set()
 
 
 def load_transformer(path: str | Path, dtype: torch.dtype | None = None) -> OpenSoraT2V:
@@ -51,7 +56,7 @@ def read_transformer(path: str | Path) -> tuple[dict[str, Tensor], DiTConfig]:
     with _naming(path):
         check_transformer_config(values)
         check_transformer_keys(state_dict)
-        config = DiTConfig.from_dict(values) if values else OSP_29X720P
+        config = DiTConfig.from_dict(values) if values else _as_published(path)
         check_depth(state_dict, config.num_layers)  # before a network of that depth is built to compare with
     _check_manifest(state_dict, OpenSoraT2V, config, "transformer", path)
     check_weights(state_dict, Path(path).name)
@@ -63,13 +68,13 @@ def read_transformer_config(path: str | Path) -> DiTConfig:
     values = _config_values(path, read_metadata(path), TRANSFORMER_KINDS)
     with _naming(path):
         check_transformer_config(values)
-        return DiTConfig.from_dict(values) if values else OSP_29X720P
+        return DiTConfig.from_dict(values) if values else _as_published(path)
 
 
 def read_vae(path: str | Path) -> tuple[dict[str, Tensor], VAEConfig]:
     """State dict under the reference names, and the configuration. Raises ValueError for any other VAE's file."""
     state_dict, metadata = read_state_dict(path)
-    values = _config_values(path, metadata)
+    values = _config_values(path, metadata, VAE_KINDS)
     with _naming(path):
         check_vae_keys(state_dict)
         config = VAEConfig.from_dict(values) if values else OSP_VAE
@@ -77,6 +82,19 @@ def read_vae(path: str | Path) -> tuple[dict[str, Tensor], VAEConfig]:
     _check_manifest(state_dict, CausalVAE, config, "VAE", path)
     check_weights(state_dict, Path(path).name)
     return state_dict, config
+
+
+def _as_published(path: str | Path) -> DiTConfig:
+    """What weights without a configuration are taken for, told once for each: their shapes do not tell it."""
+    path = Path(path)
+    if path not in _taken_as_published:
+        _taken_as_published.add(path)
+        log.warning(
+            "%s has no configuration, nor a config.json of class OpenSoraT2V beside it, so it is taken for the published 29x720p. "
+            "Other weights, such as those of 480p, have the same shapes and other RoPE scales: keep their config.json beside them.",
+            named(path.name),
+        )
+    return OSP_29X720P
 
 
 @contextmanager
@@ -88,7 +106,7 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{named(Path(path).name)} cannot be used: {error}") from error
 
 
-def _config_values(path: str | Path, metadata: Mapping[str, str], kinds: Collection[str] = ()) -> dict[str, Any]:
+def _config_values(path: str | Path, metadata: Mapping[str, str], kinds: Collection[str]) -> dict[str, Any]:
     """The file's own configuration, else that of config.json; of one beside a file only where it says its
     kind, one of ``kinds``."""
     path = Path(path)
@@ -102,7 +120,7 @@ def _config_values(path: str | Path, metadata: Mapping[str, str], kinds: Collect
         return {}
     # A folder that collects many models' files may hold a config.json of something else.
     kind = values.get("_class_name")
-    return values if path.is_dir() or where == "metadata" or (kind in kinds if kinds else kind) else {}
+    return values if path.is_dir() or where == "metadata" or kind in kinds else {}
 
 
 def _check_manifest(state_dict: Mapping[str, Tensor], kind: Any, config: Any, part: str, path: str | Path) -> None:

@@ -121,21 +121,21 @@ class DiTConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> DiTConfig:
         """Read a config.json. Raises ValueError where it asks for an architecture that v1.2 does not have."""
         _refuse(values, _REQUIRED_TRANSFORMER_VALUES, "transformer")
-        known = _known_fields(cls, {k: v for k, v in values.items() if v is not None or k not in _MAY_BE_NULL})
+        values = {k: v for k, v in values.items() if v is not None or k not in _MAY_BE_NULL}
+        if type(size := values.get("sample_size")) is int:
+            values["sample_size"] = [size, size]
+        known = _known_fields(cls, values)
         size_t = known.get("sample_size_t", cls.sample_size_t)
         size_h, size_w = known.get("sample_size", cls.sample_size)
         if max(size_t, size_h, size_w) > 2**20:
             cls(**known)  # refuses them by name
-        # The reference constructor's fallbacks for scales that the file leaves null.
-        fallback = {
-            "interpolation_scale_t": (size_t - 1) // 16 + 1 if size_t % 2 else size_t / 16,
+        # The reference constructor's fallbacks for scales that the file leaves null or out.
+        fallback: dict[str, Any] = {
+            "interpolation_scale_t": float((size_t - 1) // 16 + 1) if size_t % 2 else size_t / 16,
             "interpolation_scale_h": size_h / 30,
             "interpolation_scale_w": size_w / 40,
         }
-        for name, scale in fallback.items():
-            if name in values and values[name] is None:
-                known[name] = float(scale)
-        return cls(**known)
+        return cls(**fallback | known)
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json content, with the reference class name so that other tools recognise it."""

@@ -24,6 +24,9 @@ _RENAMES = (
 # What config.json calls the transformer, and its relatives, which may differ from it in nothing else.
 TRANSFORMER_KINDS = ("OpenSoraT2V", "AllegroTransformer3DModel", "OpenSoraInpaint", "LatteT2V", "OpenSoraT2V_v1_3")
 
+# What it calls the VAE.
+VAE_KINDS = ("CausalVAEModel",)
+
 # Marks that ComfyUI's save nodes add beside a model's own tensors.
 _SAVE_MARKS = ("v_pred", "ztsnr")
 
