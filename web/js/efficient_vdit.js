@@ -39,8 +39,11 @@ async function loadTexts() {
  */
 const advances = (widget, node) => widget.linkedWidgets?.length || node.widgets.some((other) => other.linkedWidgets?.includes(widget));
 
-/** Whether only the user sets this widget of a node that gives a value; its first linked one says what the page does with it. */
-const isHeld = (widget) => ["fixed", undefined].includes(widget?.linkedWidgets?.[0]?.value);
+/**
+ * Whether only the user sets this widget of a node that gives a value, and a prompt holds it: a run changes others, such as a text
+ * that is shown. Its first linked one says what the page does with it.
+ */
+const isHeld = (widget) => widget.options?.serialize !== false && ["fixed", undefined].includes(widget.linkedWidgets?.[0]?.value);
 
 /** One node and its chart: reads the node's widgets, writes the text widget. */
 class NodeChart {
@@ -48,7 +51,10 @@ class NodeChart {
     this.node = node;
     this.chart = new PlanChart(say, {
       cycle: (layer, backwards) => this.write(cycleLayer(this.state.plan, layer, this.state.depth, this.state.frames, backwards)),
-      writeOut: () => this.write(writeOut(this.state.plan, this.state.depth)),
+      writeOut: () => {
+        this.write(writeOut(this.state.plan, this.state.depth));
+        this.chart.bars.focus({ preventScroll: true }); // the button is gone
+      },
       setFrames: (frames) => this.remember({ frames }),
       setDepth: (depth) => this.remember({ depth }),
       grown: (height) => this.grown(height),
@@ -58,8 +64,6 @@ class NodeChart {
     const widget = addElement(node, "tile_plan_chart", this.chart.element, options);
     for (const source of node.widgets) if (source !== widget) chain(source, "callback", () => this.changed(source));
     for (const event of ["onConfigure", "onConnectionsChange"]) chain(node, event, () => this.draw());
-    // The canvas makes a node higher while it draws it, when the box around it is drawn already.
-    chain(node, "onResize", () => node.graph?.setDirtyCanvas(true, true));
     this.draw();
   }
 
@@ -89,7 +93,9 @@ class NodeChart {
   settings() {
     const { graph, inputs = [], widgets } = this.node;
     const own = widgets.filter((widget) => !advances(widget, this.node));
-    const links = inputs.filter((input) => input.widget).map((input) => input.link);
+    // The plan of a text or a file is the same for every model; a search's, or the one that a model carries, is not.
+    const read = this.text() || this.file() in files;
+    const links = inputs.filter((input) => input.widget || !read).map((input) => input.link);
     const given = links.flatMap((link) => [...behind(graph, link)].flatMap((origin) => origin.widgets.filter(isHeld)));
     return JSON.stringify([placeOf(this.node), ...[own, given].map((every) => every.map(({ value }) => value))]);
   }
@@ -164,17 +170,26 @@ class NodeChart {
 
   write(plan) {
     const widget = this.widget("text");
-    app.canvas.emitBeforeChange();
-    widget.value = formatPlan(plan);
-    widget.callback?.(widget.value);
-    app.canvas.emitAfterChange(); // a step of undo: the page looks for changes before the click, not after it
+    this.change(() => {
+      widget.value = formatPlan(plan);
+      widget.callback?.(widget.value);
+    });
     this.node.graph?.setDirtyCanvas(true, true);
   }
 
   remember(values) {
-    this.node.properties.evdit_preview = { ...this.preview(), ...values };
+    this.change(() => {
+      this.node.properties.evdit_preview = { ...this.preview(), ...values };
+    });
     sizes.delete(placeOf(this.node));
     this.draw();
+  }
+
+  /** What the user changes is a step of undo, and saved: the page looks for changes before a click or a key, not after it. */
+  change(act) {
+    app.canvas.emitBeforeChange();
+    act();
+    app.canvas.emitAfterChange();
   }
 
   /** The page hears of a plan that the server had cached after the report of the run. `queued`: `current` of that time. */
@@ -241,11 +256,13 @@ app.registerExtension({
   async setup() {
     followTabs(actInOpenTab, () => new Map(allCharts().map((chart) => [placeOf(chart.node), chart.current()])));
     api.addEventListener("executed", ({ detail }) => {
-      const text = detail.output?.evdit_plan?.[0];
-      if (!text) return;
+      const [plan, text] = ["evdit_plan", "text"].map((name) => detail.output?.[name]?.[0]);
+      if (!plan && !text) return;
       inItsTab(detail, "executed", (whenQueued) => {
-        const chart = charts.get(findNode(detail.node));
-        chart?.planMade(text, whenQueued(chart));
+        const node = findNode(detail.node);
+        const chart = charts.get(node);
+        if (plan) chart?.planMade(plan, whenQueued(chart));
+        if (text) nodeTexts.get(node)?.show(text);
       });
     });
     api.addEventListener(REPORT, ({ detail }) => {
@@ -259,6 +276,7 @@ app.registerExtension({
     const speak = async () => {
       await loadTexts();
       drawAll();
+      for (const node of allNodes()) nodeTexts.get(node)?.draw();
     };
     app.ui.settings.addEventListener("Comfy.Locale.change", speak);
     await speak();
@@ -267,5 +285,6 @@ app.registerExtension({
   nodeCreated(node) {
     const gives = !node.subgraph && node.outputs?.some((output) => output.type === PLAN); // the node inside has the chart
     if (gives && !charts.has(node)) charts.set(node, new NodeChart(node));
+    if (showsText(node.comfyClass) && !nodeTexts.has(node)) nodeTexts.set(node, new NodeText(node, say));
   },
 });

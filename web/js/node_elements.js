@@ -39,6 +39,8 @@ export function addElement(node, name, element, options, keeps = () => false) {
     });
   }
   chain(node, "onAdded", () => settle());
+  // The canvas makes a node higher while it draws it, when the box around it is drawn already.
+  chain(node, "onResize", () => node.graph?.setDirtyCanvas(true, true));
   return widget;
 }
 
