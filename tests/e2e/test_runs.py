@@ -162,7 +162,9 @@ def test_the_figures_of_a_file_s_plan_stay_where_an_unused_model_changes(page):
 
 def test_a_text_that_a_run_shows_on_the_way_is_no_setting(page):
     """As that of a node before the prompt, which the same run fills in."""
-    search, encode, text = (page.evaluate(ADD, kind) for kind in ("EVDiTSearchTilePlan", "CLIPTextEncode", "PreviewAny"))
+    search, encode, text = (
+        page.evaluate(ADD, kind) for kind in ("EVDiTSearchTilePlan", "CLIPTextEncode", "PreviewAny")
+    )
     page.evaluate(
         """([search, encode, text]) => {
             const [a, b, c] = [search, encode, text].map(id => app.graph.getNodeById(id));
