@@ -16,7 +16,7 @@ def tell(page, node, text: str, prompt: str = ""):
 @RENDERERS
 @pytest.mark.parametrize(
     ("kind", "name", "height"),
-    [("EVDiTReport", "Report of the last run", 120), ("EVDiTSaveTilePlan", "Saved plan", 60)],
+    [("EVDiTReport", "Report of the last run", 120), ("EVDiTSaveTilePlan", "Saved plan", 56)],
 )
 def test_a_run_s_text_is_shown_and_kept_in_no_workflow(comfy, modern, kind, name, height):
     page = comfy.open(Comfy_VueNodes_Enabled=modern).page

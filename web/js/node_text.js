@@ -8,7 +8,7 @@ import { placeOf } from "./tabs.js";
 // Node class -> what the text is, and px that it has at least.
 const KINDS = {
   EVDiTReport: { name: (say) => say("report"), height: 120 },
-  EVDiTSaveTilePlan: { name: (say) => say("savedPlan"), height: 60 },
+  EVDiTSaveTilePlan: { name: (say) => say("savedPlan"), height: 56 },
 };
 const WIDTH = 320; // px: a report's lines are long
 const said = new Recent(); // the text by node: undo and the page's tabs make nodes anew
