@@ -36,6 +36,15 @@ NODES = {
     "EVDiTReport": "tiny_dense_beside_sparse",
     "EVDiTSequenceParallel": "opensora_plan_several_gpus",
 }
+RUN_FIRST = {"EVDiTSaveTilePlan", "EVDiTReport"}  # they show what a run says
+RUN = """async () => {
+    const ended = new Promise((resolve, reject) => {
+        app.api.addEventListener("execution_success", resolve, { once: true });
+        app.api.addEventListener("execution_error", ({ detail }) => reject(detail.exception_message), { once: true });
+    });
+    await app.queuePrompt(0, 1);
+    await ended;
+}"""
 SHOW = """async ([kind, workflow]) => {
     if (workflow) await app.loadGraphData(workflow);
     else { app.graph.clear(); app.graph.add(LiteGraph.createNode(kind)); }
@@ -76,6 +85,8 @@ def nodes(page: Any) -> None:
     for kind, template in NODES.items():
         workflow = named[template] if template else None
         page.evaluate(SHOW, [kind, workflow])
+        if kind in RUN_FIRST:
+            page.evaluate(RUN)
         page.wait_for_timeout(2500)
         x, y, width, height = page.evaluate(PLACE, kind)
         clip = {"x": x - EDGE, "y": y - EDGE, "width": width + 2 * EDGE, "height": height + 2 * EDGE}

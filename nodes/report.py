@@ -43,7 +43,10 @@ class EVDiTReport(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Counts of attention calls, mean density (0 to 1), FLOPs and seconds against dense, and reasons, as text.",
+                    tooltip=(
+                        "Counts of attention calls, the share of dense attention's FLOPs computed (in percent), seconds against "
+                        "dense, and reasons, as text."
+                    ),
                 ),
                 io.AnyType.Output("passed", display_name="after", tooltip="What came in at after, unchanged."),
             ],

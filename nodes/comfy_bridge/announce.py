@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...efficient_vdit_core.attention.report.report import AttentionReport
-from ...efficient_vdit_core.attention.report.summary import density_of_run, describe_measure
+from ...efficient_vdit_core.attention.report.summary import density_of_run, shorten_measure
 
 EVENT = "efficient_vdit.report"
 
@@ -44,7 +44,7 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
         message = {"prompt_id": prompt_id, "node": node, "plan": plan, "layers": layers, **found}
         server.send_sync(EVENT, message, server.client_id)
         if measure is not None:
-            show_on_node(node, describe_measure(report))
+            show_on_node(node, shorten_measure(report))
 
     return after_run
 

@@ -14,7 +14,12 @@ from efficient_vdit_core.attention.report.clock import DENSE, SPARSE, AttentionC
 from efficient_vdit_core.attention.report.cost import StepCost
 from efficient_vdit_core.attention.report.measure import StepMeasure
 from efficient_vdit_core.attention.report.report import AttentionReport
-from efficient_vdit_core.attention.report.summary import describe_bound, describe_measure, summarize_run
+from efficient_vdit_core.attention.report.summary import (
+    describe_bound,
+    describe_measure,
+    shorten_measure,
+    summarize_run,
+)
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
@@ -141,6 +146,19 @@ def test_a_measured_step_is_told_in_seconds():
     both = measured((100.0, 40.0), (50.0, 20.0))
     assert "a dense step 150 s, a sparse step 60 s: 2.50x faster (step 2, 2 forwards of the model, computed" in both
     assert "a dense step 0.05 s, a sparse step 0.1 s: 2.00x slower" in measured((0.05, 0.1))
+
+
+def test_a_node_tells_the_gain_first_and_in_few_words():
+    report = ran(1, 1)
+    report.measure = StepMeasure()
+    assert (
+        shorten_measure(report)
+        == describe_measure(report)
+        == "Not measured: the run ended before its second sparse step"
+    )
+    report.measure.add(0.095, 0.121)
+    assert shorten_measure(report) == "1.27x slower: dense 0.095 s, sparse 0.121 s"
+    assert shorten_measure(ran(1)) == ""
 
 
 def test_where_nothing_was_measured_the_report_says_why():

@@ -29,6 +29,19 @@ def test_a_click_on_the_button_counts_that_leaves_a_field(comfy, modern):
 
 
 @RENDERERS
+def test_the_keyboard_goes_on_from_the_button_to_the_layers(comfy, modern):
+    """The button is gone with its press; the focus must not be lost with it."""
+    page = opened(comfy, modern)
+    chart = plan_node(comfy, "all:2")
+    chart.get_by_role("button", name="edit each layer").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{TEXT} === '0-31:2'")
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{TEXT} !== '0-31:2'")
+    assert chart.get_by_role("listbox").evaluate("e => e.getRootNode().activeElement === e")
+
+
+@RENDERERS
 def test_a_field_keeps_the_focus_while_the_arrows_change_it(comfy, modern):
     page = opened(comfy, modern)
     chart = plan_node(comfy, "all:2")

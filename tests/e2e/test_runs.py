@@ -117,6 +117,69 @@ def test_a_plan_of_a_number_that_has_changed_is_not_shown(comfy, page):
     shown(page).get_by_text("6:15 × 32").wait_for()
 
 
+MODEL = "UNETLoader"  # its list is empty here: any name will do
+LINK = """([from, to]) => {
+    const node = app.graph.getNodeById(to);
+    app.graph.getNodeById(from).connect(0, node, node.inputs.findIndex(i => i.name === 'model'));
+}"""
+
+
+def given(page, kind: str, file: str):
+    """The model of the loader is another one now."""
+    page.evaluate(SET, [kind, "unet_name", file])
+    page.evaluate(CHANGED)
+
+
+@pytest.mark.parametrize(("kind", "file"), [("EVDiTSearchTilePlan", ""), ("EVDiTLoadTilePlan", "the loaded model")])
+def test_a_plan_of_another_model_is_not_shown(page, kind, file):
+    node, loader = page.evaluate(ADD, kind), page.evaluate(ADD, MODEL)
+    page.evaluate(LINK, [loader, node])
+    if file:
+        page.evaluate(SET, [kind, "plan_name", file])
+    given(page, MODEL, "first.safetensors")
+    told_plan(page, node, "0-5:2:6")
+    shown(page).get_by_text("2:6 × 6").wait_for()
+    given(page, MODEL, "second.safetensors")
+    shown(page).get_by_text("drawn here after a run").wait_for()
+    told_plan(page, node, "0-5:1:7")
+    shown(page).get_by_text("1:7 × 6").wait_for()
+    given(page, MODEL, "first.safetensors")
+    shown(page).get_by_text("2:6 × 6").wait_for()
+
+
+def test_the_figures_of_a_file_s_plan_stay_where_an_unused_model_changes(page):
+    load, loader, sparse = (page.evaluate(ADD, kind) for kind in ("EVDiTLoadTilePlan", MODEL, "EVDiTSparseAttention"))
+    page.evaluate(SET, ["EVDiTLoadTilePlan", "plan_name", "mochi (preset)"])
+    page.evaluate(LINK, [loader, load])
+    page.evaluate("([a, b]) => void app.graph.getNodeById(a).connect(0, app.graph.getNodeById(b), 1)", [load, sparse])
+    told_plan(page, load, "0-5:1:7")
+    told_report(page, sparse, "0-5:1:7", 11)
+    shown(page).get_by_text("11 sparse calls").wait_for()
+    given(page, MODEL, "second.safetensors")
+    page.wait_for_timeout(500)
+    assert shown(page).get_by_text("11 sparse calls").count() == 1
+
+
+def test_a_text_that_a_run_shows_on_the_way_is_no_setting(page):
+    """As that of a node before the prompt, which the same run fills in."""
+    search, encode, text = (
+        page.evaluate(ADD, kind) for kind in ("EVDiTSearchTilePlan", "CLIPTextEncode", "PreviewAny")
+    )
+    page.evaluate(
+        """([search, encode, text]) => {
+            const [a, b, c] = [search, encode, text].map(id => app.graph.getNodeById(id));
+            c.connect(0, b, b.inputs.findIndex(i => i.name === 'text'));
+            b.connect(0, a, a.inputs.findIndex(i => i.name === 'positive'));
+        }""",
+        [search, encode, text],
+    )
+    queue(page, "first")
+    shows = "app.graph.nodes.find(n => n.type === 'PreviewAny').widgets.find(w => w.options?.serialize === false)"
+    page.evaluate(f"{shows}.value = 'said by the run'")
+    told_plan(page, search, "0-5:2:6", "first")
+    shown(page).get_by_text("2:6 × 6").wait_for()
+
+
 def test_a_click_counts_where_a_number_is_linked(comfy):
     """As in the blueprint: the text that it writes takes the number's place in the run, and here."""
     page = comfy.open().page

@@ -47,6 +47,21 @@ def test_a_click_is_one_step_of_undo(comfy, renderer):
     chart.get_by_text("1:7 × 1").wait_for()
 
 
+def test_a_number_ended_with_enter_is_a_step_of_undo(comfy, renderer):
+    page = comfy.page
+    chart = plan_node(comfy, "all:2")
+    record(page)
+    length = chart.get_by_role("spinbutton").first
+    length.fill("9")
+    length.press("Enter")
+    chart.get_by_text("9 latent frames").wait_for()
+    kept = f"{TRACKER}.activeState.nodes[0].properties.evdit_preview?.frames"  # what a page that is loaded anew has
+    page.wait_for_function(f"{kept} === 9", timeout=10_000)
+    page.evaluate(f"{TRACKER}.undo()")
+    page.wait_for_function(f"{TITLE} && {TITLE}.properties.evdit_preview === undefined")
+    chart.get_by_text("21 latent frames").wait_for()
+
+
 def test_clicks_after_undo_and_redo_reach_the_prompt(comfy, renderer):
     page = comfy.page
     chart = plan_node(comfy, "0-3:2:6")

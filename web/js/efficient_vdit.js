@@ -1,22 +1,21 @@
-/** Draws the plan inside every node that gives one. The nodes work the same without this file. */
+/** Draws the plan inside every node that gives one, and a run's text in those that report. The nodes work the same without this file. */
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { allNodes, behind, findNode } from "./graphs.js";
+import { addElement, chain, settle } from "./node_elements.js";
+import { NodeText, showsText } from "./node_text.js";
 import { MOST, PlanChart } from "./plan_chart.js";
 import { cycleLayer, formatPlan, parsePlan, writeOut } from "./plan_text.js";
 import { Recent } from "./recent.js";
-import { followTabs, isLoaded, openTab, queued } from "./tabs.js";
+import { followTabs, isLoaded, openTab, placeOf, queued } from "./tabs.js";
 
 const PLAN = "EVDIT_PLAN";
 const REPORT = "efficient_vdit.report";
 const MARGIN = 8; // px around the chart
 const USUAL = { frames: 21, depth: 32 }; // of the preview, until a run or the user tells: 81 video frames, the paper's model
-const CANVAS = { wheel: "processMouseWheel", pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
-const [MAJOR, MINOR] = (window.__COMFYUI_FRONTEND_VERSION__ ?? "0.0").split(".").map(Number);
-const KNOWS_HIDE_IN_PANEL = MAJOR > 1 || MINOR >= 49; // 1.45 does not
 const charts = new WeakMap(); // node -> NodeChart
-const owners = new WeakMap(); // element -> its node
+const nodeTexts = new WeakMap(); // node -> NodeText
 const runs = new Recent(); // the plan and the report of the last run, by node and settings: undo and the page's tabs make nodes anew
 const sizes = new Map(); // the latent frames and layers of the last run, by node
 const waiting = new Map(); // what runs of tabs that are not open told: {tab, act} by tab, event and node
@@ -40,8 +39,11 @@ async function loadTexts() {
  */
 const advances = (widget, node) => widget.linkedWidgets?.length || node.widgets.some((other) => other.linkedWidgets?.includes(widget));
 
-/** Whether only the user sets this widget of a node that gives a value; its first linked one says what the page does with it. */
-const isHeld = (widget) => ["fixed", undefined].includes(widget?.linkedWidgets?.[0]?.value);
+/**
+ * Whether only the user sets this widget of a node that gives a value, and a prompt holds it: a run changes others, such as a text
+ * that is shown. Its first linked one says what the page does with it.
+ */
+const isHeld = (widget) => widget.options?.serialize !== false && ["fixed", undefined].includes(widget.linkedWidgets?.[0]?.value);
 
 /** One node and its chart: reads the node's widgets, writes the text widget. */
 class NodeChart {
@@ -49,33 +51,19 @@ class NodeChart {
     this.node = node;
     this.chart = new PlanChart(say, {
       cycle: (layer, backwards) => this.write(cycleLayer(this.state.plan, layer, this.state.depth, this.state.frames, backwards)),
-      writeOut: () => this.write(writeOut(this.state.plan, this.state.depth)),
+      writeOut: () => {
+        this.write(writeOut(this.state.plan, this.state.depth));
+        this.chart.bars.focus({ preventScroll: true }); // the button is gone
+      },
       setFrames: (frames) => this.remember({ frames }),
       setDepth: (depth) => this.remember({ depth }),
       grown: (height) => this.grown(height),
     });
-    owners.set(this.chart.element, node);
-    const options = { serialize: false, hideOnZoom: false, hideInPanel: true, getValue: () => "", setValue: () => {} };
-    // Earlier pages know this word alone, and Nodes 2.0 take it for themselves as well: there the panel keeps its empty row.
-    if (!KNOWS_HIDE_IN_PANEL) options.canvasOnly = !LiteGraph.vueNodesMode;
-    options.getMinHeight = options.getMaxHeight = () => this.chart.height + 2 * MARGIN;
-    options.margin = MARGIN;
-    const widget = node.addDOMWidget("tile_plan_chart", "tile_plan_chart", this.chart.element, options);
-    widget.serialize = false;
-    // The canvas hears nothing over an element: the page's own text boxes hand on the wheel and the middle button as well.
-    for (const [type, method] of Object.entries(CANVAS)) {
-      this.chart.element.addEventListener(type, (event) => {
-        if (type !== "wheel" && event.button !== 1 && !(event.buttons & 4)) return;
-        event.preventDefault();
-        event.stopPropagation();
-        app.canvas[method](event);
-      });
-    }
+    const height = () => this.chart.height + 2 * MARGIN;
+    const options = { getMinHeight: height, getMaxHeight: height, margin: MARGIN };
+    const widget = addElement(node, "tile_plan_chart", this.chart.element, options);
     for (const source of node.widgets) if (source !== widget) chain(source, "callback", () => this.changed(source));
     for (const event of ["onConfigure", "onConnectionsChange"]) chain(node, event, () => this.draw());
-    chain(node, "onAdded", () => settle());
-    // The canvas makes a node higher while it draws it, when the box around it is drawn already.
-    chain(node, "onResize", () => node.graph?.setDirtyCanvas(true, true));
     this.draw();
   }
 
@@ -101,18 +89,15 @@ class NodeChart {
     if (!advances(source, this.node)) this.draw();
   }
 
-  /** The node, whichever object it is by now. */
-  place() {
-    return JSON.stringify([openTab(), this.node.graph?.id, this.node.id]);
-  }
-
   /** What a run's plan and report belong to: the node with the values that it has or is given, as far as the page knows them. */
   settings() {
     const { graph, inputs = [], widgets } = this.node;
     const own = widgets.filter((widget) => !advances(widget, this.node));
-    const links = inputs.filter((input) => input.widget).map((input) => input.link);
+    // The plan of a text or a file is the same for every model; a search's, or the one that a model carries, is not.
+    const read = this.text() || this.file() in files;
+    const links = inputs.filter((input) => input.widget || !read).map((input) => input.link);
     const given = links.flatMap((link) => [...behind(graph, link)].flatMap((origin) => origin.widgets.filter(isHeld)));
-    return JSON.stringify([this.place(), ...[own, given].map((every) => every.map(({ value }) => value))]);
+    return JSON.stringify([placeOf(this.node), ...[own, given].map((every) => every.map(({ value }) => value))]);
   }
 
   /** The last run with these settings: its plan as text, and the report of the attention that used it. */
@@ -157,7 +142,7 @@ class NodeChart {
   preview() {
     const kept = Object.entries(this.node.properties?.evdit_preview ?? {}); // of a file, which may say anything
     const usable = kept.filter(([, value]) => Number.isInteger(value) && value >= 1 && value <= MOST);
-    return { ...USUAL, ...Object.fromEntries(usable), ...sizes.get(this.place()) };
+    return { ...USUAL, ...Object.fromEntries(usable), ...sizes.get(placeOf(this.node)) };
   }
 
   draw() {
@@ -185,17 +170,26 @@ class NodeChart {
 
   write(plan) {
     const widget = this.widget("text");
-    app.canvas.emitBeforeChange();
-    widget.value = formatPlan(plan);
-    widget.callback?.(widget.value);
-    app.canvas.emitAfterChange(); // a step of undo: the page looks for changes before the click, not after it
+    this.change(() => {
+      widget.value = formatPlan(plan);
+      widget.callback?.(widget.value);
+    });
     this.node.graph?.setDirtyCanvas(true, true);
   }
 
   remember(values) {
-    this.node.properties.evdit_preview = { ...this.preview(), ...values };
-    sizes.delete(this.place());
+    this.change(() => {
+      this.node.properties.evdit_preview = { ...this.preview(), ...values };
+    });
+    sizes.delete(placeOf(this.node));
     this.draw();
+  }
+
+  /** What the user changes is a step of undo, and saved: the page looks for changes before a click or a key, not after it. */
+  change(act) {
+    app.canvas.emitBeforeChange();
+    act();
+    app.canvas.emitAfterChange();
   }
 
   /** The page hears of a plan that the server had cached after the report of the run. `queued`: `current` of that time. */
@@ -211,37 +205,9 @@ class NodeChart {
     const run = runs.get(queued.settings);
     if ((run?.plan ?? queued.plan) !== report.plan) return;
     runs.set(queued.settings, { ...run, report });
-    if (report.frames && report.layers) sizes.set(this.place(), { frames: report.frames, depth: report.layers });
+    if (report.frames && report.layers) sizes.set(placeOf(this.node), { frames: report.frames, depth: report.layers });
     this.draw();
   }
-}
-
-function chain(object, name, after) {
-  const before = object[name];
-  object[name] = function (...values) {
-    const result = before?.apply(this, values);
-    after();
-    return result;
-  };
-}
-
-let settling = false;
-
-/**
- * Nodes 2.0 keep the element of the node that had a number, when undo makes a new node of it or another graph with one is opened.
- * Puts the chart of the node that has the number now in its place, once the page has drawn what changed.
- */
-function settle() {
-  if (settling || !LiteGraph.vueNodesMode) return;
-  settling = true;
-  requestAnimationFrame(() => {
-    settling = false;
-    for (const element of document.querySelectorAll(".evdit-plan-chart")) {
-      const shown = owners.get(element);
-      const now = app.canvas.graph?.getNodeById(shown.id);
-      if (now !== shown && charts.has(now)) element.replaceWith(charts.get(now).chart.element);
-    }
-  });
 }
 
 /** All charts, in subgraphs too. */
@@ -269,7 +235,7 @@ async function inItsTab({ prompt_id: promptId, node }, event, act) {
   const { tab, kept } = await queued(promptId);
   const key = JSON.stringify([tab, event, node]);
   waiting.delete(key); // the later one goes to the end
-  waiting.set(key, { tab, act: () => act((chart) => kept?.get(chart.place()) ?? chart.current()) });
+  waiting.set(key, { tab, act: () => act((chart) => kept?.get(placeOf(chart.node)) ?? chart.current()) });
   actInOpenTab();
 }
 
@@ -288,13 +254,15 @@ app.registerExtension({
     if (definition.name === "EVDiTLoadTilePlan") files = definition.input.required.plan_name[1].evdit_plans;
   },
   async setup() {
-    followTabs(actInOpenTab, () => new Map(allCharts().map((chart) => [chart.place(), chart.current()])));
+    followTabs(actInOpenTab, () => new Map(allCharts().map((chart) => [placeOf(chart.node), chart.current()])));
     api.addEventListener("executed", ({ detail }) => {
-      const text = detail.output?.evdit_plan?.[0];
-      if (!text) return;
+      const [plan, text] = ["evdit_plan", "text"].map((name) => detail.output?.[name]?.[0]);
+      if (!plan && !text) return;
       inItsTab(detail, "executed", (whenQueued) => {
-        const chart = charts.get(findNode(detail.node));
-        chart?.planMade(text, whenQueued(chart));
+        const node = findNode(detail.node);
+        const chart = charts.get(node);
+        if (plan) chart?.planMade(plan, whenQueued(chart));
+        if (text) nodeTexts.get(node)?.show(text);
       });
     });
     api.addEventListener(REPORT, ({ detail }) => {
@@ -308,6 +276,7 @@ app.registerExtension({
     const speak = async () => {
       await loadTexts();
       drawAll();
+      for (const node of allNodes()) nodeTexts.get(node)?.draw();
     };
     app.ui.settings.addEventListener("Comfy.Locale.change", speak);
     await speak();
@@ -316,5 +285,6 @@ app.registerExtension({
   nodeCreated(node) {
     const gives = !node.subgraph && node.outputs?.some((output) => output.type === PLAN); // the node inside has the chart
     if (gives && !charts.has(node)) charts.set(node, new NodeChart(node));
+    if (showsText(node.comfyClass) && !nodeTexts.has(node)) nodeTexts.set(node, new NodeText(node, say));
   },
 });

@@ -21,6 +21,9 @@ function numberOf(workflow) {
 /** The number of the open tab; 0 where the page has none. */
 export const openTab = () => loading ?? numberOf(app.extensionManager.workflow?.activeWorkflow);
 
+/** A node of the open tab, whichever object it is by now. */
+export const placeOf = (node) => JSON.stringify([openTab(), node.graph?.id, node.id]);
+
 /** Whether all nodes of the open tab are there. */
 export const isLoaded = () => loading === null;
 

@@ -86,6 +86,15 @@ def describe_measure(report: AttentionReport) -> str:
     )
 
 
+def shorten_measure(report: AttentionReport) -> str:
+    """The same for a node, which has room for two short lines: the gain first."""
+    measure = report.measure
+    if measure is None or not report.sparse or not measure.forwards:
+        return describe_measure(report)
+    gain = _faster(measure.dense / measure.sparse)
+    return f"{gain}: dense {_seconds(measure.dense)}, sparse {_seconds(measure.sparse)}"
+
+
 def _faster(gain: float) -> str:
     return f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
 
