@@ -36,6 +36,7 @@ PATTERNS = {
     "2": TilePattern(2),
     "0~1": TilePattern(0, window=1),
     "1~1": TilePattern(1, window=1),
+    "2~1": TilePattern(2, window=1),  # on two ranks with four frames each no window reaches over the border
     "2~2": TilePattern(2, window=2),
     "heads": by_head(
         [TilePattern(1, window=1), TilePattern(2), TilePattern(None), TilePattern(0, window=2), TilePattern(2)]

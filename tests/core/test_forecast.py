@@ -10,13 +10,15 @@ from efficient_vdit_core.parallel.sharding.forecast import (
     LayerShape,
     Rates,
     bytes_sent,
+    forward_seconds,
     forward_speedup,
     overhead,
     speedup,
     weights_of,
 )
+from efficient_vdit_core.parallel.sharding.layout import choose_shard
 from efficient_vdit_core.parallel.sharding.timeline import RbWork, rb_seconds, ulysses_seconds
-from efficient_vdit_core.parallel.sharding.traffic import RbBytes
+from efficient_vdit_core.parallel.sharding.traffic import RbBytes, rb_bytes
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 LONG = LayerShape(TokenLayout(TokenGrid(24, 45, 80)), 24, 96)
@@ -28,6 +30,17 @@ LONG = LayerShape(TokenLayout(TokenGrid(24, 45, 80)), 24, 96)
 )
 def test_bytes_of_a_real_layer(ranks, k, scheme, mebibytes):
     assert bytes_sent(LONG, TilePattern(k), ranks, scheme)[1] / 2**20 == pytest.approx(mebibytes, abs=0.06)
+
+
+def test_layers_of_unlike_patterns_send_over_the_one_shard_of_the_forward():
+    """Which suits the commonest of them; each for itself would send less."""
+    shape, ranks = LayerShape(TokenLayout(TokenGrid(21, 30, 52)), 12, 128), 4
+    patterns = [TilePattern(k) for k in (4, 4, 2, 1)]
+    shard = choose_shard(shape.layout, ranks, patterns)
+    sent = [max(rb_bytes(shard, pattern, 12, 128, 2)) for pattern in patterns]
+    bytes_alone = Rates("bytes alone", 1e30, 1.0)
+    assert forward_seconds(shape, iter(patterns), ranks, "rb", bytes_alone) == pytest.approx(sum(sent))
+    assert sum(bytes_sent(shape, pattern, ranks, "rb")[1] for pattern in patterns) < 0.8 * sum(sent)
 
 
 def test_a_link_without_limit_leaves_the_arithmetic():

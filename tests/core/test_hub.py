@@ -66,6 +66,23 @@ def test_a_fault_is_told_once_where_the_other_rank_ends_after_it(ranks):
     assert not pool.usable
 
 
+def test_a_rank_that_is_asked_to_end_tells_which_one_ended_before(ranks, monkeypatch):
+    """As torchrun asks the others where one has ended, sooner than rank 0 would have told it."""
+    monkeypatch.setattr(hub, "GATHER_FAULTS_SECONDS", 60.0)
+    over = threading.Event()
+    ranks.says = [lambda message: over.wait() and {}] * 2
+
+    def end():
+        until(lambda: ranks.hub.request)
+        ranks.other.close()
+        ranks.hub.end_when_asked()
+
+    threading.Thread(target=end, daemon=True).start()
+    with pytest.raises(PoolFault, match="rank 1 ended without a word"):
+        Pool(ranks.address, HOST.name).ask({"do": "step"}, timeout=5.0)
+    over.set()
+
+
 def test_a_mistake_of_one_rank_ends_the_pool_without_a_traceback(ranks, monkeypatch):
     """The others wait for it. It is their end that is told, but the sentence says what to do."""
     monkeypatch.setattr(hub, "GATHER_MISTAKES_SECONDS", 0.2)

@@ -161,6 +161,17 @@ def test_a_pool_that_stays_busy_for_another_is_left_to_it(others):
     second.stop()
 
 
+def test_a_pool_that_others_started_is_not_promised_anew(others):
+    session = Session()
+    session.ready(launch())
+    os.kill(pids(others)[1], signal.SIGKILL)
+    with pytest.raises(
+        PoolFault, match="(?s)rank 1 ended.*`evdit workers` starts them anew by itself; under torchrun"
+    ) as caught:
+        computes(session)
+    assert "with the next run" not in str(caught.value)
+
+
 def test_a_pool_that_others_started_is_not_ended_by_a_self_test(others, monkeypatch):
     monkeypatch.setattr(session_module, "SELF_TEST_SECONDS", 2.0)
     os.kill(pids(others)[1], signal.SIGSTOP)

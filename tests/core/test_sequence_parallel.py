@@ -22,7 +22,7 @@ def test_gradients_of_sharded_attention_are_those_of_one_process(ranks):
     """By RB and by Ulysses, for dense layers, arrows, windows and heads that differ; whole frames, uneven ones too, and
     cut ones."""
     for errors in run_ranks("attention_gradients", ranks, "sequence_cases"):
-        assert len(errors) == 3 * 8 * 2 * 2
+        assert len(errors) == 3 * 9 * 2 * 2
         assert not {name: error for name, error in errors.items() if not error < 1e-12}
 
 

@@ -88,7 +88,9 @@ def test_the_template_opens_and_runs(comfy, name):
         chart.get_by_text(re.compile(f"Last run: {TOLD[name]}")).wait_for()
     assert chart.get_by_role("option").count() == 6
     for box in page.get_by_role("textbox", name="Report of the last run").all():
-        page.wait_for_function("box => box.value.startsWith('Self-attention over the video: ')", arg=box.element_handle())
+        page.wait_for_function(
+            "box => box.value.startsWith('Self-attention over the video: ')", arg=box.element_handle()
+        )
     assert page.evaluate(OVERLAPS) == []  # nodes have grown to what they show now
     comfy.picture(f"{name} after the run")
     if name == TINY:

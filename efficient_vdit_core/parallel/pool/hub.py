@@ -28,6 +28,8 @@ Message = dict[str, Any]
 GATHER_FAULTS_SECONDS = 0.5
 # And after a mistake, which usually all ranks find; before it each may have loaded a model.
 GATHER_MISTAKES_SECONDS = 5.0
+# And by a rank that is asked to end: what has ended another one asks for this one's end too.
+ASKED_SECONDS = 0.2
 WHERE_SECONDS = 0.8
 # How long the next ComfyUI is kept waiting for the end of the one before to be noticed.
 LEAVE_SECONDS = 1.0
@@ -128,12 +130,25 @@ class Hub:
         with self.lock:
             while (left := self.give_up_at - time.monotonic()) > 0.0:
                 self.lock.wait(min(left, threading.TIMEOUT_MAX))
-            # Where a rank was lost, what the others say is only that they miss it.
-            faults = [fault for fault in self.faults if fault[1].get("lost")] or self.faults
-            self._tell_main(
-                {"id": self.request.get("id"), "fatal": True, "faults": [{**m, "rank": r} for r, m in faults]}, {}
-            )
+            self._tell_faults()
         self.end(FATAL_EXIT)
+
+    def _tell_faults(self) -> None:
+        # Where a rank was lost, what the others say is only that they miss it.
+        faults = [fault for fault in self.faults if fault[1].get("lost")] or self.faults
+        self._tell_main(
+            {"id": self.request.get("id"), "fatal": True, "faults": [{**m, "rank": r} for r, m in faults]}, {}
+        )
+
+    def end_when_asked(self) -> None:
+        """End all ranks. Where another one has failed, torchrun asks for that before it is seen here, and ComfyUI must hear
+        of the one that failed."""
+        with self.lock:
+            if self.request:
+                self.lock.wait_for(lambda: self.faults, ASKED_SECONDS)
+            if self.faults:
+                self._tell_faults()
+        self.end(0)
 
     def end(self, status: int) -> None:
         """End this rank, and with it every other: they end when their connection here does."""

@@ -144,6 +144,8 @@ class Session:
                 lines.append(f"rank {rank}: {how}; its last lines:\n{self.workers.last_lines(rank)}")
         if fault.runs_on and self.workers is None:
             lines.append("They were left running: wait until they are less busy, or end them where they were started.")
+        elif self.workers is None:
+            lines.append("`evdit workers` starts them anew by itself; under torchrun start them again.")
         else:
             lines.append("The workers are started anew with the next run.")
         return "\n".join(lines)

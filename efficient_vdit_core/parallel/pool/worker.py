@@ -117,7 +117,7 @@ class Worker:
             clean_up=self._clean_up,
         )
         hub = self.hub
-        threading.Thread(target=_end_when_asked, args=(_hear_signals(), lambda: hub.end(0)), daemon=True).start()
+        threading.Thread(target=_end_when_asked, args=(_hear_signals(), hub.end_when_asked), daemon=True).start()
         rendezvous.announce((s.listen, port))
         self.hub.wait_for_ranks(JOIN_SECONDS)
         return port

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ...attention import TokenLayout
 from ...plan.head_patterns import LayerPattern
 from ...tiles import TilePattern
-from .layout import choose_shard
+from .layout import Shard, choose_shard
 from .timeline import RbWork, rb_seconds, ulysses_seconds
 from .traffic import rb_bytes, rb_exchanges, scheme_of, ulysses_bytes, ulysses_exchanges
 
@@ -73,9 +73,12 @@ class LayerShape:
         return 4.0 * tokens**2 * self.width * pattern.flop_density(grid, tokens - grid.tokens)
 
 
-def bytes_sent(shape: LayerShape, pattern: LayerPattern, ranks: int, scheme: str) -> tuple[str, int]:
-    """The scheme that ``scheme`` means here, and the most bytes that a rank sends in one layer by it."""
-    shard = choose_shard(shape.layout, ranks, [pattern])
+def bytes_sent(
+    shape: LayerShape, pattern: LayerPattern, ranks: int, scheme: str, shard: Shard | None = None
+) -> tuple[str, int]:
+    """The scheme that ``scheme`` means here, and the most bytes that a rank sends in one layer by it. ``shard``: that of the
+    forward, whose layers share one; by default that of layers that are all alike."""
+    shard = shard or choose_shard(shape.layout, ranks, [pattern])
     about = (shape.heads, shape.head_dim, shape.itemsize)
     scheme = scheme_of(scheme, shard, pattern, *about)
     if scheme == "rb":
@@ -112,14 +115,16 @@ def layer_seconds(
     *,
     overhead: float = 1.0,
     overlapped: bool = False,
+    shard: Shard | None = None,
 ) -> float:
-    """Time of a block on ``ranks``; ``overhead`` multiplies the arithmetic (imbalance, slicing, merging)."""
+    """Time of a block on ``ranks``; ``overhead`` multiplies the arithmetic (imbalance, slicing, merging). ``shard``: as in
+    `bytes_sent`."""
     arithmetic = overhead / ranks / rates.flops
     everything = shape.flops(pattern) * arithmetic
     if not overlapped:
-        return everything + bytes_sent(shape, pattern, ranks, scheme)[1] / rates.link
+        return everything + bytes_sent(shape, pattern, ranks, scheme, shard)[1] / rates.link
     attention = shape.attention_flops(pattern) * arithmetic
-    shard = choose_shard(shape.layout, ranks, [pattern])
+    shard = shard or choose_shard(shape.layout, ranks, [pattern])
     about = (shape.heads, shape.head_dim, shape.itemsize)
     if scheme_of(scheme, shard, pattern, *about) == "rb":
         work = _rb_work(shape, pattern.kinds[0], attention, arithmetic)
@@ -152,9 +157,10 @@ def forward_seconds(
     """Time of a forward over a ``batch`` whose layers have ``patterns``; embeddings and the gather after the last layer
     are left out. ``gathered``: the bytes of weights that a rank gathers in it."""
     counts = Counter(patterns)
+    shard = choose_shard(shape.layout, ranks, counts.elements())
     computing = batch * sum(count * shape.flops(pattern) for pattern, count in counts.items()) / ranks / rates.flops
     layers = batch * sum(
-        count * layer_seconds(shape, pattern, ranks, scheme, rates, overlapped=overlapped)
+        count * layer_seconds(shape, pattern, ranks, scheme, rates, overlapped=overlapped, shard=shard)
         for pattern, count in counts.items()
     )
     return layers + max(0.0, gathered / rates.link - computing)

@@ -78,7 +78,7 @@ def _gradients(
     pending = send_shared(SHARED_ROWS, rows, every, comm) if found.shared else None
     totals = [torch.zeros_like(x, dtype=found.lse.dtype) for x in qkv]
     _frames_alone(totals, qkv, rows, mine, shard.layout.grid.tokens_per_frame)
-    if any(role.halo for role in every):
+    if any(role.near for role in every):  # of all ranks alike: each takes part in the exchange
         _near_frames(totals, qkv, rows, shard, every, comm)
     if pending is not None:
         all_q, all_k, all_v = found.shared

@@ -14,6 +14,7 @@ from ....efficient_vdit_core.parallel.sharding.forecast import LayerShape, Rates
 from ....efficient_vdit_core.plan.head_patterns import LayerPattern
 from ....efficient_vdit_core.tiles import TilePattern, TokenGrid
 from ..families import uncompiled
+from ..forward import compute_dtype
 from ..hook import hook_of
 from .sharding import find_shardable
 
@@ -55,7 +56,7 @@ class Layers:
         )
         heads, head_dim = family.head_count(diffusion_model), family.head_dim(diffusion_model)
         weights = family.token_weights(diffusion_model) // depth
-        shape = LayerShape(layout, heads, head_dim, model.model.get_dtype().itemsize, text=0, weights=weights)
+        shape = LayerShape(layout, heads, head_dim, compute_dtype(model.model).itemsize, text=0, weights=weights)
         return cls(shape, patterns, gathered)
 
     def seconds(self, measured: Measured, scheme: str) -> Seconds:
