@@ -362,17 +362,6 @@ def test_a_killed_rank_is_named_and_the_next_run_works(server, weights):
     assert len(worker_pids(server)) == 2 and not worker_pids(server) & before
 
 
-def test_a_rank_that_was_killed_between_two_runs_costs_none_of_them(server):
-    latents(server, "before_idle_kill", OSP, TEXT, steps=1, cfg=1.0)
-    before = worker_pids(server)
-    os.kill(max(before), signal.SIGKILL)
-    assert gone(before)
-    alone = latents(server, "idle_kill_alone", OSP, TEXT, steps=1, cfg=1.25, parallel=False)
-    assert same(latents(server, "after_idle_kill", OSP, TEXT, steps=1, cfg=1.25), alone)
-    assert len(worker_pids(server)) == 2
-    assert "have ended since the last run and are sought anew: rank 1 ended without a word" in server.text()
-
-
 def test_free_reaches_the_workers(server):
     """After /free the workers let go of their models too; the next run still works."""
     said = "the workers have moved their models to main memory"
