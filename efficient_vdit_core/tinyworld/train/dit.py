@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from ...training import TrainingRun
 from ...training.muon import is_for_muon, muon_and_adamw
 from ..worlds import MOVING, World
 from .latents import CachedClips
+from .phases import phase_at
 from .text import WIDTH
 from .vae import numpy_rng
 
@@ -34,7 +34,7 @@ TINY_DIT = DiTConfig(
 )  # fmt: skip
 NULL_TEXT_SHARE = 0.1
 # (share of the steps, part of a clip's latent frames, from its begin) where short ones come first. How things move is learnt from
-# a quarter of a clip as well, and of the crossing world's a step then takes a seventh of the time.
+# a quarter of a clip as well, and a step then takes a quarter of the time.
 SHORT_FIRST = ((0.5, 0.25), (0.3, 0.5), (0.2, 1.0))
 # What a transformer to go on from may have otherwise.
 _MAY_DIFFER = ("in_channels", "out_channels", "sample_size", "sample_size_t", "prediction_type")
@@ -108,8 +108,7 @@ def train_dit(
 
 def frames_at(progress: float, whole: int) -> int:
     """How many of a clip's ``whole`` latent frames are learnt at ``progress``, 0 to 1, through a run with short ones first."""
-    ends = np.cumsum([share for share, _ in SHORT_FIRST])
-    _, part = SHORT_FIRST[min(int((progress >= ends).sum()), len(SHORT_FIRST) - 1)]
+    (part,) = phase_at(SHORT_FIRST, progress)
     return max(1, round(part * whole))
 
 

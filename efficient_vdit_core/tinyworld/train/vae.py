@@ -16,6 +16,7 @@ from ...models.opensora_plan.vae import CausalVAE
 from ...training import TrainingRun
 from ...training.muon import is_for_muon, muon_and_adamw
 from ..worlds import MOVING, World
+from .phases import phase_at
 
 TINY_VAE = VAEConfig(hidden_size=16, hidden_size_mult=(1, 2, 4, 4), num_res_blocks=1, norm_num_groups=1)
 
@@ -165,8 +166,7 @@ def make_run(vae: CausalVAE, rate: float, *, folder: Path, steps: int, seed: int
 
 def _phase(progress: float, whole: int) -> tuple[int, int]:
     """(batch, frames) at ``progress``, 0 to 1, through the run; ``whole``: the frames of a whole clip."""
-    ends = np.cumsum([share for share, _, _ in PHASES])
-    _, frames, batch = PHASES[min(int((progress >= ends).sum()), len(PHASES) - 1)]
+    frames, batch = phase_at(PHASES, progress)
     return batch, frames or whole
 
 
