@@ -1,8 +1,8 @@
 """Attention of short sequences in bfloat16 on a CPU where its gradient is asked for: matrix products over a few entries of the
 batch at a time, whose scores stay in the cache.
 
-PyTorch's own spends most of its time in the gradient there. For the tiny models' 96 to 384 tokens the two together take a
-third to a quarter of its time.
+PyTorch's own spends most of its time in the gradient there. On a core with AVX-512 BF16, result and gradient together take two
+fifths of its time at the tiny models' 96 tokens, and two thirds at their 384.
 
 Shapes: q (B, H, Nq, D), k and v (B, H, Nk, D).
 """
@@ -23,8 +23,10 @@ _SCORES = 2**19
 _LONGEST = 2**22
 
 
-def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether this is the faster way."""
+def suits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> bool:
+    """Whether this is the faster way, and gives all gradients that are asked for: a mask gets none."""
+    if mask is not None and mask.requires_grad:
+        return False
     if q.device.type != "cpu" or autocast_dtype(q) != torch.bfloat16 or q.shape[1] * q.shape[2] * k.shape[2] > _LONGEST:
         return False
     return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -39,7 +41,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         added = (
             torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
         )
-        added = added.to(q.dtype).expand(len(q), -1, -1, -1)
+        added = added.to(q.dtype).expand(torch.broadcast_shapes(added.shape, (len(q), 1, 1, 1)))
     with torch.autocast("cpu", enabled=False):  # which has its softmax in float32
         return _Attention.apply(q, k, v, added)  # pyright: ignore[reportReturnType]
 

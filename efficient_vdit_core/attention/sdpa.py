@@ -43,5 +43,5 @@ def attention_sdpa(
     """
     if not skip_reshape:
         q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-    out = attend(q, k, v, mask) if suits(q, k, v) else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = attend(q, k, v, mask) if suits(q, k, v, mask) else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out if skip_output_reshape else rearrange(out, "b h n d -> b n (h d)")

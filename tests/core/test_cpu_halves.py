@@ -42,6 +42,24 @@ def test_result_and_gradients_are_pytorchs(monkeypatch, scores, mask, dtype, off
         assert (got - wanted).abs().max() <= off * wanted.abs().max()
 
 
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_a_mask_of_fewer_dimensions_is_broadcast_as_pytorch_does(rank):
+    x = [torch.randn(2, HEADS, n, 12) for n in (4, 7, 7)]
+    mask = torch.linspace(-2, 2, 28).reshape(4, 7).expand(*[1] * (rank - 2), 4, 7)
+    expected = asked(x, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    found = asked(x, lambda q, k, v: cpu_halves.attend(q, k, v, mask))
+    for wanted, got in zip(expected, found, strict=True):
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_a_mask_gets_its_gradient():
+    """A learnt bias: from PyTorch, for this has none."""
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(2, 8, HEADS * 4, dtype=torch.bfloat16, requires_grad=True)
+    attention_sdpa(x, x, x, HEADS, mask=mask).float().square().sum().backward()
+    assert mask.grad is not None and mask.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("about", "taken"),
     [
