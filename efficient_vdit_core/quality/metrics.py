@@ -163,7 +163,8 @@ def _refuse_lengths(a: int, b: int) -> NoReturn:
 
 
 def _pairs(a: Iterable[Tensor], b: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Frame by frame; what does not fit is refused at the first pair, another length where one of them ends."""
+    """Frame by frame, where the first clip is; what does not fit is refused at the first pair, another length where one of them
+    ends."""
     count, first, second = 0, iter(a), iter(b)
     while True:
         one, two = next(first, None), next(second, None)
@@ -175,7 +176,8 @@ def _pairs(a: Iterable[Tensor], b: Iterable[Tensor]) -> Iterator[tuple[Tensor, T
         if not count:
             _check(one[None], two[None])
         count += 1
-        yield one, two
+        # ComfyUI may keep what it decoded on the GPU, and a file is read into main memory.
+        yield one, two.to(one.device)
 
 
 def unit(frame: Tensor) -> Tensor:

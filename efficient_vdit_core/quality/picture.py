@@ -131,7 +131,7 @@ def _draw_rows(canvas: _Canvas, left: float, size: tuple[int, int], clips: tuple
             canvas.text(left, y + 10, f"x {amplify:g}", color=_FAINT)
     for column, index in enumerate(shown):
         x = left + _LABELS + column * (width + _GAP)
-        first, second = (unit(clip[index]) for clip in clips)
+        first, second = (unit(clip[index]).cpu() for clip in clips)
         for row, frame in enumerate((first, second, _heat((first - second).abs().mean(-1) * amplify))):
             canvas.paste(frame, x, _MARGIN + row * (height + _GAP), size)
         number = f"frame {index}" if width >= 60 else str(index)
@@ -189,7 +189,8 @@ def _draw_curve(canvas: _Canvas, box: tuple[float, float, float, float], values:
 def _ticks(low: float, high: float) -> list[float]:
     """Three to six round values around low..high."""
     span = max(high - low, 0.5)
-    step = next(s for s in (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0) if span / s <= 4)
+    # The last is for what rounding leaves of nothing: the square of the smallest float differs by 3,000 dB from that of 1.
+    step = next(s for s in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if span / s <= 4)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(i * step, 6) for i in range(first, max(last, first + 2) + 1)]
 

@@ -27,12 +27,15 @@ def measure_output(
     progress: Callable[[int], None] | None = None,
     keep: Keep | None = None,
 ) -> Tensor:
-    """``forward()``, and into ``record`` the error of each other one. ``keep`` gives an error by what measures it, or knows it.
+    """``forward()``, and into ``record`` the error of each other one, of the layers that attend in it: guidance may leave some
+    out. ``keep`` gives an error by what measures it, or knows it.
 
     ``forward`` must run with ``make_probe_override(record)`` and count its layers anew each time. ``progress`` is told the
     layer before each; what it raises ends the run.
     """
+    before = record.calls
     exact = forward()
+    attended = [layer for layer, calls in record.calls.items() if calls > before[layer]]
 
     def measure() -> float:
         record.replaying = Replay(pattern, layer)
@@ -42,7 +45,7 @@ def measure_output(
             record.replaying = None
         return relative_error(flat(approximate), flat(exact))
 
-    for layer in record.layers:
+    for layer in sorted(attended):
         for pattern in record.candidates:
             if progress is not None:
                 progress(layer)

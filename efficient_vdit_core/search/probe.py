@@ -120,7 +120,12 @@ class ProbeRecord:
     @property
     def layers(self) -> list[int]:
         """Those whose attention was measured."""
-        return sorted({layer for layer, _ in self.errors[ATTENTION]})
+        return sorted(self.calls)
+
+    @property
+    def calls(self) -> Counter[int]:
+        """How often each layer's attention was measured."""
+        return Counter({layer: len(found) for (layer, _), found in self.errors[ATTENTION].items()})
 
     def of_heads(self, layer: int, pattern: TilePattern, measure: str = ATTENTION) -> np.ndarray:
         """Squared errors of the heads (H,), whose sum is the layer's; one that no head has of its own is shared out as the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,7 @@ class Hook:
     likes; None: once. ``weights`` as in ``StepCost``, 0 = not asked for. ``after_run`` is called after each sampling that it
     took part in.
 
-    Of the present run: ``running`` while its own wrapper is around it, ``beside`` while it is another MODEL's; ``asked``
+    Of the present run: ``clips``, how many are sampled at once; ``running`` while its own wrapper is around it, ``beside`` while it is another MODEL's; ``asked``
     once a forward came by; ``why_once`` says why no forward may be computed twice; ``second_hooks`` are those of the second
     models that it samples with.
     """
@@ -49,6 +50,7 @@ class Hook:
     after_run: Callable[[], None] = lambda: None
     made_for: Callable[[], Any] = lambda: None
     made: dict[int, Override] = field(default_factory=dict)  # by the id of what each is over, and keeps alive
+    clips: int = 0
     running: bool = False
     beside: bool = False
     asked: bool = False
@@ -65,7 +67,7 @@ class Hook:
 
     def over(self, current: Override | None) -> Override:
         """An override on top of ``current``, which it asks for every dense piece; ``current`` where it is ours."""
-        if current is not None and getattr(current, "preparation", None) is self.preparation:
+        if followed_by(current) is self.preparation:
             return current
         # By identity: another node's override may be any object, with an equality of its own or without a hash.
         if id(current) not in self.made:
@@ -74,11 +76,28 @@ class Hook:
             chosen = self.make(current) if self.make else attention_override(self.preparation, previous=current)
             # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
             override: Any = torch.compiler.disable(chosen)
-            override.replaces, override.preparation = current, self.preparation
+            override.replaces, override.preparation, override.marks = current, self.preparation, weakref.ref(override)
             if not self.make:
                 override.container_function = _with_containers(override)
             self.made[id(current)] = override
         return self.made[id(current)]
+
+    def forget(self) -> None:
+        """Lets go, after a run, of what only its forwards needed: what their attention kept, and other nodes' overrides."""
+        self.preparation.forget()
+        self.made.clear()
+
+
+def followed_by(override: Any) -> Preparation | None:
+    """The plan that an override of ours follows; None of another node's, though it carry our marks as functools.wraps copies
+    them."""
+    marks = getattr(override, "marks", None)
+    return override.preparation if marks is not None and marks() is override else None
+
+
+def beneath(override: Any) -> Any:
+    """What an override of ours is over; another node's as it is."""
+    return override if followed_by(override) is None else override.replaces
 
 
 def dense() -> Preparation:
@@ -103,7 +122,7 @@ def hook_of(model: Any) -> Hook | None:
 def attention_of_others(model: Any) -> Override | None:
     """Another node's override of a MODEL's attention, ours over it or not; None where there is none."""
     override = model.model_options["transformer_options"].get(OVERRIDE)
-    while hasattr(override, "preparation"):
+    while followed_by(override) is not None:
         override = override.replaces
     return override
 

@@ -168,6 +168,7 @@ class _Progress:
         self.total = steps * self.each
         self.bar = comfy.utils.ProgressBar(self.total)
         self.steps = self.layers = self.forwards = 0
+        self.attended = False
 
     def layer(self, layer: int) -> None:
         # With guidance a layer may be called once for both prompts or once for each.
@@ -180,6 +181,14 @@ class _Progress:
         self._tell()
 
     def step(self, step: int, *_: Any) -> None:
+        """Behind each step. Raises ValueError where the model attended in none of its layers, which it did before."""
+        if self.attended and not self.layers:
+            raise ValueError(
+                f"In step {step + 1} of {self.total // self.each} no attention was asked for, so nothing can be measured there: another "
+                "node leaves forwards of the model out, as EasyCache and LazyCache do, or no prompt is for that part of the "
+                "schedule. Connect the model from before that node, and prompts for all of the schedule."
+            )
+        self.attended = self.attended or self.layers > 0
         self.steps, self.layers, self.forwards = step + 1, 0, 0
         self._tell()
 

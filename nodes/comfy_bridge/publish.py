@@ -18,7 +18,7 @@ from ...efficient_vdit_core.attention.report.measure import StepMeasure
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from .families import uncompiled
 from .forward import call_shape, forward_state
-from .hook import WRAPPER_KEY, Hook, take_off
+from .hook import WRAPPER_KEY, Hook, beneath, take_off
 from .measure import computed_twice
 from .model_call import ModelCall, around_model
 from .replaced_blocks import counting_blocks
@@ -33,8 +33,7 @@ def install(model: Any, hook: Hook) -> Any:
     options = patched.model_options["transformer_options"]
     # A second plan takes the place of the first: two of them cannot both decide about one call. Where another node
     # stands between them, the first stays in the chain and leaves alone what it does not own.
-    previous = options.get(OVERRIDE)
-    options[OVERRIDE] = hook.over(getattr(previous, "replaces", previous))
+    options[OVERRIDE] = hook.over(beneath(options.get(OVERRIDE)))
     take_off(patched)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, publish_layout(hook))
     return patched
@@ -53,7 +52,7 @@ def publish_layout(hook: Hook) -> Any:
         if acting is None:
             return leave_alone(call, hook).run()
         acting.asked = True
-        state = _state(acting, call)
+        state = _state(acting, call, hook.clips)
         found = call.options.get(OVERRIDE)
         call.options[OVERRIDE] = acting.over(found if acting is hook else without(found, hook))
         state = _prepared(acting, state, call)
@@ -86,8 +85,8 @@ def counted_anew(options: dict[str, Any], state: ForwardState) -> dict[str, Any]
     return {**options, "wrappers": {**wrappers, WrappersMP.DIFFUSION_MODEL: of_model}}
 
 
-def _state(hook: Hook, call: ModelCall) -> ForwardState:
-    """Where the tokens of this forward stand, and whether and how it is sparse."""
+def _state(hook: Hook, call: ModelCall, clips: int) -> ForwardState:
+    """Where the tokens of this forward stand, and whether and how it is sparse, in a run of so many clips."""
     report, sampling, options, t = hook.report, call.model.model_sampling, call.options, call.t
     state = forward_state(hook.family, uncompiled(call.model.diffusion_model), call.x, call.c_crossattn, call.conds)
     report.layout = state.layout
@@ -99,7 +98,7 @@ def _state(hook: Hook, call: ModelCall) -> ForwardState:
     if hook.caution:
         report.warn("caution", hook.caution)
     if hook.preparation.placement == "rotating" or hook.preparation.residual is not None:
-        branches = branches_of(options, len(call.x))
+        branches = branches_of(options, len(call.x), clips)
         state = replace(state, step=step_of(options, t), steps=steps_of(options), branches=branches)
     if hook.preparation.residual is not None:
         why = why_windows_move(call.model, options)

@@ -17,7 +17,7 @@ def replaced_blocks(options: dict[str, Any]) -> tuple[Block, ...]:
 
 
 def counting_blocks(options: dict[str, Any], state: ForwardState) -> dict[str, Any]:
-    """``options`` under which ``state`` counts on behind a block whose replacement does not ask its attention."""
+    """``options`` under which ``state`` counts on behind a block however often its replacement asks its attention, or not."""
     replaced = _replacements(options)
     layers = {block: _layer(block, state) for block in replaced}
     counting = {block: _counted(replaced[block], state, at) for block, at in layers.items() if at is not None}
@@ -41,9 +41,18 @@ def _layer(block: Block, state: ForwardState) -> int | None:
 
 
 def _counted(replacement: Replacement, state: ForwardState, layer: int) -> Replacement:
-    def run(*args: Any, **kwargs: Any) -> Any:
+    """The replacement, whose original block attends as ``layer`` however often it is asked: guidance may compute it twice and
+    take a mean."""
+
+    def run(block: dict[str, Any], extra: dict[str, Any]) -> Any:
+        original = extra["original_block"]
+
+        def as_its_layer(block: dict[str, Any]) -> Any:
+            state.count_from(layer)
+            return original(block)
+
         state.count_from(layer)
-        out = replacement(*args, **kwargs)
+        out = replacement(block, {**extra, "original_block": as_its_layer})
         state.count_from(layer + 1)
         return out
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from ...efficient_vdit_core.attention.report.report import AttentionReport
 from ...efficient_vdit_core.attention.report.summary import describe_measure
 from .hook import WRAPPER_KEY, Hook
@@ -22,16 +24,16 @@ def log_report(hook: Hook) -> Callable[..., Any]:
     """An OUTER_SAMPLE wrapper: one line in the log after each run, a warning where nothing became sparse."""
     report = hook.report
 
-    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
         report.reset()
-        hook.running, hook.asked = True, False
+        hook.clips, hook.running, hook.asked = len(noise), True, False
         guider = executor.class_obj
         hook.why_once = why_not_twice(guider.model_patcher, guider.model_options, WRAPPER_KEY)
         if report.measure is not None:
             report.measure.refused = hook.why_once
         start, complete = time.perf_counter(), False
         try:
-            result = executor(*args, **kwargs)
+            result = executor(noise, *args, **kwargs)
             complete = True
             return result
         finally:
@@ -39,7 +41,7 @@ def log_report(hook: Hook) -> Callable[..., Any]:
                 _tell(hook, complete, time.perf_counter() - start)
             finally:
                 for own in (hook, *hook.second_hooks):
-                    own.preparation.forget()
+                    own.forget()
                 hook.running, hook.second_hooks = False, []
 
     return wrapper

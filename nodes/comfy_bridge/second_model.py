@@ -10,7 +10,7 @@ from typing import Any
 from comfy.patcher_extension import CallbacksMP
 
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
-from .hook import WRAPPER_KEY, Hook, hook_of
+from .hook import WRAPPER_KEY, Hook, followed_by, hook_of
 from .model_call import ModelCall
 
 log = logging.getLogger("efficient_vdit")
@@ -40,7 +40,7 @@ def leave_alone(call: ModelCall, hook: Hook) -> ModelCall:
 
 def without(override: Any, hook: Hook) -> Any:
     """The override that the first MODEL's ``hook`` was put over, where it is on top; None where there is none."""
-    return override.replaces if getattr(override, "preparation", None) is hook.preparation else override
+    return override.replaces if followed_by(override) is hook.preparation else override
 
 
 def tell_where_nobody_asks(patched: Any, hook: Hook) -> None:

@@ -133,15 +133,16 @@ def why_windows_move(base_model: Any, options: dict[str, Any]) -> str:
     return f"the context windows ({name}) move from step to step; choose {' or '.join(STILL)}"
 
 
-def branches_of(options: dict[str, Any], batch: int) -> tuple[tuple[Any, int], ...]:
+def branches_of(options: dict[str, Any], batch: int, clips: int) -> tuple[tuple[Any, int], ...]:
     """The prompts in a forward's batch: what tells each from others, and its rows. Its context window does too, and the blocks
     that other nodes replace: guidance may ask a prompt once more without some of them.
 
-    () where ComfyUI does not say, or the batch does not share out evenly.
+    () where ComfyUI does not say, or the ``batch`` is not each prompt's ``clips``: a node that shares it out leaves the names
+    of all prompts with every part.
     """
     names = options.get("uuids") or options.get("cond_or_uncond") or ()
-    if not names or batch % len(names):
+    if not names or batch != len(names) * clips:
         return ()
     window = options.get("context_window")
     frames = tuple(getattr(window, "index_list", ())) if window is not None else ()
-    return tuple(((name, frames, replaced_blocks(options)), batch // len(names)) for name in names)
+    return tuple(((name, frames, replaced_blocks(options)), clips) for name in names)

@@ -126,6 +126,16 @@ def test_what_infinite_talk_adds_is_not_shared_out(talk):
     assert "(double_block)" in blocks
 
 
+def test_nothing_of_other_nodes_is_kept_after_a_run(facts):
+    assert facts["overrides of a run"]["made"] == 2 and facts["overrides of a run"]["left"] == 0
+    assert facts["overrides of a run"]["same"] < ROUNDING
+
+
+def test_an_override_that_carries_our_marks_is_another_node_s(facts):
+    found = facts["override with our marks"]
+    assert found["same"] < ROUNDING and found["next plan"] < ROUNDING and found["calls"] > 0
+
+
 @pytest.mark.parametrize("order", ["before", "behind"])
 @pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
 def test_what_a_cache_skips_is_skipped_and_the_rest_is_sparse(facts, cache, order):

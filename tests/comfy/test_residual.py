@@ -63,3 +63,9 @@ def test_room_is_made_at_the_first_forward_or_refused_there(facts):
     assert facts["kept before the window"] == [1, 1, 1]  # the room is made before the model runs
     assert facts["kept where no window comes"] == 0
     assert "cached residual takes about" in facts["refused"] and facts["forwards before it was refused"] == 0
+
+
+def test_prompts_are_not_mixed_where_a_node_computes_the_batch_in_parts(facts):
+    assert facts["kept of two clips"] == 2
+    assert facts["a batch in halves"] < 1e-4, "sparse, without a residual"
+    assert len(facts["a batch in halves said"]) == 1 and "not known" in facts["a batch in halves said"][0]

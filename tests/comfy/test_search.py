@@ -171,6 +171,23 @@ def test_the_output_is_not_measured_where_a_node_leaves_forwards_out(server):
     assert "easycache may keep something of each forward" in told and "set error to attention" in told
 
 
+@pytest.mark.parametrize("what", ["search", "map"])
+def test_levels_that_a_node_leaves_out_are_not_passed_over(server, what):
+    prompt = searching(error="attention", probes=6)
+    settings = {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
+    prompt["cached"] = {"class_type": "EasyCache", "inputs": {"model": ["model", 0], **settings}}
+    prompt["search"]["inputs"]["model"] = ["cached", 0]
+    if what == "map":
+        inputs = {"model": ["cached", 0], "positive": ["positive", 0], "latent": ["latent", 0]}
+        choices = {"seed": 0, "rows": 4, "percent": 0.9, "layers": "0"}
+        prompt = {**graph(), "cached": prompt["cached"]}
+        prompt["map"] = {"class_type": "EVDiTAttentionTileMap", "inputs": {**inputs, **choices}}
+        prompt["text"] = {"class_type": "PreviewAny", "inputs": {"source": ["map", 1]}}
+    status = server.run(prompt)["status"]
+    (told,) = [data["exception_message"] for kind, data in status["messages"] if kind == "execution_error"]
+    assert "no attention was asked for" in told and "as EasyCache" in told
+
+
 def test_the_same_seed_gives_the_same_bytes(server):
     # Written in another order, the same candidates pass ComfyUI's cache and mean the same.
     first, second = (searched(server, searching(candidates=text, threshold=0.3))[1] for text in ("1,2", "2,1"))

@@ -25,7 +25,14 @@ def test_what_is_no_numbered_block_is_left_alone(facts):
 
 
 def test_layers_are_counted_past_those_that_guidance_skips(facts):
-    assert {"wan", "ltx"} <= facts["layers"].keys()
-    for name, seen in facts["layers"].items():
+    assert {"wan", "ltx"} <= facts["layer 0 skipped"].keys()
+    for name, seen in facts["layer 0 skipped"].items():
         every, rest = [0, 1, 2], [1, 2]
         assert seen in (every + rest, every + every + rest), name
+
+
+def test_a_block_that_its_replacement_computes_twice_is_one_layer(facts):
+    assert {"wan", "ltx"} <= facts["layer 1 twice"].keys()
+    for name, seen in facts["layer 1 twice"].items():
+        forward = [0, 1, 1, 2]
+        assert seen in (forward, forward + forward), name

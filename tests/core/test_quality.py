@@ -199,6 +199,16 @@ def test_the_picture_shows_both_clips_and_where_they_differ(size, length):
     assert share((1.0, 1.0, 220 / 255)) > 0.8 * share((0.45, 0.45, 0.45))  # the amplified difference
 
 
+def test_frames_that_differ_by_rounding_alone_are_drawn_beside_others():
+    a = grey(0.2, 0.2, 0.0)
+    b = a.clone()
+    b[1] += 0.1
+    b[2, 0, 0, 0] = 1e-30
+    comparison = compare_clips(a, b, lpips=False)
+    assert comparison.psnr_frames[2] > 600
+    assert comparison_picture(a, b, comparison).ndim == 3
+
+
 def test_the_heat_scale_rises_in_brightness():
     brightness = _heat(torch.linspace(0, 1, 50)[None])[0] @ torch.tensor([0.299, 0.587, 0.114])
     assert bool((brightness.diff() > 0).all())

@@ -169,6 +169,19 @@ def test_output_errors_are_those_of_a_run_with_that_layer_sparse():
     assert record.dense == {"cross-attention": 5}, "the further forwards are counted nowhere"
 
 
+def test_a_layer_is_not_measured_in_a_forward_that_leaves_it_out():
+    """As guidance that skips a layer asks once more without it: nothing is to be seen of its candidates there."""
+    whole, record = Model(), ProbeRecord(patterns(0, 1))
+    skipping = Model()
+    skipping.blocks[1] = nn.Identity()
+    skipping.blocks[1].forward = lambda x, options: options[FORWARD_KEY].count_from(2) or x
+    override = make_probe_override(record)
+    for model in (whole, skipping):
+        measure_output(record, lambda model=model: model(clip(), override))
+    found = {layer: len(record.errors[OUTPUT][layer, TilePattern(1)]) for layer in range(5)}
+    assert found == {0: 2, 1: 1, 2: 2, 3: 2, 4: 2}
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("most", [1, 3])
 def test_what_the_output_says_decides_where_it_is_asked_for(most, groups):

@@ -1,9 +1,12 @@
 """The sparse node in the company of ComfyUI's other ways to change a MODEL or a run, on a tiny Wan. Prints JSON."""
 
+import functools
+import gc
 import inspect
 import json
 import sys
 import threading
+import weakref
 from dataclasses import dataclass
 
 from host import call, load_pack, log_lines, torch  # isort: skip
@@ -16,6 +19,7 @@ import comfy.sd  # isort: skip
 import comfy_extras.nodes_custom_sampler as custom_sampler  # isort: skip
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode  # isort: skip
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode  # isort: skip
+from comfy.patcher_extension import WrappersMP  # isort: skip
 from tiny_models import CASES, build, missing, noise  # isort: skip
 
 OVERRIDE = "optimized_attention_override"
@@ -188,6 +192,41 @@ chained = sparse(model)
 below = chained.model_options["transformer_options"][OVERRIDE]
 chained.model_options["transformer_options"][OVERRIDE] = lambda func, *args, **kwargs: below(func, *args, **kwargs)
 facts["override around"] = {"same": distance(run(chained), alone), "lines": list(lines)}
+# A new one for each forward, which nothing of ours may keep once the run is over.
+def anew(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
+    of_step = functools.partial(other)
+    made_in_the_run.append(weakref.ref(of_step))
+    options = {**transformer_options, OVERRIDE: of_step}
+    return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+
+
+made_in_the_run: list = []
+renewing = model.clone()
+renewing.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "anew", anew)
+hooked = sparse(renewing)
+run(hooked)
+gc.collect()
+facts["overrides of a run"] = {
+    "made": len(made_in_the_run), "left": sum(made() is not None for made in made_in_the_run), "same": distance(run(hooked), alone),
+}  # fmt: skip
+
+
+# One that carries our marks, as functools.wraps copies them, is another node's still: the next plan keeps it in the chain.
+marked = sparse(model)
+under_it = marked.model_options["transformer_options"][OVERRIDE]
+
+
+@functools.wraps(under_it)
+def wrapping(func, *args, **kwargs):
+    seen.append(1)
+    return under_it(func, *args, **kwargs)
+
+
+marked.model_options["transformer_options"][OVERRIDE] = wrapping
+once, seen[:] = run(marked), []
+facts["override with our marks"] = {"same": distance(once, alone)}
+facts["override with our marks"]["next plan"] = distance(run(sparse(marked, 9)), dense)
+facts["override with our marks"]["calls"] = len(seen)
 facts["the second node counts"] = distance(run(sparse(sparse(model, 3))), alone)
 between = sparse(model)
 first = between.model_options["transformer_options"][OVERRIDE]

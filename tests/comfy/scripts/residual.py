@@ -27,7 +27,7 @@ def sparse(source=model, k=0, **changes):
     return call(pack["EVDiTSparseAttention"], model=source, plan=plans.TilePlan.uniform(k), **settings)[0]
 
 
-def run(chosen, steps=20, cfg=1.0, other=longer):
+def run(chosen, steps=20, cfg=1.0, other=longer, start=x):
     """Texts of two lengths are two forwards a step under guidance; of one length they are one."""
     log.clear()
     guider = comfy.samplers.CFGGuider(chosen)
@@ -35,7 +35,8 @@ def run(chosen, steps=20, cfg=1.0, other=longer):
     guider.set_cfg(cfg)
     sigmas = comfy.samplers.calculate_sigmas(chosen.get_model_object("model_sampling"), "simple", steps)
     with torch.inference_mode():
-        return guider.sample(x, torch.zeros_like(x), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+        empty = torch.zeros_like(start)
+        return guider.sample(start, empty, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
 
 
 def kept(chosen) -> int:
@@ -161,6 +162,27 @@ facts["moving windows said"] = [line for line in log if "no residual" in line]
 late = {"residual_every": 4, "start_percent": 0.3}
 facts["kept before the window"] = kept_by_forward(sparse(**late))[:3]
 facts["kept where no window comes"] = max(kept_by_forward(sparse(residual_every=4, start_percent=0.99)))
+
+
+def in_halves(model_function, inputs):
+    """As nodes do that save memory: the batch in two parts, each with all that ComfyUI says of the whole."""
+    parts = [
+        model_function(inputs["input"][rows], inputs["timestep"][rows], **{
+            name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in inputs["c"].items()
+        })
+        for rows in (slice(0, 2), slice(2, 4))
+    ]  # fmt: skip
+    return torch.cat(parts)
+
+
+halved = model.clone()
+halved.set_model_unet_function_wrapper(in_halves)
+two_clips = {"cfg": 3.0, "other": noise(1, 7, 32), "start": noise(2, 16, 9, 4, 6)}
+whole_batch = run(sparse(), **two_clips)
+facts["a batch in halves"] = float((run(sparse(halved, residual_every=4), **two_clips) - whole_batch).abs().max())
+facts["a batch in halves said"] = [line for line in log if "no residual" in line]
+facts["kept of two clips"] = max(kept_by_forward(sparse(residual_every=4), **two_clips))
+
 original, cache.free_bytes = cache.free_bytes, lambda *_: 1000
 forwards = []
 count = model.model.diffusion_model.register_forward_pre_hook(lambda *_: forwards.append(1))

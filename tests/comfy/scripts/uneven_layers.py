@@ -47,15 +47,27 @@ def distances(model, case, plan, around=lambda m: m):
     return [float((clip - exact).norm() / exact.norm()) for clip in found]
 
 
-def layers_seen(name):
-    """The layer that each call of a step is taken for, where guidance asks once more without layer 0."""
+def layers_seen(name, around):
+    """The layer that each call of a step is taken for, of the MODEL that ``around`` makes."""
     case, seen = CASES[name], []
     unfollow = follow_layers(states, seen)
     try:
-        run(skipping(sparse(build(case), plans.TilePlan.uniform(1)), "0"), case, steps=1)
+        run(around(sparse(build(case), plans.TilePlan.uniform(1))), case, steps=1)
     finally:
         unfollow()
     return seen
+
+
+def asking_twice(model):
+    """Layer 1's block is computed twice and its mean taken, as guidance by perturbed attention may."""
+    asking = model.clone()
+
+    def replacement(block, extra):
+        first, second = (extra["original_block"](dict(block)) for _ in range(2))
+        return {name: (first[name] + second[name]) / 2 for name in first}
+
+    asking.set_model_patch_replace(replacement, "dit", "double_block", 1)
+    return asking
 
 
 def tile_map(model, case):
@@ -98,10 +110,13 @@ facts = {
     "vace tile map": tile_map(tiny_vace, vace),
     "wan, a layer skipped": distances(wan, CASES["wan"], one, lambda m: skipping(m, "1")),
     "ltx, a layer skipped": distances(build(ltx), ltx, uneven, lambda m: skipping(m, "1")),
-    "layers": {
-        name: layers_seen(name)
-        for name in ("wan", "ltx", "mochi", "h3 with guidance")
-        if name in CASES and not missing(CASES[name])
+    **{
+        about: {
+            name: layers_seen(name, around)
+            for name in ("wan", "ltx", "mochi", "h3 with guidance")
+            if name in CASES and not missing(CASES[name])
+        }
+        for about, around in (("layer 0 skipped", lambda m: skipping(m, "0")), ("layer 1 twice", asking_twice))
     },
 }
 print(json.dumps(facts))
