@@ -35,9 +35,9 @@ class Hook:
     likes; None: once. ``weights`` as in ``StepCost``, 0 = not asked for. ``after_run`` is called after each sampling that it
     took part in.
 
-    Of the present run: ``clips``, how many are sampled at once; ``running`` while its own wrapper is around it, ``beside`` while it is another MODEL's; ``asked``
-    once a forward came by; ``why_once`` says why no forward may be computed twice; ``second_hooks`` are those of the second
-    models that it samples with.
+    Of the present run: ``clips``, how many are sampled at once; ``running`` while its own wrapper is around it, ``beside``
+    while it is another MODEL's; ``asked`` once a forward came by; ``why_once`` says why no forward may be computed twice;
+    ``second_hooks`` are those of the second models that it samples with.
     """
 
     family: Family
