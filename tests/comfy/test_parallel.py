@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pools
 import pytest
 import torch
 from comfyui_server import COMFYUI, PYTHON, Server
@@ -360,6 +361,17 @@ def test_a_killed_rank_is_named_and_the_next_run_works(server, weights):
     more = {"weights": weights, "division": "branches"}
     assert same(latents(server, f"after_kill_{weights}", OSP, TEXT, steps=2, **more), alone)
     assert len(worker_pids(server)) == 2 and not worker_pids(server) & before
+
+
+def test_a_rank_that_was_killed_between_two_runs_costs_none_of_them(server):
+    latents(server, "before_idle_kill", OSP, TEXT, steps=1, cfg=1.0)
+    before = worker_pids(server)
+    os.kill(max(before), signal.SIGKILL)
+    assert pools.gone(before)
+    alone = latents(server, "idle_kill_alone", OSP, TEXT, steps=1, cfg=1.25, parallel=False)
+    assert same(latents(server, "after_idle_kill", OSP, TEXT, steps=1, cfg=1.25), alone)
+    assert len(worker_pids(server)) == 2
+    assert "have ended since the last run and are sought anew: rank 1 ended without a word" in server.text()
 
 
 def test_free_reaches_the_workers(server):

@@ -56,6 +56,19 @@ def test_a_rank_that_dies_while_the_pool_is_idle_is_named(session, rank, size):
     assert torch.equal(session.step(launch(), {}, {"x": X})[1]["sum"], 2 * X)
 
 
+def test_a_pool_that_died_while_it_was_idle_is_forgotten_before_a_run(session, caplog):
+    session.ready(launch())
+    before = pids(session)
+    session.forget_if_gone()
+    assert pids(session) == before  # it lives
+    os.kill(before[1], signal.SIGKILL)
+    assert gone(before)
+    session.forget_if_gone()
+    assert session.pool is None and "sought anew: rank 1 ended without a word" in caplog.text
+    session.forget_if_gone()
+    assert torch.equal(session.step(launch(), {}, {"x": X})[1]["sum"], 2 * X)
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_dies_while_weights_are_gathered_is_named(rank):
     """It has begun the gather of the next layer, for which the others wait; the next run starts anew."""

@@ -83,24 +83,46 @@ class Words:
         return torch.zeros(len(words), 3, train_dit.TINY_DIT.caption_channels), torch.ones(len(words), 3)
 
 
-@pytest.mark.parametrize(("prediction", "loss"), [("epsilon", 1.0), ("v_prediction", 0.28)])
-def test_a_base_learns_what_it_is_asked_to_say(tmp_path, monkeypatch, prediction, loss):
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_base_learns_what_it_is_asked_to_say(tmp_path, monkeypatch, prediction):
     """Of clips that are all zero, a network that says nothing is off by the noise, or by its share at the step's level:
     whose mean square over all steps is that of the schedule's alpha bar, 0.28."""
-    losses, mse = [], train_dit.F.mse_loss
-    monkeypatch.setattr(train_dit.F, "mse_loss", lambda *args: losses.append(mse(*args)) or losses[-1])
+    losses, plain = [], train_dit.weighted_loss
+    monkeypatch.setattr(train_dit, "weighted_loss", lambda *args: losses.append((args, plain(*args))) or losses[-1][1])
 
     clips = train_dit.CachedClips(torch.zeros(4, 4, 8, 8, 8), scenes(4))
     words: Any = Words()
     model = train_dit.train_dit(tmp_path, clips, words, steps=1, batch=16, prediction=prediction)
     assert model.config.prediction_type == prediction
-    assert losses[0].item() == pytest.approx(loss, abs=0.03)
+    (said, wanted, weights), loss = losses[0]
+    assert not said.any()
+    if prediction == "epsilon":
+        assert wanted.square().mean().item() == pytest.approx(1.0, abs=0.03)
+        assert loss.item() == pytest.approx((wanted.square().flatten(1).mean(1) * weights).mean().item())
+    else:
+        assert loss.item() == pytest.approx(0.28, abs=0.03)
+
+
+def test_what_is_said_as_noise_counts_as_what_is_said_as_v():
+    """The same guess at clips, in either language; but where there is next to no signal, noise would count without bounds."""
+    random = torch.Generator().manual_seed(0)
+    x0, noise, guess = (torch.randn(5, 4, 2, 3, 3, generator=random) for _ in range(3))
+    a = torch.tensor([0.05, 0.2, 0.5, 0.9, 0.999])
+    share, rest = a.view(-1, 1, 1, 1, 1), (1 - a.square()).sqrt().view(-1, 1, 1, 1, 1)
+    said = (share * x0 + rest * noise - share * guess) / rest  # the noise that a guess at the clip stands for
+
+    def loss(prediction, *errors):
+        return float(train_dit.weighted_loss(*errors, train_dit.weights_of(prediction, a)))
+
+    in_v = loss("v_prediction", share * said - rest * guess, share * noise - rest * x0)
+    assert loss("epsilon", said, noise) == pytest.approx(in_v, rel=1e-4)
+    assert train_dit.weights_of("epsilon", torch.tensor([0.05, 0.005])).tolist() == pytest.approx([400.0, 400.0])
 
 
 def test_beginnings_of_clips_come_first_where_that_is_asked_for(tmp_path, monkeypatch):
     """The first quarter of them, half of them, whole ones; and a network of whole ones is what comes out."""
-    latents, mse, seen = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(2, 4, 8, 8, 8), train_dit.F.mse_loss, []
-    monkeypatch.setattr(train_dit.F, "mse_loss", lambda said, wanted: seen.append(wanted) or mse(said, wanted))
+    latents, plain, seen = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(2, 4, 8, 8, 8), train_dit.weighted_loss, []
+    monkeypatch.setattr(train_dit, "weighted_loss", lambda *args: seen.append(args[1]) or plain(*args))
     clips = train_dit.CachedClips(latents, scenes(2))
     words: Any = Words()
     model = train_dit.train_dit(tmp_path, clips, words, steps=10, batch=2, short_first=True)

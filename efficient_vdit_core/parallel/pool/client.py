@@ -92,6 +92,16 @@ class Pool:
             answer, result = self._settle(cancel)
         return self._judged(answer["ranks"]), result
 
+    def gone(self) -> str:
+        """Why the pool has ended since the last request, "" where it lives or still works for a cancelled one."""
+        try:
+            if not self.owed:
+                with self._faults_raised(Request(0, _LAST_WORDS_SECONDS)):
+                    self._read_what_lies_here(ticks(_LAST_WORDS_SECONDS))
+        except PoolFault as fault:
+            return str(fault)
+        return ""
+
     def _judged(self, ranks: list[Message]) -> list[Message]:
         """The ranks' answers. Raises what the first of them reports that failed."""
         failed = [(rank, said) for rank, said in enumerate(ranks) if "error" in said]

@@ -49,5 +49,5 @@ def _words(faults: list[Fault]) -> list[str]:
     said: dict[str, set[int]] = {}
     for fault in faults:
         detail = "" if fault.get("mistake") or "traceback" not in fault else f"\n{fault['traceback']}"
-        said.setdefault(f"{fault['error']}{detail}", set()).add(fault["rank"])
-    return [f"rank{'s' * (len(who) > 1)} {', '.join(map(str, sorted(who)))}: {text}" for text, who in said.items()]
+        said.setdefault(f"{'' if fault.get('lost') else ':'} {fault['error']}{detail}", set()).add(fault["rank"])
+    return [f"rank{'s' * (len(who) > 1)} {', '.join(map(str, sorted(who)))}{text}" for text, who in said.items()]

@@ -189,7 +189,7 @@ class Hub:
                     self.answer(rank, message, tensors)
         except ConnectionEnded:
             with self.lock:
-                self._fault(rank, {"error": f"rank {rank} ended without a word", "lost": True})
+                self._fault(rank, {"error": "ended without a word", "lost": True})
 
     def _welcome(self, hello: Message, connection: Connection) -> bool:
         """Whether this ComfyUI may use the pool; it is told why not, or whether the ranks still work for another."""
@@ -242,7 +242,7 @@ class Hub:
                     peer.send(message, tensors)
                 except ConnectionEnded:
                     with self.lock:
-                        self._fault(rank, {"error": f"rank {rank} ended without a word", "lost": True})
+                        self._fault(rank, {"error": "ended without a word", "lost": True})
             self.run_here(message, tensors)
 
     def _ask_where(self) -> dict[str, str]:

@@ -78,6 +78,14 @@ class Session:
             self.opened.append(launch.key)
             return self.pool
 
+    def forget_if_gone(self) -> None:
+        """Leave a pool that ended while nothing was asked of it: no work was lost, and the next request finds or starts
+        another. Not between the steps of a run, whose user must hear which rank ended."""
+        with self.lock:
+            if self.pool is not None and self.pool.usable and (why := self.pool.gone()):
+                log.warning("Efficient-vDiT: the workers have ended since the last run and are sought anew: %s", why)
+                self.stop(gently=False)
+
     def _open(self, launch: Launch, poll: Poll | None) -> None:
         """Have the workers build the launch's model, and let go of the one that was not used for longest."""
         # Before they are asked: those that succeed let go of it, also where another one then fails.

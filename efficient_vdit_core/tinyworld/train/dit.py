@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...limits.quote import quoted
@@ -20,6 +19,7 @@ from ...models.opensora_plan.checkpoint import read_transformer_config
 from ...models.opensora_plan.config import DiTConfig
 from ...models.opensora_plan.text import TextEncoder
 from ...models.opensora_plan.transformer import OpenSoraT2V
+from ...sampling.path import EPSILON
 from ...training import TrainingRun
 from ...training.muon import is_for_muon, muon_and_adamw
 from ..worlds import MOVING, World
@@ -33,6 +33,7 @@ TINY_DIT = DiTConfig(
     interpolation_scale_t=1.0, interpolation_scale_h=1.0, interpolation_scale_w=1.0, prediction_type="v_prediction",
 )  # fmt: skip
 NULL_TEXT_SHARE = 0.1
+LEAST_SIGNAL = 0.05  # below it noise tells so little of a clip that its errors weigh no more
 # (share of the steps, part of a clip's latent frames, from its begin) where short ones come first. How things move is learnt from
 # a quarter of a clip as well, and a step then takes a quarter of the time.
 SHORT_FIRST = ((0.5, 0.25), (0.3, 0.5), (0.2, 1.0))
@@ -97,13 +98,27 @@ def train_dit(
         t = ((torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1 * 1000).long()
         a, s = alpha_bar[t].sqrt().view(-1, 1, 1, 1, 1), (1 - alpha_bar[t]).sqrt().view(-1, 1, 1, 1, 1)
         noise = torch.randn(x0.shape, generator=generator)
-        noisy, wanted = a * x0 + s * noise, noise if prediction == "epsilon" else a * noise - s * x0
+        noisy, wanted = a * x0 + s * noise, noise if prediction == EPSILON else a * noise - s * x0
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             said = model(noisy.to(device), t.float().to(device), context, mask).float()
-        return F.mse_loss(said, wanted.to(device))
+        return weighted_loss(said, wanted.to(device), weights_of(prediction, a.flatten()).to(device))
 
     model.load_state_dict(run.train(loss_of, evaluate=evaluate, save_every=250, evaluate_every=1000))
     return model.cpu().eval()
+
+
+def weights_of(prediction: str, a: Tensor) -> Tensor:
+    """What the squared errors of clips at the signal shares ``a`` (B,) count, (B,).
+
+    Those of epsilon count as the same clips' would in v, 1 / a^2: in x0 that is SNR + 1. With 1 a network learns at high noise to
+    copy its input, and next to nothing of the clip. Source: Salimans and Ho 2022, arXiv 2202.00512, section 4.
+    """
+    return 1 / a.square().clamp(min=LEAST_SIGNAL**2) if prediction == EPSILON else torch.ones_like(a)
+
+
+def weighted_loss(said: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+    """The mean over clips of their mean squared errors times ``weights`` (B,)."""
+    return ((said - wanted).square().flatten(1).mean(1) * weights).mean()
 
 
 def frames_at(progress: float, whole: int) -> int:

@@ -64,6 +64,7 @@ def parallelize(
         if weights == SHARDED_WEIGHTS:
             key, opening = f"{key} {weights}", {**opening, "hold": weights}
         launch = Launch(names, key, opening, start_timeout, step_timeout, imports=import_folders())
+        SESSION.forget_if_gone()
         SESSION.ready(launch, mm.throw_exception_if_processing_interrupted)
     except (ValueError, RuntimeError, OSError) as error:
         SESSION.failures += asked

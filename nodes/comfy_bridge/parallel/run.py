@@ -117,6 +117,7 @@ class Shared:
             self.known.check_run(executor.class_obj)
             self.run.reset()
             self.run.going = True
+            self.session.forget_if_gone()
             try:
                 return executor(*args, **kwargs)
             finally:
