@@ -192,6 +192,8 @@ chained = sparse(model)
 below = chained.model_options["transformer_options"][OVERRIDE]
 chained.model_options["transformer_options"][OVERRIDE] = lambda func, *args, **kwargs: below(func, *args, **kwargs)
 facts["override around"] = {"same": distance(run(chained), alone), "lines": list(lines)}
+
+
 # A new one for each forward, which nothing of ours may keep once the run is over.
 def anew(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
     of_step = functools.partial(other)
