@@ -180,7 +180,8 @@ def _row(
 ) -> dict[str, Any]:
     count, pattern, grid = key[0], TilePattern(key[0]), shape.layout.grid
     density = pattern.flop_density(grid, shape.prefix)
-    flops = 4.0 * shape.heads * shape.head_dim * shape.layout.tokens**2 * density
+    computed = 1.0 if key[1] == "dense" else density
+    flops = 4.0 * shape.heads * shape.head_dim * shape.layout.tokens**2 * computed
     ideal = 1 / density
     return {
         **_about(shape, key),

@@ -21,8 +21,9 @@ def draw(results: dict[str, Any], *, only_paper: bool = False) -> str:
     if only_paper:
         rows = _fastest([row for row in rows if row.get("paper_speedup") and row["backend"] in BACKENDS])
     if not rows:
+        which, preset = ("row of the paper's Table 1", " --preset paper") if only_paper else ("sparse row", "")
         raise ValueError(
-            "The results hold no sparse row, so there is nothing to draw. Run `evdit bench attention --json FILE` first."
+            f"The results hold no {which}, so there is nothing to draw. Run `evdit bench attention{preset} --json FILE` first."
         )
     most = max(max(row["ideal_speedup"], row["speedup"], row.get("paper_speedup") or 0) for row in rows)
     machine, scale = results["machine"], (WIDTH - LEFT - RIGHT) / most

@@ -202,7 +202,7 @@ def _mean(values: Any) -> float:
 
 
 def _psnr(mean_square: float) -> float:
-    return -10 * math.log10(mean_square) if mean_square else math.inf
+    return 0.0 - 10 * math.log10(mean_square) if mean_square else math.inf  # of black against white 0, not -0
 
 
 def _finite(value: Any) -> Any:

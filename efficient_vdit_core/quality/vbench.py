@@ -74,8 +74,8 @@ def write_vbench_layout(clips: Sequence[str | Path], out: str | Path, prompts: M
         ``out``.
 
     Raises:
-        ValueError: a clip is missing, damaged, named twice, of a kind that does not fit, or without a prompt; ``out``
-            holds files.
+        ValueError: a clip is missing, damaged, named twice, of a kind that does not fit, or without a prompt; ``prompts``
+            names two of them; ``out`` holds files.
     """
     out, paths = _check_out(out), [Path(clip) for clip in clips]
     if not paths:
@@ -85,6 +85,7 @@ def write_vbench_layout(clips: Sequence[str | Path], out: str | Path, prompts: M
             raise ValueError(
                 f"The clip {quoted(str(path), 120)} is named {count} times; it would count as often. Name it once."
             )
+    _check_names(paths, prompts or {})
     found = [_describe(path, prompts or {}) for path in paths]
     # In an empty folder that is there: it may be the one that a shell stands in, and the one above need not be the user's.
     part = Path(tempfile.mkdtemp(prefix=".evdit-", dir=out if out.is_dir() else out.parent))
@@ -134,8 +135,17 @@ def _check_out(out: str | Path) -> Path:
     return out
 
 
+def _check_names(paths: Sequence[Path], prompts: Mapping[str, str]) -> None:
+    for name, count in Counter(path.name for path in paths).items():
+        if count > 1 and name in prompts:
+            raise ValueError(
+                f"{count} clips are called {quoted(name, 120)}, and --prompts has one prompt of that name, which would be given to all "
+                "of them. Rename them, or leave the name out where they tell their own prompts."
+            )
+
+
 def _describe(path: Path, prompts: Mapping[str, str]) -> dict[str, Any]:
-    """{source, prompt, metadata} of a clip that is whole; ValueError says what is wrong with it."""
+    """{source, prompt, metadata} of a clip that is whole, its source as it was named; ValueError says what is wrong with it."""
     suffix = path.suffix.lower()
     if suffix not in (*_READ_BY_VBENCH, ".webp"):
         raise ValueError(
@@ -157,7 +167,7 @@ def _describe(path: Path, prompts: Mapping[str, str]) -> dict[str, Any]:
         raise ValueError(
             f"{quoted(str(path), 120)} does not tell its frames per second, so it cannot become an mp4. Convert it first."
         )
-    return {"source": path.name, "prompt": prompt, "metadata": metadata}
+    return {"source": str(path), "prompt": prompt, "metadata": metadata}
 
 
 def _fill(folder: Path, paths: Sequence[Path], found: Sequence[Mapping[str, Any]]) -> None:

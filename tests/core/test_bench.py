@@ -7,6 +7,8 @@ import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -113,6 +115,18 @@ def test_others_sparse_attention_is_not_in_the_mean_of_ours(monkeypatch, capsys)
     assert main(["bench", "attention", "--device", "cpu", "--repeats", "1", "--backends", "frames"]) == 0
     said = capsys.readouterr().out
     assert said.count("kitchen sla") == 2 and "geometric mean of 2 rows" in said
+
+
+def test_dense_attention_beside_a_pattern_counts_as_dense(monkeypatch, capsys):
+    """It computes every tile, and nothing of it is a share of the pattern's ideal."""
+    monkeypatch.setattr(attention, "presets", lambda: {"cpu": [SHAPE]})
+    asked = ["bench", "attention", "--device", "cpu", "--repeats", "1", "--backends"]
+    assert main([*asked, "dense"]) == 0 and "geometric mean" not in capsys.readouterr().out
+    assert main([*asked, "frames", "dense"]) == 0 and "geometric mean of 2 rows" in capsys.readouterr().out
+    rows = attention.measure(SHAPE, CPU, repeats=1, seed=0, backends=("dense",))
+    assert {row["backend"] for row in rows[1:]} == {"dense"}
+    work = [row["tflops_per_second"] * row["milliseconds"] for row in rows]
+    assert work == pytest.approx([work[0]] * len(rows))
 
 
 def test_the_paper_preset_is_table_1():
@@ -228,7 +242,16 @@ def test_one_block_of_wan_14b(monkeypatch, capsys, tmp_path):
     rows = [r for r in json.loads(file.read_text())["rows"] if r["kind"] == "measured"]
     assert [r["pattern"] for r in rows] == ["full", "1:4"] and all(r["seconds"] > 0 for r in rows)
     assert rows[0]["tokens"] == 30 and rows[0]["bound"] == 1.0 < rows[1]["bound"]
-    assert "measured, 1 of 40 blocks" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "measured, 1 of 40 blocks" in said
+    assert "not timed: 7 reference frames of the clip's 5 leave nothing out" in said
+
+
+def test_references_that_leave_nothing_out_are_refused_where_there_are_no_others(monkeypatch, capsys):
+    monkeypatch.setitem(step.SIZES, "tiny", (5, 4, 6))
+    asked = "bench step --size tiny --depth 1 --device cpu --references 4 9".split()
+    assert main(asked) == 2
+    assert "--references is 4 9, expected less than 4 of the clip's 5 latent frames" in capsys.readouterr().err
 
 
 def test_one_step_of_a_shallow_model(monkeypatch):
@@ -241,6 +264,22 @@ def test_one_step_of_a_shallow_model(monkeypatch):
 def test_peak_memory_sees_what_was_held_for_a_moment():
     extra = peak_extra_bytes(lambda: torch.ones(64 * 2**20, dtype=torch.uint8).numel(), CPU)
     assert extra is None or 60 * 2**20 <= extra <= 70 * 2**20
+
+
+def test_memory_is_not_told_where_the_system_does_not(monkeypatch):
+    def refused(self, *_, **__):
+        raise PermissionError(self)
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    assert peak_extra_bytes(lambda: 1, CPU) is None
+
+
+def test_what_a_training_sets_up_is_not_in_its_steps(monkeypatch):
+    monkeypatch.setattr(gpu, "_trained", lambda run, method, steps, batch: 5.0 + 0.5 * steps)
+    monkeypatch.setattr(gpu, "_searched", lambda run, captions, batch: 5.0 + 0.25 * captions)
+    run = SimpleNamespace(small=False, in_time=list)
+    for row in itertools.chain(*gpu.training(cast(gpu.Run, run))):
+        assert row["setup_seconds"] == pytest.approx(5.0)
 
 
 def test_overheads_are_named():
@@ -273,8 +312,10 @@ def test_the_chart_of_the_paper_s_rows_has_the_fastest_of_our_backends():
     assert "2.50x" in chart and not any(f"{times:.2f}x" in chart for times in (2.0, 9.0, 8.0))
     kept = json.loads((ROOT / "efficient_vdit_core/bench/results/h200/attention_alone.json").read_text())
     assert draw(kept, only_paper=True).count("24 x 96") == 9
-    with pytest.raises(ValueError, match="no sparse row"):
+    with pytest.raises(ValueError, match="no row of the paper's Table 1.*--preset paper"):
         draw({"machine": describe_machine(CPU), "rows": rows[3:]}, only_paper=True)
+    with pytest.raises(ValueError, match="no sparse row.*bench attention --json"):
+        draw({"machine": describe_machine(CPU), "rows": []})
 
 
 def test_the_commands_write_results_and_chart(tmp_path, capsys, monkeypatch):

@@ -122,7 +122,7 @@ def test_vbench_reads_what_is_laid_out(tmp_path, clip, capsys):
         and "--mode=custom_input" in instructions
         and "4 clips" in instructions
     )
-    assert json.loads((out / "clips.json").read_text())["a cat-1.gif"]["source"] == "2.gif"
+    assert json.loads((out / "clips.json").read_text())["a cat-1.gif"]["source"] == str(clips[1])
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,21 @@ def test_a_layout_that_cannot_be_is_refused_and_leaves_nothing(tmp_path, clip, c
         assert main(["eval", "vbench-layout", *clips, "--out", folder, *extra]) == 2, words
         assert words in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_clips_of_one_name_are_not_given_one_prompt(tmp_path, clip, capsys):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    clips = [str(clip("one/a.mp4", prompt="a cat")), str(clip("two/a.mp4", prompt="a dog", level=90))]
+    (tmp_path / "p.json").write_text('{"a.mp4": "a sofa"}')
+    out = tmp_path / "out"
+    assert main(["eval", "vbench-layout", *clips, "--out", str(out), "--prompts", str(tmp_path / "p.json")]) == 2
+    assert "2 clips are called 'a.mp4'" in capsys.readouterr().err and not out.exists()
+    assert main(["eval", "vbench-layout", *clips, "--out", str(out)]) == 0
+    made = json.loads((out / "clips.json").read_text())
+    assert {clip["source"]: clip["prompt"] for clip in made.values()} == dict(
+        zip(clips, ("a cat", "a dog"), strict=True)
+    )
 
 
 def test_clips_are_laid_out_in_the_empty_folder_that_one_stands_in(tmp_path, clip, monkeypatch):

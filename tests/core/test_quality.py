@@ -11,7 +11,7 @@ import torch
 from efficient_vdit_core.quality import compare_clips, comparison_picture, metrics_table
 from efficient_vdit_core.quality.metrics import ssim
 from efficient_vdit_core.quality.picture import _heat
-from efficient_vdit_core.quality.table import label
+from efficient_vdit_core.quality.table import decibels, label
 
 LENGTH, HEIGHT, WIDTH = 3, 24, 37
 
@@ -197,6 +197,10 @@ def test_the_picture_shows_both_clips_and_where_they_differ(size, length):
 
     assert share((0.2, 0.2, 0.2)) > 1.9 * share((0.45, 0.45, 0.45)) > 0  # a whole, and half of b
     assert share((1.0, 1.0, 220 / 255)) > 0.8 * share((0.45, 0.45, 0.45))  # the amplified difference
+
+
+def test_black_against_white_is_nought_decibels():
+    assert decibels(compare_clips(grey(0.0), grey(1.0), lpips=False).psnr) == "0.00 dB"
 
 
 def test_frames_that_differ_by_rounding_alone_are_drawn_beside_others():

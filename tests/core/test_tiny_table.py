@@ -46,6 +46,8 @@ def test_speed_columns_follow_the_plan(tmp_path, monkeypatch):
     assert got["attention_measured_speedup"] == pytest.approx(6 / (3 / 3.0 + 1 / 2.0 + 1 + 1 / 1.25))
     untimed = TilePlan.from_json('{"schema_version": 1, "reference_frames": [1, 1, 3, null, 4, 1]}')
     assert table._speed(untimed)["attention_measured_speedup"] is None
+    for text in ("all:1~1", "all:1+2"):  # neighbours and mean frames cost what reference frames alone do not
+        assert table._speed(TilePlan.from_text(text))["attention_measured_speedup"] is None
     assert table._speed(None)["attention_ideal_speedup"] == 1.0
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ...tiles import TilePattern
 from .. import say
 from ..arguments import count
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]
     _check_choice("--size", size, SIZES)
     if not 1 <= depth <= 32:
         raise ValueError(f"--depth is {depth}, expected 1 to 32 blocks.")
-    shape = StepShape(size, depth, tuple(args.references), args.dtype)
+    shape = StepShape(size, depth, _sparse(args.references, SIZES[size][0]), args.dtype)
     rows = measure(shape, device, repeats=args.repeats, seed=args.seed)
     first = rows[0]
     say(
@@ -60,6 +61,18 @@ def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]
             f"{r['pattern']:<7} {r['seconds']:>9.3f} s  {r['speedup']:>6.2f}x of dense, Amdahl's bound {r['amdahl_bound']:.2f}x"
         )
     yield rows
+
+
+def _sparse(references: Sequence[int], frames: int) -> tuple[int, ...]:
+    """Those that leave something out of a clip of so many latent frames. Raises ValueError where none does."""
+    found = tuple(k for k in references if not TilePattern(k).is_full(frames))
+    if not found:
+        raise ValueError(
+            f"--references is {' '.join(map(str, references))}, expected less than {frames - 1} of the clip's {frames} latent frames."
+        )
+    if left_out := [str(k) for k in references if k not in found]:
+        say(f"not timed: {' '.join(left_out)} reference frames of the clip's {frames} leave nothing out")
+    return found
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -113,7 +126,7 @@ def _measured_blocks(args: argparse.Namespace, depth: int, device: Any) -> list[
     from ...bench.timed_models import MEASURES
 
     whole = MODELS[args.model]
-    references = tuple(k for k in args.references if k < whole.clips[args.size].grid.t - 1)
+    references = _sparse(args.references, whole.clips[args.size].grid.t)
     rows = MEASURES[args.model](
         args.size, depth, device, references=references, dtype=args.dtype, repeats=args.repeats, seed=args.seed
     )

@@ -204,12 +204,12 @@ class TinyTable:
         if plan is None:
             return {"plan": "dense", "sparsity": 0.0, "attention_ideal_speedup": 1.0, "attention_measured_speedup": 1.0}
         patterns = [plan.pattern(i, layers) for i in range(layers)]
-        plain = [p for p in patterns if isinstance(p, TilePattern) and not p.window]
+        plain = [p for p in patterns if isinstance(p, TilePattern) and not (p.window or p.means)]
         counts = tuple(sorted({p.k for p in plain if p.k is not None and not p.is_full(GRID_720P.t)}))
         measured = attention_speeds(self.folder.parent / "attention-720p.json", tuple(sorted({1, 2, 4, *counts})))
         density = sum(p.density(GRID_720P.t) for p in patterns) / layers
         speeds = [1.0 if p.k is None or p.is_full(GRID_720P.t) else measured.get(p.k) for p in plain]
-        # Windows and heads that differ are not timed; a plan that has what is not timed claims no measured speed-up.
+        # Windows, mean frames and heads that differ are not timed; a plan that has what is not timed claims no measured speed-up.
         timed = len(plain) == layers and None not in speeds
         share = sum(1 / speed for speed in speeds if speed) / layers if timed else None
         names = [p.name(GRID_720P.t) for p in patterns]
