@@ -67,7 +67,7 @@ class Hook:
 
     def over(self, current: Override | None) -> Override:
         """An override on top of ``current``, which it asks for every dense piece; ``current`` where it is ours."""
-        if followed_by(current) is self.preparation:
+        if current is not None and followed_by(current) is self.preparation:
             return current
         # By identity: another node's override may be any object, with an equality of its own or without a hash.
         if id(current) not in self.made:
