@@ -19,7 +19,6 @@ from ...models.opensora_plan.checkpoint import read_transformer_config
 from ...models.opensora_plan.config import DiTConfig
 from ...models.opensora_plan.text import TextEncoder
 from ...models.opensora_plan.transformer import OpenSoraT2V
-from ...sampling.path import EPSILON
 from ...training import TrainingRun
 from ...training.muon import is_for_muon, muon_and_adamw
 from ..worlds import MOVING, World
@@ -98,7 +97,7 @@ def train_dit(
         t = ((torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1 * 1000).long()
         a, s = alpha_bar[t].sqrt().view(-1, 1, 1, 1, 1), (1 - alpha_bar[t]).sqrt().view(-1, 1, 1, 1, 1)
         noise = torch.randn(x0.shape, generator=generator)
-        noisy, wanted = a * x0 + s * noise, noise if prediction == EPSILON else a * noise - s * x0
+        noisy, wanted = a * x0 + s * noise, noise if prediction == "epsilon" else a * noise - s * x0
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             said = model(noisy.to(device), t.float().to(device), context, mask).float()
         return weighted_loss(said, wanted.to(device), weights_of(prediction, a.flatten()).to(device))
@@ -113,7 +112,7 @@ def weights_of(prediction: str, a: Tensor) -> Tensor:
     Those of epsilon count as the same clips' would in v, 1 / a^2: in x0 that is SNR + 1. With 1 a network learns at high noise to
     copy its input, and next to nothing of the clip. Source: Salimans and Ho 2022, arXiv 2202.00512, section 4.
     """
-    return 1 / a.square().clamp(min=LEAST_SIGNAL**2) if prediction == EPSILON else torch.ones_like(a)
+    return 1 / a.square().clamp(min=LEAST_SIGNAL**2) if prediction == "epsilon" else torch.ones_like(a)
 
 
 def weighted_loss(said: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
