@@ -26,14 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                 "tiny world; run it again to go on")  # fmt: skip
     plans.add_argument("--seeds", type=count(1, 1000), default=3, help="default: %(default)s")
     plans.add_argument(
-        "--captions", type=count(1, 10_000), default=32, help="held-out ones, three clips each, default: %(default)s"
+        "--captions",
+        type=count(1, 10_000),
+        default=32,
+        help="held-out ones, of which there are 72, three clips each, default: %(default)s",
     )
     plans.add_argument("--no-training", action="store_true", help="leave out the rows after knowledge distillation")
     plans.add_argument(
         "--only", action="append", default=[], metavar="TEXT", help="the rows whose names hold this; may be repeated"
     )
     residual = commands.add_parser("tiny-residual", help="what the cached residual wins back on the tiny base model")
-    residual.add_argument("--captions", type=count(1, 10_000), default=32, help="held-out ones, default: %(default)s")
+    residual.add_argument(
+        "--captions",
+        type=count(1, 10_000),
+        default=32,
+        help="held-out ones, of which there are 72, default: %(default)s",
+    )
     residual.add_argument("--seed", type=seed_number, default=0, help="of the noise, default: %(default)s")
     residual.add_argument("--json", type=Path, default=Path("tiny-residual.json"), metavar="FILE",
                           help="results; rows so far stand in FILE.part; default: %(default)s")  # fmt: skip
@@ -107,9 +115,9 @@ def _tiny_plans(args: argparse.Namespace) -> int:
 
     def row(found: dict[str, Any]) -> None:
         say(
-            f"{found['row'] + ' (seed ' + str(found['seed']) + ')':<40} {found['squared_attention_error']:>8.4f} "
-            f"{found['all_right']:>6.3f} {found['endpoint_error']:>8.3f} {found['motion']:>7.3f} {found['overlap']:>7.3f} "
-            f"{found['density']:>7.2f}"
+            f"{found['row'] + ' (seed ' + str(found['seed']) + ')':<40} {_figure(found, 'squared_attention_error', 8, '.4f')} "
+            f"{found['all_right']:>6.3f} {_figure(found, 'endpoint_error', 8)} {_figure(found, 'motion', 7)} "
+            f"{found['overlap']:>7.3f} {found['density']:>7.2f}"
         )
 
     with results_file(args.json) as out:
@@ -124,8 +132,8 @@ def _tiny_residual(args: argparse.Namespace) -> int:
 
     def row(found: dict[str, Any]) -> None:
         say(
-            f"{found['plan']:<8} {found['every']:>5} {found['work']:>5.2f} {found['endpoint_error']:>8.3f} {found['all_right']:>6.3f} "
-            f"{found['motion']:>7.3f}"
+            f"{found['plan']:<8} {found['every']:>5} {found['work']:>5.2f} {_figure(found, 'endpoint_error', 8)} "
+            f"{found['all_right']:>6.3f} {_figure(found, 'motion', 7)}"
         )
 
     with results_file(args.json) as out:
@@ -134,17 +142,20 @@ def _tiny_residual(args: argparse.Namespace) -> int:
 
 
 def _say_row(row: dict[str, Any]) -> None:
-    def figure(name: str, width: int, form: str = ".3f") -> str:
-        value = row.get(name)
-        return f"{'-' if value is None else format(value, form):>{width}}"
-
     name = row["row"] + (f" (seed {row['seed']})" if row["seed"] else "")
-    low, high = row["all_right_interval"]
+    bounds = row["all_right_interval"]
+    between = "{:.3f}-{:.3f}".format(*bounds) if bounds else "-"
     say(
-        f"{name:<36} {figure('all_right', 6)} {low:>6.3f}-{high:.3f} {figure('overlap', 7)} "
-        f"{figure('endpoint_error', 8)} {figure('motion', 7)} {figure('diversity', 7, '.2f')} "
-        f"{figure('sparsity', 6, '.2f')}"
+        f"{name:<36} {_figure(row, 'all_right', 6)} {between:>13} {_figure(row, 'overlap', 7)} "
+        f"{_figure(row, 'endpoint_error', 8)} {_figure(row, 'motion', 7)} {_figure(row, 'diversity', 7, '.2f')} "
+        f"{_figure(row, 'sparsity', 6, '.2f')}"
     )
+
+
+def _figure(row: dict[str, Any], name: str, width: int, form: str = ".3f") -> str:
+    """One that was measured, or a dash."""
+    value = row.get(name)
+    return f"{'-' if value is None else format(value, form):>{width}}"
 
 
 def _values(args: argparse.Namespace, file: Path) -> dict[str, Any]:

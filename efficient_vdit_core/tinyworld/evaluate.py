@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from ..bench.machine import describe_machine
 from ..generation.request import TINY_GUIDANCE
 from ..pipeline import Pipeline
 from ..plan import TilePlan
-from .worlds import MOVING, World
+from .worlds import MOVING, Progress, World
 
 if TYPE_CHECKING:
     from ..models.distilled import DistillMetadata
@@ -25,23 +24,18 @@ def evaluate(
     sampler: str | None = None,
     plan: TilePlan | None = None,
     world: World = MOVING,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Generate one clip for each of ``captions`` held-out captions of ``world`` and judge it; returns its figures and the
-    set-up. What is not said is the model's: a distilled one's own steps, else DDIM's 100 with guidance 3."""
+    """Generate one clip for each of ``captions`` held-out captions of ``world``, from the first again where it has fewer, and
+    judge it; returns their figures and the set-up. Of a clip only what was read of it is kept. ``progress`` is called after
+    each, with what tells the same of the clips so far. What is not said is the model's: a distilled one's own steps, else
+    DDIM's 100 with guidance 3."""
     choices = _choices(pipeline.distilled, steps, guidance, sampler)
     scenes = world.held_out_scenes(captions)
     # Without a caption a tiny model was trained on none, not on the negative prompt of the large ones.
     asked = pipeline.header.requests([scene.caption() for scene in scenes], negative="", frames=world.frames, **choices)
     requests = [replace(request, seed=number) for number, request in enumerate(asked)]
-    clips = []
-    for number, request in enumerate(requests):
-        video = pipeline.generate(request, plan=plan)
-        clips.append(video.frames)
-        if progress:
-            progress(number + 1, captions)
-    return {
-        **world.figures(clips, scenes),
+    about = {
         "world": world.name,
         "captions": captions,
         **{name: getattr(requests[0], name) for name in ("steps", "segments", "guidance", "sampler")},
@@ -49,6 +43,16 @@ def evaluate(
         "first_seed": 0,
         **describe_machine(pipeline.device),
     }
+    readings: list[Any] = []
+
+    def so_far() -> dict[str, Any]:
+        return {**world.figures(readings, scenes[: len(readings)]), **about}
+
+    for request in requests:
+        readings.append(world.read(pipeline.generate(request, plan=plan).frames))
+        if progress:
+            progress(so_far)
+    return so_far()
 
 
 def _choices(

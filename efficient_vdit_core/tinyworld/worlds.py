@@ -12,9 +12,12 @@ from torch import Tensor
 
 from ..generation.request import TIME
 from .crossing import scene as crossing
-from .crossing.judge import crossing_figures
+from .crossing.judge import crossing_figures_of_readings, read_crossing
 from .moving import scene as moving
-from .moving.figures import figures_of
+from .moving.figures import Progress, SoFar, figures_of_readings
+from .moving.reader import read_clip
+
+__all__ = ["CROSSING", "MOVING", "WORLDS", "Progress", "SoFar", "World"]
 
 # In model range, -1 to 1: a pixel this far from the ground shows a shape, further than a ground's own texture goes.
 _PLAIN, _TEXTURED = 0.1, 0.4
@@ -30,7 +33,8 @@ class World:
         random_words: a scene for its caption alone, which may be no scene that can be drawn.
         is_held_out: whether a scene is one of those.
         render: the clip of a scene, with ``frames`` and ``first`` a part of it.
-        figures: what clips show of the captions of scenes, `figures.figures_of` or alike.
+        read: what is seen in a clip, as small as can be.
+        figures: what clips show of the captions of scenes, by what was read of them: `figures.figures_of_readings` or alike.
         vocabulary: what a caption may name, and ``named`` which of it a scene's does.
         shapes: where clips (B, 3, F, H, W) in model range show shapes: bool (B, 1, F, H, W).
     """
@@ -42,7 +46,8 @@ class World:
     held_out_scenes: Callable[[int], list[Any]]
     is_held_out: Callable[[Any], bool]
     render: Callable[..., np.ndarray]
-    figures: Callable[[Sequence[np.ndarray], Sequence[Any]], dict[str, Any]]
+    read: Callable[[np.ndarray], Any]
+    figures: Callable[[Sequence[Any], Sequence[Any]], dict[str, Any]]
     vocabulary: dict[str, tuple[str, ...]]
     named: Callable[[Any], dict[str, str]]
     shapes: Callable[[Tensor], Tensor]
@@ -69,7 +74,7 @@ def _on_plain_ground(clips: Tensor) -> Tensor:
 
 MOVING = World(
     "moving", moving.FRAMES, moving.random_scene, moving.random_scene, moving.held_out_scenes, moving.is_held_out,
-    moving.render, figures_of,
+    moving.render, read_clip, figures_of_readings,
     {"shape": moving.SHAPES, "color": tuple(moving.COLORS), "direction": tuple(moving.DIRECTIONS), "speed": tuple(moving.SPEEDS),
      "background": tuple(moving.BACKGROUNDS)},
     _moving, _on_plain_ground,
@@ -99,7 +104,7 @@ def _on_textured_ground(clips: Tensor) -> Tensor:
 
 CROSSING = World(
     "crossing", crossing.FRAMES, crossing.random_scene, crossing.random_words,
-    crossing.held_out_scenes, crossing.is_held_out, crossing.render, crossing_figures,
+    crossing.held_out_scenes, crossing.is_held_out, crossing.render, read_crossing, crossing_figures_of_readings,
     {**{f"{which} {name}": values for which in _ORDER for name, values in _OF_A_MOVER.items()},
      "ground": tuple(crossing.GROUNDS), "front": _ORDER},
     _crossing, _on_textured_ground,

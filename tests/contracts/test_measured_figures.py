@@ -208,6 +208,12 @@ def test_a_table_holds_what_was_measured(document: Path, lines: Callable[[], Ite
     assert not missing, "\n".join([f"{document.name} lacks", *missing])
 
 
+def test_no_file_tells_a_diversity_that_one_clip_of_each_caption_cannot_have():
+    assert {row["diversity"] for row in read("residual_tiny.json")["rows"]} == {None}
+    of_one = [row for row in read("few_steps_tiny.json")["rows"] if row["clips"] <= 72]
+    assert {row["diversity"] for row in of_one} == {None}
+
+
 def test_the_tables_of_attention_on_the_h200_hold_what_was_measured():
     kept = read("h200/attention_alone.json")["rows"]
     shape, checked = (), 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_vdit_core.cli import main
+from efficient_vdit_core.tinyworld.crossing import bounds as crossing_bounds
 from efficient_vdit_core.tinyworld.crossing.bounds import blurred
 from efficient_vdit_core.tinyworld.crossing.judge import COLUMNS, crossing_figures, read_crossing
 from efficient_vdit_core.tinyworld.crossing.scene import (
@@ -238,6 +239,37 @@ def test_the_command_tells_the_bounds(tmp_path):
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["true clips"]["all_right"] == found["true clips, blurred"]["all_right"] == 1
     assert found["chance"]["all_right"] == 0
+
+
+def test_the_bounds_of_the_clips_before_ctrl_c_are_kept(tmp_path, monkeypatch):
+    judged = []
+
+    def blur(clip, rng):
+        if judged:
+            raise KeyboardInterrupt
+        judged.append(clip)
+        return clip
+
+    monkeypatch.setattr(crossing_bounds, "blurred", blur)
+    file = tmp_path / "bounds.json"
+    assert main(["tinyworld", "crossing-bounds", "--clips", "2", "--json", str(file)]) == 130 and not file.exists()
+    found = json.loads((tmp_path / "bounds.json.part").read_text(encoding="utf-8"))
+    assert found["complete"] is False and found["true clips"]["clips"] == found["chance"]["clips"] == 1
+    assert found["true clips"]["all_right"] == 1 and found["chance"]["all_right"] == 0
+
+
+def test_clips_without_shapes_do_not_make_the_others_clean_and_steady():
+    scene = SCENES[0]
+    drawing = Drawing(scene)
+    clip = drawing.clip()
+    clip[::2, :8, :8] = 255 - clip[::2, :8, :8]
+    drawing.shown = [np.zeros(FRAMES), np.zeros(FRAMES)]
+    alone, among = crossing_figures([clip], [scene]), crossing_figures([clip, drawing.clip()], [scene] * 2)
+    names = ("stain", "swelling", "flicker")
+    assert [among[name] for name in names] == [alone[name] for name in names] and alone["stain"] > 0
+    assert (alone["seen"], among["seen"], among["distinct_captions"]) == (1, 0.5, 1)
+    nothing = crossing_figures([drawing.clip()], [scene])
+    assert {nothing[name] for name in (*names, "all_right_interval")} == {None}
 
 
 def test_figures():

@@ -131,6 +131,19 @@ def test_rows_so_far_stand_beside_older_results(tmp_path, monkeypatch, capsys, t
     assert "rows so far" not in capsys.readouterr().out
 
 
+def test_rows_with_what_was_not_measured_are_said(tmp_path, monkeypatch, capsys):
+    row = {"row": "a", "seed": 0, **FIGURES, "motion": None, "endpoint_error": None, "squared_attention_error": None}
+    judge = type("Judge", (), {"__init__": lambda *_, **__: None, "sample": lambda *_, **__: None,
+                               "figures": lambda *_: row})  # fmt: skip
+    monkeypatch.setattr(PlanTable, "measure", lambda *_: row)
+    monkeypatch.setattr(residual, "Judge", judge)
+    monkeypatch.setattr(residual, "density_of_run", lambda _: 1.0)
+    plans = ["tiny-plans", "--out", str(tmp_path / "run"), "--seeds", "1", "--only", "dense"]
+    for table in (plans, ["tiny-residual"]):
+        assert main(["recipe", *table, "--json", str(tmp_path / "a.json")]) == 0
+        assert " - " in capsys.readouterr().out
+
+
 def test_a_whole_table_takes_the_place_of_older_results(tmp_path, monkeypatch):
     monkeypatch.setattr(PlanTable, "measure", lambda *_: {"row": "a", "seed": 0, **FIGURES})
     command, out = ["recipe", "tiny-plans", "--out", str(tmp_path / "run"), "--seeds", "1"], tmp_path / "a.json"

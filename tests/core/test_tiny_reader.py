@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from efficient_vdit_core import tinyworld
+from efficient_vdit_core.cli import main
+from efficient_vdit_core.commands.tinyworld import figures as command_figures
 from efficient_vdit_core.pipeline import Pipeline, Video
 from efficient_vdit_core.tinyworld.evaluate import evaluate
 from efficient_vdit_core.tinyworld.moving.figures import figures_of, interval
@@ -195,6 +198,78 @@ def test_figures_are_numbers_whatever_is_gone(gone):
     found = figures_of([clip, render(scene)], [scene, scene])
     json.loads(json.dumps(found, allow_nan=False))
     assert found["all_right"] == 0.5 and found["off_track"] < 3
+
+
+EMPTY = np.full((FRAMES, SIZE, SIZE, 3), 12, np.uint8)
+
+
+def test_what_no_clip_tells_is_none_and_not_nought():
+    scenes = held_out_scenes(2)
+    found = figures_of([render(scene) for scene in scenes], scenes)
+    assert found["diversity"] is None and found["motion"] > 0, "one clip of each caption"
+    nothing = figures_of([EMPTY, EMPTY], scenes)
+    assert {nothing[name] for name in ("stain", "swelling", "flicker", "off_track", "motion", "diversity")} == {None}
+    assert nothing["seen"] == nothing["overlap"] == nothing["all_right"] == 0
+
+
+def test_clips_without_a_shape_do_not_make_the_others_clean_and_steady():
+    scene = scene_of(0)
+    paint = np.array(COLORS[scene.color]) * np.where(np.arange(FRAMES) % 2, 0.85, 1.0)[:, None]
+    clip = draw(scene, color=paint, radii=scene.radius * (1 + 0.1 * np.sin(np.arange(FRAMES))))
+    alone, among = figures_of([clip], [scene]), figures_of([clip, EMPTY, EMPTY, EMPTY], [scene] * 4)
+    assert [among[name] for name in ("stain", "swelling", "flicker")] == [
+        alone[name] for name in ("stain", "swelling", "flicker")
+    ]
+    assert alone["flicker"] > 1 and (alone["seen"], among["seen"]) == (1, 0.25)
+
+
+def test_captions_that_come_again_are_counted_once_and_one_has_no_interval():
+    scenes = held_out_scenes(73)
+    found = figures_of([EMPTY] * 73, scenes)
+    assert (found["clips"], found["distinct_captions"]) == (73, 72)
+    assert figures_of([EMPTY] * 2, [scenes[0], scenes[72]])["all_right_interval"] is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("kept_every", [0.0, 1e9])
+def test_the_clips_that_were_judged_outlive_what_ends_the_command(monkeypatch, tmp_path, capsys, error, kept_every):
+    scenes, made = held_out_scenes(3), []
+
+    def generate(self, request, plan):
+        assert not any(clip() is not None for clip in made[:-1]), "a clip that was judged is still held"
+        if len(made) == 2:
+            assert part.exists() == (kept_every == 0), "what comes before is kept now and then"
+            raise error
+        clip = render(scenes[len(made)])
+        made.append(weakref.ref(clip))
+        return Video(clip, {})
+
+    monkeypatch.setattr(Pipeline, "generate", generate)
+    monkeypatch.setattr(command_figures, "KEPT_EVERY", kept_every)
+    file, part = tmp_path / "a.json", tmp_path / "a.json.part"
+    file.write_text("those of a whole run")
+    command = ["tinyworld", "eval", "--captions", "3", "--steps", "2"]
+    assert main([*command, "--json", str(file)]) != 0
+    assert file.read_text() == "those of a whole run" and f"figures so far in {part}" in capsys.readouterr().out
+    found = json.loads(part.read_text())
+    assert (found["complete"], found["clips"], found["captions"], found["all_right"]) == (False, 2, 3, 1)
+
+
+def test_without_a_file_the_figures_so_far_are_said(monkeypatch, capsys):
+    made = []
+
+    def generate(self, request, plan):
+        if made:
+            raise KeyboardInterrupt
+        made.append(request)
+        return Video(EMPTY, {})
+
+    monkeypatch.setattr(Pipeline, "generate", generate)
+    assert main(["tinyworld", "eval", "--captions", "3", "--steps", "2"]) == 130
+    found = json.loads(capsys.readouterr().out)
+    assert found["complete"] is False and found["clips"] == 1
+    assert main(["tinyworld", "eval", "--captions", "3", "--steps", "2"]) == 130
+    assert not capsys.readouterr().out, "nothing was judged"
 
 
 @pytest.mark.parametrize("frames", [2, 3, 5])

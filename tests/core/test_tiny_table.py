@@ -3,14 +3,20 @@
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from efficient_vdit_core.assets import recipe_path
+from efficient_vdit_core.commands import recipe
 from efficient_vdit_core.distill.config import read_section, read_toml
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig
 from efficient_vdit_core.plan import TilePlan
+from efficient_vdit_core.storage.rows_file import RowsFile
+from efficient_vdit_core.tinyworld.moving.scene import held_out_scenes
 from efficient_vdit_core.tinyworld.tables import judge
 from efficient_vdit_core.tinyworld.tables.chart import draw
+from efficient_vdit_core.tinyworld.tables.rows import kept
 from efficient_vdit_core.tinyworld.tables.stages import TableConfig, TinyTable
 
 
@@ -71,6 +77,32 @@ def test_counts_that_were_not_timed_are_timed_then(tmp_path, monkeypatch):
     file = tmp_path / "speeds.json"
     assert judge.attention_speeds(file, (1, 2)) == judge.attention_speeds(file, (2,)) == {1: 1.5, 2: 1.5}
     assert judge.attention_speeds(file, (3,)) == {1: 1.5, 2: 1.5, 3: 1.5} and timed == [[1, 2], [1, 2, 3]]
+
+
+def test_latents_that_are_no_numbers_are_counted_and_their_row_can_be_read_again(tmp_path, monkeypatch):
+    of, scenes = object.__new__(judge.Judge), held_out_scenes(3)
+    of.scenes = scenes
+    monkeypatch.setattr(of, "decode", lambda latents: [np.zeros((5, 64, 64, 3), np.uint8)] * len(latents))
+    latents = torch.full((3, 2), 1e30)
+    sound = of.figures(latents, torch.zeros(3, 2))
+    assert sound["broken_clips"] == 0 and sound["endpoint_error"] == pytest.approx(1e30)
+    latents[0, 0], latents[1, 1] = float("nan"), float("inf")
+    found = of.figures(latents, torch.zeros(3, 2))
+    assert found["broken_clips"] == 2 and found["endpoint_error"] is None
+    row = lambda: {**found, "error": float("nan"), "of": [(float("inf"), 1.5)]}  # noqa: E731
+    file = tmp_path / "row.json"
+    first = kept(file, row)
+    assert first == kept(file, row) and (first["error"], first["of"]) == (None, [[None, 1.5]])
+    out = RowsFile(tmp_path / "all.json")
+    out.finish({}, [row()])
+    assert "NaN" not in out.file.read_text() and "Infinity" not in out.file.read_text()
+
+
+def test_a_row_of_what_was_not_measured_is_said(capsys):
+    recipe._say_row({"row": "a", "seed": 0, "all_right": 1.0, "all_right_interval": None, "motion": None})
+    assert capsys.readouterr().out.split() == ["a", "1.000", *"------"]
+    recipe._say_row({"row": "a", "seed": 0, "all_right": 1.0, "all_right_interval": [0.5, 1.0], "motion": 0.5})
+    assert capsys.readouterr().out.split() == ["a", "1.000", "0.500-1.000", "-", "-", "0.500", "-", "-"]
 
 
 def test_the_chart_shows_every_row_once():

@@ -543,6 +543,23 @@ def test_a_new_vae_may_have_fewer_channels(tmp_path):
     assert made.config == replace(TINY_VAE, z_channels=2, embed_dim=2)
 
 
+def test_clips_that_came_back_before_ctrl_c_are_kept(tmp_path, monkeypatch):
+    judged = []
+
+    def to_pixels(video):
+        if judged:
+            raise KeyboardInterrupt
+        judged.append(video)
+        return pixels(video)
+
+    pixels = train_vae.to_pixels
+    monkeypatch.setattr(train_vae, "to_pixels", to_pixels)
+    file = tmp_path / "a.json"
+    assert main(["tinyworld", "read-back", "--clips", "2", "--json", str(file)]) == 130 and not file.exists()
+    found = json.loads((tmp_path / "a.json.part").read_text())
+    assert found["complete"] is False and found["clips"] == 1 and found["psnr"] > 20 and found["world"] == "moving"
+
+
 def test_what_comes_back_of_a_vae_is_told_and_kept(tmp_path, capsys):
     assert main(["tinyworld", "read-back", "--clips", "1", "--json", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..arguments import count
-from .figures import add_json, check_file, tell
+from .figures import add_json, figures_file
 
 
 def add(commands: Any) -> None:
@@ -20,6 +20,6 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from ...tinyworld.crossing.bounds import bounds
 
-    check_file(args.json)
-    tell(bounds(args.clips), args.json)
+    with figures_file(args.json, args.clips) as out:
+        out.finish(bounds(args.clips, out.judged))
     return 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..arguments import count, quantity
 from ..generate import load_plan
-from .figures import add_json, check_file, tell
+from .figures import add_json, figures_file
 from .world import add_world
 
 
@@ -21,7 +21,11 @@ def add(commands: Any) -> None:
         "--lora", action="append", default=[], metavar="FILE", help="of evdit distill for the model; may be repeated"
     )
     judge.add_argument(
-        "--captions", type=count(1, 100_000), default=200, help="held-out captions, default: %(default)s"
+        "--captions",
+        type=count(1, 100_000),
+        default=200,
+        help="clips, one for each held-out caption; the moving world has 72 of these and begins again behind them, "
+        "default: %(default)s",
     )
     judge.add_argument("--steps", type=count(1, 1000), help="default: what the model was distilled for, else 100")
     judge.add_argument(
@@ -39,22 +43,15 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from ...pipeline import Pipeline
     from ...tinyworld.evaluate import evaluate
     from ...tinyworld.worlds import WORLDS
 
-    check_file(args.json)
-    world = WORLDS[args.world]
-    plan = load_plan(args.plan, world.latent_frames)
-    pipeline = Pipeline.from_model(args.model, transformer=args.transformer, loras=args.lora, device=args.device)
-    with tqdm(total=args.captions, desc="captions") as bar:
-
-        def progress(done: int, _: int) -> None:
-            bar.update(done - bar.n)
-
+    with figures_file(args.json, args.captions) as out:
+        world = WORLDS[args.world]
+        plan = load_plan(args.plan, world.latent_frames)
+        pipeline = Pipeline.from_model(args.model, transformer=args.transformer, loras=args.lora, device=args.device)
         figures = evaluate(pipeline, captions=args.captions, steps=args.steps, guidance=args.guidance, sampler=args.sampler, plan=plan,
-                           world=world, progress=progress)  # fmt: skip
-    tell(figures, args.json)
+                           world=world, progress=out.judged)  # fmt: skip
+        out.finish(figures)
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import count
-from .figures import add_json, check_file, tell
+from .figures import add_json, figures_file
 from .world import add_world
 
 
@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     from ...tinyworld.train.vae import read_back
     from ...tinyworld.worlds import WORLDS
 
-    check_file(args.json)
-    vae = load_vae(args.vae or tiny_path("vae", "tiny"), dtype=torch.float32)
-    machine = describe_machine(torch.device("cpu"))
-    tell({"machine": machine, "world": args.world, **read_back(vae, WORLDS[args.world], args.clips)}, args.json)
+    about = {"machine": describe_machine(torch.device("cpu")), "world": args.world}
+    with figures_file(args.json, args.clips, about) as out:
+        vae = load_vae(args.vae or tiny_path("vae", "tiny"), dtype=torch.float32)
+        out.finish(read_back(vae, WORLDS[args.world], args.clips, out.judged))
     return 0

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .judge import crossing_figures
+from ..moving.figures import Progress
+from .judge import CrossingReading, crossing_figures_of_readings, read_crossing
 from .scene import held_out_scenes, render
 
 SEED = 56_001
@@ -14,16 +15,28 @@ SEED = 56_001
 BLUR, NOISE = 0.7, 4.0
 
 
-def bounds(count: int) -> dict[str, dict[str, Any]]:
+def bounds(count: int, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
     """`crossing_figures` by row, of the clips of ``count`` held-out scenes: as they are; blurred and with noise; and judged
-    by one another's captions, which is what chance gets."""
+    by one another's captions, which is what chance gets. ``progress`` is called after each, with what tells the same of the
+    clips so far."""
     scenes, rng = held_out_scenes(count), np.random.default_rng(SEED)
-    clips = [render(scene) for scene in scenes]
-    return {
-        "true clips": crossing_figures(clips, scenes),
-        "true clips, blurred": crossing_figures([blurred(clip, rng) for clip in clips], scenes),
-        "chance": crossing_figures(clips, scenes[1:] + scenes[:1]),
-    }
+    others = scenes[1:] + scenes[:1]
+    pairs: list[tuple[CrossingReading, CrossingReading]] = []  # of each clip, and of the same blurred
+
+    def so_far() -> dict[str, dict[str, Any]]:
+        true, soft = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        return {
+            "true clips": crossing_figures_of_readings(true, scenes[: len(pairs)]),
+            "true clips, blurred": crossing_figures_of_readings(soft, scenes[: len(pairs)]),
+            "chance": crossing_figures_of_readings(true, others[: len(pairs)]),
+        }
+
+    for scene in scenes:
+        clip = render(scene)
+        pairs.append((read_crossing(clip), read_crossing(blurred(clip, rng))))
+        if progress:
+            progress(so_far)
+    return so_far()
 
 
 def blurred(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:

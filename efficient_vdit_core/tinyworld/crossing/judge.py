@@ -3,13 +3,13 @@ learning."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ..moving.figures import shares
+from ..moving.figures import counts, means_of_seen, shares
 from ..moving.reader import FLASH, FLICKER, MOST, OFF_TRACK, STAINED, SWELLING, restlessness
 from ..moving.scene import SHAPES, bouncing, coverage, signed_distance
 from .ground import Parts, opened, take_apart
@@ -95,6 +95,12 @@ class CrossingReading:
             "clean": self.stain <= STAINED,
             "steady": self.swelling <= SWELLING and self.flicker <= FLICKER and self.flash <= FLASH,
         }
+
+    @property
+    def seen(self) -> bool:
+        """Whether the clip shows two shapes, and one of them whole; else there is nothing that stain, swelling and flicker
+        could be of."""
+        return any(sighting.whole.any() for sighting in self.sightings or ())
 
     @property
     def swelling(self) -> float:
@@ -278,13 +284,21 @@ def _stain(
     return float(stained.sum() / max(shown, 1.0))
 
 
-def crossing_figures(clips: Sequence[np.ndarray], scenes: Sequence[CrossingScene]) -> dict[str, Any]:
-    """What ``clips`` (F, 64, 64, 3) show of the captions of ``scenes``: all_right, its interval and columns as
-    `figures_of` gives them; stain, swelling, flicker: means; clips: their number."""
-    readings = [read_crossing(clip) for clip in clips]
+def crossing_figures(clips: Iterable[np.ndarray], scenes: Sequence[CrossingScene]) -> dict[str, Any]:
+    """`crossing_figures_of_readings` of ``clips`` (F, 64, 64, 3)."""
+    return crossing_figures_of_readings([read_crossing(clip) for clip in clips], scenes)
+
+
+def crossing_figures_of_readings(
+    readings: Sequence[CrossingReading], scenes: Sequence[CrossingScene]
+) -> dict[str, Any]:
+    """What clips show of the captions of ``scenes``, by what was read of each: all_right, its interval and columns as
+    `figures_of_readings` gives them; stain, swelling, flicker: means of the clips that show two shapes, None where none does;
+    clips: their number; seen: the share of them that do; distinct_captions."""
     verdicts = [reading.verdict(scene) for reading, scene in zip(readings, scenes, strict=True)]
+    captions = [scene.caption() for scene in scenes]
     return {
-        **shares(verdicts, [scene.caption() for scene in scenes], COLUMNS),
-        **{name: float(np.mean([getattr(r, name) for r in readings])) for name in ("stain", "swelling", "flicker")},
-        "clips": len(readings),
+        **shares(verdicts, captions, COLUMNS),
+        **means_of_seen(readings, ("stain", "swelling", "flicker")),
+        **counts(readings, captions),
     }

@@ -55,6 +55,11 @@ class Reading:
     flicker: float = 0.0
     flash: float = 0.0
 
+    @property
+    def seen(self) -> bool:
+        """Whether the clip shows a shape; without one there is nothing that stain, swelling and flicker could be of."""
+        return self.shape is not None
+
     def off_track(self, scene: Scene) -> float:
         """Root mean square distance in pixels from the way that the caption names, begun where the clip begins; infinite
         where that shows no shape."""

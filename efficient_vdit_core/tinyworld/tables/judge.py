@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,14 @@ class Judge:
         return read_torch(file, "Delete it; the same command makes it anew.")
 
     def figures(self, latents: Tensor, reference: Tensor | None = None) -> dict[str, Any]:
-        """The columns of the table for sampled latents."""
+        """The columns of the table for sampled latents, and ``broken_clips``, the number of those whose latents are not finite.
+        endpoint_error is None where one of these or of the reference's is not."""
         found = figures_of(self.decode(latents), self.scenes)
+        found["broken_clips"] = int((~latents.isfinite().flatten(1).all(1)).sum())
         if reference is not None:
-            error = (latents - reference).square().flatten(1).mean(1).sqrt()
-            found["endpoint_error"] = float(error.mean())
+            # In float64, in which the squares of what is finite are finite.
+            error = float((latents.double() - reference.double()).square().flatten(1).mean(1).sqrt().mean())
+            found["endpoint_error"] = error if isfinite(error) else None
         return found
 
     @torch.no_grad()

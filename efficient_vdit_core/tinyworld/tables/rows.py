@@ -14,6 +14,7 @@ from ...limits.documents import parse_json, read_text
 from ...limits.quote import named
 from ...storage.files import write_text
 from ...storage.folder_record import claim_folder
+from ...storage.json_text import json_text
 
 
 def claim_rows(folder: Path, recipe: RecipeConfig, **judged: Any) -> None:
@@ -25,12 +26,13 @@ def claim_rows(folder: Path, recipe: RecipeConfig, **judged: Any) -> None:
 
 
 def kept(file: Path, make: Callable[[], Any]) -> Any:
-    """What ``file`` holds as JSON, which is made where it is not there yet. Raises ValueError where it is damaged."""
+    """What ``file`` holds as JSON, which is made where it is not there yet; None where a number was not finite. Raises
+    ValueError where it is damaged."""
     if not file.is_file():
-        found = make()
+        text = json_text(make(), indent=1)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(found, indent=1) + "\n")
-        return found
+        write_text(file, text)
+        return json.loads(text)
     what = f"The row {named(file.name)}"
     return parse_json(read_text(file, what), what, advice="Delete it; the same command makes it anew.")
 

@@ -15,7 +15,7 @@ from ...models.opensora_plan.config import VAEConfig
 from ...models.opensora_plan.vae import CausalVAE
 from ...training import TrainingRun
 from ...training.muon import is_for_muon, muon_and_adamw
-from ..worlds import MOVING, World
+from ..worlds import MOVING, Progress, World
 from .phases import phase_at
 
 TINY_VAE = VAEConfig(hidden_size=16, hidden_size_mult=(1, 2, 4, 4), num_res_blocks=1, norm_num_groups=1)
@@ -178,20 +178,29 @@ def random_clips(world: World, rng: np.random.Generator, count: int, frames: int
 
 
 @torch.no_grad()
-def read_back(vae: CausalVAE, world: World, clips: int) -> dict[str, Any]:
+def read_back(vae: CausalVAE, world: World, clips: int, progress: Progress | None = None) -> dict[str, Any]:
     """How well ``clips`` whole clips come back that are encoded and decoded: ``psnr`` (dB) in all, ``psnr_first`` and
-    ``psnr_last`` in the first and last eighth of the frames, and the world's own figures of them."""
+    ``psnr_last`` in the first and last eighth of the frames, and the world's own figures of them. ``progress`` is called after
+    each, with what tells the same of the clips so far."""
     rng = np.random.default_rng(10_000)
     scenes = [world.random_scene(rng) for _ in range(clips)]
-    device, errors, again = next(vae.parameters()).device, [], []
+    device, errors, readings = next(vae.parameters()).device, [], []
+
+    def so_far() -> dict[str, Any]:
+        error, eighth = torch.cat(errors).mean(dim=0), world.frames // 8
+        parts = {"psnr": error, "psnr_first": error[:eighth], "psnr_last": error[-eighth:]}
+        found = {name: float(10 * torch.log10(4 / e.mean())) for name, e in parts.items()}
+        return found | world.figures(readings, scenes[: len(readings)])
+
     for scene in scenes:
         true = to_model_range(world.render(scene)[None]).to(device)
         made = vae.decode(vae.encode(true)).clamp(-1, 1)
+        reading = world.read(to_pixels(made.cpu())[0])
         errors.append((made - true).square().mean(dim=(1, 3, 4)).cpu())
-        again.append(to_pixels(made.cpu())[0])
-    error, eighth = torch.cat(errors).mean(dim=0), world.frames // 8
-    parts = {"psnr": error, "psnr_first": error[:eighth], "psnr_last": error[-eighth:]}
-    return {name: float(10 * torch.log10(4 / e.mean())) for name, e in parts.items()} | world.figures(again, scenes)
+        readings.append(reading)
+        if progress:
+            progress(so_far)
+    return so_far()
 
 
 def describe_readback(vae: CausalVAE, world: World, clips: int) -> str:
