@@ -511,3 +511,9 @@ def test_the_error_at_the_segments_end():
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ConsistencyConfig(**wrong)
+
+
+@pytest.mark.parametrize("shift", [-2.0, 0.0])
+def test_a_flow_is_shifted_by_more_than_nothing(shift):
+    with pytest.raises(ValueError, match="shift"):
+        FlowPath(shift)

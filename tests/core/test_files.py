@@ -145,3 +145,10 @@ def test_nothing_is_left_where_writing_fails(tmp_path):
     with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "a"):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_a_number_that_another_process_takes_in_between_is_left_to_it(tmp_path, monkeypatch):
+    """It had none of the names yet when this one looked."""
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    names = [write_numbered(tmp_path, "a", text) for text in ("first", "second")]
+    assert names == ["a_00001.json", "a_00002.json"] and (tmp_path / names[0]).read_text() == "first"

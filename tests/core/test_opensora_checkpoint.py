@@ -327,3 +327,16 @@ def test_another_vae_is_named(tmp_path):
     save_file({"encoder.conv_in.conv.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="v1.0 and v1.1"):
         checkpoint.load_vae(tmp_path / "a.safetensors")
+
+
+def test_a_single_shard_needs_no_index(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "diffusion_pytorch_model-00001-of-00001.safetensors")
+    assert weight_files.read_state_dict(tmp_path)[0]["a"].tolist() == [1, 1]
+
+
+def test_shards_that_lack_what_their_index_names_are_refused(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    index = {"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="lack 1 tensors"):
+        weight_files.read_state_dict(tmp_path)

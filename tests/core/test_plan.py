@@ -188,3 +188,16 @@ def test_nonsense_text_is_refused(text, message):
     with pytest.raises(ValueError, match=message) as error:
         TilePlan.from_text(text)
     assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [('"schema_version": 1, "dense_layers": [[-3, 2]]', "dense_layers"), ('"schema_version": 0', "schema_version")],
+)
+def test_a_file_of_layers_from_both_ends_or_of_no_version_is_refused(about, words):
+    with pytest.raises(ValueError, match=words):
+        TilePlan.from_json(f'{{{about}, "reference_frames": 1}}')
+
+
+def test_a_file_without_a_family_is_for_any():
+    assert TilePlan.from_json('{"schema_version": 1, "reference_frames": 1, "family": null}').family == "any"

@@ -125,3 +125,8 @@ def test_bad_schedules_are_refused():
         consistency_sigmas(torch.ones_like, 4)
     with pytest.raises(ValueError, match="must lie above"):
         segment_edges(4, start=0, clean=1000)
+
+
+def test_more_edges_than_any_schedule_has_are_refused():
+    with pytest.raises(ValueError, match="at most"):
+        segment_edges(1, 10_001, start=20_000, clean=0)

@@ -28,7 +28,7 @@ from efficient_vdit_core.search import (
     probe,
     replay_blocks,
 )
-from efficient_vdit_core.search.probe import BLOCK, OUTPUT
+from efficient_vdit_core.search.probe import ATTENTION, BLOCK, OUTPUT
 from efficient_vdit_core.search.select import MEASURED
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
@@ -385,3 +385,54 @@ def test_the_provenance_predicts_what_the_plan_does():
     assert chosen.provenance["attention_flop_density"] == pytest.approx(sum(densities) / 5, abs=1e-6)
     assert chosen.provenance["attention_speedup"] >= 1.5
     assert json.loads(chosen.to_json())["provenance"]["extra_tokens"] == extra and video == 18
+
+
+ONE, TWO = patterns(1, 2)
+
+
+def recorded(candidates, errors, **settings):
+    """A record of 8 frames that holds these attention errors of (layer, pattern)."""
+    record = ProbeRecord(candidates, **settings)
+    record.layout = TokenLayout(TokenGrid(8, 1, 4))
+    for (layer, pattern), error in errors.items():
+        record.add(ATTENTION, layer, pattern, error)
+    return record
+
+
+def test_a_layer_with_one_candidate_that_is_not_finite_stays_full_and_is_named():
+    errors = {(0, ONE): math.inf, (0, TWO): 0.01, (1, ONE): 0.01, (1, TWO): 0.01}
+    chosen = plan(recorded((ONE, TWO), errors), layers=2, threshold=0.1)
+    assert chosen.patterns == (TilePattern(None), ONE) and chosen.provenance["not_finite_layers"] == [0]
+
+
+def test_a_pattern_that_was_timed_slower_than_dense_is_not_taken_by_head():
+    record = recorded((ONE,), {(0, ONE): 0.01}, timed=True, by_head=True)
+    record.add_heads(0, ONE, 0, np.array([5e-5, 5e-5]))
+    record.add_seconds(0, ONE, 1.2)
+    record.add_seconds(0, None, 1.0)
+    chosen = plan(record, layers=1, threshold=0.5, costs=MEASURED, head_groups=2)
+    assert chosen.patterns == (TilePattern(None),)
+
+
+def test_an_error_is_the_mean_over_forwards_and_nothing_of_it_is_no_head_s():
+    record = ProbeRecord((ONE,))
+    for error in (0.3, 0.4):
+        record.add(OUTPUT, 0, ONE, error)
+    assert record.squared(0, ONE, OUTPUT) == pytest.approx((0.3**2 + 0.4**2) / 2)
+    exact = ProbeRecord((ONE,))
+    exact.add_heads(0, ONE, 0, np.zeros(2))
+    exact.add(OUTPUT, 0, ONE, 0.0)
+    assert exact.of_heads(0, ONE, OUTPUT).tolist() == [0.0, 0.0]
+
+
+def test_a_search_by_head_and_by_the_clock_times_parts_of_the_heads():
+    record = SearchSettings((ONE,), speedup=2.0, costs=MEASURED, head_groups=2).record(8)
+    assert record.timed and record.by_head
+
+
+def test_a_target_is_judged_by_all_tokens_and_taken_where_it_is_exactly_in_reach():
+    settings = SearchSettings((ONE,), speedup=2.0)
+    settings.check(8)
+    with pytest.raises(ValueError, match="at most"):
+        settings.check_reach(TokenLayout(TokenGrid(8, 1, 4), suffix=32))
+    assert choose_for_speedup([{1: 0.2}] * 3, [{1: 0.1}] * 3, 10.0) == [1] * 3

@@ -45,7 +45,7 @@ def test_shift_one_is_even():
 def test_manual_levels():
     assert parse_sigmas("1, 0.5 0.25,0").tolist() == [1.0, 0.5, 0.25, 0.0]
     assert parse_sigmas("14.6 2").tolist() == pytest.approx([14.6, 2.0])
-    for wrong in ("", "1", "1 x", "1 1 0", "0 1", "1 -1", "nan 0"):
+    for wrong in ("", "1", "1 x", "1 1 0", "0 1", "1 -1", "nan 0", "inf 1 0"):
         with pytest.raises(ValueError, match="sigmas"):
             parse_sigmas(wrong)
 

@@ -97,6 +97,7 @@ def test_every_placement_keeps_k_and_every_frame_gets_its_turn(placement, frames
 @pytest.mark.parametrize(
     ("k", "frames", "expected"),
     [(1, 37, (0,)), (3, 37, (0, 10, 25)), (4, 37, (0, 10, 20, 30)), (8, 37, tuple(range(0, 37, 5))), (2, 72, (0, 35)),
+     (2, 7, (0, 5)), (3, 12, (0, 5, 10)),
      (2, 4, (0, 2)), (9, 37, (0, 4, 8, 12, 16, 20, 24, 28, 32))],
 )  # fmt: skip
 def test_chunk_heads_are_every_fifth_frame_as_long_as_they_last(k, frames, expected):
@@ -130,6 +131,11 @@ def test_an_unknown_placement_is_refused():
 )  # fmt: skip
 def test_a_plan_for_a_longer_clip_keeps_the_distance_between_reference_frames(k, made_for, frames, expected):
     assert TilePattern(k).scaled(made_for, frames).k == expected
+
+
+def test_the_distance_itself_is_kept_and_evenly_spread_means_shrink_with_their_frames():
+    assert TilePattern(6).scaled(21, 11).reference_frames(11) == (0, 4, 8)
+    assert TilePattern(12, means=4).scaled(22, 11) == TilePattern(6, means=2)
 
 
 @pytest.mark.parametrize(("k", "made_for"), [(8, 33), (10, 21), (20, 26), (12, 22), (14, 37)])
