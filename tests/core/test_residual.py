@@ -189,6 +189,42 @@ def test_nothing_is_kept_after_a_run():
     check(run.forward(1), 1, 1)  # the next run begins anew
 
 
+def dense_of(_):
+    return DenseCall(sdpa_attention, None, None, {})
+
+
+def stays_dense(slow):
+    """In place of trials: dense attention where ``slow`` says so of the call's shape and pattern."""
+
+    def measured(shape, layout, pattern, **_):
+        backend = "dense" if slow(shape, pattern) else "frames"
+        return Choice(backend, {"dense": 1.5, "frames": 2.0 if backend == "dense" else 1.0})
+
+    return measured
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_layers_that_stay_dense_take_no_room_though_the_window_opens_later(monkeypatch, later):
+    monkeypatch.setattr(prepare, "measured_choice", stays_dense(lambda shape, pattern: True))
+    preparation = Preparation(PLAN, AttentionReport(), residual_every=4, decline_slow=True)
+    state = ForwardState(LAYOUT, depth=3, heads=HEADS, steps=STEPS, branches=(("a", 1),))
+    if later:
+        preparation.before_forward(replace(state, reason="outside the step window", later=True), SHAPE, dense_of)
+    preparation.before_forward(replace(state, step=4), SHAPE, dense_of)
+    assert preparation.residual is not None and not preparation.residual.kept
+
+
+def test_room_is_made_for_what_is_missing_alone(monkeypatch):
+    """4 layers x 4 heads x 1000 tokens x 8 of float32 are 512,000 bytes, and 1,024,000 with 4 layers more."""
+    monkeypatch.setattr(residual, "free_bytes", lambda *_: 1_400_000)
+    cache = ResidualCache(2)
+    cache.begin([("a", 1)], EIGHT[:4], 0, SHAPE, 1000)
+    first = cache.kept[("a", HEADS, 1000), EIGHT[0]]
+    cache.begin([("a", 1)], EIGHT, 1, SHAPE, 1000)
+    assert cache.kept[("a", HEADS, 1000), EIGHT[0]] is first
+    assert sum(cache.taken.values()) == sum(x.nbytes for x in cache.kept.values()) == 1_024_000
+
+
 @pytest.mark.parametrize(
     ("steps", "reason"), [(8, "8 steps, expected at least 15"), (0, "not numbered"), (15, "every 30 steps")]
 )

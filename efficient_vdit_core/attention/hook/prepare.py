@@ -115,7 +115,7 @@ class Preparation:
         """
         if state.layout is None or state.depth is None:
             return state
-        if state.active:
+        if state.active or state.later:  # for those that follow room is made, which layers that stay dense do not need
             slow = self._settle_all(state, state.layout, shape, dense_of)
             state = replace(state, slow=slow, settled=True)
         return self.keep_residual(state, shape)

@@ -32,6 +32,7 @@ _MAIN = torch.device("cpu")
 Place = tuple[int, int]  # a layer, and which of its calls in a forward
 Branch = tuple[Hashable, int]  # what tells a prompt (and context window) from others, and its rows of the batch
 Name = tuple[Hashable, int, int]  # of a prompt, with the heads and tokens that its forwards have
+Missing = tuple[Name, int, list[Place]]  # a prompt, its rows, and the places of which nothing is kept for it
 
 
 def why_no_residual(every: int, steps: int, whole: int = 0) -> str:
@@ -117,9 +118,9 @@ class ResidualCache:
                 return False
             for device in {_MAIN, shape.device}:
                 self.free.setdefault(device, free_bytes(str(device)))
-            room = self._room(missing, places, shape)
-            for name, rows in missing:
-                for place in places:
+            room = self._room(missing, shape)
+            for name, rows, absent in missing:
+                for place in absent:
                     size = (rows, shape.heads, tokens, shape.head_dim)
                     self.kept[name, place] = _zeros(size, room.dtype, room.device, shape.device)
             self.taken[room.device] = room.size
@@ -138,22 +139,21 @@ class ResidualCache:
         ``beside``: bytes that others will have taken by then, where the calls are. Raises ValueError as `begin` does.
         """
         with self.lock:
-            return self._room(self._missing(branches, places, shape, tokens), places, shape, beside)
+            return self._room(self._missing(branches, places, shape, tokens), shape, beside)
 
     def _missing(
         self, branches: Sequence[Branch], places: Sequence[Place], shape: CallShape, tokens: int
-    ) -> list[tuple[Name, int]]:
-        return [
-            (name, rows)
+    ) -> list[Missing]:
+        found = [
+            (name, rows, [place for place in places if (name, place) not in self.kept])
             for name, (_, rows) in zip(_names(branches, shape, tokens), branches, strict=True)
-            if any((name, place) not in self.kept for place in places)
         ]
+        return [missing for missing in found if missing[2]]
 
-    def _room(
-        self, branches: Sequence[tuple[Name, int]], places: Sequence[Place], shape: CallShape, beside: int = 0
-    ) -> Room:
+    def _room(self, missing: Sequence[Missing], shape: CallShape, beside: int = 0) -> Room:
         """On the GPU, else in main memory, else there in half precision. All that a run has kept counts together."""
-        elements = len(places) * shape.head_dim * sum(rows * heads * tokens for (_, heads, tokens), rows in branches)
+        numbers = (rows * heads * tokens * len(absent) for (_, heads, tokens), rows, absent in missing)
+        elements = shape.head_dim * sum(numbers)
         half = shape.dtype if shape.dtype.itemsize <= 2 else torch.bfloat16
         choices = [(_MAIN, shape.dtype), (_MAIN, half)]
         if shape.device.type != "cpu":
