@@ -45,6 +45,16 @@ def candidates(calls, slow):
     return {name: backend(name) for name in ("dense", "frames", "triton")}
 
 
+def no_room(*_):
+    """A backend that finds no memory."""
+    raise trial.OUT_OF_MEMORY("CUDA out of memory")
+
+
+def key_of(shape, layout=LAYOUT):
+    """Under which a choice for such calls is kept."""
+    return shape_class(shape, layout, TilePattern(1), "sdpa", {})
+
+
 def test_the_fastest_is_chosen_and_measured_only_once(tmp_path):
     calls = []
     book = ChoiceBook(tmp_path / "sub" / "attention.json")
@@ -67,6 +77,16 @@ def test_no_further_round_is_begun_after_a_second(tmp_path, monkeypatch):
     choice = book.choose(candidates(calls, set(run)), kind(), LAYOUT, TilePattern(1), "sdpa")
     assert len(calls) == 2 * len(run)  # a first call, and one round of three that take 10 ms each
     assert choice.size == "2 heads, 4 frames of 35 tokens" and choice.times().endswith(f"({choice.size})")
+
+
+def test_fast_candidates_are_timed_in_three_rounds():
+    calls = []
+    trial.trial(candidates(calls, set()), kind(), LAYOUT, TilePattern(1), "frames")
+    assert [name for name, _ in calls].count("frames") == 1 + 3  # the first shows whether it runs
+
+
+def test_a_choice_tells_its_times_fastest_first():
+    assert Choice("frames", {"dense": 2.0, "frames": 1.0}).times() == "frames 1.00, dense 2.00"
 
 
 def test_nothing_is_timed_while_a_cuda_graph_is_recorded(monkeypatch):
@@ -108,6 +128,25 @@ def test_another_shape_dense_function_or_version_is_measured_anew(tmp_path, capl
         and f"(ms of a trial: {choice.times()})" in caplog.text
     )
     assert ChoiceBook(book.file).choices
+
+
+def test_sizes_share_a_choice_only_within_a_factor_of_the_square_root_of_two():
+    for count in range(20, 5000, 7):
+        assert 2**-0.26 < choose._bucket(count) / count < 2**0.26
+
+
+def test_each_kind_of_gpu_has_choices_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    gpus = [torch.device("cuda", index) for index in (0, 1)]
+    assert len({key_of(replace(kind(), device=gpu)) for gpu in gpus}) == 2
+
+
+def test_heads_of_a_batch_count_as_so_many_more_heads():
+    assert key_of(replace(kind(heads=8), batch=4)) == key_of(kind(heads=32))
+
+
+def test_tokens_before_and_behind_the_video_count_together_in_a_choice():
+    assert "extra 128" in key_of(kind(), TokenLayout(LAYOUT.grid, prefix=64, suffix=64))
 
 
 INSTALLED = {"triton": "3.0", "sageattention": "2.0", "flash-attn": "2.8", "comfy-kitchen": "0.1"}
@@ -209,6 +248,14 @@ def test_trials_are_small_whatever_the_shape_and_keep_the_frames_where_they_can(
             assert part == layout
 
 
+def test_a_trial_that_cannot_keep_the_frames_shrinks_all_parts_of_the_sequence_alike():
+    """A quarter of the work of the fewest heads is half the tokens."""
+    layout = TokenLayout(TokenGrid(4, 1, 1024), prefix=64, suffix=32)
+    quarter = 4 * 4 * layout.tokens**2 * 64 / 4
+    half = TokenLayout(TokenGrid(4, 1, 512), prefix=32, suffix=16)
+    assert trial_size(kind(heads=8, dim=64), layout, quarter) == (4, half)
+
+
 def test_a_gpu_s_trial_is_a_tenth_of_a_second_of_its_own_dense_attention(monkeypatch):
     """Of a card that does 3e13 FLOPs a second, where the way back is wanted as well."""
     layout, shape = TokenLayout(TokenGrid(24, 45, 80)), replace(kind(heads=24, dim=96), device=torch.device("cuda", 0))
@@ -281,6 +328,21 @@ def test_a_trial_without_room_leaves_the_run_alive(book, monkeypatch, caplog):
     assert "no room to measure backends" in caplog.text and not ChoiceBook(book.file).choices
     Preparation(TilePlan.uniform(1), AttentionReport()).forget()  # the run is over, and there may be room by the next
     assert choose_backend(kind(), LAYOUT, TilePattern(1)) == "frames" and len(tried) == 3
+
+
+def test_where_only_dense_attention_has_room_the_run_follows_the_pattern_unmeasured():
+    run = {"dense": candidates([], set())["dense"], "frames": no_room}
+    found = trial.trial(run, kind(), LAYOUT, TilePattern(1), "frames")
+    assert found == (Choice("frames", {}), False)
+
+
+def test_choices_without_room_are_forgotten_at_the_end_of_every_run(book):
+    """Also of one that made none."""
+    book.choose({**candidates([], set()), "frames": no_room}, kind(), LAYOUT, TilePattern(1), "sdpa")
+    assert book.choices
+    book.forget_cramped()
+    book.forget_cramped()
+    assert not book.choices
 
 
 def test_a_kept_choice_among_other_backends_than_run_here_is_made_anew(book):

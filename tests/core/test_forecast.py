@@ -9,19 +9,29 @@ from efficient_vdit_core.parallel.sharding.forecast import (
     GPU_RATES,
     LayerShape,
     Rates,
+    _rb_work,
     bytes_sent,
     forward_seconds,
     forward_speedup,
+    layer_seconds,
     overhead,
     speedup,
     weights_of,
 )
 from efficient_vdit_core.parallel.sharding.layout import choose_shard
 from efficient_vdit_core.parallel.sharding.timeline import RbWork, rb_seconds, ulysses_seconds
-from efficient_vdit_core.parallel.sharding.traffic import RbBytes, rb_bytes
+from efficient_vdit_core.parallel.sharding.traffic import (
+    RbBytes,
+    rb_bytes,
+    rb_exchanges,
+    ulysses_bytes,
+    ulysses_exchanges,
+)
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 LONG = LayerShape(TokenLayout(TokenGrid(24, 45, 80)), 24, 96)
+BYTES_ALONE = Rates("a byte a second, arithmetic without limit", 1e30, 1.0)
+NO_WORK = RbWork(0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +48,43 @@ def test_layers_of_unlike_patterns_send_over_the_one_shard_of_the_forward():
     patterns = [TilePattern(k) for k in (4, 4, 2, 1)]
     shard = choose_shard(shape.layout, ranks, patterns)
     sent = [max(rb_bytes(shard, pattern, 12, 128, 2)) for pattern in patterns]
-    bytes_alone = Rates("bytes alone", 1e30, 1.0)
-    assert forward_seconds(shape, iter(patterns), ranks, "rb", bytes_alone) == pytest.approx(sum(sent))
+    assert forward_seconds(shape, iter(patterns), ranks, "rb", BYTES_ALONE) == pytest.approx(sum(sent))
     assert sum(bytes_sent(shape, pattern, ranks, "rb")[1] for pattern in patterns) < 0.8 * sum(sent)
+
+
+def test_the_most_that_a_rank_sends_is_told():
+    """Five frames on four ranks."""
+    shape = LayerShape(TokenLayout(TokenGrid(5, 1, 3)), 4, 8)
+    sent = ulysses_bytes(choose_shard(shape.layout, 4, [TilePattern(None)]), 4, 8, 2)
+    assert min(sent) < max(sent)
+    assert bytes_sent(shape, TilePattern(None), 4, "ulysses") == ("ulysses", max(sent))
+
+
+def test_overlapped_ulysses_takes_as_long_as_its_busiest_rank():
+    shape = LayerShape(TokenLayout(TokenGrid(5, 1, 3)), 4, 8)
+    shard = choose_shard(shape.layout, 4, [TilePattern(None)])
+    each = [ulysses_seconds(0.0, *sent, 1.0) for sent in ulysses_exchanges(shard, 4, 8, 2)]
+    found = layer_seconds(shape, TilePattern(None), 4, "ulysses", BYTES_ALONE, overlapped=True)
+    assert min(each) < max(each) == pytest.approx(found)
+
+
+def test_overlapped_reference_broadcast_takes_as_long_as_its_busiest_rank():
+    shape, pattern = LayerShape(TokenLayout(TokenGrid(6, 1, 4), prefix=3), 4, 8), TilePattern(2)
+    shard = choose_shard(shape.layout, 4, [pattern])
+    each = [rb_seconds(NO_WORK, sent, 1.0) for sent in rb_exchanges(shard, pattern, 4, 8, 2)]
+    found = layer_seconds(shape, pattern, 4, "rb", BYTES_ALONE, overlapped=True)
+    assert min(each) < max(each) == pytest.approx(found)
+
+
+def test_an_overlapped_layer_sends_over_the_shard_of_the_forward():
+    """Which suits another pattern than its own."""
+    shape, pattern = LayerShape(TokenLayout(TokenGrid(21, 30, 52)), 12, 128), TilePattern(1)
+    shard = choose_shard(shape.layout, 4, [TilePattern(4)])
+    own, given = (
+        layer_seconds(shape, pattern, 4, "rb", BYTES_ALONE, overlapped=True, shard=it) for it in (None, shard)
+    )
+    sent = rb_exchanges(shard, pattern, 12, 128, 2)
+    assert own != given == pytest.approx(max(rb_seconds(NO_WORK, of_rank, 1.0) for of_rank in sent))
 
 
 def test_a_link_without_limit_leaves_the_arithmetic():
@@ -79,6 +123,23 @@ def test_gathered_weights_hide_behind_arithmetic_until_they_take_longer():
     sent = 4 * computing / without - computing
     want = 4 * computing / (3 * hidden / rates.link + sent)
     assert forward_speedup(LONG, patterns, 4, "auto", rates, 3 * hidden) == pytest.approx(want)
+
+
+def test_a_layer_is_its_matrices_its_attention_and_the_text_that_it_is_crossed_with():
+    """By hand: 14 width^2 weights for each token, keys and values of the text, and pairs of tokens and text."""
+    layout, width, text = TokenLayout(TokenGrid(4, 1, 3)), 6, 5
+    tokens = layout.tokens
+    matrices = 2 * tokens * 14 * width**2 + 4 * text * width**2
+    attention = 4 * tokens**2 * width + 4 * tokens * width * text
+    assert LayerShape(layout, 2, 3, text=text).flops(TilePattern(None)) == matrices + attention
+
+
+def test_reference_broadcast_is_cut_into_shared_rows_and_rows_to_shared_keys():
+    """By hand: two reference frames of 4 tokens and 3 before the video are shared, of 27."""
+    shape = LayerShape(TokenLayout(TokenGrid(6, 1, 4), prefix=3), 4, 8)
+    shared, tokens, width = 11, 27, 32
+    rows, to_shared = 4 * shared * tokens * width, 4 * (tokens - shared) * shared * width
+    assert _rb_work(shape, TilePattern(2), 1e9, 1.0) == RbWork(1e9 - rows - to_shared, rows, to_shared)
 
 
 def test_a_layer_of_another_model_is_its_own_matrices_and_sequence():
@@ -122,6 +183,12 @@ def test_an_exchange_counts_where_the_work_beside_it_is_shorter():
     assert rb_seconds(RbWork(4, 5, 9), RbBytes(3, 2, 4, 4), 1.0) == 5 + 4 + 5 + 9  # near frames wait for the halo
 
 
+def test_work_waits_for_the_queries_and_keys_that_it_is_of():
+    """Where nothing else is sent that it would wait for."""
+    assert rb_seconds(RbWork(1, 10, 2), RbBytes(3, 0, 0, 0), 1.0) == 3 + 10 + 2
+    assert rb_seconds(RbWork(1, 1, 5), RbBytes(0, 0, 8, 1), 1.0) == 8 + 5
+
+
 def test_ulysses_hides_all_but_the_first_heads_way_there_and_the_last_ones_back():
     assert ulysses_seconds(20, 6, 2, 1.0) == 3 + 20 + 1
     assert ulysses_seconds(2, 6, 2, 1.0) == 6 + 1 + 1  # the second heads come when the first are done
@@ -139,6 +206,7 @@ def test_unlike_devices_get_shares_by_what_they_measured():
 def test_the_overhead_is_what_the_runs_took_beyond_the_model():
     assert overhead(seconds=0.6, alone=1.0, ranks=2, sent=50, link=1000.0) == pytest.approx(1.1)
     assert overhead(seconds=0.4, alone=1.0, ranks=2, sent=0, link=1.0) == 1.0
+    assert overhead(seconds=3.0, alone=2.0, ranks=2, sent=4, link=4.0) == 2.0
 
 
 def test_the_rows_stand_beside_the_paper():

@@ -93,6 +93,22 @@ def test_whatever_is_not_ours_stays_dense_and_is_counted(reason, change, monkeyp
     assert dict(report.dense) == {reason: 1} and report.sparse == 0
 
 
+def test_a_sequence_of_another_length_is_warned_of_and_a_text_is_not(caplog):
+    override = make_attention_override(TilePlan.uniform(1), AttentionReport())
+    x, text, _ = flat()
+    call(override, (x, text[:, :7], text[:, :7]), ForwardState(LAYOUT))
+    assert not caplog.records
+    call(override, flat(tokens=31), ForwardState(LAYOUT))
+    assert "attention over 31 tokens stays dense" in caplog.text
+
+
+def test_mean_frames_in_some_layers_are_refused_by_a_backend_without_them():
+    """Before the run, and not in the middle of it."""
+    plan = TilePlan(patterns=(TilePattern(1), TilePattern(1, means=2)))
+    with pytest.raises(ValueError, match="mean frames"):
+        prepare_file.Preparation(plan, AttentionReport(), backend="triton")
+
+
 def test_four_frames_are_not_too_few():
     report = AttentionReport()
     override = make_attention_override(TilePlan.uniform(1), report, decline_slow=True)
@@ -338,6 +354,14 @@ def test_a_layer_that_attends_again_is_told_from_its_first_call():
 def test_what_the_model_says_of_a_layer_is_read_as_that_layer(offsets):
     state = ForwardState(LAYOUT, depth=5, offsets=offsets)
     assert [state.given_layer(state.named(layer)) for layer in range(5)] == list(range(5))
+
+
+def test_layers_are_named_by_the_last_block_type_that_begins_before_them():
+    state = ForwardState(LAYOUT, depth=5, offsets={"double": 0, "single": 2})
+    named = [state.named(layer) for layer in range(5)]
+    found = [(options["block_type"], options["block_index"]) for options in named]
+    assert found == [("double", 0), ("double", 1), ("single", 0), ("single", 1), ("single", 2)]
+    assert {options["total_blocks"] for options in named} == {5}
 
 
 def test_measurements_over_another_override_are_kept_apart(monkeypatch):

@@ -250,6 +250,15 @@ def test_a_call_of_another_size_stays_without():
     assert bool((shorter == 1).all())
 
 
+@pytest.mark.parametrize(("names", "said"), [("a", 0), ("ab", 1)])
+def test_a_call_that_goes_without_says_so_and_no_other_does(caplog, names, said):
+    """One prompt at a time, where the forward was of one, and where it was of two."""
+    run = Run(2)
+    for step in range(2):
+        run.forward(step, names=tuple(names))
+    assert caplog.text.count("goes without the cached residual") == said
+
+
 def test_a_part_of_a_schedule_counts_by_the_whole(caplog):
     half = Run(4)
     check(half.forward(0, steps=10, whole=20), 0, 0)
@@ -297,6 +306,25 @@ def test_prompts_and_windows_that_come_one_by_one_count_together(monkeypatch):
         cache.begin([("d", 1)], EIGHT, 0, SHAPE, 1000)  # 512,000 more in half precision
     cache.clear()
     cache.begin([("d", 1)], EIGHT, 0, SHAPE, 1000)
+
+
+def test_each_run_has_what_is_free_when_it_begins(monkeypatch):
+    monkeypatch.setattr(residual, "free_bytes", lambda *_: 10**7)
+    cache = ResidualCache(2)
+    cache.begin([("a", 1)], [(0, 0)], 0, SHAPE, 1000)
+    cache.clear()
+    monkeypatch.setattr(residual, "free_bytes", lambda *_: 1000)
+    with pytest.raises(ValueError, match="cached residual takes about"):
+        cache.begin([("a", 1)], [(0, 0)], 0, SHAPE, 1000)
+
+
+def test_what_a_run_has_taken_does_not_count_twice(monkeypatch):
+    """128,000 bytes for each prompt, of 300,000 that may be taken when the run begins."""
+    cache = ResidualCache(2)
+    for name, free in (("a", 400_000), ("b", 272_000)):
+        monkeypatch.setattr(residual, "free_bytes", lambda *_, free=free: free)
+        cache.begin([(name, 1)], [(0, 0)], 0, SHAPE, 1000)
+    assert {kept.dtype for kept in cache.kept.values()} == {torch.float32}
 
 
 def test_a_gpu_keeps_half_of_what_is_free_and_main_memory_a_quarter(monkeypatch):

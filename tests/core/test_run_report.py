@@ -196,6 +196,54 @@ def test_a_forward_beside_the_run_is_counted_nowhere():
     assert beside.sparse == 1 and beside.dense == {"cross-attention": 2, "outside the step window": 1}
 
 
+def timed(**about) -> AttentionReport:
+    """Two dense calls of 2 s each and three sparse ones of 0.5 s, all of one shape."""
+    report = AttentionReport(sparse=3, density_sum=1.2, **about)
+    report.dense["full in the plan"] = 2
+    report.clock.tallies[DENSE, (1, 9)] = Tally(2, 4.0, 2.0)
+    report.clock.tallies[SPARSE, (1, 9)] = Tally(3, 1.5, 1.2)
+    return report
+
+
+def test_the_gain_of_the_attention_is_told_from_the_seconds_of_all_its_calls():
+    text, _ = summarize_run(timed(seconds=8.0))
+    assert "time: 5.50 s of the run's 8.00 s; sparse 1.50 s, dense 4.00 s" in text
+    assert "all dense: 10.00 s, from the dense calls of this run, so this attention was 1.82x faster" in text
+
+
+def test_a_run_that_stayed_dense_tells_its_time_without_a_gain():
+    report = AttentionReport()
+    report.dense["full in the plan"] = 1
+    report.clock.tallies[DENSE, (1, 9)] = Tally(1, 4.0, 1.0)
+    assert "  time: 4.00 s, all dense" in summarize_run(report)[0].splitlines()
+
+
+def test_the_trials_of_the_backends_are_in_the_summary():
+    report = timed()
+    report.add_trial("1:3", "frames 1.00")
+    assert "  a trial's ms for 1:3: frames 1.00" in summarize_run(report)[0].splitlines()
+
+
+def test_tokens_before_and_behind_the_video_are_counted_together():
+    cost = StepCost(TokenLayout(LAYOUT.grid, prefix=2, suffix=1), 2, 8, 1, 100)
+    assert "; 3 other tokens" in describe_bound(cost, 0.5)[0]
+
+
+def test_nothing_of_a_run_is_in_the_report_of_the_next():
+    measure = StepMeasure()
+    report = timed(seconds=8.0, layout=LAYOUT, cost=StepCost(LAYOUT, 2, 8, 1, 100), measure=measure)
+    report.computed["frames"] += 1
+    report.add_trial("1:3", "frames 1.00")
+    report.warn("a length", "said once a run")
+    report.note("a length", "said once a run")
+    assert measure.wants(0, last=True)
+    measure.add(2.0, 1.0)
+    report.reset()
+    unused = StepMeasure(lock=measure.lock)
+    assert report == AttentionReport(clock=report.clock, measure=unused, lock=report.lock)
+    assert report.clock.times() is None
+
+
 class OfOneDevice:
     """Stands for a CUDA event: it belongs to the device that it was first recorded on."""
 
