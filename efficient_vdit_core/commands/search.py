@@ -29,7 +29,11 @@ CHOICES = ("negative", "frames", "height", "width", "guidance", "seed")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the command's options."""
     add = parser.add_argument
-    add("--model", default="tiny", help="built in: tiny, tiny-8-steps; or a folder with transformer, vae, text_encoder")
+    add(
+        "--model",
+        default="tiny",
+        help="built in: tiny, tiny-8-steps, tiny-epsilon; or a folder with transformer, vae, text_encoder",
+    )
     add("--text-encoder", metavar="PATH", help="file or folder of the mT5 encoder, if it lies elsewhere")
     add("--prompt", required=True, action="append", help="what a video shows; repeat it to average over several")
     add("--negative", help="as for generate")

@@ -11,6 +11,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from efficient_vdit_core.tinyworld.moving.reader import read_clip
+
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "efficient_vdit_core" / "assets" / "tiny" / "transformer" / "config.json"
 BUILT_IN = "tiny (built in)"
@@ -62,6 +64,14 @@ def plain(server):
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "lcm", "uni_pc"])
 def test_stock_samplers_run(server, sampler):
     assert frames(server, graph(sampler)).shape == (29, 64, 64, 3)
+
+
+def test_a_model_that_predicts_the_noise_draws_what_the_caption_says(server):
+    """As Open-Sora-Plan does, under ComfyUI's own sampler and schedule."""
+    prompt = graph(text="a blue square moving left slowly on a white background", steps=30)
+    prompt["model"]["inputs"]["model_name"] = "tiny epsilon (built in)"
+    seen = read_clip(frames(server, prompt).astype(np.uint8))
+    assert (seen.shape, seen.color, seen.background) == ("square", "blue", "white")
 
 
 def test_the_tiled_decoder_gives_the_same_clip_where_one_tile_holds_it(server, plain):

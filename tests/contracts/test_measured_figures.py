@@ -62,6 +62,14 @@ def few_steps() -> Iterator[str]:
         yield f"| seed {seed} | 8 | {judged(row)} | {row['overlap']:.2f} |"
 
 
+def epsilon() -> Iterator[str]:
+    names = {"`tiny epsilon`, 50 steps": "tiny epsilon, 50 steps"}
+    found = rows("epsilon_tiny.json")
+    for shown, name in names.items():
+        row = found[name]
+        yield f"| {shown} | {row['evaluations']} | {judged(row)} | {row['overlap']:.2f} |"
+
+
 def sparse_student() -> Iterator[str]:
     shown = (
         "8 steps (`tiny 8 steps`)",
@@ -189,6 +197,7 @@ def bounds() -> Iterator[str]:
     ("document", "lines", "count"),
     [
         (MEASURED, few_steps, 14),
+        (MEASURED, epsilon, 1),
         (MEASURED, sparse_student, 3),
         (MEASURED, score, 3),
         (MEASURED, score_of_the_mixture, 4),

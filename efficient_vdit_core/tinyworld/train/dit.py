@@ -2,7 +2,7 @@
 
 By v-prediction rather than the reference checkpoint's epsilon: at high noise the network then says what the clip will
 show, instead of copying its input, and a tiny model learns shape and motion in a fraction of the steps. ``epsilon`` trains
-one as the reference is.
+one as the reference is; its errors count as they would in v.
 """
 
 from __future__ import annotations
