@@ -11,8 +11,8 @@ MUON_ABOVE = 6  # rows and columns; what is narrower has no directions to even o
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's, which makes a step orthogonal in bfloat16; here in float32 where the weights are on a CPU, for one without
-    units for bfloat16 takes ten times as long for that. State and settings are PyTorch's."""
+    """PyTorch's, which makes a step orthogonal in bfloat16; here in float32 where the weights are on a CPU: one without units
+    for bfloat16 takes twenty times as long for that. State is PyTorch's, and steps are sized as by its ``match_rms_adamw``."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -158,8 +158,8 @@ def grouped(training, ranks):
 
 @torch.enable_grad()
 def family_gradients(rank, ranks):
-    """How far losses and gradients are from one process's, in units of each tensor's largest entry (or of 1e-3 of the
-    model's largest gradient, where that is more), by case."""
+    """How far losses and gradients are from one process's, in units of each one's largest entry (or of 1e-3 of the model's
+    largest gradient, and of the largest loss, where that is more: the score's part is the square of a small difference), by case."""
     found = {}
     for family, method, checkpointed in itertools.product((opensora_plan, wan, cogvideox), OBJECTIVES, (False, True)):
         with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +185,10 @@ def apart(training, make_loss, ranks):
         scale = max(float(gradient.abs().max()), 1e-3 * largest)
         errors[name] = float((mine / ranks - gradient).abs().max()) / scale
     worst = max(errors, key=lambda name: errors[name])
-    off = max(abs(float(shared_losses[n] - losses[n])) / abs(float(losses[n])) for n in losses)
+    most = max(abs(float(loss)) for loss in losses.values())
+    off = max(
+        abs(float(shared_losses[name] - loss)) / max(abs(float(loss)), 1e-3 * most) for name, loss in losses.items()
+    )
     return {"gradient": errors[worst], "of": worst, "loss": off, "weights": len(errors)}
 
 
