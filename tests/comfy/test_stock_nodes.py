@@ -68,7 +68,7 @@ def test_stock_samplers_run(server, sampler):
 
 def test_a_model_that_predicts_the_noise_draws_what_the_caption_says(server):
     """As Open-Sora-Plan does, under ComfyUI's own sampler and schedule."""
-    prompt = graph(text="a blue square moving left slowly on a white background", steps=30)
+    prompt = graph(text="a blue square moving left slowly on a white background", steps=12)
     prompt["model"]["inputs"]["model_name"] = "tiny epsilon (built in)"
     seen = read_clip(frames(server, prompt).astype(np.uint8))
     assert (seen.shape, seen.color, seen.background) == ("square", "blue", "white")
