@@ -294,14 +294,8 @@ def training(run: Run) -> Rows:
     for _ in run.in_time(("search",)):
         *_, short, long = (_searched(run, captions, batch) for captions in (*[batch] * warm, batch, 3 * batch))
         a_caption = (long - short) / (2 * batch)
-        yield [
-            {
-                "stage": "search",
-                "batch": batch,
-                "seconds_a_caption": a_caption,
-                "setup_seconds": short - batch * a_caption,
-            }
-        ]
+        setup = short - batch * a_caption
+        yield [{"stage": "search", "batch": batch, "seconds_a_caption": a_caption, "setup_seconds": setup}]
 
 
 def _trained(run: Run, method: str, steps: int, batch: int) -> float:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..storage.json_text import finite
 from .perceptual import Perceptual, find_lpips
 
 # Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", section III-C.
@@ -51,7 +52,7 @@ class ClipComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: null there, and ``identical`` tells an infinite PSNR from a missing one."""
-        values = {name: _finite(value) for name, value in asdict(self).items()}
+        values = finite(asdict(self))
         return {**values, "identical": math.isinf(self.psnr)}
 
 
@@ -203,9 +204,3 @@ def _mean(values: Any) -> float:
 
 def _psnr(mean_square: float) -> float:
     return 0.0 - 10 * math.log10(mean_square) if mean_square else math.inf  # of black against white 0, not -0
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

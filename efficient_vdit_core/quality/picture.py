@@ -104,7 +104,7 @@ class _Canvas:
         """frame: (H, W, 3) in 0..1. Enlarged pixel by pixel, so that nothing is smoothed away; reduced smoothly."""
         from PIL import Image
 
-        pixels = Image.fromarray((frame.clamp(0, 1) * 255).round().byte().cpu().numpy())
+        pixels = Image.fromarray((frame.clamp(0, 1) * 255).round().byte().numpy())
         target = (size[0] * _SCALE, size[1] * _SCALE)
         way = Image.Resampling.NEAREST if target[0] >= pixels.width else Image.Resampling.LANCZOS
         self.image.paste(pixels.resize(target, way), (round(x * _SCALE), round(y * _SCALE)))
@@ -199,5 +199,4 @@ def _heat(x: Tensor) -> Tensor:
     """(H, W) in 0..1, clipped above, to colours (H, W, 3)."""
     place = x.clamp(0, 1) * (len(_HEAT) - 1)
     low = place.long().clamp(max=len(_HEAT) - 2)
-    stops = _HEAT.to(x.device)
-    return torch.lerp(stops[low], stops[low + 1], (place - low)[..., None])
+    return torch.lerp(_HEAT[low], _HEAT[low + 1], (place - low)[..., None])

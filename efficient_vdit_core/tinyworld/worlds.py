@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..generation.request import TIME
 from .crossing import scene as crossing
-from .crossing.judge import crossing_figures_of_readings, read_crossing
+from .crossing.judge import crossing_figures, read_crossing
 from .moving import scene as moving
-from .moving.figures import Progress, SoFar, figures_of_readings
+from .moving.figures import Progress, figures_of_readings
 from .moving.reader import read_clip
 
-__all__ = ["CROSSING", "MOVING", "WORLDS", "Progress", "SoFar", "World"]
+__all__ = ["CROSSING", "MOVING", "WORLDS", "Progress", "World"]
 
 # In model range, -1 to 1: a pixel this far from the ground shows a shape, further than a ground's own texture goes.
 _PLAIN, _TEXTURED = 0.1, 0.4
@@ -104,7 +104,7 @@ def _on_textured_ground(clips: Tensor) -> Tensor:
 
 CROSSING = World(
     "crossing", crossing.FRAMES, crossing.random_scene, crossing.random_words,
-    crossing.held_out_scenes, crossing.is_held_out, crossing.render, read_crossing, crossing_figures_of_readings,
+    crossing.held_out_scenes, crossing.is_held_out, crossing.render, read_crossing, crossing_figures,
     {**{f"{which} {name}": values for which in _ORDER for name, values in _OF_A_MOVER.items()},
      "ground": tuple(crossing.GROUNDS), "front": _ORDER},
     _crossing, _on_textured_ground,

@@ -264,19 +264,23 @@ def test_clips_without_shapes_do_not_make_the_others_clean_and_steady():
     clip = drawing.clip()
     clip[::2, :8, :8] = 255 - clip[::2, :8, :8]
     drawing.shown = [np.zeros(FRAMES), np.zeros(FRAMES)]
-    alone, among = crossing_figures([clip], [scene]), crossing_figures([clip, drawing.clip()], [scene] * 2)
+    alone, among = figures([clip], [scene]), figures([clip, drawing.clip()], [scene] * 2)
     names = ("stain", "swelling", "flicker")
     assert [among[name] for name in names] == [alone[name] for name in names] and alone["stain"] > 0
     assert (alone["seen"], among["seen"], among["distinct_captions"]) == (1, 0.5, 1)
-    nothing = crossing_figures([drawing.clip()], [scene])
+    nothing = figures([drawing.clip()], [scene])
     assert {nothing[name] for name in (*names, "all_right_interval")} == {None}
+
+
+def figures(clips, scenes):
+    return crossing_figures([read_crossing(clip) for clip in clips], scenes)
 
 
 def test_figures():
     rng = np.random.default_rng(3)
     scenes = [random_scene(rng) for _ in range(2)]
     swapped = [scenes[0], replace(scenes[1], front=1 - scenes[1].front)]
-    found = crossing_figures([render(scene) for scene in scenes], swapped)
+    found = figures([render(scene) for scene in scenes], swapped)
     assert found["all_right"] == found["columns"]["order"] == 0.5 and found["clips"] == 2
     assert all(share == 1 for name, share in found["columns"].items() if name != "order")
     low, high = found["all_right_interval"]

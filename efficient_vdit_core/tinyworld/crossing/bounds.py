@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..moving.figures import Progress
-from .judge import CrossingReading, crossing_figures_of_readings, read_crossing
+from .judge import CrossingReading, crossing_figures, read_crossing
 from .scene import held_out_scenes, render
 
 SEED = 56_001
@@ -26,9 +26,9 @@ def bounds(count: int, progress: Progress | None = None) -> dict[str, dict[str, 
     def so_far() -> dict[str, dict[str, Any]]:
         true, soft = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         return {
-            "true clips": crossing_figures_of_readings(true, scenes[: len(pairs)]),
-            "true clips, blurred": crossing_figures_of_readings(soft, scenes[: len(pairs)]),
-            "chance": crossing_figures_of_readings(true, others[: len(pairs)]),
+            "true clips": crossing_figures(true, scenes[: len(pairs)]),
+            "true clips, blurred": crossing_figures(soft, scenes[: len(pairs)]),
+            "chance": crossing_figures(true, others[: len(pairs)]),
         }
 
     for scene in scenes:

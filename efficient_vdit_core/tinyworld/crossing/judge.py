@@ -3,7 +3,7 @@ learning."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -284,14 +284,7 @@ def _stain(
     return float(stained.sum() / max(shown, 1.0))
 
 
-def crossing_figures(clips: Iterable[np.ndarray], scenes: Sequence[CrossingScene]) -> dict[str, Any]:
-    """`crossing_figures_of_readings` of ``clips`` (F, 64, 64, 3)."""
-    return crossing_figures_of_readings([read_crossing(clip) for clip in clips], scenes)
-
-
-def crossing_figures_of_readings(
-    readings: Sequence[CrossingReading], scenes: Sequence[CrossingScene]
-) -> dict[str, Any]:
+def crossing_figures(readings: Sequence[CrossingReading], scenes: Sequence[CrossingScene]) -> dict[str, Any]:
     """What clips show of the captions of ``scenes``, by what was read of each: all_right, its interval and columns as
     `figures_of_readings` gives them; stain, swelling, flicker: means of the clips that show two shapes, None where none does;
     clips: their number; seen: the share of them that do; distinct_captions."""
