@@ -7,7 +7,6 @@ Needs torch and this repository; ``stock_steps`` and ``training`` need diffusers
 from __future__ import annotations
 
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from ..attention.autotune.choose import ChoiceBook
 from ..attention.call_shape import CallShape
 from ..attention.dispatch import backend_candidates, fits
 from ..storage.files import write_text
+from ..storage.json_text import json_text
 from ..tiles import TilePattern
 from ..timing import seconds
 from . import attention, exactness, kernels, step
@@ -143,7 +143,7 @@ def _run_part(run: Run, name: str) -> Rows:
 
 
 def _write(file: Path, state: dict[str, Any]) -> None:
-    write_text(file, json.dumps(state, indent=1) + "\n")
+    write_text(file, json_text(state, indent=1))
 
 
 @part(0.02)

@@ -1,5 +1,6 @@
 """What a reader, an importer and the registry's scanners would stumble over."""
 
+import json
 import re
 import subprocess
 import sys
@@ -39,6 +40,15 @@ def test_the_text_speaks_of_no_machine(pattern):
 @pytest.mark.parametrize("sample", ["open('/ro" + "ot/x')", "cd /wo" + "rk/main", "/ho" + "me/ann/x"])
 def test_the_search_for_machine_paths_sees_one(sample):
     assert MACHINE_PATHS.search(sample)
+
+
+def test_every_json_file_can_be_read_by_any_reader():
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{path}: {word} is no JSON")
+
+    for path, text in texts():
+        if path.endswith(".json"):
+            json.loads(text, parse_constant=refuse)
 
 
 def test_importing_the_core_loads_nothing_heavy():
