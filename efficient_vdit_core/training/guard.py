@@ -15,6 +15,10 @@ from .processes import Processes
 OTHERS = "loss of another process rose"
 
 
+class NotANumber(ValueError):
+    """Raised by all processes at the same place, before the weights are touched."""
+
+
 class Guard:
     """Of a run of ``steps`` steps. ``processes``: those that train, which all end together.
 
@@ -39,14 +43,13 @@ class Guard:
         self.rising = self.processes.any(self.watch.rising)
 
     def numbers(self, values: dict[str, float], step: int) -> None:
-        """Raises ValueError where one of them is no number: before the weights are touched, so that what is saved next is
-        the last good state."""
+        """Raises NotANumber where one of them is none, in any process: what is saved next is the last good state."""
         wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
         if not self.processes.any(bool(wrong)):
             return
         first = next(iter(wrong), "loss")
         parts = ", ".join(name for name in wrong if name != first)
-        raise ValueError(
+        raise NotANumber(
             f"The {first} became {wrong.get(first, 'infinite or nan in another process')} at step {step}"
             + (f" ({parts})" if parts else "")
             + f". {self.checkpoint} keeps the last good state; resume from it with a lower learning rate."

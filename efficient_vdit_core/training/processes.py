@@ -18,7 +18,11 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
-        return bool(self.gather(torch.tensor([flag], dtype=torch.int32)).any())
+        return self.any_of_each(flag)[0]
+
+    def any_of_each(self, *flags: bool) -> list[bool]:
+        """Of each flag whether it is set in any process."""
+        return self.gather(torch.tensor(flags, dtype=torch.int32)).view(-1, len(flags)).any(dim=0).tolist()
 
     @property
     def count(self) -> int:

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..storage.saving_times import SavingTimes
 from .average import WeightAverage
 from .checkpoint import read_checkpoint, write_checkpoint
 from .fsdp import cut, cut_optimizer, gathered, is_sharding, run_in_autocast
-from .guard import Guard
+from .guard import Guard, NotANumber
 from .lost_process import is_lost_process
 from .pace import Pace
 from .processes import Processes
@@ -46,6 +47,7 @@ class StepLoss:
 
 
 CHECKPOINT = "checkpoint.pt"
+SAVE_EVERY = 900.0  # seconds; steps of a large model take minutes each
 LossOf = Callable[[torch.Generator], Tensor | StepLoss]
 
 
@@ -99,6 +101,7 @@ class TrainingRun:
         self.step = 0
         self._half_made = False  # while weights are changing: neither the state before a step nor the one after it
         self._all = Processes(accelerator)
+        self.saving_times = SavingTimes(SAVE_EVERY)
         # Nothing that it keeps may lead back to this run: a cycle would hold the networks until Python looks for cycles.
         self.guard = Guard(folder / CHECKPOINT, self._all, steps)
         self.means: dict[str, float] = {}
@@ -130,10 +133,11 @@ class TrainingRun:
     ) -> dict[str, Tensor]:
         """Run to the end (or on from the last checkpoint) and return the averaged weights.
 
-        SIGTERM and Ctrl-C end the step, save and leave (SystemExit, KeyboardInterrupt). A loss or gradient that is no
-        number raises ValueError before it reaches the weights; whatever ends the run, the last whole step is saved. A loss
-        that rises and stays up raises ValueError too (`divergence`), also where it is up at the end; meanwhile nothing is
-        saved over the state before.
+        The state is saved after ``save_every`` steps, and after a quarter of an hour. SIGTERM, Ctrl-C and a terminal that
+        closes end the step, save and leave (SystemExit, KeyboardInterrupt). A loss or gradient that is no number raises
+        ValueError before it reaches the weights, and the last whole step is saved; so it is whatever else ends a run of one
+        process. A loss that rises and stays up raises ValueError too (`divergence`), also where it is up at the end;
+        meanwhile nothing is saved over the state before.
         ``evaluate`` is called by process 0; by every process where the weights are sharded, since no one has them
         whole.
         """
@@ -150,16 +154,18 @@ class TrainingRun:
             while self.step < self.steps:
                 with self._kept():
                     self._one_step(loss_of)
-                bar.update()
                 self.guard.divergence(self.step)  # here, where nothing is saved on the way out
-                if (told := pace.after_step()) and self.rank == 0:
-                    bar.write(told, file=sys.stderr)
-                bar.set_postfix_str(f"loss {self.means['loss']:.4f}", refresh=False)
-                self._log()
-                if self._all.any(asked.signal is not None):
+                leave, due = self._all.any_of_each(asked.signal is not None, self.saving_times.due())
+                if leave:  # before anything is written to a terminal that may be gone
                     self._leave(asked)
-                if self.step % save_every == 0:
+                if due or self.step % save_every == 0:
                     self.save()
+                with self._kept():
+                    bar.update()
+                    if (told := pace.after_step()) and self.rank == 0:
+                        bar.write(told, file=sys.stderr)
+                    bar.set_postfix_str(f"loss {self.means['loss']:.4f}", refresh=False)
+                    self._log()
                 if evaluate and self.step % evaluate_every == 0 and (self.sharded or self.rank == 0):
                     with self._kept():
                         found = evaluate(self.ema)
@@ -192,10 +198,10 @@ class TrainingRun:
         before = self.generator.get_state()
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self.generator.set_state(before)
-            # Of several processes the others may be in another place, and saving needs them all.
-            if self.processes == 1 and not self._half_made:
+            # Saving needs all processes, and the others may be in another place.
+            if not self._half_made and (self.processes == 1 or isinstance(error, NotANumber)):
                 self.save()
             raise
 
@@ -264,7 +270,7 @@ class TrainingRun:
         self.save()
         if asked.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(128 + (asked.signal or signal.SIGTERM))
 
     def _log(self) -> None:
         if self.writer and self.step % 20 == 0:
@@ -283,17 +289,17 @@ class TrainingRun:
         """
         if self.guard.rising and self.checkpoint.exists():
             return
-        state = self.whole({
-            "model": self._trained(),
-            "ema": self.ema,
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "generator": self._all.gather(self.generator.get_state()),
-            "watch": self.guard.state(),
-            "step": self.step,
-        })  # fmt: skip
-        if self.rank:
-            return
-        write_checkpoint(self.checkpoint, state)
+        with self.saving_times.saving():
+            state = self.whole({
+                "model": self._trained(),
+                "ema": self.ema,
+                "optimizers": [o.state_dict() for o in self.optimizers],
+                "generator": self._all.gather(self.generator.get_state()),
+                "watch": self.guard.state(),
+                "step": self.step,
+            })  # fmt: skip
+            if self.rank == 0:
+                write_checkpoint(self.checkpoint, state)
 
     def _load(self) -> None:
         own = self.generator.get_state().numel()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request that is granted between two steps, when the state is whole."""
+"""SIGTERM, Ctrl-C and a terminal that closes (SIGHUP) as a request that is granted between two steps, when the state is whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopRequest:
@@ -30,7 +30,9 @@ def stop_request() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = {number: signal.signal(number, asked) for number in SIGNALS}
+    # What is ignored stays so: under nohup a terminal may close.
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, asked) for number in heard}
     try:
         yield asked
     finally:

@@ -119,7 +119,10 @@ def test_the_result_loads_and_says_what_it_is(base, tmp_path):
     assert read_metadata(base) is None
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch, name):
+    """Also where the terminal closed."""
+    number = getattr(signal, name)
     whole = trainer.distill(config(base), tmp_path / "whole")
     seen = []
     compare = ConsistencyLoss.compare
@@ -127,13 +130,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
     def stop_after_two(self, *args):
         seen.append(compare(self, *args))
         if len(seen) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return seen[-1]
 
     monkeypatch.setattr(ConsistencyLoss, "compare", stop_after_two)
     with pytest.raises(SystemExit) as left:
         trainer.distill(config(base), tmp_path / "cut")
-    assert left.value.code == 128 + signal.SIGTERM and len(seen) == 2
+    assert left.value.code == 128 + number and len(seen) == 2
     assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 2
     cut = trainer.distill(config(base), tmp_path / "cut")
     assert len(seen) == 4

@@ -150,6 +150,12 @@ def test_steps_that_the_order_does_not_hear_are_refused(order):
         RecipeConfig.from_dict({"order": order, "knowledge": {"steps": 6}})
 
 
+@pytest.mark.parametrize("stage", ["consistency", "knowledge"])
+def test_a_plan_that_a_recipe_would_not_use_is_refused(stage):
+    with pytest.raises(ValueError, match=f"{stage}.plan is '1:7', but a recipe searches its plans itself"):
+        RecipeConfig.from_dict({stage: {"plan": "1:7"}})
+
+
 def test_merging_forgets_no_lora():
     with pytest.raises(ValueError, match="order is .merge.*model.loras lie beside these"):
         RecipeConfig.from_dict({"order": "merge", "model": {"train": "lora", "loras": ["a.safetensors"]}})

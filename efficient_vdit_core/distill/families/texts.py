@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ...limits.documents import parse_json
+from ...storage.saving_times import SavingTimes
 from ...storage.weight_files import read_state_dict, save_safetensors
 
 AT_ONCE = 32
 MAX_LIST = 2**28  # bytes of all captions
-SAVE_EVERY = 60.0  # seconds; a process that is killed loses as much
-SAVING = 0.05  # share of the time that may go into it: each time all is written, which may be gigabytes
+SAVE_EVERY = 60.0  # seconds; each time all is written, which may be gigabytes
 
 Encode = Callable[[list[str]], tuple[Tensor, Tensor]]
 
@@ -52,7 +51,7 @@ class TextBank:
 
 def _encode(missing: list[str], encode: Encode, states: dict[str, Tensor], file: Path | None) -> None:
     """Put the states of ``missing`` into ``states``, and these into ``file`` from time to time."""
-    saved, pause = time.monotonic(), SAVE_EVERY
+    times = SavingTimes(SAVE_EVERY)
     try:
         for start in range(0, len(missing), AT_ONCE):
             part = missing[start : start + AT_ONCE]
@@ -60,11 +59,9 @@ def _encode(missing: list[str], encode: Encode, states: dict[str, Tensor], file:
             states.update(
                 {t: c[: int(m.sum())].clone() for t, c, m in zip(part, context.cpu(), mask.cpu(), strict=True)}
             )
-            begun = time.monotonic()
-            if file is not None and begun >= saved + pause:
-                _write(states, file)
-                saved = time.monotonic()
-                pause = max(SAVE_EVERY, (saved - begun) / SAVING)
+            if file is not None and times.due():
+                with times.saving():
+                    _write(states, file)
     finally:  # what was encoded before Ctrl-C is not encoded again
         if file is not None and states:
             _write(states, file)

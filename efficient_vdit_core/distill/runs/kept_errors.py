@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from ...storage.files import read_torch, write_torch
+from ...storage.saving_times import SavingTimes
 
-SAVE_EVERY = 60.0  # seconds; a process that is killed loses as much
+SAVE_EVERY = 60.0  # seconds
 
 
 class KeptErrors:
@@ -20,7 +20,7 @@ class KeptErrors:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.told, self.saved = path, 0, time.monotonic()
+        self.path, self.told, self.times = path, 0, SavingTimes(SAVE_EVERY)
         kept = read_torch(path, "Delete it; they are measured anew.") if path.is_file() else torch.zeros(0)
         self.errors: list[float] = kept.tolist()
 
@@ -35,11 +35,11 @@ class KeptErrors:
         """The next one, which is measured where it is not kept."""
         if self.told == len(self.errors):
             self.errors.append(measure())
-            if time.monotonic() > self.saved + SAVE_EVERY:
+            if self.times.due():
                 self._save()
         self.told += 1
         return self.errors[self.told - 1]
 
     def _save(self) -> None:
-        write_torch(self.path, torch.tensor(self.errors, dtype=torch.float64))
-        self.saved = time.monotonic()
+        with self.times.saving():
+            write_torch(self.path, torch.tensor(self.errors, dtype=torch.float64))

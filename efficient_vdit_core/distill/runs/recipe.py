@@ -72,7 +72,13 @@ class RecipeConfig:
         return recipe
 
     def _check_order(self) -> None:
-        """Raises ValueError where what the sections ask for is not to be had in this order."""
+        """Raises ValueError where what the sections ask for is not to be had in this order, or in any."""
+        for stage, plan in (("consistency", self.consistency.plan), ("knowledge", self.knowledge.plan)):
+            if plan:
+                raise ValueError(
+                    f"{stage}.plan is {quoted(plan)}, but a recipe searches its plans itself, by what [search] says. Leave it out, or "
+                    f"train under that plan with `evdit distill {stage}`."
+                )
         precisions = self.consistency_training.precision, self.knowledge_training.precision
         if self.order == "merge" and self.model.loras:
             raise ValueError(
