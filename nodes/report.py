@@ -14,6 +14,11 @@ from .inputs import CATEGORY, search_words
 
 log = logging.getLogger("efficient_vdit")
 
+NOT_SPARSE = (
+    "The model has no sparse attention: Sparse Attention is bypassed, is not before this node, or left this model dense (the log "
+    "says why)."
+)
+
 
 class EVDiTReport(io.ComfyNode):
     """The counts of the last run, as text."""
@@ -56,7 +61,9 @@ class EVDiTReport(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model: Any, after: Any = None) -> io.NodeOutput:
-        text, became_sparse = summarize_run(report_of(model))
+        report = report_of(model)
+        # Said, not raised: ComfyUI runs this node before the clip is decoded and saved, and an error ends the run.
+        text, became_sparse = (NOT_SPARSE, False) if report is None else summarize_run(report)
         if not became_sparse:
             log.warning("Efficient-vDiT: %s", text.splitlines()[0].removeprefix("WARNING: "))
         return io.NodeOutput(text, after, ui=ui.PreviewText(text))

@@ -35,6 +35,21 @@ def find(prompt: dict, kind: str) -> dict:
     return node["inputs"]
 
 
+def key_of(prompt: dict, kind: str) -> str:
+    """The id of the one node of this class."""
+    (key,) = [key for key, node in prompt.items() if node["class_type"] == kind]
+    return key
+
+
+def without_sparse_attention(prompt: dict) -> dict:
+    """As the page sends it where that node is bypassed: what its model went to is given the one that it got."""
+    bypassed = key_of(prompt, "EVDiTSparseAttention")
+    source = prompt.pop(bypassed)["inputs"]["model"]
+    for node in prompt.values():
+        node["inputs"].update({name: source for name, value in node["inputs"].items() if value == [bypassed, 0]})
+    return prompt
+
+
 def test_the_pack_loads_without_a_complaint(server):
     server.get("/object_info/EVDiTModelLoader")
     log, started, _ = server.text().partition("To see the GUI go to")  # behind it, what other tests' prompts were told
@@ -229,6 +244,20 @@ def test_the_shipped_workflow_saves_a_video(server, tiny_prompt):
     line = [line for line in server.text().splitlines() if "attention calls sparse" in line][-1]
     steps = find(prompt, "EVDiTConsistencySigmas")["steps"]
     assert int(re.search(r"(\d+) attention calls sparse", line)[1]) >= 6 * steps
+
+
+def test_the_report_of_a_bypassed_sparse_attention_costs_no_clip(server, tiny_prompt):
+    """It runs before the clip is decoded: an error there would leave nothing of what was sampled."""
+    prompt = without_sparse_attention(tiny_prompt())
+    find(prompt, "EVDiTConsistencySigmas").update(segments=2, steps=2)
+    guider, sampler = (key_of(prompt, kind) for kind in ("CFGGuider", "SamplerCustomAdvanced"))
+    model = prompt[guider]["inputs"]["model"]
+    prompt["report"] = {"class_type": "EVDiTReport", "inputs": {"model": model, "after": [sampler, 0]}}
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    assert entry["outputs"][key_of(prompt, "SaveVideo")]["images"]
+    (text,) = entry["outputs"]["report"]["text"]
+    assert "no sparse attention" in text and text in server.text()
 
 
 def failing(server, prompt, kind, **changes) -> str:
