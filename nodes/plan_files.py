@@ -159,7 +159,11 @@ class EVDiTLoadTilePlan(io.ComfyNode):
         """Runs again after the file has changed. What a link gives is None here, and ComfyUI compares it by itself."""
         if plan_name in (None, LOADED_MODEL) or (text or "").strip():
             return text, 0.0
-        return text, plan_changed(plan_name)
+        try:
+            return text, plan_changed(plan_name)
+        except (OSError, ValueError):
+            # Gone, which a linked text allows; an error here would have ComfyUI sample anew in each run.
+            return text, 0.0
 
     @classmethod
     @checked

@@ -260,6 +260,22 @@ def test_the_report_of_a_bypassed_sparse_attention_costs_no_clip(server, tiny_pr
     assert "no sparse attention" in text and text in server.text()
 
 
+def test_a_linked_text_beside_a_plan_that_is_gone_is_sampled_once(server, tiny_prompt):
+    """The file need not be there, and an equal prompt runs nothing again."""
+    prompt = tiny_prompt()
+    find(prompt, "EVDiTConsistencySigmas").update(segments=2, steps=2)
+    prompt["text"] = {"class_type": "PrimitiveString", "inputs": {"value": "all:4"}}
+    prompt[key_of(prompt, "EVDiTTilePlan")] = {
+        "class_type": "EVDiTLoadTilePlan",
+        "inputs": {"plan_name": "gone_00001.json", "text": ["text", 0]},
+    }
+    assert server.run(prompt)["status"]["status_str"] == "success"
+    again = dict(server.run(prompt)["status"]["messages"])
+    assert {key_of(prompt, "EVDiTLoadTilePlan"), key_of(prompt, "SamplerCustomAdvanced")} <= set(
+        again["execution_cached"]["nodes"]
+    )
+
+
 def failing(server, prompt, kind, **changes) -> str:
     find(prompt, kind).update(changes)
     return server.error(prompt)
