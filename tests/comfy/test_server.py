@@ -276,6 +276,16 @@ def test_a_linked_text_beside_a_plan_that_is_gone_is_sampled_once(server, tiny_p
     )
 
 
+def test_a_report_without_after_says_what_to_connect_and_is_not_cached(server, tiny_prompt):
+    prompt = tiny_prompt()
+    find(prompt, "EVDiTConsistencySigmas").update(segments=2, steps=2)
+    find(prompt, "EVDiTTilePlan").update(text="all:5")  # a MODEL of this test's own
+    prompt["report"] = {"class_type": "EVDiTReport", "inputs": {"model": [key_of(prompt, "EVDiTSparseAttention"), 0]}}
+    first, second = (server.run(prompt)["outputs"]["report"]["text"][0] for _ in range(2))
+    assert first.startswith("No attention call was seen") and "sampler's LATENT to after" in first
+    assert "Self-attention over the video" in second  # of the run before, sparse or not
+
+
 def failing(server, prompt, kind, **changes) -> str:
     find(prompt, kind).update(changes)
     return server.error(prompt)
