@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -58,15 +58,18 @@ def check_input(spec: Any, value: Any) -> None:
         plain = value.item() if hasattr(value, "item") else value  # a number of NumPy
         number(plain, spec.id, spec.min, spec.max, why="Correct the node's value.")
     elif kind == "COMBO" and spec.id not in FILES and value not in spec.options:
-        choices = ", ".join(map(str, spec.options))
-        raise ValueError(
-            f"{spec.id} is {quoted(value)}, expected one of {shortened(choices, 200)}. Choose one of the list."
-        )
+        raise ValueError(not_listed(spec.id, value, spec.options))
     elif kind in _KINDS and not _KINDS[kind](value):
         raise ValueError(
             f"{spec.id} is {quoted(value)}, expected a {kind}. Connect it to the output of a node that gives a {kind}; it "
             "cannot be written into the prompt."
         )
+
+
+def not_listed(name: str, value: Any, options: Iterable[Any]) -> str:
+    """What is said of a ``value`` of the input ``name`` that is none of its list."""
+    choices = ", ".join(map(str, options))
+    return f"{name} is {quoted(value)}, expected one of {shortened(choices, 200)}. Choose one of the list."
 
 
 def _is_model(value: Any) -> bool:

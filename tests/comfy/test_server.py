@@ -286,6 +286,28 @@ def test_a_report_without_after_says_what_to_connect_and_is_not_cached(server, t
     assert "Self-attention over the video" in second  # of the run before, sparse or not
 
 
+@pytest.mark.parametrize("changes", [{}, {"preset": "manual", "manual_sigmas": "1, 0"}], ids=["segments", "manual"])
+def test_a_checkpoint_that_no_preset_reads_may_be_gone(server, tiny_prompt, changes):
+    prompt = tiny_prompt()
+    levels = {"segments": 2, "steps": 2, "checkpoint": "loras/gone.safetensors", **changes}
+    find(prompt, "EVDiTConsistencySigmas").update(levels)
+    assert server.run(prompt)["status"]["status_str"] == "success"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"preset": "from checkpoint"}, "'loras/gone.safetensors' is not in the list"),
+        ({"preset": "five steps"}, "preset is 'five steps', expected one of segments"),
+    ],
+)
+def test_what_the_levels_are_read_from_must_be_there(server, tiny_prompt, changes, words):
+    prompt = tiny_prompt()
+    find(prompt, "EVDiTConsistencySigmas").update(checkpoint="loras/gone.safetensors", **changes)
+    status, answer = server.post("/prompt", {"prompt": prompt})
+    assert status == 400 and words in json.dumps(answer["node_errors"])
+
+
 def failing(server, prompt, kind, **changes) -> str:
     find(prompt, kind).update(changes)
     return server.error(prompt)
