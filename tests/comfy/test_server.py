@@ -234,6 +234,12 @@ def test_the_template_and_help_pages_are_served(server):
     assert "EVDiTTilePlan" in json.dumps(server.get("/i18n"))
 
 
+def test_each_script_of_the_page_is_served_once(server):
+    served = [path for path in server.get("/extensions") if "efficient" in path]
+    scripts = (ROOT / "web" / "js").glob("*.js")
+    assert sorted(served) == sorted(f"/extensions/efficient-vdit/js/{path.name}" for path in scripts)
+
+
 def test_the_shipped_workflow_saves_a_video(server, tiny_prompt):
     prompt = tiny_prompt()
     entry = server.run(prompt)
