@@ -12,7 +12,7 @@ from ..efficient_vdit_core.limits.quote import quoted
 from ..efficient_vdit_core.plan import TilePlan
 from .checked import checked
 from .comfy_bridge.distilled import LOADED_MODEL, carried_plan
-from .comfy_bridge.paths import checkpoint_files, load_plan, plan_changed, plan_names, plan_path, save_plan
+from .comfy_bridge.paths import checkpoint_files, load_plan, plan_changed, plan_names, plan_paths, save_plan
 from .inputs import CATEGORY, SPEED_WORDS, Plan, for_page, plan_is_told_again, plan_ui, search_words
 
 
@@ -25,9 +25,8 @@ def text_form(path: Path, _changed: float) -> str:
 def text_forms() -> dict[str, str]:
     """The plans of the list by name, which the page's chart draws without a run. A file without a plan is left to its run."""
     found = {}
-    for name in plan_names():
+    for name, path in plan_paths().items():
         try:
-            path = plan_path(name)
             found[name] = text_form(path, path.stat().st_mtime)
         except (OSError, ValueError):
             continue

@@ -86,6 +86,11 @@ def test_a_plan_is_saved_in_the_models_folder_under_a_name_that_no_other_folder_
     assert found["here"] == ["plan_00001.json", "plan_00003.json"]
 
 
+def test_the_list_of_plans_is_made_once_for_the_texts_of_all(refusals):
+    assert refusals["texts"] == dict.fromkeys(["plan_00001.json", "plan_00002.json", "plan_00003.json"], "all:1")
+    assert refusals["lists made for them"] == 1
+
+
 def test_an_unknown_model_stays_dense_and_the_log_says_so(refusals):
     found = refusals["unknown model"]
     assert not found["hooked"]

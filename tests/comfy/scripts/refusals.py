@@ -101,6 +101,12 @@ with tempfile.TemporaryDirectory() as models, tempfile.TemporaryDirectory() as s
     folder_paths.folder_names_and_paths["evdit_plans"] = ([shared, folder], {".json"})
     fits.save(os.path.join(shared, "plan_00002.json"))
     (name,) = call(pack["EVDiTSaveTilePlan"], plan=fits, filename_prefix="plan")
+    # The page's texts of all plans, which ComfyUI asks for several times a prompt.
+    (files,) = (m for name, m in sys.modules.items() if name.endswith("nodes.plan_files"))
+    listed, original = [], folder_paths.get_filename_list
+    folder_paths.get_filename_list = lambda folder: listed.append(folder) or original(folder)
+    facts["texts"] = {name: text for name, text in files.text_forms().items() if "(preset)" not in name}
+    facts["lists made for them"], folder_paths.get_filename_list = len(listed), original
     facts["beside another folder"] = {"name": name, "there": os.listdir(shared), "here": sorted(os.listdir(folder))}
 control = refusal(lambda: run(noise, text))
 assert control == {"message": "", "evaluations": 2}, (control, PACK)
