@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from ..efficient_vdit_core.limits.numbers import number
+from ..efficient_vdit_core.limits.numbers import number, whole
 from ..efficient_vdit_core.limits.quote import message, quoted, reason, shortened
 from ..efficient_vdit_core.plan import TilePlan
 
@@ -30,12 +30,13 @@ def checked(execute: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[A
 
     @functools.wraps(execute)
     def run(cls: Any, *args: P.args, **kwargs: P.kwargs) -> R:
-        given = names.bind(cls, *args, **kwargs).arguments
+        bound = names.bind(cls, *args, **kwargs)
+        given = bound.arguments
         for spec in (getattr(cls, "SCHEMA", None) or cls.define_schema()).inputs:
             if spec.id in given and not (spec.optional and given[spec.id] is None):
-                check_input(spec, given[spec.id])
+                given[spec.id] = check_input(spec, given[spec.id])
         try:
-            return execute(cls, *args, **kwargs)
+            return execute(*bound.args, **bound.kwargs)
         except ValueError as error:
             short = message(str(error))
             if short == str(error):
@@ -51,22 +52,38 @@ def checked(execute: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[A
     return run
 
 
-def check_input(spec: Any, value: Any) -> None:
-    """Raises ValueError where ``value`` is nothing that the socket or widget ``spec`` of a schema can carry."""
+def check_input(spec: Any, value: Any) -> Any:
+    """``value`` as the node takes it: numbers of NumPy, and whole ones in a FLOAT where an INT is, become Python's own.
+
+    Raises ValueError where it is nothing that the socket or widget ``spec`` of a schema can carry.
+    """
     kind = spec.get_io_type()
     if kind in ("INT", "FLOAT"):
-        plain = value.item() if hasattr(value, "item") else value  # a number of NumPy
-        number(plain, spec.id, spec.min, spec.max, why="Correct the node's value.")
-    elif kind == "COMBO" and spec.id not in FILES and value not in spec.options:
-        choices = ", ".join(map(str, spec.options))
-        raise ValueError(
-            f"{spec.id} is {quoted(value)}, expected one of {shortened(choices, 200)}. Choose one of the list."
-        )
+        return _plain_number(spec, kind, value)
+    if kind == "COMBO" and spec.id not in FILES and value not in spec.options:
+        raise ValueError(not_listed(spec.id, value, spec.options))
     elif kind in _KINDS and not _KINDS[kind](value):
         raise ValueError(
             f"{spec.id} is {quoted(value)}, expected a {kind}. Connect it to the output of a node that gives a {kind}; it "
             "cannot be written into the prompt."
         )
+    return value
+
+
+def _plain_number(spec: Any, kind: str, value: Any) -> int | float:
+    """A link from a socket of any kind is not converted by ComfyUI."""
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value
+    if kind == "FLOAT":
+        return number(plain, spec.id, spec.min, spec.max, why="Correct the node's value.")
+    if isinstance(plain, float) and plain.is_integer():
+        plain = int(plain)
+    return whole(plain, spec.id, spec.min, spec.max, why="Correct the node's value.")
+
+
+def not_listed(name: str, value: Any, options: Iterable[Any]) -> str:
+    """What is said of a ``value`` of the input ``name`` that is none of its list."""
+    choices = ", ".join(map(str, options))
+    return f"{name} is {quoted(value)}, expected one of {shortened(choices, 200)}. Choose one of the list."
 
 
 def _is_model(value: Any) -> bool:

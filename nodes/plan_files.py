@@ -12,7 +12,7 @@ from ..efficient_vdit_core.limits.quote import quoted
 from ..efficient_vdit_core.plan import TilePlan
 from .checked import checked
 from .comfy_bridge.distilled import LOADED_MODEL, carried_plan
-from .comfy_bridge.paths import checkpoint_files, load_plan, plan_changed, plan_names, plan_path, save_plan
+from .comfy_bridge.paths import checkpoint_files, load_plan, plan_changed, plan_names, plan_paths, save_plan
 from .inputs import CATEGORY, SPEED_WORDS, Plan, for_page, plan_is_told_again, plan_ui, search_words
 
 
@@ -25,9 +25,8 @@ def text_form(path: Path, _changed: float) -> str:
 def text_forms() -> dict[str, str]:
     """The plans of the list by name, which the page's chart draws without a run. A file without a plan is left to its run."""
     found = {}
-    for name in plan_names():
+    for name, path in plan_paths().items():
         try:
-            path = plan_path(name)
             found[name] = text_form(path, path.stat().st_mtime)
         except (OSError, ValueError):
             continue
@@ -159,7 +158,11 @@ class EVDiTLoadTilePlan(io.ComfyNode):
         """Runs again after the file has changed. What a link gives is None here, and ComfyUI compares it by itself."""
         if plan_name in (None, LOADED_MODEL) or (text or "").strip():
             return text, 0.0
-        return text, plan_changed(plan_name)
+        try:
+            return text, plan_changed(plan_name)
+        except (OSError, ValueError):
+            # Gone, which a linked text allows; an error here would have ComfyUI sample anew in each run.
+            return text, 0.0
 
     @classmethod
     @checked

@@ -7,12 +7,18 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..efficient_vdit_core.attention.report.summary import summarize_run
+from ..efficient_vdit_core.attention.report.summary import NO_CALLS, summarize_run
 from .checked import checked
 from .comfy_bridge.hook import report_of
 from .inputs import CATEGORY, search_words
 
 log = logging.getLogger("efficient_vdit")
+
+NOT_SPARSE = (
+    "The model has no sparse attention: Sparse Attention is bypassed, is not before this node, or left this model dense (the log "
+    "says why)."
+)
+CONNECT_AFTER = "Connect the sampler's LATENT to after: without it this node runs before the sampler."
 
 
 class EVDiTReport(io.ComfyNode):
@@ -54,9 +60,18 @@ class EVDiTReport(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **given: Any) -> float:
+        """Runs in every run without `after`, where its inputs do not tell that the model was sampled; NaN equals nothing."""
+        return 0.0 if "after" in given else float("nan")
+
+    @classmethod
     @checked
     def execute(cls, model: Any, after: Any = None) -> io.NodeOutput:
-        text, became_sparse = summarize_run(report_of(model))
+        report = report_of(model)
+        # Said, not raised: ComfyUI runs this node before the clip is decoded and saved, and an error ends the run.
+        text, became_sparse = (NOT_SPARSE, False) if report is None else summarize_run(report)
+        if text == NO_CALLS and after is None:
+            text = f"{NO_CALLS} {CONNECT_AFTER}"
         if not became_sparse:
             log.warning("Efficient-vDiT: %s", text.splitlines()[0].removeprefix("WARNING: "))
         return io.NodeOutput(text, after, ui=ui.PreviewText(text))

@@ -6,8 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..efficient_vdit_core.limits.quote import quoted
 from ..efficient_vdit_core.sampling.presets import cut
-from .checked import checked
+from .checked import checked, not_listed
 from .comfy_bridge.distilled import LOADED_MODEL
 from .comfy_bridge.sampling import (
     FROM_CHECKPOINT,
@@ -136,6 +137,15 @@ class EVDiTConsistencySigmas(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, preset: str | None = SEGMENTS, checkpoint: str | None = LOADED_MODEL) -> bool | str:
+        """In place of ComfyUI's own check of both lists: only 'from checkpoint' reads a file. What a link gives is None here."""
+        if preset is not None and preset not in PRESET_NAMES:
+            return not_listed("preset", preset, PRESET_NAMES)
+        if preset != FROM_CHECKPOINT or checkpoint is None or checkpoint in checkpoint_names():
+            return True
+        return f"{quoted(checkpoint)} is not in the list. Choose another, or press R where it is new."
 
     @classmethod
     def fingerprint_inputs(cls, preset: str | None = None, checkpoint: str | None = None, **others: Any) -> float:

@@ -127,15 +127,10 @@ def attention_of_others(model: Any) -> Override | None:
     return override
 
 
-def report_of(model: Any) -> AttentionReport:
-    """The counts that Sparse Attention keeps. Raises ValueError where the MODEL has not been through that node."""
+def report_of(model: Any) -> AttentionReport | None:
+    """The counts that Sparse Attention keeps; None where the MODEL has not been through that node, or was left dense by it."""
     hook = hook_of(model)
-    if hook is None:
-        raise ValueError(
-            "The model has no sparse attention, expected the output of Sparse Attention with a supported model. Connect that "
-            "node's model, or one that comes from it."
-        )
-    return hook.report
+    return hook.report if hook else None
 
 
 def _with_containers(override: Override) -> Override:

@@ -77,14 +77,26 @@ def _family_rank(preset: str) -> int:
 
 def plan_path(name: str) -> Path:
     """The file behind a name of `plan_names`. Raises ValueError where there is none."""
-    if name.endswith(PRESET) and name.removesuffix(PRESET) in assets.preset_names():
-        return Path(assets.preset_path(name.removesuffix(PRESET)))
-    found = folder_paths.get_full_path(PLANS, name) if name in plan_names() else None
+    found = _listed_plan(name) if name in plan_names() else None
     if found is None:
         raise ValueError(
             f"The plan {quoted(name)} was not found in models/{PLANS}. Choose one from the list, or save one with Save Tile Plan."
         )
-    return Path(found)
+    return found
+
+
+def plan_paths() -> dict[str, Path]:
+    """The names of `plan_names` and their files, but for those that are gone. The list is made once for all of them."""
+    files = {name: _listed_plan(name) for name in plan_names()}
+    return {name: path for name, path in files.items() if path is not None}
+
+
+def _listed_plan(name: str) -> Path | None:
+    """The file behind a name that stands in `plan_names`; None where it is gone since."""
+    if name.endswith(PRESET):
+        return assets.preset_path(name.removesuffix(PRESET))
+    found = folder_paths.get_full_path(PLANS, name)
+    return Path(found) if found else None
 
 
 def load_plan(name: str) -> TilePlan:

@@ -55,6 +55,11 @@ def refusals(in_process):
         ("latent of 16 channels", ["16", "4"]),
         ("text of another encoder", ["4096", "64"]),
         ("more segments than steps", ["9", "3"]),
+        ("a fraction of a step", ["steps is 3.5, expected a whole number from 1 to 1,000"]),
+        ("a fraction where a part starts", ["start_step is 1.5, expected a whole number"]),
+        ("a fraction of a residual's steps", ["residual_every is 2.5, expected a whole number"]),
+        ("a residual renewed at each step", ["residual_every is 1, expected 0 for none, or 2 or more"]),
+        ("a list of numbers", ["steps is tensor", "expected a whole number"]),
     ],
 )
 def test_a_request_that_does_not_fit_is_refused_before_the_model_runs(refusals, case, words):
@@ -63,6 +68,11 @@ def test_a_request_that_does_not_fit_is_refused_before_the_model_runs(refusals, 
     assert found["evaluations"] == 0
     assert [w for w in words if w not in found["message"]] == [], found["message"]
     assert_helpful(found["message"])
+
+
+def test_a_whole_number_of_another_kind_is_as_good(refusals):
+    found = refusals["whole numbers"]
+    assert found["found"] == [found["expected"]] * 4 and found["plan"] == "all:2"
 
 
 def test_a_plan_that_finds_no_room_leaves_no_file(refusals):
@@ -74,6 +84,11 @@ def test_a_plan_is_saved_in_the_models_folder_under_a_name_that_no_other_folder_
     found = refusals["beside another folder"]
     assert found["name"] == "plan_00003.json" and found["there"] == ["plan_00002.json"]
     assert found["here"] == ["plan_00001.json", "plan_00003.json"]
+
+
+def test_the_list_of_plans_is_made_once_for_the_texts_of_all(refusals):
+    assert refusals["texts"] == dict.fromkeys(["plan_00001.json", "plan_00002.json", "plan_00003.json"], "all:1")
+    assert refusals["lists made for them"] == 1
 
 
 def test_an_unknown_model_stays_dense_and_the_log_says_so(refusals):

@@ -35,6 +35,21 @@ def find(prompt: dict, kind: str) -> dict:
     return node["inputs"]
 
 
+def key_of(prompt: dict, kind: str) -> str:
+    """The id of the one node of this class."""
+    (key,) = [key for key, node in prompt.items() if node["class_type"] == kind]
+    return key
+
+
+def without_sparse_attention(prompt: dict) -> dict:
+    """As the page sends it where that node is bypassed: what its model went to is given the one that it got."""
+    bypassed = key_of(prompt, "EVDiTSparseAttention")
+    source = prompt.pop(bypassed)["inputs"]["model"]
+    for node in prompt.values():
+        node["inputs"].update({name: source for name, value in node["inputs"].items() if value == [bypassed, 0]})
+    return prompt
+
+
 def test_the_pack_loads_without_a_complaint(server):
     server.get("/object_info/EVDiTModelLoader")
     log, started, _ = server.text().partition("To see the GUI go to")  # behind it, what other tests' prompts were told
@@ -219,6 +234,12 @@ def test_the_template_and_help_pages_are_served(server):
     assert "EVDiTTilePlan" in json.dumps(server.get("/i18n"))
 
 
+def test_each_script_of_the_page_is_served_once(server):
+    served = [path for path in server.get("/extensions") if "efficient" in path]
+    scripts = (ROOT / "web" / "js").glob("*.js")
+    assert sorted(served) == sorted(f"/extensions/efficient-vdit/js/{path.name}" for path in scripts)
+
+
 def test_the_shipped_workflow_saves_a_video(server, tiny_prompt):
     prompt = tiny_prompt()
     entry = server.run(prompt)
@@ -229,6 +250,68 @@ def test_the_shipped_workflow_saves_a_video(server, tiny_prompt):
     line = [line for line in server.text().splitlines() if "attention calls sparse" in line][-1]
     steps = find(prompt, "EVDiTConsistencySigmas")["steps"]
     assert int(re.search(r"(\d+) attention calls sparse", line)[1]) >= 6 * steps
+
+
+def test_the_report_of_a_bypassed_sparse_attention_costs_no_clip(server, tiny_prompt):
+    """It runs before the clip is decoded: an error there would leave nothing of what was sampled."""
+    prompt = without_sparse_attention(tiny_prompt())
+    find(prompt, "EVDiTConsistencySigmas").update(segments=2, steps=2)
+    guider, sampler = (key_of(prompt, kind) for kind in ("CFGGuider", "SamplerCustomAdvanced"))
+    model = prompt[guider]["inputs"]["model"]
+    prompt["report"] = {"class_type": "EVDiTReport", "inputs": {"model": model, "after": [sampler, 0]}}
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    assert entry["outputs"][key_of(prompt, "SaveVideo")]["images"]
+    (text,) = entry["outputs"]["report"]["text"]
+    assert "no sparse attention" in text and text in server.text()
+
+
+def test_a_linked_text_beside_a_plan_that_is_gone_is_sampled_once(server, tiny_prompt):
+    """The file need not be there, and an equal prompt runs nothing again."""
+    prompt = tiny_prompt()
+    find(prompt, "EVDiTConsistencySigmas").update(segments=2, steps=2)
+    prompt["text"] = {"class_type": "PrimitiveString", "inputs": {"value": "all:4"}}
+    prompt[key_of(prompt, "EVDiTTilePlan")] = {
+        "class_type": "EVDiTLoadTilePlan",
+        "inputs": {"plan_name": "gone_00001.json", "text": ["text", 0]},
+    }
+    assert server.run(prompt)["status"]["status_str"] == "success"
+    again = dict(server.run(prompt)["status"]["messages"])
+    assert {key_of(prompt, "EVDiTLoadTilePlan"), key_of(prompt, "SamplerCustomAdvanced")} <= set(
+        again["execution_cached"]["nodes"]
+    )
+
+
+def test_a_report_without_after_says_what_to_connect_and_is_not_cached(server, tiny_prompt):
+    prompt = tiny_prompt()
+    find(prompt, "EVDiTConsistencySigmas").update(segments=2, steps=2)
+    find(prompt, "EVDiTTilePlan").update(text="all:5")  # a MODEL of this test's own
+    prompt["report"] = {"class_type": "EVDiTReport", "inputs": {"model": [key_of(prompt, "EVDiTSparseAttention"), 0]}}
+    first, second = (server.run(prompt)["outputs"]["report"]["text"][0] for _ in range(2))
+    assert first.startswith("No attention call was seen") and "sampler's LATENT to after" in first
+    assert "Self-attention over the video" in second  # of the run before, sparse or not
+
+
+@pytest.mark.parametrize("changes", [{}, {"preset": "manual", "manual_sigmas": "1, 0"}], ids=["segments", "manual"])
+def test_a_checkpoint_that_no_preset_reads_may_be_gone(server, tiny_prompt, changes):
+    prompt = tiny_prompt()
+    levels = {"segments": 2, "steps": 2, "checkpoint": "loras/gone.safetensors", **changes}
+    find(prompt, "EVDiTConsistencySigmas").update(levels)
+    assert server.run(prompt)["status"]["status_str"] == "success"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"preset": "from checkpoint"}, "'loras/gone.safetensors' is not in the list"),
+        ({"preset": "five steps"}, "preset is 'five steps', expected one of segments"),
+    ],
+)
+def test_what_the_levels_are_read_from_must_be_there(server, tiny_prompt, changes, words):
+    prompt = tiny_prompt()
+    find(prompt, "EVDiTConsistencySigmas").update(checkpoint="loras/gone.safetensors", **changes)
+    status, answer = server.post("/prompt", {"prompt": prompt})
+    assert status == 400 and words in json.dumps(answer["node_errors"])
 
 
 def failing(server, prompt, kind, **changes) -> str:

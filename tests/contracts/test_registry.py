@@ -78,9 +78,11 @@ def test_the_pictures_have_the_registrys_shapes():
     assert width * 9 == height * 21
 
 
-def test_the_web_folder_is_the_one_that_comfyui_is_told():
+def test_comfyui_is_told_the_web_folder_once():
+    """It serves WEB_DIRECTORY, where it also looks for help pages, under the pack's folder's name, and [tool.comfy] web under the
+    project's: with both, a folder of another name has the page load each script twice."""
     source = (ROOT / "__init__.py").read_text(encoding="utf-8")
-    assert f'WEB_DIRECTORY = "./{COMFY["web"]}"' in source and (ROOT / COMFY["web"]).is_dir()
+    assert 'WEB_DIRECTORY = "./web"' in source and (ROOT / "web").is_dir() and "web" not in COMFY
 
 
 def test_only_a_new_version_is_published():

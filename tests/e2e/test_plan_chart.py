@@ -34,6 +34,24 @@ def test_a_click_counts_where_the_chart_is_drawn_anew_meanwhile(comfy):
     page.wait_for_function(f"{TEXT} === 'all:2 5:full'")
 
 
+def test_a_node_whose_widgets_hold_no_json_can_be_connected(comfy):
+    """Other packs keep elements of the page, nodes and graphs in widgets."""
+    page = comfy.open().page
+    value = page.evaluate(
+        """() => {
+            const [loader, search] = ["EVDiTModelLoader", "EVDiTSearchTilePlan"].map((type) => LiteGraph.createNode(type));
+            app.graph.add(loader);
+            app.graph.add(search);
+            const value = { big: 1n };
+            value.self = value;
+            loader.addCustomWidget({ name: "an element", type: "custom", value, options: {}, draw() {} });
+            loader.connect(0, search, 0);
+            return search.isInputConnected(0) && typeof loader.widgets.at(-1).value;
+        }"""
+    )
+    assert value == "object"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

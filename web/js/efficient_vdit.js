@@ -45,6 +45,15 @@ const advances = (widget, node) => widget.linkedWidgets?.length || node.widgets.
  */
 const isHeld = (widget) => widget.options?.serialize !== false && ["fixed", undefined].includes(widget.linkedWidgets?.[0]?.value);
 
+/** A widget's value as text. Another pack's may be none that JSON can hold, such as an element of the page; its kind is said then. */
+function written(value) {
+  try {
+    return JSON.stringify(value);
+  } catch {
+    return typeof value;
+  }
+}
+
 /** One node and its chart: reads the node's widgets, writes the text widget. */
 class NodeChart {
   constructor(node) {
@@ -97,7 +106,7 @@ class NodeChart {
     const read = this.text() || this.file() in files;
     const links = inputs.filter((input) => input.widget || !read).map((input) => input.link);
     const given = links.flatMap((link) => [...behind(graph, link)].flatMap((origin) => origin.widgets.filter(isHeld)));
-    return JSON.stringify([placeOf(this.node), ...[own, given].map((every) => every.map(({ value }) => value))]);
+    return JSON.stringify([placeOf(this.node), ...[own, given].map((every) => every.map(({ value }) => written(value)))]);
   }
 
   /** The last run with these settings: its plan as text, and the report of the attention that used it. */

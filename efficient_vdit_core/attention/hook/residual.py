@@ -84,7 +84,7 @@ class ResidualCache:
     def __init__(self, every: int) -> None:
         if every < 2:
             raise ValueError(
-                f"The residual would be renewed every {every} steps, expected 2 or more: 1 is dense attention at a higher price."
+                f"residual_every is {every}, expected 0 for none, or 2 or more: 1 is dense attention at a higher price."
             )
         self.every, self.lock = every, threading.Lock()
         self.kept: dict[tuple[Name, Place], Tensor] = {}

@@ -6,6 +6,7 @@ from .cost import StepCost
 from .reason_names import NOT_OVER_THE_VIDEO
 from .report import AttentionReport
 
+NO_CALLS = "No attention call was seen: nothing was sampled with this model yet, or its attention passes no hook."
 _MOST_TRIALS = 3  # lines about them
 
 
@@ -21,10 +22,7 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
     others = [(reason, count) for reason, count in reasons if reason in NOT_OVER_THE_VIDEO]
     dense = sum(count for _, count in ours)
     if not sparse and not reasons:
-        return (
-            "No attention call was seen: nothing was sampled with this model yet, or its attention passes no hook.",
-            False,
-        )
+        return NO_CALLS, False
     lines = [f"Self-attention over the video: {sparse + dense} calls, {sparse} of them sparse"]
     density = density_of_run(report)
     if sparse:

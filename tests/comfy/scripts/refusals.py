@@ -11,6 +11,7 @@ import tempfile  # isort: skip
 
 import comfy.samplers  # isort: skip
 import folder_paths  # isort: skip
+import numpy  # isort: skip
 
 pack = load_pack()
 (TilePlan,) = (m.TilePlan for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.plan"))
@@ -40,6 +41,10 @@ def run(x, context):
     return sample(model, comfy.samplers.sampler_object("euler"), sigmas, x, context)
 
 
+def levels(**changes):
+    return call(pack["EVDiTConsistencySigmas"], **{"model": model, "segments": 2, "steps": 4, **changes})[0].tolist()
+
+
 fits = TilePlan.uniform(1)
 facts = {
     "plan of another family": refusal(lambda: patch(TilePlan.uniform(1, family="wan"))),
@@ -53,7 +58,19 @@ facts = {
     "layer beyond the last": refusal(lambda: patch(fits, dense_blocks="0-6")),
     "latent of 16 channels": refusal(lambda: run(torch.randn(1, 16, 8, 8, 8), text)),
     "text of another encoder": refusal(lambda: run(noise, torch.randn(1, 9, 4096))),
+    "a fraction of a step": refusal(lambda: levels(steps=3.5)),
+    "a fraction where a part starts": refusal(lambda: levels(start_step=1.5)),
+    "a fraction of a residual's steps": refusal(lambda: patch(fits, residual_every=2.5)),
+    "a residual renewed at each step": refusal(lambda: patch(fits, residual_every=1)),
+    "a list of numbers": refusal(lambda: levels(steps=torch.ones(2))),
     "more segments than steps": refusal(lambda: call(pack["EVDiTConsistencySigmas"], model=model, segments=9, steps=3)),
+}
+
+# Numbers as links from sockets of any kind bring them, which ComfyUI does not convert.
+facts["whole numbers"] = {
+    "expected": levels(steps=4),
+    "found": [levels(steps=four) for four in (4.0, numpy.int64(4), numpy.float32(4), torch.tensor(4))],
+    "plan": call(pack["EVDiTTilePlan"], reference_frames=2.0)[0].to_text(),
 }
 
 # A model whose token layout is not known: one line in the log, and no hook.
@@ -84,6 +101,12 @@ with tempfile.TemporaryDirectory() as models, tempfile.TemporaryDirectory() as s
     folder_paths.folder_names_and_paths["evdit_plans"] = ([shared, folder], {".json"})
     fits.save(os.path.join(shared, "plan_00002.json"))
     (name,) = call(pack["EVDiTSaveTilePlan"], plan=fits, filename_prefix="plan")
+    # The page's texts of all plans, which ComfyUI asks for several times a prompt.
+    (files,) = (m for name, m in sys.modules.items() if name.endswith("nodes.plan_files"))
+    listed, original = [], folder_paths.get_filename_list
+    folder_paths.get_filename_list = lambda folder: listed.append(folder) or original(folder)
+    facts["texts"] = {name: text for name, text in files.text_forms().items() if "(preset)" not in name}
+    facts["lists made for them"], folder_paths.get_filename_list = len(listed), original
     facts["beside another folder"] = {"name": name, "there": os.listdir(shared), "here": sorted(os.listdir(folder))}
 control = refusal(lambda: run(noise, text))
 assert control == {"message": "", "evaluations": 2}, (control, PACK)
