@@ -23,6 +23,7 @@ from efficient_vdit_core.distill.families.opensora_plan import OpenSoraPlanModel
 from efficient_vdit_core.distill.families.texts import AT_ONCE, TextBank
 from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig
 from efficient_vdit_core.limits.documents import MAX_VALUES
+from efficient_vdit_core.media import read_video
 from efficient_vdit_core.media.video import write_video
 
 
@@ -76,6 +77,22 @@ def test_videos_are_brought_to_the_models_rate_and_none_is_taken_without_one(tmp
     assert found[0].captions == [("fast",)] and "screen.webm is left out: its frame rate is not told" in caplog.text
     assert found[10.0].captions == [("fast",), ("screen",)]
     assert seen[0][0].tolist() == [0, 16, 32, 48, 64] and seen[10.0][0].tolist() == [0, 32, 64, 96, 128]
+
+
+def test_a_long_video_is_learnt_from_its_first_frames_and_a_short_one_is_told_of(tmp_path, caplog, monkeypatch):
+    pytest.importorskip("imageio_ffmpeg")
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name, count in (("long", 40), ("short", 3)):
+        write_video(folder / f"{name}.mp4", np.zeros((count, 32, 32, 3), np.uint8), fps=60)
+        (folder / f"{name}.txt").write_text(name)
+    monkeypatch.setattr(read_video, "MAX_FRAMES", 30)
+    seen = []
+    encoder = lambda: lambda frames: seen.append(frames.shape) or torch.ones(4, 2, 2, 2)  # noqa: E731
+    clips = encode_videos(folder, tmp_path / "cache", (5, 16, 16), encoder)
+    assert clips.captions == [("long",)] and seen == [(5, 16, 16, 3)]
+    assert "short.mp4 is left out: it has 3 frames, expected at least 5" in caplog.text
+    assert "1 of 2 videos were left out, each for the reason above." in caplog.text
 
 
 def test_nothing_that_is_listed_is_left_out_quietly(tmp_path, caplog):

@@ -8,7 +8,6 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +114,8 @@ def encode_videos(
     stamp: str = "",
     fps: float = 0.0,
 ) -> ClipSet:
-    """Latents of a folder's videos, cut to ``size`` (frames, height, width); a video that cannot be read is named,
-    skipped and counted. With a ``sound_rate`` the encoder is given the sound beside the frames, None where there is
+    """Latents of a folder's videos, cut to ``size`` (frames, height, width); a video that cannot be read, or is
+    too short, is named, skipped and counted. With a ``sound_rate`` the encoder is given the sound beside the frames, None where there is
     none. ``stamp``: of the encoder, so that another's latents are not taken. ``fps``: what videos are brought to; 0 takes
     their own frames."""
     from tqdm import tqdm
@@ -140,10 +139,10 @@ def encode_videos(
         files.append(target)
         texts.append((text,))
     if broken:
-        log.warning("%d of %d videos were left out because they cannot be read.", len(broken), len(captions))
+        log.warning("%d of %d videos were left out, each for the reason above.", len(broken), len(captions))
     if not files:
         raise ValueError(
-            f"None of the {len(captions)} videos in {quoted(folder.name)} can be read. See the warnings above."
+            f"None of the {len(captions)} videos in {quoted(folder.name)} can be used. See the warnings above."
         )
     return ClipSet(LatentFiles(files), texts)
 
@@ -156,7 +155,7 @@ def read_frames(video: Path, size: tuple[int, int, int], fps: float = 0.0) -> np
     from ...media.read_video import check_steady, iterate_video
 
     frames, height, width = size
-    found = [_cover(Image.fromarray(frame), height, width) for frame in islice(iterate_video(video, fps), frames)]
+    found = [_cover(Image.fromarray(frame), height, width) for frame in iterate_video(video, fps, frames)]
     if not fps:
         check_steady(video)
     if len(found) < frames:
