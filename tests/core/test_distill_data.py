@@ -1,6 +1,7 @@
 """What a distillation learns from: videos with captions, the teacher's own samples, text states, each made once and
 kept."""
 
+import hashlib
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,6 +17,7 @@ from efficient_vdit_core.distill.config import DataConfig, DistillConfig, Traini
 from efficient_vdit_core.distill.data import prepare
 from efficient_vdit_core.distill.data.clips import encode_videos, read_captions, teacher_clips, video_captions
 from efficient_vdit_core.distill.data.noise import numbered_noise
+from efficient_vdit_core.distill.data.stamp import data_stamp
 from efficient_vdit_core.distill.families import texts
 from efficient_vdit_core.distill.families.fingerprints import MAX_WHOLE, text_stamp
 from efficient_vdit_core.distill.families.open_model import open_model
@@ -110,6 +112,36 @@ def test_nothing_that_is_listed_is_left_out_quietly(tmp_path, caplog):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     assert [v.name for v in video_captions(tmp_path)] == ["a.webp", "b.gif", "c.m4v", "d.mpg"]
     assert "2 of 6 files that metadata.jsonl lists are not used, such as e.wmv: " in caplog.text
+
+
+def captioned(*files):
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        file.with_suffix(".txt").write_text(file.stem)
+
+
+def test_videos_behind_links_are_found_once_and_those_in_hidden_folders_are_not(tmp_path):
+    folder, other = tmp_path / "videos", tmp_path / "disk2"
+    captioned(*(folder / name for name in ("b.mp4", "in/c.mp4", ".trash/old.mp4", "in/.Trash-1000/files/old.mp4")))
+    captioned(other / "d.mp4", other / "deep" / "e.mp4", other / ".trash" / "old.mp4")
+    plain = data_stamp(DataConfig(source="videos", folder=str(folder)))
+    for name, target in (("a", folder / "in"), ("more", other), (".hidden", other), ("deep", other / "deep")):
+        (folder / name).symlink_to(target, target_is_directory=True)
+    for circle in (folder / "in", other / "deep"):
+        (circle / "round").symlink_to(folder, target_is_directory=True)
+    found = [v.relative_to(folder).as_posix() for v in video_captions(folder)]
+    assert found == ["b.mp4", "deep/e.mp4", "in/c.mp4", "more/d.mp4"], "by their own folder's name, and sorted"
+    assert plain.startswith("2 videos") and data_stamp(DataConfig(source="videos", folder=str(folder))) != plain
+
+
+def test_a_hidden_folder_may_be_named_itself_and_plain_ones_keep_their_stamp(tmp_path):
+    folder = tmp_path / ".videos"
+    captioned(folder / "b.mp4", folder / "a" / "z.mp4", folder / "a.b" / "c.mp4", folder / "a-b.mp4")
+    assert list(video_captions(folder)) == sorted(folder.rglob("*.mp4"))
+    listed = [["a-b.mp4", 0, "a-b"], ["a.b/c.mp4", 0, "c"], ["a/z.mp4", 0, "z"], ["b.mp4", 0, "b"]]
+    told = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+    assert data_stamp(DataConfig(source="videos", folder=str(folder))) == f"4 videos ({told})"
 
 
 def test_missing_captions_are_listed(tmp_path):

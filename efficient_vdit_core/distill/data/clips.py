@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,15 +74,15 @@ class ClipSet:
 
 
 def video_captions(folder: Path) -> dict[Path, str]:
-    """The videos of a folder with their captions: ``name.txt`` beside each, or a ``metadata.jsonl`` of file_name and
-    text. What is listed and not used is told of.
+    """The videos of a folder and its subfolders, linked ones too and hidden ones not, with their captions: ``name.txt`` beside
+    each, or a ``metadata.jsonl`` of file_name and text. What is listed and not used is told of.
 
     Raises ValueError where there are no videos, or where some have no caption; it names them.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {quoted(str(folder), 120)} with videos. Check data.folder.")
     # ._NAME is what a Mac notes of a file, on disks that are not its own.
-    named_so = (f for f in folder.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
+    named_so = (f for f in _files_below(folder) if f.suffix.lower() in VIDEO_SUFFIXES)
     videos = sorted(f for f in named_so if not f.name.startswith("._") and not _is_preview(f) and not _is_sample(f))
     if not videos:
         raise ValueError(
@@ -91,7 +92,8 @@ def video_captions(folder: Path) -> dict[Path, str]:
     names = {v: v.relative_to(folder).as_posix() for v in videos}
     if unused := sorted(listed.keys() - names.values()):
         log.warning(
-            "%d of %d files that metadata.jsonl lists are not used, such as %s: they are not in the folder, or of another kind than %s.",
+            "%d of %d files that metadata.jsonl lists are not used, such as %s: they are not in the folder, in a hidden one in it, or of "
+            "another kind than %s.",
             len(unused), len(listed), named(unused[0]), ", ".join(VIDEO_SUFFIXES),
         )  # fmt: skip
     found = {v: listed.get(name) or _beside(v) for v, name in names.items()}
@@ -103,6 +105,23 @@ def video_captions(folder: Path) -> dict[Path, str]:
             "Put a .txt file with the caption beside each, or list them in metadata.jsonl."
         )
     return {v: text for v, text in found.items() if text}
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files of a folder and all below it, but for hidden folders, as that of a trash. Links to folders are followed, after
+    the folders that lie here, and each folder is entered once, whatever leads to it."""
+    waiting, entered = [folder], set[str]()
+    while waiting:
+        for place, inner, names in os.walk(waiting.pop(0)):
+            if (real := os.path.realpath(place)) in entered:
+                inner.clear()
+                continue
+            entered.add(real)
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            waiting += [
+                found for name in inner if (found := Path(place, name)).is_symlink()
+            ]  # os.walk leaves these out
+            yield from (Path(place, name) for name in names)
 
 
 def encode_videos(
