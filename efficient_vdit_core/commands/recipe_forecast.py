@@ -47,7 +47,7 @@ def say_forecast(stages: Any, args: argparse.Namespace) -> int:
     from ..distill.families.open_model import open_model
     from ..distill.forecast.advice import advice, fits
     from ..distill.forecast.memory import gib
-    from ..distill.forecast.recipe import Part, forecast
+    from ..distill.forecast.recipe import SAMPLES, Part, forecast
     from ..distill.runs.checks import check_hosted, check_training
     from ..distill.runs.sequence_parallel import check_shares
 
@@ -62,6 +62,8 @@ def say_forecast(stages: Any, args: argparse.Namespace) -> int:
         fit = fits(part.memory, gpu)
         say(f"{part.name}: {gib(part.memory.peak())}, {'fits' if fit else 'does not fit'} into {gib(gpu)}")
         say(f"  {_work(part, tflops)}")
+        if part.name == SAMPLES:
+            say("  made first, by one GPU alone: on N GPUs that takes N times as long, while the others wait")
         for name, size in _sizes(part.memory):
             say(f"  {name:<24} {gib(size):>12}")
         if not fit and part.stage:
@@ -93,7 +95,7 @@ def _time(hours: float) -> str:
 
 
 def _say_hours(parts: list[Part], tflops: float, hours: float | None) -> None:
-    from ..distill.forecast.recipe import steps_within
+    from ..distill.forecast.recipe import SAMPLES, steps_within
 
     total = sum(part.hours(tflops) for part in parts)
     say(f"all: {_time(total)} at {tflops:g} TFLOP/s")
@@ -101,7 +103,8 @@ def _say_hours(parts: list[Part], tflops: float, hours: float | None) -> None:
         return
     steps = steps_within(parts, hours, tflops)
     if not steps or not all(steps.values()):
-        say(f"  {hours:g} hours are too few for a step of each training: fewer data.frames, or a smaller size")
+        fewer = "data.clips or data.frames" if any(part.name == SAMPLES for part in parts) else "data.frames"
+        say(f"  {hours:g} hours are too few for a step of each training: fewer {fewer}, or a smaller size")
     elif total > hours:
         changes = " ".join(f"--set {name}_training.steps={n}" for name, n in steps.items())
         say(f"  for {hours:g} hours: {changes}")

@@ -101,7 +101,8 @@ class DataConfig:
 
     negative: the text of the unconditional half of guidance; negative_share of the clips, 0 to 1, learn it instead of
     their own caption, for students that are sampled with guidance. Where a recipe's base is distilled later with guidance, 0 is
-    a tenth of them, for that base is asked without captions too. Sizes 0 are what the model was trained for.
+    a tenth of them, for that base is asked without captions too. guidance: of the teacher's samples, and of such a student's sample
+    videos. Sizes 0 are what the model was trained for.
     template: what the model's prompts are put into, with {} where the caption goes; guidance and result are those of
     such prompts. "" leaves captions as they are. Which numbers of frames there are is the model's to say. fps: the frames a
     second that videos are brought to, the model's; 0 takes each file's own frames, whatever their rate.

@@ -9,8 +9,8 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Iterator
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +34,8 @@ _TRANSFER = re.compile("|".join(HDR))
 _COUNT = re.compile(r"(?:^|[\r\n])frame=\s*(\d+)")
 _RATES = re.compile(r"Video: [^\n]*?(?:, ([\d.]+k?) fps)?, ([\d.]+k?) tbr\b")
 
+Check = Callable[[int, int, int], None]  # told width, height and number of frames, raises TooLarge
+
 
 class TooLarge(ValueError):
     """A clip beyond the bounds above; its message says which."""
@@ -50,12 +52,13 @@ def read_video(path: str | Path) -> np.ndarray:
     return np.stack(frames)
 
 
-def iterate_video(path: str | Path, fps: float = 0.0) -> Iterator[np.ndarray]:
+def iterate_video(path: str | Path, fps: float = 0.0, first: int = 0) -> Iterator[np.ndarray]:
     """The frames one by one, uint8 (H, W, 3), RGB: animations (gif, webp, apng) with Pillow, everything else with
     ffmpeg or PyAV.
 
     A rate that varies becomes ``fps``, by the frames' own times, or without it the constant one of the container: frames that
-    last longer are repeated.
+    last longer are repeated. ``first``: how many are wanted, and no more are given; 0 is all. A stream of which some are wanted
+    may be of any length; of an animation all frames are looked at, for how long they last.
 
     Raises ValueError where the file is missing, damaged, no video, or larger than the bounds above.
     """
@@ -65,7 +68,7 @@ def iterate_video(path: str | Path, fps: float = 0.0) -> Iterator[np.ndarray]:
         raise ValueError(f"There is no file {name}; check the path.")
     count, size = 0, None
     try:
-        for frame in _frames(path, fps):
+        for frame in islice(_frames(path, fps, first), first or None):
             if size is not None and frame.shape != size:
                 raise ValueError("its frames differ in size")
             count, size = count + 1, frame.shape
@@ -99,10 +102,15 @@ def check_steady(path: Path) -> None:
         raise ValueError("its frame rate is not told, or varies. Set data.fps to the model's, or convert it")
 
 
-def _frames(path: Path, fps: float) -> Iterator[np.ndarray]:
+def _frames(path: Path, fps: float, first: int) -> Iterator[np.ndarray]:
+    """Where some ``first`` frames are wanted, only so many are held against the bounds."""
+
+    def check(width: int, height: int, frames: int) -> None:
+        _check_size(width, height, min(frames, first or frames))
+
     if path.suffix.lower() in _ANIMATIONS:
-        return _animation(path, fps)
-    return _stream(path, fps) if has_ffmpeg() else read_frames(path, _check_size, fps)
+        return _animation(path, fps, check)
+    return _stream(path, fps, check, first) if has_ffmpeg() else read_frames(path, check, fps)
 
 
 def _check_size(width: int, height: int, frames: int) -> None:
@@ -114,7 +122,7 @@ def _check_size(width: int, height: int, frames: int) -> None:
         raise TooLarge(f"it has {frames:,} frames of {width}x{height}, at most {MAX_CLIP:,} pixels are read in all.")
 
 
-def _animation(path: Path, fps: float) -> Iterator[np.ndarray]:
+def _animation(path: Path, fps: float, check: Check) -> Iterator[np.ndarray]:
     """Writers of animations join equal frames into one that lasts longer; here each is as long as the file's own rate
     says, or the shortest, or as it takes at ``fps``."""
     from PIL import Image, ImageSequence
@@ -136,7 +144,7 @@ def _animation(path: Path, fps: float) -> Iterator[np.ndarray]:
         if fps:
             ends = [unit / 1000 * end for end in accumulate(repeats, initial=0)]
             repeats = [times_shown(*times, fps) for times in pairwise(ends)]
-        _check_size(image.width, image.height, sum(repeats))
+        check(image.width, image.height, sum(repeats))
         for frame, repeat in zip(ImageSequence.Iterator(image), repeats, strict=True):
             pixels = np.asarray(frame.convert("RGB"))
             for _ in range(repeat):
@@ -167,16 +175,31 @@ def _within(value: Any, low: float, high: float) -> float:
     return float(value) if usable else 0.0
 
 
-def _stream(path: Path, fps: float) -> Iterator[np.ndarray]:
+def _stream(path: Path, fps: float, check: Check, first: int) -> Iterator[np.ndarray]:
     """ffmpeg hands over PPM pictures, whose headers tell their size; any complaint of its decoder ends the reading."""
     source = ["-nostdin", "-max_pixels", str(MAX_PIXELS), "-i", f"file:{path}", "-map", "0:v:0"]
-    about = told(["-hide_banner", *source, "-c", "copy", "-f", "null", "-"])
-    _check_size(*_probed(about))
+    wanted = ["-frames:v", str(first)] if first else []
+    about = told(["-hide_banner", *source, *wanted, "-c", "copy", "-f", "null", "-"])
+    check(*_probed(about))
     if found := _TRANSFER.search(_pictures(about)):
         warn_of_hdr(str(path), found[0])
     filters = [f"fps={fps}"] * bool(fps) + [SQUARE] * (not is_square(_aspect(about)))
     changed = ["-vf", ",".join(filters)] if filters else []
-    strict = ["-v", "error", "-xerror", *source, *changed, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
+    strict = [
+        "-v",
+        "error",
+        "-xerror",
+        *source,
+        *changed,
+        *wanted,
+        "-f",
+        "image2pipe",
+        "-c:v",
+        "ppm",
+        "-pix_fmt",
+        "rgb24",
+        "-",
+    ]
     with tempfile.TemporaryFile() as complaints, ffmpeg(strict, subprocess.PIPE, complaints) as process:
         assert process.stdout is not None
         try:
@@ -188,8 +211,8 @@ def _stream(path: Path, fps: float) -> Iterator[np.ndarray]:
         text = said(complaints)
     if status or text:
         # Without "[h264 @ 0x5575c0]".
-        first = re.sub(r"^\[.*?\] ", "", text).splitlines()[:1] or [f"exit status {status}"]
-        raise ValueError(f"ffmpeg: {first[0].rstrip('.')}")
+        lines = re.sub(r"^\[.*?\] ", "", text).splitlines()[:1] or [f"exit status {status}"]
+        raise ValueError(f"ffmpeg: {lines[0].rstrip('.')}")
 
 
 def _probed(about: str) -> tuple[int, int, int]:

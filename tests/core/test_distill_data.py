@@ -1,6 +1,7 @@
 """What a distillation learns from: videos with captions, the teacher's own samples, text states, each made once and
 kept."""
 
+import hashlib
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,6 +17,7 @@ from efficient_vdit_core.distill.config import DataConfig, DistillConfig, Traini
 from efficient_vdit_core.distill.data import prepare
 from efficient_vdit_core.distill.data.clips import encode_videos, read_captions, teacher_clips, video_captions
 from efficient_vdit_core.distill.data.noise import numbered_noise
+from efficient_vdit_core.distill.data.stamp import data_stamp
 from efficient_vdit_core.distill.families import texts
 from efficient_vdit_core.distill.families.fingerprints import MAX_WHOLE, text_stamp
 from efficient_vdit_core.distill.families.open_model import open_model
@@ -23,6 +25,7 @@ from efficient_vdit_core.distill.families.opensora_plan import OpenSoraPlanModel
 from efficient_vdit_core.distill.families.texts import AT_ONCE, TextBank
 from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig
 from efficient_vdit_core.limits.documents import MAX_VALUES
+from efficient_vdit_core.media import read_video
 from efficient_vdit_core.media.video import write_video
 
 
@@ -78,6 +81,22 @@ def test_videos_are_brought_to_the_models_rate_and_none_is_taken_without_one(tmp
     assert seen[0][0].tolist() == [0, 16, 32, 48, 64] and seen[10.0][0].tolist() == [0, 32, 64, 96, 128]
 
 
+def test_a_long_video_is_learnt_from_its_first_frames_and_a_short_one_is_told_of(tmp_path, caplog, monkeypatch):
+    pytest.importorskip("imageio_ffmpeg")
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name, count in (("long", 40), ("short", 3)):
+        write_video(folder / f"{name}.mp4", np.zeros((count, 32, 32, 3), np.uint8), fps=60)
+        (folder / f"{name}.txt").write_text(name)
+    monkeypatch.setattr(read_video, "MAX_FRAMES", 30)
+    seen = []
+    encoder = lambda: lambda frames: seen.append(frames.shape) or torch.ones(4, 2, 2, 2)  # noqa: E731
+    clips = encode_videos(folder, tmp_path / "cache", (5, 16, 16), encoder)
+    assert clips.captions == [("long",)] and seen == [(5, 16, 16, 3)]
+    assert "short.mp4 is left out: it has 3 frames, expected at least 5" in caplog.text
+    assert "1 of 2 videos were left out, each for the reason above." in caplog.text
+
+
 def test_nothing_that_is_listed_is_left_out_quietly(tmp_path, caplog):
     videos(tmp_path, ["a.webp", "b.gif"])
     for name in ("c.m4v", "d.mpg", "e.wmv"):
@@ -93,6 +112,36 @@ def test_nothing_that_is_listed_is_left_out_quietly(tmp_path, caplog):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     assert [v.name for v in video_captions(tmp_path)] == ["a.webp", "b.gif", "c.m4v", "d.mpg"]
     assert "2 of 6 files that metadata.jsonl lists are not used, such as e.wmv: " in caplog.text
+
+
+def captioned(*files):
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        file.with_suffix(".txt").write_text(file.stem)
+
+
+def test_videos_behind_links_are_found_once_and_those_in_hidden_folders_are_not(tmp_path):
+    folder, other = tmp_path / "videos", tmp_path / "disk2"
+    captioned(*(folder / name for name in ("b.mp4", "in/c.mp4", ".trash/old.mp4", "in/.Trash-1000/files/old.mp4")))
+    captioned(other / "d.mp4", other / "deep" / "e.mp4", other / ".trash" / "old.mp4")
+    plain = data_stamp(DataConfig(source="videos", folder=str(folder)))
+    for name, target in (("a", folder / "in"), ("more", other), (".hidden", other), ("deep", other / "deep")):
+        (folder / name).symlink_to(target, target_is_directory=True)
+    for circle in (folder / "in", other / "deep"):
+        (circle / "round").symlink_to(folder, target_is_directory=True)
+    found = [v.relative_to(folder).as_posix() for v in video_captions(folder)]
+    assert found == ["b.mp4", "deep/e.mp4", "in/c.mp4", "more/d.mp4"], "by their own folder's name, and sorted"
+    assert plain.startswith("2 videos") and data_stamp(DataConfig(source="videos", folder=str(folder))) != plain
+
+
+def test_a_hidden_folder_may_be_named_itself_and_plain_ones_keep_their_stamp(tmp_path):
+    folder = tmp_path / ".videos"
+    captioned(folder / "b.mp4", folder / "a" / "z.mp4", folder / "a.b" / "c.mp4", folder / "a-b.mp4")
+    assert list(video_captions(folder)) == sorted(folder.rglob("*.mp4"))
+    listed = [["a-b.mp4", 0, "a-b"], ["a.b/c.mp4", 0, "c"], ["a/z.mp4", 0, "z"], ["b.mp4", 0, "b"]]
+    told = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+    assert data_stamp(DataConfig(source="videos", folder=str(folder))) == f"4 videos ({told})"
 
 
 def test_missing_captions_are_listed(tmp_path):

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from efficient_vdit_core.attention.backends import partial
 from efficient_vdit_core.distill.config import DistillConfig
 from efficient_vdit_core.distill.data.clips import ClipSet
-from efficient_vdit_core.distill.data.prepare import PreparedData
+from efficient_vdit_core.distill.data.prepare import PreparedData, prepare_data
 from efficient_vdit_core.distill.families import opensora_plan as open_sora_plan
 from efficient_vdit_core.distill.families.diffusers_model import DiffusersModel
 from efficient_vdit_core.distill.families.open_model import open_model
@@ -24,6 +24,7 @@ from efficient_vdit_core.distill.forecast import memory as memory_plan
 from efficient_vdit_core.distill.forecast import search as search_plan
 from efficient_vdit_core.distill.forecast.advice import advice
 from efficient_vdit_core.distill.forecast.memory import count_numbers, plan_memory
+from efficient_vdit_core.distill.forecast.samples import plan_samples
 from efficient_vdit_core.distill.forecast.search import plan_search
 from efficient_vdit_core.distill.forecast.work import plan_work
 from efficient_vdit_core.distill.lora.files import comfy_lora
@@ -283,3 +284,30 @@ def test_states_on_the_way_cost_small_batches_more(tmp_path):
 
     of_ways = [flops("student", batch) - flops("data", batch) for batch in (1, 8)]
     assert of_ways[0] == pytest.approx(4 * of_ways[1]) and of_ways[1] > 0
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_teachers_samples_are_planned_as_they_are_made(guidance, tmp_path, monkeypatch):
+    """Three of them, of two steps each, two at once."""
+    states = lambda texts: (torch.ones(len(texts), WORDS, 8), torch.ones(len(texts), WORDS))  # noqa: E731
+    monkeypatch.setattr(OpenSoraPlanModel, "text_encoder", lambda *_: states)
+    (tmp_path / "captions.txt").write_text("a\n")
+    config = stage(opensora_plan, tmp_path, "consistency", batch=2)
+    asked = {"source": "teacher", "captions": str(tmp_path / "captions.txt"), "guidance": guidance}
+    config = replace(config, data=replace(config.data, **asked, clips=3, teacher_steps=2))
+    plan, work = plan_samples(config)
+    model, load = open_model(config.model), OpenSoraPlanModel.load
+
+    def counted(self, *args):
+        module = load(self, *args)
+        live.count([*module.parameters(), *module.buffers()])
+        return module
+
+    monkeypatch.setattr(OpenSoraPlanModel, "load", counted)
+    with LiveBytes() as live:
+        prepare_data(config, model, tmp_path / "cache", torch.device("cpu"))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as products:
+        prepare_data(config, model, tmp_path / "another cache", torch.device("cpu"))
+    assert work.examples == 3 * 2 * (1 if guidance == 1 else 2)
+    assert work.examples * work.flops == pytest.approx(products.get_total_flops(), rel=0.02)
+    assert plan.peak() == pytest.approx(live.peak, rel=0.1)

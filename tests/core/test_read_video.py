@@ -382,3 +382,29 @@ def test_all_frames_at_once_must_fit(tmp_path, frames, monkeypatch):
     monkeypatch.setattr("efficient_vdit_core.limits.memory.free_bytes", lambda device="cpu": 1000)
     with pytest.raises(ValueError, match="a.webp' with its frames so far takes about .* 1000 bytes are free"):
         read_video(path)
+
+
+@pytest.mark.parametrize(("bound", "value"), [("MAX_CLIP", 34 * 50 * 6), ("MAX_FRAMES", 6)])
+@pytest.mark.parametrize("fps", [0, 16])
+def test_the_first_frames_of_a_clip_of_any_length_are_read(tmp_path, frames, monkeypatch, bound, value, fps):
+    path = write_video(tmp_path / "a.mp4", frames, fps=8)
+    whole = np.stack(list(iterate_video(path, fps)))
+    monkeypatch.setattr(reading, bound, value)
+    with pytest.raises(ValueError, match="13 frames"):
+        read_video(path)
+    assert np.array_equal(np.stack(list(iterate_video(path, fps, 5))), whole[:5])
+    with pytest.raises(ValueError, match="cannot be read: it has .*frames"):
+        list(iterate_video(path, fps, 7))
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_a_frame_of_hours_is_repeated_as_often_as_it_is_wanted(tmp_path, frames, suffix):
+    images = [Image.fromarray(frame) for frame in frames[:2]]
+    images[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=images[1:], duration=[10, 600_000])
+    assert sum(1 for _ in iterate_video(tmp_path / f"a{suffix}", 24, 7)) == 7
+    with pytest.raises(ValueError, match="at most 10,000"):
+        list(iterate_video(tmp_path / f"a{suffix}", 24))
+
+
+def test_a_clip_with_fewer_frames_than_are_wanted_gives_what_it_has(tmp_path, frames):
+    assert sum(1 for _ in iterate_video(write_video(tmp_path / "a.mp4", frames), 0, 40)) == 13

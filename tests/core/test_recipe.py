@@ -329,3 +329,31 @@ def test_the_steps_that_a_night_has_time_for(tmp_path):
     assert [part.name for part in parts] == ["search", "knowledge", "consistency"]
     alone = forecast(ThreeStages(RecipeConfig.from_dict({"order": "knowledge-only", **values}), tmp_path))
     assert [part.name for part in alone] == ["search", "knowledge"]
+
+
+def test_the_teachers_samples_count_where_they_are_the_data(tmp_path):
+    """They come first and once, whatever the order, and are not shortened."""
+    values = {f"{name}_training": {"steps": 20, "batch": 2} for name in ("consistency", "knowledge")}
+    for order in ("consistency-first", "knowledge-first", "knowledge-only"):
+        own = RecipeConfig.from_dict({"order": order, "data": {"source": "tinyworld"}, **values})
+        sampled = RecipeConfig.from_dict({"order": order, "data": {"source": "teacher", "clips": 30}, **values})
+        parts, (first, *others) = (list(forecast(ThreeStages(c, tmp_path))) for c in (own, sampled))
+        assert first.name == "teacher's samples" and first.times == 1 and first.stage is None
+        assert others and [(p.name, p.work) for p in others] == [(p.name, p.work) for p in parts]
+        assert first.work.examples == 30 * 50 * 2
+        assert set(steps_within([first, *others], 1.1 * first.hours(0.001), 0.001)) == {
+            p.name for p in parts if p.stage
+        }
+        assert steps_within([first, *others], 0.9 * first.hours(0.001), 0.001) == {}
+
+
+def test_it_is_told_that_one_gpu_makes_the_teachers_samples(capsys, tmp_path):
+    (tmp_path / "captions.txt").write_text("a cat")
+    data = f'[data]\nsource = "teacher"\ncaptions = "{(tmp_path / "captions.txt").as_posix()}"\n'
+    (tmp_path / "c.toml").write_text(data + "[consistency_training]\nbatch = 2\n[knowledge_training]\nbatch = 2\n")
+    asked = ["recipe", "three-stage", "--config", str(tmp_path / "c.toml"), "--out", str(tmp_path / "run")]
+    assert cli.main([*asked, "--plan-memory", "--tflops", "0.001", "--hours", "1"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("teacher's samples: ") and "  409,600 forwards of " in told
+    assert "  made first, by one GPU alone: on N GPUs that takes N times as long" in told
+    assert "1 hours are too few for a step of each training: fewer data.clips or data.frames" in told

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +74,15 @@ class ClipSet:
 
 
 def video_captions(folder: Path) -> dict[Path, str]:
-    """The videos of a folder with their captions: ``name.txt`` beside each, or a ``metadata.jsonl`` of file_name and
-    text. What is listed and not used is told of.
+    """The videos of a folder and its subfolders, linked ones too and hidden ones not, with their captions: ``name.txt`` beside
+    each, or a ``metadata.jsonl`` of file_name and text. What is listed and not used is told of.
 
     Raises ValueError where there are no videos, or where some have no caption; it names them.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {quoted(str(folder), 120)} with videos. Check data.folder.")
     # ._NAME is what a Mac notes of a file, on disks that are not its own.
-    named_so = (f for f in folder.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
+    named_so = (f for f in _files_below(folder) if f.suffix.lower() in VIDEO_SUFFIXES)
     videos = sorted(f for f in named_so if not f.name.startswith("._") and not _is_preview(f) and not _is_sample(f))
     if not videos:
         raise ValueError(
@@ -92,7 +92,8 @@ def video_captions(folder: Path) -> dict[Path, str]:
     names = {v: v.relative_to(folder).as_posix() for v in videos}
     if unused := sorted(listed.keys() - names.values()):
         log.warning(
-            "%d of %d files that metadata.jsonl lists are not used, such as %s: they are not in the folder, or of another kind than %s.",
+            "%d of %d files that metadata.jsonl lists are not used, such as %s: they are not in the folder, in a hidden one in it, or of "
+            "another kind than %s.",
             len(unused), len(listed), named(unused[0]), ", ".join(VIDEO_SUFFIXES),
         )  # fmt: skip
     found = {v: listed.get(name) or _beside(v) for v, name in names.items()}
@@ -106,6 +107,23 @@ def video_captions(folder: Path) -> dict[Path, str]:
     return {v: text for v, text in found.items() if text}
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files of a folder and all below it, but for hidden folders, as that of a trash. Links to folders are followed, after
+    the folders that lie here, and each folder is entered once, whatever leads to it."""
+    waiting, entered = [folder], set[str]()
+    while waiting:
+        for place, inner, names in os.walk(waiting.pop(0)):
+            if (real := os.path.realpath(place)) in entered:
+                inner.clear()
+                continue
+            entered.add(real)
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            waiting += [
+                found for name in inner if (found := Path(place, name)).is_symlink()
+            ]  # os.walk leaves these out
+            yield from (Path(place, name) for name in names)
+
+
 def encode_videos(
     folder: Path,
     cache: Path,
@@ -115,8 +133,8 @@ def encode_videos(
     stamp: str = "",
     fps: float = 0.0,
 ) -> ClipSet:
-    """Latents of a folder's videos, cut to ``size`` (frames, height, width); a video that cannot be read is named,
-    skipped and counted. With a ``sound_rate`` the encoder is given the sound beside the frames, None where there is
+    """Latents of a folder's videos, cut to ``size`` (frames, height, width); a video that cannot be read, or is
+    too short, is named, skipped and counted. With a ``sound_rate`` the encoder is given the sound beside the frames, None where there is
     none. ``stamp``: of the encoder, so that another's latents are not taken. ``fps``: what videos are brought to; 0 takes
     their own frames."""
     from tqdm import tqdm
@@ -140,10 +158,10 @@ def encode_videos(
         files.append(target)
         texts.append((text,))
     if broken:
-        log.warning("%d of %d videos were left out because they cannot be read.", len(broken), len(captions))
+        log.warning("%d of %d videos were left out, each for the reason above.", len(broken), len(captions))
     if not files:
         raise ValueError(
-            f"None of the {len(captions)} videos in {quoted(folder.name)} can be read. See the warnings above."
+            f"None of the {len(captions)} videos in {quoted(folder.name)} can be used. See the warnings above."
         )
     return ClipSet(LatentFiles(files), texts)
 
@@ -156,7 +174,7 @@ def read_frames(video: Path, size: tuple[int, int, int], fps: float = 0.0) -> np
     from ...media.read_video import check_steady, iterate_video
 
     frames, height, width = size
-    found = [_cover(Image.fromarray(frame), height, width) for frame in islice(iterate_video(video, fps), frames)]
+    found = [_cover(Image.fromarray(frame), height, width) for frame in iterate_video(video, fps, frames)]
     if not fps:
         check_steady(video)
     if len(found) < frames:

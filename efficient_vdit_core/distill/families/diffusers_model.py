@@ -86,6 +86,14 @@ class DiffusersModel(DiffusersFolder):
         return [self.prediction, self.path.describe()]
 
     @property
+    def _is_wan_5b(self) -> bool:
+        return self.kind == WAN and self.config["in_channels"] == WAN_5B_CHANNELS
+
+    @property
+    def fps(self) -> int:
+        return 8 if self.kind == COGVIDEOX else 24 if self._is_wan_5b else 16
+
+    @property
     def text_size(self) -> tuple[int, int]:
         if self.kind == WAN:
             return WAN_TEXT, int(self.config["text_dim"])
@@ -229,7 +237,7 @@ class DiffusersModel(DiffusersFolder):
         check_frames(frames, frames % 4 == 1, "4k + 1")
         p = self.config["patch_size"]
         check_sides(height, width, self.vae["scale_factor_spatial"] * (p if isinstance(p, int) else p[-1]))
-        wan = (121, 704, 1280) if self.config["in_channels"] == WAN_5B_CHANNELS else (81, 480, 832)
+        wan = (121, 704, 1280) if self._is_wan_5b else (81, 480, 832)
         trained = (49, 480, 720) if self.kind == COGVIDEOX else wan
         return frames or trained[0], height or trained[1], width or trained[2]
 

@@ -78,6 +78,11 @@ class FamilyModel(Protocol):
         ...
 
     @property
+    def fps(self) -> int:
+        """Frames a second of the clips that it makes."""
+        ...
+
+    @property
     def saved_dtype(self) -> torch.dtype:
         """What results are written in: 16 bits at least."""
         ...

@@ -9,14 +9,17 @@ from ..config import DistillConfig
 from ..runs.recipe import ThreeStages
 from ..runs.search_stage import check_targets, plan_names
 from .memory import MemoryPlan, plan_memory
+from .samples import plan_samples
 from .search import plan_search
 from .work import WorkPlan, plan_work
+
+SAMPLES = "teacher's samples"
 
 
 @dataclass(frozen=True)
 class Part:
     """``times``: how often it runs, once for each plan or once for all. stage: a training's configuration, None of the
-    search; ``frozen``: how many LoRAs of earlier stages it has beside its weights."""
+    search and of the teacher's samples; ``frozen``: how many LoRAs of earlier stages it has beside its weights."""
 
     name: str
     memory: MemoryPlan
@@ -31,8 +34,11 @@ class Part:
 
 
 def forecast(stages: ThreeStages) -> Iterator[Part]:
-    """The trainings and the search of a recipe, in its order, each as it is found: that takes a large model seconds."""
+    """The trainings and the search of a recipe, in its order, each as it is found: that takes a large model seconds. The
+    teacher's samples, where they are the data, come first."""
     check_targets(stages.config.search)
+    if stages.config.data.source == "teacher":
+        yield Part(SAMPLES, *plan_samples(stages.search_stage()))
     order, trainings = stages.config.order, {stage.method: stage for stage in stages.planned()}
     few_steps_first = ("consistency", "search", "knowledge")
     for name in few_steps_first if order == "consistency-first" else ("search", "knowledge", "consistency"):
@@ -54,7 +60,7 @@ def _plan_search(stages: ThreeStages) -> tuple[MemoryPlan, WorkPlan]:
 
 def steps_within(parts: list[Part], hours: float, tflops: float) -> dict[str, int]:
     """The steps of each training with which all parts take ``hours``, each shortened alike; its own where they take less,
-    none where the search alone takes more."""
+    none where what is not training alone takes more."""
     trainings = [part for part in parts if part.stage is not None]
     left = hours - sum(part.hours(tflops) for part in parts if part.stage is None)
     share = min(1.0, left / sum(part.hours(tflops) for part in trainings))

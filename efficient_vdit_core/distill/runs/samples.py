@@ -29,7 +29,8 @@ def write_samples(
     *,
     write: bool = True,
 ) -> str:
-    """Write one gif for each of ``training.samples`` (or the first four captions) and say where.
+    """Write one gif for each of ``training.samples`` (or the first four captions) and say where: at the speed of ``data.fps`` or the
+    model's, and with guidance where the student is one that is to be sampled so.
 
     A process that only helps to compute them, since it holds a part of the weights, does not ``write``.
     """
@@ -39,13 +40,18 @@ def write_samples(
     shape = tuple(data.clips.latents[0].shape)
     options = sparse_options(model, read_plan(config.objective.plan)) if about.plan is not None else None
     decode = model.video_decoder(data.device) if write else None
+    guidance = config.data.guidance if _is_guided(config, model, about) else 1.0
+    negative = data.negative(1) if guidance != 1 else None
     if write:
         folder.mkdir(parents=True, exist_ok=True)
     for number, text in enumerate(texts):
         noise = numbered_noise((1, *shape), "samples", number).to(data.device)
         condition = data.bank.batch([text], data.device)
         network = guided(
-            lambda z, t, c: model.predict(module, z, t, c, options(z) if options else None), condition, None, 1.0
+            lambda z, t, c: model.predict(module, z, t, c, options(z) if options else None),
+            condition,
+            negative,
+            guidance,
         )
         z = roll_down(network, model.path, model.prediction, noise, segments=about.segments, steps=about.steps)
         if decode is None:
@@ -53,7 +59,13 @@ def write_samples(
         write_video(
             folder / f"{number:02d}.gif",
             decode(z[0]),
-            fps=24,
+            fps=config.data.fps or model.fps,
             metadata={"prompt": text, "seed": number, "steps": about.steps},
         )
     return f"samples in {folder}"
+
+
+def _is_guided(config: DistillConfig, model: FamilyModel, about: DistillMetadata) -> bool:
+    """Whether the student keeps its teacher's need of guidance, and learns what guidance is measured against."""
+    learnt = config.method == "knowledge" and config.data.negative_share > 0
+    return learnt and model.guided and about.guidance is None
