@@ -185,21 +185,8 @@ def _stream(path: Path, fps: float, check: Check, first: int) -> Iterator[np.nda
         warn_of_hdr(str(path), found[0])
     filters = [f"fps={fps}"] * bool(fps) + [SQUARE] * (not is_square(_aspect(about)))
     changed = ["-vf", ",".join(filters)] if filters else []
-    strict = [
-        "-v",
-        "error",
-        "-xerror",
-        *source,
-        *changed,
-        *wanted,
-        "-f",
-        "image2pipe",
-        "-c:v",
-        "ppm",
-        "-pix_fmt",
-        "rgb24",
-        "-",
-    ]
+    pictures = ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
+    strict = ["-v", "error", "-xerror", *source, *changed, *wanted, *pictures]
     with tempfile.TemporaryFile() as complaints, ffmpeg(strict, subprocess.PIPE, complaints) as process:
         assert process.stdout is not None
         try:

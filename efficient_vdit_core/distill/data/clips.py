@@ -118,9 +118,8 @@ def _files_below(folder: Path) -> Iterator[Path]:
                 continue
             entered.add(real)
             inner[:] = sorted(name for name in inner if not name.startswith("."))
-            waiting += [
-                found for name in inner if (found := Path(place, name)).is_symlink()
-            ]  # os.walk leaves these out
+            # os.walk leaves these out.
+            waiting += [link for name in inner if (link := Path(place, name)).is_symlink()]
             yield from (Path(place, name) for name in names)
 
 
