@@ -272,7 +272,7 @@ def stock_steps(run: Run) -> Rows:
     from .timed_models import MEASURES
 
     if run.small:
-        clips = [("minimax_h3", "256x256-tiny", 1, (1,))]
+        clips = [("minimax_h3", "64x64-tiny", 1, (1,))]
     else:
         clips = [("minimax_h3", "1344x768-10s", 4, (15, 8)), ("minimax_h3", "1344x768-5s", 4, (8, 4)),
                  ("wan_14b", "1280x720-81f", 4, (6, 2)), ("wan_14b", "832x480-81f", 4, (6, 2))]  # fmt: skip

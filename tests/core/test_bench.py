@@ -197,7 +197,7 @@ def test_one_block_of_minimax_h3(monkeypatch, capsys, tmp_path):
                  num_attention_heads=2, attention_head_dim=16, ffn_dim=16, rope_freq_dim=2, freq_dim=8)  # fmt: skip
     monkeypatch.setattr(minimax_h3, "_model", lambda depth: small)
     file = tmp_path / "h3.json"
-    main(["bench", "step", "--model", "minimax_h3", "--size", "256x256-tiny", "--depth", "1", "--references", "2", "--dtype", "float32",
+    main(["bench", "step", "--model", "minimax_h3", "--size", "64x64-tiny", "--depth", "1", "--references", "2", "--dtype", "float32",
           "--repeats", "1", "--device", "cpu", "--json", str(file)])  # fmt: skip
     rows = [r for r in json.loads(file.read_text())["rows"] if r["kind"] == "measured"]
     assert [r["pattern"] for r in rows] == ["full", "2:5"] and all(r["seconds"] > 0 for r in rows)
