@@ -47,7 +47,7 @@ def say_forecast(stages: Any, args: argparse.Namespace) -> int:
     from ..distill.families.open_model import open_model
     from ..distill.forecast.advice import advice, fits
     from ..distill.forecast.memory import gib
-    from ..distill.forecast.recipe import SAMPLES, Part, forecast
+    from ..distill.forecast.recipe import Part, forecast
     from ..distill.runs.checks import check_hosted, check_training
     from ..distill.runs.sequence_parallel import check_shares
 
@@ -62,8 +62,8 @@ def say_forecast(stages: Any, args: argparse.Namespace) -> int:
         fit = fits(part.memory, gpu)
         say(f"{part.name}: {gib(part.memory.peak())}, {'fits' if fit else 'does not fit'} into {gib(gpu)}")
         say(f"  {_work(part, tflops)}")
-        if part.name == SAMPLES:
-            say("  made first, by one GPU alone: on N GPUs that takes N times as long, while the others wait")
+        if part.stage is None:
+            say("  by one GPU alone, while the others wait: on N GPUs that takes N times as long")
         for name, size in _sizes(part.memory):
             say(f"  {name:<24} {gib(size):>12}")
         if not fit and part.stage:

@@ -1,6 +1,7 @@
 """The order in which a recipe runs its stages, and what each hands on to the next."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -347,7 +348,7 @@ def test_the_teachers_samples_count_where_they_are_the_data(tmp_path):
         assert steps_within([first, *others], 0.9 * first.hours(0.001), 0.001) == {}
 
 
-def test_it_is_told_that_one_gpu_makes_the_teachers_samples(capsys, tmp_path):
+def test_it_is_told_what_one_gpu_does_alone(capsys, tmp_path):
     (tmp_path / "captions.txt").write_text("a cat")
     data = f'[data]\nsource = "teacher"\ncaptions = "{(tmp_path / "captions.txt").as_posix()}"\n'
     (tmp_path / "c.toml").write_text(data + "[consistency_training]\nbatch = 2\n[knowledge_training]\nbatch = 2\n")
@@ -355,5 +356,7 @@ def test_it_is_told_that_one_gpu_makes_the_teachers_samples(capsys, tmp_path):
     assert cli.main([*asked, "--plan-memory", "--tflops", "0.001", "--hours", "1"]) == 0
     told = capsys.readouterr().out
     assert told.startswith("teacher's samples: ") and "  409,600 forwards of " in told
-    assert "  made first, by one GPU alone: on N GPUs that takes N times as long" in told
+    assert told.count("  by one GPU alone, while the others wait: on N GPUs that takes N times as long") == 2
+    samples, consistency, search, knowledge = re.split(r"^(?=\w.*: .* into )", told, flags=re.MULTILINE)[1:]
+    assert all("by one GPU alone" in part for part in (samples, search))
     assert "1 hours are too few for a step of each training: fewer data.clips or data.frames" in told
