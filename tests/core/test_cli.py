@@ -218,7 +218,10 @@ EARLY = [
     (["generate", "--residual-every", "6"], "--residual-every 6 does not fit: no layer leaves anything out"),
     (["generate", "--residual-every", "6", "--plan", "full"], "--residual-every 6 does not fit: no layer leaves"),
     (["generate", "--residual-every", "6", "--plan", "7:0", "--frames", "25"], "does not fit: no layer leaves"),
-    (["generate", "--residual-every", "-3", "--plan", "1:7"], "--residual-every -3 does not fit. The residual would"),
+    (
+        ["generate", "--residual-every", "-3", "--plan", "1:7"],
+        "--residual-every -3 does not fit. residual_every is -3, expected 0 for none",
+    ),
     (["generate", "--residual-every", "3", "--model", "tiny-8-steps-sparse"], "the schedule has 8 steps, expected"),
     (
         ["generate", "--residual-every", "20", "--plan", "1:7"],

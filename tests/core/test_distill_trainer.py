@@ -120,9 +120,11 @@ def test_the_result_loads_and_says_what_it_is(base, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch, name):
+def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch, request, name):
     """Also where the terminal closed."""
     number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored, and stays so
+    request.addfinalizer(lambda: signal.signal(number, before))
     whole = trainer.distill(config(base), tmp_path / "whole")
     seen = []
     compare = ConsistencyLoss.compare
