@@ -37,7 +37,7 @@ def test_a_click_counts_where_the_chart_is_drawn_anew_meanwhile(comfy):
 def test_a_node_whose_widgets_hold_no_json_can_be_connected(comfy):
     """Other packs keep elements of the page, nodes and graphs in widgets."""
     page = comfy.open().page
-    value = page.evaluate(
+    connected = page.evaluate(
         """() => {
             const [loader, search] = ["EVDiTModelLoader", "EVDiTSearchTilePlan"].map((type) => LiteGraph.createNode(type));
             app.graph.add(loader);
@@ -46,10 +46,12 @@ def test_a_node_whose_widgets_hold_no_json_can_be_connected(comfy):
             value.self = value;
             loader.addCustomWidget({ name: "an element", type: "custom", value, options: {}, draw() {} });
             loader.connect(0, search, 0);
-            return search.isInputConnected(0) && typeof loader.widgets.at(-1).value;
+            const connected = search.isInputConnected(0);
+            loader.widgets.pop();  // the page itself could not keep such a workflow
+            return connected;
         }"""
     )
-    assert value == "object"
+    assert connected
 
 
 @pytest.mark.parametrize(
