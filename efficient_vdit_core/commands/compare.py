@@ -6,13 +6,13 @@ mp4 adds the losses of H.264 to what is measured; webp as `evdit generate` write
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..limits.quote import quoted
 from ..storage.files import check_writable_file, write_bytes, write_text
+from ..storage.json_text import json_text
 from . import say
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     say(metrics_table(comparison))
     if args.json:
         values = {"a": args.a, "b": args.b, **comparison.to_dict()}
-        write_text(args.json, json.dumps(values, indent=2, allow_nan=False) + "\n")
+        write_text(args.json, json_text(values, indent=2))
         say(f"wrote {args.json}")
     if args.picture:
         names = Path(args.a).stem, Path(args.b).stem

@@ -29,16 +29,15 @@ NODES = {
 }
 
 
-def find(prompt: dict, kind: str) -> dict:
-    """The inputs of the one node of this class."""
-    (node,) = [n for n in prompt.values() if n["class_type"] == kind]
-    return node["inputs"]
-
-
 def key_of(prompt: dict, kind: str) -> str:
     """The id of the one node of this class."""
     (key,) = [key for key, node in prompt.items() if node["class_type"] == kind]
     return key
+
+
+def find(prompt: dict, kind: str) -> dict:
+    """The inputs of the one node of this class."""
+    return prompt[key_of(prompt, kind)]["inputs"]
 
 
 def without_sparse_attention(prompt: dict) -> dict:

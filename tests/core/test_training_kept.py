@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from efficient_vdit_core.training import TrainingRun
 from efficient_vdit_core.training import run as training_run
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ranks import run_together, through_crashes  # noqa: E402
+from ranks import run_group, through_crashes  # noqa: E402
 
 
 def train(folder, more, *, steps=4, save_every=1000, accelerator=None):
@@ -91,13 +92,11 @@ def test_a_step_whose_line_cannot_be_written_is_kept(tmp_path, monkeypatch):
     assert drawn[:4] == drawn[4:]
 
 
-def of_two_ranks(rank, folder):
+def of_two_ranks(folder, rank, ranks):
     """What the rank says where the third loss of one is no number."""
     from accelerate import Accelerator
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     try:
         train(
             folder,
@@ -106,13 +105,11 @@ def of_two_ranks(rank, folder):
         )
     except ValueError as error:
         return str(error)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_of_several_processes_the_last_good_state_is_kept_too(tmp_path):
     pytest.importorskip("accelerate")
-    said = through_crashes(lambda: run_together(of_two_ranks, [(0, str(tmp_path)), (1, str(tmp_path))], 300.0))
+    said = through_crashes(lambda: run_group(partial(of_two_ranks, str(tmp_path)), 2, 300.0))
     assert "nan in another process at step 3" in said[0] and "The loss became nan at step 3" in said[1]
     assert all(f"{tmp_path / 'checkpoint.pt'} keeps the last good state" in words for words in said)
     assert kept_step(tmp_path) == 2
