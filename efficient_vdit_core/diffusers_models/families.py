@@ -137,10 +137,41 @@ def _hunyuan_video(arguments: Mapping[str, Any], config: Any) -> SequenceLayout:
 
 
 def _ltx(arguments: Mapping[str, Any], config: Any) -> SequenceLayout | None:
-    """Latents come as tokens (B, N, C) with their frames, height and width beside them; conditioning frames leave these
-    out."""
-    sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
-    return None if None in sizes else _alike(TokenGrid(*map(int, sizes)))  # pyright: ignore[reportArgumentType]
+    """Latents come as tokens (B, N, C). Where the video stands is told by its frames, height and width, or by the tokens'
+    coordinates: (B, 3, N), or (B, 3, N, 2) of LTX-2, the time first.
+
+    Conditioning frames beside it are told by coordinates alone. They stand before the video (LTX-Video) or behind it (LTX-2).
+    """
+    sizes, coordinates = [arguments.get(n) for n in ("num_frames", "height", "width")], arguments.get("video_coords")
+    # LTX-Video's pipeline for long clips says 1, 1, 1 beside the coordinates.
+    told = None if None in sizes or sizes == [1, 1, 1] else TokenGrid(*map(int, sizes))  # pyright: ignore[reportArgumentType]
+    if coordinates is None or (told and coordinates.shape[2] < told.tokens):  # then attention will be of another length
+        return told and _alike(told)
+    times = coordinates[:, 0] if coordinates.ndim == 3 else coordinates[:, 0, :, 0]
+    # Read from the device once a forward, not once a layer.
+    if not torch.equal(times, times[:1].expand_as(times)):
+        return None
+    moments, sizes = (x.tolist() for x in torch.unique_consecutive(times[0], return_counts=True))
+    return _most_frames(moments, sizes) if told is None else _first_frames(told, times[0])
+
+
+def _first_frames(grid: TokenGrid, times: Tensor) -> SequenceLayout | None:
+    """The video of ``grid`` in front of other tokens; None where the times (N,) of its own do not say so."""
+    own = times[: grid.tokens]
+    of_frame = own.view(grid.t, -1)
+    in_order = torch.equal(of_frame, of_frame[:, :1].expand_as(of_frame)) and bool((of_frame[:, 0].diff() > 0).all())
+    return SequenceLayout(len(times), (TokenLayout(grid, suffix=len(times) - len(own)),)) if in_order else None
+
+
+def _most_frames(times: list[float], sizes: list[int]) -> SequenceLayout | None:
+    """The video as the longest run of frames of equal size at rising times, of all that follow each other; None where it is
+    not the most of the sequence."""
+    starts = [i for i in range(len(times)) if i == 0 or times[i] <= times[i - 1] or sizes[i] != sizes[i - 1]]
+    first, end = max(zip(starts, [*starts[1:], len(times)], strict=True), key=lambda run: run[1] - run[0])
+    grid, before, tokens = TokenGrid(end - first, 1, sizes[first]), sum(sizes[:first]), sum(sizes)
+    if 2 * grid.tokens <= tokens:
+        return None
+    return SequenceLayout(tokens, (TokenLayout(grid, before, tokens - before - grid.tokens),))
 
 
 def _wan(arguments: Mapping[str, Any], config: Any) -> SequenceLayout:

@@ -79,6 +79,12 @@ class DiffusersPatch:
         arguments = self._forward.bind(transformer, *args, **kwargs).arguments
         reason = "" if self._in_window(arguments) else OUTSIDE_THE_WINDOW
         self.sequence = self._family.layout(arguments, self._config)
+        if self.sequence is None:
+            self.report.warn(
+                "sequence",
+                f"{type(transformer).__name__}: where the video's tokens stand is not known from what this pipeline gives, and its "
+                "attention stays dense.",
+            )
         layouts = self.sequence.entries if self.sequence is not None else ()
         self.entries = tuple(ForwardState(layout, reason, depth=self._depth) for layout in layouts)
 
@@ -145,8 +151,18 @@ def apply_to_diffusers(
     modules = family.modules(transformer)
     if any(isinstance(module.get_processor(), TiledProcessor) for _, module in modules):
         raise ValueError(
-            "The transformer has a tile plan already; call remove() of that handle before applying another one."
+            "The transformer has a tile plan already; call remove() of that handle, or remove_from_diffusers(transformer), before "
+            "applying another one."
         )
     plan = TilePlan.from_text(plan) if isinstance(plan, str) else plan
     plan.check_fits(family=family.name, layers=family.depth(transformer), heads=family.heads(transformer.config))
     return DiffusersPatch(transformer, family, plan, (start, end), min_tokens, backend)
+
+
+def remove_from_diffusers(transformer: Any) -> None:
+    """Takes the plan out of a transformer, as ``remove()`` of its handle does, where the handle is no longer at hand; nothing
+    where it has none. Raises ValueError where its class is not known."""
+    transformer = getattr(transformer, "_orig_mod", transformer)
+    for processor in [module.get_processor() for _, module in find_family(transformer).modules(transformer)]:
+        if isinstance(processor, TiledProcessor) and isinstance(processor.patch, DiffusersPatch):
+            processor.patch.remove()

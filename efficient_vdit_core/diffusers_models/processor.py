@@ -90,6 +90,13 @@ class TiledProcessor:
     def __init__(self, original: Any, patch: Patch, layer: int) -> None:
         self.original, self.patch, self.layer = original, patch, layer
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Asked by ``copy.deepcopy`` of a transformer, as for an average of its weights."""
+        raise TypeError(
+            "This transformer is under a tile plan, and a copy would share the plan's state with it. Call remove() of the plan's "
+            "handle, copy the transformer, and apply the plan to both."
+        )
+
     @property
     def _attention_backend(self) -> Any:
         """Read and set by diffusers where the processor has one: the backend that was chosen for it."""

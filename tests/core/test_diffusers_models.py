@@ -16,7 +16,7 @@ from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.hook.prepare import Preparation
 from efficient_vdit_core.attention.hook.state import ForwardState
 from efficient_vdit_core.attention.report.report import AttentionReport
-from efficient_vdit_core.diffusers_models import apply_to_diffusers
+from efficient_vdit_core.diffusers_models import apply_to_diffusers, remove_from_diffusers
 from efficient_vdit_core.diffusers_models.families import FAMILIES, SequenceLayout
 from efficient_vdit_core.diffusers_models.processor import tiled
 from efficient_vdit_core.plan import TilePlan
@@ -120,6 +120,26 @@ def ltx(batch):
         "num_frames": FRAMES,
         "height": HEIGHT,
         "width": WIDTH,
+    }
+
+
+def ltx_conditions(batch):
+    """As LTXConditionPipeline has it: conditioning frames before the video, and coordinates alone."""
+    model, inputs = ltx(batch)
+    pipeline = diffusers.LTXConditionPipeline
+
+    def ids(frames, first):
+        found = pipeline._prepare_video_ids(batch, frames, HEIGHT, WIDTH)
+        return pipeline._scale_video_ids(found, scale_factor=32, scale_factor_t=8, frame_index=first).float()
+
+    coordinates = torch.cat([ids(2, 8), ids(1, 24), ids(FRAMES, 0)], dim=2)
+    coordinates[:, 0] /= 25
+    for name in ("num_frames", "height", "width"):
+        del inputs[name]
+    return model, inputs | {
+        "hidden_states": rand(batch, coordinates.shape[2], 4, seed=1),
+        "timestep": torch.full((batch, coordinates.shape[2]), 500),
+        "video_coords": coordinates,
     }
 
 
@@ -232,6 +252,20 @@ def ltx2(batch):
     }
 
 
+def ltx2_keyframes(batch):
+    """As LTX-2's conditioning pipeline has it: a keyframe behind the video, later than its last latent frame begins."""
+    model, inputs = ltx2(batch)
+    coordinates = model.rope.prepare_video_coords(batch, FRAMES, HEIGHT, WIDTH, torch.device("cpu"), fps=24.0)
+    keyframe = coordinates[:, :, -HEIGHT * WIDTH :].clone()
+    keyframe[:, 0] += 7 / 24
+    tokens = TOKENS + HEIGHT * WIDTH
+    return model, inputs | {
+        "hidden_states": rand(batch, tokens, 4, seed=1),
+        "timestep": torch.full((batch, tokens), 500),
+        "video_coords": torch.cat([coordinates, keyframe], dim=2),
+    }
+
+
 # Text, a keyframe and sound before the video.
 H3_BEFORE = [(TEXT, 1), (HEIGHT * WIDTH, 0), (8, 2)]
 
@@ -324,14 +358,20 @@ BUILD = {
     "chronoedit": chronoedit,
     "hunyuan_video": hunyuan_video,
     "ltx": ltx,
+    "ltx_conditions": ltx_conditions,
     "ltx2": ltx2,
+    "ltx2_keyframes": ltx2_keyframes,
     "minimax_h3": minimax_h3,
     "kandinsky5": kandinsky5,
     "cosmos": cosmos,
     "allegro": allegro,
 }
-PREFIX = {"cogvideox": TEXT, "minimax_h3": sum(count for count, _ in H3_BEFORE)}
-SUFFIX = {"hunyuan_video": TEXT}
+PREFIX = {
+    "cogvideox": TEXT,
+    "ltx_conditions": 3 * HEIGHT * WIDTH,
+    "minimax_h3": sum(count for count, _ in H3_BEFORE),
+}
+SUFFIX = {"hunyuan_video": TEXT, "ltx2_keyframes": HEIGHT * WIDTH}
 CALLS = {"wan_vace": 5}  # three layers, two of them with a second stream
 
 
@@ -526,7 +566,7 @@ def test_a_plan_of_which_some_processors_were_replaced_goes_on_again_after_remov
 @pytest.mark.parametrize(
     ("family", "change", "reason"),
     [
-        ("ltx", {"num_frames": None, "video_coords": rand(2, 3, TOKENS, seed=1)}, "no token grid"),
+        ("ltx", {"num_frames": None, "video_coords": rand(1, 3, TOKENS, seed=1).expand(2, 3, TOKENS)}, "no token grid"),
         ("wan", {"hidden_states": rand(2, 4, 1, 6, 4, seed=1)}, "a single frame"),
         ("allegro", {"attention_mask": torch.ones(2, FRAMES, HEIGHT * 2, WIDTH * 2)}, "masked"),
         (
@@ -540,10 +580,15 @@ def test_a_plan_of_which_some_processors_were_replaced_goes_on_again_after_remov
             {"position_ids": torch.cat([torch.zeros(22, 3), torch.arange(1, TOKENS)[:, None].expand(-1, 3) // 8])},
             "no token grid",
         ),
-        ("ltx", {"num_frames": FRAMES - 1, "video_coords": rand(2, 3, TOKENS, seed=1)}, "another sequence length"),
+        (
+            "ltx",
+            {"num_frames": FRAMES - 1, "video_coords": rand(1, 3, TOKENS, seed=1).expand(2, 3, TOKENS)},
+            "no token grid",
+        ),
+        ("ltx", {"num_frames": FRAMES + 1, "video_coords": rand(2, 3, TOKENS, seed=1)}, "another sequence length"),
     ],
 )
-def test_what_is_not_understood_stays_dense_and_is_counted(family, change, reason):
+def test_what_is_not_understood_stays_dense_is_counted_and_said_once(family, change, reason, caplog):
     model, inputs = build(family)
     inputs |= change
     with torch.no_grad():
@@ -551,6 +596,34 @@ def test_what_is_not_understood_stays_dense_and_is_counted(family, change, reaso
         with apply_to_diffusers(model, TilePlan.uniform(1)) as handle:
             assert torch.equal(run(model, inputs), want)
     assert dict(handle.report.dense) == {reason: 3} and not handle.report.sparse
+    said = [record.getMessage() for record in caplog.records if "is not known" in record.getMessage()]
+    assert len(said) == (reason == "no token grid")
+
+
+@pytest.mark.parametrize(
+    ("frames", "overlap", "guides", "earlier", "expected"),
+    [
+        (7, 0, 0, 0, TokenLayout(TokenGrid(7, 1, 6))),
+        (7, 2, 0, 0, TokenLayout(TokenGrid(5, 1, 6), suffix=12)),
+        (7, 1, 1, 1, TokenLayout(TokenGrid(4, 1, 6), suffix=18)),
+        (6, 3, 0, 0, None),
+    ],
+)
+def test_the_window_of_a_long_clip_begins_with_the_video(frames, overlap, guides, earlier, expected):
+    """LTX-Video's pipeline for long clips repeats times at a window's end, and says a size of 1, 1, 1."""
+    from diffusers.pipelines.ltx.pipeline_ltx_i2v_long_multi_prompt import build_video_coords_for_window
+
+    latents = torch.zeros(2, 4, frames, HEIGHT, WIDTH)
+    coordinates = build_video_coords_for_window(latents, overlap, guides, earlier, (8, 32, 32), 25)
+    given = {"num_frames": 1, "height": 1, "width": 1, "video_coords": coordinates}
+    found = FAMILIES["LTXVideoTransformer3DModel"].layout(given, None)
+    assert found == (expected and SequenceLayout(frames * HEIGHT * WIDTH, (expected,)))
+
+
+def test_coordinates_that_differ_within_a_batch_tell_no_layout():
+    _, inputs = build("ltx_conditions")
+    inputs["video_coords"][1, 0] += 1
+    assert FAMILIES["LTXVideoTransformer3DModel"].layout(inputs, None) is None
 
 
 @pytest.mark.parametrize(
@@ -819,3 +892,24 @@ def test_mistakes_are_refused_with_what_to_do():
         with pytest.raises(ValueError, match="has a tile plan already"):
             apply_to_diffusers(model, TilePlan.uniform(2))
     apply_to_diffusers(model, TilePlan.uniform(2)).remove()
+
+
+@torch.no_grad()
+def test_a_plan_whose_handle_was_dropped_is_removed_by_the_transformer():
+    model, inputs = build("wan", 1)
+    dense = run(model, inputs)
+    apply_to_diffusers(model, TilePlan.uniform(1))
+    assert not torch.equal(run(model, inputs), dense)
+    remove_from_diffusers(model)
+    assert torch.equal(run(model, inputs), dense)
+    remove_from_diffusers(model)  # there is none
+    with apply_to_diffusers(model, TilePlan.uniform(1)) as handle:
+        run(model, inputs)
+    assert handle.report.sparse == 3
+
+
+def test_a_copy_under_a_plan_is_refused_with_what_to_do():
+    model, _ = build("wan", 1)
+    with apply_to_diffusers(model, TilePlan.uniform(1)), pytest.raises(TypeError, match=r"Call remove\(\).*, copy the"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
