@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..limits.quote import first_cause, reason
+from ..storage.cache_folder import cache_folder
 from . import say
 
 # name on PyPI -> what it is for; the first group is what the built-in model needs
@@ -68,6 +70,7 @@ def examine() -> dict[str, Any]:
             "python": platform.python_version(),
             "platform": platform.platform(),
         },
+        "folders": _folders(),
         "devices": _guarded(_devices, problems, "devices"),
         "attention_backends": _guarded(_backends, problems, "attention backends"),
         "backend_choices": _guarded(_choices, problems, "the choices of backends"),
@@ -81,6 +84,8 @@ def format_findings(findings: dict[str, Any]) -> str:
     """The findings as lines for a person."""
     lines = ["versions"]
     lines += [f"  {name:<16} {value}" for name, value in findings["versions"].items()]
+    lines += ["folders"]
+    lines += [f"  {name:<16} {folder}" for name, folder in findings["folders"].items()]
     lines += ["devices"]
     lines += [f"  {d['name']:<16} {d['what']}" for d in findings["devices"] or []]
     lines += ["attention backends"]
@@ -147,6 +152,11 @@ def _why_no_text_encoder() -> list[str]:
             "transformers and sentencepiece."
         ]
     return []
+
+
+def _folders() -> dict[str, str]:
+    """Where the pack runs from, which may be another copy than was meant, and where it keeps what it measured."""
+    return {"pack": str(Path(__file__).parents[2]), "cache": str(cache_folder())}
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -68,14 +68,23 @@ def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
 
 def find_weights(path: str | Path) -> Path | None:
     """The file that `read_state_dict` reads of a path, an index for what is in shards; None where there is none. Raises
-    ValueError for a shard without its index."""
+    ValueError for a shard without its index, and for several models in a folder, none of them of a usual name."""
     path = Path(path)
     if not path.is_dir():
         return _whole_model(path) if path.is_file() else None
     names = [*WEIGHT_NAMES, *(f"{n}.index.json" for n in WEIGHT_NAMES[:2])]
-    found = [path / n for n in names if (path / n).is_file()]
-    found = found or sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
-    return _whole_model(found[0]) if found else None
+    usual = next((path / n for n in names if (path / n).is_file()), None)
+    if usual is not None:
+        return _whole_model(usual)
+    found = {_whole_model(f) for f in path.glob("*.safetensors.index.json")}
+    found = found or {_whole_model(f) for f in path.glob("*.safetensors")}
+    if len(found) > 1:
+        some = " and ".join(named(file.name) for file in sorted(found)[:2])
+        raise ValueError(
+            f"The folder {quoted(path.name)} holds {len(found)} files of weights, such as {some}, expected one, or one named "
+            f"{WEIGHT_NAMES[0]}. Name the file itself, or move the others elsewhere."
+        )
+    return next(iter(found), None)
 
 
 def save_safetensors(

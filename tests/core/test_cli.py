@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import efficient_vdit_core
 from efficient_vdit_core import cli
 from efficient_vdit_core.commands import generate, say
 from efficient_vdit_core.media.video import read_metadata
@@ -87,7 +88,8 @@ def test_doctor_tells_the_same_to_people_and_machines(tmp_path):
     assert findings["devices"][0]["name"] == "cpu"
     assert [b["name"] for b in findings["attention_backends"] if b["available"]]
     assert all(b["reason"] for b in findings["attention_backends"])
-    for name in (*findings["packages"], *findings["versions"], "frames"):
+    assert findings["folders"]["pack"] == str(Path(efficient_vdit_core.__file__).parents[1])
+    for name in (*findings["packages"], *findings["versions"], *findings["folders"].values(), "frames"):
         assert name in text.stdout
 
 
@@ -97,6 +99,7 @@ def test_doctor_tells_what_auto_chose_and_why(tmp_path, monkeypatch):
     from efficient_vdit_core.commands import doctor
 
     monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path))
+    assert doctor.examine()["folders"]["cache"] == str(tmp_path)
     assert "nothing yet: backends are measured" in doctor.format_findings(doctor.examine())
     (tmp_path / "kept").mkdir()
     monkeypatch.setenv("EVDIT_CACHE_DIR", str(tmp_path / "kept"))

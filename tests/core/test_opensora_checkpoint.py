@@ -334,6 +334,21 @@ def test_a_single_shard_needs_no_index(tmp_path):
     assert weight_files.read_state_dict(tmp_path)[0]["a"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("names", [("a_raw", "ema"), ("high_noise.safetensors.index", "low_noise.safetensors.index")])
+def test_two_models_in_a_folder_are_not_chosen_from(tmp_path, names):
+    for value, name in enumerate(names):
+        if name.endswith(".index"):
+            (tmp_path / f"{name}.json").write_text("{}")
+        else:
+            save_file({"a": torch.full((2,), float(value))}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"holds 2 files of weights, such as {names[0]}.* and {names[1]}.*Name the file itself"
+    ):
+        weight_files.read_state_dict(tmp_path)
+    save_file({"a": torch.full((2,), 5.0)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert weight_files.read_state_dict(tmp_path)[0]["a"].tolist() == [5, 5]
+
+
 def test_shards_that_lack_what_their_index_names_are_refused(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     index = {"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}
