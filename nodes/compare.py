@@ -22,7 +22,7 @@ class EVDiTCompareVideos(io.ComfyNode):
             node_id="EVDiTCompareVideos",
             display_name="Compare Videos",
             category=CATEGORY,
-            **search_words("psnr", "ssim", "lpips", "before and after", "quality", "difference"),
+            **search_words("psnr", "ssim", "lpips", "before and after", "quality", "difference", "视频对比"),
             description=(
                 "Measures how near two videos of the same seed and size are: PSNR, SSIM, PSNR of the changes from frame to "
                 "frame, amount of motion, and LPIPS where its package is installed. Gives a picture and a table."

@@ -15,8 +15,11 @@ CATEGORY = "Efficient-vDiT"
 SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 Define = Callable[[type[io.ComfyNode]], io.Schema]
 
-# What someone types who wants a faster video and knows no node of ours: it finds the two that do it.
-SPEED_WORDS = ("faster", "speed", "speed up", "accelerate", "efficient", "sparse", "wan")
+# What someone types who wants a faster video and knows no node of ours: it finds the two that do it. The page translates no
+# such word, so the Chinese ones stand here too.
+SPEED_WORDS = ("faster", "speed", "speed up", "accelerate", "efficient", "sparse", "wan", "加速", "更快")
+# And who has just installed the pack: the page searches neither the menu's category nor a node's badge.
+PACK_WORDS = ("Efficient-vDiT", "efficient vdit")
 
 Input = TypeVar("Input", bound=io.Input)
 
@@ -61,8 +64,8 @@ def where_known(**fields: Any) -> dict[str, Any]:
 
 
 def search_words(*words: str) -> dict[str, Any]:
-    """Words under which the page's search finds a node too."""
-    return where_known(search_aliases=list(words))
+    """Words under which the page's search finds a node too, beside the pack's name."""
+    return where_known(search_aliases=[*words, *PACK_WORDS])
 
 
 def plan_is_told_again() -> dict[str, Any]:

@@ -203,6 +203,13 @@ def test_what_a_user_types_finds_a_node(server, word):
     assert any(word in node["search_aliases"] for node in ours)
 
 
+def test_the_pack_s_name_finds_every_node(server):
+    ours = [node for name, node in server.get("/object_info").items() if name.startswith("EVDiT")]
+    if "search_aliases" not in ours[0]:
+        pytest.skip("THIS COMFYUI KNOWS NO SEARCH WORDS: nodes are found by their names")
+    assert all({"Efficient-vDiT", "efficient vdit"} <= set(node["search_aliases"]) for node in ours)
+
+
 @pytest.mark.parametrize("node", ["EVDiTSparseAttention", "EVDiTLoadTilePlan"])
 def test_who_wants_a_faster_video_finds_the_two_nodes_that_do_it(server, node):
     found = server.get("/object_info")[node].get("search_aliases")

@@ -54,6 +54,13 @@ def test_tables_have_two_columns(page):
     assert [row for row in rows if row.replace("\\|", "").count("|") != 3] == []
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: str(p.relative_to(DOCS)))
+def test_links_lead_somewhere(page):
+    """The help panel finds pictures beside the page, and nothing else: a link to another page would be one of the server's."""
+    links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not link.startswith("https://")] == []
+
+
 @pytest.mark.parametrize("node", SCHEMAS)
 def test_names_fit_the_library(node):
     for language in ("en", "zh"):

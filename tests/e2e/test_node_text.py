@@ -5,7 +5,16 @@ from plan_node import TOLD, queue
 
 RENDERERS = pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes2"])
 ADD = "kind => { const node = LiteGraph.createNode(kind); app.graph.add(node); node.pos = [300, 150]; return node.id }"
+LOWER_EDGE = """(([node], { ds, canvas }) => {
+    return (node.pos[1] + node.size[1] + ds.offset[1]) * ds.scale + canvas.getBoundingClientRect().top;
+})(app.graph.nodes, app.canvas)"""
 SAID = "Self-attention over the video: 30 calls, 30 of them sparse\n  work: 34%" + "\n  more" * 30
+
+
+def lower(box) -> float:
+    """The lower edge of an element, as LOWER_EDGE is the first node's: in pixels of the page."""
+    found = box.bounding_box()
+    return found["y"] + found["height"]
 
 
 def tell(page, node, text: str, prompt: str = ""):
@@ -31,6 +40,7 @@ def test_a_run_s_text_is_shown_and_kept_in_no_workflow(comfy, modern, kind, name
     page.wait_for_timeout(500)
     assert box.bounding_box()["height"] >= height - 5
     assert page.evaluate("app.graph.nodes[0].size[1]") > height + 40
+    assert lower(box) < page.evaluate(LOWER_EDGE)
     comfy.picture(f"text {kind} {'nodes2' if modern else 'classic'}")
     # The text scrolls under the wheel, and the canvas stays.
     scale = page.evaluate("app.canvas.ds.scale")

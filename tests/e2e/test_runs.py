@@ -193,10 +193,9 @@ def test_a_click_counts_where_a_number_is_linked(comfy):
     page.evaluate("(n => app.canvas.openSubgraph(n.subgraph, n))(app.graph.nodes.find(n => n.subgraph))")
     plan = "app.canvas.graph.nodes.find(n => n.type === 'EVDiTTilePlan')"
     outer = "app.rootGraph.nodes.find(n => n.subgraph)"
-    told_plan(page, page.evaluate(f"`${{{outer}.id}}:${{{plan}.id}}`"), "all:6")
     chart = shown(page).first
     chart.get_by_text("6:15 × 32").wait_for()
-    for value, said in ((3, "drawn here after a run"), (6, "6:15 × 32")):
+    for value, said in ((3, "3:18 × 32"), (6, "6:15 × 32")):
         page.evaluate(f"value => {{ {outer}.widgets.find(w => w.name === 'reference_frames').value = value }}", value)
         page.evaluate(CHANGED)
         chart.get_by_text(said).wait_for()

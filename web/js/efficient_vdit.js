@@ -129,13 +129,22 @@ class NodeChart {
     return this.text() || this.linked("text") || this.linked("plan_name") ? undefined : this.widget("plan_name")?.value;
   }
 
+  /** A widget's value, or of the one that a subgraph shows in its place; undefined where another node gives it. */
+  value(name) {
+    if (!this.linked(name)) return this.widget(name)?.value;
+    const { link } = this.node.inputs.find((input) => input.widget?.name === name);
+    const given = [...behind(this.node.graph, link)].map(({ node, widgets }) => (node.subgraph ? widgets[0]?.value : undefined));
+    return new Set(given).size === 1 ? given[0] : undefined; // a subgraph may stand in several places
+  }
+
   /** The plan's text as the widgets say it, or as a run with these settings gave it; null where neither does. */
   source() {
     const { plan: executed = null } = this.run();
-    const uniform = this.widget("reference_frames");
-    if (this.text()) return this.text();
-    if (this.linked("text") || this.linked("reference_frames")) return executed;
-    return uniform ? `all:${uniform.value}` : (files[this.file()] ?? executed);
+    const [text, frames] = [this.value("text"), this.value("reference_frames")];
+    if (this.linked("text") && text === undefined) return executed;
+    if (text?.trim()) return text.trim();
+    if (this.widget("reference_frames")) return frames === undefined ? executed : `all:${frames}`;
+    return files[this.file()] ?? executed;
   }
 
   /** Why there is no text: a run will tell it, or none can. */
@@ -226,6 +235,11 @@ function drawAll() {
   for (const chart of allCharts()) chart.draw();
 }
 
+/** No widget of its own tells a node that a value which it is given has changed, or is known by now. */
+function drawChanged() {
+  for (const chart of allCharts()) if (chart.drawn !== chart.settings()) chart.draw();
+}
+
 /** The charts whose plan a Sparse Attention node may have run with: those behind its input, or all where the page has no such node. */
 function chartsOf(report) {
   const node = findNode(report.node);
@@ -277,10 +291,7 @@ app.registerExtension({
     api.addEventListener(REPORT, ({ detail }) => {
       inItsTab(detail, REPORT, (whenQueued) => chartsOf(detail).forEach((chart) => chart.ran(detail, whenQueued(chart))));
     });
-    // No widget of its own tells a node that a value which it is given has changed.
-    api.addEventListener("graphChanged", () => {
-      for (const chart of allCharts()) if (chart.drawn !== chart.settings()) chart.draw();
-    });
+    api.addEventListener("graphChanged", drawChanged);
     app.canvas.canvas.addEventListener("litegraph:set-graph", settle);
     const speak = async () => {
       await loadTexts();
@@ -290,6 +301,7 @@ app.registerExtension({
     app.ui.settings.addEventListener("Comfy.Locale.change", speak);
     await speak();
   },
+  afterConfigureGraph: drawChanged, // the nodes in a subgraph are made before it stands anywhere
   refreshComboInNodes: () => drawAll(), // R: a file may hold another plan now
   nodeCreated(node) {
     const gives = !node.subgraph && node.outputs?.some((output) => output.type === PLAN); // the node inside has the chart

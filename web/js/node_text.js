@@ -11,6 +11,7 @@ const KINDS = {
   EVDiTSaveTilePlan: { name: (say) => say("savedPlan"), height: 56 },
 };
 const WIDTH = 320; // px: a report's lines are long
+const MARGIN = 10; // px around the box
 const said = new Recent(); // the text by node: undo and the page's tabs make nodes anew
 
 /** Whether the nodes of this class show a text. */
@@ -29,7 +30,7 @@ export class NodeText {
     this.box.addEventListener("pointerdown", (event) => event.button === 0 && event.stopPropagation());
     const scrolls = (event) => event.type === "wheel" && !event.ctrlKey && this.box.scrollHeight > this.box.clientHeight;
     this.box.addEventListener("wheel", (event) => scrolls(event) && event.stopPropagation());
-    addElement(node, "text_of_run", this.box, { getMinHeight: () => height }, scrolls);
+    addElement(node, "text_of_run", this.box, { getMinHeight: () => height + 2 * MARGIN, margin: MARGIN }, scrolls);
     node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]); // a new one; what is opened has its own
     for (const event of ["onAdded", "onConfigure"]) chain(node, event, () => this.draw());
     this.draw();
