@@ -95,14 +95,16 @@ class Shared:
         """An APPLY_MODEL wrapper that ends the chain: the workers compute, this process waits and listens for Cancel."""
 
         def evaluate(call: ModelCall) -> Tensor:
-            if call.model is not self.made_for() and not _acts_on(wrapper, call.model):
+            if call.model is not self.made_for() and not _acts_on(self, call.model):
                 raise ValueError(SECOND_MODEL)
             self.known.check_evaluation(call.control, call.options)
             options = {name: value for name, value in call.options.items() if name in FORWARD_OPTIONS}
             inputs = {"x": call.x, "t": call.t, "c_concat": call.c_concat, "c_crossattn": call.c_crossattn}
             return self._computed({**inputs, **call.conds}, options)
 
+        # Known by its mark, not by itself: a function that holds itself would keep the MODEL until Python looks for cycles.
         wrapper = around_model(evaluate)
+        wrapper.shared = self
         return wrapper
 
     def before_run(self, _: Any) -> None:
@@ -150,8 +152,8 @@ class Shared:
         return result["out"].to(inputs["x"].device)
 
 
-def _acts_on(wrapper: Any, model: Any) -> bool:
-    """Whether ``wrapper`` is that of the MODEL which has loaded ``model``: GPUs that share out a batch run copies of one."""
+def _acts_on(shared: Shared, model: Any) -> bool:
+    """Whether ``shared`` is the MODEL which has loaded ``model``: GPUs that share out a batch run copies of one."""
     patcher = getattr(model, "current_patcher", None)
     found = {} if patcher is None else patcher.wrappers.get(WrappersMP.APPLY_MODEL, {})
-    return any(wrapper in functions for functions in found.values())
+    return any(getattr(act, "shared", None) is shared for functions in found.values() for act in functions)
