@@ -37,7 +37,11 @@ class EVDiTReport(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The MODEL as it comes out of Sparse Attention; the sampler must use the same one."
+                    "model",
+                    tooltip=(
+                        "The MODEL as it comes out of Sparse Attention; the sampler must use the same one, or that of Sequence "
+                        "Parallel behind it."
+                    ),
                 ),
                 io.AnyType.Input(
                     "after",

@@ -12,9 +12,11 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
+from ...efficient_vdit_core.attention.call_shape import CallShape
 from ...efficient_vdit_core.attention.hook.override import attention_override
 from ...efficient_vdit_core.attention.hook.prepare import Preparation
-from ...efficient_vdit_core.attention.hook.state import Override
+from ...efficient_vdit_core.attention.hook.state import ForwardState, Override
+from ...efficient_vdit_core.attention.report.cost import StepCost
 from ...efficient_vdit_core.attention.report.report import AttentionReport
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from ...efficient_vdit_core.plan import TilePlan
@@ -23,6 +25,7 @@ from .families import Family
 from .window import Window
 
 WRAPPER_KEY = "efficient_vdit"
+PARALLEL_KEY = "efficient_vdit_parallel"  # Sequence Parallel's
 MOST_OVERRIDES = 16  # remembered; a node that makes a new one for each step must not fill the memory
 
 
@@ -82,6 +85,12 @@ class Hook:
             self.made[id(current)] = override
         return self.made[id(current)]
 
+    def tell_clip(self, state: ForwardState, shape: CallShape) -> None:
+        """To the report: the clip of a forward whose calls look like ``shape``, and what it costs."""
+        self.report.layout = state.layout
+        if state.layout is not None and state.depth:
+            self.report.cost = StepCost(state.layout, shape.heads, shape.head_dim, state.depth, self.weights)
+
     def forget(self) -> None:
         """Lets go, after a run, of what only its forwards needed: what their attention kept, and other nodes' overrides."""
         self.preparation.forget()
@@ -115,8 +124,12 @@ def take_off(patched: Any) -> None:
 
 def hook_of(model: Any) -> Hook | None:
     """What Sparse Attention has put into a MODEL, whatever other nodes did to its override since."""
-    wrappers = model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get(WRAPPER_KEY, [])
-    return getattr(wrappers[-1], "hook", None) if wrappers else None
+    return _hook_by(model, WrappersMP.APPLY_MODEL)
+
+
+def from_workers(model: Any) -> bool:
+    """Whether a MODEL has been through Sequence Parallel, so that its forwards are not computed in this process."""
+    return bool(model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get(PARALLEL_KEY))
 
 
 def attention_of_others(model: Any) -> Override | None:
@@ -128,9 +141,16 @@ def attention_of_others(model: Any) -> Override | None:
 
 
 def report_of(model: Any) -> AttentionReport | None:
-    """The counts that Sparse Attention keeps; None where the MODEL has not been through that node, or was left dense by it."""
-    hook = hook_of(model)
+    """The counts that Sparse Attention keeps, of calls in this process or in the workers; None where the MODEL has not been
+    through that node, or was left dense by it."""
+    hook = _hook_by(model, WrappersMP.OUTER_SAMPLE)
     return hook.report if hook else None
+
+
+def _hook_by(model: Any, kind: str) -> Hook | None:
+    """The hook that a wrapper of ours of this ``kind`` is for."""
+    wrappers = model.wrappers.get(kind, {}).get(WRAPPER_KEY, [])
+    return getattr(wrappers[-1], "hook", None) if wrappers else None
 
 
 def _with_containers(override: Override) -> Override:

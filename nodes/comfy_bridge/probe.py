@@ -31,13 +31,17 @@ from ...efficient_vdit_core.search.output import Around
 from ...efficient_vdit_core.search.probe import BLOCK, OUTPUT
 from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, make_mass_override
 from .families import Family, find_family, uncompiled, why_no_family
-from .hook import WRAPPER_KEY, Hook, dense
+from .hook import WRAPPER_KEY, Hook, dense, from_workers
 from .measure import why_not_twice
 from .publish import install
 from .sampling import IMAGE_TO_IMAGE
 from .unit_variance import at_unit_variance
 from .window import Window
 
+NOT_HERE = (
+    "The model comes from EVDiTSequenceParallel, whose workers compute it, so that nothing inside it can be measured. Connect the "
+    "model from before EVDiTSequenceParallel."
+)
 WALK_STEPS = 10  # of the schedule on which the tile map walks to its noise level
 
 
@@ -203,6 +207,8 @@ def _schedule(model: Any, steps: int) -> Tensor:
 
 
 def _known_family(model: Any) -> tuple[Family, Any]:
+    if from_workers(model):
+        raise ValueError(NOT_HERE)
     network = uncompiled(model.get_model_object("diffusion_model"))
     family = find_family(network)
     if family is None:

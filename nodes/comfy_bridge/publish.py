@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...efficient_vdit_core.attention.dense_call import DenseCall
 from ...efficient_vdit_core.attention.hook.state import FORWARD_KEY, CallCounter, ForwardState
-from ...efficient_vdit_core.attention.report.cost import StepCost
 from ...efficient_vdit_core.attention.report.measure import StepMeasure
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from .families import uncompiled
@@ -61,8 +60,10 @@ def publish_layout(hook: Hook) -> Any:
             options = {**counting_blocks(call.options, state), FORWARD_KEY: state}
             return replace(call, options=counted_anew(options, state) if torch.is_grad_enabled() else options).run()
 
-        if acting.report.measure is not None and _wanted(acting.report.measure, acting.window, state, call):
-            return computed_twice(acting.report.measure, run, state, call.x.device)
+        measure = acting.report.measure
+        # Not on a rank: how often a short step is computed hangs on its seconds, in which ranks would not agree.
+        if measure is not None and acting.make is None and _wanted(measure, acting.window, state, call):
+            return computed_twice(measure, run, state, call.x.device)
         if acting.around is not None:
             return acting.around(lambda: run(state.again()))
         return run(state)
@@ -89,7 +90,6 @@ def _state(hook: Hook, call: ModelCall, clips: int) -> ForwardState:
     """Where the tokens of this forward stand, and whether and how it is sparse, in a run of so many clips."""
     report, sampling, options, t = hook.report, call.model.model_sampling, call.options, call.t
     state = forward_state(hook.family, uncompiled(call.model.diffusion_model), call.x, call.c_crossattn, call.conds)
-    report.layout = state.layout
     if state.layout is None:
         report.warn("unknown layout", f"the attention stays dense: {state.reason}.")
     elif why := hook.window.why_outside(sampling, options, t):
@@ -129,8 +129,7 @@ def _prepared(hook: Hook, state: ForwardState, call: ModelCall) -> ForwardState:
         return dense.as_the_file_asks(state.file_attention.get(layer), video=True)
 
     shape = call_shape(hook.family, call.model, call.x)
-    if state.layout is not None and state.depth:
-        hook.report.cost = StepCost(state.layout, shape.heads, shape.head_dim, state.depth, hook.weights)
+    hook.tell_clip(state, shape)
     state = hook.preparation.before_forward(state, shape, dense_of)
     hook.report.clock.reserve(shape.device, state.depth or 0)
     return state

@@ -44,7 +44,9 @@ def log_report(hook: Hook) -> Callable[..., Any]:
                     own.forget()
                 hook.running, hook.second_hooks = False, []
 
-    return wrapper
+    told: Any = wrapper
+    told.hook = hook
+    return told
 
 
 def _tell(hook: Hook, complete: bool, taken: float) -> None:

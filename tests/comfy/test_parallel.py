@@ -190,6 +190,39 @@ def test_open_sora_plan_on_two_ranks_is_the_same_video(server):
     assert worker_pids(server) == started
 
 
+@pytest.mark.parametrize("division", ["sequence", "branches"])
+def test_the_report_of_sparse_attention_counts_the_calls_of_the_workers(server, division):
+    """As of one device, but for seconds, from either MODEL: dense layers and steps, and a guidance's branches in one call."""
+    texts, events = {}, []
+    for parallel in (False, True):
+        name = f"report_{division}_{parallel}"
+        graph = prompt(name, OSP, TEXT, parallel=parallel, steps=3, division=division)
+        graph["3"]["inputs"].update(dense_first_steps=1, decline_slow=False, measure=parallel)
+        for key, source in (("20", "3"), ("21", "4" if parallel else "3")):
+            graph[key] = {"class_type": "EVDiTReport", "inputs": {"model": [source, 0], "after": ["8", 0]}}
+        entry = server.run(graph, events)
+        saved(server, entry, name)
+        one, other = (entry["outputs"][key]["text"][0] for key in ("20", "21"))
+        assert one == other
+        texts[parallel] = one.splitlines()
+    alike = ("Self-attention", "  work:", "  dense:", "The clip:", "  attention is")
+    alone, shared = ([line for line in text if line.startswith(alike)] for text in texts.values())
+    assert shared == alone and len(alone) == len(alike)
+    assert alone[0] == "Self-attention over the video: 18 calls, 10 of them sparse"
+    assert {*texts[True]} - {*alone} == {
+        "  computed by rb on all ranks (10), ulysses on all ranks (8)"
+        if division == "sequence"
+        else "  computed by alone on rank 0 (18)",
+        "Not measured: the workers compute each step once",
+    }
+    of_one, of_workers = [data for kind, data in events if kind == "efficient_vdit.report"]
+    assert of_one["dense"].pop("cross-attention") == 18  # the workers count what is over the video
+    same = ("node", "sparse", "dense", "bound", "layers", "frames")
+    assert [of_workers[name] for name in same] == [of_one[name] for name in same]
+    said = "10 attention calls sparse at mean density 0.34; dense: 6 outside the step window, 2 full in the plan"
+    assert said in server.text()
+
+
 def test_previews_show_the_run_of_all_ranks(server):
     shown = {}
     for name, parallel in (("preview_alone", False), ("preview_shared", True)):
@@ -652,6 +685,30 @@ def test_a_cache_between_sampler_and_model_is_refused(limits):
 @pytest.mark.parametrize("name", ["a LoRA behind", "sparse attention behind", "EasyCache, behind"])
 def test_a_patch_behind_the_node_is_refused(limits, name):
     assert "where the workers cannot see it. Place EVDiTSequenceParallel last" in limits[name]
+
+
+def test_a_second_node_is_refused_by_its_name(limits):
+    said = "The model comes from another EVDiTSequenceParallel, whose workers compute it. Remove one of the two."
+    assert limits["a second time"] == said
+    assert limits["a second time, not strict"] == f"The model stays with its workers as it was: {said}"
+
+
+def test_what_looks_into_a_model_is_told_where_to_connect(limits):
+    said = "The model comes from EVDiTSequenceParallel, whose workers compute it, so that nothing inside it can be measured."
+    assert all(message.startswith(said) for message in limits["measured behind it"])
+
+
+def test_the_report_adds_up_what_the_workers_count_in_a_run(limits):
+    """And forgets it with the next; the log tells it too."""
+    one, other = limits["reports"]
+    assert one == other and one.startswith("Self-attention over the video: 12 calls, 10 of them sparse\n  work: 50% of")
+    said = "Efficient-vDiT: 10 attention calls sparse at mean density 0.40; dense: 2 full in the plan"
+    assert limits["log of a run"][::2] == [said, said]
+
+
+def test_a_model_and_its_workers_weights_go_with_the_last_reference(limits):
+    """ComfyUI takes what is left to Python's search for cycles for a leak, and warns of it."""
+    assert limits["freed with the last reference"] == [True, True, True]
 
 
 def test_each_run_has_a_name_of_its_own(limits):

@@ -56,6 +56,8 @@ def test_ranks_make_the_video_of_one_process(facts, ranks, name):
     # CogVideoX's large scores make 3e-5 of float32's rounding, the others stay below 1e-6.
     for plan in PLANS if name in THOROUGH else PLANS[:1]:
         assert found[plan]["error"] <= 5e-5, plan
+        # Of a text as long as the video one process cannot tell the calls over the text.
+        assert found[plan]["calls of ranks"] == found[plan]["calls of one process"] or name in DENSE, plan
     assert found["one reference"]["effect"] > 1e-3 or name in DENSE
     assert found["no plan"]["error"] <= 1e-5
     if name in THOROUGH:
@@ -73,6 +75,11 @@ def check_branches(found, groups, name):
     assert found["by branch"]["error"] <= 5e-5
     assert found.get("by branch with sharded weights", name not in THOROUGH)
     assert found["by branch"]["groups"] == ([] if name in ONE_AT_A_TIME else [groups] * 2)
+    computed, first = found["by branch"]["computed"], groups.split()[1]
+    who = "all ranks" if name in ONE_AT_A_TIME else f"rank{'s' if '+' in first else ''} {first}"
+    assert computed and all(words.endswith(f" on {who}") for words in computed), computed
+    # Each group makes all calls, with its part of the batch; they count once.
+    assert found["by branch"]["calls of ranks"] == found.get("one reference", found["by branch"])["calls of ranks"]
 
 
 @pytest.mark.parametrize("name", ["wan", "wan i2v", "ltx", "hunyuan", "h3 with guidance"])

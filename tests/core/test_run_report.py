@@ -1,5 +1,6 @@
 """What a run reports: counts, reasons, and times that are those of the calls."""
 
+import json
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.report.clock import DENSE, SPARSE, AttentionClock, Tally
 from efficient_vdit_core.attention.report.cost import StepCost
 from efficient_vdit_core.attention.report.measure import StepMeasure
+from efficient_vdit_core.attention.report.reason_names import CROSS_ATTENTION
 from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.attention.report.summary import (
     describe_bound,
@@ -48,6 +50,14 @@ def test_every_call_is_in_the_summary():
     assert (
         "Other attention, always dense: 1 cross-attention" in text and ", from the dense calls of this run, so" in text
     )
+
+
+def test_the_counts_of_another_process_are_added():
+    """As JSON between them; two forwards and one."""
+    here, whole = ran(1, None), ran(1, None, 1)
+    here.add_counts(json.loads(json.dumps(ran(1).counts())))
+    whole.add_dense(CROSS_ATTENTION)  # each of the two others has one
+    assert here.counts() == whole.counts() and here.summary() == whole.summary()
 
 
 def test_a_run_without_dense_calls_claims_a_bound_and_no_measurement():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..layout import TokenLayout
 from .clock import AttentionClock
@@ -46,6 +48,20 @@ class AttentionReport:
             self.dense[reason] += 1
             if computed:
                 self.computed[computed] += 1
+
+    def counts(self) -> dict[str, Any]:
+        """What was counted so far, as JSON: for the report of another process."""
+        with self.lock:
+            dense, computed = dict(self.dense), dict(self.computed)
+            return {"sparse": self.sparse, "density_sum": self.density_sum, "dense": dense, "computed": computed}
+
+    def add_counts(self, counts: Mapping[str, Any]) -> None:
+        """Calls that another report has counted, as of its ``counts``."""
+        with self.lock:
+            self.sparse += counts["sparse"]
+            self.density_sum += counts["density_sum"]
+            self.dense.update(counts["dense"])
+            self.computed.update(counts["computed"])
 
     def add_trial(self, pattern: str, times: str) -> None:
         """What a trial of the backends found for calls under ``pattern``."""

@@ -38,8 +38,8 @@ class ShardedForward:
 
     ``patterns`` holds one pattern for each block, ``heads`` how many a block has (0 = not known), ``weights`` the ranks'
     shares as of ``Split``, ``backend`` as of ``tile_attention`` what Ulysses computes with. ``schemes`` counts which scheme
-    the layers took. ``awaits`` is what the next attention call is:
-    of a block the first is its self-attention; its length cannot tell, for text may be as long.
+    the layers took, and ``attended`` holds layer and scheme of each self-attention so far. ``awaits`` is what the next
+    attention call is: of a block the first is its self-attention; its length cannot tell, for text may be as long.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class ShardedForward:
         self.weights, self.backend = tuple(weights), backend
         self.layout, self.patterns, self.comm, self.scheme, self.heads = layout, tuple(patterns), comm, scheme, heads
         self.schemes: Counter[str] = Counter()
+        self.attended: list[tuple[int, str]] = []
         self._shard: Shard | None = None
         self.layer = -1
         self.awaits = ""
@@ -127,6 +128,7 @@ class ShardedForward:
         pattern = self.patterns[self.layer]
         scheme = scheme_of(self.scheme, self.shard, pattern, q.shape[1], q.shape[3], q.element_size())
         self.schemes[scheme] += 1
+        self.attended.append((self.layer, scheme))
 
         def inner(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
             followed = pattern.of_heads(first, q.shape[1])

@@ -77,9 +77,10 @@ class ComfyHost:
         import comfy.model_patcher
         import comfy.patcher_extension
 
+        from ....efficient_vdit_core.attention.report.report import AttentionReport
         from .branches import DIVISION_KEY, WEIGHTS_KEY, division_of
         from .sharded_weights import ShardedWeightsPatcher, let_go
-        from .sharding import COUNTS_KEY, SCHEME_KEY
+        from .sharding import COUNTS_KEY, REPORT_KEY, SCHEME_KEY
         from .step_memory import part_of, step_memory
 
         model, run = self.models[message["key"]], message.get("run", "")
@@ -102,13 +103,15 @@ class ComfyHost:
         options.update(given.pop("options"))
         options[SCHEME_KEY], options[COUNTS_KEY] = message["scheme"], Counter()
         options[WEIGHTS_KEY], options[DIVISION_KEY] = weights, division
+        options[REPORT_KEY] = report = AttentionReport()
         before = sum(self.comm.sent.values())
         try:
             out = model.model.apply_model(given.pop("x"), given.pop("t"), transformer_options=options, **given)
         except BaseException:
             _let_go_of_weights()
             raise
-        return {"bytes": sum(self.comm.sent.values()) - before, "schemes": options[COUNTS_KEY]}, {"out": out}
+        told = {"schemes": options[COUNTS_KEY], "attention": report.counts()}
+        return {"bytes": sum(self.comm.sent.values()) - before, **told}, {"out": out}
 
     def _end_run(self) -> None:
         """What ComfyUI does behind each run: other nodes forget what they keep for it."""

@@ -15,11 +15,12 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ....efficient_vdit_core.parallel.pool.session import Launch, Session, parse_devices
-from .. import hook
 from ..announce import show_on_node
+from ..hook import PARALLEL_KEY, WRAPPER_KEY, from_workers, hook_of, take_off
+from ..run_log import log_report
 from .division import Divider
 from .memory import MemoryWatch
-from .refusals import IN_WORKERS, Known, refuse_split_state
+from .refusals import IN_WORKERS, Known, refuse_second_time, refuse_split_state
 from .report import forecast_report
 from .run import Shared
 from .sharded_weights import SHARDED_WEIGHTS, WeightForecast, check_weights
@@ -28,7 +29,6 @@ from .worker_graph import import_folders, recipe
 
 log = logging.getLogger("efficient_vdit")
 
-WRAPPER_KEY = "efficient_vdit_parallel"
 NODE = "EVDiTSequenceParallel"
 SESSION = Session()
 
@@ -51,6 +51,7 @@ def parallelize(
     off. Raises ValueError for devices that cannot be read or that this machine has not."""
     names, asked = parse_devices(devices), False
     try:
+        refuse_second_time(model)
         _, rule = find_shardable(model)
         refuse_split_state(model)
         if weights == SHARDED_WEIGHTS:
@@ -70,8 +71,9 @@ def parallelize(
         SESSION.failures += asked
         if strict:
             raise
-        log.warning("Efficient-vDiT: the model runs on one device: %s", error)
-        report = f"The model runs on one device as it was: {error}"
+        how = "stays with its workers" if from_workers(model) else "runs on one device"
+        log.warning("Efficient-vDiT: the model %s: %s", how, error)
+        report = f"The model {how} as it was: {error}"
         show_on_node(node_id, report)
         return model, report
     about = WeightForecast.where_possible(model, rule, len(SESSION.tests))
@@ -105,14 +107,17 @@ def _redirected(model: Any, launch: Launch, divider: Divider, after_run: str, si
         for key in list(patched.wrappers.get(kind, {})):
             patched.remove_wrappers_with_key(kind, key)
     # No attention call comes by here, which the sparse node's report would take for a fault.
-    hook.take_off(patched)
+    take_off(patched)
     watch = MemoryWatch.of(SESSION, launch.key, size if _beside_us(launch.devices) else 0)
-    known = Known.of(patched, WRAPPER_KEY)
-    shared = Shared(weakref.ref(model.model), SESSION, launch, divider.scheme, known, divider, watch.model)
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, shared.evaluation())
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, shared.around_run(after_run))
-    patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, WRAPPER_KEY, shared.before_run)
-    patched.set_additional_models(WRAPPER_KEY, [watch])
+    known = Known.of(patched, PARALLEL_KEY)
+    sparse, made_for = hook_of(model), weakref.ref(model.model)
+    shared = Shared(made_for, SESSION, launch, divider.scheme, known, divider, watch.model, sparse)
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, PARALLEL_KEY, shared.evaluation())
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, PARALLEL_KEY, shared.around_run(after_run))
+    if sparse is not None:  # inside of ours: its report tells what the workers have counted
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, log_report(sparse))
+    patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, PARALLEL_KEY, shared.before_run)
+    patched.set_additional_models(PARALLEL_KEY, [watch])
     return patched
 
 

@@ -10,7 +10,7 @@ import comfy.utils
 from comfy.patcher_extension import WrappersMP
 
 from ....efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
-from ..hook import WRAPPER_KEY
+from ..hook import WRAPPER_KEY, from_workers
 
 # What acts below the sampler: in the workers, where the same nodes have run. The other kinds of wrappers act here.
 IN_WORKERS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
@@ -104,6 +104,14 @@ class Known:
         looked_at = options.keys() - _OPTIONS_HERE - set(FORWARD_OPTIONS)
         known = self.options
         return sorted(str(key) for key in looked_at if key not in known or _differ(options[key], known[key]))
+
+
+def refuse_second_time(model: Any) -> None:
+    """Raises ValueError where a MODEL has been through our node already."""
+    if from_workers(model):
+        raise ValueError(
+            "The model comes from another EVDiTSequenceParallel, whose workers compute it. Remove one of the two."
+        )
 
 
 def refuse_split_state(model: Any) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ....efficient_vdit_core.parallel.pool.session import Launch, Session
 from ....efficient_vdit_core.parallel.sharding.division import Division
+from ..hook import Hook
 from ..model_call import ModelCall, around_model
+from .attention_counts import tell_report
 from .branches import BRANCHES_OF, told
 from .division import Divider
 from .forecast import Measured
@@ -80,7 +82,7 @@ class Run:
 @dataclass(frozen=True)
 class Shared:
     """A shared out MODEL: the BaseModel of its own (a weak reference), its workers, what they know, how they share its
-    evaluations out, and what stands for their weights here."""
+    evaluations out, what stands for their weights here, and its Sparse Attention, None where it has none."""
 
     made_for: Callable[[], Any]
     session: Session
@@ -89,6 +91,7 @@ class Shared:
     known: Known
     divider: Divider
     weights: WorkersWeights
+    hook: Hook | None
     run: Run = field(default_factory=Run)
 
     def evaluation(self) -> Any:
@@ -100,7 +103,10 @@ class Shared:
             self.known.check_evaluation(call.control, call.options)
             options = {name: value for name, value in call.options.items() if name in FORWARD_OPTIONS}
             inputs = {"x": call.x, "t": call.t, "c_concat": call.c_concat, "c_crossattn": call.c_crossattn}
-            return self._computed({**inputs, **call.conds}, options)
+            out, attention = self._computed({**inputs, **call.conds}, options)
+            if self.hook is not None:
+                tell_report(self.hook, call, attention)
+            return out
 
         # Known by its mark, not by itself: a function that holds itself would keep the MODEL until Python looks for cycles.
         wrapper = around_model(evaluate)
@@ -132,7 +138,8 @@ class Shared:
 
         return wrapper
 
-    def _computed(self, inputs: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    def _computed(self, inputs: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """What the workers make of an evaluation, and the counts of its attention calls, which all ranks make together."""
         tensors: dict[str, Tensor] = {}
         given = pack({**inputs, "options": options}, tensors)
         # A pool that starts anew measures anew.
@@ -149,7 +156,7 @@ class Shared:
         self.run.steps.append(time.perf_counter() - start)
         self.run.sent.append(max(int(said["bytes"]) for said in ranks))
         self.run.schemes = ranks[0]["schemes"]
-        return result["out"].to(inputs["x"].device)
+        return result["out"].to(inputs["x"].device), ranks[0]["attention"]
 
 
 def _acts_on(shared: Shared, model: Any) -> bool:

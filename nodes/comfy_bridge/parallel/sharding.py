@@ -10,6 +10,7 @@ from comfy.patcher_extension import WrappersMP
 from ....efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from ....efficient_vdit_core.parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook
 from ....efficient_vdit_core.parallel.sharding.communicator import Communicator
+from ....efficient_vdit_core.parallel.sharding.division import Division
 from ....efficient_vdit_core.parallel.sharding.override import make_sharded_override
 from ..families import Family, find_family, uncompiled
 from ..hook import Hook, dense, hook_of
@@ -17,7 +18,8 @@ from ..model_call import ModelCall, around_model
 from ..publish import install
 from ..replaced_blocks import replaced_blocks
 from ..window import Window
-from .branches import COMM_KEY, WEIGHTS_KEY, share_out_branches
+from .attention_counts import count_calls
+from .branches import COMM_KEY, DIVISION_KEY, WEIGHTS_KEY, share_out_branches
 from .branches import WRAPPER_KEY as BRANCHES_KEY
 from .module_forwards import Seat, all_keys_forward, block_forward, paths, replace_forward, whole_forward
 from .shard_rules import NOT_SHARDED, RULES, Row, ShardRule
@@ -26,6 +28,7 @@ from .sharded_weights import SHARDED_WEIGHTS, WHOLE_WEIGHTS, share_out_weights
 WRAPPER_KEY = "efficient_vdit_sharding"
 SCHEME_KEY = "evdit_scheme"
 COUNTS_KEY = "evdit_scheme_counts"
+REPORT_KEY = "evdit_report_of_ranks"
 
 
 def find_shardable(model: Any) -> tuple[Family, ShardRule]:
@@ -75,7 +78,7 @@ def shard_model(model: Any, comm: Communicator, *, weights: str = WHOLE_WEIGHTS)
 
     ``transformer_options[SCHEME_KEY]`` chooses the scheme of a forward, default auto, WEIGHTS_KEY the ranks' shares,
     default even ones, DIVISION_KEY which branches are whose; a Counter under COUNTS_KEY receives how many layers took
-    which scheme.
+    which scheme, and an AttentionReport under REPORT_KEY which calls were sparse.
     """
     (family, rule), hook = find_shardable(model), hook_of(model)
     model = share_out_weights(model, rule, comm) if weights == SHARDED_WEIGHTS else model.clone()
@@ -139,6 +142,16 @@ def _publish(depth: int, heads: int, comm: Communicator, seat: Seat) -> Any:
         finally:
             seat.forward = None
         call.options.get(COUNTS_KEY, Counter()).update(sharded.schemes)
+        if REPORT_KEY in call.options:
+            count_calls(call.options[REPORT_KEY], state, sharded, _who(call.options.get(DIVISION_KEY), comm.rank))
         return out
 
     return around_model(publish)
+
+
+def _who(division: Division | None, rank: int) -> str:
+    """The ranks that compute a forward together with this one."""
+    if division is None or not division.by_branches:
+        return "all ranks"
+    group = division.groups[division.group_of(rank)]
+    return f"rank{'s' if len(group) > 1 else ''} {'+'.join(map(str, group))}"

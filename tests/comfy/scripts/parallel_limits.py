@@ -1,7 +1,9 @@
 """What a shared run refuses, and when its node runs again; this process stands for the workers. Prints JSON."""
 
 import copy
+import gc
 import json
+import weakref
 
 from host import call, load_pack, log_lines, refusal, sample, torch  # isort: skip
 import sys  # isort: skip
@@ -61,7 +63,13 @@ class HereInstead:
         options = comfy.model_patcher.create_model_options_clone(self.source.model_options)["transformer_options"]
         options.update(given.pop("options"))
         out = self.source.model.apply_model(given.pop("x"), given.pop("t"), transformer_options=options, **given)
-        return [{"bytes": 0, "schemes": {}}] * 2, {"out": out}
+        attention = {
+            "sparse": 5,
+            "density_sum": 2.0,
+            "dense": {"full in the plan": 1},
+            "computed": {"rb on all ranks": 6},
+        }
+        return [{"bytes": 0, "schemes": {}, "attention": attention}] * 2, {"out": out}
 
     def offload(self):
         return True
@@ -290,6 +298,53 @@ if Guider_DualModel:  # not in older versions
     one = shared(model)
     facts["one model as two"] = float((of_two_models(one, one) - of_two_models(model, model)).abs().max())
     facts["after a refusal"] = float((run(one) - run(model)).abs().max())
+
+
+def kept_by_nothing(act):
+    """How many of what ``act`` makes, and lets go of, Python's count of references frees without its search for cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        made = act()
+        refs = [weakref.ref(each) for each in made]
+        del made
+        return [each() is None for each in refs]
+    finally:
+        gc.enable()
+
+
+def a_run_and_its_models():
+    source = model.clone()
+    made = shared(source, session=HereInstead(model))
+    run(made)
+    (watch,) = made.get_nested_additional_models()
+    mm.current_loaded_models.clear()
+    return source, made, watch.model
+
+
+facts["freed with the last reference"] = kept_by_nothing(a_run_and_its_models)
+
+
+def refused_a_second_time():
+    """The MODEL of a node that is not strict stays that of the node before."""
+    first = shared(model)
+    return shared(first, strict=False) is first and report
+
+
+facts["a second time"] = refusal(lambda: shared(shared(model)))
+facts["a second time, not strict"] = refused_a_second_time()
+clip = {"positive": [[text, {}]], "latent": {"samples": noise}, "seed": 0}
+search = {"probes": 1, "threshold": 0.2, "target_speedup": 0.0, "candidates": "1", "error": "output"}
+facts["measured behind it"] = [
+    refusal(lambda: call(pack["EVDiTSearchTilePlan"], model=shared(model), **clip, **search)),
+    refusal(lambda: call(pack["EVDiTAttentionTileMap"], model=shared(model), **clip, layers="0", percent=0.0, rows=4)),
+]
+source = sparse(model)
+made, lines = shared(source, session=HereInstead(model)), log_lines()
+run(made)
+run(made)
+facts["reports"] = [call(pack["EVDiTReport"], model=chosen, after=noise)[0] for chosen in (source, made)]
+facts["log of a run"] = list(lines)
 lines = log_lines()
 shared(sparse(model))
 facts["log of a forecast"] = list(lines)

@@ -29,11 +29,13 @@ def module(ending: str):
 plans, packing = module("efficient_vdit_core.plan"), module("comfy_bridge.parallel.packing")
 sharding, tiles = module("comfy_bridge.parallel.sharding"), module("efficient_vdit_core.tiles")
 head_patterns, division = module("efficient_vdit_core.plan.head_patterns"), module("sharding.division")
-branches = module("comfy_bridge.parallel.branches")
+branches, hooks = module("comfy_bridge.parallel.branches"), module("comfy_bridge.hook")
+reports, reasons = module("attention.report.report"), module("attention.report.reason_names")
 UNLIKE = (16, 7, 11)
 THOROUGH = CASES if os.environ.get("EVDIT_ALL_RANKS") else ONE_OF_EACH
 IN_GROUPS = ("wan", "wan i2v", "ltx", "hunyuan", "h3 with guidance")  # on four ranks
 counts, divided = sharding.Counter(), []
+counted = reports.AttentionReport()  # the same for attention calls
 comm = None  # over the ranks that work together
 module("sharding.blocks").Counter = lambda: counts  # of all forwards of a run
 
@@ -65,13 +67,14 @@ def by_branch(executor, x, t, c_concat=None, c_crossattn=None, control=None, opt
 
 
 def shared(source, case: Case, weights: tuple[int, ...] = (), hold: str = "whole", divide: bool = False):
-    """What the ranks find together; ``counts`` says how many layers took which scheme, ``divided`` which groups of ranks
-    had branches of their own.
+    """What the ranks find together; ``counts`` says how many layers took which scheme, ``counted`` which calls were sparse,
+    ``divided`` which groups of ranks had branches of their own.
 
     Two ranks choose the scheme themselves, three take that of the references wherever it can be. ``weights``: of
     unlike ranks. ``hold``: how the ranks hold the model. ``divide``: by branch.
     """
     counts.clear()
+    counted.reset()
     divided.clear()
     return run(share(source, weights, hold, divide), case)
 
@@ -83,7 +86,7 @@ def share(source, weights: tuple[int, ...] = (), hold: str = "whole", divide: bo
     model = sharding.shard_model(source, comm, weights=hold)
     options = model.model_options["transformer_options"]
     options[sharding.SCHEME_KEY] = "auto" if comm.size == 2 else "rb"
-    options[branches.WEIGHTS_KEY] = weights
+    options[branches.WEIGHTS_KEY], options[sharding.REPORT_KEY] = weights, counted
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "through the workers", through_the_workers)
     return model
 
@@ -95,6 +98,12 @@ def after_one_rank_alone_has_unloaded(source, case: Case):
     if comm.rank == 0:
         mm.unload_all_models()
     return run(model, case)
+
+
+def over_the_video(report) -> dict:
+    """What a report tells of self-attention over the video: the ranks count no other calls."""
+    dense = {reason: count for reason, count in report.dense.items() if reason not in reasons.NOT_OVER_THE_VIDEO}
+    return {"sparse": report.sparse, "density": round(report.density_sum, 9), "dense": dense}
 
 
 def by_one_process(model, case: Case, **more):
@@ -126,8 +135,10 @@ def facts(name: str, case: Case) -> dict:
     )[: None if thorough else 1]:
         source = sparse(model, plan)
         want = by_one_process(source, case)
+        calls = over_the_video(hooks.report_of(source))
         got = shared(source, case)
         found[words] = {"error": distance(got, want), "effect": distance(want, dense), "schemes": dict(counts)}
+        found[words] |= {"calls of one process": calls, "calls of ranks": over_the_video(counted)}
         made[words] = source, want, got
     source, alone, whole = made["one reference"]
     before = comm.sent["gather of weights"]
@@ -151,7 +162,15 @@ def divisions(source, case: Case, alone, thorough: bool = True) -> dict:
     ``thorough`` sharded ones."""
     unlike = UNLIKE[: comm.size] if comm.size == 3 else ()
     got = shared(source, case, unlike, divide=True)
-    found: dict = {"by branch": {"error": distance(got, alone), "groups": divided.copy()}}
+    calls, computed = over_the_video(counted), sorted(counted.computed)
+    found: dict = {
+        "by branch": {
+            "error": distance(got, alone),
+            "groups": divided.copy(),
+            "calls of ranks": calls,
+            "computed": computed,
+        }
+    }
     if not thorough:
         return found
     held = shared(source, case, unlike, hold="sharded", divide=True)
