@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -118,6 +119,15 @@ def _prepared(hook: Hook, state: ForwardState, call: ModelCall) -> ForwardState:
     """The forward with its backends settled, and all made that its calls keep on the device."""
     if hook.make is not None:
         return state
+    shape = call_shape(hook.family, call.model, call.x)
+    hook.tell_clip(state, shape)
+    state = hook.preparation.before_forward(state, shape, dense_attention(state, call))
+    hook.report.clock.reserve(shape.device, state.depth or 0)
+    return state
+
+
+def dense_attention(state: ForwardState, call: ModelCall) -> Callable[[int], DenseCall]:
+    """What gives each layer's dense attention beside this forward, for those who time it; our override must be on top."""
     # What a trial calls is no call of the model: it gets the forward's options without our own override, which stands aside
     # where a node behind it kept it.
     beside = {key: value for key, value in call.options.items() if key != OVERRIDE}
@@ -128,8 +138,4 @@ def _prepared(hook: Hook, state: ForwardState, call: ModelCall) -> ForwardState:
         dense: DenseCall = call.options[OVERRIDE].asked(optimized_attention, None, options)
         return dense.as_the_file_asks(state.file_attention.get(layer), video=True)
 
-    shape = call_shape(hook.family, call.model, call.x)
-    hook.tell_clip(state, shape)
-    state = hook.preparation.before_forward(state, shape, dense_of)
-    hook.report.clock.reserve(shape.device, state.depth or 0)
-    return state
+    return dense_of

@@ -525,6 +525,17 @@ def test_a_node_that_a_worker_lacks_is_named(facts):
     assert "UNETLoader" in facts["invalid"] and "gone.safetensors" in facts["invalid"]
 
 
+def test_workers_that_outlive_a_comfyui_take_the_next_one_s_folders(facts):
+    found = facts["mean weight"]
+    assert found["of a second ComfyUI"] == pytest.approx(5 * found["wan"])
+
+
+def test_workers_refuse_a_comfyui_that_they_cannot_follow(facts):
+    assert "other options (--bf16-unet, --fp16-vae), and go on with those" in facts["others"]["argv"]
+    assert re.search("run the ComfyUI in .*, expected .*elsewhere. End them", facts["others"]["root"])
+    assert re.search("loaded the node EVDiTTilePlan from .*, expected .*nodes. End them", facts["another copy"])
+
+
 def test_a_file_that_was_replaced_under_its_name_is_read_anew(facts):
     assert facts["mean weight"]["replaced"] == pytest.approx(3 * facts["mean weight"]["wan"])
 

@@ -100,6 +100,17 @@ def test_references_travel_wherever_heads_are_alike(facts, ranks):
     assert facts["3"]["wan i2v"]["a window"]["schemes"].keys() == {"rb"}
 
 
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_layer_that_one_process_finds_faster_dense_is_dense_on_all_ranks(facts, ranks):
+    found = of(facts, ranks, "wan")["a slow layer"]
+    assert found["error"] <= 5e-5 < 1e-3 < found["effect"]
+    assert (
+        found["calls of ranks"] == found["calls of one process"]
+        and "measured faster" in found["calls of ranks"]["dense"]
+    )
+    assert found["as one process"] and found["measured by"][0] > 0 and not any(found["measured by"][1:])
+
+
 @pytest.mark.parametrize("name", NOT_SHARDED)
 def test_what_cannot_be_shared_out_says_why(facts, name):
     assert of(facts, "2", name)["refused"].startswith(NOT_SHARDED[name])

@@ -116,14 +116,22 @@ class Preparation:
         if state.layout is None or state.depth is None:
             return state
         if state.active or state.later:  # for those that follow room is made, which layers that stay dense do not need
-            slow = self._settle_all(state, state.layout, shape, dense_of)
+            slow = self.slow_layers(state, shape, dense_of)
             state = replace(state, slow=slow, settled=True)
         return self.keep_residual(state, shape)
 
-    def _settle_all(
-        self, state: ForwardState, layout: TokenLayout, shape: CallShape, dense_of: Callable[[int], DenseCall]
+    @property
+    def measures(self) -> bool:
+        """Whether a trial may find that a sparse layer is to stay dense."""
+        return self.decline_slow and self.backend == "auto"
+
+    def slow_layers(
+        self, state: ForwardState, shape: CallShape, dense_of: Callable[[int], DenseCall]
     ) -> frozenset[int]:
-        """Every layer's backends; the layers that stay dense by them."""
+        """Settles every layer's backends; those layers that would be sparse, and stay dense by them. Arguments as of
+        `before_forward`, of an active forward whose layout is known."""
+        layout = state.layout
+        assert layout is not None
         with self.lock:
             wanted = {(shape, 0, False), *self.unforeseen}
         layouts = {layout, without_padding(layout, state.padding)}

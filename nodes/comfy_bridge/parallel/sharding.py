@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from comfy.patcher_extension import WrappersMP
 
 from ....efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from ....efficient_vdit_core.parallel.sharding.blocks import SHARDED_KEY, ShardedForward, block_hook
-from ....efficient_vdit_core.parallel.sharding.communicator import Communicator
+from ....efficient_vdit_core.parallel.sharding.communicator import Communicator, form
 from ....efficient_vdit_core.parallel.sharding.division import Division
 from ....efficient_vdit_core.parallel.sharding.override import make_sharded_override
+from ....efficient_vdit_core.plan.head_patterns import LayerPattern
+from ....efficient_vdit_core.tiles import TilePattern
 from ..families import Family, find_family, uncompiled
+from ..forward import call_shape
 from ..hook import Hook, dense, hook_of
 from ..model_call import ModelCall, around_model
-from ..publish import install
+from ..publish import dense_attention, install
 from ..replaced_blocks import replaced_blocks
 from ..window import Window
 from .attention_counts import count_calls
@@ -106,8 +110,7 @@ def shard_model(model: Any, comm: Communicator, *, weights: str = WHOLE_WEIGHTS)
     for pattern in rule.all_keys:
         for path in paths(diffusion_model, pattern):
             replace_forward(patched, path, all_keys_forward(seat))
-    settings = family.depth(diffusion_model), family.head_count(diffusion_model)
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _publish(*settings, comm, seat))
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _publish(family, diffusion_model, comm, seat))
     return patched
 
 
@@ -124,16 +127,18 @@ def _hook_block(patched: Any, row: Row, number: int, layer: int | None, last: bo
     patched.set_model_patch_replace(hook, "dit", row.hook, number)
 
 
-def _publish(depth: int, heads: int, comm: Communicator, seat: Seat) -> Any:
+def _publish(family: Family, diffusion_model: Any, comm: Communicator, seat: Seat) -> Any:
     """An APPLY_MODEL wrapper: says for this forward which rank holds which tokens, and every layer's pattern."""
+    depth, heads = family.depth(diffusion_model), family.head_count(diffusion_model)
 
     def publish(call: ModelCall) -> Any:
         state: ForwardState = call.options[FORWARD_KEY]
         if state.layout is None:
             raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
-        patterns = [state.owner.pattern_of(state, layer) for layer in range(depth)]
         scheme, weights = call.options.get(SCHEME_KEY, "auto"), call.options.get(WEIGHTS_KEY, ())
         backend, at = state.owner.backend, call.options.get(COMM_KEY, comm)
+        patterns = [state.owner.pattern_of(state, layer) for layer in range(depth)]
+        patterns = _without_slow(patterns, family, state, call, at)
         sharded = ShardedForward(state.layout, patterns, at, scheme, heads, weights, backend)
         call.options[SHARDED_KEY] = seat.forward = sharded
         try:
@@ -147,6 +152,24 @@ def _publish(depth: int, heads: int, comm: Communicator, seat: Seat) -> Any:
         return out
 
     return around_model(publish)
+
+
+def _without_slow(
+    patterns: list[LayerPattern], family: Family, state: ForwardState, call: ModelCall, comm: Communicator
+) -> list[LayerPattern]:
+    """The patterns, full where one device alone would find dense attention faster for the whole sequence: the clip is to
+    be that device's. Rank 0 measures, and all follow it, for two trials may differ."""
+    full = TilePattern(None)
+    if not state.owner.measures or all(pattern == full for pattern in patterns):
+        return patterns
+    slow = torch.zeros(len(patterns), dtype=torch.uint8)
+    if comm.rank == 0:
+        shape = call_shape(family, call.model, call.x)
+        slow[list(state.owner.slow_layers(state, shape, dense_attention(state, call)))] = 1
+    (found,), *_ = comm.gather(
+        "layers that stay dense", [slow.to(call.x.device)], [[form(slow, 0, len(slow))]] * comm.size
+    )
+    return [full if stays else pattern for pattern, stays in zip(patterns, found.tolist(), strict=True)]
 
 
 def _who(division: Division | None, rank: int) -> str:

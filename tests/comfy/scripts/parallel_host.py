@@ -107,7 +107,11 @@ def rank_main(rank, folder):
         about_graph = {"comfyui": about, "packs": packs, "prompt": graph, "source": source, "files": files}
         said = host.open({"key": key, "keep": [key], **about_graph})
         facts[f"plan of {key}"] = said["plan"]
-        host.models["plain"] = host.kept[-1]
+        host.models["plain"] = host.comfyui.kept[-1]
+
+    def opened_from(path, kind="Other"):
+        graph = {"packs": {kind: path}, "prompt": {}, "source": ["1", 0], "files": {}}
+        host.open({"key": "else", "keep": [], "comfyui": about, **graph})
 
     def mean_weight(key):
         return float(host.models[key].model.diffusion_model.blocks[0].self_attn.q.weight.abs().mean())
@@ -134,14 +138,14 @@ def rank_main(rank, folder):
         opened("osp", prompt(tiny), ["3", 0])
         compare("osp", torch.randn(2, 4, 5, 6, 8), torch.randn(2, 9, 64), [torch.tensor([3.0, 3.0])])
 
-        def save(scale):
+        def save(scale, file=f"{folder}/wan.safetensors"):
             if rank == 0:
+                os.makedirs(os.path.dirname(file), exist_ok=True)
                 save_wan(file, scale)
             dist.barrier()
             torch.manual_seed(2)  # the ranks' inputs must be the same, and one of them has just drawn a model
             files[file] = [os.stat(file).st_size, os.stat(file).st_mtime_ns]
 
-        file = f"{folder}/wan.safetensors"
         save(1.0)
         opened("wan", prompt(wan("wan.safetensors")), ["3", 0])
         x = torch.randn(1, 16, 5, 6, 8)
@@ -161,6 +165,18 @@ def rank_main(rank, folder):
         save(3.0)
         opened("replaced", prompt(wan("wan.safetensors")), ["3", 0])
         facts["mean weight"]["replaced"] = mean_weight("replaced")
+        # The ComfyUI that asks was started anew: with another folder of models, and with options that a worker does not hear.
+        save(5.0, f"{folder}/second/wan.safetensors")
+        folders = {"diffusion_models": [[f"{folder}/second"], [".safetensors"]]}
+        about = {**about, "argv": ["--cpu", "--port", "9000"], "folders": folders}
+        opened("replaced", prompt(wan("wan.safetensors")), ["3", 0])
+        facts["mean weight"]["of a second ComfyUI"] = mean_weight("replaced")
+        facts["others"] = {}
+        for name, value in (("argv", ["--bf16-unet", "--fp16-vae"]), ("root", f"{folder}/elsewhere")):
+            try:
+                host.open({"key": "replaced", "keep": ["replaced"], "comfyui": {**about, name: value}})
+            except ValueError as error:
+                facts["others"][name] = str(error)
         wrong = {
             "missing": prompt({"class_type": "NoSuchNode", "inputs": {}}),
             "invalid": prompt(wan("gone.safetensors")),
@@ -171,13 +187,15 @@ def rank_main(rank, folder):
             except ValueError as error:
                 facts[name] = str(error)
         try:
-            host.open(
-                {"key": "else", "keep": [], "packs": {"Other": folder}, "prompt": {}, "source": ["1", 0], "files": {}}
-            )
+            opened_from(folder)
         except ValueError as error:
             facts["another folder"] = str(error)
+        try:
+            opened_from(f"{PACK}/nodes", "EVDiTTilePlan")
+        except ValueError as error:
+            facts["another copy"] = str(error)
     facts["assets"] = [None] * RANKS
-    keeper = getattr(host.executor.server, "asset_manager", None)
+    keeper = getattr(host.comfyui.executor.server, "asset_manager", None)
     dist.all_gather_object(facts["assets"], keeper is not None and not keeper.enabled)
     if rank == 0:
         print(json.dumps(facts))

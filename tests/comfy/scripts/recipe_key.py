@@ -20,16 +20,21 @@ prompt = {
         "inputs": {"model_name": "tiny (built in)", "weight_dtype": "default"},
     },
     "3": {"class_type": "ModelPatch", "inputs": {"model": ["2", 0], "image": ["1", 0], **NO_INPUTS}},
-    "4": {"class_type": "EVDiTSequenceParallel", "inputs": {"model": ["3", 0]}},
+    "5": {"class_type": "EVDiTLoadTilePlan", "inputs": {"plan_name": "loras/student.safetensors", "model": ["3", 0]}},
+    "6": {"class_type": "EVDiTSparseAttention", "inputs": {"model": ["3", 0], "plan": ["5", 0]}},
+    "4": {"class_type": "EVDiTSequenceParallel", "inputs": {"model": ["6", 0]}},
 }
 with tempfile.TemporaryDirectory() as folder:
     folder_paths.set_input_directory(folder)
-    image = Path(folder) / "reference.png"
+    folder_paths.folder_names_and_paths["loras"] = ([folder], {".safetensors"})
+    image, lora = Path(folder) / "reference.png", Path(folder) / "student.safetensors"
     keys, openings = [], []
-    for content in (b"one", b"one", b"another"):
-        if not image.is_file() or image.read_bytes() != content:
-            image.write_bytes(content)
+    for files in ((b"one", b"a"), (b"one", b"a"), (b"another", b"a"), (b"another", b"new")):
+        for path, content in zip((image, lora), files, strict=True):
+            if not path.is_file() or path.read_bytes() != content:
+                path.write_bytes(content)
         key, opening = bridge.recipe(prompt, "4", "the node")
         keys.append(key)
-        openings.append([Path(path).name for path in opening["files"]])
-print(json.dumps({"same": keys[0] == keys[1], "replaced": keys[1] != keys[2], "files": openings}))
+        openings.append(sorted(Path(path).name for path in opening["files"]))
+replaced = [after != before for before, after in zip(keys[1:], keys[2:], strict=False)]
+print(json.dumps({"same": keys[0] == keys[1], "replaced": replaced, "files": openings}))

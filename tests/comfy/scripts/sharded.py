@@ -31,6 +31,7 @@ sharding, tiles = module("comfy_bridge.parallel.sharding"), module("efficient_vd
 head_patterns, division = module("efficient_vdit_core.plan.head_patterns"), module("sharding.division")
 branches, hooks = module("comfy_bridge.parallel.branches"), module("comfy_bridge.hook")
 reports, reasons = module("attention.report.report"), module("attention.report.reason_names")
+prepare, dispatch = module("attention.hook.prepare"), module("efficient_vdit_core.attention.dispatch")
 UNLIKE = (16, 7, 11)
 THOROUGH = CASES if os.environ.get("EVDIT_ALL_RANKS") else ONE_OF_EACH
 IN_GROUPS = ("wan", "wan i2v", "ltx", "hunyuan", "h3 with guidance")  # on four ranks
@@ -40,8 +41,8 @@ comm = None  # over the ranks that work together
 module("sharding.blocks").Counter = lambda: counts  # of all forwards of a run
 
 
-def sparse(model, plan):
-    settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
+def sparse(model, plan, **more):
+    settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0, **more}
     return call(pack["EVDiTSparseAttention"], model=model, plan=plan, **settings)[0]
 
 
@@ -151,10 +152,40 @@ def facts(name: str, case: Case) -> dict:
         found["unlike ranks"] = {"error": distance(shared(source, case, UNLIKE[: comm.size]), alone)}
     if not case.single:
         found |= divisions(source, case, alone, thorough)
+    if name == "wan":
+        found["a slow layer"] = with_a_slow_layer(model, case)
     found["no plan"] = {"error": distance(shared(model, case), dense)}
     found["after it"] = distance(by_one_process(model, case), dense)
     found["weights same"] = all(torch.equal(v, weights[k]) for k, v in model.model.diffusion_model.state_dict().items())
     return found
+
+
+def with_a_slow_layer(model, case: Case) -> dict:
+    """Dense attention is measured faster than the second layer's pattern, by the one rank that measures, as by one process."""
+    plan = plans.TilePlan.from_text("0:1 1:2 2:1")
+    source, measured = sparse(model, plan, decline_slow=True), []
+
+    def trial(shape, layout, pattern, **_):
+        measured.append((shape.batch, layout.tokens, pattern.k))
+        times = {"dense": 2.0, "frames": 1.0 if pattern.k == 1 else 3.0}
+        return dispatch.Choice(min(times, key=times.__getitem__), times)
+
+    plain, prepare.measured_choice = prepare.measured_choice, trial
+    try:
+        want, alone = by_one_process(source, case), measured.copy()
+        calls = over_the_video(hooks.report_of(source))
+        measured.clear()
+        got, told = shared(source, case), over_the_video(counted)
+        ranks = comm.gather("test", [torch.tensor([len(measured)])], [[((1,), torch.int64)]] * comm.size)
+    finally:
+        prepare.measured_choice = plain
+    every = by_one_process(sparse(model, plan), case)
+    effect = distance(every, want)
+    return {
+        "error": distance(got, want), "effect": effect, "as one process": measured == alone or comm.rank > 0,
+        "measured by": [int(found[0]) for found in ranks],
+        "calls of one process": calls, "calls of ranks": told,
+    }  # fmt: skip
 
 
 def divisions(source, case: Case, alone, thorough: bool = True) -> dict:
