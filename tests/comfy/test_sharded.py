@@ -103,7 +103,7 @@ def test_references_travel_wherever_heads_are_alike(facts, ranks):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_a_layer_that_one_process_finds_faster_dense_is_dense_on_all_ranks(facts, ranks):
     found = of(facts, ranks, "wan")["a slow layer"]
-    assert found["error"] <= 5e-5 < 1e-3 < found["effect"]
+    assert max(found["error"], found["by branch"]) <= 5e-5 < 1e-3 < found["effect"]
     assert (
         found["calls of ranks"] == found["calls of one process"]
         and "measured faster" in found["calls of ranks"]["dense"]

@@ -138,7 +138,7 @@ def _publish(family: Family, diffusion_model: Any, comm: Communicator, seat: Sea
         scheme, weights = call.options.get(SCHEME_KEY, "auto"), call.options.get(WEIGHTS_KEY, ())
         backend, at = state.owner.backend, call.options.get(COMM_KEY, comm)
         patterns = [state.owner.pattern_of(state, layer) for layer in range(depth)]
-        patterns = _without_slow(patterns, family, state, call, at)
+        patterns = _without_slow(patterns, family, state, call, comm)
         sharded = ShardedForward(state.layout, patterns, at, scheme, heads, weights, backend)
         call.options[SHARDED_KEY] = seat.forward = sharded
         try:
@@ -158,7 +158,7 @@ def _without_slow(
     patterns: list[LayerPattern], family: Family, state: ForwardState, call: ModelCall, comm: Communicator
 ) -> list[LayerPattern]:
     """The patterns, full where one device alone would find dense attention faster for the whole sequence: the clip is to
-    be that device's. Rank 0 measures, and all follow it, for two trials may differ."""
+    be that device's. Rank 0 measures, and all follow it, whichever branches they have, for two trials may differ."""
     full = TilePattern(None)
     if not state.owner.measures or all(pattern == full for pattern in patterns):
         return patterns

@@ -175,14 +175,15 @@ def with_a_slow_layer(model, case: Case) -> dict:
         want, alone = by_one_process(source, case), measured.copy()
         calls = over_the_video(hooks.report_of(source))
         measured.clear()
-        got, told = shared(source, case), over_the_video(counted)
+        got, told, same = shared(source, case), over_the_video(counted), measured == alone or comm.rank > 0
         ranks = comm.gather("test", [torch.tensor([len(measured)])], [[((1,), torch.int64)]] * comm.size)
+        by_branches = distance(shared(source, case, divide=True), want)
     finally:
         prepare.measured_choice = plain
     every = by_one_process(sparse(model, plan), case)
     effect = distance(every, want)
     return {
-        "error": distance(got, want), "effect": effect, "as one process": measured == alone or comm.rank > 0,
+        "error": distance(got, want), "by branch": by_branches, "effect": effect, "as one process": same,
         "measured by": [int(found[0]) for found in ranks],
         "calls of one process": calls, "calls of ranks": told,
     }  # fmt: skip
