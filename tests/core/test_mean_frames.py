@@ -8,7 +8,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from efficient_vdit_core.assets import preset_path
 from efficient_vdit_core.attention import TokenLayout, choose_backend, tile_attention
 from efficient_vdit_core.attention.backends.mean_frames import means_of
 from efficient_vdit_core.attention.backends.partial import PartialAttention
@@ -16,7 +18,7 @@ from efficient_vdit_core.attention.backends.parts import attend_parts
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall
 from efficient_vdit_core.attention.hook.override import make_attention_override
-from efficient_vdit_core.attention.hook.prepare import Preparation
+from efficient_vdit_core.attention.hook.prepare import Preparation, pattern_for_frames
 from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.parallel.sharding.layout import by_frames, choose_shard
@@ -133,7 +135,7 @@ ORDERS = {
 @pytest.mark.parametrize("heads", [slice(0, 6), slice(2, 5), slice(5, 6)], ids=["all heads", "some", "one"])
 def test_keys_are_averaged_as_they_lie(order, heads):
     """Nothing is copied but, in the rarest orders, a head's result into that of all."""
-    (means,) = means_of(TilePattern(0, means=1), LAYOUT, 0, 9)
+    (means,) = means_of(TilePattern(0, means=1), LAYOUT, 9, 9)
     plain = qkv(LAYOUT, heads=6, batch=1)[0]
     keys, want = order(plain)[0, heads], means.of(plain[0, heads])
     with LiveBytes() as held:
@@ -156,6 +158,36 @@ def test_memory_stays_under_the_stated_bound(order, share):
         attend_parts(*tensors, layout, pattern, PartialAttention("nothing", nothing_inside), output // share)
     lse = output // 64
     assert output + lse < held.peak <= output + lse + output // share + lse
+
+
+class _Products(TorchDispatchMode):
+    """Counts the bytes of the keys and values that matrix products read."""
+
+    read = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("mm", "bmm"):
+            self.read += max(x.nbytes for x in args[:2])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("preset", "frames", "tokens", "heads"),
+    [("wan_means", 21, 1560, 40), ("minimax_h3_means", 37, 1008, 56), ("minimax_h3_means", 107, 1008, 56), ("ltx_av_means", 16, 2040, 32)],
+)  # fmt: skip
+def test_means_cost_few_passes_over_the_keys(preset, frames, tokens, heads):
+    """Made for each run of frames of the whole clip they cost up to 130 times the keys' size, more than they save."""
+    pattern, _ = pattern_for_frames(TilePlan.load(preset_path(preset)), 5, 40, frames)
+    layout = TokenLayout(TokenGrid(frames, 1, tokens))
+    # As ComfyUI gives them. Nothing is computed on this device, at the sizes of a real clip.
+    q, k, v = torch.empty(3, 1, layout.tokens, heads, 128, dtype=torch.bfloat16, device="meta").transpose(2, 3)
+
+    def nothing_inside(q, k, v):
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    with _Products() as counted:
+        attend_parts(q, k, v, layout, pattern, PartialAttention("nothing", nothing_inside))
+    assert pattern.means and 2 * q.nbytes < counted.read < 8 * q.nbytes
 
 
 def test_a_still_video_loses_nothing():

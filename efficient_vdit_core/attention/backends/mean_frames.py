@@ -1,10 +1,11 @@
 """Mean frames: the keys and values of the frames that a frame does not see, averaged over time at each place.
 
 A query sees a mean of n frames as one key that counts n times: log n is added to its score, which as much is added to the
-log-sum-exp of all the means of one length. Each frame has means of its own, since it leaves out itself and its neighbours;
-they are one product with a small matrix over frames.
+log-sum-exp of all the means of one length. The frames outside a stretch of time see the same mean of it. One within has a
+mean of its own, since it leaves out itself and its neighbours; those of several frames are one product of the stretch with a
+small matrix over frames.
 
-Shapes: H heads, N tokens, D head_dim, T frames of s tokens, f frames of a call.
+Shapes: H heads, N tokens, D head_dim, T frames of s tokens, f means of a call.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...tiles import TilePattern
-from ..layout import TokenLayout, runs
+from ..layout import TokenLayout, frames_of, runs
 
 # A plain dict: torch.compile reads it while it traces, and would trace through a cache of functools.
 _TABLES: dict[tuple[TilePattern, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -28,42 +29,81 @@ _MOST_KEPT = 256
 
 @dataclass(frozen=True)
 class Means:
-    """The ``place``-th mean of ``count`` frames from ``first`` on, under ``pattern``."""
+    """The ``place``-th mean of each of ``count`` frames from ``first`` on, under ``pattern``.
+
+    ``rows``: the neighbouring frames (first, last exclusive) of each call that sees them: one run, a mean for each frame of it;
+    or, of one mean, runs of any length.
+    """
 
     pattern: TilePattern
     layout: TokenLayout
     place: int
     first: int
     count: int
+    rows: tuple[tuple[int, int], ...]
 
     def of(self, x: Tensor) -> Tensor:
-        """The mean of keys (or values) x (H, N, D) for each frame: (f, H, s, D)."""
-        return _by_frame(self._weights(x), _video(x, self.layout), self.layout.grid.tokens_per_frame)
+        """The means of keys (or values) x (H, N, D): (f, H, s, D)."""
+        return _by_frame(self._weights(x), self._stretch_of(x), self.layout.grid.tokens_per_frame)
 
     def add_gradient(self, total: Tensor, gradient: Tensor) -> None:
         """Adds what ``gradient``, that of ``of``'s result, contributes to ``total``, that of x."""
-        video, size = _video(total, self.layout), self.layout.grid.tokens_per_frame
+        stretch, size = self._stretch_of(total), self.layout.grid.tokens_per_frame
         frames = rearrange(gradient, "f h s d -> h (f s) d")
         spread = _by_frame(self._weights(total).T, frames, size)
-        video += rearrange(spread, "t h s d -> h (t s) d")
+        stretch += rearrange(spread, "t h s d -> h (t s) d")
+
+    def seeing(self, x: Tensor, run: tuple[int, int]) -> Tensor:
+        """The rows of x (H, N, D) of a ``run`` of ``rows``, as a view: (f, H, s, D), or (1, H, n, D) where all see one mean."""
+        if self.count > 1:
+            return frames_of(x, self.layout, *run)
+        return x[None, :, slice(*self.layout.span(*run))]
 
     def logs(self, lse: Tensor) -> Tensor:
         """The logarithm of how many frames each mean stands for: (f, 1, 1), in the dtype of ``lse``."""
         counts = _tables(self.pattern, self.layout.grid.t, lse.device, lse.dtype)[1]
         return counts[self.place, self.first : self.first + self.count, None, None]
 
+    @property
+    def stretch(self) -> tuple[int, int]:
+        """The frames (first, last exclusive) that the means are of, and no others."""
+        seen = self.pattern.mean_frames(self.layout.grid.t)
+        means = [seen[frame][self.place] for frame in range(self.first, self.first + self.count)]
+        return min(mean[0] for mean in means), max(mean[-1] for mean in means) + 1
+
+    def _stretch_of(self, x: Tensor) -> Tensor:
+        return x[:, slice(*self.layout.span(*self.stretch))]
+
     def _weights(self, like: Tensor) -> Tensor:
-        """(f, T): the share of each frame of the clip in the mean."""
+        """(f, frames of the stretch): the share of each in the mean."""
         weights = _tables(self.pattern, self.layout.grid.t, like.device, like.dtype)[0]
-        return weights[self.place, self.first : self.first + self.count]
+        return weights[self.place, self.first : self.first + self.count, slice(*self.stretch)]
 
 
-def means_of(pattern: TilePattern, layout: TokenLayout, first: int, last: int) -> Iterator[Means]:
-    """The means that frames ``first`` to ``last`` (exclusive) see: one call for each place of neighbouring frames."""
-    seen = pattern.mean_frames(layout.grid.t)
-    for place in range(pattern.means if seen else 0):
-        for _, start, stop in runs([f for f in range(first, last) if len(seen[f]) > place]):
-            yield Means(pattern, layout, place, start, stop - start)
+def means_of(pattern: TilePattern, layout: TokenLayout, most: int, most_rows: int) -> Iterator[Means]:
+    """All means of a call: those that several frames share, each seen by at most ``most_rows`` frames at once, then those
+    that frames have of their own, at most ``most`` of them together."""
+    seeing: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for frame, means in pattern.mean_frames(layout.grid.t).items():
+        for place, mean in enumerate(means):
+            seeing.setdefault(mean, []).append((place, frame))
+    own: dict[int, list[int]] = {}
+    for (place, first), *others in seeing.values():
+        if not others:
+            own.setdefault(place, []).append(first)
+            continue
+        rows = _runs_of_at_most([first, *(frame for _, frame in others)], most_rows)
+        yield Means(pattern, layout, place, first, 1, tuple(rows))
+    for place, frames in own.items():
+        for first, last in _runs_of_at_most(sorted(frames), most):
+            yield Means(pattern, layout, place, first, last - first, ((first, last),))
+
+
+def _runs_of_at_most(frames: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """Neighbouring ones of ascending ``frames`` (first, last exclusive), at most so many together."""
+    for _, start, stop in runs(frames):
+        for first in range(start, stop, most):
+            yield first, min(first + most, stop)
 
 
 def make_tables(pattern: TilePattern, layout: TokenLayout, device: torch.device, dtype: torch.dtype) -> None:
@@ -92,11 +132,6 @@ def _made_tables(pattern: TilePattern, frames: int, device: torch.device, dtype:
             logs[place, frame] = math.log(len(mean))
     with torch.inference_mode(False):  # a table made in inference mode could not serve a training step later
         return torch.as_tensor(weights, dtype=dtype, device=device), torch.as_tensor(logs, dtype=dtype, device=device)
-
-
-def _video(x: Tensor, layout: TokenLayout) -> Tensor:
-    """The tokens of the frames of x (H, N, D)."""
-    return x[:, slice(*layout.span(0, layout.grid.t))]
 
 
 def _by_frame(weights: Tensor, x: Tensor, size: int) -> Tensor:

@@ -3,7 +3,8 @@
 (a) The queries of prefix, suffix and reference frames see all keys.
 (b) The queries of other frames see the shared keys (prefix, reference frames, suffix), gathered once.
 (c) Frames see themselves and their neighbours: views, a batch of frames at a time.
-(d) Frames see the means of the frames that they leave out, where the pattern has mean frames (``mean_frames``).
+(d) Frames see the means of the frames that they leave out, where the pattern has mean frames (``mean_frames``): one mean at
+    a time that several frames see, and those of single frames together.
 
 (b), (c) and (d) are over disjoint keys, so their merge is exact. The backward is that of the same calls, each with the
 merged result and lse of its rows (FlashAttention-2, arXiv 2307.08691, section 3.1.2: a block of keys needs no more).
@@ -52,17 +53,17 @@ class Rows:
     first: int
     last: int
     near: tuple[Near, ...]
-    means: tuple[Means, ...]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The calls of one pattern: ``spans`` of tokens that see all and are seen by all, and the other rows; for ``heads`` of
-    each slice by itself."""
+    """The calls of one pattern: ``spans`` of tokens that see all and are seen by all, the other rows, and the means that
+    these see; for ``heads`` of each slice by itself."""
 
     layout: TokenLayout
     spans: tuple[tuple[int, int], ...]
     rows: tuple[Rows, ...]
+    means: tuple[Means, ...]
     heads: tuple[slice, ...]
 
     def tokens(self, first: int, last: int) -> slice:
@@ -85,9 +86,9 @@ def attend_parts(
     Memory beyond the output, its lse and what ``partial`` and ``merge_into`` take inside is at most ``max_extra_bytes``
     (None: ``default_extra_bytes``), or what one head and one frame take where that is more: half for the shared queries
     and their result, or the shared keys and values, of as many heads at once as fit; half for results that are not
-    merged yet and mean frames. A CPU where no bound is given takes all heads at once. Autograd keeps q, k, v, the output
-    and its lse, as it does for dense attention, and no copies. Raises ValueError where a gradient is wanted and there is
-    no backward.
+    merged yet; behind these all of it for mean frames. A CPU where no bound is given takes all heads at once. Autograd
+    keeps q, k, v, the output and its lse, as it does for dense attention, and no copies. Raises ValueError where a
+    gradient is wanted and there is no backward.
     """
     q, k, v = in_rows(q), in_rows(k), in_rows(v)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -108,16 +109,20 @@ def schedule_for(q: Tensor, layout: TokenLayout, pattern: TilePattern, max_extra
     spans = tuple(global_spans(layout, pattern.reference_frames(layout.grid.t)))
     heads, token_bytes = q.shape[1], q.shape[0] * q.shape[3] * q.element_size()  # a token of one head
     shared_bytes = 2 * token_bytes * sum(stop - start for start, stop in spans)
-    # A mean's keys and values lie beside its result.
-    row_bytes = (4 if pattern.means else 2) * token_bytes * layout.grid.tokens_per_frame
+    frame_bytes = 2 * token_bytes * layout.grid.tokens_per_frame  # of rows: a result that is not merged yet
+    mean_bytes = 2 * frame_bytes  # a mean's keys and values lie beside its result
     if max_extra_bytes is None:  # a CPU's bound is that of a cache, which copies need not fit
-        limit, at_once = default_extra_bytes(q, row_bytes * heads), heads
+        limit, at_once = default_extra_bytes(q, (mean_bytes if pattern.means else frame_bytes) * heads), heads
+        at_end = limit
     else:
-        limit = max_extra_bytes // 2
+        limit, at_end = max_extra_bytes // 2, max_extra_bytes
         at_once = min(heads, max(1, limit // max(1, shared_bytes)))
         at_once = math.ceil(heads / math.ceil(heads / at_once))  # slices that are alike
-    rows = _rows(layout, pattern, max(1, limit // (row_bytes * at_once)))
-    return Schedule(layout, spans, tuple(rows), tuple(slice(h, h + at_once) for h in range(0, heads, at_once)))
+    rows = _rows(layout, pattern, max(1, limit // (frame_bytes * at_once)))
+    most, most_rows = at_end // (mean_bytes * at_once), at_end // (frame_bytes * at_once) - 1
+    means = means_of(pattern, layout, max(1, most), max(1, most_rows))
+    slices = (slice(h, h + at_once) for h in range(0, heads, at_once))
+    return Schedule(layout, spans, tuple(rows), tuple(means), tuple(slices))
 
 
 def _rows(layout: TokenLayout, pattern: TilePattern, most: int) -> Iterator[Rows]:
@@ -126,8 +131,7 @@ def _rows(layout: TokenLayout, pattern: TilePattern, most: int) -> Iterator[Rows
     for _, start, stop in runs(list(neighbours)):
         for first in range(start, stop, most):
             last = min(first + most, stop)
-            near, means = _near(neighbours, first, last), means_of(pattern, layout, first, last)
-            yield Rows(first, last, tuple(near), tuple(means))
+            yield Rows(first, last, tuple(_near(neighbours, first, last)))
 
 
 def _near(neighbours: dict[int, tuple[int, ...]], first: int, last: int) -> Iterator[Near]:
@@ -153,29 +157,36 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, partial: Parti
 def _attend_heads(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, partial: PartialAttention
 ) -> None:
-    """All calls, into ``out`` and ``lse``. Each row is written by its first call, and the others are merged into it; where
-    one call of (c) follows for all of them, by that merge."""
+    """All calls, into ``out`` and ``lse``. Each row is written by its first call, and the others are merged into it."""
     spans = schedule.spans
     if spans:
         done = partial.forward(take(q, spans, 2), k, v)
         put(out, spans, done[0], 2)
         put(lse, spans, done[1], 2)
         del done
-    shared = (take(k, spans, 2), take(v, spans, 2))
+    _attend_rows(out, lse, q, k, v, schedule, partial)  # whose copies are gone behind it
+    for means in schedule.means:
+        for b in range(q.shape[0]):
+            _attend_means(out[b], lse[b], q[b], k[b], v[b], means, partial)
+
+
+def _attend_rows(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, partial: PartialAttention
+) -> None:
+    """(b) and (c) of all rows; where one call of (c) follows for all that are in one, (b) is written by its merge."""
+    shared = (take(k, schedule.spans, 2), take(v, schedule.spans, 2))
     for rows in schedule.rows:
         at = schedule.tokens(rows.first, rows.last)
-        first = partial.forward(q[:, :, at], *shared) if spans else None
+        first = partial.forward(q[:, :, at], *shared) if schedule.spans else None
         if first and len(rows.near) > 1:
             out[:, :, at], lse[:, :, at] = first
             first = None
         for near in rows.near:
             for b in range(q.shape[0]):
-                before = (first[0][b], first[1][b]) if first else None
-                _attend_near(out[b], lse[b], q[b], k[b], v[b], schedule, near, partial, before)
+                of_entry = first and (first[0][b], first[1][b])
+                _attend_near(out[b], lse[b], q[b], k[b], v[b], schedule, near, partial, of_entry)
+                del of_entry
         del first
-        for means in rows.means:
-            for b in range(q.shape[0]):
-                _attend_means(out[b], lse[b], q[b], k[b], v[b], means, partial)
 
 
 def _attend_near(
@@ -209,9 +220,11 @@ def _attend_means(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, means: Means, partial: PartialAttention
 ) -> None:
     """(d) of one batch entry (H, N, D), into ``out`` and ``lse``."""
-    queries, rows, row_logs = (_rows_of(x, means.layout, means) for x in (q, out, lse[..., None]))
-    done, logs = partial.forward(queries, means.of(k), means.of(v))
-    merge_into(rows, row_logs[..., 0], done, logs + means.logs(logs))
+    keys, values = means.of(k), means.of(v)
+    for run in means.rows:
+        queries, rows, row_logs = (means.seeing(x, run) for x in (q, out, lse[..., None]))
+        done, logs = partial.forward(queries, keys, values)
+        merge_into(rows, row_logs[..., 0], done, logs + means.logs(logs))
 
 
 class _Parts(torch.autograd.Function):
@@ -272,11 +285,13 @@ def _row_gradients(totals: list[Tensor], given: list[Tensor], schedule: Schedule
             of_entry, into = [x[b] for x in given], (dq[b], dk[b], dv[b])
             for near in rows.near:
                 _near_gradients(into, of_entry, schedule, near, partial)
-            for means in rows.means:
-                _mean_gradients(into, of_entry, means, partial)
     for total, d in ((dk, dshared[0]), (dv, dshared[1])):
         for (start, stop), part in zip(spans, d.split([stop - start for start, stop in spans], dim=2), strict=True):
             total[:, :, start:stop] += part
+    del shared, dshared
+    for means in schedule.means:
+        for b in range(q.shape[0]):
+            _mean_gradients((dq[b], dk[b], dv[b]), [x[b] for x in given], means, partial)
 
 
 def _near_gradients(
@@ -310,19 +325,24 @@ def _mean_gradients(
     """What (d) of one batch entry contributes, added to ``totals``: dq, dk, dv (H, N, D)."""
     assert partial.backward is not None
     dout, q, k, v, out, lse = of_entry
-    douts, queries, outs, lses = (_rows_of(x, means.layout, means) for x in (dout, q, out, lse[..., None]))
-    # The kernel's scores lack the logarithm of the count, so it is taken off the log-sum-exp instead.
-    lses = lses[..., 0] - means.logs(lses)
-    dq, dk, dv = partial.backward(douts, queries, means.of(k), means.of(v), outs, lses)
-    rows = _rows_of(totals[0], means.layout, means)
-    rows += dq
-    means.add_gradient(totals[1], dk)
-    means.add_gradient(totals[2], dv)
+    keys, values = means.of(k), means.of(v)
+    dmeans = [torch.zeros_like(x, dtype=lse.dtype) for x in (keys, values)]  # many calls may add to them
+    for run in means.rows:
+        douts, queries, outs, lses = (means.seeing(x, run) for x in (dout, q, out, lse[..., None]))
+        # The kernel's scores lack the logarithm of the count, so it is taken off the log-sum-exp instead.
+        lses = lses[..., 0] - means.logs(lses)
+        d, *ds = partial.backward(douts, queries, keys, values, outs, lses)
+        rows = means.seeing(totals[0], run)
+        rows += d
+        for total, of_run in zip(dmeans, ds, strict=True):
+            total += of_run
+    for total, dmean in zip(totals[1:], dmeans, strict=True):
+        means.add_gradient(total, dmean.to(total.dtype))
 
 
-def _rows_of(x: Tensor, layout: TokenLayout, seeing: Near | Means) -> Tensor:
+def _rows_of(x: Tensor, layout: TokenLayout, near: Near) -> Tensor:
     """The rows of x (H, N, D) of the frames that see so, as a view (f, H, s, D)."""
-    return frames_of(x, layout, seeing.first, seeing.first + seeing.count)
+    return frames_of(x, layout, near.first, near.first + near.count)
 
 
 def _seen(x: Tensor, layout: TokenLayout, near: Near) -> Tensor:
