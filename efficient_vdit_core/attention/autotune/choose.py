@@ -30,7 +30,7 @@ from .trial import Attend, Choice, trial
 
 log = logging.getLogger("efficient_vdit")
 
-_TRIALS = 3  # what kind of trials they are: choices of another kind are made anew
+_TRIALS = 4  # what kind of trials they are, and of backends: choices of another kind are made anew
 _MOST_BYTES = 2**23  # of the file: an entry has 300, and those of many models and sizes gather
 # Whose attention a run may be measured beside, and what compiles ours.
 _PACKAGES = (
