@@ -78,6 +78,13 @@ def runs(indices: Sequence[int]) -> Iterator[tuple[int, int, int]]:
             start = i
 
 
+def runs_of_at_most(indices: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """The runs of ascending ``indices`` as ranges (first, last + 1) of at most ``most`` of them."""
+    for _, start, stop in runs(indices):
+        for first in range(start, stop, most):
+            yield first, min(first + most, stop)
+
+
 def spans_of(indices: Sequence[int]) -> list[tuple[int, int]]:
     """The runs of ascending ``indices`` as ranges [first, last + 1), for ``spans.take`` and ``put``."""
     return [(first, last) for _, first, last in runs(indices)]

@@ -151,8 +151,7 @@ def _ltx(arguments: Mapping[str, Any], config: Any) -> SequenceLayout | None:
     # Read from the device once a forward, not once a layer.
     if not torch.equal(times, times[:1].expand_as(times)):
         return None
-    moments, sizes = (x.tolist() for x in torch.unique_consecutive(times[0], return_counts=True))
-    return _most_frames(moments, sizes) if told is None else _first_frames(told, times[0])
+    return _most_frames(times[0]) if told is None else _first_frames(told, times[0])
 
 
 def _first_frames(grid: TokenGrid, times: Tensor) -> SequenceLayout | None:
@@ -163,12 +162,13 @@ def _first_frames(grid: TokenGrid, times: Tensor) -> SequenceLayout | None:
     return SequenceLayout(len(times), (TokenLayout(grid, suffix=len(times) - len(own)),)) if in_order else None
 
 
-def _most_frames(times: list[float], sizes: list[int]) -> SequenceLayout | None:
-    """The video as the longest run of frames of equal size at rising times, of all that follow each other; None where it is
-    not the most of the sequence."""
+def _most_frames(of_tokens: Tensor) -> SequenceLayout | None:
+    """The video as the longest run of frames of equal size at rising times, of all that follow each other in tokens of
+    these times (N,); None where it is not the most of the sequence."""
+    times, sizes = (x.tolist() for x in torch.unique_consecutive(of_tokens, return_counts=True))
     starts = [i for i in range(len(times)) if i == 0 or times[i] <= times[i - 1] or sizes[i] != sizes[i - 1]]
     first, end = max(zip(starts, [*starts[1:], len(times)], strict=True), key=lambda run: run[1] - run[0])
-    grid, before, tokens = TokenGrid(end - first, 1, sizes[first]), sum(sizes[:first]), sum(sizes)
+    grid, before, tokens = TokenGrid(end - first, 1, sizes[first]), sum(sizes[:first]), len(of_tokens)
     if 2 * grid.tokens <= tokens:
         return None
     return SequenceLayout(tokens, (TokenLayout(grid, before, tokens - before - grid.tokens),))

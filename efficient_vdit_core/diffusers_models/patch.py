@@ -142,14 +142,13 @@ def apply_to_diffusers(
         ValueError: the class is not known, the plan was made for another model, the window is empty, the backend computes
             no mean frames and the plan has some, or the transformer has a plan already.
     """
-    transformer = getattr(transformer, "_orig_mod", transformer)  # what torch.compile wrapped
+    transformer = _unwrapped(transformer)
     family = find_family(transformer)
     if not 0.0 <= start < end <= 1.0:
         raise ValueError(
             f"start is {start} and end {end}, expected 0 <= start < end <= 1; no step would be sparse. Correct them."
         )
-    modules = family.modules(transformer)
-    if any(isinstance(module.get_processor(), TiledProcessor) for _, module in modules):
+    if _tiled_processors(transformer, family):
         raise ValueError(
             "The transformer has a tile plan already; call remove() of that handle, or remove_from_diffusers(transformer), before "
             "applying another one."
@@ -162,7 +161,17 @@ def apply_to_diffusers(
 def remove_from_diffusers(transformer: Any) -> None:
     """Takes the plan out of a transformer, as ``remove()`` of its handle does, where the handle is no longer at hand; nothing
     where it has none. Raises ValueError where its class is not known."""
-    transformer = getattr(transformer, "_orig_mod", transformer)
-    for processor in [module.get_processor() for _, module in find_family(transformer).modules(transformer)]:
-        if isinstance(processor, TiledProcessor) and isinstance(processor.patch, DiffusersPatch):
-            processor.patch.remove()
+    transformer = _unwrapped(transformer)
+    for processor in _tiled_processors(transformer, find_family(transformer)):
+        processor.patch.remove()
+
+
+def _unwrapped(transformer: Any) -> Any:
+    """What torch.compile wrapped, or the transformer itself."""
+    return getattr(transformer, "_orig_mod", transformer)
+
+
+def _tiled_processors(transformer: Any, family: DiffusersFamily) -> list[TiledProcessor]:
+    """Those of a plan that the transformer has."""
+    processors = [module.get_processor() for _, module in family.modules(transformer)]
+    return [processor for processor in processors if isinstance(processor, TiledProcessor)]

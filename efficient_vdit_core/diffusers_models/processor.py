@@ -47,6 +47,8 @@ class Patch(Protocol):
     sequence: SequenceLayout | None  # of the present forward, None where it is not known
     entries: tuple[ForwardState, ...]  # what it tells each entry of the batch; one where all are alike
 
+    def remove(self) -> None: ...
+
 
 class _ChosenAttention:
     """Plain attention on the backend that was chosen in diffusers, for the processor ``original`` or for all."""

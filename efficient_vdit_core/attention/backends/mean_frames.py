@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...tiles import TilePattern
-from ..layout import TokenLayout, frames_of, runs
+from ..layout import TokenLayout, frames_of, runs_of_at_most
 
 # A plain dict: torch.compile reads it while it traces, and would trace through a cache of functools.
 _TABLES: dict[tuple[TilePattern, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -92,18 +92,11 @@ def means_of(pattern: TilePattern, layout: TokenLayout, most: int, most_rows: in
         if not others:
             own.setdefault(place, []).append(first)
             continue
-        rows = _runs_of_at_most([first, *(frame for _, frame in others)], most_rows)
+        rows = runs_of_at_most([first, *(frame for _, frame in others)], most_rows)
         yield Means(pattern, layout, place, first, 1, tuple(rows))
     for place, frames in own.items():
-        for first, last in _runs_of_at_most(sorted(frames), most):
+        for first, last in runs_of_at_most(sorted(frames), most):
             yield Means(pattern, layout, place, first, last - first, ((first, last),))
-
-
-def _runs_of_at_most(frames: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """Neighbouring ones of ascending ``frames`` (first, last exclusive), at most so many together."""
-    for _, start, stop in runs(frames):
-        for first in range(start, stop, most):
-            yield first, min(first + most, stop)
 
 
 def make_tables(pattern: TilePattern, layout: TokenLayout, device: torch.device, dtype: torch.dtype) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...tiles import TilePattern
-from ..layout import TokenLayout, frames_of, global_spans, result_like, runs, sliding_frames
+from ..layout import TokenLayout, frames_of, global_spans, result_like, runs, runs_of_at_most, sliding_frames
 from .mean_frames import Means, means_of
 from .merge import merge_into
 from .partial import Partial, PartialAttention, lse_dtype
@@ -128,10 +128,8 @@ def schedule_for(q: Tensor, layout: TokenLayout, pattern: TilePattern, max_extra
 def _rows(layout: TokenLayout, pattern: TilePattern, most: int) -> Iterator[Rows]:
     """The rows under ``pattern`` that do not see all, at most ``most`` frames of them in one."""
     neighbours = pattern.neighbours(layout.grid.t)
-    for _, start, stop in runs(list(neighbours)):
-        for first in range(start, stop, most):
-            last = min(first + most, stop)
-            yield Rows(first, last, tuple(_near(neighbours, first, last)))
+    for first, last in runs_of_at_most(list(neighbours), most):
+        yield Rows(first, last, tuple(_near(neighbours, first, last)))
 
 
 def _near(neighbours: dict[int, tuple[int, ...]], first: int, last: int) -> Iterator[Near]:

@@ -76,11 +76,13 @@ def named_files(part: dict[str, Any]) -> list[str]:
         if isinstance(value, str) and 0 < len(value) < 256
     }
     texts = {text for text in texts if "." in text}
-    places = {(folder, text) for folder in folder_paths.folder_names_and_paths for text in texts}
+    folders = folder_paths.folder_names_and_paths
+    places = {(folder, text) for folder in folders for text in texts}
     # Load Tile Plan lists files under their folder's name.
-    places |= {(folder, rest) for text in texts for folder, slash, rest in [text.partition("/")] if slash and rest}
-    known = [(folder, text) for folder, text in places if folder in folder_paths.folder_names_and_paths]
-    found = {folder_paths.get_full_path(folder, text) for folder, text in known}
+    places |= {
+        (folder, rest) for folder, _, rest in (text.partition("/") for text in texts) if folder in folders and rest
+    }
+    found = {folder_paths.get_full_path(folder, text) for folder, text in places}
     return sorted(filter(None, [*found, *map(_input_file, texts)]))
 
 
