@@ -21,15 +21,21 @@ def too_old(device: torch.device) -> str:
     return f"the GPU has compute capability {capability[0]}.{capability[1]}, expected {OLDEST[0]}.{OLDEST[1]} (Ampere) or later"
 
 
+def missing_triton() -> str:
+    """That the package triton is not there and which one brings it; an empty text where it is there. Only others build it
+    for Windows."""
+    if importlib.util.find_spec("triton") is not None:
+        return ""
+    return "the package triton is not installed" + (" (triton-windows brings it)" if sys.platform == "win32" else "")
+
+
 def triton_status(device: torch.device | str | None = None) -> tuple[bool, str]:
     """Whether this pack's Triton kernels run on ``device`` (default: this machine's GPU), and the reason, in plain words.
 
     With TRITON_INTERPRET=1 set before the first use it runs on any device through Triton's interpreter, for tests.
     """
-    if sys.platform == "win32":
-        return False, "Triton's official builds do not cover Windows"
-    if importlib.util.find_spec("triton") is None:
-        return False, "the package triton is not installed"
+    if reason := missing_triton():
+        return False, reason
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True, "Triton's interpreter (TRITON_INTERPRET=1): exact but very slow, for tests"
     if not torch.cuda.is_available():

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...plan.head_patterns import LayerPattern, by_head
 from ...tiles import TilePattern, TokenGrid
-from ..gpu import too_old
+from ..gpu import missing_triton, too_old
 from ..layout import TokenLayout, check_tensors
 from .spans import in_rows
 
@@ -65,8 +65,8 @@ def flex_status(device: torch.device | str | None = None) -> tuple[bool, str]:
         return False, "on a CPU FlexAttention has no backward, compiles for a minute and is no faster than frames"
     if where.type != "cuda" or not torch.cuda.is_available():
         return False, "no CUDA GPU was found" if where.type == "cuda" else f"FlexAttention does not run on {where.type}"
-    if importlib.util.find_spec("triton") is None:
-        return False, "torch.compile needs the package triton, which is not installed"
+    if reason := missing_triton():
+        return False, f"torch.compile needs it: {reason}"
     if reason := too_old(where):
         return False, reason
     return True, f"FlexAttention, compiled at its first call, on {torch.cuda.get_device_name(where)}"
