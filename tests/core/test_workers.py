@@ -307,7 +307,7 @@ def test_workers_of_another_version_are_refused(session, monkeypatch):
     step(session)
     address = session.pool.address
     session.pool.close()
-    monkeypatch.setattr("efficient_vdit_core.parallel.pool.client.__version__", "99.0")
+    monkeypatch.setattr("efficient_vdit_core.parallel.pool.client.CODE_VERSION", "99.0")
     with pytest.raises(PoolFault, match="ComfyUI has 99.0: start them anew"):
         Pool(address, HOST.name)
 

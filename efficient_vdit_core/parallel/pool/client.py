@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ... import __version__
+from .code_version import CODE_VERSION
 from .faults import Fatal, PoolFault, fault_of_hanging, fault_of_lost
 from .handshake import HANDSHAKE_SECONDS, connect
 from .messages import ConnectionEnded, Late, Tensors, Tick, ticks
@@ -50,7 +50,7 @@ class Pool:
     def _introduce(self, host: str, tick: Tick) -> Message:
         self.connection.sock.settimeout(_POLL_SECONDS)
         try:
-            self.connection.send({"role": "main", "version": __version__, "host": host}, tick=tick)
+            self.connection.send({"role": "main", "version": CODE_VERSION, "host": host}, tick=tick)
             answer, _ = self.connection.receive(tick)
         except Late:
             raise ConnectionEnded("the pool of workers does not answer") from None

@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ... import __version__
 from .acceptor import Acceptor
+from .code_version import CODE_VERSION
 from .messages import Connection, ConnectionEnded, Tensors
 from .pending_request import POOLS_OWN
 
@@ -81,11 +81,11 @@ class Hub:
             if not self.lock.wait_for(lambda: len(self.peers) == self.ranks - 1, seconds):
                 missing = sorted(set(range(1, self.ranks)) - set(self.peers))
                 raise TimeoutError(f"Ranks {missing} did not reach rank 0 in {seconds:.0f} s. Look at their logs.")
-            other = {rank: version for rank, version in self.versions.items() if version != __version__}
+            other = {rank: version for rank, version in self.versions.items() if version != CODE_VERSION}
         if other:
             found = ", ".join(f"rank {rank} is {version}" for rank, version in sorted(other.items()))
             raise RuntimeError(
-                f"Rank 0 is version {__version__} of Efficient-vDiT, {found}. Install the same on every machine."
+                f"Rank 0 is version {CODE_VERSION} of Efficient-vDiT, {found}. Install the same on every machine."
             )
 
     def answer(self, rank: int, message: Message, tensors: Tensors | None = None) -> None:
@@ -196,8 +196,8 @@ class Hub:
         refusal = ""
         if hello.get("host") != self.host:
             refusal = f"its workers run {self.host}, expected {hello.get('host')}: end them first"
-        if hello.get("version") != __version__:
-            refusal = f"the workers are version {__version__} of Efficient-vDiT, ComfyUI has {hello.get('version')}: start them anew"
+        if hello.get("version") != CODE_VERSION:
+            refusal = f"the workers are version {CODE_VERSION} of Efficient-vDiT, ComfyUI has {hello.get('version')}: start them anew"
         with self.lock:
             if not self.lock.wait_for(lambda: self.main is None, LEAVE_SECONDS):
                 refusal = "another ComfyUI uses these workers: end it, or run it with after_run set to stop"

@@ -13,9 +13,9 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from ... import __version__
 from ...limits.quote import reason
 from .backend import backend_for
+from .code_version import CODE_VERSION
 from .pool_file import default_pool_file, read_pool_file, remove_pool_file
 from .processes import BOOT, Processes
 from .ray_cluster import Ray
@@ -63,9 +63,9 @@ class RayWorkers:
         """Start the worker of each rank, and return once they have met, before the time ``end``."""
         variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
         about = self._ask([actor.load.remote(str(BOOT), variables) for actor in self.actors], end)
-        if other := sorted({f"{a['machine']} has {a['version']}" for a in about if a["version"] != __version__}):
+        if other := sorted({f"{a['machine']} has {a['version']}" for a in about if a["version"] != CODE_VERSION}):
             raise ValueError(
-                f"This is version {__version__} of Efficient-vDiT, {', '.join(other)}. Install the same on every machine."
+                f"This is version {CODE_VERSION} of Efficient-vDiT, {', '.join(other)}. Install the same on every machine."
             )
         shared_secret(make=True)
         meet = self._meet(Counter(a["machine"] for a in about), len({a["node"] for a in about}))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ... import __version__
+from .code_version import CODE_VERSION
 from .imports import Host
 from .pool_file import default_pool_file
 from .private_files import make_private_folder
@@ -19,7 +19,7 @@ from .settings import Settings
 class RayRank:
     """One rank, as a process of this machine's. ``version``: that of the pack here."""
 
-    version = __version__
+    version = CODE_VERSION
 
     def __init__(self) -> None:
         self.processes: Processes | None = None

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ... import __version__
 from ...attention.gpu import OUT_OF_MEMORY
 from ..sharding.communicator import Communicator
+from .code_version import CODE_VERSION
 from .handshake import WrongSecret, connect
 from .hub import Hub, Message
 from .logs import print_patiently
@@ -145,7 +145,7 @@ class Worker:
             raise TimeoutError(
                 f"Rank {self.settings.rank} did not reach rank 0 in {JOIN_SECONDS:.0f} s: {reason}. Look at rank 0's log{address}."
             )
-        self.connection.send({"role": "rank", "rank": self.settings.rank, "version": __version__})
+        self.connection.send({"role": "rank", "rank": self.settings.rank, "version": CODE_VERSION})
         about, _ = self.connection.receive()
         self.pool, self.folder = about["pool"], about["folder"]
         if not self.settings.piped:  # torchrun ends a rank the moment that another one fails, rank 0 included

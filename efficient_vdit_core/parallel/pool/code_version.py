@@ -1,0 +1,23 @@
+"""What tells the code of this pack from that of another copy, of the same version too: one that was updated since."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from ... import __version__
+from .imports import PACK
+
+
+def code_version(pack: Path = PACK) -> str:
+    """The version, and a number of what the sources of engine and nodes say, whatever ends their lines."""
+    digest = hashlib.sha256()
+    folders = [pack / "efficient_vdit_core", *([pack / "nodes"] if (pack / "pyproject.toml").is_file() else [])]
+    for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
+        source = file.read_bytes().replace(b"\r\n", b"\n")
+        digest.update(f"{file.relative_to(pack).as_posix()} {len(source)}\n".encode() + source)
+    return f"{__version__} (code {digest.hexdigest()[:8]})"
+
+
+# Of what this process has imported: the files may be others by the time that somebody asks.
+CODE_VERSION = code_version()
