@@ -53,7 +53,8 @@ def _preset_inputs() -> list[Any]:
             optional=True,
             tooltip=(
                 "For 'segments' on flow models, and for 'from checkpoint' where the file names none: shift of time, 0 to 100. 0 keeps "
-                "the model's own; higher spends more of the levels near pure noise. Must be what the model was distilled for."
+                "the model's own; higher spends more of the levels near pure noise. Must be what the model was distilled for. For LTX the "
+                "shift of its own nodes is an exponent: their 2.37 is e^2.37 = 10.7 here."
             ),
         ),
         io.String.Input(

@@ -125,8 +125,8 @@ class EVDiTSparseAttention(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "On: a call stays dense where sparse would not be faster: fewer than 4 latent frames, more than 90 % "
-                        "of the dense work left, or dense measured faster. The log counts them. Off: always sparse, for "
-                        "comparing quality."
+                        "of the dense work left (with what residual_every adds), or dense measured faster. The log counts them. "
+                        "Off: always sparse, for comparing quality."
                     ),
                 ),
                 io.Combo.Input(
@@ -171,8 +171,8 @@ class EVDiTSparseAttention(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "On: one step of each run is computed twice, dense and sparse, and the report, the log and this node tell the "
-                        "seconds of both. The result stays the same to the bit; the run takes one dense step longer. Off: the report "
-                        "gives a bound by FLOPs."
+                        "seconds of both; with residual_every also of a step that renews. The result stays the same to the bit; the run "
+                        "takes one dense step longer. Off: the report gives a bound by FLOPs."
                     ),
                 ),
                 io.Int.Input(

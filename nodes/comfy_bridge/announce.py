@@ -19,7 +19,8 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
     plan's text, ``layers`` and ``frames`` (latent) of the model, ``sparse`` calls, ``density`` the share of dense
     attention that the run computed (0 to 1), ``dense`` calls by reason, ``seconds`` of sampling; ``bound``, how many
     times faster a step of this clip becomes at most, and ``video``, the share of the sequence that can be sparse, both 0
-    where they are not known; ``dense_step`` and ``sparse_step``, the measured seconds of a step, both 0 where none was.
+    where they are not known; ``dense_step`` and ``sparse_step``, the measured seconds of a step (of a sparse one in the mean,
+    where a residual is renewed), both 0 where none was.
     What was measured, or why nothing was, stands on the node as well.
     """
 
@@ -37,8 +38,8 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
                 "dense": dict(report.dense),
                 "bound": cost.bound(density) if cost and report.sparse else 0.0,
                 "video": cost.video_share if cost else 0.0,
-                "dense_step": measure.dense if measure else 0.0,
-                "sparse_step": measure.sparse if measure else 0.0,
+                "dense_step": measure.dense if measure and measure.mean_step else 0.0,
+                "sparse_step": measure.mean_step if measure else 0.0,
             }
         prompt_id = getattr(server, "last_prompt_id", None)
         message = {"prompt_id": prompt_id, "node": node, "plan": plan, "layers": layers, **found}

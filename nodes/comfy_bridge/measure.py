@@ -68,7 +68,21 @@ def computed_twice(
     out = run(state)
     if dense:
         wait_for(device)
-        measure.add(dense, _shortest(time.perf_counter() - start, beside))
+        every = state.residual.cache.every if state.residual is not None else 0
+        measure.add(dense, _shortest(time.perf_counter() - start, beside), every)
+    return out
+
+
+def renewal_timed(
+    measure: StepMeasure, run: Callable[[ForwardState], Tensor], state: ForwardState, device: torch.device
+) -> Tensor:
+    """``run(state)``, a forward that renews the cached residual; ``measure`` receives its seconds. It is computed once: a
+    second time would renew what was just renewed."""
+    wait_for(device)
+    start = time.perf_counter()
+    out = run(state)
+    wait_for(device)
+    measure.add_renewal(time.perf_counter() - start)
     return out
 
 

@@ -19,7 +19,7 @@ from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from .families import uncompiled
 from .forward import call_shape, forward_state
 from .hook import WRAPPER_KEY, Hook, beneath, take_off
-from .measure import computed_twice
+from .measure import computed_twice, renewal_timed
 from .model_call import ModelCall, around_model
 from .replaced_blocks import counting_blocks
 from .second_model import hook_in_charge, leave_alone, without
@@ -63,8 +63,11 @@ def publish_layout(hook: Hook) -> Any:
 
         measure = acting.report.measure
         # Not on a rank: how often a short step is computed hangs on its seconds, in which ranks would not agree.
-        if measure is not None and acting.make is None and _wanted(measure, acting.window, state, call):
-            return computed_twice(measure, run, state, call.x.device)
+        if measure is not None and acting.make is None:
+            if _wanted(measure, acting.window, state, call):
+                return computed_twice(measure, run, state, call.x.device)
+            if measure.warm and state.renews:
+                return renewal_timed(measure, run, state, call.x.device)
         if acting.around is not None:
             return acting.around(lambda: run(state.again()))
         return run(state)
@@ -109,7 +112,7 @@ def _state(hook: Hook, call: ModelCall, clips: int) -> ForwardState:
 
 def _wanted(measure: StepMeasure, window: Window, state: ForwardState, call: ModelCall) -> bool:
     """Whether this forward is of the step that is computed twice."""
-    if state.layout is None or not state.active or (state.residual is not None and state.residual.renew):
+    if state.layout is None or not state.active or state.renews:
         return False
     goes_on = window.goes_on(call.model.model_sampling, call.options, call.t)
     return measure.wants(step_of(call.options, call.t), last=not goes_on)

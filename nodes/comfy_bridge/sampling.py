@@ -165,7 +165,7 @@ def _remarks_on_preset(sigmas: Tensor, gamma: float) -> list[str]:
         return []
     made_for = PRESETS[name].gamma
     return [
-        f"gamma is {gamma:g}, but models with the levels of {name!r} were made for {made_for:g}: set gamma to {made_for:g}."
+        f"gamma is {gamma:g}, and these are the levels of {name!r}: a model of that preset was made for gamma {made_for:g}."
     ]
 
 

@@ -103,7 +103,9 @@ def test_two_experts_give_what_one_run_gives(few_steps):
 
 def test_levels_that_were_made_for_fresh_noise_are_told(few_steps):
     (line,) = few_steps["said of the preset"]
-    assert line.startswith("gamma is 0, but models with the levels of 'rCM 4 steps' were made for 1")
+    assert line.startswith(
+        "gamma is 0, and these are the levels of 'rCM 4 steps': a model of that preset was made for gamma 1"
+    )
 
 
 def test_a_file_that_cannot_be_read_any_more_stops_no_sampling(few_steps):

@@ -18,6 +18,11 @@ RUNS = {
     "one step": (2, TIMES + r"\(step 1, computed both ways\)"),
     "no sparse step": (0, NOT + "no step became sparse"),
     "declined": (1, NOT + "no step became sparse"),
+    "a residual": (
+        1,
+        TIMES.replace(": [", ", every 4th one, which renews the residual, [\\d.]+ s: [")
+        + r"\(step 3, computed both ways\)",
+    ),
     "EasyCache": (0, EASY),
     "EasyCache behind": (0, EASY),
     "LazyCache": (1, TIMES + r"\(step 2, computed both ways\)"),

@@ -417,10 +417,43 @@ def test_layers_that_were_measured_faster_dense_keep_nothing(monkeypatch):
     for faster, kept in (("dense", 0), ("frames", 2)):
         choice = Choice(faster, {"dense": 2.0, "frames": 2.0, faster: 1.0})
         monkeypatch.setattr(prepare, "measured_choice", lambda *_, choice=choice, **__: choice)
-        preparation = Preparation(PLAN, AttentionReport(), residual_every=4, decline_slow=True)
+        preparation = Preparation(PLAN, AttentionReport(), residual_every=12, decline_slow=True)
         state = ForwardState(LAYOUT, depth=3, heads=HEADS, steps=STEPS, branches=(("a", 1),))
         preparation.before_forward(state, SHAPE, lambda layer: DenseCall(sdpa_attention, None, None, {}))
         assert len(preparation.residual.kept) == kept
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "decline", "sparse"),
+    [
+        (2, STEPS, True, []),  # 0.56 and 0.80 of dense attention's work, and half of it for renewing
+        (3, STEPS, True, [0]),  # 0.56 + 0.33 lie below nine tenths
+        (12, STEPS, True, [0, 1]),
+        (2, STEPS, False, [0, 1]),  # as asked
+        (2, 8, True, [0, 1]),  # a schedule too short to keep any
+    ],
+)
+def test_layers_that_renewing_makes_dearer_than_dense_ones_stay_dense(every, steps, decline, sparse):
+    preparation = Preparation(PLAN, AttentionReport(), residual_every=every, decline_slow=decline)
+    state = ForwardState(LAYOUT, depth=3, heads=HEADS, steps=steps, branches=(("a", 1),))
+    reasons = [preparation.layer(state, layer).reason for layer in range(2)]
+    assert [layer for layer in range(2) if not reasons[layer]] == sparse
+    assert {reason for reason in reasons if reason} <= {"too dense to pay with a residual"}
+    if len(sparse) == 0:
+        (note,) = preparation.layer(state, 1).notes
+        assert "every 2 steps brings a layer to 130% of dense attention's work (layer 1)" in note[1]
+
+
+@pytest.mark.parametrize(("every", "backend"), [(4, "dense"), (6, "frames"), (0, "frames")])
+def test_a_trial_counts_what_renewing_takes(monkeypatch, every, backend):
+    """0.8 of dense attention's time: a quarter more for renewing is too much, a sixth is not."""
+    choice = Choice("frames", {"dense": 1.0, "parts": 0.9, "frames": 0.8})
+    monkeypatch.setattr(prepare, "measured_choice", lambda *_, **__: choice)
+    preparation = Preparation(TilePlan.uniform(1), AttentionReport(), residual_every=every, decline_slow=True)
+    state = ForwardState(LAYOUT, depth=3, heads=HEADS, steps=STEPS, branches=(("a", 1),))
+    settled = preparation.before_forward(state, SHAPE, dense_of)
+    found = preparation.backends_of(settled, SHAPE, LAYOUT, TilePattern(1), dense_of(0))
+    assert set(found.values()) == {backend} and len(settled.slow) == (3 if backend == "dense" else 0)
 
 
 def test_a_second_run_over_the_same_steps_begins_with_dense_attention():

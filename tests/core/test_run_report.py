@@ -171,6 +171,24 @@ def test_a_node_tells_the_gain_first_and_in_few_words():
     assert shorten_measure(ran(1)) == ""
 
 
+def test_steps_that_renew_a_residual_count_in_the_gain():
+    """A cycle of four: three steps of 2 s and one of 6 take 12 s, four dense ones of 5 s take 20."""
+    report = ran(1, 1)
+    report.measure = measure = StepMeasure()
+    measure.add(2.5, 1.0, every=4)
+    measure.add(2.5, 1.0, every=4)
+    text = "Measured in this run: a dense step 5 s, a sparse step 2 s, every 4th one, which renews the residual, "
+    assert describe_measure(report).startswith(f"{text}longer than a dense one (step 1, 2 forwards")
+    assert shorten_measure(report) == "dense 5 s, sparse 2 s" and measure.mean_step == 0
+    for seconds in (2.9, 3.1):
+        measure.add_renewal(seconds)
+    assert measure.mean_step == pytest.approx(3.0)
+    assert describe_measure(report).startswith(f"{text}6 s: 1.67x faster (step 1, 2 forwards")
+    assert shorten_measure(report) == "1.67x faster: dense 5 s, sparse 2 s, renewing 6 s"
+    measure.reset()
+    assert measure == StepMeasure(lock=measure.lock)
+
+
 def test_where_nothing_was_measured_the_report_says_why():
     assert measured() == "Not measured: the run ended before its second sparse step"
     report = ran(None)

@@ -60,6 +60,14 @@ class Choice:
             return self.backend
         return min((name for name in self.milliseconds if name != "dense"), key=lambda name: self.milliseconds[name])
 
+    def paying(self, renewed: float) -> str:
+        """The backend itself, and ``dense`` where dense attention, computed beside it in the share ``renewed`` of the calls,
+        eats up what it wins."""
+        if not self.milliseconds or not renewed:
+            return self.backend
+        dense, sparse = (self.milliseconds[name] for name in ("dense", self.sparse()))
+        return self.sparse() if sparse + renewed * dense < dense else "dense"
+
 
 def trial(
     candidates: Mapping[str, Attend], shape: CallShape, layout: TokenLayout, pattern: TilePattern, otherwise: str

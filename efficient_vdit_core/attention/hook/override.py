@@ -118,8 +118,7 @@ def _compute(
 ) -> Tensor:
     """The call under its pattern, with the cached residual where one is kept."""
     report, residual, padding = _counted_by(preparation, state), state.residual, state.masked(call.mask)
-    renew = residual is not None and residual.renew
-    density = work_with(_computed_share(it, call.heads), float(renew))
+    density = work_with(_computed_share(it, call.heads), float(state.renews))
     report.add_sparse(density, computed_by(it.pattern, call.shape, it.backends, it.layout.grid.t, dense))
     with state.computing(), report.clock.taking(SPARSE, call.query, density):
         q, k, v = call.take(padding)

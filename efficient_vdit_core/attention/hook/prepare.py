@@ -28,11 +28,11 @@ from ..dispatch import (
     unmeasured_backend,
 )
 from ..layout import TokenLayout
-from ..report.reason_names import BEYOND_THE_LAYERS
+from ..report.reason_names import BEYOND_THE_LAYERS, RENEWED_TOO_OFTEN
 from ..report.report import AttentionReport
 from .padding import without_padding
 from .reasons import why_not_worth_it
-from .residual import Place, ResidualCache, Room, why_no_residual
+from .residual import Place, ResidualCache, Room, why_no_residual, work_with
 from .state import ForwardState
 
 MOST_REMEMBERED, MOST_UNFORESEEN = 4096, 64
@@ -134,7 +134,7 @@ class Preparation:
         assert layout is not None
         with self.lock:
             wanted = {(shape, 0, False), *self.unforeseen}
-        layouts = {layout, without_padding(layout, state.padding)}
+        layouts, renewed = {layout, without_padding(layout, state.padding)}, self._renewed(state)
         slow = set[int]()
         for layer in range(state.depth or 0):
             work = self.layer(state, layer)
@@ -146,7 +146,7 @@ class Preparation:
                 for shape, first_head, precise in wanted
                 for found in layouts
                 for backend in self.settle(
-                    shape, found, work.pattern.of_heads(first_head, shape.heads), dense.at(precise)
+                    shape, found, work.pattern.of_heads(first_head, shape.heads), dense.at(precise), renewed
                 ).values()
             }
             if backends == {"dense"}:
@@ -183,14 +183,23 @@ class Preparation:
         """Those of the sparse layers, where a run keeps one; where it does not, the report says why."""
         if self.residual is None or state.layout is None or state.depth is None or not (state.active or state.later):
             return []
-        why = state.no_residual or why_no_residual(self.residual.every, state.steps, state.whole)
-        if why or not state.branches:
-            self.report.warn("residual", f"no residual is kept: {why or 'the prompts of the batch are not known'}.")
+        if why := self._why_no_residual(state):
+            self.report.warn("residual", f"no residual is kept: {why}.")
             return []
         if state.layout.grid.t == 1:
             return []
         sparse = [layer for layer in range(state.depth) if not self.layer(state, layer).reason]
         return state.places(layer for layer in sparse if layer not in state.slow)
+
+    def _why_no_residual(self, state: ForwardState) -> str:
+        if self.residual is None:
+            return "none is asked for"
+        why = state.no_residual or why_no_residual(self.residual.every, state.steps, state.whole)
+        return why or ("" if state.branches else "the prompts of the batch are not known")
+
+    def _renewed(self, state: ForwardState) -> float:
+        """The share of this run's sparse calls that compute dense attention as well, to renew the residual; 0 to 1."""
+        return 0.0 if self.residual is None or self._why_no_residual(state) else 1 / self.residual.every
 
     def layer(self, state: ForwardState, layer: int | None, total: int | None = None) -> LayerWork:
         """What a layer does in the forward of ``state``; ``total`` is the depth where the state has none."""
@@ -198,21 +207,28 @@ class Preparation:
         if layer is None:
             return BEYOND
         step = state.step if self.placement == "rotating" else 0
-        key = (state.layout, layer, state.depth or total, step)
+        key = (state.layout, layer, state.depth or total, step, self._renewed(state))
         work = self.work.get(key)
         if work is None:
-            work = self._work(state.layout, layer, state.depth or total, step)
+            work = self._work(*key)
             with self.lock:
                 if len(self.work) >= MOST_REMEMBERED:
                     self.work.clear()
                 self.work[key] = work
         return work
 
-    def _work(self, layout: TokenLayout, layer: int, depth: int | None, step: int) -> LayerWork:
+    def _work(self, layout: TokenLayout, layer: int, depth: int | None, step: int, renewed: float) -> LayerWork:
         pattern, notes = pattern_for_frames(self.plan, layer, depth, layout.grid.t)
         pattern = pattern.placed(self.placement, step)
         density = pattern.flop_density(layout.grid, layout.prefix + layout.suffix)
-        return LayerWork(pattern, why_not_worth_it(layout, pattern, self.min_tokens, self.decline_slow), density, notes)
+        reason = why_not_worth_it(layout, pattern, self.min_tokens, self.decline_slow, renewed)
+        if reason == RENEWED_TOO_OFTEN:
+            text = (
+                f"renewing the residual every {round(1 / renewed)} steps brings a layer to {work_with(density, renewed):.0%} of dense "
+                f"attention's work (layer {layer}): such layers stay dense. Raise residual_every, or set it to 0."
+            )
+            notes = (*notes, (RENEWED_TOO_OFTEN, text))
+        return LayerWork(pattern, reason, density, notes)
 
     def density(self, state: ForwardState) -> float:
         """The share of dense attention's FLOPs that all layers of an active forward compute, 0 to 1."""
@@ -227,17 +243,20 @@ class Preparation:
         return TilePattern(None) if work.reason else work.pattern
 
     def settle(
-        self, shape: CallShape, layout: TokenLayout, pattern: LayerPattern, dense: DenseCall
+        self, shape: CallShape, layout: TokenLayout, pattern: LayerPattern, dense: DenseCall, renewed: float = 0.0
     ) -> dict[TilePattern, str]:
         """The backend of each group of heads of these calls, measured where it never was; ``dense`` only where slow
-        patterns are declined, or nothing is left out."""
-        backends = {p: self._backend(s, layout, p, dense) for p, s in group_shapes(shape, pattern).items()}
+        patterns are declined, or nothing is left out. ``renewed``: the share of the calls that compute dense attention as
+        well."""
+        backends = {p: self._backend(s, layout, p, dense, renewed) for p, s in group_shapes(shape, pattern).items()}
         for call in calls_of(pattern, shape.heads, backends, layout.grid.t):
             make_ready(call, shape, layout, dense)
         return backends
 
-    def _backend(self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall) -> str:
-        key = (shape, layout, pattern, dense.identity)
+    def _backend(
+        self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall, renewed: float
+    ) -> str:
+        key = (shape, layout, pattern, dense.identity, renewed)
         chosen = self.backends.get(key)
         if chosen is None:
             chosen = "dense" if pattern.is_full(layout.grid.t) else self.backend
@@ -250,13 +269,15 @@ class Preparation:
                     self.report.warn("parts", text)
                     chosen = "frames"
             if chosen == "auto":
-                chosen = self._fastest(shape, layout, pattern, dense)
+                chosen = self._fastest(shape, layout, pattern, dense, renewed)
             if len(self.backends) >= MOST_REMEMBERED:
                 self.backends.clear()
             self.backends[key] = chosen
         return chosen
 
-    def _fastest(self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall) -> str:
+    def _fastest(
+        self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall, renewed: float
+    ) -> str:
         """The backend that a trial finds fastest; that of no trial where another node's attention fails in one, which asks it
         before the model runs."""
         try:
@@ -269,7 +290,7 @@ class Preparation:
             return unmeasured_backend(shape, pattern, dense)
         if choice.milliseconds:
             self.report.add_trial(pattern.name(layout.grid.t), choice.times())
-        return choice.backend if self.decline_slow else choice.sparse()
+        return choice.paying(renewed) if self.decline_slow else choice.sparse()
 
     def backends_of(
         self,
@@ -286,10 +307,10 @@ class Preparation:
         prepared for it.
         """
         if not state.settled:
-            return self.settle(shape, layout, pattern, dense)
+            return self.settle(shape, layout, pattern, dense, self._renewed(state))
         shapes = group_shapes(shape, pattern)
-        identity = dense.identity
-        found = {p: self.backends.get((s, layout, p, identity)) for p, s in shapes.items()}
+        identity, renewed = dense.identity, self._renewed(state)
+        found = {p: self.backends.get((s, layout, p, identity, renewed)) for p, s in shapes.items()}
         if None in found.values():
             with self.lock:
                 if len(self.unforeseen) < MOST_UNFORESEEN:

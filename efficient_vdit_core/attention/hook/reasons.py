@@ -14,6 +14,7 @@ from ..report.reason_names import (
     FULL,
     MASKED,
     NO_GRID,
+    RENEWED_TOO_OFTEN,
     SINGLE_FRAME,
     TOO_DENSE,
     TOO_FEW_FRAMES,
@@ -51,14 +52,20 @@ def why_no_pattern(state: ForwardState, layout: TokenLayout, mask: Tensor | None
     return state.reason
 
 
-def why_not_worth_it(layout: TokenLayout, pattern: LayerPattern, min_tokens: int, decline_slow: bool) -> str:
-    """The reason why this pattern is not put over a layer of this layout; an empty text where it is."""
+def why_not_worth_it(
+    layout: TokenLayout, pattern: LayerPattern, min_tokens: int, decline_slow: bool, renewed: float = 0.0
+) -> str:
+    """The reason why this pattern is not put over a layer of this layout; an empty text where it is. ``renewed``: the share
+    of its calls that compute dense attention as well."""
     if layout.grid.tokens < min_tokens:
         return BELOW_MIN_TOKENS
     if pattern.is_full(layout.grid.t):
         return FULL
     if decline_slow and layout.grid.t < FEWEST_FRAMES:
         return TOO_FEW_FRAMES
-    if decline_slow and pattern.flop_density(layout.grid, layout.prefix + layout.suffix) > HIGHEST_DENSITY:
+    if not decline_slow:
+        return ""
+    density = pattern.flop_density(layout.grid, layout.prefix + layout.suffix)
+    if density > HIGHEST_DENSITY:
         return TOO_DENSE
-    return ""
+    return RENEWED_TOO_OFTEN if density + renewed > HIGHEST_DENSITY else ""

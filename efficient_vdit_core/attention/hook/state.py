@@ -148,6 +148,11 @@ class ForwardState:
     def active(self) -> bool:
         return not self.reason
 
+    @property
+    def renews(self) -> bool:
+        """Whether its sparse layers compute dense attention as well, to renew the cached residual."""
+        return self.residual is not None and self.residual.renew
+
     def again(self, **changes: Any) -> ForwardState:
         """The same forward from its first call on, beside this one or after it."""
         return replace(self, counter=CallCounter(), **changes)

@@ -19,6 +19,7 @@ BELOW_MIN_TOKENS = "below min_tokens"
 FULL = "full in the plan"
 TOO_FEW_FRAMES = "too few frames to pay"
 TOO_DENSE = "too dense to pay"
+RENEWED_TOO_OFTEN = "too dense to pay with a residual"
 MEASURED_FASTER = "measured faster"
 OWN_SCALE = "a scale of its own"
 

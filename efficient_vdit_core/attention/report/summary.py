@@ -78,10 +78,11 @@ def describe_measure(report: AttentionReport) -> str:
         return f"Not measured: {measure.refused or 'the run ended before its second sparse step'}"
     forwards = f", {measure.forwards} forwards of the model" if measure.forwards > 1 else ""
     steps = f"a dense step {_seconds(measure.dense)}, a sparse step {_seconds(measure.sparse)}"
-    return (
-        f"Measured in this run: {steps}: {_faster(measure.dense / measure.sparse)} "
-        f"(step {(measure.step or 0) + 1}{forwards}, computed both ways)"
-    )
+    if measure.every:
+        renewing = _seconds(measure.renewing_step) if measure.renewals else "longer than a dense one"
+        steps += f", every {_ordinal(measure.every)} one, which renews the residual, {renewing}"
+    gain = f": {_faster(measure.dense / measure.mean_step)}" if measure.mean_step else ""
+    return f"Measured in this run: {steps}{gain} (step {(measure.step or 0) + 1}{forwards}, computed both ways)"
 
 
 def shorten_measure(report: AttentionReport) -> str:
@@ -89,8 +90,15 @@ def shorten_measure(report: AttentionReport) -> str:
     measure = report.measure
     if measure is None or not report.sparse or not measure.forwards:
         return describe_measure(report)
-    gain = _faster(measure.dense / measure.sparse)
-    return f"{gain}: dense {_seconds(measure.dense)}, sparse {_seconds(measure.sparse)}"
+    gain = f"{_faster(measure.dense / measure.mean_step)}: " if measure.mean_step else ""
+    renewing = f", renewing {_seconds(measure.renewing_step)}" if measure.renewals else ""
+    return f"{gain}dense {_seconds(measure.dense)}, sparse {_seconds(measure.sparse)}{renewing}"
+
+
+def _ordinal(number: int) -> str:
+    """2nd, 3rd, 4th, ..."""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
 
 
 def _faster(gain: float) -> str:

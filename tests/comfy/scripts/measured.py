@@ -88,6 +88,7 @@ facts = {
     "one step": compared(steps=1),
     "no sparse step": compared(dense_first_steps=4),
     "declined": compared(min_tokens=10_000),
+    "a residual": compared(steps=16, residual_every=4, k=0),
 }
 choices = {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
 facts["EasyCache"] = compared(steps=8, source=EasyCacheNode.execute(model, **choices).args[0])
