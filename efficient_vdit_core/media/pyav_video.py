@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,34 +93,63 @@ def read_frames(path: Path, check: Callable[[int, int, int], None], fps: float =
         check(*square_size(codec.width, codec.height, aspect), stream.frames)
         if codec.color_trc in _TRANSFERS:
             warn_of_hdr(str(path), _TRANSFERS[codec.color_trc])
+        begin = (container.start_time or 0) / av.time_base
         held, start, end = None, 0.0, 0.0
-        for frame in _decoded(container, stream):
-            pixels, now = _pixels(frame, aspect), frame.time or 0.0
+        for frame, time in _decoded(container, stream):
+            if time is None and fps:
+                raise ValueError("it does not tell when its frames are shown")
+            pixels, now = _pixels(frame, aspect), 0.0 if time is None else time - begin
             if held is not None:  # how long it lasts, the next one tells
                 yield from [held] * (times_shown(start, now, fps) if fps else max(1, round((now - start) * rate)))
-            held, start = pixels, now
+            held, start = pixels, min(0.0, now) if held is None else now  # a first one that comes late is shown before
             lasts = getattr(frame, "duration", 0)  # from PyAV 15 on
-            end = now + (float(lasts * frame.time_base) if lasts else 1 / rate)
+            end = now + (float(lasts * frame.time_base) if lasts and time is not None else 1 / rate)
         if held is not None:
-            yield from [held] * (times_shown(start, end, fps) if fps else 1)
+            yield from [held] * (times_shown(start, end, fps) if fps else max(1, round((end - start) * rate)))
 
 
-def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """All frames that are to be shown. A clip that was cut without coding it anew still holds the frames before its begin, on
-    which others build, and counts them."""
+def _decoded(container: Any, stream: Any) -> Iterator[tuple[Any, float | None]]:
+    """All frames that are to be shown, and when each is, in seconds, where that is told. A clip that was cut without coding it
+    anew still holds the frames before its begin, on which others build, and counts them."""
+    if container.format.name == "avi":
+        yield from _decoded_by_place(container, stream)
+        return
     count = hidden = 0
+    for packet, frames in _packets(container, stream):
+        hidden += packet.is_discard
+        count += len(frames)
+        yield from ((frame, frame.time) for frame in frames)
+    if count < stream.frames - hidden:
+        raise ValueError(f"{count} of its {stream.frames - hidden} frames can be decoded")
+
+
+def _decoded_by_place(container: Any, stream: Any) -> Iterator[tuple[Any, float]]:
+    """The same of an AVI, which knows no times: each picture lasts until the place of the next that is not empty. Those that
+    others build on are stored before them, so times that are made of a packet's place do not rise."""
+    places: list[int] = []
+    count = 0
+    for packet, frames in _packets(container, stream):
+        places += [packet.dts] if packet.size else []
+        for frame in frames:
+            yield frame, float(places[min(count, len(places) - 1)] * stream.time_base)
+            count += 1
+    longest = max((later - place for place, later in pairwise(places)), default=1)
+    if not places or places[-1] + longest < stream.frames:
+        raise ValueError(f"its pictures end at the place {places[-1] + 1 if places else 0} of {stream.frames}")
+    if count < len(places):
+        raise ValueError(f"{count} of its {len(places)} frames can be decoded")
+
+
+def _packets(container: Any, stream: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """What the file holds of the stream, piece by piece, and the frames that each completes."""
     packets = container.demux(stream)
     while True:
         with no_complaints():
             packet = next(packets, None)
             frames = [] if packet is None else packet.decode()
         if packet is None:
-            break
-        hidden += packet.is_discard
-        count += len(frames)
-        yield from frames
-    if count < stream.frames - hidden:
-        raise ValueError(f"{count} of its {stream.frames - hidden} frames can be decoded")
+            return
+        yield packet, frames
 
 
 def _pixels(frame: Any, aspect: float) -> np.ndarray:

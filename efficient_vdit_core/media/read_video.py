@@ -180,6 +180,8 @@ def _stream(path: Path, fps: float, check: Check, first: int) -> Iterator[np.nda
     source = ["-nostdin", "-max_pixels", str(MAX_PIXELS), "-i", f"file:{path}", "-map", "0:v:0"]
     wanted = ["-frames:v", str(first)] if first else []
     about = told(["-hide_banner", *source, *wanted, "-c", "copy", "-f", "null", "-"])
+    if stream_lines(about) and not _pictures(about):
+        raise ValueError("it has no pictures")
     check(*_probed(about))
     if found := _TRANSFER.search(_pictures(about)):
         warn_of_hdr(str(path), found[0])

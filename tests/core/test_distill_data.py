@@ -99,7 +99,7 @@ def test_a_long_video_is_learnt_from_its_first_frames_and_a_short_one_is_told_of
 
 def test_nothing_that_is_listed_is_left_out_quietly(tmp_path, caplog):
     videos(tmp_path, ["a.webp", "b.gif"])
-    for name in ("c.m4v", "d.mpg", "e.wmv"):
+    for name in ("c.m4v", "d.mpg", "e.rm"):
         (tmp_path / name).touch()
     Image.new("RGB", (8, 8)).save(tmp_path / "preview.webp")
     (tmp_path / "c.webp").write_bytes((tmp_path / "a.webp").read_bytes())  # one that moves
@@ -107,11 +107,11 @@ def test_nothing_that_is_listed_is_left_out_quietly(tmp_path, caplog):
     progress.mkdir(parents=True)
     videos(progress, ["00.gif"])
     (tmp_path / "run" / "config.toml").touch()
-    listed = ("a.webp", "b.gif", "c.m4v", "d.mpg", "e.wmv", "gone.mp4")
+    listed = ("a.webp", "b.gif", "c.m4v", "d.mpg", "e.rm", "gone.mp4")
     lines = [json.dumps({"file_name": name, "text": "x"}) for name in listed]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     assert [v.name for v in video_captions(tmp_path)] == ["a.webp", "b.gif", "c.m4v", "d.mpg"]
-    assert "2 of 6 files that metadata.jsonl lists are not used, such as e.wmv: " in caplog.text
+    assert "2 of 6 files that metadata.jsonl lists are not used, such as e.rm: " in caplog.text
 
 
 def captioned(*files):
@@ -119,6 +119,17 @@ def captioned(*files):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
         file.with_suffix(".txt").write_text(file.stem)
+
+
+def test_what_has_a_caption_and_is_no_video_by_its_name_is_told_of(tmp_path, caplog):
+    captioned(*(tmp_path / name for name in ("a.mp4", "b.ogv", "c.TS", "d.rm", "e.jpg", "f.jpg")))
+    (tmp_path / "a.jpg").touch()  # the picture of a video
+    (tmp_path / "f.jpg").unlink()
+    assert [v.name for v in video_captions(tmp_path)] == ["a.mp4", "b.ogv", "c.TS"]
+    assert (
+        "2 files with a caption beside them are not used, such as d.rm: by their names they are no videos."
+        in caplog.text
+    )
 
 
 def test_videos_behind_links_are_found_once_and_those_in_hidden_folders_are_not(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from recorded import record
 
+from efficient_vdit_core.media import pyav_video
 from efficient_vdit_core.media import read_video as reading
 from efficient_vdit_core.media import video as writing
 from efficient_vdit_core.media.read_sound import read_sound
@@ -168,7 +169,7 @@ def test_a_file_without_pictures_is_refused(tmp_path):
     header = b"RIFF" + (36 + 8000).to_bytes(4, "little") + b"WAVEfmt " + (16).to_bytes(4, "little") + b"\1\0\1\0"
     header += (8000).to_bytes(4, "little") * 2 + b"\1\0\x08\0" + b"data" + (8000).to_bytes(4, "little")
     (tmp_path / "a.mp4").write_bytes(header + b"\x80" * 8000)
-    with pytest.raises(ValueError, match="cannot be read as a video"):
+    with pytest.raises(ValueError, match=r"cannot be read as a video \(it has no pictures\)"):
         read_video(tmp_path / "a.mp4")
 
 
@@ -305,6 +306,56 @@ def test_a_rate_that_counts_fields_is_constant(tmp_path, frames):
     assert len(read_video(path)) == 4 * len(frames)
     assert told_rates("Video: h264, yuv420p, 64x48, 25 fps, 50 tbr, 12800 tbn") == (25, 25)
     assert told_rates("Video: vp8, yuv420p, 64x48, 1k tbr, 1k tbn") == (0, 1000)
+
+
+def nearest(found, frames):
+    """Of which of the frames each found one is the picture."""
+    return [int(np.abs(frames.astype(int) - frame).mean((1, 2, 3)).argmin()) for frame in found]
+
+
+def test_an_avi_comes_in_the_order_that_it_is_shown_in(tmp_path, frames):
+    """It knows no times, and pictures that others build on are stored before them."""
+    source = write_video(tmp_path / "a.mp4", frames, fps=16)
+    path = changed(source, tmp_path / "b.avi", "-c:v", "libx264", "-bf", "3", "-x264-params", "b-adapt=0")
+    assert nearest(read_video(path), frames) == [*range(13)]
+    assert nearest(iterate_video(path, 8), frames) == [*range(0, 13, 2)]
+
+
+def test_empty_places_of_an_avi_show_the_picture_before_them(tmp_path, frames):
+    source = write_video(tmp_path / "a.mp4", frames, fps=16)
+    every_fourth_out = ["-vf", "select='not(eq(mod(n,4),2))'", "-fps_mode", "passthrough", "-c:v", "mpeg4", "-q:v", "1"]
+    path = changed(source, tmp_path / "b.avi", *every_fourth_out)
+    assert nearest(iterate_video(path, 16), frames) == [0, 1, 1, 3, 4, 5, 5, 7, 8, 9, 9, 11, 12]
+    assert len(read_video(path)) == 13
+
+
+def test_pyav_refuses_an_avi_that_lacks_its_end(tmp_path, frames):
+    """Between two pictures, each of which is whole: ffmpeg itself takes it for a shorter one."""
+    whole = changed(write_video(tmp_path / "a.mp4", frames), tmp_path / "b.avi", "-c:v", "mjpeg")
+    data, cut = whole.read_bytes(), tmp_path / "c.avi"
+    cut.write_bytes(data[: data.rindex(b"00dc", 0, data.index(b"idx1"))])
+    assert len(list(pyav_video.read_frames(whole, lambda *_: None))) == 13
+    with pytest.raises(ValueError, match="its pictures end at the place 12 of 13"):
+        list(pyav_video.read_frames(cut, lambda *_: None))
+
+
+def test_a_picture_that_begins_late_is_shown_from_the_begin_on(tmp_path, frames):
+    """As where the sound begins before it."""
+    source = write_video(tmp_path / "a.mp4", frames, fps=16)
+    silence = ["-f", "lavfi", "-t", "1", "-i", "anullsrc", "-itsoffset", "0.5"]
+    late = changed(source, tmp_path / "b.mp4", "-map", "1:v", "-map", "0:a", "-c:v", "copy", first=silence)
+    assert nearest(read_video(late), frames) == [*[0] * 8, *range(13)]
+    assert nearest(iterate_video(late, 8), frames)[:6] == [0, 0, 0, 0, 0, 2]
+
+
+def test_a_stream_without_times_is_read_by_its_own_frames_alone(tmp_path, frames):
+    source = write_video(tmp_path / "a.mp4", frames, fps=16)
+    changed(source, tmp_path / "b.h264", "-c", "copy")
+    path = (tmp_path / "b.h264").rename(tmp_path / "b.mkv")
+    assert nearest(read_video(path), frames) == [*range(13)]
+    if not reading.has_ffmpeg():
+        with pytest.raises(ValueError, match="does not tell when its frames are shown"):
+            next(iterate_video(path, 8))
 
 
 def test_a_clip_that_was_cut_without_coding_it_anew_is_whole(tmp_path, frames):

@@ -24,7 +24,10 @@ from ...storage.weight_files import read_state_dict, save_safetensors
 MAX_LIST = 2**28  # bytes of a file of captions
 MAX_STEM = 200  # bytes of a video's name in that of its latents, which may have 255
 FPS = 24  # of every model that makes sound
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi", ".mpg", ".gif", ".webp")
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp",
+    ".gif", ".webp", ".apng",
+)  # fmt: skip
 
 Generate = Callable[[list[str], list[int]], Tensor]  # captions and the samples' numbers to latents (B, C, T, h, w)
 
@@ -82,12 +85,18 @@ def video_captions(folder: Path) -> dict[Path, str]:
     if not folder.is_dir():
         raise ValueError(f"There is no folder {quoted(str(folder), 120)} with videos. Check data.folder.")
     # ._NAME is what a Mac notes of a file, on disks that are not its own.
-    named_so = (f for f in _files_below(folder) if f.suffix.lower() in VIDEO_SUFFIXES)
-    videos = sorted(f for f in named_so if not f.name.startswith("._") and not _is_preview(f) and not _is_sample(f))
+    files = [f for f in _files_below(folder) if not f.name.startswith("._")]
+    named_so = (f for f in files if f.suffix.lower() in VIDEO_SUFFIXES)
+    videos = sorted(f for f in named_so if not _is_preview(f) and not _is_sample(f))
     if not videos:
         raise ValueError(
             f"The folder {quoted(folder.name)} holds no videos, expected files ending in {', '.join(VIDEO_SUFFIXES)}."
         )
+    if others := _captioned_others(files):
+        log.warning(
+            "%d files with a caption beside them are not used, such as %s: by their names they are no videos.",
+            len(others), named(others[0].name),
+        )  # fmt: skip
     listed = _listed(folder / "metadata.jsonl")
     names = {v: v.relative_to(folder).as_posix() for v in videos}
     if unused := sorted(listed.keys() - names.values()):
@@ -283,6 +292,13 @@ def _listed(file: Path) -> dict[str, str]:
             raise ValueError(f"{what} is {quoted(entry)}, expected an object with file_name and text. Correct it.")
         found[entry["file_name"]] = entry["text"].strip()
     return found
+
+
+def _captioned_others(files: list[Path]) -> list[Path]:
+    """Files with a caption of their own beside them whose names do not end as a video's."""
+    videos = {f.with_suffix("") for f in files if f.suffix.lower() in VIDEO_SUFFIXES}
+    captions = {f.with_suffix("") for f in files if f.suffix == ".txt"} - videos
+    return sorted(f for f in files if f.suffix != ".txt" and f.with_suffix("") in captions)
 
 
 def _beside(video: Path) -> str:
