@@ -37,7 +37,13 @@ class EVDiTAttentionTileMap(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="The video model to look at. It is not changed; sparse attention on it is ignored."
                 ),
-                io.Conditioning.Input("positive", tooltip="The prompt under which the model runs, without guidance."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip=(
+                        "The prompt under which the model runs, without guidance. Of several, joined with Conditioning (Combine), the "
+                        "map is the mean."
+                    ),
+                ),
                 io.Latent.Input(
                     "latent",
                     tooltip=(

@@ -16,7 +16,8 @@ from .probe import BLOCK, ProbeRecord, Replay, flat, relative_error
 
 @contextmanager
 def replay_blocks(blocks: Sequence[nn.Module], record: ProbeRecord) -> Iterator[None]:
-    """Within it, each forward of ``blocks`` (layer 0, 1, ...) adds its block errors to ``record``.
+    """Within it, each forward of ``blocks`` (layer 0, 1, ...) whose attention is measured adds its block errors to
+    ``record``.
 
     The model must run with ``make_probe_override(record)``. The hooks go away at the end, after an exception as well.
     Memory: two copies of a block's inputs and one output beside the dense run.
@@ -35,14 +36,19 @@ def replay_blocks(blocks: Sequence[nn.Module], record: ProbeRecord) -> Iterator[
 
 def _hooks(layer: int, record: ProbeRecord) -> tuple[Callable[..., None], Callable[..., None]]:
     inputs: list[Any] = []
+    measured = 0  # calls of the layer, before its block
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal measured
+        measured = record.calls[layer]
         # Some blocks add to their input in place, so what they got has to be kept.
         inputs[:] = [_copied(args, kwargs)]
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         (kept,) = inputs
         inputs.clear()
+        if record.calls[layer] == measured:
+            return
         exact = flat(output)
         for pattern in record.candidates:
             positional, named = _copied(*kept)

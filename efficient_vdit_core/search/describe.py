@@ -24,6 +24,11 @@ def describe_plan(plan: TilePlan) -> str:
     for name, meaning in (("not_finite_layers", "not finite"), ("not_measured_layers", "not measured")):
         if about[name]:
             lines.append(f"Full because {meaning}: layer {', '.join(map(str, about[name]))}")
+    for frames, count in about.get("left_out_forwards", {}).items():
+        lines.append(
+            f"Forwards left out: {count}, over {frames} latent frames: errors are of forwards over {plan.frames}, as the first was. "
+            "Prompts for a part of the clip have others, and context windows with causal_window_fix."
+        )
     return "\n".join([*lines, "", *_table(plan)])
 
 

@@ -60,6 +60,7 @@ def plan_from_record(
         **_predictions(patterns, figures),
         **own_errors,
         **_told(figures),
+        **({"left_out_forwards": {str(t): count for t, count in record.left_out.items()}} if record.left_out else {}),
     }
     return TilePlan(patterns=tuple(patterns), family=family, frames=layout.grid.t, heads=heads, provenance=provenance)
 

@@ -33,7 +33,7 @@ from ..attention.backends.spans import put, take
 from ..attention.call_shape import CallShape
 from ..attention.dense_call import DenseCall
 from ..attention.hook.attention_call import AttentionCall, override_by
-from ..attention.hook.state import Override
+from ..attention.hook.state import CallPlace, Override
 from ..attention.layout import spans_of
 from ..tiles import TilePattern
 from ..timing import wait_for
@@ -85,6 +85,8 @@ class Replay:
 class ProbeRecord:
     """What a probing run found: (layer, candidate) -> one value for each call. Safe to fill from several threads.
 
+    A candidate is another pattern over another number of frames, so forwards over as many as the first one's ``layout`` are
+    measured, and others, as context windows and prompts for a part of the clip may have them, are counted alone.
     ``timed``: also take the time of each attention call, which makes the run wait for the device. ``by_head``: and of a
     call for half of the heads, from which what a group of heads costs beside its work is known.
     """
@@ -103,6 +105,7 @@ class ProbeRecord:
         default_factory=lambda: defaultdict(list)
     )
     dense: Counter[str] = field(default_factory=Counter)
+    other_frames: Counter[tuple[int, int]] = field(default_factory=Counter)  # calls left out, by (frames, layer)
     ran: set[Any] = field(default_factory=set)  # the kinds of calls that were made once without the clock
     replaying: Replay | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -174,6 +177,21 @@ class ProbeRecord:
         with self.lock:
             self.dense[reason] += 1
 
+    def takes(self, place: CallPlace, layout: TokenLayout) -> bool:
+        """Whether a call over that layout is measured, which the first one decides; what is not is counted."""
+        with self.lock:
+            self.layout = self.layout or layout
+            taken = layout.grid.t == self.layout.grid.t
+            if not taken and not place.visit and not place.first_head:
+                self.other_frames[layout.grid.t, place.layer] += 1
+        return taken
+
+    @property
+    def left_out(self) -> dict[int, int]:
+        """How many forwards were left out, by their number of frames."""
+        lengths = sorted({frames for frames, _ in self.other_frames})
+        return {t: max(count for (frames, _), count in self.other_frames.items() if frames == t) for t in lengths}
+
 
 def make_probe_override(
     record: ProbeRecord,
@@ -185,8 +203,8 @@ def make_probe_override(
 ) -> Override:
     """An override for ``transformer_options["optimized_attention_override"]`` that measures into ``record``.
 
-    ``begun`` is told before the first call is measured where the video stands, and ``progress`` the layer after each measured
-    call; what they raise ends the run, and nothing is left behind. ``previous``: another node's override, asked for every
+    ``begun`` is told before the first call is measured where the video stands, and ``progress`` the layer after each call over
+    the video; what they raise ends the run, and nothing is left behind. ``previous``: another node's override, asked for every
     dense piece. ``compare``: in place of `relative_errors`.
     """
     compare = compare or relative_errors
@@ -209,10 +227,18 @@ def make_probe_override(
             )
             return call.give(out, padding)
         assert place is not None
-        layer = place.layer
         if record.layout is None and begun is not None:
             begun(layout)
-        record.layout = record.layout or layout
+        if record.takes(place, layout):
+            out = measure(call, place, layout, padding)
+        else:
+            out = call.dense()
+        if progress is not None:
+            progress(place.layer)
+        return out
+
+    def measure(call: AttentionCall, place: CallPlace, layout: TokenLayout, padding: range) -> Tensor:
+        layer, dense = place.layer, call.asked
         out = _timed(record, layer, DENSE, "dense", call.query, call.dense)
         exact, qkv = call.given(out, padding), call.take(padding)
         _time_part(record, layer, DENSE, "dense", qkv, dense)
@@ -220,8 +246,6 @@ def make_probe_override(
             error, of_heads = _candidate_errors(record, layer, pattern, qkv, exact, layout, dense, compare)
             record.add(ATTENTION, layer, pattern, error)
             record.add_heads(layer, pattern, place.first_head, of_heads)
-        if progress is not None:
-            progress(layer)
         return out
 
     return override_by(answer, previous)

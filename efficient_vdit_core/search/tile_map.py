@@ -47,6 +47,7 @@ def tile_map(
     first = next(iter(measured.values()))
     frames = len(first.share)
     lines.append(f"Measured on {first.rows} query rows of each of {frames} latent frames, all heads.")
+    lines += _forwards(measured)
     if other:
         rows = len(first.important)
         lines.append(
@@ -59,6 +60,20 @@ def tile_map(
         lines += ["", panel.title, *(f"  {note}" for note in panel.notes)]
     subtitle = "Share of each query frame's attention, in percent; colour grows with its square root."
     return draw_panels(panels, "Attention between frames", subtitle), "\n".join(lines)
+
+
+def _forwards(measured: Mapping[int, TileMass]) -> list[str]:
+    """What a map is the mean of where a step asks the model several times, and how many forwards it leaves out."""
+    masses = measured.values()
+    frames, seen = len(next(iter(masses)).share), max(int(mass.seen.max()) for mass in masses)
+    left_out = max(mass.left_out for mass in masses)
+    lines = [f"Mean over {seen} evaluations of that step: prompts, context windows, guidance."] if seen > 1 else []
+    if left_out:
+        lines.append(
+            f"Forwards left out: {left_out}, over another number of latent frames than {frames}, as the first was. Prompts for a part "
+            "of the clip have others, and context windows with causal_window_fix."
+        )
+    return lines
 
 
 def _panels(title: str, mass: TileMass, pattern: LayerPattern | None, other: TileMass | None) -> list[Panel]:

@@ -6,8 +6,9 @@ Shapes: B batch, H heads, N tokens of which T frames of s are video, D head_dim,
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..attention import TokenLayout
 from ..attention.hook.attention_call import AttentionCall, override_by
-from ..attention.hook.state import Override
+from ..attention.hook.state import CallPlace, Override
 from ..limits.quote import quoted
 from ..plan.head_patterns import LayerPattern
 from ..plan.text import parse_layers
@@ -35,13 +36,16 @@ class TileMass:
     of_heads: (H, T, T), row i of a head the mean share of the queries of frame i in each key frame. extra_of_heads:
     (H, T), their share in text and other tokens. rows: query rows measured in each frame.
     important: (R, H, T s) uint8, for a few query rows the smallest of LEVELS whose positions hold a key, len(LEVELS)
-    for none.
+    for none. seen: (H,), how many evaluations (prompts, context windows) a head's mean goes over. left_out: forwards over
+    another number of frames, over which it does not go.
     """
 
     of_heads: Tensor
     extra_of_heads: Tensor
     rows: int
     important: Tensor
+    seen: Tensor
+    left_out: int = 0
 
     @cached_property
     def share(self) -> Tensor:
@@ -56,7 +60,7 @@ class TileMass:
     def of(self, heads: Sequence[int]) -> TileMass:
         """The attention of some heads alone."""
         at = list(heads)
-        return TileMass(self.of_heads[at], self.extra_of_heads[at], self.rows, self.important[:, at])
+        return TileMass(self.of_heads[at], self.extra_of_heads[at], self.rows, self.important[:, at], self.seen[at])
 
     def beside(self, others: TileMass) -> TileMass:
         """The attention of these heads and of ``others`` of the layer behind them."""
@@ -66,7 +70,20 @@ class TileMass:
             torch.cat([self.extra_of_heads, others.extra_of_heads]),
             self.rows,
             torch.cat([self.important[:remembered], others.important[:remembered]], dim=1),
+            torch.cat([self.seen, others.seen]),
+            self.left_out,
         )
+
+    def averaged(self, others: TileMass, first_head: int) -> TileMass:
+        """With ``others``, what a further forward over as many frames found of the heads from ``first_head`` on, each of its
+        evaluations counted alike. The important positions stay the first one's."""
+        heads = slice(first_head, first_head + len(others.seen))
+        of_heads, extra, seen = self.of_heads.clone(), self.extra_of_heads.clone(), self.seen.clone()
+        seen[heads] += others.seen
+        weight = others.seen / seen[heads]
+        of_heads[heads] = of_heads[heads].lerp(others.of_heads, weight[:, None, None])
+        extra[heads] = extra[heads].lerp(others.extra_of_heads, weight[:, None])
+        return replace(self, of_heads=of_heads, extra_of_heads=extra, seen=seen)
 
     @property
     def diagonal(self) -> float:
@@ -98,17 +115,38 @@ class TileMass:
 
 @dataclass
 class MassRecord:
-    """Layers to measure, and what was found. Nothing is measured while ``active`` is False."""
+    """Layers to measure, and what was found: the mean over all forwards of as many ``frames`` as the first, as several
+    prompts and context windows come in several. Nothing is measured while ``active`` is False. Safe to fill from several
+    threads."""
 
     layers: tuple[int, ...]
     rows: int = 64
     active: bool = True
+    frames: int | None = None
     found: dict[int, TileMass] = field(default_factory=dict)
     reasons: set[str] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def add(self, layer: int, first_head: int, found: TileMass) -> None:
-        """What a call found of the layer's heads from ``first_head`` on: a node may have them attend a few at a time."""
-        self.found[layer] = self.found[layer].beside(found) if first_head else found
+    def takes(self, place: CallPlace, frames: int) -> bool:
+        """Whether a call over so many frames is measured. Counts the forwards that are left out for their frames."""
+        if not self.active or place.layer not in self.layers or place.visit:  # the video's stream alone
+            return False
+        with self.lock:
+            self.frames = self.frames or frames
+            if frames != self.frames and place.layer in self.found and not place.first_head:
+                self.found[place.layer].left_out += 1
+            return frames == self.frames
+
+    def add(self, place: CallPlace, found: TileMass) -> None:
+        """What a call found of a layer's heads: a node may have them attend a few at a time."""
+        with self.lock:
+            known = self.found.get(place.layer)
+            if known is None:
+                self.found[place.layer] = found
+            elif place.first_head == len(known.seen):
+                self.found[place.layer] = known.beside(found)
+            else:
+                self.found[place.layer] = known.averaged(found, place.first_head)
 
 
 def make_mass_override(
@@ -126,9 +164,9 @@ def make_mass_override(
         if state is None or layout is None or place is None:
             record.reasons.add(reason)
             return out
-        if record.active and place.layer in record.layers and not place.visit:  # the video's stream alone
+        if record.takes(place, layout.grid.t):
             q, k, _ = call.take(state.masked(call.mask))
-            record.add(place.layer, place.first_head, tile_mass(q, k, layout, record.rows))
+            record.add(place, tile_mass(q, k, layout, record.rows))
         if progress is not None:
             progress(place.layer)
         return out
@@ -159,7 +197,8 @@ def tile_mass(q: Tensor, k: Tensor, layout: TokenLayout, rows: int = 64, max_byt
             important += [_levels(video[0, :, r]) for r in wanted]
         share.append(of_heads.cpu() / (rows * q.shape[0]))
         extra.append(elsewhere.cpu() / (rows * q.shape[0]))
-    return TileMass(torch.stack(share, 1), torch.stack(extra, 1), rows, torch.stack(important))
+    seen = torch.full((q.shape[1],), q.shape[0])
+    return TileMass(torch.stack(share, 1), torch.stack(extra, 1), rows, torch.stack(important), seen)
 
 
 def kept_tiles(pattern: TilePattern, frames: int) -> Tensor:

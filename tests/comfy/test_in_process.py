@@ -145,6 +145,27 @@ def test_a_search_and_a_map_look_at_the_size_that_is_sampled(in_process):
     assert found["searched"] == found["mapped"] == found["sampled"]
 
 
+def test_a_map_of_joined_prompts_is_their_mean_in_any_order(in_process):
+    """Prompts of different lengths come in a forward each."""
+    found = in_process("several_forwards")
+    assert found["of both"] <= 1e-5 < 1e-3 < found["of one"]
+    assert all("Mean over 2 evaluations" in report for report in found["joined"])
+
+
+def test_a_search_and_a_map_tell_of_context_windows_of_another_length(in_process):
+    found = in_process("several_forwards")
+    assert "Mean over 3 evaluations" in found["windows map"] and "left out" not in found["windows map"]
+    assert "left out" not in found["windows search"]
+    if "anchored map" not in found:
+        pytest.skip("this ComfyUI puts no first frame before its context windows")
+    assert "each of 5 latent frames" in found["anchored map"]
+    assert "Forwards left out: 2, over another number of latent frames than 5" in found["anchored map"]
+    for error in ("attention", "block", "output"):
+        report, errors = found[f"anchored search, {error}"]
+        assert "Forwards left out: 4, over 6 latent frames: errors are of forwards over 5" in report
+        assert set(errors["4"]) == {0.0} and min(errors["1"]) > 0  # four reference frames leave nothing out of 5
+
+
 def test_each_prompt_that_is_cut_is_told(in_process):
     assert [len(lines) for lines in in_process("long_prompts")] == [1, 0, 1, 0]
 

@@ -28,6 +28,7 @@ from efficient_vdit_core.search import (
     probe,
     replay_blocks,
 )
+from efficient_vdit_core.search.describe import describe_plan
 from efficient_vdit_core.search.probe import ATTENTION, BLOCK, OUTPUT
 from efficient_vdit_core.search.select import MEASURED
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
@@ -221,6 +222,62 @@ def test_cancelling_leaves_nothing_behind():
         model(clip(), make_probe_override(record, progress=stop))
     assert record.replaying is None
     assert not any(b._forward_hooks or b._forward_pre_hooks for b in model.blocks)
+
+
+class AnyLength(nn.Module):
+    """A block of a model that takes clips of any length."""
+
+    def forward(self, x, options):
+        return x + sdpa_attention(x, x, x, HEADS, transformer_options=options)
+
+
+def in_windows(measure, clips, **settings):
+    """The record of a forward of two blocks for each of ``clips``, seed -> frames, and the frames of all that were computed."""
+    blocks, record, computed = nn.ModuleList([AnyLength(), AnyLength()]), ProbeRecord(patterns(1, 4), **settings), []
+    override = make_probe_override(record)
+    for seed, frames in clips.items():
+        layout = TokenLayout(TokenGrid(frames, 1, SIZE))
+        x = torch.randn(1, layout.tokens, HEADS * DIM, generator=torch.Generator().manual_seed(seed))
+
+        def forward(x=x, layout=layout):
+            options, out = {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(layout, depth=2)}, x
+            computed.append(layout.grid.t)
+            for block in blocks:
+                out = block(out, options)
+            return out
+
+        with replay_blocks(blocks if measure == BLOCK else [], record):
+            if measure == OUTPUT:
+                measure_output(record, forward)
+            else:
+                forward()
+    return record, computed
+
+
+@pytest.mark.parametrize("measure", [ATTENTION, BLOCK, OUTPUT])
+def test_errors_are_those_of_one_number_of_frames(measure):
+    """Of context windows of two lengths: four reference frames leave nothing out of 5, and something out of 6."""
+    record, computed = in_windows(measure, {0: 5, 1: 6, 2: 5, 3: 6, 4: 6}, timed=True)
+    alone, _ = in_windows(measure, {0: 5, 2: 5}, timed=True)
+    for layer, k in itertools.product(range(2), (1, 4)):
+        assert record.errors[measure][layer, TilePattern(k)] == alone.errors[measure][layer, TilePattern(k)]
+        assert record.error(layer, TilePattern(4), measure) == 0.0 < record.error(layer, TilePattern(1), measure)
+        assert len(record.seconds[layer, None]) == 2, "what a call takes is that of as many frames too"
+    assert computed.count(6) == 3, "no forward that is left out is computed again"
+    assert record.layout.grid.t == 5 and record.left_out == {6: 3} and alone.left_out == {}
+    chosen, plain = (plan(r, layers=2, threshold=5.0, error=measure) for r in (record, alone))
+    assert chosen.frames == 5 and chosen.provenance["left_out_forwards"] == {"6": 3}
+    assert "Forwards left out: 3, over 6 latent frames: errors are of forwards over 5" in describe_plan(chosen)
+    assert "left_out_forwards" not in plain.provenance and "left out" not in describe_plan(plain)
+
+
+def test_text_of_another_length_and_a_part_of_the_picture_leave_nothing_out():
+    record = ProbeRecord(patterns(1))
+    override = make_probe_override(record)
+    for layout in (LAYOUT, TokenLayout(LAYOUT.grid, suffix=5), TokenLayout(TokenGrid(FRAMES, 1, SIZE - 1), suffix=2)):
+        x = torch.randn(1, layout.tokens, HEADS * DIM)
+        AnyLength()(x, {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(layout)})
+    assert len(record.errors[ATTENTION][0, TilePattern(1)]) == 3 and not record.left_out
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

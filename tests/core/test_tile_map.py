@@ -261,3 +261,58 @@ def test_heads_that_come_in_several_calls_are_one_layer():
         assert found.kept(by_head([TilePattern(1), TilePattern(2)])) == pytest.approx(
             want.kept(by_head([TilePattern(1), TilePattern(2)]))
         )
+
+
+def attends(override, q, k, layout=LAYOUT):
+    """A forward of one layer."""
+    options = {OVERRIDE_KEY: override, FORWARD_KEY: ForwardState(layout, depth=1, heads=HEADS)}
+    sdpa_attention(q, k, k, HEADS, skip_reshape=True, transformer_options=options)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_a_map_of_several_forwards_is_their_mean_each_prompt_counted_alike(order):
+    """As prompts of different lengths come in several: two of one length share a forward, a third has one of its own."""
+    pairs, record = [qk(seed, batch=1) for seed in range(3)], MassRecord((0,), rows=S)
+    override = make_mass_override(record)
+    alone = [pairs[i] for i in order]
+    attends(override, *torch.cat(alone[:2], dim=1))
+    attends(override, *alone[2])
+    want = [tile_mass(q, k, LAYOUT, rows=S) for q, k in pairs]
+    found = record.found[0]
+    assert torch.allclose(found.of_heads, sum(m.of_heads for m in want) / 3, atol=1e-6)
+    assert torch.allclose(found.extra_of_heads, sum(m.extra_of_heads for m in want) / 3, atol=1e-6)
+    assert found.share.sum(1) + found.extra == pytest.approx(1.0, abs=1e-5)
+    assert torch.equal(found.important, tile_mass(*alone[0], LAYOUT, rows=S).important)
+    assert "Mean over 3 evaluations" in tile_map(record.found, 1)[1]
+    assert "Mean over" not in tile_map({0: want[0]}, 1)[1]
+
+
+def test_the_mean_knows_heads_that_come_in_several_calls():
+    pairs, record = [qk(seed) for seed in range(2)], MassRecord((0,), rows=S)
+    for q, k in pairs:
+        options = {OVERRIDE_KEY: make_mass_override(record), FORWARD_KEY: ForwardState(LAYOUT, heads=HEADS)}
+        for head in range(HEADS):
+            part = (x[:, head : head + 1] for x in (q, k, k))
+            sdpa_attention(*part, 1, skip_reshape=True, transformer_options=options)
+    want = [tile_mass(q, k, LAYOUT, rows=S) for q, k in pairs]
+    assert torch.allclose(record.found[0].of_heads, sum(m.of_heads for m in want) / 2, atol=1e-6)
+
+
+def test_forwards_over_another_number_of_frames_are_left_out_and_told():
+    """As context windows of two lengths come; text of another length leaves nothing out."""
+    longer = TokenLayout(TokenGrid(T + 1, 2, 3), prefix=3, suffix=4)
+    other_text = TokenLayout(LAYOUT.grid, prefix=3, suffix=9)
+    record, (q, k) = MassRecord((0,), rows=S), qk()
+    override, wide = make_mass_override(record), torch.randn(2, 2, HEADS, longer.tokens, DIM)
+    attends(override, q, k)
+    for _ in range(2):
+        attends(override, *wide, longer)
+    want = tile_mass(q, k, LAYOUT, rows=S)
+    assert torch.equal(record.found[0].of_heads, want.of_heads)
+    text = tile_map(record.found, 1)[1]
+    assert "Forwards left out: 2, over another number of latent frames than 5" in text
+    assert "left out" not in tile_map({0: want}, 1)[1]
+    more_text = torch.randn(2, 2, HEADS, other_text.tokens, DIM)
+    attends(override, *more_text, other_text)
+    mean = (want.of_heads + tile_mass(*more_text, other_text, rows=S).of_heads) / 2
+    assert torch.allclose(record.found[0].of_heads, mean, atol=1e-6) and record.found[0].left_out == 2
