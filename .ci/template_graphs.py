@@ -151,7 +151,7 @@ def opensora(frames: int) -> Graph:
         f"[config.json]({OSP}/resolve/main/{frames}x720p/config.json)\n"
         f"- `models/vae/open_sora_plan_v1.2/`: [checkpoint.ckpt]({OSP}/resolve/main/vae/checkpoint.ckpt)\n"
         f"- `models/text_encoders/mt5-xxl-encoder.safetensors` (11 GB), made from a download of [google/mt5-xxl]({HUB}/google/mt5-xxl). In "
-        "the pack's folder, with ComfyUI's Python: `python -m efficient_vdit_core.cli convert text-encoder mt5-xxl "
+        "the pack's folder, with ComfyUI's Python: `python efficient_vdit_core convert text-encoder mt5-xxl "
         "mt5-xxl-encoder.safetensors`, where `mt5-xxl` is the folder with `pytorch_model.bin`, `config.json` and `spiece.model`",
         "5.5 GB of weights in bf16, the text encoder 11 GB more while it encodes. "
         f"Upstream reports {seconds} s on one H100 with full attention.",

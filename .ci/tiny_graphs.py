@@ -9,7 +9,7 @@ from template_graphs import Graph, Node, prompts, share, video
 from efficient_vdit_core import assets
 from efficient_vdit_core.models.distilled import read_metadata
 
-TINY, FEW_STEPS, FEW_STEPS_SPARSE = (f"{name.replace('-', ' ')} (built in)" for name in assets.TINY_MODELS)
+TINY, FEW_STEPS, FEW_STEPS_SPARSE, *_ = (f"{name.replace('-', ' ')} (built in)" for name in assets.TINY_MODELS)
 
 # What none of the templates may leave open, since all of them compare.
 TOO_SMALL = """**This model is too small to get faster**: attention is hardly a part of its step. It shows what changes in the \

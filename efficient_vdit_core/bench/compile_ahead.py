@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ..limits.packages import install
 from ..limits.quote import first_cause
 
 KIB = 1024
@@ -112,7 +113,7 @@ def compile_cases(chosen: list[Case], jobs: int) -> Iterator[Outcome]:
     try:
         from triton.runtime.driver import driver
     except ImportError as error:
-        raise ValueError("Triton is not installed, whose compilers are asked: pip install triton.") from error
+        raise ValueError(f"Triton is not installed, whose compilers are asked. {install('triton')}") from error
     stand_in: Any = _Device()
     driver.set_active(stand_in)
     context, waiting, running = multiprocessing.get_context("fork"), list(chosen), []

@@ -1,7 +1,7 @@
 """All that a GPU can tell about the pack, in one run under a time budget: each part writes its file row by row, so that
 a run that is cut keeps what it has.
 
-Needs torch and this repository; ``stock_steps`` and ``training`` need diffusers as well, and ``tests`` pytest and a clone.
+Needs torch and this repository; `NEEDS` says which parts need more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..attention import available_backends, tile_attention
 from ..attention.autotune.choose import ChoiceBook
 from ..attention.call_shape import CallShape
 from ..attention.dispatch import backend_candidates, fits
+from ..limits.packages import missing
 from ..storage.files import write_text
 from ..storage.json_text import json_text
 from ..tiles import TilePattern
@@ -35,6 +36,13 @@ from .machine import describe_machine, peak_extra_bytes
 PRESETS = ("paper", "wan", "h3")
 # Shapes that a processor gets through in a second: they show that the command works, not what it finds.
 SMALL = [Shape(8, 96, 2, 64, "float32", (2, 1)), Shape(8, 96, 2, 64, "bfloat16", (1,))]
+# The modules that a part needs beside torch; the tests need a clone as well.
+NEEDS = {
+    "stock_steps": ("diffusers",),
+    "training": ("accelerate", "transformers", "sentencepiece"),
+    "tests": ("pytest",),
+}
+TESTS = Path(__file__).parents[2] / "tests" / "gpu"
 Item = TypeVar("Item")
 Rows = Iterator[list[dict[str, Any]]]  # a few at a time: what was found together
 
@@ -96,6 +104,11 @@ def part(share: float) -> Callable[[Callable[[Run], Rows]], Callable[[Run], Rows
     return add
 
 
+def lacking(names: Iterable[str]) -> dict[str, list[str]]:
+    """The parts that lack modules here, and which."""
+    return {name: modules for name in names if (modules := missing(NEEDS.get(name, ())))}
+
+
 def run_parts(run: Run, names: Iterable[str], say: Callable[[str, dict[str, Any]], None]) -> None:
     """Runs the parts in their order, each into ``<out>/<part>.json``; ``say`` hears of every row.
 
@@ -133,6 +146,9 @@ def run_parts(run: Run, names: Iterable[str], say: Callable[[str, dict[str, Any]
 
 def _run_part(run: Run, name: str) -> Rows:
     function, share = PARTS[name]
+    if modules := missing(NEEDS.get(name, ())):
+        run.incomplete[name] = f"left out: without {' and '.join(modules)}"
+        return
     if run.spent > run.budget:
         run.incomplete[name] = "not begun: the budget was spent"
         return
@@ -362,16 +378,12 @@ def _or_error(measure: Callable[[], list[dict[str, Any]]], about: dict[str, Any]
 
 @part(1.0)
 def tests(run: Run) -> Rows:
-    """tests/gpu, where they and pytest are. They come last: nothing can end them before they are done."""
-    folder = Path(__file__).parents[2] / "tests" / "gpu"
-    try:
-        import pytest
-    except ImportError:
-        yield [{"skipped": "pytest is not installed"}]
-        return
-    if not folder.is_dir():
+    """tests/gpu, where they are. They come last: nothing can end them before they are done."""
+    import pytest
+
+    if not TESTS.is_dir():
         yield [{"skipped": "tests/gpu is not here; use a clone"}]
         return
     report = run.out / "tests_gpu.xml"
-    code = pytest.main(["-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(folder)])
+    code = pytest.main(["-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(TESTS)])
     yield [{"exit_code": int(code), "report": report.name}]

@@ -9,6 +9,7 @@ import sys
 
 from ..limits.quote import printable
 
+ISSUES = "https://github.com/efficient-vdit/efficient-vdit/issues"  # where reports go
 INTERRUPTED = 130  # the status after Ctrl-C, by the shell's convention: 128 + SIGINT
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..limits.quote import quoted
+from ..media.registry import check_reads_videos
 from ..storage.files import check_writable_file, write_bytes, write_text
 from ..storage.json_text import json_text
 from . import say
@@ -34,17 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares and prints."""
+    check_reads_videos("Use ComfyUI's node Compare Videos, or a clone.")
     _check_target("--json", args.json, ".json")
     _check_target("--picture", args.picture, ".png")
     from ..quality import compare_clips, comparison_picture, metrics_table
     from ..quality.picture import shown_frames
-
-    try:
-        from ..media.read_video import iterate_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
-    except ImportError:
-        raise ValueError(
-            "The registry's build of the pack reads no videos. Use ComfyUI's node Compare Videos, or a clone."
-        ) from None
 
     _warn_of_other_settings(args.a, args.b)
     a, b = _File(args.a), _File(args.b)

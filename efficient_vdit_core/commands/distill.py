@@ -2,7 +2,7 @@
 distillation, which sharpens a few-step model and needs no clips.
 
 Run it again to go on where it stopped. SIGTERM and Ctrl-C save first. For several GPUs or machines, start it with
-`accelerate launch --multi_gpu -m efficient_vdit_core.cli distill ...`; where weights, gradients and optimiser do not
+`accelerate launch --multi_gpu -m efficient_vdit_core distill ...`; where weights, gradients and optimiser do not
 fit into each GPU, share them out with `--use_fsdp --fsdp_version 2` in place of `--multi_gpu`. Where one clip's activations do not
 fit, training.sequence_parallel shares out its frames.
 """

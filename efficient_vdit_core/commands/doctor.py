@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..limits.packages import install
 from ..limits.quote import first_cause, reason
 from ..storage.cache_folder import cache_folder
-from . import say
+from . import ISSUES, say
 
 # name on PyPI -> what it is for; the first group is what the built-in model needs
 NEEDED = {
@@ -29,11 +30,11 @@ OPTIONAL = {
     "imageio": "the tests; this pack's own code does without",
     "imageio-ffmpeg": "mp4, and reading videos to train on",
     "av": "mp4, where imageio-ffmpeg is missing",
-    "diffusers": "the samplers ddim and euler_ancestral",
+    "diffusers": "training Wan, CogVideoX and MiniMax-H3; the samplers ddim and euler_ancestral",
     "ftfy": "cleaning prompts as the reference does",
     "beautifulsoup4": "cleaning prompts as the reference does",
     "triton": "fused attention on a GPU",
-    "accelerate": "training on several GPUs",
+    "accelerate": "any training (evdit distill, evdit recipe)",
     "tensorboard": "training curves",
 }
 
@@ -59,9 +60,9 @@ def examine() -> dict[str, Any]:
     }
     for name in NEEDED:
         if packages[name]["version"] is None:
-            problems.append(f"The package {name!r} is missing; it is needed for {NEEDED[name]}: pip install {name}.")
+            problems.append(f"The package {name!r} is missing; it is needed for {NEEDED[name]}. {install(name)}")
     if not packages["av"]["version"] and not _guarded(_ffmpeg, problems, "ffmpeg"):
-        problems.append("No .mp4 can be written or read: pip install av, or write .gif and .webp.")
+        problems.append(f"No .mp4 can be written or read. Write .gif and .webp, or: {install('av')}")
     if packages["transformers"]["version"] and packages["sentencepiece"]["version"]:
         problems += _why_no_text_encoder()
     return {
@@ -99,6 +100,7 @@ def format_findings(findings: dict[str, Any]) -> str:
     lines += ["built-in model", f"  {tiny['megabytes']:.1f} MB in {len(tiny['files'])} files" if tiny else "  missing"]
     problems = findings["problems"]
     lines += ["problems", *(f"  {p}" for p in problems)] if problems else ["no problems found"]
+    lines += ["", f"Is something wrong? Put all of this into a report: {ISSUES}"]
     return "\n".join(lines)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from ..limits.documents import parse_json, read_text
 from ..limits.quote import quoted
+from ..media.registry import check_reads_videos
 from . import say
 
 
@@ -30,14 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the folder and says how to go on."""
+    check_reads_videos()
     from ..quality.vbench import README, write_vbench_layout
 
-    prompts = _read_prompts(args.prompts, [Path(clip).name for clip in args.clips]) if args.prompts else None
-    out = write_vbench_layout(args.clips, args.out, prompts)
-    say(
-        f"wrote {out}: {len(args.clips)} clip{'s' * (len(args.clips) != 1)}; {out / README} says how VBench scores them"
-    )
+    clips = [clip for word in args.clips for clip in _matching(word)]
+    prompts = _read_prompts(args.prompts, [Path(clip).name for clip in clips]) if args.prompts else None
+    out = write_vbench_layout(clips, args.out, prompts)
+    say(f"wrote {out}: {len(clips)} clip{'s' * (len(clips) != 1)}; {out / README} says how VBench scores them")
     return 0
+
+
+def _matching(word: str) -> list[str]:
+    """The files that a word of the command line means: Windows' shells pass a * on as it is."""
+    if Path(word).exists():
+        return [word]
+    return sorted(glob(word)) or [word]
 
 
 def _read_prompts(file: str, clips: list[str]) -> dict[str, str]:

@@ -181,7 +181,7 @@ def _imports(args: argparse.Namespace) -> tuple[str, ...]:
 
     if not (PACK / "nodes").is_dir():
         raise ValueError(
-            f"{PACK} holds no nodes for the workers, expected the pack. Run `python -m efficient_vdit_core.cli workers` in its folder."
+            f"{PACK} holds no nodes for the workers, expected the pack. Run `python efficient_vdit_core workers` in its folder."
         )
     return (*usual_folders(), *args.imports)
 

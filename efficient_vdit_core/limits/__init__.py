@@ -5,4 +5,5 @@ numbers     numbers of users: finite, and within a range that the message names
 memory      what a request would take, against what there is, before anything is allocated
 quote       values and others' messages inside our own: short, and safe to print
 texts       prompts: well-formed, and no longer than a model reads
+packages    what to type for one that is missing
 """

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .packages import install
 from .quote import quoted, reason
 
 MAX_BYTES = 2**20  # a plan of 1024 layers has 20,000
@@ -64,7 +65,7 @@ def parse_toml(text: str, what: str, *, advice: str = "Correct the file.") -> di
             import tomli as tomllib  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError(
-                "Python 3.10 reads TOML only with the package 'tomli'; install it, or use Python 3.11."
+                f"Python 3.10 reads TOML only with the package 'tomli'. Use Python 3.11, or: {install('tomli')}"
             ) from error
     _check_size(len(text), what, MAX_BYTES)
     try:

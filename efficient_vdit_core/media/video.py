@@ -7,7 +7,6 @@ EXIF image description.
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ..limits.documents import MAX_BYTES, parse_json
+from ..limits.packages import PACKAGES, install
 from ..limits.quote import quoted
 from ..storage.files import check_writable_file, whole_file
 from .pyav_video import write_mp4
@@ -36,13 +36,6 @@ _COLOURS = [
     *(word for tag in _TAGS for word in (f"-{tag}", "bt709")),
 ]
 _MOST_ATOMS = 10_000  # beside one another; a film has some dozens
-PACKAGES = {"PIL": "pillow", "imageio_ffmpeg": "imageio-ffmpeg"}  # module -> its name on PyPI, where they differ
-
-
-def install(module: str | None) -> str:
-    """What to type for a module that is missing, for this Python."""
-    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
-    return f"Install it: {python} -m pip install {PACKAGES.get(module or '', module)}"
 
 
 def has_ffmpeg() -> bool:

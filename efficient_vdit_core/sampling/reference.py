@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..limits.packages import install
+
 _CLASSES = {"ddim": "DDIMScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler"}
 
 
@@ -38,8 +40,8 @@ def sample_reference(
         import diffusers
     except ImportError as error:
         raise ValueError(
-            f"The sampler {sampler!r} needs the package 'diffusers', which is missing; install it or use the "
-            "consistency sampler."
+            f"The sampler {sampler!r} needs the package 'diffusers', which is missing. Use the consistency sampler, or: "
+            f"{install('diffusers')}"
         ) from error
     # The class is looked up here, so that only the one in use is imported.
     settings = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": prediction_type}

@@ -35,6 +35,7 @@ from efficient_vdit_core.bench.mixture_score import energy_distance
 from efficient_vdit_core.bench.plot import draw
 from efficient_vdit_core.bench.rounds import Rounds
 from efficient_vdit_core.cli import main
+from efficient_vdit_core.commands import ISSUES
 from efficient_vdit_core.commands import bench as commands
 from efficient_vdit_core.commands.bench.verdict import Verdict
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
@@ -526,6 +527,24 @@ def test_parts_run_in_their_order_and_once(monkeypatch, tmp_path):
         monkeypatch.setitem(gpu.PARTS, name, (lambda run, name=name: ran.append(name) or iter(()), 1.0))
     main([*asked_for("memory", tmp_path), "machine", "memory"])
     assert ran == ["machine", "memory"]
+
+
+def test_parts_that_lack_a_package_are_named_before_the_first_and_left_out(monkeypatch, capsys, tmp_path):
+    for module in ("diffusers", "accelerate"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(gpu, "TESTS", tmp_path / "none")
+    ran = []
+    for name in ("machine", "stock_steps", "training", "tests"):
+        monkeypatch.setitem(gpu.PARTS, name, (lambda run, name=name: ran.append(name) or iter([[{"seconds": 1}]]), 1.0))
+    assert main([*asked_for("machine", tmp_path), "stock_steps", "training", "tests"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "stock_steps: left out, because diffusers is not installed"
+    assert lines[0] == "training: left out, because accelerate is not installed"
+    assert lines[1].endswith(" -m pip install diffusers accelerate")
+    assert lines[2] == "tests: left out, because tests/gpu is not here; use a clone"
+    assert lines[3].startswith("machine: ") and lines[-1] == f"Please send the folder: {ISSUES}"
+    assert "not complete: training: left out: without accelerate" in lines
+    assert ran == ["machine", "tests"]
 
 
 NEED_DIFFUSERS = ["stock_steps", "training"]

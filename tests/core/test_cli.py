@@ -14,7 +14,8 @@ import pytest
 
 import efficient_vdit_core
 from efficient_vdit_core import cli
-from efficient_vdit_core.commands import generate, say
+from efficient_vdit_core.commands import ISSUES, generate, say
+from efficient_vdit_core.limits.packages import install
 from efficient_vdit_core.media.video import read_metadata
 from efficient_vdit_core.plan import TilePlan
 
@@ -32,6 +33,38 @@ def evdit(*args, cwd=None, timeout=300):
         text=True,
         timeout=timeout,
     )
+
+
+@pytest.mark.parametrize(
+    ("program", "folder"),
+    [(ROOT / "efficient_vdit_core", None), (Path("efficient_vdit_core"), ROOT)],
+    ids=["path", "here"],
+)
+def test_a_python_that_is_isolated_runs_it_by_its_folder(tmp_path, program, folder):
+    """ComfyUI's portable build for Windows is: neither the current folder nor PYTHONPATH is on its path."""
+    command = [sys.executable, "-I", str(program), "doctor", "--json"]
+    done = subprocess.run(command, cwd=folder or tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["folders"]["pack"] == str(ROOT)
+
+
+def test_run_by_its_folder_it_looks_for_modules_where_that_lies(tmp_path):
+    """In it Python would find `media` and `plan`, and take them for others' packages."""
+    core = tmp_path / "core"
+    core.mkdir()
+    (core / "__main__.py").write_bytes((ROOT / "efficient_vdit_core" / "__main__.py").read_bytes())
+    (core / "__init__.py").touch()
+    (core / "cli.py").write_text("import sys\ndef main():\n    print(__name__, *sys.path)\n    return 3\n")
+    done = subprocess.run([sys.executable, "-I", "core"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    name, first, *others = done.stdout.split()
+    assert (name, first, done.returncode) == ("core.cli", str(tmp_path), 3) and not {"core", str(core)} & {*others}
+
+
+def test_it_is_a_module_that_can_be_run():
+    done = subprocess.run(
+        [sys.executable, "-m", "efficient_vdit_core", "--version"], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.stdout == f"evdit {efficient_vdit_core.__version__}\n", done.stderr
 
 
 def test_help_is_quick_because_it_imports_no_torch():
@@ -85,6 +118,7 @@ def test_doctor_tells_the_same_to_people_and_machines(tmp_path):
     assert machine.returncode == text.returncode == 0, text.stdout
     findings = json.loads(machine.stdout)
     assert findings["problems"] == []
+    assert text.stdout.splitlines()[-1].endswith(f"Put all of this into a report: {ISSUES}")
     assert findings["devices"][0]["name"] == "cpu"
     assert [b["name"] for b in findings["attention_backends"] if b["available"]]
     assert all(b["reason"] for b in findings["attention_backends"])
@@ -120,7 +154,7 @@ def test_doctor_survives_a_broken_installation(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     monkeypatch.setattr(doctor, "_devices", lambda: 1 / 0)
     findings = doctor.examine()
-    assert any("'torch' is missing" in p for p in findings["problems"])
+    assert any("'torch' is missing" in p and p.endswith(" -m pip install torch") for p in findings["problems"])
     assert any("ZeroDivisionError" in p for p in findings["problems"])
     assert "problems" in doctor.format_findings(findings)
 
@@ -133,8 +167,23 @@ def test_doctor_tells_of_packages_that_are_here_and_do_not_work(monkeypatch):
     monkeypatch.setattr(video, "has_ffmpeg", lambda: False)  # imageio-ffmpeg without its program
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "av" else "1.0")
     no_video, no_text = doctor.examine()["problems"]
-    assert "No .mp4 can be written" in no_video
+    assert "No .mp4 can be written" in no_video and no_video.endswith(install("av"))
     assert re.search(r"text encoder's packages do not load \(ModuleNotFoundError: .*sentencepiece", no_text)
+
+
+def test_doctor_says_what_trains_only_with_a_package():
+    from efficient_vdit_core.commands.doctor import OPTIONAL
+
+    assert "any training" in OPTIONAL["accelerate"] and "training Wan, CogVideoX" in OPTIONAL["diffusers"]
+
+
+@pytest.mark.parametrize(
+    ("python", "shown"), [("/opt/python3", "/opt/python3"), (r"C:\My Tools\python.exe", r'"C:\My Tools\python.exe"')]
+)
+def test_what_is_missing_is_installed_for_this_python(monkeypatch, python, shown):
+    monkeypatch.setattr(sys, "executable", python)
+    assert install("PIL", "accelerate") == f"Install it: {shown} -m pip install pillow accelerate"
+    assert install("ray>=2.52") == f'Install it: {shown} -m pip install "ray>=2.52"'
 
 
 def test_doctor_needs_nothing_of_what_it_finds_missing():

@@ -36,6 +36,24 @@ def test_a_build_without_the_video_reader_says_what_to_do(monkeypatch, capsys):
     assert "Compare Videos" in capsys.readouterr().err
 
 
+def test_such_a_build_lays_out_no_clips_either(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "efficient_vdit_core.media.read_video", None)
+    monkeypatch.delitem(sys.modules, "efficient_vdit_core.quality.vbench", raising=False)
+    assert main(["eval", "vbench-layout", "a.mp4", "--out", str(tmp_path / "vbench")]) == 2
+    assert "The registry's build of the pack reads no videos. Use a clone." in capsys.readouterr().err
+
+
+def test_a_star_means_files_where_the_shell_passes_it_on(tmp_path, clip, capsys):
+    """As Windows' shells do."""
+    for name in ("b.gif", "a.gif", "[c].gif"):
+        clip(name, prompt="a cat")
+    out = tmp_path / "vbench"
+    assert main(["eval", "vbench-layout", str(tmp_path / "?.gif"), str(tmp_path / "[c].gif"), "--out", str(out)]) == 0
+    sources = [Path(clip["source"]).name for clip in json.loads((out / "clips.json").read_text()).values()]
+    assert sources == ["a.gif", "b.gif", "[c].gif"]
+    assert main(["eval", "vbench-layout", str(tmp_path / "*.mp4"), "--out", str(tmp_path / "none")]) == 2
+
+
 def test_compare_prints_and_writes_json_and_a_picture(tmp_path, clip, capsys):
     a, b = clip("dense.webp", 100), clip("sparse.webp", 120)
     numbers, picture = tmp_path / "numbers.json", tmp_path / "picture.png"

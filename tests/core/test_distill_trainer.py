@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,20 @@ def config(base, method="consistency", *, steps=4, objective=None, model=None, t
         "training": {"steps": steps, "batch": 4, "warmup": 2, "learning_rate": 0.01, **(training or {})},
     }
     return DistillConfig.from_dict(values)
+
+
+def test_a_build_that_reads_no_videos_says_so_before_anything_is_made(base, tmp_path, monkeypatch):
+    """The registry's, which starts no process."""
+    monkeypatch.setitem(sys.modules, "efficient_vdit_core.media.read_video", None)
+    with pytest.raises(ValueError, match=r"reads no videos\. Use a clone\.$"):
+        trainer.distill(config(base, data={"source": "videos", "folder": str(tmp_path)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_accelerate_it_is_told_how_to_get_it_for_this_python(base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ValueError, match=" -m pip install accelerate tensorboard$"):
+        trainer.distill(config(base), tmp_path / "run")
 
 
 def test_the_result_loads_and_says_what_it_is(base, tmp_path):

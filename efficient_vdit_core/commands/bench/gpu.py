@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ...limits.packages import install
 from ...limits.quote import quoted
-from .. import INTERRUPTED, say
+from .. import INTERRUPTED, ISSUES, say
 from ..arguments import count, seed_number
 from ..command_line import command_line
 from .device import device_named
@@ -33,7 +34,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError at the end where a backend was not exact or its check raised, or a test failed."""
-    from ...bench.gpu import PARTS, Run, run_parts
+    from ...bench.gpu import PARTS, TESTS, Run, lacking, run_parts
 
     asked = PARTS if args.parts is None else args.parts
     for name in asked:
@@ -42,6 +43,9 @@ def run(args: argparse.Namespace) -> int:
     names = [name for name in PARTS if name in asked]  # a part's share of the budget counts on those before it
     args.out.mkdir(parents=True, exist_ok=True)
     found = Run(device_named(args.device), args.seed, args.budget, args.out, command=command_line())
+    _tell_left_out(lacking(names))
+    if "tests" in names and not TESTS.is_dir():
+        say("tests: left out, because tests/gpu is not here; use a clone")
     try:
         run_parts(found, names, _tell)
     except KeyboardInterrupt:
@@ -55,8 +59,16 @@ def run(args: argparse.Namespace) -> int:
     raised = "exact" in found.failed  # a check that had no time tells nothing
     if wrong or failed or raised:
         what = f"{len(wrong)} of {len(found.rows['exact'])} checks" if wrong else "the check" if raised else "tests/gpu"
-        raise ValueError(f"Not exact here: {what} failed; see {args.out}. Please report it with that folder.")
+        raise ValueError(f"Not exact here: {what} failed; see {args.out}. Please report it with that folder: {ISSUES}")
+    say(f"Please send the folder: {ISSUES}")
     return 0
+
+
+def _tell_left_out(lacks: dict[str, list[str]]) -> None:
+    for name, modules in lacks.items():
+        say(f"{name}: left out, because {' and '.join(modules)} {'is' if len(modules) == 1 else 'are'} not installed")
+    if lacks:
+        say(install(*dict.fromkeys(module for modules in lacks.values() for module in modules)))
 
 
 def _tell(part: str, row: dict[str, Any]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...limits.packages import install
 from ...limits.quote import quoted
+from ...media.registry import check_reads_videos
 from ...models.distilled import DistillMetadata
 from ...sampling.schedule import segment_edges
 from ..config import DistillConfig
@@ -132,8 +134,15 @@ def check_tensorboard(config: DistillConfig) -> None:
             import tensorboard  # noqa: F401 # pyright: ignore[reportUnusedImport]
         except ImportError as error:
             raise ValueError(
-                "training.tensorboard is true, which needs the package 'tensorboard'. Install it, or set it to false."
+                "training.tensorboard is true, which needs the package 'tensorboard'. Set it to false, or: "
+                f"{install('tensorboard')}"
             ) from error
+
+
+def check_reader(config: DistillConfig) -> None:
+    """Raises ValueError where videos are to be learnt from, and this build of the pack reads none."""
+    if config.data.source == "videos":
+        check_reads_videos()
 
 
 def check_expert(config: DistillConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...limits.packages import install
 from ..config import DistillConfig
 
 MIXED = {"float32": "no", "bf16": "bf16"}  # precision -> accelerate's name
@@ -21,7 +22,7 @@ def make_accelerator(config: DistillConfig) -> Any:
         from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError as error:
         raise ValueError(
-            "Distillation needs the package 'accelerate', which is missing. Install it: pip install accelerate tensorboard"
+            f"Distillation needs the package 'accelerate', which is missing. {install('accelerate', 'tensorboard')}"
         ) from error
     precision = config.training.precision
     sharding = launched_sharding()

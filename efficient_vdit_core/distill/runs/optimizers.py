@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...limits.packages import install
 from ...training.muon import MUON_ABOVE, is_for_muon, muon_and_adamw
 from ..config import DistillConfig, TrainingConfig
 
@@ -46,6 +47,6 @@ def _adamw8bit() -> Any:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            "training.optimizer adamw8bit needs the package 'bitsandbytes'. Install it, or choose adamw."
+            f"training.optimizer adamw8bit needs the package 'bitsandbytes'. Choose adamw, or: {install('bitsandbytes')}"
         ) from error
     return AdamW8bit

@@ -27,6 +27,7 @@ from ..families.open_model import open_model
 from ..lora.files import merged
 from ..objectives.consistency import ConsistencyConfig
 from ..objectives.knowledge import KnowledgeConfig, merge_deltas
+from .checks import check_reader
 from .export import LORA, result_file
 from .launch import by_first_process, free_memory, launched_processes, launched_sharding, make_accelerator
 from .search_stage import SearchConfig, check_targets, found_plans, search_plans
@@ -141,6 +142,7 @@ class ThreeStages:
         c.search.check(model.latent_shape(model.size(data.frames, data.height, data.width))[1])
         for stage in self.planned():
             check_run(stage, model, sharded=launched_sharding(), processes=launched_processes())
+            check_reader(stage)
             check_data(stage, model)
 
     def planned(self) -> list[DistillConfig]:

@@ -34,7 +34,7 @@ from ..lora.files import start_from
 from ..lora.layers import FAKE, belongs_to
 from ..objectives.score import ScoreLoss
 from .alternating import AlternatingLoss, add_learners
-from .checks import check_hosted, check_loras, check_objective, check_tensorboard, check_training
+from .checks import check_hosted, check_loras, check_objective, check_reader, check_tensorboard, check_training
 from .export import export, result_file
 from .launch import free_memory, make_accelerator
 from .objective import make_objective
@@ -57,6 +57,7 @@ def distill(config: DistillConfig, folder: Path, *, any_rate: bool = False) -> P
         # Written down with the rest, so that no run goes on at other times than it was begun at.
         config = replace(config, objective=replace(config.objective, steps=about.steps))
     if not (folder / CONFIG).is_file():
+        check_reader(config)
         check_data(config, model)
     result = result_file(folder, lora=config.model.train == "lora")
     # A finished run is only read, and so are folders where nothing can be written.

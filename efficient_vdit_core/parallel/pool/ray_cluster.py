@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from ...limits.packages import install
 from ...limits.quote import quoted, reason
 from .imports import Host
 from .open_ports import open_beyond_loopback, processes_of_session
@@ -64,7 +65,7 @@ class Ray:
         if tuple(map(int, re.findall(r"\d+", version)[:2])) < FIRST_VERSION_WITH_TOKENS:
             raise ValueError(
                 f"Ray {version} lets any user of this machine run code as you, expected 2.52 or later, which asks for "
-                "a token. Run `pip install --upgrade ray`, or name a cluster of yours in RAY_ADDRESS."
+                f"a token. Name a cluster of yours in RAY_ADDRESS, or: {install('ray>=2.52')}"
             )
         self.head = Processes("ray")
         if len(str(self.head.folder)) > MOST_OF_A_PATH:
@@ -133,8 +134,7 @@ def _version() -> str:
         return importlib.metadata.version("ray")
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(
-            "--engine ray needs Ray, which is not installed here. Run `pip install 'ray>=2.52'` in ComfyUI's Python environment, or "
-            "leave the option out."
+            f"--engine ray needs Ray, which is not installed here. Leave the option out, or: {install('ray>=2.52')}"
         ) from None
 
 
