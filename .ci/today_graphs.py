@@ -208,12 +208,12 @@ def ltx23() -> Graph:
         "LTX-2.3 in two stages, with sparse attention",
         LTX_WHAT,
         files(whole, lora, gemma, twice),
-        "About 29 GB for the checkpoint in fp8 and 9 GB for the text encoder. At the full size a step gains at most 1.35x, by FLOPs, "
-        "at 241 frames 1.89x; at half size hardly anything.",
+        "About 29 GB for the checkpoint in fp8 and 9 GB for the text encoder. At the full size a step gains at most 1.32x, by FLOPs, "
+        "at 241 frames 1.82x; at half size hardly anything.",
         LTX_EXPECT,
         needs="0.25",
     )
-    caption = ("LTX-2.3", "5 s of 1920x1088, with sound", "8 + 3 steps, a step at most 1.35x faster")
+    caption = ("LTX-2.3", "5 s of 1920x1088, with sound", "8 + 3 steps, a step at most 1.32x faster")
     return Graph("ltx23_two_stages", "LTX-2.3 faster, two stages", caption, text, nodes, LTX_COLUMNS)
 
 
@@ -246,11 +246,11 @@ def ltx25() -> Graph:
         LTX_WHAT,
         files(unet, gemma, vae, sound, twice),
         "About 21 GB for the model and 13 GB for the text encoder in INT8, one after the other; ask for access on the model's page "
-        "before you download. At the full size a step gains at most 1.35x, by the FLOPs of LTX-2.3's sizes; at half size hardly anything.",
+        "before you download. At the full size a step gains at most 1.32x, by the FLOPs of LTX-2.3's sizes; at half size hardly anything.",
         LTX_EXPECT,
         needs="0.33",
     )
-    caption = ("LTX-2.5", "5 s of 1920x1088, with sound", "8 + 3 steps, a step at most 1.35x faster")
+    caption = ("LTX-2.5", "5 s of 1920x1088, with sound", "8 + 3 steps, a step at most 1.32x faster")
     return Graph("ltx25_two_stages", "LTX-2.5 faster, two stages", caption, text, nodes, LTX_COLUMNS)
 
 

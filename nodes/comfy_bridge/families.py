@@ -32,7 +32,9 @@ def _vace_order(model: Any, conds: Conds) -> tuple[int, ...]:
 
 # Matrices of a block that do not meet the video's tokens, by their path.
 _ASIDE = re.compile(
-    r"ada_?ln|mod(ulation|_x|_y)?\b|_mod\.|time|txt_|_y\b|audio|(cross_attn|attn2)\.(to_)?[kv]"
+    r"ada_?ln|mod(ulation|_x|_y)?\b|_mod\.|^norm[12]\.linear|time|txt_|_y\b|(cross_attn|attn2)\.(to_)?[kv]"
+    r"|^blocks\.1\.block\.attn\.to_[kv]"  # Cosmos: attention to the text
+    r"|^audioT\.|\baudio_(attn|ff)|\baudio_to_video_attn\.to_[kv]|\bvideo_to_audio_attn\.to_(q|gate|out)"
     r"|\b(va_)?cross_attention\.to_[kv]|\bav_cross_attention\.(to_q|out)",
     re.IGNORECASE,
 )

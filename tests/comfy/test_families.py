@@ -118,6 +118,13 @@ def test_the_source_model_is_untouched_and_a_bypass_leaves_nothing(facts, name):
     assert facts["weights same"] and facts["options same"] and facts["bypassed"] == 0
 
 
+def test_the_matrices_that_are_counted_are_those_that_the_video_meets(in_process):
+    """A bound by FLOPs, the report's and the forecast's, hangs on them."""
+    found = in_process("tokens_met")
+    assert len(found) > 15
+    assert {name: about for name, about in found.items() if about["counted"] != about["met"] or not about["met"]} == {}
+
+
 def test_the_table_of_bounds_stands_on_the_real_models(in_process):
     found = in_process("token_weights")
     assert "wan_14b" in found["weights"]
