@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ from ..plan import TilePlan
 from ..tiles import TilePattern
 from ..timing import seconds
 from .turns import medians
+
+
+@contextmanager
+def drawn(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Within it models are made there and of that dtype: the host takes minutes for as many random weights, and in float32
+    they take twice the room before they are cast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @torch.no_grad()

@@ -17,17 +17,18 @@ log = logging.getLogger("efficient_vdit")
 
 # Quantised: fast, and a little off. They are timed, and no speed-up is counted against them.
 INEXACT = frozenset({"sage", "kitchen int8"})
+SDPA = "sdpa"  # PyTorch's choice among its kernels
 
 
 def dense_functions(q: Tensor) -> dict[str, Dense]:
-    """By name, those that take tensors like q (B, H, N, D) on its device; PyTorch's own where nothing else does."""
+    """By name, those that take tensors like q (B, H, N, D) on its device, PyTorch's own choice first: what dense attention is
+    where nobody chose, and where no other kernel runs."""
+    own: dict[str, Dense] = {SDPA: F.scaled_dot_product_attention}
     if q.device.type != "cuda":
-        return {"sdpa": F.scaled_dot_product_attention}
+        return own
     sample = q[:1, :1, : min(q.shape[2], 256)]
     every = {**_of_torch(), **_of_packages()}
-    return {name: run for name, run in every.items() if _takes(name, run, sample)} or {
-        "sdpa": F.scaled_dot_product_attention
-    }
+    return own | {name: run for name, run in every.items() if _takes(name, run, sample)}
 
 
 def _takes(name: str, run: Dense, sample: Tensor) -> bool:
@@ -51,6 +52,7 @@ def _of_torch() -> dict[str, Dense]:
     return {
         "cudnn_attention": under(SDPBackend.CUDNN_ATTENTION),
         "flash_attention": under(SDPBackend.FLASH_ATTENTION),
+        "efficient_attention": under(SDPBackend.EFFICIENT_ATTENTION),
     }
 
 

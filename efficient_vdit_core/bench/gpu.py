@@ -89,7 +89,9 @@ class Run:
 
     @property
     def shapes(self) -> list[Shape]:
-        return SMALL if self.small else [s for name in PRESETS for s in attention.presets()[name]]
+        """The quickest first: a slow card comes to clips of each model before its budget is spent."""
+        every = SMALL if self.small else [s for name in PRESETS for s in attention.presets()[name]]
+        return sorted(every, key=lambda s: s.heads * s.head_dim * s.layout.tokens**2)
 
 
 # Each part with the share of the budget by whose end it begins nothing new; what a part leaves over is the next one's.
@@ -271,17 +273,6 @@ def _peak(run: Run, backend: str, tensors: list[Tensor], shape: Shape, kind: str
 
 
 @part(0.8)
-def model_step(run: Run) -> Rows:
-    """One forward of Open-Sora-Plan with random weights, beside Amdahl's bound."""
-    clips = (("9x128p", 1),) if run.small else (("29x720p", 32), ("93x720p", 32))
-    for size, depth in run.in_time(clips):
-        shape = step.StepShape(size, depth, (1,) if run.small else (4, 2, 1), run.dtype)
-        repeats = 1 if run.small else 3
-        measure = partial(step.measure, shape, run.device, repeats=repeats, seed=run.seed)
-        yield _or_error(measure, {"size": size, "depth": depth})
-
-
-@part(0.88)
 def stock_steps(run: Run) -> Rows:
     """Blocks of diffusers' MiniMax-H3 (4 of 50) and Wan 14B (4 of 40) with random weights, as many reference frames as the
     presets take."""
@@ -290,12 +281,23 @@ def stock_steps(run: Run) -> Rows:
     if run.small:
         clips = [("minimax_h3", "64x64-tiny", 1, (1,))]
     else:
-        clips = [("minimax_h3", "1344x768-10s", 4, (15, 8)), ("minimax_h3", "1344x768-5s", 4, (8, 4)),
-                 ("wan_14b", "1280x720-81f", 4, (6, 2)), ("wan_14b", "832x480-81f", 4, (6, 2))]  # fmt: skip
+        clips = [("wan_14b", "832x480-81f", 4, (6, 2)), ("minimax_h3", "1344x768-5s", 4, (8, 4)),
+                 ("wan_14b", "1280x720-81f", 4, (6, 2)), ("minimax_h3", "1344x768-10s", 4, (15, 8))]  # fmt: skip
     how: dict[str, Any] = {"dtype": run.dtype, "repeats": 1 if run.small else 3, "seed": run.seed}
     for model, clip, depth, references in run.in_time(clips):
         measure = partial(MEASURES[model], clip, depth, run.device, references=references, **how)
         yield [{"model": model, "clip": clip, **row} for row in _or_error(measure, {})]
+
+
+@part(0.88)
+def model_step(run: Run) -> Rows:
+    """One forward of Open-Sora-Plan with random weights, beside Amdahl's bound."""
+    clips = (("9x128p", 1),) if run.small else (("29x720p", 32), ("93x720p", 32))
+    for size, depth in run.in_time(clips):
+        shape = step.StepShape(size, depth, (1,) if run.small else (4, 2, 1), run.dtype)
+        repeats = 1 if run.small else 3
+        measure = partial(step.measure, shape, run.device, repeats=repeats, seed=run.seed)
+        yield _or_error(measure, {"size": size, "depth": depth})
 
 
 @part(0.93)

@@ -97,10 +97,10 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Times ``depth`` of diffusers' own blocks with random weights on a clip of ``CLIPS``, dense and under uniform plans
     (`time_plans`)."""
-    from .blocks import time_plans
+    from .blocks import drawn, time_plans
 
     torch.manual_seed(seed)
-    with torch.device(device):  # drawn there: the host takes minutes for as many weights
+    with drawn(device, getattr(torch, dtype)):
         model = _model(depth).to(device, getattr(torch, dtype)).eval()
     inputs = _inputs(CLIPS[clip], device, getattr(torch, dtype))
     rows = time_plans(model, inputs, CLIPS[clip].cost(depth), device, references=references, repeats=repeats)

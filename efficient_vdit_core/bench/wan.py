@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..attention.report.cost import StepCost
-from .blocks import time_plans
+from .blocks import drawn, time_plans
 from .bounds import MODELS
 
 CHANNELS, TEXT, TEXT_WIDTH = 16, 512, 4096
@@ -23,7 +23,7 @@ def measure(
     torch.manual_seed(seed)
     whole, kind = MODELS["wan_14b"], getattr(torch, dtype)
     cost = StepCost(whole.clips[clip], whole.heads, whole.head_dim, depth, whole.weights // whole.depth * depth)
-    with torch.device(device):  # drawn there: the host takes minutes for as many weights
+    with drawn(device, kind):
         model = WanTransformer3DModel(num_layers=depth).to(kind).eval()
     grid = cost.layout.grid
     inputs = {

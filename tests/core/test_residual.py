@@ -1,6 +1,7 @@
 """The cached residual against its definition: dense at every n-th step, sparse plus what was missing then in between."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.plan.head_patterns import by_head
 from efficient_vdit_core.search.describe import describe_plan
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
-from efficient_vdit_core.tinyworld.tables.residual import BY_HEAD
+from efficient_vdit_core.tinyworld.tables.residual import BY_HEAD, guided_options
+from efficient_vdit_core.tinyworld.tables.residual import STEPS as TABLE_STEPS
 
 LAYOUT = TokenLayout(TokenGrid(6, 1, 4), 3)
 HEADS, DIM, STEPS = 4, 8, 20
@@ -454,6 +456,34 @@ def test_a_trial_counts_what_renewing_takes(monkeypatch, every, backend):
     settled = preparation.before_forward(state, SHAPE, dense_of)
     found = preparation.backends_of(settled, SHAPE, LAYOUT, TilePattern(1), dense_of(0))
     assert set(found.values()) == {backend} and len(settled.slow) == (3 if backend == "dense" else 0)
+
+
+def test_the_table_of_the_tiny_base_model_keeps_prompts_and_clips_apart():
+    """Two clips are sampled at once under guidance: a forward with their prompts, then one without, and the next clips begin
+    with nothing kept."""
+    model = SimpleNamespace(
+        options_with=lambda override: lambda z: {FORWARD_KEY: ForwardState(LAYOUT)},
+        layers=3, heads=HEADS, config=SimpleNamespace(attention_head_dim=DIM),
+    )  # fmt: skip
+    preparation = Preparation(TilePlan.uniform(1), AttentionReport(), residual_every=4)
+    assert preparation.residual is not None
+    options, z = guided_options(model, preparation), torch.zeros(2, 1)
+    for _ in range(2):
+        for step in range(TABLE_STEPS):
+            for branch in range(2):
+                state = options(z)[FORWARD_KEY]
+                if (step, branch) == (0, 0):
+                    assert not any(kept.any() for kept in preparation.residual.kept.values())
+                assert (state.step, state.steps, state.branches) == (step, TABLE_STEPS, ((branch, 2),))
+                assert state.residual.renew == (step % 4 == 0)
+                q = torch.ones(2, HEADS, LAYOUT.tokens, DIM)
+                state.residual.attend((0, 0), 0, lambda q=q: q, lambda q=q, b=branch: (2 + b) * q)
+        prompts = {
+            name[0]: float(kept[0, 0, 0, 0])
+            for (name, place), kept in preparation.residual.kept.items()
+            if place == (0, 0)
+        }
+        assert prompts == {0: 1.0, 1: 2.0}
 
 
 def test_a_second_run_over_the_same_steps_begins_with_dense_attention():
