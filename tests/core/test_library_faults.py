@@ -125,15 +125,16 @@ most = max(int(fd) for fd in os.listdir("/proc/self/fd"))
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 print(server.server_address[1], flush=True)
 input()
-begin = time.process_time()
-time.sleep(1)
+begin, until = time.process_time(), time.monotonic() + 30  # on a busy machine it gets little time
+while time.process_time() - begin < 0.2 and time.monotonic() < until:
+    time.sleep(0.2)
 print(time.process_time() - begin, flush=True)
 os._exit(0)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as server:
         with socket.create_connection(("127.0.0.1", int(server.stdout.readline()))):
             print(file=server.stdin, flush=True)
-            assert float(server.stdout.readline()) > 0.2
+            assert float(server.stdout.readline()) >= 0.2
 
 
 def test_pytorchs_store_listens_on_all_interfaces():
