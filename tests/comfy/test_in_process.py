@@ -185,9 +185,11 @@ def test_the_loaders_parts_are_loaded_once_more_where_comfyui_asks(in_process):
 
 
 def test_workers_keep_no_model_of_an_input_or_a_plan_s_file_that_was_replaced(in_process):
+    """Nor of a LoRA that stands in a record of its name and strength."""
     found = in_process("recipe_key")
-    assert found["same"] and found["replaced"] == [True, True]
-    assert found["files"] == [["reference.png", "student.safetensors"]] * 4
+    assert found["same"] and found["replaced"] == [True] * 4
+    names = ["first.safetensors", "reference.png", "second.safetensors", "student.safetensors"]
+    assert found["files"] == [names] * 6
 
 
 def test_fp8_weights_become_fp8_with_dynamic_memory_too(in_process):

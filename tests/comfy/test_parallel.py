@@ -6,6 +6,7 @@ The registry's archive starts no processes, so the other tests' server will not 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -69,6 +70,7 @@ def server(tmp_path_factory):
     for folder in ("custom_nodes", "models/diffusion_models", "models/loras"):
         (base / folder).mkdir(parents=True)
     (base / "custom_nodes" / "random_text.py").write_text(RANDOM_TEXT, encoding="utf-8")
+    shutil.copy(Path(__file__).parent / "stand_ins" / "other_packs.py", base / "custom_nodes")
     save_file(tiny_wan(), base / "models" / "diffusion_models" / "wan.safetensors")
     save_file(tiny_h3(), base / "models" / "diffusion_models" / "h3.safetensors")
     save_file(tiny_h3_lora(), base / "models" / "loras" / "h3.safetensors")
@@ -457,6 +459,43 @@ def test_strict_says_why_not(server):
     assert "One device was found (cpu), expected two or more" in message
 
 
+def sampled_by(kind, name, text, *, parallel, start, **more):
+    """A prompt with a stand-in of another pack's sampler, sparse from ``start`` of the schedule."""
+    graph = prompt(name, WAN, text, parallel=parallel, frames=17, steps=6)
+    kept = ("model", "positive", "negative", "latent_image", "seed", "steps", "cfg")
+    inputs = {key: graph["8"]["inputs"][key] for key in kept}
+    graph["8"] = {"class_type": kind, "inputs": {**inputs, **more}}
+    graph["3"]["inputs"].update(start_percent=start, decline_slow=False)
+    return graph
+
+
+@pytest.mark.parametrize("text", ["one batch", "one after the other"])
+def test_a_sampler_that_passes_values_of_its_own_gives_the_same_video(server, text):
+    """As RES4LYF's do, for network classes that it puts in the place of ComfyUI's: with ComfyUI's own nothing reads them."""
+    conditionings = {**WAN_TEXT, "10": WAN_TEXT["6"]} if text == "one batch" else WAN_TEXT
+    alone, shared = (
+        saved(server, server.run(sampled_by("MarkingSampler", name, conditionings, parallel=parallel, start=0.0)), name)
+        for name, parallel in ((f"marks_alone_{text[4:]}", False), (f"marks_{text[4:]}", True))
+    )
+    assert same(shared, alone)
+
+
+def test_a_sampler_that_changes_the_schedule_in_place_gives_the_same_video(server):
+    """As WanMoeKSampler does: the workers' window has to lie where that of one device does, whatever ran before."""
+    alone, shared, back = (
+        saved(
+            server,
+            server.run(sampled_by("ShiftingSampler", name, WAN_TEXT, parallel=parallel, start=0.3, shift=shift)),
+            name,
+        )
+        for name, parallel, shift in (("shift_alone", False, 3.0), ("shift", True, 3.0), ("shift_back", True, 8.0))
+    )
+    assert same(shared, alone)
+    plain = prompt("shift_plain", WAN, WAN_TEXT, parallel=False, frames=17, steps=6)
+    plain["3"]["inputs"].update(start_percent=0.3, decline_slow=False)
+    assert same(back, saved(server, server.run(plain), "shift_plain"))
+
+
 def test_the_workers_go_with_a_killed_comfyui(server):
     """The last test of this server."""
     latents(server, "before_the_end", OSP, TEXT, steps=1)
@@ -656,6 +695,30 @@ def test_a_schedule_that_the_workers_cannot_see_is_refused(limits):
 def test_a_guidance_that_the_workers_cannot_see_is_refused(limits):
     """LTX-2's own tell their evaluations apart by an option alone, without which they would do nothing."""
     assert "A node marks evaluations by stg_blocks" in limits["an option of some evaluations"]
+
+
+def test_values_of_another_packs_sampler_are_let_pass_where_nobody_reads_them(limits):
+    """Those of RES4LYF, but not a guidance's beside them."""
+    found = limits["values of a sampler"]
+    assert found["nobody else inside"] == found["sparse attention"] == found["a LoRA"] == found["compiled"] == ""
+    assert "A node marks evaluations by stg_blocks:" in found["a guidance too"]
+
+
+@pytest.mark.parametrize("name", ["attention", "a replaced part", "hooks", "wrapped", "wrapped outside"])
+def test_values_of_another_packs_sampler_are_refused_where_another_node_may_read_them(limits, name):
+    said = limits["values of a sampler"][name]
+    assert "A sampler of RES4LYF passes values of its own to the model, and another node" in said
+
+
+def test_comfyui_reads_none_of_the_values_that_are_let_pass(limits):
+    names = "|".join(sorted(limits["values of RES4LYF"]))
+    reads = re.compile(
+        rf"options(\.get|\.pop|\.setdefault)?[\[(]['\"]({names})['\"]|['\"]({names})['\"] (not )?in \w*options"
+    )
+    assert reads.search("transformer_options.get('row')") and reads.search('"x_init" in transformer_options')
+    sources = [path for folder in ("comfy", "comfy_extras") for path in (COMFYUI / folder).rglob("*.py")]
+    assert len(sources) > 100
+    assert [str(path) for path in sources if reads.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_another_nodes_attention_behind_is_refused(limits):

@@ -6,10 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from comfy.patcher_extension import WrappersMP, get_all_wrappers
-
 from ....efficient_vdit_core.attention import TokenLayout
-from ....efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from ....efficient_vdit_core.parallel.sharding.division import (
     AUTO,
     SEQUENCE,
@@ -20,14 +17,10 @@ from ....efficient_vdit_core.parallel.sharding.division import (
 )
 from ..families import uncompiled
 from ..forward import forward_state
-from ..hook import attention_of_others
 from .branches import BRANCHES_OF, why_whole
 from .forecast import Layers, Measured
-from .refusals import hooks_of
+from .refusals import others_act_inside, wrapped
 from .sharding import find_shardable
-
-# ComfyUI puts what a file asks of a module's attention there; it looks at no branch.
-ATTENTION_OF_A_FILE = ".comfy_attention"
 
 
 class Divider:
@@ -69,23 +62,8 @@ class Divider:
     def _why_never(self) -> str:
         """Ranks gather sharded weights together: all must run the same blocks, and another node may leave some out for one
         branch alone. What acts inside the model may also set one branch off against the other, as NAG does."""
-        if self.gathered and _wrapped(self.model):
+        if self.gathered and wrapped(self.model):
             return "another node wraps the model, whose shared out weights all ranks gather in step"
-        if self.asked == AUTO and _others_act_inside(self.model):
+        if self.asked == AUTO and others_act_inside(self.model):
             return "another node acts inside the model and may need both branches at once"
         return ""
-
-
-def _wrapped(model: Any) -> bool:
-    places = {"wrappers": model.wrappers}, model.model_options["transformer_options"]
-    return any(get_all_wrappers(WrappersMP.DIFFUSION_MODEL, place) for place in places)
-
-
-def _others_act_inside(model: Any) -> bool:
-    """Whether other nodes' functions are given a forward's batch, or a part of the model is theirs."""
-    options = model.model_options["transformer_options"]
-    hooks = hooks_of({name: value for name, value in options.items() if name != OVERRIDE})
-    replaced = any(
-        name.startswith("diffusion_model.") and not name.endswith(ATTENTION_OF_A_FILE) for name in model.object_patches
-    )
-    return bool(hooks) or replaced or attention_of_others(model) is not None or _wrapped(model)

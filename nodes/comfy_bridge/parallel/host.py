@@ -67,13 +67,14 @@ class ComfyHost:
 
     def step(self, message: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """One forward pass; every rank returns the same denoised latents, rank 0's are used. ``message["run"]`` names the
-        sampling run that it belongs to."""
+        sampling run that it belongs to, ``message["schedule"]`` the noise schedule that ComfyUI's process has now."""
         import comfy.model_management as mm
         import comfy.model_patcher
         import comfy.patcher_extension
 
         from ....efficient_vdit_core.attention.report.report import AttentionReport
         from .branches import DIVISION_KEY, WEIGHTS_KEY, division_of
+        from .schedule import set_schedule
         from .sharded_weights import ShardedWeightsPatcher, let_go
         from .sharding import COUNTS_KEY, REPORT_KEY, SCHEME_KEY
         from .step_memory import part_of, step_memory
@@ -89,6 +90,7 @@ class ComfyHost:
         mm.load_models_gpu(
             [model, *model.get_nested_additional_models()], memory_required=step_memory(model, given, *part)
         )
+        set_schedule(model.model.model_sampling, unpack(message.get("schedule", {}), tensors, mm.get_torch_device()))
         if self.running is None:
             model.pre_run()
             self.running, self.run = model, run

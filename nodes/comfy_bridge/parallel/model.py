@@ -20,7 +20,7 @@ from ..hook import PARALLEL_KEY, WRAPPER_KEY, from_workers, hook_of, take_off
 from ..run_log import log_report
 from .division import Divider
 from .memory import MemoryWatch
-from .refusals import IN_WORKERS, Known, refuse_second_time, refuse_split_state
+from .refusals import IN_WORKERS, Known, others_see_options, refuse_second_time, refuse_split_state
 from .report import forecast_report
 from .run import Shared
 from .sharded_weights import SHARDED_WEIGHTS, WeightForecast, check_weights
@@ -109,7 +109,7 @@ def _redirected(model: Any, launch: Launch, divider: Divider, after_run: str, si
     # No attention call comes by here, which the sparse node's report would take for a fault.
     take_off(patched)
     watch = MemoryWatch.of(SESSION, launch.key, size if _beside_us(launch.devices) else 0)
-    known = Known.of(patched, PARALLEL_KEY)
+    known = Known.of(patched, PARALLEL_KEY, others_see_options(model))
     sparse, made_for = hook_of(model), weakref.ref(model.model)
     shared = Shared(made_for, SESSION, launch, divider.scheme, known, divider, watch.model, sparse)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, PARALLEL_KEY, shared.evaluation())

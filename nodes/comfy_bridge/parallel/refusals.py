@@ -7,10 +7,11 @@ from types import FunctionType
 from typing import Any
 
 import comfy.utils
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, get_all_wrappers
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ....efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
-from ..hook import WRAPPER_KEY, from_workers
+from ..hook import WRAPPER_KEY, attention_of_others, from_workers
 
 # What acts below the sampler: in the workers, where the same nodes have run. The other kinds of wrappers act here.
 IN_WORKERS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
@@ -30,9 +31,25 @@ _OPTIONS_HERE = frozenset(
         OVERRIDE,
     )
 )
+# What RES4LYF's samplers put among the options, for the classes that it puts in the place of ComfyUI's networks (ReWanPatcher
+# and its like). ComfyUI's own, and ours, read none of them.
+OF_RES4LYF = frozenset(
+    """
+    AttnMask AttnMask_neg ExtraOptions RegContext RegContext_neg StyleMMDiT blocks_adain blocks_adain_cache blocks_attninj
+    blocks_attninj_cache blocks_attninj_qkv freqsep_highpass_weight freqsep_inner_kernel_size freqsep_kernel_size
+    freqsep_lowpass_method freqsep_lowpass_weight freqsep_mask freqsep_sigma freqsep_stride latent_type model_sampling
+    noise_mode_adain regional_conditioning_floor regional_conditioning_floor_neg regional_conditioning_weight
+    regional_conditioning_weight_neg row sigma_next sort_and_scatter update_cross_attn x_init x_tmp y0 y0_adain y0_attninj
+    y0_inv y0_inv_standard_guide y0_standard_guide y0_style_method y0_style_neg y0_style_neg_mask y0_style_neg_mask_edge
+    y0_style_neg_synweight y0_style_neg_weight y0_style_pos y0_style_pos_mask y0_style_pos_mask_edge y0_style_pos_synweight
+    y0_style_pos_weight y0_style_tile_height y0_style_tile_padding y0_style_tile_width yt_negative yt_positive z_
+    """.split()
+)
 _PLAIN = (bool, int, float, str, tuple, list, dict)
 # Object patches of the network, and of the precision that it computes in.
 _OBJECTS_IN_WORKERS = ("diffusion_model", "manual_cast_dtype")
+# ComfyUI puts what a file asks of a module's attention there; it looks at no branch and at no option.
+_ATTENTION_OF_A_FILE = ".comfy_attention"
 # Older versions copy the objects among a MODEL's options with it, all but functions.
 _OBJECTS_STAY = hasattr(comfy.utils, "deepcopy_list_dict")
 
@@ -45,7 +62,8 @@ class Known:
     """What the workers' model has too: functions of other nodes, options of every forward, and what changes the network.
 
     ``wrapper``: the key of the one wrapper that may act here in the place of theirs. ``schedule``: the model's
-    ``model_sampling``.
+    ``model_sampling``, whose numbers are sent. ``options_seen``: whether another node's function may read the options of a
+    forward there.
     """
 
     hooks: Found
@@ -53,12 +71,14 @@ class Known:
     changes: Found
     wrapper: str
     schedule: Any
+    options_seen: bool
 
     @classmethod
-    def of(cls, patched: Any, wrapper: str) -> Known:
+    def of(cls, patched: Any, wrapper: str, options_seen: bool) -> Known:
         """Of a MODEL before its own wrapper is added."""
         options = dict(patched.model_options["transformer_options"])
-        return cls(hooks_of(options), options, _changes(patched), wrapper, patched.get_model_object("model_sampling"))
+        schedule = patched.get_model_object("model_sampling")
+        return cls(hooks_of(options), options, _changes(patched), wrapper, schedule, options_seen)
 
     def check_evaluation(self, control: Any, options: dict[str, Any]) -> None:
         """Raises ValueError where the workers could not compute what this evaluation asks for."""
@@ -66,10 +86,18 @@ class Known:
             raise ValueError(
                 "A ControlNet acts on this run, which the workers cannot apply. Remove it, or bypass EVDiTSequenceParallel."
             )
-        if marks := self._marks(options):
+        marks = self._marks(options)
+        if others := [key for key in marks if key not in OF_RES4LYF]:
             raise ValueError(
-                f"A node marks evaluations by {', '.join(marks)}: a guidance by layers or between sound and video, or one that stands "
-                "behind EVDiTSequenceParallel. The workers cannot see that. Remove it, or place it before."
+                f"A node marks evaluations by {', '.join(others)}: a guidance by layers or between sound and video, a sampler that "
+                "passes values of its own to the model, or a node that stands behind EVDiTSequenceParallel. The workers cannot see "
+                "that. Remove it, take one of ComfyUI's samplers, or place the node before."
+            )
+        if marks and self.options_seen:
+            raise ValueError(
+                "A sampler of RES4LYF passes values of its own to the model, and another node that acts inside the model (such as "
+                "ReWanPatcher, or one with an attention of its own) may read them there, but the workers do not have them. Take one "
+                "of ComfyUI's samplers, or remove that node."
             )
         if not _same(hooks_of(options), self.hooks):
             raise ValueError(
@@ -129,6 +157,28 @@ def refuse_split_state(model: Any) -> None:
             f"{', '.join(split)} shares what it remembers between the sampler and the model, which run in different processes here. "
             "Remove that node, or bypass EVDiTSequenceParallel."
         )
+
+
+def wrapped(model: Any) -> bool:
+    """Whether a node wraps a MODEL's network."""
+    places = {"wrappers": model.wrappers}, model.model_options["transformer_options"]
+    return any(get_all_wrappers(WrappersMP.DIFFUSION_MODEL, place) for place in places)
+
+
+def others_act_inside(model: Any) -> bool:
+    """Whether other nodes' functions are given a forward's batch, or a part of the model is theirs."""
+    options = model.model_options["transformer_options"]
+    hooks = hooks_of({name: value for name, value in options.items() if name != OVERRIDE})
+    replaced = any(
+        name.startswith("diffusion_model.") and not name.endswith(_ATTENTION_OF_A_FILE) for name in model.object_patches
+    )
+    return bool(hooks) or replaced or attention_of_others(model) is not None or wrapped(model)
+
+
+def others_see_options(model: Any) -> bool:
+    """Whether other nodes' functions are given a forward's options, inside the network or around it."""
+    around = model.wrappers.get(WrappersMP.APPLY_MODEL, {}).keys() - {WRAPPER_KEY, COMPILE_KEY}
+    return bool(around) or others_act_inside(model)
 
 
 def hooks_of(options: dict[str, Any]) -> Found:

@@ -26,6 +26,7 @@ from .forecast import Measured
 from .memory import WorkersWeights, offload
 from .packing import pack
 from .refusals import FORWARD_OPTIONS, Known
+from .schedule import schedule_of
 
 log = logging.getLogger("efficient_vdit")
 
@@ -103,7 +104,8 @@ class Shared:
             self.known.check_evaluation(call.control, call.options)
             options = {name: value for name, value in call.options.items() if name in FORWARD_OPTIONS}
             inputs = {"x": call.x, "t": call.t, "c_concat": call.c_concat, "c_crossattn": call.c_crossattn}
-            out, attention = self._computed({**inputs, **call.conds}, options)
+            schedule = schedule_of(call.model.model_sampling)
+            out, attention = self._computed({**inputs, **call.conds}, options, schedule)
             if self.hook is not None:
                 tell_report(self.hook, call, attention)
             return out
@@ -138,17 +140,20 @@ class Shared:
 
         return wrapper
 
-    def _computed(self, inputs: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def _computed(
+        self, inputs: dict[str, Any], options: dict[str, Any], schedule: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
         """What the workers make of an evaluation, and the counts of its attention calls, which all ranks make together."""
         tensors: dict[str, Tensor] = {}
         given = pack({**inputs, "options": options}, tensors)
+        levels = pack(schedule, tensors, "schedule")
         # A pool that starts anew measures anew.
         self.session.ready(self.launch, mm.throw_exception_if_processing_interrupted)
         measured = Measured.of(self.session.tests)
         division, why = self.divider.division(measured, inputs, options)
         self.run.count_branches(division, why, options.get(BRANCHES_OF) or ())
         about = {"run": self.run.name, "scheme": self.scheme, "weights": measured.weights}
-        message = {"inputs": given, **about, **told(division)}
+        message = {"inputs": given, "schedule": levels, **about, **told(division)}
         start = time.perf_counter()
         poll = mm.throw_exception_if_processing_interrupted
         ranks, result = self.session.step(self.launch, message, tensors, poll)

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,7 @@ def upstream(prompt: dict[str, Any], node_id: str) -> dict[str, Any]:
 
 def named_files(part: dict[str, Any]) -> list[str]:
     """The files that the nodes' inputs name, as ComfyUI finds them in its model folders and among its inputs."""
-    texts = {
-        value
-        for node in part.values()
-        for value in node["inputs"].values()
-        if isinstance(value, str) and 0 < len(value) < 256
-    }
-    texts = {text for text in texts if "." in text}
+    texts = {text for node in part.values() for text in _texts(node["inputs"]) if len(text) < 256 and "." in text}
     folders = folder_paths.folder_names_and_paths
     places = {(folder, text) for folder in folders for text in texts}
     # Load Tile Plan lists files under their folder's name.
@@ -84,6 +79,15 @@ def named_files(part: dict[str, Any]) -> list[str]:
     }
     found = {folder_paths.get_full_path(folder, text) for folder, text in places}
     return sorted(filter(None, [*found, *map(_input_file, texts)]))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Those in an input: some nodes take records, such as a list of LoRAs with their strengths."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _input_file(text: str) -> str | None:

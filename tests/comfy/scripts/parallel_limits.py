@@ -12,6 +12,7 @@ import comfy.model_management as mm  # isort: skip
 import comfy.model_patcher  # isort: skip
 import comfy.samplers  # isort: skip
 from comfy.patcher_extension import PatcherInjection  # isort: skip
+from comfy_api.torch_helpers import set_torch_compile_wrapper  # isort: skip
 from comfy_extras.nodes_easycache import EasyCacheNode  # isort: skip
 from comfy_extras import nodes_custom_sampler  # isort: skip
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT  # isort: skip
@@ -23,6 +24,7 @@ pack = load_pack()
 (branches,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.parallel.branches"))
 (unpack,) = (m.unpack for name, m in sys.modules.items() if name.endswith("comfy_bridge.parallel.packing"))
 (memory,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.parallel.memory"))
+(refusals,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.parallel.refusals"))
 (sharding,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.parallel.sharding"))
 (forecast,) = (
     m.WeightForecast for name, m in sys.modules.items() if name.endswith("comfy_bridge.parallel.sharded_weights")
@@ -357,6 +359,45 @@ def wrapped(source):
         "diffusion_model", "another", lambda executor, *args, **kwargs: executor(*args, **kwargs)
     )
     return patched
+
+
+def wrapped_outside(source):
+    """A node's wrapper around what surrounds the network, which is given a forward's options too."""
+    patched = source.clone()
+    patched.add_wrapper_with_key("apply_model", "another", lambda executor, *args, **kwargs: executor(*args, **kwargs))
+    return patched
+
+
+def compiled(source):
+    patched = source.clone()
+    set_torch_compile_wrapper(patched, backend="eager")
+    return patched
+
+
+def passing_values(source, **more):
+    """What is said of a sampler that passes values for network classes of its own pack, as RES4LYF's do."""
+
+    def act(model, x, levels, extra_args, **_):
+        extra_args["model_options"]["transformer_options"] |= {"ExtraOptions": object(), "x_init": x, "row": 1, **more}
+        return model(x, levels[0] * x.new_ones(len(x)), **extra_args)
+
+    made = shared(source)
+    return refusal(lambda: sample(made, comfy.samplers.KSAMPLER(act), sigmas, noise, text))
+
+
+facts["values of a sampler"] = {
+    "nobody else inside": passing_values(model),
+    "a guidance too": passing_values(model, stg_blocks=[1]),
+    "sparse attention": passing_values(sparse(model)),
+    "a LoRA": passing_values(with_lora(model)),
+    "compiled": passing_values(compiled(model)),
+    "attention": passing_values(sparse(attending(model))),
+    "a replaced part": passing_values(replacing(model)),
+    "hooks": passing_values(hooked(model)),
+    "wrapped": passing_values(wrapped(model)),
+    "wrapped outside": passing_values(wrapped_outside(model)),
+}
+facts["values of RES4LYF"] = sorted(refusals.OF_RES4LYF)
 
 
 def setting_off(source):

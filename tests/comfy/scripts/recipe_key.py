@@ -22,15 +22,27 @@ prompt = {
     "3": {"class_type": "ModelPatch", "inputs": {"model": ["2", 0], "image": ["1", 0], **NO_INPUTS}},
     "5": {"class_type": "EVDiTLoadTilePlan", "inputs": {"plan_name": "loras/student.safetensors", "model": ["3", 0]}},
     "6": {"class_type": "EVDiTSparseAttention", "inputs": {"model": ["3", 0], "plan": ["5", 0]}},
-    "4": {"class_type": "EVDiTSequenceParallel", "inputs": {"model": ["6", 0]}},
+    "7": {
+        "class_type": "SeveralLoras",
+        "inputs": {
+            "model": ["6", 0],
+            "lora_1": {"on": True, "lora": "first.safetensors", "strength": 1},
+            "more": {"__value__": [{"lora": "second.safetensors"}]},
+        },
+    },
+    "4": {"class_type": "EVDiTSequenceParallel", "inputs": {"model": ["7", 0]}},
 }
 with tempfile.TemporaryDirectory() as folder:
     folder_paths.set_input_directory(folder)
     folder_paths.folder_names_and_paths["loras"] = ([folder], {".safetensors"})
-    image, lora = Path(folder) / "reference.png", Path(folder) / "student.safetensors"
+    named = [
+        Path(folder) / name
+        for name in ("reference.png", "student.safetensors", "first.safetensors", "second.safetensors")
+    ]
     keys, openings = [], []
-    for files in ((b"one", b"a"), (b"one", b"a"), (b"another", b"a"), (b"another", b"new")):
-        for path, content in zip((image, lora), files, strict=True):
+    changes = ("one", "a", "b", "c"), ("new", "a", "b", "c"), ("new", "new", "b", "c"), ("new", "new", "new", "c")
+    for files in (changes[0], *changes, ("new",) * 4):
+        for path, content in zip(named, (text.encode() for text in files), strict=True):
             if not path.is_file() or path.read_bytes() != content:
                 path.write_bytes(content)
         key, opening = bridge.recipe(prompt, "4", "the node")
