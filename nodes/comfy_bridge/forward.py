@@ -54,7 +54,7 @@ def _check_blocks(stack: Stack, now: dict[str, int]) -> None:
     if now != stack.blocks:
         before, found = (" + ".join(map(str, counts.values())) for counts in (stack.blocks, now))
         raise UnknownLayout(
-            f"another node has replaced the model's blocks ({found} in place of {before}), as First Block Cache does"
+            f"another node has replaced the model's blocks ({found} in place of {before}, as First Block Cache does)"
         )
 
 

@@ -107,7 +107,7 @@ def search_plan(
     with replay_blocks(_blocks(model, family), record) if settings.error == BLOCK else nullcontext():
         _walk(probing, positive, negative, start, mask, levels, sampling.seed, sampling.cfg, progress.step)
     if record.layout is None and none_asked(record.dense):
-        raise ValueError(f"Nothing could be measured: {why_none_asked(model, family)}")
+        raise ValueError(f"No self-attention over a video was found: {why_none_asked(model, family)}")
     about = {
         "sigmas": [round(float(s), 6) for s in levels[:-1]],
         "seed": sampling.seed,

@@ -26,13 +26,13 @@ def why_none_asked(model: Any, family: Family) -> str:
     found = own_forwards(model, family)
     if not found:
         return (
-            "no self-attention call over the video came by: another node replaces the attention, the blocks or the forward of this "
+            "another node replaces the attention, the blocks or the forward of this "
             "model (leave it out), or this ComfyUI passes no attention hook to it (update it)."
         )
     first, by = next(iter(found.items()))
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return (
-        f"no self-attention call over the video came by: another node computes it by itself, by {by} in place of {first}{more}. "
+        f"another node computes the attention by itself, by {by} in place of {first}{more}. "
         "Leave that node out, or take one that sets ComfyUI's attention override in its place (for SageAttention, KJNodes' Patch "
         "Sage Attention)."
     )

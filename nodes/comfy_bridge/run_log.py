@@ -69,7 +69,7 @@ def _log(hook: Hook, complete: bool, model: Any) -> None:
         return
     if complete and not report.sparse and not report.warned - NO_REASONS:
         if none_asked(report.dense):
-            report.unasked = why_none_asked(model, hook.family)
+            report.unasked = f"no self-attention call over the video came by: {why_none_asked(model, hook.family)}"
         report.warn("nothing sparse", report.unasked or report.summary())
     else:
         log.info("Efficient-vDiT: %s", report.summary())
