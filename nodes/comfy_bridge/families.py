@@ -66,6 +66,30 @@ def _h3_caution(model: Any) -> str:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """The layers of one model: how many blocks of each ``block_type``, in the order in which they run, and its attention heads
+    and their size.
+
+    Read once, where a node is made: within a forward another node may have put blocks of its own into the model.
+    """
+
+    blocks: Mapping[str, int]
+    heads: int
+    head_dim: int
+
+    @property
+    def depth(self) -> int:
+        """The number of layers."""
+        return sum(self.blocks.values())
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """The first layer of each block type: ``block_index`` restarts with it."""
+        counts = list(self.blocks.values())
+        return {kind: sum(counts[:before]) for before, kind in enumerate(self.blocks)}
+
+
+@dataclass(frozen=True)
 class Family:
     """How one class of diffusion models keeps its layers and orders its tokens.
 
@@ -91,9 +115,18 @@ class Family:
     caution: Callable[[Any], str] = _nothing
     chunk_heads: bool = False
 
+    def stack(self, diffusion_model: nn.Module) -> Stack:
+        """Its layers, heads and their size as they are now."""
+        counts = self.count_blocks(diffusion_model)
+        return Stack(counts, self.head_count(diffusion_model), self.head_dim(diffusion_model))
+
+    def count_blocks(self, diffusion_model: nn.Module) -> dict[str, int]:
+        """How many blocks of each type it has now."""
+        return {kind: len(getattr(diffusion_model, name)) for kind, name in self.blocks.items()}
+
     def depth(self, diffusion_model: nn.Module) -> int:
         """The number of layers."""
-        return sum(len(getattr(diffusion_model, name)) for name in self.blocks.values())
+        return sum(self.count_blocks(diffusion_model).values())
 
     def layers(self, diffusion_model: nn.Module) -> list[nn.Module]:
         """The blocks in the order in which they run."""
@@ -112,14 +145,6 @@ class Family:
             if hasattr(module, "in_features") and not _ASIDE.search(name)
         ]
         return sum(module.in_features * module.out_features for module in linear)
-
-    def offsets(self, diffusion_model: nn.Module) -> dict[str, int]:
-        """The first layer of each block type: ``block_index`` restarts with it."""
-        found, start = {}, 0
-        for kind, name in self.blocks.items():
-            found[kind] = start
-            start += len(getattr(diffusion_model, name))
-        return found
 
     def head_count(self, diffusion_model: nn.Module) -> int:
         """The number of attention heads in a layer."""
@@ -143,15 +168,30 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 
-def find_family(diffusion_model: nn.Module) -> Family | None:
-    """The row of this model, or None. Exact classes only: a subclass may order its tokens in another way."""
-    return FAMILIES.get(type(uncompiled(diffusion_model)).__name__)
+def find_family(diffusion_model: nn.Module | type) -> Family | None:
+    """The row of this model or class, or None. Exact classes only: a subclass may order its tokens in another way."""
+    return FAMILIES.get(_class(diffusion_model).__name__)
 
 
-def why_no_family(diffusion_model: nn.Module) -> str:
-    """Why a model without a row stays dense."""
+def why_no_family(diffusion_model: nn.Module | type) -> str:
+    """Why a model or class without a row stays dense."""
     known = f"where its video tokens stand is not known. Known are {', '.join(FAMILIES)}"
-    return LEFT_DENSE.get(type(uncompiled(diffusion_model)).__name__, known)
+    return LEFT_DENSE.get(_class(diffusion_model).__name__, known)
+
+
+def class_of(model: Any) -> type:
+    """The class that the network of a MODEL has when that is sampled.
+
+    Nodes patch it as an object, as RES4LYF's ReWanPatcher does, and such a patch stays on the network while it is loaded, also
+    for a MODEL that has none.
+    """
+    own = model.get_model_object("diffusion_model.__class__")
+    patched = own is not type(model.model.diffusion_model)
+    return own if patched else _class(model.get_model_object("diffusion_model"))
+
+
+def _class(diffusion_model: nn.Module | type) -> type:
+    return diffusion_model if isinstance(diffusion_model, type) else type(uncompiled(diffusion_model))
 
 
 def uncompiled(diffusion_model: nn.Module) -> nn.Module:

@@ -10,18 +10,22 @@ from torch import Tensor
 from ...efficient_vdit_core.attention.call_shape import CallShape
 from ...efficient_vdit_core.attention.hook.state import FileAttention, ForwardState
 from ...efficient_vdit_core.attention.report.reason_names import AS_LONG_AS_THE_VIDEO
-from .families import Family, uncompiled
+from .families import Family, Stack, uncompiled
 from .layouts import UnknownLayout
 
 
-def forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, conds: dict[str, Any]) -> ForwardState:
+def forward_state(
+    family: Family, model: Any, x: Tensor, text: Tensor | None, conds: dict[str, Any], stack: Stack | None = None
+) -> ForwardState:
     """Where the video tokens of a forward on latents ``x`` stand; a state without a layout, with the reason, where
-    unknown."""
+    unknown. ``stack``: the model's layers as the node knows them, None = as they are now."""
+    stack = stack or family.stack(model)
     # Video with audio comes packed into one tensor, and the shapes beside it. Of video alone they are told too, but context
     # windows do not keep to them.
     shapes = conds.get("latent_shapes", ())
     size = shapes[0] if len(shapes) > 1 else x.shape
     try:
+        _check_blocks(stack, family.count_blocks(model))
         if len(size) != 5:
             raise UnknownLayout(
                 f"its latents have the shape {tuple(size)}, expected (batch, channels, frames, height, width)"
@@ -35,19 +39,30 @@ def forward_state(family: Family, model: Any, x: Tensor, text: Tensor | None, co
         # Cross-attention is told from self-attention by its length; here the lengths are the same.
         reason=AS_LONG_AS_THE_VIDEO if found.layout.tokens in others else "",
         others=others,
-        depth=family.depth(model),
-        heads=family.head_count(model),
-        offsets=family.offsets(model),
+        depth=stack.depth,
+        heads=stack.heads,
+        offsets=stack.offsets,
         order=family.order(model, conds),
         padding=found.padding,
         file_attention=file_attention(family, model),
     )
 
 
-def call_shape(family: Family, base_model: Any, x: Tensor) -> CallShape:
-    """What the self-attention calls of a forward on latents ``x`` look like, as far as it can be told beforehand."""
-    model = uncompiled(base_model.diffusion_model)
-    return CallShape(x.shape[0], family.head_count(model), family.head_dim(model), compute_dtype(base_model), x.device)
+def _check_blocks(stack: Stack, now: dict[str, int]) -> None:
+    """Raises UnknownLayout where the model's lists hold other blocks than its layers, so that which layer a call is of is not
+    known."""
+    if now != stack.blocks:
+        before, found = (" + ".join(map(str, counts.values())) for counts in (stack.blocks, now))
+        raise UnknownLayout(
+            f"another node has replaced the model's blocks ({found} in place of {before}, as First Block Cache does)"
+        )
+
+
+def call_shape(family: Family, base_model: Any, x: Tensor, stack: Stack | None = None) -> CallShape:
+    """What the self-attention calls of a forward on latents ``x`` look like, as far as it can be told beforehand. ``stack`` as
+    in `forward_state`."""
+    stack = stack or family.stack(uncompiled(base_model.diffusion_model))
+    return CallShape(x.shape[0], stack.heads, stack.head_dim, compute_dtype(base_model), x.device)
 
 
 def compute_dtype(base_model: Any) -> torch.dtype:

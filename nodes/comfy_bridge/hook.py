@@ -21,7 +21,7 @@ from ...efficient_vdit_core.attention.report.report import AttentionReport
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from ...efficient_vdit_core.plan import TilePlan
 from ...efficient_vdit_core.search.output import Around
-from .families import Family
+from .families import Family, Stack
 from .window import Window
 
 WRAPPER_KEY = "efficient_vdit"
@@ -36,7 +36,7 @@ class Hook:
     ``made_for`` gives the BaseModel. ``make``: the override over another node's, default the sparse one. A search and a
     rank put their own here, which take tensors only and settle nothing beforehand. ``around`` computes each forward, as often as it
     likes; None: once. ``weights`` as in ``StepCost``, 0 = not asked for. ``after_run`` is called after each sampling that it
-    took part in.
+    took part in. ``stack``: the model's layers as they were when the node was made, None = as each forward finds them.
 
     Of the present run: ``clips``, how many are sampled at once; ``running`` while its own wrapper is around it, ``beside``
     while it is another MODEL's; ``asked`` once a forward came by; ``why_once`` says why no forward may be computed twice;
@@ -51,6 +51,7 @@ class Hook:
     weights: int = 0
     around: Around | None = None
     after_run: Callable[[], None] = lambda: None
+    stack: Stack | None = None
     made_for: Callable[[], Any] = lambda: None
     made: dict[int, Override] = field(default_factory=dict)  # by the id of what each is over, and keeps alive
     clips: int = 0

@@ -13,7 +13,7 @@ from ...efficient_vdit_core.attention.hook.prepare import Preparation
 from ...efficient_vdit_core.attention.report.measure import StepMeasure
 from ...efficient_vdit_core.attention.report.report import AttentionReport
 from ...efficient_vdit_core.plan import TilePlan
-from .families import find_family, uncompiled, why_no_family
+from .families import class_of, find_family, uncompiled, why_no_family
 from .hook import WRAPPER_KEY, Hook
 from .publish import install
 from .run_log import log_report
@@ -56,14 +56,14 @@ def patch_attention(
     window.check()
     if backend != "auto":
         check_backend(backend, model.load_device)
-    diffusion_model = uncompiled(model.get_model_object("diffusion_model"))
-    family = find_family(diffusion_model)
-    why = why_no_family(diffusion_model) if family is None else family.why_no_hook()
+    kind, diffusion_model = class_of(model), uncompiled(model.get_model_object("diffusion_model"))
+    family = find_family(kind)
+    why = why_no_family(kind) if family is None else family.why_no_hook()
     if family is None or why:
-        log.warning("Efficient-vDiT: %s stays dense: %s.", type(diffusion_model).__name__, why)
+        log.warning("Efficient-vDiT: %s stays dense: %s.", kind.__name__, why)
         return model.clone()
-    depth = family.depth(diffusion_model)
-    plan.check_fits(family=family.name, layers=depth, heads=family.head_count(diffusion_model))
+    stack = family.stack(diffusion_model)
+    plan.check_fits(family=family.name, layers=stack.depth, heads=stack.heads)
     if placement == "chunk heads" and not family.chunk_heads:
         raise ValueError(
             f"placement is 'chunk heads', latent frames of one pixel frame, which MiniMax-H3 has and {family.name} has not. "
@@ -75,10 +75,10 @@ def patch_attention(
         residual_every=residual_every,
     )  # fmt: skip
     hook = Hook(
-        family, window, preparation, None, family.caution(diffusion_model), family.token_weights(diffusion_model)
-    )
+        family, window, preparation, None, family.caution(diffusion_model), family.token_weights(diffusion_model), stack=stack
+    )  # fmt: skip
     if after_run is not None:
-        hook.after_run = lambda: after_run(report, depth)
+        hook.after_run = lambda: after_run(report, stack.depth)
     patched = install(model, hook)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, log_report(hook))
     tell_where_nobody_asks(patched, hook)

@@ -30,10 +30,11 @@ from ...efficient_vdit_core.search import (
 from ...efficient_vdit_core.search.output import Around
 from ...efficient_vdit_core.search.probe import BLOCK, OUTPUT
 from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, make_mass_override
-from .families import Family, find_family, uncompiled, why_no_family
+from .families import Family, class_of, find_family, uncompiled, why_no_family
 from .hook import WRAPPER_KEY, Hook, dense, from_workers
 from .measure import why_not_twice
 from .publish import install
+from .replaced_attention import none_asked, why_none_asked
 from .sampling import IMAGE_TO_IMAGE
 from .unit_variance import at_unit_variance
 from .window import Window
@@ -105,6 +106,8 @@ def search_plan(
     )
     with replay_blocks(_blocks(model, family), record) if settings.error == BLOCK else nullcontext():
         _walk(probing, positive, negative, start, mask, levels, sampling.seed, sampling.cfg, progress.step)
+    if record.layout is None and none_asked(record.dense):
+        raise ValueError(f"No self-attention over a video was found: {why_none_asked(model, family)}")
     about = {
         "sigmas": [round(float(s), 6) for s in levels[:-1]],
         "seed": sampling.seed,
@@ -147,10 +150,19 @@ def measure_tiles(
     missing = [i for i in layers if i not in record.found]
     if missing:
         raise ValueError(
-            f"The layers {missing} were not seen attending over a video ({', '.join(sorted(record.reasons)) or 'never called'}). "
-            "Use a latent of several frames and a model whose attention is not masked."
+            f"The layers {missing} were not seen attending over a video{_why_missing(model, family, record)}"
         )
     return record.found
+
+
+def _why_missing(model: Any, family: Family, record: MassRecord) -> str:
+    """Why layers of a finished walk have no map, and what to do."""
+    if none_asked(record.reasons):
+        return f": {why_none_asked(model, family)}"
+    return (
+        f" ({', '.join(sorted(record.reasons))}). Use a latent of several frames and a model whose attention is not masked and whose "
+        "blocks no other node replaces."
+    )
 
 
 def model_depth(model: Any, plan: TilePlan | None) -> int:
@@ -210,9 +222,10 @@ def _known_family(model: Any) -> tuple[Family, Any]:
     if from_workers(model):
         raise ValueError(NOT_HERE)
     network = uncompiled(model.get_model_object("diffusion_model"))
-    family = find_family(network)
+    kind = class_of(model)
+    family = find_family(kind)
     if family is None:
-        raise ValueError(f"{type(network).__name__} cannot be measured: {why_no_family(network)}.")
+        raise ValueError(f"{kind.__name__} cannot be measured: {why_no_family(kind)}.")
     return family, network
 
 
@@ -233,7 +246,8 @@ def _observed(
     one."""
     if why := family.why_no_hook():
         raise ValueError(f"The model's attention cannot be measured: {why}. Update ComfyUI.")
-    clone = install(model, Hook(family, Window(), dense(), make, around=around))
+    network = uncompiled(model.get_model_object("diffusion_model"))
+    clone = install(model, Hook(family, Window(), dense(), make, around=around, stack=family.stack(network)))
     # Uncompiled: the measuring within blocks would be compiled for every candidate anew.
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
     return clone

@@ -93,7 +93,8 @@ def counted_anew(options: dict[str, Any], state: ForwardState) -> dict[str, Any]
 def _state(hook: Hook, call: ModelCall, clips: int) -> ForwardState:
     """Where the tokens of this forward stand, and whether and how it is sparse, in a run of so many clips."""
     report, sampling, options, t = hook.report, call.model.model_sampling, call.options, call.t
-    state = forward_state(hook.family, uncompiled(call.model.diffusion_model), call.x, call.c_crossattn, call.conds)
+    network = uncompiled(call.model.diffusion_model)
+    state = forward_state(hook.family, network, call.x, call.c_crossattn, call.conds, hook.stack)
     if state.layout is None:
         report.warn("unknown layout", f"the attention stays dense: {state.reason}.")
     elif why := hook.window.why_outside(sampling, options, t):
@@ -122,7 +123,7 @@ def _prepared(hook: Hook, state: ForwardState, call: ModelCall) -> ForwardState:
     """The forward with its backends settled, and all made that its calls keep on the device."""
     if hook.make is not None:
         return state
-    shape = call_shape(hook.family, call.model, call.x)
+    shape = call_shape(hook.family, call.model, call.x, hook.stack)
     hook.tell_clip(state, shape)
     state = hook.preparation.before_forward(state, shape, dense_attention(state, call))
     hook.report.clock.reserve(shape.device, state.depth or 0)

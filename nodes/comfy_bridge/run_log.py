@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...efficient_vdit_core.attention.report.report import AttentionReport
 from ...efficient_vdit_core.attention.report.summary import describe_measure
 from .hook import WRAPPER_KEY, Hook
 from .measure import why_not_twice
+from .replaced_attention import none_asked, why_none_asked
 
 log = logging.getLogger("efficient_vdit")
 
@@ -38,7 +38,7 @@ def log_report(hook: Hook) -> Callable[..., Any]:
             return result
         finally:
             try:
-                _tell(hook, complete, time.perf_counter() - start)
+                _tell(hook, complete, time.perf_counter() - start, guider.model_patcher)
             finally:
                 for own in (hook, *hook.second_hooks):
                     own.forget()
@@ -49,18 +49,18 @@ def log_report(hook: Hook) -> Callable[..., Any]:
     return told
 
 
-def _tell(hook: Hook, complete: bool, taken: float) -> None:
-    """To the nodes and in the log. ``complete``: whether the run, of ``taken`` seconds, came to its end."""
+def _tell(hook: Hook, complete: bool, taken: float, model: Any) -> None:
+    """To the nodes and in the log. ``complete``: whether the run of ``model``, of ``taken`` seconds, came to its end."""
     for own in (hook, *hook.second_hooks):
         own.report.seconds = taken
         if own.report.sparse or (complete and own.asked):  # else the page keeps the last run's
             own.after_run()
-    _log(hook, complete)
+    _log(hook, complete, model)
     for second in hook.second_hooks:
         log.info("Efficient-vDiT, of the run's second model: %s", second.report.summary())
 
 
-def _log(hook: Hook, complete: bool) -> None:
+def _log(hook: Hook, complete: bool, model: Any) -> None:
     """A run that was stopped may have ended before the first call, and one without steps asks for nothing: neither is
     anybody's fault."""
     report = hook.report
@@ -68,17 +68,10 @@ def _log(hook: Hook, complete: bool) -> None:
         log.info("Efficient-vDiT: no step was sampled.")
         return
     if complete and not report.sparse and not report.warned - NO_REASONS:
-        report.warn("nothing sparse", _why_none(report))
+        if none_asked(report.dense):
+            report.unasked = f"no self-attention call over the video came by: {why_none_asked(model, hook.family)}"
+        report.warn("nothing sparse", report.unasked or report.summary())
     else:
         log.info("Efficient-vDiT: %s", report.summary())
     if report.measure is not None:
         log.info("Efficient-vDiT: %s", describe_measure(report))
-
-
-def _why_none(report: AttentionReport) -> str:
-    if report.dense:
-        return report.summary()
-    return (
-        "no attention call came by: another node replaces the attention of this model (patch it before this node, "
-        "or leave it out), or this ComfyUI passes no attention hook to it."
-    )

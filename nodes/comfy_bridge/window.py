@@ -11,6 +11,8 @@ from torch import Tensor
 from ...efficient_vdit_core.attention.report.reason_names import NO_STEP_NUMBERS, OUTSIDE_THE_WINDOW
 from .replaced_blocks import replaced_blocks
 
+# A last step so many times as long as any before it is no schedule's own. Schedules of fewer steps have such ones.
+_LEAP, _FEWEST = 3.0, 5
 # A step may lie on the window's edge; schedule and window round it in their own ways.
 _ROUNDING = 1 + 1e-4
 STILL = ("standard_static", "batched")  # context windows that are the same in every step
@@ -84,14 +86,17 @@ def whole_steps(model_sampling: Any, options: dict[str, Any]) -> int:
     """How many steps the whole schedule has of which the sampler takes a part, as where two experts share it; all of
     its own where it goes from noise to a clean clip, 0 where there is no schedule.
 
-    ComfyUI tells a sampler its own part only. As many as the whole noise schedule would have at its mean step.
+    ComfyUI tells a sampler its own part only. As many as the whole noise schedule would have at its mean step; without the
+    last one where that leaps to a clean clip, as at the end of a part whose rest of the noise is forced out.
     """
     steps = steps_of(options)
     if not steps:
         return 0
-    ends = options["sample_sigmas"][[0, -1]].tolist()
-    start, end = (_percent_of(model_sampling, level) for level in ends)
-    return round(steps / (end - start)) if end > start else steps
+    reached = [_percent_of(model_sampling, level) for level in options["sample_sigmas"].tolist()]
+    lengths = [after - before for before, after in zip(reached, reached[1:], strict=False)]
+    if steps >= _FEWEST and 0 < _LEAP * max(lengths[:-1]) < lengths[-1]:
+        lengths.pop()
+    return round(len(lengths) / sum(lengths)) if sum(lengths) > 0 else steps
 
 
 def _percent_of(model_sampling: Any, level: float) -> float:

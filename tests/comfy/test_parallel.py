@@ -177,7 +177,7 @@ def test_open_sora_plan_on_two_ranks_is_the_same_video(server):
     assert [data["value"] for kind, data in events if kind == "progress" and data["node"] == "8"][-1] == 2
     said = r"2 forward passes on 2 ranks, \d+ ms and up to 0\.\d MiB sent by a rank in each; 5 layers by rb, 1 layers by ulysses"
     assert re.search(said, server.text())
-    assert "no attention call came by" not in server.text()
+    assert "attention call over the video came by" not in server.text()
     started = worker_pids(server)
     assert len(started) == 2
     # A second run takes the pool and the model that are there, with other steps and another scheme too.

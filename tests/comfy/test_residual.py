@@ -52,6 +52,17 @@ def test_a_part_of_the_schedule_tells_the_whole(facts, name, steps):
     assert name != "simple" or halves == [steps, steps]
 
 
+@pytest.mark.parametrize("name", ["simple", "normal", "beta"])
+@pytest.mark.parametrize("steps", [20, 8])
+def test_a_part_that_is_forced_to_a_clean_clip_tells_the_whole_too(facts, name, steps):
+    found = facts["forced"][f"{name} {steps}"]
+    assert (found >= 15) == (steps == 20) and (name != "simple" or found in (steps, 4))
+
+
+def test_ordinary_schedules_count_as_many_steps_as_they_have(facts):
+    assert facts["miscounted"] == [{}] * 4
+
+
 def test_context_windows_that_stay_are_told_apart_and_others_go_without(facts):
     prompts_and_windows = 2 * 2
     assert facts["kept of context windows"][4:] == [prompts_and_windows] * (4 * 19)

@@ -28,6 +28,7 @@ class AttentionReport:
     trials: dict[str, str] = field(default_factory=dict)  # by pattern: the backends' times where auto measured them
     warned: set[str] = field(default_factory=set)
     noted: set[str] = field(default_factory=set)
+    unasked: str = ""  # why the last run, at its end, had made no call of the self-attention over the video
     layout: TokenLayout | None = None  # of the last forward; None before the first, or where it is not known
     cost: StepCost | None = None  # of the last forward, where the model's matrices are known
     seconds: float = 0.0  # that the last sampling took, 0 before its end
@@ -85,7 +86,7 @@ class AttentionReport:
 
     def reset(self) -> None:
         with self.lock:
-            self.sparse, self.density_sum, self.seconds = 0, 0.0, 0.0
+            self.sparse, self.density_sum, self.seconds, self.unasked = 0, 0.0, 0.0, ""
             self.layout = self.cost = None
             self.dense.clear()
             self.computed.clear()

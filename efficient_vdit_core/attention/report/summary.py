@@ -22,13 +22,14 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
     others = [(reason, count) for reason, count in reasons if reason in NOT_OVER_THE_VIDEO]
     dense = sum(count for _, count in ours)
     if not sparse and not reasons:
-        return NO_CALLS, False
+        return f"WARNING: {report.unasked}" if report.unasked else NO_CALLS, False
     lines = [f"Self-attention over the video: {sparse + dense} calls, {sparse} of them sparse"]
     density = density_of_run(report)
     if sparse:
         lines.append(f"  work: {density:.0%} of dense attention's FLOPs, dense calls included")
     else:
         lines.insert(0, "WARNING: nothing became sparse; this run was as slow as without Sparse Attention.")
+        lines += [f"  {report.unasked}"] if report.unasked else []
     lines += _times(report, density)
     if ours:
         lines.append("  dense: " + ", ".join(f"{count} {reason}" for reason, count in ours))

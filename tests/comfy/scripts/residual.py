@@ -81,6 +81,28 @@ def whole(scheduler, steps, shift=8.0):
     return [window.whole_steps(sampling, {"sample_sigmas": part}) for part in halves]
 
 
+def forced(scheduler, steps, shift=8.0):
+    """What the first half is taken for where its last step goes to a clean clip, as WanMoeKSampler's high expert has it."""
+    sampling = ModelSamplingSD3().patch(model, shift)[0].get_model_object("model_sampling")
+    part = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)[: steps // 2 + 1].clone()
+    part[-1] = 0.0
+    return window.whole_steps(sampling, {"sample_sigmas": part})
+
+
+def miscounted(shift):
+    """The ordinary schedules that are not taken for as many steps as they have, by scheduler and steps; ddim_uniform begins
+    below the noise, so it is a part of one."""
+    sampling = ModelSamplingSD3().patch(model, shift)[0].get_model_object("model_sampling")
+    found = {}
+    for name in set(comfy.samplers.SCHEDULER_NAMES) - {"ddim_uniform"}:
+        for steps in (1, 2, 3, 4, 6, 8, 12, 15, 20, 40):
+            sigmas = comfy.samplers.calculate_sigmas(sampling, name, steps)
+            counted = window.whole_steps(sampling, {"sample_sigmas": sigmas})
+            if counted != len(sigmas) - 1:
+                found[f"{name} {steps}"] = [counted, len(sigmas) - 1]
+    return found
+
+
 def work(chosen) -> str:
     return call(pack["EVDiTReport"], model=chosen)[0].splitlines()[1]
 
@@ -141,6 +163,8 @@ facts["two experts went without"] = [line for line in log if "no residual" in li
 log.clear()
 two_nodes(*with_residual(experts, 2), 8)
 facts["two experts of few steps"] = [line for line in log if "no residual" in line]
+facts["forced"] = {f"{name} {n}": forced(name, n) for name in ("simple", "normal", "beta") for n in (20, 8)}
+facts["miscounted"] = [miscounted(shift) for shift in (1.0, 3.0, 8.0, 12.0)]
 facts["whole"] = {f"{name} {n}": whole(name, n) for name in ("simple", "normal", "beta") for n in (20, 8)}
 
 
