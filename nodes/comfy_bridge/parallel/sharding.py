@@ -15,7 +15,7 @@ from ....efficient_vdit_core.parallel.sharding.division import Division
 from ....efficient_vdit_core.parallel.sharding.override import make_sharded_override
 from ....efficient_vdit_core.plan.head_patterns import LayerPattern
 from ....efficient_vdit_core.tiles import TilePattern
-from ..families import Family, find_family, uncompiled
+from ..families import Family, class_of, find_family, uncompiled
 from ..forward import call_shape
 from ..hook import Hook, dense, hook_of
 from ..model_call import ModelCall, around_model
@@ -37,9 +37,8 @@ REPORT_KEY = "evdit_report_of_ranks"
 
 def find_shardable(model: Any) -> tuple[Family, ShardRule]:
     """The family of a MODEL that can be sharded, and how. Raises ValueError with the reason where it cannot."""
-    diffusion_model = uncompiled(model.get_model_object("diffusion_model"))
-    family = find_family(diffusion_model)
-    name = type(diffusion_model).__name__
+    kind, diffusion_model = class_of(model), uncompiled(model.get_model_object("diffusion_model"))
+    family, name = find_family(kind), kind.__name__
     if family is None or name not in RULES:
         why = NOT_SHARDED.get(name, f"known are {', '.join(RULES)}")
         raise ValueError(f"{name} cannot be sharded: {why}. Bypass EVDiTSequenceParallel for this model.")
