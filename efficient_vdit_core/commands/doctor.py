@@ -62,7 +62,7 @@ def examine() -> dict[str, Any]:
         if packages[name]["version"] is None:
             problems.append(f"The package {name!r} is missing; it is needed for {NEEDED[name]}. {install(name)}")
     if not packages["av"]["version"] and not _guarded(_ffmpeg, problems, "ffmpeg"):
-        problems.append(f"No .mp4 can be written or read. Write .gif and .webp, or: {install('av')}")
+        problems.append(f"No .mp4 can be written or read. {install('av', instead='Write .gif and .webp')}")
     if packages["transformers"]["version"] and packages["sentencepiece"]["version"]:
         problems += _why_no_text_encoder()
     return {

@@ -65,7 +65,7 @@ def parse_toml(text: str, what: str, *, advice: str = "Correct the file.") -> di
             import tomli as tomllib  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError(
-                f"Python 3.10 reads TOML only with the package 'tomli'. Use Python 3.11, or: {install('tomli')}"
+                f"Python 3.10 reads TOML only with the package 'tomli'. {install('tomli', instead='Use Python 3.11')}"
             ) from error
     _check_size(len(text), what, MAX_BYTES)
     try:

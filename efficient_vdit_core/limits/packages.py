@@ -9,10 +9,11 @@ from importlib.util import find_spec
 PACKAGES = {"PIL": "pillow", "imageio_ffmpeg": "imageio-ffmpeg"}  # module -> its name on PyPI, where they differ
 
 
-def install(*modules: str | None) -> str:
-    """For modules, or packages as pip calls them (with a version, too): for this Python, since a bare pip may be another's."""
+def install(*modules: str | None, instead: str = "") -> str:
+    """For modules, or packages as pip calls them (with a version, too): for this Python, since a bare pip may be another's.
+    ``instead``: what may be done in its place, as the begin of a sentence."""
     words = [sys.executable, "-m", "pip", "install", *(PACKAGES.get(name or "", str(name)) for name in modules)]
-    return f"Install it: {' '.join(map(_word, words))}"
+    return f"{f'{instead}, or install it' if instead else 'Install it'}: {' '.join(map(_word, words))}"
 
 
 def missing(modules: Iterable[str]) -> list[str]:

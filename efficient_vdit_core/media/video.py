@@ -159,10 +159,10 @@ def _check_writer_installed(suffix: str) -> None:
         if not has_ffmpeg():
             import av  # noqa: F401 # pyright: ignore[reportUnusedImport, reportMissingImports]
     except ImportError as error:
-        instead = "Write a .gif or .webp instead, or: " if suffix == ".mp4" else ""
+        instead = "Write a .gif or .webp instead" if suffix == ".mp4" else ""
         raise ValueError(
             f"Writing {suffix} needs the package {PACKAGES.get(error.name or '', error.name)!r}, which is missing. "
-            f"{instead}{install(error.name)}"
+            f"{install(error.name, instead=instead)}"
         ) from error
 
 

@@ -40,8 +40,8 @@ def sample_reference(
         import diffusers
     except ImportError as error:
         raise ValueError(
-            f"The sampler {sampler!r} needs the package 'diffusers', which is missing. Use the consistency sampler, or: "
-            f"{install('diffusers')}"
+            f"The sampler {sampler!r} needs the package 'diffusers', which is missing. "
+            f"{install('diffusers', instead='Use the consistency sampler')}"
         ) from error
     # The class is looked up here, so that only the one in use is imported.
     settings = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": prediction_type}

@@ -167,7 +167,7 @@ def test_doctor_tells_of_packages_that_are_here_and_do_not_work(monkeypatch):
     monkeypatch.setattr(video, "has_ffmpeg", lambda: False)  # imageio-ffmpeg without its program
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "av" else "1.0")
     no_video, no_text = doctor.examine()["problems"]
-    assert "No .mp4 can be written" in no_video and no_video.endswith(install("av"))
+    assert "No .mp4 can be written" in no_video and no_video.endswith(install("av", instead="Write .gif and .webp"))
     assert re.search(r"text encoder's packages do not load \(ModuleNotFoundError: .*sentencepiece", no_text)
 
 
@@ -184,6 +184,7 @@ def test_what_is_missing_is_installed_for_this_python(monkeypatch, python, shown
     monkeypatch.setattr(sys, "executable", python)
     assert install("PIL", "accelerate") == f"Install it: {shown} -m pip install pillow accelerate"
     assert install("ray>=2.52") == f'Install it: {shown} -m pip install "ray>=2.52"'
+    assert install("av", instead="Write a .gif") == f"Write a .gif, or install it: {shown} -m pip install av"
 
 
 def test_doctor_needs_nothing_of_what_it_finds_missing():

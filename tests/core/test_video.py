@@ -218,7 +218,7 @@ def test_a_missing_writer_is_named(tmp_path, monkeypatch):
     for module in ("imageio_ffmpeg", "av"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(
-        ValueError, match=r"Write a \.gif or \.webp instead, or: Install it: \S*python\S* -m pip install av"
+        ValueError, match=r"Write a \.gif or \.webp instead, or install it: \S*python\S* -m pip install av"
     ):
         check_writable(tmp_path / "a.mp4")
 

@@ -134,8 +134,8 @@ def check_tensorboard(config: DistillConfig) -> None:
             import tensorboard  # noqa: F401 # pyright: ignore[reportUnusedImport]
         except ImportError as error:
             raise ValueError(
-                "training.tensorboard is true, which needs the package 'tensorboard'. Set it to false, or: "
-                f"{install('tensorboard')}"
+                "training.tensorboard is true, which needs the package 'tensorboard'. "
+                f"{install('tensorboard', instead='Set it to false')}"
             ) from error
 
 

@@ -47,6 +47,6 @@ def _adamw8bit() -> Any:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            f"training.optimizer adamw8bit needs the package 'bitsandbytes'. Choose adamw, or: {install('bitsandbytes')}"
+            f"training.optimizer adamw8bit needs the package 'bitsandbytes'. {install('bitsandbytes', instead='Choose adamw')}"
         ) from error
     return AdamW8bit

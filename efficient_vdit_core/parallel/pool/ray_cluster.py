@@ -65,7 +65,7 @@ class Ray:
         if tuple(map(int, re.findall(r"\d+", version)[:2])) < FIRST_VERSION_WITH_TOKENS:
             raise ValueError(
                 f"Ray {version} lets any user of this machine run code as you, expected 2.52 or later, which asks for "
-                f"a token. Name a cluster of yours in RAY_ADDRESS, or: {install('ray>=2.52')}"
+                f"a token. {install('ray>=2.52', instead='Name a cluster of yours in RAY_ADDRESS')}"
             )
         self.head = Processes("ray")
         if len(str(self.head.folder)) > MOST_OF_A_PATH:
@@ -134,7 +134,7 @@ def _version() -> str:
         return importlib.metadata.version("ray")
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(
-            f"--engine ray needs Ray, which is not installed here. Leave the option out, or: {install('ray>=2.52')}"
+            f"--engine ray needs Ray, which is not installed here. {install('ray>=2.52', instead='Leave the option out')}"
         ) from None
 
 
