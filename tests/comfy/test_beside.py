@@ -37,6 +37,8 @@ def test_a_tile_map_and_a_search_name_it_too(facts, name):
 
 
 def test_a_tile_map_names_what_is_in_the_way_of_its_layers_alone(facts):
+    if not facts["layers are named"]:
+        pytest.skip("this ComfyUI does not tell an attention which layer it is of")
     fine, refused = facts["one layer"]
     assert fine == "" and "The layers [1]" in refused and f"{NAMED.format('blocks.1.self_attn')}. Leave" in refused
 

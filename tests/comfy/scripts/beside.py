@@ -88,6 +88,13 @@ for name, path in PATHS.items():
 
 case, model = CASES["wan"], build(CASES["wan"])
 facts["one layer"] = [tile_map(with_own_kernel(model, PATHS["wan"], [1]), case, layers) for layers in ("0", "0,1")]
+names: list[bool] = []
+watch = model.model.diffusion_model.blocks[1].self_attn.register_forward_pre_hook(
+    lambda _, __, given: names.append("block_index" in given.get("transformer_options", {})), with_kwargs=True
+)
+run(model, case)
+watch.remove()
+facts["layers are named"] = all(names)  # else calls are counted, and one that nobody asks for is missed
 # One put into the network by hand, without a patch of the MODEL.
 by_hand = build(case)
 for block in by_hand.model.diffusion_model.blocks:
