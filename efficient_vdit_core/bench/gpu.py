@@ -148,8 +148,8 @@ def run_parts(run: Run, names: Iterable[str], say: Callable[[str, dict[str, Any]
 
 def _run_part(run: Run, name: str) -> Rows:
     function, share = PARTS[name]
-    if modules := missing(NEEDS.get(name, ())):
-        run.incomplete[name] = f"left out: without {' and '.join(modules)}"
+    if lacks := lacking([name]):
+        run.incomplete[name] = f"left out: without {' and '.join(lacks[name])}"
         return
     if run.spent > run.budget:
         run.incomplete[name] = "not begun: the budget was spent"

@@ -9,6 +9,7 @@ from ..plan import TilePlan
 from ..tiles import TilePattern, TokenGrid
 
 EVERY, STEPS = (2, 3, 4, 6), 20  # residuals and the schedule that a report gives the work for
+OTHER_FRAMES = "Prompts for a part of the clip have others, and context windows with causal_window_fix."
 
 
 def describe_plan(plan: TilePlan) -> str:
@@ -27,7 +28,7 @@ def describe_plan(plan: TilePlan) -> str:
     for frames, count in about.get("left_out_forwards", {}).items():
         lines.append(
             f"Forwards left out: {count}, over {frames} latent frames: errors are of forwards over {plan.frames}, as the first was. "
-            "Prompts for a part of the clip have others, and context windows with causal_window_fix."
+            f"{OTHER_FRAMES}"
         )
     return "\n".join([*lines, "", *_table(plan)])
 

@@ -9,6 +9,7 @@ import numpy as np
 from ..plan import TilePlan
 from ..plan.head_patterns import LayerPattern, join_heads
 from ..tiles import TilePattern
+from .describe import OTHER_FRAMES
 from .draw import Panel, draw_panels
 from .tile_mass import LEVELS, TileMass, averaged_tiles, kept_tiles
 
@@ -70,8 +71,7 @@ def _forwards(measured: Mapping[int, TileMass]) -> list[str]:
     lines = [f"Mean over {seen} evaluations of that step: prompts, context windows, guidance."] if seen > 1 else []
     if left_out:
         lines.append(
-            f"Forwards left out: {left_out}, over another number of latent frames than {frames}, as the first was. Prompts for a part "
-            "of the clip have others, and context windows with causal_window_fix."
+            f"Forwards left out: {left_out}, over another number of latent frames than {frames}, as the first was. {OTHER_FRAMES}"
         )
     return lines
 

@@ -78,12 +78,9 @@ def renewal_timed(
 ) -> Tensor:
     """``run(state)``, a forward that renews the cached residual; ``measure`` receives its seconds. It is computed once: a
     second time would renew what was just renewed."""
-    wait_for(device)
-    start = time.perf_counter()
-    out = run(state)
-    wait_for(device)
-    measure.add_renewal(time.perf_counter() - start)
-    return out
+    out: list[Tensor] = []
+    measure.add_renewal(seconds(lambda: out.append(run(state)), device))
+    return out[0]
 
 
 def _shortest(taken: float, again: Callable[[], float]) -> float:

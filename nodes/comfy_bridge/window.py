@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -92,11 +93,14 @@ def whole_steps(model_sampling: Any, options: dict[str, Any]) -> int:
     steps = steps_of(options)
     if not steps:
         return 0
-    reached = [_percent_of(model_sampling, level) for level in options["sample_sigmas"].tolist()]
-    lengths = [after - before for before, after in zip(reached, reached[1:], strict=False)]
-    if steps >= _FEWEST and 0 < _LEAP * max(lengths[:-1]) < lengths[-1]:
-        lengths.pop()
-    return round(len(lengths) / sum(lengths)) if sum(lengths) > 0 else steps
+    levels = options["sample_sigmas"].tolist()
+    start, before_last, end = (_percent_of(model_sampling, levels[at]) for at in (0, -2, -1))
+    # Of a schedule's own steps the last is hardly longer than the mean, so the others are seldom looked at one by one.
+    if steps >= _FEWEST and end - before_last > _LEAP * (before_last - start) / (steps - 1):
+        reached = [_percent_of(model_sampling, level) for level in levels[:-1]]
+        if 0 < _LEAP * max(after - before for before, after in pairwise(reached)) < end - before_last:
+            steps, end = steps - 1, before_last
+    return round(steps / (end - start)) if end > start else steps
 
 
 def _percent_of(model_sampling: Any, level: float) -> float:
