@@ -5,11 +5,35 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 OUT_OF_MEMORY: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # until torch 2.5
 OLDEST = (8, 0)  # Ampere: the first with bf16 in hardware
+# What the allocator of PyTorch does not ask for, such as kernels' code and libraries' workspaces, the driver refuses in
+# words of its own: Triton's, CUDA's, cuBLAS's and cuDNN's.
+_OTHER_WORDS = ("out of memory", "alloc_failed", "allocation_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a device's memory is full."""
+    said = str(error).lower()
+    return isinstance(error, OUT_OF_MEMORY) or (
+        isinstance(error, RuntimeError) and any(words in said for words in _OTHER_WORDS)
+    )
+
+
+@contextmanager
+def one_out_of_memory() -> Iterator[None]:
+    """Within it every error of a full device's memory is ``OUT_OF_MEMORY``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, OUT_OF_MEMORY) or not is_out_of_memory(error):
+            raise
+        raise OUT_OF_MEMORY(str(error)) from error
 
 
 def too_old(device: torch.device) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention import TokenLayout, available_backends, tile_attention
 from ..attention.call_shape import CallShape
 from ..attention.dispatch import fits
-from ..attention.gpu import OUT_OF_MEMORY
+from ..attention.gpu import OUT_OF_MEMORY, one_out_of_memory
 from ..tiles import TilePattern, TokenGrid
 from . import paper
 from .calls import calls_alone
@@ -163,7 +163,8 @@ def _memory_and_error(
     kept: list[Tensor] = []
     extra = peak_extra_bytes(lambda: kept.append(run()), q.device)
     try:
-        return extra, _error(kept[0], q, k, v, shape, count, generator)
+        with one_out_of_memory():
+            return extra, _error(kept[0], q, k, v, shape, count, generator)
     except OUT_OF_MEMORY:
         return extra, None
 

@@ -205,7 +205,9 @@ class TiledProcessor:
         shape = CallShape.of(q, k, v)
         backends = {p: backend(of_group, p) for p, of_group in group_shapes(shape, pattern).items()}
         out = tile_attention(q, k, v, entry, pattern, dense=dense, backend=backends)
-        return F.pad(out, (0, 0, 0, padding)), computed_by(pattern, shape, backends, entry.grid.t, dense)
+        if padding:  # without any, too, F.pad would copy
+            out = F.pad(out, (0, 0, 0, padding))
+        return out, computed_by(pattern, shape, backends, entry.grid.t, dense)
 
 
 def tiled(original: Any, patch: Patch, layer: int) -> TiledProcessor:

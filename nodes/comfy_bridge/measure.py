@@ -11,7 +11,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...efficient_vdit_core.attention.gpu import OUT_OF_MEMORY
+from ...efficient_vdit_core.attention.gpu import OUT_OF_MEMORY, one_out_of_memory
 from ...efficient_vdit_core.attention.hook.state import ForwardState
 from ...efficient_vdit_core.attention.report.measure import StepMeasure
 from ...efficient_vdit_core.attention.report.report import AttentionReport
@@ -57,9 +57,10 @@ def computed_twice(
             return seconds(lambda: run(state.again(report=AttentionReport(), **changes)), device)
 
     try:
-        if measure.cold:
-            beside()
-        dense = _shortest(beside(reason=DENSE), lambda: beside(reason=DENSE))
+        with one_out_of_memory():
+            if measure.cold:
+                beside()
+            dense = _shortest(beside(reason=DENSE), lambda: beside(reason=DENSE))
     except OUT_OF_MEMORY:
         measure.refused = "a dense step found no memory"
         dense = 0.0

@@ -197,3 +197,9 @@ def test_fp8_weights_become_fp8_with_dynamic_memory_too(in_process):
     if "fp8" not in found:
         pytest.skip("this ComfyUI has no dynamic memory")
     assert found["fp8"] == ["torch.float8_e4m3fn"] and found["bf16"] == ["torch.bfloat16"]
+
+
+def test_comfyui_is_told_what_open_sora_plan_takes(in_process):
+    """Weights are put on the card until it has left what is told: no less than a counter finds, nor far more."""
+    for part, (held, told) in in_process("memory_told").items():
+        assert held <= told <= 1.7 * held, part

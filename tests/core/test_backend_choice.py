@@ -45,9 +45,23 @@ def candidates(calls, slow):
     return {name: backend(name) for name in ("dense", "frames", "triton")}
 
 
-def no_room(*_):
-    """A backend that finds no memory."""
-    raise trial.OUT_OF_MEMORY("CUDA out of memory")
+FULL = {
+    "PyTorch's allocator": trial.OUT_OF_MEMORY("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "CUDA": getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
+    "Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+}
+
+
+def fails(error):
+    def attend(*_):
+        raise error
+
+    return attend
+
+
+no_room = fails(FULL["PyTorch's allocator"])
 
 
 def key_of(shape, layout=LAYOUT):
@@ -353,11 +367,23 @@ def test_a_kept_choice_among_other_backends_than_run_here_is_made_anew(book):
     assert set(book.choose(run, kind(), LAYOUT, TilePattern(1), "sdpa").milliseconds) == set(run)
 
 
-def test_a_candidate_without_room_is_left_out_and_the_choice_is_not_kept_on_disk(book, caplog):
-    def full(*_):
-        raise trial.OUT_OF_MEMORY("CUDA out of memory")
+def test_a_candidate_that_failed_is_tried_again_at_the_next_start(book):
+    """A disk, a compiler or a driver may be another by then; within a run and the next ones it is not asked again."""
+    run, broken = candidates([], {"dense", "frames"}), fails(RuntimeError("no space left on device"))
+    for _ in range(2):
+        assert (
+            "triton" not in book.choose({**run, "triton": broken}, kind(), LAYOUT, TilePattern(1), "sdpa").milliseconds
+        )
+        book.forget_cramped()
+        assert len(book.choices) == 1
+    later = ChoiceBook(book.file)
+    assert not later.choices and later.choose(run, kind(), LAYOUT, TilePattern(1), "sdpa").backend == "triton"
+    assert ChoiceBook(book.file).choices
 
-    run = {**candidates([], {"dense"}), "frames": full}
+
+@pytest.mark.parametrize("whose", FULL)
+def test_a_candidate_without_room_is_left_out_and_the_choice_is_not_kept_on_disk(book, caplog, whose):
+    run = {**candidates([], {"dense"}), "frames": fails(FULL[whose])}
     choice = book.choose(run, kind(), LAYOUT, TilePattern(1), "sdpa")
     assert choice.backend != "frames" and "frames" not in choice.milliseconds and len(choice.milliseconds) > 1
     assert "frames has no room" in caplog.text and book.choices and not ChoiceBook(book.file).choices

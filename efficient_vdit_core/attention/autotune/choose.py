@@ -40,13 +40,14 @@ _PACKAGES = (
 
 
 class ChoiceBook:
-    """Choices by shape class, in memory and in ``file``; safe for several threads. Those of a trial that found too little
-    memory stay in memory alone, until `forget_cramped`."""
+    """Choices by shape class, in memory and in ``file``; safe for several threads. Those of a trial in which a candidate failed
+    stay in memory alone, as it may run at the next start; where it had too little memory, until `forget_cramped`."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.lock = file, threading.Lock()
         self.choices = _read(file)
-        self.cramped: set[str] = set()
+        self.unwritten: set[str] = set()
+        self.cramped: set[str] = set()  # of these
 
     def choose(
         self,
@@ -65,9 +66,11 @@ class ChoiceBook:
             if kept is None or not set(kept.milliseconds) <= set(candidates):
                 found, had_room = trial(candidates, shape, layout, pattern, otherwise)
                 self.choices[key] = found
+                if set(found.milliseconds) != set(candidates):
+                    self.unwritten.add(key)
                 if not had_room:
                     self.cramped.add(key)
-                _write(self.file, {k: choice for k, choice in self.choices.items() if k not in self.cramped})
+                _write(self.file, {k: choice for k, choice in self.choices.items() if k not in self.unwritten})
                 if found.milliseconds:
                     log.info(
                         "Efficient-vDiT: %s is fastest for %s (ms of a trial: %s)", found.backend, key, found.times()
@@ -79,6 +82,7 @@ class ChoiceBook:
         with self.lock:
             for key in self.cramped:
                 del self.choices[key]
+            self.unwritten -= self.cramped
             self.cramped.clear()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...tiles import TilePattern, TokenGrid
 from ...timing import seconds
 from ..call_shape import CallShape
-from ..gpu import OUT_OF_MEMORY
+from ..gpu import OUT_OF_MEMORY, one_out_of_memory
 from ..layout import TokenLayout
 
 # Over q, k, v under a layout and a TilePattern, or for some backends any LayerPattern.
@@ -75,7 +75,8 @@ def trial(
     """The choice, and whether every candidate had the memory it needs. Where none of those that follow the pattern had it, the
     choice is ``otherwise``, without times."""
     try:
-        return _measured(candidates, shape, layout, pattern)
+        with one_out_of_memory():
+            return _measured(candidates, shape, layout, pattern)
     except OUT_OF_MEMORY:
         log.warning("Efficient-vDiT: there is no room to measure backends; the sparse attention runs by %s.", otherwise)
         return Choice(otherwise, {}), False
@@ -149,7 +150,8 @@ def _runs(name: str, run: Callable[[], Any], certain: bool, cramped: list[str]) 
     """Whether a candidate runs here. The errors of one that has to are the caller's, but for those of memory: it is
     named in ``cramped`` then."""
     try:
-        run()
+        with one_out_of_memory():
+            run()
     except OUT_OF_MEMORY:
         cramped.append(name)
         log.warning("Efficient-vDiT: the backend %s has no room for a trial and is left out of it.", name)

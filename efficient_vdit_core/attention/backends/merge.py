@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..gpu import triton_status
+from ..gpu import is_out_of_memory, triton_status
 
 _ROWS = 16  # of one program
-
+_COPIED = 2**22  # numbers of the result that PyTorch's operations hold in float32 at a time: 16 MiB of each tensor
 
 log = logging.getLogger("efficient_vdit")
 _RUNS: dict[torch.device, bool] = {}  # whether the kernel does, by device
@@ -29,8 +29,8 @@ def merge_into(
     ``out`` and ``lse`` are only written.
 
     out + (part - out) w, where w = sigmoid(part_lse - lse) is the share of the part's keys. On a GPU by one kernel that
-    passes over the memory once, elsewhere and while torch.compile traces by PyTorch's operations: those hold three
-    float32 copies of one entry of X where the tensors are of half precision.
+    passes over the memory once, elsewhere and while torch.compile traces by PyTorch's operations. Of halves those hold
+    three float32 copies of some rows of one entry of X, while torch.compile traces of all of them.
     """
     fused = _RUNS.get(out.device) and not torch.compiler.is_compiling()
     if fused and all(x.stride(-1) == 1 for x in (out, part, first[0] if first else out)):
@@ -42,10 +42,18 @@ def merge_into(
     share = torch.sigmoid(part_lse - lse)[..., None]
     if out.dtype == share.dtype:
         out.lerp_(part, share)
-    else:  # a share in half precision would be off by as much as the result's last bit
-        for rows, added, of_rows in zip(out, part, share, strict=True):
-            rows.copy_(torch.lerp(rows.to(share.dtype), added.to(share.dtype), of_rows))
+    else:
+        _merge_halves(out, part, share)
     lse.copy_(torch.logaddexp(lse, part_lse))
+
+
+def _merge_halves(out: Tensor, part: Tensor, share: Tensor) -> None:
+    """In the share's precision, float32: in half precision it would be off by as much as the result's last bit."""
+    _, heads, tokens, dim = out.shape
+    step = tokens if torch.compiler.is_compiling() else max(1, _COPIED // (heads * dim))
+    for entry in zip(out, part, share, strict=True):
+        for rows, added, of_rows in zip(*(x.split(step, dim=1) for x in entry), strict=True):
+            rows.copy_(torch.lerp(rows.to(share.dtype), added.to(share.dtype), of_rows))
 
 
 def prepare_merge(device: torch.device) -> None:
@@ -55,10 +63,13 @@ def prepare_merge(device: torch.device) -> None:
     available, reason = triton_status(device)
     _RUNS[device] = available
     if available:
-        rows, logs = torch.zeros(2, 1, 1, 3, 8, device=device), torch.zeros(2, 1, 1, 3, device=device)
         try:
+            rows, logs = torch.zeros(2, 1, 1, 3, 8, device=device), torch.zeros(2, 1, 1, 3, device=device)
             _merge_fused(rows[0], logs[0], rows[1], logs[1], (rows[0], logs[0]))
         except Exception as error:  # compilers raise anything
+            if is_out_of_memory(error):  # says nothing about the kernel: the next run asks again
+                del _RUNS[device]
+                return
             _RUNS[device], reason = False, f"{type(error).__name__}: {error}"
     if not _RUNS[device]:
         log.info("Efficient-vDiT: parts are merged by PyTorch's operations: %s", reason)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from ..gpu import OUT_OF_MEMORY, too_old
+from ..gpu import OUT_OF_MEMORY, one_out_of_memory, too_old
 from ..sdpa import attention_sdpa
 
 Partial = tuple[Tensor, Tensor]
@@ -198,7 +198,8 @@ def _max_abs_error(found: Tensor, want: Tensor) -> float:
 def _what_is_wrong(run: Callable[[], dict[str, float]]) -> str:
     """In words; "" where all that ``run`` finds is close to the definition."""
     try:
-        return " and ".join(f"{name} is off by {off:.3g}" for name, off in run().items() if not off <= _TRUSTED)
+        with one_out_of_memory():
+            return " and ".join(f"{name} is off by {off:.3g}" for name, off in run().items() if not off <= _TRUSTED)
     except OUT_OF_MEMORY:
         raise
     except Exception as error:  # packages and compilers of others raise anything

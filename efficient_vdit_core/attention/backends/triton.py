@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ...plan.head_patterns import LayerPattern
 from ...tiles import TilePattern
 from ..call_shape import CallShape
-from ..gpu import OUT_OF_MEMORY, arrow_kernels_status, is_recording
+from ..gpu import OUT_OF_MEMORY, arrow_kernels_status, is_recording, one_out_of_memory
 from ..layout import TokenLayout, check_tensors, global_spans
 
 log = logging.getLogger("efficient_vdit")
@@ -148,7 +148,7 @@ def _tune(shape: CallShape, layout: TokenLayout, pattern: TilePattern, multiproc
     blocks = math.ceil(layout.grid.tokens_per_frame / 128)
     heads = min(shape.heads, math.ceil(4 * multiprocessors / blocks))
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(shape.gradients):
+        with one_out_of_memory(), torch.inference_mode(False), torch.set_grad_enabled(shape.gradients):
             tensors = replace(shape, batch=1).tensors(heads, layout.tokens)
             out = attend_triton(*tensors, layout, pattern)
             if shape.gradients:

@@ -42,6 +42,8 @@ def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn x (B, N, heads, head_dim); computed in fp32, returned in x's dtype."""
     cos, sin = table
     thirds = x.float().unflatten(-1, (3, -1))
-    first, second = thirds.chunk(2, dim=-1)
-    turned = thirds * cos + torch.cat([-second, first], dim=-1) * sin
+    half = thirds.shape[-1] // 2
+    turned = thirds * cos
+    turned[..., :half] -= thirds[..., half:] * sin[..., :half]  # in place: in fp32 a copy is twice as large as q
+    turned[..., half:] += thirds[..., :half] * sin[..., half:]
     return turned.flatten(-2).to(x.dtype)

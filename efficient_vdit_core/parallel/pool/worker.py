@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ...attention.gpu import OUT_OF_MEMORY
+from ...attention.gpu import is_out_of_memory
 from ..sharding.communicator import Communicator
 from .code_version import CODE_VERSION
 from .handshake import WrongSecret, connect
@@ -218,7 +218,7 @@ class Worker:
 
     def _describe(self, error: BaseException) -> str:
         text = str(error).strip() or type(error).__name__
-        if not isinstance(error, OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
         size = ""
         if self.settings.device.startswith("cuda"):

@@ -95,8 +95,8 @@ class OpenSoraPlanVAE(comfy.sd.VAE):
         self.upscale_index_formula = (TIME, SPACE, SPACE)
         self.downscale_ratio = (lambda f: max(0, math.floor((f + TIME - 1) / TIME)), SPACE, SPACE)
         self.downscale_index_formula = (TIME, SPACE, SPACE)
-        # The peak is some six tensors of the full resolution's width.
-        channels = 6 * config.hidden_size
+        # The decoder's peak is some six and a half tensors of the full resolution's width; the encoder's is lower.
+        channels = 6.5 * config.hidden_size
         self.memory_used_encode = lambda shape, dtype: channels * math.prod(shape[-3:]) * mm.dtype_size(dtype)
         self.memory_used_decode = lambda shape, dtype: (
             channels * TIME * SPACE**2 * math.prod(shape[-3:]) * mm.dtype_size(dtype)

@@ -1,24 +1,17 @@
 """A model and its VAE of 8 latent channels: from an empty latent to frames, with previews. Prints JSON."""
 
 import json
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from host import call, load_pack, torch  # isort: skip
+from host import call, load_pack, of_pack, torch  # isort: skip
 import comfy.cli_args  # isort: skip
 import folder_paths  # isort: skip
 import latent_preview  # isort: skip
 import nodes  # isort: skip
 
 pack = load_pack()
-
-
-def of_pack(name):
-    """The module of the pack's core that ends so, imported where it was not yet."""
-    root = next(found for found in sys.modules if found.endswith("efficient_vdit_core.plan")).removesuffix(".plan")
-    return __import__(f"{root}.{name}", fromlist=["*"])
 
 
 checkpoint, export = of_pack("models.opensora_plan.checkpoint"), of_pack("tinyworld.train.export")
