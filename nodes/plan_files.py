@@ -99,7 +99,7 @@ class EVDiTLoadTilePlan(io.ComfyNode):
                         options=plan_choices(),
                         tooltip=(
                             'A file of models/evdit_plans, or a "(preset)": a few reference frames in all layers but the first two '
-                            "and the last, about half of the attention at the model's usual length (MiniMax-H3's and those with _means "
+                            "and the last, about half of the attention (MiniMax-H3's and those with _means "
                             "less). minimax_h3 is the mild one for turbo LoRAs, minimax_h3_strong is for weights distilled under it. One "
                             "with _means sees means over time of what it leaves out. Models and LoRAs that were distilled "
                             "under a plan carry it: choose the file that you load, or 'the loaded model' with the model connected. "

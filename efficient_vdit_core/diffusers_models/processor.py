@@ -136,8 +136,7 @@ class TiledProcessor:
         """The reason why this call stays dense, or an empty text where it may become sparse."""
         if sequence is None:
             return NO_GRID
-        for note in work[0].notes:
-            self.patch.preparation.report.warn(*note)
+        self.patch.preparation.tell(work[0])
         if reason := why_no_pattern(self.patch.entries[0], sequence.entries[0], None) or work[0].reason:
             return reason
         if getattr(self.original, "_parallel_config", None) is not None:

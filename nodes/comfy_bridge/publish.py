@@ -100,6 +100,8 @@ def _state(hook: Hook, call: ModelCall, clips: int) -> ForwardState:
     elif why := hook.window.why_outside(sampling, options, t):
         later = hook.preparation.residual is not None and state.active and hook.window.comes(sampling, options, t)
         state = replace(state, later=later, reason=why)
+        if again := hook.window.why_dense_again(sampling, options):
+            report.note("dense again", again)
     if hook.caution:
         report.warn("caution", hook.caution)
     if hook.preparation.placement == "rotating" or hook.preparation.residual is not None:

@@ -16,6 +16,7 @@ from .replaced_blocks import replaced_blocks
 _LEAP, _FEWEST = 3.0, 5
 # A step may lie on the window's edge; schedule and window round it in their own ways.
 _ROUNDING = 1 + 1e-4
+_LATE = 0.02  # of the noise schedule: a sampler that begins there or later goes on from another's steps, or from a clip
 STILL = ("standard_static", "batched")  # context windows that are the same in every step
 
 
@@ -60,6 +61,19 @@ class Window:
         step = step_of(options, t)
         inside = self.dense_first_steps <= step < steps - self.dense_last_steps
         return "" if inside else OUTSIDE_THE_WINDOW
+
+    def why_dense_again(self, model_sampling: Any, options: dict[str, Any]) -> str:
+        """That the first steps stay dense of a sampler that goes on from where another one has come, and what keeps the
+        clip's own alone; "" of other samplers."""
+        if not (self.dense_first_steps and steps_of(options)):
+            return ""
+        begins = _percent_of(model_sampling, float(options["sample_sigmas"][0]))
+        if begins < _LATE:
+            return ""
+        return (
+            f"this sampler begins {begins:.0%} into the noise schedule, and dense_first_steps keeps its first steps dense as well. "
+            "Where another sampler made the clip's first steps, start_percent 0.01 in its place keeps those alone dense."
+        )
 
     def goes_on(self, model_sampling: Any, options: dict[str, Any], t: Tensor) -> bool:
         """Whether the step after that of noise level ``t``, which is inside, is inside as well."""

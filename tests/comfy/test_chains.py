@@ -200,6 +200,15 @@ def test_a_plan_for_a_longer_clip_keeps_its_stride_and_says_so_once(facts):
     assert "6 attention calls sparse" in summary
 
 
+def test_a_plan_for_a_much_shorter_clip_is_warned_of(facts):
+    assert len(facts["made for 8"]) == 1
+    warning, _ = facts["made for 3"]
+    assert (
+        "made for 3 latent frames and the run has 9" in warning
+        and "21% of the attention is computed in place of 56%" in warning
+    )
+
+
 def test_a_bypass_after_all_that_leaves_nothing(facts):
     assert facts["bypassed"] == 0
 

@@ -97,8 +97,7 @@ def _decide(
     place = _computed_again(preparation, state) if again else state.next_call(call.options, call.heads)
     layer = None if place is None else place.layer
     work = preparation.layer(state, layer, call.options.get("total_blocks"))
-    for note in work.notes:
-        preparation.report.warn(*note)
+    preparation.tell(work)
     reason = why_no_pattern(state, whole, call.mask) or work.reason
     if reason or place is None:
         return None, reason

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...plan import TilePlan
 from ...plan.head_patterns import LayerPattern
@@ -36,27 +36,35 @@ from .residual import Place, ResidualCache, Room, why_no_residual, work_with
 from .state import ForwardState
 
 MOST_REMEMBERED, MOST_UNFORESEEN = 4096, 64
+MUCH_SPARSER = 0.8  # of the density at the plan's length: a longer clip is warned of
+
+
+class Note(NamedTuple):
+    """What a run says once: a warning, or for who wants to know."""
+
+    about: str
+    text: str
+    warns: bool = True
 
 
 @dataclass(frozen=True)
 class LayerWork:
     """What a layer does with its self-attention over the video.
 
-    ``reason`` says why it stays dense, "" = it follows ``pattern`` at ``density``, the share of dense FLOPs. ``notes``
-    are warnings (about, text) that a run gives once.
+    ``reason`` says why it stays dense, "" = it follows ``pattern`` at ``density``, the share of dense FLOPs.
     """
 
     pattern: LayerPattern
     reason: str
     density: float
-    notes: tuple[tuple[str, str], ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 BEYOND = LayerWork(
     TilePattern(None),
     BEYOND_THE_LAYERS,
     1.0,
-    ((BEYOND_THE_LAYERS, "the model attends more often than it has layers: the rest stays dense."),),
+    (Note(BEYOND_THE_LAYERS, "the model attends more often than it has layers: the rest stays dense."),),
 )
 
 
@@ -227,8 +235,13 @@ class Preparation:
                 f"renewing the residual every {round(1 / renewed)} steps brings a layer to {work_with(density, renewed):.0%} of dense "
                 f"attention's work (layer {layer}): such layers stay dense. Raise residual_every, or set it to 0."
             )
-            notes = (*notes, (RENEWED_TOO_OFTEN, text))
+            notes = (*notes, Note(RENEWED_TOO_OFTEN, text))
         return LayerWork(pattern, reason, density, notes)
+
+    def tell(self, work: LayerWork) -> None:
+        """What is to say of a layer goes into the log, once a run."""
+        for about, text, warns in work.notes:
+            (self.report.warn if warns else self.report.note)(about, text)
 
     def density(self, state: ForwardState) -> float:
         """The share of dense attention's FLOPs that all layers of an active forward compute, 0 to 1."""
@@ -334,8 +347,9 @@ class Preparation:
 
 def pattern_for_frames(
     plan: TilePlan, layer: int, depth: int | None, frames: int
-) -> tuple[LayerPattern, tuple[tuple[str, str], ...]]:
-    """The plan's pattern of a layer for a run of ``frames`` latent frames, and notes where it is not the plan's own."""
+) -> tuple[LayerPattern, tuple[Note, ...]]:
+    """The plan's pattern of a layer for a run of ``frames`` latent frames, and notes where it is not the plan's own or does not
+    do there what it did at the plan's."""
     planned = plan.pattern(layer, depth)
     pattern = planned.scaled(plan.frames, frames)
     now, then = (sorted({p.k for p in x.kinds if p.k is not None}) for x in (pattern, planned))
@@ -345,9 +359,18 @@ def pattern_for_frames(
             f"the plan was made for {plan.frames} latent frames and the run has {frames}: the distance between reference "
             f"frames is kept, so that there are fewer of them (layer {layer}: {counts[0]} instead of {counts[1]})."
         )
-        return pattern, (("scaled", text),)
+        return pattern, (Note("scaled", text, warns=False),)
     most = max(then, default=0)
     if most > frames > 1:
         text = f"the plan has {most} reference frames and the run {frames} latent frames: full attention."
-        return pattern, (("k above the frames", text),)
+        return pattern, (Note("k above the frames", text),)
+    if plan.frames is not None and frames > plan.frames:
+        here, there = pattern.density(frames), pattern.density(plan.frames)
+        if here < MUCH_SPARSER * there:
+            text = (
+                f"the plan was made for {plan.frames} latent frames and the run has {frames}: its reference frames stand further "
+                f"apart, so that {here:.0%} of the attention is computed in place of {there:.0%} (layer {layer}), and the clip "
+                "suffers more. Take more reference frames, or a plan for this length."
+            )
+            return pattern, (Note("further apart", text),)
     return pattern, ()

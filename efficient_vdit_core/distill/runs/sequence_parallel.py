@@ -107,8 +107,7 @@ def patterns(plan: TilePlan | None, layers: int) -> Callable[[TokenLayout, int],
     @lru_cache(maxsize=4 * layers)
     def pattern_of(layout: TokenLayout, layer: int) -> LayerPattern:
         state = ForwardState(layout, depth=layers)
-        for note in prepared.layer(state, layer).notes:
-            prepared.report.warn(*note)
+        prepared.tell(prepared.layer(state, layer))
         return prepared.pattern_of(state, layer)
 
     return pattern_of

@@ -405,6 +405,10 @@ long = plans.TilePlan.uniform(4, frames=36)  # every ninth frame
 )
 facts["scaled"] = {"same": distance(run(scaled), alone), "lines": list(lines)}
 facts["bypassed"] = distance(run(model), dense)
+for frames in (8, 3):  # of a run of 9
+    run(call(pack["EVDiTSparseAttention"], model=model, plan=plans.TilePlan.uniform(1, frames=frames), start_percent=0.0,
+             end_percent=1.0, dense_blocks="", min_tokens=0)[0])  # fmt: skip
+    facts[f"made for {frames}"] = list(lines)
 
 # Long enough to be measured: whichever backend is chosen, dense or the arrow mask comes out.
 x, SIZE = noise(1, 16, 9, 32, 32), 256
