@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -20,10 +22,8 @@ def free_bytes(device: str = "cpu") -> int | None:
     found = [size for size in (_meminfo(), *_cgroups()) if size is not None]
     if found:
         return min(found)
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others not these names
-        return None
+    others: tuple[Callable[[], int | None], ...] = (_psutil, _windows, _sysconf)
+    return next((size for size in (ask() for ask in others) if size is not None), None)
 
 
 def check_memory(needed: int, what: str, advice: str, device: str = "cpu") -> None:
@@ -49,6 +49,48 @@ def _meminfo() -> int | None:
     except (OSError, ValueError):
         pass
     return None
+
+
+def _psutil() -> int | None:
+    """Of any system; ComfyUI brings it, the engine alone need not have it."""
+    try:
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    except (ImportError, OSError, RuntimeError):
+        return None
+
+
+class _WindowsMemory(ctypes.Structure):
+    """MEMORYSTATUSEX, whose first field is its own size."""
+
+    _fields_ = (
+        ("dwLength", ctypes.c_uint32),
+        ("dwMemoryLoad", ctypes.c_uint32),
+        ("ullTotalPhys", ctypes.c_uint64),
+        ("ullAvailPhys", ctypes.c_uint64),
+        ("ullTotalPageFile", ctypes.c_uint64),
+        ("ullAvailPageFile", ctypes.c_uint64),
+        ("ullTotalVirtual", ctypes.c_uint64),
+        ("ullAvailVirtual", ctypes.c_uint64),
+        ("ullAvailExtendedVirtual", ctypes.c_uint64),
+    )
+
+
+def _windows() -> int | None:
+    system = getattr(ctypes, "windll", None)
+    if system is None:
+        return None
+    status = _WindowsMemory(dwLength=ctypes.sizeof(_WindowsMemory))
+    return int(status.ullAvailPhys) if system.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None
+
+
+def _sysconf() -> int | None:
+    """All memory of the machine, where nothing tells what of it is free."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others not these names
+        return None
 
 
 def _cgroups() -> list[int | None]:

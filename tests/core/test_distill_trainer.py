@@ -8,10 +8,12 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from pinning_driver import OnGpu, PinningDriver
 
 from efficient_vdit_core.distill.config import DistillConfig, read_section, to_toml
 from efficient_vdit_core.distill.data import prepare
@@ -30,8 +32,9 @@ from efficient_vdit_core.distill.lora.layers import (
     belongs_to,
     lora_off,
 )
+from efficient_vdit_core.distill.objectives import knowledge
 from efficient_vdit_core.distill.objectives.consistency import ConsistencyLoss
-from efficient_vdit_core.distill.objectives.features import FeatureTap
+from efficient_vdit_core.distill.objectives.features import FeatureTap, HostFeatures
 from efficient_vdit_core.distill.objectives.knowledge import (
     KnowledgeConfig,
     KnowledgeLoss,
@@ -528,6 +531,29 @@ def test_knowledge_distillation_brings_the_sparse_model_nearer(base, tmp_path):
         losses.append(loss(x, data.bank.batch(texts), torch.Generator().manual_seed(6)))
     assert float(losses[1].total) < 0.9 * float(losses[0].total)
     assert set(losses[0].parts) == {"attention", "mlp", "prediction"}
+
+
+@pytest.mark.parametrize("breaks_off", [False, True])
+def test_features_wait_in_the_same_memory_in_every_step_and_give_it_back(base, tmp_path, monkeypatch, breaks_off):
+    """As on a GPU, with a stand-in for its driver; the weights are those of features that lie in memory anyway."""
+    run = config(base, "knowledge", steps=3)
+    expected, _ = read_state_dict(trainer.distill(run, tmp_path / "plain"))
+    driver, keep, compare = PinningDriver(monkeypatch), HostFeatures.keep, knowledge.relative_square
+    seen = []
+
+    def watched(value, wanted):
+        seen.append(len(driver.pinned))
+        if breaks_off and len(seen) == 2:
+            raise KeyboardInterrupt
+        return compare(value, wanted)
+
+    monkeypatch.setattr(HostFeatures, "keep", lambda host, name, value: keep(host, name, value.as_subclass(OnGpu)))
+    monkeypatch.setattr(knowledge, "relative_square", watched)
+    with pytest.raises(KeyboardInterrupt) if breaks_off else nullcontext():
+        got, _ = read_state_dict(trainer.distill(run, tmp_path / "pinned"))
+        assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert driver.asked.count("register") == 4 and set(seen) == {4}, "two features of two layers"
+    assert not driver.pinned and driver.none_was_freed()
 
 
 def test_knowledge_loss_is_zero_for_equals_and_weighs_its_parts():

@@ -1,17 +1,19 @@
 """The losses on features, a layer at a time, against a plain reference that keeps everything; and what they hold."""
 
 import copy
+import gc
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from pinning_driver import GPU, OnGpu, PinningDriver
 from small_models import cogvideox, opensora_plan, tiny, wan
 
 from efficient_vdit_core.distill.families.model import sparse_options
 from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.lora.layers import add_lora, lora_off
 from efficient_vdit_core.distill.objectives import features
-from efficient_vdit_core.distill.objectives.features import FeatureTap, LayerLosses, relative_square
+from efficient_vdit_core.distill.objectives.features import FeatureTap, HostFeatures, LayerLosses, relative_square
 from efficient_vdit_core.distill.objectives.knowledge import KnowledgeConfig, KnowledgeLoss
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.training import StepLoss
@@ -131,7 +133,7 @@ def peaks(loss, inputs):
 def test_the_features_of_one_layer_live_at_a_time(checkpointed, share, tmp_path, monkeypatch):
     """What a layer's losses add to the peaks of the same training without them; the host's memory, which numpy stands
     for here, is another."""
-    monkeypatch.setattr(features, "on_host", lambda value: torch.from_numpy(value.numpy().copy()))
+    monkeypatch.setattr(features.HostFeatures, "keep", lambda self, name, value: torch.from_numpy(value.numpy().copy()))
     kinds = {"bare": (KnowledgeLoss, {"attention": 0.0, "mlp": 0.0}), "all": (KeepsAll, {}), "one": (KnowledgeLoss, {})}
     found = {}
     for layers in (8, 12):
@@ -186,3 +188,39 @@ def test_a_block_that_runs_again_adds_no_loss():
         for module in (*tap.modules["mlp"], *tap.modules["mlp"]):
             module(x)
     assert len(losses.losses) == 2 and float(losses.mean("mlp").detach()) == 0.0
+
+
+def feature(value, tokens=7, dtype=torch.bfloat16):
+    return torch.full((2, tokens, 5), value, dtype=dtype).as_subclass(OnGpu)
+
+
+def test_features_wait_where_those_of_the_step_before_did(monkeypatch):
+    driver, host = PinningDriver(monkeypatch), HostFeatures()
+    for step in range(3):
+        losses = LayerLosses(host=host)
+        for layer in range(4):
+            losses.keep("mlp", layer, feature(float(step + layer)))
+        for layer in range(4):
+            waits = losses.waiting["mlp", layer]
+            assert waits.shape == (2, 7, 5) and waits.dtype == torch.bfloat16 and bool((waits == step + layer).all())
+    assert driver.asked == ["register"] * 4, "in the first step alone, and nothing waits"
+    assert set(driver.pinned.values()) == {2 * 7 * 5 * 2}, "the feature's bytes, and no more"
+    host.close()
+    assert not driver.pinned and not host.places
+
+
+def test_a_place_grows_and_takes_smaller_features_too(monkeypatch):
+    driver, host = PinningDriver(monkeypatch), HostFeatures()
+    for tokens, dtype, held in ((7, torch.bfloat16, 140), (3, torch.float32, 140), (9, torch.bfloat16, 180)):
+        kept = host.keep("a", feature(2.0, tokens, dtype))
+        assert kept.shape == (2, tokens, 5) and kept.dtype == dtype and bool((kept == 2).all())
+        assert list(driver.pinned.values()) == [held]
+    assert driver.asked == ["register", f"wait {GPU}", "unregister", "register"]
+    del host, kept
+    gc.collect()
+    assert not driver.pinned
+
+
+def test_features_that_lie_in_the_hosts_memory_are_not_copied(monkeypatch):
+    driver, host, value = PinningDriver(monkeypatch), HostFeatures(), torch.ones(3)
+    assert host.keep("a", value) is value and not driver.asked

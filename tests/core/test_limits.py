@@ -1,7 +1,11 @@
 """Documents, numbers and quotes of others: bounded, and safe to print."""
 
+import ctypes
 import json
 import math
+import struct
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +118,64 @@ def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
 
 def test_a_system_tells_its_free_memory():
     assert 2**20 < (memory.free_bytes() or 2**30) < 2**50
+
+
+@pytest.fixture
+def no_linux(monkeypatch, tmp_path):
+    """A system without /proc and control groups, and without sysconf."""
+    monkeypatch.setattr(memory, "Path", lambda name: tmp_path / name.strip("/"))
+    monkeypatch.delattr(memory.os, "sysconf")
+
+
+def test_psutil_tells_what_is_free_where_linux_does_not(no_linux, monkeypatch):
+    told = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=3 * 2**30, total=2**36))
+    monkeypatch.setitem(sys.modules, "psutil", told)
+    assert memory.free_bytes() == 3 * 2**30
+    with pytest.raises(ValueError, match=r"takes about 50 GiB of memory, 3\.0 GiB are free"):
+        memory.check_memory(50 * 2**30, "The clip", "Cut it.")
+
+
+def test_a_mac_says_what_is_free_and_not_what_it_has(no_linux, monkeypatch):
+    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**24}.get, raising=False)
+    told = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=0))
+    monkeypatch.setitem(sys.modules, "psutil", told)
+    assert memory.free_bytes() == 0
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert memory.free_bytes() == 2**36, "without psutil"
+
+
+@pytest.mark.parametrize(("answers", "free"), [(1, 5 * 2**30), (0, None)])
+def test_windows_tells_what_is_free_without_psutil(no_linux, monkeypatch, answers, free):
+    def status(pointer):
+        about = pointer._obj
+        assert about.dwLength == ctypes.sizeof(about) == 64
+        # MEMORYSTATUSEX: two numbers of four bytes, then all of main memory and what is free of it
+        struct.pack_into("<IIQQ", about, 0, 64, 50, 2**36, 5 * 2**30)
+        return answers
+
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    windll = SimpleNamespace(kernel32=SimpleNamespace(GlobalMemoryStatusEx=status))
+    monkeypatch.setattr(ctypes, "windll", windll, raising=False)
+    assert memory.free_bytes() == free
+
+
+def test_a_broken_psutil_is_none(no_linux, monkeypatch):
+    def refuse():
+        raise OSError("counters are off")
+
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(virtual_memory=refuse))
+    assert memory.free_bytes() is None
+
+
+def test_a_container_bounds_what_the_machine_has_free(monkeypatch, tmp_path):
+    """Linux asks neither psutil nor sysconf, which know nothing of control groups."""
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    for name, text in (("memory.max", "1000"), ("memory.current", "400"), ("memory.stat", "inactive_file 50")):
+        (group / name).write_text(text)
+    monkeypatch.setattr(memory, "Path", lambda name: tmp_path / name.strip("/"))
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert memory.free_bytes() == 650
 
 
 def test_prompts_are_bounded_and_well_formed(caplog):

@@ -116,8 +116,14 @@ def test_the_plan_is_what_a_training_holds(case, tmp_path, monkeypatch):
     if case.startswith("hosted"):
         config = hosted(config)
     # The host's memory is another: what numpy holds is not counted.
-    for module, name in ((features, "on_host"), (average, "host_copy")):
-        monkeypatch.setattr(module, name, lambda value: torch.from_numpy(value.numpy().copy()))
+    waits = {}
+
+    def keep(host, name, value):
+        waits[name] = max(value.nbytes, waits.get(name, 0))
+        return torch.from_numpy(value.numpy().copy())
+
+    monkeypatch.setattr(features.HostFeatures, "keep", keep)
+    monkeypatch.setattr(average, "host_copy", lambda value: torch.from_numpy(value.numpy().copy()))
     plan = plan_memory(config, frozen=int(case == "frozen"))
     if case == "frozen":
         module = open_model(config.model).load()
@@ -128,6 +134,8 @@ def test_the_plan_is_what_a_training_holds(case, tmp_path, monkeypatch):
     assert plan.step() == pytest.approx(peak, rel=0.1)
     assert plan.peak() == max(plan.step(), *plan.before.values())
     assert bool(plan.host) == (method == "knowledge" or case.startswith("hosted"))
+    if not case.startswith("hosted"):
+        assert plan.host == sum(waits.values()), "a teacher's features, each in a place of its own"
 
 
 def hosted(config):

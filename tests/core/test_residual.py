@@ -1,13 +1,15 @@
 """The cached residual against its definition: dense at every n-th step, sparse plus what was missing then in between."""
 
+import gc
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pinning_driver import GPU, SECOND_GPU, PinningDriver
 
-from efficient_vdit_core.attention import TokenLayout, tile_attention
+from efficient_vdit_core.attention import TokenLayout, host_memory, tile_attention
 from efficient_vdit_core.attention.autotune.trial import Choice
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall
@@ -399,19 +401,68 @@ def test_the_tables_plan_by_head_fits_the_tiny_model_and_works_as_much_as_one_re
     assert work == pytest.approx(TilePattern(1).flop_density(grid), abs=0.01)
 
 
-@pytest.mark.parametrize("allowed", [True, False])
-def test_main_memory_is_pinned_for_a_gpu_where_the_system_allows_it(monkeypatch, allowed):
-    asked, original = [], torch.zeros
+@pytest.fixture
+def driver(monkeypatch):
+    """Of a GPU that is nearly full: the residual goes to main memory."""
+    monkeypatch.setattr(host_memory, "_REGISTERED", {})
+    monkeypatch.setattr(residual, "free_bytes", lambda device: 1000 if device.startswith("cuda") else 10**7)
+    return PinningDriver(monkeypatch)
 
-    def zeros(*size, pin_memory=False, **about):
-        asked.append(pin_memory)
-        if pin_memory and not allowed:
-            raise RuntimeError("cannot pin so much")
-        return original(*size, **about)
 
-    monkeypatch.setattr(torch, "zeros", zeros)
-    got = residual._zeros((2, 3), torch.float32, torch.device("cpu"), torch.device("cuda"))
-    assert got.shape == (2, 3) and asked == ([True] if allowed else [True, False])
+@pytest.mark.parametrize("tokens", [1000, 1025])
+def test_main_memory_holds_what_is_said_and_until_the_run_ends(driver, caplog, tokens):
+    """Pinned for the GPU, without what an allocator rounds up to or keeps for later."""
+    caplog.set_level("INFO", "efficient_vdit")
+    shape, cache = replace(SHAPE, device=GPU), ResidualCache(2)
+    for _ in range(2):  # runs
+        room = cache.room([("a", 1), ("b", 1)], EIGHT, shape, tokens)
+        for name in "ab":
+            cache.begin([(name, 1)], EIGHT, 0, shape, tokens)
+        assert cache.taken == {torch.device("cpu"): room.size}
+        assert room.size == sum(kept.untyped_storage().nbytes() for kept in cache.kept.values())
+        assert room.size == sum(driver.pinned.values()) and len(driver.pinned) == 16
+        assert not any(kept.any() for kept in cache.kept.values())
+        cache.clear()
+        assert not driver.pinned and driver.asked[-17:] == [f"wait {GPU}", *["unregister"] * 16]
+    assert f"takes {room}" in caplog.text
+
+
+def test_main_memory_that_cannot_be_pinned_is_taken_as_it_is(driver):
+    driver.room = 200_000
+    shape, cache = replace(SHAPE, device=GPU), ResidualCache(2)
+    cache.begin([("a", 1)], EIGHT, 0, shape, 1000)  # of 128,000 bytes each
+    assert len(cache.kept) == 8 and len(driver.pinned) == 1 and driver.pending == 0
+    cache.clear()
+    assert not driver.pinned
+
+
+def test_a_forward_on_another_gpu_is_waited_for_too(driver):
+    cache = ResidualCache(2)
+    for device in (GPU, SECOND_GPU):
+        cache.begin([("a", 1)], EIGHT, 0, replace(SHAPE, device=device), 1000)
+    cache.clear()
+    assert {f"wait {GPU}", f"wait {SECOND_GPU}"} <= set(driver.asked)
+
+
+def test_a_run_that_is_lost_gives_its_memory_back(driver):
+    cache = ResidualCache(2)
+    forward = cache.begin([("a", 1)], EIGHT, 0, replace(SHAPE, device=GPU), 1000)
+    del cache, forward
+    gc.collect()
+    assert not driver.pinned and f"wait {GPU}" in driver.asked
+
+
+@pytest.mark.parametrize(("tokens", "waits"), [(1000, 0), (900, 1)])
+def test_the_cpu_reads_a_piece_with_gaps_when_it_is_written(driver, monkeypatch, tokens, waits):
+    """Where padding is left out; a whole piece travels behind what wrote it."""
+    cache, waited = ResidualCache(2), []
+    monkeypatch.setattr(residual, "wait_for", waited.append)
+    for step in range(2):
+        forward = cache.begin([("a", 1)], EIGHT, step, replace(SHAPE, device=GPU), 1000)
+        forward.attend(
+            (0, 0), 0, lambda: torch.ones(1, HEADS, tokens, DIM), lambda: torch.full((1, HEADS, tokens, DIM), 3.0)
+        )
+    assert len(waited) == waits
 
 
 def test_layers_that_were_measured_faster_dense_keep_nothing(monkeypatch):

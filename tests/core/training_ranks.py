@@ -117,12 +117,13 @@ def train(job: dict, rank: int) -> dict:
         counter.count(x for part in (student, teacher) if part for x in (*part.parameters(), *part.buffers()))
         return student, teacher
 
-    make_both, plain, on_host = trainer.make_pair, trainer.TrainingRun, features.on_host
+    make_both, plain, keep = trainer.make_pair, trainer.TrainingRun, features.HostFeatures.keep
     trainer.TrainingRun, trainer.prepare_data, trainer.make_pair = Watched, prepare, make_pair
     trainer.check_data = lambda config, model: None  # `prepare` makes its own
     counter, data = LiveBytes(), small_data(**{name: job[name] for name in ("frames", "side", "words") if name in job})
     # The host's memory is another: what numpy holds is not counted.
-    features.on_host = (lambda value: torch.from_numpy(value.numpy().copy())) if job.get("counted") else on_host
+    if job.get("counted"):
+        features.HostFeatures.keep = lambda self, name, value: torch.from_numpy(value.numpy().copy())
     try:
         with counter if job.get("counted") else nullcontext():
             file, left = trainer.distill(DistillConfig.from_dict(job["config"]), Path(job["out"])), None
@@ -131,7 +132,7 @@ def train(job: dict, rank: int) -> dict:
     except ValueError as error:
         file, left = None, str(error)
     finally:
-        trainer.TrainingRun, trainer.make_pair, features.on_host = plain, make_both, on_host
+        trainer.TrainingRun, trainer.make_pair, features.HostFeatures.keep = plain, make_both, keep
     seen["peak"] = counter.peak
     return {
         **job,

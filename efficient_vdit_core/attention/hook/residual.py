@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ...limits.memory import free_bytes, in_words
+from ...timing import wait_for
 from ..call_shape import CallShape
+from ..host_memory import HostMemory
 from ..report.reason_names import NO_STEP_NUMBERS
 
 log = logging.getLogger("efficient_vdit")
@@ -88,6 +90,7 @@ class ResidualCache:
             )
         self.every, self.lock = every, threading.Lock()
         self.kept: dict[tuple[Name, Place], Tensor] = {}
+        self.main = HostMemory("the cached residual")
         self.renewed: dict[Name, int] = {}  # the step, once a call has: a step cache may skip the forward that was to
         self.taken: Counter[torch.device] = Counter()  # bytes
         self.free: dict[torch.device, int | None] = {}  # bytes, when the run began to take some
@@ -113,6 +116,7 @@ class ResidualCache:
         Raises ValueError as `begin` does.
         """
         with self.lock:
+            self.main.used_on(shape.device)
             missing = self._missing(branches, places, shape, tokens)
             if not missing:
                 return False
@@ -122,7 +126,7 @@ class ResidualCache:
             for name, rows, absent in missing:
                 for place in absent:
                     size = (rows, shape.heads, tokens, shape.head_dim)
-                    self.kept[name, place] = _zeros(size, room.dtype, room.device, shape.device)
+                    self.kept[name, place] = self._zeros(size, room, shape.device)
             self.taken[room.device] = room.size
             prompts = len({name for name, _ in self.kept})
         log.info(
@@ -175,9 +179,16 @@ class ResidualCache:
         share = _MOST_OF_MAIN if device == _MAIN else _MOST_OF_GPU
         return None if free is None else int(max(0, free - beside) * share)
 
+    def _zeros(self, size: tuple[int, ...], room: Room, calls: torch.device) -> Tensor:
+        """Zeros where there is ``room``, for calls on a device."""
+        if room.device == _MAIN and calls != _MAIN:
+            return self.main.empty(size, room.dtype, calls).zero_()
+        return torch.zeros(size, dtype=room.dtype, device=room.device)
+
     def clear(self) -> None:
-        """Lets go of everything."""
+        """Lets go of everything, once the devices are done with it."""
         with self.lock:
+            self.main.close()
             self.kept.clear()
             self.renewed.clear()
             self.taken.clear()
@@ -211,11 +222,12 @@ class ResidualForward:
             return out
         if not self.renew:
             for rows, kept in parts:
-                out[rows] += kept.to(out.device, out.dtype, non_blocking=True)
+                out[rows] += _fetched(kept, out)
             return out
         exact = dense()
         for rows, kept in parts:
-            kept.copy_(exact[rows] - out[rows], non_blocking=True)
+            # The copies back come later in the same stream, or in one of another device that works on this one's results.
+            kept.copy_(exact[rows] - out[rows], non_blocking=kept.is_contiguous())
         with self.cache.lock:
             self.cache.renewed.update({name: self.step for name, _ in self.branches})
         return exact
@@ -238,12 +250,9 @@ def _names(branches: Sequence[Branch], shape: CallShape, tokens: int) -> list[Na
     return [(name, shape.heads, tokens) for name, _ in branches]
 
 
-def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, calls: torch.device) -> Tensor:
-    """Zeros on ``device``; in main memory pinned where the ``calls`` are on a GPU and the system allows as much, so that
-    they travel at the bus's full rate."""
-    if device.type == "cpu" and calls.type == "cuda":
-        try:
-            return torch.zeros(size, dtype=dtype, pin_memory=True)
-        except RuntimeError:
-            pass
-    return torch.zeros(size, dtype=dtype, device=device)
+def _fetched(kept: Tensor, out: Tensor) -> Tensor:
+    """``kept`` where ``out`` is, in its precision. A piece of main memory with gaps is first copied by the CPU, which must
+    not read it before the GPU has written it."""
+    if kept.device.type == "cpu" and not kept.is_contiguous():
+        wait_for(out.device)
+    return kept.to(out.device, out.dtype, non_blocking=True)

@@ -8,13 +8,14 @@ nor the student's, nor differences of them; the host holds the teacher's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...attention.host_memory import HostMemory
 from ...parallel.sharding.communicator import Communicator
 from ...parallel.sharding.replicated import sum_over_ranks
 
@@ -50,21 +51,57 @@ def _teller(listener: Listener, name: str, layer: int) -> Callable[..., None]:
     return tell
 
 
+class HostFeatures:
+    """The host's memory that a teacher's features wait in: a place for each of them, which every step uses again.
+
+    ``close`` gives it back.
+    """
+
+    def __init__(self) -> None:
+        self.memory = HostMemory("a teacher's feature")
+        self.places: dict[Hashable, Tensor] = {}
+
+    def keep(self, name: Hashable, value: Tensor) -> Tensor:
+        """A copy of ``value``, which is good until the next of that ``name``; ``value`` itself where it lies in the host's
+        memory.
+
+        The GPU alone reads the copy. What the step before still reads comes earlier in the same stream, so nothing waits.
+        """
+        if value.device.type == "cpu":
+            return value
+        kept = self._place(name, value.nbytes, value.device)[: value.nbytes].view(value.dtype).view(value.shape)
+        return kept.copy_(value, non_blocking=value.is_cuda)
+
+    def _place(self, name: Hashable, size: int, device: torch.device) -> Tensor:
+        """Bytes of the host's memory, ``size`` or more: captions of other lengths come along."""
+        place = self.places.pop(name, None)
+        if place is not None and place.nbytes < size:
+            self.memory.release(place)
+            place = None  # before the larger one is taken
+        self.places[name] = self.memory.empty((size,), torch.uint8, device) if place is None else place
+        return self.places[name]
+
+    def close(self) -> None:
+        self.memory.close()
+        self.places.clear()
+
+
 class LayerLosses:
     """The relative square of each layer's feature against the teacher's.
 
     ``keep`` listens to the teacher, ``compare`` to the student, whose blocks may run again in the backward pass; the
     losses (scalars, float32) are those of the first time. Where processes share out a clip, each sees its own tokens'
-    features, and ``comm`` leads to the others: the loss is that of all tokens.
+    features, and ``comm`` leads to the others: the loss is that of all tokens. The teacher's wait in ``host``, which serves
+    one such object at a time.
     """
 
-    def __init__(self, comm: Communicator | None = None) -> None:
-        self.comm = comm
+    def __init__(self, comm: Communicator | None = None, host: HostFeatures | None = None) -> None:
+        self.comm, self.host = comm, HostFeatures() if host is None else host
         self.waiting: dict[tuple[str, int], Tensor] = {}
         self.losses: dict[tuple[str, int], Tensor] = {}
 
     def keep(self, name: str, layer: int, feature: Tensor) -> None:
-        self.waiting[name, layer] = on_host(feature.detach())
+        self.waiting[name, layer] = self.host.keep((name, layer), feature.detach())
 
     def compare(self, name: str, layer: int, feature: Tensor) -> None:
         loss = _RelativeSquare.apply(feature, self.waiting[name, layer], self.comm)
@@ -73,14 +110,6 @@ class LayerLosses:
     def mean(self, name: str) -> Tensor:
         """Over the layers."""
         return torch.stack([loss for (of, _), loss in self.losses.items() if of == name]).mean()
-
-
-def on_host(value: Tensor) -> Tensor:
-    """A copy in the host's memory, made without waiting where that is safe; ``value`` itself where it lies there."""
-    if value.device.type == "cpu":
-        return value
-    pinned = value.is_cuda
-    return torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned).copy_(value, non_blocking=pinned)
 
 
 def relative_square(value: Tensor, wanted: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from ...sampling.schedule import segment_edges
 from ...training import StepLoss
 from ..lora.files import changed
 from .consistency import pick
-from .features import FeatureTap, LayerLosses, relative_square
+from .features import FeatureTap, HostFeatures, LayerLosses, relative_square
 from .rollout import trajectory
 
 DATA, TEACHER, STUDENT = "data", "teacher", "student"
@@ -103,7 +103,7 @@ class KnowledgeLoss:
         self.config, self.path, self.student, self.teacher = config, path, student, teacher
         self.student_tap, self.teacher_tap = student_tap, teacher_tap
         self.prediction, self.segments = prediction, segments
-        self._listening = ExitStack()
+        self._host, self._listening = HostFeatures(), ExitStack()
         times = segment_edges(segments, config.steps or segments, start=path.start, clean=path.clean)[:-1]
         self.times = times if serves is None else times[serves(times)]
         self.a, self.s = path.coefficients(self.times)
@@ -111,7 +111,7 @@ class KnowledgeLoss:
     def __call__(self, x: Tensor, condition: Any, generator: torch.Generator) -> StepLoss:
         """``x`` (B, ...) float32 clean latents. The parts of the result are the losses before their weights."""
         weights = {"attention": self.config.attention, "mlp": self.config.mlp}
-        names, layers = [name for name, weight in weights.items() if weight], LayerLosses(self.comm)
+        names, layers = [name for name, weight in weights.items() if weight], LayerLosses(self.comm, self._host)
         self._listening.close()
         if self.config.states == DATA:
             z, time = self._noised(x, generator)
@@ -128,6 +128,10 @@ class KnowledgeLoss:
         weights["prediction"] = self.config.prediction
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return StepLoss(total, parts, self._listening.close)
+
+    def close(self) -> None:
+        """Gives back the host's memory that the teacher's features waited in."""
+        self._host.close()
 
     def _noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """z (B, ...) and the network's time (B,), each batch holding every time equally often."""

@@ -32,6 +32,7 @@ from ..families.model import FamilyModel, read_plan
 from ..families.open_model import open_model
 from ..lora.files import start_from
 from ..lora.layers import FAKE, belongs_to
+from ..objectives.knowledge import KnowledgeLoss
 from ..objectives.score import ScoreLoss
 from .alternating import AlternatingLoss, add_learners
 from .checks import check_hosted, check_loras, check_objective, check_reader, check_tensorboard, check_training
@@ -123,12 +124,16 @@ def _train(config: DistillConfig, model: FamilyModel, about: DistillMetadata, fo
             where = folder / "samples" / f"step-{run.step:06d}"
             return write_samples(config, model, student, data, about, where, write=run.rank == 0)
 
-    run.train(
-        loss_of,
-        save_every=t.save_every,
-        evaluate=evaluate if t.samples_every else None,
-        evaluate_every=t.samples_every or t.steps,
-    )
+    try:
+        run.train(
+            loss_of,
+            save_every=t.save_every,
+            evaluate=evaluate if t.samples_every else None,
+            evaluate_every=t.samples_every or t.steps,
+        )
+    finally:
+        if isinstance(objective, KnowledgeLoss):
+            objective.close()
     export(model, student, run.whole(run.ema), folder, about, lora=teacher is None, rank=run.rank)
     accelerator.wait_for_everyone()
 
