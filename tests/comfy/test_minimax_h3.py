@@ -85,12 +85,17 @@ def test_steps_mean_the_same_under_every_shift(facts, shift):
         "last": [0, 1, 2],
         "both": [1],
         "percent": [1, 2, 3],
+        "full noise": [1, 2, 3],
         "none": [],
     }
 
 
 def test_steps_are_counted_on_levels_by_hand_and_within_one_sampler(facts):
     assert facts["steps"]["by hand"] == [2, 3, 4, 5, 6] and facts["steps"]["second stage"] == [1, 2]
+    assert facts["steps"]["second stage, of full noise"] == [0, 1, 2]
+    again = [line for line in facts["dense again"] if "dense_first_steps keeps its first steps dense as well" in line]
+    assert len(again) == 1 and "begins" in again[0] and "start_percent 0.01" in again[0]
+    assert not any("as well" in line for line in facts["alone lines"])
 
 
 @pytest.mark.parametrize("place", ["before", "behind"])

@@ -260,12 +260,15 @@ for shift in (3.0, 6.0, 12.0):
         "last": sparse_steps(sparse(source, dense_last_steps=1), simple),
         "both": sparse_steps(sparse(source, dense_first_steps=1, dense_last_steps=2), simple),
         "percent": sparse_steps(sparse(source, start_percent=0.2), simple),
+        "full noise": sparse_steps(sparse(source, start_percent=0.01), simple),
         "none": sparse_steps(sparse(source, dense_first_steps=3, dense_last_steps=1), simple),
     }
 by_hand = [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0]
 second = [0.909375, 0.725, 0.421875, 0.0]
 facts["steps"]["by hand"] = sparse_steps(sparse(model, dense_first_steps=2, dense_last_steps=1), by_hand)
 facts["steps"]["second stage"] = sparse_steps(sparse(model, dense_first_steps=1), second)
+facts["dense again"] = list(lines)
+facts["steps"]["second stage, of full noise"] = sparse_steps(sparse(model, start_percent=0.01), second)
 facts["steps by hand"] = distance(
     run(sparse(model, dense_first_steps=2, dense_last_steps=1), by_hand), run(judged(model, steps=range(2, 7)), by_hand)
 )
