@@ -191,7 +191,7 @@ def tiny_search() -> Graph:
     for name in ("positive", "negative", "latent"):
         nodes[name].column = 0
     nodes |= {
-        "keep": Node("EVDiTSaveTilePlan", 1, {"filename_prefix": "tiny"}, {"plan": ("search", 0)}),
+        "keep": Node("EVDiTSaveTilePlan", 4, {"filename_prefix": "tiny"}, {"plan": ("search", 0)}),
         "errors": Node("PreviewAny", 4, {}, {"source": ("search", 1)}, "Errors of each layer"),
         "map": Node("EVDiTAttentionTileMap", 2, {"layers": "0,2,5", "seed": 0}, {**measured, "plan": ("search", 0)}),
         "picture": Node("PreviewImage", 4, {}, {"images": ("map", 0)}, "What the plan keeps"),

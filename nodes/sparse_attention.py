@@ -50,8 +50,8 @@ class EVDiTSparseAttention(io.ComfyNode):
                 "Applies a tile plan to the self-attention of a video model: MiniMax-H3, Wan 2.1 and 2.2 with their variants, "
                 "LTX-Video and LTX-2, HunyuanVideo and 1.5, Open-Sora-Plan v1.2, CogVideoX, Mochi, Cosmos, Cosmos Predict2, "
                 "Kandinsky 5 and 6. The whole step gains less than its attention does: the report says how much at most. Uses the "
-                "attention backend that ComfyUI runs with, or a fused kernel where that measures faster. The log tells after "
-                "each run how many calls became sparse, and why others did not."
+                "attention backend that ComfyUI runs with, or a fused kernel where that measures faster. After each run this "
+                "node tells in a line how many calls became sparse, or why none did; the log also why others did not."
             ),
             inputs=[
                 io.Model.Input(

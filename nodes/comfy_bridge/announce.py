@@ -1,4 +1,4 @@
-"""Tells the page what a run did: the plan's chart shows it, or the node itself as a line of text."""
+"""Tells the page what a run did: the plan's chart and the node itself show it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...efficient_vdit_core.attention.report.report import AttentionReport
-from ...efficient_vdit_core.attention.report.summary import density_of_run, shorten_measure
+from ...efficient_vdit_core.attention.report.summary import calls_over_video, density_of_run, shorten_measure, why_dense
 
 EVENT = "efficient_vdit.report"
 
@@ -20,7 +20,8 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
     attention that the run computed (0 to 1), ``dense`` calls by reason, ``seconds`` of sampling; ``bound``, how many
     times faster a step of this clip becomes at most, and ``video``, the share of the sequence that can be sparse, both 0
     where they are not known; ``dense_step`` and ``sparse_step``, the measured seconds of a step (of a sparse one in the mean,
-    where a residual is renewed), both 0 where none was.
+    where a residual is renewed), both 0 where none was; ``calls`` of the self-attention over the video, sparse and dense,
+    and ``why`` none was sparse, "" where one was. A MODEL that stays dense as a whole has 0 layers and no calls.
     What was measured, or why nothing was, stands on the node as well.
     """
 
@@ -29,6 +30,7 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
         if server is None:
             return
         density, cost, measure = density_of_run(report), report.cost, report.measure
+        counted = {"calls": calls_over_video(report), "why": why_dense(report)}
         with report.lock:
             found = {
                 "frames": report.layout.grid.t if report.layout else 0,
@@ -42,7 +44,7 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
                 "sparse_step": measure.mean_step if measure else 0.0,
             }
         prompt_id = getattr(server, "last_prompt_id", None)
-        message = {"prompt_id": prompt_id, "node": node, "plan": plan, "layers": layers, **found}
+        message = {"prompt_id": prompt_id, "node": node, "plan": plan, "layers": layers, **found, **counted}
         server.send_sync(EVENT, message, server.client_id)
         if measure is not None:
             show_on_node(node, shorten_measure(report))

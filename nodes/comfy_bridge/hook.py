@@ -25,6 +25,7 @@ from .families import Family, Stack
 from .window import Window
 
 WRAPPER_KEY = "efficient_vdit"
+DENSE_KEY = "efficient_vdit_dense"  # of what only tells of a MODEL that stays dense: it has no hook
 PARALLEL_KEY = "efficient_vdit_parallel"  # Sequence Parallel's
 MOST_OVERRIDES = 16  # remembered; a node that makes a new one for each step must not fill the memory
 

@@ -14,9 +14,9 @@ from ...efficient_vdit_core.attention.report.measure import StepMeasure
 from ...efficient_vdit_core.attention.report.report import AttentionReport
 from ...efficient_vdit_core.plan import TilePlan
 from .families import class_of, find_family, uncompiled, why_no_family
-from .hook import WRAPPER_KEY, Hook
+from .hook import DENSE_KEY, WRAPPER_KEY, Hook
 from .publish import install
-from .run_log import log_report
+from .run_log import STAYS_DENSE, log_dense, log_report
 from .second_model import tell_where_nobody_asks
 from .window import Window
 
@@ -46,7 +46,8 @@ def patch_attention(
         backend: what computes the sparse attention, ``auto`` or one of ``attention.BACKENDS``.
         measure: one step of each run is computed dense as well, and the report tells both times.
         residual_every: sparse layers keep their difference to dense attention for so many steps, 0 = never.
-        after_run: called after each sampling with its counts and the number of layers.
+        after_run: called after each sampling with its counts and the number of layers; of a MODEL that stays dense as a
+            whole with 0 of both, and the reason in the report.
 
     Raises:
         ValueError: the window is empty, the plan is for another model, the backend cannot run here, or the model's
@@ -60,8 +61,7 @@ def patch_attention(
     family = find_family(kind)
     why = why_no_family(kind) if family is None else family.why_no_hook()
     if family is None or why:
-        log.warning("Efficient-vDiT: %s stays dense: %s.", kind.__name__, why)
-        return model.clone()
+        return _left_dense(model, kind.__name__, why, after_run)
     stack = family.stack(diffusion_model)
     plan.check_fits(family=family.name, layers=stack.depth, heads=stack.heads)
     if placement == "chunk heads" and not family.chunk_heads:
@@ -82,4 +82,14 @@ def patch_attention(
     patched = install(model, hook)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, log_report(hook))
     tell_where_nobody_asks(patched, hook)
+    return patched
+
+
+def _left_dense(model: Any, name: str, why: str, after_run: Callable[[AttentionReport, int], None] | None) -> Any:
+    """A clone of MODEL, of the class ``name``, that says ``why`` it stays dense, now and after further runs: ComfyUI keeps the
+    clone and runs the node no more."""
+    log.warning(STAYS_DENSE, name, why)
+    patched = model.clone()
+    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, DENSE_KEY)  # a second node takes the place of the first
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, DENSE_KEY, log_dense(name, why, after_run))
     return patched

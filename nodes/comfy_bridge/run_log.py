@@ -9,12 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from ...efficient_vdit_core.attention.report.report import AttentionReport
 from ...efficient_vdit_core.attention.report.summary import describe_measure
 from .hook import WRAPPER_KEY, Hook
 from .measure import why_not_twice
 from .replaced_attention import none_asked, why_none_asked
 
 log = logging.getLogger("efficient_vdit")
+
+STAYS_DENSE = "Efficient-vDiT: %s stays dense: %s."
 
 # Warnings that do not say why nothing became sparse.
 NO_REASONS = {"scaled", "caution", "parts", "residual", "residual of another size", "second model"}
@@ -49,29 +52,54 @@ def log_report(hook: Hook) -> Callable[..., Any]:
     return told
 
 
+def log_dense(name: str, why: str, after_run: Callable[[AttentionReport, int], None] | None) -> Callable[..., Any]:
+    """An OUTER_SAMPLE wrapper of a MODEL of the class ``name`` that stays dense as a whole: says ``why`` after each run, in
+    the log and to ``after_run``. In the log from the second run on: before the first one the node itself has said it."""
+    runs = 0
+
+    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal runs
+        start = time.perf_counter()
+        result = executor(*args, **kwargs)
+        runs += 1
+        if runs > 1:
+            log.warning(STAYS_DENSE, name, why)
+        if after_run is not None:
+            after_run(AttentionReport(unasked=f"{name}: {why}", seconds=time.perf_counter() - start), 0)
+        return result
+
+    return wrapper
+
+
 def _tell(hook: Hook, complete: bool, taken: float, model: Any) -> None:
     """To the nodes and in the log. ``complete``: whether the run of ``model``, of ``taken`` seconds, came to its end."""
+    if complete and _unexplained(hook) and none_asked(hook.report.dense):
+        hook.report.unasked = f"no self-attention call over the video came by: {why_none_asked(model, hook.family)}"
     for own in (hook, *hook.second_hooks):
         own.report.seconds = taken
         if own.report.sparse or (complete and own.asked):  # else the page keeps the last run's
             own.after_run()
-    _log(hook, complete, model)
+    _log(hook, complete)
     for second in hook.second_hooks:
         log.info("Efficient-vDiT, of the run's second model: %s", second.report.summary())
 
 
-def _log(hook: Hook, complete: bool, model: Any) -> None:
+def _log(hook: Hook, complete: bool) -> None:
     """A run that was stopped may have ended before the first call, and one without steps asks for nothing: neither is
     anybody's fault."""
     report = hook.report
     if complete and not hook.asked:
         log.info("Efficient-vDiT: no step was sampled.")
         return
-    if complete and not report.sparse and not report.warned - NO_REASONS:
-        if none_asked(report.dense):
-            report.unasked = f"no self-attention call over the video came by: {why_none_asked(model, hook.family)}"
+    if complete and _unexplained(hook):
         report.warn("nothing sparse", report.unasked or report.summary())
     else:
         log.info("Efficient-vDiT: %s", report.summary())
     if report.measure is not None:
         log.info("Efficient-vDiT: %s", describe_measure(report))
+
+
+def _unexplained(hook: Hook) -> bool:
+    """Whether nothing became sparse in a run with steps, and no warning of it says why."""
+    report = hook.report
+    return hook.asked and not report.sparse and not report.warned - NO_REASONS

@@ -87,3 +87,12 @@ def test_a_network_s_class_is_that_of_the_model_and_not_what_another_left_on_it(
 def test_a_model_of_a_class_that_a_node_gives_it_stays_dense(facts):
     (line,) = facts["another class"]["node"]
     assert line.startswith("Efficient-vDiT: OtherWanModel stays dense")
+
+
+def test_what_stays_dense_says_so_after_each_run(facts):
+    """Also once ComfyUI keeps the MODEL and runs the node no more; the report has no counts of it, as before."""
+    found = facts["left dense"]
+    first, (line,) = found["lines"]
+    assert first == [] and line.startswith("Efficient-vDiT: OtherWanModel stays dense: where its video")
+    assert len(found["told"]) == 3 and found["report"] and found["same"] == 0.0
+    assert all(why.startswith("OtherWanModel: where its video") and layers == 0 for why, layers in found["told"])

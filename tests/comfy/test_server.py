@@ -1,5 +1,6 @@
 """The pack as a user meets it: ComfyUI's server, over HTTP."""
 
+import copy
 import json
 import os
 import re
@@ -144,6 +145,40 @@ def test_a_measured_step_stands_on_the_node_and_in_the_message(server, tiny_prom
     shown = [text for kind, (node, text) in ((k, d) for k, d in events if k == "text") if node == report["node"]]
     assert len(shown) == 1 and re.fullmatch(r"[\d.]+x (faster|slower): dense [\d.]+ s, sparse [\d.]+ s", shown[0])
     assert "Measured in this run: a dense step" in server.text()
+
+
+def told_of(server, prompt: dict) -> list[dict]:
+    """What the page hears of sparse attention in a run of this prompt."""
+    events = []
+    assert server.run(prompt, events)["status"]["status_str"] == "success"
+    return [data for kind, data in events if kind == "efficient_vdit.report"]
+
+
+def test_every_run_is_told_and_what_came_from_the_cache_is_not(server, tiny_prompt):
+    prompt = tiny_prompt()
+    find(prompt, "EVDiTConsistencySigmas").update(segments=3, steps=3)
+    find(prompt, "RandomNoise").update(noise_seed=71)
+    (sparse,) = told_of(server, prompt)
+    assert sparse["calls"] >= sparse["sparse"] > 0 and sparse["why"] == ""
+    assert told_of(server, prompt) == []
+    find(prompt, "EVDiTSparseAttention").update(min_tokens=1_000_000)
+    (dense,) = told_of(server, prompt)
+    assert (dense["sparse"], dense["calls"]) == (0, sparse["calls"])
+    assert dense["why"] == f"{dense['calls']} below min_tokens"
+
+
+def test_two_samplers_of_one_model_are_both_told_in_order(server, tiny_prompt):
+    prompt = tiny_prompt()
+    find(prompt, "EVDiTConsistencySigmas").update(segments=3, steps=3)
+    find(prompt, "RandomNoise").update(noise_seed=72)
+    sampler, levels = (key_of(prompt, kind) for kind in ("SamplerCustomAdvanced", "EVDiTConsistencySigmas"))
+    first = copy.deepcopy(prompt[sampler])
+    prompt["half"] = {"class_type": "SplitSigmas", "inputs": {"sigmas": [levels, 0], "step": 1}}
+    first["inputs"]["sigmas"], prompt[sampler]["inputs"]["sigmas"] = ["half", 0], ["half", 1]
+    prompt["first"], prompt[sampler]["inputs"]["latent_image"] = first, ["first", 0]
+    one, two = told_of(server, prompt)
+    assert one["node"] == two["node"] == key_of(prompt, "EVDiTSparseAttention")
+    assert one["prompt_id"] == two["prompt_id"] and 2 * one["sparse"] == two["sparse"] > 0
 
 
 def test_a_page_hears_nothing_of_a_run_that_nobody_s_page_queued(server, tiny_prompt):

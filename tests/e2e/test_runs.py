@@ -212,3 +212,137 @@ def test_what_takes_minutes_keeps_its_seed(page, kind):
         pytest.skip("THIS COMFYUI KNOWS NO SEED THAT STAYS: new nodes start on randomize")
     page.evaluate(ADD, kind)
     assert page.evaluate(CONTROL + ".value") == "fixed"
+
+
+NODE_TEXT = "What the last run did"  # the name of the line on Sparse Attention
+
+
+def link(page, source: int, output: int, target: int, name: str):
+    page.evaluate(
+        """([from, slot, to, name]) => {
+            const node = app.graph.getNodeById(to);
+            app.graph.getNodeById(from).connect(slot, node, node.inputs.findIndex(i => i.name === name));
+        }""",
+        [source, output, target, name],
+    )
+
+
+def prompt_runs(page, name: str, *sampled: int, told=()):
+    """The events of a prompt that the open tab queues: what ran in it, and each (node, plan, calls) that was told."""
+    queue(page, name)
+    about = {"prompt_id": name, "timestamp": 0}
+    page.evaluate(f"detail => {TOLD}('execution_start', detail)", about)
+    for node in sampled:
+        page.evaluate(f"detail => {TOLD}('executing', detail)", str(node))
+    for node, plan, calls in told:
+        told_report(page, node, plan, calls, name)
+    page.evaluate(f"detail => {TOLD}('execution_success', detail)", about)
+
+
+def lines_of(page, sparse: int) -> str:
+    return page.evaluate(
+        "id => app.graph.getNodeById(id).widgets.find(w => w.name === 'text_of_run').element.value", sparse
+    )
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes2"])
+def test_a_run_without_sparse_attention_makes_the_last_one_an_earlier_one(comfy, modern):
+    """As behind a node that is bypassed; what comes from the cache leaves the words as they are."""
+    page = comfy.open(Comfy_VueNodes_Enabled=modern).page
+    plan_node(comfy, "0-5:2:6")
+    sparse, sampler, other = (page.evaluate(ADD, kind) for kind in ("EVDiTSparseAttention", "KSampler", "KSampler"))
+    page.evaluate(f"id => {{ {TITLE}.connect(0, app.graph.getNodeById(id), 1) }}", sparse)
+    page.evaluate("id => { app.graph.getNodeById(id).pos = [700, 150] }", sparse)
+    link(page, sparse, 0, sampler, "model")
+    assert page.get_by_role("textbox", name=NODE_TEXT).input_value() == ""
+    height = page.evaluate("id => app.graph.getNodeById(id).size[1]", sparse)
+    prompt_runs(page, "sparse", sampler, told=[(sparse, "0-5:2:6", 11)])
+    shown(page).get_by_text("Last run: 11 sparse calls").wait_for()
+    assert lines_of(page, sparse) == "11 of 11 calls sparse, 50 % of the attention computed"
+    prompt_runs(page, "cached")
+    page.evaluate("id => { app.graph.getNodeById(id).mode = 4 }", sparse)
+    page.wait_for_timeout(500)
+    assert shown(page).get_by_text("Last run: 11 sparse calls").count() == 1
+    prompt_runs(page, "bypassed", sampler)
+    shown(page).get_by_text("An earlier run: 11 sparse calls").wait_for()
+    assert shown(page).get_by_text("Last run").count() == 0
+    assert lines_of(page, sparse) == "An earlier run: 11 of 11 calls sparse, 50 % of the attention computed"
+    page.evaluate("id => { app.graph.getNodeById(id).mode = 0 }", sparse)
+    prompt_runs(page, "again", sampler, told=[(sparse, "0-5:2:6", 12)])
+    shown(page).get_by_text("Last run: 12 sparse calls").wait_for()
+    # Another sampler takes the model of another node: it has no sparse attention behind it.
+    prompt_runs(page, "beside", other)
+    shown(page).get_by_text("An earlier run: 12 sparse calls").wait_for()
+    page.wait_for_timeout(500)
+    assert page.evaluate("id => app.graph.getNodeById(id).size[1]", sparse) == height
+    comfy.picture(f"line {'nodes2' if modern else 'classic'}")
+
+
+def test_each_node_that_follows_a_plan_has_its_line(comfy, page):
+    """As two experts have; a prompt that samples one of them leaves the other's words as they are."""
+    plan_node(comfy, "0-5:2:6", width=420)
+    nodes = []
+    for number, title in enumerate(("high", "low")):
+        sparse, sampler = (page.evaluate(ADD, kind) for kind in ("EVDiTSparseAttention", "KSampler"))
+        page.evaluate(f"id => {{ {TITLE}.connect(0, app.graph.getNodeById(id), 1) }}", sparse)
+        page.evaluate("([id, title]) => { app.graph.getNodeById(id).title = title }", [sparse, title])
+        link(page, sparse, 0, sampler, "model")
+        nodes.append((sparse, sampler))
+        if number:
+            link(page, nodes[0][1], 0, sampler, "latent_image")
+    (high, first), (low, second) = nodes
+    prompt_runs(page, "both", first, second, told=[(high, "0-5:2:6", 1), (low, "0-5:2:6", 10)])
+    shown(page).get_by_text("high · Last run: 1 sparse calls").wait_for()
+    shown(page).get_by_text("low · Last run: 10 sparse calls").wait_for()
+    assert [lines_of(page, node).split(",")[0] for node in (high, low)] == [
+        "1 of 1 calls sparse",
+        "10 of 10 calls sparse",
+    ]
+    prompt_runs(page, "low alone", second, told=[(low, "0-5:2:6", 12)])
+    shown(page).get_by_text("low · Last run: 12 sparse calls").wait_for()
+    assert shown(page).get_by_text("high · Last run: 1 sparse calls").count() == 1
+    page.evaluate("id => { app.graph.getNodeById(id).mode = 4 }", high)
+    prompt_runs(page, "high bypassed", first, second, told=[(low, "0-5:2:6", 13)])
+    shown(page).get_by_text("Last run: 13 sparse calls").wait_for()
+    assert lines_of(page, high).startswith("An earlier run: 1 of 1")
+    assert shown(page).get_by_text("sparse calls").count() == 1
+
+
+def test_two_samplers_of_one_model_are_two_lines_in_order(page):
+    sparse, sampler = (page.evaluate(ADD, kind) for kind in ("EVDiTSparseAttention", "KSampler"))
+    link(page, sparse, 0, sampler, "model")
+    for prompt in ("first", "second"):
+        prompt_runs(page, prompt, sampler, told=[(sparse, "all:2", 11), (sparse, "all:2", 22)])
+        page.wait_for_timeout(500)
+        lines = lines_of(page, sparse).split("\n")
+        assert [line.split(" calls")[0] for line in lines] == ["11 of 11", "22 of 22"]
+
+
+def test_a_model_that_stays_dense_says_why_on_the_node_and_in_the_chart(comfy, page):
+    plan_node(comfy, "all:2")
+    sparse = page.evaluate(ADD, "EVDiTSparseAttention")
+    page.evaluate(f"id => {{ {TITLE}.connect(0, app.graph.getNodeById(id), 1) }}", sparse)
+    why = "PAN2Model: where its video tokens stand is not known"
+    found = {
+        "prompt_id": "dense",
+        "node": str(sparse),
+        "plan": "all:2",
+        "layers": 0,
+        "frames": 0,
+        "seconds": 1.5,
+        "sparse": 0,
+    }
+    found |= {
+        "calls": 0,
+        "density": 0,
+        "dense": {},
+        "bound": 0,
+        "video": 0,
+        "dense_step": 0,
+        "sparse_step": 0,
+        "why": why,
+    }
+    page.evaluate(f"detail => {TOLD}('efficient_vdit.report', detail)", found)
+    shown(page).get_by_text("Last run: nothing became sparse, 1.5 s").wait_for()
+    shown(page).get_by_text(f"dense: {why}").wait_for()
+    assert lines_of(page, sparse) == f"dense: {why}"

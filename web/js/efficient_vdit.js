@@ -3,6 +3,7 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { allNodes, behind, findNode } from "./graphs.js";
+import { isLast, lastOf, noteReport, promptEnded, withReport } from "./last_runs.js";
 import { addElement, chain, settle } from "./node_elements.js";
 import { NodeText, showsText } from "./node_text.js";
 import { MOST, PlanChart } from "./plan_chart.js";
@@ -16,9 +17,10 @@ const MARGIN = 8; // px around the chart
 const USUAL = { frames: 21, depth: 32 }; // of the preview, until a run or the user tells: 81 video frames, the paper's model
 const charts = new WeakMap(); // node -> NodeChart
 const nodeTexts = new WeakMap(); // node -> NodeText
-const runs = new Recent(); // the plan and the report of the last run, by node and settings: undo and the page's tabs make nodes anew
+const runs = new Recent(); // the plan and the reports of the last run, by node and settings: undo and the page's tabs make nodes anew
 const sizes = new Map(); // the latent frames and layers of the last run, by node
-const waiting = new Map(); // what runs of tabs that are not open told: {tab, act} by tab, event and node
+const waiting = new Map(); // what runs of tabs that are not open told: {tab, promptId, acts} by tab, event and node
+const executed = new Recent(); // the ids of the nodes that ran, by prompt
 let files = {}; // the plans in Load Tile Plan's list, as text
 let texts = {};
 
@@ -109,9 +111,18 @@ class NodeChart {
     return JSON.stringify([placeOf(this.node), ...[own, given].map((every) => every.map(({ value }) => written(value)))]);
   }
 
-  /** The last run with these settings: its plan as text, and the report of the attention that used it. */
+  /** The last run with these settings: its plan as text, and the reports of the attention that used it. */
   run() {
     return runs.get(this.settings()) ?? {};
+  }
+
+  /** The same for the chart: each report, whether it is of an earlier run, and the title of its node where there are several. */
+  toldRuns() {
+    const reports = lastOf(this.run().reports ?? []);
+    const names = new Map(reports.map(({ node }) => [node, findNode(node)?.title ?? String(node)]));
+    const twice = new Set(names.values()).size < names.size;
+    const titleOf = (node) => (twice ? `${names.get(node)} #${node}` : names.get(node));
+    return reports.map((report) => ({ report, earlier: !isLast(report), title: names.size > 1 ? titleOf(report.node) : "" }));
   }
 
   /** What a run that is queued now will belong to, once it has ended. */
@@ -170,7 +181,7 @@ class NodeChart {
     // The text takes the place of the other; let it be seen.
     const replaced = this.widget("reference_frames") ?? this.widget("plan_name");
     if (replaced) replaced.disabled = this.linked("text") || !!this.text();
-    this.state = { frames, depth, editable: false, measured: this.run().report };
+    this.state = { frames, depth, editable: false, runs: this.toldRuns() };
     if (text === null) Object.assign(this.state, this.missing());
     else {
       try {
@@ -212,17 +223,17 @@ class NodeChart {
 
   /** The page hears of a plan that the server had cached after the report of the run. `queued`: `current` of that time. */
   planMade(text, queued) {
-    const { report } = runs.get(queued.settings) ?? {};
-    runs.set(queued.settings, { plan: text, report: report?.plan === text ? report : undefined });
+    const { reports = [] } = runs.get(queued.settings) ?? {};
+    runs.set(queued.settings, { plan: text, reports: reports.filter(({ plan }) => plan === text) });
     if (queued.file in files) files[queued.file] = text; // as it is now, whatever the page read
     this.draw();
   }
 
   /** What sparse attention did with a plan, if it was this one. */
   ran(report, queued) {
-    const run = runs.get(queued.settings);
-    if ((run?.plan ?? queued.plan) !== report.plan) return;
-    runs.set(queued.settings, { ...run, report });
+    const run = runs.get(queued.settings) ?? {};
+    if ((run.plan ?? queued.plan) !== report.plan) return;
+    runs.set(queued.settings, { ...run, reports: withReport(run.reports ?? [], report) });
     if (report.frames && report.layers) sizes.set(placeOf(this.node), { frames: report.frames, depth: report.layers });
     this.draw();
   }
@@ -251,24 +262,45 @@ function chartsOf(report) {
 }
 
 /**
- * Does `act` once the tab that queued the prompt is open, with what each chart was by then; the same event of a later run of
+ * Does `act` once the tab that queued the prompt is open, with what each chart was by then; the same event of a later prompt of
  * that tab takes its place.
  */
 async function inItsTab({ prompt_id: promptId, node }, event, act) {
   const { tab, kept } = await queued(promptId);
   const key = JSON.stringify([tab, event, node]);
+  const before = waiting.get(key);
+  const acts = before && before.promptId === promptId ? before.acts : [];
   waiting.delete(key); // the later one goes to the end
-  waiting.set(key, { tab, act: () => act((chart) => kept?.get(placeOf(chart.node)) ?? chart.current()) });
+  const whenQueued = (chart) => kept?.get(placeOf(chart.node)) ?? chart.current();
+  waiting.set(key, { tab, promptId, acts: [...acts, () => act(whenQueued)] });
   actInOpenTab();
 }
 
 function actInOpenTab() {
   if (!isLoaded()) return;
   const due = [...waiting].filter(([, { tab }]) => tab === openTab());
-  for (const [key, { act }] of due) {
+  for (const [key, { acts }] of due) {
     waiting.delete(key);
-    act();
+    for (const act of acts) act();
   }
+}
+
+/** Follow which nodes each prompt runs, until it has ended: which of them the page draws is asked in the prompt's own tab. */
+function followPrompts() {
+  let running;
+  api.addEventListener("execution_start", ({ detail }) => {
+    running = new Set();
+    executed.set(detail.prompt_id, running);
+  });
+  api.addEventListener("executing", ({ detail }) => detail && running?.add(String(detail)));
+  api.addEventListener("execution_success", ({ detail }) => {
+    const ids = [...(executed.get(detail.prompt_id) ?? [])];
+    inItsTab(detail, "execution_success", () => {
+      promptEnded(detail.prompt_id, ids);
+      drawAll();
+      for (const node of allNodes()) nodeTexts.get(node)?.draw();
+    });
+  });
 }
 
 app.registerExtension({
@@ -289,8 +321,13 @@ app.registerExtension({
       });
     });
     api.addEventListener(REPORT, ({ detail }) => {
-      inItsTab(detail, REPORT, (whenQueued) => chartsOf(detail).forEach((chart) => chart.ran(detail, whenQueued(chart))));
+      inItsTab(detail, REPORT, (whenQueued) => {
+        noteReport(detail);
+        chartsOf(detail).forEach((chart) => chart.ran(detail, whenQueued(chart)));
+        nodeTexts.get(findNode(detail.node))?.ran(detail);
+      });
     });
+    followPrompts();
     api.addEventListener("graphChanged", drawChanged);
     app.canvas.canvas.addEventListener("litegraph:set-graph", settle);
     const speak = async () => {

@@ -65,7 +65,8 @@ export class PlanChart {
   /**
    * Draw anew.
    * @param {{plan?: object, note?: string, wrong?: boolean, frames: number, depth: number, editable: boolean,
-   *          fixedFrames: boolean, measured?: object}} state a plan, or a note that says why there is none: what is wrong
+   *          fixedFrames: boolean, runs?: {report: object, earlier: boolean, title: string}[]}} state a plan, or a note that says
+   *   why there is none: what is wrong
    */
   draw(state) {
     this.state = state;
@@ -110,7 +111,7 @@ export class PlanChart {
   }
 
   drawBars() {
-    const { depth, editable, measured } = this.state;
+    const { depth, editable } = this.state;
     if (this.columns.length !== depth) this.layColumns(depth);
     this.bars.setAttribute("aria-label", this.say(editable ? "layersEditable" : "layers"));
     for (const [i, { option, share }] of this.columns.entries()) {
@@ -118,8 +119,8 @@ export class PlanChart {
       share.replaceChildren(...this.bar(this.patterns[i], i));
     }
     const lines = [50, 100].map((y) => make("line", { class: "grid", x1: 0, x2: depth, y1: 100 - y, y2: 100 - y }));
-    if (measured?.density) {
-      const y = 100 - 100 * measured.density;
+    for (const { report } of this.sparseRuns()) {
+      const y = 100 - 100 * report.density;
       lines.push(make("line", { class: "measured-line", x1: 0, x2: depth, y1: y, y2: y }));
     }
     this.lines.replaceChildren(...lines);
@@ -153,15 +154,22 @@ export class PlanChart {
     });
   }
 
+  /** The runs that computed a part of the attention. */
+  sparseRuns() {
+    return (this.state.runs ?? []).filter(({ report }) => report.density);
+  }
+
   drawLegend() {
-    const { frames, measured } = this.state;
+    const { frames } = this.state;
     const layers = layersByName(this.patterns, frames);
     const ranks = layers.has(FULL) ? [FULL, ...this.sparse] : this.sparse;
     const entries = ranks.map((pattern) => {
       const count = Number(layers.get(patternName(pattern, frames)).toFixed(1));
       return make("span", {}, make("i", { style: `background: ${this.color(pattern)}` }), `${this.nameOf(pattern)} × ${count}`);
     });
-    if (measured?.density) entries.push(make("span", {}, make("i", { class: "dashed" }), this.say("measuredLegend")));
+    const [first] = this.sparseRuns();
+    const legend = first && this.say(first.earlier ? "earlierLegend" : "measuredLegend");
+    if (first) entries.push(make("span", {}, make("i", { class: "dashed" }), legend));
     this.legend.replaceChildren(make("span", { title: this.say("legendTitle") }, this.say("legend")), ...entries);
   }
 
@@ -237,28 +245,32 @@ export class PlanChart {
   }
 
   drawMeasured() {
-    const { measured } = this.state;
-    this.measured.hidden = !measured;
-    if (!measured) return;
-    const { sparse, density: found, seconds } = measured;
-    const text = sparse
+    const { runs = [] } = this.state;
+    this.measured.hidden = !runs.length;
+    this.measured.replaceChildren(...runs.flatMap((run) => this.runLines(run)).map(([title, line]) => make("span", { title }, line)));
+  }
+
+  /** What a run came to, each line with what is shown where it is too long. */
+  runLines({ report, earlier, title }) {
+    const { sparse, density: found, seconds, dense_step: dense, sparse_step: fast } = report;
+    const told = sparse
       ? this.say("measured", { calls: sparse, density: percent(found), seconds: seconds.toFixed(1) })
       : this.say("measuredNone", { seconds: seconds.toFixed(1) });
-    const reasons = Object.entries(measured.dense ?? {}).map(([reason, count]) => `${count} ${reason}`);
-    const why = reasons.length ? this.say("stayedDense", { reasons: reasons.join(", ") }) : "";
-    const { dense_step: dense, sparse_step: fast } = measured;
+    const line = this.say(earlier ? "earlierRun" : "lastRunLine", { line: told });
+    const text = title ? this.say("runOfNode", { title, line }) : line;
+    const reasons = Object.entries(report.dense ?? {}).map(([reason, count]) => `${count} ${reason}`).join(", ") || report.why;
+    const why = reasons ? this.say("stayedDense", { reasons }) : "";
     const timed = fast
       ? this.say("timed", { dense: short(dense), sparse: short(fast), gain: (dense / fast).toFixed(2) })
       : "";
     // What was measured takes the place of the bound.
-    const gain = measured.bound && !timed
-      ? this.say(measured.bound < 1 ? "slower" : "bound", {
-          video: percent(measured.video),
-          bound: Math.max(measured.bound, 1 / measured.bound).toFixed(2),
+    const gain = report.bound && !timed
+      ? this.say(report.bound < 1 ? "slower" : "bound", {
+          video: percent(report.video),
+          bound: Math.max(report.bound, 1 / report.bound).toFixed(2),
         })
       : "";
-    const lines = [[undefined, text], [timed, timed], [gain, gain], [why, why]].filter(([, line]) => line);
-    this.measured.replaceChildren(...lines.map(([title, line]) => make("span", { title }, line)));
+    return [[title || undefined, text], [timed, timed], [gain, gain], [why, why]].filter(([, each]) => each);
   }
 
   hover(layer) {

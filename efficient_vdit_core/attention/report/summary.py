@@ -52,6 +52,22 @@ def density_of_run(report: AttentionReport) -> float:
         return (report.density_sum + dense) / (report.sparse + dense) if report.sparse else 1.0
 
 
+def calls_over_video(report: AttentionReport) -> int:
+    """Calls of the self-attention over the video in the last run, sparse and dense."""
+    with report.lock:
+        return report.sparse + sum(count for reason, count in report.dense.items() if reason not in NOT_OVER_THE_VIDEO)
+
+
+def why_dense(report: AttentionReport) -> str:
+    """Why no call of the last run became sparse, in a line; "" where one did, or no call was seen."""
+    with report.lock:
+        if report.sparse or report.unasked:
+            return "" if report.sparse else report.unasked
+        counts = report.dense.most_common()
+    ours = [(reason, count) for reason, count in counts if reason not in NOT_OVER_THE_VIDEO]
+    return ", ".join(f"{count} {reason}" for reason, count in ours or counts)
+
+
 def describe_bound(cost: StepCost, density: float) -> list[str]:
     """What share of this clip's sequence and step the plan touches, and what follows for the whole step."""
     layout = cost.layout

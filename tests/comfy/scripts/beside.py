@@ -200,6 +200,17 @@ before = run(sparse(model), case)
 lines.clear()
 sparse(of_another_class(model))
 facts["another class"] = {"node": list(lines)}
+# As ComfyUI does from the second prompt on: it keeps the node's MODEL, and samples it again.
+left, told, kept = of_another_class(model), [], []
+(patch,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.patch"))
+(hooks,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.hook"))
+for _ in range(2):  # a second node takes the place of the first
+    left = patch.patch_attention(left, plans.TilePlan.uniform(1), after_run=lambda r, n: told.append([r.unasked, n]))
+for _ in range(2):
+    run(left, case)
+    kept.append(list(lines))
+same = distance(run(left, case), run(of_another_class(model), case))
+facts["left dense"] = {"lines": kept, "told": told, "report": hooks.report_of(left) is None, "same": same}
 run(of_another_class(model), case)
 facts["another class"]["left behind"] = type(model.model.diffusion_model).__name__
 facts["another class"]["tile map"] = tile_map(model, case)
