@@ -46,11 +46,11 @@ def _name(pattern: LayerPattern, frames: int | None) -> str:
     if isinstance(pattern, TilePattern):
         return one(pattern)
     groups: dict[str, list[int]] = {}  # patterns that differ may be one at this length: all that leave nothing out
-    for head, alike in enumerate(pattern.patterns):
-        groups.setdefault(one(alike), []).append(head)
+    for alike, heads in pattern.groups.items():
+        groups.setdefault(one(alike), []).extend(heads)
     if len(groups) == 1:
         return next(iter(groups))
-    return "".join(f"[{join_heads(tuple(heads))}]{name}" for name, heads in groups.items())
+    return "".join(f"[{join_heads(tuple(sorted(heads)))}]{name}" for name, heads in groups.items())
 
 
 def read_plan(text: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ const nodeTexts = new WeakMap(); // node -> NodeText
 const runs = new Recent(); // the plan and the report of the last run, by node and settings: undo and the page's tabs make nodes anew
 const sizes = new Map(); // the latent frames and layers of the last run, by node
 const waiting = new Map(); // what runs of tabs that are not open told: {tab, act} by tab, event and node
-let files = {}; // the plans in Load Tile Plan's list, as text
+let files = {}; // the plans in Load Tile Plan's list, as text; null where only a run tells it
 let texts = {};
 
 /** A text of locales/<language>/main.json with its {values} filled in. */
@@ -153,7 +153,7 @@ class NodeChart {
     const listed = this.widget("plan_name")?.options?.values;
     if (file === undefined || !Array.isArray(listed)) return { note: say("afterRun") };
     if (!listed.includes(file)) return { note: say("planGone", { file }), wrong: true };
-    return /(\.json|\(preset\))$/.test(file) ? { note: say("planUnreadable", { file }), wrong: true } : { note: say("afterRun") };
+    return /(\.json|\(preset\))$/.test(file) && !(file in files) ? { note: say("planUnreadable", { file }), wrong: true } : { note: say("afterRun") };
   }
 
   /** The latent frames and layers of a plan that names none: those of the last run, or that the user asked for. */
