@@ -20,13 +20,13 @@ from ..limits.memory import check_memory
 from ..limits.quote import quoted, reason
 from .pyav_video import frame_rates, is_steady, read_frames, read_rates, times_shown
 from .shown import HDR, SQUARE, is_square, square_size, warn_of_hdr
-from .video import MAX_FPS, MIN_FPS, PACKAGES, frame_milliseconds, has_ffmpeg, install, read_metadata
+from .video import ANIMATIONS, MAX_FPS, MIN_FPS, PACKAGES, frame_milliseconds, has_ffmpeg, install, read_metadata
 
 MAX_PIXELS = 2**25  # of a frame: 8K
 MAX_FRAMES = 10_000  # of a clip
 MAX_CLIP = 2**32  # pixels of all frames: 2,000 of 1080p
 _UNTIMED = 100  # milliseconds
-_ANIMATIONS = (".gif", ".webp", ".png", ".apng")
+_ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng")
 _STREAM = re.compile(r"^ *Stream #\d+:\d+.*", re.M)
 _SIZE = re.compile(r"Video: [^\n]*?, (\d{1,6})x(\d{1,6})\b")
 _ASPECT = re.compile(r"\bSAR (\d+):(\d+)")
@@ -95,7 +95,7 @@ def iterate_video(path: str | Path, fps: float = 0.0, first: int = 0) -> Iterato
 def check_steady(path: Path) -> None:
     """Raises ValueError where the constant rate of the container is not that of the frames: what a browser records counts
     thousandths of a second, and each frame would come dozens of times. An animation says how long each lasts."""
-    if path.suffix.lower() in _ANIMATIONS:
+    if path.suffix.lower() in _ANIMATION_SUFFIXES:
         return
     mean, constant = told_rates(told_streams(path)) if has_ffmpeg() else read_rates(path)
     if not is_steady(mean, constant):
@@ -108,7 +108,7 @@ def _frames(path: Path, fps: float, first: int) -> Iterator[np.ndarray]:
     def check(width: int, height: int, frames: int) -> None:
         _check_size(width, height, min(frames, first or frames))
 
-    if path.suffix.lower() in _ANIMATIONS:
+    if path.suffix.lower() in _ANIMATION_SUFFIXES:
         return _animation(path, fps, check)
     return _stream(path, fps, check, first) if has_ffmpeg() else read_frames(path, check, fps)
 
@@ -130,7 +130,7 @@ def _animation(path: Path, fps: float, check: Check) -> Iterator[np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is lower
         try:
-            image: Any = Image.open(path)
+            image: Any = Image.open(path, formats=ANIMATIONS)
         except Image.DecompressionBombError:
             raise TooLarge(f"its frames have more than {MAX_PIXELS:,} pixels.") from None
     with image:

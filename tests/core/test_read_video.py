@@ -6,7 +6,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from recorded import record
 
 from efficient_vdit_core.media import pyav_video
@@ -459,3 +459,18 @@ def test_a_frame_of_hours_is_repeated_as_often_as_it_is_wanted(tmp_path, frames,
 
 def test_a_clip_with_fewer_frames_than_are_wanted_gives_what_it_has(tmp_path, frames):
     assert sum(1 for _ in iterate_video(write_video(tmp_path / "a.mp4", frames), 0, 40)) == 13
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_no_program_is_started_by_what_a_picture_holds(tmp_path, monkeypatch, suffix):
+    """PostScript under another name went to Ghostscript, where that is installed."""
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *about, **more: started.append(about))
+    head = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n"
+    path = tmp_path / f"a{suffix}"
+    path.write_text(head + "{} loop\n%%EOF\n")
+    with pytest.raises(ValueError, match=f"a{suffix}' cannot be read as a video"):
+        read_video(path)
+    with pytest.raises(ValueError):
+        writing.read_metadata(path)
+    assert started == []
