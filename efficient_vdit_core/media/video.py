@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 MAX_METADATA = 100_000  # bytes
 LARGEST_SIDE = {".mp4": 16_384, ".gif": 65_535, ".webp": 16_383}  # pixels, of x264 and of the formats
-ANIMATIONS = ("GIF", "WEBP", "PNG")  # all that Pillow is asked to read: of others it starts programs, such as Ghostscript
+ANIMATIONS = (
+    "GIF",
+    "WEBP",
+    "PNG",
+)  # all that Pillow is asked to read: of others it starts programs, such as Ghostscript
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 _EXIF_DESCRIPTION = 0x010E
 # Where a file does not tell its colours, players take what is high for HD's, BT.709, and ffmpeg everything for BT.601.
