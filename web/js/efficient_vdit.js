@@ -19,7 +19,7 @@ const nodeTexts = new WeakMap(); // node -> NodeText
 const runs = new Recent(); // the plan and the report of the last run, by node and settings: undo and the page's tabs make nodes anew
 const sizes = new Map(); // the latent frames and layers of the last run, by node
 const waiting = new Map(); // what runs of tabs that are not open told: {tab, act} by tab, event and node
-let files = {}; // the plans in Load Tile Plan's list, as text; null where only a run tells it
+let files = new Map(); // the plans in Load Tile Plan's list, as text; null where only a run tells it
 let texts = {};
 
 /** A text of locales/<language>/main.json with its {values} filled in. */
@@ -103,7 +103,7 @@ class NodeChart {
     const { graph, inputs = [], widgets } = this.node;
     const own = widgets.filter((widget) => !advances(widget, this.node));
     // The plan of a text or a file is the same for every model; a search's, or the one that a model carries, is not.
-    const read = this.text() || this.file() in files;
+    const read = this.text() || files.has(this.file());
     const links = inputs.filter((input) => input.widget || !read).map((input) => input.link);
     const given = links.flatMap((link) => [...behind(graph, link)].flatMap((origin) => origin.widgets.filter(isHeld)));
     return JSON.stringify([placeOf(this.node), ...[own, given].map((every) => every.map(({ value }) => written(value)))]);
@@ -142,9 +142,10 @@ class NodeChart {
     const { plan: executed = null } = this.run();
     const [text, frames] = [this.value("text"), this.value("reference_frames")];
     if (this.linked("text") && text === undefined) return executed;
-    if (text?.trim()) return text.trim();
+    const said = String(text ?? "").trim(); // a workflow's file may hold a number, or anything
+    if (said) return said;
     if (this.widget("reference_frames")) return frames === undefined ? executed : `all:${frames}`;
-    return files[this.file()] ?? executed;
+    return files.get(this.file()) ?? executed;
   }
 
   /** Why there is no text: a run will tell it, or none can. */
@@ -153,7 +154,7 @@ class NodeChart {
     const listed = this.widget("plan_name")?.options?.values;
     if (file === undefined || !Array.isArray(listed)) return { note: say("afterRun") };
     if (!listed.includes(file)) return { note: say("planGone", { file }), wrong: true };
-    return /(\.json|\(preset\))$/.test(file) && !(file in files) ? { note: say("planUnreadable", { file }), wrong: true } : { note: say("afterRun") };
+    return /(\.json|\(preset\))$/.test(file) && !files.has(file) ? { note: say("planUnreadable", { file }), wrong: true } : { note: say("afterRun") };
   }
 
   /** The latent frames and layers of a plan that names none: those of the last run, or that the user asked for. */
@@ -163,7 +164,18 @@ class NodeChart {
     return { ...USUAL, ...Object.fromEntries(usable), ...sizes.get(placeOf(this.node)) };
   }
 
+  /** Draws anew. The error of a picture takes its place: the page could not open the workflow otherwise. */
   draw() {
+    try {
+      this.drawNow();
+    } catch (error) {
+      console.error("Efficient-vDiT", error);
+      this.state = { note: String(error), wrong: true };
+      this.chart.draw(this.state);
+    }
+  }
+
+  drawNow() {
     const { frames, depth } = this.preview();
     const text = this.source();
     this.drawn = this.settings();
@@ -214,7 +226,7 @@ class NodeChart {
   planMade(text, queued) {
     const { report } = runs.get(queued.settings) ?? {};
     runs.set(queued.settings, { plan: text, report: report?.plan === text ? report : undefined });
-    if (queued.file in files) files[queued.file] = text; // as it is now, whatever the page read
+    if (files.has(queued.file)) files.set(queued.file, text); // as it is now, whatever the page read
     this.draw();
   }
 
@@ -274,7 +286,7 @@ function actInOpenTab() {
 app.registerExtension({
   name: "efficient_vdit.plan",
   beforeRegisterNodeDef(_, definition) {
-    if (definition.name === "EVDiTLoadTilePlan") files = definition.input.required.plan_name[1].evdit_plans;
+    if (definition.name === "EVDiTLoadTilePlan") files = new Map(Object.entries(definition.input.required.plan_name[1].evdit_plans));
   },
   async setup() {
     followTabs(actInOpenTab, () => new Map(allCharts().map((chart) => [placeOf(chart.node), chart.current()])));
