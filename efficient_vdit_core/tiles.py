@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -90,12 +91,18 @@ class TilePattern:
         mean of one frame."""
         if self.k is None or frames - self.k <= 1:
             return True
-        if self.means:
-            return all(len(mean) == 1 for means in _averaged(self, frames).values() for mean in means)
-        if not self.window:
+        # The first of the others has as many behind it as its window at most, and one of each stretch: most plans end here.
+        if frames - self.k > 1 + self.window + self.means:
             return False
         others = self._others(frames)
-        return others[-1] - others[0] <= self.window
+        if not self.means:
+            return others[-1] - others[0] <= self.window
+        stretches = [f // self._stretch(frames) for f in others]
+        for low, high in self._windows(others):
+            unseen = stretches[:low] + stretches[high:]
+            if len(set(unseen)) < len(unseen):
+                return False
+        return True
 
     def reference_frames(self, frames: int) -> tuple[int, ...]:
         """Indices of the k reference frames, ascending. Strided: 0, s, 2s, ... with s = ceil(frames / k). All when
@@ -118,12 +125,22 @@ class TilePattern:
             return tuple(heads[i * len(heads) // self.k] for i in range(self.k))
         strided = range(0, frames, self.stride or -(-frames // self.k))
         found = strided if len(strided) == self.k else [i * frames // self.k for i in range(self.k)]
-        shift = self.shift if self.placement == "rotating" else 0
-        return tuple(sorted((f + shift) % frames for f in found))
+        return tuple(sorted((f + self.shift) % frames for f in found)) if self.placement == "rotating" else tuple(found)
 
     def _others(self, frames: int) -> list[int]:
         references = set(self._placed(frames))
         return [f for f in range(frames) if f not in references]
+
+    def _windows(self, others: list[int]) -> list[tuple[int, int]]:
+        """Of each of the frames that are no reference frames, where in their list those that it sees begin and end."""
+        found, low, high = [], 0, 0
+        for f in others:
+            while others[low] < f - self.window:
+                low += 1
+            while high < len(others) and others[high] <= f + self.window:
+                high += 1
+            found.append((low, high))
+        return found
 
     def neighbours(self, frames: int) -> dict[int, tuple[int, ...]]:
         """For every frame that is no reference frame, in order: itself and those in its window that are none either.
@@ -215,11 +232,21 @@ class TilePattern:
 
     def density(self, frames: int) -> float:
         """Share of the frame x frame tiles that is computed, 0 to 1; a mean frame is one."""
-        seen = self.neighbours(frames)
-        return 1.0 - (len(seen) ** 2 - sum(map(len, seen.values())) - self._mean_tiles(frames)) / frames**2
+        if self.is_full(frames):
+            return 1.0
+        others = self._others(frames)
+        seen = sum(high - low for low, high in self._windows(others))
+        return 1.0 - (len(others) ** 2 - seen - self._mean_tiles(frames)) / frames**2
 
     def _mean_tiles(self, frames: int) -> int:
-        return sum(map(len, self.mean_frames(frames).values()))
+        """How many means `mean_frames` has for all frames together, counted without them."""
+        if not self.means or self.is_full(frames):
+            return 0
+        others, length = self._others(frames), self._stretch(frames)
+        edges = [bisect_left(others, start) for start in range(0, frames + length, length)]
+        windows = self._windows(others)
+        pieces = [(start, end) for start, end in itertools.pairwise(edges) if start < end]
+        return sum(start < low or end > high for low, high in windows for start, end in pieces)
 
     def flop_density(self, grid: TokenGrid, extra: int = 0) -> float:
         """Share of the attention FLOPs that is computed, with ``extra`` text or other tokens that attend to all."""
@@ -250,6 +277,7 @@ class TilePattern:
 # A plain dict: torch.compile reads it while it traces, and would trace through a cache of functools.
 _AVERAGED: dict[tuple[TilePattern, int], MeanFrames] = {}
 _MOST_KEPT = 1024
+_MOST_NUMBERS = 2**22  # in all that is kept: 32 MB
 
 
 def _averaged(pattern: TilePattern, frames: int) -> MeanFrames:
@@ -257,7 +285,8 @@ def _averaged(pattern: TilePattern, frames: int) -> MeanFrames:
     key = (pattern, frames)
     averaged = _AVERAGED.get(key)
     if averaged is None:
-        if len(_AVERAGED) >= _MOST_KEPT:
+        numbers = sum(length**2 for _, length in list(_AVERAGED))  # at most; another thread may add to them
+        if len(_AVERAGED) >= _MOST_KEPT or numbers + frames**2 > _MOST_NUMBERS:
             _AVERAGED.clear()
         others, length = pattern._others(frames), pattern._stretch(frames)
         stretches = [[g for g in others if g // length == i] for i in range(-(-frames // length))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,24 +11,34 @@ from comfy_api.latest import io, ui
 
 from ..efficient_vdit_core.limits.quote import quoted
 from ..efficient_vdit_core.plan import TilePlan
+from ..efficient_vdit_core.plan.text import MAX_LAYERS
 from .checked import checked
 from .comfy_bridge.distilled import LOADED_MODEL, carried_plan
 from .comfy_bridge.paths import checkpoint_files, load_plan, plan_changed, plan_names, plan_paths, save_plan
 from .inputs import CATEGORY, SPEED_WORDS, Plan, for_page, plan_is_told_again, plan_ui, search_words
 
+MOST_DRAWN = 2**17  # bytes of a file; a plan of 64 layers in ten groups of heads each has half of it
+PATIENCE = 0.5  # seconds for files that are new, in which the server answers nobody
+
 
 @lru_cache(maxsize=1024)
-def text_form(path: Path, _changed: float) -> str:
-    """The plan of a file as text, read anew once the file has changed."""
-    return TilePlan.load(path).to_text()
+def text_form(path: Path, _changed: float) -> str | None:
+    """The plan of a file as text, read anew once the file has changed; None where the page could not read it."""
+    text = TilePlan.load(path).to_text()
+    return text if len(text.split()) <= MAX_LAYERS else None
 
 
-def text_forms() -> dict[str, str]:
-    """The plans of the list by name, which the page's chart draws without a run. A file without a plan is left to its run."""
-    found = {}
+def text_forms() -> dict[str, str | None]:
+    """The plans of the list by name, which the page's chart draws without a run. A file without a plan is left to its run, and
+    None stands for what would take long to tell: a large file, and what is left when the time is up, until the page asks anew.
+    """
+    found: dict[str, str | None] = {}
+    end = time.monotonic() + PATIENCE
     for name, path in plan_paths().items():
         try:
-            found[name] = text_form(path, path.stat().st_mtime)
+            about = path.stat()
+            told = about.st_size <= MOST_DRAWN and time.monotonic() < end
+            found[name] = text_form(path, about.st_mtime) if told else None
         except (OSError, ValueError):
             continue
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from .quote import quoted, reason
 MAX_BYTES = 2**20  # a plan of 1024 layers has 20,000
 MAX_DEPTH = 32
 MAX_VALUES = 200_000
+# A string, a comment, or a part of a key and the point behind it, if there is one. What does not end is taken to the line's end, so
+# that each letter is looked at once.
+_TOML_WORD = re.compile(
+    r'''"""(?:\\[\s\S]|[^\\])*?(?:"""|\Z)|\'{3}[\s\S]*?(?:\'{3}|\Z)|\#[^\n]*'''
+    r"""|(?:[\w-]+|"(?:\\.|[^"\\\n])*"?|\'[^\'\n]*\'?)(?P<point>[ \t]*\.[ \t]*)?"""
+)
 
 
 def read_text(path: str | Path, what: str, *, limit: int = MAX_BYTES) -> str:
@@ -68,6 +75,8 @@ def parse_toml(text: str, what: str, *, advice: str = "Correct the file.") -> di
                 f"Python 3.10 reads TOML only with the package 'tomli'. {install('tomli', instead='Use Python 3.11')}"
             ) from error
     _check_size(len(text), what, MAX_BYTES)
+    if _key_parts(text) > MAX_DEPTH:  # the parser takes the square of them in steps
+        raise ValueError(f"{what} is nested deeper than {MAX_DEPTH} levels. {advice}")
     try:
         values = tomllib.loads(text)
     except RecursionError:
@@ -78,6 +87,17 @@ def parse_toml(text: str, what: str, *, advice: str = "Correct the file.") -> di
         raise ValueError(f"{what} is not valid TOML: a number has too many digits. {advice}") from None
     _check_shape(values, what, advice, MAX_VALUES)
     return values
+
+
+def _key_parts(text: str) -> int:
+    """How many points the longest key of a TOML text has, such as 2 of ``a.b.c = 1``."""
+    most = count = end = 0
+    for word in _TOML_WORD.finditer(text):
+        if word.start() != end:
+            count = 0
+        count = count + 1 if word["point"] else 0
+        most, end = max(most, count), word.end()
+    return most
 
 
 class _Unusable(ValueError):

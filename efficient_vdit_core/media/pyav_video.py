@@ -14,6 +14,12 @@ import numpy as np
 from .pyav_log import no_complaints
 from .shown import HDR, is_square, square_size, upright, warn_of_hdr
 
+# All that FFmpeg is asked to read: videos, photos, and sound, which is then said to have no pictures. Whatever a file's name,
+# FFmpeg would also follow lists of other files, such as ffconcat's, which may name one another without end.
+FORMATS = (
+    "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,mpegvideo,m4v,h264,hevc,yuv4mpegpipe,"
+    "jpeg_pipe,png_pipe,bmp_pipe,tiff_pipe,webp_pipe,wav,mp3"
+)
 UNEVEN = 0.1  # share by which a constant rate may be another than the mean one
 CRF = 10  # what imageio-ffmpeg makes of the quality 8
 BT709, TV_RANGE = 1, 1  # FFmpeg's numbers of HD's colours and of values from 16 to 235
@@ -63,7 +69,7 @@ def read_rates(path: Path) -> tuple[float, float]:
     """Mean and constant frames a second as the container tells them; 0 where it does not."""
     import av
 
-    with av.open(f"file:{path}") as container:
+    with av.open(f"file:{path}", options={"format_whitelist": FORMATS}) as container:
         return _rates(container.streams.video[0])
 
 
@@ -80,7 +86,7 @@ def read_frames(path: Path, check: Callable[[int, int, int], None], fps: float =
     import av
 
     with no_complaints():
-        opened = av.open(f"file:{path}")
+        opened = av.open(f"file:{path}", options={"format_whitelist": FORMATS})
     with opened as container:
         if not container.streams.video:
             raise ValueError("it has no pictures")

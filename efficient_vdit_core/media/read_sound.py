@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from ..limits.quote import quoted
-from .read_video import ffmpeg, is_steady, said, told_rates, told_streams
+from .read_video import attended, ffmpeg, is_steady, said, source, told_rates, told_streams
 from .video import has_ffmpeg, install
 
 CHANNELS = 2
@@ -40,8 +41,8 @@ def read_sound(path: str | Path, seconds: float, rate: int, fps: float) -> np.nd
     filled = "aresample=async=1:first_pts=0"
     wanted = ["-map", "0:a:0", "-af", filled, "-t", str(seconds), "-ac", str(CHANNELS), "-ar", str(rate), "-f", "f32le"]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as complaints:
-        strict = ["-v", "error", "-xerror", "-nostdin", "-i", f"file:{path}", *wanted, "-"]
-        with ffmpeg(strict, out, complaints) as process:
+        strict = ["-v", "error", "-xerror", *source(path), *wanted, "-"]
+        with ffmpeg(strict, out, complaints) as process, attended(process, lambda: os.fstat(out.fileno()).st_size):
             status = process.wait()
         if status or said(complaints):
             raise ValueError(f"{name} holds sound that cannot be read. It is damaged, or half written; make it again.")

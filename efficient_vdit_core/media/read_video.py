@@ -5,11 +5,14 @@ Sizes are read before pixels, and frames come one by one: a file of a few hundre
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -18,15 +21,17 @@ import numpy as np
 
 from ..limits.memory import check_memory
 from ..limits.quote import quoted, reason
-from .pyav_video import frame_rates, is_steady, read_frames, read_rates, times_shown
+from .pyav_video import FORMATS, frame_rates, is_steady, read_frames, read_rates, times_shown
 from .shown import HDR, SQUARE, is_square, square_size, warn_of_hdr
-from .video import MAX_FPS, MIN_FPS, PACKAGES, frame_milliseconds, has_ffmpeg, install, read_metadata
+from .video import ANIMATIONS, MAX_FPS, MIN_FPS, PACKAGES, frame_milliseconds, has_ffmpeg, install, read_metadata
 
+PATIENCE = 300  # seconds without a picture or a word of ffmpeg's
 MAX_PIXELS = 2**25  # of a frame: 8K
 MAX_FRAMES = 10_000  # of a clip
+_MOST_COUNTED = 10**6  # to say how many there are; a few bytes may stand for far more
 MAX_CLIP = 2**32  # pixels of all frames: 2,000 of 1080p
 _UNTIMED = 100  # milliseconds
-_ANIMATIONS = (".gif", ".webp", ".png", ".apng")
+_ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng")
 _STREAM = re.compile(r"^ *Stream #\d+:\d+.*", re.M)
 _SIZE = re.compile(r"Video: [^\n]*?, (\d{1,6})x(\d{1,6})\b")
 _ASPECT = re.compile(r"\bSAR (\d+):(\d+)")
@@ -95,7 +100,7 @@ def iterate_video(path: str | Path, fps: float = 0.0, first: int = 0) -> Iterato
 def check_steady(path: Path) -> None:
     """Raises ValueError where the constant rate of the container is not that of the frames: what a browser records counts
     thousandths of a second, and each frame would come dozens of times. An animation says how long each lasts."""
-    if path.suffix.lower() in _ANIMATIONS:
+    if path.suffix.lower() in _ANIMATION_SUFFIXES:
         return
     mean, constant = told_rates(told_streams(path)) if has_ffmpeg() else read_rates(path)
     if not is_steady(mean, constant):
@@ -108,7 +113,7 @@ def _frames(path: Path, fps: float, first: int) -> Iterator[np.ndarray]:
     def check(width: int, height: int, frames: int) -> None:
         _check_size(width, height, min(frames, first or frames))
 
-    if path.suffix.lower() in _ANIMATIONS:
+    if path.suffix.lower() in _ANIMATION_SUFFIXES:
         return _animation(path, fps, check)
     return _stream(path, fps, check, first) if has_ffmpeg() else read_frames(path, check, fps)
 
@@ -130,7 +135,7 @@ def _animation(path: Path, fps: float, check: Check) -> Iterator[np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is lower
         try:
-            image: Any = Image.open(path)
+            image: Any = Image.open(path, formats=ANIMATIONS)
         except Image.DecompressionBombError:
             raise TooLarge(f"its frames have more than {MAX_PIXELS:,} pixels.") from None
     with image:
@@ -177,9 +182,10 @@ def _within(value: Any, low: float, high: float) -> float:
 
 def _stream(path: Path, fps: float, check: Check, first: int) -> Iterator[np.ndarray]:
     """ffmpeg hands over PPM pictures, whose headers tell their size; any complaint of its decoder ends the reading."""
-    source = ["-nostdin", "-max_pixels", str(MAX_PIXELS), "-i", f"file:{path}", "-map", "0:v:0"]
+    pictures = ["-max_pixels", str(MAX_PIXELS), *source(path), "-map", "0:v:0"]
     wanted = ["-frames:v", str(first)] if first else []
-    about = told(["-hide_banner", *source, *wanted, "-c", "copy", "-f", "null", "-"])
+    counted = wanted or ["-frames:v", str(_MOST_COUNTED)]
+    about = told(["-hide_banner", *pictures, *counted, "-c", "copy", "-f", "null", "-"])
     if stream_lines(about) and not _pictures(about):
         raise ValueError("it has no pictures")
     check(*_probed(about))
@@ -187,12 +193,12 @@ def _stream(path: Path, fps: float, check: Check, first: int) -> Iterator[np.nda
         warn_of_hdr(str(path), found[0])
     filters = [f"fps={fps}"] * bool(fps) + [SQUARE] * (not is_square(_aspect(about)))
     changed = ["-vf", ",".join(filters)] if filters else []
-    pictures = ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
-    strict = ["-v", "error", "-xerror", *source, *changed, *wanted, *pictures]
+    ppm = ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
+    strict = ["-v", "error", "-xerror", *pictures, *changed, *wanted, *ppm]
     with tempfile.TemporaryFile() as complaints, ffmpeg(strict, subprocess.PIPE, complaints) as process:
         assert process.stdout is not None
         try:
-            yield from _ppm_pictures(process.stdout)
+            yield from _in_time(process, _ppm_pictures(process.stdout))
         except BaseException:
             process.kill()
             raise
@@ -231,7 +237,12 @@ def stream_lines(about: str) -> str:
 
 def told_streams(path: str | Path) -> str:
     """What ffmpeg tells of a file's streams, a line each."""
-    return stream_lines(told(["-hide_banner", "-nostdin", "-i", f"file:{path}"]))
+    return stream_lines(told(["-hide_banner", *source(path)]))
+
+
+def source(path: str | Path) -> list[str]:
+    """The arguments that have ffmpeg read a file, and nothing that it may name."""
+    return ["-nostdin", "-format_whitelist", FORMATS, "-i", f"file:{path}"]
 
 
 def told_rates(about: str) -> tuple[float, float]:
@@ -242,11 +253,53 @@ def told_rates(about: str) -> tuple[float, float]:
 
 
 def told(arguments: list[str]) -> str:
-    """What ffmpeg says of its work, whether it succeeds or not."""
+    """What ffmpeg says of its work, whether it succeeds or not. Raises ValueError where it says nothing any more, which it does
+    twice a second."""
     with tempfile.TemporaryFile() as answer:
-        with ffmpeg(arguments, subprocess.DEVNULL, answer) as process:
+        words = answer.fileno()
+        with (
+            ffmpeg(arguments, subprocess.DEVNULL, answer) as process,
+            attended(process, lambda: os.fstat(words).st_size),
+        ):
             process.wait()
         return said(answer)
+
+
+@contextmanager
+def attended(process: subprocess.Popen[bytes], progress: Callable[[], object]) -> Iterator[None]:
+    """Ends a process whose ``progress`` is the same for ``PATIENCE`` seconds, as on a share that is gone; ValueError then. The
+    seconds are counted one by one: what stops both, such as Ctrl-Z, takes none."""
+    left, ended = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        last, still = progress(), 0
+        while still < PATIENCE:
+            if left.wait(1.0):
+                return
+            now = progress()
+            last, still = now, still + 1 if now == last else 0
+        ended.set()
+        process.kill()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        left.set()
+        watcher.join()
+    if ended.is_set():
+        raise ValueError(f"ffmpeg did nothing for {PATIENCE} seconds")
+
+
+def _in_time(process: subprocess.Popen[bytes], pictures: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The pictures of a process that is ended where the next does not come; that one is not fetched yet is not its fault."""
+    awaited, count = True, 0
+    with attended(process, lambda: count if awaited else object()):
+        for picture in pictures:
+            awaited, count = False, count + 1
+            yield picture
+            awaited = True
 
 
 def ffmpeg(arguments: list[str], out: Any, errors: Any) -> subprocess.Popen[bytes]:

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 MAX_METADATA = 100_000  # bytes
 LARGEST_SIDE = {".mp4": 16_384, ".gif": 65_535, ".webp": 16_383}  # pixels, of x264 and of the formats
+ANIMATIONS = (
+    "GIF",
+    "WEBP",
+    "PNG",
+)  # all that Pillow is asked to read: of others it starts programs, such as Ghostscript
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 _EXIF_DESCRIPTION = 0x010E
 # Where a file does not tell its colours, players take what is high for HD's, BT.709, and ffmpeg everything for BT.601.
@@ -211,7 +216,7 @@ def _image_comment(path: Path) -> str:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes, though nothing is decompressed here, and of damaged tags
-        with Image.open(path) as image:
+        with Image.open(path, formats=ANIMATIONS) as image:
             if path.suffix.lower() == ".gif":
                 return image.info["comment"].decode()
             return str(image.getexif()[_EXIF_DESCRIPTION]).encode("latin-1").decode()  # Pillow reads bytes as that

@@ -82,8 +82,9 @@ LayerPattern = TilePattern | HeadPatterns
 
 def join_heads(heads: tuple[int, ...]) -> str:
     """Ascending (0, 1, 2, 5) as ``0-2,5``."""
-    starts = [h for h in heads if h - 1 not in heads]
-    ends = [h for h in heads if h + 1 not in heads]
+    every = set(heads)
+    starts = [h for h in heads if h - 1 not in every]
+    ends = [h for h in heads if h + 1 not in every]
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 

@@ -33,9 +33,15 @@ def write_layers(patterns: Sequence[LayerPattern], frames: int | None) -> str:
 
 def write_uniform(pattern: TilePattern, dense_layers: Sequence[tuple[int, int]], frames: int | None) -> str:
     """The line for one pattern in any number of layers but the dense ones."""
-    # Layers counted from the end stand alone in a text.
-    ranges = [r for a, b in dense_layers for r in ([(a, b)] if a >= 0 else [(i, i) for i in range(a, b + 1)])]
-    dense = [f"{first}:full" if first == last else f"{first}-{last}:full" for first, last in ranges]
+    dense, written = [], set()
+    for first, last in dense_layers:
+        layers = [
+            layer for layer in range(first, last + 1) if layer not in written
+        ]  # of a file, which may say them twice
+        written.update(layers)
+        # Layers counted from the end stand alone in a text.
+        names = map(str, layers) if first < 0 else filter(None, join_heads(tuple(layers)).split(","))
+        dense += [f"{name}:full" for name in names]
     return " ".join([f"{ALL}:{_name(pattern, frames)}", *dense])
 
 
@@ -46,11 +52,11 @@ def _name(pattern: LayerPattern, frames: int | None) -> str:
     if isinstance(pattern, TilePattern):
         return one(pattern)
     groups: dict[str, list[int]] = {}  # patterns that differ may be one at this length: all that leave nothing out
-    for head, alike in enumerate(pattern.patterns):
-        groups.setdefault(one(alike), []).append(head)
+    for alike, heads in pattern.groups.items():
+        groups.setdefault(one(alike), []).extend(heads)
     if len(groups) == 1:
         return next(iter(groups))
-    return "".join(f"[{join_heads(tuple(heads))}]{name}" for name, heads in groups.items())
+    return "".join(f"[{join_heads(tuple(sorted(heads)))}]{name}" for name, heads in groups.items())
 
 
 def read_plan(text: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..limits.quote import named, quoted, reason
+from .locks import is_locked, try_lock
 
 NAME_BYTES = 255  # of a file's name, not characters: what Linux, macOS and Windows have in common
 MAX_NUMBER = 99_999
@@ -60,16 +61,18 @@ def whole_file(path: str | Path, ending: str = ".tmp", *, new: bool = False) -> 
     FileExistsError raised.
     Where writing fails (a full disk, Ctrl-C) a file of that name stays as it was, and nothing else is left behind; what
     a killed process left is removed at the next write beside it. Where ``path`` is a symbolic link, all this is so of the file
-    that it leads to. Who may read and write a file that is replaced may also do so with the new one.
+    that it leads to. Who may read and write a file that is replaced may also do so with the new one, and nobody else meanwhile.
     """
     path = Path(os.path.realpath(path))
     _remove_forgotten(path.parent)
     part = path.with_name(f".evdit-{uuid.uuid4().hex[:12]}{ending}")
     try:
-        part.touch(exist_ok=False)
-        mode = (path if path.is_file() else part).stat().st_mode
-        yield part
-        with open(part, "rb+") as file:
+        before = path.stat().st_mode if path.is_file() else None
+        allowed = 0o666 if before is None else before & 0o777 | 0o600  # the writer's own; the umask takes from it
+        with _held(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, allowed)):
+            mode = part.stat().st_mode if before is None else before
+            yield part
+        with open(part, "rb+") as file, _held(os.dup(file.fileno())):  # it may be another by now
             os.fsync(file.fileno())
         part.chmod(mode)  # some writers, such as safetensors', make their own file, which nobody else may read
         if new:
@@ -78,6 +81,23 @@ def whole_file(path: str | Path, ending: str = ".tmp", *, new: bool = False) -> 
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(descriptor: int) -> Iterator[None]:
+    """Holds the lock of a part while it is written, by which others see that its writer lives; closes the descriptor. Windows
+    removes no open file, and its locks would keep the writer out."""
+    try:
+        if os.name == "nt":
+            os.close(descriptor)
+            descriptor = -1
+        else:
+            with suppress(OSError):  # a file system without locks
+                try_lock(descriptor)
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str, *, new: bool = False) -> None:
@@ -160,10 +180,13 @@ def _name_once(part: Path, path: Path) -> None:
 
 
 def _remove_forgotten(folder: Path) -> None:
-    """Parts of a process that was killed: each may be as large as a checkpoint."""
+    """Parts of a process that was killed: each may be as large as a checkpoint. One that stands still, as in a suspended laptop,
+    holds the lock of its own."""
     now = time.time()
     with suppress(OSError):  # the folder is not there or not readable: the write itself says so
         for entry in os.scandir(folder):
             with suppress(OSError):  # another process removes it too
-                if _PART.fullmatch(entry.name) and now - entry.stat(follow_symlinks=False).st_mtime > _FORGOTTEN:
+                old = _PART.fullmatch(entry.name) and now - entry.stat(follow_symlinks=False).st_mtime > _FORGOTTEN
+                # Of another user's that may not be opened nobody can tell.
+                if old and os.access(entry.path, os.R_OK | os.W_OK) and not is_locked(Path(entry.path)):
                     os.unlink(entry.path)

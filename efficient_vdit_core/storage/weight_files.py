@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..limits.documents import parse_json, read_text
@@ -110,11 +111,29 @@ def save_safetensors(
 
 def read_torch_file(file: Path) -> Any:
     """What a PyTorch file holds, memory-mapped where its format allows; tensors and plain containers only, never
-    code."""
+    code. ValueError also for a tensor of more numbers than the file has, which one number can stand for."""
     advice = "Download it again, or ask its publisher for safetensors."
     with open(file, "rb") as opened:
         archive = opened.read(4) == b"PK\x03\x04"  # PyTorch's present format; the older one cannot be mapped
-    return read_torch(file, advice, mmap=archive)
+    content = read_torch(file, advice, mmap=archive)
+    level = [content]
+    while level:  # without recursion
+        if any(isinstance(x, Tensor) and _claims_more(x) for x in level):
+            raise ValueError(
+                f"{named(file.name)} holds a tensor of more numbers than the file has, which no model has. {advice}"
+            )
+        level = [child for x in level for child in _children(x)]
+    return content
+
+
+def _claims_more(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes()
+
+
+def _children(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
 
 
 def _weights_file(path: Path) -> Path:

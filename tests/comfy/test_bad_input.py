@@ -91,6 +91,11 @@ def test_the_list_of_plans_is_made_once_for_the_texts_of_all(refusals):
     assert refusals["lists made for them"] == 1
 
 
+def test_plans_that_would_take_long_to_tell_are_left_to_a_run(refusals):
+    """The page asks for all of them at once, and the server answers nobody meanwhile."""
+    assert refusals["large"] == {"text": None, "others": True, "loaded": "all:1", "after the time": [None]}
+
+
 def test_an_unknown_model_stays_dense_and_the_log_says_so(refusals):
     found = refusals["unknown model"]
     assert not found["hooked"]

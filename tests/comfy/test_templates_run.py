@@ -48,21 +48,21 @@ def minimax_h3(steps: int) -> Stage:
     return Stage(steps, 1, 3, 6, {})
 
 
-def ltx(steps: int) -> Stage:
+def ltx(steps: int, dense: int) -> Stage:
     """A layer's audio has attention of its own, and four calls cross streams or text."""
-    return Stage(steps, 1, 3, 6, {"cross-attention": 24, "text or audio alone": 6})
+    return Stage(steps, dense, 3, 6, {"cross-attention": 24, "text or audio alone": 6})
 
 
 def wan(steps: int, dense: int, sparse: int) -> Stage:
     return Stage(steps, dense, sparse, 8, {"cross-attention": 8})
 
 
-# Every plan leaves the first two layers and the last dense; Wan's high-noise expert all of its eight but the seventh.
+# The first step of a clip stays dense, and none of a second stage. Every plan leaves the first two layers and the last dense; Wan's high-noise expert all of its eight but the seventh.
 EXPECTED = {
     "minimax_h3_text_8_steps": [minimax_h3(8)],
     "minimax_h3_image_4_steps": [minimax_h3(4)],
-    "ltx23_two_stages": [ltx(8), ltx(3)],
-    "ltx25_two_stages": [ltx(8), ltx(3)],
+    "ltx23_two_stages": [ltx(8, 1), ltx(3, 0)],
+    "ltx25_two_stages": [ltx(8, 1), ltx(3, 0)],
     "wan22_image_4_steps": [wan(2, 1, 1), wan(2, 0, 5)],
     "wan22_sparse_4_steps": [wan(2, 1, 1), wan(2, 0, 5)],
     "wan21_sparse_4_steps": [wan(4, 0, 5)],

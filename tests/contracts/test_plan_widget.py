@@ -244,12 +244,17 @@ globalThis.ResizeObserver = class { observe() {} };
 """
 
 
+def chart_alone(folder: Path) -> None:
+    """Copies the scripts that need no ComfyUI."""
+    for script in SCRIPTS:
+        if "app.js" not in script.read_text(encoding="utf-8"):
+            shutil.copy(script, folder)
+
+
 @needs_node
 def test_a_draw_counts_the_tiles_of_each_pattern_once(tmp_path):
     """A count takes T x T steps: one for each bar, or for each comparison of two, stood still for seconds on a long clip."""
-    for script in SCRIPTS:
-        if "app.js" not in script.read_text(encoding="utf-8"):
-            shutil.copy(script, tmp_path)
+    chart_alone(tmp_path)
     rules = (tmp_path / "pattern.js").read_text(encoding="utf-8")
     counting = "let kept = "
     assert rules.count(counting) == 1
@@ -266,6 +271,41 @@ def test_a_draw_counts_the_tiles_of_each_pattern_once(tmp_path):
     counts, *children = run_module(code)
     assert children == [50 + 1, 2, 1 + len(kinds)]  # with the lines' group, those of the grid, and what is counted
     assert counts == len(kinds)
+
+
+@needs_node
+def test_a_short_text_of_a_long_clip_makes_no_endless_picture(tmp_path):
+    """A map of T x T pieces for each group of heads: a text of 400 bytes stood still for half a minute at 1024 frames."""
+    chart_alone(tmp_path)
+    heads = "".join(f"[{head}]{100 + head}:{200 - head}~{head}" for head in range(20))
+    code = f"""{PAGE}
+        let pieces = 0;
+        Element.prototype.setAttribute = (name, value) => {{ if (name === "d") pieces += value.split("M").length - 1; }};
+        const [chart, text] = await Promise.all(["plan_chart.js", "plan_text.js"].map((f) => import("{tmp_path.as_uri()}/" + f)));
+        const said = [];
+        const drawn = new chart.PlanChart((key, values) => {{ said.push([key, values?.count]); return key; }}, {{}});
+        drawn.draw({{ plan: text.parsePlan("0-1:{heads}"), frames: 300, depth: 2, editable: true }});
+        const more = said.filter(([key]) => key === "moreGroups");
+        console.log(JSON.stringify([pieces, drawn.maps.children.length, more]));"""
+    pieces, maps, more = run_module(code)
+    assert 16 < pieces <= 16 * 30_000 and maps == 16 + 1 and more == [["moreGroups", 4]]
+
+
+@needs_node
+def test_what_a_pattern_computes_is_told_without_a_look_at_each_tile():
+    body = """let looks = 0; const { abs } = Math; Math.abs = (value) => { looks++; return abs(value); };
+        return [density("200~3+4", 500), isFull("200~3+4", 500), looks]"""
+    share, full, looks = in_node(body, None)
+    assert share == pytest.approx(TilePattern(200, window=3, means=4).density(500)) and not full and looks <= 500
+
+
+@needs_node
+def test_a_page_that_stays_open_keeps_the_latest_patterns_alone(tmp_path):
+    chart_alone(tmp_path)
+    rule = "const made = []; const rule = once((pattern, frames) => made.push(`${pattern} ${frames}`), 2);"
+    asked = 'for (const pattern of ["1", "1", "2", "3", "3", "1"]) rule(pattern, 8);'
+    code = f"import {{ once }} from '{tmp_path.as_uri()}/pattern.js'; {rule} {asked} console.log(JSON.stringify(made));"
+    assert run_module(code) == ["1 8", "2 8", "3 8", "1 8"]
 
 
 def test_the_page_uses_official_interfaces_only():

@@ -152,3 +152,31 @@ def test_a_number_that_another_process_takes_in_between_is_left_to_it(tmp_path, 
     monkeypatch.setattr(Path, "exists", lambda self: False)
     names = [write_numbered(tmp_path, "a", text) for text in ("first", "second")]
     assert names == ["a_00001.json", "a_00002.json"] and (tmp_path / names[0]).read_text() == "first"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no open file is removed there")
+def test_a_writer_that_stood_still_for_long_keeps_its_file(tmp_path):
+    """As in a suspended laptop, or on a share whose clock is behind; a part that nobody writes is still removed."""
+    forgotten = tmp_path / f".evdit-{'0' * 12}.tmp"
+    forgotten.touch()
+    long_ago = time.time() - 4000
+    os.utime(forgotten, (long_ago, long_ago))
+    with whole_file(tmp_path / "a.bin") as part:
+        part.write_bytes(b"whole")
+        os.utime(part, (long_ago, long_ago))
+        write_text(tmp_path / "b.txt", "another")
+    assert (tmp_path / "a.bin").read_bytes() == b"whole" and sorted(os.listdir(tmp_path)) == ["a.bin", "b.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no modes there")
+def test_nobody_else_reads_a_private_file_while_it_is_written(tmp_path):
+    path, before = tmp_path / "a.json", os.umask(0o022)
+    try:
+        path.touch(0o600)
+        with whole_file(path) as part:
+            modes = [part.stat().st_mode & 0o777]
+        with whole_file(tmp_path / "b.json") as part:
+            modes.append(part.stat().st_mode & 0o777)
+    finally:
+        os.umask(before)
+    assert modes == [0o600, 0o644] and path.stat().st_mode & 0o777 == 0o600

@@ -371,3 +371,11 @@ def test_the_density_of_a_layer_counts_heads_that_were_measured_faster_dense_as_
     override(sdpa_attention, *qkv(layout, heads=4), 4, **form)
     assert report.sparse == 1
     assert report.density_sum == pytest.approx((TilePattern(1).flop_density(layout.grid, 2) + 1.0) / 2)
+
+
+def test_a_layer_is_written_with_one_name_for_each_pattern(monkeypatch):
+    """A name for each of a thousand heads, in a thousand layers, took minutes."""
+    asked, name = [], TilePattern.name
+    monkeypatch.setattr(TilePattern, "name", lambda self, frames: asked.append(self) or name(self, frames))
+    text = "0:[0-99]7:1[100-1022]2:6[1023]full"
+    assert TilePlan.from_text(text).to_text() == "0:[0-99,1023]full[100-1022]2:6" and len(asked) == 3

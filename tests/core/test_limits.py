@@ -192,3 +192,23 @@ def test_what_pytorch_holds_and_nobody_uses_is_free(monkeypatch):
     assert memory.free_bytes("cuda:0") == 5 * 2**30
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})  # nothing was ever taken there
     assert memory.free_bytes("cuda:0") == 2**30
+
+
+@pytest.mark.parametrize("part", ["a", '"a b"', "'a.b'", "a "])
+@pytest.mark.parametrize("line", ["{} = 1", "x = 1\n[{}]", "x = {{ y = '...', {} = 2 }}"])
+def test_a_key_of_many_parts_is_refused_before_it_is_parsed(monkeypatch, part, line):
+    """The parser takes the square of them: 64 kB took half a minute."""
+    tomllib, asked = pytest.importorskip("tomllib"), []
+    monkeypatch.setattr(tomllib, "loads", lambda text: asked.append(text) or {})
+    with pytest.raises(ValueError, match="It is nested deeper than 32 levels"):
+        parse_toml(line.format(".".join([part] * 40)), "It")
+    assert asked == []
+
+
+def test_points_that_are_in_no_key_are_no_levels():
+    texts = [".".join("a" * 99), "1." * 99, 'a " b.' * 40, "...'''" * 40]
+    lines = [f"a{i} = {json.dumps(text)}" for i, text in enumerate(texts)]
+    lines += [f"b = [{', '.join(['1.5'] * 99)}]", f"# {'a.' * 99}", f"d = '{'a.' * 99}'"]
+    lines += [f"c = {quotes}\n{'a.' * 99}\n{quotes}" for quotes in ('"""', "'''")]
+    lines[-1] = "e" + lines[-1][1:]
+    assert [parse_toml("\n".join(lines), "It")[f"a{i}"] for i in range(4)] == texts

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from efficient_vdit_core import tiles
 from efficient_vdit_core.assets import preset_path
 from efficient_vdit_core.attention import TokenLayout, choose_backend, tile_attention
 from efficient_vdit_core.attention.backends.mean_frames import means_of
@@ -268,6 +269,30 @@ class TestPattern:
     def test_a_shorter_clip_keeps_the_length_of_what_is_averaged(self, k, means, frames, expected):
         scaled = TilePattern(k, means=means).scaled(24, frames)
         assert (scaled.k, scaled.means) == expected
+
+    @pytest.mark.parametrize(
+        ("frames", "k", "window", "means"),
+        list(itertools.product((2, 5, 9, 14), range(14), (0, 1, 3, 6), (1, 2, 4, 16))),
+    )
+    def test_it_is_full_where_each_mean_is_of_one_frame(self, frames, k, window, means):
+        pattern, length = TilePattern(k, window=window, means=means), -(-frames // means)
+        others = sorted(set(range(frames)) - set(pattern._placed(frames)))
+        unseen = [[g // length for g in others if abs(g - f) > window] for f in others]
+        assert pattern.is_full(frames) == (k >= frames - 1 or all(len(set(u)) == len(u) for u in unseen))
+
+    def test_the_means_themselves_are_made_for_the_attention_alone(self, monkeypatch):
+        """They are as many numbers as there are tiles; a plan of a few kB, named and counted, took minutes and gigabytes."""
+        monkeypatch.setattr(tiles, "_AVERAGED", {})
+        plan = TilePlan.from_text("0:1:499+1 1:[0]200:300~30+16[1]2:498+5 2:490:10~2+3")
+        assert TilePlan.from_text(plan.to_text()) == plan and 0 < plan.density(500) < 1
+        assert tiles._AVERAGED == {}
+
+    def test_what_is_kept_is_bounded_by_its_size(self, monkeypatch):
+        monkeypatch.setattr(tiles, "_AVERAGED", {})
+        for k in range(14):
+            assert TilePattern(k, means=2).mean_frames(600)
+        kept = [mean for averaged in tiles._AVERAGED.values() for means in averaged.values() for mean in means]
+        assert kept and sum(map(len, kept)) <= 2**22
 
 
 class TestPlan:

@@ -355,3 +355,14 @@ def test_shards_that_lack_what_their_index_names_are_refused(tmp_path):
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="lack 1 tensors"):
         weight_files.read_state_dict(tmp_path)
+
+
+def test_a_tensor_of_more_numbers_than_its_file_is_refused(tmp_path):
+    """One number may stand for any shape: 28 kB were a VAE of 32 GB."""
+    path = tmp_path / "checkpoint.ckpt"
+    torch.save({"state_dict": {"a": torch.zeros(4), "b": [torch.zeros(1).expand(2**30)]}}, path)
+    with pytest.raises(ValueError, match="checkpoint.ckpt holds a tensor of more numbers than the file has"):
+        weight_files.read_state_dict(path)
+    whole = torch.arange(6.0).reshape(2, 3)
+    torch.save({"a": whole, "b": whole.T, "c": whole[:, 1], "d": torch.zeros(0), "e": torch.zeros(())}, path)
+    assert weight_files.read_state_dict(path)[0].keys() == {*"abcde"}

@@ -201,3 +201,15 @@ def test_a_file_of_layers_from_both_ends_or_of_no_version_is_refused(about, word
 
 def test_a_file_without_a_family_is_for_any():
     assert TilePlan.from_json('{"schema_version": 1, "reference_frames": 1, "family": null}').family == "any"
+
+
+def test_layers_that_a_file_keeps_full_twice_are_written_once():
+    """A file of 13 kB became a text of 10 MB, which the page asks for."""
+
+    def text(*ranges: list[int]) -> str:
+        values = {"schema_version": 1, "reference_frames": 2, "dense_layers": ranges}
+        return TilePlan.from_json(json.dumps(values)).to_text()
+
+    assert text([-3, -1], [-2, -1]) == "all:2 -3:full -2:full -1:full"
+    assert text([0, 3], [2, 5], [1, 2], [7, 7]) == "all:2 0-3:full 4-5:full 7:full"
+    assert len(text(*[[-1023, -1]] * 100).split()) == 1 + 1023

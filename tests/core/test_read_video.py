@@ -1,12 +1,13 @@
 """Clips come back whole, or are refused by name."""
 
 import logging
+import time
 from itertools import islice, product
 from threading import Thread
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from recorded import record
 
 from efficient_vdit_core.media import pyav_video
@@ -16,7 +17,7 @@ from efficient_vdit_core.media.read_sound import read_sound
 from efficient_vdit_core.media.read_video import check_steady, iterate_video, read_video, told_rates
 from efficient_vdit_core.media.video import write_video
 
-pytest.importorskip("imageio_ffmpeg")
+imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
 
 @pytest.fixture(autouse=True, params=["imageio_ffmpeg", "av"])
@@ -459,3 +460,79 @@ def test_a_frame_of_hours_is_repeated_as_often_as_it_is_wanted(tmp_path, frames,
 
 def test_a_clip_with_fewer_frames_than_are_wanted_gives_what_it_has(tmp_path, frames):
     assert sum(1 for _ in iterate_video(write_video(tmp_path / "a.mp4", frames), 0, 40)) == 13
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_no_program_is_started_by_what_a_picture_holds(tmp_path, monkeypatch, suffix):
+    """PostScript under another name went to Ghostscript, where that is installed."""
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *about, **more: started.append(about))
+    head = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n"
+    path = tmp_path / f"a{suffix}"
+    path.write_text(head + "{} loop\n%%EOF\n")
+    with pytest.raises(ValueError, match=f"a{suffix}' cannot be read as a video"):
+        read_video(path)
+    with pytest.raises(ValueError):
+        writing.read_metadata(path)
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        "ffconcat version 1.0\nfile a.mp4\nfile a.mp4\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.mp4\n#EXT-X-ENDLIST\n",
+    ],
+)
+def test_a_list_of_other_files_is_no_clip(tmp_path, frames, playlist):
+    """One that names others three deep, each three hundred times, is millions of clips in three small files."""
+    write_video(tmp_path / "a.mp4", frames)
+    path = tmp_path / "b.mp4"
+    path.write_text(playlist)
+    with pytest.raises(ValueError, match="b.mp4' cannot be read as a video"):
+        read_video(path)
+    with pytest.raises((ValueError, OSError)):
+        check_steady(path)
+
+
+@pytest.mark.parametrize("ending", ["m4v", "mov", "mpeg", "ts", "mts", "m2ts", "wmv", "flv", "ogv", "3gp"])
+def test_every_kind_that_the_help_names_is_read(tmp_path, frames, ending):
+    """Beside those of the other tests."""
+    codec = {"wmv": ["-c:v", "msmpeg4"], "ogv": ["-c:v", "libtheora"], "mpeg": ["-c:v", "mpeg2video"]}.get(ending, [])
+    shape = ["-vf", "scale=176:144", "-r", "25"]  # that of 3gp's own codec
+    path = changed(write_video(tmp_path / "a.mp4", frames, fps=25), tmp_path / f"b.{ending}", *shape, *codec)
+    assert 12 <= len(read_video(path)) <= 14
+
+
+def test_frames_without_end_are_not_counted(tmp_path, frames, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", frames)
+    if not reading.has_ffmpeg():
+        pytest.skip("PyAV is told their number by the container")
+    monkeypatch.setattr(reading, "MAX_FRAMES", 3)
+    monkeypatch.setattr(reading, "_MOST_COUNTED", 5, raising=False)
+    with pytest.raises(ValueError, match="it has 5 frames at its constant rate, at most 3 are read"):
+        read_video(path)
+
+
+@pytest.mark.parametrize("hangs", ["at once", "behind its words"])
+def test_a_process_that_does_nothing_is_ended(tmp_path, frames, monkeypatch, hangs):
+    """As on a share that is gone."""
+    path, program = write_video(tmp_path / "a.mp4", frames), tmp_path / "program"
+    if not reading.has_ffmpeg():
+        pytest.skip("PyAV reads in this process")
+    words = "Stream #0:0: Video: h264, yuv420p, 50x34, 24 fps, 24 tbr"
+    counts = 'case "$*" in *copy*) echo "$WORDS" >&2; exit 0;; esac' if hangs == "behind its words" else ""
+    program.write_text(f'#!/bin/sh\nWORDS="{words}"\n{counts}\nexec sleep 10\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(program))
+    monkeypatch.setattr(reading, "PATIENCE", 1, raising=False)
+    with pytest.raises(ValueError, match="ffmpeg did nothing for 1 seconds"):
+        read_video(path)
+
+
+def test_a_reader_that_takes_its_time_is_waited_for(tmp_path, frames, monkeypatch):
+    monkeypatch.setattr(reading, "PATIENCE", 1, raising=False)
+    found = iterate_video(write_video(tmp_path / "a.mp4", frames))
+    next(found)
+    time.sleep(2.5)
+    assert len(list(found)) == len(frames) - 1

@@ -302,6 +302,47 @@ def test_a_long_clip_s_map_covers_each_tile_once_in_few_pieces(comfy):
     assert sum(count for count, _ in found.values()) < 30_000
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "note"),
+    [
+        ("EVDiTTilePlan", [2, 5], "cannot be read at “5”"),
+        ("EVDiTTilePlan", [2, {"a": 1}], r"cannot be read at “\[object”"),
+        ("EVDiTTilePlan", [2, [["all:2"]]], "made for|% of attention"),
+        ("EVDiTLoadTilePlan", ["constructor", ""], "constructor is not among the plans"),
+        ("EVDiTLoadTilePlan", ["__proto__", ""], "__proto__ is not among the plans"),
+    ],
+)
+def test_a_workflow_whose_values_are_of_another_kind_opens_all_the_same(comfy, kind, values, note):
+    """As scripts write them, or lists of values that moved by one; a run names what is wrong."""
+    page = comfy.open().page
+    node = {"id": 1, "type": kind, "pos": [300, 150], "size": [320, 200], "flags": {}, "order": 0, "mode": 0,
+            "inputs": [], "outputs": [], "properties": {}, "widgets_values": values}  # fmt: skip
+    graph = {
+        "last_node_id": 1,
+        "last_link_id": 0,
+        "nodes": [node],
+        "links": [],
+        "groups": [],
+        "config": {},
+        "extra": {},
+    }
+    page.evaluate("graph => app.loadGraphData({ ...graph, version: 0.4 })", graph)
+    page.locator(".evdit-plan-chart:visible .summary").get_by_text(re.compile(note)).wait_for()
+    assert page.evaluate("app.graph.nodes.map(n => n.type)") == [kind]
+    assert page.get_by_text("Loading aborted").count() == 0
+
+
+def test_a_picture_that_fails_says_so_in_its_place(comfy):
+    page = comfy.open().page
+    chart = plan_node(comfy, "all:2")
+    broken = "{ toString: () => { throw new Error('no picture') } }"
+    page.evaluate(f"{TITLE}.widgets.find(w => w.name === 'text').value = {broken}")
+    page.evaluate(f"{TITLE}.onConnectionsChange?.()")
+    chart.get_by_text("no picture").wait_for()
+    assert [error for error in comfy.errors if "no picture" not in error] == []
+    comfy.errors.clear()
+
+
 def test_a_run_is_shown_in_the_tab_that_queued_it_and_in_no_copy(comfy):
     page = comfy.open().page
     chart = plan_node(comfy, "0-5:2:6")

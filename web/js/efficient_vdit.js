@@ -21,7 +21,7 @@ const runs = new Recent(); // the plan and the reports of the last run, by node 
 const sizes = new Map(); // the latent frames and layers of the last run, by node
 const waiting = new Map(); // what runs of tabs that are not open told: {tab, promptId, acts} by tab, event and node
 const executed = new Recent(); // the ids of the nodes that ran, by prompt
-let files = {}; // the plans in Load Tile Plan's list, as text
+let files = new Map(); // the plans in Load Tile Plan's list, as text; null where only a run tells it
 let texts = {};
 
 /** A text of locales/<language>/main.json with its {values} filled in. */
@@ -105,7 +105,7 @@ class NodeChart {
     const { graph, inputs = [], widgets } = this.node;
     const own = widgets.filter((widget) => !advances(widget, this.node));
     // The plan of a text or a file is the same for every model; a search's, or the one that a model carries, is not.
-    const read = this.text() || this.file() in files;
+    const read = this.text() || files.has(this.file());
     const links = inputs.filter((input) => input.widget || !read).map((input) => input.link);
     const given = links.flatMap((link) => [...behind(graph, link)].flatMap((origin) => origin.widgets.filter(isHeld)));
     return JSON.stringify([placeOf(this.node), ...[own, given].map((every) => every.map(({ value }) => written(value)))]);
@@ -153,9 +153,10 @@ class NodeChart {
     const { plan: executed = null } = this.run();
     const [text, frames] = [this.value("text"), this.value("reference_frames")];
     if (this.linked("text") && text === undefined) return executed;
-    if (text?.trim()) return text.trim();
+    const said = String(text ?? "").trim(); // a workflow's file may hold a number, or anything
+    if (said) return said;
     if (this.widget("reference_frames")) return frames === undefined ? executed : `all:${frames}`;
-    return files[this.file()] ?? executed;
+    return files.get(this.file()) ?? executed;
   }
 
   /** Why there is no text: a run will tell it, or none can. */
@@ -164,7 +165,7 @@ class NodeChart {
     const listed = this.widget("plan_name")?.options?.values;
     if (file === undefined || !Array.isArray(listed)) return { note: say("afterRun") };
     if (!listed.includes(file)) return { note: say("planGone", { file }), wrong: true };
-    return /(\.json|\(preset\))$/.test(file) ? { note: say("planUnreadable", { file }), wrong: true } : { note: say("afterRun") };
+    return /(\.json|\(preset\))$/.test(file) && !files.has(file) ? { note: say("planUnreadable", { file }), wrong: true } : { note: say("afterRun") };
   }
 
   /** The latent frames and layers of a plan that names none: those of the last run, or that the user asked for. */
@@ -174,7 +175,18 @@ class NodeChart {
     return { ...USUAL, ...Object.fromEntries(usable), ...sizes.get(placeOf(this.node)) };
   }
 
+  /** Draws anew. The error of a picture takes its place: the page could not open the workflow otherwise. */
   draw() {
+    try {
+      this.drawNow();
+    } catch (error) {
+      console.error("Efficient-vDiT", error);
+      this.state = { note: String(error), wrong: true };
+      this.chart.draw(this.state);
+    }
+  }
+
+  drawNow() {
     const { frames, depth } = this.preview();
     const text = this.source();
     this.drawn = this.settings();
@@ -225,7 +237,7 @@ class NodeChart {
   planMade(text, queued) {
     const { reports = [] } = runs.get(queued.settings) ?? {};
     runs.set(queued.settings, { plan: text, reports: reports.filter(({ plan }) => plan === text) });
-    if (queued.file in files) files[queued.file] = text; // as it is now, whatever the page read
+    if (files.has(queued.file)) files.set(queued.file, text); // as it is now, whatever the page read
     this.draw();
   }
 
@@ -306,7 +318,7 @@ function followPrompts() {
 app.registerExtension({
   name: "efficient_vdit.plan",
   beforeRegisterNodeDef(_, definition) {
-    if (definition.name === "EVDiTLoadTilePlan") files = definition.input.required.plan_name[1].evdit_plans;
+    if (definition.name === "EVDiTLoadTilePlan") files = new Map(Object.entries(definition.input.required.plan_name[1].evdit_plans));
   },
   async setup() {
     followTabs(actInOpenTab, () => new Map(allCharts().map((chart) => [placeOf(chart.node), chart.current()])));

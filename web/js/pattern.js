@@ -5,38 +5,54 @@
  * mean frame), or one for each group of heads, "[0-3,7]2~1[4-6]full".
  */
 
+import { Recent } from "./recent.js";
+
 export const FULL = "full";
 const GROUP = /\[([\d,-]+)\]([^[]+)/g;
 
-/** The groups of heads that are alike: how many, which as text, and their pattern. One group where all heads are. */
-export function headGroups(pattern) {
-  if (!pattern.startsWith("[")) return [{ count: 1, heads: "", pattern }];
-  return [...pattern.matchAll(GROUP)].map(([, heads, alike]) => ({ count: listHeads(heads).length, heads, pattern: alike }));
+/**
+ * A rule of a pattern and what else decides, applied once to each: a draw asks the same in every bar. Of so many the latest are
+ * kept, lest a page that stays open for days grows.
+ */
+export function once(rule, most = 5000) {
+  const known = Object.assign(new Recent(), { most });
+  return (...about) => {
+    const key = about.join(" ");
+    if (!known.has(key)) known.set(key, rule(...about));
+    return known.get(key);
+  };
 }
+
+/** The groups of heads that are alike: how many, which as text, and their pattern. One group where all heads are. */
+export const headGroups = once((pattern) => {
+  if (!pattern.startsWith("[")) return [{ count: 1, heads: "", pattern }];
+  return [...pattern.matchAll(GROUP)].map(([, heads, alike]) => ({ count: [...listHeads(heads)].length, heads, pattern: alike }));
+});
 
 /** How many heads the groups have together. */
 export const headCount = (groups) => groups.reduce((sum, { count }) => sum + count, 0);
 
-/** The heads that "0-3,7" names; those of parts that cannot be read are NaN. */
-export function listHeads(text) {
-  return text.split(",").flatMap((part) => {
+/** The heads that "0-3,7" names, one by one, as a text may name far too many; those of parts that cannot be read are NaN. */
+export function* listHeads(text) {
+  for (const part of text.split(",")) {
     const [, first, last = first] = /^(\d{1,4})(?:-(\d{1,4}))?$/.exec(part) ?? [];
-    const count = Number(last) - Number(first) + 1;
-    return count > 0 ? [...Array(count).keys()].map((i) => Number(first) + i) : [NaN];
-  });
+    if (!(Number(first) <= Number(last))) yield NaN;
+    for (let head = Number(first); head <= Number(last); head++) yield head;
+  }
 }
 
 /** The pattern of heads from one for each: plain where all are alike. */
 export function byHead(patterns) {
-  const kinds = [...new Set(patterns)];
-  if (kinds.length === 1) return kinds[0];
-  const headsOf = (kind) => [...patterns.keys()].filter((head) => patterns[head] === kind);
-  return kinds.map((kind) => `[${joinHeads(headsOf(kind))}]${kind}`).join("");
+  const groups = new Map();
+  for (const [head, kind] of patterns.entries()) groups.set(kind, groups.get(kind) ?? []).get(kind).push(head);
+  if (groups.size === 1) return patterns[0];
+  return [...groups].map(([kind, heads]) => `[${joinHeads(heads)}]${kind}`).join("");
 }
 
 function joinHeads(heads) {
-  const starts = heads.filter((head) => !heads.includes(head - 1));
-  const ends = heads.filter((head) => !heads.includes(head + 1));
+  const every = new Set(heads);
+  const starts = heads.filter((head) => !every.has(head - 1));
+  const ends = heads.filter((head) => !every.has(head + 1));
   return starts.map((start, i) => (start === ends[i] ? `${start}` : `${start}-${ends[i]}`)).join(",");
 }
 
@@ -45,48 +61,61 @@ function numbers(pattern) {
   return { k, window, means };
 }
 
-/** A rule of a pattern and a number of frames, applied once to each: it takes T x T steps, and a draw asks the same in every bar. */
-function once(rule) {
-  const known = new Map();
-  return (pattern, frames) => {
-    const key = `${pattern} ${frames}`;
-    if (!known.has(key)) known.set(key, rule(pattern, frames));
-    return known.get(key);
-  };
-}
-
 /** Whether nothing is left out of `frames` latent frames. */
-export const isFull = (pattern, frames) => headGroups(pattern).every((group) => isFullOne(group.pattern, frames));
+export const isFull = once((pattern, frames) => headGroups(pattern).every((group) => isFullOne(group.pattern, frames)));
 
 const isFullOne = once((pattern, frames) => {
   if (pattern === FULL) return true;
   const { k, window, means } = numbers(pattern);
   if (frames - k <= 1) return true;
-  if (means) return averaged(pattern, frames).every((row) => row.every((count) => count <= 1));
+  // The first of the others has as many behind it as its window at most, and one of each stretch.
+  if (frames - k > 1 + window + means) return false;
   const others = otherFrames(k, frames);
-  return window > 0 && others.at(-1) - others[0] <= window;
+  if (!means) return others.at(-1) - others[0] <= window;
+  const stretches = others.map((frame) => Math.floor(frame / stretchOf(means, frames)));
+  return windows(others, window).every(([low, high]) => {
+    const unseen = [...stretches.slice(0, low), ...stretches.slice(high)];
+    return new Set(unseen).size === unseen.length;
+  });
 });
 
-/** For each frame that is no reference frame, how many unseen frames each stretch of time has: a mean of so many. */
-function averaged(pattern, frames) {
-  const { k, window, means } = numbers(pattern);
-  const others = otherFrames(k, frames);
-  const stretch = Math.ceil(frames / means);
+/** Frames in a stretch of time that is averaged; the last may be shorter. */
+const stretchOf = (means, frames) => Math.ceil(frames / means);
+
+/** Of each of the frames that are no reference frames, where in their list those that it sees begin and end. */
+function windows(others, window) {
+  let [low, high] = [0, 0];
   return others.map((frame) => {
-    const counts = Array(Math.ceil(frames / stretch)).fill(0);
-    for (const other of others) if (Math.abs(other - frame) > window) counts[Math.floor(other / stretch)]++;
-    return counts.filter(Boolean);
+    while (others[low] < frame - window) low++;
+    while (others[high] <= frame + window) high++;
+    return [low, high];
   });
 }
 
+/** How many means all frames see together. */
+function meanTiles({ window, means }, others, frames) {
+  if (!means) return 0;
+  const places = others.map((frame) => Math.floor(frame / stretchOf(means, frames)));
+  const starts = [...places.keys()].filter((i) => places[i] !== places[i - 1]); // of each stretch, in the list
+  const ends = [...starts.slice(1), others.length];
+  let count = 0;
+  for (const [low, high] of windows(others, window)) {
+    for (let i = 0; i < starts.length; i++) if (starts[i] < low || ends[i] > high) count++;
+  }
+  return count;
+}
+
 /** The name for that many frames, such as 2:6 or 2:6~1 for 8; of each group where heads differ, as in the text form. */
-export function patternName(pattern, frames) {
+export const patternName = once((pattern, frames) => {
   const groups = headGroups(pattern);
   if (groups.length === 1) return nameOne(groups[0].pattern, frames);
   const names = []; // of each head: patterns that differ may be one at this length
-  for (const group of groups) for (const head of listHeads(group.heads)) names[head] = nameOne(group.pattern, frames);
+  for (const group of groups) {
+    const name = nameOne(group.pattern, frames);
+    for (const head of listHeads(group.heads)) names[head] = name;
+  }
   return byHead(names);
-}
+});
 
 function nameOne(pattern, frames) {
   if (isFull(pattern, frames)) return FULL;
@@ -113,27 +142,27 @@ export function referenceFrames(pattern, frames) {
 
 /** What heads that are alike do with the tile of two frames: "reference", "own" (its window too), "mean" or "skipped". */
 export function tileKinds(pattern, frames) {
-  const references = new Set(referenceFrames(pattern, frames));
+  const references = Array(frames).fill(false);
+  for (const frame of referenceFrames(pattern, frames)) references[frame] = true;
   const { window, means } = pattern === FULL ? { window: 0, means: 0 } : numbers(pattern);
   return (row, column) => {
-    if (references.has(row) || references.has(column)) return "reference";
+    if (references[row] || references[column]) return "reference";
     if (Math.abs(row - column) <= window) return "own";
     return means ? "mean" : "skipped";
   };
 }
 
 /** Share of the frame x frame tiles that is computed, 0 to 1, a mean over heads. */
-export function density(pattern, frames) {
+export const density = once((pattern, frames) => {
   const groups = headGroups(pattern);
   return groups.reduce((sum, group) => sum + group.count * densityOne(group.pattern, frames), 0) / headCount(groups);
-}
+});
 
 const densityOne = once((pattern, frames) => {
   if (isFull(pattern, frames)) return 1;
-  const kind = tileKinds(pattern, frames);
-  let kept = numbers(pattern).means ? averaged(pattern, frames).flat().length : 0;
-  for (let row = 0; row < frames; row++) {
-    for (let column = 0; column < frames; column++) kept += ["reference", "own"].includes(kind(row, column));
-  }
+  const { k, window, means } = numbers(pattern);
+  const others = otherFrames(k, frames);
+  let kept = frames ** 2 - others.length ** 2 + meanTiles({ window, means }, others, frames);
+  for (const [low, high] of windows(others, window)) kept += high - low;
   return kept / frames ** 2;
 });

@@ -5,7 +5,7 @@ import { density, FULL, headCount, headGroups, isFull, patternName } from "./pat
 import { layersByName, readableName, sparsePatterns } from "./pattern_figures.js";
 import { layerPattern } from "./plan_text.js";
 import { STYLE } from "./plan_style.js";
-import { percent, tileMaps } from "./tile_maps.js";
+import { MOST_MAPS, percent, tileMaps } from "./tile_maps.js";
 
 const COLORS = 6; // of --pattern-N in the style
 const KEYS = { ArrowLeft: -1, ArrowRight: 1, ArrowDown: -1, ArrowUp: 1, PageUp: 5, PageDown: -5, Home: -1e9, End: 1e9 };
@@ -142,13 +142,15 @@ export class PlanChart {
     this.bars.replaceChildren(...this.columns.map(({ option }) => option), this.lines);
   }
 
-  /** A layer's bar, split by its groups of heads; the height of each is its part of the attention that is computed. */
+  /** A layer's bar, split by its groups of heads; the height of each is its part of the attention that is computed. Those without
+   * a map are one piece, in the colour of the first of them. */
   bar(pattern, layer) {
     const groups = headGroups(pattern);
     const heads = headCount(groups);
     let y = 100;
-    return groups.map((group) => {
-      const height = (100 * this.share(group.pattern) * group.count) / heads;
+    return groups.slice(0, MOST_MAPS + 1).map((group, i) => {
+      const rest = i === MOST_MAPS ? y - 100 + 100 * this.share(pattern) : undefined;
+      const height = rest ?? (100 * this.share(group.pattern) * group.count) / heads;
       y -= height;
       return make("rect", { class: "bar", x: layer + 0.09, y, width: 0.82, height, style: `fill: ${this.color(group.pattern)}` });
     });

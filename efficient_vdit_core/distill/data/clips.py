@@ -263,12 +263,14 @@ def _is_preview(file: Path) -> bool:
     """Whether a .webp stands still, or lies beside a video of its name."""
     from PIL import Image
 
+    from ...media.video import ANIMATIONS
+
     if file.suffix.lower() != ".webp":
         return False
     if any(file.with_suffix(suffix).is_file() for suffix in VIDEO_SUFFIXES if suffix != ".webp"):
         return True
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=ANIMATIONS) as image:
             return not getattr(image, "is_animated", False)
     except Exception:  # a damaged one is named when it is read
         return False

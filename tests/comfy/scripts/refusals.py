@@ -108,6 +108,17 @@ with tempfile.TemporaryDirectory() as models, tempfile.TemporaryDirectory() as s
     facts["texts"] = {name: text for name, text in files.text_forms().items() if "(preset)" not in name}
     facts["lists made for them"], folder_paths.get_filename_list = len(listed), original
     facts["beside another folder"] = {"name": name, "there": os.listdir(shared), "here": sorted(os.listdir(folder))}
+    # Files that would keep the server from answering: they are left to a run, and the rest is told in time.
+    with open(os.path.join(folder, "large.json"), "w") as large:
+        large.write(fits.to_json() + " " * files.MOST_DRAWN)
+    folder_paths.filename_list_cache.clear()
+    files.PATIENCE = 60.0
+    told = files.text_forms()
+    files.text_form.cache_clear()
+    files.PATIENCE = 0.0
+    facts["large"] = {"text": told["large.json"], "others": {*told.values()} > {None, "all:1"}}
+    facts["large"] |= {"loaded": call(pack["EVDiTLoadTilePlan"], plan_name="large.json")[1]}
+    facts["large"] |= {"after the time": list({*files.text_forms().values()})}
 control = refusal(lambda: run(noise, text))
 assert control == {"message": "", "evaluations": 2}, (control, PACK)
 print(json.dumps(facts))
