@@ -33,11 +33,9 @@ def write_layers(patterns: Sequence[LayerPattern], frames: int | None) -> str:
 
 def write_uniform(pattern: TilePattern, dense_layers: Sequence[tuple[int, int]], frames: int | None) -> str:
     """The line for one pattern in any number of layers but the dense ones."""
-    dense, written = [], set()
+    dense, written = [], set()  # a file may name a layer more than once
     for first, last in dense_layers:
-        layers = [
-            layer for layer in range(first, last + 1) if layer not in written
-        ]  # of a file, which may say them twice
+        layers = [layer for layer in range(first, last + 1) if layer not in written]
         written.update(layers)
         # Layers counted from the end stand alone in a text.
         names = map(str, layers) if first < 0 else filter(None, join_heads(tuple(layers)).split(","))

@@ -116,14 +116,22 @@ def read_torch_file(file: Path) -> Any:
     with open(file, "rb") as opened:
         archive = opened.read(4) == b"PK\x03\x04"  # PyTorch's present format; the older one cannot be mapped
     content = read_torch(file, advice, mmap=archive)
-    level = [content]
-    while level:  # without recursion
-        if any(isinstance(x, Tensor) and _claims_more(x) for x in level):
-            raise ValueError(
-                f"{named(file.name)} holds a tensor of more numbers than the file has, which no model has. {advice}"
-            )
-        level = [child for x in level for child in _children(x)]
+    if any(isinstance(value, Tensor) and _claims_more(value) for value in _all_within(content)):
+        raise ValueError(
+            f"{named(file.name)} holds a tensor of more numbers than the file has, which no model has. {advice}"
+        )
     return content
+
+
+def _all_within(content: Any) -> Iterator[Any]:
+    """Each value once: containers may be deep, and hold one another or themselves."""
+    waiting, seen = [content], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(_children(value))
+            yield value
 
 
 def _claims_more(tensor: Tensor) -> bool:

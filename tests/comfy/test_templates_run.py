@@ -57,7 +57,8 @@ def wan(steps: int, dense: int, sparse: int) -> Stage:
     return Stage(steps, dense, sparse, 8, {"cross-attention": 8})
 
 
-# The first step of a clip stays dense, and none of a second stage. Every plan leaves the first two layers and the last dense; Wan's high-noise expert all of its eight but the seventh.
+# The first step of a clip stays dense, and none of a second stage. Every plan leaves the first two layers and the last dense;
+# Wan's high-noise expert all of its eight but the seventh.
 EXPECTED = {
     "minimax_h3_text_8_steps": [minimax_h3(8)],
     "minimax_h3_image_4_steps": [minimax_h3(4)],

@@ -366,3 +366,12 @@ def test_a_tensor_of_more_numbers_than_its_file_is_refused(tmp_path):
     whole = torch.arange(6.0).reshape(2, 3)
     torch.save({"a": whole, "b": whole.T, "c": whole[:, 1], "d": torch.zeros(0), "e": torch.zeros(())}, path)
     assert weight_files.read_state_dict(path)[0].keys() == {*"abcde"}
+
+
+def test_containers_that_hold_themselves_or_one_another_often_are_looked_through_once(tmp_path):
+    path, itself, doubled = tmp_path / "checkpoint.ckpt", [], []
+    itself += [itself, itself]
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    torch.save({"a": torch.zeros(4), "b": itself, "c": doubled}, path)
+    assert weight_files.read_torch_file(path)["a"].tolist() == [0] * 4
