@@ -70,7 +70,7 @@ def _log(hook: Hook, complete: bool, model: Any) -> None:
     if complete and not report.sparse and not report.warned - NO_REASONS:
         if none_asked(report.dense):
             report.unasked = f"no self-attention call over the video came by: {why_none_asked(model, hook.family)}"
-        report.warn("nothing sparse", report.unasked or report.summary())
+        report.warn("nothing sparse", report.unasked or "; ".join([report.summary(), *report.advice()]))
     else:
         log.info("Efficient-vDiT: %s", report.summary())
     if report.measure is not None:

@@ -25,7 +25,8 @@ LEFT_DENSE = {
         "No self-attention over a video was found (6 text or audio as long as the video",
     ),
     "ltx with weaker guides": (
-        "0 attention calls sparse; dense: 12 masked, 6 cross-attention",
+        "0 attention calls sparse; dense: 12 masked, 6 cross-attention; masked: a mask lies over the attention. An LTX guide of "
+        "another strength than 1 makes one: set its strength to 1, or place the picture in the latents with LTXVImgToVideoInplace.",
         "No self-attention over a video was found",
     ),
 }
