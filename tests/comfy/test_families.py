@@ -104,6 +104,20 @@ def test_a_search_measures_every_layer(facts, name, error):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_a_new_node_s_search_by_head_gives_a_plan_that_runs(facts, name):
+    found = facts["by a new node"]
+    assert len(found["errors"]) == facts["depth"] and all(error is not None for error in found["errors"])
+    # One before it may say what computes mean frames.
+    *_, line = found["lines"]
+    assert re.search(r"^Efficient-vDiT: [1-9]\d* attention calls sparse at mean density 0\.\d\d; dense: ", line)
+
+
+def test_the_families_have_heads_that_do_not_divide_by_three_and_take_mean_frames(found):
+    plans = [facts["by a new node"] for facts in found.values() if "by a new node" in facts]
+    assert any(plan["heads"] % 3 for plan in plans) and any(plan["means"] for plan in plans)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_all_frames_are_dense(facts, name):
     assert facts["all frames"] == 0
 
