@@ -54,8 +54,9 @@ ship with the pack; under a minute on a CPU. Needs ComfyUI 0.3.60 or newer.
 
 {TOO_SMALL}
 
-**The plan** is drawn in the node after the run and saved in `models/evdit_plans` (use *Load Tile Plan* next time). *Errors of each layer* \
-is the table behind the choice; set the threshold between the layers that are to stay full and the others, or give a target speed-up.
+**The plan** is drawn in the node after the run and saved in `models/evdit_plans`. Search once, then put *Load Tile Plan* in the search's \
+place: every change of the prompt, a LoRA or the size searches again, and gives another plan. *Errors of each layer* is the table \
+behind the choice; set the threshold between the layers that are to stay full and the others, or give a target speed-up.
 
 **With your own model**: replace the three loaders, and set the size of the latent to what you will sample."""
 

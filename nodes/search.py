@@ -13,9 +13,13 @@ from .checked import checked
 from .comfy_bridge.probe import ProbeSampling, check_searchable, search_plan
 from .inputs import CATEGORY, SEED_STAYS, Plan, advanced_inputs, plan_is_told_again, plan_ui, search_words
 
+# What a new node begins with. Heads apart, with neighbours and means, erred least of what was measured on the built-in model at
+# equal cost (docs/measurements.md, "Plans by head").
+CANDIDATES, HEAD_GROUPS = "0,1,2,0~1,1~1,0+1,1+1,0~1+1,1~1+1", 3
+
 
 class EVDiTSearchTilePlan(io.ComfyNode):
-    """The search for each layer's and head's pattern on a MODEL; by its defaults the paper's Algorithm 1."""
+    """The search for each layer's and head's pattern on a MODEL: the paper's Algorithm 1, over heads and wider patterns."""
 
     @classmethod
     @advanced_inputs("candidates", "costs", "error")
@@ -28,11 +32,11 @@ class EVDiTSearchTilePlan(io.ComfyNode):
             **plan_is_told_again(),
             description=(
                 "Runs the dense model at a few noise levels and measures, in every layer and attention head, how far each candidate "
-                "pattern changes the attention's output: k reference frames, with neighbours and mean frames where asked for. "
-                "Takes the sparsest patterns under a threshold, or the plan with the least error at a target speed-up. The "
-                "defaults are the paper's: reference frames alone, one pattern k:T-k a layer. head_groups 3 with candidates such "
-                "as 0,1,0~1,1~1,0+1,1~1+1 errs much less at the same cost. Connect the plan to Sparse Attention and save it with "
-                "Save Tile Plan."
+                "pattern changes the attention's output: k reference frames, with neighbours and mean frames. Takes the sparsest "
+                "patterns under a threshold, or the plan with the least error at a target speed-up. The paper's search, reference "
+                "frames alone and one pattern k:T-k a layer, is head_groups 1 with candidates 1,2,4: it errs much more at the same "
+                "cost. Connect the plan to Sparse Attention, save it with Save Tile Plan, and use Load Tile Plan from then on: every "
+                "change of prompt, LoRA or size searches again."
             ),
             inputs=[
                 io.Model.Input(
@@ -95,12 +99,12 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                 ),
                 io.String.Input(
                     "candidates",
-                    default="1,2,4",
+                    default=CANDIDATES,
                     tooltip=(
-                        'Numbers of reference frames to try in each layer, in latent frames, at most 16: "1,2,4". "2~1" also sees '
+                        'Patterns to try in each layer, at most 16. "2": so many reference frames, in latent frames. "2~1" also sees '
                         'neighbours up to 1 frame away, which keeps motion better; "1~1+1" also sees the mean of the frames that are left '
                         "out, which errs least at equal cost. Full attention is always a choice. Each adds its attention's time to every "
-                        "layer. Without ~ and +, as in the default, they are the paper's."
+                        'layer. The paper\'s: "1,2,4", without ~ and +, in half of that time.'
                     ),
                 ),
                 io.Conditioning.Input(
@@ -148,14 +152,14 @@ class EVDiTSearchTilePlan(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "head_groups",
-                    default=1,
+                    default=HEAD_GROUPS,
                     min=1,
                     max=MAX_GROUPS,
                     optional=True,
                     tooltip=(
                         "At most as many different patterns in a layer, over its attention heads. 3 keeps more quality at the same "
-                        "FLOPs, for a few more calls a layer; 1 gives all heads of a layer one pattern, as in the paper. Not with "
-                        "block errors. Best with candidates that have neighbours and mean frames."
+                        "FLOPs, for a few more calls a layer; 1 gives all heads of a layer one pattern, as in the paper, and is "
+                        "what block errors need. Best with candidates that have neighbours and mean frames."
                     ),
                 ),
             ],
@@ -179,6 +183,7 @@ class EVDiTSearchTilePlan(io.ComfyNode):
             ],
         )
 
+    # A prompt without head_groups was saved before that input was there, when all heads of a layer were alike.
     @classmethod
     @checked
     def execute(

@@ -28,14 +28,15 @@ class EVDiTTilePlan(io.ComfyNode):
             inputs=[
                 io.Int.Input(
                     "reference_frames",
-                    default=2,
+                    default=6,
                     min=0,
                     max=64,
                     step=1,
                     tooltip=(
                         "k, in latent frames (4 video frames each in most models, 8 in LTX-Video), 0 to 64. Evenly spread over the clip. "
                         "Fewer is faster and loosens motion over time; k at or above the clip's latent frames is full "
-                        "attention; 0 lets every frame see only itself. Usual: a quarter of the latent frames."
+                        "attention; 0 lets every frame see only itself. Usual: a quarter of the latent frames, as 6 is of Wan's 21 "
+                        "(52 % of the attention); 2 (22 %) suits models that were distilled for it."
                     ),
                 ),
                 io.String.Input(

@@ -61,14 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many times less attention; the plan with the least error is taken",
     )
     add("--candidates", default="1,2,4", help="numbers of reference frames to try; 2~1 also sees neighbours up to 1 frame away, "
-        "2~1+1 also the mean of the frames left out (default, the paper's: %(default)s)")  # fmt: skip
+        "2~1+1 also the mean of the frames left out; 0,1,2,0~1,1~1,0+1,1+1,0~1+1,1~1+1 with --head-groups 3 errs much less at the "
+        "same cost (default, the paper's: %(default)s)")  # fmt: skip
     add("--error", choices=("attention", "block", "output"), default="attention", help="where it is measured: in the attention's output; "
         "several times slower, in the whole block's; or in the model's, by a forward for each layer and candidate, which found "
         "the built-in model's best plans (default: %(default)s)")  # fmt: skip
     add("--costs", choices=("flops", "measured"), default="flops", help="what a pattern costs; measured times differ from run to run "
         "(default: %(default)s)")  # fmt: skip
     add("--head-groups", type=int, default=1, metavar="G", help="at most as many different patterns in a layer, over its heads, 1..4; "
-        "3 keeps more quality at the same cost, 1 is the paper's search by layer (default: %(default)s)")  # fmt: skip
+        "3 keeps more quality at the same cost (default, the paper's search by layer: %(default)s)")  # fmt: skip
     add("--seed", type=int, help=f"0 to {MAX_TORCH_SEED:,} (default: 0)")
     add("--out", required=True, metavar="FILE", help="the plan file, .json; must not exist yet")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..assets import preset_names
 from ..limits.documents import parse_json, read_text
 from ..limits.quote import named, quoted
 from ..storage.files import write_text
@@ -80,7 +81,7 @@ class TilePlan:
         if family and self.family not in (ANY_FAMILY, family):
             raise ValueError(
                 f"The plan was made for the model family {quoted(self.family)}, but the model is {quoted(family)}. "
-                "Choose a plan for this model, or a uniform one."
+                f"Choose a plan for this model{_preset_of(family)}, or a uniform one."
             )
         if layers is not None and self.patterns and len(self.patterns) != layers:
             if len(self.patterns) == 1:
@@ -173,3 +174,10 @@ class TilePlan:
             return cls.from_json(read_text(path, "The plan"))
         except (ValueError, OSError) as error:
             raise ValueError(f"{named(Path(path).name)} cannot be used as a plan: {error}") from error
+
+
+def _preset_of(family: str) -> str:
+    """The shipped plan of a family, as a part of a sentence; empty where there is none."""
+    if family not in preset_names():
+        return ""
+    return f", such as its preset {family} ('{family} (preset)' in Load Tile Plan)"

@@ -57,7 +57,7 @@ def _hooks(layer: int, record: ProbeRecord) -> tuple[Callable[..., None], Callab
                 approximate = module.forward(*positional, **named)
             finally:
                 record.replaying = None
-            record.add(BLOCK, layer, pattern, relative_error(flat(approximate), exact))
+            record.compared(BLOCK, layer, pattern, relative_error(flat(approximate), exact), exact)
 
     return before, after
 

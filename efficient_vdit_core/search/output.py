@@ -35,6 +35,7 @@ def measure_output(
     """
     before = record.calls
     exact = forward()
+    exact_values = flat(exact)
     attended = [layer for layer, calls in record.calls.items() if calls > before[layer]]
 
     def measure() -> float:
@@ -43,11 +44,11 @@ def measure_output(
             approximate = forward()
         finally:
             record.replaying = None
-        return relative_error(flat(approximate), flat(exact))
+        return relative_error(flat(approximate), exact_values)
 
     for layer in sorted(attended):
         for pattern in record.candidates:
             if progress is not None:
                 progress(layer)
-            record.add(OUTPUT, layer, pattern, keep(measure) if keep else measure())
+            record.compared(OUTPUT, layer, pattern, keep(measure) if keep else measure(), exact_values)
     return exact

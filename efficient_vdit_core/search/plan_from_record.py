@@ -40,10 +40,11 @@ def plan_from_record(
 
     A layer without a measurement, or with one that is not finite, stays full and is named in the provenance, which also
     holds all errors, the predicted FLOP density and speed-up, and what ``about`` adds (sigmas, seed, ...). Raises ValueError
-    where nothing was seen, or the target is out of reach.
+    where nothing was seen, the model's own results are not finite in any layer, or the target is out of reach.
     """
     layout = _layout(record)
     figures = _figures(record, layout, layers, settings)
+    _check_finite(record, figures)
     own_errors = {}
     if settings.by_head:
         heads = every = int(heads or next(iter(record.heads.values())).mean.shape[0])
@@ -140,6 +141,17 @@ def _layout(record: ProbeRecord) -> TokenLayout:
     raise ValueError(
         f"No self-attention over a video was found ({why}). The search needs a model whose tokens are known, and several frames."
     )
+
+
+def _check_finite(record: ProbeRecord, figures: _Figures) -> None:
+    """Raises ValueError where no layer was measured well because dense attention is no better: no candidate is to blame."""
+    well_measured = any(map(math.isfinite, (error for layer in figures.errors for error in layer.values())))
+    if record.dense_not_finite and not well_measured:
+        raise ValueError(
+            "In every layer something is NaN or infinite, with full attention too: the model itself gives no numbers here, so "
+            "nothing can be measured. Look at what the model is given (a start image or latent that is NaN) and at its precision "
+            "(float16 weights, a quantised attention such as SageAttention)."
+        )
 
 
 def _by_layer(figures: _Figures, settings: SearchSettings) -> list[LayerPattern]:

@@ -107,6 +107,7 @@ class ProbeRecord:
     dense: Counter[str] = field(default_factory=Counter)
     other_frames: Counter[tuple[int, int]] = field(default_factory=Counter)  # calls left out, by (frames, layer)
     ran: set[Any] = field(default_factory=set)  # the kinds of calls that were made once without the clock
+    dense_not_finite: bool = False  # whether a dense result held NaN or infinity
     replaying: Replay | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -160,6 +161,13 @@ class ProbeRecord:
     def add(self, measure: str, layer: int, pattern: TilePattern, error: float) -> None:
         with self.lock:
             self.errors[measure][layer, pattern].append(error)
+
+    def compared(self, measure: str, layer: int, pattern: TilePattern, error: float, exact: Tensor) -> None:
+        """Adds an error against the dense result ``exact``. One that is not finite may be the candidate's fault or the model's
+        own, so the dense result is looked at."""
+        self.add(measure, layer, pattern, error)
+        if not (math.isfinite(error) or self.dense_not_finite or exact.isfinite().all()):
+            self.dense_not_finite = True
 
     def add_heads(self, layer: int, pattern: TilePattern, first: int, squared: np.ndarray) -> None:
         with self.lock:
@@ -244,7 +252,7 @@ def make_probe_override(
         _time_part(record, layer, DENSE, "dense", qkv, dense)
         for pattern in record.candidates:
             error, of_heads = _candidate_errors(record, layer, pattern, qkv, exact, layout, dense, compare)
-            record.add(ATTENTION, layer, pattern, error)
+            record.compared(ATTENTION, layer, pattern, error, exact)
             record.add_heads(layer, pattern, place.first_head, of_heads)
         return out
 

@@ -92,7 +92,7 @@ def _log(hook: Hook, complete: bool) -> None:
         log.info("Efficient-vDiT: no step was sampled.")
         return
     if complete and _unexplained(hook):
-        report.warn("nothing sparse", report.unasked or report.summary())
+        report.warn("nothing sparse", report.unasked or "; ".join([report.summary(), *report.advice()]))
     else:
         log.info("Efficient-vDiT: %s", report.summary())
     if report.measure is not None:

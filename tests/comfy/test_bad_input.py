@@ -43,7 +43,7 @@ def refusals(in_process):
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("plan of another family", ["wan", "opensora_plan"]),
+        ("plan of another family", ["wan", "'opensora_plan (preset)' in Load Tile Plan"]),
         ("plan of another depth", ["30", "6"]),
         ("plan of other heads", ["24", "4"]),
         ("plan by head of more heads", ["24", "4"]),

@@ -25,7 +25,8 @@ LEFT_DENSE = {
         "No self-attention over a video was found (6 text or audio as long as the video",
     ),
     "ltx with weaker guides": (
-        "0 attention calls sparse; dense: 12 masked, 6 cross-attention",
+        "0 attention calls sparse; dense: 12 masked, 6 cross-attention; masked: a mask lies over the attention. An LTX guide of "
+        "another strength than 1 makes one: set its strength to 1, or place the picture in the latents with LTXVImgToVideoInplace.",
         "No self-attention over a video was found",
     ),
 }
@@ -100,6 +101,20 @@ def test_a_search_measures_every_layer(facts, name, error):
     found = facts["searched"][error]
     assert len(found) == facts["depth"] and all(value is not None and value > 1e-4 for value in found), found
     assert facts["mapped"] == [0, facts["depth"] - 1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_new_node_s_search_by_head_gives_a_plan_that_runs(facts, name):
+    found = facts["by a new node"]
+    assert len(found["errors"]) == facts["depth"] and all(error is not None for error in found["errors"])
+    # One before it may say what computes mean frames.
+    *_, line = found["lines"]
+    assert re.search(r"^Efficient-vDiT: [1-9]\d* attention calls sparse at mean density 0\.\d\d; dense: ", line)
+
+
+def test_the_families_have_heads_that_do_not_divide_by_three_and_take_mean_frames(found):
+    plans = [facts["by a new node"] for facts in found.values() if "by a new node" in facts]
+    assert any(plan["heads"] % 3 for plan in plans) and any(plan["means"] for plan in plans)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -26,10 +26,11 @@ PICKLE = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
 # A part of the core, or PART.ROOM of it, may import itself and what stands here; the top-level modules above them may import all.
 ALLOWED = {
     "limits": set(),
+    "assets": set(),
     "timing": set(),
     "storage": {"limits"},
     "tiles": {"limits"},
-    "plan": {"tiles", "storage", "limits"},
+    "plan": {"assets", "tiles", "storage", "limits"},
     "attention": {"tiles", "plan", "storage", "limits", "timing"},
     "sampling": {"limits"},
     "media": {"storage", "limits"},

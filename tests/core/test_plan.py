@@ -37,6 +37,16 @@ def test_density_is_the_mean_over_layers():
     assert layered().density(8) == pytest.approx((1 + TilePattern(2).density(8) + TilePattern(1).density(8)) / 3)
 
 
+def test_a_plan_of_another_family_is_refused_with_the_preset_of_the_model_s_own():
+    plan = TilePlan.uniform(1, family="minimax_h3")
+    with pytest.raises(
+        ValueError, match=r"the model is 'wan'.* preset wan \('wan \(preset\)' in Load Tile Plan\), or a uni"
+    ):
+        plan.check_fits(family="wan")
+    with pytest.raises(ValueError, match="Choose a plan for this model, or a uniform one"):
+        plan.check_fits(family="WanModel")
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [({"family": "WanModel"}, "family"), ({"layers": 32}, "3 layers"), ({"heads": 12}, "24 attention heads")],

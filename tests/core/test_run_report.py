@@ -14,7 +14,7 @@ from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.report.clock import DENSE, SPARSE, AttentionClock, Tally
 from efficient_vdit_core.attention.report.cost import StepCost
 from efficient_vdit_core.attention.report.measure import StepMeasure
-from efficient_vdit_core.attention.report.reason_names import CROSS_ATTENTION
+from efficient_vdit_core.attention.report.reason_names import CROSS_ATTENTION, MASKED
 from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.attention.report.summary import (
     calls_over_video,
@@ -110,6 +110,17 @@ def test_nothing_sparse_is_a_warning():
     assert not sparse and text.startswith("WARNING") and "all dense" in text
     text, sparse = summarize_run(AttentionReport())
     assert not sparse and "No attention call was seen" in text
+
+
+def test_the_report_of_a_masked_run_tells_what_to_do_and_its_one_line_stays_short():
+    report = AttentionReport()
+    report.add_dense(CROSS_ATTENTION)
+    assert report.advice() == []
+    report.add_dense(MASKED)
+    (advice,) = report.advice()
+    assert "LTX guide" in advice and "strength to 1" in advice and "LTXVImgToVideoInplace" in advice
+    assert advice in summarize_run(report)[0]
+    assert report.summary() == "0 attention calls sparse; dense: 1 cross-attention, 1 masked"
 
 
 def test_the_clock_takes_the_time_of_what_runs_within():

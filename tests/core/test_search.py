@@ -294,6 +294,33 @@ def test_a_layer_that_is_not_finite_stays_full_and_is_named(value):
         plan(record, layers=2, speedup=20)
 
 
+def broken_search(measure: str) -> ProbeRecord:
+    """A search in a model that gives NaN with full attention as well."""
+    record, model, broken = ProbeRecord(patterns(0, 1)), Model((0, 0)), clip()
+    broken[0, 5] = math.nan
+    override = make_probe_override(record)
+    with replay_blocks(model.blocks if measure == BLOCK else [], record):
+        if measure == OUTPUT:
+            measure_output(record, lambda: model(broken.clone(), override))
+        else:
+            model(broken, override)
+    return record
+
+
+@pytest.mark.parametrize("aim", [{"threshold": 0.05}, {"speedup": 2.0}])
+@pytest.mark.parametrize(
+    ("measure", "head_groups"), [(ATTENTION, 1), (ATTENTION, 2), (BLOCK, 1), (OUTPUT, 1), (OUTPUT, 2)]
+)
+def test_a_model_that_gives_no_numbers_with_full_attention_is_named_and_no_candidate_blamed(measure, head_groups, aim):
+    with pytest.raises(ValueError, match="In every layer .* with full attention too: the model itself"):
+        plan(broken_search(measure), layers=2, error=measure, head_groups=head_groups, **aim)
+
+
+def test_candidates_that_are_not_finite_where_full_attention_is_are_not_called_the_model_s_fault():
+    record = recorded((ONE, TWO), dict.fromkeys(itertools.product(range(2), (ONE, TWO)), math.inf))
+    assert plan(record, layers=2, threshold=0.1).provenance["not_finite_layers"] == [0, 1]
+
+
 def test_a_layer_that_was_never_seen_stays_full_and_is_named():
     chosen = plan(probed(), layers=7, threshold=0.05)
     assert chosen.provenance["not_measured_layers"] == [5, 6] and chosen.patterns[6].k is None

@@ -12,14 +12,14 @@ from plan_node import TEXT, TITLE, TOLD, plan_node, queue
 def test_a_click_gives_a_layer_its_next_pattern(comfy):
     page = comfy.open().page
     chart = plan_node(comfy)
-    chart.get_by_text("2:19", exact=False).first.wait_for()  # reference_frames' default, at 21 latent frames
+    chart.get_by_text("6:15", exact=False).first.wait_for()  # reference_frames' default, at 21 latent frames
     chart.get_by_role("option", name="Layer 5:").click()
-    assert page.evaluate(TEXT) == "all:2 5:full"
+    assert page.evaluate(TEXT) == "all:6 5:full"
     chart.get_by_role("button", name="edit each layer").click()
-    assert page.evaluate(TEXT) == "0-4:2 5:full 6-31:2"
+    assert page.evaluate(TEXT) == "0-4:6 5:full 6-31:6"
     chart.get_by_role("option", name="Layer 0:").click()
-    assert page.evaluate(TEXT) == "0:1 1-4:2 5:full 6-31:2"
-    assert page.evaluate("app.graph.serialize().nodes[0].widgets_values") == [2, page.evaluate(TEXT)]
+    assert page.evaluate(TEXT) == "0:4 1-4:6 5:full 6-31:6"
+    assert page.evaluate("app.graph.serialize().nodes[0].widgets_values") == [6, page.evaluate(TEXT)]
 
 
 def test_a_click_counts_where_the_chart_is_drawn_anew_meanwhile(comfy):

@@ -23,6 +23,12 @@ RENEWED_TOO_OFTEN = "too dense to pay with a residual"
 MEASURED_FASTER = "measured faster"
 OWN_SCALE = "a scale of its own"
 
+# What a user can do about a reason, where its name does not tell.
+ADVICE = {
+    MASKED: "a mask lies over the attention. An LTX guide of another strength than 1 makes one: set its strength to 1, or "
+    "place the picture in the latents with LTXVImgToVideoInplace",
+}
+
 # Of diffusers' transformers alone.
 DROPOUT_OR_OWN_SCALE = "dropout or a scale of its own"
 SHARDED_BY_DIFFUSERS = "sharded by diffusers"

@@ -13,6 +13,7 @@ from ..layout import TokenLayout
 from .clock import AttentionClock
 from .cost import StepCost
 from .measure import StepMeasure
+from .reason_names import ADVICE
 
 log = logging.getLogger("efficient_vdit")
 
@@ -96,6 +97,11 @@ class AttentionReport:
         self.clock.reset()
         if self.measure is not None:
             self.measure.reset()
+
+    def advice(self) -> list[str]:
+        """What can be done about calls that stayed dense: a text for each reason that has one."""
+        with self.lock:
+            return [f"{reason}: {ADVICE[reason]}." for reason, _ in self.dense.most_common() if reason in ADVICE]
 
     def summary(self) -> str:
         """One line: how many calls became sparse, at what mean density, and why the others stayed dense."""

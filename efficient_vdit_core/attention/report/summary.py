@@ -33,6 +33,7 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
     lines += _times(report, density)
     if ours:
         lines.append("  dense: " + ", ".join(f"{count} {reason}" for reason, count in ours))
+        lines += [f"    {advice}" for advice in report.advice()]
     if computed:
         lines.append("  computed by " + ", ".join(f"{name} ({count})" for name, count in computed))
     lines += [f"  a trial's ms for {pattern}: {times}" for pattern, times in trials[:_MOST_TRIALS]]

@@ -22,6 +22,7 @@ pack = load_pack()
 (hooks,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.hook"))
 (probe,) = (m for name, m in sys.modules.items() if name.endswith("comfy_bridge.probe"))
 (search,) = (m for name, m in sys.modules.items() if name.endswith("efficient_vdit_core.search"))
+(node,) = (m for name, m in sys.modules.items() if name.endswith("nodes.search"))
 lines = log_lines()
 
 
@@ -30,8 +31,12 @@ follow_layers(states, counted)
 
 
 def patched(model, k: int):
-    settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
-    return call(pack["EVDiTSparseAttention"], model=model, plan=plans.TilePlan.uniform(k), **settings)[0]
+    return under(model, plans.TilePlan.uniform(k))
+
+
+def under(model, plan, **more):
+    settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0, **more}
+    return call(pack["EVDiTSparseAttention"], model=model, plan=plan, **settings)[0]
 
 
 def live_tiles(case: Case):
@@ -112,6 +117,23 @@ def searched(model, case: Case, error: str) -> list:
     return plan.provenance["errors"]["1"]
 
 
+def searched_by_a_new_node(model, case: Case) -> dict:
+    """What a search by the candidates and head groups of a new node found, and what a run says that follows its plan."""
+    latent, cond = latent_of(case)
+    patterns = search.parse_candidates(node.CANDIDATES)
+    settings = search.SearchSettings(patterns, speedup=1.05, head_groups=node.HEAD_GROUPS)
+    plan = probe.search_plan(model, cond, None, latent, settings, probe.ProbeSampling(seed=0, probes=1))
+    sparse = under(model, plan, decline_slow=False)
+    lines.clear()
+    run(sparse, case)
+    return {
+        "errors": plan.provenance["plan_errors"],
+        "means": any(pattern.means for layer in plan.patterns for pattern in layer.kinds),
+        "heads": plan.heads,
+        "lines": list(lines),
+    }
+
+
 def mapped(model, case: Case) -> list[int]:
     """The layers whose tile map was measured, of the first and the last."""
     latent, cond = latent_of(case)
@@ -167,6 +189,7 @@ def facts(case: Case) -> dict:
         "lines": list(lines),
         "sparse calls": len(case.layers) * ran,
         "searched": {error: searched(model, case, error) for error in ("attention", "block")},
+        "by a new node": searched_by_a_new_node(model, case),
         "mapped": mapped(model, case),
         "all frames": same / scale,
         "error": float((sparse - want).abs().max()) / scale,
