@@ -205,6 +205,28 @@ def bounds() -> Iterator[str]:
             yield f"| | | `{preset}`{note} | {_gains(row)} | | {row['with_int8']:.2f}x |"
 
 
+def several_gpus() -> Iterator[str]:
+    clips = {
+        "MiniMax-H3 1344x768, 5 s": ("minimax_h3", "1344x768-5s", "minimax_h3_strong"),
+        "the same, 10 s": ("minimax_h3", "1344x768-10s", "minimax_h3_strong"),
+        "the same, 15 s": ("minimax_h3", "1344x768-15s", "minimax_h3_strong"),
+        "Wan 2.2 14B, 1280x720, 81 frames": ("wan_14b", "1280x720-81f", "wan"),
+        "LTX-2, 1920x1088, 241 frames": ("ltx2", "1920x1088-241f", "ltx_av"),
+    }
+    for shown, (model, clip, preset) in clips.items():
+        rows = [r for r in read(f"bounds_{model}.json")["rows"] if r["clip"] == clip and "gpus" in r]
+        for plan, head in (("none", f"{shown} | none"), (preset, f"| `{preset}`")):
+            gains = (
+                " / ".join(
+                    f"{r['speedup']:.2f}-{r['speedup_overlapped']:.2f}x"
+                    for r in rows
+                    if (r["plan"], r["gpus"]) == (plan, gpus)
+                )
+                for gpus in (2, 4)
+            )
+            yield f"| {head} | {' | '.join(gains)} |"
+
+
 def _gains(row: dict[str, Any]) -> str:
     """Of a step, and of runs of so many whose first stays dense."""
     runs = (steps / (1 + (steps - 1) / row["bound"]) for steps in (4, 8))
@@ -224,6 +246,7 @@ def _gains(row: dict[str, Any]) -> str:
         (MEASURED, uniform_plans, 13),
         (MEASURED, sentences, 8),
         (README, bounds, 23),
+        (README.parent / "docs" / "several_gpus.md", several_gpus, 10),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
