@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describes the command's options."""
-    parser.add_argument(
-        "a", metavar="A", help="the clip to compare with: dense (.mp4, .gif, .webp, or what ffmpeg reads)"
-    )
+    parser.add_argument("a", metavar="A", help="the clip to compare with: dense (.mp4, .gif, .webp, or another video)")
     parser.add_argument("b", metavar="B", help="the clip that is compared: sparse, of the same size, length and seed")
     parser.add_argument("--json", metavar="FILE", help="write the metrics, also those of each frame")
     parser.add_argument(

@@ -17,8 +17,8 @@ from .shown import HDR, is_square, square_size, upright, warn_of_hdr
 # All that FFmpeg is asked to read: videos, photos, and sound, which is then said to have no pictures. Whatever a file's name,
 # FFmpeg would also follow lists of other files, such as ffconcat's, which may name one another without end.
 FORMATS = (
-    "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,mpegvideo,m4v,h264,hevc,yuv4mpegpipe,"
-    "jpeg_pipe,png_pipe,bmp_pipe,tiff_pipe,webp_pipe,wav,mp3"
+    "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,mxf,gxf,dv,nut,ivf,obu,mjpeg,mpegvideo,m4v,h264,hevc,yuv4mpegpipe,rm,swf,wtv,"
+    "jpeg_pipe,png_pipe,bmp_pipe,tiff_pipe,webp_pipe,wav,mp3,flac,aac"
 )
 UNEVEN = 0.1  # share by which a constant rate may be another than the mean one
 CRF = 10  # what imageio-ffmpeg makes of the quality 8

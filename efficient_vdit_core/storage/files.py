@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import time
 import uuid
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..limits.quote import named, quoted, reason
-from .locks import is_locked, try_lock
 
 NAME_BYTES = 255  # of a file's name, not characters: what Linux, macOS and Windows have in common
 MAX_NUMBER = 99_999
-_PART = re.compile(r"\.evdit-[0-9a-f]{12}\.\w+")
+_PART = re.compile(
+    r"\.evdit-(?:([0-9a-f]{8})-([0-9a-f]{1,8})-)?[0-9a-f]{12}\.\w+"
+)  # with its writer's machine and number
 _FORGOTTEN = 3600.0  # seconds without a write, after which nobody is writing a part any more
 
 
@@ -65,14 +68,14 @@ def whole_file(path: str | Path, ending: str = ".tmp", *, new: bool = False) -> 
     """
     path = Path(os.path.realpath(path))
     _remove_forgotten(path.parent)
-    part = path.with_name(f".evdit-{uuid.uuid4().hex[:12]}{ending}")
+    part = path.with_name(f".evdit-{_machine()}-{os.getpid():x}-{uuid.uuid4().hex[:12]}{ending}")
     try:
         before = path.stat().st_mode if path.is_file() else None
         allowed = 0o666 if before is None else before & 0o777 | 0o600  # the writer's own; the umask takes from it
-        with _held(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, allowed)):
-            mode = part.stat().st_mode if before is None else before
-            yield part
-        with open(part, "rb+") as file, _held(os.dup(file.fileno())):  # it may be another by now
+        os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, allowed))
+        mode = part.stat().st_mode if before is None else before
+        yield part
+        with open(part, "rb+") as file:
             os.fsync(file.fileno())
         part.chmod(mode)  # some writers, such as safetensors', make their own file, which nobody else may read
         if new:
@@ -81,23 +84,6 @@ def whole_file(path: str | Path, ending: str = ".tmp", *, new: bool = False) -> 
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _held(descriptor: int) -> Iterator[None]:
-    """Holds the lock of a part while it is written, by which others see that its writer lives; closes the descriptor. Windows
-    removes no open file, and its locks would keep the writer out."""
-    try:
-        if os.name == "nt":
-            os.close(descriptor)
-            descriptor = -1
-        else:
-            with suppress(OSError):  # a file system without locks
-                try_lock(descriptor)
-        yield
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str, *, new: bool = False) -> None:
@@ -180,13 +166,33 @@ def _name_once(part: Path, path: Path) -> None:
 
 
 def _remove_forgotten(folder: Path) -> None:
-    """Parts of a process that was killed: each may be as large as a checkpoint. One that stands still, as in a suspended laptop,
-    holds the lock of its own."""
+    """Parts of a process that was killed: each may be as large as a checkpoint."""
     now = time.time()
     with suppress(OSError):  # the folder is not there or not readable: the write itself says so
         for entry in os.scandir(folder):
             with suppress(OSError):  # another process removes it too
-                old = _PART.fullmatch(entry.name) and now - entry.stat(follow_symlinks=False).st_mtime > _FORGOTTEN
-                # Of another user's that may not be opened nobody can tell.
-                if old and os.access(entry.path, os.R_OK | os.W_OK) and not is_locked(Path(entry.path)):
+                found = _PART.fullmatch(entry.name)
+                if (
+                    found
+                    and now - entry.stat(follow_symlinks=False).st_mtime > _FORGOTTEN
+                    and not _is_written(*found.groups())
+                ):
                     os.unlink(entry.path)
+
+
+def _is_written(machine: str | None, process: str | None) -> bool:
+    """Whether the writer that a part's name tells still runs here: it may stand still for hours, as in a suspended laptop.
+    Windows removes no open file."""
+    if process is None or machine != _machine() or os.name == "nt":
+        return False
+    try:
+        os.kill(int(process, 16), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(platform.node().encode(errors='replace')):08x}"

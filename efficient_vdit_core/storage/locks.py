@@ -22,7 +22,7 @@ def take_lock(path: Path, mode: int = 0o600) -> int | None:
     held = False
     try:
         for _ in range(_TRIES):  # who only asks whether it is held holds it for a moment
-            if held := try_lock(descriptor):
+            if held := _try_lock(descriptor):
                 return descriptor
             time.sleep(0.05)
     finally:
@@ -38,7 +38,7 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        return not try_lock(descriptor)
+        return not _try_lock(descriptor)
     except OSError:
         return True
     finally:
@@ -64,8 +64,7 @@ def locked(path: Path) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def try_lock(descriptor: int) -> bool:
-    """Whether the descriptor holds its file's lock now. Raises OSError where the file system knows no locks."""
+def _try_lock(descriptor: int) -> bool:
     try:
         if sys.platform == "win32":
             import msvcrt

@@ -17,6 +17,9 @@ from .files import read_torch, whole_file
 
 MAX_INDEX = 2**25  # bytes: a name and a file for each tensor of a model
 _SAFETENSORS = (".safetensors", ".sft")
+_MOST_CLAIMED = (
+    2**26
+)  # bytes of tensors beyond those that a PyTorch file holds: some have small buffers that are expanded
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "checkpoint.ckpt")
 
@@ -111,14 +114,14 @@ def save_safetensors(
 
 def read_torch_file(file: Path) -> Any:
     """What a PyTorch file holds, memory-mapped where its format allows; tensors and plain containers only, never
-    code. ValueError also for a tensor of more numbers than the file has, which one number can stand for."""
+    code. ValueError also for tensors of far more numbers than the file has, for all of which one can stand."""
     advice = "Download it again, or ask its publisher for safetensors."
     with open(file, "rb") as opened:
         archive = opened.read(4) == b"PK\x03\x04"  # PyTorch's present format; the older one cannot be mapped
     content = read_torch(file, advice, mmap=archive)
-    if any(isinstance(value, Tensor) and _claims_more(value) for value in _all_within(content)):
+    if sum(_claimed(value) for value in _all_within(content) if isinstance(value, Tensor)) > _MOST_CLAIMED:
         raise ValueError(
-            f"{named(file.name)} holds a tensor of more numbers than the file has, which no model has. {advice}"
+            f"{named(file.name)} holds tensors of far more numbers than the file has, which no model has. {advice}"
         )
     return content
 
@@ -134,8 +137,9 @@ def _all_within(content: Any) -> Iterator[Any]:
             yield value
 
 
-def _claims_more(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes()
+def _claimed(tensor: Tensor) -> int:
+    """Bytes of a tensor beyond those that the file holds for it, as an expanded buffer has some."""
+    return max(0, tensor.nbytes - tensor.untyped_storage().nbytes()) if tensor.layout is torch.strided else 0
 
 
 def _children(value: Any) -> Any:

@@ -37,6 +37,11 @@ def test_the_text_speaks_of_no_machine(pattern):
     assert not found, found
 
 
+def test_no_half_of_a_merge_is_left():
+    marks = re.compile(r"^(<{7} |>{7} )", re.M)
+    assert marks.search("a\n" + 7 * "<" + " HEAD\n") and not [path for path, text in texts() if marks.search(text)]
+
+
 @pytest.mark.parametrize("sample", ["open('/ro" + "ot/x')", "cd /wo" + "rk/main", "/ho" + "me/ann/x"])
 def test_the_search_for_machine_paths_sees_one(sample):
     assert MACHINE_PATHS.search(sample)

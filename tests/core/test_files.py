@@ -156,14 +156,24 @@ def test_a_number_that_another_process_takes_in_between_is_left_to_it(tmp_path, 
 
 @pytest.mark.skipif(os.name == "nt", reason="no open file is removed there")
 def test_a_writer_that_stood_still_for_long_keeps_its_file(tmp_path):
-    """As in a suspended laptop, or on a share whose clock is behind; a part that nobody writes is still removed."""
-    forgotten = tmp_path / f".evdit-{'0' * 12}.tmp"
-    forgotten.touch()
+    """As in a suspended laptop, or on a share whose clock is behind; parts that nobody writes here are still removed, of earlier
+    versions too."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
     long_ago = time.time() - 4000
-    os.utime(forgotten, (long_ago, long_ago))
     with whole_file(tmp_path / "a.bin") as part:
         part.write_bytes(b"whole")
-        os.utime(part, (long_ago, long_ago))
+        mine = part.name.split("-")
+        others = [
+            "0" * 12,
+            f"{mine[1]}-{gone.pid:x}-{'0' * 12}",
+            f"{mine[1]}-ffffffff-{'0' * 12}",
+            f"00000000-{mine[2]}-{'0' * 12}",
+        ]
+        for name in others:
+            (tmp_path / f".evdit-{name}.tmp").touch()
+        for file in tmp_path.iterdir():
+            os.utime(file, (long_ago, long_ago))
         write_text(tmp_path / "b.txt", "another")
     assert (tmp_path / "a.bin").read_bytes() == b"whole" and sorted(os.listdir(tmp_path)) == ["a.bin", "b.txt"]
 

@@ -361,11 +361,13 @@ def test_a_tensor_of_more_numbers_than_its_file_is_refused(tmp_path):
     """One number may stand for any shape: 28 kB were a VAE of 32 GB."""
     path = tmp_path / "checkpoint.ckpt"
     torch.save({"state_dict": {"a": torch.zeros(4), "b": [torch.zeros(1).expand(2**30)]}}, path)
-    with pytest.raises(ValueError, match="checkpoint.ckpt holds a tensor of more numbers than the file has"):
+    with pytest.raises(ValueError, match="checkpoint.ckpt holds tensors of far more numbers than the file has"):
         weight_files.read_state_dict(path)
     whole = torch.arange(6.0).reshape(2, 3)
     torch.save({"a": whole, "b": whole.T, "c": whole[:, 1], "d": torch.zeros(0), "e": torch.zeros(())}, path)
     assert weight_files.read_state_dict(path)[0].keys() == {*"abcde"}
+    torch.save({"position_ids": torch.arange(77).expand(2, -1)}, path)
+    assert weight_files.read_state_dict(path)[0]["position_ids"].shape == (2, 77)
 
 
 def test_containers_that_hold_themselves_or_one_another_often_are_looked_through_once(tmp_path):

@@ -52,6 +52,14 @@ def test_a_mild_preset_stays_as_mild_on_a_clip_of_twice_the_length(name):
     assert density(plan, 2 * usual) >= 0.8 * density(plan, usual)
 
 
+@pytest.mark.parametrize("name", WITH_MEANS)
+def test_a_preset_with_means_computes_less_than_the_one_without_at_every_length(name):
+    means, plain = (TilePlan.load(preset_path(each)) for each in (name, WITH_MEANS[name]))
+    usual = USUAL.get(WITH_MEANS[name], (37, 0))[0]
+    for frames in range(usual, means.frames + 1):
+        assert 0.5 * density(plain, frames) <= density(means, frames) <= 0.96 * density(plain, frames), frames
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_is_marked_and_leaves_the_share_that_it_names(name):
     plan = TilePlan.load(preset_path(name))

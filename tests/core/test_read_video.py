@@ -536,3 +536,21 @@ def test_a_reader_that_takes_its_time_is_waited_for(tmp_path, frames, monkeypatc
     next(found)
     time.sleep(2.5)
     assert len(list(found)) == len(frames) - 1
+
+
+@pytest.mark.parametrize(
+    "suffix", [".mxf", ".nut", ".ivf", ".mjpeg", ".dv", ".rm", ".vob", ".m2ts", ".ogv", ".3gp", ".y4m"]
+)
+def test_seldom_formats_are_read_too(tmp_path, frames, suffix):
+    """What FFmpeg is asked to read is listed: all that holds one video by itself."""
+    kinds = {
+        ".mxf": ["mpeg2video"],
+        ".ivf": ["libvpx"],
+        ".rm": ["rv20"],
+        ".y4m": ["wrapped_avframe", "-pix_fmt", "yuv420p"],
+    }
+    sizes = {".dv": ["-s", "720x576", "-pix_fmt", "yuv420p"], ".3gp": ["-s", "176x144"], ".rm": ["-s", "128x96"]}
+    codec = ["-c:v", *kinds[suffix]] if suffix in kinds else []
+    plain = write_video(tmp_path / "a.mp4", frames[:6], fps=25)
+    path = changed(plain, tmp_path / f"b{suffix}", "-y", *codec, *sizes.get(suffix, []))
+    assert len(read_video(path)) == 6

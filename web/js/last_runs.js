@@ -1,6 +1,6 @@
 /** What the runs told of each Sparse Attention node, and whether such a run is the last one or an earlier one by now. */
 
-import { behind, findNode } from "./graphs.js";
+import { allNodes, behind, findNode } from "./graphs.js";
 import { Recent } from "./recent.js";
 import { openTab } from "./tabs.js";
 
@@ -30,16 +30,19 @@ export function lastOf(reports) {
 }
 
 /**
- * A prompt that the open tab queued has ended, in which the nodes of these ids ran. Where a sampler ran whose model comes from a
- * Sparse Attention node that told nothing (it is bypassed), or from none, what was told before is of an earlier run. What came from
- * the cache is as it was.
+ * A prompt that the open tab queued has ended, in which the nodes of these ids ran. Where a sampler ran, what a Sparse Attention node
+ * told before is of an earlier run if the sampler's model comes from that node, which told nothing now (it is bypassed), or no
+ * sampler's does any more. What came from the cache is as it was.
  */
 export function promptEnded(prompt, ids) {
   const samplers = ids.map(findNode).filter((node) => node && samples(node));
-  const sparse = samplers.map(sparseBehind);
+  if (!samplers.length) return;
+  const sampled = new Set(samplers.flatMap(sparseBehind));
+  const inUse = new Set([...allNodes()].filter(samples).flatMap(sparseBehind));
   for (const key of [...latest.keys()]) {
     const [tab, id] = JSON.parse(key);
-    if (tab === openTab() && sparse.some((nodes) => !nodes.length || nodes.includes(findNode(id)))) latest.set(key, prompt);
+    const node = findNode(id);
+    if (tab === openTab() && (sampled.has(node) || !inUse.has(node))) latest.set(key, prompt);
   }
 }
 
