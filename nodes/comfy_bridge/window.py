@@ -67,8 +67,9 @@ class Window:
         clip's own alone; "" of other samplers."""
         if not (self.dense_first_steps and steps_of(options)):
             return ""
-        begins = _percent_of(model_sampling, float(options["sample_sigmas"][0]))
-        if begins < _LATE:
+        first, last = (float(options["sample_sigmas"][at]) for at in (0, -1))
+        begins = _percent_of(model_sampling, first)
+        if first <= last or begins < _LATE:  # levels rise where a clip is turned into noise
             return ""
         return (
             f"this sampler begins {begins:.0%} into the noise schedule, and dense_first_steps keeps its first steps dense as well. "

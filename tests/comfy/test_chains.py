@@ -205,7 +205,7 @@ def test_a_plan_for_a_much_shorter_clip_is_warned_of(facts):
     warning, _ = facts["made for 3"]
     assert (
         "made for 3 latent frames and the run has 9" in warning
-        and "21% of the attention is computed in place of 56%" in warning
+        and "31% of the attention is computed in place of 78%" in warning
     )
 
 
