@@ -197,7 +197,7 @@ def test_a_file_of_the_list_is_drawn_before_it_runs(comfy, modern):
     page.evaluate("void app.graph.add(LiteGraph.createNode('EVDiTLoadTilePlan'))")
     page.evaluate("(w => { w.value = 'wan (preset)'; w.callback(w.value) })(app.graph.nodes[0].widgets[0])")
     chart = page.locator(".evdit-plan-chart:visible").first
-    chart.get_by_text("6:15 × 29").wait_for()
+    chart.get_by_text("16:45 × 29").wait_for()
 
 
 @pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes2"])
