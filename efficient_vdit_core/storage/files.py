@@ -17,9 +17,8 @@ from ..limits.quote import named, quoted, reason
 
 NAME_BYTES = 255  # of a file's name, not characters: what Linux, macOS and Windows have in common
 MAX_NUMBER = 99_999
-_PART = re.compile(
-    r"\.evdit-(?:([0-9a-f]{8})-([0-9a-f]{1,8})-)?[0-9a-f]{12}\.\w+"
-)  # with its writer's machine and number
+# With its writer's machine and number, which those of earlier versions lack.
+_PART = re.compile(r"\.evdit-(?:([0-9a-f]{8})-([0-9a-f]{1,8})-)?[0-9a-f]{12}\.\w+")
 _FORGOTTEN = 3600.0  # seconds without a write, after which nobody is writing a part any more
 
 

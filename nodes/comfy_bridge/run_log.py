@@ -20,7 +20,7 @@ log = logging.getLogger("efficient_vdit")
 STAYS_DENSE = "Efficient-vDiT: %s stays dense: %s."
 
 # Warnings that do not say why nothing became sparse.
-NO_REASONS = {"further apart", "caution", "parts", "residual", "residual of another size", "second model"}
+NO_REASONS = {"much sparser", "caution", "parts", "residual", "residual of another size", "second model"}
 
 
 def log_report(hook: Hook) -> Callable[..., Any]:

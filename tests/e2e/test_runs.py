@@ -255,6 +255,7 @@ def test_a_run_without_sparse_attention_makes_the_last_one_an_earlier_one(comfy,
     page.evaluate("id => { app.graph.getNodeById(id).pos = [700, 150] }", sparse)
     link(page, sparse, 0, sampler, "model")
     assert page.get_by_role("textbox", name=NODE_TEXT).input_value() == ""
+    page.wait_for_timeout(500)  # the page gives a new node the height of all that stands in it when it first draws it
     height = page.evaluate("id => app.graph.getNodeById(id).size[1]", sparse)
     prompt_runs(page, "sparse", sampler, told=[(sparse, "0-5:2:6", 11)])
     shown(page).get_by_text("Last run: 11 sparse calls").wait_for()

@@ -20,7 +20,6 @@ const nodeTexts = new WeakMap(); // node -> NodeText
 const runs = new Recent(); // the plan and the reports of the last run, by node and settings: undo and the page's tabs make nodes anew
 const sizes = new Map(); // the latent frames and layers of the last run, by node
 const waiting = new Map(); // what runs of tabs that are not open told: {tab, promptId, acts} by tab, event and node
-const executed = new Recent(); // the ids of the nodes that ran, by prompt
 let files = new Map(); // the plans in Load Tile Plan's list, as text; null where only a run tells it
 let texts = {};
 
@@ -297,16 +296,15 @@ function actInOpenTab() {
   }
 }
 
-/** Follow which nodes each prompt runs, until it has ended: which of them the page draws is asked in the prompt's own tab. */
+/** Follow which nodes the prompt runs that is at work, until it has ended: which of them the page draws is asked in its own tab. */
 function followPrompts() {
-  let running;
-  api.addEventListener("execution_start", ({ detail }) => {
-    running = new Set();
-    executed.set(detail.prompt_id, running);
+  let ran = new Set();
+  api.addEventListener("execution_start", () => {
+    ran = new Set();
   });
-  api.addEventListener("executing", ({ detail }) => detail && running?.add(String(detail)));
+  api.addEventListener("executing", ({ detail }) => detail && ran.add(String(detail)));
   api.addEventListener("execution_success", ({ detail }) => {
-    const ids = [...(executed.get(detail.prompt_id) ?? [])];
+    const ids = [...ran];
     inItsTab(detail, "execution_success", () => {
       promptEnded(detail.prompt_id, ids);
       drawAll();

@@ -368,9 +368,9 @@ def pattern_for_frames(
         here, there = pattern.density(frames), pattern.density(plan.frames)
         if here < MUCH_SPARSER * there:
             text = (
-                f"the plan was made for {plan.frames} latent frames and the run has {frames}: its reference frames stand further "
-                f"apart, so that {here:.0%} of the attention is computed in place of {there:.0%} (layer {layer}), and the clip "
-                "suffers more. Take more reference frames, or a plan for this length."
+                f"the plan was made for {plan.frames} latent frames and the run has {frames}, of which each sees as many as before: "
+                f"{here:.0%} of the attention is computed in place of {there:.0%} (layer {layer}), and the clip suffers more. "
+                "Take more reference frames, or a plan for this length."
             )
-            return pattern, (Note("further apart", text),)
+            return pattern, (Note("much sparser", text),)
     return pattern, ()
