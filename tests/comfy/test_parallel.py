@@ -573,6 +573,13 @@ def test_workers_refuse_a_comfyui_that_they_cannot_follow(facts):
     assert "other options (--bf16-unet, --fp16-vae), and go on with those" in facts["others"]["argv"]
     assert re.search("run the ComfyUI in .*, expected .*elsewhere. End them", facts["others"]["root"])
     assert re.search("loaded the node EVDiTTilePlan from .*, expected .*nodes. End them", facts["another copy"])
+    assert re.search(r"run ComfyUI [\d.]+, expected 9\.9, .*\. End them", facts["others"]["version"])
+    assert re.search("The pack in .* has changed since the workers loaded it. End them", facts["other code"])
+
+
+def test_of_two_experts_each_is_read_once_whatever_changes_behind_it(facts):
+    """A model's nodes run alone in the workers; ComfyUI's cache would forget the other expert's loader meanwhile."""
+    assert facts["files read"] == {"read": ["high.safetensors", "low.safetensors"], "whole models held": 2}
 
 
 def test_a_file_that_was_replaced_under_its_name_is_read_anew(facts):

@@ -97,6 +97,21 @@ def test_the_model_that_was_not_used_for_longest_makes_way(session):
     assert all(set(said["held"]) == set("acde") for said in ranks)
 
 
+def test_models_that_the_workers_let_go_of_are_built_again(session):
+    """As where ComfyUI has other folders of models by then."""
+    step(session, launch(key="high"))
+    step(session, launch(key="low", opening={"trouble": "forget"}))
+    ranks, _ = step(session, launch(key="high"))
+    assert all(said["built"][-3:] == ["high", "low", "high"] for said in ranks)
+
+
+def test_a_node_on_other_devices_says_that_it_ends_the_pool(session, caplog):
+    step(session)
+    assert "one pool at a time" not in caplog.text
+    session.ready(launch(("cpu",)))
+    assert "the workers on cpu, cpu end and others start on cpu," in caplog.text and "one pool at a time" in caplog.text
+
+
 def test_plans_that_differ_between_ranks_are_refused(session):
     """Each rank runs the nodes before; a search that measures times finds another plan in each, and their exchanges
     would not match."""

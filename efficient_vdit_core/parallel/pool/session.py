@@ -65,6 +65,7 @@ class Session:
         saying why not."""
         with self.lock:
             if self.pool is None or not self.pool.usable or self.devices != launch.devices:
+                self._say_other_devices(launch)
                 self.stop()
                 try:
                     self._find_or_start(launch, poll)
@@ -77,6 +78,15 @@ class Session:
             self.opened.remove(launch.key)
             self.opened.append(launch.key)
             return self.pool
+
+    def _say_other_devices(self, launch: Launch) -> None:
+        if self.workers is not None and self.devices != launch.devices:
+            log.warning(
+                "Efficient-vDiT: the workers on %s end and others start on %s, which reads the model from disk again: there is one pool "
+                "at a time. Name the same devices in every Sequence Parallel node of a workflow.",
+                ", ".join(self.devices),
+                ", ".join(launch.devices),
+            )
 
     def forget_if_gone(self) -> None:
         """Leave a pool that ended while nothing was asked of it: no work was lost, and the next request finds or starts
@@ -102,7 +112,9 @@ class Session:
                 f"The workers' devices compute this model in {' and '.join(sorted(dtypes))}, expected one precision: what they "
                 "exchange would not fit. Choose one in the model loader (weight_dtype), or name devices of one generation."
             )
-        self.opened.append(launch.key)
+        # Other folders of models than before have them let go of all.
+        held = set.intersection(*(set(said["held"]) for said in built))
+        self.opened = [key for key in self.opened if key in held] + [launch.key]
 
     def step(self, launch: Launch, message: Message, tensors: Tensors, poll: Poll | None = None) -> Answers:
         """One forward pass on the pool: every rank's answer, and rank 0's tensors."""

@@ -28,7 +28,8 @@ class ComfyHost:
         self.run = ""
 
     def open(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Build the model of ``message["key"]``, unless it is there, and tell its plan and the precision it computes in.
+        """Build the model of ``message["key"]``, unless it is there, and tell its plan, the precision it computes in and the
+        models that are held now.
 
         Raises ValueError naming the node that stands in the way.
         """
@@ -42,18 +43,18 @@ class ComfyHost:
         from .sharded_weights import SHARDED_WEIGHTS, WHOLE_WEIGHTS
         from .sharding import plan_text, shard_model
 
+        self.comfyui.load_packs(message["packs"], message["sources"])
         if message["key"] not in self.models:
-            self.comfyui.load_packs(message["packs"])
             self.comfyui.forget_replaced(message["files"])
             hold = message.get("hold", WHOLE_WEIGHTS)
             with files_stay_mapped() if hold == SHARDED_WEIGHTS else nullcontext():
-                built = self.comfyui.build(message["prompt"], message["source"])
+                built = self.comfyui.build(message["key"], message["keep"], message["prompt"], message["source"])
             self.models[message["key"]] = shard_model(built, self.comm, weights=hold)
         for key in set(self.models) - set(message["keep"]):
             if self.models.pop(key) is self.running:
                 self._end_run()
         model = self.models[message["key"]]
-        return {"plan": plan_text(model), "dtype": str(compute_dtype(model.model))}
+        return {"plan": plan_text(model), "dtype": str(compute_dtype(model.model)), "held": list(self.models)}
 
     def offload(self) -> None:
         """Free the device; the weights stay in main memory."""

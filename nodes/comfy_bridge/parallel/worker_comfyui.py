@@ -11,7 +11,7 @@ import inspect
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 CAPTURE = "EVDiTWorkerCapture"
@@ -33,8 +33,10 @@ class WorkerComfyUI:
     def __init__(self, settings: Any, about: dict[str, Any]) -> None:
         self.settings, self.about = settings, about
         self.kept: list[Any] = []
+        self.parts: dict[str, dict[str, Any]] = {}  # by key, of what prompts the models that are kept were built
         self.files: dict[str, list[int]] = {}  # size and time of those that models were built of
         self.packs: dict[str, str] = {}  # where node classes were loaded from
+        self.sources: dict[str, str] = {}  # what code that was, by folder or file
         self.executor = self._start(about)
 
     def follow(self, about: dict[str, Any]) -> bool:
@@ -47,6 +49,7 @@ class WorkerComfyUI:
                 f"The workers run the ComfyUI in {self.about['root']}, expected {about['root']}. End them where they were started, and "
                 "start them again."
             )
+        _check_version(about)
         if differ := _differ(self.about["argv"], about["argv"]):
             raise ValueError(
                 f"The workers were started for a ComfyUI with other options ({', '.join(differ)}), and go on with those. End them "
@@ -65,10 +68,16 @@ class WorkerComfyUI:
             self.executor.reset()
         self.files |= files
 
-    def load_packs(self, packs: dict[str, str]) -> None:
-        """Load the node classes of other packs, each from its folder or file. Raises ValueError where one does not load, and
-        where it was loaded from elsewhere before."""
+    def load_packs(self, packs: dict[str, str], sources: dict[str, str]) -> None:
+        """Load the node classes of other packs, each from its folder or file, whose code has the number in ``sources``.
+        Raises ValueError where one does not load, and where other code or that of elsewhere was loaded before."""
         nodes = importlib.import_module("nodes")
+        for path, source in sources.items():
+            if self.sources.setdefault(path, source) != source:
+                raise ValueError(
+                    f"The pack in {path} has changed since the workers loaded it. End them where they were started, and start them "
+                    "again."
+                )
         for kind, path in packs.items():
             self.settings.check_import(path)
             if (before := self.packs.setdefault(kind, path)) != path:
@@ -84,15 +93,24 @@ class WorkerComfyUI:
                     f"The node {kind} cannot run in the workers: its pack did not load there; {log} says why."
                 )
 
-    def build(self, prompt: dict[str, Any], source: list[Any]) -> Any:
-        """Run the part of the prompt that makes the model. Raises ValueError naming the node that stands in the way."""
+    def build(self, key: str, keep: Collection[str], prompt: dict[str, Any], source: list[Any]) -> Any:
+        """Run the part of the prompt that makes the model of ``key``. Raises ValueError naming the node that stands in the
+        way.
+
+        ComfyUI's cache forgets what stands in no prompt, so those of the models in ``keep`` stand beside it: two experts
+        are read from disk once, whichever of them another LoRA is put on.
+        """
         nodes, execution = importlib.import_module("nodes"), importlib.import_module("execution")
         for node in prompt.values():
             if node["class_type"] not in nodes.NODE_CLASS_MAPPINGS:
                 raise ValueError(
                     f"The node {node['class_type']} is missing in the workers. Install its pack where they run."
                 )
-        prompt = {**prompt, CAPTURE: {"class_type": CAPTURE, "inputs": {"model": source}}}
+        others = {known: part for known, part in self.parts.items() if known in keep and known != key}
+        self.parts = {**others, key: prompt}
+        # Where two give a number to unlike nodes, the one asked for now has it.
+        beside = {number: node for part in self.parts.values() for number, node in part.items()}
+        prompt = {**beside, CAPTURE: {"class_type": CAPTURE, "inputs": {"model": source}}}
         valid, error, outputs, by_node = asyncio.run(execution.validate_prompt(CAPTURE, prompt, None))
         if not valid:
             names = ", ".join(found["class_type"] for found in by_node.values())
@@ -116,6 +134,7 @@ class WorkerComfyUI:
         """Import ComfyUI; returns its executor."""
         self.settings.check_import(about["root"])
         sys.path.insert(0, about["root"])
+        _check_version(about)
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         sys.argv = ["main.py", *about["argv"]]
         # ComfyUI's nodes put comfy/ on the path, whose utils.py would then hide the package of that name.
@@ -145,6 +164,16 @@ class NoAssets:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
+
+
+def _check_version(about: dict[str, Any]) -> None:
+    """Raises ValueError where the ComfyUI that asks is another version than the one that this process imports."""
+    own = importlib.import_module("comfyui_version").__version__
+    if own != about["version"]:
+        raise ValueError(
+            f"The workers run ComfyUI {own}, expected {about['version']}, which the one that asks is. End them where they were "
+            "started, and start them again."
+        )
 
 
 def _set_folders(about: dict[str, Any]) -> None:

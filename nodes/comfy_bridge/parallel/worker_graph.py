@@ -10,10 +10,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import folder_paths
+
+from ....efficient_vdit_core.parallel.pool.code_version import sources_number
+from ..families import comfyui_version
 
 COMFY_NODES: Any = importlib.import_module("nodes")  # ComfyUI's, whose name this pack's folder shares
 PACK = Path(__file__).resolve().parents[3]
@@ -44,8 +48,10 @@ def recipe(prompt: dict[str, Any] | None, node_id: str | None, node_name: str) -
     about = _about()
     folders = [about["root"], str(PACK), *packs.values()]
     paths = {**dict.fromkeys(folders), **{path: size for path, (size, _) in about_files.items()}}
-    opening = {"comfyui": about, "prompt": part, "source": source, "packs": packs, "paths": paths, "files": about_files}
-    return key, opening
+    # At the code of this pack the pool looks itself.
+    sources = {path: _code_of(path) for path in packs.values() if path != str(PACK)}
+    files_and_code = {"packs": packs, "sources": sources, "paths": paths, "files": about_files}
+    return key, {"comfyui": about, "prompt": part, "source": source, **files_and_code}
 
 
 def import_folders() -> tuple[str, ...]:
@@ -117,12 +123,24 @@ def pack_of(kind: str) -> str | None:
     )
 
 
+@cache
+def _code_of(path: str) -> str:
+    """A number of what the sources of a pack, a folder or a file, say; once in a process, which loads them once."""
+    pack = Path(path)
+    return (
+        sources_number(pack, filter(Path.is_file, pack.rglob("*.py")))
+        if pack.is_dir()
+        else sources_number(pack.parent, [pack])
+    )
+
+
 def _about() -> dict[str, Any]:
     folders = {
         name: [list(where), sorted(endings)]
         for name, (where, endings, *_) in folder_paths.folder_names_and_paths.items()
     }
-    return {"root": _root(), "argv": sys.argv[1:], "folders": folders, "input": folder_paths.get_input_directory()}
+    where = {"root": _root(), "folders": folders, "input": folder_paths.get_input_directory()}
+    return {**where, "argv": sys.argv[1:], "version": comfyui_version()}
 
 
 def _root() -> str:

@@ -96,6 +96,7 @@ def rank_main(rank, folder):
     host = COMFYUI_HOST.load()(settings, comm)
     about = {
         "root": COMFYUI,
+        "version": importlib.import_module("comfyui_version").__version__,
         "argv": ["--cpu"],
         "folders": {"diffusion_models": [[folder], [".safetensors"]]},
         "input": folder,
@@ -103,15 +104,41 @@ def rank_main(rank, folder):
     packs = dict.fromkeys(("EVDiTModelLoader", "EVDiTTilePlan", "EVDiTSparseAttention"), PACK)
     facts, files = {}, {}
 
-    def opened(key, graph, source):
-        about_graph = {"comfyui": about, "packs": packs, "prompt": graph, "source": source, "files": files}
-        said = host.open({"key": key, "keep": [key], **about_graph})
+    def opened(key, graph, source, keep=()):
+        about_graph = {
+            "comfyui": about,
+            "packs": packs,
+            "prompt": graph,
+            "source": source,
+            "files": files,
+            "sources": {},
+        }
+        said = host.open({"key": key, "keep": [*keep, key], **about_graph})
         facts[f"plan of {key}"] = said["plan"]
         host.models["plain"] = host.comfyui.kept[-1]
 
-    def opened_from(path, kind="Other"):
-        graph = {"packs": {kind: path}, "prompt": {}, "source": ["1", 0], "files": {}}
+    def opened_from(path, kind="Other", code=""):
+        graph = {"packs": {kind: path}, "prompt": {}, "source": ["1", 0], "files": {}, "sources": {path: code}}
         host.open({"key": "else", "keep": [], "comfyui": about, **graph})
+
+    def two_experts():
+        """The files that are read for a high and a low expert, each with a plan of its own that changes twice."""
+        read, sd = [], importlib.import_module("comfy.sd")
+        load = sd.load_diffusion_model
+        sd.load_diffusion_model = lambda path, *a, **k: (read.append(os.path.basename(path)), load(path, *a, **k))[1]
+        for name in ("high.safetensors", "low.safetensors"):
+            save(1.0, f"{folder}/second/{name}")
+        keys = []
+        for blocks in ("0", "1", ""):
+            for at, name in enumerate(("high", "low")):
+                graph = {str(10 * at + int(n)): node for n, node in prompt(wan(f"{name}.safetensors")).items()}
+                graph[str(10 * at + 3)]["inputs"] |= {"model": [str(10 * at + 1), 0], "plan": [str(10 * at + 2), 0]}
+                graph[str(10 * at + 3)]["inputs"]["dense_blocks"] = blocks
+                opened(f"{name} {blocks}", graph, [str(10 * at + 3), 0], keys[-3:])
+                keys.append(f"{name} {blocks}")
+        sd.load_diffusion_model = load
+        held = {id(model.model) for name, model in host.models.items() if name in keys}
+        return {"read": read, "whole models held": len(held)}
 
     def mean_weight(key):
         return float(host.models[key].model.diffusion_model.blocks[0].self_attn.q.weight.abs().mean())
@@ -172,7 +199,11 @@ def rank_main(rank, folder):
         opened("replaced", prompt(wan("wan.safetensors")), ["3", 0])
         facts["mean weight"]["of a second ComfyUI"] = mean_weight("replaced")
         facts["others"] = {}
-        for name, value in (("argv", ["--bf16-unet", "--fp16-vae"]), ("root", f"{folder}/elsewhere")):
+        for name, value in (
+            ("argv", ["--bf16-unet", "--fp16-vae"]),
+            ("root", f"{folder}/elsewhere"),
+            ("version", "9.9"),
+        ):
             try:
                 host.open({"key": "replaced", "keep": ["replaced"], "comfyui": {**about, name: value}})
             except ValueError as error:
@@ -194,6 +225,12 @@ def rank_main(rank, folder):
             opened_from(f"{PACK}/nodes", "EVDiTTilePlan")
         except ValueError as error:
             facts["another copy"] = str(error)
+        try:
+            host.comfyui.load_packs({}, {PACK: "old code"})
+            host.comfyui.load_packs({}, {PACK: "new code"})
+        except ValueError as error:
+            facts["other code"] = str(error)
+        facts["files read"] = two_experts()
     facts["assets"] = [None] * RANKS
     keeper = getattr(host.comfyui.executor.server, "asset_manager", None)
     dist.all_gather_object(facts["assets"], keeper is not None and not keeper.enabled)

@@ -18,12 +18,15 @@ class Host:
     def open(self, message):
         if message.get("trouble") == "refuse" and self.comm.rank == message["rank"]:
             raise ValueError("the node NoSuchNode is missing here")
+        if message.get("trouble") == "forget":
+            self.held = []
         self.built.append(message["key"])
         self.held = [key for key in (*self.held, message["key"]) if key in message["keep"]]
         alone = str(self.comm.rank)
         return {
             "plan": alone if message.get("trouble") == "differ" else "same",
             "dtype": f"float of rank {alone}" if message.get("trouble") == "precision" else "float",
+            "held": self.held,
         }
 
     def offload(self):
