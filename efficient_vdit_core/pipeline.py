@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import __version__
 from .attention.hook.prepare import Preparation
 from .attention.hook.residual import Room
-from .attention.hook.state import FORWARD_KEY, ForwardState
+from .attention.hook.state import FORWARD_KEY, Around, ForwardState, once
 from .attention.report.report import AttentionReport
 from .attention.sdpa import OVERRIDE_KEY
 from .generation.devices import pick_device, pick_dtype
@@ -33,7 +33,6 @@ from .media.video import to_frames
 from .plan import TilePlan
 from .sampling import Denoiser, DiscreteSchedule, consistency_sigmas, sample_consistency
 from .sampling.reference import sample_reference
-from .search.output import Around, once
 
 if TYPE_CHECKING:
     from .models.distilled import DistillMetadata

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from .hook.state import FileAttention, Override
+Override = Callable[..., Tensor]
 
 # ComfyUI's own way to another attention function for one model; other overrides may do more than call it.
 _CHOSEN = "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override"
@@ -66,6 +67,31 @@ def _held(thing: Any) -> dict[str, Any]:
         with suppress(ValueError):
             held[name] = cell.cell_contents
     return held
+
+
+@dataclass(frozen=True)
+class FileAttention:
+    """The attention functions that a checkpoint asks for in one layer; None = the one that ComfyUI runs with.
+
+    ``video`` is for the self-attention over the video, ``other`` for the rest of the layer's calls.
+    """
+
+    video: Override | None = None
+    other: Override | None = None
+
+
+def name_of(dense: Override | None) -> str:
+    """What to call a dense attention; None is PyTorch's."""
+    if dense is None or dense is F.scaled_dot_product_attention:
+        return "sdpa"
+    return getattr(dense, "name", "") or function_name(dense)
+
+
+def identity_of(dense: Override | None) -> str:
+    """What tells a dense attention from others where backends are measured beside it."""
+    if dense is None or dense is F.scaled_dot_product_attention:
+        return "sdpa"
+    return getattr(dense, "identity", "") or f"{name_of(dense)} {function_code(dense)}".strip()
 
 
 @dataclass(frozen=True)

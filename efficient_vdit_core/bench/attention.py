@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..attention import TokenLayout, available_backends, tile_attention
 from ..attention.call_shape import CallShape
-from ..attention.dispatch import fits
 from ..attention.gpu import OUT_OF_MEMORY, one_out_of_memory
+from ..attention.selection import fits
 from ..tiles import TilePattern, TokenGrid
 from . import paper
 from .calls import calls_alone

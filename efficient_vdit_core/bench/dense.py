@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.dispatch import Dense
+from ..attention.backends.frames import Dense
 
 log = logging.getLogger("efficient_vdit")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attention import TokenLayout, available_backends, simplest_backend, tile_attention
 from ..attention.call_shape import CallShape
-from ..attention.dispatch import fits
+from ..attention.selection import fits
 from ..plan.head_patterns import HeadPatterns, LayerPattern
 from ..tiles import TilePattern, TokenGrid
 from .failures import brief

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..attention import available_backends, tile_attention
 from ..attention.autotune.choose import ChoiceBook
 from ..attention.call_shape import CallShape
-from ..attention.dispatch import backend_candidates, fits
+from ..attention.selection import backend_candidates, fits
 from ..limits.packages import missing
 from ..storage.files import write_text
 from ..storage.json_text import json_text

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..attention import tile_attention
 from ..attention.call_shape import CallShape
-from ..attention.dispatch import backend_candidates
+from ..attention.selection import backend_candidates
 from ..tiles import TilePattern
 from ..timing import wait_for
 from .attention import Shape, random_tensors

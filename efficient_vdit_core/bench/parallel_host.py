@@ -45,7 +45,7 @@ class BenchHost:
         self.shared: ShardedWeights | None = None
         self.x = torch.randn(1, 4, t, 2 * h, 2 * w, dtype=self.dtype, device=self.device)
         self.text = torch.randn(1, TEXT_TOKENS, config.caption_channels, dtype=self.dtype, device=self.device)
-        return {}
+        return {"held": [message["key"]]}  # it holds one
 
     def offload(self) -> None:
         """Nothing to free: the pool ends with the benchmark."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..attention.dispatch import BACKENDS
+from ..attention.backends.registry import BACKENDS
 from ..media.svg import PALE, bar, legend, picture, words
 
 WIDTH, ROW, TOP, LEFT, RIGHT = 860, 44, 86, 190, 70

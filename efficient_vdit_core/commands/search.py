@@ -215,9 +215,9 @@ def _measure(
     folder ``kept``, and known from there."""
     from tqdm import tqdm
 
+    from ..attention.hook.state import once
     from ..distill.runs.kept_errors import KeptErrors
     from ..search import make_probe_override, measure_output, replay_blocks
-    from ..search.output import once
     from ..search.probe import BLOCK, OUTPUT
 
     blocks = list(pipeline.transformer.transformer_blocks)

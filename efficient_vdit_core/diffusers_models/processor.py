@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..attention import TokenLayout, tile_attention
 from ..attention.call_shape import CallShape
-from ..attention.dispatch import choose_backend, group_shapes
+from ..attention.dispatch import group_shapes
 from ..attention.hook.override import computed_by
 from ..attention.hook.prepare import LayerWork, Preparation
 from ..attention.hook.reasons import why_no_pattern
@@ -32,6 +32,7 @@ from ..attention.report.reason_names import (
     NO_SDPA,
     SHARDED_BY_DIFFUSERS,
 )
+from ..attention.selection import choose_backend
 from ..plan.head_patterns import LayerPattern
 from ..tiles import TilePattern
 from .families import SequenceLayout

@@ -12,13 +12,7 @@ from torch import Tensor
 
 from .probe import OUTPUT, ProbeRecord, Replay, flat, relative_error
 
-Around = Callable[[Callable[[], Tensor]], Tensor]
 Keep = Callable[[Callable[[], float]], float]
-
-
-def once(forward: Callable[[], Tensor]) -> Tensor:
-    """Computes a forward as it is."""
-    return forward()
 
 
 def measure_output(

@@ -31,9 +31,9 @@ from ..attention import TokenLayout, choose_backend, simplest_backend, tile_atte
 from ..attention.backends.head_calls import MANY_PATTERNS
 from ..attention.backends.spans import put, take
 from ..attention.call_shape import CallShape
-from ..attention.dense_call import DenseCall
+from ..attention.dense_call import DenseCall, Override
 from ..attention.hook.attention_call import AttentionCall, override_by
-from ..attention.hook.state import CallPlace, Override
+from ..attention.hook.state import CallPlace
 from ..attention.layout import spans_of
 from ..tiles import TilePattern
 from ..timing import wait_for

@@ -16,8 +16,9 @@ from einops import reduce
 from torch import Tensor
 
 from ..attention import TokenLayout
+from ..attention.dense_call import Override
 from ..attention.hook.attention_call import AttentionCall, override_by
-from ..attention.hook.state import CallPlace, Override
+from ..attention.hook.state import CallPlace
 from ..limits.quote import quoted
 from ..plan.head_patterns import LayerPattern
 from ..plan.text import parse_layers

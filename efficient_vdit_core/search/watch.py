@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..attention import TokenLayout
+from ..attention.dense_call import Override
 from ..attention.hook.attention_call import AttentionCall, override_by
-from ..attention.hook.state import Override
 from .calls import layout_of_call, place_of_call
 
 # The layer, q, k, v and the dense result, all (B, H, N, D), and where the video stands.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...efficient_vdit_core.attention.call_shape import CallShape
-from ...efficient_vdit_core.attention.hook.state import FileAttention, ForwardState
+from ...efficient_vdit_core.attention.dense_call import FileAttention
+from ...efficient_vdit_core.attention.hook.state import ForwardState
 from ...efficient_vdit_core.attention.report.reason_names import AS_LONG_AS_THE_VIDEO
 from .families import Family, Stack, uncompiled
 from .layouts import UnknownLayout

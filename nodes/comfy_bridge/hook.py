@@ -13,14 +13,14 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ...efficient_vdit_core.attention.call_shape import CallShape
+from ...efficient_vdit_core.attention.dense_call import Override
 from ...efficient_vdit_core.attention.hook.override import attention_override
 from ...efficient_vdit_core.attention.hook.prepare import Preparation
-from ...efficient_vdit_core.attention.hook.state import ForwardState, Override
+from ...efficient_vdit_core.attention.hook.state import Around, ForwardState
 from ...efficient_vdit_core.attention.report.cost import StepCost
 from ...efficient_vdit_core.attention.report.report import AttentionReport
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
 from ...efficient_vdit_core.plan import TilePlan
-from ...efficient_vdit_core.search.output import Around
 from .families import Family, Stack
 from .window import Window
 

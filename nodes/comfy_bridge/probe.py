@@ -18,7 +18,8 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
-from ...efficient_vdit_core.attention.hook.state import Override
+from ...efficient_vdit_core.attention.dense_call import Override
+from ...efficient_vdit_core.attention.hook.state import Around
 from ...efficient_vdit_core.plan import TilePlan
 from ...efficient_vdit_core.search import (
     SearchSettings,
@@ -27,7 +28,6 @@ from ...efficient_vdit_core.search import (
     plan_from_record,
     replay_blocks,
 )
-from ...efficient_vdit_core.search.output import Around
 from ...efficient_vdit_core.search.probe import BLOCK, OUTPUT
 from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, make_mass_override
 from .families import Family, class_of, find_family, uncompiled, why_no_family

@@ -56,16 +56,16 @@ def triton_device():
     if torch.cuda.is_available():
         yield torch.device("cuda")
         return
-    from efficient_vdit_core.attention import dispatch
+    from efficient_vdit_core.attention.backends import registry
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         from efficient_vdit_core.attention.backends import arrow_kernels
 
         assert arrow_kernels.INTERPRETED.value, "something imported arrow_kernels before, compiled"
-        dispatch._statuses.cache_clear()
+        registry.statuses_on.cache_clear()
         yield torch.device("cpu")
-    dispatch._statuses.cache_clear()
+    registry.statuses_on.cache_clear()
 
 
 def masked_scores(q, k, frames, tokens_per_frame, references, prefix=0, suffix=0, window=0):

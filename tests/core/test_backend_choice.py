@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efficient_vdit_core.attention import TokenLayout, choose_backend, dispatch, tile_attention
+from efficient_vdit_core.attention import TokenLayout, choose_backend, selection, tile_attention
 from efficient_vdit_core.attention.autotune import choose, trial
 from efficient_vdit_core.attention.autotune.choose import ChoiceBook, shape_class
 from efficient_vdit_core.attention.autotune.trial import Choice, trial_size
+from efficient_vdit_core.attention.backends import registry
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.hook.prepare import Preparation
 from efficient_vdit_core.attention.report.report import AttentionReport
@@ -107,8 +108,8 @@ def test_nothing_is_timed_while_a_cuda_graph_is_recorded(monkeypatch):
     """Timing waits for the device, which ends the recording with an error."""
     layout, shape = TokenLayout(TokenGrid(8, 20, 20)), CallShape(1, 4, 96, torch.bfloat16, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(dispatch, "default_book", lambda: pytest.fail("a trial"))
-    assert dispatch.measured_choice(shape, layout, TilePattern(2)) == Choice("frames", {})
+    monkeypatch.setattr(selection, "default_book", lambda: pytest.fail("a trial"))
+    assert selection.measured_choice(shape, layout, TilePattern(2)) == Choice("frames", {})
 
 
 def test_a_backend_that_does_not_compile_is_left_out_and_named(tmp_path, caplog):
@@ -291,12 +292,12 @@ def test_a_gpu_s_trial_is_a_tenth_of_a_second_of_its_own_dense_attention(monkeyp
 @pytest.fixture
 def book(tmp_path, monkeypatch):
     kept = ChoiceBook(tmp_path / "attention.json")
-    monkeypatch.setattr(dispatch, "default_book", lambda: kept)
+    monkeypatch.setattr(selection, "default_book", lambda: kept)
     return kept
 
 
 def test_auto_follows_the_choice(book, monkeypatch):
-    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+    monkeypatch.setattr(selection, "FEWEST_MEASURED_TOKENS", 0)
     tensors = qkv()
     sparse = tile_attention(*tensors, LAYOUT, TilePattern(1), backend="frames")
     for backend in ("dense", "frames"):
@@ -317,18 +318,18 @@ def test_auto_follows_the_choice(book, monkeypatch):
 def test_flex_is_not_tried_where_it_was_measured_to_lose(monkeypatch, capability, hip, flex):
     monkeypatch.setattr(torch.version, "hip", hip)
     gpu = CallShape(1, 24, 96, torch.bfloat16, torch.device("cuda", 0))
-    every = {name: dispatch.BackendStatus(name, True, "") for name in dispatch.BACKENDS}
-    monkeypatch.setattr(dispatch, "_statuses", lambda _: every)
-    monkeypatch.setattr(dispatch, "partial_for", lambda *_: None)
+    every = {name: registry.BackendStatus(name, True, "") for name in registry.BACKENDS}
+    monkeypatch.setattr(registry, "statuses_on", lambda _: every)
+    monkeypatch.setattr(selection, "partial_for", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert ("flex" in dispatch.backend_candidates(gpu)) == flex
-    assert "flex" in dispatch.backend_candidates(replace(gpu, gradients=True))
-    assert "flex" in dispatch.backend_candidates(replace(gpu, dtype=torch.float16))
-    assert "flex" in dispatch.backend_candidates(replace(gpu, head_dim=256))  # which the fused kernel does not take
+    assert ("flex" in selection.backend_candidates(gpu)) == flex
+    assert "flex" in selection.backend_candidates(replace(gpu, gradients=True))
+    assert "flex" in selection.backend_candidates(replace(gpu, dtype=torch.float16))
+    assert "flex" in selection.backend_candidates(replace(gpu, head_dim=256))  # which the fused kernel does not take
 
 
 def test_a_trial_without_room_leaves_the_run_alive(book, monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+    monkeypatch.setattr(selection, "FEWEST_MEASURED_TOKENS", 0)
     tried = []
 
     def full(*_):
@@ -424,7 +425,7 @@ def test_a_real_trial_prefers_the_arrow_mask_where_it_saves_most(book, monkeypat
 
 
 def test_each_dense_function_has_trials_of_its_own(book, monkeypatch):
-    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+    monkeypatch.setattr(selection, "FEWEST_MEASURED_TOKENS", 0)
 
     def other(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
@@ -435,7 +436,7 @@ def test_each_dense_function_has_trials_of_its_own(book, monkeypatch):
 
 
 def test_a_trial_leaves_the_random_numbers_of_the_run_as_they_were(book, monkeypatch):
-    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+    monkeypatch.setattr(selection, "FEWEST_MEASURED_TOKENS", 0)
     tensors, drawn = qkv(), []
     tensors[0].requires_grad_()
     for _ in range(2):  # the second time the choice is known
@@ -462,11 +463,11 @@ def test_processes_with_other_threads_keep_each_other_s_choices(tmp_path, monkey
 
 def test_a_second_gpu_is_asked_for_itself(monkeypatch):
     def backends(device):
-        return [dispatch.BackendStatus("triton", torch.device(device).index == 1, "the GPU is too old")]
+        return [registry.BackendStatus("triton", torch.device(device).index == 1, "the GPU is too old")]
 
-    dispatch._statuses.cache_clear()
-    monkeypatch.setattr(dispatch, "available_backends", backends)
+    registry.statuses_on.cache_clear()
+    monkeypatch.setattr(registry, "available_backends", backends)
     with pytest.raises(ValueError, match="cannot run here: the GPU is too old"):
-        dispatch.check_backend("triton", "cuda:0")
-    dispatch.check_backend("triton", "cuda:1")
-    dispatch._statuses.cache_clear()
+        registry.check_backend("triton", "cuda:0")
+    registry.check_backend("triton", "cuda:1")
+    registry.statuses_on.cache_clear()

@@ -15,8 +15,9 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from efficient_vdit_core.attention import TokenLayout, dispatch
+from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.autotune.trial import Choice
+from efficient_vdit_core.attention.backends import registry
 from efficient_vdit_core.bench import (
     attention,
     blocks,
@@ -395,8 +396,8 @@ def test_mistakes_are_named_before_anything_is_timed(arguments, says, capsys):
     ("name", "says"), [("fraems", "backend is 'fraems', expected auto, dense, "), ("triton", "which cannot run here: ")]
 )
 def test_backends_are_checked_before_dense_attention_is_timed(monkeypatch, capsys, name, says):
-    here = [replace(status, available=status.name != "triton") for status in dispatch.available_backends("cpu")]
-    monkeypatch.setattr(dispatch, "_statuses", lambda device: {status.name: status for status in here})
+    here = [replace(status, available=status.name != "triton") for status in registry.available_backends("cpu")]
+    monkeypatch.setattr(registry, "statuses_on", lambda device: {status.name: status for status in here})
     monkeypatch.setattr(attention, "measure", lambda *_, **__: pytest.fail("it began"))
     assert main(["bench", "attention", "--device", "cpu", "--backends", "frames", name]) == 2
     assert says in capsys.readouterr().err
@@ -405,8 +406,8 @@ def test_backends_are_checked_before_dense_attention_is_timed(monkeypatch, capsy
 def test_the_backend_of_heads_is_checked_before_dense_attention_is_timed(monkeypatch, capsys):
     from efficient_vdit_core.bench import heads
 
-    here = [replace(status, available=status.name != "triton") for status in dispatch.available_backends("cpu")]
-    monkeypatch.setattr(dispatch, "_statuses", lambda device: {status.name: status for status in here})
+    here = [replace(status, available=status.name != "triton") for status in registry.available_backends("cpu")]
+    monkeypatch.setattr(registry, "statuses_on", lambda device: {status.name: status for status in here})
     monkeypatch.setattr(heads, "measure", lambda *_, **__: pytest.fail("it began"))
     assert main(["bench", "heads", "--device", "cpu", "--backend", "triton"]) == 2
     assert "which cannot run here: " in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from efficient_vdit_core.attention import TokenLayout, available_backends, dispatch, tile_attention
+from efficient_vdit_core.attention import TokenLayout, available_backends, selection, tile_attention
 from efficient_vdit_core.attention.autotune.choose import ChoiceBook
 from efficient_vdit_core.attention.autotune.trial import Choice
 from efficient_vdit_core.attention.backends import merge, partial
@@ -19,13 +19,13 @@ from efficient_vdit_core.attention.backends.partial import PartialAttention, ker
 from efficient_vdit_core.attention.backends.parts import attend_parts
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall
-from efficient_vdit_core.attention.dispatch import choose_backend, fits, partial_for
 from efficient_vdit_core.attention.hook import prepare as prepare_file
 from efficient_vdit_core.attention.hook.override import attention_override, make_attention_override
 from efficient_vdit_core.attention.hook.prepare import Preparation
 from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.attention.sdpa import attention_sdpa
+from efficient_vdit_core.attention.selection import choose_backend, fits, partial_for
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.plan.head_patterns import by_head
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
@@ -404,7 +404,7 @@ def test_a_call_that_asks_for_full_precision_never_reaches_sageattention(oracle,
     attention_sage.__module__ = partial._COMFYUI
     stand_in("sageattention", 1.0)
     monkeypatch.setattr(sys.modules["sageattention"], "sageattn", lambda *_, **__: pytest.fail("SageAttention"))
-    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+    monkeypatch.setattr(selection, "FEWEST_MEASURED_TOKENS", 0)
     layout, tensors = TokenLayout(TokenGrid(6, 2, 3)), qkv(TokenLayout(TokenGrid(6, 2, 3)))
     override = make_attention_override(TilePlan.uniform(1), AttentionReport(), backend=backend)
     form = {
@@ -465,8 +465,8 @@ def test_only_what_runs_in_the_end_is_replaced():
 
 def test_a_function_that_does_not_tell_its_lse_goes_another_way(monkeypatch, tmp_path, caplog):
     book = ChoiceBook(tmp_path / "attention.json")
-    monkeypatch.setattr(dispatch, "default_book", lambda: book)
-    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+    monkeypatch.setattr(selection, "default_book", lambda: book)
+    monkeypatch.setattr(selection, "FEWEST_MEASURED_TOKENS", 0)
     layout, shape = TokenLayout(TokenGrid(4, 5, 7), 3), CallShape(1, 2, 8, torch.float32, CPU)
 
     def dense(q, k, v):
@@ -485,13 +485,13 @@ def test_a_function_that_does_not_tell_its_lse_goes_another_way(monkeypatch, tmp
 
 def test_a_training_step_is_measured_there_and_back(monkeypatch, tmp_path):
     book = ChoiceBook(tmp_path / "attention.json")
-    monkeypatch.setattr(dispatch, "default_book", lambda: book)
-    monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
+    monkeypatch.setattr(selection, "default_book", lambda: book)
+    monkeypatch.setattr(selection, "FEWEST_MEASURED_TOKENS", 0)
     layout = TokenLayout(TokenGrid(4, 5, 7), 3)
     steps = []
     backward = partial._OF_TORCH["cpu"].backward
     counted = PartialAttention("counted", partial._OF_TORCH["cpu"].forward, lambda *x: steps.append(1) or backward(*x))
-    monkeypatch.setattr(dispatch, "partial_of", lambda *_: counted)
+    monkeypatch.setattr(selection, "partial_of", lambda *_: counted)
     q, k, v = qkv(layout, 8, 1)
     tile_attention(q, k, v, layout, TilePattern(1))
     assert not steps
@@ -499,7 +499,7 @@ def test_a_training_step_is_measured_there_and_back(monkeypatch, tmp_path):
     assert steps
     assert [key.endswith("forward and backward") for key in book.choices] == [False, True]
     monkeypatch.setattr(
-        dispatch, "partial_of", lambda *_: PartialAttention("no way back", partial._OF_TORCH["cpu"].forward)
+        selection, "partial_of", lambda *_: PartialAttention("no way back", partial._OF_TORCH["cpu"].forward)
     )
     assert fits("parts", CallShape.of(q)) and not fits("parts", CallShape.of(q, k))
     with pytest.raises(ValueError, match="A gradient is wanted of the backend parts, and no way back gives none"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from efficient_vdit_core.attention import TokenLayout, choose_backend, dispatch, tile_attention
+from efficient_vdit_core.attention import TokenLayout, choose_backend, selection, tile_attention
 from efficient_vdit_core.attention.backends import triton as backend
 from efficient_vdit_core.attention.backends.triton import attend_triton, attend_triton_lse
 from efficient_vdit_core.attention.call_shape import CallShape
@@ -254,8 +254,8 @@ def test_it_is_reached_by_name_and_never_tried_by_auto_under_the_interpreter(ora
     torch.testing.assert_close(out.double(), oracle(*tensors, 3, 5, (0,)), atol=2e-5, rtol=2e-5)
     assert torch.equal(out, attend_triton(*tensors, layout, TilePattern(1)))
     if triton_device.type == "cpu":
-        monkeypatch.setattr(dispatch, "FEWEST_MEASURED_TOKENS", 0)
-        monkeypatch.setattr(dispatch, "default_book", lambda: Trial())
+        monkeypatch.setattr(selection, "FEWEST_MEASURED_TOKENS", 0)
+        monkeypatch.setattr(selection, "default_book", lambda: Trial())
         assert choose_backend(CallShape.of(tensors[0]), layout, TilePattern(1)) == "dense"
 
 

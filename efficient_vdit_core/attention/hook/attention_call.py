@@ -10,10 +10,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ..call_shape import CallShape
-from ..dense_call import DenseCall, function_code, function_name
+from ..dense_call import DenseCall, Override, function_code, function_name
 from ..sdpa import CROSS_KEY
 from .padding import as_heads, fill_in
-from .state import FORWARD_KEY, ForwardState, Override
+from .state import FORWARD_KEY, ForwardState
 
 
 @dataclass

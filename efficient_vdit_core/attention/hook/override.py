@@ -16,10 +16,11 @@ from torch import Tensor
 from ...plan import TilePlan
 from ...plan.head_patterns import LayerPattern
 from ...tiles import TilePattern
+from ..backends.frames import Dense
 from ..backends.head_calls import calls_of
 from ..call_shape import CallShape
-from ..dense_call import DenseCall
-from ..dispatch import Dense, describe_call, tile_attention
+from ..dense_call import DenseCall, FileAttention, Override
+from ..dispatch import describe_call, tile_attention
 from ..layout import TokenLayout
 from ..report.clock import DENSE, SPARSE
 from ..report.reason_names import ANOTHER_LENGTH, MEASURED_FASTER, OWN_SCALE
@@ -29,7 +30,7 @@ from .padding import without_padding
 from .prepare import Preparation
 from .reasons import why_no_pattern, why_not_the_video
 from .residual import work_with
-from .state import CallPlace, FileAttention, ForwardState, Override
+from .state import CallPlace, ForwardState
 
 
 def make_attention_override(

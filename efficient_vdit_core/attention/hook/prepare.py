@@ -16,20 +16,14 @@ from ...plan.head_patterns import LayerPattern
 from ...tiles import TilePattern
 from ..backends.flex import forget_masks
 from ..backends.head_calls import calls_of
+from ..backends.registry import check_means
 from ..call_shape import CallShape
 from ..dense_call import DenseCall
-from ..dispatch import (
-    check_means,
-    forget_cramped,
-    group_shapes,
-    make_ready,
-    measured_choice,
-    partial_for,
-    unmeasured_backend,
-)
+from ..dispatch import group_shapes, make_ready
 from ..layout import TokenLayout
 from ..report.reason_names import BEYOND_THE_LAYERS, RENEWED_TOO_OFTEN
 from ..report.report import AttentionReport
+from ..selection import forget_cramped, measured_choice, partial_for, unmeasured_backend
 from .padding import without_padding
 from .reasons import why_not_worth_it
 from .residual import Place, ResidualCache, Room, why_no_residual, work_with

@@ -13,24 +13,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..dense_call import FileAttention
 from ..layout import TokenLayout
 from ..report.report import AttentionReport
 from .residual import Branch, Place, ResidualForward
 
 FORWARD_KEY = "evdit"
+Around = Callable[[Callable[[], Tensor]], Tensor]  # computes a forward, as often as it likes, and returns what it gives
 
-Override = Callable[..., Tensor]
 
-
-@dataclass(frozen=True)
-class FileAttention:
-    """The attention functions that a checkpoint asks for in one layer; None = the one that ComfyUI runs with.
-
-    ``video`` is for the self-attention over the video, ``other`` for the rest of the layer's calls.
-    """
-
-    video: Override | None = None
-    other: Override | None = None
+def once(forward: Callable[[], Tensor]) -> Tensor:
+    """Computes a forward as it is."""
+    return forward()
 
 
 class CallPlace(NamedTuple):

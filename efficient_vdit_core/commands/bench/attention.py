@@ -40,7 +40,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]:
     from ...attention import check_backend
-    from ...attention.dispatch import BACKENDS
+    from ...attention.backends.registry import BACKENDS
     from ...bench.attention import geometric_mean, measure, presets, with_heads
 
     for name in args.backends:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.backends.spans import take
-from ...attention.hook.state import FORWARD_KEY, ForwardState, Override
+from ...attention.dense_call import Override
+from ...attention.hook.state import FORWARD_KEY, ForwardState
 from ...attention.layout import TokenLayout
 from ...limits.quote import named, quoted
 from ...media.video import to_frames

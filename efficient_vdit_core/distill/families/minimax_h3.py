@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...attention.hook.state import FORWARD_KEY, ForwardState, Override
+from ...attention.dense_call import Override
+from ...attention.hook.state import FORWARD_KEY, ForwardState
 from ...attention.layout import TokenLayout
 from ...limits.numbers import number
 from ...limits.quote import named, quoted

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...attention.hook.state import Override
+from ...attention.dense_call import Override
 from ...search import make_probe_override
 from ...search.probe import OUTPUT, squared_errors
 from ...training.live_bytes import LiveBytes, size_of

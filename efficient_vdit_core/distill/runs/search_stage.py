@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import TokenLayout
-from ...attention.hook.state import Override
+from ...attention.dense_call import Override
+from ...attention.hook.state import Around, once
 from ...limits.numbers import MAX_TORCH_SEED, whole
 from ...limits.quote import named, quoted
 from ...plan import TilePlan
@@ -32,7 +33,6 @@ from ...search import (
     parse_candidates,
     plan_from_record,
 )
-from ...search.output import Around, once
 from ...search.probe import ATTENTION, OUTPUT
 from ...storage.folder_record import check_settings, claim_folder
 from ..data.clips import ClipSet

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...attention import tile_attention
+from ...attention.dense_call import Override
 from ...attention.hook.attention_call import AttentionCall, override_by
 from ...attention.hook.prepare import Preparation
-from ...attention.hook.state import ForwardState, Override
+from ...attention.hook.state import ForwardState
 from ...attention.layout import TokenLayout
 from ...attention.report.report import AttentionReport
 from ...parallel.sharding.attend import sharded_attention

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...attention.dense_call import Override
 from ...attention.hook.attention_call import AttentionCall, override_by
-from ...attention.hook.state import Override
 from .blocks import ALL_KEYS, SELF, SHARDED_KEY, ShardedForward
 
 

@@ -25,7 +25,7 @@ def module(ending: str):
 
 
 plans, layouts, hooks = module("efficient_vdit_core.plan"), module("comfy_bridge.layouts"), module("comfy_bridge.hook")
-tiles, dispatch = module("efficient_vdit_core.tiles"), module("attention.dispatch")
+tiles, selection = module("efficient_vdit_core.tiles"), module("attention.selection")
 sharding = module("comfy_bridge.parallel.sharding")
 frames_file, prepare_file = module("attention.backends.frames"), module("attention.hook.prepare")
 lines = log_lines()
@@ -340,7 +340,7 @@ facts["trained otherwise"] = list(lines)
 del network.blocks[0].attn.to_gate_compress
 
 # What the blocks allocate. Measured by trials as on a GPU, and bounded as there.
-dispatch.FEWEST_MEASURED_TOKENS = 0
+selection.FEWEST_MEASURED_TOKENS = 0
 for backend_file in (frames_file, module("attention.backends.parts")):
     backend_file.default_extra_bytes = lambda q, frame_bytes, gradients=False: q.numel() * q.element_size()
 wide = Case("MiniMaxH3", {**case.settings, "attention_head_dim": 32, "ffn_hidden_size": 128}, (24, 12, 8, 8), (25, 12, 16, 0),
@@ -378,7 +378,7 @@ arrow = sparse(recorded, few, decline_slow=False)
 facts["allocations"] = {"dense": record(recorded), "sparse": record(arrow)}
 facts["allocations"]["sparse"]["lines"] = list(lines)
 # As it would be if nobody prepared the forward: the trial of backends would fall into the first block.
-dispatch.default_book().choices.clear()
+selection.default_book().choices.clear()
 prepare_file.Preparation.before_forward = lambda _, state, *__: state
 facts["allocations"]["unprepared"] = record(sparse(recorded, few, decline_slow=False))
 left, recorder = [], AllocationRecorder()
