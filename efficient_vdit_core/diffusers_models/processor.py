@@ -194,7 +194,7 @@ class TiledProcessor:
     ) -> tuple[Tensor, str]:
         """Attention of all but the padding behind ``entry``, and what computed it. The rows of padding, which no token
         ever reads, are zero."""
-        padding, asked = q.shape[2] - entry.tokens, self.patch.preparation.backend
+        padding, asked = q.shape[2] - entry.tokens, self.patch.preparation.choices.backend
         q, k, v = (x[:, :, : entry.tokens] for x in (q, k, v))
 
         def backend(shape: CallShape, pattern: TilePattern) -> str:

@@ -12,7 +12,7 @@ from efficient_vdit_core.attention.backends import flex
 from efficient_vdit_core.attention.backends.head_calls import calls_of
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall
-from efficient_vdit_core.attention.hook import prepare as prepare_file
+from efficient_vdit_core.attention.hook import backend_choices as choices_file
 from efficient_vdit_core.attention.hook.override import attention_override, make_attention_override
 from efficient_vdit_core.attention.hook.prepare import Preparation
 from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
@@ -354,7 +354,7 @@ def test_a_layer_whose_heads_come_in_uneven_parts_is_prepared_for_them():
             ]
             want = tile_attention(*tensors, layout, by_head(HEADS))
             torch.testing.assert_close(torch.cat(parts, dim=1), want, atol=1e-5, rtol=1e-5)
-    assert sorted((part.heads, first) for part, first, _ in preparation.unforeseen) == [(1, 4), (2, 0), (2, 2)]
+    assert sorted((part.heads, first) for part, first, _ in preparation.choices.unforeseen) == [(1, 4), (2, 0), (2, 2)]
 
 
 def test_the_density_of_a_layer_counts_heads_that_were_measured_faster_dense_as_dense(monkeypatch):
@@ -364,7 +364,7 @@ def test_the_density_of_a_layer_counts_heads_that_were_measured_faster_dense_as_
     def measured(shape, layout, pattern, *, dense):
         return Choice("dense" if pattern.k == 2 else "frames", {"dense": 1.0, "frames": 1.0})
 
-    monkeypatch.setattr(prepare_file, "measured_choice", measured)
+    monkeypatch.setattr(choices_file, "measured_choice", measured)
     plan = TilePlan(patterns=(by_head(order),), heads=4, frames=8)
     override = make_attention_override(plan, report, decline_slow=True)
     form = {"skip_reshape": True, "transformer_options": {FORWARD_KEY: ForwardState(layout, depth=1, heads=4)}}

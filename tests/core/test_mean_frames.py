@@ -346,7 +346,7 @@ class TestBackends:
             attention_xformers, *tensors, 3, skip_reshape=True, skip_output_reshape=True, transformer_options=options
         )
         torch.testing.assert_close(out, definition(*tensors, LAYOUT, pattern))
-        settled = Preparation(TilePlan(uniform_pattern=pattern), report).settle(
+        settled = Preparation(TilePlan(uniform_pattern=pattern), report).choices.settle(
             CallShape.of(tensors[0]), LAYOUT, pattern, DenseCall(attention_xformers, None, None, {})
         )
         assert settled == {pattern: "parts"}

@@ -15,9 +15,10 @@ from efficient_vdit_core.attention.autotune.trial import Choice
 from efficient_vdit_core.attention.backends import mean_frames
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall, function_name
+from efficient_vdit_core.attention.hook import backend_choices as choices_file
 from efficient_vdit_core.attention.hook import override as override_file
-from efficient_vdit_core.attention.hook import prepare as prepare_file
 from efficient_vdit_core.attention.hook.override import attention_override, make_attention_override
+from efficient_vdit_core.attention.hook.prepare import Preparation
 from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, attention_sdpa, sdpa_attention
@@ -78,7 +79,7 @@ def test_sparse_in_every_tensor_form(oracle, skip_reshape, skip_output_reshape):
 )
 def test_whatever_is_not_ours_stays_dense_and_is_counted(reason, change, monkeypatch):
     if "fastest" in change:
-        monkeypatch.setattr(prepare_file, "measured_choice", lambda *_, **__: Choice(change["fastest"], {}))
+        monkeypatch.setattr(choices_file, "measured_choice", lambda *_, **__: Choice(change["fastest"], {}))
     report = AttentionReport()
     q, k, v = flat(change.get("tokens", 30))
     k, v = k[:, : change.get("keys", 40)], v[:, : change.get("keys", 40)]
@@ -106,7 +107,7 @@ def test_mean_frames_in_some_layers_are_refused_by_a_backend_without_them():
     """Before the run, and not in the middle of it."""
     plan = TilePlan(patterns=(TilePattern(1), TilePattern(1, means=2)))
     with pytest.raises(ValueError, match="mean frames"):
-        prepare_file.Preparation(plan, AttentionReport(), backend="triton")
+        Preparation(plan, AttentionReport(), backend="triton")
 
 
 def test_four_frames_are_not_too_few():
@@ -148,11 +149,10 @@ def test_a_previous_override_is_asked_for_every_dense_piece():
 def test_a_first_plan_below_another_node_s_override_leaves_the_attention_to_the_second():
     reports, plan = (AttentionReport(), AttentionReport()), TilePlan(patterns=(TilePattern(None), TilePattern(1)))
     first = make_attention_override(TilePlan.uniform(1), reports[0])
-    second = make_attention_override(
-        plan, reports[1], previous=lambda func, *args, **kwargs: first(func, *args, **kwargs)
-    )
+    preparation = Preparation(plan, reports[1])
+    second = attention_override(preparation, previous=lambda func, *args, **kwargs: first(func, *args, **kwargs))
     alone = make_attention_override(TilePlan.uniform(1), AttentionReport())
-    state = ForwardState(LAYOUT, depth=2, owner=second.preparation)
+    state = ForwardState(LAYOUT, depth=2, owner=preparation)
     assert torch.equal(call(second, flat(), state), sdpa_attention(*flat(), HEADS))
     assert torch.equal(call(second, flat(), state), call(alone, flat(), ForwardState(LAYOUT)))
     assert reports[1].summary() == "1 attention calls sparse at mean density 0.52; dense: 1 full in the plan"
@@ -227,7 +227,7 @@ def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch, backend):
             "dense", {"dense": 1.0, "frames": 2.0}
         )  # a slow pattern is declined only where that was asked for
 
-    monkeypatch.setattr(prepare_file, "measured_choice", choose)
+    monkeypatch.setattr(choices_file, "measured_choice", choose)
     original = override_file.tile_attention
     monkeypatch.setattr(
         override_file, "tile_attention", lambda *a, **kw: used.extend(kw["backend"].values()) or original(*a, **kw)
@@ -244,7 +244,7 @@ def test_a_backend_is_chosen_by_what_the_call_is_computed_in(monkeypatch, wantin
     """Which under autocast is neither q's dtype nor v's, and by the gradient that any of them wants."""
     shapes = []
     monkeypatch.setattr(
-        prepare_file, "measured_choice", lambda shape, *_, **__: shapes.append(shape) or Choice("frames", {})
+        choices_file, "measured_choice", lambda shape, *_, **__: shapes.append(shape) or Choice("frames", {})
     )
     q, k, v = flat()
     tensors = {"q": q, "k": k, "v": v.to(torch.bfloat16)}
@@ -262,8 +262,8 @@ def test_a_backend_is_chosen_by_what_the_call_is_computed_in(monkeypatch, wantin
 
 @pytest.mark.parametrize("backend", ["auto", "parts", "frames"])
 def test_a_training_step_that_was_not_foreseen_keeps_no_copies(monkeypatch, backend):
-    monkeypatch.setattr(prepare_file, "measured_choice", lambda *_, **__: Choice("frames", {}))
-    preparation = prepare_file.Preparation(TilePlan.uniform(2), AttentionReport(), backend=backend)
+    monkeypatch.setattr(choices_file, "measured_choice", lambda *_, **__: Choice("frames", {}))
+    preparation = Preparation(TilePlan.uniform(2), AttentionReport(), backend=backend)
     state, override = ForwardState(LAYOUT, depth=3, heads=HEADS), attention_override(preparation)
     shape = CallShape(2, HEADS, 16, torch.float32, torch.device("cpu"))
     state = preparation.before_forward(state, shape, lambda _: DenseCall(attention_sdpa, None, None, {}))
@@ -282,7 +282,7 @@ def test_a_training_step_that_was_not_foreseen_keeps_no_copies(monkeypatch, back
 
 
 def test_threads_that_ask_for_a_layer_are_not_disturbed_by_one_that_forgets(monkeypatch):
-    preparation, state = prepare_file.Preparation(TilePlan.uniform(2), AttentionReport()), ForwardState(LAYOUT, depth=4)
+    preparation, state = Preparation(TilePlan.uniform(2), AttentionReport()), ForwardState(LAYOUT, depth=4)
     mean, ended = TilePattern(1, means=1), threading.Event()
 
     def forget():
@@ -315,20 +315,22 @@ def test_another_node_s_attention_that_fails_in_a_trial_does_not_end_the_run(mon
         assert transformer_options["block_of_this_call"] == 0
         return func(*args, **kwargs)
 
-    monkeypatch.setattr(prepare_file, "measured_choice", trial)
+    monkeypatch.setattr(choices_file, "measured_choice", trial)
     override = make_attention_override(TilePlan.uniform(1), AttentionReport(), previous=reads)
     with pytest.raises(KeyError):  # what it asks for is there while the model runs
         call(override, flat(), ForwardState(LAYOUT, settled=True))
-    preparation = prepare_file.Preparation(TilePlan.uniform(1), AttentionReport())
+    preparation = Preparation(TilePlan.uniform(1), AttentionReport())
     dense = DenseCall(sdpa_attention, reads, None, {"transformer_options": {}}, "reads")
     shape = CallShape(2, 2, 16, torch.float32, torch.device("cpu"))
-    assert set(preparation.settle(shape, LAYOUT, TilePattern(1), dense).values()) == {"frames"}
+    assert set(preparation.choices.settle(shape, LAYOUT, TilePattern(1), dense).values()) == {"frames"}
     assert (
         "reads over sdpa_attention cannot be timed before the model runs (KeyError: 'block_of_this_call')"
         in caplog.text
     )
     with pytest.raises(TypeError):  # ComfyUI's own attention has no reason to fail
-        preparation.settle(replace(shape, heads=1), LAYOUT, TilePattern(1), replace(dense, previous=None, func=None))
+        preparation.choices.settle(
+            replace(shape, heads=1), LAYOUT, TilePattern(1), replace(dense, previous=None, func=None)
+        )
 
 
 def test_layers_are_counted_past_blocks_that_were_left_out():
@@ -367,7 +369,7 @@ def test_layers_are_named_by_the_last_block_type_that_begins_before_them():
 def test_measurements_over_another_override_are_kept_apart(monkeypatch):
     names = []
     monkeypatch.setattr(
-        prepare_file, "measured_choice", lambda *_, dense: names.append(dense.name) or Choice("frames", {})
+        choices_file, "measured_choice", lambda *_, dense: names.append(dense.name) or Choice("frames", {})
     )
 
     def sage(func, *args, **kwargs):

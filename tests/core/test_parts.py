@@ -19,7 +19,7 @@ from efficient_vdit_core.attention.backends.partial import PartialAttention, ker
 from efficient_vdit_core.attention.backends.parts import attend_parts
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall
-from efficient_vdit_core.attention.hook import prepare as prepare_file
+from efficient_vdit_core.attention.hook import backend_choices as choices_file
 from efficient_vdit_core.attention.hook.override import attention_override, make_attention_override
 from efficient_vdit_core.attention.hook.prepare import Preparation
 from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
@@ -421,7 +421,7 @@ def test_a_call_that_asks_for_full_precision_never_reaches_sageattention(oracle,
 def test_calls_that_ask_for_full_precision_are_prepared_and_measured_by_themselves(monkeypatch):
     names = []
     monkeypatch.setattr(
-        prepare_file, "measured_choice", lambda *_, dense: names.append(dense.name) or Choice("parts", {"parts": 1.0})
+        choices_file, "measured_choice", lambda *_, dense: names.append(dense.name) or Choice("parts", {"parts": 1.0})
     )
     layout, shape = TokenLayout(TokenGrid(6, 2, 3)), CallShape(2, 2, 32, torch.float32, CPU)
     preparation = Preparation(TilePlan.uniform(1), report := AttentionReport())
@@ -478,9 +478,11 @@ def test_a_function_that_does_not_tell_its_lse_goes_another_way(monkeypatch, tmp
 
     report = AttentionReport()
     call = DenseCall(lambda *a, **kw: None, None, None, {})
-    settled = Preparation(TilePlan.uniform(1), report, backend="parts").settle(shape, layout, TilePattern(1), call)
+    settled = Preparation(TilePlan.uniform(1), report, backend="parts").choices.settle(
+        shape, layout, TilePattern(1), call
+    )
     assert settled == {TilePattern(1): "frames"} and "which the backend parts needs: frames is used" in caplog.text
-    assert prepare_file.partial_for(call, shape) is None
+    assert choices_file.partial_for(call, shape) is None
 
 
 def test_a_training_step_is_measured_there_and_back(monkeypatch, tmp_path):

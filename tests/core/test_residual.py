@@ -13,7 +13,7 @@ from efficient_vdit_core.attention import TokenLayout, host_memory, tile_attenti
 from efficient_vdit_core.attention.autotune.trial import Choice
 from efficient_vdit_core.attention.call_shape import CallShape
 from efficient_vdit_core.attention.dense_call import DenseCall
-from efficient_vdit_core.attention.hook import prepare, residual
+from efficient_vdit_core.attention.hook import backend_choices, residual
 from efficient_vdit_core.attention.hook.override import attention_override
 from efficient_vdit_core.attention.hook.prepare import Preparation
 from efficient_vdit_core.attention.hook.residual import ResidualCache
@@ -209,7 +209,7 @@ def stays_dense(slow):
 
 @pytest.mark.parametrize("later", [False, True])
 def test_layers_that_stay_dense_take_no_room_though_the_window_opens_later(monkeypatch, later):
-    monkeypatch.setattr(prepare, "measured_choice", stays_dense(lambda shape, pattern: True))
+    monkeypatch.setattr(backend_choices, "measured_choice", stays_dense(lambda shape, pattern: True))
     preparation = Preparation(PLAN, AttentionReport(), residual_every=4, decline_slow=True)
     state = ForwardState(LAYOUT, depth=3, heads=HEADS, steps=STEPS, branches=(("a", 1),))
     if later:
@@ -469,7 +469,7 @@ def test_layers_that_were_measured_faster_dense_keep_nothing(monkeypatch):
     """They would hold memory for what they never compute."""
     for faster, kept in (("dense", 0), ("frames", 2)):
         choice = Choice(faster, {"dense": 2.0, "frames": 2.0, faster: 1.0})
-        monkeypatch.setattr(prepare, "measured_choice", lambda *_, choice=choice, **__: choice)
+        monkeypatch.setattr(backend_choices, "measured_choice", lambda *_, choice=choice, **__: choice)
         preparation = Preparation(PLAN, AttentionReport(), residual_every=12, decline_slow=True)
         state = ForwardState(LAYOUT, depth=3, heads=HEADS, steps=STEPS, branches=(("a", 1),))
         preparation.before_forward(state, SHAPE, lambda layer: DenseCall(sdpa_attention, None, None, {}))
@@ -501,7 +501,7 @@ def test_layers_that_renewing_makes_dearer_than_dense_ones_stay_dense(every, ste
 def test_a_trial_counts_what_renewing_takes(monkeypatch, every, backend):
     """0.8 of dense attention's time: a quarter more for renewing is too much, a sixth is not."""
     choice = Choice("frames", {"dense": 1.0, "parts": 0.9, "frames": 0.8})
-    monkeypatch.setattr(prepare, "measured_choice", lambda *_, **__: choice)
+    monkeypatch.setattr(backend_choices, "measured_choice", lambda *_, **__: choice)
     preparation = Preparation(TilePlan.uniform(1), AttentionReport(), residual_every=every, decline_slow=True)
     state = ForwardState(LAYOUT, depth=3, heads=HEADS, steps=STEPS, branches=(("a", 1),))
     settled = preparation.before_forward(state, SHAPE, dense_of)

@@ -61,9 +61,7 @@ def attention_override(preparation: Preparation, *, previous: Override | None = 
         with nullcontext() if state is None else state.computing():
             return call.dense(call.asked.as_the_file_asks(_asked_by_the_file(call), video=False))
 
-    override: Any = override_by(answer, previous)
-    override.pattern_of, override.preparation = preparation.pattern_of, preparation
-    return override
+    return override_by(answer, previous)
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,18 @@ from typing import Any, NamedTuple
 from ...plan import TilePlan
 from ...plan.head_patterns import LayerPattern
 from ...tiles import TilePattern
-from ..backends.flex import forget_masks
-from ..backends.head_calls import calls_of
 from ..backends.registry import check_means
 from ..call_shape import CallShape
 from ..dense_call import DenseCall
-from ..dispatch import group_shapes, make_ready
 from ..layout import TokenLayout
 from ..report.reason_names import BEYOND_THE_LAYERS, RENEWED_TOO_OFTEN
 from ..report.report import AttentionReport
-from ..selection import forget_cramped, measured_choice, partial_for, unmeasured_backend
+from .backend_choices import MOST_REMEMBERED, BackendChoices
 from .padding import without_padding
 from .reasons import why_not_worth_it
 from .residual import Place, ResidualCache, Room, why_no_residual, work_with
 from .state import ForwardState
 
-MOST_REMEMBERED, MOST_UNFORESEEN = 4096, 64
 MUCH_SPARSER = 0.8  # of the density at the plan's length: a longer clip is warned of
 
 
@@ -99,13 +95,10 @@ class Preparation:
             check_means(backend)
         self.plan, self.report = plan, report
         self.residual = ResidualCache(residual_every) if residual_every else None
-        self.min_tokens, self.placement, self.decline_slow, self.backend = min_tokens, placement, decline_slow, backend
+        self.choices = BackendChoices(report, backend, decline_slow)
+        self.min_tokens, self.placement, self.decline_slow = min_tokens, placement, decline_slow
         self.lock = threading.Lock()
         self.work: dict[Any, LayerWork] = {}
-        self.backends: dict[Any, str] = {}
-        # Calls that no forward was prepared for: their shapes, from which of the layer's heads on they are, and whether they
-        # ask for full precision.
-        self.unforeseen: set[tuple[CallShape, int, bool]] = set()
 
     def before_forward(
         self, state: ForwardState, shape: CallShape, dense_of: Callable[[int], DenseCall]
@@ -122,11 +115,6 @@ class Preparation:
             state = replace(state, slow=slow, settled=True)
         return self.keep_residual(state, shape)
 
-    @property
-    def measures(self) -> bool:
-        """Whether a trial may find that a sparse layer is to stay dense."""
-        return self.decline_slow and self.backend == "auto"
-
     def slow_layers(
         self, state: ForwardState, shape: CallShape, dense_of: Callable[[int], DenseCall]
     ) -> frozenset[int]:
@@ -134,8 +122,7 @@ class Preparation:
         `before_forward`, of an active forward whose layout is known."""
         layout = state.layout
         assert layout is not None
-        with self.lock:
-            wanted = {(shape, 0, False), *self.unforeseen}
+        wanted = self.choices.wanted(shape)
         layouts, renewed = {layout, without_padding(layout, state.padding)}, self._renewed(state)
         slow = set[int]()
         for layer in range(state.depth or 0):
@@ -147,7 +134,7 @@ class Preparation:
                 backend
                 for shape, first_head, precise in wanted
                 for found in layouts
-                for backend in self.settle(
+                for backend in self.choices.settle(
                     shape, found, work.pattern.of_heads(first_head, shape.heads), dense.at(precise), renewed
                 ).values()
             }
@@ -185,7 +172,7 @@ class Preparation:
         """Those of the sparse layers, where a run keeps one; where it does not, the report says why."""
         if self.residual is None or state.layout is None or state.depth is None or not (state.active or state.later):
             return []
-        if why := self._why_no_residual(state):
+        if why := _why_no_residual(self.residual, state):
             self.report.warn("residual", f"no residual is kept: {why}.")
             return []
         if state.layout.grid.t == 1:
@@ -193,15 +180,9 @@ class Preparation:
         sparse = [layer for layer in range(state.depth) if not self.layer(state, layer).reason]
         return state.places(layer for layer in sparse if layer not in state.slow)
 
-    def _why_no_residual(self, state: ForwardState) -> str:
-        if self.residual is None:
-            return "none is asked for"
-        why = state.no_residual or why_no_residual(self.residual.every, state.steps, state.whole)
-        return why or ("" if state.branches else "the prompts of the batch are not known")
-
     def _renewed(self, state: ForwardState) -> float:
         """The share of this run's sparse calls that compute dense attention as well, to renew the residual; 0 to 1."""
-        return 0.0 if self.residual is None or self._why_no_residual(state) else 1 / self.residual.every
+        return 0.0 if self.residual is None or _why_no_residual(self.residual, state) else 1 / self.residual.every
 
     def layer(self, state: ForwardState, layer: int | None, total: int | None = None) -> LayerWork:
         """What a layer does in the forward of ``state``; ``total`` is the depth where the state has none."""
@@ -249,56 +230,6 @@ class Preparation:
         work = self.layer(state, layer)
         return TilePattern(None) if work.reason else work.pattern
 
-    def settle(
-        self, shape: CallShape, layout: TokenLayout, pattern: LayerPattern, dense: DenseCall, renewed: float = 0.0
-    ) -> dict[TilePattern, str]:
-        """The backend of each group of heads of these calls, measured where it never was; ``dense`` only where slow
-        patterns are declined, or nothing is left out. ``renewed``: the share of the calls that compute dense attention as
-        well."""
-        backends = {p: self._backend(s, layout, p, dense, renewed) for p, s in group_shapes(shape, pattern).items()}
-        for call in calls_of(pattern, shape.heads, backends, layout.grid.t):
-            make_ready(call, shape, layout, dense)
-        return backends
-
-    def _backend(
-        self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall, renewed: float
-    ) -> str:
-        key = (shape, layout, pattern, dense.identity, renewed)
-        chosen = self.backends.get(key)
-        if chosen is None:
-            chosen = "dense" if pattern.is_full(layout.grid.t) else self.backend
-            if (pattern.means or chosen == "parts") and partial_for(dense, shape) is None:
-                if pattern.means:
-                    text = f"PyTorch's attention computes mean frames, and {dense.name} all other calls; nothing to do."
-                    self.report.note("mean frames", text)
-                else:
-                    text = f"{dense.name} does not tell its log-sum-exp, which the backend parts needs: frames is used."
-                    self.report.warn("parts", text)
-                    chosen = "frames"
-            if chosen == "auto":
-                chosen = self._fastest(shape, layout, pattern, dense, renewed)
-            if len(self.backends) >= MOST_REMEMBERED:
-                self.backends.clear()
-            self.backends[key] = chosen
-        return chosen
-
-    def _fastest(
-        self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall, renewed: float
-    ) -> str:
-        """The backend that a trial finds fastest; that of no trial where another node's attention fails in one, which asks it
-        before the model runs."""
-        try:
-            choice = measured_choice(shape, layout, pattern, dense=dense)
-        except Exception as error:
-            if dense.previous is None:
-                raise
-            why = f"{dense.name} cannot be timed before the model runs ({type(error).__name__}: {error})"
-            self.report.warn("trial", f"{why}: no backend is measured beside it.")
-            return unmeasured_backend(shape, pattern, dense)
-        if choice.milliseconds:
-            self.report.add_trial(pattern.name(layout.grid.t), choice.times())
-        return choice.paying(renewed) if self.decline_slow else choice.sparse()
-
     def backends_of(
         self,
         state: ForwardState,
@@ -308,35 +239,26 @@ class Preparation:
         dense: DenseCall,
         first_head: int = 0,
     ) -> dict[TilePattern, str]:
-        """The backend of each group of heads for a call of this shape, from ``first_head`` of its layer on.
-
-        Where the forward was settled and the call was not foreseen, what needs no trial computes it; the next forward is
-        prepared for it.
-        """
+        """The backend of each group of heads for a call of this shape, from ``first_head`` of its layer on; measured here
+        where the forward was not settled."""
+        renewed = self._renewed(state)
         if not state.settled:
-            return self.settle(shape, layout, pattern, dense, self._renewed(state))
-        shapes = group_shapes(shape, pattern)
-        identity, renewed = dense.identity, self._renewed(state)
-        found = {p: self.backends.get((s, layout, p, identity, renewed)) for p, s in shapes.items()}
-        if None in found.values():
-            with self.lock:
-                if len(self.unforeseen) < MOST_UNFORESEEN:
-                    self.unforeseen.add((shape, first_head, dense.precise))
-        return {p: chosen or self._unmeasured(shapes[p], p, dense) for p, chosen in found.items()}
-
-    def _unmeasured(self, shape: CallShape, pattern: TilePattern, dense: DenseCall) -> str:
-        return "frames" if self.backend == "frames" else unmeasured_backend(shape, pattern, dense)
+            return self.choices.settle(shape, layout, pattern, dense, renewed)
+        return self.choices.of_call(shape, layout, pattern, dense, first_head, renewed)
 
     def forget(self) -> None:
-        """Lets go of what a run left in memory. What was measured stays in the book on disk, and the next run is
-        prepared for the shapes that this one met."""
+        """Lets go of what a run left in memory."""
         with self.lock:
             self.work.clear()
-            self.backends.clear()
-        forget_masks()
-        forget_cramped()
+        self.choices.forget()
         if self.residual is not None:
             self.residual.clear()
+
+
+def _why_no_residual(residual: ResidualCache, state: ForwardState) -> str:
+    """Why this run keeps none, whatever its layers are; "" = it keeps one."""
+    why = state.no_residual or why_no_residual(residual.every, state.steps, state.whole)
+    return why or ("" if state.branches else "the prompts of the batch are not known")
 
 
 def pattern_for_frames(

@@ -135,7 +135,7 @@ def _publish(family: Family, diffusion_model: Any, comm: Communicator, seat: Sea
         if state.layout is None:
             raise ValueError(f"This run cannot be sharded: {state.reason}. Bypass EVDiTSequenceParallel.")
         scheme, weights = call.options.get(SCHEME_KEY, "auto"), call.options.get(WEIGHTS_KEY, ())
-        backend, at = state.owner.backend, call.options.get(COMM_KEY, comm)
+        backend, at = state.owner.choices.backend, call.options.get(COMM_KEY, comm)
         patterns = [state.owner.pattern_of(state, layer) for layer in range(depth)]
         patterns = _without_slow(patterns, family, state, call, comm)
         sharded = ShardedForward(state.layout, patterns, at, scheme, heads, weights, backend)
@@ -159,7 +159,7 @@ def _without_slow(
     """The patterns, full where one device alone would find dense attention faster for the whole sequence: the clip is to
     be that device's. Rank 0 measures, and all follow it, whichever branches they have, for two trials may differ."""
     full = TilePattern(None)
-    if not state.owner.measures or all(pattern == full for pattern in patterns):
+    if not state.owner.choices.may_decline or all(pattern == full for pattern in patterns):
         return patterns
     slow = torch.zeros(len(patterns), dtype=torch.uint8)
     if comm.rank == 0:

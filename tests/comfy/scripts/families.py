@@ -183,7 +183,7 @@ def facts(case: Case) -> dict:
         "frames stand": where_frames_stand(model, case) == expected_places(case),
         "finite": bool(torch.isfinite(want).all()),
         "layers": layers == list(case.layers) * ran,
-        "unforeseen": [str(shape) for shape in hooks.hook_of(one).preparation.unforeseen],
+        "unforeseen": [str(shape) for shape in hooks.hook_of(one).preparation.choices.unforeseen],
         "depth": families.find_family(diffusion_model).depth(diffusion_model),
         "calls": len(calls) == len(case.layers) * ran,
         "lines": list(lines),

@@ -31,7 +31,7 @@ sharding, tiles = module("comfy_bridge.parallel.sharding"), module("efficient_vd
 head_patterns, division = module("efficient_vdit_core.plan.head_patterns"), module("sharding.division")
 branches, hooks = module("comfy_bridge.parallel.branches"), module("comfy_bridge.hook")
 reports, reasons = module("attention.report.report"), module("attention.report.reason_names")
-prepare, trial = module("attention.hook.prepare"), module("efficient_vdit_core.attention.autotune.trial")
+choices, trials = module("attention.hook.backend_choices"), module("efficient_vdit_core.attention.autotune.trial")
 UNLIKE = (16, 7, 11)
 THOROUGH = CASES if os.environ.get("EVDIT_ALL_RANKS") else ONE_OF_EACH
 IN_GROUPS = ("wan", "wan i2v", "ltx", "hunyuan", "h3 with guidance")  # on four ranks
@@ -168,9 +168,9 @@ def with_a_slow_layer(model, case: Case) -> dict:
     def trial(shape, layout, pattern, **_):
         measured.append((shape.batch, layout.tokens, pattern.k))
         times = {"dense": 2.0, "frames": 1.0 if pattern.k == 1 else 3.0}
-        return trial.Choice(min(times, key=times.__getitem__), times)
+        return trials.Choice(min(times, key=times.__getitem__), times)
 
-    plain, prepare.measured_choice = prepare.measured_choice, trial
+    plain, choices.measured_choice = choices.measured_choice, trial
     try:
         want, alone = by_one_process(source, case), measured.copy()
         calls = over_the_video(hooks.report_of(source))
@@ -179,7 +179,7 @@ def with_a_slow_layer(model, case: Case) -> dict:
         ranks = comm.gather("test", [torch.tensor([len(measured)])], [[((1,), torch.int64)]] * comm.size)
         by_branches = distance(shared(source, case, divide=True), want)
     finally:
-        prepare.measured_choice = plain
+        choices.measured_choice = plain
     every = by_one_process(sparse(model, plan), case)
     effect = distance(every, want)
     return {
