@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..limits.quote import quoted
-from .read_video import attended, ffmpeg, is_steady, said, source, told_rates, told_streams
+from .ffmpeg import ended_when_stuck, input_arguments, start_ffmpeg, told_rates, told_streams, words_in
+from .pyav_video import is_steady
 from .video import has_ffmpeg, install
 
 CHANNELS = 2
@@ -41,10 +42,13 @@ def read_sound(path: str | Path, seconds: float, rate: int, fps: float) -> np.nd
     filled = "aresample=async=1:first_pts=0"
     wanted = ["-map", "0:a:0", "-af", filled, "-t", str(seconds), "-ac", str(CHANNELS), "-ar", str(rate), "-f", "f32le"]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as complaints:
-        strict = ["-v", "error", "-xerror", *source(path), *wanted, "-"]
-        with ffmpeg(strict, out, complaints) as process, attended(process, lambda: os.fstat(out.fileno()).st_size):
+        strict = ["-v", "error", "-xerror", *input_arguments(path), *wanted, "-"]
+        with (
+            start_ffmpeg(strict, out, complaints) as process,
+            ended_when_stuck(process, lambda: os.fstat(out.fileno()).st_size),
+        ):
             status = process.wait()
-        if status or said(complaints):
+        if status or words_in(complaints):
             raise ValueError(f"{name} holds sound that cannot be read. It is damaged, or half written; make it again.")
         out.seek(0)
         samples = np.frombuffer(out.read(), np.float32).reshape(-1, CHANNELS).T

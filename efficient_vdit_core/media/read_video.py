@@ -5,14 +5,11 @@ Sizes are read before pixels, and frames come one by one: a file of a few hundre
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -21,23 +18,30 @@ import numpy as np
 
 from ..limits.memory import check_memory
 from ..limits.quote import quoted, reason
-from .pyav_video import FORMATS, frame_rates, is_steady, read_frames, read_rates, times_shown
+from .ffmpeg import (
+    ended_when_stuck,
+    input_arguments,
+    run_ffmpeg,
+    start_ffmpeg,
+    stream_lines,
+    told_rates,
+    told_streams,
+    words_in,
+)
+from .pyav_video import is_steady, read_frames, read_rates, times_shown
 from .shown import HDR, SQUARE, is_square, square_size, warn_of_hdr
 from .video import ANIMATIONS, MAX_FPS, MIN_FPS, PACKAGES, frame_milliseconds, has_ffmpeg, install, read_metadata
 
-PATIENCE = 300  # seconds without a picture or a word of ffmpeg's
 MAX_PIXELS = 2**25  # of a frame: 8K
 MAX_FRAMES = 10_000  # of a clip
 _MOST_COUNTED = 10**6  # to say how many there are; a few bytes may stand for far more
 MAX_CLIP = 2**32  # pixels of all frames: 2,000 of 1080p
 _UNTIMED = 100  # milliseconds
 _ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng")
-_STREAM = re.compile(r"^ *Stream #\d+:\d+.*", re.M)
 _SIZE = re.compile(r"Video: [^\n]*?, (\d{1,6})x(\d{1,6})\b")
 _ASPECT = re.compile(r"\bSAR (\d+):(\d+)")
 _TRANSFER = re.compile("|".join(HDR))
 _COUNT = re.compile(r"(?:^|[\r\n])frame=\s*(\d+)")
-_RATES = re.compile(r"Video: [^\n]*?(?:, ([\d.]+k?) fps)?, ([\d.]+k?) tbr\b")
 
 Check = Callable[[int, int, int], None]  # told width, height and number of frames, raises TooLarge
 
@@ -182,10 +186,10 @@ def _within(value: Any, low: float, high: float) -> float:
 
 def _stream(path: Path, fps: float, check: Check, first: int) -> Iterator[np.ndarray]:
     """ffmpeg hands over PPM pictures, whose headers tell their size; any complaint of its decoder ends the reading."""
-    pictures = ["-max_pixels", str(MAX_PIXELS), *source(path), "-map", "0:v:0"]
+    pictures = ["-max_pixels", str(MAX_PIXELS), *input_arguments(path), "-map", "0:v:0"]
     wanted = ["-frames:v", str(first)] if first else []
     counted = wanted or ["-frames:v", str(_MOST_COUNTED)]
-    about = told(["-hide_banner", *pictures, *counted, "-c", "copy", "-f", "null", "-"])
+    about = run_ffmpeg(["-hide_banner", *pictures, *counted, "-c", "copy", "-f", "null", "-"])
     if stream_lines(about) and not _pictures(about):
         raise ValueError("it has no pictures")
     check(*_probed(about))
@@ -195,7 +199,7 @@ def _stream(path: Path, fps: float, check: Check, first: int) -> Iterator[np.nda
     changed = ["-vf", ",".join(filters)] if filters else []
     ppm = ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
     strict = ["-v", "error", "-xerror", *pictures, *changed, *wanted, *ppm]
-    with tempfile.TemporaryFile() as complaints, ffmpeg(strict, subprocess.PIPE, complaints) as process:
+    with tempfile.TemporaryFile() as complaints, start_ffmpeg(strict, subprocess.PIPE, complaints) as process:
         assert process.stdout is not None
         try:
             yield from _in_time(process, _ppm_pictures(process.stdout))
@@ -203,7 +207,7 @@ def _stream(path: Path, fps: float, check: Check, first: int) -> Iterator[np.nda
             process.kill()
             raise
         status = process.wait()
-        text = said(complaints)
+        text = words_in(complaints)
     if status or text:
         # Without "[h264 @ 0x5575c0]".
         lines = re.sub(r"^\[.*?\] ", "", text).splitlines()[:1] or [f"exit status {status}"]
@@ -229,90 +233,14 @@ def _pictures(about: str) -> str:
     return found[0] if found else ""
 
 
-def stream_lines(about: str) -> str:
-    """The lines on streams in what ffmpeg tells. Beside them stand comments, with prompts that may speak of "Video:" too; it
-    indents what follows a line's end in one by a colon."""
-    return "\n".join(_STREAM.findall(about))
-
-
-def told_streams(path: str | Path) -> str:
-    """What ffmpeg tells of a file's streams, a line each."""
-    return stream_lines(told(["-hide_banner", *source(path)]))
-
-
-def source(path: str | Path) -> list[str]:
-    """The arguments that have ffmpeg read a file, and nothing that it may name."""
-    return ["-nostdin", "-format_whitelist", FORMATS, "-i", f"file:{path}"]
-
-
-def told_rates(about: str) -> tuple[float, float]:
-    """Mean and constant frames a second in what ffmpeg tells of a file; 0 where it does not."""
-    found = _RATES.search(about)
-    texts = found.groups("0") if found else ("0", "0")
-    return frame_rates(*(float(text.replace("k", "e3")) for text in texts))
-
-
-def told(arguments: list[str]) -> str:
-    """What ffmpeg says of its work, whether it succeeds or not. Raises ValueError where it says nothing any more, which it does
-    twice a second."""
-    with tempfile.TemporaryFile() as answer:
-        words = answer.fileno()
-        with (
-            ffmpeg(arguments, subprocess.DEVNULL, answer) as process,
-            attended(process, lambda: os.fstat(words).st_size),
-        ):
-            process.wait()
-        return said(answer)
-
-
-@contextmanager
-def attended(process: subprocess.Popen[bytes], progress: Callable[[], object]) -> Iterator[None]:
-    """Ends a process whose ``progress`` is the same for ``PATIENCE`` seconds, as on a share that is gone; ValueError then. The
-    seconds are counted one by one: what stops both, such as Ctrl-Z, takes none."""
-    left, ended = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        last, still = progress(), 0
-        while still < PATIENCE:
-            if left.wait(1.0):
-                return
-            now = progress()
-            last, still = now, still + 1 if now == last else 0
-        ended.set()
-        process.kill()
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        left.set()
-        watcher.join()
-    if ended.is_set():
-        raise ValueError(f"ffmpeg did nothing for {PATIENCE} seconds")
-
-
 def _in_time(process: subprocess.Popen[bytes], pictures: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     """The pictures of a process that is ended where the next does not come; that one is not fetched yet is not its fault."""
     awaited, count = True, 0
-    with attended(process, lambda: count if awaited else object()):
+    with ended_when_stuck(process, lambda: count if awaited else object()):
         for picture in pictures:
             awaited, count = False, count + 1
             yield picture
             awaited = True
-
-
-def ffmpeg(arguments: list[str], out: Any, errors: Any) -> subprocess.Popen[bytes]:
-    """imageio-ffmpeg's program at work, its output in ``out`` and its words in ``errors``."""
-    import imageio_ffmpeg
-
-    return subprocess.Popen([imageio_ffmpeg.get_ffmpeg_exe(), *arguments], stdout=out, stderr=errors)
-
-
-def said(file: Any) -> str:
-    """The words in a file that a program has written to."""
-    file.seek(0)
-    return file.read(2**20).decode(errors="replace").strip()
 
 
 def _ppm_pictures(stream: IO[bytes]) -> Iterator[np.ndarray]:

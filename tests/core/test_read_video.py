@@ -13,8 +13,9 @@ from recorded import record
 from efficient_vdit_core.media import pyav_video
 from efficient_vdit_core.media import read_video as reading
 from efficient_vdit_core.media import video as writing
+from efficient_vdit_core.media.ffmpeg import start_ffmpeg, told_rates, told_streams
 from efficient_vdit_core.media.read_sound import read_sound
-from efficient_vdit_core.media.read_video import check_steady, iterate_video, read_video, told_rates
+from efficient_vdit_core.media.read_video import check_steady, iterate_video, read_video
 from efficient_vdit_core.media.video import write_video
 
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
@@ -40,7 +41,7 @@ def frames():
 
 def changed(source, target, *arguments, first=()):
     """``target``, made by ffmpeg of ``source``."""
-    with reading.ffmpeg(["-v", "error", *first, "-i", str(source), *arguments, str(target)], None, None) as process:
+    with start_ffmpeg(["-v", "error", *first, "-i", str(source), *arguments, str(target)], None, None) as process:
         assert process.wait() == 0
     return target
 
@@ -195,7 +196,7 @@ def test_names_that_ffmpeg_would_take_for_something_else(tmp_path, frames, monke
 def test_what_a_phone_filmed_stands_upright(tmp_path, frames, angle):
     path, turned = write_video(tmp_path / "a.mp4", frames[:1]), tmp_path / "b.mp4"
     arguments = ["-v", "error", "-display_rotation", str(angle), "-i", str(path), "-c", "copy", str(turned)]
-    with reading.ffmpeg(arguments, None, None) as process:
+    with start_ffmpeg(arguments, None, None) as process:
         assert process.wait() == 0
     assert np.abs(read_video(turned)[0] - np.rot90(read_video(path)[0], angle // 90).astype(float)).mean() < 4
 
@@ -276,7 +277,7 @@ def test_what_tells_no_colours_is_read_as_ever(tmp_path, frames):
     (tmp_path / "a.raw").write_bytes(flat.tobytes())
     pixels = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "64x720", "-r", "24"]
     untagged = changed(tmp_path / "a.raw", tmp_path / "a.mp4", "-pix_fmt", "yuv420p", first=pixels)
-    assert "bt709" not in reading.told_streams(untagged)
+    assert "bt709" not in told_streams(untagged)
     assert np.abs(read_video(untagged).astype(int) - flat).max() <= 4
 
 
@@ -301,7 +302,7 @@ def test_a_recording_without_a_rate_is_known_and_read_by_its_times(tmp_path, fra
 def test_a_rate_that_counts_fields_is_constant(tmp_path, frames):
     """MPEG's 24 frames a second are 48 of the container's, and each comes once."""
     source, path = write_video(tmp_path / "a.mp4", np.concatenate([frames] * 4), fps=24), tmp_path / "b.mpg"
-    with reading.ffmpeg(["-v", "error", "-i", str(source), str(path)], None, None) as process:
+    with start_ffmpeg(["-v", "error", "-i", str(source), str(path)], None, None) as process:
         assert process.wait() == 0
     check_steady(path)
     assert len(read_video(path)) == 4 * len(frames)
@@ -362,7 +363,7 @@ def test_a_stream_without_times_is_read_by_its_own_frames_alone(tmp_path, frames
 def test_a_clip_that_was_cut_without_coding_it_anew_is_whole(tmp_path, frames):
     path, cut = write_video(tmp_path / "a.mp4", np.concatenate([frames] * 3), fps=13), tmp_path / "b.mp4"
     arguments = ["-v", "error", "-ss", "1.5", "-i", str(path), "-c", "copy", str(cut)]
-    with reading.ffmpeg(arguments, None, None) as process:
+    with start_ffmpeg(arguments, None, None) as process:
         assert process.wait() == 0
     assert 18 <= len(read_video(cut)) <= 20
     cut.write_bytes(cut.read_bytes()[:-2000])
@@ -525,13 +526,13 @@ def test_a_process_that_does_nothing_is_ended(tmp_path, frames, monkeypatch, han
     program.write_text(f'#!/bin/sh\nWORDS="{words}"\n{counts}\nexec sleep 10\n')
     program.chmod(0o755)
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(program))
-    monkeypatch.setattr(reading, "PATIENCE", 1, raising=False)
+    monkeypatch.setattr("efficient_vdit_core.media.ffmpeg.PATIENCE", 1)
     with pytest.raises(ValueError, match="ffmpeg did nothing for 1 seconds"):
         read_video(path)
 
 
 def test_a_reader_that_takes_its_time_is_waited_for(tmp_path, frames, monkeypatch):
-    monkeypatch.setattr(reading, "PATIENCE", 1, raising=False)
+    monkeypatch.setattr("efficient_vdit_core.media.ffmpeg.PATIENCE", 1)
     found = iterate_video(write_video(tmp_path / "a.mp4", frames))
     next(found)
     time.sleep(2.5)
