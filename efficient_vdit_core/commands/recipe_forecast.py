@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ..distill.forecast.recipe import Part
 
 GPU = "24GB"
-H100 = 300.0  # TFLOP/s in bf16, in published trainings of video transformers
+# TFLOP/s in bf16: an H100 in published trainings of video transformers, and what a 4090 may reach.
+H100, RTX_4090 = 300.0, 100.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="only say what each part will hold on a GPU, and how long it will take")  # fmt: skip
     parser.add_argument("--gpu", type=gpu_bytes, metavar="SIZE", help=f"its memory, default: {GPU}")
     parser.add_argument("--tflops", type=quantity(0.001, 1e6), metavar="N",
-                        help=f"what the GPUs together reach in a training: an H100 300, a 4090 about 100; default: {H100:g}")  # fmt: skip
+                        help=f"what the GPUs together reach in a training; default: {RTX_4090:g}, a 4090's, or an H100's {H100:g} "
+                        f"where --gpu is above {GPU}")  # fmt: skip
     parser.add_argument(
         "--hours", type=quantity(0.01, 1e6), metavar="N", help="also say how many steps fit into so many hours"
     )
@@ -55,7 +57,8 @@ def say_forecast(stages: Any, args: argparse.Namespace) -> int:
         check_training(stage)
         check_hosted(stage)
         check_shares(stage, open_model(stage.model))
-    gpu, tflops = args.gpu or gpu_bytes(GPU), args.tflops or H100
+    gpu, small = args.gpu or gpu_bytes(GPU), gpu_bytes(GPU)
+    tflops = args.tflops or (H100 if gpu > small else RTX_4090)
     parts, all_fit = list[Part](), True
     for part in forecast(stages):
         parts.append(part)

@@ -146,6 +146,12 @@ def remarks(guider: Any, sigmas: Tensor, gamma: float) -> list[str]:
     found, cfg, steps = [], float(getattr(guider, "cfg", 1.0)), len(sigmas) - 1
     if cfg != 1.0 and about.guidance is not None:
         found.append(f"cfg is {cfg:g}, but guidance is already inside this distilled model: set cfg to 1.")
+    trained, asked = about.schedule.get("sigma_min"), float(guider.inner_model.model_sampling.sigma_min)
+    if isinstance(trained, float) and trained > 0 and not 1 / 1.05 < trained / asked < 1.05:
+        found.append(
+            f"this model was distilled on a schedule whose noise begins at {trained:.3g}, and ComfyUI's begins at {asked:.3g}, as for "
+            "CogVideoX 2B: it is asked at other noise levels than it learnt."
+        )
     # A run that ends above 0, or starts below the top, is one expert's part of the steps.
     top = float(guider.inner_model.model_sampling.sigma_max)
     if steps < about.segments and float(sigmas[-1]) == 0.0 and float(sigmas[0]) >= 0.99 * top:

@@ -77,7 +77,9 @@ def test_the_sampler_warns_only_where_something_works_against_the_model(few_step
         and "2 steps" in warnings["2 steps"][0]
         and "gamma is 1" in warnings["gamma 1"][0]
     )
-    assert warnings["half of it"] == []
+    assert warnings["half of it"] == [] and warnings["from 0.0101"] == []
+    (remark,) = warnings["from 0.0171"]
+    assert "noise begins at 0.0171, and ComfyUI's begins at 0.01," in remark
 
 
 def test_cogvideox_is_sampled_as_by_its_own_sampler(few_steps):

@@ -97,6 +97,18 @@ def test_a_long_video_is_learnt_from_its_first_frames_and_a_short_one_is_told_of
     assert "1 of 2 videos were left out, each for the reason above." in caplog.text
 
 
+def test_a_video_that_is_gone_is_left_out(tmp_path, caplog):
+    """A link to a disk that is not there is seen when its turn comes, behind hours of encoding."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    videos(folder, ["a.gif"])
+    (folder / "b.gif").symlink_to(tmp_path / "unmounted" / "b.gif")
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(name)
+    clips = encode_videos(folder, tmp_path / "cache", (5, 16, 16), lambda: lambda frames: torch.ones(4, 2, 2, 2))
+    assert clips.captions == [("a",)] and "b.gif is left out: No such file or directory" in caplog.text
+
+
 def test_nothing_that_is_listed_is_left_out_quietly(tmp_path, caplog):
     videos(tmp_path, ["a.webp", "b.gif"])
     for name in ("c.m4v", "d.mpg", "e.rm"):

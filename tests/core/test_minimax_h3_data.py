@@ -14,6 +14,7 @@ from small_models import minimax_h3
 from efficient_vdit_core.distill.config import DistillConfig
 from efficient_vdit_core.distill.data.clips import encode_videos
 from efficient_vdit_core.distill.data.prepare import check_data
+from efficient_vdit_core.distill.families.fingerprints import video_stamp
 from efficient_vdit_core.distill.families.minimax_h3_clip import ClipShape
 from efficient_vdit_core.distill.families.open_model import open_model
 from efficient_vdit_core.distill.families.texts import TextBank
@@ -43,6 +44,14 @@ def with_sound(path, frames=22, fps=24, tone=True):
         subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *map(str, arguments)], check=True)
         silent.unlink()
     return path
+
+
+def test_latents_of_another_sound_schedule_are_not_taken(h3, monkeypatch):
+    """The sound is kept times the quotient of the two shifts."""
+    assert video_stamp(h3) == video_stamp(h3)
+    before = video_stamp(h3)
+    monkeypatch.setattr(type(h3), "schedules", [6.0, 3.0])
+    assert video_stamp(h3) != before
 
 
 def test_sound_is_read_as_long_as_the_pictures_last(tmp_path):

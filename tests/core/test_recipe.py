@@ -267,7 +267,8 @@ def test_the_memory_is_told_before_anything_is_trained(calls, capsys, tmp_path):
     told = capsys.readouterr().out
     assert told.startswith("consistency: ") and told.count(", fits into 24.0 GiB") == 3
     assert told.count("  activations ") == 3 and told.count("  in the host memory ") == 1
-    assert "\nsearch: " in told and "\nall: under a minute at 300 TFLOP/s\n" in told
+    assert "\nsearch: " in told and "\nall: under a minute at 100 TFLOP/s\n" in told
+    assert cli.main([*asked, "80GB"]) == 0 and "at 300 TFLOP/s\n" in capsys.readouterr().out
     assert cli.main([*asked, "0.05"]) == 1
     told = capsys.readouterr().out
     assert (

@@ -151,7 +151,12 @@ def encode_videos(
     encode: Callable[[np.ndarray], Tensor] | None = None
     files, texts, broken = [], [], []
     for video, text in tqdm(captions.items(), desc="latents", mininterval=5):
-        made = f"{video.resolve()} {video.stat().st_mtime_ns} {size} {stamp}" + (f" {fps}" if fps else "")
+        try:
+            made = f"{video.resolve()} {video.stat().st_mtime_ns} {size} {stamp}" + (f" {fps}" if fps else "")
+        except OSError as error:  # a link to what is gone
+            log.warning("%s is left out: %s", named(video.name), error.strerror)
+            broken.append(named(video.name))
+            continue
         stem = video.stem.encode()[:MAX_STEM].decode(errors="ignore")
         target = cache / f"{stem}-{hashlib.sha256(made.encode()).hexdigest()[:16]}.safetensors"
         if not target.is_file():

@@ -19,8 +19,9 @@ def text_stamp(model: FamilyModel) -> str:
 
 
 def video_stamp(model: FamilyModel) -> str:
-    """Of what encodes videos, and their sound where the model has it."""
-    return _stamp(model.family, *(path for name, path in model.parts.items() if "VAE" in name))
+    """Of what encodes videos, and their sound where the model has it, which is scaled by its noise schedules."""
+    scales = [model.schedules] if model.sound_rate else []
+    return _stamp(model.family, *scales, *(path for name, path in model.parts.items() if "VAE" in name))
 
 
 def teacher_stamp(model: FamilyModel) -> str:

@@ -68,6 +68,14 @@ for name, (source, steps, cfg, gamma) in cases.items():
     guider.inner_model = source.model
     sigmas = torch.tensor(levels(model, segments=steps, steps=steps))
     facts["warnings"][name] = bridge.remarks(guider, sigmas[:3] if name == "half of it" else sigmas, gamma)
+for lowest in (0.0101, 0.0171):
+    about = modules["models.distilled"].DistillMetadata(
+        "consistency", 8, 8, {"kind": "vp", "sigma_min": lowest}, "v_prediction"
+    )
+    distilled.set_attachments(carrier.DISTILLED, about)
+    guider = comfy.samplers.CFGGuider(distilled)
+    guider.inner_model = distilled.model
+    facts["warnings"][f"from {lowest}"] = bridge.remarks(guider, torch.tensor(levels(model, segments=8, steps=8)), 0.0)
 
 
 def ours(gamma):
