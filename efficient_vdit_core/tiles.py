@@ -20,7 +20,8 @@ PLACEMENTS = ("strided", "first", "last", "rotating", "chunk heads")
 CHUNK = 5  # latent frames that MiniMax-H3's VAE makes of 17 pixel frames; the first of them holds one pixel frame
 MAX_WINDOW = 256  # latent frames
 MAX_MEANS = 16
-COUNT = r"(?:[0-9]{1,4}|-[1-9][0-9]{0,3})"  # of a window or means in a text; those below 0 are read to be named
+_COUNT = r"([0-9]{1,4}|-[1-9][0-9]{0,3})"  # of a window or means; those below 0 are read to be named
+PATTERN = rf"(?:full|([0-9]{{1,4}})(?::([0-9]{{1,4}}))?(?:~{_COUNT})?(?:\+{_COUNT})?)"  # groups: k, T-k, window, means
 MeanFrames = dict[int, tuple[tuple[int, ...], ...]]  # by frame, the frames of each mean that it sees
 
 
@@ -215,20 +216,8 @@ class TilePattern:
 
     @classmethod
     def parse(cls, text: str) -> TilePattern:
-        """Read ``full``, ``k:T-k`` or a bare ``k``; the latter two may end in ``~window``, ``+means`` or both.
-
-        Raises ValueError for anything else, and for a window or a number of means out of range.
-        """
-        cleaned = text.strip().lower()
-        if cleaned == "full":
-            return cls(None)
-        match = re.fullmatch(rf"([0-9]{{1,4}})(?::[0-9]{{1,4}})?(?:~({COUNT}))?(?:\+({COUNT}))?", cleaned)
-        if match is None:
-            raise ValueError(
-                f"The pattern {quoted(text)} cannot be read, expected 'full', 'k:T-k' such as '2:6', '2:6~1' with neighbours up "
-                "to 1 frame away, or '2:6+1' with 1 mean frame. Correct the plan."
-            )
-        return cls(int(match[1]), window=int(match[2] or 0), means=int(match[3] or 0))
+        """The pattern alone of `read_pattern`, and its errors."""
+        return read_pattern(text)[0]
 
     def density(self, frames: int) -> float:
         """Share of the frame x frame tiles that is computed, 0 to 1; a mean frame is one."""
@@ -294,3 +283,22 @@ def _averaged(pattern: TilePattern, frames: int) -> MeanFrames:
         averaged = {f: tuple(mean for mean in means if mean) for f, means in unseen.items()}
         _AVERAGED[key] = averaged
     return averaged
+
+
+def read_pattern(text: str) -> tuple[TilePattern, int | None]:
+    """Read ``full``, ``k:T-k`` or a bare ``k``; the latter two may end in ``~window``, ``+means`` or both. Beside the pattern
+    the latent frames T, which ``k:T-k`` alone tells.
+
+    Raises ValueError for anything else, and for a window or a number of means out of range.
+    """
+    match = re.fullmatch(PATTERN, text.strip().lower())
+    if match is None:
+        raise ValueError(
+            f"The pattern {quoted(text)} cannot be read, expected 'full', 'k:T-k' such as '2:6', '2:6~1' with neighbours up "
+            "to 1 frame away, or '2:6+1' with 1 mean frame. Correct the plan."
+        )
+    references, others, window, means = (None if part is None else int(part) for part in match.groups())
+    if references is None:
+        return TilePattern(None), None
+    pattern = TilePattern(references, window=window or 0, means=means or 0)
+    return pattern, None if others is None else references + others

@@ -92,3 +92,21 @@ def by_head(patterns: Iterable[TilePattern]) -> LayerPattern:
     """A layer's pattern from one for each head; a plain one where all heads are alike."""
     every = tuple(patterns)
     return every[0] if len(set(every)) == 1 else HeadPatterns(every)
+
+
+def from_groups(groups: Iterable[tuple[Iterable[int], TilePattern]], heads: int | None = None) -> LayerPattern:
+    """The same from patterns and their heads; of a layer of so many ``heads``, or up to the last that is named.
+
+    Raises ValueError, to be finished as a sentence, where a head is named twice or left out.
+    """
+    found: dict[int, TilePattern] = {}
+    for alike, pattern in groups:
+        for head in alike:
+            if head in found:
+                raise ValueError(f"names head {head} twice")
+            found[head] = pattern
+    every = range(heads or max(found) + 1)
+    missing = next((head for head in every if head not in found), None)
+    if missing is not None:
+        raise ValueError(f"leaves out head {missing}{f' of {heads}' if heads else ''}")
+    return by_head(found[head] for head in every)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..limits.quote import quoted
 from ..tiles import MAX_MEANS, MAX_WINDOW, TilePattern
-from .head_patterns import LayerPattern, by_head, join_heads
+from .head_patterns import LayerPattern, from_groups, join_heads
 from .text import MAX_LAYERS, MAX_REFERENCE_FRAMES, read_heads
 
 SCHEMA_VERSION = 3
@@ -62,7 +62,7 @@ def patterns_from_json(values: dict[str, Any], heads: int | None) -> tuple[Layer
 
 
 def _plain(value: Any, where: str) -> TilePattern:
-    return TilePattern(count(value, where))
+    return TilePattern(read_count(value, where))
 
 
 def _layer(value: Any, where: str, heads: int | None) -> LayerPattern:
@@ -73,21 +73,14 @@ def _layer(value: Any, where: str, heads: int | None) -> LayerPattern:
             f"The plan's {where} has groups of heads, and its heads says {quoted(heads)}, expected how many the model has. "
             "Correct the file."
         )
-    found: dict[int, TilePattern] = {}
+    groups = []
     for i, group in enumerate(value):
         pattern = _pattern(group, f"{where}[{i}]", ("heads", *OF_PATTERN))
-        for head in _heads(group.get("heads"), f"{where}[{i}].heads", heads):
-            if head in found:
-                raise ValueError(
-                    f"The plan's {where} names head {head} twice, expected each head once. Correct the file."
-                )
-            found[head] = pattern
-    missing = next((head for head in range(heads) if head not in found), None)
-    if missing is not None:
-        raise ValueError(
-            f"The plan's {where} leaves out head {missing} of {heads}, expected each head once. Correct the file."
-        )
-    return by_head(found[head] for head in range(heads))
+        groups.append((_heads(group.get("heads"), f"{where}[{i}].heads", heads), pattern))
+    try:
+        return from_groups(groups, heads)
+    except ValueError as error:
+        raise ValueError(f"The plan's {where} {error}, expected each head once. Correct the file.") from None
 
 
 def _check_fields(values: dict[str, Any], known: Sequence[str], where: str) -> None:
@@ -105,7 +98,7 @@ def _pattern(value: Any, where: str, fields: Sequence[str] = OF_PATTERN) -> Tile
         )
     _check_fields(value, fields, f"plan's {where}")
     window, means = _small(value, where, "window", MAX_WINDOW), _small(value, where, "means", MAX_MEANS)
-    return TilePattern(count(value["k"], f"{where}.k"), window=window, means=means)
+    return TilePattern(read_count(value["k"], f"{where}.k"), window=window, means=means)
 
 
 def _small(value: dict[str, Any], where: str, name: str, most: int) -> int:
@@ -141,7 +134,7 @@ def _checked_version(version: Any) -> int:
     return version
 
 
-def typed(values: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+def read_field(values: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     """A field of that type or null. Raises ValueError that names it."""
     value = values.get(name, default)
     if value is not None and not isinstance(value, kind):
@@ -151,7 +144,7 @@ def typed(values: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     return value
 
 
-def count(value: Any, name: str) -> int | None:
+def read_count(value: Any, name: str) -> int | None:
     """A number of frames, heads or reference frames, or null. Raises ValueError that names the field."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if value is None or (whole and 0 <= value <= MAX_REFERENCE_FRAMES):
@@ -162,7 +155,7 @@ def count(value: Any, name: str) -> int | None:
     )
 
 
-def ranges(value: Any) -> tuple[tuple[int, int], ...]:
+def read_ranges(value: Any) -> tuple[tuple[int, int], ...]:
     """``dense_layers``. Raises ValueError for anything but ascending pairs."""
 
     def is_range(pair: Any) -> bool:

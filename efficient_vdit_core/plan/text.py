@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..limits.quote import quoted
-from ..tiles import COUNT, TilePattern
-from .head_patterns import LayerPattern, by_head, join_heads
+from ..tiles import PATTERN, TilePattern, read_pattern
+from .head_patterns import LayerPattern, from_groups, join_heads
 
 MAX_LAYERS = 1024
 MAX_REFERENCE_FRAMES = 1024
 ALL = "all"  # every layer
 MAX_HEADS = 1024
-PATTERN = rf"(?:full|[0-9]{{1,4}}(?::[0-9]{{1,4}})?(?:~{COUNT})?(?:\+{COUNT})?)"
 GROUP = rf"\[([0-9,-]{{1,4000}})\]({PATTERN})"
 
 
@@ -113,34 +112,25 @@ def _read_part(text: str) -> Part:
 
 def _read_pattern(text: str, part: str) -> tuple[LayerPattern, int | None]:
     """The pattern, and the latent frames that it speaks of."""
-    groups = re.findall(GROUP, text)
-    if not groups:
+    written = re.findall(GROUP, text)
+    if not written:
         return _read_one(text, part)
-    found: dict[int, TilePattern] = {}
-    lengths: set[int | None] = set()
-    for heads, name in groups:
-        pattern, frames = _read_one(name, part)
-        lengths.add(frames)
-        for head in read_heads(heads):
-            if head in found:
-                raise ValueError(f"The plan text names head {head} twice at {quoted(part)}, expected each head once.")
-            found[head] = pattern
-    missing = next((head for head in range(max(found) + 1) if head not in found), None)
-    if missing is not None:
-        raise ValueError(f"The plan text leaves out head {missing} at {quoted(part)}, expected each head once.")
-    named = sorted(frames for frames in lengths if frames)
+    groups = [(*_read_one(name, part), read_heads(heads)) for heads, name, *_ in written]
+    try:
+        pattern = from_groups((heads, pattern) for pattern, _, heads in groups)
+    except ValueError as error:
+        raise ValueError(f"The plan text {error} at {quoted(part)}, expected each head once.") from None
+    named = sorted({frames for _, frames, _ in groups if frames})
     if len(named) > 1:
         raise ValueError(f"The plan text speaks of {named[0]} and of {named[1]} latent frames at {quoted(part)}.")
-    return by_head(found[head] for head in range(len(found))), named[0] if named else None
+    return pattern, named[0] if named else None
 
 
 def _read_one(text: str, part: str) -> tuple[TilePattern, int | None]:
     try:
-        pattern = TilePattern.parse(text)
+        pattern, frames = read_pattern(text)
     except ValueError as error:
         raise ValueError(f"The plan text cannot be used at {quoted(part)}: {error}") from None
-    counts = re.split(r"[~+]", text)[0]
-    frames = sum(map(int, counts.split(":"))) if ":" in counts else None
     if max(pattern.k or 0, frames or 0) > MAX_REFERENCE_FRAMES:
         raise ValueError(
             f"The plan text asks for more than {MAX_REFERENCE_FRAMES} frames at {quoted(part)}; no video has as many latent ones."

@@ -13,7 +13,7 @@ from ..limits.quote import named, quoted
 from ..storage.files import write_text
 from ..tiles import TilePattern
 from .head_patterns import HeadPatterns, LayerPattern
-from .schema import count, patterns_from_json, patterns_to_json, ranges, typed
+from .schema import patterns_from_json, patterns_to_json, read_count, read_field, read_ranges
 from .text import parse_layers, read_plan, write_layers, write_uniform
 
 ANY_FAMILY = "any"
@@ -134,14 +134,14 @@ class TilePlan:
         values = parse_json(text, "The plan", advice="Save it again from the node or the CLI.")
         if not isinstance(values, dict):
             raise ValueError(f"The plan is {quoted(values)}, expected an object. It is not a tile plan file.")
-        heads = count(values.get("heads"), "heads")
+        heads = read_count(values.get("heads"), "heads")
         patterns = patterns_from_json(values, heads)
         about: dict[str, Any] = {
-            "family": typed(values, "family", str, ANY_FAMILY) or ANY_FAMILY,
-            "frames": count(values.get("frames"), "frames"),
+            "family": read_field(values, "family", str, ANY_FAMILY) or ANY_FAMILY,
+            "frames": read_count(values.get("frames"), "frames"),
             "heads": heads,
-            "dense_layers": ranges(values.get("dense_layers", [])),
-            "provenance": typed(values, "provenance", dict, {}) or {},
+            "dense_layers": read_ranges(values.get("dense_layers", [])),
+            "provenance": read_field(values, "provenance", dict, {}) or {},
         }
         if isinstance(patterns, TilePattern):
             return cls(uniform_pattern=patterns, **about)

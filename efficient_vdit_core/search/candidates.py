@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 
 from ..limits.quote import quoted
-from ..tiles import COUNT, TilePattern
+from ..tiles import PATTERN, TilePattern
 
 MAX_CANDIDATES = 16
-CANDIDATE = rf"[0-9]{{1,4}}(?:~{COUNT})?(?:\+{COUNT})?"
 
 
 def parse_candidates(text: str) -> tuple[TilePattern, ...]:
@@ -17,7 +16,7 @@ def parse_candidates(text: str) -> tuple[TilePattern, ...]:
     Raises ValueError for anything else, or over 16 of them.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(CANDIDATE, part) for part in parts):
+    if any(part == "full" or ":" in part or not re.fullmatch(PATTERN, part) for part in parts):
         raise ValueError(
             f"The candidates {quoted(text)} cannot be read, expected numbers of reference frames such as '1,2,4', '1~1,2~1' with "
             "neighbours up to 1 frame away, or '0+1,1~1+1' with 1 mean frame."
