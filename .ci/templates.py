@@ -5,9 +5,9 @@ format).
 Usage: python .ci/templates.py http://127.0.0.1:8188 [CHROMIUM], of a running ComfyUI with this pack: its /object_info
 orders the inputs, and its page says how high each node is.
 
-A template is a `Graph` of tiny_graphs.py, today_graphs.py or template_graphs.py: nodes by a name of their own, each in a
-column, and a note. To add one, write a function that returns a Graph and yield it in that file's last function; then
-run this command, thumbnails.py, and tests/contracts/test_templates.py, which has the rules:
+A template is a `Graph` of graph.py: nodes by a name of their own, each in a column, and a note. To add one, write a function
+that returns a Graph in the file of its model's family, and yield it in tiny_graphs.py's or downloaded_graphs.py's last
+function; then run this command, thumbnails.py, and tests/contracts/test_templates.py, which has the rules:
 
 - The page names a template by its file, so the file is called by the graph's number and title. The tiny ones are first.
 - Columns are 340 px wide and stand in the order of the work; each is a group with a title. Nodes stand in a column in the
@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from comfy_page import open_page
-from template_graphs import Graph, Node, downloaded_graphs
+from downloaded_graphs import downloaded_graphs
+from graph import Graph, Node
 from tiny_graphs import tiny_graphs
-from today_graphs import today_graphs
 
 ROOT = Path(__file__).parents[1]
 CORE_VERSION, PACK = "0.3.64", "efficient-vdit"
@@ -251,7 +251,7 @@ def write(folder: str, name: str, value: dict[str, Any]) -> None:
 def main(server: str, chromium: str) -> None:
     with urllib.request.urlopen(f"{server}/object_info", timeout=60) as answer:
         info = json.load(answer)
-    graphs = [*tiny_graphs(), *today_graphs(), *downloaded_graphs()]
+    graphs = [*tiny_graphs(), *downloaded_graphs()]
     heights = measure(server, chromium, sorted({node.kind for graph in graphs for node in graph.nodes.values()}))
     for path in (ROOT / "workflows").glob("*.json"):
         path.unlink()

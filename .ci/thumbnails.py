@@ -15,10 +15,10 @@ from typing import Any
 import imageio.v3 as imageio
 import numpy as np
 from comfy_page import open_page, outputs_of
+from downloaded_graphs import downloaded_graphs
+from graph import Graph
 from PIL import Image, ImageDraw, ImageFont
-from template_graphs import Graph, downloaded_graphs
 from tiny_graphs import tiny_graphs
-from today_graphs import today_graphs
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = ROOT / "workflows"
@@ -82,9 +82,7 @@ def main(server: str, chromium: str) -> None:
         path.unlink()
     pictures = [(graph, result_picture(server, graph)) for graph in tiny_graphs()]
     with open_page(server, chromium, 1280, 1000) as page:
-        pictures += [
-            (graph, plan_picture(page, paths[graph.name])) for graph in (*today_graphs(), *downloaded_graphs())
-        ]
+        pictures += [(graph, plan_picture(page, paths[graph.name])) for graph in downloaded_graphs()]
     for graph, picture in pictures:
         compose(graph.caption, picture).save(paths[graph.name].with_suffix(".jpg"), quality=88)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from template_graphs import Graph, Node, prompts, share, video
+from graph import Graph, Node, prompts, share, video
 
 from efficient_vdit_core import assets
 from efficient_vdit_core.models.distilled import read_metadata
