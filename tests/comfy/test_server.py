@@ -62,6 +62,15 @@ def test_the_pack_loads_without_a_complaint(server):
     assert not ours, ours
 
 
+def recorded(path, got, indent):
+    """The file holds ``got``, or is written so with EVDIT_RECORD. As text: a dictionary would forgive another order, and saved
+    workflows hold widget values by position."""
+    text = json.dumps(got, indent=indent, ensure_ascii=False) + "\n"
+    if os.environ.get("EVDIT_RECORD"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
 def test_every_node_is_there_with_tooltips(server):
     info = server.get("/object_info")
     assert {name for name in info if name.startswith("EVDiT")} == NODES
@@ -72,23 +81,25 @@ def test_every_node_is_there_with_tooltips(server):
         assert all(info[name]["output_tooltips"]), name
 
 
+def english_texts(info):
+    """What the schemas say, as the page looks it up."""
+    found = {}
+    for name in sorted(NODES):
+        node = info[name]
+        declared = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+        inputs = {field: {"name": field, "tooltip": spec[1].get("tooltip")} for field, spec in declared.items()}
+        outputs = zip(node["output_name"], node["output_tooltips"], strict=True)
+        found[name] = {
+            **{key: node[key] for key in ("display_name", "description")},
+            "inputs": inputs,
+            "outputs": {str(i): {"name": shown, "tooltip": tooltip} for i, (shown, tooltip) in enumerate(outputs)},
+        }
+    return found
+
+
 def test_the_english_texts_are_the_nodes_own(server):
-    """locales/en repeats what the schemas say, so that a translator sees what to translate."""
-    info, texts = (
-        server.get("/object_info"),
-        json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8")),
-    )
-    for name in NODES:
-        assert (texts[name]["display_name"], texts[name]["description"]) == (
-            info[name]["display_name"],
-            info[name]["description"],
-        )
-        declared = {**info[name]["input"].get("required", {}), **info[name]["input"].get("optional", {})}
-        fields = {field: spec[1].get("tooltip") for field, spec in declared.items()}
-        assert {field: text["tooltip"] for field, text in texts[name].get("inputs", {}).items()} == fields, name
-        assert [texts[name]["outputs"][str(i)]["tooltip"] for i in range(len(info[name]["output"]))] == info[name][
-            "output_tooltips"
-        ], name
+    """locales/en repeats what the schemas say, so that a translator sees what to translate. EVDIT_RECORD=1 writes it."""
+    recorded(ROOT / "locales/en/nodeDefs.json", english_texts(server.get("/object_info")), indent=2)
 
 
 def test_the_page_hears_of_the_progress(server, tiny_prompt):
@@ -219,12 +230,7 @@ def schemas(info: dict) -> dict:
 
 def test_the_nodes_keep_what_they_promise(server):
     """To record a change that only appends: EVDIT_RECORD=1 pytest tests/comfy, then read the diff."""
-    path = ROOT / "tests" / "contracts" / "schemas.json"
-    got = schemas(server.get("/object_info"))
-    if os.environ.get("EVDIT_RECORD"):
-        path.write_text(json.dumps(got, indent=1) + "\n", encoding="utf-8")
-    # As text: a dictionary would forgive another order, and saved workflows hold widget values by position.
-    assert json.dumps(got, indent=1) == path.read_text(encoding="utf-8").strip()
+    recorded(ROOT / "tests" / "contracts" / "schemas.json", schemas(server.get("/object_info")), indent=1)
 
 
 WORDS = ("faster", "speed up", "speed", "accelerate", "sparse", "teacache", "wan faster", "multi gpu", "distill")
