@@ -14,7 +14,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from ..attention import TokenLayout
-from ..search.probe import relative_error
+from ..search.errors import relative_error
 
 MAX_TOKENS = 4096  # scores are whole matrices of N x N
 

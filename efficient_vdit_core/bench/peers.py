@@ -25,8 +25,9 @@ from ..attention import TokenLayout, simplest_backend, tile_attention
 from ..plan import TilePlan
 from ..plan.head_patterns import LayerPattern
 from ..plan.tile_plan import ANY_FAMILY
+from ..search.errors import relative_error
 from ..search.plan_from_record import plan_from_record
-from ..search.probe import ProbeRecord, relative_error
+from ..search.record import ProbeRecord
 from ..search.settings import SearchSettings
 from ..tiles import TilePattern
 

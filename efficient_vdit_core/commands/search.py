@@ -218,7 +218,7 @@ def _measure(
     from ..attention.hook.state import once
     from ..distill.runs.kept_errors import KeptErrors
     from ..search import make_probe_override, measure_output, replay_blocks
-    from ..search.probe import BLOCK, OUTPUT
+    from ..search.record import BLOCK, OUTPUT
 
     blocks = list(pipeline.transformer.transformer_blocks)
     each = 1 + len(record.candidates) if settings.error == OUTPUT else 1

@@ -5,7 +5,8 @@ from .blocks import replay_blocks
 from .candidates import parse_candidates
 from .output import measure_output
 from .plan_from_record import plan_from_record
-from .probe import ProbeRecord, make_probe_override
+from .probe import make_probe_override
+from .record import ProbeRecord
 from .select import choose_for_speedup, choose_under_threshold
 from .settings import SearchSettings
 

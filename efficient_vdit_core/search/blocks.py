@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .probe import BLOCK, ProbeRecord, Replay, flat, relative_error
+from .errors import flat, relative_error
+from .record import BLOCK, ProbeRecord, Replay
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .probe import OUTPUT, ProbeRecord, Replay, flat, relative_error
+from .errors import flat, relative_error
+from .record import OUTPUT, ProbeRecord, Replay
 
 Keep = Callable[[Callable[[], float]], float]
 

@@ -14,7 +14,7 @@ from ..plan import TilePlan
 from ..plan.head_patterns import LayerPattern, by_head
 from ..tiles import TilePattern
 from .by_head import HeadTable, heads_for_speedup, heads_under_threshold
-from .probe import ATTENTION, BLOCK, OUTPUT, ProbeRecord
+from .record import ATTENTION, BLOCK, OUTPUT, ProbeRecord
 from .select import check_threshold, choose_for_speedup, choose_under_threshold
 from .settings import SearchSettings
 

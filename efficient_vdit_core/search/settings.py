@@ -8,7 +8,7 @@ from ..attention import TokenLayout
 from ..tiles import TilePattern
 from .by_head import MAX_GROUPS
 from .candidates import sparse_candidates
-from .probe import ATTENTION, BLOCK, ProbeRecord
+from .record import ATTENTION, BLOCK, ProbeRecord
 from .select import FLOPS, MEASURED, check_speedup, check_threshold, choose_for_speedup
 
 

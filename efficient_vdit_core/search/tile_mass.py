@@ -23,7 +23,7 @@ from ..limits.quote import quoted
 from ..plan.head_patterns import LayerPattern
 from ..plan.text import parse_layers
 from ..tiles import TilePattern
-from .calls import layout_of_call, place_of_call
+from .calls import seen_call
 
 LEVELS = (0.90, 0.95, 0.99)
 MAX_BYTES = 256 * 2**20
@@ -159,14 +159,13 @@ def make_mass_override(
     """
 
     def answer(call: AttentionCall) -> Tensor:
-        state, (layout, reason) = call.state, layout_of_call(call)
-        place, reason = place_of_call(call) if layout is not None else (None, reason)
-        out = call.dense()
-        if state is None or layout is None or place is None:
-            record.reasons.add(reason)
+        seen, out = seen_call(call), call.dense()
+        if isinstance(seen, str):
+            record.reasons.add(seen)
             return out
+        place, layout, padding = seen
         if record.takes(place, layout.grid.t):
-            q, k, _ = call.take(state.masked(call.mask))
+            q, k, _ = call.take(padding)
             record.add(place, tile_mass(q, k, layout, record.rows))
         if progress is not None:
             progress(place.layer)

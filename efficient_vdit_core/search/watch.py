@@ -9,9 +9,9 @@ from torch import Tensor
 from ..attention import TokenLayout
 from ..attention.dense_call import Override
 from ..attention.hook.attention_call import AttentionCall, override_by
-from .calls import layout_of_call, place_of_call
+from .calls import seen_call
 
-# The layer, q, k, v and the dense result, all (B, H, N, D), and where the video stands.
+# The layer, q, k, v and the dense result, all (B, H, N, D) without padding, and where the video stands.
 Watch = Callable[[int, Tensor, Tensor, Tensor, Tensor, TokenLayout], None]
 
 
@@ -19,11 +19,9 @@ def make_watching_override(watch: Watch) -> Override:
     """An override that hands each self-attention over the video to ``watch`` and returns the dense result."""
 
     def answer(call: AttentionCall) -> Tensor:
-        layout, _ = layout_of_call(call)
-        place = place_of_call(call)[0] if layout is not None else None
-        out = call.dense()
-        if layout is not None and place is not None:
-            watch(place.layer, *call.take(), call.given(out), layout)
+        seen, out = seen_call(call), call.dense()
+        if not isinstance(seen, str):
+            watch(seen.place.layer, *call.take(seen.padding), call.given(out, seen.padding), seen.layout)
         return out
 
     return override_by(answer)

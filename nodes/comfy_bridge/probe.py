@@ -28,7 +28,7 @@ from ...efficient_vdit_core.search import (
     plan_from_record,
     replay_blocks,
 )
-from ...efficient_vdit_core.search.probe import BLOCK, OUTPUT
+from ...efficient_vdit_core.search.record import BLOCK, OUTPUT
 from ...efficient_vdit_core.search.tile_mass import MassRecord, TileMass, make_mass_override
 from .families import Family, class_of, find_family, uncompiled, why_no_family
 from .hook import WRAPPER_KEY, Hook, dense, from_workers

@@ -27,7 +27,8 @@ from efficient_vdit_core.parallel.sharding.traffic import scheme_of
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.plan.head_patterns import by_head
 from efficient_vdit_core.search.candidates import parse_candidates
-from efficient_vdit_core.search.probe import ProbeRecord, make_probe_override
+from efficient_vdit_core.search.probe import make_probe_override
+from efficient_vdit_core.search.record import ProbeRecord
 from efficient_vdit_core.tiles import MAX_MEANS, TilePattern, TokenGrid
 from efficient_vdit_core.training.live_bytes import LiveBytes
 

@@ -8,7 +8,8 @@ from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.bench import peers
 from efficient_vdit_core.search.candidates import parse_candidates
-from efficient_vdit_core.search.probe import ProbeRecord, make_probe_override
+from efficient_vdit_core.search.probe import make_probe_override
+from efficient_vdit_core.search.record import ProbeRecord
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 LAYOUT = TokenLayout(TokenGrid(6, 8, 16))  # two blocks a frame

@@ -22,7 +22,7 @@ from efficient_vdit_core.models.opensora_plan.vae import CausalVAE
 from efficient_vdit_core.pipeline import Pipeline
 from efficient_vdit_core.plan import TilePlan
 from efficient_vdit_core.search import ProbeRecord, make_probe_override
-from efficient_vdit_core.search.probe import ATTENTION
+from efficient_vdit_core.search.record import ATTENTION
 from efficient_vdit_core.storage.weight_files import read_state_dict, save_safetensors
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 

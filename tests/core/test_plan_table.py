@@ -14,7 +14,7 @@ from efficient_vdit_core.bench.oracle import OracleRecord, best_tiles
 from efficient_vdit_core.cli import main
 from efficient_vdit_core.distill.config import read_toml
 from efficient_vdit_core.distill.runs.recipe import RecipeConfig
-from efficient_vdit_core.search.probe import relative_error
+from efficient_vdit_core.search.errors import relative_error
 from efficient_vdit_core.search.watch import make_watching_override
 from efficient_vdit_core.storage.rows_file import RowsFile
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
@@ -68,6 +68,22 @@ def test_the_override_measures_and_leaves_the_run_alone():
     )
     assert torch.equal(out, F.scaled_dot_product_attention(*tensors))
     assert record.squared(1.0) < 1e-10 < record.squared(0.5) == record.errors[0, 0.5][0] ** 2
+
+
+def test_a_watch_sees_no_masked_padding():
+    padding = range(LAYOUT.tokens - 2, LAYOUT.tokens)
+    mask = torch.zeros(1, 1, 1, LAYOUT.tokens)
+    mask[..., list(padding)] = -torch.inf
+    state, seen = ForwardState(LAYOUT, padding=padding), []
+    options = {"skip_reshape": True, "skip_output_reshape": True, "transformer_options": {FORWARD_KEY: state}}
+
+    def dense(q, k, v, heads, mask=None, **_):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    make_watching_override(lambda *call: seen.append(call))(dense, *qkv(), 3, mask=mask, **options)
+    ((layer, *tensors, exact, layout),) = seen
+    assert layer == 0 and layout.tokens == exact.shape[2] == LAYOUT.tokens - 2
+    torch.testing.assert_close(best_tiles(*tensors, layout, 1.0), exact)
 
 
 def test_a_clip_too_large_for_whole_scores_is_refused():

@@ -25,11 +25,11 @@ from efficient_vdit_core.search import (
     measure_output,
     parse_candidates,
     plan_from_record,
-    probe,
     replay_blocks,
 )
+from efficient_vdit_core.search import clock as clock_module
 from efficient_vdit_core.search.describe import describe_plan
-from efficient_vdit_core.search.probe import ATTENTION, BLOCK, OUTPUT
+from efficient_vdit_core.search.record import ATTENTION, BLOCK, OUTPUT
 from efficient_vdit_core.search.select import MEASURED
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
@@ -343,7 +343,7 @@ def test_measured_costs_decide_where_they_are_asked_for():
 
 def test_a_first_call_that_compiles_is_not_charged_to_its_layer(monkeypatch):
     """One probe and two give the same plan: each kind of call is made once before its time is taken."""
-    clock, compiled, real = [0.0], set(), probe.tile_attention
+    clock, compiled, real = [0.0], set(), clock_module.tile_attention
 
     def attend(*given, backend, **options):
         if backend == "parts":  # the one that is timed; errors are those of another
@@ -352,9 +352,9 @@ def test_a_first_call_that_compiles_is_not_charged_to_its_layer(monkeypatch):
             compiled.add(kind)
         return real(*given, backend=backend, **options)
 
-    monkeypatch.setattr(probe, "choose_backend", lambda *_, **__: "parts")
-    monkeypatch.setattr(probe, "tile_attention", attend)
-    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(clock_module, "choose_backend", lambda *_, **__: "parts")
+    monkeypatch.setattr(clock_module, "tile_attention", attend)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     record, model = ProbeRecord(patterns(0, 1), timed=True, by_head=True), Model()
     model(clip(), make_probe_override(record))
     assert len(compiled) == 4  # two patterns, of all heads and of half

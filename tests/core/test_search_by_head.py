@@ -20,7 +20,8 @@ from efficient_vdit_core.search import (
 )
 from efficient_vdit_core.search.by_head import HeadTable, heads_for_speedup, heads_under_threshold
 from efficient_vdit_core.search.describe import describe_plan
-from efficient_vdit_core.search.probe import BLOCK, HeadErrors, relative_error, relative_errors
+from efficient_vdit_core.search.errors import relative_error, relative_errors
+from efficient_vdit_core.search.record import BLOCK, HeadErrors
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
 LAYOUT = TokenLayout(TokenGrid(6, 1, 4), suffix=3)

@@ -10,8 +10,7 @@ from efficient_vdit_core.attention import TokenLayout
 from efficient_vdit_core.attention.backends import workspace as extra_bytes
 from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
-from efficient_vdit_core.search import ProbeRecord, make_probe_override, replay_blocks
-from efficient_vdit_core.search import probe as probe_module
+from efficient_vdit_core.search import ProbeRecord, clock, make_probe_override, probe, replay_blocks
 from efficient_vdit_core.search.tile_mass import MassRecord, make_mass_override
 from efficient_vdit_core.tiles import TilePattern, TokenGrid
 
@@ -93,7 +92,7 @@ def test_the_tile_map_never_holds_all_weights():
 
 
 def test_errors_are_the_pattern_s_even_where_dense_attention_is_faster(monkeypatch):
-    monkeypatch.setattr(probe_module, "choose_backend", lambda *args, **kwargs: "dense")
+    monkeypatch.setattr(clock, "choose_backend", lambda *args, **kwargs: "dense")
     record, timed = ProbeRecord(patterns(1)), ProbeRecord(patterns(1), timed=True)
     for each in (record, timed):
         torch.manual_seed(0)
@@ -117,7 +116,7 @@ def test_the_trial_behind_a_measured_cost_is_the_run_s_own(monkeypatch):
         q, k, v = (x.reshape(batch * heads, -1, dim) for x in (q, k, v))
         return (q @ k.transpose(1, 2) / dim**0.5).softmax(-1).bmm(v).unflatten(0, (batch, heads))
 
-    monkeypatch.setattr(probe_module, "choose_backend", choose)
+    monkeypatch.setattr(clock, "choose_backend", choose)
     layout, record = TokenLayout(TokenGrid(4, 1, 3)), ProbeRecord(patterns(1), timed=True)
     override = make_probe_override(record, previous=lambda func, *args, **kwargs: func(*args, **kwargs))
     qkv = torch.randn(3, 1, HEADS, layout.tokens, DIM)
@@ -177,8 +176,9 @@ def test_groups_of_heads_cost_a_call_each_only_where_they_take_one(monkeypatch, 
         seen.append(q.shape[1])
         return torch.zeros_like(q)
 
-    monkeypatch.setattr(probe_module, "choose_backend", lambda *args, **kwargs: backend)
-    monkeypatch.setattr(probe_module, "tile_attention", attend)
+    monkeypatch.setattr(clock, "choose_backend", lambda *args, **kwargs: backend)
+    for module in (probe, clock):
+        monkeypatch.setattr(module, "tile_attention", attend)
     record = ProbeRecord(patterns(1), timed=True, by_head=True)
     peak(make_probe_override(record), blocks=1)
     assert (HEADS // 2 in seen) == of_a_part and HEADS in seen

@@ -41,7 +41,8 @@ def run(args: argparse.Namespace, device: Any) -> Iterator[list[dict[str, Any]]]
     from ...bench.peers import CANDIDATES, PeerRecord, peer, searched_plans
     from ...pipeline import Pipeline
     from ...search.candidates import parse_candidates
-    from ...search.probe import ProbeRecord, make_probe_override
+    from ...search.probe import make_probe_override
+    from ...search.record import ProbeRecord
     from ...search.watch import make_watching_override
 
     references, attend = tuple(args.references), peer()

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...attention.dense_call import Override
 from ...search import make_probe_override
-from ...search.probe import OUTPUT, squared_errors
+from ...search.errors import squared_errors
+from ...search.record import OUTPUT
 from ...training.live_bytes import LiveBytes, size_of
 from ..config import DistillConfig
 from ..families.cpu_offload import bytes_on_host
@@ -61,6 +62,6 @@ def plan_search(
 
 
 def _compared(approximate: Tensor, exact: Tensor) -> tuple[float, np.ndarray]:
-    """As `search.probe.relative_errors`, of tensors that have no values."""
+    """As `search.errors.relative_errors`, of tensors that have no values."""
     of_heads, _ = squared_errors(approximate, exact)
     return 0.0, np.zeros(len(of_heads))

@@ -33,7 +33,7 @@ from ...search import (
     parse_candidates,
     plan_from_record,
 )
-from ...search.probe import ATTENTION, OUTPUT
+from ...search.record import ATTENTION, OUTPUT
 from ...storage.folder_record import check_settings, claim_folder
 from ..data.clips import ClipSet
 from ..data.stamp import texts_stamp

@@ -30,7 +30,7 @@ from ...limits.quote import quoted
 from ...plan import TilePlan
 from ...search import ProbeRecord, SearchSettings, parse_candidates, plan_from_record
 from ...search.plan_from_record import layer_errors
-from ...search.probe import ATTENTION, OUTPUT
+from ...search.record import ATTENTION, OUTPUT
 from ...search.watch import make_watching_override
 from ...storage.rows_file import RowsFile
 from ..moving.scene import is_held_out, random_scene
