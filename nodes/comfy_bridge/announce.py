@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...efficient_vdit_core.attention.report.report import AttentionReport
-from ...efficient_vdit_core.attention.report.summary import calls_over_video, density_of_run, shorten_measure, why_dense
+from ...efficient_vdit_core.attention.report.summary import shorten_measure
 
 EVENT = "efficient_vdit.report"
 
@@ -29,22 +29,24 @@ def announce_to_page(node: str | None, plan: str) -> Callable[[AttentionReport, 
         server = _server()
         if server is None:
             return
-        density, cost, measure = density_of_run(report), report.cost, report.measure
-        counted = {"calls": calls_over_video(report), "why": why_dense(report)}
-        with report.lock:
-            found = {
-                "frames": report.layout.grid.t if report.layout else 0,
-                "seconds": report.seconds,
-                "sparse": report.sparse,
-                "density": density if report.sparse else 0.0,
-                "dense": dict(report.dense),
-                "bound": cost.bound(density) if cost and report.sparse else 0.0,
-                "video": cost.video_share if cost else 0.0,
-                "dense_step": measure.dense if measure and measure.mean_step else 0.0,
-                "sparse_step": measure.mean_step if measure else 0.0,
-            }
-        prompt_id = getattr(server, "last_prompt_id", None)
-        message = {"prompt_id": prompt_id, "node": node, "plan": plan, "layers": layers, **found, **counted}
+        counts, cost, measure = report.snapshot(), report.cost, report.measure
+        message = {
+            "prompt_id": getattr(server, "last_prompt_id", None),
+            "node": node,
+            "plan": plan,
+            "layers": layers,
+            "frames": report.layout.grid.t if report.layout else 0,
+            "seconds": report.seconds,
+            "sparse": counts.sparse,
+            "density": counts.density if counts.sparse else 0.0,
+            "dense": dict(counts.dense),
+            "bound": cost.bound(counts.density) if cost and counts.sparse else 0.0,
+            "video": cost.video_share if cost else 0.0,
+            "dense_step": measure.dense if measure and measure.mean_step else 0.0,
+            "sparse_step": measure.mean_step if measure else 0.0,
+            "calls": counts.calls,
+            "why": counts.why_dense,
+        }
         server.send_sync(EVENT, message, server.client_id)
         if measure is not None:
             show_on_node(node, shorten_measure(report))

@@ -135,7 +135,6 @@ def test_rows_so_far_stand_beside_older_results(tmp_path, monkeypatch, capsys, t
     monkeypatch.setattr(stages.TinyTable, "measure", measure)
     monkeypatch.setattr(stages.TinyTable, "bounds", lambda *_: [])
     monkeypatch.setattr(residual, "Judge", Judge)
-    monkeypatch.setattr(residual, "density_of_run", lambda _: 1.0)
     out, part = tmp_path / "a.json", tmp_path / "a.json.part"
     out.write_text("those of a whole run")
     folder = [] if table == "tiny-residual" else ["--out", str(tmp_path / "run")]
@@ -153,7 +152,6 @@ def test_rows_with_what_was_not_measured_are_said(tmp_path, monkeypatch, capsys)
                                "figures": lambda *_: row})  # fmt: skip
     monkeypatch.setattr(PlanTable, "measure", lambda *_: row)
     monkeypatch.setattr(residual, "Judge", judge)
-    monkeypatch.setattr(residual, "density_of_run", lambda _: 1.0)
     plans = ["tiny-plans", "--out", str(tmp_path / "run"), "--seeds", "1", "--only", "dense"]
     for table in (plans, ["tiny-residual"]):
         assert main(["recipe", *table, "--json", str(tmp_path / "a.json")]) == 0

@@ -19,7 +19,6 @@ from efficient_vdit_core.attention.hook.prepare import Preparation
 from efficient_vdit_core.attention.hook.residual import ResidualCache
 from efficient_vdit_core.attention.hook.state import FORWARD_KEY, ForwardState
 from efficient_vdit_core.attention.report.report import AttentionReport
-from efficient_vdit_core.attention.report.summary import density_of_run
 from efficient_vdit_core.attention.sdpa import sdpa_attention
 from efficient_vdit_core.commands.generate import make_video
 from efficient_vdit_core.pipeline import Pipeline
@@ -176,7 +175,7 @@ def test_a_searched_plan_tells_the_work_that_a_run_then_has(every):
     about |= {"costs": "flops", "error": "none", "errors": {}, "plan_errors": [0.0] * len(PLAN.patterns)}
     about |= {"not_finite_layers": [], "not_measured_layers": []}
     text = describe_plan(replace(PLAN, frames=LAYOUT.grid.t, provenance=about))
-    assert f"{every}: {density_of_run(run.report):.0%}" in text
+    assert f"{every}: {run.report.snapshot().density:.0%}" in text
     full = replace(PLAN, patterns=(TilePattern(None),), frames=LAYOUT.grid.t, provenance=about)
     assert "residual" not in describe_plan(full)
 

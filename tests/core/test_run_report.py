@@ -17,12 +17,10 @@ from efficient_vdit_core.attention.report.measure import StepMeasure
 from efficient_vdit_core.attention.report.reason_names import CROSS_ATTENTION, MASKED
 from efficient_vdit_core.attention.report.report import AttentionReport
 from efficient_vdit_core.attention.report.summary import (
-    calls_over_video,
     describe_bound,
     describe_measure,
     shorten_measure,
     summarize_run,
-    why_dense,
 )
 from efficient_vdit_core.attention.sdpa import OVERRIDE_KEY, sdpa_attention
 from efficient_vdit_core.plan import TilePlan
@@ -44,13 +42,13 @@ def ran(*ks, layout=LAYOUT) -> AttentionReport:
 
 
 def test_a_dense_run_says_why_in_a_line():
-    assert (calls_over_video(ran(1, None, 1)), why_dense(ran(1, None, 1))) == (3, "")
-    assert (calls_over_video(ran(None, None)), why_dense(ran(None, None))) == (2, "2 full in the plan")
+    assert (ran(1, None, 1).snapshot().calls, ran(1, None, 1).snapshot().why_dense) == (3, "")
+    assert (ran(None, None).snapshot().calls, ran(None, None).snapshot().why_dense) == (2, "2 full in the plan")
     beside = AttentionReport()
-    assert why_dense(beside) == ""
+    assert beside.snapshot().why_dense == ""
     beside.add_dense(CROSS_ATTENTION)
-    assert why_dense(beside) == f"1 {CROSS_ATTENTION}"
-    assert why_dense(AttentionReport(unasked="its attention asks nobody")) == "its attention asks nobody"
+    assert beside.snapshot().why_dense == f"1 {CROSS_ATTENTION}"
+    assert AttentionReport(unasked="its attention asks nobody").snapshot().why_dense == "its attention asks nobody"
 
 
 def test_every_call_is_in_the_summary():

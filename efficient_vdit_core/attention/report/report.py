@@ -13,9 +13,52 @@ from ..layout import TokenLayout
 from .clock import AttentionClock
 from .cost import StepCost
 from .measure import StepMeasure
-from .reason_names import ADVICE
+from .reason_names import ADVICE, NOT_OVER_THE_VIDEO
 
 log = logging.getLogger("efficient_vdit")
+
+
+@dataclass(frozen=True)
+class RunCounts:
+    """What a report had counted at one moment.
+
+    ``dense``: reasons and their calls, most common first; ``computed`` likewise by what computed them. The rest as in
+    ``AttentionReport``.
+    """
+
+    sparse: int
+    density_sum: float
+    dense: tuple[tuple[str, int], ...]
+    computed: tuple[tuple[str, int], ...]
+    trials: dict[str, str]
+    unasked: str
+
+    @property
+    def dense_over_video(self) -> list[tuple[str, int]]:
+        """Of the self-attention over the video."""
+        return [(reason, count) for reason, count in self.dense if reason not in NOT_OVER_THE_VIDEO]
+
+    @property
+    def other(self) -> list[tuple[str, int]]:
+        """Of attention that no plan could make sparse."""
+        return [(reason, count) for reason, count in self.dense if reason in NOT_OVER_THE_VIDEO]
+
+    @property
+    def calls(self) -> int:
+        """Of the self-attention over the video, sparse and dense."""
+        return self.sparse + sum(count for _, count in self.dense_over_video)
+
+    @property
+    def density(self) -> float:
+        """The share of dense attention's FLOPs that were computed over the video, dense calls included; 0 to 1."""
+        return (self.density_sum + self.calls - self.sparse) / self.calls if self.sparse else 1.0
+
+    @property
+    def why_dense(self) -> str:
+        """Why no call became sparse, in a line; "" where one did, or no call was seen."""
+        if self.sparse or self.unasked:
+            return "" if self.sparse else self.unasked
+        return ", ".join(f"{count} {reason}" for reason, count in self.dense_over_video or self.dense)
 
 
 @dataclass
@@ -50,6 +93,12 @@ class AttentionReport:
             self.dense[reason] += 1
             if computed:
                 self.computed[computed] += 1
+
+    def snapshot(self) -> RunCounts:
+        """All counts of one moment."""
+        with self.lock:
+            dense, computed = tuple(self.dense.most_common()), tuple(self.computed.most_common())
+            return RunCounts(self.sparse, self.density_sum, dense, computed, dict(self.trials), self.unasked)
 
     def counts(self) -> dict[str, Any]:
         """What was counted so far, as JSON: for the report of another process."""

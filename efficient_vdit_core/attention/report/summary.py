@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .cost import StepCost
-from .reason_names import NOT_OVER_THE_VIDEO
 from .report import AttentionReport
 
 NO_CALLS = "No attention call was seen: nothing was sampled with this model yet, or its attention passes no hook."
@@ -15,58 +14,32 @@ def summarize_run(report: AttentionReport) -> tuple[str, bool]:
 
     The one share of FLOPs takes every self-attention call over the video as equally large, a sparse one by its density.
     """
-    with report.lock:
-        sparse, reasons = report.sparse, report.dense.most_common()
-        computed, cost, trials = report.computed.most_common(), report.cost, list(report.trials.items())
-    ours = [(reason, count) for reason, count in reasons if reason not in NOT_OVER_THE_VIDEO]
-    others = [(reason, count) for reason, count in reasons if reason in NOT_OVER_THE_VIDEO]
-    dense = sum(count for _, count in ours)
-    if not sparse and not reasons:
-        return f"WARNING: {report.unasked}" if report.unasked else NO_CALLS, False
-    lines = [f"Self-attention over the video: {sparse + dense} calls, {sparse} of them sparse"]
-    density = density_of_run(report)
+    counts, cost = report.snapshot(), report.cost
+    sparse, density, ours = counts.sparse, counts.density, counts.dense_over_video
+    if not sparse and not counts.dense:
+        return f"WARNING: {counts.unasked}" if counts.unasked else NO_CALLS, False
+    lines = [f"Self-attention over the video: {counts.calls} calls, {sparse} of them sparse"]
     if sparse:
         lines.append(f"  work: {density:.0%} of dense attention's FLOPs, dense calls included")
     else:
         lines.insert(0, "WARNING: nothing became sparse; this run was as slow as without Sparse Attention.")
-        lines += [f"  {report.unasked}"] if report.unasked else []
+        lines += [f"  {counts.unasked}"] if counts.unasked else []
     lines += _times(report, density)
     if ours:
         lines.append("  dense: " + ", ".join(f"{count} {reason}" for reason, count in ours))
         lines += [f"    {advice}" for advice in report.advice()]
-    if computed:
-        lines.append("  computed by " + ", ".join(f"{name} ({count})" for name, count in computed))
-    lines += [f"  a trial's ms for {pattern}: {times}" for pattern, times in trials[:_MOST_TRIALS]]
-    if others:
-        lines.append("Other attention, always dense: " + ", ".join(f"{count} {reason}" for reason, count in others))
+    if counts.computed:
+        lines.append("  computed by " + ", ".join(f"{name} ({count})" for name, count in counts.computed))
+    lines += [f"  a trial's ms for {pattern}: {times}" for pattern, times in list(counts.trials.items())[:_MOST_TRIALS]]
+    if counts.other:
+        lines.append(
+            "Other attention, always dense: " + ", ".join(f"{count} {reason}" for reason, count in counts.other)
+        )
     if cost is not None:
         lines += describe_bound(cost, density)
     if report.measure is not None:
         lines.append(describe_measure(report))
     return "\n".join(lines), bool(sparse)
-
-
-def density_of_run(report: AttentionReport) -> float:
-    """The share of dense attention's FLOPs that the last run computed over the video, dense calls included; 0 to 1."""
-    with report.lock:
-        dense = sum(count for reason, count in report.dense.items() if reason not in NOT_OVER_THE_VIDEO)
-        return (report.density_sum + dense) / (report.sparse + dense) if report.sparse else 1.0
-
-
-def calls_over_video(report: AttentionReport) -> int:
-    """Calls of the self-attention over the video in the last run, sparse and dense."""
-    with report.lock:
-        return report.sparse + sum(count for reason, count in report.dense.items() if reason not in NOT_OVER_THE_VIDEO)
-
-
-def why_dense(report: AttentionReport) -> str:
-    """Why no call of the last run became sparse, in a line; "" where one did, or no call was seen."""
-    with report.lock:
-        if report.sparse or report.unasked:
-            return "" if report.sparse else report.unasked
-        counts = report.dense.most_common()
-    ours = [(reason, count) for reason, count in counts if reason not in NOT_OVER_THE_VIDEO]
-    return ", ".join(f"{count} {reason}" for reason, count in ours or counts)
 
 
 def describe_bound(cost: StepCost, density: float) -> list[str]:

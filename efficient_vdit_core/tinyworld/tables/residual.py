@@ -16,7 +16,6 @@ from ...attention.hook.override import attention_override
 from ...attention.hook.prepare import Preparation
 from ...attention.hook.state import FORWARD_KEY, ForwardState
 from ...attention.report.report import AttentionReport
-from ...attention.report.summary import density_of_run
 from ...bench.machine import describe_machine
 from ...distill.config import ModelConfig
 from ...distill.families.model import Options
@@ -69,7 +68,7 @@ def run_residual_table(
         counts = AttentionReport()
         preparation = Preparation(plan, counts, residual_every=every)
         latents = judge.sample(base, steps=STEPS, guidance=GUIDANCE, options=guided_options(model, preparation))
-        add({"plan": name, "every": every, "work": density_of_run(counts)}, latents, dense)
+        add({"plan": name, "every": every, "work": counts.snapshot().density}, latents, dense)
     out.finish(about, rows)
 
 
