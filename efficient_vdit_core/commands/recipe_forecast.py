@@ -57,8 +57,8 @@ def say_forecast(stages: Any, args: argparse.Namespace) -> int:
         check_training(stage)
         check_hosted(stage)
         check_shares(stage, open_model(stage.model))
-    gpu, small = args.gpu or gpu_bytes(GPU), gpu_bytes(GPU)
-    tflops = args.tflops or (H100 if gpu > small else RTX_4090)
+    gpu = args.gpu or gpu_bytes(GPU)
+    tflops = args.tflops or (H100 if gpu > gpu_bytes(GPU) else RTX_4090)
     parts, all_fit = list[Part](), True
     for part in forecast(stages):
         parts.append(part)

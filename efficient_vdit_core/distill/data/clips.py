@@ -148,26 +148,20 @@ def encode_videos(
     from tqdm import tqdm
 
     captions = video_captions(folder)
-    encode: Callable[[np.ndarray], Tensor] | None = None
+    encode: Callable[..., Tensor] | None = None
     files, texts, broken = [], [], []
     for video, text in tqdm(captions.items(), desc="latents", mininterval=5):
         try:
-            made = f"{video.resolve()} {video.stat().st_mtime_ns} {size} {stamp}" + (f" {fps}" if fps else "")
-        except OSError as error:  # a link to what is gone
-            log.warning("%s is left out: %s", named(video.name), error.strerror)
+            target = cache / _cached_as(video, size, stamp, fps)
+            frames = None if target.is_file() else read_frames(video, size, fps)
+            sounds = () if frames is None else read_sounds(video, size, sound_rate, fps)
+        except ValueError as error:
+            log.warning("%s is left out: %s", named(video.name), error)
             broken.append(named(video.name))
             continue
-        stem = video.stem.encode()[:MAX_STEM].decode(errors="ignore")
-        target = cache / f"{stem}-{hashlib.sha256(made.encode()).hexdigest()[:16]}.safetensors"
-        if not target.is_file():
-            try:
-                clip = (read_frames(video, size, fps), *read_sounds(video, size, sound_rate, fps))
-            except ValueError as error:
-                log.warning("%s is left out: %s", named(video.name), error)
-                broken.append(named(video.name))
-                continue
+        if frames is not None:
             encode = encode or encoder()
-            save_safetensors(target, {"latents": _finite(encode(*clip), video.name)}, {"video": video.name})
+            save_safetensors(target, {"latents": _finite(encode(frames, *sounds), video.name)}, {"video": video.name})
         files.append(target)
         texts.append((text,))
     if broken:
@@ -177,6 +171,17 @@ def encode_videos(
             f"None of the {len(captions)} videos in {quoted(folder.name)} can be used. See the warnings above."
         )
     return ClipSet(LatentFiles(files), texts)
+
+
+def _cached_as(video: Path, size: tuple[int, int, int], stamp: str, fps: float) -> str:
+    """The name of the file with a video's latents. Raises ValueError where the video is gone, such as behind a link."""
+    try:
+        changed = video.stat().st_mtime_ns
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    made = f"{video.resolve()} {changed} {size} {stamp}" + (f" {fps}" if fps else "")
+    stem = video.stem.encode()[:MAX_STEM].decode(errors="ignore")
+    return f"{stem}-{hashlib.sha256(made.encode()).hexdigest()[:16]}.safetensors"
 
 
 def read_frames(video: Path, size: tuple[int, int, int], fps: float = 0.0) -> np.ndarray:

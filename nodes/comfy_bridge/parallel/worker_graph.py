@@ -127,11 +127,9 @@ def pack_of(kind: str) -> str | None:
 def _code_of(path: str) -> str:
     """A number of what the sources of a pack, a folder or a file, say; once in a process, which loads them once."""
     pack = Path(path)
-    return (
-        sources_number(pack, filter(Path.is_file, pack.rglob("*.py")))
-        if pack.is_dir()
-        else sources_number(pack.parent, [pack])
-    )
+    if pack.is_file():
+        return sources_number(pack.parent, [pack])
+    return sources_number(pack, filter(Path.is_file, pack.rglob("*.py")))
 
 
 def _about() -> dict[str, Any]:
