@@ -105,7 +105,9 @@ class DataConfig:
     videos. Sizes 0 are what the model was trained for.
     template: what the model's prompts are put into, with {} where the caption goes; guidance and result are those of
     such prompts. "" leaves captions as they are. Which numbers of frames there are is the model's to say. fps: the frames a
-    second that videos are brought to, the model's; 0 takes each file's own frames, whatever their rate.
+    second that videos are brought to, the model's; 0 takes each file's own frames, whatever their rate. ways: in how many equal
+    parts of diffusion time the way from noise of each of the teacher's samples is kept beside it, for consistency's
+    ``states = "teacher"``; 0 keeps the samples alone.
     """
 
     source: str = "tinyworld"
@@ -123,6 +125,7 @@ class DataConfig:
     guidance: float = 3.0
     template: str = ""
     fps: float = 0.0
+    ways: int = 0
 
     def prompt(self, caption: str) -> str:
         """The text that is encoded for a caption."""
@@ -143,6 +146,15 @@ class DataConfig:
         number(self.guidance, "data.guidance", 0, MAX_GUIDANCE)
         number(self.fps, "data.fps", 0, MAX_FPS)
         _between(self, "data", {"frames": (0, MAX_FRAMES), "height": (0, MAX_SIDE), "width": (0, MAX_SIDE)})
+        _between(self, "data", {"ways": (0, self.teacher_steps)})
+        divides = not self.ways or (self.source == "teacher" and self.teacher_steps % self.ways == 0)
+        _expect(
+            divides,
+            self,
+            "data",
+            "ways",
+            f'0, or with source "teacher" a number that divides its {self.teacher_steps} steps',
+        )
         for name in ("height", "width"):
             multiple = getattr(self, name) % 16 == 0
             _expect(multiple, self, "data", name, "a multiple of 16, or 0 for the model's own")
@@ -239,6 +251,11 @@ class DistillConfig:
         mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
         keys = sorted((mine.keys() | theirs.keys()) - FREE)
         return {k: f"{quoted(mine.get(k))} -> {quoted(theirs.get(k))}" for k in keys if mine.get(k) != theirs.get(k)}
+
+
+def learns_on_ways(config: DistillConfig) -> bool:
+    """Whether a training asks no teacher and learns from the ways that its samples went, see `ConsistencyConfig.states`."""
+    return isinstance(config.objective, ConsistencyConfig) and config.objective.on_ways
 
 
 def read_section(kind: type[T], values: Any, section: str) -> T:

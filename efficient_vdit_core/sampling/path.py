@@ -118,3 +118,9 @@ def predict_x0(prediction: str, z: Tensor, out: Tensor, a: Tensor, s: Tensor) ->
 def ddim_step(z: Tensor, x: Tensor, a: Tensor, s: Tensor, a_to: Tensor, s_to: Tensor) -> Tensor:
     """DDIM from (a, s) to (a_to, s_to) with the clean prediction x; for a flow this is the Euler step."""
     return a_to * x + s_to / s * (z - a * x)
+
+
+def clean_between(z: Tensor, z_to: Tensor, a: Tensor, s: Tensor, a_to: Tensor, s_to: Tensor) -> Tensor:
+    """The clean prediction with which `ddim_step` leads from z at (a, s) to z_to at (a_to, s_to)."""
+    kept = s_to / s
+    return (z_to - kept * z) / (a_to - kept * a)

@@ -33,16 +33,51 @@ def train_on_ranks(jobs: list[dict], ranks: int = RANKS) -> list[dict]:
         return run_together(train_all, [(jobs, rank, ranks, folder) for rank in range(ranks)], TIMEOUT, killed)[0]
 
 
-def train_all(jobs: list[dict], rank: int, ranks: int, folder: str) -> list[dict]:
-    import accelerate
+def join(rank: int, ranks: int, folder: str) -> None:
+    """Makes this process what accelerate's launcher would."""
     import torch
     import torch.distributed as dist
-    from accelerate.state import AcceleratorState
 
     torch.set_num_threads(1)
     if ranks > 1:  # one alone is no rank, as without accelerate's launcher
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
+
+
+def sample_and_train(config: dict, run: str, rank: int, ranks: int, folder: str) -> dict:
+    """A training on the teacher's samples, drawn by all ranks: the numbers that this one drew, whether the texts were encoded
+    here, and the result."""
+    import torch
+    import torch.distributed as dist
+
+    from efficient_vdit_core.distill.config import DistillConfig
+    from efficient_vdit_core.distill.data import prepare
+    from efficient_vdit_core.distill.families.opensora_plan import OpenSoraPlanModel
+    from efficient_vdit_core.distill.runs import trainer
+
+    join(rank, ranks, folder)
+    told, noise = {"drawn": [], "encoded": 0, "file": ""}, prepare.numbered_noise
+
+    def encoder(*_):
+        told["encoded"] += 1
+        return lambda texts: (torch.ones(len(texts), 2, 8), torch.ones(len(texts), 2))
+
+    prepare.numbered_noise = lambda shape, stream, number, seed: (
+        told["drawn"].append(number) or noise(shape, stream, number, seed)
+    )
+    OpenSoraPlanModel.text_encoder = encoder
+    told["file"] = str(trainer.distill(DistillConfig.from_dict(config), Path(run)))
+    if ranks > 1:
+        dist.destroy_process_group()
+    return told
+
+
+def train_all(jobs: list[dict], rank: int, ranks: int, folder: str) -> list[dict]:
+    import accelerate
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState
+
+    join(rank, ranks, folder)
     accelerate.Accelerator = on_cpu(accelerate.Accelerator)
     told = []
     for job in jobs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import crossing_bounds, crossing_render, evaluate, read_back, render, train
+from . import captions, crossing_bounds, crossing_render, evaluate, read_back, render, train
 
 # Each has add(commands), its arguments, and run(args) -> exit status.
 TASKS = {
@@ -12,6 +12,7 @@ TASKS = {
     "eval": evaluate,
     "read-back": read_back,
     "render": render,
+    "captions": captions,
     "crossing-render": crossing_render,
     "crossing-bounds": crossing_bounds,
 }

@@ -21,6 +21,7 @@ from ...limits.quote import named, quoted
 from ...models.opensora_plan.weights import is_finite
 from ...storage.weight_files import read_state_dict, save_safetensors
 
+CLIP, WAY = "latents", "way"  # in a file of the cache: the clip, and the states before it, from noise on
 MAX_LIST = 2**28  # bytes of a file of captions
 MAX_STEM = 200  # bytes of a video's name in that of its latents, which may have 255
 FPS = 24  # of every model that makes sound
@@ -29,7 +30,8 @@ VIDEO_SUFFIXES = (
     ".gif", ".webp", ".apng",
 )  # fmt: skip
 
-Generate = Callable[[list[str], list[int]], Tensor]  # captions and the samples' numbers to latents (B, C, T, h, w)
+# Captions and the samples' numbers to the states kept of their ways, the clips last: latents (B, states, C, T, h, w).
+Generate = Callable[[list[str], list[int]], Tensor]
 
 log = logging.getLogger("efficient_vdit")
 
@@ -46,17 +48,29 @@ class LatentFiles(Sequence[Tensor]):
     def __getitem__(self, index: Any) -> Tensor:
         file = self.files[index]
         try:
-            return read_state_dict(file)[0]["latents"]
+            return self.taken_from(read_state_dict(file)[0])
         except (ValueError, KeyError) as error:
             raise ValueError(
                 f"{named(file.name)} in the cache is damaged or half written. Delete it; the same command makes it anew."
             ) from error
 
+    @staticmethod
+    def taken_from(tensors: dict[str, Tensor]) -> Tensor:
+        return tensors[CLIP]
+
+
+class WayFiles(LatentFiles):
+    """The teacher's ways from noise to such latents, (N + 1, C, T, h, w), of files that keep them."""
+
+    @staticmethod
+    def taken_from(tensors: dict[str, Tensor]) -> Tensor:
+        return torch.cat([tensors[WAY], tensors[CLIP][None]])
+
 
 @dataclass
 class ClipSet:
     """Latents (each (C, T, h, w) float32, of one size) and for each the captions that say the same, any of which may be
-    drawn."""
+    drawn. Or the teacher's ways to these, see `on_ways`."""
 
     latents: Sequence[Tensor] | Tensor
     captions: list[tuple[str, ...]]
@@ -67,6 +81,11 @@ class ClipSet:
     def worded(self, prompt: Callable[[str], str]) -> ClipSet:
         """The same clips with each caption as ``prompt`` words it."""
         return ClipSet(self.latents, [tuple(map(prompt, texts)) for texts in self.captions])
+
+    def on_ways(self) -> ClipSet:
+        """The same with the ways that lead to the clips, of samples that the teacher made with ``data.ways``."""
+        assert isinstance(self.latents, LatentFiles)
+        return ClipSet(WayFiles(self.latents.files), self.captions)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
         """(B, C, T, h, w) latents and their captions, drawn with replacement."""
@@ -161,7 +180,7 @@ def encode_videos(
             continue
         if frames is not None:
             encode = encode or encoder()
-            save_safetensors(target, {"latents": _finite(encode(frames, *sounds), video.name)}, {"video": video.name})
+            save_safetensors(target, {CLIP: _finite(encode(frames, *sounds), video.name)}, {"video": video.name})
         files.append(target)
         texts.append((text,))
     if broken:
@@ -217,24 +236,27 @@ def teacher_clips(
     settings: Sequence[Any],
     teacher: Callable[[], Generate],
     at_once: int = 16,
+    share: tuple[int, int] = (0, 1),
 ) -> ClipSet:
     """Latents that the teacher itself draws for the captions: no data needed. Goes on where it stopped.
 
     ``settings``: JSON-able, what sets these samples apart from others in the cache. ``teacher()`` is asked for where
-    some are missing.
+    some are missing. ``share``: which of so many processes this one is, each of which draws numbers of its own.
     """
     from tqdm import tqdm
 
     texts = [captions[i % len(captions)] for i in range(count)]
     stamps = [hashlib.sha256(json.dumps([text, *settings]).encode()).hexdigest()[:12] for text in texts]
     files = [cache / f"sample-{i:06d}-{stamp}.safetensors" for i, stamp in enumerate(stamps)]
-    missing = [i for i, file in enumerate(files) if not file.is_file()]
+    place, processes = share
+    missing = [i for i, file in enumerate(files) if i % processes == place and not file.is_file()]
     generate = teacher() if missing else None
     for start in tqdm(range(0, len(missing), at_once), desc="teacher's samples", mininterval=5, disable=not missing):
         numbers = missing[start : start + at_once]
         assert generate is not None
-        for number, latents in zip(numbers, generate([texts[i] for i in numbers], numbers), strict=True):
-            save_safetensors(files[number], {"latents": _finite(latents, f"The teacher's sample {number}")})
+        for number, states in zip(numbers, generate([texts[i] for i in numbers], numbers), strict=True):
+            *way, clip = _finite(states, f"The teacher's sample {number}")
+            save_safetensors(files[number], {CLIP: clip, **({WAY: torch.stack(way)} if way else {})})
     return ClipSet(LatentFiles(files), [(text,) for text in texts])
 
 

@@ -18,7 +18,7 @@ from ..families.fingerprints import teacher_stamp, text_stamp, video_stamp
 from ..families.model import FamilyModel
 from ..families.open_model import open_model
 from ..families.texts import TextBank
-from ..objectives.rollout import guided, roll_down
+from ..objectives.rollout import guided, trajectory
 from .clips import FPS, ClipSet, Generate, encode_videos, read_captions, teacher_clips, video_captions, without_clips
 from .noise import numbered_noise
 from .tiny_world import check_tinyworld, tinyworld_clips
@@ -58,20 +58,27 @@ def check_data(config: DistillConfig, model: FamilyModel) -> None:
     data = config.data
     size = model.size(data.frames, data.height, data.width)
     latent = 4 * math.prod(model.latent_shape(size))
-    # The clips of a batch, their noise and what is predicted; the network's own activations come on top.
-    check_memory(8 * latent * config.training.batch, f"A batch of {config.training.batch}", "Lower training.batch.")
+    # The clips of a batch with their ways, their noise and what is predicted; the network's own activations come on top.
+    check_memory(
+        (8 + data.ways) * latent * config.training.batch, f"A batch of {config.training.batch}", "Lower training.batch."
+    )
     SOURCES[data.source].check(config, model)
 
 
 def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> PreparedData:
     """Build or read back what ``config.data`` names."""
-    data = config.data
-    cache = Path(data.cache) if data.cache else cache
-    cache.mkdir(parents=True, exist_ok=True)
+    data, cache = config.data, cache_folder(config, cache)
     clips = SOURCES[data.source].clips(config, model, cache, device).worded(data.prompt)
     texts = [*clips.texts(), data.negative, *map(data.prompt, config.training.samples)]
     bank = _text_bank(texts, model, cache, device)
     return PreparedData(clips, bank, data.negative, device)
+
+
+def cache_folder(config: DistillConfig, own: Path) -> Path:
+    """Where a run's data are kept: the folder that is asked for, or its ``own``."""
+    cache = Path(config.data.cache) if config.data.cache else own
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
 
 
 def _text_bank(texts: Iterable[str], model: FamilyModel, cache: Path, device: torch.device) -> TextBank:
@@ -118,12 +125,20 @@ def _from_captions(config: DistillConfig, model: FamilyModel, cache: Path, devic
     return without_clips(read_captions(data.captions), shape)
 
 
-def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> ClipSet:
-    """The teacher's own samples: a recipe's later stages learn from those of its first teacher."""
+def encode_captions(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> TextBank:
+    """What the teacher's samples are drawn for: text states that are encoded once."""
+    data = config.data
+    return _text_bank([*map(data.prompt, read_captions(data.captions)), data.negative], model, cache, device)
+
+
+def sample_teacher(
+    config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device, share: tuple[int, int] = (0, 1)
+) -> ClipSet:
+    """The teacher's own samples: a recipe's later stages learn from those of its first teacher. ``share``: the place of this
+    process, and how many there are, among all that draw what is missing at once."""
     data = config.data
     model = open_model(config.sampled_by) if config.sampled_by else model
-    captions = read_captions(data.captions)
-    bank = _text_bank([*map(data.prompt, captions), data.negative], model, cache, device)
+    captions, bank = read_captions(data.captions), encode_captions(config, model, cache, device)
     shape = model.latent_shape(model.size(data.frames, data.height, data.width))
     source = PreparedData(ClipSet([], []), bank, data.negative, device)
 
@@ -133,20 +148,24 @@ def _from_teacher(config: DistillConfig, model: FamilyModel, cache: Path, device
         def generate(texts: list[str], numbers: list[int]) -> Tensor:
             condition, negative = bank.batch([data.prompt(t) for t in texts], device), source.negative(len(texts))
             network = guided(lambda z, t, c: model.predict(teacher, z, t, c), condition, negative, data.guidance)
-            start = torch.stack([numbered_noise(shape, "teacher", n, data.seed) for n in numbers]).to(device)
-            return roll_down(network, model.path, model.prediction, start, segments=data.teacher_steps).cpu()
+            start = torch.stack([numbered_noise(shape, "teacher", n, data.seed) for n in numbers])
+            down = trajectory(network, model.path, model.prediction, start.to(device), segments=data.teacher_steps)
+            every = data.teacher_steps // max(1, data.ways)
+            kept = [z.cpu() for step, (_, z) in enumerate(down, start=1) if step % every == 0]
+            return torch.stack([start, *kept] if data.ways else kept, dim=1)
 
         return generate
 
     asked = [data.seed, data.guidance, data.negative, data.teacher_steps, shape, data.template]
     padding = [model.text_padding] if model.text_padding else []
-    settings = [*asked, teacher_stamp(model), *padding, *model.schedules]
-    return teacher_clips(captions, data.clips, cache, settings, load_teacher, at_once=config.training.batch)
+    ways = [{"ways": data.ways}] if data.ways else []
+    settings = [*asked, teacher_stamp(model), *padding, *model.schedules, *ways]
+    return teacher_clips(captions, data.clips, cache, settings, load_teacher, config.training.batch, share)
 
 
 SOURCES = {
     "tinyworld": ClipSource(check_tinyworld, tinyworld_clips),
     "videos": ClipSource(_check_videos, _from_videos),
-    "teacher": ClipSource(_check_teacher, _from_teacher),
+    "teacher": ClipSource(_check_teacher, sample_teacher),
     "captions": ClipSource(_check_captions, _from_captions),
 }

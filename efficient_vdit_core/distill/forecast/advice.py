@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..config import DistillConfig
+from ..config import DistillConfig, learns_on_ways
 from ..families.model import can_share
 from .memory import MemoryPlan, gib, opened, plan_memory
 
@@ -99,7 +99,7 @@ def _changes(stage: DistillConfig, section: str) -> Iterator[tuple[str, DistillC
     if stage.model.train == "full" and not stage.training.host_average:
         stage = replace(stage, training=replace(stage.training, host_average=True))
         yield f"{section}.host_average = true", stage
-    if stage.model.train == "full" and not stage.model.host_teacher:
+    if stage.model.train == "full" and not (stage.model.host_teacher or learns_on_ways(stage)):
         stage = replace(stage, model=replace(stage.model, host_teacher=True))
         yield "model.host_teacher = true", stage
     if stage.model.train == "full":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...training.live_bytes import LiveBytes, size_of
-from ..config import DistillConfig, TrainingConfig
+from ..config import DistillConfig, TrainingConfig, learns_on_ways
 from ..families.cpu_offload import bytes_on_host, largest_block
 from ..families.model import FamilyModel
 from ..families.open_model import open_model
@@ -82,7 +82,7 @@ def plan_memory(stage: DistillConfig, frozen: int = 0) -> MemoryPlan:
 
 
 def _teacher(stage: DistillConfig, student: nn.Module, weights: int) -> int:
-    if stage.model.train == "lora":  # it is the model without its LoRA
+    if stage.model.train == "lora" or learns_on_ways(stage):  # it is the model without its LoRA, or not there
         return 0
     return largest_block(student) if stage.model.host_teacher else weights
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import DistillConfig
+from ..config import DistillConfig, learns_on_ways
 from ..objectives.consistency import TEACHER
 from ..objectives.knowledge import DATA, forwards_of_ways
 from .memory import FusedAttention, meta_inputs, meta_student, opened
@@ -45,6 +45,8 @@ def _example(stage: DistillConfig, asked: float, learnt: float) -> float:
         times = objective.steps or objective.segments
         ways = forwards_of_ways(stage.training.batch, times) if objective.states != DATA else 0.0
         return asked + learnt + ways * asked
+    if learns_on_ways(stage):
+        return learnt
     teacher = asked if objective.guidance is None else 2 * asked
     per_segment = max(1, round(objective.teacher_steps / objective.segments))
     walk = teacher * (per_segment + 1) / 2  # the mean over a segment's places

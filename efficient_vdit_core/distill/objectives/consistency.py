@@ -12,6 +12,10 @@ blend is exact in float32. The target's weights are the student's own, without g
 
 Or the teacher answers at t' too, by its next step, and so on to the segment's end (``target = "teacher"``): then x* is
 exact, where a student's own errors pile up from the segment's end to its beginning.
+
+Or the student learns where it will be asked and nowhere else (``states = "teacher"``): at the beginnings of the segments, on
+ways that the teacher went from noise before the training. Such a way tells its target too, the one jump to where it is
+at the segment's end; the teacher is not asked again.
 """
 
 from __future__ import annotations
@@ -27,15 +31,15 @@ from torch import Tensor
 from ...generation.request import MAX_GUIDANCE
 from ...limits.numbers import number, whole
 from ...limits.quote import quoted
-from ...sampling.path import EPSILON, NoisePath, ddim_step, predict_x0
+from ...sampling.path import EPSILON, NoisePath, clean_between, ddim_step, predict_x0
 from ...training import StepLoss
 from .grid import Draw, Place, SegmentGrid
 
 LOSSES = ("norm", "squared", "huber")
 WEIGHTS = ("inverse_variance", "inverse_sigma", "snr", "none", "sqrt_snr")
 SPACES = ("x", "z")
-STUDENT, TEACHER = "student", "teacher"
-TARGETS = (STUDENT, TEACHER)
+DATA, STUDENT, TEACHER = "data", "student", "teacher"
+TARGETS, STATES = (STUDENT, TEACHER), (DATA, TEACHER)
 
 log = logging.getLogger("efficient_vdit")
 
@@ -67,6 +71,9 @@ class ConsistencyConfig:
     plan: a tile plan (``k:T-k`` or a file) under which both networks run, where knowledge distillation came first.
     target: who answers from t' on: the student, or the teacher, who walks on to the segment's end. That is exact, and asks
         the teacher up to ``teacher_steps / segments`` times for each example, in the mean half as often.
+    states: where the student learns: at noised clips of the ``data``, all along each segment, or at the segments' beginnings
+        on the ways of the ``teacher`` that ``data.ways`` keeps. The latter has its own target, guidance and steps: those of
+        the samples.
     """
 
     segments: int = 8
@@ -82,9 +89,11 @@ class ConsistencyConfig:
     data_side: float = 1.0
     plan: str = ""
     target: str = STUDENT
+    states: str = DATA
 
     def __post_init__(self) -> None:
-        for name, choices in (("loss", LOSSES), ("weight", WEIGHTS), ("space", SPACES), ("target", TARGETS)):
+        named = {"loss": LOSSES, "weight": WEIGHTS, "space": SPACES, "target": TARGETS, "states": STATES}
+        for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} is {quoted(getattr(self, name))}, expected one of {', '.join(choices)}. Correct the configuration."
@@ -101,6 +110,16 @@ class ConsistencyConfig:
             number(scale, "guidance", 0, MAX_GUIDANCE, why="Correct the configuration.")
         for name in ("loss_scale", "max_weight", "data_side"):
             number(getattr(self, name), name, 0, above=True, why="Correct the configuration.")
+        if self.on_ways and (self.addim or self.target == TEACHER):
+            raise ValueError(
+                f'states is "{TEACHER}", where the teacher\'s own way is the target: there is no step of it to correct (addim) and none '
+                "to walk on (target). Leave these out."
+            )
+
+    @property
+    def on_ways(self) -> bool:
+        """Whether the student learns on the teacher's ways, and the teacher need not be there."""
+        return self.states == TEACHER
 
 
 class ConsistencyLoss:
@@ -130,17 +149,30 @@ class ConsistencyLoss:
         self.alone = alone
         self.config, self.path, self.prediction = config, path, prediction
         self.student, self.teacher, self.target = student, teacher, target or student
-        self.grid = SegmentGrid(path, config.segments, config.teacher_steps, config.data_side, serves)
+        steps = config.segments if config.on_ways else config.teacher_steps
+        self.grid = SegmentGrid(path, config.segments, steps, config.data_side, serves)
 
     def __call__(self, x: Tensor, condition: Any, generator: torch.Generator) -> StepLoss:
-        """``x`` (B, ...) float32 clean latents; ``condition`` is indexable by a bool mask (B,) through ``pick``."""
+        """``x`` (B, ...) float32 clean latents, or (B, N + 1, ...) the teacher's ways from noise to these, N a multiple of the
+        segments; ``condition`` is indexable by a bool mask (B,) through ``pick``."""
         draw = self.grid.draw(len(x), generator)
-        noise = torch.randn(x.shape, generator=generator).to(x)
-        guidance = self.guidance(len(x), generator, x.device)
-        z = _like(draw.at.a, x) * x + _like(draw.at.s, x) * noise
-        target = self.target_of(z, condition, draw, guidance)
+        if self.config.on_ways:
+            z, target = self._on_way(x, draw)
+        else:
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            guidance = self.guidance(len(x), generator, x.device)
+            z = _like(draw.at.a, x) * x + _like(draw.at.s, x) * noise
+            target = self.target_of(z, condition, draw, guidance)
         out = self.student(z, self._time(draw.at, z), condition)
         return self.compare(self._clean(z, out, draw.at), target, draw)
+
+    def _on_way(self, ways: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """z (B, ...) at the beginning of each example's segment, and the clean data that lead to the way's next edge."""
+        parts = (ways.shape[1] - 1) // self.config.segments
+        begins = ((self.config.segments - 1 - draw.segment) * parts).to(ways.device)
+        rows = torch.arange(len(ways), device=ways.device)
+        z, z_end = ways[rows, begins], ways[rows, begins + parts]
+        return z, clean_between(z, z_end, *_pair(draw.at, z), *_pair(draw.end, z))
 
     @torch.no_grad()
     def target_of(

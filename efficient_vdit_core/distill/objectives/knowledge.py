@@ -31,11 +31,10 @@ from ...sampling.path import NoisePath
 from ...sampling.schedule import segment_edges
 from ...training import StepLoss
 from ..lora.files import changed
-from .consistency import pick
+from .consistency import DATA, STUDENT, TEACHER, pick
 from .features import FeatureTap, HostFeatures, LayerLosses, relative_square
 from .rollout import trajectory
 
-DATA, TEACHER, STUDENT = "data", "teacher", "student"
 STATES = (DATA, TEACHER, STUDENT)
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ...limits.numbers import number, whole
+from ...limits.quote import quoted
 from ...sampling.path import NoisePath, predict_x0
 from ...sampling.schedule import segment_edges
 from ...training import StepLoss
@@ -53,6 +54,11 @@ class ScoreConfig(ConsistencyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.on_ways:
+            raise ValueError(
+                f"states is {quoted(self.states)}, but score distillation learns all along the segments. Leave it out, and start from "
+                "such a student with model.init."
+            )
         number(self.score_weight, "score_weight", 0, 1000, why="Correct the configuration.")
         whole(self.fake_steps, "fake_steps", 1, 100, "Correct the configuration.")
 

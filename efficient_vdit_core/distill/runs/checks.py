@@ -9,7 +9,7 @@ from ...limits.quote import quoted
 from ...media.registry import check_reads_videos
 from ...models.distilled import DistillMetadata
 from ...sampling.schedule import segment_edges
-from ..config import DistillConfig
+from ..config import DistillConfig, learns_on_ways
 from ..families.model import FamilyModel
 from ..lora.files import start_from
 from ..objectives.consistency import check_pair
@@ -54,6 +54,11 @@ def check_hosted(config: DistillConfig, *, sharded: bool = False) -> None:
         raise ValueError(
             "model.host_teacher is true, but the teacher of a LoRA is the student without it: there is no second model. Leave it out."
         )
+    if config.model.host_teacher and learns_on_ways(config):
+        raise ValueError(
+            'model.host_teacher is true, but with states = "teacher" the training asks no teacher: its ways are sampled before. Leave '
+            "it out."
+        )
 
 
 def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMetadata) -> None:
@@ -71,6 +76,8 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
         check_pair(config.objective, model.prediction)
     if config.method == "score":
         check_turns(config)
+    if learns_on_ways(config):
+        check_ways(config)
     if about.tile_plan is not None:
         model.check_plan(about.tile_plan)
     if config.training.batch > model.at_once:
@@ -87,6 +94,29 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
         )
     if model.expert:
         check_expert(config)
+
+
+def check_ways(config: DistillConfig) -> None:
+    """Raises ValueError where the samples keep no ways that reach each segment's edges, or were drawn under other guidance than
+    the student is to have inside."""
+    data, objective = config.data, config.objective
+    if not data.ways or data.ways % objective.segments:
+        raise ValueError(
+            f'data.ways is {data.ways}, expected a multiple of the {objective.segments} segments: with states = "teacher" the student '
+            'learns where they begin, on the ways of the teacher\'s samples. Set data.source = "teacher" and data.ways = '
+            f"{objective.segments}."
+        )
+    inside = 1.0 if objective.guidance is None else objective.guidance
+    if inside != data.guidance:
+        raise ValueError(
+            f"objective.guidance is {quoted(objective.guidance)} and data.guidance {data.guidance:g}, expected the same: with "
+            'states = "teacher" the student takes over what the teacher\'s samples were drawn with.'
+        )
+    if data.negative_share:
+        raise ValueError(
+            f'data.negative_share is {data.negative_share:g}, but with states = "teacher" the way of a sample belongs to its own '
+            "caption alone. Leave it out."
+        )
 
 
 def check_turns(config: DistillConfig) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...limits.packages import install
 from ..config import DistillConfig
+from ..data.prepare import cache_folder, encode_captions, sample_teacher
+from ..families.open_model import open_model
 
 MIXED = {"float32": "no", "bf16": "bf16"}  # precision -> accelerate's name
-PATIENCE = timedelta(hours=12)  # while process 0 prepares the data; the default is minutes
+PATIENCE = timedelta(hours=12)  # while one process makes what the others wait for; the default is minutes
 
 
 def make_accelerator(config: DistillConfig) -> Any:
@@ -63,6 +66,18 @@ def by_first_process(accelerator: Any, make: Callable[[], None]) -> None:
     """What the first process makes alone, while the others wait for it."""
     if accelerator.is_main_process:
         make()
+    accelerator.wait_for_everyone()
+
+
+def share_samples(config: DistillConfig, cache: Path, accelerator: Any) -> None:
+    """Where several processes train on the teacher's samples, each draws its share of those that are missing."""
+    processes = accelerator.num_processes
+    if processes == 1 or config.data.source != "teacher":
+        return
+    cache, model = cache_folder(config, cache), open_model(config.sampled_by or config.model)
+    with accelerator.main_process_first():  # the others read them
+        encode_captions(config, model, cache, accelerator.device)
+    sample_teacher(config, model, cache, accelerator.device, (accelerator.process_index, processes))
     accelerator.wait_for_everyone()
 
 

@@ -29,7 +29,14 @@ from ..objectives.consistency import ConsistencyConfig
 from ..objectives.knowledge import KnowledgeConfig, merge_deltas
 from .checks import check_reader
 from .export import LORA, result_file
-from .launch import by_first_process, free_memory, launched_processes, launched_sharding, make_accelerator
+from .launch import (
+    by_first_process,
+    free_memory,
+    launched_processes,
+    launched_sharding,
+    make_accelerator,
+    share_samples,
+)
 from .search_stage import SearchConfig, check_targets, found_plans, search_plans
 from .trainer import check_run, distill
 
@@ -213,6 +220,8 @@ class ThreeStages:
         """Stage 2 of a model's weights in the subfolder ``name``; the plan files. Of several processes one searches."""
         config, folder = self.search_stage(), self.folder / name
         accelerator = make_accelerator(config)  # before a network is moved: it gives each process its own device
+
+        share_samples(config, Path(self.config.data.cache), accelerator)
 
         def search() -> None:
             model = open_model(self._taught_by(weights))

@@ -25,7 +25,7 @@ from ...limits.quote import named
 from ...models.distilled import DistillMetadata, metadata_of
 from ...training import StepLoss, TrainingRun
 from ...training.fsdp import is_sharding, run_in_autocast, shard_frozen
-from ..config import DistillConfig
+from ..config import DistillConfig, learns_on_ways
 from ..data.prepare import check_data, prepare_data
 from ..families.cpu_offload import stream_blocks
 from ..families.model import FamilyModel, read_plan
@@ -37,7 +37,7 @@ from ..objectives.score import ScoreLoss
 from .alternating import AlternatingLoss, add_learners
 from .checks import check_hosted, check_loras, check_objective, check_reader, check_tensorboard, check_training
 from .export import export, result_file
-from .launch import free_memory, make_accelerator
+from .launch import free_memory, make_accelerator, share_samples
 from .objective import make_objective
 from .optimizers import check_optimizer, make_optimizers
 from .resume_check import CONFIG, alone_in, claim_run
@@ -92,6 +92,7 @@ def check_run(config: DistillConfig, model: FamilyModel, *, sharded: bool, proce
 
 def _train(config: DistillConfig, model: FamilyModel, about: DistillMetadata, folder: Path, accelerator: Any) -> None:
     """All steps that are left, and the export."""
+    share_samples(config, folder / "cache", accelerator)
     with accelerator.main_process_first():  # the others read its cache
         data = prepare_data(config, model, folder / "cache", accelerator.device)
     # Here, so that a LoRA starts alike in every process, whichever made the data.
@@ -112,8 +113,10 @@ def _train(config: DistillConfig, model: FamilyModel, about: DistillMetadata, fo
         data_parallel = run.processes > 1 and not run.sharded
         objective = AlternatingLoss(objective, student, len(optimizers) // 2, data_parallel=data_parallel)
 
+    clips = data.clips.on_ways() if learns_on_ways(config) else data.clips
+
     def loss_of(generator: torch.Generator) -> StepLoss:
-        x, texts = data.clips.batch(t.batch, generator)
+        x, texts = clips.batch(t.batch, generator)
         if config.data.negative_share:
             without = torch.rand(t.batch, generator=generator) < config.data.negative_share
             texts = [config.data.negative if w else text for w, text in zip(without.tolist(), texts, strict=True)]
@@ -134,12 +137,13 @@ def _train(config: DistillConfig, model: FamilyModel, about: DistillMetadata, fo
     finally:
         if isinstance(objective, KnowledgeLoss):
             objective.close()
-    export(model, student, run.whole(run.ema), folder, about, lora=teacher is None, rank=run.rank)
+    export(model, student, run.whole(run.ema), folder, about, lora=config.model.train == "lora", rank=run.rank)
     accelerator.wait_for_everyone()
 
 
 def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tuple[nn.Module, nn.Module | None]:
-    """Student and teacher; None is the student itself with its LoRA off, which saves a copy of the model.
+    """Student and teacher; None is the student itself with its LoRA off, which saves a copy of the model, or nobody where
+    the teacher's ways are all that is learnt from.
 
     The teacher is sharded where the student is going to be, or stays on the host.
     """
@@ -151,7 +155,7 @@ def make_pair(config: DistillConfig, model: FamilyModel, accelerator: Any) -> tu
         add_learners(student, config)
         if wanted.init:
             start_from(student, Path(wanted.init), model.comfy_layer)
-    else:
+    elif not learns_on_ways(config):
         teacher = model.load().eval().requires_grad_(False)
         if config.training.precision == "bf16":  # accelerate sees to what it prepares, which is the student alone
             run_in_autocast(teacher, accelerator.device.type, torch.bfloat16)

@@ -1,0 +1,359 @@
+"""Consistency distillation at the segments' beginnings, on ways that the teacher went before: what is kept of a way, what is
+learnt from it, and what such a training refuses."""
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_together
+from small_models import opensora_plan
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from efficient_vdit_core import cli
+from efficient_vdit_core.distill.config import DataConfig, DistillConfig
+from efficient_vdit_core.distill.data.clips import LatentFiles
+from efficient_vdit_core.distill.data.noise import numbered_noise
+from efficient_vdit_core.distill.data.prepare import prepare_data
+from efficient_vdit_core.distill.families.open_model import open_model
+from efficient_vdit_core.distill.families.opensora_plan import OpenSoraPlanModel
+from efficient_vdit_core.distill.forecast.memory import plan_memory
+from efficient_vdit_core.distill.forecast.work import plan_work
+from efficient_vdit_core.distill.objectives.consistency import ConsistencyConfig, ConsistencyLoss
+from efficient_vdit_core.distill.objectives.score import ScoreConfig
+from efficient_vdit_core.distill.runs import trainer
+from efficient_vdit_core.distill.runs.checks import check_ways
+from efficient_vdit_core.distill.runs.recipe import RecipeConfig, ThreeStages
+from efficient_vdit_core.distill.runs.resume_check import CONFIG
+from efficient_vdit_core.models.distilled import read_metadata
+from efficient_vdit_core.sampling import segment_edges
+from efficient_vdit_core.sampling.path import FlowPath, VPPath, clean_between, ddim_step, predict_x0
+from efficient_vdit_core.storage.weight_files import read_state_dict
+from efficient_vdit_core.tinyworld.worlds import WORLDS
+
+sys.path.insert(0, str(Path(__file__).parent))
+from training_ranks import sample_and_train  # noqa: E402
+
+PATHS = {"vp": (VPPath(), "v_prediction"), "flow": (FlowPath(), "flow"), "flow shift 17": (FlowPath(17.0), "flow")}
+LATENT = (4, 4, 8, 8)  # of 13 frames of 64 x 64
+WORDS = 2
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("below", [0.0, 0.25, 0.7])
+def test_what_leads_between_two_states_is_what_a_step_was_taken_with(name, below):
+    path, _ = PATHS[name]
+    times = path.clean + (path.start - path.clean) * torch.tensor([0.9, below], dtype=torch.float64)
+    (a, a_to), (s, s_to) = path.coefficients(times)
+    z, x = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    there = ddim_step(z, x, a, s, a_to, s_to)
+    torch.testing.assert_close(clean_between(z, there, a, s, a_to, s_to), x, rtol=1e-9, atol=1e-9)
+
+
+def gaussian(path, prediction, variance=0.6):
+    """The raw output of E[x | z] for data N(0, variance), of the network's time."""
+
+    def predict(z, time, condition=None):
+        if path.kind == "vp":
+            a, s = path.coefficients(time)
+        else:
+            s = time.double() / path.start
+            a = 1 - s
+        a, s = (c.view(-1, *[1] * (z.ndim - 1)) for c in (a, s))
+        x = z * a * variance / (a**2 * variance + s**2)
+        noise = (z - a * x) / s
+        return (a * noise - s * x if prediction == "v_prediction" else noise - x).to(z)
+
+    return predict
+
+
+def way_of(path, prediction, noise, steps, parts):
+    """(B, parts + 1, ...): the DDIM way from noise in ``steps``, one by one, kept at ``parts`` edges."""
+    predict, times = gaussian(path, prediction), segment_edges(steps, start=path.start, clean=path.clean)
+    a, s = path.coefficients(times)
+    z, kept = noise, [noise]
+    for i in range(steps):
+        out = predict(z, path.network_time(times[i : i + 1]).expand(len(z)))
+        z = ddim_step(z, predict_x0(prediction, z, out, a[i], s[i]), a[i], s[i], a[i + 1], s[i + 1])
+        if (i + 1) % (steps // parts) == 0:
+            kept.append(z)
+    return torch.stack(kept, 1)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("segments", [1, 3, 6])
+def test_the_target_is_where_a_teacher_lands_that_walks_the_segment(name, segments):
+    """The same as `target = "teacher"` has it, which asks the teacher anew at each sub-step."""
+    path, prediction = PATHS[name]
+    noise = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ways, predict = way_of(path, prediction, noise, 24, 6), gaussian(path, prediction)
+    asked = ConsistencyConfig(segments=segments, teacher_steps=24, target="teacher")
+    walking = ConsistencyLoss(asked, path, prediction, student=predict, teacher=lambda *args: (predict(*args[:3]),) * 2)
+    learnt = ConsistencyLoss(
+        ConsistencyConfig(segments=segments, states="teacher", teacher_steps=24), path, prediction, student=predict,
+        teacher=None,  # nobody asks it
+    )  # fmt: skip
+    for segment in range(segments):
+        z, target = learnt._on_way(ways, learnt.grid.at(torch.full((5,), segment + 1)))
+        assert torch.equal(z, ways[:, (segments - 1 - segment) * 6 // segments])
+        begin = walking.grid.at(torch.full((5,), (segment + 1) * walking.grid.per_segment))
+        # A flow's network is given its time in float32.
+        torch.testing.assert_close(target, walking.target_of(z, None, begin), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_student_that_jumps_as_the_teacher_went_has_no_loss(name):
+    """And it is asked at the segments' beginnings alone, at the sampler's own times, each as often as the others."""
+    path, prediction = PATHS[name]
+    noise = torch.randn(8, 3, generator=torch.Generator().manual_seed(2))
+    ways, asked = way_of(path, prediction, noise, 24, 8), []
+    times = segment_edges(4, start=path.start, clean=path.clean)
+    a, s = (c.float() for c in path.coefficients(times))
+
+    def jumps(z, time, condition):
+        asked.append((z, time, condition))
+        outs = []
+        for z_one, t in zip(z, time, strict=True):
+            k = int((path.network_time(times[:-1]) - t).abs().argmin())
+            row = int((ways[:, 2 * k] - z_one).abs().sum(-1).argmin())
+            kept = s[k + 1] / s[k]
+            x = (ways[row, 2 * k + 2] - kept * z_one) / (a[k + 1] - kept * a[k])
+            at = (z_one - a[k] * x) / s[k]
+            outs.append(a[k] * at - s[k] * x if prediction == "v_prediction" else at - x)
+        return torch.stack(outs)
+
+    config = ConsistencyConfig(segments=4, states="teacher", loss="squared", weight="none")
+    loss = ConsistencyLoss(config, path, prediction, student=jumps, teacher=None)
+    found = loss(ways, torch.arange(8), torch.Generator().manual_seed(3))
+    ((z, time, condition),) = asked
+    assert float(found.total) < 1e-9 and set(found.parts) == {f"segment {k}" for k in range(4)}
+    assert sorted(time.tolist()) == sorted(path.network_time(times[:-1]).tolist() * 2)
+    assert condition.tolist() == list(range(8)), "each state goes with its own caption"
+    assert all((ways[row] == z[row]).all(-1).any() for row in range(8))
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A small model, and the configuration of a training on its ways by section."""
+    words = lambda texts: (torch.ones(len(texts), WORDS, 8), torch.ones(len(texts), WORDS))  # noqa: E731
+    monkeypatch.setattr(OpenSoraPlanModel, "text_encoder", lambda *_: words)
+    monkeypatch.setattr(OpenSoraPlanModel, "text_size", (WORDS, 8))
+    torch.manual_seed(0)
+    model = opensora_plan(tmp_path, layers=1)
+    (tmp_path / "captions.txt").write_text("a\nb\n")
+    values = {
+        "model": {"path": model.path, "transformer": model.transformer, "device": "cpu"},
+        "data": {
+            "source": "teacher", "captions": str(tmp_path / "captions.txt"), "cache": str(tmp_path / "cache"), "clips": 5,
+            "teacher_steps": 8, "ways": 4, "frames": 13, "height": 64, "width": 64,
+        },
+        "objective": {"segments": 2, "states": "teacher", "guidance": 3.0},
+        "training": {"steps": 3, "batch": 4},
+    }  # fmt: skip
+
+    def make(**changes):
+        asked = {section: {**table, **changes.get(section, {})} for section, table in values.items()}
+        return DistillConfig.from_dict({"method": "consistency", **asked})
+
+    make.values = values
+    return make
+
+
+def prepared(config):
+    return prepare_data(config, open_model(config.model), Path(config.data.cache), torch.device("cpu"))
+
+
+def test_a_samples_way_is_kept_beside_it_from_its_noise_on(made):
+    """Each state is where steps one by one from the numbered noise lead; the clip is that of samples without ways."""
+    config = made()
+    data, model = prepared(config), open_model(config.model)
+    ways = data.clips.on_ways()
+    clips = torch.stack(list(data.clips.latents))
+    alone = torch.stack(list(prepared(made(data={"ways": 0})).clips.latents))
+    assert torch.equal(clips, alone) and ways.captions == data.clips.captions == [("a",), ("b",)] * 2 + [("a",)]
+    network, condition, negative = model.load().eval(), data.bank.batch(["a"], data.device), data.negative(1)
+    times = segment_edges(8)
+    levels = list(zip(*(c.tolist() for c in model.path.coefficients(times)), strict=True))
+    for number in (0, 4):
+        way, z = ways.latents[number], numbered_noise((1, *LATENT), "teacher", number, config.data.seed)
+        assert way.shape == (5, *LATENT) and torch.equal(way[0], numbered_noise(LATENT, "teacher", number, 1))
+        assert torch.equal(way[-1], clips[number])
+        with torch.no_grad():
+            for step, ((a, s), (a_to, s_to)) in enumerate(zip(levels[:-1], levels[1:], strict=True), start=1):
+                time = times[step - 1 : step].float()
+                without, out = (model.predict(network, z, time, c) for c in (negative, condition))
+                x = predict_x0(model.prediction, z, without + 3.0 * (out - without), torch.tensor(a), torch.tensor(s))
+                z = ddim_step(z, x, a, s, a_to, s_to)
+                if step % 2 == 0:
+                    torch.testing.assert_close(way[step // 2], z[0], rtol=1e-4, atol=1e-4)
+
+
+def test_ways_that_are_missing_are_gone_again_and_no_others(made, tmp_path):
+    before = torch.stack(list(prepared(made()).clips.on_ways().latents))
+    files = sorted((tmp_path / "cache").glob("sample-*"))
+    old = files[0].stat().st_mtime_ns
+    files[3].unlink()
+    torch.testing.assert_close(
+        torch.stack(list(prepared(made()).clips.on_ways().latents)), before, rtol=1e-4, atol=1e-3
+    )
+    assert files[0].stat().st_mtime_ns == old and len(sorted((tmp_path / "cache").glob("sample-*"))) == len(files)
+    files[1].write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"is damaged or half written\. Delete it"):
+        list(prepared(made()).clips.on_ways().latents)
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_student_is_trained_and_its_teacher_is_not_asked(made, tmp_path, monkeypatch, train):
+    """It is read once for the samples, and once as the student; a resumed run reads no more."""
+    config = made(model={"train": train, **({"lora_rank": 2} if train == "lora" else {})})
+    read, load = [], OpenSoraPlanModel.load
+    monkeypatch.setattr(OpenSoraPlanModel, "load", lambda self, *args: read.append(args) or load(self, *args))
+    asked, call = [], ConsistencyLoss.__call__
+    monkeypatch.setattr(
+        ConsistencyLoss, "__call__", lambda self, x, *args: asked.append((self, x.shape)) or call(self, x, *args)
+    )
+    monkeypatch.setattr(trainer.nn.Module, "eval", lambda self: self)  # a teacher would be told to
+    result = trainer.distill(config, tmp_path / "run")
+    about = read_metadata(result)
+    assert (about.segments, about.steps, about.guidance) == (2, 2, 3.0)
+    assert len(read) == 2 and [shape for _, shape in asked] == [(4, 5, *LATENT)] * 3
+    changed = [float(value.float().abs().max()) for name, value in read_state_dict(result)[0].items() if "up" in name]
+    assert train == "full" or (changed and max(changed) > 0)
+
+
+def test_a_run_on_ways_goes_on_bit_for_bit(made, tmp_path, monkeypatch):
+    whole = read_state_dict(trainer.distill(made(), tmp_path / "whole"))[0]
+    compare = ConsistencyLoss.compare
+    calls = []
+
+    def stop(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return compare(self, *args)
+
+    monkeypatch.setattr(ConsistencyLoss, "compare", stop)
+    stepwise = made(training={"save_every": 1})
+    with pytest.raises(KeyboardInterrupt):
+        trainer.distill(stepwise, tmp_path / "stopped")
+    monkeypatch.setattr(ConsistencyLoss, "compare", compare)
+    again = read_state_dict(trainer.distill(stepwise, tmp_path / "stopped"))[0]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_processes_that_train_together_share_out_the_sampling(made, tmp_path, ranks):
+    """Every number is drawn once, by one of them; the texts are encoded by the first. All train on all samples."""
+    config = made(training={"batch": 3}).to_dict()
+    (tmp_path / "cache").mkdir()
+    found = run_together(
+        sample_and_train, [(config, str(tmp_path / "run"), rank, ranks, str(tmp_path)) for rank in range(ranks)], 300.0
+    )
+    assert [told["drawn"] for told in found] == [list(range(rank, 5, ranks)) for rank in range(ranks)]
+    assert [told["encoded"] for told in found] == [1, 0, 0][:ranks]
+    assert len(sorted((tmp_path / "cache").glob("sample-*"))) == 5 and len({told["file"] for told in found}) == 1
+    assert read_metadata(Path(found[0]["file"])).segments == 2
+    together = torch.stack(list(prepared(made()).clips.on_ways().latents))
+    shutil.rmtree(tmp_path / "cache")
+    torch.testing.assert_close(
+        together, torch.stack(list(prepared(made()).clips.on_ways().latents)), rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"data": {"ways": 0}}, r"data\.ways is 0, expected a multiple of the 2 segments.*data\.ways = 2\.$"),
+        ({"objective": {"segments": 3}}, r"data\.ways is 4, expected a multiple of the 3 segments"),
+        ({"objective": {"guidance": 2.0}}, r"objective\.guidance is 2\.0 and data\.guidance 3, expected the same"),
+        ({"data": {"guidance": 4.0}}, r"objective\.guidance is 3\.0 and data\.guidance 4, expected the same"),
+        ({"data": {"negative_share": 0.1}}, r"data\.negative_share is 0\.1, but .* Leave it out\.$"),
+        ({"model": {"host_teacher": True}}, r"asks no teacher"),
+        ({"data": {"ways": 3}}, r"data\.ways is 3, expected 0, or .* a number that divides its 8 steps"),
+        ({"data": {"source": "videos"}}, r"data\.ways is 4, expected 0, or with source \"teacher\""),
+        ({"data": {"ways": 9}}, r"data\.ways"),
+        ({"objective": {"addim": True}}, r"no step of it to correct \(addim\)"),
+        ({"objective": {"target": "teacher"}}, r"none to walk on \(target\)"),
+        ({"objective": {"states": "student"}}, r"states is 'student', expected one of data, teacher"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_learnt_from_ways_is_refused_before_anything_is_made(made, tmp_path, changes, told):
+    with pytest.raises(ValueError, match=told):
+        trainer.distill(made(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_score_starts_from_such_a_student_but_does_not_learn_so():
+    with pytest.raises(ValueError, match=r"states is 'teacher', but score distillation"):
+        ScoreConfig(states="teacher")
+
+
+@pytest.mark.parametrize("guidance", [None, 1.0])
+def test_ways_without_guidance_make_a_student_without(made, guidance):
+    objective = {"guidance": guidance} if guidance else {}
+    config = made(data={"guidance": 1.0})
+    check_ways(replace(config, objective=ConsistencyConfig(segments=2, states="teacher", **objective)))
+
+
+def test_a_configuration_of_before_there_were_ways_goes_on(made, tmp_path):
+    """Neither setting stands in its file."""
+    (tmp_path / "run").mkdir()
+    text = '[data]\nsource = "teacher"\ncaptions = "c.txt"\nteacher_steps = 8\n[objective]\nsegments = 2\n'
+    (tmp_path / "run" / CONFIG).write_text('method = "consistency"\n' + text)
+    before = DistillConfig.load(tmp_path / "run" / CONFIG)
+    assert before.data.ways == 0 and before.objective.states == "data" and not before.objective.on_ways
+    now = DistillConfig("consistency", ConsistencyConfig(segments=2),
+                        data=DataConfig(source="teacher", captions="c.txt", teacher_steps=8))  # fmt: skip
+    assert before.differences(now) == {}
+
+
+def test_the_forecast_counts_no_teacher(made, tmp_path, monkeypatch):
+    """Its memory is not held, and a step is the student's forward and backward alone."""
+    on_ways, noised = made(), made(objective={"states": "data"})
+    assert plan_memory(on_ways).held["teacher"] == 0 < plan_memory(noised).held["teacher"]
+    work = plan_work(on_ways)
+    prepared(on_ways)
+    with FlopCounterMode(display=False) as products, sdpa_kernel(SDPBackend.MATH):
+        trainer.distill(on_ways, tmp_path / "run")
+    assert work.examples == 12 and work.examples * work.flops == pytest.approx(products.get_total_flops(), rel=0.1)
+    assert work.flops < plan_work(noised).flops / 1.5
+
+
+def test_a_recipes_other_stages_take_the_clips_of_the_same_files(made, tmp_path):
+    """The search and the plan's training see clips, not ways, and nothing is sampled twice."""
+    values = {key: dict(table) for key, table in made.values.items()}
+    config = RecipeConfig.from_dict({
+        "model": values["model"], "data": values["data"], "consistency": values["objective"],
+        "consistency_training": {"steps": 1, "batch": 2}, "knowledge_training": {"steps": 1, "batch": 2},
+        "search": {"thresholds": [0.5], "captions": 1, "candidates": "1"},
+    })  # fmt: skip
+    results = ThreeStages(config, tmp_path / "recipe").run()
+    assert [file.is_file() for files in results.values() for file in files] == [True]
+    samples = sorted((tmp_path / "cache").glob("sample-*"))
+    assert len(samples) == 5
+    clips = prepared(made(objective={"states": "data"})).clips
+    assert isinstance(clips.latents, LatentFiles) and clips.latents[0].shape == LATENT
+
+
+@pytest.mark.parametrize("world", sorted(WORLDS))
+def test_captions_for_a_teachers_samples_are_none_that_are_judged(world, tmp_path):
+    files = [tmp_path / f"{n}.txt" for n in range(3)]
+    for file, seed in zip(files, (5, 5, 6), strict=True):
+        asked = ["--world", world, "--count", "100", "--seed", str(seed), "--out", str(file)]
+        assert cli.main(["tinyworld", "captions", *asked]) == 0
+    lines = files[0].read_text().splitlines()
+    assert len(lines) == 100 and files[0].read_text() == files[1].read_text() != files[2].read_text()
+    held_out = {scene.caption(i) for scene in WORLDS[world].held_out_scenes(8) for i in range(3)}
+    assert not held_out & set(lines)
+    drawn = WORLDS[world].random_words(np.random.default_rng(0))
+    assert any(word in " ".join(lines) for word in drawn.caption().split())
+
+
+def test_captions_are_not_written_over_a_folder(tmp_path, capsys):
+    assert cli.main(["tinyworld", "captions", "--count", "3", "--out", str(tmp_path)]) == 2
+    assert "folder" in capsys.readouterr().err
