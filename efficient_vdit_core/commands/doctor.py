@@ -36,6 +36,8 @@ OPTIONAL = {
     "triton": "fused attention on a GPU",
     "accelerate": "any training (evdit distill, evdit recipe)",
     "tensorboard": "training curves",
+    "torchvision": "training MiniMax-H3, whose text encoder asks for it",
+    "bitsandbytes": "training.optimizer adamw8bit, on an NVIDIA GPU",
 }
 
 

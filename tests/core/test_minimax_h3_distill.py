@@ -379,6 +379,7 @@ def test_score_distillation_takes_pictures_and_sound_too(h3, tmp_path, monkeypat
     monkeypatch.setattr(
         type(h3), "text_encoder", lambda *_: lambda texts: (noise(len(texts), 3, 8), torch.ones(len(texts), 3))
     )
+    monkeypatch.setattr(type(h3), "encoder_packages", ())
     data, training = {"source": "captions", "captions": str(captions)}, {"steps": 5, "save_every": 5}
     result = distill(config(h3, "score", data=data, training=training), tmp_path / "run")
     with safe_open(result, "pt") as opened:
@@ -388,6 +389,18 @@ def test_score_distillation_takes_pictures_and_sound_too(h3, tmp_path, monkeypat
         and all(bool(up.isfinite().all()) for up in ups)
         and any(bool(up.any()) for up in ups)
     )
+
+
+def test_a_text_encoder_that_cannot_be_loaded_is_told_before_hours_of_encoding(h3, tmp_path, monkeypatch):
+    """transformers' processor for Qwen3-VL asks for torchvision where it is made, behind the clips."""
+    from efficient_vdit_core.distill.runs.trainer import distill
+
+    monkeypatch.setattr("efficient_vdit_core.limits.packages.find_spec", lambda name: name != "torchvision" or None)
+    (tmp_path / "captions.txt").write_text("a cat\n")
+    data = {"source": "captions", "captions": str(tmp_path / "captions.txt")}
+    with pytest.raises(ValueError, match=r"^torchvision is missing, .*text encoder .* -m pip install torchvision$"):
+        distill(config(h3, "score", data=data, training={"steps": 5}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_forecast_counts_what_is_in_the_hosts_memory_there(h3):

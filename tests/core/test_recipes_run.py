@@ -235,6 +235,7 @@ def test_every_stage_runs_on_a_tiny_model_of_that_class(name, expert, tmp_path, 
 
     for kind in (DiffusersModel, MiniMaxH3Model, OpenSoraPlanModel):
         monkeypatch.setattr(kind, "text_encoder", lambda *_: encode)
+        monkeypatch.setattr(kind, "encoder_packages", ())
     captions = tmp_path / "captions.txt"
     captions.write_text("a red cat\na blue dog\n")
     model = {"path": where.path, "device": "cpu", "dtype": "float32", "lora_rank": 2, "expert": expert}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...limits.memory import check_memory
+from ...limits.packages import install, missing
 from ..config import DistillConfig
 from ..families.fingerprints import teacher_stamp, text_stamp, video_stamp
 from ..families.model import FamilyModel
@@ -62,6 +63,10 @@ def check_data(config: DistillConfig, model: FamilyModel) -> None:
     check_memory(
         (8 + data.ways) * latent * config.training.batch, f"A batch of {config.training.batch}", "Lower training.batch."
     )
+    if lacking := missing(model.encoder_packages):
+        raise ValueError(
+            f"{', '.join(lacking)} is missing, without which this model's text encoder cannot be loaded. {install(*lacking)}"
+        )
     SOURCES[data.source].check(config, model)
 
 

@@ -42,7 +42,7 @@ class DiffusersModel(DiffusersFolder):
     """See `model.FamilyModel`."""
 
     FAMILIES: ClassVar = {WAN: "wan", COGVIDEOX: "cogvideox"}
-    guided, can_host, at_once, sound_rate = True, False, MAX_BATCH, 0
+    guided, can_host, at_once, sound_rate, encoder_packages = True, False, MAX_BATCH, 0, ()
 
     def __init__(self, config: ModelConfig) -> None:
         self.boundary = _boundary(Path(config.path), config.expert)

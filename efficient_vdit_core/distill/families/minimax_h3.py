@@ -61,6 +61,7 @@ class MiniMaxH3Model(DiffusersFolder):
     FAMILIES: ClassVar = {MINIMAX_H3: "minimax_h3"}
     guided, can_host, at_once, serves = False, True, 1, staticmethod(serves_all)
     prediction, text_padding, fps = FLOW, 0, 24
+    encoder_packages = ("torchvision",)  # transformers' Qwen3VLProcessor holds one for videos
 
     def __init__(self, config: ModelConfig) -> None:
         if config.expert:

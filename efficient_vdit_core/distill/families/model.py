@@ -124,6 +124,11 @@ class FamilyModel(Protocol):
         """Where the ``text encoder`` and the ``VAE`` lie."""
         ...
 
+    @property
+    def encoder_packages(self) -> tuple[str, ...]:
+        """Modules without which ``text_encoder`` cannot be had, beyond those of the family itself."""
+        ...
+
     def predict(
         self, module: nn.Module, z: Tensor, time: Tensor, condition: Any, options: dict[str, Any] | None = None
     ) -> Tensor: ...

@@ -42,7 +42,7 @@ class OpenSoraPlanModel:
 
     family, expert, serves = FAMILY, "", staticmethod(serves_all)
     guided, can_host, at_once, sound_rate, text_padding = True, False, MAX_BATCH, 0, 0
-    fps = 24
+    fps, encoder_packages = 24, ()
 
     def __init__(self, config: ModelConfig) -> None:
         if config.expert:
