@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -92,6 +92,29 @@ def identity_of(dense: Override | None) -> str:
     if dense is None or dense is F.scaled_dot_product_attention:
         return "sdpa"
     return getattr(dense, "identity", "") or f"{name_of(dense)} {function_code(dense)}".strip()
+
+
+class DenseAttention(Protocol):
+    """What backends are chosen beside: (B, H, Nq, D) over (B, H, Nk, D).
+
+    Attributes:
+        name, identity: what to call it, and what tells it from others of that name where it was measured.
+        function: the attention function that runs in the end, None where that is not known.
+        precise: whether it may not compute in lower precision than its tensors'.
+        previous: another node's function that it asks, which may fail before the model runs.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def identity(self) -> str: ...
+    @property
+    def function(self) -> Override | None: ...
+    @property
+    def precise(self) -> bool: ...
+    @property
+    def previous(self) -> Override | None: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 
 from ..attention import TokenLayout, tile_attention
 from ..attention.call_shape import CallShape
-from ..attention.dispatch import group_shapes
 from ..attention.hook.override import computed_by
 from ..attention.hook.prepare import LayerWork, Preparation
 from ..attention.hook.reasons import why_no_pattern
@@ -32,9 +31,7 @@ from ..attention.report.reason_names import (
     NO_SDPA,
     SHARDED_BY_DIFFUSERS,
 )
-from ..attention.selection import choose_backend
 from ..plan.head_patterns import LayerPattern
-from ..tiles import TilePattern
 from .families import SequenceLayout
 
 Dense = Callable[..., Tensor]
@@ -52,7 +49,10 @@ class Patch(Protocol):
 
 
 class _ChosenAttention:
-    """Plain attention on the backend that was chosen in diffusers, for the processor ``original`` or for all."""
+    """Plain attention on the backend that was chosen in diffusers, for the processor ``original`` or for all; a
+    `DenseAttention`."""
+
+    precise, previous = False, None
 
     def __init__(self, original: Any, options: dict[str, Any]) -> None:
         self.original, self.options = original, options
@@ -71,6 +71,10 @@ class _ChosenAttention:
             chosen = registry.get_active_backend()[0]
         name = getattr(chosen, "value", chosen) or "for all"
         return "sdpa" if name == "native" else f"diffusers {name}"
+
+    @property
+    def identity(self) -> str:
+        return self.name
 
     @property
     def function(self) -> Dense | None:
@@ -194,16 +198,10 @@ class TiledProcessor:
     ) -> tuple[Tensor, str]:
         """Attention of all but the padding behind ``entry``, and what computed it. The rows of padding, which no token
         ever reads, are zero."""
-        padding, asked = q.shape[2] - entry.tokens, self.patch.preparation.choices.backend
+        padding = q.shape[2] - entry.tokens
         q, k, v = (x[:, :, : entry.tokens] for x in (q, k, v))
-
-        def backend(shape: CallShape, pattern: TilePattern) -> str:
-            if asked == "auto":
-                return choose_backend(shape, entry, pattern, dense=dense, or_dense=False)
-            return "dense" if pattern.is_full(entry.grid.t) else asked
-
         shape = CallShape.of(q, k, v)
-        backends = {p: backend(of_group, p) for p, of_group in group_shapes(shape, pattern).items()}
+        backends = self.patch.preparation.choices.settle(shape, entry, pattern, dense)
         out = tile_attention(q, k, v, entry, pattern, dense=dense, backend=backends)
         if padding:  # without any, too, F.pad would copy
             out = F.pad(out, (0, 0, 0, padding))

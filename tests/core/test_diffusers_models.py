@@ -778,21 +778,24 @@ def test_the_backend_chosen_in_diffusers_computes_the_dense_pieces(monkeypatch):
     )
 
 
-def test_parts_computes_a_plan_where_diffusers_attends_by_pytorch(masked):
+def test_parts_computes_a_plan_where_diffusers_attends_by_pytorch(masked, caplog):
+    """And frames where it does not, which is said, as in ComfyUI."""
     from diffusers.models import attention_dispatch as dispatch
 
     registry = dispatch._AttentionBackendRegistry
     active, (model, inputs) = registry._active_backend, build("wan", 2)
     with torch.no_grad():
         want = masked("wan", model, inputs, [0])
-        with apply_to_diffusers(model, TilePlan.uniform(1), backend="parts"):
+        with apply_to_diffusers(model, TilePlan.uniform(1), backend="parts") as handle:
             torch.testing.assert_close(run(model, inputs), want, atol=2e-5, rtol=2e-5)
+            assert set(handle.report.computed) == {"sdpa in parts"} and not handle.report.warned
             try:
                 model.set_attention_backend("_native_math")
-                with pytest.raises(ValueError, match="diffusers _native_math does not tell its log-sum-exp"):
-                    run(model, inputs)
+                torch.testing.assert_close(run(model, inputs), want, atol=2e-5, rtol=2e-5)
             finally:
                 registry.set_active_backend(active)  # it is set for all models
+    assert set(handle.report.computed) == {"sdpa in parts", "diffusers _native_math"}
+    assert "diffusers _native_math does not tell its log-sum-exp" in caplog.text
 
 
 @pytest.mark.parametrize(

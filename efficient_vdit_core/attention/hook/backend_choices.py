@@ -10,7 +10,7 @@ from ...tiles import TilePattern
 from ..backends.flex import forget_masks
 from ..backends.head_calls import calls_of
 from ..call_shape import CallShape
-from ..dense_call import DenseCall
+from ..dense_call import DenseAttention
 from ..dispatch import group_shapes, make_ready
 from ..layout import TokenLayout
 from ..report.report import AttentionReport
@@ -41,7 +41,7 @@ class BackendChoices:
             return {(shape, 0, False), *self.unforeseen}
 
     def settle(
-        self, shape: CallShape, layout: TokenLayout, pattern: LayerPattern, dense: DenseCall, renewed: float = 0.0
+        self, shape: CallShape, layout: TokenLayout, pattern: LayerPattern, dense: DenseAttention, renewed: float = 0.0
     ) -> dict[TilePattern, str]:
         """The backend of each group of heads of these calls, measured where it never was; ``dense`` only where slow
         patterns are declined, or nothing is left out. ``renewed``: the share of the calls that compute dense attention as
@@ -52,7 +52,7 @@ class BackendChoices:
         return backends
 
     def _backend(
-        self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall, renewed: float
+        self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseAttention, renewed: float
     ) -> str:
         key = (shape, layout, pattern, dense.identity, renewed)
         chosen = self.chosen.get(key)
@@ -74,7 +74,7 @@ class BackendChoices:
         return chosen
 
     def _fastest(
-        self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseCall, renewed: float
+        self, shape: CallShape, layout: TokenLayout, pattern: TilePattern, dense: DenseAttention, renewed: float
     ) -> str:
         """The backend that a trial finds fastest; that of no trial where another node's attention fails in one, which asks it
         before the model runs."""
@@ -95,7 +95,7 @@ class BackendChoices:
         shape: CallShape,
         layout: TokenLayout,
         pattern: LayerPattern,
-        dense: DenseCall,
+        dense: DenseAttention,
         first_head: int,
         renewed: float,
     ) -> dict[TilePattern, str]:
@@ -109,7 +109,7 @@ class BackendChoices:
                     self.unforeseen.add((shape, first_head, dense.precise))
         return {p: chosen or self._unmeasured(shapes[p], p, dense) for p, chosen in found.items()}
 
-    def _unmeasured(self, shape: CallShape, pattern: TilePattern, dense: DenseCall) -> str:
+    def _unmeasured(self, shape: CallShape, pattern: TilePattern, dense: DenseAttention) -> str:
         return "frames" if self.backend == "frames" else unmeasured_backend(shape, pattern, dense)
 
     def forget(self) -> None:
