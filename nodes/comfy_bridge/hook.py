@@ -30,6 +30,23 @@ PARALLEL_KEY = "efficient_vdit_parallel"  # Sequence Parallel's
 MOST_OVERRIDES = 16  # remembered; a node that makes a new one for each step must not fill the memory
 
 
+@dataclass
+class HookRun:
+    """What a hook knows of the present run, made anew for each.
+
+    ``clips``: how many are sampled at once. ``running`` while its own wrapper is around it, ``beside`` while it is another
+    MODEL's. ``asked`` once a forward came by. ``why_once`` says why no forward may be computed twice. ``second_hooks`` are
+    those of the second models that it samples with.
+    """
+
+    clips: int = 0
+    running: bool = False
+    beside: bool = False
+    asked: bool = False
+    why_once: str = ""
+    second_hooks: list[Hook] = field(default_factory=list)
+
+
 @dataclass(eq=False)
 class Hook:
     """What Sparse Attention has put into one MODEL: the plan made ready, and the overrides that follow it.
@@ -38,10 +55,6 @@ class Hook:
     rank put their own here, which take tensors only and settle nothing beforehand. ``around`` computes each forward, as often as it
     likes; None: once. ``weights`` as in ``StepCost``, 0 = not asked for. ``after_run`` is called after each sampling that it
     took part in. ``stack``: the model's layers as they were when the node was made, None = as each forward finds them.
-
-    Of the present run: ``clips``, how many are sampled at once; ``running`` while its own wrapper is around it, ``beside``
-    while it is another MODEL's; ``asked`` once a forward came by; ``why_once`` says why no forward may be computed twice;
-    ``second_hooks`` are those of the second models that it samples with.
     """
 
     family: Family
@@ -55,12 +68,13 @@ class Hook:
     stack: Stack | None = None
     made_for: Callable[[], Any] = lambda: None
     made: dict[int, Override] = field(default_factory=dict)  # by the id of what each is over, and keeps alive
-    clips: int = 0
-    running: bool = False
-    beside: bool = False
-    asked: bool = False
-    why_once: str = ""
-    second_hooks: list[Hook] = field(default_factory=list)
+    run: HookRun = field(default_factory=HookRun)
+
+    @property
+    def settles(self) -> bool:
+        """Whether its backends are settled before a forward and its steps may be timed: not a search's, and not on a rank, where
+        how often a short step is computed would hang on seconds that ranks do not agree on."""
+        return self.make is None
 
     @property
     def report(self) -> AttentionReport:
@@ -82,7 +96,7 @@ class Hook:
             # Kept out of torch.compile: it counts calls, and each count would compile the model anew.
             override: Any = torch.compiler.disable(chosen)
             override.replaces, override.preparation, override.marks = current, self.preparation, weakref.ref(override)
-            if not self.make:
+            if self.settles:
                 override.container_function = _with_containers(override)
             self.made[id(current)] = override
         return self.made[id(current)]

@@ -51,8 +51,8 @@ def publish_layout(hook: Hook) -> Any:
         acting = hook_in_charge(call.model, hook)
         if acting is None:
             return leave_alone(call, hook).run()
-        acting.asked = True
-        state = _state(acting, call, hook.clips)
+        acting.run.asked = True
+        state = _state(acting, call, hook.run.clips)
         found = call.options.get(OVERRIDE)
         call.options[OVERRIDE] = acting.over(found if acting is hook else without(found, hook))
         state = _prepared(acting, state, call)
@@ -62,8 +62,7 @@ def publish_layout(hook: Hook) -> Any:
             return replace(call, options=counted_anew(options, state) if torch.is_grad_enabled() else options).run()
 
         measure = acting.report.measure
-        # Not on a rank: how often a short step is computed hangs on its seconds, in which ranks would not agree.
-        if measure is not None and acting.make is None:
+        if measure is not None and acting.settles:
             if _wanted(measure, acting.window, state, call):
                 return computed_twice(measure, run, state, call.x.device)
             if measure.warm and state.renews:
@@ -123,7 +122,7 @@ def _wanted(measure: StepMeasure, window: Window, state: ForwardState, call: Mod
 
 def _prepared(hook: Hook, state: ForwardState, call: ModelCall) -> ForwardState:
     """The forward with its backends settled, and all made that its calls keep on the device."""
-    if hook.make is not None:
+    if not hook.settles:
         return state
     shape = call_shape(hook.family, call.model, call.x, hook.stack)
     hook.tell_clip(state, shape)

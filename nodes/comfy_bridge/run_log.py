@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...efficient_vdit_core.attention.report.report import AttentionReport
 from ...efficient_vdit_core.attention.report.summary import describe_measure
-from .hook import WRAPPER_KEY, Hook
+from .hook import WRAPPER_KEY, Hook, HookRun
 from .measure import why_not_twice
 from .replaced_attention import none_asked, why_none_asked
 
@@ -29,11 +29,11 @@ def log_report(hook: Hook) -> Callable[..., Any]:
 
     def wrapper(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
         report.reset()
-        hook.clips, hook.running, hook.asked = len(noise), True, False
         guider = executor.class_obj
-        hook.why_once = why_not_twice(guider.model_patcher, guider.model_options, WRAPPER_KEY)
+        why_once = why_not_twice(guider.model_patcher, guider.model_options, WRAPPER_KEY)
+        hook.run = HookRun(clips=len(noise), running=True, why_once=why_once)
         if report.measure is not None:
-            report.measure.refused = hook.why_once
+            report.measure.refused = why_once
         start, complete = time.perf_counter(), False
         try:
             result = executor(noise, *args, **kwargs)
@@ -43,9 +43,9 @@ def log_report(hook: Hook) -> Callable[..., Any]:
             try:
                 _tell(hook, complete, time.perf_counter() - start, guider.model_patcher)
             finally:
-                for own in (hook, *hook.second_hooks):
+                for own in (hook, *hook.run.second_hooks):
                     own.forget()
-                hook.running, hook.second_hooks = False, []
+                hook.run = HookRun()
 
     told: Any = wrapper
     told.hook = hook
@@ -75,12 +75,12 @@ def _tell(hook: Hook, complete: bool, taken: float, model: Any) -> None:
     """To the nodes and in the log. ``complete``: whether the run of ``model``, of ``taken`` seconds, came to its end."""
     if complete and _unexplained(hook) and none_asked(hook.report.dense):
         hook.report.unasked = f"no self-attention call over the video came by: {why_none_asked(model, hook.family)}"
-    for own in (hook, *hook.second_hooks):
+    for own in (hook, *hook.run.second_hooks):
         own.report.seconds = taken
-        if own.report.sparse or (complete and own.asked):  # else the page keeps the last run's
+        if own.report.sparse or (complete and own.run.asked):  # else the page keeps the last run's
             own.after_run()
     _log(hook, complete)
-    for second in hook.second_hooks:
+    for second in hook.run.second_hooks:
         log.info("Efficient-vDiT, of the run's second model: %s", second.report.summary())
 
 
@@ -88,7 +88,7 @@ def _log(hook: Hook, complete: bool) -> None:
     """A run that was stopped may have ended before the first call, and one without steps asks for nothing: neither is
     anybody's fault."""
     report = hook.report
-    if complete and not hook.asked:
+    if complete and not hook.run.asked:
         log.info("Efficient-vDiT: no step was sampled.")
         return
     if complete and _unexplained(hook):
@@ -102,4 +102,4 @@ def _log(hook: Hook, complete: bool) -> None:
 def _unexplained(hook: Hook) -> bool:
     """Whether nothing became sparse in a run with steps, and no warning of it says why."""
     report = hook.report
-    return hook.asked and not report.sparse and not report.warned - NO_REASONS
+    return hook.run.asked and not report.sparse and not report.warned - NO_REASONS

@@ -10,7 +10,7 @@ from typing import Any
 from comfy.patcher_extension import CallbacksMP
 
 from ...efficient_vdit_core.attention.sdpa import OVERRIDE_KEY as OVERRIDE
-from .hook import WRAPPER_KEY, Hook, followed_by, hook_of
+from .hook import WRAPPER_KEY, Hook, HookRun, followed_by, hook_of
 from .model_call import ModelCall
 
 log = logging.getLogger("efficient_vdit")
@@ -21,10 +21,10 @@ def hook_in_charge(model: Any, hook: Hook) -> Hook | None:
     None where that has none. GPUs that share out a batch run copies of the model, which have the same hook."""
     patcher = getattr(model, "current_patcher", None)
     own = hook if patcher is None or hook.made_for() is model else hook_of(patcher)
-    if own is not None and own is not hook and own not in hook.second_hooks:
+    if own is not None and own is not hook and own not in hook.run.second_hooks:
         if own.report.measure is not None:
-            own.report.measure.refused = hook.why_once
-        hook.second_hooks.append(own)
+            own.report.measure.refused = hook.run.why_once
+        hook.run.second_hooks.append(own)
     return own
 
 
@@ -47,19 +47,19 @@ def tell_where_nobody_asks(patched: Any, hook: Hook) -> None:
     """Has a run that samples with this MODEL, and in which none of its wrappers ever act, end with a warning."""
 
     def before(_: Any) -> None:
-        if not hook.running:
+        if not hook.run.running:
             hook.report.reset()
-            hook.asked, hook.beside = False, True
+            hook.run = HookRun(beside=True)
 
     def after(_: Any) -> None:
         # ComfyUI cleans up while an error or a Cancel passes by too; then there may have been nothing to ask yet.
-        if hook.beside and not hook.asked and sys.exc_info()[0] is None:
+        if hook.run.beside and not hook.run.asked and sys.exc_info()[0] is None:
             log.warning(
                 "Efficient-vDiT: the plan of this run's second model was not asked for. Where both are the same loaded model, the first "
                 "one's plan held; else the second stayed dense, for Dual Model CFG Guider asks the wrappers of its first model alone: "
                 "put Sparse Attention on both."
             )
-        hook.beside = False
+        hook.run.beside = False
 
     for kind, function in ((CallbacksMP.ON_PRE_RUN, before), (CallbacksMP.ON_CLEANUP, after)):
         patched.add_callback_with_key(kind, WRAPPER_KEY, function)

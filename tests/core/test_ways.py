@@ -269,6 +269,10 @@ def test_processes_that_train_together_share_out_the_sampling(made, tmp_path, ra
     [
         ({"data": {"ways": 0}}, r"data\.ways is 0, expected a multiple of the 2 segments.*data\.ways = 2\.$"),
         ({"objective": {"segments": 3}}, r"data\.ways is 4, expected a multiple of the 3 segments"),
+        (
+            {"objective": {"steps": 4}},
+            r"objective\.steps is 4, but .* asked between them in so many\. Set objective\.segments to 4",
+        ),
         ({"objective": {"guidance": 2.0}}, r"objective\.guidance is 2\.0 and data\.guidance 3, expected the same"),
         ({"data": {"guidance": 4.0}}, r"objective\.guidance is 3\.0 and data\.guidance 4, expected the same"),
         ({"data": {"negative_share": 0.1}}, r"data\.negative_share is 0\.1, but .* Leave it out\.$"),

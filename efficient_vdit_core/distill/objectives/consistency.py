@@ -68,7 +68,8 @@ class ConsistencyConfig:
     addim: correct the teacher's step for the variance that DDIM loses, as the paper does from 4 segments on (its Eq.
     12).
     data_side: how many times more often the hardest segment, next to the data, is drawn.
-    plan: a tile plan (``k:T-k`` or a file) under which both networks run, where knowledge distillation came first.
+    plan: a tile plan (``k:T-k`` or a file) under which both networks run, where knowledge distillation came first. The ways of
+        ``states`` are of the teacher as it is, without one.
     target: who answers from t' on: the student, or the teacher, who walks on to the segment's end. That is exact, and asks
         the teacher up to ``teacher_steps / segments`` times for each example, in the mean half as often.
     states: where the student learns: at noised clips of the ``data``, all along each segment, or at the segments' beginnings

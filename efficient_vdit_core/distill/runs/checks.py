@@ -97,14 +97,20 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
 
 
 def check_ways(config: DistillConfig) -> None:
-    """Raises ValueError where the samples keep no ways that reach each segment's edges, or were drawn under other guidance than
-    the student is to have inside."""
+    """Raises ValueError where the samples keep no ways that reach each segment's edges, were drawn under other guidance than the
+    student is to have inside, or where the student is to be asked between the edges."""
     data, objective = config.data, config.objective
     if not data.ways or data.ways % objective.segments:
         raise ValueError(
             f'data.ways is {data.ways}, expected a multiple of the {objective.segments} segments: with states = "teacher" the student '
             'learns where they begin, on the ways of the teacher\'s samples. Set data.source = "teacher" and data.ways = '
             f"{objective.segments}."
+        )
+    if objective.steps not in (0, objective.segments):
+        raise ValueError(
+            f'objective.steps is {objective.steps}, but with states = "teacher" the student learns at the beginnings of the '
+            f"{objective.segments} segments alone, and is asked between them in so many. Set objective.segments to {objective.steps}, or "
+            "leave steps out."
         )
     inside = 1.0 if objective.guidance is None else objective.guidance
     if inside != data.guidance:

@@ -38,7 +38,7 @@ def tell_report(hook: Hook, call: ModelCall, counts: Mapping[str, Any]) -> None:
     """In ComfyUI's process: to the report of Sparse Attention, whose ``hook`` did not see the calls of this forward."""
     network = uncompiled(call.model.diffusion_model)
     state = forward_state(hook.family, network, call.x, call.c_crossattn, call.conds)
-    hook.asked = True
+    hook.run.asked = True
     hook.tell_clip(state, call_shape(hook.family, call.model, call.x))
     hook.report.add_counts(counts)
     if hook.report.measure is not None:

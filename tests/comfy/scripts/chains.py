@@ -343,7 +343,7 @@ try:
     run(broken)
 except ZeroDivisionError:
     hook = hooks.hook_of(broken)
-    facts["broken announcement"] = {"running": hook.running, "kept": len(hook.preparation.work)}
+    facts["broken announcement"] = {"running": hook.run.running, "kept": len(hook.preparation.work)}
 
 run(sparse(model), part=slice(0, 1))
 facts["no steps"] = list(lines)
