@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .schedule import DISCRETE_CLEAN, DiscreteSchedule
+from .schedule import DISCRETE_CLEAN, DiscreteSchedule, shifted_time
 
 EPSILON, V, FLOW = "epsilon", "v_prediction", "flow"
 PREDICTIONS = (EPSILON, V, FLOW)
@@ -82,7 +82,7 @@ class VPPath:
 
 
 class FlowPath:
-    """Rectified flow: a = 1 - s with s = shift u / (1 + (shift - 1) u), u the share of unshifted time."""
+    """Rectified flow: a = 1 - s with s the `shifted_time` of u, the share of unshifted time."""
 
     kind = "flow"
 
@@ -95,7 +95,7 @@ class FlowPath:
 
     def coefficients(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         u = timestep.double().cpu() / self.start
-        s = self.shift * u / (1.0 + (self.shift - 1.0) * u)
+        s = shifted_time(u, self.shift)
         return 1.0 - s, s
 
     def network_time(self, timestep: Tensor) -> Tensor:

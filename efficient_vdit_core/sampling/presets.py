@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..limits.quote import quoted
+from .schedule import shifted_time
 
 RCM_ANGLES = (math.atan(80.0), 1.5, 1.4, 1.0)
 
@@ -32,8 +33,7 @@ def shifted(steps: int, shift: float) -> tuple[float, ...]:
     """Equal pieces of unshifted flow time, shifted: s u / (1 + (s - 1) u), from 1 down to 0."""
     if steps < 1 or not shift > 0:
         raise ValueError(f"There are {steps} steps and shift {shift}, expected at least 1 step and a shift above 0.")
-    times = [(steps - i) / steps for i in range(steps + 1)]
-    return tuple(shift * u / (1.0 + (shift - 1.0) * u) for u in times)
+    return tuple(shifted_time((steps - i) / steps, shift) for i in range(steps + 1))
 
 
 def rcm(steps: int) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from ..limits.quote import quoted
 
 DISCRETE_START, DISCRETE_CLEAN = 999.0, -1.0
 MAX_EDGES = 10_000
+
+T = TypeVar("T", float, Tensor)
 
 
 class DiscreteSchedule:
@@ -66,6 +69,11 @@ def fractional_level(log_sigmas: Tensor, log_sigma: Tensor) -> Tensor:
     high = torch.searchsorted(log_sigmas, log_sigma).clamp(1, len(log_sigmas) - 1)
     low = high - 1
     return low + (log_sigma - log_sigmas[low]) / (log_sigmas[high] - log_sigmas[low])
+
+
+def shifted_time(u: T, shift: float) -> T:
+    """A flow's noise level, 0 to 1, at the share u of unshifted time (a number, or a tensor of any shape); shift 1 is u itself."""
+    return shift * u / (1.0 + (shift - 1.0) * u)
 
 
 def segment_edges(

@@ -16,6 +16,7 @@ from ...efficient_vdit_core.limits.quote import quoted
 from ...efficient_vdit_core.models.distilled import DistillMetadata, read_metadata
 from ...efficient_vdit_core.sampling import consistency_sigmas, sample_consistency
 from ...efficient_vdit_core.sampling.presets import PRESETS, parse_sigmas, preset_of
+from ...efficient_vdit_core.sampling.schedule import shifted_time
 from .distilled import LOADED_MODEL, model_metadata
 from .paths import checkpoint_files, checkpoint_path
 from .unit_variance import SCALES_NONE, at_unit_variance
@@ -85,9 +86,7 @@ def model_consistency_sigmas(model: Any, segments: int, steps: int, shift: float
             raise ValueError(
                 f"shift is {shift:g}, but the model is no flow model, so its time cannot be shifted. Set shift to 0."
             )
-        return consistency_sigmas(
-            lambda t: shift * t / (1.0 + (shift - 1.0) * t), segments, steps, start=1.0, clean=0.0
-        )
+        return consistency_sigmas(lambda t: shifted_time(t, shift), segments, steps, start=1.0, clean=0.0)
     if isinstance(sampling, ModelSamplingDiscrete):
         start, clean = float(sampling.timestep(sampling.sigma_max)), -1.0
     elif isinstance(sampling, ModelSamplingDiscreteFlow):
