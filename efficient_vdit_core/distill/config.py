@@ -16,7 +16,7 @@ from ..limits.numbers import MAX_TORCH_SEED, number, whole
 from ..limits.quote import named, quoted
 from ..media.video import MAX_FPS
 from ..storage.files import can_be_path, write_text
-from .objectives.consistency import ConsistencyConfig
+from .objectives.consistency import STUDENT, ConsistencyConfig
 from .objectives.knowledge import KnowledgeConfig
 from .objectives.score import ScoreConfig
 
@@ -97,7 +97,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """source: tinyworld, videos (a folder with captions), teacher (none: the teacher's own samples for ``captions``, a
-    text file), or captions (none, and no samples before the run: score distillation learns from the student's own).
+    text file), or captions (none, and no samples before the run: score distillation learns from the student's own, as consistency does
+    with ``states = "student"``).
 
     negative: the text of the unconditional half of guidance; negative_share of the clips, 0 to 1, learn it instead of
     their own caption, for students that are sampled with guidance. Where a recipe's base is distilled later with guidance, 0 is
@@ -256,6 +257,11 @@ class DistillConfig:
 def learns_on_ways(config: DistillConfig) -> bool:
     """Whether a training asks no teacher and learns from the ways that its samples went, see `ConsistencyConfig.states`."""
     return isinstance(config.objective, ConsistencyConfig) and config.objective.on_ways
+
+
+def needs_no_clips(config: DistillConfig) -> bool:
+    """Whether a training's own samples can be all that it learns from."""
+    return config.method == "score" or (config.method == "consistency" and config.objective.states == STUDENT)
 
 
 def read_section(kind: type[T], values: Any, section: str) -> T:

@@ -136,6 +136,80 @@ def test_a_student_that_jumps_as_the_teacher_went_has_no_loss(name):
     assert all((ways[row] == z[row]).all(-1).any() for row in range(8))
 
 
+def crooked(path, prediction):
+    """A student that errs: its clean prediction is 1.2 times the right one."""
+    right = gaussian(path, prediction)
+
+    def predict(z, time, condition=None):
+        if path.kind == "vp":
+            a, s = path.coefficients(time)
+        else:
+            s = time.double() / path.start
+            a = 1 - s
+        a, s = (c.view(-1, *[1] * (z.ndim - 1)) for c in (a, s))
+        x = 1.2 * predict_x0(prediction, z.double(), right(z, time).double(), a, s)
+        noise = (z - a * x) / s
+        return (a * noise - s * x if prediction == "v_prediction" else noise - x).to(z)
+
+    return predict
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("segments", [1, 3, 4])
+def test_on_its_own_way_a_student_learns_where_it_is_led_and_how_the_teacher_goes_on(name, segments):
+    """The states by hand, jump by jump; the target is that of a walking teacher there."""
+    path, prediction = PATHS[name]
+    student, teacher, asked = crooked(path, prediction), gaussian(path, prediction), []
+    config = ConsistencyConfig(
+        segments=segments, teacher_steps=12, states="student", target="teacher", loss="squared", weight="none"
+    )
+    loss = ConsistencyLoss(
+        config, path, prediction, student=lambda z, *rest: asked.append((z, *rest)) or student(z, *rest), target=student,
+        teacher=lambda *args: (teacher(*args[:3]),) * 2,
+    )  # fmt: skip
+    found = loss(torch.zeros(8, 3), torch.arange(8), torch.Generator().manual_seed(4))
+    ((z, time, condition),) = asked
+    again = torch.Generator().manual_seed(4)
+    segment = loss.grid.draw(8, again).segment
+    noise, times = torch.randn(8, 3, generator=again), segment_edges(segments, start=path.start, clean=path.clean)
+    a, s = (c.float() for c in path.coefficients(times))
+    own = [noise]
+    for k in range(segments - 1):
+        x = predict_x0(prediction, own[-1], student(own[-1], path.network_time(times[k : k + 1]).expand(8)), a[k], s[k])
+        own.append(ddim_step(own[-1], x, a[k], s[k], a[k + 1], s[k + 1]))
+    places = segments - 1 - segment
+    expected = torch.stack([own[place][row] for row, place in enumerate(places.tolist())])
+    torch.testing.assert_close(z, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(time, path.network_time(times[places])) and condition.tolist() == list(range(8))
+    walking = ConsistencyLoss(
+        replace(config, states="data"),
+        path,
+        prediction,
+        student=student,
+        teacher=lambda *args: (teacher(*args[:3]),) * 2,
+    )
+    target = walking.target_of(z, condition, walking.grid.beginning(segment))
+    x = predict_x0(prediction, z, student(z, time), *(c.float()[:, None] for c in path.coefficients(times[places])))
+    torch.testing.assert_close(found.total, (x - target).square().mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_processes_that_learn_on_their_own_ways_ask_equally_often():
+    """Those that share a sharded network wait for one another in each call, wherever their examples stand."""
+    path, prediction = PATHS["flow"]
+    calls = {}
+    for alone in (True, False):
+        for seed in range(6):
+            count, student, teacher = [], crooked(path, prediction), gaussian(path, prediction)
+            loss = ConsistencyLoss(
+                ConsistencyConfig(segments=4, teacher_steps=8, states="student", target="teacher"), path, prediction,
+                student=student, alone=alone, target=lambda *args, c=count, s=student: c.append("student") or s(*args),
+                teacher=lambda *args, c=count, t=teacher: c.append("teacher") or (t(*args[:3]),) * 2,
+            )  # fmt: skip
+            loss(torch.zeros(1, 3), torch.arange(1), torch.Generator().manual_seed(seed))
+            calls.setdefault(alone, []).append((count.count("student"), count.count("teacher")))
+    assert len(set(calls[True])) > 1 and set(calls[False]) == {(3, 2)}
+
+
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """A small model, and the configuration of a training on its ways by section."""
@@ -225,6 +299,36 @@ def test_a_student_is_trained_and_its_teacher_is_not_asked(made, tmp_path, monke
     assert train == "full" or (changed and max(changed) > 0)
 
 
+@pytest.fixture
+def on_its_own_ways(made):
+    """The same on the student's ways, without a clip."""
+    return lambda **changes: made(**{
+        "data": {"source": "captions", "ways": 0},
+        "objective": {"states": "student", "target": "teacher", "teacher_steps": 8, **changes.pop("objective", {})}, **changes,
+    })  # fmt: skip
+
+
+def test_a_student_learns_on_its_own_ways_from_captions_alone(on_its_own_ways, tmp_path):
+    result = trainer.distill(on_its_own_ways(), tmp_path / "run")
+    about = read_metadata(result)
+    assert (about.segments, about.steps, about.guidance) == (2, 2, 3.0)
+    assert not sorted((tmp_path / "cache").glob("sample-*"))
+    work = plan_work(on_its_own_ways())
+    with FlopCounterMode(display=False) as products, sdpa_kernel(SDPBackend.MATH):
+        trainer.distill(on_its_own_ways(), tmp_path / "another run")
+    assert work.examples * work.flops == pytest.approx(products.get_total_flops(), rel=0.1)
+    with pytest.raises(ValueError, match=r"objective\.steps is 4, but with states = \"student\" the student learns"):
+        trainer.distill(on_its_own_ways(objective={"steps": 4}), tmp_path / "steps")
+    with pytest.raises(ValueError, match=r'or consistency with states = "student"'):
+        trainer.distill(on_its_own_ways(objective={"states": "data"}), tmp_path / "data")
+
+
+@pytest.mark.parametrize("settings", [{}, {"target": "teacher", "addim": True}], ids=str)
+def test_on_its_own_ways_a_student_is_taught_by_the_teacher_alone(settings):
+    with pytest.raises(ValueError, match=r'states is "student" with .* Set target = "teacher"\.$'):
+        ConsistencyConfig(states="student", **settings)
+
+
 def test_a_run_on_ways_goes_on_bit_for_bit(made, tmp_path, monkeypatch):
     whole = read_state_dict(trainer.distill(made(), tmp_path / "whole"))[0]
     compare = ConsistencyLoss.compare
@@ -282,7 +386,7 @@ def test_processes_that_train_together_share_out_the_sampling(made, tmp_path, ra
         ({"data": {"ways": 9}}, r"data\.ways"),
         ({"objective": {"addim": True}}, r"no step of it to correct \(addim\)"),
         ({"objective": {"target": "teacher"}}, r"none to walk on \(target\)"),
-        ({"objective": {"states": "student"}}, r"states is 'student', expected one of data, teacher"),
+        ({"objective": {"states": "noise"}}, r"states is 'noise', expected one of data, teacher, student"),
     ],
     ids=str,
 )
@@ -292,9 +396,10 @@ def test_what_cannot_be_learnt_from_ways_is_refused_before_anything_is_made(made
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
-def test_a_score_starts_from_such_a_student_but_does_not_learn_so():
-    with pytest.raises(ValueError, match=r"states is 'teacher', but score distillation"):
-        ScoreConfig(states="teacher")
+@pytest.mark.parametrize("settings", [{"states": "teacher"}, {"states": "student", "target": "teacher"}], ids=str)
+def test_a_score_starts_from_such_a_student_but_does_not_learn_so(settings):
+    with pytest.raises(ValueError, match=r"states is '\w+', but score distillation"):
+        ScoreConfig(**settings)
 
 
 @pytest.mark.parametrize("guidance", [None, 1.0])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...limits.memory import check_memory
 from ...limits.packages import install, missing
-from ..config import DistillConfig
+from ..config import DistillConfig, needs_no_clips
 from ..families.fingerprints import teacher_stamp, text_stamp, video_stamp
 from ..families.model import FamilyModel
 from ..families.open_model import open_model
@@ -117,10 +117,10 @@ def _check_teacher(config: DistillConfig, model: FamilyModel) -> None:
 
 def _check_captions(config: DistillConfig, model: FamilyModel) -> None:
     read_captions(config.data.captions)
-    if config.method != "score":
+    if not needs_no_clips(config):
         raise ValueError(
             f'data.source is "captions", which has no clips, but {config.method} distillation learns from clips. Choose '
-            "teacher, which samples them first, or method score."
+            'teacher, which samples them first, or method score, or consistency with states = "student".'
         )
 
 

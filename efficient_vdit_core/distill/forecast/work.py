@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import DistillConfig, learns_on_ways
-from ..objectives.consistency import TEACHER
+from ..objectives.consistency import STUDENT, TEACHER
 from ..objectives.knowledge import DATA, forwards_of_ways
 from .memory import FusedAttention, meta_inputs, meta_student, opened
 
@@ -50,6 +50,8 @@ def _example(stage: DistillConfig, asked: float, learnt: float) -> float:
     teacher = asked if objective.guidance is None else 2 * asked
     per_segment = max(1, round(objective.teacher_steps / objective.segments))
     walk = teacher * (per_segment + 1) / 2  # the mean over a segment's places
+    if objective.states == STUDENT:
+        return learnt + (objective.segments - 1) * asked + teacher * per_segment
     consistency = learnt + (walk if objective.target == TEACHER else teacher + asked)
     if stage.method == "consistency":
         return consistency

@@ -13,13 +13,15 @@ blend is exact in float32. The target's weights are the student's own, without g
 Or the teacher answers at t' too, by its next step, and so on to the segment's end (``target = "teacher"``): then x* is
 exact, where a student's own errors pile up from the segment's end to its beginning.
 
-Or the student learns where it will be asked and nowhere else (``states = "teacher"``): at the beginnings of the segments, on
-ways that the teacher went from noise before the training. Such a way tells its target too, the one jump to where it is
-at the segment's end; the teacher is not asked again.
+Or the student learns where it will be asked and nowhere else: at the beginnings of the segments. On ways that the teacher
+went from noise before the training (``states = "teacher"``), each of which tells its target too, the one jump to where it is
+at the segment's end; the teacher is not asked again. Or on its own ways (``states = "student"``), where its own errors have
+led it and the teacher walks on from there, as in DAgger (Ross et al. 2011, arXiv 1011.0686).
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,16 +36,15 @@ from ...limits.quote import quoted
 from ...sampling.path import EPSILON, NoisePath, clean_between, ddim_step, predict_x0
 from ...training import StepLoss
 from .grid import Draw, Place, SegmentGrid
+from .rollout import Predict, trajectory
 
 LOSSES = ("norm", "squared", "huber")
 WEIGHTS = ("inverse_variance", "inverse_sigma", "snr", "none", "sqrt_snr")
 SPACES = ("x", "z")
 DATA, STUDENT, TEACHER = "data", "student", "teacher"
-TARGETS, STATES = (STUDENT, TEACHER), (DATA, TEACHER)
+TARGETS, STATES = (STUDENT, TEACHER), (DATA, TEACHER, STUDENT)
 
 log = logging.getLogger("efficient_vdit")
-
-Predict = Callable[[Tensor, Tensor, Any], Tensor]  # (z, network time (B,), condition) -> raw output
 
 
 class Teacher(Protocol):
@@ -72,9 +73,9 @@ class ConsistencyConfig:
         ``states`` are of the teacher as it is, without one.
     target: who answers from t' on: the student, or the teacher, who walks on to the segment's end. That is exact, and asks
         the teacher up to ``teacher_steps / segments`` times for each example, in the mean half as often.
-    states: where the student learns: at noised clips of the ``data``, all along each segment, or at the segments' beginnings
-        on the ways of the ``teacher`` that ``data.ways`` keeps. The latter has its own target, guidance and steps: those of
-        the samples.
+    states: where the student learns: at noised clips of the ``data``, all along each segment; or at the segments' beginnings
+        on the ways of the ``teacher`` that ``data.ways`` keeps, whose target, guidance and steps are those of the samples; or
+        there on the ``student``'s own ways, which ask no clips, with ``target`` the teacher.
     """
 
     segments: int = 8
@@ -116,6 +117,16 @@ class ConsistencyConfig:
                 f'states is "{TEACHER}", where the teacher\'s own way is the target: there is no step of it to correct (addim) and none '
                 "to walk on (target). Leave these out."
             )
+        if self.states == STUDENT and (self.addim or self.target != TEACHER):
+            raise ValueError(
+                f'states is "{STUDENT}" with target "{self.target}" and addim {str(self.addim).lower()}, expected target "{TEACHER}" '
+                f'and addim false: the student learns where segments begin, and nothing below. Set target = "{TEACHER}".'
+            )
+
+    @property
+    def at_beginnings(self) -> bool:
+        """Whether the student learns at the segments' beginnings alone, and is to be sampled there."""
+        return self.states != DATA
 
     @property
     def on_ways(self) -> bool:
@@ -162,7 +173,11 @@ class ConsistencyLoss:
         else:
             noise = torch.randn(x.shape, generator=generator).to(x)
             guidance = self.guidance(len(x), generator, x.device)
-            z = _like(draw.at.a, x) * x + _like(draw.at.s, x) * noise
+            if self.config.states == STUDENT:
+                draw = self.grid.beginning(draw.segment)
+                z = self._own_way(noise, condition, draw)
+            else:
+                z = _like(draw.at.a, x) * x + _like(draw.at.s, x) * noise
             target = self.target_of(z, condition, draw, guidance)
         out = self.student(z, self._time(draw.at, z), condition)
         return self.compare(self._clean(z, out, draw.at), target, draw)
@@ -174,6 +189,19 @@ class ConsistencyLoss:
         rows = torch.arange(len(ways), device=ways.device)
         z, z_end = ways[rows, begins], ways[rows, begins + parts]
         return z, clean_between(z, z_end, *_pair(draw.at, z), *_pair(draw.end, z))
+
+    @torch.no_grad()
+    def _own_way(self, noise: Tensor, condition: Any, draw: Draw) -> Tensor:
+        """z (B, ...) where the student's own jumps from ``noise`` lead, at the beginning of each example's segment."""
+        places = self.config.segments - 1 - draw.segment
+        down = trajectory(
+            lambda z, time: self.target(z, time, condition).float(), self.path, self.prediction, noise,
+            segments=self.config.segments,
+        )  # fmt: skip
+        # Without others as far as somebody needs it; all processes ask equally often.
+        last = int(places.max()) if self.alone else self.config.segments - 1
+        states = torch.stack([noise, *(z for _, z in itertools.islice(down, last))])
+        return states[places.to(noise.device), torch.arange(len(noise), device=noise.device)]
 
     @torch.no_grad()
     def target_of(

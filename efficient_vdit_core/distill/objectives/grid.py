@@ -89,5 +89,9 @@ class SegmentGrid:
         end = segment * self.per_segment
         return Draw(index, segment, self._place(index), self._place(index - 1), self._place(end), index - 1 == end)
 
+    def beginning(self, segment: Tensor) -> Draw:
+        """The draw at the noisy edges of ``segment`` (B,), where the sampler asks."""
+        return self.at((segment + 1) * self.per_segment)
+
     def _place(self, index: Tensor) -> Place:
         return Place(self.times[index], self.a[index], self.s[index])

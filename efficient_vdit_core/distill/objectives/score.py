@@ -54,7 +54,7 @@ class ScoreConfig(ConsistencyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.on_ways:
+        if self.at_beginnings:
             raise ValueError(
                 f"states is {quoted(self.states)}, but score distillation learns all along the segments. Leave it out, and start from "
                 "such a student with model.init."

@@ -76,6 +76,8 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
         check_pair(config.objective, model.prediction)
     if config.method == "score":
         check_turns(config)
+    if config.method == "consistency" and config.objective.at_beginnings:
+        check_beginnings(config)
     if learns_on_ways(config):
         check_ways(config)
     if about.tile_plan is not None:
@@ -96,21 +98,25 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
         check_expert(config)
 
 
+def check_beginnings(config: DistillConfig) -> None:
+    """Raises ValueError where a student that learns where segments begin is to be sampled between."""
+    steps, segments = config.objective.steps, config.objective.segments
+    if steps not in (0, segments):
+        raise ValueError(
+            f'objective.steps is {steps}, but with states = "{config.objective.states}" the student learns at the beginnings of the '
+            f"{segments} segments alone, and is asked between them in so many. Set objective.segments to {steps}, or leave steps out."
+        )
+
+
 def check_ways(config: DistillConfig) -> None:
-    """Raises ValueError where the samples keep no ways that reach each segment's edges, were drawn under other guidance than the
-    student is to have inside, or where the student is to be asked between the edges."""
+    """Raises ValueError where the samples keep no ways that reach each segment's edges, or were drawn under other guidance than
+    the student is to have inside."""
     data, objective = config.data, config.objective
     if not data.ways or data.ways % objective.segments:
         raise ValueError(
             f'data.ways is {data.ways}, expected a multiple of the {objective.segments} segments: with states = "teacher" the student '
             'learns where they begin, on the ways of the teacher\'s samples. Set data.source = "teacher" and data.ways = '
             f"{objective.segments}."
-        )
-    if objective.steps not in (0, objective.segments):
-        raise ValueError(
-            f'objective.steps is {objective.steps}, but with states = "teacher" the student learns at the beginnings of the '
-            f"{objective.segments} segments alone, and is asked between them in so many. Set objective.segments to {objective.steps}, or "
-            "leave steps out."
         )
     inside = 1.0 if objective.guidance is None else objective.guidance
     if inside != data.guidance:
