@@ -49,13 +49,14 @@ def say_forecast(stages: Any, args: argparse.Namespace) -> int:
     from ..distill.families.open_model import open_model
     from ..distill.forecast.advice import advice, fits
     from ..distill.forecast.memory import gib
-    from ..distill.forecast.recipe import Part, forecast
-    from ..distill.runs.checks import check_hosted, check_training
+    from ..distill.forecast.recipe import SEARCH, Part, forecast
+    from ..distill.runs.checks import check_hosted, check_training, check_where_asked
     from ..distill.runs.sequence_parallel import check_shares
 
     for stage in stages.planned():
         check_training(stage)
         check_hosted(stage)
+        check_where_asked(stage)
         check_shares(stage, open_model(stage.model))
     gpu = args.gpu or gpu_bytes(GPU)
     tflops = args.tflops or (H100 if gpu > gpu_bytes(GPU) else RTX_4090)
@@ -65,7 +66,7 @@ def say_forecast(stages: Any, args: argparse.Namespace) -> int:
         fit = fits(part.memory, gpu)
         say(f"{part.name}: {gib(part.memory.peak())}, {'fits' if fit else 'does not fit'} into {gib(gpu)}")
         say(f"  {_work(part, tflops)}")
-        if part.stage is None:
+        if part.name == SEARCH:
             say("  by one GPU alone, while the others wait: on N GPUs that takes N times as long")
         for name, size in _sizes(part.memory):
             say(f"  {name:<24} {gib(size):>12}")

@@ -66,6 +66,7 @@ class DiffusersPatch:
         self._replaced.clear()
         # What others have kept of it, as fused projections do, is dense where it is put back.
         self.sequence, self.entries = None, ()
+        self.preparation.forget()
 
     def __enter__(self) -> DiffusersPatch:
         return self

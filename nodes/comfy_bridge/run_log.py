@@ -31,6 +31,7 @@ def log_report(hook: Hook) -> Callable[..., Any]:
         report.reset()
         guider = executor.class_obj
         why_once = why_not_twice(guider.model_patcher, guider.model_options, WRAPPER_KEY)
+        outer = hook.run  # of a run that samples within a run; else of none
         hook.run = HookRun(clips=len(noise), running=True, why_once=why_once)
         if report.measure is not None:
             report.measure.refused = why_once
@@ -45,7 +46,7 @@ def log_report(hook: Hook) -> Callable[..., Any]:
             finally:
                 for own in (hook, *hook.run.second_hooks):
                     own.forget()
-                hook.run = HookRun()
+                hook.run = outer
 
     told: Any = wrapper
     told.hook = hook

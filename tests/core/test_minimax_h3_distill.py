@@ -395,12 +395,21 @@ def test_a_text_encoder_that_cannot_be_loaded_is_told_before_hours_of_encoding(h
     """transformers' processor for Qwen3-VL asks for torchvision where it is made, behind the clips."""
     from efficient_vdit_core.distill.runs.trainer import distill
 
-    monkeypatch.setattr("efficient_vdit_core.limits.packages.find_spec", lambda name: name != "torchvision" or None)
+    found = ["torchvision"]
+    monkeypatch.setattr("efficient_vdit_core.limits.packages.find_spec", lambda name: name in found or None)
+    states = lambda texts: (noise(len(texts), 3, 8), torch.ones(len(texts), 3))  # noqa: E731
+    monkeypatch.setattr(type(h3), "text_encoder", lambda *_: found and states)
     (tmp_path / "captions.txt").write_text("a cat\n")
-    data = {"source": "captions", "captions": str(tmp_path / "captions.txt")}
+    data = {"source": "captions", "captions": str(tmp_path / "captions.txt"), "cache": str(tmp_path / "cache")}
+    score = config(h3, "score", data=data, training={"steps": 5, "save_every": 5})
+    found.clear()
     with pytest.raises(ValueError, match=r"^torchvision is missing, .*text encoder .* -m pip install torchvision$"):
-        distill(config(h3, "score", data=data, training={"steps": 5}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+        distill(score, tmp_path / "run")
+    assert not list((tmp_path / "cache").iterdir())
+    found.append("torchvision")
+    assert distill(score, tmp_path / "run").is_file()
+    found.clear()  # what was encoded elsewhere needs no encoder here
+    assert distill(score, tmp_path / "another run").is_file()
 
 
 def test_a_forecast_counts_what_is_in_the_hosts_memory_there(h3):

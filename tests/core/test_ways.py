@@ -90,7 +90,7 @@ def test_the_target_is_where_a_teacher_lands_that_walks_the_segment(name, segmen
     """The same as `target = "teacher"` has it, which asks the teacher anew at each sub-step."""
     path, prediction = PATHS[name]
     noise = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ways, predict = way_of(path, prediction, noise, 24, 6), gaussian(path, prediction)
+    ways, predict = way_of(path, prediction, noise, 24, segments), gaussian(path, prediction)
     asked = ConsistencyConfig(segments=segments, teacher_steps=24, target="teacher")
     walking = ConsistencyLoss(asked, path, prediction, student=predict, teacher=lambda *args: (predict(*args[:3]),) * 2)
     learnt = ConsistencyLoss(
@@ -99,7 +99,7 @@ def test_the_target_is_where_a_teacher_lands_that_walks_the_segment(name, segmen
     )  # fmt: skip
     for segment in range(segments):
         z, target = learnt._on_way(ways, learnt.grid.at(torch.full((5,), segment + 1)))
-        assert torch.equal(z, ways[:, (segments - 1 - segment) * 6 // segments])
+        assert torch.equal(z, ways[:, segments - 1 - segment])
         begin = walking.grid.at(torch.full((5,), (segment + 1) * walking.grid.per_segment))
         # A flow's network is given its time in float32.
         torch.testing.assert_close(target, walking.target_of(z, None, begin), rtol=1e-5, atol=1e-6)
@@ -110,7 +110,7 @@ def test_a_student_that_jumps_as_the_teacher_went_has_no_loss(name):
     """And it is asked at the segments' beginnings alone, at the sampler's own times, each as often as the others."""
     path, prediction = PATHS[name]
     noise = torch.randn(8, 3, generator=torch.Generator().manual_seed(2))
-    ways, asked = way_of(path, prediction, noise, 24, 8), []
+    ways, asked = way_of(path, prediction, noise, 24, 4), []
     times = segment_edges(4, start=path.start, clean=path.clean)
     a, s = (c.float() for c in path.coefficients(times))
 
@@ -119,9 +119,9 @@ def test_a_student_that_jumps_as_the_teacher_went_has_no_loss(name):
         outs = []
         for z_one, t in zip(z, time, strict=True):
             k = int((path.network_time(times[:-1]) - t).abs().argmin())
-            row = int((ways[:, 2 * k] - z_one).abs().sum(-1).argmin())
+            row = int((ways[:, k] - z_one).abs().sum(-1).argmin())
             kept = s[k + 1] / s[k]
-            x = (ways[row, 2 * k + 2] - kept * z_one) / (a[k + 1] - kept * a[k])
+            x = (ways[row, k + 1] - kept * z_one) / (a[k + 1] - kept * a[k])
             at = (z_one - a[k] * x) / s[k]
             outs.append(a[k] * at - s[k] * x if prediction == "v_prediction" else at - x)
         return torch.stack(outs)
@@ -242,12 +242,14 @@ def prepared(config):
 
 
 def test_a_samples_way_is_kept_beside_it_from_its_noise_on(made):
-    """Each state is where steps one by one from the numbered noise lead; the clip is that of samples without ways."""
+    """Each state is where steps one by one from the numbered noise lead; the clip is that of samples without ways, which are
+    files of their own."""
     config = made()
-    data, model = prepared(config), open_model(config.model)
-    ways = data.clips.on_ways()
-    clips = torch.stack(list(data.clips.latents))
     alone = torch.stack(list(prepared(made(data={"ways": 0})).clips.latents))
+    data, model = prepared(config), open_model(config.model)
+    ways, halves = data.clips.on_ways(4), data.clips.on_ways(2)
+    assert len(sorted(Path(config.data.cache).glob("sample-*"))) == 10
+    clips = torch.stack(list(data.clips.latents))
     assert torch.equal(clips, alone) and ways.captions == data.clips.captions == [("a",), ("b",)] * 2 + [("a",)]
     network, condition, negative = model.load().eval(), data.bank.batch(["a"], data.device), data.negative(1)
     times = segment_edges(8)
@@ -255,7 +257,7 @@ def test_a_samples_way_is_kept_beside_it_from_its_noise_on(made):
     for number in (0, 4):
         way, z = ways.latents[number], numbered_noise((1, *LATENT), "teacher", number, config.data.seed)
         assert way.shape == (5, *LATENT) and torch.equal(way[0], numbered_noise(LATENT, "teacher", number, 1))
-        assert torch.equal(way[-1], clips[number])
+        assert torch.equal(way[-1], clips[number]) and torch.equal(halves.latents[number], way[::2])
         with torch.no_grad():
             for step, ((a, s), (a_to, s_to)) in enumerate(zip(levels[:-1], levels[1:], strict=True), start=1):
                 time = times[step - 1 : step].float()
@@ -267,17 +269,17 @@ def test_a_samples_way_is_kept_beside_it_from_its_noise_on(made):
 
 
 def test_ways_that_are_missing_are_gone_again_and_no_others(made, tmp_path):
-    before = torch.stack(list(prepared(made()).clips.on_ways().latents))
+    before = torch.stack(list(prepared(made()).clips.on_ways(4).latents))
     files = sorted((tmp_path / "cache").glob("sample-*"))
     old = files[0].stat().st_mtime_ns
     files[3].unlink()
     torch.testing.assert_close(
-        torch.stack(list(prepared(made()).clips.on_ways().latents)), before, rtol=1e-4, atol=1e-3
+        torch.stack(list(prepared(made()).clips.on_ways(4).latents)), before, rtol=1e-4, atol=1e-3
     )
     assert files[0].stat().st_mtime_ns == old and len(sorted((tmp_path / "cache").glob("sample-*"))) == len(files)
     files[1].write_bytes(b"half")
     with pytest.raises(ValueError, match=r"is damaged or half written\. Delete it"):
-        list(prepared(made()).clips.on_ways().latents)
+        list(prepared(made()).clips.on_ways(4).latents)
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
@@ -294,7 +296,7 @@ def test_a_student_is_trained_and_its_teacher_is_not_asked(made, tmp_path, monke
     result = trainer.distill(config, tmp_path / "run")
     about = read_metadata(result)
     assert (about.segments, about.steps, about.guidance) == (2, 2, 3.0)
-    assert len(read) == 2 and [shape for _, shape in asked] == [(4, 5, *LATENT)] * 3
+    assert len(read) == 2 and [shape for _, shape in asked] == [(4, 3, *LATENT)] * 3
     changed = [float(value.float().abs().max()) for name, value in read_state_dict(result)[0].items() if "up" in name]
     assert train == "full" or (changed and max(changed) > 0)
 
@@ -361,17 +363,20 @@ def test_processes_that_train_together_share_out_the_sampling(made, tmp_path, ra
     assert [told["encoded"] for told in found] == [1, 0, 0][:ranks]
     assert len(sorted((tmp_path / "cache").glob("sample-*"))) == 5 and len({told["file"] for told in found}) == 1
     assert read_metadata(Path(found[0]["file"])).segments == 2
-    together = torch.stack(list(prepared(made()).clips.on_ways().latents))
+    together = torch.stack(list(prepared(made()).clips.on_ways(4).latents))
     shutil.rmtree(tmp_path / "cache")
     torch.testing.assert_close(
-        together, torch.stack(list(prepared(made()).clips.on_ways().latents)), rtol=1e-4, atol=1e-3
+        together, torch.stack(list(prepared(made()).clips.on_ways(4).latents)), rtol=1e-4, atol=1e-3
     )
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"data": {"ways": 0}}, r"data\.ways is 0, expected a multiple of the 2 segments.*data\.ways = 2\.$"),
+        (
+            {"data": {"ways": 0}},
+            r"data\.ways is 0, expected a multiple of the 2 segments.*data\.ways = 2 and data\.teacher_steps to a",
+        ),
         ({"objective": {"segments": 3}}, r"data\.ways is 4, expected a multiple of the 3 segments"),
         (
             {"objective": {"steps": 4}},
@@ -431,6 +436,39 @@ def test_the_forecast_counts_no_teacher(made, tmp_path, monkeypatch):
         trainer.distill(on_ways, tmp_path / "run")
     assert work.examples == 12 and work.examples * work.flops == pytest.approx(products.get_total_flops(), rel=0.1)
     assert work.flops < plan_work(noised).flops / 1.5
+
+
+@pytest.mark.parametrize(("batch", "jumps"), [(1, 1.5), (4, 3), (8, 3)])
+def test_the_forecast_of_a_students_own_ways_counts_its_jumps(on_its_own_ways, batch, jumps):
+    """At four segments, beside the teacher's two steps of two forwards each."""
+    asked = {"segments": 4, "teacher_steps": 8}
+    of = {n: on_its_own_ways(objective={**asked, "guidance": n}, training={"batch": batch}) for n in (None, 3.0)}
+    on_ways = plan_work(made_on_ways(of[3.0])).flops
+    once = (
+        plan_work(of[3.0]).flops - plan_work(of[None]).flops
+    ) / 2  # guidance asks the teacher once more at each step
+    assert plan_work(of[None]).flops == pytest.approx(on_ways + (jumps + 2) * once)
+
+
+def made_on_ways(config):
+    objective = ConsistencyConfig(segments=config.objective.segments, states="teacher", guidance=3.0)
+    return replace(config, objective=objective)
+
+
+@pytest.mark.parametrize("settings", [{"segments": 4}, {"segments": 1}, {"steps": 4}], ids=str)
+@pytest.mark.parametrize("states", ["teacher", "student"])
+def test_a_recipe_does_not_ask_such_a_student_elsewhere_in_stage_3(made, settings, states):
+    values = {key: dict(table) for key, table in made.values.items()}
+    few = {**values["objective"], "states": states, **({"target": "teacher"} if states == "student" else {})}
+    asked = {"model": values["model"], "data": values["data"], "consistency": few}
+    (name,) = settings
+    with pytest.raises(ValueError, match=rf"knowledge\.{name} is \d, but with consistency\.states = \"{states}\""):
+        RecipeConfig.from_dict({**asked, "knowledge": settings})
+    fitting = RecipeConfig.from_dict({**asked, "knowledge": {name: 2}})
+    assert RecipeConfig.from_dict({**asked, "order": "knowledge-only", "knowledge": settings})
+    assert fitting.knowledge.steps in (0, 2)
+    first = RecipeConfig.from_dict({**asked, "order": "knowledge-first"})
+    assert [stage.objective.steps for stage in ThreeStages(first, Path()).planned()] == [0, 2]
 
 
 def test_a_recipes_other_stages_take_the_clips_of_the_same_files(made, tmp_path):

@@ -54,17 +54,20 @@ class LatentFiles(Sequence[Tensor]):
                 f"{named(file.name)} in the cache is damaged or half written. Delete it; the same command makes it anew."
             ) from error
 
-    @staticmethod
-    def taken_from(tensors: dict[str, Tensor]) -> Tensor:
+    def taken_from(self, tensors: dict[str, Tensor]) -> Tensor:
         return tensors[CLIP]
 
 
 class WayFiles(LatentFiles):
-    """The teacher's ways from noise to such latents, (N + 1, C, T, h, w), of files that keep them."""
+    """The teacher's ways from noise to such latents, (parts + 1, C, T, h, w), of files that keep as many parts or a multiple."""
 
-    @staticmethod
-    def taken_from(tensors: dict[str, Tensor]) -> Tensor:
-        return torch.cat([tensors[WAY], tensors[CLIP][None]])
+    def __init__(self, files: list[Path], parts: int) -> None:
+        super().__init__(files)
+        self.parts = parts
+
+    def taken_from(self, tensors: dict[str, Tensor]) -> Tensor:
+        kept = tensors[WAY]
+        return torch.cat([kept[:: len(kept) // self.parts], tensors[CLIP][None]])
 
 
 @dataclass
@@ -82,10 +85,10 @@ class ClipSet:
         """The same clips with each caption as ``prompt`` words it."""
         return ClipSet(self.latents, [tuple(map(prompt, texts)) for texts in self.captions])
 
-    def on_ways(self) -> ClipSet:
-        """The same with the ways that lead to the clips, of samples that the teacher made with ``data.ways``."""
+    def on_ways(self, parts: int) -> ClipSet:
+        """The same with the ways that lead to the clips in so many parts, of samples that the teacher made with ``data.ways``."""
         assert isinstance(self.latents, LatentFiles)
-        return ClipSet(WayFiles(self.latents.files), self.captions)
+        return ClipSet(WayFiles(self.latents.files, parts), self.captions)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
         """(B, C, T, h, w) latents and their captions, drawn with replacement."""

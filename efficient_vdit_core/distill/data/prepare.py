@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...limits.memory import check_memory
 from ...limits.packages import install, missing
-from ..config import DistillConfig, needs_no_clips
+from ..config import DistillConfig, learns_on_ways, needs_no_clips
 from ..families.fingerprints import teacher_stamp, text_stamp, video_stamp
 from ..families.model import FamilyModel
 from ..families.open_model import open_model
@@ -59,20 +59,18 @@ def check_data(config: DistillConfig, model: FamilyModel) -> None:
     data = config.data
     size = model.size(data.frames, data.height, data.width)
     latent = 4 * math.prod(model.latent_shape(size))
-    # The clips of a batch with their ways, their noise and what is predicted; the network's own activations come on top.
+    # The clips of a batch, or their ways, noise and what is predicted; the network's own activations come on top.
+    states = 8 + (config.objective.segments if learns_on_ways(config) else 0)
     check_memory(
-        (8 + data.ways) * latent * config.training.batch, f"A batch of {config.training.batch}", "Lower training.batch."
+        states * latent * config.training.batch, f"A batch of {config.training.batch}", "Lower training.batch."
     )
-    if lacking := missing(model.encoder_packages):
-        raise ValueError(
-            f"{', '.join(lacking)} is missing, without which this model's text encoder cannot be loaded. {install(*lacking)}"
-        )
     SOURCES[data.source].check(config, model)
 
 
 def prepare_data(config: DistillConfig, model: FamilyModel, cache: Path, device: torch.device) -> PreparedData:
     """Build or read back what ``config.data`` names."""
     data, cache = config.data, cache_folder(config, cache)
+    _text_file(model, cache)  # what would end the run behind the clips, whose encoding may take hours
     clips = SOURCES[data.source].clips(config, model, cache, device).worded(data.prompt)
     texts = [*clips.texts(), data.negative, *map(data.prompt, config.training.samples)]
     bank = _text_bank(texts, model, cache, device)
@@ -87,10 +85,21 @@ def cache_folder(config: DistillConfig, own: Path) -> Path:
 
 
 def _text_bank(texts: Iterable[str], model: FamilyModel, cache: Path, device: torch.device) -> TextBank:
-    """From the model's own file in the cache, which other models may share."""
+    encoder = partial(model.text_encoder, device)
+    return TextBank.build(texts, encoder, _text_file(model, cache), model.text_padding)
+
+
+def _text_file(model: FamilyModel, cache: Path) -> Path:
+    """The model's own file of text states in the cache, which other models may share. Raises ValueError where there is none
+    yet, and a package is missing that encodes them."""
     rows = f"-{model.text_padding}" if model.text_padding else ""  # earlier versions padded Wan's to fewer
     file = cache / f"texts-{text_stamp(model)}{rows}.safetensors"
-    return TextBank.build(texts, partial(model.text_encoder, device), file, model.text_padding)
+    lacking = missing(model.encoder_packages)
+    if lacking and not file.is_file():
+        raise ValueError(
+            f"{', '.join(lacking)} is missing, without which this model's text encoder cannot be loaded. {install(*lacking)}"
+        )
+    return file
 
 
 def _check_videos(config: DistillConfig, model: FamilyModel) -> None:

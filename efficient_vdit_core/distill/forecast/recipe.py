@@ -13,7 +13,7 @@ from .samples import plan_samples
 from .search import plan_search
 from .work import WorkPlan, plan_work
 
-SAMPLES = "teacher's samples"
+SAMPLES, SEARCH = "teacher's samples", "search"
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ def forecast(stages: ThreeStages) -> Iterator[Part]:
     if stages.config.data.source == "teacher":
         yield Part(SAMPLES, *plan_samples(stages.search_stage()))
     order, trainings = stages.config.order, {stage.method: stage for stage in stages.planned()}
-    few_steps_first = ("consistency", "search", "knowledge")
-    for name in few_steps_first if order == "consistency-first" else ("search", "knowledge", "consistency"):
-        if name == "search":
+    few_steps_first = ("consistency", SEARCH, "knowledge")
+    for name in few_steps_first if order == "consistency-first" else (SEARCH, "knowledge", "consistency"):
+        if name == SEARCH:
             yield Part(name, *_plan_search(stages))
         elif stage := trainings.get(name):
             frozen = stages.frozen_loras(stage)

@@ -51,7 +51,8 @@ def _example(stage: DistillConfig, asked: float, learnt: float) -> float:
     per_segment = max(1, round(objective.teacher_steps / objective.segments))
     walk = teacher * (per_segment + 1) / 2  # the mean over a segment's places
     if objective.states == STUDENT:
-        return learnt + (objective.segments - 1) * asked + teacher * per_segment
+        jumps = forwards_of_ways(1, objective.segments) if stage.training.batch == 1 else objective.segments - 1
+        return learnt + jumps * asked + teacher * per_segment
     consistency = learnt + (walk if objective.target == TEACHER else teacher + asked)
     if stage.method == "consistency":
         return consistency

@@ -102,7 +102,7 @@ class ConsistencyConfig:
                 )
         for name, low, high in (("segments", 1, 1000), ("steps", 0, 1000), ("teacher_steps", 1, 10_000)):
             whole(getattr(self, name), name, low, high, "Correct the configuration.")
-        if self.teacher_steps < self.segments:
+        if self.teacher_steps < self.segments and not self.on_ways:
             raise ValueError(
                 f"There are {self.segments} segments and {self.teacher_steps} teacher_steps, expected one teacher step in each at "
                 "least. Raise teacher_steps."
@@ -165,8 +165,8 @@ class ConsistencyLoss:
         self.grid = SegmentGrid(path, config.segments, steps, config.data_side, serves)
 
     def __call__(self, x: Tensor, condition: Any, generator: torch.Generator) -> StepLoss:
-        """``x`` (B, ...) float32 clean latents, or (B, N + 1, ...) the teacher's ways from noise to these, N a multiple of the
-        segments; ``condition`` is indexable by a bool mask (B,) through ``pick``."""
+        """``x`` (B, ...) float32 clean latents, or (B, segments + 1, ...) the teacher's ways from noise to these; ``condition``
+        is indexable by a bool mask (B,) through ``pick``."""
         draw = self.grid.draw(len(x), generator)
         if self.config.on_ways:
             z, target = self._on_way(x, draw)
@@ -184,10 +184,9 @@ class ConsistencyLoss:
 
     def _on_way(self, ways: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """z (B, ...) at the beginning of each example's segment, and the clean data that lead to the way's next edge."""
-        parts = (ways.shape[1] - 1) // self.config.segments
-        begins = ((self.config.segments - 1 - draw.segment) * parts).to(ways.device)
+        begins = (self.config.segments - 1 - draw.segment).to(ways.device)
         rows = torch.arange(len(ways), device=ways.device)
-        z, z_end = ways[rows, begins], ways[rows, begins + parts]
+        z, z_end = ways[rows, begins], ways[rows, begins + 1]
         return z, clean_between(z, z_end, *_pair(draw.at, z), *_pair(draw.end, z))
 
     @torch.no_grad()

@@ -76,10 +76,6 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
         check_pair(config.objective, model.prediction)
     if config.method == "score":
         check_turns(config)
-    if config.method == "consistency" and config.objective.at_beginnings:
-        check_beginnings(config)
-    if learns_on_ways(config):
-        check_ways(config)
     if about.tile_plan is not None:
         model.check_plan(about.tile_plan)
     if config.training.batch > model.at_once:
@@ -96,6 +92,16 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
         )
     if model.expert:
         check_expert(config)
+    check_where_asked(config)
+
+
+def check_where_asked(config: DistillConfig) -> None:
+    """Raises ValueError where a student that learns at the segments' beginnings alone is to be sampled elsewhere, or has no ways
+    to learn from."""
+    if config.method == "consistency" and config.objective.at_beginnings:
+        check_beginnings(config)
+    if learns_on_ways(config):
+        check_ways(config)
 
 
 def check_beginnings(config: DistillConfig) -> None:
@@ -115,14 +121,14 @@ def check_ways(config: DistillConfig) -> None:
     if not data.ways or data.ways % objective.segments:
         raise ValueError(
             f'data.ways is {data.ways}, expected a multiple of the {objective.segments} segments: with states = "teacher" the student '
-            'learns where they begin, on the ways of the teacher\'s samples. Set data.source = "teacher" and data.ways = '
-            f"{objective.segments}."
+            'learns where they begin, on the ways of the teacher\'s samples. Set data.source = "teacher", data.ways = '
+            f"{objective.segments} and data.teacher_steps to a multiple of that."
         )
     inside = 1.0 if objective.guidance is None else objective.guidance
     if inside != data.guidance:
         raise ValueError(
             f"objective.guidance is {quoted(objective.guidance)} and data.guidance {data.guidance:g}, expected the same: with "
-            'states = "teacher" the student takes over what the teacher\'s samples were drawn with.'
+            'states = "teacher" the student takes over what the teacher\'s samples were drawn with. Set objective.guidance to that.'
         )
     if data.negative_share:
         raise ValueError(
@@ -197,6 +203,6 @@ def check_expert(config: DistillConfig) -> None:
     }
     for name in (name for name, asked in what.items() if asked):
         raise ValueError(
-            f"model.expert asks for one of two networks, and {name} with both. Take data.source videos, samples_every 0, and "
-            "method consistency or knowledge."
+            f"model.expert asks for one of two networks, and {name} with both. Take data.source videos, samples_every 0, "
+            "objective.states data, and method consistency or knowledge."
         )

@@ -87,6 +87,14 @@ class RecipeConfig:
                     f"{stage}.plan is {quoted(plan)}, but a recipe searches its plans itself, by what [search] says. Leave it out, or "
                     f"train under that plan with `evdit distill {stage}`."
                 )
+        few = self.consistency
+        for name in ("segments", "steps"):
+            asked = getattr(self.knowledge, name)
+            if self.order == "consistency-first" and few.at_beginnings and asked not in (0, few.segments):
+                raise ValueError(
+                    f'knowledge.{name} is {asked}, but with consistency.states = "{few.states}" stage 1 teaches the beginnings of its '
+                    f"{few.segments} segments alone, and stage 3 would ask it elsewhere. Leave it out."
+                )
         precisions = self.consistency_training.precision, self.knowledge_training.precision
         if self.order == "merge" and self.model.loras:
             raise ValueError(
@@ -184,7 +192,8 @@ class ThreeStages:
         segments = objective.segments or self.config.consistency.segments
         if alone:
             return replace(objective, segments=segments, steps=self.search_schedule(segments)["steps"])
-        steps = segments * max(1, round(self.config.consistency.teacher_steps / segments))
+        few = self.config.consistency
+        steps = segments * (1 if few.at_beginnings else max(1, round(few.teacher_steps / segments)))
         return replace(objective, segments=segments, steps=steps)
 
     def consistency(

@@ -113,7 +113,7 @@ def _train(config: DistillConfig, model: FamilyModel, about: DistillMetadata, fo
         data_parallel = run.processes > 1 and not run.sharded
         objective = AlternatingLoss(objective, student, len(optimizers) // 2, data_parallel=data_parallel)
 
-    clips = data.clips.on_ways() if learns_on_ways(config) else data.clips
+    clips = data.clips.on_ways(about.segments) if learns_on_ways(config) else data.clips
 
     def loss_of(generator: torch.Generator) -> StepLoss:
         x, texts = clips.batch(t.batch, generator)
