@@ -52,6 +52,10 @@ def few_steps() -> Iterator[str]:
         "Seed 1, 4 steps": "student, 4 steps, the teacher walking on, seed 1",
         "from it a student of 4 segments, 300 steps, 4 steps": "student of 4 segments, 4 steps, the teacher walking on",
         "Seed 1, 600 steps more, 8 steps": "student, 8 steps, the teacher walking on, seed 1, 600 steps more",
+        "On the teacher's ways, 1,500 steps of batch 32": "student of 4 segments on the teacher's ways, 4 steps, seed 0",
+        "3,000 steps of batch 16": "student of 4 segments on the teacher's ways, 4 steps, seed 2",
+        "The first, then on its own ways": "student of 4 segments on the teacher's ways, then on its own, 4 steps, seed 11",
+        "the second, at twice the rate": "student of 4 segments on the teacher's ways, then on its own, 4 steps, seed 12",
     }
     found = rows("few_steps_tiny.json")
     for shown, name in names.items():
@@ -236,7 +240,7 @@ def _gains(row: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("document", "lines", "count"),
     [
-        (MEASURED, few_steps, 14),
+        (MEASURED, few_steps, 18),
         (MEASURED, epsilon, 7),
         (MEASURED, sparse_student, 3),
         (MEASURED, score, 3),
