@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ class ModelHeader:
         asked = [VideoRequest(prompt, **{**defaults, **chosen}) for prompt in prompts]
         requests = [one.check() for one in asked]
         remarks = [remark for one in asked for remark in one.remarks()]
-        for remark in dict.fromkeys([*self._guidance_remarks(chosen), *remarks, *map(self._size_remark, requests)]):
+        for remark in dict.fromkeys([*self._distilled_remarks(requests), *remarks, *map(self._size_remark, requests)]):
             if remark:
                 log.warning(remark)
         return requests
@@ -87,11 +87,14 @@ class ModelHeader:
             defaults |= {"segments": about.segments, "steps": max(about.steps, about.segments)}
         return defaults
 
-    def _guidance_remarks(self, chosen: dict[str, Any]) -> list[str]:
-        inside = self.distilled is not None and self.distilled.guidance is not None
-        if not inside or chosen.get("guidance", 1.0) == 1.0:
-            return []
-        return [f"guidance is {chosen['guidance']:g}, but it is already inside this distilled model: set it to 1."]
+    def _distilled_remarks(self, requests: Sequence[VideoRequest]) -> Iterator[str]:
+        about = self.distilled
+        if about is None:
+            return
+        for request in requests:
+            yield about.more_steps(request.steps or 0)
+            if about.guidance is not None and request.guidance != 1.0:
+                yield f"guidance is {request.guidance:g}, but it is already inside this distilled model: set it to 1."
 
     def _size_remark(self, request: VideoRequest) -> str:
         trained = self._trained

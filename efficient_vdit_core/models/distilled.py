@@ -16,7 +16,7 @@ from ..storage import weight_files
 
 KEY = "evdit"
 WHAT, ADVICE = "The checkpoint's distillation metadata", "Distil again, or set steps by hand."
-_KINDS = {"method": str, "schedule": dict, "prediction": str, "version": str, "expert": str}
+_KINDS = {"method": str, "schedule": dict, "prediction": str, "version": str, "expert": str, "jumps_only": bool}
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class DistillMetadata:
     """method: consistency, knowledge or score. segments: of diffusion time; steps: the sampler's. schedule, prediction: of the
     model.
     guidance: the teacher's, now inside the weights, so that the sampler's must be 1. plan: the tile plan's JSON, or
-    None. expert: high or low, which of two networks it is, or nothing.
+    None. expert: high or low, which of two networks it is, or nothing. jumps_only: whether it has learnt its jumps from one
+    segment's beginning to the next alone, and is right in no more steps than that.
     """
 
     method: str
@@ -36,6 +37,13 @@ class DistillMetadata:
     plan: dict[str, Any] | None = None
     version: str = ""
     expert: str = ""
+    jumps_only: bool = False
+
+    def more_steps(self, steps: int) -> str:
+        """What is to be said of so many steps where they ask it between its jumps; "" where they do not."""
+        if not self.jumps_only or steps <= self.segments:
+            return ""
+        return f"{steps} steps were asked of a model that has learnt {self.segments} jumps and nothing between: set steps to {self.segments}."
 
     @property
     def tile_plan(self) -> TilePlan | None:

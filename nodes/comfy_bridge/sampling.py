@@ -157,6 +157,8 @@ def remarks(guider: Any, sigmas: Tensor, gamma: float) -> list[str]:
         found.append(
             f"{steps} steps were asked of a model that was distilled for {about.segments}: it cannot jump that far; use more."
         )
+    if more := about.more_steps(steps):
+        found.append(more)
     if gamma == 1.0:
         found.append(
             "gamma is 1, but this model was distilled for deterministic jumps: set gamma to 0 for its best quality."

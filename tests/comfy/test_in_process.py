@@ -78,6 +78,8 @@ def test_the_sampler_warns_only_where_something_works_against_the_model(few_step
         and "gamma is 1" in warnings["gamma 1"][0]
     )
     assert warnings["half of it"] == [] and warnings["from 0.0101"] == []
+    assert warnings["its jumps"] == []
+    assert "4 jumps and nothing between: set steps to 4" in warnings["between its jumps"][0]
     (remark,) = warnings["from 0.0171"]
     assert "noise begins at 0.0171, and ComfyUI's begins at 0.01," in remark
 

@@ -315,6 +315,16 @@ def test_guidance_that_is_inside_the_weights_is_not_added_again(caplog):
     assert "already inside this distilled model" in caplog.text
 
 
+def test_a_model_of_jumps_is_told_of_steps_between_them(caplog):
+    header = ModelHeader.read("tiny-8-steps")
+    header = replace(header, distilled=replace(header.distilled, jumps_only=True))
+    assert header.request("dog").steps == header.request("dog", steps=8).steps == 8 and not caplog.records
+    for choices in ({"steps": 16}, {"sampler": "ddim"}):
+        header.request("dog", **choices)
+        assert "of a model that has learnt 8 jumps and nothing between: set steps to 8" in caplog.text
+        caplog.clear()
+
+
 def test_settings_that_do_nothing_are_named():
     assert "ignores" in VideoRequest("dog", sampler="ddim", gamma=0.5).remarks()[0]
     assert VideoRequest("dog").remarks() == []

@@ -295,7 +295,7 @@ def test_a_student_is_trained_and_its_teacher_is_not_asked(made, tmp_path, monke
     monkeypatch.setattr(trainer.nn.Module, "eval", lambda self: self)  # a teacher would be told to
     result = trainer.distill(config, tmp_path / "run")
     about = read_metadata(result)
-    assert (about.segments, about.steps, about.guidance) == (2, 2, 3.0)
+    assert (about.segments, about.steps, about.guidance, about.jumps_only) == (2, 2, 3.0, True)
     assert len(read) == 2 and [shape for _, shape in asked] == [(4, 3, *LATENT)] * 3
     changed = [float(value.float().abs().max()) for name, value in read_state_dict(result)[0].items() if "up" in name]
     assert train == "full" or (changed and max(changed) > 0)
@@ -310,10 +310,29 @@ def on_its_own_ways(made):
     })  # fmt: skip
 
 
+def test_a_plan_is_trained_at_the_jumps_of_its_teacher(made, tmp_path):
+    """Who learns a plan from such a student is such a student; asked elsewhere, its teacher knows nothing."""
+    student = str(trainer.distill(made(), tmp_path / "student"))
+    values = {
+        **made.values,
+        "model": {**made.values["model"], "transformer": student},
+        "training": {"steps": 1, "batch": 2},
+    }
+
+    def knowledge(**objective):
+        return DistillConfig.from_dict({**values, "method": "knowledge", "objective": {"plan": "1:3", **objective}})
+
+    about = read_metadata(trainer.distill(knowledge(), tmp_path / "sparse"))
+    assert (about.segments, about.steps, about.jumps_only) == (2, 2, True)
+    for objective in ({"steps": 4}, {"segments": 4}, {"segments": 1}):
+        with pytest.raises(ValueError, match="the teacher has learnt 2 jumps and nothing between"):
+            trainer.distill(knowledge(**objective), tmp_path / "refused")
+
+
 def test_a_student_learns_on_its_own_ways_from_captions_alone(on_its_own_ways, tmp_path):
     result = trainer.distill(on_its_own_ways(), tmp_path / "run")
     about = read_metadata(result)
-    assert (about.segments, about.steps, about.guidance) == (2, 2, 3.0)
+    assert (about.segments, about.steps, about.guidance, about.jumps_only) == (2, 2, 3.0, True)
     assert not sorted((tmp_path / "cache").glob("sample-*"))
     work = plan_work(on_its_own_ways())
     with FlopCounterMode(display=False) as products, sdpa_kernel(SDPBackend.MATH):

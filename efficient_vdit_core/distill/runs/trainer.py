@@ -200,5 +200,20 @@ def describe(config: DistillConfig, model: FamilyModel) -> DistillMetadata:
     return DistillMetadata(
         method=config.method, segments=segments, steps=steps, schedule=model.path.describe(),
         prediction=model.prediction, guidance=guidance, plan=json.loads(plan.to_json()) if plan else None, version=__version__,
-        expert=model.expert,
+        expert=model.expert, jumps_only=_jumps_only(config, inherited, segments, steps),
     )  # fmt: skip
+
+
+def _jumps_only(config: DistillConfig, inherited: DistillMetadata | None, segments: int, steps: int) -> bool:
+    """Whether the result is asked in its own jumps alone, as its teacher is whose plan is trained. Raises ValueError where that
+    teacher would be asked elsewhere."""
+    if config.method != "knowledge":
+        return config.objective.at_beginnings
+    if inherited is None or not inherited.jumps_only:
+        return False
+    if (segments, steps) != (inherited.segments, inherited.segments):
+        raise ValueError(
+            f"The plan is to be trained at {steps} steps in {segments} segments, but the teacher has learnt {inherited.segments} jumps "
+            "and nothing between. Leave out objective.segments and objective.steps."
+        )
+    return True

@@ -76,6 +76,14 @@ for lowest in (0.0101, 0.0171):
     guider = comfy.samplers.CFGGuider(distilled)
     guider.inner_model = distilled.model
     facts["warnings"][f"from {lowest}"] = bridge.remarks(guider, torch.tensor(levels(model, segments=8, steps=8)), 0.0)
+for name, steps in (("its jumps", 4), ("between its jumps", 8)):
+    about = modules["models.distilled"].DistillMetadata(
+        "consistency", 4, 4, {"kind": "vp"}, "v_prediction", jumps_only=True
+    )
+    distilled.set_attachments(carrier.DISTILLED, about)
+    guider = comfy.samplers.CFGGuider(distilled)
+    guider.inner_model = distilled.model
+    facts["warnings"][name] = bridge.remarks(guider, torch.tensor(levels(model, segments=4, steps=steps)), 0.0)
 
 
 def ours(gamma):
