@@ -43,7 +43,10 @@ class DistillMetadata:
         """What is to be said of so many steps where they ask it between its jumps; "" where they do not."""
         if not self.jumps_only or steps <= self.segments:
             return ""
-        return f"{steps} steps were asked of a model that has learnt {self.segments} jumps and nothing between: set steps to {self.segments}."
+        return (
+            f"{steps} steps were asked of a model that has learnt {self.segments} jumps and nothing between: "
+            f"set steps to {self.segments}."
+        )
 
     @property
     def tile_plan(self) -> TilePlan | None:
