@@ -273,6 +273,12 @@ def test_what_fails_after_a_run_keeps_nothing_of_it(facts):
     assert facts["broken announcement"] == {"running": False, "kept": 0}
 
 
+def test_a_run_within_a_run_gives_the_outer_one_back(facts):
+    """As its clips at once are counted by it, and its warnings hang on whether it was asked."""
+    kept = {"the same": True, "running": True, "clips": 1, "asked": True, "after it": False, "clip": 0.0}
+    assert facts["a run within a run"] == kept
+
+
 def test_an_override_without_a_hash_is_chained_too(facts):
     assert facts["odd override"] < ROUNDING
 

@@ -411,6 +411,11 @@ def test_processes_that_train_together_share_out_the_sampling(made, tmp_path, ra
         ({"objective": {"addim": True}}, r"no step of it to correct \(addim\)"),
         ({"objective": {"target": "teacher"}}, r"none to walk on \(target\)"),
         ({"objective": {"states": "noise"}}, r"states is 'noise', expected one of data, teacher, student"),
+        ({"objective": {"states": "data"}}, r'data\.ways is 4, but with states = "data" nothing is learnt from'),
+        (
+            {"objective": {"states": "student", "target": "teacher"}},
+            r'data\.ways is 4, but with states = "student".* Leave it out, or set objective\.states = "teacher"\.$',
+        ),
     ],
     ids=str,
 )

@@ -102,6 +102,11 @@ def check_where_asked(config: DistillConfig) -> None:
         check_beginnings(config)
     if learns_on_ways(config):
         check_ways(config)
+    elif config.method == "consistency" and config.data.ways:
+        raise ValueError(
+            f'data.ways is {config.data.ways}, but with states = "{config.objective.states}" nothing is learnt from the ways of the '
+            'teacher\'s samples, which take their room on disk. Leave it out, or set objective.states = "teacher".'
+        )
 
 
 def check_beginnings(config: DistillConfig) -> None:

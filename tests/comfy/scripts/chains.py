@@ -345,6 +345,25 @@ except ZeroDivisionError:
     hook = hooks.hook_of(broken)
     facts["broken announcement"] = {"running": hook.run.running, "kept": len(hook.preparation.work)}
 
+# Another node's wrapper that samples with the same MODEL first: the run that it belongs to goes on as it was.
+outer, within = sparse(model), []
+
+
+def sample_first(executor, *args, **kwargs):
+    if not within:
+        within.append(hooks.hook_of(outer).run)
+        run(outer, steps=1)
+        within.append(hooks.hook_of(outer).run)
+    return executor(*args, **kwargs)
+
+
+outer.add_wrapper(WrappersMP.OUTER_SAMPLE, sample_first)
+same = distance(run(outer), run(sparse(model)))
+facts["a run within a run"] = {
+    "the same": within[0] is within[1], "running": within[1].running, "clips": within[1].clips, "asked": within[1].asked,
+    "after it": hooks.hook_of(outer).run.running, "clip": same,
+}  # fmt: skip
+
 run(sparse(model), part=slice(0, 1))
 facts["no steps"] = list(lines)
 
