@@ -56,6 +56,10 @@ def few_steps() -> Iterator[str]:
         "3,000 steps of batch 16": "student of 4 segments on the teacher's ways, 4 steps, seed 2",
         "The first, then on its own ways": "student of 4 segments on the teacher's ways, then on its own, 4 steps, seed 11",
         "the second, at twice the rate": "student of 4 segments on the teacher's ways, then on its own, 4 steps, seed 12",
+        "On its own ways alone, seed 21": "student of 4 segments on its own ways, 4 steps, seed 21",
+        "seed 22": "student of 4 segments on its own ways, 4 steps, seed 22",
+        "Seed 21, 500 steps more": "student of 4 segments on its own ways, 500 steps more, 4 steps, seed 31",
+        "seed 22, 500 steps more": "student of 4 segments on its own ways, 500 steps more, 4 steps, seed 32",
     }
     found = rows("few_steps_tiny.json")
     for shown, name in names.items():
@@ -240,7 +244,7 @@ def _gains(row: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("document", "lines", "count"),
     [
-        (MEASURED, few_steps, 18),
+        (MEASURED, few_steps, 22),
         (MEASURED, epsilon, 7),
         (MEASURED, sparse_student, 3),
         (MEASURED, score, 3),
