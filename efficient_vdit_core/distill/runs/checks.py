@@ -96,13 +96,15 @@ def check_objective(config: DistillConfig, model: FamilyModel, about: DistillMet
 
 
 def check_where_asked(config: DistillConfig) -> None:
-    """Raises ValueError where a student that learns at the segments' beginnings alone is to be sampled elsewhere, or has no ways
-    to learn from."""
-    if config.method == "consistency" and config.objective.at_beginnings:
+    """Raises ValueError where a consistency student that learns at the segments' beginnings alone is to be sampled elsewhere, or
+    has no ways to learn from, and where there are ways that nothing is learnt from."""
+    if config.method != "consistency":
+        return
+    if config.objective.at_beginnings:
         check_beginnings(config)
-    if learns_on_ways(config):
+    if config.objective.on_ways:
         check_ways(config)
-    elif config.method == "consistency" and config.data.ways:
+    elif config.data.ways:
         raise ValueError(
             f'data.ways is {config.data.ways}, but with states = "{config.objective.states}" nothing is learnt from the ways of the '
             'teacher\'s samples, which take their room on disk. Leave it out, or set objective.states = "teacher".'
