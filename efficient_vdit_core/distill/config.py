@@ -108,7 +108,8 @@ class DataConfig:
     such prompts. "" leaves captions as they are. Which numbers of frames there are is the model's to say. fps: the frames a
     second that videos are brought to, the model's; 0 takes each file's own frames, whatever their rate. ways: in how many equal
     parts of diffusion time the way from noise of each of the teacher's samples is kept beside it, for consistency's
-    ``states = "teacher"``; 0 keeps the samples alone.
+    ``states = "teacher"``; 0 keeps the samples alone. teacher_order: of the teacher's steps to its samples, 1 (DDIM) or 2, see
+    `half_a_step_on`.
     """
 
     source: str = "tinyworld"
@@ -127,6 +128,7 @@ class DataConfig:
     template: str = ""
     fps: float = 0.0
     ways: int = 0
+    teacher_order: int = 1
 
     def prompt(self, caption: str) -> str:
         """The text that is encoded for a caption."""
@@ -147,7 +149,7 @@ class DataConfig:
         number(self.guidance, "data.guidance", 0, MAX_GUIDANCE)
         number(self.fps, "data.fps", 0, MAX_FPS)
         _between(self, "data", {"frames": (0, MAX_FRAMES), "height": (0, MAX_SIDE), "width": (0, MAX_SIDE)})
-        _between(self, "data", {"ways": (0, self.teacher_steps)})
+        _between(self, "data", {"ways": (0, self.teacher_steps), "teacher_order": (1, 2)})
         divides = not self.ways or (self.source == "teacher" and self.teacher_steps % self.ways == 0)
         _expect(
             divides,

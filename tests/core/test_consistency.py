@@ -207,12 +207,49 @@ def test_a_teacher_that_walks_on_is_followed_to_the_segments_end(name, segments)
         torch.testing.assert_close(landed, walk_to_the_end(loss, z[i], i + 1, gaussian), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["vp", "flow", "flow shift 5"])
+@pytest.mark.parametrize("segments", [3, 5])
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_target_is_the_exact_ways_end_to_the_teachers_order(name, segments, order):
+    """Of Gaussian data the way is known, z keeps its place in the deviation: twice the sub-steps leave a half of the error, or a
+    quarter. Next to the data it falls as fast or slower, where the levels end before the data do (vp)."""
+    worst = []
+    for per_segment in (16, 32, 64):
+        loss = loss_for(name, segments, per_segment * segments, gaussian, target="teacher", teacher_order=order)
+        draw = loss.grid.beginning(torch.arange(segments))
+        z = torch.randn(segments, 4, dtype=torch.float64, generator=generator())
+        here, end = ((place.a[:, None], place.s[:, None]) for place in (draw.at, draw.end))
+        exact = z * torch.sqrt(
+            (end[0] ** 2 * DATA_VARIANCE + end[1] ** 2) / (here[0] ** 2 * DATA_VARIANCE + here[1] ** 2)
+        )
+        worst.append((ddim(z, loss.target_of(z, None, draw), *here, *end) - exact).abs().amax(1))
+    left = torch.stack(worst)[:-1] / torch.stack(worst)[1:]
+    torch.testing.assert_close(left[:, 1:], torch.full_like(left[:, 1:], 2.0**order), rtol=0.12, atol=0)
+    assert bool((left[:, 0] > 1.6).all()), left
+
+
+@pytest.mark.parametrize("place", range(1, 11))
+def test_a_step_of_second_order_goes_by_the_clean_data_half_a_step_on(place):
+    """From anywhere in a segment: the first step is DDIM's, and each takes the slope of its own example's step before."""
+    loss = loss_for("vp", 2, 10, gaussian, target="teacher", teacher_order=2)
+    grid, z = loss.grid, torch.randn(10, 4, dtype=torch.float64, generator=generator())
+    target, end = loss.target_of(z, None, every(grid))[place - 1], (place - 1) // 5 * 5
+    here, before = z[place - 1], None
+    for i in range(place, end, -1):
+        x = gaussian(here, grid.a[i], grid.s[i])
+        slope = 0 if before is None else (before - x) / (grid.times[i + 1] - grid.times[i])
+        middle = x + slope * (grid.times[i - 1] - grid.times[i]) / 2
+        here, before = ddim(here, middle, grid.a[i], grid.s[i], grid.a[i - 1], grid.s[i - 1]), x
+    landed = ddim(z[place - 1], target, grid.a[place], grid.s[place], grid.a[end], grid.s[end])
+    torch.testing.assert_close(landed, here, rtol=1e-5, atol=1e-6)
+
+
 def test_a_teacher_that_walks_on_is_asked_alike_in_every_process():
     """Those that share a sharded network wait for one another in each call, wherever their examples stand."""
     calls, targets, drawn = {}, {}, ((1,), (4,), (2, 5), (8, 4))
     for alone in (True, False):
         for places in drawn:
-            loss = loss_for("flow", 2, 8, gaussian, target="teacher")
+            loss = loss_for("flow", 2, 8, gaussian, target="teacher", teacher_order=2)
             loss.alone, teacher, count = alone, loss.teacher, []
             loss.teacher = lambda *args, teacher=teacher, count=count: count.append(len(args[0])) or teacher(*args)
             z = torch.randn(len(places), 3, dtype=torch.float64, generator=generator(7))
@@ -506,6 +543,10 @@ def test_the_error_at_the_segments_end():
         {"segments": 0},
         {"segments": 8, "teacher_steps": 4},
         {"max_weight": 0.0},
+        {"teacher_order": 2},
+        {"teacher_order": 3, "target": "teacher"},
+        {"teacher_order": 2, "target": "teacher", "addim": True},
+        {"teacher_order": 2, "states": "teacher"},
     ],
 )
 def test_impossible_settings_are_refused(wrong):

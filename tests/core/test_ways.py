@@ -224,11 +224,12 @@ def prepared(config):
     return prepare_data(config, open_model(config.model), Path(config.data.cache), torch.device("cpu"))
 
 
-def test_a_samples_way_is_kept_beside_it_from_its_noise_on(made):
-    """Each state is where steps one by one from the numbered noise lead; the clip is that of samples without ways, which are
-    files of their own."""
-    config = made()
-    alone = torch.stack(list(prepared(made(data={"ways": 0})).clips.latents))
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_samples_way_is_kept_beside_it_from_its_noise_on(made, order):
+    """Each state is where steps one by one from the numbered noise lead, those of second order by the answer half a step on; the
+    clip is that of samples without ways, which are files of their own."""
+    config = made(data={"teacher_order": order})
+    alone = torch.stack(list(prepared(made(data={"ways": 0, "teacher_order": order})).clips.latents))
     data, model = prepared(config), open_model(config.model)
     ways, halves = data.clips.on_ways(4), data.clips.on_ways(2)
     assert len(sorted(Path(config.data.cache).glob("sample-*"))) == 10
@@ -241,14 +242,23 @@ def test_a_samples_way_is_kept_beside_it_from_its_noise_on(made):
         way, z = ways.latents[number], numbered_noise((1, *LATENT), "teacher", number, config.data.seed)
         assert way.shape == (5, *LATENT) and torch.equal(way[0], numbered_noise(LATENT, "teacher", number, 1))
         assert torch.equal(way[-1], clips[number]) and torch.equal(halves.latents[number], way[::2])
+        slope, before = 0.0, None
         with torch.no_grad():
             for step, ((a, s), (a_to, s_to)) in enumerate(zip(levels[:-1], levels[1:], strict=True), start=1):
                 time = times[step - 1 : step].float()
                 without, out = (model.predict(network, z, time, c) for c in (negative, condition))
                 x = predict_x0(model.prediction, z, without + 3.0 * (out - without), torch.tensor(a), torch.tensor(s))
-                z = ddim_step(z, x, a, s, a_to, s_to)
+                if before is not None and order == 2:
+                    slope = (x - before) / float(times[step - 1] - times[step - 2])
+                z, before = ddim_step(z, x + slope * float(times[step] - times[step - 1]) / 2, a, s, a_to, s_to), x
                 if step % 2 == 0:
                     torch.testing.assert_close(way[step // 2], z[0], rtol=1e-4, atol=1e-4)
+
+
+def test_samples_of_one_order_do_not_serve_another(made):
+    first, second = (torch.stack(list(prepared(made(data={"teacher_order": n})).clips.latents)) for n in (1, 2))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, torch.stack(list(prepared(made()).clips.latents)))
 
 
 def test_ways_that_are_missing_are_gone_again_and_no_others(made, tmp_path):
@@ -393,6 +403,8 @@ def test_processes_that_train_together_share_out_the_sampling(made, tmp_path, ra
         ({"data": {"ways": 9}}, r"data\.ways"),
         ({"objective": {"addim": True}}, r"no step of it to correct \(addim\)"),
         ({"objective": {"target": "teacher"}}, r"none to walk on \(target\)"),
+        ({"objective": {"teacher_order": 2}}, r"that of the samples is data\.teacher_order"),
+        ({"data": {"teacher_order": 3}}, r"data\.teacher_order"),
         ({"objective": {"states": "noise"}}, r"states is 'noise', expected one of data, teacher, student"),
         ({"objective": {"states": "data"}}, r'data\.ways is 4, but with states = "data" nothing is learnt from'),
         (

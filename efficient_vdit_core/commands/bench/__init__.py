@@ -1,4 +1,4 @@
-"""evdit bench: time the attention, one transformer step, several ranks, or the pack's overheads; draw a chart."""
+"""evdit bench: time the attention, one transformer step, several ranks, or the pack's overheads; measure a distillation; draw a chart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..arguments import count, seed_number
 from ..command_line import command_line
 from ..results import results_file
-from . import attention, compile, gpu, heads, mixture, overhead, parallel, peers, plot, step
+from . import attention, compile, gpu, heads, mixture, overhead, parallel, peers, plot, step, walk
 from .device import device_named
 from .verdict import Verdict
 
@@ -25,6 +25,7 @@ BENCHES = {
     "peers": peers,
     "heads": heads,
     "compile": compile,
+    "walk": walk,
 }
 COMMON: dict[str, tuple[Callable[[str], Any], Any, str]] = {
     "repeats": (count(1, 10_000), 5, "runs whose median counts, default: %(default)s"),

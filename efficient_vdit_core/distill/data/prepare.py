@@ -163,7 +163,14 @@ def sample_teacher(
             condition, negative = bank.batch([data.prompt(t) for t in texts], device), source.negative(len(texts))
             network = guided(lambda z, t, c: model.predict(teacher, z, t, c), condition, negative, data.guidance)
             start = torch.stack([numbered_noise(shape, "teacher", n, data.seed) for n in numbers])
-            down = trajectory(network, model.path, model.prediction, start.to(device), segments=data.teacher_steps)
+            down = trajectory(
+                network,
+                model.path,
+                model.prediction,
+                start.to(device),
+                segments=data.teacher_steps,
+                order=data.teacher_order,
+            )
             every = data.teacher_steps // max(1, data.ways)
             kept = [z.cpu() for step, (_, z) in enumerate(down, start=1) if step % every == 0]
             return torch.stack([start, *kept] if data.ways else kept, dim=1)
@@ -173,7 +180,8 @@ def sample_teacher(
     asked = [data.seed, data.guidance, data.negative, data.teacher_steps, shape, data.template]
     padding = [model.text_padding] if model.text_padding else []
     ways = [{"ways": data.ways}] if data.ways else []
-    settings = [*asked, teacher_stamp(model), *padding, *model.schedules, *ways]
+    order = [{"order": data.teacher_order}] if data.teacher_order != 1 else []
+    settings = [*asked, teacher_stamp(model), *padding, *model.schedules, *ways, *order]
     return teacher_clips(captions, data.clips, cache, settings, load_teacher, config.training.batch, share)
 
 

@@ -11,7 +11,8 @@ and lam = 1 where t' is the end. The paper's own form inverts a DDIM step, which
 blend is exact in float32. The target's weights are the student's own, without gradient.
 
 Or the teacher answers at t' too, by its next step, and so on to the segment's end (``target = "teacher"``): then x* is
-exact, where a student's own errors pile up from the segment's end to its beginning.
+exact, where a student's own errors pile up from the segment's end to its beginning. It is as exact as the teacher's steps are,
+which from the second on may be of second order (``teacher_order = 2``, see `half_a_step_on`).
 
 Or the student learns where it will be asked and nowhere else: at the beginnings of the segments. On ways that the teacher
 went from noise before the training (``states = "teacher"``), each of which tells its target too, the one jump to where it is
@@ -33,7 +34,7 @@ from torch import Tensor
 from ...generation.request import MAX_GUIDANCE
 from ...limits.numbers import number, whole
 from ...limits.quote import quoted
-from ...sampling.path import EPSILON, NoisePath, clean_between, ddim_step, predict_x0
+from ...sampling.path import EPSILON, NoisePath, clean_between, ddim_step, half_a_step_on, predict_x0
 from ...training import StepLoss
 from .grid import Draw, Place, SegmentGrid
 from .rollout import Predict, trajectory
@@ -73,6 +74,7 @@ class ConsistencyConfig:
         ``states`` are of the teacher as it is, without one.
     target: who answers from t' on: the student, or the teacher, who walks on to the segment's end. That is exact, and asks
         the teacher up to ``teacher_steps / segments`` times for each example, in the mean half as often.
+    teacher_order: 1 for DDIM's steps, or 2 from a walk's second step on, where the teacher is the target; see `half_a_step_on`.
     states: where the student learns: at noised clips of the ``data``, all along each segment; or at the segments' beginnings
         on the ways of the ``teacher`` that ``data.ways`` keeps, whose target, guidance and steps are those of the samples; or
         there on the ``student``'s own ways, which ask no clips, with ``target`` the teacher.
@@ -92,6 +94,7 @@ class ConsistencyConfig:
     plan: str = ""
     target: str = STUDENT
     states: str = DATA
+    teacher_order: int = 1
 
     def __post_init__(self) -> None:
         named = {"loss": LOSSES, "weight": WEIGHTS, "space": SPACES, "target": TARGETS, "states": STATES}
@@ -112,15 +115,26 @@ class ConsistencyConfig:
             number(scale, "guidance", 0, MAX_GUIDANCE, why="Correct the configuration.")
         for name in ("loss_scale", "max_weight", "data_side"):
             number(getattr(self, name), name, 0, above=True, why="Correct the configuration.")
-        if self.on_ways and (self.addim or self.target == TEACHER):
+        self._check_who_walks()
+
+    def _check_who_walks(self) -> None:
+        """Raises ValueError where the teacher is to walk, and there is nothing for it to walk, or the other way about."""
+        whole(self.teacher_order, "teacher_order", 1, 2, "Correct the configuration.")
+        if self.on_ways and (self.addim or self.target == TEACHER or self.teacher_order == 2):
             raise ValueError(
                 f'states is "{TEACHER}", where the teacher\'s own way is the target: there is no step of it to correct (addim) and none '
-                "to walk on (target). Leave these out."
+                "to walk on (target) by another rule (teacher_order; that of the samples is data.teacher_order). Leave these out."
             )
         if self.states == STUDENT and (self.addim or self.target != TEACHER):
             raise ValueError(
                 f'states is "{STUDENT}" with target "{self.target}" and addim {str(self.addim).lower()}, expected target "{TEACHER}" '
                 f'and addim false: the student learns where segments begin, and nothing below. Set target = "{TEACHER}".'
+            )
+        if self.teacher_order == 2 and (self.addim or self.target != TEACHER):
+            raise ValueError(
+                f'teacher_order is 2 with target "{self.target}" and addim {str(self.addim).lower()}, expected target "{TEACHER}" and '
+                "addim false: a step of second order follows another, and else the teacher takes one alone. Set target = "
+                f'"{TEACHER}", or leave teacher_order out.'
             )
 
     @property
@@ -204,13 +218,20 @@ class ConsistencyLoss:
 
     @torch.no_grad()
     def target_of(
-        self, z: Tensor, condition: Any, draw: Draw, guidance: Tensor | None = None, further: int | None = None
+        self,
+        z: Tensor,
+        condition: Any,
+        draw: Draw,
+        guidance: Tensor | None = None,
+        further: int | None = None,
+        before: Tensor | None = None,
     ) -> Tensor:
         """x* (B, ...) float32 for z at ``draw.at``. ``further``: how many more steps of the teacher can follow there,
-        by itself as many as a segment has."""
+        by itself as many as a segment has. ``before`` (B, ...): its answer one step earlier, where it counts."""
         further = self.grid.per_segment - 1 if further is None else further
         guided, _ = self.teacher(z, self._time(draw.at, z), condition, guidance)
-        x_teacher = self._clean(z, guided, draw.at)
+        answer = self._clean(z, guided, draw.at)
+        x_teacher = half_a_step_on(answer, before)
         lam = _like(blend(draw), z)
         if not self.config.addim:
             z_below = ddim_step(z, x_teacher, *_pair(draw.at, z), *_pair(draw.below, z))
@@ -226,16 +247,18 @@ class ConsistencyLoss:
         x_below = x_teacher.clone()
         x_below[rest] = self._below(
             z_below[rest], pick(condition, rest), self.grid.at((draw.index[asked] - 1).clamp(min=1)),
-            pick(guidance, rest), further - 1,
+            pick(guidance, rest), further - 1, answer[rest] if self.config.teacher_order == 2 else None,
         )  # fmt: skip
         target = lam * x_teacher + (1 - lam) * x_below
         return target if extra is None else target + extra
 
-    def _below(self, z: Tensor, condition: Any, draw: Draw, guidance: Tensor | None, further: int) -> Tensor:
+    def _below(
+        self, z: Tensor, condition: Any, draw: Draw, guidance: Tensor | None, further: int, before: Tensor | None
+    ) -> Tensor:
         """The clean data that lead from ``draw.at`` to the segment's end: at once as the student says, or as the teacher
         gets there."""
         if self.config.target == TEACHER:
-            return self.target_of(z, condition, draw, guidance, further)
+            return self.target_of(z, condition, draw, guidance, further, before)
         return self._clean(z, self.target(z, self._time(draw.at, z), condition), draw.at)
 
     def compare(self, x: Tensor, target: Tensor, draw: Draw) -> StepLoss:

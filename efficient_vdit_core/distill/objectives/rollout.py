@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...sampling.path import NoisePath, ddim_step, predict_x0
+from ...sampling.path import NoisePath, ddim_step, half_a_step_on, predict_x0
 from ...sampling.schedule import segment_edges
 
 Predict = Callable[[Tensor, Tensor, Any], Tensor]
@@ -52,13 +52,17 @@ def trajectory(
     *,
     segments: int,
     steps: int | None = None,
+    order: int = 1,
 ) -> Iterator[tuple[float, Tensor]]:
-    """Yields (timestep, z) after each jump; the last z is clean."""
+    """Yields (timestep, z) after each jump; the last z is clean. ``order`` 2, for steps that are equally long, is
+    `half_a_step_on`'s."""
     times = segment_edges(segments, steps, start=path.start, clean=path.clean)
     levels = list(zip(*(c.tolist() for c in path.coefficients(times)), strict=True))
-    z = noise
+    z, before = noise, None
     for i, (here, there) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
         (a, s), (a_to, s_to) = ((noise.new_tensor(v) for v in pair) for pair in (here, there))
         out = network(z, path.network_time(times[i : i + 1]).to(z.device).expand(len(z)))
-        z = ddim_step(z, predict_x0(prediction, z, out, a, s), a, s, a_to, s_to)
+        x = predict_x0(prediction, z, out, a, s)
+        z = ddim_step(z, half_a_step_on(x, before), a, s, a_to, s_to)
+        before = x if order == 2 else None
         yield float(times[i + 1]), z
