@@ -7,7 +7,7 @@ From where the fine way passes the beginning of each segment the teacher walks t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -117,12 +117,16 @@ class _Teacher:
             segments=self.objective.segments, teacher_steps=steps, target=TEACHER, teacher_order=order
         )
         return ConsistencyLoss(
-            asked, self.model.path, self.model.prediction, student=self.predict,
-            teacher=lambda z, time, condition, _: (self._network(condition)(z, time),) * 2,
-        )  # fmt: skip
+            asked, self.model.path, self.model.prediction, student=self.predict, teacher=self._answers
+        )
 
-    def _network(self, condition: Any) -> Any:
-        return guided(self.predict, *condition, self.guidance)
+    def _answers(self, z: Tensor, time: Tensor, condition: Any, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = self._network(condition)(z, time)
+        return out, out
+
+    def _network(self, condition: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        words, none = condition
+        return guided(self.predict, words, none, self.guidance)
 
     def _way(self, noise: Tensor, condition: Any, steps: int, order: int) -> Iterator[tuple[float, Tensor]]:
         return trajectory(

@@ -42,6 +42,8 @@ def few_steps() -> Iterator[str]:
     names = {
         "Teacher, 100 steps": "teacher, 100 steps",
         "Teacher, 48 steps, those of the students' training": "teacher, 48 steps, those of the students' training",
+        "Teacher, 24 steps": "teacher, 24 steps at the students' edges",
+        "Teacher, 16 steps": "teacher, 16 steps at the students' edges",
         "Teacher, 4 steps": "teacher, 4 steps at the students' edges",
         "Student, 8 steps": "student, 8 steps",
         "Teacher, 2 steps": "teacher, 2 steps at the students' edges",
@@ -60,6 +62,7 @@ def few_steps() -> Iterator[str]:
         "seed 22": "student of 4 segments on its own ways, 4 steps, seed 22",
         "Seed 21, 500 steps more": "student of 4 segments on its own ways, 500 steps more, 4 steps, seed 31",
         "seed 22, 500 steps more": "student of 4 segments on its own ways, 500 steps more, 4 steps, seed 32",
+        "A finer walk, seed 21": "student of 4 segments on its own ways, the teacher's 24 steps of second order, 4 steps, seed 21",
     }
     found = rows("few_steps_tiny.json")
     for shown, name in names.items():
@@ -68,6 +71,11 @@ def few_steps() -> Iterator[str]:
     for seed in (2, 3):
         row = found[f"student, 8 steps, the teacher walking on, seed {seed}, 600 steps more"]
         yield f"| seed {seed} | 8 | {judged(row)} | {row['overlap']:.2f} |"
+    for seed in (22,):
+        row = found[
+            f"student of 4 segments on its own ways, the teacher's 24 steps of second order, 4 steps, seed {seed}"
+        ]
+        yield f"| seed {seed} | 4 | {judged(row)} | {row['overlap']:.2f} |"
 
 
 def epsilon() -> Iterator[str]:
@@ -84,6 +92,15 @@ def epsilon() -> Iterator[str]:
     for shown, name in names.items():
         row = found[name]
         yield f"| {shown} | {row['evaluations']} | {judged(row)} | {row['overlap']:.2f} |"
+
+
+def walk() -> Iterator[str]:
+    kept = [
+        {(row["order"], row["steps"]): row for row in read(f"walk_{name}.json")["rows"]} for name in ("tiny", "epsilon")
+    ]
+    for steps in (16, 24, 32, 48):
+        cells = [f"{found[order, steps]['clip']:.3f}" for found in kept for order in (1, 2)]
+        yield f"| {steps} | {' | '.join(cells)} |"
 
 
 def sparse_student() -> Iterator[str]:
@@ -244,8 +261,9 @@ def _gains(row: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("document", "lines", "count"),
     [
-        (MEASURED, few_steps, 22),
+        (MEASURED, few_steps, 26),
         (MEASURED, epsilon, 7),
+        (MEASURED, walk, 4),
         (MEASURED, sparse_student, 3),
         (MEASURED, score, 3),
         (MEASURED, score_of_the_mixture, 4),
