@@ -150,6 +150,14 @@ class DataConfig:
         number(self.fps, "data.fps", 0, MAX_FPS)
         _between(self, "data", {"frames": (0, MAX_FRAMES), "height": (0, MAX_SIDE), "width": (0, MAX_SIDE)})
         _between(self, "data", {"ways": (0, self.teacher_steps), "teacher_order": (1, 2)})
+        sampled = self.teacher_order == 1 or self.source == "teacher"
+        _expect(
+            sampled,
+            self,
+            "data",
+            "teacher_order",
+            '1, or source "teacher"; the order of a target\'s steps is objective.teacher_order',
+        )
         divides = not self.ways or (self.source == "teacher" and self.teacher_steps % self.ways == 0)
         _expect(
             divides,

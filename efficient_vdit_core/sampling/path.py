@@ -124,8 +124,9 @@ def half_a_step_on(x: Tensor, before: Tensor | None) -> Tensor:
     """The clean prediction in the middle of a step, from that at its beginning and ``before``, at the beginning of the step
     before, which was as long in diffusion time; without one, x.
 
-    `ddim_step` with it is of second order and asks nobody again: the multistep form of Lu et al. 2022 (DPM-Solver++, arXiv
-    2211.01095), whose steps are even in log-SNR and so end where that has no end, before clean data.
+    `ddim_step` with it is of second order and asks nobody again, as DPM-Solver++ (2M) is (Lu et al. 2022, arXiv 2211.01095). That
+    takes the middle in log-SNR, which has none in a step to clean data; this is the middle in time. Next to clean data, where the
+    noise is no smooth function of time, it gains least.
     """
     return x if before is None else x + (x - before) / 2
 

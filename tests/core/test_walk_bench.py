@@ -19,7 +19,10 @@ SHAPE, VARIANCE = (2, 3, 4, 4), 0.3
 class GaussianModel:
     """E[x | z] of data of one variance about the caption's number, by v; without words about 0."""
 
-    path, prediction, expert, at_once, text_padding = VPPath(), "v_prediction", "", 2, 0
+    path, prediction, guided, at_once, text_padding = VPPath(), "v_prediction", True, 2, 0
+
+    def __init__(self):
+        self.read = []
 
     def size(self, *asked):
         return asked
@@ -28,12 +31,16 @@ class GaussianModel:
         return SHAPE
 
     def text_encoder(self, device):
-        return lambda texts: (torch.tensor([[[float(t or 0)]] for t in texts]), torch.ones(len(texts), 1))
+        def encode(texts):
+            self.read += texts
+            return torch.tensor([[[float(t or 0)]] for t in texts]), torch.ones(len(texts), 1)
+
+        return encode
 
     def load(self):
         return torch.nn.Linear(1, 1)
 
-    def predict(self, module, z, time, condition):
+    def predict(self, module, z, time, condition, options=None):
         a, s = (c.to(z).view(-1, 1, 1, 1, 1) for c in self.path.coefficients(time))
         about = condition[0].view(-1, 1, 1, 1, 1).to(z)
         x = about + (z - a * about) * a * VARIANCE / (a**2 * VARIANCE + s**2)
@@ -51,10 +58,10 @@ def steps_down(model, z, condition, negative, guidance, times):
     return z
 
 
-def config_of(tmp_path, guidance=2.0, **model):
+def config_of(tmp_path, guidance=2.0):
     (tmp_path / "captions.txt").write_text("1\n-2\n")
     return DistillConfig.from_dict({
-        "method": "consistency", "data": {"source": "captions", "captions": str(tmp_path / "captions.txt")}, "model": model,
+        "method": "consistency", "data": {"source": "captions", "captions": str(tmp_path / "captions.txt")}, 
         "objective": {"segments": 3, "guidance": guidance},
     })  # fmt: skip
 
@@ -93,17 +100,54 @@ def test_what_coarse_steps_cost_is_their_distance_to_the_fine_way(monkeypatch, t
     assert max(rows[3]["ends"][:2]) < 0.5 * max(rows[1]["ends"][:2])
 
 
-def test_one_of_two_networks_does_not_go_the_whole_way(monkeypatch, tmp_path):
-    monkeypatch.setattr(GaussianModel, "expert", "high")
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": {"expert": "high"}}, r"model\.expert is high, one of two networks"),
+        ({"model": {"host_teacher": True}}, r"model\.host_teacher is set"),
+        ({"method": "knowledge", "objective": {"plan": "1:3"}}, r"for method knowledge, where no teacher walks"),
+        (
+            {"objective": {"segments": 4}},
+            r"The fine way has 192 steps, expected more than the 192 .* multiples of the 4 segments",
+        ),
+    ],
+)
+def test_what_cannot_be_walked_is_refused_before_a_model_is_opened(monkeypatch, changes, told):
+    monkeypatch.setattr(walk, "open_model", lambda asked: pytest.fail("opened"))
+    config = DistillConfig.from_dict({"method": "consistency", **changes})
+    with pytest.raises(ValueError, match=told):
+        next(walk.measure(config, torch.device("cpu"), clips=1, steps=(16, 191), fine=192))
+
+
+def test_weights_with_guidance_inside_are_asked_for_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(GaussianModel, "guided", False)
     monkeypatch.setattr(walk, "open_model", lambda asked: GaussianModel())
-    with pytest.raises(ValueError, match=r"model\.expert is high, one of two networks"):
+    with pytest.raises(ValueError, match="guidance is 2.0, but this model's weights have guidance inside"):
         next(walk.measure(config_of(tmp_path), torch.device("cpu"), clips=1, steps=(3,), fine=6))
+
+
+def test_captions_lie_beside_videos_too_and_no_more_are_encoded_than_there_are_clips(monkeypatch, tmp_path):
+    for name in "123":
+        (tmp_path / f"{name}.mp4").write_bytes(b"")
+        (tmp_path / f"{name}.txt").write_text(name)
+    model = GaussianModel()
+    monkeypatch.setattr(walk, "open_model", lambda asked: model)
+    data = {"source": "videos", "folder": str(tmp_path)}
+    config = DistillConfig.from_dict({"method": "consistency", "data": data, "objective": {"segments": 2}})
+    assert len(list(walk.measure(config, torch.device("cpu"), clips=2, steps=(2,), fine=4))) == 2
+    assert sorted(model.read) == ["", "1", "2"]
+
+
+def test_one_step_a_segment_is_of_one_order(monkeypatch, tmp_path):
+    monkeypatch.setattr(walk, "open_model", lambda asked: GaussianModel())
+    first, second = walk.measure(config_of(tmp_path), torch.device("cpu"), clips=1, steps=(3,), fine=60)
+    assert first["ends"] == second["ends"] and first["clip"] > second["clip"]
 
 
 def test_the_command_takes_the_settings_of_a_training(monkeypatch, tmp_path, capsys):
     seen, model = [], GaussianModel()
     monkeypatch.setattr(walk, "open_model", lambda asked: seen.append(asked) or model)
-    config_of(tmp_path, expert="").save(tmp_path / "my.toml")
+    config_of(tmp_path).save(tmp_path / "my.toml")
     out = tmp_path / "walk.json"
     asked = ["--config", str(tmp_path / "my.toml"), "--steps", "6", "--fine", "30", "--clips", "2", "--seed", "3"]
     assert main(["bench", "walk", *asked, "--device", "cpu", "--json", str(out)]) == 0
@@ -118,7 +162,7 @@ def test_the_command_takes_the_settings_of_a_training(monkeypatch, tmp_path, cap
 
 def test_the_fine_way_is_finer_than_what_is_compared_with_it(capsys):
     assert main(["bench", "walk", "--steps", "16", "48", "--fine", "48"]) == 2
-    assert "--fine is 48, expected more than the 48 of --steps" in capsys.readouterr().err
+    assert "The fine way has 48 steps, expected more than the 48 that are compared with it" in capsys.readouterr().err
 
 
 def test_without_settings_it_is_the_tiny_model(capsys):

@@ -405,6 +405,10 @@ def test_processes_that_train_together_share_out_the_sampling(made, tmp_path, ra
         ({"objective": {"target": "teacher"}}, r"none to walk on \(target\)"),
         ({"objective": {"teacher_order": 2}}, r"that of the samples is data\.teacher_order"),
         ({"data": {"teacher_order": 3}}, r"data\.teacher_order"),
+        (
+            {"data": {"teacher_order": 2, "source": "captions", "ways": 0}},
+            r"data\.teacher_order is 2, expected 1, or source .*teacher",
+        ),
         ({"objective": {"states": "noise"}}, r"states is 'noise', expected one of data, teacher, student"),
         ({"objective": {"states": "data"}}, r'data\.ways is 4, but with states = "data" nothing is learnt from'),
         (

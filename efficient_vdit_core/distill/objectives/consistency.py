@@ -122,19 +122,21 @@ class ConsistencyConfig:
         whole(self.teacher_order, "teacher_order", 1, 2, "Correct the configuration.")
         if self.on_ways and (self.addim or self.target == TEACHER or self.teacher_order == 2):
             raise ValueError(
-                f'states is "{TEACHER}", where the teacher\'s own way is the target: there is no step of it to correct (addim) and none '
-                "to walk on (target) by another rule (teacher_order; that of the samples is data.teacher_order). Leave these out."
+                f'states is "{TEACHER}", where the teacher\'s own way is the target: there is no step of it to correct (addim), none to '
+                "walk on (target), and the order of its steps is that of the samples, data.teacher_order. Leave addim, target and "
+                "teacher_order out of [objective]."
             )
         if self.states == STUDENT and (self.addim or self.target != TEACHER):
             raise ValueError(
                 f'states is "{STUDENT}" with target "{self.target}" and addim {str(self.addim).lower()}, expected target "{TEACHER}" '
                 f'and addim false: the student learns where segments begin, and nothing below. Set target = "{TEACHER}".'
             )
-        if self.teacher_order == 2 and (self.addim or self.target != TEACHER):
+        walks = self.target == TEACHER and not self.addim and round(self.teacher_steps / self.segments) > 1
+        if self.teacher_order == 2 and not walks:
             raise ValueError(
-                f'teacher_order is 2 with target "{self.target}" and addim {str(self.addim).lower()}, expected target "{TEACHER}" and '
-                "addim false: a step of second order follows another, and else the teacher takes one alone. Set target = "
-                f'"{TEACHER}", or leave teacher_order out.'
+                f'teacher_order is 2 with target "{self.target}", addim {str(self.addim).lower()} and {self.teacher_steps} teacher_steps '
+                f'for {self.segments} segments, expected target "{TEACHER}", addim false and two steps a segment at least: the first is '
+                "DDIM's. Correct them, or leave teacher_order out."
             )
 
     @property
