@@ -403,7 +403,7 @@ def test_processes_that_train_together_share_out_the_sampling(made, tmp_path, ra
         ({"data": {"ways": 9}}, r"data\.ways"),
         ({"objective": {"addim": True}}, r"no step of it to correct \(addim\)"),
         ({"objective": {"target": "teacher"}}, r"none to walk on \(target\)"),
-        ({"objective": {"teacher_order": 2}}, r"that of the samples is data\.teacher_order"),
+        ({"objective": {"teacher_order": 2}}, r"the order of its steps is that of the samples, data\.teacher_order"),
         ({"data": {"teacher_order": 3}}, r"data\.teacher_order"),
         (
             {"data": {"teacher_order": 2, "source": "captions", "ways": 0}},
