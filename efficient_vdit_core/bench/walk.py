@@ -24,6 +24,7 @@ from ..distill.families.model import FamilyModel, read_plan
 from ..distill.families.open_model import open_model
 from ..distill.families.texts import TextBank
 from ..distill.objectives.consistency import TEACHER, ConsistencyConfig, ConsistencyLoss
+from ..distill.objectives.grid import sub_steps
 from ..distill.objectives.rollout import guided, trajectory
 from ..distill.runs.checks import check_no_guidance
 from ..distill.runs.sequence_parallel import asking
@@ -55,9 +56,10 @@ def measure(
     """
     from tqdm import tqdm
 
-    segments = _segments(config)
-    counts = list(dict.fromkeys(max(1, round(n / segments)) * segments for n in steps))
-    per_segment = max(1, round(fine / segments))
+    _check_one_walk(config)
+    segments = config.objective.segments
+    counts = list(dict.fromkeys(sub_steps(n, segments) * segments for n in steps))
+    per_segment = sub_steps(fine, segments)
     if max(counts) >= per_segment * segments:
         raise ValueError(
             f"The fine way has {per_segment * segments} steps, expected more than the {max(counts)} that are compared with it, all in "
@@ -79,10 +81,10 @@ def measure(
                    "guidance": teacher.guidance, "clips": clips, "ends": ends, "clip": clip}  # fmt: skip
 
 
-def _segments(config: DistillConfig) -> int:
-    """Of a configuration whose teacher can be walked here."""
-    objective, model = config.objective, config.model
-    if not isinstance(objective, ConsistencyConfig):
+def _check_one_walk(config: DistillConfig) -> None:
+    """Raises ValueError where no teacher walks, or this bench cannot walk it from noise to data."""
+    model = config.model
+    if not isinstance(config.objective, ConsistencyConfig):
         raise ValueError(
             f"The configuration is for method {config.method}, where no teacher walks. Give one of consistency or score."
         )
@@ -92,7 +94,6 @@ def _segments(config: DistillConfig) -> int:
         )
     if model.host_teacher:
         raise ValueError("model.host_teacher is set, but this bench holds the teacher on the device. Leave it out.")
-    return objective.segments
 
 
 class _Teacher:

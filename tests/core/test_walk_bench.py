@@ -1,6 +1,5 @@
 """The bench that says how fine a teacher must walk, on data whose way is known."""
 
-import dataclasses
 import json
 
 import pytest
@@ -61,7 +60,7 @@ def steps_down(model, z, condition, negative, guidance, times):
 def config_of(tmp_path, guidance=2.0):
     (tmp_path / "captions.txt").write_text("1\n-2\n")
     return DistillConfig.from_dict({
-        "method": "consistency", "data": {"source": "captions", "captions": str(tmp_path / "captions.txt")}, 
+        "method": "consistency", "data": {"source": "captions", "captions": str(tmp_path / "captions.txt")},
         "objective": {"segments": 3, "guidance": guidance},
     })  # fmt: skip
 
@@ -156,7 +155,7 @@ def test_the_command_takes_the_settings_of_a_training(monkeypatch, tmp_path, cap
         (1, 3, 2),
         (2, 3, 2),
     ]
-    assert dataclasses.asdict(seen[0])["path"] == "tiny"
+    assert seen[0].path == "tiny"
     assert f"{found['rows'][1]['clip']:.4f}" in capsys.readouterr().out
 
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import DistillConfig, learns_on_ways
 from ..objectives.consistency import STUDENT, TEACHER
+from ..objectives.grid import sub_steps
 from ..objectives.knowledge import DATA, forwards_of_ways
 from .memory import FusedAttention, meta_inputs, meta_student, opened
 
@@ -48,7 +49,7 @@ def _example(stage: DistillConfig, asked: float, learnt: float) -> float:
     if learns_on_ways(stage):
         return learnt
     teacher = asked if objective.guidance is None else 2 * asked
-    per_segment = max(1, round(objective.teacher_steps / objective.segments))
+    per_segment = sub_steps(objective.teacher_steps, objective.segments)
     walk = teacher * (per_segment + 1) / 2  # the mean over a segment's places
     if objective.states == STUDENT:
         jumps = forwards_of_ways(1, objective.segments) if stage.training.batch == 1 else objective.segments - 1

@@ -36,7 +36,7 @@ from ...limits.numbers import number, whole
 from ...limits.quote import quoted
 from ...sampling.path import EPSILON, NoisePath, clean_between, ddim_step, half_a_step_on, predict_x0
 from ...training import StepLoss
-from .grid import Draw, Place, SegmentGrid
+from .grid import Draw, Place, SegmentGrid, sub_steps
 from .rollout import Predict, trajectory
 
 LOSSES = ("norm", "squared", "huber")
@@ -131,7 +131,7 @@ class ConsistencyConfig:
                 f'states is "{STUDENT}" with target "{self.target}" and addim {str(self.addim).lower()}, expected target "{TEACHER}" '
                 f'and addim false: the student learns where segments begin, and nothing below. Set target = "{TEACHER}".'
             )
-        walks = self.target == TEACHER and not self.addim and round(self.teacher_steps / self.segments) > 1
+        walks = self.target == TEACHER and not self.addim and sub_steps(self.teacher_steps, self.segments) > 1
         if self.teacher_order == 2 and not walks:
             raise ValueError(
                 f'teacher_order is 2 with target "{self.target}", addim {str(self.addim).lower()} and {self.teacher_steps} teacher_steps '

@@ -42,8 +42,13 @@ class Draw:
     first: Tensor
 
 
+def sub_steps(teacher_steps: int, segments: int) -> int:
+    """How many sub-steps a segment has, of ``teacher_steps`` over all: the nearest number, at least one."""
+    return max(1, round(teacher_steps / segments))
+
+
 class SegmentGrid:
-    """``teacher_steps`` sub-steps in all, rounded to a multiple of ``segments``, at least one in each.
+    """``teacher_steps`` sub-steps in all, shared out to the segments by `sub_steps`.
 
     ``data_side``: how many times more often than the others the segment next to the data is drawn. ``serves``: tells of
     timesteps whether a step from there is the network's; segments that begin elsewhere are not drawn.
@@ -57,7 +62,7 @@ class SegmentGrid:
         data_side: float = 1.0,
         serves: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.segments, self.per_segment = segments, max(1, round(teacher_steps / segments))
+        self.segments, self.per_segment = segments, sub_steps(teacher_steps, segments)
         edges = segment_edges(segments, segments * self.per_segment, start=path.start, clean=path.clean)
         self.times = edges.flip(0)  # ascending from the clean data
         self.a, self.s = path.coefficients(self.times)

@@ -26,6 +26,7 @@ from ..families.model import FamilyModel
 from ..families.open_model import open_model
 from ..lora.files import merged
 from ..objectives.consistency import ConsistencyConfig
+from ..objectives.grid import sub_steps
 from ..objectives.knowledge import KnowledgeConfig, merge_deltas
 from .checks import check_reader
 from .export import LORA, result_file
@@ -193,7 +194,7 @@ class ThreeStages:
         if alone:
             return replace(objective, segments=segments, steps=self.search_schedule(segments)["steps"])
         few = self.config.consistency
-        steps = segments * (1 if few.at_beginnings else max(1, round(few.teacher_steps / segments)))
+        steps = segments * (1 if few.at_beginnings else sub_steps(few.teacher_steps, segments))
         return replace(objective, segments=segments, steps=steps)
 
     def consistency(
