@@ -3,12 +3,23 @@
 import os
 import signal
 
+import pytest
+
 # Where several processes share out the tests, each test's arithmetic, and that of the processes it starts, keeps to one core.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would all that the tests start and end by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_the_run(tmp_path_factory):
+    """What was found out about this machine before, by a user or by other tests, is neither read nor changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVDIT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 # A word of a skip's reason, what is missing, and how to have it.
 WANTED = (

@@ -392,7 +392,9 @@ def test_the_packages_that_comfyui_calls_are_called_for_their_lse(oracle, stand_
 
 
 @pytest.mark.parametrize("backend", ["frames", "parts", "auto"])
-def test_a_call_that_asks_for_full_precision_never_reaches_sageattention(oracle, stand_in, monkeypatch, backend):
+def test_a_call_that_asks_for_full_precision_never_reaches_sageattention(
+    oracle, stand_in, own_cache, monkeypatch, backend
+):
     """ComfyUI's function for it calls PyTorch's there; and such calls are told apart from the others where one of them was
     prepared."""
     low = []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from . import captions, crossing_bounds, crossing_render, evaluate, read_back, render, train
+from . import captions, crossing_bounds, crossing_render, difference, evaluate, read_back, render, train
 
 # Each has add(commands), its arguments, and run(args) -> exit status.
 TASKS = {
     "train": train,
     "eval": evaluate,
+    "difference": difference,
     "read-back": read_back,
     "render": render,
     "captions": captions,

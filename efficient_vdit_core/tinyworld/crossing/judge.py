@@ -285,7 +285,7 @@ def _stain(
 
 
 def crossing_figures(readings: Sequence[CrossingReading], scenes: Sequence[CrossingScene]) -> dict[str, Any]:
-    """What clips show of the captions of ``scenes``, by what was read of each: all_right, its interval and columns as
+    """What clips show of the captions of ``scenes``, by what was read of each: all_right, its interval, right and columns as
     `figures_of_readings` gives them; stain, swelling, flicker: means of the clips that show two shapes, None where none does;
     clips: their number; seen: the share of them that do; distinct_captions."""
     verdicts = [reading.verdict(scene) for reading, scene in zip(readings, scenes, strict=True)]

@@ -26,11 +26,12 @@ def figures_of(clips: Iterable[np.ndarray], scenes: Sequence[Scene]) -> dict[str
 def figures_of_readings(readings: Sequence[Reading], scenes: Sequence[Scene]) -> dict[str, Any]:
     """What clips show of the captions of ``scenes``, by what was read of each.
 
-    all_right: share of clips that pass every column, with a 95 % interval over captions. columns: the share that passes
-    each of ``COLUMNS``. overlap: the mean, as in `Reading`, 0 for a clip without a shape; stain, swelling, flicker: means of
-    the clips that show a shape; off_track: its median in pixels, of the same. motion: mean speed of the centre in pixels a
-    frame. diversity: deviation of the start, which no caption names, among clips of one caption, in pixels. These six are
-    None where no clip tells them. clips: their number; seen: the share of them that show a shape; distinct_captions.
+    all_right: share of clips that pass every column, with a 95 % interval over captions; right: a 1 for each that does and a
+    0 for each other, in their order. columns: the share that passes each of ``COLUMNS``. overlap: the mean, as in `Reading`, 0
+    for a clip without a shape; stain, swelling, flicker: means of the clips that show a shape; off_track: its median in
+    pixels, of the same. motion: mean speed of the centre in pixels a frame. diversity: deviation of the start, which no
+    caption names, among clips of one caption, in pixels. These six are None where no clip tells them. clips: their number;
+    seen: the share of them that show a shape; distinct_captions.
     """
     verdicts = [reading.verdict(scene) for reading, scene in zip(readings, scenes, strict=True)]
     captions = [scene.caption() for scene in scenes]
@@ -48,11 +49,12 @@ def figures_of_readings(readings: Sequence[Reading], scenes: Sequence[Scene]) ->
 
 
 def shares(verdicts: Sequence[Mapping[str, bool]], captions: Sequence[str], columns: Sequence[str]) -> dict[str, Any]:
-    """The shares of clips that pass all ``columns``, with the 95 % interval over captions, and each of them."""
+    """The shares of clips that pass all ``columns``, with the 95 % interval over captions and which they are, and each of them."""
     right = np.array([all(verdict.values()) for verdict in verdicts], dtype=float)
     return {
         "all_right": float(right.mean()),
         "all_right_interval": interval(right, captions),
+        "right": "".join("01"[int(passed)] for passed in right),
         "columns": {name: float(np.mean([verdict[name] for verdict in verdicts])) for name in columns},
     }
 

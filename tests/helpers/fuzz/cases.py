@@ -258,6 +258,7 @@ def arguments(rng: Random, folder: Path) -> Call:
         ["workers", "--devices", rng.choice(["cpu,cpu", number(), asked]), "--start-timeout", number()],
         ["tinyworld", rng.choice(["train", "eval", "render"]), "--seed", number()],
         ["tinyworld", "eval", "--captions", number(), "--steps", number(), "--guidance", number()],
+        ["tinyworld", "difference", asked, asked],
         ["compare", asked, asked], ["eval", "vbench-layout", asked, "--out", asked], ["convert", "vae", asked, "b.safetensors"],
         ["recipe", "three-stage", "--config", asked, "--out", "out", "--set", asked], [asked], [], ["generate", f"--{asked}"],
     ]  # fmt: skip
