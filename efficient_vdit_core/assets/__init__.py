@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 TINY_PARTS = ("transformer", "vae", "text_encoder")
-# The tiny model; what the three stages made of its transformer: 8 steps without guidance, and those under a searched plan; and
-# one that predicts the noise, as the paper's model does.
+# The tiny model; what the three stages made of its transformer: 8 steps without guidance, and those under a searched plan; one
+# that predicts the noise, as the paper's model does; and 4 steps without guidance.
 TINY_MODELS = {
     "tiny": "transformer",
     "tiny-8-steps": "transformer_8_steps",
     "tiny-8-steps-sparse": "transformer_8_steps_sparse",
     "tiny-epsilon": "transformer_epsilon",
+    "tiny-4-steps": "transformer_4_steps",
 }
 
 

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         default="tiny",
-        help="built in: tiny, tiny-8-steps, tiny-8-steps-sparse, tiny-epsilon; or a folder (transformer, vae, text_encoder)",
+        help="built in: tiny, tiny-8-steps, tiny-8-steps-sparse, tiny-4-steps, tiny-epsilon; or a folder (transformer, vae, "
+        "text_encoder)",
     )
     add("--text-encoder", metavar="PATH", help="file or folder of the mT5 encoder, if it lies elsewhere")
     add(

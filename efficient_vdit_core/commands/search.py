@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         default="tiny",
-        help="built in: tiny, tiny-8-steps, tiny-epsilon; or a folder with transformer, vae, text_encoder",
+        help="built in: tiny, tiny-8-steps, tiny-4-steps, tiny-epsilon; or a folder with transformer, vae, text_encoder",
     )
     add("--text-encoder", metavar="PATH", help="file or folder of the mT5 encoder, if it lies elsewhere")
     add("--prompt", required=True, action="append", help="what a video shows; repeat it to average over several")

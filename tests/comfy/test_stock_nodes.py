@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from efficient_vdit_core.tinyworld.moving.reader import read_clip
+from efficient_vdit_core.tinyworld.moving.scene import Scene
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "efficient_vdit_core" / "assets" / "tiny" / "transformer" / "config.json"
@@ -72,6 +73,27 @@ def test_a_model_that_predicts_the_noise_draws_what_the_caption_says(server):
     prompt["model"]["inputs"]["model_name"] = "tiny epsilon (built in)"
     seen = read_clip(frames(server, prompt).astype(np.uint8))
     assert (seen.shape, seen.color, seen.background) == ("square", "blue", "white")
+
+
+def test_a_model_of_four_jumps_draws_what_the_caption_says(server):
+    """In four steps without guidance, by the levels that its file names."""
+    scene = Scene("square", "blue", "left", "slowly", "white", start=(32.0, 32.0), radius=9.0)
+    prompt = graph(text=scene.caption())
+    prompt["model"]["inputs"]["model_name"] = "tiny 4 steps (built in)"
+    made_for = {
+        "model": ["model", 0],
+        "segments": 1,
+        "steps": 1,
+        "preset": "from checkpoint",
+        "checkpoint": "the loaded model",
+    }
+    prompt["sigmas"] = {"class_type": "EVDiTConsistencySigmas", "inputs": made_for}
+    prompt["sampler"] = {"class_type": "EVDiTConsistencySampler", "inputs": {"gamma": 0.0, "noise_seed": 0}}
+    of_stock = {name: prompt["sampled"]["inputs"][name] for name in ("model", "positive", "negative", "latent_image")}
+    custom = {"add_noise": True, "noise_seed": 3, "cfg": 1.0, "sampler": ["sampler", 0], "sigmas": ["sigmas", 0]}
+    prompt["sampled"] = {"class_type": "SamplerCustom", "inputs": {**of_stock, **custom}}
+    found = read_clip(frames(server, prompt).astype(np.uint8)).verdict(scene)
+    assert all(found[name] for name in ("shape", "color", "background", "track")), found
 
 
 def test_the_tiled_decoder_gives_the_same_clip_where_one_tile_holds_it(server, plain):

@@ -78,6 +78,31 @@ def few_steps() -> Iterator[str]:
         yield f"| seed {seed} | 4 | {judged(row)} | {row['overlap']:.2f} |"
 
 
+def in_pairs() -> Iterator[str]:
+    names = {
+        "Teacher, 100 steps": "teacher, 100 steps",
+        "Teacher, 4 steps": "teacher, 4 steps at the students' edges",
+        "Student, 8 steps (`tiny 8 steps`)": "student, 8 steps",
+        "the same, 4 steps": "student, 4 steps",
+        "On its own ways, a finer walk, seed 21": "student of 4 segments on its own ways, seed 21",
+        "seed 22": "student of 4 segments on its own ways, seed 22",
+        "seed 23": "student of 4 segments on its own ways, seed 23",
+        "the mean of the weights of the three": "the mean of the weights of the three",
+        "and 1,200 steps more from there (`tiny 4 steps`)": "from that mean, 1,200 steps more, seed 41",
+    }
+    found = rows("four_steps_tiny.json")
+    pairs = {(pair["one"], pair["other"]): pair for pair in read("four_steps_tiny.json")["differences"]}
+    for shown, name in names.items():
+        row, beside = found[name], pairs.get((name, "teacher, 100 steps"))
+        share = f"{100 * row['all_right']:.1f} ({' to '.join(map(percent, row['all_right_interval']))})"
+        yield f"| {shown} | {row['evaluations']} | {share} | {points(beside) if beside else ''} |"
+
+
+def points(pair: Row) -> str:
+    low, high = (100 * bound for bound in pair["all_right_interval"])
+    return f"{100 * pair['all_right']:.1f} ({low:.1f} to {high:.1f})"
+
+
 def epsilon() -> Iterator[str]:
     names = {
         "`tiny epsilon`, 50 steps": "tiny epsilon, 50 steps",
@@ -262,6 +287,7 @@ def _gains(row: dict[str, Any]) -> str:
     ("document", "lines", "count"),
     [
         (MEASURED, few_steps, 27),
+        (MEASURED, in_pairs, 9),
         (MEASURED, epsilon, 7),
         (MEASURED, walk, 4),
         (MEASURED, sparse_student, 3),

@@ -38,7 +38,7 @@ def test_one_version():
 
 def test_assets_stay_small():
     total = sum(f.stat().st_size for f in (ROOT / "efficient_vdit_core" / "assets").rglob("*") if f.is_file())
-    assert total <= 25e6, f"assets weigh {total / 1e6:.1f} MB"
+    assert total <= 32e6, f"assets weigh {total / 1e6:.1f} MB"
 
 
 def test_reports_go_where_the_package_says():

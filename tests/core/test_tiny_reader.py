@@ -323,6 +323,7 @@ def test_the_interval_knows_that_clips_of_a_caption_are_alike():
         ),  # guided by no caption, as it was trained, whatever its folder is called
         ("tiny-8-steps", {}, "consistency", 8, 1.0, 8),
         ("tiny-8-steps", {"steps": 4}, "consistency", 4, 1.0, 4),
+        ("tiny-4-steps", {}, "consistency", 4, 1.0, 4),
         ("tiny-8-steps", {"steps": 16}, "consistency", 16, 1.0, 8),
         ("tiny-8-steps", {"sampler": "ddim", "steps": 8, "guidance": 1.0}, "ddim", 8, 1.0, None),
     ],
