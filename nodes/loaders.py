@@ -29,8 +29,8 @@ class EVDiTModelLoader(io.ComfyNode):
                     options=file_names("diffusion_models"),
                     tooltip=(
                         "A transformer of Open-Sora-Plan v1.2 in models/diffusion_models, with its config.json beside it, or "
-                        f'"{BUILT_IN}": 29 frames of 64x64 coloured shapes, seconds per video on a CPU, no download. Its "8 steps" forms '
-                        "are distilled: 8 steps at cfg 1; the sparse one for the plan of its template."
+                        f'"{BUILT_IN}": 29 frames of 64x64 coloured shapes, seconds per video on a CPU, no download. Its forms of '
+                        "4 and 8 steps are distilled: as many steps at cfg 1; the sparse one for the plan of its template."
                     ),
                 ),
                 io.Combo.Input(
